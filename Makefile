@@ -1,0 +1,66 @@
+# `make demo` and `make test` set themselves up: a Python, a C compiler and make are all they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.ready-for-tests
+
+# pyright comes with its bundle and node from PyPI; without this it would ask for newer releases.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench notebooks clean distclean
+
+help:  ## show this list
+	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
+	@sed -n 's/^\([a-z]*\):.*##/  \1\t/p' $(MAKEFILE_LIST)
+	@echo "CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+
+demo: $(READY)  ## profile this machine, search a policy, run the demo model under it, compare
+	$(BIN)/python -m executor.demo.run
+
+test: lint  ## linters, types, import rules, then the tests (PYTEST_ARGS="-k name")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(TEST_READY)  ## ruff, pyright and import-linter
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+format: $(TEST_READY)  ## apply the formatter and ruff's safe fixes
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+bench: $(TEST_READY)  ## everything in tests/bench that needs no GPU (BENCH_ARGS="-k name")
+	$(BIN)/python -m pytest tests/bench -p no:xdist -m "not cuda" -s $(BENCH_ARGS)
+
+notebooks: $(TEST_READY)  ## run the notebooks and store their outputs
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+clean:  ## remove caches and builds
+	rm -rf build dist .benchmarks .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	find hrm executor tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the virtual environment too
+	rm -rf $(VENV)
+
+# torch goes first and alone: whichever build of it pip finds, it is exactly this version.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); Python 3.11 or newer" \
+	       "is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	@touch $@
+
+$(TEST_READY): $(READY)
+	$(PIP) --editable '.[test]'
+	@touch $@

@@ -1,0 +1,29 @@
+"""Heavy libraries load where they are used, not when a package is imported.
+
+The import rules between modules are contracts in pyproject.toml; `make lint` checks them.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "matplotlib", "optuna", "scipy", "pandas"}
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after `statement`."""
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["hrm", "hrm.cli"])
+def test_import_of_hrm_loads_no_heavy_library(module: str):
+    assert modules_loaded_by(f"import {module}") & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", ["executor", "executor.cli"])
+def test_help_of_executor_loads_no_torch(module: str):
+    assert "torch" not in modules_loaded_by(f"import {module}")
