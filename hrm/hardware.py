@@ -1,0 +1,335 @@
+"""A machine as a hierarchy of memory levels: what each holds, how fast it is read and computed on.
+
+Levels go from fast to slow (`gpu`, `cpu`); level 0 is where most computing is done. Each level has
+its own processor, as in the hierarchical roofline model (MoE-Lightning, arXiv 2411.11217, §3).
+Every figure says where it came from; a rate may be a curve over size where it bends.
+"""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Final, Literal
+
+from hrm.errors import ProfileError
+from hrm.numeric import Number, maximum
+
+GPU: Final = "gpu"
+CPU: Final = "cpu"
+SCHEMA: Final = 1
+
+
+class Source(StrEnum):
+    """Where a figure came from."""
+
+    DATASHEET = "datasheet"
+    MEASURED = "measured"
+    FITTED = "fitted"
+    DERIVED = "derived"
+    ASSUMED = "assumed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number in SI units with its provenance.
+
+    `curve` holds `(size, value)` points where the number depends on a size (bytes of a transfer,
+    tokens of a GEMM); `value` is then its plateau.
+    """
+
+    value: float
+    source: Source
+    note: str = ""
+    curve: tuple[tuple[float, float], ...] = ()
+    samples: int = 0
+    p20: float | None = None
+    p80: float | None = None
+
+    def at(self, size: Number = None) -> Number:
+        """Value at `size`, interpolated over log(size) and flat beyond the ends of the curve.
+
+        `size` may be a NumPy array; the result then is one.
+        """
+        if size is None or not self.curve:
+            return self.value
+        sizes = [point[0] for point in self.curve]
+        if not isinstance(size, (int, float)):
+            import numpy as np
+
+            values = [point[1] for point in self.curve]
+            return np.interp(np.log(size), np.log(sizes), values)  # pyright: ignore[reportUnknownVariableType]
+        right = bisect_left(sizes, size)
+        if right == 0:
+            return self.curve[0][1]
+        if right == len(sizes):
+            return self.curve[-1][1]
+        (size_0, value_0), (size_1, value_1) = self.curve[right - 1], self.curve[right]
+        share = math.log(size / size_0) / math.log(size_1 / size_0)
+        return value_0 + share * (value_1 - value_0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A bandwidth or compute rate three ways: on paper, at its best, and in work like ours."""
+
+    datasheet: Figure | None = None
+    ceiling: Figure | None = None
+    achieved: Figure | None = None
+
+    @property
+    def planned(self) -> Figure:
+        """The figure that plans are made with: achieved, else the ceiling, else the data sheet."""
+        figure = self.achieved or self.ceiling or self.datasheet
+        assert figure is not None, "validated when the profile is loaded"
+        return figure
+
+    def at(self, size: Number = None) -> Number:
+        """Planned value at `size`."""
+        return self.planned.at(size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
+    """What computes at a memory level.
+
+    `compute_flops_per_s` maps a dtype to its GEMM rate, a curve over tokens (rows) of the GEMM.
+    `attention_bytes_per_s` is the rate at which the decode attention kernel reads KV cache, and
+    `launch_latency_s` what one more kernel or operator costs however small it is.
+    """
+
+    name: str
+    cores: int = 0
+    compute_flops_per_s: dict[str, Rate]
+    attention_bytes_per_s: Rate | None = None
+    launch_latency_s: Figure
+
+    def flops_per_s(self, dtype: str, num_tokens: Number = None) -> Number:
+        """Planned GEMM rate; a 16-bit dtype the processor lacks falls back to the other one.
+
+        Raises ProfileError if the profile says nothing about `dtype` at all.
+        """
+        stand_in = {"bfloat16": "float16", "float16": "bfloat16"}.get(dtype, dtype)
+        rate = self.compute_flops_per_s.get(dtype) or self.compute_flops_per_s.get(stand_in)
+        if rate is None:
+            raise ProfileError(
+                f"{self.name}: compute_flops_per_s", sorted(self.compute_flops_per_s),
+                f"has no rate for dtype {dtype}", "choose another --dtype or measure this one",
+            )  # fmt: skip
+        return rate.at(num_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLevel:
+    """One level of memory with its processor; `reserve_bytes` are never planned with.
+
+    A copy counts each byte once, though it is read and written.
+    """
+
+    name: str
+    capacity_bytes: Figure
+    reserve_bytes: Figure
+    read_bytes_per_s: Rate
+    copy_bytes_per_s: Rate | None = None
+    processor: Processor
+
+    @property
+    def usable_bytes(self) -> int:
+        """Capacity less the reserve."""
+        return int(self.capacity_bytes.value - self.reserve_bytes.value)
+
+    @property
+    def attention_bytes_per_s(self) -> float:
+        """KV bytes a second in decode attention: measured on the kernel, else the memory roof."""
+        return (self.processor.attention_bytes_per_s or self.read_bytes_per_s).at()
+
+
+LinkKind = Literal["pinned", "pageable", "staging"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Transfers from one level to another: `latency_s` each, then `bandwidth_bytes_per_s`.
+
+    `pinned` and `pageable` say what memory the host's side is in; `staging` is the copy from
+    pageable to pinned memory within the host (`source` and `target` are then both the host).
+    """
+
+    source: str
+    target: str
+    kind: LinkKind = "pinned"
+    latency_s: Figure
+    bandwidth_bytes_per_s: Rate
+
+    def seconds(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
+        """Time to move `num_bytes` in `num_transfers` pieces; nothing to move takes no time."""
+        pieces = maximum(num_transfers, 1)
+        bandwidth = self.bandwidth_bytes_per_s.at(maximum(num_bytes / pieces, 1))
+        return (num_bytes > 0) * num_transfers * self.latency_s.value + num_bytes / bandwidth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareProfile:
+    """A whole machine: levels from fast to slow and the links between them.
+
+    `accelerator` says what level 0 is: `cuda`, `emulated` (a capped arena, a thread pool and a
+    paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured).
+    """
+
+    schema: int = SCHEMA
+    name: str
+    accelerator: Literal["cuda", "emulated", "cpu", "catalog"]
+    num_gpus: int = 1
+    levels: tuple[MemoryLevel, ...]
+    links: tuple[Link, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        """Reject impossible hardware (ProfileError naming the figure)."""
+        _check_schema(self.name, self.schema)
+        if not self.levels or len({level.name for level in self.levels}) < len(self.levels):
+            raise ProfileError(
+                f"{self.name}: levels", [level.name for level in self.levels],
+                "must be one or more with distinct names", "list each memory level once",
+            )  # fmt: skip
+        check_figures(self.name, self)
+        if len(self.levels) > 1:
+            fast, slow = self.levels[0].name, self.levels[1].name
+            self.link(slow, fast)
+            self.link(fast, slow)
+
+    @property
+    def has_accelerator(self) -> bool:
+        """Whether there is a level above the host's memory."""
+        return len(self.levels) > 1
+
+    @property
+    def top(self) -> MemoryLevel:
+        """The fastest level: the GPU's memory, or the host's where there is no GPU."""
+        return self.levels[0]
+
+    @property
+    def host(self) -> MemoryLevel:
+        """The host's memory; the same as `top` on a machine without an accelerator."""
+        return self.levels[min(1, len(self.levels) - 1)]
+
+    def link(self, source: str, target: str, kind: LinkKind = "pinned") -> Link:
+        """The link of that direction and kind; ProfileError if the profile has none."""
+        for link in self.links:
+            if (link.source, link.target, link.kind) == (source, target, kind):
+                return link
+        raise ProfileError(
+            f"{self.name}: links", [f"{x.source}->{x.target} {x.kind}" for x in self.links],
+            f"has no {kind} link {source}->{target}", "measure it with hrm profile or add it",
+        )  # fmt: skip
+
+    @property
+    def h2d(self) -> Link:
+        """Host to device, pinned."""
+        return self.link(self.host.name, self.top.name)
+
+    @property
+    def d2h(self) -> Link:
+        """Device to host, pinned."""
+        return self.link(self.top.name, self.host.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCard:
+    """One GPU as its file describes it: its memory level, its links and the host it usually has."""
+
+    schema: int = SCHEMA
+    name: str
+    level: MemoryLevel
+    h2d: Link
+    d2h: Link
+    default_host: str
+
+    def __post_init__(self) -> None:
+        """Reject impossible hardware (ProfileError naming the figure)."""
+        _check_schema(self.name, self.schema)
+        check_figures(self.name, self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """One host as its file describes it: memory, CPU and how it stages to pinned memory."""
+
+    schema: int = SCHEMA
+    name: str
+    level: MemoryLevel
+    staging: Link
+    max_gpus: int = 1
+
+    def __post_init__(self) -> None:
+        """Reject impossible hardware (ProfileError naming the figure)."""
+        _check_schema(self.name, self.schema)
+        check_figures(self.name, self)
+
+
+def _check_schema(name: str, schema: int) -> None:
+    if schema != SCHEMA:
+        raise ProfileError(
+            f"{name}: schema", schema, f"this version reads schema {SCHEMA}",
+            "measure the machine again with hrm profile or upgrade hrm",
+        )  # fmt: skip
+
+
+def check_figures(where: str, node: object) -> None:
+    """Walk a profile and reject figures that no hardware can have (ProfileError)."""
+    match node:
+        case Figure():
+            _check_figure(where, node)
+        case Rate():
+            _check_rate(where, node)
+        case dict():
+            for key, value in node.items():  # pyright: ignore[reportUnknownVariableType]
+                check_figures(f"{where}.{key}", value)  # pyright: ignore[reportUnknownArgumentType]
+        case tuple():
+            for index, value in enumerate(node):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+                name = getattr(value, "name", index)  # pyright: ignore[reportUnknownArgumentType]
+                check_figures(f"{where}[{name}]", value)  # pyright: ignore[reportUnknownArgumentType]
+        case _ if is_dataclass(node) and not isinstance(node, type):
+            for item in fields(node):
+                check_figures(f"{where}.{item.name}", getattr(node, item.name))
+            if isinstance(node, MemoryLevel) and node.usable_bytes <= 0:
+                raise ProfileError(
+                    f"{where}.reserve_bytes", node.reserve_bytes.value,
+                    f"must leave something of the {node.capacity_bytes.value:.4g} bytes",
+                    "correct the capacity or the reserve",
+                )  # fmt: skip
+        case _:
+            pass
+
+
+def _check_figure(where: str, figure: Figure) -> None:
+    may_be_zero = where.endswith(("_s", "reserve_bytes")) and not where.endswith("per_s")
+    values = [figure.value, *(value for _, value in figure.curve)]
+    if any(not math.isfinite(v) or v < 0 or (v == 0 and not may_be_zero) for v in values):
+        raise ProfileError(
+            where, min(values), "must be positive and finite", "measure it again or correct it"
+        )
+    sizes = [size for size, _ in figure.curve]
+    if any(size <= 0 for size in sizes) or sizes != sorted(set(sizes)):
+        raise ProfileError(
+            f"{where}.curve", sizes, "sizes must be positive and ascending", "sort the points"
+        )
+
+
+def _check_rate(where: str, rate: Rate) -> None:
+    named = {name: getattr(rate, name) for name in ("datasheet", "ceiling", "achieved")}
+    known = {name: figure for name, figure in named.items() if figure is not None}
+    if not known:
+        raise ProfileError(
+            where, "<no figure>", "needs a datasheet, ceiling or achieved figure", "add one of them"
+        )
+    for name, figure in known.items():
+        _check_figure(f"{where}.{name}", figure)
+    achieved, datasheet = known.get("achieved"), known.get("datasheet")
+    if achieved and datasheet:
+        low_end = achieved.p20 if achieved.p20 is not None else achieved.value
+        if min(low_end, achieved.value) > 1.05 * datasheet.value:
+            raise ProfileError(
+                f"{where}.achieved", achieved.value,
+                f"is above the data sheet's {datasheet.value:.4g} by more than its spread",
+                "check the data sheet's figure or measure again",
+            )  # fmt: skip

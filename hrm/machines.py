@@ -1,0 +1,536 @@
+"""Machines from files: one YAML file per GPU, host or measured machine, and how they compose.
+
+`4xT4` is a GPU file, a count and a host. What GPUs bring adds up: memory, bandwidth, compute and
+links, the links up to what the host's memory can be read at.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
+
+from hrm.errors import HrmError, ProfileError
+from hrm.hardware import (
+    Figure,
+    GpuCard,
+    HardwareProfile,
+    Host,
+    Link,
+    MemoryLevel,
+    Rate,
+    Source,
+)
+from hrm.units import format_bandwidth
+
+MAX_RESERVE_SHARE: Final = 0.05  # of a capacity given by the user, who knows what is free
+
+_T = TypeVar("_T")
+_GPUS: Final = re.compile(r"\s*(?:(\d+)\s*[x×]\s*)?(\S+)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Names of the files that come with hrm."""
+
+    gpus: tuple[str, ...]
+    hosts: tuple[str, ...]
+    machines: tuple[str, ...]
+
+
+def profile_folder() -> Path:
+    """Folder of the YAML files: inside the installed package, else at the top of the checkout."""
+    installed = Path(__file__).parent / "hardware_profiles"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "hardware_profiles"
+
+
+def list_files() -> Files:
+    """Names of all GPUs, hosts and measured machines that come with hrm, sorted."""
+    return Files(*(tuple(_names(kind)) for kind in ("gpus", "hosts", "machines")))
+
+
+def load_profile(name_or_path: str | Path) -> HardwareProfile:
+    """Read a machine from a YAML file, or one that comes with hrm by its name.
+
+    Raises ProfileError naming the file and field if there is none or it is malformed.
+    """
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.is_file() or len(path.parts) > 1:
+        return _read(path, HardwareProfile)
+    return _read(_find("--profile", "machines", str(name_or_path)), HardwareProfile)
+
+
+def load_gpu(name: str) -> GpuCard:
+    """A GPU by its name, whatever the case; `A100-80G`, `A100-80GB` and `A100-80` are the same.
+
+    Raises ProfileError if there is no such GPU.
+    """
+    return _read(_find("--gpus", "gpus", name), GpuCard)
+
+
+def load_host(name: str) -> Host:
+    """A host by its name, whatever the case; ProfileError if there is none."""
+    return _read(_find("--host", "hosts", name), Host)
+
+
+def compose(gpus: str, host: str | None = None) -> HardwareProfile:
+    """A machine of `4xT4` (or `T4`) in `host`, or else in the host that the GPU's file names.
+
+    Memory, bandwidth, compute and links of the GPUs add up; the links together are no faster than
+    the host's memory is read. Raises ProfileError if the host does not take that many GPUs.
+    """
+    match = _GPUS.fullmatch(gpus)
+    if match is None or int(match[1] or 1) < 1:
+        raise ProfileError(
+            "--gpus", gpus, "must be a GPU or a count of at least 1 and a GPU", "write it like 4xT4"
+        )
+    count = int(match[1] or 1)
+    card = load_gpu(match[2])
+    machine = load_host(host or card.default_host)
+    if count > machine.max_gpus:
+        raise ProfileError(
+            "--gpus", gpus, f"{machine.name} takes at most {machine.max_gpus} GPUs",
+            "ask for fewer or name another --host; hrm profiles lists them",
+        )  # fmt: skip
+    limit = machine.level.read_bytes_per_s.planned
+    links = [_sum_link(link, count, limit) for link in (card.h2d, card.d2h)]
+    return HardwareProfile(
+        name=f"{count}x{card.name} on {machine.name}",
+        accelerator="catalog",
+        num_gpus=count,
+        levels=(_sum_level(card.level, count), machine.level),
+        links=(*links, machine.staging),
+    )
+
+
+def with_memory(
+    profile: HardwareProfile,
+    gpu_memory_bytes: float | None = None,
+    cpu_memory_bytes: float | None = None,
+) -> HardwareProfile:
+    """The same machine with other memory capacities, as the user gives them.
+
+    The reserve shrinks to at most 5 % of the new capacity. Raises ProfileError if there is no GPU
+    level to give memory to.
+    """
+    levels = list(profile.levels)
+    if gpu_memory_bytes is not None:
+        if not profile.has_accelerator:
+            raise ProfileError(
+                "--gpu-memory", gpu_memory_bytes, f"{profile.name} has no GPU level",
+                "leave it out or choose another machine",
+            )  # fmt: skip
+        levels[0] = _resize(levels[0], gpu_memory_bytes, "--gpu-memory")
+    if cpu_memory_bytes is not None:
+        index = levels.index(profile.host)
+        levels[index] = _resize(levels[index], cpu_memory_bytes, "--cpu-memory")
+    return replace(profile, levels=tuple(levels))
+
+
+def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) -> None:
+    """Write a readable YAML file that loads to an equal profile; all of it or nothing.
+
+    Raises ProfileError if the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(dump_profile(profile), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ProfileError(
+            str(path), f"<{error.strerror}>", "must be a file that can be written",
+            "choose another path",
+        ) from error  # fmt: skip
+
+
+def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:
+    """The YAML text of a profile, defaults left out and one figure a line where it fits."""
+    lines: list[str] = []
+    _write_block(lines, 0, _to_plain(profile))
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------ composing
+
+
+def _scale(figure: Figure, factor: float, note: str, size_factor: float = 1) -> Figure:
+    return replace(
+        figure,
+        value=figure.value * factor,
+        note=f"{figure.note}; {note}" if figure.note else note,
+        curve=tuple((size * size_factor, value * factor) for size, value in figure.curve),
+        p20=None if figure.p20 is None else figure.p20 * factor,
+        p80=None if figure.p80 is None else figure.p80 * factor,
+    )
+
+
+def _each(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
+    return Rate(
+        **{
+            item.name: change(figure)
+            for item in fields(rate)
+            if (figure := getattr(rate, item.name)) is not None
+        }
+    )
+
+
+def _sum_level(level: MemoryLevel, count: int) -> MemoryLevel:
+    if count == 1:
+        return level
+
+    def total(figure: Figure) -> Figure:
+        return _scale(figure, count, f"times {count}")
+
+    def total_rate(rate: Rate | None) -> Rate | None:
+        return None if rate is None else _each(rate, total)
+
+    processor = level.processor
+    return replace(
+        level,
+        capacity_bytes=total(level.capacity_bytes),
+        reserve_bytes=total(level.reserve_bytes),
+        read_bytes_per_s=_each(level.read_bytes_per_s, total),
+        copy_bytes_per_s=total_rate(level.copy_bytes_per_s),
+        processor=replace(
+            processor,
+            name=f"{count} x {processor.name}",
+            cores=count * processor.cores,
+            compute_flops_per_s={
+                dtype: _each(rate, total) for dtype, rate in processor.compute_flops_per_s.items()
+            },
+            attention_bytes_per_s=total_rate(processor.attention_bytes_per_s),
+        ),
+    )
+
+
+def _sum_link(link: Link, count: int, limit: Figure) -> Link:
+    """All links side by side; a transfer is split over them, so curves stretch over size."""
+
+    def total(figure: Figure) -> Figure:
+        return _scale(figure, count, f"times {count}", size_factor=count)
+
+    rate = link.bandwidth_bytes_per_s if count == 1 else _each(link.bandwidth_bytes_per_s, total)
+    planned = rate.planned
+    if planned.value > limit.value:
+        shown = format_bandwidth(limit.value)
+        capped = Figure(
+            value=limit.value,
+            source=Source.DERIVED,
+            note=f"limited by the host's memory, read at {shown} ({limit.source})",
+            curve=tuple((size, min(value, limit.value)) for size, value in planned.curve),
+        )
+        rate = replace(rate, achieved=capped)
+    return replace(link, bandwidth_bytes_per_s=rate)
+
+
+def _resize(level: MemoryLevel, num_bytes: float, flag: str) -> MemoryLevel:
+    if not 0 < num_bytes < float("inf"):
+        raise ProfileError(flag, num_bytes, "must be a positive size", "write it like 16GB")
+    note = "given on the command line"
+    reserve = level.reserve_bytes
+    most = int(MAX_RESERVE_SHARE * num_bytes)
+    if reserve.value > most:
+        reserve = Figure(
+            value=most,
+            source=Source.ASSUMED,
+            note=f"{MAX_RESERVE_SHARE:.0%} of a capacity {note}",
+        )
+    capacity = Figure(value=num_bytes, source=Source.ASSUMED, note=note)
+    return replace(level, capacity_bytes=capacity, reserve_bytes=reserve)
+
+
+# -------------------------------------------------------------------------------------- reading
+
+
+def _names(kind: str) -> list[str]:
+    return sorted((path.stem for path in (profile_folder() / kind).glob("*.yaml")), key=_sort_key)
+
+
+def _sort_key(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"(-\d+)gb?$", r"\1", name.strip().lower().replace("_", "-"))
+
+
+def _find(flag: str, kind: str, name: str) -> Path:
+    names = _names(kind)
+    for known in names:
+        if _canonical(known) == _canonical(name):
+            return profile_folder() / kind / f"{known}.yaml"
+    from difflib import get_close_matches
+
+    canonical = {_canonical(known): known for known in names}
+    longer = [known for short, known in canonical.items() if short.startswith(_canonical(name))]
+    close = [canonical[x] for x in get_close_matches(_canonical(name), canonical, 1)]
+    guess = " or ".join(longer or close)
+    remedy = f"did you mean {guess}?" if guess and name else "hrm profiles lists them"
+    or_file = " or a YAML file" if kind == "machines" else ""
+    raise ProfileError(
+        flag, name, f"must be one of {', '.join(names) or 'none that come with hrm'}{or_file}",
+        remedy,
+    )  # fmt: skip
+
+
+def _read(path: Path, kind: type[_T]) -> _T:
+    import msgspec
+
+    plain = _parse(path)
+    plain = _check_keys(plain, kind, str(path), "")
+    try:
+        return msgspec.convert(plain, kind)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if isinstance(cause, HrmError):
+            raise _located(path, cause, plain) from error
+        raise _type_error(path, str(error), plain) from error
+    except HrmError as error:
+        raise _located(path, error, plain) from error
+
+
+def _parse(path: Path) -> Any:
+    import yaml
+
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - a safe loader
+    except OSError as error:
+        raise ProfileError(
+            str(path), f"<{error.strerror}>", "must be a readable YAML file", "check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ProfileError(
+            str(path), f"<{said}>", "must be valid YAML", "correct it at that place"
+        ) from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _check_keys(plain: Any, kind: Any, file: str, path: str) -> Any:
+    """`plain` with numbers that YAML took for text (`2e9`) made numbers.
+
+    Raises ProfileError at the first key that is no field of its dataclass, or is missing.
+    """
+    if kind is float and isinstance(plain, str):
+        try:
+            return float(plain)
+        except ValueError:
+            return plain
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(plain, dict):
+            raise ProfileError(
+                f"{file}: {path}" if path else file, plain if path else "<no mapping>",
+                f"must be a mapping with {', '.join(item.name for item in fields(kind))}",
+                "see the files that come with hrm",
+            )  # fmt: skip
+        given = cast("dict[Any, Any]", plain)
+        _check_fields(given, kind, file, path)
+        hints = _hints(kind)
+        return {
+            key: _check_keys(value, hints[key], file, f"{path}.{key}" if path else key)
+            for key, value in given.items()
+        }
+    inner = [arg for arg in get_args(kind) if arg is not type(None)]
+    if isinstance(kind, UnionType):
+        return plain if plain is None else _check_keys(plain, inner[0], file, path)
+    if isinstance(plain, dict) and inner:
+        pairs = cast("dict[Any, Any]", plain)
+        return {k: _check_keys(v, inner[-1], file, f"{path}.{k}") for k, v in pairs.items()}
+    if isinstance(plain, list) and inner:
+        items = cast("list[Any]", plain)
+        return [
+            _check_keys(item, inner[0], file, f"{path}[{_label(item, i)}]")
+            for i, item in enumerate(items)
+        ]
+    return cast("Any", plain)
+
+
+def _check_fields(plain: dict[Any, Any], kind: type, file: str, path: str) -> None:
+    known: dict[str, Field[Any]] = {item.name: item for item in fields(kind)}
+    for key, value in plain.items():
+        if key not in known:
+            from difflib import get_close_matches
+
+            close = get_close_matches(str(key), known, 1)
+            where = f"{path}.{key}" if path else key
+            shown = "<a mapping>" if isinstance(value, dict) else value
+            raise ProfileError(
+                f"{file}: {where}", shown, f"is no field of {kind.__name__} ({', '.join(known)})",
+                f"did you mean {close[0]}?" if close else "remove or correct it",
+            )  # fmt: skip
+    for name, item in known.items():
+        required = item.default is MISSING and item.default_factory is MISSING
+        if required and name not in plain:
+            where = f"{path}.{name}" if path else name
+            raise ProfileError(
+                f"{file}: {where}", "<missing>", "must be given", "add it; see the files in hrm"
+            )
+
+
+def _label(item: Any, index: int) -> Any:
+    if isinstance(item, dict):
+        return cast("dict[Any, Any]", item).get("name", index)
+    return index
+
+
+_AT: Final = re.compile(r"^(?P<rule>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
+
+
+def _type_error(path: Path, said: str, plain: Any) -> ProfileError:
+    match = _AT.match(said)
+    assert match is not None
+    where, value = "", plain
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", match["path"] or ""):
+        if key:
+            where += f".{key}" if where else key
+            value = cast("dict[str, Any]", value)[key]
+        else:
+            value = cast("list[Any]", value)[int(index)]
+            where += f"[{_label(value, int(index))}]"
+    rule = match["rule"].replace("`", "")
+    shown: Any = "<a mapping>" if isinstance(value, dict) else value
+    return ProfileError(
+        f"{path}: {where}" if where else str(path), shown, rule[:1].lower() + rule[1:],
+        "correct the value",
+    )  # fmt: skip
+
+
+def _located(path: Path, error: HrmError, plain: Any) -> ProfileError:
+    """The same error with the file's name in place of the machine's."""
+    name = str(cast("dict[str, Any]", plain).get("name", ""))
+    where = error.where.removeprefix(name).lstrip(".: ") if name else error.where
+    message = str(error).removeprefix(error.where)
+    located = ProfileError(f"{path}: {where}", error.value, error.rule, error.remedy)
+    assert str(located).endswith(message)
+    return located
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def _to_plain(node: Any) -> Any:
+    if isinstance(node, Source):
+        return node.value
+    if is_dataclass(node) and not isinstance(node, type):
+        plain: dict[str, Any] = {}
+        for item in fields(node):
+            value = getattr(node, item.name)
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            if item.name == "schema" or value != default:
+                plain[item.name] = _to_plain(value)
+        return _Inline(plain) if isinstance(node, Figure) else plain
+    if isinstance(node, dict):
+        pairs = cast("dict[Any, Any]", node)
+        return {key: _to_plain(value) for key, value in pairs.items()}
+    if isinstance(node, tuple):
+        items = cast("tuple[Any, ...]", node)
+        return [_to_plain(item) for item in items]
+    return node
+
+
+class _Inline(dict[str, Any]):
+    """A mapping written on one line: `{value: 3.2e+11, source: datasheet}`."""
+
+
+_LINE_WIDTH: Final = 100
+_PLAIN_TEXT: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.+/-]*(?: [A-Za-z0-9_.+/()%~=<>-]+)*")
+_WORDS: Final = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n"}
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return _number(value)
+    text = str(value)
+    if _PLAIN_TEXT.fullmatch(text) and text.lower() not in _WORDS and not text.endswith("-"):
+        return text
+    return '"' + "".join(_escape(char) for char in text) + '"'
+
+
+def _escape(char: str) -> str:
+    if char in '"\\':
+        return f"\\{char}"
+    if char.isprintable():
+        return char
+    return f"\\U{ord(char):08x}"
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as exactly `value`: `0.35`, `16`, `3.2e+11`."""
+    text = repr(value)
+    if value.is_integer() and abs(value) < 2**53:
+        whole = str(int(value))
+        digits = whole.rstrip("0").lstrip("-")
+        if len(whole) < 7 or len(digits) > 6:
+            return whole
+        exponent = len(whole.lstrip("-")) - 1
+        sign = "-" if value < 0 else ""
+        text = f"{sign}{digits[0]}.{digits[1:] or '0'}e+{exponent:02d}"
+    elif "e" in text and "." not in text.partition("e")[0]:
+        text = text.replace("e", ".0e")
+    assert float(text) == value or value != value  # noqa: PLR0124
+    return text
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = cast("dict[str, Any]", value)
+        return "{" + ", ".join(f"{key}: {_inline(item)}" for key, item in pairs.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_inline(item) for item in cast("list[Any]", value)) + "]"
+    return _scalar(value)
+
+
+def _write_block(lines: list[str], indent: int, node: dict[str, Any]) -> None:
+    pad = " " * indent
+    for key, value in node.items():
+        label = f"{pad}{_scalar(key)}:"
+        if isinstance(value, dict) and value:
+            pairs = cast("dict[str, Any]", value)
+            if isinstance(value, _Inline) and indent + len(f"{label} {_inline(value)}") <= (
+                _LINE_WIDTH
+            ):
+                lines.append(f"{label} {_inline(pairs)}")
+            else:
+                lines.append(label)
+                _write_block(lines, indent + 2, pairs)
+        elif isinstance(value, list) and _is_list_of_blocks(cast("list[Any]", value)):
+            lines.append(label)
+            for item in cast("list[dict[str, Any]]", value):
+                start = len(lines)
+                _write_block(lines, indent + 4, item)
+                lines[start] = f"{pad}  - {lines[start].lstrip()}"
+        else:
+            text = f"{label} {_inline(value)}"
+            if len(text) > _LINE_WIDTH and text.endswith(('"', "]")):
+                text = f"\n{pad}  ".join(_wrapped(text, _LINE_WIDTH - indent - 2))
+            lines.append(text)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break a quoted text at single spaces, which read back as such, or a list at its pairs."""
+    gap = r"(?<=[^ \\]) (?=[^ \\])" if text.endswith('"') else r" (?=\[)"
+    lines = [""]
+    for word in re.split(gap, text):
+        if len(lines[-1]) + 1 + len(word) > width and ":" in lines[0]:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return lines
+
+
+def _is_list_of_blocks(items: Iterable[Any]) -> bool:
+    return any(isinstance(item, dict) for item in items)

@@ -1,0 +1,78 @@
+"""What is asked of a model: prompt lengths, generation length, number of requests."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from hrm.errors import WorkloadError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A batch job: mean and maximum prompt length and the tokens generated a request.
+
+    `num_requests` of None means prompts without end: the batch size is then limited by memory only.
+    """
+
+    name: str
+    prompt_len: float
+    max_prompt_len: int
+    gen_len: int
+    num_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject impossible lengths (WorkloadError)."""
+        rules = (
+            ("prompt_len", self.prompt_len, self.prompt_len >= 1, "must be at least 1"),
+            ("gen_len", self.gen_len, self.gen_len >= 1, "must be at least 1"),
+            (
+                "max_prompt_len", self.max_prompt_len, self.max_prompt_len >= self.prompt_len,
+                f"must be at least the mean prompt_len {self.prompt_len:g}",
+            ),
+            (
+                "num_requests", self.num_requests,
+                self.num_requests is None or self.num_requests >= 1, "must be at least 1",
+            ),
+        )  # fmt: skip
+        for field, value, holds, rule in rules:
+            if not holds:
+                raise WorkloadError(
+                    f"workload {self.name}: {field}", value, rule,
+                    "check --prompt-len, --max-prompt-len, --gen-len and --requests",
+                )  # fmt: skip
+
+    @property
+    def max_context_len(self) -> int:
+        """Longest context a request reaches: its prompt and all that is generated."""
+        return self.max_prompt_len + self.gen_len
+
+    @property
+    def mean_context_len(self) -> float:
+        """Mean final context of a request."""
+        return self.prompt_len + self.gen_len
+
+    @property
+    def decode_steps(self) -> int:
+        """Decode steps a request needs: prefill already yields its first token."""
+        return self.gen_len - 1
+
+
+# MoE-Lightning, arXiv 2411.11217, §5.1: MTBench and two HELM tasks.
+WORKLOADS: Final = {
+    "mtbench": Workload(name="mtbench", prompt_len=77, max_prompt_len=418, gen_len=128),
+    "synthetic-reasoning": Workload(
+        name="synthetic-reasoning", prompt_len=242, max_prompt_len=256, gen_len=50
+    ),
+    "summarization": Workload(
+        name="summarization", prompt_len=1693, max_prompt_len=1984, gen_len=64
+    ),
+}
+
+
+def named_workload(name: str) -> Workload:
+    """A built-in workload; WorkloadError listing the names if there is none called that."""
+    if name not in WORKLOADS:
+        raise WorkloadError(
+            "--workload", name, f"must be one of {', '.join(WORKLOADS)}",
+            "or give --prompt-len, --max-prompt-len and --gen-len",
+        )  # fmt: skip
+    return WORKLOADS[name]
