@@ -1,0 +1,158 @@
+"""A policy: what is batched together, where work is done and what stays on the GPU.
+
+One principle says where work runs: data that lies on the GPU is used on the GPU, and `attention`
+and `ffn` say where the data that stays on the host is used. The numbers are integers that are
+executed as they stand; the paper's six-tuple (N, μ, A_g, F_g, r_w, r_c) is derived from them.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hrm.errors import PolicyError
+from hrm.model_spec import ModelSpec
+from hrm.tasks import Device
+from hrm.units import DTYPE_BYTES
+
+KV_BLOCK_TOKENS = 16
+
+
+class ScheduleName(StrEnum):
+    """The schedules; MoE-Lightning's Fig. 6 calls the first three baselines S2, S3 and S4."""
+
+    CGOPIPE = "cgopipe"
+    FLEXGEN = "flexgen"
+    FLEXGEN_C = "flexgen-c"
+    FASTDECODE = "fastdecode"
+    DEEPSPEED = "deepspeed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How a batch is run; complete, nothing left to decide.
+
+    `resident_experts[i]` experts of layer i live on the GPU (the first ones), and with
+    `resident_dense` so do all projections, norms and routers; the LM head always does and the
+    token embedding never. The KV cache of `gpu_kv_micro_batches` micro-batches lives on the GPU.
+    Each micro-batch's cache holds `kv_tokens_per_micro_batch` tokens, and prompts are prefilled in
+    chunks of at most `prefill_chunk_tokens`. With `staging`, weights go through pinned buffers.
+    """
+
+    schedule: ScheduleName = ScheduleName.CGOPIPE
+    batch_size: int
+    micro_batch_size: int
+    attention: Device = Device.CPU
+    ffn: Device = Device.GPU
+    resident_experts: tuple[int, ...]
+    resident_dense: bool = True
+    gpu_kv_micro_batches: int = 0
+    kv_tokens_per_micro_batch: int
+    prefill_chunk_tokens: int
+    staging: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Reject numbers that contradict one another (PolicyError)."""
+        rules = (
+            (
+                "micro_batch_size", self.micro_batch_size, self.micro_batch_size >= 1,
+                "be at least 1",
+            ),
+            (
+                "batch_size", self.batch_size, self.batch_size >= self.micro_batch_size,
+                f"be at least micro_batch_size {self.micro_batch_size}",
+            ),
+            (
+                "gpu_kv_micro_batches", self.gpu_kv_micro_batches,
+                0 <= self.gpu_kv_micro_batches <= self.num_micro_batches,
+                f"lie between 0 and num_micro_batches {self.num_micro_batches}",
+            ),
+            (
+                "kv_tokens_per_micro_batch", self.kv_tokens_per_micro_batch,
+                self.kv_tokens_per_micro_batch >= KV_BLOCK_TOKENS
+                and self.kv_tokens_per_micro_batch % KV_BLOCK_TOKENS == 0,
+                f"be a positive multiple of the KV block of {KV_BLOCK_TOKENS} tokens",
+            ),
+            (
+                "prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1,
+                "be at least 1",
+            ),
+            ("dtype", self.dtype, self.dtype in DTYPE_BYTES, f"be one of {', '.join(DTYPE_BYTES)}"),
+            (
+                "resident_experts", self.resident_experts,
+                bool(self.resident_experts) and min(self.resident_experts) >= 0,
+                "hold a count of at least 0 for every layer",
+            ),
+        )  # fmt: skip
+        for field, value, holds, rule in rules:
+            if not holds:
+                raise PolicyError(
+                    f"policy: {field}", value, f"must {rule}", "correct it or run hrm search"
+                )
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise PolicyError if the policy was made for a model of other dimensions."""
+        if len(self.resident_experts) != spec.num_layers:
+            raise PolicyError(
+                "policy: resident_experts", self.resident_experts,
+                f"must have one count for each of the {spec.num_layers} layers of {spec.name}",
+                "run hrm search for this model",
+            )  # fmt: skip
+        if max(self.resident_experts) > spec.num_experts:
+            raise PolicyError(
+                "policy: resident_experts", self.resident_experts,
+                f"must be at most the {spec.num_experts} experts of {spec.name}",
+                "run hrm search for this model",
+            )  # fmt: skip
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches in a batch; the last may be smaller."""
+        return -(-self.batch_size // self.micro_batch_size)
+
+    def kv_on_gpu(self, micro_batch: int) -> bool:
+        """Whether that micro-batch's KV cache lives on the GPU; they are spread evenly."""
+        count, total = self.gpu_kv_micro_batches, self.num_micro_batches
+        return (micro_batch + 1) * count // total > micro_batch * count // total
+
+    def streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
+        """Weight bytes of a layer that are not on the GPU before it runs."""
+        experts = (spec.num_experts - self.resident_experts[layer]) * spec.expert_parameters
+        dense = 0 if self.resident_dense else spec.dense_parameters
+        return (experts + dense) * DTYPE_BYTES[self.dtype]
+
+    def decode_streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
+        """Bytes of a layer loaded in every decode step: no experts if the CPU computes them."""
+        if self.ffn is Device.GPU:
+            return self.streamed_bytes(spec, layer)
+        return 0 if self.resident_dense else spec.dense_parameters * DTYPE_BYTES[self.dtype]
+
+    def weight_share_on_gpu(self, spec: ModelSpec) -> float:
+        """The paper's r_w: share of the layers' weight bytes that lives on the GPU."""
+        streamed = sum(self.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
+        return 1 - streamed / (spec.num_layers * spec.layer_bytes(self.dtype))
+
+    @property
+    def kv_share_on_gpu(self) -> float:
+        """The paper's r_c: share of the KV cache that lives on the GPU."""
+        return self.gpu_kv_micro_batches / self.num_micro_batches
+
+    def paper_tuple(self, spec: ModelSpec) -> tuple[int, int, int, int, float, float]:
+        """(N, μ, A_g, F_g, r_w, r_c) of MoE-Lightning, arXiv 2411.11217, §4.2."""
+        return (
+            self.batch_size,
+            self.micro_batch_size,
+            int(self.attention is Device.GPU),
+            int(self.ffn is Device.GPU),
+            self.weight_share_on_gpu(spec),
+            self.kv_share_on_gpu,
+        )
+
+
+def kv_tokens_for(micro_batch_size: int, mean_context_len: float, max_context_len: int) -> int:
+    """KV cache tokens a micro-batch needs, in whole blocks.
+
+    Room for `micro_batch_size` requests of mean length, each with half a block lost to rounding,
+    and for at least one request of the greatest length.
+    """
+    tokens = max(micro_batch_size * (mean_context_len + KV_BLOCK_TOKENS / 2), max_context_len)
+    return -(-round(tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS

@@ -1,0 +1,77 @@
+"""Schedules: pure functions from a model and a policy to the graph that is simulated and run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy, ScheduleName
+from hrm.schedules import orders
+from hrm.schedules.pipeline import Pipeline
+from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId, checked
+
+__all__ = ["SCHEDULES", "Pipeline", "Schedule", "decode_pipeline", "graph", "iter_tasks",
+           "prefill_pipeline"]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A decode order, whether it pages a layer's weights, and what the system it is from fixes.
+
+    `attention`, `single_micro_batch` and `kv_on_gpu` bound the search, not the executor: any
+    policy can be run in any order.
+    """
+
+    order: Callable[[Pipeline], Iterator[TaskId]]
+    paged: bool = False
+    attention: Device | None = None
+    single_micro_batch: bool = False
+    kv_on_gpu: bool = False
+
+
+SCHEDULES: Final = {
+    ScheduleName.CGOPIPE: Schedule(orders.cgopipe, paged=True),
+    ScheduleName.FLEXGEN: Schedule(orders.flexgen, attention=Device.GPU),
+    ScheduleName.FLEXGEN_C: Schedule(orders.flexgen, attention=Device.CPU),
+    ScheduleName.FASTDECODE: Schedule(orders.cgopipe, attention=Device.CPU),
+    ScheduleName.DEEPSPEED: Schedule(
+        orders.deepspeed, attention=Device.GPU, single_micro_batch=True, kv_on_gpu=True
+    ),
+}
+
+
+def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline:
+    if not SCHEDULES[policy.schedule].paged:
+        return pipeline
+    dense = spec.dense_parameters
+    streamed_experts = spec.num_experts - max(policy.resident_experts)
+    streamed = dense + (
+        streamed_experts * spec.expert_parameters
+        if pipeline.phase is Phase.PREFILL or policy.ffn is Device.GPU
+        else 0
+    )
+    return pipeline.with_pages(policy.num_micro_batches, dense_share=dense / streamed)
+
+
+def decode_pipeline(spec: ModelSpec, policy: Policy, *, num_steps: int = 1) -> Pipeline:
+    """The shape of `num_steps` joined decode steps under the policy."""
+    return _with_pages(Pipeline.of_policy(spec, policy, num_steps=num_steps), spec, policy)
+
+
+def prefill_pipeline(spec: ModelSpec, policy: Policy, *, num_chunks: int) -> Pipeline:
+    """The shape of prefill in `num_chunks` chunks of prompts under the policy."""
+    return _with_pages(Pipeline.of_prefill(spec, policy, num_chunks=num_chunks), spec, policy)
+
+
+def iter_tasks(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[Task]:
+    """The tasks of a phase in order of issue, made one by one: a long job never holds them all."""
+    prefill = pipeline.phase is Phase.PREFILL
+    order = orders.prefill if prefill else SCHEDULES[schedule].order
+    yield from checked(pipeline.tasks(order(pipeline)))
+
+
+def graph(pipeline: Pipeline, schedule: ScheduleName) -> TaskGraph:
+    """The whole graph of a phase, to be printed, drawn or simulated."""
+    prefill = pipeline.phase is Phase.PREFILL
+    order = orders.prefill if prefill else SCHEDULES[schedule].order
+    return TaskGraph(tuple(pipeline.tasks(order(pipeline))))

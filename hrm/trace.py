@@ -1,0 +1,187 @@
+"""What a run or a simulation did: one span a task, in seconds from the start."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm.errors import TraceError
+from hrm.tasks import Lane, Phase, TaskId, TaskKind
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When a task ran in its lane; `num_bytes` is what it moved, 0 for computing."""
+
+    id: TaskId
+    lane: Lane
+    start_s: float
+    end_s: float
+    phase: Phase = Phase.DECODE
+    batch: int = 0
+    num_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Spans of one run or simulation; predicted and measured traces share this type."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def makespan_s(self) -> float:
+        """From the first start to the last end."""
+        if not self.spans:
+            return 0.0
+        return max(s.end_s for s in self.spans) - min(s.start_s for s in self.spans)
+
+    def of_phase(self, phase: Phase) -> "Trace":
+        """Only the spans of one phase."""
+        return Trace(tuple(span for span in self.spans if span.phase is phase))
+
+    def of_batch(self, batch: int) -> "Trace":
+        """Only the spans of one batch."""
+        return Trace(tuple(span for span in self.spans if span.batch == batch))
+
+    def up_to_layer(self, layers: int) -> "Trace":
+        """What had ended when the first step was done with its first `layers` layers."""
+        of_them = [s.end_s for s in self.spans if s.id.layer < layers and s.id.step == 0]
+        end_s = max(of_them, default=0.0)
+        return Trace(tuple(span for span in self.spans if span.end_s <= end_s))
+
+    def busy_s(self) -> dict[Lane, float]:
+        """Seconds each lane was at work."""
+        busy: dict[Lane, float] = defaultdict(float)
+        for span in self.spans:
+            busy[span.lane] += span.seconds
+        return dict(busy)
+
+    def utilisation(self) -> dict[Lane, float]:
+        """Busy share of the makespan of each lane."""
+        makespan_s = self.makespan_s
+        return {lane: busy_s / makespan_s for lane, busy_s in self.busy_s().items()}
+
+    def seconds_by_kind(self) -> dict[TaskKind, float]:
+        """Total seconds of each kind of task."""
+        totals: dict[TaskKind, float] = defaultdict(float)
+        for span in self.spans:
+            totals[span.id.kind] += span.seconds
+        return dict(totals)
+
+
+def lane_chart(trace: Trace, *, width: int = 100, max_spans: int = 4000) -> str:
+    """Draw a trace as text, one row a lane; each cell holds the letter that was busiest in it.
+
+    A dot is an idle cell. Raises nothing; an empty trace gives an empty text.
+    """
+    spans = trace.spans[:max_spans]
+    if not spans:
+        return ""
+    start_s, end_s = min(s.start_s for s in spans), max(s.end_s for s in spans)
+    cell_s = max((end_s - start_s) / width, 1e-12)
+    rows: list[str] = []
+    for lane in Lane:
+        cells: list[dict[str, float]] = [defaultdict(float) for _ in range(width)]
+        for span in (s for s in spans if s.lane is lane):
+            first = int((span.start_s - start_s) / cell_s)
+            last = min(int((span.end_s - start_s) / cell_s), width - 1)
+            for cell in range(first, last + 1):
+                left_s, right_s = start_s + cell * cell_s, start_s + (cell + 1) * cell_s
+                overlap_s = min(span.end_s, right_s) - max(span.start_s, left_s)
+                cells[cell][span.id.kind.value] += max(overlap_s, 0.0)
+        if any(cells):
+            text = "".join(_busiest(cell, cell_s) for cell in cells)
+            rows.append(f"{lane.value:>5} │{text}│")
+    return "\n".join(rows)
+
+
+def _busiest(cell: dict[str, float], cell_s: float) -> str:
+    if sum(cell.values()) < 0.5 * cell_s:
+        return "·"
+    return max(cell, key=lambda letter: cell[letter])
+
+
+def chrome_events(
+    spans: Iterable[Span], *, process: str = "measured", pid: int = 0
+) -> list[dict[str, object]]:
+    """Spans as Chrome trace events (microseconds), one thread a lane; Perfetto opens them."""
+    lanes = list(Lane)
+    names: list[dict[str, object]] = [
+        {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}},
+        *(
+            {"ph": "M", "name": "thread_name", "pid": pid, "tid": index, "args": {"name": lane}}
+            for index, lane in enumerate(lanes)
+        ),
+    ]
+    return names + [
+        {
+            "ph": "X",
+            "name": str(span.id),
+            "cat": span.phase.value,
+            "pid": pid,
+            "tid": lanes.index(span.lane),
+            "ts": round(span.start_s * 1e6, 3),
+            "dur": round(span.seconds * 1e6, 3),
+            "args": {
+                "kind": span.id.kind.name,
+                "layer": span.id.layer,
+                "micro_batch": span.id.micro_batch,
+                "step": span.id.step,
+                "batch": span.batch,
+                "num_bytes": span.num_bytes,
+            },
+        }
+        for span in spans
+    ]
+
+
+def write_chrome_trace(path: Path, *, measured: Trace | None = None, **others: Trace) -> None:
+    """Write traces side by side into one Chrome trace file."""
+    traces = {**({"measured": measured} if measured else {}), **others}
+    events = [
+        event
+        for pid, (name, trace) in enumerate(traces.items())
+        for event in chrome_events(trace.spans, process=name, pid=pid)
+    ]
+    document = {"displayTimeUnit": "ms", "traceEvents": events}
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def read_chrome_trace(path: Path, *, process: str = "measured") -> Trace:
+    """Read a trace that `write_chrome_trace` wrote; TraceError if the file is none of ours."""
+    try:
+        events: list[Any] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        lanes: list[Lane] = list(Lane)
+        pids = {e["pid"] for e in events if e["name"] == "process_name"
+                and e["args"]["name"] == process}  # fmt: skip
+        spans = tuple(
+            Span(
+                TaskId(
+                    TaskKind[event["args"]["kind"]],
+                    event["args"]["layer"],
+                    event["args"]["micro_batch"],
+                    event["args"]["step"],
+                ),
+                lanes[event["tid"]],
+                event["ts"] / 1e6,
+                (event["ts"] + event["dur"]) / 1e6,
+                Phase(event["cat"]),
+                event["args"]["batch"],
+                event["args"]["num_bytes"],
+            )
+            for event in events
+            if event["ph"] == "X" and event["pid"] in pids
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise TraceError(
+            str(path), f"<{type(error).__name__}: {error}>", "must be a trace written by executor",
+            "run the job again",
+        ) from error  # fmt: skip
+    return Trace(spans)
