@@ -1,0 +1,73 @@
+"""hrm: a hierarchical roofline model of a machine, and the best offloading policy for it.
+
+How the parts follow from one another, in the order of a plan:
+
+- `hardware`, `machines`: a machine as memory levels with processors and links, loaded from YAML;
+  `model_spec` and `workload`: what is run; `policy`: how it is run, in integers.
+- `tasks`, `schedules`: a schedule turns a model and a policy into a task graph, inert data that
+  `simulate` walks in virtual time and the `executor` package runs on real weights.
+- `operators`, `roofline`, `costs`: FLOPs and bytes of every task, and its seconds on a machine;
+  `memory`: bytes that a policy needs at each level, from which the executor allocates.
+- `closed_form`, `estimate`: throughput of a policy as a bound and as a simulation; `search`: the
+  policy whose throughput is highest; `policy_file`: where it is kept.
+- `trace`, `validate`: what a run did, and how far the prediction was from it; `profiling`: where
+  a machine's figures come from; `plots` and `cli`: what people see.
+
+Importing hrm loads no torch, matplotlib or optuna; the parts that need them do so when called.
+"""
+
+from hrm.errors import HrmError
+from hrm.estimate import Estimate, estimate
+from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
+from hrm.machines import compose, load_profile, save_profile, with_memory
+from hrm.memory import MemoryPlan, plan_memory
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
+from hrm.policy import Policy, ScheduleName
+from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
+from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
+from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId, TaskKind
+from hrm.trace import Span, Trace, lane_chart
+from hrm.workload import WORKLOADS, Workload, named_workload
+
+__all__ = [
+    "BUILT_IN_MODELS",
+    "WORKLOADS",
+    "Device",
+    "Estimate",
+    "Figure",
+    "HardwareProfile",
+    "HrmError",
+    "Lane",
+    "Link",
+    "MemoryLevel",
+    "MemoryPlan",
+    "ModelSpec",
+    "Phase",
+    "Policy",
+    "PolicyFile",
+    "Processor",
+    "Rate",
+    "ScheduleName",
+    "Source",
+    "Span",
+    "Task",
+    "TaskGraph",
+    "TaskId",
+    "TaskKind",
+    "Trace",
+    "TurningPoints",
+    "Workload",
+    "attention_turning_points",
+    "compose",
+    "estimate",
+    "ffn_turning_points",
+    "lane_chart",
+    "load_model",
+    "load_policy_file",
+    "load_profile",
+    "named_workload",
+    "plan_memory",
+    "save_policy_file",
+    "save_profile",
+    "with_memory",
+]

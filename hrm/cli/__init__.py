@@ -1,0 +1,72 @@
+"""The command line of hrm: parse, call, print. Exit code 2 is a mistake in the input."""
+
+import sys
+
+import click
+
+from hrm.errors import HrmError
+
+
+class _LazyGroup(click.Group):
+    """Commands whose modules are imported when they are called, so that --help stays quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        from importlib import import_module
+
+        module, _ = _COMMANDS[cmd_name]
+        return getattr(import_module(module), cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+_COMMANDS = {
+    "profile": ("hrm.cli.profile", "Measure this machine into a hardware profile."),
+    "profiles": (
+        "hrm.cli.catalog",
+        "List the GPUs, hosts and machines that are known, or show one.",
+    ),
+    "models": ("hrm.cli.catalog", "List the built-in models, or show one model's sizes."),
+    "search": ("hrm.cli.plan", "Find the policy with the highest throughput that fits."),
+    "estimate": ("hrm.cli.plan", "Predict what one given policy will do."),
+    "simulate": (
+        "hrm.cli.simulate",
+        "Draw what each lane does under a policy; write a Chrome trace.",
+    ),
+    "plot": ("hrm.cli.plot", "Draw the machine's roofline or a policy's timeline as a picture."),
+    "validate": ("hrm.cli.validate", "Lay a run's measurements beside the prediction."),
+}
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moe-hrm", prog_name="hrm")
+def cli() -> None:
+    """Plan mixture-of-experts inference on a machine whose GPU memory is smaller than the model.
+
+    Measure a machine (profile), find the best policy for it (search), run that policy with
+    `executor run`, and check the prediction against the run (validate).
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line and exit: 0, 2 after a mistake in the input, or 130 on Ctrl-C."""
+    try:
+        cli.main(args=args, prog_name="hrm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except HrmError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,156 @@
+"""`hrm search` and `hrm estimate`: find a policy, or predict a given one."""
+
+from pathlib import Path
+
+import click
+
+from hrm.cli.options import ChosenModel, machine_options, model_options, workload_options
+from hrm.cli.report import plan_json, print_json, print_plan, print_run_command
+from hrm.errors import PolicyError
+from hrm.estimate import Estimate
+from hrm.estimate import estimate as predict
+from hrm.hardware import HardwareProfile
+from hrm.memory import plan_memory
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.policy_file import policy_file_of, save_policy_file
+from hrm.search.result import SearchResult
+from hrm.tasks import Device
+from hrm.workload import Workload
+
+_schedule = click.option(
+    "--schedule", type=click.Choice([name.value for name in ScheduleName]), default="cgopipe",
+    show_default=True, help="The order in which tasks are issued.",
+)  # fmt: skip
+_staging = click.option(
+    "--staging", is_flag=True, help="Host weights are in pageable memory, staged through pinned."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+_out = click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the policy file here."
+)
+
+
+@click.command()
+@machine_options
+@model_options
+@workload_options
+@_schedule
+@_staging
+@click.option(
+    "--solver", type=click.Choice(["exhaustive"]), default="exhaustive", show_default=True,
+    help="How the space is searched.",
+)  # fmt: skip
+@_json
+@_out
+def search(
+    model: ChosenModel, dtype: str, profile: HardwareProfile, workload: Workload, schedule: str,
+    staging: bool, solver: str, as_json: bool, out: Path | None,
+) -> None:  # fmt: skip
+    """Find the policy with the highest job throughput that fits every memory level."""
+    assert solver == "exhaustive", "the only choice"
+    from hrm.search.exhaustive import search as solve
+
+    result = solve(
+        model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule),
+        staging=staging,
+    )  # fmt: skip
+    _show(result.require(), model, profile, workload, result, as_json=as_json, out=out)
+
+
+@click.command()
+@machine_options
+@model_options
+@workload_options
+@click.option("--micro-batch-size", "-u", type=int, required=True, help="Requests a micro-batch.")
+@click.option("--num-micro-batches", "-n", type=int, required=True, help="Micro-batches a batch.")
+@click.option("--attention", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--ffn", type=click.Choice(["cpu", "gpu"]), default="gpu", show_default=True)
+@click.option(
+    "--resident-experts", default="0", show_default=True, metavar="COUNT[,COUNT…]",
+    help="Experts of every layer that stay on the GPU: one count, or one for each layer.",
+)  # fmt: skip
+@click.option(
+    "--resident-dense/--stream-dense", default=True, show_default=True,
+    help="Whether projections, norms and routers stay on the GPU.",
+)  # fmt: skip
+@click.option(
+    "--kv-on-gpu", is_flag=False, flag_value="1", default="0", show_default=True,
+    metavar="[SHARE]", help="Share of the KV cache that lives on the GPU; all without a number.",
+)  # fmt: skip
+@click.option("--prefill-chunk", type=int, help="Prompt tokens prefilled at a time.")
+@_schedule
+@_staging
+@_json
+@_out
+def estimate(
+    model: ChosenModel, dtype: str, profile: HardwareProfile, workload: Workload,
+    micro_batch_size: int, num_micro_batches: int, attention: str, ffn: str,
+    resident_experts: str, resident_dense: bool, kv_on_gpu: str, prefill_chunk: int | None,
+    schedule: str, staging: bool, as_json: bool, out: Path | None,
+) -> None:  # fmt: skip
+    """Predict what one given policy will do."""
+    for flag, value in (
+        ("--micro-batch-size", micro_batch_size), ("--num-micro-batches", num_micro_batches)
+    ):  # fmt: skip
+        if value < 1:
+            raise PolicyError(flag, value, "must be at least 1", "give a positive number")
+    batch_size = micro_batch_size * num_micro_batches
+    if workload.num_requests is not None:
+        batch_size = max(min(batch_size, workload.num_requests), micro_batch_size)
+    chunk = max(workload.max_prompt_len, min(round(batch_size * workload.prompt_len), 4096))
+    policy = Policy(
+        schedule=ScheduleName(schedule),
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        attention=Device(attention),
+        ffn=Device(ffn),
+        resident_experts=_resident_experts(resident_experts, model.spec.num_layers),
+        resident_dense=resident_dense,
+        gpu_kv_micro_batches=round(_share(kv_on_gpu) * -(-batch_size // micro_batch_size)),
+        kv_tokens_per_micro_batch=kv_tokens_for(
+            micro_batch_size, workload.mean_context_len, workload.max_context_len
+        ),
+        prefill_chunk_tokens=chunk if prefill_chunk is None else prefill_chunk,
+        staging=staging,
+        dtype=dtype,
+    )
+    policy.check_model(model.spec)
+    plan_memory(model.spec, policy, profile).check_fits()
+    predicted = predict(model.spec, policy, profile, workload)
+    _show(predicted, model, profile, workload, None, as_json=as_json, out=out)
+
+
+def _resident_experts(text: str, num_layers: int) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PolicyError(
+            "--resident-experts", text, "must be integers separated by commas",
+            "give one count, or one for each layer",
+        ) from None  # fmt: skip
+    return counts * num_layers if len(counts) == 1 else counts
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise PolicyError(
+            "--kv-on-gpu", text, "must be a share between 0 and 1", "give 0.5, or no number for all"
+        )
+    return share
+
+
+def _show(
+    predicted: Estimate, model: ChosenModel, profile: HardwareProfile, workload: Workload,
+    result: SearchResult | None, *, as_json: bool, out: Path | None,
+) -> None:  # fmt: skip
+    if out is not None:
+        save_policy_file(out, policy_file_of(predicted, model.spec, profile, workload))
+    if as_json:
+        print_json(plan_json(predicted, model.spec, profile, workload, result))
+        return
+    print_plan(predicted, model.spec, profile, workload, result)
+    print_run_command(model.argument, out, is_folder=Path(model.argument).is_dir())

@@ -1,0 +1,263 @@
+"""How a plan is shown: for people as tables, for scripts as one JSON object."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from hrm.estimate import LANE_WORDS, Estimate, PhaseEstimate
+from hrm.hardware import HardwareProfile
+from hrm.memory import LevelPlan
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy
+from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
+from hrm.search.result import SearchResult
+from hrm.tasks import Device
+from hrm.units import format_bytes, format_seconds
+from hrm.workload import Workload
+
+# Tables keep their columns when the output goes to a file or a pipe.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object and nothing else."""
+    print(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
+
+
+def policy_json(policy: Policy, spec: ModelSpec) -> dict[str, Any]:
+    """The policy's fields and the paper's six-tuple."""
+    n, mu, a_g, f_g, r_w, r_c = policy.paper_tuple(spec)
+    six = {"N": n, "mu": mu, "A_g": a_g, "F_g": f_g, "r_w": r_w, "r_c": r_c}
+    fields = {name: getattr(policy, name) for name in Policy.__dataclass_fields__}
+    return {**fields, "num_micro_batches": policy.num_micro_batches, "paper_tuple": six}
+
+
+def predicted_json(estimate: Estimate) -> dict[str, Any]:
+    """Predicted throughput and times of the job, its bound, and the bottleneck of each phase."""
+    return {
+        "tokens_per_s": estimate.tokens_per_s,
+        "prefill_s": estimate.prefill.seconds,
+        "decode_s": estimate.decode.seconds,
+        "bound_tokens_per_s": estimate.bound_tokens_per_s,
+        "bottleneck": {
+            "prefill": estimate.prefill.bottleneck.value,
+            "decode": estimate.decode.bottleneck.value,
+        },
+        "lane_s": {
+            phase: {lane.value: seconds for lane, seconds in of_phase.lane_s.items()}
+            for phase, of_phase in (("prefill", estimate.prefill), ("decode", estimate.decode))
+        },
+        "requests": estimate.num_requests,
+        "batches": estimate.num_batches,
+    }
+
+
+def memory_json(plan: LevelPlan) -> dict[str, Any]:
+    """Capacity and planned bytes by purpose at one level."""
+    return {
+        "capacity_bytes": plan.capacity_bytes,
+        "planned_bytes": {**plan.purposes, "total": plan.planned_bytes},
+    }
+
+
+def plan_json(
+    estimate: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload,
+    search: SearchResult | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything about one plan."""
+    levels = {plan.name: memory_json(plan) for plan in _levels(estimate, profile)}
+    points = _turning_points(estimate, spec, profile, workload)
+    content: dict[str, Any] = {
+        "policy": policy_json(estimate.policy, spec),
+        "predicted": predicted_json(estimate),
+        "memory": levels,
+        "turning_points": {
+            name: {**asdict(point), "verdict": point.verdict} for name, point in points.items()
+        },
+        "machine": profile.name,
+        "model": spec.name,
+        "workload": workload,
+    }
+    if search is not None:
+        content["search"] = {
+            "solver": search.solver,
+            "seconds": search.seconds,
+            "evaluations": search.evaluations,
+            "outcome": search.outcome.name.lower(),
+            "gap": search.gap,
+        }
+        content["runner_ups"] = [
+            {"policy": policy_json(e.policy, spec), "predicted": predicted_json(e)}
+            for e in search.runner_ups
+        ]
+    return content
+
+
+def _levels(estimate: Estimate, profile: HardwareProfile) -> list[LevelPlan]:
+    plans = [estimate.memory.gpu, estimate.memory.cpu]
+    return plans if profile.has_accelerator else plans[:1]
+
+
+def _turning_points(
+    estimate: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload
+) -> dict[str, TurningPoints]:
+    if not profile.has_accelerator:
+        return {}
+    policy = estimate.policy
+    context = workload.prompt_len + workload.gen_len / 2
+    return {
+        "attention": attention_turning_points(profile, spec, policy.dtype, context=context),
+        "ffn": ffn_turning_points(
+            profile, spec, policy.dtype, batch_size=policy.batch_size,
+            micro_batch_size=policy.micro_batch_size,
+        ),
+    }  # fmt: skip
+
+
+def print_plan(
+    estimate: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload,
+    search: SearchResult | None = None,
+) -> None:  # fmt: skip
+    """Print a plan for people."""
+    policy = estimate.policy
+    console.print(
+        f"[bold]{spec.name}[/] ({spec.parameters / 1e9:.3g} B parameters, {policy.dtype}) on "
+        f"[bold]{profile.name}[/]{_kind_of_machine(profile)}"
+    )
+    requests = "without end" if workload.num_requests is None else str(workload.num_requests)
+    console.print(
+        f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
+        f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
+    )
+    _print_policy(policy, spec, has_gpu=profile.has_accelerator)
+    _print_prediction(estimate, workload)
+    _print_memory(estimate, profile)
+    _print_turning_points(_turning_points(estimate, spec, profile, workload))
+    if search is not None:
+        _print_search(search, spec)
+
+
+def _kind_of_machine(profile: HardwareProfile) -> str:
+    match profile.accelerator:
+        case "catalog":
+            return " (from the catalog: not measured)"
+        case "emulated":
+            return " (the accelerator is emulated)"
+        case _:
+            return ""
+
+
+def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
+    n, mu, a_g, f_g, r_w, r_c = policy.paper_tuple(spec)
+    console.print(
+        f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
+        f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f}), schedule {policy.schedule.value}"
+    )
+    batches = f"{policy.num_micro_batches} micro-batches of {policy.micro_batch_size}"
+    console.print(f"  {policy.batch_size} requests a batch in {batches}")
+    if not has_gpu:
+        console.print("  everything is held and computed on the CPU: there is no accelerator\n")
+        return
+    kv = (
+        f"the KV cache of {policy.gpu_kv_micro_batches} of {policy.num_micro_batches} micro-batches"
+    )
+    console.print(f"  attention on the {_word(policy.attention)}; {kv} on the GPU")
+    low, high = min(policy.resident_experts), max(policy.resident_experts)
+    count = f"{low}" if low == high else f"{low} or {high}"
+    dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
+    console.print(
+        f"  experts on the {_word(policy.ffn)}; {count} of {spec.num_experts} a layer stay on the "
+        f"GPU, {dense}{', staged through pinned memory' if policy.staging else ''}"
+    )
+    console.print(f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time\n")
+
+
+def _word(device: Device) -> str:
+    return "GPU" if device is Device.GPU else "CPU"
+
+
+def _print_prediction(estimate: Estimate, workload: Workload) -> None:
+    share = estimate.tokens_per_s / estimate.bound_tokens_per_s
+    what = "batch" if workload.num_requests is None else "job"
+    console.print(
+        f"[bold]predicted[/]  [bold green]{estimate.tokens_per_s:.4g} tokens/s[/] generated, "
+        f"{share:.0%} of the bound {estimate.bound_tokens_per_s:.4g}"
+    )
+    for name, phase in (("prefill", estimate.prefill), ("decode", estimate.decode)):
+        console.print(
+            f"  {name:8}{format_seconds(phase.seconds):>12} a {what}, limited by the "
+            f"{LANE_WORDS[phase.bottleneck]}  {_lane_shares(phase)}"
+        )
+    console.print()
+
+
+def _lane_shares(phase: PhaseEstimate) -> str:
+    seconds = max(phase.seconds, 1e-12)
+    shares = [f"{lane.value} {s / seconds:.0%}" for lane, s in phase.lane_s.items() if s > 0]
+    return f"[dim](busy: {', '.join(shares)})[/]"
+
+
+def _print_memory(estimate: Estimate, profile: HardwareProfile) -> None:
+    table = Table("memory", "planned", "capacity", "share", "for", box=None, pad_edge=False)
+    for plan in _levels(estimate, profile):
+        largest = sorted(plan.purposes.items(), key=lambda item: -item[1])
+        parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest[:4]]
+        more = ["…"] if len(largest) > 4 else []
+        table.add_row(
+            plan.name,
+            format_bytes(plan.planned_bytes),
+            format_bytes(plan.capacity_bytes),
+            f"{plan.planned_bytes / plan.capacity_bytes:.1%}",
+            ", ".join(parts + more),
+        )
+    console.print(table)
+    console.print()
+
+
+def _print_turning_points(points: dict[str, TurningPoints]) -> None:
+    if not points:
+        return
+    table = Table(
+        "turning points", "intensity", "P1", "P2", "balance", "", box=None, pad_edge=False
+    )
+    for name, point in points.items():
+        numbers = (point.intensity, point.p1, point.p2, point.balance)
+        table.add_row(name, *(f"{number:.4g}" for number in numbers), point.verdict)
+    console.print(table)
+    console.print("[dim]  FLOPs a byte of the data that lies on the host[/]\n")
+
+
+def _print_search(search: SearchResult, spec: ModelSpec) -> None:
+    if search.runner_ups:
+        table = Table(
+            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", "decode limited by",
+            box=None, pad_edge=False,
+        )  # fmt: skip
+        for estimate in search.runner_ups:
+            n, mu, a_g, f_g, r_w, r_c = estimate.policy.paper_tuple(spec)
+            table.add_row(
+                f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f})",
+                f"{estimate.tokens_per_s:.4g}",
+                LANE_WORDS[estimate.decode.bottleneck],
+            )
+        console.print(table)
+    console.print(
+        f"[dim]{search.solver} search: {search.evaluations:,} policies in {search.seconds:.2f} s; "
+        f"{search.outcome.value} (gap {search.gap:.2%})[/]"
+    )
+
+
+def print_run_command(model: str, out: Path | None, *, is_folder: bool) -> None:
+    """Print the command that runs the policy, and what is missing for it."""
+    path = out if out is not None else Path("policy.json")
+    folder = model if is_folder else "FOLDER-WITH-WEIGHTS"
+    hint = "" if out is not None else "   [dim](after adding --out policy.json here)[/]"
+    console.print(
+        f"\nrun it:  executor run --model {folder} --policy {path} --input prompts.jsonl "
+        f"--output-dir run/{hint}"
+    )

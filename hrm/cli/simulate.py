@@ -1,0 +1,95 @@
+"""`hrm simulate`: what each lane does under a policy, as text, as a chart and as a Chrome trace."""
+
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from hrm.cli.options import plan_options
+from hrm.cli.report import console, print_json
+from hrm.costs import Costs
+from hrm.errors import TraceError
+from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
+from hrm.policy_file import PolicyFile
+from hrm.tasks import Lane, Phase, TaskKind
+from hrm.trace import Trace, lane_chart, write_chrome_trace
+from hrm.units import format_seconds
+
+TEXT_TASKS = 24
+
+
+@click.command()
+@plan_options
+@click.option(
+    "--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True
+)
+@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True,
+              help="Decode steps to simulate, joined.")  # fmt: skip
+@click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
+@click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True,
+              help="Columns of the chart.")  # fmt: skip
+@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write a Chrome trace (open it in ui.perfetto.dev).")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def simulate(
+    plan: PolicyFile, phase: str, steps: int, layers: int | None, width: int, trace: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Walk a policy's task graph in virtual time and draw what each lane does."""
+    simulated = simulate_plan(plan, Phase(phase), num_steps=steps)
+    if trace is not None:
+        try:
+            write_chrome_trace(trace, predicted=simulated)
+        except OSError as error:
+            raise TraceError(
+                str(trace), f"<{error.strerror}>", "must be writable", "choose another --trace"
+            ) from error
+    shown = simulated if layers is None else simulated.up_to_layer(layers)
+    if as_json:
+        print_json(
+            {
+                "phase": phase,
+                "makespan_s": simulated.makespan_s,
+                "busy_s": {lane.value: s for lane, s in simulated.busy_s().items()},
+                "utilisation": {lane.value: s for lane, s in simulated.utilisation().items()},
+                "seconds_by_kind": {k.name: s for k, s in simulated.seconds_by_kind().items()},
+                "lanes": {lane.value: lane_text(simulated, lane, None) for lane in Lane},
+            }
+        )
+        return
+    what = f"{steps} decode steps" if phase == "decode" else "prefill of one batch"
+    console.print(
+        f"[bold]{plan.model.name}[/] on [bold]{plan.profile.name}[/], "
+        f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated\n"
+    )
+    for lane in Lane:
+        text = lane_text(shown, lane, TEXT_TASKS)
+        if text:
+            console.print(f"{lane.value:>5}  {text}")
+    console.print(f"\n{lane_chart(shown, width=width)}\n")
+    letters = ", ".join(f"{k.value} {k.name.lower().replace('_', ' ')}" for k in TaskKind)
+    console.print(f"[dim]{letters}[/]\n")
+    table = Table("lane", "busy", "share", box=None, pad_edge=False)
+    shares = simulated.utilisation()
+    for lane, busy_s in simulated.busy_s().items():
+        table.add_row(lane.value, format_seconds(busy_s), f"{shares[lane]:.1%}")
+    console.print(table)
+
+
+def lane_text(trace: Trace, lane: Lane, limit: int | None) -> str:
+    """The lane's tasks in issue order, at most `limit` of them."""
+    names = [str(span.id) for span in trace.spans if span.lane is lane]
+    if limit is not None and len(names) > limit:
+        return " ".join(names[:limit]) + f" … ({len(names)} tasks)"
+    return " ".join(names)
+
+
+def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
+    """The simulated trace of one phase of a plan's batch, in the middle of its decoding."""
+    requests = plan.workload.num_requests or plan.policy.batch_size
+    policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
+    costs = Costs(plan.model, plan.profile, policy.dtype)
+    if phase is Phase.PREFILL:
+        return simulate_work(prefill_work(costs, policy, plan.workload))
+    context = plan.workload.prompt_len + plan.workload.gen_len / 2
+    return simulate_work(decode_work(costs, policy, context, num_steps=num_steps))

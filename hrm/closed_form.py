@@ -1,0 +1,193 @@
+"""The closed form: seconds of a layer, a phase and a job from the work of each lane.
+
+`T = max(link, CPU, GPU)` a layer (MoE-Lightning, arXiv 2411.11217, §4.2) with every transfer and
+projection counted. Fields of a point may be numbers or NumPy arrays: the search evaluates a whole
+grid of policies with the same lines that estimate one.
+"""
+
+from dataclasses import dataclass
+
+from hrm import operators
+from hrm.costs import Costs
+from hrm.model_spec import ModelSpec
+from hrm.numeric import Number, maximum, where
+from hrm.policy import Policy, ScheduleName
+from hrm.schedules import SCHEDULES
+from hrm.schedules.orders import LOOKAHEAD
+from hrm.tasks import Device, Lane
+from hrm.units import DTYPE_BYTES
+from hrm.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A policy, or a grid of them, in the numbers that the closed form needs.
+
+    `resident_experts` is the mean over layers. Truths are 0 or 1.
+    """
+
+    batch_size: Number
+    num_micro_batches: Number
+    gpu_attention: Number
+    gpu_ffn: Number
+    gpu_kv_micro_batches: Number
+    resident_experts: Number
+    resident_dense: Number
+    chunk_tokens: Number
+    staging: int = 0
+
+    @staticmethod
+    def of_policy(policy: Policy) -> "Point":
+        """The numbers of one policy."""
+        return Point(
+            batch_size=policy.batch_size,
+            num_micro_batches=policy.num_micro_batches,
+            gpu_attention=int(policy.attention is Device.GPU),
+            gpu_ffn=int(policy.ffn is Device.GPU),
+            gpu_kv_micro_batches=policy.gpu_kv_micro_batches,
+            resident_experts=sum(policy.resident_experts) / len(policy.resident_experts),
+            resident_dense=int(policy.resident_dense),
+            chunk_tokens=policy.prefill_chunk_tokens,
+            staging=int(policy.staging),
+        )
+
+    def streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+        """Weight bytes of a layer that are not on the GPU, as a mean over layers."""
+        experts = (spec.num_experts - self.resident_experts) * spec.expert_parameters
+        dense = (1 - self.resident_dense) * spec.dense_parameters
+        return (experts + dense) * DTYPE_BYTES[dtype]
+
+    def decode_streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+        """Bytes of a layer loaded in every decode step."""
+        dense = (1 - self.resident_dense) * spec.dense_parameters * DTYPE_BYTES[dtype]
+        return where(self.gpu_ffn, self.streamed_bytes(spec, dtype), dense)
+
+
+def decode_lanes(costs: Costs, point: Point, schedule: ScheduleName, context: Number
+                 ) -> dict[Lane, Number]:  # fmt: skip
+    """Seconds of work in each lane in one decode step over a mean context."""
+    spec, dtype = costs.spec, costs.dtype
+    n, layers = point.num_micro_batches, spec.num_layers
+    m = point.batch_size / n
+    off_gpu = n - point.gpu_kv_micro_batches
+    cpu_attention = off_gpu * (1 - point.gpu_attention)
+    streams_kv = off_gpu * point.gpu_attention
+    cpu_ffn = (1 - point.gpu_ffn) * (point.resident_experts < spec.num_experts)
+    weights = point.decode_streamed_bytes(spec, dtype)
+    pages = n if SCHEDULES[schedule].paged else 1
+    gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
+    hidden = operators.hidden_bytes(spec, dtype, m)
+    gpu = n * (costs.pre_attention(m) + costs.post_attention(m, gpu_experts))
+    gpu = gpu + (n - cpu_attention) * costs.attention(Device.GPU, m, context)
+    cpu = cpu_attention * costs.attention(Device.CPU, m, context)
+    cpu = cpu + n * cpu_ffn * costs.cpu_experts(m, spec.num_experts - point.resident_experts)
+    h2d = costs.h2d(weights, pages)
+    h2d = h2d + cpu_attention * costs.h2d(operators.attention_output_bytes(spec, dtype, m))
+    h2d = h2d + streams_kv * costs.h2d(operators.kv_bytes(spec, dtype, m * context))
+    h2d = h2d + n * cpu_ffn * costs.h2d(hidden)
+    d2h = cpu_attention * costs.d2h(operators.qkv_bytes(spec, dtype, m))
+    d2h = d2h + streams_kv * costs.d2h(operators.kv_bytes(spec, dtype, m))
+    d2h = d2h + n * cpu_ffn * costs.d2h(operators.routed_token_bytes(spec, dtype, m))
+    return {
+        Lane.GPU: layers * gpu + n * costs.sample(m),
+        Lane.CPU: layers * cpu,
+        Lane.H2D: layers * h2d + n * costs.h2d(hidden),
+        Lane.D2H: layers * d2h,
+        Lane.STAGE: layers * point.staging * costs.stage(weights, pages),
+    }
+
+
+def step_seconds(costs: Costs, point: Point, schedule: ScheduleName, context: Number) -> Number:
+    """Seconds of one decode step, with what the schedule cannot overlap.
+
+    CGOPipe overlaps all lanes, as far as micro-batches in flight allow. FastDecode's GPU waits
+    for the layer's weights besides; FlexGen and DeepSpeed load the next layer only once the last
+    one's buffer is free, and FlexGen's attention on the CPU runs in turn with the GPU.
+    """
+    lanes = decode_lanes(costs, point, schedule, context)
+    longest = maximum(*lanes.values(), _chain_seconds(costs, point, context))
+    weights = costs.spec.num_layers * costs.h2d(point.decode_streamed_bytes(
+        costs.spec, costs.dtype))  # fmt: skip
+    match schedule:
+        case ScheduleName.CGOPIPE:
+            return longest
+        case ScheduleName.FASTDECODE:
+            return maximum(longest, lanes[Lane.H2D] + lanes[Lane.GPU])
+        case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
+            n = point.num_micro_batches
+            on_cpu = (n > point.gpu_kv_micro_batches) * (1 - point.gpu_attention)
+            small = lanes[Lane.H2D] - weights
+            in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
+            # The first micro-batch's attention runs while the weights load.
+            serial = maximum(weights, in_turn / n) + in_turn * (n - 1) / n
+            overlapped = weights + maximum(small, lanes[Lane.GPU], lanes[Lane.CPU])
+            return maximum(longest, where(on_cpu, serial, overlapped))
+        case ScheduleName.DEEPSPEED:
+            busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
+            return maximum(longest, weights, busy + lanes[Lane.H2D] - weights)
+
+
+def _chain_seconds(costs: Costs, point: Point, context: Number) -> Number:
+    """Seconds of a step in which each micro-batch waits for the one LOOKAHEAD before it.
+
+    A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD chains are in flight.
+    """
+    spec, dtype, n = costs.spec, costs.dtype, point.num_micro_batches
+    m = point.batch_size / n
+    off_gpu = 1 - point.gpu_kv_micro_batches / n
+    cpu_attention = off_gpu * (1 - point.gpu_attention)
+    cpu_ffn = (1 - point.gpu_ffn) * (point.resident_experts < spec.num_experts)
+    gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
+    on_cpu = (
+        costs.d2h(operators.qkv_bytes(spec, dtype, m))
+        + costs.attention(Device.CPU, m, context)
+        + costs.h2d(operators.attention_output_bytes(spec, dtype, m))
+    )
+    chain = costs.pre_attention(m) + costs.post_attention(m, gpu_experts)
+    chain = chain + cpu_attention * on_cpu
+    chain = chain + (1 - cpu_attention) * costs.attention(Device.GPU, m, context)
+    chain = chain + cpu_ffn * (
+        costs.d2h(operators.routed_token_bytes(spec, dtype, m))
+        + costs.cpu_experts(m, spec.num_experts - point.resident_experts)
+        + costs.h2d(operators.hidden_bytes(spec, dtype, m))
+    )
+    in_flight = -maximum(-n, -LOOKAHEAD)
+    return spec.num_layers * n / in_flight * chain
+
+
+def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> dict[Lane, Number]:
+    """Seconds of work in each lane in the prefill of one batch."""
+    spec, dtype, layers = costs.spec, costs.dtype, costs.spec.num_layers
+    tokens = point.batch_size * workload.prompt_len
+    chunk = -maximum(-point.chunk_tokens, -tokens)
+    chunks = tokens / chunk
+    hidden = operators.hidden_bytes(spec, dtype, chunk)
+    off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
+    h2d = costs.h2d(point.streamed_bytes(spec, dtype)) + chunks * costs.h2d(hidden)
+    d2h = chunks * (costs.d2h(hidden) + off_gpu * costs.d2h(operators.kv_bytes(spec, dtype, chunk)))
+    gpu = chunks * costs.prefill_layer(chunk, workload.prompt_len)
+    sampling = costs.sample(point.batch_size / point.num_micro_batches)
+    return {
+        Lane.GPU: layers * gpu + point.num_micro_batches * sampling,
+        Lane.H2D: layers * h2d,
+        Lane.D2H: layers * d2h,
+        Lane.STAGE: layers * point.staging * costs.stage(point.streamed_bytes(spec, dtype)),
+    }
+
+
+def batch_seconds(
+    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
+) -> tuple[Number, Number]:
+    """Prefill and decode seconds of one batch; the context grows by a token a step.
+
+    A step's time is a maximum of lines in the context, so Simpson's rule over three contexts is
+    within a fraction of a per cent of the sum over all of them.
+    """
+    prefill = maximum(*prefill_lanes(costs, point, workload).values())
+    first = workload.prompt_len + 1
+    last = workload.prompt_len + max(workload.decode_steps, 1)
+    begin, middle, end = (
+        step_seconds(costs, point, schedule, context)
+        for context in (first, (first + last) / 2, last)
+    )
+    return prefill, workload.decode_steps * (begin + 4 * middle + end) / 6

@@ -1,0 +1,240 @@
+"""What a policy will do on a machine: closed form (the bound) and simulation (with its bubbles)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Final
+
+from hrm.closed_form import Point, decode_lanes, prefill_lanes
+from hrm.costs import Costs, TaskWork
+from hrm.hardware import HardwareProfile
+from hrm.memory import MemoryPlan, plan_memory
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy
+from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.simulate import simulate
+from hrm.tasks import Lane, TaskKind
+from hrm.trace import Trace
+from hrm.workload import Workload
+
+# Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
+MAX_TASKS: Final = 6000
+LANE_WORDS: Final = {
+    Lane.GPU: "GPU compute",
+    Lane.CPU: "CPU attention and experts",
+    Lane.H2D: "host-to-device link",
+    Lane.D2H: "device-to-host link",
+    Lane.STAGE: "staging copies to pinned memory",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEstimate:
+    """One phase of the whole job: simulated seconds, the bound, and the work in each lane."""
+
+    seconds: float
+    bound_s: float
+    lane_s: dict[Lane, float]
+
+    @property
+    def bottleneck(self) -> Lane:
+        """The lane with the most work."""
+        return max(self.lane_s, key=lambda lane: self.lane_s[lane])
+
+    def __add__(self, other: "PhaseEstimate") -> "PhaseEstimate":
+        """Both one after the other."""
+        return PhaseEstimate(
+            seconds=self.seconds + other.seconds,
+            bound_s=self.bound_s + other.bound_s,
+            lane_s={lane: s + other.lane_s[lane] for lane, s in self.lane_s.items()},
+        )
+
+    def times(self, count: int) -> "PhaseEstimate":
+        """The phase repeated."""
+        return PhaseEstimate(
+            seconds=self.seconds * count,
+            bound_s=self.bound_s * count,
+            lane_s={lane: s * count for lane, s in self.lane_s.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A policy's predicted job: all batches of the workload, or one batch if it has no end."""
+
+    policy: Policy
+    num_requests: int
+    num_batches: int
+    generated_tokens: float
+    prefill: PhaseEstimate
+    decode: PhaseEstimate
+    memory: MemoryPlan
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the job."""
+        return self.prefill.seconds + self.decode.seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generation throughput: tokens generated over prefill and decode time."""
+        return self.generated_tokens / self.seconds
+
+    @property
+    def bound_tokens_per_s(self) -> float:
+        """Throughput if all lanes overlapped perfectly."""
+        return self.generated_tokens / (self.prefill.bound_s + self.decode.bound_s)
+
+
+def estimate(
+    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
+) -> Estimate:
+    """Predict a job under a policy.
+
+    Raises PolicyError if the policy is not for this model; whether it fits is for the caller to
+    check (`estimate(...).memory.check_fits()`).
+    """
+    policy.check_model(spec)
+    requests = workload.num_requests or policy.batch_size
+    full_batches, rest = divmod(requests, policy.batch_size)
+    phases: list[tuple[PhaseEstimate, PhaseEstimate]] = []
+    if full_batches:
+        prefill, decode = _batch(spec, policy, profile, workload)
+        phases.append((prefill.times(full_batches), decode.times(full_batches)))
+    if rest:
+        phases.append(_batch(spec, with_batch_size(policy, rest), profile, workload))
+    (prefill, decode), *others = phases
+    for more_prefill, more_decode in others:
+        prefill, decode = prefill + more_prefill, decode + more_decode
+    return Estimate(
+        policy=policy,
+        num_requests=requests,
+        num_batches=full_batches + bool(rest),
+        generated_tokens=requests * workload.gen_len,
+        prefill=prefill,
+        decode=decode,
+        memory=plan_memory(spec, policy, profile),
+    )
+
+
+def with_batch_size(policy: Policy, batch_size: int) -> Policy:
+    """The same policy over fewer requests; fewer micro-batches keep their share on the GPU."""
+    micro_batch_size = min(policy.micro_batch_size, batch_size)
+    num_micro_batches = ceil(batch_size / micro_batch_size)
+    return replace(
+        policy,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        gpu_kv_micro_batches=min(
+            policy.gpu_kv_micro_batches,
+            policy.gpu_kv_micro_batches * num_micro_batches // policy.num_micro_batches,
+        ),
+    )
+
+
+def _batch(
+    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
+) -> tuple[PhaseEstimate, PhaseEstimate]:
+    costs = Costs(spec, profile, policy.dtype)
+    point = Point.of_policy(policy)
+    lanes = prefill_lanes(costs, point, workload)
+    prefill = PhaseEstimate(
+        seconds=prefill_seconds(costs, policy, workload),
+        bound_s=max(lanes.values()),
+        lane_s={lane: lanes.get(lane, 0.0) for lane in Lane},
+    )
+    steps = workload.decode_steps
+    contexts = (workload.prompt_len + 1, workload.prompt_len + max(steps, 1))
+    at_ends = [decode_lanes(costs, point, policy.schedule, context) for context in contexts]
+    mean_lanes = {lane: (at_ends[0][lane] + at_ends[1][lane]) / 2 for lane in Lane}
+    bound_s = sum(max(lanes.values()) for lanes in at_ends) / 2
+    seconds = sum(step_seconds(costs, policy, context) for context in set(contexts))
+    decode = PhaseEstimate(
+        seconds=steps * seconds / len(set(contexts)),
+        bound_s=steps * bound_s,
+        lane_s={lane: steps * s for lane, s in mean_lanes.items()},
+    )
+    return prefill, decode
+
+
+def decode_work(costs: Costs, policy: Policy, context: float, *, num_steps: int) -> TaskWork:
+    """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context."""
+    return TaskWork(
+        costs=costs,
+        policy=policy,
+        pipeline=decode_pipeline(costs.spec, policy, num_steps=num_steps),
+        tokens=policy.batch_size / policy.num_micro_batches,
+        context=context,
+    )
+
+
+def prefill_work(costs: Costs, policy: Policy, workload: Workload) -> TaskWork:
+    """Bytes and seconds of the tasks of one batch's prefill."""
+    tokens = policy.batch_size * workload.prompt_len
+    num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
+    return TaskWork(
+        costs=costs,
+        policy=policy,
+        pipeline=prefill_pipeline(costs.spec, policy, num_chunks=num_chunks),
+        tokens=tokens / num_chunks,
+        context=workload.prompt_len,
+        requests_per_chunk=policy.batch_size / num_chunks,
+    )
+
+
+def simulate_work(work: TaskWork) -> Trace:
+    """The trace of a phase whose tasks take their predicted seconds."""
+    tasks = iter_tasks(work.pipeline, work.policy.schedule)
+    return simulate(tasks, work.seconds_of(), phase=work.pipeline.phase, bytes_of=work.num_bytes)
+
+
+def step_seconds(costs: Costs, policy: Policy, context: float) -> float:
+    """Simulated seconds of one decode step in the steady state, at a mean context."""
+    last_step = 2
+
+    def seconds(pipeline: Pipeline) -> float:
+        work = decode_work(costs, policy, context, num_steps=last_step + 1)
+        trace = simulate_work(replace(work, pipeline=pipeline))
+        ends = dict.fromkeys(range(last_step + 1), 0.0)
+        for span in trace.spans:
+            if span.id.kind is TaskKind.SAMPLE:
+                ends[span.id.step] = max(ends[span.id.step], span.end_s)
+        return ends[last_step] - ends[last_step - 1]
+
+    pipeline = decode_pipeline(costs.spec, policy, num_steps=last_step + 1)
+    return _over_layers(pipeline, 8 * (last_step + 1), seconds)
+
+
+def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
+    """Simulated seconds of one batch's prefill."""
+    work = prefill_work(costs, policy, workload)
+    return _over_layers(
+        work.pipeline,
+        6,
+        lambda pipeline: simulate_work(replace(work, pipeline=pipeline)).makespan_s,
+    )
+
+
+def _over_layers(
+    pipeline: Pipeline, tasks_per_micro_batch: int, seconds: Callable[[Pipeline], float]
+) -> float:
+    """`seconds` of the whole pipeline, from two of fewer layers if it is long."""
+    layers = pipeline.num_layers
+    affordable = MAX_TASKS // (tasks_per_micro_batch * pipeline.num_micro_batches)
+    many = max(4, affordable)
+    if layers <= many:
+        return seconds(pipeline)
+    few = many // 2
+    seconds_few, seconds_many = seconds(_cut(pipeline, few)), seconds(_cut(pipeline, many))
+    return seconds_many + (seconds_many - seconds_few) * (layers - many) / (many - few)
+
+
+def _cut(pipeline: Pipeline, layers: int) -> Pipeline:
+    """The same pipeline over some of its layers, picked evenly."""
+    picked = [i * pipeline.num_layers // layers for i in range(layers)]
+    return replace(
+        pipeline,
+        num_layers=layers,
+        streamed=tuple(pipeline.streamed[i] for i in picked),
+        cpu_experts=tuple(pipeline.cpu_experts[i] for i in picked),
+    )

@@ -1,0 +1,188 @@
+"""Bytes that a policy needs at each memory level, by purpose.
+
+The search checks policies with these formulas and the executor sizes its arenas from them, so
+what is planned is what is allocated. They take NumPy arrays as well as integers.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from hrm.errors import PolicyError
+from hrm.hardware import HardwareProfile, MemoryLevel
+from hrm.model_spec import ROUTING_BYTES, ModelSpec
+from hrm.numeric import Number, maximum
+from hrm.policy import Policy
+from hrm.schedules import decode_pipeline
+from hrm.schedules.pipeline import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
+from hrm.tasks import Device
+from hrm.units import DTYPE_BYTES, format_bytes
+
+WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
+LOGIT_BYTES: Final = 4  # logits are float32 whatever the dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LevelPlan:
+    """What is planned at one level."""
+
+    name: str
+    capacity_bytes: int
+    purposes: dict[str, int]
+
+    @property
+    def planned_bytes(self) -> int:
+        """All purposes together."""
+        return sum(self.purposes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a policy needs at the top level and at the host; on one level both are the same."""
+
+    gpu: LevelPlan
+    cpu: LevelPlan
+
+    def check_fits(self) -> None:
+        """Raise PolicyError naming the level, the need and the remedy if a level overflows."""
+        for plan, flag in ((self.gpu, "--gpu-memory"), (self.cpu, "--cpu-memory")):
+            if plan.planned_bytes > plan.capacity_bytes:
+                purpose, size = max(plan.purposes.items(), key=lambda item: item[1])
+                raise PolicyError(
+                    f"policy: memory at level {plan.name}",
+                    f"<{format_bytes(plan.planned_bytes)} planned>",
+                    f"must fit the usable {format_bytes(plan.capacity_bytes)}"
+                    f" (the largest part is {purpose.replace('_', ' ')}, {format_bytes(size)})",
+                    f"lower micro_batch_size, batch_size or residency, or raise {flag}",
+                )  # fmt: skip
+
+
+def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str) -> Number:
+    """Temporaries of one layer over `num_tokens` tokens, whichever expert they all go to.
+
+    Queries, keys, values and attention output stay throughout. Beside them are, one after the
+    other: the normed input with a float32 copy; what the rotary embedding needs; a second attention
+    output; and last the experts' input and output, the routing with its sorted form, and one
+    expert's gathered input and both halves of its gated activation.
+    """
+    size = DTYPE_BYTES[dtype]
+    hidden, queries, head = spec.hidden_size, spec.query_size, spec.head_dim
+    routing = (size + 8) * spec.num_experts + (ROUTING_BYTES + 36) * spec.experts_per_token
+    stages = (
+        size * hidden + 4 * hidden + 4,
+        size * (queries + spec.kv_size) // 2 + (4 + size) * head,
+        size * queries,
+        size * (3 * hidden + 2 * spec.intermediate_size) + routing,
+    )
+    per_token = size * (2 * queries + 2 * spec.kv_size) + max(stages)
+    return num_tokens * per_token + WORKSPACE_ROUNDING_BYTES
+
+
+def exchange_bytes_per_request(spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number) -> Number:
+    """Decode buffers of one request: hidden state, QKV, attention and experts' output."""
+    elements = spec.hidden_size + 2 * spec.query_size + 2 * spec.kv_size
+    routed = 2 * spec.hidden_size * DTYPE_BYTES[dtype] + ROUTING_BYTES * spec.experts_per_token
+    return elements * DTYPE_BYTES[dtype] + ffn_on_cpu * routed
+
+
+def gpu_purposes(
+    spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
+    chunk_tokens: Number, gpu_kv_micro_batches: Number, streams_kv: Number, ffn_on_cpu: Number,
+    resident_bytes: Number, max_streamed_bytes: Number,
+) -> dict[str, Number]:  # fmt: skip
+    """Bytes at the GPU level by purpose; `kv_tokens` is the cache of one micro-batch in tokens.
+
+    `resident_bytes` are the layers' weights that stay and `max_streamed_bytes` the most that any
+    one layer streams.
+    """
+    size = DTYPE_BYTES[dtype]
+    layer_kv = spec.kv_bytes_per_token_layer(dtype)
+    tokens_at_once = maximum(micro_batch_size, chunk_tokens)
+    return {
+        "resident_weights": resident_bytes + spec.head_parameters * size,
+        "weight_slots": WEIGHT_SLOTS * max_streamed_bytes,
+        "kv_cache": gpu_kv_micro_batches * kv_tokens * spec.num_layers * layer_kv,
+        "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
+        "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
+        "prefill_buffers": BUFFERS * chunk_tokens * (spec.hidden_size * size + layer_kv),
+        "workspace": workspace_bytes(spec, tokens_at_once, dtype),
+        "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
+    }
+
+
+def cpu_purposes(
+    spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
+    num_micro_batches: Number, gpu_kv_micro_batches: Number, ffn_on_cpu: Number,
+    streamed_bytes: Number, staging_bytes: Number,
+) -> dict[str, Number]:  # fmt: skip
+    """Bytes at the host's level by purpose; `streamed_bytes` is over all layers."""
+    size = DTYPE_BYTES[dtype]
+    kv_bytes = spec.kv_bytes_per_token(dtype)
+    return {
+        "weights": streamed_bytes + spec.embedding_parameters * size,
+        "staging": staging_bytes,
+        "kv_cache": (num_micro_batches - gpu_kv_micro_batches) * kv_tokens * kv_bytes,
+        "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
+        "prefill_hidden": num_micro_batches * kv_tokens * spec.hidden_size * size,
+        "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, dtype),
+    }
+
+
+def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> MemoryPlan:
+    """Bytes that the policy needs at each level of the machine.
+
+    On a machine of one level everything is planned there: `gpu` and `cpu` are then that level.
+    """
+    gpu, cpu = purposes(spec, policy)
+    if profile.has_accelerator:
+        return MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))
+    both = {key: gpu.get(key, 0) + cpu.get(key, 0) for key in {**gpu, **cpu}}
+    return MemoryPlan(_level(profile.top, both), _level(profile.top, both))
+
+
+def purposes(spec: ModelSpec, policy: Policy) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by purpose at the GPU's and at the host's level, whether or not they are one."""
+    streamed = [policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers)]
+    n, on_gpu = policy.num_micro_batches, policy.gpu_kv_micro_batches
+    ffn_on_cpu = int(policy.ffn is Device.CPU and max(streamed) > 0)
+    gpu = gpu_purposes(
+        spec,
+        policy.dtype,
+        batch_size=policy.batch_size,
+        micro_batch_size=policy.micro_batch_size,
+        kv_tokens=policy.kv_tokens_per_micro_batch,
+        chunk_tokens=policy.prefill_chunk_tokens,
+        gpu_kv_micro_batches=on_gpu,
+        streams_kv=int(policy.attention is Device.GPU and on_gpu < n),
+        ffn_on_cpu=ffn_on_cpu,
+        resident_bytes=spec.num_layers * spec.layer_bytes(policy.dtype) - sum(streamed),
+        max_streamed_bytes=max(streamed),
+    )
+    cpu = cpu_purposes(
+        spec,
+        policy.dtype,
+        batch_size=policy.batch_size,
+        micro_batch_size=policy.micro_batch_size,
+        kv_tokens=policy.kv_tokens_per_micro_batch,
+        num_micro_batches=n,
+        gpu_kv_micro_batches=on_gpu,
+        ffn_on_cpu=ffn_on_cpu,
+        streamed_bytes=sum(streamed),
+        staging_bytes=staging_bytes(spec, policy),
+    )
+    return gpu, cpu
+
+
+def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Pinned pages between pageable memory and the link; 0 without staging."""
+    if not policy.staging:
+        return 0
+    num_pages = decode_pipeline(spec, policy).num_pages
+    largest = max(policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
+    size = DTYPE_BYTES[policy.dtype]  # a page holds whole elements
+    return STAGING_PAGES * -(-largest // (num_pages * size)) * size
+
+
+def _level(level: MemoryLevel, purposes: dict[str, int]) -> LevelPlan:
+    return LevelPlan(
+        level.name, level.usable_bytes, {key: int(size) for key, size in purposes.items() if size}
+    )

@@ -1,0 +1,95 @@
+"""The file that a solved policy is kept in: the policy, and all that it was solved for.
+
+It embeds the machine and the model's dimensions, so a run and its validation need nothing else.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from hrm.errors import PolicyError
+from hrm.estimate import Estimate
+from hrm.hardware import HardwareProfile
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy
+from hrm.workload import Workload
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFile:
+    """A policy with its memory budgets, what it was solved for and what was predicted.
+
+    `memory_budget_bytes` maps each level to what the policy may use there.
+    """
+
+    schema: int = SCHEMA
+    policy: Policy
+    memory_budget_bytes: dict[str, int]
+    model: ModelSpec
+    workload: Workload
+    profile: HardwareProfile
+    profile_hash: str
+    predicted: dict[str, float]
+
+
+def profile_hash(profile: HardwareProfile) -> str:
+    """A short hash of everything in the profile."""
+    return hashlib.sha256(msgspec.json.encode(profile, order="sorted")).hexdigest()[:16]
+
+
+def policy_file_of(
+    predicted: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload
+) -> PolicyFile:
+    """The file's content for an estimated policy; its budgets are the levels' usable bytes."""
+    return PolicyFile(
+        policy=predicted.policy,
+        memory_budget_bytes={"gpu": profile.top.usable_bytes, "cpu": profile.host.usable_bytes},
+        model=spec,
+        workload=workload,
+        profile=profile,
+        profile_hash=profile_hash(profile),
+        predicted={
+            "tokens_per_s": predicted.tokens_per_s,
+            "bound_tokens_per_s": predicted.bound_tokens_per_s,
+            "prefill_s": predicted.prefill.seconds,
+            "decode_s": predicted.decode.seconds,
+        },
+    )
+
+
+def save_policy_file(path: Path, content: PolicyFile) -> None:
+    """Write the file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+        partial.replace(path)
+    except OSError as error:
+        raise PolicyError(
+            str(path), f"<{error.strerror}>", "must be writable", "choose another --out"
+        ) from error
+
+
+def load_policy_file(path: Path) -> PolicyFile:
+    """Read and check a policy file; PolicyError naming the file and the field."""
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=PolicyFile)
+    except OSError as error:
+        raise PolicyError(
+            str(path), f"<{error.strerror}>", "must be a readable policy file",
+            "write one with hrm search --out",
+        ) from error  # fmt: skip
+    except msgspec.DecodeError as error:
+        raise PolicyError(
+            str(path), f"<{error}>", "must be a policy file of this version",
+            "write it again with hrm search --out or hrm estimate --out",
+        ) from error  # fmt: skip
+    if content.schema != SCHEMA:
+        raise PolicyError(
+            f"{path}: schema", content.schema, f"must be {SCHEMA}", "write it again with hrm search"
+        )
+    content.policy.check_model(content.model)
+    return content

@@ -1,0 +1,67 @@
+"""A link made of a memcpy and a clock: each transfer takes latency + bytes / bandwidth.
+
+It stands in for PCIe on machines without an accelerator. The executor's emulated backend runs its
+transfers through it and `hrm.profiling.link` measures it, so both see the same link.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final, final
+
+SPIN_S: Final = 80e-6  # the end of a wait is spun: sleeping overshoots by about this much
+BACK_TO_BACK_S: Final = 200e-6  # a gap this short is the issuing thread's, not the link's
+CATCH_UP_S: Final = 5e-3  # how far behind its schedule the link may be and still catch up
+
+
+@final
+class PacedCopy:
+    """One direction of an emulated link; used by one thread at a time.
+
+    Ends lie on an absolute schedule: a transfer starts when it is ready and the one before was due
+    to end, not when that was noticed, so that wake-ups that come late do not add up.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency_s: float,
+        bandwidth_bytes_per_s: float,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        """Emulate `latency_s` a transfer and then `bandwidth_bytes_per_s`."""
+        assert latency_s >= 0
+        assert bandwidth_bytes_per_s > 0
+        self.latency_s = latency_s
+        self.bandwidth_bytes_per_s = bandwidth_bytes_per_s
+        self._clock, self._sleep = clock, sleep
+        self._free_s = float("-inf")
+
+    def seconds(self, num_bytes: float) -> float:
+        """How long a transfer of that size takes."""
+        return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
+
+    def run(
+        self, copy: Callable[[], object], num_bytes: float, *, ready_s: float | None = None
+    ) -> float:
+        """Call `copy`, then wait until the link would have moved `num_bytes`.
+
+        `ready_s` is when the transfer could have started, on `clock`: queued transfers then follow
+        one another without the gaps of the thread that issues them. Without it, it is now. A copy
+        that is slower than the link takes as long as it takes. Returns when the transfer was due
+        to end, or did end if that was later.
+        """
+        now_s = self._clock()
+        if ready_s is None:
+            ready_s = now_s if now_s - self._free_s > BACK_TO_BACK_S else self._free_s
+        start_s = max(self._free_s, min(ready_s, now_s))
+        end_s = start_s + self.seconds(num_bytes)
+        copy()
+        now_s = self._wait_until(end_s)
+        self._free_s = max(end_s, now_s - CATCH_UP_S)
+        return max(end_s, self._free_s)
+
+    def _wait_until(self, end_s: float) -> float:
+        while (now_s := self._clock()) < end_s:
+            self._sleep(max(0.0, end_s - now_s - SPIN_S))  # 0 still lets other threads run
+        return now_s

@@ -1,0 +1,138 @@
+"""How everything is timed: warm up, take samples, keep the median and how far they spread."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from statistics import quantiles
+from typing import Final
+
+from hrm.hardware import Figure, Source
+
+NOISY_SPREAD: Final = 0.08
+WARM_UP_SAMPLES: Final = 2
+MIN_SAMPLES: Final = 3
+MAX_SAMPLES: Final = 100
+MIN_SAMPLE_S: Final = 1e-3  # shorter calls are timed several at a time
+
+Call = Callable[[], object]
+Sampler = Callable[[Call, int], float]  # seconds that so many calls take
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one call: median, 20th and 80th percentile over the samples."""
+
+    median_s: float
+    p20_s: float
+    p80_s: float
+    samples: int
+
+    @property
+    def spread(self) -> float:
+        """Distance from the 20th to the 80th percentile, as a share of the median."""
+        return (self.p80_s - self.p20_s) / self.median_s
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the samples spread too far for the median to be trusted."""
+        return self.spread > NOISY_SPREAD
+
+    def less(self, seconds: float) -> "Timing":
+        """The same without a fixed cost, though never less than a fifth of itself."""
+        rest = max(self.median_s - seconds, 0.2 * self.median_s) / self.median_s
+        return Timing(rest * self.median_s, rest * self.p20_s, rest * self.p80_s, self.samples)
+
+    def rate(self, work: float, note: str = "") -> Figure:
+        """`work` a second as a measured figure."""
+        return Figure(
+            value=significant(work / self.median_s),
+            source=Source.MEASURED,
+            note=self.flagged(note),
+            samples=self.samples,
+            p20=significant(work / self.p80_s),
+            p80=significant(work / self.p20_s),
+        )
+
+    def duration(self, note: str = "") -> Figure:
+        """The seconds as a measured figure."""
+        return Figure(
+            value=significant(self.median_s),
+            source=Source.MEASURED,
+            note=self.flagged(note),
+            samples=self.samples,
+            p20=significant(self.p20_s),
+            p80=significant(self.p80_s),
+        )
+
+    def flagged(self, note: str) -> str:
+        """The note, saying that the samples are noisy if they are."""
+        if not self.is_noisy:
+            return note
+        noisy = f"noisy: {self.spread:.0%} between the 20th and 80th percentile"
+        return f"{note}; {noisy}" if note else noisy
+
+
+def significant(value: float, digits: int = 5) -> float:
+    """Rounded to what a measurement can tell."""
+    return float(f"{value:.{digits}g}")
+
+
+def clock_sampler(clock: Callable[[], float] = time.perf_counter) -> Sampler:
+    """Times calls that have done their work when they return."""
+
+    def sample(call: Call, calls: int) -> float:
+        start_s = clock()
+        for _ in range(calls):
+            call()
+        return clock() - start_s
+
+    return sample
+
+
+def cuda_sampler(device: str) -> Sampler:
+    """Times calls that queue work on a GPU, by events on its current stream."""
+    import torch
+
+    def sample(call: Call, calls: int) -> float:
+        with torch.cuda.device(device):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+    return sample
+
+
+def time_call(call: Call, *, budget_s: float, sampler: Sampler | None = None) -> Timing:
+    """Time `call` for about `budget_s`, warm-up included.
+
+    At least three samples are taken however long they last, and at most 100.
+    """
+    sampler = sampler or clock_sampler()
+    spent_s = first_s = sampler(call, 1)
+    calls = max(1, ceil(MIN_SAMPLE_S / max(first_s, 1e-9)))
+    if calls > 1:  # the first call is often much slower than the rest
+        again_s = sampler(call, calls)
+        spent_s += again_s
+        calls = min(10_000, max(1, ceil(calls * MIN_SAMPLE_S / max(again_s, 1e-9))))
+    elif first_s < budget_s / 10:
+        for _ in range(WARM_UP_SAMPLES - 1):
+            spent_s += sampler(call, 1)
+    samples: list[float] = []
+    while len(samples) < MIN_SAMPLES or (len(samples) < MAX_SAMPLES and spent_s < budget_s):
+        seconds = sampler(call, calls)
+        spent_s += seconds
+        samples.append(max(seconds, 1e-12) / calls)
+    return summarise(samples)
+
+
+def summarise(samples: list[float]) -> Timing:
+    """Median and percentiles of seconds."""
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], 1)
+    cuts = quantiles(samples, n=10, method="inclusive")
+    return Timing(cuts[4], cuts[1], cuts[7], len(samples))

@@ -1,0 +1,122 @@
+"""The hierarchical roofline: an operator on a level of a machine, in seconds and in FLOP/s.
+
+MoE-Lightning, arXiv 2411.11217, §3. A task takes its launches' latency and then, kernel by kernel,
+the longest of the roofs that it touches: compute and memory of its level.
+"""
+
+import math
+from dataclasses import dataclass
+
+from hrm.hardware import HardwareProfile, Link, MemoryLevel
+from hrm.model_spec import ModelSpec
+from hrm.numeric import Number, maximum
+from hrm.operators import Kernel, Operator, decode_attention, experts
+from hrm.units import DTYPE_BYTES
+
+
+def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
+    """Longest of the compute roof and the memory roof (for attention: its kernel's read rate)."""
+    bandwidth = level.attention_bytes_per_s if kernel.reads_kv else level.read_bytes_per_s.at()
+    compute = level.processor.flops_per_s(dtype, None if kernel.reads_kv else kernel.rows)
+    return maximum(kernel.flops / compute, kernel.num_bytes / bandwidth)
+
+
+def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str) -> Number:
+    """Latency of the launches and the roofs of the kernels, one after the other."""
+    work = sum(kernel_seconds(kernel, level, dtype) for kernel in operator.kernels)
+    return operator.launches * level.processor.launch_latency_s.value + work
+
+
+def attainable_flops_per_s(
+    *, compute: Number, bandwidth: Number, intensity: Number, link: Link | None = None,
+    link_intensity: Number = math.inf,
+) -> Number:  # fmt: skip
+    """Eq. 7 of §3: min(P_i, B_i·I^i), and B_ji·I^j too if the data is fetched over a link."""
+    roofs = [compute, bandwidth * intensity]
+    if link is not None:
+        roofs.append(link.bandwidth_bytes_per_s.at() * link_intensity)
+    return -maximum(*(-roof for roof in roofs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurningPoints:
+    """Where an operator whose data lies on the host stands between the roofs (FLOPs a byte).
+
+    `intensity` is FLOPs a byte of what lies on the host. Below `p1` the GPU is no faster than the
+    host itself; below `p2` the link is the limit; `balance` is where link and GPU memory agree:
+    `gpu_intensity` × (GPU bandwidth / link bandwidth).
+    """
+
+    intensity: float
+    gpu_intensity: float
+    p1: float
+    p2: float
+    balance: float
+
+    @property
+    def verdict(self) -> str:
+        """What follows from the intensity, in words."""
+        if self.intensity < self.p1:
+            return "left of P1: faster on the CPU, where its data lies"
+        if self.intensity < self.p2:
+            return "between P1 and P2: faster on the GPU, limited by the link"
+        return "right of P2: limited by the GPU, not by the link"
+
+
+def turning_points(
+    profile: HardwareProfile, dtype: str, *, flops: float, host_bytes: float, gpu_bytes: float,
+    rows: float | None, reads_kv: bool = False,
+) -> TurningPoints:  # fmt: skip
+    """P1, P2 and balance point (eqs. 9–11) of work whose data lies on the host.
+
+    `rows` picks the compute rate on the GEMM curve of both processors.
+    """
+    gpu, cpu, link = profile.top, profile.host, profile.h2d.bandwidth_bytes_per_s.at()
+    host_intensity, gpu_intensity = flops / host_bytes, flops / gpu_bytes
+    cpu_read = cpu.attention_bytes_per_s if reads_kv else cpu.read_bytes_per_s.at()
+    gpu_read = gpu.attention_bytes_per_s if reads_kv else gpu.read_bytes_per_s.at()
+    on_cpu = min(cpu.processor.flops_per_s(dtype, rows), cpu_read * host_intensity)
+    on_gpu = min(gpu.processor.flops_per_s(dtype, rows), gpu_read * gpu_intensity)
+    return TurningPoints(
+        intensity=host_intensity,
+        gpu_intensity=gpu_intensity,
+        p1=on_cpu / link,
+        p2=on_gpu / link,
+        balance=gpu_read * gpu_intensity / link,
+    )
+
+
+def attention_turning_points(
+    profile: HardwareProfile, spec: ModelSpec, dtype: str, *, context: float
+) -> TurningPoints:
+    """Turning points of decode attention: every request reads its own cache, whatever the batch."""
+    operator = decode_attention(spec, dtype, 1, context)
+    return turning_points(
+        profile,
+        dtype,
+        flops=operator.flops,
+        host_bytes=operator.num_bytes,
+        gpu_bytes=operator.num_bytes,
+        rows=None,
+        reads_kv=True,
+    )
+
+
+def ffn_turning_points(
+    profile: HardwareProfile, spec: ModelSpec, dtype: str, *, batch_size: int, micro_batch_size: int
+) -> TurningPoints:
+    """Turning points of the MoE FFN.
+
+    Weights cross the link once a batch, and are read from GPU memory once a micro-batch.
+    """
+    micro_batch = experts(spec, dtype, micro_batch_size, spec.num_experts)
+    weight_bytes = spec.experts_hit(batch_size) * spec.expert_parameters * DTYPE_BYTES[dtype]
+    num_micro_batches = batch_size / micro_batch_size
+    return turning_points(
+        profile,
+        dtype,
+        flops=micro_batch.flops * num_micro_batches,
+        host_bytes=weight_bytes,
+        gpu_bytes=micro_batch.num_bytes * num_micro_batches,
+        rows=micro_batch.kernels[0].rows,
+    )

@@ -1,0 +1,40 @@
+"""What a search returns: the outcome, the policy with its estimate, and how it was found."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from hrm.errors import PolicyError
+from hrm.estimate import Estimate
+
+
+class Outcome(Enum):
+    """How a search ended; the value says it in words."""
+
+    OPTIMAL = "no policy of the space has a higher closed-form throughput"
+    INFEASIBLE = "no policy fits, even with one request at a time"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
+
+    `gap` is how far the chosen policy's closed-form throughput lies below the space's greatest:
+    more than 0 only where the simulation prefers a policy with fewer bubbles.
+    """
+
+    solver: str
+    outcome: Outcome
+    best: Estimate | None
+    runner_ups: tuple[Estimate, ...]
+    evaluations: int
+    seconds: float
+    gap: float
+    remedy: str = ""
+
+    def require(self) -> Estimate:
+        """The best estimate; PolicyError saying what to change if there is none."""
+        if self.best is None:
+            raise PolicyError(
+                "search", f"<{self.outcome.value}>", "must fit the machine", self.remedy
+            )
+        return self.best
