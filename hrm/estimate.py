@@ -18,7 +18,8 @@ from hrm.trace import Trace
 from hrm.workload import Workload
 
 # Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
-MAX_TASKS: Final = 6000
+MAX_TASKS: Final = 3000
+STEADY_STEPS: Final = 3
 LANE_WORDS: Final = {
     Lane.GPU: "GPU compute",
     Lane.CPU: "CPU attention and experts",
@@ -185,24 +186,29 @@ def prefill_work(costs: Costs, policy: Policy, workload: Workload) -> TaskWork:
 def simulate_work(work: TaskWork) -> Trace:
     """The trace of a phase whose tasks take their predicted seconds."""
     tasks = iter_tasks(work.pipeline, work.policy.schedule)
-    return simulate(tasks, work.seconds_of(), phase=work.pipeline.phase, bytes_of=work.num_bytes)
+    return simulate(tasks, work.seconds_of(), phase=work.pipeline.phase)
 
 
-def step_seconds(costs: Costs, policy: Policy, context: float) -> float:
-    """Simulated seconds of one decode step in the steady state, at a mean context."""
-    last_step = 2
+def step_seconds(
+    costs: Costs, policy: Policy, context: float, *, tokens: float | None = None
+) -> float:
+    """Simulated seconds of one decode step in the steady state, at a mean context.
+
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are.
+    """
 
     def seconds(pipeline: Pipeline) -> float:
-        work = decode_work(costs, policy, context, num_steps=last_step + 1)
-        trace = simulate_work(replace(work, pipeline=pipeline))
-        ends = dict.fromkeys(range(last_step + 1), 0.0)
-        for span in trace.spans:
+        work = decode_work(costs, policy, context, num_steps=STEADY_STEPS)
+        work = replace(work, pipeline=pipeline, tokens=tokens or work.tokens)
+        ends = [0.0] * STEADY_STEPS
+        for span in simulate_work(work).spans:
             if span.id.kind is TaskKind.SAMPLE:
                 ends[span.id.step] = max(ends[span.id.step], span.end_s)
-        return ends[last_step] - ends[last_step - 1]
+        # The last step loads no weights for another, so the step before it is the steady one.
+        return ends[-2] - ends[-3]
 
-    pipeline = decode_pipeline(costs.spec, policy, num_steps=last_step + 1)
-    return _over_layers(pipeline, 8 * (last_step + 1), seconds)
+    pipeline = decode_pipeline(costs.spec, policy, num_steps=STEADY_STEPS)
+    return _over_layers(pipeline, 8 * STEADY_STEPS, seconds)
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:

@@ -4,7 +4,6 @@ A task is inert data. List order in a graph is topological and is each lane's is
 neither the simulator nor the executor can deadlock.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -53,6 +52,8 @@ class TaskKind(Enum):
     STORE_HIDDEN = "O"  # hidden states of a chunk of prompts to the host
     SAMPLE = "L"  # final norm, LM head, and the choice of the next token
 
+    __hash__ = object.__hash__  # members are singletons; Enum would hash their names in Python
+
 
 @dataclass(frozen=True, slots=True)
 class TaskId:
@@ -89,24 +90,13 @@ class TaskGraph:
 
     def __post_init__(self) -> None:
         """Assert that every task is listed once and waits only for tasks listed before it."""
-        for _ in checked(self.tasks):
-            pass
+        listed: set[TaskId] = set()
+        for task in self.tasks:
+            assert task.id not in listed, f"{task.id} is listed twice"
+            missing = [str(other) for other in task.after if other not in listed]
+            assert not missing, f"{task.id} waits for {missing}, listed later or never"
+            listed.add(task.id)
 
     def lane_text(self, lane: Lane) -> str:
         """The lane's tasks in issue order: `W0.0 W0.1 H0.0`."""
         return " ".join(str(task.id) for task in self.tasks if task.lane is lane)
-
-
-def checked(tasks: Iterable[Task]) -> Iterable[Task]:
-    """Pass tasks through, asserting the rules of TaskGraph; for graphs too long to hold."""
-    listed: set[TaskId] = set()
-    step = 0
-    for task in tasks:
-        assert task.id not in listed, f"{task.id} is listed twice"
-        missing = [str(other) for other in task.after if other not in listed]
-        assert not missing, f"{task.id} waits for {missing}, listed later or never"
-        listed.add(task.id)
-        if task.id.step > step:
-            step = task.id.step
-            listed = {other for other in listed if other.step >= step - 2}
-        yield task

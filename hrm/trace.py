@@ -169,7 +169,7 @@ def read_chrome_trace(path: Path, *, process: str = "measured") -> Trace:
                     event["args"]["micro_batch"],
                     event["args"]["step"],
                 ),
-                lanes[event["tid"]],
+                lanes[int(event["tid"])],
                 event["ts"] / 1e6,
                 (event["ts"] + event["dur"]) / 1e6,
                 Phase(event["cat"]),

@@ -71,6 +71,11 @@ def format_flops(flops_per_s: float) -> str:
     return f"{flops_per_s:.3g} FLOP/s"
 
 
+def format_count(count: float) -> str:
+    """Print a number of parameters: `46.7 B`, `5.7 M`."""
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
 def format_seconds(seconds: float) -> str:
     """Print a duration from microseconds to hours: `1.25 ms`, `2 h 05 min`."""
     if seconds >= 3600:

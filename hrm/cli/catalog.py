@@ -10,7 +10,14 @@ from hrm.cli.report import console, print_json
 from hrm.hardware import HardwareProfile, MemoryLevel, Rate
 from hrm.machines import compose, list_files, load_gpu, load_host, load_profile
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
-from hrm.units import DTYPE_BYTES, format_bandwidth, format_bytes, format_flops, format_seconds
+from hrm.units import (
+    DTYPE_BYTES,
+    format_bandwidth,
+    format_bytes,
+    format_count,
+    format_flops,
+    format_seconds,
+)
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
@@ -32,8 +39,8 @@ def models(name: str | None, as_json: bool) -> None:
     for spec in chosen:
         table.add_row(
             spec.name,
-            _count(spec.parameters),
-            _count(spec.active_parameters),
+            format_count(spec.parameters),
+            format_count(spec.active_parameters),
             str(spec.num_layers),
             f"{spec.experts_per_token} of {spec.num_experts}",
             format_bytes(spec.layer_bytes("bfloat16")),
@@ -41,10 +48,6 @@ def models(name: str | None, as_json: bool) -> None:
             format_bytes(spec.kv_bytes_per_token("bfloat16")),
         )
     console.print(table)
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
 def _model_json(spec: ModelSpec) -> dict[str, Any]:

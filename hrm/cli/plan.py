@@ -17,6 +17,7 @@ from hrm.search.result import SearchResult
 from hrm.tasks import Device
 from hrm.workload import Workload
 
+_device = click.Choice([device.value for device in Device])
 _schedule = click.option(
     "--schedule", type=click.Choice([name.value for name in ScheduleName]), default="cgopipe",
     show_default=True, help="The order in which tasks are issued.",
@@ -36,6 +37,8 @@ _out = click.option(
 @workload_options
 @_schedule
 @_staging
+@click.option("--attention", type=_device, help="Only policies with attention there.")
+@click.option("--ffn", type=_device, help="Only policies with the experts there.")
 @click.option(
     "--solver", type=click.Choice(["exhaustive"]), default="exhaustive", show_default=True,
     help="How the space is searched.",
@@ -44,7 +47,8 @@ _out = click.option(
 @_out
 def search(
     model: ChosenModel, dtype: str, profile: HardwareProfile, workload: Workload, schedule: str,
-    staging: bool, solver: str, as_json: bool, out: Path | None,
+    staging: bool, attention: str | None, ffn: str | None, solver: str, as_json: bool,
+    out: Path | None,
 ) -> None:  # fmt: skip
     """Find the policy with the highest job throughput that fits every memory level."""
     assert solver == "exhaustive", "the only choice"
@@ -52,7 +56,8 @@ def search(
 
     result = solve(
         model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule),
-        staging=staging,
+        staging=staging, attention=Device(attention) if attention else None,
+        ffn=Device(ffn) if ffn else None,
     )  # fmt: skip
     _show(result.require(), model, profile, workload, result, as_json=as_json, out=out)
 
@@ -63,8 +68,8 @@ def search(
 @workload_options
 @click.option("--micro-batch-size", "-u", type=int, required=True, help="Requests a micro-batch.")
 @click.option("--num-micro-batches", "-n", type=int, required=True, help="Micro-batches a batch.")
-@click.option("--attention", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option("--ffn", type=click.Choice(["cpu", "gpu"]), default="gpu", show_default=True)
+@click.option("--attention", type=_device, default="cpu", show_default=True)
+@click.option("--ffn", type=_device, default="gpu", show_default=True)
 @click.option(
     "--resident-experts", default="0", show_default=True, metavar="COUNT[,COUNT…]",
     help="Experts of every layer that stay on the GPU: one count, or one for each layer.",

@@ -19,10 +19,10 @@ def operator_round(device: str = "cpu") -> tuple[Call, int]:
     gate, up = torch.randn(ROWS, HIDDEN, device=device), torch.randn(ROWS, HIDDEN, device=device)
     out, gathered = torch.empty_like(x), torch.empty_like(x)
     rows = torch.arange(ROWS, device=device)
-    vector_norm: Any = torch.linalg.vector_norm  # pyright: ignore[reportUnknownMemberType]
+    norms: Any = torch.linalg
 
     def call() -> None:
-        length: torch.Tensor = vector_norm(x, dim=-1, keepdim=True)
+        length = norms.vector_norm(x, dim=-1, keepdim=True)
         torch.mul(x, norm, out=out)
         out.div_(length)
         torch.mm(out, weight, out=gathered)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import log
 from typing import Final
 
 import torch
@@ -14,6 +16,7 @@ from hrm.units import KIB, MIB, format_bytes
 SMALLEST_BYTES: Final = 4 * KIB
 LARGEST_BYTES: Final = 512 * MIB
 BENT: Final = 0.10  # a curve is kept if the straight line misses by more than this share
+AGREES: Final = 0.25  # logarithmic error up to which a size takes part in the fit
 
 Transfer = Callable[[int], Callable[[], object]]  # for a size, the call that moves as much
 
@@ -28,23 +31,46 @@ class LinkFit:
 
 
 def fit_link(points: Sequence[tuple[float, float]]) -> LinkFit:
-    """Least squares of the relative error over `(bytes, seconds)`; the latency is at least 0."""
+    """Fit `(bytes, seconds)`; the latency is at least 0 and the bandwidth above 0.
+
+    Of the lines through two of the points the one with the least sum of logarithmic errors says
+    which points agree with it; least squares over those do the rest. So sizes that were disturbed,
+    whichever way and however much, do not move the line.
+    """
     assert len(points) >= 2, points
-    weights = [1 / seconds**2 for _, seconds in points]
-    total = sum(weights)
-    mean_size = sum(w * size for w, (size, _) in zip(weights, points, strict=True)) / total
-    mean_time = sum(w * t for w, (_, t) in zip(weights, points, strict=True)) / total
-    pairs = list(zip(weights, points, strict=True))
-    up = sum(w * (size - mean_size) * (t - mean_time) for w, (size, t) in pairs)
-    slope = up / sum(w * (size - mean_size) ** 2 for w, (size, _) in pairs)
+    lines = [(0.0, seconds / size) for size, seconds in points]
+    for (size_0, seconds_0), (size_1, seconds_1) in combinations(points, 2):
+        slope = (seconds_1 - seconds_0) / (size_1 - size_0)
+        latency = seconds_0 - slope * size_0
+        if slope > 0 and latency >= 0:
+            lines.append((latency, slope))
+    best = min(lines, key=lambda line: sum(_error(line, point) for point in points))
+    agreeing = [point for point in points if _error(best, point) < AGREES]
+    fitted = _least_squares(agreeing) if len(agreeing) >= 2 else best
+    worst = max(abs(fitted[0] + fitted[1] * size - t) / t for size, t in points)
+    return LinkFit(fitted[0], 1 / fitted[1], worst)
+
+
+def _error(line: tuple[float, float], point: tuple[float, float]) -> float:
+    latency, slope = line
+    size, seconds = point
+    return abs(log((latency + slope * size) / seconds))
+
+
+def _least_squares(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Latency and slope of least relative error; through the origin if it would be negative."""
+    weighted = [(1 / seconds**2, size, seconds) for size, seconds in points]
+    total = sum(w for w, _, _ in weighted)
+    mean_size = sum(w * size for w, size, _ in weighted) / total
+    mean_time = sum(w * t for w, _, t in weighted) / total
+    slope = sum(w * (size - mean_size) * (t - mean_time) for w, size, t in weighted) / sum(
+        w * (size - mean_size) ** 2 for w, size, _ in weighted
+    )
     latency = mean_time - slope * mean_size
-    if latency < 0 or slope <= 0:
-        latency = 0.0
-        slope = sum(w * size * t for w, (size, t) in pairs) / sum(
-            w * size**2 for w, (size, _) in pairs
-        )
-    worst = max(abs(latency + slope * size - t) / t for size, t in points)
-    return LinkFit(latency, 1 / slope, worst)
+    if latency >= 0 and slope > 0:
+        return latency, slope
+    through_origin = sum(w * size * t for w, size, t in weighted)
+    return 0.0, through_origin / sum(w * size**2 for w, size, _ in weighted)
 
 
 def transfer_sizes(largest_bytes: int, *, quick: bool) -> list[int]:

@@ -8,7 +8,7 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import orders
 from hrm.schedules.pipeline import Pipeline
-from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId, checked
+from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
 __all__ = ["SCHEDULES", "Pipeline", "Schedule", "decode_pipeline", "graph", "iter_tasks",
            "prefill_pipeline"]  # fmt: skip
@@ -18,24 +18,29 @@ __all__ = ["SCHEDULES", "Pipeline", "Schedule", "decode_pipeline", "graph", "ite
 class Schedule:
     """A decode order, whether it pages a layer's weights, and what the system it is from fixes.
 
-    `attention`, `single_micro_batch` and `kv_on_gpu` bound the search, not the executor: any
-    policy can be run in any order.
+    `attention`, `ffn`, `single_micro_batch` and `kv_on_gpu` bound the search, not the executor:
+    any policy can be run in any order.
     """
 
     order: Callable[[Pipeline], Iterator[TaskId]]
     paged: bool = False
     attention: Device | None = None
+    ffn: Device | None = None
     single_micro_batch: bool = False
     kv_on_gpu: bool = False
 
 
 SCHEDULES: Final = {
     ScheduleName.CGOPIPE: Schedule(orders.cgopipe, paged=True),
-    ScheduleName.FLEXGEN: Schedule(orders.flexgen, attention=Device.GPU),
-    ScheduleName.FLEXGEN_C: Schedule(orders.flexgen, attention=Device.CPU),
-    ScheduleName.FASTDECODE: Schedule(orders.cgopipe, attention=Device.CPU),
+    ScheduleName.FLEXGEN: Schedule(orders.flexgen, attention=Device.GPU, ffn=Device.GPU),
+    ScheduleName.FLEXGEN_C: Schedule(orders.flexgen, attention=Device.CPU, ffn=Device.GPU),
+    ScheduleName.FASTDECODE: Schedule(orders.cgopipe, attention=Device.CPU, ffn=Device.GPU),
     ScheduleName.DEEPSPEED: Schedule(
-        orders.deepspeed, attention=Device.GPU, single_micro_batch=True, kv_on_gpu=True
+        orders.deepspeed,
+        attention=Device.GPU,
+        ffn=Device.GPU,
+        single_micro_batch=True,
+        kv_on_gpu=True,
     ),
 }
 
@@ -64,10 +69,13 @@ def prefill_pipeline(spec: ModelSpec, policy: Policy, *, num_chunks: int) -> Pip
 
 
 def iter_tasks(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[Task]:
-    """The tasks of a phase in order of issue, made one by one: a long job never holds them all."""
+    """The tasks of a phase in order of issue, made one by one: a long job never holds them all.
+
+    `graph` asserts that the order is topological; consumers of this find out by a missing key.
+    """
     prefill = pipeline.phase is Phase.PREFILL
     order = orders.prefill if prefill else SCHEDULES[schedule].order
-    yield from checked(pipeline.tasks(order(pipeline)))
+    yield from pipeline.tasks(order(pipeline))
 
 
 def graph(pipeline: Pipeline, schedule: ScheduleName) -> TaskGraph:

@@ -15,6 +15,7 @@ from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.space import Grid, Ints, Space, make_grid
+from hrm.tasks import Device
 from hrm.workload import Workload
 
 MAX_MICRO_BATCH: Final = 4096
@@ -22,12 +23,13 @@ MAX_MICRO_BATCHES: Final = 1024
 COARSE_CHUNKS: Final = [1, 4, 16]
 FINE_CHUNKS: Final = [1, 2, 4, 8, 16]
 REFINEMENTS: Final = 3
-FINALISTS: Final = 4
+FINALISTS: Final = 3
 
 
 def search(
     spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str = "bfloat16",
     schedule: ScheduleName = ScheduleName.CGOPIPE, staging: bool = False,
+    attention: Device | None = None, ffn: Device | None = None,
 ) -> SearchResult:  # fmt: skip
     """The policy with the highest closed-form job throughput that fits, simulated to be sure.
 
@@ -37,7 +39,7 @@ def search(
     started_s = time.perf_counter()
     space = Space(
         spec=spec, profile=profile, workload=workload, dtype=dtype, schedule=schedule,
-        staging=staging,
+        staging=staging, attention=attention, ffn=ffn,
     )  # fmt: skip
     costs = Costs(spec, profile, dtype)
     grid = make_grid(
@@ -57,7 +59,7 @@ def search(
             remedy=_remedy(space),
         )
     for _ in range(REFINEMENTS):
-        around = _neighbours(space, grid, _best_of_each_kind(grid, scores, count=2))
+        around = _neighbours(space, grid, _best_of_each_kind(grid, scores, count=1))
         finer = make_grid(space, around, kv_shares=space.kv_shares(5), chunk_factors=FINE_CHUNKS)
         evaluations += len(finer)
         grid, scores = _merge(grid, scores, finer, _scores(space, costs, finer))
@@ -156,8 +158,11 @@ def _scores(space: Space, costs: Costs, grid: Grid) -> NDArray[np.float64]:
 
 
 def _best_of_each_kind(grid: Grid, scores: NDArray[np.float64], *, count: int) -> list[int]:
-    """The best candidates of every pair of devices, each of its own number of micro-batches."""
-    kinds = grid.gpu_attention * 2 + grid.gpu_ffn
+    """The best candidates of every kind, each of its own number of micro-batches.
+
+    Kinds differ in their devices and in whether some of the KV cache lives on the GPU.
+    """
+    kinds = grid.gpu_attention * 4 + grid.gpu_ffn * 2 + (grid.gpu_kv_micro_batches > 0)
     best: list[int] = []
     for kind in np.unique(kinds):
         members = np.flatnonzero((kinds == kind) & grid.fits)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import Point
+from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.memory import cpu_purposes, gpu_purposes
 from hrm.model_spec import ModelSpec
@@ -25,7 +26,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """What is fixed in a search."""
+    """What is fixed in a search; `attention` and `ffn` of None leave the device open."""
 
     spec: ModelSpec
     profile: HardwareProfile
@@ -33,23 +34,36 @@ class Space:
     dtype: str
     schedule: ScheduleName
     staging: bool = False
+    attention: Device | None = None
+    ffn: Device | None = None
 
     def devices(self) -> list[tuple[int, int]]:
         """(attention on GPU, FFN on GPU) pairs that the schedule and the machine allow."""
         if not self.profile.has_accelerator:
             return [(1, 1)]
-        fixed = SCHEDULES[self.schedule].attention
-        attention = [0, 1] if fixed is None else [int(fixed is Device.GPU)]
-        paper_systems_run_ffn_on_gpu = self.schedule is not ScheduleName.CGOPIPE
-        return [
-            (a, f) for a in attention for f in ((1,) if paper_systems_run_ffn_on_gpu else (1, 0))
-        ]
+        schedule = SCHEDULES[self.schedule]
+        for flag, asked, fixed in (
+            ("--attention", self.attention, schedule.attention),
+            ("--ffn", self.ffn, schedule.ffn),
+        ):
+            if asked is not None and fixed is not None and asked is not fixed:
+                raise PolicyError(
+                    flag, asked.value, f"is {fixed.value} under schedule {self.schedule.value}",
+                    "leave it out, or evaluate the policy with hrm estimate",
+                )  # fmt: skip
+        attention = _choices(self.attention or schedule.attention)
+        return [(a, f) for a in attention for f in _choices(self.ffn or schedule.ffn)]
 
     def kv_shares(self, count: int) -> list[float]:
         """Shares of the KV cache on the GPU to try."""
         if not self.profile.has_accelerator or SCHEDULES[self.schedule].kv_on_gpu:
             return [1.0]
         return [float(share) for share in np.linspace(0, 1, count)]
+
+
+def _choices(device: Device | None) -> tuple[int, ...]:
+    """0 for the CPU, 1 for the GPU, both where the device is open."""
+    return (1, 0) if device is None else (int(device is Device.GPU),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

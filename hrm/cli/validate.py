@@ -1,0 +1,102 @@
+"""`hrm validate`: a run's measurements beside the prediction."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from hrm.cli.report import console, print_json
+from hrm.tasks import Phase
+from hrm.units import format_bytes, format_seconds
+from hrm.validate import Comparison, Validation, read_run
+from hrm.validate import validate as compare
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def validate(run: Path, as_json: bool) -> None:
+    """Lay what RUN (an output directory of executor run) measured beside the prediction."""
+    validation = compare(read_run(run))
+    if as_json:
+        print_json(validation_json(validation))
+    else:
+        print_validation(validation)
+
+
+def validation_json(validation: Validation) -> dict[str, Any]:
+    """Everything compared; errors are shares of the measured figure."""
+    return {
+        "outcome": validation.run.outcome,
+        "accelerator": validation.run.accelerator,
+        "schedule": validation.run.schedule,
+        "tokens_per_s": _both(validation.tokens_per_s),
+        "phase_tokens_per_s": {
+            phase.value: _both(both) for phase, both in validation.phase_tokens_per_s.items()
+        },
+        "lane_s": _by_phase({(p, lane.value): c for (p, lane), c in validation.lane_s.items()}),
+        "kind_s": _by_phase({(p, kind.name): c for (p, kind), c in validation.kind_s.items()}),
+        "memory": validation.run.memory,
+    }
+
+
+def _both(comparison: Comparison) -> dict[str, float | None]:
+    return {
+        "measured": comparison.measured,
+        "predicted": comparison.predicted,
+        "error": comparison.error,
+    }
+
+
+def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str, Any]]:
+    return {
+        phase.value: {name: _both(c) for (p, name), c in named.items() if p is phase}
+        for phase in Phase
+    }
+
+
+def print_validation(validation: Validation) -> None:
+    """Print the comparison for people."""
+    run = validation.run
+    console.print(
+        f"[bold]{run.policy_file.model.name}[/] on {run.accelerator.description}, "
+        f"{run.schedule}, {run.totals.requests} requests in {len(run.batches)} batches "
+        f"({run.outcome})\n"
+    )
+    table = Table("", "measured", "predicted", "error", box=None, pad_edge=False)
+    _add(table, "[bold]tokens/s, whole job[/]", validation.tokens_per_s, _rate)
+    for phase, comparison in validation.phase_tokens_per_s.items():
+        word = "prompt tokens/s, prefill" if phase is Phase.PREFILL else "tokens/s, decode"
+        _add(table, word, comparison, _rate)
+    for phase in Phase:
+        table.add_section()
+        table.add_row(f"[bold]{phase.value}[/]", "", "", "")
+        for (p, lane), comparison in validation.lane_s.items():
+            if p is phase and comparison.measured:
+                _add(table, f"  lane {lane.value}", comparison, format_seconds)
+        for (p, kind), comparison in validation.kind_s.items():
+            if p is phase:
+                name = kind.name.lower().replace("_", " ")
+                _add(table, f"    {kind.value} {name}", comparison, format_seconds)
+    console.print(table)
+    console.print()
+    memory = Table("memory", "peak", "planned", "capacity", box=None, pad_edge=False)
+    for name, level in run.memory.items():
+        memory.add_row(
+            name,
+            format_bytes(level.peak_total_bytes),
+            format_bytes(level.planned_total_bytes),
+            format_bytes(level.capacity_bytes),
+        )
+    console.print(memory)
+
+
+def _rate(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _add(table: Table, name: str, comparison: Comparison, show: Any) -> None:
+    error = comparison.error
+    shown = "–" if error is None else f"{error:+.1%}"
+    table.add_row(name, show(comparison.measured), show(comparison.predicted), shown)
