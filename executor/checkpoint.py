@@ -1,0 +1,282 @@
+"""Reads weights out of safetensors files, memory-mapped and never unpickled."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Final, Protocol, Self, final
+from zlib import crc32
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from executor.errors import CheckpointError
+
+CONFIG_FILE: Final = "config.json"
+GENERATION_CONFIG_FILE: Final = "generation_config.json"
+INDEX_FILE: Final = "model.safetensors.index.json"
+SINGLE_FILE: Final = "model.safetensors"
+TOKENIZER_FILE: Final = "tokenizer.json"
+PICKLE_SUFFIXES: Final = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+IGNORED_SUFFIXES: Final = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry along
+
+DOWNLOAD_AGAIN: Final = "download the file again"
+
+
+class WeightSource(Protocol):
+    """Where a family reads its weights: a checkpoint, or random numbers in its place."""
+
+    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """Fill `out` with the tensor's rows from `first_row`, converted to the dtype of `out`."""
+        ...
+
+
+@final
+class Checkpoint:
+    """A folder with a config.json and safetensors files, open for reading.
+
+    `config` is config.json's object, its end-of-sequence and other token ids overridden by
+    generation_config.json where that has them.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path]) -> None:
+        self.folder, self.config = folder, config
+        self._file_of = file_of
+        self._open_files: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open the checkpoint in `folder`, reading headers only.
+
+        Raises CheckpointError if it is no folder, lacks its config or safetensors, holds a file
+        that is not what its name says, or has an index that leads out of the folder.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(
+                "--model", str(folder), "must be a folder with a config.json and safetensors files",
+                "check the path",
+            )  # fmt: skip
+        config = _read_object(folder / CONFIG_FILE, "download the model's config.json too")
+        generation_path = folder / GENERATION_CONFIG_FILE
+        if generation_path.exists():
+            generation = _read_object(generation_path, DOWNLOAD_AGAIN)
+            for key in ("bos_token_id", "eos_token_id"):
+                if generation.get(key) is not None:
+                    config[key] = generation[key]
+        index_path = folder / INDEX_FILE
+        indexed = _indexed_files(index_path) if index_path.exists() else None
+        checkpoint = cls(folder, config, indexed or {})
+        try:
+            if indexed is None:
+                path = _single_file(folder)
+                checkpoint._file_of = dict.fromkeys(checkpoint._file(path).keys(), path)
+            checkpoint._check_indexed_names()
+        except CheckpointError:
+            checkpoint.close()
+            raise
+        return checkpoint
+
+    def close(self) -> None:
+        """Unmap the files; tensors handed out stay valid."""
+        self._open_files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    @property
+    def config_path(self) -> str:
+        """Where the config was read, for messages."""
+        return str(self.folder / CONFIG_FILE)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless it holds the expected float tensors and no others.
+
+        Reads headers only.
+        """
+        for name, shape in expected.items():
+            part = self._slice(name)
+            where = f"{self._file_of[name]}: {name}"
+            if tuple(part.get_shape()) != shape:
+                raise CheckpointError(
+                    where, f"<shape {tuple(part.get_shape())}>",
+                    f"must have the shape {shape} that {CONFIG_FILE} leads to",
+                    "use the config.json that belongs to these weights",
+                )  # fmt: skip
+            if part.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    where, f"<dtype {part.get_dtype()}>",
+                    f"must be one of {', '.join(DTYPES.values())}",
+                    "use an unquantised checkpoint",
+                )  # fmt: skip
+        for name in self._file_of.keys() - expected.keys():
+            if not name.endswith(IGNORED_SUFFIXES):
+                raise CheckpointError(
+                    f"{self._file_of[name]}: {name}", "<a tensor>",
+                    f"must be one that a {self.config.get('model_type')} model of this"
+                    f" {CONFIG_FILE} has",
+                    "use a checkpoint of a supported architecture",
+                )  # fmt: skip
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor as stored, mapped from its file; CheckpointError if it is missing."""
+        return self._slice(name)[:]
+
+    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """Fill `out` with the tensor's rows from `first_row`, converted to the dtype of `out`."""
+        rows = self._slice(name)[first_row : first_row + out.shape[0]]
+        assert rows.shape == out.shape, (name, rows.shape, out.shape)
+        out.copy_(rows)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer in tokenizer.json; None if there is no such file."""
+        path = self.folder / TOKENIZER_FILE
+        if not path.exists():
+            return None
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise CheckpointError(
+                str(path), f"<{error}>", "must be a tokenizer of the tokenizers library",
+                DOWNLOAD_AGAIN,
+            ) from error  # fmt: skip
+
+    def _slice(self, name: str) -> Any:
+        path = self._file_of.get(name)
+        if path is None:
+            raise CheckpointError(
+                f"{self.folder}: {name}", "<missing>",
+                "must be among the tensors of the safetensors files",
+                "download all files of the checkpoint, or use the config.json of these weights",
+            )  # fmt: skip
+        return self._file(path).get_slice(name)
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open_files:
+            self._open_files[path] = _open_safetensors(path)
+        return self._open_files[path]
+
+    def _check_indexed_names(self) -> None:
+        names_in = {path: set(self._file(path).keys()) for path in set(self._file_of.values())}
+        for name, path in self._file_of.items():
+            if name not in names_in[path]:
+                raise CheckpointError(
+                    f"{path}: {name}", "<missing>", f"must be there as {INDEX_FILE} says",
+                    "download the file and the index again",
+                )  # fmt: skip
+
+
+@final
+class RandomWeights:
+    """Random numbers in place of a checkpoint, equal for equal seeds; norms are ones.
+
+    A matrix has a standard deviation that about keeps the size of what it is applied to. All of
+    them are cut from one pool of normal numbers, so large models fill fast.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._pool = torch.randn(1_048_573, generator=torch.Generator().manual_seed(seed))
+
+    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """Fill `out`, whatever the name."""
+        if out.ndim == 1:
+            out.fill_(1)
+            return
+        pool = (self._pool * out.shape[1] ** -0.5).to(out.dtype)
+        start = crc32(f"{self._seed} {name} {first_row}".encode()) % len(pool)
+        copies = -(-(start + out.numel()) // len(pool))
+        out.copy_(pool.repeat(copies)[start : start + out.numel()].view(out.shape))
+
+
+def _read_object(path: Path, remedy_if_missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            str(path), f"<{error.strerror}>", "must be a readable file", remedy_if_missing
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            str(path), f"<{error}>", "must be a JSON file", DOWNLOAD_AGAIN
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            str(path), f"<{type(content).__name__}>", "must hold a JSON object", DOWNLOAD_AGAIN
+        )
+    return content
+
+
+def _indexed_files(index_path: Path) -> dict[str, Path]:
+    weight_map = _read_object(index_path, DOWNLOAD_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index_path}: weight_map", "<missing>" if weight_map is None else weight_map,
+            "must map names of tensors to names of files", DOWNLOAD_AGAIN,
+        )  # fmt: skip
+    for name, file in weight_map.items():
+        relative = PurePosixPath(file) if isinstance(file, str) else None
+        if (
+            relative is None
+            or relative.suffix != ".safetensors"
+            or relative.is_absolute()
+            or ".." in relative.parts
+            or "\\" in str(relative)
+        ):
+            raise CheckpointError(
+                f"{index_path}: weight_map: {name}", file,
+                "must be a safetensors file inside the checkpoint's folder",
+                "use an index that you trust",
+            )  # fmt: skip
+    return {name: index_path.parent / file for name, file in weight_map.items()}
+
+
+def _single_file(folder: Path) -> Path:
+    path = folder / SINGLE_FILE
+    if path.exists():
+        return path
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: weights", pickles[0],
+            "must be safetensors; pickles can run code and are not read",
+            "download the safetensors files or convert the checkpoint to them",
+        )  # fmt: skip
+    raise CheckpointError(
+        f"{folder}: weights", "<missing>", f"must be in {SINGLE_FILE}, or in files that"
+        f" {INDEX_FILE} lists", "download the safetensors files and their index",
+    )  # fmt: skip
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise CheckpointError(
+            str(path), f"<{error.strerror or error}>", "must be a readable safetensors file",
+            "download all files of the checkpoint",
+        ) from error  # fmt: skip
+    except SafetensorError as error:
+        start = b""
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(4)
+        if start.startswith(PICKLE_STARTS):
+            raise CheckpointError(
+                str(path), "<a pickle>", "must be safetensors; pickles can run code and are not"
+                " read", "download the safetensors file or convert the checkpoint to it",
+            ) from error  # fmt: skip
+        raise CheckpointError(
+            str(path), f"<{path.stat().st_size} bytes, {error}>",
+            "must be a whole safetensors file (this one is truncated or damaged)", DOWNLOAD_AGAIN,
+        ) from error  # fmt: skip

@@ -1,0 +1,130 @@
+"""Mixtral: RMS norm, separate query, key and value projections, one tensor per expert matrix."""
+
+from typing import Any, final
+
+from torch import Tensor
+
+from executor.checkpoint import WeightSource
+from executor.families.base import (
+    AbstractFamily,
+    checked_spec,
+    positive,
+    require_silu,
+    rope_theta,
+    token_ids,
+)
+from executor.model.architecture import Architecture, Norm
+from executor.model.layout import DenseWeights, ExpertWeights
+from hrm.errors import ModelError
+from hrm.model_spec import ModelSpec, spec_from_hf_config
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+
+
+@final
+class Mixtral(AbstractFamily):
+    """Checkpoints named as published: `block_sparse_moe.experts.0.w1.weight`."""
+
+    def architecture(self, config: dict[str, Any], where: str) -> Architecture:
+        """Read a config; ModelError naming `where` and the key if it asks for what we lack."""
+        require_silu(config.get("hidden_act", "silu"), f"{where}: hidden_act")
+        positions = int(positive(config, where, "max_position_embeddings", 131_072))
+        window = positive(config, where, "sliding_window", positions)
+        if window < positions:
+            raise ModelError(
+                f"{where}: sliding_window", window,
+                f"must be null or at least max_position_embeddings {positions}",
+                "use a model that attends to its whole context",
+            )  # fmt: skip
+        return Architecture(
+            spec=checked_spec(spec_from_hf_config(config, where), where),
+            norm=Norm.RMS,
+            norm_eps=positive(config, where, "rms_norm_eps", 1e-5),
+            rope_theta=rope_theta(config, where, default=1e6),
+            router_norm=1.0,
+            max_position_embeddings=positions,
+            bos_token_id=next(iter(token_ids(config, where, "bos_token_id")), None),
+            eos_token_ids=token_ids(config, where, "eos_token_id"),
+        )
+
+    def published_architecture(self, spec: ModelSpec) -> Architecture:
+        """Mixtral-8x7B's numbers at any dimensions."""
+        return Architecture(
+            spec=spec, norm_eps=1e-5, rope_theta=1e6, router_norm=1.0,
+            max_position_embeddings=32_768, bos_token_id=1, eos_token_ids=(2,),
+        )  # fmt: skip
+
+    def expected_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a checkpoint has."""
+        spec = arch.spec
+        hidden, intermediate = spec.hidden_size, spec.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            EMBEDDING: (spec.vocab_size, hidden), FINAL_NORM: (hidden,)
+        }  # fmt: skip
+        if not spec.tied_embeddings:
+            shapes[LM_HEAD] = (spec.vocab_size, hidden)
+        for layer in range(spec.num_layers):
+            prefix = f"model.layers.{layer}"
+            attention = f"{prefix}.self_attn"
+            shapes |= {
+                f"{prefix}.input_layernorm.weight": (hidden,),
+                f"{prefix}.post_attention_layernorm.weight": (hidden,),
+                f"{attention}.q_proj.weight": (spec.query_size, hidden),
+                f"{attention}.k_proj.weight": (spec.kv_size, hidden),
+                f"{attention}.v_proj.weight": (spec.kv_size, hidden),
+                f"{attention}.o_proj.weight": (hidden, spec.query_size),
+                f"{prefix}.block_sparse_moe.gate.weight": (spec.num_experts, hidden),
+            }
+            for expert in range(spec.num_experts):
+                matrices = _expert(layer, expert)
+                shapes |= {
+                    f"{matrices}.w1.weight": (intermediate, hidden),
+                    f"{matrices}.w2.weight": (hidden, intermediate),
+                    f"{matrices}.w3.weight": (intermediate, hidden),
+                }
+        return shapes
+
+    def load_dense(
+        self, source: WeightSource, arch: Architecture, layer: int, out: DenseWeights
+    ) -> None:
+        """Fill the dense part of a layer."""
+        prefix = f"model.layers.{layer}"
+        sizes = (arch.spec.query_size, arch.spec.kv_size, arch.spec.kv_size)
+        source.read_into(f"{prefix}.input_layernorm.weight", out.attention_norm)
+        for name, part in zip("qkv", out.qkv.split(sizes), strict=True):
+            source.read_into(f"{prefix}.self_attn.{name}_proj.weight", part)
+        source.read_into(f"{prefix}.self_attn.o_proj.weight", out.output)
+        source.read_into(f"{prefix}.post_attention_layernorm.weight", out.ffn_norm)
+        source.read_into(f"{prefix}.block_sparse_moe.gate.weight", out.router)
+
+    def load_expert(
+        self, source: WeightSource, arch: Architecture, layer: int, expert: int, out: ExpertWeights
+    ) -> None:
+        """Fill one expert of a layer."""
+        gate, up = out.w13.split(arch.spec.intermediate_size)
+        matrices = _expert(layer, expert)
+        source.read_into(f"{matrices}.w1.weight", gate)
+        source.read_into(f"{matrices}.w3.weight", up)
+        source.read_into(f"{matrices}.w2.weight", out.w2)
+
+    def load_embedding(
+        self,
+        source: WeightSource,
+        arch: Architecture,  # noqa: ARG002 - others need it
+        out_VD: Tensor,
+    ) -> None:
+        """Fill the token embedding."""
+        source.read_into(EMBEDDING, out_VD)
+
+    def load_head(
+        self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor
+    ) -> None:
+        """Fill the final norm and the LM head, from the embedding if they are tied."""
+        source.read_into(FINAL_NORM, final_norm_D)
+        source.read_into(EMBEDDING if arch.spec.tied_embeddings else LM_HEAD, lm_head_VD)
+
+
+def _expert(layer: int, expert: int) -> str:
+    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}"

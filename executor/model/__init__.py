@@ -1,0 +1,39 @@
+"""The maths of a model: pure functions on tensors of any device, ignorant of any schedule.
+
+A layer is `pre_attention`, then `prefill_attention` or `append_kv` and `decode_attention`, then
+`post_attention` and `run_experts`; `logits` ends the model. Weights come as views made by `layout`,
+temporaries from a `Workspace`. `reference` says the same slowly, for the tests.
+"""
+
+from executor.model.architecture import Architecture, Norm
+from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention
+from executor.model.experts import Routing, logits, post_attention, run_experts
+from executor.model.layout import (
+    DenseWeights,
+    ExpertWeights,
+    HeadWeights,
+    dense_views,
+    expert_views,
+    head_views,
+)
+from executor.model.workspace import Workspace
+
+__all__ = [
+    "Architecture",
+    "DenseWeights",
+    "ExpertWeights",
+    "HeadWeights",
+    "Norm",
+    "Routing",
+    "Workspace",
+    "append_kv",
+    "decode_attention",
+    "dense_views",
+    "expert_views",
+    "head_views",
+    "logits",
+    "post_attention",
+    "pre_attention",
+    "prefill_attention",
+    "run_experts",
+]

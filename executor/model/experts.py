@@ -1,0 +1,104 @@
+"""What comes after attention: output projection, router and experts; and the logits at the end.
+
+T tokens, D hidden, Q = heads*head_dim, E experts, K experts per token, I intermediate,
+R requests, V vocab, n tokens that go to one expert.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from executor.model.architecture import Architecture
+from executor.model.layout import DenseWeights, ExpertWeights
+from executor.model.norm import normed
+from executor.model.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each token goes to, each expert at most once, and their weights."""
+
+    weights_TK: Tensor  # noqa: N815 - float32
+    experts_TK: Tensor  # noqa: N815 - int64
+
+
+def post_attention(
+    arch: Architecture, hidden_TD: Tensor, attention_TQ: Tensor, dense: DenseWeights,
+    workspace: Workspace,
+) -> tuple[Tensor, Routing]:  # fmt: skip
+    """Add the projected attention to `hidden_TD`, in place.
+
+    Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
+    """
+    hidden_TD.addmm_(attention_TQ, dense.output.T)
+    x_TD = normed(arch, hidden_TD, dense.ffn_norm, workspace)
+    return x_TD, route(arch, x_TD, dense.router)
+
+
+def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
+    """The experts of greatest probability for each token, and their normalised probabilities."""
+    probabilities_TE = functional.linear(x_TD, router_ED).softmax(-1, dtype=torch.float32)
+    weights_TK, experts_TK = probabilities_TE.topk(arch.spec.experts_per_token)
+    if arch.router_norm is not None:
+        order = arch.router_norm
+        weights_TK /= torch.linalg.vector_norm(weights_TK, order, dim=-1, keepdim=True)
+    return Routing(weights_TK, experts_TK)
+
+
+def run_experts(
+    x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
+    out_TD: Tensor, workspace: Workspace,
+) -> None:  # fmt: skip
+    """Add to `out_TD` the weighted output of exactly the `experts` given, as (index, weights).
+
+    Experts may come lazily and in any order; those that no token goes to are skipped. `out_TD` may
+    be the residual stream itself, but not `x_TD`.
+    """
+    experts_per_token = routing.experts_TK.shape[1]
+    sorted_experts, order = routing.experts_TK.flatten().sort(stable=True)
+    weights = routing.weights_TK.flatten()[order].to(x_TD.dtype).unsqueeze(1)
+    tokens = order // experts_per_token
+    counts = torch.bincount(sorted_experts).tolist()
+    starts = [0]
+    for count in counts:
+        starts.append(starts[-1] + count)
+    mark = workspace.mark()
+    gathered: Tensor | None = None
+    activations: Tensor | None = None
+    for index, expert in experts:
+        count = counts[index] if index < len(counts) else 0
+        if not count:
+            continue
+        if gathered is None or activations is None:
+            gathered = workspace.take((max(counts), x_TD.shape[1]), x_TD.dtype)
+            activations = workspace.take((max(counts), len(expert.w13)), x_TD.dtype)
+        routed = slice(starts[index], starts[index] + count)
+        rows, x_nD, gate_up_n2I = tokens[routed], gathered[:count], activations[:count]
+        torch.index_select(x_TD, 0, rows, out=x_nD)
+        torch.mm(x_nD, expert.w13.T, out=gate_up_n2I)
+        gate_nI, up_nI = gate_up_n2I.chunk(2, dim=1)
+        functional.silu(gate_nI, inplace=True).mul_(up_nI)
+        torch.mm(gate_nI, expert.w2.T, out=x_nD)
+        out_TD.index_add_(0, rows, x_nD.mul_(weights[routed]))
+    workspace.release(mark)
+
+
+def logits(
+    arch: Architecture, hidden_RD: Tensor, final_norm_D: Tensor, lm_head_VD: Tensor,
+    workspace: Workspace,
+) -> Tensor:  # fmt: skip
+    """Logits of the next token, float32 and taken from the workspace."""
+    shape = (len(hidden_RD), len(lm_head_VD))
+    logits_RV = workspace.take(shape, torch.float32)
+    mark = workspace.mark()
+    x_RD = normed(arch, hidden_RD, final_norm_D, workspace)
+    if x_RD.dtype is torch.float32:
+        torch.mm(x_RD, lm_head_VD.T, out=logits_RV)
+    else:
+        narrow_RV = workspace.take(shape, x_RD.dtype)
+        logits_RV.copy_(torch.mm(x_RD, lm_head_VD.T, out=narrow_RV))
+    workspace.release(mark)
+    return logits_RV

@@ -1,0 +1,141 @@
+"""The whole model slowly and obviously right, in float32: what the fast maths is tested against.
+
+T tokens, D hidden, H heads, G kv heads, d head_dim, E experts, K experts per token, V vocab.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executor.checkpoint import WeightSource
+from executor.families.base import AbstractFamily
+from executor.model.architecture import Architecture, Norm
+from executor.model.layout import (
+    DenseWeights,
+    ExpertWeights,
+    HeadWeights,
+    dense_views,
+    expert_views,
+    head_views,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceModel:
+    """A model with all its weights in memory."""
+
+    arch: Architecture
+    embedding: Tensor  # (V, D)
+    layers: list[tuple[DenseWeights, list[ExpertWeights]]]
+    head: HeadWeights
+
+
+def load(family: AbstractFamily, source: WeightSource, arch: Architecture) -> ReferenceModel:
+    """Read all weights as float32."""
+    spec = arch.spec
+    embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size)
+    family.load_embedding(source, arch, embedding_VD)
+    layers: list[tuple[DenseWeights, list[ExpertWeights]]] = []
+    for layer in range(spec.num_layers):
+        dense = dense_views(spec, torch.empty(spec.dense_parameters))
+        family.load_dense(source, arch, layer, dense)
+        experts: list[ExpertWeights] = []
+        for index in range(spec.num_experts):
+            expert = expert_views(spec, torch.empty(spec.expert_parameters))
+            family.load_expert(source, arch, layer, index, expert)
+            experts.append(expert)
+        layers.append((dense, experts))
+    head = head_views(spec, torch.empty(spec.head_parameters))
+    family.load_head(source, arch, head.final_norm, head.lm_head)
+    return ReferenceModel(arch, embedding_VD, layers, head)
+
+
+def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:
+    """Logits (T, V) of the token after each of one prompt's tokens."""
+    arch = model.arch
+    hidden_TD = model.embedding[tokens]
+    for dense, experts in model.layers:
+        q, k, v = queries_keys_values(
+            arch, norm(arch, hidden_TD, dense.attention_norm), dense, torch.arange(len(tokens))
+        )
+        hidden_TD = hidden_TD + attention(q, k, v) @ dense.output.T
+        x_TD = norm(arch, hidden_TD, dense.ffn_norm)
+        weights_TK, experts_TK = route(arch, x_TD, dense.router)
+        hidden_TD = hidden_TD + moe(x_TD, weights_TK, experts_TK, enumerate(experts))
+    return norm(arch, hidden_TD, model.head.final_norm) @ model.head.lm_head.T
+
+
+def greedy(model: ReferenceModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """The most probable continuation, up to and including an end-of-sequence token."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(int(forward(model, tokens)[-1].argmax()))
+        if tokens[-1] in model.arch.eos_token_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+def norm(arch: Architecture, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+    """Each row divided by its root mean square, for LAYER after subtracting its mean."""
+    if arch.norm is Norm.LAYER:
+        x_TD = x_TD - x_TD.mean(-1, keepdim=True)
+    return x_TD / (x_TD.pow(2).mean(-1, keepdim=True) + arch.norm_eps).sqrt() * weight_D
+
+
+def queries_keys_values(
+    arch: Architecture, x_TD: Tensor, dense: DenseWeights, positions_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries (T, H, d), rotated keys (T, G, d) and values (T, G, d)."""
+    spec = arch.spec
+    qkv = x_TD @ dense.qkv.T
+    if arch.clip_qkv is not None:
+        qkv = qkv.clamp(-arch.clip_qkv, arch.clip_qkv)
+    sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+    q, k, v = qkv.view(len(x_TD), -1, spec.head_dim).split(sizes, dim=1)
+    return rotate(arch, q, positions_T), rotate(arch, k, positions_T), v
+
+
+def rotate(arch: Architecture, x_THd: Tensor, positions_T: Tensor) -> Tensor:
+    """Elements i and i + d/2 turned together by position * theta^(-2i/d)."""
+    half = x_THd.shape[-1] // 2
+    angles = positions_T[:, None] * arch.rope_theta ** (-torch.arange(half) / half)
+    turned = torch.polar(torch.ones_like(angles), angles)[:, None]
+    out = torch.complex(x_THd[..., :half], x_THd[..., half:]) * turned
+    return torch.cat([out.real, out.imag], dim=-1)
+
+
+def attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    """Causal attention of the last len(q) of len(k) tokens, (T, H*d)."""
+    group = q_THd.shape[1] // k_TGd.shape[1]
+    k, v = k_TGd.repeat_interleave(group, dim=1), v_TGd.repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q_THd, k) / q_THd.shape[-1] ** 0.5
+    ahead = torch.ones(len(q_THd), len(k), dtype=torch.bool).triu(len(k) - len(q_THd) + 1)
+    weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
+
+
+def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and indices (T, K) of the experts that each token goes to."""
+    probabilities = (x_TD @ router_ED.T).softmax(-1)
+    weights, experts = probabilities.sort(dim=-1, descending=True)
+    chosen = arch.spec.experts_per_token
+    weights, experts = weights[:, :chosen], experts[:, :chosen]
+    if arch.router_norm is not None:
+        order = arch.router_norm
+        weights = weights / weights.pow(order).sum(-1, keepdim=True).pow(1 / order)
+    return weights, experts
+
+
+def moe(
+    x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor,
+    experts: Iterable[tuple[int, ExpertWeights]],
+) -> Tensor:  # fmt: skip
+    """Every expert over every token, weighted by nought where the token does not go to it."""
+    out_TD = torch.zeros_like(x_TD)
+    for index, expert in experts:
+        gate, up = (x_TD @ expert.w13.T).chunk(2, dim=-1)
+        weight_T = torch.where(experts_TK == index, weights_TK, 0).sum(-1)
+        out_TD += weight_T[:, None] * ((gate * gate.sigmoid() * up) @ expert.w2.T)
+    return out_TD

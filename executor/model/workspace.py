@@ -1,0 +1,60 @@
+"""Memory for temporaries, planned by `hrm.memory.workspace_bytes` and allocated once."""
+
+from math import prod
+from typing import final
+
+import torch
+from torch import Tensor
+
+ALIGNMENT_BYTES = 64
+
+
+@final
+class Workspace:
+    """A stack of temporaries in one flat tensor of bytes.
+
+    `take` puts a tensor on the stack and `release` takes off everything since a `mark`.
+    `high_water_bytes` is the most that was ever in use.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        assert memory.dtype is torch.uint8, memory.dtype
+        assert memory.ndim == 1, memory.shape
+        self._memory = memory[: len(memory) // ALIGNMENT_BYTES * ALIGNMENT_BYTES]
+        self._views: dict[torch.dtype, Tensor] = {}
+        self._used_bytes = 0
+        self.high_water_bytes = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """All that can be in use at once."""
+        return len(self._memory)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, valid until its release."""
+        view = self._views.get(dtype)
+        if view is None:
+            view = self._views[dtype] = self._memory.view(dtype)
+        start = self._used_bytes
+        end = start + prod(shape) * dtype.itemsize
+        assert end <= len(self._memory), (
+            f"workspace of {len(self._memory)} bytes exhausted: {start} in use, asked for {shape}"
+        )
+        self.high_water_bytes = max(self.high_water_bytes, end)
+        self._used_bytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        offset = view.storage_offset() + start // dtype.itemsize
+        return view.as_strided(shape, strides, offset)
+
+    def mark(self) -> int:
+        """The present top of the stack."""
+        return self._used_bytes
+
+    def release(self, mark: int) -> None:
+        """Give back everything taken since `mark`."""
+        assert mark <= self._used_bytes, (mark, self._used_bytes)
+        self._used_bytes = mark
+
+    def reset(self) -> None:
+        """Give back everything."""
+        self._used_bytes = 0

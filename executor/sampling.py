@@ -1,0 +1,110 @@
+"""The choice of the next token.
+
+R requests, V vocab.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executor.errors import JobError, RunError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a request is continued; temperature 0 takes the most probable token.
+
+    `top_p` keeps the fewest most probable tokens that together reach that probability. Equal seeds
+    give equal choices. `stop` are texts, and `stop_token_ids` tokens, that end the request.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject impossible values (JobError)."""
+        rules = (
+            ("max_tokens", _is_integer(self.max_tokens) and self.max_tokens >= 1,
+             "be an integer of at least 1"),
+            ("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 2,
+             "be a number from 0 to 2"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1,
+             "be a number greater than 0 and at most 1"),
+            ("seed", _is_integer(self.seed), "be an integer"),
+            ("stop", _all(self.stop, str) and all(self.stop), "be texts that are not empty"),
+            ("stop_token_ids", _all(self.stop_token_ids, int), "be token ids"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "be true or false"),
+        )  # fmt: skip
+        for field, holds, rule in rules:
+            if not holds:
+                raise JobError(
+                    f"body: {field}", getattr(self, field), f"must {rule}", "correct the request"
+                )
+
+
+def choose(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
+    """The next token of each request, of which it is the `steps[r]`-th generated.
+
+    A choice depends on the request's logits, parameters and step alone, never on its neighbours.
+    Raises RunError if the logits are not numbers.
+    """
+    assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
+    greatest_R, tokens_R = logits_RV.max(dim=-1)
+    tokens = tokens_R.tolist()
+    for request, greatest in enumerate(greatest_R.tolist()):
+        if not math.isfinite(greatest):
+            raise RunError(
+                f"logits of request {request} of the micro-batch", f"<{greatest}>",
+                "must be finite numbers", "run in bfloat16 or float32, or check the weights",
+            )  # fmt: skip
+    rows = [row for row, one in enumerate(params) if one.temperature > 0]
+    if rows:
+        sampled = _sample(logits_RV[rows], [params[r] for r in rows], [steps[r] for r in rows])
+        for row, token in zip(rows, sampled, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def uniform(seed: int, step: int) -> float:
+    """A number in [0, 1) that depends on nothing else, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def _sample(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
+    """Invert the distribution function of the tokens kept, ordered by probability."""
+    column = {"dtype": torch.float64, "device": logits_RV.device}
+    temperature_R1 = torch.tensor([[one.temperature] for one in params], **column)
+    top_p_R1 = torch.tensor([[one.top_p] for one in params], **column)
+    uniform_R1 = torch.tensor(
+        [[uniform(one.seed, step)] for one, step in zip(params, steps, strict=True)], **column
+    )
+    sorted_RV, tokens_RV = logits_RV.double().sort(dim=-1, descending=True, stable=True)
+    probabilities_RV = ((sorted_RV - sorted_RV[:, :1]) / temperature_R1).softmax(dim=-1)
+    reached_RV = probabilities_RV.cumsum(dim=-1)
+    last_R1 = (reached_RV < top_p_R1).sum(dim=-1, keepdim=True)
+    last_R1 = last_R1.clamp_(max=logits_RV.shape[1] - 1)
+    target_R1 = uniform_R1 * reached_RV.gather(1, last_R1)
+    chosen_R1 = torch.searchsorted(reached_RV, target_R1, right=True)
+    return tokens_RV.gather(1, torch.minimum(chosen_R1, last_R1)).flatten().tolist()
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _all(values: object, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)

@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.executor.tiny_models import MODELS, save_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two cores are shared with the other workers of pytest-xdist."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> dict[str, Path]:
+    """A random checkpoint of each of the tiny models."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: save_tiny(name, root / name.replace(" ", "-")) for name in MODELS}
+
+
+@pytest.fixture(params=MODELS)
+def tiny_folder(request, tiny_folders) -> Path:
+    """A random checkpoint, of each tiny model in turn."""
+    return tiny_folders[request.param]

@@ -1,0 +1,154 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from executor.checkpoint import Checkpoint
+from executor.families import FAMILIES, family_for
+from executor.model import Norm, dense_views, expert_views, head_views
+from hrm.errors import ModelError
+from hrm.model_spec import BUILT_IN_MODELS
+from tests.executor.tiny_models import DBRX
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def mixtral(tiny_folders):
+    return config_of(tiny_folders["wide heads"])
+
+
+@pytest.fixture
+def dbrx(tiny_folders):
+    return config_of(tiny_folders[DBRX])
+
+
+def architecture(config):
+    return family_for(config, "config.json").architecture(config, "config.json")
+
+
+def refused(config, *parts):
+    with pytest.raises(ModelError) as caught:
+        architecture(config)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_mixtral_config(mixtral):
+    arch = architecture(mixtral)
+    assert (arch.norm, arch.norm_eps, arch.rope_theta) == (Norm.RMS, 1e-5, 10_000.0)
+    assert (arch.clip_qkv, arch.router_norm, arch.max_position_embeddings) == (None, 1.0, 256)
+    assert (arch.bos_token_id, arch.eos_token_ids) == (1, (2,))
+
+
+def test_dbrx_config(dbrx):
+    arch = architecture(dbrx)
+    assert (arch.norm, arch.norm_eps, arch.rope_theta) == (Norm.LAYER, 1e-5, 10_000.0)
+    assert (arch.clip_qkv, arch.router_norm, arch.max_position_embeddings) == (0.7, 2.0, 256)
+    dbrx["ffn_config"]["moe_normalize_expert_weights"] = None
+    assert architecture(dbrx).router_norm is None
+
+
+def test_rope_theta_where_published_configs_have_it(mixtral, dbrx):
+    del mixtral["rope_parameters"]
+    assert architecture(mixtral).rope_theta == 1e6
+    assert architecture({**mixtral, "rope_theta": 5e4, "rope_scaling": None}).rope_theta == 5e4
+    del dbrx["rope_parameters"]
+    dbrx["attn_config"]["rope_theta"] = 5e5
+    assert architecture(dbrx).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"rope_scaling": "linear"},
+    ],
+)
+def test_scaled_positions_are_refused(mixtral, dbrx, rope):
+    for config in (mixtral, dbrx):
+        refused({**config, **rope}, next(iter(rope)), "type default")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"hidden_act": "gelu"}, ("hidden_act", "'gelu'", "silu")),
+        ({"sliding_window": 255}, ("sliding_window", "255", "256")),
+        ({"sliding_window": "wide"}, ("sliding_window", "'wide'")),
+        ({"rope_parameters": None, "rope_theta": 0}, ("rope_theta", "0", "positive")),
+        ({"rms_norm_eps": "small"}, ("rms_norm_eps", "'small'", "positive")),
+        ({"max_position_embeddings": True}, ("max_position_embeddings",)),
+        ({"head_dim": 7}, ("head_dim", "7", "even")),
+        ({"eos_token_id": "end"}, ("eos_token_id", "'end'", "token id")),
+        ({"hidden_act": ["silu"]}, ("hidden_act", "['silu']")),
+        ({"max_position_embeddings": float("inf")}, ("max_position_embeddings", "inf")),
+        ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
+        ({"hidden_size": None}, ("hidden_size", "<missing>")),
+        ({"model_type": None}, ("model_type", "<missing>")),
+        ({"model_type": ["dbrx"]}, ("model_type", "['dbrx']")),
+    ],
+)
+def test_mixtral_configs_refused(mixtral, changes, parts):
+    refused({**mixtral, **changes}, "config.json: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "parts"),
+    [
+        ("ffn_config", {"ffn_act_fn": {"name": "relu"}}, ("ffn_act_fn", "'relu'")),
+        ("ffn_config", {"moe_normalize_expert_weights": -1}, ("moe_normalize_expert_weights",)),
+        ("attn_config", {"clip_qkv": 0}, ("clip_qkv", "0", "positive")),
+        ("attn_config", {"kv_n_heads": 3}, ("num_kv_heads", "3")),
+    ],
+)
+def test_dbrx_configs_refused(dbrx, section, changes, parts):
+    refused({**dbrx, section: {**dbrx[section], **changes}}, *parts)
+
+
+def test_dbrx_heads_must_divide_its_width(dbrx):
+    refused({**dbrx, "d_model": 34}, "n_heads", "34")
+
+
+def test_window_over_all_positions_is_no_window(mixtral):
+    architecture({**mixtral, "sliding_window": 256})
+
+
+def test_expected_tensors_are_exactly_those_saved(tiny_folder):
+    arch = architecture(config_of(tiny_folder))
+    expected = FAMILIES[arch.spec.family].expected_tensors(arch)
+    stored = load_file(tiny_folder / "model.safetensors")
+    assert expected == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+@pytest.mark.parametrize("name", BUILT_IN_MODELS)
+def test_expected_tensors_add_up_to_the_parameters(name):
+    spec = BUILT_IN_MODELS[name]
+    family = FAMILIES[spec.family]
+    arch = family.published_architecture(spec)
+    shapes = family.expected_tensors(arch).values()
+    assert sum(torch.Size(shape).numel() for shape in shapes) == spec.parameters
+
+
+def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
+    with Checkpoint.open(tiny_folder) as checkpoint:
+        family = family_for(checkpoint.config, "config.json")
+        arch = family.architecture(checkpoint.config, "config.json")
+        spec = arch.spec
+        flats = [
+            torch.full((size,), torch.nan, dtype=torch.bfloat16)
+            for size in (spec.dense_parameters, spec.expert_parameters, spec.head_parameters)
+        ]
+        family.load_dense(checkpoint, arch, 1, dense_views(spec, flats[0]))
+        family.load_expert(checkpoint, arch, 1, 2, expert_views(spec, flats[1]))
+        head = head_views(spec, flats[2])
+        family.load_head(checkpoint, arch, head.final_norm, head.lm_head)
+        embedding = torch.full((spec.vocab_size, spec.hidden_size), torch.nan)
+        family.load_embedding(checkpoint, arch, embedding)
+    assert not any(tensor.isnan().any() for tensor in (*flats, embedding))
+    tied = torch.equal(head.lm_head, embedding.to(torch.bfloat16))
+    assert tied == spec.tied_embeddings

@@ -1,0 +1,312 @@
+"""Each function of a layer against the reference, and its temporaries against the plan."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor.model import (
+    Norm,
+    Routing,
+    Workspace,
+    append_kv,
+    decode_attention,
+    dense_views,
+    expert_views,
+    logits,
+    post_attention,
+    pre_attention,
+    prefill_attention,
+    reference,
+    run_experts,
+)
+from executor.model.norm import normed
+from hrm.memory import LOGIT_BYTES, workspace_bytes
+from tests.executor.model.tolerances import DTYPES, assert_same, name_of
+from tests.executor.tiny_models import tiny_arch
+
+ARCHS = {
+    "mixtral": tiny_arch(),
+    "one kv head": tiny_arch(num_kv_heads=1, head_dim=12),
+    "dbrx": tiny_arch(Norm.LAYER, clip_qkv=0.5, router_norm=2.0, rope_theta=5e5),
+    "weights as they are": tiny_arch(router_norm=None, experts_per_token=4),
+}
+
+archs = st.builds(
+    tiny_arch,
+    st.sampled_from(Norm),
+    hidden_size=st.integers(1, 40),
+    intermediate_size=st.integers(1, 40),
+    num_heads=st.sampled_from([4, 8]),
+    num_kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([2, 6, 16]),
+    num_experts=st.sampled_from([4, 9]),
+    experts_per_token=st.integers(1, 4),
+)
+
+
+def big_workspace():
+    return Workspace(torch.empty(4_000_000, dtype=torch.uint8))
+
+
+def planned_workspace(arch, num_tokens, dtype):
+    num_bytes = workspace_bytes(arch.spec, num_tokens, name_of(dtype))
+    return Workspace(torch.empty(num_bytes, dtype=torch.uint8))
+
+
+def random_dense(arch, dtype=torch.float32):
+    flat = torch.randn(arch.spec.dense_parameters) * arch.spec.hidden_size**-0.5
+    return dense_views(arch.spec, flat.to(dtype))
+
+
+def random_experts(arch, dtype=torch.float32):
+    scale = arch.spec.hidden_size**-0.5
+    size = arch.spec.expert_parameters
+    return [
+        expert_views(arch.spec, (torch.randn(size) * scale).to(dtype))
+        for _ in range(arch.spec.num_experts)
+    ]
+
+
+def as_float(weights):
+    fields = weights.__dataclass_fields__
+    return type(weights)(**{name: getattr(weights, name).float() for name in fields})
+
+
+def random_routing(arch, num_tokens):
+    scores = torch.rand(num_tokens, arch.spec.num_experts)
+    weights, experts = scores.topk(arch.spec.experts_per_token)
+    return Routing(weights, experts)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request):
+    return ARCHS[request.param]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm(arch, dtype):
+    x, weight = (torch.randn(7, 16) * 3 + 1).to(dtype), torch.rand(16).to(dtype)
+    before = x.clone()
+    fast = normed(arch, x, weight, big_workspace())
+    assert_same(fast, reference.norm(arch, x.float(), weight.float()))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pre_attention(arch, dtype):
+    spec, dense = arch.spec, random_dense(arch, dtype)
+    x, positions = torch.randn(9, 16).to(dtype), torch.tensor([0, 1, 2, 0, 1, 63, 64, 700, 4095])
+    qkv = torch.empty(9, spec.query_size + 2 * spec.kv_size, dtype=dtype)
+    pre_attention(arch, x, dense, positions, qkv, big_workspace())
+    slow = as_float(dense)
+    x_normed = reference.norm(arch, x.float(), slow.attention_norm)
+    parts = reference.queries_keys_values(arch, x_normed, slow, positions)
+    exact = torch.cat([part.flatten(1) for part in parts], dim=1)
+    if dtype is torch.float32:
+        exact_enough = 3e-4  # float32 angles at position 4095
+        torch.testing.assert_close(qkv, exact, rtol=0, atol=exact_enough)
+    else:
+        assert_same(qkv, exact)
+
+
+def test_clip_bounds_queries_keys_and_values():
+    arch = tiny_arch(clip_qkv=0.1)
+    qkv = torch.empty(3, 64)
+    dense = random_dense(arch)
+    pre_attention(arch, torch.randn(3, 16) * 9, dense, torch.zeros(3).long(), qkv, big_workspace())
+    assert qkv.abs().max().item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_attention(arch, dtype):
+    spec, lengths = arch.spec, [5, 1, 33, 2]
+    qkv = torch.randn(sum(lengths), spec.query_size + 2 * spec.kv_size).to(dtype)
+    out = torch.empty(sum(lengths), spec.query_size, dtype=dtype)
+    prefill_attention(arch, qkv, lengths, out, big_workspace())
+    exact = [reference.attention(*split_heads(arch, part.float())) for part in qkv.split(lengths)]
+    assert_same(out, torch.cat(exact))
+
+
+def split_heads(arch, qkv):
+    spec = arch.spec
+    sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+    return qkv.view(len(qkv), -1, spec.head_dim).split(sizes, dim=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arch=archs,
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    gaps=st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+)
+def test_decode_attention_is_the_last_row_of_full_attention(arch, lengths, gaps, dtype, seed):
+    torch.manual_seed(seed)
+    spec = arch.spec
+    starts = [sum(lengths[:r]) + sum(gaps[: r + 1]) for r in range(len(lengths))]
+    cache = torch.full((starts[-1] + lengths[-1] + 3, 2, spec.num_kv_heads, spec.head_dim), 1e4)
+    cache = cache.to(dtype)
+    tokens = [torch.randn(n, spec.query_size + 2 * spec.kv_size).to(dtype) for n in lengths]
+    for start, qkv in zip(starts, tokens, strict=True):
+        append_kv(cache, qkv, start + torch.arange(len(qkv)))
+    newest = torch.stack([qkv[-1] for qkv in tokens])
+    out = torch.empty(len(lengths), spec.query_size, dtype=dtype)
+    decode_attention(arch, newest, cache, starts, lengths, out)
+    exact = [reference.attention(*split_heads(arch, qkv.float()))[-1] for qkv in tokens]
+    assert_same(out, torch.stack(exact))
+    alone = torch.empty_like(out[:1])
+    decode_attention(arch, newest[:1], cache, starts[:1], lengths[:1], alone)
+    assert torch.equal(alone[0], out[0])
+
+
+def test_append_kv_touches_only_its_rows():
+    cache = torch.zeros(6, 2, 2, 8)
+    qkv = torch.randn(2, 32 + 32)
+    append_kv(cache, qkv, torch.tensor([4, 1]))
+    assert torch.equal(cache[4].flatten(), qkv[0, 32:])
+    assert torch.equal(cache[1].flatten(), qkv[1, 32:])
+    assert not cache[[0, 2, 3, 5]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_post_attention(arch, dtype):
+    dense = random_dense(arch, dtype)
+    hidden = torch.randn(9, 16).to(dtype)
+    attended = torch.randn(9, arch.spec.query_size).to(dtype)
+    slow = as_float(dense)
+    exact_hidden = hidden.float() + attended.float() @ slow.output.T
+    x, routing = post_attention(arch, hidden, attended, dense, big_workspace())
+    assert_same(hidden, exact_hidden)
+    assert_same(x, reference.norm(arch, hidden.float(), slow.ffn_norm))
+    weights, experts = reference.route(arch, x.float(), slow.router)
+    assert routing.weights_TK.dtype is torch.float32
+    assert routing.experts_TK.dtype is torch.int64
+    torch.testing.assert_close(routing.weights_TK, weights, rtol=0, atol=2e-2)
+    if dtype is torch.float32:
+        assert torch.equal(routing.experts_TK, experts)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    arch=archs,
+    num_tokens=st.integers(0, 50),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_run_experts_adds_exactly_the_experts_given(arch, num_tokens, dtype, seed, data):
+    torch.manual_seed(seed)
+    experts = random_experts(arch, dtype)
+    chosen = data.draw(st.lists(st.sampled_from(range(len(experts))), unique=True))
+    x = torch.randn(num_tokens, arch.spec.hidden_size).to(dtype)
+    routing = random_routing(arch, num_tokens)
+    out = torch.randn_like(x)
+    exact = out.float() + reference.moe(
+        x.float(), routing.weights_TK, routing.experts_TK,
+        [(index, as_float(experts[index])) for index in chosen],
+    )  # fmt: skip
+    x_before = x.clone()
+    workspace = big_workspace()
+    run_experts(x, routing, ((index, experts[index]) for index in chosen), out, workspace)
+    if num_tokens:
+        assert_same(out, exact)
+    assert torch.equal(x, x_before)
+    assert workspace.mark() == 0
+
+
+def test_experts_split_between_devices_add_up():
+    arch = ARCHS["mixtral"]
+    experts, routing, x = random_experts(arch), random_routing(arch, 20), torch.randn(20, 16)
+    whole, parts = torch.zeros(20, 16), torch.zeros(20, 16)
+    run_experts(x, routing, enumerate(experts), whole, big_workspace())
+    for some in ([(0, experts[0])], [(3, experts[3]), (1, experts[1])], [(2, experts[2])]):
+        run_experts(x, routing, some, parts, big_workspace())
+    torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits(arch, dtype):
+    hidden = torch.randn(5, 16).to(dtype)
+    norm, head = torch.rand(16).to(dtype), torch.randn(50, 16).to(dtype)
+    before = hidden.clone()
+    out = logits(arch, hidden, norm, head, big_workspace())
+    assert out.dtype is torch.float32
+    assert_same(out.to(dtype), reference.norm(arch, hidden.float(), norm.float()) @ head.float().T)
+    assert torch.equal(hidden, before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arch=archs,
+    num_tokens=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    same_expert=st.booleans(),
+    prefill=st.booleans(),
+)
+def test_plan_covers_the_temporaries_of_a_layer(arch, num_tokens, dtype, same_expert, prefill):
+    spec = arch.spec
+    workspace = planned_workspace(arch, num_tokens, dtype)
+    dense, experts = random_dense(arch, dtype), random_experts(arch, dtype)
+    hidden = torch.randn(num_tokens, spec.hidden_size).to(dtype)
+    qkv = workspace.take((num_tokens, spec.query_size + 2 * spec.kv_size), dtype)
+    attended = workspace.take((num_tokens, spec.query_size), dtype)
+    pre_attention(arch, hidden, dense, torch.arange(num_tokens), qkv, workspace)
+    if prefill:
+        prefill_attention(arch, qkv, [num_tokens], attended, workspace)
+        by_torch = attended.numel() * dtype.itemsize
+    else:
+        cache = torch.randn(num_tokens, 2, spec.num_kv_heads, spec.head_dim).to(dtype)
+        ones = [1] * num_tokens
+        decode_attention(arch, qkv, cache, range(num_tokens), ones, attended)
+        by_torch = 0
+    assert workspace.mark() + by_torch <= workspace.capacity_bytes
+    x, routing = post_attention(arch, hidden, attended, dense, workspace)
+    if same_expert:
+        routing.experts_TK.copy_(torch.arange(spec.experts_per_token))
+    out = workspace.take((num_tokens, spec.hidden_size), dtype).zero_()
+    run_experts(x, routing, enumerate(experts), out, workspace)
+    assert workspace.high_water_bytes <= workspace_bytes(spec, num_tokens, name_of(dtype))
+
+
+def test_plan_is_no_more_than_needed():
+    arch = tiny_arch(hidden_size=256, intermediate_size=512, num_heads=4, head_dim=64)
+    workspace = planned_workspace(arch, 128, torch.bfloat16)
+    workspace.take((128, 256 + 2 * 128 + 256), torch.bfloat16)
+    dense, experts = random_dense(arch, torch.bfloat16), random_experts(arch, torch.bfloat16)
+    hidden, attended = torch.randn(2, 128, 256).to(torch.bfloat16)
+    x, routing = post_attention(arch, hidden, attended, dense, workspace)
+    routing.experts_TK.copy_(torch.arange(2))
+    out = workspace.take((128, 256), torch.bfloat16).zero_()
+    run_experts(x, routing, enumerate(experts), out, workspace)
+    assert workspace.high_water_bytes >= 0.95 * workspace.capacity_bytes
+
+
+def test_planned_workspace_takes_arrays():
+    spec = ARCHS["dbrx"].spec
+    planned = workspace_bytes(spec, np.array([1, 8]), "bfloat16")
+    assert planned.tolist() == [workspace_bytes(spec, n, "bfloat16") for n in (1, 8)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arch=archs,
+    vocab=st.integers(1, 90),
+    num_requests=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_plan_covers_the_logits(arch, vocab, num_requests, dtype):
+    hidden = arch.spec.hidden_size
+    planned = workspace_bytes(arch.spec, num_requests, name_of(dtype))
+    planned += num_requests * vocab * (LOGIT_BYTES + dtype.itemsize)
+    workspace = Workspace(torch.empty(planned, dtype=torch.uint8))
+    states, head = torch.randn(num_requests, hidden), torch.randn(vocab, hidden)
+    logits(arch, states.to(dtype), torch.ones(hidden, dtype=dtype), head.to(dtype), workspace)
+    assert workspace.high_water_bytes <= planned

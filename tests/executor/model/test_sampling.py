@@ -1,0 +1,147 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor.errors import JobError, RunError
+from executor.sampling import SamplingParams, choose, uniform
+
+GREEDY = SamplingParams(temperature=0)
+scores = st.lists(
+    st.floats(-30, 30, width=32) | st.sampled_from([0.0, 1.0, -math.inf]), min_size=1, max_size=20
+).filter(lambda row: max(row) > -math.inf)
+sampled = st.builds(
+    SamplingParams,
+    temperature=st.floats(0.01, 2),
+    top_p=st.floats(0.01, 1),
+    seed=st.integers(-(2**70), 2**70),
+)
+
+
+def slow_choice(row, params, step):
+    """The definition, one token at a time."""
+    top = max(row)
+    weights = [math.exp((score - top) / params.temperature) for score in row]
+    ranked = sorted(range(len(row)), key=lambda token: -row[token])
+    kept, mass = [], 0.0
+    for token in ranked:
+        if mass >= params.top_p:
+            break
+        kept.append(token)
+        mass += weights[token] / sum(weights)
+    left = uniform(params.seed, step) * mass
+    for token in kept:
+        left -= weights[token] / sum(weights)
+        if left < 0:
+            return token, kept
+    return kept[-1], kept
+
+
+def one(row, params, step=0):
+    return choose(torch.tensor([row]), [params], [step])[0]
+
+
+@given(row=scores)
+def test_greedy_takes_the_greatest(row):
+    assert row[one(row, GREEDY)] == max(row)
+
+
+def test_greedy_takes_the_first_of_equals():
+    assert one([1.0, 3.0, 3.0], GREEDY) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=scores, params=sampled, step=st.integers(0, 1000))
+def test_sampling_follows_the_slow_definition(row, params, step):
+    row = torch.tensor(row).tolist()  # as float32 holds them
+    token, kept = slow_choice(row, params, step)
+    chosen = one(row, params, step)
+    assert row[chosen] > -math.inf
+    if chosen != token:  # only rounding at a boundary may differ
+        ranked = sorted(range(len(row)), key=lambda t: -row[t])
+        assert abs(ranked.index(chosen) - ranked.index(token)) == 1
+        nudged = [slow_choice(row, replace(params, top_p=params.top_p * f), step)[1]
+                  for f in (1 - 1e-9, 1.0)]  # fmt: skip
+        assert chosen in kept or len(nudged[0]) != len(nudged[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 99), sampled | st.just(GREEDY)), max_size=6))
+def test_choices_do_not_depend_on_neighbours(rows):
+    logits = torch.randn(100, 50, generator=torch.Generator().manual_seed(0)) * 3
+    params, steps = [p for _, p in rows], [seed % 7 for seed, _ in rows]
+    batch = choose(logits[[seed for seed, _ in rows]], params, steps)
+    alone = [
+        choose(logits[seed : seed + 1], [p], [step])[0]
+        for (seed, p), step in zip(rows, steps, strict=True)
+    ]
+    assert batch == alone
+
+
+def test_logits_are_left_alone():
+    logits = torch.randn(3, 9)
+    before = logits.clone()
+    choose(logits, [GREEDY, SamplingParams(), SamplingParams(top_p=0.5)], [0, 0, 0])
+    assert torch.equal(logits, before)
+
+
+def test_equal_seeds_give_equal_tokens_and_others_do_not():
+    row = [0.0] * 1000
+    tokens = [[one(row, SamplingParams(seed=s), step) for step in range(8)] for s in (1, 1, 2)]
+    assert tokens[0] == tokens[1]
+    assert tokens[0] != tokens[2]
+    assert len(set(tokens[0])) > 4
+
+
+def test_frequencies_are_the_probabilities():
+    row, count = [math.log(p) for p in (0.5, 0.3, 0.2)], 4000
+    logits = torch.tensor([row]).expand(count, 3)
+    for top_p, expected in ((1.0, (0.5, 0.3, 0.2)), (0.7, (0.625, 0.375, 0.0))):
+        params = [SamplingParams(seed=s, top_p=top_p) for s in range(count)]
+        chosen = torch.tensor(choose(logits, params, [3] * count)).bincount(minlength=3)
+        assert (chosen / count).tolist() == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
+def test_low_temperatures_are_greedy(temperature):
+    row = torch.randn(200).tolist()
+    for step in range(20):
+        params = SamplingParams(temperature=temperature, seed=step)
+        assert one(row, params, step) == one(row, GREEDY)
+
+
+def test_small_top_p_is_greedy():
+    row = [0.1, 0.4, 0.2]
+    assert {one(row, SamplingParams(top_p=1e-6, seed=s)) for s in range(20)} == {1}
+
+
+@given(seed=st.integers(), step=st.integers(0, 10**6))
+def test_uniform_is_below_one(seed, step):
+    assert 0 <= uniform(seed, step) < 1
+
+
+def test_uniform_never_changes():
+    assert (uniform(0, 0), uniform(-3, 17)) == (0.6400741756716787, 0.3692784708872616)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers(bad):
+    with pytest.raises(RunError, match="request 1"):
+        choose(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [GREEDY, GREEDY], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", 2.5),
+        ("temperature", "hot"), ("top_p", 0), ("top_p", 1.1), ("seed", "x"), ("seed", 1.5),
+        ("stop", ("",)), ("stop", (1,)), ("stop_token_ids", ("a",)), ("ignore_eos", 1),
+    ],
+)  # fmt: skip
+def test_impossible_parameters(field, value):
+    with pytest.raises(JobError, match=f"body: {field} is "):
+        SamplingParams(**{field: value})
