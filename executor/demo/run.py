@@ -1,0 +1,134 @@
+"""From a machine to tokens in four commands: profile, search, run, validate.
+
+`python -m executor.demo.run` measures this machine with an emulated accelerator whose memory holds
+less than half of the demo model, solves a policy for it, runs prompts through the model under that
+policy, and lays the prediction beside the measurement.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from executor.checkpoint import Checkpoint
+from hrm.tasks import Phase, TaskKind
+from hrm.trace import Trace, lane_chart, read_chrome_trace
+
+HERE: Final = Path(__file__).parent
+GPU_MEMORY: Final = "5MB"  # the weights are 11.4 MB
+LINK_BANDWIDTH: Final = "10MB/s"
+MAX_TOKENS: Final = 32
+SHOWN: Final = 3
+
+
+def measured_lengths(prompts: Path, model: Path, count: int) -> tuple[float, int]:
+    """Mean and greatest length in tokens of the first `count` prompts."""
+    with Checkpoint.open(model) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+    assert tokenizer is not None
+    with prompts.open(encoding="utf-8") as lines:
+        bodies = [json.loads(line)["body"] for line in islice(lines, count)]
+    lengths = [len(tokenizer.encode(body["prompt"]).ids) for body in bodies]
+    return sum(lengths) / len(lengths), max(lengths)
+
+
+def call(module: str, *arguments: str) -> None:
+    """Echo a command as the user would type it, run it, and end if it fails."""
+    program = module.partition(".")[0]
+    click.secho(f"\n$ {shlex.join([program, *arguments])}", bold=True)
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def completions(output: Path, prompts: Path) -> list[tuple[str, str]]:
+    """Prompts and their continuations, those with the longest text first."""
+    with prompts.open(encoding="utf-8") as lines:
+        prompt_of = {line["custom_id"]: line["body"]["prompt"] for line in map(json.loads, lines)}
+    pairs: list[tuple[str, str]] = []
+    with output.open(encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["error"] is None:
+                text = line["response"]["body"]["choices"][0]["text"]
+                pairs.append((prompt_of[line["custom_id"]], text))
+    return sorted(pairs, key=lambda pair: -len(set(pair[1].split())))
+
+
+def decode_step(trace: Trace, step: int) -> Trace:
+    """What all lanes did from the first to the last choice of a decode step's tokens."""
+    decode = trace.of_phase(Phase.DECODE).spans
+    ends = {
+        which: max(s.end_s for s in decode if s.id.kind is TaskKind.SAMPLE and s.id.step == which)
+        for which in (step - 1, step)
+    }
+    first_s, last_s = ends[step - 1], ends[step]
+    return Trace(
+        tuple(
+            replace(span, start_s=max(span.start_s, first_s), end_s=min(span.end_s, last_s))
+            for span in decode
+            if span.end_s > first_s and span.start_s < last_s
+        )
+    )
+
+
+@click.command()
+@click.option(
+    "--output-dir", default="demo-run", show_default=True,
+    type=click.Path(path_type=Path, file_okay=False), help="Where all files go.",
+)  # fmt: skip
+@click.option("--gpu-memory", default=GPU_MEMORY, show_default=True)
+@click.option("--link-bandwidth", default=LINK_BANDWIDTH, show_default=True)
+@click.option("--requests", default=96, show_default=True, help="How many of the prompts.")
+def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) -> None:
+    """Profile this machine, search a policy, run the demo model under it, and compare."""
+    model, prompts = HERE / "model", HERE / "prompts.jsonl"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    profile, policy = str(output_dir / "machine.yaml"), str(output_dir / "policy.json")
+    run = output_dir / "run"
+    for name in ("outputs.jsonl", "run.json", "trace.json"):  # of an earlier demo
+        (run / name).unlink(missing_ok=True)
+    mean, longest = measured_lengths(prompts, model, requests)
+    call(
+        "hrm.cli", "profile", "--accelerator", "emulated", "--gpu-memory", gpu_memory,
+        "--link-bandwidth", link_bandwidth, "--model", str(model), "--quick", "--out", profile,
+    )  # fmt: skip
+    call(
+        "hrm.cli", "search", "--model", str(model), "--profile", profile,
+        "--prompt-len", f"{mean:.1f}", "--max-prompt-len", str(longest),
+        "--gen-len", str(MAX_TOKENS), "--requests", str(requests), "--out", policy,
+    )  # fmt: skip
+    call(
+        "executor.cli", "run", "--model", str(model), "--policy", policy, "--input", str(prompts),
+        "--max-requests", str(requests), "--output-dir", str(run),
+    )  # fmt: skip
+    show(run, prompts)
+    call("hrm.cli", "validate", str(run))
+
+
+def show(run: Path, prompts: Path) -> None:
+    """Print a few completions and what the lanes did in one decode step."""
+    click.secho("\ncompletions", bold=True)
+    for prompt, text in completions(run / "outputs.jsonl", prompts)[:SHOWN]:
+        click.echo(f"  …{prompt[-100:]}" + click.style(text.rstrip(), fg="green"))
+    content: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    step = decode_step(read_chrome_trace(run / "trace.json"), 5)
+    seconds = f"{step.makespan_s * 1e3:.0f} ms"
+    click.secho(
+        f"\none decode step ({seconds}) on the accelerator {content['accelerator']['description']}",
+        bold=True,
+    )
+    click.echo(lane_chart(step))
+    click.echo(
+        "      A projections, B attention, C rest of the layer, F CPU's experts, W weight page,\n"
+        "      H hidden states in, Q queries, keys, values out, X tokens out, Y experts' output in"
+    )
+
+
+if __name__ == "__main__":
+    demo()
