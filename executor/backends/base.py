@@ -1,0 +1,71 @@
+"""What every accelerator offers: memory at two levels, transfers between them, lane set-up."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from hrm.hardware import Link
+from hrm.tasks import Device, Lane
+
+Copy = tuple[torch.Tensor, torch.Tensor]  # target, source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedMachine:
+    """The accelerator that is emulated: how much memory it has and how fast its links are."""
+
+    gpu_memory_bytes: int
+    h2d: Link
+    d2h: Link
+
+
+class AbstractBackend(ABC):
+    """Memory, transfers and threads of one accelerator; implementations are final.
+
+    `description` says in words what the run runs on.
+    """
+
+    name: str
+    description: str
+
+    @abstractmethod
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
+        """A flat uint8 tensor at that level; RunError if it would exceed the level's cap.
+
+        All of a level's memory is one such arena, everything else is a view of it.
+        """
+
+    @abstractmethod
+    def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
+        """Copy every source to its target in the calling lane; returns the bytes moved.
+
+        The copies count as one transfer on the link of that lane.
+        """
+
+    @abstractmethod
+    def lane_threads(self, lane: Lane) -> int:
+        """How many threads of torch's the work of a lane may use."""
+
+    @final
+    def enter_lane(self, lane: Lane) -> None:
+        """Called once in the lane's own thread before its first task."""
+        torch.set_num_threads(self.lane_threads(lane))
+        torch.set_grad_enabled(False)
+
+
+def copy_all(copies: Iterable[Copy]) -> int:
+    """Copy every source to its target; returns the bytes."""
+    num_bytes = 0
+    for target, source in copies:
+        target.copy_(source)
+        num_bytes += source.nbytes
+    return num_bytes
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, or fewer if torch was told so (OMP_NUM_THREADS)."""
+    return min(len(os.sched_getaffinity(0)), torch.get_num_threads())

@@ -1,0 +1,76 @@
+"""No maths, no memory: for runs of the real loop that take the predicted time."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, final
+
+import torch
+
+from executor.backends.base import AbstractBackend, Copy
+from hrm.tasks import Device, Lane, TaskId, TaskKind
+
+_SPIN_S: Final = 100e-6  # the end of a wait is spun through: sleeping is not that precise
+_MAX_CREDIT_S: Final = 5e-3
+
+
+@final
+class NullBackend(AbstractBackend):
+    """Has nothing and moves nothing; its handlers sleep."""
+
+    def __init__(self) -> None:
+        self.name = "null"
+        self.description = "null: every task sleeps for its predicted time"
+
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:  # noqa: ARG002
+        """A tensor without memory behind it."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+
+    def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:  # noqa: ARG002
+        """Move nothing; returns the bytes that would have moved."""
+        return sum(source.nbytes for _, source in copies)
+
+    def lane_threads(self, lane: Lane) -> int:  # noqa: ARG002
+        """One: sleeping needs no more."""
+        return 1
+
+
+def null_handlers(
+    seconds_of: Callable[[TaskId], float], lane_of: Callable[[TaskId], Lane]
+) -> dict[TaskKind, Callable[[TaskId], int]]:
+    """Handlers that sleep for `seconds_of(task)`, precise on average over each lane's tasks."""
+    paces = {lane: Pace() for lane in Lane}
+
+    def sleep(task_id: TaskId) -> int:
+        start_s = time.perf_counter()
+        paces[lane_of(task_id)].wait(start_s, seconds_of(task_id))
+        return 0
+
+    return dict.fromkeys(TaskKind, sleep)
+
+
+@final
+class Pace:
+    """Makes waits last as long as they should on average.
+
+    A wait that overshoots shortens the next ones by as much, so that many of them
+    take as long as they should although no single one is precise.
+    """
+
+    def __init__(self) -> None:
+        self._credit_s = 0.0
+
+    def wait(self, start_s: float, seconds: float) -> None:
+        """Return when `seconds` have passed since `start_s` of time.perf_counter."""
+        end_s = start_s + seconds - self._credit_s
+        wait_until(end_s)
+        late_s = time.perf_counter() - end_s
+        self._credit_s = min(max(late_s, 0.0), _MAX_CREDIT_S)
+
+
+def wait_until(end_s: float) -> None:
+    """Return at `end_s` of time.perf_counter: sleep the bulk, then spin, giving way to others."""
+    remaining_s = end_s - time.perf_counter()
+    if remaining_s > _SPIN_S:
+        time.sleep(remaining_s - _SPIN_S)
+    while time.perf_counter() < end_s:
+        time.sleep(0)

@@ -1,0 +1,206 @@
+"""Requests into micro-batches, and prompts into chunks: variable lengths, no padding.
+
+Algorithm 2 of MoE-Lightning (arXiv 2411.11217, App. A): longest prompt first, into the open
+micro-batch with the fewest tokens; a micro-batch closes at μ requests; what would exceed its cache
+waits for the next batch. No request is ever dropped.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import final
+
+from executor.sampling import SamplingParams
+from hrm.policy import KV_BLOCK_TOKENS, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt as token ids and how to go on from it; `name` is the user's word for it.
+
+    `chat` says that it was asked as a conversation and is answered as one.
+    """
+
+    name: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    chat: bool = False
+
+    @property
+    def kv_tokens(self) -> int:
+        """Cache tokens that it owns: prompt and generation, in whole blocks."""
+        tokens = len(self.prompt) + self.params.max_tokens
+        return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A request and the first row of its part of its micro-batch's cache."""
+
+    request: Request
+    start: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Requests that are computed together."""
+
+    placed: list[Placed]
+    kv_tokens: int = 0
+
+    def add(self, request: Request) -> None:
+        """Place a request behind the others."""
+        self.placed.append(Placed(request, self.kv_tokens))
+        self.kv_tokens += request.kv_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Micro-batches that are prefilled and decoded together, none of them empty."""
+
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in all micro-batches."""
+        return sum(len(micro_batch.placed) for micro_batch in self.micro_batches)
+
+
+def pack(requests: Sequence[Request], policy: Policy) -> tuple[Batch, list[Request]]:
+    """Algorithm 2 over these requests: a batch, and those that have to wait, in the order given.
+
+    Opens as few micro-batches as the requests need. Every request must fit an empty micro-batch.
+    """
+    limit = policy.kv_tokens_per_micro_batch
+    tokens = sum(request.kv_tokens for request in requests)
+    needed = max(-(-len(requests) // policy.micro_batch_size), -(-tokens // limit))
+    for count in range(min(needed, policy.num_micro_batches), policy.num_micro_batches + 1):
+        batch, waiting = _pack_into(requests, policy, count)
+        if not waiting:
+            break
+    return batch, waiting
+
+
+def _pack_into(
+    requests: Sequence[Request], policy: Policy, num_micro_batches: int
+) -> tuple[Batch, list[Request]]:
+    open_ = [MicroBatch([]) for _ in range(num_micro_batches)]
+    all_ = list(open_)
+    waiting: set[int] = set()
+    by_length = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
+    for index in by_length:
+        request = requests[index]
+        assert request.kv_tokens <= policy.kv_tokens_per_micro_batch, request.name
+        emptiest = min(open_, key=lambda micro_batch: micro_batch.kv_tokens, default=None)
+        if (
+            emptiest is None
+            or emptiest.kv_tokens + request.kv_tokens > policy.kv_tokens_per_micro_batch
+        ):
+            waiting.add(index)
+            continue
+        emptiest.add(request)
+        if len(emptiest.placed) == policy.micro_batch_size:
+            open_.remove(emptiest)
+    filled = tuple(micro_batch for micro_batch in all_ if micro_batch.placed)
+    return Batch(filled), [requests[index] for index in sorted(waiting)]
+
+
+@final
+class Batcher:
+    """Cuts a stream of requests into batches, holding no more than one batch's worth of them.
+
+    What had to wait goes first into the next batch, so nothing waits for ever.
+    """
+
+    def __init__(self, requests: Iterator[Request], policy: Policy) -> None:
+        self._requests, self._policy = requests, policy
+        self._waiting: list[Request] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches until the stream ends and nothing waits."""
+        room = self._policy.num_micro_batches * self._policy.micro_batch_size
+        room = min(room, self._policy.batch_size)
+        while True:
+            missing = max(room - len(self._waiting), 0)
+            candidates = self._waiting + list(islice(self._requests, missing))
+            if not candidates:
+                return
+            batch, waiting = pack(candidates, self._policy)
+            if self._waiting and self._waiting[0] in waiting:  # never twice in a row
+                batch, waiting = self._oldest_first(candidates)
+            self._waiting = waiting
+            yield batch
+
+    def _oldest_first(self, candidates: list[Request]) -> tuple[Batch, list[Request]]:
+        """As many of the oldest candidates as fit together."""
+        low, high = 1, len(candidates)
+        while low < high:  # the greatest count that fits, by bisection
+            middle = (low + high + 1) // 2
+            if pack(candidates[:middle], self._policy)[1]:
+                high = middle - 1
+            else:
+                low = middle
+        batch, waiting = pack(candidates[:low], self._policy)
+        return batch, waiting + candidates[low:]
+
+
+def policy_for(policy: Policy, num_micro_batches: int) -> Policy:
+    """The policy of a batch of fewer micro-batches; the memory of the whole one covers it."""
+    on_host = policy.num_micro_batches - policy.gpu_kv_micro_batches
+    on_gpu = min(policy.gpu_kv_micro_batches, num_micro_batches)
+    assert num_micro_batches - on_gpu <= on_host
+    return replace(
+        policy,
+        batch_size=min(policy.batch_size, num_micro_batches * policy.micro_batch_size),
+        gpu_kv_micro_batches=on_gpu,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPart:
+    """One prompt in a chunk: whose it is, and its tokens' rows [first, last) in the chunk."""
+
+    placed: Placed
+    micro_batch: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole prompts that are prefilled together; `offset` counts the tokens of earlier chunks."""
+
+    parts: tuple[ChunkPart, ...]
+    offset: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens in the chunk."""
+        return self.parts[-1].last
+
+
+def chunks(batch: Batch, max_tokens: int) -> tuple[Chunk, ...]:
+    """All prompts of a batch in chunks of at most `max_tokens`, each into the first with room."""
+    prompts = [
+        (placed, j) for j, micro_batch in enumerate(batch.micro_batches)
+        for placed in micro_batch.placed
+    ]  # fmt: skip
+    prompts.sort(key=lambda prompt: -len(prompt[0].request.prompt))
+    rooms: list[int] = []
+    members: list[list[ChunkPart]] = []
+    for placed, j in prompts:
+        length = len(placed.request.prompt)
+        assert length <= max_tokens, placed.request.name
+        index = next((g for g, room in enumerate(rooms) if room >= length), len(rooms))
+        if index == len(rooms):
+            rooms.append(max_tokens)
+            members.append([])
+        first = max_tokens - rooms[index]
+        members[index].append(ChunkPart(placed, j, first, first + length))
+        rooms[index] -= length
+    made: list[Chunk] = []
+    offset = 0
+    for parts in members:
+        made.append(Chunk(tuple(parts), offset))
+        offset += made[-1].num_tokens
+    return tuple(made)

@@ -1,0 +1,94 @@
+"""`executor run`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hrm.policy import ScheduleName
+from hrm.units import format_bytes, format_seconds, parse_bandwidth, parse_bytes
+
+_folder = click.Path(path_type=Path, file_okay=False)
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.option("--model", required=True, type=_folder, help="A checkpoint folder (safetensors).")
+@click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
+@click.option(
+    "--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL)."
+)
+@click.option(
+    "--output-dir", required=True, type=_folder,
+    help="Where outputs.jsonl, run.json and trace.json go.",
+)  # fmt: skip
+@click.option(
+    "--accelerator", default="auto", show_default=True, metavar="NAME",
+    help="auto, emulated, cpu, cuda:K, or null (sleeps for the predicted time).",
+)  # fmt: skip
+@click.option("--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator.")
+@click.option("--link-bandwidth", metavar="2GB/s", help="Pace of the emulated accelerator's link.")
+@click.option(
+    "--schedule", type=click.Choice([name.value for name in ScheduleName]),
+    help="Run the policy in this order [default: the policy's].",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="For requests without one.")
+@click.option("--max-requests", type=click.IntRange(min=1), help="Stop after so many lines.")
+@click.option("--resume", is_flag=True, help="Go on with a directory that holds outputs.")
+@click.option("--quiet", is_flag=True, help="No progress and no summary.")
+def run(
+    *, model: Path, policy: Path, input_: Path, output_dir: Path, accelerator: str,
+    gpu_memory: str | None, link_bandwidth: str | None, schedule: str | None, seed: int,
+    max_requests: int | None, resume: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Run a file of requests under a policy.
+
+    Finished requests are appended to OUTPUT_DIR/outputs.jsonl batch by batch. run.json says what
+    was done and how fast; trace.json opens in Perfetto.
+    """
+    from executor.cli.progress import live_progress
+    from executor.job import JobOptions, JobProgress, run_job
+
+    options = JobOptions(
+        model=model,
+        policy=policy,
+        input=input_,
+        output_dir=output_dir,
+        accelerator=accelerator,
+        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
+        link_bytes_per_s=(
+            parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
+        ),
+        schedule=ScheduleName(schedule) if schedule else None,
+        seed=seed,
+        max_requests=max_requests,
+        resume=resume,
+    )
+    progress = JobProgress()
+    with live_progress(progress, quiet=quiet):
+        content = run_job(options, progress)
+    if not quiet:
+        click.echo(summary(content, output_dir))
+
+
+def summary(content: dict[str, Any], output_dir: Path) -> str:
+    """What a run did, in a few lines."""
+    totals = content["totals"]
+    lines = [
+        f"accelerator  {content['accelerator']['description']}",
+        f"requests     {totals['requests']} in {totals['batches']} batches"
+        + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else ""),
+        f"tokens       {totals['prompt_tokens']} prompt, {totals['generated_tokens']} generated",
+        f"throughput   {totals['tokens_per_s']:.1f} tokens/s generated over prefill and decode",
+    ]
+    for phase, rate in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
+        lanes = content["phases"][phase]["lanes"]
+        busy = ", ".join(f"{lane} {item['busy_share']:.0%}" for lane, item in lanes.items())
+        seconds = format_seconds(totals[f"{phase}_s"])
+        lines.append(f"{phase:<12} {seconds}, {totals[rate]:.1f} tokens/s; busy: {busy or '-'}")
+    for level, item in content["memory"].items():
+        peak, planned = item["peak_total_bytes"], item["planned_total_bytes"]
+        lines.append(
+            f"{level + ' memory':<12} {format_bytes(peak)} used of {format_bytes(planned)} planned"
+        )
+    return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json, trace.json"])

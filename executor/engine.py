@@ -1,0 +1,193 @@
+"""The engine: one loop that runs any task graph, blind to what its tasks do.
+
+Tasks go to one worker per lane in the order they are issued; a task starts when its lane is free
+and all that it waits for has ended. The order is topological, so this cannot deadlock.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, Self, final
+
+from executor.errors import RunError
+from executor.lanes import Handler, KindTotal, LaneWorker, Recorder, Run, Ticket, new_latch
+from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from hrm.trace import Span, Trace, lane_chart
+
+if TYPE_CHECKING:
+    from _thread import LockType
+
+LOOKAHEAD: Final = 1024  # tasks that are submitted before the oldest of them has ended
+
+
+class TaskFailedError(RunError):
+    """A task raised; `chart` draws the lanes up to then with the task marked."""
+
+    def __init__(self, task: Task, error: BaseException, chart: str) -> None:
+        self.task, self.error, self.chart = task, error, chart
+        super().__init__(
+            f"task {task.id} ({task.id.kind.name}) in lane {task.lane}",
+            f"<{type(error).__name__}: {error}>",
+            "failed and stopped the run",
+            "see the lane chart; what was finished before is kept",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseResult:
+    """What one run of a graph did: kept spans, exact totals per kind and lane, and its length."""
+
+    spans: tuple[Span, ...]
+    spans_left_out: int
+    start_s: float
+    end_s: float
+    by_kind: dict[TaskKind, KindTotal]
+    busy_s: dict[Lane, float]
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock length."""
+        return self.end_s - self.start_s
+
+
+@final
+class Engine:
+    """Runs graphs, one at a time, on a worker thread per lane; a context manager.
+
+    `seconds` in all spans count from `origin_s`, when the engine was made.
+    """
+
+    def __init__(self, enter_lane: Callable[[Lane], None]) -> None:
+        self._enter_lane = enter_lane
+        self._workers: dict[Lane, LaneWorker] = {}
+        self._recorders: dict[Lane, Recorder] = {}
+        self.origin_s = perf_counter()
+
+    def __enter__(self) -> Self:
+        """Start the lanes; those that compute come last: torch's settings follow the last."""
+        for lane in (Lane.STAGE, Lane.D2H, Lane.H2D, Lane.GPU, Lane.CPU):
+            self._workers[lane] = LaneWorker(lane, self._enter_lane)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End every lane's thread."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+
+    @property
+    def busy_s(self) -> dict[Lane, float]:
+        """Seconds each lane has been at work in the current run; for live displays."""
+        return {
+            lane: sum(total.seconds for total in tuple(recorder.totals.values()))
+            for lane, recorder in self._recorders.items()
+        }
+
+    def run(
+        self,
+        tasks: Iterable[Task],
+        handlers: Mapping[TaskKind, Handler],
+        *,
+        phase: Phase = Phase.DECODE,
+        batch: int = 0,
+        kept_steps: int = 2**62,
+        finished: Callable[[], bool] = lambda: False,
+    ) -> PhaseResult:
+        """Run a graph to its end, or until `finished()` says that the rest would do nothing.
+
+        Keeps the spans of the first `kept_steps` steps. Raises TaskFailedError if a task raises;
+        no lane is at work any more when this returns or raises.
+        """
+        self._recorders = {lane: Recorder(lane) for lane in Lane}
+        run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders)
+        start_s = perf_counter() - self.origin_s
+        pending: deque[tuple[TaskId, LockType]] = deque()
+        try:
+            self._feed(tasks, run, pending, finished)
+            _drain(pending)
+        except BaseException:  # Ctrl-C, or an error of the graph's own
+            run.stopped = True
+            _drain(pending)
+            raise
+        if run.failure is not None:
+            failure = run.failure
+            recent = [span for recorder in self._recorders.values() for span in recorder.recent]
+            chart = failure_chart(recent, failure.span)
+            raise TaskFailedError(failure.task, failure.error, chart) from failure.error
+        return self._result(start_s)
+
+    def _feed(
+        self,
+        tasks: Iterable[Task],
+        run: Run,
+        pending: "deque[tuple[TaskId, LockType]]",
+        finished: Callable[[], bool],
+    ) -> None:
+        latches: dict[TaskId, LockType] = {}  # of tasks that may not have ended
+        for task in tasks:
+            if len(pending) >= LOOKAHEAD:
+                _wait_for(pending[0][1])
+                del latches[pending.popleft()[0]]
+            if run.stopped or finished():
+                break
+            waits = tuple(latches[other] for other in task.after if other in latches)
+            latch = latches[task.id] = new_latch()
+            # Submitted before it is listed: Ctrl-C in between must not leave a latch to wait for
+            # that no lane will open.
+            self._workers[task.lane].submit(Ticket(run, task, waits, latch))
+            pending.append((task.id, latch))
+
+    def _result(self, start_s: float) -> PhaseResult:
+        end_s = perf_counter() - self.origin_s
+        by_kind: dict[TaskKind, KindTotal] = {}
+        for recorder in self._recorders.values():
+            add_totals(by_kind, recorder.totals)
+        spans = [span for recorder in self._recorders.values() for span in recorder.spans]
+        return PhaseResult(
+            tuple(sorted(spans, key=lambda span: span.start_s)),
+            sum(recorder.spans_left_out for recorder in self._recorders.values()),
+            start_s,
+            end_s,
+            by_kind,
+            {lane: busy_s for lane, busy_s in self.busy_s.items() if busy_s > 0},
+        )
+
+
+def _drain(pending: "deque[tuple[TaskId, LockType]]") -> None:
+    while pending:
+        _wait_for(pending[0][1])
+        pending.popleft()
+
+
+def _wait_for(latch: "LockType") -> None:
+    """Wait in the main thread, where Ctrl-C may strike: `with` never leaves the latch closed."""
+    with latch:
+        pass
+
+
+def add_totals(into: dict[TaskKind, KindTotal], more: Mapping[TaskKind, KindTotal]) -> None:
+    """Add totals per kind to others."""
+    for kind, total in more.items():
+        sum_ = into.setdefault(kind, KindTotal())
+        sum_.count += total.count
+        sum_.seconds += total.seconds
+        sum_.num_bytes += total.num_bytes
+
+
+def failure_chart(recent: Iterable[Span], failed: Span, *, width: int = 72) -> str:
+    """The lanes just before a failure as text, the failed task marked by `!` and named below."""
+    spans = [*sorted(recent, key=lambda span: span.start_s), failed]
+    last_s = max(span.end_s for span in spans)
+    chart = lane_chart(Trace(tuple(spans)), width=width)
+    lines: list[str] = []
+    for line in chart.splitlines():
+        lane, bar, cells = line.partition("│")
+        if bar and lane.strip() == failed.lane.value:
+            first_s = min(span.start_s for span in spans)
+            cell_s = max((last_s - first_s) / width, 1e-12)
+            first = min(int((failed.start_s - first_s) / cell_s), width - 1)
+            last = max(min(int((failed.end_s - first_s) / cell_s), width), first + 1)
+            line = lane + bar + cells[:first] + "!" * (last - first) + cells[last:]  # noqa: PLW2901
+        lines.append(line)
+    return "\n".join([*lines, f"      ! is {failed.id}, which failed in lane {failed.lane}"])

@@ -1,0 +1,382 @@
+"""Generates from batches of requests: the memory of a run, its weights, and its two phases."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol, Self, final
+
+import torch
+
+from executor.backends import AbstractBackend
+from executor.backends.null import null_handlers
+from executor.batching import Batch, Placed, Request, chunks, policy_for
+from executor.checkpoint import WeightSource
+from executor.engine import Engine, PhaseResult
+from executor.errors import JobError
+from executor.families import AbstractFamily
+from executor.handlers import (
+    LENGTH,
+    BatchState,
+    DecodeHandlers,
+    EndOfText,
+    Exchange,
+    PrefillBuffers,
+    PrefillHandlers,
+    RunMemory,
+)
+from executor.kv_cache import KvCaches
+from executor.model import Architecture, Workspace
+from executor.weight_pages import WeightPages
+from hrm.memory import MemoryPlan, purposes
+from hrm.policy import Policy
+from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.tasks import Device, Phase, TaskId
+
+MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was generated for a request, the token that ended it included."""
+
+    request: Request
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """A batch's completions and what its phases took; `decode` is None if prefill ended it all.
+
+    `micro_batch_sizes` counts requests.
+    """
+
+    completions: tuple[Completion, ...]
+    prefill: PhaseResult
+    decode: PhaseResult | None
+    micro_batch_sizes: tuple[int, ...]
+    num_chunks: int
+
+
+class AbstractGenerator(Protocol):
+    """Generates from one batch at a time; real or null."""
+
+    engine: Engine
+    state: BatchState | None
+    peak_bytes: dict[str, dict[str, int]]
+
+    def generate(self, batch: Batch) -> BatchResult:
+        """Run both phases of a batch."""
+        ...
+
+    def check(self, request: Request) -> None:
+        """Raise JobError if the request could never be run."""
+        ...
+
+
+def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
+    """Raise JobError if the request could never be run under the policy, whatever is beside it."""
+    length, new = len(request.prompt), request.params.max_tokens
+    rules = (
+        (length >= 1, "<empty>", "must have at least one token", "give a prompt"),
+        (
+            length <= policy.prefill_chunk_tokens, f"<{length} tokens>",
+            f"must fit the policy's prefill chunk of {policy.prefill_chunk_tokens} tokens",
+            "shorten it or solve a policy with a greater --max-prompt-len",
+        ),
+        (
+            request.kv_tokens <= policy.kv_tokens_per_micro_batch,
+            f"<{length} tokens, {new} to generate>",
+            f"must fit the policy's micro-batch cache of {policy.kv_tokens_per_micro_batch} tokens",
+            "lower max_tokens, or solve a policy with greater --max-prompt-len or --gen-len",
+        ),
+        (
+            length + new <= arch.max_position_embeddings,
+            f"<{length} tokens, {new} to generate>",
+            f"must stay within the model's {arch.max_position_embeddings} positions",
+            "shorten the prompt or lower max_tokens",
+        ),
+        (
+            length == 0 or 0 <= min(request.prompt) <= max(request.prompt) < arch.spec.vocab_size,
+            f"<token ids up to {max(request.prompt, default=0)}>",
+            f"must hold token ids from 0 to {arch.spec.vocab_size - 1}",
+            "tokenise it with this model's tokenizer",
+        ),
+    )  # fmt: skip
+    for holds, value, rule, remedy in rules:
+        if not holds:
+            raise JobError(f"{request.name}: prompt", value, rule, remedy)
+
+
+def pipelines(
+    arch: Architecture, policy: Policy, num_micro_batches: int, *, num_chunks: int, num_steps: int
+) -> tuple[Pipeline, Pipeline]:
+    """Prefill and decode pipelines of a batch; pages are as large as in a whole batch."""
+    spec, smaller = arch.spec, policy_for(policy, num_micro_batches)
+
+    def paged_as(whole: Pipeline, pipeline: Pipeline) -> Pipeline:
+        return replace(pipeline, num_pages=whole.num_pages, dense_pages=whole.dense_pages)
+
+    return (
+        paged_as(
+            prefill_pipeline(spec, policy, num_chunks=num_chunks),
+            prefill_pipeline(spec, smaller, num_chunks=num_chunks),
+        ),
+        paged_as(
+            decode_pipeline(spec, policy, num_steps=num_steps),
+            decode_pipeline(spec, smaller, num_steps=num_steps),
+        ),
+    )
+
+
+class TraceBudget:
+    """How many steps of each batch's decode are kept in the trace, so that it stays small."""
+
+    def __init__(self, max_spans: int = MAX_SPANS) -> None:
+        self._left = max_spans
+
+    def steps(self, pipeline: Pipeline, num_prefill_spans: int) -> int:
+        """Steps to keep of a decode phase after so many spans of prefill."""
+        self._left = max(self._left - num_prefill_spans, 0)
+        one = replace(pipeline, num_steps=1)
+        # 12 kinds of task a layer and micro-batch bound what a step can have.
+        per_step = one.num_layers * (12 * one.num_micro_batches + 2 * one.num_pages)
+        steps = min(self._left // per_step, pipeline.num_steps, 64)
+        self._left -= steps * per_step
+        return steps
+
+    @property
+    def prefill_steps(self) -> int:
+        """1 while there is room for one more prefill, else 0."""
+        return int(self._left > 0)
+
+
+@final
+class Generator:
+    """Runs batches on real weights; a context manager that owns the lanes.
+
+    Memory is allocated once, as planned, and weights are loaded into it once. `load_s` says how
+    long that took and `peak_bytes` how much of each level's purposes was ever in use.
+    """
+
+    def __init__(
+        self, backend: AbstractBackend, arch: Architecture, policy: Policy, plan: MemoryPlan,
+        *, family: AbstractFamily, source: WeightSource, stops: EndOfText | None = None,
+        max_spans: int = MAX_SPANS,
+    ) -> None:  # fmt: skip
+        start_s = time.perf_counter()
+        self.backend, self.arch, self.policy = backend, arch, policy
+        self.state: BatchState | None = None
+        self._stops = stops or never_stops
+        self._plan = plan
+        self._budget = TraceBudget(max_spans)
+        self._kv_peak = {"gpu": 0, "cpu": 0}
+        self.memory = allocate(backend, arch, policy)
+        self.memory.weights.load(source, family, arch)
+        self.load_s = time.perf_counter() - start_s
+        self.engine = Engine(backend.enter_lane)
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        """Start the lanes."""
+        self.engine.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the lanes and give torch its threads back."""
+        self.engine.__exit__(*exception)
+        torch.set_num_threads(self._threads)
+
+    def check(self, request: Request) -> None:
+        """Raise JobError if the request could never be run."""
+        check_request(request, self.arch, self.policy)
+
+    def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
+        """Prefill and decode a batch; TaskFailedError if a task fails."""
+        policy, arch, memory = self.policy, self.arch, self.memory
+        num_micro_batches = len(batch.micro_batches)
+        smaller = policy_for(policy, num_micro_batches)
+        memory.caches.assign([smaller.kv_on_gpu(j) for j in range(num_micro_batches)])
+        self._count_kv(batch, smaller)
+        state = self.state = BatchState(batch, arch, self._stops)
+        parts = chunks(batch, policy.prefill_chunk_tokens)
+        steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
+        prefill, decode = pipelines(
+            arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1)
+        )
+        prefilled = self.engine.run(
+            iter_tasks(prefill, policy.schedule),
+            PrefillHandlers.make(self.backend, arch, smaller, prefill, memory, state, parts),
+            phase=Phase.PREFILL,
+            batch=index,
+            kept_steps=self._budget.prefill_steps,
+        )
+        decoded = None
+        if state.num_active:
+            state.start_decode()
+            decoded = self.engine.run(
+                iter_tasks(decode, policy.schedule),
+                DecodeHandlers.make(self.backend, arch, smaller, decode, memory, state),
+                phase=Phase.DECODE,
+                batch=index,
+                kept_steps=self._budget.steps(decode, len(prefilled.spans)),
+                finished=lambda: state.num_active == 0,
+            )
+        completions = tuple(
+            Completion(s.placed.request, tuple(s.tokens), s.finish_reason or LENGTH)
+            for members in state.sequences
+            for s in members
+        )
+        sizes = tuple(len(members) for members in state.sequences)
+        return BatchResult(completions, prefilled, decoded, sizes, len(parts))
+
+    @property
+    def peak_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes ever in use by level and purpose."""
+        memory = self.memory
+        gpu = dict(self._plan.gpu.purposes)
+        gpu["workspace"] = memory.workspace.high_water_bytes
+        gpu["logits"] = min(gpu["logits"], memory.sampling_workspace.high_water_bytes)
+        cpu = dict(self._plan.cpu.purposes)
+        if self._plan.gpu is not self._plan.cpu and self._plan.gpu.name != self._plan.cpu.name:
+            for level, purposes in (("gpu", gpu), ("cpu", cpu)):
+                if "kv_cache" in purposes:
+                    purposes["kv_cache"] = self._kv_peak[level]
+            if "workspace" in cpu:
+                cpu["workspace"] = memory.host_workspace.high_water_bytes
+            return {self._plan.gpu.name: gpu, self._plan.cpu.name: cpu}
+        gpu["workspace"] += memory.host_workspace.high_water_bytes
+        gpu["kv_cache"] = sum(self._kv_peak.values())
+        return {self._plan.gpu.name: gpu}
+
+    def _count_kv(self, batch: Batch, policy: Policy) -> None:
+        token_bytes = self.arch.spec.kv_bytes_per_token(policy.dtype)
+        used = {"gpu": 0, "cpu": 0}
+        for j, micro_batch in enumerate(batch.micro_batches):
+            level = "gpu" if policy.kv_on_gpu(j) else "cpu"
+            used[level] += micro_batch.kv_tokens * token_bytes
+        self._kv_peak = {level: max(self._kv_peak[level], used[level]) for level in used}
+
+
+@final
+class NullGenerator:
+    """Runs the same graphs with tasks that sleep for `seconds_of(pipeline)`; generates zeros."""
+
+    def __init__(
+        self, backend: AbstractBackend, arch: Architecture, policy: Policy,
+        seconds_of: Callable[[Pipeline, Batch], Callable[[TaskId], float]],
+        max_spans: int = MAX_SPANS,
+    ) -> None:  # fmt: skip
+        self.backend, self.arch, self.policy = backend, arch, policy
+        self.state: BatchState | None = None
+        self.load_s = 0.0
+        self.peak_bytes: dict[str, dict[str, int]] = {}
+        self.engine = Engine(backend.enter_lane)
+        self._seconds_of = seconds_of
+        self._budget = TraceBudget(max_spans)
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        """Start the lanes."""
+        self.engine.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the lanes and give torch its threads back."""
+        self.engine.__exit__(*exception)
+        torch.set_num_threads(self._threads)
+
+    def check(self, request: Request) -> None:
+        """Raise JobError if the request could never be run."""
+        check_request(request, self.arch, self.policy)
+
+    def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
+        """Sleep through both phases of a batch."""
+        parts = chunks(batch, self.policy.prefill_chunk_tokens)
+        steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
+        prefill, decode = pipelines(
+            self.arch, self.policy, len(batch.micro_batches), num_chunks=len(parts),
+            num_steps=max(steps, 1),
+        )  # fmt: skip
+        prefilled = self._run(prefill, batch, Phase.PREFILL, index, self._budget.prefill_steps)
+        decoded = None
+        if steps:
+            kept = self._budget.steps(decode, len(prefilled.spans))
+            decoded = self._run(decode, batch, Phase.DECODE, index, kept)
+        completions = tuple(
+            Completion(request, (0,) * request.params.max_tokens, LENGTH)
+            for request in requests_of(batch)
+        )
+        sizes = tuple(len(micro_batch.placed) for micro_batch in batch.micro_batches)
+        return BatchResult(completions, prefilled, decoded, sizes, len(parts))
+
+    def _run(
+        self, pipeline: Pipeline, batch: Batch, phase: Phase, index: int, kept: int
+    ) -> PhaseResult:
+        return self.engine.run(
+            iter_tasks(pipeline, self.policy.schedule),
+            null_handlers(self._seconds_of(pipeline, batch), pipeline.lane),
+            phase=phase,
+            batch=index,
+            kept_steps=kept,
+        )
+
+
+def requests_of(batch: Batch) -> Iterable[Request]:
+    """All requests of a batch, micro-batch by micro-batch."""
+    return (placed.request for micro_batch in batch.micro_batches for placed in micro_batch.placed)
+
+
+def never_stops(placed: Placed, tokens: Sequence[int]) -> bool:
+    """For requests without stop texts."""
+    del placed, tokens
+    return False
+
+
+def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> RunMemory:
+    """All memory of a run, each purpose as large as planned."""
+    spec, dtype = arch.spec, getattr(torch, policy.dtype)
+    gpu_plan, cpu_plan = purposes(spec, policy)
+
+    def take(level: Device, *names: str) -> torch.Tensor:
+        sizes = gpu_plan if level is Device.GPU else cpu_plan
+        return backend.allocate(level, sum(sizes.get(name, 0) for name in names))
+
+    ffn_on_cpu = cpu_plan["workspace"] > 0
+    temporaries = take(Device.GPU, "workspace", "logits")
+    weights = WeightPages(
+        spec,
+        policy,
+        resident=take(Device.GPU, "resident_weights").view(dtype),
+        slots=take(Device.GPU, "weight_slots").view(dtype),
+        host=take(Device.CPU, "weights").view(dtype),
+        staging=take(Device.CPU, "staging").view(dtype),
+    )
+    caches = KvCaches(
+        spec,
+        policy,
+        gpu=take(Device.GPU, "kv_cache").view(dtype),
+        host=take(Device.CPU, "kv_cache").view(dtype),
+        buffers=take(Device.GPU, "kv_buffers").view(dtype),
+    )
+
+    def exchange(level: Device) -> Exchange:
+        memory = take(level, "exchange")
+        return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu)
+
+    return RunMemory(
+        weights=weights,
+        caches=caches,
+        gpu=exchange(Device.GPU),
+        host=exchange(Device.CPU),
+        prefill=PrefillBuffers(
+            spec,
+            dtype,
+            gpu=take(Device.GPU, "prefill_buffers"),
+            host=take(Device.CPU, "prefill_hidden"),
+            chunk_tokens=policy.prefill_chunk_tokens,
+        ),
+        workspace=Workspace(temporaries[: gpu_plan["workspace"]]),
+        sampling_workspace=Workspace(temporaries),
+        host_workspace=Workspace(take(Device.CPU, "workspace")),
+    )

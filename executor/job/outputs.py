@@ -1,0 +1,168 @@
+"""The run directory: locked while in use, and nothing that was written to it is ever lost."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, Self, final
+
+from tokenizers import Tokenizer
+
+from executor.errors import JobError
+from executor.generate import Completion
+from executor.job.requests import Rejected
+
+OUTPUTS: Final = "outputs.jsonl"
+LOCK: Final = ".lock"
+
+
+@final
+class RunDirectory:
+    """A directory that one run writes to; a context manager that holds its lock.
+
+    With `resume`, `done` names the requests that earlier runs have written.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        self.done: frozenset[str] = frozenset()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / LOCK).open("w")
+        except OSError as error:
+            raise JobError(
+                "--output-dir", str(path), f"cannot be written to ({error.strerror})",
+                "choose another",
+            ) from error  # fmt: skip
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise JobError(
+                "--output-dir", str(path), "is in use by another run", "wait for it or choose"
+                " another directory",
+            ) from error  # fmt: skip
+        try:
+            if resume:
+                self.done = frozenset(self._finished())
+            else:
+                self._refuse_outputs()
+            self._file = self._outputs.open("ab")
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """The directory is locked from construction on."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give up the lock."""
+        self._file.close()
+        self._lock.close()
+
+    @property
+    def _outputs(self) -> Path:
+        return self.path / OUTPUTS
+
+    def _refuse_outputs(self) -> None:
+        if self._outputs.exists() and self._outputs.stat().st_size:
+            raise JobError(
+                "--output-dir", str(self.path), f"already holds {OUTPUTS}",
+                "choose another directory, or go on with --resume",
+            )  # fmt: skip
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Write output lines; they are on disk when this returns."""
+        data = b"".join(
+            json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            for line in lines
+        )
+        if data:
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def _finished(self) -> Iterable[str]:
+        """Names in the outputs so far; a last line cut short by a crash is taken off."""
+        if not self._outputs.exists():
+            return
+        whole = 0
+        with self._outputs.open("rb+") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    break
+                whole += len(raw)
+                try:
+                    yield json.loads(raw)["custom_id"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise JobError(
+                        f"{self._outputs}: line {number}", f"<{error}>",
+                        "must be an output line to resume from", "choose another --output-dir",
+                    ) from error  # fmt: skip
+            file.truncate(whole)
+
+
+def rejected_line(rejected: Rejected) -> dict[str, Any]:
+    """The output line of a request that was not run."""
+    return {
+        "id": f"batch_req_{rejected.name}",
+        "custom_id": rejected.name,
+        "response": None,
+        "error": {"code": "invalid_request", "message": rejected.message},
+    }
+
+
+def completion_line(
+    completion: Completion, model: str, text: str, *, chat: bool = False
+) -> dict[str, Any]:
+    """The output line of a request that was run, in the OpenAI batch output form."""
+    name = completion.request.name
+    choice = {
+        "index": 0,
+        **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
+        "token_ids": list(completion.tokens),
+        "finish_reason": completion.finish_reason,
+        "logprobs": None,
+    }
+    prompt, generated = len(completion.request.prompt), len(completion.tokens)
+    body = {
+        "id": f"cmpl-{name}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+        },
+    }
+    return {
+        "id": f"batch_req_{name}",
+        "custom_id": name,
+        "response": {"status_code": 200, "request_id": f"req_{name}", "body": body},
+        "error": None,
+    }
+
+
+def text_of(completion: Completion, tokenizer: Tokenizer | None, eos: frozenset[int]) -> str:
+    """The generated text, without the token or from the stop text on that ended it."""
+    if tokenizer is None:
+        return ""
+    params, tokens = completion.request.params, list(completion.tokens)
+    if completion.finish_reason == "stop" and (
+        tokens[-1] in eos or tokens[-1] in params.stop_token_ids
+    ):
+        tokens.pop()
+    text = tokenizer.decode(tokens)
+    ends = [text.find(stop) for stop in params.stop if stop in text]
+    return text[: min(ends)] if ends else text

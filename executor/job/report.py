@@ -1,0 +1,203 @@
+"""What a run did, as it is written to run.json, and the trace beside it."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from executor.engine import PhaseResult, add_totals
+from executor.generate import BatchResult
+from executor.lanes import KindTotal
+from hrm.memory import MemoryPlan
+from hrm.policy_file import PolicyFile
+from hrm.tasks import Lane, Phase, TaskKind
+from hrm.trace import Span, Trace, write_chrome_trace
+
+SCHEMA: Final = 1
+MAX_BATCHES: Final = 1000  # listed one by one in run.json
+
+
+@dataclass(slots=True)
+class PhaseTotals:
+    """One phase over all batches."""
+
+    seconds: float = 0.0
+    by_kind: dict[TaskKind, KindTotal] = field(default_factory=dict[TaskKind, KindTotal])
+    busy_s: dict[Lane, float] = field(default_factory=dict[Lane, float])
+
+    def add(self, result: PhaseResult) -> None:
+        """Count one batch's phase."""
+        self.seconds += result.seconds
+        add_totals(self.by_kind, result.by_kind)
+        for lane, busy_s in result.busy_s.items():
+            self.busy_s[lane] = self.busy_s.get(lane, 0.0) + busy_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds, and count, seconds and bytes by kind of task and busy share by lane."""
+        return {
+            "seconds": self.seconds,
+            "kinds": {
+                kind.name: {
+                    "count": total.count,
+                    "seconds": total.seconds,
+                    "num_bytes": total.num_bytes,
+                }
+                for kind, total in self.by_kind.items()
+            },
+            "lanes": {
+                lane.value: {
+                    "busy_s": busy_s,
+                    "busy_share": busy_s / self.seconds if self.seconds else 0.0,
+                }
+                for lane, busy_s in self.busy_s.items()
+            },
+        }
+
+
+@dataclass(slots=True)
+class Totals:
+    """Everything counted over a run, exactly, whatever is left out of the trace."""
+
+    requests: int = 0
+    rejected: int = 0
+    prompt_tokens: int = 0
+    max_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    max_generated_tokens: int = 0
+    asked_tokens: int = 0
+    phases: dict[Phase, PhaseTotals] = field(
+        default_factory=lambda: {phase: PhaseTotals() for phase in Phase}
+    )
+    batches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    num_batches: int = 0
+    spans: list[Span] = field(default_factory=list[Span])
+    spans_left_out: int = 0
+
+    def add(self, result: BatchResult) -> None:
+        """Count a batch."""
+        generated = [len(completion.tokens) for completion in result.completions]
+        prompts = [len(completion.request.prompt) for completion in result.completions]
+        self.requests += len(result.completions)
+        self.prompt_tokens += sum(prompts)
+        self.max_prompt_tokens = max(self.max_prompt_tokens, *prompts)
+        self.generated_tokens += sum(generated)
+        self.max_generated_tokens = max(self.max_generated_tokens, *generated)
+        self.asked_tokens += sum(c.request.params.max_tokens for c in result.completions)
+        self.num_batches += 1
+        decode_s = result.decode.seconds if result.decode else 0.0
+        if len(self.batches) < MAX_BATCHES:
+            self.batches.append(
+                {
+                    "requests": len(result.completions),
+                    "micro_batch_sizes": list(result.micro_batch_sizes),
+                    "chunks": result.num_chunks,
+                    "decode_steps": max(generated) - 1,
+                    "prefill_s": result.prefill.seconds,
+                    "decode_s": decode_s,
+                }
+            )
+        for phase, part in ((Phase.PREFILL, result.prefill), (Phase.DECODE, result.decode)):
+            if part is not None:
+                self.phases[phase].add(part)
+                self.spans += part.spans
+                self.spans_left_out += part.spans_left_out
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and decode."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+    def to_json(self, load_s: float) -> dict[str, Any]:
+        """Counts, seconds and rates."""
+        prefill_s, decode_s = (self.phases[phase].seconds for phase in Phase)
+        decoded = self.generated_tokens - self.requests  # prefill gives each its first
+        return {
+            "requests": self.requests,
+            "rejected_requests": self.rejected,
+            "batches": self.num_batches,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "load_s": load_s,
+            "prefill_s": prefill_s,
+            "decode_s": decode_s,
+            "tokens_per_s": _ratio(self.generated_tokens, self.seconds),
+            "prefill_tokens_per_s": _ratio(self.prompt_tokens, prefill_s),
+            "decode_tokens_per_s": _ratio(decoded, decode_s),
+        }
+
+    def workload(self) -> dict[str, Any]:
+        """The lengths that the job really had."""
+        return {
+            "prompt_len": _ratio(self.prompt_tokens, self.requests),
+            "max_prompt_len": self.max_prompt_tokens,
+            "gen_len": _ratio(self.generated_tokens, self.requests),
+            "max_gen_len": self.max_generated_tokens,
+            "asked_gen_len": _ratio(self.asked_tokens, self.requests),
+            "num_requests": self.requests,
+        }
+
+    def write_trace(self, path: Path) -> None:
+        """Write the spans that were kept as a Chrome trace."""
+        write_chrome_trace(path, measured=Trace(tuple(self.spans)))
+
+
+def memory_json(
+    plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Any]]:
+    """Capacity, planned and peak bytes of each level, planned and peak by purpose."""
+    return {
+        level.name: {
+            "capacity_bytes": level.capacity_bytes,
+            "planned_bytes": level.purposes,
+            "peak_bytes": dict(peak_bytes.get(level.name, {})),
+            "planned_total_bytes": level.planned_bytes,
+            "peak_total_bytes": sum(peak_bytes.get(level.name, {}).values()),
+        }
+        for level in (plan.gpu, plan.cpu)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the run depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("moe-hrm", "torch", "safetensors", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def run_json(
+    *, outcome: str, message: str | None, policy_file: PolicyFile, model: dict[str, Any],
+    accelerator: dict[str, Any], schedule: str, totals: Totals, load_s: float,
+    memory: dict[str, Any], started: datetime,
+) -> dict[str, Any]:  # fmt: skip
+    """All of run.json; `policy_file` is what the run was given, `schedule` what it ran."""
+    return {
+        "schema": SCHEMA,
+        "outcome": outcome,
+        "message": message,
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "accelerator": accelerator,
+        "schedule": schedule,
+        "model": model,
+        "totals": totals.to_json(load_s),
+        "workload": totals.workload(),
+        "phases": {phase.value: totals.phases[phase].to_json() for phase in Phase},
+        "memory": memory,
+        "batches": totals.batches,
+        "trace": {"spans": len(totals.spans), "spans_left_out": totals.spans_left_out},
+        "versions": versions(),
+        "policy_file": msgspec.to_builtins(policy_file),
+    }
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0

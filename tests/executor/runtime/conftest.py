@@ -1,0 +1,12 @@
+import threading
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left_behind():
+    """Every run ends all the threads that it started."""
+    before = set(threading.enumerate())
+    yield
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not {name for name in left if name.startswith(("lane-", "progress"))}

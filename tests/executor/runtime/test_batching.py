@@ -1,0 +1,105 @@
+"""Algorithm 2: nobody is dropped, no cache is exceeded, μ is kept."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.batching import Batcher, Request, chunks, pack, policy_for
+from executor.sampling import SamplingParams
+from hrm.policy import KV_BLOCK_TOKENS
+from tests.executor.runtime.support import make_policy
+
+policies = st.builds(
+    lambda micro, count, last, blocks, on_gpu: make_policy(
+        2,
+        micro_batch_size=micro,
+        batch_size=max((count - 1) * micro + min(last, micro), micro),
+        kv_tokens_per_micro_batch=blocks * KV_BLOCK_TOKENS,
+        gpu_kv_micro_batches=min(on_gpu, count),
+        prefill_chunk_tokens=256,
+    ),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(16, 40),
+    st.integers(0, 5),
+)
+request_lists = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 56)), max_size=60).map(
+    lambda sizes: [
+        Request(str(index), (1,) * length, SamplingParams(max_tokens=new))
+        for index, (length, new) in enumerate(sizes)
+    ]
+)
+
+
+@given(request_lists, policies)
+def test_no_request_is_dropped_and_no_limit_exceeded(requests, policy):
+    seen: list[str] = []
+    for batch in Batcher(iter(requests), policy):
+        assert 1 <= len(batch.micro_batches) <= policy.num_micro_batches
+        assert batch.num_requests <= policy.batch_size
+        for micro_batch in batch.micro_batches:
+            assert 1 <= len(micro_batch.placed) <= policy.micro_batch_size
+            end = 0
+            for placed in micro_batch.placed:
+                assert placed.start == end
+                assert placed.start % KV_BLOCK_TOKENS == 0
+                end += placed.request.kv_tokens
+                seen.append(placed.request.name)
+            assert end <= policy.kv_tokens_per_micro_batch
+    assert sorted(seen) == sorted(request.name for request in requests)
+
+
+@given(request_lists, policies)
+def test_nothing_waits_for_more_than_one_batch_while_later_ones_run(requests, policy):
+    order = {request.name: index for index, request in enumerate(requests)}
+    waiting: set[str] = set()
+    done: set[str] = set()
+    for batch in Batcher(iter(requests), policy):
+        names = {p.request.name for mb in batch.micro_batches for p in mb.placed}
+        if waiting:
+            assert min(waiting, key=order.__getitem__) in names
+        done |= names
+        last = max(order[name] for name in names)
+        waiting = {request.name for request in requests[: last + 1]} - done
+
+
+@given(request_lists.filter(bool), policies)
+def test_chunks_hold_every_prompt_once_within_the_limit(requests, policy):
+    batch, _ = pack(requests[: policy.batch_size], policy)
+    offset = 0
+    seen: list[str] = []
+    for chunk in chunks(batch, 256):
+        assert chunk.offset == offset
+        assert 1 <= chunk.num_tokens <= 256
+        offset += chunk.num_tokens
+        end = 0
+        for part in chunk.parts:
+            assert part.first == end
+            end = part.last
+            assert part.last - part.first == len(part.placed.request.prompt)
+            seen.append(part.placed.request.name)
+    assert sorted(seen) == sorted(
+        placed.request.name for mb in batch.micro_batches for placed in mb.placed
+    )
+
+
+@given(policies, st.integers(1, 5))
+def test_smaller_batch_fits_the_memory_of_the_whole(policy, count):
+    count = min(count, policy.num_micro_batches)
+    smaller = policy_for(policy, count)
+    assert smaller.num_micro_batches == count
+    assert smaller.gpu_kv_micro_batches <= policy.gpu_kv_micro_batches
+    on_host = policy.num_micro_batches - policy.gpu_kv_micro_batches
+    assert count - smaller.gpu_kv_micro_batches <= on_host
+
+
+def test_longest_first_into_the_emptiest():
+    policy = make_policy(1, micro_batch_size=2, batch_size=4, kv_tokens_per_micro_batch=256)
+    wanted = [
+        Request(str(length), (1,) * length, SamplingParams(max_tokens=1))
+        for length in (10, 100, 60, 40)
+    ]
+    batch, waiting = pack(wanted, policy)
+    assert waiting == []
+    names = [[p.request.name for p in mb.placed] for mb in batch.micro_batches]
+    assert names == [["100", "10"], ["60", "40"]]

@@ -1,0 +1,190 @@
+"""The loop itself: order, edges, failures, Ctrl-C; on handlers that sleep or raise."""
+
+import _thread
+import threading
+import time
+from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from executor.backends.null import null_handlers
+from executor.engine import LOOKAHEAD, Engine, TaskFailedError
+from hrm.policy import ScheduleName
+from hrm.schedules import Pipeline, iter_tasks
+from hrm.simulate import simulate
+from hrm.tasks import Device, Lane, Phase, Task, TaskId, TaskKind
+
+CPU_DECODE = Pipeline(
+    num_layers=3, num_micro_batches=3, num_steps=2, attention=Device.CPU,
+    kv_on_gpu=(False, False, True), streamed=(True,) * 3, cpu_experts=(False, True, True),
+    dense_pages=1, staging=True,
+)  # fmt: skip
+GPU_DECODE = replace(CPU_DECODE, attention=Device.GPU, kv_on_gpu=(True, False, False))
+PREFILL = replace(
+    CPU_DECODE, phase=Phase.PREFILL, kv_on_gpu=(False,) * 3, cpu_experts=(False,) * 3, num_steps=1
+)
+PIPELINES = {"cpu": CPU_DECODE, "gpu": GPU_DECODE, "prefill": PREFILL}
+
+
+def no_setup(lane: Lane) -> None:
+    del lane
+
+
+def seconds_of(task: TaskId) -> float:
+    return {TaskKind.ATTENTION: 2e-3, TaskKind.POST_ATTENTION: 1.5e-3}.get(task.kind, 5e-4)
+
+
+@pytest.fixture
+def engine():
+    with Engine(no_setup) as started:
+        yield started
+
+
+def within(seconds: float, work):
+    """Run `work` in a thread and fail if it takes longer: a hang must not stop the suite."""
+    outcome: list = []
+
+    def call() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001
+            outcome.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "hangs"
+    return outcome[0]
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
+def test_null_run_keeps_order_and_edges_and_takes_as_long_as_simulated(engine, pipeline, schedule):
+    tasks = list(iter_tasks(pipeline, schedule))
+    result = engine.run(tasks, null_handlers(seconds_of, pipeline.lane), phase=pipeline.phase)
+    spans = {span.id: span for span in result.spans}
+    assert spans.keys() == {task.id for task in tasks}
+    order = defaultdict(list)
+    for task in tasks:
+        order[task.lane].append(task.id)
+        assert all(spans[other].end_s <= spans[task.id].start_s for other in task.after)
+    for lane, issued in order.items():
+        ran = sorted((s for s in result.spans if s.lane is lane), key=lambda s: s.start_s)
+        assert [span.id for span in ran] == issued
+        assert all(a.end_s <= b.start_s for a, b in pairwise(ran))
+    simulated = simulate(tasks, seconds_of, phase=pipeline.phase)
+    assert result.seconds >= 0.97 * simulated.makespan_s
+    assert result.seconds < 2 * simulated.makespan_s + 0.1  # this machine may be busy
+    assert sum(total.count for total in result.by_kind.values()) == len(tasks)
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, kind):
+    pipeline = next(
+        p for p in PIPELINES.values()
+        if any(task.id.kind is kind for task in iter_tasks(p, ScheduleName.CGOPIPE))
+    )  # fmt: skip
+    handlers = null_handlers(seconds_of, pipeline.lane)
+
+    def fail(task: TaskId) -> int:
+        raise OSError(f"injected into {task}")
+
+    handlers[kind] = fail
+    tasks = iter_tasks(replace(pipeline, num_steps=pipeline.num_steps), ScheduleName.CGOPIPE)
+    error = within(20, lambda: engine.run(tasks, handlers))
+    assert isinstance(error, TaskFailedError)
+    assert error.task.id.kind is kind
+    assert str(error.task.id) in str(error)
+    assert f"lane {error.task.lane}" in str(error)
+    assert "injected" in str(error)
+    row = next(r for r in error.chart.splitlines() if r.strip().startswith(error.task.lane.value))
+    assert "!" in row
+    # The engine can be used again, so no lane is stuck.
+    again = within(
+        20, lambda: engine.run([Task(TaskId(kind, 0, 0), Lane.GPU)], {kind: lambda _: 0})
+    )
+    assert again.by_kind[kind].count == 1
+
+
+def test_lanes_stop_at_once_after_a_failure(engine):
+    ran: list[TaskId] = []
+
+    def handle(task: TaskId) -> int:
+        if task.layer == 0:
+            raise ValueError("first")
+        ran.append(task)
+        return 0
+
+    first = TaskId(TaskKind.LOAD_PAGE, 0, 0)
+    others = [Task(TaskId(TaskKind.LOAD_PAGE, i, 0), Lane.GPU, (first,)) for i in range(1, 5000)]
+    with pytest.raises(TaskFailedError):
+        engine.run([Task(first, Lane.H2D), *others], {TaskKind.LOAD_PAGE: handle})
+    assert ran == []
+
+
+def test_error_while_the_graph_is_made_ends_the_run(engine):
+    def tasks():
+        yield Task(TaskId(TaskKind.EMBED, 0, 0), Lane.H2D)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        engine.run(tasks(), {TaskKind.EMBED: lambda _: 0})
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 0.2])
+def test_ctrl_c_ends_the_run(delay_s):
+    graph = (
+        Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU)
+        for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1))
+    )
+    timer = threading.Timer(delay_s, _thread.interrupt_main)
+    with Engine(no_setup) as engine:
+        timer.start()
+        started_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(graph, {TaskKind.SAMPLE: lambda _: time.sleep(5e-3) or 0})
+        assert time.monotonic() - started_s < 5
+    timer.join()
+
+
+def test_long_graph_is_never_held(engine):
+    made = ended = most = 0
+
+    def tasks():
+        nonlocal made, most
+        for step in range(5000):
+            made += 1
+            most = max(most, made - ended)
+            yield Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU)
+
+    def handle(_: TaskId) -> int:
+        nonlocal ended
+        ended += 1
+        return 0
+
+    engine.run(tasks(), {TaskKind.SAMPLE: handle})
+    assert ended == 5000
+    assert most <= LOOKAHEAD + 2
+
+
+def test_finished_ends_a_run_early(engine):
+    count = 0
+
+    def handle(_: TaskId) -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    tasks = (Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(10**6))
+    engine.run(tasks, {TaskKind.SAMPLE: handle}, finished=lambda: count >= 100)
+    assert 100 <= count <= 100 + LOOKAHEAD
+
+
+def test_only_the_first_steps_are_kept_but_all_are_counted(engine):
+    tasks = [Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(10)]
+    result = engine.run(tasks, {TaskKind.SAMPLE: lambda _: 3}, kept_steps=4)
+    assert [span.id.step for span in result.spans] == [0, 1, 2, 3]
+    assert result.spans_left_out == 6
+    assert result.by_kind[TaskKind.SAMPLE].num_bytes == 30

@@ -1,0 +1,383 @@
+"""The whole of `executor run`, from lines to a run directory, and everything that can be wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from executor.cli import main
+from executor.handlers import DecodeHandlers
+from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
+from hrm.policy import ScheduleName
+from hrm.policy_file import PolicyFile, load_policy_file, profile_hash, save_policy_file
+from hrm.tasks import Phase, TaskKind
+from hrm.trace import read_chrome_trace
+from hrm.workload import Workload
+from tests.executor.runtime.support import GPU, architecture, machine, make_policy
+from tests.executor.tiny_models import random_prompts, transformers_greedy
+
+PROMPTS = random_prompts(10, seed=3)
+PROFILE = machine(bandwidth=1e9)
+
+
+@pytest.fixture
+def folder(tiny_folders):
+    return tiny_folders["wide heads"]
+
+
+@pytest.fixture
+def policy_path(folder, tmp_path):
+    spec = architecture(folder).spec
+    path = tmp_path / "policy.json"
+    save_policy_file(
+        path,
+        PolicyFile(
+            policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
+            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
+            model=replace(spec, name="another name"),
+            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
+            profile=PROFILE,
+            profile_hash=profile_hash(PROFILE),
+            predicted={},
+        ),
+    )
+    return path
+
+
+def line(name, prompt, **body) -> dict:
+    return {
+        "custom_id": name,
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0, **body},
+    }
+
+
+@pytest.fixture
+def run(folder, policy_path, tmp_path, capsys):
+    """Run `executor run` on lines (objects, or bytes as they stand)."""
+
+    def call(lines, *arguments, output="run", model=None, code=0):
+        path = tmp_path / "prompts.jsonl"
+        path.write_bytes(
+            b"\n".join(
+                item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines
+            )
+        )
+        arguments = (
+            "run", "--model", str(model or folder), "--policy", str(policy_path),
+            "--input", str(path), "--output-dir", str(tmp_path / output), *arguments,
+        )  # fmt: skip
+        ended = exit_code(list(arguments))
+        captured = capsys.readouterr()
+        assert ended == code, captured.err
+        return captured, outputs(tmp_path / output)
+
+    return call
+
+
+def exit_code(arguments: list[str]) -> int | str | None:
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def outputs(directory) -> dict[str, dict]:
+    path = directory / OUTPUTS
+    if not path.exists():
+        return {}
+    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    assert len({item["custom_id"] for item in lines}) == len(lines)
+    return {item["custom_id"]: item for item in lines}
+
+
+def tokens_of(item) -> list[int]:
+    assert item["error"] is None, item
+    return item["response"]["body"]["choices"][0]["token_ids"]
+
+
+def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
+    captured, done = run([line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)])
+    for index, prompt in enumerate(PROMPTS):
+        item = done[f"r{index}"]
+        assert tokens_of(item) == transformers_greedy(folder, prompt, 5)
+        body = item["response"]["body"]
+        assert item["response"]["status_code"] == 200
+        assert body["object"] == "text_completion"
+        assert body["choices"][0]["finish_reason"] in {"stop", "length"}
+        assert body["usage"]["prompt_tokens"] == len(prompt)
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["outcome"] == "completed"
+    assert content["accelerator"]["emulated"] is True
+    assert "emulated" in captured.out
+    assert content["totals"]["requests"] == 10
+    assert content["totals"]["prompt_tokens"] == sum(map(len, PROMPTS))
+    assert content["totals"]["batches"] == 3
+    assert content["workload"]["max_prompt_len"] == max(map(len, PROMPTS))
+    for level in ("gpu", "cpu"):
+        memory = content["memory"][level]
+        assert memory["peak_total_bytes"] <= memory["planned_total_bytes"]
+        assert memory["planned_total_bytes"] <= memory["capacity_bytes"]
+    trace = read_chrome_trace(tmp_path / "run" / "trace.json")
+    for phase in Phase:
+        kinds = content["phases"][phase.value]["kinds"]
+        measured = trace.of_phase(phase).seconds_by_kind()
+        assert {kind.name for kind in measured} == kinds.keys()
+        for kind, seconds in measured.items():
+            assert kinds[kind.name]["seconds"] == pytest.approx(seconds, rel=1e-3, abs=1e-4)
+        assert content["phases"][phase.value]["lanes"]["H2D"]["busy_share"] <= 1
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "emulated", "null"])
+@pytest.mark.parametrize("schedule", ["flexgen", "deepspeed"])
+def test_accelerators_and_schedules(run, accelerator, schedule, tmp_path):
+    _, done = run(
+        [line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)],
+        "--accelerator", accelerator, "--schedule", schedule, "--quiet",
+    )  # fmt: skip
+    assert len(done) == 10
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["schedule"] == schedule
+    assert content["accelerator"]["name"] == accelerator
+
+
+def test_machine_of_one_level_keeps_everything_in_it(run, policy_path, tmp_path, folder):
+    content = load_policy_file(policy_path)
+    spec = content.model
+    profile = replace(PROFILE, accelerator="cpu", levels=PROFILE.levels[1:], links=())
+    policy = make_policy(
+        spec.num_layers, batch_size=4, micro_batch_size=2, resident=spec.num_experts,
+        attention=GPU, gpu_kv_micro_batches=2,
+    )  # fmt: skip
+    changed = replace(content, profile=profile, policy=policy, memory_budget_bytes={"cpu": 10**8})
+    save_policy_file(policy_path, changed)
+    _, done = run([line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)])
+    for index, prompt in enumerate(PROMPTS):
+        assert tokens_of(done[f"r{index}"]) == transformers_greedy(folder, prompt, 5)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["accelerator"]["name"] == "cpu"
+    assert written["memory"].keys() == {"cpu"}
+    memory = written["memory"]["cpu"]
+    assert memory["peak_total_bytes"] <= memory["planned_total_bytes"] <= 10**8
+    assert "LOAD_PAGE" not in written["phases"]["decode"]["kinds"]
+
+
+BAD_LINES = {
+    "no json": (b"{nope", "line-2", "no JSON object"),
+    "not utf-8": (b'{"custom_id": "\xff"}', "line-2", "no JSON object"),
+    "not an object": (b"[1]", "line-2", "must be an object"),
+    "no custom_id": ({"method": "POST"}, "line-2", "custom_id"),
+    "same custom_id": (line("good", [3]), "line-2", "must not occur twice"),
+    "unknown field": ({**line("bad", [3]), "prompt": 1}, "bad", "no field of a batch line"),
+    "wrong method": ({**line("bad", [3]), "method": "GET"}, "bad", "must be POST"),
+    "wrong url": ({**line("bad", [3]), "url": "/v1/embeddings"}, "bad", "/v1/completions"),
+    "chat without template": ({**line("bad", [3]), "url": "/v1/chat/completions",
+                               "body": {"messages": []}}, "bad", "chat template"),
+    "no body": ({"custom_id": "bad"}, "bad", "body is <missing>"),
+    "no prompt": ({"custom_id": "bad", "body": {}}, "bad", "body: prompt"),
+    "text without tokenizer": (line("bad", "hello"), "bad", "tokenizer"),
+    "prompt of another kind": (line("bad", [1.5]), "bad", "token ids"),
+    "empty prompt": (line("bad", []), "bad", "at least one token"),
+    "token out of range": (line("bad", [97]), "bad", "0 to 96"),
+    "negative token": (line("bad", [-1]), "bad", "0 to 96"),
+    "prompt too long": (line("bad", [3] * 97), "bad", "prefill chunk of 96"),
+    "generation too long": (line("bad", [3], max_tokens=270), "bad", "cache of 256"),
+    "no tokens wanted": (line("bad", [3], max_tokens=0), "bad", "max_tokens"),
+    "temperature": (line("bad", [3], temperature=-1), "bad", "temperature"),
+    "temperature of text": (line("bad", [3], temperature="hot"), "bad", "temperature"),
+    "top_p": (line("bad", [3], top_p=2), "bad", "top_p"),
+    "stop of another kind": (line("bad", [3], stop=3), "bad", "stop"),
+    "unknown body field": (line("bad", [3], beams=4), "bad", "beams"),
+    "several choices": (line("bad", [3], n=2), "bad", "body: n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "name", "word"), BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_line_is_reported_and_the_rest_runs(run, tmp_path, bad, name, word):
+    _, done = run([line("good", PROMPTS[0]), bad, line("also good", PROMPTS[1])])
+    assert done.keys() == {"good", name, "also good"}
+    assert done[name]["response"] is None
+    assert word in done[name]["error"]["message"]
+    assert done[name]["error"]["code"] == "invalid_request"
+    assert tokens_of(done["good"])
+    assert tokens_of(done["also good"])
+    totals = json.loads((tmp_path / "run" / "run.json").read_text())["totals"]
+    assert (totals["requests"], totals["rejected_requests"]) == (2, 1)
+
+
+def refused(captured, *words) -> None:
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], captured.err
+
+
+def test_directory_with_outputs_is_refused_and_resumed(run):
+    first, rest = [line("a", PROMPTS[0])], [line("b", PROMPTS[1])]
+    _, before = run(first)
+    captured, _ = run(first + rest, code=2)
+    refused(captured, "--output-dir", OUTPUTS, "--resume")
+    _, after = run(first + rest, "--resume")
+    assert after.keys() == {"a", "b"}
+    assert after["a"] == before["a"]
+
+
+def test_resume_takes_off_a_line_cut_short(run, tmp_path):
+    _, before = run([line("a", PROMPTS[0])])
+    with (tmp_path / "run" / OUTPUTS).open("a", encoding="utf-8") as file:
+        file.write('{"custom_id": "b", "resp')
+    _, after = run([line("a", PROMPTS[0]), line("b", PROMPTS[1])], "--resume")
+    assert after.keys() == {"a", "b"}
+    assert after["a"] == before["a"]
+
+
+def test_directory_in_use_is_refused(run, tmp_path):
+    with RunDirectory(tmp_path / "run", resume=False):
+        captured, _ = run([line("a", PROMPTS[0])], code=2)
+    refused(captured, "--output-dir", "in use")
+    assert (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--accelerator", "tpu"], ["--accelerator", "tpu"]),
+        (["--accelerator", "cuda:0"], ["CUDA"]),
+        (["--gpu-memory", "100kB"], ["level gpu", "100 kB", "--gpu-memory"]),
+        (["--gpu-memory", "much"], ["--gpu-memory", "much", "16GB"]),
+        (["--link-bandwidth", "fast"], ["--link-bandwidth", "fast"]),
+    ],
+)
+def test_bad_option_is_refused_before_anything_is_written(run, tmp_path, options, words):
+    captured, _ = run([line("a", PROMPTS[0])], *options, code=2)
+    refused(captured, *words)
+    assert not (tmp_path / "run" / OUTPUTS).exists()
+
+
+def test_policy_of_another_model_is_refused(run, policy_path):
+    content = load_policy_file(policy_path)
+    save_policy_file(policy_path, replace(content, model=replace(content.model, hidden_size=64)))
+    captured, _ = run([line("a", PROMPTS[0])], code=2)
+    refused(captured, "policy.json: model.hidden_size", "64", "32", "hrm search")
+
+
+def test_malformed_policy_is_refused(run, policy_path):
+    text = policy_path.read_text().replace('"batch_size": 4', '"batch_size": "four"')
+    policy_path.write_text(text)
+    captured, _ = run([line("a", PROMPTS[0])], code=2)
+    refused(captured, "policy.json", "batch_size")
+
+
+@pytest.mark.parametrize("missing", ["model", "input"])
+def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing):
+    paths = {"model": folder, "input": policy_path} | {missing: tmp_path / "nowhere"}
+    with pytest.raises(SystemExit) as ended:
+        main([
+            "run", "--model", str(paths["model"]), "--policy", str(policy_path),
+            "--input", str(paths["input"]), "--output-dir", str(tmp_path / "run"),
+        ])  # fmt: skip
+    assert ended.value.code == 2
+    refused(capsys.readouterr(), "nowhere")
+
+
+def broken_after(steps: int, error: type[BaseException], monkeypatch) -> None:
+    make = DecodeHandlers.make
+    batches = []
+
+    def made(*arguments, **keywords):
+        handlers = make(*arguments, **keywords)
+        batches.append(1)
+        if len(batches) > steps:
+
+            def fail(task) -> int:
+                raise error(f"injected into {task}")
+
+            handlers[TaskKind.ATTENTION] = fail
+        return handlers
+
+    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+
+
+def test_failed_task_keeps_what_was_finished_and_prints_the_lanes(run, tmp_path, monkeypatch):
+    broken_after(1, OSError, monkeypatch)
+    captured, done = run([line(f"r{i}", p) for i, p in enumerate(PROMPTS)], "--quiet", code=1)
+    assert 4 <= len(done) < 10
+    assert "ATTENTION" in captured.err
+    assert "lane CPU" in captured.err
+    assert "│" in captured.err
+    assert "!" in captured.err
+    assert "Traceback" not in captured.err
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["outcome"] == "failed"
+    assert "injected" in content["message"]
+    monkeypatch.undo()
+    _, after = run([line(f"r{i}", p) for i, p in enumerate(PROMPTS)], "--resume")
+    assert len(after) == 10
+
+
+def test_ctrl_c_keeps_what_was_finished(run, tmp_path, monkeypatch):
+    import _thread
+
+    make = DecodeHandlers.make
+    batches = []
+
+    def made(*arguments, **keywords):
+        handlers = make(*arguments, **keywords)
+        batches.append(1)
+        if len(batches) == 2:
+            embed = handlers[TaskKind.EMBED]
+
+            def interrupt(task) -> int:
+                _thread.interrupt_main()
+                return embed(task)
+
+            handlers[TaskKind.EMBED] = interrupt
+        return handlers
+
+    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    captured, done = run([line(f"r{i}", p) for i, p in enumerate(PROMPTS)], "--quiet", code=130)
+    assert 4 <= len(done) < 10
+    assert "interrupted" in captured.err
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["outcome"] == "interrupted"
+
+
+def test_max_requests_and_seed(run):
+    lines = [line(f"r{i}", p, temperature=1, seed=i) for i, p in enumerate(PROMPTS)]
+    _, some = run(lines, "--max-requests", "3")
+    assert some.keys() == {"r0", "r1", "r2"}
+    _, all_ = run(lines, "--schedule", "flexgen", output="other")
+    for name, item in some.items():
+        assert tokens_of(item) == tokens_of(all_[name])
+
+
+def test_bench_compares_schedules(folder, policy_path, capsys):
+    main([
+        "bench", "--model", str(folder), "--policy", str(policy_path), "--repeats", "1",
+        "--prompt-len", "8", "--gen-len", "3", "--schedules", "cgopipe,flexgen-c", "--json",
+    ])  # fmt: skip
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["schedule"] for row in rows] == ["cgopipe", "flexgen-c"]
+    assert rows[0]["ratio"] == 1
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_bench_refuses_an_unknown_schedule(folder, policy_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([
+            "bench", "--model", str(folder), "--policy", str(policy_path),
+            "--schedules", "magic",
+        ])  # fmt: skip
+    assert ended.value.code == 2
+    refused(capsys.readouterr(), "magic", *ScheduleName)
+
+
+def test_help_loads_no_torch():
+    code = "import sys, executor.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,89 @@
+"""Greedy tokens equal those of transformers, whatever the policy and the schedule."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from hrm.policy import ScheduleName
+from tests.executor.runtime.support import (
+    CPU,
+    GPU,
+    architecture,
+    emulated,
+    generate,
+    generator,
+    machine,
+    make_policy,
+    requests,
+)
+from tests.executor.tiny_models import random_prompts, transformers_greedy
+
+MAX_TOKENS = 7
+PROMPTS = random_prompts(16)
+
+# Every value of every choice, and the pairs that share buffers or edges.
+POLICIES = {
+    "all streamed, both on the gpu": {"attention": GPU, "resident_dense": False},
+    "attention on the cpu": {"attention": CPU, "resident_dense": False},
+    "ffn on the cpu": {"attention": GPU, "ffn": CPU},
+    "ffn on the cpu, dense streams": {"ffn": CPU, "resident_dense": False, "resident": 2},
+    "both on the cpu": {"attention": CPU, "ffn": CPU, "resident": 1},
+    "some experts stay": {"attention": CPU, "resident": 3},
+    "some experts stay, ragged": {"attention": GPU, "resident_experts": "ragged"},
+    "all stay": {"attention": CPU, "resident": "all"},
+    "all stay, ffn on the cpu": {"attention": GPU, "ffn": CPU, "resident": "all"},
+    "experts stay, dense streams": {"resident": "all", "resident_dense": False},
+    "kv split, gpu": {"attention": GPU, "gpu_kv_micro_batches": 2, "resident": 1},
+    "kv split, cpu": {"attention": CPU, "gpu_kv_micro_batches": 1, "resident": 1},
+    "kv split, both cpu": {"attention": CPU, "ffn": CPU, "gpu_kv_micro_batches": 3},
+    "kv on the gpu": {"attention": GPU, "gpu_kv_micro_batches": 4, "resident": 1},
+    "one at a time": {"micro_batch_size": 1, "batch_size": 3, "resident": 2},
+    "one at a time, gpu": {"attention": GPU, "micro_batch_size": 1, "batch_size": 5},
+    "one micro-batch": {"micro_batch_size": 16, "kv_tokens_per_micro_batch": 1024},
+    "one micro-batch, gpu": {"attention": GPU, "micro_batch_size": 16,
+                             "kv_tokens_per_micro_batch": 1024, "ffn": CPU},
+    "uneven": {"batch_size": 10, "micro_batch_size": 4, "resident": 1},
+    "uneven, gpu": {"attention": GPU, "batch_size": 7, "micro_batch_size": 3,
+                    "gpu_kv_micro_batches": 1},
+    "staged": {"staging": True, "resident_dense": False},
+    "staged, gpu, uneven": {"staging": True, "attention": GPU, "batch_size": 10, "resident": 1},
+    "small cache": {"kv_tokens_per_micro_batch": 48, "prefill_chunk_tokens": 40},
+}  # fmt: skip
+
+
+@cache
+def expected(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {
+        f"request-{index}": tuple(transformers_greedy(folder, prompt, MAX_TOKENS))
+        for index, prompt in enumerate(PROMPTS)
+    }
+
+
+def policy_of(folder: Path, schedule: ScheduleName, choices: dict):
+    spec = architecture(folder).spec
+    choices = dict(choices)
+    if choices.get("resident") == "all":
+        choices["resident"] = spec.num_experts
+    if choices.get("resident_experts") == "ragged":
+        choices["resident_experts"] = (0, spec.num_experts, 2)
+    return make_policy(spec.num_layers, schedule=schedule, **choices)
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+@pytest.mark.parametrize("choices", POLICIES.values(), ids=POLICIES)
+def test_greedy_tokens_equal_those_of_transformers(tiny_folder, choices, schedule):
+    policy = policy_of(tiny_folder, schedule, choices)
+    with generator(tiny_folder, policy) as made:
+        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
+    assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+@pytest.mark.parametrize("attention", [CPU, GPU])
+def test_emulated_accelerator_gives_the_same_tokens(tiny_folder, attention, schedule):
+    policy = policy_of(tiny_folder, schedule, {"attention": attention, "resident": 1, "ffn": CPU})
+    backend = emulated(machine(bandwidth=5e8))
+    with generator(tiny_folder, policy, backend=backend) as made:
+        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
+    assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
