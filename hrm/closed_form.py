@@ -164,13 +164,12 @@ def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> dict[Lane, 
     hidden = operators.hidden_bytes(spec, dtype, chunk)
     off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
     h2d = costs.h2d(point.streamed_bytes(spec, dtype)) + chunks * costs.h2d(hidden)
-    d2h = chunks * (costs.d2h(hidden) + off_gpu * costs.d2h(operators.kv_bytes(spec, dtype, chunk)))
+    stored_kv = off_gpu * costs.d2h(operators.kv_bytes(spec, dtype, chunk))
     gpu = chunks * costs.prefill_layer(chunk, workload.prompt_len)
-    sampling = costs.sample(point.batch_size / point.num_micro_batches)
     return {
-        Lane.GPU: layers * gpu + point.num_micro_batches * sampling,
+        Lane.GPU: layers * gpu + chunks * costs.sample(point.batch_size / chunks),
         Lane.H2D: layers * h2d,
-        Lane.D2H: layers * d2h,
+        Lane.D2H: chunks * (layers * stored_kv + (layers - 1) * costs.d2h(hidden)),
         Lane.STAGE: layers * point.staging * costs.stage(point.streamed_bytes(spec, dtype)),
     }
 

@@ -11,7 +11,7 @@ from hrm.hardware import HardwareProfile
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
-from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.schedules import decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.simulate import simulate
 from hrm.tasks import Lane, TaskKind
 from hrm.trace import Trace
@@ -197,9 +197,7 @@ def step_seconds(
     `tokens` is the mean number of active requests in a micro-batch; by default they all are.
     """
 
-    def seconds(pipeline: Pipeline) -> float:
-        work = decode_work(costs, policy, context, num_steps=STEADY_STEPS)
-        work = replace(work, pipeline=pipeline, tokens=tokens or work.tokens)
+    def seconds(work: TaskWork) -> float:
         ends = [0.0] * STEADY_STEPS
         for span in simulate_work(work).spans:
             if span.id.kind is TaskKind.SAMPLE:
@@ -207,40 +205,42 @@ def step_seconds(
         # The last step loads no weights for another, so the step before it is the steady one.
         return ends[-2] - ends[-3]
 
-    pipeline = decode_pipeline(costs.spec, policy, num_steps=STEADY_STEPS)
-    return _over_layers(pipeline, 8 * STEADY_STEPS, seconds)
+    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS)
+    work = replace(work, tokens=tokens or work.tokens)
+    return _over_layers(work, 8 * STEADY_STEPS, seconds)
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
     """Simulated seconds of one batch's prefill."""
     work = prefill_work(costs, policy, workload)
-    return _over_layers(
-        work.pipeline,
-        6,
-        lambda pipeline: simulate_work(replace(work, pipeline=pipeline)).makespan_s,
-    )
+    return _over_layers(work, 6, lambda work: simulate_work(work).makespan_s)
 
 
 def _over_layers(
-    pipeline: Pipeline, tasks_per_micro_batch: int, seconds: Callable[[Pipeline], float]
+    work: TaskWork, tasks_per_micro_batch: int, seconds: Callable[[TaskWork], float]
 ) -> float:
-    """`seconds` of the whole pipeline, from two of fewer layers if it is long."""
-    layers = pipeline.num_layers
-    affordable = MAX_TASKS // (tasks_per_micro_batch * pipeline.num_micro_batches)
+    """`seconds` of the whole work, from two shares of its layers if it is long."""
+    layers = work.pipeline.num_layers
+    affordable = MAX_TASKS // (tasks_per_micro_batch * work.pipeline.num_micro_batches)
     many = max(4, affordable)
     if layers <= many:
-        return seconds(pipeline)
+        return seconds(work)
     few = many // 2
-    seconds_few, seconds_many = seconds(_cut(pipeline, few)), seconds(_cut(pipeline, many))
+    seconds_few, seconds_many = seconds(_cut(work, few)), seconds(_cut(work, many))
     return seconds_many + (seconds_many - seconds_few) * (layers - many) / (many - few)
 
 
-def _cut(pipeline: Pipeline, layers: int) -> Pipeline:
-    """The same pipeline over some of its layers, picked evenly."""
+def _cut(work: TaskWork, layers: int) -> TaskWork:
+    """The same work over some of its layers, picked evenly."""
+    pipeline, resident = work.pipeline, work.policy.resident_experts
     picked = [i * pipeline.num_layers // layers for i in range(layers)]
     return replace(
-        pipeline,
-        num_layers=layers,
-        streamed=tuple(pipeline.streamed[i] for i in picked),
-        cpu_experts=tuple(pipeline.cpu_experts[i] for i in picked),
+        work,
+        policy=replace(work.policy, resident_experts=tuple(resident[i] for i in picked)),
+        pipeline=replace(
+            pipeline,
+            num_layers=layers,
+            streamed=tuple(pipeline.streamed[i] for i in picked),
+            cpu_experts=tuple(pipeline.cpu_experts[i] for i in picked),
+        ),
     )

@@ -32,7 +32,7 @@ def profile(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from hrm.profiling.machine import profile_machine
+    from hrm.profiling.machine import ProfilingInterrupted, profile_machine
 
     if not out.parent.is_dir():
         raise ProfileError("--out", str(out), "must lie in an existing folder", "create it first")
@@ -50,17 +50,22 @@ def profile(
                 left=f"about {left_s:.0f} s left",
             )  # fmt: skip
 
-        measured = profile_machine(
-            accelerator,
-            gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-            link_bandwidth_bytes_per_s=(
-                parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
-            ),
-            quick=quick,
-            model=load_model(model) if model else None,
-            progress=progress,
-            command=shlex.join(["hrm", *sys.argv[1:]]),
-        )
+        try:
+            measured = profile_machine(
+                accelerator,
+                gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
+                link_bandwidth_bytes_per_s=(
+                    parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
+                ),
+                quick=quick,
+                model=load_model(model) if model else None,
+                progress=progress,
+                command=shlex.join(["hrm", *sys.argv[1:]]),
+            )
+        except ProfilingInterrupted as interrupted:
+            bar.stop()
+            click.echo(f"{interrupted}; nothing was written", err=True)
+            sys.exit(130)
     save_profile(out, measured)
     from hrm.cli.catalog import print_profile
 

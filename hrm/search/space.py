@@ -201,7 +201,8 @@ def _with_residency(space: Space, **numbers: Ints) -> Grid:
     if layers <= WEIGHT_SLOTS:
         per_layer = np.zeros_like(per_layer)
     more = np.clip(beyond_slots - per_layer * (layers - WEIGHT_SLOTS), 0, layers - 1)
-    all_fit = (dense == 1) & (free >= layers * experts * expert_bytes)
+    dense_slots = WEIGHT_SLOTS * (1 - dense) * dense_bytes
+    all_fit = free >= layers * experts * expert_bytes + dense_slots
     total = np.where(all_fit, layers * experts, per_layer * layers + more)
     fits = all_fit | (free >= slots)
     if not profile.has_accelerator:
@@ -219,7 +220,7 @@ def _with_residency(space: Space, **numbers: Ints) -> Grid:
         gpu_kv_micro_batches=on_gpu,
         ffn_on_cpu=(1 - numbers["gpu_ffn"]) * (streamed > 0),
         streamed_bytes=streamed,
-        staging_bytes=space.staging * STAGING_PAGES * -(-largest // pages),
+        staging_bytes=space.staging * STAGING_PAGES * size * -(-largest // (pages * size)),
     )
     needed = sum(cpu.values())
     if not profile.has_accelerator:

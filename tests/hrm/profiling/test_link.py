@@ -1,0 +1,175 @@
+"""Fitting latency and bandwidth, and a link that is paced."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm.hardware import Source
+from hrm.profiling.link import fit_link, measure_link, transfer_sizes
+from hrm.profiling.pacing import BACK_TO_BACK_S, CATCH_UP_S, PacedCopy
+from hrm.units import KIB, MIB
+
+SIZES = transfer_sizes(64 * MIB, quick=False)
+
+
+@given(
+    latency_s=st.floats(1e-6, 1e-3),
+    bandwidth=st.floats(1e8, 1e12),
+    seed=st.randoms(use_true_random=False),
+)
+def test_fit_finds_latency_and_bandwidth(latency_s, bandwidth, seed):
+    points = [(size, latency_s + size / bandwidth) for size in SIZES]
+    fit = fit_link(points)
+    assert fit.bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=1e-3)
+    assert fit.latency_s == pytest.approx(latency_s, rel=1e-3)
+    assert fit.worst_miss < 1e-6
+    noisy = fit_link([(size, t * seed.uniform(0.99, 1.01)) for size, t in points])
+    assert noisy.worst_miss < 0.03
+
+
+@pytest.mark.parametrize("factor", [0.05, 20])
+@pytest.mark.parametrize("disturbed", range(5))
+def test_one_disturbed_size_hardly_moves_the_fit(disturbed, factor):
+    sizes = transfer_sizes(16 * MIB, quick=True)
+    points = [(size, 20e-6 + size / 1e9) for size in sizes]
+    points[disturbed] = (sizes[disturbed], factor * points[disturbed][1])
+    fit = fit_link(points)
+    assert fit.bandwidth_bytes_per_s == pytest.approx(1e9, rel=0.02)
+    assert fit.latency_s == pytest.approx(20e-6, rel=0.05)
+
+
+def test_latency_is_never_negative():
+    points = [(1000.0, 1e-6), (2000.0, 3e-6), (4000.0, 7e-6)]
+    fit = fit_link(points)
+    assert fit.latency_s == 0
+    assert fit.bandwidth_bytes_per_s > 0
+
+
+def test_sizes():
+    assert SIZES[0] == 4 * KIB
+    assert SIZES[-1] == 64 * MIB
+    assert transfer_sizes(64 * MIB, quick=True) == [4096, 32768, 262144, 2097152, 16777216]
+    assert transfer_sizes(1, quick=True) == [1024, 4096]
+    assert transfer_sizes(10**12, quick=False)[-1] == 512 * MIB
+
+
+class Line:
+    """A sampler by which a transfer of n bytes takes `seconds(n)`."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.size = 0
+
+    def transfer(self, size):
+        def call():
+            self.size = size
+
+        return call
+
+    def sample(self, call, calls):
+        call()
+        return calls * self.seconds(self.size)
+
+
+def test_straight_link_has_no_curve():
+    line = Line(lambda size: 1e-5 + size / 1e10)
+    link = measure_link(
+        "cpu", "gpu", line.transfer, sizes=SIZES, budget_s=0.1, sampler=line.sample
+    )  # fmt: skip
+    figure = link.bandwidth_bytes_per_s.planned
+    assert figure.value == pytest.approx(1e10, rel=1e-3)
+    assert figure.curve == ()
+    assert figure.source is Source.MEASURED
+    assert link.latency_s.value == pytest.approx(1e-5, rel=1e-3)
+    assert link.seconds(MIB) == pytest.approx(1e-5 + MIB / 1e10, rel=1e-3)
+
+
+def test_bent_link_keeps_its_curve():
+    line = Line(lambda size: 1e-5 + size / (2e10 if size < MIB else 5e9))
+    link = measure_link(
+        "cpu", "gpu", line.transfer, sizes=SIZES, budget_s=0.1, sampler=line.sample
+    )  # fmt: skip
+    figure = link.bandwidth_bytes_per_s.planned
+    assert "a straight line misses" in figure.note
+    assert figure.at(64 * MIB) == pytest.approx(5e9, rel=0.05)
+    assert figure.at(512 * KIB) > 1.5e10
+
+
+# ------------------------------------------------------------------------------------- pacing
+
+
+class Clock:
+    """A clock whose sleeps overshoot."""
+
+    def __init__(self, overshoot_s=0.0):
+        self.now_s, self.overshoot_s = 100.0, overshoot_s
+
+    def __call__(self):
+        self.now_s += 1e-7
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds + self.overshoot_s
+
+    def paced(self, latency_s=1e-5, bandwidth=1e9):
+        return PacedCopy(
+            latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, clock=self, sleep=self.sleep
+        )
+
+
+@pytest.mark.parametrize(
+    ("overshoot_s", "queued"),
+    [(0.0, True), (0.0, False), (BACK_TO_BACK_S / 2, True), (BACK_TO_BACK_S / 2, False),
+     (1e-3, True)],
+)  # fmt: skip
+def test_late_wake_ups_do_not_add_up(overshoot_s, queued):
+    clock = Clock(overshoot_s)
+    pace = clock.paced()
+    start_s = clock.now_s
+    for _ in range(100):
+        pace.run(lambda: None, MIB, ready_s=start_s if queued else None)
+    assert clock.now_s - start_s == pytest.approx(100 * pace.seconds(MIB), rel=0.02)
+
+
+def test_link_that_was_idle_starts_afresh():
+    clock = Clock()
+    pace = clock.paced()
+    pace.run(lambda: None, MIB)
+    clock.now_s += 1.0
+    start_s = clock.now_s
+    pace.run(lambda: None, MIB)
+    assert clock.now_s - start_s == pytest.approx(pace.seconds(MIB), rel=0.01)
+
+
+def test_copy_slower_than_the_link_is_not_caught_up_with():
+    clock = Clock()
+    pace = clock.paced()
+    pace.run(lambda: clock.sleep(1.0), MIB)
+    start_s = clock.now_s
+    pace.run(lambda: None, 100 * MIB, ready_s=0.0)
+    assert clock.now_s - start_s >= pace.seconds(100 * MIB) - CATCH_UP_S - 1e-6
+
+
+def test_stated_bandwidth_holds_within_two_per_cent():
+    pace = PacedCopy(latency_s=20e-6, bandwidth_bytes_per_s=2e9)
+    size = 4 * MIB
+    source, target = bytes(size), bytearray(size)
+
+    def copy():
+        target[:] = source
+
+    found: list[float] = []
+    for _ in range(4):  # one in four may be spoilt by what else runs here
+        start_s = time.perf_counter()
+        count = round(0.6 / pace.seconds(size))
+        for _ in range(count):
+            pace.run(copy, size, ready_s=start_s)
+        seconds = time.perf_counter() - start_s
+        assert seconds >= 0.5
+        found.append(count * size / (seconds - count * pace.latency_s))
+        if found[-1] == pytest.approx(2e9, rel=0.02):
+            break
+    assert found[-1] == pytest.approx(2e9, rel=0.02), found
+    assert target == source

@@ -1,0 +1,255 @@
+"""The hrm command: what scripts rely on, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hrm.cli import main
+from hrm.machines import save_profile
+from tests.hrm.support import machine
+
+COMMANDS = ("profile", "profiles", "models", "search", "estimate", "simulate", "plot", "validate")
+T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
+LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
+ESTIMATE = ["estimate", *T4, *LENGTHS, "-u", "8", "-n", "4"]
+
+
+@pytest.fixture
+def hrm(capsys):
+    """Run a command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        try:
+            main([str(arg) for arg in args])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def hrm_json(hrm):
+    def run(*args: object) -> dict:
+        code, out, err = hrm(*args, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(hrm):
+    """Run a command line that must fail as a mistake in the input does; returns the message."""
+
+    def run(*args: object) -> str:
+        code, out, err = hrm(*args)
+        assert code == 2, (out, err)
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert err.endswith("\n")
+        return err
+
+    return run
+
+
+def test_help_lists_every_command(hrm):
+    code, out, _ = hrm("--help")
+    assert code == 0
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(hrm, command):
+    code, out, _ = hrm(command, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: hrm {command}")
+
+
+PREDICTED = {"tokens_per_s", "prefill_s", "decode_s", "bound_tokens_per_s", "bottleneck"}
+
+
+def check_plan(plan: dict) -> None:
+    assert set(plan) >= {"policy", "predicted", "memory", "turning_points"}
+    assert set(plan["predicted"]) >= PREDICTED
+    assert set(plan["predicted"]["bottleneck"]) == {"prefill", "decode"}
+    assert plan["predicted"]["tokens_per_s"] <= plan["predicted"]["bound_tokens_per_s"]
+    for level in ("gpu", "cpu"):
+        planned = dict(plan["memory"][level]["planned_bytes"])
+        assert planned.pop("total") == sum(planned.values())
+        assert sum(planned.values()) <= plan["memory"][level]["capacity_bytes"]
+    for point in plan["turning_points"].values():
+        assert set(point) >= {"p1", "p2", "balance", "intensity", "verdict"}
+    assert set(plan["turning_points"]) == {"attention", "ffn"}
+
+
+def test_search_prints_one_object_with_the_promised_keys(hrm_json):
+    plan = hrm_json("search", *T4, *LENGTHS)
+    check_plan(plan)
+    assert set(plan["search"]) >= {"solver", "seconds", "evaluations", "outcome", "gap"}
+    assert plan["search"]["outcome"] == "optimal"
+
+
+def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
+    plan = hrm_json(
+        *ESTIMATE,
+        "--resident-experts",
+        "1",
+        "--gpu-memory",
+        "32GB",
+        "--schedule",
+        "fastdecode",
+    )
+    check_plan(plan)
+    assert plan["policy"]["schedule"] == "fastdecode"
+    assert plan["policy"]["resident_experts"] == [1] * 32
+    assert plan["policy"]["paper_tuple"]["N"] == 32
+    assert plan["policy"]["dtype"] == "float16", "a T4 has no bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("args", "on_gpu"),
+    [([], 0), (["--kv-on-gpu"], 4), (["--kv-on-gpu", "0.5"], 2), (["--kv-on-gpu", "--staging"], 4)],
+)
+def test_kv_on_gpu_takes_a_share_or_means_all(hrm_json, args, on_gpu):
+    assert hrm_json(*ESTIMATE, *args)["policy"]["gpu_kv_micro_batches"] == on_gpu
+
+
+def test_models_shows_parameters_and_kv_bytes(hrm_json):
+    model = hrm_json("models", "mixtral-8x7b")
+    assert model["parameters"] == 46_702_792_704
+    assert model["active_parameters"] == 12_879_925_248
+    assert model["kv_bytes_per_token"] == 32 * 2 * 8 * 128 * 2
+    assert set(hrm_json("models")) == {"mixtral-8x7b", "mixtral-8x22b", "dbrx"}
+
+
+def test_a_plan_goes_through_a_file_into_a_simulation(hrm, hrm_json, tmp_path):
+    path, trace = tmp_path / "policy.json", tmp_path / "trace.json"
+    plan = hrm_json(*ESTIMATE, "--out", path)
+    simulated = hrm_json("simulate", "--policy", path, "--steps", "1", "--trace", trace)
+    assert plan["policy"]["num_micro_batches"] == 4
+    assert simulated["lanes"]["H2D"].split()[:6] == [
+        *(f"W0.{page}" for page in range(4)),
+        "E0.0",
+        "E0.1",
+    ]
+    assert simulated["makespan_s"] >= max(simulated["busy_s"].values())
+    assert json.loads(trace.read_text())["traceEvents"]
+    code, out, _ = hrm("simulate", "--policy", path, "--layers", "2", "--schedule", "flexgen-c")
+    assert code == 0
+    assert "flexgen-c" in out
+    assert "H2D │" in out
+
+
+def test_tables_are_printed_for_people(hrm):
+    for args in (
+        ["search", *T4, *LENGTHS],
+        ESTIMATE,
+        ["models"],
+        ["profiles"],
+        ["profiles", "4xT4"],
+    ):
+        code, out, err = hrm(*args)
+        assert (code, err) == (0, "")
+        assert len(out.splitlines()) >= 3
+
+
+MISTAKES = {
+    "an unknown model": (["search", "--model", "gpt-9", "--gpus", "T4"], "--model is 'gpt-9'"),
+    "an unknown GPU": (["search", "--model", "dbrx", "--gpus", "4xT5"], "--gpus is 'T5'"),
+    "a count of none": (["search", "--model", "dbrx", "--gpus", "0xT4"], "--gpus is '0xT4'"),
+    "an unknown host": (["search", *T4, "--host", "attic"], "--host is 'attic'"),
+    "an unknown workload": (["search", *T4, "--workload", "poems"], "--workload is 'poems'"),
+    "no machine": (["search", "--model", "dbrx"], "--profile and --gpus is <neither>"),
+    "two machines": (["search", *T4, "--profile", "x.yaml"], "--profile and --gpus is <both>"),
+    "a host beside a profile": (
+        ["search", "--model", "dbrx", "--profile", "x.yaml", "--host", "y"], "--host is 'y'",
+    ),
+    "no size": (["search", *T4, "--gpu-memory", "big"], "--gpu-memory is 'big'"),
+    "half a workload": (["search", *T4, "--prompt-len", "9"], "both are needed"),
+    "too little memory": (["search", *T4, "--gpu-memory", "1GB"], "no policy fits"),
+    "a policy that does not fit": (
+        ["estimate", *T4, "-u", "8", "-n", "4", "--resident-experts", "8"], "memory at level gpu",
+    ),
+    "residents of other layers": ([*ESTIMATE, "--resident-experts", "1,2"], "each of the 32"),
+    "more residents than experts": ([*ESTIMATE, "--resident-experts", "9"], "at most the 8"),
+    "residents that are no numbers": ([*ESTIMATE, "--resident-experts", "x"], "must be integers"),
+    "a share above one": ([*ESTIMATE, "--kv-on-gpu", "2"], "--kv-on-gpu is '2'"),
+    "no micro-batch": (["estimate", *T4, "-u", "0", "-n", "4"], "--micro-batch-size is 0"),
+    "nothing to simulate": (["simulate"], "--policy and --model is <neither>"),
+    "a policy file that is not there": (["simulate", "--policy", "none.json"], "none.json"),
+    "a place that cannot be written": ([*ESTIMATE, "--out", "/no/such/p.json"], "must be writable"),
+    "a model that is not there": (["models", "nowhere"], "--model is 'nowhere'"),
+    "a machine that is not there": (["profiles", "nowhere"], "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_line_that_names_it(refused, mistake):
+    args, message = MISTAKES[mistake]
+    assert message in refused(*args)
+
+
+def write_profile(path: Path, change) -> Path:
+    save_profile(path, machine())
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+BROKEN_PROFILES = {
+    "an unknown field": (lambda p: p["levels"][0].update(capcity=1), "levels[gpu].capcity"),
+    "a missing field": (lambda p: p["levels"][1].pop("processor"), "levels[cpu].processor"),
+    "a wrong type": (lambda p: p.update(levels=3), "levels"),
+    "no bandwidth": (
+        lambda p: p["links"][0]["bandwidth_bytes_per_s"]["achieved"].update(value=0),
+        "must be positive",
+    ),
+    "another schema": (lambda p: p.update(schema=7), "schema is 7"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_PROFILES)
+def test_a_malformed_profile_is_refused_by_file_and_field(refused, tmp_path, broken):
+    change, message = BROKEN_PROFILES[broken]
+    path = write_profile(tmp_path / "machine.yaml", change)
+    said = refused("search", "--model", "mixtral-8x7b", "--profile", path)
+    assert "machine.yaml" in said
+    assert message in said
+
+
+def test_a_malformed_policy_file_is_refused_by_file_and_field(refused, hrm, tmp_path):
+    path = tmp_path / "policy.json"
+    assert hrm(*ESTIMATE, "--out", path)[0] == 0
+    path.write_text(path.read_text().replace('"micro_batch_size": 8', '"micro_batch_size": "8"'))
+    said = refused("simulate", "--policy", path)
+    assert "policy.json" in said
+    assert "micro_batch_size" in said
+
+
+def test_the_whole_process_ends_with_code_2_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "hrm.cli", "models", "nowhere"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --model is 'nowhere'")
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_hrm_and_searching_load_no_heavy_library():
+    code = (
+        "import sys, hrm, hrm.search.exhaustive, hrm.cli.plan; "
+        "heavy = {'torch', 'matplotlib', 'optuna', 'pandas', 'scipy'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,221 @@
+"""Estimates against the bound, against whole simulations, and against sums done by hand."""
+
+import sys
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+
+from hrm.closed_form import Point, batch_seconds, decode_lanes, prefill_lanes
+from hrm.costs import Costs
+from hrm.errors import PolicyError
+from hrm.estimate import (
+    decode_work,
+    estimate,
+    prefill_seconds,
+    prefill_work,
+    simulate_work,
+    step_seconds,
+    with_batch_size,
+)  # fmt: skip
+from hrm.hardware import HardwareProfile
+from hrm.machines import compose
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.search.space import spread
+from hrm.tasks import Device, Lane
+from hrm.workload import Workload
+from tests.hrm.support import machine, random_spec, tiny_spec
+
+ROUNDING = 1e-4  # simulated tasks move whole bytes
+WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
+
+
+def random_policy(rng: Random, spec: ModelSpec, schedule: ScheduleName) -> Policy:
+    micro_batch_size, n = rng.randint(1, 40), rng.randint(1, 7)
+    batch_size = max(micro_batch_size * n - rng.randint(0, micro_batch_size - 1), micro_batch_size)
+    return Policy(
+        schedule=schedule,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        attention=rng.choice(list(Device)),
+        ffn=rng.choice(list(Device)),
+        resident_experts=spread(
+            rng.randint(0, spec.num_layers * (spec.num_experts - 1)), spec.num_layers
+        ),
+        resident_dense=rng.random() < 0.5,
+        gpu_kv_micro_batches=rng.choice([0, 0, n // 2, n]),
+        kv_tokens_per_micro_batch=kv_tokens_for(micro_batch_size, 49, 109),
+        prefill_chunk_tokens=rng.choice([100, 250, 4000]),
+        staging=rng.random() < 0.3,
+    )
+
+
+def random_machine(rng: Random, latency_s: float | None = None) -> HardwareProfile:
+    """Rates from far apart, so that every lane is the bottleneck somewhere."""
+    return machine(
+        gpu_flops=10 ** rng.uniform(9, 13),
+        cpu_flops=10 ** rng.uniform(8, 12),
+        gpu_read=10 ** rng.uniform(9, 12),
+        cpu_read=10 ** rng.uniform(8, 11),
+        link=10 ** rng.uniform(6, 10),
+        latency_s=rng.choice([0.0, 1e-5]) if latency_s is None else latency_s,
+        launch_s=rng.choice([0.0, 1e-6]),
+    )
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_no_schedule_is_predicted_to_beat_its_bound(schedule):
+    bottlenecks = set[tuple[str, Lane]]()
+    for seed in range(60):
+        rng = Random(seed)
+        spec = random_spec(rng)
+        policy, profile = random_policy(rng, spec, schedule), random_machine(rng)
+        predicted = estimate(spec, policy, profile, WORKLOAD)
+        for name, phase in (("prefill", predicted.prefill), ("decode", predicted.decode)):
+            assert phase.bound_s <= phase.seconds * (1 + ROUNDING), (seed, name, phase, policy)
+            assert max(phase.lane_s.values()) <= phase.seconds * (1 + ROUNDING)
+            bottlenecks.add((name, phase.bottleneck))
+        assert predicted.tokens_per_s <= predicted.bound_tokens_per_s * (1 + ROUNDING)
+    assert {lane for name, lane in bottlenecks if name == "decode"} >= {
+        Lane.GPU,
+        Lane.CPU,
+        Lane.H2D,
+    }
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
+    for seed in range(40):
+        rng = Random(100 + seed)
+        spec = random_spec(rng)
+        policy, profile = random_policy(rng, spec, schedule), random_machine(rng, latency_s=0.0)
+        costs = Costs(spec, profile, "bfloat16")
+        trace = simulate_work(decode_work(costs, policy, 45.0, num_steps=1))
+        lanes = decode_lanes(costs, Point.of_policy(policy), schedule, 45.0)
+        for lane, seconds in trace.busy_s().items():
+            # Tasks move whole bytes and, in some layers, an expert more than in others.
+            assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
+        whole = replace(policy, prefill_chunk_tokens=10**9)
+        trace = simulate_work(prefill_work(costs, whole, WORKLOAD))
+        kv_is_whole = policy.gpu_kv_micro_batches in {0, policy.num_micro_batches}
+        lanes = prefill_lanes(costs, Point.of_policy(whole), WORKLOAD)
+        for lane, seconds in trace.busy_s().items():
+            if lane is not Lane.D2H or kv_is_whole:
+                assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
+
+
+CUT = [
+    ("mixtral-8x7b", "1xT4", (0, 1)),
+    ("dbrx", "4xT4", (5, 6)),
+    ("dbrx", "4xT4", (0, 16)),
+]
+
+
+@pytest.mark.parametrize("schedule", [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN])
+@pytest.mark.parametrize(("model", "gpus", "residents"), CUT)
+def test_time_carried_on_from_few_layers_is_that_of_all_layers(
+    monkeypatch, schedule, model, gpus, residents
+):
+    spec, profile = BUILT_IN_MODELS[model], compose(gpus)
+    low, high = residents
+    total = (low + high) * spec.num_layers // 2 + spec.num_layers // 5
+    halves = (high,) * (spec.num_layers // 2) + (low,) * (spec.num_layers - spec.num_layers // 2)
+    even = spread(min(total, high * spec.num_layers), spec.num_layers)
+    # Few layers cannot hold experts in just the proportion that all of them do.
+    for counts, tolerance in (((low,) * spec.num_layers, 0.01), (even, 0.04), (halves, 0.04)):
+        policy = Policy(
+            schedule=schedule, batch_size=30 * 64, micro_batch_size=64, resident_experts=counts,
+            kv_tokens_per_micro_batch=64 * 224, prefill_chunk_tokens=4096, dtype="float16",
+        )  # fmt: skip
+        costs = Costs(spec, profile, "float16")
+        workload = Workload(name="test", prompt_len=77, max_prompt_len=418, gen_len=64)
+        quick = step_seconds(costs, policy, 150), prefill_seconds(costs, policy, workload)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", 10**9)
+            whole = step_seconds(costs, policy, 150), prefill_seconds(costs, policy, workload)
+        assert quick == pytest.approx(whole, rel=tolerance), counts
+
+
+def test_a_step_in_the_steady_state_takes_as_long_as_a_late_one_of_many():
+    spec, profile = tiny_spec(num_layers=3), machine(link=1e8, cpu_read=1e9, gpu_read=1e10)
+    for schedule in ScheduleName:
+        for seed in range(10):
+            policy = random_policy(Random(seed), spec, schedule)
+            costs = Costs(spec, profile, "bfloat16")
+            trace = simulate_work(decode_work(costs, policy, 50.0, num_steps=12))
+            ends = [max(s.end_s for s in trace.spans if s.id.step == t) for t in range(12)]
+            late = (ends[9] - ends[3]) / 6  # the last steps have fewer weights left to load
+            assert step_seconds(costs, policy, 50.0) == pytest.approx(late, rel=0.02), seed
+
+
+def test_a_job_is_its_full_batches_and_a_smaller_last_one():
+    spec, profile = tiny_spec(), machine()
+    policy = random_policy(Random(3), spec, ScheduleName.CGOPIPE)
+    policy = replace(policy, batch_size=24, micro_batch_size=6, gpu_kv_micro_batches=2)
+    one = estimate(spec, policy, profile, WORKLOAD)
+    rest = estimate(spec, with_batch_size(policy, 10), profile, WORKLOAD)
+    job = estimate(spec, policy, profile, replace(WORKLOAD, num_requests=58))
+    assert (one.num_requests, one.num_batches, one.generated_tokens) == (24, 1, 24 * 9)
+    assert (job.num_requests, job.num_batches, job.generated_tokens) == (58, 3, 58 * 9)
+    assert job.seconds == pytest.approx(2 * one.seconds + rest.seconds)
+    for lane in Lane:
+        assert job.decode.lane_s[lane] == pytest.approx(
+            2 * one.decode.lane_s[lane] + rest.decode.lane_s[lane]
+        )
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(24, (6, 4, 2)), (10, (6, 2, 1)), (3, (3, 1, 0))])
+def test_fewer_requests_keep_the_micro_batch_size_and_the_share_of_kv(batch, expected):
+    policy = replace(
+        random_policy(Random(3), tiny_spec(), ScheduleName.CGOPIPE),
+        batch_size=24, micro_batch_size=6, gpu_kv_micro_batches=2,
+    )  # fmt: skip
+    less = with_batch_size(policy, batch)
+    assert less.batch_size == batch
+    assert (less.micro_batch_size, less.num_micro_batches, less.gpu_kv_micro_batches) == expected
+
+
+def test_a_link_bound_step_takes_the_time_of_its_weights():
+    """All weights of Mixtral 8x7B over 10 GB/s, and nothing else that costs time."""
+    spec = BUILT_IN_MODELS["mixtral-8x7b"]
+    profile = machine(link=10e9, gpu_flops=1e18, cpu_flops=1e18, gpu_read=1e15, cpu_read=1e15)
+    policy = Policy(
+        batch_size=64, micro_batch_size=8, resident_experts=(2,) * 32,
+        kv_tokens_per_micro_batch=1600, prefill_chunk_tokens=512,
+    )  # fmt: skip
+    costs = Costs(spec, profile, "bfloat16")
+    weights_s = 32 * 6 * 3 * 4096 * 14336 * 2 / 10e9
+    hidden_s = 64 * (32 + 1) * 4096 * 2 / 10e9  # attention outputs of 32 layers, and embeddings
+    assert step_seconds(costs, policy, 100) == pytest.approx(weights_s + hidden_s, rel=1e-3)
+
+
+def test_a_policy_for_another_model_is_refused():
+    policy = random_policy(Random(1), tiny_spec(num_layers=3), ScheduleName.CGOPIPE)
+    with pytest.raises(PolicyError, match="one count for each of the 4 layers"):
+        estimate(tiny_spec(num_layers=4), policy, machine(), WORKLOAD)
+
+
+# -- the closed form over arrays --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
+    rng = Random(7)
+    spec = tiny_spec(num_experts=7, experts_per_token=3)
+    profiles = [compose("1xT4"), machine(latency_s=1e-5, launch_s=1e-6)]
+    for profile, staging in ((profiles[0], 0), (profiles[1], 1)):
+        costs = Costs(spec, profile, "bfloat16")
+        points = [
+            replace(Point.of_policy(random_policy(rng, spec, schedule)), staging=staging)
+            for _ in range(60)
+        ]
+        names = [name for name in Point.__dataclass_fields__ if name != "staging"]
+        grid = Point(
+            **{name: np.array([getattr(p, name) for p in points]) for name in names},
+            staging=staging,
+        )
+        together = batch_seconds(costs, grid, schedule, WORKLOAD)
+        alone = [batch_seconds(costs, point, schedule, WORKLOAD) for point in points]
+        np.testing.assert_allclose(np.transpose(together), alone, rtol=1e-12)

@@ -1,0 +1,124 @@
+"""Bytes by purpose, counted again as the tensors that are held."""
+
+from random import Random
+
+import pytest
+
+from hrm.errors import PolicyError
+from hrm.memory import plan_memory, purposes, workspace_bytes
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.tasks import Device
+from tests.hrm.support import machine, random_spec, tiny_spec
+
+SIZE = 2  # bytes of a bfloat16
+
+
+def a_policy(rng: Random, spec: ModelSpec) -> Policy:
+    micro_batch_size, n = rng.randint(1, 9), rng.randint(1, 6)
+    return Policy(
+        schedule=rng.choice(list(ScheduleName)),
+        batch_size=micro_batch_size * n,
+        micro_batch_size=micro_batch_size,
+        attention=rng.choice(list(Device)),
+        ffn=rng.choice(list(Device)),
+        resident_experts=tuple(rng.randint(0, spec.num_experts) for _ in range(spec.num_layers)),
+        resident_dense=rng.random() < 0.5,
+        gpu_kv_micro_batches=rng.randint(0, n),
+        kv_tokens_per_micro_batch=16 * rng.randint(1, 20),
+        prefill_chunk_tokens=rng.randint(1, 300),
+        staging=rng.random() < 0.5,
+    )
+
+
+def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]:
+    """Elements of every tensor held, by purpose, for the GPU and for the host."""
+    heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden = spec.hidden_size
+    expert = 3 * hidden * spec.intermediate_size
+    dense = (
+        hidden * heads + 2 * hidden * kv + heads * hidden + hidden * spec.num_experts + 2 * hidden
+    )
+    on_gpu = on_host = largest = 0
+    for resident in p.resident_experts:
+        streamed = sum(expert for number in range(spec.num_experts) if number >= resident)
+        stays = resident * expert
+        if p.resident_dense:
+            stays += dense
+        else:
+            streamed += dense
+        on_gpu, on_host, largest = on_gpu + stays, on_host + streamed, max(largest, streamed)
+    n = p.num_micro_batches
+    kv_on_gpu = sum(p.kv_on_gpu(j) for j in range(n))
+    cache = p.kv_tokens_per_micro_batch * 2 * kv
+    moves_kv = p.attention is Device.GPU and kv_on_gpu < n
+    cpu_experts = p.ffn is Device.CPU and on_host > 0
+    request = (hidden + (heads + 2 * kv) + heads) * SIZE
+    request += (2 * hidden * SIZE + 12 * spec.experts_per_token) * cpu_experts
+    pages = n if p.schedule is ScheduleName.CGOPIPE else 1
+    gpu = {
+        "resident_weights": (on_gpu + spec.vocab_size * hidden + hidden) * SIZE,
+        "weight_slots": 2 * largest * SIZE,
+        "kv_cache": kv_on_gpu * spec.num_layers * cache * SIZE,
+        "kv_buffers": 2 * cache * SIZE * moves_kv,
+        "exchange": p.batch_size * request,
+        "prefill_buffers": 2 * p.prefill_chunk_tokens * (hidden + 2 * kv) * SIZE,
+        "logits": p.micro_batch_size * spec.vocab_size * (4 + SIZE),
+    }
+    cpu = {
+        "weights": (on_host + spec.vocab_size * hidden) * SIZE,
+        "staging": 4 * -(-largest // pages) * SIZE * p.staging,
+        "kv_cache": (n - kv_on_gpu) * spec.num_layers * cache * SIZE,
+        "exchange": p.batch_size * request,
+        "prefill_hidden": n * p.kv_tokens_per_micro_batch * hidden * SIZE,
+    }
+    return gpu, cpu
+
+
+def test_purposes_are_the_tensors_that_are_held():
+    for seed in range(200):
+        rng = Random(seed)
+        spec = random_spec(rng)
+        policy = a_policy(rng, spec)
+        for planned, tensors in zip(purposes(spec, policy), counted(spec, policy), strict=True):
+            assert {**planned, "workspace": 0} == {**tensors, "workspace": 0}, (seed, policy)
+
+
+def test_the_workspace_holds_the_tensors_of_one_layer():
+    spec = tiny_spec()
+    for tokens in (1, 64, 1000):
+        at_once = tokens * SIZE * (2 * 64 + 2 * 32)  # queries and output, keys and values
+        expert = tokens * SIZE * (3 * 64 + 2 * 96)
+        needed = at_once + expert
+        assert needed <= workspace_bytes(spec, tokens, "bfloat16") <= 1.3 * needed + 1024
+    slim = Policy(
+        batch_size=4, micro_batch_size=4, resident_experts=(0,) * 4, kv_tokens_per_micro_batch=64,
+        prefill_chunk_tokens=3,
+    )  # fmt: skip
+    gpu, cpu = purposes(spec, slim)
+    assert gpu["workspace"] == workspace_bytes(spec, 4, "bfloat16")
+    assert cpu["workspace"] == 0
+
+
+def test_one_level_holds_both_purposes_and_refuses_what_is_too_much():
+    spec = tiny_spec()
+    policy = a_policy(Random(5), spec)
+    two = machine(gpu_bytes=1e9, cpu_bytes=2e9)
+    plan = plan_memory(spec, policy, two)
+    plan.check_fits()
+    assert (plan.gpu.capacity_bytes, plan.cpu.capacity_bytes) == (10**9, 2 * 10**9)
+    for level, need in (("gpu", plan.gpu.planned_bytes), ("cpu", plan.cpu.planned_bytes)):
+        exact = {"gpu_bytes": 1e9, "cpu_bytes": 2e9, f"{level}_bytes": need}
+        plan_memory(spec, policy, machine(**exact)).check_fits()
+        short = {**exact, f"{level}_bytes": need - 1}
+        with pytest.raises(PolicyError, match=f"memory at level {level} .*--{level}-memory"):
+            plan_memory(spec, policy, machine(**short)).check_fits()
+
+
+def test_a_micro_batchs_cache_holds_its_requests_and_the_longest():
+    assert kv_tokens_for(1, 100, 600) == 608
+    assert kv_tokens_for(32, 205, 546) == 32 * 213 + (-32 * 213) % 16
+    for requests in (1, 3, 8):
+        tokens = kv_tokens_for(requests, 33, 33)
+        assert tokens % 16 == 0
+        assert tokens >= requests * 33

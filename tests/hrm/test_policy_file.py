@@ -1,0 +1,195 @@
+"""Policy files and traces: what is written reads back, and what is wrong is named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrm.errors import PolicyError, TraceError
+from hrm.estimate import estimate
+from hrm.policy import Policy, ScheduleName
+from hrm.policy_file import load_policy_file, policy_file_of, profile_hash, save_policy_file
+from hrm.tasks import Device, Lane, Phase, TaskId, TaskKind
+from hrm.trace import Span, Trace, lane_chart, read_chrome_trace, write_chrome_trace
+from hrm.workload import Workload
+from tests.hrm.support import machine, tiny_spec
+
+WORKLOAD = Workload(name="test", prompt_len=12.5, max_prompt_len=20, gen_len=4, num_requests=40)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    micro_batch_size = draw(st.integers(1, 50))
+    batch_size = draw(st.integers(micro_batch_size, 500))
+    return Policy(
+        schedule=draw(st.sampled_from(ScheduleName)),
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        attention=draw(st.sampled_from(Device)),
+        ffn=draw(st.sampled_from(Device)),
+        resident_experts=tuple(draw(st.lists(st.integers(0, 4), min_size=4, max_size=4))),
+        resident_dense=draw(st.booleans()),
+        gpu_kv_micro_batches=draw(st.integers(0, -(-batch_size // micro_batch_size))),
+        kv_tokens_per_micro_batch=16 * draw(st.integers(1, 1000)),
+        prefill_chunk_tokens=draw(st.integers(1, 10**6)),
+        staging=draw(st.booleans()),
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+    )
+
+
+A_POLICY = Policy(
+    batch_size=40, micro_batch_size=10, resident_experts=(1, 2, 1, 2), gpu_kv_micro_batches=1,
+    kv_tokens_per_micro_batch=256, prefill_chunk_tokens=64,
+)  # fmt: skip
+SPEC, MACHINE = tiny_spec(), machine(gpu_bytes=1e8, cpu_bytes=1e9)
+PREDICTED = estimate(SPEC, A_POLICY, MACHINE, WORKLOAD)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("policies")
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(policy=policies())
+def test_a_policy_file_reads_back_as_it_was_written(folder, policy):
+    content = policy_file_of(replace(PREDICTED, policy=policy), SPEC, MACHINE, WORKLOAD)
+    save_policy_file(folder / "policy.json", content)
+    assert load_policy_file(folder / "policy.json") == content
+    assert [path.name for path in folder.iterdir()] == ["policy.json"], "nothing partial is left"
+
+
+def test_a_policy_file_carries_budgets_machine_and_prediction():
+    content = policy_file_of(PREDICTED, SPEC, MACHINE, WORKLOAD)
+    assert content.memory_budget_bytes == {"gpu": 10**8, "cpu": 10**9}
+    assert content.predicted["tokens_per_s"] == PREDICTED.tokens_per_s
+    assert content.profile_hash == profile_hash(MACHINE)
+    assert content.profile_hash != profile_hash(machine(gpu_bytes=1e8 + 1, cpu_bytes=1e9))
+
+
+MALFORMED = [
+    (("policy", "batch_size"), None, "batch_size"),
+    (("policy", "batch_size"), "forty", r"\$\.policy\.batch_size"),
+    (("policy", "batch_size"), 9, "batch_size is 9: must be at least micro_batch_size 10"),
+    (("policy", "gpu_kv_micro_batches"), 5, "gpu_kv_micro_batches is 5: must lie between 0 and"),
+    (("policy", "kv_tokens_per_micro_batch"), 250, "multiple of the KV block of 16 tokens"),
+    (("policy", "resident_experts"), [1, 2, 1], "one count for each of the 4 layers"),
+    (("policy", "resident_experts"), [1, 2, 1, 5], "at most the 4 experts of tiny"),
+    (("policy", "resident_experts"), [1, 2, 1, -1], "count of at least 0"),
+    (("policy", "attention"), "tpu", r"tpu.*\$\.policy\.attention"),
+    (("policy", "dtype"), "int4", "dtype is 'int4': must be one of float32"),
+    (("policy", "schedule"), "s5", r"s5.*\$\.policy\.schedule"),
+    (("model", "num_layers"), 0, "num_layers is 0: must be a positive integer"),
+    (("workload", "gen_len"), 0, "gen_len is 0"),
+    (("memory_budget_bytes",), None, "memory_budget_bytes"),
+    (("schema",), 99, "schema is 99: must be 1"),
+    (("profile", "levels"), [], "levels"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "message"), MALFORMED)
+def test_a_malformed_policy_file_is_refused_by_file_and_field(tmp_path, where, value, message):
+    path = tmp_path / "policy.json"
+    save_policy_file(path, policy_file_of(PREDICTED, SPEC, MACHINE, WORKLOAD))
+    content = json.loads(path.read_text())
+    *parents, key = where
+    node = content
+    for parent in parents:
+        node = node[parent]
+    if value is None:
+        del node[key]
+    else:
+        node[key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(PolicyError, match=message) as caught:
+        load_policy_file(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"policy": 3}'])
+def test_what_is_no_policy_file_is_refused(tmp_path, text):
+    path = tmp_path / "policy.json"
+    path.write_text(text)
+    with pytest.raises(PolicyError, match=r"policy\.json is <.*>: must be a policy file"):
+        load_policy_file(path)
+
+
+def test_a_policy_file_that_cannot_be_read_or_written_is_refused(tmp_path):
+    with pytest.raises(PolicyError, match=r"none\.json is <No such file"):
+        load_policy_file(tmp_path / "none.json")
+    content = policy_file_of(PREDICTED, SPEC, MACHINE, WORKLOAD)
+    with pytest.raises(PolicyError, match=r"policy\.json is <No such file.*must be writable"):
+        save_policy_file(tmp_path / "missing" / "policy.json", content)
+
+
+def test_the_papers_tuple_follows_from_the_policy():
+    n, mu, a_g, f_g, r_w, r_c = A_POLICY.paper_tuple(SPEC)
+    assert (n, mu, a_g, f_g) == (40, 10, 0, 1)
+    expert, dense = 3 * 64 * 96, SPEC.dense_parameters
+    assert r_w == pytest.approx((6 * expert + 4 * dense) / (4 * (4 * expert + dense)))
+    assert r_c == 1 / 4
+
+
+# -- traces -----------------------------------------------------------------------------------
+
+
+def random_trace(seed: int) -> Trace:
+    rng = Random(seed)
+    kinds, lanes, phases = list(TaskKind), list(Lane), list(Phase)
+    spans: list[Span] = []
+    for number in range(rng.randint(0, 40)):
+        start = rng.uniform(0, 5)
+        spans.append(
+            Span(
+                TaskId(rng.choice(kinds), rng.randint(0, 9), number, rng.randint(0, 3)),
+                rng.choice(lanes),
+                start,
+                start + rng.uniform(0, 1),
+                rng.choice(phases),
+                rng.randint(0, 2),
+                rng.randint(0, 10**9),
+            )
+        )
+    return Trace(tuple(spans))
+
+
+def test_a_chrome_trace_reads_back_to_the_nanosecond(tmp_path):
+    path = tmp_path / "trace.json"
+    for seed in range(30):
+        measured, predicted = random_trace(seed), random_trace(1000 + seed)
+        write_chrome_trace(path, measured=measured, predicted=predicted)
+        for name, trace in (("measured", measured), ("predicted", predicted)):
+            back = read_chrome_trace(path, process=name)
+            for ours, theirs in zip(back.spans, trace.spans, strict=True):
+                assert ours == replace(theirs, start_s=ours.start_s, end_s=ours.end_s)
+                assert ours.start_s == pytest.approx(theirs.start_s, abs=1e-9)
+                assert ours.end_s == pytest.approx(theirs.end_s, abs=2e-9)
+
+
+def test_a_chrome_trace_names_its_lanes(tmp_path):
+    path = tmp_path / "trace.json"
+    write_chrome_trace(path, measured=random_trace(1))
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert list(names.values()) == [lane.value for lane in Lane]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"traceEvents": [{"ph": "X"}]}', "[]"])
+def test_what_is_no_trace_is_refused(tmp_path, text):
+    path = tmp_path / "trace.json"
+    path.write_text(text)
+    with pytest.raises(TraceError, match=r"trace\.json is <.*must be a trace"):
+        read_chrome_trace(path)
+
+
+def test_the_chart_shows_what_each_lane_did_when():
+    def span(letter: str, lane: Lane, start: float, end: float) -> Span:
+        return Span(TaskId(TaskKind(letter), 0, 0), lane, start, end)
+
+    spans = (span("A", Lane.GPU, 0, 2), span("B", Lane.CPU, 2, 8), span("C", Lane.GPU, 8, 10))
+    assert lane_chart(Trace(spans), width=10) == "  GPU │AA······CC│\n  CPU │··BBBBBB··│"
+    assert lane_chart(Trace(())) == ""

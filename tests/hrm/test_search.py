@@ -1,0 +1,257 @@
+"""The search against brute force over every integer of small spaces, and what must hold of it."""
+
+from dataclasses import replace
+from itertools import product
+from random import Random
+
+import numpy as np
+import pytest
+
+from hrm.closed_form import Point, batch_seconds
+from hrm.costs import Costs
+from hrm.errors import PolicyError
+from hrm.hardware import HardwareProfile
+from hrm.machines import compose, with_memory
+from hrm.memory import plan_memory
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.search.exhaustive import FINE_CHUNKS, search
+from hrm.search.result import Outcome, SearchResult
+from hrm.search.space import Space, make_grid, spread
+from hrm.tasks import Device
+from hrm.units import GB
+from hrm.workload import WORKLOADS, Workload
+from tests.hrm.support import machine, random_spec, tiny_spec
+
+WORKLOAD = Workload(name="test", prompt_len=30, max_prompt_len=50, gen_len=12, num_requests=12)
+
+
+def small_machine(rng: Random, spec: ModelSpec) -> HardwareProfile:
+    """GPU memory for some of the weights, and rates near one another."""
+    layer = spec.layer_bytes("bfloat16")
+    return machine(
+        gpu_bytes=2e5 + layer * rng.uniform(2, spec.num_layers + 3),
+        cpu_bytes=rng.choice([1e9, layer * spec.num_layers + 6e5]),
+        gpu_flops=10 ** rng.uniform(9, 11),
+        cpu_flops=10 ** rng.uniform(8.5, 10),
+        gpu_read=10 ** rng.uniform(9, 11),
+        cpu_read=10 ** rng.uniform(8, 9.5),
+        link=10 ** rng.uniform(7, 9),
+        latency_s=rng.choice([0.0, 1e-5]),
+        launch_s=rng.choice([0.0, 1e-6]),
+    )
+
+
+def fits(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> bool:
+    try:
+        plan_memory(spec, policy, profile).check_fits()
+    except PolicyError:
+        return False
+    return True
+
+
+def job_score(
+    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
+) -> float:
+    """Closed-form tokens a second of a whole job of full batches."""
+    costs = Costs(spec, profile, policy.dtype)
+    seconds = sum(batch_seconds(costs, Point.of_policy(policy), policy.schedule, workload))
+    assert workload.num_requests is not None
+    batches = -(-workload.num_requests // policy.batch_size)
+    return workload.num_requests * workload.gen_len / (batches * seconds)
+
+
+def best_score(
+    result: SearchResult, spec: ModelSpec, profile: HardwareProfile, w: Workload
+) -> float:
+    """The greatest closed-form score that a search found, from the chosen policy's and the gap."""
+    return job_score(spec, result.require().policy, profile, w) / (1 - result.gap)
+
+
+def every_policy(space: Space) -> list[tuple[Policy, list[int]]]:
+    """All integers: (policy without residents, resident totals to try, the most first)."""
+    spec, w = space.spec, space.workload
+    requests = w.num_requests
+    assert requests is not None
+    everything = spec.num_layers * spec.num_experts
+    found: list[tuple[Policy, list[int]]] = []
+    for size in range(1, requests + 1):
+        for n in range(1, -(-requests // size) + 1):
+            batch = min(size * n, requests)
+            chunks = {
+                max(min(w.max_prompt_len * factor, int(np.ceil(batch * w.prompt_len))),
+                    w.max_prompt_len)
+                for factor in FINE_CHUNKS
+            }  # fmt: skip
+            shares = {round(share * n) for share in space.kv_shares(5)}
+            for (attention, ffn), on_gpu, chunk, dense in product(
+                space.devices(), shares, chunks, (True, False)
+            ):
+                policy = Policy(
+                    schedule=space.schedule, batch_size=batch, micro_batch_size=size,
+                    attention=Device.GPU if attention else Device.CPU,
+                    ffn=Device.GPU if ffn else Device.CPU,
+                    resident_experts=(0,) * spec.num_layers, resident_dense=dense,
+                    gpu_kv_micro_batches=on_gpu,
+                    kv_tokens_per_micro_batch=kv_tokens_for(
+                        size, w.mean_context_len, w.max_context_len
+                    ),
+                    prefill_chunk_tokens=chunk, staging=space.staging, dtype=space.dtype,
+                )  # fmt: skip
+                found.append((policy, list(range(everything, -1, -1))))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_search_finds_what_brute_force_over_all_integers_finds(seed):
+    rng = Random(seed)
+    spec = replace(random_spec(rng), num_layers=3, num_experts=2, experts_per_token=1)
+    profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=8)
+    schedule = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.CGOPIPE,
+                ScheduleName.FASTDECODE][seed]  # fmt: skip
+    space = Space(
+        spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=schedule
+    )
+    best = 0.0
+    for policy, totals in every_policy(space):
+        for total in totals:
+            filled = replace(policy, resident_experts=spread(total, spec.num_layers))
+            if fits(spec, filled, profile):
+                best = max(best, job_score(spec, filled, profile, workload))
+                break
+    result = search(spec, profile, workload, schedule=schedule)
+    assert best > 0
+    assert best_score(result, spec, profile, workload) == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_search_misses_nothing_of_a_space_of_24_requests(seed):
+    rng = Random(50 + seed)
+    spec = random_spec(rng)
+    profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=24)
+    space = Space(
+        spec=spec, profile=profile, workload=workload, dtype="bfloat16",
+        schedule=ScheduleName.CGOPIPE,
+    )  # fmt: skip
+    pairs = np.array([(m, n) for m in range(1, 25) for n in range(1, -(-24 // m) + 1)])
+    grid = make_grid(space, pairs, kv_shares=space.kv_shares(5), chunk_factors=FINE_CHUNKS)
+    chosen = np.flatnonzero(grid.fits)
+    result = search(spec, profile, workload)
+    if not len(chosen):
+        assert result.outcome is Outcome.INFEASIBLE
+        return
+    costs = Costs(spec, profile, "bfloat16")
+    seconds = sum(batch_seconds(costs, grid.point(space, chosen), space.schedule, workload))
+    scores = 24 * 12 / (np.ceil(24 / grid.batch_size[chosen]) * seconds)
+    assert best_score(result, spec, profile, workload) >= 0.99 * float(np.max(scores))
+
+
+def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
+    """Candidates of random grids: with the residency and the verdict that the grid gives them."""
+    cases: list[tuple[Space, Policy, int, bool]] = []
+    for seed in range(60):
+        rng = Random(seed)
+        spec = random_spec(rng)
+        space = Space(
+            spec=spec, profile=small_machine(rng, spec), workload=WORKLOAD, dtype="bfloat16",
+            schedule=rng.choice(list(ScheduleName)), staging=rng.random() < 0.5,
+        )  # fmt: skip
+        grid = make_grid(
+            space, np.array([(1, 1), (2, 3), (3, 4), (5, 2), (12, 1)]),
+            kv_shares=space.kv_shares(3), chunk_factors=[1, 4],
+        )  # fmt: skip
+        for index in rng.sample(range(len(grid)), min(20, len(grid))):
+            policy = grid.policy(space, index)
+            cases.append((space, policy, int(grid.resident_total[index]), bool(grid.fits[index])))
+    return cases
+
+
+def test_the_grids_residency_is_the_most_that_a_loop_over_all_counts_fits():
+    fitting = 0
+    for space, policy, total, verdict in residency_cases():
+        spec = space.spec
+        everything = spec.num_layers * spec.num_experts
+
+        def with_total(count: int, policy: Policy = policy, spec: ModelSpec = spec) -> Policy:
+            return replace(policy, resident_experts=spread(count, spec.num_layers))
+
+        possible = [c for c in range(everything + 1) if fits(spec, with_total(c), space.profile)]
+        if policy.ffn is Device.CPU and everything in possible:
+            # With every expert resident nothing is exchanged with the CPU: the grid is careful.
+            assert not verdict or total <= everything
+            continue
+        assert verdict == bool(possible), policy
+        if verdict:
+            assert total == max(possible), policy
+            fitting += 1
+    assert fitting > 300
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_search_never_returns_a_policy_that_does_not_fit(schedule):
+    found = 0
+    for seed in range(25):
+        rng = Random(200 + seed)
+        spec = random_spec(rng)
+        profile = small_machine(rng, spec)
+        result = search(spec, profile, WORKLOAD, schedule=schedule, staging=seed % 2 == 0)
+        if result.best is None:
+            continue
+        for estimate in (result.best, *result.runner_ups):
+            assert fits(spec, estimate.policy, profile), (seed, estimate.policy)
+            assert estimate.policy.schedule is schedule
+            assert estimate.tokens_per_s <= result.best.tokens_per_s or estimate.policy is not (
+                result.best.policy
+            )
+        found += 1
+    assert found > 10
+
+
+def test_more_of_a_resource_never_lowers_the_bound():
+    spec = BUILT_IN_MODELS["mixtral-8x7b"]
+    workload = replace(WORKLOADS["mtbench"], num_requests=2000)
+
+    def scores(profiles: list[HardwareProfile]) -> list[float]:
+        results = [search(spec, profile, workload) for profile in profiles]
+        return [
+            best_score(result, spec, profile, workload)
+            for result, profile in zip(results, profiles, strict=True)
+        ]
+
+    memory = [with_memory(compose("1xL4"), gpu_memory_bytes=x * GB) for x in (12, 24, 48)]
+    links = [machine(gpu_bytes=20e9, link=x * 1e9) for x in (4, 16, 64)]
+    for profiles in (memory, links):
+        ascending = scores(profiles)
+        assert ascending == sorted(ascending), ascending
+        assert ascending[-1] > 1.05 * ascending[0], "the resource must matter"
+
+
+ALLOWED = {
+    ScheduleName.CGOPIPE: {(0, 0), (0, 1), (1, 0), (1, 1)},
+    ScheduleName.FLEXGEN: {(1, 1)},
+    ScheduleName.FLEXGEN_C: {(0, 1)},
+    ScheduleName.FASTDECODE: {(0, 1)},
+    ScheduleName.DEEPSPEED: {(1, 1)},
+}
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_a_system_is_searched_within_what_it_can_do(schedule):
+    spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
+    space = Space(
+        spec=spec, profile=profile, workload=WORKLOAD, dtype="bfloat16", schedule=schedule
+    )
+    assert set(space.devices()) == ALLOWED[schedule]
+    policy = search(spec, profile, WORKLOAD, schedule=schedule).require().policy
+    devices = int(policy.attention is Device.GPU), int(policy.ffn is Device.GPU)
+    assert devices in ALLOWED[schedule]
+    if schedule is ScheduleName.DEEPSPEED:
+        assert policy.num_micro_batches == policy.gpu_kv_micro_batches == 1
+
+
+def test_a_model_that_does_not_fit_says_what_to_change():
+    result = search(BUILT_IN_MODELS["dbrx"], machine(gpu_bytes=2e9), WORKLOADS["mtbench"])
+    assert result.outcome is Outcome.INFEASIBLE
+    assert result.best is None
+    with pytest.raises(PolicyError, match=r"no policy fits.*--gpu-memory.*dbrx.*GB a layer"):
+        result.require()

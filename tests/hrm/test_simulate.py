@@ -1,0 +1,119 @@
+"""The simulator against a slow event-driven reference, and between its bounds."""
+
+from collections import defaultdict
+from random import Random
+
+import pytest
+
+from hrm.policy import ScheduleName
+from hrm.schedules import graph
+from hrm.simulate import simulate
+from hrm.tasks import Lane, Phase, Task, TaskGraph, TaskId, TaskKind
+from tests.hrm.support import random_pipeline
+
+
+def random_graph(rng: Random) -> tuple[Task, ...]:
+    """Any tasks in any lanes that wait for any tasks before them."""
+    lanes = rng.sample(list(Lane), rng.randint(1, len(Lane)))
+    tasks: list[Task] = []
+    for number in range(rng.randint(1, 60)):
+        count = min(len(tasks), rng.choice([0, 0, 1, 1, 2, 5]))
+        after = tuple(task.id for task in rng.sample(tasks, count))
+        tasks.append(Task(TaskId(rng.choice(list(TaskKind)), number, 0), rng.choice(lanes), after))
+    return TaskGraph(tuple(tasks)).tasks
+
+
+def schedule_graph(rng: Random) -> tuple[Task, ...]:
+    return graph(random_pipeline(rng), rng.choice(list(ScheduleName))).tasks
+
+
+def durations(tasks: tuple[Task, ...], rng: Random) -> dict[TaskId, float]:
+    """Whole numbers, so that sums are exact and ties are common; some tasks take no time."""
+    return {task.id: float(rng.choice([0, 1, 1, 2, 3, 10])) for task in tasks}
+
+
+def run_event_by_event(
+    tasks: tuple[Task, ...], seconds: dict[TaskId, float]
+) -> dict[TaskId, tuple[float, float]]:
+    """Every lane is a queue: start what can start, then step to the next end."""
+    queues: dict[Lane, list[Task]] = defaultdict(list)
+    for task in tasks:
+        queues[task.lane].append(task)
+    running: dict[Lane, tuple[TaskId, float]] = {}
+    spans: dict[TaskId, tuple[float, float]] = {}
+    now, done = 0.0, set[TaskId]()
+    while len(done) < len(tasks):
+        for lane in [lane for lane, (_, end) in running.items() if end <= now]:
+            done.add(running.pop(lane)[0])
+        startable = [
+            lane for lane, queue in queues.items()
+            if queue and lane not in running and all(other in done for other in queue[0].after)
+        ]  # fmt: skip
+        for lane in startable:
+            task = queues[lane].pop(0)
+            spans[task.id] = (now, now + seconds[task.id])
+            running[lane] = (task.id, now + seconds[task.id])
+        if not startable and running:
+            now = min(end for _, end in running.values())
+    return spans
+
+
+def longest_path(tasks: tuple[Task, ...], seconds: dict[TaskId, float]) -> float:
+    """The longest chain of waits and of neighbours in a lane, as an adjacency list from the end."""
+    followers: dict[TaskId, set[TaskId]] = defaultdict(set)
+    for number, task in enumerate(tasks):
+        for other in task.after:
+            followers[other].add(task.id)
+        same_lane = (x.id for x in tasks[number + 1 :] if x.lane is task.lane)
+        followers[task.id] |= set(list(same_lane)[:1])
+    length: dict[TaskId, float] = {}
+    for task in reversed(tasks):
+        rest = max((length[x] for x in followers[task.id]), default=0.0)
+        length[task.id] = seconds[task.id] + rest
+    return max(length.values())
+
+
+@pytest.mark.parametrize("make", [random_graph, schedule_graph])
+def test_spans_are_those_of_the_event_driven_reference(make):
+    for seed in range(150):
+        rng = Random(seed)
+        tasks = make(rng)
+        seconds = durations(tasks, rng)
+        trace = simulate(tasks, lambda x, seconds=seconds: seconds[x])
+        assert [span.id for span in trace.spans] == [task.id for task in tasks]
+        assert {s.id: (s.start_s, s.end_s) for s in trace.spans} == run_event_by_event(
+            tasks, seconds
+        ), seed
+
+
+@pytest.mark.parametrize("make", [random_graph, schedule_graph])
+def test_makespan_is_the_critical_path_between_the_busiest_lane_and_all_work(make):
+    strictly_between = 0
+    for seed in range(150):
+        rng = Random(1000 + seed)
+        tasks = make(rng)
+        seconds = durations(tasks, rng)
+        trace = simulate(tasks, lambda x, seconds=seconds: seconds[x])
+        busy = trace.busy_s()
+        assert max(busy.values()) <= trace.makespan_s <= sum(seconds.values())
+        assert sum(busy.values()) == sum(seconds.values()) == sum(trace.seconds_by_kind().values())
+        ends = max(span.end_s for span in trace.spans)
+        assert ends == longest_path(tasks, seconds), seed
+        strictly_between += max(busy.values()) < trace.makespan_s < sum(seconds.values())
+    assert strictly_between > 50, "the bounds must not be trivial"
+
+
+def test_spans_carry_phase_and_bytes():
+    task = Task(TaskId(TaskKind.LOAD_PAGE, 3, 1), Lane.H2D)
+    (span,) = simulate(
+        [task], lambda _: 2.0, phase=Phase.PREFILL, bytes_of=lambda x: x.layer * 7
+    ).spans
+    assert (span.phase, span.num_bytes, span.seconds) == (Phase.PREFILL, 21, 2.0)
+
+
+def test_utilisation_is_the_busy_share_of_the_makespan():
+    first = Task(TaskId(TaskKind.ATTENTION, 0, 0), Lane.CPU)
+    second = Task(TaskId(TaskKind.LOAD_HIDDEN, 0, 0), Lane.H2D, (first.id,))
+    trace = simulate([first, second], lambda x: 3.0 if x == first.id else 1.0)
+    assert trace.makespan_s == 4
+    assert trace.utilisation() == {Lane.CPU: 0.75, Lane.H2D: 0.25}

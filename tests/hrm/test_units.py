@@ -1,0 +1,87 @@
+"""Sizes and rates as people write them; workloads."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrm.errors import UnitError, WorkloadError
+from hrm.units import (
+    format_bandwidth,
+    format_bytes,
+    format_flops,
+    format_seconds,
+    parse_bandwidth,
+    parse_bytes,
+)  # fmt: skip
+from hrm.workload import WORKLOADS, Workload, named_workload
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("16GB", 16_000_000_000), ("15.5GiB", 16_642_998_272), ("1 kib", 1024), ("512", 512),
+     ("1e9", 10**9), (" 2 TB ", 2 * 10**12), ("3.b", 3)],
+)  # fmt: skip
+def test_sizes_read_in_decimal_and_binary_units(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "0", "-1GB", "16 gigs", "16Gb/s", "nan", "inf", "1e40GB"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UnitError, match=r"--gpu-memory is .*: must be a positive size"):
+        parse_bytes(text, "--gpu-memory")
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.integers(1, 2**50))
+def test_what_is_printed_reads_back_within_its_digits(num_bytes):
+    # Three significant digits, and whole numbers below a thousand.
+    assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.006, abs=0)
+    assert parse_bandwidth(format_bandwidth(num_bytes)) == pytest.approx(num_bytes, rel=0.006)
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.integers(1, 2**60), st.sampled_from(["", "B"]))
+def test_bytes_are_exact_up_to_what_a_float_holds(num_bytes, unit):
+    assert parse_bytes(f"{num_bytes}{unit}") == pytest.approx(num_bytes, rel=2**-52, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [(format_bytes(16e9), "16.0 GB"), (format_bytes(999), "999 B"),
+     (format_bandwidth(12e9), "12.0 GB/s"), (format_flops(65e12), "65.0 TFLOP/s"),
+     (format_flops(2.5e9), "2.50 GFLOP/s"), (format_seconds(0.00125), "1.25 ms"),
+     (format_seconds(7500), "2 h 05 min"), (format_seconds(83), "1 min 23 s"),
+     (format_seconds(2e-6), "2.00 µs")],
+)  # fmt: skip
+def test_quantities_print_with_three_digits(shown, text):
+    assert shown == text
+
+
+def test_named_workloads_are_those_of_the_paper():
+    lengths = {n: (w.prompt_len, w.max_prompt_len, w.gen_len) for n, w in WORKLOADS.items()}
+    assert lengths == {
+        "mtbench": (77, 418, 128),
+        "synthetic-reasoning": (242, 256, 50),
+        "summarization": (1693, 1984, 64),
+    }
+    assert named_workload("mtbench").max_context_len == 546
+    assert named_workload("mtbench").decode_steps == 127
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"prompt_len": 0}, "prompt_len is 0"), ({"gen_len": 0}, "gen_len is 0"),
+     ({"max_prompt_len": 9}, "max_prompt_len is 9: must be at least the mean prompt_len 10"),
+     ({"num_requests": 0}, "num_requests is 0"),
+     ({"prompt_len": float("nan")}, "prompt_len is nan")],
+)  # fmt: skip
+def test_impossible_lengths_are_refused(changes, message):
+    with pytest.raises(WorkloadError, match=message):
+        Workload(**{"name": "w", "prompt_len": 10, "max_prompt_len": 10, "gen_len": 1, **changes})
+
+
+def test_an_unknown_workload_lists_the_known_ones():
+    with pytest.raises(WorkloadError, match="--workload is 'mt': must be one of mtbench, synth"):
+        named_workload("mt")
