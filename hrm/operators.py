@@ -12,11 +12,10 @@ from hrm.model_spec import ROUTING_BYTES, ModelSpec
 from hrm.numeric import Number, maximum
 from hrm.units import DTYPE_BYTES
 
-# Operators that a task issues, views included; a test counts the executor's. A request's attention
-# counts double: setting up a fused attention costs as much as several small operators.
+# Operators that a task issues, views included; a test counts the executor's.
 PRE_ATTENTION_LAUNCHES: Final = 36
 ATTENTION_LAUNCHES_PER_TASK: Final = 8
-ATTENTION_LAUNCHES_PER_REQUEST: Final = 8
+ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
 POST_ATTENTION_LAUNCHES: Final = 21
 ROUTING_LAUNCHES: Final = 11
 LAUNCHES_PER_EXPERT: Final = 14

@@ -79,7 +79,8 @@ class Trace:
 def lane_chart(trace: Trace, *, width: int = 100, max_spans: int = 4000) -> str:
     """Draw a trace as text, one row a lane; each cell holds the letter that was busiest in it.
 
-    A dot is an idle cell. Raises nothing; an empty trace gives an empty text.
+    The letter is small if the lane was busy for less than half of the cell, and a dot if it was
+    idle. An empty trace gives an empty text.
     """
     spans = trace.spans[:max_spans]
     if not spans:
@@ -103,9 +104,11 @@ def lane_chart(trace: Trace, *, width: int = 100, max_spans: int = 4000) -> str:
 
 
 def _busiest(cell: dict[str, float], cell_s: float) -> str:
-    if sum(cell.values()) < 0.5 * cell_s:
+    busy_s = sum(cell.values())
+    if busy_s < 0.05 * cell_s:
         return "·"
-    return max(cell, key=lambda letter: cell[letter])
+    letter = max(cell, key=lambda letter: cell[letter])
+    return letter if busy_s >= 0.5 * cell_s else letter.lower()
 
 
 def chrome_events(

@@ -22,7 +22,7 @@ from hrm.trace import Trace, lane_chart, read_chrome_trace
 
 HERE: Final = Path(__file__).parent
 GPU_MEMORY: Final = "5MB"  # the weights are 11.4 MB
-LINK_BANDWIDTH: Final = "10MB/s"
+LINK_BANDWIDTH: Final = "25MB/s"
 MAX_TOKENS: Final = 32
 SHOWN: Final = 3
 
@@ -48,7 +48,7 @@ def call(module: str, *arguments: str) -> None:
 
 
 def completions(output: Path, prompts: Path) -> list[tuple[str, str]]:
-    """Prompts and their continuations, those with the longest text first."""
+    """Prompts and their continuations, in the order of the prompts."""
     with prompts.open(encoding="utf-8") as lines:
         prompt_of = {line["custom_id"]: line["body"]["prompt"] for line in map(json.loads, lines)}
     pairs: list[tuple[str, str]] = []
@@ -57,22 +57,27 @@ def completions(output: Path, prompts: Path) -> list[tuple[str, str]]:
             if line["error"] is None:
                 text = line["response"]["body"]["choices"][0]["text"]
                 pairs.append((prompt_of[line["custom_id"]], text))
-    return sorted(pairs, key=lambda pair: -len(set(pair[1].split())))
+    order = list(prompt_of.values())
+    return sorted(pairs, key=lambda pair: order.index(pair[0]))
 
 
-def decode_step(trace: Trace, step: int) -> Trace:
-    """What all lanes did from the first to the last choice of a decode step's tokens."""
+def two_layers(trace: Trace, *, step: int, layer: int) -> Trace:
+    """What all lanes did while `layer` and the next one were finished in a decode step."""
     decode = trace.of_phase(Phase.DECODE).spans
-    ends = {
-        which: max(s.end_s for s in decode if s.id.kind is TaskKind.SAMPLE and s.id.step == which)
-        for which in (step - 1, step)
-    }
-    first_s, last_s = ends[step - 1], ends[step]
+    begin_s, _, end_s = (
+        max(
+            span.end_s
+            for span in decode
+            if span.id.kind is TaskKind.POST_ATTENTION
+            and (span.id.step, span.id.layer) == (step, which)
+        )
+        for which in (layer - 1, layer, layer + 1)
+    )
     return Trace(
         tuple(
-            replace(span, start_s=max(span.start_s, first_s), end_s=min(span.end_s, last_s))
+            replace(span, start_s=max(span.start_s, begin_s), end_s=min(span.end_s, end_s))
             for span in decode
-            if span.end_s > first_s and span.start_s < last_s
+            if span.end_s > begin_s and span.start_s < end_s
         )
     )
 
@@ -84,7 +89,7 @@ def decode_step(trace: Trace, step: int) -> Trace:
 )  # fmt: skip
 @click.option("--gpu-memory", default=GPU_MEMORY, show_default=True)
 @click.option("--link-bandwidth", default=LINK_BANDWIDTH, show_default=True)
-@click.option("--requests", default=96, show_default=True, help="How many of the prompts.")
+@click.option("--requests", default=128, show_default=True, help="How many of the prompts.")
 def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) -> None:
     """Profile this machine, search a policy, run the demo model under it, and compare."""
     model, prompts = HERE / "model", HERE / "prompts.jsonl"
@@ -101,7 +106,7 @@ def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) 
     call(
         "hrm.cli", "search", "--model", str(model), "--profile", profile,
         "--prompt-len", f"{mean:.1f}", "--max-prompt-len", str(longest),
-        "--gen-len", str(MAX_TOKENS), "--requests", str(requests), "--out", policy,
+        "--gen-len", str(MAX_TOKENS), "--requests", str(requests), "--ffn", "gpu", "--out", policy,
     )  # fmt: skip
     call(
         "executor.cli", "run", "--model", str(model), "--policy", policy, "--input", str(prompts),
@@ -115,18 +120,18 @@ def show(run: Path, prompts: Path) -> None:
     """Print a few completions and what the lanes did in one decode step."""
     click.secho("\ncompletions", bold=True)
     for prompt, text in completions(run / "outputs.jsonl", prompts)[:SHOWN]:
-        click.echo(f"  …{prompt[-100:]}" + click.style(text.rstrip(), fg="green"))
+        click.echo(f"  {prompt} ▸" + click.style(text.rstrip(), fg="green"))
     content: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    step = decode_step(read_chrome_trace(run / "trace.json"), 5)
-    seconds = f"{step.makespan_s * 1e3:.0f} ms"
+    layers = two_layers(read_chrome_trace(run / "trace.json"), step=5, layer=3)
+    seconds = f"{layers.makespan_s * 1e3:.0f} ms"
     click.secho(
-        f"\none decode step ({seconds}) on the accelerator {content['accelerator']['description']}",
+        f"\ntwo layers of a decode step ({seconds}), {content['accelerator']['description']}",
         bold=True,
     )
-    click.echo(lane_chart(step))
+    click.echo(lane_chart(layers))
     click.echo(
-        "      A projections, B attention, C rest of the layer, F CPU's experts, W weight page,\n"
-        "      H hidden states in, Q queries, keys, values out, X tokens out, Y experts' output in"
+        "      W weight page in, A projections, Q queries, keys and values out, B attention,\n"
+        "      H attention's output in, C rest of the layer with its experts; small letters: briefly"
     )
 
 

@@ -1,24 +1,30 @@
 """What one more operator costs however small it is, on the thread that issues it."""
 
 import threading
+import time
 from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
-from hrm.profiling.timing import Call, Sampler, Timing, time_call
+from hrm.profiling.timing import MIN_SAMPLES, Call, Sampler, Timing, summarise, time_call
 
 HIDDEN: Final = 64
 ROWS: Final = 2
+LONG_HIDDEN: Final = 256
+LONG_ROWS: Final = 16
+LOCK_TURNS_S: Final = 0.02  # a thread keeps the interpreter lock for 5 ms if none asks for it
 
 
-def operator_round(device: str = "cpu") -> tuple[Call, int]:
+def operator_round(
+    device: str = "cpu", *, rows: int = ROWS, hidden: int = HIDDEN
+) -> tuple[Call, int]:
     """A call that runs the small operators a layer is made of, and how many there are."""
-    x = torch.randn(ROWS, HIDDEN, device=device)
-    weight, norm = torch.randn(HIDDEN, HIDDEN, device=device), torch.randn(HIDDEN, device=device)
-    gate, up = torch.randn(ROWS, HIDDEN, device=device), torch.randn(ROWS, HIDDEN, device=device)
+    x = torch.randn(rows, hidden, device=device)
+    weight, norm = torch.randn(hidden, hidden, device=device), torch.randn(hidden, device=device)
+    gate, up = torch.randn(rows, hidden, device=device), torch.randn(rows, hidden, device=device)
     out, gathered = torch.empty_like(x), torch.empty_like(x)
-    rows = torch.arange(ROWS, device=device)
+    tokens = torch.arange(rows, device=device)
     norms: Any = torch.linalg
 
     def call() -> None:
@@ -26,11 +32,11 @@ def operator_round(device: str = "cpu") -> tuple[Call, int]:
         torch.mul(x, norm, out=out)
         out.div_(length)
         torch.mm(out, weight, out=gathered)
-        torch.index_select(x, 0, rows, out=gathered)
+        torch.index_select(x, 0, tokens, out=gathered)
         torch.mm(gathered, weight, out=out)
-        functional.silu(gate.narrow(1, 0, HIDDEN // 2), inplace=True)
+        functional.silu(gate.narrow(1, 0, hidden // 2), inplace=True)
         out.mul_(up)
-        gathered.index_add_(0, rows, out)
+        gathered.index_add_(0, tokens, out)
         gathered.copy_(out)
 
     return call, 10
@@ -48,36 +54,66 @@ def launch_latency(
     )
 
 
-def launch_latency_beside_another(
-    *, budget_s: float, threads: tuple[int, int], device: str = "cpu"
-) -> Timing:
-    """The same for one thread while another issues operators too, as two busy lanes do.
+def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) -> Timing:
+    """Seconds an operator while another lane's thread issues operators too, on the CPU.
 
-    `threads` is how many of torch's threads each of the two may use.
+    Threads hand Python's interpreter lock to one another at every operator, which costs far more
+    than issuing one. It is measured with operators long enough for that to happen, as what they
+    take more than without the other lane, and added to `launch_latency`. `threads` is how many of
+    torch's threads each of the two may use.
     """
+    alone = launch_latency(budget_s=budget_s / 4)
+    lone = _long_operators(budget_s / 4, threads[0])
     busy, stop = threading.Event(), threading.Event()
 
     def other() -> None:
         torch.set_num_threads(threads[1])
-        call, _ = operator_round()
+        call, _ = operator_round(rows=LONG_ROWS, hidden=LONG_HIDDEN)
         with torch.inference_mode():
             while not stop.is_set():
                 call()
                 busy.set()
 
-    found: list[Timing] = []
-
-    def measure() -> None:
-        torch.set_num_threads(threads[0])
-        found.append(launch_latency(budget_s=budget_s, device=device))
-
-    beside, measuring = threading.Thread(target=other), threading.Thread(target=measure)
+    beside = threading.Thread(target=other)
     beside.start()
     try:
         busy.wait()
-        measuring.start()
-        measuring.join()
+        both = _long_operators(budget_s / 2, threads[0])
     finally:
         stop.set()
         beside.join()
+
+    def with_hand_over(seconds: float) -> float:
+        return alone.median_s + max(0.0, seconds - lone.median_s)
+
+    return Timing(
+        with_hand_over(both.median_s),
+        with_hand_over(both.p20_s),
+        with_hand_over(both.p80_s),
+        both.samples,
+    )
+
+
+def _long_operators(budget_s: float, threads: int) -> Timing:
+    """Seconds an operator in a thread of its own, over samples longer than a turn of the lock."""
+    found: list[Timing] = []
+
+    def measure() -> None:
+        torch.set_num_threads(threads)
+        call, count = operator_round(rows=LONG_ROWS, hidden=LONG_HIDDEN)
+        with torch.inference_mode():
+            call()
+            samples: list[float] = []
+            end_s = time.perf_counter() + budget_s
+            while len(samples) < MIN_SAMPLES or time.perf_counter() < end_s:
+                start_s, calls = time.perf_counter(), 0
+                while (seconds := time.perf_counter() - start_s) < LOCK_TURNS_S:
+                    call()
+                    calls += 1
+                samples.append(seconds / calls / count)
+        found.append(summarise(samples))
+
+    measuring = threading.Thread(target=measure)
+    measuring.start()
+    measuring.join()
     return found[0]

@@ -377,7 +377,7 @@ def _profile_emulated(run: _Run, gpu_bytes: int, bandwidth: float) -> HardwarePr
         run.steps.add(f"link {source} to {target}", 1, transfers)
     run.add_staging(arena, pinned=False)
     run.steps.add(
-        "launch latency with both lanes busy", 1,
+        "launch latency with both lanes busy", 2,
         lambda seconds: launch_latency_beside_another(
             budget_s=seconds, threads=(gpu_threads, cpu_threads)
         ),
@@ -396,12 +396,19 @@ def _profile_emulated(run: _Run, gpu_bytes: int, bandwidth: float) -> HardwarePr
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
     beside: Timing = results["launch latency with both lanes busy"]
+
+    def with_launch_latency(level: MemoryLevel) -> MemoryLevel:
+        alone = level.processor.launch_latency_s.value
+        note = f"with the other lane busy too; alone {alone * 1e6:.2g} µs"
+        processor = replace(level.processor, launch_latency_s=beside.duration(note))
+        return replace(level, processor=processor)
+
     return HardwareProfile(
         name=f"emulated accelerator on {run.host.cpu_name}, {cores} cores",
         accelerator="emulated",
         levels=(
-            _cpu_level(results, run, GPU, gpu_threads, gpu_capacity, none),
-            _cpu_level(results, run, CPU, cpu_threads, capacity, reserve),
+            with_launch_latency(_cpu_level(results, run, GPU, gpu_threads, gpu_capacity, none)),
+            with_launch_latency(_cpu_level(results, run, CPU, cpu_threads, capacity, reserve)),
         ),
         links=(
             results[f"link {CPU} to {GPU}"],
@@ -410,7 +417,6 @@ def _profile_emulated(run: _Run, gpu_bytes: int, bandwidth: float) -> HardwarePr
         ),
         environment={
             "emulated_lanes": f"gpu {_count(gpu_threads)}, cpu {_count(cpu_threads)}",
-            "launch_latency_beside_another_lane_s": f"{beside.median_s:.3g}",
             "contention": results["contention"],
         },
     )
