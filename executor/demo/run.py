@@ -131,7 +131,7 @@ def show(run: Path, prompts: Path) -> None:
     click.echo(lane_chart(layers))
     click.echo(
         "      W weight page in, A projections, Q queries, keys and values out, B attention,\n"
-        "      H attention's output in, C rest of the layer with its experts; small letters: briefly"
+        "      H attention's output in, C rest of the layer with experts; small letters: briefly"
     )
 
 
