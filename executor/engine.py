@@ -62,6 +62,7 @@ class Engine:
         self._enter_lane = enter_lane
         self._workers: dict[Lane, LaneWorker] = {}
         self._recorders: dict[Lane, Recorder] = {}
+        self._start_s = 0.0
         self.origin_s = perf_counter()
 
     def __enter__(self) -> Self:
@@ -101,7 +102,7 @@ class Engine:
         """
         self._recorders = {lane: Recorder(lane) for lane in Lane}
         run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders)
-        start_s = perf_counter() - self.origin_s
+        self._start_s = perf_counter() - self.origin_s
         pending: deque[tuple[TaskId, LockType]] = deque()
         try:
             self._feed(tasks, run, pending, finished)
@@ -115,7 +116,7 @@ class Engine:
             recent = [span for recorder in self._recorders.values() for span in recorder.recent]
             chart = failure_chart(recent, failure.span)
             raise TaskFailedError(failure.task, failure.error, chart) from failure.error
-        return self._result(start_s)
+        return self.result()
 
     def _feed(
         self,
@@ -138,16 +139,17 @@ class Engine:
             self._workers[task.lane].submit(Ticket(run, task, waits, latch))
             pending.append((task.id, latch))
 
-    def _result(self, start_s: float) -> PhaseResult:
+    def result(self) -> PhaseResult:
+        """What the last run did, also if it was cut short."""
         end_s = perf_counter() - self.origin_s
         by_kind: dict[TaskKind, KindTotal] = {}
         for recorder in self._recorders.values():
-            add_totals(by_kind, recorder.totals)
+            add_totals(by_kind, dict(recorder.totals))
         spans = [span for recorder in self._recorders.values() for span in recorder.spans]
         return PhaseResult(
             tuple(sorted(spans, key=lambda span: span.start_s)),
             sum(recorder.spans_left_out for recorder in self._recorders.values()),
-            start_s,
+            self._start_s,
             end_s,
             by_kind,
             {lane: busy_s for lane, busy_s in self.busy_s.items() if busy_s > 0},

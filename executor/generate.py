@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, Self, final
+from typing import Final, Self, final
 
 import torch
 
@@ -56,22 +56,6 @@ class BatchResult:
     decode: PhaseResult | None
     micro_batch_sizes: tuple[int, ...]
     num_chunks: int
-
-
-class AbstractGenerator(Protocol):
-    """Generates from one batch at a time; real or null."""
-
-    engine: Engine
-    state: BatchState | None
-    peak_bytes: dict[str, dict[str, int]]
-
-    def generate(self, batch: Batch) -> BatchResult:
-        """Run both phases of a batch."""
-        ...
-
-    def check(self, request: Request) -> None:
-        """Raise JobError if the request could never be run."""
-        ...
 
 
 def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
@@ -167,6 +151,7 @@ class Generator:
         start_s = time.perf_counter()
         self.backend, self.arch, self.policy = backend, arch, policy
         self.state: BatchState | None = None
+        self._prefilled: PhaseResult | None = None
         self._stops = stops or never_stops
         self._plan = plan
         self._budget = TraceBudget(max_spans)
@@ -196,6 +181,7 @@ class Generator:
         policy, arch, memory = self.policy, self.arch, self.memory
         num_micro_batches = len(batch.micro_batches)
         smaller = policy_for(policy, num_micro_batches)
+        self.state = self._prefilled = None
         memory.caches.assign([smaller.kv_on_gpu(j) for j in range(num_micro_batches)])
         self._count_kv(batch, smaller)
         state = self.state = BatchState(batch, arch, self._stops)
@@ -204,7 +190,7 @@ class Generator:
         prefill, decode = pipelines(
             arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1)
         )
-        prefilled = self.engine.run(
+        prefilled = self._prefilled = self.engine.run(
             iter_tasks(prefill, policy.schedule),
             PrefillHandlers.make(self.backend, arch, smaller, prefill, memory, state, parts),
             phase=Phase.PREFILL,
@@ -229,6 +215,24 @@ class Generator:
         )
         sizes = tuple(len(members) for members in state.sequences)
         return BatchResult(completions, prefilled, decoded, sizes, len(parts))
+
+    def rescue(self) -> BatchResult | None:
+        """What `generate` did until it raised: its completions are the requests ended by then.
+
+        None if it raised before the lanes had anything to do.
+        """
+        state, prefilled = self.state, self._prefilled
+        if state is None:
+            return None
+        completions = tuple(
+            Completion(s.placed.request, tuple(s.tokens), s.finish_reason)
+            for members in state.sequences for s in members if s.finish_reason is not None
+        )  # fmt: skip
+        sizes = tuple(len(members) for members in state.sequences)
+        last = self.engine.result()
+        if prefilled is None:
+            return BatchResult(completions, last, None, sizes, 0)
+        return BatchResult(completions, prefilled, last, sizes, 0)
 
     @property
     def peak_bytes(self) -> dict[str, dict[str, int]]:

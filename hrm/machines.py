@@ -279,19 +279,27 @@ def _find(flag: str, kind: str, name: str) -> Path:
 
 
 def _read(path: Path, kind: type[_T]) -> _T:
+    return decode_strictly(_parse(path), kind, str(path))
+
+
+def decode_strictly(plain: Any, kind: type[_T], file: str) -> _T:
+    """What was read from a YAML or JSON `file` as a dataclass.
+
+    Raises ProfileError naming the file and field if a key is unknown or missing, a value has
+    another type, or the dataclass refuses it.
+    """
     import msgspec
 
-    plain = _parse(path)
-    plain = _check_keys(plain, kind, str(path), "")
+    plain = _check_keys(plain, kind, file, "")
     try:
         return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         if isinstance(cause, HrmError):
-            raise _located(path, cause, plain) from error
-        raise _type_error(path, str(error), plain) from error
+            raise _located(file, cause, plain) from error
+        raise _type_error(file, str(error), plain) from error
     except HrmError as error:
-        raise _located(path, error, plain) from error
+        raise _located(file, error, plain) from error
 
 
 def _parse(path: Path) -> Any:
@@ -386,7 +394,7 @@ def _label(item: Any, index: int) -> Any:
 _AT: Final = re.compile(r"^(?P<rule>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
 
 
-def _type_error(path: Path, said: str, plain: Any) -> ProfileError:
+def _type_error(file: str, said: str, plain: Any) -> ProfileError:
     match = _AT.match(said)
     assert match is not None
     where, value = "", plain
@@ -400,17 +408,17 @@ def _type_error(path: Path, said: str, plain: Any) -> ProfileError:
     rule = match["rule"].replace("`", "")
     shown: Any = "<a mapping>" if isinstance(value, dict) else value
     return ProfileError(
-        f"{path}: {where}" if where else str(path), shown, rule[:1].lower() + rule[1:],
+        f"{file}: {where}" if where else file, shown, rule[:1].lower() + rule[1:],
         "correct the value",
     )  # fmt: skip
 
 
-def _located(path: Path, error: HrmError, plain: Any) -> ProfileError:
+def _located(file: str, error: HrmError, plain: Any) -> ProfileError:
     """The same error with the file's name in place of the machine's."""
     name = str(cast("dict[str, Any]", plain).get("name", ""))
     where = error.where.removeprefix(name).lstrip(".: ") if name else error.where
     message = str(error).removeprefix(error.where)
-    located = ProfileError(f"{path}: {where}", error.value, error.rule, error.remedy)
+    located = ProfileError(f"{file}: {where}", error.value, error.rule, error.remedy)
     assert str(located).endswith(message)
     return located
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from hrm.errors import PolicyError
+from hrm.errors import PolicyError, ProfileError
 from hrm.estimate import Estimate
 from hrm.hardware import HardwareProfile
+from hrm.machines import decode_strictly
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.workload import Workload
@@ -76,15 +77,19 @@ def save_policy_file(path: Path, content: PolicyFile) -> None:
 def load_policy_file(path: Path) -> PolicyFile:
     """Read and check a policy file; PolicyError naming the file and the field."""
     try:
-        content = msgspec.json.decode(path.read_bytes(), type=PolicyFile)
+        plain = msgspec.json.decode(path.read_bytes())
+        content = decode_strictly(plain, PolicyFile, str(path))
+    except ProfileError as error:
+        remedy = "correct it, or write the file again with hrm search --out or hrm estimate --out"
+        raise PolicyError(error.where, error.value, error.rule, remedy) from error
     except OSError as error:
         raise PolicyError(
             str(path), f"<{error.strerror}>", "must be a readable policy file",
             "write one with hrm search --out",
         ) from error  # fmt: skip
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PolicyError(
-            str(path), f"<{error}>", "must be a policy file of this version",
+            str(path), f"<{error}>", "must be a policy file: one JSON object",
             "write it again with hrm search --out or hrm estimate --out",
         ) from error  # fmt: skip
     if content.schema != SCHEMA:

@@ -1,6 +1,8 @@
 """The command line of hrm: parse, call, print. Exit code 2 is a mistake in the input."""
 
+import re
 import sys
+from typing import Final
 
 import click
 
@@ -54,13 +56,53 @@ def cli() -> None:
     """
 
 
+_REFUSED: Final = re.compile(r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL)
+
+
+def usage_mistake(error: click.UsageError) -> HrmError:
+    """What click found wrong with the arguments, as `where is value: rule; remedy`."""
+    command = error.ctx.command_path if error.ctx is not None else "hrm"
+    remedy = f"see {command} --help"
+    match error:
+        case click.NoSuchOption():
+            close = error.possibilities or ()
+            guess = f"did you mean {close[0]}?" if close else remedy
+            return HrmError(error.option_name, "<unknown>", f"is no option of {command}", guess)
+        case click.MissingParameter():
+            name = _parameter(error.param)
+            return HrmError(name or command, "<missing>", "must be given", remedy)
+        case click.BadParameter():
+            said = " ".join(error.message.split())
+            refused = _REFUSED.fullmatch(said)
+            value, rule = refused.groups() if refused else ("<refused>", said.rstrip("."))
+            return HrmError(_parameter(error.param) or command, value, rule, remedy)
+        case click.BadOptionUsage():
+            said = error.message.rstrip(".")
+            return HrmError(error.option_name, "<incomplete>", said[:1].lower() + said[1:], remedy)
+        case _:
+            said = " ".join(error.format_message().split()).rstrip(".")
+            return HrmError(command, "<misused>", said[:1].lower() + said[1:], remedy)
+
+
+def _parameter(parameter: click.Parameter | None) -> str:
+    """What the user writes for a parameter: `--gen-len`, or `RUN`."""
+    if parameter is None:
+        return ""
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return parameter.make_metavar(click.Context(cli)).strip("[]")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run a command line and exit: 0, 2 after a mistake in the input, or 130 on Ctrl-C."""
     try:
         cli.main(args=args, prog_name="hrm", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(error.exit_code)
+        sys.exit(2)
+    except click.UsageError as error:
+        click.echo(f"error: {usage_mistake(error)}", err=True)
+        sys.exit(2)
     except click.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)

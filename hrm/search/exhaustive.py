@@ -16,6 +16,7 @@ from hrm.schedules import SCHEDULES
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.space import Grid, Ints, Space, make_grid
 from hrm.tasks import Device
+from hrm.units import format_bytes
 from hrm.workload import Workload
 
 MAX_MICRO_BATCH: Final = 4096
@@ -188,5 +189,5 @@ def _remedy(space: Space) -> str:
     return (
         f"give it more --gpu-memory or --cpu-memory, shorten --max-prompt-len,"
         f" or add GPUs: {space.spec.name} at {space.dtype} has"
-        f" {space.spec.layer_bytes(space.dtype) / 1e9:.2f} GB a layer, and two must fit the GPU"
+        f" {format_bytes(space.spec.layer_bytes(space.dtype))} a layer, two of which must fit the GPU"
     )
