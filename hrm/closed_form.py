@@ -23,7 +23,8 @@ from hrm.workload import Workload
 class Point:
     """A policy, or a grid of them, in the numbers that the closed form needs.
 
-    `resident_experts` is the mean over layers. Truths are 0 or 1.
+    `resident_experts` is the mean over layers, and `host_expert_layers` the share of the layers
+    with experts that are not resident. Truths are 0 or 1.
     """
 
     batch_size: Number
@@ -32,20 +33,24 @@ class Point:
     gpu_ffn: Number
     gpu_kv_micro_batches: Number
     resident_experts: Number
+    host_expert_layers: Number
     resident_dense: Number
     chunk_tokens: Number
     staging: int = 0
 
     @staticmethod
-    def of_policy(policy: Policy) -> "Point":
+    def of_policy(policy: Policy, spec: ModelSpec) -> "Point":
         """The numbers of one policy."""
+        layers = len(policy.resident_experts)
+        some_on_host = sum(count < spec.num_experts for count in policy.resident_experts)
         return Point(
             batch_size=policy.batch_size,
             num_micro_batches=policy.num_micro_batches,
             gpu_attention=int(policy.attention is Device.GPU),
             gpu_ffn=int(policy.ffn is Device.GPU),
             gpu_kv_micro_batches=policy.gpu_kv_micro_batches,
-            resident_experts=sum(policy.resident_experts) / len(policy.resident_experts),
+            resident_experts=sum(policy.resident_experts) / layers,
+            host_expert_layers=some_on_host / layers,
             resident_dense=int(policy.resident_dense),
             chunk_tokens=policy.prefill_chunk_tokens,
             staging=int(policy.staging),
@@ -63,36 +68,85 @@ class Point:
         return where(self.gpu_ffn, self.streamed_bytes(spec, dtype), dense)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MicroBatch:
+    """Seconds of the tasks of one micro-batch in one layer of a decode step.
+
+    `cpu_attention` and `streams_kv` are shares of the micro-batches, `cpu_ffn` of the layers.
+    """
+
+    cpu_attention: Number
+    streams_kv: Number
+    cpu_ffn: Number
+    projections_s: Number
+    gpu_attention_s: Number
+    cpu_attention_s: Number
+    cpu_experts_s: Number
+    offload_qkv_s: Number
+    load_hidden_s: Number
+    offload_tokens_s: Number
+    load_experts_s: Number
+
+    @staticmethod
+    def of_point(costs: Costs, point: Point, context: Number) -> "_MicroBatch":
+        """The mean micro-batch of a point."""
+        spec, dtype = costs.spec, costs.dtype
+        m = point.batch_size / point.num_micro_batches
+        off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
+        gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
+        on_cpu = spec.num_experts - point.resident_experts
+        return _MicroBatch(
+            cpu_attention=off_gpu * (1 - point.gpu_attention),
+            streams_kv=off_gpu * point.gpu_attention,
+            cpu_ffn=(1 - point.gpu_ffn) * point.host_expert_layers,
+            projections_s=costs.pre_attention(m) + costs.post_attention(m, gpu_experts),
+            gpu_attention_s=costs.attention(Device.GPU, m, context),
+            cpu_attention_s=costs.attention(Device.CPU, m, context),
+            cpu_experts_s=costs.cpu_experts(m, on_cpu / maximum(point.host_expert_layers, 1e-9)),
+            offload_qkv_s=costs.d2h(operators.qkv_bytes(spec, dtype, m)),
+            load_hidden_s=costs.h2d(operators.attention_output_bytes(spec, dtype, m)),
+            offload_tokens_s=costs.d2h(operators.routed_token_bytes(spec, dtype, m)),
+            load_experts_s=costs.h2d(operators.hidden_bytes(spec, dtype, m)),
+        )
+
+    @property
+    def gpu_s(self) -> Number:
+        """Work of the GPU."""
+        return self.projections_s + (1 - self.cpu_attention) * self.gpu_attention_s
+
+    @property
+    def cpu_s(self) -> Number:
+        """Work of the CPU."""
+        return self.cpu_attention * self.cpu_attention_s + self.cpu_ffn * self.cpu_experts_s
+
+    @property
+    def to_gpu_s(self) -> Number:
+        """Hidden states on their way to the GPU."""
+        return self.cpu_attention * self.load_hidden_s + self.cpu_ffn * self.load_experts_s
+
+    @property
+    def to_host_s(self) -> Number:
+        """Queries, keys, values and tokens on their way to the host."""
+        return self.cpu_attention * self.offload_qkv_s + self.cpu_ffn * self.offload_tokens_s
+
+
 def decode_lanes(costs: Costs, point: Point, schedule: ScheduleName, context: Number
                  ) -> dict[Lane, Number]:  # fmt: skip
     """Seconds of work in each lane in one decode step over a mean context."""
     spec, dtype = costs.spec, costs.dtype
     n, layers = point.num_micro_batches, spec.num_layers
     m = point.batch_size / n
-    off_gpu = n - point.gpu_kv_micro_batches
-    cpu_attention = off_gpu * (1 - point.gpu_attention)
-    streams_kv = off_gpu * point.gpu_attention
-    cpu_ffn = (1 - point.gpu_ffn) * (point.resident_experts < spec.num_experts)
+    one = _MicroBatch.of_point(costs, point, context)
     weights = point.decode_streamed_bytes(spec, dtype)
     pages = n if SCHEDULES[schedule].paged else 1
-    gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
-    hidden = operators.hidden_bytes(spec, dtype, m)
-    gpu = n * (costs.pre_attention(m) + costs.post_attention(m, gpu_experts))
-    gpu = gpu + (n - cpu_attention) * costs.attention(Device.GPU, m, context)
-    cpu = cpu_attention * costs.attention(Device.CPU, m, context)
-    cpu = cpu + n * cpu_ffn * costs.cpu_experts(m, spec.num_experts - point.resident_experts)
-    h2d = costs.h2d(weights, pages)
-    h2d = h2d + cpu_attention * costs.h2d(operators.attention_output_bytes(spec, dtype, m))
-    h2d = h2d + streams_kv * costs.h2d(operators.kv_bytes(spec, dtype, m * context))
-    h2d = h2d + n * cpu_ffn * costs.h2d(hidden)
-    d2h = cpu_attention * costs.d2h(operators.qkv_bytes(spec, dtype, m))
-    d2h = d2h + streams_kv * costs.d2h(operators.kv_bytes(spec, dtype, m))
-    d2h = d2h + n * cpu_ffn * costs.d2h(operators.routed_token_bytes(spec, dtype, m))
+    load_kv = one.streams_kv * costs.h2d(operators.kv_bytes(spec, dtype, m * context))
+    store_kv = one.streams_kv * costs.d2h(operators.kv_bytes(spec, dtype, m))
+    embed = costs.h2d(operators.hidden_bytes(spec, dtype, m))
     return {
-        Lane.GPU: layers * gpu + n * costs.sample(m),
-        Lane.CPU: layers * cpu,
-        Lane.H2D: layers * h2d + n * costs.h2d(hidden),
-        Lane.D2H: layers * d2h,
+        Lane.GPU: layers * n * one.gpu_s + n * costs.sample(m),
+        Lane.CPU: layers * n * one.cpu_s,
+        Lane.H2D: layers * (costs.h2d(weights, pages) + n * (one.to_gpu_s + load_kv)) + n * embed,
+        Lane.D2H: layers * n * (one.to_host_s + store_kv),
         Lane.STAGE: layers * point.staging * costs.stage(weights, pages),
     }
 
@@ -132,27 +186,10 @@ def _chain_seconds(costs: Costs, point: Point, context: Number) -> Number:
 
     A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD chains are in flight.
     """
-    spec, dtype, n = costs.spec, costs.dtype, point.num_micro_batches
-    m = point.batch_size / n
-    off_gpu = 1 - point.gpu_kv_micro_batches / n
-    cpu_attention = off_gpu * (1 - point.gpu_attention)
-    cpu_ffn = (1 - point.gpu_ffn) * (point.resident_experts < spec.num_experts)
-    gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
-    on_cpu = (
-        costs.d2h(operators.qkv_bytes(spec, dtype, m))
-        + costs.attention(Device.CPU, m, context)
-        + costs.h2d(operators.attention_output_bytes(spec, dtype, m))
-    )
-    chain = costs.pre_attention(m) + costs.post_attention(m, gpu_experts)
-    chain = chain + cpu_attention * on_cpu
-    chain = chain + (1 - cpu_attention) * costs.attention(Device.GPU, m, context)
-    chain = chain + cpu_ffn * (
-        costs.d2h(operators.routed_token_bytes(spec, dtype, m))
-        + costs.cpu_experts(m, spec.num_experts - point.resident_experts)
-        + costs.h2d(operators.hidden_bytes(spec, dtype, m))
-    )
+    n, one = point.num_micro_batches, _MicroBatch.of_point(costs, point, context)
+    chain = one.gpu_s + one.cpu_s + one.to_gpu_s + one.to_host_s
     in_flight = -maximum(-n, -LOOKAHEAD)
-    return spec.num_layers * n / in_flight * chain
+    return costs.spec.num_layers * n / in_flight * chain
 
 
 def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> dict[Lane, Number]:

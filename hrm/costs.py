@@ -11,6 +11,7 @@ from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
 from hrm.tasks import Device, Phase, TaskId, TaskKind
+from hrm.units import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class TaskWork:
 
     In decode, `tokens` is the mean number of requests in a micro-batch and `context` their mean
     context; in prefill, `tokens` is prompt tokens in a chunk and `context` the mean prompt length.
+    `mean_residents` are resident experts where a layer of the work stands for several of the
+    policy's; if it is empty, layers are the policy's own.
     """
 
     costs: Costs
@@ -90,6 +93,12 @@ class TaskWork:
     tokens: float
     context: float
     requests_per_chunk: float = 0.0
+    mean_residents: tuple[float, ...] = ()
+
+    @property
+    def resident_experts(self) -> tuple[float, ...]:
+        """Experts that stay on the GPU, for each layer of the work."""
+        return self.mean_residents or self.policy.resident_experts
 
     def num_bytes(self, task: TaskId) -> int:
         """Bytes that the task moves; 0 if it computes."""
@@ -110,24 +119,28 @@ class TaskWork:
             case TaskKind.LOAD_KV:
                 moved = operators.kv_bytes(spec, dtype, m * self.context)
             case TaskKind.LOAD_PAGE | TaskKind.STAGE_PAGE:
-                prefill = self.pipeline.phase is Phase.PREFILL
-                of_layer = (
-                    self.policy.streamed_bytes if prefill else self.policy.decode_streamed_bytes
-                )
-                moved = of_layer(spec, task.layer) / self.pipeline.num_pages
+                moved = self._streamed_bytes(task.layer) / self.pipeline.num_pages
             case _:
                 moved = 0
         return round(moved)
 
+    def _streamed_bytes(self, layer: int) -> float:
+        """Weight bytes of a layer that are loaded in this phase."""
+        spec, policy = self.costs.spec, self.policy
+        on_cpu = policy.ffn is Device.CPU and self.pipeline.phase is Phase.DECODE
+        loaded = 0.0 if on_cpu else spec.num_experts - self.resident_experts[layer]
+        dense = 0 if policy.resident_dense else spec.dense_parameters
+        return (loaded * spec.expert_parameters + dense) * DTYPE_BYTES[policy.dtype]
+
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        known: dict[tuple[TaskKind, int, bool], float] = {}
+        known: dict[tuple[TaskKind, float, bool], float] = {}
 
         def seconds(task: TaskId) -> float:
             in_decode = self.pipeline.phase is Phase.DECODE
             attention = in_decode and task.kind is TaskKind.ATTENTION
             on_cpu = attention and self.pipeline.attention_on_cpu(task.micro_batch)
-            key = (task.kind, self.policy.resident_experts[task.layer], on_cpu)
+            key = (task.kind, self.resident_experts[task.layer], on_cpu)
             if key not in known:
                 known[key] = self._seconds(task, on_cpu=on_cpu)
             return known[key]
@@ -135,7 +148,7 @@ class TaskWork:
         return seconds
 
     def _seconds(self, task: TaskId, *, on_cpu: bool) -> float:
-        costs, m, resident = self.costs, self.tokens, self.policy.resident_experts[task.layer]
+        costs, m, resident = self.costs, self.tokens, self.resident_experts[task.layer]
         match task.kind:
             case TaskKind.PRE_ATTENTION:
                 return costs.pre_attention(m)
@@ -156,7 +169,7 @@ class TaskWork:
                 TaskKind.OFFLOAD_QKV
                 | TaskKind.OFFLOAD_TOKENS
                 | TaskKind.STORE_KV
-                | (TaskKind.STORE_HIDDEN)
+                | TaskKind.STORE_HIDDEN
             ):
                 return costs.d2h(self.num_bytes(task))
             case _:

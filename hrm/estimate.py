@@ -1,7 +1,8 @@
 """What a policy will do on a machine: closed form (the bound) and simulation (with its bubbles)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import ceil
 from typing import Final
 
@@ -137,7 +138,7 @@ def _batch(
     spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
 ) -> tuple[PhaseEstimate, PhaseEstimate]:
     costs = Costs(spec, profile, policy.dtype)
-    point = Point.of_policy(policy)
+    point = Point.of_policy(policy, spec)
     lanes = prefill_lanes(costs, point, workload)
     prefill = PhaseEstimate(
         seconds=prefill_seconds(costs, policy, workload),
@@ -149,9 +150,9 @@ def _batch(
     at_ends = [decode_lanes(costs, point, policy.schedule, context) for context in contexts]
     mean_lanes = {lane: (at_ends[0][lane] + at_ends[1][lane]) / 2 for lane in Lane}
     bound_s = sum(max(lanes.values()) for lanes in at_ends) / 2
-    seconds = sum(step_seconds(costs, policy, context) for context in set(contexts))
+    simulated = {step_seconds(costs, policy, context) for context in contexts} if steps else {0.0}
     decode = PhaseEstimate(
-        seconds=steps * seconds / len(set(contexts)),
+        seconds=steps * sum(simulated) / len(simulated),
         bound_s=steps * bound_s,
         lane_s={lane: steps * s for lane, s in mean_lanes.items()},
     )
@@ -219,7 +220,7 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
 def _over_layers(
     work: TaskWork, tasks_per_micro_batch: int, seconds: Callable[[TaskWork], float]
 ) -> float:
-    """`seconds` of the whole work, from two shares of its layers if it is long."""
+    """`seconds` of the whole work, from two shortened forms of it if it is long."""
     layers = work.pipeline.num_layers
     affordable = MAX_TASKS // (tasks_per_micro_batch * work.pipeline.num_micro_batches)
     many = max(4, affordable)
@@ -231,16 +232,27 @@ def _over_layers(
 
 
 def _cut(work: TaskWork, layers: int) -> TaskWork:
-    """The same work over some of its layers, picked evenly."""
-    pipeline, resident = work.pipeline, work.policy.resident_experts
-    picked = [i * pipeline.num_layers // layers for i in range(layers)]
+    """The same work over fewer layers, each of which stands for equally many of the whole."""
+    pipeline = work.pipeline
+    span = pipeline.num_layers / layers
+
+    def shares(of_each: Sequence[float]) -> tuple[float, ...]:
+        """Means over the layers that each cut layer stands for, parts of a layer included."""
+        ends = [0.0, *accumulate(of_each)]
+
+        def total(position: float) -> float:
+            whole = min(int(position), len(of_each) - 1)
+            return ends[whole] + (position - whole) * of_each[whole]
+
+        return tuple((total((i + 1) * span) - total(i * span)) / span for i in range(layers))
+
     return replace(
         work,
-        policy=replace(work.policy, resident_experts=tuple(resident[i] for i in picked)),
+        mean_residents=shares(work.resident_experts),
         pipeline=replace(
             pipeline,
             num_layers=layers,
-            streamed=tuple(pipeline.streamed[i] for i in picked),
-            cpu_experts=tuple(pipeline.cpu_experts[i] for i in picked),
+            streamed=tuple(share > 1e-9 for share in shares(pipeline.streamed)),
+            cpu_experts=tuple(share > 1e-9 for share in shares(pipeline.cpu_experts)),
         ),
     )

@@ -191,6 +191,10 @@ class HardwareProfile:
                 f"{self.name}: levels", [level.name for level in self.levels],
                 "must be one or more with distinct names", "list each memory level once",
             )  # fmt: skip
+        if self.num_gpus < 1:
+            raise ProfileError(
+                f"{self.name}: num_gpus", self.num_gpus, "must be at least 1", "correct it"
+            )
         check_figures(self.name, self)
         if len(self.levels) > 1:
             fast, slow = self.levels[0].name, self.levels[1].name
@@ -303,10 +307,15 @@ def check_figures(where: str, node: object) -> None:
 
 def _check_figure(where: str, figure: Figure) -> None:
     may_be_zero = where.endswith(("_s", "reserve_bytes")) and not where.endswith("per_s")
-    values = [figure.value, *(value for _, value in figure.curve)]
-    if any(not math.isfinite(v) or v < 0 or (v == 0 and not may_be_zero) for v in values):
+    spread = [value for value in (figure.p20, figure.p80) if value is not None]
+    values = [figure.value, *spread, *(value for _, value in figure.curve)]
+    impossible = [
+        value for value in values
+        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero)
+    ]  # fmt: skip
+    if impossible:
         raise ProfileError(
-            where, min(values), "must be positive and finite", "measure it again or correct it"
+            where, impossible[0], "must be positive and finite", "measure it again or correct it"
         )
     sizes = [size for size, _ in figure.curve]
     if any(size <= 0 for size in sizes) or sizes != sorted(set(sizes)):

@@ -6,14 +6,12 @@ links, the links up to what the host's memory can be read at.
 
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Final, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Final, TypeVar, cast
 
-from hrm.errors import HrmError, ProfileError
+from hrm.errors import ProfileError
 from hrm.hardware import (
     Figure,
     GpuCard,
@@ -24,6 +22,7 @@ from hrm.hardware import (
     Rate,
     Source,
 )
+from hrm.strict import decode_strictly
 from hrm.units import format_bandwidth
 
 MAX_RESERVE_SHARE: Final = 0.05  # of a capacity given by the user, who knows what is free
@@ -149,10 +148,48 @@ def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) ->
 
 
 def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:
-    """The YAML text of a profile, defaults left out and one figure a line where it fits."""
-    lines: list[str] = []
-    _write_block(lines, 0, _to_plain(profile))
-    return "\n".join(lines) + "\n"
+    """The YAML text of a profile, defaults left out and plain figures on a line each."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Floats with an exponent where they are long, as data sheets have them."""
+
+    def represent_float(dumper: Any, value: float) -> Any:
+        return dumper.represent_scalar("tag:yaml.org,2002:float", _float_text(value))
+
+    Dumper.add_representer(float, represent_float)
+    return yaml.dump(
+        _to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None,
+        width=100,
+    )  # fmt: skip
+
+
+def _float_text(value: float) -> str:
+    """The shortest text that YAML reads back as the same float."""
+    if 1e-3 <= abs(value) < 1e5 or value == 0:
+        return repr(value)
+    texts = (f"{value:.{digits}e}" for digits in range(1, 18))
+    mantissa, _, exponent = next(t for t in texts if float(t) == value).partition("e")
+    return f"{mantissa}e{int(exponent):+d}"
+
+
+def _to_plain(node: Any) -> Any:
+    if isinstance(node, Source):
+        return node.value
+    if is_dataclass(node) and not isinstance(node, type):
+        plain: dict[str, Any] = {}
+        for item in fields(node):
+            value = getattr(node, item.name)
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            if item.name == "schema" or value != default:
+                plain[item.name] = _to_plain(value)
+        return plain
+    if isinstance(node, dict):
+        pairs = cast("dict[Any, Any]", node)
+        return {key: _to_plain(value) for key, value in pairs.items()}
+    if isinstance(node, tuple):
+        return [_to_plain(item) for item in cast("tuple[Any, ...]", node)]
+    return node
 
 
 # ------------------------------------------------------------------------------------ composing
@@ -282,26 +319,6 @@ def _read(path: Path, kind: type[_T]) -> _T:
     return decode_strictly(_parse(path), kind, str(path))
 
 
-def decode_strictly(plain: Any, kind: type[_T], file: str) -> _T:
-    """What was read from a YAML or JSON `file` as a dataclass.
-
-    Raises ProfileError naming the file and field if a key is unknown or missing, a value has
-    another type, or the dataclass refuses it.
-    """
-    import msgspec
-
-    plain = _check_keys(plain, kind, file, "")
-    try:
-        return msgspec.convert(plain, kind)
-    except msgspec.ValidationError as error:
-        cause = error.__cause__
-        if isinstance(cause, HrmError):
-            raise _located(file, cause, plain) from error
-        raise _type_error(file, str(error), plain) from error
-    except HrmError as error:
-        raise _located(file, error, plain) from error
-
-
 def _parse(path: Path) -> Any:
     import yaml
 
@@ -317,228 +334,3 @@ def _parse(path: Path) -> Any:
         raise ProfileError(
             str(path), f"<{said}>", "must be valid YAML", "correct it at that place"
         ) from error
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _check_keys(plain: Any, kind: Any, file: str, path: str) -> Any:
-    """`plain` with numbers that YAML took for text (`2e9`) made numbers.
-
-    Raises ProfileError at the first key that is no field of its dataclass, or is missing.
-    """
-    if kind is float and isinstance(plain, str):
-        try:
-            return float(plain)
-        except ValueError:
-            return plain
-    if isinstance(kind, type) and is_dataclass(kind):
-        if not isinstance(plain, dict):
-            raise ProfileError(
-                f"{file}: {path}" if path else file, plain if path else "<no mapping>",
-                f"must be a mapping with {', '.join(item.name for item in fields(kind))}",
-                "see the files that come with hrm",
-            )  # fmt: skip
-        given = cast("dict[Any, Any]", plain)
-        _check_fields(given, kind, file, path)
-        hints = _hints(kind)
-        return {
-            key: _check_keys(value, hints[key], file, f"{path}.{key}" if path else key)
-            for key, value in given.items()
-        }
-    inner = [arg for arg in get_args(kind) if arg is not type(None)]
-    if isinstance(kind, UnionType):
-        return plain if plain is None else _check_keys(plain, inner[0], file, path)
-    if isinstance(plain, dict) and inner:
-        pairs = cast("dict[Any, Any]", plain)
-        return {k: _check_keys(v, inner[-1], file, f"{path}.{k}") for k, v in pairs.items()}
-    if isinstance(plain, list) and inner:
-        items = cast("list[Any]", plain)
-        return [
-            _check_keys(item, inner[0], file, f"{path}[{_label(item, i)}]")
-            for i, item in enumerate(items)
-        ]
-    return cast("Any", plain)
-
-
-def _check_fields(plain: dict[Any, Any], kind: type, file: str, path: str) -> None:
-    known: dict[str, Field[Any]] = {item.name: item for item in fields(kind)}
-    for key, value in plain.items():
-        if key not in known:
-            from difflib import get_close_matches
-
-            close = get_close_matches(str(key), known, 1)
-            where = f"{path}.{key}" if path else key
-            shown = "<a mapping>" if isinstance(value, dict) else value
-            raise ProfileError(
-                f"{file}: {where}", shown, f"is no field of {kind.__name__} ({', '.join(known)})",
-                f"did you mean {close[0]}?" if close else "remove or correct it",
-            )  # fmt: skip
-    for name, item in known.items():
-        required = item.default is MISSING and item.default_factory is MISSING
-        if required and name not in plain:
-            where = f"{path}.{name}" if path else name
-            raise ProfileError(
-                f"{file}: {where}", "<missing>", "must be given", "add it; see the files in hrm"
-            )
-
-
-def _label(item: Any, index: int) -> Any:
-    if isinstance(item, dict):
-        return cast("dict[Any, Any]", item).get("name", index)
-    return index
-
-
-_AT: Final = re.compile(r"^(?P<rule>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
-
-
-def _type_error(file: str, said: str, plain: Any) -> ProfileError:
-    match = _AT.match(said)
-    assert match is not None
-    where, value = "", plain
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", match["path"] or ""):
-        if key:
-            where += f".{key}" if where else key
-            value = cast("dict[str, Any]", value)[key]
-        else:
-            value = cast("list[Any]", value)[int(index)]
-            where += f"[{_label(value, int(index))}]"
-    rule = match["rule"].replace("`", "")
-    shown: Any = "<a mapping>" if isinstance(value, dict) else value
-    return ProfileError(
-        f"{file}: {where}" if where else file, shown, rule[:1].lower() + rule[1:],
-        "correct the value",
-    )  # fmt: skip
-
-
-def _located(file: str, error: HrmError, plain: Any) -> ProfileError:
-    """The same error with the file's name in place of the machine's."""
-    name = str(cast("dict[str, Any]", plain).get("name", ""))
-    where = error.where.removeprefix(name).lstrip(".: ") if name else error.where
-    message = str(error).removeprefix(error.where)
-    located = ProfileError(f"{file}: {where}", error.value, error.rule, error.remedy)
-    assert str(located).endswith(message)
-    return located
-
-
-# -------------------------------------------------------------------------------------- writing
-
-
-def _to_plain(node: Any) -> Any:
-    if isinstance(node, Source):
-        return node.value
-    if is_dataclass(node) and not isinstance(node, type):
-        plain: dict[str, Any] = {}
-        for item in fields(node):
-            value = getattr(node, item.name)
-            default = item.default_factory() if callable(item.default_factory) else item.default
-            if item.name == "schema" or value != default:
-                plain[item.name] = _to_plain(value)
-        return _Inline(plain) if isinstance(node, Figure) else plain
-    if isinstance(node, dict):
-        pairs = cast("dict[Any, Any]", node)
-        return {key: _to_plain(value) for key, value in pairs.items()}
-    if isinstance(node, tuple):
-        items = cast("tuple[Any, ...]", node)
-        return [_to_plain(item) for item in items]
-    return node
-
-
-class _Inline(dict[str, Any]):
-    """A mapping written on one line: `{value: 3.2e+11, source: datasheet}`."""
-
-
-_LINE_WIDTH: Final = 100
-_PLAIN_TEXT: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.+/-]*(?: [A-Za-z0-9_.+/()%~=<>-]+)*")
-_WORDS: Final = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n"}
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return _number(value)
-    text = str(value)
-    if _PLAIN_TEXT.fullmatch(text) and text.lower() not in _WORDS and not text.endswith("-"):
-        return text
-    return '"' + "".join(_escape(char) for char in text) + '"'
-
-
-def _escape(char: str) -> str:
-    if char in '"\\':
-        return f"\\{char}"
-    if char.isprintable():
-        return char
-    return f"\\U{ord(char):08x}"
-
-
-def _number(value: float) -> str:
-    """The shortest text that reads back as exactly `value`: `0.35`, `16`, `3.2e+11`."""
-    text = repr(value)
-    if value.is_integer() and abs(value) < 2**53:
-        whole = str(int(value))
-        digits = whole.rstrip("0").lstrip("-")
-        if len(whole) < 7 or len(digits) > 6:
-            return whole
-        exponent = len(whole.lstrip("-")) - 1
-        sign = "-" if value < 0 else ""
-        text = f"{sign}{digits[0]}.{digits[1:] or '0'}e+{exponent:02d}"
-    elif "e" in text and "." not in text.partition("e")[0]:
-        text = text.replace("e", ".0e")
-    assert float(text) == value or value != value  # noqa: PLR0124
-    return text
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        pairs = cast("dict[str, Any]", value)
-        return "{" + ", ".join(f"{key}: {_inline(item)}" for key, item in pairs.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_inline(item) for item in cast("list[Any]", value)) + "]"
-    return _scalar(value)
-
-
-def _write_block(lines: list[str], indent: int, node: dict[str, Any]) -> None:
-    pad = " " * indent
-    for key, value in node.items():
-        label = f"{pad}{_scalar(key)}:"
-        if isinstance(value, dict) and value:
-            pairs = cast("dict[str, Any]", value)
-            if isinstance(value, _Inline) and indent + len(f"{label} {_inline(value)}") <= (
-                _LINE_WIDTH
-            ):
-                lines.append(f"{label} {_inline(pairs)}")
-            else:
-                lines.append(label)
-                _write_block(lines, indent + 2, pairs)
-        elif isinstance(value, list) and _is_list_of_blocks(cast("list[Any]", value)):
-            lines.append(label)
-            for item in cast("list[dict[str, Any]]", value):
-                start = len(lines)
-                _write_block(lines, indent + 4, item)
-                lines[start] = f"{pad}  - {lines[start].lstrip()}"
-        else:
-            text = f"{label} {_inline(value)}"
-            if len(text) > _LINE_WIDTH and text.endswith(('"', "]")):
-                text = f"\n{pad}  ".join(_wrapped(text, _LINE_WIDTH - indent - 2))
-            lines.append(text)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Break a quoted text at single spaces, which read back as such, or a list at its pairs."""
-    gap = r"(?<=[^ \\]) (?=[^ \\])" if text.endswith('"') else r" (?=\[)"
-    lines = [""]
-    for word in re.split(gap, text):
-        if len(lines[-1]) + 1 + len(word) > width and ":" in lines[0]:
-            lines.append(word)
-        else:
-            lines[-1] += f" {word}" if lines[-1] else word
-    return lines
-
-
-def _is_list_of_blocks(items: Iterable[Any]) -> bool:
-    return any(isinstance(item, dict) for item in items)

@@ -184,7 +184,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ModelError if it is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ModelError(
             str(path), f"<{error}>", "must be a readable JSON file", "download the config again"
         ) from error
@@ -210,7 +210,14 @@ def spec_from_hf_config(config: dict[str, Any], where: str) -> ModelSpec:
         )  # fmt: skip
     path = Path(where)
     name = path.parent.name if path.name == "config.json" else path.stem
-    return reader(config, where, name or str(family))
+    name = name or str(family)
+    try:
+        return reader(config, where, name)
+    except ModelError as error:
+        if error.where.startswith(where):
+            raise
+        field = error.where.removeprefix(f"{name}: ")
+        raise ModelError(f"{where}: {field}", error.value, error.rule, error.remedy) from error
 
 
 def _integer(config: dict[str, Any], where: str, *keys: str, default: int | None = None) -> int:
@@ -221,6 +228,13 @@ def _integer(config: dict[str, Any], where: str, *keys: str, default: int | None
         raise ModelError(
             f"{where}: {keys[0]}", shown, "must be a positive integer", "check the config.json"
         )
+    return value
+
+
+def _truth(config: dict[str, Any], where: str, key: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise ModelError(f"{where}: {key}", value, "must be true or false", "check the config.json")
     return value
 
 
@@ -239,7 +253,7 @@ def _read_mixtral(config: dict[str, Any], where: str, name: str) -> ModelSpec:
         num_experts=_integer(config, where, "num_local_experts", "num_experts"),
         experts_per_token=_integer(config, where, "num_experts_per_tok", "experts_per_token"),
         vocab_size=_integer(config, where, "vocab_size"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=_truth(config, where, "tie_word_embeddings"),
     )
 
 
@@ -270,7 +284,7 @@ def _read_dbrx(config: dict[str, Any], where: str, name: str) -> ModelSpec:
         num_experts=_integer(ffn, f"{where}: ffn_config", "moe_num_experts"),
         experts_per_token=_integer(ffn, f"{where}: ffn_config", "moe_top_k"),
         vocab_size=_integer(config, where, "vocab_size"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=_truth(config, where, "tie_word_embeddings"),
     )
 
 

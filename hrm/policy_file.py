@@ -11,10 +11,10 @@ import msgspec
 
 from hrm.errors import PolicyError, ProfileError
 from hrm.estimate import Estimate
-from hrm.hardware import HardwareProfile
-from hrm.machines import decode_strictly
+from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
+from hrm.strict import decode_strictly
 from hrm.workload import Workload
 
 SCHEMA = 1
@@ -48,7 +48,7 @@ def policy_file_of(
     """The file's content for an estimated policy; its budgets are the levels' usable bytes."""
     return PolicyFile(
         policy=predicted.policy,
-        memory_budget_bytes={"gpu": profile.top.usable_bytes, "cpu": profile.host.usable_bytes},
+        memory_budget_bytes={GPU: profile.top.usable_bytes, CPU: profile.host.usable_bytes},
         model=spec,
         workload=workload,
         profile=profile,
@@ -80,14 +80,15 @@ def load_policy_file(path: Path) -> PolicyFile:
         plain = msgspec.json.decode(path.read_bytes())
         content = decode_strictly(plain, PolicyFile, str(path))
     except ProfileError as error:
-        remedy = "correct it, or write the file again with hrm search --out or hrm estimate --out"
+        again = "correct it, or write the file again with hrm search --out"
+        remedy = error.remedy if error.remedy.startswith("did you mean") else again
         raise PolicyError(error.where, error.value, error.rule, remedy) from error
     except OSError as error:
         raise PolicyError(
             str(path), f"<{error.strerror}>", "must be a readable policy file",
             "write one with hrm search --out",
         ) from error  # fmt: skip
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PolicyError(
             str(path), f"<{error}>", "must be a policy file: one JSON object",
             "write it again with hrm search --out or hrm estimate --out",
@@ -96,5 +97,12 @@ def load_policy_file(path: Path) -> PolicyFile:
         raise PolicyError(
             f"{path}: schema", content.schema, f"must be {SCHEMA}", "write it again with hrm search"
         )
+    for level in (GPU, CPU):
+        budget = content.memory_budget_bytes.get(level)
+        if budget is None or budget < 1:
+            raise PolicyError(
+                f"{path}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
+                "must be a positive number of bytes", "write it again with hrm search --out",
+            )  # fmt: skip
     content.policy.check_model(content.model)
     return content

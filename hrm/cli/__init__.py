@@ -56,7 +56,9 @@ def cli() -> None:
     """
 
 
-_REFUSED: Final = re.compile(r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL)
+_REFUSED: Final = re.compile(
+    r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL
+)
 
 
 def usage_mistake(error: click.UsageError) -> HrmError:

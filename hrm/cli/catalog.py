@@ -104,6 +104,13 @@ def print_profile(profile: HardwareProfile) -> None:
     """Print a machine with every figure and its source."""
     console.print(f"[bold]{profile.name}[/] ({profile.accelerator})")
     _print_levels(list(profile.levels))
+    if profile.links:
+        _print_links(profile)
+    for key, value in profile.environment.items():
+        console.print(f"[dim]{key}: {value}[/]")
+
+
+def _print_links(profile: HardwareProfile) -> None:
     table = Table("link", "kind", "latency", "bandwidth", "source", box=None, pad_edge=False)
     for link in profile.links:
         bandwidth = link.bandwidth_bytes_per_s
@@ -115,8 +122,6 @@ def print_profile(profile: HardwareProfile) -> None:
             bandwidth.planned.source.value,
         )
     console.print(table)
-    for key, value in profile.environment.items():
-        console.print(f"[dim]{key}: {value}[/]")
 
 
 def _print_levels(levels: list[MemoryLevel]) -> None:

@@ -1,5 +1,6 @@
 """Options that many commands share: which machine, which model, which workload."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -11,6 +12,7 @@ import click
 from hrm.errors import PolicyError, ProfileError, WorkloadError
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, load_profile, with_memory
+from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec, load_model
 from hrm.policy import ScheduleName
 from hrm.policy_file import load_policy_file, policy_file_of
@@ -81,10 +83,22 @@ def resolve_machine(
             "--host", host, "goes with --gpus only", "drop it: the profile has its own host"
         )
     machine = load_profile(profile) if profile is not None else compose(gpus or "", host)
+    return _with_given_memory(machine, gpu_memory, cpu_memory)
+
+
+def _with_given_memory(
+    machine: HardwareProfile, gpu_memory: str | None, cpu_memory: str | None
+) -> HardwareProfile:
+    if gpu_memory is None and cpu_memory is None:
+        return machine
     return with_memory(
         machine,
-        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-        cpu_memory_bytes=parse_bytes(cpu_memory, "--cpu-memory") if cpu_memory else None,
+        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory")
+        if gpu_memory is not None
+        else None,
+        cpu_memory_bytes=parse_bytes(cpu_memory, "--cpu-memory")
+        if cpu_memory is not None
+        else None,
     )
 
 
@@ -120,13 +134,13 @@ def resolve_workload(
         return Workload(
             name="given",
             prompt_len=prompt_len,
-            max_prompt_len=max_prompt_len or int(-(-prompt_len // 1)),
+            max_prompt_len=_longest(prompt_len) if max_prompt_len is None else max_prompt_len,
             gen_len=gen_len,
             num_requests=requests,
         )
     base = named_workload(name)
     mean = base.prompt_len if prompt_len is None else prompt_len
-    longest = max(base.max_prompt_len if prompt_len is None else 0, int(-(-mean // 1)))
+    longest = base.max_prompt_len if prompt_len is None else _longest(mean)
     return replace(
         base,
         prompt_len=mean,
@@ -134,6 +148,13 @@ def resolve_workload(
         gen_len=base.gen_len if gen_len is None else gen_len,
         num_requests=requests,
     )
+
+
+def _longest(prompt_len: float) -> int:
+    """The longest prompt if nothing is said of it: the mean, rounded up."""
+    if not math.isfinite(prompt_len):
+        raise WorkloadError("--prompt-len", prompt_len, "must be finite", "give a number of tokens")
+    return math.ceil(prompt_len)
 
 
 def plan_options(command: Command) -> Command:
@@ -177,9 +198,18 @@ def plan_options(command: Command) -> Command:
         machine_given = any((profile, gpus, host))
         lengths = (workload, prompt_len, max_prompt_len, gen_len, requests)
         if policy is not None:
+            if model is not None:
+                raise PolicyError(
+                    "--model", model, "does not go with --policy, whose file holds its model",
+                    "leave one of them out",
+                )  # fmt: skip
             plan = load_policy_file(policy)
             if machine_given:
                 machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
+            else:
+                machine = _with_given_memory(plan.profile, gpu_memory, cpu_memory)
+            if machine is not plan.profile:
+                plan_memory(plan.model, plan.policy, machine).check_fits()
                 plan = replace(plan, profile=machine)
             if any(value is not None for value in lengths):
                 plan = replace(plan, workload=resolve_workload(*lengths))

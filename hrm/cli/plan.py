@@ -11,6 +11,7 @@ from hrm.estimate import Estimate
 from hrm.estimate import estimate as predict
 from hrm.hardware import HardwareProfile
 from hrm.memory import plan_memory
+from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search.result import SearchResult
@@ -103,13 +104,22 @@ def estimate(
     if workload.num_requests is not None:
         batch_size = max(min(batch_size, workload.num_requests), micro_batch_size)
     chunk = max(workload.max_prompt_len, min(round(batch_size * workload.prompt_len), 4096))
+    if prefill_chunk is not None and prefill_chunk < workload.max_prompt_len:
+        raise PolicyError(
+            "--prefill-chunk", prefill_chunk,
+            f"must hold the longest prompt of {workload.max_prompt_len} tokens",
+            "prompts are prefilled whole: give at least that",
+        )  # fmt: skip
+    if not profile.has_accelerator:  # one level: everything lies and is computed there
+        attention = ffn = Device.GPU.value
+        resident_experts, resident_dense, kv_on_gpu = str(model.spec.num_experts), True, "1"
     policy = Policy(
         schedule=ScheduleName(schedule),
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         attention=Device(attention),
         ffn=Device(ffn),
-        resident_experts=_resident_experts(resident_experts, model.spec.num_layers),
+        resident_experts=_resident_experts(resident_experts, model.spec),
         resident_dense=resident_dense,
         gpu_kv_micro_batches=round(_share(kv_on_gpu) * -(-batch_size // micro_batch_size)),
         kv_tokens_per_micro_batch=kv_tokens_for(
@@ -125,15 +135,20 @@ def estimate(
     _show(predicted, model, profile, workload, None, as_json=as_json, out=out)
 
 
-def _resident_experts(text: str, num_layers: int) -> tuple[int, ...]:
+def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
+    rules = f"must be counts of at most the {spec.num_experts} experts of {spec.name}"
+    remedy = f"give one count, or one for each of the {spec.num_layers} layers"
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise PolicyError(
-            "--resident-experts", text, "must be integers separated by commas",
-            "give one count, or one for each layer",
-        ) from None  # fmt: skip
-    return counts * num_layers if len(counts) == 1 else counts
+            "--resident-experts", text, "must be integers separated by commas", remedy
+        ) from None
+    if len(counts) not in {1, spec.num_layers} or not 0 <= min(counts) <= max(counts) <= (
+        spec.num_experts
+    ):
+        raise PolicyError("--resident-experts", text, rules, remedy)
+    return counts * spec.num_layers if len(counts) == 1 else counts
 
 
 def _share(text: str) -> float:

@@ -90,6 +90,8 @@ def plan_json(
             "evaluations": search.evaluations,
             "outcome": search.outcome.name.lower(),
             "gap": search.gap,
+            "simulated": search.simulated,
+            "certified": search.certified,
         }
         content["runner_ups"] = [
             {"policy": policy_json(e.policy, spec), "predicted": predicted_json(e)}
@@ -135,11 +137,11 @@ def print_plan(
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
     _print_policy(policy, spec, has_gpu=profile.has_accelerator)
-    _print_prediction(estimate, workload)
+    _print_prediction(estimate, workload, has_gpu=profile.has_accelerator)
     _print_memory(estimate, profile)
     _print_turning_points(_turning_points(estimate, spec, profile, workload))
     if search is not None:
-        _print_search(search, spec)
+        _print_search(search, spec, has_gpu=profile.has_accelerator)
 
 
 def _kind_of_machine(profile: HardwareProfile) -> str:
@@ -158,7 +160,8 @@ def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
         f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
         f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f}), schedule {policy.schedule.value}"
     )
-    batches = f"{policy.num_micro_batches} micro-batches of {policy.micro_batch_size}"
+    plural = "es" if policy.num_micro_batches > 1 else ""
+    batches = f"{policy.num_micro_batches} micro-batch{plural} of {policy.micro_batch_size}"
     console.print(f"  {policy.batch_size} requests a batch in {batches}")
     if not has_gpu:
         console.print("  everything is held and computed on the CPU: there is no accelerator\n")
@@ -177,11 +180,16 @@ def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
     console.print(f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time\n")
 
 
+def _limit(phase: PhaseEstimate, *, has_gpu: bool) -> str:
+    """The bottleneck of a phase in words."""
+    return LANE_WORDS[phase.bottleneck] if has_gpu else "CPU, which does everything"
+
+
 def _word(device: Device) -> str:
     return "GPU" if device is Device.GPU else "CPU"
 
 
-def _print_prediction(estimate: Estimate, workload: Workload) -> None:
+def _print_prediction(estimate: Estimate, workload: Workload, *, has_gpu: bool) -> None:
     share = estimate.tokens_per_s / estimate.bound_tokens_per_s
     what = "batch" if workload.num_requests is None else "job"
     console.print(
@@ -191,7 +199,7 @@ def _print_prediction(estimate: Estimate, workload: Workload) -> None:
     for name, phase in (("prefill", estimate.prefill), ("decode", estimate.decode)):
         console.print(
             f"  {name:8}{format_seconds(phase.seconds):>12} a {what}, limited by the "
-            f"{LANE_WORDS[phase.bottleneck]}  {_lane_shares(phase)}"
+            f"{_limit(phase, has_gpu=has_gpu)}{_lane_shares(phase) if has_gpu else ''}"
         )
     console.print()
 
@@ -199,7 +207,7 @@ def _print_prediction(estimate: Estimate, workload: Workload) -> None:
 def _lane_shares(phase: PhaseEstimate) -> str:
     seconds = max(phase.seconds, 1e-12)
     shares = [f"{lane.value} {s / seconds:.0%}" for lane, s in phase.lane_s.items() if s > 0]
-    return f"[dim](busy: {', '.join(shares)})[/]"
+    return f"  [dim](busy: {', '.join(shares)})[/]"
 
 
 def _print_memory(estimate: Estimate, profile: HardwareProfile) -> None:
@@ -232,7 +240,7 @@ def _print_turning_points(points: dict[str, TurningPoints]) -> None:
     console.print("[dim]  FLOPs a byte of the data that lies on the host[/]\n")
 
 
-def _print_search(search: SearchResult, spec: ModelSpec) -> None:
+def _print_search(search: SearchResult, spec: ModelSpec, *, has_gpu: bool) -> None:
     if search.runner_ups:
         table = Table(
             "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", "decode limited by",
@@ -243,18 +251,24 @@ def _print_search(search: SearchResult, spec: ModelSpec) -> None:
             table.add_row(
                 f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f})",
                 f"{estimate.tokens_per_s:.4g}",
-                LANE_WORDS[estimate.decode.bottleneck],
+                _limit(estimate.decode, has_gpu=has_gpu),
             )
         console.print(table)
-    how = search.outcome.value
-    if search.gap > 0:
-        how = (
-            f"simulated, it beats one with a closed form {search.gap / (1 - search.gap):.1%} higher"
-        )
     console.print(
-        f"[dim]{search.solver} search: {search.evaluations:,} policies in {search.seconds:.2f} s; "
-        f"{how}[/]"
+        f"[dim]{search.solver} search: {search.evaluations:,} policies in closed form, "
+        f"{search.simulated} of them simulated, in {search.seconds:.2f} s; {_why(search)}[/]"
     )
+
+
+def _why(search: SearchResult) -> str:
+    """Why the chosen policy is the best, in words."""
+    if search.gap < 0.0005:
+        return search.outcome.value
+    higher = search.gap / (1 - search.gap)
+    return (
+        f"the closed form of another is {higher:.2g} times" if higher >= 1
+        else f"the closed form of another is {higher:.1%}"
+    ) + " higher, but simulated, with its waits, it is slower"  # fmt: skip
 
 
 def print_run_command(model: str, out: Path | None, *, is_folder: bool) -> None:

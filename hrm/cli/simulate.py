@@ -62,6 +62,8 @@ def simulate(
         f"[bold]{plan.model.name}[/] on [bold]{plan.profile.name}[/], "
         f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated\n"
     )
+    if not plan.profile.has_accelerator:
+        console.print("[dim]there is no accelerator: lane GPU is the CPU, and nothing moves[/]\n")
     for lane in Lane:
         text = lane_text(shown, lane, TEXT_TASKS)
         if text:

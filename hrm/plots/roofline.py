@@ -19,7 +19,8 @@ def plot_roofline(
     """Draw the roofs of every level and of the link; with a model, attention and FFN on them.
 
     Solid roofs are what plans are made with, dotted ones the data sheet. Vertical lines stand at
-    the FLOPs a byte of what lies on the host; P1 and P2 are marked where a line meets them.
+    the FLOPs a byte of what lies on the host. Triangles mark P1 and P2: a line left of its P1 is
+    faster on the CPU, one left of its P2 is limited by the link.
     """
     figure, axes = style.new_figure(9.5, 5.8)
     top, host = profile.top, profile.host
@@ -32,12 +33,18 @@ def plot_roofline(
         if spec is not None:
             attention = attention_turning_points(profile, spec, dtype, context=context)
             _draw_operator(axes, attention, f"attention, context {context:g}", style.RED)
-            for batch_size in batch_sizes:
-                ffn = ffn_turning_points(
+            ffns = {
+                batch_size: ffn_turning_points(
                     profile, spec, dtype, batch_size=batch_size,
                     micro_batch_size=min(micro_batch_size, batch_size),
-                )  # fmt: skip
+                )
+                for batch_size in batch_sizes
+            }  # fmt: skip
+            for batch_size, ffn in ffns.items():
                 _draw_operator(axes, ffn, f"FFN, N = {batch_size}", style.PURPLE)
+            # The FFN's P1 and P2 grow with the batch, up to these.
+            _mark_turning_points(axes, attention, "attention", style.RED, row=1)
+            _mark_turning_points(axes, ffns[max(ffns)], "FFN", style.PURPLE, row=0)
     axes.set(xscale="log", yscale="log", xlim=INTENSITIES)
     axes.set_xlabel("operational intensity: FLOPs a byte of what lies on the host")
     axes.set_ylabel("attainable FLOP/s")
@@ -47,7 +54,8 @@ def plot_roofline(
         title += f" ({kind[profile.accelerator]})"
     axes.set_title(title, loc="left")
     axes.grid(visible=True, which="major", linewidth=0.4, alpha=0.5)
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.legend(loc="lower right", fontsize=8, bbox_to_anchor=(1.0, 0.13), framealpha=0.9,
+                edgecolor="none")  # fmt: skip
     style.save_figure(figure, path)
 
 
@@ -77,12 +85,24 @@ def _draw_operator(axes: Any, point: TurningPoints, label: str, colour: str) -> 
     axes.axvline(point.intensity, color=colour, linewidth=0.9, linestyle="--")
     axes.annotate(
         label, (point.intensity, 1.0), xycoords=("data", "axes fraction"), rotation=90,
-        fontsize=7, color=colour, ha="right", va="top",
+        fontsize=8, color=colour, ha="right", va="top",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
     )  # fmt: skip
-    if point.intensity < point.p2:
-        side = "P1" if point.intensity < point.p1 else "P2"
-        where = point.p1 if side == "P1" else point.p2
-        axes.plot([where], [0.015], marker="v" if side == "P1" else "^", color=colour,
-                  transform=axes.get_xaxis_transform(), markersize=6)  # fmt: skip
-        axes.annotate(side, (where, 0.03), xycoords=("data", "axes fraction"), fontsize=7,
-                      color=colour, ha="center")  # fmt: skip
+
+
+def _mark_turning_points(
+    axes: Any, point: TurningPoints, name: str, colour: str, *, row: int
+) -> None:
+    """P1 and P2 on a line of their own above the axis, the lower ones in row 0."""
+    height = 0.03 + 0.055 * row
+    left, right = INTENSITIES
+    for word, where, marker, side in (("P1", point.p1, "v", -1), ("P2", point.p2, "^", 1)):
+        if left <= where <= right:
+            axes.plot([where], [height], marker=marker, color=colour, markersize=7,
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+            axes.annotate(
+                f"{word} {name}", (where, height), xycoords=("data", "axes fraction"), fontsize=8,
+                color=colour, ha="left" if side > 0 else "right", va="center",
+                xytext=(7 * side, 0), textcoords="offset points",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )  # fmt: skip

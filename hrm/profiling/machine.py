@@ -125,6 +125,11 @@ def profile_machine(
             "--link-bandwidth", link_bandwidth_bytes_per_s,
             "is what an emulated link is paced to", "leave it out or use --accelerator emulated",
         )  # fmt: skip
+    if gpu_memory_bytes is not None and kind == "cpu":
+        raise ProfileError(
+            "--gpu-memory", gpu_memory_bytes, "needs a GPU level, which accelerator cpu has not",
+            "leave it out or use --accelerator emulated",
+        )  # fmt: skip
     started_s, host = time.monotonic(), host_facts()
     run = _Run(
         host=host,
@@ -399,7 +404,7 @@ def _profile_emulated(run: _Run, gpu_bytes: int, bandwidth: float) -> HardwarePr
 
     def with_launch_latency(level: MemoryLevel) -> MemoryLevel:
         alone = level.processor.launch_latency_s.value
-        note = f"with the other lane busy too; alone {alone * 1e6:.2g} µs"
+        note = f"with the other lane busy too; alone {alone:.2g} s"
         processor = replace(level.processor, launch_latency_s=beside.duration(note))
         return replace(level, processor=processor)
 

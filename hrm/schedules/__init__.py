@@ -80,6 +80,4 @@ def iter_tasks(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[Task]:
 
 def graph(pipeline: Pipeline, schedule: ScheduleName) -> TaskGraph:
     """The whole graph of a phase, to be printed, drawn or simulated."""
-    prefill = pipeline.phase is Phase.PREFILL
-    order = orders.prefill if prefill else SCHEDULES[schedule].order
-    return TaskGraph(tuple(pipeline.tasks(order(pipeline))))
+    return TaskGraph(tuple(iter_tasks(pipeline, schedule)))

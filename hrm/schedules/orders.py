@@ -41,6 +41,7 @@ def cgopipe(p: Pipeline) -> Iterator[TaskId]:
         if position < total:
             t, i, j = position // (layers * n), position // n % layers, position % n
             yield from p.prefetch_kv(t, i, j)
+            yield from p.embed(t, i, j)
             yield from p.before_attention(t, i, j)
             yield from p.attend(t, i, j)
 
@@ -68,11 +69,14 @@ def flexgen(p: Pipeline) -> Iterator[TaskId]:
     """FlexGen: one micro-batch at a time, the next layer's weights whole and first in the queue.
 
     With attention on the GPU (S4) the next micro-batch's KV cache is prefetched during the
-    current one; with attention on the CPU (S3) nothing of a layer overlaps with it.
+    current one; with attention on the CPU (S3) nothing of a layer overlaps with it. A step's token
+    embeddings are ahead of all its weights, as FlexGen fetches a layer's input a turn before it.
     """
     yield from p.load_pages((0, 0))
     for t in range(p.num_steps):
         for i in range(p.num_layers):
+            for j in range(p.num_micro_batches):
+                yield from p.embed(t, i, j)
             yield from p.load_pages(p.next_layer(t, i))
             yield from p.prefetch_kv(t, i, 0)
             for j in range(p.num_micro_batches):
@@ -91,6 +95,8 @@ def deepspeed(p: Pipeline) -> Iterator[TaskId]:
     yield from p.load_pages((0, 0))
     for t in range(p.num_steps):
         for i in range(p.num_layers):
+            for j in micro_batches:
+                yield from p.embed(t, i, j)
             yield from p.load_pages(p.next_layer(t, i))
             for j in micro_batches:
                 yield from p.before_attention(t, i, j)

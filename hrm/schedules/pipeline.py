@@ -142,10 +142,13 @@ class Pipeline:
         if self.streams_kv(j):
             yield TaskId(K.LOAD_KV, i, j, t)
 
-    def before_attention(self, t: int, i: int, j: int) -> Iterator[TaskId]:
-        """Everything up to queries, keys and values."""
+    def embed(self, t: int, i: int, j: int) -> Iterator[TaskId]:
+        """Move a micro-batch's token embeddings to the GPU, before the first layer."""
         if i == 0:
             yield TaskId(K.EMBED, i, j, t)
+
+    def before_attention(self, t: int, i: int, j: int) -> Iterator[TaskId]:
+        """Everything up to queries, keys and values."""
         yield TaskId(K.PRE_ATTENTION, i, j, t)
 
     def attend(self, t: int, i: int, j: int) -> Iterator[TaskId]:

@@ -11,7 +11,7 @@ from hrm.costs import Costs
 from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
-from hrm.policy import ScheduleName
+from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.space import Grid, Ints, Space, make_grid
@@ -24,7 +24,8 @@ MAX_MICRO_BATCHES: Final = 1024
 COARSE_CHUNKS: Final = [1, 4, 16]
 FINE_CHUNKS: Final = [1, 2, 4, 8, 16]
 REFINEMENTS: Final = 2
-FINALISTS: Final = 3
+RUNNER_UPS: Final = 3
+MAX_SIMULATED: Final = 8
 
 
 def search(
@@ -34,8 +35,8 @@ def search(
 ) -> SearchResult:  # fmt: skip
     """The policy with the highest closed-form job throughput that fits, simulated to be sure.
 
-    The grid's spacing is a few per cent; around the best policies all integers are tried. The
-    finalists are simulated, and the one with the highest simulated throughput is chosen.
+    The grid's spacing is a few per cent; around the best policies all integers are tried. The best
+    of each kind are simulated, and the one with the highest simulated throughput is chosen.
     """
     started_s = time.perf_counter()
     space = Space(
@@ -57,6 +58,8 @@ def search(
             evaluations=evaluations,
             seconds=time.perf_counter() - started_s,
             gap=0.0,
+            simulated=0,
+            certified=True,
             remedy=_remedy(space),
         )
     for _ in range(REFINEMENTS):
@@ -64,39 +67,49 @@ def search(
         finer = make_grid(space, around, kv_shares=space.kv_shares(5), chunk_factors=FINE_CHUNKS)
         evaluations += len(finer)
         grid, scores = _merge(grid, scores, finer, _scores(space, costs, finer))
-    ranked = _best_of_each_kind(grid, scores, count=FINALISTS)
-    finalists = [index for index in ranked if scores[index] >= 0.9 * scores[ranked[0]]]
-    estimates = [
-        estimate(spec, grid.policy(space, index), profile, workload)
-        for index in finalists[:FINALISTS]
-    ]
-    order = sorted(range(len(estimates)), key=lambda i: -estimates[i].tokens_per_s)
-    best = estimates[order[0]]
-    chosen_score = scores[finalists[order[0]]]
+    simulated, unseen = _simulate_the_best(space, grid, scores)
+    best, *others = sorted(simulated, key=lambda pair: -pair[1].tokens_per_s)
+    highest = float(scores.max())
     return SearchResult(
         solver="exhaustive",
         outcome=Outcome.OPTIMAL,
-        best=best,
-        runner_ups=_different(best, [estimates[i] for i in order[1:]], space, grid, ranked),
+        best=best[1],
+        runner_ups=tuple(estimated for _, estimated in others[:RUNNER_UPS]),
         evaluations=evaluations,
         seconds=time.perf_counter() - started_s,
-        gap=float(1 - chosen_score / scores[ranked[0]]),
+        gap=max(0.0, 1 - float(scores[best[0]]) / highest),
+        simulated=len(simulated),
+        certified=unseen <= best[1].tokens_per_s,
     )
 
 
-def _different(
-    best: Estimate, simulated: list[Estimate], space: Space, grid: Grid, ranked: list[int]
-) -> tuple[Estimate, ...]:
-    """Runner-ups: the other finalists, then the best of the kinds that were not simulated yet."""
-    seen = {best.policy, *(e.policy for e in simulated)}
-    kinds = {(e.policy.attention, e.policy.ffn) for e in (best, *simulated)}
-    for index in ranked:
+def _simulate_the_best(
+    space: Space, grid: Grid, scores: NDArray[np.float64]
+) -> tuple[list[tuple[int, Estimate]], float]:
+    """Candidates with their estimates, and the greatest closed form of a kind left unsimulated.
+
+    The best of each kind are simulated in the order of their closed form until none that is left
+    can do better by its own; then as many more as make runner-ups, the best of their kind first.
+    """
+    of_each_kind = _best_of_each_kind(grid, scores, count=1)
+    ranked = _best_of_each_kind(grid, scores, count=RUNNER_UPS)
+    queue = of_each_kind + [index for index in ranked if index not in of_each_kind]
+    simulated: list[tuple[int, Estimate]] = []
+    seen: set[Policy] = set()
+    for position, index in enumerate(queue):
+        best = max((estimated.tokens_per_s for _, estimated in simulated), default=0.0)
+        enough = len(simulated) > RUNNER_UPS and (
+            position >= len(of_each_kind) or scores[index] <= best
+        )
+        if enough or len(simulated) >= MAX_SIMULATED:
+            left = max((float(scores[i]) for i in queue[position : len(of_each_kind)]), default=0.0)
+            return simulated, left
         policy = grid.policy(space, index)
-        kind = (policy.attention, policy.ffn)
-        if policy not in seen and kind not in kinds and len(simulated) < FINALISTS:
-            simulated.append(estimate(space.spec, policy, space.profile, space.workload))
-            kinds.add(kind)
-    return tuple(sorted(simulated, key=lambda e: -e.tokens_per_s))
+        if policy not in seen:
+            seen.add(policy)
+            predicted = estimate(space.spec, policy, space.profile, space.workload)
+            simulated.append((index, predicted))
+    return simulated, 0.0
 
 
 def _coarse_pairs(space: Space) -> NDArray[np.int64]:
@@ -161,13 +174,16 @@ def _scores(space: Space, costs: Costs, grid: Grid) -> NDArray[np.float64]:
 def _best_of_each_kind(grid: Grid, scores: NDArray[np.float64], *, count: int) -> list[int]:
     """The best candidates of every kind, each of its own number of micro-batches.
 
-    Kinds differ in their devices and in whether some of the KV cache lives on the GPU.
+    Kinds differ in their devices and in whether none, some or all of the KV cache lives on the
+    GPU. Of equals, the one with the fewest micro-batches is better.
     """
-    kinds = grid.gpu_attention * 4 + grid.gpu_ffn * 2 + (grid.gpu_kv_micro_batches > 0)
+    on_gpu = grid.gpu_kv_micro_batches
+    kv = (on_gpu > 0).astype(np.int64) + (on_gpu == grid.num_micro_batches)
+    kinds = grid.gpu_attention * 6 + grid.gpu_ffn * 3 + kv
     best: list[int] = []
     for kind in np.unique(kinds):
         members = np.flatnonzero((kinds == kind) & grid.fits)
-        members = members[np.argsort(-scores[members], kind="stable")]
+        members = members[np.lexsort((grid.num_micro_batches[members], -scores[members]))]
         _, first = np.unique(grid.num_micro_batches[members], return_index=True)
         best.extend(int(index) for index in members[np.sort(first)[:count]])
     return sorted(best, key=lambda index: -scores[index])
@@ -186,8 +202,9 @@ def _merge(
 
 
 def _remedy(space: Space) -> str:
+    layer = format_bytes(space.spec.layer_bytes(space.dtype))
     return (
         f"give it more --gpu-memory or --cpu-memory, shorten --max-prompt-len,"
         f" or add GPUs: {space.spec.name} at {space.dtype} has"
-        f" {format_bytes(space.spec.layer_bytes(space.dtype))} a layer, two of which must fit the GPU"
+        f" {layer} a layer, two of which must fit the GPU, and all must fit the two levels together"
     )

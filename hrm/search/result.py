@@ -10,7 +10,7 @@ from hrm.estimate import Estimate
 class Outcome(Enum):
     """How a search ended; the value says it in words."""
 
-    OPTIMAL = "no policy of the space has a higher closed-form throughput"
+    OPTIMAL = "no policy tried has a higher closed-form throughput"
     INFEASIBLE = "no policy fits, even with one request at a time"
 
 
@@ -19,7 +19,9 @@ class SearchResult:
     """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
 
     `gap` is how far the chosen policy's closed-form throughput lies below the space's greatest:
-    more than 0 only where the simulation prefers a policy with fewer bubbles.
+    more than 0 only where the simulation prefers a policy with fewer bubbles. `simulated` policies
+    were simulated; `certified` says that of every kind left out (devices, KV placement) even the
+    closed form is lower than the chosen policy's simulated throughput.
     """
 
     solver: str
@@ -29,6 +31,8 @@ class SearchResult:
     evaluations: int
     seconds: float
     gap: float
+    simulated: int
+    certified: bool
     remedy: str = ""
 
     def require(self) -> Estimate:

@@ -88,13 +88,15 @@ class Grid:
 
     def point(self, space: Space, chosen: Ints) -> Point:
         """The closed form's view of the chosen candidates."""
+        resident = self.resident_total[chosen] / space.spec.num_layers
         return Point(
             batch_size=self.batch_size[chosen].astype(float),
             num_micro_batches=self.num_micro_batches[chosen].astype(float),
             gpu_attention=self.gpu_attention[chosen],
             gpu_ffn=self.gpu_ffn[chosen],
             gpu_kv_micro_batches=self.gpu_kv_micro_batches[chosen],
-            resident_experts=self.resident_total[chosen] / space.spec.num_layers,
+            resident_experts=resident,
+            host_expert_layers=np.minimum(space.spec.num_experts - resident, 1),
             resident_dense=self.resident_dense[chosen],
             chunk_tokens=self.chunk_tokens[chosen].astype(float),
             staging=int(space.staging),

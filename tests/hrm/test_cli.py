@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,30 @@ MISTAKES = {
     "a place that cannot be written": ([*ESTIMATE, "--out", "/no/such/p.json"], "must be writable"),
     "a model that is not there": (["models", "nowhere"], "--model is 'nowhere'"),
     "a machine that is not there": (["profiles", "nowhere"], "nowhere"),
+    "an unknown command": (["serach"], "no such command 'serach'"),
+    "an unknown option": (["search", "--modle", "dbrx"], "--modle is <unknown>"),
+    "an option without its value": (["search", "--model"], "--model is <incomplete>"),
+    "an option left out": (["search", "--gpus", "T4"], "--model is <missing>: must be given"),
+    "a length that is no number": ([*ESTIMATE, "--gen-len", "x"], "--gen-len is 'x'"),
+    "an unknown schedule": ([*ESTIMATE, "--schedule", "s9"], "--schedule is 's9': is not one of"),
+    "a word too many": (["search", *T4, "fast"], "unexpected extra argument"),
+    "steps out of range": (["simulate", "--steps", "0"], "--steps is '0': is not in the range"),
+    "a folder for a file": (["simulate", "--policy", "/"], "--policy is '/': is a directory"),
+    "no run given": (["validate"], "RUN is <missing>"),
+    "an endless prompt": (
+        ["search", *T4, "--prompt-len", "inf", "--gen-len", "1"], "--prompt-len is inf",
+    ),
+    "no prompt": (
+        ["search", *T4, "--prompt-len", "1", "--gen-len", "1", "--max-prompt-len", "0"],
+        "max_prompt_len is 0",
+    ),
+    "a chunk below the longest prompt": (
+        [*ESTIMATE, "--prefill-chunk", "10"], "--prefill-chunk is 10: must hold the longest",
+    ),
+    "memory of no GPU": (
+        ["profile", "--accelerator", "cpu", "--gpu-memory", "1GB", "--out", "/tmp/unwritten.yaml"],
+        "--gpu-memory is 1000000000: needs a GPU level",
+    ),
 }  # fmt: skip
 
 
@@ -233,6 +258,25 @@ def test_a_malformed_policy_file_is_refused_by_file_and_field(refused, hrm, tmp_
     said = refused("simulate", "--policy", path)
     assert "policy.json" in said
     assert "micro_batch_size" in said
+
+
+def test_without_an_accelerator_everything_is_held_and_computed_in_one_place(hrm, tmp_path):
+    path = tmp_path / "cpu.yaml"
+    save_profile(path, replace(machine(), levels=machine().levels[1:], links=(), accelerator="cpu"))
+    args = ["--model", "mixtral-8x7b", "--profile", path, "--cpu-memory", "400GB", *LENGTHS]
+    code, out, err = hrm("estimate", *args, "-u", "8", "-n", "4")
+    assert (code, err) == (0, "")
+    assert "(32, 8, 1, 1, 1.000, 1.000)" in out
+    assert "limited by the CPU, which does everything" in out
+    assert "GPU" not in out.replace("A_g", "")
+
+
+def test_memory_given_beside_a_policy_file_is_planned_with(hrm, refused, tmp_path):
+    path = tmp_path / "policy.json"
+    assert hrm(*ESTIMATE, "--out", path)[0] == 0
+    assert hrm("simulate", "--policy", path, "--gpu-memory", "16GB", "--steps", "1")[0] == 0
+    assert "memory at level gpu" in refused("simulate", "--policy", path, "--gpu-memory", "2GB")
+    assert "--model is 'dbrx'" in refused("simulate", "--policy", path, "--model", "dbrx")
 
 
 def test_the_whole_process_ends_with_code_2_and_no_traceback():

@@ -93,14 +93,14 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
         policy, profile = random_policy(rng, spec, schedule), random_machine(rng, latency_s=0.0)
         costs = Costs(spec, profile, "bfloat16")
         trace = simulate_work(decode_work(costs, policy, 45.0, num_steps=1))
-        lanes = decode_lanes(costs, Point.of_policy(policy), schedule, 45.0)
+        lanes = decode_lanes(costs, Point.of_policy(policy, spec), schedule, 45.0)
         for lane, seconds in trace.busy_s().items():
             # Tasks move whole bytes and, in some layers, an expert more than in others.
             assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
         whole = replace(policy, prefill_chunk_tokens=10**9)
         trace = simulate_work(prefill_work(costs, whole, WORKLOAD))
         kv_is_whole = policy.gpu_kv_micro_batches in {0, policy.num_micro_batches}
-        lanes = prefill_lanes(costs, Point.of_policy(whole), WORKLOAD)
+        lanes = prefill_lanes(costs, Point.of_policy(whole, spec), WORKLOAD)
         for lane, seconds in trace.busy_s().items():
             if lane is not Lane.D2H or kv_is_whole:
                 assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
@@ -123,8 +123,7 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(
     total = (low + high) * spec.num_layers // 2 + spec.num_layers // 5
     halves = (high,) * (spec.num_layers // 2) + (low,) * (spec.num_layers - spec.num_layers // 2)
     even = spread(min(total, high * spec.num_layers), spec.num_layers)
-    # Few layers cannot hold experts in just the proportion that all of them do.
-    for counts, tolerance in (((low,) * spec.num_layers, 0.01), (even, 0.04), (halves, 0.04)):
+    for counts, tolerance in (((low,) * spec.num_layers, 0.01), (even, 0.01), (halves, 0.04)):
         policy = Policy(
             schedule=schedule, batch_size=30 * 64, micro_batch_size=64, resident_experts=counts,
             kv_tokens_per_micro_batch=64 * 224, prefill_chunk_tokens=4096, dtype="float16",
@@ -208,7 +207,7 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
     for profile, staging in ((profiles[0], 0), (profiles[1], 1)):
         costs = Costs(spec, profile, "bfloat16")
         points = [
-            replace(Point.of_policy(random_policy(rng, spec, schedule)), staging=staging)
+            replace(Point.of_policy(random_policy(rng, spec, schedule), spec), staging=staging)
             for _ in range(60)
         ]
         names = [name for name in Point.__dataclass_fields__ if name != "staging"]

@@ -266,7 +266,7 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     ("old", "new", "parts"),
     [
         (
-            "    capacity_bytes:", "    capcity_bytes:",
+            "  capacity_bytes:", "  capcity_bytes:",
             ("levels[gpu].capcity_bytes is <a mapping>", "is no field of MemoryLevel",
              "did you mean capacity_bytes?"),
         ),
@@ -275,7 +275,7 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
             ("levels[gpu].read_bytes_per_s.datasheet.valu is 320000000000.0", "mean value?"),
         ),
         (
-            "  - name: gpu\n", "  - cost: 3\n    name: gpu\n",
+            "- name: gpu\n", "- cost: 3\n  name: gpu\n",
             ("levels[gpu].cost is 3", "is no field of MemoryLevel", "remove or correct it"),
         ),
         (
@@ -292,8 +292,13 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
              "measure again"),
         ),
         (
-            "datasheet: {value: 3.2e+11, source: datasheet}", "datasheet: {value: fast, source: x}",
+            "datasheet: {value: 3.2e+11, source: datasheet}",
+            "datasheet: {value: fast, source: datasheet}",
             ("levels[gpu].read_bytes_per_s.datasheet.value is 'fast'", "expected float"),
+        ),
+        (
+            "datasheet: {value: 3.2e+11, source: datasheet}", "datasheet: {value: 1, source: x}",
+            ("datasheet.source is 'x'", "must be one of datasheet, measured"),
         ),
         (
             "datasheet: {value: 3.2e+11, source: datasheet}", "datasheet: {value: 1, source: x}",
@@ -301,10 +306,10 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ),
         ("accelerator: catalog", "accelerator: tpu", ("accelerator is 'tpu'",)),
         ("schema: 1", "schema: 9", ("bad.yaml: schema is 9", "reads schema 1")),
-        ("value: 17179869184", "value: 9", ("levels[gpu].reserve_bytes", "must leave something")),
-        ("source: cpu\n    target: gpu", "source: cpu\n    target: tpu", ("no pinned link",)),
-        ("curve: [[64, 4.3e+12]", "curve: [[9999, 4.3e+12]", ("float16.achieved.curve", "ascend")),
-        ('name: "1xT4 on gcp-n1-highmem-64"\n', "", ("name is <missing>", "must be given")),
+        ("value: 1.7179869184e+10", "value: 9", ("levels[gpu].reserve_bytes", "must leave something")),
+        ("source: cpu\n  target: gpu", "source: cpu\n  target: tpu", ("no pinned link",)),
+        ("- [64.0, 4.3e+12]", "- [9999.0, 4.3e+12]", ("float16.achieved.curve", "ascend")),
+        ("name: 1xT4 on gcp-n1-highmem-64\n", "", ("name is <missing>", "must be given")),
         ("levels:\n", "levels: 3\nlinkss:\n", ("linkss", "did you mean links?")),
         ("schema: 1", "schema: [1", ("must be valid YAML", "line")),
         ("schema: 1", "schema: !!python/object:os.system 1", ("must be valid YAML",)),

@@ -73,19 +73,22 @@ def test_a_policy_file_carries_budgets_machine_and_prediction():
 
 MALFORMED = [
     (("policy", "batch_size"), None, "batch_size"),
-    (("policy", "batch_size"), "forty", r"\$\.policy\.batch_size"),
+    (("policy", "batch_size"), "forty", r"policy\.batch_size is 'forty'"),
     (("policy", "batch_size"), 9, "batch_size is 9: must be at least micro_batch_size 10"),
     (("policy", "gpu_kv_micro_batches"), 5, "gpu_kv_micro_batches is 5: must lie between 0 and"),
     (("policy", "kv_tokens_per_micro_batch"), 250, "multiple of the KV block of 16 tokens"),
     (("policy", "resident_experts"), [1, 2, 1], "one count for each of the 4 layers"),
     (("policy", "resident_experts"), [1, 2, 1, 5], "at most the 4 experts of tiny"),
     (("policy", "resident_experts"), [1, 2, 1, -1], "count of at least 0"),
-    (("policy", "attention"), "tpu", r"tpu.*\$\.policy\.attention"),
+    (("policy", "attention"), "tpu", r"policy\.attention is 'tpu'"),
     (("policy", "dtype"), "int4", "dtype is 'int4': must be one of float32"),
-    (("policy", "schedule"), "s5", r"s5.*\$\.policy\.schedule"),
+    (("policy", "schedule"), "s5", r"policy\.schedule is 's5'"),
     (("model", "num_layers"), 0, "num_layers is 0: must be a positive integer"),
     (("workload", "gen_len"), 0, "gen_len is 0"),
     (("memory_budget_bytes",), None, "memory_budget_bytes"),
+    (("memory_budget_bytes", "gpu"), -1, "memory_budget_bytes.gpu is -1: must be a positive"),
+    (("memory_budget_bytes", "cpu"), None, "memory_budget_bytes.cpu is <missing>"),
+    (("profile", "num_gpus"), 0, "num_gpus is 0: must be at least 1"),
     (("schema",), 99, "schema is 99: must be 1"),
     (("profile", "levels"), [], "levels"),
 ]
@@ -110,12 +113,46 @@ def test_a_malformed_policy_file_is_refused_by_file_and_field(tmp_path, where, v
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"policy": 3}'])
-def test_what_is_no_policy_file_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "json is <.*>: must be a policy file"),
+        (b"{", "json is <.*>: must be a policy file"),
+        (b'{"policy": "\xff"}', "json is <.*>: must be a policy file"),
+        (b"[" * 100_000, "json is <.*>: must be a policy file"),
+        (b"[]", "json is <no mapping>: must be a mapping with schema, policy"),
+        (b"null", "json is <no mapping>: must be a mapping with schema, policy"),
+        (b'{"policy": 3}', "json: memory_budget_bytes is <missing>: must be given"),
+    ],
+)
+def test_what_is_no_policy_file_is_refused(tmp_path, text, message):
     path = tmp_path / "policy.json"
-    path.write_text(text)
-    with pytest.raises(PolicyError, match=r"policy\.json is <.*>: must be a policy file"):
+    path.write_bytes(text)
+    with pytest.raises(PolicyError, match=rf"policy\.{message}"):
         load_policy_file(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "close"),
+    [
+        (("micro_batch_siz",), None), (("policy", "micro_batch_siz"), "micro_batch_size"),
+        (("model", "head_dims"), "head_dim"), (("profile", "links", 0, "latencys"), "latency_s"),
+    ],
+)  # fmt: skip
+def test_a_field_that_there_is_not_is_named(tmp_path, where, close):
+    path = tmp_path / "policy.json"
+    save_policy_file(path, policy_file_of(PREDICTED, SPEC, MACHINE, WORKLOAD))
+    content = json.loads(path.read_text())
+    *parents, key = where
+    node = content
+    for parent in parents:
+        node = node[parent]
+    node[key] = 8
+    path.write_text(json.dumps(content))
+    with pytest.raises(PolicyError, match=rf"{key} is 8: is no field of .*") as caught:
+        load_policy_file(path)
+    if close is not None:
+        assert f"did you mean {close}?" in str(caught.value)
 
 
 def test_a_policy_file_that_cannot_be_read_or_written_is_refused(tmp_path):

@@ -55,7 +55,7 @@ def job_score(
 ) -> float:
     """Closed-form tokens a second of a whole job of full batches."""
     costs = Costs(spec, profile, policy.dtype)
-    seconds = sum(batch_seconds(costs, Point.of_policy(policy), policy.schedule, workload))
+    seconds = sum(batch_seconds(costs, Point.of_policy(policy, spec), policy.schedule, workload))
     assert workload.num_requests is not None
     batches = -(-workload.num_requests // policy.batch_size)
     return workload.num_requests * workload.gen_len / (batches * seconds)
@@ -200,9 +200,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
         for estimate in (result.best, *result.runner_ups):
             assert fits(spec, estimate.policy, profile), (seed, estimate.policy)
             assert estimate.policy.schedule is schedule
-            assert estimate.tokens_per_s <= result.best.tokens_per_s or estimate.policy is not (
-                result.best.policy
-            )
+            assert estimate.tokens_per_s <= result.best.tokens_per_s, (seed, estimate.policy)
         found += 1
     assert found > 10
 
@@ -224,6 +222,27 @@ def test_more_of_a_resource_never_lowers_the_bound():
         ascending = scores(profiles)
         assert ascending == sorted(ascending), ascending
         assert ascending[-1] > 1.05 * ascending[0], "the resource must matter"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workload"),
+    [("1xT4", "summarization"), ("4xT4", "mtbench"), ("1xL4", "mtbench"), ("1xH100", "mtbench")],
+)
+def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workload):
+    spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose(gpus)
+    result = search(spec, profile, WORKLOADS[workload], dtype="float16")
+    best = result.require()
+    assert 2 <= len(result.runner_ups) < result.simulated
+    for other in result.runner_ups:
+        assert other.tokens_per_s <= best.tokens_per_s
+    for found in (best, *result.runner_ups):
+        assert found.tokens_per_s <= found.bound_tokens_per_s * 1.002
+
+
+def test_of_equal_policies_the_one_with_fewer_micro_batches_is_chosen():
+    workload = replace(WORKLOADS["mtbench"], gen_len=1)  # no decoding: only the batch counts
+    result = search(BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4"), workload, dtype="float16")
+    assert result.require().policy.num_micro_batches < 64
 
 
 ALLOWED = {
