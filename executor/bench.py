@@ -3,19 +3,18 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from executor.backends import make_backend
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
 from executor.errors import JobError
 from executor.families import FAMILIES, AbstractFamily, family_for
 from executor.generate import Generator
+from executor.job.machine import AcceleratorOptions, check_model, prepare
 from executor.job.report import Totals
-from executor.job.run import JobOptions, check_model, emulated_machine, prepare
 from executor.model import Architecture
 from executor.sampling import SamplingParams
 from hrm.model_spec import BUILT_IN_MODELS, load_model
@@ -37,9 +36,7 @@ class BenchOptions:
     num_requests: int | None = None
     repeats: int = 3
     seed: int = 0
-    accelerator: str = "auto"
-    gpu_memory_bytes: int | None = None
-    link_bytes_per_s: float | None = None
+    accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,17 +108,7 @@ def _row(
     source: WeightSource, arch: Architecture, first: float | None,
 ) -> BenchRow:  # fmt: skip
     policy = replace(policy_file.policy, schedule=schedule)
-    job = JobOptions(
-        model=Path(options.model),
-        policy=options.policy,
-        input=Path(),
-        output_dir=Path(),
-        accelerator=options.accelerator,
-        gpu_memory_bytes=options.gpu_memory_bytes,
-        link_bytes_per_s=options.link_bytes_per_s,
-    )
-    plan, _ = prepare(job, policy_file, policy)
-    backend = make_backend(options.accelerator, emulated_machine(job, policy_file))
+    plan, backend = prepare(options.accelerator, policy_file, policy)
     runs: list[Totals] = []
     with Generator(
         backend, arch, policy, plan, family=family, source=source, max_spans=0

@@ -11,7 +11,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, Self, final
 
 from executor.errors import RunError
-from executor.lanes import Handler, KindTotal, LaneWorker, Recorder, Run, Ticket, new_latch
+from executor.lanes import (
+    Handler,
+    KindTotal,
+    LaneWorker,
+    Recorder,
+    Run,
+    Ticket,
+    new_latch,
+    wait_for,
+)
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
 
@@ -128,7 +137,7 @@ class Engine:
         latches: dict[TaskId, LockType] = {}  # of tasks that may not have ended
         for task in tasks:
             if len(pending) >= LOOKAHEAD:
-                _wait_for(pending[0][1])
+                wait_for(pending[0][1])
                 del latches[pending.popleft()[0]]
             if run.stopped or finished():
                 break
@@ -158,14 +167,8 @@ class Engine:
 
 def _drain(pending: "deque[tuple[TaskId, LockType]]") -> None:
     while pending:
-        _wait_for(pending[0][1])
+        wait_for(pending[0][1])
         pending.popleft()
-
-
-def _wait_for(latch: "LockType") -> None:
-    """Wait in the main thread, where Ctrl-C may strike: `with` never leaves the latch closed."""
-    with latch:
-        pass
 
 
 def add_totals(into: dict[TaskKind, KindTotal], more: Mapping[TaskKind, KindTotal]) -> None:

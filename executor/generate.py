@@ -19,18 +19,14 @@ from executor.handlers import (
     BatchState,
     DecodeHandlers,
     EndOfText,
-    Exchange,
-    PrefillBuffers,
     PrefillHandlers,
-    RunMemory,
+    allocate,
 )
-from executor.kv_cache import KvCaches
-from executor.model import Architecture, Workspace
-from executor.weight_pages import WeightPages
-from hrm.memory import MemoryPlan, purposes
+from executor.model import Architecture
+from hrm.memory import MemoryPlan
 from hrm.policy import Policy
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
-from hrm.tasks import Device, Phase, TaskId
+from hrm.tasks import Phase, TaskId
 
 MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
 
@@ -152,6 +148,7 @@ class Generator:
         self.backend, self.arch, self.policy = backend, arch, policy
         self.state: BatchState | None = None
         self._prefilled: PhaseResult | None = None
+        self._num_chunks = 0
         self._stops = stops or never_stops
         self._plan = plan
         self._budget = TraceBudget(max_spans)
@@ -186,6 +183,7 @@ class Generator:
         self._count_kv(batch, smaller)
         state = self.state = BatchState(batch, arch, self._stops)
         parts = chunks(batch, policy.prefill_chunk_tokens)
+        self._num_chunks = len(parts)
         steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
         prefill, decode = pipelines(
             arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1)
@@ -231,8 +229,8 @@ class Generator:
         sizes = tuple(len(members) for members in state.sequences)
         last = self.engine.result()
         if prefilled is None:
-            return BatchResult(completions, last, None, sizes, 0)
-        return BatchResult(completions, prefilled, last, sizes, 0)
+            return BatchResult(completions, last, None, sizes, self._num_chunks)
+        return BatchResult(completions, prefilled, last, sizes, self._num_chunks)
 
     @property
     def peak_bytes(self) -> dict[str, dict[str, int]]:
@@ -294,6 +292,9 @@ class NullGenerator:
         """Raise JobError if the request could never be run."""
         check_request(request, self.arch, self.policy)
 
+    def rescue(self) -> None:
+        """Nothing: what a batch that was cut short has generated are no tokens of a model."""
+
     def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
         """Sleep through both phases of a batch."""
         parts = chunks(batch, self.policy.prefill_chunk_tokens)
@@ -335,52 +336,3 @@ def never_stops(placed: Placed, tokens: Sequence[int]) -> bool:
     """For requests without stop texts."""
     del placed, tokens
     return False
-
-
-def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> RunMemory:
-    """All memory of a run, each purpose as large as planned."""
-    spec, dtype = arch.spec, getattr(torch, policy.dtype)
-    gpu_plan, cpu_plan = purposes(spec, policy)
-
-    def take(level: Device, *names: str) -> torch.Tensor:
-        sizes = gpu_plan if level is Device.GPU else cpu_plan
-        return backend.allocate(level, sum(sizes.get(name, 0) for name in names))
-
-    ffn_on_cpu = cpu_plan["workspace"] > 0
-    temporaries = take(Device.GPU, "workspace", "logits")
-    weights = WeightPages(
-        spec,
-        policy,
-        resident=take(Device.GPU, "resident_weights").view(dtype),
-        slots=take(Device.GPU, "weight_slots").view(dtype),
-        host=take(Device.CPU, "weights").view(dtype),
-        staging=take(Device.CPU, "staging").view(dtype),
-    )
-    caches = KvCaches(
-        spec,
-        policy,
-        gpu=take(Device.GPU, "kv_cache").view(dtype),
-        host=take(Device.CPU, "kv_cache").view(dtype),
-        buffers=take(Device.GPU, "kv_buffers").view(dtype),
-    )
-
-    def exchange(level: Device) -> Exchange:
-        memory = take(level, "exchange")
-        return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu)
-
-    return RunMemory(
-        weights=weights,
-        caches=caches,
-        gpu=exchange(Device.GPU),
-        host=exchange(Device.CPU),
-        prefill=PrefillBuffers(
-            spec,
-            dtype,
-            gpu=take(Device.GPU, "prefill_buffers"),
-            host=take(Device.CPU, "prefill_hidden"),
-            chunk_tokens=policy.prefill_chunk_tokens,
-        ),
-        workspace=Workspace(temporaries[: gpu_plan["workspace"]]),
-        sampling_workspace=Workspace(temporaries),
-        host_workspace=Workspace(take(Device.CPU, "workspace")),
-    )

@@ -31,9 +31,9 @@ def new_latch() -> "LockType":
 
 
 def wait_for(latch: "LockType") -> None:
-    """Return when the latch is open."""
-    latch.acquire()
-    latch.release()
+    """Return when the latch is open; `with` never leaves it closed if Ctrl-C strikes."""
+    with latch:
+        pass
 
 
 @dataclass(slots=True)

@@ -13,13 +13,13 @@ from hrm.numeric import Number, maximum
 from hrm.units import DTYPE_BYTES
 
 # Operators that a task issues, views included; a test counts the executor's.
-PRE_ATTENTION_LAUNCHES: Final = 36
-ATTENTION_LAUNCHES_PER_TASK: Final = 8
+PRE_ATTENTION_LAUNCHES: Final = 33
+ATTENTION_LAUNCHES_PER_TASK: Final = 11
 ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
-POST_ATTENTION_LAUNCHES: Final = 21
-ROUTING_LAUNCHES: Final = 11
+POST_ATTENTION_LAUNCHES: Final = 20
+ROUTING_LAUNCHES: Final = 8
 LAUNCHES_PER_EXPERT: Final = 14
-SAMPLE_LAUNCHES: Final = 15
+SAMPLE_LAUNCHES: Final = 17
 
 
 @dataclass(frozen=True, slots=True)

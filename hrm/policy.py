@@ -107,7 +107,7 @@ class Policy:
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches in a batch; the last may be smaller."""
-        return -(-self.batch_size // self.micro_batch_size)
+        return -(-self.batch_size // max(self.micro_batch_size, 1))
 
     def kv_on_gpu(self, micro_batch: int) -> bool:
         """Whether that micro-batch's KV cache lives on the GPU; they are spread evenly."""

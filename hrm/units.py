@@ -47,7 +47,13 @@ def parse_bytes(text: str, where: str = "size") -> int:
 
 def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
     """Read `12GB/s` (or `12GB`, or bytes a second); returns bytes a second."""
-    return float(parse_bytes(text.removesuffix("/s"), where))
+    try:
+        return float(parse_bytes(text.removesuffix("/s"), where))
+    except UnitError as error:
+        raise UnitError(
+            where, text, "must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s",
+            "write it like 12GB/s",
+        ) from error  # fmt: skip
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -13,7 +13,7 @@ def make_backend(accelerator: str, machine: EmulatedMachine | None) -> AbstractB
 
     Raises RunError for an unknown name, for CUDA, and for `emulated` without a machine.
     """
-    match accelerator.partition(":")[0]:
+    match "cuda" if accelerator.startswith("cuda:") else accelerator:
         case "emulated" | "auto" if machine is not None:
             from executor.backends.cpu import EmulatedBackend
 

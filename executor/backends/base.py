@@ -1,6 +1,5 @@
 """What every accelerator offers: memory at two levels, transfers between them, lane set-up."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import final
 import torch
 
 from hrm.hardware import Link
+from hrm.profiling import environment
 from hrm.tasks import Device, Lane
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # target, source
@@ -26,11 +26,14 @@ class EmulatedMachine:
 class AbstractBackend(ABC):
     """Memory, transfers and threads of one accelerator; implementations are final.
 
-    `description` says in words what the run runs on.
+    `description` says in words what the run runs on; the paces are those that an emulated link
+    is held to.
     """
 
     name: str
     description: str
+    h2d_bytes_per_s: float | None = None
+    d2h_bytes_per_s: float | None = None
 
     @abstractmethod
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
@@ -67,5 +70,5 @@ def copy_all(copies: Iterable[Copy]) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, or fewer if torch was told so (OMP_NUM_THREADS)."""
-    return min(len(os.sched_getaffinity(0)), torch.get_num_threads())
+    """Cores that this process may keep busy, or fewer if torch was told so (OMP_NUM_THREADS)."""
+    return min(environment.usable_cores(), torch.get_num_threads())

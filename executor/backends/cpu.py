@@ -64,6 +64,8 @@ class EmulatedBackend(AbstractBackend):
             f"emulated on the CPU: {format_bytes(machine.gpu_memory_bytes)}, host to device "
             f"{format_bandwidth(machine.h2d.bandwidth_bytes_per_s.at())}"
         )
+        self.h2d_bytes_per_s = machine.h2d.bandwidth_bytes_per_s.at()
+        self.d2h_bytes_per_s = machine.d2h.bandwidth_bytes_per_s.at()
         self._links = {
             lane: PacedCopy(
                 latency_s=link.latency_s.value,

@@ -1,5 +1,6 @@
 """The command line of executor: parse, call, print."""
 
+import signal
 import sys
 
 import click
@@ -45,18 +46,27 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run a command line and exit.
 
-    0; 2 after a mistake in the input; 1 if a task failed; 130 on Ctrl-C.
+    0; 2 after a mistake in the input; 1 if a task failed; 130 on Ctrl-C and 143 on SIGTERM, which
+    ends a run as cleanly.
     """
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         cli.main(args=args, prog_name="executor", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; what was finished is kept", err=True)
-        sys.exit(130)
+        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except HrmError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
         chart = getattr(error, "chart", None)
         if chart is not None:  # a task failed: no mistake of the user's
             click.echo(chart, err=True)
@@ -64,3 +74,5 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    finally:
+        signal.signal(signal.SIGTERM, before)

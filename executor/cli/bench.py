@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from executor.cli.options import accelerator_arguments, accelerator_options
 from hrm.errors import PolicyError
 from hrm.policy import ScheduleName
-from hrm.units import format_seconds, parse_bandwidth, parse_bytes
+from hrm.units import format_seconds
 
 if TYPE_CHECKING:
     from executor.bench import BenchRow
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
 @click.option("--requests", type=click.IntRange(min=1), help="[default: one batch]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")
-@click.option("--accelerator", default="auto", show_default=True, metavar="NAME")
-@click.option("--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator.")
-@click.option("--link-bandwidth", metavar="2GB/s", help="Pace of the emulated accelerator's link.")
+@accelerator_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def bench(
     *, policy: Path, model: str, layers: int | None, schedules: str, prompt_len: int | None,
@@ -56,11 +55,7 @@ def bench(
         num_requests=requests,
         repeats=repeats,
         seed=seed,
-        accelerator=accelerator,
-        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-        link_bytes_per_s=(
-            parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
-        ),
+        accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
     )
     rows: list[BenchRow] = []
     if not as_json:

@@ -9,49 +9,62 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from hrm.units import format_seconds
-
 if TYPE_CHECKING:
     from executor.job import JobProgress
     from hrm.tasks import Lane
 
 _PLAIN_INTERVAL_S: Final = 10.0
+BAR_WIDTH: Final = 60
 
 
 class Meter:
-    """Rates between two looks at a job."""
+    """Rates of a job; the shares are of the time between two looks at it."""
 
     def __init__(self, progress: "JobProgress") -> None:
         self._progress = progress
-        self._started_s = self._looked_s = time.monotonic()
+        self._started_s: float | None = None  # when the weights were there
+        self._looked_s = 0.0
         self._busy_s: dict[Lane, float] = {}
         self._shares: dict[Lane, float] = {}
 
     def text(self) -> str:
         """Requests done, tokens a second, time left and busy share per lane, in one line."""
         progress, now_s = self._progress, time.monotonic()
-        elapsed_s = now_s - self._started_s
-        done, total, tokens = (
-            progress.done_requests, progress.total_requests, progress.generated_now,
-        )  # fmt: skip
-        parts = [progress.stage, f"{done}/{total} requests"]
-        if tokens:
-            parts.append(f"{tokens / elapsed_s:.0f} tokens/s")
-        if 0 < done < total:
-            parts.append(f"{format_seconds(elapsed_s * (total - done) / done)} left")
+        parts = [progress.stage, f"{progress.done_requests}/{progress.total_requests} requests"]
+        if progress.generator is None:
+            return " · ".join(parts)
+        if self._started_s is None:
+            self._started_s = self._looked_s = now_s
+        elapsed_s = max(now_s - self._started_s, 1e-9)
+        done = progress.done_now
+        if progress.generated_now:
+            parts.append(f"{progress.generated_now / elapsed_s:.0f} tokens/s")
+            left_s = elapsed_s * (progress.total_requests - done)
+            left_s /= max(done - progress.earlier_requests, 1e-9)
+            parts.append(f"{format_countdown(left_s)} left")
         self._look(now_s)
-        busy = [f"{lane} {share:.0%}" for lane, share in self._shares.items() if share >= 0.005]
-        return " · ".join([*parts, " ".join(busy)] if busy else parts)
+        busy = " ".join(f"{lane} {share:.0%}" for lane, share in self._shares.items())
+        return " · ".join([*parts, f"busy: {busy}"] if busy else parts)
 
     def _look(self, now_s: float) -> None:
-        if now_s - self._looked_s < 0.5:
+        passed_s = now_s - self._looked_s
+        if passed_s < 0.5:
             return
         busy_s = self._progress.busy_s
-        self._shares = {
-            lane: min(max(busy - self._busy_s.get(lane, 0.0), 0.0) / (now_s - self._looked_s), 1.0)
-            for lane, busy in busy_s.items()
-        }
+        for lane, now_busy_s in busy_s.items():
+            before_s = self._busy_s.get(lane, 0.0)
+            # Less than before: another phase has begun and counts anew.
+            more_s = now_busy_s - before_s if now_busy_s >= before_s else now_busy_s
+            if now_busy_s > 0 or lane in self._shares:
+                self._shares[lane] = min(more_s / passed_s, 1.0)
         self._busy_s, self._looked_s = busy_s, now_s
+
+
+def format_countdown(seconds: float) -> str:
+    """Hours, minutes and seconds as on a clock: `0:07`, `12:34`, `1:02:03`."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
@@ -71,6 +84,7 @@ def live_progress(progress: "JobProgress", *, quiet: bool) -> Iterator[None]:
 def _bar(progress: "JobProgress") -> Iterator[None]:
     from rich.console import Console, Group
     from rich.live import Live
+    from rich.padding import Padding
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
@@ -78,9 +92,14 @@ def _bar(progress: "JobProgress") -> Iterator[None]:
 
     def render() -> Group:
         total = max(progress.total_requests, 1)
-        return Group(ProgressBar(total=total, completed=progress.done_requests), Text(meter.text()))
+        return Group(
+            Padding(ProgressBar(total=total, completed=progress.done_now, width=BAR_WIDTH), 0),
+            Text(meter.text(), no_wrap=True, overflow="ellipsis"),
+        )
 
-    with Live(console=Console(stderr=True), get_renderable=render, refresh_per_second=4):
+    with Live(
+        console=Console(stderr=True), get_renderable=render, refresh_per_second=4, transient=True
+    ):
         yield
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from executor.cli.options import accelerator_arguments, accelerator_options
 from hrm.policy import ScheduleName
-from hrm.units import format_bytes, format_seconds, parse_bandwidth, parse_bytes
+from hrm.units import format_bytes, format_seconds
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -22,18 +23,17 @@ _file = click.Path(path_type=Path, dir_okay=False)
     "--output-dir", required=True, type=_folder,
     help="Where outputs.jsonl, run.json and trace.json go.",
 )  # fmt: skip
-@click.option(
-    "--accelerator", default="auto", show_default=True, metavar="NAME",
-    help="auto, emulated, cpu, cuda:K, or null (sleeps for the predicted time).",
-)  # fmt: skip
-@click.option("--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator.")
-@click.option("--link-bandwidth", metavar="2GB/s", help="Pace of the emulated accelerator's link.")
+@accelerator_arguments
 @click.option(
     "--schedule", type=click.Choice([name.value for name in ScheduleName]),
     help="Run the policy in this order [default: the policy's].",
 )  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="For requests without one.")
-@click.option("--max-requests", type=click.IntRange(min=1), help="Stop after so many lines.")
+@click.option(
+    "--max-requests",
+    type=click.IntRange(min=1),
+    help="Stop after so many requests; those of earlier runs do not count.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a directory that holds outputs.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
@@ -54,11 +54,7 @@ def run(
         policy=policy,
         input=input_,
         output_dir=output_dir,
-        accelerator=accelerator,
-        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-        link_bytes_per_s=(
-            parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
-        ),
+        accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
         schedule=ScheduleName(schedule) if schedule else None,
         seed=seed,
         max_requests=max_requests,

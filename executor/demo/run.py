@@ -17,10 +17,10 @@ from typing import Any, Final
 import click
 
 from executor.checkpoint import Checkpoint
+from executor.demo import MODEL_DIR, PROMPTS
 from hrm.tasks import Phase, TaskKind
 from hrm.trace import Trace, lane_chart, read_chrome_trace
 
-HERE: Final = Path(__file__).parent
 GPU_MEMORY: Final = "5MB"  # the weights are 11.4 MB
 LINK_BANDWIDTH: Final = "25MB/s"
 MAX_TOKENS: Final = 32
@@ -36,6 +36,11 @@ def measured_lengths(prompts: Path, model: Path, count: int) -> tuple[float, int
         bodies = [json.loads(line)["body"] for line in islice(lines, count)]
     lengths = [len(tokenizer.encode(body["prompt"]).ids) for body in bodies]
     return sum(lengths) / len(lengths), max(lengths)
+
+
+def _from_here(path: Path) -> Path:
+    """The path from the current folder, if it lies in it: shorter to read and to type."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def call(module: str, *arguments: str) -> None:
@@ -92,7 +97,7 @@ def two_layers(trace: Trace, *, step: int, layer: int) -> Trace:
 @click.option("--requests", default=128, show_default=True, help="How many of the prompts.")
 def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) -> None:
     """Profile this machine, search a policy, run the demo model under it, and compare."""
-    model, prompts = HERE / "model", HERE / "prompts.jsonl"
+    model, prompts = (_from_here(path) for path in (MODEL_DIR, PROMPTS))
     output_dir.mkdir(parents=True, exist_ok=True)
     profile, policy = str(output_dir / "machine.yaml"), str(output_dir / "policy.json")
     run = output_dir / "run"

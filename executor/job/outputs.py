@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self, final
 
@@ -49,7 +50,11 @@ class RunDirectory:
                 self.done = frozenset(self._finished())
             else:
                 self._refuse_outputs()
-            self._file = self._outputs.open("ab")
+            # Unbuffered: what a full disk refuses must not be tried again when it is closed.
+            self._file = self._outputs.open("ab", buffering=0)
+        except OSError as error:
+            self._lock.close()
+            raise _not_written(self._outputs, error) from error
         except BaseException:
             self._lock.close()
             raise
@@ -80,16 +85,25 @@ class RunDirectory:
             json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
             for line in lines
         )
-        if data:
-            self._file.write(data)
-            self._file.flush()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _not_written(self._outputs, error) from error
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file whole or not at all."""
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write a file at that becomes `name`, whole or not at all."""
         partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path / name)
+        try:
+            yield partial
+            partial.replace(self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise _not_written(self.path / name, error) from error
 
     def _finished(self) -> Iterable[str]:
         """Names in the outputs so far; a last line cut short by a crash is taken off."""
@@ -109,6 +123,13 @@ class RunDirectory:
                         "must be an output line to resume from", "choose another --output-dir",
                     ) from error  # fmt: skip
             file.truncate(whole)
+
+
+def _not_written(path: Path, error: OSError) -> JobError:
+    return JobError(
+        str(path), f"<{error.strerror}>", "must be writable, with room on the disk",
+        "what it holds is kept: make room and go on with --resume, or choose another --output-dir",
+    )  # fmt: skip
 
 
 def rejected_line(rejected: Rejected) -> dict[str, Any]:

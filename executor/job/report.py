@@ -79,7 +79,13 @@ class Totals:
     spans_left_out: int = 0
 
     def add(self, result: BatchResult) -> None:
-        """Count a batch."""
+        """Count a batch, also one that was cut short: then what had ended by then."""
+        for part in (result.prefill, result.decode):
+            if part is not None:
+                self.spans += part.spans
+                self.spans_left_out += part.spans_left_out
+        if not result.completions:  # cut short with nothing to show for its time but the trace
+            return
         generated = [len(completion.tokens) for completion in result.completions]
         prompts = [len(completion.request.prompt) for completion in result.completions]
         self.requests += len(result.completions)
@@ -104,8 +110,6 @@ class Totals:
         for phase, part in ((Phase.PREFILL, result.prefill), (Phase.DECODE, result.decode)):
             if part is not None:
                 self.phases[phase].add(part)
-                self.spans += part.spans
-                self.spans_left_out += part.spans_left_out
 
     @property
     def seconds(self) -> float:

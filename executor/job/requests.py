@@ -4,13 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 from zlib import crc32
 
 from tokenizers import Tokenizer
 
 from executor.batching import Request
 from executor.errors import JobError
+from executor.job.chat import ChatTemplate
 from executor.sampling import SamplingParams
 
 COMPLETIONS: Final = "/v1/completions"
@@ -35,66 +36,6 @@ class Rejected:
     message: str
 
 
-@final
-class ChatTemplate:
-    """A checkpoint's chat template; it runs in a sandbox, for a template is code."""
-
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        self._template = environment.from_string(source)
-        self._special_tokens = special_tokens
-
-    @staticmethod
-    def of_checkpoint(folder: Path) -> "ChatTemplate | None":
-        """The template in chat_template.jinja or tokenizer_config.json; None if there is none."""
-        config: dict[str, Any] = {}
-        path = folder / "tokenizer_config.json"
-        if path.exists():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise JobError(
-                    str(path), f"<{error}>", "must be a JSON object", "download it again"
-                ) from error
-        path = folder / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several named ones
-            named = {item.get("name"): item.get("template") for item in source}
-            source = named.get("default")
-        if not isinstance(source, str):
-            return None
-        tokens: dict[str, str] = {}
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            value = config.get(key)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                tokens[key] = value
-        return ChatTemplate(source, tokens)
-
-    def render(self, messages: list[Any]) -> str:
-        """The prompt that asks for the assistant's next message; JobError if it cannot be made."""
-        from jinja2 import TemplateError
-
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise JobError(
-                "body: messages", f"<{error}>", "must suit the model's chat template",
-                "correct the messages",
-            ) from error  # fmt: skip
-
-
-def _raise_exception(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
 @dataclass(frozen=True, slots=True)
 class LineReader:
     """Turns lines into requests; `seed` is the job's, for requests without one."""
@@ -112,15 +53,10 @@ class LineReader:
                     continue
                 name = f"line-{number}"
                 try:
-                    line = _object(json.loads(raw.decode("utf-8")), "line")
+                    line = _object(_parse(raw), "line")
                     name = self._name(line, name, seen)
                     if name not in skip:
                         yield self._request(line, name)
-                except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                    if name not in skip:
-                        yield Rejected(
-                            name, f"{path.name}: line {number} is no JSON object ({error})"
-                        )
                 except JobError as error:
                     if name not in skip:
                         yield Rejected(name, f"{path.name}: line {number}: {error}")
@@ -206,6 +142,18 @@ def sampling_params(body: dict[str, Any], default_seed: int) -> SamplingParams:
     if "stop_token_ids" in values:
         values["stop_token_ids"] = _tuple(values["stop_token_ids"], "stop_token_ids")
     return SamplingParams(**{"seed": default_seed, **values})
+
+
+def _parse(raw: bytes) -> Any:
+    """The JSON value of a line; what UTF-8 cannot say, half a surrogate pair, is none."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of absurd length
+        raise JobError("line", f"<{error}>", "must be a JSON object in UTF-8", "correct it")\
+            from error  # fmt: skip
+    return value
 
 
 def _tuple(value: Any, field: str) -> tuple[Any, ...]:

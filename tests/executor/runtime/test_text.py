@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from executor.batching import Request
-from executor.errors import JobError
+from executor.errors import CheckpointError, JobError
 from executor.generate import Completion
+from executor.job.chat import ChatTemplate
 from executor.job.outputs import completion_line, text_of
-from executor.job.requests import ChatTemplate, LineReader, Rejected
+from executor.job.requests import LineReader, Rejected
 from tests.executor.runtime.support import requests
 
 TEMPLATE = (
@@ -66,8 +67,23 @@ def test_conversation_goes_through_the_template(tmp_path, tokenizer):
     assert "no message" in refused.message
 
 
-def test_template_cannot_reach_out_of_its_sandbox():
-    template = ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"[1]"),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b'{"chat_template": "{% if"}'),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_malformed_template_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        ChatTemplate.of_checkpoint(tmp_path)
+
+
+def test_template_cannot_reach_out_of_its_sandbox(tmp_path):
+    template = ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", {}, tmp_path)
     with pytest.raises(JobError, match="chat template"):
         template.render([])
 

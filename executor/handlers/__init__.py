@@ -1,0 +1,22 @@
+"""What each kind of task does on real weights: `prefill` and `decode`, with `pages` for both.
+
+Handlers lock nothing: that no buffer of `memory` is overwritten while it is read follows from the
+edges of the task graph (hrm.schedules.pipeline). A request that has ended costs nothing: every
+decode task works on the rows of the requests that still go on, which `state` keeps.
+"""
+
+from executor.handlers.decode import DecodeHandlers
+from executor.handlers.memory import RunMemory, allocate
+from executor.handlers.prefill import PrefillHandlers
+from executor.handlers.state import LENGTH, STOP, BatchState, EndOfText
+
+__all__ = [
+    "LENGTH",
+    "STOP",
+    "BatchState",
+    "DecodeHandlers",
+    "EndOfText",
+    "PrefillHandlers",
+    "RunMemory",
+    "allocate",
+]

@@ -1,0 +1,220 @@
+"""Tasks of decode: one new token for every request that goes on.
+
+R requests, D hidden, Q = heads*head_dim, X = Q+2KV; N rows of a batch's buffers, K experts per
+token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executor.backends import AbstractBackend
+from executor.handlers.memory import RunMemory
+from executor.handlers.pages import PageHandlers
+from executor.handlers.state import BatchState, Rows, sample
+from executor.lanes import Handler
+from executor.model import (
+    Architecture,
+    Routing,
+    append_kv,
+    decode_attention,
+    post_attention,
+    pre_attention,
+    run_experts,
+)
+from executor.weight_pages import LayerWeights
+from hrm.policy import Policy
+from hrm.schedules import Pipeline
+from hrm.tasks import Lane, TaskId, TaskKind
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeHandlers:
+    """Tasks of decode: one new token for every request that goes on."""
+
+    backend: AbstractBackend
+    arch: Architecture
+    pipeline: Pipeline
+    memory: RunMemory
+    state: BatchState
+    streaming_kv: tuple[int, ...]
+
+    @staticmethod
+    def make(
+        backend: AbstractBackend, arch: Architecture, policy: Policy, pipeline: Pipeline,
+        memory: RunMemory, state: BatchState,
+    ) -> dict[TaskKind, Handler]:  # fmt: skip
+        """The handler of every kind that occurs in decode."""
+        spec = arch.spec
+        streaming = tuple(j for j in range(pipeline.num_micro_batches) if pipeline.streams_kv(j))
+        handlers = DecodeHandlers(backend, arch, pipeline, memory, state, streaming)
+        size = getattr(torch, policy.dtype).itemsize
+        streamed = [policy.decode_streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
+        pages = PageHandlers(
+            backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0
+        )
+        of_rows = {
+            TaskKind.EMBED: handlers.embed,
+            TaskKind.PRE_ATTENTION: handlers.pre_attention,
+            TaskKind.OFFLOAD_QKV: handlers.offload_qkv,
+            TaskKind.LOAD_KV: handlers.load_kv,
+            TaskKind.STORE_KV: handlers.store_kv,
+            TaskKind.ATTENTION: handlers.attention,
+            TaskKind.LOAD_HIDDEN: handlers.load_hidden,
+            TaskKind.POST_ATTENTION: handlers.post_attention,
+            TaskKind.OFFLOAD_TOKENS: handlers.offload_tokens,
+            TaskKind.CPU_EXPERTS: handlers.cpu_experts,
+            TaskKind.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
+        }
+        return {
+            TaskKind.STAGE_PAGE: pages.stage,
+            TaskKind.LOAD_PAGE: pages.load,
+            TaskKind.SAMPLE: handlers.sample,
+            **{kind: handlers.on_rows(work) for kind, work in of_rows.items()},
+        }
+
+    def on_rows(self, work: Callable[[TaskId, Rows, slice], int]) -> Handler:
+        """A handler that calls `work` with the requests that go on, and their rows, if any do."""
+        state = self.state
+
+        def handle(x: TaskId) -> int:
+            rows = state.rows(x.micro_batch, x.step)
+            if not rows.sequences:
+                return 0
+            first = state.first_rows[x.micro_batch]
+            return work(x, rows, slice(first, first + len(rows.sequences)))
+
+        return handle
+
+    def embed(self, _: TaskId, rows: Rows, span: slice) -> int:
+        """Gather the last tokens' embeddings on the host and move them to the GPU."""
+        host_RD = self.memory.host.hidden_ND[span]
+        torch.index_select(self.memory.weights.embedding, 0, rows.tokens, out=host_RD)
+        return self.backend.transfer(Lane.H2D, [(self.memory.gpu.hidden_ND[span], host_RD)])
+
+    def pre_attention(self, x: TaskId, rows: Rows, span: slice) -> int:
+        """Queries, keys and values of the new tokens."""
+        gpu, workspace = self.memory.gpu, self.memory.workspace
+        if x.layer > 0:
+            self._add_cpu_experts(x.layer - 1, span)
+        workspace.reset()
+        pre_attention(
+            self.arch, gpu.hidden_ND[span], self._weights(x).dense, rows.positions,
+            gpu.qkv_NX[span], workspace,
+        )  # fmt: skip
+        return 0
+
+    def offload_qkv(self, _: TaskId, __: Rows, span: slice) -> int:
+        """Queries, keys and values to the host."""
+        copies = [(self.memory.host.qkv_NX[span], self.memory.gpu.qkv_NX[span])]
+        return self.backend.transfer(Lane.D2H, copies)
+
+    def load_kv(self, x: TaskId, rows: Rows, _: slice) -> int:
+        """The part in use of a layer's cache to a buffer on the GPU."""
+        source, target = self.memory.caches.of(x.micro_batch, x.layer), self._kv_buffer(x)
+        copies: list[tuple[Tensor, Tensor]] = []
+        for sequence, start in zip(rows.sequences, rows.starts, strict=True):
+            # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
+            # many tokens the cache holds.
+            used = len(sequence.placed.request.prompt) + x.step
+            copies.append((target.narrow(0, start, used), source.narrow(0, start, used)))
+        return self.backend.transfer(Lane.H2D, copies)
+
+    def store_kv(self, x: TaskId, rows: Rows, span: slice) -> int:
+        """New keys and values to the cache on the host."""
+        first = self.arch.spec.query_size
+        host_RX, gpu_RX = self.memory.host.qkv_NX[span], self.memory.gpu.qkv_NX[span]
+        moved = self.backend.transfer(Lane.D2H, [(host_RX[:, first:], gpu_RX[:, first:])])
+        append_kv(self.memory.caches.of(x.micro_batch, x.layer), host_RX, rows.cache_rows)
+        return moved
+
+    def attention(self, x: TaskId, rows: Rows, span: slice) -> int:
+        """Append the new tokens to the cache and attend to it, on the device it is used on."""
+        on_cpu = self.pipeline.attention_on_cpu(x.micro_batch)
+        level = self.memory.host if on_cpu else self.memory.gpu
+        if self.pipeline.streams_kv(x.micro_batch):
+            cache = self._kv_buffer(x)
+        else:
+            cache = self.memory.caches.of(x.micro_batch, x.layer)
+        qkv_RX = level.qkv_NX[span]
+        append_kv(cache, qkv_RX, rows.cache_rows)
+        decode_attention(
+            self.arch, qkv_RX, cache, rows.starts, rows.lengths, level.attention_NQ[span]
+        )
+        return 0
+
+    def load_hidden(self, _: TaskId, __: Rows, span: slice) -> int:
+        """The attention output to the GPU."""
+        copies = [(self.memory.gpu.attention_NQ[span], self.memory.host.attention_NQ[span])]
+        return self.backend.transfer(Lane.H2D, copies)
+
+    def post_attention(self, x: TaskId, _: Rows, span: slice) -> int:
+        """Output projection, router, and the experts on the GPU."""
+        gpu, workspace = self.memory.gpu, self.memory.workspace
+        weights = self._weights(x)
+        hidden_RD = gpu.hidden_ND[span]
+        workspace.reset()
+        x_RD, routing = post_attention(
+            self.arch, hidden_RD, gpu.attention_NQ[span], weights.dense, workspace
+        )
+        experts = weights.all_experts
+        if self.pipeline.cpu_experts[x.layer]:
+            experts = weights.on_gpu
+            gpu.routed_ND[span] = x_RD
+            gpu.weights_NK[span] = routing.weights_TK
+            gpu.experts_NK[span] = routing.experts_TK
+        if experts:
+            run_experts(x_RD, routing, experts, hidden_RD, workspace)
+        return 0
+
+    def offload_tokens(self, _: TaskId, __: Rows, span: slice) -> int:
+        """Normed tokens and their routing to the host."""
+        host, gpu = self.memory.host, self.memory.gpu
+        copies = [
+            (host.routed_ND[span], gpu.routed_ND[span]),
+            (host.weights_NK[span], gpu.weights_NK[span]),
+            (host.experts_NK[span], gpu.experts_NK[span]),
+        ]
+        return self.backend.transfer(Lane.D2H, copies)
+
+    def cpu_experts(self, x: TaskId, _: Rows, span: slice) -> int:
+        """The experts that stay on the host, computed there."""
+        host, workspace = self.memory.host, self.memory.host_workspace
+        output_RD = host.expert_output_ND[span].zero_()
+        routing = Routing(host.weights_NK[span], host.experts_NK[span])
+        workspace.reset()
+        experts = self.memory.weights.host_experts[x.layer]
+        run_experts(host.routed_ND[span], routing, experts, output_RD, workspace)
+        return 0
+
+    def load_expert_output(self, _: TaskId, __: Rows, span: slice) -> int:
+        """Their output to the GPU; whatever comes next there adds it to the hidden states."""
+        host, gpu = self.memory.host, self.memory.gpu
+        copies = [(gpu.expert_output_ND[span], host.expert_output_ND[span])]
+        return self.backend.transfer(Lane.H2D, copies)
+
+    def sample(self, x: TaskId) -> int:
+        """Choose the next tokens and set up the next step's rows, even if there are none."""
+        self.on_rows(self._sample)(x)
+        self.state.set_rows(x.micro_batch, x.step + 1)
+        return 0
+
+    def _sample(self, x: TaskId, rows: Rows, span: slice) -> int:
+        self._add_cpu_experts(x.layer, span)
+        hidden_RD = self.memory.gpu.hidden_ND[span]
+        sample(self.arch, self.memory, self.state, hidden_RD, rows.sequences)
+        return 0
+
+    def _add_cpu_experts(self, layer: int, span: slice) -> None:
+        if self.pipeline.cpu_experts[layer]:
+            self.memory.gpu.hidden_ND[span] += self.memory.gpu.expert_output_ND[span]
+
+    def _kv_buffer(self, x: TaskId) -> Tensor:
+        layers = x.step * self.pipeline.num_layers + x.layer
+        load_index = layers * len(self.streaming_kv) + self.streaming_kv.index(x.micro_batch)
+        return self.memory.caches.buffer(load_index)
+
+    def _weights(self, x: TaskId) -> LayerWeights:
+        return self.memory.weights.layer(x.layer, self.pipeline.load_index(x.step, x.layer))

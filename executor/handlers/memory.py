@@ -1,0 +1,130 @@
+"""All memory of a run, each purpose as large as hrm.memory planned it.
+
+N requests in a batch, T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, K experts per token,
+G kv heads, d head_dim, B buffers.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from executor.backends import AbstractBackend
+from executor.kv_cache import KvCaches
+from executor.model import Architecture, Workspace
+from executor.weight_pages import WeightPages
+from hrm.memory import purposes
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy
+from hrm.schedules.pipeline import BUFFERS
+from hrm.tasks import Device
+
+
+@final
+class Exchange:
+    """One level's decode buffers: a row per request, with all that moves between the levels.
+
+    `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor, *, num_requests: int,
+        ffn_on_cpu: bool,
+    ) -> None:  # fmt: skip
+        start = 0
+
+        def rows(width: int, of: torch.dtype) -> Tensor:
+            nonlocal start
+            end = start + num_requests * width * of.itemsize
+            start, part = end, memory[start:end]
+            return part.view(of).view(num_requests, width)
+
+        routed = int(ffn_on_cpu)
+        # The widest elements come first, so that all of them are aligned.
+        self.experts_NK = rows(routed * spec.experts_per_token, torch.int64)
+        self.weights_NK = rows(routed * spec.experts_per_token, torch.float32)
+        self.hidden_ND = rows(spec.hidden_size, dtype)
+        self.qkv_NX = rows(spec.query_size + 2 * spec.kv_size, dtype)
+        self.attention_NQ = rows(spec.query_size, dtype)
+        self.routed_ND = rows(routed * spec.hidden_size, dtype)
+        self.expert_output_ND = rows(routed * spec.hidden_size, dtype)
+
+
+@final
+class PrefillBuffers:
+    """Chunks on the GPU, one in use and one in transfer, and all hidden states on the host."""
+
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, chunk_tokens: int
+    ) -> None:
+        elements = gpu.view(dtype)
+        hidden = BUFFERS * chunk_tokens * spec.hidden_size
+        self.hidden_BTD = elements[:hidden].view(BUFFERS, chunk_tokens, spec.hidden_size)
+        self.kv_BT2Gd = elements[hidden:].view(
+            BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim
+        )
+        self.host_TD = host.view(dtype).view(-1, spec.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class RunMemory:
+    """All memory of a run; made once, used by every batch."""
+
+    weights: WeightPages
+    caches: KvCaches
+    gpu: Exchange
+    host: Exchange
+    prefill: PrefillBuffers
+    workspace: Workspace
+    sampling_workspace: Workspace
+    host_workspace: Workspace
+
+
+def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> RunMemory:
+    """All memory of a run, each purpose as large as planned."""
+    spec, dtype = arch.spec, getattr(torch, policy.dtype)
+    gpu_plan, cpu_plan = purposes(spec, policy)
+
+    def take(level: Device, *names: str) -> torch.Tensor:
+        sizes = gpu_plan if level is Device.GPU else cpu_plan
+        return backend.allocate(level, sum(sizes.get(name, 0) for name in names))
+
+    ffn_on_cpu = cpu_plan["workspace"] > 0
+    temporaries = take(Device.GPU, "workspace", "logits")
+    weights = WeightPages(
+        spec,
+        policy,
+        resident=take(Device.GPU, "resident_weights").view(dtype),
+        slots=take(Device.GPU, "weight_slots").view(dtype),
+        host=take(Device.CPU, "weights").view(dtype),
+        staging=take(Device.CPU, "staging").view(dtype),
+    )
+    caches = KvCaches(
+        spec,
+        policy,
+        gpu=take(Device.GPU, "kv_cache").view(dtype),
+        host=take(Device.CPU, "kv_cache").view(dtype),
+        buffers=take(Device.GPU, "kv_buffers").view(dtype),
+    )
+
+    def exchange(level: Device) -> Exchange:
+        memory = take(level, "exchange")
+        return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu)
+
+    return RunMemory(
+        weights=weights,
+        caches=caches,
+        gpu=exchange(Device.GPU),
+        host=exchange(Device.CPU),
+        prefill=PrefillBuffers(
+            spec,
+            dtype,
+            gpu=take(Device.GPU, "prefill_buffers"),
+            host=take(Device.CPU, "prefill_hidden"),
+            chunk_tokens=policy.prefill_chunk_tokens,
+        ),
+        workspace=Workspace(temporaries[: gpu_plan["workspace"]]),
+        sampling_workspace=Workspace(temporaries),
+        host_workspace=Workspace(take(Device.CPU, "workspace")),
+    )

@@ -1,0 +1,53 @@
+"""Weight pages on their way to the GPU."""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+from torch import Tensor
+
+from executor.backends import AbstractBackend
+from executor.weight_pages import WeightPages, page_slice
+from hrm.schedules import Pipeline
+from hrm.tasks import Lane, TaskId
+
+
+@final
+class PageHandlers:
+    """Moves weight pages; the same in both phases.
+
+    `streamed` says how many elements of each layer the phase streams.
+    """
+
+    def __init__(
+        self, backend: AbstractBackend, weights: WeightPages, pipeline: Pipeline,
+        streamed: Sequence[int], idle: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._backend, self._weights, self._pipeline = backend, weights, pipeline
+        self._streamed, self._idle = streamed, idle
+
+    def stage(self, x: TaskId) -> int:
+        """STAGE_PAGE: copy a page into pinned memory."""
+        if self._idle():
+            return 0
+        page = self._page(x)
+        source = self._weights.on_host(x.layer, page)
+        return self._backend.transfer(Lane.STAGE, [(self._pinned(x, page), source)])
+
+    def load(self, x: TaskId) -> int:
+        """LOAD_PAGE: move a page into its slot on the GPU."""
+        if self._idle():
+            return 0
+        page = self._page(x)
+        if self._pipeline.staging:
+            source = self._pinned(x, page)
+        else:
+            source = self._weights.on_host(x.layer, page)
+        index = self._pipeline.load_index(x.step, x.layer)
+        return self._backend.transfer(Lane.H2D, [(self._weights.in_slot(index, page), source)])
+
+    def _page(self, x: TaskId) -> slice:
+        return page_slice(self._streamed[x.layer], self._pipeline.num_pages, x.micro_batch)
+
+    def _pinned(self, x: TaskId, page: slice) -> Tensor:
+        index = self._pipeline.load_index(x.step, x.layer)
+        return self._weights.staged(index * self._pipeline.num_pages + x.micro_batch, page)

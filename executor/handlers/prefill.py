@@ -1,0 +1,164 @@
+"""Tasks of prefill: chunks of whole prompts, all computed on the GPU.
+
+T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, G kv heads, d head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from executor.backends import AbstractBackend
+from executor.batching import Chunk
+from executor.handlers.memory import RunMemory
+from executor.handlers.pages import PageHandlers
+from executor.handlers.state import BatchState, sample
+from executor.lanes import Handler
+from executor.model import (
+    Architecture,
+    post_attention,
+    pre_attention,
+    prefill_attention,
+    run_experts,
+)
+from executor.weight_pages import LayerWeights
+from hrm.policy import Policy
+from hrm.schedules import Pipeline
+from hrm.schedules.pipeline import BUFFERS
+from hrm.tasks import Lane, TaskId, TaskKind
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillHandlers:
+    """Tasks of prefill: chunks of whole prompts, all computed on the GPU."""
+
+    backend: AbstractBackend
+    arch: Architecture
+    policy: Policy
+    pipeline: Pipeline
+    memory: RunMemory
+    state: BatchState
+    chunks: tuple[Chunk, ...]
+    kv_on_gpu: tuple[bool, ...]
+    tokens: list[Tensor]
+    positions: list[Tensor]
+
+    @staticmethod
+    def make(
+        backend: AbstractBackend, arch: Architecture, policy: Policy, pipeline: Pipeline,
+        memory: RunMemory, state: BatchState, chunks: tuple[Chunk, ...],
+    ) -> dict[TaskKind, Handler]:  # fmt: skip
+        """The handler of every kind that occurs in prefill."""
+        tokens = [
+            torch.tensor([t for part in chunk.parts for t in part.placed.request.prompt])
+            for chunk in chunks
+        ]
+        positions = [
+            torch.cat([torch.arange(part.last - part.first) for part in chunk.parts])
+            for chunk in chunks
+        ]
+        kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
+        handlers = PrefillHandlers(
+            backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, positions
+        )
+        spec = arch.spec
+        size = getattr(torch, policy.dtype).itemsize
+        streamed = [policy.streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
+        pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
+        return {
+            TaskKind.STAGE_PAGE: pages.stage,
+            TaskKind.LOAD_PAGE: pages.load,
+            TaskKind.EMBED: handlers.embed,
+            TaskKind.LOAD_HIDDEN: handlers.load_hidden,
+            TaskKind.PREFILL_LAYER: handlers.layer,
+            TaskKind.STORE_KV: handlers.store_kv,
+            TaskKind.STORE_HIDDEN: handlers.store_hidden,
+            TaskKind.SAMPLE: handlers.sample,
+        }
+
+    def embed(self, x: TaskId) -> int:
+        """Gather the prompts' embeddings on the host and move them to the GPU."""
+        host_TD = self._host(x)
+        torch.index_select(
+            self.memory.weights.embedding, 0, self.tokens[x.micro_batch], out=host_TD
+        )
+        return self.backend.transfer(Lane.H2D, [(self._hidden(x), host_TD)])
+
+    def load_hidden(self, x: TaskId) -> int:
+        """Move a chunk's hidden states to the GPU."""
+        return self.backend.transfer(Lane.H2D, [(self._hidden(x), self._host(x))])
+
+    def store_hidden(self, x: TaskId) -> int:
+        """Move a chunk's hidden states to the host."""
+        return self.backend.transfer(Lane.D2H, [(self._host(x), self._hidden(x))])
+
+    def layer(self, x: TaskId) -> int:
+        """Compute one layer over a chunk; keys and values go to their cache or the buffer."""
+        arch, spec, workspace = self.arch, self.arch.spec, self.memory.workspace
+        chunk = self.chunks[x.micro_batch]
+        hidden_TD = self._hidden(x)
+        weights = self._weights(x)
+        workspace.reset()
+        width = spec.query_size + 2 * spec.kv_size
+        qkv_TX = workspace.take((chunk.num_tokens, width), hidden_TD.dtype)
+        pre_attention(
+            arch, hidden_TD, weights.dense, self.positions[x.micro_batch], qkv_TX, workspace
+        )
+        kv_T2Gd = qkv_TX[:, spec.query_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
+        if not all(self.kv_on_gpu):
+            self._kv_buffer(x).copy_(kv_T2Gd)
+        for part in chunk.parts:
+            if self.kv_on_gpu[part.micro_batch]:
+                cache = self.memory.caches.of(part.micro_batch, x.layer)
+                start = part.placed.start
+                cache[start : start + part.last - part.first] = kv_T2Gd[part.first : part.last]
+        attention_TQ = workspace.take((chunk.num_tokens, spec.query_size), hidden_TD.dtype)
+        lengths = [part.last - part.first for part in chunk.parts]
+        prefill_attention(arch, qkv_TX, lengths, attention_TQ, workspace)
+        x_TD, routing = post_attention(arch, hidden_TD, attention_TQ, weights.dense, workspace)
+        run_experts(x_TD, routing, weights.all_experts, hidden_TD, workspace)
+        return 0
+
+    def store_kv(self, x: TaskId) -> int:
+        """Move new keys and values to those caches that live on the host."""
+        buffer = self._kv_buffer(x)
+        copies = [
+            (
+                self.memory.caches.of(part.micro_batch, x.layer)[
+                    part.placed.start : part.placed.start + part.last - part.first
+                ],
+                buffer[part.first : part.last],
+            )
+            for part in self.chunks[x.micro_batch].parts
+            if not self.kv_on_gpu[part.micro_batch]
+        ]
+        return self.backend.transfer(Lane.D2H, copies)
+
+    def sample(self, x: TaskId) -> int:
+        """Choose the first token of each prompt of a chunk, at most μ at once."""
+        parts = self.chunks[x.micro_batch].parts
+        hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
+        for first in range(0, len(parts), most):
+            piece = parts[first : first + most]
+            last_tokens = torch.tensor([part.last - 1 for part in piece])
+            sequences = [self.state.by_placed[id(part.placed)] for part in piece]
+            sample(self.arch, self.memory, self.state, hidden_TD[last_tokens], sequences)
+        return 0
+
+    def _buffer_index(self, x: TaskId) -> int:
+        return (x.layer * len(self.chunks) + x.micro_batch) % BUFFERS
+
+    def _hidden(self, x: TaskId) -> Tensor:
+        num_tokens = self.chunks[x.micro_batch].num_tokens
+        return self.memory.prefill.hidden_BTD[self._buffer_index(x), :num_tokens]
+
+    def _kv_buffer(self, x: TaskId) -> Tensor:
+        num_tokens = self.chunks[x.micro_batch].num_tokens
+        return self.memory.prefill.kv_BT2Gd[self._buffer_index(x), :num_tokens]
+
+    def _host(self, x: TaskId) -> Tensor:
+        chunk = self.chunks[x.micro_batch]
+        return self.memory.prefill.host_TD[chunk.offset : chunk.offset + chunk.num_tokens]
+
+    def _weights(self, x: TaskId) -> LayerWeights:
+        return self.memory.weights.layer(x.layer, self.pipeline.load_index(0, x.layer))

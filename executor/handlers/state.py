@@ -1,0 +1,150 @@
+"""The requests of a batch while they are generated, and the choice of their next tokens.
+
+R requests, D hidden, V vocab.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, final
+
+import torch
+from torch import Tensor
+
+from executor.batching import Batch, Placed
+from executor.handlers.memory import RunMemory
+from executor.model import Architecture, logits
+from executor.sampling import choose
+
+STOP: Final = "stop"
+LENGTH: Final = "length"
+
+
+@dataclass(slots=True)
+class Generated:
+    """A request being generated: its tokens so far and, once it has ended, why."""
+
+    placed: Placed
+    tokens: list[int] = field(default_factory=list[int])
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The requests of a micro-batch that go on in one decode step, a row each.
+
+    `lengths` are tokens in the cache with the step's own; `cache_rows` is where that one goes.
+    """
+
+    sequences: tuple[Generated, ...]
+    tokens: Tensor
+    positions: Tensor
+    starts: list[int]
+    lengths: list[int]
+    cache_rows: Tensor
+
+    @staticmethod
+    def of(sequences: Sequence[Generated]) -> "Rows":
+        """The rows of the step after the tokens that the sequences have."""
+        starts = [sequence.placed.start for sequence in sequences]
+        lengths = [len(s.placed.request.prompt) + len(s.tokens) for s in sequences]
+        return Rows(
+            tuple(sequences),
+            torch.tensor([sequence.tokens[-1] for sequence in sequences], dtype=torch.int64),
+            torch.tensor([length - 1 for length in lengths], dtype=torch.int64),
+            starts,
+            lengths,
+            torch.tensor(
+                [start + length - 1 for start, length in zip(starts, lengths, strict=True)],
+                dtype=torch.int64,
+            ),
+        )
+
+
+class EndOfText(Protocol):
+    """Whether a request's text so far holds one of its stop texts."""
+
+    def __call__(self, placed: Placed, tokens: Sequence[int], /) -> bool:
+        """True ends the request."""
+        ...
+
+
+@final
+class BatchState:
+    """The requests of a batch, what they have generated, and which rows the next step has.
+
+    `num_active` counts requests that go on; `num_generated` tokens so far and `share_done` how
+    much of the batch they are, for live displays.
+    """
+
+    def __init__(self, batch: Batch, arch: Architecture, stops: EndOfText) -> None:
+        self._eos = frozenset(arch.eos_token_ids)
+        self._stops = stops
+        self.sequences = [
+            [Generated(placed) for placed in micro_batch.placed]
+            for micro_batch in batch.micro_batches
+        ]
+        self.num_active = batch.num_requests
+        self.num_generated = 0
+        self._num_left = sum(
+            s.placed.request.params.max_tokens for members in self.sequences for s in members
+        )
+        self.first_rows: list[int] = []
+        first = 0
+        for members in self.sequences:
+            self.first_rows.append(first)
+            first += len(members)
+        self.by_placed = {id(s.placed): s for members in self.sequences for s in members}
+        # Two versions: STORE_KV of a step may still run when SAMPLE makes the next step's rows.
+        nothing = Rows.of([])
+        self._rows: list[list[Rows]] = [[nothing, nothing] for _ in self.sequences]
+
+    @property
+    def share_done(self) -> float:
+        """From 0 to 1: tokens generated, of those that the requests may still come to."""
+        return self.num_generated / max(self.num_generated + self._num_left, 1)
+
+    def rows(self, micro_batch: int, step: int) -> Rows:
+        """The requests of a micro-batch that go on in that step."""
+        return self._rows[micro_batch][step % 2]
+
+    def append(self, sequence: Generated, token: int) -> None:
+        """Add a token; end the request if it is one that ends it or the last allowed."""
+        request = sequence.placed.request
+        params = request.params
+        sequence.tokens.append(token)
+        self.num_generated += 1
+        self._num_left -= 1
+        ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        if ends or (params.stop and self._stops(sequence.placed, sequence.tokens)):
+            sequence.finish_reason = STOP
+            self._num_left -= params.max_tokens - len(sequence.tokens)
+        elif len(sequence.tokens) >= params.max_tokens:
+            sequence.finish_reason = LENGTH
+        else:
+            return
+        self.num_active -= 1
+
+    def start_decode(self) -> None:
+        """Set up the rows of step 0, after prefill."""
+        for j in range(len(self.sequences)):
+            self.set_rows(j, 0)
+            self._rows[j][1] = self._rows[j][0]
+
+    def set_rows(self, micro_batch: int, step: int) -> None:
+        """Set up the rows of a step from the requests that go on."""
+        going_on = [s for s in self.sequences[micro_batch] if s.finish_reason is None]
+        self._rows[micro_batch][step % 2] = Rows.of(going_on)
+
+
+def sample(
+    arch: Architecture, memory: RunMemory, state: BatchState, hidden_RD: Tensor,
+    sequences: Sequence[Generated],
+) -> None:  # fmt: skip
+    """Choose and append the next token of each sequence, from its last hidden state."""
+    workspace, head = memory.sampling_workspace, memory.weights.head
+    workspace.reset()
+    logits_RV = logits(arch, hidden_RD, head.final_norm, head.lm_head, workspace)
+    params = [sequence.placed.request.params for sequence in sequences]
+    steps = [len(sequence.tokens) for sequence in sequences]
+    for sequence, token in zip(sequences, choose(logits_RV, params, steps), strict=True):
+        state.append(sequence, token)

@@ -1,0 +1,108 @@
+"""What a policy runs on: the accelerator that is asked for, and the memory it is held to."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from executor.backends import AbstractBackend, EmulatedMachine, make_backend
+from hrm.errors import PolicyError
+from hrm.hardware import Figure, Link, Rate, Source
+from hrm.memory import MemoryPlan, plan_memory
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy
+from hrm.policy_file import PolicyFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceleratorOptions:
+    """The accelerator that is asked for; what is None is as in the policy file."""
+
+    name: str = "auto"
+    gpu_memory_bytes: int | None = None
+    link_bytes_per_s: float | None = None
+
+
+def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path) -> None:
+    """Raise PolicyError if the policy was solved for a model of other dimensions."""
+    solved_for = replace(policy_file.model, name=spec.name)
+    if solved_for != spec:
+        differing = [
+            name for name in ModelSpec.__dataclass_fields__
+            if getattr(solved_for, name) != getattr(spec, name)
+        ]  # fmt: skip
+        field_ = differing[0]
+        raise PolicyError(
+            f"{path}: model.{field_}", getattr(solved_for, field_),
+            f"must be the model's {getattr(spec, field_)!r}",
+            "run hrm search with this --model",
+        )  # fmt: skip
+
+
+def prepare(
+    options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
+) -> tuple[MemoryPlan, AbstractBackend]:
+    """The memory plan against the budgets, and the backend; before anything large is touched.
+
+    Raises PolicyError if the policy does not fit and RunError if the accelerator cannot be had.
+    """
+    machine = emulated_machine(options, policy_file)
+    backend = make_backend(options.name, machine)
+    plan = budgeted_plan(policy_file, policy, options.gpu_memory_bytes)
+    plan.check_fits()
+    planned = sum({level.name: level.planned_bytes for level in (plan.gpu, plan.cpu)}.values())
+    available = psutil.virtual_memory().available
+    if backend.name != "null" and planned > available:
+        raise PolicyError(
+            "policy: memory of this machine", f"<{planned} bytes planned>",
+            f"must fit the {available} bytes that are available",
+            "close other programs, or search again with a lower --cpu-memory",
+        )  # fmt: skip
+    return plan, backend
+
+
+def budgeted_plan(
+    policy_file: PolicyFile, policy: Policy, gpu_memory_bytes: int | None = None
+) -> MemoryPlan:
+    """The policy's memory plan with the policy file's budgets as capacities."""
+    plan = plan_memory(policy_file.model, policy, policy_file.profile)
+    budgets = dict(policy_file.memory_budget_bytes)
+    if gpu_memory_bytes is not None:
+        budgets[plan.gpu.name] = gpu_memory_bytes
+    gpu, cpu = (
+        replace(level, capacity_bytes=budgets.get(level.name, level.capacity_bytes))
+        for level in (plan.gpu, plan.cpu)
+    )
+    return MemoryPlan(gpu, cpu)
+
+
+def emulated_machine(
+    options: AcceleratorOptions, policy_file: PolicyFile
+) -> EmulatedMachine | None:
+    """The accelerator to emulate: the policy's, changed as the options say; None if it has none."""
+    profile = policy_file.profile
+    bandwidth = options.link_bytes_per_s
+    if profile.has_accelerator:
+        memory = options.gpu_memory_bytes or policy_file.memory_budget_bytes.get(
+            profile.top.name, profile.top.usable_bytes
+        )
+        h2d, d2h = profile.h2d, profile.d2h
+    elif options.name == "emulated" and options.gpu_memory_bytes and bandwidth:
+        memory = options.gpu_memory_bytes
+        h2d, d2h = (_link(*ends, bandwidth) for ends in (("cpu", "gpu"), ("gpu", "cpu")))
+    else:
+        return None
+    if bandwidth:
+        h2d, d2h = (replace(link, bandwidth_bytes_per_s=_rate(bandwidth)) for link in (h2d, d2h))
+    return EmulatedMachine(gpu_memory_bytes=memory, h2d=h2d, d2h=d2h)
+
+
+def _rate(value: float) -> Rate:
+    return Rate(achieved=Figure(value=value, source=Source.ASSUMED, note="--link-bandwidth"))
+
+
+def _link(source: str, target: str, bandwidth: float) -> Link:
+    latency = Figure(value=10e-6, source=Source.ASSUMED, note="emulated link")
+    return Link(
+        source=source, target=target, latency_s=latency, bandwidth_bytes_per_s=_rate(bandwidth)
+    )

@@ -1,0 +1,133 @@
+"""The operators that a task issues, counted, beside the numbers that its time is predicted from.
+
+Launches decide the time of small tasks, so a kernel rewritten with twice the operators must not
+pass unseen by the model of the machine.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from executor.model import (
+    Workspace,
+    append_kv,
+    decode_attention,
+    dense_views,
+    expert_views,
+    logits,
+    post_attention,
+    pre_attention,
+    run_experts,
+)
+from executor.sampling import SamplingParams, choose
+from hrm import operators
+from tests.executor.tiny_models import tiny_arch
+
+ARCH = tiny_arch()
+SPEC = ARCH.spec
+DTYPE = torch.bfloat16  # what models are run in; casts count
+REQUESTS = 6
+WITHIN = 0.35
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(work, *args):
+    work(*args)  # caches are filled
+    with Counter() as counter:
+        result = work(*args)
+    return counter.count, result
+
+
+def workspace():
+    return Workspace(torch.empty(1_000_000, dtype=torch.uint8))
+
+
+def rows(width, dtype=DTYPE):
+    return torch.randn(REQUESTS, width).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def dense():
+    return dense_views(SPEC, torch.randn(SPEC.dense_parameters).to(DTYPE))
+
+
+def near(constant):
+    return pytest.approx(constant, rel=WITHIN)
+
+
+def test_pre_attention(dense):
+    qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
+    positions = torch.arange(REQUESTS)
+    count, _ = launches(
+        pre_attention, ARCH, rows(SPEC.hidden_size), dense, positions, qkv, workspace()
+    )
+    assert count == near(operators.PRE_ATTENTION_LAUNCHES)
+
+
+def test_decode_attention():
+    qkv, out = rows(SPEC.query_size + 2 * SPEC.kv_size), rows(SPEC.query_size)
+    cache = torch.randn(REQUESTS * 16, 2, SPEC.num_kv_heads, SPEC.head_dim).to(DTYPE)
+
+    def work(qkv, out, rows, starts):
+        append_kv(cache, qkv, rows)
+        decode_attention(ARCH, qkv, cache, starts, [8] * len(qkv), out)
+
+    def count(n):
+        starts = [16 * r for r in range(n)]
+        return launches(work, qkv[:n], out[:n], torch.tensor(starts) + 7, starts)[0]
+
+    per_request = operators.ATTENTION_LAUNCHES_PER_REQUEST
+    assert count(REQUESTS) - count(1) == near(per_request * (REQUESTS - 1))
+    assert count(REQUESTS) == near(operators.ATTENTION_LAUNCHES_PER_TASK + per_request * REQUESTS)
+
+
+def test_post_attention_and_experts(dense):
+    hidden, attention = rows(SPEC.hidden_size), rows(SPEC.query_size)
+    experts = [
+        (index, expert_views(SPEC, torch.randn(SPEC.expert_parameters).to(DTYPE)))
+        for index in range(SPEC.num_experts)
+    ]
+    count, (x, routing) = launches(post_attention, ARCH, hidden, attention, dense, workspace())
+    assert count == near(operators.POST_ATTENTION_LAUNCHES)
+
+    here = workspace()
+
+    def work(some):
+        here.reset()
+        run_experts(x, routing, some, hidden, here)
+
+    hit = routing.experts_TK.flatten().unique().tolist()
+    none, all_hit = launches(work, [])[0], launches(work, experts)[0]
+    assert none == near(operators.ROUTING_LAUNCHES)
+    assert (all_hit - none) / len(hit) == near(operators.LAUNCHES_PER_EXPERT)
+
+
+def test_sample():
+    weight = torch.rand(SPEC.hidden_size).to(DTYPE)
+    head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(DTYPE)
+    hidden, here = rows(SPEC.hidden_size), workspace()
+    params = [SamplingParams(temperature=0)] * REQUESTS
+
+    def work():
+        here.reset()
+        choose(logits(ARCH, hidden, weight, head, here), params, [0] * REQUESTS)
+
+    assert launches(work)[0] == near(operators.SAMPLE_LAUNCHES)
