@@ -306,7 +306,7 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ),
         ("accelerator: catalog", "accelerator: tpu", ("accelerator is 'tpu'",)),
         ("schema: 1", "schema: 9", ("bad.yaml: schema is 9", "reads schema 1")),
-        ("value: 1.7179869184e+10", "value: 9", ("levels[gpu].reserve_bytes", "must leave something")),
+        ("value: 1.7179869184e+10", "value: 9", ("levels[gpu].reserve_bytes", "must leave")),
         ("source: cpu\n  target: gpu", "source: cpu\n  target: tpu", ("no pinned link",)),
         ("- [64.0, 4.3e+12]", "- [9999.0, 4.3e+12]", ("float16.achieved.curve", "ascend")),
         ("name: 1xT4 on gcp-n1-highmem-64\n", "", ("name is <missing>", "must be given")),
