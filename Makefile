@@ -38,7 +38,7 @@ format: $(TEST_READY)  ## apply the formatter and ruff's safe fixes
 	$(BIN)/python -m ruff format
 
 bench: $(TEST_READY)  ## everything in tests/bench that needs no GPU (BENCH_ARGS="-k name")
-	$(BIN)/python -m pytest tests/bench -p no:xdist -m "not cuda" -s $(BENCH_ARGS)
+	$(BIN)/python -m pytest tests/bench -p no:xdist -m "not cuda" -o faulthandler_timeout=0 -s $(BENCH_ARGS)
 
 clean:  ## remove caches and builds
 	rm -rf build dist .benchmarks .hypothesis .import_linter_cache .pytest_cache .ruff_cache

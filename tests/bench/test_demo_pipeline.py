@@ -4,6 +4,7 @@ Prints medians over repeats within one run, beside the goals; asserts nothing ab
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ from executor.demo import MODEL_DIR
 from executor.demo.run import GPU_MEMORY, LINK_BANDWIDTH
 
 REPEATS = 3
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next(line.partition(": ")[2] for line in info if line.startswith("model name"))
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def call(module: str, *arguments: str) -> str:
@@ -30,7 +37,7 @@ def test_schedules_on_the_demo_model(tmp_path: Path) -> None:
     plan = json.loads(
         call(
             "hrm.cli", "search", "--model", str(MODEL_DIR), "--profile", profile, "--prompt-len",
-            "32", "--max-prompt-len", "128", "--gen-len", "32", "--requests", "96",
+            "32", "--max-prompt-len", "128", "--gen-len", "16", "--requests", "96",
             "--ffn", "gpu", "--json", "--out", policy,
         )
     )  # fmt: skip
@@ -41,7 +48,10 @@ def test_schedules_on_the_demo_model(tmp_path: Path) -> None:
         )
     )["rows"]  # fmt: skip
     bottleneck = plan["predicted"]["bottleneck"]["decode"]
-    print(f"\ndemo model, emulated accelerator {GPU_MEMORY}, link {LINK_BANDWIDTH}")
+    print(
+        f"\ndemo model, 96 requests × 16 tokens, medians of {REPEATS}; emulated accelerator "
+        f"{GPU_MEMORY}, link {LINK_BANDWIDTH}; {cpu()}"
+    )
     print(f"predicted: decode limited by {bottleneck}, {plan['predicted']['tokens_per_s']:.0f}"
           " tokens/s")  # fmt: skip
     print(f"{'schedule':<12}{'tokens/s':>10}{'decode':>10}{'H2D busy':>10}{'CGOPipe is':>12}")
