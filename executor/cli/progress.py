@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hrm.tasks import Lane
 
 _PLAIN_INTERVAL_S: Final = 10.0
+_LOOK_INTERVAL_S: Final = 1.0
 BAR_WIDTH: Final = 60
 
 
@@ -38,7 +39,7 @@ class Meter:
         elapsed_s = max(now_s - self._started_s, 1e-9)
         done = progress.done_now
         if progress.generated_now:
-            parts.append(f"{progress.generated_now / elapsed_s:.0f} tokens/s")
+            parts.append(f"{progress.generated_now / max(elapsed_s, 1.0):.0f} tokens/s")
             left_s = elapsed_s * (progress.total_requests - done)
             left_s /= max(done - progress.earlier_requests, 1e-9)
             parts.append(f"{format_countdown(left_s)} left")
@@ -108,8 +109,12 @@ def _plain_lines(progress: "JobProgress") -> Iterator[None]:
     meter, ended = Meter(progress), threading.Event()
 
     def report() -> None:
-        while not ended.wait(_PLAIN_INTERVAL_S):
-            click.echo(meter.text(), err=True)
+        reported_s = time.monotonic()
+        while not ended.wait(_LOOK_INTERVAL_S):  # rates are of the time between looks
+            text = meter.text()
+            if time.monotonic() - reported_s >= _PLAIN_INTERVAL_S:
+                click.echo(text, err=True)
+                reported_s = time.monotonic()
 
     thread = threading.Thread(target=report, name="progress", daemon=True)
     thread.start()
