@@ -82,6 +82,12 @@ def format_count(count: float) -> str:
     return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
+def counted(count: int, what: str) -> str:
+    """Print how many: `1 batch`, `2 batches`."""
+    ending = "" if count == 1 else "es" if what.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count} {what}{ending}"
+
+
 def format_seconds(seconds: float) -> str:
     """Print a duration from microseconds to hours: `1.25 ms`, `2 h 05 min`."""
     if seconds >= 3600:

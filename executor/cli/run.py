@@ -7,7 +7,7 @@ import click
 
 from executor.cli.options import accelerator_arguments, accelerator_options
 from hrm.policy import ScheduleName
-from hrm.units import format_bytes, format_seconds
+from hrm.units import counted, format_bytes, format_seconds
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -72,7 +72,7 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
     totals = content["totals"]
     lines = [
         f"accelerator  {content['accelerator']['description']}",
-        f"requests     {totals['requests']} in {totals['batches']} batches"
+        f"requests     {totals['requests']} in {counted(totals['batches'], 'batch')}"
         + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else ""),
         f"tokens       {totals['prompt_tokens']} prompt, {totals['generated_tokens']} generated",
         f"throughput   {totals['tokens_per_s']:.1f} tokens/s generated over prefill and decode",

@@ -17,7 +17,7 @@ from hrm.policy import Policy
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.search.result import SearchResult
 from hrm.tasks import Device
-from hrm.units import format_bytes, format_count, format_seconds
+from hrm.units import counted, format_bytes, format_count, format_seconds
 from hrm.workload import Workload
 
 # Tables keep their columns when the output goes to a file or a pipe.
@@ -160,8 +160,7 @@ def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
         f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
         f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f}), schedule {policy.schedule.value}"
     )
-    plural = "es" if policy.num_micro_batches > 1 else ""
-    batches = f"{policy.num_micro_batches} micro-batch{plural} of {policy.micro_batch_size}"
+    batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {policy.batch_size} requests a batch in {batches}")
     if not has_gpu:
         console.print("  everything is held and computed on the CPU: there is no accelerator\n")

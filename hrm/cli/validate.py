@@ -8,7 +8,7 @@ from rich.table import Table
 
 from hrm.cli.report import console, print_json
 from hrm.tasks import Phase
-from hrm.units import format_bytes, format_seconds
+from hrm.units import counted, format_bytes, format_seconds
 from hrm.validate import Comparison, Validation, read_run
 from hrm.validate import validate as compare
 
@@ -61,7 +61,7 @@ def print_validation(validation: Validation) -> None:
     run = validation.run
     console.print(
         f"[bold]{run.policy_file.model.name}[/] on {run.accelerator.description}, "
-        f"{run.schedule}, {run.totals.requests} requests in {len(run.batches)} batches "
+        f"{run.schedule}, {run.totals.requests} requests in {counted(len(run.batches), 'batch')} "
         f"({run.outcome})\n"
     )
     table = Table("", "measured", "predicted", "error", box=None, pad_edge=False)
