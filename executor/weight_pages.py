@@ -93,7 +93,7 @@ class WeightPages:
 
     def load(self, source: WeightSource, family: AbstractFamily, arch: Architecture) -> None:
         """Read every weight once, straight to where it stays."""
-        family.load_embedding(source, arch, self.embedding)
+        family.load_embedding(source, self.embedding)
         family.load_head(source, arch, self.head.final_norm, self.head.lm_head)
         for layer, (dense, experts) in enumerate(self._sources):
             family.load_dense(source, arch, layer, dense)

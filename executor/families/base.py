@@ -5,7 +5,7 @@ D hidden, V vocab.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
@@ -17,7 +17,14 @@ from hrm.model_spec import ModelSpec
 
 
 class AbstractFamily(ABC):
-    """Reads the checkpoints of one family into the layout that all families share."""
+    """Reads the checkpoints of one family into the layout that all families share.
+
+    A family names the tensors outside its layers and says where those of a layer lie.
+    """
+
+    embedding: ClassVar[str]
+    final_norm: ClassVar[str]
+    lm_head: ClassVar[str]
 
     @abstractmethod
     def architecture(self, config: dict[str, Any], where: str) -> Architecture:
@@ -28,8 +35,8 @@ class AbstractFamily(ABC):
         """The family's published models at any dimensions, for runs without a checkpoint."""
 
     @abstractmethod
-    def expected_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint has."""
+    def layer_tensors(self, arch: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a layer."""
 
     @abstractmethod
     def load_dense(
@@ -43,15 +50,32 @@ class AbstractFamily(ABC):
     ) -> None:
         """Fill one expert of a layer."""
 
-    @abstractmethod
-    def load_embedding(self, source: WeightSource, arch: Architecture, out_VD: Tensor) -> None:
-        """Fill the token embedding."""
+    @final
+    def expected_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a checkpoint has."""
+        spec = arch.spec
+        shapes: dict[str, tuple[int, ...]] = {
+            self.embedding: (spec.vocab_size, spec.hidden_size),
+            self.final_norm: (spec.hidden_size,),
+        }
+        if not spec.tied_embeddings:
+            shapes[self.lm_head] = (spec.vocab_size, spec.hidden_size)
+        for layer in range(spec.num_layers):
+            shapes |= self.layer_tensors(arch, layer)
+        return shapes
 
-    @abstractmethod
+    @final
+    def load_embedding(self, source: WeightSource, out_VD: Tensor) -> None:
+        """Fill the token embedding."""
+        source.read_into(self.embedding, out_VD)
+
+    @final
     def load_head(
         self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor
     ) -> None:
         """Fill the final norm and the LM head, from the embedding if they are tied."""
+        source.read_into(self.final_norm, final_norm_D)
+        source.read_into(self.embedding if arch.spec.tied_embeddings else self.lm_head, lm_head_VD)
 
 
 def token_ids(config: dict[str, Any], where: str, key: str) -> tuple[int, ...]:

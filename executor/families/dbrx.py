@@ -2,8 +2,6 @@
 
 from typing import Any, final
 
-from torch import Tensor
-
 from executor.checkpoint import WeightSource
 from executor.families.base import (
     AbstractFamily,
@@ -18,15 +16,16 @@ from executor.model.layout import DenseWeights, ExpertWeights
 from hrm.errors import ModelError
 from hrm.model_spec import ModelSpec, spec_from_hf_config
 
-EMBEDDING = "transformer.wte.weight"
-FINAL_NORM = "transformer.norm_f.weight"
-LM_HEAD = "lm_head.weight"
 LAYER_NORM_EPS = 1e-5  # torch's default, which the published code relies on
 
 
 @final
 class Dbrx(AbstractFamily):
     """Checkpoints named as transformers names them: `ffn.experts.mlp.w1` over all experts."""
+
+    embedding = "transformer.wte.weight"
+    final_norm = "transformer.norm_f.weight"
+    lm_head = "lm_head.weight"
 
     def architecture(self, config: dict[str, Any], where: str) -> Architecture:
         """Read a config; ModelError naming `where` and the key if it asks for what we lack."""
@@ -68,30 +67,23 @@ class Dbrx(AbstractFamily):
             router_norm=1.0, max_position_embeddings=32_768, eos_token_ids=(100_257,),
         )  # fmt: skip
 
-    def expected_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint has."""
+    def layer_tensors(self, arch: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a layer."""
         spec = arch.spec
         hidden = spec.hidden_size
         experts = (spec.num_experts * spec.intermediate_size, hidden)
-        shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (spec.vocab_size, hidden), FINAL_NORM: (hidden,)
-        }  # fmt: skip
-        if not spec.tied_embeddings:
-            shapes[LM_HEAD] = (spec.vocab_size, hidden)
-        for layer in range(spec.num_layers):
-            prefix = f"transformer.blocks.{layer}"
-            attention = f"{prefix}.norm_attn_norm"
-            shapes |= {
-                f"{attention}.norm_1.weight": (hidden,),
-                f"{attention}.norm_2.weight": (hidden,),
-                f"{attention}.attn.Wqkv.weight": (spec.query_size + 2 * spec.kv_size, hidden),
-                f"{attention}.attn.out_proj.weight": (hidden, spec.query_size),
-                f"{prefix}.ffn.router.layer.weight": (spec.num_experts, hidden),
-                f"{prefix}.ffn.experts.mlp.w1": experts,
-                f"{prefix}.ffn.experts.mlp.v1": experts,
-                f"{prefix}.ffn.experts.mlp.w2": experts,
-            }
-        return shapes
+        prefix = f"transformer.blocks.{layer}"
+        attention = f"{prefix}.norm_attn_norm"
+        return {
+            f"{attention}.norm_1.weight": (hidden,),
+            f"{attention}.norm_2.weight": (hidden,),
+            f"{attention}.attn.Wqkv.weight": (spec.query_size + 2 * spec.kv_size, hidden),
+            f"{attention}.attn.out_proj.weight": (hidden, spec.query_size),
+            f"{prefix}.ffn.router.layer.weight": (spec.num_experts, hidden),
+            f"{prefix}.ffn.experts.mlp.w1": experts,
+            f"{prefix}.ffn.experts.mlp.v1": experts,
+            f"{prefix}.ffn.experts.mlp.w2": experts,
+        }
 
     def load_dense(
         self,
@@ -119,19 +111,3 @@ class Dbrx(AbstractFamily):
         source.read_into(f"{prefix}.w1", gate, expert * size)
         source.read_into(f"{prefix}.v1", up, expert * size)
         source.read_into(f"{prefix}.w2", out.w2.T, expert * size)
-
-    def load_embedding(
-        self,
-        source: WeightSource,
-        arch: Architecture,  # noqa: ARG002 - others need it
-        out_VD: Tensor,
-    ) -> None:
-        """Fill the token embedding."""
-        source.read_into(EMBEDDING, out_VD)
-
-    def load_head(
-        self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor
-    ) -> None:
-        """Fill the final norm and the LM head, from the embedding if they are tied."""
-        source.read_into(FINAL_NORM, final_norm_D)
-        source.read_into(EMBEDDING if arch.spec.tied_embeddings else LM_HEAD, lm_head_VD)

@@ -2,8 +2,6 @@
 
 from typing import Any, final
 
-from torch import Tensor
-
 from executor.checkpoint import WeightSource
 from executor.families.base import (
     AbstractFamily,
@@ -18,14 +16,14 @@ from executor.model.layout import DenseWeights, ExpertWeights
 from hrm.errors import ModelError
 from hrm.model_spec import ModelSpec, spec_from_hf_config
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
-
 
 @final
 class Mixtral(AbstractFamily):
     """Checkpoints named as published: `block_sparse_moe.experts.0.w1.weight`."""
+
+    embedding = "model.embed_tokens.weight"
+    final_norm = "model.norm.weight"
+    lm_head = "lm_head.weight"
 
     def architecture(self, config: dict[str, Any], where: str) -> Architecture:
         """Read a config; ModelError naming `where` and the key if it asks for what we lack."""
@@ -56,34 +54,28 @@ class Mixtral(AbstractFamily):
             max_position_embeddings=32_768, bos_token_id=1, eos_token_ids=(2,),
         )  # fmt: skip
 
-    def expected_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint has."""
+    def layer_tensors(self, arch: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a layer."""
         spec = arch.spec
         hidden, intermediate = spec.hidden_size, spec.intermediate_size
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
         shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (spec.vocab_size, hidden), FINAL_NORM: (hidden,)
-        }  # fmt: skip
-        if not spec.tied_embeddings:
-            shapes[LM_HEAD] = (spec.vocab_size, hidden)
-        for layer in range(spec.num_layers):
-            prefix = f"model.layers.{layer}"
-            attention = f"{prefix}.self_attn"
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{attention}.q_proj.weight": (spec.query_size, hidden),
+            f"{attention}.k_proj.weight": (spec.kv_size, hidden),
+            f"{attention}.v_proj.weight": (spec.kv_size, hidden),
+            f"{attention}.o_proj.weight": (hidden, spec.query_size),
+            f"{prefix}.block_sparse_moe.gate.weight": (spec.num_experts, hidden),
+        }
+        for expert in range(spec.num_experts):
+            matrices = _expert(layer, expert)
             shapes |= {
-                f"{prefix}.input_layernorm.weight": (hidden,),
-                f"{prefix}.post_attention_layernorm.weight": (hidden,),
-                f"{attention}.q_proj.weight": (spec.query_size, hidden),
-                f"{attention}.k_proj.weight": (spec.kv_size, hidden),
-                f"{attention}.v_proj.weight": (spec.kv_size, hidden),
-                f"{attention}.o_proj.weight": (hidden, spec.query_size),
-                f"{prefix}.block_sparse_moe.gate.weight": (spec.num_experts, hidden),
+                f"{matrices}.w1.weight": (intermediate, hidden),
+                f"{matrices}.w2.weight": (hidden, intermediate),
+                f"{matrices}.w3.weight": (intermediate, hidden),
             }
-            for expert in range(spec.num_experts):
-                matrices = _expert(layer, expert)
-                shapes |= {
-                    f"{matrices}.w1.weight": (intermediate, hidden),
-                    f"{matrices}.w2.weight": (hidden, intermediate),
-                    f"{matrices}.w3.weight": (intermediate, hidden),
-                }
         return shapes
 
     def load_dense(
@@ -108,22 +100,6 @@ class Mixtral(AbstractFamily):
         source.read_into(f"{matrices}.w1.weight", gate)
         source.read_into(f"{matrices}.w3.weight", up)
         source.read_into(f"{matrices}.w2.weight", out.w2)
-
-    def load_embedding(
-        self,
-        source: WeightSource,
-        arch: Architecture,  # noqa: ARG002 - others need it
-        out_VD: Tensor,
-    ) -> None:
-        """Fill the token embedding."""
-        source.read_into(EMBEDDING, out_VD)
-
-    def load_head(
-        self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor
-    ) -> None:
-        """Fill the final norm and the LM head, from the embedding if they are tied."""
-        source.read_into(FINAL_NORM, final_norm_D)
-        source.read_into(EMBEDDING if arch.spec.tied_embeddings else LM_HEAD, lm_head_VD)
 
 
 def _expert(layer: int, expert: int) -> str:

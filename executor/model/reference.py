@@ -36,7 +36,7 @@ def load(family: AbstractFamily, source: WeightSource, arch: Architecture) -> Re
     """Read all weights as float32."""
     spec = arch.spec
     embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size)
-    family.load_embedding(source, arch, embedding_VD)
+    family.load_embedding(source, embedding_VD)
     layers: list[tuple[DenseWeights, list[ExpertWeights]]] = []
     for layer in range(spec.num_layers):
         dense = dense_views(spec, torch.empty(spec.dense_parameters))

@@ -148,7 +148,7 @@ def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
         head = head_views(spec, flats[2])
         family.load_head(checkpoint, arch, head.final_norm, head.lm_head)
         embedding = torch.full((spec.vocab_size, spec.hidden_size), torch.nan)
-        family.load_embedding(checkpoint, arch, embedding)
+        family.load_embedding(checkpoint, embedding)
     assert not any(tensor.isnan().any() for tensor in (*flats, embedding))
     tied = torch.equal(head.lm_head, embedding.to(torch.bfloat16))
     assert tied == spec.tied_embeddings
