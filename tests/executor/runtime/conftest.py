@@ -1,3 +1,4 @@
+import gc
 import threading
 
 import pytest
@@ -10,3 +11,11 @@ def no_thread_left_behind():
     yield
     left = {thread.name for thread in set(threading.enumerate()) - before}
     assert not {name for name in left if name.startswith(("lane-", "progress"))}
+
+
+@pytest.fixture
+def no_collection():
+    """No garbage collection: an interrupt that strikes in a callback of it is lost in Python."""
+    gc.disable()
+    yield
+    gc.enable()

@@ -133,7 +133,7 @@ def test_error_while_the_graph_is_made_ends_the_run(engine):
 
 
 @pytest.mark.parametrize("delay_s", [0.02, 0.2])
-def test_ctrl_c_ends_the_run(delay_s):
+def test_ctrl_c_ends_the_run(no_collection, delay_s):
     graph = (
         Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU)
         for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1))

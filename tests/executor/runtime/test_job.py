@@ -333,7 +333,7 @@ def test_failed_task_keeps_what_was_finished_and_prints_the_lanes(run, tmp_path,
     assert len(after) == 10
 
 
-def test_ctrl_c_keeps_what_was_finished(run, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatch):
     import _thread
 
     make = DecodeHandlers.make
@@ -361,7 +361,7 @@ def test_ctrl_c_keeps_what_was_finished(run, tmp_path, monkeypatch):
     assert content["totals"]["requests"] == len(done)
 
 
-def test_sigterm_ends_as_cleanly_as_ctrl_c(run, monkeypatch):
+def test_sigterm_ends_as_cleanly_as_ctrl_c(run, no_collection, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     make = DecodeHandlers.make
 
