@@ -63,9 +63,8 @@ def test_sampling_follows_the_slow_definition(row, params, step):
     if chosen != token:  # only rounding at a boundary may differ
         ranked = sorted(range(len(row)), key=lambda t: -row[t])
         assert abs(ranked.index(chosen) - ranked.index(token)) == 1
-        nudged = [slow_choice(row, replace(params, top_p=params.top_p * f), step)[1]
-                  for f in (1 - 1e-9, 1.0)]  # fmt: skip
-        assert chosen in kept or len(nudged[0]) != len(nudged[1])
+        wider = replace(params, top_p=min(params.top_p * (1 + 1e-9), 1.0))
+        assert chosen in kept or chosen in slow_choice(row, wider, step)[1]
 
 
 @settings(max_examples=60, deadline=None)
