@@ -1,6 +1,7 @@
 """Generates from batches of requests: the memory of a run, its weights, and its two phases."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Self, final
@@ -131,12 +132,51 @@ class TraceBudget:
         return int(self._left > 0)
 
 
-@final
-class Generator:
-    """Runs batches on real weights; a context manager that owns the lanes.
+class AbstractGenerator(ABC):
+    """Runs batches; a context manager that owns the lanes.
 
-    Memory is allocated once, as planned, and weights are loaded into it once. `load_s` says how
-    long that took and `peak_bytes` how much of each level's purposes was ever in use.
+    `load_s` says how long the weights took, `state` is that of the batch under way.
+    """
+
+    load_s: float
+
+    def __init__(
+        self, backend: AbstractBackend, arch: Architecture, policy: Policy, max_spans: int
+    ) -> None:
+        self.backend, self.arch, self.policy = backend, arch, policy
+        self.state: BatchState | None = None
+        self.engine = Engine(backend.enter_lane)
+        self._budget = TraceBudget(max_spans)
+        self._threads = torch.get_num_threads()
+
+    @final
+    def __enter__(self) -> Self:
+        """Start the lanes."""
+        self.engine.__enter__()
+        return self
+
+    @final
+    def __exit__(self, *exception: object) -> None:
+        """End the lanes and give torch its threads back."""
+        self.engine.__exit__(*exception)
+        torch.set_num_threads(self._threads)
+
+    @final
+    def check(self, request: Request) -> None:
+        """Raise JobError if the request could never be run."""
+        check_request(request, self.arch, self.policy)
+
+    @abstractmethod
+    def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
+        """Run both phases of a batch; TaskFailedError if a task fails."""
+
+
+@final
+class Generator(AbstractGenerator):
+    """Runs batches on real weights.
+
+    Memory is allocated once, as planned, and weights are loaded into it once. `peak_bytes` says how
+    much of each level's purposes was ever in use.
     """
 
     def __init__(
@@ -145,33 +185,15 @@ class Generator:
         max_spans: int = MAX_SPANS,
     ) -> None:  # fmt: skip
         start_s = time.perf_counter()
-        self.backend, self.arch, self.policy = backend, arch, policy
-        self.state: BatchState | None = None
+        super().__init__(backend, arch, policy, max_spans)
         self._prefilled: PhaseResult | None = None
         self._num_chunks = 0
         self._stops = stops or never_stops
         self._plan = plan
-        self._budget = TraceBudget(max_spans)
         self._kv_peak = {"gpu": 0, "cpu": 0}
         self.memory = allocate(backend, arch, policy)
         self.memory.weights.load(source, family, arch)
         self.load_s = time.perf_counter() - start_s
-        self.engine = Engine(backend.enter_lane)
-        self._threads = torch.get_num_threads()
-
-    def __enter__(self) -> Self:
-        """Start the lanes."""
-        self.engine.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """End the lanes and give torch its threads back."""
-        self.engine.__exit__(*exception)
-        torch.set_num_threads(self._threads)
-
-    def check(self, request: Request) -> None:
-        """Raise JobError if the request could never be run."""
-        check_request(request, self.arch, self.policy)
 
     def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
         """Prefill and decode a batch; TaskFailedError if a task fails."""
@@ -261,7 +283,7 @@ class Generator:
 
 
 @final
-class NullGenerator:
+class NullGenerator(AbstractGenerator):
     """Runs the same graphs with tasks that sleep for `seconds_of(pipeline)`; generates zeros."""
 
     def __init__(
@@ -269,28 +291,10 @@ class NullGenerator:
         seconds_of: Callable[[Pipeline, Batch], Callable[[TaskId], float]],
         max_spans: int = MAX_SPANS,
     ) -> None:  # fmt: skip
-        self.backend, self.arch, self.policy = backend, arch, policy
-        self.state: BatchState | None = None
+        super().__init__(backend, arch, policy, max_spans)
         self.load_s = 0.0
         self.peak_bytes: dict[str, dict[str, int]] = {}
-        self.engine = Engine(backend.enter_lane)
         self._seconds_of = seconds_of
-        self._budget = TraceBudget(max_spans)
-        self._threads = torch.get_num_threads()
-
-    def __enter__(self) -> Self:
-        """Start the lanes."""
-        self.engine.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """End the lanes and give torch its threads back."""
-        self.engine.__exit__(*exception)
-        torch.set_num_threads(self._threads)
-
-    def check(self, request: Request) -> None:
-        """Raise JobError if the request could never be run."""
-        check_request(request, self.arch, self.policy)
 
     def rescue(self) -> None:
         """Nothing: what a batch that was cut short has generated are no tokens of a model."""
