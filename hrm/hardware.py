@@ -119,10 +119,21 @@ class Processor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """One cache between a processor and its memory; all cores' private ones together."""
+
+    name: str
+    capacity_bytes: Figure
+    read_bytes_per_s: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLevel:
     """One level of memory with its processor; `reserve_bytes` are never planned with.
 
-    A copy counts each byte once, though it is read and written.
+    A copy counts each byte once, though it is read and written. `shared_bytes_per_s` is what all
+    that use this memory at once get together (the processor, staging copies, links), each byte read
+    or written counted; without it, they share what can be read. Caches go from fast to slow.
     """
 
     name: str
@@ -130,6 +141,8 @@ class MemoryLevel:
     reserve_bytes: Figure
     read_bytes_per_s: Rate
     copy_bytes_per_s: Rate | None = None
+    shared_bytes_per_s: Rate | None = None
+    caches: tuple[Cache, ...] = ()
     processor: Processor
 
     @property
@@ -143,7 +156,7 @@ class MemoryLevel:
         return (self.processor.attention_bytes_per_s or self.read_bytes_per_s).at()
 
 
-LinkKind = Literal["pinned", "pageable", "staging"]
+LinkKind = Literal["pinned", "pageable", "staging", "peer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +164,9 @@ class Link:
     """Transfers from one level to another: `latency_s` each, then `bandwidth_bytes_per_s`.
 
     `pinned` and `pageable` say what memory the host's side is in; `staging` is the copy from
-    pageable to pinned memory within the host (`source` and `target` are then both the host).
+    pageable to pinned memory within the host (`source` and `target` are then both the host), and
+    `peer` what one GPU sends to another (both are then the GPU level). Where a machine has several
+    GPUs, the link to the GPU level is all of theirs at once; one of them alone is named `gpu0`.
     """
 
     source: str
@@ -168,6 +183,27 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """Storage below the host's memory, read in large blocks past the page cache."""
+
+    path: str
+    capacity_bytes: Figure
+    read_bytes_per_s: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contention:
+    """What one kind of work keeps of its rate beside others: `kept` is a share, up to about 1.
+
+    `work` and `beside` name what shares the host's memory: `attention`, `staging`, `h2d`, `gemm`.
+    """
+
+    work: str
+    beside: tuple[str, ...]
+    kept: Figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
@@ -181,6 +217,8 @@ class HardwareProfile:
     num_gpus: int = 1
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
+    disk: Disk | None = None
+    contention: tuple[Contention, ...] = ()
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
@@ -239,13 +277,17 @@ class HardwareProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCard:
-    """One GPU as its file describes it: its memory level, its links and the host it usually has."""
+    """One GPU as its file describes it: its memory level, its links and the host it usually has.
+
+    `peer` is the link to another GPU of its kind in the same machine.
+    """
 
     schema: int = SCHEMA
     name: str
     level: MemoryLevel
     h2d: Link
     d2h: Link
+    peer: Link
     default_host: str
 
     def __post_init__(self) -> None:
@@ -256,12 +298,16 @@ class GpuCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One host as its file describes it: memory, CPU and how it stages to pinned memory."""
+    """One host as its file describes it: memory, CPU and how it stages to pinned memory.
+
+    `root_port_bytes_per_s` is the most that all its GPUs' links move in one direction at once.
+    """
 
     schema: int = SCHEMA
     name: str
     level: MemoryLevel
     staging: Link
+    root_port_bytes_per_s: Rate
     max_gpus: int = 1
 
     def __post_init__(self) -> None:
