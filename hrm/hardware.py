@@ -151,6 +151,11 @@ class MemoryLevel:
         return int(self.capacity_bytes.value - self.reserve_bytes.value)
 
     @property
+    def together_bytes_per_s(self) -> float:
+        """Bytes read and written a second by all that use this memory at once."""
+        return (self.shared_bytes_per_s or self.read_bytes_per_s).at()
+
+    @property
     def attention_bytes_per_s(self) -> float:
         """KV bytes a second in decode attention: measured on the kernel, else the memory roof."""
         return (self.processor.attention_bytes_per_s or self.read_bytes_per_s).at()
@@ -238,6 +243,8 @@ class HardwareProfile:
             fast, slow = self.levels[0].name, self.levels[1].name
             self.link(slow, fast)
             self.link(fast, slow)
+            if self.num_gpus > 1:
+                self.link(fast, fast, "peer")
 
     @property
     def has_accelerator(self) -> bool:
@@ -263,6 +270,19 @@ class HardwareProfile:
             f"{self.name}: links", [f"{x.source}->{x.target} {x.kind}" for x in self.links],
             f"has no {kind} link {source}->{target}", "measure it with hrm profile or add it",
         )  # fmt: skip
+
+    @property
+    def peer(self) -> Link:
+        """One GPU to another."""
+        return self.link(self.top.name, self.top.name, "peer")
+
+    @property
+    def host_accesses_a_transferred_byte(self) -> int:
+        """How often a byte on the link is read or written in the host's memory.
+
+        An emulated link is a memcpy within it.
+        """
+        return 2 if self.accelerator == "emulated" else 1
 
     @property
     def h2d(self) -> Link:

@@ -89,8 +89,12 @@ def turning_points(
 def attention_turning_points(
     profile: HardwareProfile, spec: ModelSpec, dtype: str, *, context: float
 ) -> TurningPoints:
-    """Turning points of decode attention: every request reads its own cache, whatever the batch."""
-    operator = decode_attention(spec, dtype, 1, context)
+    """Turning points of decode attention: every request reads its own cache, whatever the batch.
+
+    Of layers with windows of different widths, it is the widest.
+    """
+    kind = max(spec.layer_kinds(), key=lambda kind: kind.window or math.inf)
+    operator = decode_attention(spec, dtype, 1, context, kind)
     return turning_points(
         profile,
         dtype,

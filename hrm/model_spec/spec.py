@@ -55,7 +55,8 @@ class ModelSpec:
     the shared experts' gate); of one expert; of the LM head and final norm (biases).
 
     `published_dtype` says how a quantised checkpoint is stored and changes no size here: plans are
-    made in the dtype that they choose.
+    made in the dtype that they choose. `expert_frequencies` are the shares of tokens that go to the
+    experts, from the most favoured to the least, as measured; empty for uniform routing.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ModelSpec:
     other_expert_parameters: int = 0
     other_head_parameters: int = 0
     published_dtype: str = field(default="", compare=False)
+    expert_frequencies: tuple[float, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Reject impossible dimensions (ModelError)."""
@@ -108,6 +110,14 @@ class ModelSpec:
         if self.latent_attention is not None:
             self._check_latent(self.latent_attention)
         self._check_windows()
+        frequencies = self.expert_frequencies
+        self._require(
+            not frequencies
+            or (len(frequencies) == self.num_experts and 0 <= min(frequencies) <= max(frequencies)
+                and max(frequencies) <= 1),
+            "expert_frequencies", frequencies,
+            f"must be shares between 0 and 1 of the {self.num_experts} experts, or none",
+        )  # fmt: skip
         self._require(
             self.parameters <= LARGEST_MODEL, "parameters", self.parameters,
             f"must be at most {LARGEST_MODEL:,}",
@@ -239,9 +249,29 @@ class ModelSpec:
         return self.matrices_per_expert * self.hidden_size * width
 
     def experts_hit(self, num_tokens: Number) -> Number:
-        """Expected number of distinct experts that `num_tokens` reach under uniform routing."""
-        miss = (1 - self.experts_per_token / self.num_experts) ** num_tokens
-        return self.num_experts * (1 - miss)
+        """Expected number of distinct experts that `num_tokens` reach.
+
+        Tokens are routed independently, uniformly or with the measured frequencies.
+        """
+        if not self.expert_frequencies:
+            miss = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+            return self.num_experts * (1 - miss)
+        if isinstance(num_tokens, (int, float)):
+            return sum(1 - (1 - share) ** num_tokens for share in self.expert_frequencies)
+        import numpy as np
+
+        distinct, of_each = np.unique(num_tokens, return_inverse=True)
+        misses = np.power.outer(1 - np.array(self.expert_frequencies), distinct)
+        return (self.num_experts - misses.sum(0))[of_each].reshape(np.shape(num_tokens))
+
+    def kv_copies(self, ranks: int) -> int:
+        """How many of `ranks` GPUs in tensor parallel hold the same element of the KV cache.
+
+        Heads are divided; where they are fewer than GPUs, or compressed into one, they are
+        repeated.
+        """
+        heads = self.num_kv_heads if self.latent_attention is None else 1
+        return max(1, ranks // heads)
 
     # -- layers -------------------------------------------------------------------------------
 
