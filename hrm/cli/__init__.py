@@ -34,7 +34,7 @@ _COMMANDS = {
         "hrm.cli.catalog",
         "List the GPUs, hosts and machines that are known, or show one.",
     ),
-    "models": ("hrm.cli.catalog", "List the built-in models, or show one model's sizes."),
+    "models": ("hrm.cli.models", "List the built-in models, or show one model's sizes."),
     "search": ("hrm.cli.plan", "Find the policy with the highest throughput that fits."),
     "estimate": ("hrm.cli.plan", "Predict what one given policy will do."),
     "simulate": (
