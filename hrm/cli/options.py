@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -15,7 +15,7 @@ from hrm.machines import compose, load_profile, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec, load_model
 from hrm.policy import ScheduleName
-from hrm.policy_file import load_policy_file, policy_file_of
+from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
 from hrm.units import DTYPE_BYTES, parse_bytes
 from hrm.workload import Workload, named_workload
 
@@ -157,6 +157,23 @@ def _longest(prompt_len: float) -> int:
     return math.ceil(prompt_len)
 
 
+plan_sources = _options(
+    click.option(
+        "--policy", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="A policy file (hrm search --out); without one, a policy is searched for.",
+    ),
+    click.option("--model", metavar="NAME-or-PATH", help="The model to search a policy for."),
+    _machine,
+    _workload,
+)  # fmt: skip
+
+
+_PLAN_SOURCES: Final = (
+    "policy", "model", "schedule", "profile", "gpus", "host", "gpu_memory", "cpu_memory",
+    "workload", "prompt_len", "max_prompt_len", "gen_len", "requests",
+)  # fmt: skip
+
+
 def plan_options(command: Command) -> Command:
     """Give a command `plan: PolicyFile`: read from --policy, or searched for.
 
@@ -164,80 +181,68 @@ def plan_options(command: Command) -> Command:
     """
 
     @click.option(
-        "--policy",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="A policy file (hrm search --out); without one, a policy is searched for.",
-    )
-    @click.option("--model", metavar="NAME-or-PATH", help="The model to search a policy for.")
-    @click.option(
         "--schedule",
         type=click.Choice([name.value for name in ScheduleName]),
         help="Run the policy in this order [default: the policy's, or cgopipe].",
     )
-    @_machine
-    @_workload
+    @plan_sources
     @wraps(command)
-    def wrapper(
-        *args: Any,
-        policy: Path | None,
-        model: str | None,
-        schedule: str | None,
-        profile: str | None,
-        gpus: str | None,
-        host: str | None,
-        gpu_memory: str | None,
-        cpu_memory: str | None,
-        workload: str | None,
-        prompt_len: float | None,
-        max_prompt_len: int | None,
-        gen_len: int | None,
-        requests: int | None,
-        **others: Any,
-    ) -> Any:
-        machine_given = any((profile, gpus, host))
-        lengths = (workload, prompt_len, max_prompt_len, gen_len, requests)
-        if policy is not None:
-            if model is not None:
-                raise PolicyError(
-                    "--model", model, "does not go with --policy, whose file holds its model",
-                    "leave one of them out",
-                )  # fmt: skip
-            plan = load_policy_file(policy)
-            if machine_given:
-                machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
-            else:
-                machine = _with_given_memory(plan.profile, gpu_memory, cpu_memory)
-            if machine is not plan.profile:
-                plan_memory(plan.model, plan.policy, machine).check_fits()
-                plan = replace(plan, profile=machine)
-            if any(value is not None for value in lengths):
-                plan = replace(plan, workload=resolve_workload(*lengths))
-            if schedule is not None:
-                plan = replace(plan, policy=replace(plan.policy, schedule=ScheduleName(schedule)))
-            return command(*args, plan=plan, **others)
-        if model is None:
-            raise PolicyError(
-                "--policy and --model",
-                "<neither>",
-                "one must say what is run",
-                "give --policy FILE, or --model NAME with --gpus or --profile",
-            )
-        from hrm.search.exhaustive import search
-
-        machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
-        spec, lengths = load_model(model), resolve_workload(*lengths)
-        result = search(
-            spec,
-            machine,
-            lengths,
-            dtype=default_dtype(machine),
-            schedule=ScheduleName(schedule or "cgopipe"),
-        )
-        plan = policy_file_of(result.require(), spec, machine, lengths)
-        return command(*args, plan=plan, **others)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        sources = {name: options.pop(name) for name in _PLAN_SOURCES}
+        return command(*args, plan=resolve_plan(**sources), **options)
 
     return wrapper
+
+
+def resolve_plan(
+    *, policy: Path | None, model: str | None, schedule: str | None, profile: str | None,
+    gpus: str | None, host: str | None, gpu_memory: str | None, cpu_memory: str | None,
+    workload: str | None, prompt_len: float | None, max_prompt_len: int | None,
+    gen_len: int | None, requests: int | None,
+) -> PolicyFile:  # fmt: skip
+    """The plan that the options of `plan_sources` and a schedule's name describe.
+
+    Raises PolicyError if they name neither a policy nor a model, or both.
+    """
+    lengths = (workload, prompt_len, max_prompt_len, gen_len, requests)
+    if policy is not None:
+        if model is not None:
+            raise PolicyError(
+                "--model", model, "does not go with --policy, whose file holds its model",
+                "leave one of them out",
+            )  # fmt: skip
+        plan = load_policy_file(policy)
+        if any((profile, gpus, host)):
+            machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
+        else:
+            machine = _with_given_memory(plan.profile, gpu_memory, cpu_memory)
+        if machine is not plan.profile:
+            plan_memory(plan.model, plan.policy, machine).check_fits()
+            plan = replace(plan, profile=machine)
+        if any(value is not None for value in lengths):
+            plan = replace(plan, workload=resolve_workload(*lengths))
+        if schedule is not None:
+            plan = replace(plan, policy=replace(plan.policy, schedule=ScheduleName(schedule)))
+        return plan
+    if model is None:
+        raise PolicyError(
+            "--policy and --model",
+            "<neither>",
+            "one must say what is run",
+            "give --policy FILE, or --model NAME with --gpus or --profile",
+        )
+    from hrm.search.exhaustive import search
+
+    machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
+    spec, asked = load_model(model), resolve_workload(*lengths)
+    result = search(
+        spec,
+        machine,
+        asked,
+        dtype=default_dtype(machine),
+        schedule=ScheduleName(schedule or "cgopipe"),
+    )
+    return policy_file_of(result.require(), spec, machine, asked)
 
 
 def default_dtype(profile: HardwareProfile) -> str:
