@@ -93,8 +93,7 @@ def attention_turning_points(
 
     Of layers with windows of different widths, it is the widest.
     """
-    kind = max(spec.layer_kinds(), key=lambda kind: kind.window or math.inf)
-    operator = decode_attention(spec, dtype, 1, context, kind)
+    operator = decode_attention(spec, dtype, 1, context, spec.widest_kind)
     return turning_points(
         profile,
         dtype,

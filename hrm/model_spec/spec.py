@@ -1,5 +1,6 @@
 """A mixture-of-experts transformer by its dimensions, from which parameters and bytes follow."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -293,6 +294,11 @@ class ModelSpec:
             for has_experts, part in ((False, windows[:dense]), (True, windows[dense:]))
             for window, count in Counter(part).items()
         }
+
+    @property
+    def widest_kind(self) -> LayerKind:
+        """The kind of layer that attends to the most tokens."""
+        return max(self.layer_kinds(), key=lambda kind: kind.window or math.inf)
 
     def num_experts_of(self, kind: LayerKind) -> int:
         """Routed experts of a layer of that kind."""

@@ -169,7 +169,7 @@ def attention_marks(
                 points = attention_turning_points(profile, spec, dtype, context=context)
                 mark = _mark(profile, points, dtype)
             else:
-                operator = decode_attention(spec, dtype, 1, context)
+                operator = decode_attention(spec, dtype, 1, context, spec.widest_kind)
                 mark = _mark_alone(profile, dtype, operator.intensity, None, reads_kv=True)
             for members, other in groups:
                 if abs(mark.intensity / other.intensity - 1) < SAME:
