@@ -213,32 +213,36 @@ class DecodeStep:
         chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
         return lanes, host_memory_s, chain_s
 
-    def seconds(self, context: Number) -> Number:
-        """Seconds of the step, with what the schedule cannot overlap.
+    def terms(self, context: Number) -> tuple[Number, ...]:
+        """What the step takes at least, for several reasons; the longest is its time.
 
         CGOPipe overlaps all lanes, as far as micro-batches in flight allow. FastDecode's GPU waits
         for the layer's weights besides; FlexGen and DeepSpeed load the next layer only once the
         last one's buffer is free, and FlexGen's attention on the CPU runs in turn with the GPU.
         """
         lanes, host_memory_s, chain_s = self._lanes(context)
-        longest = maximum(*lanes.values(), host_memory_s, chain_s)
+        terms = (*lanes.values(), host_memory_s, chain_s)
         weights = self.costs.spec.num_layers * self.weights_s
         match self.schedule:
             case ScheduleName.CGOPIPE:
-                return longest
+                return terms
             case ScheduleName.FASTDECODE:
-                return maximum(longest, lanes[Lane.H2D] + lanes[Lane.GPU])
+                return (*terms, lanes[Lane.H2D] + lanes[Lane.GPU])
             case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
-                n = self.point.num_micro_batches
+                n, on_cpu = self.point.num_micro_batches, self.cpu_attention > 0
                 small = lanes[Lane.H2D] - weights
                 in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
                 # The first micro-batch's attention runs while the weights load.
-                serial = maximum(weights, in_turn / n) + in_turn * (n - 1) / n
-                overlapped = weights + maximum(small, lanes[Lane.GPU], lanes[Lane.CPU])
-                return maximum(longest, where(self.cpu_attention > 0, serial, overlapped))
+                serial = weights + in_turn * (n - 1) / n
+                return (
+                    *terms,
+                    where(on_cpu, serial, weights + small),
+                    where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
+                    where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
+                )
             case ScheduleName.DEEPSPEED:
                 busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
-                return maximum(longest, weights, busy + lanes[Lane.H2D] - weights)
+                return (*terms, weights, busy + lanes[Lane.H2D] - weights)
 
 
 def prefill_lanes(
@@ -277,18 +281,32 @@ def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Numb
     return tokens / chunk * costs.spec.num_layers * 2 * costs.all_reduce(chunk)
 
 
-def batch_seconds(
+def batch_terms(
     costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
-) -> tuple[Number, Number]:
-    """Prefill and decode seconds of one batch; the context grows by a token a step.
+) -> list[tuple[float, tuple[Number, ...]]]:
+    """What prefill and decode of one batch are made of: weights, each with terms.
 
-    A step's time is a maximum of lines in the context, so Simpson's rule over three contexts is
-    within a fraction of a per cent of the sum over all of them.
+    A batch's time is the sum of every weight times the longest of its terms. The first is prefill;
+    the others are decode steps, whose context grows by a token a step: a step's time is a maximum
+    of lines in the context, so Simpson's rule over three contexts is within a fraction of a per
+    cent of the sum over all of them.
     """
     lanes, host_memory_s = prefill_lanes(costs, point, workload)
-    prefill = maximum(*lanes.values(), host_memory_s)
     first = workload.prompt_len + 1
     last = workload.prompt_len + max(workload.decode_steps, 1)
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    begin, middle, end = (step.seconds(context) for context in (first, (first + last) / 2, last))
-    return prefill, workload.decode_steps * (begin + 4 * middle + end) / 6
+    return [
+        (1.0, (*lanes.values(), host_memory_s)),
+        *(
+            (workload.decode_steps * share / 6, step.terms(context))
+            for share, context in ((1, first), (4, (first + last) / 2), (1, last))
+        ),
+    ]
+
+
+def batch_seconds(
+    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
+) -> tuple[Number, Number]:
+    """Prefill and decode seconds of one batch."""
+    (_, prefill), *steps = batch_terms(costs, point, schedule, workload)
+    return maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)
