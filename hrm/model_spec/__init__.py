@@ -4,7 +4,6 @@
 `families` reads a published config.json of any of them, by its `model_type`.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from hrm.errors import ModelError
@@ -40,10 +39,12 @@ def load_model(model: str) -> ModelSpec:
     except OSError:  # a name too long, a folder that may not be entered
         is_file = False
     if not is_file:
+        from difflib import get_close_matches
+
         close = get_close_matches(model, BUILT_IN_MODELS, 1)
         raise ModelError(
             "--model", model,
-            f"must be one of {', '.join(BUILT_IN_MODELS)}, a folder with a config.json, or one",
+            f"must be one of {', '.join(BUILT_IN_MODELS)}, or a config.json or its folder",
             f"did you mean {close[0]}?" if close else "see hrm models",
         )  # fmt: skip
     return spec_from_hf_config(read_config(path), str(path))

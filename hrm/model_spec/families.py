@@ -72,13 +72,14 @@ def _unknown_architecture(keys: Keys) -> ModelError:
         "num_attention_heads": (), "num_key_value_heads": (), "vocab_size": (),
         "num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN,
     }  # fmt: skip
-    absent = [
-        key for key, aliases in needed.items()
-        if all(keys.get(name) is None for name in (key, *aliases))
-    ]  # fmt: skip
-    has = f"it lacks {', '.join(absent)}" if absent else f"it has all of {', '.join(needed)}"
+    has: list[str] = []
+    lacks: list[str] = []
+    for key, aliases in needed.items():
+        given = any(keys.get(name) is not None for name in (key, *aliases))
+        (has if given else lacks).append(key)
+    found = f"has {', '.join(has)} and lacks {', '.join(lacks) or 'none'}"
     return keys.refusal(
-        "model_type", f"{known}; of the sizes that a reader needs {has}",
+        "model_type", f"{known}; of the sizes that a reader needs, this config {found}",
         "use one of these, or add a reader to hrm/model_spec/families.py",
     )  # fmt: skip
 
