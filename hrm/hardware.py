@@ -94,13 +94,16 @@ class Processor:
 
     `compute_flops_per_s` maps a dtype to its GEMM rate, a curve over tokens (rows) of the GEMM.
     `attention_bytes_per_s` is the rate at which the decode attention kernel reads KV cache, and
-    `launch_latency_s` what one more kernel or operator costs however small it is.
+    `launch_latency_s` what one more kernel or operator costs however small it is. Where requests
+    are attended to one by one, `attention_request_s` is what each costs besides; where a batch is
+    one kernel there is none.
     """
 
     name: str
     cores: int = 0
     compute_flops_per_s: dict[str, Rate]
     attention_bytes_per_s: Rate | None = None
+    attention_request_s: Figure | None = None
     launch_latency_s: Figure
 
     def flops_per_s(self, dtype: str, num_tokens: Number = None) -> Number:
@@ -213,13 +216,16 @@ class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
     `accelerator` says what level 0 is: `cuda`, `emulated` (a capped arena, a thread pool and a
-    paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured).
+    paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured). With
+    `num_stages` above 1 it is one of so many equal parts of a machine, a stage of a pipeline that
+    keeps the KV caches of as many batches.
     """
 
     schema: int = SCHEMA
     name: str
     accelerator: Literal["cuda", "emulated", "cpu", "catalog"]
     num_gpus: int = 1
+    num_stages: int = 1
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
     disk: Disk | None = None

@@ -129,6 +129,7 @@ def one_part(profile: HardwareProfile) -> HardwareProfile:
         profile,
         name=f"one of {count} parts of {profile.name}",
         num_gpus=1,
+        num_stages=count,
         levels=tuple(_change_level(level, share) for level in profile.levels),
         links=tuple(share_of_link(link) for link in profile.links if link.kind != "peer"),
     )

@@ -115,13 +115,14 @@ def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number
 def gpu_purposes(
     spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
     chunk_tokens: Number, gpu_kv_micro_batches: Number, streams_kv: Number, ffn_on_cpu: Number,
-    resident_bytes: Number, max_streamed_bytes: Number, ranks: int = 1,
+    resident_bytes: Number, max_streamed_bytes: Number, ranks: int = 1, batches: int = 1,
 ) -> dict[str, Number]:  # fmt: skip
     """Bytes at the GPU level by purpose; `kv_tokens` is the cache of one micro-batch in tokens.
 
     `resident_bytes` are the layers' weights that stay and `max_streamed_bytes` the most that any
     one layer streams. The level is all GPUs together: `ranks` of them in tensor parallel hold the
-    hidden states each, and the cache more than once if it has fewer heads than there are GPUs.
+    hidden states each, and the cache more than once if it has fewer heads than there are GPUs. A
+    stage of a pipeline keeps the caches of all `batches` under way.
     """
     size = DTYPE_BYTES[dtype]
     layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(dtype)
@@ -130,7 +131,7 @@ def gpu_purposes(
     return {
         "resident_weights": resident_bytes + spec.head_parameters * size,
         "weight_slots": WEIGHT_SLOTS * max_streamed_bytes,
-        "kv_cache": gpu_kv_micro_batches * cache_tokens * layer_kv,
+        "kv_cache": batches * gpu_kv_micro_batches * cache_tokens * layer_kv,
         "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
         "exchange": batch_size
         * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
@@ -143,7 +144,7 @@ def gpu_purposes(
 def cpu_purposes(
     spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
     num_micro_batches: Number, gpu_kv_micro_batches: Number, ffn_on_cpu: Number,
-    streamed_bytes: Number, staging_bytes: Number, latent_up_bytes: Number = 0,
+    streamed_bytes: Number, staging_bytes: Number, latent_up_bytes: Number = 0, batches: int = 1,
 ) -> dict[str, Number]:  # fmt: skip
     """Bytes at the host's level by purpose; `streamed_bytes` is over all layers.
 
@@ -157,7 +158,7 @@ def cpu_purposes(
     return {
         "weights": streamed_bytes + spec.embedding_parameters * size + latent_up_bytes,
         "staging": staging_bytes,
-        "kv_cache": (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
+        "kv_cache": batches * (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
         "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
         "prefill_hidden": num_micro_batches * kv_tokens * spec.hidden_size * size,
         "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, dtype),
@@ -179,7 +180,7 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     pipeline parallel it is one stage that is planned, with its share of the machine.
     """
     spec, profile = part_of(spec, profile, policy.parallelism)
-    gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus)
+    gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
     if profile.has_accelerator:
         return MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))
     both = {key: gpu.get(key, 0) + cpu.get(key, 0) for key in {**gpu, **cpu}}
@@ -187,7 +188,7 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
 
 
 def purposes(
-    spec: ModelSpec, policy: Policy, *, ranks: int = 1
+    spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by purpose at the GPU's and at the host's level, whether or not they are one."""
     streamed = [policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers)]
@@ -206,6 +207,7 @@ def purposes(
         resident_bytes=spec.total_layer_bytes(policy.dtype) - sum(streamed),
         max_streamed_bytes=max(streamed),
         ranks=ranks,
+        batches=batches,
     )
     cpu = cpu_purposes(
         spec,
@@ -224,6 +226,7 @@ def purposes(
             cpu_attention=int(policy.attention is Device.CPU and on_gpu < n),
             resident_dense=int(policy.resident_dense),
         ),
+        batches=batches,
     )
     return gpu, cpu
 

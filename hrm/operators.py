@@ -12,7 +12,8 @@ from hrm.model_spec import ROUTING_BYTES, LayerKind, ModelSpec
 from hrm.numeric import Number, maximum
 from hrm.units import DTYPE_BYTES
 
-# Operators that a task issues, views included; a test counts the executor's.
+# Operators that a task issues, views included; a test counts the executor's. Those a request are
+# of attention that goes request by request: a profile says what they cost where it does.
 PRE_ATTENTION_LAUNCHES: Final = 33
 ATTENTION_LAUNCHES_PER_TASK: Final = 11
 ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
@@ -37,10 +38,11 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What one task computes."""
+    """What one task computes; `requests` are those whose attention may cost something each."""
 
     kernels: tuple[Kernel, ...]
     launches: Number
+    requests: Number = 0
 
     @property
     def flops(self) -> Number:
@@ -58,7 +60,7 @@ class Operator:
             replace(kernel, num_bytes=passes * kernel.num_bytes) if kernel.reads_kv else kernel
             for kernel in self.kernels
         )
-        return Operator(kernels, self.launches)
+        return replace(self, kernels=kernels)
 
     @property
     def intensity(self) -> Number:
@@ -99,12 +101,11 @@ def decode_attention(
         m,
         reads_kv=True,
     )
-    launches = ATTENTION_LAUNCHES_PER_TASK + ATTENTION_LAUNCHES_PER_REQUEST * m
     if not spec.latent_up_parameters:
-        return Operator((kernel,), launches)
+        return Operator((kernel,), ATTENTION_LAUNCHES_PER_TASK, m)
     touched = spec.query_size + spec.attention_output_size
     up = gemms(m, spec.latent_up_parameters, touched, dtype)
-    return Operator((up, kernel), launches)
+    return Operator((up, kernel), ATTENTION_LAUNCHES_PER_TASK, m)
 
 
 def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Operator:
@@ -167,8 +168,7 @@ def prefill_layer(
     if spec.latent_up_parameters:
         touched = spec.kv_elements + expanded
         kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
-    launches = before.launches + after.launches
-    return Operator(kernels, launches + ATTENTION_LAUNCHES_PER_REQUEST * tokens / prompt_len)
+    return Operator(kernels, before.launches + after.launches, tokens / prompt_len)
 
 
 def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:

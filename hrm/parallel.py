@@ -5,8 +5,9 @@ up, at the price of two all-reduces a layer. In a pipeline, stage s holds every 
 range, and as many batches are under way as there are stages, each in another stage. The machine is
 then like so many equal parts, one GPU and a share of the host each, through which the batches go
 in turn: in the time that a part takes for its layers, one batch moves on by one stage, so the
-throughput of the whole is that of one part with its layers. A pipeline needs no all-reduces, but
-every link moves whole layers for a batch that is that many times smaller.
+throughput of the whole is that of one part with its layers. Every part keeps its layers' KV caches
+of all those batches. A pipeline needs no all-reduces, but every link moves whole layers for a batch
+that is that many times smaller.
 """
 
 from dataclasses import replace

@@ -15,6 +15,7 @@ from hrm.search.lattice import CHUNKS, COARSE_CHUNKS, around, coarse, whole
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Grid, Ints, Kind, Space, make_grid
+from hrm.search.ways import search_ways
 from hrm.tasks import Device
 from hrm.workload import Workload
 
@@ -39,7 +40,7 @@ def search(
         spec=spec, profile=profile, workload=workload, dtype=dtype, schedule=schedule,
         staging=staging, attention=attention, ffn=ffn,
     )  # fmt: skip
-    return search_space(space, runner_ups=runner_ups)
+    return search_ways(space, lambda part: search_space(part, runner_ups=runner_ups))
 
 
 def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:

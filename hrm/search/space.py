@@ -234,6 +234,8 @@ def _with_residency(space: Space, kind: Kind, **numbers: Ints) -> Grid:
         ffn_on_cpu=1 - kind.gpu_ffn,
         resident_bytes=dense * layers * dense_bytes,
         max_streamed_bytes=0,
+        ranks=profile.num_gpus,
+        batches=profile.num_stages,
     )
     free = profile.top.usable_bytes - sum(gpu.values())
     # With q experts of every layer and r more resident, q·layers + r experts lie beside the slots.
@@ -263,6 +265,7 @@ def _with_residency(space: Space, kind: Kind, **numbers: Ints) -> Grid:
         ffn_on_cpu=(1 - kind.gpu_ffn) * (streamed > 0),
         streamed_bytes=streamed,
         staging_bytes=space.staging * STAGING_PAGES * size * -(-largest // (pages * size)),
+        batches=profile.num_stages,
     )
     needed = sum(cpu.values())
     if not profile.has_accelerator:

@@ -7,12 +7,14 @@ import pytest
 
 from hrm import operators
 from hrm.costs import Costs
+from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.machines import compose
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
+from hrm.search.exhaustive import search
 from hrm.tasks import Device
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
@@ -171,3 +173,58 @@ def test_what_cannot_be_divided_says_why():
     assert not tensor_parallel_obstacle(spec, 4)
     assert "8 layers" not in pipeline_obstacle(spec, 8)
     assert "28 layers are fewer than 32" in pipeline_obstacle(spec, 32)
+
+
+def test_a_stage_keeps_the_caches_of_all_batches_under_way():
+    spec, profile = tiny_spec(num_layers=8), machine(num_gpus=4)
+    part, _ = part_of(spec, profile, Parallelism.PIPELINE)
+    policy = replace(a_policy(Random(5), part, Parallelism.PIPELINE), gpu_kv_micro_batches=1)
+    alone = replace(policy, parallelism=Parallelism.TENSOR)
+    stage = plan_memory(spec, policy, profile)
+    single = plan_memory(part, alone, machine())
+    for level in ("gpu", "cpu"):
+        of_stage, of_one = getattr(stage, level).purposes, getattr(single, level).purposes
+        assert of_stage["kv_cache"] == 4 * of_one["kv_cache"]
+        assert of_stage["exchange"] == of_one["exchange"]
+
+
+def search_machine(num_gpus: int, **changes: float):
+    return machine(num_gpus=num_gpus, gpu_bytes=num_gpus * 40e6, cpu_bytes=4e8, **changes)
+
+
+def test_a_search_takes_the_better_way_and_names_both():
+    """Weights that fit are better in a pipeline if peers are slow; else links are better shared."""
+    small, large = (
+        tiny_spec(num_layers=16, hidden_size=256, intermediate_size=inner) for inner in (256, 1536)
+    )
+    chosen = {}
+    for name, spec, peer in (("fits", small, 1e6), ("streams", large, 1e12)):
+        profile = search_machine(2, peer=peer, link=1e9, cpu_flops=1e9)
+        result = search(spec, profile, replace(WORKLOAD, num_requests=None))
+        best = result.require()
+        ways = {way.parallelism: way for way in result.ways}
+        assert set(ways) == set(Parallelism)
+        rates = [way.best.tokens_per_s for way in result.ways if way.best is not None]
+        assert best.tokens_per_s == max(rates)
+        best.memory.check_fits()
+        chosen[name] = best.policy.parallelism
+    assert chosen == {"fits": Parallelism.PIPELINE, "streams": Parallelism.TENSOR}
+
+
+def test_what_cannot_be_divided_is_not_searched():
+    spec = tiny_spec(num_layers=16, num_heads=3, num_kv_heads=3)
+    result = search(spec, search_machine(2), WORKLOAD)
+    tensor, pipeline = result.ways
+    assert (tensor.best, pipeline.obstacle) == (None, "")
+    assert "3 heads cannot be divided by 2" in tensor.obstacle
+    assert result.require().policy.parallelism is Parallelism.PIPELINE
+    neither = search(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2),
+                     WORKLOAD)  # fmt: skip
+    assert neither.best is None
+    assert all(way.obstacle for way in neither.ways)
+    with pytest.raises(PolicyError, match="3 heads cannot be divided by 2"):
+        neither.require()
+
+
+def test_one_gpu_has_no_ways():
+    assert search(tiny_spec(), machine(), WORKLOAD).ways == ()
