@@ -1,32 +1,33 @@
 """`hrm plot`: pictures of a machine, of a plan, of a run, and of plans over a swept number."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
 from hrm.cli.options import (
+    ChosenModel,
     default_dtype,
     machine_options,
+    model_options,
     plan_sources,
     resolve_plan,
-)  # fmt: skip
-from hrm.cli.simulate import simulate_plan
-from hrm.costs import Costs
-from hrm.errors import PolicyError, TraceError
-from hrm.estimate import decode_work, simulate_work, with_batch_size
+    workload_options,
+)
+from hrm.cli.report import console
+from hrm.errors import HrmError, PolicyError
 from hrm.hardware import HardwareProfile
-from hrm.memory import plan_memory
 from hrm.model_spec import load_model
-from hrm.policy import Policy, ScheduleName
-from hrm.policy_file import PolicyFile
-from hrm.schedules import SCHEDULES
-from hrm.search.space import spread
+from hrm.policy import ScheduleName
+from hrm.scaling import Resource, resource_value
+from hrm.sweep import Length, Swept, between, parse_swept, swept
 from hrm.tasks import Phase
-from hrm.trace import Trace, read_chrome_trace
-from hrm.units import DTYPE_BYTES, counted
-from hrm.validate import RunRecord, paced, read_run
+from hrm.units import DTYPE_BYTES, format_bandwidth, format_bytes, format_flops
+from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _out = click.option(
     "--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True,
@@ -94,6 +95,7 @@ def timeline(
     layers: int | None, out: Path, policy: Path | None, model: str | None, **sources: Any,
 ) -> None:  # fmt: skip
     """Lanes over time as predicted, for one schedule or several, and as a run measured them."""
+    from hrm.cli.timelines import of_run, of_schedules
     from hrm.plots import style
     from hrm.plots.timeline import plot_timeline, window
 
@@ -104,11 +106,11 @@ def timeline(
                 "--run", str(run), "holds its own policy, machine and workload",
                 "leave the other options out, or draw them without --run",
             )  # fmt: skip
-        title, traces = _of_run(run, Phase(phase), steps)
+        title, traces = of_run(run, Phase(phase), steps)
     else:
         first = schedules[0] if schedules else None
         plan = resolve_plan(policy=policy, model=model, schedule=first, **sources)
-        title, traces = _of_schedules(plan, schedules, Phase(phase), steps, searched=policy is None)
+        title, traces = of_schedules(plan, schedules, Phase(phase), steps, searched=policy is None)
     if layers is not None or from_layer:
         last = None if layers is None else from_layer + layers - 1
         traces = {name: window(t, first=from_layer, last=last) for name, t in traces.items()}
@@ -116,112 +118,108 @@ def timeline(
     click.echo(f"written to {out}")
 
 
-def _of_schedules(
-    plan: PolicyFile, schedules: tuple[str, ...], phase: Phase, steps: int, *, searched: bool
-) -> tuple[str, dict[str, Trace]]:
-    """The same policy in the order of every schedule, with attention where the schedule has it."""
-    names = [ScheduleName(name) for name in schedules] or [plan.policy.schedule]
-    if searched:
-        plan = replace(plan, policy=fitting_all(plan, names))
-    plans = {name.value: replace(plan, policy=in_order(plan.policy, name)) for name in names}
-    for other in plans.values():
-        plan_memory(plan.model, other.policy, plan.profile).check_fits()
-    policy = plan.policy
-    of = " (catalog figures)" if plan.profile.accelerator == "catalog" else ""
-    parts = counted(policy.num_micro_batches, "micro-batch")
-    title = f"{plan.model.name} on {plan.profile.name}{of}: {parts} of {policy.micro_batch_size}"
-    traces = {
-        f"{name}, attention on the {other.policy.attention.value.upper()}, predicted":
-            simulate_plan(other, phase, num_steps=steps)
-        for name, other in plans.items()
-    }  # fmt: skip
-    return title, traces
+@plot.command()
+@machine_options
+@model_options
+@workload_options
+@click.option(
+    "--vary", required=True, metavar="|".join([*Resource, *Length]),
+    help="What is swept: a resource of the machine, or a length of the workload.",
+)  # fmt: skip
+@click.option("--from", "low", required=True, metavar="64GB", help="Where the sweep begins.")
+@click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
+@click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True)
+@click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
+@click.option(
+    "--schedule", "schedules", type=click.Choice([name.value for name in ScheduleName]),
+    multiple=True, default=["cgopipe"], show_default=True, help="Repeat it to compare.",
+)  # fmt: skip
+@click.option("--csv", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write the points as a table too.")  # fmt: skip
+@_out
+def sweep(
+    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, vary: str,
+    low: str, high: str, points: int, log: bool, schedules: tuple[str, ...], csv: Path | None,
+    out: Path,
+) -> None:  # fmt: skip
+    """Throughput of the best policy against one resource of the machine, or one length."""
+    from rich.console import Console
+    from rich.progress import Progress
 
+    from hrm.plots import style
+    from hrm.plots.sweep import plot_sweep
+    from hrm.sweep import sweep as search_all
 
-def in_order(policy: Policy, schedule: ScheduleName) -> Policy:
-    """The policy in another schedule's order, with attention on the device that it is known for."""
-    attention = SCHEDULES[schedule].attention
-    changed = replace(policy, schedule=schedule)
-    return changed if attention is None else replace(changed, attention=attention)
-
-
-def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
-    """The plan's policy with as many of its resident experts as leave room for every schedule.
-
-    Attention on the GPU needs buffers there. If not even none of the experts leaves enough, the
-    policy is the plan's with none.
-    """
-
-    def fits(policy: Policy) -> bool:
-        plans = (
-            plan_memory(plan.model, in_order(policy, name), plan.profile) for name in schedules
-        )
-        return all(
-            level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu)
-        )
-
-    layers = plan.model.num_layers
-    for total in range(sum(plan.policy.resident_experts), 0, -1):
-        fewer = replace(plan.policy, resident_experts=spread(total, layers))
-        if fits(fewer):
-            return fewer
-    return replace(plan.policy, resident_experts=(0,) * layers)
-
-
-def _of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace]]:
-    """What a run's first batch did, and what is predicted for a batch of its size and lengths."""
-    run = read_run(folder)
-    plan = replace(
-        run.policy_file,
-        profile=paced(run.policy_file.profile, run.accelerator),
-        policy=replace(
-            with_batch_size(
-                run.policy_file.policy,
-                min(run.batches[0].requests, run.policy_file.policy.batch_size),
-            ),
-            schedule=ScheduleName(run.schedule),
-        ),
-        workload=replace(run.policy_file.workload, prompt_len=run.workload.prompt_len),
-    )
-    measured = read_chrome_trace(folder / "trace.json").of_phase(phase).of_batch(0)
-    if phase is Phase.DECODE:
-        first, measured = measured_steps(folder, measured, steps)
-        context = run.workload.prompt_len + first + 1 + steps / 2
-        costs = Costs(plan.model, plan.profile, plan.policy.dtype)
-        # A step before them loads their first weights, as in the run.
-        predicted = simulate_work(decode_work(costs, plan.policy, context, num_steps=steps + 1))
-        _, predicted = measured_steps(folder, predicted, steps)
-    else:
-        predicted = simulate_plan(plan, phase, num_steps=steps)
-    if not measured.spans:
-        raise _nothing(folder, phase)
-    title = f"{plan.model.name}, {run.schedule}, {run.accelerator.description}"
-    return title, {f"measured, {_kind(run)}": measured, "predicted": predicted}
-
-
-def _kind(run: RunRecord) -> str:
-    emulated = run.policy_file.profile.accelerator == "emulated"
-    return "emulated accelerator" if emulated else run.accelerator.name
-
-
-def measured_steps(run: Path, trace: Trace, num_steps: int) -> tuple[int, Trace]:
-    """Steps of a trace after its first one, counted from 0, and which the first of them was.
-
-    Raises TraceError if there are none.
-    """
-    begin = min(1, max((span.id.step for span in trace.spans), default=0))
-    spans = tuple(
-        replace(span, id=replace(span.id, step=span.id.step - begin))
-        for span in trace.spans
-        if begin <= span.id.step < begin + num_steps
-    )
-    if not spans:
-        raise _nothing(run, Phase.DECODE)
-    return begin, Trace(spans)
-
-
-def _nothing(run: Path, phase: Phase) -> TraceError:
-    return TraceError(
-        str(run), f"<no {phase.value} steps>", "must hold a run that did this phase",
-        "run the job again",
+    style.check_path(out)
+    what = swept(vary)
+    values = between(
+        what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points,
+        logarithmic=log,
     )  # fmt: skip
+    names = [ScheduleName(name) for name in dict.fromkeys(schedules)]
+    here = _here(what, profile, workload, dtype)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        shown = bar.add_task("searching", total=len(values) * len(names))
+        frame = search_all(
+            model.spec, profile, workload, vary=what, values=values, dtype=dtype, schedules=names,
+            on_point=lambda: bar.advance(shown),
+        )  # fmt: skip
+    if csv is not None:
+        _write_csv(frame, csv)
+    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
+    plot_sweep(
+        frame, out, x=what.column, here=here if values[0] <= here <= values[-1] else None,
+        title=f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}",
+    )  # fmt: skip
+    _print_sweep(frame, what)
+    for path in (csv, out):
+        if path is not None:
+            click.echo(f"written to {path}")
+
+
+def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str) -> float:
+    """What the machine or the workload has of what is swept."""
+    match what:
+        case Resource():
+            return resource_value(profile, what, dtype=dtype)
+        case Length.PROMPT_LEN:
+            return workload.prompt_len
+        case Length.GEN_LEN:
+            return float(workload.gen_len)
+
+
+def _write_csv(frame: "pd.DataFrame", path: Path) -> None:
+    try:
+        frame.to_csv(path, index=False)
+    except OSError as error:
+        raise HrmError(
+            "--csv", str(path), f"must be writable ({error.strerror})", "choose another path"
+        ) from error
+
+
+def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
+    table = Table(
+        "schedule", what.value, "tokens/s", "bound", "N", "μ", "attention", "FFN", "r_w", "r_c",
+        "bottleneck", box=None, pad_edge=False,
+    )  # fmt: skip
+    for row in frame.to_dict("records"):
+        value = _shown(what, float(row[what.column]))
+        if row["reason"]:
+            table.add_row(row["schedule"], value, *["–"] * 8, row["reason"])
+            continue
+        table.add_row(
+            row["schedule"], value, f"{row['tokens_per_s']:.4g}",
+            f"{row['bound_tokens_per_s']:.4g}", str(row["batch_size"]),
+            str(row["micro_batch_size"]), row["attention"], row["ffn"],
+            f"{row['weight_share_on_gpu']:.3f}", f"{row['kv_share_on_gpu']:.3f}",
+            row["bottleneck"],
+        )  # fmt: skip
+    console.print(table)
+
+
+def _shown(what: Swept, value: float) -> str:
+    if isinstance(what, Length):
+        return f"{value:g}"
+    if what.is_memory:
+        return format_bytes(value)
+    return format_bandwidth(value) if what.is_bandwidth else format_flops(value)

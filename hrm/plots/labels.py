@@ -110,6 +110,15 @@ class Labels:
             for dx, dy, ha, va in around
         ]
 
+    def beside(self, x: float, y: float, *, points: float = 5.0) -> list[Spot]:
+        """Spots right of a point in data coordinates, at its height and a little over or under."""
+        px, py = self.axes.transData.transform((x, y))
+        steps = sorted(range(-6, 7), key=abs)
+        return [
+            Spot(px + self.pixels(points), py + self.pixels(5 * step), ha="left", va="center")
+            for step in steps
+        ]
+
     def along(
         self, start: tuple[float, float], end: tuple[float, float], shares: Iterable[float],
         *, points: float = 4.0, ha: str = "left",

@@ -89,6 +89,16 @@ def finish(figure: Any, path: Path | None) -> "Figure":
     return figure
 
 
+def set_logarithmic(axes: Any, which: str) -> None:
+    """Make the `x` or the `y` axis logarithmic, with numbers in full at its ticks."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
 def check_path(path: Path | None) -> None:
     """Refuse a path that `save_figure` would refuse, before the work that fills the picture."""
     if path is None:
