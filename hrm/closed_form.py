@@ -144,7 +144,7 @@ class DecodeStep:
             to_host_s=cpu_attention * costs.d2h(qkv)
             + cpu_ffn * costs.d2h(routed)
             + streams_kv * costs.d2h(new_kv),
-            weights_s=costs.h2d(weights, pages),
+            weights_s=costs.load_weights(weights, pages),
             stage_s=point.staging * costs.stage(weights, pages),
             embed_s=costs.h2d_to_all(hidden),
             sample_s=costs.sample(m),
@@ -263,7 +263,7 @@ def prefill_lanes(
     )
     lanes = {
         Lane.GPU: layers * gpu + chunks * costs.sample(point.batch_size / chunks),
-        Lane.H2D: layers * (costs.h2d(weights) + chunks * costs.h2d_to_all(hidden)),
+        Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
         Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
         Lane.STAGE: layers * point.staging * costs.stage(weights),
     }

@@ -19,11 +19,13 @@ from hrm.units import DTYPE_BYTES
 class Runtime:
     """What an implementation adds to its schedule; the default is this project's executor.
 
-    `kv_link` is what the KV cache crosses on its way to the GPU. `attention_passes` is how many
-    bytes the CPU moves for each byte of the cache that it attends over: more than one where the
-    cache is converted first. `synchronise_s` is added to every task on the GPU.
+    `weights_link` and `kv_link` are what weights and the KV cache cross on their way to the GPU.
+    `attention_passes` is how many bytes the CPU moves for each byte of the cache that it attends
+    over: more than one where the cache is copied or converted first. `synchronise_s` is added to
+    every task on the GPU.
     """
 
+    weights_link: LinkKind = "pinned"
     kv_link: LinkKind = "pinned"
     attention_passes: float = 1.0
     synchronise_s: float = 0.0
@@ -105,12 +107,13 @@ class Costs:
         """The same bytes to every GPU."""
         return self._over("h2d", num_bytes * self.profile.num_gpus, 1)
 
+    def load_weights(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
+        """Weights from the host to the GPU."""
+        return self._to_gpu(self.runtime.weights_link, num_bytes, num_transfers)
+
     def load_kv(self, num_bytes: Number) -> Number:
         """KV cache from the host to the GPU."""
-        if not self.profile.has_accelerator:
-            return 0 * num_bytes
-        host, top = self.profile.host.name, self.profile.top.name
-        return self.profile.link(host, top, self.runtime.kv_link).seconds(num_bytes)
+        return self._to_gpu(self.runtime.kv_link, num_bytes, 1)
 
     def d2h(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
         """Device to host."""
@@ -136,6 +139,12 @@ class Costs:
     def _on(self, device: Device, operator: operators.Operator) -> Number:
         seconds = operator_seconds(operator, self.level(device), self.dtype)
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+
+    def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
+        if not self.profile.has_accelerator:
+            return 0 * num_bytes
+        host, top = self.profile.host.name, self.profile.top.name
+        return self.profile.link(host, top, kind).seconds(num_bytes, num_transfers)
 
     def _over(self, direction: str, num_bytes: Number, num_transfers: Number) -> Number:
         if not self.profile.has_accelerator:
@@ -282,6 +291,8 @@ class TaskWork:
                 return costs.sample(self.requests_per_chunk or m)
             case TaskKind.STAGE_PAGE:
                 return costs.stage(self.num_bytes(task))
+            case TaskKind.LOAD_PAGE:
+                return costs.load_weights(self.num_bytes(task))
             case TaskKind.LOAD_KV:
                 return costs.load_kv(self.num_bytes(task))
             case (
