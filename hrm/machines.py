@@ -78,21 +78,28 @@ def load_host(name: str) -> Host:
 def compose(gpus: str, host: str | None = None) -> HardwareProfile:
     """A machine of `4xT4` (or `T4`) in `host`, or else in the host that the GPU's file names.
 
-    Memory, bandwidth, compute and links of the GPUs add up; the links together are no faster than
-    the host's memory is read and than its root ports. Raises ProfileError if the host does not take
-    that many GPUs.
+    Raises ProfileError if there is no such GPU or host, or the host does not take that many.
     """
     match = _GPUS.fullmatch(gpus)
     if match is None or int(match[1] or 1) < 1:
         raise ProfileError(
             "--gpus", gpus, "must be a GPU or a count of at least 1 and a GPU", "write it like 4xT4"
         )
-    count = int(match[1] or 1)
     card = load_gpu(match[2])
-    machine = load_host(host or card.default_host)
+    return assemble(card, int(match[1] or 1), load_host(host or card.default_host))
+
+
+def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
+    """A machine of `count` equal GPUs in a host.
+
+    Memory, bandwidth, compute and links of the GPUs add up; the links together are no faster than
+    the host's memory is read and than its root ports. Raises ProfileError if the host does not take
+    that many GPUs.
+    """
     if count > machine.max_gpus:
         raise ProfileError(
-            "--gpus", gpus, f"{machine.name} takes at most {machine.max_gpus} GPUs",
+            "--gpus", f"{count}x{card.name}",
+            f"{machine.name} takes at most {machine.max_gpus} GPUs",
             "ask for fewer or name another --host; hrm profiles lists them",
         )  # fmt: skip
     links = [_sum_link(link, count, machine) for link in (card.h2d, card.d2h)]
