@@ -278,6 +278,12 @@ class HardwareProfile:
         )  # fmt: skip
 
     @property
+    def default_dtype(self) -> str:
+        """bfloat16, or float16 where the top level's processor has no bfloat16."""
+        has_bfloat16 = "bfloat16" in self.top.processor.compute_flops_per_s
+        return "bfloat16" if has_bfloat16 else "float16"
+
+    @property
     def peer(self) -> Link:
         """One GPU to another."""
         return self.link(self.top.name, self.top.name, "peer")

@@ -43,6 +43,11 @@ class MemoryPlan:
     gpu: LevelPlan
     cpu: LevelPlan
 
+    @property
+    def fits(self) -> bool:
+        """Whether no level overflows."""
+        return all(plan.planned_bytes <= plan.capacity_bytes for plan in (self.gpu, self.cpu))
+
     def check_fits(self) -> None:
         """Raise PolicyError naming the level, the need and the remedy if a level overflows."""
         for plan, flag in ((self.gpu, "--gpu-memory"), (self.cpu, "--cpu-memory")):

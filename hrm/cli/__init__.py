@@ -21,7 +21,9 @@ class _LazyGroup(click.Group):
         from importlib import import_module
 
         module, _ = _COMMANDS[cmd_name]
-        return getattr(import_module(module), cmd_name)
+        commands = import_module(module)
+        # `map` is Python's, so its command has a longer name there.
+        return getattr(commands, f"{cmd_name}_command", None) or getattr(commands, cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -36,6 +38,8 @@ _COMMANDS = {
     ),
     "models": ("hrm.cli.models", "List the built-in models, or show one model's sizes."),
     "search": ("hrm.cli.plan", "Find the policy with the highest throughput that fits."),
+    "whatif": ("hrm.cli.analysis", "Say which upgrade pays: some more of each resource."),
+    "map": ("hrm.cli.analysis", "Map which kind of policy is best over two swept resources."),
     "estimate": ("hrm.cli.plan", "Predict what one given policy will do."),
     "simulate": (
         "hrm.cli.simulate",

@@ -5,7 +5,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from hrm.cli.options import resolve_machine
+from hrm.cli.options import MachineChoice
 from hrm.cli.report import console, print_json
 from hrm.hardware import HardwareProfile, MemoryLevel, Rate
 from hrm.machines import compose, list_files, load_gpu, load_host, load_profile
@@ -48,7 +48,7 @@ def _machine(name: str) -> HardwareProfile | MemoryLevel:
         return compose(name)
     if name.lower() in (gpu.lower() for gpu in known.gpus):
         return load_gpu(name).level
-    return resolve_machine(name, None, None, None, None)
+    return MachineChoice(profile=name).machine()
 
 
 def print_profile(profile: HardwareProfile) -> None:

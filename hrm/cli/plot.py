@@ -8,7 +8,6 @@ from rich.table import Table
 
 from hrm.cli.options import (
     ChosenModel,
-    default_dtype,
     machine_options,
     model_options,
     plan_sources,
@@ -63,7 +62,7 @@ def roofline(
         profile,
         out,
         spec=load_model(model) if model else None,
-        dtypes=[default_dtype(profile) if dtype == "auto" else dtype for dtype in dtypes],
+        dtypes=[profile.default_dtype if dtype == "auto" else dtype for dtype in dtypes],
         contexts=contexts,
         batch_sizes=batch_sizes,
         micro_batch_size=micro_batch_size,
