@@ -35,6 +35,11 @@ class Run:
     tokens_per_s: float
 
     @property
+    def seconds(self) -> float:
+        """How long the run took, prefill and decode."""
+        return self.batch_size * self.workload.gen_len / self.tokens_per_s
+
+    @property
     def column(self) -> str:
         """What a run is compared within: its workload and its setup."""
         return f"{self.workload.name} on {self.setup}"

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar, cast
 
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Source
 from hrm.machines import load_profile
-from hrm.published.compare import closed_form_tokens_per_s, machine_name
+from hrm.published.compare import closed_form, machine_name
 from hrm.published.data import TABLE_4
 
 FITTED_SETUPS: Final = ("S1", "S2")
@@ -65,7 +65,7 @@ def fit(setup: str) -> list[FittedFigure]:
     def log_errors(log_factors: Any) -> list[float]:
         factors = dict(zip(figures, map(math.exp, log_factors), strict=True))
         machine = scaled(profile, factors)
-        predicted = [closed_form_tokens_per_s(run, machine) for run in cells]
+        predicted = [closed_form(run, machine).tokens_per_s for run in cells]
         return [math.log(p / run.tokens_per_s) for p, run in zip(predicted, cells, strict=True)]
 
     least, most = (math.log(factor) for factor in FACTORS)

@@ -12,12 +12,7 @@ from typing import Final
 from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
 from hrm.machines import assemble, load_gpu, load_host, load_profile
 from hrm.model_spec import ModelSpec, load_model
-from hrm.published.compare import (
-    Comparison,
-    closed_form_tokens_per_s,
-    compare,
-    machine_name,
-)
+from hrm.published.compare import ClosedForm, Comparison, closed_form, compare, machine_name
 from hrm.published.data import GENERATED, SEVERAL_GPUS, Run
 from hrm.published.systems import DTYPE
 from hrm.units import DTYPE_BYTES, GIB
@@ -117,14 +112,13 @@ def _temporaries(spec: ModelSpec, gpus: int, prompt: float) -> float:
 class Scaling:
     """The same workload on two GPUs and on four, each with its published batch.
 
-    `shared_ratio` is what four over two would be if two cards shared one link, in closed form, and
-    `shared_error` the error on two GPUs then.
+    `shared_two` and `shared_four` are what would be predicted if two cards shared one link.
     """
 
     two: Comparison
     four: Comparison
-    shared_ratio: float
-    shared_error: float
+    shared_two: ClosedForm
+    shared_four: ClosedForm
 
     @property
     def published_ratio(self) -> float:
@@ -137,9 +131,24 @@ class Scaling:
         return self.four.predicted.tokens_per_s / self.two.predicted.tokens_per_s
 
     @property
+    def shared_ratio(self) -> float:
+        """The same if two cards shared one link."""
+        return self.shared_four.tokens_per_s / self.shared_two.tokens_per_s
+
+    @property
     def requests_ratio(self) -> float:
         """Requests in a batch on four GPUs over those on two."""
         return self.four.run.batch_size / self.two.run.batch_size
+
+    @property
+    def published_time_ratio(self) -> float:
+        """Time of a batch on four GPUs over that on two, as measured."""
+        return self.requests_ratio / self.published_ratio
+
+    @property
+    def predicted_time_ratio(self) -> float:
+        """The same as predicted."""
+        return self.requests_ratio / self.predicted_ratio
 
 
 def compare_scaling() -> list[Scaling]:
@@ -150,34 +159,27 @@ def compare_scaling() -> list[Scaling]:
         for comparison in compare(SEVERAL_GPUS, {setup: machine_of(setup) for setup in setups})
     }
     shared = {setup: machine_of(setup, shared_links=True) for setup in setups}
-    scalings: list[Scaling] = []
-    for of_two, of_four in PAIRS:
-        for generated in GENERATED:
-            two, four = found[of_two, generated], found[of_four, generated]
-            slower, faster = (
-                closed_form_tokens_per_s(each.run, shared[each.run.setup]) for each in (two, four)
-            )
-            scalings.append(
-                Scaling(
-                    two=two,
-                    four=four,
-                    shared_ratio=faster / slower,
-                    shared_error=slower / two.run.tokens_per_s - 1,
-                )
-            )
-    return scalings
+    return [
+        Scaling(
+            two=found[two, generated],
+            four=found[four, generated],
+            shared_two=closed_form(found[two, generated].run, shared[two]),
+            shared_four=closed_form(found[four, generated].run, shared[four]),
+        )
+        for two, four in PAIRS
+        for generated in GENERATED
+    ]
 
 
 def published_steps_s(runs: Sequence[Run]) -> list[float]:
-    """Seconds of a decode step between published runs that differ in what they generate only."""
-    found: list[float] = []
-    for first, second in pairwise(runs):
-        assert first.batch_size == second.batch_size, "only what they generate may differ"
-        steps = second.workload.decode_steps - first.workload.decode_steps
-        found.append((seconds_of(second) - seconds_of(first)) / steps)
-    return found
+    """Seconds of a decode step between published runs of one batch that generate ever more.
 
-
-def seconds_of(run: Run) -> float:
-    """How long a published run took."""
-    return run.batch_size * run.workload.gen_len / run.tokens_per_s
+    Empty if their batches differ.
+    """
+    if len({run.batch_size for run in runs}) > 1:
+        return []
+    return [
+        (second.seconds - first.seconds)
+        / (second.workload.decode_steps - first.workload.decode_steps)
+        for first, second in pairwise(runs)
+    ]

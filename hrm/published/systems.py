@@ -29,6 +29,8 @@ FLEXGEN_WAIT_S: Final = 1e-4
 class Implementation:
     """One system: its order of tasks, where things lie and run, and its runtime."""
 
+    says: str
+
     schedule: ScheduleName
     attention: Device
     runtime: Runtime
@@ -39,22 +41,25 @@ class Implementation:
 
 IMPLEMENTATIONS: Final = {
     System.MOE_LIGHTNING: Implementation(
+        says="CGOPipe; projections on the GPU, all experts streamed through pinned pages",
         schedule=ScheduleName.CGOPIPE,
         attention=Device.CPU,
         runtime=Runtime(),
         resident_dense=True,
         staging=True,
     ),
-    # Weights (pin_weight=False) and cache (pin_memory=False) lie in pageable memory; each copy to
-    # the GPU goes through a pinned relay first.
     System.FLEXGEN: Implementation(
+        says="attention on the GPU; all weights and the cache cross from pageable memory"
+        " (pin_weight and pin_memory are off, a pinned relay is made for every copy); 100 µs of"
+        " waiting for the device after each task, assumed",
         schedule=ScheduleName.FLEXGEN,
         attention=Device.GPU,
-        runtime=Runtime(
-            weights_link="pageable", kv_link="pageable", synchronise_s=FLEXGEN_WAIT_S
-        ),
+        runtime=Runtime(weights_link="pageable", kv_link="pageable", synchronise_s=FLEXGEN_WAIT_S),
     ),
     System.FLEXGEN_C: Implementation(
+        says="attention on the CPU, in turn with the GPU, moving"
+        f" {FLEXGEN_ATTENTION_PASSES} bytes a byte of cache: copied to float32, repeated for each"
+        " query head, multiplied; weights and waiting as FlexGen",
         schedule=ScheduleName.FLEXGEN_C,
         attention=Device.CPU,
         runtime=Runtime(
@@ -64,12 +69,13 @@ IMPLEMENTATIONS: Final = {
         ),
     ),
     System.DEEPSPEED: Implementation(
+        says="one batch, its cache on the GPU; all weights cross from pinned memory",
         schedule=ScheduleName.DEEPSPEED,
         attention=Device.GPU,
         runtime=Runtime(),
         kv_on_gpu=True,
     ),
-}  # fmt: skip
+}
 
 
 def policy_of(run: Run, spec: ModelSpec) -> Policy:
