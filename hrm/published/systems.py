@@ -27,10 +27,9 @@ FLEXGEN_WAIT_S: Final = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """One system: its order of tasks, where things lie and run, and its runtime."""
+    """One system in words (`says`), its order of tasks, where things lie and run, its runtime."""
 
     says: str
-
     schedule: ScheduleName
     attention: Device
     runtime: Runtime
