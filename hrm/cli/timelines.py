@@ -8,10 +8,9 @@ from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, simulate_work, with_batch_size
 from hrm.memory import plan_memory
-from hrm.policy import Policy, ScheduleName
+from hrm.policy import Policy, ScheduleName, spread_experts
 from hrm.policy_file import PolicyFile
 from hrm.schedules import SCHEDULES
-from hrm.search.space import spread
 from hrm.tasks import Phase
 from hrm.trace import Trace, read_chrome_trace
 from hrm.units import counted
@@ -64,7 +63,7 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
 
     layers = plan.model.num_layers
     for total in range(sum(plan.policy.resident_experts), 0, -1):
-        fewer = replace(plan.policy, resident_experts=spread(total, layers))
+        fewer = replace(plan.policy, resident_experts=spread_experts(plan.model, total))
         if fits(fewer):
             return fewer
     return replace(plan.policy, resident_experts=(0,) * layers)
