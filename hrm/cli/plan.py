@@ -1,11 +1,23 @@
 """`hrm search` and `hrm estimate`: find a policy, or predict a given one."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from hrm.cli.options import ChosenModel, machine_options, model_options, workload_options
+from hrm.cli.compare import Compared, Front, show_front, show_machines
+from hrm.cli.options import (
+    ChosenModel,
+    machine_options,
+    machines_options,
+    model_options,
+    model_options_of_several,
+    workload_options,
+)
 from hrm.cli.report import plan_json, print_json, print_plan, print_run_command
+from hrm.cli.tables import csv_option, plot_option
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate
 from hrm.estimate import estimate as predict
@@ -15,6 +27,7 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search.result import SearchResult
+from hrm.search.solvers import Solver, solve
 from hrm.tasks import Device
 from hrm.workload import Workload
 
@@ -33,34 +46,99 @@ _out = click.option(
 
 
 @click.command()
-@machine_options
-@model_options
+@machines_options
+@model_options_of_several
 @workload_options
 @_schedule
 @_staging
 @click.option("--attention", type=_device, help="Only policies with attention there.")
 @click.option("--ffn", type=_device, help="Only policies with the experts there.")
 @click.option(
-    "--solver", type=click.Choice(["exhaustive"]), default="exhaustive", show_default=True,
-    help="How the space is searched.",
+    "--solver", type=click.Choice([solver.value for solver in Solver]), default="exhaustive",
+    show_default=True,
+    help="exhaustive; milp proves the optimum of the closed form; optuna tries the simulation.",
+)  # fmt: skip
+@click.option("--trials", type=click.IntRange(1), help="Of optuna [default: 200].")
+@click.option(
+    "--storage", metavar="FILE-or-URL",
+    help="Keep optuna's trials here, to go on later and share them: a file, or sqlite:///FILE.",
+)  # fmt: skip
+@click.option("--seed", type=int, help="Of optuna [default: 0].")
+@click.option(
+    "--pareto", type=click.Choice([front.value for front in Front]),
+    help="What throughput costs in host memory, in time to the last answer, or in GPUs.",
 )  # fmt: skip
 @_json
 @_out
+@csv_option
+@plot_option
 def search(
-    model: ChosenModel, dtype: str, profile: HardwareProfile, workload: Workload, schedule: str,
-    staging: bool, attention: str | None, ffn: str | None, solver: str, as_json: bool,
-    out: Path | None,
+    model: ChosenModel, dtype: str | None, profiles: list[HardwareProfile], workload: Workload,
+    schedule: str, staging: bool, attention: str | None, ffn: str | None, solver: str,
+    trials: int | None, storage: str | None, seed: int | None, pareto: str | None, as_json: bool,
+    out: Path | None, csv: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """Find the policy with the highest job throughput that fits every memory level."""
-    assert solver == "exhaustive", "the only choice"
-    from hrm.search.exhaustive import search as solve
+    """Find the policy with the highest job throughput that fits every memory level.
 
-    result = solve(
-        model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule),
-        staging=staging, attention=Device(attention) if attention else None,
-        ffn=Device(ffn) if ffn else None,
-    )  # fmt: skip
+    With several machines (--gpus 1xT4,4xT4,1xL4) they are compared in one table.
+    """
+    options: dict[str, Any] = {
+        "schedule": ScheduleName(schedule),
+        "staging": staging,
+        "attention": Device(attention) if attention else None,
+        "ffn": Device(ffn) if ffn else None,
+    }
+    of_optuna = {"trials": trials, "storage": storage, "seed": seed}
+    given = {name: value for name, value in of_optuna.items() if value is not None}
+    if given and solver != Solver.OPTUNA:
+        name, value = next(iter(given.items()))
+        raise PolicyError(
+            f"--{name}", value, "goes with --solver optuna only", "leave it out or add that"
+        )
+    if pareto is not None or len(profiles) > 1:
+        if solver != Solver.EXHAUSTIVE or out is not None:
+            raise PolicyError(
+                "--solver and --out", f"<{'--pareto' if pareto else 'several machines'}>",
+                "are for one search", "leave them out, or name one machine without --pareto",
+            )  # fmt: skip
+        compared = Compared(model, profiles, dtype, workload, options)
+        if pareto is None:
+            show_machines(compared, as_json=as_json, csv=csv, plot=plot)
+        else:
+            show_front(Front(pareto), compared, as_json=as_json, csv=csv, plot=plot)
+        return
+    if csv is not None or plot is not None:
+        raise PolicyError(
+            "--csv" if csv else "--plot", str(csv or plot),
+            "goes with --pareto, and --csv with several machines", "leave it out; hrm plot draws",
+        )  # fmt: skip
+    (profile,) = profiles
+    with _trials_bar(solver, trials) as progress:
+        result = solve(
+            model.spec, profile, workload, solver=Solver(solver),
+            dtype=dtype or profile.default_dtype, **options, **given, **progress,
+        )  # fmt: skip
     _show(result.require(), model, profile, workload, result, as_json=as_json, out=out)
+
+
+@contextmanager
+def _trials_bar(solver: str, trials: int | None) -> Generator[dict[str, Any]]:
+    """A progress bar on standard error for a solver that tries one policy after the other."""
+    if solver != Solver.OPTUNA:
+        yield {}
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hrm.search.bayesian import DEFAULT_TRIALS
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        shown = bar.add_task("trials", total=trials or DEFAULT_TRIALS)
+
+        def advance(number: int, best: float) -> None:
+            bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
+
+        yield {"progress": advance}
 
 
 @click.command()

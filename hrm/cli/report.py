@@ -13,7 +13,7 @@ from hrm.estimate import LIMIT_WORDS, Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy
+from hrm.policy import Parallelism, Policy
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.search.result import SearchResult
 from hrm.tasks import Device
@@ -51,6 +51,14 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
         "lane_s": {
             phase: {lane.value: seconds for lane, seconds in of_phase.lane_s.items()}
             for phase, of_phase in (("prefill", estimate.prefill), ("decode", estimate.decode))
+        },
+        "host_memory_s": {
+            "prefill": estimate.prefill.host_memory_s,
+            "decode": estimate.decode.host_memory_s,
+        },
+        "all_reduce_s": {
+            "prefill": estimate.prefill.all_reduce_s,
+            "decode": estimate.decode.all_reduce_s,
         },
         "requests": estimate.num_requests,
         "batches": estimate.num_batches,
@@ -93,6 +101,14 @@ def plan_json(
             "simulated": search.simulated,
             "certified": search.certified,
         }
+        content["parallelism"] = [
+            {
+                "parallelism": way.parallelism.value,
+                "tokens_per_s": None if way.best is None else way.best.tokens_per_s,
+                "obstacle": way.obstacle,
+            }
+            for way in search.ways
+        ]
         content["runner_ups"] = [
             {"policy": policy_json(e.policy, spec), "predicted": predicted_json(e)}
             for e in search.runner_ups
@@ -141,6 +157,7 @@ def print_plan(
     _print_memory(estimate, profile)
     _print_turning_points(_turning_points(estimate, spec, profile, workload))
     if search is not None:
+        _print_ways(search, spec)
         _print_search(search, spec, has_gpu=profile.has_accelerator)
 
 
@@ -162,6 +179,9 @@ def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
     )
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {policy.batch_size} requests a batch in {batches}")
+    if policy.parallelism is Parallelism.PIPELINE:
+        stage = f"{len(policy.resident_experts)} of {spec.num_layers} layers"
+        console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
     if not has_gpu:
         console.print("  everything is held and computed on the CPU: there is no accelerator\n")
         return
@@ -206,6 +226,8 @@ def _print_prediction(estimate: Estimate, workload: Workload, *, has_gpu: bool) 
 def _lane_shares(phase: PhaseEstimate) -> str:
     seconds = max(phase.seconds, 1e-12)
     shares = [f"{lane.value} {s / seconds:.0%}" for lane, s in phase.lane_s.items() if s > 0]
+    if phase.host_memory_s > 0.05 * seconds:
+        shares.append(f"host memory {phase.host_memory_s / seconds:.0%}")
     return f"  [dim](busy: {', '.join(shares)})[/]"
 
 
@@ -257,6 +279,34 @@ def _print_search(search: SearchResult, spec: ModelSpec, *, has_gpu: bool) -> No
         f"[dim]{search.solver} search: {search.evaluations:,} policies in closed form, "
         f"{search.simulated} of them simulated, in {search.seconds:.2f} s; {_why(search)}[/]"
     )
+
+
+def _print_ways(search: SearchResult, spec: ModelSpec) -> None:
+    """How several GPUs share the work, how they could, and why not so."""
+    if not search.ways or search.best is None:
+        return
+    chosen = search.best.policy.parallelism
+    table = Table("several GPUs", "tokens/s", "why", box=None, pad_edge=False)
+    for way in sorted(search.ways, key=lambda way: way.parallelism is not chosen):
+        name = f"{way.parallelism.value} parallel{' (chosen)' if way.parallelism is chosen else ''}"
+        if way.best is None:
+            table.add_row(name, "–", way.obstacle or "no policy fits so")
+        else:
+            rate = f"{way.best.tokens_per_s:.4g}"
+            table.add_row(name, rate, _about_way(way.parallelism, way.best, spec))
+    console.print(table)
+    console.print()
+
+
+def _about_way(parallelism: Parallelism, best: Estimate, spec: ModelSpec) -> str:
+    phase = best.decode
+    limit = LIMIT_WORDS[phase.bottleneck]
+    share = best.policy.weight_share_on_gpu(spec)
+    held = f"{share:.0%} of the weights stay on the GPUs"
+    if parallelism is Parallelism.PIPELINE:
+        return f"{held}, each link moves whole layers; decode limited by the {limit}"
+    reduced = (best.prefill.all_reduce_s + phase.all_reduce_s) / best.seconds
+    return f"{held}, all-reduces take {reduced:.0%} of the time; decode limited by the {limit}"
 
 
 def _why(search: SearchResult) -> str:

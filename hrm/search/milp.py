@@ -47,7 +47,12 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """
     started_s = time.perf_counter()
     costs = Costs(space.spec, space.profile, space.dtype)
-    kinds = [ProgramsOfKind(space, costs, kind) for kind in space.kinds()]
+    kinds = [
+        ProgramsOfKind(space, costs, kind, pairs, whole=is_whole)
+        for kind in space.kinds()
+        for pairs, is_whole in [_pairs_of_kind(space, kind)]
+        if len(pairs)
+    ]
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = [predicted for _, predicted in choice.ranked]
     proved = Outcome.PROVED if all(kind.whole for kind in kinds) else Outcome.OPTIMAL
@@ -66,16 +71,19 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     )
 
 
+def _pairs_of_kind(space: Space, kind: Kind) -> tuple[Ints, bool]:
+    """Sizes and numbers of micro-batches to search, and whether they are all there are."""
+    places = whole(space, kind)
+    return pairs_of(coarse(space, kind) if places is None else places), places is not None
+
+
 class ProgramsOfKind:
     """All boxes of one kind, and the programs that find the best policy in them."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind) -> None:
-        self.space, self.costs, self.kind = space, costs, kind
+    def __init__(self, space: Space, costs: Costs, kind: Kind, pairs: Ints, *, whole: bool) -> None:
+        self.space, self.costs, self.kind, self.whole = space, costs, kind, whole
         self.evaluations = 0
-        places = whole(space, kind)
-        self.whole = places is not None
-        self.pairs = pairs_of(coarse(space, kind) if places is None else places)
-        self.bounder, self.boxes = self._boxes_of(self.pairs)
+        self.bounder, self.boxes = self._boxes_of(pairs)
 
     def ceiling(self) -> float:
         """The highest bound of any box."""

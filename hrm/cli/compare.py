@@ -1,0 +1,174 @@
+"""What `hrm search` shows of many searches: several machines, or what throughput costs."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hrm.cli.options import ChosenModel
+from hrm.cli.report import console
+from hrm.cli.tables import (
+    print_frame,
+    print_rows,
+    records,
+    searching,
+    seconds_or_dash,
+    tell_written,
+    write_csv,
+)
+from hrm.errors import PolicyError, ProfileError
+from hrm.hardware import HardwareProfile
+from hrm.machines import compose
+from hrm.units import format_bytes
+from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COUNTS: Final = (1, 2, 4, 8, 16)  # of GPUs on their front
+
+
+class Front(StrEnum):
+    """What is paid for throughput."""
+
+    CPU_MEMORY = "cpu-memory"
+    LATENCY = "latency"
+    GPUS = "gpus"
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What is searched again and again; a `dtype` of None is each machine's own."""
+
+    model: ChosenModel
+    machines: list[HardwareProfile]
+    dtype: str | None
+    workload: Workload
+    options: dict[str, Any]
+
+    def about(self, where: str) -> str:
+        """One line that says what is compared."""
+        return f"{self.model.spec.name} {where}, {self.workload.name}"
+
+
+def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None
+                  ) -> None:  # fmt: skip
+    """The best policy on every machine, the fastest first."""
+    from hrm.analysis import compare_machines
+
+    if plot is not None:
+        raise PolicyError(
+            "--plot", str(plot), "goes with --pareto", "leave it out: machines come as a table"
+        )
+    with searching(len(compared.machines)) as on_point:
+        frame = compare_machines(
+            compared.model.spec, compared.machines, compared.workload, dtype=compared.dtype,
+            on_point=on_point, **compared.options,
+        )  # fmt: skip
+    write_csv(frame, csv)
+    about = compared.about(f"on {len(compared.machines)} machines")
+    if as_json:
+        print_rows(frame, about=about)
+        return
+    console.print(f"[bold]{about}[/]\n")
+    print_frame(
+        frame,
+        ("machine", "a GPU"),
+        lambda row: [
+            row["machine"],
+            "–" if row["reason"] else f"{row['tokens_per_s_a_gpu']:.4g}",
+        ],
+    )
+    tell_written(csv)
+
+
+def show_front(
+    front: Front, compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None
+) -> None:
+    """What throughput costs, on one machine or (GPUs) on a family of them."""
+    if len(compared.machines) > 1:
+        raise ProfileError(
+            "--gpus", f"<{len(compared.machines)} machines>", "must be one with --pareto",
+            "name one: --pareto gpus changes how many GPUs it has",
+        )  # fmt: skip
+    machine = compared.machines[0]
+    with searching(None) as on_point:
+        frame, cost = _frame(front, machine, compared, on_point)
+    write_csv(frame, csv)
+    of = " (catalog figures)" if machine.accelerator == "catalog" else ""
+    about = compared.about(f"on {machine.name}{of}: throughput against {front.value}")
+    if plot is not None:
+        from hrm.plots.pareto import plot_pareto
+
+        plot_pareto(frame[frame["reason"] == ""], plot, x=cost, title=about)
+    if as_json:
+        print_rows(frame, about=about, cost=cost)
+        return
+    console.print(f"[bold]{about}[/]\n")
+    _print_front(front, frame, cost)
+    tell_written(csv, plot)
+
+
+def _frame(
+    front: Front, machine: HardwareProfile, compared: Compared, on_point: Any
+) -> "tuple[pd.DataFrame, str]":
+    """The table of a front and the column of what is paid."""
+    from hrm import analysis
+
+    spec, workload = compared.model.spec, compared.workload
+    dtype = compared.dtype or machine.default_dtype
+    options: dict[str, Any] = {"dtype": dtype, "on_point": on_point, **compared.options}
+    match front:
+        case Front.CPU_MEMORY:
+            frame = analysis.front_of_cpu_memory(spec, machine, workload, **options)
+            return frame, "cpu_memory_bytes"
+        case Front.LATENCY:
+            return analysis.front_of_latency(spec, machine, workload, **options), "latency_s"
+        case Front.GPUS:
+            family = [composed for count in COUNTS if (composed := _with_gpus(machine, count))]
+            return analysis.front_of_gpus(spec, family, workload, **options), "num_gpus"
+
+
+def _with_gpus(machine: HardwareProfile, count: int) -> HardwareProfile | None:
+    """The catalog machine with so many of its GPUs; None if its host does not take them."""
+    gpus, found, host = machine.name.partition(" on ")
+    if machine.accelerator != "catalog" or not found:
+        raise ProfileError(
+            "--pareto", "gpus", f"needs a catalog machine, which {machine.name} is not",
+            "name it by --gpus",
+        )  # fmt: skip
+    try:
+        return compose(f"{count}x{gpus.partition('x')[2]}", host)
+    except ProfileError:
+        return None
+
+
+def _print_front(front: Front, frame: "pd.DataFrame", cost: str) -> None:
+    from hrm.plots.pareto import on_front
+
+    best = dict(zip(frame.index, on_front(frame[cost], frame["tokens_per_s"]), strict=True))
+    frame = frame.assign(on_front=[best[index] for index in frame.index])
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        mark = "●" if row["on_front"] else " "
+        match front:
+            case Front.CPU_MEMORY:
+                return [mark, format_bytes(row[cost])]
+            case Front.LATENCY:
+                return [mark, seconds_or_dash(row[cost]), str(row["num_requests"])]
+            case Front.GPUS:
+                return [mark, str(row[cost])]
+
+    headings = {
+        Front.CPU_MEMORY: ("", "host memory"),
+        Front.LATENCY: ("", "all answered in", "requests"),
+        Front.GPUS: ("", "GPUs"),
+    }
+    print_frame(frame, headings[front], cells)
+    known = [row for row in records(frame) if not row["reason"]]
+    if front is Front.CPU_MEMORY and known:
+        most = max(row["tokens_per_s"] for row in known)
+        enough = min(row[cost] for row in known if row["tokens_per_s"] >= 0.95 * most)
+        console.print(
+            f"\n{format_bytes(enough)} are enough for 95 % of the most, {most:.4g} tokens/s"
+        )
