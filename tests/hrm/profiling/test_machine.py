@@ -145,7 +145,7 @@ def test_cuda_profile_is_put_together(monkeypatch):
     monkeypatch.setattr("hrm.profiling.machine._resolve", lambda _: ("cuda", "cpu:0"))
     monkeypatch.setattr("hrm.profiling.timing.cuda_sampler", lambda _: clock_sampler())
     facts = {"gpu": "a GPU", "driver": "1.2"}
-    monkeypatch.setattr("hrm.profiling.machine.gpu_facts", lambda _: facts)
+    monkeypatch.setattr("hrm.profiling.machine.cuda.gpu_facts", lambda _: facts)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (96 * MIB, 1200 * MIB))
     monkeypatch.setattr("torch.cuda.synchronize", lambda _: None)
     monkeypatch.setattr("torch.Tensor.pin_memory", lambda tensor: tensor)
