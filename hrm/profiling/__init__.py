@@ -5,6 +5,11 @@
 all. `pacing` is the link of the emulated accelerator. The benchmarks import torch, this does not.
 """
 
-from hrm.profiling.machine import EMULATED_LINK_BYTES_PER_S, ProfilingInterrupted, profile_machine
+from hrm.profiling.machine import (
+    EMULATED_LINK_BYTES_PER_S,
+    ProfilingInterrupted,
+    partial_path,
+    profile_machine,
+)
 
-__all__ = ["EMULATED_LINK_BYTES_PER_S", "ProfilingInterrupted", "profile_machine"]
+__all__ = ["EMULATED_LINK_BYTES_PER_S", "ProfilingInterrupted", "partial_path", "profile_machine"]

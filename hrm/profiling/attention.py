@@ -3,21 +3,29 @@
 R requests, C tokens of context, G kv heads, d head_dim, H/G query heads a kv head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from itertools import cycle
+from typing import Final, final
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
-from hrm.profiling.link import fit_link
-from hrm.profiling.timing import Call, Sampler, significant, time_call
-from hrm.units import MIB, format_seconds
+from hrm.profiling.fit import fit_groups, fit_link
+from hrm.profiling.timing import Call, Sampler, measured, significant, summarise, time_each
+from hrm.units import GIB, MIB, format_seconds
 
 QUICK_CONTEXTS: Final = (128, 512, 2048)
 FULL_CONTEXTS: Final = (64, 128, 256, 512, 1024, 2048, 4096)
-MAX_REQUESTS: Final = 64
+QUICK_BATCHES: Final = (1, 16)
+FULL_BATCHES: Final = (1, 4, 16, 64)
+QUICK_BYTES: Final = 256 * MIB
+FULL_BYTES: Final = GIB
+TILE_TOKENS: Final = 4096
+MAX_WINDOWS: Final = 512
+BENT: Final = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,58 +53,97 @@ def attention_rate(
 ) -> Rate:
     """KV bytes a second, apart from what each request costs however short its context is.
 
-    The cache holds a token's keys and then its values, and requests are computed one by one.
+    Measured over contexts and batches. The cache holds a token's keys and then its values, and
+    requests are computed one by one, each call with other ones of a cache too large to stay in
+    the processor's, as a decode step meets every request once.
     """
     contexts = QUICK_CONTEXTS if quick else FULL_CONTEXTS
-    cache_bytes = (64 if quick else 256) * MIB
+    batches = QUICK_BATCHES if quick else FULL_BATCHES
     kind: torch.dtype = getattr(torch, dtype)
-    per_token = 2 * heads.kv * heads.head_dim * kind.itemsize
-    points: list[tuple[float, float]] = []
-    timing = None
-    for context in contexts:
-        requests = max(1, min(MAX_REQUESTS, cache_bytes // (context * per_token)))
-        call = attention_call(kind, heads, requests, context, device)
-        with torch.inference_mode():
-            timing = time_call(call, budget_s=budget_s / len(contexts), sampler=sampler)
-        points.append((float(context * per_token), timing.median_s / requests))
-    assert timing is not None
+    cache = KvCache(kind, heads, QUICK_BYTES if quick else FULL_BYTES, device)
+    calls = {
+        (context, batch): attention_call(cache, min(batch, cache.tokens // context), context)
+        for context in contexts
+        for batch in batches
+        if context <= cache.tokens
+    }
+    with torch.inference_mode():
+        taken = time_each(calls, budget_s=budget_s, sampler=sampler)
+    samples = {
+        (context, batch): [s / min(batch, cache.tokens // context) for s in seconds]
+        for (context, batch), seconds in taken.items()
+    }
+    largest = max(batches)
+    of_context = {
+        float(context * cache.token_bytes): seconds
+        for (context, batch), seconds in samples.items()
+        if batch == largest
+    }
+    points = [(size, summarise(seconds).median_s) for size, seconds in of_context.items()]
     fit = fit_link(points)
-    longest, longest_s = points[-1]
+    bandwidths = [one.bandwidth_bytes_per_s for one in fit_groups(of_context)]
     shape = f"{heads.query} query heads on {heads.kv} of {heads.head_dim}"
     note = f"{dtype}, {shape}, contexts {contexts[0]} to {contexts[-1]}; each request costs"
-    note += f" {format_seconds(fit.latency_s)} besides"
-    spread = timing.rate(longest * timing.median_s / longest_s, note)
-    ratio = fit.bandwidth_bytes_per_s / spread.value
-    assert spread.p20 is not None
-    assert spread.p80 is not None
-    figure = replace(
-        spread,
-        value=significant(fit.bandwidth_bytes_per_s),
-        p20=significant(spread.p20 * ratio),
-        p80=significant(spread.p80 * ratio),
-        curve=tuple(
-            (float(context), significant(size / max(seconds - fit.latency_s, 0.2 * seconds)))
-            for context, (size, seconds) in zip(contexts, points, strict=True)
-        )
-        if fit.worst_miss > 0.10
-        else (),
+    note += f" {format_seconds(fit.latency_s)} besides{_over_batches(samples, batches)}"
+    figure = measured(
+        fit.bandwidth_bytes_per_s, bandwidths, note, sum(map(len, of_context.values()))
     )
+    if fit.worst_miss > BENT:
+        curve = tuple(
+            (size / cache.token_bytes, significant(size / max(s - fit.latency_s, 0.2 * s)))
+            for size, s in points
+        )
+        figure = replace(figure, curve=curve)
     return Rate(achieved=figure)
 
 
-def attention_call(
-    kind: torch.dtype, heads: Heads, requests: int, context: int, device: str = "cpu"
-) -> Call:
-    """One step of decode attention for `requests` requests of `context` tokens each."""
+def _over_batches(samples: dict[tuple[int, int], list[float]], batches: Sequence[int]) -> str:
+    """What a request of the longest context takes in smaller batches, beside the largest."""
+    longest = max(context for context, _ in samples)
+    seconds = {batch: summarise(samples[longest, batch]).median_s for batch in batches}
+    others = [
+        f"{seconds[max(batches)] / seconds[batch]:.0%} in batches of {batch}"
+        for batch in batches
+        if batch != max(batches)
+    ]
+    return f"; in batches of {max(batches)}, at context {longest} " + ", ".join(others)
+
+
+@final
+class KvCache:
+    """Keys and values of many tokens, a token's keys and then its values."""
+
+    def __init__(self, kind: torch.dtype, heads: Heads, num_bytes: int, device: str) -> None:
+        self.kind, self.heads, self.device = kind, heads, device
+        self.token_bytes = 2 * heads.kv * heads.head_dim * kind.itemsize
+        self.tokens = max(*FULL_CONTEXTS, num_bytes // self.token_bytes)
+        row = (2, heads.kv, heads.head_dim)
+        tile = torch.randn(min(self.tokens, TILE_TOKENS), *row, device=device).to(kind)
+        self.data_C2Gd = tile.repeat(-(-self.tokens // len(tile)), 1, 1, 1)[: self.tokens]
+
+    def windows(self, tokens: int) -> list[torch.Tensor]:
+        """The cache in pieces of so many tokens."""
+        whole = min(MAX_WINDOWS, self.tokens // tokens)
+        used = self.data_C2Gd[: whole * tokens]
+        return list(used.view(whole, tokens, *used.shape[1:]).unbind())
+
+
+def attention_call(cache: KvCache, requests: int, context: int) -> Call:
+    """One step of decode attention for the next `requests` requests of `context` tokens each."""
+    heads = cache.heads
     group = heads.query // heads.kv
-    cache_C2Gd = torch.randn(
-        requests * context, 2, heads.kv, heads.head_dim, device=device
-    ).to(kind)  # fmt: skip
-    keys_1GCd, values_1GCd = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()
-    queries = torch.randn(requests, 1, heads.kv, group, heads.head_dim, device=device).to(kind)
+    windows = cycle(
+        [
+            window.permute(1, 2, 0, 3).unsqueeze(1).unbind()
+            for window in cache.windows(requests * context)
+        ]
+    )
+    shape = (requests, 1, heads.kv, group, heads.head_dim)
+    queries = torch.randn(shape, device=cache.device).to(cache.kind)
     outputs = torch.empty_like(queries)
 
     def call() -> None:
+        keys_1GCd, values_1GCd = next(windows)
         for index in range(requests):
             k = keys_1GCd.narrow(2, index * context, context)
             v = values_1GCd.narrow(2, index * context, context)

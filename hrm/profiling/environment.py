@@ -2,18 +2,17 @@
 
 import os
 import platform
+import time
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final, final
 
-from hrm.units import format_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from hrm.profiling import topology
+from hrm.profiling.topology import CacheFacts
+from hrm.units import counted, format_bytes
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
-_CPU: Final = Path("/sys/devices/system/cpu")
+_OWN_CGROUP: Final = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,27 +24,45 @@ class HostFacts:
     cores: int
     threads: int
     usable_cores: int
+    usable_physical_cores: int
     quota_cores: float | None
     ram_bytes: int
     ram_limit_bytes: int | None
-    last_level_cache_bytes: int
+    caches: tuple[CacheFacts, ...]
     numa_nodes: int
+    is_virtual: bool
 
     @property
     def usable_ram_bytes(self) -> int:
         """RAM, or the cgroup's limit if that is less."""
         return min(self.ram_bytes, self.ram_limit_bytes or self.ram_bytes)
 
+    @property
+    def compute_threads(self) -> int:
+        """Threads worth computing with: hyper-threads of one core share its arithmetic units."""
+        return min(self.usable_cores, self.usable_physical_cores)
+
+    @property
+    def last_level_cache_bytes(self) -> int:
+        """All caches of the last level that the usable cores reach; 0 if nothing is known."""
+        if not self.caches:
+            return 0
+        last = self.caches[-1]
+        return last.each_bytes * min(last.instances, self.usable_cores)
+
     def describe(self) -> dict[str, str]:
         """As the lines of a profile's environment."""
         lines = {
             "cpu": self.cpu_name,
-            "cores": f"{self.cores} cores, {self.threads} hardware threads, {self.sockets} sockets,"
-            f" {self.numa_nodes} NUMA nodes",
-            "usable_cores": str(self.usable_cores),
+            "cores": f"{counted(self.cores, 'core')}, {counted(self.threads, 'hardware thread')},"
+            f" {counted(self.sockets, 'socket')}, {counted(self.numa_nodes, 'NUMA node')}",
+            "usable_cores": f"{self.usable_cores} hardware threads on"
+            f" {counted(self.usable_physical_cores, 'core')}",
             "ram": format_bytes(self.ram_bytes),
             "last_level_cache": format_bytes(self.last_level_cache_bytes),
         }
+        if self.is_virtual:
+            lines["virtual_machine"] = "yes: a core may be a hyper-thread, a cache may be shared"
         if self.quota_cores is not None:
             lines["cgroup_cpu_quota"] = f"{self.quota_cores:g} cores"
         if self.ram_limit_bytes is not None:
@@ -60,25 +77,27 @@ def host_facts() -> HostFacts:
     quota, ram = _quota_cores(), psutil.virtual_memory().total
     limit = _memory_limit_bytes()
     threads = os.cpu_count() or 1
-    cpu_name, sockets = _cpu_name_and_sockets()
+    cpu_name, sockets, is_virtual = _cpu()
+    cpus = topology.allowed_cpus()
     return HostFacts(
         cpu_name=cpu_name,
         sockets=sockets,
         cores=psutil.cpu_count(logical=False) or threads,
         threads=threads,
         usable_cores=usable_cores(),
+        usable_physical_cores=topology.physical_cores(cpus),
         quota_cores=quota,
         ram_bytes=ram,
         ram_limit_bytes=limit if limit is not None and limit < ram else None,
-        last_level_cache_bytes=_last_level_cache_bytes(),
-        numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
+        caches=topology.caches(cpus),
+        numa_nodes=len(topology.numa_nodes(range(threads))),
+        is_virtual=is_virtual,
     )
 
 
 def usable_cores() -> int:
     """Cores that this process may keep busy: its affinity, or its cgroup's CPU quota if less."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(topology.allowed_cpus())
     quota = _quota_cores()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -95,76 +114,61 @@ def software() -> dict[str, str]:
     }
 
 
-def gpu_facts(index: int) -> dict[str, str]:
-    """GPU name, driver, clocks, power limit, ECC, PCIe link and other tenants, where NVML tells.
+@final
+class Others:
+    """What others kept of the machine between two moments: the rest of a measurement's noise."""
 
-    `index` counts the devices that CUDA shows; what cannot be read is left out.
-    """
-    import torch
+    def __init__(self) -> None:
+        """Start to watch."""
+        self._start = _cpu_seconds()
 
-    cuda: Any = torch.cuda
-    properties = cuda.get_device_properties(index)
-    facts = {"gpu": str(properties.name), "cuda": str(torch.version.cuda)}
-    try:
-        nvml: Any = import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception as error:  # noqa: BLE001 - NVML is a courtesy, whatever is wrong with it
-        return facts | {"nvml": f"not available: {error}"}
-    try:
-        gpu = _nvml_handle(nvml, str(properties.uuid), index)
-        return facts | _nvml_facts(nvml, gpu)
-    except Exception as error:  # noqa: BLE001 - as above
-        return facts | {"nvml": f"not available: {error}"}
-    finally:
-        nvml.nvmlShutdown()
+    def share(self) -> float:
+        """Share of all hardware threads that others, the hypervisor included, kept busy."""
+        wall, others, stolen, _ = self._since()
+        return max(0.0, others + stolen) / max(wall * (os.cpu_count() or 1), 1e-9)
 
+    def describe(self) -> str:
+        """What happened since the start, in words."""
+        wall, others, stolen, stopped = self._since()
+        capacity = max(wall * (os.cpu_count() or 1), 1e-9)
+        text = f"others kept {max(0.0, others / capacity):.1%} of the hardware threads busy"
+        if stolen > 0:
+            text += f", the hypervisor took {stolen / capacity:.1%}"
+        if stopped > 0:
+            text += f", the CPU quota stopped this process for {stopped:.1f} s"
+        return text
 
-def _nvml_handle(nvml: Any, uuid: str, index: int) -> Any:
-    """CUDA may show fewer devices, in another order, so they are matched by UUID if they can be."""
-    try:
-        return nvml.nvmlDeviceGetHandleByUUID(
-            uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+    def _since(self) -> tuple[float, float, float, float]:
+        wall, others, stolen, stopped = (
+            now - before for now, before in zip(_cpu_seconds(), self._start, strict=True)
         )
-    except nvml.NVMLError:
-        return nvml.nvmlDeviceGetHandleByIndex(index)
+        return wall, others, stolen, stopped
 
 
-def _nvml_facts(nvml: Any, gpu: Any) -> dict[str, str]:
-    def pcie() -> str:
-        generation = nvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu)
-        return f"generation {generation} x{nvml.nvmlDeviceGetCurrPcieLinkWidth(gpu)}"
+def _cpu_seconds() -> tuple[float, float, float, float]:
+    """Seconds on the wall, of others' work, stolen by the hypervisor, stopped by the quota."""
+    import psutil
 
-    def others() -> int:
-        running = nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
-        return sum(process.pid != os.getpid() for process in running)
-
-    readers: dict[str, Callable[[], object]] = {
-        "driver": nvml.nvmlSystemGetDriverVersion,
-        "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
-        "max_sm_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
-        "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
-        "ecc": lambda: "on" if nvml.nvmlDeviceGetEccMode(gpu)[0] else "off",
-        "pcie": pcie,
-        "mig": lambda: "on" if nvml.nvmlDeviceGetMigMode(gpu)[0] else "off",
-        "other_gpu_processes": others,
-    }
-    facts: dict[str, str] = {}
-    for name, read in readers.items():
-        try:
-            facts[name] = str(read())
-        except nvml.NVMLError:  # many cards do not tell everything
-            continue
-    return facts
+    times: dict[str, float] = psutil.cpu_times()._asdict()
+    working = ("user", "nice", "system", "irq", "softirq")  # a guest's time is in user's too
+    busy = sum(times.get(name, 0.0) for name in working)
+    stopped = [
+        int(words[index + 1]) * (1e-6 if name == "throttled_usec" else 1e-9)
+        for folder in _own_cgroups()[:1]
+        for words in (_read_words(folder / "cpu.stat"),)
+        for index, name in enumerate(words[:-1])
+        if name in {"throttled_usec", "throttled_time"}
+    ]
+    others = busy - time.process_time()
+    return time.monotonic(), others, times.get("steal", 0.0), sum(stopped)
 
 
 def _own_cgroups() -> list[Path]:
     """Folders of this process's cgroup and those above it, version 2 and 1."""
     folders: list[Path] = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
+    for line in topology.read_text(_OWN_CGROUP).splitlines():
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         top = _CGROUP / controllers if controllers else _CGROUP
         folder = top / path.lstrip("/")
@@ -173,10 +177,7 @@ def _own_cgroups() -> list[Path]:
 
 
 def _read_words(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except OSError:
-        return []
+    return topology.read_text(path).split()
 
 
 def _quota_cores() -> float | None:
@@ -201,21 +202,12 @@ def _memory_limit_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def _cpu_name_and_sockets() -> tuple[str, int]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+def _cpu() -> tuple[str, int, bool]:
+    """The CPU's name, how many sockets there are, and whether a hypervisor lies below."""
+    lines = topology.read_text(Path("/proc/cpuinfo")).splitlines()
     pairs = [(key.strip(), value.strip()) for key, _, value in (x.partition(":") for x in lines)]
     names = [value for key, value in pairs if key == "model name"]
     sockets = {value for key, value in pairs if key == "physical id"}
-    return names[0] if names else platform.processor() or platform.machine(), max(1, len(sockets))
-
-
-def _last_level_cache_bytes() -> int:
-    sizes = [0]
-    for path in _CPU.glob("cpu0/cache/index*/size"):
-        words = _read_words(path)
-        if words and words[0][:-1].isdigit() and words[0][-1] in "KM":
-            sizes.append(int(words[0][:-1]) * {"K": 2**10, "M": 2**20}[words[0][-1]])
-    return max(sizes)
+    is_virtual = any(key == "flags" and "hypervisor" in value.split() for key, value in pairs)
+    name = names[0] if names else platform.processor() or platform.machine()
+    return name, max(1, len(sockets)), is_virtual

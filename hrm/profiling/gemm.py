@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Final
+from typing import Final, final
 
 import torch
 
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
-from hrm.profiling.timing import Call, Sampler, Timing, significant, time_call
+from hrm.profiling.timing import Call, Sampler, Timing, significant, summarise, time_each
 from hrm.units import DTYPE_BYTES, MIB
 
 QUICK_TOKENS: Final = (1, 4, 16, 64, 256)
 FULL_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+QUICK_SQUARES: Final = (512,)  # sides of the matrices; a GPU's are eight times as long
+FULL_SQUARES: Final = (512, 1024, 2048)
 QUICK_WEIGHTS: Final = 2**22  # elements of the largest matrix; larger models are scaled down
 FULL_WEIGHTS: Final = 2**26
 POOL_BYTES: Final = 64 * MIB  # weights are taken in turn out of so many, as experts are
@@ -63,53 +65,63 @@ def gemm_rate(
     as far as the cache is smaller than a pool of them.
     """
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
-    squares = (512,) if quick else (512, 1024, 2048)
+    squares = QUICK_SQUARES if quick else FULL_SQUARES
     if device != "cpu":
         squares = tuple(8 * side for side in squares)
-    share_s = budget_s / (len(tokens) * len(shapes) + len(squares))
-    curve: list[tuple[float, float]] = []
-    timings: list[Timing] = []
-    for count in tokens:
-        flops, total = 0.0, Timing(0, 0, 0, 0)
-        for shape in shapes:
-            call = _multiply(dtype, count, shape, device)
-            timing = _timed(call, share_s, launch_s, sampler)
-            flops += 2.0 * count * shape.inputs * shape.outputs
-            total = Timing(
-                total.median_s + timing.median_s,
-                total.p20_s + timing.p20_s,
-                total.p80_s + timing.p80_s,
-                timing.samples,
-            )
-        curve.append((float(count), significant(flops / total.median_s)))
-        timings.append(total)
-    best = max(range(len(curve)), key=lambda index: curve[index][1])
-    work = curve[best][1] * timings[best].median_s
-    achieved = timings[best].rate(work, f"{shapes_note}; best at {tokens[best]} tokens")
-    ceiling = achieved
+    pools = {shape: _Pool(dtype, shape, device) for shape in shapes}
+    calls: dict[tuple[int, GemmShape], Call] = {
+        (count, shape): pools[shape].multiply(count) for count in tokens for shape in shapes
+    }
     for side in squares:
         square = GemmShape(side, side)
-        timing = _timed(_multiply(dtype, side, square, device), share_s, launch_s, sampler)
-        figure = timing.rate(2.0 * side**3, f"square GEMM of {side}")
-        ceiling = max(ceiling, figure, key=lambda candidate: candidate.value)
-    return Rate(ceiling=ceiling, achieved=replace(achieved, curve=tuple(curve)))
-
-
-def _timed(call: Call, budget_s: float, launch_s: float, sampler: Sampler | None) -> Timing:
+        calls[side, square] = _Pool(dtype, square, device).multiply(side)
     with torch.inference_mode():
-        return time_call(call, budget_s=budget_s, sampler=sampler).less(launch_s)
+        taken = time_each(calls, budget_s=budget_s, sampler=sampler)
+    timings = {key: summarise(seconds).less(launch_s) for key, seconds in taken.items()}
+    both = {count: _sum([timings[count, shape] for shape in shapes]) for count in tokens}
+    flops_a_token = sum(2.0 * shape.inputs * shape.outputs for shape in shapes)
+    rates = {count: count * flops_a_token / both[count].median_s for count in tokens}
+    best = max(rates, key=lambda count: rates[count])
+    note = f"{shapes_note}; best at {best} tokens"
+    noisy = [count for count in tokens if both[count].is_noisy and count != best]
+    note += f"; noisy at {', '.join(map(str, noisy))}" if noisy else ""
+    achieved = both[best].rate(best * flops_a_token, note)
+    ceiling = achieved
+    for side in squares:
+        figure = timings[side, GemmShape(side, side)].rate(2.0 * side**3, f"square GEMM of {side}")
+        ceiling = max(ceiling, figure, key=lambda candidate: candidate.value)
+    curve = tuple((float(count), significant(rate)) for count, rate in rates.items())
+    return Rate(ceiling=ceiling, achieved=replace(achieved, curve=curve))
 
 
-def _multiply(dtype: str, tokens: int, shape: GemmShape, device: str) -> Call:
-    kind: torch.dtype = getattr(torch, dtype)
-    size = shape.inputs * shape.outputs * DTYPE_BYTES[dtype]
-    pool_size = max(1, min(MAX_POOL, POOL_BYTES // size))
-    x = torch.randn(tokens, shape.inputs, device=device).to(kind)
-    out = torch.empty(tokens, shape.outputs, dtype=kind, device=device)
-    first = torch.randn(shape.outputs, shape.inputs, device=device).to(kind)
-    pool = cycle([first.T, *(first.clone().T for _ in range(pool_size - 1))])
+def _sum(timings: Sequence[Timing]) -> Timing:
+    """One after the other."""
+    return Timing(
+        sum(timing.median_s for timing in timings),
+        sum(timing.p20_s for timing in timings),
+        sum(timing.p80_s for timing in timings),
+        min(timing.samples for timing in timings),
+    )
 
-    def call() -> None:
-        torch.mm(x, next(pool), out=out)
 
-    return call
+@final
+class _Pool:
+    """Weight matrices of one shape that are multiplied with in turn, as experts are."""
+
+    def __init__(self, dtype: str, shape: GemmShape, device: str) -> None:
+        self.kind: torch.dtype = getattr(torch, dtype)
+        self.shape, self.device = shape, device
+        size = shape.inputs * shape.outputs * DTYPE_BYTES[dtype]
+        copies = max(1, min(MAX_POOL, POOL_BYTES // size))
+        first = torch.randn(shape.outputs, shape.inputs, device=device).to(self.kind)
+        self.weights = cycle([first.T, *(first.clone().T for _ in range(copies - 1))])
+
+    def multiply(self, tokens: int) -> Call:
+        """A call that multiplies so many random tokens with the next matrix."""
+        x = torch.randn(tokens, self.shape.inputs, device=self.device).to(self.kind)
+        out = torch.empty(tokens, self.shape.outputs, dtype=self.kind, device=self.device)
+
+        def call() -> None:
+            torch.mm(x, next(self.weights), out=out)
+
+        return call

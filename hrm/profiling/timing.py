@@ -1,11 +1,11 @@
 """How everything is timed: warm up, take samples, keep the median and how far they spread."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import quantiles
-from typing import Final
+from typing import Final, TypeVar
 
 from hrm.hardware import Figure, Source
 
@@ -15,6 +15,7 @@ MIN_SAMPLES: Final = 3
 MAX_SAMPLES: Final = 100
 MIN_SAMPLE_S: Final = 1e-3  # shorter calls are timed several at a time
 
+K = TypeVar("K")
 Call = Callable[[], object]
 Sampler = Callable[[Call, int], float]  # seconds that so many calls take
 
@@ -67,10 +68,14 @@ class Timing:
 
     def flagged(self, note: str) -> str:
         """The note, saying that the samples are noisy if they are."""
-        if not self.is_noisy:
-            return note
-        noisy = f"noisy: {self.spread:.0%} between the 20th and 80th percentile"
-        return f"{note}; {noisy}" if note else noisy
+        return _flagged(note, self.spread)
+
+
+def _flagged(note: str, spread: float) -> str:
+    if spread <= NOISY_SPREAD:
+        return note
+    noisy = f"noisy: {spread:.0%} between the 20th and 80th percentile"
+    return f"{note}; {noisy}" if note else noisy
 
 
 def significant(value: float, digits: int = 5) -> float:
@@ -90,29 +95,40 @@ def clock_sampler(clock: Callable[[], float] = time.perf_counter) -> Sampler:
     return sample
 
 
-def cuda_sampler(device: str) -> Sampler:
-    """Times calls that queue work on a GPU, by events on its current stream."""
-    import torch
-
-    def sample(call: Call, calls: int) -> float:
-        with torch.cuda.device(device):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(calls):
-                call()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-    return sample
-
-
 def time_call(call: Call, *, budget_s: float, sampler: Sampler | None = None) -> Timing:
     """Time `call` for about `budget_s`, warm-up included.
 
     At least three samples are taken however long they last, and at most 100.
     """
+    return summarise(time_each({None: call}, budget_s=budget_s, sampler=sampler)[None])
+
+
+def time_each(
+    calls: Mapping[K, Call], *, budget_s: float, sampler: Sampler | None = None
+) -> dict[K, list[float]]:
+    """Seconds of each call, sampled in turn for about `budget_s` in all, warm-up included.
+
+    A disturbance of a second then falls on a few samples of every call, where medians withstand
+    it, and not on all samples of one. Samples are in order of time, as many of each call.
+    """
     sampler = sampler or clock_sampler()
+    spent_s, calls_of = 0.0, dict[K, int]()
+    for key, call in calls.items():
+        calls_of[key], seconds = _warm_up(call, budget_s / len(calls), sampler)
+        spent_s += seconds
+    samples: dict[K, list[float]] = {key: [] for key in calls}
+    taken = 0
+    while taken < MIN_SAMPLES or (taken < MAX_SAMPLES and spent_s < budget_s):
+        for key, call in calls.items():
+            seconds = sampler(call, calls_of[key])
+            spent_s += seconds
+            samples[key].append(max(seconds, 1e-12) / calls_of[key])
+        taken += 1
+    return samples
+
+
+def _warm_up(call: Call, budget_s: float, sampler: Sampler) -> tuple[int, float]:
+    """How many calls make a sample, and the seconds that finding it out took."""
     spent_s = first_s = sampler(call, 1)
     calls = max(1, ceil(MIN_SAMPLE_S / max(first_s, 1e-9)))
     if calls > 1:  # the first call is often much slower than the rest
@@ -122,17 +138,31 @@ def time_call(call: Call, *, budget_s: float, sampler: Sampler | None = None) ->
     elif first_s < budget_s / 10:
         for _ in range(WARM_UP_SAMPLES - 1):
             spent_s += sampler(call, 1)
-    samples: list[float] = []
-    while len(samples) < MIN_SAMPLES or (len(samples) < MAX_SAMPLES and spent_s < budget_s):
-        seconds = sampler(call, calls)
-        spent_s += seconds
-        samples.append(max(seconds, 1e-12) / calls)
-    return summarise(samples)
+    return calls, spent_s
 
 
-def summarise(samples: list[float]) -> Timing:
+def summarise(samples: Sequence[float]) -> Timing:
     """Median and percentiles of seconds."""
-    if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], 1)
-    cuts = quantiles(samples, n=10, method="inclusive")
-    return Timing(cuts[4], cuts[1], cuts[7], len(samples))
+    return Timing(*middle_and_ends(samples), len(samples))
+
+
+def middle_and_ends(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = quantiles(values, n=10, method="inclusive")
+    return cuts[4], cuts[1], cuts[7]
+
+
+def measured(value: float, spread: Sequence[float], note: str = "", samples: int = 0) -> Figure:
+    """A measured figure whose 20th and 80th percentile are those of repeated measurements."""
+    _, low, high = middle_and_ends([*spread, value])
+    low, high = min(low, value), max(high, value)
+    return Figure(
+        value=significant(value),
+        source=Source.MEASURED,
+        note=_flagged(note, (high - low) / value if value > 0 else 0.0),
+        samples=samples or len(spread),
+        p20=significant(low),
+        p80=significant(high),
+    )

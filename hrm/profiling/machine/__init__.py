@@ -2,19 +2,21 @@
 
 A profile is a list of steps, each with its share of the time; what a step finds is used by the
 next ones (a GEMM's rate is taken without the launch latency). `cpu`, `emulated` and `cuda` say what
-is measured on each kind of machine.
+is measured on each kind of machine, `host` what all have; `journal` keeps finished steps.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
 
 from hrm.errors import ProfileError
-from hrm.hardware import HardwareProfile
+from hrm.hardware import SCHEMA, HardwareProfile
 from hrm.model_spec import ModelSpec
-from hrm.profiling.environment import host_facts, software
+from hrm.profile_diff import figures_of
+from hrm.profiling.environment import HostFacts, Others, host_facts, software
 from hrm.profiling.machine.cpu import profile_cpu
 from hrm.profiling.machine.cuda import profile_cuda
 from hrm.profiling.machine.emulated import (
@@ -22,15 +24,27 @@ from hrm.profiling.machine.emulated import (
     EMULATED_LINK_BYTES_PER_S,
     profile_emulated,
 )
+from hrm.profiling.machine.journal import Journal, partial_path
 from hrm.profiling.machine.run import Run
 from hrm.profiling.machine.steps import ProfilingInterrupted, Progress, Steps
-from hrm.units import DTYPE_BYTES
+from hrm.units import DTYPE_BYTES, counted
 
-__all__ = ["DTYPES", "EMULATED_LINK_BYTES_PER_S", "ProfilingInterrupted", "profile_machine"]
+if TYPE_CHECKING:
+    from hrm.profiling.gpu import AbstractGpu
+
+__all__ = [
+    "DTYPES",
+    "EMULATED_LINK_BYTES_PER_S",
+    "ProfilingInterrupted",
+    "partial_path",
+    "profile_machine",
+]
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
-QUICK_S: Final = 20.0
-FULL_S: Final = 240.0
+QUICK_S: Final = 24.0
+FULL_S: Final = 300.0
+BUSY: Final = 0.05  # of the hardware threads; more of others' work is a warning
+REMEDY: Final = "use --accelerator emulated or cpu, or install a CUDA build of torch"
 
 
 def profile_machine(
@@ -41,27 +55,97 @@ def profile_machine(
     quick: bool = False,
     model: ModelSpec | None = None,
     dtypes: Sequence[str] = DTYPES,
+    disk: Path | None = None,
+    partial: Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     command: str = "",
     budget_s: float | None = None,
 ) -> HardwareProfile:
-    """Measure this machine: about 20 s if `quick`, else 4 min; `budget_s` asks for other times.
+    """Measure this machine, for half a minute if `quick`, else 6; `budget_s` asks for other times.
 
-    `accelerator` is `cuda:K`, `emulated`, `cpu`, or `auto` for the first GPU if there is one and
-    the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its links are paced to
-    `link_bandwidth_bytes_per_s`. GEMMs have the shapes of `model`. The first of `dtypes` is that
-    of the KV cache. `progress(done_s, total_s, what)` is called before each step and at the end.
-    Raises ProfileError if there is no such accelerator, ProfilingInterrupted on Ctrl-C.
+    `accelerator` is `cuda:0`, `cuda:0,1` or `cuda:all`, `emulated`, `cpu`, or `auto` for the first
+    GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
+    links are paced to `link_bandwidth_bytes_per_s`. GEMMs have the shapes of `model`. The first of
+    `dtypes` is that of the KV cache. `disk` is the folder whose disk is measured. Finished steps
+    are kept in the file `partial` until the profile is whole, and `resume` goes on with those that
+    it holds. `progress(done_s, total_s, what)` is called before each step and at the end.
+    Raises ProfileError if there is no such accelerator or what was kept is of another machine,
+    ProfilingInterrupted on Ctrl-C.
     """
-    kind, device = _resolve(accelerator)
+    kind, indices = _resolve(accelerator)
+    _check_options(kind, dtypes, gpu_memory_bytes, link_bandwidth_bytes_per_s)
+    started_s, others, host = time.monotonic(), Others(), host_facts()
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    gpus = _gpus(indices)
+    options = {
+        "accelerator": kind if kind != "cuda" else f"cuda:{','.join(map(str, indices))}",
+        "--gpu-memory": str(gpu_memory_bytes or "not given"),
+        "--link-bandwidth": str(link_bandwidth_bytes_per_s or "not given"),
+        "--disk": str(disk or "not given"),
+        "--dtype": ", ".join(dtypes),
+        "mode": "quick" if quick else "full",
+        "model": repr(model) if model else "not given",
+    }
+    journal = None
+    if partial is not None:
+        measures = options | _identity(host, gpus)
+        journal = Journal(partial, measures, date=date, resume=resume)
+    run = Run(
+        host=host,
+        threads=_threads(host),
+        quick=quick,
+        model=model,
+        dtypes=tuple(dict.fromkeys(dtypes)),
+        disk=disk,
+        steps=Steps(budget_s or (QUICK_S if quick else FULL_S), progress, journal),
+    )
+    try:
+        match kind:
+            case "cpu":
+                profile = profile_cpu(run)
+            case "emulated":
+                profile = profile_emulated(
+                    run,
+                    gpu_memory_bytes or min(EMULATED_GPU_BYTES, host.usable_ram_bytes // 8),
+                    link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S,
+                )
+            case "cuda":
+                profile = profile_cuda(run, gpus, gpu_memory_bytes)
+    finally:
+        if journal is not None:
+            journal.close()
+    recalled = len(run.steps.recalled)
+    seconds = time.monotonic() - started_s + (journal.seconds if journal else 0.0)
+    facts = {
+        "date": date,
+        "command": command,
+        "mode": options["mode"],
+        "seconds": f"{seconds:.1f}",
+        "resumed": f"{recalled} of {len(run.steps.steps)} measurements are of {journal.date}"
+        if journal and recalled
+        else "",
+        **host.describe(),
+        "threads": f"{run.threads} of torch's, not pinned, as the executor leaves them",
+        "others": others.describe(),
+        **software(),
+        **profile.environment,
+        "warnings": "; ".join(_warnings(profile, others)),
+    }
+    return replace(profile, environment={key: text for key, text in facts.items() if text})
+
+
+def _check_options(
+    kind: str, dtypes: Sequence[str], gpu_memory_bytes: int | None, link_bandwidth: float | None
+) -> None:
     for dtype in dtypes:
         if dtype not in DTYPE_BYTES:
             raise ProfileError(
                 "--dtype", dtype, f"must be one of {', '.join(DTYPE_BYTES)}", "correct it"
             )
-    if link_bandwidth_bytes_per_s is not None and kind != "emulated":
+    if link_bandwidth is not None and kind != "emulated":
         raise ProfileError(
-            "--link-bandwidth", link_bandwidth_bytes_per_s,
+            "--link-bandwidth", link_bandwidth,
             "is what an emulated link is paced to", "leave it out or use --accelerator emulated",
         )  # fmt: skip
     if gpu_memory_bytes is not None and kind == "cpu":
@@ -69,53 +153,76 @@ def profile_machine(
             "--gpu-memory", gpu_memory_bytes, "needs a GPU level, which accelerator cpu has not",
             "leave it out or use --accelerator emulated",
         )  # fmt: skip
-    started_s, host = time.monotonic(), host_facts()
-    run = Run(
-        host=host,
-        quick=quick,
-        model=model,
-        dtypes=tuple(dict.fromkeys(dtypes)),
-        steps=Steps(budget_s or (QUICK_S if quick else FULL_S), progress),
-    )
-    match kind:
-        case "cpu":
-            profile = profile_cpu(run)
-        case "emulated":
-            profile = profile_emulated(
-                run,
-                gpu_memory_bytes or min(EMULATED_GPU_BYTES, host.usable_ram_bytes // 8),
-                link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S,
-            )
-        case "cuda":
-            profile = profile_cuda(run, device, gpu_memory_bytes)
-    facts = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command,
-        "mode": "quick" if quick else "full",
-        "seconds": f"{time.monotonic() - started_s:.1f}",
-        **host.describe(),
-        **software(),
-        **profile.environment,
-    }
-    return replace(profile, environment={key: text for key, text in facts.items() if text})
 
 
-def _resolve(accelerator: str) -> tuple[Literal["cuda", "emulated", "cpu"], str]:
+def _resolve(accelerator: str) -> tuple[Literal["cuda", "emulated", "cpu"], tuple[int, ...]]:
+    """The kind of machine, and the CUDA devices if it has any."""
     if accelerator == "cpu" or accelerator == "emulated":  # noqa: PLR1714 - narrows the type
-        return accelerator, "cpu"
+        return accelerator, ()
     import torch
 
-    name, _, index = accelerator.partition(":")
+    name, _, which = accelerator.partition(":")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
-        return ("cuda", "cuda:0") if count else ("cpu", "cpu")
-    if name != "cuda" or not (index or "0").isdigit():
+        return ("cuda", (0,)) if count else ("cpu", ())
+    words = (which or "0").split(",")
+    if name != "cuda" or not (which == "all" or all(word.isdecimal() for word in words)):
         raise ProfileError(
-            "--accelerator", accelerator, "must be auto, cuda:K, emulated or cpu", "choose one"
-        )
-    if int(index or 0) >= count:
-        raise ProfileError(
-            "--accelerator", accelerator, f"torch {torch.__version__} sees {count} CUDA devices",
-            "use --accelerator emulated or cpu, or install a CUDA build of torch",
+            "--accelerator", accelerator,
+            "must be auto, cuda:K, cuda:K,K, cuda:all, emulated or cpu", "choose one",
         )  # fmt: skip
-    return "cuda", f"cuda:{index or 0}"
+    indices = range(count) if which == "all" else [int(word) for word in words]
+    if len(set(indices)) < len(indices):
+        raise ProfileError(
+            "--accelerator", accelerator, "names a device twice", "name each device once"
+        )
+    if not indices or max(indices) >= count:
+        raise ProfileError(
+            "--accelerator", accelerator,
+            f"torch {torch.__version__} sees {counted(count, 'CUDA device')}", REMEDY,
+        )  # fmt: skip
+    return "cuda", tuple(indices)
+
+
+def _gpus(indices: Sequence[int]) -> "list[AbstractGpu]":
+    if not indices:
+        return []
+    from hrm.profiling.gpu import CudaGpu
+
+    return [CudaGpu(index) for index in indices]
+
+
+def _threads(host: HostFacts) -> int:
+    """Threads that torch computes with, as in the executor: one a core, no more than it was told.
+
+    Hyper-threads of one core share its arithmetic units, and MKL builds of torch leave them out.
+    """
+    import torch
+
+    return max(1, min(host.compute_threads, torch.get_num_threads()))
+
+
+def _identity(host: HostFacts, gpus: "Sequence[AbstractGpu]") -> dict[str, str]:
+    """The machine, as far as measurements of another one must not be mixed with its own."""
+    import torch
+
+    return {
+        "cpu": host.cpu_name,
+        "usable cores": str(host.usable_cores),
+        "ram": str(host.usable_ram_bytes),
+        "gpus": ", ".join(gpu.name for gpu in gpus) or "none",
+        "torch": str(torch.__version__),
+        "torch threads": str(_threads(host)),
+        "schema": str(SCHEMA),
+    }
+
+
+def _warnings(profile: HardwareProfile, others: Others) -> list[str]:
+    """What a reader of the figures must know, the most important first."""
+    found = [profile.environment["warnings"]] if profile.environment.get("warnings") else []
+    if others.share() > BUSY:
+        found.append(others.describe())
+    noisy = [path for path, figure in figures_of(profile).items() if "noisy: " in figure.note]
+    if noisy:
+        found.append(f"{counted(len(noisy), 'figure')} noisy, {noisy[0]} among them")
+    return found

@@ -4,33 +4,53 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Source
+from hrm.profiling.machine.host import (
+    CACHES,
+    STAGING,
+    add_disk,
+    add_host_memory,
+    add_processor,
+    add_staging,
+    attention_worker,
+    host_facts_of,
+    staging_worker,
+)
 from hrm.profiling.machine.levels import host_level, ram_of
 from hrm.profiling.machine.run import Run, torch_threads
 from hrm.profiling.pacing import PacedCopy
-from hrm.units import GB, GIB, MIB, counted, format_bandwidth
+from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
 
 if TYPE_CHECKING:
+    from hrm.profiling.contention import SharedMemory
     from hrm.profiling.timing import Timing
 
 EMULATED_LINK_BYTES_PER_S: Final = 2.0 * GB
 EMULATED_LATENCY_S: Final = 20e-6
 EMULATED_GPU_BYTES: Final = GIB
+SMALLEST_ARENA: Final = 4 * KIB
+LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
+CONTENTION_TRANSFER_S: Final = 0.005
+BOTH_BUSY: Final = "launch latency with both lanes busy"
+CONTENTION: Final = "contention"
 
 
 def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProfile:
     """Half of the cores as the GPU, the rest as the CPU, and links paced to `bandwidth`."""
+    from hrm.profiling.contention import SharedMemory, shared_roof
     from hrm.profiling.launch import launch_latency_beside_another
     from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
+    from hrm.profiling.timing import Timing
 
-    cores = run.host.usable_cores
+    cores = run.threads
     gpu_threads = max(1, cores // 2)
     cpu_threads = max(1, cores - gpu_threads)
     capacity, reserve = ram_of(run.host, gpu_bytes)
-    run.add_processor(GPU, gpu_threads)
+    add_processor(run, GPU, gpu_threads)
     if cpu_threads != gpu_threads:
-        run.add_processor(CPU, cpu_threads)
-    run.add_host_memory([gpu_threads, cpu_threads])
-    arena = min(gpu_bytes, (16 if run.quick else 256) * MIB)
+        add_processor(run, CPU, cpu_threads)
+    add_host_memory(run, [gpu_threads, cpu_threads])
+    most = (16 if run.quick else 256) * MIB
+    arena = max(SMALLEST_ARENA, min(gpu_bytes, most, int(bandwidth * LONGEST_TRANSFER_S)))
     stated = Figure(
         value=bandwidth,
         source=Source.ASSUMED,
@@ -39,27 +59,29 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
     for source, target in ((CPU, GPU), (GPU, CPU)):
 
         def transfers(seconds: float, source: str = source, target: str = target) -> Link:
-            pace = PacedCopy(latency_s=EMULATED_LATENCY_S, bandwidth_bytes_per_s=bandwidth)
             with torch_threads(1):
                 link = measure_link(
-                    source, target, paced_transfer(pace, arena),
+                    source, target, paced_transfer(_pace(bandwidth), arena),
                     sizes=transfer_sizes(arena, quick=run.quick), budget_s=seconds,
                     note="emulated", datasheet=stated,
                 )  # fmt: skip
             return _at_most(link, bandwidth)
 
-        run.steps.add(f"link {source} to {target}", 1, transfers)
-    run.add_staging(arena, pinned=False)
+        run.steps.add(f"link {source} to {target}", 2, transfers, Link)
+    add_staging(run, arena)
     run.steps.add(
-        "launch latency with both lanes busy", 2,
+        BOTH_BUSY, 2,
         lambda seconds: launch_latency_beside_another(
             budget_s=seconds, threads=(gpu_threads, cpu_threads)
         ),
+        Timing,
     )  # fmt: skip
     run.steps.add(
-        "contention", 3,
+        CONTENTION, 6,
         lambda seconds: _contention(run, seconds, gpu_threads, cpu_threads, arena, bandwidth),
+        SharedMemory,
     )  # fmt: skip
+    add_disk(run)
     results = run.steps.run()
     if cpu_threads == gpu_threads:  # the same cores by another name
         results |= {
@@ -69,32 +91,46 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
         }
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
-    beside: Timing = results["launch latency with both lanes busy"]
-
-    def with_launch_latency(level: MemoryLevel) -> MemoryLevel:
-        alone = level.processor.launch_latency_s.value
-        note = f"with the other lane busy too; alone {alone:.2g} s"
-        processor = replace(level.processor, launch_latency_s=beside.duration(note))
-        return replace(level, processor=processor)
-
+    gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none)
+    cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve)
+    shared: SharedMemory = results[CONTENTION]
+    disk, facts = host_facts_of(results)
     return HardwareProfile(
         name=f"emulated accelerator on {run.host.cpu_name}, {cores} cores",
         accelerator="emulated",
         levels=(
-            with_launch_latency(host_level(results, run, GPU, gpu_threads, gpu_capacity, none)),
-            with_launch_latency(host_level(results, run, CPU, cpu_threads, capacity, reserve)),
+            _with_launch_latency(gpu, results[BOTH_BUSY]),
+            replace(
+                _with_launch_latency(cpu, results[BOTH_BUSY]),
+                caches=results[CACHES],
+                shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, cpu.read_bytes_per_s),
+            ),
         ),
         links=(
             results[f"link {CPU} to {GPU}"],
             results[f"link {GPU} to {CPU}"],
-            results["staging"],
+            results[STAGING],
         ),
+        disk=disk,
+        contention=shared.kept,
         environment={
             "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, "
             f"cpu {counted(cpu_threads, 'thread')}",
-            "contention": results["contention"],
+            **facts,
         },
     )
+
+
+def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
+    """The level with the launch latency beside another busy lane, which is how it is used."""
+    alone = level.processor.launch_latency_s.value
+    note = f"with the other lane busy too; alone {alone:.2g} s"
+    processor = replace(level.processor, launch_latency_s=beside.duration(note))
+    return replace(level, processor=processor)
+
+
+def _pace(bandwidth: float) -> PacedCopy:
+    return PacedCopy(latency_s=EMULATED_LATENCY_S, bandwidth_bytes_per_s=bandwidth)
 
 
 def _at_most(link: Link, bandwidth: float) -> Link:
@@ -109,31 +145,37 @@ def _at_most(link: Link, bandwidth: float) -> Link:
 
 def _contention(
     run: Run, seconds: float, gpu_threads: int, cpu_threads: int, arena: int, bandwidth: float
-) -> str:
-    """What GEMMs, attention and a link's copies keep of their rates when all run at once."""
+) -> "SharedMemory":
+    """What the lanes take from one another; both directions of the link are a pair too.
+
+    A paced transfer reads and writes the host's memory, as the GPU's arena lies there too; GEMMs
+    stay in the caches.
+    """
     import torch
 
-    from hrm.profiling.attention import Heads, attention_call
-    from hrm.profiling.contention import Worker, measure_contention
+    from hrm.profiling.contention import Worker, every_pair_and_all, measure_contention
     from hrm.profiling.link import paced_transfer
 
     dtype: torch.dtype = getattr(torch, run.dtypes[0])
     x, weight = torch.randn(64, 512).to(dtype), torch.randn(512, 1024).to(dtype)
     out = torch.empty(64, 1024, dtype=dtype)
-    pace = PacedCopy(latency_s=EMULATED_LATENCY_S, bandwidth_bytes_per_s=bandwidth)
-    size = min(arena, MIB)
-    shares = measure_contention(
-        {
-            "GEMM": Worker(
-                lambda: torch.mm(x, weight, out=out), lambda: torch.set_num_threads(gpu_threads)
-            ),
-            "attention": Worker(
-                attention_call(dtype, Heads.of(run.model), 4, 512),
-                lambda: torch.set_num_threads(cpu_threads),
-            ),
-            "link": Worker(paced_transfer(pace, size)(size), lambda: torch.set_num_threads(1)),
-        },
-        budget_s=seconds,
-    )
-    kept = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    return f"share of the rate alone that is kept when all run at once: {kept}"
+    size = max(SMALLEST_ARENA, min(arena, MIB, int(bandwidth * CONTENTION_TRANSFER_S)))
+
+    def link() -> Worker:
+        copies = paced_transfer(_pace(bandwidth), size)(size)
+        return Worker(copies, lambda: torch.set_num_threads(1), 2.0 * size)
+
+    def gemm() -> object:
+        return torch.mm(x, weight, out=out)
+
+    workers = {
+        "attention": attention_worker(run, cpu_threads),
+        "staging": staging_worker(arena),
+        "h2d": link(),
+        "gemm": Worker(gemm, lambda: torch.set_num_threads(gpu_threads)),
+        "d2h": link(),
+    }
+    lanes = ("attention", "staging", "h2d", "gemm")
+    groups = [*every_pair_and_all(lanes), ("h2d", "d2h")]
+    with torch.inference_mode():
+        return measure_contention(workers, groups, budget_s=seconds)

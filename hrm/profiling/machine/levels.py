@@ -1,12 +1,15 @@
 """Memory levels put together from what was measured."""
 
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, MemoryLevel, Processor, Rate, Source
 from hrm.profiling.environment import HostFacts
+from hrm.profiling.machine.host import MEMORY, attention_step, gemm_step, launch_step
 from hrm.profiling.machine.run import Run
-from hrm.units import counted
+from hrm.units import counted, format_bandwidth
 
 if TYPE_CHECKING:
     from hrm.profiling.memory import MemoryRates
@@ -17,16 +20,16 @@ RESERVE_SHARE: Final = 0.10
 
 def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores: int) -> Processor:
     """What was measured of the processor at a level."""
-    launch: Timing = results[f"{level} launch latency"]
+    launch: Timing = results[launch_step(level)]
     return Processor(
         name=name,
         cores=cores,
         compute_flops_per_s={
             dtype: rate
             for dtype in run.dtypes
-            if (rate := results[f"{level} GEMM {dtype}"]) is not None
+            if (rate := results[gemm_step(level, dtype)]) is not None
         },
-        attention_bytes_per_s=results[f"{level} attention"],
+        attention_bytes_per_s=results[attention_step(level)],
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
 
@@ -35,17 +38,21 @@ def host_level(
     results: dict[str, Any], run: Run, name: str, threads: int, capacity: Figure, reserve: Figure
 ) -> MemoryLevel:
     """A level of host memory, used by so many threads."""
-    memory: MemoryRates = results["host memory"]
+    memory: MemoryRates = results[MEMORY]
 
     def rates(timings: "dict[int, Timing]", what: str) -> Rate:
+        def figure(count: int, more: str = "") -> Figure:
+            note = f"{what} with {counted(count, 'thread')} {memory.note}{more}"
+            return timings[count].rate(memory.num_bytes, note)
+
         at_best = min(timings, key=lambda count: timings[count].median_s)
-        figures = {
-            count: timings[count].rate(
-                memory.num_bytes, f"{what} with {counted(count, 'thread')} {memory.note}"
-            )
-            for count in (threads, at_best)
-        }
-        return Rate(ceiling=figures[at_best], achieved=figures[threads])
+        others = [
+            f"with {count} {format_bandwidth(figure(count).value)}"
+            for count in timings
+            if count != at_best
+        ]
+        swept = f"; {', '.join(others)}" if others else ""
+        return Rate(ceiling=figure(at_best, swept), achieved=figure(threads))
 
     return MemoryLevel(
         name=name,
@@ -72,4 +79,28 @@ def ram_of(host: HostFacts, less_bytes: int = 0) -> tuple[Figure, Figure]:
     return (
         Figure(value=float(capacity), source=Source.MEASURED, note=note),
         Figure(value=float(reserve), source=Source.ASSUMED, note=f"{RESERVE_SHARE:.0%} of RAM"),
+    )
+
+
+def scaled(figure: Figure, factor: float, note: str) -> Figure:
+    """A figure of one GPU as that of several that work side by side."""
+    return replace(
+        figure,
+        value=figure.value * factor,
+        source=Source.DERIVED if figure.source is Source.MEASURED else figure.source,
+        note=f"{figure.note}; {note}" if figure.note else note,
+        curve=tuple((size, value * factor) for size, value in figure.curve),
+        p20=None if figure.p20 is None else figure.p20 * factor,
+        p80=None if figure.p80 is None else figure.p80 * factor,
+    )
+
+
+def each_figure(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
+    """The rate with each of its figures changed."""
+    return Rate(
+        **{
+            item.name: change(figure)
+            for item in fields(rate)
+            if (figure := getattr(rate, item.name)) is not None
+        }
     )

@@ -9,9 +9,11 @@ from hrm.profiling.timing import (
     MIN_SAMPLES,
     Timing,
     clock_sampler,
+    measured,
     significant,
     summarise,
     time_call,
+    time_each,
 )
 
 
@@ -87,3 +89,36 @@ def test_figures():
     assert timing.duration().value == 2.0
     assert timing.less(0.5).median_s == pytest.approx(1.5)
     assert timing.less(5.0).median_s == pytest.approx(0.4)
+
+
+def test_calls_take_turns():
+    """Each gets as many samples, and a disturbance in the middle touches all of them."""
+    order = []
+    now = [0.0]
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds * (5.0 if 2.0 < now[0] < 3.0 else 1.0)
+
+        return run
+
+    calls = {"a": call("a", 0.05), "b": call("b", 0.1)}
+    taken = time_each(calls, budget_s=6.0, sampler=clock_sampler(lambda: now[0]))
+    assert set(map(len, taken.values())) == {len(taken["a"])}
+    assert now[0] == pytest.approx(6.0, abs=0.5)
+    sampled = order[-2 * len(taken["a"]) :]
+    assert sampled == ["a", "b"] * len(taken["a"])
+    for name, seconds in (("a", 0.05), ("b", 0.1)):
+        assert max(taken[name]) == pytest.approx(5 * seconds)
+        assert summarise(taken[name]).median_s == pytest.approx(seconds)
+
+
+def test_a_fitted_figure_lies_within_its_spread():
+    figure = measured(10.0, [10.5, 10.6, 10.7], "why", samples=30)
+    assert figure.p20 is not None
+    assert figure.p80 is not None
+    assert figure.p20 <= figure.value < figure.p80
+    assert (figure.samples, figure.note) == (30, "why")
+    assert "noisy" in measured(10.0, [8.0, 12.0]).note
+    assert measured(0.0, [0.0, 1e-6]).p20 == 0.0

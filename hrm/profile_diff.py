@@ -1,0 +1,147 @@
+"""What differs between two profiles, and whether by more than their measurements spread."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from typing import Any, cast
+
+from hrm.hardware import Contention, Figure, HardwareProfile, Link
+
+NEVER_THE_SAME = frozenset({"date", "command", "seconds", "others", "resumed", "warnings"})
+
+
+class Verdict(StrEnum):
+    """How a difference compares with the spreads from the 20th to the 80th percentile."""
+
+    WITHIN = "within the spread"
+    BEYOND = "beyond the spread"
+    UNKNOWN = "no spread recorded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FigureDiff:
+    """One figure in both profiles; `name` is its path, `cpu.read_bytes_per_s.achieved`."""
+
+    name: str
+    first: Figure
+    second: Figure
+
+    @property
+    def change(self) -> float:
+        """By what share the second is above the first; infinite above nothing."""
+        if self.first.value == self.second.value:
+            return 0.0
+        if self.first.value == 0:
+            return math.inf
+        return self.second.value / self.first.value - 1
+
+    @property
+    def curve_change(self) -> tuple[float, float]:
+        """Size at which the two curves differ most, and by what share; (0, 0) without curves."""
+        first, second = dict(self.first.curve), dict(self.second.curve)
+        changes = [
+            (size, second[size] / value - 1) for size, value in first.items() if size in second
+        ]
+        return max(changes, key=lambda pair: abs(pair[1]), default=(0.0, 0.0))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the two spreads overlap."""
+        spreads = [_spread(figure) for figure in (self.first, self.second)]
+        known = [spread for spread in spreads if spread is not None]
+        if not known:
+            return Verdict.UNKNOWN
+        (low_0, high_0), (low_1, high_1) = (
+            spread or (figure.value, figure.value)
+            for spread, figure in zip(spreads, (self.first, self.second), strict=True)
+        )
+        return Verdict.WITHIN if low_0 <= high_1 and low_1 <= high_0 else Verdict.BEYOND
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileDiff:
+    """Everything that differs.
+
+    `figures` are those that both profiles have, `only_first` and `only_second` name the others,
+    and `environment` holds lines of the environment that differ, but for those of the run itself.
+    """
+
+    figures: tuple[FigureDiff, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    environment: Mapping[str, tuple[str, str]]
+
+    @property
+    def different(self) -> list[FigureDiff]:
+        """Figures that are not equal, the largest change first."""
+        unequal = [figure for figure in self.figures if figure.change or figure.curve_change[1]]
+        return sorted(unequal, key=lambda figure: -abs(figure.change))
+
+    def count(self, verdict: Verdict) -> int:
+        """How many of the figures that are not equal have this verdict."""
+        return sum(figure.verdict is verdict for figure in self.different)
+
+
+def diff_profiles(first: HardwareProfile, second: HardwareProfile) -> ProfileDiff:
+    """Compare two profiles figure by figure."""
+    one, other = figures_of(first), figures_of(second)
+    keys = {**first.environment, **second.environment}
+    lines = {
+        key: (first.environment.get(key, "–"), second.environment.get(key, "–"))
+        for key in keys
+        if key not in NEVER_THE_SAME
+    }
+    return ProfileDiff(
+        figures=tuple(
+            FigureDiff(name=name, first=figure, second=other[name])
+            for name, figure in one.items()
+            if name in other
+        ),
+        only_first=tuple(name for name in one if name not in other),
+        only_second=tuple(name for name in other if name not in one),
+        environment={key: pair for key, pair in lines.items() if pair[0] != pair[1]},
+    )
+
+
+def figures_of(node: object, path: str = "") -> dict[str, Figure]:
+    """Every figure of a profile or a part of it by its path, in the profile's order."""
+    if isinstance(node, Figure):
+        return {path: node}
+    found: dict[str, Figure] = {}
+    for name, value in _parts(node):
+        found |= figures_of(value, f"{path}.{name}" if path else name)
+    return found
+
+
+def _parts(node: object) -> list[tuple[str, object]]:
+    """What a part of a profile consists of, by name; levels and links are told by theirs."""
+    if isinstance(node, dict):
+        pairs = cast("dict[Any, object]", node)
+        return [(str(key), value) for key, value in pairs.items()]
+    if isinstance(node, tuple):
+        items = cast("tuple[object, ...]", node)
+        return [(_label(item, index), item) for index, item in enumerate(items)]
+    if is_dataclass(node) and not isinstance(node, type):
+        if isinstance(node, HardwareProfile):  # short paths: `cpu.read_bytes_per_s`
+            parts = (node.levels, node.links, node.contention)
+            disk = [("disk", node.disk)] if node.disk is not None else []
+            return [*(pair for part in parts for pair in _parts(part)), *disk]
+        return [(item.name, getattr(node, item.name)) for item in fields(node)]
+    return []
+
+
+def _label(item: object, index: int) -> str:
+    match item:
+        case Link():
+            return f"{item.source}->{item.target} {item.kind}"
+        case Contention():
+            return f"{item.work} beside {' and '.join(item.beside)}"
+        case _:
+            return str(getattr(item, "name", index))
+
+
+def _spread(figure: Figure) -> tuple[float, float] | None:
+    if figure.p20 is None or figure.p80 is None:
+        return None
+    return min(figure.p20, figure.value), max(figure.p80, figure.value)

@@ -1,0 +1,184 @@
+"""Steps about the host, which every kind of machine has: processor, memory, caches, disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from hrm.hardware import CPU, Cache, Disk, Link, Rate
+from hrm.profiling import topology
+from hrm.profiling.machine.run import Run, torch_threads
+
+if TYPE_CHECKING:
+    import torch
+
+    from hrm.profiling.contention import Worker
+
+MEMORY: Final = "host memory"
+CACHES: Final = "caches"
+NUMA: Final = "NUMA nodes"
+STAGING: Final = "staging"
+DISK: Final = "disk"
+
+
+def launch_step(level: str) -> str:
+    """Name of the step that measures the launch latency at a level."""
+    return f"{level} launch latency"
+
+
+def gemm_step(level: str, dtype: str) -> str:
+    """Name of the step that measures GEMMs of a dtype at a level."""
+    return f"{level} GEMM {dtype}"
+
+
+def attention_step(level: str) -> str:
+    """Name of the step that measures decode attention at a level."""
+    return f"{level} attention"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFound:
+    """The disk, or why it was not measured."""
+
+    disk: Disk | None = None
+    why_not: str = ""
+
+
+def add_processor(run: Run, level: str, threads: int) -> None:
+    """Launch latency, GEMMs and decode attention with so many of the CPU's threads."""
+    from hrm.profiling.attention import Heads, attention_rate
+    from hrm.profiling.gemm import gemm_rate, model_shapes
+    from hrm.profiling.launch import launch_latency
+    from hrm.profiling.timing import Timing
+
+    def launch(seconds: float) -> Timing:
+        with torch_threads(threads):
+            return launch_latency(budget_s=seconds)
+
+    run.steps.add(launch_step(level), 1, launch, Timing)
+    shapes, note = model_shapes(run.model, quick=run.quick)
+    for dtype in run.dtypes:
+
+        def gemm(seconds: float, dtype: str = dtype) -> Rate:
+            with torch_threads(threads):
+                return gemm_rate(
+                    dtype, shapes=shapes, shapes_note=note, quick=run.quick, budget_s=seconds,
+                    launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
+                )  # fmt: skip
+
+        run.steps.add(gemm_step(level, dtype), 4, gemm, Rate)
+
+    def attention(seconds: float) -> Rate:
+        with torch_threads(threads):
+            return attention_rate(
+                run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds
+            )
+
+    run.steps.add(attention_step(level), 3, attention, Rate)
+
+
+def add_host_memory(run: Run, threads: Sequence[int]) -> None:
+    """Memory over a sweep of threads, these among them; its caches; its NUMA nodes."""
+    from hrm.profiling.caches import measure_caches
+    from hrm.profiling.memory import MemoryRates, array_bytes, measure_memory
+    from hrm.profiling.numa import NumaRead, measure_numa
+
+    host = run.host
+    cores, cache = host.usable_cores, host.last_level_cache_bytes
+    sweep = {1, *threads, cores}
+    doubled = 2
+    while not run.quick and doubled < cores:
+        sweep.add(doubled)
+        doubled *= 2
+    size = array_bytes(cache, host.usable_ram_bytes, quick=run.quick)
+    run.steps.add(
+        MEMORY, 5,
+        lambda seconds: measure_memory(
+            num_bytes=size, last_level_cache_bytes=cache, threads=sweep, budget_s=seconds
+        ),
+        MemoryRates,
+    )  # fmt: skip
+    run.steps.add(
+        CACHES, 3,
+        lambda seconds: measure_caches(
+            host.caches, threads=host.compute_threads, budget_s=seconds, quick=run.quick
+        ),
+        tuple[Cache, ...],
+    )  # fmt: skip
+    nodes = topology.numa_nodes(topology.allowed_cpus())
+    if len(nodes) > 1:
+        node_bytes = array_bytes(0, host.usable_ram_bytes // len(nodes), quick=run.quick)
+        run.steps.add(
+            NUMA, 2 * len(nodes),
+            lambda seconds: measure_numa(nodes, num_bytes=node_bytes, budget_s=seconds),
+            tuple[NumaRead, ...],
+        )  # fmt: skip
+
+
+def add_staging(run: Run, largest_bytes: int, target: "torch.Tensor | None" = None) -> None:
+    """Copies within the host, from pageable to pinned memory, by one thread as in a lane.
+
+    Without a pinned `target` they go to pageable memory.
+    """
+    from hrm.profiling.link import host_transfer, measure_link, transfer_sizes
+
+    def staging(seconds: float) -> Link:
+        with torch_threads(1):
+            return measure_link(
+                CPU, CPU, host_transfer(largest_bytes, target), kind="staging",
+                sizes=transfer_sizes(largest_bytes, quick=run.quick), budget_s=seconds,
+                note="one thread; nothing is pinned here" if target is None else "one thread",
+            )  # fmt: skip
+
+    run.steps.add(STAGING, 2, staging, Link)
+
+
+def add_disk(run: Run) -> None:
+    """The disk under a folder, if one is to be measured."""
+    folder = run.disk
+    if folder is None:
+        return
+    from hrm.profiling.disk import DiskError, measure_disk
+
+    def disk(seconds: float) -> DiskFound:
+        try:
+            return DiskFound(measure_disk(folder, budget_s=seconds, quick=run.quick))
+        except DiskError as error:
+            return DiskFound(why_not=str(error))
+
+    run.steps.add(DISK, 3, disk, DiskFound)
+
+
+def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]:
+    """The disk, and lines for the environment: of NUMA nodes, and why there is no disk."""
+    from hrm.profiling.numa import describe_numa
+
+    found: DiskFound = results.get(DISK, DiskFound())
+    lines = {"numa": describe_numa(results[NUMA])} if NUMA in results else {}
+    if found.why_not:
+        lines["disk"] = f"not measured: {found.why_not}"
+    return found.disk, lines
+
+
+def attention_worker(run: Run, threads: int) -> "Worker":
+    """Decode attention as a lane does it, for contention; its bytes are the KV cache's."""
+    import torch
+
+    from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call
+    from hrm.profiling.contention import Worker
+
+    cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.model), QUICK_BYTES, "cpu")
+    requests, context = 4, 512
+    call = attention_call(cache, requests, context)
+    host_bytes = requests * context * cache.token_bytes
+    return Worker(call, lambda: torch.set_num_threads(threads), host_bytes)
+
+
+def staging_worker(size: int, target: "torch.Tensor | None" = None) -> "Worker":
+    """Staging as a lane does it; a copy reads and writes."""
+    import torch
+
+    from hrm.profiling.contention import Worker
+    from hrm.profiling.link import host_transfer
+
+    call = host_transfer(size, target)(size)
+    return Worker(call, lambda: torch.set_num_threads(1), 2.0 * size)

@@ -1,0 +1,137 @@
+"""Finished steps in a file beside the profile, so that an interrupted measurement can go on.
+
+One JSON line says what is measured on which machine, and one follows for each step. Lines are
+written as steps end, so the file is good up to its last whole line whatever ends the process. It
+is never read as a profile.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import msgspec
+
+from hrm.errors import ProfileError
+
+SUFFIX: Final = ".partial"
+
+
+def partial_path(out: Path) -> Path:
+    """Where the steps of the profile at `out` are kept until it is whole."""
+    return out.with_name(out.name + SUFFIX)
+
+
+class _Head(msgspec.Struct, frozen=True):
+    date: str
+    measures: dict[str, str]
+
+
+class _Line(msgspec.Struct, frozen=True):
+    step: str
+    seconds: float
+    found: msgspec.Raw
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    seconds: float
+    found: msgspec.Raw
+
+
+@final
+class Journal:
+    """Steps of one profile, kept at `path`; `seconds` is what those from before took."""
+
+    def __init__(
+        self, path: Path, measures: dict[str, str], *, date: str, resume: bool = False
+    ) -> None:
+        """Start the file anew, or go on with it if `resume` and there is one.
+
+        `measures` says what is measured: options and machine. Raises ProfileError if the file to
+        go on with was measured otherwise, or cannot be read or written.
+        """
+        self.path, self.date = path, date
+        self._kept: dict[str, _Kept] = {}
+        self._steps = 0
+        try:
+            good = self._load(measures) if resume else 0
+            self._steps = len(self._kept)
+            self._file = path.open("r+b" if good else "wb")
+            self._file.truncate(good)
+            self._file.seek(good)
+            if not good:
+                self._write(_Head(date, measures))
+        except OSError as error:
+            raise ProfileError(
+                str(path), f"<{error.strerror}>", "must be a file that can be written",
+                "choose another --out",
+            ) from error  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """What the steps that are known from before took."""
+        return sum(kept.seconds for kept in self._kept.values())
+
+    def recall(self, name: str, kind: Any) -> tuple[bool, Any]:
+        """Whether the step is known from before, and what it found."""
+        kept = self._kept.get(name)
+        if kept is None:
+            return False, None
+        try:
+            return True, msgspec.json.decode(kept.found, type=kind)
+        except (msgspec.ValidationError, ValueError):  # of another version: measured again
+            del self._kept[name]
+            return False, None
+
+    def keep(self, name: str, seconds: float, found: Any) -> None:
+        """Write a step down; it is on the disk when this returns."""
+        self._steps += 1
+        self._write(_Line(name, seconds, msgspec.Raw(msgspec.json.encode(found))))
+
+    def close(self) -> None:
+        """End writing; the file stays for another time, unless there is nothing in it."""
+        self._file.close()
+        if not self._steps:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, line: msgspec.Struct) -> None:
+        self._file.write(msgspec.json.encode(line) + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _load(self, measures: dict[str, str]) -> int:
+        """Read what is kept; returns the length of the good lines, 0 if there is no file."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return 0
+        whole = content[: content.rfind(b"\n") + 1]
+        good = 0
+        for index, line in enumerate(whole.splitlines(keepends=True)):
+            try:
+                if index == 0:
+                    head = msgspec.json.decode(line, type=_Head)
+                    self._check(head, measures)
+                    self.date = head.date
+                else:
+                    kept = msgspec.json.decode(line, type=_Line)
+                    self._kept[kept.step] = _Kept(kept.seconds, msgspec.Raw(bytes(kept.found)))
+            except msgspec.DecodeError as error:
+                if index == 0:
+                    raise ProfileError(
+                        str(self.path), "<unreadable>", "must be what hrm profile has left there",
+                        "remove it, or measure afresh without --resume",
+                    ) from error  # fmt: skip
+                break
+            good += len(line)
+        return good
+
+    def _check(self, head: _Head, measures: dict[str, str]) -> None:
+        for name in {**head.measures, **measures}:
+            before, now = head.measures.get(name, "not given"), measures.get(name, "not given")
+            if before != now:
+                raise ProfileError(
+                    f"{self.path}: {name}", before, f"differs from {now}, which is measured now",
+                    "give the same options on the same machine, or measure afresh without --resume",
+                )  # fmt: skip

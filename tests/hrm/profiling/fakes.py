@@ -1,0 +1,131 @@
+"""What stands in for hardware in the tests of profiling: small sizes, clocks and GPUs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from hrm.hardware import Figure
+from hrm.model_spec import ModelSpec
+from hrm.profiling.gpu import AbstractGpu, Queued
+from hrm.profiling.nvml import GpuFacts
+from hrm.profiling.timing import clock_sampler
+from hrm.profiling.topology import CacheFacts
+from hrm.units import KIB, MIB
+
+TINY = ModelSpec(
+    name="tiny", family="mixtral", num_layers=2, hidden_size=64, intermediate_size=96,
+    num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4, experts_per_token=2, vocab_size=100,
+)  # fmt: skip
+CACHES = (
+    CacheFacts(level=1, each_bytes=32 * KIB, instances=2, cpus_each=1),
+    CacheFacts(level=2, each_bytes=256 * KIB, instances=2, cpus_each=1),
+)
+
+
+@contextmanager
+def small_sizes() -> Iterator[pytest.MonkeyPatch]:
+    """Arrays that take no time; what is measured with them is never looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "memory.QUICK_BYTES": 8 * MIB,
+            "gemm.POOL_BYTES": MIB,
+            "gemm.QUICK_SQUARES": (128,),
+            "attention.QUICK_BYTES": 4 * MIB,
+            "attention.QUICK_CONTEXTS": (32, 128),
+            "caches.BYTES_A_CALL": 64 * KIB,
+            "topology.caches": lambda _: CACHES,
+            "disk.QUICK_BYTES": 16 * MIB,
+            "settle.SIDE": 64,
+            "settle.BATCH_S": 1e-4,
+        }.items():
+            patch.setattr(f"hrm.profiling.{name}", value)
+        yield patch
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def pass_(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class FakeGpu(AbstractGpu):
+    """A GPU whose tensors live on the CPU; what is queued has then been done."""
+
+    def __init__(
+        self,
+        index: int = 0,
+        *,
+        name: str = "a GPU",
+        free_bytes: int = 8 * MIB,
+        total_bytes: int = 1200 * MIB,
+        facts: GpuFacts | None = None,
+        clocks: tuple[float, ...] = (),
+        slowed: tuple[str, ...] = (),
+        busy: tuple[str, ...] = (),
+    ) -> None:
+        self.index, self.device, self.name = index, "cpu", name
+        self.sizes = (free_bytes, total_bytes)
+        self.told = facts or GpuFacts({"gpu": name, "driver": "1.2"})
+        self.clocks, self.slowed, self.busy = list(clocks), slowed, busy
+        self.queued_calls = 0
+
+    def memory_bytes(self):
+        return self.sizes
+
+    def pinned(self, num_bytes):
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def sampler(self):
+        return clock_sampler()
+
+    def queued(self, call):
+        self.queued_calls += 1
+        return Queued(call, lambda: None)
+
+    def wait(self):
+        pass
+
+    def reaches(self, other):
+        return abs(self.index - other.index) == 1
+
+    def facts(self):
+        return self.told
+
+    def clock_mhz(self):
+        return (
+            (self.clocks.pop(0) if len(self.clocks) > 1 else self.clocks[0])
+            if self.clocks
+            else None
+        )
+
+    def slowed_by(self):
+        return self.slowed
+
+    def busy_before(self):
+        return self.busy
+
+
+def figures_of(node, path="") -> dict[str, Figure]:
+    """Every figure in a tree of dataclasses, found without hrm's own walk."""
+    if isinstance(node, Figure):
+        return {path: node}
+    found: dict[str, Figure] = {}
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, tuple):
+        items = enumerate(node)
+    else:
+        names = getattr(node, "__dataclass_fields__", {})
+        items = ((name, getattr(node, name)) for name in names)
+    for key, value in items:
+        found |= figures_of(value, f"{path}.{key}")
+    return found

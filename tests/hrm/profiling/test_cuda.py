@@ -1,0 +1,326 @@
+"""Profiles of machines with GPUs, put together from fake ones whose tensors live on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrm.errors import ProfileError
+from hrm.hardware import HardwareProfile, Source
+from hrm.machines import list_files, load_profile, save_profile
+from hrm.profiling import profile_machine
+from hrm.profiling.gemm import gemm_rate
+from hrm.profiling.gpu import together
+from hrm.profiling.gpu_link import gpu_transfer, peer_transfer
+from hrm.profiling.machine.cuda import DATASHEETS
+from hrm.profiling.nvml import GpuFacts
+from hrm.profiling.settle import Settling, settle
+from hrm.profiling.timing import clock_sampler
+from hrm.units import GB, KIB, MIB
+from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes
+
+
+def measure(gpus, *, patch, dtypes=("float32",), **changes) -> HardwareProfile:
+    """A profile with these GPUs in the place of CUDA's."""
+    machine = "hrm.profiling.machine"
+    indices = tuple(range(len(gpus)))
+    patch.setattr(f"{machine}._resolve", lambda _: ("cuda", indices))
+    patch.setattr(f"{machine}._gpus", lambda _: list(gpus))
+    options = {"quick": True, "model": TINY, "dtypes": dtypes, "budget_s": 0.5}
+    return profile_machine("cuda:all", **(options | changes))
+
+
+@pytest.fixture(scope="module")
+def one() -> HardwareProfile:
+    with small_sizes() as patch:
+        real = gemm_rate
+
+        def gemm(dtype, *, device="cpu", sampler=None, **rest):
+            if sampler is not None and dtype == "bfloat16":  # asked of the GPU
+                raise RuntimeError("no bfloat16 here")
+            return real(dtype, **rest)
+
+        patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
+        facts = GpuFacts({"gpu": "a GPU", "driver": "1.2"}, ("others use the card: 1 process",))
+        gpu = FakeGpu(
+            facts=facts, busy=("the card was busy 37% of the time",), clocks=(300.0, 1500.0)
+        )
+        return measure([gpu], patch=patch, dtypes=("float32", "bfloat16"))
+
+
+@pytest.fixture(scope="module")
+def four() -> HardwareProfile:
+    with small_sizes() as patch:
+        settled = iter([1e12, 0.5e12, 1.1e12, 1e12])  # the second of the four is slow
+
+        def known(gpu, *, seconds):
+            rate = next(settled)
+            return Settling(None, None, None, rate, rate)
+
+        settling = "hrm.profiling.settle.settle"
+        patch.setattr(settling, known)
+        # the first settling is that of the first GPU under load
+        settled = iter([1e12, 1e12, 0.5e12, 1.1e12, 1e12])
+        gpus = [FakeGpu(i, name="a GPU", free_bytes=(12 - i) * MIB) for i in range(4)]
+        return measure(gpus, patch=patch)
+
+
+def kinds(profile):
+    return {(link.source, link.target, link.kind) for link in profile.links}
+
+
+def test_one_gpu(one):
+    assert one.accelerator == "cuda"
+    assert one.num_gpus == 1
+    assert one.top.processor.name == "a GPU"
+    assert one.top.usable_bytes == 600 * MIB  # half is left of what others fill
+    assert set(one.top.processor.compute_flops_per_s) == {"float32"}
+    assert set(one.host.processor.compute_flops_per_s) == {"float32", "bfloat16"}
+    assert kinds(one) == {
+        ("cpu", "gpu", "pinned"), ("cpu", "gpu", "pageable"),
+        ("gpu", "cpu", "pinned"), ("gpu", "cpu", "pageable"), ("cpu", "cpu", "staging"),
+    }  # fmt: skip
+    assert one.environment["driver"] == "1.2"
+    assert one.environment["sm_clock_mhz"].startswith("300 idle, 1500 highest under load")
+
+
+def test_one_gpu_tells_who_else_uses_it(one):
+    warnings = one.environment["warnings"]
+    assert "the card was busy 37% of the time" in warnings
+    assert "gpu0: others use the card: 1 process" in warnings
+
+
+def test_contention_is_of_attention_staging_and_links(one):
+    found = {(entry.work, entry.beside) for entry in one.contention}
+    assert found == {
+        ("attention", ("staging",)), ("staging", ("attention",)),
+        ("attention", ("h2d",)), ("h2d", ("attention",)),
+        ("staging", ("h2d",)), ("h2d", ("staging",)),
+        ("attention", ("staging", "h2d")), ("staging", ("attention", "h2d")),
+        ("h2d", ("attention", "staging")),
+        ("h2d", ("d2h",)), ("d2h", ("h2d",)),
+    }  # fmt: skip
+
+
+def test_its_rates_were_measured(one):
+    for path, figure in figures_of(one).items():
+        if not any(part in path for part in ("capacity_bytes", "reserve_bytes")):
+            assert figure.source is Source.MEASURED, path
+            assert figure.samples >= 3, path
+
+
+def test_four_gpus_are_one_level(four):
+    assert four.num_gpus == 4
+    assert four.name.startswith("4x a GPU in ")
+    assert four.top.processor.name == "4 x a GPU"
+    assert four.top.capacity_bytes.value == 4 * 1200 * MIB
+    read = four.top.read_bytes_per_s.planned
+    assert read.source is Source.DERIVED
+    assert "times 2, measured on gpu0" in read.note, "plans wait for the one at half of the rate"
+    assert "gpu1 reaches 50% of gpu0" in four.environment["warnings"]
+
+
+def test_four_gpus_have_links_together_alone_and_among_them(four):
+    alone = {
+        (source, target, "pinned")
+        for index in range(4)
+        for source, target in (("cpu", f"gpu{index}"), (f"gpu{index}", "cpu"))
+    }
+    ring = {(f"gpu{index}", f"gpu{(index + 1) % 4}", "peer") for index in range(4)}
+    assert kinds(four) == {
+        ("cpu", "gpu", "pinned"), ("cpu", "gpu", "pageable"), ("gpu", "cpu", "pinned"),
+        ("gpu", "cpu", "pageable"), ("cpu", "cpu", "staging"), ("gpu", "gpu", "peer"),
+        *alone, *ring,
+    }  # fmt: skip
+    for planned, ends in ((four.h2d, ("cpu", "gpu")), (four.d2h, ("gpu", "cpu"))):
+        own = [
+            four.link(*(f"{end}{index}" if end == "gpu" else end for end in ends))
+            for index in range(4)
+        ]
+        ceiling = planned.bandwidth_bytes_per_s.ceiling
+        assert ceiling is not None
+        assert ceiling.value == pytest.approx(sum(link.bandwidth_bytes_per_s.at() for link in own))
+        assert ceiling.source is Source.DERIVED
+        assert "all 4 GPUs at once" in planned.bandwidth_bytes_per_s.planned.note
+    peers = [link for link in four.links if link.kind == "peer" and link.source != "gpu"]
+    slowest = min(link.bandwidth_bytes_per_s.at() for link in peers)
+    assert four.link("gpu", "gpu", "peer").bandwidth_bytes_per_s.at() == slowest
+    notes = {(link.source, link.target): link.bandwidth_bytes_per_s.planned.note for link in peers}
+    assert notes["gpu0", "gpu1"].startswith("straight")
+    assert notes["gpu3", "gpu0"].startswith("through the host's memory")
+
+
+def test_they_are_saved_and_loaded(one, four, tmp_path):
+    for profile in (one, four):
+        save_profile(tmp_path / "machine.yaml", profile)
+        assert load_profile(tmp_path / "machine.yaml") == profile
+
+
+def test_full_mode_measures_every_pair(tmp_path):
+    with small_sizes() as patch:
+        for name in ("gemm.FULL_TOKENS", "attention.FULL_CONTEXTS", "attention.FULL_BATCHES"):
+            patch.setattr(f"hrm.profiling.{name}", (1, 4))
+        patch.setattr("hrm.profiling.gemm.FULL_SQUARES", (64, 128))
+        patch.setattr("hrm.profiling.attention.FULL_BYTES", MIB)
+        patch.setattr("hrm.profiling.memory.FULL_BYTES", 4 * MIB)
+        profile = measure([FakeGpu(0), FakeGpu(1)], patch=patch, quick=False)
+    pairs = {(x.source, x.target) for x in profile.links if x.kind == "peer"}
+    assert pairs == {("gpu", "gpu"), ("gpu0", "gpu1"), ("gpu1", "gpu0")}
+
+
+def test_memory_may_be_capped_but_not_raised():
+    with small_sizes() as patch:
+        profile = measure([FakeGpu(0), FakeGpu(1)], patch=patch, gpu_memory_bytes=64 * MIB)
+        assert profile.top.capacity_bytes.value == 64 * MIB
+        assert profile.top.reserve_bytes.value == 32 * MIB
+        with pytest.raises(ProfileError, match=r"--gpu-memory is \d+: cpu and cpu have \d+ bytes"):
+            measure([FakeGpu(0), FakeGpu(1)], patch=patch, gpu_memory_bytes=3000 * MIB)
+
+
+@pytest.mark.parametrize(("pcie", "is_told"), [(1e15, True), (1e3, False)])
+def test_pcie_is_laid_beside_the_link_unless_the_driver_errs(pcie, is_told):
+    facts = GpuFacts({"gpu": "a GPU"}, (), pcie)
+    with small_sizes() as patch:
+        profile = measure([FakeGpu(facts=facts)], patch=patch)
+    assert (profile.h2d.bandwidth_bytes_per_s.datasheet is not None) is is_told
+    assert ("more than PCIe" in profile.environment.get("warnings", "")) is not is_told
+
+
+def test_known_cards_have_their_data_sheet_unless_they_are_slices():
+    assert set(DATASHEETS.values()) <= set(list_files().gpus)
+    with small_sizes() as patch:
+        card = measure([FakeGpu(name="NVIDIA L4"), FakeGpu(1, name="NVIDIA L4")], patch=patch)
+        facts = GpuFacts({"gpu": "NVIDIA L4", "mig": "this is a slice, 1g"}, ("a slice",))
+        part = measure([FakeGpu(name="NVIDIA L4", facts=facts)], patch=patch)
+    sheet = card.top.read_bytes_per_s.datasheet
+    assert sheet is not None
+    assert sheet.value == pytest.approx(2 * 300 * GB)
+    assert card.top.processor.compute_flops_per_s["float32"].datasheet is not None
+    assert part.top.read_bytes_per_s.datasheet is None
+    assert "gpu0: a slice" in part.environment["warnings"]
+
+
+def test_faster_than_the_data_sheet_is_no_machine(monkeypatch):
+    """A GPU whose memory is read in no time has read its cache, or its clock is wrong."""
+
+    class Instant(FakeGpu):
+        def sampler(self):
+            def sample(call, calls):
+                call()
+                return 1e-9 * calls
+
+            return sample
+
+    with small_sizes() as patch, pytest.raises(ProfileError, match="above the data sheet"):
+        measure([Instant(name="NVIDIA L4")], patch=patch)
+
+
+def test_it_goes_on_after_an_interruption(tmp_path):
+    path = tmp_path / "partial"
+    with small_sizes() as patch:
+        with pytest.MonkeyPatch.context() as stop:
+
+            def interrupt(*_args, **_kwargs):
+                raise KeyboardInterrupt
+
+            stop.setattr("hrm.profiling.contention.measure_contention", interrupt)
+            with pytest.raises(Exception, match="not measured: contention"):
+                measure([FakeGpu(0), FakeGpu(1)], patch=patch, partial=path)
+        ran = []
+        profile = measure(
+            [FakeGpu(0), FakeGpu(1)], patch=patch, partial=path, resume=True,
+            progress=lambda _done, _total, text: ran.append(text),
+        )  # fmt: skip
+    assert ran == ["contention", "done"]
+    assert profile.contention
+    assert profile.environment["resumed"].startswith("23 of 24 measurements are of ")
+
+
+# ------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("to_device", [True, False])
+def test_transfers_are_shared_out_and_arrive(count, to_device):
+    gpus = [FakeGpu(index) for index in range(count)]
+    transfer = gpu_transfer(gpus, to_device=to_device, pinned=True, largest_bytes=MIB)
+    call = transfer(64 * KIB)
+    assert together(gpus)(call, 3) > 0
+    assert [gpu.queued_calls for gpu in gpus] == [0 if count == 1 else 1] * count
+    transfer(MIB)()
+
+
+def test_a_transfer_that_arrives_changed_is_no_transfer(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *_args, **_rest: self)
+    with pytest.raises(RuntimeError, match="65536 bytes arrived changed"):
+        peer_transfer(FakeGpu(0), FakeGpu(1), MIB)(64 * KIB)
+
+
+def test_together_waits_for_every_gpu():
+    waited = []
+
+    class Slow(FakeGpu):
+        def wait(self):
+            waited.append(self.index)
+
+    together([Slow(0), Slow(1)])(lambda: None, 5)
+    assert waited == [0, 1]
+
+
+class Hot(FakeGpu):
+    """A GPU that computes and clocks slower with every product."""
+
+    def __init__(self, clock, *, slower_by=0.0, **settings):
+        super().__init__(**settings)
+        self.clock, self.slower_by, self.waits = clock, slower_by, 0
+
+    def wait(self):
+        self.waits += 1
+        self.clock.pass_(1.0 + self.slower_by * min(self.waits, 10) / 10)
+
+
+def settled(gpu, clock) -> Settling:
+    return settle(gpu, seconds=20.0, side=16, clock=clock)
+
+
+def test_a_gpu_that_keeps_its_clock_is_not_named():
+    clock = Clock()
+    found = settled(Hot(clock, clocks=(300.0, 1500.0, 1490.0)), clock)
+    assert found.idle_mhz == 300
+    assert found.settled_mhz == 1490
+    assert found.warnings("gpu0") == []
+
+
+def test_a_gpu_that_throttles_is_named_with_its_clocks_and_the_reason():
+    clock = Clock()
+    clocks = (300.0, 1500.0, 1500.0, 1500.0, 1200.0)
+    found = settled(Hot(clock, slower_by=0.25, clocks=clocks, slowed=("its temperature",)), clock)
+    assert found.peak_mhz == 1500
+    assert found.settled_mhz == 1200
+    assert found.settled_flops_per_s == pytest.approx(2 * 16**3 / 1.25)
+    (warning,) = found.warnings("gpu0")
+    assert "gpu0 throttles: it got 20% slower under load (clock 1500 to 1200 MHz), by" in warning
+    assert "by its temperature" in warning
+
+
+def test_without_clocks_the_rate_tells():
+    clock = Clock()
+    found = settled(Hot(clock, slower_by=1.0), clock)
+    assert found.peak_mhz is None
+    assert found.settled_flops_per_s < 0.7 * found.peak_flops_per_s
+    assert found.warnings("gpu0")[0].startswith("gpu0 throttles: it got 3")
+
+
+def test_no_cuda_call_outside_the_seam():
+    """Everything else runs in these tests; `gpu.py` alone needs a card."""
+    root = Path(__file__).parents[3] / "hrm" / "profiling"
+    with_cuda = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if "torch.cuda." in path.read_text(encoding="utf-8")
+    }
+    assert with_cuda == {"gpu.py", "machine/__init__.py"}
+
+
+def test_the_host_clock_times_what_is_queued():
+    assert clock_sampler(iter([1.0, 3.0]).__next__)(lambda: None, 2) == 2.0

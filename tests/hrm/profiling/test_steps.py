@@ -1,0 +1,198 @@
+"""The runner of measurements: order, progress, interruption at any step, and going on."""
+
+import json
+from contextlib import closing
+
+import pytest
+
+from hrm.errors import ProfileError
+from hrm.hardware import Figure, Rate, Source
+from hrm.profiling.machine.journal import Journal, partial_path
+from hrm.profiling.machine.steps import ProfilingInterrupted, Steps
+from hrm.profiling.timing import Timing
+from tests.hrm.profiling.fakes import Clock
+
+MEASURES = {"accelerator": "cpu", "mode": "quick"}
+KINDS = {
+    "launch": (Timing, Timing(1e-6, 0.9e-6, 1.2e-6, 30)),
+    "gemm": (
+        Rate | None,
+        Rate(achieved=Figure(value=1e9, source=Source.MEASURED, curve=((1.0, 2.0), (4.0, 3.0)))),
+    ),
+    "missing": (Rate | None, None),
+    "sweep": (dict[int, Timing], {1: Timing(1.0, 0.9, 1.1, 3), 16: Timing(0.1, 0.1, 0.1, 3)}),
+    "words": (tuple[str, ...], ("a", "b")),
+}
+
+
+def steps_of(keeper=None, *, ran=None, stop_at=None, error: BaseException | None = None) -> Steps:
+    """Steps of every kind of result; the one named `stop_at` is interrupted."""
+    steps = Steps(10.0, keeper=keeper)
+    for name, (kind, found) in KINDS.items():
+
+        def run(seconds, name=name, found=found):
+            if ran is not None:
+                ran.append(name)
+            if name == stop_at:
+                raise error or KeyboardInterrupt
+            return found
+
+        steps.add(name, 1, run, kind)
+    return steps
+
+
+EXPECTED = {name: found for name, (_, found) in KINDS.items()}
+
+
+def journal(path, **changes) -> closing[Journal]:
+    return closing(Journal(path, MEASURES, **({"date": "today", "resume": True} | changes)))
+
+
+def test_steps_run_in_order_with_their_share_of_the_time():
+    steps, seconds = Steps(12.0), []
+    for weight in (1, 2, 3):
+        steps.add(str(weight), weight, lambda s: seconds.append(s) or s, float)
+    assert steps.run() == {"1": 2.0, "2": 4.0, "3": 6.0}
+    assert seconds == [2.0, 4.0, 6.0]
+
+
+def test_later_steps_see_what_earlier_ones_found():
+    steps = Steps(1.0)
+    steps.add("first", 1, lambda _: 20, int)
+    steps.add("second", 1, lambda _: steps.found["first"] + 1, int)
+    assert steps.run()["second"] == 21
+
+
+def test_progress_grows_with_the_delay_and_ends():
+    clock, told = Clock(), []
+    steps = Steps(10.0, lambda *told_now: told.append(told_now), clock=clock)
+    for name in "abcd":
+        steps.add(name, 1, lambda _: clock.pass_(5.0), type(None))  # planned were 2.5 s
+    steps.run()
+    assert [text for _, _, text in told] == [*"abcd", "done"]
+    assert [done for done, _, _ in told] == [0.0, 5.0, 10.0, 15.0, 20.0]
+    assert [total for _, total, _ in told] == [10.0, 20.0, 20.0, 20.0, 20.0]
+
+
+def test_a_quick_start_does_not_promise_an_early_end():
+    clock, told = Clock(), []
+    steps = Steps(10.0, lambda *told_now: told.append(told_now), clock=clock)
+    for name in "ab":
+        steps.add(name, 1, lambda _: clock.pass_(1.0), type(None))
+    steps.run()
+    assert told[1][:2] == (1.0, 6.0)
+
+
+@pytest.mark.parametrize("stop_at", KINDS)
+def test_interrupted_anywhere_it_goes_on_and_finds_the_same(tmp_path, stop_at):
+    path = tmp_path / "machine.yaml.partial"
+    names = list(KINDS)
+    before, after = [], []
+    with journal(path) as kept, pytest.raises(ProfilingInterrupted) as caught:
+        steps_of(kept, ran=before, stop_at=stop_at).run()
+    index = names.index(stop_at)
+    assert caught.value.measured == tuple(names[:index])
+    assert caught.value.lost == tuple(names[index:])
+    assert f"not measured: {stop_at}" in str(caught.value)
+    assert path.exists() is (index > 0), "an empty journal is not left behind"
+
+    with journal(path) as kept:
+        steps = steps_of(kept, ran=after)
+        assert steps.run() == EXPECTED
+    assert before == names[: index + 1]
+    assert after == names[index:], "what was measured is not measured again"
+    assert steps.recalled == names[:index]
+
+
+def test_interrupted_twice_it_still_goes_on(tmp_path):
+    path = tmp_path / "partial"
+    for stop_at in ("gemm", "sweep"):
+        with journal(path) as kept, pytest.raises(ProfilingInterrupted):
+            steps_of(kept, stop_at=stop_at).run()
+    ran = []
+    with journal(path) as kept:
+        assert steps_of(kept, ran=ran).run() == EXPECTED
+    assert ran == ["sweep", "words"]
+
+
+def test_what_fails_keeps_what_was_measured(tmp_path):
+    path = tmp_path / "partial"
+    with journal(path) as kept, pytest.raises(RuntimeError, match="out of luck"):
+        steps_of(kept, stop_at="words", error=RuntimeError("out of luck")).run()
+    ran = []
+    with journal(path) as kept:
+        steps_of(kept, ran=ran).run()
+    assert ran == ["words"]
+
+
+def test_a_torn_last_line_is_measured_again(tmp_path):
+    path = tmp_path / "partial"
+    with journal(path) as kept:
+        steps_of(kept).run()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])  # the process was killed while it wrote
+    ran = []
+    with journal(path) as kept:
+        assert steps_of(kept, ran=ran).run() == EXPECTED
+    assert ran == ["words"]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()[1:]] == list(KINDS)
+
+
+def test_without_resume_the_file_is_begun_anew(tmp_path):
+    path = tmp_path / "partial"
+    with journal(path) as kept:
+        steps_of(kept).run()
+    ran = []
+    with journal(path, resume=False) as kept:
+        steps_of(kept, ran=ran).run()
+    assert ran == list(KINDS)
+
+
+def test_seconds_and_date_of_before_are_known(tmp_path):
+    path, clock = tmp_path / "partial", Clock()
+    with journal(path, date="yesterday") as kept:
+        steps = Steps(1.0, keeper=kept, clock=clock)
+        steps.add("slow", 1, lambda _: clock.pass_(7.0), type(None))
+        steps.run()
+    with journal(path) as kept:
+        assert kept.seconds == 7.0
+        assert kept.date == "yesterday"
+
+
+def test_figures_of_another_kind_are_measured_again(tmp_path):
+    path = tmp_path / "partial"
+    with journal(path) as kept:
+        kept.keep("launch", 1.0, {"seconds": "of another version"})
+    ran = []
+    with journal(path) as kept:
+        steps_of(kept, ran=ran).run()
+    assert ran[0] == "launch"
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ({"mode": "full"}, r"partial: mode is 'quick': differs from full, which is measured now"),
+        ({"--disk": "/"}, r"partial: --disk is 'not given': differs from /"),
+    ],
+)
+def test_other_measurements_are_not_mixed(tmp_path, measures, message):
+    path = tmp_path / "partial"
+    with journal(path) as kept:
+        kept.keep("launch", 1.0, None)
+    with pytest.raises(ProfileError, match=message):
+        Journal(path, MEASURES | measures, date="", resume=True)
+
+
+def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
+    path = tmp_path / "partial"
+    path.write_text("schema: 1\n")
+    with pytest.raises(ProfileError, match="must be what hrm profile has left there"):
+        journal(path)
+    assert path.read_text() == "schema: 1\n"
+    with pytest.raises(ProfileError, match="must be a file that can be written"):
+        journal(tmp_path)
+
+
+def test_partial_lies_beside_the_profile(tmp_path):
+    assert partial_path(tmp_path / "a.yaml") == tmp_path / "a.yaml.partial"
