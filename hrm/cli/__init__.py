@@ -33,8 +33,8 @@ class _LazyGroup(click.Group):
 _COMMANDS = {
     "profile": ("hrm.cli.profile", "Measure this machine into a hardware profile."),
     "profiles": (
-        "hrm.cli.catalog",
-        "List the GPUs, hosts and machines that are known, or show one.",
+        "hrm.cli.profiles",
+        "List the GPUs, hosts and machines that are known, show one, or compare two.",
     ),
     "models": ("hrm.cli.models", "List the built-in models, or show one model's sizes."),
     "search": ("hrm.cli.plan", "Find the policy with the highest throughput that fits."),

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,40 +11,82 @@ from hrm.cli.report import console
 from hrm.errors import ProfileError
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
-from hrm.units import DTYPE_BYTES, parse_bandwidth, parse_bytes
+from hrm.units import DTYPE_BYTES, counted, parse_bandwidth, parse_bytes
+
+if TYPE_CHECKING:
+    from hrm.profiling import ProfilingInterrupted
 
 
 @click.command()
 @click.option(
-    "--accelerator", default="auto", show_default=True, metavar="auto|cuda:K|emulated|cpu",
-    help="What computes at the top level; auto is the first CUDA device, else the CPU alone.",
+    "--accelerator", default="auto", show_default=True,
+    metavar="auto|cuda:0|cuda:0,1|cuda:all|emulated|cpu",
+    help="What computes at the top level: one CUDA device, several that plans use as one level, an "
+    "accelerator emulated on half of the CPU's cores, or none; auto is the first CUDA device, or "
+    "else the CPU alone.",
 )  # fmt: skip
-@click.option("--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator, or a cap.")
-@click.option("--link-bandwidth", metavar="2GB/s", help="Pace of the emulated accelerator's link.")
-@click.option("--model", metavar="NAME-or-PATH", help="Measure GEMMs at this model's shapes.")
+@click.option(
+    "--gpu-memory", metavar="16GB",
+    help="Memory of the emulated accelerator, or a cap on what all GPUs together hold.",
+)  # fmt: skip
+@click.option(
+    "--link-bandwidth", metavar="2GB/s", help="What the emulated accelerator's link is paced to."
+)
+@click.option(
+    "--model", metavar="NAME-or-PATH",
+    help="Measure GEMMs at the shapes of this model's experts, and attention with its heads; of a "
+    "checkpoint folder, the disk is measured too.",
+)  # fmt: skip
 @click.option(
     "--dtype", "dtypes", type=click.Choice(list(DTYPE_BYTES)), multiple=True,
     help="Measure GEMMs in this dtype, and attention in the first [default: bfloat16, float16 and "
     "float32]; repeat it for more.",
 )  # fmt: skip
-@click.option("--quick", is_flag=True, help="Fewer sizes and samples; under a minute.")
+@click.option(
+    "--disk", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Measure the disk under this folder: large files there are read, or a temporary one is "
+    "written [default: the checkpoint's folder, or that of --out].",
+)  # fmt: skip
+@click.option(
+    "--quick", is_flag=True,
+    help="Fewer sizes and samples: half a minute instead of about five.",
+)  # fmt: skip
+@click.option(
+    "--resume", is_flag=True,
+    help="Go on with what an interrupted measurement has left beside --out.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="machine.yaml",
               show_default=True, help="The profile to write.")  # fmt: skip
 def profile(
     accelerator: str, gpu_memory: str | None, link_bandwidth: str | None, model: str | None,
-    dtypes: tuple[str, ...], quick: bool, out: Path,
+    dtypes: tuple[str, ...], disk: Path | None, quick: bool, resume: bool, out: Path,
 ) -> None:  # fmt: skip
-    """Measure this machine into a hardware profile (YAML)."""
+    """Measure this machine into a hardware profile (YAML).
+
+    Measure at a quiet moment: others' work is in the figures, and the profile says how much of it
+    there was. On Ctrl-C, what was measured is kept in a file beside --out for --resume; a profile
+    that is not whole is never written.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from hrm.profiling.machine import DTYPES, ProfilingInterrupted, profile_machine
+    from hrm.profiling import ProfilingInterrupted, partial_path, profile_machine
+    from hrm.profiling.machine import DTYPES
 
     if not out.parent.is_dir():
         raise ProfileError("--out", str(out), "must lie in an existing folder", "create it first")
+    if disk is not None and not disk.is_dir():
+        raise ProfileError("--disk", str(disk), "must be an existing folder", "correct it")
+    partial = partial_path(out)
+    if partial.exists() and not resume:
+        click.echo(f"measuring afresh; --resume would have gone on with {partial}", err=True)
+    elif resume:
+        what = f"going on with {partial}" if partial.exists() else f"there is no {partial}"
+        click.echo(f"{what}{'' if partial.exists() else ': measuring from the start'}", err=True)
+    # Drawn between measurements only: a bar that moves by itself would disturb them.
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"),
-        TimeElapsedColumn(), console=Console(stderr=True),
+        TimeElapsedColumn(), console=Console(stderr=True), auto_refresh=False,
     )  # fmt: skip
     shown = bar.add_task("measuring", total=1.0, left="")
 
@@ -52,7 +95,7 @@ def profile(
         bar.start()  # with the first measurement: a mistake in the options shows no bar
         bar.update(
             shown, completed=done_s, total=max(total_s, 1e-9), description=text,
-            left=f"about {left_s:.0f} s left",
+            left=f"about {left_s:.0f} s left", refresh=True,
         )  # fmt: skip
 
     try:
@@ -65,19 +108,42 @@ def profile(
             quick=quick,
             dtypes=dtypes or DTYPES,
             model=load_model(model) if model else None,
+            disk=disk or _folder_of_interest(model, out),
+            partial=partial,
+            resume=resume,
             progress=progress,
             command=shlex.join(["hrm", *sys.argv[1:]]),
         )
     except ProfilingInterrupted as interrupted:
         if bar.live.is_started:
             bar.stop()
-        click.echo(f"{interrupted}; nothing was written", err=True)
+        click.echo(_interrupted(interrupted, partial, resume=resume), err=True)
         sys.exit(130)
     finally:
         if bar.live.is_started:
             bar.stop()
     save_profile(out, measured)
-    from hrm.cli.catalog import print_profile
+    partial.unlink(missing_ok=True)
+    from hrm.cli.machine_table import print_profile
 
     print_profile(measured)
     console.print(f"\nwritten to {out}")
+
+
+def _folder_of_interest(model: str | None, out: Path) -> Path:
+    """Where weights will be read from: the checkpoint's folder if there is one, or else --out's."""
+    if model is not None and Path(model).is_dir():
+        return Path(model)
+    return out.parent
+
+
+def _interrupted(interrupted: "ProfilingInterrupted", partial: Path, *, resume: bool) -> str:
+    """What was kept, and the command that goes on."""
+    done, lost = len(interrupted.measured), len(interrupted.lost)
+    if not done:
+        return "interrupted; nothing was measured or written"
+    again = shlex.join(["hrm", *sys.argv[1:], *([] if resume else ["--resume"])])
+    return (
+        f"interrupted; {done} of {counted(done + lost, 'measurement')} kept in {partial}, no"
+        f" profile written; go on with: {again}"
+    )

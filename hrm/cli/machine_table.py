@@ -1,0 +1,173 @@
+"""Machines as tables: every figure with its spread, its curve and where it came from."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from rich.table import Table
+
+from hrm.cli.report import console
+from hrm.hardware import (
+    Contention,
+    Disk,
+    Figure,
+    GpuCard,
+    HardwareProfile,
+    Host,
+    Link,
+    MemoryLevel,
+    Rate,
+)
+from hrm.profile_diff import figures_of
+from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
+
+NOISY: Final = 0.08
+
+Show = Callable[[float], str]
+
+
+def print_profile(profile: HardwareProfile) -> None:
+    """Print a machine with every figure and its source."""
+    gpus = f", {profile.num_gpus} GPUs as one level" if profile.num_gpus > 1 else ""
+    console.print(f"[bold]{profile.name}[/] ({profile.accelerator}{gpus})")
+    _print_levels(profile.levels, profile.disk)
+    if profile.links:
+        _print_links(profile.links)
+    if profile.contention:
+        _print_contention(profile.contention)
+    if any(figure.p20 is not None for figure in figures_of(profile).values()):
+        console.print(
+            f"[dim]spread: from the 20th to the 80th percentile; ! marks more than {NOISY:.0%}[/]"
+        )
+    for key, value in profile.environment.items():
+        if key != "warnings":
+            console.print(f"[dim]{key}: {value}[/]")
+    warnings = profile.environment.get("warnings")
+    if warnings:
+        console.print(f"[yellow]warnings: {warnings}[/]")
+
+
+def print_card(card: GpuCard) -> None:
+    """Print one GPU of the catalog and its links."""
+    console.print(f"[bold]{card.name}[/] (usually in {card.default_host})")
+    _print_levels([card.level])
+    _print_links([card.h2d, card.d2h, card.peer])
+
+
+def print_host(host: Host) -> None:
+    """Print one host of the catalog."""
+    console.print(f"[bold]{host.name}[/] (takes up to {counted(host.max_gpus, 'GPU')})")
+    _print_levels([host.level], root_ports=host.root_port_bytes_per_s)
+    _print_links([host.staging])
+
+
+def _print_levels(
+    levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None
+) -> None:
+    table = _table("level", "planned with")
+    for level in levels:
+        table.add_row(f"[bold]{level.name}[/]  {level.processor.name}")
+        _add_figure(table, "capacity", level.capacity_bytes, format_bytes)
+        _add_figure(table, "reserve", level.reserve_bytes, format_bytes)
+        rates = {
+            "read": level.read_bytes_per_s,
+            "copy": level.copy_bytes_per_s,
+            "shared by all at once": level.shared_bytes_per_s,
+            **{
+                f"{cache.name} read, {format_bytes(cache.capacity_bytes.value)} in all": (
+                    cache.read_bytes_per_s
+                )
+                for cache in level.caches
+            },
+            "decode attention": level.processor.attention_bytes_per_s,
+        }
+        for what, rate in rates.items():
+            if rate is not None:
+                unit = "tokens" if what == "decode attention" else ""
+                _add_rate(table, (f"  {what}",), rate, format_bandwidth, unit)
+        for dtype, rate in level.processor.compute_flops_per_s.items():
+            _add_rate(table, (f"  {dtype}",), rate, format_flops, "tokens")
+        _add_figure(table, "launch latency", level.processor.launch_latency_s, format_seconds)
+    if root_ports is not None:
+        _add_rate(table, ("  root ports of all GPUs",), root_ports, format_bandwidth)
+    if disk is not None:
+        table.add_row(f"[bold]disk[/]  {disk.path}")
+        _add_figure(table, "capacity", disk.capacity_bytes, format_bytes)
+        _add_rate(table, ("  read",), disk.read_bytes_per_s, format_bandwidth)
+    console.print(table)
+
+
+def _print_links(links: Sequence[Link]) -> None:
+    table = _table("link", "bandwidth", "latency")
+    for link in links:
+        head = f"{link.source} → {link.target}  {link.kind}"
+        latency = format_seconds(link.latency_s.value)
+        _add_rate(table, (head, latency), link.bandwidth_bytes_per_s, format_bandwidth)
+    console.print(table)
+
+
+def _table(first: str, value: str, second: str = "") -> Table:
+    """A table of rates; all of them read from left to right like this."""
+    columns = [first, *([second] if second else [])]
+    return Table(
+        *columns, "data sheet", "ceiling", value, "spread", "curve over", "source",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+
+
+def _print_contention(contention: Sequence[Contention]) -> None:
+    """What each kind of work keeps, beside each other one and beside all of them."""
+    works = list(dict.fromkeys(entry.work for entry in contention))
+    columns = list(dict.fromkeys(name for name in works))
+    kept = {(entry.work, entry.beside): entry.kept for entry in contention}
+    several = any(len(beside) > 1 for _, beside in kept)
+    table = Table(
+        "keeps", *(f"beside {name}" for name in columns), *(["beside all"] if several else []),
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for work in works:
+        cells = [_share(kept.get((work, (name,)))) for name in columns]
+        if several:
+            of_all = [figure for (who, beside), figure in kept.items()
+                      if who == work and len(beside) > 1]  # fmt: skip
+            cells.append(_share(of_all[0] if of_all else None))
+        table.add_row(work, *cells)
+    console.print(table)
+
+
+def _share(figure: Figure | None) -> str:
+    return "–" if figure is None else f"{figure.value:.0%}"
+
+
+def _add_rate(table: Table, head: tuple[str, ...], rate: Rate, show: Show, unit: str = "") -> None:
+    on_paper, ceiling = (
+        show(figure.value) if figure is not None else "–"
+        for figure in (rate.datasheet, rate.ceiling)
+    )
+    planned = rate.planned
+    table.add_row(
+        *head, on_paper, ceiling, show(planned.value), spread_text(planned),
+        _curve_text(planned, unit), planned.source.value,
+    )  # fmt: skip
+
+
+def _add_figure(table: Table, name: str, figure: Figure, show: Show) -> None:
+    shown = show(figure.value)
+    table.add_row(f"  {name}", "", "", shown, spread_text(figure), "", figure.source.value)
+
+
+def spread_text(figure: Figure) -> str:
+    """The 20th and the 80th percentile beside the value, `-0.4% +1.2%`; `!` marks noisy ones."""
+    if figure.p20 is None or figure.p80 is None or figure.value == 0:
+        return ""
+    low, high = figure.p20 / figure.value - 1, figure.p80 / figure.value - 1
+    text = f"{low:+.1%} {high:+.1%}" if high - low < 1 else f"{low:+.0%} {high:+.0%}"
+    return f"[yellow]{text} ![/]" if high - low > NOISY else text
+
+
+def _curve_text(figure: Figure, unit: str) -> str:
+    if not figure.curve:
+        return ""
+    first, last = figure.curve[0][0], figure.curve[-1][0]
+    if unit:
+        return f"{first:.0f} to {last:.0f} {unit}"
+    return f"{format_bytes(first)} to {format_bytes(last)}"

@@ -1,0 +1,182 @@
+"""`hrm profiles`: machines that are known, one of them, or two of them beside each other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.table import Table
+
+from hrm.cli.machine_table import print_card, print_host, print_profile
+from hrm.cli.options import MachineChoice
+from hrm.cli.report import console, print_json
+from hrm.errors import ProfileError
+from hrm.hardware import GpuCard, HardwareProfile, Host
+from hrm.machines import compose, list_files, load_gpu, load_host, load_profile
+from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
+from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
+
+DIFF = "diff"
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME | diff A B]")
+@click.option("--all", "show_all", is_flag=True, help="diff: list what is within the spreads too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def profiles(names: tuple[str, ...], show_all: bool, as_json: bool) -> None:
+    """List the known GPUs, hosts and machines, show NAME, or compare the machines A and B.
+
+    A name is that of a GPU or a host, a machine like 4xT4, or a YAML file (hrm profile --out).
+
+    diff shows every figure that differs by more than the spreads, from the 20th to the 80th
+    percentile, that were measured with both.
+    """
+    match names:
+        case ():
+            _list(as_json=as_json)
+        case ("diff", first, second):
+            _diff(
+                _whole(first), _whole(second), (first, second), show_all=show_all, as_json=as_json
+            )
+        case (name,) if name != DIFF:
+            _show(name, as_json=as_json)
+        case _:
+            raise ProfileError(
+                "hrm profiles", " ".join(names), "takes one name, or diff and two names",
+                "write it like: hrm profiles diff before.yaml after.yaml",
+            )  # fmt: skip
+
+
+def _list(*, as_json: bool) -> None:
+    files = list_files()
+    named = {"gpus": files.gpus, "hosts": files.hosts, "machines": files.machines}
+    if as_json:
+        print_json({kind: list(names) for kind, names in named.items()})
+        return
+    for kind, names in named.items():
+        console.print(f"[bold]{kind}[/]  {', '.join(names) or '–'}")
+
+
+def _show(name: str, *, as_json: bool) -> None:
+    machine = _machine(name)
+    if as_json:
+        print_json({"profile": machine})
+        return
+    match machine:
+        case HardwareProfile():
+            print_profile(machine)
+        case GpuCard():
+            print_card(machine)
+        case Host():
+            print_host(machine)
+
+
+def _machine(name: str) -> HardwareProfile | GpuCard | Host:
+    known = list_files()
+    if name in known.hosts:
+        return load_host(name)
+    if name in known.machines or name.endswith((".yaml", ".yml")):
+        return load_profile(name)
+    if name[:1].isdigit() and "x" in name.lower():
+        return compose(name)
+    if name.lower() in (gpu.lower() for gpu in known.gpus):
+        return load_gpu(name)
+    return MachineChoice(profile=name).machine()
+
+
+def _whole(name: str) -> HardwareProfile:
+    """A machine to compare: a GPU stands for a machine with one."""
+    machine = _machine(name)
+    match machine:
+        case HardwareProfile():
+            return machine
+        case GpuCard():
+            return compose(machine.name)
+        case Host():
+            raise ProfileError(
+                "hrm profiles diff", name, "is a host, and only whole machines are compared",
+                "name two machines or YAML files",
+            )  # fmt: skip
+
+
+def _diff(
+    first: HardwareProfile, second: HardwareProfile, names: tuple[str, str], *,
+    show_all: bool, as_json: bool,
+) -> None:  # fmt: skip
+    diff = diff_profiles(first, second)
+    if as_json:
+        print_json(_diff_json(diff))
+        return
+    for name, machine in zip(names, (first, second), strict=True):
+        date = machine.environment.get("date", "not measured")
+        console.print(f"[bold]{name}[/]  {machine.name} ({date})")
+    _print_figures(diff, names, show_all=show_all)
+    for name, only in zip(names, (diff.only_first, diff.only_second), strict=True):
+        if only:
+            console.print(f"only in {name}: {', '.join(only)}")
+    for key, (one, other) in diff.environment.items():
+        console.print(f"[dim]{key}: {one} → {other}[/]")
+    equal = len(diff.figures) - len(diff.different)
+    counts = [f"{diff.count(verdict)} differ {_words(verdict)}" for verdict in Verdict]
+    total = counted(len(diff.figures), "figure")
+    console.print(f"{total} in both: {equal} equal, {', '.join(counts)}")
+
+
+def _words(verdict: Verdict) -> str:
+    return "with no spread recorded" if verdict is Verdict.UNKNOWN else verdict.value
+
+
+def _print_figures(diff: ProfileDiff, names: tuple[str, str], *, show_all: bool) -> None:
+    shown = [x for x in diff.different if show_all or x.verdict is not Verdict.WITHIN]
+    if not shown:
+        return
+    table = Table(
+        "figure", *names, "change", "on its curve", "beside the spreads", box=None, pad_edge=False
+    )
+    for figure in shown:
+        show = _format_of(figure.name)
+        size, change = figure.curve_change
+        color = "yellow" if figure.verdict is Verdict.BEYOND else "default"
+        table.add_row(
+            figure.name,
+            show(figure.first.value),
+            show(figure.second.value),
+            f"[{color}]{figure.change:+.1%}[/]",
+            f"{change:+.0%} at {size:.4g}" if change else "",
+            figure.verdict.value,
+        )
+    console.print(table)
+
+
+def _format_of(name: str) -> Callable[[float], str]:
+    """How a figure is printed, by what the fields on its path say of its unit."""
+    for part, show in (
+        ("flops_per_s", format_flops),
+        ("bytes_per_s", format_bandwidth),
+        ("_bytes", format_bytes),
+        ("latency_s", format_seconds),
+    ):
+        if part in name:
+            return show
+    return "{:.0%}".format
+
+
+def _diff_json(diff: ProfileDiff) -> dict[str, Any]:
+    def figure_json(figure: FigureDiff) -> dict[str, Any]:
+        size, change = figure.curve_change
+        return {
+            "name": figure.name,
+            "first": figure.first.value,
+            "second": figure.second.value,
+            "change": figure.change,
+            "verdict": figure.verdict.name.lower(),
+            "curve": {"size": size, "change": change} if change else None,
+        }
+
+    return {
+        "figures": [figure_json(figure) for figure in diff.different],
+        "equal": len(diff.figures) - len(diff.different),
+        "counts": {verdict.name.lower(): diff.count(verdict) for verdict in Verdict},
+        "only_first": diff.only_first,
+        "only_second": diff.only_second,
+        "environment": diff.environment,
+    }
