@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.options import MachineChoice
@@ -106,13 +106,13 @@ def _diff(
     if as_json:
         print_json(_diff_json(diff))
         return
-    for name, machine in zip(names, (first, second), strict=True):
+    for letter, name, machine in zip("AB", names, (first, second), strict=True):
         date = machine.environment.get("date", "not measured")
-        console.print(f"[bold]{name}[/]  {machine.name} ({date})")
-    _print_figures(diff, names, show_all=show_all)
-    for name, only in zip(names, (diff.only_first, diff.only_second), strict=True):
+        console.print(f"[bold]{letter}[/]  {name}: {machine.name} ({date})")
+    _print_figures(diff, show_all=show_all)
+    for letter, only in zip("AB", (diff.only_first, diff.only_second), strict=True):
         if only:
-            console.print(f"only in {name}: {', '.join(only)}")
+            console.print(f"only in {letter}: {', '.join(only)}")
     for key, (one, other) in diff.environment.items():
         console.print(f"[dim]{key}: {one} → {other}[/]")
     equal = len(diff.figures) - len(diff.different)
@@ -125,13 +125,12 @@ def _words(verdict: Verdict) -> str:
     return "with no spread recorded" if verdict is Verdict.UNKNOWN else verdict.value
 
 
-def _print_figures(diff: ProfileDiff, names: tuple[str, str], *, show_all: bool) -> None:
+def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
     shown = [x for x in diff.different if show_all or x.verdict is not Verdict.WITHIN]
     if not shown:
         return
-    table = Table(
-        "figure", *names, "change", "on its curve", "beside the spreads", box=None, pad_edge=False
-    )
+    table = Table(Column("figure", no_wrap=True), "A", "B", "change", "on its curve", "",
+                  box=None, pad_edge=False)  # fmt: skip
     for figure in shown:
         show = _format_of(figure.name)
         size, change = figure.curve_change

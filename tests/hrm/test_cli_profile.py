@@ -1,0 +1,173 @@
+"""`hrm profile` as users see it: what it writes, prints and keeps; `hrm profiles` for one file."""
+
+import json
+
+import pytest
+
+from hrm.cli import main
+from hrm.machines import load_profile
+from tests.hrm.profiling.fakes import small_sizes
+
+
+@pytest.fixture(autouse=True)
+def small():
+    with small_sizes() as patch:
+        patch.setattr("hrm.profiling.machine.QUICK_S", 0.3)
+        yield patch
+
+
+@pytest.fixture
+def hrm(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        words = [str(arg) for arg in args]
+        monkeypatch.setattr("sys.argv", ["hrm", *words])
+        try:
+            main(words)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+QUICK = ("profile", "--accelerator", "cpu", "--quick", "--dtype", "float32")
+
+
+def interrupt(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+def test_it_writes_a_profile_prints_it_and_leaves_nothing_else(hrm, tmp_path):
+    code, out, err = hrm(*QUICK)
+    assert code == 0, err
+    profile = load_profile(tmp_path / "machine.yaml")
+    assert profile.accelerator == "cpu"
+    assert profile.disk is not None
+    assert profile.environment["command"] == "hrm " + " ".join(QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml"]
+    for line in ("decode attention", "launch latency", "L1 read", "disk", "spread: from the 20th"):
+        assert line in out
+    assert "1 to 256 tokens" in out
+    assert out.rstrip().endswith("written to machine.yaml")
+
+
+def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(hrm, tmp_path, small):
+    with small_sizes() as stop:
+        stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
+        code, out, err = hrm(*QUICK)
+    assert (code, out) == (130, "")
+    last = err.rstrip().splitlines()[-1]
+    assert last == (
+        "interrupted; 3 of 6 measurements kept in machine.yaml.partial, no profile written;"
+        f" go on with: hrm {' '.join(QUICK)} --resume"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml.partial"]
+
+    code, out, err = hrm(*QUICK, "--resume")
+    assert code == 0
+    assert err.startswith("going on with machine.yaml.partial\n")
+    assert "resumed: 3 of 6 measurements are of " in out
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml"]
+
+
+def test_without_resume_it_starts_afresh_and_says_so(hrm, tmp_path):
+    with small_sizes() as stop:
+        stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
+        hrm(*QUICK)
+    code, out, err = hrm(*QUICK)
+    assert code == 0
+    assert "measuring afresh; --resume would have gone on with machine.yaml.partial" in err
+    assert "resumed" not in out
+
+
+def test_interrupted_at_once_there_is_nothing_to_keep(hrm, tmp_path):
+    with small_sizes() as stop:
+        stop.setattr("hrm.profiling.launch.launch_latency", interrupt)
+        code, _, err = hrm(*QUICK)
+    assert code == 130
+    assert "interrupted; nothing was measured or written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_without_anything_to_resume_measures_from_the_start(hrm):
+    code, _, err = hrm(*QUICK, "--resume")
+    assert code == 0
+    assert "there is no machine.yaml.partial: measuring from the start" in err
+
+
+def test_resume_with_other_options_is_a_mistake(hrm, tmp_path):
+    with small_sizes() as stop:
+        stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
+        hrm(*QUICK)
+    code, out, err = hrm(*QUICK, "--dtype", "bfloat16", "--resume")
+    assert (code, out) == (2, "")
+    assert (
+        "error: machine.yaml.partial: --dtype is 'float32': differs from float32, bfloat16" in err
+    )
+    assert (tmp_path / "machine.yaml.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--disk", "nowhere"], "--disk is 'nowhere': must be an existing folder"),
+        (["--out", "nowhere/machine.yaml"], "--out is 'nowhere/machine.yaml': must lie in"),
+        (["--accelerator", "cuda:0,0"], "--accelerator is 'cuda:0,0': names a device twice"),
+    ],
+)
+def test_mistakes_cost_no_time_and_leave_no_file(hrm, tmp_path, args, message):
+    code, out, err = hrm("profile", *args)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_disk_is_measured_if_named(hrm, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    hrm(*QUICK, "--disk", folder)
+    disk = load_profile(tmp_path / "machine.yaml").disk
+    assert disk is not None
+    assert disk.path == str(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_an_emulated_machine_shows_its_links_and_what_lanes_take_from_one_another(hrm):
+    code, out, _ = hrm(
+        "profile", "--accelerator", "emulated", "--gpu-memory", "4MB", "--link-bandwidth", "1GB/s",
+        "--quick", "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 0
+    assert "cpu → gpu  pinned" in out
+    assert "cpu → cpu  staging" in out
+    assert (
+        "beside attention  beside staging  beside h2d  beside gemm  beside d2h  beside all" in out
+    )
+    code, again, _ = hrm("profiles", "machine.yaml")
+    assert code == 0
+    assert again.strip() in out
+    code, shown, _ = hrm("profiles", "machine.yaml", "--json")
+    assert len(json.loads(shown)["profile"]["contention"]) == 18
+
+
+def test_cards_and_hosts_are_shown_whole(hrm):
+    _, card, _ = hrm("profiles", "L4")
+    assert "gpu → gpu  peer" in card
+    _, host, _ = hrm("profiles", "gcp-g2-standard-48")
+    assert "root ports of all GPUs" in host
+    assert "cpu → cpu  staging" in host
+
+
+def test_help_explains_every_option(hrm):
+    code, out, _ = hrm("profile", "--help")
+    assert code == 0
+    for option in (
+        "--accelerator", "--gpu-memory", "--link-bandwidth", "--model", "--dtype", "--disk",
+        "--quick", "--resume", "--out",
+    ):  # fmt: skip
+        assert option in out
+    assert "cuda:all" in out
