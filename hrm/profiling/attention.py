@@ -48,6 +48,7 @@ def attention_rate(
     heads: Heads,
     quick: bool,
     budget_s: float,
+    most_bytes: int,
     device: str = "cpu",
     sampler: Sampler | None = None,
 ) -> Rate:
@@ -55,12 +56,12 @@ def attention_rate(
 
     Measured over contexts and batches. The cache holds a token's keys and then its values, and
     requests are computed one by one, each call with other ones of a cache too large to stay in
-    the processor's, as a decode step meets every request once.
+    the processor's, as a decode step meets every request once; it takes `most_bytes` at most.
     """
     contexts = QUICK_CONTEXTS if quick else FULL_CONTEXTS
     batches = QUICK_BATCHES if quick else FULL_BATCHES
     kind: torch.dtype = getattr(torch, dtype)
-    cache = KvCache(kind, heads, QUICK_BYTES if quick else FULL_BYTES, device)
+    cache = KvCache(kind, heads, min(QUICK_BYTES if quick else FULL_BYTES, most_bytes), device)
     calls = {
         (context, batch): attention_call(cache, min(batch, cache.tokens // context), context)
         for context in contexts

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from math import inf
 from typing import Final, final
 
 import torch
@@ -57,17 +58,21 @@ def gemm_rate(
     budget_s: float,
     launch_s: float,
     device: str = "cpu",
+    most_bytes: float = inf,
     sampler: Sampler | None = None,
 ) -> Rate:
     """FLOP/s of `dtype`: achieved as a curve over tokens at `shapes`, ceiling at its best.
 
     The launch latency is taken off, as plans count it apart. Inputs are random, and weights cold
-    as far as the cache is smaller than a pool of them.
+    as far as the cache is smaller than a pool of them. Squares that do not fit `most_bytes` are
+    left out.
     """
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
     squares = QUICK_SQUARES if quick else FULL_SQUARES
     if device != "cpu":
         squares = tuple(8 * side for side in squares)
+    item = DTYPE_BYTES[dtype]
+    squares = tuple(side for side in squares if 3 * side * side * item <= most_bytes)
     pools = {shape: _Pool(dtype, shape, device) for shape in shapes}
     calls: dict[tuple[int, GemmShape], Call] = {
         (count, shape): pools[shape].multiply(count) for count in tokens for shape in shapes

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -41,8 +42,10 @@ __all__ = [
 ]
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
-QUICK_S: Final = 24.0
-FULL_S: Final = 300.0
+QUICK_PART_S: Final = 0.6  # a part of a step; machines have 30 to 100 of them
+FULL_PART_S: Final = 7.0
+MOST_QUICK_S: Final = 40.0
+MOST_FULL_S: Final = 480.0
 BUSY: Final = 0.05  # of the hardware threads; more of others' work is a warning
 REMEDY: Final = "use --accelerator emulated or cpu, or install a CUDA build of torch"
 
@@ -62,7 +65,7 @@ def profile_machine(
     command: str = "",
     budget_s: float | None = None,
 ) -> HardwareProfile:
-    """Measure this machine, for half a minute if `quick`, else 6; `budget_s` asks for other times.
+    """Measure this machine, for half a minute if `quick`, else about five; or for `budget_s`.
 
     `accelerator` is `cuda:0`, `cuda:0,1` or `cuda:all`, `emulated`, `cpu`, or `auto` for the first
     GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
@@ -74,6 +77,9 @@ def profile_machine(
     ProfilingInterrupted on Ctrl-C.
     """
     kind, indices = _resolve(accelerator)
+    part_s, most_s = (QUICK_PART_S, MOST_QUICK_S) if quick else (FULL_PART_S, MOST_FULL_S)
+    if budget_s is not None:
+        part_s, most_s = inf, budget_s
     _check_options(kind, dtypes, gpu_memory_bytes, link_bandwidth_bytes_per_s)
     started_s, others, host = time.monotonic(), Others(), host_facts()
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -98,7 +104,7 @@ def profile_machine(
         model=model,
         dtypes=tuple(dict.fromkeys(dtypes)),
         disk=disk,
-        steps=Steps(budget_s or (QUICK_S if quick else FULL_S), progress, journal),
+        steps=Steps(part_s, most_s, progress, journal),
     )
     try:
         match kind:

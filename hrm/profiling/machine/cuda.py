@@ -10,6 +10,7 @@ from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, R
 from hrm.machines import load_gpu
 from hrm.profiling.machine.host import (
     CACHES,
+    MOST_SHARE,
     STAGING,
     add_disk,
     add_host_memory,
@@ -87,10 +88,11 @@ def profile_cuda(
         _add_comparison(run, gpus)
     add_processor(run, CPU, run.threads)
     add_host_memory(run, [run.threads])
-    largest = min(LARGEST_TRANSFER, memory.free_bytes // 4)
+    of_host = run.host.usable_ram_bytes // MOST_SHARE // len(gpus)
+    largest = min(LARGEST_TRANSFER, memory.free_bytes // 4, of_host)
     planned, alone = _add_links(run, gpus, largest)
     _add_facts(run, gpus)
-    add_staging(run, min(LARGEST_TRANSFER // 2, largest), gpus[0].pinned(min(256 * MIB, largest)))
+    add_staging(run, min(LARGEST_TRANSFER // 2, largest), gpus[0].pinned)
     run.steps.add(
         CONTENTION, 5, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory
     )
@@ -177,6 +179,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: _Memory) -> None:
                 return gemm_rate(
                     dtype, shapes=shapes, shapes_note=note, quick=run.quick,
                     budget_s=seconds, launch_s=0.0, device=device, sampler=sampler,
+                    most_bytes=memory.free_bytes / 2,
                 )  # fmt: skip
             except torch.OutOfMemoryError:
                 raise
@@ -188,7 +191,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: _Memory) -> None:
         attention_step(GPU), 2,
         lambda seconds: attention_rate(
             run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds,
-            device=device, sampler=sampler,
+            most_bytes=memory.free_bytes // MOST_SHARE, device=device, sampler=sampler,
         ),
         Rate,
     )  # fmt: skip
@@ -228,7 +231,15 @@ def _add_links(
     for to_device in (True, False):
         planned += [
             _add_link(run, gpus, GPU, largest, to_device=to_device, pinned=True),
-            _add_link(run, gpus[:1], GPU, largest, to_device=to_device, pinned=False),
+            _add_link(
+                run,
+                gpus[:1],
+                GPU,
+                largest,
+                to_device=to_device,
+                pinned=False,
+                note="one GPU at a time" if len(gpus) > 1 else "",
+            ),
         ]
     if len(gpus) > 1:
         alone += [
@@ -244,8 +255,9 @@ def _add_links(
 
 def _add_link(
     run: Run, gpus: Sequence["AbstractGpu"], name: str, largest: int, *,
-    to_device: bool, pinned: bool,
+    to_device: bool, pinned: bool, note: str = "",
 ) -> str:  # fmt: skip
+    """A step for the link of one GPU, or of several at once; returns its name."""
     from hrm.profiling.gpu import together
     from hrm.profiling.gpu_link import gpu_transfer
     from hrm.profiling.link import measure_link, transfer_sizes
@@ -260,7 +272,7 @@ def _add_link(
         return measure_link(
             source, target, transfer, sizes=transfer_sizes(most, quick=run.quick),
             budget_s=seconds, kind=kind,
-            note=f"all {len(gpus)} GPUs at once, each its share" if several else "",
+            note=f"all {len(gpus)} GPUs at once, each its share" if several else note,
             sampler=together(gpus) if several else gpus[0].sampler(),
         )  # fmt: skip
 

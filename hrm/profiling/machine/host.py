@@ -1,6 +1,6 @@
 """Steps about the host, which every kind of machine has: processor, memory, caches, disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ CACHES: Final = "caches"
 NUMA: Final = "NUMA nodes"
 STAGING: Final = "staging"
 DISK: Final = "disk"
+MOST_SHARE: Final = 8  # a buffer takes this part of the memory at most
 
 
 def launch_step(level: str) -> str:
@@ -70,8 +71,9 @@ def add_processor(run: Run, level: str, threads: int) -> None:
     def attention(seconds: float) -> Rate:
         with torch_threads(threads):
             return attention_rate(
-                run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds
-            )
+                run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds,
+                most_bytes=run.host.usable_ram_bytes // MOST_SHARE,
+            )  # fmt: skip
 
     run.steps.add(attention_step(level), 3, attention, Rate)
 
@@ -114,14 +116,17 @@ def add_host_memory(run: Run, threads: Sequence[int]) -> None:
         )  # fmt: skip
 
 
-def add_staging(run: Run, largest_bytes: int, target: "torch.Tensor | None" = None) -> None:
-    """Copies within the host, from pageable to pinned memory, by one thread as in a lane.
+def add_staging(
+    run: Run, largest_bytes: int, pinned: "Callable[[int], torch.Tensor] | None" = None
+) -> None:
+    """Copies within the host by one thread as in a lane, from pageable to `pinned` memory.
 
-    Without a pinned `target` they go to pageable memory.
+    Without any they go to pageable memory.
     """
     from hrm.profiling.link import host_transfer, measure_link, transfer_sizes
 
     def staging(seconds: float) -> Link:
+        target = pinned(largest_bytes) if pinned else None
         with torch_threads(1):
             return measure_link(
                 CPU, CPU, host_transfer(largest_bytes, target), kind="staging",
@@ -166,7 +171,8 @@ def attention_worker(run: Run, threads: int) -> "Worker":
     from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call
     from hrm.profiling.contention import Worker
 
-    cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.model), QUICK_BYTES, "cpu")
+    most = min(QUICK_BYTES, run.host.usable_ram_bytes // MOST_SHARE)
+    cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.model), most, "cpu")
     requests, context = 4, 512
     call = attention_call(cache, requests, context)
     host_bytes = requests * context * cache.token_bytes

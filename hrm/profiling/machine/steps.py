@@ -49,10 +49,12 @@ class Step:
 class Steps:
     """Measurements in order; each gets its share of the time, and its result is kept.
 
-    A step may look up in `found` what earlier ones found.
+    A part of the time is `part_s`, or less where all of them would take longer than `most_s`. A
+    step may look up in `found` what earlier ones found.
     """
 
-    total_s: float
+    part_s: float
+    most_s: float
     progress: Progress | None = None
     keeper: Keeper | None = None
     clock: Callable[[], float] = time.monotonic
@@ -69,7 +71,7 @@ class Steps:
 
         Steps that are known from before are not run again. Raises ProfilingInterrupted on Ctrl-C.
         """
-        unit_s = self.total_s / sum(step.weight for step in self.steps)
+        unit_s = min(self.part_s, self.most_s / sum(step.weight for step in self.steps))
         todo: list[Step] = []
         for step in self.steps:
             known, found = False, None

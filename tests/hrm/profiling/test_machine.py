@@ -323,7 +323,9 @@ def test_attention_is_told_over_contexts_and_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.attention.attention_call", fake_call)
         patch.setattr("hrm.profiling.attention.QUICK_CONTEXTS", (128, 1024))
-        rate = attention_rate("float32", heads=heads, quick=True, budget_s=1.0, sampler=sampler)
+        rate = attention_rate(
+            "float32", heads=heads, quick=True, budget_s=1.0, most_bytes=MIB, sampler=sampler
+        )
     assert rate.planned.value == pytest.approx(1e9, rel=1e-3)
     assert "each request costs 10.0 µs besides" in rate.planned.note
     assert "in batches of 16, at context 1024 67% in batches of 1" in rate.planned.note

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from math import inf
 
 import pytest
 
@@ -27,7 +28,7 @@ KINDS = {
 
 def steps_of(keeper=None, *, ran=None, stop_at=None, error: BaseException | None = None) -> Steps:
     """Steps of every kind of result; the one named `stop_at` is interrupted."""
-    steps = Steps(10.0, keeper=keeper)
+    steps = Steps(inf, 10.0, keeper=keeper)
     for name, (kind, found) in KINDS.items():
 
         def run(seconds, name=name, found=found):
@@ -49,15 +50,23 @@ def journal(path, **changes) -> closing[Journal]:
 
 
 def test_steps_run_in_order_with_their_share_of_the_time():
-    steps, seconds = Steps(12.0), []
+    steps, seconds = Steps(inf, 12.0), []
     for weight in (1, 2, 3):
         steps.add(str(weight), weight, lambda s: seconds.append(s) or s, float)
     assert steps.run() == {"1": 2.0, "2": 4.0, "3": 6.0}
     assert seconds == [2.0, 4.0, 6.0]
 
 
+def test_parts_are_as_long_as_asked_for_where_there_is_time():
+    for most_s, part_s in ((100.0, 2.0), (9.0, 1.5)):
+        steps = Steps(2.0, most_s)
+        steps.add("one", 1, lambda s: s, float)
+        steps.add("five", 5, lambda s: s, float)
+        assert steps.run() == {"one": part_s, "five": 5 * part_s}
+
+
 def test_later_steps_see_what_earlier_ones_found():
-    steps = Steps(1.0)
+    steps = Steps(inf, 1.0)
     steps.add("first", 1, lambda _: 20, int)
     steps.add("second", 1, lambda _: steps.found["first"] + 1, int)
     assert steps.run()["second"] == 21
@@ -65,7 +74,7 @@ def test_later_steps_see_what_earlier_ones_found():
 
 def test_progress_grows_with_the_delay_and_ends():
     clock, told = Clock(), []
-    steps = Steps(10.0, lambda *told_now: told.append(told_now), clock=clock)
+    steps = Steps(inf, 10.0, lambda *told_now: told.append(told_now), clock=clock)
     for name in "abcd":
         steps.add(name, 1, lambda _: clock.pass_(5.0), type(None))  # planned were 2.5 s
     steps.run()
@@ -76,7 +85,7 @@ def test_progress_grows_with_the_delay_and_ends():
 
 def test_a_quick_start_does_not_promise_an_early_end():
     clock, told = Clock(), []
-    steps = Steps(10.0, lambda *told_now: told.append(told_now), clock=clock)
+    steps = Steps(inf, 10.0, lambda *told_now: told.append(told_now), clock=clock)
     for name in "ab":
         steps.add(name, 1, lambda _: clock.pass_(1.0), type(None))
     steps.run()
@@ -151,7 +160,7 @@ def test_without_resume_the_file_is_begun_anew(tmp_path):
 def test_seconds_and_date_of_before_are_known(tmp_path):
     path, clock = tmp_path / "partial", Clock()
     with journal(path, date="yesterday") as kept:
-        steps = Steps(1.0, keeper=kept, clock=clock)
+        steps = Steps(inf, 1.0, keeper=kept, clock=clock)
         steps.add("slow", 1, lambda _: clock.pass_(7.0), type(None))
         steps.run()
     with journal(path) as kept:
