@@ -23,6 +23,15 @@ class MemoryRates:
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemoryRates:
+    """Timings of reading and of copying `num_bytes` of a GPU's memory."""
+
+    num_bytes: int
+    read: Timing
+    copy: Timing
+
+
 def array_bytes(last_level_cache_bytes: int, available_bytes: int, *, quick: bool) -> int:
     """Four times the last-level cache, within limits of time and memory; whole MiB."""
     wanted = max(64 * MIB, 4 * last_level_cache_bytes)
@@ -70,14 +79,14 @@ def measure_memory(
 
 def measure_device_memory(
     device: str, *, num_bytes: int, budget_s: float, sampler: Sampler
-) -> tuple[Timing, Timing]:
-    """Timings of reading and of copying `num_bytes` of a GPU's memory."""
+) -> DeviceMemoryRates:
+    """Read and copy `num_bytes` of a GPU's memory."""
     read, copy, per_call = _read_and_copy(num_bytes, device)
     taken = time_each({"read": read, "copy": copy}, budget_s=budget_s, sampler=sampler)
     reading, copying = (
         summarise([s * num_bytes / per_call[what] for s in taken[what]]) for what in taken
     )
-    return reading, copying
+    return DeviceMemoryRates(num_bytes, reading, copying)
 
 
 def _read_and_copy(num_bytes: int, device: str) -> tuple[Call, Call, dict[str, int]]:

@@ -12,7 +12,7 @@ from hrm.profiling import profile_machine
 from hrm.profiling.gemm import gemm_rate
 from hrm.profiling.gpu import together
 from hrm.profiling.gpu_link import gpu_transfer, peer_transfer
-from hrm.profiling.machine.cuda import DATASHEETS
+from hrm.profiling.machine.gpu_level import DATASHEETS
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.settle import Settling, settle
 from hrm.profiling.timing import clock_sampler
@@ -190,6 +190,7 @@ def test_known_cards_have_their_data_sheet_unless_they_are_slices():
     assert set(DATASHEETS.values()) <= set(list_files().gpus)
     with small_sizes() as patch:
         card = measure([FakeGpu(name="NVIDIA L4"), FakeGpu(1, name="NVIDIA L4")], patch=patch)
+        mixed = measure([FakeGpu(name="NVIDIA L4"), FakeGpu(1, name="Tesla T4")], patch=patch)
         facts = GpuFacts({"gpu": "NVIDIA L4", "mig": "this is a slice, 1g"}, ("a slice",))
         part = measure([FakeGpu(name="NVIDIA L4", facts=facts)], patch=patch)
     sheet = card.top.read_bytes_per_s.datasheet
@@ -197,6 +198,7 @@ def test_known_cards_have_their_data_sheet_unless_they_are_slices():
     assert sheet.value == pytest.approx(2 * 300 * GB)
     assert card.top.processor.compute_flops_per_s["float32"].datasheet is not None
     assert part.top.read_bytes_per_s.datasheet is None
+    assert "the GPUs differ: NVIDIA L4, Tesla T4" in mixed.environment["warnings"]
     assert "gpu0: a slice" in part.environment["warnings"]
 
 

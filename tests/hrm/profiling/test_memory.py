@@ -51,11 +51,11 @@ def test_a_copy_counts_each_byte_once():
         call()
         return float(calls)
 
-    read, copy = measure_device_memory("cpu", num_bytes=MIB, budget_s=0.0, sampler=second)
-    assert read.median_s == pytest.approx(1.0)
-    assert copy.median_s == pytest.approx(2.0)
-    timings = measure_device_memory("cpu", num_bytes=MIB, budget_s=0.0, sampler=clock_sampler())
-    assert all(timing.samples >= 3 for timing in timings)
+    rates = measure_device_memory("cpu", num_bytes=MIB, budget_s=0.0, sampler=second)
+    assert rates.read.median_s == pytest.approx(1.0)
+    assert rates.copy.median_s == pytest.approx(2.0)
+    rates = measure_device_memory("cpu", num_bytes=MIB, budget_s=0.0, sampler=clock_sampler())
+    assert min(rates.read.samples, rates.copy.samples) >= 3
 
 
 # ------------------------------------------------------------------------------- caches
