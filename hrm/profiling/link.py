@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Final
 
 import torch
@@ -92,8 +93,21 @@ def paced_transfer(pace: PacedCopy, arena_bytes: int) -> Transfer:
     return transfer
 
 
-def host_transfer(largest_bytes: int, target: torch.Tensor | None = None) -> Transfer:
-    """Staging: copies from pageable memory to `target`, pinned memory where there is any."""
-    source = torch.ones(largest_bytes, dtype=torch.uint8)
-    arrived = torch.zeros(largest_bytes, dtype=torch.uint8) if target is None else target
-    return lambda size: lambda: arrived[:size].copy_(source[:size])
+def host_transfer(source_bytes: int, target: torch.Tensor) -> Transfer:
+    """Staging: copies from pageable memory to `target`, pinned memory where there is any.
+
+    Each takes the next part of `source_bytes`, as pages of weights are read once and not again.
+    """
+    source = torch.ones(source_bytes, dtype=torch.uint8)
+
+    def transfer(size: int) -> Callable[[], object]:
+        starts = cycle(range(0, source_bytes - size + 1, size))
+        to_part = target[:size]
+
+        def copy() -> object:
+            start = next(starts)
+            return to_part.copy_(source[start : start + size])
+
+        return copy
+
+    return transfer

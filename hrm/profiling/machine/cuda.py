@@ -68,7 +68,7 @@ def profile_cuda(
     largest = min(LARGEST_TRANSFER, memory.free_bytes // 4, of_host)
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
-    add_staging(run, min(LARGEST_TRANSFER // 2, largest), gpus[0].pinned)
+    add_staging(run, gpus[0].pinned)
     run.steps.add(
         CONTENTION, 5, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory
     )
@@ -225,7 +225,7 @@ def _contention(
 
     workers = {
         "attention": attention_worker(run, run.threads),
-        "staging": staging_worker(size, gpus[0].pinned(size)),
+        "staging": staging_worker(run, size, gpus[0].pinned),
         "h2d": link(to_device=True),
         "d2h": link(to_device=False),
     }

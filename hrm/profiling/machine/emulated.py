@@ -29,6 +29,7 @@ EMULATED_LATENCY_S: Final = 20e-6
 EMULATED_GPU_BYTES: Final = GIB
 SMALLEST_ARENA: Final = 4 * KIB
 LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
+STAGED_BYTES: Final = MIB
 CONTENTION_TRANSFER_S: Final = 0.005
 BOTH_BUSY: Final = "launch latency with both lanes busy"
 CONTENTION: Final = "contention"
@@ -68,7 +69,7 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
             return _at_most(link, bandwidth)
 
         run.steps.add(f"link {source} to {target}", 2, transfers, Link)
-    add_staging(run, arena)
+    add_staging(run)
     run.steps.add(
         BOTH_BUSY, 2,
         lambda seconds: launch_latency_beside_another(
@@ -170,7 +171,7 @@ def _contention(
 
     workers = {
         "attention": attention_worker(run, cpu_threads),
-        "staging": staging_worker(arena),
+        "staging": staging_worker(run, STAGED_BYTES),
         "h2d": link(),
         "gemm": Worker(gemm, lambda: torch.set_num_threads(gpu_threads)),
         "d2h": link(),

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any, Final
 from hrm.hardware import CPU, Cache, Disk, Link, Rate
 from hrm.profiling import topology
 from hrm.profiling.machine.run import Run, torch_threads
+from hrm.units import MIB
 
 if TYPE_CHECKING:
     import torch
 
     from hrm.profiling.contention import Worker
+    from hrm.profiling.link import Transfer
 
 MEMORY: Final = "host memory"
 CACHES: Final = "caches"
 NUMA: Final = "NUMA nodes"
 STAGING: Final = "staging"
 DISK: Final = "disk"
+QUICK_SOURCE_BYTES: Final = 512 * MIB
 MOST_SHARE: Final = 8  # a buffer takes this part of the memory at most
 
 
@@ -116,25 +119,45 @@ def add_host_memory(run: Run, threads: Sequence[int]) -> None:
         )  # fmt: skip
 
 
-def add_staging(
-    run: Run, largest_bytes: int, pinned: "Callable[[int], torch.Tensor] | None" = None
-) -> None:
+def add_staging(run: Run, pinned: "Callable[[int], torch.Tensor] | None" = None) -> None:
     """Copies within the host by one thread as in a lane, from pageable to `pinned` memory.
 
     Without any they go to pageable memory.
     """
-    from hrm.profiling.link import host_transfer, measure_link, transfer_sizes
+    from hrm.profiling.link import measure_link, transfer_sizes
+
+    largest = _largest_staged(run)
 
     def staging(seconds: float) -> Link:
-        target = pinned(largest_bytes) if pinned else None
         with torch_threads(1):
             return measure_link(
-                CPU, CPU, host_transfer(largest_bytes, target), kind="staging",
-                sizes=transfer_sizes(largest_bytes, quick=run.quick), budget_s=seconds,
-                note="one thread; nothing is pinned here" if target is None else "one thread",
+                CPU, CPU, _staging_transfer(run, largest, pinned), kind="staging",
+                sizes=transfer_sizes(largest, quick=run.quick), budget_s=seconds,
+                note="one thread" if pinned else "one thread; nothing is pinned here",
             )  # fmt: skip
 
     run.steps.add(STAGING, 2, staging, Link)
+
+
+def _largest_staged(run: Run) -> int:
+    most = (16 if run.quick else 256) * MIB
+    return max(MIB, min(most, run.host.usable_ram_bytes // MOST_SHARE))
+
+
+def _staging_transfer(
+    run: Run, largest: int, pinned: "Callable[[int], torch.Tensor] | None"
+) -> "Transfer":
+    """Staging out of more than the caches hold."""
+    import torch
+
+    from hrm.profiling.link import host_transfer
+    from hrm.profiling.memory import array_bytes
+
+    host = run.host
+    beyond = array_bytes(host.last_level_cache_bytes, host.usable_ram_bytes, quick=run.quick)
+    source = max(largest, min(beyond, QUICK_SOURCE_BYTES) if run.quick else beyond)
+    target = pinned(largest) if pinned else torch.zeros(largest, dtype=torch.uint8)
+    return host_transfer(source, target)
 
 
 def add_disk(run: Run) -> None:
@@ -179,12 +202,13 @@ def attention_worker(run: Run, threads: int) -> "Worker":
     return Worker(call, lambda: torch.set_num_threads(threads), host_bytes)
 
 
-def staging_worker(size: int, target: "torch.Tensor | None" = None) -> "Worker":
+def staging_worker(
+    run: Run, size: int, pinned: "Callable[[int], torch.Tensor] | None" = None
+) -> "Worker":
     """Staging as a lane does it; a copy reads and writes."""
     import torch
 
     from hrm.profiling.contention import Worker
-    from hrm.profiling.link import host_transfer
 
-    call = host_transfer(size, target)(size)
+    call = _staging_transfer(run, size, pinned)(size)
     return Worker(call, lambda: torch.set_num_threads(1), 2.0 * size)

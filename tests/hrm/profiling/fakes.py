@@ -30,6 +30,7 @@ def small_sizes() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "memory.QUICK_BYTES": 8 * MIB,
+            "machine.host.QUICK_SOURCE_BYTES": 2 * MIB,
             "gemm.POOL_BYTES": MIB,
             "gemm.QUICK_SQUARES": (128,),
             "attention.QUICK_BYTES": 4 * MIB,

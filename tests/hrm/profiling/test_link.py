@@ -81,9 +81,21 @@ def test_spreads_are_those_of_fits_over_time():
 
 def test_staging_copies_what_it_says():
     target = torch.zeros(MIB, dtype=torch.uint8)
-    host_transfer(MIB, target)(64 * KIB)()
+    copy = host_transfer(MIB, target)(64 * KIB)
+    copy()
     assert int(target.count_nonzero()) == 64 * KIB
-    host_transfer(MIB)(64 * KIB)()
+
+
+def test_staging_reads_something_else_each_time(monkeypatch):
+    """What is read again comes out of a cache, which staging does not."""
+    source = torch.arange(256, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "ones", lambda *_args, **_rest: source)
+    target = torch.zeros(64, dtype=torch.uint8)
+    copy, first = host_transfer(256, target)(60), []
+    for _ in range(5):
+        copy()
+        first.append(int(target[0]))
+    assert first == [0, 60, 120, 180, 0]
 
 
 # ------------------------------------------------------------------------------------- pacing
