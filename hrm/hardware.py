@@ -203,7 +203,8 @@ class Disk:
 class Contention:
     """What one kind of work keeps of its rate beside others: `kept` is a share, up to about 1.
 
-    `work` and `beside` name what shares the host's memory: `attention`, `staging`, `h2d`, `gemm`.
+    `work` and `beside` name what shares the host's memory or a link: `attention`, `staging`, `h2d`,
+    `d2h`, and `gemm` where an emulated GPU computes on the host.
     """
 
     work: str

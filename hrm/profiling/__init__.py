@@ -1,8 +1,10 @@
 """Measures this machine: one benchmark a file, one timing discipline for all of them.
 
-`environment` says what the machine is, `timing` how anything is timed; `gemm`, `memory`, `link`,
-`attention`, `launch` and `contention` measure one thing each, and `machine` makes a profile of it
-all. `pacing` is the link of the emulated accelerator. The benchmarks import torch, this does not.
+`environment`, `topology` and `nvml` say what the machine is, `timing` and `fit` how anything is
+timed and what a line through it says; `gemm`, `memory`, `caches`, `numa`, `link`, `gpu_link`,
+`attention`, `launch`, `disk`, `contention` and `settle` measure one thing each, `gpu` is what they
+need of CUDA, and `machine` makes a profile of it all. `pacing` is the link of the emulated
+accelerator. The benchmarks import torch, this does not.
 """
 
 from hrm.profiling.machine import (

@@ -97,6 +97,7 @@ def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) 
 def _long_operators(budget_s: float, threads: int) -> Timing:
     """Seconds an operator in a thread of its own, over samples longer than a turn of the lock."""
     found: list[Timing] = []
+    stop = threading.Event()
 
     def measure() -> None:
         torch.set_num_threads(threads)
@@ -106,6 +107,8 @@ def _long_operators(budget_s: float, threads: int) -> Timing:
             samples: list[float] = []
             end_s = time.perf_counter() + budget_s
             while len(samples) < MIN_SAMPLES or time.perf_counter() < end_s:
+                if stop.is_set():
+                    return
                 start_s, calls = time.perf_counter(), 0
                 while (seconds := time.perf_counter() - start_s) < LOCK_TURNS_S:
                     call()
@@ -115,5 +118,9 @@ def _long_operators(budget_s: float, threads: int) -> Timing:
 
     measuring = threading.Thread(target=measure)
     measuring.start()
-    measuring.join()
+    try:
+        measuring.join()
+    finally:  # on Ctrl-C it has not ended by itself
+        stop.set()
+        measuring.join()
     return found[0]
