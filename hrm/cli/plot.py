@@ -204,7 +204,7 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
     for row in frame.to_dict("records"):
         value = _shown(what, float(row[what.column]))
         if row["reason"]:
-            table.add_row(row["schedule"], value, *["–"] * 8, row["reason"])
+            table.add_row(row["schedule"], value, *["–"] * 8, "no policy fits")
             continue
         table.add_row(
             row["schedule"], value, f"{row['tokens_per_s']:.4g}",

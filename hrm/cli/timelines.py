@@ -89,8 +89,10 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
         first, measured = measured_steps(folder, measured, steps)
         context = run.workload.prompt_len + first + 1 + steps / 2
         costs = Costs(plan.model, plan.profile, plan.policy.dtype)
-        # A step before them loads their first weights, as in the run.
-        predicted = simulate_work(decode_work(costs, plan.policy, context, num_steps=steps + 1))
+        # As in the run, the step before them loads their first weights, and they load those of
+        # the step after them.
+        count = min(steps + 2, run.batches[0].decode_steps)
+        predicted = simulate_work(decode_work(costs, plan.policy, context, num_steps=count))
         _, predicted = measured_steps(folder, predicted, steps)
     else:
         predicted = simulate_plan(plan, phase, num_steps=steps)

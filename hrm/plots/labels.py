@@ -13,13 +13,17 @@ from hrm.plots import style
 
 _OUTSIDE: Final = 50.0
 _OVERLAP: Final = 100.0
-_MARKER: Final = 8.0
+_MARKER: Final = 12.0
 _CROSSED: Final = 2.0
 _OWN: Final = 0.5
 _ALIKE: Final = 7.0  # one of its kind between a line and its label misleads
 _CLUTTER: Final = 20.0
 _SHORTER: Final = 2.5
 _LATER: Final = 0.05
+
+
+Quad = NDArray[np.float64]
+Corner = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,36 +37,39 @@ class Spot:
     va: str = "bottom"
 
 
-def corners(text: Any) -> NDArray[np.float64]:
-    """The four corners in pixels of a drawn text's box, turned as the text is."""
-    renderer = text.get_figure(root=True).canvas.get_renderer()
-    angle, anchor = text.get_rotation(), text.get_transform().transform(text.get_position())
-    text.set_rotation(0.0)
-    box = text.get_window_extent(renderer)
-    text.set_rotation(angle)
-    if text.get_rotation_mode() != "anchor":
-        if angle:
-            box = text.get_window_extent(renderer)
-        return np.array([[box.x0, box.y0], [box.x1, box.y0], [box.x1, box.y1], [box.x0, box.y1]])
-    flat = np.array([[box.x0, box.y0], [box.x1, box.y0], [box.x1, box.y1], [box.x0, box.y1]])
-    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    return (flat - anchor) @ np.array([[cos, sin], [-sin, cos]]) + anchor
+def quad(low: Corner, high: Corner, spot: Spot) -> Quad:
+    """Four corners of a box given around the origin, turned and moved to where a spot is."""
+    (x0, y0), (x1, y1) = low, high
+    cos, sin = np.cos(np.radians(spot.rotation)), np.sin(np.radians(spot.rotation))
+    flat = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    return flat @ np.array([[cos, sin], [-sin, cos]]) + np.array([spot.x, spot.y])
 
 
-def overlap(one: NDArray[np.float64], other: NDArray[np.float64], *, gap: float = 0.0) -> bool:
-    """Whether two convex quadrilaterals come closer than `gap` pixels (separating axes)."""
-    for quad in (one, other):
-        edges = np.roll(quad, -1, axis=0) - quad
-        lengths = np.linalg.norm(edges, axis=1, keepdims=True)
-        sides = lengths[:, 0] > 1e-9  # a line has but two
-        normals = (np.stack([-edges[:, 1], edges[:, 0]], axis=1) / np.maximum(lengths, 1e-9))[sides]
-        first, second = one @ normals.T, other @ normals.T
-        apart = (first.max(axis=0) + gap <= second.min(axis=0)) | (
-            second.max(axis=0) + gap <= first.min(axis=0)
-        )
-        if apart.any():
-            return False
-    return True
+def overlaps(one: Quad, others: Quad, *, gap: float = 0.0) -> NDArray[np.bool_]:
+    """Which of many convex quadrilaterals come closer to one than `gap` pixels.
+
+    `others` has the shape (count, 4, 2). Two that some line separates are apart, and if there is
+    such a line, there is one along an edge. Quadrilaterals may be as thin as a line.
+    """
+    if not len(others):
+        return np.zeros(0, dtype=bool)
+    apart = np.zeros(len(others), dtype=bool)
+    for normals in (_normals(one)[None], _normals(others)):
+        mine = np.einsum("kij,lj->kli", np.broadcast_to(normals, (len(others), 4, 2)), one)
+        theirs = np.einsum("kij,klj->kli", np.broadcast_to(normals, (len(others), 4, 2)), others)
+        is_edge = np.abs(normals).sum(axis=-1) > 0
+        before = mine.max(axis=1) + gap <= theirs.min(axis=1)
+        after = theirs.max(axis=1) + gap <= mine.min(axis=1)
+        apart |= ((before | after) & is_edge).any(axis=1)
+    return ~apart
+
+
+def _normals(quads: Quad) -> Quad:
+    """Unit normals of the edges; 0 for an edge without length, as a line has two."""
+    edges = np.roll(quads, -1, axis=-2) - quads
+    lengths = np.linalg.norm(edges, axis=-1, keepdims=True)
+    turned = np.stack([-edges[..., 1], edges[..., 0]], axis=-1)
+    return np.where(lengths > 1e-9, turned / np.maximum(lengths, 1e-9), 0.0)
 
 
 class Labels:
@@ -74,15 +81,18 @@ class Labels:
 
     def __init__(self, axes: Any) -> None:
         self.axes = axes
-        self.taken: list[NDArray[np.float64]] = []
-        self.markers: list[NDArray[np.float64]] = []
-        self.lines: list[tuple[NDArray[np.float64], str]] = []
+        self.taken: list[Quad] = []
+        self.markers: list[Quad] = []
+        self.lines: list[Quad] = []
+        self.line_names: list[str] = []
+        self.sizes: dict[tuple[str, str, str], tuple[Corner, Corner]] = {}
 
     def avoid_line(self, xs: Sequence[float], ys: Sequence[float], *, of: str = "") -> None:
         """Cross that line, in data coordinates, only if need be; labels `of` the same rather so."""
         points = self.axes.transData.transform(np.column_stack([xs, ys]))
         for a, b in pairwise(points):
-            self.lines.append((np.array([a, b, b, a]), of))
+            self.lines.append(np.array([a, b, b, a]))
+            self.line_names.append(of)
 
     def avoid_point(self, x: float, y: float, *, points: float = 4.0) -> None:
         """Keep off a marker of that size."""
@@ -143,55 +153,60 @@ class Labels:
         Without `required`, it is not drawn at all where it would only add to the clutter. Returns
         the text, or None.
         """
-        text = self.axes.text(
-            0, 0, "", transform=None, color=style.ink(colour), fontsize=style.SMALL_POINTS,
-            rotation_mode="anchor", path_effects=style.halo(), clip_on=False, zorder=10,
-        )  # fmt: skip
-        text.set_in_layout(False)
-        best = (math.inf, wordings[0], spots[0])
+        text = self.text(wordings[0], colour)
+        lines, markers, taken = (
+            np.array(quads).reshape(-1, 4, 2) for quads in (self.lines, self.markers, self.taken)
+        )
+        weights = np.array([_weight(name, of) for name in self.line_names])
+        frame = (self.axes if inside else self.axes.figure).get_window_extent()
+        best, best_score, best_box = (wordings[0], spots[0]), math.inf, np.zeros((4, 2))
         for shorter, wording in enumerate(wordings):
             text.set_text(wording)
             for index, spot in enumerate(spots):
-                score = (
-                    self._score(text, spot, of, inside=inside) + 0.05 * index + _SHORTER * shorter
-                )
-                if score < best[0]:
-                    best = (score, wording, spot)
-        score, wording, spot = best
-        if score >= _CLUTTER and not required:
+                box = self.box(text, spot)
+                (x0, y0), (x1, y1) = box.min(axis=0), box.max(axis=0)
+                score = _SHORTER * shorter + _LATER * index
+                if x0 < frame.x0 or y0 < frame.y0 or x1 > frame.x1 or y1 > frame.y1:
+                    score += _OUTSIDE
+                score += _OVERLAP * np.count_nonzero(overlaps(box, taken, gap=1.5))
+                score += _MARKER * np.count_nonzero(overlaps(box, markers, gap=1.0))
+                if score < best_score and len(lines):
+                    score += float(weights[overlaps(box, lines)].sum())
+                if score < best_score:
+                    best, best_score, best_box = (wording, spot), score, box
+        if best_score >= _CLUTTER and not required:
             text.remove()
             return None
-        text.set_text(wording)
-        _move(text, spot)
-        self.taken.append(corners(text))
-        return _fix_to(text, self.axes)
+        wording, spot = best
+        # Pixels depend on the resolution, so the text is tied to the axes instead.
+        x, y = self.axes.transAxes.inverted().transform((spot.x, spot.y))
+        text.set(text=wording, x=float(x), y=float(y), transform=self.axes.transAxes,
+                 rotation=spot.rotation, ha=spot.ha, va=spot.va)  # fmt: skip
+        self.taken.append(best_box)
+        return text
 
-    def _score(self, text: Any, spot: Spot, of: str, *, inside: bool) -> float:
-        _move(text, spot)
-        box = corners(text)
-        frame = (self.axes if inside else self.axes.figure).get_window_extent()
-        low, high = box.min(axis=0), box.max(axis=0)
-        score = 0.0
-        if low[0] < frame.x0 or low[1] < frame.y0 or high[0] > frame.x1 or high[1] > frame.y1:
-            score += _OUTSIDE
-        score += _OVERLAP * sum(overlap(box, other, gap=1.5) for other in self.taken)
-        score += _MARKER * sum(overlap(box, marker, gap=1.0) for marker in self.markers)
-        for line, name in self.lines:
-            if overlap(box, line):
-                score += _OWN if name == of else _ALIKE if _alike(name, of) else _CROSSED
-        return score
+    def text(self, wording: str, colour: str = style.BLACK) -> Any:
+        """A text of the axes that takes no part in the layout, to be measured and placed."""
+        text = self.axes.text(
+            0, 0, wording, transform=None, color=style.ink(colour), fontsize=style.SMALL_POINTS,
+            rotation_mode="anchor", path_effects=style.halo(), clip_on=False, zorder=10,
+        )  # fmt: skip
+        text.set_in_layout(False)
+        return text
 
-
-def _alike(one: str, other: str) -> bool:
-    return bool(one) and one.partition(" ")[0] == other.partition(" ")[0]
-
-
-def _move(text: Any, spot: Spot) -> None:
-    text.set(x=spot.x, y=spot.y, rotation=spot.rotation, ha=spot.ha, va=spot.va)
+    def box(self, text: Any, spot: Spot) -> Quad:
+        """Where a text of `self.text` would be, as its four corners."""
+        key = (text.get_text(), spot.ha, spot.va)
+        if key not in self.sizes:
+            text.set(ha=spot.ha, va=spot.va)
+            box = text.get_window_extent(self.axes.figure.canvas.get_renderer())
+            self.sizes[key] = ((box.x0, box.y0), (box.x1, box.y1))
+        return quad(*self.sizes[key], spot)
 
 
-def _fix_to(text: Any, axes: Any) -> Any:
-    """Pixels depend on the resolution, so the text is tied to the axes instead."""
-    x, y = axes.transAxes.inverted().transform(text.get_position())
-    text.set(x=float(x), y=float(y), transform=axes.transAxes)
-    return text
+def _weight(name: str, of: str) -> float:
+    """How bad it is that a label `of` something crosses the line of that name."""
+    if name == of:
+        return _OWN
+    alike = bool(name) and name.partition(" ")[0] == of.partition(" ")[0]
+    return _ALIKE if alike else _CROSSED

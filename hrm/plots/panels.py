@@ -111,7 +111,7 @@ def _panel(
     """A panel whose axes hold every ridge, or every mark with its turning points."""
     planned = {slope.name: slope.bytes_per_s[slope.planned] for slope in lines}
     ridges = [slope.limit(slope.planned) / planned[slope.name] for slope in lines
-              if slope.role is not Role.DISK or not marks]  # fmt: skip
+              if slope.role not in {Role.DISK, Role.CACHE} or not marks]  # fmt: skip
     ridges += [c.flops_per_s[c.planned] / c.memory(c.planned) for c in compute]
     xs = [*ridges, *(mark.intensity for mark in marks)]
     for mark in marks:

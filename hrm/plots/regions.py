@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hrm.errors import HrmError
 from hrm.plots import style
 from hrm.plots.columns import axis_of, require_columns
-from hrm.plots.labels import Labels, Spot, corners
+from hrm.plots.labels import Labels, Spot
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,12 +174,8 @@ def _name_region(
         return bool(inside and member[np.ix_(rows, columns)].all())
 
     for wording in _wrapped(name):
-        fitting: list[Spot] = []
-        text = axes.text(0, 0, wording, transform=None, fontsize=style.SMALL_POINTS)
-        for spot in spots:
-            text.set(x=spot.x, y=spot.y, ha=spot.ha, va=spot.va)
-            if room(corners(text)):
-                fitting.append(spot)
+        text = labels.text(wording)
+        fitting = [spot for spot in spots if room(labels.box(text, spot))]
         text.remove()
         if fitting:
             # In the middle of all the places where it fits.

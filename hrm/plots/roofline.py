@@ -69,12 +69,12 @@ def plot_roofline(
 
 
 def _draw(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
     axes.set(xscale="log", yscale="log", xlim=panel.xs, ylim=panel.ys)
     axes.set_ylabel("attainable FLOP/s")
     axes.yaxis.set_major_formatter(EngFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, which="major")
@@ -98,6 +98,10 @@ def _draw(axes: Any, panel: Panel) -> None:
                       gid=f"compute {ceiling.name} {kind}")  # fmt: skip
     _draw_curves(axes, panel)
     _draw_marks(axes, panel)
+
+
+def _tick(intensity: float, _: int) -> str:
+    return f"{intensity / 1000:g}k" if intensity >= 1000 else f"{intensity:g}"
 
 
 def _draw_curves(axes: Any, panel: Panel) -> None:
@@ -233,7 +237,7 @@ def _grouped(found: list[tuple[str, Any, float]]) -> list[tuple[str, Any]]:
     named: list[tuple[str, Any]] = []
     for names, roof, _ in groups:
         first, _, rest = names[-1].partition(" ")
-        named.append((" and ".join([first, *names[:-1]]) + f" {rest}", roof))
+        named.append((" and ".join([first, *names[:-1]]) + f" {rest}".rstrip(), roof))
     return named
 
 

@@ -56,7 +56,7 @@ def plot_sweep(
         axes.set_ylabel(axis_of(y, frame[y]).label)
         axes.grid(visible=True, axis="y")
         if with_sizes:
-            rows[1].set_yscale("log")
+            style.set_logarithmic(rows[1], "y")
             rows[1].set_ylabel("batch size N")
             rows[1].grid(visible=True, axis="y")
         rows[-1].set_xlabel(over.label)

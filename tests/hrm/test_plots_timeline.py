@@ -1,0 +1,316 @@
+"""Timelines: every bar is a span, and what is written beside them is what they add up to."""
+
+from collections import defaultdict
+from dataclasses import replace
+from itertools import combinations, product
+from pathlib import Path
+from random import Random
+
+import msgspec
+import numpy as np
+import pytest
+
+from hrm.cli.timelines import fitting_all, in_order, of_run, of_schedules
+from hrm.costs import Costs
+from hrm.errors import TraceError
+from hrm.estimate import decode_work, prefill_work, simulate_work
+from hrm.memory import plan_memory
+from hrm.plots import plot_timeline, style, window
+from hrm.plots.timeline import LOOKS, layer_ends, step_ends
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.policy_file import PolicyFile, profile_hash
+from hrm.schedules import iter_tasks
+from hrm.simulate import simulate
+from hrm.tasks import Device, Lane, Phase, TaskKind
+from hrm.trace import Span, Trace, write_chrome_trace
+from hrm.units import GB
+from hrm.validate import (
+    RUN_SCHEMA,
+    AcceleratorRecord,
+    BatchRecord,
+    RunRecord,
+    TotalsRecord,
+    WorkloadRecord,
+)
+from hrm.workload import Workload
+from tests.hrm.pictures import MAGIC, assert_texts_apart, lightness, named, texts, words
+from tests.hrm.support import machine, random_pipeline, tiny_spec
+
+SPEC = tiny_spec()
+WORKLOAD = Workload(name="test", prompt_len=32, max_prompt_len=64, gen_len=8, num_requests=64)
+
+
+def policy(**changes) -> Policy:
+    plain = Policy(
+        batch_size=64,
+        micro_batch_size=16,
+        resident_experts=(1,) * SPEC.num_layers,
+        kv_tokens_per_micro_batch=kv_tokens_for(16, 40, 72),
+        prefill_chunk_tokens=512,
+    )
+    return replace(plain, **changes)
+
+
+def slow_machine():
+    """A machine on which the tiny model's bars are wide enough to be seen."""
+    return machine(gpu_flops=1e9, gpu_read=1e9, cpu_read=2e8, cpu_flops=1e9, link=1e7)
+
+
+def decode(steps: int = 2, **changes) -> Trace:
+    costs = Costs(SPEC, slow_machine(), "bfloat16")
+    return simulate_work(decode_work(costs, policy(**changes), 36, num_steps=steps))
+
+
+def prefill() -> Trace:
+    return simulate_work(prefill_work(Costs(SPEC, slow_machine(), "bfloat16"), policy(), WORKLOAD))
+
+
+def bars(axes) -> dict[str, list[tuple[float, float]]]:
+    """Left and right ends of the bars by lane and kind, in the axis' unit."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for collection in axes.collections:
+        for path in collection.get_paths():
+            xs = path.vertices[:, 0]
+            found[collection.get_gid()].append((xs.min(), xs.max()))
+    return found
+
+
+@pytest.mark.parametrize("trace", [decode(), prefill()], ids=["decode", "prefill"])
+def test_every_span_is_a_bar_and_the_shares_are_the_lanes(trace):
+    (axes,) = plot_timeline({"predicted": trace}).axes
+    drawn = bars(axes)
+    factor = 1.0 if axes.get_xlabel() == "s" else 1e3
+    assert sum(map(len, drawn.values())) == len(trace.spans)
+    expected: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for span in trace.spans:
+        ends = (span.start_s * factor, span.end_s * factor)
+        expected[f"{span.lane} {span.id.kind.name}"].append(ends)
+    assert drawn.keys() == expected.keys()
+    for name, ends in expected.items():
+        for one, other in zip(sorted(drawn[name]), sorted(ends), strict=True):
+            assert one == pytest.approx(other, abs=1e-9)
+    busy = {text.get_gid(): text.get_text() for text in axes.texts if text.get_gid()}
+    total_s = max(span.end_s for span in trace.spans)
+    for lane in {span.lane for span in trace.spans}:
+        busy_s = sum(span.end_s - span.start_s for span in trace.spans if span.lane is lane)
+        assert busy[f"busy {lane}"] == f"{busy_s / total_s:.0%}"
+
+
+def test_boundaries_are_where_the_last_task_of_a_layer_or_step_ends():
+    trace = decode(ffn=Device.CPU)
+    (axes,) = plot_timeline({"": trace}).axes
+    factor = 1.0 if axes.get_xlabel() == "s" else 1e3
+    for gid, kind, key in (
+        ("layer end", TaskKind.LOAD_EXPERT_OUTPUT, lambda task: (task.step, task.layer)),
+        ("step end", TaskKind.SAMPLE, lambda task: task.step),
+    ):
+        ends: dict[object, float] = defaultdict(float)
+        for span in trace.spans:
+            if span.id.kind is kind:
+                ends[key(span.id)] = max(ends[key(span.id)], span.end_s * factor)
+        lines = sorted(line.get_xdata()[0] for line in named(axes, gid))
+        assert lines == pytest.approx(sorted(ends.values()))
+    assert len(layer_ends(trace)) == 2 * SPEC.num_layers
+    assert len(step_ends(trace)) == 2
+
+
+def test_traces_stand_under_one_another_on_one_axis_with_the_same_lanes_and_looks():
+    fast, slow = decode(1), decode(1, schedule=ScheduleName.FLEXGEN)
+    late = Trace(tuple(replace(s, start_s=s.start_s + 9, end_s=s.end_s + 9) for s in fast.spans))
+    upper, lower, third = plot_timeline({"fast": fast, "slow": slow, "late": late}).axes
+    assert upper.get_xlim() == lower.get_xlim() == third.get_xlim()
+    assert upper.get_xlim()[1] == pytest.approx(slow.makespan_s * 1e3)
+    lanes = [[label.get_text() for label in axes.get_yticklabels()] for axes in (upper, lower)]
+    assert lanes == [["GPU", "CPU", "H2D", "D2H"]] * 2
+    assert bars(third).keys() == bars(upper).keys()
+    for name, ends in bars(upper).items():
+        for one, other in zip(sorted(bars(third)[name]), sorted(ends), strict=True):
+            assert one == pytest.approx(other), "each begins at 0"
+    looks = [
+        {
+            c.get_gid(): (np.asarray(c.get_facecolor()).tolist(), c.get_hatch())
+            for c in axes.collections
+        }
+        for axes in (upper, lower)
+    ]
+    for name in looks[0].keys() & looks[1].keys():
+        assert looks[0][name][0] == looks[1][name][0]
+
+
+def test_kinds_that_share_a_lane_can_be_told_apart_without_colour():
+    """Over all schedules, phases, devices and staging: lightness or hatch differ in a lane."""
+    together: dict[tuple[Lane, Phase], set[TaskKind]] = defaultdict(set)
+    for seed in range(150):
+        rng = Random(seed)
+        pipeline = random_pipeline(rng)
+        trace = simulate(iter_tasks(pipeline, rng.choice(list(ScheduleName))), lambda _: 1.0)
+        for span in trace.spans:
+            together[span.lane, pipeline.phase].add(span.id.kind)
+    assert {kind for kinds in together.values() for kind in kinds} == set(LOOKS) == set(TaskKind)
+    for kinds in together.values():
+        for one, other in combinations(kinds, 2):
+            light = abs(lightness(LOOKS[one].colour) - lightness(LOOKS[other].colour))
+            assert light > 12 or LOOKS[one].hatch != LOOKS[other].hatch, (one, other)
+    pages, hidden = LOOKS[TaskKind.LOAD_PAGE], LOOKS[TaskKind.LOAD_HIDDEN]
+    assert lightness(pages.colour) - lightness(hidden.colour) > 50
+
+
+@pytest.mark.parametrize(
+    "traces",
+    [
+        {"cgopipe": decode(), "flexgen": decode(schedule=ScheduleName.FLEXGEN)},
+        {"prefill": prefill()},
+        {"long": decode(12)},
+        {"two layers": window(decode(), first=1, last=2)},
+    ],
+    ids=["two", "prefill", "long", "window"],
+)
+def test_no_two_texts_touch(traces):
+    assert_texts_apart(plot_timeline(traces, title="tiny on a slow machine"))
+
+
+def test_names_stand_inside_the_bars_that_they_name():
+    picture = plot_timeline({"": window(decode(), first=1, last=1)})
+    (axes,) = picture.axes
+    drawn = bars(axes)
+    letters = [text for text in texts(picture) if text.get_gid() == "task"]
+    assert len(letters) > 5
+    lanes = [label.get_text() for label in axes.get_yticklabels()]
+    kinds = {kind.value: kind.name for kind in TaskKind}
+    for text in letters:
+        x, row = text.get_position()
+        name = f"{lanes[round(row)]} {kinds[text.get_text()[0]]}"
+        box = text.get_window_extent().transformed(axes.transData.inverted())
+        assert any(a <= box.x0 and box.x1 <= b and a < x < b for a, b in drawn[name]), text
+
+
+# ---------------------------------------------------------------------------------------- window
+
+
+def test_windows_of_layers_side_by_side_hold_all_the_work_between_them():
+    trace = decode(3)
+    whole = window(trace, first=1, last=3, step=1)
+    parts = [window(trace, first=layer, last=layer, step=1) for layer in (1, 2, 3)]
+    for lane in Lane:
+        together = sum(part.busy_s().get(lane, 0.0) for part in parts)
+        assert whole.busy_s().get(lane, 0.0) == pytest.approx(together)
+    ends = layer_ends(trace)
+    for layer, part in enumerate(parts, start=1):
+        assert min(s.start_s for s in part.spans) == pytest.approx(ends[1, layer - 1])
+        assert max(s.end_s for s in part.spans) == pytest.approx(ends[1, layer])
+    assert window(trace) == trace
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"last": 9}, "within the 4 layers"), ({"first": 4}, "within the 4 layers"),
+     ({"first": 2, "last": 1}, "must reach layer 2"), ({"step": 5, "last": 0}, "the 0 layers")],
+)  # fmt: skip
+def test_layers_that_are_not_there_are_refused(options, told):
+    with pytest.raises(TraceError, match=told):
+        window(decode(), **options)
+
+
+def test_an_empty_trace_is_refused():
+    with pytest.raises(TraceError, match="must hold tasks"):
+        plot_timeline({"nothing": Trace(())})
+
+
+@pytest.mark.parametrize("ending", MAGIC)
+def test_files_of_every_format(ending, tmp_path):
+    path = tmp_path / f"lanes{ending}"
+    picture = plot_timeline({"": decode(1)}, path)
+    assert path.read_bytes().startswith(MAGIC[ending])
+    assert picture.get_figwidth() == style.PAGE_INCHES
+
+
+# ----------------------------------------------------------------------------- plans and runs
+
+
+def plan(gpu_bytes: float = 1 * GB, **changes) -> PolicyFile:
+    profile = replace(
+        machine(gpu_bytes=gpu_bytes, gpu_flops=1e9, gpu_read=1e9, link=1e7), accelerator="emulated"
+    )
+    return PolicyFile(
+        policy=policy(**changes), memory_budget_bytes={"gpu": int(gpu_bytes), "cpu": 10**9},
+        model=SPEC, workload=WORKLOAD, profile=profile, profile_hash=profile_hash(profile),
+        predicted={},
+    )  # fmt: skip
+
+
+def test_schedules_are_compared_on_one_policy_with_attention_where_each_has_it():
+    names = ("cgopipe", "flexgen", "flexgen-c")
+    title, traces = of_schedules(plan(), names, Phase.DECODE, 2, searched=False)
+    assert "tiny on test machine: 4 micro-batches of 16" in title
+    assert [name.partition(",")[0] for name in traces] == list(names)
+    on_cpu = {
+        name.partition(",")[0]: any(
+            s.id.kind is TaskKind.ATTENTION and s.lane is Lane.CPU for s in trace.spans
+        )
+        for name, trace in traces.items()
+    }
+    assert on_cpu == {"cgopipe": True, "flexgen": False, "flexgen-c": True}
+    assert all("predicted" in name for name in traces)
+
+
+def test_a_searched_policy_gives_up_residents_until_every_schedule_fits():
+    needs = {
+        (name, resident): plan_memory(
+            SPEC, in_order(policy(resident_experts=(resident,) * 4), name), slow_machine()
+        ).gpu.planned_bytes
+        for name, resident in product((ScheduleName.CGOPIPE, ScheduleName.FLEXGEN), (1, 2))
+    }
+    flexgen, cgopipe = needs[ScheduleName.FLEXGEN, 1], needs[ScheduleName.CGOPIPE, 2]
+    tight = plan(max(flexgen, cgopipe), resident_experts=(2,) * 4)
+    chosen = fitting_all(tight, [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN])
+    assert sum(chosen.resident_experts) < 8
+    for name in (ScheduleName.CGOPIPE, ScheduleName.FLEXGEN):
+        plan_memory(SPEC, in_order(chosen, name), tight.profile).check_fits()
+    assert fitting_all(tight, [ScheduleName.CGOPIPE]) == tight.policy
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory whose measured trace is a simulation of twice the time, seconds later."""
+    plain = plan()
+    costs = Costs(SPEC, plain.profile, "bfloat16")
+    spans: list[Span] = []
+    start_s = 3.0
+    for work in (
+        prefill_work(costs, plain.policy, WORKLOAD),
+        decode_work(costs, plain.policy, 33, num_steps=4),
+    ):
+        trace = simulate_work(work)
+        spans += [
+            replace(s, start_s=start_s + 2 * s.start_s, end_s=start_s + 2 * s.end_s)
+            for s in trace.spans
+        ]
+        start_s = max(span.end_s for span in spans)
+    write_chrome_trace(tmp_path / "trace.json", measured=Trace(tuple(spans)))
+    record = RunRecord(
+        schema=RUN_SCHEMA, outcome="completed", schedule="cgopipe",
+        accelerator=AcceleratorRecord(name="emulated", description="emulated on the CPU"),
+        totals=TotalsRecord(
+            requests=64, prompt_tokens=2048, generated_tokens=320, prefill_s=1, decode_s=1,
+            tokens_per_s=160,
+        ),
+        workload=WorkloadRecord(prompt_len=32, max_prompt_len=64, gen_len=5, max_gen_len=5),
+        phases={}, memory={}, batches=[BatchRecord(requests=64, decode_steps=4)],
+        policy_file=plain,
+    )  # fmt: skip
+    (tmp_path / "run.json").write_bytes(msgspec.json.encode(record))
+    return tmp_path
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_a_run_stands_over_its_prediction(run, phase):
+    title, traces = of_run(run, phase, 2)
+    measured, predicted = traces.values()
+    assert title == "tiny, cgopipe, emulated on the CPU"
+    assert list(traces) == ["measured, emulated accelerator", "predicted"]
+    assert {s.id.step for s in measured.spans} == {s.id.step for s in predicted.spans}
+    # The steps drawn are not the first ones, so both begin with weights that are already there.
+    assert measured.makespan_s / predicted.makespan_s == pytest.approx(2, rel=0.02)
+    picture = plot_timeline(traces, title=title)
+    assert_texts_apart(picture)
+    assert any("measured, emulated accelerator" in text for text in words(picture))
