@@ -14,7 +14,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo test lint format bench notebooks clean distclean
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
@@ -39,6 +39,9 @@ format: $(TEST_READY)  ## apply the formatter and ruff's safe fixes
 
 bench: $(TEST_READY)  ## everything in tests/bench that needs no GPU (BENCH_ARGS="-k name")
 	$(BIN)/python -m pytest tests/bench -p no:xdist -m "not cuda" -o faulthandler_timeout=0 -s $(BENCH_ARGS)
+
+notebooks: $(TEST_READY)  ## run the notebooks and write their outputs in place
+	$(BIN)/python -m tests.tooling.notebooks
 
 clean:  ## remove caches and builds
 	rm -rf build dist .benchmarks .hypothesis .import_linter_cache .pytest_cache .ruff_cache

@@ -16,8 +16,9 @@ How the parts follow from one another, in the order of a plan:
 Importing hrm loads no torch, matplotlib or optuna; the parts that need them do so when called.
 """
 
+from hrm.costs import Costs
 from hrm.errors import HrmError
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate, decode_work, estimate, prefill_work, simulate_work
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.machines import compose, load_profile, save_profile, with_memory
 from hrm.memory import MemoryPlan, plan_memory
@@ -25,13 +26,16 @@ from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpe
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
+from hrm.scaling import Resource, resource_value, resources, scale, with_resource
 from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId, TaskKind
-from hrm.trace import Span, Trace, lane_chart
+from hrm.trace import Span, Trace, lane_chart, read_chrome_trace
+from hrm.validate import read_run
 from hrm.workload import WORKLOADS, Workload, named_workload
 
 __all__ = [
     "BUILT_IN_MODELS",
     "WORKLOADS",
+    "Costs",
     "Device",
     "Estimate",
     "Figure",
@@ -49,6 +53,7 @@ __all__ = [
     "PolicyFile",
     "Processor",
     "Rate",
+    "Resource",
     "ScheduleName",
     "Source",
     "Span",
@@ -61,6 +66,7 @@ __all__ = [
     "Workload",
     "attention_turning_points",
     "compose",
+    "decode_work",
     "estimate",
     "ffn_turning_points",
     "lane_chart",
@@ -69,7 +75,15 @@ __all__ = [
     "load_profile",
     "named_workload",
     "plan_memory",
+    "prefill_work",
+    "read_chrome_trace",
+    "read_run",
+    "resource_value",
+    "resources",
     "save_policy_file",
     "save_profile",
+    "scale",
+    "simulate_work",
     "with_memory",
+    "with_resource",
 ]

@@ -26,7 +26,8 @@ _UNITS: Final = (
     ("_flops_per_s", (("PFLOP/s", 1e15), ("TFLOP/s", 1e12), ("GFLOP/s", 1e9), ("FLOP/s", 1.0))),
     ("_s", (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))),
 )
-LANE_WORDS: Final = {
+# What limits a phase; other words stand for themselves.
+LIMIT_WORDS: Final = {
     Lane.GPU.value: "GPU", Lane.CPU.value: "CPU", Lane.H2D.value: "host-to-device link",
     Lane.D2H.value: "device-to-host link", Lane.STAGE.value: "staging",
 }  # fmt: skip

@@ -55,11 +55,10 @@ def plot_map(
         axes: Any = figure.subplots()
         if title:
             figure.suptitle(title, x=0.01, ha="left")
-        if _is_logarithmic(xs):
-            style.set_logarithmic(axes, "x")
-        if _is_logarithmic(ys):
-            style.set_logarithmic(axes, "y")
         axes.set(xlim=(x_edges[0], x_edges[-1]), ylim=(y_edges[0], y_edges[-1]))
+        for which, values in (("x", xs), ("y", ys)):
+            if _is_logarithmic(values):
+                style.set_logarithmic(axes, which)
         for number, name in enumerate(names):
             _fill(axes, grid == number, x_edges, y_edges, number, name)
         _outline(axes, grid, x_edges, y_edges)

@@ -90,13 +90,23 @@ def finish(figure: Any, path: Path | None) -> "Figure":
 
 
 def set_logarithmic(axes: Any, which: str) -> None:
-    """Make the `x` or the `y` axis logarithmic, with numbers in full at its ticks."""
-    from matplotlib.ticker import LogFormatter
+    """Make the `x` or the `y` axis logarithmic between its limits, with plain numbers at ticks."""
+    from math import log10
 
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = getattr(axes, f"get_{which}lim")()
     axes.set(**{f"{which}scale": "log"})
+    decades = log10(high / low) if low > 0 else 3.0
+    steps = (1,) if decades > 3.5 else (1, 2, 5) if decades > 0.7 else range(1, 10)
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_major_locator(LogLocator(subs=list(steps)))
+    axis.set_major_formatter(FuncFormatter(_plainly))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plainly(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def check_path(path: Path | None) -> None:

@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.plots import style
-from hrm.plots.columns import LANE_WORDS, axis_of, require_columns
+from hrm.plots.columns import LIMIT_WORDS, axis_of, require_columns
 from hrm.plots.labels import Labels
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_LIMITED_BY: Final = {"GPU": "o", "CPU": "s", "H2D": "^", "D2H": "v", "STAGE": "D"}
+_LIMITED_BY: Final = {
+    "GPU": "o", "CPU": "s", "H2D": "^", "D2H": "v", "STAGE": "D", "host memory": "P",
+}  # fmt: skip
 _LOGARITHMIC_FROM: Final = 20.0  # of the greatest to the least value of an axis
 
 
@@ -142,7 +144,7 @@ def _legend(figure: Any, frame: Any, y: str) -> None:
         first = "mostly limited by: "
         for name, marker in _LIMITED_BY.items():
             if name in seen:
-                handles.append(entry(first + LANE_WORDS[name], marker))
+                handles.append(entry(first + LIMIT_WORDS.get(name, name), marker))
                 first = ""
     if f"bound_{y}" in frame.columns and frame[f"bound_{y}"].notna().any():
         handles.append(entry("bound, without bubbles", line=":"))
