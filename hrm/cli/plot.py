@@ -100,7 +100,7 @@ def timeline(
 
     style.check_path(out)
     if run is not None:
-        if policy or model or schedules or any(value is not None for value in sources.values()):
+        if any((policy, model, schedules, *sources.values())):
             raise PolicyError(
                 "--run", str(run), "holds its own policy, machine and workload",
                 "leave the other options out, or draw them without --run",
