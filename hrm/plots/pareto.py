@@ -131,4 +131,4 @@ def _legend(figure: Any) -> None:
         Line2D([], [], label="as much or more can be had for less", markerfacecolor="white",
                markeredgecolor=style.LIGHT, **plain),
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, columnspacing=1.2)
+    style.put_legend(figure, handles)

@@ -219,4 +219,4 @@ def _legend(figure: Any, names: list[str], value: str | None) -> None:
         handles.append(
             Line2D([], [], color=style.BLACK, linestyle="--", linewidth=0.7, label=label)
         )
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, columnspacing=1.2)
+    style.put_legend(figure, handles)

@@ -276,5 +276,4 @@ def _legend(figure: Any, panels: list[Panel]) -> None:
         handles.append(entry("attained in place, on the CPU", marker="o", markerfacecolor="white"))
     if any(mark.fetched is not None for mark in marks):
         handles.append(entry("attained on the GPU, over the link", marker="o"))
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, columnspacing=1.2,
-                  handletextpad=0.5)  # fmt: skip
+    style.put_legend(figure, handles)

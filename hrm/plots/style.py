@@ -89,6 +89,19 @@ def finish(figure: Any, path: Path | None) -> "Figure":
     return figure
 
 
+def put_legend(figure: Any, handles: list[Any]) -> None:
+    """A legend under the charts, in as few rows as the paper's width allows; none of nothing."""
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside lower left", ncols=columns, columnspacing=1.2,
+            handletextpad=0.5,
+        )  # fmt: skip
+        width = legend.get_window_extent(figure.canvas.get_renderer()).width
+        if width < figure.bbox.width or columns == 1:
+            return
+        legend.remove()
+
+
 def set_logarithmic(axes: Any, which: str) -> None:
     """Make the `x` or the `y` axis logarithmic between its limits, with plain numbers at ticks."""
     from math import log10

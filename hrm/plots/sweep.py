@@ -150,6 +150,4 @@ def _legend(figure: Any, frame: Any, y: str) -> None:
         handles.append(entry("bound, without bubbles", line=":"))
     if frame[y].isna().any():
         handles.append(entry("no policy fits", "x"))
-    if handles:
-        figure.legend(handles=handles, loc="outside lower left", ncols=5, columnspacing=1.2,
-                      handletextpad=0.3)  # fmt: skip
+    style.put_legend(figure, handles)

@@ -243,5 +243,4 @@ def _legend(figure: Any, kinds: set[TaskKind]) -> None:
         for kind, look in LOOKS.items()
         if kind in kinds
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, columnspacing=1.2,
-                  handletextpad=0.5)  # fmt: skip
+    style.put_legend(figure, handles)

@@ -59,7 +59,7 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
         axes.set_xlabel(f"change of tokens generated a second{more} (%)")
         axes.margins(x=0.14)
         if both:
-            figure.legend(loc="outside lower left", ncols=2)
+            style.put_legend(figure, list(axes.containers))
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         labels = Labels(axes)

@@ -202,6 +202,19 @@ def test_regions_differ_without_their_colour_and_a_hole_in_the_grid_is_refused()
             plot_map(bad, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind")
 
 
+def test_many_regions_with_long_names_leave_the_legend_on_the_paper():
+    frame = grid()
+    frame["kind"] = [
+        f"experts on the CPU, part {i % 6} of attention on the CPU" for i in range(108)
+    ]
+    picture = plot_map(
+        frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind",
+        value="weight_share_on_gpu",
+    )  # fmt: skip
+    assert_texts_apart(picture)
+    assert set(frame.kind) <= {text.replace("\n", " ") for text in words(picture)}
+
+
 # --------------------------------------------------------------------------------------- what if
 
 
