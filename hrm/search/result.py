@@ -11,6 +11,9 @@ class Outcome(Enum):
     """How a search ended; the value says it in words."""
 
     OPTIMAL = "no policy tried has a higher closed-form throughput"
+    PROVED = "no policy of the space has a higher closed-form throughput, which is proved"
+    BEST_OF_TRIALS = "the best of the policies tried; nothing is proved"
+    INTERRUPTED = "interrupted: the best of the policies tried so far"
     INFEASIBLE = "no policy fits, even with one request at a time"
 
 
@@ -18,16 +21,18 @@ class Outcome(Enum):
 class SearchResult:
     """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
 
-    `gap` is how far the chosen policy's closed-form throughput lies below the space's greatest:
-    more than 0 only where the simulation prefers a policy with fewer bubbles. `simulated` policies
-    were simulated; `certified` says that of every kind left out (devices, KV placement) even the
-    closed form is lower than the chosen policy's simulated throughput.
+    `greatest_tokens_per_s` is the greatest closed-form throughput of the space, as far as it is
+    known, and `gap` how far the chosen policy's lies below it: more than 0 only where the
+    simulation prefers a policy with fewer bubbles. `simulated` policies were simulated;
+    `certified` says that of every kind left out (devices, KV placement) even the closed form is no
+    higher than the chosen policy's simulated throughput.
     """
 
     solver: str
     outcome: Outcome
     best: Estimate | None
     runner_ups: tuple[Estimate, ...]
+    greatest_tokens_per_s: float
     evaluations: int
     seconds: float
     gap: float

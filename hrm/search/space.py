@@ -1,10 +1,11 @@
-"""The space of policies as NumPy arrays: what fits follows from six numbers, not searched blindly.
+"""What is searched: kinds of policies, and grids of one kind as NumPy arrays.
 
 Given micro-batch size, number of micro-batches, devices, KV placement and prefill chunk, the
 largest residency of weights that fits is best, so it is computed and not enumerated.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,30 @@ from hrm.workload import Workload
 Ints = NDArray[np.int64]
 
 
+class KvPlace(IntEnum):
+    """How much of the KV cache lives on the GPU."""
+
+    NONE = 0
+    SOME = 1
+    ALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Policies that differ in numbers only; the devices are 1 for the GPU and 0 for the CPU."""
+
+    gpu_attention: int
+    gpu_ffn: int
+    kv: KvPlace
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """What is fixed in a search; `attention` and `ffn` of None leave the device open."""
+    """What is fixed in a search; `attention` and `ffn` of None leave the device open.
+
+    Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
+    `max_micro_batches`.
+    """
 
     spec: ModelSpec
     profile: HardwareProfile
@@ -36,6 +58,8 @@ class Space:
     staging: bool = False
     attention: Device | None = None
     ffn: Device | None = None
+    max_micro_batch_size: int = 2**16
+    max_micro_batches: int = 2**12
 
     def devices(self) -> list[tuple[int, int]]:
         """(attention on GPU, FFN on GPU) pairs that the schedule and the machine allow."""
@@ -54,11 +78,22 @@ class Space:
         attention = _choices(self.attention or schedule.attention)
         return [(a, f) for a in attention for f in _choices(self.ffn or schedule.ffn)]
 
-    def kv_shares(self, count: int) -> list[float]:
-        """Shares of the KV cache on the GPU to try."""
-        if not self.profile.has_accelerator or SCHEDULES[self.schedule].kv_on_gpu:
-            return [1.0]
-        return [float(share) for share in np.linspace(0, 1, count)]
+    def kinds(self) -> list[Kind]:
+        """The kinds of policies to search.
+
+        Where the whole cache lives on the GPU, attention runs there whatever is said of it: that
+        kind is listed once for each device of the FFN.
+        """
+        devices = self.devices()
+        all_on_gpu = not self.profile.has_accelerator or SCHEDULES[self.schedule].kv_on_gpu
+        places = [KvPlace.ALL] if all_on_gpu else [KvPlace.NONE, KvPlace.SOME, KvPlace.ALL]
+        first = devices[0][0]
+        return [
+            Kind(attention, ffn, kv)
+            for attention, ffn in devices
+            for kv in places
+            if kv is not KvPlace.ALL or attention == first
+        ]
 
 
 def _choices(device: Device | None) -> tuple[int, ...]:
@@ -68,13 +103,12 @@ def _choices(device: Device | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Candidate policies, one an entry of every array; `fits` are those within both memories."""
+    """Candidates of one kind, one an entry of every array; `fits` are within both memories."""
 
+    kind: Kind
     batch_size: Ints
     micro_batch_size: Ints
     num_micro_batches: Ints
-    gpu_attention: Ints
-    gpu_ffn: Ints
     gpu_kv_micro_batches: Ints
     resident_dense: Ints
     chunk_tokens: Ints
@@ -86,33 +120,42 @@ class Grid:
         """Number of candidates."""
         return len(self.batch_size)
 
-    def point(self, space: Space, chosen: Ints) -> Point:
-        """The closed form's view of the chosen candidates."""
-        resident = self.resident_total[chosen] / space.spec.num_layers
+    def take(self, chosen: Ints) -> "Grid":
+        """The chosen candidates only."""
+        return Grid(kind=self.kind, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+
+    def and_also(self, other: "Grid") -> "Grid":
+        """The candidates of both."""
+        both = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS
+        }
+        return Grid(kind=self.kind, **both)
+
+    def point(self, space: Space) -> Point:
+        """The closed form's view of all candidates."""
+        resident = self.resident_total / space.spec.num_layers
         return Point(
-            batch_size=self.batch_size[chosen].astype(float),
-            num_micro_batches=self.num_micro_batches[chosen].astype(float),
-            gpu_attention=self.gpu_attention[chosen],
-            gpu_ffn=self.gpu_ffn[chosen],
-            gpu_kv_micro_batches=self.gpu_kv_micro_batches[chosen],
+            batch_size=self.batch_size.astype(float),
+            num_micro_batches=self.num_micro_batches.astype(float),
+            gpu_attention=self.kind.gpu_attention,
+            gpu_ffn=self.kind.gpu_ffn,
+            gpu_kv_micro_batches=self.gpu_kv_micro_batches,
             resident_experts=resident,
             host_expert_layers=np.minimum(space.spec.num_experts - resident, 1),
-            resident_dense=self.resident_dense[chosen],
-            chunk_tokens=self.chunk_tokens[chosen].astype(float),
+            resident_dense=self.resident_dense,
+            chunk_tokens=self.chunk_tokens.astype(float),
             staging=int(space.staging),
         )
 
     def policy(self, space: Space, index: int) -> Policy:
         """One candidate as a policy; resident experts are spread evenly over the layers."""
-        layers = space.spec.num_layers
-        total = int(self.resident_total[index])
         return Policy(
             schedule=space.schedule,
             batch_size=int(self.batch_size[index]),
             micro_batch_size=int(self.micro_batch_size[index]),
-            attention=Device.GPU if self.gpu_attention[index] else Device.CPU,
-            ffn=Device.GPU if self.gpu_ffn[index] else Device.CPU,
-            resident_experts=spread(total, layers),
+            attention=Device.GPU if self.kind.gpu_attention else Device.CPU,
+            ffn=Device.GPU if self.kind.gpu_ffn else Device.CPU,
+            resident_experts=spread(int(self.resident_total[index]), space.spec.num_layers),
             resident_dense=bool(self.resident_dense[index]),
             gpu_kv_micro_batches=int(self.gpu_kv_micro_batches[index]),
             kv_tokens_per_micro_batch=int(self.kv_tokens[index]),
@@ -122,49 +165,46 @@ class Grid:
         )
 
 
+_ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
+
+
 def spread(total: int, layers: int) -> tuple[int, ...]:
     """`total` experts over the layers as evenly as integers allow."""
     return tuple((i + 1) * total // layers - i * total // layers for i in range(layers))
 
 
-def make_grid(
-    space: Space, pairs: NDArray[np.int64], *, kv_shares: list[float], chunk_factors: list[int]
-) -> Grid:
-    """All combinations of (micro-batch size, number) `pairs` with devices, KV shares and chunks.
+def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) -> Grid:
+    """All combinations of `places` with chunks and with projections resident or not.
 
-    `pairs` has shape (candidates, 2). Every combination gets the largest residency that fits.
+    `places` has the columns micro-batch size, number of micro-batches, and how many of these have
+    their KV cache on the GPU. Every combination gets the largest residency that fits.
     """
     axes = np.array(
         [
-            (attention, ffn, share, factor, dense)
-            for attention, ffn in space.devices()
-            for share in kv_shares
+            (factor, dense)
             for factor in chunk_factors
             for dense in ((1, 0) if space.profile.has_accelerator else (1,))
         ]
     )
-    pair, axis = (index.ravel() for index in np.indices((len(pairs), len(axes))))
-    micro_batch_size, num_micro_batches = pairs[pair, 0], pairs[pair, 1]
-    attention, ffn, share, factor, dense = axes[axis].T
+    place, axis = (index.ravel() for index in np.indices((len(places), len(axes))))
+    micro_batch_size, num_micro_batches, on_gpu = places[place].T
+    factor, dense = axes[axis].T
     batch_size = micro_batch_size * num_micro_batches
     if space.workload.num_requests is not None:
         batch_size = np.minimum(batch_size, space.workload.num_requests)
-    on_gpu = np.rint(share * num_micro_batches).astype(np.int64)
     prompt_tokens = np.ceil(batch_size * space.workload.prompt_len).astype(np.int64)
-    chunk = np.minimum(space.workload.max_prompt_len * factor.astype(np.int64), prompt_tokens)
+    chunk = np.minimum(space.workload.max_prompt_len * factor, prompt_tokens)
     chunk = np.maximum(chunk, space.workload.max_prompt_len)
-    kv_tokens = _kv_tokens(space.workload, micro_batch_size)
     return _with_residency(
         space,
+        kind,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
-        gpu_attention=attention.astype(np.int64),
-        gpu_ffn=ffn.astype(np.int64),
         gpu_kv_micro_batches=on_gpu,
-        resident_dense=dense.astype(np.int64),
+        resident_dense=dense,
         chunk_tokens=chunk,
-        kv_tokens=kv_tokens,
+        kv_tokens=_kv_tokens(space.workload, micro_batch_size),
     )
 
 
@@ -175,7 +215,7 @@ def _kv_tokens(workload: Workload, micro_batch_size: Ints) -> Ints:
     return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
-def _with_residency(space: Space, **numbers: Ints) -> Grid:
+def _with_residency(space: Space, kind: Kind, **numbers: Ints) -> Grid:
     """Complete a grid with the most resident experts that fit the GPU, and check both levels."""
     spec, profile, dtype = space.spec, space.profile, space.dtype
     layers, experts, size = spec.num_layers, spec.num_experts, DTYPE_BYTES[dtype]
@@ -190,8 +230,8 @@ def _with_residency(space: Space, **numbers: Ints) -> Grid:
         kv_tokens=numbers["kv_tokens"],
         chunk_tokens=numbers["chunk_tokens"],
         gpu_kv_micro_batches=on_gpu,
-        streams_kv=numbers["gpu_attention"] * (on_gpu < n),
-        ffn_on_cpu=1 - numbers["gpu_ffn"],
+        streams_kv=kind.gpu_attention * (on_gpu < n),
+        ffn_on_cpu=1 - kind.gpu_ffn,
         resident_bytes=dense * layers * dense_bytes,
         max_streamed_bytes=0,
     )
@@ -220,7 +260,7 @@ def _with_residency(space: Space, **numbers: Ints) -> Grid:
         kv_tokens=numbers["kv_tokens"],
         num_micro_batches=n,
         gpu_kv_micro_batches=on_gpu,
-        ffn_on_cpu=(1 - numbers["gpu_ffn"]) * (streamed > 0),
+        ffn_on_cpu=(1 - kind.gpu_ffn) * (streamed > 0),
         streamed_bytes=streamed,
         staging_bytes=space.staging * STAGING_PAGES * size * -(-largest // (pages * size)),
     )
@@ -228,4 +268,4 @@ def _with_residency(space: Space, **numbers: Ints) -> Grid:
     if not profile.has_accelerator:
         needed = needed + sum(gpu.values()) + total * expert_bytes
     fits &= needed <= profile.host.usable_bytes
-    return Grid(**numbers, resident_total=total.astype(np.int64), fits=fits)
+    return Grid(kind=kind, **numbers, resident_total=total.astype(np.int64), fits=fits)
