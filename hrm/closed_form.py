@@ -151,34 +151,40 @@ def decode_lanes(costs: Costs, point: Point, schedule: ScheduleName, context: Nu
     }
 
 
-def step_seconds(costs: Costs, point: Point, schedule: ScheduleName, context: Number) -> Number:
-    """Seconds of one decode step, with what the schedule cannot overlap.
+def step_terms(
+    costs: Costs, point: Point, schedule: ScheduleName, context: Number
+) -> tuple[Number, ...]:
+    """What one decode step takes at least, for several reasons; the longest is its time.
 
     CGOPipe overlaps all lanes, as far as micro-batches in flight allow. FastDecode's GPU waits
     for the layer's weights besides; FlexGen and DeepSpeed load the next layer only once the last
     one's buffer is free, and FlexGen's attention on the CPU runs in turn with the GPU.
     """
     lanes = decode_lanes(costs, point, schedule, context)
-    longest = maximum(*lanes.values(), _chain_seconds(costs, point, context))
+    terms = (*lanes.values(), _chain_seconds(costs, point, context))
     weights = costs.spec.num_layers * costs.h2d(point.decode_streamed_bytes(
         costs.spec, costs.dtype))  # fmt: skip
     match schedule:
         case ScheduleName.CGOPIPE:
-            return longest
+            return terms
         case ScheduleName.FASTDECODE:
-            return maximum(longest, lanes[Lane.H2D] + lanes[Lane.GPU])
+            return (*terms, lanes[Lane.H2D] + lanes[Lane.GPU])
         case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
             n = point.num_micro_batches
             on_cpu = (n > point.gpu_kv_micro_batches) * (1 - point.gpu_attention)
             small = lanes[Lane.H2D] - weights
             in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
             # The first micro-batch's attention runs while the weights load.
-            serial = maximum(weights, in_turn / n) + in_turn * (n - 1) / n
-            overlapped = weights + maximum(small, lanes[Lane.GPU], lanes[Lane.CPU])
-            return maximum(longest, where(on_cpu, serial, overlapped))
+            serial = weights + in_turn * (n - 1) / n
+            return (
+                *terms,
+                where(on_cpu, serial, weights + small),
+                where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
+                where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
+            )
         case ScheduleName.DEEPSPEED:
             busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
-            return maximum(longest, weights, busy + lanes[Lane.H2D] - weights)
+            return (*terms, weights, busy + lanes[Lane.H2D] - weights)
 
 
 def _chain_seconds(costs: Costs, point: Point, context: Number) -> Number:
@@ -211,19 +217,30 @@ def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> dict[Lane, 
     }
 
 
+def batch_terms(
+    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
+) -> list[tuple[float, tuple[Number, ...]]]:
+    """What prefill and decode of one batch are made of: weights, each with terms.
+
+    A batch's time is the sum of every weight times the longest of its terms. The first is prefill;
+    the others are decode steps, whose context grows by a token a step: a step's time is a maximum
+    of lines in the context, so Simpson's rule over three contexts is within a fraction of a per
+    cent of the sum over all of them.
+    """
+    first = workload.prompt_len + 1
+    last = workload.prompt_len + max(workload.decode_steps, 1)
+    return [
+        (1.0, tuple(prefill_lanes(costs, point, workload).values())),
+        *(
+            (workload.decode_steps * share / 6, step_terms(costs, point, schedule, context))
+            for share, context in ((1, first), (4, (first + last) / 2), (1, last))
+        ),
+    ]
+
+
 def batch_seconds(
     costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
 ) -> tuple[Number, Number]:
-    """Prefill and decode seconds of one batch; the context grows by a token a step.
-
-    A step's time is a maximum of lines in the context, so Simpson's rule over three contexts is
-    within a fraction of a per cent of the sum over all of them.
-    """
-    prefill = maximum(*prefill_lanes(costs, point, workload).values())
-    first = workload.prompt_len + 1
-    last = workload.prompt_len + max(workload.decode_steps, 1)
-    begin, middle, end = (
-        step_seconds(costs, point, schedule, context)
-        for context in (first, (first + last) / 2, last)
-    )
-    return prefill, workload.decode_steps * (begin + 4 * middle + end) / 6
+    """Prefill and decode seconds of one batch."""
+    (_, prefill), *steps = batch_terms(costs, point, schedule, workload)
+    return maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)

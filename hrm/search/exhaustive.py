@@ -11,7 +11,7 @@ from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.search.choose import Candidate, choose, remedy
-from hrm.search.lattice import CHUNKS, COARSE_CHUNKS, around, coarse, whole
+from hrm.search.lattice import CHUNKS, COARSE_CHUNKS, REACHES, around, coarse, whole
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Grid, Ints, Kind, Space, make_grid
@@ -20,7 +20,6 @@ from hrm.workload import Workload
 
 RUNNER_UPS: Final = 3
 BEAM: Final = 8
-REACHES: Final = (0.25, 0.12, 0.06, 0.03, 0.015, 0.004)
 # How much higher than on the coarse grid the best of a kind may be.
 COARSE_MARGIN: Final = 1.25
 
@@ -64,6 +63,16 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     )
 
 
+def greatest(space: Space) -> float:
+    """The greatest closed-form throughput of a space, as far as this search finds it."""
+    best, costs = 0.0, Costs(space.spec, space.profile, space.dtype)
+    kinds = [GridOfKind(space, costs, kind) for kind in space.kinds()]
+    for kind in sorted(kinds, key=lambda kind: -kind.ceiling()):
+        if kind.ceiling() > best:
+            best = max([best, *(candidate.tokens_per_s for candidate in kind.solve())])
+    return best
+
+
 class GridOfKind:
     """The candidates of one kind that have been tried and fit, with their scores."""
 
@@ -101,22 +110,23 @@ class GridOfKind:
             best = np.array(self._best(BEAM), np.int64)
             if not len(best):
                 return
-            grid, found = self._try(
-                around(self.space, self.kind, self._places(best), reach), CHUNKS
-            )
+            places = around(self.space, self.kind, self.grid.take(best).places(), reach)
+            grid, found = self._try(places, CHUNKS)
             self.grid = self.grid.and_also(grid)
             self.scores = np.concatenate([self.scores, found])
 
-    def _places(self, indices: Ints) -> Ints:
-        grid = self.grid
-        columns = grid.micro_batch_size, grid.num_micro_batches, grid.gpu_kv_micro_batches
-        return np.column_stack([column[indices] for column in columns])
-
     def _try(self, places: Ints, chunks: list[int]) -> tuple[Grid, NDArray[np.float64]]:
         grid = make_grid(self.space, self.kind, places, chunks)
+        if self.whole and not self.kind.gpu_ffn:
+            grid = self._with_every_residency(grid)
         self.evaluations += len(grid)
         grid = grid.take(np.flatnonzero(grid.fits))
         return grid, scores(self.space, self.costs, grid)
+
+    def _with_every_residency(self, grid: Grid) -> Grid:
+        counts = grid.most_residents + 1
+        totals = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return grid.take(np.repeat(np.arange(len(grid)), counts)).with_residents(self.space, totals)
 
     def _best(self, count: int) -> list[int]:
         order = np.lexsort((self.grid.num_micro_batches, -self.scores))

@@ -1,7 +1,7 @@
 """Which integers are tried: micro-batch sizes, their number, and whose KV cache is on the GPU.
 
 A small space is tried whole. A large one is tried on a grid that is a few per cent apart, and then
-at every integer around the best. All solvers search the same integers.
+at every integer around the best.
 """
 
 from typing import Final
@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.schedules import SCHEDULES
-from hrm.search.space import Ints, Kind, KvPlace, Space, make_grid
+from hrm.search.space import ALL_THAT_FIT, Ints, Kind, KvPlace, Space, make_grid
 
 COARSE_CHUNKS: Final = [1, 4, 16]
 CHUNKS: Final = [1, 2, 4, 8, 16]
 COARSE_KV_SHARES: Final = (0.05, 0.25, 0.6)
-WHOLE_PLACES: Final = 2500  # a kind with no more places than this is tried whole
+WHOLE_PLACES: Final = 3000  # a kind with no more places and residencies is tried whole
+# Shares up to which integers around the best are tried, round by round.
+REACHES: Final = (0.25, 0.12, 0.06, 0.03, 0.015, 0.004)
+COARSE_PARTS: Final = (ALL_THAT_FIT, ALL_THAT_FIT // 2)
+# Shares of the reach, and micro-batches, by which the KV cache on the GPU is changed.
+_KV_STEPS: Final = ((0, 0), (0, -1), (0, 1), (-2, 0), (2, 0))
 _SIZES: Final = 24
 _NUMBERS: Final = 24
 _SIZES_OF_ONE: Final = 400
@@ -23,35 +28,46 @@ _BATCHES: Final = 8
 
 
 def whole(space: Space, kind: Kind) -> Ints | None:
-    """Every place (micro-batch size, number, KV on the GPU) of a kind; None if they are many."""
-    most_sizes, most_numbers = _limits(space)
+    """Every place of a kind; None if they are many.
+
+    A place is micro-batch size, number of micro-batches, how many of them have their KV cache on
+    the GPU, and which part of the experts that fit are resident: here always all.
+    """
+    most_sizes, most_numbers = limits(space)
     sizes = np.arange(1, most_sizes + 1)
     numbers = np.full(most_sizes, most_numbers)
     if space.workload.num_requests is not None:
         numbers = np.minimum(numbers, -(-space.workload.num_requests // sizes))
     counts = numbers * (numbers - 1) // 2 if kind.kv is KvPlace.SOME else numbers
-    if counts.sum() > WHOLE_PLACES:
+    residencies = 1 if kind.gpu_ffn else space.spec.num_layers * space.spec.num_experts + 1
+    if counts.sum() * residencies > WHOLE_PLACES:
         return None
     return places_of(kind, np.column_stack(_counted_up(sizes, numbers)))
 
 
 def places_of(kind: Kind, pairs: Ints, shares: tuple[float, ...] | None = None) -> Ints:
-    """Pairs of (micro-batch size, number) with the micro-batches whose KV cache is on the GPU.
+    """Places for pairs of (micro-batch size, number), with all residents that fit.
 
-    Where only some are, all counts are tried, or those nearest to the `shares`.
+    Where some micro-batches have their KV cache on the GPU, all counts are tried, or those nearest
+    to the `shares`.
     """
-    if kind.kv is KvPlace.NONE:
-        return np.column_stack([pairs, np.zeros(len(pairs), np.int64)])
-    if kind.kv is KvPlace.ALL:
-        return np.column_stack([pairs, pairs[:, 1]])
-    pairs = pairs[pairs[:, 1] > 1]
-    if shares is None:
-        chosen, on_gpu = _counted_up(np.arange(len(pairs)), pairs[:, 1] - 1)
-        return np.column_stack([pairs[chosen], on_gpu])
-    on_gpu = np.rint(np.multiply.outer(pairs[:, 1], np.array(shares))).astype(np.int64)
-    on_gpu = np.clip(on_gpu, 1, pairs[:, 1:] - 1)
-    columns = [np.column_stack([pairs, column]) for column in on_gpu.T]
-    return _distinct(np.concatenate(columns))
+    if kind.kv is KvPlace.SOME:
+        pairs = pairs[pairs[:, 1] > 1]
+        if shares is None:
+            chosen, on_gpu = _counted_up(np.arange(len(pairs)), pairs[:, 1] - 1)
+            pairs = pairs[chosen]
+        else:
+            on_gpu = np.rint(np.multiply.outer(np.array(shares), pairs[:, 1])).astype(np.int64)
+            on_gpu = np.clip(on_gpu, 1, pairs[:, 1] - 1).ravel()
+            pairs = np.tile(pairs, (len(shares), 1))
+    else:
+        on_gpu = pairs[:, 1] if kind.kv is KvPlace.ALL else np.zeros(len(pairs), np.int64)
+    return _distinct(np.column_stack([pairs, on_gpu, np.full(len(pairs), ALL_THAT_FIT)]))
+
+
+def pairs_of(places: Ints) -> Ints:
+    """The distinct pairs of (micro-batch size, number) of some places."""
+    return _distinct(places[:, :2])
 
 
 def coarse(space: Space, kind: Kind) -> Ints:
@@ -72,28 +88,44 @@ def coarse(space: Space, kind: Kind) -> Ints:
         equal = _product(batches, numbers)
         equal[:, 0] = -(-equal[:, 0] // equal[:, 1])
         pairs = np.concatenate([pairs, equal])
-    return places_of(kind, _levelled(pairs, requests), COARSE_KV_SHARES)
+    places = places_of(kind, levelled(pairs, requests), COARSE_KV_SHARES)
+    return places if kind.gpu_ffn else _with_parts(places, COARSE_PARTS)
 
 
 def around(space: Space, kind: Kind, places: Ints, reach: float) -> Ints:
     """Integers around some places: the nearest, and others up to a share of `reach` away."""
-    most_sizes, most_numbers = _limits(space)
-    sizes, numbers, on_gpu = places.T
+    most_sizes, most_numbers = limits(space)
+    sizes, numbers, on_gpu, parts = places.T
     near_sizes = _near(sizes, np.array([-1, -0.5, 0, 0.5, 1]) * reach, most_sizes)
     near_numbers = _near(numbers, np.array([-1, 0, 1]) * reach, most_numbers)
     pairs = np.stack(np.broadcast_arrays(near_sizes[:, :, None], near_numbers[:, None, :]), axis=-1)
-    if kind.kv is not KvPlace.SOME:
-        pairs = _levelled(pairs.reshape(-1, 2), space.workload.num_requests)
-        return places_of(kind, pairs)
-    share = (on_gpu / numbers)[:, None, None] * np.ones(pairs.shape[:-1])
     found: list[Ints] = []
-    for factor, step in ((1, 0), (1, -1), (1, 1), (1 - 2 * reach, 0), (1 + 2 * reach, 0)):
-        counts = np.rint(np.minimum(share * factor, 1) * pairs[..., 1]).astype(np.int64) + step
-        counts = np.clip(counts, 1, np.maximum(pairs[..., 1] - 1, 1))
-        found.append(np.concatenate([pairs, counts[..., None]], axis=-1).reshape(-1, 3))
+    for factor, step in _KV_STEPS if kind.kv is KvPlace.SOME else ((1, 0),):
+        share = (on_gpu / numbers)[:, None, None] * (1 + factor * reach)
+        count = np.rint(np.minimum(share, 1) * pairs[..., 1]).astype(np.int64) + step
+        part = np.broadcast_to(parts[:, None, None], count.shape)
+        found.append(np.stack([pairs[..., 0], pairs[..., 1], count, part], axis=-1).reshape(-1, 4))
     rows = np.concatenate(found)
     rows[:, :2] = _level(rows[:, :2], space.workload.num_requests)
-    return _distinct(rows[rows[:, 2] < rows[:, 1]])
+    if kind.kv is KvPlace.SOME:
+        rows = rows[rows[:, 1] > 1]
+        rows[:, 2] = np.clip(rows[:, 2], 1, rows[:, 1] - 1)
+    else:
+        rows[:, 2] = rows[:, 1] * (kind.kv is KvPlace.ALL)
+    if not kind.gpu_ffn:
+        steps = np.array([-2, -1, 1, 2]) * max(round(reach * ALL_THAT_FIT / 2), 1)
+        fewer = np.clip(parts[:, None] + steps, 0, ALL_THAT_FIT)
+        others = np.repeat(places, len(steps), axis=0)
+        others[:, 3] = fewer.ravel()
+        rows = np.concatenate([rows, others])
+    return _distinct(rows)
+
+
+def _with_parts(places: Ints, parts: tuple[int, ...]) -> Ints:
+    """Every place with each of these parts of the experts that fit."""
+    repeated = np.tile(places, (len(parts), 1))
+    repeated[:, 3] = np.repeat(parts, len(places))
+    return repeated
 
 
 def _counted_up(values: Ints, counts: Ints) -> tuple[Ints, Ints]:
@@ -103,7 +135,7 @@ def _counted_up(values: Ints, counts: Ints) -> tuple[Ints, Ints]:
     return repeated, np.arange(1, len(repeated) + 1) - before
 
 
-def _limits(space: Space) -> tuple[int, int]:
+def limits(space: Space) -> tuple[int, int]:
     """The greatest micro-batch size and number of micro-batches."""
     requests = space.workload.num_requests
     size = min(space.max_micro_batch_size, requests or space.max_micro_batch_size)
@@ -114,14 +146,15 @@ def _limits(space: Space) -> tuple[int, int]:
 
 def _that_fit(space: Space, kind: Kind) -> tuple[int, int]:
     """Sizes and numbers beyond which nothing fits, with a factor of two to spare."""
-    most = _limits(space)
+    most = limits(space)
     found: list[int] = []
     for axis in (0, 1):
         powers = 2 ** np.arange(int(most[axis]).bit_length())
-        pairs = np.ones((len(powers), 2), np.int64)
-        pairs[:, axis] = powers
-        on_gpu = pairs[:, 1] if kind.kv is KvPlace.ALL else np.zeros(len(powers), np.int64)
-        fits = make_grid(space, kind, np.column_stack([pairs, on_gpu]), [1]).fits
+        places = np.zeros((len(powers), 4), np.int64)
+        places[:, :2] = 1
+        places[:, axis] = powers
+        places[:, 2] = places[:, 1] * (kind.kv is KvPlace.ALL)
+        fits = make_grid(space, kind, places, [1]).fits
         each = fits.reshape(len(powers), -1).any(axis=1)
         found.append(min(2 * int(powers[each].max(initial=1)), most[axis]))
     return found[0], found[1]
@@ -142,7 +175,7 @@ def _product(sizes: Ints, numbers: Ints) -> Ints:
     return np.stack(np.meshgrid(sizes, numbers), axis=-1).reshape(-1, 2)
 
 
-def _levelled(pairs: Ints, requests: int | None) -> Ints:
+def levelled(pairs: Ints, requests: int | None) -> Ints:
     return _distinct(_level(pairs, requests))
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.closed_form import batch_seconds
+from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
+from hrm.policy import Policy, ScheduleName
 from hrm.search.space import Grid, Space
 
 
@@ -25,3 +26,21 @@ def scores(space: Space, costs: Costs, grid: Grid) -> NDArray[np.float64]:
         return np.zeros(0)
     prefill_s, decode_s = batch_seconds(costs, grid.point(space), space.schedule, space.workload)
     return tokens_per_batch(space, grid.batch_size) / (prefill_s + decode_s)
+
+
+def score_of(space: Space, policy: Policy) -> float:
+    """Closed-form tokens a second of one policy, as `scores` has it."""
+    tokens = float(tokens_per_batch(space, np.array(policy.batch_size)))
+    return tokens / _seconds_of_batch(space, policy, space.schedule)
+
+
+def bound_of(space: Space, policy: Policy) -> float:
+    """Tokens a second of full batches if a schedule overlapped all that can be overlapped."""
+    tokens = policy.batch_size * space.workload.gen_len
+    return tokens / _seconds_of_batch(space, policy, ScheduleName.CGOPIPE)
+
+
+def _seconds_of_batch(space: Space, policy: Policy, schedule: ScheduleName) -> float:
+    costs = Costs(space.spec, space.profile, space.dtype)
+    point = Point.of_policy(policy, space.spec)
+    return sum(batch_seconds(costs, point, schedule, space.workload))

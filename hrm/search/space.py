@@ -1,11 +1,14 @@
 """What is searched: kinds of policies, and grids of one kind as NumPy arrays.
 
-Given micro-batch size, number of micro-batches, devices, KV placement and prefill chunk, the
-largest residency of weights that fits is best, so it is computed and not enumerated.
+Where the GPU computes all experts, the largest residency that fits is best, so it is computed and
+not enumerated. Where the host computes those that it holds, residents are a share of that work as
+well, and fewer may be better.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +18,7 @@ from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.memory import cpu_purposes, gpu_purposes
 from hrm.model_spec import ModelSpec
+from hrm.numeric import Number
 from hrm.policy import KV_BLOCK_TOKENS, Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.schedules.pipeline import STAGING_PAGES, WEIGHT_SLOTS
@@ -103,7 +107,10 @@ def _choices(device: Device | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Candidates of one kind, one an entry of every array; `fits` are within both memories."""
+    """Candidates of one kind, one an entry of every array; `fits` are within both memories.
+
+    `resident_total` experts are on the GPU, of `most_residents` that fit there.
+    """
 
     kind: Kind
     batch_size: Ints
@@ -112,6 +119,7 @@ class Grid:
     gpu_kv_micro_batches: Ints
     resident_dense: Ints
     chunk_tokens: Ints
+    most_residents: Ints
     resident_total: Ints
     kv_tokens: Ints
     fits: NDArray[np.bool_]
@@ -131,6 +139,23 @@ class Grid:
         }
         return Grid(kind=self.kind, **both)
 
+    def numbers(self) -> dict[str, Ints]:
+        """The arrays that say how much memory is needed beside the weights."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    def places(self) -> Ints:
+        """The places that `make_grid` makes the candidates of, as near as parts allow."""
+        most = np.maximum(self.most_residents, 1)
+        parts = -(-self.resident_total * ALL_THAT_FIT // most)
+        parts = np.where(self.most_residents > 0, parts, ALL_THAT_FIT)
+        columns = self.micro_batch_size, self.num_micro_batches, self.gpu_kv_micro_batches, parts
+        return np.column_stack(columns)
+
+    def with_residents(self, space: Space, total: Ints) -> "Grid":
+        """The same candidates with so many resident experts."""
+        fits = fits_memory(space, self.kind, self.numbers(), total)
+        return replace(self, resident_total=total, fits=fits)
+
     def point(self, space: Space) -> Point:
         """The closed form's view of all candidates."""
         resident = self.resident_total / space.spec.num_layers
@@ -148,14 +173,22 @@ class Grid:
         )
 
     def policy(self, space: Space, index: int) -> Policy:
-        """One candidate as a policy; resident experts are spread evenly over the layers."""
+        """One candidate as a policy; resident experts are spread evenly over the layers.
+
+        Where all of them are resident, they run on the GPU whatever the kind, and the policy says
+        so if it may.
+        """
+        total, layers = int(self.resident_total[index]), space.spec.num_layers
+        all_on_gpu = total == layers * space.spec.num_experts
+        may_run_on_gpu = (self.kind.gpu_attention, 1) in space.devices()
+        gpu_ffn = self.kind.gpu_ffn or (all_on_gpu and may_run_on_gpu)
         return Policy(
             schedule=space.schedule,
             batch_size=int(self.batch_size[index]),
             micro_batch_size=int(self.micro_batch_size[index]),
             attention=Device.GPU if self.kind.gpu_attention else Device.CPU,
-            ffn=Device.GPU if self.kind.gpu_ffn else Device.CPU,
-            resident_experts=spread(int(self.resident_total[index]), space.spec.num_layers),
+            ffn=Device.GPU if gpu_ffn else Device.CPU,
+            resident_experts=spread(total, layers),
             resident_dense=bool(self.resident_dense[index]),
             gpu_kv_micro_batches=int(self.gpu_kv_micro_batches[index]),
             kv_tokens_per_micro_batch=int(self.kv_tokens[index]),
@@ -165,6 +198,7 @@ class Grid:
         )
 
 
+ALL_THAT_FIT: Final = 1000
 _ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
 
 
@@ -176,8 +210,9 @@ def spread(total: int, layers: int) -> tuple[int, ...]:
 def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) -> Grid:
     """All combinations of `places` with chunks and with projections resident or not.
 
-    `places` has the columns micro-batch size, number of micro-batches, and how many of these have
-    their KV cache on the GPU. Every combination gets the largest residency that fits.
+    `places` has the columns micro-batch size, number of micro-batches, how many of these have
+    their KV cache on the GPU, and how many parts in `ALL_THAT_FIT` of the experts that fit the GPU
+    are resident.
     """
     axes = np.array(
         [
@@ -187,7 +222,7 @@ def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) 
         ]
     )
     place, axis = (index.ravel() for index in np.indices((len(places), len(axes))))
-    micro_batch_size, num_micro_batches, on_gpu = places[place].T
+    micro_batch_size, num_micro_batches, on_gpu, parts = places[place].T
     factor, dense = axes[axis].T
     batch_size = micro_batch_size * num_micro_batches
     if space.workload.num_requests is not None:
@@ -195,17 +230,19 @@ def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) 
     prompt_tokens = np.ceil(batch_size * space.workload.prompt_len).astype(np.int64)
     chunk = np.minimum(space.workload.max_prompt_len * factor, prompt_tokens)
     chunk = np.maximum(chunk, space.workload.max_prompt_len)
-    return _with_residency(
-        space,
-        kind,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        num_micro_batches=num_micro_batches,
-        gpu_kv_micro_batches=on_gpu,
-        resident_dense=dense,
-        chunk_tokens=chunk,
-        kv_tokens=_kv_tokens(space.workload, micro_batch_size),
-    )
+    numbers = {
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "num_micro_batches": num_micro_batches,
+        "gpu_kv_micro_batches": on_gpu,
+        "resident_dense": dense,
+        "chunk_tokens": chunk,
+        "kv_tokens": _kv_tokens(space.workload, micro_batch_size),
+    }
+    most = _most_residents(space, kind, numbers)
+    total = np.maximum(most, 0) * parts // ALL_THAT_FIT
+    fits = (most >= 0) & fits_memory(space, kind, numbers, total)
+    return Grid(kind=kind, **numbers, most_residents=most, resident_total=total, fits=fits)
 
 
 def _kv_tokens(workload: Workload, micro_batch_size: Ints) -> Ints:
@@ -215,16 +252,15 @@ def _kv_tokens(workload: Workload, micro_batch_size: Ints) -> Ints:
     return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
-def _with_residency(space: Space, kind: Kind, **numbers: Ints) -> Grid:
-    """Complete a grid with the most resident experts that fit the GPU, and check both levels."""
-    spec, profile, dtype = space.spec, space.profile, space.dtype
-    layers, experts, size = spec.num_layers, spec.num_experts, DTYPE_BYTES[dtype]
-    expert_bytes, dense_bytes = spec.expert_parameters * size, spec.dense_parameters * size
-    dense, on_gpu = numbers["resident_dense"], numbers["gpu_kv_micro_batches"]
-    n = numbers["num_micro_batches"]
-    gpu = gpu_purposes(
-        spec,
-        dtype,
+def gpu_needed(
+    space: Space, kind: Kind, numbers: Mapping[str, Number], *, resident_bytes: Number,
+    max_streamed_bytes: Number,
+) -> Number:  # fmt: skip
+    """Bytes at the GPU's level: of the layers' weights those that stay, and the slots."""
+    on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
+    purposes = gpu_purposes(
+        space.spec,
+        space.dtype,
         batch_size=numbers["batch_size"],
         micro_batch_size=numbers["micro_batch_size"],
         kv_tokens=numbers["kv_tokens"],
@@ -232,10 +268,42 @@ def _with_residency(space: Space, kind: Kind, **numbers: Ints) -> Grid:
         gpu_kv_micro_batches=on_gpu,
         streams_kv=kind.gpu_attention * (on_gpu < n),
         ffn_on_cpu=1 - kind.gpu_ffn,
-        resident_bytes=dense * layers * dense_bytes,
-        max_streamed_bytes=0,
+        resident_bytes=resident_bytes,
+        max_streamed_bytes=max_streamed_bytes,
     )
-    free = profile.top.usable_bytes - sum(gpu.values())
+    return sum(purposes.values())
+
+
+def cpu_needed(
+    space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number,
+    page_bytes: Number,
+) -> Number:  # fmt: skip
+    """Bytes at the host's level: of the layers' weights those that stream, in pages if staged."""
+    purposes = cpu_purposes(
+        space.spec,
+        space.dtype,
+        batch_size=numbers["batch_size"],
+        micro_batch_size=numbers["micro_batch_size"],
+        kv_tokens=numbers["kv_tokens"],
+        num_micro_batches=numbers["num_micro_batches"],
+        gpu_kv_micro_batches=numbers["gpu_kv_micro_batches"],
+        ffn_on_cpu=(1 - kind.gpu_ffn) * (streamed_bytes > 0),
+        streamed_bytes=streamed_bytes,
+        staging_bytes=space.staging * STAGING_PAGES * page_bytes,
+    )
+    return sum(purposes.values())
+
+
+def _most_residents(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Ints:
+    """The most resident experts that fit the GPU; -1 where not even none do."""
+    spec, profile, size = space.spec, space.profile, DTYPE_BYTES[space.dtype]
+    layers, experts = spec.num_layers, spec.num_experts
+    expert_bytes, dense_bytes = spec.expert_parameters * size, spec.dense_parameters * size
+    dense = numbers["resident_dense"]
+    without_experts = gpu_needed(
+        space, kind, numbers, resident_bytes=dense * layers * dense_bytes, max_streamed_bytes=0
+    )
+    free = profile.top.usable_bytes - without_experts
     # With q experts of every layer and r more resident, q·layers + r experts lie beside the slots.
     slots = WEIGHT_SLOTS * ((1 - dense) * dense_bytes + experts * expert_bytes)
     beyond_slots = np.floor_divide(free - slots, expert_bytes)
@@ -245,27 +313,27 @@ def _with_residency(space: Space, kind: Kind, **numbers: Ints) -> Grid:
     more = np.clip(beyond_slots - per_layer * (layers - WEIGHT_SLOTS), 0, layers - 1)
     dense_slots = WEIGHT_SLOTS * (1 - dense) * dense_bytes
     all_fit = free >= layers * experts * expert_bytes + dense_slots
-    total = np.where(all_fit, layers * experts, per_layer * layers + more)
-    fits = all_fit | (free >= slots)
-    if not profile.has_accelerator:
-        fits = all_fit
-    streamed = layers * (1 - dense) * dense_bytes + (layers * experts - total) * expert_bytes
+    some_fit = (free >= slots) & profile.has_accelerator
+    total = np.where(some_fit, per_layer * layers + more, -1)
+    return np.where(all_fit, layers * experts, total).astype(np.int64)
+
+
+def fits_memory(
+    space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints
+) -> NDArray[np.bool_]:
+    """Whether candidates with so many resident experts fit both levels."""
+    spec, profile, size = space.spec, space.profile, DTYPE_BYTES[space.dtype]
+    layers, experts, dense = spec.num_layers, spec.num_experts, numbers["resident_dense"]
+    expert_bytes, dense_bytes = spec.expert_parameters * size, spec.dense_parameters * size
     largest = (1 - dense) * dense_bytes + (experts - total // layers) * expert_bytes
-    pages = n if SCHEDULES[space.schedule].paged else 1
-    cpu = cpu_purposes(
-        spec,
-        dtype,
-        batch_size=numbers["batch_size"],
-        micro_batch_size=numbers["micro_batch_size"],
-        kv_tokens=numbers["kv_tokens"],
-        num_micro_batches=n,
-        gpu_kv_micro_batches=on_gpu,
-        ffn_on_cpu=(1 - kind.gpu_ffn) * (streamed > 0),
-        streamed_bytes=streamed,
-        staging_bytes=space.staging * STAGING_PAGES * size * -(-largest // (pages * size)),
-    )
-    needed = sum(cpu.values())
+    gpu = gpu_needed(
+        space, kind, numbers, max_streamed_bytes=largest,
+        resident_bytes=dense * layers * dense_bytes + total * expert_bytes,
+    )  # fmt: skip
+    streamed = layers * (1 - dense) * dense_bytes + (layers * experts - total) * expert_bytes
+    pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
+    page_bytes = size * -(-largest // (pages * size))  # whole elements
+    cpu = cpu_needed(space, kind, numbers, streamed_bytes=streamed, page_bytes=page_bytes)
     if not profile.has_accelerator:
-        needed = needed + sum(gpu.values()) + total * expert_bytes
-    fits &= needed <= profile.host.usable_bytes
-    return Grid(kind=kind, **numbers, resident_total=total.astype(np.int64), fits=fits)
+        return gpu + cpu <= profile.host.usable_bytes
+    return (gpu <= profile.top.usable_bytes) & (cpu <= profile.host.usable_bytes)

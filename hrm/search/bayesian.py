@@ -1,0 +1,384 @@
+"""Bayesian search on the simulated throughput, which has no closed form, by Optuna.
+
+A trial's parameters are shares of what fits the machine, so that hardly any trial is wasted. First
+come policies that fill the memories, then in turn what Optuna's tree-structured Parzen estimator
+proposes and small changes of the best of each kind. The study can be kept in a file or a database: it is found
+again by a hash of everything that is fixed, and several processes can share it.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.errors import PolicyError
+from hrm.estimate import Estimate, estimate
+from hrm.policy import Policy
+from hrm.search.choose import remedy
+from hrm.search.exhaustive import RUNNER_UPS, greatest
+from hrm.search.lattice import CHUNKS, levelled, limits
+from hrm.search.result import Outcome, SearchResult
+from hrm.search.scores import bound_of, score_of
+from hrm.search.space import ALL_THAT_FIT, Grid, Ints, Kind, KvPlace, Space, make_grid
+
+if TYPE_CHECKING:
+    import optuna
+
+DEFAULT_TRIALS: Final = 200
+ENCODING: Final = 1  # of parameters; a study of another one is never resumed
+# To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks.
+_FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (0.5, 0.5, 4), (0.0, 1.0, 1))
+_RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micro-batch
+_STEPS: Final = (0.02, 0.1, 0.3)  # by which shares are changed
+_ATTEMPTS: Final = 50  # to change a policy into one that was not tried and may win
+BOUND_MARGIN: Final = 1.05  # the bound leaves out, as a rule by far less, what may be quicker
+_PROMISING: Final = 4  # of which the one with the highest closed form is tried
+
+Parameters = dict[str, Any]
+Progress = Callable[[int, float], None]
+
+
+def search_space(
+    space: Space, *, trials: int = DEFAULT_TRIALS, storage: str | None = None, seed: int = 0,
+    runner_ups: int = RUNNER_UPS, progress: Progress | None = None,
+) -> SearchResult:  # fmt: skip
+    """The policy with the highest simulated job throughput after `trials` more trials.
+
+    `storage` is the path of a journal file, or a database's URL (`sqlite:///trials.db`); without
+    it nothing is kept. Ctrl-C ends the search with the best so far. `progress` is called after
+    every trial with their number and the best throughput. Raises PolicyError if the storage cannot
+    be used.
+    """
+    started_s = time.perf_counter()
+    decoder = Decoder(space)
+    if not decoder.kinds:
+        return SearchResult(
+            solver="optuna", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
+            greatest_tokens_per_s=0.0, evaluations=0, seconds=time.perf_counter() - started_s,
+            gap=0.0, simulated=0, certified=True, remedy=remedy(space),
+        )  # fmt: skip
+    trying = Trying(decoder, _open_study(space, storage, seed), trials=trials, seed=seed)
+    interrupted = False
+    try:
+        for number in range(trials):
+            trying.try_one(local=number % 3 > 0)
+            if progress is not None:
+                progress(number + 1, trying.best_tokens_per_s())
+    except KeyboardInterrupt:
+        if not trying.best_tokens_per_s():
+            raise
+        interrupted = True
+    ranked = trying.ranked(runner_ups + 1)
+    best = ranked[0]
+    score = score_of(space, best.policy)
+    highest = max(score, greatest(space))
+    return SearchResult(
+        solver="optuna",
+        outcome=Outcome.INTERRUPTED if interrupted else Outcome.BEST_OF_TRIALS,
+        best=best,
+        runner_ups=tuple(ranked[1:]),
+        greatest_tokens_per_s=highest,
+        evaluations=len(trying.finished()),
+        seconds=time.perf_counter() - started_s,
+        gap=1 - score / highest,
+        simulated=len(trying.simulated),
+        certified=highest <= best.tokens_per_s,
+    )
+
+
+class Decoder:
+    """Turns shares of what fits into policies."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.dense = (True, False) if space.profile.has_accelerator else (True,)
+        self._known: dict[tuple[Any, ...], int] = {}
+        self.kinds = {
+            name: kind
+            for name, kind in ((_name(kind), kind) for kind in space.kinds())
+            if any(self._most_sizes(kind, CHUNKS[0], dense) for dense in self.dense)
+        }
+
+    def first(self, count: int) -> list[Parameters]:
+        """Policies that fill the memories in one way or another, those of the highest closed form."""
+        scored: dict[Policy, tuple[float, Parameters]] = {}
+        for parameters in self._filling():
+            policy = self.policy(parameters)
+            if policy is not None and policy not in scored:
+                scored[policy] = score_of(self.space, policy), parameters
+        ranked = sorted(scored.values(), key=lambda pair: -pair[0])
+        return [parameters for _, parameters in ranked[:count]]
+
+    def _filling(self) -> Iterator[Parameters]:
+        for size, number, chunk in _FILLING:
+            for name, kind in self.kinds.items():
+                for residents in (1.0,) if kind.gpu_ffn else (1.0, 0.0):
+                    yield {
+                        "kind": name, "size": size, "number": number, "kv": 0.5,
+                        "residents": residents, "chunk": chunk, "dense": True,
+                    }  # fmt: skip
+        for share in _RESIDENT:
+            for name, kind in self.kinds.items():
+                yield {
+                    "kind": name, "size": self._share_with_residents(kind, share), "number": 0.0,
+                    "kv": 0.5, "residents": 1.0, "chunk": 1, "dense": True,
+                }  # fmt: skip
+
+    def ask(self, trial: "optuna.Trial") -> Parameters:
+        """The parameters of a trial, as its sampler suggests them."""
+        name = trial.suggest_categorical("kind", list(self.kinds))
+        kind = self.kinds[name]
+        return {
+            "kind": name,
+            "size": trial.suggest_float("size", 0, 1),
+            "number": trial.suggest_float("number", 0, 1),
+            "kv": trial.suggest_float("kv", 0, 1) if kind.kv is KvPlace.SOME else 0.5,
+            "residents": 1.0 if kind.gpu_ffn else trial.suggest_float("residents", 0, 1),
+            "chunk": trial.suggest_categorical("chunk", CHUNKS),
+            "dense": trial.suggest_categorical("dense", self.dense),
+        }
+
+    def policy(self, parameters: Parameters) -> Policy | None:
+        """The policy that the parameters mean; None if even the least of its kind does not fit."""
+        kind = self.kinds[parameters["kind"]]
+        dense = parameters["dense"]
+        smaller = (c for c in reversed(CHUNKS) if c <= parameters["chunk"])
+        chunk = next((c for c in smaller if self._most_sizes(kind, c, dense)), CHUNKS[0])
+        size = _logarithmic(parameters["size"], self._most_sizes(kind, chunk, dense))
+        most_numbers = self._most_numbers(kind, chunk, dense, size) if size else 0
+        number = _logarithmic(parameters["number"], most_numbers)
+        if not number:
+            return None
+        ((size, number),) = levelled(
+            np.array([[size, number]]), self.space.workload.num_requests
+        ).tolist()
+        on_gpu = number if kind.kv is KvPlace.ALL else 0
+        if kind.kv is KvPlace.SOME:
+            most = _largest(number - 1, lambda k: self._fit(kind, chunk, dense, size, number, k))
+            on_gpu = 1 + round(parameters["kv"] * (most - 1))
+        parts = round(parameters["residents"] * ALL_THAT_FIT)
+        grid = make_grid(self.space, kind, np.array([[size, number, on_gpu, parts]]), [chunk])
+        fitting = np.flatnonzero(grid.fits & (grid.resident_dense == dense))
+        return grid.policy(self.space, int(fitting[0])) if len(fitting) else None
+
+    def changed(self, parameters: Parameters, random: Random) -> Parameters:
+        """The parameters with some of them changed, mostly a little."""
+        changed, step = dict(parameters), random.gauss(0, random.choice(_STEPS))
+        names = random.sample(sorted(changed), random.randint(1, 3))
+        steps = {name: random.gauss(0, random.choice(_STEPS)) for name in names}
+        if random.random() < 0.2:  # as many requests in fewer or more micro-batches
+            steps = {"size": step, "number": -step}
+        for name, moved in steps.items():
+            match name:
+                case "kind":
+                    changed[name] = random.choice(list(self.kinds))
+                case "chunk":
+                    changed[name] = random.choice(CHUNKS)
+                case "dense":
+                    changed[name] = random.choice(self.dense)
+                case _:
+                    changed[name] = min(max(changed[name] + moved, 0.0), 1.0)
+        return changed
+
+    def _share_with_residents(self, kind: Kind, share: float) -> float:
+        """The size, as a share, of one micro-batch beside which that share of experts fits."""
+        wanted = share * self.space.spec.num_layers * self.space.spec.num_experts
+
+        def fit(sizes: Ints) -> NDArray[np.bool_]:
+            number = 1 + (kind.kv is KvPlace.SOME)
+            grid = self._grid(kind, CHUNKS[0], sizes, number, number * (kind.kv is KvPlace.ALL))
+            fits = grid.fits & (grid.resident_total >= wanted)
+            return fits[grid.resident_dense == 1]
+
+        most = self._most_sizes(kind, CHUNKS[0], dense=True)
+        size = _largest(most, fit)
+        return math.log(size) / math.log(most) if size > 1 else 0.0
+
+    def _most_sizes(self, kind: Kind, chunk: int, dense: bool) -> int:
+        """The largest micro-batch of which one fits."""
+        key = kind, chunk, dense
+        if key not in self._known:
+            on_gpu = int(kind.kv is KvPlace.ALL)
+            number = 1 + (kind.kv is KvPlace.SOME)
+            self._known[key] = _largest(
+                limits(self.space)[0], lambda m: self._fit(kind, chunk, dense, m, number, on_gpu)
+            )
+        return self._known[key]
+
+    def _most_numbers(self, kind: Kind, chunk: int, dense: bool, size: int) -> int:
+        """The most micro-batches of a size that fit."""
+        key = kind, chunk, dense, size
+        if key not in self._known:
+            in_all = kind.kv is KvPlace.ALL
+            self._known[key] = _largest(
+                limits(self.space)[1],
+                lambda n: self._fit(kind, chunk, dense, size, n, n if in_all else 0),
+            )
+        return self._known[key]
+
+    def _fit(
+        self, kind: Kind, chunk: int, dense: bool, size: Ints | int, number: Ints | int,
+        on_gpu: Ints | int,
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        grid = self._grid(kind, chunk, size, number, on_gpu)
+        return grid.fits[grid.resident_dense == dense]
+
+    def _grid(
+        self, kind: Kind, chunk: int, size: Ints | int, number: Ints | int, on_gpu: Ints | int
+    ) -> Grid:
+        columns = np.broadcast_arrays(np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT)
+        return make_grid(self.space, kind, np.column_stack(columns), [chunk])
+
+
+def _name(kind: Kind) -> str:
+    devices = ("cpu", "gpu")
+    return (
+        f"attention on {devices[kind.gpu_attention]}, experts on {devices[kind.gpu_ffn]}, "
+        f"{kind.kv.name.lower()} of the KV cache on gpu"
+    )
+
+
+def _logarithmic(share: float, most: int) -> int:
+    """An integer from 1 to `most`, at a share of the way in the logarithm; 0 if there is none."""
+    return round(most**share) if most else 0
+
+
+def _largest(limit: int, fit: Callable[[Ints], NDArray[np.bool_]]) -> int:
+    """The largest integer up to `limit` that fits if all smaller ones do; 0 if 1 does not."""
+    if limit < 1:
+        return 0
+    values = np.unique(np.rint(np.geomspace(1, limit, 48)).astype(np.int64))
+    while True:
+        fitting = int(np.argmin(np.append(fit(values), False)))  # noqa: FBT003 - NumPy's value
+        if fitting == 0:
+            return 0
+        low = int(values[fitting - 1])
+        if fitting == len(values) or values[fitting] == low + 1:
+            return low
+        values = np.unique(np.rint(np.linspace(low, values[fitting], 48)).astype(np.int64))
+
+
+class Trying:
+    """A study with what this process knows of it."""
+
+    def __init__(self, decoder: Decoder, study: "optuna.Study", *, trials: int, seed: int) -> None:
+        self.decoder, self.study = decoder, study
+        self.simulated: dict[Policy, Estimate] = {}
+        self.random = Random(f"{seed} {len(study.trials)}")
+        if not study.trials:
+            for parameters in decoder.first(trials // 3):
+                study.enqueue_trial(parameters, skip_if_exists=True)
+
+    def try_one(self, *, local: bool) -> None:
+        """One more trial: what is queued, else near a good one if `local`, else the sampler's."""
+        import optuna
+
+        waiting = optuna.trial.TrialState.WAITING
+        if local and not self.study.get_trials(deepcopy=False, states=(waiting,)):
+            self._enqueue_change()
+        trial = self.study.ask()
+        try:
+            policy = self.decoder.policy(self.decoder.ask(trial))
+            if policy is None or not self._may_win(policy):
+                self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
+                self.study.tell(trial, self._simulate(policy).tokens_per_s)
+        except KeyboardInterrupt:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
+
+    def finished(self) -> "list[optuna.trial.FrozenTrial]":
+        """All trials of the study with a value, whoever tried them, best first."""
+        import optuna
+
+        complete = optuna.trial.TrialState.COMPLETE
+        trials = self.study.get_trials(deepcopy=False, states=(complete,))
+        return sorted(trials, key=lambda trial: -(trial.value or 0.0))
+
+    def best_tokens_per_s(self) -> float:
+        """The best throughput so far; 0 if there is none."""
+        finished = self.finished()
+        return (finished[0].value or 0.0) if finished else 0.0
+
+    def ranked(self, count: int) -> list[Estimate]:
+        """The best policies, each of another number of micro-batches."""
+        found: dict[int, Estimate] = {}
+        for trial in self.finished():
+            policy = self.decoder.policy(self._parameters(trial))
+            if policy is not None and policy.num_micro_batches not in found:
+                found[policy.num_micro_batches] = self._simulate(policy)
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def _enqueue_change(self) -> None:
+        """A small change of the best policy of one kind, mostly of the best kinds.
+
+        Of a few that may win, the one with the highest closed form.
+        """
+        best_of_kinds: dict[str, Parameters] = {}
+        for trial in self.finished():
+            best_of_kinds.setdefault(trial.params["kind"], self._parameters(trial))
+        space, promising = self.decoder.space, dict[float, Parameters]()
+        for _ in range(_ATTEMPTS if best_of_kinds else 0):
+            rank = min(int(self.random.expovariate(0.5)), len(best_of_kinds) - 1)
+            changed = self.decoder.changed(list(best_of_kinds.values())[rank], self.random)
+            policy = self.decoder.policy(changed)
+            if policy is not None and policy not in self.simulated and self._may_win(policy):
+                promising[score_of(space, policy)] = changed
+            if len(promising) == _PROMISING:
+                break
+        if promising:
+            self.study.enqueue_trial(promising[max(promising)])
+
+    def _may_win(self, policy: Policy) -> bool:
+        """Whether it was simulated, or its bound leaves a chance to beat the best so far."""
+        bound = BOUND_MARGIN * bound_of(self.decoder.space, policy)
+        return policy in self.simulated or bound > self.best_tokens_per_s()
+
+    def _parameters(self, trial: "optuna.trial.FrozenTrial") -> Parameters:
+        return {"kv": 0.5, "residents": 1.0, **trial.params}
+
+    def _simulate(self, policy: Policy) -> Estimate:
+        space = self.decoder.space
+        if policy not in self.simulated:
+            predicted = estimate(space.spec, policy, space.profile, space.workload)
+            self.simulated[policy] = predicted
+        return self.simulated[policy]
+
+
+def study_name(space: Space) -> str:
+    """The name of the study of a space: a hash of all that is fixed."""
+    fixed = msgspec.json.encode((ENCODING, space), order="sorted")
+    return f"hrm-{hashlib.sha256(fixed).hexdigest()[:16]}"
+
+
+def _open_study(space: Space, storage: str | None, seed: int) -> "optuna.Study":
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        if storage is None or "://" in storage:
+            kept = storage
+        else:
+            kept = JournalStorage(JournalFileBackend(storage))
+        study = optuna.create_study(
+            study_name=study_name(space), storage=kept, load_if_exists=True, direction="maximize"
+        )
+        # Whoever joins later proposes other policies.
+        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    except (OSError, ValueError, ImportError, optuna.exceptions.OptunaError) as error:
+        said = " ".join(str(error).split())
+        raise PolicyError(
+            "--storage", storage, f"must be a journal file or a database that Optuna opens ({said})",
+            "give a path such as trials.log, or a URL such as sqlite:///trials.db",
+        ) from error  # fmt: skip
+    return study

@@ -1,0 +1,238 @@
+"""The search as mixed-integer linear programs, solved by HiGHS through `scipy.optimize.milp`.
+
+A program picks one of many boxes (micro-batch size, number of micro-batches, chunk and placement of
+the projections: a binary each) and in it the integers of residency and KV placement. Bytes at both
+levels are linear in them, and so is, within a box, every term of which a batch's time is the
+longest: a lane's work, a chain of tasks. Nothing is assumed about which residency is best.
+
+Throughput is a ratio: tokens over seconds. With λ the best that is known, Dinkelbach's function is
+the maximum of tokens - λ·seconds, and λ is the best of all where that is 0. A box's tokens are a
+constant, so that dividing its part by them keeps it linear, and what is minimised is the sum of
+(λ·seconds/tokens - 1)·chosen over the boxes. Its minimum, λ/best - 1, needs no further iteration.
+
+Boxes are taken in the order of their ceilings, and those below λ are never put into a program.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from hrm.costs import Costs
+from hrm.errors import PolicyError
+from hrm.memory import plan_memory
+from hrm.search.boxes import Bounder, Boxes, Floats
+from hrm.search.choose import Candidate, choose, remedy
+from hrm.search.exhaustive import RUNNER_UPS
+from hrm.search.lattice import CHUNKS, REACHES, around, coarse, pairs_of, places_of, whole
+from hrm.search.result import Outcome, SearchResult
+from hrm.search.scores import scores
+from hrm.search.space import ALL_THAT_FIT, Grid, Ints, Kind, KvPlace, Space, make_grid
+from hrm.units import DTYPE_BYTES
+
+BETTER: Final = 1 + 1e-9  # what is not better by this is equal
+FIRST_PROGRAM: Final = 8  # boxes; the best of them prunes most of the others
+LARGEST_PROGRAM: Final = 256
+# HiGHS stops at a gap of 1e-6, which then is 1e-9 of the throughput.
+OBJECTIVE_SCALE: Final = 1000.0
+INFEASIBLE: Final = 2  # SciPy's status
+
+
+def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
+    """The policy with the highest closed-form job throughput that fits, simulated to be sure.
+
+    Searches the same integers as the exhaustive search, but every number of micro-batches whose KV
+    cache is on the GPU, and every residency.
+    """
+    started_s = time.perf_counter()
+    costs = Costs(space.spec, space.profile, space.dtype)
+    kinds = [ProgramsOfKind(space, costs, kind) for kind in space.kinds()]
+    choice = choose(space, list(kinds), runner_ups=runner_ups)
+    estimates = [predicted for _, predicted in choice.ranked]
+    proved = Outcome.PROVED if all(kind.whole for kind in kinds) else Outcome.OPTIMAL
+    return SearchResult(
+        solver="milp",
+        outcome=proved if estimates else Outcome.INFEASIBLE,
+        best=estimates[0] if estimates else None,
+        runner_ups=tuple(estimates[1 : runner_ups + 1]),
+        greatest_tokens_per_s=choice.greatest_tokens_per_s,
+        evaluations=sum(kind.evaluations for kind in kinds),
+        seconds=time.perf_counter() - started_s,
+        gap=choice.gap,
+        simulated=len(estimates),
+        certified=choice.certified,
+        remedy="" if estimates else remedy(space),
+    )
+
+
+class ProgramsOfKind:
+    """All boxes of one kind, and the programs that find the best policy in them."""
+
+    def __init__(self, space: Space, costs: Costs, kind: Kind) -> None:
+        self.space, self.costs, self.kind = space, costs, kind
+        self.evaluations = 0
+        places = whole(space, kind)
+        self.whole = places is not None
+        self.pairs = pairs_of(coarse(space, kind) if places is None else places)
+        self.bounder, self.boxes = self._boxes_of(self.pairs)
+
+    def ceiling(self) -> float:
+        """The highest bound of any box."""
+        return float(self.boxes.ceiling.max(initial=0.0))
+
+    def solve(self, above: float) -> list[Candidate]:
+        """The best policy, if it is better than `above`; otherwise it is proved that none is."""
+        best = self._best_of(self.bounder, self.boxes, above)
+        for reach in () if self.whole or best is None else REACHES:
+            assert best is not None
+            place = np.array([[best.policy.micro_batch_size, best.policy.num_micro_batches,
+                               best.policy.gpu_kv_micro_batches, ALL_THAT_FIT]])  # fmt: skip
+            pairs = pairs_of(around(self.space, self.kind, place, reach))
+            best = self._best_of(*self._boxes_of(pairs), best.tokens_per_s) or best
+        return [] if best is None else [best]
+
+    def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes]:
+        rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, (0.0,)), CHUNKS)
+        columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens
+        _, first = np.unique(np.stack([*columns, rows.resident_dense]), axis=1, return_index=True)
+        rows = rows.take(first)
+        bounder = Bounder(self.space, self.costs, rows)
+        low = rows.gpu_kv_micro_batches
+        high = rows.num_micro_batches - 1 if self.kind.kv is KvPlace.SOME else low
+        boxes = bounder.whole(low, high)
+        self.evaluations += bounder.evaluations
+        return bounder, boxes
+
+    def _best_of(self, bounder: Bounder, boxes: Boxes, above: float) -> Candidate | None:
+        """The best policy in the boxes that is better than `above`; None if it is proved not so."""
+        best: Candidate | None = None
+        size = FIRST_PROGRAM
+        while True:
+            boxes = boxes.take(boxes.ceiling > above * BETTER)
+            if not len(boxes):
+                return best
+            order = np.argsort(-boxes.ceiling, kind="stable")
+            chosen, boxes = boxes.take(order[:size]), boxes.take(order[size:])
+            if not chosen.is_plane.all():
+                divided = bounder.divide(chosen.take(~chosen.is_plane))
+                boxes = boxes.and_also(divided).and_also(chosen.take(chosen.is_plane))
+                continue
+            size = min(2 * size, LARGEST_PROGRAM)
+            while (found := best_in_program(bounder, chosen, above)) is not None:
+                box, experts, on_gpu = found
+                candidate = self._candidate(bounder.rows, int(chosen.rows[box]), experts, on_gpu)
+                if candidate is None:  # a few bytes too many: within the solver's tolerance
+                    chosen = bounder.without(chosen, box, experts, on_gpu)
+                    continue
+                if candidate.tokens_per_s > above * BETTER:
+                    best, above = candidate, candidate.tokens_per_s
+                break
+
+    def _candidate(self, rows: Grid, row: int, experts: int, on_gpu: int) -> Candidate | None:
+        """The policy with its closed form as it is scored everywhere; None if it does not fit."""
+        grid = replace(
+            rows.take(np.array([row])),
+            resident_total=np.array([experts]),
+            gpu_kv_micro_batches=np.array([on_gpu]),
+        )
+        policy = grid.policy(self.space, 0)
+        try:
+            plan_memory(self.space.spec, policy, self.space.profile).check_fits()
+        except PolicyError:
+            return None
+        return Candidate(policy, float(scores(self.space, self.costs, grid)[0]))
+
+
+def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, int, int] | None:
+    """(box, resident experts, micro-batches with KV on the GPU) of the best policy in the boxes.
+
+    None if none is better than `above`, or if none fits.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    space, count = bounder.space, len(boxes)
+    phases = len(bounder.weights)
+    # Columns: chosen, experts and micro-batches beyond the low corner, experts of every layer, and
+    # the phases' seconds in units of the least that the box allows.
+    columns = np.arange((4 + phases) * count).reshape(-1, count)
+    chosen, experts, on_gpu, of_every_layer, *seconds = columns
+    rows = _Rows()
+    rows.at_most_zero((experts, 1.0), (chosen, boxes.low - boxes.high))
+    rows.at_most_zero((on_gpu, 1.0), (chosen, boxes.kv_low - boxes.kv_high))
+    layers = float(space.spec.num_layers)
+    rows.at_most_zero((of_every_layer, layers), (chosen, -boxes.low), (experts, -1.0))
+    expert_bytes = space.spec.expert_parameters * DTYPE_BYTES[space.dtype]
+    top, host = space.profile.top, space.profile.host
+    for plane, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
+        at_low, an_expert, a_micro_batch, a_layer = plane / expert_bytes
+        rows.at_most_zero(
+            (chosen, at_low - level.usable_bytes / expert_bytes), (experts, an_expert),
+            (on_gpu, a_micro_batch), (of_every_layer, a_layer),
+        )  # fmt: skip
+    unit_s = bounder.tokens(boxes) / boxes.ceiling
+    matters = bounder.may_be_longest(boxes)
+    for term, phase in enumerate(bounder.phase_of_term):
+        of = np.flatnonzero(matters[term])
+        at_low, an_expert, a_micro_batch = boxes.terms[:, term, of] / unit_s[of]
+        rows.at_most_zero(
+            (chosen[of], at_low), (experts[of], an_expert), (on_gpu[of], a_micro_batch),
+            (seconds[phase][of], -1.0),
+        )  # fmt: skip
+    known = above or float(boxes.ceiling.max())
+    costs = np.zeros(columns.shape)
+    costs[0] = -1.0
+    costs[4:] = np.multiply.outer(bounder.weights, known / boxes.ceiling)
+    most = np.full(columns.shape, np.inf)
+    most[:4] = (
+        np.ones(count), boxes.high - boxes.low, boxes.kv_high - boxes.kv_low,
+        np.full(count, space.spec.num_experts),
+    )  # fmt: skip
+    integral = np.zeros(columns.shape)
+    integral[:4] = 1
+    pick = np.zeros(columns.size)
+    pick[chosen] = 1
+    solved: Any = milp(
+        OBJECTIVE_SCALE * costs.ravel(),
+        integrality=integral.ravel(),
+        bounds=Bounds(0.0, most.ravel()),
+        constraints=[rows.constraint(columns.size), LinearConstraint(pick, 0 if above else 1, 1)],
+        options={"mip_rel_gap": 1e-9},
+    )
+    if solved.status == INFEASIBLE:
+        return None
+    assert solved.status == 0, solved.message
+    values = np.rint(solved.x).reshape(columns.shape).astype(np.int64)
+    if not values[0].any():
+        return None
+    box = int(values[0].argmax())
+    return box, int(boxes.low[box] + values[1, box]), int(boxes.kv_low[box] + values[2, box])
+
+
+class _Rows:
+    """Rows of a program, gathered block by block."""
+
+    def __init__(self) -> None:
+        self.rows: list[Ints] = []
+        self.columns: list[Ints] = []
+        self.values: list[Floats] = []
+        self.count = 0
+
+    def at_most_zero(self, *terms: tuple[Ints, Floats | Ints | float]) -> None:
+        """One row for every entry of the terms' columns: coefficients × columns are at most 0."""
+        number = len(terms[0][0])
+        rows = self.count + np.arange(number)
+        for columns, values in terms:
+            self.rows.append(rows)
+            self.columns.append(columns)
+            self.values.append(np.broadcast_to(values, number).astype(float))
+        self.count += number
+
+    def constraint(self, num_columns: int) -> Any:
+        """All rows as SciPy takes them."""
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csr_array
+
+        places = np.concatenate(self.rows), np.concatenate(self.columns)
+        shape = self.count, num_columns
+        return LinearConstraint(csr_array((np.concatenate(self.values), places), shape), ub=0.0)
