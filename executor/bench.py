@@ -11,7 +11,7 @@ from typing import Any
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
 from executor.errors import JobError
-from executor.families import FAMILIES, AbstractFamily, family_for
+from executor.families import AbstractFamily, family_for
 from executor.generate import Generator
 from executor.job.machine import AcceleratorOptions, check_model, prepare
 from executor.job.report import Totals
@@ -73,7 +73,7 @@ def _model(
     layers = options.num_layers
     if options.model in BUILT_IN_MODELS:
         spec = load_model(options.model)
-        family = FAMILIES[spec.family]
+        family = family_for({"model_type": spec.family}, f"--model {options.model}")
         arch = family.published_architecture(spec)
         source: WeightSource = RandomWeights(options.seed)
     else:

@@ -45,7 +45,8 @@ class Completion:
 class BatchResult:
     """A batch's completions and what its phases took; `decode` is None if prefill ended it all.
 
-    `micro_batch_sizes` counts requests.
+    `micro_batch_sizes` counts requests, and `routed_tokens[i][e]` the tokens that layer i sent to
+    expert e; it is empty where nothing was computed.
     """
 
     completions: tuple[Completion, ...]
@@ -53,6 +54,7 @@ class BatchResult:
     decode: PhaseResult | None
     micro_batch_sizes: tuple[int, ...]
     num_chunks: int
+    routed_tokens: tuple[tuple[int, ...], ...] = ()
 
 
 def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
@@ -234,7 +236,7 @@ class Generator(AbstractGenerator):
             for s in members
         )
         sizes = tuple(len(members) for members in state.sequences)
-        return BatchResult(completions, prefilled, decoded, sizes, len(parts))
+        return BatchResult(completions, prefilled, decoded, sizes, len(parts), state.routed)
 
     def rescue(self) -> BatchResult | None:
         """What `generate` did until it raised: its completions are the requests ended by then.
@@ -251,8 +253,8 @@ class Generator(AbstractGenerator):
         sizes = tuple(len(members) for members in state.sequences)
         last = self.engine.result()
         if prefilled is None:
-            return BatchResult(completions, last, None, sizes, self._num_chunks)
-        return BatchResult(completions, prefilled, last, sizes, self._num_chunks)
+            return BatchResult(completions, last, None, sizes, self._num_chunks, state.routed)
+        return BatchResult(completions, prefilled, last, sizes, self._num_chunks, state.routed)
 
     @property
     def peak_bytes(self) -> dict[str, dict[str, int]]:

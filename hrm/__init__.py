@@ -21,7 +21,7 @@ from hrm.estimate import Estimate, estimate
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.machines import compose, load_profile, save_profile, with_memory
 from hrm.memory import MemoryPlan, plan_memory
-from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
+from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpec, load_model
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
@@ -38,6 +38,8 @@ __all__ = [
     "HardwareProfile",
     "HrmError",
     "Lane",
+    "LatentAttention",
+    "LayerKind",
     "Link",
     "MemoryLevel",
     "MemoryPlan",

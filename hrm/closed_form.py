@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hrm import operators
 from hrm.costs import Costs
-from hrm.model_spec import ModelSpec
+from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, where
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES
@@ -23,8 +23,8 @@ from hrm.workload import Workload
 class Point:
     """A policy, or a grid of them, in the numbers that the closed form needs.
 
-    `resident_experts` is the mean over layers, and `host_expert_layers` the share of the layers
-    with experts that are not resident. Truths are 0 or 1.
+    `resident_experts` is the mean over the layers with experts, and `host_expert_layers` the share
+    of all layers that have experts which are not resident. Truths are 0 or 1.
     """
 
     batch_size: Number
@@ -42,14 +42,17 @@ class Point:
     def of_policy(policy: Policy, spec: ModelSpec) -> "Point":
         """The numbers of one policy."""
         layers = len(policy.resident_experts)
-        some_on_host = sum(count < spec.num_experts for count in policy.resident_experts)
+        some_on_host = sum(
+            count < spec.num_experts_of(spec.layer_kind(layer))
+            for layer, count in enumerate(policy.resident_experts)
+        )
         return Point(
             batch_size=policy.batch_size,
             num_micro_batches=policy.num_micro_batches,
             gpu_attention=int(policy.attention is Device.GPU),
             gpu_ffn=int(policy.ffn is Device.GPU),
             gpu_kv_micro_batches=policy.gpu_kv_micro_batches,
-            resident_experts=sum(policy.resident_experts) / layers,
+            resident_experts=sum(policy.resident_experts) / max(spec.num_expert_layers, 1),
             host_expert_layers=some_on_host / layers,
             resident_dense=int(policy.resident_dense),
             chunk_tokens=policy.prefill_chunk_tokens,
@@ -58,163 +61,224 @@ class Point:
 
     def streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
         """Weight bytes of a layer that are not on the GPU, as a mean over layers."""
-        experts = (spec.num_experts - self.resident_experts) * spec.expert_parameters
-        dense = (1 - self.resident_dense) * spec.dense_parameters
-        return (experts + dense) * DTYPE_BYTES[dtype]
+        share = spec.num_expert_layers / spec.num_layers
+        experts = share * (spec.num_experts - self.resident_experts) * spec.expert_parameters
+        return experts * DTYPE_BYTES[dtype] + self._streamed_dense_bytes(spec, dtype)
 
     def decode_streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
         """Bytes of a layer loaded in every decode step."""
-        dense = (1 - self.resident_dense) * spec.dense_parameters * DTYPE_BYTES[dtype]
+        dense = self._streamed_dense_bytes(spec, dtype)
         return where(self.gpu_ffn, self.streamed_bytes(spec, dtype), dense)
+
+    def _streamed_dense_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+        kinds = spec.layer_kinds()
+        mean = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds.items())
+        return (1 - self.resident_dense) * (mean / spec.num_layers) * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _MicroBatch:
-    """Seconds of the tasks of one micro-batch in one layer of a decode step.
+class DecodeStep:
+    """The work of one decode step, as far as it does not depend on the context.
 
-    `cpu_attention` and `streams_kv` are shares of the micro-batches, `cpu_ffn` of the layers.
+    `m` is the mean number of active requests in a micro-batch. `cpu_attention` and `streams_kv` are
+    shares of the micro-batches; seconds are those of one micro-batch in one layer, but for weights
+    and pages, which are a layer's, and `embed_s` and `sample_s`, once a step. `moved_bytes` cross
+    the link and `read_bytes` are the processor's, in a layer, its cache apart.
     """
 
+    costs: Costs
+    point: Point
+    schedule: ScheduleName
+    m: Number
     cpu_attention: Number
     streams_kv: Number
-    cpu_ffn: Number
     projections_s: Number
-    gpu_attention_s: Number
-    cpu_attention_s: Number
     cpu_experts_s: Number
-    offload_qkv_s: Number
-    load_hidden_s: Number
-    offload_tokens_s: Number
-    load_experts_s: Number
+    to_gpu_s: Number
+    to_host_s: Number
+    weights_s: Number
+    stage_s: Number
+    embed_s: Number
+    sample_s: Number
+    moved_bytes: Number
+    read_bytes: Number
 
     @staticmethod
-    def of_point(costs: Costs, point: Point, context: Number) -> "_MicroBatch":
-        """The mean micro-batch of a point."""
+    def of_point(
+        costs: Costs, point: Point, schedule: ScheduleName, active_share: float = 1.0
+    ) -> "DecodeStep":
+        """The step of a point in which that share of the requests is still generating."""
         spec, dtype = costs.spec, costs.dtype
-        m = point.batch_size / point.num_micro_batches
-        off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
+        n = point.num_micro_batches
+        m = active_share * point.batch_size / n
+        off_gpu = 1 - point.gpu_kv_micro_batches / n
+        cpu_attention = off_gpu * (1 - point.gpu_attention)
+        streams_kv = off_gpu * point.gpu_attention
+        cpu_ffn = (1 - point.gpu_ffn) * point.host_expert_layers
         gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
-        on_cpu = spec.num_experts - point.resident_experts
-        return _MicroBatch(
-            cpu_attention=off_gpu * (1 - point.gpu_attention),
-            streams_kv=off_gpu * point.gpu_attention,
-            cpu_ffn=(1 - point.gpu_ffn) * point.host_expert_layers,
-            projections_s=costs.pre_attention(m) + costs.post_attention(m, gpu_experts),
-            gpu_attention_s=costs.attention(Device.GPU, m, context),
-            cpu_attention_s=costs.attention(Device.CPU, m, context),
-            cpu_experts_s=costs.cpu_experts(m, on_cpu / maximum(point.host_expert_layers, 1e-9)),
-            offload_qkv_s=costs.d2h(operators.qkv_bytes(spec, dtype, m)),
-            load_hidden_s=costs.h2d(operators.attention_output_bytes(spec, dtype, m)),
-            offload_tokens_s=costs.d2h(operators.routed_token_bytes(spec, dtype, m)),
-            load_experts_s=costs.h2d(operators.hidden_bytes(spec, dtype, m)),
+        on_host = (spec.num_expert_layers / spec.num_layers) * (
+            spec.num_experts - point.resident_experts
+        )
+        cpu_experts = on_host / maximum(point.host_expert_layers, 1e-9)
+        weights = point.decode_streamed_bytes(spec, dtype)
+        pages = n if SCHEDULES[schedule].paged else 1
+        qkv = operators.qkv_bytes(spec, dtype, m)
+        attended = operators.attention_output_bytes(spec, dtype, m)
+        routed = operators.routed_token_bytes(spec, dtype, m)
+        hidden = operators.hidden_bytes(spec, dtype, m)
+        new_kv = operators.kv_bytes(spec, dtype, m)
+        cpu_expert_bytes = (
+            spec.experts_hit(m) / spec.num_experts * on_host * spec.expert_parameters
+        ) * DTYPE_BYTES[dtype]
+        return DecodeStep(
+            costs=costs,
+            point=point,
+            schedule=schedule,
+            m=m,
+            cpu_attention=cpu_attention,
+            streams_kv=streams_kv,
+            projections_s=costs.pre_attention(m)
+            + costs.mean_over_layers(lambda kind: costs.post_attention(m, gpu_experts, kind)),
+            cpu_experts_s=cpu_ffn * costs.cpu_experts(m, cpu_experts),
+            to_gpu_s=cpu_attention * costs.h2d(attended) + cpu_ffn * costs.h2d_to_all(hidden),
+            to_host_s=cpu_attention * costs.d2h(qkv)
+            + cpu_ffn * costs.d2h(routed)
+            + streams_kv * costs.d2h(new_kv),
+            weights_s=costs.load_weights(weights, pages),
+            stage_s=point.staging * costs.stage(weights, pages),
+            embed_s=costs.h2d_to_all(hidden),
+            sample_s=costs.sample(m),
+            moved_bytes=weights
+            + n * (cpu_attention * (qkv + attended) + cpu_ffn * (routed + hidden))
+            + n * (streams_kv * new_kv + hidden / spec.num_layers),
+            read_bytes=2 * point.staging * weights + n * (1 - point.gpu_ffn) * cpu_expert_bytes,
         )
 
     @property
-    def gpu_s(self) -> Number:
-        """Work of the GPU."""
-        return self.projections_s + (1 - self.cpu_attention) * self.gpu_attention_s
+    def all_reduce_s(self) -> Number:
+        """Seconds of the step in which several GPUs exchange sums; part of the GPU's lane."""
+        tasks = self.costs.spec.num_layers * self.point.num_micro_batches
+        return tasks * 2 * self.costs.all_reduce(self.m)
 
-    @property
-    def cpu_s(self) -> Number:
-        """Work of the CPU."""
-        return self.cpu_attention * self.cpu_attention_s + self.cpu_ffn * self.cpu_experts_s
+    def _attention(self, context: Number) -> tuple[Number, Number, Number, Number]:
+        """Seconds on the GPU, on the CPU and to load the cache; and the cache's bytes."""
+        costs, spec = self.costs, self.costs.spec
 
-    @property
-    def to_gpu_s(self) -> Number:
-        """Hidden states on their way to the GPU."""
-        return self.cpu_attention * self.load_hidden_s + self.cpu_ffn * self.load_experts_s
+        def cache_bytes(kind: LayerKind) -> Number:
+            return operators.kv_bytes(spec, costs.dtype, self.m * spec.context_in(kind, context))
 
-    @property
-    def to_host_s(self) -> Number:
-        """Queries, keys, values and tokens on their way to the host."""
-        return self.cpu_attention * self.offload_qkv_s + self.cpu_ffn * self.offload_tokens_s
-
-
-def decode_lanes(costs: Costs, point: Point, schedule: ScheduleName, context: Number
-                 ) -> dict[Lane, Number]:  # fmt: skip
-    """Seconds of work in each lane in one decode step over a mean context."""
-    spec, dtype = costs.spec, costs.dtype
-    n, layers = point.num_micro_batches, spec.num_layers
-    m = point.batch_size / n
-    one = _MicroBatch.of_point(costs, point, context)
-    weights = point.decode_streamed_bytes(spec, dtype)
-    pages = n if SCHEDULES[schedule].paged else 1
-    load_kv = one.streams_kv * costs.h2d(operators.kv_bytes(spec, dtype, m * context))
-    store_kv = one.streams_kv * costs.d2h(operators.kv_bytes(spec, dtype, m))
-    embed = costs.h2d(operators.hidden_bytes(spec, dtype, m))
-    return {
-        Lane.GPU: layers * n * one.gpu_s + n * costs.sample(m),
-        Lane.CPU: layers * n * one.cpu_s,
-        Lane.H2D: layers * (costs.h2d(weights, pages) + n * (one.to_gpu_s + load_kv)) + n * embed,
-        Lane.D2H: layers * n * (one.to_host_s + store_kv),
-        Lane.STAGE: layers * point.staging * costs.stage(weights, pages),
-    }
-
-
-def step_terms(
-    costs: Costs, point: Point, schedule: ScheduleName, context: Number
-) -> tuple[Number, ...]:
-    """What one decode step takes at least, for several reasons; the longest is its time.
-
-    CGOPipe overlaps all lanes, as far as micro-batches in flight allow. FastDecode's GPU waits
-    for the layer's weights besides; FlexGen and DeepSpeed load the next layer only once the last
-    one's buffer is free, and FlexGen's attention on the CPU runs in turn with the GPU.
-    """
-    lanes = decode_lanes(costs, point, schedule, context)
-    terms = (*lanes.values(), _chain_seconds(costs, point, context))
-    weights = costs.spec.num_layers * costs.h2d(point.decode_streamed_bytes(
-        costs.spec, costs.dtype))  # fmt: skip
-    match schedule:
-        case ScheduleName.CGOPIPE:
-            return terms
-        case ScheduleName.FASTDECODE:
-            return (*terms, lanes[Lane.H2D] + lanes[Lane.GPU])
-        case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
-            n = point.num_micro_batches
-            on_cpu = (n > point.gpu_kv_micro_batches) * (1 - point.gpu_attention)
-            small = lanes[Lane.H2D] - weights
-            in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
-            # The first micro-batch's attention runs while the weights load.
-            serial = weights + in_turn * (n - 1) / n
-            return (
-                *terms,
-                where(on_cpu, serial, weights + small),
-                where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
-                where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
+        on_gpu, on_cpu = (
+            costs.mean_over_layers(
+                lambda kind, device=device: costs.attention(device, self.m, context, kind)
             )
-        case ScheduleName.DEEPSPEED:
-            busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
-            return (*terms, weights, busy + lanes[Lane.H2D] - weights)
+            for device in (Device.GPU, Device.CPU)
+        )
+        return (
+            (1 - self.cpu_attention) * on_gpu,
+            self.cpu_attention * on_cpu,
+            self.streams_kv * costs.mean_over_layers(lambda kind: costs.load_kv(cache_bytes(kind))),
+            (self.cpu_attention + self.streams_kv) * costs.mean_over_layers(cache_bytes),
+        )
+
+    def lanes(self, context: Number) -> tuple[dict[Lane, Number], Number]:
+        """Seconds of work in each lane over a mean context, and those that host memory needs."""
+        lanes, host_memory_s, _ = self._lanes(context)
+        return lanes, host_memory_s
+
+    def _lanes(self, context: Number) -> tuple[dict[Lane, Number], Number, Number]:
+        """As `lanes`, and the seconds of the step as a chain of micro-batches.
+
+        A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way.
+        """
+        layers, n = self.costs.spec.num_layers, self.point.num_micro_batches
+        gpu_attention_s, cpu_attention_s, load_kv_s, cache_bytes = self._attention(context)
+        gpu_s = self.projections_s + gpu_attention_s
+        cpu_s = self.cpu_experts_s + cpu_attention_s
+        lanes = {
+            Lane.GPU: n * (layers * gpu_s + self.sample_s),
+            Lane.CPU: layers * n * cpu_s,
+            Lane.H2D: layers * (self.weights_s + n * (self.to_gpu_s + load_kv_s))
+            + n * self.embed_s,
+            Lane.D2H: layers * n * self.to_host_s,
+            Lane.STAGE: layers * self.stage_s,
+        }
+        passes = self.costs.runtime.attention_passes
+        streamed = n * self.streams_kv / maximum(self.streams_kv + self.cpu_attention, 1e-9)
+        attended = n * passes - streamed * passes
+        host_memory_s = layers * self.costs.host_memory(
+            moved_bytes=self.moved_bytes + streamed * cache_bytes,
+            read_bytes=self.read_bytes + attended * cache_bytes,
+        )
+        in_flight = -maximum(-n, -LOOKAHEAD)
+        chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
+        return lanes, host_memory_s, chain_s
+
+    def terms(self, context: Number) -> tuple[Number, ...]:
+        """What the step takes at least, for several reasons; the longest is its time.
+
+        CGOPipe overlaps all lanes, as far as micro-batches in flight allow. FastDecode's GPU waits
+        for the layer's weights besides; FlexGen and DeepSpeed load the next layer only once the
+        last one's buffer is free, and FlexGen's attention on the CPU runs in turn with the GPU.
+        """
+        lanes, host_memory_s, chain_s = self._lanes(context)
+        terms = (*lanes.values(), host_memory_s, chain_s)
+        weights = self.costs.spec.num_layers * self.weights_s
+        match self.schedule:
+            case ScheduleName.CGOPIPE:
+                return terms
+            case ScheduleName.FASTDECODE:
+                return (*terms, lanes[Lane.H2D] + lanes[Lane.GPU])
+            case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
+                n, on_cpu = self.point.num_micro_batches, self.cpu_attention > 0
+                small = lanes[Lane.H2D] - weights
+                in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
+                # The first micro-batch's attention runs while the weights load.
+                serial = weights + in_turn * (n - 1) / n
+                return (
+                    *terms,
+                    where(on_cpu, serial, weights + small),
+                    where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
+                    where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
+                )
+            case ScheduleName.DEEPSPEED:
+                busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
+                return (*terms, weights, busy + lanes[Lane.H2D] - weights)
 
 
-def _chain_seconds(costs: Costs, point: Point, context: Number) -> Number:
-    """Seconds of a step in which each micro-batch waits for the one LOOKAHEAD before it.
-
-    A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD chains are in flight.
-    """
-    n, one = point.num_micro_batches, _MicroBatch.of_point(costs, point, context)
-    chain = one.gpu_s + one.cpu_s + one.to_gpu_s + one.to_host_s
-    in_flight = -maximum(-n, -LOOKAHEAD)
-    return costs.spec.num_layers * n / in_flight * chain
-
-
-def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> dict[Lane, Number]:
-    """Seconds of work in each lane in the prefill of one batch."""
+def prefill_lanes(
+    costs: Costs, point: Point, workload: Workload
+) -> tuple[dict[Lane, Number], Number]:
+    """Seconds of work in each lane in the prefill of one batch, and those of the host's memory."""
     spec, dtype, layers = costs.spec, costs.dtype, costs.spec.num_layers
     tokens = point.batch_size * workload.prompt_len
     chunk = -maximum(-point.chunk_tokens, -tokens)
     chunks = tokens / chunk
+    weights = point.streamed_bytes(spec, dtype)
     hidden = operators.hidden_bytes(spec, dtype, chunk)
     off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
-    h2d = costs.h2d(point.streamed_bytes(spec, dtype)) + chunks * costs.h2d(hidden)
-    stored_kv = off_gpu * costs.d2h(operators.kv_bytes(spec, dtype, chunk))
-    gpu = chunks * costs.prefill_layer(chunk, workload.prompt_len)
-    return {
+    kv = off_gpu * operators.kv_bytes(spec, dtype, chunk)
+    stored = chunks * (layers * kv + (layers - 1) * hidden)
+    gpu = chunks * costs.mean_over_layers(
+        lambda kind: costs.prefill_layer(chunk, workload.prompt_len, kind)
+    )
+    lanes = {
         Lane.GPU: layers * gpu + chunks * costs.sample(point.batch_size / chunks),
-        Lane.H2D: layers * h2d,
-        Lane.D2H: chunks * (layers * stored_kv + (layers - 1) * costs.d2h(hidden)),
-        Lane.STAGE: layers * point.staging * costs.stage(point.streamed_bytes(spec, dtype)),
+        Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
+        Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
+        Lane.STAGE: layers * point.staging * costs.stage(weights),
     }
+    host_memory_s = costs.host_memory(
+        moved_bytes=layers * (weights + chunks * hidden) + stored,
+        read_bytes=2 * point.staging * layers * weights,
+    )
+    return lanes, host_memory_s
+
+
+def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Number:
+    """Seconds of prefill in which several GPUs exchange sums; part of the GPU's lane."""
+    tokens = point.batch_size * workload.prompt_len
+    chunk = -maximum(-point.chunk_tokens, -tokens)
+    return tokens / chunk * costs.spec.num_layers * 2 * costs.all_reduce(chunk)
 
 
 def batch_terms(
@@ -227,12 +291,14 @@ def batch_terms(
     of lines in the context, so Simpson's rule over three contexts is within a fraction of a per
     cent of the sum over all of them.
     """
+    lanes, host_memory_s = prefill_lanes(costs, point, workload)
     first = workload.prompt_len + 1
     last = workload.prompt_len + max(workload.decode_steps, 1)
+    step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     return [
-        (1.0, tuple(prefill_lanes(costs, point, workload).values())),
+        (1.0, (*lanes.values(), host_memory_s)),
         *(
-            (workload.decode_steps * share / 6, step_terms(costs, point, schedule, context))
+            (workload.decode_steps * share / 6, step.terms(context))
             for share, context in ((1, first), (4, (first + last) / 2), (1, last))
         ),
     ]

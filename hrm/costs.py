@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from hrm import operators
-from hrm.hardware import HardwareProfile, Link, MemoryLevel
-from hrm.model_spec import ModelSpec
+from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
+from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
@@ -14,29 +15,64 @@ from hrm.tasks import Device, Phase, TaskId, TaskKind
 from hrm.units import DTYPE_BYTES
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What an implementation adds to its schedule; the default is this project's executor.
+
+    `weights_link` and `kv_link` are what weights and the KV cache cross on their way to the GPU.
+    `attention_passes` is how many bytes the CPU moves for each byte of the cache that it attends
+    over: more than one where the cache is copied or converted first. `synchronise_s` is added to
+    every task on the GPU.
+    """
+
+    weights_link: LinkKind = "pinned"
+    kv_link: LinkKind = "pinned"
+    attention_passes: float = 1.0
+    synchronise_s: float = 0.0
+
+
+EXECUTOR: Final = Runtime()
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What tasks cost on `profile`; m is the requests in a micro-batch."""
+    """What tasks cost on `profile`; m is the requests in a micro-batch.
+
+    The GPUs of a machine with several work in tensor parallel: two all-reduces a layer join the
+    compute of post-attention, and what every GPU needs whole crosses every link.
+    """
 
     spec: ModelSpec
     profile: HardwareProfile
     dtype: str
+    runtime: Runtime = EXECUTOR
 
     def level(self, device: Device) -> MemoryLevel:
         """The memory level that a device computes at."""
         return self.profile.top if device is Device.GPU else self.profile.host
 
+    def mean_over_layers(self, seconds_of: Callable[[LayerKind], Number]) -> Number:
+        """`seconds_of` each kind of layer, weighted by how many there are."""
+        kinds = self.spec.layer_kinds()
+        if len(kinds) == 1:
+            return seconds_of(next(iter(kinds)))
+        return sum(count * seconds_of(kind) for kind, count in kinds.items()) / self.spec.num_layers
+
     def pre_attention(self, m: Number) -> Number:
         """Norm, projections and rotary embedding on the GPU."""
         return self._on(Device.GPU, operators.pre_attention(self.spec, self.dtype, m))
 
-    def attention(self, device: Device, m: Number, context: Number) -> Number:
+    def attention(self, device: Device, m: Number, context: Number, kind: LayerKind) -> Number:
         """Decode attention over a mean context on either device."""
-        return self._on(device, operators.decode_attention(self.spec, self.dtype, m, context))
+        operator = operators.decode_attention(self.spec, self.dtype, m, context, kind)
+        if device is Device.CPU and self.runtime.attention_passes > 1:
+            operator = operator.with_passes(self.runtime.attention_passes)
+        return self._on(device, operator)
 
-    def post_attention(self, m: Number, gpu_experts: Number) -> Number:
+    def post_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
         """Output projection, router and `gpu_experts` of the experts on the GPU."""
-        return self._on(Device.GPU, operators.post_attention(self.spec, self.dtype, m, gpu_experts))
+        operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
+        return self._on(Device.GPU, operator) + 2 * self.all_reduce(m)
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
@@ -46,15 +82,38 @@ class Costs:
         """LM head and choice of the next token on the GPU."""
         return self._on(Device.GPU, operators.sample(self.spec, self.dtype, m))
 
-    def prefill_layer(self, tokens: Number, prompt_len: Number) -> Number:
+    def prefill_layer(self, tokens: Number, prompt_len: Number, kind: LayerKind) -> Number:
         """One layer of prefill over a chunk on the GPU."""
-        return self._on(
-            Device.GPU, operators.prefill_layer(self.spec, self.dtype, tokens, prompt_len)
-        )
+        operator = operators.prefill_layer(self.spec, self.dtype, tokens, prompt_len, kind)
+        return self._on(Device.GPU, operator) + 2 * self.all_reduce(tokens)
+
+    def all_reduce(self, tokens: Number) -> Number:
+        """Sum of the GPUs' hidden states of so many tokens, in a ring; nothing for one GPU.
+
+        2·(g - 1) steps, each moving a g-th of the bytes over every GPU's link at once.
+        """
+        gpus = self.profile.num_gpus
+        if gpus == 1:
+            return 0 * tokens
+        link = self.profile.peer
+        part = operators.hidden_bytes(self.spec, self.dtype, tokens) / gpus
+        return 2 * (gpus - 1) * link.seconds(part)
 
     def h2d(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
         """Host to device; nothing on a machine without an accelerator."""
         return self._over("h2d", num_bytes, num_transfers)
+
+    def h2d_to_all(self, num_bytes: Number) -> Number:
+        """The same bytes to every GPU."""
+        return self._over("h2d", num_bytes * self.profile.num_gpus, 1)
+
+    def load_weights(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
+        """Weights from the host to the GPU."""
+        return self._to_gpu(self.runtime.weights_link, num_bytes, num_transfers)
+
+    def load_kv(self, num_bytes: Number) -> Number:
+        """KV cache from the host to the GPU."""
+        return self._to_gpu(self.runtime.kv_link, num_bytes, 1)
 
     def d2h(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
         """Device to host."""
@@ -67,8 +126,25 @@ class Costs:
             return 0 * num_bytes
         return self.profile.link(host, host, "staging").seconds(num_bytes, num_transfers)
 
+    def host_memory(self, *, moved_bytes: Number, read_bytes: Number) -> Number:
+        """Seconds that the host's memory needs for all its users together.
+
+        `moved_bytes` cross a link and `read_bytes` are read or written by the processor.
+        """
+        if not self.profile.has_accelerator:
+            return 0 * moved_bytes
+        accesses = self.profile.host_accesses_a_transferred_byte * moved_bytes + read_bytes
+        return accesses / self.profile.host.together_bytes_per_s
+
     def _on(self, device: Device, operator: operators.Operator) -> Number:
-        return operator_seconds(operator, self.level(device), self.dtype)
+        seconds = operator_seconds(operator, self.level(device), self.dtype)
+        return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+
+    def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
+        if not self.profile.has_accelerator:
+            return 0 * num_bytes
+        host, top = self.profile.host.name, self.profile.top.name
+        return self.profile.link(host, top, kind).seconds(num_bytes, num_transfers)
 
     def _over(self, direction: str, num_bytes: Number, num_transfers: Number) -> Number:
         if not self.profile.has_accelerator:
@@ -77,14 +153,28 @@ class Costs:
         return link.seconds(num_bytes, num_transfers)
 
 
+LayerMix = tuple[tuple[LayerKind, float], ...]
+_ON_GPU: Final = frozenset(
+    {
+        TaskKind.PRE_ATTENTION,
+        TaskKind.ATTENTION,
+        TaskKind.POST_ATTENTION,
+        TaskKind.PREFILL_LAYER,
+        TaskKind.SAMPLE,
+    }
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskWork:
     """Bytes and seconds of each task of one phase under one policy.
 
     In decode, `tokens` is the mean number of requests in a micro-batch and `context` their mean
     context; in prefill, `tokens` is prompt tokens in a chunk and `context` the mean prompt length.
-    `mean_residents` are resident experts where a layer of the work stands for several of the
-    policy's; if it is empty, layers are the policy's own.
+    Where a layer of the work stands for several of the policy's, `mean_residents` are its resident
+    experts and `layer_mixes` the shares of the kinds that it stands for; if they are empty, layers
+    are the policy's own. Tasks that use the host's memory take `stretch` times their seconds, where
+    together they want more of it than it gives.
     """
 
     costs: Costs
@@ -94,11 +184,19 @@ class TaskWork:
     context: float
     requests_per_chunk: float = 0.0
     mean_residents: tuple[float, ...] = ()
+    layer_mixes: tuple[LayerMix, ...] = ()
+    stretch: float = 1.0
 
     @property
     def resident_experts(self) -> tuple[float, ...]:
         """Experts that stay on the GPU, for each layer of the work."""
         return self.mean_residents or self.policy.resident_experts
+
+    def layer_mix(self, layer: int) -> LayerMix:
+        """The kinds of layer that this one stands for, with their shares."""
+        if self.layer_mixes:
+            return self.layer_mixes[layer]
+        return ((self.costs.spec.layer_kind(layer), 1.0),)
 
     def num_bytes(self, task: TaskId) -> int:
         """Bytes that the task moves; 0 if it computes."""
@@ -117,7 +215,10 @@ class TaskWork:
             case TaskKind.STORE_KV:
                 moved = operators.kv_bytes(spec, dtype, m)
             case TaskKind.LOAD_KV:
-                moved = operators.kv_bytes(spec, dtype, m * self.context)
+                moved = sum(
+                    share * operators.kv_bytes(spec, dtype, m * spec.context_in(kind, self.context))
+                    for kind, share in self.layer_mix(task.layer)
+                )
             case TaskKind.LOAD_PAGE | TaskKind.STAGE_PAGE:
                 moved = self._streamed_bytes(task.layer) / self.pipeline.num_pages
             case _:
@@ -128,43 +229,72 @@ class TaskWork:
         """Weight bytes of a layer that are loaded in this phase."""
         spec, policy = self.costs.spec, self.policy
         on_cpu = policy.ffn is Device.CPU and self.pipeline.phase is Phase.DECODE
-        loaded = 0.0 if on_cpu else spec.num_experts - self.resident_experts[layer]
-        dense = 0 if policy.resident_dense else spec.dense_parameters
-        return (loaded * spec.expert_parameters + dense) * DTYPE_BYTES[policy.dtype]
+        elements = 0.0
+        for kind, share in self.layer_mix(layer):
+            if not on_cpu:
+                elements += share * spec.num_experts_of(kind) * spec.expert_parameters
+            if not policy.resident_dense:
+                elements += share * spec.dense_parameters_of(kind)
+        if not on_cpu:
+            elements -= self.resident_experts[layer] * spec.expert_parameters
+        return elements * DTYPE_BYTES[policy.dtype]
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        known: dict[tuple[TaskKind, float, bool], float] = {}
+        in_decode = self.pipeline.phase is Phase.DECODE
+        alike: dict[tuple[float, LayerMix], dict[TaskKind, float]] = {}
+        off_gpu: dict[tuple[float, LayerMix], dict[TaskKind, float]] = {}
+        layers = [
+            (alike.setdefault(key, {}), off_gpu.setdefault(key, {}))
+            for key in zip(
+                self.resident_experts, map(self.layer_mix, range(self.pipeline.num_layers)),
+                strict=False,  # a policy may be simulated over its first layers only
+            )
+        ]  # fmt: skip
 
         def seconds(task: TaskId) -> float:
-            in_decode = self.pipeline.phase is Phase.DECODE
-            attention = in_decode and task.kind is TaskKind.ATTENTION
-            on_cpu = attention and self.pipeline.attention_on_cpu(task.micro_batch)
-            key = (task.kind, self.resident_experts[task.layer], on_cpu)
-            if key not in known:
-                known[key] = self._seconds(task, on_cpu=on_cpu)
-            return known[key]
+            kind = task.kind
+            on_cpu = (
+                kind is TaskKind.ATTENTION
+                and in_decode
+                and self.pipeline.attention_on_cpu(task.micro_batch)
+            )
+            known = layers[task.layer][on_cpu]
+            if kind not in known:
+                whole = self._seconds(task, self.layer_mix(task.layer), on_cpu=on_cpu)
+                on_gpu = kind in _ON_GPU and not on_cpu
+                known[kind] = whole if on_gpu else whole * self.stretch
+            return known[kind]
 
         return seconds
 
-    def _seconds(self, task: TaskId, *, on_cpu: bool) -> float:
+    def _seconds(self, task: TaskId, mix: LayerMix, *, on_cpu: bool) -> float:
+        return sum(share * self._seconds_in(task, kind, on_cpu=on_cpu) for kind, share in mix)
+
+    def _seconds_in(self, task: TaskId, kind: LayerKind, *, on_cpu: bool) -> float:
+        """Seconds of the task in a layer of that kind; 0 where there is no such task."""
         costs, m, resident = self.costs, self.tokens, self.resident_experts[task.layer]
         match task.kind:
             case TaskKind.PRE_ATTENTION:
                 return costs.pre_attention(m)
             case TaskKind.ATTENTION:
-                return costs.attention(Device.CPU if on_cpu else Device.GPU, m, self.context)
+                return costs.attention(Device.CPU if on_cpu else Device.GPU, m, self.context, kind)
             case TaskKind.POST_ATTENTION:
                 on_gpu = resident if self.policy.ffn is Device.CPU else costs.spec.num_experts
-                return costs.post_attention(m, on_gpu)
+                return costs.post_attention(m, on_gpu, kind)
             case TaskKind.CPU_EXPERTS:
-                return costs.cpu_experts(m, costs.spec.num_experts - resident)
+                on_host = max(0.0, costs.spec.num_experts_of(kind) - resident)
+                return costs.cpu_experts(m, on_host)
             case TaskKind.PREFILL_LAYER:
-                return costs.prefill_layer(m, self.context)
+                return costs.prefill_layer(m, self.context, kind)
             case TaskKind.SAMPLE:
                 return costs.sample(self.requests_per_chunk or m)
             case TaskKind.STAGE_PAGE:
                 return costs.stage(self.num_bytes(task))
+            case TaskKind.LOAD_PAGE:
+                return costs.load_weights(self.num_bytes(task))
+            case TaskKind.LOAD_KV:
+                return costs.load_kv(self.num_bytes(task))
             case (
                 TaskKind.OFFLOAD_QKV
                 | TaskKind.OFFLOAD_TOKENS
@@ -172,5 +302,9 @@ class TaskWork:
                 | TaskKind.STORE_HIDDEN
             ):
                 return costs.d2h(self.num_bytes(task))
+            case TaskKind.EMBED | TaskKind.LOAD_EXPERT_OUTPUT:
+                return costs.h2d_to_all(self.num_bytes(task))
+            case TaskKind.LOAD_HIDDEN if self.pipeline.phase is Phase.PREFILL:
+                return costs.h2d_to_all(self.num_bytes(task))
             case _:
                 return costs.h2d(self.num_bytes(task))

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import accumulate
 from math import ceil
 from typing import Final
 
-from hrm.closed_form import Point, decode_lanes, prefill_lanes
-from hrm.costs import Costs, TaskWork
+from hrm.closed_form import DecodeStep, Point, prefill_all_reduce_s, prefill_lanes
+from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
 from hrm.memory import MemoryPlan, plan_memory
-from hrm.model_spec import ModelSpec
-from hrm.policy import Policy
+from hrm.model_spec import LayerKind, ModelSpec
+from hrm.parallel import part_of
+from hrm.policy import Parallelism, Policy
 from hrm.schedules import decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.simulate import simulate
 from hrm.tasks import Lane, TaskKind
@@ -21,27 +23,50 @@ from hrm.workload import Workload
 # Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
 MAX_TASKS: Final = 3000
 STEADY_STEPS: Final = 3
-LANE_WORDS: Final = {
-    Lane.GPU: "GPU compute",
-    Lane.CPU: "CPU attention and experts",
-    Lane.H2D: "host-to-device link",
-    Lane.D2H: "device-to-host link",
-    Lane.STAGE: "staging copies to pinned memory",
+
+
+class Limit(StrEnum):
+    """What can limit a phase: one of the lanes, or the host's memory that they share."""
+
+    GPU = "GPU"
+    CPU = "CPU"
+    H2D = "H2D"
+    D2H = "D2H"
+    STAGE = "STAGE"
+    HOST_MEMORY = "host memory"
+
+
+LIMIT_WORDS: Final = {
+    Limit.GPU: "GPU compute",
+    Limit.CPU: "CPU attention and experts",
+    Limit.H2D: "host-to-device link",
+    Limit.D2H: "device-to-host link",
+    Limit.STAGE: "staging copies to pinned memory",
+    Limit.HOST_MEMORY: "host memory that CPU and links share",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEstimate:
-    """One phase of the whole job: simulated seconds, the bound, and the work in each lane."""
+    """One phase of the whole job: simulated seconds, the bound, and the work in each lane.
+
+    `host_memory_s` is what the host's memory needs to serve all of them, and `all_reduce_s` the
+    part of the GPUs' time in which they exchange sums.
+    """
 
     seconds: float
     bound_s: float
     lane_s: dict[Lane, float]
+    host_memory_s: float = 0.0
+    all_reduce_s: float = 0.0
 
     @property
-    def bottleneck(self) -> Lane:
-        """The lane with the most work."""
-        return max(self.lane_s, key=lambda lane: self.lane_s[lane])
+    def bottleneck(self) -> Limit:
+        """The lane with the most work, or the host's memory if it needs longer than any."""
+        lane = max(self.lane_s, key=lambda lane: self.lane_s[lane])
+        if self.host_memory_s > self.lane_s[lane]:
+            return Limit.HOST_MEMORY
+        return Limit(lane.value)
 
     def __add__(self, other: "PhaseEstimate") -> "PhaseEstimate":
         """Both one after the other."""
@@ -49,6 +74,8 @@ class PhaseEstimate:
             seconds=self.seconds + other.seconds,
             bound_s=self.bound_s + other.bound_s,
             lane_s={lane: s + other.lane_s[lane] for lane, s in self.lane_s.items()},
+            host_memory_s=self.host_memory_s + other.host_memory_s,
+            all_reduce_s=self.all_reduce_s + other.all_reduce_s,
         )
 
     def times(self, count: int) -> "PhaseEstimate":
@@ -57,6 +84,8 @@ class PhaseEstimate:
             seconds=self.seconds * count,
             bound_s=self.bound_s * count,
             lane_s={lane: s * count for lane, s in self.lane_s.items()},
+            host_memory_s=self.host_memory_s * count,
+            all_reduce_s=self.all_reduce_s * count,
         )
 
 
@@ -89,30 +118,40 @@ class Estimate:
 
 
 def estimate(
-    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
-) -> Estimate:
+    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload, *,
+    runtime: Runtime = EXECUTOR,
+) -> Estimate:  # fmt: skip
     """Predict a job under a policy.
 
-    Raises PolicyError if the policy is not for this model; whether it fits is for the caller to
-    check (`estimate(...).memory.check_fits()`).
+    In pipeline parallel as many batches are under way as there are stages: a job of fewer takes as
+    long as if it had as many. Raises PolicyError if the policy is not for this model; whether it
+    fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
-    policy.check_model(spec)
+    part, machine = part_of(spec, profile, policy.parallelism)
+    policy.check_model(part)
+    costs = Costs(part, machine, policy.dtype, runtime)
     requests = workload.num_requests or policy.batch_size
     full_batches, rest = divmod(requests, policy.batch_size)
     phases: list[tuple[PhaseEstimate, PhaseEstimate]] = []
     if full_batches:
-        prefill, decode = _batch(spec, policy, profile, workload)
+        prefill, decode = _batch(costs, policy, workload)
         phases.append((prefill.times(full_batches), decode.times(full_batches)))
     if rest:
-        phases.append(_batch(spec, with_batch_size(policy, rest), profile, workload))
+        phases.append(_batch(costs, with_batch_size(policy, rest), workload))
     (prefill, decode), *others = phases
     for more_prefill, more_decode in others:
         prefill, decode = prefill + more_prefill, decode + more_decode
+    num_batches = full_batches + bool(rest)
+    if workload.num_requests is not None and policy.parallelism is Parallelism.PIPELINE:
+        idle_turns = -num_batches % profile.num_gpus
+        last_prefill, last_decode = _batch(costs, policy, workload) if idle_turns else phases[0]
+        prefill = prefill + last_prefill.times(idle_turns)
+        decode = decode + last_decode.times(idle_turns)
     return Estimate(
         policy=policy,
         num_requests=requests,
-        num_batches=full_batches + bool(rest),
-        generated_tokens=requests * workload.gen_len,
+        num_batches=num_batches,
+        generated_tokens=requests * workload.generated_tokens,
         prefill=prefill,
         decode=decode,
         memory=plan_memory(spec, policy, profile),
@@ -134,39 +173,54 @@ def with_batch_size(policy: Policy, batch_size: int) -> Policy:
     )
 
 
-def _batch(
-    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
-) -> tuple[PhaseEstimate, PhaseEstimate]:
-    costs = Costs(spec, profile, policy.dtype)
-    point = Point.of_policy(policy, spec)
-    lanes = prefill_lanes(costs, point, workload)
+def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
+    point = Point.of_policy(policy, costs.spec)
+    lanes, host_memory_s = prefill_lanes(costs, point, workload)
     prefill = PhaseEstimate(
         seconds=prefill_seconds(costs, policy, workload),
-        bound_s=max(lanes.values()),
+        bound_s=max(*lanes.values(), host_memory_s),
         lane_s={lane: lanes.get(lane, 0.0) for lane in Lane},
+        host_memory_s=host_memory_s,
+        all_reduce_s=prefill_all_reduce_s(costs, point, workload),
     )
-    steps = workload.decode_steps
+    steps, share = workload.decode_steps, workload.active_share
     contexts = (workload.prompt_len + 1, workload.prompt_len + max(steps, 1))
-    at_ends = [decode_lanes(costs, point, policy.schedule, context) for context in contexts]
-    mean_lanes = {lane: (at_ends[0][lane] + at_ends[1][lane]) / 2 for lane in Lane}
-    bound_s = sum(max(lanes.values()) for lanes in at_ends) / 2
-    simulated = {step_seconds(costs, policy, context) for context in contexts} if steps else {0.0}
+    step = DecodeStep.of_point(costs, point, policy.schedule, share)
+    at_ends = [step.lanes(context) for context in contexts]
+    active = share * policy.batch_size / policy.num_micro_batches
+    simulated = (
+        {step_seconds(costs, policy, c, tokens=active) for c in contexts} if steps else {0.0}
+    )
+    bound_s = sum(max(*lanes.values(), s) for lanes, s in at_ends) / 2
     decode = PhaseEstimate(
-        seconds=steps * sum(simulated) / len(simulated),
+        # A model of one layer is not yet in its steady state when the steps are taken.
+        seconds=steps * max(bound_s, sum(simulated) / len(simulated)),
         bound_s=steps * bound_s,
-        lane_s={lane: steps * s for lane, s in mean_lanes.items()},
+        lane_s={lane: steps * sum(lanes[lane] for lanes, _ in at_ends) / 2 for lane in Lane},
+        host_memory_s=steps * sum(s for _, s in at_ends) / 2,
+        all_reduce_s=steps * step.all_reduce_s,
     )
     return prefill, decode
 
 
-def decode_work(costs: Costs, policy: Policy, context: float, *, num_steps: int) -> TaskWork:
-    """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context."""
+def decode_work(
+    costs: Costs, policy: Policy, context: float, *, num_steps: int, tokens: float | None = None
+) -> TaskWork:
+    """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
+
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are.
+    """
+    whole = policy.batch_size / policy.num_micro_batches
+    tokens = whole if tokens is None else tokens
+    point = Point.of_policy(policy, costs.spec)
+    step = DecodeStep.of_point(costs, point, policy.schedule, tokens / whole)
     return TaskWork(
         costs=costs,
         policy=policy,
         pipeline=decode_pipeline(costs.spec, policy, num_steps=num_steps),
-        tokens=policy.batch_size / policy.num_micro_batches,
+        tokens=tokens,
         context=context,
+        stretch=_stretch(*step.lanes(context)),
     )
 
 
@@ -174,6 +228,7 @@ def prefill_work(costs: Costs, policy: Policy, workload: Workload) -> TaskWork:
     """Bytes and seconds of the tasks of one batch's prefill."""
     tokens = policy.batch_size * workload.prompt_len
     num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
+    point = Point.of_policy(policy, costs.spec)
     return TaskWork(
         costs=costs,
         policy=policy,
@@ -181,7 +236,19 @@ def prefill_work(costs: Costs, policy: Policy, workload: Workload) -> TaskWork:
         tokens=tokens / num_chunks,
         context=workload.prompt_len,
         requests_per_chunk=policy.batch_size / num_chunks,
+        stretch=_stretch(*prefill_lanes(costs, point, workload)),
     )
+
+
+def _stretch(lanes: dict[Lane, float], host_memory_s: float) -> float:
+    """How much longer work on the host's memory takes because all of it wants more than there is.
+
+    Only as far as the memory is what limits the phase: until then, work can give way in turn.
+    """
+    if host_memory_s <= max(lanes.values()):
+        return 1.0
+    using = max(seconds for lane, seconds in lanes.items() if lane is not Lane.GPU)
+    return host_memory_s / using if using else 1.0
 
 
 def simulate_work(work: TaskWork) -> Trace:
@@ -206,8 +273,7 @@ def step_seconds(
         # The last step loads no weights for another, so the step before it is the steady one.
         return ends[-2] - ends[-3]
 
-    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS)
-    work = replace(work, tokens=tokens or work.tokens)
+    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS, tokens=tokens)
     return _over_layers(work, 8 * STEADY_STEPS, seconds)
 
 
@@ -246,9 +312,20 @@ def _cut(work: TaskWork, layers: int) -> TaskWork:
 
         return tuple((total((i + 1) * span) - total(i * span)) / span for i in range(layers))
 
+    def mix(first: float, last: float) -> LayerMix:
+        """Shares of the kinds of layer between two positions."""
+        kinds: dict[LayerKind, float] = {}
+        for layer in range(int(first), ceil(last - 1e-9)):
+            part = min(layer + 1, last) - max(layer, first)
+            kind = work.costs.spec.layer_kind(layer)
+            kinds[kind] = kinds.get(kind, 0.0) + part / (last - first)
+        return tuple(kinds.items())
+
+    mixes = tuple(mix(i * span, (i + 1) * span) for i in range(layers))
     return replace(
         work,
         mean_residents=shares(work.resident_experts),
+        layer_mixes=mixes if len(work.costs.spec.layer_kinds()) > 1 else (),
         pipeline=replace(
             pipeline,
             num_layers=layers,

@@ -94,13 +94,16 @@ class Processor:
 
     `compute_flops_per_s` maps a dtype to its GEMM rate, a curve over tokens (rows) of the GEMM.
     `attention_bytes_per_s` is the rate at which the decode attention kernel reads KV cache, and
-    `launch_latency_s` what one more kernel or operator costs however small it is.
+    `launch_latency_s` what one more kernel or operator costs however small it is. Where requests
+    are attended to one by one, `attention_request_s` is what each costs besides; where a batch is
+    one kernel there is none.
     """
 
     name: str
     cores: int = 0
     compute_flops_per_s: dict[str, Rate]
     attention_bytes_per_s: Rate | None = None
+    attention_request_s: Figure | None = None
     launch_latency_s: Figure
 
     def flops_per_s(self, dtype: str, num_tokens: Number = None) -> Number:
@@ -149,6 +152,11 @@ class MemoryLevel:
     def usable_bytes(self) -> int:
         """Capacity less the reserve."""
         return int(self.capacity_bytes.value - self.reserve_bytes.value)
+
+    @property
+    def together_bytes_per_s(self) -> float:
+        """Bytes read and written a second by all that use this memory at once."""
+        return (self.shared_bytes_per_s or self.read_bytes_per_s).at()
 
     @property
     def attention_bytes_per_s(self) -> float:
@@ -208,13 +216,16 @@ class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
     `accelerator` says what level 0 is: `cuda`, `emulated` (a capped arena, a thread pool and a
-    paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured).
+    paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured). With
+    `num_stages` above 1 it is one of so many equal parts of a machine, a stage of a pipeline that
+    keeps the KV caches of as many batches.
     """
 
     schema: int = SCHEMA
     name: str
     accelerator: Literal["cuda", "emulated", "cpu", "catalog"]
     num_gpus: int = 1
+    num_stages: int = 1
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
     disk: Disk | None = None
@@ -238,6 +249,8 @@ class HardwareProfile:
             fast, slow = self.levels[0].name, self.levels[1].name
             self.link(slow, fast)
             self.link(fast, slow)
+            if self.num_gpus > 1:
+                self.link(fast, fast, "peer")
 
     @property
     def has_accelerator(self) -> bool:
@@ -263,6 +276,25 @@ class HardwareProfile:
             f"{self.name}: links", [f"{x.source}->{x.target} {x.kind}" for x in self.links],
             f"has no {kind} link {source}->{target}", "measure it with hrm profile or add it",
         )  # fmt: skip
+
+    @property
+    def default_dtype(self) -> str:
+        """bfloat16, or float16 where the top level's processor has no bfloat16."""
+        has_bfloat16 = "bfloat16" in self.top.processor.compute_flops_per_s
+        return "bfloat16" if has_bfloat16 else "float16"
+
+    @property
+    def peer(self) -> Link:
+        """One GPU to another."""
+        return self.link(self.top.name, self.top.name, "peer")
+
+    @property
+    def host_accesses_a_transferred_byte(self) -> int:
+        """How often a byte on the link is read or written in the host's memory.
+
+        An emulated link is a memcpy within it.
+        """
+        return 2 if self.accelerator == "emulated" else 1
 
     @property
     def h2d(self) -> Link:

@@ -78,30 +78,67 @@ def load_host(name: str) -> Host:
 def compose(gpus: str, host: str | None = None) -> HardwareProfile:
     """A machine of `4xT4` (or `T4`) in `host`, or else in the host that the GPU's file names.
 
-    Memory, bandwidth, compute and links of the GPUs add up; the links together are no faster than
-    the host's memory is read. Raises ProfileError if the host does not take that many GPUs.
+    Raises ProfileError if there is no such GPU or host, or the host does not take that many.
     """
     match = _GPUS.fullmatch(gpus)
     if match is None or int(match[1] or 1) < 1:
         raise ProfileError(
             "--gpus", gpus, "must be a GPU or a count of at least 1 and a GPU", "write it like 4xT4"
         )
-    count = int(match[1] or 1)
     card = load_gpu(match[2])
-    machine = load_host(host or card.default_host)
+    return assemble(card, int(match[1] or 1), load_host(host or card.default_host))
+
+
+def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
+    """A machine of `count` equal GPUs in a host.
+
+    Memory, bandwidth, compute and links of the GPUs add up; the links together are no faster than
+    the host's memory is read and than its root ports. Raises ProfileError if the host does not take
+    that many GPUs.
+    """
     if count > machine.max_gpus:
         raise ProfileError(
-            "--gpus", gpus, f"{machine.name} takes at most {machine.max_gpus} GPUs",
+            "--gpus", f"{count}x{card.name}",
+            f"{machine.name} takes at most {machine.max_gpus} GPUs",
             "ask for fewer or name another --host; hrm profiles lists them",
         )  # fmt: skip
-    limit = machine.level.read_bytes_per_s.planned
-    links = [_sum_link(link, count, limit) for link in (card.h2d, card.d2h)]
+    links = [_sum_link(link, count, machine) for link in (card.h2d, card.d2h)]
+    if count > 1:
+        links.append(card.peer)
     return HardwareProfile(
         name=f"{count}x{card.name} on {machine.name}",
         accelerator="catalog",
         num_gpus=count,
         levels=(_sum_level(card.level, count), machine.level),
         links=(*links, machine.staging),
+    )
+
+
+def one_part(profile: HardwareProfile) -> HardwareProfile:
+    """One of the GPUs with an equal share of everything that the machine has, host included."""
+    count = profile.num_gpus
+    note = f"one of {count} parts"
+
+    def share(figure: Figure) -> Figure:
+        return _scale(figure, 1 / count, note)
+
+    def share_of_link(link: Link) -> Link:
+        size_factor = 1.0 if link.kind == "staging" else 1 / count
+
+        def share_of_bandwidth(figure: Figure) -> Figure:
+            return _scale(figure, 1 / count, note, size_factor)
+
+        return replace(
+            link, bandwidth_bytes_per_s=_each(link.bandwidth_bytes_per_s, share_of_bandwidth)
+        )
+
+    return replace(
+        profile,
+        name=f"one of {count} parts of {profile.name}",
+        num_gpus=1,
+        num_stages=count,
+        levels=tuple(_change_level(level, share) for level in profile.levels),
+        links=tuple(share_of_link(link) for link in profile.links if link.kind != "peer"),
     )
 
 
@@ -216,52 +253,72 @@ def _each(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
     )
 
 
-def _sum_level(level: MemoryLevel, count: int) -> MemoryLevel:
-    if count == 1:
-        return level
+def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> MemoryLevel:
+    """The level with its sizes and rates changed; latencies and the number of cores stay."""
 
-    def total(figure: Figure) -> Figure:
-        return _scale(figure, count, f"times {count}")
-
-    def total_rate(rate: Rate | None) -> Rate | None:
-        return None if rate is None else _each(rate, total)
+    def changed(rate: Rate | None) -> Rate | None:
+        return None if rate is None else _each(rate, change)
 
     processor = level.processor
     return replace(
         level,
-        capacity_bytes=total(level.capacity_bytes),
-        reserve_bytes=total(level.reserve_bytes),
-        read_bytes_per_s=_each(level.read_bytes_per_s, total),
-        copy_bytes_per_s=total_rate(level.copy_bytes_per_s),
+        capacity_bytes=change(level.capacity_bytes),
+        reserve_bytes=change(level.reserve_bytes),
+        read_bytes_per_s=_each(level.read_bytes_per_s, change),
+        copy_bytes_per_s=changed(level.copy_bytes_per_s),
+        shared_bytes_per_s=changed(level.shared_bytes_per_s),
+        caches=tuple(
+            replace(
+                cache,
+                capacity_bytes=change(cache.capacity_bytes),
+                read_bytes_per_s=_each(cache.read_bytes_per_s, change),
+            )
+            for cache in level.caches
+        ),
         processor=replace(
             processor,
-            name=f"{count} x {processor.name}",
-            cores=count * processor.cores,
             compute_flops_per_s={
-                dtype: _each(rate, total) for dtype, rate in processor.compute_flops_per_s.items()
+                dtype: _each(rate, change) for dtype, rate in processor.compute_flops_per_s.items()
             },
-            attention_bytes_per_s=total_rate(processor.attention_bytes_per_s),
+            attention_bytes_per_s=changed(processor.attention_bytes_per_s),
         ),
     )
 
 
-def _sum_link(link: Link, count: int, limit: Figure) -> Link:
-    """All links side by side; a transfer is split over them, so curves stretch over size."""
+def _sum_level(level: MemoryLevel, count: int) -> MemoryLevel:
+    if count == 1:
+        return level
+    summed = _change_level(level, lambda figure: _scale(figure, count, f"times {count}"))
+    processor = summed.processor
+    named = replace(processor, name=f"{count} x {processor.name}", cores=count * processor.cores)
+    return replace(summed, processor=named)
+
+
+def _sum_link(link: Link, count: int, machine: Host) -> Link:
+    """All links side by side; a transfer is split over them, so curves stretch over size.
+
+    Together they are no faster than the host's root ports and than its memory is read.
+    """
 
     def total(figure: Figure) -> Figure:
         return _scale(figure, count, f"times {count}", size_factor=count)
 
     rate = link.bandwidth_bytes_per_s if count == 1 else _each(link.bandwidth_bytes_per_s, total)
-    planned = rate.planned
-    if planned.value > limit.value:
-        shown = format_bandwidth(limit.value)
-        capped = Figure(
-            value=limit.value,
-            source=Source.DERIVED,
-            note=f"limited by the host's memory, read at {shown} ({limit.source})",
-            curve=tuple((size, min(value, limit.value)) for size, value in planned.curve),
-        )
-        rate = replace(rate, achieved=capped)
+    limits = (
+        ("memory, read", machine.level.read_bytes_per_s.planned),
+        ("root ports, which move", machine.root_port_bytes_per_s.planned),
+    )
+    for what, limit in limits:
+        planned = rate.planned
+        if planned.value > limit.value:
+            shown = format_bandwidth(limit.value)
+            capped = Figure(
+                value=limit.value,
+                source=Source.DERIVED,
+                note=f"limited by the host's {what} at {shown} ({limit.source})",
+                curve=tuple((size, min(value, limit.value)) for size, value in planned.curve),
+            )
+            rate = replace(rate, achieved=capped)
     return replace(link, bandwidth_bytes_per_s=rate)
 
 

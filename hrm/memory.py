@@ -11,7 +11,8 @@ from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile, MemoryLevel
 from hrm.model_spec import ROUTING_BYTES, ModelSpec
 from hrm.numeric import Number, maximum
-from hrm.policy import Policy
+from hrm.parallel import part_of
+from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.schedules import decode_pipeline
 from hrm.schedules.pipeline import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.tasks import Device
@@ -42,6 +43,11 @@ class MemoryPlan:
     gpu: LevelPlan
     cpu: LevelPlan
 
+    @property
+    def fits(self) -> bool:
+        """Whether no level overflows."""
+        return all(plan.planned_bytes <= plan.capacity_bytes for plan in (self.gpu, self.cpu))
+
     def check_fits(self) -> None:
         """Raise PolicyError naming the level, the need and the remedy if a level overflows."""
         for plan, flag in ((self.gpu, "--gpu-memory"), (self.cpu, "--cpu-memory")):
@@ -56,55 +62,86 @@ class MemoryPlan:
                 )  # fmt: skip
 
 
-def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str) -> Number:
+def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: int = 1) -> Number:
     """Temporaries of one layer over `num_tokens` tokens, whichever expert they all go to.
 
     Queries, keys, values and attention output stay throughout. Beside them are, one after the
     other: the normed input with a float32 copy; what the rotary embedding needs; a second attention
     output; and last the experts' input and output, the routing with its sorted form, and one
-    expert's gathered input and both halves of its gated activation.
+    expert's gathered input and both halves of its gated activation. Of these, `ranks` GPUs in
+    tensor parallel divide all but what is as wide as the hidden state. Latent attention expands
+    its keys and values besides, and shared or dense FFNs may be wider than an expert.
     """
     size = DTYPE_BYTES[dtype]
-    hidden, queries, head = spec.hidden_size, spec.query_size, spec.head_dim
+    queries, output, head = spec.query_size, spec.attention_output_size, spec.head_dim
+    hidden = ranks * spec.hidden_size
+    inner = max(spec.intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size)
     routing = (size + 8) * spec.num_experts + (ROUTING_BYTES + 36) * spec.experts_per_token
     stages = (
-        size * hidden + 4 * hidden + 4,
-        size * (queries + spec.kv_size) // 2 + (4 + size) * head,
-        size * queries,
-        size * (3 * hidden + 2 * spec.intermediate_size) + routing,
+        size * hidden + 4 * hidden + 4 * ranks,
+        size * (queries + spec.kv_elements // 2) // 2 + (4 + size) * head,
+        size * output,
+        size * (3 * hidden + 2 * inner) + ranks * routing,
     )
-    per_token = size * (2 * queries + 2 * spec.kv_size) + max(stages)
-    return num_tokens * per_token + WORKSPACE_ROUNDING_BYTES
+    kept = queries + output + spec.kv_elements
+    if spec.latent_attention is not None:
+        kept += queries + output
+    return num_tokens * (size * kept + max(stages)) + WORKSPACE_ROUNDING_BYTES
 
 
-def exchange_bytes_per_request(spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number) -> Number:
-    """Decode buffers of one request: hidden state, QKV, attention and experts' output."""
-    elements = spec.hidden_size + 2 * spec.query_size + 2 * spec.kv_size
-    routed = 2 * spec.hidden_size * DTYPE_BYTES[dtype] + ROUTING_BYTES * spec.experts_per_token
-    return elements * DTYPE_BYTES[dtype] + ffn_on_cpu * routed
+def exchange_bytes_per_request(
+    spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number, ranks: int = 1
+) -> Number:
+    """Decode buffers of one request: hidden state, QKV, attention and experts' output.
+
+    Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
+    """
+    size, hidden = DTYPE_BYTES[dtype], ranks * spec.hidden_size
+    elements = hidden + spec.query_size + spec.attention_output_size + spec.kv_elements
+    routed = 2 * hidden * size + ROUTING_BYTES * spec.experts_per_token
+    return elements * size + ffn_on_cpu * routed
+
+
+def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number) -> Number:
+    """Tokens that a micro-batch's cache holds in all layers together.
+
+    `kv_tokens` is what it holds in a layer without a window; with one, no request needs more than
+    the window and the block that it ends in.
+    """
+    total = 0 * kv_tokens
+    for kind, layers in spec.layer_kinds().items():
+        held = kv_tokens
+        if kind.window:
+            held = -maximum(-kv_tokens, -micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
+        total = total + layers * held
+    return total
 
 
 def gpu_purposes(
     spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
     chunk_tokens: Number, gpu_kv_micro_batches: Number, streams_kv: Number, ffn_on_cpu: Number,
-    resident_bytes: Number, max_streamed_bytes: Number,
+    resident_bytes: Number, max_streamed_bytes: Number, ranks: int = 1, batches: int = 1,
 ) -> dict[str, Number]:  # fmt: skip
     """Bytes at the GPU level by purpose; `kv_tokens` is the cache of one micro-batch in tokens.
 
     `resident_bytes` are the layers' weights that stay and `max_streamed_bytes` the most that any
-    one layer streams.
+    one layer streams. The level is all GPUs together: `ranks` of them in tensor parallel hold the
+    hidden states each, and the cache more than once if it has fewer heads than there are GPUs. A
+    stage of a pipeline keeps the caches of all `batches` under way.
     """
     size = DTYPE_BYTES[dtype]
-    layer_kv = spec.kv_bytes_per_token_layer(dtype)
+    layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(dtype)
     tokens_at_once = maximum(micro_batch_size, chunk_tokens)
+    cache_tokens = kv_cache_tokens(spec, micro_batch_size, kv_tokens)
     return {
         "resident_weights": resident_bytes + spec.head_parameters * size,
         "weight_slots": WEIGHT_SLOTS * max_streamed_bytes,
-        "kv_cache": gpu_kv_micro_batches * kv_tokens * spec.num_layers * layer_kv,
+        "kv_cache": batches * gpu_kv_micro_batches * cache_tokens * layer_kv,
         "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
-        "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
-        "prefill_buffers": BUFFERS * chunk_tokens * (spec.hidden_size * size + layer_kv),
-        "workspace": workspace_bytes(spec, tokens_at_once, dtype),
+        "exchange": batch_size
+        * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
+        "prefill_buffers": BUFFERS * chunk_tokens * (ranks * spec.hidden_size * size + layer_kv),
+        "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks),
         "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
     }
 
@@ -112,34 +149,52 @@ def gpu_purposes(
 def cpu_purposes(
     spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
     num_micro_batches: Number, gpu_kv_micro_batches: Number, ffn_on_cpu: Number,
-    streamed_bytes: Number, staging_bytes: Number,
+    streamed_bytes: Number, staging_bytes: Number, latent_up_bytes: Number = 0, batches: int = 1,
 ) -> dict[str, Number]:  # fmt: skip
-    """Bytes at the host's level by purpose; `streamed_bytes` is over all layers."""
+    """Bytes at the host's level by purpose; `streamed_bytes` is over all layers.
+
+    `latent_up_bytes` are up-projections of latent attention that the CPU needs though their layers
+    are resident on the GPU.
+    """
     size = DTYPE_BYTES[dtype]
-    kv_bytes = spec.kv_bytes_per_token(dtype)
+    cache_bytes = kv_cache_tokens(
+        spec, micro_batch_size, kv_tokens
+    ) * spec.kv_bytes_per_token_layer(dtype)
     return {
-        "weights": streamed_bytes + spec.embedding_parameters * size,
+        "weights": streamed_bytes + spec.embedding_parameters * size + latent_up_bytes,
         "staging": staging_bytes,
-        "kv_cache": (num_micro_batches - gpu_kv_micro_batches) * kv_tokens * kv_bytes,
+        "kv_cache": batches * (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
         "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
         "prefill_hidden": num_micro_batches * kv_tokens * spec.hidden_size * size,
         "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, dtype),
     }
 
 
+def latent_up_bytes(
+    spec: ModelSpec, dtype: str, *, cpu_attention: Number, resident_dense: Number
+) -> Number:
+    """Bytes of up-projections that must lie on the host beside those on the GPU."""
+    held_twice = cpu_attention * resident_dense
+    return held_twice * spec.num_layers * spec.latent_up_parameters * DTYPE_BYTES[dtype]
+
+
 def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> MemoryPlan:
     """Bytes that the policy needs at each level of the machine.
 
-    On a machine of one level everything is planned there: `gpu` and `cpu` are then that level.
+    On a machine of one level everything is planned there: `gpu` and `cpu` are then that level. In
+    pipeline parallel it is one stage that is planned, with its share of the machine.
     """
-    gpu, cpu = purposes(spec, policy)
+    spec, profile = part_of(spec, profile, policy.parallelism)
+    gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
     if profile.has_accelerator:
         return MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))
     both = {key: gpu.get(key, 0) + cpu.get(key, 0) for key in {**gpu, **cpu}}
     return MemoryPlan(_level(profile.top, both), _level(profile.top, both))
 
 
-def purposes(spec: ModelSpec, policy: Policy) -> tuple[dict[str, int], dict[str, int]]:
+def purposes(
+    spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1
+) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by purpose at the GPU's and at the host's level, whether or not they are one."""
     streamed = [policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers)]
     n, on_gpu = policy.num_micro_batches, policy.gpu_kv_micro_batches
@@ -154,8 +209,10 @@ def purposes(spec: ModelSpec, policy: Policy) -> tuple[dict[str, int], dict[str,
         gpu_kv_micro_batches=on_gpu,
         streams_kv=int(policy.attention is Device.GPU and on_gpu < n),
         ffn_on_cpu=ffn_on_cpu,
-        resident_bytes=spec.num_layers * spec.layer_bytes(policy.dtype) - sum(streamed),
+        resident_bytes=spec.total_layer_bytes(policy.dtype) - sum(streamed),
         max_streamed_bytes=max(streamed),
+        ranks=ranks,
+        batches=batches,
     )
     cpu = cpu_purposes(
         spec,
@@ -168,6 +225,13 @@ def purposes(spec: ModelSpec, policy: Policy) -> tuple[dict[str, int], dict[str,
         ffn_on_cpu=ffn_on_cpu,
         streamed_bytes=sum(streamed),
         staging_bytes=staging_bytes(spec, policy),
+        latent_up_bytes=latent_up_bytes(
+            spec,
+            policy.dtype,
+            cpu_attention=int(policy.attention is Device.CPU and on_gpu < n),
+            resident_dense=int(policy.resident_dense),
+        ),
+        batches=batches,
     )
     return gpu, cpu
 

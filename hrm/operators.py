@@ -5,14 +5,15 @@ NumPy arrays. GEMMs count 2 FLOPs a multiply-add; weights count once a task, and
 only those that uniform routing is expected to hit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from hrm.model_spec import ROUTING_BYTES, ModelSpec
+from hrm.model_spec import ROUTING_BYTES, LayerKind, ModelSpec
 from hrm.numeric import Number, maximum
 from hrm.units import DTYPE_BYTES
 
-# Operators that a task issues, views included; a test counts the executor's.
+# Operators that a task issues, views included; a test counts the executor's. Those a request are
+# of attention that goes request by request: a profile says what they cost where it does.
 PRE_ATTENTION_LAUNCHES: Final = 33
 ATTENTION_LAUNCHES_PER_TASK: Final = 11
 ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
@@ -37,10 +38,11 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What one task computes."""
+    """What one task computes; `requests` are those whose attention may cost something each."""
 
     kernels: tuple[Kernel, ...]
     launches: Number
+    requests: Number = 0
 
     @property
     def flops(self) -> Number:
@@ -52,34 +54,58 @@ class Operator:
         """All bytes touched at the level it runs on."""
         return sum(kernel.num_bytes for kernel in self.kernels)
 
+    def with_passes(self, passes: float) -> "Operator":
+        """The same where attention moves so many bytes for each byte of the cache."""
+        kernels = tuple(
+            replace(kernel, num_bytes=passes * kernel.num_bytes) if kernel.reads_kv else kernel
+            for kernel in self.kernels
+        )
+        return replace(self, kernels=kernels)
+
     @property
     def intensity(self) -> Number:
         """Operational intensity: FLOPs a byte."""
         return self.flops / self.num_bytes
 
 
+def gemms(rows: Number, parameters: int, touched: Number, dtype: str) -> Kernel:
+    """GEMMs of `rows` tokens with so many weights; `touched` elements of a token go in and out."""
+    size = DTYPE_BYTES[dtype]
+    return Kernel(2 * rows * parameters, (parameters + rows * touched) * size, rows)
+
+
 def linear(rows: Number, inputs: int, outputs: int, dtype: str) -> Kernel:
     """A GEMM of `rows` tokens with an inputs × outputs weight matrix."""
-    size = DTYPE_BYTES[dtype]
-    touched = inputs * outputs * size + rows * (inputs + outputs) * size
-    return Kernel(2 * rows * inputs * outputs, touched, rows)
+    return gemms(rows, inputs * outputs, inputs + outputs, dtype)
 
 
 def pre_attention(spec: ModelSpec, dtype: str, m: Number) -> Operator:
     """Norm, QKV projection and rotary embedding of m tokens."""
-    projection = linear(m, spec.hidden_size, spec.query_size + 2 * spec.kv_size, dtype)
+    touched = spec.hidden_size + spec.query_size + spec.kv_elements
+    projection = gemms(m, spec.qkv_parameters, touched, dtype)
     return Operator((projection,), PRE_ATTENTION_LAUNCHES)
 
 
-def decode_attention(spec: ModelSpec, dtype: str, m: Number, context: Number) -> Operator:
-    """Attention of m new tokens, each over `context` cached ones: QKᵀ and P·V, cache read once."""
+def decode_attention(
+    spec: ModelSpec, dtype: str, m: Number, context: Number, kind: LayerKind
+) -> Operator:
+    """Attention of m new tokens, each over `context` cached ones: QKᵀ and P·V, cache read once.
+
+    A window caps the context. Latent attention works on the compressed cache, its up-projection
+    applied to queries and outputs (DeepSeek-V2, arXiv 2405.04434, §2.1.2).
+    """
+    seen = spec.context_in(kind, context)
     kernel = Kernel(
-        4 * m * context * spec.query_size,
-        m * context * spec.kv_bytes_per_token_layer(dtype),
+        m * seen * spec.attention_flops_per_context_token,
+        m * seen * spec.kv_bytes_per_token_layer(dtype),
         m,
         reads_kv=True,
     )
-    return Operator((kernel,), ATTENTION_LAUNCHES_PER_TASK + ATTENTION_LAUNCHES_PER_REQUEST * m)
+    if not spec.latent_up_parameters:
+        return Operator((kernel,), ATTENTION_LAUNCHES_PER_TASK, m)
+    touched = spec.query_size + spec.attention_output_size
+    up = gemms(m, spec.latent_up_parameters, touched, dtype)
+    return Operator((up, kernel), ATTENTION_LAUNCHES_PER_TASK, m)
 
 
 def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Operator:
@@ -98,28 +124,51 @@ def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Oper
     return Operator((kernel,), any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT)
 
 
-def post_attention(spec: ModelSpec, dtype: str, m: Number, gpu_experts: Number) -> Operator:
-    """Output projection, norm and router of m tokens, and the experts that run with it."""
-    output = linear(m, spec.query_size, spec.hidden_size, dtype)
+def dense_ffn(spec: ModelSpec, dtype: str, m: Number, kind: LayerKind) -> Operator:
+    """What every token goes through: shared experts, or the FFN of a layer without experts."""
+    parameters, inner = spec.shared_parameters, spec.shared_intermediate_size
+    if not kind.has_experts:
+        parameters, inner = spec.dense_ffn_parameters, spec.dense_intermediate_size
+    if not parameters:
+        return Operator((), 0)
+    touched = 2 * spec.hidden_size + 3 * inner
+    return Operator((gemms(m, parameters, touched, dtype),), LAUNCHES_PER_EXPERT)
+
+
+def post_attention(
+    spec: ModelSpec, dtype: str, m: Number, gpu_experts: Number, kind: LayerKind
+) -> Operator:
+    """Output projection, norm, router and dense FFN of m tokens, and the experts run with it."""
+    output = linear(m, spec.attention_output_size, spec.hidden_size, dtype)
+    dense = dense_ffn(spec, dtype, m, kind)
+    launches = POST_ATTENTION_LAUNCHES + dense.launches
+    if not kind.has_experts:
+        return Operator((output, *dense.kernels), launches)
     router = linear(m, spec.hidden_size, spec.num_experts, dtype)
     ffn = experts(spec, dtype, m, gpu_experts)
-    return Operator((output, router, *ffn.kernels), POST_ATTENTION_LAUNCHES + ffn.launches)
+    return Operator((output, router, *dense.kernels, *ffn.kernels), launches + ffn.launches)
 
 
-def prefill_layer(spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number) -> Operator:
+def prefill_layer(
+    spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number, kind: LayerKind
+) -> Operator:
     """One whole layer over `tokens` prompt tokens in prompts of `prompt_len`; causal attention."""
-    before, after = pre_attention(spec, dtype, tokens), post_attention(
-        spec, dtype, tokens, spec.num_experts
-    )  # fmt: skip
+    before = pre_attention(spec, dtype, tokens)
+    after = post_attention(spec, dtype, tokens, spec.num_experts, kind)
     size = DTYPE_BYTES[dtype]
+    capped = spec.context_in(kind, prompt_len)
+    mean_context = capped - capped * capped / (2 * prompt_len)
+    expanded = spec.query_size + spec.attention_output_size
     attention = Kernel(
-        2 * tokens * prompt_len * spec.query_size,
-        tokens * (2 * spec.query_size + 2 * spec.kv_size) * size,
+        2 * tokens * mean_context * expanded,
+        tokens * (expanded + spec.kv_elements) * size,
         prompt_len,
     )
-    launches = before.launches + after.launches
-    launches = launches + ATTENTION_LAUNCHES_PER_REQUEST * tokens / prompt_len
-    return Operator((*before.kernels, attention, *after.kernels), launches)
+    kernels = (*before.kernels, attention, *after.kernels)
+    if spec.latent_up_parameters:
+        touched = spec.kv_elements + expanded
+        kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
+    return Operator(kernels, before.launches + after.launches, tokens / prompt_len)
 
 
 def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:
@@ -137,12 +186,12 @@ def hidden_bytes(spec: ModelSpec, dtype: str, tokens: Number) -> Number:
 
 def qkv_bytes(spec: ModelSpec, dtype: str, m: Number) -> Number:
     """Queries, keys and values of m new tokens."""
-    return m * (spec.query_size + 2 * spec.kv_size) * DTYPE_BYTES[dtype]
+    return m * (spec.query_size + spec.kv_elements) * DTYPE_BYTES[dtype]
 
 
 def attention_output_bytes(spec: ModelSpec, dtype: str, m: Number) -> Number:
     """Attention outputs of m tokens, before the output projection."""
-    return m * spec.query_size * DTYPE_BYTES[dtype]
+    return m * spec.attention_output_size * DTYPE_BYTES[dtype]
 
 
 def kv_bytes(spec: ModelSpec, dtype: str, tokens: Number) -> Number:

@@ -26,6 +26,13 @@ class ScheduleName(StrEnum):
     DEEPSPEED = "deepspeed"
 
 
+class Parallelism(StrEnum):
+    """How several GPUs of one machine divide the work; the same for a single one."""
+
+    TENSOR = "tensor"
+    PIPELINE = "pipeline"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """How a batch is run; complete, nothing left to decide.
@@ -35,6 +42,8 @@ class Policy:
     token embedding never. The KV cache of `gpu_kv_micro_batches` micro-batches lives on the GPU.
     Each micro-batch's cache holds `kv_tokens_per_micro_batch` tokens, and prompts are prefilled in
     chunks of at most `prefill_chunk_tokens`. With `staging`, weights go through pinned buffers.
+    In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
+    are under way.
     """
 
     schedule: ScheduleName = ScheduleName.CGOPIPE
@@ -48,6 +57,7 @@ class Policy:
     kv_tokens_per_micro_batch: int
     prefill_chunk_tokens: int
     staging: bool = False
+    parallelism: Parallelism = Parallelism.TENSOR
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -97,12 +107,14 @@ class Policy:
                 f"must have one count for each of the {spec.num_layers} layers of {spec.name}",
                 "run hrm search for this model",
             )  # fmt: skip
-        if max(self.resident_experts) > spec.num_experts:
-            raise PolicyError(
-                "policy: resident_experts", self.resident_experts,
-                f"must be at most the {spec.num_experts} experts of {spec.name}",
-                "run hrm search for this model",
-            )  # fmt: skip
+        for layer, count in enumerate(self.resident_experts):
+            there_are = spec.num_experts_of(spec.layer_kind(layer))
+            if count > there_are:
+                raise PolicyError(
+                    f"policy: resident_experts[{layer}]", count,
+                    f"must be at most the {there_are} experts of {spec.name}",
+                    "run hrm search for this model",
+                )  # fmt: skip
 
     @property
     def num_micro_batches(self) -> int:
@@ -116,20 +128,27 @@ class Policy:
 
     def streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Weight bytes of a layer that are not on the GPU before it runs."""
-        experts = (spec.num_experts - self.resident_experts[layer]) * spec.expert_parameters
-        dense = 0 if self.resident_dense else spec.dense_parameters
-        return (experts + dense) * DTYPE_BYTES[self.dtype]
+        kind = spec.layer_kind(layer)
+        experts = (spec.num_experts_of(kind) - self.resident_experts[layer]) * (
+            spec.expert_parameters
+        )
+        return (experts + self._streamed_dense(spec, layer)) * DTYPE_BYTES[self.dtype]
 
     def decode_streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Bytes of a layer loaded in every decode step: no experts if the CPU computes them."""
         if self.ffn is Device.GPU:
             return self.streamed_bytes(spec, layer)
-        return 0 if self.resident_dense else spec.dense_parameters * DTYPE_BYTES[self.dtype]
+        return self._streamed_dense(spec, layer) * DTYPE_BYTES[self.dtype]
+
+    def _streamed_dense(self, spec: ModelSpec, layer: int) -> int:
+        return 0 if self.resident_dense else spec.dense_parameters_of(spec.layer_kind(layer))
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:
         """The paper's r_w: share of the layers' weight bytes that lives on the GPU."""
-        streamed = sum(self.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
-        return 1 - streamed / (spec.num_layers * spec.layer_bytes(self.dtype))
+        layers = range(min(spec.num_layers, len(self.resident_experts)))
+        streamed = sum(self.streamed_bytes(spec, layer) for layer in layers)
+        held = sum(spec.layer_bytes_of(spec.layer_kind(layer), self.dtype) for layer in layers)
+        return 1 - streamed / held
 
     @property
     def kv_share_on_gpu(self) -> float:
@@ -146,6 +165,13 @@ class Policy:
             self.weight_share_on_gpu(spec),
             self.kv_share_on_gpu,
         )
+
+
+def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
+    """`total` resident experts over the layers that have experts, as evenly as integers allow."""
+    without, layers = spec.num_dense_layers, spec.num_expert_layers
+    counts = ((i + 1) * total // layers - i * total // layers for i in range(layers))
+    return (0,) * without + tuple(counts)
 
 
 def kv_tokens_for(micro_batch_size: int, mean_context_len: float, max_context_len: int) -> int:

@@ -13,6 +13,7 @@ from hrm.errors import PolicyError, ProfileError
 from hrm.estimate import Estimate
 from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
+from hrm.parallel import part_of
 from hrm.policy import Policy
 from hrm.strict import decode_strictly
 from hrm.workload import Workload
@@ -104,5 +105,6 @@ def load_policy_file(path: Path) -> PolicyFile:
                 f"{path}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
                 "must be a positive number of bytes", "write it again with hrm search --out",
             )  # fmt: skip
-    content.policy.check_model(content.model)
+    part, _ = part_of(content.model, content.profile, content.policy.parallelism)
+    content.policy.check_model(part)
     return content

@@ -22,9 +22,12 @@ def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
 
 
 def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str) -> Number:
-    """Latency of the launches and the roofs of the kernels, one after the other."""
+    """Latency of launches and requests, and the roofs of the kernels, one after the other."""
     work = sum(kernel_seconds(kernel, level, dtype) for kernel in operator.kernels)
-    return operator.launches * level.processor.launch_latency_s.value + work
+    processor = level.processor
+    if processor.attention_request_s is not None:
+        work = work + operator.requests * processor.attention_request_s.value
+    return operator.launches * processor.launch_latency_s.value + work
 
 
 def attainable_flops_per_s(
@@ -89,8 +92,11 @@ def turning_points(
 def attention_turning_points(
     profile: HardwareProfile, spec: ModelSpec, dtype: str, *, context: float
 ) -> TurningPoints:
-    """Turning points of decode attention: every request reads its own cache, whatever the batch."""
-    operator = decode_attention(spec, dtype, 1, context)
+    """Turning points of decode attention: every request reads its own cache, whatever the batch.
+
+    Of layers with windows of different widths, it is the widest.
+    """
+    operator = decode_attention(spec, dtype, 1, context, spec.widest_kind)
     return turning_points(
         profile,
         dtype,

@@ -17,6 +17,8 @@ class Lane(StrEnum):
     D2H = "D2H"
     STAGE = "STAGE"
 
+    __hash__ = str.__hash__  # Enum would hash the name in Python, and simulations hash a lot
+
 
 class Device(StrEnum):
     """Where data lies or work is done: the top level's processor or the host's."""

@@ -24,6 +24,7 @@ _BYTES_PER_UNIT: Final = {
     "KB": KB, "MB": MB, "GB": GB, "TB": TB,
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
 }  # fmt: skip
+_FLOPS_PER_UNIT: Final = {"": 1, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _QUANTITY: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,6 +55,19 @@ def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
             where, text, "must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s",
             "write it like 12GB/s",
         ) from error  # fmt: skip
+
+
+def parse_flops(text: str, where: str = "compute") -> float:
+    """Read `65TFLOP/s` (or `65T`, or FLOP a second); returns FLOP a second."""
+    match = _QUANTITY.fullmatch(re.sub(r"flops?(/s)?\s*$", "", text, flags=re.IGNORECASE))
+    unit = _FLOPS_PER_UNIT.get(match[2].upper()) if match else None
+    flops_per_s = float(match[1]) * unit if match and unit else 0.0
+    if not 1 <= flops_per_s < 1e30:
+        raise UnitError(
+            where, text, "must be a positive rate in FLOP/s, GFLOP/s, TFLOP/s or PFLOP/s",
+            "write it like 65TFLOP/s",
+        )  # fmt: skip
+    return flops_per_s
 
 
 def format_bytes(num_bytes: float) -> str:

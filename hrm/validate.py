@@ -11,6 +11,7 @@ from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
+from hrm.parallel import part_of
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
@@ -217,7 +218,7 @@ def predict_run(run: RunRecord) -> Prediction:
     plan = run.policy_file
     profile = paced(plan.profile, run.accelerator)
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
-    costs = Costs(plan.model, profile, policy.dtype)
+    costs = Costs(*part_of(plan.model, profile, policy.parallelism), policy.dtype)
     prediction = Prediction()
     alike = Counter((batch.requests, batch.decode_steps) for batch in run.batches)
     for (requests, decode_steps), count in alike.items():
@@ -245,8 +246,9 @@ def _add_batch(
     # Requests that end early leave the others more room: the mean number active decides.
     active = requests * (lengths.gen_len - 1) / decode_steps
     context = lengths.prompt_len + lengths.gen_len / 2
-    work = decode_work(costs, smaller, context, num_steps=1)
-    work = replace(work, tokens=active / smaller.num_micro_batches)
+    work = decode_work(
+        costs, smaller, context, num_steps=1, tokens=active / smaller.num_micro_batches
+    )
     step = simulate_work(work)
     steps = count * decode_steps
     scale = step_seconds(costs, smaller, context, tokens=work.tokens)

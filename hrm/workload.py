@@ -10,13 +10,16 @@ from hrm.errors import WorkloadError
 class Workload:
     """A batch job: mean and maximum prompt length and the tokens generated a request.
 
-    `num_requests` of None means prompts without end: the batch size is then limited by memory only.
+    Memory is planned for `gen_len` tokens a request; if requests end early, `mean_gen_len` is what
+    they generate on average. `num_requests` of None means prompts without end: the batch size is
+    then limited by memory only.
     """
 
     name: str
     prompt_len: float
     max_prompt_len: int
     gen_len: int
+    mean_gen_len: float | None = None
     num_requests: int | None = None
 
     def __post_init__(self) -> None:
@@ -29,6 +32,11 @@ class Workload:
                 f"must be at least the mean prompt_len {self.prompt_len:g}",
             ),
             (
+                "mean_gen_len", self.mean_gen_len,
+                self.mean_gen_len is None or 1 <= self.mean_gen_len <= self.gen_len,
+                f"must lie between 1 and gen_len {self.gen_len}",
+            ),
+            (
                 "num_requests", self.num_requests,
                 self.num_requests is None or self.num_requests >= 1, "must be at least 1",
             ),
@@ -37,7 +45,7 @@ class Workload:
             if not holds:
                 raise WorkloadError(
                     f"workload {self.name}: {field}", value, rule,
-                    "check --prompt-len, --max-prompt-len, --gen-len and --requests",
+                    "check the options that give the workload's lengths and its --requests",
                 )  # fmt: skip
 
     @property
@@ -49,6 +57,16 @@ class Workload:
     def mean_context_len(self) -> float:
         """Mean final context of a request."""
         return self.prompt_len + self.gen_len
+
+    @property
+    def generated_tokens(self) -> float:
+        """Tokens that a request generates on average."""
+        return self.gen_len if self.mean_gen_len is None else self.mean_gen_len
+
+    @property
+    def active_share(self) -> float:
+        """Share of a batch's requests that still generate, as a mean over its decode steps."""
+        return (self.generated_tokens - 1) / self.decode_steps if self.decode_steps else 1.0
 
     @property
     def decode_steps(self) -> int:

@@ -166,7 +166,9 @@ class DecodeHandlers:
             gpu.weights_NK[span] = routing.weights_TK
             gpu.experts_NK[span] = routing.experts_TK
         if experts:
-            run_experts(x_RD, routing, experts, hidden_RD, workspace)
+            counts = run_experts(x_RD, routing, experts, hidden_RD, workspace)
+            if not self.pipeline.cpu_experts[x.layer]:
+                self.state.count_routed(x.layer, counts)
         return 0
 
     def offload_tokens(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -186,7 +188,8 @@ class DecodeHandlers:
         routing = Routing(host.weights_NK[span], host.experts_NK[span])
         workspace.reset()
         experts = self.memory.weights.host_experts[x.layer]
-        run_experts(host.routed_ND[span], routing, experts, output_RD, workspace)
+        counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace)
+        self.state.count_routed(x.layer, counts)
         return 0
 
     def load_expert_output(self, _: TaskId, __: Rows, span: slice) -> int:

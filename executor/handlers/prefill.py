@@ -116,7 +116,8 @@ class PrefillHandlers:
         lengths = [part.last - part.first for part in chunk.parts]
         prefill_attention(arch, qkv_TX, lengths, attention_TQ, workspace)
         x_TD, routing = post_attention(arch, hidden_TD, attention_TQ, weights.dense, workspace)
-        run_experts(x_TD, routing, weights.all_experts, hidden_TD, workspace)
+        counts = run_experts(x_TD, routing, weights.all_experts, hidden_TD, workspace)
+        self.state.count_routed(x.layer, counts)
         return 0
 
     def store_kv(self, x: TaskId) -> int:

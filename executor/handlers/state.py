@@ -73,7 +73,8 @@ class BatchState:
     """The requests of a batch, what they have generated, and which rows the next step has.
 
     `num_active` counts requests that go on; `num_generated` tokens so far and `share_done` how
-    much of the batch they are, for live displays.
+    much of the batch they are, for live displays. `routed_tokens[i][e]` counts the tokens, prompts'
+    and generated, that layer i sent to expert e.
     """
 
     def __init__(self, batch: Batch, arch: Architecture, stops: EndOfText) -> None:
@@ -83,6 +84,7 @@ class BatchState:
             [Generated(placed) for placed in micro_batch.placed]
             for micro_batch in batch.micro_batches
         ]
+        self.routed_tokens = [[0] * arch.spec.num_experts for _ in range(arch.spec.num_layers)]
         self.num_active = batch.num_requests
         self.num_generated = 0
         self._num_left = sum(
@@ -97,6 +99,11 @@ class BatchState:
         # Two versions: STORE_KV of a step may still run when SAMPLE makes the next step's rows.
         nothing = Rows.of([])
         self._rows: list[list[Rows]] = [[nothing, nothing] for _ in self.sequences]
+
+    @property
+    def routed(self) -> tuple[tuple[int, ...], ...]:
+        """`routed_tokens` as it stands."""
+        return tuple(tuple(layer) for layer in self.routed_tokens)
 
     @property
     def share_done(self) -> float:
@@ -123,6 +130,12 @@ class BatchState:
         else:
             return
         self.num_active -= 1
+
+    def count_routed(self, layer: int, counts: Sequence[int]) -> None:
+        """Add to the tokens that each expert of the layer was sent."""
+        total = self.routed_tokens[layer]
+        for expert, count in enumerate(counts):
+            total[expert] += count
 
     def start_decode(self) -> None:
         """Set up the rows of step 0, after prefill."""

@@ -1,7 +1,7 @@
 """What a run did, as it is written to run.json, and the trace beside it."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +75,7 @@ class Totals:
     )
     batches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     num_batches: int = 0
+    routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
     spans: list[Span] = field(default_factory=list[Span])
     spans_left_out: int = 0
 
@@ -95,6 +96,7 @@ class Totals:
         self.max_generated_tokens = max(self.max_generated_tokens, *generated)
         self.asked_tokens += sum(c.request.params.max_tokens for c in result.completions)
         self.num_batches += 1
+        self._add_routed(result.routed_tokens)
         decode_s = result.decode.seconds if result.decode else 0.0
         if len(self.batches) < MAX_BATCHES:
             self.batches.append(
@@ -110,6 +112,13 @@ class Totals:
         for phase, part in ((Phase.PREFILL, result.prefill), (Phase.DECODE, result.decode)):
             if part is not None:
                 self.phases[phase].add(part)
+
+    def _add_routed(self, counts: Sequence[Sequence[int]]) -> None:
+        if not self.routed_tokens:
+            self.routed_tokens = [[0] * len(layer) for layer in counts]
+        for total, layer in zip(self.routed_tokens, counts, strict=True):
+            for expert, count in enumerate(layer):
+                total[expert] += count
 
     @property
     def seconds(self) -> float:
@@ -197,6 +206,7 @@ def run_json(
         "phases": {phase.value: totals.phases[phase].to_json() for phase in Phase},
         "memory": memory,
         "batches": totals.batches,
+        "routed_tokens": totals.routed_tokens,
         "trace": {"spans": len(totals.spans), "spans_left_out": totals.spans_left_out},
         "versions": versions(),
         "policy_file": msgspec.to_builtins(policy_file),

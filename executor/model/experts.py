@@ -51,9 +51,10 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
 def run_experts(
     x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
     out_TD: Tensor, workspace: Workspace,
-) -> None:  # fmt: skip
+) -> list[int]:  # fmt: skip
     """Add to `out_TD` the weighted output of exactly the `experts` given, as (index, weights).
 
+    Returns how many tokens are routed to each expert, given or not, up to the last that any is.
     Experts may come lazily and in any order; those that no token goes to are skipped. `out_TD` may
     be the residual stream itself, but not `x_TD`.
     """
@@ -84,6 +85,7 @@ def run_experts(
         torch.mm(gate_nI, expert.w2.T, out=x_nD)
         out_TD.index_add_(0, rows, x_nD.mul_(weights[routed]))
     workspace.release(mark)
+    return counts
 
 
 def logits(

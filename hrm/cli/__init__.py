@@ -21,7 +21,9 @@ class _LazyGroup(click.Group):
         from importlib import import_module
 
         module, _ = _COMMANDS[cmd_name]
-        return getattr(import_module(module), cmd_name)
+        commands = import_module(module)
+        # `map` is Python's, so its command has a longer name there.
+        return getattr(commands, f"{cmd_name}_command", None) or getattr(commands, cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -34,14 +36,17 @@ _COMMANDS = {
         "hrm.cli.catalog",
         "List the GPUs, hosts and machines that are known, or show one.",
     ),
-    "models": ("hrm.cli.catalog", "List the built-in models, or show one model's sizes."),
+    "models": ("hrm.cli.models", "List the built-in models, or show one model's sizes."),
     "search": ("hrm.cli.plan", "Find the policy with the highest throughput that fits."),
+    "whatif": ("hrm.cli.analysis", "Say which upgrade pays: some more of each resource."),
+    "map": ("hrm.cli.analysis", "Map which kind of policy is best over two swept resources."),
     "estimate": ("hrm.cli.plan", "Predict what one given policy will do."),
     "simulate": (
         "hrm.cli.simulate",
         "Draw what each lane does under a policy; write a Chrome trace.",
     ),
     "plot": ("hrm.cli.plot", "Draw the machine's roofline or a policy's timeline as a picture."),
+    "paper": ("hrm.cli.paper", "Predict published runs and lay them beside what was measured."),
     "validate": ("hrm.cli.validate", "Lay a run's measurements beside the prediction."),
 }
 

@@ -1,66 +1,17 @@
-"""`hrm profiles` and `hrm models`: what is known without measuring."""
+"""`hrm profiles`: the machines that are known without measuring."""
 
 from typing import Any
 
 import click
 from rich.table import Table
 
-from hrm.cli.options import resolve_machine
+from hrm.cli.options import MachineChoice
 from hrm.cli.report import console, print_json
 from hrm.hardware import HardwareProfile, MemoryLevel, Rate
 from hrm.machines import compose, list_files, load_gpu, load_host, load_profile
-from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
-from hrm.units import (
-    DTYPE_BYTES,
-    format_bandwidth,
-    format_bytes,
-    format_count,
-    format_flops,
-    format_seconds,
-)
+from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-
-
-@click.command()
-@click.argument("name", required=False)
-@_json
-def models(name: str | None, as_json: bool) -> None:
-    """List the built-in models, or show NAME (built-in, folder or config.json)."""
-    chosen = [load_model(name)] if name else list(BUILT_IN_MODELS.values())
-    if as_json:
-        described = {spec.name: _model_json(spec) for spec in chosen}
-        print_json(described[chosen[0].name] if name else described)
-        return
-    table = Table(
-        "model", "parameters", "active", "layers", "experts", "layer (bf16)", "expert (bf16)",
-        "KV a token (bf16)", box=None, pad_edge=False,
-    )  # fmt: skip
-    for spec in chosen:
-        table.add_row(
-            spec.name,
-            format_count(spec.parameters),
-            format_count(spec.active_parameters),
-            str(spec.num_layers),
-            f"{spec.experts_per_token} of {spec.num_experts}",
-            format_bytes(spec.layer_bytes("bfloat16")),
-            format_bytes(spec.expert_parameters * DTYPE_BYTES["bfloat16"]),
-            format_bytes(spec.kv_bytes_per_token("bfloat16")),
-        )
-    console.print(table)
-
-
-def _model_json(spec: ModelSpec) -> dict[str, Any]:
-    dtype = "bfloat16"
-    return {
-        **{name: getattr(spec, name) for name in ModelSpec.__dataclass_fields__},
-        "parameters": spec.parameters,
-        "active_parameters": spec.active_parameters,
-        "dtype": dtype,
-        "layer_bytes": spec.layer_bytes(dtype),
-        "expert_bytes": spec.expert_parameters * DTYPE_BYTES[dtype],
-        "kv_bytes_per_token": spec.kv_bytes_per_token(dtype),
-    }
 
 
 @click.command()
@@ -97,7 +48,7 @@ def _machine(name: str) -> HardwareProfile | MemoryLevel:
         return compose(name)
     if name.lower() in (gpu.lower() for gpu in known.gpus):
         return load_gpu(name).level
-    return resolve_machine(name, None, None, None, None)
+    return MachineChoice(profile=name).machine()
 
 
 def print_profile(profile: HardwareProfile) -> None:

@@ -5,17 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from hrm.errors import PolicyError, ProfileError, WorkloadError
 from hrm.hardware import HardwareProfile
-from hrm.machines import compose, load_profile, with_memory
+from hrm.machines import compose, load_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec, load_model
 from hrm.policy import ScheduleName
-from hrm.policy_file import load_policy_file, policy_file_of
+from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
+from hrm.routing import with_measured_routing
+from hrm.scaling import Resource, with_resource
+from hrm.sweep import parse_swept
 from hrm.units import DTYPE_BYTES, parse_bytes
 from hrm.workload import Workload, named_workload
 
@@ -41,16 +44,98 @@ _machine = _options(
     ),
     click.option("--gpu-memory", metavar="16GB", help="Plan with this much GPU memory in all."),
     click.option("--cpu-memory", metavar="192GB", help="Plan with this much host memory."),
-)
+    click.option(
+        "--set", "changes", multiple=True, metavar="RESOURCE=VALUE",
+        help="Plan with this much of a resource, such as h2d-bandwidth=24GB/s; repeat it for more.",
+    ),
+)  # fmt: skip
 _workload = _options(
     click.option(
         "--workload", metavar="NAME", help="mtbench, synthetic-reasoning or summarization."
     ),
     click.option("--prompt-len", type=float, help="Mean prompt length in tokens."),
     click.option("--max-prompt-len", type=int, help="Longest prompt [default: the mean]."),
-    click.option("--gen-len", type=int, help="Tokens generated a request."),
+    click.option("--gen-len", type=int, help="Tokens generated a request, at most."),
+    click.option(
+        "--mean-gen-len", type=float, help="Tokens generated on average [default: --gen-len]."
+    ),
     click.option("--requests", type=int, help="Number of requests [default: without end]."),
 )
+
+
+_MACHINE: Final = ("profile", "gpus", "host", "gpu_memory", "cpu_memory", "changes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineChoice:
+    """What the options say of the machine."""
+
+    profile: str | None = None
+    gpus: str | None = None
+    host: str | None = None
+    gpu_memory: str | None = None
+    cpu_memory: str | None = None
+    changes: tuple[str, ...] = ()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a machine is named, not only changed."""
+        return any((self.profile, self.gpus, self.host))
+
+    def machines(self) -> list[HardwareProfile]:
+        """The machines that --gpus lists, or the one of --profile, with the changes made to each.
+
+        Raises ProfileError if the options name none, or both kinds.
+        """
+        if (self.profile is None) == (self.gpus is None):
+            raise ProfileError(
+                "--profile and --gpus", "<both>" if self.profile else "<neither>",
+                "exactly one must name the machine", "give --gpus 1xT4, or --profile with a file",
+            )  # fmt: skip
+        if self.profile is not None and self.host is not None:
+            raise ProfileError(
+                "--host",
+                self.host,
+                "goes with --gpus only",
+                "drop it: the profile has its own host",
+            )
+        if self.profile is not None:
+            return [self.changed(load_profile(self.profile))]
+        return [self.changed(compose(name, self.host)) for name in (self.gpus or "").split(",")]
+
+    def machine(self) -> HardwareProfile:
+        """The only machine; ProfileError if --gpus lists several."""
+        machines = self.machines()
+        if len(machines) > 1:
+            raise ProfileError(
+                "--gpus", self.gpus, "must be one machine here", "hrm search compares several"
+            )
+        return machines[0]
+
+    def changed(self, machine: HardwareProfile) -> HardwareProfile:
+        """The machine with the memory and the resources that were given."""
+        for resource, text, flag in (
+            (Resource.GPU_MEMORY, self.gpu_memory, "--gpu-memory"),
+            (Resource.CPU_MEMORY, self.cpu_memory, "--cpu-memory"),
+        ):
+            if text is not None:
+                machine = with_resource(machine, resource, float(parse_bytes(text, flag)))
+        for change in self.changes:
+            resource, value = _parse_change(change)
+            machine = with_resource(machine, resource, value, dtype=machine.default_dtype)
+        return machine
+
+
+def _parse_change(change: str) -> tuple[Resource, float]:
+    """The resource and value of `h2d-bandwidth=24GB/s`; ProfileError for another form."""
+    name, equals, text = change.partition("=")
+    if not equals or name not in Resource.__members__.values():
+        raise ProfileError(
+            "--set", change, f"must be RESOURCE=VALUE with one of {', '.join(Resource)}",
+            "write it like h2d-bandwidth=24GB/s",
+        )  # fmt: skip
+    resource = Resource(name)
+    return resource, parse_swept(resource, text, f"--set {name}")
 
 
 def machine_options(command: Command) -> Command:
@@ -58,48 +143,28 @@ def machine_options(command: Command) -> Command:
 
     @_machine
     @wraps(command)
-    def wrapper(
-        *args: Any, profile: str | None, gpus: str | None, host: str | None,
-        gpu_memory: str | None, cpu_memory: str | None, **others: Any,
-    ) -> Any:  # fmt: skip
-        machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
-        return command(*args, profile=machine, **others)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        choice = MachineChoice(**{name: options.pop(name) for name in _MACHINE})
+        return command(*args, profile=choice.machine(), **options)
 
     return wrapper
 
 
-def resolve_machine(
-    profile: str | None, gpus: str | None, host: str | None, gpu_memory: str | None,
-    cpu_memory: str | None,
-) -> HardwareProfile:  # fmt: skip
-    """The machine that the options name; ProfileError if they name none or two."""
-    if (profile is None) == (gpus is None):
-        raise ProfileError(
-            "--profile and --gpus", "<both>" if profile else "<neither>",
-            "exactly one must name the machine", "give --gpus 1xT4, or --profile with a file",
-        )  # fmt: skip
-    if profile is not None and host is not None:
-        raise ProfileError(
-            "--host", host, "goes with --gpus only", "drop it: the profile has its own host"
-        )
-    machine = load_profile(profile) if profile is not None else compose(gpus or "", host)
-    return _with_given_memory(machine, gpu_memory, cpu_memory)
+def machines_options(command: Command) -> Command:
+    """Give a command `profiles: list[HardwareProfile]`, several if --gpus lists several."""
+
+    @_machine
+    @wraps(command)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        choice = MachineChoice(**{name: options.pop(name) for name in _MACHINE})
+        return command(*args, profiles=choice.machines(), **options)
+
+    return wrapper
 
 
-def _with_given_memory(
-    machine: HardwareProfile, gpu_memory: str | None, cpu_memory: str | None
-) -> HardwareProfile:
-    if gpu_memory is None and cpu_memory is None:
-        return machine
-    return with_memory(
-        machine,
-        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory")
-        if gpu_memory is not None
-        else None,
-        cpu_memory_bytes=parse_bytes(cpu_memory, "--cpu-memory")
-        if cpu_memory is not None
-        else None,
-    )
+_WORKLOAD: Final = (
+    "workload", "prompt_len", "max_prompt_len", "gen_len", "mean_gen_len", "requests",
+)  # fmt: skip
 
 
 def workload_options(command: Command) -> Command:
@@ -107,21 +172,19 @@ def workload_options(command: Command) -> Command:
 
     @_workload
     @wraps(command)
-    def wrapper(
-        *args: Any, workload: str | None, prompt_len: float | None, max_prompt_len: int | None,
-        gen_len: int | None, requests: int | None, **others: Any,
-    ) -> Any:  # fmt: skip
-        resolved = resolve_workload(workload, prompt_len, max_prompt_len, gen_len, requests)
-        return command(*args, workload=resolved, **others)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        lengths = {name: options.pop(name) for name in _WORKLOAD}
+        return command(*args, workload=resolve_workload(**lengths), **options)
 
     return wrapper
 
 
 def resolve_workload(
-    name: str | None, prompt_len: float | None, max_prompt_len: int | None, gen_len: int | None,
-    requests: int | None,
+    *, workload: str | None, prompt_len: float | None, max_prompt_len: int | None,
+    gen_len: int | None, mean_gen_len: float | None, requests: int | None,
 ) -> Workload:  # fmt: skip
     """The workload that the options describe; lengths given override the named workload's."""
+    name = workload
     lengths_given = any(value is not None for value in (prompt_len, max_prompt_len, gen_len))
     if name is None and not lengths_given:
         name = "mtbench"
@@ -136,6 +199,7 @@ def resolve_workload(
             prompt_len=prompt_len,
             max_prompt_len=_longest(prompt_len) if max_prompt_len is None else max_prompt_len,
             gen_len=gen_len,
+            mean_gen_len=mean_gen_len,
             num_requests=requests,
         )
     base = named_workload(name)
@@ -146,6 +210,7 @@ def resolve_workload(
         prompt_len=mean,
         max_prompt_len=longest if max_prompt_len is None else max_prompt_len,
         gen_len=base.gen_len if gen_len is None else gen_len,
+        mean_gen_len=mean_gen_len,
         num_requests=requests,
     )
 
@@ -157,6 +222,20 @@ def _longest(prompt_len: float) -> int:
     return math.ceil(prompt_len)
 
 
+plan_sources = _options(
+    click.option(
+        "--policy", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="A policy file (hrm search --out); without one, a policy is searched for.",
+    ),
+    click.option("--model", metavar="NAME-or-PATH", help="The model to search a policy for."),
+    _machine,
+    _workload,
+)  # fmt: skip
+
+
+_PLAN_SOURCES: Final = ("policy", "model", "schedule", *_MACHINE, *_WORKLOAD)
+
+
 def plan_options(command: Command) -> Command:
     """Give a command `plan: PolicyFile`: read from --policy, or searched for.
 
@@ -164,86 +243,63 @@ def plan_options(command: Command) -> Command:
     """
 
     @click.option(
-        "--policy",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="A policy file (hrm search --out); without one, a policy is searched for.",
-    )
-    @click.option("--model", metavar="NAME-or-PATH", help="The model to search a policy for.")
-    @click.option(
         "--schedule",
         type=click.Choice([name.value for name in ScheduleName]),
         help="Run the policy in this order [default: the policy's, or cgopipe].",
     )
-    @_machine
-    @_workload
+    @plan_sources
     @wraps(command)
-    def wrapper(
-        *args: Any,
-        policy: Path | None,
-        model: str | None,
-        schedule: str | None,
-        profile: str | None,
-        gpus: str | None,
-        host: str | None,
-        gpu_memory: str | None,
-        cpu_memory: str | None,
-        workload: str | None,
-        prompt_len: float | None,
-        max_prompt_len: int | None,
-        gen_len: int | None,
-        requests: int | None,
-        **others: Any,
-    ) -> Any:
-        machine_given = any((profile, gpus, host))
-        lengths = (workload, prompt_len, max_prompt_len, gen_len, requests)
-        if policy is not None:
-            if model is not None:
-                raise PolicyError(
-                    "--model", model, "does not go with --policy, whose file holds its model",
-                    "leave one of them out",
-                )  # fmt: skip
-            plan = load_policy_file(policy)
-            if machine_given:
-                machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
-            else:
-                machine = _with_given_memory(plan.profile, gpu_memory, cpu_memory)
-            if machine is not plan.profile:
-                plan_memory(plan.model, plan.policy, machine).check_fits()
-                plan = replace(plan, profile=machine)
-            if any(value is not None for value in lengths):
-                plan = replace(plan, workload=resolve_workload(*lengths))
-            if schedule is not None:
-                plan = replace(plan, policy=replace(plan.policy, schedule=ScheduleName(schedule)))
-            return command(*args, plan=plan, **others)
-        if model is None:
-            raise PolicyError(
-                "--policy and --model",
-                "<neither>",
-                "one must say what is run",
-                "give --policy FILE, or --model NAME with --gpus or --profile",
-            )
-        from hrm.search.exhaustive import search
-
-        machine = resolve_machine(profile, gpus, host, gpu_memory, cpu_memory)
-        spec, lengths = load_model(model), resolve_workload(*lengths)
-        result = search(
-            spec,
-            machine,
-            lengths,
-            dtype=default_dtype(machine),
-            schedule=ScheduleName(schedule or "cgopipe"),
-        )
-        plan = policy_file_of(result.require(), spec, machine, lengths)
-        return command(*args, plan=plan, **others)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        sources = {name: options.pop(name) for name in _PLAN_SOURCES}
+        return command(*args, plan=resolve_plan(**sources), **options)
 
     return wrapper
 
 
-def default_dtype(profile: HardwareProfile) -> str:
-    """bfloat16, or float16 where the top level's processor has no bfloat16."""
-    has_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
-    return "bfloat16" if has_bfloat16 else "float16"
+def resolve_plan(
+    *, policy: Path | None, model: str | None, schedule: str | None, **options: Any
+) -> PolicyFile:
+    """The plan that the options of `plan_sources` and a schedule's name describe.
+
+    Raises PolicyError if they name neither a policy nor a model, or both.
+    """
+    choice = MachineChoice(**{name: options[name] for name in _MACHINE})
+    lengths = {name: options[name] for name in _WORKLOAD}
+    if policy is not None:
+        if model is not None:
+            raise PolicyError(
+                "--model", model, "does not go with --policy, whose file holds its model",
+                "leave one of them out",
+            )  # fmt: skip
+        plan = load_policy_file(policy)
+        machine = choice.machine() if choice.is_named else choice.changed(plan.profile)
+        if machine is not plan.profile:
+            plan_memory(plan.model, plan.policy, machine).check_fits()
+            plan = replace(plan, profile=machine)
+        if any(value is not None for value in lengths.values()):
+            plan = replace(plan, workload=resolve_workload(**lengths))
+        if schedule is not None:
+            plan = replace(plan, policy=replace(plan.policy, schedule=ScheduleName(schedule)))
+        return plan
+    if model is None:
+        raise PolicyError(
+            "--policy and --model",
+            "<neither>",
+            "one must say what is run",
+            "give --policy FILE, or --model NAME with --gpus or --profile",
+        )
+    from hrm.search.exhaustive import search
+
+    machine = choice.machine()
+    spec, asked = load_model(model), resolve_workload(**lengths)
+    result = search(
+        spec,
+        machine,
+        asked,
+        dtype=machine.default_dtype,
+        schedule=ScheduleName(schedule or "cgopipe"),
+    )
+    return policy_file_of(result.require(), spec, machine, asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,24 +310,50 @@ class ChosenModel:
     argument: str
 
 
+_model = _options(
+    click.option(
+        "--model", required=True, metavar="NAME-or-PATH",
+        help="A built-in name (hrm models), a checkpoint folder, or a config.json.",
+    ),
+    click.option(
+        "--dtype", type=click.Choice(["auto", *DTYPE_BYTES]), default="auto", show_default=True,
+        help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",
+    ),
+    click.option(
+        "--routing", type=click.Path(path_type=Path), metavar="RUN",
+        help="Route tokens to experts as this run did [default: uniformly].",
+    ),
+)  # fmt: skip
+
+
+def _chosen(model: str, routing: Path | None) -> ChosenModel:
+    spec = load_model(model)
+    return ChosenModel(spec if routing is None else with_measured_routing(spec, routing), model)
+
+
 def model_options(command: Command) -> Command:
     """Give a command `model: ChosenModel` and `dtype`, one that the machine's GPU has."""
 
-    @click.option(
-        "--model", required=True, metavar="NAME-or-PATH",
-        help="A built-in name (hrm models), a checkpoint folder, or a config.json.",
-    )  # fmt: skip
-    @click.option(
-        "--dtype",
-        type=click.Choice(["auto", *DTYPE_BYTES]),
-        default="auto",
-        show_default=True,
-        help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",
-    )
+    @_model
     @wraps(command)
-    def wrapper(*args: Any, model: str, dtype: str, profile: HardwareProfile, **others: Any) -> Any:
-        chosen = ChosenModel(load_model(model), model)
-        dtype = default_dtype(profile) if dtype == "auto" else dtype
+    def wrapper(
+        *args: Any, model: str, dtype: str, routing: Path | None, profile: HardwareProfile,
+        **others: Any,
+    ) -> Any:  # fmt: skip
+        dtype = profile.default_dtype if dtype == "auto" else dtype
+        chosen = _chosen(model, routing)
         return command(*args, model=chosen, dtype=dtype, profile=profile, **others)
+
+    return wrapper
+
+
+def model_options_of_several(command: Command) -> Command:
+    """Give a command `model: ChosenModel`, and `dtype`, None where each machine has its own."""
+
+    @_model
+    @wraps(command)
+    def wrapper(*args: Any, model: str, dtype: str, routing: Path | None, **others: Any) -> Any:
+        chosen = _chosen(model, routing)
+        return command(*args, model=chosen, dtype=None if dtype == "auto" else dtype, **others)
 
     return wrapper

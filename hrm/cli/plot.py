@@ -1,19 +1,32 @@
-"""`hrm plot`: pictures of a machine and of a plan."""
+"""`hrm plot`: pictures of a machine, of a plan, of a run, and of plans over a swept number."""
 
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
-from hrm.cli.options import default_dtype, machine_options, plan_options
-from hrm.cli.simulate import simulate_plan
-from hrm.errors import TraceError
+from hrm.cli.options import (
+    ChosenModel,
+    machine_options,
+    model_options,
+    plan_sources,
+    resolve_plan,
+    workload_options,
+)
+from hrm.cli.report import console
+from hrm.errors import HrmError, PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
-from hrm.policy_file import PolicyFile
+from hrm.policy import ScheduleName
+from hrm.scaling import Resource, resource_value
+from hrm.sweep import Length, Swept, between, parse_swept, swept
 from hrm.tasks import Phase
-from hrm.trace import Trace, read_chrome_trace
-from hrm.units import DTYPE_BYTES
+from hrm.units import DTYPE_BYTES, format_bandwidth, format_bytes, format_flops
+from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _out = click.option(
     "--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True,
@@ -23,71 +36,189 @@ _out = click.option(
 
 @click.group()
 def plot() -> None:
-    """Draw the machine's roofline or a policy's timeline as a picture."""
+    """Draw a machine's roofline, what the lanes do under a policy, or a sweep, as a picture."""
 
 
 @plot.command()
 @machine_options
 @click.option("--model", metavar="NAME-or-PATH", help="Mark this model's attention and FFN.")
-@click.option("--dtype", type=click.Choice(["auto", *DTYPE_BYTES]), default="auto")
-@click.option("--context", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--dtype", "dtypes", type=click.Choice(["auto", *DTYPE_BYTES]), multiple=True,
+              default=["auto"], show_default=True, help="Repeat it for several.")  # fmt: skip
+@click.option("--context", "contexts", type=click.IntRange(1), multiple=True, default=[512],
+              show_default=True, help="Tokens of KV cache a request; repeat it.")  # fmt: skip
+@click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True,
+              default=[32, 128, 512, 2048, 8192], show_default=True,
+              help="Requests whose FFN is marked; repeat it for several.")  # fmt: skip
 @click.option("--micro-batch-size", type=click.IntRange(1), default=128, show_default=True)
 @_out
 def roofline(
-    profile: HardwareProfile, model: str | None, dtype: str, context: int, micro_batch_size: int,
-    out: Path,
+    profile: HardwareProfile, model: str | None, dtypes: tuple[str, ...],
+    contexts: tuple[int, ...], batch_sizes: tuple[int, ...], micro_batch_size: int, out: Path,
 ) -> None:  # fmt: skip
-    """Roofs of every level and of the link, turning points of attention and FFN."""
+    """Roofs of every level and of the links; with a model, its attention and FFN under them."""
     from hrm.plots.roofline import plot_roofline
 
     plot_roofline(
         profile,
         out,
         spec=load_model(model) if model else None,
-        dtype=default_dtype(profile) if dtype == "auto" else dtype,
-        context=context,
+        dtypes=[profile.default_dtype if dtype == "auto" else dtype for dtype in dtypes],
+        contexts=contexts,
+        batch_sizes=batch_sizes,
         micro_batch_size=micro_batch_size,
     )
     click.echo(f"written to {out}")
 
 
 @plot.command()
-@plan_options
+@click.option(
+    "--schedule", "schedules", type=click.Choice([name.value for name in ScheduleName]),
+    multiple=True,
+    help="Run the policy in this order [default: the policy's, or cgopipe]; repeat it to compare.",
+)  # fmt: skip
+@plan_sources
 @click.option("--run", type=click.Path(path_type=Path, file_okay=False),
-              help="Draw this run's measured decode steps above the predicted ones.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True)
-@click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
+              help="Draw this run's first batch above what was predicted for it.")  # fmt: skip
+@click.option(
+    "--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True
+)
+@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True,
+              help="Decode steps.")  # fmt: skip
+@click.option("--from-layer", type=click.IntRange(0), default=0, show_default=True,
+              help="Begin where the layer before this one is done.")  # fmt: skip
+@click.option("--layers", type=click.IntRange(1),
+              help="Draw this many layers of the first step [default: all steps].")  # fmt: skip
 @_out
-def timeline(plan: PolicyFile, run: Path | None, steps: int, layers: int | None, out: Path) -> None:
-    """Lanes over time: predicted, and measured where there is a run."""
-    from hrm.plots.timeline import plot_timeline
+def timeline(
+    schedules: tuple[str, ...], run: Path | None, phase: str, steps: int, from_layer: int,
+    layers: int | None, out: Path, policy: Path | None, model: str | None, **sources: Any,
+) -> None:  # fmt: skip
+    """Lanes over time as predicted, for one schedule or several, and as a run measured them."""
+    from hrm.cli.timelines import of_run, of_schedules
+    from hrm.plots import style
+    from hrm.plots.timeline import plot_timeline, window
 
-    traces = {"predicted": simulate_plan(plan, Phase.DECODE, num_steps=steps)}
+    style.check_path(out)
     if run is not None:
-        traces = {"measured": measured_steps(run, steps), **traces}
-    if layers is not None:
-        traces = {name: trace.up_to_layer(layers) for name, trace in traces.items()}
-    plot_timeline(
-        traces,
-        out,
-        title=f"{plan.model.name} on {plan.profile.name}, {plan.policy.schedule.value}",
-    )
+        if policy or model or schedules or any(value is not None for value in sources.values()):
+            raise PolicyError(
+                "--run", str(run), "holds its own policy, machine and workload",
+                "leave the other options out, or draw them without --run",
+            )  # fmt: skip
+        title, traces = of_run(run, Phase(phase), steps)
+    else:
+        first = schedules[0] if schedules else None
+        plan = resolve_plan(policy=policy, model=model, schedule=first, **sources)
+        title, traces = of_schedules(plan, schedules, Phase(phase), steps, searched=policy is None)
+    if layers is not None or from_layer:
+        last = None if layers is None else from_layer + layers - 1
+        traces = {name: window(t, first=from_layer, last=last) for name, t in traces.items()}
+    plot_timeline(traces, out, title=title)
     click.echo(f"written to {out}")
 
 
-def measured_steps(run: Path, num_steps: int) -> Trace:
-    """Decode steps of a run's first batch, after the first step; TraceError if there are none."""
-    trace = read_chrome_trace(run / "trace.json").of_phase(Phase.DECODE)
-    first = trace.of_batch(0)
-    last_step = max((span.id.step for span in first.spans), default=0)
-    begin = min(1, last_step)
-    spans = tuple(
-        replace(span, id=replace(span.id, step=span.id.step - begin))
-        for span in first.spans
-        if begin <= span.id.step < begin + num_steps
-    )
-    if not spans:
-        raise TraceError(
-            str(run), "<no decode steps>", "must hold a run that decoded", "run the job again"
-        )
-    return Trace(spans)
+@plot.command()
+@machine_options
+@model_options
+@workload_options
+@click.option(
+    "--vary", required=True, metavar="|".join([*Resource, *Length]),
+    help="What is swept: a resource of the machine, or a length of the workload.",
+)  # fmt: skip
+@click.option("--from", "low", required=True, metavar="64GB", help="Where the sweep begins.")
+@click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
+@click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True)
+@click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
+@click.option(
+    "--schedule", "schedules", type=click.Choice([name.value for name in ScheduleName]),
+    multiple=True, default=["cgopipe"], show_default=True, help="Repeat it to compare.",
+)  # fmt: skip
+@click.option("--csv", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write the points as a table too.")  # fmt: skip
+@_out
+def sweep(
+    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, vary: str,
+    low: str, high: str, points: int, log: bool, schedules: tuple[str, ...], csv: Path | None,
+    out: Path,
+) -> None:  # fmt: skip
+    """Throughput of the best policy against one resource of the machine, or one length."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hrm.plots import style
+    from hrm.plots.sweep import plot_sweep
+    from hrm.sweep import sweep as search_all
+
+    style.check_path(out)
+    what = swept(vary)
+    values = between(
+        what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points,
+        logarithmic=log,
+    )  # fmt: skip
+    names = [ScheduleName(name) for name in dict.fromkeys(schedules)]
+    here = _here(what, profile, workload, dtype)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        shown = bar.add_task("searching", total=len(values) * len(names))
+        frame = search_all(
+            model.spec, profile, workload, vary=what, values=values, dtype=dtype, schedules=names,
+            on_point=lambda: bar.advance(shown),
+        )  # fmt: skip
+    if csv is not None:
+        _write_csv(frame, csv)
+    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
+    plot_sweep(
+        frame, out, x=what.column, here=here if values[0] <= here <= values[-1] else None,
+        title=f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}",
+    )  # fmt: skip
+    _print_sweep(frame, what)
+    for path in (csv, out):
+        if path is not None:
+            click.echo(f"written to {path}")
+
+
+def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str) -> float:
+    """What the machine or the workload has of what is swept."""
+    match what:
+        case Resource():
+            return resource_value(profile, what, dtype=dtype)
+        case Length.PROMPT_LEN:
+            return workload.prompt_len
+        case Length.GEN_LEN:
+            return float(workload.gen_len)
+
+
+def _write_csv(frame: "pd.DataFrame", path: Path) -> None:
+    try:
+        frame.to_csv(path, index=False)
+    except OSError as error:
+        raise HrmError(
+            "--csv", str(path), f"must be writable ({error.strerror})", "choose another path"
+        ) from error
+
+
+def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
+    table = Table(
+        "schedule", what.value, "tokens/s", "bound", "N", "μ", "attention", "FFN", "r_w", "r_c",
+        "bottleneck", box=None, pad_edge=False,
+    )  # fmt: skip
+    for row in frame.to_dict("records"):
+        value = _shown(what, float(row[what.column]))
+        if row["reason"]:
+            table.add_row(row["schedule"], value, *["–"] * 8, row["reason"])
+            continue
+        table.add_row(
+            row["schedule"], value, f"{row['tokens_per_s']:.4g}",
+            f"{row['bound_tokens_per_s']:.4g}", str(row["batch_size"]),
+            str(row["micro_batch_size"]), row["attention"], row["ffn"],
+            f"{row['weight_share_on_gpu']:.3f}", f"{row['kv_share_on_gpu']:.3f}",
+            row["bottleneck"],
+        )  # fmt: skip
+    console.print(table)
+
+
+def _shown(what: Swept, value: float) -> str:
+    if isinstance(what, Length):
+        return f"{value:g}"
+    if what.is_memory:
+        return format_bytes(value)
+    return format_bandwidth(value) if what.is_bandwidth else format_flops(value)

@@ -9,7 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hrm.estimate import LANE_WORDS, Estimate, PhaseEstimate
+from hrm.estimate import LIMIT_WORDS, Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
@@ -181,7 +181,7 @@ def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
 
 def _limit(phase: PhaseEstimate, *, has_gpu: bool) -> str:
     """The bottleneck of a phase in words."""
-    return LANE_WORDS[phase.bottleneck] if has_gpu else "CPU, which does everything"
+    return LIMIT_WORDS[phase.bottleneck] if has_gpu else "CPU, which does everything"
 
 
 def _word(device: Device) -> str:

@@ -1,54 +1,247 @@
-"""What each lane did, or was predicted to do, over time."""
+"""What each lane did or is predicted to do over time (MoE-Lightning, arXiv 2411.11217, Fig. 6)."""
 
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
 
+from hrm.errors import TraceError
 from hrm.plots import style
-from hrm.tasks import Lane, TaskKind
-from hrm.trace import Trace
+from hrm.plots.labels import Labels, Spot
+from hrm.tasks import Lane, Phase, TaskKind
+from hrm.trace import Span, Trace
+from hrm.units import format_seconds
 
-_COLOURS: Final = {
-    TaskKind.LOAD_PAGE: style.SKY, TaskKind.STAGE_PAGE: style.SKY,
-    TaskKind.PRE_ATTENTION: style.GREEN, TaskKind.POST_ATTENTION: style.BLUE,
-    TaskKind.PREFILL_LAYER: style.BLUE, TaskKind.SAMPLE: style.PURPLE,
-    TaskKind.ATTENTION: style.ORANGE, TaskKind.CPU_EXPERTS: style.RED,
-}  # fmt: skip
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_LAYER_LINES: Final = 80
+MAX_LETTERED: Final = 400
+THIN: Final = 300  # a bar this part of the time axis is 1.5 points wide
 
 
-def plot_timeline(traces: dict[str, Trace], path: Path, *, title: str) -> None:
-    """One row a lane, one group of rows a trace, on a common time axis from 0."""
+@dataclass(frozen=True, slots=True)
+class TaskLook:
+    """How a kind of task is drawn: in words, as a colour, and as a hatch in `line`'s colour."""
+
+    words: str
+    colour: str
+    hatch: str = ""
+    line: str = "white"
+
+
+# Within a lane, kinds differ in how light they are or in their hatch, and so survive greyscale.
+LOOKS: Final = {
+    TaskKind.LOAD_PAGE: TaskLook("weight page in", style.SKY),
+    TaskKind.STAGE_PAGE: TaskLook("weight page to pinned memory", style.SKY, "////"),
+    TaskKind.LOAD_HIDDEN: TaskLook("hidden states in", style.BLACK, line=style.BLACK),
+    TaskKind.LOAD_KV: TaskLook("KV cache in", style.YELLOW, "....", style.GREY),
+    TaskKind.LOAD_EXPERT_OUTPUT: TaskLook("experts' output in", style.RED, "||||"),
+    TaskKind.EMBED: TaskLook("embeddings in", style.GREY),
+    TaskKind.PRE_ATTENTION: TaskLook("projections", style.GREEN, "////"),
+    TaskKind.ATTENTION: TaskLook("attention", style.ORANGE),
+    TaskKind.POST_ATTENTION: TaskLook("rest of the layer, with experts", style.BLUE),
+    TaskKind.PREFILL_LAYER: TaskLook("prefill of a layer", style.BLUE),
+    TaskKind.CPU_EXPERTS: TaskLook("experts on the CPU", style.RED, "xxxx"),
+    TaskKind.SAMPLE: TaskLook("LM head, next token", style.PURPLE, "...."),
+    TaskKind.OFFLOAD_QKV: TaskLook("queries, keys, values out", style.BLACK, line=style.BLACK),
+    TaskKind.OFFLOAD_TOKENS: TaskLook("tokens out", style.RED, "||||"),
+    TaskKind.STORE_KV: TaskLook("new keys, values out", style.YELLOW, "....", style.GREY),
+    TaskKind.STORE_HIDDEN: TaskLook("hidden states out", style.GREY),
+}
+# What ends a layer in either phase: with experts on the CPU, their output comes last.
+_ENDS: Final = {TaskKind.POST_ATTENTION, TaskKind.LOAD_EXPERT_OUTPUT, TaskKind.PREFILL_LAYER}
+
+
+def layer_ends(trace: Trace) -> dict[tuple[int, int], float]:
+    """When every (step, layer) had been computed, in seconds of the trace's clock."""
+    ends: dict[tuple[int, int], float] = defaultdict(float)
+    for span in trace.spans:
+        if span.id.kind in _ENDS:
+            where = (span.id.step, span.id.layer)
+            ends[where] = max(ends[where], span.end_s)
+    return dict(ends)
+
+
+def step_ends(trace: Trace) -> dict[int, float]:
+    """When every step's last token had been chosen."""
+    ends: dict[int, float] = defaultdict(float)
+    for span in trace.spans:
+        if span.id.kind is TaskKind.SAMPLE:
+            ends[span.id.step] = max(ends[span.id.step], span.end_s)
+    return dict(ends)
+
+
+def window(trace: Trace, *, first: int = 0, last: int | None = None, step: int = 0) -> Trace:
+    """What all lanes did from the end of layer `first` - 1 of a step to the end of layer `last`.
+
+    Spans are cut at both ends. Without `last`, everything after the beginning is kept. Raises
+    TraceError if the trace has no such layers.
+    """
+    ends = layer_ends(trace)
+    layers = [layer for at, layer in ends if at == step]
+    for where in (first, last):
+        if where is not None and where not in layers:
+            raise TraceError(
+                "--from-layer and --layers", where, f"must lie within the {len(layers)} layers",
+                "choose fewer",
+            )  # fmt: skip
+    if last is not None and last < first:
+        raise TraceError("--layers", last, f"must reach layer {first}", "choose more")
+    begin_s = ends[step, first - 1] if first else min(span.start_s for span in trace.spans)
+    end_s = ends[step, last] if last is not None else max(span.end_s for span in trace.spans)
+    return Trace(
+        tuple(
+            replace(span, start_s=max(span.start_s, begin_s), end_s=min(span.end_s, end_s))
+            for span in trace.spans
+            if span.end_s > begin_s and span.start_s < end_s
+        )
+    )
+
+
+def plot_timeline(
+    traces: Mapping[str, Trace], path: Path | None = None, *, title: str = ""
+) -> "Figure":
+    """Draw one chart a trace, named as in `traces`, one under the other on one time axis from 0.
+
+    Every chart has the same lanes; at the right is the share of the time shown that each is busy.
+    Dashed lines are ends of layers and solid ones of steps. Bars that are wide enough carry the
+    task's letter, layer and micro-batch. Returns the figure, also written to `path` if there is
+    one (HrmError if it cannot be). Raises TraceError if a trace is empty.
+    """
+    style.check_path(path)
+    for name, trace in traces.items():
+        if not trace.spans:
+            raise TraceError(name, "<empty>", "must hold tasks to be drawn", "choose more layers")
     lanes = [lane for lane in Lane if any(s.lane is lane for t in traces.values() for s in t.spans)]
-    rows = [(name, lane) for name in traces for lane in lanes]
-    figure, axes = style.new_figure(11, 1.2 + 0.5 * len(rows))
-    kinds: set[TaskKind] = set()
-    for row, (name, lane) in enumerate(rows):
-        spans = [span for span in traces[name].spans if span.lane is lane]
-        start_s = min((span.start_s for span in traces[name].spans), default=0.0)
-        kinds |= {span.id.kind for span in spans}
-        axes.broken_barh(
-            [((span.start_s - start_s) * 1e3, span.seconds * 1e3) for span in spans],
-            (row - 0.4, 0.8),
-            facecolors=[_COLOURS.get(span.id.kind, style.GREY) for span in spans],
-            edgecolor="white", linewidth=0.2,
-        )  # fmt: skip
-    labels = [f"{lane.value}  {name}" if len(traces) > 1 else lane.value for name, lane in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("ms")
-    axes.set_title(title, loc="left")
-    _legend(axes, kinds)
-    style.save_figure(figure, path)
+    longest_s = max(trace.makespan_s for trace in traces.values())
+    unit, factor = ("s", 1.0) if longest_s >= 2 else ("ms", 1e3)
+    with style.look():
+        figure = style.new_figure(0.95 + len(traces) * (0.55 + 0.3 * len(lanes)))
+        all_axes: Any = figure.subplots(len(traces), 1, squeeze=False, sharex=True)[:, 0]
+        if title:
+            figure.suptitle(title, x=0.01, ha="left")
+        for axes, (name, trace) in zip(all_axes, traces.items(), strict=True):
+            _draw(axes, trace, lanes, factor, thin_s=longest_s / THIN)
+            axes.set_title(f"{name}: {format_seconds(trace.makespan_s)}", pad=13)
+        all_axes[-1].set_xlim(0, longest_s * factor)
+        all_axes[-1].set_xlabel(unit)
+        _legend(figure, {span.id.kind for trace in traces.values() for span in trace.spans})
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for axes, trace in zip(all_axes, traces.values(), strict=True):
+            labels = Labels(axes)
+            _label_boundaries(labels, trace, factor)
+            _label_bars(labels, trace, lanes, factor)
+        return style.finish(figure, path)
 
 
-def _legend(axes: Any, kinds: set[TaskKind]) -> None:
+def _draw(axes: Any, trace: Trace, lanes: list[Lane], factor: float, *, thin_s: float) -> None:
+    start_s = min(span.start_s for span in trace.spans)
+    shares = trace.utilisation()
+    for row, lane in enumerate(lanes):
+        by_kind: dict[TaskKind, list[Span]] = defaultdict(list)
+        for span in trace.spans:
+            if span.lane is lane:
+                by_kind[span.id.kind].append(span)
+        for kind, spans in by_kind.items():
+            look = LOOKS[kind]
+            # An edge in another colour would cover a thin bar, and a hatch would not be seen.
+            thin = median(span.seconds for span in spans) < thin_s
+            axes.broken_barh(
+                [((s.start_s - start_s) * factor, s.seconds * factor) for s in spans],
+                (row - 0.38, 0.76), facecolor=look.colour, linewidth=0.3,
+                edgecolor=look.colour if thin else look.line, hatch="" if thin else look.hatch,
+                gid=f"{lane} {kind.name}",
+            )  # fmt: skip
+        axes.text(1.01, row, f"{shares.get(lane, 0.0):.0%}", transform=axes.get_yaxis_transform(),
+                  va="center", gid=f"busy {lane}")  # fmt: skip
+    axes.text(1.01, 1.0, "busy", transform=axes.transAxes, va="bottom", color=style.GREY)
+    axes.set_yticks(range(len(lanes)), [lane.value for lane in lanes])
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    layers = layer_ends(trace)
+    for end_s in layers.values() if len(layers) <= MAX_LAYER_LINES else ():
+        axes.axvline((end_s - start_s) * factor, color=style.GREY, linewidth=0.5,
+                     linestyle=(0, (4, 3)), zorder=0.5, gid="layer end")  # fmt: skip
+    for end_s in step_ends(trace).values():
+        axes.axvline((end_s - start_s) * factor, color=style.BLACK, linewidth=0.9, zorder=3,
+                     gid="step end")  # fmt: skip
+
+
+def _label_boundaries(labels: Labels, trace: Trace, factor: float) -> None:
+    """Steps where they end, and layers between their ends, as far as there is room."""
+    start_s = min(span.start_s for span in trace.spans)
+    axes, y = labels.axes, labels.axes.bbox.y1 + labels.pixels(2)
+
+    def pixel(seconds: float) -> float:
+        return float(axes.transData.transform(((seconds - start_s) * factor, 0))[0])
+
+    steps = step_ends(trace)
+    for step, end_s in steps.items():
+        spots = [Spot(pixel(end_s), y, ha="right"), Spot(pixel(end_s), y, ha="left")]
+        prefill = trace.spans[0].phase is Phase.PREFILL
+        words = ["prefill ends"] if prefill else [f"step {step} ends", f"end {step}"]
+        labels.place(words, spots, colour=style.BLACK,
+                     required=False, inside=False)  # fmt: skip
+    before_s = start_s
+    layers = sorted(layer_ends(trace).items(), key=lambda item: item[1])
+    if len(layers) > MAX_LAYER_LINES:
+        return
+    mean_room = (pixel(layers[-1][1]) - pixel(start_s)) / len(layers) if layers else 1.0
+    every = next(n for n in (1, 2, 5, 10, 20, 100) if n == 100 or n * mean_room > labels.pixels(15))
+    for (_, layer), end_s in layers:
+        room, middle = pixel(end_s) - pixel(before_s), (pixel(end_s) + pixel(before_s)) / 2
+        wide = [f"layer {layer}"] if room > labels.pixels(34) else []
+        if layer % every == 0:
+            labels.place([*wide, str(layer)], [Spot(middle, y, ha="center")], colour=style.GREY,
+                         required=False, inside=False)  # fmt: skip
+        before_s = end_s
+
+
+def _label_bars(labels: Labels, trace: Trace, lanes: list[Lane], factor: float) -> None:
+    """Names of tasks inside their bars, where there is room."""
+    from matplotlib.colors import to_hex
+
+    start_s = min(span.start_s for span in trace.spans)
+    axes = labels.axes
+    points_wide = {span: _points(labels, span.seconds * factor) for span in trace.spans}
+    roomy = [span for span, points in points_wide.items() if points > 10][:MAX_LETTERED]
+    named: dict[tuple[Lane, TaskKind], list[bool]] = defaultdict(list)
+    for span in roomy:
+        fits = points_wide[span] > 5.5 * len(str(replace(span.id, step=0))) + 4
+        named[span.lane, span.id.kind].append(fits)
+    for span in roomy:
+        fits = named[span.lane, span.id.kind]
+        letter = span.id.kind.value
+        if sum(fits) > len(fits) / 2:  # of one kind, all or none are named in full
+            letter = str(replace(span.id, step=0))
+            if points_wide[span] <= 5.5 * len(letter) + 4:
+                continue
+        look = LOOKS[span.id.kind]
+        dark = style.luminance(to_hex(look.colour)) < 0.3
+        middle = ((span.start_s + span.end_s) / 2 - start_s) * factor
+        behind = {"facecolor": look.colour, "edgecolor": "none", "pad": 0.6} if look.hatch else None
+        axes.text(middle, lanes.index(span.lane), letter, ha="center", va="center", bbox=behind,
+                  color="white" if dark else "black", gid="task", in_layout=False)  # fmt: skip
+
+
+def _points(labels: Labels, width: float) -> float:
+    """How many points wide something is on the time axis."""
+    (left, _), (right, _) = labels.axes.transData.transform([(0, 0), (width, 0)])
+    return float(right - left) / labels.pixels(1)
+
+
+def _legend(figure: Any, kinds: set[TaskKind]) -> None:
     from matplotlib.patches import Patch
 
-    named = {kind: colour for kind, colour in _COLOURS.items() if kind in kinds}
-    patches = [
-        Patch(color=colour, label=kind.name.lower().replace("_", " "))
-        for kind, colour in named.items()
-    ]
-    if kinds - set(named):
-        patches.append(Patch(color=style.GREY, label="small transfers"))
-    axes.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8,
-                frameon=False)  # fmt: skip
+    handles = [
+        Patch(facecolor=look.colour, edgecolor=look.line, hatch=look.hatch, linewidth=0.3,
+              label=f"{kind.value}  {look.words}")
+        for kind, look in LOOKS.items()
+        if kind in kinds
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, columnspacing=1.2,
+                  handletextpad=0.5)  # fmt: skip

@@ -24,6 +24,7 @@ from hrm.hardware import (
     Source,
 )
 from hrm.model_spec import ModelSpec
+from hrm.operators import ATTENTION_LAUNCHES_PER_REQUEST
 from hrm.profiling.environment import HostFacts, gpu_facts, host_facts, software
 from hrm.profiling.pacing import PacedCopy
 from hrm.units import DTYPE_BYTES, GB, GIB, MIB, format_bandwidth
@@ -282,7 +283,17 @@ def _processor(results: dict[str, Any], level: str, run: _Run, name: str, cores:
             if (rate := results[f"{level} GEMM {dtype}"]) is not None
         },
         attention_bytes_per_s=results[f"{level} attention"],
+        attention_request_s=_request_latency(launch.median_s),
         launch_latency_s=launch.duration("a layer's small operators, on average"),
+    )
+
+
+def _request_latency(launch_s: float) -> Figure:
+    """What a request costs in attention that takes requests one by one."""
+    return Figure(
+        value=ATTENTION_LAUNCHES_PER_REQUEST * launch_s,
+        source=Source.DERIVED,
+        note=f"{ATTENTION_LAUNCHES_PER_REQUEST} operators a request",
     )
 
 
@@ -405,7 +416,11 @@ def _profile_emulated(run: _Run, gpu_bytes: int, bandwidth: float) -> HardwarePr
     def with_launch_latency(level: MemoryLevel) -> MemoryLevel:
         alone = level.processor.launch_latency_s.value
         note = f"with the other lane busy too; alone {alone:.2g} s"
-        processor = replace(level.processor, launch_latency_s=beside.duration(note))
+        processor = replace(
+            level.processor,
+            launch_latency_s=beside.duration(note),
+            attention_request_s=_request_latency(beside.median_s),
+        )
         return replace(level, processor=processor)
 
     return HardwareProfile(

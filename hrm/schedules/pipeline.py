@@ -63,7 +63,8 @@ class Pipeline:
                 policy.decode_streamed_bytes(spec, i) > 0 for i in range(spec.num_layers)
             ),
             cpu_experts=tuple(
-                on_cpu and count < spec.num_experts for count in policy.resident_experts
+                on_cpu and count < spec.num_experts_of(spec.layer_kind(i))
+                for i, count in enumerate(policy.resident_experts)
             ),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,

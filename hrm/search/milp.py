@@ -25,11 +25,12 @@ from hrm.memory import plan_memory
 from hrm.search.boxes import Bounder, Boxes, Floats
 from hrm.search.choose import Candidate, choose, remedy
 from hrm.search.exhaustive import RUNNER_UPS
+from hrm.search.fit import Ints, Weights
+from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import CHUNKS, REACHES, around, coarse, pairs_of, places_of, whole
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
-from hrm.search.space import ALL_THAT_FIT, Grid, Ints, Kind, KvPlace, Space, make_grid
-from hrm.units import DTYPE_BYTES
+from hrm.search.space import Kind, KvPlace, Space
 
 BETTER: Final = 1 + 1e-9  # what is not better by this is equal
 FIRST_PROGRAM: Final = 8  # boxes; the best of them prunes most of the others
@@ -160,16 +161,16 @@ def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, 
     rows = _Rows()
     rows.at_most_zero((experts, 1.0), (chosen, boxes.low - boxes.high))
     rows.at_most_zero((on_gpu, 1.0), (chosen, boxes.kv_low - boxes.kv_high))
-    layers = float(space.spec.num_layers)
+    layers = float(space.spec.num_expert_layers)
     rows.at_most_zero((of_every_layer, layers), (chosen, -boxes.low), (experts, -1.0))
-    expert_bytes = space.spec.expert_parameters * DTYPE_BYTES[space.dtype]
+    unit_bytes = Weights(space).expert_bytes
     top, host = space.profile.top, space.profile.host
-    for plane, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
-        at_low, an_expert, a_micro_batch, a_layer = plane / expert_bytes
-        rows.at_most_zero(
-            (chosen, at_low - level.usable_bytes / expert_bytes), (experts, an_expert),
-            (on_gpu, a_micro_batch), (of_every_layer, a_layer),
-        )  # fmt: skip
+    for planes, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
+        for at_low, an_expert, a_micro_batch, a_layer in planes / unit_bytes:
+            rows.at_most_zero(
+                (chosen, at_low - level.usable_bytes / unit_bytes), (experts, an_expert),
+                (on_gpu, a_micro_batch), (of_every_layer, a_layer),
+            )  # fmt: skip
     unit_s = bounder.tokens(boxes) / boxes.ceiling
     matters = bounder.may_be_longest(boxes)
     for term, phase in enumerate(bounder.phase_of_term):
@@ -188,7 +189,7 @@ def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, 
         np.ones(count), boxes.high - boxes.low, boxes.kv_high - boxes.kv_low,
         np.full(count, space.spec.num_experts),
     )  # fmt: skip
-    integral = np.zeros(columns.shape)
+    integral = np.zeros(columns.shape, np.int64)
     integral[:4] = 1
     pick = np.zeros(columns.size)
     pick[chosen] = 1

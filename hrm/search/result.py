@@ -5,6 +5,7 @@ from enum import Enum
 
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate
+from hrm.policy import Parallelism
 
 
 class Outcome(Enum):
@@ -18,6 +19,18 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How several GPUs could divide the work, and the best policy so; None if there is none.
+
+    `obstacle` says why the model cannot be divided like that; it is empty if it can.
+    """
+
+    parallelism: Parallelism
+    best: Estimate | None
+    obstacle: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
 
@@ -25,7 +38,8 @@ class SearchResult:
     known, and `gap` how far the chosen policy's lies below it: more than 0 only where the
     simulation prefers a policy with fewer bubbles. `simulated` policies were simulated;
     `certified` says that of every kind left out (devices, KV placement) even the closed form is no
-    higher than the chosen policy's simulated throughput.
+    higher than the chosen policy's simulated throughput. `ways` are those of dividing the work
+    between several GPUs, the chosen one among them; for a single GPU there are none.
     """
 
     solver: str
@@ -39,6 +53,16 @@ class SearchResult:
     simulated: int
     certified: bool
     remedy: str = ""
+    ways: tuple[Way, ...] = ()
+
+    @staticmethod
+    def impossible(remedy: str, ways: tuple[Way, ...]) -> "SearchResult":
+        """The result where there is nothing to search."""
+        return SearchResult(
+            solver="none", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
+            greatest_tokens_per_s=0.0, evaluations=0, seconds=0.0, gap=0.0, simulated=0,
+            certified=True, remedy=remedy, ways=ways,
+        )  # fmt: skip
 
     def require(self) -> Estimate:
         """The best estimate; PolicyError saying what to change if there is none."""

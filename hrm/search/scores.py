@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
 from hrm.policy import Policy, ScheduleName
-from hrm.search.space import Grid, Space
+from hrm.search.grid import Grid
+from hrm.search.space import Space
 
 
 def tokens_per_batch(space: Space, batch_size: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -17,7 +18,7 @@ def tokens_per_batch(space: Space, batch_size: NDArray[np.int64]) -> NDArray[np.
     requests = space.workload.num_requests
     batch = batch_size.astype(float)
     useful = batch if requests is None else requests / np.ceil(requests / batch)
-    return useful * space.workload.gen_len
+    return useful * space.workload.generated_tokens
 
 
 def scores(space: Space, costs: Costs, grid: Grid) -> NDArray[np.float64]:
@@ -36,7 +37,7 @@ def score_of(space: Space, policy: Policy) -> float:
 
 def bound_of(space: Space, policy: Policy) -> float:
     """Tokens a second of full batches if a schedule overlapped all that can be overlapped."""
-    tokens = policy.batch_size * space.workload.gen_len
+    tokens = policy.batch_size * space.workload.generated_tokens
     return tokens / _seconds_of_batch(space, policy, ScheduleName.CGOPIPE)
 
 

@@ -3,8 +3,17 @@
 from dataclasses import replace
 from random import Random
 
-from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
-from hrm.model_spec import ModelSpec
+from hrm.hardware import (
+    Figure,
+    HardwareProfile,
+    Link,
+    LinkKind,
+    MemoryLevel,
+    Processor,
+    Rate,
+    Source,
+)  # fmt: skip
+from hrm.model_spec import LatentAttention, ModelSpec
 from hrm.schedules import Pipeline
 from hrm.tasks import Device, Phase
 from hrm.units import GB
@@ -45,15 +54,17 @@ def machine(
     link: float = 12e9,
     latency_s: float = 0.0,
     launch_s: float = 0.0,
+    num_gpus: int = 1,
+    peer: float = 10e9,
+    shared: float | None = None,
 ) -> HardwareProfile:
-    """A GPU, a host and the three links between them; rates without curves."""
+    """One or more GPUs, a host and the links between them; rates without curves."""
 
-    def between(source: str, target: str, bandwidth: float, kind: str = "pinned") -> Link:
-        assert kind in {"pinned", "staging"}
+    def between(source: str, target: str, bandwidth: float, kind: LinkKind = "pinned") -> Link:
         return Link(
             source=source,
             target=target,
-            kind="staging" if kind == "staging" else "pinned",
+            kind=kind,
             latency_s=figure(latency_s),
             bandwidth_bytes_per_s=rate(bandwidth),
         )
@@ -61,14 +72,19 @@ def machine(
     return HardwareProfile(
         name="test machine",
         accelerator="catalog",
+        num_gpus=num_gpus,
         levels=(
             level("gpu", gpu_bytes, gpu_flops, gpu_read, launch_s),
-            level("cpu", cpu_bytes, cpu_flops, cpu_read, launch_s),
+            replace(
+                level("cpu", cpu_bytes, cpu_flops, cpu_read, launch_s),
+                shared_bytes_per_s=None if shared is None else rate(shared),
+            ),
         ),
         links=(
             between("cpu", "gpu", link),
             between("gpu", "cpu", link),
             between("cpu", "cpu", cpu_read / 2, "staging"),
+            *([between("gpu", "gpu", peer, "peer")] if num_gpus > 1 else []),
         ),
     )
 
@@ -102,6 +118,26 @@ def random_spec(rng: Random) -> ModelSpec:
         num_experts=num_experts,
         experts_per_token=rng.randint(1, num_experts),
     )
+
+
+def random_varied_spec(rng: Random) -> ModelSpec:
+    """As `random_spec`, with what newer families have: all of it, some or none."""
+    spec = random_spec(rng)
+    if rng.random() < 0.5:
+        spec = replace(spec, shared_intermediate_size=rng.choice([16, 200]))
+    if rng.random() < 0.5 and spec.num_layers > 1:
+        dense = rng.randint(1, spec.num_layers - 1)
+        spec = replace(spec, num_dense_layers=dense, dense_intermediate_size=256)
+    if rng.random() < 0.5:
+        windows = tuple(rng.choice([0, 16, 64]) for _ in range(spec.num_layers))
+        spec = replace(spec, attention_windows=windows)
+    if rng.random() < 0.5:
+        latent = LatentAttention(
+            kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12,
+            query_rank=rng.choice([0, 20]),
+        )  # fmt: skip
+        spec = replace(spec, latent_attention=latent, head_dim=24, num_kv_heads=spec.num_heads)
+    return spec
 
 
 def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:

@@ -7,10 +7,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from hrm.closed_form import Point, batch_seconds, decode_lanes, prefill_lanes
+from hrm.closed_form import DecodeStep, Point, batch_seconds, prefill_lanes
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import (
+    Limit,
     decode_work,
     estimate,
     prefill_seconds,
@@ -22,11 +23,10 @@ from hrm.estimate import (
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
-from hrm.policy import Policy, ScheduleName, kv_tokens_for
-from hrm.search.space import spread
+from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
-from tests.hrm.support import machine, random_spec, tiny_spec
+from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
 
 ROUNDING = 1e-4  # simulated tasks move whole bytes
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
@@ -41,8 +41,8 @@ def random_policy(rng: Random, spec: ModelSpec, schedule: ScheduleName) -> Polic
         micro_batch_size=micro_batch_size,
         attention=rng.choice(list(Device)),
         ffn=rng.choice(list(Device)),
-        resident_experts=spread(
-            rng.randint(0, spec.num_layers * (spec.num_experts - 1)), spec.num_layers
+        resident_experts=spread_experts(
+            spec, rng.randint(0, spec.num_expert_layers * (spec.num_experts - 1))
         ),
         resident_dense=rng.random() < 0.5,
         gpu_kv_micro_batches=rng.choice([0, 0, n // 2, n]),
@@ -67,7 +67,7 @@ def random_machine(rng: Random, latency_s: float | None = None) -> HardwareProfi
 
 @pytest.mark.parametrize("schedule", ScheduleName)
 def test_no_schedule_is_predicted_to_beat_its_bound(schedule):
-    bottlenecks = set[tuple[str, Lane]]()
+    bottlenecks = set[tuple[str, Limit]]()
     for seed in range(60):
         rng = Random(seed)
         spec = random_spec(rng)
@@ -79,9 +79,9 @@ def test_no_schedule_is_predicted_to_beat_its_bound(schedule):
             bottlenecks.add((name, phase.bottleneck))
         assert predicted.tokens_per_s <= predicted.bound_tokens_per_s * (1 + ROUNDING)
     assert {lane for name, lane in bottlenecks if name == "decode"} >= {
-        Lane.GPU,
-        Lane.CPU,
-        Lane.H2D,
+        Limit.GPU,
+        Limit.CPU,
+        Limit.H2D,
     }
 
 
@@ -89,18 +89,19 @@ def test_no_schedule_is_predicted_to_beat_its_bound(schedule):
 def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
     for seed in range(40):
         rng = Random(100 + seed)
-        spec = random_spec(rng)
+        spec = random_varied_spec(rng)
         policy, profile = random_policy(rng, spec, schedule), random_machine(rng, latency_s=0.0)
         costs = Costs(spec, profile, "bfloat16")
-        trace = simulate_work(decode_work(costs, policy, 45.0, num_steps=1))
-        lanes = decode_lanes(costs, Point.of_policy(policy, spec), schedule, 45.0)
+        work = replace(decode_work(costs, policy, 45.0, num_steps=1), stretch=1.0)
+        trace = simulate_work(work)
+        lanes, _ = DecodeStep.of_point(costs, Point.of_policy(policy, spec), schedule).lanes(45.0)
         for lane, seconds in trace.busy_s().items():
             # Tasks move whole bytes and, in some layers, an expert more than in others.
             assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
         whole = replace(policy, prefill_chunk_tokens=10**9)
-        trace = simulate_work(prefill_work(costs, whole, WORKLOAD))
+        trace = simulate_work(replace(prefill_work(costs, whole, WORKLOAD), stretch=1.0))
         kv_is_whole = policy.gpu_kv_micro_batches in {0, policy.num_micro_batches}
-        lanes = prefill_lanes(costs, Point.of_policy(whole, spec), WORKLOAD)
+        lanes, _ = prefill_lanes(costs, Point.of_policy(whole, spec), WORKLOAD)
         for lane, seconds in trace.busy_s().items():
             if lane is not Lane.D2H or kv_is_whole:
                 assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
@@ -122,7 +123,7 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(
     low, high = residents
     total = (low + high) * spec.num_layers // 2 + spec.num_layers // 5
     halves = (high,) * (spec.num_layers // 2) + (low,) * (spec.num_layers - spec.num_layers // 2)
-    even = spread(min(total, high * spec.num_layers), spec.num_layers)
+    even = spread_experts(spec, min(total, high * spec.num_layers))
     for counts, tolerance in (((low,) * spec.num_layers, 0.01), (even, 0.01), (halves, 0.04)):
         policy = Policy(
             schedule=schedule, batch_size=30 * 64, micro_batch_size=64, resident_experts=counts,

@@ -26,6 +26,7 @@ from hrm.machines import (
     load_gpu,
     load_host,
     load_profile,
+    one_part,
     profile_folder,
     save_profile,
     with_memory,
@@ -82,11 +83,12 @@ def levels(name):
     )
 
 
-def links(source, target):
+def links(source, target, kind="pinned"):
     return st.builds(
         Link,
         source=st.just(source),
         target=st.just(target),
+        kind=st.just(kind),
         latency_s=figures(),
         bandwidth_bytes_per_s=rates,
     )
@@ -98,7 +100,7 @@ profiles = st.builds(
     accelerator=st.sampled_from(["cuda", "emulated", "catalog"]),
     num_gpus=st.integers(1, 8),
     levels=st.tuples(levels("gpu"), levels("cpu")),
-    links=st.tuples(links("cpu", "gpu"), links("gpu", "cpu")),
+    links=st.tuples(links("cpu", "gpu"), links("gpu", "cpu"), links("gpu", "gpu", "peer")),
     environment=st.dictionaries(texts, texts, max_size=3),
 )
 
@@ -205,6 +207,37 @@ def test_links_together_are_no_faster_than_host_memory():
     assert achieved.value == profile.host.read_bytes_per_s.at()
     assert achieved.source is Source.DERIVED
     assert "limited by the host's memory" in achieved.note
+
+
+def test_links_together_are_no_faster_than_the_root_ports():
+    host = load_host("aws-p4d-24xlarge")
+    profile = compose("8xA100-40G", host.name)
+    assert 8 * compose("A100-40G").h2d.bandwidth_bytes_per_s.at() > 1.5 * host_ports(host)
+    assert profile.h2d.bandwidth_bytes_per_s.at() == host_ports(host)
+    assert "root ports" in profile.h2d.bandwidth_bytes_per_s.planned.note
+
+
+def host_ports(host):
+    return host.root_port_bytes_per_s.at()
+
+
+def test_a_part_of_a_machine_is_one_gpu_and_a_share_of_the_host():
+    one, four = compose("T4"), compose("4xT4")
+    part = one_part(four)
+    assert (part.num_gpus, len(part.links)) == (1, 3)
+    assert part.top.usable_bytes == one.top.usable_bytes
+    assert part.h2d.bandwidth_bytes_per_s.at(1e6) == pytest.approx(
+        one.h2d.bandwidth_bytes_per_s.at(1e6)
+    )
+    for share in (
+        lambda p: p.host.usable_bytes,
+        lambda p: p.host.read_bytes_per_s.at(),
+        lambda p: p.host.attention_bytes_per_s,
+        lambda p: p.host.processor.flops_per_s("float16"),
+        lambda p: p.link("cpu", "cpu", "staging").bandwidth_bytes_per_s.at(),
+    ):
+        assert 4 * share(part) == pytest.approx(share(four), rel=1e-6)
+    assert part.top.processor.launch_latency_s.value == one.top.processor.launch_latency_s.value
 
 
 @pytest.mark.parametrize(

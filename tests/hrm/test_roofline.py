@@ -7,7 +7,7 @@ import pytest
 from hrm import operators
 from hrm.costs import Costs
 from hrm.machines import compose
-from hrm.model_spec import BUILT_IN_MODELS
+from hrm.model_spec import BUILT_IN_MODELS, LayerKind
 from hrm.operators import Kernel, Operator
 from hrm.roofline import (
     attainable_flops_per_s,
@@ -96,12 +96,12 @@ def test_kernels_run_one_after_the_other_and_every_launch_costs():
 
 
 def test_decode_attention_is_qk_and_pv_over_the_cache_read_once():
-    attention = operators.decode_attention(MIXTRAL, "bfloat16", 3, 1000)
+    attention = operators.decode_attention(MIXTRAL, "bfloat16", 3, 1000, LayerKind())
     qk = pv = 2 * 3 * 1000 * 32 * 128
     assert attention.flops == qk + pv
     assert attention.num_bytes == 3 * 1000 * 2 * 8 * 128 * 2
     profile = machine(cpu_read=50e9, cpu_flops=1e12)
-    seconds = Costs(MIXTRAL, profile, "bfloat16").attention(Device.CPU, 3, 1000)
+    seconds = Costs(MIXTRAL, profile, "bfloat16").attention(Device.CPU, 3, 1000, LayerKind())
     assert seconds == pytest.approx(attention.num_bytes / 50e9)
 
 

@@ -14,12 +14,13 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
-from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import lattice
 from hrm.search.exhaustive import search, search_space
+from hrm.search.grid import make_grid
 from hrm.search.lattice import CHUNKS, places_of
 from hrm.search.result import Outcome
-from hrm.search.space import Space, make_grid, spread
+from hrm.search.space import Space
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
@@ -109,7 +110,7 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     best = 0.0
     for policy, totals in every_policy(space):
         for total in totals:
-            filled = replace(policy, resident_experts=spread(total, spec.num_layers))
+            filled = replace(policy, resident_experts=spread_experts(spec, total))
             if fits(spec, filled, profile):
                 best = max(best, job_score(spec, filled, profile, workload))
                 break
@@ -164,7 +165,7 @@ def test_the_grids_residency_is_the_most_that_a_loop_over_all_counts_fits():
         everything = spec.num_layers * spec.num_experts
 
         def with_total(count: int, policy: Policy = policy, spec: ModelSpec = spec) -> Policy:
-            return replace(policy, resident_experts=spread(count, spec.num_layers))
+            return replace(policy, resident_experts=spread_experts(spec, count))
 
         possible = [c for c in range(everything + 1) if fits(spec, with_total(c), space.profile)]
         if policy.ffn is Device.CPU and everything in possible:

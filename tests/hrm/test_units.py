@@ -12,6 +12,7 @@ from hrm.units import (
     format_seconds,
     parse_bandwidth,
     parse_bytes,
+    parse_flops,
 )  # fmt: skip
 from hrm.workload import WORKLOADS, Workload, named_workload
 
@@ -23,6 +24,21 @@ from hrm.workload import WORKLOADS, Workload, named_workload
 )  # fmt: skip
 def test_sizes_read_in_decimal_and_binary_units(text, num_bytes):
     assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "flops_per_s"),
+    [("65TFLOP/s", 65e12), ("65 T", 65e12), ("1.5 pflops", 1.5e15), ("353GFLOP/s ", 353e9),
+     ("2e12", 2e12), ("800MFLOP", 8e8)],
+)  # fmt: skip
+def test_compute_rates_read_with_or_without_their_unit(text, flops_per_s):
+    assert parse_flops(text) == pytest.approx(flops_per_s, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "TFLOP/s", "0T", "-1T", "65 TB/s", "nan", "1e40T", "1 flip"])
+def test_what_is_no_compute_rate_is_refused(text):
+    with pytest.raises(UnitError, match=r"--to is .*: must be a positive rate in FLOP/s"):
+        parse_flops(text, "--to")
 
 
 @pytest.mark.parametrize(

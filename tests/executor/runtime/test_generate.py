@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 
 from executor.batching import Batcher
+from executor.checkpoint import Checkpoint
 from executor.engine import TaskFailedError
+from executor.families import family_for
 from executor.handlers import DecodeHandlers, PrefillHandlers
+from executor.model import reference
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
 from hrm.schedules import decode_pipeline
@@ -193,3 +196,30 @@ def test_trace_is_bounded_and_totals_are_not(folder, arch):
     assert result.decode.spans_left_out > 0
     samples = result.decode.by_kind[TaskKind.SAMPLE]
     assert samples.count == 9 * policy.num_micro_batches
+
+
+@pytest.mark.parametrize("changes", [CPU_POLICY, GPU_POLICY], ids=["cpu", "gpu"])
+def test_routed_tokens_are_those_of_the_reference(folder, arch, changes, monkeypatch):
+    policy = make_policy(arch.spec.num_layers, **changes)
+    with generator(folder, policy) as made:
+        (batch,) = Batcher(iter(requests(PROMPTS, max_tokens=4, ignore_eos=True)), policy)
+        result = made.generate(batch)
+    with Checkpoint.open(folder) as checkpoint:
+        family = family_for(checkpoint.config, checkpoint.config_path)
+        model = reference.load(family, checkpoint, arch)
+    seen = []
+
+    def route(*args):
+        weights_TK, experts_TK = routes(*args)
+        seen.append(experts_TK.flatten().bincount(minlength=arch.spec.num_experts).tolist())
+        return weights_TK, experts_TK
+
+    routes = reference.route
+    monkeypatch.setattr(reference, "route", route)
+    for completion in result.completions:  # the last token is never put in again
+        reference.forward(model, [*completion.request.prompt, *completion.tokens[:-1]])
+    layers = arch.spec.num_layers
+    by_layer = [
+        [sum(expert) for expert in zip(*seen[i::layers], strict=True)] for i in range(layers)
+    ]
+    assert result.routed_tokens == tuple(map(tuple, by_layer))

@@ -449,6 +449,13 @@ def test_bench_refuses_an_unknown_schedule(folder, policy_path, capsys):
     refused(capsys.readouterr(), "magic", *ScheduleName)
 
 
+def test_bench_refuses_a_built_in_model_that_it_cannot_run(policy_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--model", "deepseek-v3", "--policy", str(policy_path)])
+    assert ended.value.code == 2
+    refused(capsys.readouterr(), "--model deepseek-v3", "'deepseek_v3'", "mixtral, dbrx")
+
+
 def test_help_loads_no_torch():
     code = "import sys, executor.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,97 @@
+"""Where which kind of policy is best: a map over two swept resources.
+
+MoE-Lightning, arXiv 2411.11217, Fig. 10: a faster link and a faster host, and what then pays.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from hrm.analysis.rows import OnPoint, search_row, table
+from hrm.estimate import Estimate
+from hrm.hardware import HardwareProfile
+from hrm.model_spec import ModelSpec
+from hrm.scaling import Resource, scale, with_resource
+from hrm.search.exhaustive import search
+from hrm.tasks import Device
+from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What belongs to one piece of hardware and is scaled together, by a factor.
+WHOLE: Final = {
+    "cpu": (Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS),
+    "gpu": (Resource.GPU_MEMORY, Resource.GPU_BANDWIDTH, Resource.GPU_FLOPS),
+    "link": (Resource.H2D_BANDWIDTH, Resource.D2H_BANDWIDTH),
+}
+ALL: Final = 0.999
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One side of a map: a resource at `points`, or a whole piece (`cpu`) times factors."""
+
+    what: Resource | str
+    points: tuple[float, ...]
+
+    @property
+    def column(self) -> str:
+        """Its name in the table: `h2d_bandwidth_bytes_per_s`, `cpu_factor`."""
+        return self.what.column if isinstance(self.what, Resource) else f"{self.what}_factor"
+
+    def at(self, profile: HardwareProfile, value: float, *, dtype: str) -> HardwareProfile:
+        """The machine with this much of it."""
+        if isinstance(self.what, Resource):
+            return with_resource(profile, self.what, value, dtype=dtype)
+        for resource in WHOLE[self.what]:
+            profile = scale(profile, resource, value)
+        return profile
+
+
+def policy_map(
+    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, x: Axis, y: Axis,
+    dtype: str = "bfloat16", on_point: OnPoint = None, **options: Any,
+) -> "pd.DataFrame":  # fmt: skip
+    """Search every cell of the map: `x.column`, `y.column`, `region` and `search_row`'s columns.
+
+    `region` says in words where attention and experts run and where weights and KV cache lie; it is
+    missing where no policy fits. `weights_offloaded` and `kv_offloaded` are shares. `options` go to
+    the search.
+    """
+    rows: list[dict[str, Any]] = []
+    for y_value in y.points:
+        for x_value in x.points:
+            machine = y.at(profile, y_value, dtype=dtype)
+            machine = x.at(machine, x_value, dtype=dtype)
+            result = search(spec, machine, workload, dtype=dtype, **options)
+            row = search_row(result, spec, machine)
+            best = result.best
+            rows.append(
+                {
+                    x.column: x_value,
+                    y.column: y_value,
+                    "region": None if best is None else region_of(best, spec),
+                    "weights_offloaded": None if best is None else 1 - row["weight_share_on_gpu"],
+                    "kv_offloaded": None if best is None else 1 - row["kv_share_on_gpu"],
+                    **row,
+                }
+            )
+            if on_point is not None:
+                on_point()
+    return table(rows, (x.column, y.column, "region", "weights_offloaded", "kv_offloaded"))
+
+
+def region_of(best: Estimate, spec: ModelSpec) -> str:
+    """The kind of a policy in words."""
+    policy = best.policy
+    on_gpu = policy.weight_share_on_gpu(spec)
+    if on_gpu > ALL:
+        weights = "weights on the GPU"
+    else:
+        weights = "weights streamed" if policy.ffn is Device.GPU else "experts on the CPU"
+    if policy.kv_share_on_gpu == 1:
+        return f"{weights}, KV on the GPU"
+    split = " part of" if policy.kv_share_on_gpu > 0 else ""
+    if policy.attention is Device.CPU:
+        return f"{weights},{split} attention on the CPU"
+    return f"{weights},{split} KV streamed"

@@ -1,0 +1,229 @@
+"""`hrm whatif` and `hrm map`: which upgrade pays, and where which kind of policy is best."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from hrm.analysis.regions import WHOLE, Axis, policy_map
+from hrm.analysis.what_if import what_if
+from hrm.cli.options import ChosenModel, machine_options, model_options, workload_options
+from hrm.cli.report import console
+from hrm.cli.tables import (
+    csv_option,
+    plot_option,
+    print_frame,
+    print_rows,
+    records,
+    searching,
+    show_amount,
+    show_change,
+    tell_written,
+    write_csv,
+)
+from hrm.errors import HrmError
+from hrm.hardware import HardwareProfile
+from hrm.policy import ScheduleName
+from hrm.scaling import Resource, resource_value, resources
+from hrm.sweep import between, parse_swept
+from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_schedule = click.option(
+    "--schedule", type=click.Choice([name.value for name in ScheduleName]), default="cgopipe",
+    show_default=True, help="The order in which tasks are issued.",
+)  # fmt: skip
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+NOTHING: Final = 0.001  # a change of throughput below this is none
+MOST_POINTS: Final = 100
+LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload, dtype: str) -> str:
+    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
+    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}"
+
+
+@click.command()
+@machine_options
+@model_options
+@workload_options
+@_schedule
+@click.option("--percent", type=float, default=10.0, show_default=True,
+              help="How much more of each resource.")  # fmt: skip
+@_json
+@csv_option
+@plot_option
+def whatif(
+    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, schedule: str,
+    percent: float, as_json: bool, csv: Path | None, plot: Path | None,
+) -> None:  # fmt: skip
+    """What some more of each resource does to the best policy: which upgrade pays."""
+    if not -100 < percent < math.inf or percent == 0:
+        raise HrmError(
+            "--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more"
+        )
+    with searching(len(resources(profile))) as on_point:
+        frame = what_if(
+            model.spec, profile, workload, factor=1 + percent / 100, dtype=dtype,
+            schedule=ScheduleName(schedule), on_point=on_point,
+        )  # fmt: skip
+    about = _about(model, profile, workload, dtype)
+    _write(frame, csv, plot, lambda path: _draw_what_if(frame, path, about))
+    if as_json:
+        print_rows(frame, about=about, percent=percent)
+        return
+    console.print(f"[bold]{about}[/]\n")
+    print_frame(
+        frame,
+        (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
+        lambda row: [
+            row["resource"],
+            show_amount(
+                Resource(row["resource"]),
+                resource_value(profile, Resource(row["resource"]), dtype=dtype),
+            ),
+            show_change(row["change"]),
+            show_change(row["same_policy_change"]),
+        ],
+        plan=("(N, μ, A_g, F_g, r_w, r_c)", "decode limit"),
+    )
+    console.print(f"\n{_what_pays(frame, percent)}")
+    tell_written(csv, plot)
+
+
+def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
+    """The answer in one line."""
+    known = frame.dropna(subset=["change"])
+    best = max(records(known), key=lambda row: abs(row["change"]))
+    if abs(best["change"]) < NOTHING:
+        return f"{percent:+g} % of no single resource changes the throughput."
+    kept = "with the same policy" if best["same_policy"] else f"with policy {best['policy']}"
+    verb = "pays most" if percent > 0 else "costs most"
+    nothing = [row["resource"] for row in records(known) if abs(row["change"]) < NOTHING]
+    rest = f"; {', '.join(nothing)}: nothing" if nothing else ""
+    return f"{best['resource']} {verb}: {show_change(best['change'])} {kept}{rest}."
+
+
+@click.command(name="map")
+@machine_options
+@model_options
+@workload_options
+@_schedule
+@click.option("--x", "x_text", required=True, metavar="WHAT=FROM:TO:POINTS",
+              help=f"A resource, or {', '.join(WHOLE)} times factors: cpu=1:10:8.")  # fmt: skip
+@click.option("--y", "y_text", required=True, metavar="WHAT=FROM:TO:POINTS", help="The same.")
+@click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
+@_json
+@csv_option
+@plot_option
+def map_command(
+    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, schedule: str,
+    x_text: str, y_text: str, log: bool, as_json: bool, csv: Path | None, plot: Path | None,
+) -> None:  # fmt: skip
+    """Which kind of policy is best where, over two swept resources."""
+    x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
+    if x.column == y.column:
+        raise HrmError("--y", y_text, "must be another resource than --x", "sweep two of them")
+    with searching(len(x.points) * len(y.points)) as on_point:
+        frame = policy_map(
+            model.spec, profile, workload, x=x, y=y, dtype=dtype, schedule=ScheduleName(schedule),
+            on_point=on_point,
+        )  # fmt: skip
+    about = _about(model, profile, workload, dtype)
+    _write(frame, csv, plot, lambda path: _draw_map(frame, path, x, y, about))
+    if as_json:
+        print_rows(frame, about=about, x=x.column, y=y.column)
+        return
+    console.print(f"[bold]{about}[/]\n")
+    console.print(map_text(frame, x, y), highlight=False)
+    tell_written(csv, plot)
+
+
+def _axis(text: str, flag: str, *, log: bool) -> Axis:
+    """`h2d-bandwidth=100GB/s:500GB/s:9` or `cpu=1:10:8`; HrmError for another form."""
+    name, _, span = text.partition("=")
+    parts = span.split(":")
+    names = [*Resource, *WHOLE]
+    if name not in names or len(parts) != 3 or not parts[2].isdigit():
+        raise HrmError(
+            flag, text, f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(names)}",
+            "write it like h2d-bandwidth=100GB/s:500GB/s:9",
+        )  # fmt: skip
+    what = Resource(name) if name in Resource.__members__.values() else name
+    first, last = (_end(what, part, flag) for part in parts[:2])
+    # Factors are spaced as rates are: they need not be whole.
+    spaced_as = what if isinstance(what, Resource) else Resource.CPU_FLOPS
+    count = min(int(parts[2]), MOST_POINTS)
+    return Axis(what, tuple(between(spaced_as, first, last, count, logarithmic=log)))
+
+
+def _end(what: Resource | str, text: str, flag: str) -> float:
+    if isinstance(what, Resource):
+        return parse_swept(what, text, f"{flag} {what}")
+    try:
+        return float(text)
+    except ValueError:
+        raise HrmError(
+            f"{flag} {what}", text, "must be a factor", f"write it like {what}=1:10:8"
+        ) from None
+
+
+def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
+    """The map in letters, the greatest y on top, and what they mean."""
+    regions: dict[str, str] = {}
+    rows: list[str] = []
+    cells = {(row[x.column], row[y.column]): row for row in records(frame)}
+    for y_value in reversed(y.points):
+        letters: list[str] = []
+        for x_value in x.points:
+            region = cells[x_value, y_value]["region"]
+            known = isinstance(region, str)
+            letters.append(
+                regions.setdefault(region, LETTERS[len(regions) % len(LETTERS)]) if known else "·"
+            )
+        rows.append(f"{_axis_value(y, y_value):>12} │ {'  '.join(letters)}")
+    left, right = _axis_value(x, x.points[0]), _axis_value(x, x.points[-1])
+    width = 3 * len(x.points) - 2
+    axis = f"{left}{right:>{max(width - len(left), len(right) + 1)}}"
+    legend = [f"  {letter}  {region}" for region, letter in regions.items()]
+    return "\n".join(
+        [f"{_axis_name(y)} (up), {_axis_name(x)} (right)", *rows, f"{'':>12} └─{'─' * width}",
+         f"{'':>15}{axis}", "", *legend, *(["  ·  no policy fits"] if "·" in "".join(rows) else [])]
+    )  # fmt: skip
+
+
+def _axis_name(axis: Axis) -> str:
+    if isinstance(axis.what, Resource):
+        return axis.what.value
+    return f"{axis.what} ({', '.join(resource.value for resource in WHOLE[axis.what])}) times"
+
+
+def _axis_value(axis: Axis, value: float) -> str:
+    return show_amount(axis.what, value) if isinstance(axis.what, Resource) else f"{value:.3g}"
+
+
+def _write(
+    frame: "pd.DataFrame", csv: Path | None, plot: Path | None, draw: Callable[[Path], None]
+) -> None:
+    write_csv(frame, csv)
+    if plot is not None:
+        draw(plot)
+
+
+def _draw_what_if(frame: "pd.DataFrame", path: Path, title: str) -> None:
+    from hrm.plots.what_if import plot_what_if
+
+    plot_what_if(frame, path, title=title)
+
+
+def _draw_map(frame: "pd.DataFrame", path: Path, x: Axis, y: Axis, title: str) -> None:
+    from hrm.plots.regions import plot_map
+
+    plot_map(
+        frame, path, x=x.column, y=y.column, region="region", value="tokens_per_s", title=title
+    )

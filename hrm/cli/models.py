@@ -1,0 +1,192 @@
+"""`hrm models`: how large a model is, and where its bytes are."""
+
+from collections import Counter
+from typing import Any, Final
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from hrm.cli.report import console, print_json
+from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec, load_model
+from hrm.units import DTYPE_BYTES, format_bytes, format_count
+
+DTYPE: Final = "bfloat16"
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def models(name: str | None, as_json: bool) -> None:
+    """List the built-in models, or show NAME (built-in, folder or config.json) in detail."""
+    spec = load_model(name) if name else None
+    if as_json:
+        every = {known.name: model_json(known) for known in BUILT_IN_MODELS.values()}
+        print_json(every if spec is None else model_json(spec))
+    elif spec is None:
+        _print_list(list(BUILT_IN_MODELS.values()))
+    else:
+        _print_model(spec)
+
+
+def model_json(spec: ModelSpec) -> dict[str, Any]:
+    """A model's dimensions and all that follows from them; bytes are those of `dtype`."""
+    size = DTYPE_BYTES[DTYPE]
+    return {
+        **{name: getattr(spec, name) for name in ModelSpec.__dataclass_fields__},
+        "parameters": spec.parameters,
+        "active_parameters": spec.active_parameters,
+        "expert_layers": spec.num_expert_layers,
+        "dtype": DTYPE,
+        "weight_bytes": spec.parameters * size,
+        "layer_bytes": spec.layer_bytes(DTYPE),
+        "total_layer_bytes": spec.total_layer_bytes(DTYPE),
+        "expert_bytes": spec.expert_parameters * size,
+        "embedding_bytes": spec.embedding_parameters * size,
+        "head_bytes": spec.head_parameters * size,
+        "kv_elements": spec.kv_elements,
+        "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE),
+        "kv_bytes_per_token_beyond_windows": _kv_bytes_beyond_windows(spec),
+        "layer_kinds": [
+            {
+                "layers": count,
+                "has_experts": kind.has_experts,
+                "window": kind.window,
+                "layer_bytes": spec.layer_bytes_of(kind, DTYPE),
+                "dense_bytes": spec.dense_parameters_of(kind) * size,
+                "num_experts": spec.num_experts_of(kind),
+                "kv_bytes_per_token": spec.kv_bytes_per_token_layer(DTYPE),
+            }
+            for kind, count in spec.layer_kinds().items()
+        ],
+    }
+
+
+def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
+    """What one more token adds to the cache of a context that is longer than every window."""
+    unlimited = sum(count for kind, count in spec.layer_kinds().items() if not kind.window)
+    return unlimited * spec.kv_bytes_per_token_layer(DTYPE)
+
+
+def _print_list(specs: list[ModelSpec]) -> None:
+    table = Table(
+        "model", "parameters", "active", "layers", "experts", "a layer", "an expert", "KV a token",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for spec in specs:
+        table.add_row(
+            spec.name,
+            format_count(spec.parameters),
+            format_count(spec.active_parameters),
+            str(spec.num_layers),
+            _experts(spec),
+            format_bytes(spec.layer_bytes(DTYPE)),
+            format_bytes(spec.expert_parameters * DTYPE_BYTES[DTYPE]),
+            format_bytes(spec.kv_bytes_per_token(DTYPE)),
+        )
+    console.print(table)
+    console.print(
+        "[dim]Bytes in bfloat16; a layer with experts, and a token in the caches of all layers."
+        " hrm models NAME[/]"
+    )
+
+
+def _experts(spec: ModelSpec) -> str:
+    shared = " + shared" if spec.shared_intermediate_size else ""
+    return f"{spec.experts_per_token} of {spec.num_experts}{shared}"
+
+
+def _print_model(spec: ModelSpec) -> None:
+    size = DTYPE_BYTES[DTYPE]
+    console.print(f"[bold]{escape(spec.name)}[/] ({spec.family})")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    share = spec.active_parameters / spec.parameters
+    rows = {
+        "parameters": f"{format_count(spec.parameters)} ({spec.parameters:,})",
+        "active": f"{format_count(spec.active_parameters)} a token, {share:.0%}",
+        "weights": f"{format_bytes(spec.parameters * size)} in {DTYPE}{_published(spec)}",
+        "experts": f"{spec.experts_per_token} of {spec.num_experts} a token,"
+        f" {format_bytes(spec.expert_parameters * size)} each"
+        f" ({spec.hidden_size} x {spec.intermediate_size}){_shared(spec)}",
+        "attention": _attention(spec),
+        "embedding": f"{spec.vocab_size} tokens x {spec.hidden_size}"
+        f" ({format_bytes(spec.embedding_parameters * size)}), "
+        + ("tied to the LM head" if spec.tied_embeddings else "and an LM head beside it"),
+        "KV cache": f"{format_bytes(spec.kv_bytes_per_token(DTYPE))} a token in all layers,"
+        f" {format_bytes(spec.kv_bytes_per_token_layer(DTYPE))} in each",
+        "": _windows(spec),
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(name, escape(text))
+    console.print(table)
+    console.print()
+    _print_layers(spec)
+
+
+def _published(spec: ModelSpec) -> str:
+    if not spec.published_dtype:
+        return ""
+    return f" (published: {spec.published_dtype}; plans use the dtype that you choose)"
+
+
+def _shared(spec: ModelSpec) -> str:
+    if not spec.shared_intermediate_size:
+        return ""
+    shared = format_bytes(spec.shared_parameters * DTYPE_BYTES[DTYPE])
+    return f"; shared: {shared} ({spec.hidden_size} x {spec.shared_intermediate_size})"
+
+
+def _attention(spec: ModelSpec) -> str:
+    latent = spec.latent_attention
+    if latent is None:
+        kind = "multi-head" if spec.num_kv_heads == spec.num_heads else "grouped-query"
+        heads = f"{spec.num_heads} query heads on {spec.num_kv_heads} of {spec.head_dim}"
+        return f"{kind}: {heads}"
+    queries = f"queries through {latent.query_rank}" if latent.query_rank else "queries direct"
+    return (
+        f"latent: {spec.num_heads} heads of {latent.nope_head_dim} + {latent.rope_head_dim} rotary,"
+        f" values {latent.value_head_dim}; cached {latent.kv_rank} + {latent.rope_head_dim};"
+        f" {queries}"
+    )
+
+
+def _windows(spec: ModelSpec) -> str:
+    """What the windows mean for the cache of a long context; empty without windows."""
+    windows = Counter(window for window in spec.attention_windows if window)
+    if not windows:
+        return ""
+    kept = " and ".join(
+        f"{count} of {spec.num_layers} layers keep {window} tokens at most"
+        for window, count in windows.items()
+    )
+    return f"{format_bytes(_kv_bytes_beyond_windows(spec))} beyond the windows: {kept}"
+
+
+def _print_layers(spec: ModelSpec) -> None:
+    size = DTYPE_BYTES[DTYPE]
+    table = Table(
+        "layers", "count", "bytes each", "outside experts", "routed experts", "attend to",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, count in spec.layer_kinds().items():
+        table.add_row(*_layer_row(spec, kind, count, size))
+    table.add_row("all", str(spec.num_layers), format_bytes(spec.total_layer_bytes(DTYPE)))
+    console.print(table)
+
+
+def _layer_row(spec: ModelSpec, kind: LayerKind, count: int, size: int) -> tuple[str, ...]:
+    num_experts = spec.num_experts_of(kind)
+    experts = format_bytes(num_experts * spec.expert_parameters * size)
+    return (
+        "with experts" if kind.has_experts else "dense FFN",
+        str(count),
+        format_bytes(spec.layer_bytes_of(kind, DTYPE)),
+        format_bytes(spec.dense_parameters_of(kind) * size),
+        f"{num_experts}: {experts}" if num_experts else "none",
+        f"{kind.window} tokens" if kind.window else "all tokens",
+    )

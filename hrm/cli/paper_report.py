@@ -1,0 +1,277 @@
+"""How `hrm paper` shows comparisons with published runs, in a hundred columns."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rich.table import Table
+
+from hrm.cli.report import console
+from hrm.estimate import PhaseEstimate
+from hrm.machines import load_profile
+from hrm.published.compare import (
+    Accuracy,
+    Comparison,
+    accuracy,
+    accuracy_by_system,
+    busiest,
+    by_column,
+    machine_name,
+    order_as_published,
+)
+from hrm.published.data import SETUPS
+from hrm.published.fit import FittedFigure, fitted_figures
+from hrm.published.scaling import Scaling, batch_limit, published_steps_s
+from hrm.published.systems import IMPLEMENTATIONS
+from hrm.units import format_bandwidth, format_bytes, format_flops
+
+WIDTH: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class FigureOfMachine:
+    """A fitted figure with the name of its machine."""
+
+    machine: str
+    figure: FittedFigure
+
+
+def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
+    """The runs by column, then errors, fitted figures, order and what does not fit."""
+    console.print(f"[bold]MoE-Lightning, {name}[/]: tokens/s predicted and measured")
+    console.print("[dim]all prompts are padded to the longest; weights and cache are float16[/]")
+    setups = sorted({comparison.run.setup for comparison in comparisons})
+    for setup in setups:
+        console.print(f"[dim]{setup}: {SETUPS[setup]}; hrm profiles {machine_name(setup)}[/]")
+    console.print()
+    console.print(_table(comparisons))
+    console.print(
+        "[dim]limited by the busiest lane, busy for so much of the phase: below 100 % lanes wait in"
+        " turn[/]\n"
+    )
+    _print_order(by_column(comparisons))
+    console.print(_accuracy_table(comparisons))
+    console.print()
+    for system in dict.fromkeys(comparison.run.system for comparison in comparisons):
+        _say(f"{system.value}: {IMPLEMENTATIONS[system].says}")
+    console.print()
+    _print_fitted(setups)
+    _print_excess(comparisons)
+
+
+def _table(comparisons: Sequence[Comparison]) -> Table:
+    table = _new_table(
+        "", "(μ, N/μ)", "predicted", "measured", "error", "prefill", "limited by", "step",
+        "limited by", left=(0, 6, 8),
+    )  # fmt: skip
+    for name, column in by_column(comparisons).items():
+        table.add_row(f"[bold]{name}[/]")
+        for comparison in column:
+            run, predicted = comparison.run, comparison.predicted
+            table.add_row(
+                f"  {run.system.value}",
+                f"({run.micro_batch_size}, {predicted.policy.num_micro_batches})",
+                f"{predicted.tokens_per_s:.4g}",
+                f"{run.tokens_per_s:.4g}",
+                f"{comparison.error:+.1%}",
+                f"{predicted.prefill.seconds:.0f} s",
+                _limit(predicted.prefill),
+                f"{comparison.step_s:.1f} s",
+                _limit(predicted.decode),
+            )
+    return table
+
+
+def _limit(phase: PhaseEstimate) -> str:
+    """The busiest lane and its share of the phase: below 100 % lanes wait for one another."""
+    name, share = busiest(phase)
+    return f"{name} {share:.0%}"
+
+
+def _new_table(*headers: str, left: Iterable[int] = (0,)) -> Table:
+    table = Table(box=None, pad_edge=False)
+    aligned = set(left)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index in aligned else "right", no_wrap=True)
+    return table
+
+
+def _print_order(columns: dict[str, list[Comparison]]) -> None:
+    wrong = [name for name, column in columns.items() if not order_as_published(column)]
+    if wrong:
+        _say(f"order of the systems: not as published in {', '.join(wrong)}")
+    else:
+        _say(f"order of the systems: as published in all {len(columns)} columns")
+    console.print()
+
+
+def _accuracy_table(comparisons: Sequence[Comparison]) -> Table:
+    table = _new_table("system", "runs", "mean |error|", "worst", "in", left=(0, 4))
+    named: dict[str, Accuracy] = {
+        system.value: its for system, its in accuracy_by_system(comparisons).items()
+    }
+    for name, its in {**named, "all": accuracy(comparisons)}.items():
+        table.add_row(
+            name, str(its.count), f"{its.mean_error:.1%}", f"{its.worst_error:+.1%}",
+            its.worst_column,
+        )  # fmt: skip
+    return table
+
+
+def _print_fitted(setups: Sequence[str]) -> None:
+    for setup in setups:
+        machine = machine_name(setup)
+        figures = fitted_figures(load_profile(machine))
+        console.print(f"[bold]fitted in {machine}[/]: {len(figures)} figures")
+        for where, figure in figures.items():
+            console.print(f"  {readable(where)}: {_quantity(where, figure.value)}")
+            _say(figure.note, indent="    ")
+    console.print()
+
+
+def _print_excess(comparisons: Sequence[Comparison]) -> None:
+    for comparison in comparisons:
+        for level, size in comparison.memory_excess_bytes.items():
+            _say(
+                f"{comparison.run.system.value}, {comparison.run.column}: as published, though by"
+                f" hrm's formulas it needs {format_bytes(size)} more than there is to plan with on"
+                f" the {level} level"
+            )
+
+
+def readable(where: str) -> str:
+    """A figure's place in words: `gpu float16 GEMM`, `cpu->gpu pageable link`."""
+    level, _, rest = where.partition(".")
+    field = rest.rpartition(".")[2] if "compute" in rest else rest
+    words = {"processor.attention_bytes_per_s": "attention", "bandwidth_bytes_per_s": "link"}
+    return f"{level} {words.get(field, f'{field} GEMM')}"
+
+
+def _quantity(where: str, value: float) -> str:
+    return format_flops(value) if "flops" in where else format_bandwidth(value)
+
+
+def print_fits(figures: Sequence[FigureOfMachine]) -> None:
+    """What a new fit finds beside what is shipped."""
+    table = _new_table("machine", "figure", "shipped", "found", "differs by", left=(0, 1))
+    for each in figures:
+        figure = each.figure
+        table.add_row(
+            each.machine,
+            readable(figure.where),
+            _quantity(figure.where, figure.shipped),
+            _quantity(figure.where, figure.found),
+            f"{figure.found / figure.shipped - 1:+.2%}",
+        )
+    console.print(table)
+    console.print("[dim]least squares over log(predicted / measured) of Table 4's cells, in closed"
+                  " form[/]")  # fmt: skip
+
+
+# -- two and four GPUs ------------------------------------------------------------------------
+
+
+def print_scaling(scalings: Sequence[Scaling]) -> None:
+    """Throughput on two and four T4s, their ratio, and where it comes from."""
+    console.print(
+        "[bold]MoE-Lightning, Figs 7 and 8[/]: tokens/s on two and four T4s, host of 32 cores and"
+        " 416 GB"
+    )
+    _say("T4 and CPU attention as in paper-s1; nothing is fitted on these runs")
+    console.print()
+    table = _new_table(
+        "generated", "N on 2", "on 4", "predicted 2", "4", "measured 2", "4", "predicted",
+        "measured", "shared links", left=(0,),
+    )  # fmt: skip
+    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+        table.add_row(f"[bold]{model}[/]")
+        for scaling in scalings:
+            if scaling.two.run.model == model:
+                table.add_row(*_scaling_cells(scaling))
+    console.print(table)
+    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+        console.print()
+        _explain(model, [scaling for scaling in scalings if scaling.two.run.model == model])
+
+
+def _scaling_cells(scaling: Scaling) -> list[str]:
+    two, four = scaling.two, scaling.four
+    return [
+        f"  {two.run.workload.gen_len}",
+        str(two.run.batch_size),
+        str(four.run.batch_size),
+        f"{two.predicted.tokens_per_s:.3g}",
+        f"{four.predicted.tokens_per_s:.3g}",
+        f"{two.run.tokens_per_s:.3g}",
+        f"{four.run.tokens_per_s:.3g}",
+        f"×{scaling.predicted_ratio:.2f}",
+        f"×{scaling.published_ratio:.2f}",
+        f"×{scaling.shared_ratio:.2f}",
+    ]
+
+
+def _explain(model: str, scalings: Sequence[Scaling]) -> None:
+    """What the ratio consists of, by the model and by the published numbers."""
+    console.print(f"[bold]{model}[/]")
+    for gpus, runs in (
+        (2, [scaling.two.run for scaling in scalings]),
+        (4, [scaling.four.run for scaling in scalings]),
+    ):
+        limits = [batch_limit(run) for run in runs]
+        levels = " or ".join(dict.fromkeys(limit.level for limit in limits))
+        _say(
+            f"batch on {gpus}: {_span([run.batch_size for run in runs], '.0f')} requests;"
+            f" MoE-Lightning's memory rule allows"
+            f" {_span([limit.batch_size for limit in limits], '.0f')}, bound by {levels}",
+            indent="  ",
+        )
+    _say(
+        f"four finish {_span([s.requests_ratio for s in scalings])} times the requests of two, in"
+        f" {_span([s.published_time_ratio for s in scalings])} times the time;"
+        f" {_span([s.predicted_time_ratio for s in scalings])} is predicted",
+        indent="  ",
+    )
+    short = [1 - s.predicted_ratio / s.published_ratio for s in scalings]
+    _say(
+        f"predicted ×{_span([s.predicted_ratio for s in scalings])}, measured"
+        f" ×{_span([s.published_ratio for s in scalings])}: short by"
+        f" {_span([100 * share for share in short], '.0f')} %",
+        indent="  ",
+    )
+    for gpus, each in (
+        (2, [scaling.two for scaling in scalings]),
+        (4, [scaling.four for scaling in scalings]),
+    ):
+        limited = " or ".join(dict.fromkeys(busiest(c.predicted.decode)[0] for c in each))
+        over = [1 + c.error for c in each]
+        _say(
+            f"on {gpus}, a decode step takes {_span([c.step_s for c in each], '.1f')} s, limited by"
+            f" {limited}; predicted throughput is {_span(over)} times the measured, from"
+            f" {each[0].run.workload.gen_len} to {each[-1].run.workload.gen_len} tokens:"
+            f" {', '.join(f'{factor:.2f}' for factor in over)}",
+            indent="  ",
+        )
+    measured = published_steps_s([scaling.two.run for scaling in scalings])
+    if measured:
+        _say(
+            f"on 2, a step took {_span(measured, '.1f')} s between the published runs: two cards"
+            " that share one link would take"
+            f" {_span([s.shared_two.step_s for s in scalings], '.1f')} s, and four over two would"
+            f" be ×{_span([s.shared_ratio for s in scalings])}; no source says that they do",
+            indent="  ",
+        )
+
+
+def _span(values: Sequence[float], form: str = ".2f") -> str:
+    """Least and greatest: `2.11 to 2.35`, or one if they print alike."""
+    least, most = f"{min(values):{form}}", f"{max(values):{form}}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _say(text: str, indent: str = "") -> None:
+    """A paragraph wrapped to the width."""
+    console.print(
+        textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  "),
+        markup=False,
+    )

@@ -1,0 +1,129 @@
+"""What commands with many searches share: a progress bar, and tables as text, CSV and JSON."""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from hrm.cli.report import console, print_json
+from hrm.errors import HrmError
+from hrm.estimate import LIMIT_WORDS, Limit
+from hrm.scaling import Resource
+from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+csv_option = click.option(
+    "--csv", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here too."
+)
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw it too: PNG, SVG or PDF, by its ending.",
+)  # fmt: skip
+
+
+@contextmanager
+def searching(total: int | None) -> Generator[Callable[[], object]]:
+    """A progress bar on standard error; what is yielded is called after each search."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        shown = bar.add_task("searching", total=total)
+        yield lambda: bar.advance(shown)
+
+
+def write_csv(frame: "pd.DataFrame", path: Path | None) -> None:
+    """Write a table, if there is a path; HrmError if that cannot be."""
+    if path is None:
+        return
+    try:
+        frame.to_csv(path, index=False)
+    except OSError as error:
+        raise HrmError(
+            "--csv", str(path), f"must be writable ({error.strerror})", "choose another path"
+        ) from error
+
+
+def print_rows(frame: "pd.DataFrame", **about: Any) -> None:
+    """Print a table as one JSON object: `rows`, and what it is about; missing values are null."""
+    rows = [
+        {key: None if value != value else value for key, value in row.items()}  # noqa: PLR0124 - nan
+        for row in records(frame.astype(object).where(frame.notna(), None))
+    ]
+    print_json({**about, "rows": rows})
+
+
+def tell_written(*paths: Path | None) -> None:
+    """Say which files were written."""
+    for path in paths:
+        if path is not None:
+            click.echo(f"written to {path}")
+
+
+def show_amount(resource: Resource, value: float) -> str:
+    """So much of a resource, with its unit."""
+    if resource.is_memory:
+        return format_bytes(value)
+    return format_bandwidth(value) if resource.is_bandwidth else format_flops(value)
+
+
+def show_change(change: float) -> str:
+    """A relative change: `+4.2%`; a dash if there is none to tell."""
+    return "–" if math.isnan(change) else f"{change:+.1%}"
+
+
+# What may be told of a plan in a table: its heading, and its cell for a row.
+PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
+    "tokens/s": lambda row: f"{row['tokens_per_s']:.4g}",
+    "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
+    "parallel": lambda row: row["parallelism"] if isinstance(row["parallelism"], str) else "–",
+    "(N, μ, A_g, F_g, r_w, r_c)": lambda row: row["policy"],
+    "decode limit": lambda row: limit_words(row["decode_bottleneck"]),
+}
+
+
+def limit_words(name: str) -> str:
+    """What limits a phase, shortly."""
+    shorter = {Limit.CPU: "CPU", Limit.HOST_MEMORY: "host memory", Limit.STAGE: "staging"}
+    limit = Limit(name)
+    return shorter.get(limit, LIMIT_WORDS[limit])
+
+
+def print_frame(
+    frame: "pd.DataFrame", headings: Sequence[str], cells: Callable[[dict[str, Any]], list[str]],
+    plan: Sequence[str] = tuple(PLAN_CELLS),
+) -> None:  # fmt: skip
+    """Print a table with its own first columns and then those of the plan, or why there is none.
+
+    How GPUs share the work is left out where no row has several.
+    """
+    several = frame["parallelism"].notna().any()
+    told = [heading for heading in plan if heading != "parallel" or several]
+    table = Table(*headings, box=None, pad_edge=False)
+    for heading in told:
+        table.add_column(heading, no_wrap=True)
+    for row in records(frame):
+        if row["reason"]:
+            reason = [""] * (len(told) - 1)
+            policy = told.index("(N, μ, A_g, F_g, r_w, r_c)")
+            reason.insert(policy, row["reason"])
+            table.add_row(*cells(row), *reason)
+        else:
+            table.add_row(*cells(row), *(PLAN_CELLS[heading](row) for heading in told))
+    console.print(table)
+
+
+def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    """The rows of a table."""
+    return cast("list[dict[str, Any]]", frame.to_dict("records"))
+
+
+def seconds_or_dash(value: float | None) -> str:
+    """A duration, or a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else format_seconds(value)

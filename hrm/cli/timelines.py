@@ -1,0 +1,127 @@
+"""What `hrm plot timeline` draws: a plan in several orders, or a run and its prediction."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from hrm.cli.simulate import simulate_plan
+from hrm.costs import Costs
+from hrm.errors import TraceError
+from hrm.estimate import decode_work, simulate_work, with_batch_size
+from hrm.memory import plan_memory
+from hrm.policy import Policy, ScheduleName, spread_experts
+from hrm.policy_file import PolicyFile
+from hrm.schedules import SCHEDULES
+from hrm.tasks import Phase
+from hrm.trace import Trace, read_chrome_trace
+from hrm.units import counted
+from hrm.validate import RunRecord, paced, read_run
+
+
+def of_schedules(
+    plan: PolicyFile, schedules: tuple[str, ...], phase: Phase, steps: int, *, searched: bool
+) -> tuple[str, dict[str, Trace]]:
+    """The same policy in the order of every schedule, with attention where the schedule has it."""
+    names = [ScheduleName(name) for name in schedules] or [plan.policy.schedule]
+    if searched:
+        plan = replace(plan, policy=fitting_all(plan, names))
+    plans = {name.value: replace(plan, policy=in_order(plan.policy, name)) for name in names}
+    for other in plans.values():
+        plan_memory(plan.model, other.policy, plan.profile).check_fits()
+    policy = plan.policy
+    of = " (catalog figures)" if plan.profile.accelerator == "catalog" else ""
+    parts = counted(policy.num_micro_batches, "micro-batch")
+    title = f"{plan.model.name} on {plan.profile.name}{of}: {parts} of {policy.micro_batch_size}"
+    traces = {
+        f"{name}, attention on the {other.policy.attention.value.upper()}, predicted":
+            simulate_plan(other, phase, num_steps=steps)
+        for name, other in plans.items()
+    }  # fmt: skip
+    return title, traces
+
+
+def in_order(policy: Policy, schedule: ScheduleName) -> Policy:
+    """The policy in another schedule's order, with attention on the device that it is known for."""
+    attention = SCHEDULES[schedule].attention
+    changed = replace(policy, schedule=schedule)
+    return changed if attention is None else replace(changed, attention=attention)
+
+
+def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
+    """The plan's policy with as many of its resident experts as leave room for every schedule.
+
+    Attention on the GPU needs buffers there. If not even none of the experts leaves enough, the
+    policy is the plan's with none.
+    """
+
+    def fits(policy: Policy) -> bool:
+        plans = (
+            plan_memory(plan.model, in_order(policy, name), plan.profile) for name in schedules
+        )
+        return all(
+            level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu)
+        )
+
+    for total in range(sum(plan.policy.resident_experts), 0, -1):
+        fewer = replace(plan.policy, resident_experts=spread_experts(plan.model, total))
+        if fits(fewer):
+            return fewer
+    return replace(plan.policy, resident_experts=spread_experts(plan.model, 0))
+
+
+def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace]]:
+    """What a run's first batch did, and what is predicted for a batch of its size and lengths."""
+    run = read_run(folder)
+    plan = replace(
+        run.policy_file,
+        profile=paced(run.policy_file.profile, run.accelerator),
+        policy=replace(
+            with_batch_size(
+                run.policy_file.policy,
+                min(run.batches[0].requests, run.policy_file.policy.batch_size),
+            ),
+            schedule=ScheduleName(run.schedule),
+        ),
+        workload=replace(run.policy_file.workload, prompt_len=run.workload.prompt_len),
+    )
+    measured = read_chrome_trace(folder / "trace.json").of_phase(phase).of_batch(0)
+    if phase is Phase.DECODE:
+        first, measured = measured_steps(folder, measured, steps)
+        context = run.workload.prompt_len + first + 1 + steps / 2
+        costs = Costs(plan.model, plan.profile, plan.policy.dtype)
+        # A step before them loads their first weights, as in the run.
+        predicted = simulate_work(decode_work(costs, plan.policy, context, num_steps=steps + 1))
+        _, predicted = measured_steps(folder, predicted, steps)
+    else:
+        predicted = simulate_plan(plan, phase, num_steps=steps)
+    if not measured.spans:
+        raise _nothing(folder, phase)
+    title = f"{plan.model.name}, {run.schedule}, {run.accelerator.description}"
+    return title, {f"measured, {_kind(run)}": measured, "predicted": predicted}
+
+
+def _kind(run: RunRecord) -> str:
+    emulated = run.policy_file.profile.accelerator == "emulated"
+    return "emulated accelerator" if emulated else run.accelerator.name
+
+
+def measured_steps(run: Path, trace: Trace, num_steps: int) -> tuple[int, Trace]:
+    """Steps of a trace after its first one, counted from 0, and which the first of them was.
+
+    Raises TraceError if there are none.
+    """
+    begin = min(1, max((span.id.step for span in trace.spans), default=0))
+    spans = tuple(
+        replace(span, id=replace(span.id, step=span.id.step - begin))
+        for span in trace.spans
+        if begin <= span.id.step < begin + num_steps
+    )
+    if not spans:
+        raise _nothing(run, Phase.DECODE)
+    return begin, Trace(spans)
+
+
+def _nothing(run: Path, phase: Phase) -> TraceError:
+    return TraceError(
+        str(run), f"<no {phase.value} steps>", "must hold a run that did this phase",
+        "run the job again",
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What is run: a model's dimensions, from a name, a folder or a `config.json`.
+
+`spec` has the dimensions and what follows from them, `built_in` the models known by name,
+`families` reads a published config.json of any of them, by its `model_type`.
+"""
+
+from pathlib import Path
+
+from hrm.errors import ModelError
+from hrm.model_spec.built_in import BUILT_IN_MODELS
+from hrm.model_spec.config_file import read_config
+from hrm.model_spec.families import spec_from_hf_config
+from hrm.model_spec.latent import LatentAttention
+from hrm.model_spec.spec import ROUTING_BYTES, LayerKind, ModelSpec
+
+__all__ = [
+    "BUILT_IN_MODELS",
+    "ROUTING_BYTES",
+    "LatentAttention",
+    "LayerKind",
+    "ModelSpec",
+    "load_model",
+    "read_config",
+    "spec_from_hf_config",
+]
+
+
+def load_model(model: str) -> ModelSpec:
+    """Resolve a built-in name, a checkpoint folder or a `config.json` path.
+
+    Raises ModelError if it is none of them or the config cannot be used.
+    """
+    if model in BUILT_IN_MODELS:
+        return BUILT_IN_MODELS[model]
+    path = Path(model)
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        is_file = path.is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        is_file = False
+    if not is_file:
+        from difflib import get_close_matches
+
+        close = get_close_matches(model, BUILT_IN_MODELS, 1)
+        raise ModelError(
+            "--model", model,
+            f"must be one of {', '.join(BUILT_IN_MODELS)}, or a config.json or its folder",
+            f"did you mean {close[0]}?" if close else "see hrm models",
+        )  # fmt: skip
+    return spec_from_hf_config(read_config(path), str(path))

@@ -1,0 +1,74 @@
+"""Which resource is worth more of: the change of throughput for each, as bars."""
+
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hrm.plots import style
+from hrm.plots.columns import require_columns
+from hrm.plots.labels import Labels, Spot
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str = "") -> "Figure":
+    """Draw how much more throughput some more of every resource brings, the greatest on top.
+
+    Columns: `resource` its name, `factor` how much of it there is then (1.1 is 10 % more), `change`
+    the share by which tokens/s grow with the policy that is then best (0.05 is 5 %); optionally
+    `same_policy_change`, the share without changing the policy, drawn hatched under it. A missing
+    change is drawn as a gap that says so. Returns the figure, also written to `path` if there is
+    one (HrmError if it cannot be).
+    """
+    require_columns(frame, ["resource", "factor", "change"], "plot_what_if")
+    style.check_path(path)
+    both = "same_policy_change" in frame.columns
+    ordered = frame.sort_values("change", ascending=False, na_position="last")
+    factors = sorted(set(ordered["factor"]))
+    with style.look():
+        figure = style.new_figure(1.1 + (0.42 if both else 0.3) * len(ordered))
+        axes: Any = figure.subplots()
+        if title:
+            figure.suptitle(title, x=0.01, ha="left")
+        thick, shift = (0.36, 0.19) if both else (0.6, 0.0)
+        rows = range(len(ordered))
+        series = [("change", -shift, style.BLUE, "", "best policy for each machine")]
+        if both:
+            series.append(("same_policy_change", shift, style.ORANGE, "////", "policy as it is"))
+        values: list[tuple[float, float]] = []
+        for name, offset, colour, hatch, words in series:
+            shares = ordered[name].to_numpy(dtype=float) * 100
+            axes.barh([row + offset for row in rows], [0 if isnan(v) else v for v in shares],
+                      height=thick, color=colour, hatch=hatch, edgecolor="white", label=words,
+                      gid=name)  # fmt: skip
+            values += [(row + offset, value) for row, value in zip(rows, shares, strict=True)]
+        one_factor = len(factors) == 1
+        axes.set_yticks(
+            rows,
+            [
+                str(row["resource"]) + ("" if one_factor else f" × {row['factor']:g}")
+                for _, row in ordered.iterrows()
+            ],
+        )
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(0, color=style.BLACK, linewidth=0.6)
+        more = f" for {factors[0] - 1:+.0%} of one resource" if one_factor else ""
+        axes.set_xlabel(f"change of tokens generated a second{more} (%)")
+        axes.margins(x=0.14)
+        if both:
+            figure.legend(loc="outside lower left", ncols=2)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        labels = Labels(axes)
+        for row, value in values:
+            missing = isnan(value)
+            x, y = axes.transData.transform((0 if missing else value, row))
+            left = not missing and value < -0.005
+            step = labels.pixels(3) * (-1 if left else 1)
+            spot = Spot(float(x + step), float(y), ha="right" if left else "left", va="center")
+            words = "no policy fits" if missing else f"{value:+.1f}"
+            labels.place([words], [spot], colour=style.BLACK, inside=False)
+        return style.finish(figure, path)

@@ -1,0 +1,6 @@
+"""Published measurements as a test bench: what the model says beside what others measured.
+
+`data` holds the runs, `systems` how each system runs, read in its code; `compare` predicts runs on
+the machines that they ran on, `fit` reproduces the figures of those machines that are fitted, and
+`scaling` looks at two and four GPUs.
+"""

@@ -1,0 +1,185 @@
+"""From two T4s to four: what MoE-Lightning measured, what is predicted, and what bounds the batch.
+
+The machines are put together from the T4 of paper-s1 and the catalog's host with 32 cores and
+416 GB; nothing is fitted on these runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
+
+from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
+from hrm.machines import assemble, load_gpu, load_host, load_profile
+from hrm.model_spec import ModelSpec, load_model
+from hrm.published.compare import ClosedForm, Comparison, closed_form, compare, machine_name
+from hrm.published.data import GENERATED, SEVERAL_GPUS, Run
+from hrm.published.systems import DTYPE
+from hrm.units import DTYPE_BYTES, GIB
+
+NUM_GPUS: Final = {"S6": 2, "S7": 4, "S8": 2, "S9": 4}
+PAIRS: Final = (("S6", "S7"), ("S8", "S9"))
+HOST: Final = "gcp-n1-highmem-64"
+
+# What MoE-Lightning's own planner may use of a card's 15 GiB and of the host's 416 GiB.
+CARD_BYTES: Final = 15 * GIB
+HOST_BYTES: Final = 416 * GIB
+GPU_SHARE: Final = 0.86
+HOST_SHARE: Final = 0.8
+TEMPORARIES_MARGIN: Final = 1.2
+
+
+def machine_of(setup: str, *, shared_links: bool = False) -> HardwareProfile:
+    """The setup's machine; with `shared_links`, two cards have the bandwidth of one link."""
+    s1, host = load_profile(machine_name("S1")), load_host(HOST)
+    share = 0.5 if shared_links else 1.0
+    card = replace(
+        load_gpu("T4"),
+        level=s1.top,
+        h2d=_share(s1.h2d, share),
+        d2h=_share(s1.d2h, share),
+    )
+    return assemble(card, NUM_GPUS[setup], _with_attention_of(host, s1))
+
+
+def _share(link: Link, share: float) -> Link:
+    if share == 1:
+        return link
+    planned = link.bandwidth_bytes_per_s.planned
+    figure = Figure(
+        value=share * planned.value, source=Source.ASSUMED, note="two cards share one link"
+    )
+    return replace(link, bandwidth_bytes_per_s=Rate(achieved=figure))
+
+
+def _with_attention_of(host: Host, machine: HardwareProfile) -> Host:
+    """The host with the other machine's CPU attention, by its number of cores."""
+    cores = host.level.processor.cores / machine.host.processor.cores
+    figure = Figure(
+        value=machine.host.attention_bytes_per_s * cores,
+        source=Source.DERIVED,
+        note=f"as {machine.name}, by the number of cores",
+    )
+    processor = replace(host.level.processor, attention_bytes_per_s=Rate(achieved=figure))
+    return replace(host, level=replace(host.level, processor=processor))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimit:
+    """The most requests that MoE-Lightning's planner lets a batch hold, and the level it fills."""
+
+    batch_size: int
+    level: str
+
+
+def batch_limit(run: Run) -> BatchLimit:
+    """The batch that MoE-Lightning's memory rule allows at the run's micro-batch size.
+
+    As read in its artifact, in our words. On the GPUs: all projections, two slots of a layer's
+    experts, two KV buffers of a micro-batch, its temporaries over whole prompts, and on each GPU
+    the hidden states of its micro-batch twice and of the whole batch's prompts once. On the host:
+    all experts, the cache, those hidden states once for each GPU, and two pinned layers. No expert
+    stays on a GPU.
+    """
+    spec, gpus, prompt = load_model(run.model), NUM_GPUS[run.setup], run.workload.prompt_len
+    experts = spec.num_experts * spec.expert_parameters * DTYPE_BYTES[DTYPE]
+    hidden = gpus * prompt * spec.hidden_size * DTYPE_BYTES[DTYPE]
+    on_gpu = (
+        spec.num_layers * (spec.qkv_parameters + spec.output_parameters) * DTYPE_BYTES[DTYPE]
+        + 2 * experts
+        + run.micro_batch_size * (2 * hidden + _temporaries(spec, gpus, prompt))
+        + 2 * run.micro_batch_size * prompt * spec.kv_bytes_per_token_layer(DTYPE)
+    )
+    on_host = (spec.num_layers + 2) * experts
+    cache = run.workload.mean_context_len * spec.kv_bytes_per_token(DTYPE)
+    limits = {
+        "GPU memory": (GPU_SHARE * gpus * CARD_BYTES - on_gpu) / hidden,
+        "host memory": (HOST_SHARE * HOST_BYTES - on_host) / (cache + hidden),
+    }
+    level = min(limits, key=lambda name: limits[name])
+    micro_batches = int(limits[level] / run.micro_batch_size)
+    return BatchLimit(micro_batches * run.micro_batch_size, level)
+
+
+def _temporaries(spec: ModelSpec, gpus: int, prompt: float) -> float:
+    """Bytes of a prompt's routed tokens in the fused expert kernel."""
+    routed = prompt * spec.experts_per_token
+    elements = routed * (gpus * spec.hidden_size + 3 * spec.intermediate_size)
+    return TEMPORARIES_MARGIN * elements * DTYPE_BYTES[DTYPE]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """The same workload on two GPUs and on four, each with its published batch.
+
+    `shared_two` and `shared_four` are what would be predicted if two cards shared one link.
+    """
+
+    two: Comparison
+    four: Comparison
+    shared_two: ClosedForm
+    shared_four: ClosedForm
+
+    @property
+    def published_ratio(self) -> float:
+        """Throughput of four over two as measured."""
+        return self.four.run.tokens_per_s / self.two.run.tokens_per_s
+
+    @property
+    def predicted_ratio(self) -> float:
+        """Throughput of four over two as predicted, each with its published batch."""
+        return self.four.predicted.tokens_per_s / self.two.predicted.tokens_per_s
+
+    @property
+    def shared_ratio(self) -> float:
+        """The same if two cards shared one link."""
+        return self.shared_four.tokens_per_s / self.shared_two.tokens_per_s
+
+    @property
+    def requests_ratio(self) -> float:
+        """Requests in a batch on four GPUs over those on two."""
+        return self.four.run.batch_size / self.two.run.batch_size
+
+    @property
+    def published_time_ratio(self) -> float:
+        """Time of a batch on four GPUs over that on two, as measured."""
+        return self.requests_ratio / self.published_ratio
+
+    @property
+    def predicted_time_ratio(self) -> float:
+        """The same as predicted."""
+        return self.requests_ratio / self.predicted_ratio
+
+
+def compare_scaling() -> list[Scaling]:
+    """Both models, 32 to 256 generated tokens."""
+    setups = [setup for pair in PAIRS for setup in pair]
+    found = {
+        (comparison.run.setup, comparison.run.workload.gen_len): comparison
+        for comparison in compare(SEVERAL_GPUS, {setup: machine_of(setup) for setup in setups})
+    }
+    shared = {setup: machine_of(setup, shared_links=True) for setup in setups}
+    return [
+        Scaling(
+            two=found[two, generated],
+            four=found[four, generated],
+            shared_two=closed_form(found[two, generated].run, shared[two]),
+            shared_four=closed_form(found[four, generated].run, shared[four]),
+        )
+        for two, four in PAIRS
+        for generated in GENERATED
+    ]
+
+
+def published_steps_s(runs: Sequence[Run]) -> list[float]:
+    """Seconds of a decode step between published runs of one batch that generate ever more.
+
+    Empty if their batches differ.
+    """
+    if len({run.batch_size for run in runs}) > 1:
+        return []
+    return [
+        (second.seconds - first.seconds)
+        / (second.workload.decode_steps - first.workload.decode_steps)
+        for first, second in pairwise(runs)
+    ]

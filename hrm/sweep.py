@@ -1,0 +1,172 @@
+"""The best policy at every point of a line: throughput against one resource, or one length.
+
+What comes back is a tidy table, one row a point, whose columns name their units.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from hrm.errors import HrmError
+from hrm.hardware import HardwareProfile
+from hrm.model_spec import ModelSpec
+from hrm.policy import ScheduleName
+from hrm.scaling import Resource, with_resource
+from hrm.search.result import SearchResult
+from hrm.units import parse_bandwidth, parse_bytes, parse_flops
+from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Length(StrEnum):
+    """Numbers of a workload, in tokens."""
+
+    PROMPT_LEN = "prompt-len"
+    GEN_LEN = "gen-len"
+
+    @property
+    def column(self) -> str:
+        """Its name in a table."""
+        return self.value.replace("-", "_")
+
+
+Swept = Resource | Length
+
+
+def swept(name: str) -> Swept:
+    """The resource or length of that name; HrmError listing the names if there is none."""
+    for kind in (Resource, Length):
+        if name in kind.__members__.values():
+            return kind(name)
+    raise HrmError(
+        "--vary", name, f"must be one of {', '.join([*Resource, *Length])}", "choose one of them"
+    )
+
+
+def parse_swept(vary: Swept, text: str, where: str) -> float:
+    """A value of what is swept as people write it: `64GB`, `12GB/s`, `65TFLOP/s`, `512`.
+
+    Raises UnitError naming `where`, or HrmError for what is no number of tokens.
+    """
+    match vary:
+        case Resource():
+            if vary.is_memory:
+                return float(parse_bytes(text, where))
+            return parse_bandwidth(text, where) if vary.is_bandwidth else parse_flops(text, where)
+        case Length():
+            if not text.isascii() or not text.isdigit() or int(text) < 1:
+                raise HrmError(
+                    where, text, "must be a positive number of tokens", "write it like 512"
+                )
+            return float(text)
+
+
+def between(
+    vary: Swept, low: float, high: float, count: int, *, logarithmic: bool = False
+) -> list[float]:
+    """`count` values from `low` to `high`, evenly spaced, or evenly in the logarithm.
+
+    Lengths and bytes are whole numbers; those that rounding makes equal are given once. Raises
+    HrmError if the range is empty.
+    """
+    if not 0 < low < high < math.inf or count < 2:
+        raise HrmError(
+            "--from, --to and --points", f"<{low:g}, {high:g}, {count}>",
+            "must be two or more points from a positive value to a greater one", "correct them",
+        )  # fmt: skip
+    shares = [index / (count - 1) for index in range(count)]
+    if logarithmic:
+        values = [low * (high / low) ** share for share in shares]
+    else:
+        values = [low + (high - low) * share for share in shares]
+    whole = isinstance(vary, Length) or vary.is_memory
+    return list(dict.fromkeys(float(round(value)) for value in values)) if whole else values
+
+
+def sweep(
+    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, vary: Swept,
+    values: Iterable[float], dtype: str = "bfloat16",
+    schedules: Sequence[ScheduleName] = (ScheduleName.CGOPIPE,),
+    on_point: Callable[[], object] | None = None, **options: Any,
+) -> "pd.DataFrame":  # fmt: skip
+    """Search the best policy at every value, for every schedule.
+
+    One row a schedule and value, with what is varied in the column `vary.column` and the columns
+    of `plan_row`; where nothing fits, numbers are missing and `reason` says why. Longer prompts
+    keep the ratio of their longest to their mean. `options` go to the search; `on_point` is called
+    after each one. Raises HrmError for values that no machine or workload can have.
+    """
+    import pandas as pd
+
+    from hrm.search.exhaustive import search
+
+    rows: list[dict[str, Any]] = []
+    points = list(values)
+    for schedule in schedules:
+        for value in points:
+            machine, asked = at_value(profile, workload, vary, value, dtype=dtype)
+            result = search(spec, machine, asked, dtype=dtype, schedule=schedule, **options)
+            rows.append({"schedule": schedule.value, vary.column: value, **plan_row(result, spec)})
+            if on_point is not None:
+                on_point()
+    counts = dict.fromkeys(("batch_size", "micro_batch_size", "num_micro_batches"), "Int64")
+    columns = ["schedule", vary.column, *PLAN_COLUMNS]
+    return pd.DataFrame(rows, columns=columns).astype(counts)
+
+
+def at_value(
+    profile: HardwareProfile, workload: Workload, vary: Swept, value: float, *, dtype: str
+) -> tuple[HardwareProfile, Workload]:
+    """The machine and the workload with what is varied at a value."""
+    match vary:
+        case Resource():
+            return with_resource(profile, vary, value, dtype=dtype), workload
+        case Length.PROMPT_LEN:
+            longest = math.ceil(workload.max_prompt_len * value / workload.prompt_len)
+            longest = max(longest, math.ceil(value))
+            return profile, replace(workload, prompt_len=value, max_prompt_len=longest)
+        case Length.GEN_LEN:
+            return profile, replace(workload, gen_len=round(value))
+
+
+PLAN_COLUMNS = (
+    "tokens_per_s", "bound_tokens_per_s", "batch_s", "batch_size", "micro_batch_size",
+    "num_micro_batches", "attention", "ffn", "weight_share_on_gpu", "kv_share_on_gpu",
+    "bottleneck", "prefill_bottleneck", "decode_bottleneck", "gpu_planned_bytes",
+    "cpu_planned_bytes", "reason",
+)  # fmt: skip
+
+
+def plan_row(result: SearchResult, spec: ModelSpec) -> dict[str, Any]:
+    """A search's best policy as one row of a table: exactly `PLAN_COLUMNS`.
+
+    `batch_s` are seconds of one batch, prefill and decode; a bottleneck is the lane with the most
+    work. Without a policy, everything but `reason` is None, which is missing in a table.
+    """
+    row: dict[str, Any] = dict.fromkeys(PLAN_COLUMNS)
+    if result.best is None:
+        return {**row, "reason": result.outcome.value}
+    best, policy = result.best, result.best.policy
+    return {
+        **row,
+        "tokens_per_s": best.tokens_per_s,
+        "bound_tokens_per_s": best.bound_tokens_per_s,
+        "batch_s": best.seconds / best.num_batches,
+        "batch_size": policy.batch_size,
+        "micro_batch_size": policy.micro_batch_size,
+        "num_micro_batches": policy.num_micro_batches,
+        "attention": policy.attention.value,
+        "ffn": policy.ffn.value,
+        "weight_share_on_gpu": policy.weight_share_on_gpu(spec),
+        "kv_share_on_gpu": policy.kv_share_on_gpu,
+        "bottleneck": (best.prefill + best.decode).bottleneck.value,
+        "prefill_bottleneck": best.prefill.bottleneck.value,
+        "decode_bottleneck": best.decode.bottleneck.value,
+        "gpu_planned_bytes": best.memory.gpu.planned_bytes,
+        "cpu_planned_bytes": best.memory.cpu.planned_bytes,
+        "reason": "",
+    }

@@ -1,0 +1,230 @@
+"""Several GPUs: all-reduces against a ring, a pipeline against its events, stages against parts."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from hrm import operators
+from hrm.costs import Costs
+from hrm.errors import PolicyError
+from hrm.estimate import estimate
+from hrm.machines import compose
+from hrm.memory import plan_memory
+from hrm.model_spec import BUILT_IN_MODELS
+from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
+from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
+from hrm.search.exhaustive import search
+from hrm.tasks import Device
+from hrm.workload import Workload
+from tests.hrm.support import machine, random_spec, tiny_spec
+
+WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
+
+
+def a_policy(rng: Random, spec, parallelism=Parallelism.TENSOR, *, num_micro_batches=3) -> Policy:
+    micro_batch_size = rng.randint(1, 40)
+    return Policy(
+        schedule=ScheduleName.CGOPIPE,
+        batch_size=micro_batch_size * num_micro_batches,
+        micro_batch_size=micro_batch_size,
+        attention=rng.choice(list(Device)),
+        resident_experts=spread_experts(spec, rng.randint(0, spec.num_layers)),
+        kv_tokens_per_micro_batch=kv_tokens_for(micro_batch_size, 49, 109),
+        prefill_chunk_tokens=250,
+        parallelism=parallelism,
+    )
+
+
+def ring_all_reduce_s(num_gpus: int, num_bytes: float, latency_s: float, bytes_per_s: float):
+    """A reduce-scatter and an all-gather, chunk by chunk: GPU g sends to g + 1 in every turn."""
+    complete = [[{gpu} for _ in range(num_gpus)] for gpu in range(num_gpus)]
+    turns = 0
+    for first in (0, 1):  # reduce-scatter starts at a GPU's own chunk, all-gather at the next
+        for turn in range(num_gpus - 1):
+            sent = {
+                gpu: (gpu + first - turn) % num_gpus for gpu in range(num_gpus)
+            }  # chunk that each GPU sends
+            before = [[set(chunk) for chunk in chunks] for chunks in complete]
+            for gpu, chunk in sent.items():
+                complete[(gpu + 1) % num_gpus][chunk] |= before[gpu][chunk]
+            turns += 1
+    everyone = set(range(num_gpus))
+    assert all(chunk == everyone for chunks in complete for chunk in chunks)
+    return turns * (latency_s + num_bytes / num_gpus / bytes_per_s)
+
+
+@pytest.mark.parametrize("num_gpus", [2, 3, 4, 8])
+def test_all_reduce_takes_as_long_as_a_ring(num_gpus):
+    spec = tiny_spec(hidden_size=96)
+    profile = machine(num_gpus=num_gpus, peer=3e9, latency_s=1e-5)
+    seconds = Costs(spec, profile, "bfloat16").all_reduce(50)
+    assert seconds == pytest.approx(ring_all_reduce_s(num_gpus, 50 * 96 * 2, 1e-5, 3e9))
+
+
+def test_one_gpu_reduces_nothing():
+    assert Costs(tiny_spec(), machine(), "bfloat16").all_reduce(50) == 0
+
+
+def test_a_layer_reduces_twice_and_what_every_gpu_needs_crosses_every_link():
+    spec, one, four = tiny_spec(), machine(), machine(num_gpus=4, peer=3e9)
+    alone, together = (Costs(spec, profile, "bfloat16") for profile in (one, four))
+    kind = spec.layer_kind(0)
+    for task in (
+        lambda costs: costs.post_attention(20, spec.num_experts, kind),
+        lambda costs: costs.prefill_layer(20, 10, kind),
+    ):
+        assert task(together) - task(alone) == pytest.approx(2 * together.all_reduce(20))
+    hidden = operators.hidden_bytes(spec, "bfloat16", 20)
+    assert together.h2d_to_all(hidden) == pytest.approx(4 * alone.h2d(hidden))
+    assert together.h2d(hidden) == pytest.approx(alone.h2d(hidden))
+
+
+def test_slower_links_between_gpus_never_help():
+    for seed in range(30):
+        rng = Random(seed)
+        spec = random_spec(rng)
+        policy = a_policy(rng, spec)
+        rates = [
+            estimate(spec, policy, machine(num_gpus=2, peer=peer), WORKLOAD).tokens_per_s
+            for peer in (1e7, 1e9, 1e12)
+        ]
+        assert rates == sorted(rates), seed
+        assert rates[0] < rates[-1], seed
+
+
+def test_every_gpu_of_a_tensor_parallel_group_has_the_hidden_states():
+    spec = tiny_spec(num_kv_heads=2)
+    policy = a_policy(Random(1), spec)
+    plans = {n: plan_memory(spec, policy, machine(num_gpus=n)).gpu.purposes for n in (1, 2, 8)}
+    hidden_bytes = policy.batch_size * spec.hidden_size * 2
+    assert plans[2]["exchange"] - plans[1]["exchange"] == hidden_bytes
+    for purpose in ("resident_weights", "weight_slots"):
+        assert plans[8][purpose] == plans[1][purpose]
+    kept = replace(policy, attention=Device.GPU, gpu_kv_micro_batches=3)
+    caches = [
+        plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes["kv_cache"] for n in (1, 2, 8)
+    ]
+    assert caches[1] == caches[0]  # two heads on two GPUs
+    assert caches[2] == 4 * caches[0]  # two heads on eight GPUs: each held by four
+
+
+def pipeline_events_s(stages: int, batches: int, passes: int, pass_s: float) -> float:
+    """Time until `batches` have each gone `passes` times through the stages, at most one a stage.
+
+    As many batches are under way as there are stages; the next one starts when one is done.
+    """
+    stage_free_s, ends_s = [0.0] * stages, []
+    for first in range(0, batches, stages):
+        group = range(first, min(first + stages, batches))
+        done_s = dict.fromkeys(group, max(ends_s, default=0.0))
+        for _ in range(passes):
+            for batch in group:
+                for stage in range(stages):
+                    start_s = max(done_s[batch], stage_free_s[stage])
+                    done_s[batch] = stage_free_s[stage] = start_s + pass_s
+        ends_s += done_s.values()
+    return max(ends_s)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 8])
+def test_a_pipeline_takes_as_long_as_its_events(stages, batches):
+    """All passes alike: prompts of one token make prefill as long as a step, about."""
+    spec = tiny_spec(num_layers=8)
+    profile = machine(num_gpus=stages, launch_s=1e-4)
+    part, its_machine = part_of(spec, profile, Parallelism.PIPELINE)
+    policy = a_policy(Random(2), part, Parallelism.PIPELINE)
+    workload = replace(WORKLOAD, gen_len=200, num_requests=batches * policy.batch_size)
+    predicted = estimate(spec, policy, profile, workload)
+    alone = estimate(part, replace(policy, parallelism=Parallelism.TENSOR), its_machine,
+                     replace(workload, num_requests=policy.batch_size))  # fmt: skip
+    passes = workload.gen_len
+    expected_s = pipeline_events_s(stages, batches, passes, alone.seconds / passes)
+    # The first batch fills the pipeline while the last stages wait, in each round.
+    assert predicted.seconds == pytest.approx(expected_s, rel=1.5 * stages / passes)
+    assert predicted.generated_tokens == batches * policy.batch_size * workload.gen_len
+
+
+def test_an_endless_pipeline_is_as_fast_as_one_part_with_its_layers():
+    spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("4xT4")
+    part, one = part_of(spec, profile, Parallelism.PIPELINE)
+    assert (part.num_layers, one.num_gpus) == (8, 1)
+    assert part.expert_parameters == spec.expert_parameters
+    policy = a_policy(Random(3), part, Parallelism.PIPELINE)
+    policy = replace(policy, dtype="float16")
+    whole = estimate(spec, policy, profile, WORKLOAD)
+    alone = estimate(part, replace(policy, parallelism=Parallelism.TENSOR), one, WORKLOAD)
+    assert whole.tokens_per_s == alone.tokens_per_s
+    assert whole.memory == alone.memory
+
+
+def test_the_longest_stage_has_the_most_layers_and_all_experts():
+    spec, profile = BUILT_IN_MODELS["deepseek-v2-lite"], compose("4xT4")
+    part, _ = part_of(spec, profile, Parallelism.PIPELINE)
+    assert part.num_layers == 7  # of 27 in 4 stages
+    assert part.num_expert_layers == 7
+    assert part_of(spec, profile, Parallelism.TENSOR) == (spec, profile)
+
+
+def test_what_cannot_be_divided_says_why():
+    spec = BUILT_IN_MODELS["qwen2-57b-a14b"]
+    assert "28 heads" in tensor_parallel_obstacle(spec, 8)
+    assert not tensor_parallel_obstacle(spec, 4)
+    assert "8 layers" not in pipeline_obstacle(spec, 8)
+    assert "28 layers are fewer than 32" in pipeline_obstacle(spec, 32)
+
+
+def test_a_stage_keeps_the_caches_of_all_batches_under_way():
+    spec, profile = tiny_spec(num_layers=8), machine(num_gpus=4)
+    part, _ = part_of(spec, profile, Parallelism.PIPELINE)
+    policy = replace(a_policy(Random(5), part, Parallelism.PIPELINE), gpu_kv_micro_batches=1)
+    alone = replace(policy, parallelism=Parallelism.TENSOR)
+    stage = plan_memory(spec, policy, profile)
+    single = plan_memory(part, alone, machine())
+    for level in ("gpu", "cpu"):
+        of_stage, of_one = getattr(stage, level).purposes, getattr(single, level).purposes
+        assert of_stage["kv_cache"] == 4 * of_one["kv_cache"]
+        assert of_stage["exchange"] == of_one["exchange"]
+
+
+def search_machine(num_gpus: int, **changes: float):
+    return machine(num_gpus=num_gpus, gpu_bytes=num_gpus * 40e6, cpu_bytes=4e8, **changes)
+
+
+def test_a_search_takes_the_better_way_and_names_both():
+    """Weights that fit are better in a pipeline if peers are slow; else links are better shared."""
+    small, large = (
+        tiny_spec(num_layers=16, hidden_size=256, intermediate_size=inner) for inner in (256, 1536)
+    )
+    chosen = {}
+    for name, spec, peer in (("fits", small, 1e6), ("streams", large, 1e12)):
+        profile = search_machine(2, peer=peer, link=1e9, cpu_flops=1e9)
+        result = search(spec, profile, replace(WORKLOAD, num_requests=None))
+        best = result.require()
+        ways = {way.parallelism: way for way in result.ways}
+        assert set(ways) == set(Parallelism)
+        rates = [way.best.tokens_per_s for way in result.ways if way.best is not None]
+        assert best.tokens_per_s == max(rates)
+        best.memory.check_fits()
+        chosen[name] = best.policy.parallelism
+    assert chosen == {"fits": Parallelism.PIPELINE, "streams": Parallelism.TENSOR}
+
+
+def test_what_cannot_be_divided_is_not_searched():
+    spec = tiny_spec(num_layers=16, num_heads=3, num_kv_heads=3)
+    result = search(spec, search_machine(2), WORKLOAD)
+    tensor, pipeline = result.ways
+    assert (tensor.best, pipeline.obstacle) == (None, "")
+    assert "3 heads cannot be divided by 2" in tensor.obstacle
+    assert result.require().policy.parallelism is Parallelism.PIPELINE
+    neither = search(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2),
+                     WORKLOAD)  # fmt: skip
+    assert neither.best is None
+    assert all(way.obstacle for way in neither.ways)
+    with pytest.raises(PolicyError, match="3 heads cannot be divided by 2"):
+        neither.require()
+
+
+def test_one_gpu_has_no_ways():
+    assert search(tiny_spec(), machine(), WORKLOAD).ways == ()

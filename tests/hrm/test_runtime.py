@@ -1,0 +1,109 @@
+"""What an implementation adds to its schedule: other links, more passes over the cache, waits."""
+
+from dataclasses import replace
+
+import pytest
+
+from hrm.closed_form import DecodeStep, Point, prefill_lanes
+from hrm.costs import Costs, Runtime
+from hrm.errors import ProfileError
+from hrm.estimate import estimate
+from hrm.operators import decode_attention, kv_bytes
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.tasks import Device, Lane
+from hrm.workload import Workload
+from tests.hrm.support import machine, tiny_spec
+
+SPEC = tiny_spec()
+PINNED, PAGEABLE = 1e9, 0.25e9
+WORKLOAD = Workload(name="test", prompt_len=48, max_prompt_len=48, gen_len=5)
+PAIR = 3
+
+
+def with_pageable_link():
+    profile = machine(link=PINNED)
+    link = replace(
+        profile.h2d,
+        kind="pageable",
+        bandwidth_bytes_per_s=machine(link=PAGEABLE).h2d.bandwidth_bytes_per_s,
+    )
+    return replace(profile, links=(*profile.links, link))
+
+
+def policy(attention: Device) -> Policy:
+    return Policy(
+        schedule=ScheduleName.FLEXGEN,
+        batch_size=8 * PAIR,
+        micro_batch_size=8,
+        attention=attention,
+        resident_experts=(0,) * SPEC.num_layers,
+        resident_dense=False,
+        kv_tokens_per_micro_batch=kv_tokens_for(8, 53, 53),
+        prefill_chunk_tokens=8 * 48,
+    )
+
+
+def decode_lanes(runtime: Runtime, attention: Device) -> dict[Lane, float]:
+    costs = Costs(SPEC, with_pageable_link(), "bfloat16", runtime)
+    plan = policy(attention)
+    step = DecodeStep.of_point(costs, Point.of_policy(plan, SPEC), plan.schedule)
+    return step.lanes(50)[0]
+
+
+def test_weights_and_cache_cross_the_links_that_the_runtime_names():
+    weights = SPEC.total_layer_bytes("bfloat16")
+    cache = SPEC.num_layers * PAIR * kv_bytes(SPEC, "bfloat16", 8 * 50)
+    pinned = decode_lanes(Runtime(), Device.GPU)[Lane.H2D]
+    slow_weights = decode_lanes(Runtime(weights_link="pageable"), Device.GPU)[Lane.H2D]
+    slow_cache = decode_lanes(Runtime(kv_link="pageable"), Device.GPU)[Lane.H2D]
+    more_a_byte = 1 / PAGEABLE - 1 / PINNED
+    assert slow_weights - pinned == pytest.approx(weights * more_a_byte)
+    assert slow_cache - pinned == pytest.approx(cache * more_a_byte)
+
+
+def test_prefill_loads_its_weights_over_the_same_link():
+    point = Point.of_policy(policy(Device.GPU), SPEC)
+    pinned, pageable = (
+        prefill_lanes(
+            Costs(SPEC, with_pageable_link(), "bfloat16", runtime), point, WORKLOAD
+        )[0][Lane.H2D]
+        for runtime in (Runtime(), Runtime(weights_link="pageable"))
+    )  # fmt: skip
+    weights = SPEC.total_layer_bytes("bfloat16")
+    assert pageable - pinned == pytest.approx(weights * (1 / PAGEABLE - 1 / PINNED))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "attention"),
+    [
+        (Runtime(weights_link="pageable"), Device.GPU),
+        (Runtime(kv_link="pageable"), Device.GPU),
+        (Runtime(attention_passes=21), Device.CPU),
+        (Runtime(synchronise_s=1e-3), Device.GPU),
+    ],
+)
+def test_decode_takes_longer(runtime, attention):
+    profile, plan = with_pageable_link(), policy(attention)
+    plain = estimate(SPEC, plan, profile, WORKLOAD)
+    slower = estimate(SPEC, plan, profile, WORKLOAD, runtime=runtime)
+    assert slower.decode.seconds > plain.decode.seconds
+    assert slower.decode.bound_s >= plain.decode.bound_s
+    assert slower.tokens_per_s <= slower.bound_tokens_per_s * (1 + 1e-4)
+
+
+def test_more_passes_move_more_bytes_on_the_cpu_only():
+    many = Runtime(attention_passes=21)
+    on_cpu, on_gpu = (
+        [decode_lanes(runtime, device) for runtime in (Runtime(), many)]
+        for device in (Device.CPU, Device.GPU)
+    )
+    assert on_gpu[0] == on_gpu[1]
+    kernel = decode_attention(SPEC, "bfloat16", 8, 50, SPEC.layer_kind(0)).kernels[0]
+    read = with_pageable_link().host.attention_bytes_per_s
+    extra = SPEC.num_layers * PAIR * 20 * kernel.num_bytes / read
+    assert on_cpu[1][Lane.CPU] - on_cpu[0][Lane.CPU] == pytest.approx(extra)
+
+
+def test_a_link_that_the_machine_lacks_is_a_mistake():
+    with pytest.raises(ProfileError, match="no pageable link cpu->gpu"):
+        estimate(SPEC, policy(Device.GPU), machine(), WORKLOAD, runtime=Runtime(kv_link="pageable"))
