@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import optuna
 
 DEFAULT_TRIALS: Final = 200
+LOCAL: Final = 4  # of so many trials one is what the estimator proposes
 ENCODING: Final = 1  # of parameters; a study of another one is never resumed
 # To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks.
 _FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (0.5, 0.5, 4), (0.0, 1.0, 1))
@@ -42,7 +43,7 @@ _RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micr
 _STEPS: Final = (0.02, 0.1, 0.3)  # by which shares are changed
 _ATTEMPTS: Final = 50  # to change a policy into one that was not tried and may win
 BOUND_MARGIN: Final = 1.05  # the bound leaves out, as a rule by far less, what may be quicker
-_PROMISING: Final = 4  # of which the one with the highest closed form is tried
+_PROMISING: Final = 10  # of which the one with the highest closed form is tried
 
 Parameters = dict[str, Any]
 Progress = Callable[[int, float], None]
@@ -71,7 +72,7 @@ def search_space(
     interrupted = False
     try:
         for number in range(trials):
-            trying.try_one(local=number % 3 > 0)
+            trying.try_one(local=number % LOCAL > 0)
             if progress is not None:
                 progress(number + 1, trying.best_tokens_per_s())
     except KeyboardInterrupt:

@@ -75,26 +75,30 @@ class ProgramsOfKind:
         self.evaluations = 0
         places = whole(space, kind)
         self.whole = places is not None
-        self.pairs = pairs_of(coarse(space, kind) if places is None else places)
-        self.bounder, self.boxes = self._boxes_of(self.pairs)
+        pairs = pairs_of(coarse(space, kind) if places is None else places)
+        self.boxes = self._boxes_of(pairs)
 
     def ceiling(self) -> float:
         """The highest bound of any box."""
-        return float(self.boxes.ceiling.max(initial=0.0))
+        return 0.0 if self.boxes is None else float(self.boxes[1].ceiling.max(initial=0.0))
 
     def solve(self, above: float) -> list[Candidate]:
         """The best policy, if it is better than `above`; otherwise it is proved that none is."""
-        best = self._best_of(self.bounder, self.boxes, above)
+        best = None if self.boxes is None else self._best_of(*self.boxes, above)
         for reach in () if self.whole or best is None else REACHES:
             assert best is not None
-            place = np.array([[best.policy.micro_batch_size, best.policy.num_micro_batches,
-                               best.policy.gpu_kv_micro_batches, ALL_THAT_FIT]])  # fmt: skip
-            pairs = pairs_of(around(self.space, self.kind, place, reach))
-            best = self._best_of(*self._boxes_of(pairs), best.tokens_per_s) or best
+            policy = best.policy
+            place = np.array([[policy.micro_batch_size, policy.num_micro_batches,
+                               policy.gpu_kv_micro_batches, ALL_THAT_FIT]])  # fmt: skip
+            boxes = self._boxes_of(pairs_of(around(self.space, self.kind, place, reach)))
+            if boxes is not None:
+                best = self._best_of(*boxes, best.tokens_per_s) or best
         return [] if best is None else [best]
 
-    def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes]:
+    def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes] | None:
         rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, (0.0,)), CHUNKS)
+        if not len(rows):  # a single micro-batch has no part of its cache on the GPU
+            return None
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens
         _, first = np.unique(np.stack([*columns, rows.resident_dense]), axis=1, return_index=True)
         rows = rows.take(first)
