@@ -61,12 +61,11 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
             level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu)
         )
 
-    layers = plan.model.num_layers
     for total in range(sum(plan.policy.resident_experts), 0, -1):
         fewer = replace(plan.policy, resident_experts=spread_experts(plan.model, total))
         if fits(fewer):
             return fewer
-    return replace(plan.policy, resident_experts=(0,) * layers)
+    return replace(plan.policy, resident_experts=spread_experts(plan.model, 0))
 
 
 def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace]]:

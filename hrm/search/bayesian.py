@@ -2,14 +2,16 @@
 
 A trial's parameters are shares of what fits the machine, so that hardly any trial is wasted. First
 come policies that fill the memories, then in turn what Optuna's tree-structured Parzen estimator
-proposes and small changes of the best of each kind. The study can be kept in a file or a database:
-it is found again by a hash of everything that is fixed, and several processes can share it.
+proposes and small changes of the best of each kind. What cannot win by its closed form is not
+simulated. The study can be kept in a file or a database: it is found again by a hash of everything
+that is fixed, and several processes can share it.
 """
 
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,15 +24,18 @@ from hrm.estimate import Estimate, estimate
 from hrm.policy import Policy
 from hrm.search.choose import remedy
 from hrm.search.exhaustive import RUNNER_UPS, greatest
+from hrm.search.fit import Ints
+from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import CHUNKS, levelled, limits
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import bound_of, score_of
-from hrm.search.space import ALL_THAT_FIT, Grid, Ints, Kind, KvPlace, Space, make_grid
+from hrm.search.space import Kind, KvPlace, Space
 
 if TYPE_CHECKING:
     import optuna
 
 DEFAULT_TRIALS: Final = 200
+LOCAL: Final = 4  # of so many trials one is what the estimator proposes
 ENCODING: Final = 1  # of parameters; a study of another one is never resumed
 # To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks.
 _FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (0.5, 0.5, 4), (0.0, 1.0, 1))
@@ -38,7 +43,7 @@ _RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micr
 _STEPS: Final = (0.02, 0.1, 0.3)  # by which shares are changed
 _ATTEMPTS: Final = 50  # to change a policy into one that was not tried and may win
 BOUND_MARGIN: Final = 1.05  # the bound leaves out, as a rule by far less, what may be quicker
-_PROMISING: Final = 4  # of which the one with the highest closed form is tried
+_PROMISING: Final = 10  # of which the one with the highest closed form is tried
 
 Parameters = dict[str, Any]
 Progress = Callable[[int, float], None]
@@ -67,7 +72,7 @@ def search_space(
     interrupted = False
     try:
         for number in range(trials):
-            trying.try_one(local=number % 3 > 0)
+            trying.try_one(local=number % LOCAL > 0)
             if progress is not None:
                 progress(number + 1, trying.best_tokens_per_s())
     except KeyboardInterrupt:
@@ -92,21 +97,30 @@ def search_space(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What limits sizes and numbers beside one another."""
+
+    kind: Kind
+    chunk: int
+    dense: bool
+
+
 class Decoder:
     """Turns shares of what fits into policies."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
         self.dense = (True, False) if space.profile.has_accelerator else (True,)
-        self._known: dict[tuple[Any, ...], int] = {}
+        self._known: dict[tuple[Setting, int], int] = {}
         self.kinds = {
             name: kind
             for name, kind in ((_name(kind), kind) for kind in space.kinds())
-            if any(self._most_sizes(kind, CHUNKS[0], dense) for dense in self.dense)
+            if any(self._most_sizes(Setting(kind, CHUNKS[0], dense)) for dense in self.dense)
         }
 
     def first(self, count: int) -> list[Parameters]:
-        """Policies that fill the memories, those of the highest closed form."""
+        """Policies that fill the memories in some way, those of the highest closed form."""
         scored: dict[Policy, tuple[float, Parameters]] = {}
         for parameters in self._filling():
             policy = self.policy(parameters)
@@ -147,24 +161,29 @@ class Decoder:
     def policy(self, parameters: Parameters) -> Policy | None:
         """The policy that the parameters mean; None if even the least of its kind does not fit."""
         kind = self.kinds[parameters["kind"]]
-        dense = parameters["dense"]
-        smaller = (c for c in reversed(CHUNKS) if c <= parameters["chunk"])
-        chunk = next((c for c in smaller if self._most_sizes(kind, c, dense)), CHUNKS[0])
-        size = _logarithmic(parameters["size"], self._most_sizes(kind, chunk, dense))
-        most_numbers = self._most_numbers(kind, chunk, dense, size) if size else 0
-        number = _logarithmic(parameters["number"], most_numbers)
-        if not number:
+        settings = (
+            Setting(kind, chunk, parameters["dense"])
+            for chunk in reversed(CHUNKS)
+            if chunk <= parameters["chunk"]
+        )
+        setting = next((setting for setting in settings if self._most_sizes(setting)), None)
+        if setting is None:
             return None
-        ((size, number),) = levelled(
-            np.array([[size, number]]), self.space.workload.num_requests
-        ).tolist()
+        size = _logarithmic(parameters["size"], self._most_sizes(setting))
+        most_numbers = self._most_numbers(setting, size)
+        if not most_numbers:
+            return None
+        number = _logarithmic(parameters["number"], most_numbers)
+        requests = self.space.workload.num_requests
+        ((size, number),) = levelled(np.array([[size, number]]), requests).tolist()
         on_gpu = number if kind.kv is KvPlace.ALL else 0
         if kind.kv is KvPlace.SOME:
-            most = _largest(number - 1, lambda k: self._fit(kind, chunk, dense, size, number, k))
+            most = _largest(number - 1, lambda k: self._fit(setting, size, number, k))
             on_gpu = 1 + round(parameters["kv"] * (most - 1))
         parts = round(parameters["residents"] * ALL_THAT_FIT)
-        grid = make_grid(self.space, kind, np.array([[size, number, on_gpu, parts]]), [chunk])
-        fitting = np.flatnonzero(grid.fits & (grid.resident_dense == dense))
+        place = np.array([[size, number, on_gpu, parts]])
+        grid = make_grid(self.space, kind, place, [setting.chunk])
+        fitting = np.flatnonzero(grid.fits & (grid.resident_dense == setting.dense))
         return grid.policy(self.space, int(fitting[0])) if len(fitting) else None
 
     def changed(self, parameters: Parameters, random: Random) -> Parameters:
@@ -188,52 +207,48 @@ class Decoder:
 
     def _share_with_residents(self, kind: Kind, share: float) -> float:
         """The size, as a share, of one micro-batch beside which that share of experts fits."""
-        wanted = share * self.space.all_experts
+        setting = Setting(kind, CHUNKS[0], dense=True)
+        number = 1 + (kind.kv is KvPlace.SOME)
 
         def fit(sizes: Ints) -> NDArray[np.bool_]:
-            number = 1 + (kind.kv is KvPlace.SOME)
-            grid = self._grid(kind, CHUNKS[0], sizes, number, number * (kind.kv is KvPlace.ALL))
-            fits = grid.fits & (grid.resident_total >= wanted)
-            return fits[grid.resident_dense == 1]
+            grid = self._grid(setting, sizes, number, number * (kind.kv is KvPlace.ALL))
+            enough = grid.resident_total >= share * self.space.everything
+            return (grid.fits & enough)[grid.resident_dense == setting.dense]
 
-        most = self._most_sizes(kind, CHUNKS[0], dense=True)
+        most = self._most_sizes(setting)
         size = _largest(most, fit)
         return math.log(size) / math.log(most) if size > 1 else 0.0
 
-    def _most_sizes(self, kind: Kind, chunk: int, dense: bool) -> int:  # noqa: FBT001
-        """The largest micro-batch of which one fits."""
-        key = kind, chunk, dense
-        if key not in self._known:
-            on_gpu = int(kind.kv is KvPlace.ALL)
-            number = 1 + (kind.kv is KvPlace.SOME)
-            self._known[key] = _largest(
-                limits(self.space)[0], lambda m: self._fit(kind, chunk, dense, m, number, on_gpu)
+    def _most_sizes(self, setting: Setting) -> int:
+        """The largest micro-batch of which as few fit as the kind allows."""
+        if (setting, 0) not in self._known:
+            number = 1 + (setting.kind.kv is KvPlace.SOME)
+            on_gpu = int(setting.kind.kv is KvPlace.ALL)
+            self._known[setting, 0] = _largest(
+                limits(self.space)[0], lambda m: self._fit(setting, m, number, on_gpu)
             )
-        return self._known[key]
+        return self._known[setting, 0]
 
-    def _most_numbers(self, kind: Kind, chunk: int, dense: bool, size: int) -> int:  # noqa: FBT001
+    def _most_numbers(self, setting: Setting, size: int) -> int:
         """The most micro-batches of a size that fit."""
-        key = kind, chunk, dense, size
-        if key not in self._known:
-            in_all = kind.kv is KvPlace.ALL
-            self._known[key] = _largest(
-                limits(self.space)[1],
-                lambda n: self._fit(kind, chunk, dense, size, n, n if in_all else 0),
+        if (setting, size) not in self._known:
+            on_gpu = int(setting.kind.kv is KvPlace.ALL)
+            self._known[setting, size] = _largest(
+                limits(self.space)[1], lambda n: self._fit(setting, size, n, on_gpu * n)
             )
-        return self._known[key]
+        return self._known[setting, size]
 
     def _fit(
-        self, kind: Kind, chunk: int, dense: bool, size: Ints | int, number: Ints | int,  # noqa: FBT001
-        on_gpu: Ints | int,
-    ) -> NDArray[np.bool_]:  # fmt: skip
-        grid = self._grid(kind, chunk, size, number, on_gpu)
-        return grid.fits[grid.resident_dense == dense]
+        self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int
+    ) -> NDArray[np.bool_]:
+        grid = self._grid(setting, size, number, on_gpu)
+        return grid.fits[grid.resident_dense == setting.dense]
 
     def _grid(
-        self, kind: Kind, chunk: int, size: Ints | int, number: Ints | int, on_gpu: Ints | int
+        self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int
     ) -> Grid:
         columns = np.broadcast_arrays(np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT)
-        return make_grid(self.space, kind, np.column_stack(columns), [chunk])
+        return make_grid(self.space, setting.kind, np.column_stack(columns), [setting.chunk])
 
 
 def _name(kind: Kind) -> str:
@@ -378,7 +393,7 @@ def _open_study(space: Space, storage: str | None, seed: int) -> "optuna.Study":
     except (OSError, ValueError, ImportError, optuna.exceptions.OptunaError) as error:
         said = " ".join(str(error).split())
         raise PolicyError(
-            "--storage", storage, f"must be a journal or a database that Optuna opens ({said})",
+            "--storage", storage, f"must be a file or a database that Optuna opens ({said})",
             "give a path such as trials.log, or a URL such as sqlite:///trials.db",
         ) from error  # fmt: skip
     return study

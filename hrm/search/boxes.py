@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from hrm.closed_form import batch_terms
 from hrm.costs import Costs
-from hrm.numeric import Number
 from hrm.schedules import SCHEDULES
+from hrm.search.fit import Ints, Weights, cpu_needed, gpu_needed
+from hrm.search.grid import Grid
 from hrm.search.scores import tokens_per_batch
-from hrm.search.space import Grid, Ints, Space, cpu_needed, gpu_needed
+from hrm.search.space import Space
 
 Floats = NDArray[np.float64]
 PLANE_TOLERANCE: Final = 1e-9  # of a phase's time
@@ -41,7 +42,7 @@ class Boxes:
     more of the cache on the GPU change no term both ways. `terms` has three planes: values at the
     low corner, and what one more expert and one more micro-batch add; `is_plane` says whether they
     hold all over the box, and `divide_kv` along which side it is to be divided if not. Bytes at
-    both levels have a fourth, for one more resident expert of every layer.
+    both levels have two sets of four planes (`Bounder.boxes`).
     """
 
     rows: Ints
@@ -82,7 +83,6 @@ class Bounder:
     def __init__(self, space: Space, costs: Costs, rows: Grid) -> None:
         self.space, self.costs, self.rows = space, costs, rows
         self.evaluations = 0
-        self.everything = space.all_experts
         one = rows.take(np.zeros(1, np.int64)).point(space)
         phases = batch_terms(costs, one, space.schedule, space.workload)
         self.weights = np.array([weight for weight, _ in phases])
@@ -91,7 +91,7 @@ class Bounder:
     def whole(self, kv_low: Ints, kv_high: Ints) -> Boxes:
         """Boxes of all residencies of every candidate: less than everything, and everything."""
         rows = np.arange(len(self.rows))
-        everything = np.full(len(rows), self.everything)
+        everything = np.full(len(rows), self.space.everything)
         all_resident = self.boxes(rows, everything, everything, kv_low, kv_high)
         if not self.space.profile.has_accelerator:
             return all_resident
@@ -117,25 +117,25 @@ class Bounder:
         )
         longest = self._longest(values.max(axis=1))
         off = np.abs(values - plane) > PLANE_TOLERANCE * longest[self.phase_of_term][:, None]
-        uneven: NDArray[np.bool_] = np.asarray(off.any(axis=0))
-        in_kv = (probes[:, 1] != 0) | (probes[:, 3] != 0)
-        along_experts = np.asarray(uneven[~in_kv].any(axis=0), np.bool_)
+        uneven: NDArray[np.bool_] = np.logical_or.reduce(off, axis=0)
+        of_experts = (probes[:, 1] == 0) & (probes[:, 3] == 0)
+        along_experts: NDArray[np.bool_] = np.logical_or.reduce(uneven[of_experts], axis=0)
         # A phase takes the longest of its terms, and each is least at some corner.
         least_s = self.weights @ self._longest(values.min(axis=1))
         tokens = tokens_per_batch(self.space, self.rows.batch_size[rows])
         return Boxes(
             rows=rows, low=low, high=high, kv_low=kv_low, kv_high=kv_high,
             ceiling=tokens / least_s,
-            is_plane=~np.asarray(uneven.any(axis=0), np.bool_),
+            is_plane=~np.logical_or.reduce(uneven, axis=0),
             divide_kv=~along_experts & (kv_high > kv_low),
             terms=np.stack([values[:, 0], an_expert, a_micro_batch]),
-            gpu_bytes=gpu[:, fits],
-            cpu_bytes=cpu[:, fits],
+            gpu_bytes=gpu[..., fits],
+            cpu_bytes=cpu[..., fits],
         )  # fmt: skip
 
     def divide(self, boxes: Boxes) -> Boxes:
         """Two boxes for each one, cut where terms are known to bend, or else in the middle."""
-        layers, everything = self.space.spec.num_expert_layers, self.everything
+        layers, everything = self.space.spec.num_expert_layers, self.space.everything
         cut = (boxes.low + boxes.high) // 2
         for bend in (layers, everything - layers):
             cut = np.where((boxes.low <= bend) & (bend < boxes.high), bend, cut)
@@ -202,35 +202,37 @@ class Bounder:
         return np.stack(values).astype(float).reshape(len(values), *experts.shape)
 
     def _bytes(self, rows: Ints, low: Ints, kv_low: Ints) -> tuple[Floats, Floats]:
-        """Planes of the bytes at both levels, with no layer's experts out of the slots.
+        """Planes of the bytes at both levels, of shape (2, 4, boxes).
 
-        The fourth row is what one more resident expert of every layer adds beside its own bytes:
-        the slots then hold one expert less.
+        Slots hold the larger of a layer with experts and one without, so there are two of each.
+        The fourth number is what one more resident expert of every layer adds to the first beside
+        its own bytes: slots then hold one expert less.
         """
-        space, weights, grid = self.space, self.space.layer_weights(), self.rows.take(rows)
-        streams_dense = 1 - grid.resident_dense
+        space, grid, weights = self.space, self.rows.take(rows), Weights(self.space)
+        dense, numbers = grid.resident_dense, grid.numbers()
         pages = grid.num_micro_batches if SCHEDULES[space.schedule].paged else 1
 
-        def needed(experts: Ints, on_gpu: Ints, of_every_layer: int) -> tuple[Number, Number]:
-            numbers = {**grid.numbers(), "gpu_kv_micro_batches": on_gpu}
-            # A layer without experts may stream more; the policy found is checked for that.
-            largest = streams_dense * weights.beside_experts_bytes
-            largest = largest + (space.spec.num_experts - of_every_layer) * weights.expert_bytes
-            resident_dense = grid.resident_dense * weights.dense_bytes
-            streamed = streams_dense * weights.dense_bytes
-            streamed = streamed + (self.everything - experts) * weights.expert_bytes
-            return gpu_needed(
-                space, grid.kind, numbers, max_streamed_bytes=largest,
-                resident_bytes=resident_dense + experts * weights.expert_bytes,
-            ), cpu_needed(
-                space, grid.kind, numbers, streamed_bytes=streamed, page_bytes=largest / pages
+        def needed(experts: Ints, on_gpu: Ints, of_every_layer: int) -> Floats:
+            there = {**numbers, "gpu_kv_micro_batches": on_gpu}
+            resident = weights.resident(dense, experts)
+            streamed = weights.streamed(dense, experts)
+            return np.array(
+                [
+                    (
+                        gpu_needed(space, grid.kind, there, resident_bytes=resident,
+                                   max_streamed_bytes=largest),
+                        cpu_needed(space, grid.kind, there, streamed_bytes=streamed,
+                                   page_bytes=largest / pages),
+                    )
+                    for largest in weights.largest_streamed(dense, of_every_layer)
+                ],
+                dtype=float,
             )  # fmt: skip
 
         base = needed(low, kv_low, 0)
         more = (needed(low + 1, kv_low, 0), needed(low, kv_low + 1, 0), needed(low, kv_low, 1))
-        gpu, cpu = (
-            np.array([base[i], *(other[i] - base[i] for other in more)], float) for i in (0, 1)
-        )
+        planes = np.stack([base, *(other - base for other in more)], axis=2)
+        gpu, cpu = planes[:, 0], planes[:, 1]
         if not space.profile.has_accelerator:  # both are one level
             return gpu + cpu, 0 * cpu
         return gpu, cpu
@@ -243,6 +245,7 @@ class Bounder:
         Slots are taken as if experts of a part of the layers shrank them by that part.
         """
         layers = self.space.spec.num_expert_layers
+        gpu, cpu = gpu[0], cpu[0]  # of slots for layers with experts; the program has the others
         room = self.space.profile.top.usable_bytes - (gpu[0] + gpu[3] * low / layers)
         an_expert = gpu[1] + gpu[3] / layers
         gained = np.maximum(-an_expert, 0) * (high - low)

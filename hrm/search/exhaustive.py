@@ -11,10 +11,12 @@ from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.search.choose import Candidate, choose, remedy
-from hrm.search.lattice import CHUNKS, COARSE_CHUNKS, REACHES, around, coarse, whole
+from hrm.search.fit import Ints
+from hrm.search.grid import Grid, make_grid
+from hrm.search.lattice import CHUNKS, COARSE_CHUNKS, REACHES, around, coarse, counted_up, whole
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
-from hrm.search.space import Grid, Ints, Kind, Space, make_grid
+from hrm.search.space import Kind, Space
 from hrm.search.ways import search_ways
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -126,9 +128,8 @@ class GridOfKind:
 
     def _with_every_residency(self, grid: Grid) -> Grid:
         counts = grid.most_residents + 1
-        firsts: Ints = np.cumsum(counts) - counts
-        totals: Ints = np.arange(int(counts.sum())) - np.repeat(firsts, counts)
-        return grid.take(np.repeat(np.arange(len(grid)), counts)).with_residents(self.space, totals)
+        rows, totals = counted_up(np.arange(len(grid)), counts)
+        return grid.take(rows).with_residents(self.space, totals - 1)
 
     def _best(self, count: int) -> list[int]:
         order = np.lexsort((self.grid.num_micro_batches, -self.scores))

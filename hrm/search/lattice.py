@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.schedules import SCHEDULES
-from hrm.search.space import ALL_THAT_FIT, Ints, Kind, KvPlace, Space, make_grid
+from hrm.search.fit import Ints
+from hrm.search.grid import ALL_THAT_FIT, make_grid
+from hrm.search.space import Kind, KvPlace, Space
 
 COARSE_CHUNKS: Final = [1, 4, 16]
 CHUNKS: Final = [1, 2, 4, 8, 16]
@@ -39,10 +41,10 @@ def whole(space: Space, kind: Kind) -> Ints | None:
     if space.workload.num_requests is not None:
         numbers = np.minimum(numbers, -(-space.workload.num_requests // sizes))
     counts = numbers * (numbers - 1) // 2 if kind.kv is KvPlace.SOME else numbers
-    residencies = 1 if kind.gpu_ffn else space.all_experts + 1
+    residencies = 1 if kind.gpu_ffn else space.everything + 1
     if counts.sum() * residencies > WHOLE_PLACES:
         return None
-    return places_of(kind, np.column_stack(_counted_up(sizes, numbers)))
+    return places_of(kind, np.column_stack(counted_up(sizes, numbers)))
 
 
 def places_of(kind: Kind, pairs: Ints, shares: tuple[float, ...] | None = None) -> Ints:
@@ -54,7 +56,7 @@ def places_of(kind: Kind, pairs: Ints, shares: tuple[float, ...] | None = None) 
     if kind.kv is KvPlace.SOME:
         pairs = pairs[pairs[:, 1] > 1]
         if shares is None:
-            chosen, on_gpu = _counted_up(np.arange(len(pairs)), pairs[:, 1] - 1)
+            chosen, on_gpu = counted_up(np.arange(len(pairs)), pairs[:, 1] - 1)
             pairs = pairs[chosen]
         else:
             on_gpu = np.rint(np.multiply.outer(np.array(shares), pairs[:, 1])).astype(np.int64)
@@ -128,7 +130,7 @@ def _with_parts(places: Ints, parts: tuple[int, ...]) -> Ints:
     return repeated
 
 
-def _counted_up(values: Ints, counts: Ints) -> tuple[Ints, Ints]:
+def counted_up(values: Ints, counts: Ints) -> tuple[Ints, Ints]:
     """Every value as often as its count says, beside the numbers from 1 to that count."""
     repeated = np.repeat(values, counts)
     before = np.repeat(np.cumsum(counts) - counts, counts)
@@ -176,15 +178,14 @@ def _product(sizes: Ints, numbers: Ints) -> Ints:
 
 
 def levelled(pairs: Ints, requests: int | None) -> Ints:
-    """Pairs of (micro-batch size, number) whose batches of a job are about equal, once each."""
+    """The smallest micro-batches that finish a given number of requests in as many batches.
+
+    They leave least empty in the last batch, and take less memory. Of equal pairs one is left.
+    """
     return _distinct(_level(pairs, requests))
 
 
 def _level(pairs: Ints, requests: int | None) -> Ints:
-    """The smallest micro-batches that finish a given number of requests in as many batches.
-
-    They leave least empty in the last batch, and take less memory.
-    """
     if requests is None:
         return pairs
     size, number = pairs.T

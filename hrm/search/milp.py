@@ -25,11 +25,12 @@ from hrm.memory import plan_memory
 from hrm.search.boxes import Bounder, Boxes, Floats
 from hrm.search.choose import Candidate, choose, remedy
 from hrm.search.exhaustive import RUNNER_UPS
+from hrm.search.fit import Ints, Weights
+from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import CHUNKS, REACHES, around, coarse, pairs_of, places_of, whole
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
-from hrm.search.space import ALL_THAT_FIT, Grid, Ints, Kind, KvPlace, Space, make_grid
-from hrm.units import DTYPE_BYTES
+from hrm.search.space import Kind, KvPlace, Space
 
 BETTER: Final = 1 + 1e-9  # what is not better by this is equal
 FIRST_PROGRAM: Final = 8  # boxes; the best of them prunes most of the others
@@ -47,12 +48,7 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """
     started_s = time.perf_counter()
     costs = Costs(space.spec, space.profile, space.dtype)
-    kinds = [
-        ProgramsOfKind(space, costs, kind, pairs, whole=is_whole)
-        for kind in space.kinds()
-        for pairs, is_whole in [_pairs_of_kind(space, kind)]
-        if len(pairs)
-    ]
+    kinds = [ProgramsOfKind(space, costs, kind) for kind in space.kinds()]
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = [predicted for _, predicted in choice.ranked]
     proved = Outcome.PROVED if all(kind.whole for kind in kinds) else Outcome.OPTIMAL
@@ -71,37 +67,38 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     )
 
 
-def _pairs_of_kind(space: Space, kind: Kind) -> tuple[Ints, bool]:
-    """Sizes and numbers of micro-batches to search, and whether they are all there are."""
-    places = whole(space, kind)
-    return pairs_of(coarse(space, kind) if places is None else places), places is not None
-
-
 class ProgramsOfKind:
     """All boxes of one kind, and the programs that find the best policy in them."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind, pairs: Ints, *, whole: bool) -> None:
-        self.space, self.costs, self.kind, self.whole = space, costs, kind, whole
+    def __init__(self, space: Space, costs: Costs, kind: Kind) -> None:
+        self.space, self.costs, self.kind = space, costs, kind
         self.evaluations = 0
-        self.bounder, self.boxes = self._boxes_of(pairs)
+        places = whole(space, kind)
+        self.whole = places is not None
+        pairs = pairs_of(coarse(space, kind) if places is None else places)
+        self.boxes = self._boxes_of(pairs)
 
     def ceiling(self) -> float:
         """The highest bound of any box."""
-        return float(self.boxes.ceiling.max(initial=0.0))
+        return 0.0 if self.boxes is None else float(self.boxes[1].ceiling.max(initial=0.0))
 
     def solve(self, above: float) -> list[Candidate]:
         """The best policy, if it is better than `above`; otherwise it is proved that none is."""
-        best = self._best_of(self.bounder, self.boxes, above)
+        best = None if self.boxes is None else self._best_of(*self.boxes, above)
         for reach in () if self.whole or best is None else REACHES:
             assert best is not None
-            place = np.array([[best.policy.micro_batch_size, best.policy.num_micro_batches,
-                               best.policy.gpu_kv_micro_batches, ALL_THAT_FIT]])  # fmt: skip
-            pairs = pairs_of(around(self.space, self.kind, place, reach))
-            best = self._best_of(*self._boxes_of(pairs), best.tokens_per_s) or best
+            policy = best.policy
+            place = np.array([[policy.micro_batch_size, policy.num_micro_batches,
+                               policy.gpu_kv_micro_batches, ALL_THAT_FIT]])  # fmt: skip
+            boxes = self._boxes_of(pairs_of(around(self.space, self.kind, place, reach)))
+            if boxes is not None:
+                best = self._best_of(*boxes, best.tokens_per_s) or best
         return [] if best is None else [best]
 
-    def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes]:
+    def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes] | None:
         rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, (0.0,)), CHUNKS)
+        if not len(rows):  # a single micro-batch has no part of its cache on the GPU
+            return None
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens
         _, first = np.unique(np.stack([*columns, rows.resident_dense]), axis=1, return_index=True)
         rows = rows.take(first)
@@ -170,14 +167,14 @@ def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, 
     rows.at_most_zero((on_gpu, 1.0), (chosen, boxes.kv_low - boxes.kv_high))
     layers = float(space.spec.num_expert_layers)
     rows.at_most_zero((of_every_layer, layers), (chosen, -boxes.low), (experts, -1.0))
-    expert_bytes = space.spec.expert_parameters * DTYPE_BYTES[space.dtype]
+    unit_bytes = Weights(space).expert_bytes
     top, host = space.profile.top, space.profile.host
-    for plane, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
-        at_low, an_expert, a_micro_batch, a_layer = plane / expert_bytes
-        rows.at_most_zero(
-            (chosen, at_low - level.usable_bytes / expert_bytes), (experts, an_expert),
-            (on_gpu, a_micro_batch), (of_every_layer, a_layer),
-        )  # fmt: skip
+    for planes, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
+        for at_low, an_expert, a_micro_batch, a_layer in planes / unit_bytes:
+            rows.at_most_zero(
+                (chosen, at_low - level.usable_bytes / unit_bytes), (experts, an_expert),
+                (on_gpu, a_micro_batch), (of_every_layer, a_layer),
+            )  # fmt: skip
     unit_s = bounder.tokens(boxes) / boxes.ceiling
     matters = bounder.may_be_longest(boxes)
     for term, phase in enumerate(bounder.phase_of_term):

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
 from hrm.policy import Policy, ScheduleName
-from hrm.search.space import Grid, Space
+from hrm.search.grid import Grid
+from hrm.search.space import Space
 
 
 def tokens_per_batch(space: Space, batch_size: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -17,9 +17,10 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import lattice
 from hrm.search.exhaustive import search, search_space
+from hrm.search.grid import make_grid
 from hrm.search.lattice import CHUNKS, places_of
 from hrm.search.result import Outcome
-from hrm.search.space import Space, make_grid
+from hrm.search.space import Space
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload

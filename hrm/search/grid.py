@@ -1,0 +1,163 @@
+"""Grids of policies of one kind, as NumPy arrays.
+
+Where the GPU computes all experts, the largest residency that fits is best, so it is computed and
+not enumerated. Where the host computes those that it holds, residents are a share of that work as
+well, and fewer may be better.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.closed_form import Point
+from hrm.policy import KV_BLOCK_TOKENS, Policy, spread_experts
+from hrm.search.fit import Ints, fits_memory, most_residents
+from hrm.search.space import Kind, Space
+from hrm.tasks import Device
+from hrm.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Candidates of one kind, one an entry of every array; `fits` are within both memories.
+
+    `resident_total` experts are on the GPU, of `most_residents` that fit there.
+    """
+
+    kind: Kind
+    batch_size: Ints
+    micro_batch_size: Ints
+    num_micro_batches: Ints
+    gpu_kv_micro_batches: Ints
+    resident_dense: Ints
+    chunk_tokens: Ints
+    most_residents: Ints
+    resident_total: Ints
+    kv_tokens: Ints
+    fits: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """Number of candidates."""
+        return len(self.batch_size)
+
+    def take(self, chosen: Ints) -> "Grid":
+        """The chosen candidates only."""
+        return Grid(kind=self.kind, **{name: getattr(self, name)[chosen] for name in _ARRAYS})
+
+    def and_also(self, other: "Grid") -> "Grid":
+        """The candidates of both."""
+        both = {
+            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS
+        }
+        return Grid(kind=self.kind, **both)
+
+    def numbers(self) -> dict[str, Ints]:
+        """The arrays that say how much memory is needed beside the weights."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    def places(self) -> Ints:
+        """The places that `make_grid` makes the candidates of, as near as parts allow."""
+        most = np.maximum(self.most_residents, 1)
+        parts = -(-self.resident_total * ALL_THAT_FIT // most)
+        parts = np.where(self.most_residents > 0, parts, ALL_THAT_FIT)
+        columns = self.micro_batch_size, self.num_micro_batches, self.gpu_kv_micro_batches, parts
+        return np.column_stack(columns)
+
+    def with_residents(self, space: Space, total: Ints) -> "Grid":
+        """The same candidates with so many resident experts."""
+        fits = fits_memory(space, self.kind, self.numbers(), total)
+        return replace(self, resident_total=total, fits=fits)
+
+    def point(self, space: Space) -> Point:
+        """The closed form's view of all candidates."""
+        spec = space.spec
+        resident = self.resident_total / spec.num_expert_layers
+        some_on_host = np.minimum(spec.num_experts - resident, 1)
+        return Point(
+            batch_size=self.batch_size.astype(float),
+            num_micro_batches=self.num_micro_batches.astype(float),
+            gpu_attention=self.kind.gpu_attention,
+            gpu_ffn=self.kind.gpu_ffn,
+            gpu_kv_micro_batches=self.gpu_kv_micro_batches,
+            resident_experts=resident,
+            host_expert_layers=some_on_host * spec.num_expert_layers / spec.num_layers,
+            resident_dense=self.resident_dense,
+            chunk_tokens=self.chunk_tokens.astype(float),
+            staging=int(space.staging),
+        )
+
+    def policy(self, space: Space, index: int) -> Policy:
+        """One candidate as a policy; resident experts are spread evenly over their layers.
+
+        Where all of them are resident, they run on the GPU whatever the kind, and the policy says
+        so if it may.
+        """
+        total = int(self.resident_total[index])
+        all_on_gpu = total == space.everything
+        may_run_on_gpu = (self.kind.gpu_attention, 1) in space.devices()
+        gpu_ffn = self.kind.gpu_ffn or (all_on_gpu and may_run_on_gpu)
+        return Policy(
+            schedule=space.schedule,
+            batch_size=int(self.batch_size[index]),
+            micro_batch_size=int(self.micro_batch_size[index]),
+            attention=Device.GPU if self.kind.gpu_attention else Device.CPU,
+            ffn=Device.GPU if gpu_ffn else Device.CPU,
+            resident_experts=spread_experts(space.spec, total),
+            resident_dense=bool(self.resident_dense[index]),
+            gpu_kv_micro_batches=int(self.gpu_kv_micro_batches[index]),
+            kv_tokens_per_micro_batch=int(self.kv_tokens[index]),
+            prefill_chunk_tokens=int(self.chunk_tokens[index]),
+            staging=space.staging,
+            dtype=space.dtype,
+        )
+
+
+ALL_THAT_FIT: Final = 1000
+_ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
+
+
+def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) -> Grid:
+    """All combinations of `places` with chunks and with projections resident or not.
+
+    `places` has the columns micro-batch size, number of micro-batches, how many of these have
+    their KV cache on the GPU, and how many parts in `ALL_THAT_FIT` of the experts that fit the GPU
+    are resident.
+    """
+    axes = np.array(
+        [
+            (factor, dense)
+            for factor in chunk_factors
+            for dense in ((1, 0) if space.profile.has_accelerator else (1,))
+        ]
+    )
+    place, axis = (index.ravel() for index in np.indices((len(places), len(axes))))
+    micro_batch_size, num_micro_batches, on_gpu, parts = places[place].T
+    factor, dense = axes[axis].T
+    batch_size = micro_batch_size * num_micro_batches
+    if space.workload.num_requests is not None:
+        batch_size = np.minimum(batch_size, space.workload.num_requests)
+    prompt_tokens = np.ceil(batch_size * space.workload.prompt_len).astype(np.int64)
+    chunk = np.minimum(space.workload.max_prompt_len * factor, prompt_tokens)
+    chunk = np.maximum(chunk, space.workload.max_prompt_len)
+    numbers = {
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "num_micro_batches": num_micro_batches,
+        "gpu_kv_micro_batches": on_gpu,
+        "resident_dense": dense,
+        "chunk_tokens": chunk,
+        "kv_tokens": _kv_tokens(space.workload, micro_batch_size),
+    }
+    most = most_residents(space, kind, numbers)
+    total = np.maximum(most, 0) * parts // ALL_THAT_FIT
+    fits = (most >= 0) & fits_memory(space, kind, numbers, total)
+    return Grid(kind=kind, **numbers, most_residents=most, resident_total=total, fits=fits)
+
+
+def _kv_tokens(workload: Workload, micro_batch_size: Ints) -> Ints:
+    """`hrm.policy.kv_tokens_for` for an array."""
+    mean = micro_batch_size * (workload.mean_context_len + KV_BLOCK_TOKENS / 2)
+    tokens = np.rint(np.maximum(mean, workload.max_context_len)).astype(np.int64)
+    return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
