@@ -1,36 +1,56 @@
-"""The same policy under several schedules, on prompts of random tokens."""
+"""A policy under several schedules, on prompts of random tokens and, if asked, random weights."""
 
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, Final, Self, final
 
+import msgspec
+
+from executor.backends import AbstractBackend
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
 from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
-from executor.generate import Generator
-from executor.job.machine import AcceleratorOptions, check_model, prepare
-from executor.job.report import Totals
+from executor.generate import Generator, NullGenerator
+from executor.job.machine import AcceleratorOptions, check_model, predicted_seconds, prepare
+from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.model import Architecture
 from executor.sampling import SamplingParams
-from hrm.model_spec import BUILT_IN_MODELS, load_model
-from hrm.policy import ScheduleName
-from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.estimate import Estimate, estimate
+from hrm.hardware import HardwareProfile
+from hrm.machines import load_profile, with_memory
+from hrm.memory import MemoryPlan
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
+from hrm.policy import Policy, ScheduleName
+from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
 from hrm.tasks import Phase
+from hrm.validate import AcceleratorRecord, RunRecord, Validation, paced, validate
+from hrm.workload import Workload
+
+PROMPT_LEN: Final = 64  # without a policy and unless told otherwise
+GEN_LEN: Final = 32
+NUM_REQUESTS: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What `executor bench` is told; lengths of None are the policy's workload's."""
+    """What `executor bench` is told.
 
-    policy: Path
+    Without a `policy` file one is searched for, on the machine of `profile` (a file or a catalog
+    name) or, if that is None, on this one, measured quickly. Lengths of None are the policy's
+    workload's, or this module's constants if there is no policy; schedules of None are all, or the
+    policy's alone on a machine of one level.
+    """
+
     model: str
+    policy: Path | None = None
+    profile: str | None = None
     num_layers: int | None = None
-    schedules: Sequence[ScheduleName] = tuple(ScheduleName)
+    schedules: Sequence[ScheduleName] | None = None
     prompt_len: int | None = None
     gen_len: int | None = None
     num_requests: int | None = None
@@ -41,30 +61,191 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
-    """One schedule: medians over the repeats; `ratio` is to the first schedule's tokens/s."""
+    """One schedule, as its repeat of median tokens/s was; `least` and `most` span all repeats.
+
+    `ratio` is to the first schedule's tokens/s. `bound_tokens_per_s` is the prediction with all
+    lanes overlapping perfectly; `validation` lays the whole repeat beside its prediction.
+    """
 
     schedule: str
     tokens_per_s: float
+    least_tokens_per_s: float
+    most_tokens_per_s: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     decode_step_s: float
+    prefill_busy_share: dict[str, float]
     decode_busy_share: dict[str, float]
     ratio: float
+    predicted_tokens_per_s: float
+    bound_tokens_per_s: float
+    load_s: float
+    validation: Validation
 
 
-def run_bench(options: BenchOptions) -> Iterator[BenchRow]:
-    """Rows of the table, as they are ready; HrmError if model and policy do not go together."""
-    policy_file = load_policy_file(options.policy)
-    with ExitStack() as stack:
-        family, source, arch = _model(options, stack)
-        if options.num_layers is not None:
-            policy_file = _cut(policy_file, options.num_layers)
-        check_model(arch.spec, policy_file, options.policy)
-        first = None
-        for schedule in options.schedules:
-            row = _row(options, policy_file, schedule, family, source, arch, first)
-            first = first or row.tokens_per_s
-            yield row
+@final
+class Bench:
+    """A model and a policy made ready; a context manager that holds the checkpoint open.
+
+    `policy_file` is what is run, cut to the layers asked for; `predicted` is it at the lengths of
+    the requests. Raises HrmError if model and policy do not go together, or if no policy fits.
+    """
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+        with ExitStack() as stack:
+            self._family, self._source, self._arch = _model(options, stack)
+            self.policy_file = self._planned()
+            self._stack = stack.pop_all()
+        workload = replace(
+            self.policy_file.workload,
+            prompt_len=self._prompt_len,
+            max_prompt_len=self._prompt_len,
+            gen_len=self._gen_len,
+            num_requests=self._num_requests,
+        )
+        self.policy_file = replace(self.policy_file, workload=workload)
+        self.predicted = self._estimate(self.policy_file.policy)
+        self._first: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the checkpoint."""
+        self._stack.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, of as many layers as are run."""
+        return self._arch.spec
+
+    @property
+    def schedules(self) -> Sequence[ScheduleName]:
+        """Those to run, in order."""
+        if self._options.schedules is not None:
+            return self._options.schedules
+        if self.policy_file.profile.has_accelerator:
+            return tuple(ScheduleName)
+        return (self.policy_file.policy.schedule,)
+
+    def row(self, schedule: ScheduleName) -> BenchRow:
+        """Run all repeats under a schedule."""
+        options, policy_file = self._options, self.policy_file
+        policy = replace(policy_file.policy, schedule=schedule)
+        plan, backend = prepare(options.accelerator, policy_file, policy)
+        started, runs = datetime.now(UTC), list[Totals]()
+        with self._generator(backend, policy, plan) as generator:
+            for _repeat in range(options.repeats):
+                totals = Totals()
+                requests = list(self._requests())
+                for request in requests:
+                    generator.check(request)
+                for batch in Batcher(iter(requests), policy):
+                    totals.add(generator.generate(batch))
+                runs.append(totals)
+        runs.sort(key=Totals.tokens_per_s)
+        middle = runs[(len(runs) - 1) // 2]
+        content = run_json(
+            outcome="completed",
+            message=None,
+            policy_file=policy_file,
+            model=model_json(self.spec, options.model, policy.dtype),
+            accelerator=accelerator_json(backend),
+            schedule=schedule.value,
+            totals=middle,
+            load_s=generator.load_s,
+            memory=memory_json(plan, generator.peak_bytes),
+            started=started,
+        )
+        return self._row(content, runs, schedule)
+
+    def _row(
+        self, content: dict[str, Any], runs: Sequence[Totals], schedule: ScheduleName
+    ) -> BenchRow:
+        totals = content["totals"]
+        tokens_per_s: float = totals["tokens_per_s"]
+        self._first = self._first or tokens_per_s
+        validation = validate(msgspec.convert(content, RunRecord))
+        steps = sum(batch["decode_steps"] for batch in content["batches"])
+        busy = {
+            phase: {
+                lane: item["busy_share"]
+                for lane, item in content["phases"][phase.value]["lanes"].items()
+            }
+            for phase in Phase
+        }
+        predicted = self._estimate(replace(self.policy_file.policy, schedule=schedule))
+        return BenchRow(
+            schedule=schedule.value,
+            tokens_per_s=tokens_per_s,
+            least_tokens_per_s=runs[0].tokens_per_s(),
+            most_tokens_per_s=runs[-1].tokens_per_s(),
+            prefill_tokens_per_s=totals["prefill_tokens_per_s"],
+            decode_tokens_per_s=totals["decode_tokens_per_s"],
+            decode_step_s=totals["decode_s"] / max(steps, 1),
+            prefill_busy_share=busy[Phase.PREFILL],
+            decode_busy_share=busy[Phase.DECODE],
+            ratio=tokens_per_s / self._first,
+            predicted_tokens_per_s=validation.tokens_per_s.predicted,
+            bound_tokens_per_s=predicted.bound_tokens_per_s,
+            load_s=totals["load_s"],
+            validation=validation,
+        )
+
+    def _generator(
+        self, backend: AbstractBackend, policy: Policy, plan: MemoryPlan
+    ) -> Generator | NullGenerator:
+        if backend.name == "null":
+            seconds_of = predicted_seconds(self.policy_file, policy)
+            return NullGenerator(backend, self._arch, policy, seconds_of, max_spans=0)
+        return Generator(
+            backend, self._arch, policy, plan, family=self._family, source=self._source, max_spans=0
+        )
+
+    def _planned(self) -> PolicyFile:
+        """The policy given, or the one searched for, for as many layers as are run."""
+        path, spec = self._options.policy, self.spec
+        if path is None:
+            return _solved(self._options, spec)
+        if self._options.profile is not None:
+            raise JobError(
+                "--profile", self._options.profile,
+                "does not go with --policy, whose file holds its machine", "leave one of them out",
+            )  # fmt: skip
+        policy_file = load_policy_file(path)
+        if self._options.num_layers is not None:
+            policy_file = _cut(policy_file, self._options.num_layers)
+        check_model(spec, policy_file, path)
+        return policy_file
+
+    def _estimate(self, policy: Policy) -> Estimate:
+        plan = self.policy_file
+        return estimate(self.spec, policy, plan.profile, plan.workload)
+
+    @property
+    def _prompt_len(self) -> int:
+        return self._options.prompt_len or round(self.policy_file.workload.prompt_len)
+
+    @property
+    def _gen_len(self) -> int:
+        return self._options.gen_len or self.policy_file.workload.gen_len
+
+    @property
+    def _num_requests(self) -> int:
+        given = self._options.num_requests
+        if self._options.policy is None:
+            return given or NUM_REQUESTS
+        return given or self.policy_file.policy.batch_size
+
+    def _requests(self) -> Iterator[Request]:
+        params = SamplingParams(max_tokens=self._gen_len, temperature=0, ignore_eos=True)
+        generator = random.Random(self._options.seed)
+        for index in range(self._num_requests):
+            prompt = tuple(
+                generator.randrange(self.spec.vocab_size) for _ in range(self._prompt_len)
+            )
+            yield Request(f"bench-{index}", prompt, params)
 
 
 def _model(
@@ -103,54 +284,51 @@ def _cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
     )
 
 
-def _row(
-    options: BenchOptions, policy_file: PolicyFile, schedule: ScheduleName, family: AbstractFamily,
-    source: WeightSource, arch: Architecture, first: float | None,
-) -> BenchRow:  # fmt: skip
-    policy = replace(policy_file.policy, schedule=schedule)
-    plan, backend = prepare(options.accelerator, policy_file, policy)
-    runs: list[Totals] = []
-    with Generator(
-        backend, arch, policy, plan, family=family, source=source, max_spans=0
-    ) as generator:
-        for _repeat in range(options.repeats):
-            totals = Totals()
-            requests = list(_requests(options, policy_file, arch.spec.vocab_size))
-            for request in requests:
-                generator.check(request)
-            for batch in Batcher(iter(requests), policy):
-                totals.add(generator.generate(batch))
-            runs.append(totals)
-    numbers = [totals.to_json(generator.load_s) for totals in runs]
+def _solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
+    """The best policy for the model and the requests, on the machine that is asked for."""
+    from hrm.search.exhaustive import search
 
-    def mid(key: str) -> float:
-        return median(number[key] for number in numbers)
-
-    steps = sum(batch["decode_steps"] for batch in runs[0].batches)
-    lanes: dict[str, list[float]] = {}
-    for totals in runs:
-        phase: dict[str, Any] = totals.phases[Phase.DECODE].to_json()
-        for lane, item in phase["lanes"].items():
-            lanes.setdefault(lane, []).append(item["busy_share"])
-    tokens_per_s = mid("tokens_per_s")
-    return BenchRow(
-        schedule=schedule.value,
-        tokens_per_s=tokens_per_s,
-        prefill_tokens_per_s=mid("prefill_tokens_per_s"),
-        decode_tokens_per_s=mid("decode_tokens_per_s"),
-        decode_step_s=mid("decode_s") / max(steps, 1),
-        decode_busy_share={lane: median(shares) for lane, shares in lanes.items()},
-        ratio=tokens_per_s / (first or tokens_per_s),
+    prompt_len = options.prompt_len or PROMPT_LEN
+    workload = Workload(
+        name="bench",
+        prompt_len=prompt_len,
+        max_prompt_len=prompt_len,
+        gen_len=options.gen_len or GEN_LEN,
+        num_requests=options.num_requests or NUM_REQUESTS,
     )
+    profile = _machine(options, spec)
+    with_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
+    dtype = "bfloat16" if with_bfloat16 else "float16"
+    found = search(spec, profile, workload, dtype=dtype)
+    return policy_file_of(found.require(), spec, profile, workload)
 
 
-def _requests(options: BenchOptions, policy_file: PolicyFile, vocab_size: int) -> Iterator[Request]:
-    workload = policy_file.workload
-    prompt_len = options.prompt_len or round(workload.prompt_len)
-    params = SamplingParams(
-        max_tokens=options.gen_len or workload.gen_len, temperature=0, ignore_eos=True
+def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
+    """The machine to plan for: the one named, or this one measured quickly."""
+    asked = options.accelerator
+    memory, bandwidth = asked.gpu_memory_bytes, asked.link_bytes_per_s
+    if options.profile is not None:
+        profile = load_profile(options.profile)
+        if memory is not None:
+            profile = with_memory(profile, gpu_memory_bytes=memory)
+        pace = AcceleratorRecord(
+            name=asked.name, description="", h2d_bytes_per_s=bandwidth, d2h_bytes_per_s=bandwidth
+        )
+        return paced(profile, pace)
+    if asked.name == "null":
+        raise JobError(
+            "--accelerator", asked.name, "does no work, so there is nothing to measure",
+            "give --profile or --policy",
+        )  # fmt: skip
+    from hrm.profiling.machine import profile_machine
+
+    name = "emulated" if asked.name == "auto" and (memory or bandwidth) else asked.name
+    return profile_machine(
+        name,
+        gpu_memory_bytes=memory,
+        link_bandwidth_bytes_per_s=bandwidth,
+        quick=True,
+        model=spec,
+        dtypes=("bfloat16",),
+        command="executor bench",
     )
-    generator = random.Random(options.seed)
-    for index in range(options.num_requests or policy_file.policy.batch_size):
-        prompt = tuple(generator.randrange(vocab_size) for _ in range(prompt_len))
-        yield Request(f"bench-{index}", prompt, params)

@@ -1,55 +1,65 @@
 """`executor bench`."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from executor.cli.options import accelerator_arguments, accelerator_options
 from hrm.errors import PolicyError
 from hrm.policy import ScheduleName
-from hrm.units import format_seconds
+from hrm.units import counted, format_seconds
 
 if TYPE_CHECKING:
-    from executor.bench import BenchRow
+    from executor.bench import Bench, BenchRow
 
 
 @click.command()
-@click.option(
-    "--policy", required=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="A policy file (hrm search --out).",
-)  # fmt: skip
 @click.option(
     "--model", required=True, metavar="NAME-or-PATH",
     help="A checkpoint folder, or a built-in name, which gets random weights.",
 )  # fmt: skip
 @click.option("--layers", type=click.IntRange(min=1), help="Only so many layers of the model.")
 @click.option(
-    "--schedules", default=",".join(ScheduleName), show_default=True, metavar="A,B,…",
-    help="Schedules to compare with the first.",
+    "--policy", type=click.Path(path_type=Path, dir_okay=False),
+    help="A policy file (hrm search --out); without one, a policy is searched for.",
 )  # fmt: skip
-@click.option("--prompt-len", type=click.IntRange(min=1), help="[default: the policy's]")
-@click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's]")
-@click.option("--requests", type=click.IntRange(min=1), help="[default: one batch]")
+@click.option(
+    "--profile", metavar="FILE-or-NAME",
+    help="The machine to search a policy for [default: this one, measured in about 20 s].",
+)  # fmt: skip
+@click.option(
+    "--schedules", metavar="A,B,…",
+    help="Schedules to compare with the first [default: "
+    f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
+)  # fmt: skip
+@click.option("--prompt-len", type=click.IntRange(min=1), help="[default: the policy's, or 64]")
+@click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's, or 32]")
+@click.option(
+    "--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]"
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")
 @accelerator_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def bench(
-    *, policy: Path, model: str, layers: int | None, schedules: str, prompt_len: int | None,
-    gen_len: int | None, requests: int | None, repeats: int, seed: int, accelerator: str,
-    gpu_memory: str | None, link_bandwidth: str | None, as_json: bool,
+    *, model: str, layers: int | None, policy: Path | None, profile: str | None,
+    schedules: str | None, prompt_len: int | None, gen_len: int | None, requests: int | None,
+    repeats: int, seed: int, accelerator: str, gpu_memory: str | None, link_bandwidth: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Run the same policy under several schedules and compare them."""
-    from executor.bench import BenchOptions, run_bench
+    """Run a policy on prompts of random tokens, under several schedules, and compare them.
+
+    The first schedule's run is laid beside its prediction.
+    """
+    from executor.bench import Bench, BenchOptions
 
     options = BenchOptions(
-        policy=policy,
         model=model,
+        policy=policy,
+        profile=profile,
         num_layers=layers,
-        schedules=parse_schedules(schedules),
+        schedules=None if schedules is None else parse_schedules(schedules),
         prompt_len=prompt_len,
         gen_len=gen_len,
         num_requests=requests,
@@ -57,21 +67,28 @@ def bench(
         seed=seed,
         accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
     )
-    rows: list[BenchRow] = []
-    if not as_json:
-        click.echo(HEADER)
-    for row in run_bench(options):
-        rows.append(row)
-        if not as_json:
-            click.echo(line_of(row))
-    if as_json:
-        click.echo(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2))
+    with Bench(options) as ready:
+        if as_json:
+            from hrm.cli.report import print_json
+
+            rows = [row_json(ready.row(schedule)) for schedule in ready.schedules]
+            print_json({**plan_json(ready), "repeats": repeats, "rows": rows})
+            return
+        click.echo(headline(ready, repeats))
+        shown: list[BenchRow] = []
+        for schedule in ready.schedules:
+            shown.append(ready.row(schedule))
+            click.echo(line_of(shown[-1]))
+    from hrm.cli.validate import print_validation
+
+    click.echo()
+    print_validation(shown[0].validation)
 
 
 def parse_schedules(text: str) -> tuple[ScheduleName, ...]:
-    """Names between commas; PolicyError for one that is no schedule."""
+    """Names between commas; PolicyError for one that is no schedule, or for none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
+    for name in names or [text]:
         if name not in set(ScheduleName):
             raise PolicyError(
                 "--schedules", name, f"must be of {', '.join(ScheduleName)}", "correct it"
@@ -79,17 +96,53 @@ def parse_schedules(text: str) -> tuple[ScheduleName, ...]:
     return tuple(ScheduleName(name) for name in names)
 
 
-HEADER = (
-    f"{'schedule':<11} {'tokens/s':>9} {'prefill/s':>10} {'decode/s':>9} {'step':>9} {'ratio':>6}"
-    "  busy in decode"
-)
+def headline(bench: "Bench", repeats: int) -> str:
+    """What is run, under which policy, and the head of the table."""
+    plan, spec = bench.policy_file, bench.spec
+    policy, workload = plan.policy, plan.workload
+    residents = sum(policy.resident_experts) / spec.num_layers
+    return (
+        f"model     {spec.name}, {counted(spec.num_layers, 'layer')}, {policy.dtype}\n"
+        f"machine   {plan.profile.name}\n"
+        f"policy    batch of {policy.batch_size} in micro-batches of {policy.micro_batch_size},"
+        f" attention {policy.attention.value}, experts {policy.ffn.value},"
+        f" {residents:.3g} of {spec.num_experts} resident\n"
+        f"workload  {workload.num_requests} × ({workload.prompt_len:.0f} prompt + "
+        f"{workload.gen_len} new tokens), median of {counted(repeats, 'repeat')}\n\n"
+        f"{'schedule':<11} {'tokens/s':>9} {'spread':>13} {'predicted':>9} {'bound':>9} "
+        f"{'prefill/s':>9} {'decode/s':>9} {'step':>8} {'ratio':>5}  busy in decode"
+    )
 
 
 def line_of(row: "BenchRow") -> str:
     """One line of the table."""
     busy = " ".join(f"{lane} {share:.0%}" for lane, share in row.decode_busy_share.items())
+    spread = f"{row.least_tokens_per_s:.1f}–{row.most_tokens_per_s:.1f}"
     return (
-        f"{row.schedule:<11} {row.tokens_per_s:>9.1f} {row.prefill_tokens_per_s:>10.1f} "
-        f"{row.decode_tokens_per_s:>9.1f} {format_seconds(row.decode_step_s):>9} "
-        f"{row.ratio:>6.2f}  {busy}"
+        f"{row.schedule:<11} {row.tokens_per_s:>9.1f} {spread:>13} "
+        f"{row.predicted_tokens_per_s:>9.1f} {row.bound_tokens_per_s:>9.1f} "
+        f"{row.prefill_tokens_per_s:>9.1f} {row.decode_tokens_per_s:>9.1f} "
+        f"{format_seconds(row.decode_step_s):>8} {row.ratio:>5.2f}  {busy}"
     )
+
+
+def plan_json(bench: "Bench") -> dict[str, Any]:
+    """What is run and what is predicted of it at these lengths."""
+    from hrm.cli.report import policy_json, predicted_json
+
+    plan = bench.policy_file
+    return {
+        "model": bench.spec,
+        "machine": plan.profile.name,
+        "workload": plan.workload,
+        "policy": policy_json(plan.policy, bench.spec),
+        "predicted": predicted_json(bench.predicted),
+    }
+
+
+def row_json(row: "BenchRow") -> dict[str, Any]:
+    """A row with all that was compared, peak and planned memory among it."""
+    from hrm.cli.validate import validation_json
+
+    fields = {name: getattr(row, name) for name in type(row).__dataclass_fields__}
+    return {**fields, "validation": validation_json(row.validation)}

@@ -1,17 +1,22 @@
 """What a policy runs on: the accelerator that is asked for, and the memory it is held to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from executor.backends import AbstractBackend, EmulatedMachine, make_backend
+from executor.batching import Batch
+from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.hardware import Figure, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.policy_file import PolicyFile
+from hrm.schedules import Pipeline
+from hrm.tasks import Phase, TaskId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,32 @@ def prepare(
             "close other programs, or search again with a lower --cpu-memory",
         )  # fmt: skip
     return plan, backend
+
+
+def predicted_seconds(
+    policy_file: PolicyFile, policy: Policy
+) -> Callable[[Pipeline, Batch], Callable[[TaskId], float]]:
+    """How long the tasks of a batch's pipeline should take, by the policy file's machine."""
+    costs = Costs(policy_file.model, policy_file.profile, policy.dtype)
+
+    def seconds_of(pipeline: Pipeline, batch: Batch) -> Callable[[TaskId], float]:
+        placed = [placed for micro_batch in batch.micro_batches for placed in micro_batch.placed]
+        prompts = [len(one.request.prompt) for one in placed]
+        prefill = pipeline.phase is Phase.PREFILL
+        mean = sum(prompts) / len(prompts)
+        new = max(one.request.params.max_tokens for one in placed)
+        parts = pipeline.num_micro_batches
+        work = TaskWork(
+            costs=costs,
+            policy=policy,
+            pipeline=pipeline,
+            tokens=sum(prompts) / parts if prefill else len(prompts) / parts,
+            context=mean if prefill else mean + new / 2,
+            requests_per_chunk=len(prompts) / parts if prefill else 0.0,
+        )
+        return work.seconds_of()
+
+    return seconds_of
 
 
 def budgeted_plan(

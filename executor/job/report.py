@@ -10,10 +10,12 @@ from typing import Any, Final
 
 import msgspec
 
+from executor.backends import AbstractBackend
 from executor.engine import PhaseResult, add_totals
 from executor.generate import BatchResult
 from executor.lanes import KindTotal
 from hrm.memory import MemoryPlan
+from hrm.model_spec import ModelSpec
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
 from hrm.trace import Span, Trace, write_chrome_trace
@@ -125,6 +127,10 @@ class Totals:
         """Prefill and decode."""
         return sum(phase.seconds for phase in self.phases.values())
 
+    def tokens_per_s(self) -> float:
+        """Tokens generated over prefill and decode."""
+        return _ratio(self.generated_tokens, self.seconds)
+
     def to_json(self, load_s: float) -> dict[str, Any]:
         """Counts, seconds and rates."""
         prefill_s, decode_s = (self.phases[phase].seconds for phase in Phase)
@@ -138,7 +144,7 @@ class Totals:
             "load_s": load_s,
             "prefill_s": prefill_s,
             "decode_s": decode_s,
-            "tokens_per_s": _ratio(self.generated_tokens, self.seconds),
+            "tokens_per_s": self.tokens_per_s(),
             "prefill_tokens_per_s": _ratio(self.prompt_tokens, prefill_s),
             "decode_tokens_per_s": _ratio(decoded, decode_s),
         }
@@ -172,6 +178,28 @@ def memory_json(
             "peak_total_bytes": sum(peak_bytes.get(level.name, {}).values()),
         }
         for level in (plan.gpu, plan.cpu)
+    }
+
+
+def model_json(spec: ModelSpec, folder: str, dtype: str) -> dict[str, Any]:
+    """What was run, and where its weights came from: a folder, or a name if they are random."""
+    return {
+        "name": spec.name,
+        "folder": folder,
+        "family": spec.family,
+        "parameters": spec.parameters,
+        "dtype": dtype,
+    }
+
+
+def accelerator_json(backend: AbstractBackend) -> dict[str, Any]:
+    """What it was run on."""
+    return {
+        "name": backend.name,
+        "emulated": backend.name == "emulated",
+        "description": backend.description,
+        "h2d_bytes_per_s": backend.h2d_bytes_per_s,
+        "d2h_bytes_per_s": backend.d2h_bytes_per_s,
     }
 
 

@@ -15,16 +15,15 @@ from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
 from executor.generate import Completion, Generator, NullGenerator
 from executor.job.chat import ChatTemplate
-from executor.job.machine import AcceleratorOptions, check_model, prepare
+from executor.job.machine import AcceleratorOptions, check_model, predicted_seconds, prepare
 from executor.job.outputs import RunDirectory, completion_line, rejected_line, text_of
-from executor.job.report import Totals, memory_json, run_json
+from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
 from executor.model import Architecture
-from hrm.costs import Costs, TaskWork
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-from hrm.tasks import Lane, Phase
+from hrm.tasks import Lane
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -162,28 +161,12 @@ class _Job:
 
     def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
         if self._backend.name == "null":
-            return NullGenerator(self._backend, self._arch, self._policy, self._seconds_of)
+            seconds_of = predicted_seconds(self._policy_file, self._policy)
+            return NullGenerator(self._backend, self._arch, self._policy, seconds_of)
         return Generator(
             self._backend, self._arch, self._policy, self._plan, family=family, source=source,
             stops=self._stops,
         )  # fmt: skip
-
-    def _seconds_of(self, pipeline: Any, batch: Any) -> Any:
-        costs = Costs(self._arch.spec, self._policy_file.profile, self._policy.dtype)
-        prompts = [len(placed.request.prompt) for mb in batch.micro_batches for placed in mb.placed]
-        prefill = pipeline.phase is Phase.PREFILL
-        mean = sum(prompts) / len(prompts)
-        new = max(p.request.params.max_tokens for mb in batch.micro_batches for p in mb.placed)
-        parts = pipeline.num_micro_batches
-        work = TaskWork(
-            costs=costs,
-            policy=self._policy,
-            pipeline=pipeline,
-            tokens=sum(prompts) / parts if prefill else len(prompts) / parts,
-            context=mean if prefill else mean + new / 2,
-            requests_per_chunk=len(prompts) / parts if prefill else 0.0,
-        )
-        return work.seconds_of()
 
     def _requests(self, generator: Generator | NullGenerator) -> Iterator[Request]:
         """The requests that can be run; the others are put down as rejected."""
@@ -226,25 +209,12 @@ class _Job:
     def _report(
         self, outcome: str, message: str | None, generator: Generator | NullGenerator
     ) -> dict[str, Any]:
-        spec = self._arch.spec
         content = run_json(
             outcome=outcome,
             message=message,
             policy_file=self._policy_file,
-            model={
-                "name": spec.name,
-                "folder": str(self._options.model),
-                "family": spec.family,
-                "parameters": spec.parameters,
-                "dtype": self._policy.dtype,
-            },
-            accelerator={
-                "name": self._backend.name,
-                "emulated": self._backend.name == "emulated",
-                "description": self._backend.description,
-                "h2d_bytes_per_s": self._backend.h2d_bytes_per_s,
-                "d2h_bytes_per_s": self._backend.d2h_bytes_per_s,
-            },
+            model=model_json(self._arch.spec, str(self._options.model), self._policy.dtype),
+            accelerator=accelerator_json(self._backend),
             schedule=self._policy.schedule.value,
             totals=self._totals,
             load_s=generator.load_s,

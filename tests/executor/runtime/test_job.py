@@ -15,7 +15,6 @@ from executor.cli import main
 from executor.handlers import DecodeHandlers
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
-from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, profile_hash, save_policy_file
 from hrm.tasks import Phase, TaskKind
 from hrm.trace import read_chrome_trace
@@ -426,27 +425,6 @@ def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_pa
 def test_malformed_command_line_is_told_in_one_line(arguments, capsys):
     assert exit_code(arguments) == 2
     refused(capsys.readouterr())
-
-
-def test_bench_compares_schedules(folder, policy_path, capsys):
-    main([
-        "bench", "--model", str(folder), "--policy", str(policy_path), "--repeats", "1",
-        "--prompt-len", "8", "--gen-len", "3", "--schedules", "cgopipe,flexgen-c", "--json",
-    ])  # fmt: skip
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["schedule"] for row in rows] == ["cgopipe", "flexgen-c"]
-    assert rows[0]["ratio"] == 1
-    assert all(row["tokens_per_s"] > 0 for row in rows)
-
-
-def test_bench_refuses_an_unknown_schedule(folder, policy_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([
-            "bench", "--model", str(folder), "--policy", str(policy_path),
-            "--schedules", "magic",
-        ])  # fmt: skip
-    assert ended.value.code == 2
-    refused(capsys.readouterr(), "magic", *ScheduleName)
 
 
 def test_bench_refuses_a_built_in_model_that_it_cannot_run(policy_path, capsys):

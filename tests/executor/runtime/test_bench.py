@@ -1,0 +1,170 @@
+"""`executor bench`, on a checkpoint and on shapes with random weights."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from executor.cli import main
+from executor.families import FAMILIES
+from hrm.machines import save_profile
+from hrm.memory import plan_memory
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.policy import ScheduleName
+from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.workload import Workload
+from tests.executor.runtime.support import architecture, level, machine, make_policy
+from tests.executor.tiny_models import MIXTRALS
+
+REQUESTS, PROMPT_LEN, GEN_LEN = 6, 8, 5
+LENGTHS = (
+    "--requests", str(REQUESTS), "--prompt-len", str(PROMPT_LEN), "--gen-len", str(GEN_LEN),
+    "--repeats", "2",
+)  # fmt: skip
+ONE_LEVEL = replace(machine(), accelerator="cpu", levels=(level("cpu", 8e9),), links=())
+
+
+@pytest.fixture(params=FAMILIES)
+def shape(request, monkeypatch) -> ModelSpec:
+    """A built-in shape of each family, small enough for a test."""
+    spec = ModelSpec(
+        name="tiny", family=request.param, num_layers=4, hidden_size=32, intermediate_size=40,
+        num_heads=4, num_kv_heads=2, head_dim=8, num_experts=8, experts_per_token=2,
+        vocab_size=97,
+    )  # fmt: skip
+    monkeypatch.setitem(BUILT_IN_MODELS, spec.name, spec)
+    return spec
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """A function that writes a profile and returns its path."""
+
+    def write(content) -> str:
+        path = tmp_path / "machine.yaml"
+        save_profile(path, content)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def folder(tiny_folders):
+    return tiny_folders[next(iter(MIXTRALS))]
+
+
+@pytest.fixture
+def policy_path(folder, tmp_path):
+    spec = architecture(folder).spec
+    path = tmp_path / "policy.json"
+    save_policy_file(
+        path,
+        PolicyFile(
+            policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
+            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
+            model=spec,
+            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
+            profile=machine(),
+            profile_hash=profile_hash(machine()),
+            predicted={},
+        ),
+    )
+    return path
+
+
+def bench_json(capsys, *arguments: str) -> dict:
+    main(["bench", *arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *arguments])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize("accelerator", ["emulated", "cpu", "null"])
+def test_shape_is_planned_for_and_run_without_a_checkpoint(shape, profile, capsys, accelerator):
+    on = ONE_LEVEL if accelerator == "cpu" else machine()
+    report = bench_json(
+        capsys, "--model", shape.name, "--layers", "2", "--profile", profile(on),
+        "--accelerator", accelerator, *LENGTHS,
+    )  # fmt: skip
+    assert report["model"]["num_layers"] == len(report["policy"]["resident_experts"]) == 2
+    assert report["workload"]["num_requests"] == REQUESTS
+    # All orders on two levels; on one level they hardly differ.
+    schedules = ["cgopipe"] if accelerator == "cpu" else [name.value for name in ScheduleName]
+    assert [row["schedule"] for row in report["rows"]] == schedules
+    for row in report["rows"]:
+        assert 0 < row["least_tokens_per_s"] <= row["tokens_per_s"] <= row["most_tokens_per_s"]
+        assert row["ratio"] == row["tokens_per_s"] / report["rows"][0]["tokens_per_s"]
+        decode_tokens = REQUESTS * (GEN_LEN - 1)
+        batches = -(-REQUESTS // report["policy"]["batch_size"])
+        decode_s = row["decode_step_s"] * (GEN_LEN - 1) * batches
+        assert row["decode_tokens_per_s"] == pytest.approx(decode_tokens / decode_s)
+        prefill_s = REQUESTS * PROMPT_LEN / row["prefill_tokens_per_s"]
+        assert row["tokens_per_s"] == pytest.approx(REQUESTS * GEN_LEN / (prefill_s + decode_s))
+        assert 0 < row["decode_busy_share"]["GPU"] <= 1
+        assert 0 < row["predicted_tokens_per_s"] <= row["bound_tokens_per_s"] * 1.001
+        compared = row["validation"]["tokens_per_s"]
+        assert compared["measured"] == row["tokens_per_s"]
+        assert compared["predicted"] == row["predicted_tokens_per_s"]
+        if accelerator != "null":
+            for memory in row["validation"]["memory"].values():
+                assert 0 < memory["peak_total_bytes"] <= memory["planned_total_bytes"]
+
+
+def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
+    report = bench_json(capsys, "--model", shape.name, "--profile", profile(machine()), *LENGTHS)
+    memory = report["rows"][0]["validation"]["memory"]
+    fields = dict(report["policy"], resident_experts=tuple(report["policy"]["resident_experts"]))
+    del fields["num_micro_batches"], fields["paper_tuple"]
+    plan = plan_memory(shape, make_policy(shape.num_layers, **fields), machine())
+    for planned in (plan.gpu, plan.cpu):
+        assert memory[planned.name]["planned_total_bytes"] == planned.planned_bytes
+
+
+def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
+    asked = {}
+
+    def measure(accelerator, **options):
+        asked.update(options, accelerator=accelerator)
+        return machine()
+
+    monkeypatch.setattr("hrm.profiling.machine.profile_machine", measure)
+    main([
+        "bench", "--model", shape.name, "--accelerator", "emulated", "--gpu-memory", "1GB",
+        "--link-bandwidth", "1GB/s", "--schedules", "flexgen", *LENGTHS,
+    ])  # fmt: skip
+    assert asked["accelerator"] == "emulated"
+    assert asked["quick"]
+    assert asked["model"] == shape
+    assert asked["gpu_memory_bytes"] == asked["link_bandwidth_bytes_per_s"] == 1e9
+    text = capsys.readouterr().out
+    for word in ("flexgen ", "tokens/s, decode", "predicted", "lane GPU", "planned"):
+        assert word in text
+
+
+def test_schedules_are_compared_on_a_checkpoint_with_its_policy(folder, policy_path, capsys):
+    rows = bench_json(
+        capsys, "--model", str(folder), "--policy", str(policy_path), "--repeats", "1",
+        "--prompt-len", "8", "--gen-len", "3", "--schedules", "cgopipe,flexgen-c",
+    )["rows"]  # fmt: skip
+    assert [row["schedule"] for row in rows] == ["cgopipe", "flexgen-c"]
+    assert rows[0]["ratio"] == 1
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_mistakes_are_refused_in_one_line(folder, policy_path, profile, capsys):
+    given = ("--model", str(folder), "--policy", str(policy_path))
+    for schedules in ("magic", ","):
+        message = refused(capsys, *given, "--schedules", schedules)
+        assert all(name in message for name in (repr(schedules), *ScheduleName))
+    assert "--policy" in refused(capsys, *given, "--profile", profile(machine()))
+    message = refused(capsys, "--model", str(folder), "--accelerator", "null")
+    assert "--profile" in message
+    message = refused(capsys, *given, "--layers", "4")
+    assert "3" in message
