@@ -6,11 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import Final, Self, final
 
 import msgspec
 
-from executor.backends import AbstractBackend
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
 from executor.errors import JobError
@@ -92,7 +91,7 @@ class Bench:
     """
 
     def __init__(self, options: BenchOptions) -> None:
-        self._options = options
+        self._options, self.model = options, options.model
         with ExitStack() as stack:
             self._family, self._source, self._arch = _model(options, stack)
             self.policy_file = self._planned()
@@ -105,7 +104,7 @@ class Bench:
             num_requests=self._num_requests,
         )
         self.policy_file = replace(self.policy_file, workload=workload)
-        self.predicted = self._estimate(self.policy_file.policy)
+        self.predicted = self.estimate(self.policy_file.policy)
         self._first: float | None = None
 
     def __enter__(self) -> Self:
@@ -131,77 +130,36 @@ class Bench:
 
     def row(self, schedule: ScheduleName) -> BenchRow:
         """Run all repeats under a schedule."""
-        options, policy_file = self._options, self.policy_file
-        policy = replace(policy_file.policy, schedule=schedule)
-        plan, backend = prepare(options.accelerator, policy_file, policy)
-        started, runs = datetime.now(UTC), list[Totals]()
-        with self._generator(backend, policy, plan) as generator:
-            for _repeat in range(options.repeats):
-                totals = Totals()
-                requests = list(self._requests())
-                for request in requests:
-                    generator.check(request)
-                for batch in Batcher(iter(requests), policy):
-                    totals.add(generator.generate(batch))
-                runs.append(totals)
-        runs.sort(key=Totals.tokens_per_s)
-        middle = runs[(len(runs) - 1) // 2]
-        content = run_json(
-            outcome="completed",
-            message=None,
-            policy_file=policy_file,
-            model=model_json(self.spec, options.model, policy.dtype),
-            accelerator=accelerator_json(backend),
-            schedule=schedule.value,
-            totals=middle,
-            load_s=generator.load_s,
-            memory=memory_json(plan, generator.peak_bytes),
-            started=started,
-        )
-        return self._row(content, runs, schedule)
+        with self.start(schedule) as run:
+            for _repeat in range(self._options.repeats):
+                run.repeat()
+            row = run.row()
+        self._first = self._first or row.tokens_per_s
+        return replace(row, ratio=row.tokens_per_s / self._first)
 
-    def _row(
-        self, content: dict[str, Any], runs: Sequence[Totals], schedule: ScheduleName
-    ) -> BenchRow:
-        totals = content["totals"]
-        tokens_per_s: float = totals["tokens_per_s"]
-        self._first = self._first or tokens_per_s
-        validation = validate(msgspec.convert(content, RunRecord))
-        steps = sum(batch["decode_steps"] for batch in content["batches"])
-        busy = {
-            phase: {
-                lane: item["busy_share"]
-                for lane, item in content["phases"][phase.value]["lanes"].items()
-            }
-            for phase in Phase
-        }
-        predicted = self._estimate(replace(self.policy_file.policy, schedule=schedule))
-        return BenchRow(
-            schedule=schedule.value,
-            tokens_per_s=tokens_per_s,
-            least_tokens_per_s=runs[0].tokens_per_s(),
-            most_tokens_per_s=runs[-1].tokens_per_s(),
-            prefill_tokens_per_s=totals["prefill_tokens_per_s"],
-            decode_tokens_per_s=totals["decode_tokens_per_s"],
-            decode_step_s=totals["decode_s"] / max(steps, 1),
-            prefill_busy_share=busy[Phase.PREFILL],
-            decode_busy_share=busy[Phase.DECODE],
-            ratio=tokens_per_s / self._first,
-            predicted_tokens_per_s=validation.tokens_per_s.predicted,
-            bound_tokens_per_s=predicted.bound_tokens_per_s,
-            load_s=totals["load_s"],
-            validation=validation,
-        )
-
-    def _generator(
-        self, backend: AbstractBackend, policy: Policy, plan: MemoryPlan
-    ) -> Generator | NullGenerator:
+    def start(self, schedule: ScheduleName) -> "BenchRun":
+        """Load the weights and get ready to run repeats one by one, say in turn with another's."""
+        policy = replace(self.policy_file.policy, schedule=schedule)
+        plan, backend = prepare(self._options.accelerator, self.policy_file, policy)
         if backend.name == "null":
             seconds_of = predicted_seconds(self.policy_file, policy)
-            return NullGenerator(backend, self._arch, policy, seconds_of, max_spans=0)
-        return Generator(
-            backend, self._arch, policy, plan, family=self._family, source=self._source, max_spans=0
-        )
+            generator = NullGenerator(backend, self._arch, policy, seconds_of, max_spans=0)
+        else:
+            generator = Generator(
+                backend, self._arch, policy, plan, family=self._family, source=self._source,
+                max_spans=0,
+            )  # fmt: skip
+        return BenchRun(self, generator, plan)
+
+    def requests(self) -> Iterator[Request]:
+        """The requests of every repeat; nothing but their length ends them."""
+        params = SamplingParams(max_tokens=self._gen_len, temperature=0, ignore_eos=True)
+        generator = random.Random(self._options.seed)
+        for index in range(self._num_requests):
+            prompt = tuple(
+                generator.randrange(self.spec.vocab_size) for _ in range(self._prompt_len)
+            )
+            yield Request(f"bench-{index}", prompt, params)
 
     def _planned(self) -> PolicyFile:
         """The policy given, or the one searched for, for as many layers as are run."""
@@ -219,7 +177,8 @@ class Bench:
         check_model(spec, policy_file, path)
         return policy_file
 
-    def _estimate(self, policy: Policy) -> Estimate:
+    def estimate(self, policy: Policy) -> Estimate:
+        """What is predicted of a policy at the lengths of the requests."""
         plan = self.policy_file
         return estimate(self.spec, policy, plan.profile, plan.workload)
 
@@ -238,14 +197,81 @@ class Bench:
             return given or NUM_REQUESTS
         return given or self.policy_file.policy.batch_size
 
-    def _requests(self) -> Iterator[Request]:
-        params = SamplingParams(max_tokens=self._gen_len, temperature=0, ignore_eos=True)
-        generator = random.Random(self._options.seed)
-        for index in range(self._num_requests):
-            prompt = tuple(
-                generator.randrange(self.spec.vocab_size) for _ in range(self._prompt_len)
-            )
-            yield Request(f"bench-{index}", prompt, params)
+
+@final
+class BenchRun:
+    """One schedule being run; a context manager that owns the lanes."""
+
+    def __init__(
+        self, bench: Bench, generator: Generator | NullGenerator, plan: MemoryPlan
+    ) -> None:
+        self._bench, self._generator, self._plan = bench, generator, plan
+        self._started, self._runs = datetime.now(UTC), list[Totals]()
+
+    def __enter__(self) -> Self:
+        """Start the lanes."""
+        self._generator.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the lanes."""
+        self._generator.__exit__(*exception)
+
+    def repeat(self) -> Totals:
+        """Run all requests once more."""
+        totals = Totals()
+        requests = list(self._bench.requests())
+        for request in requests:
+            self._generator.check(request)
+        for batch in Batcher(iter(requests), self._generator.policy):
+            totals.add(self._generator.generate(batch))
+        self._runs.append(totals)
+        return totals
+
+    def forget(self) -> None:
+        """Leave out all repeats until now: they warmed the machine up."""
+        self._runs.clear()
+
+    def row(self) -> BenchRow:
+        """What was measured in the repeats until now, of which there must be one."""
+        bench, generator = self._bench, self._generator
+        policy = generator.policy
+        runs = sorted(self._runs, key=Totals.tokens_per_s)
+        content = run_json(
+            outcome="completed",
+            message=None,
+            policy_file=bench.policy_file,
+            model=model_json(bench.spec, bench.model, policy.dtype),
+            accelerator=accelerator_json(generator.backend),
+            schedule=policy.schedule.value,
+            totals=runs[(len(runs) - 1) // 2],
+            load_s=generator.load_s,
+            memory=memory_json(self._plan, generator.peak_bytes),
+            started=self._started,
+        )
+        totals, phases = content["totals"], content["phases"]
+        validation = validate(msgspec.convert(content, RunRecord))
+        steps = sum(batch["decode_steps"] for batch in content["batches"])
+        prefill_busy, decode_busy = (
+            {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()}
+            for phase in Phase
+        )
+        return BenchRow(
+            schedule=policy.schedule.value,
+            tokens_per_s=totals["tokens_per_s"],
+            least_tokens_per_s=runs[0].tokens_per_s(),
+            most_tokens_per_s=runs[-1].tokens_per_s(),
+            prefill_tokens_per_s=totals["prefill_tokens_per_s"],
+            decode_tokens_per_s=totals["decode_tokens_per_s"],
+            decode_step_s=totals["decode_s"] / max(steps, 1),
+            prefill_busy_share=prefill_busy,
+            decode_busy_share=decode_busy,
+            ratio=1.0,
+            predicted_tokens_per_s=validation.tokens_per_s.predicted,
+            bound_tokens_per_s=bench.estimate(policy).bound_tokens_per_s,
+            load_s=generator.load_s,
+            validation=validation,
+        )
 
 
 def _model(

@@ -4,21 +4,15 @@ Prints medians over repeats within one run, beside the goals; asserts nothing ab
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from executor.demo import MODEL_DIR
 from executor.demo.run import GPU_MEMORY, LINK_BANDWIDTH
+from tests.bench.machine import cpu
 
 REPEATS = 3
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next(line.partition(": ")[2] for line in info if line.startswith("model name"))
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def call(module: str, *arguments: str) -> str:

@@ -1,0 +1,180 @@
+"""Our executor on the CPU against transformers' generate, in turns, on the reference checkpoint.
+
+Prints medians and spreads, the goals, HRM's own bound, and where our time goes; asserts nothing
+about speed. BENCH_REPEATS (3) and BENCH_WORKLOADS (32x32,128x16: requests × new tokens) change it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from executor.backends.base import usable_cores
+from executor.bench import Bench, BenchOptions, BenchRow
+from executor.job.machine import AcceleratorOptions
+from hrm.machines import save_profile
+from hrm.model_spec import load_model
+from hrm.profiling.machine import profile_machine
+from hrm.tasks import Lane, Phase, TaskKind
+from hrm.units import format_bytes, format_seconds
+from tests.bench.machine import circumstances
+from tests.bench.reference_checkpoint import reference_checkpoint
+
+REPEATS = int(os.environ.get("BENCH_REPEATS", "3"))
+WORKLOADS = os.environ.get("BENCH_WORKLOADS", "32x32,128x16").split(",")
+PROMPT_LEN = 64
+GOALS = {"32x32": 2.5, "128x16": 2.2}
+BOUND_GOAL = 0.8
+# Their third form, batched_mm, copies both matrices of every token's experts: 90 GB in prefill.
+EXPERT_FORMS = ("eager", "grouped_mm")
+
+
+@dataclass
+class Theirs:
+    """transformers on the same weights; `form` names its experts' code in prefill and decode."""
+
+    model: Any
+    form: tuple[str, str] = ("eager", "eager")
+
+    def generate(self, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        """The new tokens, greedy."""
+        with torch.inference_mode():
+            self.model.set_experts_implementation(self.form[0])
+            mask = torch.ones_like(prompts)  # padded on the left, by nothing: all are as long
+            options = {"do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+            if self.form[0] == self.form[1]:
+                out = self.model.generate(prompts, max_new_tokens=new_tokens, **options)
+                return out[:, prompts.shape[1] :]
+            first = self.model.generate(
+                prompts, max_new_tokens=1, return_dict_in_generate=True, **options
+            )
+            self.model.set_experts_implementation(self.form[1])
+            so_far = first.sequences
+            options["attention_mask"] = torch.ones_like(so_far)
+            out = self.model.generate(
+                so_far, past_key_values=first.past_key_values, max_new_tokens=new_tokens - 1,
+                **options,
+            )  # fmt: skip
+            return out[:, prompts.shape[1] :]
+
+    def choose(self, prompts: torch.Tensor) -> None:
+        """Take the fastest form of each phase over all requests and a few tokens."""
+
+        def seconds(form: tuple[str, str], new_tokens: int) -> float:
+            self.form = form
+            return timed(lambda: self.generate(prompts, new_tokens))
+
+        self.form = (EXPERT_FORMS[0], EXPERT_FORMS[0])
+        self.generate(prompts, 1)  # first touches
+
+        prefill = {form: seconds((form, form), 1) for form in EXPERT_FORMS}
+        decode = {form: seconds((form, form), 4) - prefill[form] for form in EXPERT_FORMS}
+        self.form = (min(prefill, key=prefill.__getitem__), min(decode, key=decode.__getitem__))
+        for form in EXPERT_FORMS:
+            print(
+                f"  transformers' experts as {form}: prefill {format_seconds(prefill[form])}, "
+                f"step {format_seconds(decode[form] / 3)}"
+            )
+
+
+def timed(work: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return reference_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def theirs(folder) -> Theirs:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    return Theirs(model.eval())
+
+
+@pytest.fixture(scope="module")
+def profile(folder, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("profile") / "machine.yaml"
+    spec = load_model(str(folder))
+    save_profile(path, profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",)))
+    return str(path)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_throughput(folder, theirs, profile, workload):
+    torch.set_num_threads(usable_cores())
+    requests, new_tokens = (int(number) for number in workload.split("x"))
+    print(f"\n{requests} × ({PROMPT_LEN} prompt + {new_tokens} new tokens), {folder.name}, "
+          f"bfloat16\n  {circumstances()}")  # fmt: skip
+    options = BenchOptions(
+        model=str(folder), profile=profile, prompt_len=PROMPT_LEN, gen_len=new_tokens,
+        num_requests=requests, accelerator=AcceleratorOptions(name="cpu"),
+    )  # fmt: skip
+    with Bench(options) as bench:
+        prompts = torch.tensor([request.prompt for request in bench.requests()])
+        theirs.choose(prompts)
+        their_s: list[float] = []
+        policy = bench.policy_file.policy
+        with bench.start(policy.schedule) as ours:
+            ours.repeat()  # first touches and caches, as `choose` did for theirs
+            ours.forget()
+            for _repeat in range(REPEATS):
+                ours.repeat()
+                their_s.append(timed(lambda: theirs.generate(prompts, new_tokens)))
+            row = ours.row()
+    report(row, [requests * new_tokens / seconds for seconds in their_s], theirs.form, workload)
+    print(f"  policy: batch of {policy.batch_size} in micro-batches of {policy.micro_batch_size}, "
+          f"prefill in chunks of {policy.prefill_chunk_tokens} tokens")  # fmt: skip
+    where_the_time_goes(row)
+
+
+def report(row: BenchRow, theirs: list[float], form: tuple[str, str], workload: str) -> None:
+    """Ours against theirs and against the bound, beside the goals."""
+    ratio, share = row.tokens_per_s / median(theirs), row.tokens_per_s / row.bound_tokens_per_s
+    print(f"  {'tokens/s':<24}{'median':>8}{'least':>8}{'most':>8}   of {REPEATS} in turns")
+    mine = (row.tokens_per_s, row.least_tokens_per_s, row.most_tokens_per_s)
+    for name, figures in (
+        ("executor --accelerator cpu", mine),
+        ("transformers", (median(theirs), min(theirs), max(theirs))),
+    ):
+        print(f"  {name:<26}" + "".join(f"{figure:>8.1f}" for figure in figures))
+    print(f"  {'HRM predicts':<26}{row.predicted_tokens_per_s:>8.1f}, its bound "
+          f"{row.bound_tokens_per_s:.1f}")  # fmt: skip
+    goal = f" (goal {GOALS[workload]}×)" if workload in GOALS else ""
+    print(f"  {ratio:.2f}× transformers{goal}, whose experts run as {' then '.join(form)}; "
+          f"{share:.0%} of the bound (goal {BOUND_GOAL:.0%})")  # fmt: skip
+    cpu = row.validation.run.memory["cpu"]
+    peak, planned = (format_bytes(size) for size in (cpu.peak_total_bytes, cpu.planned_total_bytes))
+    print(f"  memory {peak} at its peak of {planned} planned; loaded in {row.load_s:.1f} s")
+
+
+def where_the_time_goes(row: BenchRow) -> None:
+    """Each phase's share of our time, and each kind's share of its phase."""
+    validation, totals = row.validation, row.validation.run.totals
+    seconds = {Phase.PREFILL: totals.prefill_s, Phase.DECODE: totals.decode_s}
+    whole_s = sum(seconds.values())
+    for phase, phase_s in seconds.items():
+        rate = validation.phase_tokens_per_s[phase]
+        print(f"  {phase.value}: {phase_s / whole_s:.0%} of our time, {rate.measured:.0f} tokens/s "
+              f"({rate.predicted:.0f} predicted)")  # fmt: skip
+        busy_s = validation.lane_s[phase, Lane.GPU].measured
+        for (of_phase, kind), both in validation.kind_s.items():
+            if of_phase is phase and both.measured > 0.001 * phase_s:
+                name = TaskKind(kind).name.lower().replace("_", " ")
+                print(f"    {name:<20}{both.measured / phase_s:>6.1%}  {both.measured:>8.3f} s "
+                      f"({both.predicted:.3f} s predicted)")  # fmt: skip
+        print(f"    {'between tasks':<20}{1 - busy_s / phase_s:>6.1%}")
