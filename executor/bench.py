@@ -10,6 +10,7 @@ from typing import Final, Self, final
 
 import msgspec
 
+from executor.backends import in_thread_of_its_own
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
 from executor.errors import JobError
@@ -200,7 +201,10 @@ class Bench:
 
 @final
 class BenchRun:
-    """One schedule being run; a context manager that owns the lanes."""
+    """One schedule being run; a context manager that owns the lanes.
+
+    It may be entered again, so that another may compute with all cores in between.
+    """
 
     def __init__(
         self, bench: Bench, generator: Generator | NullGenerator, plan: MemoryPlan
@@ -349,12 +353,14 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
     from hrm.profiling.machine import profile_machine
 
     name = "emulated" if asked.name == "auto" and (memory or bandwidth) else asked.name
-    return profile_machine(
-        name,
-        gpu_memory_bytes=memory,
-        link_bandwidth_bytes_per_s=bandwidth,
-        quick=True,
-        model=spec,
-        dtypes=("bfloat16",),
-        command="executor bench",
+    return in_thread_of_its_own(
+        lambda: profile_machine(
+            name,
+            gpu_memory_bytes=memory,
+            link_bandwidth_bytes_per_s=bandwidth,
+            quick=True,
+            model=spec,
+            dtypes=("bfloat16",),
+            command="executor bench",
+        )
     )

@@ -8,7 +8,7 @@ from typing import Final, Self, final
 
 import torch
 
-from executor.backends import AbstractBackend
+from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.backends.null import null_handlers
 from executor.batching import Batch, Placed, Request, chunks, policy_for
 from executor.checkpoint import WeightSource
@@ -21,6 +21,7 @@ from executor.handlers import (
     DecodeHandlers,
     EndOfText,
     PrefillHandlers,
+    RunMemory,
     allocate,
 )
 from executor.model import Architecture
@@ -149,11 +150,12 @@ class AbstractGenerator(ABC):
         self.state: BatchState | None = None
         self.engine = Engine(backend.enter_lane)
         self._budget = TraceBudget(max_spans)
-        self._threads = torch.get_num_threads()
 
     @final
     def __enter__(self) -> Self:
-        """Start the lanes."""
+        """Start the lanes, and leave all cores to them; may be entered again after its end."""
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self.engine.__enter__()
         return self
 
@@ -193,8 +195,15 @@ class Generator(AbstractGenerator):
         self._stops = stops or never_stops
         self._plan = plan
         self._kv_peak = {"gpu": 0, "cpu": 0}
-        self.memory = allocate(backend, arch, policy)
-        self.memory.weights.load(source, family, arch)
+        threads = torch.get_num_threads()
+
+        def load() -> RunMemory:
+            torch.set_num_threads(threads)
+            memory = allocate(backend, arch, policy)
+            memory.weights.load(source, family, arch)
+            return memory
+
+        self.memory = in_thread_of_its_own(load)
         self.load_s = time.perf_counter() - start_s
 
     def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:

@@ -1,9 +1,9 @@
 """Accelerators behind one interface: `emulated`, `cpu`, `null`; CUDA is refused with a reason."""
 
-from executor.backends.base import AbstractBackend, EmulatedMachine
+from executor.backends.base import AbstractBackend, EmulatedMachine, in_thread_of_its_own
 from executor.errors import RunError
 
-__all__ = ["AbstractBackend", "EmulatedMachine", "make_backend"]
+__all__ = ["AbstractBackend", "EmulatedMachine", "in_thread_of_its_own", "make_backend"]
 
 ACCELERATORS = ("auto", "emulated", "cpu", "cuda:K", "null")
 

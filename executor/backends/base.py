@@ -1,9 +1,11 @@
 """What every accelerator offers: memory at two levels, transfers between them, lane set-up."""
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, final
 
 import torch
 
@@ -11,6 +13,7 @@ from hrm.hardware import Link
 from hrm.profiling import environment
 from hrm.tasks import Device, Lane
 
+T = TypeVar("T")
 Copy = tuple[torch.Tensor, torch.Tensor]  # target, source
 
 
@@ -67,6 +70,29 @@ def copy_all(copies: Iterable[Copy]) -> int:
         target.copy_(source)
         num_bytes += source.nbytes
     return num_bytes
+
+
+def in_thread_of_its_own(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, done in a thread that ends with it.
+
+    OpenMP keeps a team of threads for every thread that ever computed in parallel, and once the
+    teams together have more threads than there are cores, GNU's puts all that wait to sleep at
+    once: each operator of every lane then pays for waking them. So what computes beside the lanes,
+    say while weights are loaded, leaves no team behind.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            done.set_exception(error)
+
+    # A daemon: Ctrl-C in the caller's thread must not wait until, say, all weights are read.
+    thread = threading.Thread(target=run, name="apart", daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()
 
 
 def usable_cores() -> int:

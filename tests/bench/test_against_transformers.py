@@ -1,7 +1,9 @@
 """Our executor on the CPU against transformers' generate, in turns, on the reference checkpoint.
 
 Prints medians and spreads, the goals, HRM's own bound, and where our time goes; asserts nothing
-about speed. BENCH_REPEATS (3) and BENCH_WORKLOADS (32x32,128x16: requests × new tokens) change it.
+about speed. No lane's team of threads is there while the other side computes, and none of the other
+side's: teams that together have more threads than there are cores slow one another down.
+BENCH_REPEATS (3) and BENCH_WORKLOADS (32x32,128x16: requests × new tokens) change it.
 """
 
 import os
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from executor.backends.base import usable_cores
+from executor.backends import in_thread_of_its_own
 from executor.bench import Bench, BenchOptions, BenchRow
 from executor.job.machine import AcceleratorOptions
 from hrm.machines import save_profile
@@ -100,8 +102,10 @@ def theirs(folder) -> Theirs:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    model = in_thread_of_its_own(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     )
     return Theirs(model.eval())
 
@@ -110,13 +114,15 @@ def theirs(folder) -> Theirs:
 def profile(folder, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("profile") / "machine.yaml"
     spec = load_model(str(folder))
-    save_profile(path, profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",)))
+    measured = in_thread_of_its_own(
+        lambda: profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",))
+    )
+    save_profile(path, measured)
     return str(path)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_throughput(folder, theirs, profile, workload):
-    torch.set_num_threads(usable_cores())
     requests, new_tokens = (int(number) for number in workload.split("x"))
     print(f"\n{requests} × ({PROMPT_LEN} prompt + {new_tokens} new tokens), {folder.name}, "
           f"bfloat16\n  {circumstances()}")  # fmt: skip
@@ -126,16 +132,20 @@ def test_throughput(folder, theirs, profile, workload):
     )  # fmt: skip
     with Bench(options) as bench:
         prompts = torch.tensor([request.prompt for request in bench.requests()])
-        theirs.choose(prompts)
+        in_thread_of_its_own(lambda: theirs.choose(prompts))
         their_s: list[float] = []
         policy = bench.policy_file.policy
-        with bench.start(policy.schedule) as ours:
+        ours = bench.start(policy.schedule)
+        with ours:
             ours.repeat()  # first touches and caches, as `choose` did for theirs
-            ours.forget()
-            for _repeat in range(REPEATS):
+        ours.forget()
+        for _repeat in range(REPEATS):
+            with ours:
                 ours.repeat()
-                their_s.append(timed(lambda: theirs.generate(prompts, new_tokens)))
-            row = ours.row()
+            their_s.append(
+                in_thread_of_its_own(lambda: timed(lambda: theirs.generate(prompts, new_tokens)))
+            )
+        row = ours.row()
     report(row, [requests * new_tokens / seconds for seconds in their_s], theirs.form, workload)
     print(f"  policy: batch of {policy.batch_size} in micro-batches of {policy.micro_batch_size}, "
           f"prefill in chunks of {policy.prefill_chunk_tokens} tokens")  # fmt: skip
