@@ -94,16 +94,22 @@ class RunDirectory:
             raise _not_written(self._outputs, error) from error
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """A path to write a file at that becomes `name`, whole or not at all."""
+    def partial(self, name: str) -> Iterator[Path]:
+        """A path to write some of the file `name` at; JobError if that fails, and it is gone."""
         partial = self.path / f"{name}.partial"
         try:
             yield partial
-            partial.replace(self.path / name)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
             raise _not_written(self.path / name, error) from error
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write the rest of a file at, which then becomes `name`, whole or not at all."""
+        with self.partial(name) as partial:
+            yield partial
+            partial.replace(self.path / name)
 
     def _finished(self) -> Iterable[str]:
         """Names in the outputs so far; a last line cut short by a crash is taken off."""

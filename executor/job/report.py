@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -18,7 +17,6 @@ from hrm.memory import MemoryPlan
 from hrm.model_spec import ModelSpec
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
-from hrm.trace import Span, Trace, write_chrome_trace
 
 SCHEMA: Final = 1
 MAX_BATCHES: Final = 1000  # listed one by one in run.json
@@ -78,14 +76,12 @@ class Totals:
     batches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     num_batches: int = 0
     routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
-    spans: list[Span] = field(default_factory=list[Span])
     spans_left_out: int = 0
 
     def add(self, result: BatchResult) -> None:
         """Count a batch, also one that was cut short: then what had ended by then."""
         for part in (result.prefill, result.decode):
             if part is not None:
-                self.spans += part.spans
                 self.spans_left_out += part.spans_left_out
         if not result.completions:  # cut short with nothing to show for its time but the trace
             return
@@ -160,10 +156,6 @@ class Totals:
             "num_requests": self.requests,
         }
 
-    def write_trace(self, path: Path) -> None:
-        """Write the spans that were kept as a Chrome trace."""
-        write_chrome_trace(path, measured=Trace(tuple(self.spans)))
-
 
 def memory_json(
     plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]
@@ -217,9 +209,12 @@ def versions() -> dict[str, str]:
 def run_json(
     *, outcome: str, message: str | None, policy_file: PolicyFile, model: dict[str, Any],
     accelerator: dict[str, Any], schedule: str, totals: Totals, load_s: float,
-    memory: dict[str, Any], started: datetime,
+    memory: dict[str, Any], started: datetime, num_spans: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """All of run.json; `policy_file` is what the run was given, `schedule` what it ran."""
+    """All of run.json; `policy_file` is what the run was given, `schedule` what it ran.
+
+    `num_spans` are in the trace beside it.
+    """
     return {
         "schema": SCHEMA,
         "outcome": outcome,
@@ -235,7 +230,7 @@ def run_json(
         "memory": memory,
         "batches": totals.batches,
         "routed_tokens": totals.routed_tokens,
-        "trace": {"spans": len(totals.spans), "spans_left_out": totals.spans_left_out},
+        "trace": {"spans": num_spans, "spans_left_out": totals.spans_left_out},
         "versions": versions(),
         "policy_file": msgspec.to_builtins(policy_file),
     }

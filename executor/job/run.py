@@ -13,12 +13,13 @@ from executor.batching import Batcher, Placed, Request
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
-from executor.generate import Completion, Generator, NullGenerator
+from executor.generate import BatchResult, Completion, Generator, NullGenerator
 from executor.job.chat import ChatTemplate
 from executor.job.machine import AcceleratorOptions, check_model, predicted_seconds, prepare
 from executor.job.outputs import RunDirectory, completion_line, rejected_line, text_of
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
+from executor.job.trace_file import TraceFile
 from executor.model import Architecture
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
@@ -129,6 +130,8 @@ class _Job:
         if most is not None:
             progress.total_requests = min(progress.total_requests, done + most)
         generator = self._generator(family, source)
+        with self._directory.partial(TRACE_JSON) as path:
+            self._trace = TraceFile(path)
         try:
             with generator:
                 progress.generator = generator
@@ -140,10 +143,10 @@ class _Job:
                     except BaseException:
                         rescued = generator.rescue()
                         if rescued is not None:
-                            self._totals.add(rescued)
+                            self._add(rescued)
                         self._write(rescued.completions if rescued else ())
                         raise
-                    self._totals.add(result)
+                    self._add(result)
                     self._write(result.completions)
                     generator.state = None
                     progress.generated_tokens = self._totals.generated_tokens
@@ -186,6 +189,14 @@ class _Job:
                 continue
             yield item
 
+    def _add(self, result: BatchResult) -> None:
+        """Count a batch, and put its spans into the trace."""
+        self._totals.add(result)
+        with self._directory.partial(TRACE_JSON):
+            for phase in (result.prefill, result.decode):
+                if phase is not None:
+                    self._trace.add(phase.spans)
+
     def _write(self, completions: Sequence[Completion]) -> None:
         """Append finished requests and those rejected meanwhile to the outputs."""
         lines = [rejected_line(rejected) for rejected in self._rejected]
@@ -217,14 +228,15 @@ class _Job:
             accelerator=accelerator_json(self._backend),
             schedule=self._policy.schedule.value,
             totals=self._totals,
+            num_spans=self._trace.num_spans,
             load_s=generator.load_s,
             memory=memory_json(self._plan, generator.peak_bytes),
             started=self._started,
         )
         with self._directory.writing(RUN_JSON) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        with self._directory.writing(TRACE_JSON) as path:
-            self._totals.write_trace(path)
+        with self._directory.writing(TRACE_JSON):
+            self._trace.end()
         return content
 
 

@@ -1,0 +1,79 @@
+"""Ten times as many requests take no more memory: inputs, outputs and trace pass through files."""
+
+import itertools
+import json
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+
+from executor.job import JobOptions, run_job
+from executor.job.machine import AcceleratorOptions
+from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.trace import read_chrome_trace
+from hrm.workload import Workload
+from tests.executor.runtime.support import architecture, machine, make_policy
+from tests.executor.tiny_models import MIXTRALS
+
+PROMPT = list(range(3, 35))
+PER_REQUEST_BYTES = 250  # a name, to find one that occurs twice
+
+
+@pytest.fixture
+def job(tiny_folders, tmp_path):
+    """Run so many requests on the null backend; the most bytes that Python held at once."""
+    folder = tiny_folders[next(iter(MIXTRALS))]
+    spec, profile = architecture(folder).spec, machine()
+    policy_path = tmp_path / "policy.json"
+    policy = make_policy(
+        spec.num_layers, batch_size=256, micro_batch_size=128, kv_tokens_per_micro_batch=128 * 48,
+        prefill_chunk_tokens=4096,
+    )  # fmt: skip
+    save_policy_file(
+        policy_path,
+        PolicyFile(
+            policy=policy,
+            memory_budget_bytes={"gpu": 10**9, "cpu": 10**9},
+            model=replace(spec, name="another name"),
+            workload=Workload(name="test", prompt_len=32, max_prompt_len=32, gen_len=3),
+            profile=profile,
+            profile_hash=profile_hash(profile),
+            predicted={},
+        ),
+    )
+
+    numbers = itertools.count()
+
+    def run(count: int) -> int:
+        lines = tmp_path / f"{count}.jsonl"
+        with lines.open("w", encoding="utf-8") as file:
+            for index in range(count):
+                body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0}
+                line = {"custom_id": f"r{index:06}", "url": "/v1/completions", "body": body}
+                file.write(json.dumps(line) + "\n")
+        options = JobOptions(
+            model=folder,
+            policy=policy_path,
+            input=lines,
+            output_dir=tmp_path / f"run-{next(numbers)}",
+            accelerator=AcceleratorOptions(name="null"),
+        )
+        tracemalloc.start()
+        content = run_job(options)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert content["totals"]["requests"] == count
+        trace = read_chrome_trace(options.output_dir / "trace.json")
+        assert len(trace.spans) == content["trace"]["spans"] > 0
+        assert {span.batch for span in trace.spans} == set(range(-(-count // 256)))
+        return peak_bytes
+
+    return run
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(job):
+    few, many = 1_000, 10_000
+    job(few)  # imports and caches
+    growth = job(many) - job(few)
+    assert growth < PER_REQUEST_BYTES * (many - few), f"{growth} bytes"
