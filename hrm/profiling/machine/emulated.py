@@ -15,7 +15,7 @@ from hrm.profiling.machine.host import (
     host_facts_of,
     staging_worker,
 )
-from hrm.profiling.machine.levels import host_level, ram_of
+from hrm.profiling.machine.levels import host_level, ram_of, request_latency
 from hrm.profiling.machine.run import Run, torch_threads
 from hrm.profiling.pacing import PacedCopy
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
@@ -126,7 +126,11 @@ def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
     """The level with the launch latency beside another busy lane, which is how it is used."""
     alone = level.processor.launch_latency_s.value
     note = f"with the other lane busy too; alone {alone:.2g} s"
-    processor = replace(level.processor, launch_latency_s=beside.duration(note))
+    processor = replace(
+        level.processor,
+        launch_latency_s=beside.duration(note),
+        attention_request_s=request_latency(beside.median_s),
+    )
     return replace(level, processor=processor)
 
 
@@ -139,9 +143,8 @@ def _at_most(link: Link, bandwidth: float) -> Link:
     rate, found = link.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s.planned
     if found.value <= bandwidth:
         return link
-    return replace(
-        link, bandwidth_bytes_per_s=replace(rate, achieved=replace(found, value=bandwidth))
-    )
+    capped = replace(found, value=bandwidth, p20=min(found.p20 or bandwidth, bandwidth))
+    return replace(link, bandwidth_bytes_per_s=replace(rate, achieved=capped))
 
 
 def _contention(

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, MemoryLevel, Processor, Rate, Source
+from hrm.operators import ATTENTION_LAUNCHES_PER_REQUEST
 from hrm.profiling.environment import HostFacts
 from hrm.profiling.machine.host import MEMORY, attention_step, gemm_step, launch_step
 from hrm.profiling.machine.run import Run
+from hrm.profiling.timing import significant
 from hrm.units import counted, format_bandwidth
 
 if TYPE_CHECKING:
@@ -30,7 +32,17 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
             if (rate := results[gemm_step(level, dtype)]) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
+        attention_request_s=request_latency(launch.median_s),
         launch_latency_s=launch.duration("a layer's small operators, on average"),
+    )
+
+
+def request_latency(launch_s: float) -> Figure:
+    """What a request costs in attention that takes requests one by one, as torch's does here."""
+    return Figure(
+        value=significant(ATTENTION_LAUNCHES_PER_REQUEST * launch_s),
+        source=Source.DERIVED,
+        note=f"{ATTENTION_LAUNCHES_PER_REQUEST} operators a request",
     )
 
 

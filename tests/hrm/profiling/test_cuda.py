@@ -104,7 +104,7 @@ def test_contention_is_of_attention_staging_and_links(one):
 
 def test_its_rates_were_measured(one):
     for path, figure in figures_of(one).items():
-        if not any(part in path for part in ("capacity_bytes", "reserve_bytes")):
+        if not any(part in path for part in ("capacity_bytes", "reserve_bytes", "request_s")):
             assert figure.source is Source.MEASURED, path
             assert figure.samples >= 3, path
 
