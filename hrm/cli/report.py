@@ -20,6 +20,12 @@ from hrm.tasks import Device
 from hrm.units import counted, format_bytes, format_count, format_seconds
 from hrm.workload import Workload
 
+_EVALUATED = {
+    "exhaustive": "policies in closed form",
+    "milp": "corners of boxes in closed form",
+    "optuna": "trials in the study",
+    "none": "policies",
+}
 # Tables keep their columns when the output goes to a file or a pipe.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -276,7 +282,7 @@ def _print_search(search: SearchResult, spec: ModelSpec, *, has_gpu: bool) -> No
             )
         console.print(table)
     console.print(
-        f"[dim]{search.solver} search: {search.evaluations:,} policies in closed form, "
+        f"[dim]{search.solver} search: {search.evaluations:,} {_EVALUATED[search.solver]}, "
         f"{search.simulated} of them simulated, in {search.seconds:.2f} s; {_why(search)}[/]"
     )
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 from hrm.errors import ModelError
@@ -288,12 +289,7 @@ class ModelSpec:
 
     def layer_kinds(self) -> dict[LayerKind, int]:
         """How many layers there are of each kind, in the order in which they first come."""
-        windows, dense = self.attention_windows or (0,) * self.num_layers, self.num_dense_layers
-        return {
-            LayerKind(has_experts, window): count
-            for has_experts, part in ((False, windows[:dense]), (True, windows[dense:]))
-            for window, count in Counter(part).items()
-        }
+        return dict(_layer_kinds(self.num_layers, self.num_dense_layers, self.attention_windows))
 
     @property
     def widest_kind(self) -> LayerKind:
@@ -378,3 +374,15 @@ class ModelSpec:
         """Parameters one token touches: those of its routed experts and all that is dense."""
         idle = (self.num_experts - self.experts_per_token) * self.expert_parameters
         return self.parameters - self.num_expert_layers * idle
+
+
+@cache  # asked for by every cost
+def _layer_kinds(
+    num_layers: int, num_dense_layers: int, attention_windows: tuple[int, ...]
+) -> tuple[tuple[LayerKind, int], ...]:
+    windows, dense = attention_windows or (0,) * num_layers, num_dense_layers
+    return tuple(
+        (LayerKind(has_experts, window), count)
+        for has_experts, part in ((False, windows[:dense]), (True, windows[dense:]))
+        for window, count in Counter(part).items()
+    )

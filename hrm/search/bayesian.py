@@ -38,10 +38,10 @@ DEFAULT_TRIALS: Final = 200
 LOCAL: Final = 4  # of so many trials one is what the estimator proposes
 ENCODING: Final = 1  # of parameters; a study of another one is never resumed
 # To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks.
-_FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (0.5, 0.5, 4), (0.0, 1.0, 1))
+_FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (1.0, 1.0, 16), (0.5, 0.5, 4), (0.0, 1.0, 1))
 _RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micro-batch
 _STEPS: Final = (0.02, 0.1, 0.3)  # by which shares are changed
-_ATTEMPTS: Final = 50  # to change a policy into one that was not tried and may win
+_ATTEMPTS: Final = 30  # to change a policy into one that was not tried and may win
 BOUND_MARGIN: Final = 1.05  # the bound leaves out, as a rule by far less, what may be quicker
 _PROMISING: Final = 10  # of which the one with the highest closed form is tried
 
@@ -173,9 +173,12 @@ class Decoder:
         most_numbers = self._most_numbers(setting, size)
         if not most_numbers:
             return None
-        number = _logarithmic(parameters["number"], most_numbers)
+        least = 2 if kind.kv is KvPlace.SOME else 1
+        number = max(_logarithmic(parameters["number"], most_numbers), least)
         requests = self.space.workload.num_requests
         ((size, number),) = levelled(np.array([[size, number]]), requests).tolist()
+        if number < least:
+            return None
         on_gpu = number if kind.kv is KvPlace.ALL else 0
         if kind.kv is KvPlace.SOME:
             most = _largest(number - 1, lambda k: self._fit(setting, size, number, k))
@@ -193,6 +196,8 @@ class Decoder:
         steps = {name: random.gauss(0, random.choice(_STEPS)) for name in names}
         if random.random() < 0.2:  # as many requests in fewer or more micro-batches
             steps = {"size": step, "number": -step}
+        if random.random() < 0.3:  # far away
+            steps = {name: random.uniform(-1, 1) for name in steps}
         for name, moved in steps.items():
             match name:
                 case "kind":
@@ -285,6 +290,7 @@ class Trying:
     def __init__(self, decoder: Decoder, study: "optuna.Study", *, trials: int, seed: int) -> None:
         self.decoder, self.study = decoder, study
         self.simulated: dict[Policy, Estimate] = {}
+        self._known: dict[Policy, tuple[float, float]] = {}
         self.random = Random(f"{seed} {len(study.trials)}")
         if not study.trials:
             for parameters in decoder.first(trials // 3):
@@ -340,13 +346,13 @@ class Trying:
         best_of_kinds: dict[str, Parameters] = {}
         for trial in self.finished():
             best_of_kinds.setdefault(trial.params["kind"], self._parameters(trial))
-        space, promising = self.decoder.space, dict[float, Parameters]()
+        promising: dict[float, Parameters] = {}
         for _ in range(_ATTEMPTS if best_of_kinds else 0):
             rank = min(int(self.random.expovariate(0.5)), len(best_of_kinds) - 1)
             changed = self.decoder.changed(list(best_of_kinds.values())[rank], self.random)
             policy = self.decoder.policy(changed)
             if policy is not None and policy not in self.simulated and self._may_win(policy):
-                promising[score_of(space, policy)] = changed
+                promising[self._closed_form(policy)[1]] = changed
             if len(promising) == _PROMISING:
                 break
         if promising:
@@ -354,8 +360,15 @@ class Trying:
 
     def _may_win(self, policy: Policy) -> bool:
         """Whether it was simulated, or its bound leaves a chance to beat the best so far."""
-        bound = BOUND_MARGIN * bound_of(self.decoder.space, policy)
+        bound = BOUND_MARGIN * self._closed_form(policy)[0]
         return policy in self.simulated or bound > self.best_tokens_per_s()
+
+    def _closed_form(self, policy: Policy) -> tuple[float, float]:
+        """Bound and score of a policy, worked out once."""
+        if policy not in self._known:
+            space = self.decoder.space
+            self._known[policy] = bound_of(space, policy), score_of(space, policy)
+        return self._known[policy]
 
     def _parameters(self, trial: "optuna.trial.FrozenTrial") -> Parameters:
         return {"kv": 0.5, "residents": 1.0, **trial.params}

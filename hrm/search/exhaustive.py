@@ -21,7 +21,7 @@ from hrm.search.ways import search_ways
 from hrm.tasks import Device
 from hrm.workload import Workload
 
-RUNNER_UPS: Final = 3
+RUNNER_UPS: Final = 2
 BEAM: Final = 8
 # How much higher than on the coarse grid the best of a kind may be.
 COARSE_MARGIN: Final = 1.25

@@ -7,7 +7,7 @@ import pytest
 
 from hrm.policy import ScheduleName
 from hrm.schedules import graph
-from hrm.simulate import simulate
+from hrm.simulate import end_times, in_order, simulate
 from hrm.tasks import Lane, Phase, Task, TaskGraph, TaskId, TaskKind
 from tests.hrm.support import random_pipeline
 
@@ -101,6 +101,21 @@ def test_makespan_is_the_critical_path_between_the_busiest_lane_and_all_work(mak
         assert ends == longest_path(tasks, seconds), seed
         strictly_between += max(busy.values()) < trace.makespan_s < sum(seconds.values())
     assert strictly_between > 50, "the bounds must not be trivial"
+
+
+@pytest.mark.parametrize("make", [random_graph, schedule_graph])
+def test_end_times_by_position_are_those_of_the_spans(make):
+    for seed in range(100):
+        rng = Random(seed)
+        tasks = make(rng)
+        of_kind = {kind: float(rng.choice([0, 1, 2, 10])) for kind in TaskKind}
+        order = in_order(tasks, lambda task: task.kind)
+        assert len(order.distinct) == len({task.id.kind for task in tasks})
+        ends = end_times(order, [of_kind[task.kind] for task in order.distinct])
+        spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.kind]).spans
+        assert ends == [span.end_s for span in spans]
+        sampled = [(i, t.id.step) for i, t in enumerate(tasks) if t.id.kind is TaskKind.SAMPLE]
+        assert list(order.samples) == sampled
 
 
 def test_spans_carry_phase_and_bytes():
