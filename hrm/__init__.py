@@ -9,7 +9,9 @@ How the parts follow from one another, in the order of a plan:
 - `operators`, `roofline`, `costs`: FLOPs and bytes of every task, and its seconds on a machine;
   `memory`: bytes that a policy needs at each level, from which the executor allocates.
 - `closed_form`, `estimate`: throughput of a policy as a bound and as a simulation; `search`: the
-  policy whose throughput is highest; `policy_file`: where it is kept.
+  policy whose throughput is highest; `policy_file`: where it is kept; `parallel`: several GPUs.
+- `scaling`, `sweep`, `analysis`: other machines and workloads, and what would be best there;
+  `published`: what others measured, and what is predicted for it.
 - `trace`, `validate`: what a run did, and how far the prediction was from it; `profiling`: where
   a machine's figures come from; `plots` and `cli`: what people see.
 

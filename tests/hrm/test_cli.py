@@ -14,7 +14,10 @@ from hrm.machines import save_profile
 from hrm.model_spec import BUILT_IN_MODELS
 from tests.hrm.support import machine
 
-COMMANDS = ("profile", "profiles", "models", "search", "estimate", "simulate", "plot", "validate")
+COMMANDS = (
+    "profile", "profiles", "models", "search", "whatif", "map", "estimate", "simulate", "plot",
+    "paper", "validate",
+)  # fmt: skip
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
 ESTIMATE = ["estimate", *T4, *LENGTHS, "-u", "8", "-n", "4"]
