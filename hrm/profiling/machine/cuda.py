@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from hrm.profiling.nvml import GpuFacts
     from hrm.profiling.settle import Settling
 
-LARGEST_TRANSFER: Final = 512 * MIB
+QUICK_TRANSFER: Final = 128 * MIB  # the largest that is timed; buffers take long to fill and check
+FULL_TRANSFER: Final = 512 * MIB
 CONTENTION_TRANSFER: Final = 32 * MIB
 SETTLING: Final = "gpu under load"
 EQUAL: Final = "gpus compared"
@@ -65,7 +66,8 @@ def profile_cuda(
     add_processor(run, CPU, run.threads)
     add_host_memory(run, [run.threads])
     of_host = run.host.usable_ram_bytes // MOST_SHARE // len(gpus)
-    largest = min(LARGEST_TRANSFER, memory.free_bytes // 4, of_host)
+    most = QUICK_TRANSFER if run.quick else FULL_TRANSFER
+    largest = min(most, memory.free_bytes // 4, of_host)
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
     add_staging(run, gpus[0].pinned)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hrm.hardware import CPU, GPU, Figure, Link, Source
 from hrm.profiling.machine.run import Run
-from hrm.units import format_bandwidth
+from hrm.units import MIB, format_bandwidth
 
 if TYPE_CHECKING:
     from hrm.profiling.gpu import AbstractGpu
     from hrm.profiling.nvml import GpuFacts
 
+PEER_TRANSFER: Final = 128 * MIB
 SLOW: Final = 0.90  # a link below this share of the fastest is named
 
 
@@ -41,7 +42,8 @@ def add_links(run: Run, gpus: Sequence["AbstractGpu"], largest: int) -> tuple[li
         ]
         neighbours = [(i, (i + 1) % len(gpus)) for i in range(len(gpus))]
         pairs = neighbours if run.quick else list(permutations(range(len(gpus)), 2))
-        alone += [_add_peer(run, gpus, pair, largest, len(pairs)) for pair in pairs]
+        of_peer = min(largest, PEER_TRANSFER)
+        alone += [_add_peer(run, gpus, pair, of_peer, len(pairs)) for pair in pairs]
     return planned, alone
 
 
