@@ -387,6 +387,13 @@ def study_name(space: Space) -> str:
     return f"hrm-{hashlib.sha256(fixed).hexdigest()[:16]}"
 
 
+def _storage_errors() -> tuple[type[Exception], ...]:
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OSError, ValueError, ImportError, SQLAlchemyError, optuna.exceptions.OptunaError
+
+
 def _open_study(space: Space, storage: str | None, seed: int) -> "optuna.Study":
     import optuna
     from optuna.storages import JournalStorage
@@ -403,7 +410,7 @@ def _open_study(space: Space, storage: str | None, seed: int) -> "optuna.Study":
         )
         # Whoever joins later proposes other policies.
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
-    except (OSError, ValueError, ImportError, optuna.exceptions.OptunaError) as error:
+    except _storage_errors() as error:
         said = " ".join(str(error).split())
         raise PolicyError(
             "--storage", storage, f"must be a file or a database that Optuna opens ({said})",

@@ -1,11 +1,14 @@
 """Three solvers over the same spaces: they must agree, and their policies must be what they say."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from random import Random
 
 import pytest
 
+from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.memory import plan_memory
 from hrm.policy import ScheduleName
@@ -124,3 +127,35 @@ def test_a_study_goes_on_where_it_was_kept(tmp_path):
     assert bayesian.study_name(other) != bayesian.study_name(space)
     third = bayesian.search_space(other, trials=5, storage=storage)
     assert third.evaluations <= 5
+
+
+def test_an_interrupted_search_reports_the_best_so_far():
+    def stop(number: int, tokens_per_s: float) -> None:
+        assert tokens_per_s > 0
+        if number == 4:
+            raise KeyboardInterrupt
+
+    result = bayesian.search_space(a_space(1), trials=50, progress=stop)
+    assert result.outcome is Outcome.INTERRUPTED
+    assert 1 <= result.evaluations <= 4
+    check_best(a_space(1), result)
+
+
+def test_processes_share_a_study(tmp_path):
+    storage = str(tmp_path / "trials.log")
+    trial = (
+        "from tests.hrm.test_solvers import a_space; from hrm.search import bayesian; "
+        f"bayesian.search_space(a_space(1), trials=6, storage={storage!r})"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", trial]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    alone = bayesian.search_space(a_space(1), trials=6)
+    assert bayesian.search_space(a_space(1), trials=1, storage=storage).evaluations > (
+        alone.evaluations
+    )
+
+
+@pytest.mark.parametrize("storage", ["/no/such/folder/trials.log", "nosql://x", "{folder}"])
+def test_a_storage_that_cannot_be_used_is_named(tmp_path, storage):
+    with pytest.raises(PolicyError, match=r"--storage is .*must be a .*that Optuna opens"):
+        bayesian.search_space(a_space(1), trials=1, storage=storage.format(folder=tmp_path))
