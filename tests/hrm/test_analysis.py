@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ SPEC = tiny_spec(num_layers=8, hidden_size=256, intermediate_size=512)
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 
 
-def small(name: str = "small", **changes: float):
+def small(name: str = "small", **changes: Any):
     sizes = {"gpu_bytes": 12 * MB, "cpu_bytes": 80 * MB, "link": 1e9, "cpu_flops": 1e10}
     return replace(machine(**(sizes | changes)), name=name)
 
