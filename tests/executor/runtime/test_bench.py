@@ -12,6 +12,7 @@ from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.tasks import Device
 from hrm.workload import Workload
 from tests.executor.runtime.support import architecture, level, machine, make_policy
 from tests.executor.tiny_models import MIXTRALS
@@ -121,6 +122,7 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
     report = bench_json(capsys, "--model", shape.name, "--profile", profile(machine()), *LENGTHS)
     memory = report["rows"][0]["validation"]["memory"]
     fields = dict(report["policy"], resident_experts=tuple(report["policy"]["resident_experts"]))
+    fields |= {name: Device(fields[name]) for name in ("attention", "ffn")}
     del fields["num_micro_batches"], fields["paper_tuple"]
     plan = plan_memory(shape, make_policy(shape.num_layers, **fields), machine())
     for planned in (plan.gpu, plan.cpu):
