@@ -96,11 +96,12 @@ def show_front(
         frame, cost = _frame(front, machine, compared, on_point)
     write_csv(frame, csv)
     of = " (catalog figures)" if machine.accelerator == "catalog" else ""
-    about = compared.about(f"on {machine.name}{of}: throughput against {front.value}")
+    on_machine = compared.about(f"on {machine.name}{of}")
+    about = f"{on_machine}: throughput against {front.value}"
     if plot is not None:
         from hrm.plots.pareto import plot_pareto
 
-        plot_pareto(frame[frame["reason"] == ""], plot, x=cost, title=about)
+        plot_pareto(frame[frame["reason"] == ""], plot, x=cost, title=on_machine)
     if as_json:
         print_rows(frame, about=about, cost=cost)
         return
