@@ -139,11 +139,16 @@ def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
             figure.name,
             show(figure.first.value),
             show(figure.second.value),
-            f"[{color}]{figure.change:+.1%}[/]",
+            f"[{color}]{_change_text(figure.change)}[/]",
             f"{change:+.0%} at {size:.4g}" if change else "",
             figure.verdict.value,
         )
     console.print(table)
+
+
+def _change_text(change: float) -> str:
+    """`-3.2%`, or `×4.1` where it is at least twice or at most half as much."""
+    return f"{change:+.1%}" if -0.5 < change < 1 else f"×{1 + change:.3g}"
 
 
 def _format_of(name: str) -> Callable[[float], str]:

@@ -227,9 +227,10 @@ def test_diff_of_the_same_file_is_empty(hrm, files):
 
 
 def test_diff_takes_machines_of_the_catalog(hrm):
-    code, out, _ = hrm("profiles", "diff", "T4", "1xL4")
+    code, out, _ = hrm("profiles", "diff", "T4", "2xT4")
     assert code == 0
     assert "gpu.read_bytes_per_s.datasheet" in out
+    assert "×2" in out
 
 
 @pytest.mark.parametrize(
