@@ -301,3 +301,13 @@ def test_importing_hrm_and_searching_load_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_repeats_what_its_profile_warns_of(hrm, tmp_path):
+    path = tmp_path / "machine.yaml"
+    for warnings in ({}, {"warnings": "others kept 84% of the hardware threads busy"}):
+        save_profile(path, replace(machine(), environment=warnings))
+        code, out, _ = hrm("search", "--model", "mixtral-8x7b", "--profile", path, *LENGTHS)
+        assert code == 0
+        assert ("bad conditions" in out) == bool(warnings)
+        assert all(text in out for text in warnings.values())
