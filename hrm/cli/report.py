@@ -154,7 +154,7 @@ def print_plan(
         f"[bold]{profile.name}[/]{_kind_of_machine(profile)}"
     )
     if warnings := profile.environment.get("warnings"):
-        console.print(f"[yellow]the profile was measured under bad conditions:[/] {warnings}")
+        console.print(f"[yellow]the profile warns:[/] {warnings}")
     requests = "without end" if workload.num_requests is None else str(workload.num_requests)
     console.print(
         f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
