@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+from executor import native
 from executor.backends import AbstractBackend
 from executor.batching import Batcher, Placed, Request
 from executor.checkpoint import Checkpoint, WeightSource
@@ -242,6 +243,7 @@ class _Job:
                 "name": self._backend.name,
                 "emulated": self._backend.name == "emulated",
                 "description": self._backend.description,
+                "cpu_kernels": native.description(),
                 "h2d_bytes_per_s": self._backend.h2d_bytes_per_s,
                 "d2h_bytes_per_s": self._backend.d2h_bytes_per_s,
             },

@@ -50,9 +50,10 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
     return Routing(weights_TK, experts_TK)
 
 
-# Of more tokens than this an expert is computed by torch, whose kernels for many rows are faster;
-# tests/bench/test_native.py shows where they cross.
-MAX_NATIVE_TOKENS: Final = 16
+# An expert of more tokens is computed by torch, whose kernels for many rows are as fast or faster.
+# Here the two cross on a Xeon with AVX-512 and without AMX, as tests/bench/test_native.py shows; in
+# bfloat16 they do not cross up to 64, but where torch has AMX they would.
+MAX_NATIVE_TOKENS: Final = {torch.bfloat16: 32, torch.float16: 16, torch.float32: 32}
 
 
 def run_experts(
@@ -94,7 +95,7 @@ def _run_natively(
     done = native.run_experts(
         x_TD, routing.weights_TK, routing.experts_TK,
         [(index, weights.w13, weights.w2) for index, weights in experts],
-        out_TD, activations, max_tokens=MAX_NATIVE_TOKENS,
+        out_TD, activations, max_tokens=MAX_NATIVE_TOKENS[x_TD.dtype],
     )  # fmt: skip
     workspace.release(mark)
     return done

@@ -51,22 +51,32 @@ void block_scores(
         Floats sums[SUMS];
         UNROLL
         for (int i = 0; i < SUMS; ++i) sums[i] = zeros();
-        const auto add = [&](int64_t i, auto load) {
+        const auto pass = [&]<int PASS>(int64_t i, const auto& key_of) {
             typename D::Operand q[NUM];
             UNROLL
-            for (int h = 0; h < NUM; ++h) q[h] = D::prepared(queries + h * query_stride, i);
+            for (int h = 0; h < NUM; ++h) {
+                q[h] = D::template prepared<PASS>(queries + h * query_stride, i);
+            }
             UNROLL
             for (int t = 0; t < TOKENS; ++t) {
-                const typename D::Operand k = load(rows[t] + i);
+                const typename D::Operand k = D::template load<PASS>(key_of(t));
                 UNROLL
                 for (int h = 0; h < NUM; ++h) {
                     sums[h * TOKENS + t] = D::step(sums[h * TOKENS + t], q[h], k);
                 }
             }
         };
+        const auto step = [&](int64_t i, const auto& key_of) {
+            pass.template operator()<0>(i, key_of);
+            if constexpr (D::PASSES == 2) pass.template operator()<1>(i, key_of);
+        };
         int64_t i = 0;
-        for (; i + D::STEP <= dim; i += D::STEP) add(i, [](const T* from) { return D::load(from); });
-        if (i < dim) add(i, [&](const T* from) { return D::part(from, dim - i); });
+        for (; i + D::STEP <= dim; i += D::STEP) step(i, [&](int t) { return rows[t] + i; });
+        if (i < dim) {
+            Padded<T, D::STEP> parts[TOKENS];
+            for (int t = 0; t < TOKENS; ++t) parts[t].from(rows[t] + i, dim - i);
+            step(i, [&](int t) { return parts[t].elements; });
+        }
         float finished[SUMS];
         finish_sums(sums, finished);
         UNROLL
@@ -139,22 +149,23 @@ struct Columns {
     static void add(
         Floats (&sums)[NUM][COUNT * VECTORS], const T* row, const T*, const float* scores,
         int64_t token, int64_t block_tokens, Load load) {
-        Pack<T> values[COUNT];
+        Floats values[COUNT * VECTORS];
         UNROLL
-        for (int c = 0; c < COUNT; ++c) values[c] = load(row + c * WIDTH);
+        for (int c = 0; c < COUNT; ++c) {
+            const T* from = load(row + c * WIDTH);
+            values[c * VECTORS] = Pack<T>::template vector<0>(from);
+            if constexpr (VECTORS == 2) values[c * 2 + 1] = Pack<T>::template vector<1>(from);
+        }
         UNROLL
         for (int h = 0; h < NUM; ++h) {
             const Floats weight = splat(scores[h * block_tokens + token]);
             UNROLL
             for (int c = 0; c < COUNT * VECTORS; ++c) {
-                const Floats value = values[c / VECTORS].vectors[c % VECTORS];
-                sums[h][c] = multiply_add(weight, value, sums[h][c]);
+                sums[h][c] = multiply_add(weight, values[c], sums[h][c]);
             }
         }
     }
 
-    static Pack<T> whole(const T* from) { return Pack<T>::load(from); }
-    static Pack<T> part(const T* from, int64_t count) { return load_part(from, count); }
     static void put_in_order(Floats (&sums)[VECTORS]) { Pack<T>::put_in_order(sums); }
 };
 
@@ -185,7 +196,8 @@ struct Columns<Bf16> {
         __m512bh values[COUNT * VECTORS];
         UNROLL
         for (int c = 0; c < COUNT; ++c) {
-            const __m512i a = load(row + c * WIDTH), b = load(next + c * WIDTH);
+            const __m512i a = _mm512_loadu_si512(load(row + c * WIDTH));
+            const __m512i b = _mm512_loadu_si512(load(next + c * WIDTH));
             values[2 * c] = (__m512bh)_mm512_unpacklo_epi16(a, b);
             values[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
         }
@@ -200,11 +212,6 @@ struct Columns<Bf16> {
                 sums[h][c] = _mm512_dpbf16_ps(sums[h][c], values[c], both);
             }
         }
-    }
-
-    static __m512i whole(const Bf16* from) { return _mm512_loadu_si512(from); }
-    static __m512i part(const Bf16* from, int64_t count) {
-        return _mm512_maskz_loadu_epi16((1u << count) - 1u, from);
     }
 
     static void put_in_order(Floats (&pair)[VECTORS]) {
@@ -270,7 +277,7 @@ template <typename T, int NUM>
 void add_values(const Block<T>& block, int64_t dim, Fetcher& fetcher, int64_t lines) {
     using C = Columns<T>;
     constexpr int COUNT = columns_at_once<T, NUM>();
-    const auto whole = [](const T* from) { return C::whole(from); };
+    const auto whole = [](const T* from) { return from; };
     int64_t column = 0;
     for (; column + COUNT * C::WIDTH <= dim; column += COUNT * C::WIDTH) {
         add_columns<T, NUM, COUNT>(block, column, whole, fetcher, lines);
@@ -279,7 +286,8 @@ void add_values(const Block<T>& block, int64_t dim, Fetcher& fetcher, int64_t li
         add_columns<T, NUM, 1>(block, column, whole, fetcher, lines);
     }
     if (column < dim) {
-        const auto part = [&](const T* from) { return C::part(from, dim - column); };
+        Padded<T, C::WIDTH> padded;
+        const auto part = [&](const T* from) { return padded.from(from, dim - column); };
         add_columns<T, NUM, 1>(block, column, part, fetcher, lines);
     }
 }

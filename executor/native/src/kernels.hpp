@@ -55,8 +55,7 @@ struct Experts {
     int64_t out_stride;
 };
 
-constexpr int64_t GATE_COLUMNS = 16;    // intermediate elements of one piece of work
-constexpr int64_t OUTPUT_COLUMNS = 16;  // output elements of one piece of work
+constexpr int COLUMNS = 16;  // of the activations or the output that are one piece of work
 
 struct Path {
     const char* name;
@@ -68,9 +67,9 @@ struct Path {
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.
     void (*finish[NUM_DTYPES])(const Heads&, const float* state, void* out);
-    // Activations of one group in columns [first, last), at most GATE_COLUMNS of them.
+    // Activations of one group in columns [first, last), at most COLUMNS of them.
     void (*gate[NUM_DTYPES])(const Experts&, const ExpertGroup&, int64_t first, int64_t last);
-    // Add all groups' weighted outputs in columns [first, last), at most OUTPUT_COLUMNS of them.
+    // Add all groups' weighted outputs in columns [first, last), at most COLUMNS of them.
     void (*project[NUM_DTYPES])(
         const Experts&, const ExpertGroup* groups, int64_t num_groups, int64_t first,
         int64_t last);

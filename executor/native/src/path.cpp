@@ -7,20 +7,24 @@ namespace {
 constexpr int64_t READ_AHEAD = 16 << 10;  // bytes; far enough for the memory to be kept busy
 
 uint64_t read_lines(const char* from, int64_t num_bytes) {
-    constexpr int WORDS = 8, LINES = 8;
-    uint64_t words[WORDS] = {};
+    typedef uint64_t Line __attribute__((vector_size(64)));
+    constexpr int LINES = 4;
+    Line all[LINES] = {};
     for (int64_t i = 0; i + 64 * LINES <= num_bytes; i += 64 * LINES) {
+        UNROLL
         for (int line = 0; line < LINES; ++line) {
             const char* address = from + i + 64 * line;
             prefetch(address + READ_AHEAD);
-            uint64_t here[WORDS];
-            std::memcpy(here, address, sizeof here);
-            for (int w = 0; w < WORDS; ++w) words[w] ^= here[w];
+            Line here;
+            std::memcpy(&here, address, sizeof here);
+            all[line] ^= here;
         }
     }
-    uint64_t all = 0;
-    for (uint64_t word : words) all ^= word;
-    return all;
+    uint64_t word = 0;
+    for (const Line& line : all) {
+        for (int w = 0; w < 8; ++w) word ^= line[w];
+    }
+    return word;
 }
 
 }  // namespace

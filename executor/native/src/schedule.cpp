@@ -135,16 +135,16 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         const int64_t num_groups = static_cast<int64_t>(groups.size());
         const int64_t expert_bytes = 3 * call.hidden * call.intermediate * size;
         const int of = threads_for(threads, num_groups * expert_bytes);
-        const int64_t pieces = (call.intermediate + GATE_COLUMNS - 1) / GATE_COLUMNS;
+        const int64_t pieces = (call.intermediate + COLUMNS - 1) / COLUMNS;
         Helpers::mine().run(of, num_groups * pieces, [&](int64_t i) {
-            const int64_t first = i % pieces * GATE_COLUMNS;
-            const int64_t last = std::min(first + GATE_COLUMNS, call.intermediate);
+            const int64_t first = i % pieces * COLUMNS;
+            const int64_t last = std::min<int64_t>(first + COLUMNS, call.intermediate);
             path.gate[call.dtype](shape, groups[i / pieces], first, last);
         });
-        const int64_t outputs = (call.hidden + OUTPUT_COLUMNS - 1) / OUTPUT_COLUMNS;
+        const int64_t outputs = (call.hidden + COLUMNS - 1) / COLUMNS;
         Helpers::mine().run(of, num_groups ? outputs : 0, [&](int64_t i) {
-            const int64_t first = i * OUTPUT_COLUMNS;
-            const int64_t last = std::min(first + OUTPUT_COLUMNS, call.hidden);
+            const int64_t first = i * COLUMNS;
+            const int64_t last = std::min<int64_t>(first + COLUMNS, call.hidden);
             path.project[call.dtype](shape, groups.data(), num_groups, first, last);
         });
         groups.clear();

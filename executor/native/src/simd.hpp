@@ -28,82 +28,80 @@ inline Floats power_of_two(Floats x) {
     return multiply(whole, value);
 }
 
-// WIDTH elements as float32, in an order of their own that `put_in_order` undoes: sums over all of
-// them need none, and a bfloat16 is widened faster in pairs.
+// WIDTH elements as VECTORS of float32, in an order of their own that `put_in_order` undoes: sums
+// over all of them need none, and a bfloat16 is widened faster in pairs.
 template <typename T>
 struct Pack {
     static constexpr int VECTORS = 1, WIDTH = LANES;
-    Floats vectors[VECTORS];
 
-    static Pack load(const T* from) { return {{widen(from)}}; }
+    template <int VECTOR>
+    static Floats vector(const T* from) {
+        return widen(from);
+    }
     static void put_in_order(Floats (&)[VECTORS]) {}
 };
 
 template <>
 struct Pack<Bf16> {
     static constexpr int VECTORS = 2, WIDTH = 2 * LANES;
-    Floats vectors[VECTORS];
 
-    static Pack load(const Bf16* from) {
-        Pack pack;
-        split(from, pack.vectors[0], pack.vectors[1]);
-        return pack;
+    template <int VECTOR>
+    static Floats vector(const Bf16* from) {
+        return VECTOR == 0 ? widen_even(from) : widen_odd(from);
     }
     static void put_in_order(Floats (&pair)[VECTORS]) { interleave(pair[0], pair[1]); }
 };
 
-// The first `count` of a pack's elements, then zeros.
-template <typename T>
-Pack<T> load_part(const T* from, int64_t count) {
-    T padded[Pack<T>::WIDTH] = {};
-    std::memcpy(padded, from, count * sizeof(T));
-    return Pack<T>::load(padded);
-}
+// The last, partial step of a row of T, padded with zeros.
+template <typename T, int WIDTH>
+struct Padded {
+    T elements[WIDTH];
 
-// Dot products of rows, STEP elements at a time, into LANES sums.
+    const T* from(const T* row, int64_t count) {
+        std::memset(elements, 0, sizeof elements);
+        std::memcpy(elements, row, count * sizeof(T));
+        return elements;
+    }
+};
+
+// Dot products of rows, STEP elements at a time in PASSES passes, into LANES sums.
 template <typename T>
 struct Dot {
-    using Operand = Pack<T>;
-    static constexpr int STEP = Operand::WIDTH;
+    static constexpr int STEP = Pack<T>::WIDTH, PASSES = Pack<T>::VECTORS;
+    using Operand = Floats;
 
-    static Operand load(const T* from) { return Operand::load(from); }
-    static Operand part(const T* from, int64_t count) { return load_part(from, count); }
-
-    static Floats step(Floats sums, const Operand& a, const Operand& b) {
-        UNROLL
-        for (int v = 0; v < Operand::VECTORS; ++v) {
-            sums = multiply_add(a.vectors[v], b.vectors[v], sums);
-        }
-        return sums;
+    template <int PASS>
+    static Operand load(const T* from) {
+        return Pack<T>::template vector<PASS>(from);
     }
+
+    static Floats step(Floats sums, Operand a, Operand b) { return multiply_add(a, b, sums); }
 
     // A row that is used again and again is widened once. It is padded with zeros.
     static void prepare(const T* row, int64_t count, float* prepared) {
+        Padded<T, STEP> padded;
         for (int64_t i = 0; i < count; i += STEP, prepared += STEP) {
-            const Operand pack = i + STEP <= count ? load(row + i) : part(row + i, count - i);
-            for (int v = 0; v < Operand::VECTORS; ++v) store(prepared + v * LANES, pack.vectors[v]);
+            const T* from = i + STEP <= count ? row + i : padded.from(row + i, count - i);
+            store(prepared, load<0>(from));
+            if constexpr (PASSES == 2) store(prepared + LANES, load<1>(from));
         }
     }
 
+    template <int PASS>
     static Operand prepared(const float* row, int64_t i) {
-        Operand pack;
-        UNROLL
-        for (int v = 0; v < Operand::VECTORS; ++v) pack.vectors[v] = widen(row + i + v * LANES);
-        return pack;
+        return widen(row + i + PASS * LANES);
     }
 };
 
 #ifdef PATH_AVX512_BF16
 template <>
 struct Dot<Bf16> {
+    static constexpr int STEP = 2 * LANES, PASSES = 1;
     using Operand = __m512bh;
-    static constexpr int STEP = 2 * LANES;
 
-    static Operand load(const Bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
-
-    static Operand part(const Bf16* from, int64_t count) {
-        const __mmask32 mask = (1u << count) - 1u;
-        return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
+    template <int PASS>
+    static Operand load(const Bf16* from) {
+        return (__m512bh)_mm512_loadu_si512(from);
     }
 
     static Floats step(Floats sums, Operand a, Operand b) { return _mm512_dpbf16_ps(sums, a, b); }
@@ -113,14 +111,15 @@ struct Dot<Bf16> {
         std::memset(reinterpret_cast<Bf16*>(prepared) + count, 0, (-count & (STEP - 1)) * 2);
     }
 
+    template <int PASS>
     static Operand prepared(const float* row, int64_t i) {
-        return load(reinterpret_cast<const Bf16*>(row) + i);
+        return load<PASS>(reinterpret_cast<const Bf16*>(row) + i);
     }
 };
 #endif
 
 // targets[i] = the sum over the lanes of partial[i].
-inline void finish_sums(const Floats (&partial)[SUMS], float* targets) {
+inline void finish_sums(const Floats* partial, float* targets) {
 #if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
     // A tree of transpositions: each level halves the vectors and adds what they hold.
     __m512 eight[8], four[4], two[2];

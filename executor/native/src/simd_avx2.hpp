@@ -9,7 +9,7 @@ namespace {
 
 constexpr int SUMS = 8;        // dot products that are taken together in attention
 constexpr int LANES = 8;
-constexpr int GEMM_ROWS = 3;   // rows of a weight matrix that are multiplied together
+constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 4; // by so many tokens at most
 
 using Floats = __m256;
@@ -24,11 +24,17 @@ inline Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 
 inline Floats widen(const float* from) { return _mm256_loadu_ps(from); }
 
-// The even and the odd ones of 2 * LANES elements: one instruction each.
-inline void split(const Bf16* from, Floats& even, Floats& odd) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+// Every other one of 2 * LANES elements: one instruction each.
+inline __m256i pairs_of(const Bf16* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+inline Floats widen_even(const Bf16* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(pairs_of(from), 16));
+}
+
+inline Floats widen_odd(const Bf16* from) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs_of(from), _mm256_set1_epi32(-65536)));
 }
 
 // The reverse: `even` becomes the first LANES of them, `odd` the others.

@@ -24,11 +24,14 @@ inline Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 
 inline Floats widen(const float* from) { return _mm512_loadu_ps(from); }
 
-// The even and the odd ones of 2 * LANES elements: one instruction each.
-inline void split(const Bf16* from, Floats& even, Floats& odd) {
-    const __m512i pairs = _mm512_loadu_si512(from);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+// Every other one of 2 * LANES elements: one instruction each.
+inline Floats widen_even(const Bf16* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16));
+}
+
+inline Floats widen_odd(const Bf16* from) {
+    const __m512i high = _mm512_set1_epi32(-65536);
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), high));
 }
 
 // The reverse: `even` becomes the first LANES of them, `odd` the others.

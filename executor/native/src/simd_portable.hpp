@@ -36,13 +36,15 @@ inline Words widen_bits(const void* from) {
     return __builtin_convertvector(halves, Words);
 }
 
-// The even and the odd ones of 2 * LANES elements: one instruction each where words are wide.
-inline void split(const Bf16* from, Floats& even, Floats& odd) {
+// Every other one of 2 * LANES elements: one instruction each.
+inline Words pairs_of(const Bf16* from) {
     Words pairs;
     std::memcpy(&pairs, from, sizeof pairs);
-    even = (Floats)(pairs << 16);
-    odd = (Floats)(pairs & 0xffff0000u);
+    return pairs;
 }
+
+inline Floats widen_even(const Bf16* from) { return (Floats)(pairs_of(from) << 16); }
+inline Floats widen_odd(const Bf16* from) { return (Floats)(pairs_of(from) & 0xffff0000u); }
 
 // The reverse: `even` becomes the first LANES of them, `odd` the others.
 inline void interleave(Floats& even, Floats& odd) {
