@@ -18,7 +18,10 @@ struct Fetcher {
     const char* end;
 
     void fetch(int64_t lines) {
-        for (; lines > 0 && next < end; --lines, next += 64) prefetch(next);
+        const int64_t left = (end - next) / 64;
+        const char* const until = next + 64 * (lines < left ? lines : left);
+        for (const char* line = next; line < until; line += 64) prefetch(line);
+        next = until;
     }
 };
 
@@ -260,8 +263,6 @@ void add_columns(
     }
 }
 
-constexpr int VALUE_SUMS = 8;  // vectors of sums that are kept in registers
-
 template <typename T, int NUM>
 constexpr int columns_at_once() {
     return VALUE_SUMS / NUM / Columns<T>::VECTORS;
@@ -322,7 +323,7 @@ void attend_heads(
 template <typename T>
 void attend(
     const Heads& shape, const void* query_row, const void* first_token, int64_t tokens,
-    float* state_memory, float* scratch) {
+    native::Stretch following, float* state_memory, float* scratch) {
     const T* query = static_cast<const T*>(query_row);
     const T* cache = static_cast<const T*>(first_token);
     State state(shape, state_memory);
@@ -344,10 +345,12 @@ void attend(
         const int64_t here = rest < shape.block_tokens ? rest : shape.block_tokens;
         const int64_t after = rest - here < shape.block_tokens ? rest - here : shape.block_tokens;
         const T* block = cache + start * stride;
-        const char* next = reinterpret_cast<const char*>(block + here * stride);
-        const int64_t next_bytes = after * stride * static_cast<int64_t>(sizeof(T));
-        Fetcher fetcher{next, next + next_bytes};
-        const int64_t lines = next_bytes / 64 / steps + 1;
+        const native::Stretch next =
+            after > 0 ? native::Stretch{reinterpret_cast<const char*>(block + here * stride),
+                                        after * stride * static_cast<int64_t>(sizeof(T))}
+                      : following;
+        Fetcher fetcher{next.from, next.from + next.num_bytes};
+        const int64_t lines = next.num_bytes / 64 / steps + 1;
         for (int64_t g = 0; g < shape.kv_heads; ++g) {
             const T* keys = block + g * shape.head_dim;
             int64_t head = g * group;

@@ -25,10 +25,16 @@ struct Heads {
     float scale;             // of the logits, log2(e) included: weights are powers of two
 };
 
+// What the calling thread will probably read next, to be fetched while it computes.
+struct Stretch {
+    const char* from;
+    int64_t num_bytes;
+};
+
 // Floats of a softmax in progress: the weighted sums of the values, head by head, then every
 // head's greatest logit, then every head's sum of weights.
 static inline int64_t state_floats(const Heads& shape) {
-    return shape.heads * (shape.padded_dim + 2);
+    return rounded_up(shape.heads * (shape.padded_dim + 2), ACCUMULATOR_UNIT);
 }
 
 // Floats of scratch: the queries, widened, and the scores of a block for at most 4 heads at once.
@@ -59,10 +65,11 @@ constexpr int COLUMNS = 16;  // of the activations or the output that are one pi
 
 struct Path {
     const char* name;
-    // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`.
+    // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`; `next` is
+    // fetched with the last of them.
     void (*attend[NUM_DTYPES])(
-        const Heads&, const void* query, const void* cache, int64_t tokens, float* state,
-        float* scratch);
+        const Heads&, const void* query, const void* cache, int64_t tokens, Stretch next,
+        float* state, float* scratch);
     // Take the later tokens' softmax into an earlier one's.
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.

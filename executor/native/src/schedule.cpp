@@ -19,10 +19,26 @@ constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what part
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
 constexpr int64_t READ_BYTES = 2 << 20;
 
+// Floats that begin with a cache line: vectors that straddle two take twice as long to load.
+class Floats {
+  public:
+    explicit Floats(int64_t count = 0) : memory_(static_cast<size_t>(count + LINE)) {}
+
+    float* data() {
+        const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+        return memory_.data() + (-address / sizeof(float)) % LINE;
+    }
+    int64_t count() const { return static_cast<int64_t>(memory_.size()) - LINE; }
+
+  private:
+    static constexpr int64_t LINE = 64 / sizeof(float);
+    std::vector<float> memory_;
+};
+
 // Scratch of the calling thread, kept between calls.
-float* scratch(int64_t floats) {
-    thread_local std::vector<float> memory;
-    if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+float* scratch(int64_t count) {
+    thread_local Floats memory;
+    if (memory.count() < count) memory = Floats(count);
     return memory.data();
 }
 
@@ -47,12 +63,21 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
             (SPLIT_BYTES + token_bytes - 1) / token_bytes, (length + MAX_SPLITS - 1) / MAX_SPLITS);
         return rounded_up(tokens, shape.block_tokens);
     };
-    const auto attend_split = [&](int64_t request, int64_t first, float* state, float* temporary) {
+    const auto cache_at = [&](int64_t request, int64_t token) {
+        return call.cache + (call.starts[request] + token) * token_bytes;
+    };
+    // The first block of a split, or nothing of those beyond the last request.
+    const auto first_block = [&](int64_t request, int64_t first) -> Stretch {
+        if (request < 0) return {nullptr, 0};
+        const int64_t tokens = std::min(shape.block_tokens, call.lengths[request] - first);
+        return {cache_at(request, first), tokens * token_bytes};
+    };
+    const auto attend_split = [&](int64_t request, int64_t first, Stretch next, float* state,
+                                  float* temporary) {
         const int64_t length = call.lengths[request];
-        const char* cache = call.cache + (call.starts[request] + first) * token_bytes;
         path.attend[call.dtype](
-            shape, call.queries + request * call.query_stride, cache,
-            std::min(split_tokens(length), length - first), state, temporary);
+            shape, call.queries + request * call.query_stride, cache_at(request, first),
+            std::min(split_tokens(length), length - first), next, state, temporary);
     };
     const auto finish = [&](int64_t request, const float* state) {
         path.finish[call.dtype](shape, state, call.out + request * call.out_stride);
@@ -65,15 +90,18 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
     for (int64_t length : call.lengths) tokens += length;
     threads = threads_for(threads, tokens * token_bytes);
 
+    Helpers& helpers = Helpers::mine();
     if (threads == 1 || requests >= 8 * threads) {
-        Helpers::mine().run(threads, requests, [&](int64_t request) {
+        helpers.run(threads, requests, [&](int64_t request) {
             float* state = scratch(2 * state_size + room);
             float *later = state + state_size, *temporary = later + state_size;
             const int64_t length = call.lengths[request], step = split_tokens(length);
-            attend_split(request, 0, state, temporary);
-            for (int64_t first = step; first < length; first += step) {
-                attend_split(request, first, later, temporary);
-                path.merge(shape, state, later);
+            for (int64_t first = 0; first < length; first += step) {
+                const bool is_last = first + step >= length;
+                const Stretch next = is_last ? first_block(helpers.upcoming(), 0)
+                                             : first_block(request, first + step);
+                attend_split(request, first, next, first == 0 ? state : later, temporary);
+                if (first > 0) path.merge(shape, state, later);
             }
             finish(request, state);
         });
@@ -86,16 +114,20 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
         for (int64_t first = 0; first < length; first += step) splits.emplace_back(request, first);
     }
     const int64_t count = static_cast<int64_t>(splits.size());
-    std::vector<float> states(static_cast<size_t>(count * state_size));
-    Helpers::mine().run(threads, count, [&](int64_t i) {
+    Floats states(count * state_size);
+    float* const all_states = states.data();
+    helpers.run(threads, count, [&](int64_t i) {
         const auto [request, first] = splits[i];
-        attend_split(request, first, states.data() + i * state_size, scratch(room));
+        const int64_t upcoming = helpers.upcoming();
+        const Stretch next = upcoming < 0 ? Stretch{nullptr, 0}
+                                          : first_block(splits[upcoming].first, splits[upcoming].second);
+        attend_split(request, first, next, all_states + i * state_size, scratch(room));
     });
     for (int64_t i = 0; i < count;) {
         const int64_t request = splits[i].first;
-        float* state = states.data() + i * state_size;
+        float* state = all_states + i * state_size;
         for (++i; i < count && splits[i].first == request; ++i) {
-            path.merge(shape, state, states.data() + i * state_size);
+            path.merge(shape, state, all_states + i * state_size);
         }
         finish(request, state);
     }

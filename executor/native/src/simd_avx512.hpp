@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int SUMS = 16;       // dot products that are taken together in attention
+constexpr int VALUE_SUMS = 16; // vectors of weighted values that are summed together
 constexpr int LANES = 16;
 constexpr int GEMM_ROWS = 4;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 6; // by so many tokens at most

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int SUMS = 8;        // dot products that are taken together in attention
+constexpr int VALUE_SUMS = 8;  // vectors of weighted values that are summed together
 constexpr int LANES = 4;
 constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 4; // by so many tokens at most

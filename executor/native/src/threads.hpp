@@ -27,6 +27,13 @@ class Helpers {
         run_pieces(threads, count, call, &work);
     }
 
+    // The piece that comes next in the present job, or -1 after the last. Another thread may take it:
+    // this is a guess at what the calling thread will do next.
+    int64_t upcoming() const {
+        const uint64_t piece = ticket_.load() & PIECES;
+        return piece < count_.load() ? static_cast<int64_t>(piece) : -1;
+    }
+
     ~Helpers() {
         stop_.store(true);
         ticket_.fetch_add(JOB);
@@ -45,10 +52,6 @@ class Helpers {
 
     void run_pieces(int threads, int64_t count, Call call, const void* work) {
         if (threads > count) threads = static_cast<int>(count);
-        if (threads <= 1) {
-            for (int64_t i = 0; i < count; ++i) call(work, i);
-            return;
-        }
         while (static_cast<int>(threads_.size()) < threads - 1) {
             const int index = static_cast<int>(threads_.size());
             threads_.emplace_back([this, index] { help(index); });
