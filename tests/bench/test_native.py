@@ -5,6 +5,7 @@ on one core by the time that it really computed, which they hardly do. The roof 
 each line, by reading memory with the same number of threads.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from executor import native
+from executor.backends.base import host_memory
 from executor.model import ExpertWeights, Routing, Workspace, decode_attention, experts, run_experts
 from executor.native import Kernels
 from hrm.profiling.environment import usable_cores
@@ -26,7 +28,7 @@ HEADS = ((32, 8, 128), (16, 4, 64))
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CACHE_BYTES = 256 * MIB  # beyond what a core finds in a shared cache on a busy machine
-REPEATS = 5
+REPEATS = 3
 
 pytestmark = pytest.mark.skipif(not native.paths(), reason="the native kernels are not built")
 
@@ -62,9 +64,17 @@ def timer(request):
     torch.set_num_threads(before)
 
 
+def filled(dtype, *shape):
+    """Random numbers in memory as a run has it."""
+    numbers = host_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    for part in numbers:
+        part.copy_(torch.randn(part.shape).mul_(0.02))
+    return numbers
+
+
 @pytest.fixture(scope="module")
 def memory():
-    return torch.ones(CACHE_BYTES, dtype=torch.uint8)
+    return host_memory(CACHE_BYTES).fill_(1)
 
 
 def fastest():
@@ -101,7 +111,7 @@ def test_attention(timer, memory):
         for dtype in DTYPES:
             token_bytes = 2 * kv_heads * head_dim * dtype.itemsize
             tokens = CACHE_BYTES // token_bytes
-            cache = torch.randn(tokens, 2, kv_heads, head_dim).to(dtype)
+            cache = filled(dtype, 16, tokens // 16, 2, kv_heads, head_dim).flatten(0, 1)
             for batch in BATCHES:
                 for context in CONTEXTS:
                     places = tokens // context  # each call attends to the next part of the cache
@@ -132,8 +142,8 @@ def test_experts(timer, memory):
     for dtype in DTYPES:
         weights = [
             ExpertWeights(
-                torch.randn(2 * intermediate, hidden).mul_(0.02).to(dtype),
-                torch.randn(hidden, intermediate).mul_(0.02).to(dtype),
+                filled(dtype, 2 * intermediate, hidden),
+                filled(dtype, hidden, intermediate),
             )
             for _ in range(num_experts)
         ]
