@@ -53,7 +53,7 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
 # An expert of more tokens is computed by torch, whose kernels for many rows are as fast or faster.
 # Here the two cross on a Xeon with AVX-512 and without AMX, as tests/bench/test_native.py shows; in
 # bfloat16 they do not cross up to 64, but where torch has AMX they would.
-MAX_NATIVE_TOKENS: Final = {torch.bfloat16: 32, torch.float16: 16, torch.float32: 32}
+MAX_NATIVE_TOKENS: Final = {torch.bfloat16: 32, torch.float16: 16, torch.float32: 24}
 
 
 def run_experts(
