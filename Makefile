@@ -1,17 +1,23 @@
-# `make demo` and `make test` set themselves up: a Python, a C compiler and make are all they need.
+# `make demo` and `make test` set themselves up: a Python and make are all they need, and a C++
+# compiler for the native kernels, without which torch does their work.
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --constraint constraints.txt
+PIP := $(BIN)/python -m pip install
+TORCH := $(VENV)/.torch
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-for-tests
+SOURCES := executor/native/CMakeLists.txt $(wildcard executor/native/src/*)
 
 # pyright comes with its bundle and node from PyPI; without this it would ask for newer releases.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What the package is built with is pinned too; older releases of pip know the first one only.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench notebooks clean distclean
@@ -51,16 +57,20 @@ distclean: clean  ## remove the virtual environment too
 	rm -rf $(VENV)
 
 # torch goes first and alone: whichever build of it pip finds, it is exactly this version.
-$(READY): pyproject.toml constraints.txt
+$(TORCH): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); Python 3.11 or newer" \
 	       "is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) torch==2.13.0
+	@touch $@
+
+$(READY): pyproject.toml $(SOURCES) $(TORCH)
 	$(PIP) --editable .
 	@touch $@
 
-$(TEST_READY): $(READY)
+# Builds the kernels once if `make test` comes first: both are then ready.
+$(TEST_READY): pyproject.toml $(SOURCES) $(TORCH)
 	$(PIP) --editable '.[test]'
-	@touch $@
+	@touch $(READY) $@

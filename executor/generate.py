@@ -25,6 +25,7 @@ from executor.handlers import (
     allocate,
 )
 from executor.model import Architecture
+from executor.native import kernels
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
@@ -146,6 +147,7 @@ class AbstractGenerator(ABC):
     def __init__(
         self, backend: AbstractBackend, arch: Architecture, policy: Policy, max_spans: int
     ) -> None:
+        kernels()  # a mistake in EXECUTOR_NATIVE comes out before anything runs
         self.backend, self.arch, self.policy = backend, arch, policy
         self.state: BatchState | None = None
         self.engine = Engine(backend.enter_lane)

@@ -1,17 +1,22 @@
 """What every accelerator offers: memory at two levels, transfers between them, lane set-up."""
 
+import mmap
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar, final
+from typing import Final, TypeVar, final
 
 import torch
 
 from hrm.hardware import Link
 from hrm.profiling import environment
 from hrm.tasks import Device, Lane
+from hrm.units import MIB
+
+_LARGE_BYTES: Final = 4 * MIB  # below, large pages would waste more than they speed up
 
 T = TypeVar("T")
 Copy = tuple[torch.Tensor, torch.Tensor]  # target, source
@@ -93,6 +98,19 @@ def in_thread_of_its_own(work: Callable[[], T]) -> T:
     thread.start()
     thread.join()
     return done.result()
+
+
+def host_memory(num_bytes: int) -> torch.Tensor:
+    """A flat uint8 tensor of zeros, in the largest pages that the system has.
+
+    A core reads through memory a tenth faster if it need not look up a page every 4 KiB.
+    """
+    if num_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def usable_cores() -> int:

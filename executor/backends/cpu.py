@@ -15,6 +15,7 @@ from executor.backends.base import (
     Copy,
     EmulatedMachine,
     copy_all,
+    host_memory,
     usable_cores,
 )
 from executor.errors import RunError
@@ -34,7 +35,7 @@ class CpuBackend(AbstractBackend):
 
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:  # noqa: ARG002
         """A flat uint8 tensor; there is no cap besides the machine's."""
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        return host_memory(num_bytes)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:  # noqa: ARG002
         """Copy within the host's memory."""
@@ -88,7 +89,7 @@ class EmulatedBackend(AbstractBackend):
                     "lower the policy's needs or raise --gpu-memory",
                 )  # fmt: skip
             self._free_bytes -= num_bytes
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        return host_memory(num_bytes)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
         """Copy, and take as long as the lane's link would, or the copy if that is longer."""

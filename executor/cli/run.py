@@ -45,6 +45,9 @@ def run(
 
     Finished requests are appended to OUTPUT_DIR/outputs.jsonl batch by batch. run.json says what
     was done and how fast; trace.json opens in Perfetto.
+
+    EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
+    avx2 (say) takes the native kernels for those instructions.
     """
     from executor.cli.progress import live_progress
     from executor.job import JobOptions, JobProgress, run_job
@@ -72,6 +75,7 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
     totals = content["totals"]
     lines = [
         f"accelerator  {content['accelerator']['description']}",
+        f"CPU kernels  {content['accelerator']['cpu_kernels']}",
         f"requests     {totals['requests']} in {counted(totals['batches'], 'batch')}"
         + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else ""),
         f"tokens       {totals['prompt_tokens']} prompt, {totals['generated_tokens']} generated",

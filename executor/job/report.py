@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from executor import native
 from executor.backends import AbstractBackend
 from executor.engine import PhaseResult, add_totals
 from executor.generate import BatchResult
@@ -190,6 +191,7 @@ def accelerator_json(backend: AbstractBackend) -> dict[str, Any]:
         "name": backend.name,
         "emulated": backend.name == "emulated",
         "description": backend.description,
+        "cpu_kernels": native.description(),
         "h2d_bytes_per_s": backend.h2d_bytes_per_s,
         "d2h_bytes_per_s": backend.d2h_bytes_per_s,
     }

@@ -16,6 +16,7 @@ from executor.model.architecture import Architecture
 from executor.model.layout import DenseWeights
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
+from executor.native import kernels
 
 
 def pre_attention(
@@ -70,8 +71,13 @@ def decode_attention(
 
     Request r's tokens are the cache's rows from `starts[r]`, `lengths[r]` of them, the new token
     included. The query heads that share a KV head are the rows of one small attention, so the cache
-    is read once; requests are computed one by one, so no result depends on a neighbour.
+    is read once; requests are computed one by one, so no result depends on a neighbour. On the CPU
+    the native kernel does it if there is one, else torch.
     """
+    native = kernels()
+    if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ):
+        native.decode_attention(qkv_RX, cache_C2Gd, starts, lengths, out_RQ)
+        return
     kv_heads, head_dim = cache_C2Gd.shape[2:]
     grouped = (len(qkv_RX), 1, kv_heads, arch.spec.num_heads // kv_heads, head_dim)
     queries = qkv_RX[:, : arch.spec.query_size].view(grouped).unbind()

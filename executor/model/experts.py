@@ -6,6 +6,7 @@ R requests, V vocab, n tokens that go to one expert.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from executor.model.architecture import Architecture
 from executor.model.layout import DenseWeights, ExpertWeights
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
+from executor.native import Kernels, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,12 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
     return Routing(weights_TK, experts_TK)
 
 
+# An expert of more tokens is computed by torch, whose kernels for many rows are as fast or faster.
+# Here the two cross on a Xeon with AVX-512 and without AMX, as tests/bench/test_native.py shows; in
+# bfloat16 they do not cross up to 64, but where torch has AMX they would.
+MAX_NATIVE_TOKENS: Final = {torch.bfloat16: 32, torch.float16: 16, torch.float32: 24}
+
+
 def run_experts(
     x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
     out_TD: Tensor, workspace: Workspace,
@@ -56,8 +64,47 @@ def run_experts(
 
     Returns how many tokens are routed to each expert, given or not, up to the last that any is.
     Experts may come lazily and in any order; those that no token goes to are skipped. `out_TD` may
-    be the residual stream itself, but not `x_TD`.
+    be the residual stream itself, but not `x_TD`. On the CPU the native kernels compute the experts
+    of few tokens if they are there, torch all others.
     """
+    native = kernels()
+    if native is None or not native.takes_experts(
+        x_TD, routing.weights_TK, routing.experts_TK, out_TD
+    ):
+        return _run_in_torch(x_TD, routing, experts, out_TD, workspace)
+    given = list(experts)
+    if not given or not len(x_TD):
+        return _run_in_torch(x_TD, routing, given, out_TD, workspace)
+    counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace)
+    if left_out:
+        _run_in_torch(x_TD, routing, [given[i] for i in left_out], out_TD, workspace)
+    return counts
+
+
+def _run_natively(
+    native: Kernels, x_TD: Tensor, routing: Routing, experts: list[tuple[int, ExpertWeights]],
+    out_TD: Tensor, workspace: Workspace,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    tokens, hidden = x_TD.shape
+    intermediate = experts[0][1].w2.shape[1]
+    # As much as torch would take for one expert with all tokens, or less if that is enough.
+    planned = tokens * (hidden + 2 * intermediate) // intermediate
+    rows = min(planned, routing.experts_TK.numel())
+    mark = workspace.mark()
+    activations = workspace.take((rows, intermediate), x_TD.dtype)
+    done = native.run_experts(
+        x_TD, routing.weights_TK, routing.experts_TK,
+        [(index, weights.w13, weights.w2) for index, weights in experts],
+        out_TD, activations, max_tokens=MAX_NATIVE_TOKENS[x_TD.dtype],
+    )  # fmt: skip
+    workspace.release(mark)
+    return done
+
+
+def _run_in_torch(
+    x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
+    out_TD: Tensor, workspace: Workspace,
+) -> list[int]:  # fmt: skip
     experts_per_token = routing.experts_TK.shape[1]
     sorted_experts, order = routing.experts_TK.flatten().sort(stable=True)
     weights = routing.weights_TK.flatten()[order].to(x_TD.dtype).unsqueeze(1)

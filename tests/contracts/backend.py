@@ -29,6 +29,14 @@ class BackendContract:
         assert memory.shape == (num_bytes,)
         assert memory.dtype is torch.uint8
 
+    def test_large_memory_is_zero_and_can_be_written(self, backend):
+        memory = backend.allocate(Device.CPU, 5_000_001)
+        assert memory.shape == (5_000_001,)
+        if self.moves_data:
+            assert not memory.any()
+            memory.fill_(7)
+            assert memory.sum().item() == 7 * 5_000_001
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
     def test_memory_is_aligned_for_every_dtype(self, backend, dtype):
         backend.allocate(Device.GPU, 3)

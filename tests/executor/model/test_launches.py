@@ -1,13 +1,15 @@
 """The operators that a task issues, counted, beside the numbers that its time is predicted from.
 
 Launches decide the time of small tasks, so a kernel rewritten with twice the operators must not
-pass unseen by the model of the machine.
+pass unseen by the model of the machine. The numbers are torch's: a native kernel is called once
+for a whole task and issues no operators.
 """
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from executor import native
 from executor.model import (
     Workspace,
     append_kv,
@@ -19,6 +21,7 @@ from executor.model import (
     pre_attention,
     run_experts,
 )
+from executor.model.experts import route
 from executor.sampling import SamplingParams, choose
 from hrm import operators
 from tests.executor.tiny_models import tiny_arch
@@ -60,7 +63,7 @@ def rows(width, dtype=DTYPE):
 @pytest.fixture(autouse=True)
 def without_gradients():
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), native.using(None):
         yield
 
 
@@ -118,6 +121,31 @@ def test_post_attention_and_experts(dense):
     none, all_hit = launches(work, [])[0], launches(work, experts)[0]
     assert none == near(operators.ROUTING_LAUNCHES)
     assert (all_hit - none) / len(hit) == near(operators.LAUNCHES_PER_EXPERT)
+
+
+@pytest.mark.skipif(not native.paths(), reason="the native kernels are not built")
+def test_native_kernels_issue_no_operators_of_their_own(dense):
+    """What is left: the store to the cache, and a view of the workspace for the activations."""
+    qkv, out = rows(SPEC.query_size + 2 * SPEC.kv_size), rows(SPEC.query_size)
+    cache = torch.randn(REQUESTS * 16, 2, SPEC.num_kv_heads, SPEC.head_dim).to(DTYPE)
+    starts = [16 * r for r in range(REQUESTS)]
+    x, hidden, here = rows(SPEC.hidden_size), rows(SPEC.hidden_size), workspace()
+    routing = route(ARCH, x, dense.router)
+    experts = [
+        (index, expert_views(SPEC, torch.randn(SPEC.expert_parameters).to(DTYPE)))
+        for index in range(SPEC.num_experts)
+    ]
+
+    def attend():
+        decode_attention(ARCH, qkv, cache, starts, [8] * REQUESTS, out)
+
+    def feed_forward():
+        here.reset()
+        run_experts(x, routing, experts, hidden, here)
+
+    with native.using(native.Kernels(native.paths()[0])):
+        assert launches(attend)[0] == 0
+        assert launches(feed_forward)[0] == 1
 
 
 def test_sample():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from executor import native
 from hrm.policy import ScheduleName
 from tests.executor.runtime.support import (
     CPU,
@@ -75,6 +76,15 @@ def policy_of(folder: Path, schedule: ScheduleName, choices: dict):
 def test_greedy_tokens_equal_those_of_transformers(tiny_folder, choices, schedule):
     policy = policy_of(tiny_folder, schedule, choices)
     with generator(tiny_folder, policy) as made:
+        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
+    assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
+
+
+@pytest.mark.parametrize("name", ["both on the cpu", "one micro-batch, gpu"])
+def test_torch_alone_gives_the_same_tokens(tiny_folder, name):
+    """Everywhere else the native kernels compute, where they are built."""
+    policy = policy_of(tiny_folder, ScheduleName.CGOPIPE, POLICIES[name])
+    with native.using(None), generator(tiny_folder, policy) as made:
         done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
     assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
 

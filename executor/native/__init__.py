@@ -1,0 +1,195 @@
+"""C++ kernels for what the CPU computes in decode: attention and the experts' FFN for few tokens.
+
+They are there if a C++ compiler was when the package was installed; otherwise, and with
+EXECUTOR_NATIVE=0 in the environment, the same is computed by torch. Of several paths through them,
+one for each set of a processor's instructions, the fastest that it has is taken;
+EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many threads as torch may use
+in the calling one, and without the interpreter's lock. No request's result depends on what else is
+computed with it, nor on the number of threads.
+
+R requests, C tokens of a cache, G kv heads, d head_dim, Q = heads*head_dim, X = Q+2KV; T tokens,
+D hidden, I intermediate, K experts per token.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from executor.errors import RunError
+
+VARIABLE: Final = "EXECUTOR_NATIVE"
+
+_DTYPES: Final = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+_HEAD_DIM_UNIT: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The kernels by one path, such as avx512-bf16."""
+
+    path: str
+
+    def takes_attention(self, queries: Tensor, cache_C2Gd: Tensor, out: Tensor) -> bool:
+        """Whether `decode_attention` can compute this; it is torch's otherwise."""
+        return (
+            cache_C2Gd.is_cpu
+            and cache_C2Gd.dtype in _DTYPES
+            and queries.dtype is out.dtype is cache_C2Gd.dtype
+            and cache_C2Gd.shape[-1] % _HEAD_DIM_UNIT == 0
+            and cache_C2Gd.is_contiguous()
+            and queries.stride(-1) == out.stride(-1) == 1
+        )
+
+    def decode_attention(
+        self, qkv_RX: Tensor, cache_C2Gd: Tensor, starts: Sequence[int], lengths: Sequence[int],
+        out_RQ: Tensor,
+    ) -> None:  # fmt: skip
+        """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
+
+        Each row of `qkv_RX` begins with the request's queries. Logits and sums are float32.
+        """
+        _, _, kv_heads, head_dim = cache_C2Gd.shape
+        size = cache_C2Gd.itemsize
+        _module().decode_attention(
+            path=self.path,
+            dtype=_DTYPES[cache_C2Gd.dtype],
+            heads=out_RQ.shape[1] // head_dim,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            queries=qkv_RX.data_ptr(),
+            query_stride=qkv_RX.stride(0) * size,
+            cache=cache_C2Gd.data_ptr(),
+            cache_tokens=len(cache_C2Gd),
+            out=out_RQ.data_ptr(),
+            out_stride=out_RQ.stride(0) * size,
+            starts=starts,
+            lengths=lengths,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_experts(
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor
+    ) -> bool:
+        """Whether `run_experts` can compute this; it is torch's otherwise."""
+        return (
+            x_TD.is_cpu
+            and x_TD.dtype in _DTYPES
+            and out_TD.dtype is x_TD.dtype
+            and weights_TK.dtype is torch.float32
+            and weights_TK.is_contiguous()
+            and experts_TK.is_contiguous()
+            and x_TD.stride(-1) == out_TD.stride(-1) == 1
+        )
+
+    def run_experts(
+        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor,
+        experts: Sequence[tuple[int, Tensor, Tensor]], out_TD: Tensor, scratch_NI: Tensor, *,
+        max_tokens: int,
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
+
+        Experts with more than `max_tokens` tokens, or than `scratch_NI` has rows, are left out.
+        Returns how many tokens are routed to each expert, up to the last that any is, and the
+        positions in `experts` of those left out.
+        """
+        return _module().run_experts(
+            path=self.path,
+            dtype=_DTYPES[x_TD.dtype],
+            hidden=x_TD.shape[1],
+            intermediate=scratch_NI.shape[1],
+            num_tokens=len(x_TD),
+            experts_per_token=experts_TK.shape[1],
+            x=x_TD.data_ptr(),
+            x_stride=x_TD.stride(0) * x_TD.itemsize,
+            experts=experts_TK.data_ptr(),
+            weights=weights_TK.data_ptr(),
+            out=out_TD.data_ptr(),
+            out_stride=out_TD.stride(0) * x_TD.itemsize,
+            scratch=scratch_NI.data_ptr(),
+            scratch_bytes=scratch_NI.nbytes,
+            indices=[index for index, _, _ in experts],
+            w13=[w13.data_ptr() for _, w13, _ in experts],
+            w2=[w2.data_ptr() for _, _, w2 in experts],
+            max_tokens=max_tokens,
+            threads=torch.get_num_threads(),
+        )
+
+    def read(self, memory: Tensor) -> None:
+        """Read all of `memory` and do nothing with it: the roof of everything above."""
+        _module().read(
+            path=self.path,
+            from_address=memory.data_ptr(),
+            num_bytes=memory.nbytes,
+            threads=torch.get_num_threads(),
+        )
+
+
+@cache
+def _module() -> Any:
+    """The compiled module, or None where it was not built."""
+    try:
+        return import_module("executor.native._kernels")
+    except ModuleNotFoundError:
+        return None
+
+
+def paths() -> list[str]:
+    """The paths that this processor can take, the fastest first; none if nothing was built."""
+    module = _module()
+    return module.paths() if module else []
+
+
+@cache
+def _chosen() -> Kernels | None:
+    wanted, possible = os.environ.get(VARIABLE, "1"), paths()
+    if wanted == "0" or (wanted == "1" and not possible):
+        return None
+    if wanted == "1":
+        return Kernels(possible[0])
+    if wanted not in possible:
+        raise RunError(
+            VARIABLE, wanted, f"must be one of {', '.join(['0', '1', *possible])} here",
+            "correct it or unset it",
+        )  # fmt: skip
+    return Kernels(wanted)
+
+
+_override: list[Kernels | None] = []
+
+
+def kernels() -> Kernels | None:
+    """The kernels to be used, or None if everything is torch's.
+
+    Raises RunError if EXECUTOR_NATIVE names a path that is not there.
+    """
+    return _override[-1] if _override else _chosen()
+
+
+@contextmanager
+def using(these: Kernels | None) -> Iterator[None]:
+    """Within it `kernels()` are these, in every thread: for tests and benchmarks."""
+    _override.append(these)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def description() -> str:
+    """In words, what computes attention and small experts on the CPU."""
+    if made := kernels():
+        return f"native ({made.path})"
+    if not paths():
+        return "torch (the native kernels were not built: no C++ compiler at installation)"
+    return f"torch ({VARIABLE}=0)"

@@ -1,0 +1,92 @@
+// What the scheduler (module.cpp) asks of each path. A path is one set of instructions; all paths
+// are compiled from the same source (path.cpp) and one is chosen when the module is loaded.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace native {
+
+enum Dtype { BFLOAT16, FLOAT16, FLOAT32, NUM_DTYPES };
+
+// Internal to each file that includes this, as all code here must be: a function shared by name
+// might be taken from the object that was compiled for instructions which this processor lacks.
+static inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+constexpr int64_t ACCUMULATOR_UNIT = 32;  // floats; a head's accumulators are padded to it
+
+// Decode attention of one request. A token of the cache is 2 * kv_heads rows of head_dim elements,
+// its keys and then its values.
+struct Heads {
+    int64_t heads, kv_heads, head_dim;
+    int64_t padded_dim;      // of a head's float32 sums: head_dim rounded up to ACCUMULATOR_UNIT
+    int64_t token_elements;  // 2 * kv_heads * head_dim
+    int64_t block_tokens;    // tokens whose scores are held at a time, a multiple of 16
+    float scale;             // of the logits, log2(e) included: weights are powers of two
+};
+
+// What the calling thread will probably read next, to be fetched while it computes.
+struct Stretch {
+    const char* from;
+    int64_t num_bytes;
+};
+
+// Floats of a softmax in progress: the weighted sums of the values, head by head, then every
+// head's greatest logit, then every head's sum of weights.
+static inline int64_t state_floats(const Heads& shape) {
+    return rounded_up(shape.heads * (shape.padded_dim + 2), ACCUMULATOR_UNIT);
+}
+
+// Floats of scratch: the queries, widened, and the scores of a block for at most 4 heads at once.
+static inline int64_t scratch_floats(const Heads& shape) {
+    return shape.heads * shape.padded_dim + 4 * shape.block_tokens;
+}
+
+// The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after
+// the gate, the activation row `first_row + t`.
+struct ExpertGroup {
+    const void* w13;        // (2 * intermediate, hidden)
+    const void* w2;         // (hidden, intermediate)
+    const int32_t* tokens;
+    const float* weights;   // by which each token's output is multiplied
+    int64_t count, first_row;
+};
+
+struct Experts {
+    int64_t hidden, intermediate;
+    const void* x;          // inputs, rows of x_stride elements
+    int64_t x_stride;
+    void* activations;      // silu(gate) * up, rows of `intermediate` elements
+    void* out;              // rows of out_stride elements, added to
+    int64_t out_stride;
+};
+
+constexpr int COLUMNS = 16;  // of the activations or the output that are one piece of work
+
+struct Path {
+    const char* name;
+    // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`; `next` is
+    // fetched with the last of them.
+    void (*attend[NUM_DTYPES])(
+        const Heads&, const void* query, const void* cache, int64_t tokens, Stretch next,
+        float* state, float* scratch);
+    // Take the later tokens' softmax into an earlier one's.
+    void (*merge)(const Heads&, float* state, const float* later);
+    // The weighted mean of the values.
+    void (*finish[NUM_DTYPES])(const Heads&, const float* state, void* out);
+    // Activations of one group in columns [first, last), at most COLUMNS of them.
+    void (*gate[NUM_DTYPES])(const Experts&, const ExpertGroup&, int64_t first, int64_t last);
+    // Add all groups' weighted outputs in columns [first, last), at most COLUMNS of them.
+    void (*project[NUM_DTYPES])(
+        const Experts&, const ExpertGroup* groups, int64_t num_groups, int64_t first,
+        int64_t last);
+    // Read whole cache lines and return something of all of them.
+    uint64_t (*read)(const char* from, int64_t num_bytes);
+};
+
+extern const Path portable_path;
+extern const Path avx2_path;
+extern const Path avx512_path;
+extern const Path avx512_bf16_path;
+
+}  // namespace native

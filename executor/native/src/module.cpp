@@ -1,0 +1,136 @@
+// The Python module: `executor.native` hands over addresses and sizes that it has checked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "schedule.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Paths that this processor can run, the fastest first. Intel's dot products of bfloat16 take two
+// cycles each and so are slower than widening and AVX-512's multiply-adds; AMD's take one.
+std::vector<const native::Path*> usable_paths() {
+    std::vector<const native::Path*> paths;
+#ifdef WITH_X86_PATHS
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (avx512) paths.push_back(&native::avx512_path);
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+        const auto place = __builtin_cpu_is("intel") ? paths.end() : paths.begin();
+        paths.insert(place, &native::avx512_bf16_path);
+    }
+    if (avx2) paths.push_back(&native::avx2_path);
+#endif
+    paths.push_back(&native::portable_path);
+    return paths;
+}
+
+const std::vector<const native::Path*> PATHS = usable_paths();
+
+const native::Path& path_named(const std::string& name) {
+    for (const native::Path* path : PATHS) {
+        if (name == path->name) return *path;
+    }
+    throw std::invalid_argument("no such path on this processor: " + name);
+}
+
+native::Dtype dtype_named(const std::string& name) {
+    if (name == "bfloat16") return native::BFLOAT16;
+    if (name == "float16") return native::FLOAT16;
+    if (name == "float32") return native::FLOAT32;
+    throw std::invalid_argument("no such dtype: " + name);
+}
+
+// The sizes were checked by whoever planned them; that addresses stay inside them is checked here.
+void require(bool holds, const char* rule) {
+    if (!holds) throw std::out_of_range(rule);
+}
+
+template <typename T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, module) {
+    module.def("paths", [] {
+        std::vector<std::string> names;
+        for (const native::Path* path : PATHS) names.emplace_back(path->name);
+        return names;
+    });
+
+    module.def(
+        "decode_attention",
+        [](const std::string& path, const std::string& dtype, int64_t heads, int64_t kv_heads,
+           int64_t head_dim, uintptr_t queries, int64_t query_stride, uintptr_t cache,
+           int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
+           std::vector<int64_t> lengths, int threads) {
+            require(starts.size() == lengths.size(), "as many starts as lengths");
+            for (size_t r = 0; r < starts.size(); ++r) {
+                require(lengths[r] > 0 && starts[r] >= 0 && starts[r] + lengths[r] <= cache_tokens,
+                        "requests lie within the cache");
+            }
+            const native::AttentionCall call{
+                dtype_named(dtype), heads, kv_heads, head_dim, at<const char>(queries),
+                query_stride, at<const char>(cache), at<char>(out), out_stride,
+                std::move(starts), std::move(lengths),
+            };
+            const native::Path& chosen = path_named(path);
+            nb::gil_scoped_release released;
+            native::decode_attention(chosen, call, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("kv_heads"),
+        nb::arg("head_dim"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
+        nb::arg("cache_tokens"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"), nb::arg("lengths"),
+        nb::arg("threads"));
+
+    module.def(
+        "run_experts",
+        [](const std::string& path, const std::string& dtype, int64_t hidden, int64_t intermediate,
+           int64_t num_tokens, int64_t experts_per_token, uintptr_t x, int64_t x_stride,
+           uintptr_t experts, uintptr_t weights, uintptr_t out, int64_t out_stride,
+           uintptr_t scratch, int64_t scratch_bytes, std::vector<int64_t> indices,
+           std::vector<uintptr_t> w13, std::vector<uintptr_t> w2, int64_t max_tokens, int threads) {
+            require(indices.size() == w13.size() && w13.size() == w2.size(), "weights of each");
+            for (int64_t index : indices) require(index >= 0, "experts count from 0");
+            for (int64_t i = 0; i < num_tokens * experts_per_token; ++i) {
+                require(at<const int64_t>(experts)[i] >= 0, "experts count from 0");
+            }
+            const native::ExpertsCall call{
+                dtype_named(dtype), hidden, intermediate, num_tokens, experts_per_token,
+                at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
+                at<char>(out), out_stride, at<char>(scratch), scratch_bytes,
+                std::move(indices), std::move(w13), std::move(w2), max_tokens,
+            };
+            const native::Path& chosen = path_named(path);
+            nb::gil_scoped_release released;
+            return native::run_experts(chosen, call, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("hidden"),
+        nb::arg("intermediate"), nb::arg("num_tokens"), nb::arg("experts_per_token"), nb::arg("x"),
+        nb::arg("x_stride"), nb::arg("experts"), nb::arg("weights"), nb::arg("out"),
+        nb::arg("out_stride"), nb::arg("scratch"), nb::arg("scratch_bytes"), nb::arg("indices"),
+        nb::arg("w13"), nb::arg("w2"), nb::arg("max_tokens"), nb::arg("threads"));
+
+    module.def(
+        "read",
+        [](const std::string& path, uintptr_t from, int64_t num_bytes, int threads) {
+            const native::Path& chosen = path_named(path);
+            nb::gil_scoped_release released;
+            return native::read(chosen, at<const char>(from), num_bytes, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("from_address"), nb::arg("num_bytes"),
+        nb::arg("threads"));
+}

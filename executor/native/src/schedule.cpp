@@ -1,0 +1,213 @@
+#include "schedule.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "threads.hpp"
+
+namespace native {
+namespace {
+
+int64_t element_size(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+constexpr double LOG2_E = 1.4426950408889634;
+
+constexpr int64_t BLOCK_BYTES = 64 << 10;   // of the cache: a small part of a core's own cache
+constexpr int64_t MAX_BLOCK_TOKENS = 128;
+constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
+constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
+constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
+constexpr int64_t READ_BYTES = 2 << 20;
+
+// Floats that begin with a cache line: vectors that straddle two take twice as long to load.
+class Floats {
+  public:
+    explicit Floats(int64_t count = 0) : memory_(static_cast<size_t>(count + LINE)) {}
+
+    float* data() {
+        const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+        return memory_.data() + (-address / sizeof(float)) % LINE;
+    }
+    int64_t count() const { return static_cast<int64_t>(memory_.size()) - LINE; }
+
+  private:
+    static constexpr int64_t LINE = 64 / sizeof(float);
+    std::vector<float> memory_;
+};
+
+// Scratch of the calling thread, kept between calls.
+float* scratch(int64_t count) {
+    thread_local Floats memory;
+    if (memory.count() < count) memory = Floats(count);
+    return memory.data();
+}
+
+int threads_for(int threads, int64_t num_bytes) {
+    return static_cast<int>(std::min<int64_t>(threads, 1 + num_bytes / BYTES_PER_THREAD));
+}
+
+}  // namespace
+
+void decode_attention(const Path& path, const AttentionCall& call, int threads) {
+    const int64_t token_elements = 2 * call.kv_heads * call.head_dim;
+    const int64_t token_bytes = token_elements * element_size(call.dtype);
+    const Heads shape{
+        call.heads, call.kv_heads, call.head_dim, rounded_up(call.head_dim, ACCUMULATOR_UNIT),
+        token_elements,
+        std::clamp<int64_t>(BLOCK_BYTES / token_bytes / 16 * 16, 16, MAX_BLOCK_TOKENS),
+        static_cast<float>(LOG2_E / std::sqrt(static_cast<double>(call.head_dim))),
+    };
+
+    const auto split_tokens = [&](int64_t length) {
+        const int64_t tokens = std::max(
+            (SPLIT_BYTES + token_bytes - 1) / token_bytes, (length + MAX_SPLITS - 1) / MAX_SPLITS);
+        return rounded_up(tokens, shape.block_tokens);
+    };
+    const auto cache_at = [&](int64_t request, int64_t token) {
+        return call.cache + (call.starts[request] + token) * token_bytes;
+    };
+    // The first block of a split, or nothing of those beyond the last request.
+    const auto first_block = [&](int64_t request, int64_t first) -> Stretch {
+        if (request < 0) return {nullptr, 0};
+        const int64_t tokens = std::min(shape.block_tokens, call.lengths[request] - first);
+        return {cache_at(request, first), tokens * token_bytes};
+    };
+    const auto attend_split = [&](int64_t request, int64_t first, Stretch next, float* state,
+                                  float* temporary) {
+        const int64_t length = call.lengths[request];
+        path.attend[call.dtype](
+            shape, call.queries + request * call.query_stride, cache_at(request, first),
+            std::min(split_tokens(length), length - first), next, state, temporary);
+    };
+    const auto finish = [&](int64_t request, const float* state) {
+        path.finish[call.dtype](shape, state, call.out + request * call.out_stride);
+    };
+
+    const int64_t requests = static_cast<int64_t>(call.lengths.size());
+    const int64_t state_size = state_floats(shape);
+    const int64_t room = scratch_floats(shape);
+    int64_t tokens = 0;
+    for (int64_t length : call.lengths) tokens += length;
+    threads = threads_for(threads, tokens * token_bytes);
+
+    Helpers& helpers = Helpers::mine();
+    if (threads == 1 || requests >= 8 * threads) {
+        helpers.run(threads, requests, [&](int64_t request) {
+            float* state = scratch(2 * state_size + room);
+            float *later = state + state_size, *temporary = later + state_size;
+            const int64_t length = call.lengths[request], step = split_tokens(length);
+            for (int64_t first = 0; first < length; first += step) {
+                const bool is_last = first + step >= length;
+                const Stretch next = is_last ? first_block(helpers.upcoming(), 0)
+                                             : first_block(request, first + step);
+                attend_split(request, first, next, first == 0 ? state : later, temporary);
+                if (first > 0) path.merge(shape, state, later);
+            }
+            finish(request, state);
+        });
+        return;
+    }
+    // Too few requests to share them out evenly: their splits are.
+    std::vector<std::pair<int64_t, int64_t>> splits;
+    for (int64_t request = 0; request < requests; ++request) {
+        const int64_t length = call.lengths[request], step = split_tokens(length);
+        for (int64_t first = 0; first < length; first += step) splits.emplace_back(request, first);
+    }
+    const int64_t count = static_cast<int64_t>(splits.size());
+    Floats states(count * state_size);
+    float* const all_states = states.data();
+    helpers.run(threads, count, [&](int64_t i) {
+        const auto [request, first] = splits[i];
+        const int64_t upcoming = helpers.upcoming();
+        const Stretch next = upcoming < 0 ? Stretch{nullptr, 0}
+                                          : first_block(splits[upcoming].first, splits[upcoming].second);
+        attend_split(request, first, next, all_states + i * state_size, scratch(room));
+    });
+    for (int64_t i = 0; i < count;) {
+        const int64_t request = splits[i].first;
+        float* state = all_states + i * state_size;
+        for (++i; i < count && splits[i].first == request; ++i) {
+            path.merge(shape, state, all_states + i * state_size);
+        }
+        finish(request, state);
+    }
+}
+
+std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
+    const Path& path, const ExpertsCall& call, int threads) {
+    const int64_t size = element_size(call.dtype);
+    const int64_t routed = call.num_tokens * call.experts_per_token;
+    std::vector<int64_t> counts;
+    for (int64_t i = 0; i < routed; ++i) {
+        const size_t expert = static_cast<size_t>(call.experts[i]);
+        if (expert >= counts.size()) counts.resize(expert + 1);
+        ++counts[expert];
+    }
+    // Tokens sorted by expert, in their order within each.
+    std::vector<int64_t> next(counts.size());
+    for (size_t e = 1; e < counts.size(); ++e) next[e] = next[e - 1] + counts[e - 1];
+    const std::vector<int64_t> starts = next;
+    std::vector<int32_t> tokens(static_cast<size_t>(routed));
+    std::vector<float> weights(static_cast<size_t>(routed));
+    for (int64_t i = 0; i < routed; ++i) {
+        const int64_t place = next[call.experts[i]]++;
+        tokens[place] = static_cast<int32_t>(i / call.experts_per_token);
+        weights[place] = call.weights[i];
+    }
+
+    Experts shape{
+        call.hidden, call.intermediate, call.x, call.x_stride / size, call.scratch,
+        call.out, call.out_stride / size,
+    };
+    const int64_t room = call.scratch_bytes / (call.intermediate * size);
+    std::vector<int64_t> left_out;
+    std::vector<ExpertGroup> groups;
+    int64_t rows = 0;
+    const auto run_groups = [&] {
+        const int64_t num_groups = static_cast<int64_t>(groups.size());
+        const int64_t expert_bytes = 3 * call.hidden * call.intermediate * size;
+        const int of = threads_for(threads, num_groups * expert_bytes);
+        const int64_t pieces = (call.intermediate + COLUMNS - 1) / COLUMNS;
+        Helpers::mine().run(of, num_groups * pieces, [&](int64_t i) {
+            const int64_t first = i % pieces * COLUMNS;
+            const int64_t last = std::min<int64_t>(first + COLUMNS, call.intermediate);
+            path.gate[call.dtype](shape, groups[i / pieces], first, last);
+        });
+        const int64_t outputs = (call.hidden + COLUMNS - 1) / COLUMNS;
+        Helpers::mine().run(of, num_groups ? outputs : 0, [&](int64_t i) {
+            const int64_t first = i * COLUMNS;
+            const int64_t last = std::min<int64_t>(first + COLUMNS, call.hidden);
+            path.project[call.dtype](shape, groups.data(), num_groups, first, last);
+        });
+        groups.clear();
+        rows = 0;
+    };
+    for (size_t i = 0; i < call.indices.size(); ++i) {
+        const size_t expert = static_cast<size_t>(call.indices[i]);
+        const int64_t count = expert < counts.size() ? counts[expert] : 0;
+        if (count == 0) continue;
+        if (count > call.max_tokens || count > room) {
+            left_out.push_back(static_cast<int64_t>(i));
+            continue;
+        }
+        if (rows + count > room) run_groups();
+        groups.push_back({
+            reinterpret_cast<const void*>(call.w13[i]), reinterpret_cast<const void*>(call.w2[i]),
+            tokens.data() + starts[expert], weights.data() + starts[expert], count, rows,
+        });
+        rows += count;
+    }
+    run_groups();
+    return {std::move(counts), std::move(left_out)};
+}
+
+uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads) {
+    std::atomic<uint64_t> all{0};
+    Helpers::mine().run(threads, (num_bytes + READ_BYTES - 1) / READ_BYTES, [&](int64_t i) {
+        const int64_t first = i * READ_BYTES;
+        all.fetch_xor(path.read(from + first, std::min(READ_BYTES, num_bytes - first)));
+    });
+    return all.load();
+}
+
+}  // namespace native

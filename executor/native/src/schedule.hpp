@@ -1,0 +1,51 @@
+// Cuts a call into pieces of work and hands them to threads. How it is cut depends on the sizes of
+// each request alone, and sums are taken in a fixed order: results depend neither on what else is
+// in the call nor on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace native {
+
+struct AttentionCall {
+    Dtype dtype;
+    int64_t heads, kv_heads, head_dim;
+    const char* queries;   // a row per request, row strides in bytes
+    int64_t query_stride;
+    const char* cache;     // (tokens, 2, kv_heads, head_dim)
+    char* out;
+    int64_t out_stride;
+    std::vector<int64_t> starts, lengths;
+};
+
+void decode_attention(const Path& path, const AttentionCall& call, int threads);
+
+struct ExpertsCall {
+    Dtype dtype;
+    int64_t hidden, intermediate, num_tokens, experts_per_token;
+    const char* x;               // row strides in bytes
+    int64_t x_stride;
+    const int64_t* experts;      // (num_tokens, experts_per_token)
+    const float* weights;        // the same
+    char* out;
+    int64_t out_stride;
+    char* scratch;               // for activations
+    int64_t scratch_bytes;
+    std::vector<int64_t> indices;          // of the experts given
+    std::vector<uintptr_t> w13, w2;        // where their weights lie
+    int64_t max_tokens;                    // of one expert; those with more are left out
+};
+
+// Tokens routed to each expert up to the last that any is routed to, and the positions in `indices`
+// of the experts that were left out.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
+    const Path& path, const ExpertsCall& call, int threads);
+
+// Read `num_bytes` bytes and do nothing with them.
+uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads);
+
+}  // namespace native

@@ -1,0 +1,148 @@
+// What every path builds from its own vectors: partial loads, powers of two, dot products.
+#pragma once
+
+#if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
+#include "simd_avx512.hpp"
+#elif defined(PATH_AVX2)
+#include "simd_avx2.hpp"
+#else
+#include "simd_portable.hpp"
+#endif
+
+// Before a loop whose length is known: its arrays become registers only if it is unrolled early.
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+// 2^x by a polynomial, to about two units in the last place; below 2^-126 it stays there.
+inline Floats power_of_two(Floats x) {
+    Floats broken;
+    const Floats whole = whole_power(clamped(x), &broken);
+    Floats value = splat(1.5403530e-4f);  // ln(2)^k / k! from k = 6 down
+    value = multiply_add(value, broken, splat(1.3333558e-3f));
+    value = multiply_add(value, broken, splat(9.6181291e-3f));
+    value = multiply_add(value, broken, splat(5.5504109e-2f));
+    value = multiply_add(value, broken, splat(2.4022651e-1f));
+    value = multiply_add(value, broken, splat(6.9314718e-1f));
+    value = multiply_add(value, broken, splat(1.0f));
+    return multiply(whole, value);
+}
+
+// WIDTH elements as VECTORS of float32, in an order of their own that `put_in_order` undoes: sums
+// over all of them need none, and a bfloat16 is widened faster in pairs.
+template <typename T>
+struct Pack {
+    static constexpr int VECTORS = 1, WIDTH = LANES;
+
+    template <int VECTOR>
+    static Floats vector(const T* from) {
+        return widen(from);
+    }
+    static void put_in_order(Floats (&)[VECTORS]) {}
+};
+
+template <>
+struct Pack<Bf16> {
+    static constexpr int VECTORS = 2, WIDTH = 2 * LANES;
+
+    template <int VECTOR>
+    static Floats vector(const Bf16* from) {
+        return VECTOR == 0 ? widen_even(from) : widen_odd(from);
+    }
+    static void put_in_order(Floats (&pair)[VECTORS]) { interleave(pair[0], pair[1]); }
+};
+
+// The last, partial step of a row of T, padded with zeros.
+template <typename T, int WIDTH>
+struct Padded {
+    T elements[WIDTH];
+
+    const T* from(const T* row, int64_t count) {
+        std::memset(elements, 0, sizeof elements);
+        std::memcpy(elements, row, count * sizeof(T));
+        return elements;
+    }
+};
+
+// Dot products of rows, STEP elements at a time in PASSES passes, into LANES sums.
+template <typename T>
+struct Dot {
+    static constexpr int STEP = Pack<T>::WIDTH, PASSES = Pack<T>::VECTORS;
+    using Operand = Floats;
+
+    template <int PASS>
+    static Operand load(const T* from) {
+        return Pack<T>::template vector<PASS>(from);
+    }
+
+    static Floats step(Floats sums, Operand a, Operand b) { return multiply_add(a, b, sums); }
+
+    // A row that is used again and again is widened once. It is padded with zeros.
+    static void prepare(const T* row, int64_t count, float* prepared) {
+        Padded<T, STEP> padded;
+        for (int64_t i = 0; i < count; i += STEP, prepared += STEP) {
+            const T* from = i + STEP <= count ? row + i : padded.from(row + i, count - i);
+            store(prepared, load<0>(from));
+            if constexpr (PASSES == 2) store(prepared + LANES, load<1>(from));
+        }
+    }
+
+    template <int PASS>
+    static Operand prepared(const float* row, int64_t i) {
+        return widen(row + i + PASS * LANES);
+    }
+};
+
+#ifdef PATH_AVX512_BF16
+template <>
+struct Dot<Bf16> {
+    static constexpr int STEP = 2 * LANES, PASSES = 1;
+    using Operand = __m512bh;
+
+    template <int PASS>
+    static Operand load(const Bf16* from) {
+        return (__m512bh)_mm512_loadu_si512(from);
+    }
+
+    static Floats step(Floats sums, Operand a, Operand b) { return _mm512_dpbf16_ps(sums, a, b); }
+
+    static void prepare(const Bf16* row, int64_t count, float* prepared) {
+        std::memcpy(prepared, row, count * sizeof(Bf16));
+        std::memset(reinterpret_cast<Bf16*>(prepared) + count, 0, (-count & (STEP - 1)) * 2);
+    }
+
+    template <int PASS>
+    static Operand prepared(const float* row, int64_t i) {
+        return load<PASS>(reinterpret_cast<const Bf16*>(row) + i);
+    }
+};
+#endif
+
+// targets[i] = the sum over the lanes of partial[i].
+inline void finish_sums(const Floats* partial, float* targets) {
+#if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
+    // A tree of transpositions: each level halves the vectors and adds what they hold.
+    __m512 eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i) {
+        const int first = i < 4 ? i : i + 4;
+        const __m512 a = partial[first], b = partial[first + 4];
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = eight[i], b = eight[i + 4];
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = four[i], b = four[i + 2];
+        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    // In each 128 bits: (a, c, a, c) and (b, d, b, d), each twice with half of its sum.
+    const __m512 low = _mm512_unpacklo_ps(two[0], two[1]), high = _mm512_unpackhi_ps(two[0], two[1]);
+    _mm512_storeu_ps(targets, _mm512_add_ps(low, high));
+#else
+    UNROLL
+    for (int i = 0; i < SUMS; ++i) targets[i] = sum(partial[i]);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,80 @@
+// Eight lanes: AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalars.hpp"
+
+namespace {
+
+constexpr int SUMS = 8;        // dot products that are taken together in attention
+constexpr int VALUE_SUMS = 8;  // vectors of weighted values that are summed together
+constexpr int LANES = 8;
+constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
+constexpr int GEMM_TOKENS = 4; // by so many tokens at most
+
+using Floats = __m256;
+
+inline Floats splat(float value) { return _mm256_set1_ps(value); }
+inline Floats zeros() { return _mm256_setzero_ps(); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+
+inline Floats widen(const float* from) { return _mm256_loadu_ps(from); }
+
+// Every other one of 2 * LANES elements: one instruction each.
+inline __m256i pairs_of(const Bf16* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+inline Floats widen_even(const Bf16* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(pairs_of(from), 16));
+}
+
+inline Floats widen_odd(const Bf16* from) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs_of(from), _mm256_set1_epi32(-65536)));
+}
+
+// The reverse: `even` becomes the first LANES of them, `odd` the others.
+inline void interleave(Floats& even, Floats& odd) {
+    const Floats low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    even = _mm256_permute2f128_ps(low, high, 0x20);
+    odd = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+inline Floats widen(const Fp16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+inline void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
+
+inline float sum(Floats values) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+inline float maximum(Floats values) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+// 2^x split into its whole and its broken power; x is within -126 and 127.
+inline Floats whole_power(Floats x, Floats* broken) {
+    const Floats rounded = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    *broken = _mm256_sub_ps(x, rounded);
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(rounded), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+
+inline Floats clamped(Floats x) {
+    return _mm256_min_ps(_mm256_max_ps(x, splat(-126.0f)), splat(127.0f));
+}
+
+inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T1); }
+
+}  // namespace

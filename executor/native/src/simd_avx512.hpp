@@ -1,0 +1,70 @@
+// Sixteen lanes: AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalars.hpp"
+
+namespace {
+
+constexpr int SUMS = 16;       // dot products that are taken together in attention
+constexpr int VALUE_SUMS = 16; // vectors of weighted values that are summed together
+constexpr int LANES = 16;
+constexpr int GEMM_ROWS = 4;   // rows of a weight matrix that are multiplied together
+constexpr int GEMM_TOKENS = 6; // by so many tokens at most
+
+using Floats = __m512;
+
+inline Floats splat(float value) { return _mm512_set1_ps(value); }
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+inline Floats widen(const float* from) { return _mm512_loadu_ps(from); }
+
+// Every other one of 2 * LANES elements: one instruction each.
+inline Floats widen_even(const Bf16* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16));
+}
+
+inline Floats widen_odd(const Bf16* from) {
+    const __m512i high = _mm512_set1_epi32(-65536);
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), high));
+}
+
+// The reverse: `even` becomes the first LANES of them, `odd` the others.
+inline void interleave(Floats& even, Floats& odd) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const Floats low = _mm512_permutex2var_ps(even, first, odd);
+    odd = _mm512_permutex2var_ps(even, second, odd);
+    even = low;
+}
+
+inline Floats widen(const Fp16* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
+
+inline float sum(Floats values) { return _mm512_reduce_add_ps(values); }
+inline float maximum(Floats values) { return _mm512_reduce_max_ps(values); }
+
+// 2^x split into its whole and its broken power; x is within -126 and 127.
+inline Floats whole_power(Floats x, Floats* broken) {
+    const Floats rounded = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    *broken = _mm512_sub_ps(x, rounded);
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(rounded), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+
+inline Floats clamped(Floats x) {
+    return _mm512_min_ps(_mm512_max_ps(x, splat(-126.0f)), splat(127.0f));
+}
+
+inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T1); }
+
+}  // namespace

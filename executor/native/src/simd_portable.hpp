@@ -1,0 +1,92 @@
+// Four lanes in the compiler's own vectors: SSE2 on x86, NEON on ARM, plain code elsewhere.
+#pragma once
+
+#include "scalars.hpp"
+
+namespace {
+
+constexpr int SUMS = 8;        // dot products that are taken together in attention
+constexpr int VALUE_SUMS = 8;  // vectors of weighted values that are summed together
+constexpr int LANES = 4;
+constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
+constexpr int GEMM_TOKENS = 4; // by so many tokens at most
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+
+inline Floats splat(float value) { return Floats{value, value, value, value}; }
+inline Floats zeros() { return splat(0.0f); }
+inline Floats add(Floats a, Floats b) { return a + b; }
+inline Floats multiply(Floats a, Floats b) { return a * b; }
+inline Floats divide(Floats a, Floats b) { return a / b; }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+
+inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Floats widen(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline Words widen_bits(const void* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return __builtin_convertvector(halves, Words);
+}
+
+// Every other one of 2 * LANES elements: one instruction each.
+inline Words pairs_of(const Bf16* from) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return pairs;
+}
+
+inline Floats widen_even(const Bf16* from) { return (Floats)(pairs_of(from) << 16); }
+inline Floats widen_odd(const Bf16* from) { return (Floats)(pairs_of(from) & 0xffff0000u); }
+
+// The reverse: `even` becomes the first LANES of them, `odd` the others.
+inline void interleave(Floats& even, Floats& odd) {
+    const Floats first = {even[0], odd[0], even[1], odd[1]};
+    odd = Floats{even[2], odd[2], even[3], odd[3]};
+    even = first;
+}
+
+inline Floats widen(const Fp16* from) {
+    const Words bits = widen_bits(from), magnitude = (bits & 0x7fffu) << 13;
+    const Words scaled = (Words)((Floats)magnitude * splat(0x1p112f));
+    const Words special = magnitude | 0x7f800000u;
+    const Words is_special = (Words)((bits & 0x7c00u) == 0x7c00u);
+    return (Floats)(((bits & 0x8000u) << 16) | (is_special & special) | (~is_special & scaled));
+}
+
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+inline float sum(Floats values) { return (values[0] + values[2]) + (values[1] + values[3]); }
+
+inline float maximum(Floats values) {
+    const float a = values[0] > values[2] ? values[0] : values[2];
+    const float b = values[1] > values[3] ? values[1] : values[3];
+    return a > b ? a : b;
+}
+
+// 2^x split into its whole and its broken power; x is within -126 and 127.
+inline Floats whole_power(Floats x, Floats* broken) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+    const Floats rounded = x + magic;
+    *broken = x - (rounded - magic);
+    const Integers whole = (Integers)rounded - 0x4b400000;
+    return (Floats)((whole + 127) << 23);
+}
+
+inline Floats clamped(Floats x) {
+    const Floats low = splat(-126.0f), high = splat(127.0f);
+    const Floats raised = greater(x, low);
+    return raised < high ? raised : high;
+}
+
+inline void prefetch(const char* address) { __builtin_prefetch(address, 0, 2); }
+
+}  // namespace

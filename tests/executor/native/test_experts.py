@@ -1,0 +1,110 @@
+"""The experts' FFN by every path against torch in float32, from the same inputs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor import native
+from executor.model import ExpertWeights, Routing, Workspace, experts, run_experts
+from tests.executor.model.tolerances import DTYPES, assert_same
+from tests.executor.native.support import PATHS, on_threads
+
+
+def make(dtype, *, tokens, hidden, intermediate, num_experts, per_token):
+    weights = [
+        ExpertWeights(
+            (torch.randn(2 * intermediate, hidden) * hidden**-0.5).to(dtype),
+            (torch.randn(hidden, intermediate) * intermediate**-0.5).to(dtype),
+        )
+        for _ in range(num_experts)
+    ]
+    scores = torch.rand(tokens, num_experts).softmax(-1)
+    return torch.randn(tokens, hidden).to(dtype), Routing(*scores.topk(per_token)), weights
+
+
+def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10**6):
+    out = torch.ones_like(x)
+    workspace = Workspace(torch.empty(bytes_of_workspace, dtype=torch.uint8))
+    with native.using(kernels), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(experts.MAX_NATIVE_TOKENS, x.dtype, max_tokens)
+        counts = run_experts(x, routing, enumerate(weights), out, workspace)
+    assert workspace.mark() == 0
+    return out, counts
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_equals_torch(path, dtype, data):
+    num_experts = data.draw(st.integers(1, 6), "experts")
+    x, routing, weights = make(
+        dtype,
+        tokens=data.draw(st.integers(0, 40), "tokens"),
+        hidden=data.draw(st.integers(1, 80), "hidden"),
+        intermediate=data.draw(st.integers(1, 80), "intermediate"),
+        num_experts=num_experts,
+        per_token=data.draw(st.integers(1, num_experts), "experts per token"),
+    )
+    max_tokens = data.draw(st.sampled_from([0, 4, 16, 10**9]), "max tokens")
+    out, counts = run(native.Kernels(path), x, routing, weights, max_tokens=max_tokens)
+    wide = [ExpertWeights(each.w13.float(), each.w2.float()) for each in weights]
+    exact, exact_counts = run(None, x.float(), routing, wide)
+    if len(x):
+        assert_same(out, exact)
+    assert counts == exact_counts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
+    x, routing, weights = make(
+        dtype, tokens=11, hidden=96, intermediate=336, num_experts=5, per_token=3
+    )
+    kernels = native.Kernels(path)
+    together, _ = on_threads(1, lambda: run(kernels, x, routing, weights))
+    for threads in (2, 4):
+        assert torch.equal(
+            on_threads(threads, lambda: run(kernels, x, routing, weights)[0]), together
+        )
+    for t in range(len(x)):
+        one = Routing(routing.weights_TK[t : t + 1], routing.experts_TK[t : t + 1])
+        assert torch.equal(run(kernels, x[t : t + 1], one, weights)[0][0], together[t])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_experts_take_turns_where_room_is_short(path):
+    """The plan has room for one expert with every token, not for all experts at once."""
+    x, routing, weights = make(
+        torch.float32, tokens=9, hidden=16, intermediate=64, num_experts=8, per_token=7
+    )
+    kernels = native.Kernels(path)
+    rows = 9 * (16 + 2 * 64) // 64
+    assert rows < 9 * 7
+    room = rows * 64 * 4
+    out, _ = run(kernels, x, routing, weights, bytes_of_workspace=room)
+    assert_same(out, run(None, x, routing, weights)[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_experts_of_many_tokens_are_left_to_torch(path):
+    x, routing, weights = make(
+        torch.float32, tokens=24, hidden=16, intermediate=32, num_experts=3, per_token=1
+    )
+    routing.experts_TK[:20] = 1
+    routing.experts_TK[20:] = 2
+    out, scratch = torch.zeros_like(x), torch.empty(24, 32)
+    listed = [(index, each.w13, each.w2) for index, each in enumerate(weights)]
+    counts, left_out = native.Kernels(path).run_experts(
+        x, routing.weights_TK, routing.experts_TK, listed, out, scratch, max_tokens=19
+    )
+    assert counts == [0, 20, 4]
+    assert left_out == [1]
+    assert not out[:20].any()
+    assert out[20:].any(dim=1).all()
