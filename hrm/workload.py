@@ -5,6 +5,10 @@ from typing import Final
 
 from hrm.errors import WorkloadError
 
+# Beyond these, bytes of a whole batch would overflow 64-bit integers.
+MAX_LEN: Final = 10**7
+MAX_REQUESTS: Final = 10**15
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -36,9 +40,16 @@ class Workload:
                 self.mean_gen_len is None or 1 <= self.mean_gen_len <= self.gen_len,
                 f"must lie between 1 and gen_len {self.gen_len}",
             ),
+            *(
+                (field, value, value <= MAX_LEN, f"must be at most {MAX_LEN:,}")
+                for field, value in (
+                    ("max_prompt_len", self.max_prompt_len), ("gen_len", self.gen_len)
+                )
+            ),
             (
                 "num_requests", self.num_requests,
-                self.num_requests is None or self.num_requests >= 1, "must be at least 1",
+                self.num_requests is None or 1 <= self.num_requests <= MAX_REQUESTS,
+                f"must lie between 1 and {MAX_REQUESTS:,}",
             ),
         )  # fmt: skip
         for field, value, holds, rule in rules:

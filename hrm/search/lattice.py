@@ -89,7 +89,7 @@ def coarse(space: Space, kind: Kind) -> Ints:
         batches = -(-requests // np.arange(1, _BATCHES + 1))
         equal = _product(batches, numbers)
         equal[:, 0] = -(-equal[:, 0] // equal[:, 1])
-        pairs = np.concatenate([pairs, equal])
+        pairs = np.concatenate([pairs, equal[equal[:, 0] <= most_sizes]])
     places = places_of(kind, levelled(pairs, requests), COARSE_KV_SHARES)
     return places if kind.gpu_ffn else _with_parts(places, COARSE_PARTS)
 

@@ -23,7 +23,7 @@ from hrm.search.result import Outcome
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
 from hrm.units import GB
-from hrm.workload import WORKLOADS, Workload
+from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload
 from tests.hrm.support import figure, machine, random_spec, random_varied_spec, tiny_spec
 
 WORKLOAD = Workload(name="test", prompt_len=30, max_prompt_len=50, gen_len=12, num_requests=12)
@@ -266,6 +266,14 @@ def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workloa
         assert other.tokens_per_s <= best.tokens_per_s
     for found in (best, *result.runner_ups):
         assert found.tokens_per_s <= found.bound_tokens_per_s * 1.002
+
+
+def test_requests_beyond_counting_are_planned_for_like_prompts_without_end():
+    spec, profile = BUILT_IN_MODELS["dbrx"], compose("1xT4")
+    endless = search(spec, profile, WORKLOADS["mtbench"], dtype="float16").require()
+    workload = replace(WORKLOADS["mtbench"], num_requests=MAX_REQUESTS)
+    many = search(spec, profile, workload, dtype="float16").require()
+    assert many.tokens_per_s == pytest.approx(endless.tokens_per_s, rel=1e-3)
 
 
 def test_of_equal_policies_the_one_with_fewer_micro_batches_is_chosen():

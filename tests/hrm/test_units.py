@@ -91,6 +91,9 @@ def test_named_workloads_are_those_of_the_paper():
     [({"prompt_len": 0}, "prompt_len is 0"), ({"gen_len": 0}, "gen_len is 0"),
      ({"max_prompt_len": 9}, "max_prompt_len is 9: must be at least the mean prompt_len 10"),
      ({"num_requests": 0}, "num_requests is 0"),
+     ({"num_requests": 10**16}, "num_requests is 10+: must lie between 1 and 1,000,000,000"),
+     ({"gen_len": 10**30}, "gen_len is 10+: must be at most 10,000,000"),
+     ({"max_prompt_len": 10**8}, "max_prompt_len is 10+: must be at most 10,000,000"),
      ({"prompt_len": float("nan")}, "prompt_len is nan")],
 )  # fmt: skip
 def test_impossible_lengths_are_refused(changes, message):
