@@ -148,12 +148,13 @@ def _draw(axes: Any, trace: Trace, lanes: list[Lane], factor: float, *, thin_s: 
                 by_kind[span.id.kind].append(span)
         for kind, spans in by_kind.items():
             look = LOOKS[kind]
-            # An edge in another colour would cover a thin bar, and a hatch would not be seen.
+            # An edge would draw a short task longer than it is, and a lane of many as always busy;
+            # a hatch would not be seen.
             thin = median(span.seconds for span in spans) < thin_s
             axes.broken_barh(
                 [((s.start_s - start_s) * factor, s.seconds * factor) for s in spans],
-                (row - 0.38, 0.76), facecolor=look.colour, linewidth=0.3,
-                edgecolor=look.colour if thin else look.line, hatch="" if thin else look.hatch,
+                (row - 0.38, 0.76), facecolor=look.colour, linewidth=0.0 if thin else 0.3,
+                edgecolor=look.line, hatch="" if thin else look.hatch, snap=False,
                 gid=f"{lane} {kind.name}",
             )  # fmt: skip
         axes.text(1.01, row, f"{shares.get(lane, 0.0):.0%}", transform=axes.get_yaxis_transform(),

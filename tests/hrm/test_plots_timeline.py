@@ -9,6 +9,7 @@ from random import Random
 import msgspec
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from hrm.cli.timelines import fitting_all, in_order, of_run, of_schedules
 from hrm.costs import Costs
@@ -21,7 +22,7 @@ from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import PolicyFile, profile_hash
 from hrm.schedules import iter_tasks
 from hrm.simulate import simulate
-from hrm.tasks import Device, Lane, Phase, TaskKind
+from hrm.tasks import Device, Lane, Phase, TaskId, TaskKind
 from hrm.trace import Span, Trace, write_chrome_trace
 from hrm.units import GB
 from hrm.validate import (
@@ -73,6 +74,22 @@ def bars(axes) -> dict[str, list[tuple[float, float]]]:
             xs = path.vertices[:, 0]
             found[collection.get_gid()].append((xs.min(), xs.max()))
     return found
+
+
+def test_tasks_too_short_to_see_leave_as_much_ink_as_their_lane_is_busy():
+    loads = [
+        Span(TaskId(TaskKind.LOAD_PAGE, 0, i), Lane.H2D, i * 1e-3, (i + share) * 1e-3)
+        for i, share in enumerate(Random(0).uniform(0.05, 0.35) for _ in range(3000))
+    ]
+    trace = Trace(tuple(loads))
+    figure = plot_timeline({"short tasks": trace})
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255
+    box = figure.axes[0].bbox
+    row = pixels[round(len(pixels) - (box.y0 + box.y1) / 2), round(box.x0) + 5 : round(box.x1) - 5]
+    blank = 1 - np.array(to_rgb(LOOKS[TaskKind.LOAD_PAGE].colour))
+    ink = (1 - row) @ blank / (blank @ blank)
+    assert ink.mean() == pytest.approx(trace.utilisation()[Lane.H2D], rel=0.1)
 
 
 @pytest.mark.parametrize("trace", [decode(), prefill()], ids=["decode", "prefill"])
