@@ -7,9 +7,11 @@ executed as they stand; the paper's six-tuple (N, μ, A_g, F_g, r_w, r_c) is der
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import ceil
 
 from hrm.errors import PolicyError
 from hrm.model_spec import ModelSpec
+from hrm.numeric import Number
 from hrm.tasks import Device
 from hrm.units import DTYPE_BYTES
 
@@ -174,11 +176,21 @@ def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     return (0,) * without + tuple(counts)
 
 
-def kv_tokens_for(micro_batch_size: int, mean_context_len: float, max_context_len: int) -> int:
-    """KV cache tokens a micro-batch needs, in whole blocks.
+def kv_tokens_for(
+    micro_batch_size: Number, mean_context_len: float, max_context_len: int
+) -> Number:
+    """KV cache tokens that a micro-batch needs, in whole blocks.
 
-    Room for `micro_batch_size` requests of mean length, each with half a block lost to rounding,
-    and for at least one request of the greatest length.
+    Room for one request of the greatest length and `micro_batch_size` - 1 of mean length, each with
+    half a block lost to rounding, or a whole one if all are about as long. The greatest is beyond
+    the mean by as much as balancing may leave between micro-batches, so that no few requests are
+    left over for a batch of their own, which takes as many steps as a full one.
     """
-    tokens = max(micro_batch_size * (mean_context_len + KV_BLOCK_TOKENS / 2), max_context_len)
-    return -(-round(tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+    longest = _in_blocks(max_context_len)
+    nearly_equal = longest - mean_context_len < KV_BLOCK_TOKENS
+    each = longest if nearly_equal else ceil(mean_context_len + KV_BLOCK_TOKENS / 2)
+    return _in_blocks(longest + (micro_batch_size - 1) * each)
+
+
+def _in_blocks(tokens: Number) -> Number:
+    return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import Point
-from hrm.policy import KV_BLOCK_TOKENS, Policy, spread_experts
+from hrm.policy import Policy, kv_tokens_for, spread_experts
 from hrm.search.fit import Ints, fits_memory, most_residents
 from hrm.search.space import Kind, Space
 from hrm.tasks import Device
-from hrm.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,16 +147,11 @@ def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) 
         "gpu_kv_micro_batches": on_gpu,
         "resident_dense": dense,
         "chunk_tokens": chunk,
-        "kv_tokens": _kv_tokens(space.workload, micro_batch_size),
+        "kv_tokens": kv_tokens_for(
+            micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len
+        ),
     }
     most = most_residents(space, kind, numbers)
     total = np.maximum(most, 0) * parts // ALL_THAT_FIT
     fits = (most >= 0) & fits_memory(space, kind, numbers, total)
     return Grid(kind=kind, **numbers, most_residents=most, resident_total=total, fits=fits)
-
-
-def _kv_tokens(workload: Workload, micro_batch_size: Ints) -> Ints:
-    """`hrm.policy.kv_tokens_for` for an array."""
-    mean = micro_batch_size * (workload.mean_context_len + KV_BLOCK_TOKENS / 2)
-    tokens = np.rint(np.maximum(mean, workload.max_context_len)).astype(np.int64)
-    return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS

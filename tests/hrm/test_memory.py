@@ -2,6 +2,7 @@
 
 from random import Random
 
+import numpy as np
 import pytest
 
 from hrm.errors import PolicyError
@@ -117,8 +118,9 @@ def test_one_level_holds_both_purposes_and_refuses_what_is_too_much():
 
 def test_a_micro_batchs_cache_holds_its_requests_and_the_longest():
     assert kv_tokens_for(1, 100, 600) == 608
-    assert kv_tokens_for(32, 205, 546) == 32 * 213 + (-32 * 213) % 16
+    assert kv_tokens_for(32, 205, 546) == 560 + 31 * 213 + -(560 + 31 * 213) % 16
     for requests in (1, 3, 8):
-        tokens = kv_tokens_for(requests, 33, 33)
-        assert tokens % 16 == 0
-        assert tokens >= requests * 33
+        assert kv_tokens_for(requests, 33, 33) == requests * 48
+    sizes = np.array([1, 2, 7, 32])
+    one_by_one = [kv_tokens_for(size, 205, 546) for size in sizes.tolist()]
+    assert kv_tokens_for(sizes, 205, 546).tolist() == one_by_one

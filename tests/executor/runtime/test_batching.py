@@ -1,11 +1,15 @@
 """Algorithm 2: nobody is dropped, no cache is exceeded, μ is kept."""
 
+from collections.abc import Callable
+from random import Random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from executor.batching import Batcher, Request, chunks, pack, policy_for
 from executor.sampling import SamplingParams
-from hrm.policy import KV_BLOCK_TOKENS
+from hrm.policy import KV_BLOCK_TOKENS, kv_tokens_for
 from tests.executor.runtime.support import make_policy
 
 policies = st.builds(
@@ -47,6 +51,35 @@ def test_no_request_is_dropped_and_no_limit_exceeded(requests, policy):
                 seen.append(placed.request.name)
             assert end <= policy.kv_tokens_per_micro_batch
     assert sorted(seen) == sorted(request.name for request in requests)
+
+
+LENGTHS: dict[str, Callable[[Random], int]] = {
+    "skewed": lambda rng: min(512, 1 + int(80 * rng.lognormvariate(0, 1))),
+    "few long": lambda rng: 512 if rng.random() < 0.1 else rng.randint(1, 128),
+    "even": lambda rng: rng.randint(1, 512),
+    "nearly equal": lambda rng: rng.randint(510, 512),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_the_planned_cache_holds_a_whole_batch_with_no_few_requests_left_over(lengths):
+    rng = Random(lengths)
+    for _trial in range(60):
+        size, count = rng.choice([1, 2, 3, 6, 13, 36]), rng.choice([2, 3, 8, 43])
+        requests = [
+            Request("", (1,) * LENGTHS[lengths](rng), SamplingParams(max_tokens=32))
+            for _ in range(size * count - rng.randrange(size))
+        ]
+        contexts = [len(request.prompt) + 32 for request in requests]
+        policy = make_policy(
+            2,
+            micro_batch_size=size,
+            batch_size=len(requests),
+            kv_tokens_per_micro_batch=kv_tokens_for(
+                size, sum(contexts) / len(contexts), max(contexts)
+            ),
+        )
+        assert not pack(requests, policy)[1], (size, count)
 
 
 @given(request_lists, policies)
