@@ -84,7 +84,7 @@ def test_tasks_too_short_to_see_leave_as_much_ink_as_their_lane_is_busy():
     trace = Trace(tuple(loads))
     figure = plot_timeline({"short tasks": trace})
     figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255  # pyright: ignore[reportAttributeAccessIssue]
     box = figure.axes[0].bbox
     row = pixels[round(len(pixels) - (box.y0 + box.y1) / 2), round(box.x0) + 5 : round(box.x1) - 5]
     blank = 1 - np.array(to_rgb(LOOKS[TaskKind.LOAD_PAGE].colour))
