@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.architecture import Architecture
 from executor.model.layout import DenseWeights
+from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import kernels
@@ -28,7 +29,7 @@ def pre_attention(
     `positions_T` are integers from 0, on the device of the other tensors.
     """
     mark = workspace.mark()
-    torch.mm(normed(arch, x_TD, dense.attention_norm, workspace), dense.qkv.T, out=qkv_out_TX)
+    project(normed(arch, x_TD, dense.attention_norm, workspace), dense.qkv, qkv_out_TX)
     workspace.release(mark)
     if arch.clip_qkv is not None:
         qkv_out_TX.clamp_(-arch.clip_qkv, arch.clip_qkv)

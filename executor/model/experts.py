@@ -6,7 +6,6 @@ R requests, V vocab, n tokens that go to one expert.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from torch.nn import functional
 
 from executor.model.architecture import Architecture
 from executor.model.layout import DenseWeights, ExpertWeights
+from executor.model.linear import add_projected, max_native_tokens, project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
-from executor.native import Kernels, kernels
+from executor.native import Kernels, activation_floats, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def post_attention(
 
     Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
     """
-    hidden_TD.addmm_(attention_TQ, dense.output.T)
+    add_projected(attention_TQ, dense.output, hidden_TD)
     x_TD = normed(arch, hidden_TD, dense.ffn_norm, workspace)
     return x_TD, route(arch, x_TD, dense.router)
 
@@ -50,12 +50,6 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
     return Routing(weights_TK, experts_TK)
 
 
-# An expert of more tokens is computed by torch, whose kernels for many rows are as fast or faster.
-# Here the two cross on a Xeon with AVX-512 and without AMX, as tests/bench/test_native.py shows; in
-# bfloat16 they do not cross up to 64, but where torch has AMX they would.
-MAX_NATIVE_TOKENS: Final = {torch.bfloat16: 32, torch.float16: 16, torch.float32: 24}
-
-
 def run_experts(
     x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
     out_TD: Tensor, workspace: Workspace,
@@ -64,8 +58,8 @@ def run_experts(
 
     Returns how many tokens are routed to each expert, given or not, up to the last that any is.
     Experts may come lazily and in any order; those that no token goes to are skipped. `out_TD` may
-    be the residual stream itself, but not `x_TD`. On the CPU the native kernels compute the experts
-    of few tokens if they are there, torch all others.
+    be the residual stream itself, but not `x_TD`. On the CPU the native kernels, if they are there,
+    compute the experts of at most `max_native_tokens`, torch all others.
     """
     native = kernels()
     if native is None or not native.takes_experts(
@@ -88,14 +82,14 @@ def _run_natively(
     tokens, hidden = x_TD.shape
     intermediate = experts[0][1].w2.shape[1]
     # As much as torch would take for one expert with all tokens, or less if that is enough.
-    planned = tokens * (hidden + 2 * intermediate) // intermediate
-    rows = min(planned, routing.experts_TK.numel())
+    planned = tokens * (hidden + 2 * intermediate) * x_TD.itemsize // torch.float32.itemsize
+    enough = routing.experts_TK.numel() * activation_floats(intermediate)
     mark = workspace.mark()
-    activations = workspace.take((rows, intermediate), x_TD.dtype)
     done = native.run_experts(
         x_TD, routing.weights_TK, routing.experts_TK,
-        [(index, weights.w13, weights.w2) for index, weights in experts],
-        out_TD, activations, max_tokens=MAX_NATIVE_TOKENS[x_TD.dtype],
+        [(index, weights.w13, weights.w2) for index, weights in experts], out_TD,
+        workspace.take((min(planned, enough),), torch.float32),
+        max_tokens=max_native_tokens(x_TD.dtype),
     )  # fmt: skip
     workspace.release(mark)
     return done
@@ -145,9 +139,9 @@ def logits(
     mark = workspace.mark()
     x_RD = normed(arch, hidden_RD, final_norm_D, workspace)
     if x_RD.dtype is torch.float32:
-        torch.mm(x_RD, lm_head_VD.T, out=logits_RV)
+        project(x_RD, lm_head_VD, logits_RV)
     else:
         narrow_RV = workspace.take(shape, x_RD.dtype)
-        logits_RV.copy_(torch.mm(x_RD, lm_head_VD.T, out=narrow_RV))
+        logits_RV.copy_(project(x_RD, lm_head_VD, narrow_RV))
     workspace.release(mark)
     return logits_RV

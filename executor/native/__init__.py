@@ -1,4 +1,4 @@
-"""C++ kernels for what the CPU computes in decode: attention and the experts' FFN for few tokens.
+"""C++ kernels for what the CPU computes: decode attention, projections and the experts' FFN.
 
 They are there if a C++ compiler was when the package was installed; otherwise, and with
 EXECUTOR_NATIVE=0 in the environment, the same is computed by torch. Of several paths through them,
@@ -8,7 +8,7 @@ in the calling one, and without the interpreter's lock. No request's result depe
 computed with it, nor on the number of threads.
 
 R requests, C tokens of a cache, G kv heads, d head_dim, Q = heads*head_dim, X = Q+2KV; T tokens,
-D hidden, I intermediate, K experts per token.
+D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
 """
 
 import os
@@ -32,6 +32,12 @@ _DTYPES: Final = {
     torch.float32: "float32",
 }
 _HEAD_DIM_UNIT: Final = 8
+_ACTIVATION_UNIT: Final = 32  # COLUMNS in kernels.hpp
+
+
+def activation_floats(intermediate: int) -> int:
+    """Float32 elements that `run_experts` needs for the activations of one token."""
+    return -(-intermediate // _ACTIVATION_UNIT) * _ACTIVATION_UNIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +100,22 @@ class Kernels:
 
     def run_experts(
         self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor,
-        experts: Sequence[tuple[int, Tensor, Tensor]], out_TD: Tensor, scratch_NI: Tensor, *,
+        experts: Sequence[tuple[int, Tensor, Tensor]], out_TD: Tensor, scratch: Tensor, *,
         max_tokens: int,
     ) -> tuple[list[int], list[int]]:  # fmt: skip
         """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
 
-        Experts with more than `max_tokens` tokens, or than `scratch_NI` has rows, are left out.
-        Returns how many tokens are routed to each expert, up to the last that any is, and the
-        positions in `experts` of those left out.
+        `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
+        an expert; as many experts as it has room for are computed together. Those of more tokens
+        than `max_tokens`, or than it has room for, are left out. Returns how many tokens are routed
+        to each expert, up to the last that any is, and the positions in `experts` of those left
+        out.
         """
         return _module().run_experts(
             path=self.path,
             dtype=_DTYPES[x_TD.dtype],
             hidden=x_TD.shape[1],
-            intermediate=scratch_NI.shape[1],
+            intermediate=experts[0][2].shape[1],
             num_tokens=len(x_TD),
             experts_per_token=experts_TK.shape[1],
             x=x_TD.data_ptr(),
@@ -116,12 +124,39 @@ class Kernels:
             weights=weights_TK.data_ptr(),
             out=out_TD.data_ptr(),
             out_stride=out_TD.stride(0) * x_TD.itemsize,
-            scratch=scratch_NI.data_ptr(),
-            scratch_bytes=scratch_NI.nbytes,
+            scratch=scratch.data_ptr(),
+            scratch_floats=len(scratch),
             indices=[index for index, _, _ in experts],
             w13=[w13.data_ptr() for _, w13, _ in experts],
             w2=[w2.data_ptr() for _, _, w2 in experts],
             max_tokens=max_tokens,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> bool:
+        """Whether `linear` can compute this; it is torch's otherwise."""
+        return (
+            x_TW.is_cpu
+            and x_TW.dtype in _DTYPES
+            and weight_NW.dtype is out_TN.dtype is x_TW.dtype
+            and weight_NW.is_contiguous()
+            and x_TW.stride(-1) == out_TN.stride(-1) == 1
+        )
+
+    def linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> None:
+        """`out = x @ weight.T`, or added to what `out_TN` holds; float32 sums, rounded once."""
+        _module().linear(
+            path=self.path,
+            dtype=_DTYPES[x_TW.dtype],
+            tokens=len(x_TW),
+            width=x_TW.shape[1],
+            rows=len(weight_NW),
+            x=x_TW.data_ptr(),
+            x_stride=x_TW.stride(0),
+            w=weight_NW.data_ptr(),
+            out=out_TN.data_ptr(),
+            out_stride=out_TN.stride(0),
+            add=add,
             threads=torch.get_num_threads(),
         )
 
@@ -148,6 +183,18 @@ def paths() -> list[str]:
     """The paths that this processor can take, the fastest first; none if nothing was built."""
     module = _module()
     return module.paths() if module else []
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles, as torch then does and we do not."""
+    return bool(_module() and _module().has_amx())
+
+
+@cache
+def is_intel() -> bool:
+    """Whether Intel made the processor: its MKL, which torch calls, chooses its kernels by that."""
+    return bool(_module() and _module().is_intel())
 
 
 @cache
@@ -187,7 +234,7 @@ def using(these: Kernels | None) -> Iterator[None]:
 
 
 def description() -> str:
-    """In words, what computes attention and small experts on the CPU."""
+    """In words, what computes on the CPU."""
     if made := kernels():
         return f"native ({made.path})"
     if not paths():

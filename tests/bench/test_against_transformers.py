@@ -46,49 +46,50 @@ class Theirs:
 
     def generate(self, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
         """The new tokens, greedy."""
+        out = self.decode(self.prefill(prompts), new_tokens)
+        return out[:, prompts.shape[1] :]
+
+    def prefill(self, prompts: torch.Tensor) -> Any:
+        """What `generate` returns for one new token, its cache included."""
+        return self._generate(self.form[0], prompts, 1, return_dict_in_generate=True)
+
+    def decode(self, prefilled: Any, new_tokens: int) -> torch.Tensor:
+        """Prompts and new tokens; the cache is used up."""
+        return self._generate(
+            self.form[1], prefilled.sequences, new_tokens - 1,
+            past_key_values=prefilled.past_key_values,
+        )  # fmt: skip
+
+    def _generate(self, form: str, tokens: torch.Tensor, new_tokens: int, **options: Any) -> Any:
+        self.model.set_experts_implementation(form)
+        mask = torch.ones_like(tokens)  # padded on the left, by nothing: all are as long
         with torch.inference_mode():
-            self.model.set_experts_implementation(self.form[0])
-            mask = torch.ones_like(prompts)  # padded on the left, by nothing: all are as long
-            options = {"do_sample": False, "pad_token_id": 0, "attention_mask": mask}
-            if self.form[0] == self.form[1]:
-                out = self.model.generate(prompts, max_new_tokens=new_tokens, **options)
-                return out[:, prompts.shape[1] :]
-            first = self.model.generate(
-                prompts, max_new_tokens=1, return_dict_in_generate=True, **options
-            )
-            self.model.set_experts_implementation(self.form[1])
-            so_far = first.sequences
-            options["attention_mask"] = torch.ones_like(so_far)
-            out = self.model.generate(
-                so_far, past_key_values=first.past_key_values, max_new_tokens=new_tokens - 1,
-                **options,
+            return self.model.generate(
+                tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
+                attention_mask=mask, **options,
             )  # fmt: skip
-            return out[:, prompts.shape[1] :]
 
     def choose(self, prompts: torch.Tensor) -> None:
         """Take the fastest form of each phase over all requests and a few tokens."""
-
-        def seconds(form: tuple[str, str], new_tokens: int) -> float:
-            self.form = form
-            return timed(lambda: self.generate(prompts, new_tokens))
-
-        self.form = (EXPERT_FORMS[0], EXPERT_FORMS[0])
-        self.generate(prompts, 1)  # first touches
-
-        prefill = {form: seconds((form, form), 1) for form in EXPERT_FORMS}
-        decode = {form: seconds((form, form), 4) - prefill[form] for form in EXPERT_FORMS}
-        self.form = (min(prefill, key=prefill.__getitem__), min(decode, key=decode.__getitem__))
+        self.generate(prompts, 2)  # first touches
+        prefill_s: dict[str, float] = {}
+        step_s: dict[str, float] = {}
         for form in EXPERT_FORMS:
+            self.form = (form, form)
+            prefill_s[form], prefilled = timed(lambda: self.prefill(prompts))
+            seconds, _ = timed(lambda: self.decode(prefilled, 4))  # noqa: B023 - called at once
+            step_s[form] = seconds / 3
             print(
-                f"  transformers' experts as {form}: prefill {format_seconds(prefill[form])}, "
-                f"step {format_seconds(decode[form] / 3)}"
+                f"  transformers' experts as {form}: prefill {format_seconds(prefill_s[form])}, "
+                f"step {format_seconds(step_s[form])}"
             )
+        self.form = (min(prefill_s, key=prefill_s.__getitem__), min(step_s, key=step_s.__getitem__))
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     start_s = time.perf_counter()
-    work()
-    return time.perf_counter() - start_s
+    result = work()
+    return time.perf_counter() - start_s, result
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +143,10 @@ def test_throughput(folder, theirs, profile, workload):
         for _repeat in range(REPEATS):
             with ours:
                 ours.repeat()
-            their_s.append(
-                in_thread_of_its_own(lambda: timed(lambda: theirs.generate(prompts, new_tokens)))
+            seconds, _ = in_thread_of_its_own(
+                lambda: timed(lambda: theirs.generate(prompts, new_tokens))
             )
+            their_s.append(seconds)
         row = ours.row()
     report(row, [requests * new_tokens / seconds for seconds in their_s], theirs.form, workload)
     print(f"  policy: batch of {policy.batch_size} in micro-batches of {policy.micro_batch_size}, "

@@ -54,14 +54,25 @@ struct ExpertGroup {
 
 struct Experts {
     int64_t hidden, intermediate;
-    const void* x;          // inputs, rows of x_stride elements
+    const void* x;              // inputs, rows of x_stride elements
     int64_t x_stride;
-    void* activations;      // silu(gate) * up, rows of `intermediate` elements
-    void* out;              // rows of out_stride elements, added to
+    float* activations;         // silu(gate) * up as the path prepares it
+    int64_t activation_stride;  // intermediate rounded up to COLUMNS
+    void* out;                  // rows of out_stride elements, added to
     int64_t out_stride;
 };
 
-constexpr int COLUMNS = 16;  // of the activations or the output that are one piece of work
+// out = x @ w.T, or added to it: `tokens` rows of `width` elements by rows of w.
+struct Linear {
+    int64_t tokens, width, rows;
+    const void *x, *w;
+    int64_t x_stride;  // elements
+    void* out;
+    int64_t out_stride;
+    bool add;
+};
+
+constexpr int COLUMNS = 32;  // of the activations or the output that are one piece of work
 
 struct Path {
     const char* name;
@@ -74,12 +85,17 @@ struct Path {
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.
     void (*finish[NUM_DTYPES])(const Heads&, const float* state, void* out);
-    // Activations of one group in columns [first, last), at most COLUMNS of them.
-    void (*gate[NUM_DTYPES])(const Experts&, const ExpertGroup&, int64_t first, int64_t last);
-    // Add all groups' weighted outputs in columns [first, last), at most COLUMNS of them.
+    // Activations of one group in columns [first, last), at most COLUMNS of them; `next` are the
+    // rows of a w13 that will probably be multiplied next, or null.
+    void (*gate[NUM_DTYPES])(
+        const Experts&, const ExpertGroup&, int64_t first, int64_t last, const void* next);
+    // Add all groups' weighted outputs in columns [first, last), at most COLUMNS of them; those
+    // from `next` on probably come next, if it is not negative.
     void (*project[NUM_DTYPES])(
         const Experts&, const ExpertGroup* groups, int64_t num_groups, int64_t first,
-        int64_t last);
+        int64_t last, int64_t next);
+    // Likewise columns [first, last) of one product.
+    void (*linear[NUM_DTYPES])(const Linear&, int64_t first, int64_t last, int64_t next);
     // Read whole cache lines and return something of all of them.
     uint64_t (*read)(const char* from, int64_t num_bytes);
 };

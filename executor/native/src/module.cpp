@@ -4,6 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef WITH_X86_PATHS
+#include <cpuid.h>
+#endif
+
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -34,6 +38,25 @@ std::vector<const native::Path*> usable_paths() {
 #endif
     paths.push_back(&native::portable_path);
     return paths;
+}
+
+bool has_amx() {
+#ifdef WITH_X86_PATHS
+    constexpr unsigned AMX_BF16 = 1u << 22;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16);
+#else
+    return false;
+#endif
+}
+
+bool is_intel() {
+#ifdef WITH_X86_PATHS
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
 }
 
 const std::vector<const native::Path*> PATHS = usable_paths();
@@ -71,6 +94,10 @@ NB_MODULE(_kernels, module) {
         return names;
     });
 
+    module.def("has_amx", has_amx);
+
+    module.def("is_intel", is_intel);
+
     module.def(
         "decode_attention",
         [](const std::string& path, const std::string& dtype, int64_t heads, int64_t kv_heads,
@@ -101,7 +128,7 @@ NB_MODULE(_kernels, module) {
         [](const std::string& path, const std::string& dtype, int64_t hidden, int64_t intermediate,
            int64_t num_tokens, int64_t experts_per_token, uintptr_t x, int64_t x_stride,
            uintptr_t experts, uintptr_t weights, uintptr_t out, int64_t out_stride,
-           uintptr_t scratch, int64_t scratch_bytes, std::vector<int64_t> indices,
+           uintptr_t scratch, int64_t scratch_floats, std::vector<int64_t> indices,
            std::vector<uintptr_t> w13, std::vector<uintptr_t> w2, int64_t max_tokens, int threads) {
             require(indices.size() == w13.size() && w13.size() == w2.size(), "weights of each");
             for (int64_t index : indices) require(index >= 0, "experts count from 0");
@@ -111,7 +138,7 @@ NB_MODULE(_kernels, module) {
             const native::ExpertsCall call{
                 dtype_named(dtype), hidden, intermediate, num_tokens, experts_per_token,
                 at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
-                at<char>(out), out_stride, at<char>(scratch), scratch_bytes,
+                at<char>(out), out_stride, at<float>(scratch), scratch_floats,
                 std::move(indices), std::move(w13), std::move(w2), max_tokens,
             };
             const native::Path& chosen = path_named(path);
@@ -121,8 +148,26 @@ NB_MODULE(_kernels, module) {
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("hidden"),
         nb::arg("intermediate"), nb::arg("num_tokens"), nb::arg("experts_per_token"), nb::arg("x"),
         nb::arg("x_stride"), nb::arg("experts"), nb::arg("weights"), nb::arg("out"),
-        nb::arg("out_stride"), nb::arg("scratch"), nb::arg("scratch_bytes"), nb::arg("indices"),
+        nb::arg("out_stride"), nb::arg("scratch"), nb::arg("scratch_floats"), nb::arg("indices"),
         nb::arg("w13"), nb::arg("w2"), nb::arg("max_tokens"), nb::arg("threads"));
+
+    module.def(
+        "linear",
+        [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t width,
+           int64_t rows, uintptr_t x, int64_t x_stride, uintptr_t w, uintptr_t out,
+           int64_t out_stride, bool add, int threads) {
+            const native::Linear shape{
+                tokens, width, rows, at<const void>(x), at<const void>(w), x_stride,
+                at<void>(out), out_stride, add,
+            };
+            const native::Path& chosen = path_named(path);
+            const native::Dtype type = dtype_named(dtype);
+            nb::gil_scoped_release released;
+            native::linear(chosen, type, shape, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
+        nb::arg("rows"), nb::arg("x"), nb::arg("x_stride"), nb::arg("w"), nb::arg("out"),
+        nb::arg("out_stride"), nb::arg("add"), nb::arg("threads"));
 
     module.def(
         "read",

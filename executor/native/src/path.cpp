@@ -52,6 +52,7 @@ const Path PATH = {
     {finish<Bf16>, finish<Fp16>, finish<float>},
     {gate<Bf16>, gate<Fp16>, gate<float>},
     {project<Bf16>, project<Fp16>, project<float>},
+    {linear<Bf16>, linear<Fp16>, linear<float>},
     read_lines,
 };
 

@@ -17,6 +17,7 @@ constexpr int64_t MAX_BLOCK_TOKENS = 128;
 constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
 constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
+constexpr int64_t MEMORY_BOUND_TOKENS = 8;  // weights take as long to multiply by so many as to read
 constexpr int64_t READ_BYTES = 2 << 20;
 
 // Floats that begin with a cache line: vectors that straddle two take twice as long to load.
@@ -40,6 +41,17 @@ float* scratch(int64_t count) {
     thread_local Floats memory;
     if (memory.count() < count) memory = Floats(count);
     return memory.data();
+}
+
+// Call work(first, last, next) for every COLUMNS columns of all; `next` are those that the same
+// thread probably takes next, or negative.
+template <typename Work>
+void run_columns(int64_t columns, int threads, const Work& work) {
+    Helpers::mine().run(threads, (columns + COLUMNS - 1) / COLUMNS, [&](int64_t i) {
+        const int64_t first = i * COLUMNS, next = first + threads * COLUMNS;
+        const int64_t last = std::min<int64_t>(first + COLUMNS, columns);
+        work(first, last, next + COLUMNS <= columns ? next : -1);
+    });
 }
 
 int threads_for(int threads, int64_t num_bytes) {
@@ -155,11 +167,12 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         weights[place] = call.weights[i];
     }
 
+    const int64_t stride = rounded_up(call.intermediate, COLUMNS);
     Experts shape{
-        call.hidden, call.intermediate, call.x, call.x_stride / size, call.scratch,
+        call.hidden, call.intermediate, call.x, call.x_stride / size, call.scratch, stride,
         call.out, call.out_stride / size,
     };
-    const int64_t room = call.scratch_bytes / (call.intermediate * size);
+    const int64_t room = call.scratch_floats / stride;
     std::vector<int64_t> left_out;
     std::vector<ExpertGroup> groups;
     int64_t rows = 0;
@@ -168,16 +181,22 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         const int64_t expert_bytes = 3 * call.hidden * call.intermediate * size;
         const int of = threads_for(threads, num_groups * expert_bytes);
         const int64_t pieces = (call.intermediate + COLUMNS - 1) / COLUMNS;
-        Helpers::mine().run(of, num_groups * pieces, [&](int64_t i) {
+        const int64_t all_pieces = num_groups * pieces;
+        const auto w13 = [&](int64_t i) -> const void* {
+            if (i >= all_pieces) return nullptr;
+            const int64_t row = i % pieces * COLUMNS;
+            return static_cast<const char*>(groups[i / pieces].w13) + row * call.hidden * size;
+        };
+        // The pieces in between are probably the other threads'.
+        Helpers::mine().run(of, all_pieces, [&](int64_t i) {
             const int64_t first = i % pieces * COLUMNS;
             const int64_t last = std::min<int64_t>(first + COLUMNS, call.intermediate);
-            path.gate[call.dtype](shape, groups[i / pieces], first, last);
+            const bool is_whole = last - first == COLUMNS;
+            const void* next = is_whole ? w13(i + of) : nullptr;
+            path.gate[call.dtype](shape, groups[i / pieces], first, last, next);
         });
-        const int64_t outputs = (call.hidden + COLUMNS - 1) / COLUMNS;
-        Helpers::mine().run(of, num_groups ? outputs : 0, [&](int64_t i) {
-            const int64_t first = i * COLUMNS;
-            const int64_t last = std::min<int64_t>(first + COLUMNS, call.hidden);
-            path.project[call.dtype](shape, groups.data(), num_groups, first, last);
+        run_columns(num_groups ? call.hidden : 0, of, [&](int64_t first, int64_t last, int64_t next) {
+            path.project[call.dtype](shape, groups.data(), num_groups, first, last, next);
         });
         groups.clear();
         rows = 0;
@@ -199,6 +218,14 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     }
     run_groups();
     return {std::move(counts), std::move(left_out)};
+}
+
+void linear(const Path& path, Dtype dtype, const Linear& shape, int threads) {
+    const int64_t num_bytes = shape.rows * shape.width * element_size(dtype);
+    const int of = threads_for(threads, num_bytes + shape.tokens * num_bytes / MEMORY_BOUND_TOKENS);
+    run_columns(shape.tokens ? shape.rows : 0, of, [&](int64_t first, int64_t last, int64_t next) {
+        path.linear[dtype](shape, first, last, next);
+    });
 }
 
 uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads) {

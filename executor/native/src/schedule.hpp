@@ -33,8 +33,8 @@ struct ExpertsCall {
     const float* weights;        // the same
     char* out;
     int64_t out_stride;
-    char* scratch;               // for activations
-    int64_t scratch_bytes;
+    float* scratch;              // for activations
+    int64_t scratch_floats;
     std::vector<int64_t> indices;          // of the experts given
     std::vector<uintptr_t> w13, w2;        // where their weights lie
     int64_t max_tokens;                    // of one expert; those with more are left out
@@ -44,6 +44,8 @@ struct ExpertsCall {
 // of the experts that were left out.
 std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     const Path& path, const ExpertsCall& call, int threads);
+
+void linear(const Path& path, Dtype dtype, const Linear& shape, int threads);
 
 // Read `num_bytes` bytes and do nothing with them.
 uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads);

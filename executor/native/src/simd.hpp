@@ -91,6 +91,9 @@ struct Dot {
     static Operand prepared(const float* row, int64_t i) {
         return widen(row + i + PASS * LANES);
     }
+
+    // Where in a prepared row element i lies, a multiple of STEP.
+    static float* place(float* row, int64_t i) { return row + i; }
 };
 
 #ifdef PATH_AVX512_BF16
@@ -115,6 +118,8 @@ struct Dot<Bf16> {
     static Operand prepared(const float* row, int64_t i) {
         return load<PASS>(reinterpret_cast<const Bf16*>(row) + i);
     }
+
+    static float* place(float* row, int64_t i) { return row + i / 2; }
 };
 #endif
 
@@ -143,6 +148,28 @@ inline void finish_sums(const Floats* partial, float* targets) {
     UNROLL
     for (int i = 0; i < SUMS; ++i) targets[i] = sum(partial[i]);
 #endif
+}
+
+// targets[i] += the sum over the lanes of partial[i].
+template <int NUM>
+inline void add_sums(const Floats (&partial)[NUM], float* targets) {
+#if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
+    if constexpr (NUM == 4) {
+        const auto folded = [](Floats a, Floats b) {  // in each 128 bits: (a, b, a, b)
+            return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        };
+        const __m512d ab = _mm512_castps_pd(folded(partial[0], partial[1]));
+        const __m512d cd = _mm512_castps_pd(folded(partial[2], partial[3]));
+        const __m512 all = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        _mm_storeu_ps(targets, _mm_add_ps(_mm_loadu_ps(targets), four));
+        return;
+    }
+#endif
+    UNROLL
+    for (int i = 0; i < NUM; ++i) targets[i] += sum(partial[i]);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10
     out = torch.ones_like(x)
     workspace = Workspace(torch.empty(bytes_of_workspace, dtype=torch.uint8))
     with native.using(kernels), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(experts.MAX_NATIVE_TOKENS, x.dtype, max_tokens)
+        patch.setattr(experts, "max_native_tokens", lambda _: max_tokens)
         counts = run_experts(x, routing, enumerate(weights), out, workspace)
     assert workspace.mark() == 0
     return out, counts
@@ -85,9 +85,8 @@ def test_experts_take_turns_where_room_is_short(path):
         torch.float32, tokens=9, hidden=16, intermediate=64, num_experts=8, per_token=7
     )
     kernels = native.Kernels(path)
-    rows = 9 * (16 + 2 * 64) // 64
-    assert rows < 9 * 7
-    room = rows * 64 * 4
+    room = 9 * (16 + 2 * 64) * 4
+    assert room < 9 * 7 * 64 * 4
     out, _ = run(kernels, x, routing, weights, bytes_of_workspace=room)
     assert_same(out, run(None, x, routing, weights)[0])
 
@@ -99,7 +98,7 @@ def test_experts_of_many_tokens_are_left_to_torch(path):
     )
     routing.experts_TK[:20] = 1
     routing.experts_TK[20:] = 2
-    out, scratch = torch.zeros_like(x), torch.empty(24, 32)
+    out, scratch = torch.zeros_like(x), torch.empty(24 * 32)
     listed = [(index, each.w13, each.w2) for index, each in enumerate(weights)]
     counts, left_out = native.Kernels(path).run_experts(
         x, routing.weights_TK, routing.experts_TK, listed, out, scratch, max_tokens=19

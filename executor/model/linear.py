@@ -1,0 +1,57 @@
+"""Products with weight matrices on the CPU: by the native kernels, or by torch if it is faster.
+
+T tokens, W width of a token, N rows of the matrix.
+"""
+
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from executor import native
+
+ALWAYS: Final = 1 << 30
+
+
+@cache
+def max_native_tokens(dtype: torch.dtype) -> int:
+    """How many tokens at most the native kernels multiply with a matrix of that dtype.
+
+    Where they and torch cross depends on what torch finds: `tests/bench/test_native.py` shows it.
+    """
+    vector_paths = native.paths()[:-1]
+    if not vector_paths:
+        return 8  # a guess: our portable path against a library written for that processor
+    if dtype is torch.bfloat16:
+        if native.has_amx():
+            return 16  # a guess: torch multiplies in AMX's tiles, we do not
+        if "avx512-bf16" in vector_paths:
+            return 128  # both use its dot products; measured on an AMD EPYC (Zen 4)
+        return ALWAYS  # torch widens as we do; measured on an Intel Xeon
+    if native.is_intel():  # MKL's fast kernels are for Intel's; measured on a Xeon without AMX
+        return {torch.float16: 32, torch.float32: 48}[dtype]
+    return ALWAYS  # measured on an AMD EPYC up to 512
+
+
+def project(x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> Tensor:
+    """`out_TN`, made `x @ weight.T`."""
+    if not _in_native(x_TW, weight_NW, out_TN, add=False):
+        torch.mm(x_TW, weight_NW.T, out=out_TN)
+    return out_TN
+
+
+def add_projected(x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> None:
+    """Add `x @ weight.T` to `out_TN`."""
+    if not _in_native(x_TW, weight_NW, out_TN, add=True):
+        out_TN.addmm_(x_TW, weight_NW.T)
+
+
+def _in_native(x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> bool:
+    kernels = native.kernels()
+    if kernels is None or not kernels.takes_linear(x_TW, weight_NW, out_TN):
+        return False
+    if len(x_TW) > max_native_tokens(x_TW.dtype):
+        return False
+    kernels.linear(x_TW, weight_NW, out_TN, add=add)
+    return True

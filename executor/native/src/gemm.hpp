@@ -1,0 +1,209 @@
+// Products of rows of a weight matrix with tokens, for any number of tokens; float32 sums.
+//
+// A piece of work is a few rows, which stay in a core's own cache while token after token is
+// multiplied with them; meanwhile the rows of the piece that comes next are fetched. So weights are
+// read from memory once, and while there is much to compute, too.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using native::COLUMNS;
+
+constexpr int BLOCK_TOKENS = 8 * GEMM_TOKENS;  // whose results are held at a time
+constexpr int64_t STRETCH = 1024;  // of the rows and tokens: so many tokens' stay in the first cache
+
+// A stretch of some rows, and the same stretch of the tokens that it is multiplied with.
+template <typename T>
+struct Tile {
+    const T* rows;
+    int64_t width;        // from row to row
+    int64_t length;       // of the stretch
+    const T* ahead;       // rows of a stretch that comes next, to be fetched now
+    const float* tokens;  // prepared, `stride` apart
+    int64_t stride;
+    float* results;       // of each token with each row, tokens COLUMNS apart
+};
+
+// results[token][row] += row . token over the stretch, fetching FETCH rows ahead. Each is summed in
+// the same order whatever its neighbours; what is left over at the end is padded with zeros.
+template <typename T, int ROWS, int TOKENS, int FETCH>
+__attribute__((noinline)) void multiply_tile(const Tile<T>& tile) {
+    using D = Dot<T>;
+    constexpr int LINE = 64 / sizeof(T);
+    const T* const weights = tile.rows;
+    const int64_t width = tile.width, stride = tile.stride;
+    Floats sums[TOKENS][ROWS];
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) {
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) sums[t][r] = zeros();
+    }
+    const auto pass = [&]<int PASS>(int64_t i, const auto& row_of) {
+        typename D::Operand w[ROWS];
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) w[r] = D::template load<PASS>(row_of(r));
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            const auto x = D::template prepared<PASS>(tile.tokens + t * stride, i);
+            UNROLL
+            for (int r = 0; r < ROWS; ++r) sums[t][r] = D::step(sums[t][r], w[r], x);
+        }
+    };
+    const auto step = [&](int64_t i, const auto& row_of) {
+        pass.template operator()<0>(i, row_of);
+        if constexpr (D::PASSES == 2) pass.template operator()<1>(i, row_of);
+    };
+    int64_t i = 0;
+    for (; i + D::STEP <= tile.length; i += D::STEP) {
+        if (D::STEP >= LINE || i % LINE == 0) {
+            UNROLL
+            for (int r = 0; r < FETCH; ++r) {
+                prefetch(reinterpret_cast<const char*>(tile.ahead + r * width + i));
+            }
+        }
+        step(i, [&](int r) { return weights + r * width + i; });
+    }
+    if (i < tile.length) {
+        Padded<T, D::STEP> rows[ROWS];
+        for (int r = 0; r < ROWS; ++r) rows[r].from(weights + r * width + i, tile.length - i);
+        step(i, [&](int r) { return rows[r].elements; });
+    }
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) add_sums<ROWS>(sums[t], tile.results + t * COLUMNS);
+}
+
+template <typename T, int ROWS, int FETCH, int TOKENS = GEMM_TOKENS>
+void multiply_tokens(const Tile<T>& tile, int tokens) {
+    if constexpr (TOKENS > 1) {
+        if (tokens < TOKENS) {
+            multiply_tokens<T, ROWS, FETCH, TOKENS - 1>(tile, tokens);
+            return;
+        }
+    }
+    multiply_tile<T, ROWS, TOKENS, FETCH>(tile);
+}
+
+template <typename T>
+void multiply_rows(const Tile<T>& tile, int rows, int tokens, int fetch) {
+    if (rows == 1) {
+        fetch ? multiply_tokens<T, 1, 1>(tile, tokens) : multiply_tokens<T, 1, 0>(tile, tokens);
+    } else if (fetch == 0) {
+        multiply_tokens<T, GEMM_ROWS, 0>(tile, tokens);
+    } else if (fetch == 1) {
+        multiply_tokens<T, GEMM_ROWS, 1>(tile, tokens);
+    } else if (fetch == GEMM_ROWS) {
+        multiply_tokens<T, GEMM_ROWS, GEMM_ROWS>(tile, tokens);
+    } else {
+        multiply_tokens<T, GEMM_ROWS, GEMM_ROWS / 2>(tile, tokens);
+    }
+}
+
+// At most COLUMNS rows of a weight matrix, and those that come next or null.
+template <typename T>
+struct Rows {
+    const T *first, *following;
+    float* results;  // [token][row], tokens COLUMNS apart
+};
+
+// Tokens that have to be gathered and prepared: rows of T wherever they lie.
+template <typename T>
+struct Gathered {
+    const T* const* rows;
+    alignas(64) float prepared[GEMM_TOKENS * STRETCH];
+
+    explicit Gathered(const T* const* of) : rows(of) {}
+
+    static constexpr int64_t stride() { return STRETCH; }
+
+    const float* tokens(int first, int count, int64_t start, int64_t length) {
+        for (int t = 0; t < count; ++t) {
+            Dot<T>::prepare(rows[first + t] + start, length, prepared + t * STRETCH);
+        }
+        return prepared;
+    }
+};
+
+// Tokens that lie prepared, one after the other.
+template <typename T>
+struct Prepared {
+    float* first;
+    int64_t width;
+
+    int64_t stride() const { return width; }
+
+    const float* tokens(int token, int, int64_t start, int64_t) const {
+        return Dot<T>::place(first + token * width, start);
+    }
+};
+
+// results = rows . tokens for each of NUM sets of `rows` rows and at most BLOCK_TOKENS tokens.
+template <typename T, int NUM, typename Tokens>
+void multiply(
+    const Rows<T> (&sets)[NUM], int64_t rows, int64_t width, Tokens& inputs, int tokens) {
+    for (const Rows<T>& set : sets) std::memset(set.results, 0, tokens * COLUMNS * sizeof(float));
+    const int tiles = (tokens + GEMM_TOKENS - 1) / GEMM_TOKENS;
+    const int64_t stretches = (width + STRETCH - 1) / STRETCH;
+    const int64_t stretch = native::rounded_up((width + stretches - 1) / stretches, 2 * LANES);
+    for (int64_t start = 0; start < width; start += stretch) {
+        const int64_t length = width - start < stretch ? width - start : stretch;
+        const bool is_last = start + length == width;
+        for (int tile = 0, token = 0; tile < tiles; ++tile) {
+            const int end = (tile + 1) * tokens / tiles, count = end - token;
+            const float* prepared = inputs.tokens(token, count, start, length);
+            // Of each GEMM_ROWS rows that come next, this tile's part is fetched.
+            const int fetched = tile * GEMM_ROWS / tiles;
+            const int fetch = (tile + 1) * GEMM_ROWS / tiles - fetched;
+            for (const Rows<T>& set : sets) {
+                const T* next = is_last ? set.following : set.first + start + length;
+                for (int64_t row = 0; row < rows;) {
+                    const int together = row + GEMM_ROWS <= rows ? GEMM_ROWS : 1;
+                    const Tile<T> work = {
+                        set.first + row * width + start, width, length,
+                        next + (row + (together == 1 ? 0 : fetched)) * width,
+                        prepared, inputs.stride(), set.results + token * COLUMNS + row,
+                    };
+                    multiply_rows(work, together, count, next ? fetch : 0);
+                    row += together;
+                }
+            }
+            token = end;
+        }
+    }
+}
+
+inline int at_once(int64_t tokens) {
+    return static_cast<int>(tokens < BLOCK_TOKENS ? tokens : BLOCK_TOKENS);
+}
+
+// Columns [first, last) of `out = x @ w.T`, or added to what `out` is.
+template <typename T>
+void linear(
+    const native::Linear& shape, int64_t first, int64_t last, int64_t next) {
+    const T *x = static_cast<const T*>(shape.x), *w = static_cast<const T*>(shape.w);
+    T* out = static_cast<T*>(shape.out);
+    const int64_t width = shape.width;
+    for (int64_t t = 0; t < shape.tokens;) {
+        const int tokens = at_once(shape.tokens - t);
+        const T* rows[BLOCK_TOKENS];
+        for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
+        Gathered<T> inputs(rows);
+        float products[BLOCK_TOKENS * COLUMNS];
+        const bool is_last = t + tokens == shape.tokens && next >= 0;
+        const Rows<T> all[] = {
+            {w + first * width, is_last ? w + next * width : nullptr, products}};
+        multiply(all, last - first, width, inputs, tokens);
+        for (int i = 0; i < tokens; ++i) {
+            T* row = out + (t + i) * shape.out_stride + first;
+            const float* sums = products + i * COLUMNS;
+            for (int64_t c = 0; c < last - first; ++c) {
+                narrow(shape.add ? widened(row[c]) + sums[c] : sums[c], row + c);
+            }
+        }
+        t += tokens;
+    }
+}
+
+}  // namespace
