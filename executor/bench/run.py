@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Self, final
 
@@ -161,9 +162,19 @@ class BenchRun:
         self, bench: Bench, generator: Generator | NullGenerator, plan: MemoryPlan, *,
         gen_len: int | None = None,
     ) -> None:  # fmt: skip
-        self._bench, self._generator, self._plan = bench, generator, plan
+        self.bench, self._generator, self._plan = bench, generator, plan
         self._gen_len = gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
+
+    @property
+    def policy(self) -> Policy:
+        """What is run."""
+        return self._generator.policy
+
+    @property
+    def load_s(self) -> float:
+        """How long the weights took to be there."""
+        return self._generator.load_s
 
     def __enter__(self) -> Self:
         """Start the lanes."""
@@ -181,7 +192,7 @@ class BenchRun:
         """
         generator, before = self._generator, self._generator.policy
         policy = replace(before, schedule=schedule)
-        plan = budgeted_plan(self._bench.policy_file, policy)
+        plan = budgeted_plan(self.bench.policy_file, policy)
         if (plan.gpu.purposes, plan.cpu.purposes) != (
             self._plan.gpu.purposes, self._plan.cpu.purposes,
         ):  # fmt: skip
@@ -190,12 +201,12 @@ class BenchRun:
                 f"needs memory of other sizes than {before.schedule.value}", "load it by itself",
             )  # fmt: skip
         generator.policy = policy
-        return BenchRun(self._bench, generator, self._plan, gen_len=gen_len)
+        return BenchRun(self.bench, generator, self._plan, gen_len=gen_len)
 
-    def repeat(self, *, gen_len: int | None = None) -> Totals:
-        """Run all requests once more."""
+    def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
+        """Run all requests once more, or with other new tokens, or only the first few."""
         totals = Totals()
-        requests = list(self._bench.requests(gen_len or self._gen_len))
+        requests = list(islice(self.bench.requests(gen_len or self._gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
         for batch in Batcher(iter(requests), self._generator.policy):
@@ -209,7 +220,7 @@ class BenchRun:
 
     def row(self) -> BenchRow:
         """What was measured in the repeats until now, of which there must be one."""
-        bench, generator = self._bench, self._generator
+        bench, generator = self.bench, self._generator
         policy = generator.policy
         runs = sorted(self._runs, key=Totals.tokens_per_s)
         content = run_json(
@@ -254,13 +265,13 @@ class BenchRun:
 
     def _attention_bytes_per_s(self, decode: PhaseRecord) -> float | None:
         """Keys and values a second of the micro-batches that attend on the CPU; None without."""
-        policy, spec = self._generator.policy, self._bench.spec
+        policy, spec = self._generator.policy, self.bench.spec
         in_lane = decode.lanes.get(Lane.CPU.value)
         experts = decode.kinds.get(TaskKind.CPU_EXPERTS.name)
         if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or in_lane is None:
             return None
         attended = 0
-        for request in self._bench.requests(self._gen_len):
+        for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
         read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.dtype)
