@@ -24,8 +24,8 @@ def peak_bytes(*command: str) -> tuple[int, float]:
     start_s = time.monotonic()
     child = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    child.returncode = 0
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
     return usage.ru_maxrss * 1024, time.monotonic() - start_s
 
 
