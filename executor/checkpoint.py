@@ -182,22 +182,31 @@ class RandomWeights:
     """Random numbers in place of a checkpoint, equal for equal seeds; norms are ones.
 
     A matrix has a standard deviation that about keeps the size of what it is applied to. All of
-    them are cut from one pool of normal numbers, so large models fill fast.
+    them are cut from one pool of normal numbers, which fits a cache, so large models fill at the
+    speed at which memory is written.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._pool = torch.randn(1_048_573, generator=torch.Generator().manual_seed(seed))
+        self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """Fill `out`, whatever the name."""
         if out.ndim == 1:
             out.fill_(1)
             return
-        pool = (self._pool * out.shape[1] ** -0.5).to(out.dtype)
+        shape = out.shape[1], out.dtype
+        if shape not in self._scaled:
+            self._scaled[shape] = (self._pool * out.shape[1] ** -0.5).to(out.dtype)
+        pool = self._scaled[shape]
         start = crc32(f"{self._seed} {name} {first_row}".encode()) % len(pool)
-        copies = -(-(start + out.numel()) // len(pool))
-        out.copy_(pool.repeat(copies)[start : start + out.numel()].view(out.shape))
+        flat = out.view(-1)
+        done = 0
+        while done < len(flat):
+            piece = pool[start : start + len(flat) - done]
+            flat[done : done + len(piece)].copy_(piece)
+            done, start = done + len(piece), 0
 
 
 def _read_object(path: Path, remedy_if_missing: str) -> dict[str, Any]:

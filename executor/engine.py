@@ -7,6 +7,7 @@ and all that it waits for has ended. The order is topological, so this cannot de
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Self, final
 
@@ -45,7 +46,11 @@ class TaskFailedError(RunError):
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """What one run of a graph did: kept spans, exact totals per kind and lane, and its length."""
+    """What one run of a graph did: kept spans, exact totals per kind and lane, and its length.
+
+    `moved_bytes` are those of each lane that moved any, and `step_s` what each step took, steps in
+    which nothing was left to do included.
+    """
 
     spans: tuple[Span, ...]
     spans_left_out: int
@@ -53,6 +58,8 @@ class PhaseResult:
     end_s: float
     by_kind: dict[TaskKind, KindTotal]
     busy_s: dict[Lane, float]
+    moved_bytes: dict[Lane, int]
+    step_s: tuple[float, ...]
 
     @property
     def seconds(self) -> float:
@@ -162,7 +169,21 @@ class Engine:
             end_s,
             by_kind,
             {lane: busy_s for lane, busy_s in self.busy_s.items() if busy_s > 0},
+            self._moved_bytes(),
+            self._step_s(),
         )
+
+    def _moved_bytes(self) -> dict[Lane, int]:
+        moved = {
+            lane: sum(total.num_bytes for total in recorder.totals.values())
+            for lane, recorder in self._recorders.items()
+        }
+        return {lane: num_bytes for lane, num_bytes in moved.items() if num_bytes}
+
+    def _step_s(self) -> tuple[float, ...]:
+        """A step ends with its last task on the GPU, which chooses tokens."""
+        ends_s = self._recorders[Lane.GPU].step_end_s.values()
+        return tuple(end - start for start, end in pairwise([self._start_s, *ends_s]))
 
 
 def _drain(pending: "deque[tuple[TaskId, LockType]]") -> None:

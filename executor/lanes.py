@@ -47,12 +47,16 @@ class KindTotal:
 
 @dataclass(slots=True)
 class Recorder:
-    """What one lane did: exact totals, the spans of the first steps, and the last few spans."""
+    """What one lane did: exact totals, the spans of the first steps, and the last few spans.
+
+    `step_end_s` says when the lane's last task of each step ended.
+    """
 
     lane: Lane
     totals: dict[TaskKind, KindTotal] = field(default_factory=lambda: defaultdict(KindTotal))
     spans: list[Span] = field(default_factory=list[Span])
     recent: deque[Span] = field(default_factory=lambda: deque(maxlen=RECENT_SPANS))
+    step_end_s: dict[int, float] = field(default_factory=dict[int, float])
     spans_left_out: int = 0
 
     def add(self, span: Span, *, keep: bool) -> None:
@@ -61,6 +65,7 @@ class Recorder:
         total.count += 1
         total.seconds += span.end_s - span.start_s
         total.num_bytes += span.num_bytes
+        self.step_end_s[span.id.step] = span.end_s
         self.recent.append(span)
         if keep:
             self.spans.append(span)

@@ -1,9 +1,36 @@
 """Arithmetic for one policy (plain numbers) and for a whole grid of them (NumPy arrays)."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 # A plain number, or a NumPy array with one entry for every policy of a grid.
 Number = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median of `n` samples with their 20th and 80th percentile; all zeros if there are none."""
+
+    n: int = 0
+    median: float = 0.0
+    p20: float = 0.0
+    p80: float = 0.0
+
+    @staticmethod
+    def of(samples: Iterable[float]) -> "Spread":
+        """Percentiles lie between samples, in proportion."""
+        ordered = sorted(samples)
+
+        def at(share: float) -> float:
+            position = share * (len(ordered) - 1)
+            low = int(position)
+            high = min(low + 1, len(ordered) - 1)
+            return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+        if not ordered:
+            return Spread()
+        return Spread(len(ordered), at(0.5), at(0.2), at(0.8))
 
 
 def maximum(*values: Number) -> Number:

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -11,6 +11,7 @@ from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
+from hrm.numeric import Spread
 from hrm.parallel import part_of
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
@@ -31,9 +32,15 @@ class KindRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneRecord:
-    """One lane in one phase of a run."""
+    """One lane in one phase of a run; runs of before bytes were counted by lane have 0."""
 
     busy_s: float
+    num_bytes: int = 0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What it moved a second while it was at work."""
+        return self.num_bytes / self.busy_s if self.busy_s else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,7 @@ class PhaseRecord:
     seconds: float
     kinds: dict[str, KindRecord]
     lanes: dict[str, LaneRecord]
+    step_s: Spread = field(default_factory=Spread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +130,10 @@ class Comparison:
         """How far the prediction lies above (or below) the measurement, as a share of it."""
         return self.predicted / self.measured - 1 if self.measured else None
 
+    def to_json(self) -> dict[str, float | None]:
+        """Both figures and the error."""
+        return {"measured": self.measured, "predicted": self.predicted, "error": self.error}
+
 
 @dataclass(slots=True, kw_only=True)
 class Prediction:
@@ -145,6 +157,28 @@ class Validation:
     phase_tokens_per_s: dict[Phase, Comparison]
     kind_s: dict[tuple[Phase, TaskKind], Comparison]
     lane_s: dict[tuple[Phase, Lane], Comparison]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything compared; errors are shares of the measured figure."""
+        return {
+            "outcome": self.run.outcome,
+            "accelerator": self.run.accelerator,
+            "schedule": self.run.schedule,
+            "tokens_per_s": self.tokens_per_s.to_json(),
+            "phase_tokens_per_s": {
+                phase.value: both.to_json() for phase, both in self.phase_tokens_per_s.items()
+            },
+            "lane_s": _by_phase({(p, lane.value): c for (p, lane), c in self.lane_s.items()}),
+            "kind_s": _by_phase({(p, kind.name): c for (p, kind), c in self.kind_s.items()}),
+            "memory": self.run.memory,
+        }
+
+
+def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str, Any]]:
+    return {
+        phase.value: {name: c.to_json() for (p, name), c in named.items() if p is phase}
+        for phase in Phase
+    }
 
 
 def read_run(folder: Path) -> RunRecord:

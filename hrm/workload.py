@@ -1,5 +1,7 @@
 """What is asked of a model: prompt lengths, generation length, number of requests."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,6 +71,16 @@ class Workload:
         """Mean final context of a request."""
         return self.prompt_len + self.gen_len
 
+    def prompt_lengths(self, count: int) -> list[int]:
+        """So many prompt lengths of this mean and maximum, ascending.
+
+        They are the quantiles of the distribution of greatest entropy up to the maximum that has
+        this mean: an exponential one, cut off, which for MTBench has a median of 55.
+        """
+        shape = _shape(self.prompt_len / self.max_prompt_len)
+        quantiles = ((index + 0.5) / count for index in range(count))
+        return [max(1, round(self.max_prompt_len * shape(share))) for share in quantiles]
+
     @property
     def generated_tokens(self) -> float:
         """Tokens that a request generates on average."""
@@ -83,6 +95,24 @@ class Workload:
     def decode_steps(self) -> int:
         """Decode steps a request needs: prefill already yields its first token."""
         return self.gen_len - 1
+
+
+def _shape(mean: float) -> Callable[[float], float]:
+    """Quantiles of the density on [0, 1] in proportion to exp(-rate·x) that has this mean."""
+    if mean >= 1:
+        return lambda _: 1.0
+
+    def mean_of(rate: float) -> float:
+        return 0.5 if abs(rate) < 1e-6 else 1 / rate - math.exp(-rate) / -math.expm1(-rate)
+
+    low, high = -700.0, 700.0  # the mean falls as the rate rises
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_of(middle) > mean else (low, middle)
+    rate = low
+    if abs(rate) < 1e-6:
+        return lambda share: share
+    return lambda share: min(1.0, -math.log1p(share * math.expm1(-rate)) / rate)
 
 
 # MoE-Lightning, arXiv 2411.11217, §5.1: MTBench and two HELM tasks.

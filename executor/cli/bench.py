@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
 )  # fmt: skip
 @click.option("--prompt-len", type=click.IntRange(min=1), help="[default: the policy's, or 64]")
+@click.option(
+    "--max-prompt-len", type=click.IntRange(min=1),
+    help="The longest prompt; lengths then vary with the mean --prompt-len [default: all alike].",
+)  # fmt: skip
 @click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's, or 32]")
 @click.option(
     "--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]"
@@ -44,9 +48,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def bench(
     *, model: str, layers: int | None, policy: Path | None, profile: str | None,
-    schedules: str | None, prompt_len: int | None, gen_len: int | None, requests: int | None,
-    repeats: int, seed: int, accelerator: str, gpu_memory: str | None, link_bandwidth: str | None,
-    as_json: bool,
+    schedules: str | None, prompt_len: int | None, max_prompt_len: int | None, gen_len: int | None,
+    requests: int | None, repeats: int, seed: int, accelerator: str, gpu_memory: str | None,
+    link_bandwidth: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a policy on prompts of random tokens, under several schedules, and compare them.
 
@@ -61,6 +65,7 @@ def bench(
         num_layers=layers,
         schedules=None if schedules is None else parse_schedules(schedules),
         prompt_len=prompt_len,
+        max_prompt_len=max_prompt_len,
         gen_len=gen_len,
         num_requests=requests,
         repeats=repeats,
@@ -71,7 +76,7 @@ def bench(
         if as_json:
             from hrm.cli.report import print_json
 
-            rows = [row_json(ready.row(schedule)) for schedule in ready.schedules]
+            rows = [ready.row(schedule).to_json() for schedule in ready.schedules]
             print_json({**plan_json(ready), "repeats": repeats, "rows": rows})
             return
         click.echo(headline(ready, repeats))
@@ -122,7 +127,7 @@ def line_of(row: "BenchRow") -> str:
         f"{row.schedule:<11} {row.tokens_per_s:>9.1f} {spread:>13} "
         f"{row.predicted_tokens_per_s:>9.1f} {row.bound_tokens_per_s:>9.1f} "
         f"{row.prefill_tokens_per_s:>9.1f} {row.decode_tokens_per_s:>9.1f} "
-        f"{format_seconds(row.decode_step_s):>8} {row.ratio:>5.2f}  {busy}"
+        f"{format_seconds(row.decode_step_s.median):>8} {row.ratio:>5.2f}  {busy}"
     )
 
 
@@ -138,11 +143,3 @@ def plan_json(bench: "Bench") -> dict[str, Any]:
         "policy": policy_json(plan.policy, bench.spec),
         "predicted": predicted_json(bench.predicted),
     }
-
-
-def row_json(row: "BenchRow") -> dict[str, Any]:
-    """A row with all that was compared, peak and planned memory among it."""
-    from hrm.cli.validate import validation_json
-
-    fields = {name: getattr(row, name) for name in type(row).__dataclass_fields__}
-    return {**fields, "validation": validation_json(row.validation)}

@@ -28,7 +28,7 @@ class AcceleratorOptions:
     link_bytes_per_s: float | None = None
 
 
-def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path) -> None:
+def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
     """Raise PolicyError if the policy was solved for a model of other dimensions."""
     solved_for = replace(policy_file.model, name=spec.name)
     if solved_for != spec:

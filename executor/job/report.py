@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -16,11 +16,13 @@ from executor.generate import BatchResult
 from executor.lanes import KindTotal
 from hrm.memory import MemoryPlan
 from hrm.model_spec import ModelSpec
+from hrm.numeric import Spread
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
 
 SCHEMA: Final = 1
 MAX_BATCHES: Final = 1000  # listed one by one in run.json
+MAX_STEPS: Final = 10_000  # whose median is told
 
 
 @dataclass(slots=True)
@@ -30,18 +32,24 @@ class PhaseTotals:
     seconds: float = 0.0
     by_kind: dict[TaskKind, KindTotal] = field(default_factory=dict[TaskKind, KindTotal])
     busy_s: dict[Lane, float] = field(default_factory=dict[Lane, float])
+    moved_bytes: dict[Lane, int] = field(default_factory=dict[Lane, int])
+    step_s: list[float] = field(default_factory=list[float])
 
-    def add(self, result: PhaseResult) -> None:
-        """Count one batch's phase."""
+    def add(self, result: PhaseResult, num_steps: int) -> None:
+        """Count one batch's phase, which had so many steps."""
         self.seconds += result.seconds
         add_totals(self.by_kind, result.by_kind)
         for lane, busy_s in result.busy_s.items():
             self.busy_s[lane] = self.busy_s.get(lane, 0.0) + busy_s
+        for lane, num_bytes in result.moved_bytes.items():
+            self.moved_bytes[lane] = self.moved_bytes.get(lane, 0) + num_bytes
+        self.step_s += result.step_s[: min(num_steps, MAX_STEPS - len(self.step_s))]
 
     def to_json(self) -> dict[str, Any]:
-        """Seconds, and count, seconds and bytes by kind of task and busy share by lane."""
+        """Seconds; count, seconds and bytes by kind of task; busy share and bytes by lane."""
         return {
             "seconds": self.seconds,
+            "step_s": asdict(Spread.of(self.step_s)),
             "kinds": {
                 kind.name: {
                     "count": total.count,
@@ -54,6 +62,7 @@ class PhaseTotals:
                 lane.value: {
                     "busy_s": busy_s,
                     "busy_share": busy_s / self.seconds if self.seconds else 0.0,
+                    "num_bytes": self.moved_bytes.get(lane, 0),
                 }
                 for lane, busy_s in self.busy_s.items()
             },
@@ -97,20 +106,21 @@ class Totals:
         self.num_batches += 1
         self._add_routed(result.routed_tokens)
         decode_s = result.decode.seconds if result.decode else 0.0
+        decode_steps = max(generated) - 1
         if len(self.batches) < MAX_BATCHES:
             self.batches.append(
                 {
                     "requests": len(result.completions),
                     "micro_batch_sizes": list(result.micro_batch_sizes),
                     "chunks": result.num_chunks,
-                    "decode_steps": max(generated) - 1,
+                    "decode_steps": decode_steps,
                     "prefill_s": result.prefill.seconds,
                     "decode_s": decode_s,
                 }
             )
-        for phase, part in ((Phase.PREFILL, result.prefill), (Phase.DECODE, result.decode)):
-            if part is not None:
-                self.phases[phase].add(part)
+        self.phases[Phase.PREFILL].add(result.prefill, 1)
+        if result.decode is not None:
+            self.phases[Phase.DECODE].add(result.decode, decode_steps)
 
     def _add_routed(self, counts: Sequence[Sequence[int]]) -> None:
         if not self.routed_tokens:

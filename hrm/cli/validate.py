@@ -20,40 +20,9 @@ def validate(run: Path, as_json: bool) -> None:
     """Lay what RUN (an output directory of executor run) measured beside the prediction."""
     validation = compare(read_run(run))
     if as_json:
-        print_json(validation_json(validation))
+        print_json(validation.to_json())
     else:
         print_validation(validation)
-
-
-def validation_json(validation: Validation) -> dict[str, Any]:
-    """Everything compared; errors are shares of the measured figure."""
-    return {
-        "outcome": validation.run.outcome,
-        "accelerator": validation.run.accelerator,
-        "schedule": validation.run.schedule,
-        "tokens_per_s": _both(validation.tokens_per_s),
-        "phase_tokens_per_s": {
-            phase.value: _both(both) for phase, both in validation.phase_tokens_per_s.items()
-        },
-        "lane_s": _by_phase({(p, lane.value): c for (p, lane), c in validation.lane_s.items()}),
-        "kind_s": _by_phase({(p, kind.name): c for (p, kind), c in validation.kind_s.items()}),
-        "memory": validation.run.memory,
-    }
-
-
-def _both(comparison: Comparison) -> dict[str, float | None]:
-    return {
-        "measured": comparison.measured,
-        "predicted": comparison.predicted,
-        "error": comparison.error,
-    }
-
-
-def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str, Any]]:
-    return {
-        phase.value: {name: _both(c) for (p, name), c in named.items() if p is phase}
-        for phase in Phase
-    }
 
 
 def print_validation(validation: Validation) -> None:

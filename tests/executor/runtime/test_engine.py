@@ -187,3 +187,20 @@ def test_only_the_first_steps_are_kept_but_all_are_counted(engine):
     assert [span.id.step for span in result.spans] == [0, 1, 2, 3]
     assert result.spans_left_out == 6
     assert result.by_kind[TaskKind.SAMPLE].num_bytes == 30
+
+
+def test_steps_take_the_whole_time_and_bytes_are_counted_by_lane(engine):
+    pipeline = replace(CPU_DECODE, num_steps=4)
+    handlers = null_handlers(seconds_of, pipeline.lane)
+    moved = {TaskKind.LOAD_PAGE: 100, TaskKind.OFFLOAD_QKV: 7}
+    counted = {
+        kind: (lambda task, handler=handler: handler(task) or moved.get(task.kind, 0))
+        for kind, handler in handlers.items()
+    }
+    result = engine.run(iter_tasks(pipeline, ScheduleName.CGOPIPE), counted)
+    assert len(result.step_s) == pipeline.num_steps
+    assert min(result.step_s) > 0
+    assert result.start_s + sum(result.step_s) <= result.end_s
+    assert sum(result.step_s) == pytest.approx(result.seconds, rel=0.05)
+    loads, offloads = (result.by_kind[kind].count for kind in moved)
+    assert result.moved_bytes == {Lane.H2D: 100 * loads, Lane.D2H: 7 * offloads}

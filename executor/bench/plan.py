@@ -1,0 +1,142 @@
+"""What a benchmark runs: its options, its model, and a policy for them if none is given."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from executor.backends import in_thread_of_its_own
+from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
+from executor.errors import JobError
+from executor.families import AbstractFamily, family_for
+from executor.job.machine import AcceleratorOptions
+from executor.model import Architecture
+from hrm.hardware import HardwareProfile
+from hrm.machines import load_profile, with_memory
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
+from hrm.policy import ScheduleName
+from hrm.policy_file import PolicyFile, policy_file_of
+from hrm.validate import AcceleratorRecord, paced
+from hrm.workload import Workload
+
+PROMPT_LEN: Final = 64  # without a policy and unless told otherwise
+GEN_LEN: Final = 32
+NUM_REQUESTS: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What `executor bench` is told.
+
+    The `model` is a checkpoint's folder, or a built-in name or any shape, which get random weights.
+    Without a `policy` one is searched for, on the machine of `profile` (a file or a catalog name)
+    or, if that is None, on this one, measured quickly. Prompts have `prompt_len` tokens each, or on
+    average if `max_prompt_len` is greater. Lengths of None are the policy's workload's, or this
+    module's constants if there is no policy; schedules of None are all, or the policy's alone on a
+    machine of one level.
+    """
+
+    model: str | ModelSpec
+    policy: Path | PolicyFile | None = None
+    profile: str | None = None
+    num_layers: int | None = None
+    schedules: Sequence[ScheduleName] | None = None
+    prompt_len: int | None = None
+    max_prompt_len: int | None = None
+    gen_len: int | None = None
+    num_requests: int | None = None
+    repeats: int = 3
+    seed: int = 0
+    accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
+
+
+def model_of(
+    options: BenchOptions, stack: ExitStack
+) -> tuple[AbstractFamily, WeightSource, Architecture]:
+    """The model that is asked for and its weights; `stack` is to hold a checkpoint open."""
+    layers, model = options.num_layers, options.model
+    if isinstance(model, str) and model in BUILT_IN_MODELS:
+        model = load_model(model)
+    if isinstance(model, ModelSpec):
+        spec = model
+        family = family_for({"model_type": spec.family}, f"--model {spec.name}")
+        arch = family.published_architecture(spec)
+        source: WeightSource = RandomWeights(options.seed)
+    else:
+        checkpoint = stack.enter_context(Checkpoint.open(model))
+        family = family_for(checkpoint.config, checkpoint.config_path)
+        arch = family.architecture(checkpoint.config, checkpoint.config_path)
+        checkpoint.check(family.expected_tensors(arch))
+        source = checkpoint
+    if layers is not None:
+        if layers > arch.spec.num_layers:
+            raise JobError(
+                "--layers", layers, f"must be at most the model's {arch.spec.num_layers}",
+                "lower it",
+            )  # fmt: skip
+        arch = replace(arch, spec=replace(arch.spec, num_layers=layers))
+    return family, source, arch
+
+
+def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
+    """The policy file for a model of fewer layers; those left are picked evenly."""
+    counts, total = policy_file.policy.resident_experts, policy_file.model.num_layers
+    picked = tuple(counts[i * total // num_layers] for i in range(num_layers))
+    return replace(
+        policy_file,
+        policy=replace(policy_file.policy, resident_experts=picked),
+        model=replace(policy_file.model, num_layers=num_layers),
+    )
+
+
+def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
+    """The best policy for the model and the requests, on the machine that is asked for."""
+    from hrm.search.exhaustive import search
+
+    prompt_len = options.prompt_len or PROMPT_LEN
+    workload = Workload(
+        name="bench",
+        prompt_len=prompt_len,
+        max_prompt_len=max(options.max_prompt_len or 0, prompt_len),
+        gen_len=options.gen_len or GEN_LEN,
+        num_requests=options.num_requests or NUM_REQUESTS,
+    )
+    profile = _machine(options, spec)
+    with_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
+    dtype = "bfloat16" if with_bfloat16 else "float16"
+    found = search(spec, profile, workload, dtype=dtype)
+    return policy_file_of(found.require(), spec, profile, workload)
+
+
+def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
+    """The machine to plan for: the one named, or this one measured quickly."""
+    asked = options.accelerator
+    memory, bandwidth = asked.gpu_memory_bytes, asked.link_bytes_per_s
+    if options.profile is not None:
+        profile = load_profile(options.profile)
+        if memory is not None:
+            profile = with_memory(profile, gpu_memory_bytes=memory)
+        pace = AcceleratorRecord(
+            name=asked.name, description="", h2d_bytes_per_s=bandwidth, d2h_bytes_per_s=bandwidth
+        )
+        return paced(profile, pace)
+    if asked.name == "null":
+        raise JobError(
+            "--accelerator", asked.name, "does no work, so there is nothing to measure",
+            "give --profile or --policy",
+        )  # fmt: skip
+    from hrm.profiling.machine import profile_machine
+
+    name = "emulated" if asked.name == "auto" and (memory or bandwidth) else asked.name
+    return in_thread_of_its_own(
+        lambda: profile_machine(
+            name,
+            gpu_memory_bytes=memory,
+            link_bandwidth_bytes_per_s=bandwidth,
+            quick=True,
+            model=spec,
+            dtypes=("bfloat16",),
+            command="executor bench",
+        )
+    )

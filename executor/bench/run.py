@@ -1,0 +1,279 @@
+"""A policy under several schedules, on prompts of random tokens."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Self, final
+
+import msgspec
+
+from executor.batching import Batcher, Request
+from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solved
+from executor.bench.row import BenchRow
+from executor.errors import JobError
+from executor.generate import Generator, NullGenerator
+from executor.job.machine import budgeted_plan, check_model, predicted_seconds, prepare
+from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
+from executor.sampling import SamplingParams
+from hrm.errors import PolicyError
+from hrm.estimate import Estimate, estimate
+from hrm.memory import MemoryPlan
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy, ScheduleName
+from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.tasks import Device, Lane, Phase, TaskKind
+from hrm.validate import PhaseRecord, RunRecord, validate
+
+
+@final
+class Bench:
+    """A model and a policy made ready; a context manager that holds the checkpoint open.
+
+    `policy_file` is what is run, cut to the layers asked for; `predicted` is it at the lengths of
+    the requests. Raises HrmError if model and policy do not go together, or if no policy fits.
+    """
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+        self.model = options.model if isinstance(options.model, str) else options.model.name
+        with ExitStack() as stack:
+            self._family, self._source, self._arch = model_of(options, stack)
+            self.policy_file = self._planned()
+            self._stack = stack.pop_all()
+        workload = replace(
+            self.policy_file.workload,
+            prompt_len=self._prompt_len,
+            max_prompt_len=max(options.max_prompt_len or 0, self._prompt_len),
+            gen_len=self._gen_len,
+            num_requests=self._num_requests,
+        )
+        self.policy_file = replace(self.policy_file, workload=workload)
+        self.predicted = self.estimate(self.policy_file.policy)
+        self._first: float | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the checkpoint."""
+        self._stack.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, of as many layers as are run."""
+        return self._arch.spec
+
+    @property
+    def schedules(self) -> Sequence[ScheduleName]:
+        """Those to run, in order."""
+        if self._options.schedules is not None:
+            return self._options.schedules
+        if self.policy_file.profile.has_accelerator:
+            return tuple(ScheduleName)
+        return (self.policy_file.policy.schedule,)
+
+    def row(self, schedule: ScheduleName) -> BenchRow:
+        """Run all repeats under a schedule."""
+        with self.start(schedule) as run:
+            for _repeat in range(self._options.repeats):
+                run.repeat()
+            row = run.row()
+        self._first = self._first or row.tokens_per_s
+        return replace(row, ratio=row.tokens_per_s / self._first)
+
+    def start(self, schedule: ScheduleName, *, gen_len: int | None = None) -> "BenchRun":
+        """Load the weights and get ready to run repeats one by one, say in turn with another's.
+
+        With a `gen_len`, so many new tokens a request, no more than were planned for.
+        """
+        policy = replace(self.policy_file.policy, schedule=schedule)
+        plan, backend = prepare(self._options.accelerator, self.policy_file, policy)
+        if backend.name == "null":
+            seconds_of = predicted_seconds(self.policy_file, policy)
+            generator = NullGenerator(backend, self._arch, policy, seconds_of, max_spans=0)
+        else:
+            generator = Generator(
+                backend, self._arch, policy, plan, family=self._family, source=self._source,
+                max_spans=0,
+            )  # fmt: skip
+        return BenchRun(self, generator, plan, gen_len=gen_len)
+
+    def requests(self, gen_len: int | None = None) -> Iterator[Request]:
+        """The requests of every repeat; nothing but their length ends them."""
+        new = gen_len or self._gen_len
+        params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        generator = random.Random(self._options.seed)
+        lengths = self.policy_file.workload.prompt_lengths(self._num_requests)
+        generator.shuffle(lengths)
+        for index, length in enumerate(lengths):
+            prompt = tuple(generator.choices(range(self.spec.vocab_size), k=length))
+            yield Request(f"bench-{index}", prompt, params)
+
+    def _planned(self) -> PolicyFile:
+        """The policy given, or the one searched for, for as many layers as are run."""
+        given, spec = self._options.policy, self.spec
+        if given is None:
+            return solved(self._options, spec)
+        if self._options.profile is not None:
+            raise JobError(
+                "--profile", self._options.profile,
+                "does not go with --policy, whose file holds its machine", "leave one of them out",
+            )  # fmt: skip
+        policy_file = given if isinstance(given, PolicyFile) else load_policy_file(given)
+        if self._options.num_layers is not None:
+            policy_file = cut(policy_file, self._options.num_layers)
+        check_model(spec, policy_file, given if isinstance(given, Path) else "policy")
+        return policy_file
+
+    def estimate(self, policy: Policy, *, gen_len: int | None = None) -> Estimate:
+        """What is predicted of a policy at the lengths of the requests."""
+        plan = self.policy_file
+        workload = replace(plan.workload, gen_len=gen_len or plan.workload.gen_len)
+        return estimate(self.spec, policy, plan.profile, workload)
+
+    @property
+    def _prompt_len(self) -> int:
+        return self._options.prompt_len or round(self.policy_file.workload.prompt_len)
+
+    @property
+    def _gen_len(self) -> int:
+        return self._options.gen_len or self.policy_file.workload.gen_len
+
+    @property
+    def _num_requests(self) -> int:
+        given = self._options.num_requests
+        if self._options.policy is None:
+            return given or NUM_REQUESTS
+        return given or self.policy_file.policy.batch_size
+
+
+@final
+class BenchRun:
+    """One schedule being run; a context manager that owns the lanes.
+
+    It may be entered again, so that another may compute with all cores in between.
+    """
+
+    def __init__(
+        self, bench: Bench, generator: Generator | NullGenerator, plan: MemoryPlan, *,
+        gen_len: int | None = None,
+    ) -> None:  # fmt: skip
+        self.bench, self._generator, self._plan = bench, generator, plan
+        self._gen_len = gen_len
+        self._started, self._runs = datetime.now(UTC), list[Totals]()
+
+    @property
+    def policy(self) -> Policy:
+        """What is run."""
+        return self._generator.policy
+
+    @property
+    def load_s(self) -> float:
+        """How long the weights took to be there."""
+        return self._generator.load_s
+
+    def __enter__(self) -> Self:
+        """Start the lanes."""
+        self._generator.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the lanes."""
+        self._generator.__exit__(*exception)
+
+    def under(self, schedule: ScheduleName, *, gen_len: int | None = None) -> "BenchRun":
+        """The same policy in another order, on the weights and in the memory of this run.
+
+        PolicyError if the order needs other memory, as staging whole layers does.
+        """
+        generator, before = self._generator, self._generator.policy
+        policy = replace(before, schedule=schedule)
+        plan = budgeted_plan(self.bench.policy_file, policy)
+        if (plan.gpu.purposes, plan.cpu.purposes) != (
+            self._plan.gpu.purposes, self._plan.cpu.purposes,
+        ):  # fmt: skip
+            raise PolicyError(
+                "policy: schedule", schedule.value,
+                f"needs memory of other sizes than {before.schedule.value}", "load it by itself",
+            )  # fmt: skip
+        generator.policy = policy
+        return BenchRun(self.bench, generator, self._plan, gen_len=gen_len)
+
+    def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
+        """Run all requests once more, or with other new tokens, or only the first few."""
+        totals = Totals()
+        requests = list(islice(self.bench.requests(gen_len or self._gen_len), num_requests))
+        for request in requests:
+            self._generator.check(request)
+        for batch in Batcher(iter(requests), self._generator.policy):
+            totals.add(self._generator.generate(batch))
+        self._runs.append(totals)
+        return totals
+
+    def forget(self) -> None:
+        """Leave out all repeats until now: they warmed the machine up."""
+        self._runs.clear()
+
+    def row(self) -> BenchRow:
+        """What was measured in the repeats until now, of which there must be one."""
+        bench, generator = self.bench, self._generator
+        policy = generator.policy
+        runs = sorted(self._runs, key=Totals.tokens_per_s)
+        content = run_json(
+            outcome="completed",
+            message=None,
+            policy_file=bench.policy_file,
+            model=model_json(bench.spec, bench.model, policy.dtype),
+            accelerator=accelerator_json(generator.backend),
+            schedule=policy.schedule.value,
+            totals=runs[(len(runs) - 1) // 2],
+            load_s=generator.load_s,
+            memory=memory_json(self._plan, generator.peak_bytes),
+            started=self._started,
+        )
+        totals, phases = content["totals"], content["phases"]
+        validation = validate(msgspec.convert(content, RunRecord))
+        decode = validation.run.phases[Phase.DECODE.value]
+        prefill_busy, decode_busy = (
+            {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()}
+            for phase in Phase
+        )
+        return BenchRow(
+            schedule=policy.schedule.value,
+            tokens_per_s=totals["tokens_per_s"],
+            least_tokens_per_s=runs[0].tokens_per_s(),
+            most_tokens_per_s=runs[-1].tokens_per_s(),
+            prefill_tokens_per_s=totals["prefill_tokens_per_s"],
+            decode_tokens_per_s=totals["decode_tokens_per_s"],
+            decode_step_s=decode.step_s,
+            prefill_busy_share=prefill_busy,
+            decode_busy_share=decode_busy,
+            decode_bytes_per_s={
+                name: lane.bytes_per_s for name, lane in decode.lanes.items() if lane.num_bytes
+            },
+            attention_bytes_per_s=self._attention_bytes_per_s(decode),
+            ratio=1.0,
+            predicted_tokens_per_s=validation.tokens_per_s.predicted,
+            bound_tokens_per_s=bench.estimate(policy, gen_len=self._gen_len).bound_tokens_per_s,
+            load_s=generator.load_s,
+            validation=validation,
+        )
+
+    def _attention_bytes_per_s(self, decode: PhaseRecord) -> float | None:
+        """Keys and values a second of the micro-batches that attend on the CPU; None without."""
+        policy, spec = self._generator.policy, self.bench.spec
+        in_lane = decode.lanes.get(Lane.CPU.value)
+        experts = decode.kinds.get(TaskKind.CPU_EXPERTS.name)
+        if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or in_lane is None:
+            return None
+        attended = 0
+        for request in self.bench.requests(self._gen_len):
+            steps = request.params.max_tokens - 1
+            attended += steps * len(request.prompt) + steps * (steps + 1) // 2
+        read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.dtype)
+        seconds = in_lane.busy_s - (experts.seconds if experts else 0.0)
+        return read * (1 - policy.kv_share_on_gpu) / seconds

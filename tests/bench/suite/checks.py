@@ -1,0 +1,89 @@
+"""The machine's profile, and whether the backend keeps its contract and computes the same."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+from hrm.errors import HrmError
+from hrm.hardware import Figure
+from hrm.machines import save_profile
+from hrm.profile_diff import figures_of
+from hrm.profiling import profile_machine
+from tests.bench.suite.record import Record
+from tests.bench.suite.setting import Setting
+
+ROOT = Path(__file__).parents[3]
+CUDA_TESTS = ("tests/contracts", "tests/executor")
+OTHER_TESTS = ("tests/contracts/test_backends.py",)
+TESTS_S = 480.0
+
+
+def profile(setting: Setting) -> None:
+    """`hrm profile` of the card and its host, with the model's shapes; beside it all figures."""
+    record = Record(setting, "profile")
+    if record.complete and setting.profile_path.is_file():
+        return
+    caps = setting.scale.gpu_memory_bytes
+    setting.results.mkdir(parents=True, exist_ok=True)
+    measured = profile_machine(
+        setting.accelerator,
+        gpu_memory_bytes=max(caps.values()) if setting.emulated else None,
+        link_bandwidth_bytes_per_s=setting.link_bytes_per_s,
+        model=setting.scale.spec,
+        dtypes=("bfloat16", "float16"),
+        quick=setting.emulated,
+        progress=lambda done_s, total_s, what: print(
+            f"  {what} ({done_s:.0f} of about {total_s:.0f} s)", flush=True
+        ),
+        command=setting.command,
+        budget_s=min(setting.scale.profile_s, setting.left_s()),
+    )
+    save_profile(setting.profile_path, measured)
+    record.put("environment", measured.environment)
+    record.put("figures", {name: _plain(figure) for name, figure in figures_of(measured).items()})
+    record.finish()
+
+
+def _plain(figure: Figure) -> dict[str, float | str | None]:
+    return {
+        "n": figure.samples, "median": figure.value, "p20": figure.p20, "p80": figure.p80,
+        "source": figure.source.value, "note": figure.note,
+    }  # fmt: skip
+
+
+def tests(setting: Setting) -> None:
+    """The contract and parity tests that need the accelerator; counts, and what failed."""
+    record = Record(setting, "tests")
+    if record.complete:
+        return
+    chosen = ["-m", "not cuda", *OTHER_TESTS] if setting.emulated else ["-m", "cuda", *CUDA_TESTS]
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "tests.xml"
+        # Other versions of packages than the pinned ones may warn: here that is no failure.
+        options = ["-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *chosen],
+            cwd=ROOT, check=False, timeout=min(TESTS_S, setting.left_s()),
+        )  # fmt: skip
+        if not junit.is_file():
+            record.leave_out("counts", f"pytest ended with exit code {done.returncode}")
+            raise HrmError(
+                "step tests", f"<exit code {done.returncode}>", "must have run pytest 9 or newer",
+                "see its output above",
+            )  # fmt: skip
+        cases = list(ElementTree.parse(junit).iter("testcase"))
+    outcomes = {"failure": "failed", "error": "errors", "skipped": "skipped"}
+    counts = dict.fromkeys(("passed", *outcomes.values()), 0)
+    bad: list[str] = []
+    for case in cases:
+        outcome = next((outcomes[part.tag] for part in case if part.tag in outcomes), "passed")
+        counts[outcome] += 1
+        if outcome in {"failed", "errors"}:
+            bad.append(f"{case.get('classname')}::{case.get('name')}")
+    record.put("counts", counts)
+    record.put("failed", bad)
+    record.put("selection", " ".join(chosen))
+    record.finish()
+    print(f"  {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}")
