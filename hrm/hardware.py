@@ -411,6 +411,11 @@ def _check_figure(where: str, figure: Figure) -> None:
         raise ProfileError(
             where, impossible[0], "must be positive and finite", "measure it again or correct it"
         )
+    if len(spread) == 2 and spread[0] > spread[1]:
+        raise ProfileError(
+            f"{where}.p20", spread[0], f"must not be above p80, {spread[1]:.4g}",
+            "exchange them or measure it again",
+        )  # fmt: skip
     sizes = [size for size, _ in figure.curve]
     if any(size <= 0 for size in sizes) or sizes != sorted(set(sizes)):
         raise ProfileError(
@@ -427,12 +432,12 @@ def _check_rate(where: str, rate: Rate) -> None:
         )
     for name, figure in known.items():
         _check_figure(f"{where}.{name}", figure)
-    achieved, datasheet = known.get("achieved"), known.get("datasheet")
-    if achieved and datasheet:
-        low_end = achieved.p20 if achieved.p20 is not None else achieved.value
-        if min(low_end, achieved.value) > 1.05 * datasheet.value:
+    datasheet = known.pop("datasheet", None)
+    for name, figure in known.items():
+        low_end = figure.p20 if figure.p20 is not None else figure.value
+        if datasheet and min(low_end, figure.value) > 1.05 * datasheet.value:
             raise ProfileError(
-                f"{where}.achieved", achieved.value,
+                f"{where}.{name}", figure.value,
                 f"is above the data sheet's {datasheet.value:.4g} by more than its spread",
                 "check the data sheet's figure or measure again",
             )  # fmt: skip

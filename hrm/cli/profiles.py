@@ -110,6 +110,8 @@ def _diff(
     for letter, name, machine in zip("AB", names, (first, second), strict=True):
         date = machine.environment.get("date", "not measured")
         console.print(f"[bold]{letter}[/]  {name}: {machine.name} ({date})")
+        if warnings := machine.environment.get("warnings"):
+            console.print(f"   [yellow]warnings: {warnings}[/]")
     _print_figures(diff, show_all=show_all)
     for letter, only in zip("AB", (diff.only_first, diff.only_second), strict=True):
         if only:
