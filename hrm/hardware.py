@@ -17,6 +17,7 @@ from hrm.numeric import Number, maximum
 GPU: Final = "gpu"
 CPU: Final = "cpu"
 SCHEMA: Final = 1
+NOISY_SPREAD: Final = 0.08
 
 
 class Source(StrEnum):
@@ -34,7 +35,9 @@ class Figure:
     """One number in SI units with its provenance.
 
     `curve` holds `(size, value)` points where the number depends on a size (bytes of a transfer,
-    tokens of a GEMM); `value` is then its plateau.
+    tokens of a GEMM); `value` is then its plateau. `p20` and `p80` are the 20th and the 80th
+    percentile of the samples, or further apart where passes of the measurement differ by more: in
+    three of five cases, the value of another run is expected between them.
     """
 
     value: float
@@ -44,6 +47,18 @@ class Figure:
     samples: int = 0
     p20: float | None = None
     p80: float | None = None
+
+    @property
+    def spread(self) -> float:
+        """Distance from the 20th to the 80th percentile as a share of the value; 0 if unknown."""
+        if self.p20 is None or self.p80 is None or self.value <= 0:
+            return 0.0
+        return (self.p80 - self.p20) / self.value
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether it spreads too far to be trusted."""
+        return self.spread > NOISY_SPREAD
 
     def at(self, size: Number = None) -> Number:
         """Value at `size`, interpolated over log(size) and flat beyond the ends of the curve.
@@ -396,6 +411,11 @@ def _check_figure(where: str, figure: Figure) -> None:
         raise ProfileError(
             where, impossible[0], "must be positive and finite", "measure it again or correct it"
         )
+    if len(spread) == 2 and spread[0] > spread[1]:
+        raise ProfileError(
+            f"{where}.p20", spread[0], f"must not be above p80, {spread[1]:.4g}",
+            "exchange them or measure it again",
+        )  # fmt: skip
     sizes = [size for size, _ in figure.curve]
     if any(size <= 0 for size in sizes) or sizes != sorted(set(sizes)):
         raise ProfileError(
@@ -412,12 +432,12 @@ def _check_rate(where: str, rate: Rate) -> None:
         )
     for name, figure in known.items():
         _check_figure(f"{where}.{name}", figure)
-    achieved, datasheet = known.get("achieved"), known.get("datasheet")
-    if achieved and datasheet:
-        low_end = achieved.p20 if achieved.p20 is not None else achieved.value
-        if min(low_end, achieved.value) > 1.05 * datasheet.value:
+    datasheet = known.pop("datasheet", None)
+    for name, figure in known.items():
+        low_end = figure.p20 if figure.p20 is not None else figure.value
+        if datasheet and min(low_end, figure.value) > 1.05 * datasheet.value:
             raise ProfileError(
-                f"{where}.achieved", achieved.value,
+                f"{where}.{name}", figure.value,
                 f"is above the data sheet's {datasheet.value:.4g} by more than its spread",
                 "check the data sheet's figure or measure again",
             )  # fmt: skip

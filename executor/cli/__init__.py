@@ -1,18 +1,12 @@
 """The command line of executor: parse, call, print."""
 
-import os
 import signal
 import sys
-from typing import Final
 
 import click
 
 from hrm.errors import HrmError
-
-# Threads that wait for one another's part of an operator spin for about 0.1 ms before they sleep:
-# longer than it takes from one operator to the next, and short enough (3 ms are usual) that another
-# process which takes a core for a while holds up little.
-OPENMP_SPINS: Final = "10000"
+from hrm.openmp import spin_briefly
 
 _COMMANDS = {
     "run": ("executor.cli.run", "Run a file of requests under a policy."),
@@ -56,8 +50,7 @@ def main(args: list[str] | None = None) -> None:
     0; 2 after a mistake in the input; 1 if a task failed; 130 on Ctrl-C and 143 on SIGTERM, which
     ends a run as cleanly.
     """
-    # GNU's OpenMP, which torch computes with, reads this when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+    spin_briefly()
     terminated = False
 
     def terminate(*_: object) -> None:

@@ -106,7 +106,8 @@ def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) 
     mean, longest = measured_lengths(prompts, model, requests)
     call(
         "hrm.cli", "profile", "--accelerator", "emulated", "--gpu-memory", gpu_memory,
-        "--link-bandwidth", link_bandwidth, "--model", str(model), "--quick", "--out", profile,
+        "--link-bandwidth", link_bandwidth, "--model", str(model), "--dtype", "bfloat16", "--quick",
+        "--out", profile,
     )  # fmt: skip
     call(
         "hrm.cli", "search", "--model", str(model), "--profile", profile,

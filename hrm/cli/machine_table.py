@@ -1,12 +1,12 @@
 """Machines as tables: every figure with its spread, its curve and where it came from."""
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from rich.table import Table
 
 from hrm.cli.report import console
 from hrm.hardware import (
+    NOISY_SPREAD,
     Contention,
     Disk,
     Figure,
@@ -19,8 +19,6 @@ from hrm.hardware import (
 )
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
-
-NOISY: Final = 0.08
 
 Show = Callable[[float], str]
 
@@ -36,7 +34,8 @@ def print_profile(profile: HardwareProfile) -> None:
         _print_contention(profile.contention)
     if any(figure.p20 is not None for figure in figures_of(profile).values()):
         console.print(
-            f"[dim]spread: from the 20th to the 80th percentile; ! marks more than {NOISY:.0%}[/]"
+            "[dim]spread: from the 20th to the 80th percentile; ! marks more than"
+            f" {NOISY_SPREAD:.0%}[/]"
         )
     for key, value in profile.environment.items():
         if key != "warnings":
@@ -161,7 +160,7 @@ def spread_text(figure: Figure) -> str:
         return ""
     low, high = figure.p20 / figure.value - 1, figure.p80 / figure.value - 1
     text = f"{low:+.1%} {high:+.1%}" if high - low < 1 else f"{low:+.0%} {high:+.0%}"
-    return f"[yellow]{text} ![/]" if high - low > NOISY else text
+    return f"[yellow]{text} ![/]" if figure.is_noisy else text
 
 
 def _curve_text(figure: Figure, unit: str) -> str:

@@ -11,6 +11,7 @@ from hrm.cli.report import console
 from hrm.errors import ProfileError
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
+from hrm.openmp import spin_briefly
 from hrm.units import DTYPE_BYTES, counted, parse_bandwidth, parse_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--quick", is_flag=True,
-    help="Fewer sizes and samples: half a minute instead of about five.",
+    help="Fewer sizes and samples: under a minute instead of about seven.",
 )  # fmt: skip
 @click.option(
     "--resume", is_flag=True,
@@ -73,6 +74,7 @@ def profile(
     from hrm.profiling import ProfilingInterrupted, partial_path, profile_machine
     from hrm.profiling.machine import DTYPES
 
+    spin_briefly()
     if not out.parent.is_dir():
         raise ProfileError("--out", str(out), "must lie in an existing folder", "create it first")
     if disk is not None and not disk.is_dir():

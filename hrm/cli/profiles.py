@@ -10,7 +10,7 @@ from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.options import MachineChoice
 from hrm.cli.report import console, print_json
 from hrm.errors import ProfileError
-from hrm.hardware import GpuCard, HardwareProfile, Host
+from hrm.hardware import NOISY_SPREAD, GpuCard, HardwareProfile, Host
 from hrm.machines import compose, list_files, load_gpu, load_host, load_profile
 from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
@@ -27,8 +27,9 @@ def profiles(names: tuple[str, ...], show_all: bool, as_json: bool) -> None:
 
     A name is that of a GPU or a host, a machine like 4xT4, or a YAML file (hrm profile --out).
 
-    diff shows every figure that differs by more than the spreads, from the 20th to the 80th
-    percentile, that were measured with both.
+    diff shows every figure whose spreads in A and B do not overlap. Of two runs on an unchanged
+    machine about nine of ten figures overlap; where one spreads by over 8 %, marked !, that says
+    little.
     """
     match names:
         case ():
@@ -109,6 +110,8 @@ def _diff(
     for letter, name, machine in zip("AB", names, (first, second), strict=True):
         date = machine.environment.get("date", "not measured")
         console.print(f"[bold]{letter}[/]  {name}: {machine.name} ({date})")
+        if warnings := machine.environment.get("warnings"):
+            console.print(f"   [yellow]warnings: {warnings}[/]")
     _print_figures(diff, show_all=show_all)
     for letter, only in zip("AB", (diff.only_first, diff.only_second), strict=True):
         if only:
@@ -119,6 +122,10 @@ def _diff(
     counts = [f"{diff.count(verdict)} differ {_words(verdict)}" for verdict in Verdict]
     total = counted(len(diff.figures), "figure")
     console.print(f"{total} in both: {equal} equal, {', '.join(counts)}")
+    console.print(
+        f"[dim]spreads that overlap agree, as nine of ten do where nothing changed; of those that"
+        f" agree {diff.noisy_within} spread by over {NOISY_SPREAD:.0%} (!)[/]"
+    )
 
 
 def _words(verdict: Verdict) -> str:
@@ -141,7 +148,7 @@ def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
             show(figure.second.value),
             f"[{color}]{_change_text(figure.change)}[/]",
             f"{change:+.0%} at {size:.4g}" if change else "",
-            figure.verdict.value,
+            f"{figure.verdict.value}{' !' if figure.is_noisy else ''}",
         )
     console.print(table)
 
@@ -158,6 +165,7 @@ def _format_of(name: str) -> Callable[[float], str]:
         ("bytes_per_s", format_bandwidth),
         ("_bytes", format_bytes),
         ("latency_s", format_seconds),
+        ("request_s", format_seconds),
     ):
         if part in name:
             return show
@@ -173,6 +181,7 @@ def _diff_json(diff: ProfileDiff) -> dict[str, Any]:
             "second": figure.second.value,
             "change": figure.change,
             "verdict": figure.verdict.name.lower(),
+            "noisy": figure.is_noisy,
             "curve": {"size": size, "change": change} if change else None,
         }
 

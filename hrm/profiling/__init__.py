@@ -1,10 +1,10 @@
 """Measures this machine: one benchmark a file, one timing discipline for all of them.
 
 `environment`, `topology` and `nvml` say what the machine is, `timing` and `fit` how anything is
-timed and what a line through it says; `gemm`, `memory`, `caches`, `numa`, `link`, `gpu_link`,
-`attention`, `launch`, `disk`, `contention` and `settle` measure one thing each, `gpu` is what they
-need of CUDA, and `machine` makes a profile of it all. `pacing` is the link of the emulated
-accelerator. The benchmarks import torch, this does not.
+timed and what a line through it says, `passes` how several measurements become one; `gemm`,
+`memory`, `caches`, `numa`, `link`, `gpu_link`, `attention`, `launch`, `disk`, `contention` and
+`settle` measure one thing each, `gpu` is what they need of CUDA, and `machine` makes a profile of
+it all. `pacing` is the link of the emulated accelerator. The benchmarks import torch, this does not.
 """
 
 from hrm.profiling.machine import (

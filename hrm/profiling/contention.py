@@ -14,7 +14,6 @@ from typing import Final
 from hrm.hardware import Contention, Figure, Rate
 from hrm.profiling.timing import Call, measured, middle_and_ends
 
-MIN_ROUNDS: Final = 3
 MAX_ROUNDS: Final = 9
 WINDOW_S: Final = 0.1  # shorter windows say little of threads that take turns
 
@@ -58,7 +57,7 @@ def measure_contention(
     """What each worker keeps of its rate alone in each of the groups that it is in."""
     used = sorted({name for group in groups for name in group}, key=list(workers).index)
     turns: list[Group] = [*((name,) for name in used), *groups]
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / (len(turns) * WINDOW_S))))
+    rounds = max(1, min(MAX_ROUNDS, int(budget_s / (len(turns) * WINDOW_S))))
     window_s = budget_s / (len(turns) * rounds)
     taken: list[dict[Group, Rates]] = [
         {group: run_together({name: workers[name] for name in group}, window_s) for group in turns}

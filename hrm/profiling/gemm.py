@@ -88,8 +88,6 @@ def gemm_rate(
     rates = {count: count * flops_a_token / both[count].median_s for count in tokens}
     best = max(rates, key=lambda count: rates[count])
     note = f"{shapes_note}; best at {best} tokens"
-    noisy = [count for count in tokens if both[count].is_noisy and count != best]
-    note += f"; noisy at {', '.join(map(str, noisy))}" if noisy else ""
     achieved = both[best].rate(best * flops_a_token, note)
     ceiling = achieved
     for side in squares:

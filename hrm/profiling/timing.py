@@ -9,7 +9,6 @@ from typing import Final, TypeVar
 
 from hrm.hardware import Figure, Source
 
-NOISY_SPREAD: Final = 0.08
 WARM_UP_SAMPLES: Final = 2
 MIN_SAMPLES: Final = 3
 MAX_SAMPLES: Final = 100
@@ -29,16 +28,6 @@ class Timing:
     p80_s: float
     samples: int
 
-    @property
-    def spread(self) -> float:
-        """Distance from the 20th to the 80th percentile, as a share of the median."""
-        return (self.p80_s - self.p20_s) / self.median_s
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether the samples spread too far for the median to be trusted."""
-        return self.spread > NOISY_SPREAD
-
     def less(self, seconds: float) -> "Timing":
         """The same without a fixed cost, though never less than a fifth of itself."""
         rest = max(self.median_s - seconds, 0.2 * self.median_s) / self.median_s
@@ -49,7 +38,7 @@ class Timing:
         return Figure(
             value=significant(work / self.median_s),
             source=Source.MEASURED,
-            note=self.flagged(note),
+            note=note,
             samples=self.samples,
             p20=significant(work / self.p80_s),
             p80=significant(work / self.p20_s),
@@ -60,22 +49,11 @@ class Timing:
         return Figure(
             value=significant(self.median_s),
             source=Source.MEASURED,
-            note=self.flagged(note),
+            note=note,
             samples=self.samples,
             p20=significant(self.p20_s),
             p80=significant(self.p80_s),
         )
-
-    def flagged(self, note: str) -> str:
-        """The note, saying that the samples are noisy if they are."""
-        return _flagged(note, self.spread)
-
-
-def _flagged(note: str, spread: float) -> str:
-    if spread <= NOISY_SPREAD:
-        return note
-    noisy = f"noisy: {spread:.0%} between the 20th and 80th percentile"
-    return f"{note}; {noisy}" if note else noisy
 
 
 def significant(value: float, digits: int = 5) -> float:
@@ -161,7 +139,7 @@ def measured(value: float, spread: Sequence[float], note: str = "", samples: int
     return Figure(
         value=significant(value),
         source=Source.MEASURED,
-        note=_flagged(note, (high - low) / value if value > 0 else 0.0),
+        note=note,
         samples=samples or len(spread),
         p20=significant(low),
         p80=significant(high),

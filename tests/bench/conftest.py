@@ -1,8 +1,6 @@
 """Set before any benchmark imports torch."""
 
-import os
-
-from executor.cli import OPENMP_SPINS
+from hrm.openmp import spin_briefly
 
 # As `executor` runs: on a machine that is not quite quiet, longer spins measure the neighbours.
-os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+spin_briefly()

@@ -47,14 +47,17 @@ positive = st.floats(min_value=1e-12, max_value=1e18, allow_subnormal=False)
 @st.composite
 def figures(draw, value=positive):
     sizes = sorted(draw(st.sets(st.floats(min_value=1, max_value=1e12), max_size=14)))
+    p20, p80 = draw(st.none() | positive), draw(st.none() | positive)
+    if p20 is not None and p80 is not None:
+        p20, p80 = sorted((p20, p80))
     return Figure(
         value=draw(value),
         source=draw(st.sampled_from(Source)),
         note=draw(texts),
         curve=tuple((size, draw(positive)) for size in sizes),
         samples=draw(st.integers(0, 1000)),
-        p20=draw(st.none() | positive),
-        p80=draw(st.none() | positive),
+        p20=p20,
+        p80=p80,
     )
 
 
@@ -323,6 +326,15 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
             "value: 2.72e+11", "value: 3.6e11",
             ("levels[gpu].read_bytes_per_s.achieved is 360000000000.0", "is above the data sheet",
              "measure again"),
+        ),
+        (
+            "achieved: {value: 2.72e+11", "ceiling: {value: 3.6e+11",
+            ("levels[gpu].read_bytes_per_s.ceiling is 360000000000.0", "is above the data sheet"),
+        ),
+        (
+            "value: 2.72e+11", "p20: 2.8e+11, p80: 2.7e+11, value: 2.72e+11",
+            ("levels[gpu].read_bytes_per_s.achieved.p20 is 280000000000.0",
+             "must not be above p80, 2.7e+11"),
         ),
         (
             "datasheet: {value: 3.2e+11, source: datasheet}",

@@ -183,7 +183,7 @@ def files(tmp_path):
     ):
         profile = with_read(machine(), read)
         levels = (processor(profile.top, launch), profile.host)
-        environment = {"date": name, "torch": name}
+        environment = {"date": name, "torch": name, "warnings": f"busy {name}"}
         paths.append(tmp_path / f"{name}.yaml")
         save_profile(paths[-1], replace(profile, levels=levels, environment=environment))
     return paths
@@ -199,6 +199,8 @@ def test_diff_shows_what_differs_beyond_the_spread(hrm, files):
     assert "beyond the spread" in out
     assert "launch_latency_s" not in out
     assert "torch: before → after" in out
+    assert "warnings: busy before" in out
+    assert "of those that agree 1 spread by over 8% (!)" in out
     assert "1 differ within the spread, 1 differ beyond the spread" in out
     assert "0 differ with no spread recorded" in out
 

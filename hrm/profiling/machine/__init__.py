@@ -1,8 +1,9 @@
 """From benchmarks to the profile of this machine.
 
-A profile is a list of steps, each with its share of the time; what a step finds is used by the
-next ones (a GEMM's rate is taken without the launch latency). `cpu`, `emulated` and `cuda` say what
-is measured on each kind of machine, `host` what all have; `journal` keeps finished steps.
+A profile is a list of steps, each with its share of the time, that are taken in several passes;
+what a step finds is used by the next ones (a GEMM's rate is taken without the launch latency).
+`cpu`, `emulated` and `cuda` say what is measured on each kind of machine, `host` what all have;
+`journal` keeps finished steps.
 """
 
 import time
@@ -28,6 +29,7 @@ from hrm.profiling.machine.emulated import (
 from hrm.profiling.machine.journal import Journal, partial_path
 from hrm.profiling.machine.run import Run
 from hrm.profiling.machine.steps import ProfilingInterrupted, Progress, Steps
+from hrm.profiling.passes import flag_noisy
 from hrm.units import DTYPE_BYTES, counted
 
 if TYPE_CHECKING:
@@ -42,10 +44,11 @@ __all__ = [
 ]
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
-QUICK_PART_S: Final = 0.6  # a part of a step; machines have 30 to 100 of them
+PASSES: Final = 7
+QUICK_PART_S: Final = 0.5  # a part of a step in all passes; machines have 30 to 100 of them
 FULL_PART_S: Final = 7.0
-MOST_QUICK_S: Final = 40.0
-MOST_FULL_S: Final = 480.0
+MOST_QUICK_S: Final = 50.0  # after which no pass may end
+MOST_FULL_S: Final = 500.0
 BUSY: Final = 0.05  # of the hardware threads; more of others' work is a warning
 REMEDY: Final = "use --accelerator emulated or cpu, or install a CUDA build of torch"
 
@@ -65,8 +68,10 @@ def profile_machine(
     command: str = "",
     budget_s: float | None = None,
 ) -> HardwareProfile:
-    """Measure this machine, for half a minute if `quick`, else about five; or for `budget_s`.
+    """Measure this machine, for under a minute if `quick`, else about seven; or for `budget_s`.
 
+    Everything is measured in seven passes, fewer where they would take too long, and the spreads
+    say how far they differ.
     `accelerator` is `cuda:0`, `cuda:0,1` or `cuda:all`, `emulated`, `cpu`, or `auto` for the first
     GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
     links are paced to `link_bandwidth_bytes_per_s`. GEMMs have the shapes of `model`. The first of
@@ -104,7 +109,7 @@ def profile_machine(
         model=model,
         dtypes=tuple(dict.fromkeys(dtypes)),
         disk=disk,
-        steps=Steps(part_s, most_s, progress, journal),
+        steps=Steps(part_s, most_s, progress, journal, PASSES),
     )
     try:
         match kind:
@@ -121,14 +126,16 @@ def profile_machine(
     finally:
         if journal is not None:
             journal.close()
+    profile = flag_noisy(profile)
     recalled = len(run.steps.recalled)
     seconds = time.monotonic() - started_s + (journal.seconds if journal else 0.0)
     facts = {
         "date": date,
         "command": command,
         "mode": options["mode"],
+        "passes": str(run.steps.passes_made),
         "seconds": f"{seconds:.1f}",
-        "resumed": f"{recalled} of {len(run.steps.steps)} measurements are of {journal.date}"
+        "resumed": f"{recalled} of {len(run.steps.turns)} measurements are of {journal.date}"
         if journal and recalled
         else "",
         **host.describe(),

@@ -72,7 +72,7 @@ def profile_cuda(
     _add_facts(run, gpus)
     add_staging(run, gpus[0].pinned)
     run.steps.add(
-        CONTENTION, 5, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory
+        CONTENTION, 8, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory
     )
     add_disk(run)
     results = run.steps.run()
@@ -128,7 +128,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     from hrm.profiling.timing import Timing
 
     sampler, device = gpu.sampler(), gpu.device
-    run.steps.add(SETTLING, 3, lambda seconds: settle(gpu, seconds=seconds), Settling)
+    run.steps.add(SETTLING, 3, lambda seconds: settle(gpu, seconds=seconds), Settling, once=True)
     run.steps.add(
         launch_step(GPU), 1,
         lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing,
@@ -195,7 +195,7 @@ def _add_facts(run: Run, gpus: Sequence["AbstractGpu"]) -> None:
             found.append(gpu.facts())
         return tuple(found)
 
-    run.steps.add(FACTS, 0.1, facts, tuple[GpuFacts, ...])
+    run.steps.add(FACTS, 0.1, facts, tuple[GpuFacts, ...], once=True)
 
 
 def _contention(

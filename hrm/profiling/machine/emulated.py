@@ -71,14 +71,14 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
         run.steps.add(f"link {source} to {target}", 2, transfers, Link)
     add_staging(run)
     run.steps.add(
-        BOTH_BUSY, 2,
+        BOTH_BUSY, 4,
         lambda seconds: launch_latency_beside_another(
             budget_s=seconds, threads=(gpu_threads, cpu_threads)
         ),
         Timing,
     )  # fmt: skip
     run.steps.add(
-        CONTENTION, 6,
+        CONTENTION, 16,
         lambda seconds: _contention(run, seconds, gpu_threads, cpu_threads, arena, bandwidth),
         SharedMemory,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
     processor = replace(
         level.processor,
         launch_latency_s=beside.duration(note),
-        attention_request_s=request_latency(beside.median_s),
+        attention_request_s=request_latency(beside),
     )
     return replace(level, processor=processor)
 

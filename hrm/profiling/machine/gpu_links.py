@@ -143,10 +143,11 @@ def _with_ceiling(link: Link, alone: Sequence[Link]) -> Link:
 
 def _with_pcie(link: Link, pcie_bytes_per_s: float, warnings: list[str]) -> Link:
     """With the rate of PCIe as negotiated, unless the link is faster: the system then errs."""
-    rate, achieved = link.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s.planned
-    if achieved.value > 1.05 * pcie_bytes_per_s:
+    rate = link.bandwidth_bytes_per_s
+    fastest = max(figure.value for figure in (rate.achieved, rate.ceiling) if figure is not None)
+    if fastest > 1.05 * pcie_bytes_per_s:
         warnings.append(
-            f"{link.source} to {link.target} moves {format_bandwidth(achieved.value)}, more than"
+            f"{link.source} to {link.target} moves {format_bandwidth(fastest)}, more than"
             f" PCIe as the driver tells it ({format_bandwidth(pcie_bytes_per_s)})"
         )
         return link

@@ -182,7 +182,7 @@ def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]
 
     found: DiskFound = results.get(DISK, DiskFound())
     lines = {"numa": describe_numa(results[NUMA])} if NUMA in results else {}
-    if found.why_not:
+    if found.why_not and found.disk is None:
         lines["disk"] = f"not measured: {found.why_not}"
     return found.disk, lines
 

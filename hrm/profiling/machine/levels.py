@@ -32,18 +32,21 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
             if (rate := results[gemm_step(level, dtype)]) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
-        attention_request_s=request_latency(launch.median_s),
+        attention_request_s=request_latency(launch),
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
 
 
-def request_latency(launch_s: float) -> Figure:
+def request_latency(launch: "Timing") -> Figure:
     """What a request costs in attention that takes requests one by one, as torch's does here."""
-    return Figure(
-        value=significant(ATTENTION_LAUNCHES_PER_REQUEST * launch_s),
-        source=Source.DERIVED,
-        note=f"{ATTENTION_LAUNCHES_PER_REQUEST} operators a request",
+    value, low, high = (
+        significant(ATTENTION_LAUNCHES_PER_REQUEST * seconds)
+        for seconds in (launch.median_s, launch.p20_s, launch.p80_s)
     )
+    return Figure(
+        value=value, source=Source.DERIVED,
+        note=f"{ATTENTION_LAUNCHES_PER_REQUEST} operators a request", p20=low, p80=high,
+    )  # fmt: skip
 
 
 def host_level(

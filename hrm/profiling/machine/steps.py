@@ -1,15 +1,19 @@
-"""Named measurements in order, with progress; what is found is kept as it comes."""
+"""Named measurements in several passes, with progress; what is found is kept as it comes."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+from hrm.profiling.passes import combine
+
+FEWEST_PASSES: Final = 3
 
 Progress = Callable[[float, float, str], None]
 
 
 class ProfilingInterrupted(Exception):  # noqa: N818 - the user's wish, no error
-    """Ctrl-C while measuring; `measured` and `lost` name the steps.
+    """Ctrl-C while measuring; `measured` and `lost` name the steps and their passes.
 
     No profile is made of half the figures; what was measured is in the journal, if there is one.
     """
@@ -37,73 +41,135 @@ class Keeper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One measurement: `run` is called with its seconds and returns a value of type `kind`."""
+    """One measurement: `run` is called with its seconds and returns a value of type `kind`.
+
+    One that is taken `once` is not repeated in every pass.
+    """
 
     name: str
     weight: float
     run: Callable[[float], Any]
     kind: Any
+    once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A step in one of the passes."""
+
+    step: Step
+    name: str
+    seconds: float
 
 
 @dataclass(slots=True)
 class Steps:
-    """Measurements in order; each gets its share of the time, and its result is kept.
+    """Measurements in order, all of them in every pass; each gets its share of the time.
 
-    A part of the time is `part_s`, or less where all of them would take longer than `most_s`. A
-    step may look up in `found` what earlier ones found.
+    A part of the time is `part_s`, or less where all of them would take longer than `most_s`. Once
+    `FEWEST_PASSES` are made, none is begun that would end after `most_s`. While a pass goes on, a
+    step may look up in `found` what earlier ones found in it; in the end it holds what all passes
+    found.
     """
 
     part_s: float
     most_s: float
     progress: Progress | None = None
     keeper: Keeper | None = None
+    passes: int = 1
     clock: Callable[[], float] = time.monotonic
     steps: list[Step] = field(default_factory=list[Step])
     found: dict[str, Any] = field(default_factory=dict[str, Any])
     recalled: list[str] = field(default_factory=list[str])
+    turns: list[Turn] = field(default_factory=list[Turn])
+    passes_made: int = 0
 
-    def add(self, name: str, weight: float, run: Callable[[float], Any], kind: Any) -> None:
+    def add(
+        self,
+        name: str,
+        weight: float,
+        run: Callable[[float], Any],
+        kind: Any,
+        *,
+        once: bool = False,
+    ) -> None:
         """Append a step that gets `weight` parts of the time and finds a `kind`."""
-        self.steps.append(Step(name, weight, run, kind))
+        self.steps.append(Step(name, weight, run, kind, once))
 
     def run(self) -> dict[str, Any]:
         """Everything measured, by the names of the steps.
 
-        Steps that are known from before are not run again. Raises ProfilingInterrupted on Ctrl-C.
+        Turns that are known from before are not taken again. Raises ProfilingInterrupted on Ctrl-C.
         """
-        unit_s = min(self.part_s, self.most_s / sum(step.weight for step in self.steps))
-        todo: list[Step] = []
-        for step in self.steps:
-            known, found = False, None
+        known: dict[str, Any] = {}
+        passes = self._passes()
+        self.turns = [turn for one in passes for turn in one]
+        for turn in self.turns:
             if self.keeper is not None:
-                known, found = self.keeper.recall(step.name, step.kind)
-            if known:
-                self.found[step.name] = found
-                self.recalled.append(step.name)
-            else:
-                todo.append(step)
+                is_known, found = self.keeper.recall(turn.name, turn.step.kind)
+                if is_known:
+                    known[turn.name] = found
+        self.recalled = list(known)
         start_s = self.clock()
         try:
-            for index, step in enumerate(todo):
-                self._tell(start_s, unit_s, todo, index)
-                began_s = self.clock()
-                found = step.run(unit_s * step.weight)
-                if self.keeper is not None:
-                    self.keeper.keep(step.name, self.clock() - began_s, found)
-                self.found[step.name] = found
+            self._run(passes, known, start_s)
         except KeyboardInterrupt as error:
-            lost = [step.name for step in self.steps if step.name not in self.found]
-            raise ProfilingInterrupted(list(self.found), lost) from error
-        self._tell(start_s, unit_s, todo, len(todo))
+            lost = [turn.name for turn in self.turns if turn.name not in known]
+            raise ProfilingInterrupted(list(known), lost) from error
+        self._tell(start_s, [], "done", 0.0)
+        found_of = {
+            step.name: [known[turn.name] for turn in self.turns if turn.step is step]
+            for step in self.steps
+        }
+        self.found = {name: combine(found) for name, found in found_of.items()}
         return self.found
 
-    def _tell(self, start_s: float, unit_s: float, todo: Sequence[Step], index: int) -> None:
-        """Report the next step; the rest is expected to be as late as what is done was."""
+    def _passes(self) -> list[list[Turn]]:
+        unit_s = min(self.part_s, self.most_s / sum(step.weight for step in self.steps))
+        return [
+            [
+                Turn(
+                    step,
+                    step.name if step.once or self.passes == 1
+                    else f"{step.name} ({index + 1} of {self.passes})",
+                    unit_s * step.weight / (1 if step.once else self.passes),
+                )
+                for step in self.steps if index == 0 or not step.once
+            ]
+            for index in range(self.passes)
+        ]  # fmt: skip
+
+    def _run(self, passes: Sequence[Sequence[Turn]], known: dict[str, Any], start_s: float) -> None:
+        """Take all turns that are not known; what they find joins `known`."""
+        longest_s = planned_s = 0.0
+        for index, turns in enumerate(passes):
+            began_s = self.clock()
+            late = began_s + longest_s > start_s + self.most_s
+            if late and index >= FEWEST_PASSES and turns[0].name not in known:
+                self.turns = [turn for one in passes[:index] for turn in one]
+                break
+            for turn in turns:
+                if turn.name not in known:
+                    left = [one for one in self.turns if one.name not in known]
+                    self._tell(start_s, left, turn.name, planned_s)
+                    known[turn.name] = self._take(turn)
+                    planned_s += turn.seconds
+                self.found[turn.step.name] = known[turn.name]
+            longest_s = max(longest_s, self.clock() - began_s)
+            self.passes_made = index + 1
+
+    def _take(self, turn: Turn) -> Any:
+        began_s = self.clock()
+        found = turn.step.run(turn.seconds)
+        if self.keeper is not None:
+            self.keeper.keep(turn.name, self.clock() - began_s, found)
+        return found
+
+    def _tell(self, start_s: float, left: Sequence[Turn], text: str, planned_s: float) -> None:
+        """Report the next turn; the rest is expected to be as late as what is done was."""
         if self.progress is None:
             return
         done_s = self.clock() - start_s
-        planned_s = unit_s * sum(step.weight for step in todo[:index])
-        rest_s = unit_s * sum(step.weight for step in todo[index:])
+        rest_s = sum(turn.seconds for turn in left)
         late = max(1.0, done_s / planned_s) if planned_s > 0 else 1.0
-        text = todo[index].name if index < len(todo) else "done"
         self.progress(done_s, done_s + rest_s * late, text)

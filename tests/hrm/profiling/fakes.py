@@ -29,6 +29,7 @@ def small_sizes() -> Iterator[pytest.MonkeyPatch]:
     """Arrays that take no time; what is measured with them is never looked at."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
+            "machine.PASSES": 3,
             "memory.QUICK_BYTES": 8 * MIB,
             "machine.host.QUICK_SOURCE_BYTES": 2 * MIB,
             "gemm.POOL_BYTES": MIB,

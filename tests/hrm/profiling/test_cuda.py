@@ -1,5 +1,6 @@
 """Profiles of machines with GPUs, put together from fake ones whose tensors live on the CPU."""
 
+from itertools import chain, cycle
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,6 @@ def one() -> HardwareProfile:
 @pytest.fixture(scope="module")
 def four() -> HardwareProfile:
     with small_sizes() as patch:
-        settled = iter([1e12, 0.5e12, 1.1e12, 1e12])  # the second of the four is slow
 
         def known(gpu, *, seconds):
             rate = next(settled)
@@ -59,8 +59,8 @@ def four() -> HardwareProfile:
 
         settling = "hrm.profiling.settle.settle"
         patch.setattr(settling, known)
-        # the first settling is that of the first GPU under load
-        settled = iter([1e12, 1e12, 0.5e12, 1.1e12, 1e12])
+        # After the first GPU under load, all four in every pass; the second of them is slow.
+        settled = chain([1e12], cycle([1e12, 0.5e12, 1.1e12, 1e12]))
         gpus = [FakeGpu(i, name="a GPU", free_bytes=(12 - i) * MIB) for i in range(4)]
         return measure(gpus, patch=patch)
 
@@ -233,9 +233,11 @@ def test_it_goes_on_after_an_interruption(tmp_path):
             [FakeGpu(0), FakeGpu(1)], patch=patch, partial=path, resume=True,
             progress=lambda _done, _total, text: ran.append(text),
         )  # fmt: skip
-    assert ran == ["contention", "done"]
+    assert ran[0] == "contention (1 of 3)"
+    assert ran[-2:] == ["contention (3 of 3)", "done"]
+    assert not any("(1 of 3)" in text or text == "gpu under load" for text in ran[1:])
     assert profile.contention
-    assert profile.environment["resumed"].startswith("23 of 24 measurements are of ")
+    assert profile.environment["resumed"].startswith("23 of 68 measurements are of ")
 
 
 # ------------------------------------------------------------------------------- pieces

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, Rate, Source
 from hrm.profiling.machine.journal import Journal, partial_path
-from hrm.profiling.machine.steps import ProfilingInterrupted, Steps
+from hrm.profiling.machine.steps import FEWEST_PASSES, ProfilingInterrupted, Steps
 from hrm.profiling.timing import Timing
 from tests.hrm.profiling.fakes import Clock
 
@@ -63,6 +64,79 @@ def test_parts_are_as_long_as_asked_for_where_there_is_time():
         steps.add("one", 1, lambda s: s, float)
         steps.add("five", 5, lambda s: s, float)
         assert steps.run() == {"one": part_s, "five": 5 * part_s}
+
+
+def passes_of(count: int, *, most_s: float = 100.0, each_s: float = 1.0, **more) -> Steps:
+    """Two steps in several passes, and one that is taken once; each finds how often it ran."""
+    clock = Clock()
+    steps = Steps(inf, most_s, passes=count, clock=clock, **more)
+    for name, once in (("a", False), ("once", True), ("b", False)):
+        ran = iter(range(100))
+
+        def run(_seconds, ran=ran):
+            clock.pass_(each_s)
+            return float(next(ran))
+
+        steps.add(name, 1, run, float, once=once)
+    return steps
+
+
+def test_passes_take_turns_and_are_combined():
+    told = []
+    steps = passes_of(3, progress=lambda *now: told.append(now[2]))
+    assert steps.run() == {"a": 1.0, "once": 0.0, "b": 1.0}
+    assert told == [
+        "a (1 of 3)", "once", "b (1 of 3)", "a (2 of 3)", "b (2 of 3)", "a (3 of 3)", "b (3 of 3)",
+        "done",
+    ]  # fmt: skip
+    assert steps.passes_made == 3
+
+
+def test_passes_share_the_time_of_a_step():
+    steps, seconds = Steps(2.0, 100.0, passes=4), []
+    steps.add("each", 3, lambda s: seconds.append(s) or s, float)
+    steps.add("once", 3, lambda s: seconds.append(s) or s, float, once=True)
+    steps.run()
+    assert seconds == [1.5, 6.0, 1.5, 1.5, 1.5]
+
+
+def test_steps_see_what_was_found_in_the_same_pass():
+    first, seen = iter((10.0, 30.0, 20.0)), []
+    steps = Steps(inf, 1.0, passes=3)
+    steps.add("first", 1, lambda _: next(first), float)
+    steps.add("second", 1, lambda _: seen.append(steps.found["first"]) or 0.0, float)
+    assert steps.run()["first"] == 20.0
+    assert seen == [10.0, 30.0, 20.0]
+
+
+def test_passes_that_would_end_too_late_are_left_out():
+    """A pass takes 2 s, and the first one 3: a fourth would end at 9 s."""
+    for most_s, made in ((9.5, 3), (10.0, 4), (13.0, 5), (1.0, FEWEST_PASSES)):
+        steps = passes_of(5, most_s=most_s)
+        steps.run()
+        assert steps.passes_made == made, most_s
+
+
+def test_a_pass_that_was_interrupted_goes_on(tmp_path):
+    path = tmp_path / "partial"
+    with journal(path) as kept:
+        steps, turns = passes_of(3, keeper=kept), iter(range(100))
+        real = steps.steps[2].run
+
+        def stopped(seconds):
+            if next(turns) == 1:
+                raise KeyboardInterrupt
+            return real(seconds)
+
+        steps.steps[2] = replace(steps.steps[2], run=stopped)
+        with pytest.raises(ProfilingInterrupted) as caught:
+            steps.run()
+    assert caught.value.measured == ("a (1 of 3)", "once", "b (1 of 3)", "a (2 of 3)")
+    assert caught.value.lost == ("b (2 of 3)", "a (3 of 3)", "b (3 of 3)")
+    with journal(path) as kept:
+        steps = passes_of(3, keeper=kept)
+        assert steps.run() == {"a": 0.0, "once": 0.0, "b": 0.0}  # 0 1 0, and 0 0 1
+        assert steps.recalled == list(caught.value.measured)
 
 
 def test_later_steps_see_what_earlier_ones_found():
