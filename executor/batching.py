@@ -1,5 +1,7 @@
 """Requests into micro-batches, and prompts into chunks: variable lengths, no padding.
 
+A prompt longer than a chunk is split over successive ones.
+
 Algorithm 2 of MoE-Lightning (arXiv 2411.11217, App. A): longest prompt first, into the open
 micro-batch with the fewest tokens; a micro-batch closes at μ requests; what would exceed its cache
 waits for the next batch. No request is ever dropped.
@@ -158,17 +160,37 @@ def policy_for(policy: Policy, num_micro_batches: int) -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPart:
-    """One prompt in a chunk: whose it is, and its tokens' rows [first, last) in the chunk."""
+    """A prompt in a chunk, or a part of one: its tokens from `start` on, in rows [first, last)."""
 
     placed: Placed
     micro_batch: int
+    start: int
     first: int
     last: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the prompt up to the end of the part."""
+        return self.start + self.last - self.first
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the prompt's last part."""
+        return self.end == len(self.placed.request.prompt)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Its token ids."""
+        return self.placed.request.prompt[self.start : self.end]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole prompts that are prefilled together; `offset` counts the tokens of earlier chunks."""
+    """Prompts that are prefilled together; `offset` counts the tokens of earlier chunks.
+
+    A split prompt's parts lie in successive chunks: last in the one, first in the next. So between
+    two chunks no more than one prompt is under way.
+    """
 
     parts: tuple[ChunkPart, ...]
     offset: int
@@ -180,7 +202,10 @@ class Chunk:
 
 
 def chunks(batch: Batch, max_tokens: int) -> tuple[Chunk, ...]:
-    """All prompts of a batch in chunks of at most `max_tokens`, each into the first with room."""
+    """All prompts of a batch in chunks of at most `max_tokens`, the longest first.
+
+    Those that are longer fill one chunk after the other, the others go into the first with room.
+    """
     prompts = [
         (placed, j) for j, micro_batch in enumerate(batch.micro_batches)
         for placed in micro_batch.placed
@@ -190,14 +215,17 @@ def chunks(batch: Batch, max_tokens: int) -> tuple[Chunk, ...]:
     members: list[list[ChunkPart]] = []
     for placed, j in prompts:
         length = len(placed.request.prompt)
-        assert length <= max_tokens, placed.request.name
-        index = next((g for g, room in enumerate(rooms) if room >= length), len(rooms))
-        if index == len(rooms):
-            rooms.append(max_tokens)
-            members.append([])
-        first = max_tokens - rooms[index]
-        members[index].append(ChunkPart(placed, j, first, first + length))
-        rooms[index] -= length
+        start, least = 0, 1 if length > max_tokens else length
+        while start < length:
+            index = next((g for g, room in enumerate(rooms) if room >= least), len(rooms))
+            if index == len(rooms):
+                rooms.append(max_tokens)
+                members.append([])
+            first = max_tokens - rooms[index]
+            part = ChunkPart(placed, j, start, first, first + min(length - start, rooms[index]))
+            members[index].append(part)
+            rooms[index] = max_tokens - part.last
+            start = part.end
     made: list[Chunk] = []
     offset = 0
     for parts in members:

@@ -65,8 +65,8 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
     rules = (
         (length >= 1, "<empty>", "must have at least one token", "give a prompt"),
         (
-            length <= policy.prefill_chunk_tokens, f"<{length} tokens>",
-            f"must fit the policy's prefill chunk of {policy.prefill_chunk_tokens} tokens",
+            length <= policy.max_prompt_tokens, f"<{length} tokens>",
+            f"must have at most the {policy.max_prompt_tokens} tokens that the policy prefills",
             "shorten it or solve a policy with a greater --max-prompt-len",
         ),
         (

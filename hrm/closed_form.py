@@ -262,7 +262,7 @@ def prefill_lanes(
         lambda kind: costs.prefill_layer(chunk, workload.prompt_len, kind)
     )
     lanes = {
-        Lane.GPU: layers * gpu + chunks * costs.sample(point.batch_size / chunks),
+        Lane.GPU: layers * gpu + chunks * costs.first_tokens(point.batch_size / chunks),
         Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
         Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
         Lane.STAGE: layers * point.staging * costs.stage(weights),

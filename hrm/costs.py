@@ -7,7 +7,7 @@ from typing import Final
 from hrm import operators
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
 from hrm.model_spec import LayerKind, ModelSpec
-from hrm.numeric import Number
+from hrm.numeric import Number, maximum
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
@@ -81,6 +81,13 @@ class Costs:
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
         return self._on(Device.GPU, operators.sample(self.spec, self.dtype, m))
+
+    def first_tokens(self, requests: Number) -> Number:
+        """The same after a chunk in which so many prompts end, as a mean over chunks.
+
+        With fewer than one, that share of the chunks has one and the others nothing to choose.
+        """
+        return -maximum(-requests, -1) * self.sample(maximum(requests, 1))
 
     def prefill_layer(self, tokens: Number, prompt_len: Number, kind: LayerKind) -> Number:
         """One layer of prefill over a chunk on the GPU."""
@@ -287,8 +294,10 @@ class TaskWork:
                 return costs.cpu_experts(m, on_host)
             case TaskKind.PREFILL_LAYER:
                 return costs.prefill_layer(m, self.context, kind)
+            case TaskKind.SAMPLE if self.pipeline.phase is Phase.PREFILL:
+                return costs.first_tokens(self.requests_per_chunk or m)
             case TaskKind.SAMPLE:
-                return costs.sample(self.requests_per_chunk or m)
+                return costs.sample(m)
             case TaskKind.STAGE_PAGE:
                 return costs.stage(self.num_bytes(task))
             case TaskKind.LOAD_PAGE:

@@ -117,10 +117,21 @@ def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number
     return total
 
 
+def prefix_bytes_per_token(spec: ModelSpec, dtype: str, *, ranks: int = 1) -> int:
+    """Bytes that a split prompt keeps on the GPU for each token: one layer's keys and values.
+
+    Latent attention keeps what it expands its cache to, of which every GPU has its own heads.
+    """
+    if spec.latent_attention is not None:
+        return (spec.query_size + spec.attention_output_size) * DTYPE_BYTES[dtype]
+    return spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(dtype)
+
+
 def gpu_purposes(
     spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
     chunk_tokens: Number, gpu_kv_micro_batches: Number, streams_kv: Number, ffn_on_cpu: Number,
-    resident_bytes: Number, max_streamed_bytes: Number, ranks: int = 1, batches: int = 1,
+    resident_bytes: Number, max_streamed_bytes: Number, prefix_tokens: Number = 0, ranks: int = 1,
+    batches: int = 1,
 ) -> dict[str, Number]:  # fmt: skip
     """Bytes at the GPU level by purpose; `kv_tokens` is the cache of one micro-batch in tokens.
 
@@ -141,6 +152,7 @@ def gpu_purposes(
         "exchange": batch_size
         * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
         "prefill_buffers": BUFFERS * chunk_tokens * (ranks * spec.hidden_size * size + layer_kv),
+        "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, dtype, ranks=ranks),
         "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks),
         "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
     }
@@ -211,6 +223,7 @@ def purposes(
         ffn_on_cpu=ffn_on_cpu,
         resident_bytes=spec.total_layer_bytes(policy.dtype) - sum(streamed),
         max_streamed_bytes=max(streamed),
+        prefix_tokens=policy.prefix_buffer_tokens,
         ranks=ranks,
         batches=batches,
     )

@@ -152,23 +152,30 @@ def post_attention(
 def prefill_layer(
     spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number, kind: LayerKind
 ) -> Operator:
-    """One whole layer over `tokens` prompt tokens in prompts of `prompt_len`; causal attention."""
+    """One whole layer over a chunk of `tokens` in prompts of `prompt_len`; causal attention.
+
+    Prompts longer than the chunk are split: over all parts of one, attention is what it is over the
+    whole, but for keys and values of earlier parts, which each later part reads again.
+    """
     before = pre_attention(spec, dtype, tokens)
     after = post_attention(spec, dtype, tokens, spec.num_experts, kind)
     size = DTYPE_BYTES[dtype]
     capped = spec.context_in(kind, prompt_len)
     mean_context = capped - capped * capped / (2 * prompt_len)
     expanded = spec.query_size + spec.attention_output_size
+    part = -maximum(-prompt_len, -tokens)
+    prefix = spec.context_in(kind, (prompt_len - part) / 2)  # as a mean over the parts
+    of_prefix = expanded if spec.latent_attention is not None else spec.kv_elements
     attention = Kernel(
         2 * tokens * mean_context * expanded,
-        tokens * (expanded + spec.kv_elements) * size,
-        prompt_len,
+        tokens * (expanded + spec.kv_elements + prefix / part * of_prefix) * size,
+        part,
     )
     kernels = (*before.kernels, attention, *after.kernels)
     if spec.latent_up_parameters:
         touched = spec.kv_elements + expanded
         kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
-    return Operator(kernels, before.launches + after.launches, tokens / prompt_len)
+    return Operator(kernels, before.launches + after.launches, tokens / part)
 
 
 def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:

@@ -43,7 +43,10 @@ class Policy:
     `resident_dense` so do all projections, norms and routers; the LM head always does and the
     token embedding never. The KV cache of `gpu_kv_micro_batches` micro-batches lives on the GPU.
     Each micro-batch's cache holds `kv_tokens_per_micro_batch` tokens, and prompts are prefilled in
-    chunks of at most `prefill_chunk_tokens`. With `staging`, weights go through pinned buffers.
+    chunks of at most `prefill_chunk_tokens`. A longer prompt is split over chunks, and its keys and
+    values stay on the GPU until its last part: in its cache if that is there, else in the buffers
+    through which attention on the GPU streams the cache, else in one of `prefix_buffer_tokens`.
+    With `staging`, weights go through pinned buffers.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
     are under way.
     """
@@ -58,6 +61,7 @@ class Policy:
     gpu_kv_micro_batches: int = 0
     kv_tokens_per_micro_batch: int
     prefill_chunk_tokens: int
+    prefix_buffer_tokens: int = 0
     staging: bool = False
     parallelism: Parallelism = Parallelism.TENSOR
     dtype: str = "bfloat16"
@@ -87,6 +91,10 @@ class Policy:
             (
                 "prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1,
                 "be at least 1",
+            ),
+            (
+                "prefix_buffer_tokens", self.prefix_buffer_tokens, self.prefix_buffer_tokens >= 0,
+                "be at least 0",
             ),
             ("dtype", self.dtype, self.dtype in DTYPE_BYTES, f"be one of {', '.join(DTYPE_BYTES)}"),
             (
@@ -122,6 +130,15 @@ class Policy:
     def num_micro_batches(self) -> int:
         """Micro-batches in a batch; the last may be smaller."""
         return -(-self.batch_size // max(self.micro_batch_size, 1))
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt that can be prefilled, however many chunks it takes."""
+        has_place = self.attention is Device.GPU or (
+            self.gpu_kv_micro_batches == self.num_micro_batches
+        )
+        split = self.kv_tokens_per_micro_batch if has_place else self.prefix_buffer_tokens
+        return max(self.prefill_chunk_tokens, split)
 
     def kv_on_gpu(self, micro_batch: int) -> bool:
         """Whether that micro-batch's KV cache lives on the GPU; they are spread evenly."""
@@ -194,3 +211,16 @@ def kv_tokens_for(
 
 def _in_blocks(tokens: Number) -> Number:
     return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+
+def prefix_tokens_for(
+    spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number, *, cpu_attention: Number
+) -> Number:
+    """Tokens that `prefix_buffer_tokens` needs: the longest prompt's if that is split, else 0.
+
+    `cpu_attention` is 1 where caches lie on the host and are attended over there: otherwise a
+    prompt under way has a place on the GPU. Not so with latent attention, whose cache is no place
+    for the keys and values that it is expanded to.
+    """
+    needed = 1 if spec.latent_attention is not None else cpu_attention
+    return max_prompt_len * needed * (chunk_tokens < max_prompt_len)

@@ -53,17 +53,22 @@ class Exchange:
 
 @final
 class PrefillBuffers:
-    """Chunks on the GPU, one in use and one in transfer, and all hidden states on the host."""
+    """Chunks on the GPU, one in use and one in transfer, and all hidden states on the host.
+
+    `prefix_C2Gd` keeps one layer's keys and values of a prompt that is split, until its last part.
+    """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, chunk_tokens: int
-    ) -> None:
+        self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, prefix: Tensor,
+        chunk_tokens: int,
+    ) -> None:  # fmt: skip
         elements = gpu.view(dtype)
         hidden = BUFFERS * chunk_tokens * spec.hidden_size
         self.hidden_BTD = elements[:hidden].view(BUFFERS, chunk_tokens, spec.hidden_size)
         self.kv_BT2Gd = elements[hidden:].view(
             BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim
         )
+        self.prefix_C2Gd = prefix.view(dtype).view(-1, 2, spec.num_kv_heads, spec.head_dim)
         self.host_TD = host.view(dtype).view(-1, spec.hidden_size)
 
 
@@ -100,12 +105,13 @@ def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> Ru
         host=take(Device.CPU, "weights").view(dtype),
         staging=take(Device.CPU, "staging").view(dtype),
     )
+    kv_buffers = take(Device.GPU, "kv_buffers")
     caches = KvCaches(
         spec,
         policy,
         gpu=take(Device.GPU, "kv_cache").view(dtype),
         host=take(Device.CPU, "kv_cache").view(dtype),
-        buffers=take(Device.GPU, "kv_buffers").view(dtype),
+        buffers=kv_buffers.view(dtype),
     )
 
     def exchange(level: Device) -> Exchange:
@@ -122,6 +128,10 @@ def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> Ru
             dtype,
             gpu=take(Device.GPU, "prefill_buffers"),
             host=take(Device.CPU, "prefill_hidden"),
+            # Decode's KV buffers are as long as any prompt, and idle until then.
+            prefix=kv_buffers[: len(kv_buffers) // BUFFERS]
+            if len(kv_buffers)
+            else take(Device.GPU, "prefix_buffer"),
             chunk_tokens=policy.prefill_chunk_tokens,
         ),
         workspace=Workspace(temporaries[: gpu_plan["workspace"]]),

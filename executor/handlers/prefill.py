@@ -1,4 +1,4 @@
-"""Tasks of prefill: chunks of whole prompts, all computed on the GPU.
+"""Tasks of prefill: chunks of prompts, all computed on the GPU.
 
 T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, G kv heads, d head_dim.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
-from executor.batching import Chunk
+from executor.batching import Chunk, ChunkPart
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
@@ -30,7 +30,7 @@ from hrm.tasks import Lane, TaskId, TaskKind
 
 @dataclass(frozen=True, slots=True)
 class PrefillHandlers:
-    """Tasks of prefill: chunks of whole prompts, all computed on the GPU."""
+    """Tasks of prefill: chunks of prompts, all computed on the GPU."""
 
     backend: AbstractBackend
     arch: Architecture
@@ -50,11 +50,11 @@ class PrefillHandlers:
     ) -> dict[TaskKind, Handler]:  # fmt: skip
         """The handler of every kind that occurs in prefill."""
         tokens = [
-            torch.tensor([t for part in chunk.parts for t in part.placed.request.prompt])
+            torch.tensor([token for part in chunk.parts for token in part.tokens])
             for chunk in chunks
         ]
         positions = [
-            torch.cat([torch.arange(part.last - part.first) for part in chunk.parts])
+            torch.cat([torch.arange(part.start, part.end) for part in chunk.parts])
             for chunk in chunks
         ]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
@@ -107,14 +107,10 @@ class PrefillHandlers:
         kv_T2Gd = qkv_TX[:, spec.query_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
         if not all(self.kv_on_gpu):
             self._kv_buffer(x).copy_(kv_T2Gd)
-        for part in chunk.parts:
-            if self.kv_on_gpu[part.micro_batch]:
-                cache = self.memory.caches.of(part.micro_batch, x.layer)
-                start = part.placed.start
-                cache[start : start + part.last - part.first] = kv_T2Gd[part.first : part.last]
         attention_TQ = workspace.take((chunk.num_tokens, spec.query_size), hidden_TD.dtype)
         lengths = [part.last - part.first for part in chunk.parts]
-        prefill_attention(arch, qkv_TX, lengths, attention_TQ, workspace)
+        kept = [self._kept(part, x.layer) for part in chunk.parts]
+        prefill_attention(arch, qkv_TX, lengths, kept, attention_TQ, workspace)
         x_TD, routing = post_attention(arch, hidden_TD, attention_TQ, weights.dense, workspace)
         counts = run_experts(x_TD, routing, weights.all_experts, hidden_TD, workspace)
         self.state.count_routed(x.layer, counts)
@@ -124,20 +120,15 @@ class PrefillHandlers:
         """Move new keys and values to those caches that live on the host."""
         buffer = self._kv_buffer(x)
         copies = [
-            (
-                self.memory.caches.of(part.micro_batch, x.layer)[
-                    part.placed.start : part.placed.start + part.last - part.first
-                ],
-                buffer[part.first : part.last],
-            )
+            (self._cache(part, x.layer)[part.start :], buffer[part.first : part.last])
             for part in self.chunks[x.micro_batch].parts
             if not self.kv_on_gpu[part.micro_batch]
         ]
         return self.backend.transfer(Lane.D2H, copies)
 
     def sample(self, x: TaskId) -> int:
-        """Choose the first token of each prompt of a chunk, at most μ at once."""
-        parts = self.chunks[x.micro_batch].parts
+        """Choose the first token of each prompt that ends in a chunk, at most μ at once."""
+        parts = [part for part in self.chunks[x.micro_batch].parts if part.ends]
         hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
         for first in range(0, len(parts), most):
             piece = parts[first : first + most]
@@ -145,6 +136,18 @@ class PrefillHandlers:
             sequences = [self.state.by_placed[id(part.placed)] for part in piece]
             sample(self.arch, self.memory, self.state, hidden_TD[last_tokens], sequences)
         return 0
+
+    def _cache(self, part: ChunkPart, layer: int) -> Tensor:
+        """The prompt's part of its micro-batch's cache, as far as the end of the part."""
+        start = part.placed.start
+        return self.memory.caches.of(part.micro_batch, layer)[start : start + part.end]
+
+    def _kept(self, part: ChunkPart, layer: int) -> Tensor | None:
+        """Where the GPU keeps a prompt's keys and values up to the end of the part, if it does."""
+        if self.kv_on_gpu[part.micro_batch]:
+            return self._cache(part, layer)
+        is_whole = part.start == 0 and part.ends
+        return None if is_whole else self.memory.prefill.prefix_C2Gd[: part.end]
 
     def _buffer_index(self, x: TaskId) -> int:
         return (x.layer * len(self.chunks) + x.micro_batch) % BUFFERS

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.architecture import Architecture
@@ -18,6 +19,8 @@ from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import kernels
+
+QUERY_BLOCK = 128  # on the CPU: more would compute much of the future, fewer are slow
 
 
 def pre_attention(
@@ -37,25 +40,77 @@ def pre_attention(
 
 
 def prefill_attention(
-    arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor,
+    arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int],
+    caches_C2Gd: Sequence[Tensor | None], out_TQ: Tensor,
     workspace: Workspace,  # noqa: ARG001 - torch allocates one prompt's output itself
 ) -> None:  # fmt: skip
-    """Causal attention within each of the prompts that lie one after the other in `qkv_TX`."""
+    """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
+
+    Where a prompt has a cache, its tokens' keys and values are written to the cache's last rows.
+    If it has more rows, these are the prompt's earlier tokens, which are attended over as well.
+    """
     spec = arch.spec
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     sizes = (heads, kv_heads, kv_heads)
     out_THd = out_TQ.view(-1, heads, spec.head_dim)
-    qkv_1XTd = qkv_TX.view(len(qkv_TX), -1, spec.head_dim).transpose(0, 1).unsqueeze(0)
+    qkv_TXd = qkv_TX.view(len(qkv_TX), -1, spec.head_dim)
     start = 0
-    for length in lengths:
+    for length, cache_C2Gd in zip(lengths, caches_C2Gd, strict=True):
         prompt = slice(start, start + length)
-        q, k, v = qkv_1XTd[:, :, prompt].split(sizes, dim=1)
+        q_THd, k_TGd, v_TGd = qkv_TXd[prompt].split(sizes, dim=1)
+        start += length
+        if cache_C2Gd is not None:
+            cache_C2Gd[-length:].view(length, -1, spec.head_dim).copy_(qkv_TXd[prompt, heads:])
+            if len(cache_C2Gd) > length:
+                attend = _after_prefix_in_blocks if q_THd.device.type == "cpu" else _after_prefix
+                attend(q_THd, cache_C2Gd, out_THd[prompt])
+                continue
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
         context = scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=heads != kv_heads
         )
         out_THd[prompt].copy_(context[0].transpose(0, 1))
-        start += length
     assert start == len(qkv_TX), (start, qkv_TX.shape)
+
+
+def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
+    """Causal attention of a cache's last tokens; where kernels know it, no mask is ever made."""
+    tokens, heads, _ = q_THd.shape
+    k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()
+    context = scaled_dot_product_attention(
+        q_THd.transpose(0, 1).unsqueeze(0), k, v,
+        attn_mask=causal_lower_right(tokens, len(cache_C2Gd)), enable_gqa=heads != k.shape[1],
+    )  # fmt: skip
+    out_THd.copy_(context[0].transpose(0, 1))
+
+
+def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
+    """The same on the CPU, where a causal mask has to start with the cache's first token.
+
+    With a block's queries in reverse, each row of the mask is the one before moved by an element,
+    so that all of them are views of one line. Heads that share a KV head read it in place.
+    """
+    tokens, heads, head_dim = q_THd.shape
+    length, _, kv_heads, _ = cache_C2Gd.shape
+    grouped = (2, kv_heads, heads // kv_heads, length, head_dim)
+    k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(2).expand(grouped).unbind()
+    line = q_THd.new_zeros(length + QUERY_BLOCK)
+    line[length:] = -torch.inf
+    for first in range(0, tokens, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, tokens)
+        unseen = tokens - last  # tokens after the block
+        seen = length - unseen
+        reverse = torch.arange(last - first - 1, -1, -1)
+        block_THd = out_THd[first:last]  # holds the queries until it is overwritten
+        torch.index_select(q_THd[first:last], 0, reverse, out=block_THd)
+        context_GhTd = scaled_dot_product_attention(
+            block_THd.transpose(0, 1).unflatten(0, (kv_heads, -1)),
+            k[:, :, :seen],
+            v[:, :, :seen],
+            attn_mask=line[unseen:].as_strided((last - first, seen), (1, 1)),
+        )
+        context_THd = context_GhTd.flatten(0, 1).transpose(0, 1)
+        torch.index_select(context_THd, 0, reverse, out=block_THd)
 
 
 def append_kv(cache_C2Gd: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:

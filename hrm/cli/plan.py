@@ -24,7 +24,7 @@ from hrm.estimate import estimate as predict
 from hrm.hardware import HardwareProfile
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search.result import SearchResult
 from hrm.search.solvers import Solver, solve
@@ -161,7 +161,10 @@ def _trials_bar(solver: str, trials: int | None) -> Generator[dict[str, Any]]:
     "--kv-on-gpu", is_flag=False, flag_value="1", default="0", show_default=True,
     metavar="[SHARE]", help="Share of the KV cache that lives on the GPU; all without a number.",
 )  # fmt: skip
-@click.option("--prefill-chunk", type=int, help="Prompt tokens prefilled at a time.")
+@click.option(
+    "--prefill-chunk", type=int,
+    help="Prompt tokens prefilled at a time; longer prompts are split.",
+)  # fmt: skip
 @_schedule
 @_staging
 @_json
@@ -182,15 +185,12 @@ def estimate(
     if workload.num_requests is not None:
         batch_size = max(min(batch_size, workload.num_requests), micro_batch_size)
     chunk = max(workload.max_prompt_len, min(round(batch_size * workload.prompt_len), 4096))
-    if prefill_chunk is not None and prefill_chunk < workload.max_prompt_len:
-        raise PolicyError(
-            "--prefill-chunk", prefill_chunk,
-            f"must hold the longest prompt of {workload.max_prompt_len} tokens",
-            "prompts are prefilled whole: give at least that",
-        )  # fmt: skip
+    chunk = chunk if prefill_chunk is None else prefill_chunk
     if not profile.has_accelerator:  # one level: everything lies and is computed there
         attention = ffn = Device.GPU.value
         resident_experts, resident_dense, kv_on_gpu = str(model.spec.num_experts), True, "1"
+    num_micro_batches = -(-batch_size // micro_batch_size)
+    on_gpu = round(_share(kv_on_gpu) * num_micro_batches)
     policy = Policy(
         schedule=ScheduleName(schedule),
         batch_size=batch_size,
@@ -199,11 +199,17 @@ def estimate(
         ffn=Device(ffn),
         resident_experts=_resident_experts(resident_experts, model.spec),
         resident_dense=resident_dense,
-        gpu_kv_micro_batches=round(_share(kv_on_gpu) * -(-batch_size // micro_batch_size)),
+        gpu_kv_micro_batches=on_gpu,
         kv_tokens_per_micro_batch=kv_tokens_for(
             micro_batch_size, workload.mean_context_len, workload.max_context_len
         ),
-        prefill_chunk_tokens=chunk if prefill_chunk is None else prefill_chunk,
+        prefill_chunk_tokens=chunk,
+        prefix_buffer_tokens=prefix_tokens_for(
+            model.spec,
+            workload.max_prompt_len,
+            chunk,
+            cpu_attention=int(attention == Device.CPU and on_gpu < num_micro_batches),
+        ),
         staging=staging,
         dtype=dtype,
     )

@@ -160,7 +160,7 @@ def print_plan(
         f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
-    _print_policy(policy, spec, has_gpu=profile.has_accelerator)
+    _print_policy(policy, spec, workload, has_gpu=profile.has_accelerator)
     _print_prediction(estimate, workload, has_gpu=profile.has_accelerator)
     _print_memory(estimate, profile)
     _print_turning_points(_turning_points(estimate, spec, profile, workload))
@@ -179,7 +179,7 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
             return ""
 
 
-def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
+def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gpu: bool) -> None:
     n, mu, a_g, f_g, r_w, r_c = policy.paper_tuple(spec)
     console.print(
         f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
@@ -204,7 +204,11 @@ def _print_policy(policy: Policy, spec: ModelSpec, *, has_gpu: bool) -> None:
         f"  experts on the {_word(policy.ffn)}; {count} of {spec.num_experts} a layer stay on the "
         f"GPU, {dense}{', staged through pinned memory' if policy.staging else ''}"
     )
-    console.print(f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time\n")
+    splits = policy.prefill_chunk_tokens < workload.max_prompt_len
+    console.print(
+        f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time"
+        f"{', longer ones in parts' if splits else ''}\n"
+    )
 
 
 def _limit(phase: PhaseEstimate, *, has_gpu: bool) -> str:

@@ -12,7 +12,10 @@ LOOKAHEAD = 2  # micro-batches that CPU attention is launched ahead (Algorithm 1
 
 
 def prefill(p: Pipeline) -> Iterator[TaskId]:
-    """Layer by layer, chunk by chunk; the next layer's pages spread between the chunks."""
+    """Layer by layer, chunk by chunk; the next layer's pages spread between the chunks.
+
+    A layer's chunks run in order, as the parts of a split prompt need.
+    """
     yield from p.load_pages((0, 0))
     for i in range(p.num_layers):
         for g in range(p.num_micro_batches):

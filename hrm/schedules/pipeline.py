@@ -34,7 +34,9 @@ class Pipeline:
     `kv_on_gpu[j]` says whether micro-batch j's KV cache lives on the GPU, `streamed[i]` whether
     layer i has weights to load, `cpu_experts[i]` whether some of its experts run on the CPU. A
     layer's weights move in `num_pages` pages, the first `dense_pages` of which hold projections
-    (0 if those are resident). In prefill `num_micro_batches` counts chunks of prompts.
+    (0 if those are resident). In prefill `num_micro_batches` counts chunks of prompts. Parts of a
+    split prompt lie in successive chunks, and each leaves its keys and values on the GPU to the
+    next: their layers run in turn in one lane, so no edge has to say so.
     """
 
     phase: Phase = Phase.DECODE

@@ -26,7 +26,7 @@ from hrm.search.choose import remedy
 from hrm.search.exhaustive import RUNNER_UPS, greatest
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
-from hrm.search.lattice import CHUNKS, levelled, limits
+from hrm.search.lattice import chunk_choices, levelled, limits
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import bound_of, score_of
 from hrm.search.space import Kind, KvPlace, Space
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TRIALS: Final = 200
 LOCAL: Final = 4  # of so many trials one is what the estimator proposes
-ENCODING: Final = 1  # of parameters; a study of another one is never resumed
+ENCODING: Final = 2  # of parameters; a study of another one is never resumed
 # To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks.
 _FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (1.0, 1.0, 16), (0.5, 0.5, 4), (0.0, 1.0, 1))
 _RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micro-batch
@@ -102,7 +102,7 @@ class Setting:
     """What limits sizes and numbers beside one another."""
 
     kind: Kind
-    chunk: int
+    chunk: float
     dense: bool
 
 
@@ -112,11 +112,12 @@ class Decoder:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.dense = (True, False) if space.profile.has_accelerator else (True,)
+        self.chunks = sorted(chunk for some in chunk_choices(space) for chunk in some)
         self._known: dict[tuple[Setting, int], int] = {}
         self.kinds = {
             name: kind
             for name, kind in ((_name(kind), kind) for kind in space.kinds())
-            if any(self._most_sizes(Setting(kind, CHUNKS[0], dense)) for dense in self.dense)
+            if any(self._most_sizes(Setting(kind, self.chunks[0], dense)) for dense in self.dense)
         }
 
     def first(self, count: int) -> list[Parameters]:
@@ -141,7 +142,7 @@ class Decoder:
             for name, kind in self.kinds.items():
                 yield {
                     "kind": name, "size": self._share_with_residents(kind, share), "number": 0.0,
-                    "kv": 0.5, "residents": 1.0, "chunk": 1, "dense": True,
+                    "kv": 0.5, "residents": 1.0, "chunk": self.chunks[0], "dense": True,
                 }  # fmt: skip
 
     def ask(self, trial: "optuna.Trial") -> Parameters:
@@ -154,7 +155,7 @@ class Decoder:
             "number": trial.suggest_float("number", 0, 1),
             "kv": trial.suggest_float("kv", 0, 1) if kind.kv is KvPlace.SOME else 0.5,
             "residents": 1.0 if kind.gpu_ffn else trial.suggest_float("residents", 0, 1),
-            "chunk": trial.suggest_categorical("chunk", CHUNKS),
+            "chunk": trial.suggest_categorical("chunk", self.chunks),
             "dense": trial.suggest_categorical("dense", self.dense),
         }
 
@@ -163,7 +164,7 @@ class Decoder:
         kind = self.kinds[parameters["kind"]]
         settings = (
             Setting(kind, chunk, parameters["dense"])
-            for chunk in reversed(CHUNKS)
+            for chunk in reversed(self.chunks)
             if chunk <= parameters["chunk"]
         )
         setting = next((setting for setting in settings if self._most_sizes(setting)), None)
@@ -203,7 +204,7 @@ class Decoder:
                 case "kind":
                     changed[name] = random.choice(list(self.kinds))
                 case "chunk":
-                    changed[name] = random.choice(CHUNKS)
+                    changed[name] = random.choice(self.chunks)
                 case "dense":
                     changed[name] = random.choice(self.dense)
                 case _:
@@ -212,7 +213,7 @@ class Decoder:
 
     def _share_with_residents(self, kind: Kind, share: float) -> float:
         """The size, as a share, of one micro-batch beside which that share of experts fits."""
-        setting = Setting(kind, CHUNKS[0], dense=True)
+        setting = Setting(kind, self.chunks[0], dense=True)
         number = 1 + (kind.kv is KvPlace.SOME)
 
         def fit(sizes: Ints) -> NDArray[np.bool_]:

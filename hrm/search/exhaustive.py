@@ -13,7 +13,15 @@ from hrm.policy import ScheduleName
 from hrm.search.choose import Candidate, choose, remedy
 from hrm.search.fit import Ints
 from hrm.search.grid import Grid, make_grid
-from hrm.search.lattice import CHUNKS, COARSE_CHUNKS, REACHES, around, coarse, counted_up, whole
+from hrm.search.lattice import (
+    COARSE_CHUNKS,
+    REACHES,
+    around,
+    chunk_choices,
+    coarse,
+    counted_up,
+    whole,
+)
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Kind, Space
@@ -48,7 +56,7 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """`search`, with the space given."""
     started_s = time.perf_counter()
     costs = Costs(space.spec, space.profile, space.dtype)
-    kinds = [GridOfKind(space, costs, kind) for kind in space.kinds()]
+    kinds = grids(space, costs)
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = [predicted for _, predicted in choice.ranked]
     return SearchResult(
@@ -69,25 +77,34 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
 def greatest(space: Space) -> float:
     """The greatest closed-form throughput of a space, as far as this search finds it."""
     best, costs = 0.0, Costs(space.spec, space.profile, space.dtype)
-    kinds = [GridOfKind(space, costs, kind) for kind in space.kinds()]
+    kinds = grids(space, costs)
     for kind in sorted(kinds, key=lambda kind: -kind.ceiling()):
         if kind.ceiling() > best:
             best = max([best, *(candidate.tokens_per_s for candidate in kind.solve())])
     return best
 
 
+def grids(space: Space, costs: Costs) -> list["GridOfKind"]:
+    """Every kind, with chunks that hold the longest prompt and with those that split it."""
+    choices = chunk_choices(space)
+    return [GridOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in choices]
+
+
 class GridOfKind:
     """The candidates of one kind that have been tried and fit, with their scores."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind) -> None:
-        self.space, self.costs, self.kind = space, costs, kind
+    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: list[float]) -> None:
+        self.space, self.costs, self.kind, self.chunks = space, costs, kind, chunks
         self.evaluations = 0
         places = whole(space, kind)
         self.whole = places is not None
         if places is None:
-            self.grid, self.scores = self._try(coarse(space, kind), COARSE_CHUNKS)
+            self.grid, self.scores = self._try(
+                coarse(space, kind, chunks),
+                [chunk for chunk in chunks if chunk in COARSE_CHUNKS or chunk < 1],
+            )
         else:
-            self.grid, self.scores = self._try(places, CHUNKS)
+            self.grid, self.scores = self._try(places, chunks)
 
     def ceiling(self) -> float:
         """The best score, or somewhat more if integers between the grid's were not tried."""
@@ -114,12 +131,12 @@ class GridOfKind:
             if not len(best):
                 return
             places = around(self.space, self.kind, self.grid.take(best).places(), reach)
-            grid, found = self._try(places, CHUNKS)
+            grid, found = self._try(places, self.chunks)
             self.grid = self.grid.and_also(grid)
             self.scores = np.concatenate([self.scores, found])
 
-    def _try(self, places: Ints, chunks: list[int]) -> tuple[Grid, NDArray[np.float64]]:
-        grid = make_grid(self.space, self.kind, places, chunks)
+    def _try(self, places: Ints, chunk_factors: list[float]) -> tuple[Grid, NDArray[np.float64]]:
+        grid = make_grid(self.space, self.kind, places, chunk_factors)
         if self.whole and not self.kind.gpu_ffn:
             grid = self._with_every_residency(grid)
         self.evaluations += len(grid)

@@ -72,6 +72,7 @@ def gpu_needed(
         ffn_on_cpu=1 - kind.gpu_ffn,
         resident_bytes=resident_bytes,
         max_streamed_bytes=max_streamed_bytes,
+        prefix_tokens=numbers["prefix_buffer_tokens"],
         ranks=space.profile.num_gpus,
         batches=space.profile.num_stages,
     )

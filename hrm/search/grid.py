@@ -5,6 +5,7 @@ not enumerated. Where the host computes those that it holds, residents are a sha
 well, and fewer may be better.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import Point
-from hrm.policy import Policy, kv_tokens_for, spread_experts
+from hrm.policy import Policy, kv_tokens_for, prefix_tokens_for, spread_experts
 from hrm.search.fit import Ints, fits_memory, most_residents
 from hrm.search.space import Kind, Space
 from hrm.tasks import Device
@@ -32,6 +33,7 @@ class Grid:
     gpu_kv_micro_batches: Ints
     resident_dense: Ints
     chunk_tokens: Ints
+    prefix_buffer_tokens: Ints
     most_residents: Ints
     resident_total: Ints
     kv_tokens: Ints
@@ -108,6 +110,7 @@ class Grid:
             gpu_kv_micro_batches=int(self.gpu_kv_micro_batches[index]),
             kv_tokens_per_micro_batch=int(self.kv_tokens[index]),
             prefill_chunk_tokens=int(self.chunk_tokens[index]),
+            prefix_buffer_tokens=int(self.prefix_buffer_tokens[index]),
             staging=space.staging,
             dtype=space.dtype,
         )
@@ -117,8 +120,10 @@ ALL_THAT_FIT: Final = 1000
 _ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
 
 
-def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) -> Grid:
+def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[float]) -> Grid:
     """All combinations of `places` with chunks and with projections resident or not.
+
+    Chunks are as long as so many of the longest prompt: below one, it is split.
 
     `places` has the columns micro-batch size, number of micro-batches, how many of these have
     their KV cache on the GPU, and how many parts in `ALL_THAT_FIT` of the experts that fit the GPU
@@ -126,20 +131,21 @@ def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) 
     """
     axes = np.array(
         [
-            (factor, dense)
+            (math.ceil(space.workload.max_prompt_len * factor), dense)
             for factor in chunk_factors
             for dense in ((1, 0) if space.profile.has_accelerator else (1,))
         ]
     )
     place, axis = (index.ravel() for index in np.indices((len(places), len(axes))))
     micro_batch_size, num_micro_batches, on_gpu, parts = places[place].T
-    factor, dense = axes[axis].T
+    most_in_chunk, dense = axes[axis].T
     batch_size = micro_batch_size * num_micro_batches
     if space.workload.num_requests is not None:
         batch_size = np.minimum(batch_size, space.workload.num_requests)
     prompt_tokens = np.ceil(batch_size * space.workload.prompt_len).astype(np.int64)
-    chunk = np.minimum(space.workload.max_prompt_len * factor, prompt_tokens)
-    chunk = np.maximum(chunk, space.workload.max_prompt_len)
+    longest = space.workload.max_prompt_len
+    chunk = np.minimum(most_in_chunk, np.maximum(prompt_tokens, longest))
+    cpu_attention = (1 - kind.gpu_attention) * (on_gpu < num_micro_batches)
     numbers = {
         "batch_size": batch_size,
         "micro_batch_size": micro_batch_size,
@@ -147,6 +153,9 @@ def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[int]) 
         "gpu_kv_micro_batches": on_gpu,
         "resident_dense": dense,
         "chunk_tokens": chunk,
+        "prefix_buffer_tokens": prefix_tokens_for(
+            space.spec, longest, chunk, cpu_attention=cpu_attention
+        ),
         "kv_tokens": kv_tokens_for(
             micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len
         ),

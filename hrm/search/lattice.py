@@ -14,8 +14,10 @@ from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.space import Kind, KvPlace, Space
 
-COARSE_CHUNKS: Final = [1, 4, 16]
-CHUNKS: Final = [1, 2, 4, 8, 16]
+WHOLE_CHUNKS: Final[list[float]] = [1, 2, 4, 8, 16]  # in lengths of the longest prompt
+COARSE_CHUNKS: Final = (1, 4, 16)  # of these, tried first; shorter ones are few
+LEAST_CHUNK_TOKENS: Final = 128  # shorter ones take hardly less memory, and weights as much time
+_SPLIT: Final = 4  # chunks that split the longest prompt are tried in steps of this
 COARSE_KV_SHARES: Final = (0.05, 0.25, 0.6)
 WHOLE_PLACES: Final = 3000  # a kind with no more places and residencies is tried whole
 # Shares up to which integers around the best are tried, round by round.
@@ -27,6 +29,18 @@ _SIZES: Final = 24
 _NUMBERS: Final = 24
 _SIZES_OF_ONE: Final = 400
 _BATCHES: Final = 8
+
+
+def chunk_choices(space: Space) -> list[list[float]]:
+    """Chunks that are tried, in lengths of the longest prompt: those that hold it whole.
+
+    A second list has those that split it, if there are any of `LEAST_CHUNK_TOKENS` or more. The
+    closed form and the simulation may disagree on which are better, so each is solved by itself.
+    """
+    share, shares = 1.0, list[float]()
+    while (share := share / _SPLIT) * space.workload.max_prompt_len >= LEAST_CHUNK_TOKENS:
+        shares.append(share)
+    return [WHOLE_CHUNKS, shares[::-1]] if shares else [WHOLE_CHUNKS]
 
 
 def whole(space: Space, kind: Kind) -> Ints | None:
@@ -72,13 +86,13 @@ def pairs_of(places: Ints) -> Ints:
     return _distinct(places[:, :2])
 
 
-def coarse(space: Space, kind: Kind) -> Ints:
-    """Places over the whole range, a few per cent apart.
+def coarse(space: Space, kind: Kind, chunks: list[float]) -> Ints:
+    """Places over the whole range that fits with the shortest of the chunks, a few per cent apart.
 
     Where the number of requests is given, all that make one, two or more equal batches are among
     them.
     """
-    most_sizes, most_numbers = _that_fit(space, kind)
+    most_sizes, most_numbers = _that_fit(space, kind, chunks[0])
     if most_numbers == 1:
         sizes, numbers = _spaced(most_sizes, _SIZES_OF_ONE), np.array([1])
     else:
@@ -146,7 +160,7 @@ def limits(space: Space) -> tuple[int, int]:
     return size, min(space.max_micro_batches, requests or space.max_micro_batches)
 
 
-def _that_fit(space: Space, kind: Kind) -> tuple[int, int]:
+def _that_fit(space: Space, kind: Kind, chunk: float) -> tuple[int, int]:
     """Sizes and numbers beyond which nothing fits, with a factor of two to spare."""
     most = limits(space)
     found: list[int] = []
@@ -156,7 +170,7 @@ def _that_fit(space: Space, kind: Kind) -> tuple[int, int]:
         places[:, :2] = 1
         places[:, axis] = powers
         places[:, 2] = places[:, 1] * (kind.kv is KvPlace.ALL)
-        fits = make_grid(space, kind, places, [1]).fits
+        fits = make_grid(space, kind, places, [chunk]).fits
         each = fits.reshape(len(powers), -1).any(axis=1)
         found.append(min(2 * int(powers[each].max(initial=1)), most[axis]))
     return found[0], found[1]

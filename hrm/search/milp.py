@@ -27,7 +27,7 @@ from hrm.search.choose import Candidate, choose, remedy
 from hrm.search.exhaustive import RUNNER_UPS
 from hrm.search.fit import Ints, Weights
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
-from hrm.search.lattice import CHUNKS, REACHES, around, coarse, pairs_of, places_of, whole
+from hrm.search.lattice import REACHES, around, chunk_choices, coarse, pairs_of, places_of, whole
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
@@ -48,7 +48,10 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """
     started_s = time.perf_counter()
     costs = Costs(space.spec, space.profile, space.dtype)
-    kinds = [ProgramsOfKind(space, costs, kind) for kind in space.kinds()]
+    choices = chunk_choices(space)
+    kinds = [
+        ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in choices
+    ]
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = [predicted for _, predicted in choice.ranked]
     proved = Outcome.PROVED if all(kind.whole for kind in kinds) else Outcome.OPTIMAL
@@ -70,12 +73,12 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
 class ProgramsOfKind:
     """All boxes of one kind, and the programs that find the best policy in them."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind) -> None:
-        self.space, self.costs, self.kind = space, costs, kind
+    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: list[float]) -> None:
+        self.space, self.costs, self.kind, self.chunks = space, costs, kind, chunks
         self.evaluations = 0
         places = whole(space, kind)
         self.whole = places is not None
-        pairs = pairs_of(coarse(space, kind) if places is None else places)
+        pairs = pairs_of(coarse(space, kind, chunks) if places is None else places)
         self.boxes = self._boxes_of(pairs)
 
     def ceiling(self) -> float:
@@ -96,7 +99,8 @@ class ProgramsOfKind:
         return [] if best is None else [best]
 
     def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes] | None:
-        rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, (0.0,)), CHUNKS)
+        places = places_of(self.kind, pairs, (0.0,))
+        rows = make_grid(self.space, self.kind, places, self.chunks)
         if not len(rows):  # a single micro-batch has no part of its cache on the GPU
             return None
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens

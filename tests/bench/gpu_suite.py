@@ -11,7 +11,6 @@ emulated accelerator, to see that it works; such figures say nothing about any G
 """
 
 import argparse
-import os
 import re
 import shlex
 import subprocess
@@ -21,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from executor.cli import OPENMP_SPINS
 from hrm.errors import HrmError
+from hrm.openmp import spin_briefly
 from hrm.units import parse_bandwidth
 from tests.bench.suite.setting import SCALES, Setting
 
@@ -134,7 +133,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if setting.emulated:
         print(f"emulated on the CPU, scale {options.scale}: no figure is of a GPU")
     if len(steps) == 1:
-        os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)  # before torch is imported
+        spin_briefly()
         STEPS[steps[0]](setting)
         return 0
     failed: list[str] = []

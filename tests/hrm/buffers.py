@@ -129,6 +129,8 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
         before, after = (buffer, number, 0), (buffer, number, 1)
         kv: Part = ("prefill_kv", number % TWO), number, 0
         on_host: Buffer = ("host_hidden", g)
+        # At worst a prompt goes on from every chunk to the next, and each part reads those before.
+        prefix, so_far = ("prefix",), i * p.num_micro_batches + g
         match x.kind:
             case K.EMBED:
                 use = Use(writes=[before])
@@ -136,6 +138,9 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
                 use = Use([(on_host, i, 0)], [before])
             case K.PREFILL_LAYER:
                 use = Use([before], [after] if p.kv_on_gpu[g] else [after, kv])
+                use.writes.append((prefix, so_far, 0))
+                if g > 0:
+                    use.reads.append((prefix, so_far - 1, 0))
                 if p.streamed[i]:
                     use.reads += _pages(p, slots(0, i), p.num_pages)
             case K.STORE_KV:

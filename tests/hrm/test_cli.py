@@ -210,8 +210,8 @@ MISTAKES = {
         ["search", *T4, "--prompt-len", "1", "--gen-len", "1", "--max-prompt-len", "0"],
         "max_prompt_len is 0",
     ),
-    "a chunk below the longest prompt": (
-        [*ESTIMATE, "--prefill-chunk", "10"], "--prefill-chunk is 10: must hold the longest",
+    "a chunk of no tokens": (
+        [*ESTIMATE, "--prefill-chunk", "0"], "prefill_chunk_tokens is 0: must be at least 1",
     ),
     "memory of no GPU": (
         ["profile", "--accelerator", "cpu", "--gpu-memory", "1GB", "--out", "/tmp/unwritten.yaml"],

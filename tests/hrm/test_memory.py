@@ -28,6 +28,7 @@ def a_policy(rng: Random, spec: ModelSpec) -> Policy:
         gpu_kv_micro_batches=rng.randint(0, n),
         kv_tokens_per_micro_batch=16 * rng.randint(1, 20),
         prefill_chunk_tokens=rng.randint(1, 300),
+        prefix_buffer_tokens=rng.choice([0, rng.randint(1, 900)]),
         staging=rng.random() < 0.5,
     )
 
@@ -64,6 +65,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
         "kv_buffers": 2 * cache * SIZE * moves_kv,
         "exchange": p.batch_size * request,
         "prefill_buffers": 2 * p.prefill_chunk_tokens * (hidden + 2 * kv) * SIZE,
+        "prefix_buffer": p.prefix_buffer_tokens * 2 * kv * SIZE,
         "logits": p.micro_batch_size * spec.vocab_size * (4 + SIZE),
     }
     cpu = {

@@ -18,7 +18,7 @@ from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import lattice
 from hrm.search.exhaustive import search, search_space
 from hrm.search.grid import ALL_THAT_FIT, make_grid
-from hrm.search.lattice import CHUNKS, places_of
+from hrm.search.lattice import WHOLE_CHUNKS, places_of
 from hrm.search.result import Outcome
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
@@ -76,9 +76,9 @@ def every_policy(space: Space) -> list[tuple[Policy, list[int]]]:
         for n in range(1, -(-requests // size) + 1):
             batch = min(size * n, requests)
             chunks = {
-                max(min(w.max_prompt_len * factor, int(np.ceil(batch * w.prompt_len))),
+                max(min(round(w.max_prompt_len * factor), int(np.ceil(batch * w.prompt_len))),
                     w.max_prompt_len)
-                for factor in CHUNKS
+                for factor in WHOLE_CHUNKS
             }  # fmt: skip
             for (attention, ffn), on_gpu, chunk, dense in product(
                 space.devices(), range(n + 1), chunks, (True, False)
@@ -155,7 +155,7 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
         )  # fmt: skip
         pairs = np.array([(1, 1), (2, 3), (3, 4), (5, 2), (12, 1)])
         kind = rng.choice(space.kinds())
-        grid = make_grid(space, kind, places_of(kind, pairs), [1, 4])
+        grid = make_grid(space, kind, places_of(kind, pairs), [0.3, 1, 4])
         for index in rng.sample(range(len(grid)), min(20, len(grid))):
             policy = grid.policy(space, index)
             cases.append((space, policy, int(grid.resident_total[index]), bool(grid.fits[index])))
@@ -198,7 +198,7 @@ def test_a_grid_counts_the_bytes_that_the_plan_does():
                 profile = replace(space.profile, levels=tuple(levels))
                 grid = make_grid(
                     replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)]),
-                    [1, 4],
+                    [0.3, 1, 4],
                 )  # fmt: skip
                 same = (grid.chunk_tokens == policy.prefill_chunk_tokens) & (
                     grid.resident_dense == policy.resident_dense

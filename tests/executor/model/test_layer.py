@@ -1,16 +1,22 @@
 """Each function of a layer against the reference, and its temporaries against the plan."""
 
+from typing import Any
+
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from executor.model import (
     Norm,
     Routing,
     Workspace,
     append_kv,
+    attention,
     decode_attention,
     dense_views,
     expert_views,
@@ -129,9 +135,75 @@ def test_prefill_attention(arch, dtype):
     spec, lengths = arch.spec, [5, 1, 33, 2]
     qkv = torch.randn(sum(lengths), spec.query_size + 2 * spec.kv_size).to(dtype)
     out = torch.empty(sum(lengths), spec.query_size, dtype=dtype)
-    prefill_attention(arch, qkv, lengths, out, big_workspace())
+    prefill_attention(arch, qkv, lengths, [None] * 4, out, big_workspace())
     exact = [reference.attention(*split_heads(arch, part.float())) for part in qkv.split(lengths)]
     assert_same(out, torch.cat(exact))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arch=archs,
+    cuts=st.lists(st.integers(1, 299), max_size=5, unique=True).map(sorted),
+    on_cpu=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32),
+)
+def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, on_cpu, dtype, seed):
+    """Both forms, that of other devices than the CPU too; beside another prompt in every chunk."""
+    torch.manual_seed(seed)
+    spec, width = arch.spec, arch.spec.query_size + 2 * arch.spec.kv_size
+    qkv, other = torch.randn(300, width).to(dtype), torch.randn(5, width).to(dtype)
+    exact = reference.attention(*split_heads(arch, qkv.float()))
+    exact_other = reference.attention(*split_heads(arch, other.float()))
+    cache = torch.full((302, 2, spec.num_kv_heads, spec.head_dim), 1e4).to(dtype)
+    form = attention._after_prefix_in_blocks if on_cpu else attention._after_prefix
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_after_prefix_in_blocks", form)
+        for first, last in pairwise([0, *cuts, 300]):
+            chunk, lengths = torch.cat([qkv[first:last], other]), [last - first, 5]
+            out = torch.empty(len(chunk), spec.query_size, dtype=dtype)
+            kept = [cache[1 : last + 1], None]
+            prefill_attention(arch, chunk, lengths, kept, out, big_workspace())
+            assert_same(out, torch.cat([exact[first:last], exact_other]))
+    assert torch.equal(cache[1:301].flatten(1), qkv[:, spec.query_size :])
+    assert (cache[[0, 301]] == torch.tensor(1e4).to(dtype)).all()
+
+
+@pytest.mark.parametrize("prefix", [1, 500, 8000])
+def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
+    """A second output and a line of the mask; not a mask of all tokens by all that they see."""
+    arch = tiny_arch(num_heads=16, num_kv_heads=4, head_dim=32)
+    spec, tokens, size = arch.spec, 300, 4
+    qkv = torch.randn(tokens, spec.query_size + 2 * spec.kv_size)
+    out = torch.empty(tokens, spec.query_size)
+    cache = torch.randn(prefix + tokens, 2, spec.num_kv_heads, spec.head_dim)
+
+    def work(kept):
+        prefill_attention(arch, qkv, [tokens], [kept], out, big_workspace())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        without, with_prefix = (peak_bytes(work, kept) for kept in (None, cache))
+    finally:
+        torch.set_num_threads(threads)
+    line = (prefix + tokens + attention.QUERY_BLOCK) * size
+    assert without >= out.nbytes
+    assert with_prefix <= without + line
+    assert tokens * (prefix + tokens) * size > 2 * line, "a whole mask would be more"
+
+
+def peak_bytes(work, *args):
+    """The most that torch had allocated at once, the buffers of its kernels included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work(*args)
+    in_use = peak = 0
+    profiler: Any = profiled.profiler
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
+    return peak
 
 
 def split_heads(arch, qkv):
@@ -260,7 +332,7 @@ def test_plan_covers_the_temporaries_of_a_layer(arch, num_tokens, dtype, same_ex
     attended = workspace.take((num_tokens, spec.query_size), dtype)
     pre_attention(arch, hidden, dense, torch.arange(num_tokens), qkv, workspace)
     if prefill:
-        prefill_attention(arch, qkv, [num_tokens], attended, workspace)
+        prefill_attention(arch, qkv, [num_tokens], [None], attended, workspace)
         by_torch = attended.numel() * dtype.itemsize
     else:
         cache = torch.randn(num_tokens, 2, spec.num_kv_heads, spec.head_dim).to(dtype)

@@ -67,7 +67,7 @@ def generate(model, prompts, max_tokens, dtype=torch.float32):
                 lengths = [size + step for size in sizes]
                 decode_attention(arch, qkv, cache, starts, lengths, attended)
             else:
-                prefill_attention(arch, qkv, sizes, attended, workspace)
+                prefill_attention(arch, qkv, sizes, [None] * len(sizes), attended, workspace)
             x, routing = post_attention(arch, hidden, attended, dense, workspace)
             run_experts(x, routing, enumerate(experts), hidden, workspace)
             workspace.reset()

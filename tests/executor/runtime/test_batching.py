@@ -1,13 +1,14 @@
 """Algorithm 2: nobody is dropped, no cache is exceeded, μ is kept."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.batching import Batcher, Request, chunks, pack, policy_for
+from executor.batching import Batcher, ChunkPart, Request, chunks, pack, policy_for
 from executor.sampling import SamplingParams
 from hrm.policy import KV_BLOCK_TOKENS, kv_tokens_for
 from tests.executor.runtime.support import make_policy
@@ -96,24 +97,47 @@ def test_nothing_waits_for_more_than_one_batch_while_later_ones_run(requests, po
         waiting = {request.name for request in requests[: last + 1]} - done
 
 
-@given(request_lists.filter(bool), policies)
-def test_chunks_hold_every_prompt_once_within_the_limit(requests, policy):
+@given(request_lists.filter(bool), policies, st.sampled_from([1, 2, 7, 40, 100, 200, 256]))
+def test_chunks_hold_every_prompt_once_within_the_limit(requests, policy, limit):
     batch, _ = pack(requests[: policy.batch_size], policy)
+    made = chunks(batch, limit)
     offset = 0
-    seen: list[str] = []
-    for chunk in chunks(batch, 256):
+    seen: dict[str, list[ChunkPart]] = {}
+    for chunk in made:
         assert chunk.offset == offset
-        assert 1 <= chunk.num_tokens <= 256
+        assert 1 <= chunk.num_tokens <= limit
         offset += chunk.num_tokens
         end = 0
         for part in chunk.parts:
             assert part.first == end
             end = part.last
-            assert part.last - part.first == len(part.placed.request.prompt)
-            seen.append(part.placed.request.name)
-    assert sorted(seen) == sorted(
-        placed.request.name for mb in batch.micro_batches for placed in mb.placed
-    )
+            seen.setdefault(part.placed.request.name, []).append(part)
+    prompts = {p.request.name: p.request.prompt for mb in batch.micro_batches for p in mb.placed}
+    assert seen.keys() == prompts.keys()
+    for name, parts in seen.items():
+        assert parts[0].start == 0
+        assert all(before.end == after.start for before, after in pairwise(parts))
+        assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+        assert sum((part.tokens for part in parts), ()) == prompts[name]
+        assert len(parts) == 1 or len(prompts[name]) > limit, "what fits a chunk is not split"
+
+
+@given(request_lists.filter(bool), policies, st.sampled_from([1, 2, 7, 40, 100, 200]))
+def test_no_more_than_one_prompt_is_under_way_between_chunks(requests, policy, limit):
+    batch, _ = pack(requests[: policy.batch_size], policy)
+    under_way: ChunkPart | None = None
+    for chunk in chunks(batch, limit):
+        for number, part in enumerate(chunk.parts):
+            if part.start:
+                assert number == 0
+                assert under_way is not None
+                assert (under_way.placed, under_way.end) == (part.placed, part.start)
+                under_way = None
+            assert under_way is None
+            if not part.ends:
+                under_way = part
+                assert part.last == chunk.num_tokens == limit
+    assert under_way is None
 
 
 @given(policies, st.integers(1, 5))

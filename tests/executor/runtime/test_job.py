@@ -194,7 +194,7 @@ BAD_LINES = {
     "empty prompt": (line("bad", []), "bad", "at least one token"),
     "token out of range": (line("bad", [97]), "bad", "0 to 96"),
     "negative token": (line("bad", [-1]), "bad", "0 to 96"),
-    "prompt too long": (line("bad", [3] * 97), "bad", "prefill chunk of 96"),
+    "prompt too long": (line("bad", [3] * 97), "bad", "at most the 96 tokens"),
     "generation too long": (line("bad", [3], max_tokens=270), "bad", "cache of 256"),
     "no tokens wanted": (line("bad", [3], max_tokens=0), "bad", "max_tokens"),
     "temperature": (line("bad", [3], temperature=-1), "bad", "temperature"),

@@ -50,6 +50,11 @@ POLICIES = {
     "staged": {"staging": True, "resident_dense": False},
     "staged, gpu, uneven": {"staging": True, "attention": GPU, "batch_size": 10, "resident": 1},
     "small cache": {"kv_tokens_per_micro_batch": 48, "prefill_chunk_tokens": 40},
+    "split prompts": {"prefill_chunk_tokens": 7, "prefix_buffer_tokens": 40},
+    "split prompts, gpu": {"attention": GPU, "prefill_chunk_tokens": 9, "staging": True},
+    "split prompts, kv on the gpu": {"gpu_kv_micro_batches": 4, "prefill_chunk_tokens": 13},
+    "split prompts, kv split": {"gpu_kv_micro_batches": 2, "prefill_chunk_tokens": 10,
+                                "prefix_buffer_tokens": 40, "ffn": CPU},
 }  # fmt: skip
 
 
