@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--quick", is_flag=True,
-    help="Fewer sizes and samples: under a minute instead of about seven.",
+    help="Fewer sizes and samples: under a minute instead of about eight.",
 )  # fmt: skip
 @click.option(
     "--resume", is_flag=True,

@@ -146,9 +146,9 @@ def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
             figure.name,
             show(figure.first.value),
             show(figure.second.value),
-            f"[{color}]{_change_text(figure.change)}[/]",
+            f"[{color}]{_change_text(figure.change)}{' !' if figure.is_noisy else ''}[/]",
             f"{change:+.0%} at {size:.4g}" if change else "",
-            f"{figure.verdict.value}{' !' if figure.is_noisy else ''}",
+            figure.verdict.value,
         )
     console.print(table)
 

@@ -68,7 +68,7 @@ def profile_machine(
     command: str = "",
     budget_s: float | None = None,
 ) -> HardwareProfile:
-    """Measure this machine, for under a minute if `quick`, else about seven; or for `budget_s`.
+    """Measure this machine, for under a minute if `quick`, else about eight; or for `budget_s`.
 
     Everything is measured in seven passes, fewer where they would take too long, and the spreads
     say how far they differ.
