@@ -23,6 +23,9 @@ from hrm.workload import Workload
 
 # Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
 MAX_TASKS: Final = 3000
+MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
+_TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
+_PAGES: Final = frozenset({TaskKind.LOAD_PAGE, TaskKind.STAGE_PAGE})
 STEADY_STEPS: Final = 3
 
 
@@ -279,16 +282,25 @@ def step_seconds(
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
-    """Simulated seconds of one batch's prefill."""
+    """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     work = prefill_work(costs, policy, workload)
-    return _over_layers(work, 6, lambda work: max(_walked(work)[1]))
+    chunks = work.pipeline.num_micro_batches
+    simulated = min(chunks, MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK))
+    work = replace(work, pipeline=prefill_pipeline(costs.spec, policy, num_chunks=simulated))
+    return _over_layers(
+        work, _TASKS_A_CHUNK, lambda work: max(_walked(work, chunks / simulated)[1])
+    )
 
 
-def _walked(work: TaskWork) -> tuple[Order, list[float]]:
+def _walked(work: TaskWork, chunks_in_one: float = 1.0) -> tuple[Order, list[float]]:
     """The order of a phase's tasks and when each ends; quicker than `simulate_work`."""
     order = _order(work.pipeline, work.policy.schedule)
     seconds_of = work.seconds_of()
-    return order, end_times(order, [seconds_of(task_id) for task_id in order.distinct])
+    seconds = [
+        seconds_of(task_id) * (1.0 if task_id.kind in _PAGES else chunks_in_one)
+        for task_id in order.distinct
+    ]
+    return order, end_times(order, seconds)
 
 
 @lru_cache(maxsize=8)  # contexts differ in durations only
@@ -307,7 +319,7 @@ def _over_layers(
     """`seconds` of the whole work, from two shortened forms of it if it is long."""
     layers = work.pipeline.num_layers
     affordable = MAX_TASKS // (tasks_per_micro_batch * work.pipeline.num_micro_batches)
-    many = max(4, affordable)
+    many = max(MIN_LAYERS, affordable)
     if layers <= many:
         return seconds(work)
     few = many // 2
