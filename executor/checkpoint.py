@@ -196,6 +196,11 @@ class RandomWeights:
         if out.ndim == 1:
             out.fill_(1)
             return
+        if not out.is_contiguous():  # a family that keeps a matrix the other way round
+            dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            self.read_into(name, dense, first_row)
+            out.copy_(dense)
+            return
         shape = out.shape[1], out.dtype
         if shape not in self._scaled:
             self._scaled[shape] = (self._pool * out.shape[1] ** -0.5).to(out.dtype)
