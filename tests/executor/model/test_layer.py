@@ -1,8 +1,7 @@
 """Each function of a layer against the reference, and its temporaries against the plan."""
 
-from typing import Any
-
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
