@@ -4,43 +4,53 @@ Tasks go to one worker per lane in the order they are issued; a task starts when
 and all that it waits for has ended. The order is topological, so this cannot deadlock.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, Self, final
+from typing import Final, Self, final
 
+from executor.backends.streams import AbstractStream
 from executor.errors import RunError
 from executor.lanes import (
+    QUEUED_TASKS,
     Handler,
     KindTotal,
     LaneWorker,
+    Queued,
     Recorder,
     Run,
     Ticket,
-    new_latch,
     wait_for,
 )
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
 
-if TYPE_CHECKING:
-    from _thread import LockType
-
 LOOKAHEAD: Final = 1024  # tasks that are submitted before the oldest of them has ended
+SYNCHRONISE: Final = "EXECUTOR_SYNCHRONISE"
 
 
 class TaskFailedError(RunError):
-    """A task raised; `chart` draws the lanes up to then with the task marked."""
+    """A task raised; `chart` draws the lanes up to then with the task marked.
 
-    def __init__(self, task: Task, error: BaseException, chart: str) -> None:
-        self.task, self.error, self.chart = task, error, chart
+    `may_be_later` counts the tasks queued after it on a device that may have failed instead.
+    """
+
+    def __init__(
+        self, task: Task, error: BaseException, chart: str, *, may_be_later: int = 0
+    ) -> None:
+        self.task, self.error, self.chart, self.may_be_later = task, error, chart, may_be_later
+        rule, remedy = "failed and stopped the run", "see the lane chart"
+        if may_be_later:
+            rule = f"or one of {may_be_later} tasks queued after it failed and stopped the run"
+            remedy = f"set {SYNCHRONISE}=1 to have the one named"
         super().__init__(
             f"task {task.id} ({task.id.kind.name}) in lane {task.lane}",
             f"<{type(error).__name__}: {error}>",
-            "failed and stopped the run",
-            "see the lane chart; what was finished before is kept",
+            rule,
+            f"{remedy}; what was finished before is kept",
         )
 
 
@@ -71,11 +81,24 @@ class PhaseResult:
 class Engine:
     """Runs graphs, one at a time, on a worker thread per lane; a context manager.
 
-    `seconds` in all spans count from `origin_s`, when the engine was made.
+    `seconds` in all spans count from `origin_s`, when the engine was made. Lanes that have a stream
+    queue their tasks there; with EXECUTOR_SYNCHRONISE=1 in the environment they wait for each, so
+    that an error is known to be of the task that it comes out in. `is_of_device` tells the errors
+    that come out late from those of the task under way.
     """
 
-    def __init__(self, enter_lane: Callable[[Lane], None]) -> None:
-        self._enter_lane = enter_lane
+    def __init__(
+        self,
+        enter_lane: Callable[[Lane], None],
+        streams: Mapping[Lane, AbstractStream] | None = None,
+        is_of_device: Callable[[BaseException], bool] = lambda _: False,
+    ) -> None:
+        self._enter_lane, self._streams, self._is_of_device = (
+            enter_lane,
+            streams or {},
+            is_of_device,
+        )
+        self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
         self._recorders: dict[Lane, Recorder] = {}
         self._start_s = 0.0
@@ -84,7 +107,9 @@ class Engine:
     def __enter__(self) -> Self:
         """Start the lanes; those that compute come last: torch's settings follow the last."""
         for lane in (Lane.STAGE, Lane.D2H, Lane.H2D, Lane.GPU, Lane.CPU):
-            self._workers[lane] = LaneWorker(lane, self._enter_lane)
+            self._workers[lane] = LaneWorker(
+                lane, self._enter_lane, self._streams.get(lane), self._queued_tasks
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -118,42 +143,75 @@ class Engine:
         """
         self._recorders = {lane: Recorder(lane) for lane in Lane}
         run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders)
+        for worker in self._workers.values():
+            worker.start_clock(self.origin_s)
         self._start_s = perf_counter() - self.origin_s
-        pending: deque[tuple[TaskId, LockType]] = deque()
+        pending: deque[Ticket] = deque()
         try:
             self._feed(tasks, run, pending, finished)
-            _drain(pending)
+            self._drain(run, pending)
         except BaseException:  # Ctrl-C, or an error of the graph's own
             run.stopped = True
-            _drain(pending)
+            self._drain(run, pending)
             raise
         if run.failure is not None:
-            failure = run.failure
-            recent = [span for recorder in self._recorders.values() for span in recorder.recent]
-            chart = failure_chart(recent, failure.span)
-            raise TaskFailedError(failure.task, failure.error, chart) from failure.error
+            raise self._task_failed(run) from run.failure.error
         return self.result()
+
+    def _task_failed(self, run: Run) -> TaskFailedError:
+        """The failure with its chart; a device's error is that of the first task not known done."""
+        failure = run.failure
+        assert failure is not None
+        task, span, later = failure.task, failure.span, 0
+        queued = [worker.queued for worker in self._workers.values() if worker.queued]
+        if self._is_of_device(failure.error) and queued:
+            # Kernels fail, copies hardly ever do.
+            first = min((of_lane[0] for of_lane in queued), key=_is_no_kernel)
+            task, start_s = first.task, first.queued_s - self.origin_s
+            later = sum(map(len, queued)) if self._queued_tasks else 0
+            span = Span(task.id, task.lane, start_s, span.end_s, run.phase)
+        recent = [span for recorder in self._recorders.values() for span in recorder.recent]
+        chart = failure_chart(recent, span)
+        return TaskFailedError(task, failure.error, chart, may_be_later=later)
 
     def _feed(
         self,
         tasks: Iterable[Task],
         run: Run,
-        pending: "deque[tuple[TaskId, LockType]]",
+        pending: deque[Ticket],
         finished: Callable[[], bool],
     ) -> None:
-        latches: dict[TaskId, LockType] = {}  # of tasks that may not have ended
+        tickets: dict[TaskId, Ticket] = {}  # of tasks that may not have ended
         for task in tasks:
             if len(pending) >= LOOKAHEAD:
-                wait_for(pending[0][1])
-                del latches[pending.popleft()[0]]
+                self._wait_until_done(run, pending[0])
+                del tickets[pending.popleft().task.id]
             if run.stopped or finished():
                 break
-            waits = tuple(latches[other] for other in task.after if other in latches)
-            latch = latches[task.id] = new_latch()
+            waits = tuple(tickets[other] for other in task.after if other in tickets)
+            ticket = tickets[task.id] = Ticket(run, task, waits)
             # Submitted before it is listed: Ctrl-C in between must not leave a latch to wait for
             # that no lane will open.
-            self._workers[task.lane].submit(Ticket(run, task, waits, latch))
-            pending.append((task.id, latch))
+            self._workers[task.lane].submit(ticket)
+            pending.append(ticket)
+
+    @staticmethod
+    def _wait_until_done(run: Run, ticket: Ticket) -> None:
+        """Return when nothing has to wait for the task any more."""
+        wait_for(ticket.done)
+        if ticket.mark is not None:
+            queued_s = perf_counter()
+            try:
+                ticket.mark.synchronise()
+            except RuntimeError as error:  # a device's
+                run.fail(ticket.task, error, queued_s)
+
+    def _drain(self, run: Run, pending: deque[Ticket]) -> None:
+        while pending:
+            wait_for(pending[0].done)
+            pending.popleft()
+        for worker in self._workers.values():
+            worker.settle(run)
 
     def result(self) -> PhaseResult:
         """What the last run did, also if it was cut short."""
@@ -186,10 +244,8 @@ class Engine:
         return tuple(end - start for start, end in pairwise([self._start_s, *ends_s]))
 
 
-def _drain(pending: "deque[tuple[TaskId, LockType]]") -> None:
-    while pending:
-        wait_for(pending[0][1])
-        pending.popleft()
+def _is_no_kernel(queued: Queued) -> tuple[bool, float]:
+    return queued.task.lane is not Lane.GPU, queued.queued_s
 
 
 def add_totals(into: dict[TaskKind, KindTotal], more: Mapping[TaskKind, KindTotal]) -> None:

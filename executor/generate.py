@@ -150,7 +150,7 @@ class AbstractGenerator(ABC):
         kernels()  # a mistake in EXECUTOR_NATIVE comes out before anything runs
         self.backend, self.arch, self.policy = backend, arch, policy
         self.state: BatchState | None = None
-        self.engine = Engine(backend.enter_lane)
+        self.engine = Engine(backend.enter_lane, backend.streams, backend.is_of_device)
         self._budget = TraceBudget(max_spans)
 
     @final
@@ -203,6 +203,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             memory = allocate(backend, arch, policy)
             memory.weights.load(source, family, arch)
+            backend.synchronise()
             return memory
 
         self.memory = in_thread_of_its_own(load)
@@ -274,6 +275,12 @@ class Generator(AbstractGenerator):
         gpu = dict(self._plan.gpu.purposes)
         gpu["workspace"] = memory.workspace.high_water_bytes
         gpu["logits"] = min(gpu["logits"], memory.sampling_workspace.high_water_bytes)
+        allocated = self.backend.peak_gpu_bytes()
+        if allocated is not None:  # arenas are as planned, the rest are torch's temporaries
+            planned = self._plan.gpu.purposes
+            rest = allocated - sum(planned.values()) + planned["workspace"] + planned["logits"]
+            gpu["workspace"] = max(0, min(rest, planned["workspace"]))
+            gpu["logits"] = max(0, rest - gpu["workspace"])
         cpu = dict(self._plan.cpu.purposes)
         if self._plan.gpu is not self._plan.cpu and self._plan.gpu.name != self._plan.cpu.name:
             for level, purposes in (("gpu", gpu), ("cpu", cpu)):

@@ -2,6 +2,11 @@
 
 A task waits for others through latches. A latch is one raw lock, held until its task has ended;
 waiting is acquiring and releasing it, which costs well under a microsecond if it is open.
+
+A lane with a stream queues its tasks on a device. Its latch opens when the task is queued, and the
+ticket then has a mark behind it: a lane with a stream of its own lets that wait for the mark, a
+lane without one waits itself. A few tasks are queued ahead at most; when a task is known to be
+done, its span is made of the device's own times.
 """
 
 import threading
@@ -12,6 +17,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, final
 
+from executor.backends.streams import AbstractMark, AbstractStream
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 Handler = Callable[[TaskId], int]  # runs a task; returns the bytes that it moved
 
 RECENT_SPANS: Final = 48  # a lane's last spans, kept for the chart of a failure
+QUEUED_TASKS: Final = 8  # that a stream may be behind its lane: a driver holds about 1000 kernels
 
 
 def new_latch() -> "LockType":
@@ -105,25 +112,55 @@ class Run:
                 span = Span(task.id, task.lane, start_s - self.origin_s, end_s, self.phase)
                 self.failure = Failure(task, error, span)
 
+    def record(self, task: Task, start_s: float, end_s: float, num_bytes: int) -> None:
+        """Put down a task that was done between these times, counted from `origin_s`."""
+        span = Span(task.id, task.lane, start_s, end_s, self.phase, self.batch, num_bytes)
+        self.recorders[task.lane].add(span, keep=task.id.step < self.kept_steps)
+
+
+class Ticket:
+    """A task on its way through its lane, with the tickets that it waits for and its latch.
+
+    `mark` is there once the latch is open, if the task was then queued and not yet done.
+    """
+
+    __slots__ = ("done", "mark", "run", "task", "waits")
+
+    def __init__(self, run: Run, task: Task, waits: "tuple[Ticket, ...]") -> None:
+        self.run, self.task, self.waits = run, task, waits
+        self.done = new_latch()
+        self.mark: AbstractMark | None = None
+
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """A task on its way through its lane, with the latches that it waits for and its own."""
+class Queued:
+    """A task that was handed to a stream at `queued_s` of perf_counter, between two marks."""
 
-    run: Run
     task: Task
-    waits: tuple["LockType", ...]
-    done: "LockType"
+    queued_s: float
+    start: AbstractMark
+    end: AbstractMark
+    num_bytes: int
 
 
 @final
 class LaneWorker:
-    """A lane's thread. `submit` never blocks; `close` ends the thread after what is queued."""
+    """A lane's thread. `submit` never blocks; `close` ends the thread after what is queued.
 
-    def __init__(self, lane: Lane, enter_lane: Callable[[Lane], None]) -> None:
+    With a `stream` its tasks are queued there, at most `queued_tasks` ahead of what is known to be
+    done; 0 waits for each before the next.
+    """
+
+    def __init__(
+        self, lane: Lane, enter_lane: Callable[[Lane], None], stream: AbstractStream | None = None,
+        queued_tasks: int = QUEUED_TASKS,
+    ) -> None:  # fmt: skip
         self._queue: SimpleQueue[Ticket | None] = SimpleQueue()
         self._lane = lane
         self._enter_lane = enter_lane
+        self._stream, self._queued_tasks = stream, queued_tasks
+        self.queued: deque[Queued] = deque()
+        self._reached: tuple[AbstractMark, float] | None = None
         self._thread = threading.Thread(target=self._work, name=f"lane-{lane}", daemon=True)
         self._ready = new_latch()
         self._thread.start()
@@ -138,33 +175,96 @@ class LaneWorker:
         self._queue.put(None)
         self._thread.join()
 
+    def start_clock(self, origin_s: float) -> None:
+        """Tie the stream's clock to the host's, before a run and while nothing is queued."""
+        if self._stream is not None:
+            self.queued.clear()
+            before_s = perf_counter()
+            mark = self._stream.mark()
+            mark.synchronise()
+            self._reached = mark, (before_s + perf_counter()) / 2 - origin_s
+
+    def settle(self, run: Run, left: int = 0) -> None:
+        """Wait until no more than `left` of the tasks that were queued can still be going on.
+
+        From the lane's own thread, or any other while the lane has nothing to do. A task that
+        failed stays queued, and so do all after it.
+        """
+        while len(self.queued) > left:
+            one = self.queued[0]
+            try:
+                one.end.synchronise()
+                self._record(run, one)
+            except BaseException as error:  # noqa: BLE001 - reported by the main thread
+                run.fail(one.task, error, one.queued_s)
+                return
+            self.queued.popleft()
+
+    def _record(self, run: Run, one: Queued) -> None:
+        # Times count from the last mark known: a device tells spans of time as float32.
+        assert self._reached is not None
+        before, before_s = self._reached
+        start_s = before_s + one.start.seconds_since(before)
+        end_s = start_s + one.end.seconds_since(one.start)
+        self._reached = one.end, end_s
+        run.record(one.task, start_s, end_s, one.num_bytes)
+
     def _work(self) -> None:
+        stream = self._stream
         try:
             self._enter_lane(self._lane)
+            if stream is not None:
+                stream.enter()
         finally:
             self._ready.release()
         while (ticket := self._queue.get()) is not None:
-            run, task = ticket.run, ticket.task
-            for latch in ticket.waits:
-                latch.acquire()
-                latch.release()
-            # After a failure nothing is run any more, but every latch still opens in order.
-            if not run.stopped:
-                start_s = perf_counter()
-                try:
-                    num_bytes = run.handlers[task.id.kind](task.id)
-                except BaseException as error:  # noqa: BLE001 - reported by the main thread
-                    run.fail(task, error, start_s)
-                else:
-                    origin_s = run.origin_s
-                    span = Span(
-                        task.id,
-                        task.lane,
-                        start_s - origin_s,
-                        perf_counter() - origin_s,
-                        run.phase,
-                        run.batch,
-                        num_bytes,
-                    )
-                    run.recorders[task.lane].add(span, keep=task.id.step < run.kept_steps)
+            if stream is None:
+                self._do(ticket)
+            else:
+                self._hand_over(ticket, stream)
+            # What is done need not keep alive what came before it.
+            ticket.waits = ()
             ticket.done.release()
+
+    def _do(self, ticket: Ticket) -> None:
+        run, task = ticket.run, ticket.task
+        for other in ticket.waits:
+            latch = other.done
+            latch.acquire()
+            latch.release()
+            if other.mark is not None:
+                try:
+                    other.mark.synchronise()
+                except BaseException as error:  # noqa: BLE001 - reported by the main thread
+                    run.fail(other.task, error, perf_counter())
+        # After a failure nothing is run any more, but every latch still opens in order.
+        if not run.stopped:
+            start_s = perf_counter()
+            try:
+                num_bytes = run.handlers[task.id.kind](task.id)
+            except BaseException as error:  # noqa: BLE001 - reported by the main thread
+                run.fail(task, error, start_s)
+            else:
+                origin_s = run.origin_s
+                run.record(task, start_s - origin_s, perf_counter() - origin_s, num_bytes)
+
+    def _hand_over(self, ticket: Ticket, stream: AbstractStream) -> None:
+        run, task = ticket.run, ticket.task
+        for other in ticket.waits:
+            wait_for(other.done)
+        if run.stopped:
+            return
+        queued_s = perf_counter()
+        try:
+            for other in ticket.waits:
+                if other.mark is not None and other.task.lane is not self._lane:
+                    stream.wait(other.mark)
+            start = stream.mark()
+            num_bytes = run.handlers[task.id.kind](task.id)
+            end = stream.mark()
+        except BaseException as error:  # noqa: BLE001 - reported by the main thread
+            run.fail(task, error, queued_s)
+            return
+        ticket.mark = end
+        self.queued.append(Queued(task, queued_s, start, end, num_bytes))
+        self.settle(run, self._queued_tasks)

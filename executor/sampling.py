@@ -7,11 +7,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from executor.errors import JobError, RunError
+
+SAMPLED_BYTES: Final = 72  # of a logit, while its request is sampled: float64, and sorted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +54,15 @@ class SamplingParams:
                 )
 
 
-def choose(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
+def choose(
+    logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int], *,
+    spare_bytes: int | None = None,
+) -> list[int]:  # fmt: skip
     """The next token of each request, of which it is the `steps[r]`-th generated.
 
     A choice depends on the request's logits, parameters and step alone, never on its neighbours.
-    Raises RunError if the logits are not numbers.
+    With `spare_bytes` on a device, no more requests are sampled at once than fit. Raises RunError
+    if the logits are not numbers.
     """
     assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
     greatest_R, tokens_R = logits_RV.max(dim=-1)
@@ -67,9 +74,13 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[
                 "must be finite numbers", "run in bfloat16 or float32, or check the weights",
             )  # fmt: skip
     rows = [row for row, one in enumerate(params) if one.temperature > 0]
-    if rows:
-        sampled = _sample(logits_RV[rows], [params[r] for r in rows], [steps[r] for r in rows])
-        for row, token in zip(rows, sampled, strict=True):
+    at_once = len(rows) or 1
+    if spare_bytes is not None and not logits_RV.is_cpu:
+        at_once = max(1, spare_bytes // (SAMPLED_BYTES * logits_RV.shape[1]))
+    for first in range(0, len(rows), at_once):
+        some = rows[first : first + at_once]
+        sampled = _sample(logits_RV[some], [params[r] for r in some], [steps[r] for r in some])
+        for row, token in zip(some, sampled, strict=True):
             tokens[row] = token
     return tokens
 

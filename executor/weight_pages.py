@@ -16,9 +16,11 @@ from executor.families import AbstractFamily
 from executor.model import (
     Architecture,
     DenseWeights,
+    ExpertStack,
     ExpertWeights,
     HeadWeights,
     dense_views,
+    expert_stack,
     expert_views,
     head_views,
 )
@@ -33,12 +35,15 @@ NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 class LayerWeights:
     """A layer as its tasks find it while it lies in one slot.
 
-    `on_gpu` are the experts there from the start, `all_experts` those and the ones in the slot.
+    `on_gpu` are the experts there from the start, `all_experts` those and the ones in the slot; the
+    stacks are the same experts, those of a place together.
     """
 
     dense: DenseWeights
     on_gpu: NumberedExperts
     all_experts: NumberedExperts
+    stacks_on_gpu: tuple[ExpertStack, ...]
+    all_stacks: tuple[ExpertStack, ...]
 
 
 @final
@@ -54,6 +59,7 @@ class WeightPages:
         staging: Tensor,
     ) -> None:  # fmt: skip
         self._spec, self._policy = spec, policy
+        self.num_experts = spec.num_experts
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         size = resident.element_size()
         self._slots = slots.view(WEIGHT_SLOTS, -1)
@@ -70,21 +76,22 @@ class WeightPages:
                 if policy.resident_dense
                 else None
             )
-            fixed = [
-                (e, expert_views(spec, resident_parts.take(spec.expert_parameters)))
-                for e in range(count)
-            ]
-            host_dense, host_experts = self._views(streamed, count)
+            resident_experts = resident_parts.take(count * spec.expert_parameters)
+            fixed, fixed_stacks = self._experts(resident_experts, 0)
+            host_dense, host_experts, _ = self._views(streamed, count)
             self.host_experts.append(host_experts)
             dense = fixed_dense or host_dense
             assert dense is not None
             self._sources.append((dense, [*fixed, *host_experts]))
             places: list[LayerWeights] = []
             for slot in self._slots:
-                slot_dense, slot_experts = self._views(slot[: len(streamed)], count)
+                slot_dense, slot_experts, slot_stacks = self._views(slot[: len(streamed)], count)
                 here = fixed_dense or slot_dense
                 assert here is not None
-                places.append(LayerWeights(here, fixed, [*fixed, *slot_experts]))
+                stacks = (*fixed_stacks, *slot_stacks)
+                places.append(
+                    LayerWeights(here, fixed, [*fixed, *slot_experts], fixed_stacks, stacks)
+                )
             self._layers.append(tuple(places))
         self.head: HeadWeights = head_views(spec, resident_parts.take(spec.head_parameters))
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(
@@ -121,17 +128,22 @@ class WeightPages:
 
     def _views(
         self, flat: Tensor, num_resident: int
-    ) -> tuple[DenseWeights | None, NumberedExperts]:
+    ) -> tuple[DenseWeights | None, NumberedExperts, tuple[ExpertStack, ...]]:
         parts = _Cursor(flat)
         spec = self._spec
         dense = None
         if not self._policy.resident_dense:
             dense = dense_views(spec, parts.take(spec.dense_parameters))
-        experts = [
-            (e, expert_views(spec, parts.take(spec.expert_parameters)))
-            for e in range(num_resident, spec.num_experts)
-        ]
-        return dense, experts
+        streamed = (spec.num_experts - num_resident) * spec.expert_parameters
+        return dense, *self._experts(parts.take(streamed), num_resident)
+
+    def _experts(self, flat: Tensor, first: int) -> tuple[NumberedExperts, tuple[ExpertStack, ...]]:
+        """All experts that lie in `flat`, one by one and as one stack if there are any."""
+        if not len(flat):
+            return [], ()
+        each = flat.view(-1, self._spec.expert_parameters)
+        experts = [(first + e, expert_views(self._spec, part)) for e, part in enumerate(each)]
+        return experts, (expert_stack(self._spec, flat, first),)
 
 
 def page_slice(num_elements: int, num_pages: int, page: int) -> slice:

@@ -20,6 +20,9 @@ from hrm.units import DTYPE_BYTES, format_bytes
 
 WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
 LOGIT_BYTES: Final = 4  # logits are float32 whatever the dtype
+REQUEST_NUMBER_BYTES: Final = 40  # its position, row of the cache, length and the like, on a GPU
+TOKEN_NUMBER_BYTES: Final = 16  # a prompt's token: its position, and where its prompt ends
+COUNT_BYTES: Final = 8  # of the tokens that an expert was sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +95,14 @@ def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: i
 def exchange_bytes_per_request(
     spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number, ranks: int = 1
 ) -> Number:
-    """Decode buffers of one request: hidden state, QKV, attention and experts' output.
+    """Decode buffers of one request: hidden state, QKV, attention and experts' output, numbers.
 
     Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
     """
     size, hidden = DTYPE_BYTES[dtype], ranks * spec.hidden_size
     elements = hidden + spec.query_size + spec.attention_output_size + spec.kv_elements
     routed = 2 * hidden * size + ROUTING_BYTES * spec.experts_per_token
-    return elements * size + ffn_on_cpu * routed
+    return elements * size + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
 
 
 def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number) -> Number:
@@ -151,9 +154,12 @@ def gpu_purposes(
         "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
         "exchange": batch_size
         * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
-        "prefill_buffers": BUFFERS * chunk_tokens * (ranks * spec.hidden_size * size + layer_kv),
+        "prefill_buffers": BUFFERS
+        * chunk_tokens
+        * (ranks * spec.hidden_size * size + layer_kv + TOKEN_NUMBER_BYTES),
         "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, dtype, ranks=ranks),
-        "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks),
+        "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks)
+        + COUNT_BYTES * spec.num_layers * spec.num_experts,
         "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
     }
 
@@ -177,7 +183,9 @@ def cpu_purposes(
         "staging": staging_bytes,
         "kv_cache": batches * (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
         "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
-        "prefill_hidden": num_micro_batches * kv_tokens * spec.hidden_size * size,
+        "prefill_hidden": num_micro_batches
+        * kv_tokens
+        * (spec.hidden_size * size + TOKEN_NUMBER_BYTES),
         "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, dtype),
     }
 

@@ -3,14 +3,18 @@
 import mmap
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, TypeVar, final
 
 import torch
 
+from executor.backends.streams import AbstractStream
+from executor.model.gpu import GpuKernels
+from executor.model.workspace import Workspace
 from hrm.hardware import Link
 from hrm.profiling import environment
 from hrm.tasks import Device, Lane
@@ -35,31 +39,59 @@ class AbstractBackend(ABC):
     """Memory, transfers and threads of one accelerator; implementations are final.
 
     `description` says in words what the run runs on; the paces are those that an emulated link
-    is held to.
+    is held to. `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels`
+    compute on the GPU's level where its tensors are not the host's.
     """
 
     name: str
     description: str
     h2d_bytes_per_s: float | None = None
     d2h_bytes_per_s: float | None = None
+    streams: Mapping[Lane, AbstractStream] = MappingProxyType({})
+    gpu_kernels: GpuKernels | None = None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the GPU's level is the host's memory, so that tensors of either serve both."""
+        return self.gpu_kernels is None
 
     @abstractmethod
-    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
+    def allocate(self, level: Device, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
         """A flat uint8 tensor at that level; RunError if it would exceed the level's cap.
 
-        All of a level's memory is one such arena, everything else is a view of it.
+        A device reads and writes the host's memory by itself if it is `pinned`.
         """
 
     @abstractmethod
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
         """Copy every source to its target in the calling lane; returns the bytes moved.
 
-        The copies count as one transfer on the link of that lane.
+        The copies count as one transfer on the link of that lane. In a lane with a stream they are
+        queued there.
         """
 
     @abstractmethod
     def lane_threads(self, lane: Lane) -> int:
         """How many threads of torch's the work of a lane may use."""
+
+    def workspace(self, *num_bytes: int) -> tuple[Workspace, ...]:
+        """Workspaces on the GPU's level that are never in use at the same time."""
+        memory = self.allocate(Device.GPU, max(num_bytes))
+        return tuple(Workspace(memory[:size]) for size in num_bytes)
+
+    def synchronise(self) -> None:  # noqa: B027 - the host has done its work when it returns
+        """Return when all that was queued by the calling thread is done."""
+
+    def check_dtype(self, dtype: str) -> None:  # noqa: B027 - torch computes in all on a CPU
+        """Raise RunError for a dtype that the accelerator does not compute in."""
+
+    def is_of_device(self, error: BaseException) -> bool:  # noqa: ARG002
+        """Whether an error may be of work that was queued before what raised it."""
+        return False
+
+    def peak_gpu_bytes(self) -> int | None:
+        """The most that was ever allocated on the GPU; None where arenas are all there is."""
+        return None
 
     @final
     def enter_lane(self, lane: Lane) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from executor.backends import in_thread_of_its_own
 from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
 from executor.errors import JobError
@@ -128,7 +130,8 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         )  # fmt: skip
     from hrm.profiling.machine import profile_machine
 
-    name = "emulated" if asked.name == "auto" and (memory or bandwidth) else asked.name
+    emulate = bandwidth or (memory and not torch.cuda.is_available())
+    name = "emulated" if asked.name == "auto" and emulate else asked.name
     return in_thread_of_its_own(
         lambda: profile_machine(
             name,

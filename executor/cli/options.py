@@ -17,7 +17,7 @@ def accelerator_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--link-bandwidth", metavar="2GB/s", help="Pace of the emulated accelerator's link."
         ),
-        click.option("--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator."),
+        click.option("--gpu-memory", metavar="16GB", help="Memory of the accelerator to use."),
         click.option(
             "--accelerator", default="auto", show_default=True, metavar="NAME",
             help="auto, emulated, cpu, cuda:K, or null (sleeps for the predicted time).",

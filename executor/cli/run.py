@@ -47,7 +47,8 @@ def run(
     was done and how fast; trace.json opens in Perfetto.
 
     EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
-    avx2 (say) takes the native kernels for those instructions.
+    avx2 (say) takes the native kernels for those instructions. EXECUTOR_SYNCHRONISE=1 waits for
+    every task on a GPU, so that an error names the task that it is of.
     """
     from executor.cli.progress import live_progress
     from executor.job import JobOptions, JobProgress, run_job

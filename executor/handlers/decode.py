@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.handlers.experts import experts_on_gpu
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, Rows, sample
@@ -18,12 +19,15 @@ from executor.lanes import Handler
 from executor.model import (
     Architecture,
     Routing,
+    RowNumbers,
     append_kv,
     decode_attention,
+    number_views,
     post_attention,
     pre_attention,
     run_experts,
 )
+from executor.model.gpu import NUMBERS_PER_REQUEST
 from executor.weight_pages import LayerWeights
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
@@ -90,9 +94,15 @@ class DecodeHandlers:
 
     def embed(self, _: TaskId, rows: Rows, span: slice) -> int:
         """Gather the last tokens' embeddings on the host and move them to the GPU."""
-        host_RD = self.memory.host.hidden_ND[span]
+        host, gpu = self.memory.host, self.memory.gpu
+        host_RD = host.hidden_ND[span]
         torch.index_select(self.memory.weights.embedding, 0, rows.tokens, out=host_RD)
-        return self.backend.transfer(Lane.H2D, [(self.memory.gpu.hidden_ND[span], host_RD)])
+        copies = [(gpu.hidden_ND[span], host_RD)]
+        if not self.backend.shares_memory:
+            numbers = _numbers_of(span)
+            rows.write_numbers(number_views(host.numbers[numbers], len(rows.sequences)))
+            copies.append((gpu.numbers[numbers], host.numbers[numbers]))
+        return self.backend.transfer(Lane.H2D, copies)
 
     def pre_attention(self, x: TaskId, rows: Rows, span: slice) -> int:
         """Queries, keys and values of the new tokens."""
@@ -100,9 +110,12 @@ class DecodeHandlers:
         if x.layer > 0:
             self._add_cpu_experts(x.layer - 1, span)
         workspace.reset()
+        positions = (
+            rows.positions if self.backend.shares_memory else self._numbers(span).positions_R
+        )
         pre_attention(
-            self.arch, gpu.hidden_ND[span], self._weights(x).dense, rows.positions,
-            gpu.qkv_NX[span], workspace,
+            self.arch, gpu.hidden_ND[span], self._weights(x).dense, positions, gpu.qkv_NX[span],
+            workspace,
         )  # fmt: skip
         return 0
 
@@ -126,7 +139,12 @@ class DecodeHandlers:
         """New keys and values to the cache on the host."""
         first = self.arch.spec.query_size
         host_RX, gpu_RX = self.memory.host.qkv_NX[span], self.memory.gpu.qkv_NX[span]
-        moved = self.backend.transfer(Lane.D2H, [(host_RX[:, first:], gpu_RX[:, first:])])
+        if self.backend.shares_memory:
+            copies = [(host_RX[:, first:], gpu_RX[:, first:])]
+        else:  # whole rows: a device copies what is contiguous
+            copies = [(host_RX, gpu_RX)]
+        moved = self.backend.transfer(Lane.D2H, copies)
+        self.backend.synchronise()  # the host is who appends them
         append_kv(self.memory.caches.of(x.micro_batch, x.layer), host_RX, rows.cache_rows)
         return moved
 
@@ -138,11 +156,18 @@ class DecodeHandlers:
             cache = self._kv_buffer(x)
         else:
             cache = self.memory.caches.of(x.micro_batch, x.layer)
-        qkv_RX = level.qkv_NX[span]
-        append_kv(cache, qkv_RX, rows.cache_rows)
-        decode_attention(
-            self.arch, qkv_RX, cache, rows.starts, rows.lengths, level.attention_NQ[span]
-        )
+        qkv_RX, out_RQ = level.qkv_NX[span], level.attention_NQ[span]
+        kernels = self.backend.gpu_kernels
+        if on_cpu or kernels is None:
+            append_kv(cache, qkv_RX, rows.cache_rows)
+            decode_attention(self.arch, qkv_RX, cache, rows.starts, rows.lengths, out_RQ)
+        else:
+            numbers = self._numbers(span)
+            append_kv(cache, qkv_RX, numbers.cache_rows_R)
+            kernels.decode_attention(
+                self.arch, qkv_RX, cache, numbers, max(rows.lengths), out_RQ,
+                spare_bytes=self.memory.workspace.capacity_bytes // 2,
+            )  # fmt: skip
         return 0
 
     def load_hidden(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -159,14 +184,16 @@ class DecodeHandlers:
         x_RD, routing = post_attention(
             self.arch, hidden_RD, gpu.attention_NQ[span], weights.dense, workspace
         )
-        experts = weights.all_experts
+        experts, stacks = weights.all_experts, weights.all_stacks
         if self.pipeline.cpu_experts[x.layer]:
-            experts = weights.on_gpu
+            experts, stacks = weights.on_gpu, weights.stacks_on_gpu
             gpu.routed_ND[span] = x_RD
             gpu.weights_NK[span] = routing.weights_TK
             gpu.experts_NK[span] = routing.experts_TK
         if experts:
-            counts = run_experts(x_RD, routing, experts, hidden_RD, workspace)
+            counts = experts_on_gpu(
+                self.backend, self.memory, x_RD, routing, experts, stacks, hidden_RD
+            )
             if not self.pipeline.cpu_experts[x.layer]:
                 self.state.count_routed(x.layer, counts)
         return 0
@@ -214,6 +241,10 @@ class DecodeHandlers:
         if self.pipeline.cpu_experts[layer]:
             self.memory.gpu.hidden_ND[span] += self.memory.gpu.expert_output_ND[span]
 
+    def _numbers(self, span: slice) -> RowNumbers:
+        """The numbers of the requests that go on, on the GPU since the step's EMBED."""
+        return number_views(self.memory.gpu.numbers[_numbers_of(span)], span.stop - span.start)
+
     def _kv_buffer(self, x: TaskId) -> Tensor:
         layers = x.step * self.pipeline.num_layers + x.layer
         load_index = layers * len(self.streaming_kv) + self.streaming_kv.index(x.micro_batch)
@@ -221,3 +252,7 @@ class DecodeHandlers:
 
     def _weights(self, x: TaskId) -> LayerWeights:
         return self.memory.weights.layer(x.layer, self.pipeline.load_index(x.step, x.layer))
+
+
+def _numbers_of(span: slice) -> slice:
+    return slice(NUMBERS_PER_REQUEST * span.start, NUMBERS_PER_REQUEST * span.stop)

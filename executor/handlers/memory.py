@@ -14,7 +14,7 @@ from executor.backends import AbstractBackend
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
-from hrm.memory import purposes
+from hrm.memory import REQUEST_NUMBER_BYTES, TOKEN_NUMBER_BYTES, purposes
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.schedules.pipeline import BUFFERS
@@ -26,13 +26,15 @@ class Exchange:
     """One level's decode buffers: a row per request, with all that moves between the levels.
 
     `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts.
+    `numbers` are NUMBERS_PER_REQUEST for each request; see executor.model.number_views.
     """
 
     def __init__(
         self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor, *, num_requests: int,
         ffn_on_cpu: bool,
     ) -> None:  # fmt: skip
-        start = 0
+        start = REQUEST_NUMBER_BYTES * num_requests
+        self.numbers = memory[:start].view(torch.int64)
 
         def rows(width: int, of: torch.dtype) -> Tensor:
             nonlocal start
@@ -62,19 +64,27 @@ class PrefillBuffers:
         self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, prefix: Tensor,
         chunk_tokens: int,
     ) -> None:  # fmt: skip
-        elements = gpu.view(dtype)
+        numbers = TOKEN_NUMBER_BYTES * BUFFERS * chunk_tokens
+        self.numbers_BT = gpu[:numbers].view(torch.int64).view(BUFFERS, -1)
+        elements = gpu[numbers:].view(dtype)
         hidden = BUFFERS * chunk_tokens * spec.hidden_size
         self.hidden_BTD = elements[:hidden].view(BUFFERS, chunk_tokens, spec.hidden_size)
         self.kv_BT2Gd = elements[hidden:].view(
             BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim
         )
         self.prefix_C2Gd = prefix.view(dtype).view(-1, 2, spec.num_kv_heads, spec.head_dim)
-        self.host_TD = host.view(dtype).view(-1, spec.hidden_size)
+        tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
+        self.host_numbers = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64)
+        elements = host[TOKEN_NUMBER_BYTES * tokens :].view(dtype)
+        self.host_TD = elements.view(tokens, spec.hidden_size)
 
 
 @dataclass(frozen=True, slots=True)
 class RunMemory:
-    """All memory of a run; made once, used by every batch."""
+    """All memory of a run; made once, used by every batch.
+
+    `tokens_at_once` is what the workspace was planned for.
+    """
 
     weights: WeightPages
     caches: KvCaches
@@ -84,6 +94,7 @@ class RunMemory:
     workspace: Workspace
     sampling_workspace: Workspace
     host_workspace: Workspace
+    tokens_at_once: int
 
 
 def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> RunMemory:
@@ -91,18 +102,20 @@ def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> Ru
     spec, dtype = arch.spec, getattr(torch, policy.dtype)
     gpu_plan, cpu_plan = purposes(spec, policy)
 
-    def take(level: Device, *names: str) -> torch.Tensor:
+    def take(level: Device, name: str, *, pinned: bool = True) -> torch.Tensor:
         sizes = gpu_plan if level is Device.GPU else cpu_plan
-        return backend.allocate(level, sum(sizes.get(name, 0) for name in names))
+        return backend.allocate(level, sizes[name], pinned=pinned)
 
     ffn_on_cpu = cpu_plan["workspace"] > 0
-    temporaries = take(Device.GPU, "workspace", "logits")
+    workspace, sampling_workspace = backend.workspace(
+        gpu_plan["workspace"], gpu_plan["workspace"] + gpu_plan["logits"]
+    )
     weights = WeightPages(
         spec,
         policy,
         resident=take(Device.GPU, "resident_weights").view(dtype),
         slots=take(Device.GPU, "weight_slots").view(dtype),
-        host=take(Device.CPU, "weights").view(dtype),
+        host=take(Device.CPU, "weights", pinned=not policy.staging).view(dtype),
         staging=take(Device.CPU, "staging").view(dtype),
     )
     kv_buffers = take(Device.GPU, "kv_buffers")
@@ -134,7 +147,8 @@ def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> Ru
             else take(Device.GPU, "prefix_buffer"),
             chunk_tokens=policy.prefill_chunk_tokens,
         ),
-        workspace=Workspace(temporaries[: gpu_plan["workspace"]]),
-        sampling_workspace=Workspace(temporaries),
-        host_workspace=Workspace(take(Device.CPU, "workspace")),
+        workspace=workspace,
+        sampling_workspace=sampling_workspace,
+        host_workspace=Workspace(take(Device.CPU, "workspace", pinned=False)),
+        tokens_at_once=max(policy.micro_batch_size, policy.prefill_chunk_tokens),
     )

@@ -4,12 +4,14 @@ T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, G kv heads, d head_dim.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.batching import Chunk, ChunkPart
+from executor.handlers.experts import experts_on_gpu
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
@@ -19,13 +21,15 @@ from executor.model import (
     post_attention,
     pre_attention,
     prefill_attention,
-    run_experts,
 )
 from executor.weight_pages import LayerWeights
+from hrm.memory import TOKEN_NUMBER_BYTES
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.schedules.pipeline import BUFFERS
 from hrm.tasks import Lane, TaskId, TaskKind
+
+NUMBERS_PER_TOKEN: Final = TOKEN_NUMBER_BYTES // torch.int64.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class PrefillHandlers:
         handlers = PrefillHandlers(
             backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, positions
         )
+        if not backend.shares_memory:
+            handlers.write_numbers()
         spec = arch.spec
         size = getattr(torch, policy.dtype).itemsize
         streamed = [policy.streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
@@ -76,17 +82,26 @@ class PrefillHandlers:
             TaskKind.SAMPLE: handlers.sample,
         }
 
+    def write_numbers(self) -> None:
+        """Every chunk's positions and ends of prompts, into memory that a device reads."""
+        for index, chunk in enumerate(self.chunks):
+            positions, ends = _number_views(self._host_numbers(index), chunk)
+            positions.copy_(self.positions[index])
+            ends.copy_(torch.tensor([0, *(part.last for part in chunk.parts)]))
+
     def embed(self, x: TaskId) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
-        host_TD = self._host(x)
         torch.index_select(
-            self.memory.weights.embedding, 0, self.tokens[x.micro_batch], out=host_TD
+            self.memory.weights.embedding, 0, self.tokens[x.micro_batch], out=self._host(x)
         )
-        return self.backend.transfer(Lane.H2D, [(self._hidden(x), host_TD)])
+        return self.load_hidden(x)
 
     def load_hidden(self, x: TaskId) -> int:
         """Move a chunk's hidden states to the GPU."""
-        return self.backend.transfer(Lane.H2D, [(self._hidden(x), self._host(x))])
+        copies = [(self._hidden(x), self._host(x))]
+        if not self.backend.shares_memory:
+            copies.append((self._numbers(x), self._host_numbers(x.micro_batch)))
+        return self.backend.transfer(Lane.H2D, copies)
 
     def store_hidden(self, x: TaskId) -> int:
         """Move a chunk's hidden states to the host."""
@@ -101,18 +116,26 @@ class PrefillHandlers:
         workspace.reset()
         width = spec.query_size + 2 * spec.kv_size
         qkv_TX = workspace.take((chunk.num_tokens, width), hidden_TD.dtype)
-        pre_attention(
-            arch, hidden_TD, weights.dense, self.positions[x.micro_batch], qkv_TX, workspace
-        )
+        kernels = self.backend.gpu_kernels
+        positions, ends = self.positions[x.micro_batch], None
+        if kernels is not None:
+            positions, ends = _number_views(self._numbers(x), chunk)
+        pre_attention(arch, hidden_TD, weights.dense, positions, qkv_TX, workspace)
         kv_T2Gd = qkv_TX[:, spec.query_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
         if not all(self.kv_on_gpu):
             self._kv_buffer(x).copy_(kv_T2Gd)
         attention_TQ = workspace.take((chunk.num_tokens, spec.query_size), hidden_TD.dtype)
         lengths = [part.last - part.first for part in chunk.parts]
         kept = [self._kept(part, x.layer) for part in chunk.parts]
-        prefill_attention(arch, qkv_TX, lengths, kept, attention_TQ, workspace)
+        if kernels is None or ends is None:
+            prefill_attention(arch, qkv_TX, lengths, kept, attention_TQ, workspace)
+        else:
+            kernels.prefill_attention(arch, qkv_TX, lengths, ends, kept, attention_TQ, workspace)
         x_TD, routing = post_attention(arch, hidden_TD, attention_TQ, weights.dense, workspace)
-        counts = run_experts(x_TD, routing, weights.all_experts, hidden_TD, workspace)
+        counts = experts_on_gpu(
+            self.backend, self.memory, x_TD, routing, weights.all_experts, weights.all_stacks,
+            hidden_TD,
+        )  # fmt: skip
         self.state.count_routed(x.layer, counts)
         return 0
 
@@ -132,7 +155,11 @@ class PrefillHandlers:
         hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
         for first in range(0, len(parts), most):
             piece = parts[first : first + most]
-            last_tokens = torch.tensor([part.last - 1 for part in piece])
+            if self.backend.shares_memory:
+                last_tokens = torch.tensor([part.last - 1 for part in piece])
+            else:
+                _, ends = _number_views(self._numbers(x), self.chunks[x.micro_batch])
+                last_tokens = ends[first + 1 : first + 1 + len(piece)] - 1
             sequences = [self.state.by_placed[id(part.placed)] for part in piece]
             sample(self.arch, self.memory, self.state, hidden_TD[last_tokens], sequences)
         return 0
@@ -152,6 +179,16 @@ class PrefillHandlers:
     def _buffer_index(self, x: TaskId) -> int:
         return (x.layer * len(self.chunks) + x.micro_batch) % BUFFERS
 
+    def _numbers(self, x: TaskId) -> Tensor:
+        """A chunk's numbers on the GPU; they come with its hidden states."""
+        count = _num_numbers(self.chunks[x.micro_batch])
+        return self.memory.prefill.numbers_BT[self._buffer_index(x), :count]
+
+    def _host_numbers(self, index: int) -> Tensor:
+        chunk = self.chunks[index]
+        start = NUMBERS_PER_TOKEN * chunk.offset
+        return self.memory.prefill.host_numbers[start : start + _num_numbers(chunk)]
+
     def _hidden(self, x: TaskId) -> Tensor:
         num_tokens = self.chunks[x.micro_batch].num_tokens
         return self.memory.prefill.hidden_BTD[self._buffer_index(x), :num_tokens]
@@ -166,3 +203,14 @@ class PrefillHandlers:
 
     def _weights(self, x: TaskId) -> LayerWeights:
         return self.memory.weights.layer(x.layer, self.pipeline.load_index(0, x.layer))
+
+
+def _num_numbers(chunk: Chunk) -> int:
+    """int64 that hold a chunk's positions and, as int32, 0 and the end of each prompt."""
+    return chunk.num_tokens + (len(chunk.parts) + 2) // 2
+
+
+def _number_views(flat: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """A chunk's positions, int64, and 0 followed by where each prompt ends, int32."""
+    ends = flat[chunk.num_tokens :].view(torch.int32)
+    return flat[: chunk.num_tokens], ends[: len(chunk.parts) + 1]

@@ -4,6 +4,7 @@ R requests, D hidden, V vocab.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, final
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from executor.batching import Batch, Placed
 from executor.handlers.memory import RunMemory
-from executor.model import Architecture, logits
+from executor.model import Architecture, RowNumbers, logits
 from executor.sampling import choose
 
 STOP: Final = "stop"
@@ -41,6 +42,15 @@ class Rows:
     starts: list[int]
     lengths: list[int]
     cache_rows: Tensor
+
+    def write_numbers(self, to: RowNumbers) -> None:
+        """What a device must know of these rows, into memory that it reads."""
+        to.positions_R.copy_(self.positions)
+        to.cache_rows_R.copy_(self.cache_rows)
+        # Flash attention is told where all of the cache ends, though the lengths say it better.
+        to.starts.copy_(torch.tensor([*self.starts, self.starts[-1] + self.lengths[-1]]))
+        to.lengths_R.copy_(torch.tensor(self.lengths))
+        to.queries.copy_(torch.arange(len(self.lengths) + 1))
 
     @staticmethod
     def of(sequences: Sequence[Generated]) -> "Rows":
@@ -85,6 +95,7 @@ class BatchState:
             for micro_batch in batch.micro_batches
         ]
         self.routed_tokens = [[0] * arch.spec.num_experts for _ in range(arch.spec.num_layers)]
+        self._routed_on_device: Tensor | None = None
         self.num_active = batch.num_requests
         self.num_generated = 0
         self._num_left = sum(
@@ -102,8 +113,12 @@ class BatchState:
 
     @property
     def routed(self) -> tuple[tuple[int, ...], ...]:
-        """`routed_tokens` as it stands."""
-        return tuple(tuple(layer) for layer in self.routed_tokens)
+        """`routed_tokens` with what was counted on a device; only while no lane is at work."""
+        total = torch.tensor(self.routed_tokens)
+        if self._routed_on_device is not None:
+            with suppress(RuntimeError):  # a device that failed tells no more
+                total += self._routed_on_device.cpu()
+        return tuple(tuple(layer) for layer in total.tolist())
 
     @property
     def share_done(self) -> float:
@@ -131,8 +146,14 @@ class BatchState:
             return
         self.num_active -= 1
 
-    def count_routed(self, layer: int, counts: Sequence[int]) -> None:
-        """Add to the tokens that each expert of the layer was sent."""
+    def count_routed(self, layer: int, counts: Sequence[int] | Tensor) -> None:
+        """Add to the tokens that each expert of the layer was sent, where they were counted."""
+        if isinstance(counts, Tensor):
+            if self._routed_on_device is None:
+                shape = (len(self.routed_tokens), len(counts))
+                self._routed_on_device = counts.new_zeros(shape)
+            self._routed_on_device[layer] += counts
+            return
         total = self.routed_tokens[layer]
         for expert, count in enumerate(counts):
             total[expert] += count
@@ -159,5 +180,6 @@ def sample(
     logits_RV = logits(arch, hidden_RD, head.final_norm, head.lm_head, workspace)
     params = [sequence.placed.request.params for sequence in sequences]
     steps = [len(sequence.tokens) for sequence in sequences]
-    for sequence, token in zip(sequences, choose(logits_RV, params, steps), strict=True):
+    tokens = choose(logits_RV, params, steps, spare_bytes=workspace.capacity_bytes // 2)
+    for sequence, token in zip(sequences, tokens, strict=True):
         state.append(sequence, token)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import psutil
 
-from executor.backends import AbstractBackend, EmulatedMachine, make_backend
+from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, make_backend
 from executor.batching import Batch
+from executor.errors import RunError
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
-from hrm.hardware import Figure, Link, Rate, Source
+from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -51,11 +52,18 @@ def prepare(
 
     Raises PolicyError if the policy does not fit and RunError if the accelerator cannot be had.
     """
+    profile = policy_file.profile
+    name = accelerator_for(options.name, profile)
     machine = emulated_machine(options, policy_file)
-    backend = make_backend(options.name, machine)
+    backend = make_backend(name, machine, gpu_memory_bytes=options.gpu_memory_bytes)
     plan = budgeted_plan(policy_file, policy, options.gpu_memory_bytes)
     plan.check_fits()
-    planned = sum({level.name: level.planned_bytes for level in (plan.gpu, plan.cpu)}.values())
+    levels = (plan.gpu, plan.cpu)
+    if backend.name == "cuda":
+        levels = (plan.cpu,)
+        _check_for_cuda(name, profile, options)
+        backend.check_dtype(policy.dtype)
+    planned = sum({level.name: level.planned_bytes for level in levels}.values())
     available = psutil.virtual_memory().available
     if backend.name != "null" and planned > available:
         raise PolicyError(
@@ -64,6 +72,34 @@ def prepare(
             "close other programs, or search again with a lower --cpu-memory",
         )  # fmt: skip
     return plan, backend
+
+
+def accelerator_for(name: str, profile: HardwareProfile) -> str:
+    """The accelerator that is meant: `auto` is the GPU that the policy was solved for, if there."""
+    if name == "auto" and profile.accelerator == "cuda" and profile.num_gpus == 1:
+        index = cuda_index_of(profile.top.processor.name)
+        if index is not None:
+            return f"cuda:{index}"
+    return name
+
+
+def _check_for_cuda(name: str, profile: HardwareProfile, options: AcceleratorOptions) -> None:
+    if not profile.has_accelerator:
+        raise RunError(
+            "--accelerator", name, "needs a policy for two levels of memory, and this one has one",
+            "solve it for a profile with a GPU, say of hrm profile --accelerator cuda:0",
+        )  # fmt: skip
+    if profile.num_gpus > 1:
+        raise RunError(
+            "--accelerator", name,
+            f"is one GPU, and the policy was solved for {profile.num_gpus}",
+            "solve it for one of them",
+        )  # fmt: skip
+    if options.link_bytes_per_s is not None:
+        raise RunError(
+            "--link-bandwidth", options.link_bytes_per_s, "is what an emulated link is paced to",
+            "leave it out or use --accelerator emulated",
+        )  # fmt: skip
 
 
 def predicted_seconds(

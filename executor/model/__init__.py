@@ -8,11 +8,14 @@ temporaries from a `Workspace`. `reference` says the same slowly, for the tests.
 from executor.model.architecture import Architecture, Norm
 from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention
 from executor.model.experts import Routing, logits, post_attention, run_experts
+from executor.model.gpu import GpuKernels, RowNumbers, number_views
 from executor.model.layout import (
     DenseWeights,
+    ExpertStack,
     ExpertWeights,
     HeadWeights,
     dense_views,
+    expert_stack,
     expert_views,
     head_views,
 )
@@ -21,17 +24,22 @@ from executor.model.workspace import Workspace
 __all__ = [
     "Architecture",
     "DenseWeights",
+    "ExpertStack",
     "ExpertWeights",
+    "GpuKernels",
     "HeadWeights",
     "Norm",
     "Routing",
+    "RowNumbers",
     "Workspace",
     "append_kv",
     "decode_attention",
     "dense_views",
+    "expert_stack",
     "expert_views",
     "head_views",
     "logits",
+    "number_views",
     "post_attention",
     "pre_attention",
     "prefill_attention",

@@ -37,6 +37,15 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """Experts that lie one after the other, from number `first` on, as one tensor a matrix."""
+
+    first: int
+    w13_E2ID: Tensor  # noqa: N815
+    w2_EDI: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
 class HeadWeights:
     """What turns the last hidden states into logits."""
 
@@ -63,6 +72,16 @@ def expert_views(spec: ModelSpec, flat: Tensor) -> ExpertWeights:
     """Views of the expert that lies in `flat`, a vector of `spec.expert_parameters` elements."""
     hidden, intermediate = spec.hidden_size, spec.intermediate_size
     return ExpertWeights(*_views(flat, (2 * intermediate, hidden), (hidden, intermediate)))
+
+
+def expert_stack(spec: ModelSpec, flat: Tensor, first: int) -> ExpertStack:
+    """The experts that lie one after the other in `flat`, numbered from `first`."""
+    hidden, intermediate = spec.hidden_size, spec.intermediate_size
+    each_EP = flat.view(-1, spec.expert_parameters)
+    w13, w2 = each_EP.split((2 * intermediate * hidden, intermediate * hidden), dim=1)
+    return ExpertStack(
+        first, w13.unflatten(1, (2 * intermediate, hidden)), w2.unflatten(1, (hidden, intermediate))
+    )
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:

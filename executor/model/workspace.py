@@ -14,24 +14,27 @@ class Workspace:
     """A stack of temporaries in one flat tensor of bytes.
 
     `take` puts a tensor on the stack and `release` takes off everything since a `mark`.
-    `high_water_bytes` is the most that was ever in use.
+    `capacity_bytes` can be in use at once, and `high_water_bytes` is the most that ever were.
+
+    With `of_torch` so many bytes, temporaries are torch's on the device of `memory`, which is then
+    empty: those that operators allocate themselves come out of the same bytes. They last as long as
+    they are held, and how much was in use is known to torch.
     """
 
-    def __init__(self, memory: Tensor) -> None:
+    def __init__(self, memory: Tensor, *, of_torch: int | None = None) -> None:
+        self._device = None if of_torch is None else memory.device
         assert memory.dtype is torch.uint8, memory.dtype
         assert memory.ndim == 1, memory.shape
         self._memory = memory[: len(memory) // ALIGNMENT_BYTES * ALIGNMENT_BYTES]
+        self.capacity_bytes = len(self._memory) if of_torch is None else of_torch
         self._views: dict[torch.dtype, Tensor] = {}
         self._used_bytes = 0
         self.high_water_bytes = 0
 
-    @property
-    def capacity_bytes(self) -> int:
-        """All that can be in use at once."""
-        return len(self._memory)
-
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, valid until its release."""
+        if self._device is not None:
+            return torch.empty(shape, dtype=dtype, device=self._device)
         view = self._views.get(dtype)
         if view is None:
             view = self._views[dtype] = self._memory.view(dtype)

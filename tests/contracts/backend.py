@@ -26,6 +26,7 @@ class BackendContract:
     @pytest.mark.parametrize("num_bytes", [0, 1, 4096])
     def test_allocates_flat_bytes(self, backend, level, num_bytes):
         memory = backend.allocate(level, num_bytes)
+        assert len(backend.allocate(level, num_bytes, pinned=False)) == num_bytes
         assert memory.shape == (num_bytes,)
         assert memory.dtype is torch.uint8
 
@@ -50,6 +51,7 @@ class BackendContract:
             host.copy_(torch.arange(1000) % 251)
         assert backend.transfer(lane, [(device, host)]) == 1000
         assert backend.transfer(Lane.D2H, [(back[:600], device[:600]), (back[600:], device[600:])])
+        backend.synchronise()
         if self.moves_data:
             assert torch.equal(back, host)
 
@@ -60,6 +62,20 @@ class BackendContract:
 
     def test_transfer_of_nothing_moves_nothing(self, backend):
         assert backend.transfer(Lane.H2D, []) == 0
+
+    def test_workspaces_are_as_large_as_asked(self, backend):
+        small, large = backend.workspace(1000, 100_000)
+        assert small.capacity_bytes in range(900, 1001)
+        assert large.capacity_bytes in range(99_900, 100_001)
+        assert small.take((20, 10), torch.float32).shape == (20, 10)
+
+    def test_streams_are_of_lanes_that_the_gpu_has(self, backend):
+        assert set(backend.streams) <= {Lane.GPU, Lane.H2D, Lane.D2H}
+        for stream in backend.streams.values():
+            first, second = stream.mark(), stream.mark()
+            stream.wait(first)
+            second.synchronise()
+            assert second.seconds_since(first) >= 0
 
     @pytest.mark.parametrize("lane", Lane)
     def test_lane_gets_its_threads_and_leaves_others_alone(self, backend, lane):

@@ -9,6 +9,8 @@ from executor.backends.cpu import EmulatedBackend
 from executor.errors import RunError
 from hrm.tasks import Device, Lane
 from tests.contracts.backend import BackendContract
+from tests.executor.runtime.fake_device import FakeDevice
+from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import link
 
 GPU_BYTES = 100_000
@@ -38,6 +40,65 @@ class TestNullBackend(BackendContract):
     @pytest.fixture
     def backend(self):
         return make_backend("null", None)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestCudaBackend(BackendContract):
+    @pytest.fixture
+    def backend(self):
+        return make_backend("cuda:0", None)
+
+    def test_allocates_where_it_should(self, backend):
+        assert backend.allocate(Device.GPU, 10).is_cuda
+        assert backend.allocate(Device.CPU, 10).is_cpu
+
+    def test_is_held_to_its_cap(self):
+        backend = make_backend("cuda:0", None, gpu_memory_bytes=GPU_BYTES)
+        backend.allocate(Device.GPU, GPU_BYTES)
+        with pytest.raises(RunError, match="left"):
+            backend.allocate(Device.GPU, 1)
+        with pytest.raises(RunError, match="--gpu-memory"):
+            make_backend("cuda:0", None, gpu_memory_bytes=10**15)
+
+    def test_workspace_is_not_counted_before_it_is_used(self, backend):
+        before = backend.peak_gpu_bytes()
+        (workspace,) = backend.workspace(10_000_000)
+        assert backend.peak_gpu_bytes() == before
+        backend.streams[Lane.GPU].enter()
+        held = workspace.take((1_000_000,), torch.float32)
+        assert backend.peak_gpu_bytes() - before == held.nbytes
+
+    def test_a_stream_waits_for_another(self, backend):
+        """Without the wait the small copy would win."""
+        large = backend.allocate(Device.CPU, 400_000_000).fill_(7)
+        target = backend.allocate(Device.GPU, len(large))
+        out = backend.allocate(Device.CPU, 1)
+        h2d, d2h = backend.streams[Lane.H2D], backend.streams[Lane.D2H]
+        h2d.enter()
+        backend.transfer(Lane.H2D, [(target, large)])
+        copied = h2d.mark()
+        d2h.enter()
+        d2h.wait(copied)
+        backend.transfer(Lane.D2H, [(out, target[-1:])])
+        backend.synchronise()
+        assert out.item() == 7
+
+
+class TestLateBackend(BackendContract):
+    """The tests' own device, which other tests rely on."""
+
+    @pytest.fixture
+    def backend(self):
+        device = FakeDevice()
+        yield LateBackend(device, kernels_named("plain"))
+        device.close()
+
+    def test_large_memory_is_zero_and_can_be_written(self, backend):
+        """It is not zero: no one may rely on that."""
+
+    def test_transfer_converts_no_shape_and_counts_bytes_of_strided_pieces(self, backend):
+        """It refuses them: on a link they are slow."""
 
 
 class TestEmulatedBackend(BackendContract):

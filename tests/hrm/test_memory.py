@@ -56,6 +56,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     moves_kv = p.attention is Device.GPU and kv_on_gpu < n
     cpu_experts = p.ffn is Device.CPU and on_host > 0
     request = (hidden + (heads + 2 * kv) + heads) * SIZE
+    request += 3 * 8 + 4 * 4  # int64 and int32 that tell a GPU where it is
     request += (2 * hidden * SIZE + 12 * spec.experts_per_token) * cpu_experts
     pages = n if p.schedule is ScheduleName.CGOPIPE else 1
     gpu = {
@@ -64,7 +65,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
         "kv_cache": kv_on_gpu * spec.num_layers * cache * SIZE,
         "kv_buffers": 2 * cache * SIZE * moves_kv,
         "exchange": p.batch_size * request,
-        "prefill_buffers": 2 * p.prefill_chunk_tokens * (hidden + 2 * kv) * SIZE,
+        "prefill_buffers": 2 * p.prefill_chunk_tokens * ((hidden + 2 * kv) * SIZE + 2 * 8),
         "prefix_buffer": p.prefix_buffer_tokens * 2 * kv * SIZE,
         "logits": p.micro_batch_size * spec.vocab_size * (4 + SIZE),
     }
@@ -73,7 +74,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
         "staging": 4 * -(-largest // pages) * SIZE * p.staging,
         "kv_cache": (n - kv_on_gpu) * spec.num_layers * cache * SIZE,
         "exchange": p.batch_size * request,
-        "prefill_hidden": n * p.kv_tokens_per_micro_batch * hidden * SIZE,
+        "prefill_hidden": n * p.kv_tokens_per_micro_batch * (hidden * SIZE + 2 * 8),
     }
     return gpu, cpu
 
@@ -99,7 +100,8 @@ def test_the_workspace_holds_the_tensors_of_one_layer():
         prefill_chunk_tokens=3,
     )  # fmt: skip
     gpu, cpu = purposes(spec, slim)
-    assert gpu["workspace"] == workspace_bytes(spec, 4, "bfloat16")
+    counts = 8 * spec.num_layers * spec.num_experts
+    assert gpu["workspace"] == workspace_bytes(spec, 4, "bfloat16") + counts
     assert cpu["workspace"] == 0
 
 

@@ -1,0 +1,210 @@
+"""CUDA: one stream a lane, events for marks, pinned arenas for what crosses the link.
+
+The lanes GPU, H2D and D2H queue their work on streams of their own, CPU and STAGE are threads. No
+memory is handed to another stream by the allocator: all that streams share lies in arenas, whose
+reuse follows from the task graph's own edges. Only the GPU's lane allocates, and what it allocates
+are temporaries in memory that was reserved for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, final
+
+import torch
+
+from executor.backends.base import (
+    AbstractBackend,
+    Copy,
+    copy_all,
+    host_memory,
+    usable_cores,
+)
+from executor.backends.pinned import pinned_memory
+from executor.backends.streams import AbstractMark, AbstractStream
+from executor.errors import RunError
+from executor.model.gpu import GpuKernels, grouped_gemm
+from executor.model.workspace import Workspace
+from hrm.tasks import Device, Lane
+from hrm.units import format_bytes
+
+FLASH_CAPABILITY: Final = (8, 0)
+GROUPED_CAPABILITIES: Final = (9, 10)  # elsewhere torch's grouped GEMM reads its offsets back
+STAGING_THREADS: Final = 4
+
+
+@final
+class CudaMark(AbstractMark):
+    """An event that tells the time; who waits for it sleeps."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event(enable_timing=True, blocking=True)
+        self.event.record(stream)
+
+    def synchronise(self) -> None:
+        """The interpreter's lock is free meanwhile."""
+        self.event.synchronize()
+
+    def seconds_since(self, earlier: "CudaMark") -> float:
+        """By the device's clock."""
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+@final
+class CudaStream(AbstractStream):
+    """A stream of torch's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.stream = torch.cuda.Stream(device=device)
+
+    def enter(self) -> None:
+        """Device and stream are the thread's own in torch."""
+        torch.cuda.set_device(self._device)
+        torch.cuda.set_stream(self.stream)
+
+    def mark(self) -> CudaMark:
+        """An event recorded now."""
+        return CudaMark(self.stream)
+
+    def wait(self, mark: CudaMark) -> None:
+        """Nothing of the host waits."""
+        self.stream.wait_event(mark.event)
+
+
+@final
+class CudaBackend(AbstractBackend):
+    """One CUDA device; `gpu_memory_bytes` caps what is allocated on it, by arenas and by torch.
+
+    Raises RunError if there is no such device or it has less memory free than that.
+    """
+
+    def __init__(self, index: int, gpu_memory_bytes: int | None = None) -> None:
+        cuda: Any = torch.cuda
+        count = cuda.device_count() if cuda.is_available() else 0
+        if index >= count:
+            raise RunError(
+                "--accelerator", f"cuda:{index}",
+                "needs a CUDA device and torch finds none" if not count
+                else f"must name one of the {count} CUDA devices, counted from 0",
+                "use --accelerator emulated or cpu" if not count else "correct it",
+            )  # fmt: skip
+        self.name = "cuda"
+        self._device = torch.device("cuda", index)
+        properties = cuda.get_device_properties(self._device)
+        self.gpu_name = str(properties.name)
+        self.capability: tuple[int, int] = (properties.major, properties.minor)
+        self._free_bytes, total_bytes = cuda.mem_get_info(self._device)
+        if gpu_memory_bytes is not None:
+            if gpu_memory_bytes > total_bytes:
+                raise RunError(
+                    "--gpu-memory", f"<{format_bytes(gpu_memory_bytes)}>",
+                    f"{self.gpu_name} has {format_bytes(total_bytes)}", "lower it",
+                )  # fmt: skip
+            self._free_bytes = min(self._free_bytes, gpu_memory_bytes)
+        capped = f", {format_bytes(gpu_memory_bytes)} of it used" if gpu_memory_bytes else ""
+        self.description = f"cuda:{index}, {self.gpu_name}{capped}"
+        self._streams = {lane: CudaStream(self._device) for lane in (Lane.GPU, Lane.H2D, Lane.D2H)}
+        self.streams: Mapping[Lane, AbstractStream] = self._streams
+        self.gpu_kernels = kernels_of(self.capability)
+        self._cores = usable_cores()
+        self._warm_up()
+        self._before_bytes = self._allocated("current")
+        cuda.reset_peak_memory_stats(self._device)
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise RunError for bfloat16 on a GPU that only emulates it."""
+        if dtype == "bfloat16" and self.capability < FLASH_CAPABILITY:
+            raise RunError(
+                "policy: dtype", dtype, f"must be one that {self.gpu_name} computes in",
+                "solve the policy again with --dtype float16",
+            )  # fmt: skip
+
+    def allocate(self, level: Device, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
+        """A flat uint8 tensor on the device or, `pinned` if asked for, in the host's memory."""
+        if level is Device.CPU:
+            if not pinned:
+                return host_memory(num_bytes)
+            try:
+                return pinned_memory(num_bytes)
+            except RunError:
+                with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
+                    torch.zeros(1, device=self._device)
+                raise
+        if num_bytes > self._free_bytes:
+            raise RunError(
+                f"memory of {self.gpu_name}", f"<{format_bytes(num_bytes)} asked for>",
+                f"only {format_bytes(self._free_bytes)} are left",
+                "close what else uses it, or lower --gpu-memory and solve the policy again",
+            )  # fmt: skip
+        self._free_bytes -= num_bytes
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def workspace(self, *num_bytes: int) -> tuple[Workspace, ...]:
+        """Of torch's own: one piece is reserved for the GPU's stream and given back to torch."""
+        with torch.cuda.stream(self._streams[Lane.GPU].stream):
+            reserved = self.allocate(Device.GPU, max(num_bytes))
+            nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
+        del reserved
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return tuple(Workspace(nothing, of_torch=size) for size in num_bytes)
+
+    def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
+        """Queue every copy on the calling thread's stream; in STAGE the host copies."""
+        if lane is Lane.STAGE and all(target.is_cpu and source.is_cpu for target, source in copies):
+            return copy_all(copies)
+        num_bytes = 0
+        for target, source in copies:
+            # Pieces with gaps go through memory of torch's, which may not be given up too early.
+            whole = target.is_contiguous() and source.is_contiguous()
+            target.copy_(source, non_blocking=whole)
+            num_bytes += source.nbytes
+        return num_bytes
+
+    def lane_threads(self, lane: Lane) -> int:
+        """One for lanes that queue, some for staging, and the rest for the CPU's."""
+        if lane is Lane.STAGE:
+            return max(1, min(STAGING_THREADS, self._cores // 4))
+        queueing = min(len(self.streams), self._cores // 4)
+        return self._cores - queueing if lane is Lane.CPU else 1
+
+    def synchronise(self) -> None:
+        """Wait, asleep, for the calling thread's stream."""
+        CudaMark(torch.cuda.current_stream(self._device)).synchronise()
+
+    def is_of_device(self, error: BaseException) -> bool:
+        """Errors of CUDA's come out at any later call; running out of memory does not."""
+        return isinstance(error, torch.AcceleratorError) or (
+            isinstance(error, RuntimeError) and "CUDA error" in str(error)
+        )
+
+    def peak_gpu_bytes(self) -> int:
+        """By the allocator's statistics, without what was there before, cuBLAS's among it."""
+        return self._allocated("peak") - self._before_bytes
+
+    def _allocated(self, when: str) -> int:
+        """Bytes asked for of torch's allocator, which rounds each piece up to 512."""
+        return torch.cuda.memory_stats(self._device).get(f"requested_bytes.all.{when}", 0)
+
+    def _warm_up(self) -> None:
+        """Have the libraries take what they keep, on the stream that computes.
+
+        It is bounded and the same for every run, and belongs to what `hrm` reserves for CUDA.
+        """
+        with torch.cuda.device(self._device), torch.cuda.stream(self._streams[Lane.GPU].stream):
+            dtypes = [torch.float32, torch.float16]
+            if self.capability >= FLASH_CAPABILITY:
+                dtypes.append(torch.bfloat16)
+            for dtype in dtypes:
+                square = torch.ones(64, 64, dtype=dtype, device=self._device)
+                torch.addmm(square, square, square)
+        self._streams[Lane.GPU].stream.synchronize()
+
+
+def kernels_of(capability: tuple[int, int]) -> GpuKernels:
+    """What torch has for GPUs of that compute capability."""
+    flash = grouped = None
+    if capability >= FLASH_CAPABILITY and torch.backends.cuda.is_flash_attention_available():
+        flash = torch.ops.aten._flash_attention_forward  # noqa: SLF001 - the op of varlen_attn
+    if capability[0] in GROUPED_CAPABILITIES:
+        grouped = grouped_gemm()
+    return GpuKernels(flash, grouped)

@@ -1,0 +1,280 @@
+"""What a GPU computes otherwise than the host: attention of many requests at once, grouped experts.
+
+Nothing here makes the host wait for the device (but for `run_experts` where there is no grouped
+GEMM), so tasks can be queued ahead. It all runs on CPU tensors too, where the tests compare it with
+the functions that the host uses.
+
+T tokens, D hidden, H heads, G kv heads, d head_dim, Q = H*d, X = Q+2KV, R requests, C tokens of a
+cache, E experts, K experts per token, I intermediate, N = T*K routed rows, n of them at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+
+from executor.model.architecture import Architecture
+from executor.model.attention import prefill_attention
+from executor.model.experts import Routing
+from executor.model.layout import ExpertStack
+from executor.model.workspace import Workspace
+
+FLASH_DTYPES: Final = (torch.bfloat16, torch.float16)
+FLASH_HEAD_DIM: Final = 256  # at most, in steps of 8
+ALIGNED_BYTES: Final = 16  # of the rows and the places of a grouped GEMM's matrices
+
+
+@dataclass(frozen=True, slots=True)
+class RowNumbers:
+    """What attention must know of R requests, on its device; see `number_views`."""
+
+    positions_R: Tensor  # noqa: N815 - int64, of the new token
+    cache_rows_R: Tensor  # noqa: N815 - int64, where its keys and values go
+    starts: Tensor  # (R+1) int32, each request's first row of the cache
+    lengths_R: Tensor  # noqa: N815 - int32, tokens that it has there, the new one included
+    queries: Tensor  # (R+1) int32, 0 to R: the queries before each request's
+
+
+NUMBERS_PER_REQUEST: Final = 5  # int64, as many as `number_views` needs of one request
+
+
+def number_views(flat: Tensor, num_requests: int) -> RowNumbers:
+    """Views of the numbers of so many requests in 5 int64 for each, which lie side by side."""
+    count = num_requests
+    narrow = flat[2 * count : NUMBERS_PER_REQUEST * count].view(torch.int32)
+    starts, lengths, queries = narrow[: 3 * count + 2].split((count + 1, count, count + 1))
+    return RowNumbers(flat[:count], flat[count : 2 * count], starts, lengths, queries)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GpuKernels:
+    """The kernels of one GPU.
+
+    `flash` is aten's _flash_attention_forward where the GPU has it, and `grouped` a grouped GEMM
+    that takes its offsets from the device.
+    """
+
+    flash: Callable[..., Any] | None = None
+    grouped: Callable[..., Tensor] | None = None
+
+    def decode_attention(
+        self, arch: Architecture, qkv_RX: Tensor, cache_C2Gd: Tensor, numbers: RowNumbers,
+        longest: int, out_RQ: Tensor, *, spare_bytes: int,
+    ) -> None:  # fmt: skip
+        """Attention of one new token per request over its own part of the cache.
+
+        `longest` is the greatest of the lengths. Without flash attention the caches of as many
+        requests as fit `spare_bytes` are gathered at a time.
+        """
+        spec = arch.spec
+        keys_CGd, values_CGd = cache_C2Gd.unbind(1)
+        query_RHd = qkv_RX[:, : spec.query_size].view(-1, spec.num_heads, spec.head_dim)
+        if self.flash is not None and _takes_flash(cache_C2Gd.dtype, spec.head_dim):
+            out_RHd = self.flash(
+                query_RHd, keys_CGd, values_CGd, numbers.queries, numbers.starts, 1, longest,
+                0.0, False, False, seqused_k=numbers.lengths_R,
+            )[0]  # fmt: skip
+            out_RQ.copy_(out_RHd.reshape(out_RQ.shape))
+            return
+        group = spec.num_heads // spec.num_kv_heads
+        token_bytes = 2 * spec.kv_size * cache_C2Gd.itemsize
+        at_once = max(1, spare_bytes // (2 * longest * token_bytes))
+        for first in range(0, len(query_RHd), at_once):
+            some = slice(first, first + at_once)
+            starts_r1 = numbers.starts[:-1][some].unsqueeze(1)
+            lengths_r1 = numbers.lengths_R[some].unsqueeze(1)
+            tokens_1L = torch.arange(longest, device=cache_C2Gd.device).unsqueeze(0)
+            rows_rL = starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1)
+            grouped = query_RHd[some].view(-1, spec.num_kv_heads, group, spec.head_dim)
+            context = scaled_dot_product_attention(
+                grouped,
+                keys_CGd[rows_rL].transpose(1, 2),
+                values_CGd[rows_rL].transpose(1, 2),
+                attn_mask=(tokens_1L < lengths_r1)[:, None, None, :],
+            )
+            out_RQ[some].copy_(context.reshape(-1, out_RQ.shape[1]))
+
+    def prefill_attention(
+        self, arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], ends: Tensor,
+        caches_C2Gd: Sequence[Tensor | None], out_TQ: Tensor, workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
+
+        `ends` are int32 on the device: 0, and then where each prompt ends. Where a prompt has a
+        cache, its keys and values are written to the cache's last rows; the first prompt's may have
+        more, which are its earlier tokens and are attended over as well.
+        """
+        heads, groups = arch.spec.num_heads, arch.spec.num_kv_heads
+        head_dim = arch.spec.head_dim
+        cache = caches_C2Gd[0]
+        after_prefix = int(cache is not None and len(cache) > lengths[0])
+        if self.flash is None or not _takes_flash(qkv_TX.dtype, head_dim):
+            first = sum(lengths[:after_prefix])
+            if after_prefix:
+                prefill_attention(
+                    arch, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace
+                )
+            _attend_one_by_one(arch, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:])
+            _fill(caches_C2Gd[after_prefix:], qkv_TX[first:], lengths[after_prefix:], heads)
+            return
+        _fill(caches_C2Gd, qkv_TX, lengths, heads)
+        q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
+        if len(lengths) > after_prefix:
+            longest = max(lengths[after_prefix:])
+            whole = ends[after_prefix:]
+            out_THd = self.flash(
+                q, k, v, whole, whole, longest, longest, 0.0, True, False,
+            )[0]  # fmt: skip
+            out_TQ.copy_(out_THd.reshape(out_TQ.shape))
+        if cache is not None and after_prefix:
+            length, total = lengths[0], len(cache)
+            keys, values = cache.unbind(1)
+            rows = torch.arange(0, 2 * total, total, dtype=torch.int32, device=cache.device)
+            out_LHd = self.flash(
+                q[:length], keys, values, ends[:2], rows, length, total, 0.0, True, False,
+            )[0]  # fmt: skip
+            out_TQ[:length].copy_(out_LHd.reshape(length, -1))
+
+    def run_experts(
+        self, x_TD: Tensor, routing: Routing, stacks: Sequence[ExpertStack], out_TD: Tensor, *,
+        rows_at_once: int, num_experts: int,
+    ) -> Tensor:  # fmt: skip
+        """Add to `out_TD` the weighted output of exactly the experts in `stacks`.
+
+        Returns how many tokens are routed to each of all experts, given or not, on the device.
+        `rows_at_once` bounds the temporaries: so many rows of 2D+2I elements are there at once.
+        """
+        if len(x_TD):
+            for stack in stacks:
+                self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts)
+        experts_N = routing.experts_TK.flatten()
+        counts = experts_N.new_zeros(num_experts)
+        return counts.scatter_add_(0, experts_N, experts_N.new_ones(1).expand_as(experts_N))
+
+    def _run_stack(
+        self, x_TD: Tensor, routing: Routing, stack: ExpertStack, out_TD: Tensor,
+        rows_at_once: int, num_experts: int,
+    ) -> None:  # fmt: skip
+        per_token = routing.experts_TK.shape[1]
+        # The stack's own experts come first, whichever they are.
+        keys_N = (routing.experts_TK.flatten() - stack.first).remainder_(num_experts)
+        sorted_N, order_N = keys_N.to(torch.int16).sort(stable=True)
+        count = len(stack.w13_E2ID)
+        of_stack = torch.arange(count, device=x_TD.device, dtype=torch.int16)
+        ends_E = torch.searchsorted(sorted_N, of_stack, right=True, out_int32=True)
+        del keys_N, sorted_N
+        tokens_N = order_N // per_token
+        weights_N1 = routing.weights_TK.flatten()[order_N].to(x_TD.dtype).unsqueeze(1)
+        grouped = self.grouped if _takes_grouped(x_TD, stack) else None
+        ends = None if grouped is not None else ends_E.tolist()
+        num_rows = len(order_N) if ends is None else ends[-1]
+        if ends is None and (2 * num_rows <= rows_at_once or per_token == 1):
+            # Room for all at once: every token's outputs are added in one order, always the same.
+            y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped)
+            _mask_others(y_ND.mul_(weights_N1), ends_E, count, num_experts)
+            places_N = torch.empty_like(order_N)
+            places_N[order_N] = torch.arange(num_rows, device=x_TD.device)
+            out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
+            return
+        for first in range(0, num_rows, rows_at_once):
+            piece = slice(first, min(first + rows_at_once, num_rows))
+            size = piece.stop - first
+            ends_here = (ends_E - first).clamp_(0, size)
+            on_host = None if ends is None else [min(max(e - first, 0), size) for e in ends]
+            y_nD = self._outputs(x_TD, tokens_N[piece], stack, ends_here, on_host, grouped)
+            y_nD.mul_(weights_N1[piece])
+            if on_host is None:
+                _mask_others(y_nD, ends_here, count, num_experts)
+            out_TD.index_add_(0, tokens_N[piece], y_nD)
+            del y_nD
+
+    @staticmethod
+    def _outputs(
+        x_TD: Tensor, tokens_n: Tensor, stack: ExpertStack, ends_E: Tensor,
+        ends: list[int] | None, grouped: Callable[..., Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """The experts' outputs of rows sorted by expert; whatever it may be in rows of others."""
+        x_nD = x_TD.index_select(0, tokens_n)
+        if grouped is not None:
+            gate_up_n2I = grouped(x_nD, stack.w13_E2ID.transpose(-2, -1), offs=ends_E)
+            del x_nD
+            gate_nI, up_nI = gate_up_n2I.chunk(2, dim=1)
+            functional.silu(gate_nI, inplace=True).mul_(up_nI)
+            return grouped(gate_nI, stack.w2_EDI.transpose(-2, -1), offs=ends_E)
+        assert ends is not None
+        gate_up_n2I = x_nD.new_empty(len(x_nD), stack.w13_E2ID.shape[1])
+        start = 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                rows = slice(start, end)
+                torch.mm(x_nD[rows], stack.w13_E2ID[expert].T, out=gate_up_n2I[rows])
+                gate_nI, up_nI = gate_up_n2I[rows].chunk(2, dim=1)
+                functional.silu(gate_nI, inplace=True).mul_(up_nI)
+                torch.mm(gate_nI, stack.w2_EDI[expert].T, out=x_nD[rows])  # done with as input
+            start = end
+        return x_nD
+
+
+def _fill(
+    caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequence[int], heads: int
+) -> None:
+    """Write each prompt's keys and values to the last rows of its cache, if it has one."""
+    start = 0
+    for cache_C2Gd, length in zip(caches_C2Gd, lengths, strict=True):
+        if cache_C2Gd is not None:
+            kv_L = qkv_TX[start : start + length, heads * cache_C2Gd.shape[-1] :]
+            cache_C2Gd[-length:].copy_(kv_L.view(length, *cache_C2Gd.shape[1:]))
+        start += length
+
+
+def _attend_one_by_one(
+    arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor
+) -> None:
+    """Prompt by prompt, the query heads that share a KV head as a batch of their own.
+
+    So keys and values are broadcast, not copied, and every kernel of torch's takes that.
+    """
+    spec = arch.spec
+    groups, heads, head_dim = spec.num_kv_heads, spec.num_heads, spec.head_dim
+    start = 0
+    for length in lengths:
+        rows = qkv_TX[start : start + length]
+        q, k, v = rows.view(length, -1, head_dim).split((heads, groups, groups), dim=1)
+        q_GgLd = q.view(length, groups, -1, head_dim).permute(1, 2, 0, 3)
+        k_GgLd, v_GgLd = (
+            x.permute(1, 0, 2).unsqueeze(1).expand(-1, heads // groups, -1, -1) for x in (k, v)
+        )
+        context = scaled_dot_product_attention(q_GgLd, k_GgLd, v_GgLd, is_causal=True)
+        out = out_TQ[start : start + length].view(length, groups, -1, head_dim)
+        out.copy_(context.permute(2, 0, 1, 3))
+        start += length
+
+
+def _takes_flash(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype in FLASH_DTYPES and head_dim % 8 == 0 and head_dim <= FLASH_HEAD_DIM
+
+
+def grouped_gemm() -> Callable[..., Tensor]:
+    """torch's, under its name of before 2.10 or of since."""
+    return getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm")  # noqa: B009
+
+
+def _mask_others(y_nD: Tensor, ends_E: Tensor, count: int, num_experts: int) -> None:
+    """Zeros in the rows past the last expert of a stack, where nothing was written."""
+    if count < num_experts:
+        past_n = torch.arange(len(y_nD), device=y_nD.device) >= ends_E[-1]
+        y_nD.masked_fill_(past_n.unsqueeze(1), 0)
+
+
+def _takes_grouped(x_TD: Tensor, stack: ExpertStack) -> bool:
+    matrices = (stack.w13_E2ID, stack.w2_EDI)
+    return x_TD.dtype is torch.bfloat16 and all(
+        part.data_ptr() % ALIGNED_BYTES == 0
+        and all(part.stride(axis) * part.itemsize % ALIGNED_BYTES == 0 for axis in (0, 1))
+        for part in matrices
+    )

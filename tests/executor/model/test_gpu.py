@@ -1,0 +1,165 @@
+"""The GPU's kernels on CPU tensors, against the functions that the host computes with."""
+
+import pytest
+import torch
+
+from executor.model import (
+    GpuKernels,
+    Routing,
+    Workspace,
+    decode_attention,
+    expert_stack,
+    number_views,
+    prefill_attention,
+    run_experts,
+)
+from executor.model.experts import route
+from executor.model.gpu import grouped_gemm
+from tests.executor.model.tolerances import assert_same, name_of
+from tests.executor.runtime.queued_backend import flash
+from tests.executor.tiny_models import tiny_arch
+
+KERNELS = {"plain": GpuKernels(), "fast": GpuKernels(flash, grouped_gemm())}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def workspace():
+    return Workspace(torch.empty(10**7, dtype=torch.uint8))
+
+
+@pytest.fixture(params=DTYPES, ids=name_of)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=KERNELS.values(), ids=list(KERNELS))
+def kernels(request):
+    return request.param
+
+
+@pytest.mark.parametrize("spare_bytes", [1, 2000, 10**6])
+def test_decode_attention(kernels, dtype, spare_bytes):
+    arch = tiny_arch(num_heads=6, num_kv_heads=2, head_dim=16)
+    spec = arch.spec
+    starts, lengths = [0, 16, 48, 112], [3, 17, 16, 1]
+    cache = torch.randn(128, 2, 2, 16).to(dtype)
+    for start, length in zip(starts, lengths, strict=True):
+        cache[start + length : start + length + 8] = torch.nan  # never written on a card
+    qkv = torch.randn(4, spec.query_size + 2 * spec.kv_size).to(dtype)
+    numbers = number_views(torch.full((20,), -1), 4)
+    numbers.starts.copy_(torch.tensor([*starts, 113]))
+    numbers.lengths_R.copy_(torch.tensor(lengths))
+    numbers.queries.copy_(torch.arange(5))
+    got, wanted = (torch.full((4, spec.query_size), torch.nan, dtype=dtype) for _ in range(2))
+    kernels.decode_attention(arch, qkv, cache, numbers, 17, got, spare_bytes=spare_bytes)
+    decode_attention(arch, qkv, cache, starts, lengths, wanted)
+    assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_numbers_do_not_overlap_and_fit(count):
+    flat = torch.zeros(5 * count, dtype=torch.int64)
+    views = number_views(flat, count)
+    parts = (views.positions_R, views.cache_rows_R, views.starts, views.lengths_R, views.queries)
+    for value, part in enumerate(parts, start=1):
+        part.fill_(value)
+    assert [part.unique().tolist() for part in parts] == [[1], [2], [3], [4], [5]]
+    assert [len(part) for part in parts] == [count, count, count + 1, count, count + 1]
+
+
+@pytest.mark.parametrize("earlier", [0, 7])
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [15]])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+def test_prefill_attention(kernels, dtype, heads, lengths, earlier):
+    arch = tiny_arch(num_heads=heads[0], num_kv_heads=heads[1], head_dim=8)
+    qkv = torch.randn(15, (heads[0] + 2 * heads[1]) * 8).to(dtype)
+    got, wanted = (torch.full((15, heads[0] * 8), torch.nan, dtype=dtype) for _ in range(2))
+    caches = [torch.randn(length, 2, heads[1], 8).to(dtype) for length in lengths]
+    caches[0] = torch.randn(lengths[0] + earlier, 2, heads[1], 8).to(dtype)
+    ours = [cache.clone() for cache in caches[:-1]] + [caches[-1].clone() if earlier else None]
+    theirs = [cache.clone() for cache in caches[:-1]] + [caches[-1].clone() if earlier else None]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    kernels.prefill_attention(arch, qkv, lengths, ends, ours, got, workspace())
+    prefill_attention(arch, qkv, lengths, theirs, wanted, workspace())
+    assert_same(got, wanted)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or other is None or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("rows_at_once", [3, 20, 1000])
+@pytest.mark.parametrize("resident", [0, 2, 5])
+@pytest.mark.parametrize("chosen", ["all", "on the gpu", "streamed"])
+def test_experts(kernels, dtype, rows_at_once, resident, chosen):
+    arch = tiny_arch(num_experts=5, experts_per_token=3)
+    spec = arch.spec
+    flat = torch.randn(5 * spec.expert_parameters).to(dtype) * 0.2
+    at = resident * spec.expert_parameters
+    stacks = [expert_stack(spec, flat[:at], 0)] if resident else []
+    stacks += [expert_stack(spec, flat[at:], resident)] if resident < 5 else []
+    if chosen == "on the gpu":
+        stacks = [stack for stack in stacks if stack.first == 0 and resident]
+    elif chosen == "streamed":
+        stacks = [stack for stack in stacks if stack.first == resident]
+    x = torch.randn(20, spec.hidden_size).to(dtype)
+    router = torch.randn(5, spec.hidden_size).to(dtype)
+    router[3] = -100 * x.float().mean(0)  # an expert that gets next to none
+    routing = route(arch, x, router)
+    hidden = torch.randn(20, spec.hidden_size).to(dtype)
+    got, wanted = hidden.clone(), hidden.float()
+    counts = kernels.run_experts(x, routing, stacks, got, rows_at_once=rows_at_once, num_experts=5)
+    for stack in stacks:
+        for e in range(len(stack.w13_E2ID)):
+            w13, w2 = stack.w13_E2ID[e].float(), stack.w2_EDI[e].float()
+            gate, up = (x.float() @ w13.T).chunk(2, dim=1)
+            output = (torch.nn.functional.silu(gate) * up) @ w2.T
+            weight = (routing.weights_TK * (routing.experts_TK == stack.first + e)).sum(1)
+            wanted += weight.unsqueeze(1) * output
+    assert_same(got, wanted)
+    assert counts.tolist() == routing.experts_TK.flatten().bincount(minlength=5).tolist()
+
+
+def test_experts_of_no_tokens(kernels):
+    arch = tiny_arch()
+    stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters), 0)
+    nothing = torch.empty(0, arch.spec.hidden_size)
+    routing = Routing(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int64))
+    counts = kernels.run_experts(
+        nothing, routing, [stack], nothing.clone(), rows_at_once=4, num_experts=4
+    )
+    assert counts.tolist() == [0] * 4
+
+
+def test_what_is_not_aligned_is_left_to_other_kernels():
+    """A grouped GEMM on a card refuses it; every expert's own does not."""
+    refused = GpuKernels(grouped=lambda *_args, **_rest: pytest.fail("not aligned"))
+    arch = tiny_arch(hidden_size=12)
+    stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters).bfloat16(), 0)
+    x = torch.randn(6, 12).bfloat16()
+    routing = route(arch, x, torch.randn(4, 12).bfloat16())
+    refused.run_experts(x, routing, [stack], x.clone(), rows_at_once=99, num_experts=4)
+
+
+def test_stack_is_its_experts(dtype):
+    spec = tiny_arch().spec
+    flat = torch.randn(3 * spec.expert_parameters).to(dtype)
+    stack = expert_stack(spec, flat, 1)
+    assert stack.w13_E2ID.shape == (3, 2 * spec.intermediate_size, spec.hidden_size)
+    assert stack.w2_EDI.shape == (3, spec.hidden_size, spec.intermediate_size)
+    assert stack.w2_EDI[2].data_ptr() == flat[-stack.w2_EDI[2].numel() :].data_ptr()
+    out, x = torch.zeros(2, spec.hidden_size, dtype=dtype), torch.randn(2, 16).to(dtype)
+    routing = Routing(torch.ones(2, 1), torch.tensor([[1], [3]]))
+    from executor.model import expert_views
+
+    experts = [(1 + e, expert_views(spec, part)) for e, part in enumerate(flat.chunk(3))]
+    run_experts(x, routing, experts, out, workspace())
+    got = torch.zeros_like(out)
+    GpuKernels().run_experts(x, routing, [stack], got, rows_at_once=8, num_experts=4)
+    assert_same(got, out)

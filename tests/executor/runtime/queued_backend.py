@@ -1,0 +1,117 @@
+"""A device that is none: CPU tensors on either level; streams, kernels and copies as on CUDA."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executor.backends import AbstractBackend
+from executor.backends.base import Copy, copy_all
+from executor.backends.streams import AbstractMark, AbstractStream
+from executor.model import GpuKernels
+from executor.model.gpu import grouped_gemm
+from hrm.tasks import Device, Lane
+from tests.executor.runtime.fake_device import FakeDevice, FakeStream
+
+
+class LateBackend(AbstractBackend):
+    """Copies to and from the device are done late by streams; what the GPU computes is waited for.
+
+    A copy that is queued without the edge that it needs, or whose memory is used again too early,
+    so brings wrong tokens.
+    """
+
+    streams: Mapping[Lane, AbstractStream]
+
+    def __init__(
+        self, device: FakeDevice, kernels: GpuKernels, lanes: Sequence[Lane] = (Lane.H2D, Lane.D2H)
+    ) -> None:
+        self.name, self.description = "late", "a device that is none"
+        self.gpu_kernels = kernels
+        self.device = device
+        self.gpu = EagerStream(device)
+        self.streams = {lane: device.stream() for lane in lanes} | {Lane.GPU: self.gpu}
+
+    def allocate(self, level: Device, num_bytes: int, *, pinned: bool = True) -> Tensor:
+        # What was never written is no number anywhere.
+        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+
+    def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
+        assert lane is Lane.STAGE or all(
+            target.is_contiguous() and source.is_contiguous() for target, source in copies
+        )
+
+        def copy() -> None:
+            copy_all(copies)
+
+        self.device.queue(copy)
+        return sum(source.nbytes for _, source in copies)
+
+    def lane_threads(self, lane: Lane) -> int:
+        return 1
+
+    def synchronise(self) -> None:
+        stream = getattr(self.device.current, "stream", None)
+        if stream is not None:
+            stream.mark().synchronise()
+
+
+class EagerStream(AbstractStream):
+    """A stream whose lane does the work itself: it waits where a stream would be made to wait."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self._stream = FakeStream(device, 0)
+        device.streams.append(self._stream)
+
+    def enter(self) -> None:
+        self._stream.enter()
+
+    def mark(self) -> AbstractMark:
+        return self._stream.mark()
+
+    def wait(self, mark: Any) -> None:
+        mark.synchronise()
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int,
+    max_k: int, dropout: float, causal: bool, debug: bool, *, seqused_k: Tensor | None = None,
+) -> tuple[Tensor]:  # fmt: skip
+    """What aten's _flash_attention_forward computes, slowly; the checks are those of its kernel."""
+    assert cum_q.dtype == cum_k.dtype == torch.int32
+    assert len(cum_q) == len(cum_k)
+    assert cum_q.is_contiguous()
+    assert cum_k.is_contiguous()
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    assert not dropout
+    assert not debug
+    out = torch.empty_like(query, memory_format=torch.contiguous_format).fill_(torch.nan)
+    group = query.shape[1] // key.shape[1]
+    for r in range(len(cum_q) - 1):
+        rows = slice(int(cum_q[r]), int(cum_q[r + 1]))
+        start = int(cum_k[r])
+        if seqused_k is None:
+            end = int(cum_k[r + 1])
+        else:
+            assert seqused_k.dtype == torch.int32
+            end = start + int(seqused_k[r])
+        assert 0 < rows.stop - rows.start <= max_q
+        assert 0 < end - start <= max_k
+        q, k, v = (
+            x.transpose(0, 1).float()
+            for x in (query[rows], key[start:end].repeat_interleave(group, 1),
+                      value[start:end].repeat_interleave(group, 1))
+        )  # fmt: skip
+        scores = q @ k.transpose(1, 2) / query.shape[-1] ** 0.5
+        if causal:
+            later = scores.shape[2] - scores.shape[1]  # the last query sees all keys
+            scores += torch.full(scores.shape[1:], -torch.inf).triu(1 + later)
+        out[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+    return (out,)
+
+
+def kernels_named(name: str) -> GpuKernels:
+    """`plain` as on a card without either, `fast` as on one with both."""
+    grouped: Callable[..., Tensor] = grouped_gemm()
+    return {"plain": GpuKernels(), "fast": GpuKernels(flash, grouped)}[name]

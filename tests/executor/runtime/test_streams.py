@@ -1,0 +1,188 @@
+"""Lanes that queue their tasks on a device: order, edges, times, back-pressure, late failures."""
+
+import threading
+import time
+
+import pytest
+
+from executor.engine import LOOKAHEAD, SYNCHRONISE, Engine, TaskFailedError
+from executor.lanes import QUEUED_TASKS
+from hrm.policy import ScheduleName
+from hrm.schedules import iter_tasks
+from hrm.tasks import Lane, Task, TaskId, TaskKind
+from tests.executor.runtime.fake_device import DeviceError, FakeDevice
+from tests.executor.runtime.test_engine import CPU_DECODE, GPU_DECODE, PREFILL, no_setup
+
+DEVICE_LANES = (Lane.GPU, Lane.H2D, Lane.D2H)
+PIPELINES = {"cpu": CPU_DECODE, "gpu": GPU_DECODE, "prefill": PREFILL}
+
+
+def is_of_device(error: BaseException) -> bool:
+    return isinstance(error, DeviceError)
+
+
+@pytest.fixture
+def device():
+    made = FakeDevice(late_s=2e-4)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def engine(device):
+    streams = {lane: device.stream() for lane in DEVICE_LANES}
+    with Engine(no_setup, streams, is_of_device) as started:
+        yield started
+
+
+def queueing(device, work):
+    """Handlers whose work a device's stream does later, and a host's lane at once."""
+
+    def handle(task: TaskId) -> int:
+        device.queue(lambda: work(task))
+        return 1
+
+    return dict.fromkeys(TaskKind, handle)
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
+def test_every_edge_is_kept_on_the_device(engine, device, pipeline, schedule):
+    tasks = list(iter_tasks(pipeline, schedule))
+    after = {task.id: task.after for task in tasks}
+    done: set[TaskId] = set()
+    early: list[tuple[TaskId, TaskId]] = []
+
+    def work(task: TaskId) -> None:
+        early.extend((task, other) for other in after[task] if other not in done)
+        time.sleep(1e-4)
+        done.add(task)
+
+    result = engine.run(tasks, queueing(device, work), phase=pipeline.phase)
+    assert early == []
+    assert done == after.keys(), "nothing is at work any more when a run returns"
+    spans = {span.id: span for span in result.spans}
+    assert spans.keys() == after.keys()
+    for task in tasks:
+        assert spans[task.id].seconds > 0
+        for other in task.after:
+            assert spans[other].end_s <= spans[task.id].start_s + 5e-3
+    assert sum(total.num_bytes for total in result.by_kind.values()) == len(tasks)
+    assert max(span.end_s for span in result.spans) <= result.end_s + 5e-3
+
+
+def test_waits_are_those_of_the_edges_between_streams(engine, device):
+    a, b, c, d = (TaskId(TaskKind.LOAD_PAGE, i, 0) for i in range(4))
+    tasks = [
+        Task(a, Lane.H2D), Task(b, Lane.H2D, (a,)), Task(c, Lane.GPU, (a, b)), Task(d, Lane.D2H),
+    ]  # fmt: skip
+    engine.run(tasks, queueing(device, lambda _: None))
+    gpu, h2d, d2h = device.streams
+    assert len(gpu.waited) == 2
+    assert not h2d.waited, "a stream keeps its own order"
+    assert not d2h.waited
+
+
+def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
+    gate = threading.Event()
+    queued = 0
+
+    def handle(_: TaskId) -> int:
+        nonlocal queued
+        queued += 1
+        device.queue(lambda: gate.wait(30) and None)
+        return 0
+
+    tasks = [Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(100)]
+    runner = threading.Thread(
+        target=lambda: engine.run(tasks, {TaskKind.SAMPLE: handle}), daemon=True
+    )
+    runner.start()
+    time.sleep(0.2)
+    before = queued
+    gate.set()
+    runner.join(30)
+    assert before == QUEUED_TASKS + 1
+    assert queued == 100
+
+
+def test_an_edge_to_a_task_long_past_is_kept(engine, device):
+    """The engine forgets what is done: on a device that is not what was queued."""
+    gate, order = threading.Event(), []
+    first, last = TaskId(TaskKind.LOAD_PAGE, 0, 0), TaskId(TaskKind.PRE_ATTENTION, 0, 0)
+
+    def work(task: TaskId) -> None:
+        if task == first:
+            assert gate.wait(30)
+        order.append(task)
+
+    def tasks():
+        yield Task(first, Lane.H2D)
+        for step in range(LOOKAHEAD + 50):
+            yield Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.CPU)
+        yield Task(last, Lane.GPU, (first,))
+
+    timer = threading.Timer(0.3, gate.set)
+    timer.start()
+    engine.run(tasks(), queueing(device, work))
+    timer.join()
+    assert order.index(first) < order.index(last)
+
+
+def failing(task: TaskId, at: TaskId) -> None:
+    if task == at:
+        raise OSError("an address that is none")
+
+
+@pytest.mark.parametrize("lane", [Lane.GPU, Lane.CPU])
+def test_late_error_names_the_first_task_that_may_have_failed(engine, device, lane):
+    bad = TaskId(TaskKind.POST_ATTENTION, 3, 0)
+    ids = [TaskId(TaskKind.POST_ATTENTION, layer, 0) for layer in range(40)]
+    tasks = [Task(one, Lane.GPU) for one in ids]
+    if lane is Lane.CPU:  # the host is the one to find out
+        tasks.insert(4, Task(TaskId(TaskKind.ATTENTION, 0, 0), Lane.CPU, (bad,)))
+    with pytest.raises(TaskFailedError, match="device error") as failed:
+        engine.run(tasks, queueing(device, lambda task: failing(task, bad)))
+    assert failed.value.task.id.layer <= 3
+    assert failed.value.task.lane is Lane.GPU
+    assert failed.value.task.id.layer + failed.value.may_be_later >= 3
+    assert f"or one of {failed.value.may_be_later} tasks queued after it" in str(failed.value)
+    assert SYNCHRONISE in str(failed.value)
+    assert "!" in failed.value.chart
+
+
+def test_synchronising_names_it_exactly(device, monkeypatch):
+    monkeypatch.setenv(SYNCHRONISE, "1")
+    bad = TaskId(TaskKind.POST_ATTENTION, 3, 0)
+    tasks = [Task(TaskId(TaskKind.POST_ATTENTION, layer, 0), Lane.GPU) for layer in range(40)]
+    streams = {lane: device.stream() for lane in DEVICE_LANES}
+    with (
+        Engine(no_setup, streams, is_of_device) as engine,
+        pytest.raises(TaskFailedError) as failed,
+    ):
+        engine.run(tasks, queueing(device, lambda task: failing(task, bad)))
+    assert failed.value.task.id == bad
+    assert failed.value.may_be_later == 0
+
+
+def test_an_error_of_the_host_is_of_its_own_task(engine, device):
+    def fail(task: TaskId) -> int:
+        if task.layer == 5:
+            raise ValueError("a shape")
+        device.queue(lambda: time.sleep(1e-3))
+        return 0
+
+    tasks = [Task(TaskId(TaskKind.PRE_ATTENTION, layer, 0), Lane.GPU) for layer in range(9)]
+    with pytest.raises(TaskFailedError, match="a shape") as failed:
+        engine.run(tasks, {TaskKind.PRE_ATTENTION: fail})
+    assert failed.value.task.id.layer == 5
+    again = engine.run(tasks, queueing(device, lambda _: None))
+    assert again.by_kind[TaskKind.PRE_ATTENTION].count == 9
+
+
+def test_times_are_the_devices(engine, device):
+    tasks = [Task(TaskId(TaskKind.PRE_ATTENTION, layer, 0), Lane.GPU) for layer in range(20)]
+    started_s = time.perf_counter()
+    result = engine.run(tasks, queueing(device, lambda _: time.sleep(3e-3)))
+    taken_s = time.perf_counter() - started_s
+    assert 20 * 3e-3 <= result.busy_s[Lane.GPU] <= taken_s
