@@ -14,6 +14,7 @@ from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
 from executor.job.machine import AcceleratorOptions
 from executor.model import Architecture
+from executor.model.host_kernels import host_kernels
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
@@ -141,5 +142,6 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
             model=spec,
             dtypes=("bfloat16",),
             command="executor bench",
+            kernels=host_kernels(),
         )
     )

@@ -5,6 +5,7 @@ R requests, C tokens of context, G kv heads, d head_dim, H/G query heads a kv he
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import Final, final
 
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
 from hrm.profiling.fit import fit_groups, fit_link
+from hrm.profiling.kernels import HostKernels
 from hrm.profiling.timing import Call, Sampler, measured, significant, summarise, time_each
 from hrm.units import GIB, MIB, format_seconds
 
@@ -51,19 +53,22 @@ def attention_rate(
     most_bytes: int,
     device: str = "cpu",
     sampler: Sampler | None = None,
+    kernels: HostKernels | None = None,
 ) -> Rate:
     """KV bytes a second, apart from what each request costs however short its context is.
 
     Measured over contexts and batches. The cache holds a token's keys and then its values, and
     requests are computed one by one, each call with other ones of a cache too large to stay in
     the processor's, as a decode step meets every request once; it takes `most_bytes` at most.
+    `kernels` attend; torch does if there are none.
     """
     contexts = QUICK_CONTEXTS if quick else FULL_CONTEXTS
     batches = QUICK_BATCHES if quick else FULL_BATCHES
     kind: torch.dtype = getattr(torch, dtype)
     cache = KvCache(kind, heads, min(QUICK_BYTES if quick else FULL_BYTES, most_bytes), device)
+    call_of = partial(kernels_call, kernels, cache) if kernels else partial(attention_call, cache)
     calls = {
-        (context, batch): attention_call(cache, min(batch, cache.tokens // context), context)
+        (context, batch): call_of(min(batch, cache.tokens // context), context)
         for context in contexts
         for batch in batches
         if context <= cache.tokens
@@ -84,7 +89,9 @@ def attention_rate(
     fit = fit_link(points)
     bandwidths = [one.bandwidth_bytes_per_s for one in fit_groups(of_context)]
     shape = f"{heads.query} query heads on {heads.kv} of {heads.head_dim}"
-    note = f"{dtype}, {shape}, contexts {contexts[0]} to {contexts[-1]}; each request costs"
+    note = f"{dtype}, {shape}, contexts {contexts[0]} to {contexts[-1]}"
+    note += f"; {kernels.name}" if kernels else ""
+    note += "; each request costs"
     note += f" {format_seconds(fit.latency_s)} besides{_over_batches(samples, batches)}"
     figure = measured(
         fit.bandwidth_bytes_per_s, bandwidths, note, sum(map(len, of_context.values()))
@@ -149,5 +156,22 @@ def attention_call(cache: KvCache, requests: int, context: int) -> Call:
             k = keys_1GCd.narrow(2, index * context, context)
             v = values_1GCd.narrow(2, index * context, context)
             outputs[index].copy_(scaled_dot_product_attention(queries[index], k, v))
+
+    return call
+
+
+def kernels_call(kernels: HostKernels, cache: KvCache, requests: int, context: int) -> Call:
+    """The same by the kernels handed in."""
+    heads = cache.heads
+    windows = cycle(cache.windows(requests * context))
+    queries = torch.randn(requests, heads.query * heads.head_dim, device=cache.device).to(
+        cache.kind
+    )
+    out = torch.empty_like(queries)
+    starts = [index * context for index in range(requests)]
+    lengths = [context] * requests
+
+    def call() -> None:
+        kernels.attend(queries, next(windows), starts, lengths, out)
 
     return call

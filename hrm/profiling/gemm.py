@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from math import inf
 from typing import Final, final
@@ -10,6 +11,7 @@ import torch
 
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
+from hrm.profiling.kernels import HostKernels
 from hrm.profiling.timing import Call, Sampler, Timing, significant, summarise, time_each
 from hrm.units import DTYPE_BYTES, MIB
 
@@ -60,12 +62,14 @@ def gemm_rate(
     device: str = "cpu",
     most_bytes: float = inf,
     sampler: Sampler | None = None,
+    kernels: HostKernels | None = None,
 ) -> Rate:
     """FLOP/s of `dtype`: achieved as a curve over tokens at `shapes`, ceiling at its best.
 
     The launch latency is taken off, as plans count it apart. Inputs are random, and weights cold
     as far as the cache is smaller than a pool of them. Squares that do not fit `most_bytes` are
-    left out.
+    left out. `kernels` multiply tokens with the shapes; torch does if there are none, and always
+    the squares.
     """
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
     squares = QUICK_SQUARES if quick else FULL_SQUARES
@@ -75,7 +79,9 @@ def gemm_rate(
     squares = tuple(side for side in squares if 3 * side * side * item <= most_bytes)
     pools = {shape: _Pool(dtype, shape, device) for shape in shapes}
     calls: dict[tuple[int, GemmShape], Call] = {
-        (count, shape): pools[shape].multiply(count) for count in tokens for shape in shapes
+        (count, shape): pools[shape].multiply(count, kernels)
+        for count in tokens
+        for shape in shapes
     }
     for side in squares:
         square = GemmShape(side, side)
@@ -88,6 +94,7 @@ def gemm_rate(
     rates = {count: count * flops_a_token / both[count].median_s for count in tokens}
     best = max(rates, key=lambda count: rates[count])
     note = f"{shapes_note}; best at {best} tokens"
+    note += f"; {kernels.name}" if kernels else ""
     achieved = both[best].rate(best * flops_a_token, note)
     ceiling = achieved
     for side in squares:
@@ -117,14 +124,17 @@ class _Pool:
         size = shape.inputs * shape.outputs * DTYPE_BYTES[dtype]
         copies = max(1, min(MAX_POOL, POOL_BYTES // size))
         first = torch.randn(shape.outputs, shape.inputs, device=device).to(self.kind)
-        self.weights = cycle([first.T, *(first.clone().T for _ in range(copies - 1))])
+        self.weights = cycle([first, *(first.clone() for _ in range(copies - 1))])
 
-    def multiply(self, tokens: int) -> Call:
+    def multiply(self, tokens: int, kernels: HostKernels | None = None) -> Call:
         """A call that multiplies so many random tokens with the next matrix."""
         x = torch.randn(tokens, self.shape.inputs, device=self.device).to(self.kind)
         out = torch.empty(tokens, self.shape.outputs, dtype=self.kind, device=self.device)
 
         def call() -> None:
-            torch.mm(x, next(self.weights), out=out)
+            torch.mm(x, next(self.weights).T, out=out)
 
-        return call
+        def call_kernels(kernels: HostKernels) -> None:
+            kernels.multiply(x, next(self.weights), out)
+
+        return call if kernels is None else partial(call_kernels, kernels)

@@ -20,6 +20,7 @@ import torch
 from executor.backends import in_thread_of_its_own
 from executor.bench import Bench, BenchOptions, BenchRow
 from executor.job.machine import AcceleratorOptions
+from executor.model.host_kernels import host_kernels
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
 from hrm.profiling.machine import profile_machine
@@ -116,7 +117,9 @@ def profile(folder, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("profile") / "machine.yaml"
     spec = load_model(str(folder))
     measured = in_thread_of_its_own(
-        lambda: profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",))
+        lambda: profile_machine(
+            "cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels()
+        )
     )
     save_profile(path, measured)
     return str(path)

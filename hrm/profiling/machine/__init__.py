@@ -19,6 +19,7 @@ from hrm.hardware import SCHEMA, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.profile_diff import figures_of
 from hrm.profiling.environment import HostFacts, Others, host_facts, software
+from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.cpu import profile_cpu
 from hrm.profiling.machine.cuda import profile_cuda
 from hrm.profiling.machine.emulated import (
@@ -67,6 +68,7 @@ def profile_machine(
     progress: Progress | None = None,
     command: str = "",
     budget_s: float | None = None,
+    kernels: HostKernels | None = None,
 ) -> HardwareProfile:
     """Measure this machine, for under a minute if `quick`, else about eight; or for `budget_s`.
 
@@ -75,9 +77,10 @@ def profile_machine(
     `accelerator` is `cuda:0`, `cuda:0,1` or `cuda:all`, `emulated`, `cpu`, or `auto` for the first
     GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
     links are paced to `link_bandwidth_bytes_per_s`. GEMMs have the shapes of `model`. The first of
-    `dtypes` is that of the KV cache. `disk` is the folder whose disk is measured. Finished steps
-    are kept in the file `partial` until the profile is whole, and `resume` goes on with those that
-    it holds. `progress(done_s, total_s, what)` is called before each step and at the end.
+    `dtypes` is that of the KV cache. `disk` is the folder whose disk is measured. `kernels` compute
+    on the CPU instead of torch. Finished steps are kept in the file `partial` until the profile is
+    whole, and `resume` goes on with those that it holds. `progress(done_s, total_s, what)` is
+    called before each step and at the end.
     Raises ProfileError if there is no such accelerator or what was kept is of another machine,
     ProfilingInterrupted on Ctrl-C.
     """
@@ -97,6 +100,7 @@ def profile_machine(
         "--dtype": ", ".join(dtypes),
         "mode": "quick" if quick else "full",
         "model": repr(model) if model else "not given",
+        "kernels": kernels.name if kernels else "torch",
     }
     journal = None
     if partial is not None:
@@ -110,6 +114,7 @@ def profile_machine(
         dtypes=tuple(dict.fromkeys(dtypes)),
         disk=disk,
         steps=Steps(part_s, most_s, progress, journal, PASSES),
+        kernels=kernels,
     )
     try:
         match kind:
@@ -139,6 +144,7 @@ def profile_machine(
         if journal and recalled
         else "",
         **host.describe(),
+        "kernels": options["kernels"],
         "threads": f"{run.threads} of torch's, not pinned, as the executor leaves them",
         "others": others.describe(),
         **software(),

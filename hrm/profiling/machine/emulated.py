@@ -129,7 +129,7 @@ def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
     processor = replace(
         level.processor,
         launch_latency_s=beside.duration(note),
-        attention_request_s=request_latency(beside),
+        attention_request_s=level.processor.attention_request_s and request_latency(beside),
     )
     return replace(level, processor=processor)
 

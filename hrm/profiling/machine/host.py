@@ -67,6 +67,7 @@ def add_processor(run: Run, level: str, threads: int) -> None:
                 return gemm_rate(
                     dtype, shapes=shapes, shapes_note=note, quick=run.quick, budget_s=seconds,
                     launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
+                    kernels=run.kernels,
                 )  # fmt: skip
 
         run.steps.add(gemm_step(level, dtype), 4, gemm, Rate)
@@ -75,7 +76,7 @@ def add_processor(run: Run, level: str, threads: int) -> None:
         with torch_threads(threads):
             return attention_rate(
                 run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds,
-                most_bytes=run.host.usable_ram_bytes // MOST_SHARE,
+                most_bytes=run.host.usable_ram_bytes // MOST_SHARE, kernels=run.kernels,
             )  # fmt: skip
 
     run.steps.add(attention_step(level), 3, attention, Rate)

@@ -32,7 +32,7 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
             if (rate := results[gemm_step(level, dtype)]) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
-        attention_request_s=request_latency(launch),
+        attention_request_s=None if run.kernels else request_latency(launch),
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
 

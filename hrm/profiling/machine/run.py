@@ -7,12 +7,16 @@ from pathlib import Path
 
 from hrm.model_spec import ModelSpec
 from hrm.profiling.environment import HostFacts
+from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.steps import Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The host, what is asked for, and the steps; `threads` is how many torch computes with."""
+    """The host, what is asked for, and the steps; `threads` is how many torch computes with.
+
+    `kernels` compute on the host; torch does if there are none.
+    """
 
     host: HostFacts
     threads: int
@@ -21,6 +25,7 @@ class Run:
     dtypes: tuple[str, ...]
     disk: Path | None
     steps: Steps
+    kernels: HostKernels | None = None
 
 
 @contextmanager

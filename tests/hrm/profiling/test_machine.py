@@ -15,6 +15,7 @@ from hrm.profiling import ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate
 from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
+from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.emulated import EMULATED_LATENCY_S
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
@@ -353,6 +354,41 @@ def test_gemm_curve_takes_off_the_launch():
     assert rate.planned.at(1) == pytest.approx(flops / 256 / (2 * 0.0005), rel=1e-3)
     assert rate.ceiling is not None
     assert rate.ceiling.value == pytest.approx(2 * 128**3 / 0.0005, rel=1e-3)
+
+
+def test_kernels_handed_in_are_what_is_measured():
+    """A runtime's own compute the shapes and the attention, with the right operands."""
+    shapes, heads = (GemmShape(32, 64), GemmShape(64, 32)), Heads(4, 2, 16)
+    multiplied, attended = set(), set()
+
+    def multiply(x, weight, out):
+        torch.mm(x, weight.T, out=out)
+        multiplied.add((len(x), *weight.shape))
+
+    def attend(queries, cache, starts, lengths, out):
+        assert queries.shape == out.shape == (len(starts), 4 * 16)
+        assert cache.shape[1:] == (2, 2, 16)
+        assert cache.is_contiguous()
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        assert [0, *ends] == [*starts, len(cache)]
+        attended.add((len(starts), *lengths))
+
+    kernels = HostKernels(name="mine", multiply=multiply, attend=attend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hrm.profiling.attention.QUICK_CONTEXTS", (16, 32))
+        patch.setattr("hrm.profiling.attention.QUICK_BATCHES", (1, 2))
+        rates = (
+            gemm_rate(
+                "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01,
+                launch_s=0.0, kernels=kernels,
+            ),
+            attention_rate(
+                "float32", heads=heads, quick=True, budget_s=0.01, most_bytes=MIB, kernels=kernels
+            ),
+        )  # fmt: skip
+    assert multiplied == {(n, s.outputs, s.inputs) for n in (1, 4, 16, 64, 256) for s in shapes}
+    assert attended == {(1, 16), (2, 16, 16), (1, 32), (2, 32, 32)}
+    assert all("; mine" in rate.planned.note for rate in rates)
 
 
 def test_weights_of_a_pool_are_taken_in_turn():

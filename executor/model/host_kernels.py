@@ -1,0 +1,13 @@
+"""The native kernels as `hrm.profiling` measures them, so that plans are made with their rates."""
+
+from executor import native
+from executor.model.linear import project
+from hrm.profiling.kernels import HostKernels
+
+
+def host_kernels() -> HostKernels | None:
+    """What computes on the CPU here; None if that is torch alone, as a profile then assumes."""
+    kernels = native.kernels()
+    if kernels is None:
+        return None
+    return HostKernels(name=native.description(), multiply=project, attend=kernels.decode_attention)

@@ -1,0 +1,24 @@
+"""What computes on the host while a machine is measured: torch, or a runtime's own kernels."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostKernels:
+    """A runtime's products and decode attention, so that a profile tells what will really run.
+
+    `multiply(x, weight, out)` makes `out` the product of `x` (tokens, width) and the transpose of
+    `weight` (rows, width). `attend(queries, cache, starts, lengths, out)` is attention of one new
+    token per request, whose heads are one row of `queries` and `out`, over `lengths[r]` tokens of
+    the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel.
+    """
+
+    name: str
+    multiply: "Callable[[Tensor, Tensor, Tensor], object]"
+    attend: "Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Tensor], None]"
