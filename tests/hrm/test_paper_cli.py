@@ -93,7 +93,7 @@ def test_table_shows_each_run_with_its_error_limits_and_what_was_fitted(hrm):
     assert "fitted in paper-s2: 2 figures" in out
     assert "gpu float16 GEMM: 25.1 TFLOP/s" in out
     assert "cpu->gpu pageable link: 5.14 GB/s" in out
-    assert "3.91 GB more than there is" in " ".join(out.split())
+    assert "3.93 GB more than there is" in " ".join(out.split())
 
 
 def test_a_changed_order_is_said(hrm, monkeypatch):

@@ -46,9 +46,9 @@ __all__ = [
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
 PASSES: Final = 7
-QUICK_PART_S: Final = 0.5  # a part of a step in all passes; machines have 30 to 100 of them
+QUICK_PART_S: Final = 0.8  # a part of a step in all passes; machines have 30 to 100 of them
 FULL_PART_S: Final = 7.0
-MOST_QUICK_S: Final = 50.0  # after which no pass may end
+MOST_QUICK_S: Final = 52.0  # after which no pass may end
 MOST_FULL_S: Final = 500.0
 BUSY: Final = 0.05  # of the hardware threads; more of others' work is a warning
 REMEDY: Final = "use --accelerator emulated or cpu, or install a CUDA build of torch"
