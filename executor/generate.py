@@ -203,7 +203,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             memory = allocate(backend, arch, policy)
             memory.weights.load(source, family, arch)
-            backend.synchronise()
+            backend.ready()
             return memory
 
         self.memory = in_thread_of_its_own(load)

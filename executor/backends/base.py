@@ -82,6 +82,9 @@ class AbstractBackend(ABC):
     def synchronise(self) -> None:  # noqa: B027 - the host has done its work when it returns
         """Return when all that was queued by the calling thread is done."""
 
+    def ready(self) -> None:  # noqa: B027 - arenas are all that the others have
+        """Called once all memory is allocated and filled, in the thread that did it."""
+
     def check_dtype(self, dtype: str) -> None:  # noqa: B027 - torch computes in all on a CPU
         """Raise RunError for a dtype that the accelerator does not compute in."""
 

@@ -107,6 +107,7 @@ class CudaBackend(AbstractBackend):
         self.streams: Mapping[Lane, AbstractStream] = self._streams
         self.gpu_kernels = kernels_of(self.capability)
         self._cores = usable_cores()
+        self._workspace_bytes = 0
         self._warm_up()
         self._before_bytes = self._allocated("current")
         cuda.reset_peak_memory_stats(self._device)
@@ -130,6 +131,11 @@ class CudaBackend(AbstractBackend):
                 with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
                     torch.zeros(1, device=self._device)
                 raise
+        self._take(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _take(self, num_bytes: int) -> None:
+        """Count memory of the device as allocated; RunError if so much is not left."""
         if num_bytes > self._free_bytes:
             raise RunError(
                 f"memory of {self.gpu_name}", f"<{format_bytes(num_bytes)} asked for>",
@@ -137,16 +143,25 @@ class CudaBackend(AbstractBackend):
                 "close what else uses it, or lower --gpu-memory and solve the policy again",
             )  # fmt: skip
         self._free_bytes -= num_bytes
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def workspace(self, *num_bytes: int) -> tuple[Workspace, ...]:
-        """Of torch's own: one piece is reserved for the GPU's stream and given back to torch."""
+        """Of torch's own memory; `ready` reserves it."""
+        self._take(max(num_bytes))
+        self._workspace_bytes += max(num_bytes)
+        nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
+        return tuple(Workspace(nothing, of_torch=size) for size in num_bytes)
+
+    def ready(self) -> None:
+        """Give back what loading took besides, and have torch hold the workspace in one piece.
+
+        It is allocated for the stream that computes, so that stream alone gets it from then on.
+        """
+        self.synchronise()
+        torch.cuda.empty_cache()
         with torch.cuda.stream(self._streams[Lane.GPU].stream):
-            reserved = self.allocate(Device.GPU, max(num_bytes))
-            nothing = torch.empty(0, dtype=torch.uint8, device=self._device)
+            reserved = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
         del reserved
         torch.cuda.reset_peak_memory_stats(self._device)
-        return tuple(Workspace(nothing, of_torch=size) for size in num_bytes)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
         """Queue every copy on the calling thread's stream; in STAGE the host copies."""
@@ -173,9 +188,7 @@ class CudaBackend(AbstractBackend):
 
     def is_of_device(self, error: BaseException) -> bool:
         """Errors of CUDA's come out at any later call; running out of memory does not."""
-        return isinstance(error, torch.AcceleratorError) or (
-            isinstance(error, RuntimeError) and "CUDA error" in str(error)
-        )
+        return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
     def peak_gpu_bytes(self) -> int:
         """By the allocator's statistics, without what was there before, cuBLAS's among it."""

@@ -64,6 +64,7 @@ class TestCudaBackend(BackendContract):
     def test_workspace_is_not_counted_before_it_is_used(self, backend):
         before = backend.peak_gpu_bytes()
         (workspace,) = backend.workspace(10_000_000)
+        backend.ready()
         assert backend.peak_gpu_bytes() == before
         backend.streams[Lane.GPU].enter()
         held = workspace.take((1_000_000,), torch.float32)

@@ -1,0 +1,150 @@
+"""What a layer has torch allocate on a GPU, counted storage by storage, against what is planned."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from executor.model import (
+    GpuKernels,
+    Workspace,
+    dense_views,
+    expert_stack,
+    number_views,
+    post_attention,
+    pre_attention,
+)
+from executor.model.gpu import grouped_gemm
+from hrm.memory import workspace_bytes
+from hrm.model_spec import load_model
+from tests.executor.runtime.queued_backend import flash
+from tests.executor.tiny_models import tiny_arch
+
+DTYPE = torch.bfloat16
+TOKENS = 96
+SHAPES = {
+    name: load_model(name) for name in ("mixtral-8x7b", "dbrx", "qwen3-235b-a22b", "phi-3.5-moe")
+}
+
+
+def counted_flash(query, *rest, **named):
+    """Of what the fake allocates, only what the kernel does: its output and a float32 a query."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    of_logits = torch.empty(query.shape[:2], dtype=torch.float32)
+    with _disable_current_modes():
+        out.copy_(flash(query, *rest, **named)[0])
+    return out, of_logits
+
+
+KERNELS = {"plain": GpuKernels(), "fast": GpuKernels(counted_flash, grouped_gemm())}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operators made and that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            x.untyped_storage()._cdata for x in (*args, *(kwargs or {}).values())
+            if isinstance(x, torch.Tensor)
+        }  # fmt: skip
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, torch.Tensor):
+                storage = made.untyped_storage()
+                if storage._cdata not in self.alive and storage._cdata not in given:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
+        return result
+
+
+def small(name):
+    """A sixteenth of the model in every width, so that one layer takes no time."""
+    spec = SHAPES[name]
+    return tiny_arch(
+        hidden_size=spec.hidden_size // 16, intermediate_size=spec.intermediate_size // 16,
+        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=8,
+        num_experts=spec.num_experts, experts_per_token=spec.experts_per_token,
+    )  # fmt: skip
+
+
+def weights(spec):
+    torch.manual_seed(0)
+    dense = dense_views(spec, torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
+    flat = torch.randn(spec.num_experts * spec.expert_parameters).to(DTYPE) * 0.1
+    half = spec.num_experts // 2 * spec.expert_parameters
+    stacks = [expert_stack(spec, flat[:half], 0),
+              expert_stack(spec, flat[half:], spec.num_experts // 2)]  # fmt: skip
+    return dense, stacks
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=list(KERNELS))
+@pytest.mark.parametrize("name", SHAPES)
+def test_prefill_of_a_whole_chunk(name, kernels):
+    arch = small(name)
+    spec = arch.spec
+    dense, stacks = weights(spec)
+    planned = workspace_bytes(spec, TOKENS, "bfloat16")
+    workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
+    hidden = torch.randn(TOKENS, spec.hidden_size).to(DTYPE)
+    lengths = [TOKENS // 4] * 4
+    positions = torch.arange(TOKENS // 4).repeat(4)
+    ends = torch.arange(0, TOKENS + 1, TOKENS // 4, dtype=torch.int32)
+    with torch.no_grad(), LiveBytes() as live:
+        width = spec.query_size + 2 * spec.kv_size
+        qkv = workspace.take((TOKENS, width), DTYPE)
+        pre_attention(arch, hidden, dense, positions, qkv, workspace)
+        attended = workspace.take((TOKENS, spec.query_size), DTYPE)
+        kernels.prefill_attention(arch, qkv, lengths, ends, [None] * 4, attended, workspace)
+        x, routing = post_attention(arch, hidden, attended, dense, workspace)
+        kernels.run_experts(
+            x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts
+        )
+    assert live.peak_bytes <= planned
+    assert live.peak_bytes >= 0.5 * planned
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=list(KERNELS))
+@pytest.mark.parametrize("requests", [TOKENS // 8, TOKENS])
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode_of_a_micro_batch(name, kernels, requests):
+    arch = small(name)
+    spec = arch.spec
+    dense, stacks = weights(spec)
+    planned = workspace_bytes(spec, TOKENS, "bfloat16")
+    workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
+    hidden = torch.randn(requests, spec.hidden_size).to(DTYPE)
+    qkv = torch.randn(requests, spec.query_size + 2 * spec.kv_size).to(DTYPE)
+    attended = torch.randn(requests, spec.query_size).to(DTYPE)
+    cache = torch.randn(requests * 16, 2, spec.num_kv_heads, spec.head_dim).to(DTYPE)
+    numbers = number_views(torch.zeros(5 * requests, dtype=torch.int64), requests)
+    numbers.starts.copy_(torch.arange(requests + 1) * 16)
+    numbers.lengths_R.fill_(16)
+    numbers.queries.copy_(torch.arange(requests + 1))
+    with torch.no_grad(), LiveBytes() as live:
+        pre_attention(arch, hidden, dense, numbers.positions_R, qkv, workspace)
+        kernels.decode_attention(arch, qkv, cache, numbers, 16, attended, spare_bytes=planned // 2)
+        x, routing = post_attention(arch, hidden, attended, dense, workspace)
+        kernels.run_experts(
+            x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts
+        )
+    assert live.peak_bytes <= planned
+
+
+def test_live_bytes_are_those_alive():
+    with LiveBytes() as live:
+        a = torch.ones(100)
+        b = a + 1
+        del a
+        c = b.view(10, 10).mul_(2)
+        d = c * 2
+    assert live.peak_bytes == 800
+    assert sum(live.alive.values()) == 800
+    del b, c, d
+    assert sum(live.alive.values()) == 0
