@@ -30,12 +30,17 @@ def seconds_of(command: list[str]) -> float:
     return time.perf_counter() - start_s
 
 
-@pytest.mark.parametrize("command", GOALS_S)
-def test_whole_process(command):
+def whole_command(command: str) -> list[str]:
+    """The command as it is installed, or as a module where it is not."""
     program, *args = shlex.split(command)
     script = Path(sys.executable).with_name(program)
     start = [str(script)] if script.is_file() else [sys.executable, "-m", f"{program}.cli"]
-    installed = [*start, *args]
+    return [*start, *args]
+
+
+@pytest.mark.parametrize("command", GOALS_S)
+def test_whole_process(command):
+    installed = whole_command(command)
     seconds_of(installed)  # fills the file cache and writes bytecode
     seconds = [seconds_of(installed) for _ in range(RUNS)]
     print(

@@ -1,0 +1,57 @@
+"""How long `hrm search` takes over all built-in models, and how many policies it evaluates."""
+
+import statistics
+import time
+
+import pytest
+
+from hrm.costs import Costs
+from hrm.machines import compose
+from hrm.model_spec import BUILT_IN_MODELS
+from hrm.policy import ScheduleName
+from hrm.search.exhaustive import grids
+from hrm.search.space import Space
+from hrm.workload import WORKLOADS
+from tests.bench.machine import circumstances
+from tests.bench.test_startup import seconds_of, whole_command
+
+MACHINES = ("1xT4", "4xT4", "4xL4", "8xH200")
+SLOWEST, RUNS = 5, 7
+
+
+def test_whole_searches():
+    """Every model on every machine once; the slowest of them again for a median."""
+    commands = [
+        f"hrm search --model {model} --gpus {gpus}"
+        for model in BUILT_IN_MODELS
+        for gpus in MACHINES
+    ]
+    once = {command: seconds_of(whole_command(command)) for command in commands}
+    middle = statistics.median(once.values())
+    print(f"\n{circumstances()}\n{len(commands)} whole searches, median {middle:.2f} s; slowest:")
+    for command in sorted(commands, key=once.__getitem__, reverse=True)[:SLOWEST]:
+        seconds = sorted(seconds_of(whole_command(command)) for _ in range(RUNS))
+        print(
+            f"  {command}: median {statistics.median(seconds):.2f} s of {RUNS} "
+            f"({seconds[0]:.2f} to {seconds[-1]:.2f})"
+        )
+
+
+@pytest.mark.parametrize(("model", "gpus"), [("mixtral-8x7b", "1xT4"), ("dbrx", "4xT4")])
+def test_policies_a_second(model, gpus):
+    """In the search itself: memory at both levels, then closed-form seconds of what fits."""
+    space = Space(
+        spec=BUILT_IN_MODELS[model], profile=compose(gpus), workload=WORKLOADS["mtbench"],
+        dtype="float16", schedule=ScheduleName.CGOPIPE,
+    )  # fmt: skip
+    rates: list[float] = []
+    for _ in range(RUNS):
+        start_s = time.perf_counter()
+        kinds = grids(space, Costs(space.spec, space.profile, space.dtype))
+        for kind in kinds:
+            kind.solve()
+        rates.append(sum(kind.evaluations for kind in kinds) / (time.perf_counter() - start_s))
+    print(
+        f"\n{model} on {gpus}: {statistics.median(rates):,.0f} policies a second, median of {RUNS} "
+        f"({min(rates):,.0f} to {max(rates):,.0f})"
+    )
