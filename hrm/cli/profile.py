@@ -72,6 +72,7 @@ def profile(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hrm.profiling import ProfilingInterrupted, partial_path, profile_machine
+    from hrm.profiling.kernels import installed_kernels
     from hrm.profiling.machine import DTYPES
 
     spin_briefly()
@@ -115,6 +116,7 @@ def profile(
             resume=resume,
             progress=progress,
             command=shlex.join(["hrm", *sys.argv[1:]]),
+            kernels=installed_kernels(),
         )
     except ProfilingInterrupted as interrupted:
         if bar.live.is_started:

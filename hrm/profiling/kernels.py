@@ -1,12 +1,15 @@
 """What computes on the host while a machine is measured: torch, or a runtime's own kernels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+RUNTIMES: Final = "hrm.host_kernels"  # entry points: functions that return HostKernels or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,3 +25,12 @@ class HostKernels:
     name: str
     multiply: "Callable[[Tensor, Tensor, Tensor], object]"
     attend: "Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Tensor], None]"
+
+
+def installed_kernels() -> HostKernels | None:
+    """Those of the first installed runtime that has any; None if torch computes everything."""
+    for runtime in entry_points(group=RUNTIMES):
+        kernels: HostKernels | None = runtime.load()()
+        if kernels is not None:
+            return kernels
+    return None

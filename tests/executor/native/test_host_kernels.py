@@ -5,6 +5,7 @@ import torch
 
 from executor import native
 from executor.model.host_kernels import host_kernels
+from hrm.profiling.kernels import installed_kernels
 from hrm.profiling.machine import profile_machine
 from tests.executor.native.support import PATHS
 
@@ -12,6 +13,12 @@ from tests.executor.native.support import PATHS
 def test_torch_alone_is_not_handed_in():
     with native.using(None):
         assert host_kernels() is None
+
+
+def test_hrm_profile_finds_the_installed_kernels():
+    with native.using(None):
+        assert installed_kernels() is None
+    assert installed_kernels() == host_kernels()
 
 
 @pytest.mark.parametrize("path", PATHS)
