@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--profile", metavar="FILE-or-NAME",
-    help="The machine to search a policy for [default: this one, measured in about 20 s].",
+    help="The machine to search a policy for [default: this one, measured in under a minute].",
 )  # fmt: skip
 @click.option(
     "--schedules", metavar="A,B,…",
