@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hrm import operators
 from hrm.costs import Costs
 from hrm.model_spec import LayerKind, ModelSpec
-from hrm.numeric import Number, maximum, where
+from hrm.numeric import Number, maximum, share_of, where
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.schedules.orders import LOOKAHEAD
@@ -127,9 +127,11 @@ class DecodeStep:
         routed = operators.routed_token_bytes(spec, dtype, m)
         hidden = operators.hidden_bytes(spec, dtype, m)
         new_kv = operators.kv_bytes(spec, dtype, m)
-        cpu_expert_bytes = (
-            spec.experts_hit(m) / spec.num_experts * on_host * spec.expert_parameters
-        ) * DTYPE_BYTES[dtype]
+
+        def cpu_expert_bytes() -> Number:
+            hit = spec.experts_hit(m) / spec.num_experts * on_host * spec.expert_parameters
+            return n * (hit * DTYPE_BYTES[dtype])
+
         return DecodeStep(
             costs=costs,
             point=point,
@@ -138,20 +140,23 @@ class DecodeStep:
             cpu_attention=cpu_attention,
             streams_kv=streams_kv,
             projections_s=costs.pre_attention(m)
-            + costs.mean_over_layers(lambda kind: costs.post_attention(m, gpu_experts, kind)),
-            cpu_experts_s=cpu_ffn * costs.cpu_experts(m, cpu_experts),
-            to_gpu_s=cpu_attention * costs.h2d(attended) + cpu_ffn * costs.h2d_to_all(hidden),
-            to_host_s=cpu_attention * costs.d2h(qkv)
-            + cpu_ffn * costs.d2h(routed)
-            + streams_kv * costs.d2h(new_kv),
+            + costs.mean_over_layers(
+                lambda kind: costs.post_attention(m, gpu_experts, kind), by_window=False
+            ),
+            cpu_experts_s=share_of(cpu_ffn, lambda: costs.cpu_experts(m, cpu_experts)),
+            to_gpu_s=share_of(cpu_attention, lambda: costs.h2d(attended))
+            + share_of(cpu_ffn, lambda: costs.h2d_to_all(hidden)),
+            to_host_s=share_of(cpu_attention, lambda: costs.d2h(qkv))
+            + share_of(cpu_ffn, lambda: costs.d2h(routed))
+            + share_of(streams_kv, lambda: costs.d2h(new_kv)),
             weights_s=costs.load_weights(weights, pages),
-            stage_s=point.staging * costs.stage(weights, pages),
+            stage_s=share_of(point.staging, lambda: costs.stage(weights, pages)),
             embed_s=costs.h2d_to_all(hidden),
             sample_s=costs.sample(m),
             moved_bytes=weights
             + n * (cpu_attention * (qkv + attended) + cpu_ffn * (routed + hidden))
             + n * (streams_kv * new_kv + hidden / spec.num_layers),
-            read_bytes=2 * point.staging * weights + n * (1 - point.gpu_ffn) * cpu_expert_bytes,
+            read_bytes=2 * point.staging * weights + share_of(1 - point.gpu_ffn, cpu_expert_bytes),
         )
 
     @property
@@ -167,17 +172,21 @@ class DecodeStep:
         def cache_bytes(kind: LayerKind) -> Number:
             return operators.kv_bytes(spec, costs.dtype, self.m * spec.context_in(kind, context))
 
-        on_gpu, on_cpu = (
-            costs.mean_over_layers(
-                lambda kind, device=device: costs.attention(device, self.m, context, kind)
+        def attention(device: Device) -> Number:
+            return costs.mean_over_layers(
+                lambda kind: costs.attention(device, self.m, context, kind)
             )
-            for device in (Device.GPU, Device.CPU)
-        )
+
+        def load_kv() -> Number:
+            return costs.mean_over_layers(lambda kind: costs.load_kv(cache_bytes(kind)))
+
         return (
-            (1 - self.cpu_attention) * on_gpu,
-            self.cpu_attention * on_cpu,
-            self.streams_kv * costs.mean_over_layers(lambda kind: costs.load_kv(cache_bytes(kind))),
-            (self.cpu_attention + self.streams_kv) * costs.mean_over_layers(cache_bytes),
+            share_of(1 - self.cpu_attention, lambda: attention(Device.GPU)),
+            share_of(self.cpu_attention, lambda: attention(Device.CPU)),
+            share_of(self.streams_kv, load_kv),
+            share_of(
+                self.cpu_attention + self.streams_kv, lambda: costs.mean_over_layers(cache_bytes)
+            ),
         )
 
     def lanes(self, context: Number) -> tuple[dict[Lane, Number], Number]:
@@ -265,7 +274,7 @@ def prefill_lanes(
         Lane.GPU: layers * gpu + chunks * costs.first_tokens(point.batch_size / chunks),
         Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
         Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
-        Lane.STAGE: layers * point.staging * costs.stage(weights),
+        Lane.STAGE: layers * share_of(point.staging, lambda: costs.stage(weights)),
     }
     host_memory_s = costs.host_memory(
         moved_bytes=layers * (weights + chunks * hidden) + stored,
@@ -292,16 +301,19 @@ def batch_terms(
     cent of the sum over all of them.
     """
     lanes, host_memory_s = prefill_lanes(costs, point, workload)
-    first = workload.prompt_len + 1
-    last = workload.prompt_len + max(workload.decode_steps, 1)
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     return [
         (1.0, (*lanes.values(), host_memory_s)),
-        *(
-            (workload.decode_steps * share / 6, step.terms(context))
-            for share, context in ((1, first), (4, (first + last) / 2), (1, last))
-        ),
+        *((weight, step.terms(context)) for weight, context in _contexts(workload)),
     ]
+
+
+def _contexts(workload: Workload) -> tuple[tuple[float, float], ...]:
+    """Weights, in steps, and mean contexts of the decode steps that stand for all."""
+    first = workload.prompt_len + 1
+    last = workload.prompt_len + max(workload.decode_steps, 1)
+    simpson = (1, first), (4, (first + last) / 2), (1, last)
+    return tuple((workload.decode_steps * share / 6, context) for share, context in simpson)
 
 
 def batch_seconds(
@@ -310,3 +322,20 @@ def batch_seconds(
     """Prefill and decode seconds of one batch."""
     (_, prefill), *steps = batch_terms(costs, point, schedule, workload)
     return maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)
+
+
+def seconds_of_batches(
+    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
+) -> Number:
+    """Seconds of one batch of every policy of a grid, as `batch_seconds` has them.
+
+    All contexts are worked out at once: a grid is seldom so large that its numbers take longer
+    than the calls.
+    """
+    import numpy as np
+
+    lanes, host_memory_s = prefill_lanes(costs, point, workload)
+    step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
+    weights, contexts = np.array(_contexts(workload)).T
+    first, middle, last = weights[:, None] * maximum(*step.terms(contexts[:, None]))
+    return maximum(*lanes.values(), host_memory_s) + (first + middle + last)

@@ -51,12 +51,22 @@ class Costs:
         """The memory level that a device computes at."""
         return self.profile.top if device is Device.GPU else self.profile.host
 
-    def mean_over_layers(self, seconds_of: Callable[[LayerKind], Number]) -> Number:
-        """`seconds_of` each kind of layer, weighted by how many there are."""
+    def mean_over_layers(
+        self, seconds_of: Callable[[LayerKind], Number], *, by_window: bool = True
+    ) -> Number:
+        """`seconds_of` each kind of layer, weighted by how many there are.
+
+        Without `by_window` it is asked once for kinds that differ by their window only.
+        """
         kinds = self.spec.layer_kinds()
         if len(kinds) == 1:
             return seconds_of(next(iter(kinds)))
-        return sum(count * seconds_of(kind) for kind, count in kinds.items()) / self.spec.num_layers
+        if by_window:
+            seconds = {kind: seconds_of(kind) for kind in kinds}
+        else:
+            of_ffn = {ffn: seconds_of(LayerKind(ffn)) for ffn in {k.has_experts for k in kinds}}
+            seconds = {kind: of_ffn[kind.has_experts] for kind in kinds}
+        return sum(count * seconds[kind] for kind, count in kinds.items()) / self.spec.num_layers
 
     def pre_attention(self, m: Number) -> Number:
         """Norm, projections and rotary embedding on the GPU."""

@@ -1,6 +1,6 @@
 """Arithmetic for one policy (plain numbers) and for a whole grid of them (NumPy arrays)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +50,9 @@ def where(condition: Number, if_true: Number, if_false: Number) -> Number:
     if isinstance(condition, (bool, int)):
         return if_true if condition else if_false
     return condition * if_true + (1 - condition) * if_false
+
+
+def share_of(share: Number, value: Callable[[], Number]) -> Number:
+    """`share` times the value, which is not worked out if the share is 0 everywhere."""
+    some = share if isinstance(share, (int, float)) else share.any()
+    return share * value() if some else 0.0

@@ -6,6 +6,7 @@ neither the simulator nor the executor can deadlock.
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from typing import NamedTuple
 
 
 class Lane(StrEnum):
@@ -57,11 +58,11 @@ class TaskKind(Enum):
     __hash__ = object.__hash__  # members are singletons; Enum would hash their names in Python
 
 
-@dataclass(frozen=True, slots=True)
-class TaskId:
+class TaskId(NamedTuple):
     """Names one task; prints as `B0.2`, or `B0.2@1` in the step after the first.
 
     `micro_batch` is the page for LOAD_PAGE and STAGE_PAGE and the chunk of prompts in prefill.
+    A tuple, as simulations make and look up several for every task.
     """
 
     kind: TaskKind
@@ -75,8 +76,7 @@ class TaskId:
         return f"{self.kind.value}{self.layer}.{self.micro_batch}{suffix}"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One piece of work in a lane, and the tasks it waits for (data and buffer reuse)."""
 
     id: TaskId

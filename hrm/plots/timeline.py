@@ -212,13 +212,13 @@ def _label_bars(labels: Labels, trace: Trace, lanes: list[Lane], factor: float) 
     roomy = [span for span, points in points_wide.items() if points > 10][:MAX_LETTERED]
     named: dict[tuple[Lane, TaskKind], list[bool]] = defaultdict(list)
     for span in roomy:
-        fits = points_wide[span] > 5.5 * len(str(replace(span.id, step=0))) + 4
+        fits = points_wide[span] > 5.5 * len(str(span.id._replace(step=0))) + 4
         named[span.lane, span.id.kind].append(fits)
     for span in roomy:
         fits = named[span.lane, span.id.kind]
         letter = span.id.kind.value
         if sum(fits) > len(fits) / 2:  # of one kind, all or none are named in full
-            letter = str(replace(span.id, step=0))
+            letter = str(span.id._replace(step=0))
             if points_wide[span] <= 5.5 * len(letter) + 4:
                 continue
         look = LOOKS[span.id.kind]

@@ -262,9 +262,9 @@ class Pipeline:
         if x.kind is K.LOAD_PAGE:
             if index >= WEIGHT_SLOTS:
                 step, layer = self._loaded(index - WEIGHT_SLOTS)
-                yield replace(last_reader, layer=layer, step=step)
+                yield last_reader._replace(layer=layer, step=step)
             if self.staging:
-                yield replace(x, kind=K.STAGE_PAGE)
+                yield x._replace(kind=K.STAGE_PAGE)
             return
         assert x.kind is K.STAGE_PAGE, x
         pages_before = index * self.num_pages + x.micro_batch

@@ -149,6 +149,10 @@ class GridOfKind:
         return grid.take(rows).with_residents(self.space, totals - 1)
 
     def _best(self, count: int) -> list[int]:
-        order = np.lexsort((self.grid.num_micro_batches, -self.scores))
-        _, first = np.unique(self.grid.num_micro_batches[order], return_index=True)
-        return [int(order[position]) for position in np.sort(first)[:count]]
+        """Positions of the best, each of its own number of micro-batches."""
+        left, numbers, found = self.scores.copy(), self.grid.num_micro_batches, list[int]()
+        while len(found) < count and (best := left.max(initial=0.0)) > 0:
+            equals = np.flatnonzero(left == best)
+            found.append(int(equals[np.argmin(numbers[equals])]))
+            left[numbers == numbers[found[-1]]] = 0.0
+        return found

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.closed_form import Point, batch_seconds
+from hrm.closed_form import Point, batch_seconds, seconds_of_batches
 from hrm.costs import Costs
 from hrm.policy import Policy, ScheduleName
 from hrm.search.grid import Grid
@@ -25,8 +25,8 @@ def scores(space: Space, costs: Costs, grid: Grid) -> NDArray[np.float64]:
     """Closed-form tokens a second of every candidate, whether or not it fits."""
     if not len(grid):
         return np.zeros(0)
-    prefill_s, decode_s = batch_seconds(costs, grid.point(space), space.schedule, space.workload)
-    return tokens_per_batch(space, grid.batch_size) / (prefill_s + decode_s)
+    seconds = seconds_of_batches(costs, grid.point(space), space.schedule, space.workload)
+    return tokens_per_batch(space, grid.batch_size) / seconds
 
 
 def score_of(space: Space, policy: Policy) -> float:

@@ -58,6 +58,8 @@ def _search_way(
 
     def whole(of_part: Estimate) -> Estimate:
         policy = replace(of_part.policy, parallelism=parallelism)
+        if space.workload.num_requests is None:  # one batch, which takes the whole as long
+            return replace(of_part, policy=policy)
         return estimate(space.spec, policy, space.profile, space.workload)
 
     return replace(

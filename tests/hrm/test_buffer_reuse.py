@@ -1,6 +1,5 @@
 """No buffer is overwritten before its last reader is done, however long tasks take."""
 
-from dataclasses import replace
 from random import Random
 
 import pytest
@@ -38,7 +37,7 @@ def without_edges(
         why = reason(used, earlier, later)
         return why == "data" or (buffer is not None and why != buffer)
 
-    return tuple(replace(x, after=tuple(y for y in x.after if kept(y, x.id))) for x in tasks)
+    return tuple(x._replace(after=tuple(y for y in x.after if kept(y, x.id))) for x in tasks)
 
 
 def test_no_buffer_is_overwritten_in_a_thousand_random_schedules():
