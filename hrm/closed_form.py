@@ -6,6 +6,7 @@ grid of policies with the same lines that estimate one.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hrm import operators
 from hrm.costs import Costs
@@ -197,7 +198,8 @@ class DecodeStep:
     def _lanes(self, context: Number) -> tuple[dict[Lane, Number], Number, Number]:
         """As `lanes`, and the seconds of the step as a chain of micro-batches.
 
-        A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way.
+        A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way, or one
+        more if the CPU has experts.
         """
         layers, n = self.costs.spec.num_layers, self.point.num_micro_batches
         gpu_attention_s, cpu_attention_s, load_kv_s, cache_bytes = self._attention(context)
@@ -218,36 +220,42 @@ class DecodeStep:
             moved_bytes=self.moved_bytes + streamed * cache_bytes,
             read_bytes=self.read_bytes + attended * cache_bytes,
         )
-        in_flight = -maximum(-n, -LOOKAHEAD)
+        in_flight = -maximum(-n, -LOOKAHEAD - (self.cpu_experts_s > 0))
         chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
         return lanes, host_memory_s, chain_s
 
     def terms(self, context: Number) -> tuple[Number, ...]:
         """What the step takes at least, for several reasons; the longest is its time.
 
-        CGOPipe overlaps all lanes, as far as micro-batches in flight allow. FastDecode's GPU waits
-        for the layer's weights besides; FlexGen and DeepSpeed load the next layer only once the
-        last one's buffer is free, and FlexGen's attention on the CPU runs in turn with the GPU.
+        CGOPipe overlaps all lanes, as far as micro-batches in flight allow. The other orders move
+        a layer's weights whole, ahead of transfers that the current layer waits for. With
+        FastDecode these are the hidden states of its micro-batches from the second on. With FlexGen
+        they are the first cache, and its attention on the CPU runs in turn with the GPU; this is of
+        layers alike, and longer than it takes if some have no weights to load. DeepSpeed loads
+        the next layer only once the last one's buffer is free.
         """
         lanes, host_memory_s, chain_s = self._lanes(context)
         terms = (*lanes.values(), host_memory_s, chain_s)
         weights = self.costs.spec.num_layers * self.weights_s
+        n = self.point.num_micro_batches
         match self.schedule:
             case ScheduleName.CGOPIPE:
                 return terms
             case ScheduleName.FASTDECODE:
-                return (*terms, lanes[Lane.H2D] + lanes[Lane.GPU])
+                behind = maximum(n * self.cpu_attention - LOOKAHEAD, 0) / n
+                return (*terms, weights + behind * lanes[Lane.GPU])
             case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
-                n, on_cpu = self.point.num_micro_batches, self.cpu_attention > 0
+                on_cpu = self.cpu_attention > 0
+                behind = on_cpu + (self.streams_kv > 0)
                 small = lanes[Lane.H2D] - weights
                 in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
-                # The first micro-batch's attention runs while the weights load.
-                serial = weights + in_turn * (n - 1) / n
+                # The first micro-batch's attention, and that of caches on the GPU, runs meanwhile.
+                serial = weights + in_turn * maximum(n * self.cpu_attention - 1, 0) / n
                 return (
                     *terms,
-                    where(on_cpu, serial, weights + small),
-                    where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
-                    where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
+                    behind * where(on_cpu, serial, weights + small),
+                    behind * where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
+                    behind * where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
                 )
             case ScheduleName.DEEPSPEED:
                 busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
@@ -296,24 +304,46 @@ def batch_terms(
     """What prefill and decode of one batch are made of: weights, each with terms.
 
     A batch's time is the sum of every weight times the longest of its terms. The first is prefill;
-    the others are decode steps, whose context grows by a token a step: a step's time is a maximum
-    of lines in the context, so Simpson's rule over three contexts is within a fraction of a per
-    cent of the sum over all of them.
+    the others are decode steps (`sampled_contexts`).
     """
     lanes, host_memory_s = prefill_lanes(costs, point, workload)
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     return [
         (1.0, (*lanes.values(), host_memory_s)),
-        *((weight, step.terms(context)) for weight, context in _contexts(workload)),
+        *(
+            (weight, step.terms(context))
+            for context, weight in sampled_contexts(costs.spec, workload).items()
+        ),
     ]
 
 
-def _contexts(workload: Workload) -> tuple[tuple[float, float], ...]:
-    """Weights, in steps, and mean contexts of the decode steps that stand for all."""
+def straight_stretches(spec: ModelSpec, workload: Workload) -> list[tuple[float, float, float]]:
+    """First and last mean context and number of decode steps, with no window's end between.
+
+    Within a stretch each lane's work is a line in the context, so that a step's time, the longest
+    of them, is convex: the mean of its ends is no less than its mean. Where a context outgrows an
+    attention window the line bends down.
+    """
     first = workload.prompt_len + 1
     last = workload.prompt_len + max(workload.decode_steps, 1)
-    simpson = (1, first), (4, (first + last) / 2), (1, last)
-    return tuple((workload.decode_steps * share / 6, context) for share, context in simpson)
+    bends = {float(kind.window) for kind in spec.layer_kinds() if kind.window}
+    ends = [first, *sorted(bend for bend in bends if first < bend < last), last]
+    steps_a_token = workload.decode_steps / (last - first) if last > first else 0.0
+    if not steps_a_token:
+        return [(first, last, float(workload.decode_steps))]
+    return [(low, high, steps_a_token * (high - low)) for low, high in pairwise(ends)]
+
+
+def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
+    """Mean contexts that stand for all decode steps, each with its number of steps.
+
+    Simpson's rule over every stretch: within a fraction of a per cent of the sum over all steps.
+    """
+    steps_at: dict[float, float] = {}
+    for first, last, steps in straight_stretches(spec, workload):
+        for share, context in ((1, first), (4, (first + last) / 2), (1, last)):
+            steps_at[context] = steps_at.get(context, 0.0) + steps * share / 6
+    return steps_at
 
 
 def batch_seconds(
@@ -336,6 +366,7 @@ def seconds_of_batches(
 
     lanes, host_memory_s = prefill_lanes(costs, point, workload)
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    weights, contexts = np.array(_contexts(workload)).T
-    first, middle, last = weights[:, None] * maximum(*step.terms(contexts[:, None]))
-    return maximum(*lanes.values(), host_memory_s) + (first + middle + last)
+    steps_at = sampled_contexts(costs.spec, workload)
+    contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
+    decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
+    return maximum(*lanes.values(), host_memory_s) + decode_s

@@ -8,7 +8,13 @@ from itertools import accumulate
 from math import ceil
 from typing import Final
 
-from hrm.closed_form import DecodeStep, Point, prefill_all_reduce_s, prefill_lanes
+from hrm.closed_form import (
+    DecodeStep,
+    Point,
+    prefill_all_reduce_s,
+    prefill_lanes,
+    straight_stretches,
+)
 from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
 from hrm.memory import MemoryPlan, plan_memory
@@ -72,6 +78,11 @@ class PhaseEstimate:
             return Limit.HOST_MEMORY
         return Limit(lane.value)
 
+    @staticmethod
+    def nothing() -> "PhaseEstimate":
+        """A phase of no work."""
+        return PhaseEstimate(seconds=0.0, bound_s=0.0, lane_s=dict.fromkeys(Lane, 0.0))
+
     def __add__(self, other: "PhaseEstimate") -> "PhaseEstimate":
         """Both one after the other."""
         return PhaseEstimate(
@@ -82,8 +93,8 @@ class PhaseEstimate:
             all_reduce_s=self.all_reduce_s + other.all_reduce_s,
         )
 
-    def times(self, count: int) -> "PhaseEstimate":
-        """The phase repeated."""
+    def times(self, count: float) -> "PhaseEstimate":
+        """The phase repeated, or a part of it."""
         return PhaseEstimate(
             seconds=self.seconds * count,
             bound_s=self.bound_s * count,
@@ -187,24 +198,33 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
         host_memory_s=host_memory_s,
         all_reduce_s=prefill_all_reduce_s(costs, point, workload),
     )
-    steps, share = workload.decode_steps, workload.active_share
-    contexts = (workload.prompt_len + 1, workload.prompt_len + max(steps, 1))
+    share = workload.active_share
     step = DecodeStep.of_point(costs, point, policy.schedule, share)
-    at_ends = [step.lanes(context) for context in contexts]
     active = share * policy.batch_size / policy.num_micro_batches
-    simulated = (
-        {step_seconds(costs, policy, c, tokens=active) for c in contexts} if steps else {0.0}
-    )
-    bound_s = sum(max(*lanes.values(), s) for lanes, s in at_ends) / 2
-    decode = PhaseEstimate(
-        # A model of one layer is not yet in its steady state when the steps are taken.
-        seconds=steps * max(bound_s, sum(simulated) / len(simulated)),
-        bound_s=steps * bound_s,
-        lane_s={lane: steps * sum(lanes[lane] for lanes, _ in at_ends) / 2 for lane in Lane},
-        host_memory_s=steps * sum(s for _, s in at_ends) / 2,
-        all_reduce_s=steps * step.all_reduce_s,
-    )
+    decode = PhaseEstimate.nothing()
+    for context, steps in _contexts(costs.spec, workload).items():
+        lanes, host_memory_s = step.lanes(context)
+        bound_s = max(*lanes.values(), host_memory_s)
+        simulated_s = step_seconds(costs, policy, context, tokens=active)
+        of_one = PhaseEstimate(
+            # A model of one layer is not yet in its steady state when the steps are taken.
+            seconds=max(bound_s, simulated_s),
+            bound_s=bound_s,
+            lane_s=lanes,
+            host_memory_s=host_memory_s,
+            all_reduce_s=step.all_reduce_s,
+        )
+        decode = decode + of_one.times(steps)
     return prefill, decode
+
+
+def _contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
+    """Mean contexts at the ends of straight stretches, each with the steps that it stands for."""
+    steps_at: dict[float, float] = {}
+    for first, last, steps in straight_stretches(spec, workload):
+        for context in (first, last):
+            steps_at[context] = steps_at.get(context, 0.0) + steps / 2
+    return steps_at if workload.decode_steps else {}
 
 
 def decode_work(

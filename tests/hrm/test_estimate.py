@@ -24,11 +24,13 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
+from hrm.schedules import SCHEDULES
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
 
 ROUNDING = 1e-4  # simulated tasks move whole bytes
+FLEXGEN_OVERLAPS = 0.05  # embeddings and sampling, which its closed form has in turn
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 
 
@@ -195,6 +197,43 @@ def test_a_policy_for_another_model_is_refused():
     policy = random_policy(Random(1), tiny_spec(num_layers=3), ScheduleName.CGOPIPE)
     with pytest.raises(PolicyError, match="one count for each of the 4 layers"):
         estimate(tiny_spec(num_layers=4), policy, machine(), WORKLOAD)
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_the_closed_form_takes_no_longer_than_the_simulation(schedule):
+    """What the search leaves out by its closed form could not have won."""
+    workload = replace(WORKLOAD, gen_len=60)  # contexts outgrow a window of 64 on the way
+    flexgen = schedule in (ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C)
+    for seed in range(100):
+        rng = Random(seed)
+        # FlexGen's closed form is of layers alike.
+        spec = replace(random_spec(rng), num_layers=6) if flexgen else random_varied_spec(rng)
+        policy, profile = random_policy(rng, spec, schedule), random_machine(rng)
+        policy = policy_of_system(policy)
+        if flexgen:
+            policy = replace(policy, resident_experts=(0,) * 6)
+        costs = Costs(spec, profile, policy.dtype)
+        point = Point.of_policy(policy, spec)
+        predicted = estimate(spec, policy, profile, workload)
+        prefill_s, decode_s = batch_seconds(costs, point, schedule, workload)
+        assert prefill_s <= predicted.prefill.seconds * (1 + ROUNDING), (seed, policy)
+        within = FLEXGEN_OVERLAPS if flexgen else ROUNDING
+        assert decode_s <= predicted.decode.seconds * (1 + within), (seed, policy)
+
+
+def policy_of_system(policy: Policy) -> Policy:
+    """The policy within what the search leaves to the system that the schedule is from."""
+    fixed = SCHEDULES[policy.schedule]
+    if fixed.single_micro_batch:
+        policy = replace(policy, micro_batch_size=policy.batch_size, gpu_kv_micro_batches=0)
+    return replace(
+        policy,
+        attention=fixed.attention or policy.attention,
+        ffn=fixed.ffn or policy.ffn,
+        gpu_kv_micro_batches=policy.num_micro_batches
+        if fixed.kv_on_gpu
+        else policy.gpu_kv_micro_batches,
+    )
 
 
 # -- the closed form over arrays --------------------------------------------------------------
