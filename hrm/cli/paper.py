@@ -29,7 +29,13 @@ from hrm.published.compare import (
 )
 from hrm.published.data import MTBENCH, TABLE_4
 from hrm.published.fit import FITTED_SETUPS, fit, fitted_figures
-from hrm.published.scaling import Scaling, batch_limit, compare_scaling
+from hrm.published.scaling import (
+    Scaling,
+    batch_limit,
+    compare_scaling,
+    gpu_memory_left_bytes,
+    measured_step,
+)
 
 Row = dict[str, Any]
 
@@ -157,7 +163,7 @@ def _scaling_row(scaling: Scaling) -> Row:
     two, four = scaling.two, scaling.four
     row: Row = {"model": two.run.model, "gen_len": two.run.workload.gen_len}
     for gpus, each in ((2, two), (4, four)):
-        limit = batch_limit(each.run)
+        limit, measured = batch_limit(each.run), measured_step(each)
         row |= {
             f"setup_{gpus}": each.run.setup,
             f"batch_size_{gpus}": each.run.batch_size,
@@ -168,6 +174,10 @@ def _scaling_row(scaling: Scaling) -> Row:
             f"prefill_s_{gpus}": each.predicted.prefill.seconds,
             f"step_s_{gpus}": each.step_s,
             f"decode_limit_{gpus}": each.predicted.decode.bottleneck.value,
+            f"measured_step_s_{gpus}": measured.seconds,
+            f"measured_weights_bytes_per_s_a_gpu_{gpus}": measured.weights_bytes_per_s,
+            f"measured_cache_bytes_per_s_a_gpu_{gpus}": measured.cache_bytes_per_s,
+            f"gpu_memory_left_bytes_a_gpu_{gpus}": gpu_memory_left_bytes(each),
         }
     return row | {
         "predicted_ratio": scaling.predicted_ratio,

@@ -22,7 +22,15 @@ from hrm.published.compare import (
 )
 from hrm.published.data import SETUPS
 from hrm.published.fit import FittedFigure, fitted_figures
-from hrm.published.scaling import Scaling, batch_limit, published_steps_s
+from hrm.published.scaling import (
+    NUM_GPUS,
+    Scaling,
+    batch_limit,
+    gpu_memory_left_bytes,
+    machine_of,
+    measured_step,
+    published_steps_s,
+)
 from hrm.published.systems import IMPLEMENTATIONS
 from hrm.units import format_bandwidth, format_bytes, format_flops
 
@@ -190,9 +198,46 @@ def print_scaling(scalings: Sequence[Scaling]) -> None:
             if scaling.two.run.model == model:
                 table.add_row(*_scaling_cells(scaling))
     console.print(table)
+    console.print("[dim]shared links: if two cards had the bandwidth of one link[/]\n")
+    console.print(_steps_table(scalings))
+    console.print(
+        "[dim]measured: what the run's time leaves for a step if prefill took as predicted; a link,"
+        " a process:\nthe weights that each card's link, or the cache that each card's process on"
+        " the CPU, would move a\nsecond if it alone filled that step; left: of a card's memory, by"
+        " hrm's formulas[/]"
+    )
     for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
         console.print()
         _explain(model, [scaling for scaling in scalings if scaling.two.run.model == model])
+
+
+def _steps_table(scalings: Sequence[Scaling]) -> Table:
+    """Decode steps on two and four GPUs: predicted, what limits them, and what was measured."""
+    table = _new_table(
+        "generated", "GPUs", "step", "limited by", "measured", "a link", "a process", "left",
+        left=(0, 3),
+    )  # fmt: skip
+    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+        table.add_row(f"[bold]{model}[/]")
+        for scaling in scalings:
+            if scaling.two.run.model == model:
+                for comparison in (scaling.two, scaling.four):
+                    table.add_row(*_step_cells(comparison))
+    return table
+
+
+def _step_cells(comparison: Comparison) -> list[str]:
+    measured = measured_step(comparison)
+    return [
+        f"  {comparison.run.workload.gen_len}",
+        str(NUM_GPUS[comparison.run.setup]),
+        f"{comparison.step_s:.1f} s",
+        _limit(comparison.predicted.decode),
+        f"{measured.seconds:.1f} s",
+        format_bandwidth(measured.weights_bytes_per_s),
+        format_bandwidth(measured.cache_bytes_per_s),
+        format_bytes(gpu_memory_left_bytes(comparison)),
+    ]
 
 
 def _scaling_cells(scaling: Scaling) -> list[str]:
@@ -239,6 +284,13 @@ def _explain(model: str, scalings: Sequence[Scaling]) -> None:
         f" {_span([100 * share for share in short], '.0f')} %",
         indent="  ",
     )
+    _say(
+        f"had one roof set both steps, it would be at most"
+        f" ×{_span([s.requests_ratio for s in scalings])} for the host's memory or cores,"
+        f" ×{scalings[0].gpu_ceiling:.0f} for what each card does for its requests, and"
+        f" ×{_span([s.link_ceiling for s in scalings])} for weights over each card's link",
+        indent="  ",
+    )
     for gpus, each in (
         (2, [scaling.two for scaling in scalings]),
         (4, [scaling.four for scaling in scalings]),
@@ -246,21 +298,54 @@ def _explain(model: str, scalings: Sequence[Scaling]) -> None:
         limited = " or ".join(dict.fromkeys(busiest(c.predicted.decode)[0] for c in each))
         over = [1 + c.error for c in each]
         _say(
-            f"on {gpus}, a decode step takes {_span([c.step_s for c in each], '.1f')} s, limited by"
-            f" {limited}; predicted throughput is {_span(over)} times the measured, from"
-            f" {each[0].run.workload.gen_len} to {each[-1].run.workload.gen_len} tokens:"
-            f" {', '.join(f'{factor:.2f}' for factor in over)}",
+            f"on {gpus}, decode is limited by {limited}; predicted throughput is {_span(over)}"
+            f" times the measured, from {each[0].run.workload.gen_len} to"
+            f" {each[-1].run.workload.gen_len} tokens: {', '.join(f'{o:.2f}' for o in over)}",
             indent="  ",
         )
-    measured = published_steps_s([scaling.two.run for scaling in scalings])
-    if measured:
+    _explain_gap(scalings)
+
+
+def _explain_gap(scalings: Sequence[Scaling]) -> None:
+    """What shared links would explain, and what stays unexplained."""
+    two = [measured_step(scaling.two) for scaling in scalings]
+    four = [measured_step(scaling.four) for scaling in scalings]
+    setup = scalings[0].two.run.setup
+    link = machine_of(setup).h2d.bandwidth_bytes_per_s.at() / NUM_GPUS[setup]
+    rates = [step.weights_bytes_per_s / 1e9 for step in two]
+    if all(scaling.shared_ratio > scaling.predicted_ratio * 1.01 for scaling in scalings):
+        on_two = [s.shared_two.tokens_per_s / s.two.run.tokens_per_s for s in scalings]
+        on_four = [s.shared_four.tokens_per_s / s.four.run.tokens_per_s for s in scalings]
+        measured = published_steps_s([scaling.two.run for scaling in scalings])
+        between = f", {_span(measured, '.1f')} s between the runs themselves" if measured else ""
         _say(
-            f"on 2, a step took {_span(measured, '.1f')} s between the published runs: two cards"
-            " that share one link would take"
-            f" {_span([s.shared_two.step_s for s in scalings], '.1f')} s, and four over two would"
-            f" be ×{_span([s.shared_ratio for s in scalings])}; no source says that they do",
+            f"on 2, weights had {_span([2 * rate for rate in rates], '.1f')} GB/s of two links of"
+            f" {link / 1e9:.1f}: two cards on one link would take"
+            f" {_span([s.shared_two.step_s for s in scalings], '.1f')} s a step{between}; four over"
+            f" two would be ×{_span([s.shared_ratio for s in scalings])}, and predicted throughput"
+            f" {_span(on_two)} times the measured on 2, {_span(on_four)} on 4. GCP gives 416 GB"
+            " only to machines with four T4s, of which MoE-Lightning takes the first two: they may"
+            " well be neighbours, but no source says that neighbours share a link, so it is not"
+            " modelled",
             indent="  ",
         )
+        return
+    beyond = [
+        f"×{s.published_ratio:.2f} at {s.two.run.workload.gen_len} tokens"
+        for s in scalings
+        if s.published_ratio > s.link_ceiling
+    ]
+    above_all = f"; {' and '.join(beyond)} is more than any roof of both could give" * bool(beyond)
+    _say(
+        f"not explained: a step takes {_span([s.seconds for s in two], '.0f')} s on 2 and"
+        f" {_span([s.seconds for s in four], '.0f')} s on 4. Only the links could give more than"
+        f" ×{scalings[0].gpu_ceiling:.0f}, and on 2 each moves {_span(rates, '.1f')} of"
+        f" {link / 1e9:.1f} GB/s{above_all}. Measured steps outgrow the predicted ones as more"
+        " tokens are generated, on 2 and on 4, as only attention's work does; but each process on"
+        f" the CPU then reads {_span([s.cache_bytes_per_s / 1e9 for s in (*two, *four)])} GB/s of"
+        " its cache, and the published code shows no reason for so little",
+        indent="  ",
+    )
 
 
 def _span(values: Sequence[float], form: str = ".2f") -> str:

@@ -1,7 +1,9 @@
 """From two T4s to four: what MoE-Lightning measured, what is predicted, and what bounds the batch.
 
 The machines are put together from the T4 of paper-s1 and the catalog's host with 32 cores and
-416 GB; nothing is fitted on these runs.
+416 GB; nothing is fitted on these runs. GCP gives a machine with two T4s at most 48 vCPUs and
+312 GB (its documentation, as in SkyPilot's catalog), so on GCP the runs on two cards had a machine
+with four, of which MoE-Lightning takes the first two.
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
+from hrm import operators
+from hrm.closed_form import Point
 from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
 from hrm.machines import assemble, load_gpu, load_host, load_profile
 from hrm.model_spec import ModelSpec, load_model
@@ -137,8 +141,22 @@ class Scaling:
 
     @property
     def requests_ratio(self) -> float:
-        """Requests in a batch on four GPUs over those on two."""
+        """Requests in a batch on four GPUs over those on two.
+
+        Also the most that four can give over two where the host as a whole sets the step, as its
+        memory or its cores: a step's weights are then divided among so many more requests.
+        """
         return self.four.run.batch_size / self.two.run.batch_size
+
+    @property
+    def gpu_ceiling(self) -> float:
+        """The most if each GPU's work grows with its requests: kernels, its part of the cache."""
+        return NUM_GPUS[self.four.run.setup] / NUM_GPUS[self.two.run.setup]
+
+    @property
+    def link_ceiling(self) -> float:
+        """The most if weights over the GPUs' own links set the step."""
+        return self.gpu_ceiling * self.requests_ratio
 
     @property
     def published_time_ratio(self) -> float:
@@ -169,6 +187,40 @@ def compare_scaling() -> list[Scaling]:
         for two, four in PAIRS
         for generated in GENERATED
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredStep:
+    """Mean seconds of a measured decode step, if prefill took as long as predicted.
+
+    The rates are those of one GPU, if nothing else filled the step: weights over its link, and its
+    part of the cache read by its process's attention on the CPU.
+    """
+
+    seconds: float
+    weights_bytes_per_s: float
+    cache_bytes_per_s: float
+
+
+def measured_step(comparison: Comparison) -> MeasuredStep:
+    """The decode step that a run's measured time leaves, and what it would ask of each GPU."""
+    run, policy = comparison.run, comparison.predicted.policy
+    spec, workload, gpus = load_model(run.model), run.workload, NUM_GPUS[run.setup]
+    seconds = (run.seconds - comparison.predicted.prefill.seconds) / workload.decode_steps
+    weights = spec.num_layers * Point.of_policy(policy, spec).decode_streamed_bytes(spec, DTYPE)
+    context = workload.prompt_len + (1 + workload.decode_steps) / 2
+    cache = spec.num_layers * operators.kv_bytes(spec, DTYPE, run.batch_size * context)
+    return MeasuredStep(
+        seconds=seconds,
+        weights_bytes_per_s=weights / gpus / seconds,
+        cache_bytes_per_s=cache / gpus / seconds,
+    )
+
+
+def gpu_memory_left_bytes(comparison: Comparison) -> float:
+    """Bytes of one GPU that hrm's formulas leave free in a published run."""
+    gpu = comparison.predicted.memory.gpu
+    return (gpu.capacity_bytes - gpu.planned_bytes) / NUM_GPUS[comparison.run.setup]
 
 
 def published_steps_s(runs: Sequence[Run]) -> list[float]:

@@ -148,6 +148,19 @@ def test_scaling_explains_ratio_and_batch(hrm):
     assert "nothing is fitted on these runs" in text
 
 
+def test_scaling_tells_limits_memory_left_and_what_stays_unexplained(hrm):
+    _, out, _ = hrm("--scaling")
+    lines = [line.split() for line in out.splitlines()]
+    steps = [cells for cells in lines if cells[:1] == ["32"] and "100%" in cells]
+    assert [cells[1] for cells in steps] == ["2", "4", "2", "4"]
+    assert [cells[cells.index("100%") - 1] for cells in steps] == ["H2D", "GPU", "GPU", "GPU"]
+    assert all(cells[-1] == "GB" and float(cells[-2]) > 0 for cells in steps)
+    text = " ".join(out.split())
+    assert "×2.57 for the host's memory or cores, ×2 for what each card does" in text
+    assert "no source says that neighbours share a link, so it is not modelled" in text
+    assert text.count("not explained") == 1
+
+
 def test_fit_prints_found_beside_shipped(hrm):
     code, out, _ = hrm("--fit")
     assert code == 0

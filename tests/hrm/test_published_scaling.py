@@ -1,14 +1,24 @@
 """Two and four GPUs: published ratios, machines put together, batches and predicted ratios."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from hrm.hardware import Source
 from hrm.machines import compose, load_gpu, load_profile
-from hrm.published.compare import closed_form
+from hrm.published.compare import closed_form, compare
 from hrm.published.data import SEVERAL_GPUS
-from hrm.published.scaling import NUM_GPUS, PAIRS, batch_limit, machine_of, published_steps_s
+from hrm.published.scaling import (
+    NUM_GPUS,
+    PAIRS,
+    Scaling,
+    batch_limit,
+    gpu_memory_left_bytes,
+    machine_of,
+    measured_step,
+    published_steps_s,
+)
 
 S1 = load_profile("paper-s1")
 
@@ -95,3 +105,72 @@ def test_published_steps_are_told_only_for_one_batch():
     first, second, _ = published_steps_s(s6)
     assert first == pytest.approx((2199.18 - 1498.06) / 32, rel=1e-3)
     assert second == pytest.approx((4161.38 - 2199.18) / 64, rel=1e-3)
+
+
+@cache
+def scaled(generated):
+    """8x22B on two and four cards."""
+    runs = {run.setup: run for run in SEVERAL_GPUS if run.workload.gen_len == generated}
+    two, four = runs["S6"], runs["S7"]
+    machines = {setup: machine_of(setup) for setup in PAIRS[0]}
+    comparisons = compare((two, four), machines)
+    shared = [closed_form(run, machine_of(run.setup, shared_links=True)) for run in (two, four)]
+    return Scaling(
+        two=comparisons[0], four=comparisons[1], shared_two=shared[0], shared_four=shared[1]
+    )
+
+
+@pytest.mark.parametrize("generated", [32, 256])
+def test_measured_step_is_what_the_run_leaves_after_prefill(generated):
+    """Counted by hand: 8 experts of 3 × 6144 × 16384 in 56 layers; 8 heads of 128, keys, values."""
+    two = scaled(generated).two
+    step = measured_step(two)
+    assert two.predicted.prefill.seconds + (generated - 1) * step.seconds == pytest.approx(
+        252 * generated / two.run.tokens_per_s
+    )
+    weights = 56 * 8 * 3 * 6144 * 16384 * 2
+    cache = 252 * (418 + generated / 2) * 56 * 2 * 8 * 128 * 2
+    assert step.weights_bytes_per_s * 2 * step.seconds == pytest.approx(weights)
+    assert step.cache_bytes_per_s * 2 * step.seconds == pytest.approx(cache)
+
+
+def test_two_cards_had_no_more_than_one_link_for_weights_and_four_less_than_two():
+    """Why shared links come near: it is all that separates two cards from four, batches apart."""
+    link = S1.h2d.bandwidth_bytes_per_s.at()
+    scaling = scaled(256)
+    assert 0.7 * link < 2 * measured_step(scaling.two).weights_bytes_per_s < link
+    assert 1.2 * link < 4 * measured_step(scaling.four).weights_bytes_per_s < 2 * link
+    for run, shared in (
+        (scaling.two.run, scaling.shared_two),
+        (scaling.four.run, scaling.shared_four),
+    ):
+        assert 1 < shared.tokens_per_s / run.tokens_per_s < 1.4
+
+
+@pytest.mark.parametrize(("pair", "beyond_links"), [(PAIRS[0], []), (PAIRS[1], [128])])
+def test_published_ratios_are_beyond_what_host_or_kernels_could_give(pair, beyond_links):
+    """And one of DBRX's beyond what any roof could give that two cards and four have in common."""
+    two, four = ([run for run in SEVERAL_GPUS if run.setup == setup] for setup in pair)
+    found = []
+    for fewer, more in zip(two, four, strict=True):
+        ratio = more.tokens_per_s / fewer.tokens_per_s
+        requests = more.batch_size / fewer.batch_size
+        assert max(2, requests) < ratio
+        if ratio > 2 * requests:
+            found.append(fewer.workload.gen_len)
+    assert found == beyond_links
+
+
+def test_ceilings_of_the_ratio():
+    scaling = scaled(32)
+    assert scaling.gpu_ceiling == 2
+    assert scaling.link_ceiling == pytest.approx(2 * 648 / 252)
+    assert scaling.predicted_ratio < scaling.published_ratio < scaling.link_ceiling
+
+
+def test_memory_left_of_a_card_is_that_of_all_divided():
+    scaling = scaled(32)
+    two, four = gpu_memory_left_bytes(scaling.two), gpu_memory_left_bytes(scaling.four)
+    plan = scaling.four.predicted.memory.gpu
+    assert plan.planned_bytes + 4 * four == pytest.approx(plan.capacity_bytes)
+    assert 0 < two < four < plan.capacity_bytes / 4
