@@ -38,11 +38,15 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What one task computes; `requests` are those whose attention may cost something each."""
+    """What one task computes; `requests` are those whose attention may cost something each.
+
+    `launches` are always issued, `expert_launches` only where experts are computed one by one.
+    """
 
     kernels: tuple[Kernel, ...]
     launches: Number
     requests: Number = 0
+    expert_launches: Number = 0
 
     @property
     def flops(self) -> Number:
@@ -121,7 +125,8 @@ def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Oper
     )
     # As a mean over layers, less than one expert means that some layers have none.
     any_here = -maximum(-num_experts, -1)
-    return Operator((kernel,), any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT)
+    one_by_one = any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT
+    return Operator((kernel,), any_here, expert_launches=one_by_one - any_here)
 
 
 def dense_ffn(spec: ModelSpec, dtype: str, m: Number, kind: LayerKind) -> Operator:
@@ -146,7 +151,8 @@ def post_attention(
         return Operator((output, *dense.kernels), launches)
     router = linear(m, spec.hidden_size, spec.num_experts, dtype)
     ffn = experts(spec, dtype, m, gpu_experts)
-    return Operator((output, router, *dense.kernels, *ffn.kernels), launches + ffn.launches)
+    kernels = (output, router, *dense.kernels, *ffn.kernels)
+    return Operator(kernels, launches + ffn.launches, expert_launches=ffn.expert_launches)
 
 
 def prefill_layer(
@@ -175,7 +181,8 @@ def prefill_layer(
     if spec.latent_up_parameters:
         touched = spec.kv_elements + expanded
         kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
-    return Operator(kernels, before.launches + after.launches, tokens / part)
+    launches = before.launches + after.launches
+    return Operator(kernels, launches, tokens / part, after.expert_launches)
 
 
 def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:

@@ -27,7 +27,10 @@ def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str) -> Numb
     processor = level.processor
     if processor.attention_request_s is not None:
         work = work + operator.requests * processor.attention_request_s.value
-    return operator.launches * processor.launch_latency_s.value + work
+    launches = operator.launches
+    if not processor.groups_experts:
+        launches = launches + operator.expert_launches
+    return launches * processor.launch_latency_s.value + work
 
 
 def attainable_flops_per_s(

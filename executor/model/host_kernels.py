@@ -10,4 +10,9 @@ def host_kernels() -> HostKernels | None:
     kernels = native.kernels()
     if kernels is None:
         return None
-    return HostKernels(name=native.description(), multiply=project, attend=kernels.decode_attention)
+    return HostKernels(
+        name=native.description(),
+        multiply=project,
+        attend=kernels.decode_attention,
+        groups_experts=True,
+    )

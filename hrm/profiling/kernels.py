@@ -19,12 +19,14 @@ class HostKernels:
     `multiply(x, weight, out)` makes `out` the product of `x` (tokens, width) and the transpose of
     `weight` (rows, width). `attend(queries, cache, starts, lengths, out)` is attention of one new
     token per request, whose heads are one row of `queries` and `out`, over `lengths[r]` tokens of
-    the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel.
+    the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel. If
+    the runtime `groups_experts`, a layer's few tokens an expert take one kernel, not some for each.
     """
 
     name: str
     multiply: "Callable[[Tensor, Tensor, Tensor], object]"
     attend: "Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Tensor], None]"
+    groups_experts: bool = False
 
 
 def installed_kernels() -> HostKernels | None:

@@ -1,5 +1,6 @@
 """Roofs by hand, and turning points that solve the equations that define them."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -93,6 +94,17 @@ def test_kernels_run_one_after_the_other_and_every_launch_costs():
     gpu = machine(gpu_flops=1e12, gpu_read=300e9, launch_s=1e-3).top
     operator = Operator((Kernel(6e9, 1, 8), Kernel(1, 3e9, 8)), launches=5)
     assert operator_seconds(operator, gpu, "bfloat16") == pytest.approx(5e-3 + 6e-3 + 1e-2)
+
+
+def test_experts_in_one_kernel_cost_one_launch():
+    level = machine(launch_s=1e-3).host
+    grouped = replace(level, processor=replace(level.processor, groups_experts=True))
+    operator = operators.experts(MIXTRAL, "bfloat16", 1, MIXTRAL.num_experts)
+    loop_s = operator_seconds(operator, level, "bfloat16")
+    one_s = operator_seconds(operator, grouped, "bfloat16")
+    hit = MIXTRAL.experts_hit(1)
+    launches = operators.ROUTING_LAUNCHES + hit * operators.LAUNCHES_PER_EXPERT
+    assert loop_s - one_s == pytest.approx((launches - 1) * 1e-3)
 
 
 def test_decode_attention_is_qk_and_pv_over_the_cache_read_once():
