@@ -4,12 +4,13 @@ Tasks go to one worker per lane in the order they are issued; a task starts when
 and all that it waits for has ended. The order is topological, so this cannot deadlock.
 """
 
+import gc
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from time import perf_counter
+from itertools import islice, pairwise
+from time import perf_counter, sleep
 from typing import Final, Self, final
 
 from executor.backends.streams import AbstractStream
@@ -29,6 +30,8 @@ from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
 
 LOOKAHEAD: Final = 1024  # tasks that are submitted before the oldest of them has ended
+BURST: Final = 16  # of them that are submitted at a time: lanes need the interpreter's lock too
+_BREATH_S: Final = 1e-6  # between bursts; any sleep, however short, lets the others go first
 SYNCHRONISE: Final = "EXECUTOR_SYNCHRONISE"
 
 
@@ -105,15 +108,22 @@ class Engine:
         self.origin_s = perf_counter()
 
     def __enter__(self) -> Self:
-        """Start the lanes; those that compute come last: torch's settings follow the last."""
+        """Start the lanes; those that compute come last: torch's settings follow the last.
+
+        What is there by now, modules for the most part, is kept out of garbage collection until
+        the lanes end: going through it would stop all of them for a tenth of a second.
+        """
         for lane in (Lane.STAGE, Lane.D2H, Lane.H2D, Lane.GPU, Lane.CPU):
             self._workers[lane] = LaneWorker(
                 lane, self._enter_lane, self._streams.get(lane), self._queued_tasks
             )
+        gc.collect(1)
+        gc.freeze()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """End every lane's thread."""
+        gc.unfreeze()
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
@@ -182,10 +192,11 @@ class Engine:
         finished: Callable[[], bool],
     ) -> None:
         tickets: dict[TaskId, Ticket] = {}  # of tasks that may not have ended
-        for task in tasks:
-            if len(pending) >= LOOKAHEAD:
-                self._wait_until_done(run, pending[0])
-                del tickets[pending.popleft().task.id]
+        for number, task in enumerate(tasks):
+            if number % BURST == 0:
+                if len(pending) >= LOOKAHEAD:
+                    self._forget_oldest(run, pending, tickets)
+                sleep(_BREATH_S)
             if run.stopped or finished():
                 break
             waits = tuple(tickets[other] for other in task.after if other in tickets)
@@ -196,20 +207,20 @@ class Engine:
             pending.append(ticket)
 
     @staticmethod
-    def _wait_until_done(run: Run, ticket: Ticket) -> None:
-        """Return when nothing has to wait for the task any more."""
-        wait_for(ticket.done)
-        if ticket.mark is not None:
-            queued_s = perf_counter()
-            try:
-                ticket.mark.synchronise()
-            except RuntimeError as error:  # a device's
-                run.fail(ticket.task, error, queued_s)
+    def _forget_oldest(run: Run, pending: deque[Ticket], tickets: dict[TaskId, Ticket]) -> None:
+        """Return when nothing has to wait for any of the oldest burst any more."""
+        for ticket in _wait_for_oldest(pending):
+            if ticket.mark is not None:
+                queued_s = perf_counter()
+                try:
+                    ticket.mark.synchronise()
+                except RuntimeError as error:  # a device's
+                    run.fail(ticket.task, error, queued_s)
+            del tickets[ticket.task.id]
 
     def _drain(self, run: Run, pending: deque[Ticket]) -> None:
         while pending:
-            wait_for(pending[0].done)
-            pending.popleft()
+            _wait_for_oldest(pending)
         for worker in self._workers.values():
             worker.settle(run)
 
@@ -242,6 +253,17 @@ class Engine:
         """A step ends with its last task on the GPU, which chooses tokens."""
         ends_s = self._recorders[Lane.GPU].step_end_s.values()
         return tuple(end - start for start, end in pairwise([self._start_s, *ends_s]))
+
+
+def _wait_for_oldest(pending: deque[Ticket]) -> list[Ticket]:
+    """Take the oldest burst off the list when all of it has passed through its lanes."""
+    oldest = list(islice(pending, BURST))
+    # The last first: most others are through by then, and do not wake this thread one by one.
+    for ticket in reversed(oldest):
+        wait_for(ticket.done)
+    for _ in oldest:  # only now: Ctrl-C while waiting must leave them to be waited for
+        pending.popleft()
+    return oldest
 
 
 def _is_no_kernel(queued: Queued) -> tuple[bool, float]:

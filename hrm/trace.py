@@ -5,15 +5,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hrm.errors import TraceError
 from hrm.tasks import Lane, Phase, TaskId, TaskKind
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """When a task ran in its lane; `num_bytes` is what it moved, 0 for computing."""
+class Span(NamedTuple):
+    """When a task ran in its lane; `num_bytes` is what it moved, 0 for computing.
+
+    A tuple, as the executor makes one between any two tasks of a lane.
+    """
 
     id: TaskId
     lane: Lane

@@ -9,7 +9,6 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -80,7 +79,7 @@ def two_layers(trace: Trace, *, step: int, layer: int) -> Trace:
     )
     return Trace(
         tuple(
-            replace(span, start_s=max(span.start_s, begin_s), end_s=min(span.end_s, end_s))
+            span._replace(start_s=max(span.start_s, begin_s), end_s=min(span.end_s, end_s))
             for span in decode
             if span.end_s > begin_s and span.start_s < end_s
         )

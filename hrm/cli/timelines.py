@@ -113,7 +113,7 @@ def measured_steps(run: Path, trace: Trace, num_steps: int) -> tuple[int, Trace]
     """
     begin = min(1, max((span.id.step for span in trace.spans), default=0))
     spans = tuple(
-        replace(span, id=span.id._replace(step=span.id.step - begin))
+        span._replace(id=span.id._replace(step=span.id.step - begin))
         for span in trace.spans
         if begin <= span.id.step < begin + num_steps
     )

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
@@ -94,7 +94,7 @@ def window(trace: Trace, *, first: int = 0, last: int | None = None, step: int =
     end_s = ends[step, last] if last is not None else max(span.end_s for span in trace.spans)
     return Trace(
         tuple(
-            replace(span, start_s=max(span.start_s, begin_s), end_s=min(span.end_s, end_s))
+            span._replace(start_s=max(span.start_s, begin_s), end_s=min(span.end_s, end_s))
             for span in trace.spans
             if span.end_s > begin_s and span.start_s < end_s
         )

@@ -133,7 +133,7 @@ def test_boundaries_are_where_the_last_task_of_a_layer_or_step_ends():
 
 def test_traces_stand_under_one_another_on_one_axis_with_the_same_lanes_and_looks():
     fast, slow = decode(1), decode(1, schedule=ScheduleName.FLEXGEN)
-    late = Trace(tuple(replace(s, start_s=s.start_s + 9, end_s=s.end_s + 9) for s in fast.spans))
+    late = Trace(tuple(s._replace(start_s=s.start_s + 9, end_s=s.end_s + 9) for s in fast.spans))
     upper, lower, third = plot_timeline({"fast": fast, "slow": slow, "late": late}).axes
     assert upper.get_xlim() == lower.get_xlim() == third.get_xlim()
     assert upper.get_xlim()[1] == pytest.approx(slow.makespan_s * 1e3)
@@ -299,7 +299,7 @@ def run(tmp_path) -> Path:
     ):
         trace = simulate_work(work)
         spans += [
-            replace(s, start_s=start_s + 2 * s.start_s, end_s=start_s + 2 * s.end_s)
+            s._replace(start_s=start_s + 2 * s.start_s, end_s=start_s + 2 * s.end_s)
             for s in trace.spans
         ]
         start_s = max(span.end_s for span in spans)

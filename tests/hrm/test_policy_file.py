@@ -202,7 +202,7 @@ def test_a_chrome_trace_reads_back_to_the_nanosecond(tmp_path):
         for name, trace in (("measured", measured), ("predicted", predicted)):
             back = read_chrome_trace(path, process=name)
             for ours, theirs in zip(back.spans, trace.spans, strict=True):
-                assert ours == replace(theirs, start_s=ours.start_s, end_s=ours.end_s)
+                assert ours == theirs._replace(start_s=ours.start_s, end_s=ours.end_s)
                 assert ours.start_s == pytest.approx(theirs.start_s, abs=1e-9)
                 assert ours.end_s == pytest.approx(theirs.end_s, abs=2e-9)
 

@@ -1,6 +1,7 @@
 """The loop itself: order, edges, failures, Ctrl-C; on handlers that sleep or raise."""
 
 import _thread
+import gc
 import threading
 import time
 from collections import defaultdict
@@ -204,3 +205,12 @@ def test_steps_take_the_whole_time_and_bytes_are_counted_by_lane(engine):
     assert sum(result.step_s) == pytest.approx(result.seconds, rel=0.05)
     loads, offloads = (result.by_kind[kind].count for kind in moved)
     assert result.moved_bytes == {Lane.H2D: 100 * loads, Lane.D2H: 7 * offloads}
+
+
+def test_full_collections_pass_over_what_was_there_until_the_lanes_end():
+    there = [[]]
+    with Engine(no_setup):
+        assert not any(one is there for one in gc.get_objects())
+        made = [[]]
+        assert any(one is made for one in gc.get_objects())
+    assert any(one is there for one in gc.get_objects())
