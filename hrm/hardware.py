@@ -37,7 +37,7 @@ class Figure:
     `curve` holds `(size, value)` points where the number depends on a size (bytes of a transfer,
     tokens of a GEMM); `value` is then its plateau. `p20` and `p80` are the 20th and the 80th
     percentile of the samples, or further apart where passes of the measurement differ by more: in
-    three of five cases, the value of another run is expected between them.
+    three of five cases, the value of the next run is expected between them.
     """
 
     value: float
