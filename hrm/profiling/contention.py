@@ -1,7 +1,8 @@
 """What kinds of work that share the host's memory take from one another when they run at once.
 
 Every worker runs alone, in the asked-for groups and again, round after round, so that a share is
-that of two rates measured within a second or so.
+that of two rates measured within a second or so. Threads that happen to share a core keep less,
+and which do is drawn anew with every round's threads: shares are means, as over a long run.
 """
 
 import threading
@@ -9,13 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 from typing import Final
 
 from hrm.hardware import Contention, Figure, Rate
-from hrm.profiling.timing import Call, measured, middle_and_ends
+from hrm.profiling.timing import Call, measured
 
 MAX_ROUNDS: Final = 9
-WINDOW_S: Final = 0.1  # shorter windows say little of threads that take turns
+WINDOW_S: Final = 0.05  # shorter windows say little of threads that take turns
 
 Enter = Callable[[], object]
 Group = tuple[str, ...]
@@ -75,16 +77,15 @@ def shared_memory(
         for name in group:
             shares = [rates[group][name] / rates[name,][name] for rates in rounds]
             beside = tuple(other for other in group if other != name)
-            median, _, _ = middle_and_ends(shares)
-            kept.append(Contention(work=name, beside=beside, kept=measured(median, shares)))
+            figure = measured(fmean(shares), shares)
+            kept.append(Contention(work=name, beside=beside, kept=figure))
     largest = max(groups, key=len)
     totals = [
         sum(rates[largest][name] * workers[name].host_bytes for name in largest)
         for rates in rounds
     ]  # fmt: skip
     note = f"{', '.join(largest)} at once, each byte read or written counted"
-    total, _, _ = middle_and_ends(totals)
-    return SharedMemory(tuple(kept), measured(total, totals, note))
+    return SharedMemory(tuple(kept), measured(fmean(totals), totals, note))
 
 
 def shared_roof(together: Figure, read: Rate) -> Rate | None:

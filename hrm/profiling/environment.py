@@ -11,6 +11,8 @@ from hrm.profiling import topology
 from hrm.profiling.topology import CacheFacts
 from hrm.units import counted, format_bytes
 
+BUSY: Final = 0.05  # of the hardware threads; more of others' work disturbs a measurement
+
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
 

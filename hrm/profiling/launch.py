@@ -14,6 +14,7 @@ ROWS: Final = 2
 LONG_HIDDEN: Final = 256
 LONG_ROWS: Final = 16
 LOCK_TURNS_S: Final = 0.02  # a thread keeps the interpreter lock for 5 ms if none asks for it
+STARTS: Final = 4  # of threads: their cores and how they take turns are drawn each time
 
 
 def operator_round(
@@ -63,7 +64,28 @@ def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) 
     torch's threads each of the two may use.
     """
     alone = launch_latency(budget_s=budget_s / 4)
-    lone = _long_operators(budget_s / 4, threads[0])
+    lone = summarise(_long_operators(budget_s / 4, threads[0]))
+    both = summarise(
+        [
+            seconds
+            for _ in range(STARTS)
+            for seconds in _long_operators_beside_another(budget_s / 2 / STARTS, threads)
+        ]
+    )
+
+    def with_hand_over(seconds: float) -> float:
+        return alone.median_s + max(0.0, seconds - lone.median_s)
+
+    return Timing(
+        with_hand_over(both.median_s),
+        with_hand_over(both.p20_s),
+        with_hand_over(both.p80_s),
+        both.samples,
+    )
+
+
+def _long_operators_beside_another(budget_s: float, threads: tuple[int, int]) -> list[float]:
+    """Seconds an operator while another thread issues operators too."""
     busy, stop = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -78,25 +100,15 @@ def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) 
     beside.start()
     try:
         busy.wait()
-        both = _long_operators(budget_s / 2, threads[0])
+        return _long_operators(budget_s, threads[0])
     finally:
         stop.set()
         beside.join()
 
-    def with_hand_over(seconds: float) -> float:
-        return alone.median_s + max(0.0, seconds - lone.median_s)
 
-    return Timing(
-        with_hand_over(both.median_s),
-        with_hand_over(both.p20_s),
-        with_hand_over(both.p80_s),
-        both.samples,
-    )
-
-
-def _long_operators(budget_s: float, threads: int) -> Timing:
+def _long_operators(budget_s: float, threads: int) -> list[float]:
     """Seconds an operator in a thread of its own, over samples longer than a turn of the lock."""
-    found: list[Timing] = []
+    found: list[float] = []
     stop = threading.Event()
 
     def measure() -> None:
@@ -114,7 +126,7 @@ def _long_operators(budget_s: float, threads: int) -> Timing:
                     call()
                     calls += 1
                 samples.append(seconds / calls / count)
-        found.append(summarise(samples))
+        found.extend(samples)
 
     measuring = threading.Thread(target=measure)
     measuring.start()
@@ -123,4 +135,4 @@ def _long_operators(budget_s: float, threads: int) -> Timing:
     finally:  # on Ctrl-C it has not ended by itself
         stop.set()
         measuring.join()
-    return found[0]
+    return found

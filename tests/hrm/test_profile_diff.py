@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hrm.cli import main
@@ -83,12 +83,15 @@ def test_a_profile_does_not_differ_from_itself():
 @pytest.mark.parametrize(
     ("first", "second", "verdict"),
     [
-        ((10, 9, 11), (12, 10.5, 13), Verdict.WITHIN),
         ((10, 9, 11), (12, 11, 13), Verdict.WITHIN),
-        ((10, 9, 11), (12, 11.5, 13), Verdict.BEYOND),
-        ((12, 11.5, 13), (10, 9, 11), Verdict.BEYOND),
-        ((10, 9, 11), (10.5, None, None), Verdict.WITHIN),
-        ((10, 9, 11), (12, None, None), Verdict.BEYOND),
+        ((10, 9, 11), (12.4, 11.4, 13), Verdict.WITHIN),
+        ((10, 9, 11), (12.5, 11.5, 13), Verdict.BEYOND),
+        ((12.5, 11.5, 13), (10, 9, 11), Verdict.BEYOND),
+        ((10, 1, 11), (12.5, 11.5, 99), Verdict.BEYOND),  # the sides towards each other count
+        ((10, 9, 11), (11.7, None, None), Verdict.WITHIN),
+        ((10, 9, 11), (11.8, None, None), Verdict.BEYOND),
+        ((0, 0, 1e-6), (1e-6, 0.5e-6, 2e-6), Verdict.WITHIN),
+        ((0, None, None), (1e-6, 0.9e-6, 2e-6), Verdict.BEYOND),
         ((10, None, None), (12, None, None), Verdict.UNKNOWN),
         ((10, 10.2, 10.4), (10.1, None, None), Verdict.WITHIN),
     ],
@@ -110,8 +113,20 @@ def test_verdicts_are_those_of_either_order(first, second):
     other = FigureDiff(name="x", first=second, second=first)
     assert one.verdict is other.verdict
     assert (1 + one.change) * (1 + other.change) == pytest.approx(1)
-    apart = max(first.p20, second.p20) > min(first.p80, second.p80)
-    assert (one.verdict is Verdict.BEYOND) is apart
+    if one.verdict is Verdict.BEYOND:
+        assert max(first.p20, second.p20) > min(first.p80, second.p80), "spreads do not overlap"
+
+
+@given(spreads, st.floats(0.01, 0.5))
+def test_what_would_be_told_is_told(figure, change):
+    """A figure that is a share higher, and spreads as much, differs just if that would be told."""
+    factor = 1 + change
+    changed = measured(
+        figure.value * factor, figure.p20 + change * figure.value, figure.p80 * factor
+    )
+    diff = FigureDiff(name="x", first=figure, second=changed)
+    assume(abs(diff.apart - change * figure.value) > 1e-9)
+    assert diff.tells(change) is (diff.verdict is Verdict.BEYOND)
 
 
 def test_the_largest_change_comes_first():
@@ -200,7 +215,7 @@ def test_diff_shows_what_differs_beyond_the_spread(hrm, files):
     assert "launch_latency_s" not in out
     assert "torch: before → after" in out
     assert "warnings: busy before" in out
-    assert "of those that agree 1 spread by over 8% (!)" in out
+    assert "a change of 10% would be told in 1 of the 2 with spreads (!: over 8%)" in out
     assert "1 differ within the spread, 1 differ beyond the spread" in out
     assert "0 differ with no spread recorded" in out
 
@@ -219,6 +234,8 @@ def test_diff_as_json(hrm, files):
     ]  # fmt: skip
     assert diff["figures"][1]["change"] == pytest.approx(-0.1)
     assert diff["counts"] == {"within": 1, "beyond": 1, "unknown": 0}
+    assert (diff["tell_10_percent"], diff["judged"]) == (1, 2)
+    assert diff["figures"][1]["apart"] == pytest.approx(2.45e9)
     assert diff["environment"]["torch"] == ["before", "after"]
 
 

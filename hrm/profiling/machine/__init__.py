@@ -18,7 +18,7 @@ from hrm.errors import ProfileError
 from hrm.hardware import SCHEMA, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.profile_diff import figures_of
-from hrm.profiling.environment import HostFacts, Others, host_facts, software
+from hrm.profiling.environment import BUSY, HostFacts, Others, host_facts, software
 from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.cpu import profile_cpu
 from hrm.profiling.machine.cuda import profile_cuda
@@ -48,9 +48,8 @@ DTYPES: Final = ("bfloat16", "float16", "float32")
 PASSES: Final = 7
 QUICK_PART_S: Final = 0.8  # a part of a step in all passes; machines have 30 to 100 of them
 FULL_PART_S: Final = 7.0
-MOST_QUICK_S: Final = 52.0  # after which no pass may end
-MOST_FULL_S: Final = 500.0
-BUSY: Final = 0.05  # of the hardware threads; more of others' work is a warning
+MOST_QUICK_S: Final = 55.0  # after which no pass may end; one in place of a disturbed one may fit
+MOST_FULL_S: Final = 570.0
 REMEDY: Final = "use --accelerator emulated or cpu, or install a CUDA build of torch"
 
 
@@ -73,7 +72,7 @@ def profile_machine(
     """Measure this machine, for under a minute if `quick`, else about eight; or for `budget_s`.
 
     Everything is measured in seven passes, fewer where they would take too long, and the spreads
-    say how far they differ.
+    say how far they differ. A pass that others disturbed is made again if there is time.
     `accelerator` is `cuda:0`, `cuda:0,1` or `cuda:all`, `emulated`, `cpu`, or `auto` for the first
     GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
     links are paced to `link_bandwidth_bytes_per_s`. GEMMs have the shapes of `model`. The first of
@@ -113,7 +112,7 @@ def profile_machine(
         model=model,
         dtypes=tuple(dict.fromkeys(dtypes)),
         disk=disk,
-        steps=Steps(part_s, most_s, progress, journal, PASSES),
+        steps=Steps(part_s, most_s, progress, journal, PASSES, watch=Others),
         kernels=kernels,
     )
     try:
@@ -138,7 +137,7 @@ def profile_machine(
         "date": date,
         "command": command,
         "mode": options["mode"],
-        "passes": str(run.steps.passes_made),
+        "passes": _passes(run.steps.disturbances, run.steps.passes_used),
         "seconds": f"{seconds:.1f}",
         "resumed": f"{recalled} of {len(run.steps.turns)} measurements are of {journal.date}"
         if journal and recalled
@@ -152,6 +151,18 @@ def profile_machine(
         "warnings": "; ".join(_warnings(profile, others)),
     }
     return replace(profile, environment={key: text for key, text in facts.items() if text})
+
+
+def _passes(disturbances: Sequence[float], used: Sequence[int]) -> str:
+    """How many passes there were, and what others did to those that were set aside."""
+    aside = [share for index, share in enumerate(disturbances) if index not in used]
+    if not aside:
+        return str(len(disturbances))
+    shares = ", ".join(f"{share:.0%}" for share in aside)
+    return (
+        f"{len(used)}, and {len(aside)} set aside in which others kept {shares} of the hardware"
+        " threads busy"
+    )
 
 
 def _check_options(

@@ -1,7 +1,6 @@
 """Several passes as one: medians, and spreads that cover another run as often as they say."""
 
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -23,12 +22,33 @@ def figure(value: float, low: float = 0.0, high: float = 0.0, **more) -> Figure:
     return Figure(value=value, source=Source.MEASURED, samples=3, **spread, **more)
 
 
-class DriftingMachine:
-    """A call that takes 10 ms, but for a share that is drawn anew for every pass."""
+def independent(random: np.random.Generator, count: int) -> np.ndarray:
+    """Normal deviates: passes that say nothing of one another."""
+    return random.standard_normal(count)
 
-    def __init__(self, drift: float, jitter: float, seed: int) -> None:
+
+def drifting(random: np.random.Generator, count: int) -> np.ndarray:
+    """1/f noise of unit variance: changes within seconds and within minutes, as machines have."""
+    length = 512
+    frequency = np.fft.rfftfreq(length)
+    frequency[0] = np.inf
+    shape = (-(-count // length), len(frequency))
+    wave = random.standard_normal(shape) + 1j * random.standard_normal(shape)
+    noise = np.fft.irfft(wave / np.sqrt(frequency), length).ravel()[:count]
+    return noise / noise.std()
+
+
+class Machine:
+    """A call that takes 10 ms, but for a share that `noise` gives for every pass.
+
+    In a share of passes, `disturbed`, something else makes it up to twice as slow.
+    """
+
+    def __init__(self, noise, spread: float, seed: int, *, jitter=0.0, disturbed=0.0) -> None:
         self.clock, self.random = Clock(), np.random.default_rng(seed)
-        self.drift, self.jitter = drift, jitter
+        self.jitter, self.disturbed = jitter, disturbed
+        self.shares = iter(spread * noise(self.random, 20 * RUNS))
+        self.usual_s = 0.01
 
     def measure(self, passes: int) -> Timing:
         steps = Steps(1.0, 1e9, passes=passes, clock=self.clock)
@@ -36,7 +56,9 @@ class DriftingMachine:
         return steps.run()["call"]
 
     def _one_pass(self, _seconds: float) -> Timing:
-        usual_s = 0.01 * np.exp(self.drift * self.random.standard_normal())
+        usual_s = self.usual_s * np.exp(next(self.shares))
+        if self.random.random() < self.disturbed:
+            usual_s *= 1 + self.random.random()
 
         def call() -> None:
             self.clock.pass_(usual_s * np.exp(self.jitter * self.random.standard_normal()))
@@ -44,41 +66,55 @@ class DriftingMachine:
         return time_call(call, budget_s=0.0, sampler=clock_sampler(self.clock))
 
 
+def pairs_of(machine: Machine, passes: int) -> list[tuple[Timing, Timing]]:
+    """Runs in a row, two by two."""
+    return [(machine.measure(passes), machine.measure(passes)) for _ in range(RUNS // 2)]
+
+
+def share_held(pairs: list[tuple[Timing, Timing]]) -> float:
+    """Of the pairs, in how many the first's spread holds the second's value."""
+    return float(np.mean([one.p20_s <= other.median_s <= one.p80_s for one, other in pairs]))
+
+
+def share_within(pairs: list[tuple[Timing, Timing]]) -> float:
+    return float(np.mean([verdict(one, other) is Verdict.WITHIN for one, other in pairs]))
+
+
 @pytest.mark.parametrize("passes", sorted(REACH))
-@pytest.mark.parametrize("drift", [0.02, 0.2])
-def test_the_spread_holds_another_run_as_often_as_it_says(passes, drift):
-    """The next run, of the same machine and as many passes, by a clock that drifts between them."""
-    machine = DriftingMachine(drift, jitter=0.0, seed=passes)
-    runs = [machine.measure(passes) for _ in range(RUNS)]
-    pairs = list(zip(runs[::2], runs[1::2], strict=True))
-    held = np.mean([one.p20_s <= other.median_s <= one.p80_s for one, other in pairs])
-    assert held == pytest.approx(COVERED, abs=0.05)  # 1000 pairs tell a share to 0.016
-    agree = np.mean([verdict(one, other) is Verdict.WITHIN for one, other in pairs])
-    assert agree == pytest.approx(0.9, abs=0.045), "about nine of ten, as `hrm profiles diff` says"
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_the_spread_holds_the_next_run_as_often_as_it_says(passes, spread):
+    """On a machine that changes within a run as it does from run to run."""
+    pairs = pairs_of(Machine(drifting, spread, seed=passes), passes)
+    assert share_held(pairs) == pytest.approx(COVERED, abs=0.06)  # 1000 pairs tell it to 0.016
+    if passes > 2:  # the width of two passes is anyone's guess
+        assert share_within(pairs) == pytest.approx(0.95, abs=0.025), "nineteen of twenty"
+
+
+@pytest.mark.parametrize("passes", [3, 5, 7])
+@pytest.mark.parametrize("disturbed", [0.0, 0.15])
+def test_it_holds_no_fewer_where_passes_are_independent_or_disturbed(passes, disturbed):
+    pairs = pairs_of(Machine(independent, 0.02, seed=passes, disturbed=disturbed), passes)
+    assert share_held(pairs) > COVERED
+    assert share_within(pairs) > 0.95
 
 
 def test_spreads_within_the_passes_alone_would_hold_few():
     """What this is for: three samples of one moment say nothing of the next."""
-    machine = DriftingMachine(drift=0.05, jitter=0.002, seed=0)
-    ones = [machine.measure(passes=1) for _ in range(200)]
-    held = np.mean([a.p20_s <= b.median_s <= a.p80_s for a, b in pairwise(ones)])
-    assert held < 0.1
-    several = [machine.measure(passes=5) for _ in range(200)]
-    pairs = pairwise(several)
-    assert np.mean([a.p20_s <= b.median_s <= a.p80_s for a, b in pairs]) > 0.5
+    ones = pairs_of(Machine(drifting, 0.05, seed=0, jitter=0.002), passes=1)
+    assert share_held(ones) < 0.1
 
 
-def test_a_drift_is_told_from_none():
-    """A machine that became 20 % slower is named, though its passes differ by 2 %."""
-    before, after = DriftingMachine(0.02, 0.0, seed=1), DriftingMachine(0.02, 0.0, seed=2)
-    verdicts = []
-    for _ in range(200):
-        one, other = before.measure(5), after.measure(5)
-        slower = replace(
-            other, median_s=1.2 * other.median_s, p20_s=1.2 * other.p20_s, p80_s=1.2 * other.p80_s
-        )
-        verdicts.append(verdict(one, slower))
-    assert verdicts.count(Verdict.BEYOND) > 195
+@pytest.mark.parametrize("noise", [independent, drifting])
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_a_change_by_a_tenth_is_told(noise, factor):
+    """A machine whose passes differ by 2 % became faster or slower from one run to the next."""
+    machine, verdicts = Machine(noise, 0.02, seed=1), []
+    for _ in range(RUNS // 2):
+        machine.usual_s = 0.01
+        before = machine.measure(7)
+        machine.usual_s = 0.01 * factor
+        verdicts.append(verdict(before, machine.measure(7)))
+    assert verdicts.count(Verdict.BEYOND) > 0.9 * len(verdicts)
 
 
 def verdict(one: Timing, other: Timing) -> Verdict:
