@@ -99,7 +99,8 @@ def test_a_profile_does_not_differ_from_itself():
 def test_verdicts(first, second, verdict):
     diff = FigureDiff(name="x", first=measured(*first), second=measured(*second))
     assert diff.verdict is verdict
-    assert diff.change == pytest.approx(second[0] / first[0] - 1)
+    expected = second[0] / first[0] - 1 if first[0] else float("inf")
+    assert diff.change == pytest.approx(expected)
 
 
 spreads = st.tuples(st.floats(1, 10), st.floats(0, 1), st.floats(0, 1)).map(

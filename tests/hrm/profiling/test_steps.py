@@ -4,6 +4,7 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from math import inf
+from statistics import median
 
 import pytest
 
@@ -115,6 +116,68 @@ def test_passes_that_would_end_too_late_are_left_out():
         steps = passes_of(5, most_s=most_s)
         steps.run()
         assert len(steps.disturbances) == made, most_s
+
+
+class Neighbour:
+    """Keeps these shares of the machine in one pass after the other, and nothing afterwards."""
+
+    def __init__(self, *shares: float) -> None:
+        self.shares = iter(shares)
+
+    def __call__(self) -> "Neighbour":
+        self.now = next(self.shares, 0.0)
+        return self
+
+    def share(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("shares", "most_s", "used"),
+    [
+        ((0.0, 0.04, 0.0, 0.0), 99.0, [0, 1, 2, 3]),
+        ((0.0, 0.5, 0.0, 0.0), 99.0, [0, 2, 3, 4]),  # a fifth pass in place of the second
+        ((0.5, 0.0, 0.0, 0.0, 0.5), 99.0, [1, 2, 3, 5]),  # and a sixth in place of the fifth
+        ((0.0, 0.5, 0.0, 0.0), 10.0, [0, 2, 3]),  # no time for a fifth
+        ((0.0, 0.5, 0.5, 0.0), 10.0, [0, 1, 2, 3]),  # nor are the others enough
+        ((0.5,) * 99, 99.0, list(range(8))),  # it never ends: twice as many, and all count
+    ],
+)
+def test_disturbed_passes_are_made_again_and_set_aside(shares, most_s, used):
+    steps = passes_of(4, most_s=most_s, watch=Neighbour(*shares))
+    found = steps.run()
+    assert steps.passes_used == used
+    assert found == {"a": median(used), "once": 0.0, "b": median(used)}
+
+
+def test_one_pass_is_not_made_again():
+    steps = passes_of(1, watch=Neighbour(0.5))
+    assert steps.run() == {"a": 0.0, "once": 0.0, "b": 0.0}
+    assert steps.passes_used == [0]
+
+
+def test_which_passes_were_disturbed_is_known_when_it_goes_on(tmp_path):
+    """Interrupted in the pass in place of a disturbed one."""
+    path, told = tmp_path / "partial", []
+    with journal(path) as kept:
+        steps = passes_of(3, keeper=kept, watch=Neighbour(0.0, 0.5))
+        turns, real = iter(range(100)), steps.steps[2].run
+
+        def stopped(seconds):
+            if next(turns) == 3:
+                raise KeyboardInterrupt
+            return real(seconds)
+
+        steps.steps[2] = replace(steps.steps[2], run=stopped)
+        with pytest.raises(ProfilingInterrupted) as caught:
+            steps.run()
+    assert caught.value.lost == ("b (1 in place of a disturbed one)",)
+    with journal(path) as kept:
+        steps = passes_of(3, keeper=kept, watch=Neighbour(), progress=lambda *x: told.append(x[2]))
+        steps.run()
+    assert told == ["b (1 in place of a disturbed one)", "done"]
+    assert steps.disturbances == [0.0, 0.5, 0.0, 0.0]
+    assert steps.passes_used == [0, 2, 3]
 
 
 def test_a_pass_that_was_interrupted_goes_on(tmp_path):
