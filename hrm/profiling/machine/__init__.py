@@ -148,7 +148,7 @@ def profile_machine(
         "others": others.describe(),
         **software(),
         **profile.environment,
-        "warnings": "; ".join(_warnings(profile, others)),
+        "warnings": "; ".join(_warnings(profile, others, run.steps.disturbance)),
     }
     return replace(profile, environment={key: text for key, text in facts.items() if text})
 
@@ -247,10 +247,13 @@ def _identity(host: HostFacts, gpus: "Sequence[AbstractGpu]") -> dict[str, str]:
     }
 
 
-def _warnings(profile: HardwareProfile, others: Others) -> list[str]:
-    """What a reader of the figures must know, the most important first."""
+def _warnings(profile: HardwareProfile, others: Others, disturbance: float) -> list[str]:
+    """What a reader of the figures must know, the most important first.
+
+    Of `others` only if their share in what the figures come from, `disturbance`, is large.
+    """
     found = [profile.environment["warnings"]] if profile.environment.get("warnings") else []
-    if others.share() > BUSY:
+    if disturbance > BUSY:
         found.append(others.describe())
     noisy = [path for path, figure in figures_of(profile).items() if "noisy: " in figure.note]
     if noisy:

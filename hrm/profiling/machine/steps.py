@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Final, Protocol
 
 from hrm.profiling.environment import BUSY
@@ -143,6 +144,11 @@ class Steps:
         calm = [index for index, share in enumerate(self.disturbances) if share <= BUSY]
         enough = len(calm) >= min(FEWEST_PASSES, len(self.disturbances))
         return calm if enough else list(range(len(self.disturbances)))
+
+    @property
+    def disturbance(self) -> float:
+        """Others' share of the machine during the passes whose figures count."""
+        return fmean(self.disturbances[index] for index in self.passes_used)
 
     def _pass(self, index: int) -> list[Turn]:
         """The turns of a pass, or of one in place of a disturbed one."""

@@ -10,6 +10,7 @@ import pytest
 
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, Rate, Source
+from hrm.profiling.environment import BUSY
 from hrm.profiling.machine.journal import Journal, partial_path
 from hrm.profiling.machine.steps import FEWEST_PASSES, ProfilingInterrupted, Steps
 from hrm.profiling.timing import Timing
@@ -147,6 +148,8 @@ def test_disturbed_passes_are_made_again_and_set_aside(shares, most_s, used):
     steps = passes_of(4, most_s=most_s, watch=Neighbour(*shares))
     found = steps.run()
     assert steps.passes_used == used
+    made = steps.disturbances
+    assert (steps.disturbance > BUSY) is (len(used) == len(made) and max(made) > BUSY)
     assert found == {"a": median(used), "once": 0.0, "b": median(used)}
 
 
