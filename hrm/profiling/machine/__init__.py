@@ -48,7 +48,7 @@ DTYPES: Final = ("bfloat16", "float16", "float32")
 PASSES: Final = 7
 QUICK_PART_S: Final = 0.75  # a part of a step in all passes; machines have 30 to 100 of them
 FULL_PART_S: Final = 7.0
-MOST_QUICK_S: Final = 55.0  # after which no pass may end; one in place of a disturbed one may fit
+MOST_QUICK_S: Final = 53.0  # after which no pass may end; one in place of a disturbed one may fit
 MOST_FULL_S: Final = 570.0
 REMEDY: Final = "use --accelerator emulated or cpu, or install a CUDA build of torch"
 
