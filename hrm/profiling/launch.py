@@ -14,7 +14,7 @@ ROWS: Final = 2
 LONG_HIDDEN: Final = 256
 LONG_ROWS: Final = 16
 LOCK_TURNS_S: Final = 0.02  # a thread keeps the interpreter lock for 5 ms if none asks for it
-STARTS: Final = 4  # of threads: their cores and how they take turns are drawn each time
+STARTS: Final = 4  # of threads: how they take turns may differ from one to the next
 
 
 def operator_round(
