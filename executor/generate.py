@@ -20,6 +20,7 @@ from executor.handlers import (
     BatchState,
     DecodeHandlers,
     EndOfText,
+    HostArenas,
     PrefillHandlers,
     RunMemory,
     allocate,
@@ -32,6 +33,14 @@ from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipelin
 from hrm.tasks import Phase, TaskId
 
 MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A policy and what it needs at each memory level."""
+
+    policy: Policy
+    memory: MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +148,21 @@ class TraceBudget:
 class AbstractGenerator(ABC):
     """Runs batches; a context manager that owns the lanes.
 
-    `load_s` says how long the weights took, `state` is that of the batch under way.
+    `policy` is what is run and `plan` what it needs; where that differs from what was asked for,
+    `notice` says why, in a line. What crosses the link from memory that is not pinned though it
+    should be is `pageable`. `load_s` says how long the weights took, `state` is that of the batch
+    under way.
     """
 
     load_s: float
 
     def __init__(
-        self, backend: AbstractBackend, arch: Architecture, policy: Policy, max_spans: int
+        self, backend: AbstractBackend, arch: Architecture, planned: Planned, max_spans: int
     ) -> None:
         kernels()  # a mistake in EXECUTOR_NATIVE comes out before anything runs
-        self.backend, self.arch, self.policy = backend, arch, policy
+        self.backend, self.arch = backend, arch
+        self.policy, self.plan = planned.policy, planned.memory
+        self.notice, self.pageable = "", tuple[str, ...]()
         self.state: BatchState | None = None
         self.engine = Engine(backend.enter_lane, backend.streams, backend.is_of_device)
         self._budget = TraceBudget(max_spans)
@@ -181,32 +195,38 @@ class AbstractGenerator(ABC):
 class Generator(AbstractGenerator):
     """Runs batches on real weights.
 
-    Memory is allocated once, as planned, and weights are loaded into it once. `peak_bytes` says how
-    much of each level's purposes was ever in use.
+    Memory is allocated once, as planned, and weights are loaded into it once. If the system does
+    not pin as much as a policy needs that stages no weights, `staged` is run, which does.
+    `peak_bytes` says how much of each level's purposes was ever in use.
     """
 
     def __init__(
-        self, backend: AbstractBackend, arch: Architecture, policy: Policy, plan: MemoryPlan,
-        *, family: AbstractFamily, source: WeightSource, stops: EndOfText | None = None,
-        max_spans: int = MAX_SPANS,
+        self, backend: AbstractBackend, arch: Architecture, planned: Planned, *,
+        family: AbstractFamily, source: WeightSource, staged: Planned | None = None,
+        stops: EndOfText | None = None, max_spans: int = MAX_SPANS,
     ) -> None:  # fmt: skip
         start_s = time.perf_counter()
-        super().__init__(backend, arch, policy, max_spans)
+        super().__init__(backend, arch, planned, max_spans)
         self._prefilled: PhaseResult | None = None
         self._num_chunks = 0
         self._stops = stops or never_stops
-        self._plan = plan
         self._kv_peak = {"gpu": 0, "cpu": 0}
         threads = torch.get_num_threads()
 
-        def load() -> RunMemory:
+        def load() -> tuple[HostArenas, RunMemory]:
             torch.set_num_threads(threads)
-            memory = allocate(backend, arch, policy)
+            host = HostArenas.allocate(
+                backend, arch.spec, planned.policy, staged.policy if staged else None
+            )
+            memory = allocate(backend, arch, host)
             memory.weights.load(source, family, arch)
             backend.ready()
-            return memory
+            return host, memory
 
-        self.memory = in_thread_of_its_own(load)
+        host, self.memory = in_thread_of_its_own(load)
+        self.notice, self.pageable = host.notice, host.pageable
+        if staged is not None and host.policy == staged.policy:
+            self.policy, self.plan = staged.policy, staged.memory
         self.load_s = time.perf_counter() - start_s
 
     def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
@@ -272,26 +292,26 @@ class Generator(AbstractGenerator):
     def peak_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes ever in use by level and purpose."""
         memory = self.memory
-        gpu = dict(self._plan.gpu.purposes)
+        gpu = dict(self.plan.gpu.purposes)
         gpu["workspace"] = memory.workspace.high_water_bytes
         gpu["logits"] = min(gpu["logits"], memory.sampling_workspace.high_water_bytes)
         allocated = self.backend.peak_gpu_bytes()
         if allocated is not None:  # arenas are as planned, the rest are torch's temporaries
-            planned = self._plan.gpu.purposes
+            planned = self.plan.gpu.purposes
             rest = allocated - sum(planned.values()) + planned["workspace"] + planned["logits"]
             gpu["workspace"] = max(0, min(rest, planned["workspace"]))
             gpu["logits"] = max(0, rest - gpu["workspace"])
-        cpu = dict(self._plan.cpu.purposes)
-        if self._plan.gpu is not self._plan.cpu and self._plan.gpu.name != self._plan.cpu.name:
+        cpu = dict(self.plan.cpu.purposes)
+        if self.plan.gpu is not self.plan.cpu and self.plan.gpu.name != self.plan.cpu.name:
             for level, purposes in (("gpu", gpu), ("cpu", cpu)):
                 if "kv_cache" in purposes:
                     purposes["kv_cache"] = self._kv_peak[level]
             if "workspace" in cpu:
                 cpu["workspace"] = memory.host_workspace.high_water_bytes
-            return {self._plan.gpu.name: gpu, self._plan.cpu.name: cpu}
+            return {self.plan.gpu.name: gpu, self.plan.cpu.name: cpu}
         gpu["workspace"] += memory.host_workspace.high_water_bytes
         gpu["kv_cache"] = sum(self._kv_peak.values())
-        return {self._plan.gpu.name: gpu}
+        return {self.plan.gpu.name: gpu}
 
     def _count_kv(self, batch: Batch, policy: Policy) -> None:
         token_bytes = self.arch.spec.kv_bytes_per_token(policy.dtype)
@@ -307,11 +327,11 @@ class NullGenerator(AbstractGenerator):
     """Runs the same graphs with tasks that sleep for `seconds_of(pipeline)`; generates zeros."""
 
     def __init__(
-        self, backend: AbstractBackend, arch: Architecture, policy: Policy,
+        self, backend: AbstractBackend, arch: Architecture, planned: Planned,
         seconds_of: Callable[[Pipeline, Batch], Callable[[TaskId], float]],
         max_spans: int = MAX_SPANS,
     ) -> None:  # fmt: skip
-        super().__init__(backend, arch, policy, max_spans)
+        super().__init__(backend, arch, planned, max_spans)
         self.load_s = 0.0
         self.peak_bytes: dict[str, dict[str, int]] = {}
         self._seconds_of = seconds_of

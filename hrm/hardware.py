@@ -294,6 +294,10 @@ class HardwareProfile:
             f"has no {kind} link {source}->{target}", "measure it with hrm profile or add it",
         )  # fmt: skip
 
+    def has_link(self, source: str, target: str, kind: LinkKind = "pinned") -> bool:
+        """Whether `link` finds one."""
+        return any((x.source, x.target, x.kind) == (source, target, kind) for x in self.links)
+
     @property
     def default_dtype(self) -> str:
         """bfloat16, or float16 where the top level's processor has no bfloat16."""

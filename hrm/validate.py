@@ -1,13 +1,14 @@
 """Measured beside predicted: a run directory laid over the model of the machine it ran on."""
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from hrm.costs import Costs
+from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
@@ -85,12 +86,16 @@ class WorkloadRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceleratorRecord:
-    """What the run ran on; `h2d_bytes_per_s` is the pace of an emulated link."""
+    """What the run ran on; `h2d_bytes_per_s` is the pace of an emulated link.
+
+    `pageable` are purposes of the host's memory that cross the link but were not pinned.
+    """
 
     name: str
     description: str
     h2d_bytes_per_s: float | None = None
     d2h_bytes_per_s: float | None = None
+    pageable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +257,8 @@ def predict_run(run: RunRecord) -> Prediction:
     plan = run.policy_file
     profile = paced(plan.profile, run.accelerator)
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
-    costs = Costs(*part_of(plan.model, profile, policy.parallelism), policy.dtype)
+    runtime = runtime_with(run.accelerator.pageable, profile)
+    costs = Costs(*part_of(plan.model, profile, policy.parallelism), policy.dtype, runtime)
     prediction = Prediction()
     alike = Counter((batch.requests, batch.decode_steps) for batch in run.batches)
     for (requests, decode_steps), count in alike.items():
@@ -291,6 +297,16 @@ def _add_batch(
         prediction.kind_s[Phase.DECODE, kind] += steps * seconds
     for lane, seconds in step.busy_s().items():
         prediction.lane_s[Phase.DECODE, lane] += steps * seconds
+
+
+def runtime_with(pageable: Collection[str], profile: HardwareProfile) -> Runtime:
+    """The executor where those purposes of the host's memory are not pinned.
+
+    A KV cache then crosses the pageable link, if it is known how fast that is.
+    """
+    known = profile.has_link(profile.host.name, profile.top.name, "pageable")
+    slow = known and "kv_cache" in pageable
+    return replace(EXECUTOR, kv_link="pageable") if slow else EXECUTOR
 
 
 def paced(profile: HardwareProfile, accelerator: AcceleratorRecord) -> HardwareProfile:

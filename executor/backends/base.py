@@ -56,11 +56,19 @@ class AbstractBackend(ABC):
         return self.gpu_kernels is None
 
     @abstractmethod
-    def allocate(self, level: Device, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
-        """A flat uint8 tensor at that level; RunError if it would exceed the level's cap.
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
+        """A flat uint8 tensor at that level; RunError if it would exceed the level's cap."""
 
-        A device reads and writes the host's memory by itself if it is `pinned`.
+    def pin(self, memory: torch.Tensor) -> int:
+        """Let a device read and write memory of the host's by itself; just allocated, as a whole.
+
+        Returns how many of its bytes the system pins: all, or about how many it would, and then it
+        stays as it was.
         """
+        return memory.nbytes
+
+    def unpin(self, memory: torch.Tensor) -> None:  # noqa: B027 - there is no device
+        """Undo `pin`; nothing may be using the memory."""
 
     @abstractmethod
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:

@@ -33,9 +33,7 @@ class CpuBackend(AbstractBackend):
         self.description = "CPU, one memory level"
         self._cores = usable_cores()
 
-    def allocate(
-        self, level: Device, num_bytes: int, *, pinned: bool = True  # noqa: ARG002
-    ) -> torch.Tensor:  # fmt: skip
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:  # noqa: ARG002
         """A flat uint8 tensor; there is no cap besides the machine's."""
         return host_memory(num_bytes)
 
@@ -81,9 +79,7 @@ class EmulatedBackend(AbstractBackend):
         self._free_bytes = machine.gpu_memory_bytes
         self._cores = usable_cores()
 
-    def allocate(
-        self, level: Device, num_bytes: int, *, pinned: bool = True  # noqa: ARG002
-    ) -> torch.Tensor:  # fmt: skip
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor; on the GPU's level it comes out of the emulated memory."""
         if level is Device.GPU:
             if num_bytes > self._free_bytes:

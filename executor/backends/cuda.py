@@ -16,10 +16,9 @@ from executor.backends.base import (
     AbstractBackend,
     Copy,
     copy_all,
-    host_memory,
     usable_cores,
 )
-from executor.backends.pinned import pinned_memory
+from executor.backends.pinned import PinnableMemory
 from executor.backends.streams import AbstractMark, AbstractStream
 from executor.errors import RunError
 from executor.model.gpu import GpuKernels, grouped_gemm
@@ -107,6 +106,7 @@ class CudaBackend(AbstractBackend):
         self.streams: Mapping[Lane, AbstractStream] = self._streams
         self.gpu_kernels = kernels_of(self.capability)
         self._cores = usable_cores()
+        self._host = PinnableMemory()
         self._workspace_bytes = 0
         self._warm_up()
         self._before_bytes = self._allocated("current")
@@ -120,19 +120,24 @@ class CudaBackend(AbstractBackend):
                 "solve the policy again with --dtype float16",
             )  # fmt: skip
 
-    def allocate(self, level: Device, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
-        """A flat uint8 tensor on the device or, `pinned` if asked for, in the host's memory."""
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
+        """A flat uint8 tensor on the device or in the host's memory."""
         if level is Device.CPU:
-            if not pinned:
-                return host_memory(num_bytes)
-            try:
-                return pinned_memory(num_bytes)
-            except RunError:
-                with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
-                    torch.zeros(1, device=self._device)
-                raise
+            return self._host.allocate(num_bytes)
         self._take(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def pin(self, memory: torch.Tensor) -> int:
+        """Register the memory with the driver."""
+        num_bytes = self._host.pin(memory)
+        if num_bytes < memory.nbytes:
+            with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
+                torch.zeros(1, device=self._device)
+        return num_bytes
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo that."""
+        self._host.unpin(memory)
 
     def _take(self, num_bytes: int) -> None:
         """Count memory of the device as allocated; RunError if so much is not left."""

@@ -23,9 +23,7 @@ class NullBackend(AbstractBackend):
         self.name = "null"
         self.description = "null: every task sleeps for its predicted time"
 
-    def allocate(
-        self, level: Device, num_bytes: int, *, pinned: bool = True  # noqa: ARG002
-    ) -> torch.Tensor:  # fmt: skip
+    def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:  # noqa: ARG002
         """A tensor without memory behind it."""
         return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 

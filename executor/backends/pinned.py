@@ -1,4 +1,4 @@
-"""Host memory that CUDA devices read and write by themselves.
+"""Host memory that CUDA devices can read and write by themselves.
 
 Memory mapped in large pages is registered with the driver, in one piece: a transfer across two
 registrations fails. (torch's own pinned memory is rounded up to a power of two.) It is given back
@@ -8,11 +8,11 @@ when the last tensor on it is gone.
 import mmap
 from contextlib import suppress
 from typing import Any, Final, Protocol, cast, final
+from weakref import WeakValueDictionary
 
 import torch
 
-from executor.errors import RunError
-from hrm.units import MIB, format_bytes
+from hrm.units import MIB
 
 PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for every context of the process
 SMALLEST_PROBE_BYTES: Final = 16 * MIB
@@ -35,39 +35,57 @@ class _Mapping(mmap.mmap):
     """Unmapped only after it is no longer registered."""
 
     registrar: Registrar
-    address: int | None
+    address: int | None = None  # where it is registered
+
+    def unregister(self) -> None:
+        if self.address is not None:
+            self.registrar.cudaHostUnregister(self.address)
+            self.address = None
 
     def __del__(self) -> None:
-        if self.address is not None:
-            with suppress(Exception):  # the device may have failed, or Python may be ending
-                self.registrar.cudaHostUnregister(self.address)
+        with suppress(Exception):  # the device may have failed, or Python may be ending
+            self.unregister()
 
 
-def pinned_memory(num_bytes: int, registrar: Registrar | None = None) -> torch.Tensor:
-    """A flat uint8 tensor of zeros that keeps its memory pinned while it lives.
+@final
+class PinnableMemory:
+    """Allocates the host's memory so that it can be pinned, by CUDA's runtime unless given."""
 
-    Raises RunError naming how much can be pinned if the system does not pin so much.
-    """
-    if not num_bytes:
-        return torch.zeros(0, dtype=torch.uint8)
-    registrar = registrar if registrar is not None else cast("Registrar", torch.cuda.cudart())
-    memory = _Mapping(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.registrar, memory.address = registrar, None
-    with suppress(OSError, AttributeError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    tensor.zero_()  # by all threads: the driver would touch page after page by itself
-    address = tensor.data_ptr()
-    if int(registrar.cudaHostRegister(address, num_bytes, PORTABLE)):
-        found = _most(registrar, address, num_bytes)
-        raise RunError(
-            "pinned memory", f"<{format_bytes(num_bytes)} asked for>",
-            f"the system pins {format_bytes(found)} of it and no more",
-            "solve the policy again with hrm search --staging, which pins next to nothing, or with"
-            " a lower --cpu-memory",
-        )  # fmt: skip
-    memory.address = address
-    return tensor
+    def __init__(self, registrar: Registrar | None = None) -> None:
+        self._registrar = registrar
+        self._mappings: WeakValueDictionary[int, _Mapping] = WeakValueDictionary()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """A flat uint8 tensor of zeros."""
+        if not num_bytes:
+            return torch.zeros(0, dtype=torch.uint8)
+        memory = _Mapping(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError, AttributeError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self._mappings[tensor.data_ptr()] = memory
+        return tensor
+
+    def pin(self, memory: torch.Tensor) -> int:
+        """Pin what was allocated here, all of it as fresh as it came, until it is gone.
+
+        Returns how many bytes the system pins: all, or about how many it would, and pins none.
+        """
+        if not len(memory):
+            return 0
+        registrar = self._registrar or cast("Registrar", torch.cuda.cudart())
+        memory.zero_()  # by all threads: the driver would touch page after page by itself
+        address = memory.data_ptr()
+        if int(registrar.cudaHostRegister(address, len(memory), PORTABLE)):
+            return _most(registrar, address, len(memory))
+        mapping = self._mappings[address]
+        mapping.registrar, mapping.address = registrar, address
+        return len(memory)
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo `pin`; nothing may be using the memory."""
+        if len(memory):
+            self._mappings[memory.data_ptr()].unregister()
 
 
 def _most(registrar: Registrar, address: int, num_bytes: int) -> int:

@@ -1,7 +1,7 @@
 """A policy under several schedules, on prompts of random tokens."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,17 +16,22 @@ from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solve
 from executor.bench.row import BenchRow
 from executor.errors import JobError
 from executor.generate import Generator, NullGenerator
-from executor.job.machine import budgeted_plan, check_model, predicted_seconds, prepare
+from executor.job.machine import (
+    as_run,
+    budgeted_plan,
+    check_model,
+    predicted_seconds,
+    prepare,
+)
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.sampling import SamplingParams
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
-from hrm.memory import MemoryPlan
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.tasks import Device, Lane, Phase, TaskKind
-from hrm.validate import PhaseRecord, RunRecord, validate
+from hrm.validate import PhaseRecord, RunRecord, runtime_with, validate
 
 
 @final
@@ -34,11 +39,16 @@ class Bench:
     """A model and a policy made ready; a context manager that holds the checkpoint open.
 
     `policy_file` is what is run, cut to the layers asked for; `predicted` is it at the lengths of
-    the requests. Raises HrmError if model and policy do not go together, or if no policy fits.
+    the requests. If the machine does not pin as much as planned, both are of what is then run, and
+    `tell` is called with a line about it. Raises HrmError if model and policy do not go together,
+    or if no policy fits.
     """
 
-    def __init__(self, options: BenchOptions) -> None:
-        self._options = options
+    def __init__(
+        self, options: BenchOptions, tell: Callable[[str], object] = lambda _: None
+    ) -> None:
+        self._options, self._tell = options, tell
+        self._told: set[str] = set()
         self.model = options.model if isinstance(options.model, str) else options.model.name
         with ExitStack() as stack:
             self._family, self._source, self._arch = model_of(options, stack)
@@ -91,16 +101,23 @@ class Bench:
         With a `gen_len`, so many new tokens a request, no more than were planned for.
         """
         policy = replace(self.policy_file.policy, schedule=schedule)
-        plan, backend = prepare(self._options.accelerator, self.policy_file, policy)
+        prepared = prepare(self._options.accelerator, self.policy_file, policy)
+        backend, planned = prepared.backend, prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self.policy_file, policy)
-            generator = NullGenerator(backend, self._arch, policy, seconds_of, max_spans=0)
+            generator = NullGenerator(backend, self._arch, planned, seconds_of, max_spans=0)
         else:
             generator = Generator(
-                backend, self._arch, policy, plan, family=self._family, source=self._source,
-                max_spans=0,
+                backend, self._arch, planned, family=self._family, source=self._source,
+                staged=prepared.staged, max_spans=0,
             )  # fmt: skip
-        return BenchRun(self, generator, plan, gen_len=gen_len)
+        if generator.policy.staging != policy.staging:
+            self.policy_file = as_run(self.policy_file, generator.policy, generator.pageable)
+            self.predicted = self.estimate(self.policy_file.policy, pageable=generator.pageable)
+        if generator.notice and generator.notice not in self._told:
+            self._told.add(generator.notice)
+            self._tell(generator.notice)
+        return BenchRun(self, generator, gen_len=gen_len)
 
     def requests(self, gen_len: int | None = None) -> Iterator[Request]:
         """The requests of every repeat; nothing but their length ends them."""
@@ -129,11 +146,17 @@ class Bench:
         check_model(spec, policy_file, given if isinstance(given, Path) else "policy")
         return policy_file
 
-    def estimate(self, policy: Policy, *, gen_len: int | None = None) -> Estimate:
-        """What is predicted of a policy at the lengths of the requests."""
+    def estimate(
+        self, policy: Policy, *, gen_len: int | None = None, pageable: Sequence[str] = ()
+    ) -> Estimate:
+        """What is predicted of a policy at the lengths of the requests.
+
+        `pageable` are purposes of the host's memory that should be pinned but are not.
+        """
         plan = self.policy_file
         workload = replace(plan.workload, gen_len=gen_len or plan.workload.gen_len)
-        return estimate(self.spec, policy, plan.profile, workload)
+        runtime = runtime_with(pageable, plan.profile)
+        return estimate(self.spec, policy, plan.profile, workload, runtime=runtime)
 
     @property
     def _prompt_len(self) -> int:
@@ -159,11 +182,9 @@ class BenchRun:
     """
 
     def __init__(
-        self, bench: Bench, generator: Generator | NullGenerator, plan: MemoryPlan, *,
-        gen_len: int | None = None,
-    ) -> None:  # fmt: skip
-        self.bench, self._generator, self._plan = bench, generator, plan
-        self._gen_len = gen_len
+        self, bench: Bench, generator: Generator | NullGenerator, *, gen_len: int | None = None
+    ) -> None:
+        self.bench, self._generator, self._gen_len = bench, generator, gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
 
     @property
@@ -192,16 +213,14 @@ class BenchRun:
         """
         generator, before = self._generator, self._generator.policy
         policy = replace(before, schedule=schedule)
-        plan = budgeted_plan(self.bench.policy_file, policy)
-        if (plan.gpu.purposes, plan.cpu.purposes) != (
-            self._plan.gpu.purposes, self._plan.cpu.purposes,
-        ):  # fmt: skip
+        plan, loaded = budgeted_plan(self.bench.policy_file, policy), generator.plan
+        if (plan.gpu.purposes, plan.cpu.purposes) != (loaded.gpu.purposes, loaded.cpu.purposes):
             raise PolicyError(
                 "policy: schedule", schedule.value,
                 f"needs memory of other sizes than {before.schedule.value}", "load it by itself",
             )  # fmt: skip
         generator.policy = policy
-        return BenchRun(self.bench, generator, self._plan, gen_len=gen_len)
+        return BenchRun(self.bench, generator, gen_len=gen_len)
 
     def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
         """Run all requests once more, or with other new tokens, or only the first few."""
@@ -222,17 +241,19 @@ class BenchRun:
         """What was measured in the repeats until now, of which there must be one."""
         bench, generator = self.bench, self._generator
         policy = generator.policy
+        bound = bench.estimate(policy, gen_len=self._gen_len, pageable=generator.pageable)
         runs = sorted(self._runs, key=Totals.tokens_per_s)
         content = run_json(
             outcome="completed",
             message=None,
             policy_file=bench.policy_file,
             model=model_json(bench.spec, bench.model, policy.dtype),
-            accelerator=accelerator_json(generator.backend),
+            notice=generator.notice,
+            accelerator=accelerator_json(generator.backend, generator.pageable),
             schedule=policy.schedule.value,
             totals=runs[(len(runs) - 1) // 2],
             load_s=generator.load_s,
-            memory=memory_json(self._plan, generator.peak_bytes),
+            memory=memory_json(generator.plan, generator.peak_bytes),
             started=self._started,
         )
         totals, phases = content["totals"], content["phases"]
@@ -258,7 +279,7 @@ class BenchRun:
             attention_bytes_per_s=self._attention_bytes_per_s(decode),
             ratio=1.0,
             predicted_tokens_per_s=validation.tokens_per_s.predicted,
-            bound_tokens_per_s=bench.estimate(policy, gen_len=self._gen_len).bound_tokens_per_s,
+            bound_tokens_per_s=bound.bound_tokens_per_s,
             load_s=generator.load_s,
             validation=validation,
         )

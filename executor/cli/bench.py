@@ -72,7 +72,7 @@ def bench(
         seed=seed,
         accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
     )
-    with Bench(options) as ready:
+    with Bench(options, tell=lambda line: click.echo(line, err=True)) as ready:
         if as_json:
             from hrm.cli.report import print_json
 

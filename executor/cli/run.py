@@ -64,7 +64,7 @@ def run(
         max_requests=max_requests,
         resume=resume,
     )
-    progress = JobProgress()
+    progress = JobProgress(tell=lambda line: click.echo(line, err=True))
     with live_progress(progress, quiet=quiet):
         content = run_job(options, progress)
     if not quiet:

@@ -5,6 +5,7 @@ edges of the task graph (hrm.schedules.pipeline). A request that has ended costs
 decode task works on the rows of the requests that still go on, which `state` keeps.
 """
 
+from executor.handlers.arenas import HostArenas
 from executor.handlers.decode import DecodeHandlers
 from executor.handlers.memory import RunMemory, allocate
 from executor.handlers.prefill import PrefillHandlers
@@ -16,6 +17,7 @@ __all__ = [
     "BatchState",
     "DecodeHandlers",
     "EndOfText",
+    "HostArenas",
     "PrefillHandlers",
     "RunMemory",
     "allocate",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
 from hrm.memory import REQUEST_NUMBER_BYTES, TOKEN_NUMBER_BYTES, purposes
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy
 from hrm.schedules.pipeline import BUFFERS
 from hrm.tasks import Device
 
@@ -97,58 +97,57 @@ class RunMemory:
     tokens_at_once: int
 
 
-def allocate(backend: AbstractBackend, arch: Architecture, policy: Policy) -> RunMemory:
-    """All memory of a run, each purpose as large as planned."""
-    spec, dtype = arch.spec, getattr(torch, policy.dtype)
-    gpu_plan, cpu_plan = purposes(spec, policy)
+def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> RunMemory:
+    """All memory of a run beside the host's, each purpose as large as planned."""
+    spec, policy = arch.spec, host.policy
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    gpu_plan, _ = purposes(spec, policy)
 
-    def take(level: Device, name: str, *, pinned: bool = True) -> torch.Tensor:
-        sizes = gpu_plan if level is Device.GPU else cpu_plan
-        return backend.allocate(level, sizes[name], pinned=pinned)
+    def take(name: str) -> Tensor:
+        return backend.allocate(Device.GPU, gpu_plan[name])
 
-    ffn_on_cpu = cpu_plan["workspace"] > 0
     workspace, sampling_workspace = backend.workspace(
         gpu_plan["workspace"], gpu_plan["workspace"] + gpu_plan["logits"]
     )
     weights = WeightPages(
         spec,
         policy,
-        resident=take(Device.GPU, "resident_weights").view(dtype),
-        slots=take(Device.GPU, "weight_slots").view(dtype),
-        host=take(Device.CPU, "weights", pinned=not policy.staging).view(dtype),
-        staging=take(Device.CPU, "staging").view(dtype),
+        resident=take("resident_weights").view(dtype),
+        slots=take("weight_slots").view(dtype),
+        host=host.memory["weights"].view(dtype),
+        staging=host.memory["staging"].view(dtype),
     )
-    kv_buffers = take(Device.GPU, "kv_buffers")
+    kv_buffers = take("kv_buffers")
     caches = KvCaches(
         spec,
         policy,
-        gpu=take(Device.GPU, "kv_cache").view(dtype),
-        host=take(Device.CPU, "kv_cache").view(dtype),
+        gpu=take("kv_cache").view(dtype),
+        host=host.memory["kv_cache"].view(dtype),
         buffers=kv_buffers.view(dtype),
     )
 
-    def exchange(level: Device) -> Exchange:
-        memory = take(level, "exchange")
+    def exchange(memory: Tensor) -> Exchange:
+        ffn_on_cpu = len(host.memory["workspace"]) > 0
         return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu)
 
     return RunMemory(
         weights=weights,
         caches=caches,
-        gpu=exchange(Device.GPU),
-        host=exchange(Device.CPU),
+        gpu=exchange(take("exchange")),
+        host=exchange(host.memory["exchange"]),
         prefill=PrefillBuffers(
             spec,
             dtype,
-            gpu=take(Device.GPU, "prefill_buffers"),
-            host=take(Device.CPU, "prefill_hidden"),
+            gpu=take("prefill_buffers"),
+            host=host.memory["prefill_hidden"],
             # Decode's KV buffers are as long as any prompt, and idle until then.
             prefix=kv_buffers[: len(kv_buffers) // BUFFERS]
             if len(kv_buffers)
-            else take(Device.GPU, "prefix_buffer"),
+            else take("prefix_buffer"),
             chunk_tokens=policy.prefill_chunk_tokens,
         ),
         workspace=workspace,
         sampling_workspace=sampling_workspace,
-        host_workspace=Workspace(take(Device.CPU, "workspace", pinned=False)),
+        host_workspace=Workspace(host.memory["workspace"]),
         tokens_at_once=max(policy.micro_batch_size, policy.prefill_chunk_tokens),
     )

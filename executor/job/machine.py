@@ -1,6 +1,6 @@
 """What a policy runs on: the accelerator that is asked for, and the memory it is held to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,15 +9,18 @@ import psutil
 from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, make_backend
 from executor.batching import Batch
 from executor.errors import RunError
+from executor.generate import Planned
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
+from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
-from hrm.policy_file import PolicyFile
+from hrm.policy_file import PolicyFile, policy_file_of
 from hrm.schedules import Pipeline
 from hrm.tasks import Phase, TaskId
+from hrm.validate import runtime_with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,15 @@ class AcceleratorOptions:
     name: str = "auto"
     gpu_memory_bytes: int | None = None
     link_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run is made from; `staged` is what is run if not as much is pinned as planned."""
+
+    backend: AbstractBackend
+    planned: Planned
+    staged: Planned | None
 
 
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
@@ -45,9 +57,7 @@ def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> N
         )  # fmt: skip
 
 
-def prepare(
-    options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
-) -> tuple[MemoryPlan, AbstractBackend]:
+def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy) -> Prepared:
     """The memory plan against the budgets, and the backend; before anything large is touched.
 
     Raises PolicyError if the policy does not fit and RunError if the accelerator cannot be had.
@@ -58,20 +68,50 @@ def prepare(
     backend = make_backend(name, machine, gpu_memory_bytes=options.gpu_memory_bytes)
     plan = budgeted_plan(policy_file, policy, options.gpu_memory_bytes)
     plan.check_fits()
-    levels = (plan.gpu, plan.cpu)
     if backend.name == "cuda":
-        levels = (plan.cpu,)
         _check_for_cuda(name, profile, options)
         backend.check_dtype(policy.dtype)
-    planned = sum({level.name: level.planned_bytes for level in levels}.values())
+    needed_bytes = _host_bytes(plan, backend)
     available = psutil.virtual_memory().available
-    if backend.name != "null" and planned > available:
+    if needed_bytes > available:
         raise PolicyError(
-            "policy: memory of this machine", f"<{planned} bytes planned>",
+            "policy: memory of this machine", f"<{needed_bytes} bytes planned>",
             f"must fit the {available} bytes that are available",
             "close other programs, or search again with a lower --cpu-memory",
         )  # fmt: skip
-    return plan, backend
+    return Prepared(backend, Planned(policy, plan), _staged(policy_file, policy, options, backend))
+
+
+def _host_bytes(plan: MemoryPlan, backend: AbstractBackend) -> int:
+    """What a run takes of this machine's memory."""
+    if backend.name == "null":
+        return 0
+    levels = (plan.cpu,) if backend.name == "cuda" else (plan.gpu, plan.cpu)
+    return sum({level.name: level.planned_bytes for level in levels}.values())
+
+
+def _staged(
+    policy_file: PolicyFile, policy: Policy, options: AcceleratorOptions, backend: AbstractBackend
+) -> Planned | None:
+    """The policy with its weights staged; None if it stages them, or if that cannot be had."""
+    profile = policy_file.profile
+    if policy.staging or not profile.has_link(profile.host.name, profile.host.name, "staging"):
+        return None
+    staged = replace(policy, staging=True)
+    plan = budgeted_plan(policy_file, staged, options.gpu_memory_bytes)
+    fits = plan.fits and _host_bytes(plan, backend) <= psutil.virtual_memory().available
+    return Planned(staged, plan) if fits else None
+
+
+def as_run(policy_file: PolicyFile, policy: Policy, pageable: Sequence[str]) -> PolicyFile:
+    """The policy file of what is run, if not all was pinned: with that policy's prediction."""
+    if policy.staging == policy_file.policy.staging:
+        return policy_file
+    run = replace(policy_file.policy, staging=policy.staging)
+    spec, profile, workload = policy_file.model, policy_file.profile, policy_file.workload
+    predicted = estimate(spec, run, profile, workload, runtime=runtime_with(pageable, profile))
+    made = policy_file_of(predicted, spec, profile, workload)
+    return replace(made, memory_budget_bytes=policy_file.memory_budget_bytes)
 
 
 def accelerator_for(name: str, profile: HardwareProfile) -> str:

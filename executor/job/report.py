@@ -195,8 +195,8 @@ def model_json(spec: ModelSpec, folder: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def accelerator_json(backend: AbstractBackend) -> dict[str, Any]:
-    """What it was run on."""
+def accelerator_json(backend: AbstractBackend, pageable: Sequence[str]) -> dict[str, Any]:
+    """What it was run on, and what crossed the link from memory that is not pinned."""
     return {
         "name": backend.name,
         "emulated": backend.name == "emulated",
@@ -204,6 +204,7 @@ def accelerator_json(backend: AbstractBackend) -> dict[str, Any]:
         "cpu_kernels": native.description(),
         "h2d_bytes_per_s": backend.h2d_bytes_per_s,
         "d2h_bytes_per_s": backend.d2h_bytes_per_s,
+        "pageable": list(pageable),
     }
 
 
@@ -221,16 +222,17 @@ def versions() -> dict[str, str]:
 def run_json(
     *, outcome: str, message: str | None, policy_file: PolicyFile, model: dict[str, Any],
     accelerator: dict[str, Any], schedule: str, totals: Totals, load_s: float,
-    memory: dict[str, Any], started: datetime, num_spans: int = 0,
+    memory: dict[str, Any], started: datetime, num_spans: int = 0, notice: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """All of run.json; `policy_file` is what the run was given, `schedule` what it ran.
+    """All of run.json; `policy_file` is what was run but for its order, which is `schedule`.
 
-    `num_spans` are in the trace beside it.
+    If that is not quite what was given, `notice` says why. `num_spans` are in the trace beside it.
     """
     return {
         "schema": SCHEMA,
         "outcome": outcome,
         "message": message,
+        "notice": notice or None,
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "accelerator": accelerator,

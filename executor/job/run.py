@@ -1,28 +1,33 @@
 """Runs a job: requests from a file through a policy into a run directory."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from executor.backends import AbstractBackend
 from executor.batching import Batcher, Placed, Request
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
 from executor.generate import BatchResult, Completion, Generator, NullGenerator
 from executor.job.chat import ChatTemplate
-from executor.job.machine import AcceleratorOptions, check_model, predicted_seconds, prepare
+from executor.job.machine import (
+    AcceleratorOptions,
+    Prepared,
+    as_run,
+    check_model,
+    predicted_seconds,
+    prepare,
+)
 from executor.job.outputs import RunDirectory, completion_line, rejected_line, text_of
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
 from executor.job.trace_file import TraceFile
 from executor.model import Architecture
-from hrm.memory import MemoryPlan
-from hrm.policy import Policy, ScheduleName
+from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.tasks import Lane
 
@@ -50,7 +55,10 @@ class JobOptions:
 
 @dataclass(slots=True)
 class JobProgress:
-    """How far a job is; read by live displays in another thread."""
+    """How far a job is; read by live displays in another thread.
+
+    `tell` is called with a line that the user should see at once.
+    """
 
     stage: str = "reading"
     total_requests: int = 0
@@ -59,6 +67,7 @@ class JobProgress:
     batch_requests: int = 0  # of the present batch
     generated_tokens: int = 0  # of batches that are finished
     generator: Generator | NullGenerator | None = field(default=None, repr=False)
+    tell: Callable[[str], object] = field(default=lambda _: None, repr=False)
 
     @property
     def generated_now(self) -> int:
@@ -95,12 +104,12 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[st
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         check_model(arch.spec, policy_file, options.policy)
         checkpoint.check(family.expected_tensors(arch))
-        plan, backend = prepare(options.accelerator, policy_file, policy)
+        prepared = prepare(options.accelerator, policy_file, policy)
         reader = LineReader(
             checkpoint.tokenizer(), ChatTemplate.of_checkpoint(options.model), options.seed
         )
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
-            job = _Job(options, policy_file, policy, arch, plan, backend, reader, directory)
+            job = _Job(options, policy_file, arch, prepared, reader, directory)
             return job.run(progress, family, checkpoint)
 
 
@@ -109,11 +118,11 @@ class _Job:
     """One job under way."""
 
     def __init__(
-        self, options: JobOptions, policy_file: PolicyFile, policy: Policy, arch: Architecture,
-        plan: MemoryPlan, backend: AbstractBackend, reader: LineReader, directory: RunDirectory,
+        self, options: JobOptions, policy_file: PolicyFile, arch: Architecture,
+        prepared: Prepared, reader: LineReader, directory: RunDirectory,
     ) -> None:  # fmt: skip
-        self._options, self._policy_file, self._policy = options, policy_file, policy
-        self._arch, self._plan, self._backend = arch, plan, backend
+        self._options, self._policy_file = options, policy_file
+        self._arch, self._prepared = arch, prepared
         self._reader, self._directory = reader, directory
         self._eos = frozenset(arch.eos_token_ids)
         self._totals = Totals()
@@ -130,12 +139,16 @@ class _Job:
         if most is not None:
             progress.total_requests = min(progress.total_requests, done + most)
         generator = self._generator(family, source)
+        self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
+        if generator.notice:
+            progress.tell(generator.notice)
         with self._directory.partial(TRACE_JSON) as path:
             self._trace = TraceFile(path)
         try:
             with generator:
                 progress.generator = generator
-                for index, batch in enumerate(Batcher(self._requests(generator), self._policy)):
+                requests = self._requests(generator)
+                for index, batch in enumerate(Batcher(requests, generator.policy)):
                     progress.stage = f"batch {index + 1}"
                     progress.batch_requests = batch.num_requests
                     try:
@@ -163,12 +176,13 @@ class _Job:
         return self._report("completed", None, generator)
 
     def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
-        if self._backend.name == "null":
-            seconds_of = predicted_seconds(self._policy_file, self._policy)
-            return NullGenerator(self._backend, self._arch, self._policy, seconds_of)
+        backend, planned = self._prepared.backend, self._prepared.planned
+        if backend.name == "null":
+            seconds_of = predicted_seconds(self._policy_file, planned.policy)
+            return NullGenerator(backend, self._arch, planned, seconds_of)
         return Generator(
-            self._backend, self._arch, self._policy, self._plan, family=family, source=source,
-            stops=self._stops,
+            backend, self._arch, planned, family=family, source=source,
+            staged=self._prepared.staged, stops=self._stops,
         )  # fmt: skip
 
     def _requests(self, generator: Generator | NullGenerator) -> Iterator[Request]:
@@ -224,13 +238,14 @@ class _Job:
             outcome=outcome,
             message=message,
             policy_file=self._policy_file,
-            model=model_json(self._arch.spec, str(self._options.model), self._policy.dtype),
-            accelerator=accelerator_json(self._backend),
-            schedule=self._policy.schedule.value,
+            notice=generator.notice,
+            model=model_json(self._arch.spec, str(self._options.model), generator.policy.dtype),
+            accelerator=accelerator_json(generator.backend, generator.pageable),
+            schedule=generator.policy.schedule.value,
             totals=self._totals,
             num_spans=self._trace.num_spans,
             load_s=generator.load_s,
-            memory=memory_json(self._plan, generator.peak_bytes),
+            memory=memory_json(generator.plan, generator.peak_bytes),
             started=self._started,
         )
         with self._directory.writing(RUN_JSON) as path:

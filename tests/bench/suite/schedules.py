@@ -122,17 +122,17 @@ def _under_its_own(
         accelerator=machine.options,
         max_prompt_len=workload.max_prompt_len,
     )
-    with Bench(options) as bench, bench.start(schedule) as run:
+    with Bench(options, tell=print) as bench, bench.start(schedule) as run:
         record.put("load_s", {**loads_s, name: run.load_s})
         # Kernels are chosen, clocks rise.
         run.repeat(gen_len=2, num_requests=min(WARM_UP_REQUESTS, best.policy.micro_batch_size))
         run.forget()
         if name not in record.figures:
-            _measure(setting, record, run, name, best)
+            _measure(setting, record, run, name, bench.predicted)
         for other, order in orders.items():
             if other in record.figures:
                 continue
-            predicted = bench.estimate(replace(best.policy, schedule=order), gen_len=few)
+            predicted = bench.estimate(replace(run.policy, schedule=order), gen_len=few)
             if _time_for(setting, record, other, SLOWER * predicted.seconds):
                 _measure(setting, record, run.under(order, gen_len=few), other, predicted)
 

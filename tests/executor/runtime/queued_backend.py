@@ -19,23 +19,41 @@ class LateBackend(AbstractBackend):
     """Copies to and from the device are done late by streams; what the GPU computes is waited for.
 
     A copy that is queued without the edge that it needs, or whose memory is used again too early,
-    so brings wrong tokens.
+    so brings wrong tokens. Of host memory that is not pinned, `pinned_bytes` at most, they are
+    waited for, and `pageable_bytes` counts what each lane moved of it.
     """
 
     streams: Mapping[Lane, AbstractStream]
 
     def __init__(
-        self, device: FakeDevice, kernels: GpuKernels, lanes: Sequence[Lane] = (Lane.H2D, Lane.D2H)
-    ) -> None:
+        self, device: FakeDevice, kernels: GpuKernels,
+        lanes: Sequence[Lane] = (Lane.H2D, Lane.D2H), pinned_bytes: int = 2**62,
+    ) -> None:  # fmt: skip
         self.name, self.description = "late", "a device that is none"
+        self.pinned_bytes = pinned_bytes
+        self.pinned: dict[int, int] = {}
+        self.pageable_bytes = dict.fromkeys(Lane, 0)
+        self._host: dict[int, int] = {}
         self.gpu_kernels = kernels
         self.device = device
         self.gpu = EagerStream(device)
         self.streams = {lane: device.stream() for lane in lanes} | {Lane.GPU: self.gpu}
 
-    def allocate(self, level: Device, num_bytes: int, *, pinned: bool = True) -> Tensor:
+    def allocate(self, level: Device, num_bytes: int) -> Tensor:
         # What was never written is no number anywhere.
-        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+        memory = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+        if level is Device.CPU:
+            self._host[memory.data_ptr()] = num_bytes
+        return memory
+
+    def pin(self, memory: Tensor) -> int:
+        left_bytes = self.pinned_bytes - sum(self.pinned.values())
+        if memory.nbytes <= left_bytes:
+            self.pinned[memory.data_ptr()] = memory.nbytes
+        return min(memory.nbytes, left_bytes)
+
+    def unpin(self, memory: Tensor) -> None:
+        self.pinned.pop(memory.data_ptr(), None)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
         assert lane is Lane.STAGE or all(
@@ -45,7 +63,14 @@ class LateBackend(AbstractBackend):
         def copy() -> None:
             copy_all(copies)
 
+        pageable = [
+            side for pair in copies for side in pair
+            if _within(side, self._host) and not _within(side, self.pinned)
+        ]  # fmt: skip
+        self.pageable_bytes[lane] += sum(side.nbytes for side in pageable)
         self.device.queue(copy)
+        if pageable and lane is not Lane.STAGE:
+            self.synchronise()
         return sum(source.nbytes for _, source in copies)
 
     def lane_threads(self, lane: Lane) -> int:
@@ -55,6 +80,12 @@ class LateBackend(AbstractBackend):
         stream = getattr(self.device.current, "stream", None)
         if stream is not None:
             stream.mark().synchronise()
+
+
+def _within(tensor: Tensor, arenas: Mapping[int, int]) -> bool:
+    """Whether it lies in one of these, given as address: bytes."""
+    at = tensor.data_ptr()
+    return any(start <= at < start + size for start, size in arenas.items())
 
 
 class EagerStream(AbstractStream):

@@ -9,7 +9,7 @@ from executor.backends import AbstractBackend, EmulatedMachine, make_backend
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
-from executor.generate import Completion, Generator
+from executor.generate import Completion, Generator, Planned
 from executor.model import Architecture
 from executor.sampling import SamplingParams
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
@@ -104,7 +104,7 @@ def generator(
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         plan = plan_memory(arch.spec, policy, machine())
         made = Generator(
-            backend or make_backend("cpu", None), arch, policy, plan, family=family,
+            backend or make_backend("cpu", None), arch, Planned(policy, plan), family=family,
             source=checkpoint, **options,
         )  # fmt: skip
     with made:

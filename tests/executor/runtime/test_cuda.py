@@ -8,7 +8,7 @@ import torch
 
 from executor.backends import make_backend
 from executor.backends.cuda import kernels_of
-from executor.backends.pinned import pinned_memory
+from executor.backends.pinned import PinnableMemory
 from executor.errors import RunError
 from executor.job.machine import accelerator_for
 from hrm.memory import purposes
@@ -98,21 +98,43 @@ class Driver:
 
 def test_memory_stays_pinned_as_long_as_a_view_of_it_lives():
     driver = Driver(10**8)
-    view = pinned_memory(5_000_000, driver)[10:20].view(torch.int16)
+    memory = PinnableMemory(driver)
+    arena = memory.allocate(5_000_000)
+    assert driver.pinned == {}
+    assert memory.pin(arena) == 5_000_000
+    view = arena[10:20].view(torch.int16)
+    del arena
     gc.collect()
     assert list(driver.pinned.values()) == [5_000_000], "in one piece, as large as asked"
     assert view.tolist() == [0] * 5
     del view
     gc.collect()
     assert driver.pinned == {}
-    assert len(pinned_memory(0, driver)) == 0
+    assert memory.pin(memory.allocate(0)) == 0
 
 
-def test_a_budget_that_is_too_small_is_probed_and_told_with_the_remedy():
-    driver = Driver(100_000_000)
-    with pytest.raises(RunError, match=r"pins (9\d|100)[.\d]* MB .*--staging"):
-        pinned_memory(400_000_000, driver)
+def test_memory_that_was_unpinned_can_be_used_and_pinned_again():
+    driver = Driver(10**8)
+    memory = PinnableMemory(driver)
+    arena = memory.allocate(5_000_000)
+    memory.pin(arena)
+    memory.unpin(arena)
+    assert driver.pinned == {}
+    memory.unpin(arena)
+    assert not arena.any()
+    assert memory.pin(arena) == 5_000_000
+    del arena
     gc.collect()
+    assert driver.pinned == {}
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 50_000_000, 100_000_000, 390_000_000])
+def test_a_budget_that_is_too_small_is_probed(budget_bytes):
+    driver = Driver(budget_bytes)
+    memory = PinnableMemory(driver)
+    arena = memory.allocate(400_000_000)
+    found = memory.pin(arena)
+    assert budget_bytes - 400_000_000 / 16 <= found <= budget_bytes
     assert driver.pinned == {}
 
 

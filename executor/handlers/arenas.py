@@ -1,0 +1,108 @@
+"""The host's memory of a run: what crosses the link is pinned, as far as the system pins.
+
+Weights are pinned where they lie if everything else that crosses the link can be too. If not, they
+stay pageable and go through a few pinned pages, and of the rest as much is pinned as there is room.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, final
+
+from torch import Tensor
+
+from executor.backends import AbstractBackend
+from executor.errors import RunError
+from hrm.memory import purposes
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy
+from hrm.tasks import Device
+from hrm.units import format_bytes
+
+ALWAYS_PINNED: Final = ("staging", "exchange")  # small, and in every layer's way
+IF_THERE_IS_ROOM: Final = ("prefill_hidden", "kv_cache")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HostArenas:
+    """The host's memory by purpose, and the policy that runs in it.
+
+    The policy stages weights if that was asked for or if they could not be pinned. What should be
+    pinned but is not is `pageable`. Of both `notice` tells in a line, with the numbers.
+    """
+
+    policy: Policy
+    memory: Mapping[str, Tensor]
+    pageable: tuple[str, ...] = ()
+    notice: str = ""
+
+    @staticmethod
+    def allocate(
+        backend: AbstractBackend, spec: ModelSpec, policy: Policy, staged: Policy | None = None
+    ) -> "HostArenas":
+        """Allocate all of it, each purpose as large as planned.
+
+        `staged` is the policy to run if not all can be pinned and `policy` does not stage. Raises
+        RunError if there is none, or if not even what is always pinned can be.
+        """
+        sizes = purposes(spec, policy)[1]
+        memory = {name: backend.allocate(Device.CPU, size) for name, size in sizes.items()}
+        if policy.staging:
+            return _staging(backend, policy, memory)
+        crossing = [memory[name] for name in (*ALWAYS_PINNED, *IF_THERE_IS_ROOM, "weights")]
+        pinned_bytes, wanted_bytes = _pin_all(backend, crossing), _size(crossing)
+        if pinned_bytes == wanted_bytes:
+            return HostArenas(policy, memory)
+        if staged is None:
+            raise _too_little(wanted_bytes, pinned_bytes, "with hrm search --staging")
+        for arena in crossing:
+            backend.unpin(arena)
+        memory["staging"] = backend.allocate(Device.CPU, purposes(spec, staged)[1]["staging"])
+        notice = (
+            f"the system pins {format_bytes(pinned_bytes)} of the {format_bytes(wanted_bytes)} of "
+            f"host memory that cross the link: weights ({format_bytes(memory['weights'].nbytes)}) "
+            f"are staged through {format_bytes(memory['staging'].nbytes)} of pinned memory"
+        )
+        return _staging(backend, staged, memory, notice)
+
+
+def _staging(
+    backend: AbstractBackend, policy: Policy, memory: Mapping[str, Tensor], notice: str = ""
+) -> HostArenas:
+    """Pin as much of everything but the weights as can be, and add to the notice what cannot."""
+    always = [memory[name] for name in ALWAYS_PINNED]
+    pinned_bytes = _pin_all(backend, always)
+    if pinned_bytes < _size(always):
+        raise _too_little(_size(always), pinned_bytes, "for fewer requests at once")
+    pageable = tuple(
+        name for name in IF_THERE_IS_ROOM if backend.pin(memory[name]) < memory[name].nbytes
+    )
+    if pageable:
+        told = (f"{name.replace('_', ' ')} ({format_bytes(memory[name].nbytes)})"
+                for name in pageable)  # fmt: skip
+        no_room = f"no room to pin {' and '.join(told)}, whose transfers are slower for it"
+        notice = f"{notice}; {no_room}" if notice else no_room
+    return HostArenas(policy, memory, pageable, notice)
+
+
+def _pin_all(backend: AbstractBackend, arenas: Iterable[Tensor]) -> int:
+    """Pin one after the other until one cannot be; returns about how many bytes could."""
+    total_bytes = 0
+    for arena in arenas:
+        pinned_bytes = backend.pin(arena)
+        total_bytes += pinned_bytes
+        if pinned_bytes < arena.nbytes:
+            break
+    return total_bytes
+
+
+def _size(arenas: Iterable[Tensor]) -> int:
+    return sum(arena.nbytes for arena in arenas)
+
+
+def _too_little(wanted_bytes: int, pinned_bytes: int, remedy: str) -> RunError:
+    return RunError(
+        "pinned memory", f"<{format_bytes(wanted_bytes)} asked for>",
+        f"the system pins {format_bytes(pinned_bytes)} of it and no more",
+        f"solve the policy again {remedy}, or with a lower --cpu-memory",
+    )  # fmt: skip

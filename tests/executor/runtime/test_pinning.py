@@ -1,0 +1,219 @@
+"""What is run when the system does not pin as much as a policy needs, and what is told of it."""
+
+import json
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from executor.bench import Bench, BenchOptions
+from executor.cli import main
+from executor.errors import RunError
+from executor.generate import Planned
+from executor.handlers import HostArenas
+from executor.job import machine as job_machine
+from hrm.estimate import estimate
+from hrm.hardware import HardwareProfile
+from hrm.memory import plan_memory, purposes
+from hrm.policy import ScheduleName
+from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.tasks import Lane
+from hrm.validate import RunRecord, predict_run, runtime_with
+from hrm.workload import Workload
+from tests.executor.runtime.fake_device import FakeDevice
+from tests.executor.runtime.queued_backend import LateBackend, kernels_named
+from tests.executor.runtime.support import (
+    architecture,
+    generate,
+    generator,
+    link,
+    machine,
+    make_policy,
+    requests,
+)
+from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
+from tests.executor.tiny_models import random_prompts
+
+PINNED = ("exchange", "prefill_hidden", "kv_cache", "weights")
+
+
+@pytest.fixture
+def device():
+    made = FakeDevice(late_s=1e-4)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def folder(tiny_folders):
+    return tiny_folders["wide heads"]
+
+
+@pytest.fixture
+def late(device):
+    def make(pinned_bytes: int) -> LateBackend:
+        return LateBackend(device, kernels_named("plain"), pinned_bytes=pinned_bytes)
+
+    return make
+
+
+def staged(spec, policy) -> Planned:
+    wanted = replace(policy, staging=True)
+    return Planned(wanted, plan_memory(spec, wanted, machine()))
+
+
+def host_bytes(spec, policy, *names: str) -> int:
+    sizes = purposes(spec, policy)[1]
+    return sum(sizes[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    "name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"]
+)
+def test_weights_that_cannot_be_pinned_are_staged(folder, late, name):
+    policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
+    spec = architecture(folder).spec
+    assert not policy.staging
+    wanted = host_bytes(spec, policy, *PINNED)
+    with generator(folder, policy, backend=late(wanted), staged=staged(spec, policy)) as made:
+        assert not made.policy.staging
+        assert made.notice == ""
+    backend = late(wanted - 1)
+    fallback = staged(spec, policy)
+    with generator(folder, policy, backend=backend, staged=fallback) as made:
+        assert made.policy == fallback.policy
+        assert made.plan == fallback.memory
+        assert made.pageable == ()
+        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
+        assert sum(made.peak_bytes["cpu"].values()) <= made.plan.cpu.planned_bytes
+    assert {name: one.tokens for name, one in done.items()} == expected(folder)
+    assert backend.pageable_bytes[Lane.STAGE] > 0
+    assert backend.pageable_bytes[Lane.H2D] == backend.pageable_bytes[Lane.D2H] == 0
+
+
+@pytest.mark.parametrize("schedule", [ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED])
+@pytest.mark.parametrize("attention", ["both on the cpu", "all streamed, both on the gpu"])
+def test_what_else_is_pinned_is_what_there_is_room_for(folder, late, attention, schedule):
+    policy = policy_of(folder, schedule, POLICIES[attention])
+    spec = architecture(folder).spec
+    fallback = staged(spec, policy)
+    always = host_bytes(spec, fallback.policy, "staging", "exchange")
+    hidden = host_bytes(spec, policy, "prefill_hidden")
+    backend = late(always + hidden)
+    with generator(folder, policy, backend=backend, staged=fallback) as made:
+        assert made.pageable == ("kv_cache",)
+        assert "no room to pin kv cache" in made.notice
+        assert sum(backend.pinned.values()) == always + hidden
+        done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
+    assert {name: one.tokens for name, one in done.items()} == expected(folder)
+    assert backend.pageable_bytes[Lane.D2H] > 0
+
+
+def test_asked_for_staging_is_not_told_of(folder, late):
+    policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES["staged"])
+    spec = architecture(folder).spec
+    pinned = host_bytes(spec, policy, "staging", *PINNED[:-1])
+    arenas = HostArenas.allocate(late(pinned), spec, policy)
+    assert (arenas.policy, arenas.pageable, arenas.notice) == (policy, (), "")
+    arenas = HostArenas.allocate(late(pinned - 1), spec, policy)
+    assert (arenas.policy, arenas.pageable) == (policy, ("kv_cache",))
+    assert arenas.notice.startswith("no room to pin kv cache (")
+
+
+def test_what_cannot_be_run_is_refused_with_the_numbers(folder, late):
+    spec, policy = architecture(folder).spec, make_policy(architecture(folder).spec.num_layers)
+    with pytest.raises(RunError, match=r"pins 50.0 kB of it .* --staging, or .* --cpu-memory"):
+        HostArenas.allocate(late(50_000), spec, policy)
+    with pytest.raises(RunError, match=r"pins 10 B of it .* fewer requests at once"):
+        HostArenas.allocate(late(10), spec, policy, replace(policy, staging=True))
+
+
+@pytest.fixture
+def policy_file(folder) -> PolicyFile:
+    spec = architecture(folder).spec
+    profile = machine()
+    return PolicyFile(
+        policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
+        memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
+        model=spec,
+        workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
+        profile=profile,
+        profile_hash=profile_hash(profile),
+        predicted={"tokens_per_s": 1.0},
+    )
+
+
+@pytest.fixture
+def short(monkeypatch, late, policy_file):
+    """Every backend is one that pins all but the last byte of what is wanted."""
+    wanted = host_bytes(policy_file.model, policy_file.policy, *PINNED)
+    monkeypatch.setattr(job_machine, "make_backend", lambda *_, **__: late(wanted - 1))
+
+
+def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
+    save_policy_file(tmp_path / "policy.json", policy_file)
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0}}
+        for i, prompt in enumerate(random_prompts(6, seed=1))
+    ]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    main(
+        ["run", "--model", str(folder), "--policy", str(tmp_path / "policy.json"), "--input",
+         str(tmp_path / "in.jsonl"), "--output-dir", str(tmp_path / "run")]
+    )  # fmt: skip
+    told = [line for line in capsys.readouterr().err.splitlines() if "pins" in line]
+    assert len(told) == 1
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["notice"] == told[0]
+    assert content["memory"]["cpu"]["planned_bytes"]["staging"] > 0
+    record = msgspec.convert(content, RunRecord)
+    run = record.policy_file
+    assert run.policy == replace(policy_file.policy, staging=True)
+    assert run.memory_budget_bytes == policy_file.memory_budget_bytes
+    spec, profile = policy_file.model, policy_file.profile
+    predicted = estimate(spec, run.policy, profile, policy_file.workload)
+    assert run.predicted["tokens_per_s"] == predicted.tokens_per_s
+    prediction = predict_run(record)
+    for (phase, kind), seconds in prediction.kind_s.items():
+        assert (seconds > 0) == (kind.name in content["phases"][phase.value]["kinds"]), kind
+
+
+def test_bench_predicts_what_it_runs_and_says_so_once(folder, policy_file, short):
+    told: list[str] = []
+    options = BenchOptions(model=str(folder), policy=policy_file, repeats=1)
+    with Bench(options, tell=told.append) as bench:
+        unstaged = bench.predicted
+        rows = [bench.row(ScheduleName.CGOPIPE) for _ in range(2)]
+        assert bench.policy_file.policy.staging
+        assert bench.predicted.policy.staging
+        assert bench.predicted.seconds != unstaged.seconds
+    assert len(told) == 1
+    for row in rows:
+        assert row.decode_busy_share["STAGE"] > 0
+        assert row.predicted_tokens_per_s <= row.bound_tokens_per_s * 1.001
+
+
+def test_without_room_for_the_ring_or_figures_of_it_there_is_no_staging(policy_file, short):
+    options = job_machine.AcceleratorOptions()
+    policy = policy_file.policy
+    prepared = job_machine.prepare(options, policy_file, policy)
+    assert prepared.staged is not None
+    assert prepared.staged.policy.staging
+    needed = prepared.planned.memory.cpu.planned_bytes
+    tight = replace(policy_file, memory_budget_bytes={"gpu": 10**6, "cpu": needed})
+    assert job_machine.prepare(options, tight, policy).staged is None
+    unknown = replace(policy_file.profile, links=policy_file.profile.links[:2])
+    assert (
+        job_machine.prepare(options, replace(policy_file, profile=unknown), policy).staged is None
+    )
+
+
+def test_pageable_caches_cross_the_pageable_link_if_that_was_measured():
+    def kv_link(profile: HardwareProfile, *pageable: str) -> str:
+        return runtime_with(pageable, profile).kv_link
+
+    assert kv_link(machine(), "kv_cache") == "pinned"
+    links = (*machine().links, link("cpu", "gpu", 1e8, kind="pageable"))
+    assert kv_link(replace(machine(), links=links), "kv_cache") == "pageable"
+    assert kv_link(replace(machine(), links=links), "prefill_hidden") == "pinned"
