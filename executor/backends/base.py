@@ -15,6 +15,7 @@ import torch
 from executor.backends.streams import AbstractStream
 from executor.model.gpu import GpuKernels
 from executor.model.workspace import Workspace
+from executor.native import kernels
 from hrm.hardware import Link
 from hrm.profiling import environment
 from hrm.tasks import Device, Lane
@@ -111,13 +112,25 @@ class AbstractBackend(ABC):
         torch.set_grad_enabled(False)
 
 
-def copy_all(copies: Iterable[Copy]) -> int:
-    """Copy every source to its target; returns the bytes."""
+def copy_all(
+    copies: Iterable[Copy],
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
+) -> int:
+    """Copy every source to its target, by `copy(target, source)`; returns the bytes."""
     num_bytes = 0
     for target, source in copies:
-        target.copy_(source)
+        copy(target, source)
         num_bytes += source.nbytes
     return num_bytes
+
+
+def stage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy within the host's memory: a large page natively if the kernels are there."""
+    native = kernels()
+    if native is not None and native.takes_copy(target, source):
+        native.copy(target, source)
+    else:
+        target.copy_(source)
 
 
 def in_thread_of_its_own(work: Callable[[], T]) -> T:

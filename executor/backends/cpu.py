@@ -16,6 +16,7 @@ from executor.backends.base import (
     EmulatedMachine,
     copy_all,
     host_memory,
+    stage,
     usable_cores,
 )
 from executor.errors import RunError
@@ -96,7 +97,7 @@ class EmulatedBackend(AbstractBackend):
         num_bytes = sum(source.nbytes for _, source in copies)
         link = self._links.get(lane)
         if link is None:
-            copy_all(copies)
+            copy_all(copies, stage)
         elif num_bytes:
             link.run(lambda: copy_all(copies), num_bytes)
         return num_bytes

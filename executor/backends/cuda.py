@@ -16,6 +16,7 @@ from executor.backends.base import (
     AbstractBackend,
     Copy,
     copy_all,
+    stage,
     usable_cores,
 )
 from executor.backends.pinned import PinnableMemory
@@ -171,7 +172,7 @@ class CudaBackend(AbstractBackend):
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
         """Queue every copy on the calling thread's stream; in STAGE the host copies."""
         if lane is Lane.STAGE and all(target.is_cpu and source.is_cpu for target, source in copies):
-            return copy_all(copies)
+            return copy_all(copies, stage)
         num_bytes = 0
         for target, source in copies:
             # Pieces with gaps go through memory of torch's, which may not be given up too early.

@@ -1,6 +1,7 @@
 """The native kernels as `hrm.profiling` measures them, so that plans are made with their rates."""
 
 from executor import native
+from executor.backends.base import stage
 from executor.model.linear import project
 from hrm.profiling.kernels import HostKernels
 
@@ -14,5 +15,6 @@ def host_kernels() -> HostKernels | None:
         name=native.description(),
         multiply=project,
         attend=kernels.decode_attention,
+        stage=stage,
         groups_experts=True,
     )

@@ -1,4 +1,4 @@
-"""C++ kernels for what the CPU computes: decode attention, projections and the experts' FFN.
+"""C++ kernels for what the CPU does: decode attention, projections, the experts' FFN, copies.
 
 They are there if a C++ compiler was when the package was installed; otherwise, and with
 EXECUTOR_NATIVE=0 in the environment, the same is computed by torch. Of several paths through them,
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from executor.errors import RunError
+from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
 
@@ -32,6 +33,7 @@ _DTYPES: Final = {
     torch.float32: "float32",
 }
 _HEAD_DIM_UNIT: Final = 8
+_PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 _ACTIVATION_UNIT: Final = 32  # COLUMNS in kernels.hpp
 
 
@@ -157,6 +159,28 @@ class Kernels:
             out=out_TN.data_ptr(),
             out_stride=out_TN.stride(0),
             add=add,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_copy(self, target: Tensor, source: Tensor) -> bool:
+        """Whether `copy` can copy this, and gains by it; it is torch's otherwise."""
+        return (
+            source.nbytes >= _PAST_CACHES_BYTES
+            and target.is_cpu
+            and source.is_cpu
+            and target.dtype is source.dtype
+            and target.shape == source.shape
+            and target.is_contiguous()
+            and source.is_contiguous()
+        )
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy to other memory past the caches, so that what is written is not read first."""
+        _module().copy(
+            path=self.path,
+            to_address=target.data_ptr(),
+            from_address=source.data_ptr(),
+            num_bytes=source.nbytes,
             threads=torch.get_num_threads(),
         )
 

@@ -14,18 +14,20 @@ RUNTIMES: Final = "hrm.host_kernels"  # entry points: functions that return Host
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostKernels:
-    """A runtime's products and decode attention, so that a profile tells what will really run.
+    """A runtime's products, attention and copies, so that a profile tells what will really run.
 
     `multiply(x, weight, out)` makes `out` the product of `x` (tokens, width) and the transpose of
     `weight` (rows, width). `attend(queries, cache, starts, lengths, out)` is attention of one new
     token per request, whose heads are one row of `queries` and `out`, over `lengths[r]` tokens of
-    the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel. If
-    the runtime `groups_experts`, a layer's few tokens an expert take one kernel, not some for each.
+    the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel.
+    `stage(target, source)` copies a page of weights. If the runtime `groups_experts`, a layer's few
+    tokens an expert take one kernel, not some for each.
     """
 
     name: str
     multiply: "Callable[[Tensor, Tensor, Tensor], object]"
     attend: "Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Tensor], None]"
+    stage: "Callable[[Tensor, Tensor], object]"
     groups_experts: bool = False
 
 

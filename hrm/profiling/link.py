@@ -93,10 +93,14 @@ def paced_transfer(pace: PacedCopy, arena_bytes: int) -> Transfer:
     return transfer
 
 
-def host_transfer(source_bytes: int, target: torch.Tensor) -> Transfer:
+def host_transfer(
+    source_bytes: int, target: torch.Tensor,
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
+) -> Transfer:  # fmt: skip
     """Staging: copies from pageable memory to `target`, pinned memory where there is any.
 
-    Each takes the next part of `source_bytes`, as pages of weights are read once and not again.
+    `copy(target, source)` makes them. Each takes the next part of `source_bytes`, as pages of
+    weights are read once and not again.
     """
     source = torch.ones(source_bytes, dtype=torch.uint8)
 
@@ -104,10 +108,10 @@ def host_transfer(source_bytes: int, target: torch.Tensor) -> Transfer:
         starts = cycle(range(0, source_bytes - size + 1, size))
         to_part = target[:size]
 
-        def copy() -> object:
+        def stage() -> object:
             start = next(starts)
-            return to_part.copy_(source[start : start + size])
+            return copy(to_part, source[start : start + size])
 
-        return copy
+        return stage
 
     return transfer

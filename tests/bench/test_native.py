@@ -15,16 +15,18 @@ import pytest
 import torch
 
 from executor import native
-from executor.backends.base import host_memory
+from executor.backends.base import host_memory, stage
 from executor.model import ExpertWeights, Routing, Workspace, decode_attention, experts, run_experts
 from executor.native import Kernels
 from hrm.profiling.environment import usable_cores
-from hrm.units import MIB
+from hrm.schedules.pipeline import STAGING_PAGES
+from hrm.units import MIB, format_bytes
 from tests.executor.tiny_models import tiny_arch
 
 CONTEXTS = (128, 512, 1024, 4096)
 BATCHES = (1, 4, 32)
 HEADS = ((32, 8, 128), (16, 4, 64))
+PAGES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CACHE_BYTES = 256 * MIB  # beyond what a core finds in a shared cache on a busy machine
@@ -163,3 +165,18 @@ def test_experts(timer, memory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(experts, "max_native_tokens", lambda _: 1 << 30)
                 compare(timer, memory, num_bytes, work, f"{str(dtype)[6:]}, {rows} rows an expert")
+
+
+def test_staging(timer, memory):
+    """Pages one after the other into a ring of a few; what is copied is read and written."""
+    print(heading(timer, "staging, GB/s of what is copied"))
+    for page_bytes in PAGES:
+        ring = host_memory(STAGING_PAGES * page_bytes).fill_(1).view(STAGING_PAGES, -1)
+        pages = list(memory.view(-1, page_bytes))
+        copies = [(ring[i % STAGING_PAGES], page) for i, page in enumerate(pages)]
+
+        def work(copies=copies):
+            for copy in copies:
+                stage(*copy)
+
+        compare(timer, memory, memory.nbytes, work, f"pages of {format_bytes(page_bytes)}")

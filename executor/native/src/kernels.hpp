@@ -98,6 +98,8 @@ struct Path {
     void (*linear[NUM_DTYPES])(const Linear&, int64_t first, int64_t last, int64_t next);
     // Read whole cache lines and return something of all of them.
     uint64_t (*read)(const char* from, int64_t num_bytes);
+    // Copy bytes that nothing will read soon.
+    void (*copy)(char* to, const char* from, int64_t num_bytes);
 };
 
 extern const Path portable_path;

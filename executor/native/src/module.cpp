@@ -170,6 +170,16 @@ NB_MODULE(_kernels, module) {
         nb::arg("out_stride"), nb::arg("add"), nb::arg("threads"));
 
     module.def(
+        "copy",
+        [](const std::string& path, uintptr_t to, uintptr_t from, int64_t num_bytes, int threads) {
+            const native::Path& chosen = path_named(path);
+            nb::gil_scoped_release released;
+            native::copy(chosen, at<char>(to), at<const char>(from), num_bytes, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("to_address"), nb::arg("from_address"),
+        nb::arg("num_bytes"), nb::arg("threads"));
+
+    module.def(
         "read",
         [](const std::string& path, uintptr_t from, int64_t num_bytes, int threads) {
             const native::Path& chosen = path_named(path);

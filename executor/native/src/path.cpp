@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int64_t READ_AHEAD = 16 << 10;  // bytes; far enough for the memory to be kept busy
+constexpr int64_t COPY_AHEAD = 1 << 10;
 
 uint64_t read_lines(const char* from, int64_t num_bytes) {
     typedef uint64_t Line __attribute__((vector_size(64)));
@@ -25,6 +26,24 @@ uint64_t read_lines(const char* from, int64_t num_bytes) {
         for (int w = 0; w < 8; ++w) word ^= line[w];
     }
     return word;
+}
+
+// What is written past the caches is not read first, as a line that is written in parts is.
+void copy_past_caches(char* to, const char* from, int64_t num_bytes) {
+    const int64_t before = -reinterpret_cast<uintptr_t>(to) % 64;
+    const int64_t first = before < num_bytes ? before : num_bytes;
+    std::memcpy(to, from, first);
+    int64_t i = first;
+    for (; i + 256 <= num_bytes; i += 256) {
+        UNROLL
+        for (int line = 0; line < 256; line += 64) {
+            prefetch(from + i + line + COPY_AHEAD);
+            stream_line(to + i + line, from + i + line);
+        }
+    }
+    for (; i + 64 <= num_bytes; i += 64) stream_line(to + i, from + i);
+    streamed();
+    std::memcpy(to + i, from + i, num_bytes - i);
 }
 
 }  // namespace
@@ -54,6 +73,7 @@ const Path PATH = {
     {project<Bf16>, project<Fp16>, project<float>},
     {linear<Bf16>, linear<Fp16>, linear<float>},
     read_lines,
+    copy_past_caches,
 };
 
 }  // namespace native

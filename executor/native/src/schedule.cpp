@@ -19,6 +19,7 @@ constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what part
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
 constexpr int64_t MEMORY_BOUND_TOKENS = 8;  // weights take as long to multiply by so many as to read
 constexpr int64_t READ_BYTES = 2 << 20;
+constexpr int64_t COPY_BYTES = 1 << 20;
 
 // Floats that begin with a cache line: vectors that straddle two take twice as long to load.
 class Floats {
@@ -235,6 +236,14 @@ uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads
         all.fetch_xor(path.read(from + first, std::min(READ_BYTES, num_bytes - first)));
     });
     return all.load();
+}
+
+void copy(const Path& path, char* to, const char* from, int64_t num_bytes, int threads) {
+    const int64_t pieces = (num_bytes + COPY_BYTES - 1) / COPY_BYTES;
+    Helpers::mine().run(threads_for(threads, num_bytes), pieces, [&](int64_t i) {
+        const int64_t first = i * COPY_BYTES;
+        path.copy(to + first, from + first, std::min(COPY_BYTES, num_bytes - first));
+    });
 }
 
 }  // namespace native

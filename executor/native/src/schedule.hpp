@@ -50,4 +50,7 @@ void linear(const Path& path, Dtype dtype, const Linear& shape, int threads);
 // Read `num_bytes` bytes and do nothing with them.
 uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads);
 
+// Copy memory to memory that does not overlap with it, past the caches.
+void copy(const Path& path, char* to, const char* from, int64_t num_bytes, int threads);
+
 }  // namespace native

@@ -1,6 +1,9 @@
 // What every path builds from its own vectors: partial loads, powers of two, dot products.
 #pragma once
 
+// Before a loop whose length is known: its arrays become registers only if it is unrolled early.
+#define UNROLL _Pragma("GCC unroll 16")
+
 #if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
 #include "simd_avx512.hpp"
 #elif defined(PATH_AVX2)
@@ -8,9 +11,6 @@
 #else
 #include "simd_portable.hpp"
 #endif
-
-// Before a loop whose length is known: its arrays become registers only if it is unrolled early.
-#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 

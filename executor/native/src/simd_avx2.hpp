@@ -77,4 +77,13 @@ inline Floats clamped(Floats x) {
 
 inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T1); }
 
+// Copy 64 bytes to where a cache line begins, past the caches; `streamed` comes after the last.
+inline void stream_line(char* to, const char* from) {
+    const __m256i* const halves = reinterpret_cast<const __m256i*>(from);
+    const __m256i first = _mm256_loadu_si256(halves), second = _mm256_loadu_si256(halves + 1);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), first);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, second);
+}
+inline void streamed() { _mm_sfence(); }
+
 }  // namespace

@@ -67,4 +67,10 @@ inline Floats clamped(Floats x) {
 
 inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T1); }
 
+// Copy 64 bytes to where a cache line begins, past the caches; `streamed` comes after the last.
+inline void stream_line(char* to, const char* from) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+inline void streamed() { _mm_sfence(); }
+
 }  // namespace

@@ -158,7 +158,9 @@ def _staging_transfer(
     beyond = array_bytes(host.last_level_cache_bytes, host.usable_ram_bytes, quick=run.quick)
     source = max(largest, min(beyond, QUICK_SOURCE_BYTES) if run.quick else beyond)
     target = pinned(largest) if pinned else torch.zeros(largest, dtype=torch.uint8)
-    return host_transfer(source, target)
+    if run.kernels is None:
+        return host_transfer(source, target)
+    return host_transfer(source, target, run.kernels.stage)
 
 
 def add_disk(run: Run) -> None:

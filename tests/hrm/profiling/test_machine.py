@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from itertools import chain, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
 from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.emulated import EMULATED_LATENCY_S
+from hrm.profiling.machine.host import staging_worker
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
 
@@ -373,7 +375,7 @@ def test_kernels_handed_in_are_what_is_measured():
         assert [0, *ends] == [*starts, len(cache)]
         attended.add((len(starts), *lengths))
 
-    kernels = HostKernels(name="mine", multiply=multiply, attend=attend)
+    kernels = HostKernels(name="mine", multiply=multiply, attend=attend, stage=torch.Tensor.copy_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.attention.QUICK_CONTEXTS", (16, 32))
         patch.setattr("hrm.profiling.attention.QUICK_BATCHES", (1, 2))
@@ -389,6 +391,24 @@ def test_kernels_handed_in_are_what_is_measured():
     assert multiplied == {(n, s.outputs, s.inputs) for n in (1, 4, 16, 64, 256) for s in shapes}
     assert attended == {(1, 16), (2, 16, 16), (1, 32), (2, 32, 32)}
     assert all("; mine" in rate.planned.note for rate in rates)
+
+
+def test_staging_is_measured_by_the_kernels_that_are_given():
+    staged = []
+
+    def stage(target, source):
+        staged.append(len(source))
+        target.copy_(source)
+
+    def refuse(*_):
+        pytest.fail("only copies")
+
+    kernels = HostKernels(name="mine", multiply=refuse, attend=refuse, stage=stage)
+    host = SimpleNamespace(last_level_cache_bytes=MIB, usable_ram_bytes=10**9)
+    for given, expected in ((kernels, [MIB]), (None, [])):
+        staged.clear()
+        staging_worker(SimpleNamespace(kernels=given, host=host, quick=True), MIB).call()
+        assert staged == expected
 
 
 def test_weights_of_a_pool_are_taken_in_turn():
