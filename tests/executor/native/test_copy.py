@@ -1,5 +1,7 @@
 """Copies by every path against torch, byte for byte, and nothing beside them."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,7 +91,8 @@ def test_the_emulated_accelerator_stages_with_the_kernels():
 
     backend = make_backend("emulated", machine(1e9))
     pair = (torch.zeros(1000), torch.ones(1000))
-    with native.using(Counting()):
+    counting: Any = Counting()
+    with native.using(counting):
         assert backend.transfer(Lane.STAGE, [pair]) == 4000
     assert copied == [4000]
     assert torch.equal(*pair)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import chain, islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -407,7 +408,8 @@ def test_staging_is_measured_by_the_kernels_that_are_given():
     host = SimpleNamespace(last_level_cache_bytes=MIB, usable_ram_bytes=10**9)
     for given, expected in ((kernels, [MIB]), (None, [])):
         staged.clear()
-        staging_worker(SimpleNamespace(kernels=given, host=host, quick=True), MIB).call()
+        run: Any = SimpleNamespace(kernels=given, host=host, quick=True)
+        staging_worker(run, MIB).call()
         assert staged == expected
 
 
