@@ -39,13 +39,15 @@ class EmulatedMachine:
 class AbstractBackend(ABC):
     """Memory, transfers and threads of one accelerator; implementations are final.
 
-    `description` says in words what the run runs on; the paces are those that an emulated link
-    is held to. `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels`
-    compute on the GPU's level where its tensors are not the host's.
+    `description` says in words what the run runs on, and `library_bytes` what libraries hold of the
+    GPU's memory beside all that is planned; the paces are those that an emulated link is held to.
+    `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels` compute on the
+    GPU's level where its tensors are not the host's.
     """
 
     name: str
     description: str
+    library_bytes: int = 0
     h2d_bytes_per_s: float | None = None
     d2h_bytes_per_s: float | None = None
     streams: Mapping[Lane, AbstractStream] = MappingProxyType({})

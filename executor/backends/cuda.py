@@ -6,7 +6,8 @@ reuse follows from the task graph's own edges. Only the GPU's lane allocates, an
 are temporaries in memory that was reserved for it.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, final
 
@@ -16,6 +17,7 @@ from executor.backends.base import (
     AbstractBackend,
     Copy,
     copy_all,
+    in_thread_of_its_own,
     stage,
     usable_cores,
 )
@@ -30,6 +32,9 @@ from hrm.units import format_bytes
 FLASH_CAPABILITY: Final = (8, 0)
 GROUPED_CAPABILITIES: Final = (9, 10)  # elsewhere torch's grouped GEMM reads its offsets back
 STAGING_THREADS: Final = 4
+# torch allocates a workspace for each handle of cuBLAS's (one a thread) and stream: on Hopper four
+# times this one, which is its default elsewhere. cuBLASLt's, given in KiB, may come with each call.
+WORKSPACES: Final = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "8320"}
 
 
 @final
@@ -79,6 +84,7 @@ class CudaBackend(AbstractBackend):
     """
 
     def __init__(self, index: int, gpu_memory_bytes: int | None = None) -> None:
+        cap_workspaces(os.environ)
         cuda: Any = torch.cuda
         count = cuda.device_count() if cuda.is_available() else 0
         if index >= count:
@@ -93,14 +99,12 @@ class CudaBackend(AbstractBackend):
         properties = cuda.get_device_properties(self._device)
         self.gpu_name = str(properties.name)
         self.capability: tuple[int, int] = (properties.major, properties.minor)
-        self._free_bytes, total_bytes = cuda.mem_get_info(self._device)
-        if gpu_memory_bytes is not None:
-            if gpu_memory_bytes > total_bytes:
-                raise RunError(
-                    "--gpu-memory", f"<{format_bytes(gpu_memory_bytes)}>",
-                    f"{self.gpu_name} has {format_bytes(total_bytes)}", "lower it",
-                )  # fmt: skip
-            self._free_bytes = min(self._free_bytes, gpu_memory_bytes)
+        total_bytes = int(properties.total_memory)
+        if gpu_memory_bytes is not None and gpu_memory_bytes > total_bytes:
+            raise RunError(
+                "--gpu-memory", f"<{format_bytes(gpu_memory_bytes)}>",
+                f"{self.gpu_name} has {format_bytes(total_bytes)}", "lower it",
+            )  # fmt: skip
         capped = f", {format_bytes(gpu_memory_bytes)} of it used" if gpu_memory_bytes else ""
         self.description = f"cuda:{index}, {self.gpu_name}{capped}"
         self._streams = {lane: CudaStream(self._device) for lane in (Lane.GPU, Lane.H2D, Lane.D2H)}
@@ -109,8 +113,12 @@ class CudaBackend(AbstractBackend):
         self._cores = usable_cores()
         self._host = PinnableMemory()
         self._workspace_bytes = 0
-        self._warm_up()
+        # In a thread that ends: the next that computes, the lane's, takes over its handle.
+        self.library_bytes = in_thread_of_its_own(self._warm_up)
         self._before_bytes = self._allocated("current")
+        self._free_bytes = cuda.mem_get_info(self._device)[0]
+        if gpu_memory_bytes is not None:
+            self._free_bytes = min(self._free_bytes, gpu_memory_bytes)
         cuda.reset_peak_memory_stats(self._device)
 
     def check_dtype(self, dtype: str) -> None:
@@ -204,11 +212,12 @@ class CudaBackend(AbstractBackend):
         """Bytes asked for of torch's allocator, which rounds each piece up to 512."""
         return torch.cuda.memory_stats(self._device).get(f"requested_bytes.all.{when}", 0)
 
-    def _warm_up(self) -> None:
-        """Have the libraries take what they keep, on the stream that computes.
+    def _warm_up(self) -> int:
+        """Have cuBLAS take its workspace on the stream that computes; returns its bytes.
 
-        It is bounded and the same for every run, and belongs to what `hrm` reserves for CUDA.
+        It is the same for every run, and belongs to what `hrm` reserves for CUDA.
         """
+        before_bytes = self._allocated("current")
         with torch.cuda.device(self._device), torch.cuda.stream(self._streams[Lane.GPU].stream):
             dtypes = [torch.float32, torch.float16]
             if self.capability >= FLASH_CAPABILITY:
@@ -216,7 +225,15 @@ class CudaBackend(AbstractBackend):
             for dtype in dtypes:
                 square = torch.ones(64, 64, dtype=dtype, device=self._device)
                 torch.addmm(square, square, square)
+                del square
         self._streams[Lane.GPU].stream.synchronize()
+        return self._allocated("current") - before_bytes
+
+
+def cap_workspaces(environment: MutableMapping[str, str]) -> None:
+    """Bound what cuBLAS takes, which it reads when it is first used, unless the user says how."""
+    for name, value in WORKSPACES.items():
+        environment.setdefault(name, value)
 
 
 def kernels_of(capability: tuple[int, int]) -> GpuKernels:

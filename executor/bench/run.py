@@ -197,6 +197,11 @@ class BenchRun:
         """How long the weights took to be there."""
         return self._generator.load_s
 
+    @property
+    def library_bytes(self) -> int:
+        """What libraries hold of the GPU's memory beside what is planned."""
+        return self._generator.backend.library_bytes
+
     def __enter__(self) -> Self:
         """Start the lanes."""
         self._generator.__enter__()

@@ -205,6 +205,7 @@ def accelerator_json(backend: AbstractBackend, pageable: Sequence[str]) -> dict[
         "h2d_bytes_per_s": backend.h2d_bytes_per_s,
         "d2h_bytes_per_s": backend.d2h_bytes_per_s,
         "pageable": list(pageable),
+        "library_bytes": backend.library_bytes,
     }
 
 

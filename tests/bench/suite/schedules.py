@@ -161,6 +161,7 @@ def _measure(
             "bottleneck": predicted.decode.bottleneck.value,
             "h2d_bytes_per_s": link.bandwidth_bytes_per_s.at(),
             "allocator_peak_bytes": _allocator_peak(setting),
+            "library_bytes": run.library_bytes,
             "row": row.to_json(),
         },
     )

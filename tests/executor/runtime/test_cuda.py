@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from executor.backends import make_backend
-from executor.backends.cuda import kernels_of
+from executor.backends.cuda import WORKSPACES, cap_workspaces, kernels_of
 from executor.backends.pinned import PinnableMemory
 from executor.errors import RunError
 from executor.job.machine import accelerator_for
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
+from hrm.units import MIB
 from tests.executor.runtime.support import architecture, generate, generator, machine, requests
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
 
@@ -54,6 +55,8 @@ class TestOnACard:
         with generator(folder, policy, backend=backend) as made:
             generate(made, requests(PROMPTS, max_tokens=5, temperature=temperature))
             peak = sum(made.peak_bytes["gpu"].values())
+            # One workspace of cuBLAS's, the lane's; the allocator's own count has it too.
+            assert backend.library_bytes < 40 * MIB
         gpu, _ = purposes(architecture(folder).spec, policy)
         assert backend.peak_gpu_bytes() == peak
         assert peak <= sum(gpu.values())
@@ -67,6 +70,17 @@ class TestOnACard:
             reserved = torch.cuda.memory_reserved(0)
             generate(made, wanted)
             assert torch.cuda.memory_reserved(0) == reserved
+
+
+def test_workspaces_are_capped_unless_the_user_says_how():
+    untouched, given = {"OTHER": "x"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    cap_workspaces(untouched)
+    cap_workspaces(given)
+    assert untouched == {"OTHER": "x", **WORKSPACES}
+    assert given == {**WORKSPACES, "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    pairs = WORKSPACES["CUBLAS_WORKSPACE_CONFIG"].strip(":").split(":")
+    total_kib = sum(int(a) * int(b) for a, b in zip(pairs[::2], pairs[1::2], strict=True))
+    assert total_kib == int(WORKSPACES["CUBLASLT_WORKSPACE_SIZE"])
 
 
 def test_kernels_are_those_that_a_card_has(monkeypatch):
