@@ -19,6 +19,7 @@ from hrm.tasks import Device
 from hrm.units import DTYPE_BYTES, format_bytes
 
 WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
+MASK_BLOCK_TOKENS: Final = 128  # that a CPU attends with at once after a prefix
 LOGIT_BYTES: Final = 4  # logits are float32 whatever the dtype
 REQUEST_NUMBER_BYTES: Final = 40  # its position, row of the cache, length and the like, on a GPU
 TOKEN_NUMBER_BYTES: Final = 16  # a prompt's token: its position, and where its prompt ends
@@ -65,7 +66,9 @@ class MemoryPlan:
                 )  # fmt: skip
 
 
-def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: int = 1) -> Number:
+def workspace_bytes(
+    spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: int = 1, longest_tokens: Number = 0
+) -> Number:
     """Temporaries of one layer over `num_tokens` tokens, whichever expert they all go to.
 
     Queries, keys, values and attention output stay throughout. Beside them are, one after the
@@ -73,7 +76,9 @@ def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: i
     output; and last the experts' input and output, the routing with its sorted form, and one
     expert's gathered input and both halves of its gated activation. Of these, `ranks` GPUs in
     tensor parallel divide all but what is as wide as the hidden state. Latent attention expands
-    its keys and values besides, and shared or dense FFNs may be wider than an expert.
+    its keys and values besides, and shared or dense FFNs may be wider than an expert. Beside the
+    second attention output of a part of a split prompt lies a line of its mask; `longest_tokens`
+    bounds what such a prompt has so far.
     """
     size = DTYPE_BYTES[dtype]
     queries, output, head = spec.query_size, spec.attention_output_size, spec.head_dim
@@ -89,7 +94,9 @@ def workspace_bytes(spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: i
     kept = queries + output + spec.kv_elements
     if spec.latent_attention is not None:
         kept += queries + output
-    return num_tokens * (size * kept + max(stages)) + WORKSPACE_ROUNDING_BYTES
+    mask_line = size * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
+    temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line)
+    return num_tokens * size * kept + temporaries + WORKSPACE_ROUNDING_BYTES
 
 
 def exchange_bytes_per_request(
@@ -158,7 +165,9 @@ def gpu_purposes(
         * chunk_tokens
         * (ranks * spec.hidden_size * size + layer_kv + TOKEN_NUMBER_BYTES),
         "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, dtype, ranks=ranks),
-        "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks)
+        "workspace": workspace_bytes(
+            spec, tokens_at_once, dtype, ranks=ranks, longest_tokens=kv_tokens
+        )
         + COUNT_BYTES * spec.num_layers * spec.num_experts,
         "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
     }

@@ -19,8 +19,9 @@ from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import kernels
+from hrm.memory import MASK_BLOCK_TOKENS
 
-QUERY_BLOCK = 128  # on the CPU: more would compute much of the future, fewer are slow
+QUERY_BLOCK = MASK_BLOCK_TOKENS  # more would compute much of the future, fewer are slow
 
 
 def pre_attention(
@@ -41,13 +42,13 @@ def pre_attention(
 
 def prefill_attention(
     arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int],
-    caches_C2Gd: Sequence[Tensor | None], out_TQ: Tensor,
-    workspace: Workspace,  # noqa: ARG001 - torch allocates one prompt's output itself
+    caches_C2Gd: Sequence[Tensor | None], out_TQ: Tensor, workspace: Workspace,
 ) -> None:  # fmt: skip
     """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
     Where a prompt has a cache, its tokens' keys and values are written to the cache's last rows.
     If it has more rows, these are the prompt's earlier tokens, which are attended over as well.
+    torch allocates one prompt's output besides.
     """
     spec = arch.spec
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
@@ -63,7 +64,7 @@ def prefill_attention(
             cache_C2Gd[-length:].view(length, -1, spec.head_dim).copy_(qkv_TXd[prompt, heads:])
             if len(cache_C2Gd) > length:
                 attend = _after_prefix_in_blocks if q_THd.device.type == "cpu" else _after_prefix
-                attend(q_THd, cache_C2Gd, out_THd[prompt])
+                attend(q_THd, cache_C2Gd, out_THd[prompt], workspace)
                 continue
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
         context = scaled_dot_product_attention(
@@ -73,7 +74,7 @@ def prefill_attention(
     assert start == len(qkv_TX), (start, qkv_TX.shape)
 
 
-def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
+def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, _: Workspace) -> None:
     """Causal attention of a cache's last tokens; where kernels know it, no mask is ever made."""
     tokens, heads, _ = q_THd.shape
     k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()
@@ -84,7 +85,9 @@ def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
     out_THd.copy_(context[0].transpose(0, 1))
 
 
-def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
+def _after_prefix_in_blocks(
+    q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, workspace: Workspace
+) -> None:
     """The same on the CPU, where a causal mask has to start with the cache's first token.
 
     With a block's queries in reverse, each row of the mask is the one before moved by an element,
@@ -94,7 +97,8 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) 
     length, _, kv_heads, _ = cache_C2Gd.shape
     grouped = (2, kv_heads, heads // kv_heads, length, head_dim)
     k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(2).expand(grouped).unbind()
-    line = q_THd.new_zeros(length + QUERY_BLOCK)
+    mark = workspace.mark()
+    line = workspace.take((length + QUERY_BLOCK,), q_THd.dtype).zero_()
     line[length:] = -torch.inf
     for first in range(0, tokens, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, tokens)
@@ -111,6 +115,7 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) 
         )
         context_THd = context_GhTd.flatten(0, 1).transpose(0, 1)
         torch.index_select(context_THd, 0, reverse, out=block_THd)
+    workspace.release(mark)
 
 
 def append_kv(cache_C2Gd: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:

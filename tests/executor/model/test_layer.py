@@ -170,15 +170,17 @@ def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, on_cpu, dtype
 
 @pytest.mark.parametrize("prefix", [1, 500, 8000])
 def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
-    """A second output and a line of the mask; not a mask of all tokens by all that they see."""
+    """A second output, as without; the mask is a line of the workspace, not all tokens by all."""
     arch = tiny_arch(num_heads=16, num_kv_heads=4, head_dim=32)
     spec, tokens, size = arch.spec, 300, 4
     qkv = torch.randn(tokens, spec.query_size + 2 * spec.kv_size)
     out = torch.empty(tokens, spec.query_size)
     cache = torch.randn(prefix + tokens, 2, spec.num_kv_heads, spec.head_dim)
 
+    workspace = big_workspace()
+
     def work(kept):
-        prefill_attention(arch, qkv, [tokens], [kept], out, big_workspace())
+        prefill_attention(arch, qkv, [tokens], [kept], out, workspace)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -186,10 +188,26 @@ def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
         without, with_prefix = (peak_bytes(work, kept) for kept in (None, cache))
     finally:
         torch.set_num_threads(threads)
-    line = (prefix + tokens + attention.QUERY_BLOCK) * size
     assert without >= out.nbytes
-    assert with_prefix <= without + line
-    assert tokens * (prefix + tokens) * size > 2 * line, "a whole mask would be more"
+    assert with_prefix <= without
+    assert workspace.high_water_bytes == (prefix + tokens + attention.QUERY_BLOCK) * size
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("prefix", [1, 500, 20_000])
+def test_the_line_of_a_mask_fits_the_planned_workspace(prefix, tokens):
+    arch = tiny_arch()
+    spec = arch.spec
+    planned = workspace_bytes(spec, tokens, "float32", longest_tokens=prefix + tokens)
+    workspace = Workspace(torch.empty(planned, dtype=torch.uint8))
+    width = spec.query_size + 2 * spec.kv_size
+    qkv = workspace.take((tokens, width), torch.float32).normal_()
+    out = workspace.take((tokens, spec.query_size), torch.float32)
+    cache = torch.randn(prefix + tokens, 2, spec.num_kv_heads, spec.head_dim)
+    held = workspace.mark()
+    prefill_attention(arch, qkv, [tokens], [cache], out, workspace)
+    assert workspace.mark() == held
+    assert workspace.high_water_bytes + out.nbytes <= planned, "torch has a second output"
 
 
 def peak_bytes(work, *args):
