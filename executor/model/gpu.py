@@ -173,12 +173,12 @@ class GpuKernels:
         grouped = self.grouped if _takes_grouped(x_TD, stack) else None
         ends = None if grouped is not None else ends_E.tolist()
         num_rows = len(order_N) if ends is None else ends[-1]
+        places_N = torch.empty_like(order_N)
+        places_N[order_N] = torch.arange(len(order_N), device=x_TD.device)
         if ends is None and (2 * num_rows <= rows_at_once or per_token == 1):
-            # Room for all at once: every token's outputs are added in one order, always the same.
+            # Room for all at once.
             y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped)
             _mask_others(y_ND.mul_(weights_N1), ends_E, count, num_experts)
-            places_N = torch.empty_like(order_N)
-            places_N[order_N] = torch.arange(num_rows, device=x_TD.device)
             out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
             return
         for first in range(0, num_rows, rows_at_once):
@@ -190,7 +190,7 @@ class GpuKernels:
             y_nD.mul_(weights_N1[piece])
             if on_host is None:
                 _mask_others(y_nD, ends_here, count, num_experts)
-            out_TD.index_add_(0, tokens_N[piece], y_nD)
+            _add_rows(out_TD, y_nD, places_N.view(len(x_TD), per_token) - first)
             del y_nD
 
     @staticmethod
@@ -269,6 +269,18 @@ def _mask_others(y_nD: Tensor, ends_E: Tensor, count: int, num_experts: int) -> 
     if count < num_experts:
         past_n = torch.arange(len(y_nD), device=y_nD.device) >= ends_E[-1]
         y_nD.masked_fill_(past_n.unsqueeze(1), 0)
+
+
+def _add_rows(out_TD: Tensor, y_nD: Tensor, places_TK: Tensor) -> None:
+    """Add to every token those of its rows that are among these, in the order of its experts.
+
+    index_add_ would add them in whatever order they come, which in bfloat16 is another result.
+    """
+    inside_TK = (places_TK >= 0) & (places_TK < len(y_nD))
+    rows_TK = places_TK.clamp(0, len(y_nD) - 1)
+    for rows_T, inside_T in zip(rows_TK.unbind(1), inside_TK.unbind(1), strict=True):
+        part_TD = y_nD.index_select(0, rows_T)
+        out_TD += part_TD.masked_fill_(inside_T.logical_not().unsqueeze(1), 0)
 
 
 def _takes_grouped(x_TD: Tensor, stack: ExpertStack) -> bool:

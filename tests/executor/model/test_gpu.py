@@ -126,6 +126,34 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
     assert counts.tolist() == routing.experts_TK.flatten().bincount(minlength=5).tolist()
 
 
+@pytest.mark.parametrize("rows_at_once", [7, 20, 59])
+def test_experts_never_add_two_rows_to_a_token_at_once(kernels, rows_at_once, monkeypatch):
+    """On a card such sums come in any order: none of the operators may have to."""
+    for name in ("index_add_", "scatter_add_", "index_put_"):
+        real = getattr(torch.Tensor, name)
+
+        def checked(self, *args, real=real, **named):
+            assert not self.is_floating_point()
+            return real(self, *args, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, checked)
+    arch = tiny_arch(num_experts=5, experts_per_token=3)
+    spec = arch.spec
+    stack = expert_stack(spec, torch.randn(5 * spec.expert_parameters).bfloat16() * 0.2, 0)
+    x = torch.randn(20, spec.hidden_size).bfloat16()
+    routing = route(arch, x, torch.randn(5, spec.hidden_size).bfloat16())
+    results = []
+    for _ in range(2):
+        results.append(torch.ones_like(x))
+        kernels.run_experts(
+            x, routing, [stack], results[-1], rows_at_once=rows_at_once, num_experts=5
+        )
+    assert torch.equal(*results)
+    some = torch.ones_like(x)
+    kernels.run_experts(x, routing, [stack], some, rows_at_once=1000, num_experts=5)
+    assert_same(results[0], some.float())
+
+
 def test_experts_of_no_tokens(kernels):
     arch = tiny_arch()
     stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters), 0)
