@@ -63,8 +63,10 @@ def prefill_attention(
         if cache_C2Gd is not None:
             cache_C2Gd[-length:].view(length, -1, spec.head_dim).copy_(qkv_TXd[prompt, heads:])
             if len(cache_C2Gd) > length:
-                attend = _after_prefix_in_blocks if q_THd.device.type == "cpu" else _after_prefix
-                attend(q_THd, cache_C2Gd, out_THd[prompt], workspace)
+                if q_THd.device.type == "cpu":
+                    _after_prefix_in_blocks(q_THd, cache_C2Gd, out_THd[prompt], workspace)
+                else:
+                    _after_prefix(q_THd, cache_C2Gd, out_THd[prompt])
                 continue
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
         context = scaled_dot_product_attention(
@@ -74,7 +76,7 @@ def prefill_attention(
     assert start == len(qkv_TX), (start, qkv_TX.shape)
 
 
-def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, _: Workspace) -> None:
+def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
     """Causal attention of a cache's last tokens; where kernels know it, no mask is ever made."""
     tokens, heads, _ = q_THd.shape
     k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()

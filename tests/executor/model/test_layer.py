@@ -155,7 +155,9 @@ def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, on_cpu, dtype
     exact = reference.attention(*split_heads(arch, qkv.float()))
     exact_other = reference.attention(*split_heads(arch, other.float()))
     cache = torch.full((302, 2, spec.num_kv_heads, spec.head_dim), 1e4).to(dtype)
-    form = attention._after_prefix_in_blocks if on_cpu else attention._after_prefix
+    form: Any = attention._after_prefix_in_blocks
+    if not on_cpu:
+        form = lambda q, cache, out, _: attention._after_prefix(q, cache, out)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_after_prefix_in_blocks", form)
         for first, last in pairwise([0, *cuts, 300]):
