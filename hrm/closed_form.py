@@ -5,8 +5,10 @@ projection counted. Fields of a point may be numbers or NumPy arrays: the search
 grid of policies with the same lines that estimate one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 from hrm import operators
 from hrm.costs import Costs
@@ -18,6 +20,9 @@ from hrm.schedules.orders import LOOKAHEAD
 from hrm.tasks import Device, Lane
 from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
+
+SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
+TRAPEZOID: Final[Mapping[float, float]] = {0.0: 1 / 2, 1.0: 1 / 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,37 +317,32 @@ def batch_terms(
         (1.0, (*lanes.values(), host_memory_s)),
         *(
             (weight, step.terms(context))
-            for context, weight in sampled_contexts(costs.spec, workload).items()
+            for context, weight in sampled_contexts(costs.spec, workload, SIMPSON).items()
         ),
     ]
 
 
-def straight_stretches(spec: ModelSpec, workload: Workload) -> list[tuple[float, float, float]]:
-    """First and last mean context and number of decode steps, with no window's end between.
+def sampled_contexts(
+    spec: ModelSpec, workload: Workload, rule: Mapping[float, float]
+) -> dict[float, float]:
+    """Mean contexts that stand for all decode steps, each with its number of steps.
 
-    Within a stretch each lane's work is a line in the context, so that a step's time, the longest
-    of them, is convex: the mean of its ends is no less than its mean. Where a context outgrows an
-    attention window the line bends down.
+    `rule` gives places in a stretch of contexts, from 0 to 1, and the share of its steps that each
+    stands for. Within a stretch each lane's work is a line in the context, so that a step's time,
+    the longest of them, is convex: `SIMPSON` is within a fraction of a per cent of the sum over all
+    steps, and `TRAPEZOID` no less than it. A stretch ends where a context outgrows an attention
+    window, as the line bends down there.
     """
     first = workload.prompt_len + 1
     last = workload.prompt_len + max(workload.decode_steps, 1)
-    bends = {float(kind.window) for kind in spec.layer_kinds() if kind.window}
+    bends = {kind.window for kind in spec.layer_kinds()}
     ends = [first, *sorted(bend for bend in bends if first < bend < last), last]
-    steps_a_token = workload.decode_steps / (last - first) if last > first else 0.0
-    if not steps_a_token:
-        return [(first, last, float(workload.decode_steps))]
-    return [(low, high, steps_a_token * (high - low)) for low, high in pairwise(ends)]
-
-
-def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
-    """Mean contexts that stand for all decode steps, each with its number of steps.
-
-    Simpson's rule over every stretch: within a fraction of a per cent of the sum over all steps.
-    """
     steps_at: dict[float, float] = {}
-    for first, last, steps in straight_stretches(spec, workload):
-        for share, context in ((1, first), (4, (first + last) / 2), (1, last)):
-            steps_at[context] = steps_at.get(context, 0.0) + steps * share / 6
+    for low, high in pairwise(ends):
+        part = (high - low) / (last - first) if last > first else 1.0
+        for place, share in rule.items():
+            context = low * (1 - place) + high * place
+            steps_at[context] = steps_at.get(context, 0.0) + workload.decode_steps * part * share
     return steps_at
 
 
@@ -366,7 +366,7 @@ def seconds_of_batches(
 
     lanes, host_memory_s = prefill_lanes(costs, point, workload)
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    steps_at = sampled_contexts(costs.spec, workload)
+    steps_at = sampled_contexts(costs.spec, workload, SIMPSON)
     contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
     decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
     return maximum(*lanes.values(), host_memory_s) + decode_s

@@ -59,14 +59,15 @@ class Costs:
         Without `by_window` it is asked once for kinds that differ by their window only.
         """
         kinds = self.spec.layer_kinds()
+        if not by_window:
+            of_any_window: dict[LayerKind, int] = {}
+            for kind, count in kinds.items():
+                alike = LayerKind(kind.has_experts)
+                of_any_window[alike] = of_any_window.get(alike, 0) + count
+            kinds = of_any_window
         if len(kinds) == 1:
             return seconds_of(next(iter(kinds)))
-        if by_window:
-            seconds = {kind: seconds_of(kind) for kind in kinds}
-        else:
-            of_ffn = {ffn: seconds_of(LayerKind(ffn)) for ffn in {k.has_experts for k in kinds}}
-            seconds = {kind: of_ffn[kind.has_experts] for kind in kinds}
-        return sum(count * seconds[kind] for kind, count in kinds.items()) / self.spec.num_layers
+        return sum(count * seconds_of(kind) for kind, count in kinds.items()) / self.spec.num_layers
 
     def pre_attention(self, m: Number) -> Number:
         """Norm, projections and rotary embedding on the GPU."""

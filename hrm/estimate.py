@@ -9,11 +9,12 @@ from math import ceil
 from typing import Final
 
 from hrm.closed_form import (
+    TRAPEZOID,
     DecodeStep,
     Point,
     prefill_all_reduce_s,
     prefill_lanes,
-    straight_stretches,
+    sampled_contexts,
 )
 from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
@@ -202,7 +203,8 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
     step = DecodeStep.of_point(costs, point, policy.schedule, share)
     active = share * policy.batch_size / policy.num_micro_batches
     decode = PhaseEstimate.nothing()
-    for context, steps in _contexts(costs.spec, workload).items():
+    contexts = sampled_contexts(costs.spec, workload, TRAPEZOID) if workload.decode_steps else {}
+    for context, steps in contexts.items():
         lanes, host_memory_s = step.lanes(context)
         bound_s = max(*lanes.values(), host_memory_s)
         simulated_s = step_seconds(costs, policy, context, tokens=active)
@@ -216,15 +218,6 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
         )
         decode = decode + of_one.times(steps)
     return prefill, decode
-
-
-def _contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
-    """Mean contexts at the ends of straight stretches, each with the steps that it stands for."""
-    steps_at: dict[float, float] = {}
-    for first, last, steps in straight_stretches(spec, workload):
-        for context in (first, last):
-            steps_at[context] = steps_at.get(context, 0.0) + steps / 2
-    return steps_at if workload.decode_steps else {}
 
 
 def decode_work(

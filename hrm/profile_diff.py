@@ -118,6 +118,10 @@ class ProfileDiff:
         """Figures of which at least one has a spread."""
         return [figure for figure in self.figures if figure.apart is not None]
 
+    def told(self, change: float) -> int:
+        """In how many figures a change by that share would be told from noise."""
+        return sum(figure.tells(change) for figure in self.figures)
+
 
 def diff_profiles(first: HardwareProfile, second: HardwareProfile) -> ProfileDiff:
     """Compare two profiles figure by figure."""

@@ -123,10 +123,10 @@ def _diff(
     counts = [f"{diff.count(verdict)} differ {_words(verdict)}" for verdict in Verdict]
     total = counted(len(diff.figures), "figure")
     console.print(f"{total} in both: {equal} equal, {', '.join(counts)}")
-    told = sum(figure.tells(TOLD_CHANGE) for figure in diff.judged)
     console.print(
         f"[dim]19 of 20 agree where nothing changed; a change of {TOLD_CHANGE:.0%} would be told in"
-        f" {told} of the {len(diff.judged)} with spreads (!: over {NOISY_SPREAD:.0%})[/]"
+        f" {diff.told(TOLD_CHANGE)} of the {len(diff.judged)} with spreads"
+        f" (!: over {NOISY_SPREAD:.0%})[/]"
     )
 
 
@@ -192,7 +192,7 @@ def _diff_json(diff: ProfileDiff) -> dict[str, Any]:
         "figures": [figure_json(figure) for figure in diff.different],
         "equal": len(diff.figures) - len(diff.different),
         "counts": {verdict.name.lower(): diff.count(verdict) for verdict in Verdict},
-        "tell_10_percent": sum(figure.tells(TOLD_CHANGE) for figure in diff.judged),
+        "tell_10_percent": diff.told(TOLD_CHANGE),
         "judged": len(diff.judged),
         "only_first": diff.only_first,
         "only_second": diff.only_second,

@@ -159,19 +159,24 @@ def test_one_pass_is_not_made_again():
     assert steps.passes_used == [0]
 
 
+def interrupt(steps, *, turn):
+    """Have the last step interrupted when it is made for the `turn`th time, from 0 on."""
+    turns, real = iter(range(100)), steps.steps[2].run
+
+    def stopped(seconds):
+        if next(turns) == turn:
+            raise KeyboardInterrupt
+        return real(seconds)
+
+    steps.steps[2] = replace(steps.steps[2], run=stopped)
+
+
 def test_which_passes_were_disturbed_is_known_when_it_goes_on(tmp_path):
     """Interrupted in the pass in place of a disturbed one."""
     path, told = tmp_path / "partial", []
     with journal(path) as kept:
         steps = passes_of(3, keeper=kept, watch=Neighbour(0.0, 0.5))
-        turns, real = iter(range(100)), steps.steps[2].run
-
-        def stopped(seconds):
-            if next(turns) == 3:
-                raise KeyboardInterrupt
-            return real(seconds)
-
-        steps.steps[2] = replace(steps.steps[2], run=stopped)
+        interrupt(steps, turn=3)
         with pytest.raises(ProfilingInterrupted) as caught:
             steps.run()
     assert caught.value.lost == ("b (1 in place of a disturbed one)",)
@@ -186,15 +191,8 @@ def test_which_passes_were_disturbed_is_known_when_it_goes_on(tmp_path):
 def test_a_pass_that_was_interrupted_goes_on(tmp_path):
     path = tmp_path / "partial"
     with journal(path) as kept:
-        steps, turns = passes_of(3, keeper=kept), iter(range(100))
-        real = steps.steps[2].run
-
-        def stopped(seconds):
-            if next(turns) == 1:
-                raise KeyboardInterrupt
-            return real(seconds)
-
-        steps.steps[2] = replace(steps.steps[2], run=stopped)
+        steps = passes_of(3, keeper=kept)
+        interrupt(steps, turn=1)
         with pytest.raises(ProfilingInterrupted) as caught:
             steps.run()
     assert caught.value.measured == ("a (1 of 3)", "once", "b (1 of 3)", "a (2 of 3)")
