@@ -1,8 +1,9 @@
 // Decode attention of one request over a stretch of its cache: online softmax, float32 sums.
 //
-// The cache is read in the order in which it lies, a block of tokens at a time: while one block is
-// computed, head by head, the next is fetched line by line in the order of its addresses. That is
-// what lets a core read at the memory's speed although one head's rows lie far apart.
+// The cache is computed nearly in the order in which it lies, a tile of tokens at a time: the keys
+// of all heads, then every head's softmax, then the values of all heads. Meanwhile the next tile is
+// fetched in the order of its addresses. Only so is it read as fast as the memory delivers: one
+// head's rows of many tokens lie far apart, and come at half that speed.
 #pragma once
 
 #include "kernels.hpp"
@@ -12,146 +13,112 @@ namespace {
 
 using native::Heads;
 
-// Fetches the lines of a stretch of memory, a few whenever it is asked to.
-struct Fetcher {
-    const char* next;
-    const char* end;
+constexpr int KEY_TOKENS = SUMS / 4;  // whose keys are multiplied together, by up to 4 queries
 
-    void fetch(int64_t lines) {
-        const int64_t left = (end - next) / 64;
-        const char* const until = next + 64 * (lines < left ? lines : left);
-        for (const char* line = next; line < until; line += 64) prefetch(line);
-        next = until;
+// Fetches memory in the order of its addresses, as much whenever it is asked to as is then read.
+struct Fetcher {
+    const char *next, *until;
+
+    explicit Fetcher(const void* from) : next(static_cast<const char*>(from)), until(next) {}
+
+    void fetch(int64_t num_bytes) {
+        if (next == nullptr) return;
+        until += num_bytes;
+        for (; next < until; next += 64) prefetch(next);
     }
 };
 
-// Where the parts of a softmax in progress lie.
+// Where the parts of a softmax in progress lie. The greatest logits and the sums are one float a
+// head, and some more up to a whole vector.
 struct State {
     float *values, *greatest, *sums;
 
     State(const Heads& shape, float* state)
         : values(state),
           greatest(state + shape.heads * shape.padded_dim),
-          sums(greatest + shape.heads) {}
+          sums(greatest + shape.padded_heads()) {}
 };
 
-// Logits of NUM heads for the block's tokens, whose keys are `stride` apart: scores[head][token].
-// Tokens beyond the last repeat it: there is room for them, and the softmax passes over them.
+// Tokens that are computed together. Each has a row of padded_heads scores: every head's logit,
+// then its weight as `Columns` takes it.
+struct TokenTile {
+    int64_t tokens;
+    float* scores;
+    float* factors;  // by which what each head summed before is multiplied
+    Fetcher& fetcher;
+    int64_t parts;   // of the heads that share keys and values: each reads them again
+};
+
+// Logits of NUM heads from `head` on, whose keys begin at `keys`, for KEY_TOKENS of a tile's tokens
+// from `first` on; if it has fewer, the rows of scores that would be theirs are written all the same.
 template <typename T, int NUM>
-void block_scores(
-    const float* queries, int64_t query_stride, const T* keys, int64_t stride, int64_t dim,
-    int64_t tokens, int64_t block_tokens, float* scores, Fetcher& fetcher, int64_t lines) {
-    constexpr int TOKENS = SUMS / NUM;
+void add_scores(
+    const Heads& shape, const TokenTile& tile, const T* keys, const float* queries, int64_t head,
+    int64_t first) {
     using D = Dot<T>;
-    for (int64_t first = 0; first < tokens; first += TOKENS) {
-        const T* rows[TOKENS];
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            const int64_t token = first + t < tokens ? first + t : tokens - 1;
-            rows[t] = keys + token * stride;
-        }
-        fetcher.fetch(lines);
-        Floats sums[SUMS];
-        UNROLL
-        for (int i = 0; i < SUMS; ++i) sums[i] = zeros();
-        const auto pass = [&]<int PASS>(int64_t i, const auto& key_of) {
-            typename D::Operand q[NUM];
-            UNROLL
-            for (int h = 0; h < NUM; ++h) {
-                q[h] = D::template prepared<PASS>(queries + h * query_stride, i);
-            }
-            UNROLL
-            for (int t = 0; t < TOKENS; ++t) {
-                const typename D::Operand k = D::template load<PASS>(key_of(t));
-                UNROLL
-                for (int h = 0; h < NUM; ++h) {
-                    sums[h * TOKENS + t] = D::step(sums[h * TOKENS + t], q[h], k);
-                }
-            }
-        };
-        const auto step = [&](int64_t i, const auto& key_of) {
-            pass.template operator()<0>(i, key_of);
-            if constexpr (D::PASSES == 2) pass.template operator()<1>(i, key_of);
-        };
-        int64_t i = 0;
-        for (; i + D::STEP <= dim; i += D::STEP) step(i, [&](int t) { return rows[t] + i; });
-        if (i < dim) {
-            Padded<T, D::STEP> parts[TOKENS];
-            for (int t = 0; t < TOKENS; ++t) parts[t].from(rows[t] + i, dim - i);
-            step(i, [&](int t) { return parts[t].elements; });
-        }
-        float finished[SUMS];
-        finish_sums(sums, finished);
+    const int64_t dim = shape.head_dim, rest = tile.tokens - first;
+    const int64_t tokens = rest < KEY_TOKENS ? rest : KEY_TOKENS;
+    const T* rows[KEY_TOKENS];
+    UNROLL
+    for (int t = 0; t < KEY_TOKENS; ++t) {
+        rows[t] = keys + (first + (t < tokens ? t : tokens - 1)) * shape.token_elements;
+    }
+    queries += head * shape.padded_dim;
+    Floats sums[SUMS];
+    UNROLL
+    for (int i = 0; i < SUMS; ++i) sums[i] = zeros();
+    const auto pass = [&]<int PASS>(int64_t i, const auto& key_of) {
+        typename D::Operand q[NUM];
         UNROLL
         for (int h = 0; h < NUM; ++h) {
-            std::memcpy(
-                scores + h * block_tokens + first, finished + h * TOKENS, TOKENS * sizeof(float));
+            q[h] = D::template prepared<PASS>(queries + h * shape.padded_dim, i);
         }
+        UNROLL
+        for (int t = 0; t < KEY_TOKENS; ++t) {
+            const typename D::Operand k = D::template load<PASS>(key_of(t));
+            UNROLL
+            for (int h = 0; h < NUM; ++h) {
+                sums[t * NUM + h] = D::step(sums[t * NUM + h], q[h], k);
+            }
+        }
+    };
+    const auto step = [&](int64_t i, const auto& key_of) {
+        pass.template operator()<0>(i, key_of);
+        if constexpr (D::PASSES == 2) pass.template operator()<1>(i, key_of);
+    };
+    int64_t i = 0;
+    for (; i + D::STEP <= dim; i += D::STEP) step(i, [&](int t) { return rows[t] + i; });
+    if (i < dim) {
+        Padded<T, D::STEP> parts[KEY_TOKENS];
+        for (int t = 0; t < KEY_TOKENS; ++t) parts[t].from(rows[t] + i, dim - i);
+        step(i, [&](int t) { return parts[t].elements; });
+    }
+    tile.fetcher.fetch(tokens * dim * static_cast<int64_t>(sizeof(T)) / tile.parts);
+    float finished[SUMS];
+    finish_sums(sums, finished);
+    float* scores = tile.scores + first * shape.padded_heads() + head;
+    UNROLL
+    for (int t = 0; t < KEY_TOKENS; ++t, scores += shape.padded_heads()) {
+        std::memcpy(scores, finished + t * NUM, NUM * sizeof(float));
     }
 }
 
-// Weights as the sums over tokens take them.
-template <typename T>
-struct Weights {
-    using Element = float;
-    static void set(Element* to, Floats weights) { store(to, weights); }
-    static Floats get(const Element* from) { return widen(from); }
-};
-
-// Turn one head's logits into weights relative to the greatest logit so far, zero beyond `tokens`
-// up to a multiple of 16. Returns by how much what was summed before must be multiplied.
-template <typename T>
-float block_softmax(float* scores, int64_t tokens, float scale, float& greatest, float& total) {
-    using Element = typename Weights<T>::Element;
-    const int64_t padded = native::rounded_up(tokens, SUMS);
-    for (int64_t t = tokens; t < padded; ++t) scores[t] = scores[tokens - 1];
-    // Zero, unless a logit is infinite or not a number: then the result must not be one either.
-    Floats most = widen(scores), doubt = multiply(most, zeros());
-    for (int64_t t = LANES; t < padded; t += LANES) {
-        const Floats logits = widen(scores + t);
-        most = greater(most, logits);
-        doubt = multiply_add(logits, zeros(), doubt);
-    }
-    const float before = greatest, now = maximum(most) * scale;
-    greatest = now > before ? now : before;
-    const Floats scales = splat(scale), offset = splat(-greatest);
-    Element* weights = reinterpret_cast<Element*>(scores);  // never overtakes what is still read
-    for (int64_t t = 0; t < padded; t += LANES) {
-        Weights<T>::set(weights + t, power_of_two(multiply_add(widen(scores + t), scales, offset)));
-    }
-    for (int64_t t = tokens; t < padded; ++t) weights[t] = Element{};
-    Floats sums = zeros();
-    for (int64_t t = 0; t < padded; t += LANES) sums = add(sums, Weights<T>::get(weights + t));
-    float factor[LANES];
-    store(factor, power_of_two(splat(before - greatest)));
-    total = total * factor[0] + sum(add(sums, doubt));
-    return factor[0];
-}
-
-// A block's values, and what they are added to, for NUM heads that share them.
-template <typename T>
-struct Block {
-    const T* rows;
-    int64_t stride, tokens;
-    const float* scores;  // the heads' weights, block_tokens floats apart
-    int64_t block_tokens;
-    float* values;        // in the order of `Columns`, padded_dim apart
-    int64_t padded_dim;
-    const float* factors;
-};
-
-constexpr int64_t FETCH_EVERY = 8;  // tokens
-
-// How values are added up: WIDTH columns at a time, VECTORS sums of them a head.
+// How values are added up: WIDTH columns at a time, VECTORS sums of them a head, TOKENS at once.
 template <typename T>
 struct Columns {
     static constexpr int WIDTH = Pack<T>::WIDTH, VECTORS = Pack<T>::VECTORS, TOKENS = 1;
 
-    // Add `weight * value` of the tokens from `row` on, for NUM heads and COUNT times WIDTH columns.
+    // Put a vector of heads' weights of TOKENS tokens where `add` finds them; returns their sums.
+    static Floats put(float* scores, const Floats (&weights)[TOKENS]) {
+        store(scores, weights[0]);
+        return weights[0];
+    }
+
+    // Add `weight * value` of the tokens at `row` and `next`, for NUM heads and COUNT * WIDTH columns.
     template <int NUM, int COUNT, typename Load>
     static void add(
-        Floats (&sums)[NUM][COUNT * VECTORS], const T* row, const T*, const float* scores,
-        int64_t token, int64_t block_tokens, Load load) {
+        Floats (&sums)[NUM][COUNT * VECTORS], const T* row, const T*, const float* weights,
+        Load load) {
         Floats values[COUNT * VECTORS];
         UNROLL
         for (int c = 0; c < COUNT; ++c) {
@@ -161,7 +128,7 @@ struct Columns {
         }
         UNROLL
         for (int h = 0; h < NUM; ++h) {
-            const Floats weight = splat(scores[h * block_tokens + token]);
+            const Floats weight = splat(weights[h]);
             UNROLL
             for (int c = 0; c < COUNT * VECTORS; ++c) {
                 sums[h][c] = multiply_add(weight, values[c], sums[h][c]);
@@ -173,29 +140,23 @@ struct Columns {
 };
 
 #ifdef PATH_AVX512_BF16
-template <>
-struct Weights<Bf16> {
-    using Element = uint16_t;
-
-    static void set(Element* to, Floats weights) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(weights));
-    }
-
-    static Floats get(const Element* from) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-};
-
 // Two tokens at a time: the values of both side by side, and so their weights.
 template <>
 struct Columns<Bf16> {
     static constexpr int WIDTH = 2 * LANES, VECTORS = 2, TOKENS = 2;
 
+    static Floats put(float* scores, const Floats (&weights)[TOKENS]) {
+        const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weights[0]));
+        const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weights[1]));
+        const __m512i high = _mm512_slli_epi32(second, 16);
+        _mm512_storeu_si512(scores, _mm512_or_si512(first, high));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)) + _mm512_castsi512_ps(high);
+    }
+
     template <int NUM, int COUNT, typename Load>
     static void add(
         Floats (&sums)[NUM][COUNT * VECTORS], const Bf16* row, const Bf16* next,
-        const float* scores, int64_t token, int64_t block_tokens, Load load) {
+        const float* weights, Load load) {
         __m512bh values[COUNT * VECTORS];
         UNROLL
         for (int c = 0; c < COUNT; ++c) {
@@ -206,10 +167,7 @@ struct Columns<Bf16> {
         }
         UNROLL
         for (int h = 0; h < NUM; ++h) {
-            int32_t pair;
-            const uint16_t* weights = reinterpret_cast<const uint16_t*>(scores + h * block_tokens);
-            std::memcpy(&pair, weights + token, sizeof pair);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            const __m512bh both = (__m512bh)splat(weights[h]);
             UNROLL
             for (int c = 0; c < COUNT * VECTORS; ++c) {
                 sums[h][c] = _mm512_dpbf16_ps(sums[h][c], values[c], both);
@@ -228,152 +186,160 @@ struct Columns<Bf16> {
 };
 #endif
 
-// values[head][column] = factor[head] * values + sum over tokens of weight * value.
+// Turn logits into weights relative to the greatest logits so far, a vector of heads at a time.
+template <typename T>
+void weigh(const Heads& shape, const TokenTile& tile, const State& state) {
+    constexpr int TOKENS = Columns<T>::TOKENS;
+    const int64_t heads = shape.padded_heads();
+    const Floats scale = splat(shape.scale);
+    for (int64_t h = 0; h < heads; h += LANES) {
+        float* scores = tile.scores + h;
+        // Zero, unless a logit is infinite or not a number: then the result must not be one either.
+        Floats most = widen(scores), doubt = multiply(most, zeros());
+        for (int64_t t = 1; t < tile.tokens; ++t) {
+            const Floats logits = widen(scores + t * heads);
+            most = greater(most, logits);
+            doubt = multiply_add(logits, zeros(), doubt);
+        }
+        const Floats before = widen(state.greatest + h);
+        const Floats greatest = greater(multiply(most, scale), before);
+        const Floats factors = power_of_two(subtract(before, greatest));
+        Floats sums = multiply_add(widen(state.sums + h), factors, doubt);
+        for (int64_t t = 0; t < tile.tokens; t += TOKENS, scores += TOKENS * heads) {
+            Floats weights[TOKENS];
+            UNROLL
+            for (int next = 0; next < TOKENS; ++next) {
+                const Floats logits = multiply(widen(scores + next * heads), scale);
+                weights[next] = t + next < tile.tokens ? power_of_two(subtract(logits, greatest))
+                                                       : zeros();
+            }
+            sums = add(sums, Columns<T>::put(scores, weights));
+        }
+        store(state.greatest + h, greatest);
+        store(state.sums + h, sums);
+        store(tile.factors + h, factors);
+    }
+}
+
+// sums[head][column] = factor[head] * sums + sum over tokens of weight * value, for NUM heads from
+// `head` on and COUNT times WIDTH columns from `column` on.
 template <typename T, int NUM, int COUNT, typename Load>
 void add_columns(
-    const Block<T>& block, int64_t column, Load load, Fetcher& fetcher, int64_t lines) {
+    const Heads& shape, const TokenTile& tile, const T* values, float* summed, int64_t head,
+    int64_t column, Load load) {
     using C = Columns<T>;
     constexpr int VECTORS = COUNT * C::VECTORS;
+    summed += head * shape.padded_dim + column;
     Floats sums[NUM][VECTORS];
     UNROLL
     for (int h = 0; h < NUM; ++h) {
+        const Floats factor = splat(tile.factors[head + h]);
         UNROLL
         for (int v = 0; v < VECTORS; ++v) {
-            const float* before = block.values + h * block.padded_dim + column + v * LANES;
-            sums[h][v] = multiply(widen(before), splat(block.factors[h]));
+            sums[h][v] = multiply(widen(summed + h * shape.padded_dim + v * LANES), factor);
         }
     }
-    const T* row = block.rows + column;
-    const T* const last = row + (block.tokens - 1) * block.stride;
-    for (int64_t start = 0; start < block.tokens; start += FETCH_EVERY) {
-        fetcher.fetch(lines);
-        const int64_t end = start + FETCH_EVERY < block.tokens ? start + FETCH_EVERY : block.tokens;
-        for (int64_t t = start; t < end; t += C::TOKENS, row += C::TOKENS * block.stride) {
-            const T* next = row < last ? row + block.stride : row;  // its weight is 0 at the end
-            C::template add<NUM, COUNT>(
-                sums, row, next, block.scores, t, block.block_tokens, load);
-        }
+    const int64_t stride = shape.token_elements;
+    const T* row = values + column;
+    const T* const last = row + (tile.tokens - 1) * stride;
+    const float* weights = tile.scores + head;
+    for (; row + (C::TOKENS - 1) * stride <= last; row += C::TOKENS * stride) {
+        C::template add<NUM, COUNT>(sums, row, row + stride, weights, load);
+        weights += C::TOKENS * shape.padded_heads();
     }
+    if (row <= last) C::template add<NUM, COUNT>(sums, row, row, weights, load);  // once it weighs 0
+    constexpr int64_t ROW_BYTES = COUNT * C::WIDTH * sizeof(T);
+    tile.fetcher.fetch(tile.tokens * ROW_BYTES / tile.parts);
     UNROLL
     for (int h = 0; h < NUM; ++h) {
         UNROLL
         for (int v = 0; v < VECTORS; ++v) {
-            store(block.values + h * block.padded_dim + column + v * LANES, sums[h][v]);
+            store(summed + h * shape.padded_dim + v * LANES, sums[h][v]);
         }
     }
 }
 
+// Add the weighted values of NUM heads from `head` on, whose values begin at `values`.
 template <typename T, int NUM>
-constexpr int columns_at_once() {
-    return VALUE_SUMS / NUM / Columns<T>::VECTORS;
-}
-
-template <typename T, int NUM>
-int64_t passes(int64_t dim) {
-    const int64_t whole = dim / Columns<T>::WIDTH, at_once = columns_at_once<T, NUM>();
-    return whole / at_once + whole % at_once + (dim % Columns<T>::WIDTH != 0);
-}
-
-template <typename T, int NUM>
-void add_values(const Block<T>& block, int64_t dim, Fetcher& fetcher, int64_t lines) {
+void add_values(
+    const Heads& shape, const TokenTile& tile, const T* values, float* summed, int64_t head) {
     using C = Columns<T>;
-    constexpr int COUNT = columns_at_once<T, NUM>();
-    const auto whole = [](const T* from) { return from; };
+    constexpr int COUNT = VALUE_SUMS / NUM / C::VECTORS;
+    const int64_t dim = shape.head_dim;
+    const auto as_is = [](const T* from) { return from; };
     int64_t column = 0;
     for (; column + COUNT * C::WIDTH <= dim; column += COUNT * C::WIDTH) {
-        add_columns<T, NUM, COUNT>(block, column, whole, fetcher, lines);
+        add_columns<T, NUM, COUNT>(shape, tile, values, summed, head, column, as_is);
     }
     for (; column + C::WIDTH <= dim; column += C::WIDTH) {
-        add_columns<T, NUM, 1>(block, column, whole, fetcher, lines);
+        add_columns<T, NUM, 1>(shape, tile, values, summed, head, column, as_is);
     }
     if (column < dim) {
         Padded<T, C::WIDTH> padded;
         const auto part = [&](const T* from) { return padded.from(from, dim - column); };
-        add_columns<T, NUM, 1>(block, column, part, fetcher, lines);
+        add_columns<T, NUM, 1>(shape, tile, values, summed, head, column, part);
     }
 }
 
-// One block for NUM heads, `head` the first of them, that share a head of keys and values.
-template <typename T, int NUM>
-void attend_heads(
-    const Heads& shape, const float* queries, const T* keys, int64_t head, int64_t tokens, State& state,
-    float* scores, Fetcher& fetcher, int64_t lines) {
-    const int64_t dim = shape.head_dim, stride = shape.token_elements;
-    // Half of the lines are fetched with the logits and half with the values.
-    const int64_t tiles = native::rounded_up(tokens, SUMS / NUM) / (SUMS / NUM);
-    block_scores<T, NUM>(
-        queries + head * shape.padded_dim, shape.padded_dim, keys, stride, dim, tokens,
-        shape.block_tokens, scores, fetcher, lines / (2 * tiles) + 1);
-    float factors[NUM];
-    UNROLL
-    for (int h = 0; h < NUM; ++h) {
-        factors[h] = block_softmax<T>(
-            scores + h * shape.block_tokens, tokens, shape.scale, state.greatest[head + h],
-            state.sums[head + h]);
+// Call work<NUM>(kv_head, head) for all heads, NUM of them at a time that share keys and values.
+template <typename Work>
+void for_heads(const Heads& shape, const Work& work) {
+    const int64_t group = shape.heads / shape.kv_heads;
+    int64_t head = 0;
+    for (int64_t g = 0; g < shape.kv_heads; ++g) {
+        const int64_t end = head + group;
+        for (; head + 4 <= end; head += 4) work.template operator()<4>(g, head);
+        for (; head + 2 <= end; head += 2) work.template operator()<2>(g, head);
+        for (; head < end; ++head) work.template operator()<1>(g, head);
     }
-    const int64_t padded = shape.padded_dim;
-    const Block<T> block = {
-        keys + shape.kv_heads * dim, stride, tokens, scores, shape.block_tokens,
-        state.values + head * padded, padded, factors,
-    };
-    const int64_t steps = passes<T, NUM>(dim) * ((tokens + FETCH_EVERY - 1) / FETCH_EVERY);
-    add_values<T, NUM>(block, dim, fetcher, lines / (2 * steps) + 1);
 }
 
 template <typename T>
 void attend(
     const Heads& shape, const void* query_row, const void* first_token, int64_t tokens,
-    native::Stretch following, float* state_memory, float* scratch) {
+    const void* following, float* state_memory, float* scratch) {
     const T* query = static_cast<const T*>(query_row);
     const T* cache = static_cast<const T*>(first_token);
-    State state(shape, state_memory);
+    const State state(shape, state_memory);
+    const int64_t padded_heads = shape.padded_heads();
     for (int64_t i = 0; i < shape.heads * shape.padded_dim; ++i) state.values[i] = 0.0f;
-    for (int64_t h = 0; h < shape.heads; ++h) {
+    for (int64_t h = 0; h < padded_heads; ++h) {
         state.greatest[h] = -__builtin_inff();
         state.sums[h] = 0.0f;
     }
     float* queries = scratch;
-    float* scores = queries + shape.heads * shape.padded_dim;
+    float* factors = queries + shape.heads * shape.padded_dim;
+    float* scores = factors + padded_heads;
     for (int64_t h = 0; h < shape.heads; ++h) {
         Dot<T>::prepare(query + h * shape.head_dim, shape.head_dim, queries + h * shape.padded_dim);
     }
+    if (shape.heads < padded_heads) {  // what is no head's is weighed as well
+        std::memset(scores, 0, shape.tile_tokens * padded_heads * sizeof(float));
+    }
     const int64_t group = shape.heads / shape.kv_heads;
-    const int64_t stride = shape.token_elements;
-    const int64_t steps = shape.kv_heads * (group / 4 + group % 4 / 2 + group % 2);
-    for (int64_t start = 0; start < tokens; start += shape.block_tokens) {
-        const int64_t rest = tokens - start;
-        const int64_t here = rest < shape.block_tokens ? rest : shape.block_tokens;
-        const int64_t after = rest - here < shape.block_tokens ? rest - here : shape.block_tokens;
-        const T* block = cache + start * stride;
-        const native::Stretch next =
-            after > 0 ? native::Stretch{reinterpret_cast<const char*>(block + here * stride),
-                                        after * stride * static_cast<int64_t>(sizeof(T))}
-                      : following;
-        Fetcher fetcher{next.from, next.from + next.num_bytes};
-        const int64_t lines = next.num_bytes / 64 / steps + 1;
-        for (int64_t g = 0; g < shape.kv_heads; ++g) {
-            const T* keys = block + g * shape.head_dim;
-            int64_t head = g * group;
-            const int64_t end = head + group;
-            for (; head + 4 <= end; head += 4) {
-                attend_heads<T, 4>(
-                    shape, queries, keys, head, here, state, scores, fetcher, lines);
-            }
-            if (head + 2 <= end) {
-                attend_heads<T, 2>(
-                    shape, queries, keys, head, here, state, scores, fetcher, lines);
-                head += 2;
-            }
-            if (head < end) {
-                attend_heads<T, 1>(
-                    shape, queries, keys, head, here, state, scores, fetcher, lines);
-            }
+    const int64_t parts = group / 4 + group % 4 / 2 + group % 2;
+    for (int64_t start = 0; start < tokens; start += shape.tile_tokens) {
+        const T* const keys = cache + start * shape.token_elements;
+        const T* const values = keys + shape.kv_heads * shape.head_dim;
+        const int64_t rest = tokens - start, most = shape.tile_tokens;
+        Fetcher fetcher(rest > most ? keys + most * shape.token_elements : following);
+        const TokenTile tile = {rest < most ? rest : most, scores, factors, fetcher, parts};
+        for (int64_t first = 0; first < tile.tokens; first += KEY_TOKENS) {
+            for_heads(shape, [&]<int NUM>(int64_t g, int64_t head) {
+                const T* from = keys + g * shape.head_dim;
+                add_scores<T, NUM>(shape, tile, from, queries, head, first);
+            });
         }
+        weigh<T>(shape, tile, state);
+        for_heads(shape, [&]<int NUM>(int64_t g, int64_t head) {
+            const T* from = values + g * shape.head_dim;
+            add_values<T, NUM>(shape, tile, from, state.values, head);
+        });
     }
 }
 
 inline void merge_states(const Heads& shape, float* earlier, const float* later) {
-    State into(shape, earlier), from(shape, const_cast<float*>(later));
+    const State into(shape, earlier), from(shape, const_cast<float*>(later));
     const int64_t padded = shape.padded_dim;
     for (int64_t h = 0; h < shape.heads; ++h) {
         const float a = into.greatest[h], b = from.greatest[h], most = a > b ? a : b;

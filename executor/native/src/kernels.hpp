@@ -14,6 +14,7 @@ enum Dtype { BFLOAT16, FLOAT16, FLOAT32, NUM_DTYPES };
 static inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 constexpr int64_t ACCUMULATOR_UNIT = 32;  // floats; a head's accumulators are padded to it
+constexpr int64_t TILE_UNIT = 8;  // tokens; for fewer it is slow to load and store all accumulators
 
 // Decode attention of one request. A token of the cache is 2 * kv_heads rows of head_dim elements,
 // its keys and then its values.
@@ -21,25 +22,23 @@ struct Heads {
     int64_t heads, kv_heads, head_dim;
     int64_t padded_dim;      // of a head's float32 sums: head_dim rounded up to ACCUMULATOR_UNIT
     int64_t token_elements;  // 2 * kv_heads * head_dim
-    int64_t block_tokens;    // tokens whose scores are held at a time, a multiple of 16
+    int64_t tile_tokens;     // computed at a time, a multiple of TILE_UNIT
     float scale;             // of the logits, log2(e) included: weights are powers of two
-};
 
-// What the calling thread will probably read next, to be fetched while it computes.
-struct Stretch {
-    const char* from;
-    int64_t num_bytes;
+    // What is one float a head is padded to whole vectors of them.
+    int64_t padded_heads() const { return rounded_up(heads, 16); }
 };
 
 // Floats of a softmax in progress: the weighted sums of the values, head by head, then every
 // head's greatest logit, then every head's sum of weights.
 static inline int64_t state_floats(const Heads& shape) {
-    return rounded_up(shape.heads * (shape.padded_dim + 2), ACCUMULATOR_UNIT);
+    return rounded_up(
+        shape.heads * shape.padded_dim + 2 * shape.padded_heads(), ACCUMULATOR_UNIT);
 }
 
-// Floats of scratch: the queries, widened, and the scores of a block for at most 4 heads at once.
+// Floats of scratch: the queries, widened, and for every head a factor and a tile's scores.
 static inline int64_t scratch_floats(const Heads& shape) {
-    return shape.heads * shape.padded_dim + 4 * shape.block_tokens;
+    return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * shape.padded_heads();
 }
 
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after
@@ -76,10 +75,10 @@ constexpr int COLUMNS = 32;  // of the activations or the output that are one pi
 
 struct Path {
     const char* name;
-    // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`; `next` is
-    // fetched with the last of them.
+    // Softmax of `tokens` tokens of the cache from `cache` on, started anew in `state`; what begins
+    // at `next`, if it is not null, is fetched with the last of them.
     void (*attend[NUM_DTYPES])(
-        const Heads&, const void* query, const void* cache, int64_t tokens, Stretch next,
+        const Heads&, const void* query, const void* cache, int64_t tokens, const void* next,
         float* state, float* scratch);
     // Take the later tokens' softmax into an earlier one's.
     void (*merge)(const Heads&, float* state, const float* later);

@@ -12,8 +12,8 @@ int64_t element_size(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-constexpr int64_t BLOCK_BYTES = 64 << 10;   // of the cache: a small part of a core's own cache
-constexpr int64_t MAX_BLOCK_TOKENS = 128;
+constexpr int64_t TILE_BYTES = 16 << 10;    // of the cache: more come slower from the memory
+constexpr int64_t MAX_TILE_TOKENS = 128;
 constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
 constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
@@ -67,25 +67,20 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
     const Heads shape{
         call.heads, call.kv_heads, call.head_dim, rounded_up(call.head_dim, ACCUMULATOR_UNIT),
         token_elements,
-        std::clamp<int64_t>(BLOCK_BYTES / token_bytes / 16 * 16, 16, MAX_BLOCK_TOKENS),
+        std::clamp(
+            TILE_BYTES / token_bytes / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS),
         static_cast<float>(LOG2_E / std::sqrt(static_cast<double>(call.head_dim))),
     };
 
     const auto split_tokens = [&](int64_t length) {
         const int64_t tokens = std::max(
             (SPLIT_BYTES + token_bytes - 1) / token_bytes, (length + MAX_SPLITS - 1) / MAX_SPLITS);
-        return rounded_up(tokens, shape.block_tokens);
+        return rounded_up(tokens, shape.tile_tokens);
     };
     const auto cache_at = [&](int64_t request, int64_t token) {
         return call.cache + (call.starts[request] + token) * token_bytes;
     };
-    // The first block of a split, or nothing of those beyond the last request.
-    const auto first_block = [&](int64_t request, int64_t first) -> Stretch {
-        if (request < 0) return {nullptr, 0};
-        const int64_t tokens = std::min(shape.block_tokens, call.lengths[request] - first);
-        return {cache_at(request, first), tokens * token_bytes};
-    };
-    const auto attend_split = [&](int64_t request, int64_t first, Stretch next, float* state,
+    const auto attend_split = [&](int64_t request, int64_t first, const void* next, float* state,
                                   float* temporary) {
         const int64_t length = call.lengths[request];
         path.attend[call.dtype](
@@ -110,9 +105,10 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
             float *later = state + state_size, *temporary = later + state_size;
             const int64_t length = call.lengths[request], step = split_tokens(length);
             for (int64_t first = 0; first < length; first += step) {
-                const bool is_last = first + step >= length;
-                const Stretch next = is_last ? first_block(helpers.upcoming(), 0)
-                                             : first_block(request, first + step);
+                const int64_t upcoming = helpers.upcoming();
+                const void* const next = first + step < length ? cache_at(request, first + step)
+                                         : upcoming < 0        ? nullptr
+                                                               : cache_at(upcoming, 0);
                 attend_split(request, first, next, first == 0 ? state : later, temporary);
                 if (first > 0) path.merge(shape, state, later);
             }
@@ -132,8 +128,8 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
     helpers.run(threads, count, [&](int64_t i) {
         const auto [request, first] = splits[i];
         const int64_t upcoming = helpers.upcoming();
-        const Stretch next = upcoming < 0 ? Stretch{nullptr, 0}
-                                          : first_block(splits[upcoming].first, splits[upcoming].second);
+        const void* const next =
+            upcoming < 0 ? nullptr : cache_at(splits[upcoming].first, splits[upcoming].second);
         attend_split(request, first, next, all_states + i * state_size, scratch(room));
     });
     for (int64_t i = 0; i < count;) {

@@ -23,6 +23,7 @@ typedef uint16_t Halves __attribute__((vector_size(8)));
 inline Floats splat(float value) { return Floats{value, value, value, value}; }
 inline Floats zeros() { return splat(0.0f); }
 inline Floats add(Floats a, Floats b) { return a + b; }
+inline Floats subtract(Floats a, Floats b) { return a - b; }
 inline Floats multiply(Floats a, Floats b) { return a * b; }
 inline Floats divide(Floats a, Floats b) { return a / b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
