@@ -6,7 +6,8 @@ a cache holds its keys and then its values, (2, G, d).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from executor.model.layout import DenseWeights
 from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
-from executor.native import kernels
+from executor.native import has_amx, kernels, paths
 from hrm.memory import MASK_BLOCK_TOKENS
 
 QUERY_BLOCK = MASK_BLOCK_TOKENS  # more would compute much of the future, fewer are slow
+NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured on Zen 4
 
 
 def pre_attention(
@@ -48,7 +50,8 @@ def prefill_attention(
 
     Where a prompt has a cache, its tokens' keys and values are written to the cache's last rows.
     If it has more rows, these are the prompt's earlier tokens, which are attended over as well.
-    torch allocates one prompt's output besides.
+    On the CPU the native kernel attends over caches up to `NATIVE_CONTEXT`, as to one more request
+    with each token; torch does all else, and allocates one prompt's output besides.
     """
     spec = arch.spec
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
@@ -62,6 +65,8 @@ def prefill_attention(
         start += length
         if cache_C2Gd is not None:
             cache_C2Gd[-length:].view(length, -1, spec.head_dim).copy_(qkv_TXd[prompt, heads:])
+            if _attended_natively(qkv_TX[prompt], cache_C2Gd, out_TQ[prompt]):
+                continue
             if len(cache_C2Gd) > length:
                 if q_THd.device.type == "cpu":
                     _after_prefix_in_blocks(q_THd, cache_C2Gd, out_THd[prompt], workspace)
@@ -74,6 +79,28 @@ def prefill_attention(
         )
         out_THd[prompt].copy_(context[0].transpose(0, 1))
     assert start == len(qkv_TX), (start, qkv_TX.shape)
+
+
+def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor) -> bool:
+    """Causal attention of a cache's last tokens if the native kernel is to do it, else False."""
+    native, context = kernels(), len(cache_C2Gd)
+    if native is None or not native.takes_attention(qkv_TX, cache_C2Gd, out_TQ):
+        return False
+    if context > _max_native_context(cache_C2Gd.dtype):
+        return False
+    tokens = len(qkv_TX)
+    ends = range(context - tokens + 1, context + 1)
+    native.decode_attention(qkv_TX, cache_C2Gd, [0] * tokens, ends, out_TQ)
+    return True
+
+
+@cache
+def _max_native_context(dtype: torch.dtype) -> int:
+    if not paths()[:-1]:  # the portable path is slower for all but the shortest
+        return 0
+    if dtype is torch.bfloat16 and has_amx():
+        return 0  # a guess: torch multiplies in AMX's tiles, we do not
+    return NATIVE_CONTEXT
 
 
 def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from executor import native
 from executor.model import (
     Norm,
     Routing,
@@ -143,23 +144,25 @@ def test_prefill_attention(arch, dtype):
 @given(
     arch=archs,
     cuts=st.lists(st.integers(1, 299), max_size=5, unique=True).map(sorted),
-    on_cpu=st.booleans(),
+    form=st.sampled_from(["native", "in blocks", "by one mask"]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32),
 )
-def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, on_cpu, dtype, seed):
-    """Both forms, that of other devices than the CPU too; beside another prompt in every chunk."""
+def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, form, dtype, seed):
+    """All forms, that of other devices than the CPU too; beside another prompt in every chunk."""
     torch.manual_seed(seed)
     spec, width = arch.spec, arch.spec.query_size + 2 * arch.spec.kv_size
     qkv, other = torch.randn(300, width).to(dtype), torch.randn(5, width).to(dtype)
     exact = reference.attention(*split_heads(arch, qkv.float()))
     exact_other = reference.attention(*split_heads(arch, other.float()))
     cache = torch.full((302, 2, spec.num_kv_heads, spec.head_dim), 1e4).to(dtype)
-    form: Any = attention._after_prefix_in_blocks
-    if not on_cpu:
-        form = lambda q, cache, out, _: attention._after_prefix(q, cache, out)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_after_prefix_in_blocks", form)
+    kernels = native.kernels() if form == "native" else None
+    with native.using(kernels), pytest.MonkeyPatch.context() as patch:
+        if form == "by one mask":
+            patch.setattr(
+                attention, "_after_prefix_in_blocks",
+                lambda q, cache, out, _: attention._after_prefix(q, cache, out),
+            )  # fmt: skip
         for first, last in pairwise([0, *cuts, 300]):
             chunk, lengths = torch.cat([qkv[first:last], other]), [last - first, 5]
             out = torch.empty(len(chunk), spec.query_size, dtype=dtype)
@@ -168,6 +171,28 @@ def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, on_cpu, dtype
             assert_same(out, torch.cat([exact[first:last], exact_other]))
     assert torch.equal(cache[1:301].flatten(1), qkv[:, spec.query_size :])
     assert (cache[[0, 301]] == torch.tensor(1e4).to(dtype)).all()
+
+
+def test_long_contexts_are_torchs(monkeypatch):
+    """Up to a length the native kernel's, if there is one; the results are alike on both sides."""
+    arch, seen = tiny_arch(num_kv_heads=2, head_dim=8), []
+    width = arch.spec.query_size + 2 * arch.spec.kv_size
+    attend = native.Kernels.decode_attention
+    monkeypatch.setattr(
+        native.Kernels, "decode_attention",
+        lambda self, qkv, cache, starts, lengths, out: (
+            seen.append(len(cache)), attend(self, qkv, cache, starts, lengths, out)
+        ),
+    )  # fmt: skip
+    for context in (attention.NATIVE_CONTEXT, attention.NATIVE_CONTEXT + 1):
+        qkv, cache = torch.randn(7, width), torch.randn(context, 2, 2, 8)
+        out, exact = torch.empty(2, 7, arch.spec.query_size)
+        prefill_attention(arch, qkv, [7], [cache], out, big_workspace())
+        with native.using(None):
+            prefill_attention(arch, qkv, [7], [cache], exact, big_workspace())
+        assert_same(out, exact)
+    by_us = native.kernels() is not None and native.paths()[:-1]
+    assert seen == ([attention.NATIVE_CONTEXT] if by_us else [])
 
 
 @pytest.mark.parametrize("prefix", [1, 500, 8000])
@@ -182,7 +207,8 @@ def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
     workspace = big_workspace()
 
     def work(kept):
-        prefill_attention(arch, qkv, [tokens], [kept], out, workspace)
+        with native.using(None):
+            prefill_attention(arch, qkv, [tokens], [kept], out, workspace)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -207,7 +233,8 @@ def test_the_line_of_a_mask_fits_the_planned_workspace(prefix, tokens):
     out = workspace.take((tokens, spec.query_size), torch.float32)
     cache = torch.randn(prefix + tokens, 2, spec.num_kv_heads, spec.head_dim)
     held = workspace.mark()
-    prefill_attention(arch, qkv, [tokens], [cache], out, workspace)
+    with native.using(None):
+        prefill_attention(arch, qkv, [tokens], [cache], out, workspace)
     assert workspace.mark() == held
     assert workspace.high_water_bytes + out.nbytes <= planned, "torch has a second output"
 
