@@ -16,7 +16,7 @@ from executor.model.layout import DenseWeights, ExpertWeights
 from executor.model.linear import add_projected, max_native_tokens, project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
-from executor.native import Kernels, activation_floats, kernels
+from executor.native import Kernels, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _run_natively(
     intermediate = experts[0][1].w2.shape[1]
     # As much as torch would take for one expert with all tokens, or less if that is enough.
     planned = tokens * (hidden + 2 * intermediate) * x_TD.itemsize // torch.float32.itemsize
-    enough = routing.experts_TK.numel() * activation_floats(intermediate)
+    enough = routing.experts_TK.numel() * native.activation_floats(intermediate)
     mark = workspace.mark()
     done = native.run_experts(
         x_TD, routing.weights_TK, routing.experts_TK,

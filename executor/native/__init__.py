@@ -34,13 +34,6 @@ _DTYPES: Final = {
 }
 _HEAD_DIM_UNIT: Final = 8
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
-_ACTIVATION_UNIT: Final = 32  # COLUMNS in kernels.hpp
-
-
-def activation_floats(intermediate: int) -> int:
-    """Float32 elements that `run_experts` needs for the activations of one token."""
-    return -(-intermediate // _ACTIVATION_UNIT) * _ACTIVATION_UNIT
-
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
@@ -134,6 +127,11 @@ class Kernels:
             max_tokens=max_tokens,
             threads=torch.get_num_threads(),
         )
+
+    @staticmethod
+    def activation_floats(intermediate: int) -> int:
+        """Float32 elements that `run_experts` needs for the activations of a token of an expert."""
+        return _module().activation_floats(intermediate)
 
     def takes_linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> bool:
         """Whether `linear` can compute this; it is torch's otherwise."""

@@ -28,7 +28,7 @@ void gate(
         const int tokens = at_once(group.count - t);
         const T* rows[BLOCK_TOKENS];
         for (int i = 0; i < tokens; ++i) rows[i] = x + group.tokens[t + i] * shape.x_stride;
-        Gathered<T> inputs(rows);
+        Gathered<T> inputs(rows, shape.x_stride, hidden);
         float gated[BLOCK_TOKENS * COLUMNS], up[BLOCK_TOKENS * COLUMNS];
         const T* following = t + tokens == group.count ? static_cast<const T*>(next) : nullptr;
         const Rows<T> both[] = {
@@ -68,6 +68,7 @@ void project(
             Prepared<T> inputs{
                 shape.activations + (group.first_row + t) * shape.activation_stride,
                 shape.activation_stride,
+                {},
             };
             float products[BLOCK_TOKENS * COLUMNS];
             const bool is_last = t + tokens == group.count;

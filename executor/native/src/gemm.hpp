@@ -11,6 +11,7 @@
 namespace {
 
 using native::COLUMNS;
+using native::SAME_LINES;
 
 constexpr int BLOCK_TOKENS = 8 * GEMM_TOKENS;  // whose results are held at a time
 constexpr int64_t STRETCH = 1024;  // of the rows and tokens: so many tokens' stay in the first cache
@@ -22,8 +23,7 @@ struct Tile {
     int64_t width;        // from row to row
     int64_t length;       // of the stretch
     const T* ahead;       // rows of a stretch that comes next, to be fetched now
-    const float* tokens;  // prepared, `stride` apart
-    int64_t stride;
+    const float* const* tokens;  // the stretch of each, prepared
     float* results;       // of each token with each row, tokens COLUMNS apart
 };
 
@@ -34,7 +34,10 @@ __attribute__((noinline)) void multiply_tile(const Tile<T>& tile) {
     using D = Dot<T>;
     constexpr int LINE = 64 / sizeof(T);
     const T* const weights = tile.rows;
-    const int64_t width = tile.width, stride = tile.stride;
+    const int64_t width = tile.width;
+    const float* tokens[TOKENS];
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) tokens[t] = tile.tokens[t];
     Floats sums[TOKENS][ROWS];
     UNROLL
     for (int t = 0; t < TOKENS; ++t) {
@@ -47,7 +50,7 @@ __attribute__((noinline)) void multiply_tile(const Tile<T>& tile) {
         for (int r = 0; r < ROWS; ++r) w[r] = D::template load<PASS>(row_of(r));
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            const auto x = D::template prepared<PASS>(tile.tokens + t * stride, i);
+            const auto x = D::template prepared<PASS>(tokens[t], i);
             UNROLL
             for (int r = 0; r < ROWS; ++r) sums[t][r] = D::step(sums[t][r], w[r], x);
         }
@@ -108,21 +111,30 @@ struct Rows {
     float* results;  // [token][row], tokens COLUMNS apart
 };
 
-// Tokens that have to be gathered and prepared: rows of T wherever they lie.
+// Tokens that are rows of T wherever they lie. They are prepared unless they can be read in place: if
+// they are what would be prepared and do not compete for the same lines of the first cache.
 template <typename T>
 struct Gathered {
     const T* const* rows;
+    bool in_place;
+    const float* stretches[GEMM_TOKENS];
     alignas(64) float prepared[GEMM_TOKENS * STRETCH];
 
-    explicit Gathered(const T* const* of) : rows(of) {}
+    Gathered(const T* const* of, int64_t stride, int64_t width)
+        : rows(of),
+          in_place(Dot<T>::IN_PLACE && width % Dot<T>::STEP == 0 && stride * sizeof(T) % SAME_LINES) {}
 
-    static constexpr int64_t stride() { return STRETCH; }
-
-    const float* tokens(int first, int count, int64_t start, int64_t length) {
+    const float* const* tokens(int first, int count, int64_t start, int64_t length) {
         for (int t = 0; t < count; ++t) {
-            Dot<T>::prepare(rows[first + t] + start, length, prepared + t * STRETCH);
+            const T* const row = rows[first + t] + start;
+            if (in_place) {
+                stretches[t] = reinterpret_cast<const float*>(row);
+            } else {
+                stretches[t] = prepared + t * STRETCH;
+                Dot<T>::prepare(row, length, prepared + t * STRETCH);
+            }
         }
-        return prepared;
+        return stretches;
     }
 };
 
@@ -131,11 +143,13 @@ template <typename T>
 struct Prepared {
     float* first;
     int64_t width;
+    const float* stretches[GEMM_TOKENS];
 
-    int64_t stride() const { return width; }
-
-    const float* tokens(int token, int, int64_t start, int64_t) const {
-        return Dot<T>::place(first + token * width, start);
+    const float* const* tokens(int token, int count, int64_t start, int64_t) {
+        for (int t = 0; t < count; ++t) {
+            stretches[t] = Dot<T>::place(first + (token + t) * width, start);
+        }
+        return stretches;
     }
 };
 
@@ -152,7 +166,7 @@ void multiply(
         const bool is_last = start + length == width;
         for (int tile = 0, token = 0; tile < tiles; ++tile) {
             const int end = (tile + 1) * tokens / tiles, count = end - token;
-            const float* prepared = inputs.tokens(token, count, start, length);
+            const float* const* stretches = inputs.tokens(token, count, start, length);
             // Of each GEMM_ROWS rows that come next, this tile's part is fetched.
             const int fetched = tile * GEMM_ROWS / tiles;
             const int fetch = (tile + 1) * GEMM_ROWS / tiles - fetched;
@@ -163,7 +177,7 @@ void multiply(
                     const Tile<T> work = {
                         set.first + row * width + start, width, length,
                         next + (row + (together == 1 ? 0 : fetched)) * width,
-                        prepared, inputs.stride(), set.results + token * COLUMNS + row,
+                        stretches, set.results + token * COLUMNS + row,
                     };
                     multiply_rows(work, together, count, next ? fetch : 0);
                     row += together;
@@ -189,7 +203,7 @@ void linear(
         const int tokens = at_once(shape.tokens - t);
         const T* rows[BLOCK_TOKENS];
         for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
-        Gathered<T> inputs(rows);
+        Gathered<T> inputs(rows, shape.x_stride, width);
         float products[BLOCK_TOKENS * COLUMNS];
         const bool is_last = t + tokens == shape.tokens && next >= 0;
         const Rows<T> all[] = {

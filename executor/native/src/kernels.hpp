@@ -13,8 +13,9 @@ enum Dtype { BFLOAT16, FLOAT16, FLOAT32, NUM_DTYPES };
 // might be taken from the object that was compiled for instructions which this processor lacks.
 static inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-constexpr int64_t ACCUMULATOR_UNIT = 32;  // floats; a head's accumulators are padded to it
-constexpr int64_t TILE_UNIT = 8;  // tokens; for fewer it is slow to load and store all accumulators
+constexpr int64_t SAME_LINES = 4096;      // bytes apart, two lines compete for a core's first cache
+constexpr int64_t ACCUMULATOR_UNIT = 32;  // floats; a row of accumulators is padded to it
+constexpr int64_t TILE_UNIT = 8;          // tokens; for fewer it is slow to load and store all accumulators
 
 // Decode attention of one request. A token of the cache is 2 * kv_heads rows of head_dim elements,
 // its keys and then its values.
@@ -56,7 +57,7 @@ struct Experts {
     const void* x;              // inputs, rows of x_stride elements
     int64_t x_stride;
     float* activations;         // silu(gate) * up as the path prepares it
-    int64_t activation_stride;  // intermediate rounded up to COLUMNS
+    int64_t activation_stride;  // at least intermediate rounded up to ACCUMULATOR_UNIT
     void* out;                  // rows of out_stride elements, added to
     int64_t out_stride;
 };
@@ -71,7 +72,7 @@ struct Linear {
     bool add;
 };
 
-constexpr int COLUMNS = 32;  // of the activations or the output that are one piece of work
+constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
 
 struct Path {
     const char* name;

@@ -123,6 +123,8 @@ NB_MODULE(_kernels, module) {
         nb::arg("cache_tokens"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"), nb::arg("lengths"),
         nb::arg("threads"));
 
+    module.def("activation_floats", native::activation_floats, nb::arg("intermediate"));
+
     module.def(
         "run_experts",
         [](const std::string& path, const std::string& dtype, int64_t hidden, int64_t intermediate,

@@ -142,6 +142,13 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
     }
 }
 
+int64_t activation_floats(int64_t intermediate) {
+    // Rows a multiple of SAME_LINES apart would drive one another out of a core's first cache.
+    constexpr int64_t APART = SAME_LINES / sizeof(float);
+    const int64_t floats = rounded_up(intermediate, ACCUMULATOR_UNIT);
+    return floats % APART == 0 ? floats + APART / 2 : floats;
+}
+
 std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     const Path& path, const ExpertsCall& call, int threads) {
     const int64_t size = element_size(call.dtype);
@@ -164,7 +171,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         weights[place] = call.weights[i];
     }
 
-    const int64_t stride = rounded_up(call.intermediate, COLUMNS);
+    const int64_t stride = activation_floats(call.intermediate);
     Experts shape{
         call.hidden, call.intermediate, call.x, call.x_stride / size, call.scratch, stride,
         call.out, call.out_stride / size,

@@ -40,6 +40,9 @@ struct ExpertsCall {
     int64_t max_tokens;                    // of one expert; those with more are left out
 };
 
+// Floats of scratch for the activations of one token of one expert.
+int64_t activation_floats(int64_t intermediate);
+
 // Tokens routed to each expert up to the last that any is routed to, and the positions in `indices`
 // of the experts that were left out.
 std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(

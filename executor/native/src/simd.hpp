@@ -68,6 +68,7 @@ struct Padded {
 template <typename T>
 struct Dot {
     static constexpr int STEP = Pack<T>::WIDTH, PASSES = Pack<T>::VECTORS;
+    static constexpr bool IN_PLACE = sizeof(T) == sizeof(float);  // `prepare` only copies
     using Operand = Floats;
 
     template <int PASS>
@@ -100,6 +101,7 @@ struct Dot {
 template <>
 struct Dot<Bf16> {
     static constexpr int STEP = 2 * LANES, PASSES = 1;
+    static constexpr bool IN_PLACE = true;
     using Operand = __m512bh;
 
     template <int PASS>
