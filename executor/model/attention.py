@@ -183,10 +183,14 @@ def _rotate(arch: Architecture, qkv_TX: Tensor, positions_T: Tensor, workspace: 
     spec = arch.spec
     tokens, half = len(qkv_TX), spec.head_dim // 2
     rotated = spec.num_heads + spec.num_kv_heads
+    frequencies_h = inverse_frequencies(spec.head_dim, arch.rope_theta, qkv_TX.device)
+    native = kernels()
+    if native is not None and native.takes_rotation(qkv_TX, positions_T):
+        native.rotate(qkv_TX, rotated, positions_T, frequencies_h)
+        return
     mark = workspace.mark()
     angles_T1h = workspace.take((tokens, 1, half), torch.float32)
     cos_T1h = workspace.take((tokens, 1, half), torch.float32)
-    frequencies_h = inverse_frequencies(spec.head_dim, arch.rope_theta, qkv_TX.device)
     torch.mul(positions_T.view(-1, 1, 1), frequencies_h, out=angles_T1h)
     torch.cos(angles_T1h, out=cos_T1h)
     sin_T1h = angles_T1h.sin_()

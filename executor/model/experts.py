@@ -42,7 +42,8 @@ def post_attention(
 
 def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
     """The experts of greatest probability for each token, and their normalised probabilities."""
-    probabilities_TE = functional.linear(x_TD, router_ED).softmax(-1, dtype=torch.float32)
+    logits_TE = project(x_TD, router_ED, x_TD.new_empty(len(x_TD), len(router_ED)))
+    probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
     weights_TK, experts_TK = probabilities_TE.topk(arch.spec.experts_per_token)
     if arch.router_norm is not None:
         order = arch.router_norm

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from executor.model.architecture import Architecture, Norm
 from executor.model.workspace import Workspace
+from executor.native import kernels
 
 
 def normed(arch: Architecture, x_TD: Tensor, weight_D: Tensor, workspace: Workspace) -> Tensor:
@@ -18,6 +19,10 @@ def normed(arch: Architecture, x_TD: Tensor, weight_D: Tensor, workspace: Worksp
         return out_TD.copy_(
             functional.layer_norm(x_TD, weight_D.shape, weight_D, eps=arch.norm_eps)
         )
+    native = kernels()
+    if native is not None and native.takes_norm(x_TD, weight_D, out_TD):
+        native.rms_norm(x_TD, weight_D, arch.norm_eps, out_TD)
+        return out_TD
     mark = workspace.mark()
     float_TD = x_TD
     if x_TD.dtype is not torch.float32:

@@ -1,4 +1,4 @@
-"""C++ kernels for what the CPU does: decode attention, projections, the experts' FFN, copies.
+"""C++ kernels for what the CPU does: attention, products, norms, rotations, experts, copies.
 
 They are there if a C++ compiler was when the package was installed; otherwise, and with
 EXECUTOR_NATIVE=0 in the environment, the same is computed by torch. Of several paths through them,
@@ -34,6 +34,7 @@ _DTYPES: Final = {
 }
 _HEAD_DIM_UNIT: Final = 8
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
+
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
@@ -157,6 +158,63 @@ class Kernels:
             out=out_TN.data_ptr(),
             out_stride=out_TN.stride(0),
             add=add,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_norm(self, x_TD: Tensor, weight_D: Tensor, out_TD: Tensor) -> bool:
+        """Whether `rms_norm` can compute this; it is torch's otherwise."""
+        return (
+            x_TD.is_cpu
+            and x_TD.dtype in _DTYPES
+            and weight_D.dtype is out_TD.dtype is x_TD.dtype
+            and weight_D.is_contiguous()
+            and x_TD.stride(-1) == out_TD.stride(-1) == 1
+        )
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
+        """`x / sqrt(mean(x²) + epsilon)`, rounded, times the weight; sums are float32."""
+        _module().rms_norm(
+            path=self.path,
+            dtype=_DTYPES[x_TD.dtype],
+            tokens=len(x_TD),
+            width=x_TD.shape[1],
+            x=x_TD.data_ptr(),
+            x_stride=x_TD.stride(0),
+            weight=weight_D.data_ptr(),
+            epsilon=epsilon,
+            out=out_TD.data_ptr(),
+            out_stride=out_TD.stride(0),
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_rotation(self, rows_TX: Tensor, positions_T: Tensor) -> bool:
+        """Whether `rotate` can compute this; it is torch's otherwise."""
+        return (
+            rows_TX.is_cpu
+            and rows_TX.dtype in _DTYPES
+            and rows_TX.stride(-1) == 1
+            and positions_T.dtype is torch.int64
+            and positions_T.is_contiguous()
+        )
+
+    def rotate(
+        self, rows_TX: Tensor, heads: int, positions_T: Tensor, frequencies_h: Tensor
+    ) -> None:
+        """Turn the first `heads` heads of each row in place, in float32 and rounded once.
+
+        `frequencies_h`, float32, are half as many as a head has elements: element i turns with
+        element i + head_dim/2, by the row's position times frequency i.
+        """
+        _module().rotate(
+            path=self.path,
+            dtype=_DTYPES[rows_TX.dtype],
+            tokens=len(rows_TX),
+            heads=heads,
+            head_dim=2 * len(frequencies_h),
+            rows=rows_TX.data_ptr(),
+            stride=rows_TX.stride(0),
+            positions=positions_T.data_ptr(),
+            frequencies=frequencies_h.data_ptr(),
             threads=torch.get_num_threads(),
         )
 

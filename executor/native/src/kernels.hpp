@@ -72,6 +72,26 @@ struct Linear {
     bool add;
 };
 
+// Each row of `tokens` times `weight` over the root of its mean square.
+struct RmsNorm {
+    int64_t tokens, width;
+    const void* x;
+    int64_t x_stride;  // elements
+    const void* weight;
+    float epsilon;     // added to the mean square
+    void* out;
+    int64_t out_stride;
+};
+
+// The first `heads` heads of each of `tokens` rows, turned by positions times frequencies.
+struct Rotation {
+    int64_t tokens, heads, head_dim;
+    void* rows;
+    int64_t stride;  // elements
+    const int64_t* positions;
+    const float* frequencies;  // head_dim / 2 of them
+};
+
 constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
 
 struct Path {
@@ -96,6 +116,9 @@ struct Path {
         int64_t last, int64_t next);
     // Likewise columns [first, last) of one product.
     void (*linear[NUM_DTYPES])(const Linear&, int64_t first, int64_t last, int64_t next);
+    // Rows [first, last) of them; `scratch` has room for head_dim floats.
+    void (*rms_norm[NUM_DTYPES])(const RmsNorm&, int64_t first, int64_t last);
+    void (*rotate[NUM_DTYPES])(const Rotation&, int64_t first, int64_t last, float* scratch);
     // Read whole cache lines and return something of all of them.
     uint64_t (*read)(const char* from, int64_t num_bytes);
     // Copy bytes that nothing will read soon.

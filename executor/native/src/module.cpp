@@ -172,6 +172,42 @@ NB_MODULE(_kernels, module) {
         nb::arg("out_stride"), nb::arg("add"), nb::arg("threads"));
 
     module.def(
+        "rms_norm",
+        [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t width,
+           uintptr_t x, int64_t x_stride, uintptr_t weight, float epsilon, uintptr_t out,
+           int64_t out_stride, int threads) {
+            const native::RmsNorm shape{
+                tokens, width, at<const void>(x), x_stride, at<const void>(weight), epsilon,
+                at<void>(out), out_stride,
+            };
+            const native::Path& chosen = path_named(path);
+            const native::Dtype type = dtype_named(dtype);
+            nb::gil_scoped_release released;
+            native::rms_norm(chosen, type, shape, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
+        nb::arg("x"), nb::arg("x_stride"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"),
+        nb::arg("out_stride"), nb::arg("threads"));
+
+    module.def(
+        "rotate",
+        [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t heads,
+           int64_t head_dim, uintptr_t rows, int64_t stride, uintptr_t positions,
+           uintptr_t frequencies, int threads) {
+            const native::Rotation shape{
+                tokens, heads, head_dim, at<void>(rows), stride, at<const int64_t>(positions),
+                at<const float>(frequencies),
+            };
+            const native::Path& chosen = path_named(path);
+            const native::Dtype type = dtype_named(dtype);
+            nb::gil_scoped_release released;
+            native::rotate(chosen, type, shape, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("heads"),
+        nb::arg("head_dim"), nb::arg("rows"), nb::arg("stride"), nb::arg("positions"),
+        nb::arg("frequencies"), nb::arg("threads"));
+
+    module.def(
         "copy",
         [](const std::string& path, uintptr_t to, uintptr_t from, int64_t num_bytes, int threads) {
             const native::Path& chosen = path_named(path);

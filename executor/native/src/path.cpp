@@ -1,6 +1,7 @@
 // One path: compiled once for each set of instructions, which its flags and a PATH_ name say.
 #include "attention.hpp"
 #include "experts.hpp"
+#include "rows.hpp"
 
 namespace {
 
@@ -72,6 +73,8 @@ const Path PATH = {
     {gate<Bf16>, gate<Fp16>, gate<float>},
     {project<Bf16>, project<Fp16>, project<float>},
     {linear<Bf16>, linear<Fp16>, linear<float>},
+    {rms_norm<Bf16>, rms_norm<Fp16>, rms_norm<float>},
+    {rotate<Bf16>, rotate<Fp16>, rotate<float>},
     read_lines,
     copy_past_caches,
 };

@@ -18,6 +18,7 @@ constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at 
 constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
 constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
 constexpr int64_t MEMORY_BOUND_TOKENS = 8;  // weights take as long to multiply by so many as to read
+constexpr int64_t ROWS = 8;                // that are normed or rotated by a thread at a time
 constexpr int64_t READ_BYTES = 2 << 20;
 constexpr int64_t COPY_BYTES = 1 << 20;
 
@@ -57,6 +58,15 @@ void run_columns(int64_t columns, int threads, const Work& work) {
 
 int threads_for(int threads, int64_t num_bytes) {
     return static_cast<int>(std::min<int64_t>(threads, 1 + num_bytes / BYTES_PER_THREAD));
+}
+
+// Call work(first, last) for a few rows of all at a time.
+template <typename Work>
+void run_rows(int64_t rows, int64_t row_bytes, int threads, const Work& work) {
+    const int64_t pieces = (rows + ROWS - 1) / ROWS;
+    Helpers::mine().run(threads_for(threads, rows * row_bytes), pieces, [&](int64_t i) {
+        work(i * ROWS, std::min(rows, (i + 1) * ROWS));
+    });
 }
 
 }  // namespace
@@ -229,6 +239,19 @@ void linear(const Path& path, Dtype dtype, const Linear& shape, int threads) {
     const int of = threads_for(threads, num_bytes + shape.tokens * num_bytes / MEMORY_BOUND_TOKENS);
     run_columns(shape.tokens ? shape.rows : 0, of, [&](int64_t first, int64_t last, int64_t next) {
         path.linear[dtype](shape, first, last, next);
+    });
+}
+
+void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads) {
+    run_rows(shape.tokens, shape.width * element_size(dtype), threads, [&](int64_t first, int64_t last) {
+        path.rms_norm[dtype](shape, first, last);
+    });
+}
+
+void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads) {
+    const int64_t row_bytes = shape.heads * shape.head_dim * element_size(dtype);
+    run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
+        path.rotate[dtype](shape, first, last, scratch(shape.head_dim));
     });
 }
 

@@ -50,6 +50,10 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
 
 void linear(const Path& path, Dtype dtype, const Linear& shape, int threads);
 
+void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads);
+
+void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads);
+
 // Read `num_bytes` bytes and do nothing with them.
 uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads);
 

@@ -1,0 +1,78 @@
+// What is done to each token's row by itself: norm and rotary embedding.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using native::RmsNorm;
+using native::Rotation;
+
+template <typename T>
+float sum_of_squares(const T* row, int64_t width) {
+    constexpr int WIDTH = Pack<T>::WIDTH, VECTORS = Pack<T>::VECTORS;
+    Floats sums[VECTORS];
+    for (Floats& sum : sums) sum = zeros();
+    const auto add_pack = [&](const T* from) {
+        const Floats even = Pack<T>::template vector<0>(from);
+        sums[0] = multiply_add(even, even, sums[0]);
+        if constexpr (VECTORS == 2) {
+            const Floats odd = Pack<T>::template vector<1>(from);
+            sums[1] = multiply_add(odd, odd, sums[1]);
+        }
+    };
+    int64_t i = 0;
+    for (; i + WIDTH <= width; i += WIDTH) add_pack(row + i);
+    if (i < width) {
+        Padded<T, WIDTH> padded;
+        add_pack(padded.from(row + i, width - i));
+    }
+    float total = 0.0f;
+    for (const Floats& each : sums) total += sum(each);
+    return total;
+}
+
+// Rows [first, last): divided by the root of their mean square and rounded, then multiplied by the
+// weight and rounded again.
+template <typename T>
+void rms_norm(const RmsNorm& shape, int64_t first, int64_t last) {
+    const T* const weight = static_cast<const T*>(shape.weight);
+    for (int64_t t = first; t < last; ++t) {
+        const T* const row = static_cast<const T*>(shape.x) + t * shape.x_stride;
+        T* const out = static_cast<T*>(shape.out) + t * shape.out_stride;
+        const float mean = sum_of_squares(row, shape.width) / static_cast<float>(shape.width);
+        const float scale = 1.0f / std::sqrt(mean + shape.epsilon);
+        for (int64_t i = 0; i < shape.width; ++i) {
+            T rounded;
+            narrow(widened(row[i]) * scale, &rounded);
+            narrow(widened(rounded) * widened(weight[i]), out + i);
+        }
+    }
+}
+
+// Heads of rows [first, last) in place: element i of a head turns with element i + head_dim / 2.
+template <typename T>
+void rotate(const Rotation& shape, int64_t first, int64_t last, float* scratch) {
+    const int64_t half = shape.head_dim / 2;
+    float *cosines = scratch, *sines = scratch + half;
+    for (int64_t t = first; t < last; ++t) {
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = static_cast<float>(shape.positions[t]) * shape.frequencies[i];
+            cosines[i] = std::cos(angle);
+            sines[i] = std::sin(angle);
+        }
+        T* head = static_cast<T*>(shape.rows) + t * shape.stride;
+        for (int64_t h = 0; h < shape.heads; ++h, head += shape.head_dim) {
+            for (int64_t i = 0; i < half; ++i) {
+                const float a = widened(head[i]), b = widened(head[i + half]);
+                narrow(a * cosines[i] - b * sines[i], head + i);
+                narrow(b * cosines[i] + a * sines[i], head + i + half);
+            }
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,100 @@
+"""Native norms and rotations against float64, whatever lies beside a strided operand."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor import native
+from tests.executor.model.tolerances import DTYPES
+from tests.executor.native.support import PATHS, on_threads
+
+
+def within(width, *shape, dtype):
+    """Rows of that width that are a part of longer ones, and these."""
+    whole = torch.randn(*shape, width + 7).to(dtype)
+    return whole[..., 3 : 3 + width], whole
+
+
+def assert_rounded(ours, exact):
+    """Where float32 is on the other side of the middle, another neighbour is taken."""
+    torch.testing.assert_close(
+        ours.double(), exact, rtol=torch.finfo(ours.dtype).eps, atol=1e-6
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 40), width=st.integers(1, 200), seed=st.integers(0, 2**32),
+    size=st.sampled_from([1e-3, 1.0, 30.0]),
+)  # fmt: skip
+def test_norm(path, dtype, tokens, width, seed, size):
+    torch.manual_seed(seed)
+    x, _ = within(width, tokens, dtype=dtype)
+    x *= size
+    weight = torch.rand(width).to(dtype)
+    out, whole = within(width, tokens, dtype=dtype)
+    beside = whole[:, :3].clone(), whole[:, -4:].clone()
+    native.Kernels(path).rms_norm(x, weight, 1e-5, out)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_rounded(out, exact.to(dtype).double() * weight.double())
+    assert torch.equal(whole[:, :3], beside[0])
+    assert torch.equal(whole[:, -4:], beside[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 40), heads=st.integers(1, 5), half=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_rotation(path, dtype, tokens, heads, half, seed):
+    torch.manual_seed(seed)
+    rows, whole = within(heads * 2 * half, tokens, dtype=dtype)
+    before, positions = whole.clone(), torch.randint(0, 32_768, (tokens,))
+    frequencies = 1e4 ** -(torch.arange(half) / half)
+    native.Kernels(path).rotate(rows, heads, positions, frequencies)
+    # Angles are float32 products, as the models' are; a turn is a product of complex numbers.
+    angles = (positions.view(-1, 1, 1) * frequencies).double()
+    first, second = before[:, 3:-4].double().view(tokens, heads, 2, half).unbind(2)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    assert_rounded(rows, torch.stack([turned.real, turned.imag], 2).flatten(1))
+    assert torch.equal(whole[:, :3], before[:, :3])
+    assert torch.equal(whole[:, -4:], before[:, -4:])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_tokens_are_no_work(path):
+    kernels, none = native.Kernels(path), torch.empty(0, 8)
+    kernels.rms_norm(none, torch.rand(8), 1e-5, none)
+    kernels.rotate(none, 2, torch.arange(0), torch.rand(2))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_neither_neighbours_nor_threads_change_a_row(path):
+    kernels = native.Kernels(path)
+    x, weight, out = torch.randn(900, 160), torch.rand(160), torch.empty(900, 160)
+    one, positions = torch.empty(900, 160), torch.arange(900)
+    on_threads(3, lambda: kernels.rms_norm(x, weight, 1e-5, out))
+    kernels.rms_norm(x[500:501], weight, 1e-5, one[500:501])
+    assert torch.equal(out[500], one[500])
+    turned, alone = x.clone(), x[500:501].clone()
+    on_threads(3, lambda: kernels.rotate(turned, 5, positions, torch.rand(16).fill_(0.25)))
+    kernels.rotate(alone, 5, positions[500:501], torch.rand(16).fill_(0.25))
+    assert torch.equal(turned[500], alone[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_cannot_be_computed_is_left_to_torch(path):
+    kernels = native.Kernels(path)
+    x, weight, out = torch.randn(3, 8), torch.rand(8), torch.empty(3, 8)
+    assert kernels.takes_norm(x, weight, out)
+    assert not kernels.takes_norm(x.double(), weight.double(), out.double())
+    assert not kernels.takes_norm(x, weight.bfloat16(), out)
+    assert not kernels.takes_norm(x.T.contiguous().T, weight, out)
+    assert kernels.takes_rotation(x, torch.arange(3))
+    assert not kernels.takes_rotation(x, torch.arange(3).int())
+    assert not kernels.takes_rotation(x.T.contiguous().T, torch.arange(3))
