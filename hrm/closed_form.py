@@ -283,8 +283,10 @@ def prefill_lanes(
     gpu = chunks * costs.mean_over_layers(
         lambda kind: costs.prefill_layer(chunk, workload.prompt_len, kind)
     )
+    skipped = costs.skipped_in_last_layer(chunk, workload.prompt_len, spec.layer_kind(layers - 1))
+    first_tokens = costs.first_tokens(point.batch_size / chunks)
     lanes = {
-        Lane.GPU: layers * gpu + chunks * costs.first_tokens(point.batch_size / chunks),
+        Lane.GPU: layers * gpu + chunks * (first_tokens - skipped),
         Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
         Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
         Lane.STAGE: layers * share_of(point.staging, lambda: costs.stage(weights)),
@@ -300,7 +302,12 @@ def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Numb
     """Seconds of prefill in which several GPUs exchange sums; part of the GPU's lane."""
     tokens = point.batch_size * workload.prompt_len
     chunk = -maximum(-point.chunk_tokens, -tokens)
-    return tokens / chunk * costs.spec.num_layers * 2 * costs.all_reduce(chunk)
+    whole_layers = costs.spec.num_layers - costs.skips_in_last_layer(workload.prompt_len)
+    seconds = whole_layers * costs.all_reduce(chunk)
+    if whole_layers < costs.spec.num_layers:
+        ending = chunk / workload.prompt_len
+        seconds += -maximum(-ending, -1) * costs.all_reduce(maximum(ending, 1))
+    return tokens / chunk * 2 * seconds
 
 
 def batch_terms(

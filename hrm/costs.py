@@ -10,7 +10,7 @@ from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
-from hrm.schedules import Pipeline
+from hrm.schedules import Pipeline, skips_in_last_layer
 from hrm.tasks import Device, Phase, TaskId, TaskKind
 from hrm.units import DTYPE_BYTES
 
@@ -22,13 +22,15 @@ class Runtime:
     `weights_link` and `kv_link` are what weights and the KV cache cross on their way to the GPU.
     `attention_passes` is how many bytes the CPU moves for each byte of the cache that it attends
     over: more than one where the cache is copied or converted first. `synchronise_s` is added to
-    every task on the GPU.
+    every task on the GPU. With `whole_last_layer` prefill computes the model's last layer for all
+    tokens, though few of them are looked at.
     """
 
     weights_link: LinkKind = "pinned"
     kv_link: LinkKind = "pinned"
     attention_passes: float = 1.0
     synchronise_s: float = 0.0
+    whole_last_layer: bool = False
 
 
 EXECUTOR: Final = Runtime()
@@ -82,8 +84,7 @@ class Costs:
 
     def post_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
         """Output projection, router and `gpu_experts` of the experts on the GPU."""
-        operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
-        return self._on(Device.GPU, operator) + 2 * self.all_reduce(m)
+        return self._after_attention(m, gpu_experts, kind) + self.runtime.synchronise_s
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
@@ -104,6 +105,24 @@ class Costs:
         """One layer of prefill over a chunk on the GPU."""
         operator = operators.prefill_layer(self.spec, self.dtype, tokens, prompt_len, kind)
         return self._on(Device.GPU, operator) + 2 * self.all_reduce(tokens)
+
+    def skips_in_last_layer(self, prompt_len: float) -> bool:
+        """Whether prefill's last layer goes on after attention with the ends of prompts only."""
+        return not self.runtime.whole_last_layer and skips_in_last_layer(1, prompt_len)
+
+    def skipped_in_last_layer(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
+        """What the model's last layer takes less than another of its kind over a chunk in prefill.
+
+        Only the last token of each prompt goes on after attention there: nothing else is sampled
+        from. As a mean over chunks; where prompts are longer, in some of them none ends.
+        """
+        if not self.skips_in_last_layer(prompt_len):
+            return 0 * tokens
+        requests, experts = tokens / prompt_len, self.spec.num_experts
+        ending = -maximum(-requests, -1) * self._after_attention(
+            maximum(requests, 1), experts, kind
+        )
+        return self._after_attention(tokens, experts, kind) - ending
 
     def all_reduce(self, tokens: Number) -> Number:
         """Sum of the GPUs' hidden states of so many tokens, in a ring; nothing for one GPU.
@@ -157,6 +176,10 @@ class Costs:
     def _on(self, device: Device, operator: operators.Operator) -> Number:
         seconds = operator_seconds(operator, self.level(device), self.dtype)
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+
+    def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
+        operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
+        return operator_seconds(operator, self.profile.top, self.dtype) + 2 * self.all_reduce(m)
 
     def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
         if not self.profile.has_accelerator:
@@ -260,12 +283,14 @@ class TaskWork:
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
         in_decode = self.pipeline.phase is Phase.DECODE
-        alike: dict[tuple[float, LayerMix], dict[TaskKind, float]] = {}
-        off_gpu: dict[tuple[float, LayerMix], dict[TaskKind, float]] = {}
+        alike: dict[tuple[float, LayerMix, bool], dict[TaskKind, float]] = {}
+        off_gpu: dict[tuple[float, LayerMix, bool], dict[TaskKind, float]] = {}
+        num_layers = self.pipeline.num_layers
         layers = [
             (alike.setdefault(key, {}), off_gpu.setdefault(key, {}))
             for key in zip(
-                self.resident_experts, map(self.layer_mix, range(self.pipeline.num_layers)),
+                self.resident_experts, map(self.layer_mix, range(num_layers)),
+                [not in_decode and layer == num_layers - 1 for layer in range(num_layers)],
                 strict=False,  # a policy may be simulated over its first layers only
             )
         ]  # fmt: skip
@@ -304,7 +329,10 @@ class TaskWork:
                 on_host = max(0.0, costs.spec.num_experts_of(kind) - resident)
                 return costs.cpu_experts(m, on_host)
             case TaskKind.PREFILL_LAYER:
-                return costs.prefill_layer(m, self.context, kind)
+                seconds = costs.prefill_layer(m, self.context, kind)
+                if task.layer == self.pipeline.num_layers - 1:
+                    seconds -= costs.skipped_in_last_layer(m, self.context, kind)
+                return seconds
             case TaskKind.SAMPLE if self.pipeline.phase is Phase.PREFILL:
                 return costs.first_tokens(self.requests_per_chunk or m)
             case TaskKind.SAMPLE:

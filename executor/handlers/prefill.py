@@ -25,7 +25,7 @@ from executor.model import (
 from executor.weight_pages import LayerWeights
 from hrm.memory import TOKEN_NUMBER_BYTES
 from hrm.policy import Policy
-from hrm.schedules import Pipeline
+from hrm.schedules import Pipeline, skips_in_last_layer
 from hrm.schedules.pipeline import BUFFERS
 from hrm.tasks import Lane, TaskId, TaskKind
 
@@ -108,7 +108,11 @@ class PrefillHandlers:
         return self.backend.transfer(Lane.D2H, [(self._host(x), self._hidden(x))])
 
     def layer(self, x: TaskId) -> int:
-        """Compute one layer over a chunk; keys and values go to their cache or the buffer."""
+        """Compute one layer over a chunk; keys and values go to their cache or the buffer.
+
+        After attention the last layer goes on with the last tokens of prompts only, which are all
+        that is sampled from.
+        """
         arch, spec, workspace = self.arch, self.arch.spec, self.memory.workspace
         chunk = self.chunks[x.micro_batch]
         hidden_TD = self._hidden(x)
@@ -131,13 +135,32 @@ class PrefillHandlers:
             prefill_attention(arch, qkv_TX, lengths, kept, attention_TQ, workspace)
         else:
             kernels.prefill_attention(arch, qkv_TX, lengths, ends, kept, attention_TQ, workspace)
-        x_TD, routing = post_attention(arch, hidden_TD, attention_TQ, weights.dense, workspace)
+        num_ending = sum(part.ends for part in chunk.parts)
+        is_last = x.layer == spec.num_layers - 1
+        if not is_last or not skips_in_last_layer(num_ending, chunk.num_tokens):
+            self._after_attention(x, hidden_TD, attention_TQ, weights)
+        elif num_ending:
+            last_R = self._last_tokens(x).long()
+            hidden_RD = workspace.take((num_ending, spec.hidden_size), hidden_TD.dtype)
+            attention_RQ = workspace.take((num_ending, spec.query_size), hidden_TD.dtype)
+            torch.index_select(hidden_TD, 0, last_R, out=hidden_RD)
+            torch.index_select(attention_TQ, 0, last_R, out=attention_RQ)
+            self._after_attention(x, hidden_RD, attention_RQ, weights)
+            hidden_TD.index_copy_(0, last_R, hidden_RD)
+        return 0
+
+    def _after_attention(
+        self, x: TaskId, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights
+    ) -> None:
+        """The rest of a layer, for all of a chunk's tokens or some."""
+        x_TD, routing = post_attention(
+            self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace
+        )
         counts = experts_on_gpu(
             self.backend, self.memory, x_TD, routing, weights.all_experts, weights.all_stacks,
             hidden_TD,
         )  # fmt: skip
         self.state.count_routed(x.layer, counts)
-        return 0
 
     def store_kv(self, x: TaskId) -> int:
         """Move new keys and values to those caches that live on the host."""
@@ -153,16 +176,24 @@ class PrefillHandlers:
         """Choose the first token of each prompt that ends in a chunk, at most μ at once."""
         parts = [part for part in self.chunks[x.micro_batch].parts if part.ends]
         hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
+        last_R = self._last_tokens(x)
         for first in range(0, len(parts), most):
-            piece = parts[first : first + most]
-            if self.backend.shares_memory:
-                last_tokens = torch.tensor([part.last - 1 for part in piece])
-            else:
-                _, ends = _number_views(self._numbers(x), self.chunks[x.micro_batch])
-                last_tokens = ends[first + 1 : first + 1 + len(piece)] - 1
-            sequences = [self.state.by_placed[id(part.placed)] for part in piece]
-            sample(self.arch, self.memory, self.state, hidden_TD[last_tokens], sequences)
+            piece = slice(first, first + most)
+            sequences = [self.state.by_placed[id(part.placed)] for part in parts[piece]]
+            sample(self.arch, self.memory, self.state, hidden_TD[last_R[piece]], sequences)
         return 0
+
+    def _last_tokens(self, x: TaskId) -> Tensor:
+        """Where each prompt that ends in a chunk has its last token, on the GPU's level.
+
+        Only the last part of a chunk may be of a prompt that goes on in the next.
+        """
+        chunk = self.chunks[x.micro_batch]
+        last_tokens = [part.last - 1 for part in chunk.parts if part.ends]
+        if self.backend.shares_memory:
+            return torch.tensor(last_tokens, dtype=torch.int64)
+        _, ends = _number_views(self._numbers(x), chunk)
+        return ends[1 : 1 + len(last_tokens)] - 1
 
     def _cache(self, part: ChunkPart, layer: int) -> Tensor:
         """The prompt's part of its micro-batch's cache, as far as the end of the part."""

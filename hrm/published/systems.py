@@ -43,7 +43,7 @@ IMPLEMENTATIONS: Final = {
         says="CGOPipe; projections on the GPU, all experts streamed through pinned pages",
         schedule=ScheduleName.CGOPIPE,
         attention=Device.CPU,
-        runtime=Runtime(),
+        runtime=Runtime(whole_last_layer=True),
         resident_dense=True,
         staging=True,
     ),
@@ -53,7 +53,12 @@ IMPLEMENTATIONS: Final = {
         " waiting for the device after each task, assumed",
         schedule=ScheduleName.FLEXGEN,
         attention=Device.GPU,
-        runtime=Runtime(weights_link="pageable", kv_link="pageable", synchronise_s=FLEXGEN_WAIT_S),
+        runtime=Runtime(
+            weights_link="pageable",
+            kv_link="pageable",
+            synchronise_s=FLEXGEN_WAIT_S,
+            whole_last_layer=True,
+        ),
     ),
     System.FLEXGEN_C: Implementation(
         says="attention on the CPU, in turn with the GPU, moving"
@@ -65,13 +70,14 @@ IMPLEMENTATIONS: Final = {
             weights_link="pageable",
             attention_passes=FLEXGEN_ATTENTION_PASSES,
             synchronise_s=FLEXGEN_WAIT_S,
+            whole_last_layer=True,
         ),
     ),
     System.DEEPSPEED: Implementation(
         says="one batch, its cache on the GPU; all weights cross from pinned memory",
         schedule=ScheduleName.DEEPSPEED,
         attention=Device.GPU,
-        runtime=Runtime(),
+        runtime=Runtime(whole_last_layer=True),
         kv_on_gpu=True,
     ),
 }

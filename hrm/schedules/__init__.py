@@ -7,11 +7,11 @@ from typing import Final
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import orders
-from hrm.schedules.pipeline import Pipeline
+from hrm.schedules.pipeline import Pipeline, skips_in_last_layer
 from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
 __all__ = ["SCHEDULES", "Pipeline", "Schedule", "decode_pipeline", "graph", "iter_tasks",
-           "prefill_pipeline"]  # fmt: skip
+           "prefill_pipeline", "skips_in_last_layer"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

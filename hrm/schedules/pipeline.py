@@ -17,6 +17,16 @@ WEIGHT_SLOTS = 2  # layers whose streamed weights are on the GPU at once
 BUFFERS = 2  # KV and prefill buffers on the GPU: one in use, one in transfer
 STAGING_PAGES = 4  # pinned pages between pageable memory and the link
 
+
+def skips_in_last_layer(prompts: float, tokens: float) -> bool:
+    """Whether the model's last layer goes on after attention with few of a chunk's tokens.
+
+    In prefill only what a prompt ends with is sampled from. The last tokens of the `prompts` that
+    end in a chunk are gathered, which its workspace has room for if they are half of it at most.
+    """
+    return 2 * prompts <= tokens
+
+
 K = TaskKind
 _LANES = {
     K.EMBED: Lane.H2D, K.PRE_ATTENTION: Lane.GPU, K.OFFLOAD_QKV: Lane.D2H, K.LOAD_KV: Lane.H2D,

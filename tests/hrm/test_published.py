@@ -149,7 +149,7 @@ def test_flexgens_reasons_are_what_brings_it_down():
 
     def plain(run):
         policy = policy_of(run, SPEC)
-        costs = Costs(SPEC, MACHINES[run.setup], "float16", Runtime())
+        costs = Costs(SPEC, MACHINES[run.setup], "float16", Runtime(whole_last_layer=True))
         seconds = batch_seconds(
             costs, Point.of_policy(policy, SPEC), policy.schedule, run.workload
         )  # fmt: skip

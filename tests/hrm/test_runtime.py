@@ -104,6 +104,28 @@ def test_more_passes_move_more_bytes_on_the_cpu_only():
     assert on_cpu[1][Lane.CPU] - on_cpu[0][Lane.CPU] == pytest.approx(extra)
 
 
+@pytest.mark.parametrize("prompt_len", [1, 2, 48, 768])
+def test_the_last_layer_of_prefill_goes_on_with_the_ends_of_prompts(prompt_len):
+    """In chunks of 384 tokens on a machine whose GPU only multiplies: FLOPs of what is skipped."""
+    flops, batch = 1e9, 8 * PAIR
+    workload = Workload(name="test", prompt_len=prompt_len, max_prompt_len=prompt_len, gen_len=5)
+    plan = replace(policy(Device.CPU), prefix_buffer_tokens=prompt_len)
+    profile = machine(gpu_flops=flops, gpu_read=1e18)
+
+    def gpu_s(runtime):
+        costs = Costs(SPEC, profile, "bfloat16", runtime)
+        lanes, _ = prefill_lanes(costs, Point.of_policy(plan, SPEC), workload)
+        return lanes[Lane.GPU]
+
+    a_token = 2 * (
+        SPEC.query_size * SPEC.hidden_size + SPEC.hidden_size * SPEC.num_experts
+        + SPEC.experts_per_token * SPEC.expert_parameters
+    )  # fmt: skip
+    skipped = batch * (prompt_len - 1)
+    saved_s = gpu_s(Runtime(whole_last_layer=True)) - gpu_s(Runtime())
+    assert saved_s == pytest.approx(skipped * a_token / flops, rel=1e-9)
+
+
 def test_a_link_that_the_machine_lacks_is_a_mistake():
     with pytest.raises(ProfileError, match="no pageable link cpu->gpu"):
         estimate(SPEC, policy(Device.GPU), machine(), WORKLOAD, runtime=Runtime(kv_link="pageable"))
