@@ -13,6 +13,7 @@ import torch
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
+from hrm.model_spec import BUILT_IN_MODELS
 from hrm.profiling import ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate
 from hrm.profiling.environment import host_facts
@@ -426,9 +427,9 @@ def test_shapes_of_large_models_are_scaled_down():
     (w13, w2), note = model_shapes(TINY, quick=True)
     assert (w13.inputs, w13.outputs, w2.inputs, w2.outputs) == (64, 192, 96, 64)
     assert note == "shapes of tiny"
-    (w13, _), note = model_shapes(None, quick=True)
-    assert (w13.inputs, w13.outputs) == (512, 3584)
-    assert "divided by 2" in note
+    (w13, _), note = model_shapes(BUILT_IN_MODELS["mixtral-8x7b"], quick=True)
+    assert (w13.inputs, w13.outputs) == (1024, 7168)
+    assert "divided by 4" in note
 
 
 @pytest.mark.parametrize("module", ["hrm.profiling", "hrm.profiling.pacing", "hrm.machines"])
