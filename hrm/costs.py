@@ -107,8 +107,12 @@ class Costs:
         return self._on(Device.GPU, operator) + 2 * self.all_reduce(tokens)
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
-        """Whether prefill's last layer goes on after attention with the ends of prompts only."""
-        return not self.runtime.whole_last_layer and skips_in_last_layer(1, prompt_len)
+        """Whether prefill's last layer goes on after attention with the ends of prompts only.
+
+        In a pipeline only that of the last stage does, and the other stages are waited for.
+        """
+        whole = self.runtime.whole_last_layer or self.profile.num_stages > 1
+        return not whole and skips_in_last_layer(1, prompt_len)
 
     def skipped_in_last_layer(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
         """What the model's last layer takes less than another of its kind over a chunk in prefill.

@@ -28,6 +28,8 @@ BATCHES = (1, 4, 32)
 HEADS = ((32, 8, 128), (16, 4, 64))
 PAGES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+MANY_ROWS = (128, 256, 512)  # in bfloat16 only: in the others torch would take minutes
+CACHED_BYTES = MIB // 2  # of keys and values that a core attends over again and again
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CACHE_BYTES = 256 * MIB  # beyond what a core finds in a shared cache on a busy machine
 REPEATS = 3
@@ -135,6 +137,13 @@ def test_attention(timer, memory):
                     num_bytes = calls * batch * context * token_bytes
                     label = f"{heads}/{kv_heads}x{head_dim} {str(dtype)[6:]} {batch} x {context}"
                     compare(timer, memory, num_bytes, work, label)
+            context = CACHED_BYTES // token_bytes
+
+            def again(arch=arch, cache=cache, qkv=qkv, out=out, context=context):
+                decode_attention(arch, qkv, cache, [0] * len(qkv), [context] * len(qkv), out)
+
+            label = f"{heads}/{kv_heads}x{head_dim} {str(dtype)[6:]} over one that is cached"
+            compare(timer, memory, len(qkv) * context * token_bytes, again, label)
 
 
 def test_experts(timer, memory):
@@ -150,7 +159,7 @@ def test_experts(timer, memory):
             for _ in range(num_experts)
         ]
         num_bytes = sum(each.w13.nbytes + each.w2.nbytes for each in weights)
-        for rows in ROWS:
+        for rows in (*ROWS, *(MANY_ROWS if dtype is torch.bfloat16 else ())):
             tokens = rows * num_experts
             x, out = torch.randn(tokens, hidden).to(dtype), torch.zeros(tokens, hidden).to(dtype)
             chosen = (torch.arange(tokens) % num_experts).view(tokens, 1)
