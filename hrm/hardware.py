@@ -111,7 +111,8 @@ class Processor:
     `attention_bytes_per_s` is the rate at which the decode attention kernel reads KV cache, and
     `launch_latency_s` what one more kernel or operator costs however small it is. Where requests
     are attended to one by one, `attention_request_s` is what each costs besides; where a batch is
-    one kernel there is none. `groups_experts` says that all experts of a layer are one kernel.
+    one kernel there is none. `fuses_operators` says that all experts of a layer are one kernel,
+    and so is each norm and rotary embedding.
     """
 
     name: str
@@ -119,7 +120,7 @@ class Processor:
     compute_flops_per_s: dict[str, Rate]
     attention_bytes_per_s: Rate | None = None
     attention_request_s: Figure | None = None
-    groups_experts: bool = False
+    fuses_operators: bool = False
     launch_latency_s: Figure
 
     def flops_per_s(self, dtype: str, num_tokens: Number = None) -> Number:

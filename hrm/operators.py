@@ -15,9 +15,11 @@ from hrm.units import DTYPE_BYTES
 # Operators that a task issues, views included; a test counts the executor's. Those a request are
 # of attention that goes request by request: a profile says what they cost where it does.
 PRE_ATTENTION_LAUNCHES: Final = 33
+FUSED_PRE_ATTENTION_LAUNCHES: Final = 4
 ATTENTION_LAUNCHES_PER_TASK: Final = 11
 ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
 POST_ATTENTION_LAUNCHES: Final = 20
+FUSED_POST_ATTENTION_LAUNCHES: Final = 10
 ROUTING_LAUNCHES: Final = 8
 LAUNCHES_PER_EXPERT: Final = 14
 SAMPLE_LAUNCHES: Final = 17
@@ -40,13 +42,14 @@ class Kernel:
 class Operator:
     """What one task computes; `requests` are those whose attention may cost something each.
 
-    `launches` are always issued, `expert_launches` only where experts are computed one by one.
+    `launches` are always issued, `unfused_launches` only where a layer has no fused kernels: where
+    experts are computed one by one, and norm and rotary embedding by several operators.
     """
 
     kernels: tuple[Kernel, ...]
     launches: Number
     requests: Number = 0
-    expert_launches: Number = 0
+    unfused_launches: Number = 0
 
     @property
     def flops(self) -> Number:
@@ -87,7 +90,8 @@ def pre_attention(spec: ModelSpec, dtype: str, m: Number) -> Operator:
     """Norm, QKV projection and rotary embedding of m tokens."""
     touched = spec.hidden_size + spec.query_size + spec.kv_elements
     projection = gemms(m, spec.qkv_parameters, touched, dtype)
-    return Operator((projection,), PRE_ATTENTION_LAUNCHES)
+    fused = FUSED_PRE_ATTENTION_LAUNCHES
+    return Operator((projection,), fused, unfused_launches=PRE_ATTENTION_LAUNCHES - fused)
 
 
 def decode_attention(
@@ -126,7 +130,7 @@ def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Oper
     # As a mean over layers, less than one expert means that some layers have none.
     any_here = -maximum(-num_experts, -1)
     one_by_one = any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT
-    return Operator((kernel,), any_here, expert_launches=one_by_one - any_here)
+    return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here)
 
 
 def dense_ffn(spec: ModelSpec, dtype: str, m: Number, kind: LayerKind) -> Operator:
@@ -146,13 +150,15 @@ def post_attention(
     """Output projection, norm, router and dense FFN of m tokens, and the experts run with it."""
     output = linear(m, spec.attention_output_size, spec.hidden_size, dtype)
     dense = dense_ffn(spec, dtype, m, kind)
-    launches = POST_ATTENTION_LAUNCHES + dense.launches
+    launches = FUSED_POST_ATTENTION_LAUNCHES + dense.launches
+    unfused = POST_ATTENTION_LAUNCHES - FUSED_POST_ATTENTION_LAUNCHES
     if not kind.has_experts:
-        return Operator((output, *dense.kernels), launches)
+        return Operator((output, *dense.kernels), launches, unfused_launches=unfused)
     router = linear(m, spec.hidden_size, spec.num_experts, dtype)
     ffn = experts(spec, dtype, m, gpu_experts)
     kernels = (output, router, *dense.kernels, *ffn.kernels)
-    return Operator(kernels, launches + ffn.launches, expert_launches=ffn.expert_launches)
+    unfused = unfused + ffn.unfused_launches
+    return Operator(kernels, launches + ffn.launches, unfused_launches=unfused)
 
 
 def prefill_layer(
@@ -182,7 +188,8 @@ def prefill_layer(
         touched = spec.kv_elements + expanded
         kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
     launches = before.launches + after.launches
-    return Operator(kernels, launches, tokens / part, after.expert_launches)
+    unfused = before.unfused_launches + after.unfused_launches
+    return Operator(kernels, launches, tokens / part, unfused)
 
 
 def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:

@@ -28,8 +28,8 @@ def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str) -> Numb
     if processor.attention_request_s is not None:
         work = work + operator.requests * processor.attention_request_s.value
     launches = operator.launches
-    if not processor.groups_experts:
-        launches = launches + operator.expert_launches
+    if not processor.fuses_operators:
+        launches = launches + operator.unfused_launches
     return launches * processor.launch_latency_s.value + work
 
 

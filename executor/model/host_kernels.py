@@ -16,5 +16,5 @@ def host_kernels() -> HostKernels | None:
         multiply=project,
         attend=kernels.decode_attention,
         stage=stage,
-        groups_experts=True,
+        fuses_operators=True,
     )

@@ -20,15 +20,15 @@ class HostKernels:
     `weight` (rows, width). `attend(queries, cache, starts, lengths, out)` is attention of one new
     token per request, whose heads are one row of `queries` and `out`, over `lengths[r]` tokens of
     the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel.
-    `stage(target, source)` copies a page of weights. If the runtime `groups_experts`, a layer's few
-    tokens an expert take one kernel, not some for each.
+    `stage(target, source)` copies a page of weights. If the runtime `fuses_operators`, all experts
+    of a layer take one kernel, not some for each, and so does a norm or rotary embedding.
     """
 
     name: str
     multiply: "Callable[[Tensor, Tensor, Tensor], object]"
     attend: "Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Tensor], None]"
     stage: "Callable[[Tensor, Tensor], object]"
-    groups_experts: bool = False
+    fuses_operators: bool = False
 
 
 def installed_kernels() -> HostKernels | None:

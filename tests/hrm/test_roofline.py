@@ -96,9 +96,9 @@ def test_kernels_run_one_after_the_other_and_every_launch_costs():
     assert operator_seconds(operator, gpu, "bfloat16") == pytest.approx(5e-3 + 6e-3 + 1e-2)
 
 
-def test_experts_in_one_kernel_cost_one_launch():
+def test_fused_experts_cost_one_launch():
     level = machine(launch_s=1e-3).host
-    grouped = replace(level, processor=replace(level.processor, groups_experts=True))
+    grouped = replace(level, processor=replace(level.processor, fuses_operators=True))
     operator = operators.experts(MIXTRAL, "bfloat16", 1, MIXTRAL.num_experts)
     loop_s = operator_seconds(operator, level, "bfloat16")
     one_s = operator_seconds(operator, grouped, "bfloat16")

@@ -33,7 +33,7 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
         },
         attention_bytes_per_s=results[attention_step(level)],
         attention_request_s=None if run.kernels else request_latency(launch),
-        groups_experts=run.kernels is not None and run.kernels.groups_experts,
+        fuses_operators=run.kernels is not None and run.kernels.fuses_operators,
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
 

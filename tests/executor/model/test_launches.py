@@ -85,6 +85,20 @@ def test_pre_attention(dense):
     assert count == near(operators.PRE_ATTENTION_LAUNCHES)
 
 
+@pytest.mark.skipif(not native.paths(), reason="the native kernels are not built")
+def test_fused_operators(dense):
+    """Each native product, norm and rotation is one launch besides."""
+    qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
+    hidden, attention = rows(SPEC.hidden_size), rows(SPEC.query_size)
+    with native.using(native.Kernels(native.paths()[0])):
+        before, _ = launches(
+            pre_attention, ARCH, hidden, dense, torch.arange(REQUESTS), qkv, workspace()
+        )
+        after, _ = launches(post_attention, ARCH, hidden, attention, dense, workspace())
+    assert before + 3 == operators.FUSED_PRE_ATTENTION_LAUNCHES
+    assert after + 3 == operators.FUSED_POST_ATTENTION_LAUNCHES
+
+
 def test_decode_attention():
     qkv, out = rows(SPEC.query_size + 2 * SPEC.kv_size), rows(SPEC.query_size)
     cache = torch.randn(REQUESTS * 16, 2, SPEC.num_kv_heads, SPEC.head_dim).to(DTYPE)

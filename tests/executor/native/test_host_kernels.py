@@ -31,7 +31,7 @@ def test_a_profile_is_of_the_kernels(path):
         )
     processor = profile.levels[0].processor
     assert processor.attention_request_s is None  # a batch is one call
-    assert processor.groups_experts  # so are a layer's experts (test_launches)
+    assert processor.fuses_operators  # so are a layer's experts (test_launches)
     assert profile.environment["kernels"] == kernels.name
     assert kernels.name in processor.compute_flops_per_s["float32"].planned.note
 
