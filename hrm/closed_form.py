@@ -280,13 +280,9 @@ def prefill_lanes(
     off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
     kv = off_gpu * operators.kv_bytes(spec, dtype, chunk)
     stored = chunks * (layers * kv + (layers - 1) * hidden)
-    gpu = chunks * costs.mean_over_layers(
-        lambda kind: costs.prefill_layer(chunk, workload.prompt_len, kind)
-    )
-    skipped = costs.skipped_in_last_layer(chunk, workload.prompt_len, spec.layer_kind(layers - 1))
-    first_tokens = costs.first_tokens(point.batch_size / chunks)
+    gpu = costs.prefill_layers(chunk, workload.prompt_len)
     lanes = {
-        Lane.GPU: layers * gpu + chunks * (first_tokens - skipped),
+        Lane.GPU: chunks * (gpu + costs.first_tokens(point.batch_size / chunks)),
         Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
         Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
         Lane.STAGE: layers * share_of(point.staging, lambda: costs.stage(weights)),

@@ -101,10 +101,29 @@ class Costs:
         """
         return -maximum(-requests, -1) * self.sample(maximum(requests, 1))
 
-    def prefill_layer(self, tokens: Number, prompt_len: Number, kind: LayerKind) -> Number:
-        """One layer of prefill over a chunk on the GPU."""
-        operator = operators.prefill_layer(self.spec, self.dtype, tokens, prompt_len, kind)
-        return self._on(Device.GPU, operator) + 2 * self.all_reduce(tokens)
+    def prefill_layer(
+        self, tokens: Number, prompt_len: float, kind: LayerKind, *, is_last: bool = False
+    ) -> Number:
+        """One layer of prefill over a chunk on the GPU; `is_last` of the model."""
+        before = self._up_to_attention(tokens, prompt_len, kind)
+        if is_last and self.skips_in_last_layer(prompt_len):
+            return before + self._after_ends(tokens / prompt_len, kind)
+        return before + self._after_attention(tokens, self.spec.num_experts, kind)
+
+    def prefill_layers(self, tokens: Number, prompt_len: float) -> Number:
+        """All layers of prefill over a chunk on the GPU, as a mean over chunks."""
+        kinds, num_experts = self.spec.layer_kinds(), self.spec.num_experts
+        after = {
+            kind.has_experts: self._after_attention(tokens, num_experts, kind) for kind in kinds
+        }
+        seconds = sum(
+            count * (self._up_to_attention(tokens, prompt_len, kind) + after[kind.has_experts])
+            for kind, count in kinds.items()
+        )
+        if not self.skips_in_last_layer(prompt_len):
+            return seconds
+        last = self.spec.layer_kind(self.spec.num_layers - 1)
+        return seconds + self._after_ends(tokens / prompt_len, last) - after[last.has_experts]
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
         """Whether prefill's last layer goes on after attention with the ends of prompts only.
@@ -113,20 +132,6 @@ class Costs:
         """
         whole = self.runtime.whole_last_layer or self.profile.num_stages > 1
         return not whole and skips_in_last_layer(1, prompt_len)
-
-    def skipped_in_last_layer(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
-        """What the model's last layer takes less than another of its kind over a chunk in prefill.
-
-        Only the last token of each prompt goes on after attention there: nothing else is sampled
-        from. As a mean over chunks; where prompts are longer, in some of them none ends.
-        """
-        if not self.skips_in_last_layer(prompt_len):
-            return 0 * tokens
-        requests, experts = tokens / prompt_len, self.spec.num_experts
-        ending = -maximum(-requests, -1) * self._after_attention(
-            maximum(requests, 1), experts, kind
-        )
-        return self._after_attention(tokens, experts, kind) - ending
 
     def all_reduce(self, tokens: Number) -> Number:
         """Sum of the GPUs' hidden states of so many tokens, in a ring; nothing for one GPU.
@@ -180,6 +185,16 @@ class Costs:
     def _on(self, device: Device, operator: operators.Operator) -> Number:
         seconds = operator_seconds(operator, self.level(device), self.dtype)
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+
+    def _up_to_attention(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
+        """A layer of prefill up to attention."""
+        operator = operators.prefill_attention(self.spec, self.dtype, tokens, prompt_len, kind)
+        return self._on(Device.GPU, operator)
+
+    def _after_ends(self, requests: Number, kind: LayerKind) -> Number:
+        """The rest of a layer for the last tokens of so many prompts, as `first_tokens` of them."""
+        rest = self._after_attention(maximum(requests, 1), self.spec.num_experts, kind)
+        return -maximum(-requests, -1) * rest
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
         operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
@@ -333,10 +348,8 @@ class TaskWork:
                 on_host = max(0.0, costs.spec.num_experts_of(kind) - resident)
                 return costs.cpu_experts(m, on_host)
             case TaskKind.PREFILL_LAYER:
-                seconds = costs.prefill_layer(m, self.context, kind)
-                if task.layer == self.pipeline.num_layers - 1:
-                    seconds -= costs.skipped_in_last_layer(m, self.context, kind)
-                return seconds
+                is_last = task.layer == self.pipeline.num_layers - 1
+                return costs.prefill_layer(m, self.context, kind, is_last=is_last)
             case TaskKind.SAMPLE if self.pipeline.phase is Phase.PREFILL:
                 return costs.first_tokens(self.requests_per_chunk or m)
             case TaskKind.SAMPLE:

@@ -161,16 +161,15 @@ def post_attention(
     return Operator(kernels, launches + ffn.launches, unfused_launches=unfused)
 
 
-def prefill_layer(
+def prefill_attention(
     spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number, kind: LayerKind
 ) -> Operator:
-    """One whole layer over a chunk of `tokens` in prompts of `prompt_len`; causal attention.
+    """A layer over a chunk of `tokens` in prompts of `prompt_len` up to causal attention.
 
     Prompts longer than the chunk are split: over all parts of one, attention is what it is over the
     whole, but for keys and values of earlier parts, which each later part reads again.
     """
     before = pre_attention(spec, dtype, tokens)
-    after = post_attention(spec, dtype, tokens, spec.num_experts, kind)
     size = DTYPE_BYTES[dtype]
     capped = spec.context_in(kind, prompt_len)
     mean_context = capped - capped * capped / (2 * prompt_len)
@@ -183,13 +182,11 @@ def prefill_layer(
         tokens * (expanded + spec.kv_elements + prefix / part * of_prefix) * size,
         part,
     )
-    kernels = (*before.kernels, attention, *after.kernels)
+    kernels = (*before.kernels, attention)
     if spec.latent_up_parameters:
         touched = spec.kv_elements + expanded
         kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
-    launches = before.launches + after.launches
-    unfused = before.unfused_launches + after.unfused_launches
-    return Operator(kernels, launches, tokens / part, unfused)
+    return Operator(kernels, before.launches, tokens / part, before.unfused_launches)
 
 
 def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:

@@ -22,9 +22,12 @@ def skips_in_last_layer(prompts: float, tokens: float) -> bool:
     """Whether the model's last layer goes on after attention with few of a chunk's tokens.
 
     In prefill only what a prompt ends with is sampled from. The last tokens of the `prompts` that
-    end in a chunk are gathered, which its workspace has room for if they are half of it at most.
+    end in a chunk are gathered beside it, which its workspace has room for, whatever the model, if
+    they are a quarter of it at most: `workspace_bytes` with hidden size D, experts of inner size I
+    and attention outputs of O has max(3D + 2I, O) for each of all tokens, and they need another
+    D + O and their own 3D + 2I.
     """
-    return 2 * prompts <= tokens
+    return 4 * prompts <= tokens
 
 
 K = TaskKind

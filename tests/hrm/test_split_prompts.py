@@ -32,9 +32,9 @@ KIND = LayerKind()
 def test_attention_of_a_split_prompt_is_counted_part_by_part(parts):
     """Every token sees half of its own part, as a causal one does, and all earlier parts."""
     spec, length = tiny_spec(), 2400
-    part, chunks = length // parts, [operators.prefill_layer(tiny_spec(), "bfloat16", 2400 // parts,
-                                                             2400, KIND)] * parts  # fmt: skip
-    whole = operators.prefill_layer(spec, "bfloat16", length, length, KIND)
+    part = length // parts
+    chunks = [operators.prefill_attention(spec, "bfloat16", part, length, KIND)] * parts
+    whole = operators.prefill_attention(spec, "bfloat16", length, length, KIND)
     flops = num_bytes = 0.0
     for number in range(parts):
         seen = number * part + part / 2
@@ -53,7 +53,9 @@ def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
     spec = BUILT_IN_MODELS["deepseek-v2"]
     of_token = (spec.query_size + spec.attention_output_size) * 2
     assert prefix_bytes_per_token(spec, "bfloat16", ranks=8) == of_token
-    whole, halves = (operators.prefill_layer(spec, "bfloat16", n, 1000, KIND) for n in (1000, 500))
+    whole, halves = (
+        operators.prefill_attention(spec, "bfloat16", n, 1000, KIND) for n in (1000, 500)
+    )
     more = 2 * halves.kernels[2].num_bytes - whole.kernels[2].num_bytes
     assert more == pytest.approx(500 * of_token), "the second half reads the first once more"
     assert prefix_tokens_for(spec, 1000, 500, cpu_attention=0) == 1000
