@@ -84,7 +84,7 @@ class BatchState:
 
     `num_active` counts requests that go on; `num_generated` tokens so far and `share_done` how
     much of the batch they are, for live displays. `routed_tokens[i][e]` counts the tokens, prompts'
-    and generated, that layer i sent to expert e.
+    and generated, that layer i sent to expert e; of prompts the last layer sends the ends only.
     """
 
     def __init__(self, batch: Batch, arch: Architecture, stops: EndOfText) -> None:
