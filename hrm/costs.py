@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from hrm import operators
@@ -112,18 +113,19 @@ class Costs:
 
     def prefill_layers(self, tokens: Number, prompt_len: float) -> Number:
         """All layers of prefill over a chunk on the GPU, as a mean over chunks."""
-        kinds, num_experts = self.spec.layer_kinds(), self.spec.num_experts
-        after = {
-            kind.has_experts: self._after_attention(tokens, num_experts, kind) for kind in kinds
-        }
-        seconds = sum(
-            count * (self._up_to_attention(tokens, prompt_len, kind) + after[kind.has_experts])
-            for kind, count in kinds.items()
+
+        @cache
+        def after(kind: LayerKind) -> Number:
+            return self._after_attention(tokens, self.spec.num_experts, kind)
+
+        seconds = self.spec.num_layers * (
+            self.mean_over_layers(lambda kind: self._up_to_attention(tokens, prompt_len, kind))
+            + self.mean_over_layers(after, by_window=False)
         )
         if not self.skips_in_last_layer(prompt_len):
             return seconds
-        last = self.spec.layer_kind(self.spec.num_layers - 1)
-        return seconds + self._after_ends(tokens / prompt_len, last) - after[last.has_experts]
+        last = LayerKind(self.spec.layer_kind(self.spec.num_layers - 1).has_experts)
+        return seconds + self._after_ends(tokens / prompt_len, last) - after(last)
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
         """Whether prefill's last layer goes on after attention with the ends of prompts only.

@@ -136,13 +136,7 @@ class Kernels:
 
     def takes_linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> bool:
         """Whether `linear` can compute this; it is torch's otherwise."""
-        return (
-            x_TW.is_cpu
-            and x_TW.dtype in _DTYPES
-            and weight_NW.dtype is out_TN.dtype is x_TW.dtype
-            and weight_NW.is_contiguous()
-            and x_TW.stride(-1) == out_TN.stride(-1) == 1
-        )
+        return _takes_rows(x_TW, weight_NW, out_TN)
 
     def linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> None:
         """`out = x @ weight.T`, or added to what `out_TN` holds; float32 sums, rounded once."""
@@ -163,13 +157,7 @@ class Kernels:
 
     def takes_norm(self, x_TD: Tensor, weight_D: Tensor, out_TD: Tensor) -> bool:
         """Whether `rms_norm` can compute this; it is torch's otherwise."""
-        return (
-            x_TD.is_cpu
-            and x_TD.dtype in _DTYPES
-            and weight_D.dtype is out_TD.dtype is x_TD.dtype
-            and weight_D.is_contiguous()
-            and x_TD.stride(-1) == out_TD.stride(-1) == 1
-        )
+        return _takes_rows(x_TD, weight_D, out_TD)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
         """`x / sqrt(mean(x²) + epsilon)`, rounded, times the weight; sums are float32."""
@@ -248,6 +236,17 @@ class Kernels:
             num_bytes=memory.nbytes,
             threads=torch.get_num_threads(),
         )
+
+
+def _takes_rows(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether rows of `x` can be turned into rows of `out` by a weight."""
+    return (
+        x.is_cpu
+        and x.dtype in _DTYPES
+        and weight.dtype is out.dtype is x.dtype
+        and weight.is_contiguous()
+        and x.stride(-1) == out.stride(-1) == 1
+    )
 
 
 @cache

@@ -12,6 +12,7 @@
 namespace {
 
 using native::Heads;
+using native::padded_heads;
 
 constexpr int KEY_TOKENS = SUMS / 4;  // whose keys are multiplied together, by up to 4 queries
 
@@ -36,7 +37,7 @@ struct State {
     State(const Heads& shape, float* state)
         : values(state),
           greatest(state + shape.heads * shape.padded_dim),
-          sums(greatest + shape.padded_heads()) {}
+          sums(greatest + padded_heads(shape)) {}
 };
 
 // Tokens that are computed together. Each has a row of padded_heads scores: every head's logit,
@@ -96,9 +97,9 @@ void add_scores(
     tile.fetcher.fetch(tokens * dim * static_cast<int64_t>(sizeof(T)) / tile.parts);
     float finished[SUMS];
     finish_sums(sums, finished);
-    float* scores = tile.scores + first * shape.padded_heads() + head;
+    float* scores = tile.scores + first * padded_heads(shape) + head;
     UNROLL
-    for (int t = 0; t < KEY_TOKENS; ++t, scores += shape.padded_heads()) {
+    for (int t = 0; t < KEY_TOKENS; ++t, scores += padded_heads(shape)) {
         std::memcpy(scores, finished + t * NUM, NUM * sizeof(float));
     }
 }
@@ -190,7 +191,7 @@ struct Columns<Bf16> {
 template <typename T>
 void weigh(const Heads& shape, const TokenTile& tile, const State& state) {
     constexpr int TOKENS = Columns<T>::TOKENS;
-    const int64_t heads = shape.padded_heads();
+    const int64_t heads = padded_heads(shape);
     const Floats scale = splat(shape.scale);
     for (int64_t h = 0; h < heads; h += LANES) {
         float* scores = tile.scores + h;
@@ -245,7 +246,7 @@ void add_columns(
     const float* weights = tile.scores + head;
     for (; row + (C::TOKENS - 1) * stride <= last; row += C::TOKENS * stride) {
         C::template add<NUM, COUNT>(sums, row, row + stride, weights, load);
-        weights += C::TOKENS * shape.padded_heads();
+        weights += C::TOKENS * padded_heads(shape);
     }
     if (row <= last) C::template add<NUM, COUNT>(sums, row, row, weights, load);  // once it weighs 0
     constexpr int64_t ROW_BYTES = COUNT * C::WIDTH * sizeof(T);
@@ -301,20 +302,20 @@ void attend(
     const T* query = static_cast<const T*>(query_row);
     const T* cache = static_cast<const T*>(first_token);
     const State state(shape, state_memory);
-    const int64_t padded_heads = shape.padded_heads();
+    const int64_t num_padded = padded_heads(shape);
     for (int64_t i = 0; i < shape.heads * shape.padded_dim; ++i) state.values[i] = 0.0f;
-    for (int64_t h = 0; h < padded_heads; ++h) {
+    for (int64_t h = 0; h < num_padded; ++h) {
         state.greatest[h] = -__builtin_inff();
         state.sums[h] = 0.0f;
     }
     float* queries = scratch;
     float* factors = queries + shape.heads * shape.padded_dim;
-    float* scores = factors + padded_heads;
+    float* scores = factors + num_padded;
     for (int64_t h = 0; h < shape.heads; ++h) {
         Dot<T>::prepare(query + h * shape.head_dim, shape.head_dim, queries + h * shape.padded_dim);
     }
-    if (shape.heads < padded_heads) {  // what is no head's is weighed as well
-        std::memset(scores, 0, shape.tile_tokens * padded_heads * sizeof(float));
+    if (shape.heads < num_padded) {  // what is no head's is weighed as well
+        std::memset(scores, 0, shape.tile_tokens * num_padded * sizeof(float));
     }
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t parts = group / 4 + group % 4 / 2 + group % 2;

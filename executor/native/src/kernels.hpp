@@ -25,21 +25,21 @@ struct Heads {
     int64_t token_elements;  // 2 * kv_heads * head_dim
     int64_t tile_tokens;     // computed at a time, a multiple of TILE_UNIT
     float scale;             // of the logits, log2(e) included: weights are powers of two
-
-    // What is one float a head is padded to whole vectors of them.
-    int64_t padded_heads() const { return rounded_up(heads, 16); }
 };
+
+// What is one float a head is padded to whole vectors of them.
+static inline int64_t padded_heads(const Heads& shape) { return rounded_up(shape.heads, 16); }
 
 // Floats of a softmax in progress: the weighted sums of the values, head by head, then every
 // head's greatest logit, then every head's sum of weights.
 static inline int64_t state_floats(const Heads& shape) {
     return rounded_up(
-        shape.heads * shape.padded_dim + 2 * shape.padded_heads(), ACCUMULATOR_UNIT);
+        shape.heads * shape.padded_dim + 2 * padded_heads(shape), ACCUMULATOR_UNIT);
 }
 
 // Floats of scratch: the queries, widened, and for every head a factor and a tile's scores.
 static inline int64_t scratch_floats(const Heads& shape) {
-    return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * shape.padded_heads();
+    return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * padded_heads(shape);
 }
 
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after

@@ -80,6 +80,17 @@ void require(bool holds, const char* rule) {
     if (!holds) throw std::out_of_range(rule);
 }
 
+// Compute what a shape says, without the interpreter's lock.
+template <typename Shape>
+void compute(
+    void (*kernel)(const native::Path&, native::Dtype, const Shape&, int), const std::string& path,
+    const std::string& dtype, const Shape& shape, int threads) {
+    const native::Path& chosen = path_named(path);
+    const native::Dtype type = dtype_named(dtype);
+    nb::gil_scoped_release released;
+    kernel(chosen, type, shape, threads);
+}
+
 template <typename T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -162,10 +173,7 @@ NB_MODULE(_kernels, module) {
                 tokens, width, rows, at<const void>(x), at<const void>(w), x_stride,
                 at<void>(out), out_stride, add,
             };
-            const native::Path& chosen = path_named(path);
-            const native::Dtype type = dtype_named(dtype);
-            nb::gil_scoped_release released;
-            native::linear(chosen, type, shape, threads);
+            compute(native::linear, path, dtype, shape, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
         nb::arg("rows"), nb::arg("x"), nb::arg("x_stride"), nb::arg("w"), nb::arg("out"),
@@ -180,10 +188,7 @@ NB_MODULE(_kernels, module) {
                 tokens, width, at<const void>(x), x_stride, at<const void>(weight), epsilon,
                 at<void>(out), out_stride,
             };
-            const native::Path& chosen = path_named(path);
-            const native::Dtype type = dtype_named(dtype);
-            nb::gil_scoped_release released;
-            native::rms_norm(chosen, type, shape, threads);
+            compute(native::rms_norm, path, dtype, shape, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
         nb::arg("x"), nb::arg("x_stride"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"),
@@ -198,10 +203,7 @@ NB_MODULE(_kernels, module) {
                 tokens, heads, head_dim, at<void>(rows), stride, at<const int64_t>(positions),
                 at<const float>(frequencies),
             };
-            const native::Path& chosen = path_named(path);
-            const native::Dtype type = dtype_named(dtype);
-            nb::gil_scoped_release released;
-            native::rotate(chosen, type, shape, threads);
+            compute(native::rotate, path, dtype, shape, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("heads"),
         nb::arg("head_dim"), nb::arg("rows"), nb::arg("stride"), nb::arg("positions"),

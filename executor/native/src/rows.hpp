@@ -1,7 +1,7 @@
 // What is done to each token's row by itself: norm and rotary embedding.
 #pragma once
 
-#include <cmath>
+#include <math.h>
 
 #include "kernels.hpp"
 #include "simd.hpp"
@@ -44,7 +44,7 @@ void rms_norm(const RmsNorm& shape, int64_t first, int64_t last) {
         const T* const row = static_cast<const T*>(shape.x) + t * shape.x_stride;
         T* const out = static_cast<T*>(shape.out) + t * shape.out_stride;
         const float mean = sum_of_squares(row, shape.width) / static_cast<float>(shape.width);
-        const float scale = 1.0f / std::sqrt(mean + shape.epsilon);
+        const float scale = 1.0f / sqrtf(mean + shape.epsilon);
         for (int64_t i = 0; i < shape.width; ++i) {
             T rounded;
             narrow(widened(row[i]) * scale, &rounded);
@@ -61,8 +61,8 @@ void rotate(const Rotation& shape, int64_t first, int64_t last, float* scratch) 
     for (int64_t t = first; t < last; ++t) {
         for (int64_t i = 0; i < half; ++i) {
             const float angle = static_cast<float>(shape.positions[t]) * shape.frequencies[i];
-            cosines[i] = std::cos(angle);
-            sines[i] = std::sin(angle);
+            cosines[i] = cosf(angle);
+            sines[i] = sinf(angle);
         }
         T* head = static_cast<T*>(shape.rows) + t * shape.stride;
         for (int64_t h = 0; h < shape.heads; ++h, head += shape.head_dim) {

@@ -58,12 +58,6 @@ inline float sum(Floats values) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-inline float maximum(Floats values) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
-
 // 2^x split into its whole and its broken power; x is within -126 and 127.
 inline Floats whole_power(Floats x, Floats* broken) {
     const Floats rounded = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

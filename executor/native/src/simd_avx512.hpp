@@ -52,7 +52,6 @@ inline Floats widen(const Fp16* from) {
 inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 
 inline float sum(Floats values) { return _mm512_reduce_add_ps(values); }
-inline float maximum(Floats values) { return _mm512_reduce_max_ps(values); }
 
 // 2^x split into its whole and its broken power; x is within -126 and 127.
 inline Floats whole_power(Floats x, Floats* broken) {

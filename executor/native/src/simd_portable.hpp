@@ -71,12 +71,6 @@ inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof va
 
 inline float sum(Floats values) { return (values[0] + values[2]) + (values[1] + values[3]); }
 
-inline float maximum(Floats values) {
-    const float a = values[0] > values[2] ? values[0] : values[2];
-    const float b = values[1] > values[3] ? values[1] : values[3];
-    return a > b ? a : b;
-}
-
 // 2^x split into its whole and its broken power; x is within -126 and 127.
 inline Floats whole_power(Floats x, Floats* broken) {
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
