@@ -1,13 +1,34 @@
 // Threads of our own, so that torch's stay out of it: each thread that calls has helpers of its
-// own, which sleep between calls and end with it.
+// own, which sleep between calls that are not soon followed by others, and end with it.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace native {
+
+// How long a thread that waits stays awake: calls follow one another sooner than a thread wakes.
+constexpr std::chrono::microseconds AWAKE{30};
+
+// Return when `value` is no longer `old`.
+template <typename Value>
+void wait_for_change(const std::atomic<Value>& value, Value old) {
+    using Clock = std::chrono::steady_clock;
+    for (const auto end = Clock::now() + AWAKE; Clock::now() < end;) {
+        if (value.load() != old) return;
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+    }
+    value.wait(old);
+}
 
 class Helpers {
   public:
@@ -65,7 +86,9 @@ class Helpers {
         ticket_.store(job);
         ticket_.notify_all();
         take_pieces(job);
-        for (int64_t left = left_.load(); left > 0; left = left_.load()) left_.wait(left);
+        for (int64_t left = left_.load(); left > 0; left = left_.load()) {
+            wait_for_change(left_, left);
+        }
         ticket_.store(job | CLOSED);
     }
 
@@ -85,7 +108,7 @@ class Helpers {
         while (!stop_.load()) {
             const uint64_t ticket = ticket_.load();
             if ((ticket & ~PIECES) == seen) {
-                ticket_.wait(ticket);
+                wait_for_change(ticket_, ticket);
                 continue;
             }
             seen = ticket & ~PIECES;
