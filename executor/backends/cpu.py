@@ -20,6 +20,7 @@ from executor.backends.base import (
     usable_cores,
 )
 from executor.errors import RunError
+from hrm.profiling.lane_threads import lane_threads
 from hrm.profiling.pacing import PacedCopy
 from hrm.tasks import Device, Lane
 from hrm.units import format_bandwidth, format_bytes
@@ -44,7 +45,7 @@ class CpuBackend(AbstractBackend):
 
     def lane_threads(self, lane: Lane) -> int:
         """All cores for computing on either lane, one for the others."""
-        return self._cores if lane in {Lane.GPU, Lane.CPU} else 1
+        return lane_threads("cpu", lane, self._cores)
 
 
 @final
@@ -104,5 +105,4 @@ class EmulatedBackend(AbstractBackend):
 
     def lane_threads(self, lane: Lane) -> int:
         """Half of the cores for the GPU, the rest for the CPU, one for each other lane."""
-        shares = {Lane.GPU: self._cores // 2, Lane.CPU: self._cores - self._cores // 2}
-        return max(1, shares.get(lane, 1))
+        return lane_threads("emulated", lane, self._cores)

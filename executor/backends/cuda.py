@@ -26,12 +26,12 @@ from executor.backends.streams import AbstractMark, AbstractStream
 from executor.errors import RunError
 from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
+from hrm.profiling.lane_threads import lane_threads
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
 FLASH_CAPABILITY: Final = (8, 0)
 GROUPED_CAPABILITIES: Final = (9, 10)  # elsewhere torch's grouped GEMM reads its offsets back
-STAGING_THREADS: Final = 4
 # torch allocates a workspace for each handle of cuBLAS's (one a thread) and stream: on Hopper four
 # times this one, which is its default elsewhere. cuBLASLt's, given in KiB, may come with each call.
 WORKSPACES: Final = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "8320"}
@@ -191,10 +191,7 @@ class CudaBackend(AbstractBackend):
 
     def lane_threads(self, lane: Lane) -> int:
         """One for lanes that queue, some for staging, and the rest for the CPU's."""
-        if lane is Lane.STAGE:
-            return max(1, min(STAGING_THREADS, self._cores // 4))
-        queueing = min(len(self.streams), self._cores // 4)
-        return self._cores - queueing if lane is Lane.CPU else 1
+        return lane_threads("cuda", lane, self._cores)
 
     def synchronise(self) -> None:
         """Wait, asleep, for the calling thread's stream."""

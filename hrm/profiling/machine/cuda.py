@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hrm.hardware import CPU, GPU, HardwareProfile, Rate
+from hrm.profiling.lane_threads import lane_threads
 from hrm.profiling.machine.gpu_level import (
     FACTS,
     MEMORY,
@@ -31,6 +32,7 @@ from hrm.profiling.machine.host import (
 )
 from hrm.profiling.machine.levels import host_level, ram_of
 from hrm.profiling.machine.run import Run
+from hrm.tasks import Lane
 from hrm.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -63,14 +65,15 @@ def profile_cuda(
     _add_gpu(run, gpus[0], memory)
     if len(gpus) > 1:
         _add_comparison(run, gpus)
-    add_processor(run, CPU, run.threads)
-    add_host_memory(run, [run.threads])
+    cpu_threads = _threads(run, Lane.CPU)
+    add_processor(run, CPU, cpu_threads)
+    add_host_memory(run, [cpu_threads])
     of_host = run.host.usable_ram_bytes // MOST_SHARE // len(gpus)
     most = QUICK_TRANSFER if run.quick else FULL_TRANSFER
     largest = min(most, memory.free_bytes // 4, of_host)
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
-    add_staging(run, gpus[0].pinned)
+    add_staging(run, _threads(run, Lane.STAGE), gpus[0].pinned)
     run.steps.add(
         CONTENTION, 8, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory
     )
@@ -92,7 +95,7 @@ def profile_cuda(
         f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings
     ]
     disk, host_lines = host_facts_of(results)
-    level = host_level(results, run, CPU, run.threads, *ram_of(run.host))
+    level = host_level(results, run, CPU, cpu_threads, *ram_of(run.host))
     host = replace(
         level,
         caches=results[CACHES],
@@ -198,6 +201,10 @@ def _add_facts(run: Run, gpus: Sequence["AbstractGpu"]) -> None:
     run.steps.add(FACTS, 0.1, facts, tuple[GpuFacts, ...], once=True)
 
 
+def _threads(run: Run, lane: Lane) -> int:
+    return lane_threads("cuda", lane, run.threads)
+
+
 def _contention(
     run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float
 ) -> "SharedMemory":
@@ -226,8 +233,8 @@ def _contention(
         return Worker(call, lambda: torch.set_num_threads(1), float(size * len(gpus)))
 
     workers = {
-        "attention": attention_worker(run, run.threads),
-        "staging": staging_worker(run, size, gpus[0].pinned),
+        "attention": attention_worker(run, _threads(run, Lane.CPU)),
+        "staging": staging_worker(run, size, _threads(run, Lane.STAGE), gpus[0].pinned),
         "h2d": link(to_device=True),
         "d2h": link(to_device=False),
     }

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Source
+from hrm.profiling.lane_threads import lane_threads
 from hrm.profiling.machine.host import (
     CACHES,
     STAGING,
@@ -18,6 +19,7 @@ from hrm.profiling.machine.host import (
 from hrm.profiling.machine.levels import host_level, ram_of, request_latency
 from hrm.profiling.machine.run import Run, torch_threads
 from hrm.profiling.pacing import PacedCopy
+from hrm.tasks import Lane
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
 
 if TYPE_CHECKING:
@@ -43,8 +45,7 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
     from hrm.profiling.timing import Timing
 
     cores = run.threads
-    gpu_threads = max(1, cores // 2)
-    cpu_threads = max(1, cores - gpu_threads)
+    gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = ram_of(run.host, gpu_bytes)
     add_processor(run, GPU, gpu_threads)
     if cpu_threads != gpu_threads:
@@ -69,7 +70,7 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
             return _at_most(link, bandwidth)
 
         run.steps.add(f"link {source} to {target}", 2, transfers, Link)
-    add_staging(run)
+    add_staging(run, _threads(run, Lane.STAGE))
     run.steps.add(
         BOTH_BUSY, 4,
         lambda seconds: launch_latency_beside_another(
@@ -79,7 +80,7 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
     )  # fmt: skip
     run.steps.add(
         CONTENTION, 16,
-        lambda seconds: _contention(run, seconds, gpu_threads, cpu_threads, arena, bandwidth),
+        lambda seconds: _contention(run, seconds, arena, bandwidth),
         SharedMemory,
     )  # fmt: skip
     add_disk(run)
@@ -147,9 +148,11 @@ def _at_most(link: Link, bandwidth: float) -> Link:
     return replace(link, bandwidth_bytes_per_s=replace(rate, achieved=capped))
 
 
-def _contention(
-    run: Run, seconds: float, gpu_threads: int, cpu_threads: int, arena: int, bandwidth: float
-) -> "SharedMemory":
+def _threads(run: Run, lane: Lane) -> int:
+    return lane_threads("emulated", lane, run.threads)
+
+
+def _contention(run: Run, seconds: float, arena: int, bandwidth: float) -> "SharedMemory":
     """What the lanes take from one another; both directions of the link are a pair too.
 
     A paced transfer reads and writes the host's memory, as the GPU's arena lies there too; GEMMs
@@ -173,10 +176,10 @@ def _contention(
         return torch.mm(x, weight, out=out)
 
     workers = {
-        "attention": attention_worker(run, cpu_threads),
-        "staging": staging_worker(run, STAGED_BYTES),
+        "attention": attention_worker(run, _threads(run, Lane.CPU)),
+        "staging": staging_worker(run, STAGED_BYTES, _threads(run, Lane.STAGE)),
         "h2d": link(),
-        "gemm": Worker(gemm, lambda: torch.set_num_threads(gpu_threads)),
+        "gemm": Worker(gemm, lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
         "d2h": link(),
     }
     lanes = ("attention", "staging", "h2d", "gemm")

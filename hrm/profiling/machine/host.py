@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hrm.hardware import CPU, Cache, Disk, Link, Rate
 from hrm.profiling import topology
 from hrm.profiling.machine.run import Run, torch_threads
-from hrm.units import MIB
+from hrm.units import MIB, counted
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +120,10 @@ def add_host_memory(run: Run, threads: Sequence[int]) -> None:
         )  # fmt: skip
 
 
-def add_staging(run: Run, pinned: "Callable[[int], torch.Tensor] | None" = None) -> None:
-    """Copies within the host by one thread as in a lane, from pageable to `pinned` memory.
+def add_staging(
+    run: Run, threads: int, pinned: "Callable[[int], torch.Tensor] | None" = None
+) -> None:
+    """Copies within the host by the threads of a lane, from pageable to `pinned` memory.
 
     Without any they go to pageable memory.
     """
@@ -130,11 +132,11 @@ def add_staging(run: Run, pinned: "Callable[[int], torch.Tensor] | None" = None)
     largest = _largest_staged(run)
 
     def staging(seconds: float) -> Link:
-        with torch_threads(1):
+        with torch_threads(threads):
             return measure_link(
                 CPU, CPU, _staging_transfer(run, largest, pinned), kind="staging",
                 sizes=transfer_sizes(largest, quick=run.quick), budget_s=seconds,
-                note="one thread" if pinned else "one thread; nothing is pinned here",
+                note=counted(threads, "thread") + ("" if pinned else "; nothing is pinned here"),
             )  # fmt: skip
 
     run.steps.add(STAGING, 2, staging, Link)
@@ -206,7 +208,7 @@ def attention_worker(run: Run, threads: int) -> "Worker":
 
 
 def staging_worker(
-    run: Run, size: int, pinned: "Callable[[int], torch.Tensor] | None" = None
+    run: Run, size: int, threads: int, pinned: "Callable[[int], torch.Tensor] | None" = None
 ) -> "Worker":
     """Staging as a lane does it; a copy reads and writes."""
     import torch
@@ -214,4 +216,4 @@ def staging_worker(
     from hrm.profiling.contention import Worker
 
     call = _staging_transfer(run, size, pinned)(size)
-    return Worker(call, lambda: torch.set_num_threads(1), 2.0 * size)
+    return Worker(call, lambda: torch.set_num_threads(threads), 2.0 * size)

@@ -410,8 +410,19 @@ def test_staging_is_measured_by_the_kernels_that_are_given():
     for given, expected in ((kernels, [MIB]), (None, [])):
         staged.clear()
         run: Any = SimpleNamespace(kernels=given, host=host, quick=True)
-        staging_worker(run, MIB).call()
+        staging_worker(run, MIB, threads=1).call()
         assert staged == expected
+
+
+def test_staging_is_measured_with_the_threads_of_its_lane():
+    host = SimpleNamespace(last_level_cache_bytes=MIB, usable_ram_bytes=10**9)
+    run: Any = SimpleNamespace(kernels=None, host=host, quick=True)
+    before = torch.get_num_threads()
+    try:
+        staging_worker(run, MIB, threads=before + 1).enter()
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_weights_of_a_pool_are_taken_in_turn():
