@@ -107,38 +107,40 @@ class GpuKernels:
 
         `ends` are int32 on the device: 0, and then where each prompt ends. Where a prompt has a
         cache, its keys and values are written to the cache's last rows; the first prompt's may have
-        more, which are its earlier tokens and are attended over as well.
+        more, which are its earlier tokens and are attended over as well, before the caches of the
+        others are written: they may lie in the same memory.
         """
         heads, groups = arch.spec.num_heads, arch.spec.num_kv_heads
         head_dim = arch.spec.head_dim
         cache = caches_C2Gd[0]
         after_prefix = int(cache is not None and len(cache) > lengths[0])
+        first = sum(lengths[:after_prefix])
         if self.flash is None or not _takes_flash(qkv_TX.dtype, head_dim):
-            first = sum(lengths[:after_prefix])
             if after_prefix:
                 prefill_attention(
                     arch, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace
                 )
             _attend_one_by_one(arch, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:])
-            _fill(caches_C2Gd[after_prefix:], qkv_TX[first:], lengths[after_prefix:], heads)
-            return
-        _fill(caches_C2Gd, qkv_TX, lengths, heads)
-        q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
-        if len(lengths) > after_prefix:
-            longest = max(lengths[after_prefix:])
-            whole = ends[after_prefix:]
-            out_THd = self.flash(
-                q, k, v, whole, whole, longest, longest, 0.0, True, False,
-            )[0]  # fmt: skip
-            out_TQ.copy_(out_THd.reshape(out_TQ.shape))
-        if cache is not None and after_prefix:
-            length, total = lengths[0], len(cache)
-            keys, values = cache.unbind(1)
-            rows = torch.arange(0, 2 * total, total, dtype=torch.int32, device=cache.device)
-            out_LHd = self.flash(
-                q[:length], keys, values, ends[:2], rows, length, total, 0.0, True, False,
-            )[0]  # fmt: skip
-            out_TQ[:length].copy_(out_LHd.reshape(length, -1))
+        else:
+            q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
+            if len(lengths) > after_prefix:
+                longest = max(lengths[after_prefix:])
+                whole = ends[after_prefix:]
+                out_THd = self.flash(
+                    q, k, v, whole, whole, longest, longest, 0.0, True, False,
+                )[0]  # fmt: skip
+                out_TQ.copy_(out_THd.reshape(out_TQ.shape))
+            if cache is not None and after_prefix:
+                total = len(cache)
+                _fill(caches_C2Gd[:1], qkv_TX[:first], lengths[:1], heads)
+                keys, values = cache.unbind(1)
+                rows = torch.arange(0, 2 * total, total, dtype=torch.int32, device=cache.device)
+                out_LHd = self.flash(
+                    q[:first], keys, values, ends[:2], rows, first, total, 0.0, True, False,
+                )[0]  # fmt: skip
+                out_TQ[:first].copy_(out_LHd.reshape(first, -1))
+        # Only now: another prompt's cache may lie where the first one's did.
+        _fill(caches_C2Gd[after_prefix:], qkv_TX[first:], lengths[after_prefix:], heads)
 
     def run_experts(
         self, x_TD: Tensor, routing: Routing, stacks: Sequence[ExpertStack], out_TD: Tensor, *,
