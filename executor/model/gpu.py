@@ -124,12 +124,14 @@ class GpuKernels:
         else:
             q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
             if len(lengths) > after_prefix:
+                # Of single tokens the kernel reads its queries without looking where they are.
                 longest = max(lengths[after_prefix:])
-                whole = ends[after_prefix:]
+                whole = ends[1:] - ends[1] if after_prefix else ends
                 out_THd = self.flash(
-                    q, k, v, whole, whole, longest, longest, 0.0, True, False,
+                    q[first:], k[first:], v[first:], whole, whole, longest, longest, 0.0, True,
+                    False,
                 )[0]  # fmt: skip
-                out_TQ.copy_(out_THd.reshape(out_TQ.shape))
+                out_TQ[first:].copy_(out_THd.reshape(len(out_THd), -1))
             if cache is not None and after_prefix:
                 total = len(cache)
                 _fill(caches_C2Gd[:1], qkv_TX[:first], lengths[:1], heads)

@@ -94,24 +94,23 @@ def test_prefill_attention(kernels, dtype, heads, lengths, earlier):
         assert mine is None or other is None or torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("between", [[], [4]])
-def test_a_prompt_takes_over_the_buffer_of_one_that_ends(kernels, dtype, between):
+@pytest.mark.parametrize("others", [[7], [4, 7], [1], [1, 1]])
+def test_a_prompt_takes_over_the_buffer_of_one_that_ends(kernels, dtype, others):
     """As chunks of split prompts have it: what is read of the one is there until it was read."""
     arch = tiny_arch(num_heads=4, num_kv_heads=2, head_dim=8)
-    lengths = [5, *between, 7]
+    lengths = [5, *others]
     qkv = torch.randn(sum(lengths), 8 * 8).to(dtype)
     prefix = torch.randn(12, 2, 2, 8).to(dtype)
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    results = []
-    for attend in (kernels.prefill_attention, prefill_attention):
+
+    def attended(attend, *ends):
         buffer, out = prefix.clone(), torch.full((len(qkv), 4 * 8), torch.nan, dtype=dtype)
-        caches = [buffer, *[None] * len(between), buffer[: lengths[-1]]]
-        if attend is prefill_attention:
-            attend(arch, qkv, lengths, caches, out, workspace())
-        else:
-            attend(arch, qkv, lengths, ends, caches, out, workspace())
-        results.append((out, buffer))
-    (got, left), (wanted, right) = results
+        caches = [buffer, *[None] * len(others[1:]), buffer[: lengths[-1]]]
+        attend(arch, qkv, lengths, *ends, caches, out, workspace())
+        return out, buffer
+
+    got, left = attended(kernels.prefill_attention, ends)
+    wanted, right = attended(prefill_attention)
     assert_same(got, wanted)
     assert torch.equal(left, right)
 
