@@ -9,6 +9,7 @@ from executor.backends.cpu import EmulatedBackend
 from executor.errors import RunError
 from hrm.tasks import Device, Lane
 from tests.contracts.backend import BackendContract
+from tests.executor.runtime.device_tensor import WithDevice
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import link
@@ -92,7 +93,8 @@ class TestLateBackend(BackendContract):
     @pytest.fixture
     def backend(self):
         device = FakeDevice()
-        yield LateBackend(device, kernels_named("plain"))
+        with WithDevice():
+            yield LateBackend(device, kernels_named("plain"))
         device.close()
 
     def test_large_memory_is_zero_and_can_be_written(self, backend):

@@ -1,6 +1,7 @@
-"""A device that is none: CPU tensors on either level; streams, kernels and copies as on CUDA."""
+"""A device that is none: tensors, streams, kernels and copies as strict and as late as CUDA's."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from executor.backends.base import Copy, copy_all
 from executor.backends.streams import AbstractMark, AbstractStream
 from executor.model import GpuKernels
 from executor.model.gpu import grouped_gemm
+from executor.model.workspace import Workspace
 from hrm.tasks import Device, Lane
+from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice, on_device
 from tests.executor.runtime.fake_device import FakeDevice, FakeStream
 
 
@@ -44,7 +47,12 @@ class LateBackend(AbstractBackend):
         memory = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
         if level is Device.CPU:
             self._host[memory.data_ptr()] = num_bytes
-        return memory
+            return memory
+        return DeviceTensor(memory)
+
+    def workspace(self, *num_bytes: int) -> tuple[Workspace, ...]:
+        nothing = self.allocate(Device.GPU, 0)
+        return tuple(Workspace(nothing, of_torch=size) for size in num_bytes)
 
     def pin(self, memory: Tensor) -> int:
         left_bytes = self.pinned_bytes - sum(self.pinned.values())
@@ -61,7 +69,7 @@ class LateBackend(AbstractBackend):
         )
 
         def copy() -> None:
-            copy_all(copies)
+            copy_all(copies, partial(Tensor.copy_, non_blocking=True))
 
         pageable = [
             side for pair in copies for side in pair
@@ -97,6 +105,7 @@ class EagerStream(AbstractStream):
 
     def enter(self) -> None:
         self._stream.enter()
+        WithDevice().__enter__()  # until the lane's thread ends
 
     def mark(self) -> AbstractMark:
         return self._stream.mark()
@@ -147,4 +156,4 @@ def flash(
 def kernels_named(name: str) -> GpuKernels:
     """`plain` as on a card without either, `fast` as on one with both."""
     grouped: Callable[..., Tensor] = grouped_gemm()
-    return {"plain": GpuKernels(), "fast": GpuKernels(flash, grouped)}[name]
+    return {"plain": GpuKernels(), "fast": GpuKernels(on_device(flash), grouped)}[name]
