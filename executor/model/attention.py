@@ -104,14 +104,20 @@ def _max_native_context(dtype: torch.dtype) -> int:
 
 
 def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
-    """Causal attention of a cache's last tokens; where kernels know it, no mask is ever made."""
-    tokens, heads, _ = q_THd.shape
-    k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()
+    """Causal attention of a cache's last tokens; where kernels know it, no mask is ever made.
+
+    Query heads that share a KV head are a batch of their own, for which it is broadcast: told that
+    heads are grouped, torch on older GPUs makes the mask and all scores.
+    """
+    tokens, heads, head_dim = q_THd.shape
+    length, _, kv_heads, _ = cache_C2Gd.shape
+    split = (tokens, kv_heads, heads // kv_heads, head_dim)
+    grouped = (2, kv_heads, heads // kv_heads, length, head_dim)
+    k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(2).expand(grouped).unbind()
     context = scaled_dot_product_attention(
-        q_THd.transpose(0, 1).unsqueeze(0), k, v,
-        attn_mask=causal_lower_right(tokens, len(cache_C2Gd)), enable_gqa=heads != k.shape[1],
-    )  # fmt: skip
-    out_THd.copy_(context[0].transpose(0, 1))
+        q_THd.view(split).permute(1, 2, 0, 3), k, v, attn_mask=causal_lower_right(tokens, length)
+    )
+    out_THd.view(split).copy_(context.permute(2, 0, 1, 3))
 
 
 def _after_prefix_in_blocks(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model import (
     GpuKernels,
@@ -16,6 +17,7 @@ from executor.model import (
 from executor.model.experts import route
 from executor.model.gpu import grouped_gemm
 from tests.executor.model.tolerances import assert_same, name_of
+from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
 
@@ -113,6 +115,32 @@ def test_a_prompt_takes_over_the_buffer_of_one_that_ends(kernels, dtype, others)
     wanted, right = attended(prefill_attention)
     assert_same(got, wanted)
     assert torch.equal(left, right)
+
+
+def test_plain_kernels_are_asked_for_what_every_gpu_has(dtype, monkeypatch):
+    """Grouped heads not all have: with them, keys are copied or masks and scores made."""
+    asked = []
+
+    def record(query, key, value, **named):
+        asked.append((query.shape[1] == key.shape[1] == value.shape[1], set(named)))
+        return scaled_dot_product_attention(query, key, value, **named)
+
+    for module in ("gpu", "attention"):
+        monkeypatch.setattr(f"executor.model.{module}.scaled_dot_product_attention", record)
+    arch = tiny_arch(num_heads=6, num_kv_heads=2, head_dim=8)
+    lengths, qkv = [5, 3], torch.randn(8, 10 * 8).to(dtype)
+    cache, wanted = torch.randn(12, 2, 2, 8).to(dtype), torch.empty(8, 6 * 8, dtype=dtype)
+    ends = DeviceTensor(torch.tensor([0, 5, 8], dtype=torch.int32))
+    got = DeviceTensor(torch.empty_like(wanted))
+    ours = [DeviceTensor(cache.clone()), None]
+    with WithDevice():
+        GpuKernels().prefill_attention(
+            arch, DeviceTensor(qkv.clone()), lengths, ends, ours, got, workspace()
+        )
+    assert asked == [(True, {"attn_mask"}), (True, {"is_causal"})]
+    monkeypatch.undo()
+    prefill_attention(arch, qkv, lengths, [cache, None], wanted, workspace())
+    assert_same(got.cpu(), wanted)
 
 
 @pytest.mark.parametrize("rows_at_once", [3, 20, 1000])
