@@ -14,8 +14,9 @@ from executor.backends import AbstractBackend
 from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
+from executor.model.gpu import NUMBERS_PER_REQUEST
 from executor.weight_pages import WeightPages
-from hrm.memory import REQUEST_NUMBER_BYTES, TOKEN_NUMBER_BYTES, purposes
+from hrm.memory import TOKEN_NUMBER_BYTES, purposes
 from hrm.model_spec import ModelSpec
 from hrm.schedules.pipeline import BUFFERS
 from hrm.tasks import Device
@@ -33,8 +34,7 @@ class Exchange:
         self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor, *, num_requests: int,
         ffn_on_cpu: bool,
     ) -> None:  # fmt: skip
-        start = REQUEST_NUMBER_BYTES * num_requests
-        self.numbers = memory[:start].view(torch.int64)
+        start = 0
 
         def rows(width: int, of: torch.dtype) -> Tensor:
             nonlocal start
@@ -43,14 +43,15 @@ class Exchange:
             return part.view(of).view(num_requests, width)
 
         routed = int(ffn_on_cpu)
-        # The widest elements come first, so that all of them are aligned.
-        self.experts_NK = rows(routed * spec.experts_per_token, torch.int64)
-        self.weights_NK = rows(routed * spec.experts_per_token, torch.float32)
+        # First what kernels read 16 bytes at a time: its rows are multiples of that.
         self.hidden_ND = rows(spec.hidden_size, dtype)
         self.qkv_NX = rows(spec.query_size + 2 * spec.kv_size, dtype)
         self.attention_NQ = rows(spec.query_size, dtype)
         self.routed_ND = rows(routed * spec.hidden_size, dtype)
         self.expert_output_ND = rows(routed * spec.hidden_size, dtype)
+        self.numbers = rows(NUMBERS_PER_REQUEST, torch.int64).flatten()
+        self.experts_NK = rows(routed * spec.experts_per_token, torch.int64)
+        self.weights_NK = rows(routed * spec.experts_per_token, torch.float32)
 
 
 @final
