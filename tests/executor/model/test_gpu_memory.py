@@ -28,12 +28,18 @@ SHAPES = {
 }
 
 
-def counted_flash(query, *rest, **named):
-    """Of what the fake allocates, only what the kernel does: its output and a float32 a query."""
+def counted_flash(query, key, value, cum_q, cum_k, max_q, *rest, **named):
+    """Of what the fake allocates, only what the kernel does: its output and a float32 a query.
+
+    Of single tokens whose heads share KV heads it copies the queries, and the output afterwards.
+    """
+    copies = 2 if max_q == 1 and query.shape[1] > key.shape[1] else 0
+    copied = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(copies)]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     of_logits = torch.empty(query.shape[:2], dtype=torch.float32)
     with _disable_current_modes():
-        out.copy_(flash(query, *rest, **named)[0])
+        out.copy_(flash(query, key, value, cum_q, cum_k, max_q, *rest, **named)[0])
+    del copied
     return out, of_logits
 
 
