@@ -10,6 +10,7 @@ from executor.errors import RunError
 from hrm.tasks import Device, Lane
 from tests.contracts.backend import BackendContract
 from tests.executor.runtime.device_tensor import WithDevice
+from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import link
@@ -102,6 +103,24 @@ class TestLateBackend(BackendContract):
 
     def test_transfer_converts_no_shape_and_counts_bytes_of_strided_pieces(self, backend):
         """It refuses them: on a link they are slow."""
+
+
+class TestCudaBackendWithoutACard(BackendContract):
+    """Its own code, on the tests' torch.cuda."""
+
+    @pytest.fixture
+    def backend(self):
+        with installed((9, 0)), WithDevice():
+            yield make_backend(ACCELERATOR, None)
+
+    def test_never_takes_more_than_it_may(self, backend):
+        capped = make_backend(ACCELERATOR, None, gpu_memory_bytes=1000)
+        capped.allocate(Device.GPU, 600)
+        capped.workspace(300, 400)
+        with pytest.raises(RunError, match="only 0 B are left"):
+            capped.allocate(Device.GPU, 1)
+        with pytest.raises(RunError, match="--gpu-memory"):
+            make_backend(ACCELERATOR, None, gpu_memory_bytes=10**15)
 
 
 class TestEmulatedBackend(BackendContract):

@@ -22,6 +22,7 @@ OURS: Final = ("executor.", "tests.")
 COPIES: Final = ("aten::copy_", "aten::_to_copy")
 INDEXING: Final = ("aten::index", "aten::index_put", "aten::index_put_")
 UNWRITTEN: Final = ("aten::new_empty", "aten::empty_like")  # are no numbers, lest one reads them
+EMPTY: Final = torch.empty
 MASKS: Final = (torch.bool, torch.uint8)
 # Of operators that return to the host what the device has computed, be it only a size.
 TELLING: Final = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -141,7 +142,7 @@ class WithDevice(TorchFunctionMode):
         if func is torch.tensor:
             _put_down("tensor")
         made = func(*args, **{**named, "device": "cpu"})
-        if func is torch.empty:
+        if func is EMPTY:
             made.untyped_storage().fill_(0xFF)
         return DeviceTensor(made)
 

@@ -11,9 +11,11 @@ from executor.backends.cuda import WORKSPACES, cap_workspaces, kernels_of
 from executor.backends.pinned import PinnableMemory
 from executor.errors import RunError
 from executor.job.machine import accelerator_for
+from executor.model.gpu import FLASH_DTYPES
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
 from hrm.units import MIB
+from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.support import architecture, generate, generator, machine, requests
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
 
@@ -70,6 +72,21 @@ class TestOnACard:
             reserved = torch.cuda.memory_reserved(0)
             generate(made, wanted)
             assert torch.cuda.memory_reserved(0) == reserved
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+@pytest.mark.parametrize("name", ["both on the cpu", "kv split, gpu", "split prompts, gpu"])
+def test_the_backend_runs_on_a_card_that_is_none(tiny_folders, name, capability, monkeypatch):
+    """Its own code; torch.cuda, streams and kernels are the tests'."""
+    monkeypatch.setattr("executor.model.gpu.FLASH_DTYPES", (*FLASH_DTYPES, torch.float32))
+    folder = tiny_folders["wide heads"]
+    policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
+    with installed(capability):
+        backend = make_backend(ACCELERATOR, None)
+        with generator(folder, policy, backend=backend) as made:
+            done = generate(made, requests(PROMPTS, max_tokens=4))
+    wanted = {name: tokens[:4] for name, tokens in expected(folder).items()}
+    assert {name: completion.tokens for name, completion in done.items()} == wanted
 
 
 def test_workspaces_are_capped_unless_the_user_says_how():

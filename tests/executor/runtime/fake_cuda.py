@@ -1,0 +1,117 @@
+"""torch.cuda for the CUDA backend where there is no card: late copies between strict tensors.
+
+It stands in for the parts of torch.cuda that the backend calls. What a lane computes is computed
+at once; what it copies without waiting is copied late, by its stream.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import Tensor
+
+from executor.model import GpuKernels
+from executor.model.gpu import grouped_gemm
+from tests.executor.runtime.device_tensor import DEVICE, WithDevice, on_device
+from tests.executor.runtime.fake_device import FakeDevice
+from tests.executor.runtime.queued_backend import flash
+
+ACCELERATOR: Final = str(DEVICE)
+TOTAL_BYTES: Final = 10**9
+
+
+class LateCopies(WithDevice):
+    """The mode of a thread whose current stream is a fake one."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.copy_ and (kwargs or {}).get("non_blocking"):
+            self._device.queue(lambda: func(*args, **kwargs))
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class FakeCuda:
+    """What replaces the functions and classes of torch.cuda that have these names."""
+
+    def __init__(self, fake: FakeDevice, capability: tuple[int, int]) -> None:
+        major, minor = capability
+        properties = SimpleNamespace(
+            name="none", major=major, minor=minor, total_memory=TOTAL_BYTES
+        )
+        default = SimpleNamespace(queue=fake.stream())
+
+        class Event:
+            def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
+                assert enable_timing
+                assert blocking
+
+            def record(self, stream: Any) -> None:
+                self.mark = stream.queue.mark()
+
+            def synchronize(self) -> None:
+                self.mark.synchronise()
+
+            def elapsed_time(self, end_event: Any) -> float:
+                return end_event.mark.seconds_since(self.mark) * 1e3
+
+        class Stream:
+            def __init__(self, *, device: torch.device) -> None:
+                assert device == DEVICE
+                self.queue = fake.stream()
+
+            def wait_event(self, event: Event) -> None:
+                event.synchronize()  # what a lane computes next is computed at once
+
+            def synchronize(self) -> None:
+                self.queue.mark().synchronise()
+
+        def set_stream(stream: Any) -> None:
+            fake.current.of_torch = stream
+            stream.queue.enter()
+            LateCopies(fake).__enter__()  # until the lane's thread ends
+
+        @contextmanager
+        def within(stream: Any) -> Iterator[None]:
+            with WithDevice():
+                yield
+
+        self.Event, self.Stream, self.set_stream, self.stream = Event, Stream, set_stream, within
+        self.current_stream = lambda _: getattr(fake.current, "of_torch", default)
+        self.is_available, self.device_count = lambda: True, lambda: DEVICE.index + 1
+        self.get_device_properties = lambda _: properties
+        self.mem_get_info = lambda _: (TOTAL_BYTES, TOTAL_BYTES)
+        self.memory_stats = lambda _: {}
+        self.set_device = self.reset_peak_memory_stats = lambda _: None
+        self.empty_cache, self.device = lambda: None, lambda _: nullcontext()
+        registrar = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+        self.cudart = lambda: registrar
+
+
+@contextmanager
+def installed(capability: tuple[int, int]) -> Iterator[FakeDevice]:
+    """Within it torch has a card of that compute capability, with kernels that are none."""
+    device, make = FakeDevice(late_s=3e-4), torch.empty
+
+    def empty(*args: Any, **named: Any) -> Tensor:
+        with WithDevice():  # arenas are made in threads that enter no stream
+            return make(*args, **named)
+
+    def kernels_of(of: tuple[int, int]) -> GpuKernels:
+        return GpuKernels(on_device(flash), grouped_gemm()) if of >= (8, 0) else GpuKernels()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, instead in vars(FakeCuda(device, capability)).items():
+            patch.setattr(torch.cuda, name, instead)
+        patch.setattr(torch, "empty", empty)
+        patch.setattr("executor.backends.cuda.kernels_of", kernels_of)
+        yield device
+    device.close()
