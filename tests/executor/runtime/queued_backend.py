@@ -123,7 +123,10 @@ def flash(
     assert len(cum_q) == len(cum_k)
     assert cum_q.is_contiguous()
     assert cum_k.is_contiguous()
-    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    for x in (query, key, value):
+        assert x.stride(-1) == 1
+        assert all(n * x.itemsize % 16 == 0 for n in x.stride()[:-1]), "it reads 16 bytes at a time"
+        assert x.data_ptr() % 16 == 0
     if max_q == 1 and query.shape[1] > key.shape[1]:
         assert len(query) == len(cum_q) - 1, "then cum_q is not looked at"
     assert not dropout

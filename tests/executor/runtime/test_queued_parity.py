@@ -17,7 +17,8 @@ from tests.executor.tiny_models import DBRX
 SOME = (
     "all streamed, both on the gpu", "ffn on the cpu, dense streams", "both on the cpu",
     "some experts stay, ragged", "kv split, cpu", "kv split, gpu", "kv on the gpu",
-    "staged, gpu, uneven", "small cache", "split prompts, gpu", "split prompts, kv split",
+    "staged, gpu, uneven", "uneven, gpu", "small cache", "split prompts, gpu",
+    "split prompts, kv split",
 )  # fmt: skip
 FEW_TOKENS = 4
 # Where the host may wait for the device: loading, what is needed to go on, and a table made once.
