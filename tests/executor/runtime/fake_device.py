@@ -13,6 +13,8 @@ from random import Random
 
 from executor.backends.streams import AbstractMark, AbstractStream
 
+RARELY = 0.1
+
 
 class DeviceError(RuntimeError):
     """What the fake's marks raise after a failure, all of them: as CUDA's errors, it sticks."""
@@ -73,8 +75,7 @@ class FakeStream(AbstractStream):
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            if self.device.late_s:
-                time.sleep(self._random.random() * self.device.late_s)
+            self.device.be_late(self._random)
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - what a card would report later
@@ -82,13 +83,18 @@ class FakeStream(AbstractStream):
 
 
 class FakeDevice:
-    """Streams that share an error; `late_s` bounds how late each piece of work begins."""
+    """Streams that share an error; each piece of work begins up to `late_s` / RARELY late."""
 
     def __init__(self, late_s: float = 0.0) -> None:
         self.late_s = late_s
         self.error: Exception | None = None
         self.current = threading.local()
         self.streams: list[FakeStream] = []
+
+    def be_late(self, random: Random) -> None:
+        """Seldom, but then for long: so each stream is at times ahead of the others."""
+        if self.late_s and random.random() < RARELY:
+            time.sleep(random.random() * self.late_s / RARELY)
 
     def stream(self) -> FakeStream:
         self.streams.append(FakeStream(self, len(self.streams)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -97,10 +98,14 @@ def _within(tensor: Tensor, arenas: Mapping[int, int]) -> bool:
 
 
 class EagerStream(AbstractStream):
-    """A stream whose lane does the work itself: it waits where a stream would be made to wait."""
+    """A stream whose lane does the work itself: it waits where a stream would be made to wait.
+
+    At times it is late, so that whoever should have waited for it goes on too early.
+    """
 
     def __init__(self, device: FakeDevice) -> None:
         self._stream = FakeStream(device, 0)
+        self._device, self._random = device, Random(0)
         device.streams.append(self._stream)
 
     def enter(self) -> None:
@@ -108,6 +113,7 @@ class EagerStream(AbstractStream):
         WithDevice().__enter__()  # until the lane's thread ends
 
     def mark(self) -> AbstractMark:
+        self._device.be_late(self._random)
         return self._stream.mark()
 
     def wait(self, mark: Any) -> None:

@@ -35,7 +35,7 @@ WITHOUT_GROUPED_GEMM = {("executor.model.gpu", "_run_stack")}
 @pytest.fixture
 def device():
     waits.clear()
-    made = FakeDevice(late_s=3e-4)
+    made = FakeDevice(late_s=1e-3)
     yield made
     made.close()
 
