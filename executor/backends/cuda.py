@@ -181,13 +181,14 @@ class CudaBackend(AbstractBackend):
         """Queue every copy on the calling thread's stream; in STAGE the host copies."""
         if lane is Lane.STAGE and all(target.is_cpu and source.is_cpu for target, source in copies):
             return copy_all(copies, stage)
-        num_bytes = 0
-        for target, source in copies:
+        if not all(side.is_contiguous() for pair in copies for side in pair):
             # Pieces with gaps go through memory of torch's, which may not be given up too early.
-            whole = target.is_contiguous() and source.is_contiguous()
-            target.copy_(source, non_blocking=whole)
-            num_bytes += source.nbytes
-        return num_bytes
+            return copy_all(copies)
+        if copies:  # one by one, but without the interpreter's lock: there may be one a request
+            targets, sources = zip(*copies, strict=True)
+            copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            copy_each(targets, sources, non_blocking=True)
+        return sum(source.nbytes for _, source in copies)
 
     def lane_threads(self, lane: Lane) -> int:
         """One for lanes that queue, some for staging, and the rest for the CPU's."""

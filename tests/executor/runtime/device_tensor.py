@@ -72,6 +72,10 @@ class DeviceTensor(Tensor):
         cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         named = dict(kwargs or {})
+        if func._schema.name == "aten::_foreach_copy_":  # between devices one by one, as CUDA does
+            for target, source in zip(*args[:2], strict=True):
+                target.copy_(source, *args[2:], **named)
+            return None
         given = list[Tensor]()
         inner_args, inner_named = _inner(args, given), _inner(named, given)
         to_host = torch.device(named.get("device") or DEVICE).type == "cpu"

@@ -33,7 +33,7 @@ class LateCopies(WithDevice):
     def __torch_function__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.copy_ and (kwargs or {}).get("non_blocking"):
+        if func.__name__ == "_foreach_copy_" and (kwargs or {}).get("non_blocking"):
             self._device.queue(lambda: func(*args, **kwargs))
             return args[0]
         return super().__torch_function__(func, types, args, kwargs)
