@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, make_backend
 from executor.batching import Batch
 from executor.errors import RunError
@@ -18,6 +16,7 @@ from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.policy_file import PolicyFile, policy_file_of
+from hrm.profiling.environment import available_ram_bytes
 from hrm.schedules import Pipeline
 from hrm.tasks import Phase, TaskId
 from hrm.validate import runtime_with
@@ -72,7 +71,7 @@ def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
         _check_for_cuda(name, profile, options)
         backend.check_dtype(policy.dtype)
     needed_bytes = _host_bytes(plan, backend)
-    available = psutil.virtual_memory().available
+    available = available_ram_bytes()
     if needed_bytes > available:
         raise PolicyError(
             "policy: memory of this machine", f"<{needed_bytes} bytes planned>",
@@ -99,7 +98,7 @@ def _staged(
         return None
     staged = replace(policy, staging=True)
     plan = budgeted_plan(policy_file, staged, options.gpu_memory_bytes)
-    fits = plan.fits and _host_bytes(plan, backend) <= psutil.virtual_memory().available
+    fits = plan.fits and _host_bytes(plan, backend) <= available_ram_bytes()
     return Planned(staged, plan) if fits else None
 
 

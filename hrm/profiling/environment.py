@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, final
 
@@ -15,6 +16,10 @@ BUSY: Final = 0.05  # of the hardware threads; more of others' work disturbs a m
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
+_MEMORY_FILES: Final = (  # limit, use, and in memory.stat what gives way; version 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,24 @@ def usable_cores() -> int:
     cores = len(topology.allowed_cpus())
     quota = _quota_cores()
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def available_ram_bytes() -> int:
+    """RAM that can still be taken: the system's, or what its cgroups' limits leave if that is less.
+
+    Files that a cgroup has read and does not use give way, as those of the system do.
+    """
+    import psutil
+
+    left = [
+        limit - used + reclaimable
+        for folder in _own_cgroups()
+        for limit_file, used_file, reclaimable_key in _MEMORY_FILES
+        if (limit := _number(folder / limit_file)) is not None
+        and (used := _number(folder / used_file)) is not None
+        for reclaimable in (_number_of(reclaimable_key, folder / "memory.stat"),)
+    ]
+    return max(0, min([psutil.virtual_memory().available, *left]))
 
 
 def software() -> dict[str, str]:
@@ -196,12 +219,24 @@ def _quota_cores() -> float | None:
 
 def _memory_limit_bytes() -> int | None:
     limits = [
-        int(words[0])
+        limit
         for folder in _own_cgroups()
-        for name in ("memory.max", "memory.limit_in_bytes")
-        if (words := _read_words(folder / name)) and words[0].isdigit()
+        for name, _, _ in _MEMORY_FILES
+        if (limit := _number(folder / name)) is not None
     ]
     return min(limits, default=None)
+
+
+def _number(path: Path) -> int | None:
+    """The number that the file begins with; None if there is none, as in "max"."""
+    words = _read_words(path)
+    return int(words[0]) if words and words[0].isdigit() else None
+
+
+def _number_of(key: str, path: Path) -> int:
+    """The number that follows a word in the file; 0 without it."""
+    words = _read_words(path)
+    return next((int(after) for word, after in pairwise(words) if word == key), 0)
 
 
 def _cpu() -> tuple[str, int, bool]:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from executor.checkpoint import RandomWeights
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Spread
+from hrm.profiling.environment import available_ram_bytes
 from hrm.workload import Workload
 from tests.bench.suite.record import Record
 from tests.bench.suite.schedules import machine_of
@@ -138,7 +138,7 @@ class OtherSide:
         self.device = torch.device("cpu" if setting.emulated else setting.accelerator)
         self.layer_bytes = spec.layer_bytes(profile.default_dtype)
         needed = spec.parameters * self.dtype.itemsize
-        shared = needed > HOST_SHARE * psutil.virtual_memory().available
+        shared = needed > HOST_SHARE * available_ram_bytes()
         self.weights = "layers share one set of experts" if shared else "each layer has its own"
         self.model = _model(spec, self.dtype, shared=shared)
         if self.device.type == "cuda":

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
-import psutil
 
 from executor.bench import Bench, BenchOptions, BenchRun
 from executor.job.machine import AcceleratorOptions
@@ -24,6 +23,7 @@ from hrm.machines import load_profile, with_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.policy_file import policy_file_of
+from hrm.profiling.environment import available_ram_bytes
 from hrm.search.exhaustive import search
 from tests.bench.suite.record import Record
 from tests.bench.suite.setting import CAPS, Setting
@@ -61,7 +61,7 @@ def machine_of(setting: Setting, cap: str) -> Machine:
     scale = setting.scale
     gpu_bytes = scale.gpu_memory_bytes[cap]
     measured = load_profile(setting.profile_path)
-    host = PLANNED_SHARE * psutil.virtual_memory().available
+    host = PLANNED_SHARE * available_ram_bytes()
     profile = with_memory(
         measured,
         gpu_memory_bytes=min(gpu_bytes, measured.top.capacity_bytes.value),

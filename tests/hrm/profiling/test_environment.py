@@ -5,7 +5,7 @@ import os
 import pytest
 
 from hrm.profiling import environment, topology
-from hrm.profiling.environment import Others, host_facts, usable_cores
+from hrm.profiling.environment import Others, available_ram_bytes, host_facts, usable_cores
 from hrm.profiling.topology import CacheFacts, cpu_list
 from hrm.units import KIB, MIB
 
@@ -61,6 +61,32 @@ def test_the_memory_limit_counts(cgroups):
     cgroups({"memory.max": "max\n"})
     assert host_facts().usable_ram_bytes == host_facts().ram_bytes
     assert host_facts().ram_limit_bytes is None
+
+
+def test_what_a_limit_leaves_is_available(cgroups):
+    cgroups(
+        {
+            "memory.max": "max\n",
+            "pod/memory.max": "1073741824\n",
+            "pod/memory.current": "805306368\n",
+            "pod/memory.stat": "anon 5\nactive_file 7\ninactive_file 268435456\n",
+        },
+        "0::/pod\n",
+    )
+    assert available_ram_bytes() == 2**29
+    cgroups({"pod/memory.current": "2147483648\n"}, "0::/pod\n")
+    assert available_ram_bytes() == 0
+    cgroups(
+        {
+            "memory/box/memory.limit_in_bytes": "1073741824\n",
+            "memory/box/memory.usage_in_bytes": "536870912\n",
+            "memory/box/memory.stat": "inactive_file 3\ntotal_inactive_file 134217728\n",
+        },
+        "4:memory:/box\n",
+    )
+    assert available_ram_bytes() == 2**29 + 2**27
+    cgroups({}, "0::/\n")
+    assert available_ram_bytes() > 2**30
 
 
 def test_time_that_the_quota_took_is_told(cgroups, monkeypatch):
