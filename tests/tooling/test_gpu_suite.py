@@ -58,6 +58,15 @@ def test_outcomes_of_tests_are_counted(results, monkeypatch, tmp_path):
     assert [name.rpartition("::")[2] for name in figures["failed"]] == ["test_b"]
 
 
+def test_tests_that_do_not_end_are_told(results, monkeypatch, tmp_path):
+    cases = tmp_path / "test_cases.py"
+    cases.write_text("import time\ndef test_a(): time.sleep(60)\n", encoding="utf-8")
+    monkeypatch.setattr(checks, "OTHER_TESTS", (str(cases),))
+    monkeypatch.setattr(checks, "TESTS_S", 0.1)
+    assert suite(results, "tests") == 2
+    assert read(results, "tests")["left_out"]["counts"] == "pytest did not end within 0 s"
+
+
 def test_every_schedule_is_measured_and_what_is_missing_can_be_resumed(results):
     assert suite(results, "mixtral-16GB") == 0
     content = read(results, "mixtral-16GB")

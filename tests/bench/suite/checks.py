@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[3]
 CUDA_TESTS = ("tests/contracts", "tests/executor")
 OTHER_TESTS = ("tests/contracts/test_backends.py",)
 TESTS_S = 480.0
+MOST_FAILURES = 25  # after which the rest is left out
 
 
 def profile(setting: Setting) -> None:
@@ -62,15 +63,24 @@ def tests(setting: Setting) -> None:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "tests.xml"
         # Other versions of packages than the pinned ones may warn: here that is no failure.
-        options = ["-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, "--continue-on-collection-errors", *chosen],
-            cwd=ROOT, check=False, timeout=min(TESTS_S, setting.left_s()),
-        )  # fmt: skip
+        # A card that has failed once may fail every test after it, and each tells why at length.
+        options = [
+            "-q", "--tb=short", f"--maxfail={MOST_FAILURES}", "-W", "default",
+            "-p", "no:cacheprovider", f"--junitxml={junit}", "--continue-on-collection-errors",
+        ]  # fmt: skip
+        seconds = min(TESTS_S, setting.left_s())
+        try:
+            code = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, *chosen],
+                cwd=ROOT, check=False, timeout=seconds,
+            ).returncode  # fmt: skip
+            ended = f"ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"did not end within {seconds:.0f} s"
         if not junit.is_file():
-            record.leave_out("counts", f"pytest ended with exit code {done.returncode}")
+            record.leave_out("counts", f"pytest {ended}")
             raise HrmError(
-                "step tests", f"<exit code {done.returncode}>", "must have run pytest 9 or newer",
+                "step tests", f"<{ended}>", "must have run pytest 9 or newer",
                 "see its output above",
             )  # fmt: skip
         cases = list(ElementTree.parse(junit).iter("testcase"))
