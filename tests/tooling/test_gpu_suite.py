@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from executor.model.host_kernels import host_kernels
 from hrm.errors import HrmError
 from hrm.policy import ScheduleName
 from tests.bench import gpu_suite
@@ -42,6 +43,12 @@ def test_profile_is_kept_with_the_facts_that_every_step_tells(results):
     assert measured
     assert all(one["p20"] <= one["median"] <= one["p80"] for one in measured)
     assert (results / "machine.yaml").is_file()
+
+
+def test_profile_is_of_the_kernels_that_will_run(results):
+    kernels = host_kernels()
+    told = read(results, "profile")["figures"]["environment"]["kernels"]
+    assert told == (kernels.name if kernels else "torch")
 
 
 def test_outcomes_of_tests_are_counted(results, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+from executor.model.host_kernels import host_kernels
 from hrm.errors import HrmError
 from hrm.hardware import Figure
 from hrm.machines import save_profile
@@ -40,6 +41,7 @@ def profile(setting: Setting) -> None:
         ),
         command=setting.command,
         budget_s=min(setting.scale.profile_s, setting.left_s()),
+        kernels=host_kernels(),
     )
     save_profile(setting.profile_path, measured)
     record.put("environment", measured.environment)
