@@ -135,8 +135,15 @@ def test_other_side_is_measured(results):
     assert best["tokens_per_s"] == pytest.approx(best["batch_size"] * 4 / seconds)
 
 
-def test_other_side_computes_the_same_wherever_its_layers_lie(results):
+def test_other_side_copies_no_experts_when_it_decodes_on_a_gpu(results, monkeypatch):
     pytest.importorskip("accelerate")
+    model = other_side(results).model
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))  # generate asks for its type
+    with model._optimize_model_for_decode():
+        assert model.get_experts_implementation() == {"": "eager"}
+
+
+def other_side(results):
     from tests.bench.suite.offload import OtherSide
     from tests.bench.suite.schedules import machine_of
     from tests.bench.suite.setting import SMALL, Setting
@@ -144,7 +151,12 @@ def test_other_side_computes_the_same_wherever_its_layers_lie(results):
     setting = Setting(accelerator="emulated", scale=SMALL, results=results)
     machine = machine_of(setting, "16GB")
     spec = replace(machine.spec, num_layers=2)
-    side = OtherSide(setting, spec, machine.profile, 10**6)
+    return OtherSide(setting, spec, machine.profile, 10**6)
+
+
+def test_other_side_computes_the_same_wherever_its_layers_lie(results):
+    pytest.importorskip("accelerate")
+    side = other_side(results)
     tokens = torch.arange(10).view(2, 5)
     seen = []
     for resident in (0, 1, 2, 0):
