@@ -143,6 +143,16 @@ def test_other_side_copies_no_experts_when_it_decodes_on_a_gpu(results, monkeypa
         assert model.get_experts_implementation() == {"": "eager"}
 
 
+def test_other_side_keeps_no_larger_cache_on_the_host_than_that_has_room_for(results, monkeypatch):
+    pytest.importorskip("accelerate")
+    side = other_side(results)
+    # Keys or values of 3 requests of 6 + 2 tokens, 2 heads of 16 and 2 bytes each, are 1536 bytes.
+    assert side.pinned(3, 2) == 2 * (2 + 1) * [2048]
+    available = "tests.bench.suite.offload.available_ram_bytes"
+    monkeypatch.setattr(available, lambda: 6 * 2048)
+    assert side.point(3, "offloaded", 1, 0) is None
+
+
 def other_side(results):
     from tests.bench.suite.offload import OtherSide
     from tests.bench.suite.schedules import machine_of

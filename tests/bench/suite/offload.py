@@ -26,6 +26,7 @@ from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Spread
 from hrm.profiling.environment import available_ram_bytes
+from hrm.units import format_bytes
 from hrm.workload import Workload
 from tests.bench.suite.record import Record
 from tests.bench.suite.schedules import machine_of
@@ -34,8 +35,8 @@ from tests.bench.suite.setting import Setting
 SWEEP_STEPS: Final = 2
 HOST_SHARE: Final = 0.9  # of the free memory that weights may take before layers share experts
 CACHES: Final = ("dynamic", "offloaded")  # on the GPU, or on the host and moved layer by layer
-# Their default, grouped_mm, turns into batched_mm for decoding on a GPU, which copies both experts of
-# every token: 0.7 GB, so nothing fits. This takes the least memory, and so the largest batches.
+# Their default, grouped_mm, turns into batched_mm for decoding on a GPU, which copies both experts
+# of every token: 0.7 GB, so nothing fits. This takes the least memory, and so the largest batches.
 EXPERTS: Final = "eager"
 
 
@@ -80,15 +81,16 @@ def measure(setting: Setting, cap: str) -> None:
     record.put("build_s", side.build_s)
     workload = setting.scale.workload
     points: list[Point] = []
+    best: Point | None = None
     for point in sweep(setting, record, side):
         points.append(point)
         record.put("sweep", [point.to_json(workload) for point in points])
-    if not points:
+        best = max(points, key=lambda point: point.tokens_per_s(workload.gen_len))
+        record.put("best", {**best.to_json(workload), "gen_len": workload.gen_len})
+    if best is None:
         record.leave_out("best", "no batch size fits")
         record.finish()
         return
-    best = max(points, key=lambda point: point.tokens_per_s(workload.gen_len))
-    record.put("best", {**best.to_json(workload), "gen_len": workload.gen_len})
     room = side.gpu_memory_bytes - best.peak_bytes
     fitting = min(int(room // side.layer_bytes), side.spec.num_layers)
     for resident in range(fitting, -1, -1):
@@ -151,16 +153,27 @@ class OtherSide:
         self.build_s = time.monotonic() - start_s
 
     def point(self, batch_size: int, cache: str, steps: int, resident: int) -> Point | None:
-        """Measure a batch with so many layers on the GPU; None if its memory does not do."""
-        self.dispatch(resident)
+        """Measure a batch with so many layers on the GPU; None if there is too little memory."""
+        pinned = self.pinned(batch_size, 1 + steps) if cache == "offloaded" else []
+        if sum(pinned) > HOST_SHARE * (available := available_ram_bytes()):
+            print(
+                f"  batch of {batch_size}, cache {cache}: takes {format_bytes(sum(pinned))} of the "
+                f"host, which has {format_bytes(available)}",
+                flush=True,
+            )
+            return None
         prompts = torch.randint(
             self.spec.vocab_size, (batch_size, round(self.workload.prompt_len)),
             generator=torch.Generator().manual_seed(batch_size),
         )  # fmt: skip
         clock = TokenClock(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         try:
+            self.dispatch(resident)
+            if self.device.type == "cuda":
+                # torch keeps them for the cache, so that no time is spent on pinning.
+                _ = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in pinned]
+                del _
+                torch.cuda.reset_peak_memory_stats(self.device)
             with torch.inference_mode():
                 clock.start()
                 self.model.generate(
@@ -171,10 +184,15 @@ class OtherSide:
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             return None
+        except torch.AcceleratorError as error:  # what the driver says if it cannot pin so much
+            if "out of memory" not in str(error):
+                raise
+            return None
         finally:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+                torch._C._host_emptyCache()  # or pinned memory of other sizes stays the process's
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         point = Point(
             batch_size=batch_size, cache=cache, resident_layers=resident,
@@ -187,6 +205,16 @@ class OtherSide:
             flush=True,
         )
         return point
+
+    def pinned(self, batch_size: int, new_tokens: int) -> list[int]:
+        """Bytes of all pieces of the host's memory that torch pins for an offloaded cache.
+
+        Keys and values of a layer are a piece each, rounded up to a power of two, and there is one
+        more of each while tokens are added.
+        """
+        tokens = batch_size * (round(self.workload.prompt_len) + new_tokens)
+        num_bytes = tokens * self.spec.kv_size * self.dtype.itemsize
+        return 2 * (self.spec.num_layers + 1) * [2 ** (num_bytes - 1).bit_length()]
 
     def dispatch(self, resident: int) -> None:
         """Have accelerate keep so many layers on the GPU with all that is no layer, not the rest.
