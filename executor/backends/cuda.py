@@ -7,7 +7,7 @@ are temporaries in memory that was reserved for it.
 """
 
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, final
 
@@ -27,14 +27,12 @@ from executor.errors import RunError
 from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
 from hrm.profiling.lane_threads import lane_threads
+from hrm.profiling.workspaces import cap_workspaces
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
 FLASH_CAPABILITY: Final = (8, 0)
 GROUPED_CAPABILITIES: Final = (9, 10)  # elsewhere torch's grouped GEMM reads its offsets back
-# torch allocates a workspace for each handle of cuBLAS's (one a thread) and stream: on Hopper four
-# times this one, which is its default elsewhere. cuBLASLt's, given in KiB, may come with each call.
-WORKSPACES: Final = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "8320"}
 
 
 @final
@@ -226,12 +224,6 @@ class CudaBackend(AbstractBackend):
                 del square
         self._streams[Lane.GPU].stream.synchronize()
         return self._allocated("current") - before_bytes
-
-
-def cap_workspaces(environment: MutableMapping[str, str]) -> None:
-    """Bound what cuBLAS takes, which it reads when it is first used, unless the user says how."""
-    for name, value in WORKSPACES.items():
-        environment.setdefault(name, value)
 
 
 def kernels_of(capability: tuple[int, int]) -> GpuKernels:

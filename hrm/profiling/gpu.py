@@ -4,6 +4,7 @@
 but these few calls of CUDA runs without a card.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from hrm.profiling import nvml
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.timing import Call, Sampler, clock_sampler
+from hrm.profiling.workspaces import cap_workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class CudaGpu(AbstractGpu):
     """A CUDA device of torch's."""
 
     def __init__(self, index: int) -> None:
+        cap_workspaces(os.environ)  # before anything is computed there
         cuda: Any = torch.cuda
         properties = cuda.get_device_properties(index)
         self.index, self.device = index, f"cuda:{index}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from executor.backends import make_backend
-from executor.backends.cuda import WORKSPACES, cap_workspaces, kernels_of
+from executor.backends.cuda import kernels_of
 from executor.backends.pinned import PinnableMemory
 from executor.errors import RunError
 from executor.job.machine import accelerator_for
@@ -87,17 +87,6 @@ def test_the_backend_runs_on_a_card_that_is_none(tiny_folders, name, capability,
             done = generate(made, requests(PROMPTS, max_tokens=4))
     wanted = {name: tokens[:4] for name, tokens in expected(folder).items()}
     assert {name: completion.tokens for name, completion in done.items()} == wanted
-
-
-def test_workspaces_are_capped_unless_the_user_says_how():
-    untouched, given = {"OTHER": "x"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    cap_workspaces(untouched)
-    cap_workspaces(given)
-    assert untouched == {"OTHER": "x", **WORKSPACES}
-    assert given == {**WORKSPACES, "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    pairs = WORKSPACES["CUBLAS_WORKSPACE_CONFIG"].strip(":").split(":")
-    total_kib = sum(int(a) * int(b) for a, b in zip(pairs[::2], pairs[1::2], strict=True))
-    assert total_kib == int(WORKSPACES["CUBLASLT_WORKSPACE_SIZE"])
 
 
 def test_kernels_are_those_that_a_card_has(monkeypatch):

@@ -1,7 +1,9 @@
 """Profiles of machines with GPUs, put together from fake ones whose tensors live on the CPU."""
 
+import os
 from itertools import chain, cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from hrm.hardware import HardwareProfile, Source
 from hrm.machines import list_files, load_profile, save_profile
 from hrm.profiling import profile_machine
 from hrm.profiling.gemm import gemm_rate
-from hrm.profiling.gpu import together
+from hrm.profiling.gpu import CudaGpu, together
 from hrm.profiling.gpu_link import gpu_transfer, peer_transfer
 from hrm.profiling.machine.gpu_level import DATASHEETS
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.settle import Settling, settle
 from hrm.profiling.timing import clock_sampler
+from hrm.profiling.workspaces import WORKSPACES, cap_workspaces
 from hrm.units import GB, KIB, MIB
 from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes
 
@@ -328,3 +331,22 @@ def test_no_cuda_call_outside_the_seam():
 
 def test_the_host_clock_times_what_is_queued():
     assert clock_sampler(iter([1.0, 3.0]).__next__)(lambda: None, 2) == 2.0
+
+
+def test_workspaces_are_capped_unless_the_user_says_how():
+    untouched, given = {"OTHER": "x"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    cap_workspaces(untouched)
+    cap_workspaces(given)
+    assert untouched == {"OTHER": "x", **WORKSPACES}
+    assert given == {**WORKSPACES, "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    pairs = WORKSPACES["CUBLAS_WORKSPACE_CONFIG"].strip(":").split(":")
+    total_kib = sum(int(a) * int(b) for a, b in zip(pairs[::2], pairs[1::2], strict=True))
+    assert total_kib == int(WORKSPACES["CUBLASLT_WORKSPACE_SIZE"])
+
+
+def test_a_gpu_is_measured_with_the_workspaces_that_runs_have(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    told = SimpleNamespace(name="a GPU", uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
+    assert CudaGpu(0).device == "cuda:0"
+    assert os.environ == WORKSPACES
