@@ -54,19 +54,22 @@ def attention_rate(
     device: str = "cpu",
     sampler: Sampler | None = None,
     kernels: HostKernels | None = None,
+    at_once: bool = False,
 ) -> Rate:
     """KV bytes a second, apart from what each request costs however short its context is.
 
     Measured over contexts and batches. The cache holds a token's keys and then its values, and
-    requests are computed one by one, each call with other ones of a cache too large to stay in
-    the processor's, as a decode step meets every request once; it takes `most_bytes` at most.
-    `kernels` attend; torch does if there are none.
+    requests are computed one by one, or all of a batch `at_once`, each call with other ones of a
+    cache too large to stay in the processor's, as a decode step meets every request once; it takes
+    `most_bytes` at most. `kernels` attend; torch does if there are none.
     """
     contexts = QUICK_CONTEXTS if quick else FULL_CONTEXTS
     batches = QUICK_BATCHES if quick else FULL_BATCHES
     kind: torch.dtype = getattr(torch, dtype)
     cache = KvCache(kind, heads, min(QUICK_BYTES if quick else FULL_BYTES, most_bytes), device)
-    call_of = partial(kernels_call, kernels, cache) if kernels else partial(attention_call, cache)
+    call_of = partial(batch_call if at_once else attention_call, cache)
+    if kernels is not None:
+        call_of = partial(kernels_call, kernels, cache)
     calls = {
         (context, batch): call_of(min(batch, cache.tokens // context), context)
         for context in contexts
@@ -156,6 +159,25 @@ def attention_call(cache: KvCache, requests: int, context: int) -> Call:
             k = keys_1GCd.narrow(2, index * context, context)
             v = values_1GCd.narrow(2, index * context, context)
             outputs[index].copy_(scaled_dot_product_attention(queries[index], k, v))
+
+    return call
+
+
+def batch_call(cache: KvCache, requests: int, context: int) -> Call:
+    """The same in one kernel, which a GPU needs: one request does not keep it busy."""
+    heads = cache.heads
+    windows = cycle(
+        [
+            window.view(requests, context, *window.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
+            for window in cache.windows(requests * context)
+        ]
+    )
+    shape = (requests, heads.kv, heads.query // heads.kv, heads.head_dim)
+    queries = torch.randn(shape, device=cache.device).to(cache.kind)
+
+    def call() -> torch.Tensor:
+        keys_RGCd, values_RGCd = next(windows)
+        return scaled_dot_product_attention(queries, keys_RGCd, values_RGCd)
 
     return call
 

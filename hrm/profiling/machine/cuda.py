@@ -160,6 +160,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
         lambda seconds: attention_rate(
             run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds,
             most_bytes=memory.free_bytes // MOST_SHARE, device=device, sampler=sampler,
+            at_once=True,
         ),
         Rate,
     )  # fmt: skip

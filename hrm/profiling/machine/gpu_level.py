@@ -110,6 +110,7 @@ def gpu_level(
                 for dtype, rate in processor.compute_flops_per_s.items()
             },
             attention_bytes_per_s=None if attention is None else all_of(attention, None),
+            attention_request_s=None,  # a batch is one kernel there
         ),
     )
 

@@ -87,6 +87,21 @@ def test_one_gpu(one):
     assert one.environment["sm_clock_mhz"].startswith("300 idle, 1500 highest under load")
 
 
+def test_a_gpu_attends_to_whole_batches():
+    batches = []
+
+    def attend(queries, keys, values):
+        batches.append(len(queries))
+        return queries
+
+    with small_sizes() as patch:
+        patch.setattr("hrm.profiling.attention.scaled_dot_product_attention", attend)
+        profile = measure([FakeGpu()], patch=patch)
+    assert 16 in batches
+    assert profile.top.processor.attention_request_s is None
+    assert profile.host.processor.attention_request_s is not None
+
+
 def test_one_gpu_tells_who_else_uses_it(one):
     warnings = one.environment["warnings"]
     assert "the card was busy 37% of the time" in warnings

@@ -15,7 +15,7 @@ from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.profiling import ProfilingInterrupted, profile_machine
-from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate
+from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
 from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
 from hrm.profiling.kernels import HostKernels
@@ -312,6 +312,19 @@ def test_attention_is_attention():
             k, v = (mine[:, which].permute(1, 0, 2) for which in (0, 1))
             scores = torch.softmax(queries[index, 0] @ k.transpose(1, 2) / 4, dim=-1)
             torch.testing.assert_close(outputs[index, 0], scores @ v)
+
+
+def test_attention_of_a_batch_at_once_is_that_of_its_requests():
+    heads = Heads(4, 2, 16)
+    cache = KvCache(torch.float32, heads, 3 * 40 * 2 * 2 * 16 * 4 * 2, "cpu")
+    torch.manual_seed(0)
+    one_by_one = attention_call(cache, 3, 40)
+    torch.manual_seed(0)
+    at_once = batch_call(cache, 3, 40)
+    expected = inspect.getclosurevars(one_by_one).nonlocals["outputs"]
+    for _ in range(3):
+        one_by_one()
+        torch.testing.assert_close(at_once(), expected.squeeze(1))
 
 
 def test_attention_is_told_over_contexts_and_batches():
