@@ -196,13 +196,23 @@ def attention_worker(run: Run, threads: int) -> "Worker":
     """Decode attention as a lane does it, for contention; its bytes are the KV cache's."""
     import torch
 
-    from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call
+    from hrm.profiling.attention import (
+        QUICK_BYTES,
+        Heads,
+        KvCache,
+        attention_call,
+        kernels_call,
+    )
     from hrm.profiling.contention import Worker
 
     most = min(QUICK_BYTES, run.host.usable_ram_bytes // MOST_SHARE)
     cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.model), most, "cpu")
-    requests, context = 4, 512
-    call = attention_call(cache, requests, context)
+    context = 512
+    requests = min(16, cache.tokens // context)
+    if run.kernels is None:
+        call = attention_call(cache, requests, context)
+    else:
+        call = kernels_call(run.kernels, cache, requests, context)
     host_bytes = requests * context * cache.token_bytes
     return Worker(call, lambda: torch.set_num_threads(threads), host_bytes)
 

@@ -20,7 +20,7 @@ from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
 from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.emulated import EMULATED_LATENCY_S
-from hrm.profiling.machine.host import staging_worker
+from hrm.profiling.machine.host import attention_worker, staging_worker
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
 
@@ -425,6 +425,26 @@ def test_staging_is_measured_by_the_kernels_that_are_given():
         run: Any = SimpleNamespace(kernels=given, host=host, quick=True)
         staging_worker(run, MIB, threads=1).call()
         assert staged == expected
+
+
+def test_what_attention_takes_from_others_is_measured_by_the_kernels_that_are_given():
+    attended = []
+
+    def attend(queries, cache, starts, lengths, out):
+        attended.append((len(queries), len(cache)))
+
+    def refuse(*_):
+        pytest.fail("only attention")
+
+    kernels = HostKernels(name="mine", multiply=refuse, attend=attend, stage=refuse)
+    host = SimpleNamespace(usable_ram_bytes=10**9)
+    for given, expected in ((kernels, [(16, 16 * 512)]), (None, [])):
+        attended.clear()
+        run: Any = SimpleNamespace(kernels=given, host=host, dtypes=("float32",), model=TINY)
+        worker = attention_worker(run, threads=1)
+        worker.call()
+        assert attended == expected
+        assert worker.host_bytes == 16 * 512 * 2 * 2 * 16 * 4
 
 
 def test_staging_is_measured_with_the_threads_of_its_lane():
