@@ -11,10 +11,12 @@ emulated accelerator, to see that it works; such figures say nothing about any G
 """
 
 import argparse
+import faulthandler
 import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,7 +136,14 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         print(f"emulated on the CPU, scale {options.scale}: no figure is of a GPU")
     if len(steps) == 1:
         spin_briefly()
-        STEPS[steps[0]](setting)
+        # What is ended by force cannot tell any more where it was stuck.
+        late = threading.Timer(60 * minutes + GRACE_S / 2, faulthandler.dump_traceback)
+        late.daemon = True
+        late.start()
+        try:
+            STEPS[steps[0]](setting)
+        finally:
+            late.cancel()
         return 0
     failed: list[str] = []
     for step in steps:

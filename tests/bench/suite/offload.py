@@ -151,6 +151,7 @@ class OtherSide:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(gpu_memory_bytes / total, self.device)
         self.build_s = time.monotonic() - start_s
+        print(f"  {format_bytes(needed)} of weights made in {self.build_s:.0f} s", flush=True)
 
     def point(self, batch_size: int, cache: str, steps: int, resident: int) -> Point | None:
         """Measure a batch with so many layers on the GPU; None if there is too little memory."""

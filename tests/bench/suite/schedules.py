@@ -115,6 +115,11 @@ def _under_its_own(
     load_s = max(loads_s.values(), default=spec.parameters * 2 / LOAD_BYTES_PER_S)
     if not _time_for(setting, record, name, load_s + SLOWER * best.seconds):
         return
+    print(
+        f"  {name}: about {load_s:.0f} s to load, then a batch of {best.policy.batch_size}, "
+        f"{best.seconds:.0f} s as predicted",
+        flush=True,
+    )
     _reset_allocator_peak(setting)
     options = BenchOptions(
         model=spec,
@@ -124,6 +129,7 @@ def _under_its_own(
     )
     with Bench(options, tell=print) as bench, bench.start(schedule) as run:
         record.put("load_s", {**loads_s, name: run.load_s})
+        print(f"  {name}: loaded in {run.load_s:.0f} s", flush=True)
         # Kernels are chosen, clocks rise.
         run.repeat(gen_len=2, num_requests=min(WARM_UP_REQUESTS, best.policy.micro_batch_size))
         run.forget()
