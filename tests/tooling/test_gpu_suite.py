@@ -37,7 +37,7 @@ def test_profile_is_kept_with_the_facts_that_every_step_tells(results):
     assert content["outcome"] == "complete"
     assert content["emulated"]
     assert content["machine"]["cpu"]
-    assert content["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["versions"]["torch"])  # which may lack "+cu130"
     assert content["command"].endswith("--step profile --accelerator emulated --scale small")
     measured = [figure for figure in content["figures"]["figures"].values() if figure["n"]]
     assert measured

@@ -1,12 +1,15 @@
 """Profiles of machines with GPUs, put together from fake ones whose tensors live on the CPU."""
 
 import os
+from collections.abc import Sequence
 from itertools import chain, cycle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
@@ -21,6 +24,7 @@ from hrm.profiling.settle import Settling, settle
 from hrm.profiling.timing import clock_sampler
 from hrm.profiling.workspaces import WORKSPACES, cap_workspaces
 from hrm.units import GB, KIB, MIB
+from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevice, waits
 from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes
 
 
@@ -100,6 +104,32 @@ def test_a_gpu_attends_to_whole_batches():
     assert 16 in batches
     assert profile.top.processor.attention_request_s is None
     assert profile.host.processor.attention_request_s is not None
+
+
+class NamedDevice(WithDevice):
+    """A device's name does for the device."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is scaled_dot_product_attention and not isinstance(args[0], DeviceTensor):
+            return func(*args)  # the host's own
+        args = tuple(DEVICE if arg == str(DEVICE) else arg for arg in args)
+        named = dict(kwargs or {})
+        if named.get("device") == str(DEVICE):
+            named["device"] = DEVICE
+        return super().__torch_function__(func, types, args, named)
+
+
+def test_what_is_timed_on_a_gpu_lies_there_and_waits_for_copies_alone():
+    gpu = FakeGpu(free_bytes=1200 * MIB)
+    gpu.device = str(DEVICE)
+    with small_sizes() as patch, NamedDevice():
+        patch.setattr(torch, "inference_mode", torch.no_grad)  # such tensors cannot be wrapped
+        waits.clear()
+        profile = measure([gpu], patch=patch, dtypes=("bfloat16", "float32"))
+    assert set(profile.top.processor.compute_flops_per_s) == {"bfloat16", "float32"}
+    assert {wait.operator for wait in waits} == {"aten.copy_.default", "aten._to_copy.default"}
 
 
 def test_one_gpu_tells_who_else_uses_it(one):
