@@ -135,6 +135,24 @@ def test_other_side_is_measured(results):
     assert best["tokens_per_s"] == pytest.approx(best["batch_size"] * 4 / seconds)
 
 
+def test_other_side_keeps_its_best_if_a_batch_fails(results, monkeypatch, tmp_path):
+    pytest.importorskip("accelerate")
+    from tests.bench.suite.offload import OtherSide
+
+    def point(side, batch_size, *more):
+        if batch_size > 2:
+            raise RuntimeError("no")
+        return measured(side, batch_size, *more)
+
+    measured = OtherSide.point
+    monkeypatch.setattr(OtherSide, "point", point)
+    (tmp_path / "machine.yaml").write_bytes((results / "machine.yaml").read_bytes())
+    assert suite(tmp_path, "accelerate-16GB") == 0
+    content = read(tmp_path, "accelerate-16GB")
+    assert content["figures"]["best"]["batch_size"] == 2
+    assert content["left_out"] == {"rest of the sweep": "RuntimeError: no"}
+
+
 def test_other_side_copies_no_experts_when_it_decodes_on_a_gpu(results, monkeypatch):
     pytest.importorskip("accelerate")
     model = other_side(results).model

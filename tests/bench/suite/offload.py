@@ -13,6 +13,7 @@ layers share one set of experts, which costs as much to move; the file then says
 import gc
 import logging
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -82,11 +83,15 @@ def measure(setting: Setting, cap: str) -> None:
     workload = setting.scale.workload
     points: list[Point] = []
     best: Point | None = None
-    for point in sweep(setting, record, side):
-        points.append(point)
-        record.put("sweep", [point.to_json(workload) for point in points])
-        best = max(points, key=lambda point: point.tokens_per_s(workload.gen_len))
-        record.put("best", {**best.to_json(workload), "gen_len": workload.gen_len})
+    try:
+        for point in sweep(setting, record, side):
+            points.append(point)
+            record.put("sweep", [point.to_json(workload) for point in points])
+            best = max(points, key=lambda point: point.tokens_per_s(workload.gen_len))
+            record.put("best", {**best.to_json(workload), "gen_len": workload.gen_len})
+    except Exception as error:  # noqa: BLE001 - the best until then can still be measured longer
+        traceback.print_exc()
+        record.leave_out("rest of the sweep", f"{type(error).__name__}: {error}")
     if best is None:
         record.leave_out("best", "no batch size fits")
         record.finish()
