@@ -116,6 +116,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     steps, accelerator = parse_steps(options.step), options.accelerator
     if accelerator != "emulated" and not re.fullmatch(r"cuda:\d+", accelerator):
         raise HrmError("--accelerator", accelerator, "must be cuda:K or emulated", "correct it")
+    spin_briefly()  # before the name of the card is asked of torch
     folder = options.results or results_folder(accelerator, options.scale)
     minutes = options.budget_minutes or STEP_MINUTES * len(steps)
     until_s = time.monotonic() + 60 * minutes
@@ -135,7 +136,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if setting.emulated:
         print(f"emulated on the CPU, scale {options.scale}: no figure is of a GPU")
     if len(steps) == 1:
-        spin_briefly()
         # What is ended by force cannot tell any more where it was stuck.
         late = threading.Timer(60 * minutes + GRACE_S / 2, faulthandler.dump_traceback)
         late.daemon = True

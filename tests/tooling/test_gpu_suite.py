@@ -1,6 +1,7 @@
 """The steps of the GPU suite, real ones at a small scale, so that it works when a card is there."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from executor.model.host_kernels import host_kernels
 from hrm.errors import HrmError
+from hrm.openmp import SPINS
 from hrm.policy import ScheduleName
 from tests.bench import gpu_suite
 from tests.bench.suite import checks
@@ -219,6 +221,17 @@ def test_steps_are_chosen_by_name_or_by_its_beginning():
     ]  # fmt: skip
     with pytest.raises(HrmError, match="mixtral-16GB"):
         gpu_suite.parse_steps("profile,magic")
+
+
+def test_openmp_is_told_how_to_wait_before_torch_is_asked_for_the_card(monkeypatch):
+    def folder(*_):
+        raise HrmError("test", os.environ.get("GOMP_SPINCOUNT"), "is told", "")
+
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is put back as it was
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr(gpu_suite, "results_folder", folder)
+    with pytest.raises(HrmError, match=SPINS):
+        gpu_suite.run(gpu_suite._options(["--step", "report"]), [])
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):
