@@ -22,7 +22,6 @@ from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
 SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
-TRAPEZOID: Final[Mapping[float, float]] = {0.0: 1 / 2, 1.0: 1 / 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,8 @@ class Point:
     """A policy, or a grid of them, in the numbers that the closed form needs.
 
     `resident_experts` is the mean over the layers with experts, and `host_expert_layers` the share
-    of all layers that have experts which are not resident. Truths are 0 or 1.
+    of all layers that have experts which are not resident. Truths are 0 or 1. Prompts are prefilled
+    in whole chunks of equal size, but with `parts_of_chunks` their number may be any fraction.
     """
 
     batch_size: Number
@@ -43,6 +43,16 @@ class Point:
     resident_dense: Number
     chunk_tokens: Number
     staging: int = 0
+    parts_of_chunks: bool = False
+
+    def chunks(self, workload: Workload) -> tuple[Number, Number]:
+        """How many chunks a batch is prefilled in, and their tokens."""
+        tokens = self.batch_size * workload.prompt_len
+        chunk = -maximum(-self.chunk_tokens, -tokens)
+        if self.parts_of_chunks:
+            return tokens / chunk, chunk
+        count = -(-tokens // chunk)
+        return count, tokens / count
 
     @staticmethod
     def of_policy(policy: Policy, spec: ModelSpec) -> "Point":
@@ -271,39 +281,59 @@ def prefill_lanes(
     costs: Costs, point: Point, workload: Workload
 ) -> tuple[dict[Lane, Number], Number]:
     """Seconds of work in each lane in the prefill of one batch, and those of the host's memory."""
+    lanes, host_memory_s, _ = _prefill(costs, point, workload)
+    return lanes, host_memory_s
+
+
+def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Number, ...]:
+    """What prefill takes at least, for several reasons; the longest is its time.
+
+    The last is the chain of every chunk's tasks in a layer: its hidden states come, are computed on
+    and go, in buffers for two chunks. A chunk that is the only one overlaps with nothing.
+    """
+    lanes, host_memory_s, chain_s = _prefill(costs, point, workload)
+    return (*lanes.values(), host_memory_s, chain_s)
+
+
+def _prefill(
+    costs: Costs, point: Point, workload: Workload
+) -> tuple[dict[Lane, Number], Number, Number]:
     spec, dtype, layers = costs.spec, costs.dtype, costs.spec.num_layers
-    tokens = point.batch_size * workload.prompt_len
-    chunk = -maximum(-point.chunk_tokens, -tokens)
-    chunks = tokens / chunk
+    chunks, chunk = point.chunks(workload)
     weights = point.streamed_bytes(spec, dtype)
     hidden = operators.hidden_bytes(spec, dtype, chunk)
     off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
     kv = off_gpu * operators.kv_bytes(spec, dtype, chunk)
     stored = chunks * (layers * kv + (layers - 1) * hidden)
-    gpu = costs.prefill_layers(chunk, workload.prompt_len)
+    gpu_s = chunks * (
+        costs.prefill_layers(chunk, workload.prompt_len)
+        + costs.first_tokens(point.batch_size / chunks)
+    )
+    to_gpu_s = layers * chunks * costs.h2d_to_all(hidden)
+    to_host_s = (layers - 1) * chunks * costs.d2h(hidden)
     lanes = {
-        Lane.GPU: chunks * (gpu + costs.first_tokens(point.batch_size / chunks)),
-        Lane.H2D: layers * (costs.load_weights(weights) + chunks * costs.h2d_to_all(hidden)),
-        Lane.D2H: chunks * (layers * costs.d2h(kv) + (layers - 1) * costs.d2h(hidden)),
+        Lane.GPU: gpu_s,
+        Lane.H2D: layers * costs.load_weights(weights) + to_gpu_s,
+        Lane.D2H: chunks * layers * costs.d2h(kv) + to_host_s,
         Lane.STAGE: layers * share_of(point.staging, lambda: costs.stage(weights)),
     }
     host_memory_s = costs.host_memory(
         moved_bytes=layers * (weights + chunks * hidden) + stored,
         read_bytes=2 * point.staging * layers * weights,
     )
-    return lanes, host_memory_s
+    under_way = 1 + (chunks > 1)
+    return lanes, host_memory_s, (gpu_s + to_gpu_s + to_host_s) / under_way
 
 
 def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Number:
     """Seconds of prefill in which several GPUs exchange sums; part of the GPU's lane."""
-    tokens = point.batch_size * workload.prompt_len
-    chunk = -maximum(-point.chunk_tokens, -tokens)
+    chunks, chunk = point.chunks(workload)
     whole_layers = costs.spec.num_layers - costs.skips_in_last_layer(workload.prompt_len)
     seconds = whole_layers * costs.all_reduce(chunk)
     if whole_layers < costs.spec.num_layers:
         ending = chunk / workload.prompt_len
         seconds += -maximum(-ending, -1) * costs.all_reduce(maximum(ending, 1))
-    return tokens / chunk * 2 * seconds
+    return chunks * 2 * seconds
 
 
 def batch_terms(
@@ -314,10 +344,9 @@ def batch_terms(
     A batch's time is the sum of every weight times the longest of its terms. The first is prefill;
     the others are decode steps (`sampled_contexts`).
     """
-    lanes, host_memory_s = prefill_lanes(costs, point, workload)
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     return [
-        (1.0, (*lanes.values(), host_memory_s)),
+        (1.0, prefill_terms(costs, point, workload)),
         *(
             (weight, step.terms(context))
             for context, weight in sampled_contexts(costs.spec, workload, SIMPSON).items()
@@ -367,9 +396,9 @@ def seconds_of_batches(
     """
     import numpy as np
 
-    lanes, host_memory_s = prefill_lanes(costs, point, workload)
+    prefill_s = maximum(*prefill_terms(costs, point, workload))
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     steps_at = sampled_contexts(costs.spec, workload, SIMPSON)
     contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
     decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
-    return maximum(*lanes.values(), host_memory_s) + decode_s
+    return prefill_s + decode_s

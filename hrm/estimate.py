@@ -9,7 +9,7 @@ from math import ceil
 from typing import Final
 
 from hrm.closed_form import (
-    TRAPEZOID,
+    SIMPSON,
     DecodeStep,
     Point,
     prefill_all_reduce_s,
@@ -203,7 +203,7 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
     step = DecodeStep.of_point(costs, point, policy.schedule, share)
     active = share * policy.batch_size / policy.num_micro_batches
     decode = PhaseEstimate.nothing()
-    contexts = sampled_contexts(costs.spec, workload, TRAPEZOID) if workload.decode_steps else {}
+    contexts = sampled_contexts(costs.spec, workload, SIMPSON) if workload.decode_steps else {}
     for context, steps in contexts.items():
         lanes, host_memory_s = step.lanes(context)
         bound_s = max(*lanes.values(), host_memory_s)

@@ -52,6 +52,12 @@ class MemoryPlan:
         """Whether no level overflows."""
         return all(plan.planned_bytes <= plan.capacity_bytes for plan in (self.gpu, self.cpu))
 
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes at all levels."""
+        one_level = self.gpu.name == self.cpu.name
+        return self.gpu.planned_bytes + (0 if one_level else self.cpu.planned_bytes)
+
     def check_fits(self) -> None:
         """Raise PolicyError naming the level, the need and the remedy if a level overflows."""
         for plan, flag in ((self.gpu, "--gpu-memory"), (self.cpu, "--cpu-memory")):

@@ -104,8 +104,9 @@ def plan_json(
             "evaluations": search.evaluations,
             "outcome": search.outcome.name.lower(),
             "gap": search.gap,
+            "bound_tokens_per_s": search.bound_tokens_per_s,
+            "regions": search.regions,
             "simulated": search.simulated,
-            "certified": search.certified,
         }
         content["parallelism"] = [
             {
@@ -322,14 +323,11 @@ def _about_way(parallelism: Parallelism, best: Estimate, spec: ModelSpec) -> str
 
 
 def _why(search: SearchResult) -> str:
-    """Why the chosen policy is the best, in words."""
+    """How good the chosen policy is, in words."""
+    bound = f"no policy can exceed {search.bound_tokens_per_s:.4g} tokens/s"
     if search.gap < 0.0005:
-        return search.outcome.value
-    higher = search.gap / (1 - search.gap)
-    return (
-        f"the closed form of another is {higher:.2g} times" if higher >= 1
-        else f"the closed form of another is {higher:.1%}"
-    ) + " higher, but simulated, with its waits, it is slower"  # fmt: skip
+        return f"{search.outcome.value}: {bound}"
+    return f"{search.outcome.value}, to within {search.gap:.1%}: {bound}"
 
 
 def print_run_command(model: str, out: Path | None, *, is_folder: bool) -> None:

@@ -26,7 +26,7 @@ from hrm.search.choose import remedy
 from hrm.search.exhaustive import RUNNER_UPS, greatest
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
-from hrm.search.lattice import chunk_choices, levelled, limits
+from hrm.search.lattice import chunk_ranges, levelled, limits
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import bound_of, score_of
 from hrm.search.space import Kind, KvPlace, Space
@@ -36,9 +36,18 @@ if TYPE_CHECKING:
 
 DEFAULT_TRIALS: Final = 200
 LOCAL: Final = 4  # of so many trials one is what the estimator proposes
-ENCODING: Final = 2  # of parameters; a study of another one is never resumed
-# To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks.
-_FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (1.0, 1.0, 16), (0.5, 0.5, 4), (0.0, 1.0, 1))
+CHUNK_STEP: Final = 1.25  # between one chunk that is tried and the next
+ENCODING: Final = 3  # of parameters; a study of another one is never resumed
+# To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks
+# in lengths of the longest prompt.
+_FILLING: Final = (
+    (1.0, 0.0, 4),
+    (1.0, 1.0, 1),
+    (1.0, 0.0, 64),
+    (1.0, 1.0, 16),
+    (0.5, 0.5, 4),
+    (0.0, 1.0, 1),
+)
 _RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micro-batch
 _STEPS: Final = (0.02, 0.1, 0.3)  # by which shares are changed
 _ATTEMPTS: Final = 30  # to change a policy into one that was not tried and may win
@@ -66,7 +75,7 @@ def search_space(
         return SearchResult(
             solver="optuna", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
             greatest_tokens_per_s=0.0, evaluations=0, seconds=time.perf_counter() - started_s,
-            gap=0.0, simulated=0, certified=True, remedy=remedy(space),
+            simulated=0, remedy=remedy(space),
         )  # fmt: skip
     trying = Trying(decoder, _open_study(space, storage, seed), trials=trials, seed=seed)
     interrupted = False
@@ -85,15 +94,13 @@ def search_space(
     highest = max(score, greatest(space))
     return SearchResult(
         solver="optuna",
-        outcome=Outcome.INTERRUPTED if interrupted else Outcome.BEST_OF_TRIALS,
+        outcome=Outcome.INTERRUPTED if interrupted else Outcome.BEST_FOUND,
         best=best,
         runner_ups=tuple(ranked[1:]),
         greatest_tokens_per_s=highest,
         evaluations=len(trying.finished()),
         seconds=time.perf_counter() - started_s,
-        gap=1 - score / highest,
         simulated=len(trying.simulated),
-        certified=highest <= best.tokens_per_s,
     )
 
 
@@ -102,7 +109,7 @@ class Setting:
     """What limits sizes and numbers beside one another."""
 
     kind: Kind
-    chunk: float
+    chunk: int
     dense: bool
 
 
@@ -112,7 +119,7 @@ class Decoder:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.dense = (True, False) if space.profile.has_accelerator else (True,)
-        self.chunks = sorted(chunk for some in chunk_choices(space) for chunk in some)
+        self.chunks = sorted(c for some in chunk_ranges(space) for c in some.spaced(CHUNK_STEP))
         self._known: dict[tuple[Setting, int], int] = {}
         self.kinds = {
             name: kind
@@ -132,18 +139,25 @@ class Decoder:
 
     def _filling(self) -> Iterator[Parameters]:
         for size, number, chunk in _FILLING:
+            share = self._chunk_share(chunk)
             for name, kind in self.kinds.items():
                 for residents in (1.0,) if kind.gpu_ffn else (1.0, 0.0):
                     yield {
                         "kind": name, "size": size, "number": number, "kv": 0.5,
-                        "residents": residents, "chunk": chunk, "dense": True,
+                        "residents": residents, "chunk": share, "dense": True,
                     }  # fmt: skip
         for share in _RESIDENT:
             for name, kind in self.kinds.items():
                 yield {
                     "kind": name, "size": self._share_with_residents(kind, share), "number": 0.0,
-                    "kv": 0.5, "residents": 1.0, "chunk": self.chunks[0], "dense": True,
+                    "kv": 0.5, "residents": 1.0, "chunk": 0.0, "dense": True,
                 }  # fmt: skip
+
+    def _chunk_share(self, prompts: int) -> float:
+        """The longest chunk of no more than so many of the longest prompt, as a share."""
+        most = prompts * self.space.workload.max_prompt_len
+        shorter = sum(chunk <= most for chunk in self.chunks) - 1
+        return shorter / max(len(self.chunks) - 1, 1)
 
     def ask(self, trial: "optuna.Trial") -> Parameters:
         """The parameters of a trial, as its sampler suggests them."""
@@ -155,17 +169,17 @@ class Decoder:
             "number": trial.suggest_float("number", 0, 1),
             "kv": trial.suggest_float("kv", 0, 1) if kind.kv is KvPlace.SOME else 0.5,
             "residents": 1.0 if kind.gpu_ffn else trial.suggest_float("residents", 0, 1),
-            "chunk": trial.suggest_categorical("chunk", self.chunks),
+            "chunk": trial.suggest_float("chunk", 0, 1),
             "dense": trial.suggest_categorical("dense", self.dense),
         }
 
     def policy(self, parameters: Parameters) -> Policy | None:
         """The policy that the parameters mean; None if even the least of its kind does not fit."""
         kind = self.kinds[parameters["kind"]]
+        longest = round(parameters["chunk"] * (len(self.chunks) - 1))
         settings = (
             Setting(kind, chunk, parameters["dense"])
-            for chunk in reversed(self.chunks)
-            if chunk <= parameters["chunk"]
+            for chunk in reversed(self.chunks[: longest + 1])
         )
         setting = next((setting for setting in settings if self._most_sizes(setting)), None)
         if setting is None:
@@ -185,8 +199,8 @@ class Decoder:
             most = _largest(number - 1, lambda k: self._fit(setting, size, number, k))
             on_gpu = 1 + round(parameters["kv"] * (most - 1))
         parts = round(parameters["residents"] * ALL_THAT_FIT)
-        place = np.array([[size, number, on_gpu, parts]])
-        grid = make_grid(self.space, kind, place, [setting.chunk])
+        place = np.array([[size, number, on_gpu, parts, setting.chunk]])
+        grid = make_grid(self.space, kind, place)
         fitting = np.flatnonzero(grid.fits & (grid.resident_dense == setting.dense))
         return grid.policy(self.space, int(fitting[0])) if len(fitting) else None
 
@@ -203,8 +217,6 @@ class Decoder:
             match name:
                 case "kind":
                     changed[name] = random.choice(list(self.kinds))
-                case "chunk":
-                    changed[name] = random.choice(self.chunks)
                 case "dense":
                     changed[name] = random.choice(self.dense)
                 case _:
@@ -253,8 +265,10 @@ class Decoder:
     def _grid(
         self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int
     ) -> Grid:
-        columns = np.broadcast_arrays(np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT)
-        return make_grid(self.space, setting.kind, np.column_stack(columns), [setting.chunk])
+        columns = np.broadcast_arrays(
+            np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT, setting.chunk
+        )
+        return make_grid(self.space, setting.kind, np.column_stack(columns))
 
 
 def _name(kind: Kind) -> str:

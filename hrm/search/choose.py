@@ -8,7 +8,8 @@ from hrm.policy import Policy
 from hrm.search.space import Space
 from hrm.units import format_bytes
 
-MAX_SIMULATED: Final = 8
+MAX_SIMULATED: Final = 16
+TIE: Final = 1e-3  # of policies that differ by no more, the one that takes less memory is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,76 +28,79 @@ class KindSolver(Protocol):
         ...
 
     def solve(self, above: float) -> list[Candidate]:
-        """The kind's best, each of its own number of micro-batches; what is not above may lack."""
+        """The kind's best, best first, each of another form; what is not above may lack."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Simulated policies, best first, and whether none that was left out can be better."""
+    """Simulated policies, best first, and the greatest closed form that was found."""
 
-    ranked: tuple[tuple[Candidate, Estimate], ...]
+    ranked: tuple[Estimate, ...]
     greatest_tokens_per_s: float
-    certified: bool
-
-    @property
-    def gap(self) -> float:
-        """How far the first one's closed form lies below the greatest."""
-        if not self.ranked:
-            return 0.0
-        return max(0.0, 1 - self.ranked[0][0].tokens_per_s / self.greatest_tokens_per_s)
 
 
 def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
-    """Simulate the best of each kind until none that is left can do better by its closed form.
+    """Simulate the best candidates until none that is left can do better by its closed form.
 
-    A kind is solved only when its turn comes. Then as many more are simulated as make runner-ups.
+    A kind is solved only when its turn comes, and the best of every kind is simulated before a
+    second one of any: a policy with a lower closed form may have fewer bubbles. Then as many more
+    are simulated as make runner-ups.
     """
-    simulated: dict[Policy, tuple[Candidate, Estimate]] = {}
-    solved: dict[int, list[Candidate]] = {}
-    seen: set[int] = set()
-
-    def simulate(candidate: Candidate) -> None:
-        if candidate.policy not in simulated:
-            predicted = estimate(space.spec, candidate.policy, space.profile, space.workload)
-            simulated[candidate.policy] = candidate, predicted
+    simulated: dict[Policy, Estimate] = {}
+    unsolved = dict(enumerate(kinds))
+    waiting: list[tuple[int, Candidate]] = []  # with their rank in their kind
+    greatest = 0.0
 
     def best() -> float:
-        return max((predicted.tokens_per_s for _, predicted in simulated.values()), default=0.0)
+        return max((predicted.tokens_per_s for predicted in simulated.values()), default=0.0)
 
-    def ceiling(index: int) -> float:
-        if index in solved:
-            return max((c.tokens_per_s for c in solved[index]), default=0.0)
-        return kinds[index].ceiling()
+    def solve(index: int, above: float) -> None:
+        nonlocal greatest
+        found = unsolved.pop(index).solve(above)
+        waiting.extend(enumerate(found))
+        greatest = max([greatest, *(candidate.tokens_per_s for candidate in found)])
 
-    def left() -> list[int]:
-        return [i for i in range(len(kinds)) if i not in seen and ceiling(i) > best()]
+    def simulate(chosen: tuple[int, Candidate]) -> None:
+        waiting.remove(chosen)
+        policy = chosen[1].policy
+        if policy not in simulated:
+            simulated[policy] = estimate(space.spec, policy, space.profile, space.workload)
 
-    while (open_kinds := left()) and len(simulated) < MAX_SIMULATED:
-        index = max(open_kinds, key=ceiling)
-        if index not in solved:
-            solved[index] = kinds[index].solve(best())
+    while len(simulated) < MAX_SIMULATED:
+        enough = best() * (1 + TIE)
+        ceilings = {index: kind.ceiling() for index, kind in unsolved.items()}
+        index = max(ceilings, key=ceilings.__getitem__, default=None)
+        promising = [other for other in waiting if other[1].tokens_per_s > enough]
+        first = max(promising, key=lambda other: (-other[0], other[1].tokens_per_s), default=None)
+        if index is not None and ceilings[index] > enough and (
+            first is None or first[0] > 0 or ceilings[index] > first[1].tokens_per_s
+        ):  # fmt: skip
+            solve(index, best())
+        elif first is not None:
+            simulate(first)
         else:
-            seen.add(index)
-            simulate(solved[index][0])
-    certified = not left()
+            break
     wanted = min(runner_ups + 1, MAX_SIMULATED)
-    if simulated and len(simulated) < wanted:
-        for index in sorted(set(range(len(kinds))) - set(solved), key=ceiling, reverse=True):
-            if sum(map(len, solved.values())) >= wanted:
+    if simulated:
+        for index in sorted(unsolved, key=lambda index: -unsolved[index].ceiling()):
+            if len(simulated) + len(waiting) >= wanted:
                 break
-            solved[index] = kinds[index].solve(0.0)
-        others = [candidate for candidates in solved.values() for candidate in candidates]
-        for candidate in sorted(others, key=lambda candidate: -candidate.tokens_per_s):
-            if len(simulated) >= wanted:
-                break
-            simulate(candidate)
-    every = [candidate.tokens_per_s for candidates in solved.values() for candidate in candidates]
-    return Choice(
-        ranked=tuple(sorted(simulated.values(), key=lambda pair: -pair[1].tokens_per_s)),
-        greatest_tokens_per_s=max(every, default=0.0),
-        certified=certified,
-    )
+            solve(index, 0.0)
+        while waiting and len(simulated) < wanted:
+            simulate(max(waiting, key=lambda other: other[1].tokens_per_s))
+    return Choice(ranked(list(simulated.values())), greatest)
+
+
+def ranked(estimates: list[Estimate]) -> tuple[Estimate, ...]:
+    """Best first; of those as good as the best, the one that takes the least memory is first."""
+    in_order = sorted(estimates, key=lambda predicted: -predicted.tokens_per_s)
+    if not in_order:
+        return ()
+    enough = in_order[0].tokens_per_s * (1 - TIE)
+    equals = [predicted for predicted in in_order if predicted.tokens_per_s >= enough]
+    first = min(equals, key=lambda predicted: predicted.memory.planned_bytes)
+    return (first, *(predicted for predicted in in_order if predicted is not first))
 
 
 def remedy(space: Space) -> str:

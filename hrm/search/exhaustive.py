@@ -13,15 +13,8 @@ from hrm.policy import ScheduleName
 from hrm.search.choose import Candidate, choose, remedy
 from hrm.search.fit import Ints
 from hrm.search.grid import Grid, make_grid
-from hrm.search.lattice import (
-    COARSE_CHUNKS,
-    REACHES,
-    around,
-    chunk_choices,
-    coarse,
-    counted_up,
-    whole,
-)
+from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, coarse, counted_up, whole
+from hrm.search.polish import polished
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Kind, Space
@@ -30,6 +23,7 @@ from hrm.tasks import Device
 from hrm.workload import Workload
 
 RUNNER_UPS: Final = 2
+CANDIDATES: Final = 10  # of a kind, that may be simulated
 BEAM: Final = 8
 # How much higher than on the coarse grid the best of a kind may be.
 COARSE_MARGIN: Final = 1.25
@@ -58,18 +52,16 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     costs = Costs(space.spec, space.profile, space.dtype)
     kinds = grids(space, costs)
     choice = choose(space, list(kinds), runner_ups=runner_ups)
-    estimates = [predicted for _, predicted in choice.ranked]
+    estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
     return SearchResult(
         solver="exhaustive",
-        outcome=Outcome.OPTIMAL if estimates else Outcome.INFEASIBLE,
+        outcome=Outcome.BEST_FOUND if estimates else Outcome.INFEASIBLE,
         best=estimates[0] if estimates else None,
-        runner_ups=tuple(estimates[1 : runner_ups + 1]),
+        runner_ups=estimates[1 : runner_ups + 1],
         greatest_tokens_per_s=choice.greatest_tokens_per_s,
         evaluations=sum(kind.evaluations for kind in kinds),
         seconds=time.perf_counter() - started_s,
-        gap=choice.gap,
         simulated=len(estimates),
-        certified=choice.certified,
         remedy="" if estimates else remedy(space),
     )
 
@@ -86,42 +78,38 @@ def greatest(space: Space) -> float:
 
 def grids(space: Space, costs: Costs) -> list["GridOfKind"]:
     """Every kind, with chunks that hold the longest prompt and with those that split it."""
-    choices = chunk_choices(space)
-    return [GridOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in choices]
+    ranges = chunk_ranges(space)
+    return [GridOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in ranges]
 
 
 class GridOfKind:
     """The candidates of one kind that have been tried and fit, with their scores."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: list[float]) -> None:
+    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: ChunkRange) -> None:
         self.space, self.costs, self.kind, self.chunks = space, costs, kind, chunks
         self.evaluations = 0
-        places = whole(space, kind)
+        places = whole(space, kind, chunks)
         self.whole = places is not None
-        if places is None:
-            self.grid, self.scores = self._try(
-                coarse(space, kind, chunks),
-                [chunk for chunk in chunks if chunk in COARSE_CHUNKS or chunk < 1],
-            )
-        else:
-            self.grid, self.scores = self._try(places, chunks)
+        self.grid, self.scores = self._try(
+            coarse(space, kind, chunks) if places is None else places
+        )
 
     def ceiling(self) -> float:
-        """The best score, or somewhat more if integers between the grid's were not tried."""
-        best = float(self.scores.max(initial=0.0))
-        return best if self.whole else best * COARSE_MARGIN
+        """The best score and somewhat more, for what lies between those that were tried."""
+        return float(self.scores.max(initial=0.0)) * COARSE_MARGIN
 
-    def solve(self, above: float = 0.0, *, count: int = RUNNER_UPS) -> list[Candidate]:
-        """The best candidates, each of its own number of micro-batches, the integers around tried.
+    def solve(self, above: float = 0.0, *, count: int = CANDIDATES) -> list[Candidate]:
+        """The best candidates, each of another form, the integers around tried.
 
-        Of equals, the one with the fewest micro-batches is better.
+        A simulation may prefer what the closed form does not tell apart: half of them differ in
+        their number of micro-batches, the others in chunks and in where projections lie. Of equals,
+        the one with the fewest micro-batches is better.
         """
         del above  # a grid that has been tried has all of them
-        if not self.whole:
-            self._refine()
+        self._refine()
         return [
             Candidate(self.grid.policy(self.space, index), float(self.scores[index]))
-            for index in self._best(count)
+            for index in self._unlike(count)
         ]
 
     def _refine(self) -> None:
@@ -130,13 +118,13 @@ class GridOfKind:
             best = np.array(self._best(BEAM), np.int64)
             if not len(best):
                 return
-            places = around(self.space, self.kind, self.grid.take(best).places(), reach)
-            grid, found = self._try(places, self.chunks)
+            near = self.grid.take(best).places()
+            grid, found = self._try(around(self.space, self.kind, self.chunks, near, reach))
             self.grid = self.grid.and_also(grid)
             self.scores = np.concatenate([self.scores, found])
 
-    def _try(self, places: Ints, chunk_factors: list[float]) -> tuple[Grid, NDArray[np.float64]]:
-        grid = make_grid(self.space, self.kind, places, chunk_factors)
+    def _try(self, places: Ints) -> tuple[Grid, NDArray[np.float64]]:
+        grid = make_grid(self.space, self.kind, places)
         if self.whole and not self.kind.gpu_ffn:
             grid = self._with_every_residency(grid)
         self.evaluations += len(grid)
@@ -148,11 +136,22 @@ class GridOfKind:
         rows, totals = counted_up(np.arange(len(grid)), counts)
         return grid.take(rows).with_residents(self.space, totals - 1)
 
-    def _best(self, count: int) -> list[int]:
-        """Positions of the best, each of its own number of micro-batches."""
+    def _unlike(self, count: int) -> list[int]:
+        """Positions of the best, half of them of unlike numbers, half of unlike chunks."""
+        grid = self.grid
+        half_octaves = (2 * np.log2(grid.num_micro_batches)).round().astype(np.int64)
+        octaves = np.log2(grid.chunk_tokens).round().astype(np.int64)
+        found = self._best(-(-count // 2), half_octaves)
+        others = self._best(count, 2 * octaves + grid.resident_dense)
+        return list(dict.fromkeys([*found, *others]))[:count]
+
+    def _best(self, count: int, forms: Ints | None = None) -> list[int]:
+        """Positions of the best, each of another form: by default, number of micro-batches."""
         left, numbers, found = self.scores.copy(), self.grid.num_micro_batches, list[int]()
+        forms = numbers if forms is None else forms
         while len(found) < count and (best := left.max(initial=0.0)) > 0:
             equals = np.flatnonzero(left == best)
-            found.append(int(equals[np.argmin(numbers[equals])]))
-            left[numbers == numbers[found[-1]]] = 0.0
+            order = 2 * numbers[equals] - self.grid.resident_dense[equals]
+            found.append(int(equals[np.argmin(order)]))
+            left[forms == forms[found[-1]]] = 0.0
         return found

@@ -5,7 +5,6 @@ not enumerated. Where the host computes those that it holds, residents are a sha
 well, and fewer may be better.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -64,7 +63,7 @@ class Grid:
         parts = -(-self.resident_total * ALL_THAT_FIT // most)
         parts = np.where(self.most_residents > 0, parts, ALL_THAT_FIT)
         columns = self.micro_batch_size, self.num_micro_batches, self.gpu_kv_micro_batches, parts
-        return np.column_stack(columns)
+        return np.column_stack([*columns, self.chunk_tokens])
 
     def with_residents(self, space: Space, total: Ints) -> "Grid":
         """The same candidates with so many resident experts."""
@@ -117,34 +116,28 @@ class Grid:
 
 
 ALL_THAT_FIT: Final = 1000
+PART, CHUNK = 3, 4  # columns of places
 _ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
 
 
-def make_grid(space: Space, kind: Kind, places: Ints, chunk_factors: list[float]) -> Grid:
-    """All combinations of `places` with chunks and with projections resident or not.
+def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
+    """All `places`, with projections resident and not.
 
-    Chunks are as long as so many of the longest prompt: below one, it is split.
-
-    `places` has the columns micro-batch size, number of micro-batches, how many of these have
-    their KV cache on the GPU, and how many parts in `ALL_THAT_FIT` of the experts that fit the GPU
-    are resident.
+    Places have the columns micro-batch size, number of micro-batches, how many of these have their
+    KV cache on the GPU, how many parts in `ALL_THAT_FIT` of the experts that fit the GPU are
+    resident, and the tokens of a chunk. Below the longest prompt, a chunk splits it.
     """
-    axes = np.array(
-        [
-            (math.ceil(space.workload.max_prompt_len * factor), dense)
-            for factor in chunk_factors
-            for dense in ((1, 0) if space.profile.has_accelerator else (1,))
-        ]
-    )
-    place, axis = (index.ravel() for index in np.indices((len(places), len(axes))))
-    micro_batch_size, num_micro_batches, on_gpu, parts = places[place].T
-    most_in_chunk, dense = axes[axis].T
+    ways = (1, 0) if space.profile.has_accelerator else (1,)
+    dense = np.tile(ways, len(places))
+    micro_batch_size, num_micro_batches, on_gpu, parts, chunk = np.repeat(
+        places, len(ways), axis=0
+    ).T
     batch_size = micro_batch_size * num_micro_batches
     if space.workload.num_requests is not None:
         batch_size = np.minimum(batch_size, space.workload.num_requests)
     prompt_tokens = np.ceil(batch_size * space.workload.prompt_len).astype(np.int64)
     longest = space.workload.max_prompt_len
-    chunk = np.minimum(most_in_chunk, np.maximum(prompt_tokens, longest))
+    chunk = np.minimum(chunk, np.maximum(prompt_tokens, longest))
     cpu_attention = (1 - kind.gpu_attention) * (on_gpu < num_micro_batches)
     numbers = {
         "batch_size": batch_size,

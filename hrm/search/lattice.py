@@ -4,6 +4,9 @@ A small space is tried whole. A large one is tried on a grid that is a few per c
 at every integer around the best.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -11,13 +14,13 @@ from numpy.typing import NDArray
 
 from hrm.schedules import SCHEDULES
 from hrm.search.fit import Ints
-from hrm.search.grid import ALL_THAT_FIT, make_grid
+from hrm.search.grid import ALL_THAT_FIT, CHUNK, PART, make_grid
 from hrm.search.space import Kind, KvPlace, Space
 
-WHOLE_CHUNKS: Final[list[float]] = [1, 2, 4, 8, 16]  # in lengths of the longest prompt
-COARSE_CHUNKS: Final = (1, 4, 16)  # of these, tried first; shorter ones are few
 LEAST_CHUNK_TOKENS: Final = 128  # shorter ones take hardly less memory, and weights as much time
-_SPLIT: Final = 4  # chunks that split the longest prompt are tried in steps of this
+MOST_CHUNK_TOKENS: Final = 2**20
+_COARSE_CHUNKS: Final = 4  # chunks are first tried in steps of this factor
+_FEWEST_PARTS: Final = 4  # into which a prompt is split, if any
 COARSE_KV_SHARES: Final = (0.05, 0.25, 0.6)
 WHOLE_PLACES: Final = 3000  # a kind with no more places and residencies is tried whole
 # Shares up to which integers around the best are tried, round by round.
@@ -25,29 +28,46 @@ REACHES: Final = (0.25, 0.12, 0.06, 0.03, 0.015, 0.004)
 COARSE_PARTS: Final = (ALL_THAT_FIT, ALL_THAT_FIT // 2)
 # Shares of the reach, and micro-batches, by which the KV cache on the GPU is changed.
 _KV_STEPS: Final = ((0, 0), (0, -1), (0, 1), (-2, 0), (2, 0))
+_CHUNK_STEPS: Final = (-8, -4, -2, -1, 1, 2, 4, 8)  # in the reach, as powers of e
 _SIZES: Final = 24
 _NUMBERS: Final = 24
 _SIZES_OF_ONE: Final = 400
 _BATCHES: Final = 8
 
 
-def chunk_choices(space: Space) -> list[list[float]]:
-    """Chunks that are tried, in lengths of the longest prompt: those that hold it whole.
+@dataclass(frozen=True, slots=True)
+class ChunkRange:
+    """Chunks of `least` to `most` tokens."""
 
-    A second list has those that split it, if there are any of `LEAST_CHUNK_TOKENS` or more. The
-    closed form and the simulation may disagree on which are better, so each is solved by itself.
+    least: int
+    most: int
+
+    def spaced(self, factor: float) -> list[int]:
+        """Chunks a factor apart, the least and the most among them."""
+        count = int(math.log(self.most / self.least, factor))
+        return sorted({*(round(self.least * factor**i) for i in range(count + 1)), self.most})
+
+
+def chunk_ranges(space: Space) -> list[ChunkRange]:
+    """Chunks that are tried: those that hold the longest prompt whole, and those that split it.
+
+    The second are there if prompts are long enough. The closed form and the simulation may disagree
+    on which are better, so each is solved by itself.
     """
-    share, shares = 1.0, list[float]()
-    while (share := share / _SPLIT) * space.workload.max_prompt_len >= LEAST_CHUNK_TOKENS:
-        shares.append(share)
-    return [WHOLE_CHUNKS, shares[::-1]] if shares else [WHOLE_CHUNKS]
+    w = space.workload
+    longest = w.max_prompt_len
+    every_prompt = (w.num_requests or MOST_CHUNK_TOKENS) * w.prompt_len
+    whole = ChunkRange(longest, max(min(math.ceil(every_prompt), MOST_CHUNK_TOKENS), longest))
+    if longest < _FEWEST_PARTS * LEAST_CHUNK_TOKENS:
+        return [whole]
+    return [whole, ChunkRange(LEAST_CHUNK_TOKENS, longest // _FEWEST_PARTS)]
 
 
-def whole(space: Space, kind: Kind) -> Ints | None:
-    """Every place of a kind; None if they are many.
+def whole(space: Space, kind: Kind, chunks: ChunkRange) -> Ints | None:
+    """Every place of a kind, with chunks a factor of two apart; None if they are many.
 
     A place is micro-batch size, number of micro-batches, how many of them have their KV cache on
-    the GPU, and which part of the experts that fit are resident: here always all.
+    the GPU, which part of the experts that fit are resident (here always all), and chunk tokens.
     """
     most_sizes, most_numbers = limits(space)
     sizes = np.arange(1, most_sizes + 1)
@@ -58,11 +78,13 @@ def whole(space: Space, kind: Kind) -> Ints | None:
     residencies = 1 if kind.gpu_ffn else space.everything + 1
     if counts.sum() * residencies > WHOLE_PLACES:
         return None
-    return places_of(kind, np.column_stack(counted_up(sizes, numbers)))
+    return places_of(kind, np.column_stack(counted_up(sizes, numbers)), chunks.spaced(2))
 
 
-def places_of(kind: Kind, pairs: Ints, shares: tuple[float, ...] | None = None) -> Ints:
-    """Places for pairs of (micro-batch size, number), with all residents that fit.
+def places_of(
+    kind: Kind, pairs: Ints, chunks: list[int], shares: tuple[float, ...] | None = None
+) -> Ints:
+    """Places for pairs of (micro-batch size, number) and chunks, with all residents that fit.
 
     Where some micro-batches have their KV cache on the GPU, all counts are tried, or those nearest
     to the `shares`.
@@ -78,7 +100,9 @@ def places_of(kind: Kind, pairs: Ints, shares: tuple[float, ...] | None = None) 
             pairs = np.tile(pairs, (len(shares), 1))
     else:
         on_gpu = pairs[:, 1] if kind.kv is KvPlace.ALL else np.zeros(len(pairs), np.int64)
-    return _distinct(np.column_stack([pairs, on_gpu, np.full(len(pairs), ALL_THAT_FIT)]))
+    chunk = np.full(len(pairs), chunks[0])
+    rows = np.column_stack([pairs, on_gpu, np.full(len(pairs), ALL_THAT_FIT), chunk])
+    return _with_each(_distinct(rows), CHUNK, chunks)
 
 
 def pairs_of(places: Ints) -> Ints:
@@ -86,13 +110,18 @@ def pairs_of(places: Ints) -> Ints:
     return _distinct(places[:, :2])
 
 
-def coarse(space: Space, kind: Kind, chunks: list[float]) -> Ints:
+def chunks_of(places: Ints) -> list[int]:
+    """The distinct chunks of some places."""
+    return np.unique(places[:, CHUNK]).tolist()
+
+
+def coarse(space: Space, kind: Kind, chunks: ChunkRange) -> Ints:
     """Places over the whole range that fits with the shortest of the chunks, a few per cent apart.
 
     Where the number of requests is given, all that make one, two or more equal batches are among
     them.
     """
-    most_sizes, most_numbers = _that_fit(space, kind, chunks[0])
+    most_sizes, most_numbers = _that_fit(space, kind, chunks.least)
     if most_numbers == 1:
         sizes, numbers = _spaced(most_sizes, _SIZES_OF_ONE), np.array([1])
     else:
@@ -104,14 +133,15 @@ def coarse(space: Space, kind: Kind, chunks: list[float]) -> Ints:
         equal = _product(batches, numbers)
         equal[:, 0] = -(-equal[:, 0] // equal[:, 1])
         pairs = np.concatenate([pairs, equal[equal[:, 0] <= most_sizes]])
-    places = places_of(kind, levelled(pairs, requests), COARSE_KV_SHARES)
-    return places if kind.gpu_ffn else _with_parts(places, COARSE_PARTS)
+    tried = _chunks_that_fit(space, kind, chunks.spaced(_COARSE_CHUNKS))
+    places = places_of(kind, levelled(pairs, requests), tried, COARSE_KV_SHARES)
+    return places if kind.gpu_ffn else _with_each(places, PART, COARSE_PARTS)
 
 
-def around(space: Space, kind: Kind, places: Ints, reach: float) -> Ints:
+def around(space: Space, kind: Kind, chunks: ChunkRange, places: Ints, reach: float) -> Ints:
     """Integers around some places: the nearest, and others up to a share of `reach` away."""
     most_sizes, most_numbers = limits(space)
-    sizes, numbers, on_gpu, parts = places.T
+    sizes, numbers, on_gpu, *others = places.T
     near_sizes = _near(sizes, np.array([-1, -0.5, 0, 0.5, 1]) * reach, most_sizes)
     near_numbers = _near(numbers, np.array([-1, 0, 1]) * reach, most_numbers)
     pairs = np.stack(np.broadcast_arrays(near_sizes[:, :, None], near_numbers[:, None, :]), axis=-1)
@@ -119,8 +149,9 @@ def around(space: Space, kind: Kind, places: Ints, reach: float) -> Ints:
     for factor, step in _KV_STEPS if kind.kv is KvPlace.SOME else ((1, 0),):
         share = (on_gpu / numbers)[:, None, None] * (1 + factor * reach)
         count = np.rint(np.minimum(share, 1) * pairs[..., 1]).astype(np.int64) + step
-        part = np.broadcast_to(parts[:, None, None], count.shape)
-        found.append(np.stack([pairs[..., 0], pairs[..., 1], count, part], axis=-1).reshape(-1, 4))
+        kept = [np.broadcast_to(other[:, None, None], count.shape) for other in others]
+        columns = [pairs[..., 0], pairs[..., 1], count, *kept]
+        found.append(np.stack(columns, axis=-1).reshape(-1, len(columns)))
     rows = np.concatenate(found)
     rows[:, :2] = _level(rows[:, :2], space.workload.num_requests)
     if kind.kv is KvPlace.SOME:
@@ -128,19 +159,24 @@ def around(space: Space, kind: Kind, places: Ints, reach: float) -> Ints:
         rows[:, 2] = np.clip(rows[:, 2], 1, rows[:, 1] - 1)
     else:
         rows[:, 2] = rows[:, 1] * (kind.kv is KvPlace.ALL)
+    steps = np.exp(np.array(_CHUNK_STEPS) * reach)
+    longer = np.rint(places[:, CHUNK, None] * steps).astype(np.int64)
+    moved = [rows, _with(places, CHUNK, np.clip(longer, chunks.least, chunks.most))]
     if not kind.gpu_ffn:
         steps = np.array([-2, -1, 1, 2]) * max(round(reach * ALL_THAT_FIT / 2), 1)
-        fewer = np.clip(parts[:, None] + steps, 0, ALL_THAT_FIT)
-        others = np.repeat(places, len(steps), axis=0)
-        others[:, 3] = fewer.ravel()
-        rows = np.concatenate([rows, others])
-    return _distinct(rows)
+        moved.append(_with(places, PART, np.clip(places[:, PART, None] + steps, 0, ALL_THAT_FIT)))
+    return _distinct(np.concatenate(moved))
 
 
-def _with_parts(places: Ints, parts: tuple[int, ...]) -> Ints:
-    """Every place with each of these parts of the experts that fit."""
-    repeated = np.tile(places, (len(parts), 1))
-    repeated[:, 3] = np.repeat(parts, len(places))
+def _with_each(places: Ints, column: int, values: Sequence[int]) -> Ints:
+    """Every place with each of these values in a column."""
+    return _with(places, column, np.broadcast_to(np.array(values), (len(places), len(values))))
+
+
+def _with(places: Ints, column: int, values: Ints) -> Ints:
+    """Every place as often as it has values, which take the place of a column's."""
+    repeated = np.repeat(places, values.shape[1], axis=0)
+    repeated[:, column] = values.ravel()
     return repeated
 
 
@@ -160,20 +196,45 @@ def limits(space: Space) -> tuple[int, int]:
     return size, min(space.max_micro_batches, requests or space.max_micro_batches)
 
 
-def _that_fit(space: Space, kind: Kind, chunk: float) -> tuple[int, int]:
+def _that_fit(space: Space, kind: Kind, chunk: int) -> tuple[int, int]:
     """Sizes and numbers beyond which nothing fits, with a factor of two to spare."""
     most = limits(space)
     found: list[int] = []
     for axis in (0, 1):
         powers = 2 ** np.arange(int(most[axis]).bit_length())
-        places = np.zeros((len(powers), 4), np.int64)
-        places[:, :2] = 1
+        places = np.ones((len(powers), 5), np.int64)
         places[:, axis] = powers
-        places[:, 2] = places[:, 1] * (kind.kv is KvPlace.ALL)
-        fits = make_grid(space, kind, places, [chunk]).fits
-        each = fits.reshape(len(powers), -1).any(axis=1)
-        found.append(min(2 * int(powers[each].max(initial=1)), most[axis]))
+        places[:, CHUNK] = chunk
+        fits = _some_fit(space, kind, places)
+        found.append(min(2 * int(powers[fits].max(initial=1)), most[axis]))
     return found[0], found[1]
+
+
+def _chunks_that_fit(space: Space, kind: Kind, chunks: list[int]) -> list[int]:
+    """The chunks that fit beside the least of everything else; the first if none does."""
+    places = np.ones((len(chunks), 5), np.int64)
+    places[:, CHUNK] = chunks
+    # A chunk is no longer than all prompts of a batch, so this takes requests.
+    places[:, 1] = np.minimum(-(-places[:, CHUNK] // math.ceil(space.workload.prompt_len)),
+                              limits(space)[1])  # fmt: skip
+    fits = _some_fit(space, kind, places)
+    return [chunk for chunk, fit in zip(chunks, fits, strict=True) if fit] or chunks[:1]
+
+
+def _some_fit(space: Space, kind: Kind, places: Ints) -> NDArray[np.bool_]:
+    """Whether the places fit with any residency and any share of the KV cache that is the kind's.
+
+    Either memory may be the smaller one: a host too small for the weights takes all the residents
+    that fit the GPU, and a GPU with little room none.
+    """
+    places, fits = places.copy(), np.zeros(len(places), np.bool_)
+    for share in {KvPlace.NONE: (0,), KvPlace.SOME: (0, 1), KvPlace.ALL: (1,)}[kind.kv]:
+        places[:, 2] = places[:, 1] * share
+        for part in (0, ALL_THAT_FIT):
+            places[:, PART] = part
+            grid = make_grid(space, kind, places)
+            fits |= grid.fits.reshape(len(places), -1).any(axis=1)
+    return fits
 
 
 def _spaced(limit: int, count: int) -> Ints:

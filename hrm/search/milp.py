@@ -27,7 +27,18 @@ from hrm.search.choose import Candidate, choose, remedy
 from hrm.search.exhaustive import RUNNER_UPS
 from hrm.search.fit import Ints, Weights
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
-from hrm.search.lattice import REACHES, around, chunk_choices, coarse, pairs_of, places_of, whole
+from hrm.search.lattice import (
+    REACHES,
+    ChunkRange,
+    around,
+    chunk_ranges,
+    chunks_of,
+    coarse,
+    pairs_of,
+    places_of,
+    whole,
+)
+from hrm.search.polish import polished
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
@@ -48,24 +59,21 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """
     started_s = time.perf_counter()
     costs = Costs(space.spec, space.profile, space.dtype)
-    choices = chunk_choices(space)
+    ranges = chunk_ranges(space)
     kinds = [
-        ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in choices
+        ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in ranges
     ]
     choice = choose(space, list(kinds), runner_ups=runner_ups)
-    estimates = [predicted for _, predicted in choice.ranked]
-    proved = Outcome.PROVED if all(kind.whole for kind in kinds) else Outcome.OPTIMAL
+    estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
     return SearchResult(
         solver="milp",
-        outcome=proved if estimates else Outcome.INFEASIBLE,
+        outcome=Outcome.BEST_FOUND if estimates else Outcome.INFEASIBLE,
         best=estimates[0] if estimates else None,
-        runner_ups=tuple(estimates[1 : runner_ups + 1]),
+        runner_ups=estimates[1 : runner_ups + 1],
         greatest_tokens_per_s=choice.greatest_tokens_per_s,
         evaluations=sum(kind.evaluations for kind in kinds),
         seconds=time.perf_counter() - started_s,
-        gap=choice.gap,
         simulated=len(estimates),
-        certified=choice.certified,
         remedy="" if estimates else remedy(space),
     )
 
@@ -73,13 +81,12 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
 class ProgramsOfKind:
     """All boxes of one kind, and the programs that find the best policy in them."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: list[float]) -> None:
+    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: ChunkRange) -> None:
         self.space, self.costs, self.kind, self.chunks = space, costs, kind, chunks
         self.evaluations = 0
-        places = whole(space, kind)
-        self.whole = places is not None
-        pairs = pairs_of(coarse(space, kind, chunks) if places is None else places)
-        self.boxes = self._boxes_of(pairs)
+        places = whole(space, kind, chunks)
+        places = coarse(space, kind, chunks) if places is None else places
+        self.boxes = self._boxes_of(pairs_of(places), chunks_of(places))
 
     def ceiling(self) -> float:
         """The highest bound of any box."""
@@ -88,19 +95,22 @@ class ProgramsOfKind:
     def solve(self, above: float) -> list[Candidate]:
         """The best policy, if it is better than `above`; otherwise it is proved that none is."""
         best = None if self.boxes is None else self._best_of(*self.boxes, above)
-        for reach in () if self.whole or best is None else REACHES:
+        for reach in () if best is None else REACHES:
             assert best is not None
             policy = best.policy
             place = np.array([[policy.micro_batch_size, policy.num_micro_batches,
-                               policy.gpu_kv_micro_batches, ALL_THAT_FIT]])  # fmt: skip
-            boxes = self._boxes_of(pairs_of(around(self.space, self.kind, place, reach)))
+                               policy.gpu_kv_micro_batches, ALL_THAT_FIT,
+                               policy.prefill_chunk_tokens]])  # fmt: skip
+            near = around(self.space, self.kind, self.chunks, place, reach)
+            boxes = self._boxes_of(pairs_of(near), chunks_of(near))
             if boxes is not None:
                 best = self._best_of(*boxes, best.tokens_per_s) or best
         return [] if best is None else [best]
 
-    def _boxes_of(self, pairs: Ints) -> tuple[Bounder, Boxes] | None:
-        places = places_of(self.kind, pairs, (0.0,))
-        rows = make_grid(self.space, self.kind, places, self.chunks)
+    def _boxes_of(self, pairs: Ints, chunks: list[int]) -> tuple[Bounder, Boxes] | None:
+        if not len(pairs):
+            return None
+        rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, chunks, (0.0,)))
         if not len(rows):  # a single micro-batch has no part of its cache on the GPU
             return None
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens

@@ -1,19 +1,22 @@
 """What a search returns: the outcome, the policy with its estimate, and how it was found."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Final
 
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate
 from hrm.policy import Parallelism
 
+OPTIMAL_GAP: Final = 0.01  # a policy is called optimal if no other can be better by more
+
 
 class Outcome(Enum):
     """How a search ended; the value says it in words."""
 
-    OPTIMAL = "no policy tried has a higher closed-form throughput"
-    PROVED = "no policy of the space has a higher closed-form throughput, which is proved"
-    BEST_OF_TRIALS = "the best of the policies tried; nothing is proved"
+    OPTIMAL = "optimal"
+    BEST_FOUND = "the best that was found"
     INTERRUPTED = "interrupted: the best of the policies tried so far"
     INFEASIBLE = "no policy fits, even with one request at a time"
 
@@ -34,12 +37,11 @@ class Way:
 class SearchResult:
     """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
 
-    `greatest_tokens_per_s` is the greatest closed-form throughput of the space, as far as it is
-    known, and `gap` how far the chosen policy's lies below it: more than 0 only where the
-    simulation prefers a policy with fewer bubbles. `simulated` policies were simulated;
-    `certified` says that of every kind left out (devices, KV placement) even the closed form is no
-    higher than the chosen policy's simulated throughput. `ways` are those of dividing the work
-    between several GPUs, the chosen one among them; for a single GPU there are none.
+    `greatest_tokens_per_s` is the greatest closed-form throughput that was found. No policy of the
+    whole space can have more than `bound_tokens_per_s`, neither in closed form nor simulated;
+    `hrm.search.bound` looked at so many `regions` to show it. `simulated` policies were simulated.
+    `ways` are those of dividing the work between several GPUs, the chosen one among them; for a
+    single GPU there are none.
     """
 
     solver: str
@@ -47,21 +49,41 @@ class SearchResult:
     best: Estimate | None
     runner_ups: tuple[Estimate, ...]
     greatest_tokens_per_s: float
+    bound_tokens_per_s: float = math.inf
     evaluations: int
+    regions: int = 0
     seconds: float
-    gap: float
     simulated: int
-    certified: bool
     remedy: str = ""
     ways: tuple[Way, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """By what share the chosen policy may lie below the best of the space, at most."""
+        if self.best is None:
+            return 0.0
+        return max(0.0, 1 - self.best.tokens_per_s / self.bound_tokens_per_s)
+
+    def bounded(self, tokens_per_s: float, regions: int, seconds: float) -> "SearchResult":
+        """The same with a bound over the whole space, and what follows for the outcome."""
+        result = replace(
+            self,
+            bound_tokens_per_s=tokens_per_s,
+            regions=self.regions + regions,
+            seconds=self.seconds + seconds,
+        )
+        if result.best is None or self.outcome is Outcome.INTERRUPTED:
+            return result
+        optimal = result.gap <= OPTIMAL_GAP
+        return replace(result, outcome=Outcome.OPTIMAL if optimal else Outcome.BEST_FOUND)
 
     @staticmethod
     def impossible(remedy: str, ways: tuple[Way, ...]) -> "SearchResult":
         """The result where there is nothing to search."""
         return SearchResult(
             solver="none", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
-            greatest_tokens_per_s=0.0, evaluations=0, seconds=0.0, gap=0.0, simulated=0,
-            certified=True, remedy=remedy, ways=ways,
+            greatest_tokens_per_s=0.0, bound_tokens_per_s=0.0, evaluations=0, seconds=0.0,
+            simulated=0, remedy=remedy, ways=ways,
         )  # fmt: skip
 
     def require(self) -> Estimate:

@@ -1,5 +1,6 @@
 """Several GPUs: the best policy in tensor parallel, the best in a pipeline, and which is better."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
@@ -7,6 +8,7 @@ from math import ceil
 from hrm.estimate import Estimate, estimate
 from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
 from hrm.policy import Parallelism
+from hrm.search.bound import upper_bound
 from hrm.search.result import SearchResult, Way
 from hrm.search.space import Space
 
@@ -23,7 +25,7 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
     """
     gpus = space.profile.num_gpus
     if gpus == 1:
-        return solve(space)
+        return _bounded(solve(space), [space])
     found: dict[Parallelism, SearchResult] = {}
     ways: list[Way] = []
     for parallelism in Parallelism:
@@ -36,12 +38,25 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
         obstacles = "; ".join(f"{way.parallelism.value} parallel: {way.obstacle}" for way in ways)
         return SearchResult.impossible(f"{obstacles}; ask for another number of GPUs", tuple(ways))
     result = max(found.values(), key=_tokens_per_s)
-    return replace(
+    result = replace(
         result,
         ways=tuple(ways),
         evaluations=sum(result.evaluations for result in found.values()),
         seconds=sum(result.seconds for result in found.values()),
         simulated=sum(result.simulated for result in found.values()),
+        greatest_tokens_per_s=max(result.greatest_tokens_per_s for result in found.values()),
+    )
+    return _bounded(result, [_part(space, parallelism) for parallelism in found])
+
+
+def _bounded(result: SearchResult, spaces: list[Space]) -> SearchResult:
+    """The result with a bound on every policy of the spaces."""
+    started_s = time.perf_counter()
+    bounds = [upper_bound(space, result.greatest_tokens_per_s) for space in spaces]
+    return result.bounded(
+        max(bound.tokens_per_s for bound in bounds),
+        sum(bound.regions for bound in bounds),
+        time.perf_counter() - started_s,
     )
 
 

@@ -16,9 +16,10 @@ from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import lattice
+from hrm.search.choose import TIE
 from hrm.search.exhaustive import search, search_space
 from hrm.search.grid import ALL_THAT_FIT, make_grid
-from hrm.search.lattice import WHOLE_CHUNKS, places_of
+from hrm.search.lattice import chunk_ranges, places_of
 from hrm.search.result import Outcome
 from hrm.search.space import Kind, KvPlace, Space
 from hrm.tasks import Device
@@ -26,6 +27,7 @@ from hrm.units import GB
 from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload
 from tests.hrm.support import figure, machine, random_spec, random_varied_spec, tiny_spec
 
+CHUNKS = [15, 50, 200]  # of the workload's longest prompt a part, all, and more
 WORKLOAD = Workload(name="test", prompt_len=30, max_prompt_len=50, gen_len=12, num_requests=12)
 
 
@@ -75,11 +77,8 @@ def every_policy(space: Space) -> list[tuple[Policy, list[int]]]:
     for size in range(1, requests + 1):
         for n in range(1, -(-requests // size) + 1):
             batch = min(size * n, requests)
-            chunks = {
-                max(min(round(w.max_prompt_len * factor), int(np.ceil(batch * w.prompt_len))),
-                    w.max_prompt_len)
-                for factor in WHOLE_CHUNKS
-            }  # fmt: skip
+            prompts = max(int(np.ceil(batch * w.prompt_len)), w.max_prompt_len)
+            chunks = {min(chunk, prompts) for chunk in chunk_ranges(space)[0].spaced(2)}
             for (attention, ffn), on_gpu, chunk, dense in product(
                 space.devices(), range(n + 1), chunks, (True, False)
             ):
@@ -117,7 +116,9 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
                 break
     result = search(spec, profile, workload, schedule=schedule)
     assert best > 0
-    assert result.greatest_tokens_per_s == pytest.approx(best, rel=1e-9)
+    # Brute force tries chunks a factor of two apart, the search also others.
+    assert best * (1 - 1e-9) <= result.greatest_tokens_per_s
+    assert result.greatest_tokens_per_s <= result.bound_tokens_per_s * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -137,7 +138,6 @@ def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, mo
     assert coarse.outcome is whole.outcome
     assert coarse.evaluations < whole.evaluations
     assert 0.995 * whole.greatest_tokens_per_s <= coarse.greatest_tokens_per_s
-    assert coarse.greatest_tokens_per_s <= whole.greatest_tokens_per_s * (1 + 1e-12)
 
 
 def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
@@ -155,7 +155,7 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
         )  # fmt: skip
         pairs = np.array([(1, 1), (2, 3), (3, 4), (5, 2), (12, 1)])
         kind = rng.choice(space.kinds())
-        grid = make_grid(space, kind, places_of(kind, pairs), [0.3, 1, 4])
+        grid = make_grid(space, kind, places_of(kind, pairs, CHUNKS))
         for index in rng.sample(range(len(grid)), min(20, len(grid))):
             policy = grid.policy(space, index)
             cases.append((space, policy, int(grid.resident_total[index]), bool(grid.fits[index])))
@@ -197,9 +197,8 @@ def test_a_grid_counts_the_bytes_that_the_plan_does():
                 levels[level] = replace(levels[level], capacity_bytes=capacity)
                 profile = replace(space.profile, levels=tuple(levels))
                 grid = make_grid(
-                    replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)]),
-                    [0.3, 1, 4],
-                )  # fmt: skip
+                    replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)])
+                )
                 same = (grid.chunk_tokens == policy.prefill_chunk_tokens) & (
                     grid.resident_dense == policy.resident_dense
                 )
@@ -217,10 +216,10 @@ def kind_of(policy: Policy) -> Kind:
     return Kind(int(policy.attention is Device.GPU), int(policy.ffn is Device.GPU), kv)
 
 
-def place_of(policy: Policy) -> tuple[int, int, int, int]:
+def place_of(policy: Policy) -> tuple[int, int, int, int, int]:
     return (
         policy.micro_batch_size, policy.num_micro_batches, policy.gpu_kv_micro_batches,
-        ALL_THAT_FIT,
+        ALL_THAT_FIT, policy.prefill_chunk_tokens,
     )  # fmt: skip
 
 
@@ -237,7 +236,10 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
         for estimate in (result.best, *result.runner_ups):
             assert fits(spec, estimate.policy, profile), (seed, estimate.policy)
             assert estimate.policy.schedule is schedule
-            assert estimate.tokens_per_s <= result.best.tokens_per_s, (seed, estimate.policy)
+            assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (
+                seed,
+                estimate.policy,
+            )
         found += 1
     assert found > 10
 
@@ -263,7 +265,7 @@ def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workloa
     best = result.require()
     assert 2 <= len(result.runner_ups) < result.simulated
     for other in result.runner_ups:
-        assert other.tokens_per_s <= best.tokens_per_s
+        assert other.tokens_per_s <= best.tokens_per_s * (1 + TIE)
     for found in (best, *result.runner_ups):
         assert found.tokens_per_s <= found.bound_tokens_per_s * 1.002
 

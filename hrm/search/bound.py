@@ -1,0 +1,239 @@
+"""An upper bound on the throughput of every policy of a space, by branch and bound.
+
+No policy is tried here. A region is a range of micro-batch sizes, numbers of micro-batches, shares
+of the KV cache on the GPU, resident experts and chunks, all of them real numbers. Nothing in it is
+quicker than its best corner, where every piece of work is as cheap for a request as it gets
+anywhere in the region, and nothing in it fits if its smallest corner does not. Regions that might
+hold something better than what is known are halved until none is left, or until the budget is
+spent; the highest ceiling that remains is the bound.
+
+What makes the best corner a bound: work costs a request no more in a larger micro-batch, and no
+more in more of them; a larger chunk makes prefill no dearer; and whatever depends on the share of
+the cache or on resident experts lies, between two values of these, above the lower one of both
+ends. Rates of a profile that fall with size are raised until this holds (`smoothed`).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hrm.closed_form import Point, batch_terms
+from hrm.costs import Costs
+from hrm.policy import ScheduleName
+from hrm.schedules import SCHEDULES
+from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
+from hrm.search.room import Room
+from hrm.search.smooth import smoothed
+from hrm.search.space import Space
+
+LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
+BUDGET: Final = 60_000  # regions
+ROUND: Final = 1024  # regions that are halved at once
+CLOSE: Final = 2e-3  # a region that is better by no more is not halved
+_IN_FLIGHT: Final = 3  # micro-batches, at most
+_CHAIN: Final = 6  # the place of their chain among the terms of a decode step
+# The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
+_ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}
+PhaseTerms = list[tuple[float, list[Floats]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """No policy of the space generates more than `tokens_per_s`; 0 if none fits.
+
+    `regions` were looked at.
+    """
+
+    tokens_per_s: float
+    regions: int
+
+
+def upper_bound(space: Space, known_tokens_per_s: float = 0.0) -> Bound:
+    """The bound of a space; what is within `CLOSE` of the known throughput is not looked into."""
+    bounder = Bounder(space)
+    regions = bounder.everything()
+    enough = known_tokens_per_s * (1 + CLOSE)
+    regions, ceilings = bounder.bounded(regions)
+    looked_at, settled = len(ceilings), 0.0
+    while len(ceilings):
+        small = (ceilings <= enough) | bounder.cannot_halve(regions)
+        settled = max(settled, float(ceilings[small].max(initial=0.0)))
+        regions, ceilings = regions.take(~small), ceilings[~small]
+        if not len(ceilings) or looked_at >= BUDGET:
+            break
+        order = np.argsort(-ceilings, kind="stable")
+        first, rest = order[:ROUND], order[ROUND:]
+        halves, of_halves = bounder.bounded(bounder.halved(regions.take(first)))
+        looked_at += 2 * len(first)
+        regions = regions.take(rest).and_also(halves)
+        ceilings = np.concatenate([ceilings[rest], of_halves])
+    return Bound(max(settled, float(ceilings.max(initial=0.0))), looked_at)
+
+
+class Bounder:
+    """Ceilings of the regions of one space."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.spec = space, space.spec
+        self.room = Room(space)
+        self.costs = Costs(space.spec, smoothed(space.profile), space.dtype)
+        self.requests = space.workload.num_requests
+
+    def everything(self) -> Regions:
+        """A region for each way to place attention, experts and projections: the whole space."""
+        space, spec = self.space, self.spec
+        schedule = SCHEDULES[space.schedule]
+        one_level = not space.profile.has_accelerator
+        most = float(min(self.requests or LARGEST, LARGEST))
+        longest = space.workload.max_prompt_len
+        chunk = max(longest, most * most * space.workload.prompt_len)
+        if self.requests:
+            chunk = max(longest, self.requests * space.workload.prompt_len)
+        kv_low = float(one_level or schedule.kv_on_gpu)
+        ways: list[tuple[float, ...]] = []
+        for attention, ffn in space.devices():
+            for dense in (1,) if one_level else (1, 0):
+                # With all experts resident it is one whether the others would run here or there.
+                resident = spec.num_experts if one_level else 0
+                least = 0.0 if ffn else 1.0 / spec.num_expert_layers
+                ways.append((attention, ffn, dense, resident, spec.num_experts - least))
+                if (attention, 1) not in space.devices():
+                    ways.append((attention, 1, dense, spec.num_experts, spec.num_experts))
+        ways = [(*way, one_chunk) for way in ways for one_chunk in (0, 1)]
+        columns = np.array(ways, dtype=float).T
+        ones = np.ones(len(ways))
+        number = 1.0 if schedule.single_micro_batch else most
+        return Regions(
+            gpu_attention=columns[0], gpu_ffn=columns[1], dense=columns[2], one_chunk=columns[5],
+            low=np.stack([ones, ones, kv_low * ones, columns[3], ones]),
+            high=np.stack([most * ones, number * ones, ones, columns[4], chunk * ones]),
+        )  # fmt: skip
+
+    def bounded(self, regions: Regions) -> tuple[Regions, Floats]:
+        """The regions that may fit, made smaller, and the tokens a second that they may reach."""
+        regions = self.room.tightened(regions)
+        if not len(regions):
+            return regions, np.zeros(0)
+        batch = self.room.largest_batch(regions)
+        phases = self._seconds_a_request(regions, batch)
+        if self.requests is not None and (self.requests > batch).any():
+            batches = np.ceil(self.requests / batch - 1e-9)
+            phases = self._at_least_of_batches(regions, phases, batches, self.requests)
+        seconds = np.zeros(len(regions))
+        for weight, terms in phases:
+            seconds += weight * np.maximum.reduce(terms)
+        return regions, self.space.workload.generated_tokens / seconds
+
+    def _seconds_a_request(self, regions: Regions, batch: Floats) -> PhaseTerms:
+        """The terms' shares of a request where all are least, in a batch of at most so many."""
+        size = np.minimum(regions.high[SIZE], batch / regions.low[NUMBER])
+        number = batch / size
+        prefill, *steps = self._phase_terms(regions, size, number)
+        # Of a chain of tasks, as many are under way as there are micro-batches, up to a few.
+        under_way = np.minimum(number, _IN_FLIGHT) / np.minimum(regions.high[NUMBER], _IN_FLIGHT)
+        for _, terms in steps:
+            terms[_CHAIN] = terms[_CHAIN] * np.minimum(under_way, 1.0)
+        return [(weight, [term / batch for term in terms]) for weight, terms in (prefill, *steps)]
+
+    def _at_least_of_batches(
+        self, regions: Regions, phases: PhaseTerms, batches: Floats, requests: int
+    ) -> PhaseTerms:
+        """The terms' shares of a request, but no less than so many batches take.
+
+        All but the last of them are at least as large as the smallest corner.
+        """
+        one = np.ones(len(regions))
+        full = self._phase_terms(regions, regions.low[SIZE], regions.low[NUMBER])
+        last = self._phase_terms(regions, one, one)
+        found: PhaseTerms = []
+        for (weight, terms), (_, of_full), (_, of_last) in zip(phases, full, last, strict=True):
+            of_batches = [
+                ((batches - 1) * a_full + a_last) / requests
+                for a_full, a_last in zip(of_full, of_last, strict=True)
+            ]
+            found.append((weight, list(map(np.maximum, terms, of_batches))))
+        return found
+
+    def _phase_terms(self, regions: Regions, size: Floats, number: Floats) -> PhaseTerms:
+        """Weights of the phases, each with its terms' least seconds over cache and residents."""
+        corners = [(regions.high[KV], regions.high[RESIDENT])]
+        if (regions.low[KV] < regions.high[KV]).any():
+            corners.append((regions.low[KV], regions.high[RESIDENT]))
+        if ((regions.gpu_ffn == 0) & (regions.low[RESIDENT] < regions.high[RESIDENT])).any():
+            corners += [(kv, regions.low[RESIDENT]) for kv, _ in corners]
+        count, spec = len(corners), self.spec
+
+        def every(values: Floats) -> Floats:
+            return np.tile(values, count)
+
+        kv = np.concatenate([kv for kv, _ in corners])
+        resident = np.concatenate([resident for _, resident in corners])
+        resident = np.clip(resident, 0.0, spec.num_experts)
+        # The fewest layers that can hold what is not resident.
+        on_host = (
+            (spec.num_experts - resident)
+            / spec.num_experts
+            * spec.num_expert_layers
+            / spec.num_layers
+        )
+        ffn = every(regions.gpu_ffn)
+        point = Point(
+            batch_size=every(size * number),
+            num_micro_batches=every(number),
+            gpu_attention=every(regions.gpu_attention),
+            gpu_ffn=ffn,
+            gpu_kv_micro_batches=kv * every(number),
+            resident_experts=resident,
+            host_expert_layers=on_host,
+            resident_dense=every(regions.dense),
+            chunk_tokens=every(self._longest_chunk(regions, size * number)),
+            staging=int(self.space.staging),
+            parts_of_chunks=True,
+        )
+        all_terms = self.space.schedule in _ALL_TERMS
+        schedule = self.space.schedule if all_terms else ScheduleName.CGOPIPE
+        return [
+            (
+                weight,
+                [
+                    np.broadcast_to(term, count * len(regions)).reshape(count, -1).min(axis=0)
+                    for term in terms
+                ],
+            )
+            for weight, terms in batch_terms(self.costs, point, schedule, self.space.workload)
+        ]
+
+    def _longest_chunk(self, regions: Regions, batch: Floats) -> Floats:
+        """Tokens that are prefilled at once: all prompts, or if there are several chunks half."""
+        prompts = batch * self.space.workload.prompt_len
+        several = np.maximum(np.minimum(regions.high[CHUNK], prompts / 2), 1e-3)
+        return np.where(regions.one_chunk == 1, prompts, several)
+
+    def cannot_halve(self, regions: Regions) -> NDArray[np.bool_]:
+        """Regions of a single policy, as good as."""
+        return self._widths(regions).max(axis=0) < 1e-4
+
+    def _widths(self, regions: Regions) -> Floats:
+        """How far each side of a region is worth halving."""
+        low, high = np.maximum(regions.low, 1e-9), np.maximum(regions.high, 1e-9)
+        widths = np.log(high / low)
+        widths[CHUNK] *= 0.3 * (regions.one_chunk == 0)
+        widths[KV] = regions.high[KV] - regions.low[KV]
+        shares = (regions.high[RESIDENT] - regions.low[RESIDENT]) / self.spec.num_experts
+        widths[RESIDENT] = np.where(regions.gpu_ffn == 0, shares, 0.0)
+        return widths
+
+    def halved(self, regions: Regions) -> Regions:
+        """Two regions for each, cut along the side that is widest."""
+        side = self._widths(regions).argmax(axis=0)
+        index = np.arange(len(regions))
+        low, high = regions.low[side, index], regions.high[side, index]
+        geometric = np.sqrt(np.maximum(low, 1e-9) * high)
+        cut = np.where((side == KV) | (side == RESIDENT), (low + high) / 2, geometric)
+        whole = (side == SIZE) | (side == NUMBER)
+        cut = np.where(whole, np.clip(np.floor(cut), low, high - 1), cut)
+        lower, upper = regions.high.copy(), regions.low.copy()
+        lower[side, index], upper[side, index] = cut, np.where(whole, cut + 1, cut)
+        return replace(regions, high=lower).and_also(replace(regions, low=upper))

@@ -1,0 +1,84 @@
+"""The last step of a search: what the closed form cannot see, tried on the simulation itself."""
+
+from typing import Final
+
+import numpy as np
+
+from hrm.costs import Costs
+from hrm.estimate import Estimate, estimate
+from hrm.policy import Policy
+from hrm.search.choose import TIE, ranked
+from hrm.search.fit import Ints
+from hrm.search.grid import ALL_THAT_FIT, CHUNK, make_grid
+from hrm.search.lattice import chunk_ranges, levelled, limits
+from hrm.search.result import OPTIMAL_GAP
+from hrm.search.scores import scores
+from hrm.search.space import Kind, KvPlace, Space
+from hrm.tasks import Device
+
+ROUNDS: Final = 2
+# Factors by which numbers of micro-batches (of as many requests) and chunks are changed.
+_NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
+_CHUNKS: Final = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
+
+
+def polished(
+    space: Space, costs: Costs, simulated: tuple[Estimate, ...], greatest_tokens_per_s: float
+) -> tuple[Estimate, ...]:
+    """The simulated policies, best first, with better ones among them if there are any near by.
+
+    Only where waits cost the best of them more than a policy that is called optimal may lie below
+    the closed form: its number of micro-batches and its chunks are then changed, one at a time.
+    """
+    known = {predicted.policy: predicted for predicted in simulated}
+    for _ in range(ROUNDS):
+        found = ranked(list(known.values()))
+        if not found or found[0].tokens_per_s >= greatest_tokens_per_s * (1 - OPTIMAL_GAP):
+            return found
+        for policy in _near(space, costs, found[0]):
+            if policy not in known:
+                known[policy] = estimate(space.spec, policy, space.profile, space.workload)
+        if max(map(_rate, known.values())) <= found[0].tokens_per_s * (1 + TIE):
+            break
+    return ranked(list(known.values()))
+
+
+def _rate(predicted: Estimate) -> float:
+    return predicted.tokens_per_s
+
+
+def _near(space: Space, costs: Costs, best: Estimate) -> list[Policy]:
+    """Policies near by that fit and that might be better by their closed form."""
+    policy = best.policy
+    on_gpu, number = policy.gpu_kv_micro_batches, policy.num_micro_batches
+    kv = KvPlace.ALL if on_gpu == number else KvPlace.SOME if on_gpu else KvPlace.NONE
+    kind = Kind(int(policy.attention is Device.GPU), int(policy.ffn is Device.GPU), kv)
+    grid = make_grid(space, kind, _places(space, kv, policy))
+    grid = grid.take(np.flatnonzero(grid.fits & (grid.resident_dense == policy.resident_dense)))
+    may_win = np.flatnonzero(scores(space, costs, grid) > best.tokens_per_s * (1 + TIE))
+    return [grid.policy(space, int(index)) for index in may_win]
+
+
+def _places(space: Space, kv: KvPlace, policy: Policy) -> Ints:
+    number, share = policy.num_micro_batches, policy.kv_share_on_gpu
+    others = np.unique(np.rint(number * np.array(_NUMBERS)).astype(np.int64))
+    most_sizes, most_numbers = limits(space)
+    others = others[(others >= 1) & (others <= most_numbers)]
+    pairs = np.column_stack([-(-policy.batch_size // others), others])
+    pairs = pairs[pairs[:, 0] <= most_sizes]
+    pairs = levelled(pairs, space.workload.num_requests)
+    same = np.array([[policy.micro_batch_size, number]])
+    chunk = policy.prefill_chunk_tokens
+    chunks = np.rint(chunk * np.array(_CHUNKS)).astype(np.int64)
+    ranges = chunk_ranges(space)
+    inside = [(r.least <= chunks) & (chunks <= r.most) for r in ranges]
+    chunks = chunks[np.logical_or.reduce(inside)]
+    rows = np.zeros((len(pairs) + len(chunks), 5), np.int64)
+    rows[:, :2] = np.concatenate([pairs, np.repeat(same, len(chunks), axis=0)])
+    rows[:, 2] = np.rint(rows[:, 1] * share)
+    if kv is KvPlace.SOME:
+        rows = rows[rows[:, 1] > 1]
+        rows[:, 2] = np.clip(rows[:, 2], 1, rows[:, 1] - 1)
+    rows[:, 3] = ALL_THAT_FIT
+    rows[:, CHUNK] = np.concatenate([np.full(len(rows) - len(chunks), chunk), chunks])
+    return rows

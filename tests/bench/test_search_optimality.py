@@ -1,0 +1,60 @@
+"""How far searches are from the best of their whole space, over many random problems.
+
+`make bench BENCH_ARGS="-k search_optimality"`; a contradiction of what a search says of itself fails.
+"""
+
+import os
+import statistics
+import time
+from random import Random
+
+from hrm.estimate import estimate
+from hrm.search.result import Outcome
+from hrm.search.solvers import solve
+from tests.bench.machine import circumstances
+from tests.hrm.random_plans import random_case, random_policies
+
+SEARCHES = int(os.environ.get("SEARCHES", "1500"))
+POLICIES = 10
+
+
+def test_random_searches():
+    """Each against its bound, and against random policies, many of them close to its own."""
+    gaps: list[float] = []
+    seconds: list[tuple[float, str]] = []
+    better: list[float] = []
+    infeasible = optimal = tried = 0
+    for seed in range(100_000, 100_000 + SEARCHES):
+        rng = Random(seed)
+        case = random_case(rng)
+        started_s = time.process_time()
+        result = solve(case.spec, case.profile, case.workload, dtype=case.dtype)
+        seconds.append((time.process_time() - started_s, f"seed {seed}: {case}"))
+        best = result.best
+        for policy in random_policies(rng, case, best and best.policy, count=POLICIES):
+            assert best is not None, f"seed {seed}: {case}: {policy} fits"
+            rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
+            assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
+            better.append(rate / best.tokens_per_s - 1)
+            tried += 1
+        if best is None:
+            infeasible += 1
+            continue
+        gaps.append(result.gap)
+        optimal += result.outcome is Outcome.OPTIMAL
+    gaps.sort()
+    seconds.sort(reverse=True)
+    print(f"\n{circumstances()}\n{SEARCHES} searches, {infeasible} of them of what cannot fit")
+    print(
+        f"gap: median {statistics.median(gaps):.2%}, nine of ten at most "
+        f"{gaps[len(gaps) * 9 // 10]:.2%}, greatest {gaps[-1]:.1%}; {optimal} called optimal"
+    )
+    print(
+        f"{tried} random policies: none above its bound; {sum(x > 0.002 for x in better)} more than "
+        f"0.2 % better than what was found, the best of them {max(better):.1%}"
+    )
+    print(
+        f"processor time a search: median {statistics.median(s for s, _ in seconds):.2f} s; slowest:"
+    )
+    for one, what in seconds[:5]:
+        print(f"  {one:.2f} s  {what}")

@@ -1,0 +1,182 @@
+"""Random models, machines and workloads, and random policies that fit them.
+
+Hosts smaller than the model, GPUs that hold all of it, one GPU to eight, jobs of one request or
+without end; policies over the whole of what `hrm estimate` can be told, some of them close to a
+given one.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from random import Random
+
+from hrm.hardware import HardwareProfile
+from hrm.machines import compose, with_memory
+from hrm.memory import plan_memory
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
+from hrm.policy import Parallelism, Policy, kv_tokens_for, prefix_tokens_for, spread_experts
+from hrm.tasks import Device
+from hrm.workload import Workload
+
+GPUS = ("T4", "L4", "A10G", "A100-80G", "H100", "RTX-4090", "MI300X", "L40S", "V100-16G")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a search is asked."""
+
+    spec: ModelSpec
+    profile: HardwareProfile
+    workload: Workload
+
+    @property
+    def dtype(self) -> str:
+        return self.profile.default_dtype
+
+    def __str__(self) -> str:
+        top, host = self.profile.top.usable_bytes / 1e9, self.profile.host.usable_bytes / 1e9
+        w = self.workload
+        return (
+            f"{self.spec.name} on {self.profile.name} ({top:.4g} and {host:.4g} GB), prompts "
+            f"{w.prompt_len}/{w.max_prompt_len}, {w.gen_len} new, requests {w.num_requests}"
+        )
+
+
+def random_case(rng: Random) -> Case:
+    spec = BUILT_IN_MODELS[rng.choice(sorted(BUILT_IN_MODELS))]
+    gpus = rng.choice([1, 1, 1, 2, 4, 8])
+    profile = compose(f"{gpus}x{rng.choice(GPUS)}", host="generic-server")
+    weights = spec.total_layer_bytes(profile.default_dtype)
+    gpu = rng.choice([1.0, 1.0, 2 ** rng.uniform(-2, 2)]) * profile.top.capacity_bytes.value / gpus
+    host = max(weights * 2 ** rng.uniform(-3, 3), 8e9)
+    profile = with_memory(profile, gpu_memory_bytes=round(gpu), cpu_memory_bytes=round(host))
+    prompt = int(2 ** rng.uniform(0, 12))
+    workload = Workload(
+        name="random", prompt_len=prompt, max_prompt_len=int(prompt * rng.choice([1, 1.2, 5])),
+        gen_len=int(2 ** rng.uniform(0, 9)),
+        num_requests=rng.choice([None, None, int(2 ** rng.uniform(0, 17))]),
+    )  # fmt: skip
+    return Case(spec, profile, workload)
+
+
+def random_policies(
+    rng: Random, case: Case, near: Policy | None, *, count: int
+) -> Iterator[Policy]:
+    """Up to so many policies that fit; most of them close to `near`, if that is given."""
+    found = 0
+    for _ in range(6 * count):
+        if found == count:
+            return
+        if near is not None and rng.random() < 0.6:
+            policy = _changed(rng, case, near)
+        else:
+            policy = _any(rng, case)
+        policy = None if policy is None else _with_residents(rng, case, policy)
+        if policy is not None:
+            found += 1
+            yield policy
+
+
+def _any(rng: Random, case: Case) -> Policy | None:
+    number = int(2 ** rng.uniform(0, 8))
+    share = rng.choice([0.0, 1.0, rng.random()])
+    gpus = case.profile.num_gpus
+    parallelisms = [
+        parallelism
+        for parallelism, obstacle in (
+            (Parallelism.TENSOR, tensor_parallel_obstacle(case.spec, gpus)),
+            (Parallelism.PIPELINE, gpus == 1 or pipeline_obstacle(case.spec, gpus)),
+        )
+        if not obstacle
+    ]
+    if not parallelisms:
+        return None
+    return _policy(
+        case, size=int(2 ** rng.uniform(0, 14)), number=number, on_gpu=round(share * number),
+        attention=rng.choice(list(Device)), ffn=rng.choice(list(Device)),
+        dense=rng.random() < 0.7, chunk=int(2 ** rng.uniform(0, 17)),
+        parallelism=rng.choice(parallelisms),
+    )  # fmt: skip
+
+
+def _changed(rng: Random, case: Case, near: Policy) -> Policy | None:
+    def about(value: int, spread: float) -> int:
+        return max(1, round(value * math.exp(rng.gauss(0, spread))))
+
+    def other(device: Device) -> Device:
+        return rng.choice(list(Device)) if rng.random() < 0.1 else device
+
+    number = about(near.num_micro_batches, 0.3)
+    share = near.kv_share_on_gpu + rng.choice([0, 0, rng.gauss(0, 0.1)])
+    return _policy(
+        case, size=about(near.micro_batch_size, 0.15), number=number,
+        on_gpu=min(max(round(share * number), 0), number),
+        attention=other(near.attention), ffn=other(near.ffn),
+        dense=near.resident_dense != (rng.random() < 0.1),
+        chunk=about(near.prefill_chunk_tokens, rng.choice([0.0, 0.5])),
+        parallelism=near.parallelism,
+    )  # fmt: skip
+
+
+def _policy(
+    case: Case, *, size: int, number: int, on_gpu: int, attention: Device, ffn: Device,
+    dense: bool, chunk: int, parallelism: Parallelism,
+) -> Policy | None:  # fmt: skip
+    w = case.workload
+    if w.num_requests is not None and size > w.num_requests:
+        return None
+    batch = size * number if w.num_requests is None else max(min(size * number, w.num_requests), 1)
+    number = -(-batch // size)
+    on_gpu = min(on_gpu, number)
+    part, _ = part_of(case.spec, case.profile, parallelism)
+    return Policy(
+        batch_size=batch, micro_batch_size=size, attention=attention, ffn=ffn,
+        resident_experts=(0,) * part.num_layers, resident_dense=dense,
+        gpu_kv_micro_batches=on_gpu,
+        kv_tokens_per_micro_batch=int(kv_tokens_for(size, w.mean_context_len, w.max_context_len)),
+        prefill_chunk_tokens=chunk,
+        prefix_buffer_tokens=int(
+            prefix_tokens_for(
+                case.spec, w.max_prompt_len, chunk,
+                cpu_attention=int(attention is Device.CPU and on_gpu < number),
+            )
+        ),
+        parallelism=parallelism, dtype=case.dtype,
+    )  # fmt: skip
+
+
+def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
+    """The policy with as many residents as fit, or with any number of them; None if it does not.
+
+    They are spread evenly, or now and then over a few of the layers only.
+    """
+    part, _ = part_of(case.spec, case.profile, policy.parallelism)
+    everything = part.num_expert_layers * part.num_experts
+    layers = rng.sample(range(part.num_expert_layers), part.num_expert_layers)
+    evenly = rng.random() < 0.8
+
+    def having(total: int) -> Policy:
+        if evenly:
+            return replace(policy, resident_experts=spread_experts(part, total))
+        counts = [0] * part.num_expert_layers
+        for position, layer in enumerate(layers):
+            counts[layer] = min(max(total - position * part.num_experts, 0), part.num_experts)
+        return replace(policy, resident_experts=(0,) * part.num_dense_layers + tuple(counts))
+
+    def fits(total: int) -> bool:
+        return plan_memory(case.spec, having(total), case.profile).fits
+
+    if rng.random() < 0.3:
+        total = rng.randint(0, everything)
+        return having(total) if fits(total) else None
+    some = [total for k in range(17) if fits(total := everything * k // 16)]
+    if not some:
+        return None
+    total, step = max(some), everything // 16 + 1
+    while step:
+        if total + step <= everything and fits(total + step):
+            total += step
+        else:
+            step //= 2
+    return having(total)
