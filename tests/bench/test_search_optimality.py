@@ -1,6 +1,6 @@
 """How far searches are from the best of their whole space, over many random problems.
 
-`make bench BENCH_ARGS="-k search_optimality"`; a contradiction of what a search says of itself fails.
+`make bench BENCH_ARGS="-k search_optimality"`; what contradicts a search's own words fails.
 """
 
 import os
@@ -50,8 +50,8 @@ def test_random_searches():
         f"{gaps[len(gaps) * 9 // 10]:.2%}, greatest {gaps[-1]:.1%}; {optimal} called optimal"
     )
     print(
-        f"{tried} random policies: none above its bound; {sum(x > 0.002 for x in better)} more than "
-        f"0.2 % better than what was found, the best of them {max(better):.1%}"
+        f"{tried} random policies: none above its bound; {sum(x > 0.002 for x in better)} more "
+        f"than 0.2 % better than what was found, the best of them {max(better):.1%}"
     )
     print(
         f"processor time a search: median {statistics.median(s for s, _ in seconds):.2f} s; slowest:"
