@@ -8,7 +8,7 @@ grid of policies with the same lines that estimate one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from hrm import operators
 from hrm.costs import Costs
@@ -197,15 +197,11 @@ class DecodeStep:
 
     def lanes(self, context: Number) -> tuple[dict[Lane, Number], Number]:
         """Seconds of work in each lane over a mean context, and those that host memory needs."""
-        lanes, host_memory_s, _ = self._lanes(context)
+        lanes, host_memory_s, _ = self.seconds(context)
         return lanes, host_memory_s
 
-    def _lanes(self, context: Number) -> tuple[dict[Lane, Number], Number, Number]:
-        """As `lanes`, and the seconds of the step as a chain of micro-batches.
-
-        A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way, or one
-        more if the CPU has experts.
-        """
+    def seconds(self, context: Number) -> "StepSeconds":
+        """Seconds of the step over a mean context, by what takes them."""
         layers, n = self.costs.spec.num_layers, self.point.num_micro_batches
         gpu_attention_s, cpu_attention_s, load_kv_s, cache_bytes = self._attention(context)
         gpu_s = self.projections_s + gpu_attention_s
@@ -227,9 +223,13 @@ class DecodeStep:
         )
         in_flight = -maximum(-n, -LOOKAHEAD - (self.cpu_experts_s > 0))
         chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
-        return lanes, host_memory_s, chain_s
+        return StepSeconds(lanes, host_memory_s, chain_s)
 
     def terms(self, context: Number) -> tuple[Number, ...]:
+        """What the step takes at least over a mean context, for several reasons; see `in_order`."""
+        return self.in_order(self.seconds(context))
+
+    def in_order(self, seconds: "StepSeconds") -> tuple[Number, ...]:
         """What the step takes at least, for several reasons; the longest is its time.
 
         CGOPipe overlaps all lanes, as far as micro-batches in flight allow. The other orders move
@@ -239,8 +239,8 @@ class DecodeStep:
         layers alike, and longer than it takes if some have no weights to load. DeepSpeed loads
         the next layer only once the last one's buffer is free.
         """
-        lanes, host_memory_s, chain_s = self._lanes(context)
-        terms = (*lanes.values(), host_memory_s, chain_s)
+        lanes = seconds.lanes
+        terms = (*lanes.values(), seconds.host_memory_s, seconds.chain_s)
         weights = self.costs.spec.num_layers * self.weights_s
         n = self.point.num_micro_batches
         match self.schedule:
@@ -265,6 +265,18 @@ class DecodeStep:
             case ScheduleName.DEEPSPEED:
                 busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
                 return (*terms, weights, busy + lanes[Lane.H2D] - weights)
+
+
+class StepSeconds(NamedTuple):
+    """Seconds of a decode step: of each lane, of the host's memory, and as a chain.
+
+    A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way, or one more
+    if the CPU has experts.
+    """
+
+    lanes: dict[Lane, Number]
+    host_memory_s: Number
+    chain_s: Number
 
 
 def prefill_lanes(

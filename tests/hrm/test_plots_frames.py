@@ -27,7 +27,7 @@ def swept() -> pd.DataFrame:
             "tokens_per_s": None if memory == 64 else rate * memory / (memory + 100),
             "bound_tokens_per_s": None if memory == 64 else 1.2 * rate * memory / (memory + 100),
             "batch_size": None if memory == 64 else memory * 10,
-            "bottleneck": None if memory == 64 else ("H2D" if memory < 300 else "CPU"),
+            "bottleneck": None if memory == 64 else ("H2D link" if memory < 300 else "CPU compute"),
         }
         for name, rate in (("cgopipe", 400), ("fastdecode", 395), ("flexgen", 200))
         for memory in (512, 64, 128, 256, 384)
@@ -58,7 +58,7 @@ def test_a_sweeps_points_bounds_and_misfits_are_the_tables():
     assert upper.get_ylim()[0] == 0
     assert lower.get_xlabel() == "CPU memory (GB)"
     shown = {"cgopipe", "fastdecode", "flexgen", "as it is", "no policy fits"}
-    shown |= {"mostly limited by: CPU", "host-to-device link"}
+    shown |= {"mostly limited by: CPU compute", "H2D link"}
     assert shown <= set(words(picture))
 
 
