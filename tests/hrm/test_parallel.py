@@ -178,7 +178,9 @@ def test_the_longest_stage_has_the_most_layers_and_all_experts():
 # Built-in models, and what they have not: windows of several widths, many dense first layers.
 DIVIDED = {
     **BUILT_IN_MODELS,
-    "windows": tiny_spec(num_layers=11, attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)),
+    "windows": replace(
+        tiny_spec(num_layers=11), attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)
+    ),
     "dense": tiny_spec(num_layers=9, num_dense_layers=4, dense_intermediate_size=700),
 }
 

@@ -247,6 +247,19 @@ def test_different_factors_are_told_with_each_resource():
     assert {"a × 1.1", "b × 2"} <= set(words(plot_what_if(frame)))
 
 
+def test_less_of_a_latency_is_said_beside_more_of_the_others():
+    frame = pd.DataFrame(
+        {
+            "resource": ["gpu-flops", "gpu-launch-latency", "gpu-memory"],
+            "factor": [1.1, 1 / 1.1, 1.1],
+            "change": [0.1, 0.2, 0.0],
+        }
+    )
+    picture = plot_what_if(frame)
+    assert {"gpu-flops", "less gpu-launch-latency"} <= set(words(picture))
+    assert "+10%" in picture.axes[0].get_xlabel()
+
+
 # ------------------------------------------------------------------------------------- all of them
 
 PICTURES = {
