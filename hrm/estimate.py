@@ -312,7 +312,7 @@ def _walked(work: TaskWork, chunks_in_one: float = 1.0) -> tuple[Order, list[flo
     return order, end_times(order, seconds)
 
 
-@lru_cache(maxsize=8)  # contexts differ in durations only
+@lru_cache(maxsize=32)  # contexts, and costs of what limits, differ in durations only
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     def alike(task: TaskId) -> tuple[TaskKind, int, bool]:
         attends = task.kind is TaskKind.ATTENTION and pipeline.phase is Phase.DECODE
