@@ -63,7 +63,10 @@ def whatif(
     profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, schedule: str,
     percent: float, as_json: bool, csv: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """What some more of each resource does to the best policy: which upgrade pays."""
+    """What some more of each resource does to the best policy: which upgrade pays.
+
+    Of latencies, and of the time that tasks wait for one another, it is less.
+    """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError(
             "--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more"
