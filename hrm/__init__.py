@@ -9,7 +9,8 @@ How the parts follow from one another, in the order of a plan:
 - `operators`, `roofline`, `costs`: FLOPs and bytes of every task, and its seconds on a machine;
   `memory`: bytes that a policy needs at each level, from which the executor allocates.
 - `closed_form`, `estimate`: throughput of a policy as a bound and as a simulation; `search`: the
-  policy whose throughput is highest; `policy_file`: where it is kept; `parallel`: several GPUs.
+  policy whose throughput is highest; `policy_file`: where it is kept; `parallel`: several GPUs;
+  `phase_work`, `causes`, `launches`: what the seconds are spent on, and which would save most.
 - `scaling`, `sweep`, `analysis`: other machines and workloads, and what would be best there;
   `published`: what others measured, and what is predicted for it.
 - `trace`, `validate`: what a run did, and how far the prediction was from it; `profiling`: where
@@ -18,6 +19,7 @@ How the parts follow from one another, in the order of a plan:
 Importing hrm loads no torch, matplotlib or optuna; the parts that need them do so when called.
 """
 
+from hrm.causes import Cause
 from hrm.costs import Costs
 from hrm.errors import HrmError
 from hrm.estimate import Estimate, decode_work, estimate, prefill_work, simulate_work
@@ -28,7 +30,7 @@ from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpe
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
-from hrm.scaling import Resource, resource_value, resources, scale, with_resource
+from hrm.scaling import Resource, at_cost, resource_value, resources, scale, with_resource
 from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart, read_chrome_trace
 from hrm.validate import read_run
@@ -37,6 +39,7 @@ from hrm.workload import WORKLOADS, Workload, named_workload
 __all__ = [
     "BUILT_IN_MODELS",
     "WORKLOADS",
+    "Cause",
     "Costs",
     "Device",
     "Estimate",
@@ -66,6 +69,7 @@ __all__ = [
     "Trace",
     "TurningPoints",
     "Workload",
+    "at_cost",
     "attention_turning_points",
     "compose",
     "decode_work",

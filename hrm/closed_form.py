@@ -8,7 +8,7 @@ grid of policies with the same lines that estimate one.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from hrm import operators
 from hrm.costs import Costs
@@ -21,7 +21,8 @@ from hrm.tasks import Device, Lane
 from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
-SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
+# Places in a stretch of contexts, and the share of its steps that each stands for.
+_SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,15 +208,11 @@ class DecodeStep:
 
     def lanes(self, context: Number) -> tuple[dict[Lane, Number], Number]:
         """Seconds of work in each lane over a mean context, and those that host memory needs."""
-        lanes, host_memory_s, _ = self._lanes(context)
+        lanes, host_memory_s, _ = self.seconds(context)
         return lanes, host_memory_s
 
-    def _lanes(self, context: Number) -> tuple[dict[Lane, Number], Number, Number]:
-        """As `lanes`, and the seconds of the step as a chain of micro-batches.
-
-        A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way, or one
-        more if the CPU has experts.
-        """
+    def seconds(self, context: Number) -> "StepSeconds":
+        """Seconds of the step over a mean context, by what takes them."""
         layers, n = self.costs.spec.num_layers, self.point.num_micro_batches
         gpu_attention_s, cpu_attention_s, load_kv_s, cache_bytes = self._attention(context)
         gpu_s = self.projections_s + gpu_attention_s
@@ -237,9 +234,13 @@ class DecodeStep:
         )
         in_flight = -maximum(-n, -LOOKAHEAD - (self.cpu_experts_s > 0))
         chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
-        return lanes, host_memory_s, chain_s
+        return StepSeconds(lanes, host_memory_s, chain_s)
 
     def terms(self, context: Number) -> tuple[Number, ...]:
+        """What the step takes at least over a mean context, for several reasons; see `in_order`."""
+        return self.in_order(self.seconds(context))
+
+    def in_order(self, seconds: "StepSeconds") -> tuple[Number, ...]:
         """What the step takes at least, for several reasons; the longest is its time.
 
         CGOPipe overlaps all lanes, as far as micro-batches in flight allow. The other orders move
@@ -249,8 +250,8 @@ class DecodeStep:
         layers alike, and longer than it takes if some have no weights to load. DeepSpeed loads
         the next layer only once the last one's buffer is free.
         """
-        lanes, host_memory_s, chain_s = self._lanes(context)
-        terms = (*lanes.values(), host_memory_s, chain_s)
+        lanes = seconds.lanes
+        terms = (*lanes.values(), seconds.host_memory_s, seconds.chain_s)
         weights = self.costs.spec.num_layers * self.weights_s
         n = self.point.num_micro_batches
         match self.schedule:
@@ -275,6 +276,18 @@ class DecodeStep:
             case ScheduleName.DEEPSPEED:
                 busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
                 return (*terms, weights, busy + lanes[Lane.H2D] - weights)
+
+
+class StepSeconds(NamedTuple):
+    """Seconds of a decode step: of each lane, of the host's memory, and as a chain.
+
+    A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way, or one more
+    if the CPU has experts.
+    """
+
+    lanes: dict[Lane, Number]
+    host_memory_s: Number
+    chain_s: Number
 
 
 def prefill_lanes(
@@ -349,21 +362,18 @@ def batch_terms(
         (1.0, prefill_terms(costs, point, workload)),
         *(
             (weight, step.terms(context))
-            for context, weight in sampled_contexts(costs.spec, workload, SIMPSON).items()
+            for context, weight in sampled_contexts(costs.spec, workload).items()
         ),
     ]
 
 
-def sampled_contexts(
-    spec: ModelSpec, workload: Workload, rule: Mapping[float, float]
-) -> dict[float, float]:
+def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
     """Mean contexts that stand for all decode steps, each with its number of steps.
 
-    `rule` gives places in a stretch of contexts, from 0 to 1, and the share of its steps that each
-    stands for. Within a stretch each lane's work is a line in the context, so that a step's time,
-    the longest of them, is convex: `SIMPSON` is within a fraction of a per cent of the sum over all
-    steps, and `TRAPEZOID` no less than it. A stretch ends where a context outgrows an attention
-    window, as the line bends down there.
+    Within a stretch of contexts each lane's work is a line in the context, so that a step's time,
+    the longest of them, is convex: Simpson's rule is within a fraction of a per cent of the sum
+    over all steps. A stretch ends where a context outgrows an attention window, as the line bends
+    down there.
     """
     first = workload.prompt_len + 1
     last = workload.prompt_len + max(workload.decode_steps, 1)
@@ -372,7 +382,7 @@ def sampled_contexts(
     steps_at: dict[float, float] = {}
     for low, high in pairwise(ends):
         part = (high - low) / (last - first) if last > first else 1.0
-        for place, share in rule.items():
+        for place, share in _SIMPSON.items():
             context = low * (1 - place) + high * place
             steps_at[context] = steps_at.get(context, 0.0) + workload.decode_steps * part * share
     return steps_at
@@ -398,7 +408,7 @@ def seconds_of_batches(
 
     prefill_s = maximum(*prefill_terms(costs, point, workload))
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    steps_at = sampled_contexts(costs.spec, workload, SIMPSON)
+    steps_at = sampled_contexts(costs.spec, workload)
     contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
     decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
     return prefill_s + decode_s

@@ -24,7 +24,8 @@ class Runtime:
     `attention_passes` is how many bytes the CPU moves for each byte of the cache that it attends
     over: more than one where the cache is copied or converted first. `synchronise_s` is added to
     every task on the GPU. With `whole_last_layer` prefill computes the model's last layer for all
-    tokens, though few of them are looked at.
+    tokens, though few of them are looked at. With `fused_kernels` each norm and rotary embedding
+    and all experts of a layer are one kernel on every processor; else the profile says so of each.
     """
 
     weights_link: LinkKind = "pinned"
@@ -32,6 +33,7 @@ class Runtime:
     attention_passes: float = 1.0
     synchronise_s: float = 0.0
     whole_last_layer: bool = False
+    fused_kernels: bool = False
 
 
 EXECUTOR: Final = Runtime()
@@ -185,8 +187,11 @@ class Costs:
         return accesses / self.profile.host.together_bytes_per_s
 
     def _on(self, device: Device, operator: operators.Operator) -> Number:
-        seconds = operator_seconds(operator, self.level(device), self.dtype)
+        seconds = self._seconds(operator, self.level(device))
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+
+    def _seconds(self, operator: operators.Operator, level: MemoryLevel) -> Number:
+        return operator_seconds(operator, level, self.dtype, fused=self.runtime.fused_kernels)
 
     def _up_to_attention(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
         """A layer of prefill up to attention."""
@@ -200,7 +205,7 @@ class Costs:
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
         operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
-        return operator_seconds(operator, self.profile.top, self.dtype) + 2 * self.all_reduce(m)
+        return self._seconds(operator, self.profile.top) + 2 * self.all_reduce(m)
 
     def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
         if not self.profile.has_accelerator:

@@ -2,26 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import ceil
 from typing import Final
 
-from hrm.closed_form import (
-    SIMPSON,
-    DecodeStep,
-    Point,
-    prefill_all_reduce_s,
-    prefill_lanes,
-    sampled_contexts,
-)
+from hrm.causes import Limits, limits_of
+from hrm.closed_form import DecodeStep, Point, prefill_lanes
 from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import LayerKind, ModelSpec
-from hrm.parallel import part_of
-from hrm.policy import Parallelism, Policy, ScheduleName
+from hrm.parallel import Part, part_for
+from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
+from hrm.policy import PaperTuple, Parallelism, Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
 from hrm.tasks import Lane, Phase, TaskId, TaskKind
@@ -36,80 +30,47 @@ _PAGES: Final = frozenset({TaskKind.LOAD_PAGE, TaskKind.STAGE_PAGE})
 STEADY_STEPS: Final = 3
 
 
-class Limit(StrEnum):
-    """What can limit a phase: one of the lanes, or the host's memory that they share."""
-
-    GPU = "GPU"
-    CPU = "CPU"
-    H2D = "H2D"
-    D2H = "D2H"
-    STAGE = "STAGE"
-    HOST_MEMORY = "host memory"
-
-
-LIMIT_WORDS: Final = {
-    Limit.GPU: "GPU compute",
-    Limit.CPU: "CPU attention and experts",
-    Limit.H2D: "host-to-device link",
-    Limit.D2H: "device-to-host link",
-    Limit.STAGE: "staging copies to pinned memory",
-    Limit.HOST_MEMORY: "host memory that CPU and links share",
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEstimate:
-    """One phase of the whole job: simulated seconds, the bound, and the work in each lane.
-
-    `host_memory_s` is what the host's memory needs to serve all of them, and `all_reduce_s` the
-    part of the GPUs' time in which they exchange sums.
-    """
+    """One phase of the whole job: simulated seconds, and its work in closed form."""
 
     seconds: float
-    bound_s: float
-    lane_s: dict[Lane, float]
-    host_memory_s: float = 0.0
-    all_reduce_s: float = 0.0
+    work: PhaseWork
 
     @property
-    def bottleneck(self) -> Limit:
-        """The lane with the most work, or the host's memory if it needs longer than any."""
-        lane = max(self.lane_s, key=lambda lane: self.lane_s[lane])
-        if self.host_memory_s > self.lane_s[lane]:
-            return Limit.HOST_MEMORY
-        return Limit(lane.value)
+    def bound_s(self) -> float:
+        """Seconds if all lanes overlapped perfectly."""
+        return self.work.bound_s
 
-    @staticmethod
-    def nothing() -> "PhaseEstimate":
-        """A phase of no work."""
-        return PhaseEstimate(seconds=0.0, bound_s=0.0, lane_s=dict.fromkeys(Lane, 0.0))
+    @property
+    def lane_s(self) -> dict[Lane, float]:
+        """Seconds of work in each lane."""
+        return self.work.lane_s
 
-    def __add__(self, other: "PhaseEstimate") -> "PhaseEstimate":
-        """Both one after the other."""
-        return PhaseEstimate(
-            seconds=self.seconds + other.seconds,
-            bound_s=self.bound_s + other.bound_s,
-            lane_s={lane: s + other.lane_s[lane] for lane, s in self.lane_s.items()},
-            host_memory_s=self.host_memory_s + other.host_memory_s,
-            all_reduce_s=self.all_reduce_s + other.all_reduce_s,
-        )
+    @property
+    def host_memory_s(self) -> float:
+        """Seconds that the host's memory needs to serve all lanes."""
+        return self.work.host_memory_s
 
-    def times(self, count: float) -> "PhaseEstimate":
-        """The phase repeated, or a part of it."""
-        return PhaseEstimate(
-            seconds=self.seconds * count,
-            bound_s=self.bound_s * count,
-            lane_s={lane: s * count for lane, s in self.lane_s.items()},
-            host_memory_s=self.host_memory_s * count,
-            all_reduce_s=self.all_reduce_s * count,
-        )
+    @property
+    def all_reduce_s(self) -> float:
+        """Seconds of the GPUs' time in which they exchange sums."""
+        return self.work.all_reduce_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A policy's predicted job: all batches of the workload, or one batch if it has no end."""
+    """A policy's predicted job: all batches of the workload, or one batch if it has no end.
+
+    `part` is what the policy is for, the whole or one pipeline stage: shares of a policy are told
+    here, of its own part. `turns` are the batches that the job's time consists of.
+    """
 
     policy: Policy
+    part: Part
+    runtime: Runtime
+    workload: Workload
+    turns: tuple[Turn, ...]
     num_requests: int
     num_batches: int
     generated_tokens: float
@@ -132,6 +93,45 @@ class Estimate:
         """Throughput if all lanes overlapped perfectly."""
         return self.generated_tokens / (self.prefill.bound_s + self.decode.bound_s)
 
+    @property
+    def paper_tuple(self) -> PaperTuple:
+        """(N, μ, A_g, F_g, r_w, r_c) of MoE-Lightning, arXiv 2411.11217, §4.2."""
+        return self.policy.paper_tuple(self.part.spec)
+
+    @property
+    def paper_text(self) -> str:
+        """The paper's six numbers, as they are printed."""
+        n, mu, a_g, f_g, r_w, r_c = self.paper_tuple
+        return f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f})"
+
+    @property
+    def weight_share_on_gpu(self) -> float:
+        """The paper's r_w: share of the layers' weight bytes that lives on the GPU."""
+        return self.policy.weight_share_on_gpu(self.part.spec)
+
+    @property
+    def costs(self) -> Costs:
+        """What the tasks of the policy's part cost."""
+        return Costs(self.part.spec, self.part.profile, self.policy.dtype, self.runtime)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What limits each phase, and the job; worked out when it is first asked for."""
+
+        def seconds_of(costs: Costs) -> tuple[float, float]:
+            predicted = self if costs == self.costs else self.changed(costs)
+            return predicted.prefill.seconds, predicted.decode.seconds
+
+        return limits_of(self.costs, self.turns, self.workload, seconds_of=seconds_of)
+
+    def changed(self, costs: Costs) -> "Estimate":
+        """The same job under the same policy where tasks cost something else."""
+        prefill, decode = _job(costs, self.turns, self.workload)
+        return replace(
+            self, part=Part(costs.spec, costs.profile), runtime=costs.runtime,
+            prefill=prefill, decode=decode,
+        )  # fmt: skip
+
 
 def estimate(
     spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload, *,
@@ -143,35 +143,40 @@ def estimate(
     long as if it had as many. Raises PolicyError if the policy is not for this model; whether it
     fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
-    part, machine = part_of(spec, profile, policy.parallelism)
-    policy.check_model(part)
-    costs = Costs(part, machine, policy.dtype, runtime)
+    part = part_for(policy, spec, profile)
+    costs = Costs(part.spec, part.profile, policy.dtype, runtime)
     requests = workload.num_requests or policy.batch_size
-    full_batches, rest = divmod(requests, policy.batch_size)
-    phases: list[tuple[PhaseEstimate, PhaseEstimate]] = []
-    if full_batches:
-        prefill, decode = _batch(costs, policy, workload)
-        phases.append((prefill.times(full_batches), decode.times(full_batches)))
-    if rest:
-        phases.append(_batch(costs, with_batch_size(policy, rest), workload))
-    (prefill, decode), *others = phases
-    for more_prefill, more_decode in others:
-        prefill, decode = prefill + more_prefill, decode + more_decode
-    num_batches = full_batches + bool(rest)
-    if workload.num_requests is not None and policy.parallelism is Parallelism.PIPELINE:
-        idle_turns = -num_batches % profile.num_gpus
-        last_prefill, last_decode = _batch(costs, policy, workload) if idle_turns else phases[0]
-        prefill = prefill + last_prefill.times(idle_turns)
-        decode = decode + last_decode.times(idle_turns)
+    turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
+    if workload.num_requests is not None:
+        pipeline = policy.parallelism is Parallelism.PIPELINE
+        turns = _turns(policy, requests, profile.num_gpus if pipeline else 1)
+    prefill, decode = _job(costs, turns, workload)
     return Estimate(
         policy=policy,
+        part=part,
+        runtime=runtime,
+        workload=workload,
+        turns=turns,
         num_requests=requests,
-        num_batches=num_batches,
+        num_batches=ceil(requests / policy.batch_size),
         generated_tokens=requests * workload.generated_tokens,
         prefill=prefill,
         decode=decode,
         memory=plan_memory(spec, policy, profile),
     )
+
+
+def _turns(policy: Policy, requests: int, num_stages: int) -> tuple[Turn, ...]:
+    """Batches by size, each as often as the job takes its time.
+
+    The batches that go through a pipeline together take as long as if each were the largest of
+    them, and as if there were one for every stage.
+    """
+    full, rest = divmod(requests, policy.batch_size)
+    turns = [Turn(policy, float(ceil(full / num_stages) * num_stages))] if full else []
+    if rest and full % num_stages == 0:  # else it goes with full ones, of which some are missing
+        turns.append(Turn(with_batch_size(policy, rest), float(num_stages)))
+    return tuple(turns)
 
 
 def with_batch_size(policy: Policy, batch_size: int) -> Policy:
@@ -189,35 +194,26 @@ def with_batch_size(policy: Policy, batch_size: int) -> Policy:
     )
 
 
-def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
-    point = Point.of_policy(policy, costs.spec)
-    lanes, host_memory_s = prefill_lanes(costs, point, workload)
-    prefill = PhaseEstimate(
-        seconds=prefill_seconds(costs, policy, workload),
-        bound_s=max(*lanes.values(), host_memory_s),
-        lane_s={lane: lanes.get(lane, 0.0) for lane in Lane},
-        host_memory_s=host_memory_s,
-        all_reduce_s=prefill_all_reduce_s(costs, point, workload),
-    )
-    share = workload.active_share
-    step = DecodeStep.of_point(costs, point, policy.schedule, share)
-    active = share * policy.batch_size / policy.num_micro_batches
-    decode = PhaseEstimate.nothing()
-    contexts = sampled_contexts(costs.spec, workload, SIMPSON) if workload.decode_steps else {}
-    for context, steps in contexts.items():
-        lanes, host_memory_s = step.lanes(context)
-        bound_s = max(*lanes.values(), host_memory_s)
-        simulated_s = step_seconds(costs, policy, context, tokens=active)
-        of_one = PhaseEstimate(
+def _job(
+    costs: Costs, turns: Sequence[Turn], workload: Workload
+) -> tuple[PhaseEstimate, PhaseEstimate]:
+    """Both phases of all batches of a job."""
+    prefills: list[tuple[float, PhaseWork]] = []
+    decodes: list[tuple[float, PhaseWork]] = []
+    prefill_s = decode_s = 0.0
+    for policy, count in turns:
+        prefills.append((count, prefill_phase(costs, policy, workload)))
+        prefill_s += count * prefill_seconds(costs, policy, workload)
+        active = workload.active_share * policy.batch_size / policy.num_micro_batches
+        for context, steps, work in decode_steps(costs, policy, workload):
+            simulated_s = step_seconds(costs, policy, context, tokens=active)
             # A model of one layer is not yet in its steady state when the steps are taken.
-            seconds=max(bound_s, simulated_s),
-            bound_s=bound_s,
-            lane_s=lanes,
-            host_memory_s=host_memory_s,
-            all_reduce_s=step.all_reduce_s,
-        )
-        decode = decode + of_one.times(steps)
-    return prefill, decode
+            decode_s += count * steps * max(work.bound_s, simulated_s)
+            decodes.append((count * steps, work))
+    return (
+        PhaseEstimate(seconds=prefill_s, work=PhaseWork.total(prefills)),
+        PhaseEstimate(seconds=decode_s, work=PhaseWork.total(decodes)),
+    )
 
 
 def decode_work(
@@ -316,7 +312,7 @@ def _walked(work: TaskWork, chunks_in_one: float = 1.0) -> tuple[Order, list[flo
     return order, end_times(order, seconds)
 
 
-@lru_cache(maxsize=8)  # contexts differ in durations only
+@lru_cache(maxsize=32)  # contexts, and costs of what limits, differ in durations only
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     def alike(task: TaskId) -> tuple[TaskKind, int, bool]:
         attends = task.kind is TaskKind.ATTENTION and pipeline.phase is Phase.DECODE

@@ -11,7 +11,7 @@ from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile, MemoryLevel
 from hrm.model_spec import ROUTING_BYTES, ModelSpec
 from hrm.numeric import Number, maximum
-from hrm.parallel import part_of
+from hrm.parallel import part_for
 from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.schedules import decode_pipeline
 from hrm.schedules.pipeline import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
@@ -217,9 +217,10 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     """Bytes that the policy needs at each level of the machine.
 
     On a machine of one level everything is planned there: `gpu` and `cpu` are then that level. In
-    pipeline parallel it is one stage that is planned, with its share of the machine.
+    pipeline parallel it is one stage that is planned, with its share of the machine. Raises
+    PolicyError if the policy is not for this model and machine.
     """
-    spec, profile = part_of(spec, profile, policy.parallelism)
+    spec, profile = part_for(policy, spec, profile)
     gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
     if profile.has_accelerator:
         return MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))

@@ -11,33 +11,82 @@ that is that many times smaller.
 """
 
 from dataclasses import replace
+from itertools import pairwise, zip_longest
+from typing import NamedTuple
 
 from hrm.hardware import HardwareProfile
 from hrm.machines import one_part
 from hrm.model_spec import ModelSpec
-from hrm.policy import Parallelism
+from hrm.policy import Parallelism, Policy
 
 
-def part_of(
-    spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism
-) -> tuple[ModelSpec, HardwareProfile]:
+class Part(NamedTuple):
+    """What a policy is for: a model and a machine, whole, or one pipeline stage with its share.
+
+    Whatever is told of a policy (shares, bytes, seconds) is told of its part.
+    """
+
+    spec: ModelSpec
+    profile: HardwareProfile
+
+
+def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism) -> Part:
     """What is planned: model and machine whole, or one pipeline stage with its part of both."""
     if parallelism is Parallelism.TENSOR or profile.num_gpus == 1:
-        return spec, profile
-    return _longest_stage(spec, profile.num_gpus), one_part(profile)
+        return Part(spec, profile)
+    return Part(longest_stage(spec, profile.num_gpus), one_part(profile))
 
 
-def _longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
-    """The stage that the others wait for: the most layers, all with experts, and the LM head."""
-    layers = -(-spec.num_layers // num_stages)
+def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
+    """The part of model and machine that the policy is for.
+
+    Raises PolicyError if the policy was made for other layers than those of the part.
+    """
+    part = part_of(spec, profile, policy.parallelism)
+    policy.check_model(part.spec)
+    return part
+
+
+def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
+    """The layers of every stage, as even as can be; the first has no more than any other."""
+    ends = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
+    return tuple(range(low, high) for low, high in pairwise(ends))
+
+
+def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
+    """The stage that is planned for all: no real one needs more memory or more time.
+
+    It has the most layers, all with experts, the embedding and the LM head. Its windows are as wide
+    as any stage's, counted from the widest. Where layers without experts make the first stage the
+    heaviest outside its routed experts, the difference is divided among the planned layers.
+    """
+    stages = stage_layers(spec.num_layers, num_stages)
+    layers = max(map(len, stages))
+    heaviest = max(
+        sum(spec.dense_parameters_of(spec.layer_kind(layer)) for layer in stage) for stage in stages
+    )
+    missing = max(0, heaviest - layers * spec.dense_parameters)
     return replace(
         spec,
         name=f"{spec.name}, one of {num_stages} stages",
         num_layers=layers,
-        num_dense_layers=0,
-        dense_intermediate_size=0,
-        attention_windows=spec.attention_windows[-layers:],
+        num_dense_layers=0,  # the width of their FFNs stays: a workspace must have room for it
+        attention_windows=_widest_windows(spec, stages),
+        other_layer_parameters=spec.other_layer_parameters + -(-missing // layers),
     )
+
+
+def _widest_windows(spec: ModelSpec, stages: tuple[range, ...]) -> tuple[int, ...]:
+    """For each place in the order of their widths, the widest window that a stage has there."""
+    if not spec.attention_windows:
+        return ()
+    unlimited = max(spec.attention_windows) + 1
+    of_stages = (
+        sorted((spec.attention_windows[layer] or unlimited for layer in stage), reverse=True)
+        for stage in stages
+    )
+    widest = (max(windows) for windows in zip_longest(*of_stages, fillvalue=1))
+    return tuple(0 if window == unlimited else window for window in widest)
 
 
 def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int) -> str:

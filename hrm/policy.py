@@ -16,6 +16,7 @@ from hrm.tasks import Device
 from hrm.units import DTYPE_BYTES
 
 KV_BLOCK_TOKENS = 16
+PaperTuple = tuple[int, int, int, int, float, float]
 
 
 class ScheduleName(StrEnum):
@@ -163,8 +164,12 @@ class Policy:
         return 0 if self.resident_dense else spec.dense_parameters_of(spec.layer_kind(layer))
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:
-        """The paper's r_w: share of the layers' weight bytes that lives on the GPU."""
-        layers = range(min(spec.num_layers, len(self.resident_experts)))
+        """The paper's r_w: share of the layers' weight bytes that lives on the GPU.
+
+        `spec` is that of the part that the policy is for: of a stage in pipeline parallel.
+        """
+        layers = range(spec.num_layers)
+        assert len(self.resident_experts) == len(layers), "a policy is told of its own part"
         streamed = sum(self.streamed_bytes(spec, layer) for layer in layers)
         held = sum(spec.layer_bytes_of(spec.layer_kind(layer), self.dtype) for layer in layers)
         return 1 - streamed / held
@@ -174,7 +179,7 @@ class Policy:
         """The paper's r_c: share of the KV cache that lives on the GPU."""
         return self.gpu_kv_micro_batches / self.num_micro_batches
 
-    def paper_tuple(self, spec: ModelSpec) -> tuple[int, int, int, int, float, float]:
+    def paper_tuple(self, spec: ModelSpec) -> PaperTuple:
         """(N, μ, A_g, F_g, r_w, r_c) of MoE-Lightning, arXiv 2411.11217, §4.2."""
         return (
             self.batch_size,

@@ -13,7 +13,7 @@ from hrm.errors import PolicyError, ProfileError
 from hrm.estimate import Estimate
 from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
-from hrm.parallel import part_of
+from hrm.parallel import Part, part_for
 from hrm.policy import Policy
 from hrm.strict import decode_strictly
 from hrm.workload import Workload
@@ -36,6 +36,14 @@ class PolicyFile:
     profile: HardwareProfile
     profile_hash: str
     predicted: dict[str, float]
+
+    @property
+    def part(self) -> Part:
+        """What the policy is for: model and machine, or one pipeline stage of both.
+
+        Raises PolicyError if the policy was made for another part.
+        """
+        return part_for(self.policy, self.model, self.profile)
 
 
 def profile_hash(profile: HardwareProfile) -> str:
@@ -105,6 +113,5 @@ def load_policy_file(path: Path) -> PolicyFile:
                 f"{path}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
                 "must be a positive number of bytes", "write it again with hrm search --out",
             )  # fmt: skip
-    part, _ = part_of(content.model, content.profile, content.policy.parallelism)
-    content.policy.check_model(part)
+    part_for(content.policy, content.model, content.profile)
     return content

@@ -21,14 +21,19 @@ def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
     return maximum(kernel.flops / compute, kernel.num_bytes / bandwidth)
 
 
-def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str) -> Number:
-    """Latency of launches and requests, and the roofs of the kernels, one after the other."""
+def operator_seconds(
+    operator: Operator, level: MemoryLevel, dtype: str, *, fused: bool = False
+) -> Number:
+    """Latency of launches and requests, and the roofs of the kernels, one after the other.
+
+    With `fused` no operator is split into several kernels, whether or not the processor's are.
+    """
     work = sum(kernel_seconds(kernel, level, dtype) for kernel in operator.kernels)
     processor = level.processor
     if processor.attention_request_s is not None:
         work = work + operator.requests * processor.attention_request_s.value
     launches = operator.launches
-    if not processor.fuses_operators:
+    if not (fused or processor.fuses_operators):
         launches = launches + operator.unfused_launches
     return launches * processor.launch_latency_s.value + work
 

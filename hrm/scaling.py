@@ -1,8 +1,9 @@
 """The same machine with more or less of one resource, for sweeps and what-if questions.
 
 A resource is one capacity, or all rates that one piece of hardware sets: twice the `cpu-bandwidth`
-is reading, copying, decode attention and staging at twice the rate. Figures that were changed say
-so: their source is `derived`, and their note ends with the factor.
+is reading, copying, decode attention and staging at twice the rate. A latency is what one kernel or
+one transfer costs however small it is, that of requests attended to one by one included. Figures
+that were changed say so: their source is `derived`, and their note ends with the factor.
 """
 
 import math
@@ -27,6 +28,10 @@ class Resource(StrEnum):
     H2D_BANDWIDTH = "h2d-bandwidth"
     D2H_BANDWIDTH = "d2h-bandwidth"
     PEER_BANDWIDTH = "peer-bandwidth"
+    GPU_LAUNCH_LATENCY = "gpu-launch-latency"
+    CPU_LAUNCH_LATENCY = "cpu-launch-latency"
+    LINK_LATENCY = "link-latency"
+    PEER_LATENCY = "peer-latency"
 
     @property
     def is_memory(self) -> bool:
@@ -39,9 +44,16 @@ class Resource(StrEnum):
         return self.value.endswith("bandwidth")
 
     @property
+    def is_latency(self) -> bool:
+        """Whether it is a duration, in seconds, of which less is better."""
+        return self.value.endswith("latency")
+
+    @property
     def column(self) -> str:
         """Its name in a table, with the unit: `cpu_memory_bytes`, `gpu_flops_per_s`."""
         name = self.value.replace("-", "_")
+        if self.is_latency:
+            return f"{name}_s"
         if self.is_memory:
             return f"{name}_bytes"
         return f"{name}_bytes_per_s" if self.is_bandwidth else f"{name}_per_s"
@@ -55,7 +67,7 @@ def resources(profile: HardwareProfile) -> tuple[Resource, ...]:
 def resource_value(
     profile: HardwareProfile, resource: Resource, *, dtype: str = "bfloat16"
 ) -> float:
-    """How much of it plans are made with: bytes, bytes a second, or FLOP/s of GEMMs in `dtype`.
+    """How much of it plans are made with: bytes, bytes a second, GEMM FLOP/s in `dtype`, seconds.
 
     Raises ProfileError if the machine does not have the resource, or no rate for `dtype`.
     """
@@ -72,15 +84,21 @@ def resource_value(
         case Resource.D2H_BANDWIDTH:
             return profile.d2h.bandwidth_bytes_per_s.planned.value
         case Resource.PEER_BANDWIDTH:
-            peers = [link for link in profile.links if _sets(profile, resource, link)]
-            return peers[0].bandwidth_bytes_per_s.planned.value
+            return profile.peer.bandwidth_bytes_per_s.planned.value
+        case Resource.GPU_LAUNCH_LATENCY | Resource.CPU_LAUNCH_LATENCY:
+            return _level(profile, resource).processor.launch_latency_s.value
+        case Resource.LINK_LATENCY:
+            return profile.h2d.latency_s.value
+        case Resource.PEER_LATENCY:
+            return profile.peer.latency_s.value
 
 
 def scale(profile: HardwareProfile, resource: Resource, factor: float) -> HardwareProfile:
     """The machine with `factor` times as much of one resource, everything else as it was.
 
     Data sheet, ceiling and achieved figures, curves and spreads change alike; a memory's reserve
-    grows with it. Latencies, caches and shares kept under contention stay.
+    grows with it. Caches and shares kept under contention stay, and latencies unless they are asked
+    for.
     Raises ProfileError if the machine does not have the resource or the factor is impossible.
     """
     _require(profile, resource)
@@ -101,6 +119,8 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float) -> Hardwa
             p80=None if figure.p80 is None else figure.p80 * factor,
         )
 
+    if resource.is_latency:
+        return _with_latency(profile, resource, times)
     changed = _level(profile, resource)
     levels = tuple(
         _scale_level(level, resource, times) if level is changed else level
@@ -115,6 +135,15 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float) -> Hardwa
     return replace(profile, levels=levels, links=links)
 
 
+def at_cost(profile: HardwareProfile, resource: Resource, factor: float) -> HardwareProfile:
+    """The machine where what is spent on the resource takes `factor` times as long.
+
+    A factor below 1 is a higher rate, or a lower latency; a memory is scaled by its inverse too.
+    Raises ProfileError as `scale` does.
+    """
+    return scale(profile, resource, factor if resource.is_latency else 1 / factor)
+
+
 def with_resource(
     profile: HardwareProfile, resource: Resource, value: float, *, dtype: str = "bfloat16"
 ) -> HardwareProfile:
@@ -124,6 +153,8 @@ def with_resource(
     --cpu-memory, reserve included, and not scaled. Raises ProfileError as `scale` does.
     """
     now = resource_value(profile, resource, dtype=dtype)
+    if resource.is_latency and (value == 0 or now == 0):
+        return _with_latency(profile, resource, lambda figure: replace(figure, value=value))
     if not (0 < value < math.inf):
         raise ProfileError(resource.value, value, "must be positive and finite", "give another")
     if resource is Resource.GPU_MEMORY:
@@ -133,9 +164,38 @@ def with_resource(
     return scale(profile, resource, value / now)
 
 
+def _with_latency(
+    profile: HardwareProfile, resource: Resource, change: Callable[[Figure], Figure]
+) -> HardwareProfile:
+    """The machine with each latency of the resource changed."""
+
+    def of_level(level: MemoryLevel) -> MemoryLevel:
+        processor = level.processor
+        request = processor.attention_request_s
+        return replace(
+            level,
+            processor=replace(
+                processor,
+                launch_latency_s=change(processor.launch_latency_s),
+                attention_request_s=None if request is None else change(request),
+            ),
+        )
+
+    launches = resource in {Resource.GPU_LAUNCH_LATENCY, Resource.CPU_LAUNCH_LATENCY}
+    changed = _level(profile, resource) if launches else None
+    levels = tuple(of_level(level) if level is changed else level for level in profile.levels)
+    links = tuple(
+        replace(link, latency_s=change(link.latency_s))
+        if not launches and (link.kind == "peer") == (resource is Resource.PEER_LATENCY)
+        else link
+        for link in profile.links
+    )
+    return replace(profile, levels=levels, links=links)
+
+
 def _missing(profile: HardwareProfile, resource: Resource) -> str:
     """What the machine lacks to have the resource; empty if it has it."""
-    if resource is Resource.PEER_BANDWIDTH:
+    if resource in {Resource.PEER_BANDWIDTH, Resource.PEER_LATENCY}:
         has_peer = any(link.kind == "peer" for link in profile.links)
         return "" if has_peer else "has no link between GPUs"
     of_host = resource.value.startswith("cpu-")

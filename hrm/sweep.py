@@ -15,7 +15,7 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.scaling import Resource, with_resource
 from hrm.search.result import SearchResult
-from hrm.units import parse_bandwidth, parse_bytes, parse_flops
+from hrm.units import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def swept(name: str) -> Swept:
 
 
 def parse_swept(vary: Swept, text: str, where: str) -> float:
-    """A value of what is swept as people write it: `64GB`, `12GB/s`, `65TFLOP/s`, `512`.
+    """A value of what is swept as people write it: `64GB`, `12GB/s`, `65TFLOP/s`, `5us`, `512`.
 
     Raises UnitError naming `where`, or HrmError for what is no number of tokens.
     """
@@ -56,6 +56,8 @@ def parse_swept(vary: Swept, text: str, where: str) -> float:
         case Resource():
             if vary.is_memory:
                 return float(parse_bytes(text, where))
+            if vary.is_latency:
+                return parse_seconds(text, where)
             return parse_bandwidth(text, where) if vary.is_bandwidth else parse_flops(text, where)
         case Length():
             if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -110,7 +112,7 @@ def sweep(
         for value in points:
             machine, asked = at_value(profile, workload, vary, value, dtype=dtype)
             result = search(spec, machine, asked, dtype=dtype, schedule=schedule, **options)
-            rows.append({"schedule": schedule.value, vary.column: value, **plan_row(result, spec)})
+            rows.append({"schedule": schedule.value, vary.column: value, **plan_row(result)})
             if on_point is not None:
                 on_point()
     counts = dict.fromkeys(("batch_size", "micro_batch_size", "num_micro_batches"), "Int64")
@@ -141,11 +143,12 @@ PLAN_COLUMNS = (
 )  # fmt: skip
 
 
-def plan_row(result: SearchResult, spec: ModelSpec) -> dict[str, Any]:
+def plan_row(result: SearchResult) -> dict[str, Any]:
     """A search's best policy as one row of a table: exactly `PLAN_COLUMNS`.
 
-    `batch_s` are seconds of one batch, prefill and decode; a bottleneck is the lane with the most
-    work. Without a policy, everything but `reason` is None, which is missing in a table.
+    `batch_s` are seconds of one batch, prefill and decode; a bottleneck is what limits (a
+    `hrm.causes.Cause`). Without a policy, everything but `reason` is None, which is missing in a
+    table.
     """
     row: dict[str, Any] = dict.fromkeys(PLAN_COLUMNS)
     if result.best is None:
@@ -161,11 +164,11 @@ def plan_row(result: SearchResult, spec: ModelSpec) -> dict[str, Any]:
         "num_micro_batches": policy.num_micro_batches,
         "attention": policy.attention.value,
         "ffn": policy.ffn.value,
-        "weight_share_on_gpu": policy.weight_share_on_gpu(spec),
+        "weight_share_on_gpu": best.weight_share_on_gpu,
         "kv_share_on_gpu": policy.kv_share_on_gpu,
-        "bottleneck": (best.prefill + best.decode).bottleneck.value,
-        "prefill_bottleneck": best.prefill.bottleneck.value,
-        "decode_bottleneck": best.decode.bottleneck.value,
+        "bottleneck": best.limits.job.cause.value,
+        "prefill_bottleneck": best.limits.prefill.cause.value,
+        "decode_bottleneck": best.limits.decode.cause.value,
         "gpu_planned_bytes": best.memory.gpu.planned_bytes,
         "cpu_planned_bytes": best.memory.cpu.planned_bytes,
         "reason": "",

@@ -25,6 +25,10 @@ _BYTES_PER_UNIT: Final = {
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
 }  # fmt: skip
 _FLOPS_PER_UNIT: Final = {"": 1, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_SECONDS_PER_UNIT: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
+_DURATION: Final = re.compile(
+    rf"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*({'|'.join(_SECONDS_PER_UNIT)})\s*"
+)
 _QUANTITY: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -68,6 +72,19 @@ def parse_flops(text: str, where: str = "compute") -> float:
             "write it like 65TFLOP/s",
         )  # fmt: skip
     return flops_per_s
+
+
+def parse_seconds(text: str, where: str = "time") -> float:
+    """Read `5us`, `5 µs`, `0.2ms` or `1s`; returns seconds, 0 among them.
+
+    Raises UnitError naming `where` if the text is no duration with its unit.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None or (seconds := float(match[1]) * _SECONDS_PER_UNIT[match[2]]) > 1e9:
+        raise UnitError(
+            where, text, "must be a duration in ns, us, ms or s", "write it like 5us or 0.2ms"
+        )
+    return seconds
 
 
 def format_bytes(num_bytes: float) -> str:

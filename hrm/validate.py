@@ -13,7 +13,7 @@ from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
 from hrm.numeric import Spread
-from hrm.parallel import part_of
+from hrm.parallel import part_for
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
@@ -258,7 +258,7 @@ def predict_run(run: RunRecord) -> Prediction:
     profile = paced(plan.profile, run.accelerator)
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
     runtime = runtime_with(run.accelerator.pageable, profile)
-    costs = Costs(*part_of(plan.model, profile, policy.parallelism), policy.dtype, runtime)
+    costs = Costs(*part_for(policy, plan.model, profile), policy.dtype, runtime)
     prediction = Prediction()
     alike = Counter((batch.requests, batch.decode_steps) for batch in run.batches)
     for (requests, decode_steps), count in alike.items():

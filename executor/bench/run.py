@@ -20,6 +20,7 @@ from executor.job.machine import (
     as_run,
     budgeted_plan,
     check_model,
+    check_whole,
     predicted_seconds,
     prepare,
 )
@@ -134,13 +135,16 @@ class Bench:
         """The policy given, or the one searched for, for as many layers as are run."""
         given, spec = self._options.policy, self.spec
         if given is None:
-            return solved(self._options, spec)
+            policy_file = solved(self._options, spec)
+            check_whole(policy_file, "policy")
+            return policy_file
         if self._options.profile is not None:
             raise JobError(
                 "--profile", self._options.profile,
                 "does not go with --policy, whose file holds its machine", "leave one of them out",
             )  # fmt: skip
         policy_file = given if isinstance(given, PolicyFile) else load_policy_file(given)
+        check_whole(policy_file, given if isinstance(given, Path) else "policy")
         if self._options.num_layers is not None:
             policy_file = cut(policy_file, self._options.num_layers)
         check_model(spec, policy_file, given if isinstance(given, Path) else "policy")

@@ -140,6 +140,6 @@ def plan_json(bench: "Bench") -> dict[str, Any]:
         "model": bench.spec,
         "machine": plan.profile.name,
         "workload": plan.workload,
-        "policy": policy_json(plan.policy, bench.spec),
+        "policy": policy_json(bench.predicted),
         "predicted": predicted_json(bench.predicted),
     }

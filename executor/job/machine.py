@@ -14,7 +14,7 @@ from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy
+from hrm.policy import Parallelism, Policy
 from hrm.policy_file import PolicyFile, policy_file_of
 from hrm.profiling.environment import available_ram_bytes
 from hrm.schedules import Pipeline
@@ -41,7 +41,8 @@ class Prepared:
 
 
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy was solved for a model of other dimensions."""
+    """Raise PolicyError if the policy is for a model of other dimensions, or for a stage of it."""
+    check_whole(policy_file, path)
     solved_for = replace(policy_file.model, name=spec.name)
     if solved_for != spec:
         differing = [
@@ -53,6 +54,17 @@ def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> N
             f"{path}: model.{field_}", getattr(solved_for, field_),
             f"must be the model's {getattr(spec, field_)!r}",
             "run hrm search with this --model",
+        )  # fmt: skip
+
+
+def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
+    """Raise PolicyError if the policy is for one stage of a pipeline, which nothing here runs."""
+    stages = policy_file.profile.num_gpus
+    if policy_file.policy.parallelism is Parallelism.PIPELINE and stages > 1:
+        raise PolicyError(
+            f"{path}: policy.parallelism", policy_file.policy.parallelism.value,
+            f"is that of one of {stages} stages, and what is run is the whole model",
+            "run hrm search for a machine with one GPU",
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def front_of_cpu_memory(
     for value in values:
         machine = with_resource(profile, Resource.CPU_MEMORY, round(value))
         result = search(spec, machine, workload, dtype=dtype, **options)
-        rows.append({"cpu_memory_bytes": round(value), **search_row(result, spec, machine)})
+        rows.append({"cpu_memory_bytes": round(value), **search_row(result, machine)})
         if on_point is not None:
             on_point()
     return table(rows, ("cpu_memory_bytes",))
@@ -67,7 +67,7 @@ def front_of_latency(
             spec, profile, replace(workload, num_requests=count), dtype=dtype, **options
         )
         latency_s = None if result.best is None else result.best.seconds
-        row = search_row(result, spec, profile)
+        row = search_row(result, profile)
         rows.append({"num_requests": count, "latency_s": latency_s, **row})
         if on_point is not None:
             on_point()
@@ -82,7 +82,7 @@ def front_of_gpus(
     rows: list[dict[str, Any]] = []
     for machine in machines:
         result = search(spec, machine, workload, dtype=dtype, **options)
-        row = search_row(result, spec, machine)
+        row = search_row(result, machine)
         rate = row["tokens_per_s"]
         each = None if rate is None else rate / machine.num_gpus
         rows.append({"num_gpus": machine.num_gpus, "tokens_per_s_a_gpu": each, **row})

@@ -27,7 +27,7 @@ def compare_machines(
     for machine in machines:
         chosen = dtype or machine.default_dtype
         result = search(spec, machine, workload, dtype=chosen, **options)
-        row = search_row(result, spec, machine)
+        row = search_row(result, machine)
         rate = row["tokens_per_s"]
         rows.append(
             {

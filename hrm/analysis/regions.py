@@ -64,13 +64,13 @@ def policy_map(
             machine = y.at(profile, y_value, dtype=dtype)
             machine = x.at(machine, x_value, dtype=dtype)
             result = search(spec, machine, workload, dtype=dtype, **options)
-            row = search_row(result, spec, machine)
+            row = search_row(result, machine)
             best = result.best
             rows.append(
                 {
                     x.column: x_value,
                     y.column: y_value,
-                    "region": None if best is None else region_of(best, spec),
+                    "region": None if best is None else region_of(best),
                     "weights_offloaded": None if best is None else 1 - row["weight_share_on_gpu"],
                     "kv_offloaded": None if best is None else 1 - row["kv_share_on_gpu"],
                     **row,
@@ -81,11 +81,10 @@ def policy_map(
     return table(rows, (x.column, y.column, "region", "weights_offloaded", "kv_offloaded"))
 
 
-def region_of(best: Estimate, spec: ModelSpec) -> str:
+def region_of(best: Estimate) -> str:
     """The kind of a policy in words."""
     policy = best.policy
-    on_gpu = policy.weight_share_on_gpu(spec)
-    if on_gpu > ALL:
+    if best.weight_share_on_gpu > ALL:
         weights = "weights on the GPU"
     else:
         weights = "weights streamed" if policy.ffn is Device.GPU else "experts on the CPU"

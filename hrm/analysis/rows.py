@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hrm.estimate import Estimate
 from hrm.hardware import HardwareProfile
-from hrm.model_spec import ModelSpec
 from hrm.search.result import SearchResult
 from hrm.sweep import PLAN_COLUMNS, plan_row
 
@@ -16,20 +14,14 @@ OnPoint = Callable[[], object] | None
 COLUMNS = ("parallelism", "policy", *PLAN_COLUMNS)
 
 
-def policy_text(best: Estimate, spec: ModelSpec) -> str:
-    """The paper's six numbers, as they are printed."""
-    n, mu, a_g, f_g, r_w, r_c = best.policy.paper_tuple(spec)
-    return f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f})"
-
-
-def search_row(result: SearchResult, spec: ModelSpec, profile: HardwareProfile) -> dict[str, Any]:
+def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]:
     """A search as a row: `PLAN_COLUMNS`, the policy's six numbers and how GPUs share the work."""
     best = result.best
     several = best is not None and profile.num_gpus > 1
     return {
         "parallelism": best.policy.parallelism.value if best is not None and several else None,
-        "policy": None if best is None else policy_text(best, spec),
-        **plan_row(result, spec),
+        "policy": None if best is None else best.paper_text,
+        **plan_row(result),
     }
 
 

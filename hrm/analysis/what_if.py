@@ -5,12 +5,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hrm.analysis.rows import OnPoint, search_row, table
+from hrm.causes import Cause
 from hrm.errors import HrmError
-from hrm.estimate import estimate
+from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
-from hrm.scaling import resources, scale
+from hrm.scaling import at_cost, resources
 from hrm.search.exhaustive import search
+from hrm.search.result import SearchResult
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -23,20 +25,23 @@ def what_if(
 ) -> "pd.DataFrame":  # fmt: skip
     """Search again with `factor` times as much of each resource; what brings most comes first.
 
-    One row a resource with the columns `resource`, `factor`, `change` (share by which tokens/s grow
-    with the policy that is then best), `same_policy_change` (with today's policy), `elasticity`
-    (relative change of throughput per relative change of the resource), `same_policy`, and those of
-    `search_row` for the new policy. `options` go to the search. Raises PolicyError if nothing fits
-    the machine as it is, and HrmError for an impossible factor.
+    Of a latency it is that much less. The row `waiting` is of the time in which no lane is busy all
+    the time, with today's policy. One row a resource with the columns `resource`, `factor` (how
+    much there is then of what there was), `change` (share by which tokens/s grow with the policy
+    that is then best), `same_policy_change` (with today's policy), `elasticity` (relative change of
+    throughput per relative change of the resource), `same_policy`, and those of `search_row` for
+    the new policy. `options` go to the search. Raises PolicyError if nothing fits the machine as it
+    is, and HrmError for an impossible factor.
     """
     if not 0 < factor < math.inf or factor == 1:
         raise HrmError(
             "factor", factor, "must be positive and other than 1", "give 1.1 for 10 % more"
         )
-    today = search(spec, profile, workload, dtype=dtype, **options).require()
-    rows: list[dict[str, Any]] = []
+    found = search(spec, profile, workload, dtype=dtype, **options)
+    today = found.require()
+    rows = [_waiting_row(found, today, profile, factor)]
     for resource in resources(profile):
-        machine = scale(profile, resource, factor)
+        machine = at_cost(profile, resource, 1 / factor)
         result = search(spec, machine, workload, dtype=dtype, **options)
         kept = estimate(spec, today.policy, machine, workload)
         if kept.memory.fits and (
@@ -47,15 +52,16 @@ def what_if(
         assert best is not None or factor < 1, "more of a resource never takes what fitted away"
         change = math.nan if best is None else best.tokens_per_s / today.tokens_per_s - 1
         kept_change = kept.tokens_per_s / today.tokens_per_s - 1
+        times = 1 / factor if resource.is_latency else factor
         rows.append(
             {
                 "resource": resource.value,
-                "factor": factor,
+                "factor": times,
                 "change": change,
                 "same_policy_change": kept_change if kept.memory.fits else math.nan,
-                "elasticity": change / (factor - 1),
+                "elasticity": change / (times - 1),
                 "same_policy": best is not None and best.policy == today.policy,
-                **search_row(result, spec, machine),
+                **search_row(result, machine),
             }
         )
         if on_point is not None:
@@ -65,3 +71,22 @@ def what_if(
         "resource", "factor", "change", "same_policy_change", "elasticity", "same_policy",
     )  # fmt: skip
     return table(rows, columns)
+
+
+def _waiting_row(
+    found: SearchResult, today: Estimate, profile: HardwareProfile, factor: float
+) -> dict[str, Any]:
+    """What less waiting for one another would bring; it has no price, but it is a limit."""
+    less = 1 / factor
+    seconds = today.seconds - (1 - less) * today.limits.job.waiting_s
+    change = today.seconds / seconds - 1
+    return {
+        "resource": Cause.WAITING.value,
+        "factor": less,
+        "change": change,
+        "same_policy_change": change,
+        "elasticity": change / (less - 1),
+        "same_policy": True,
+        **search_row(found, profile),
+        "tokens_per_s": today.generated_tokens / seconds,
+    }

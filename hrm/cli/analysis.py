@@ -9,6 +9,7 @@ import click
 
 from hrm.analysis.regions import WHOLE, Axis, policy_map
 from hrm.analysis.what_if import what_if
+from hrm.causes import Cause
 from hrm.cli.options import ChosenModel, machine_options, model_options, workload_options
 from hrm.cli.report import console
 from hrm.cli.tables import (
@@ -62,7 +63,10 @@ def whatif(
     profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, schedule: str,
     percent: float, as_json: bool, csv: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """What some more of each resource does to the best policy: which upgrade pays."""
+    """What some more of each resource does to the best policy: which upgrade pays.
+
+    Of latencies, and of the time that tasks wait for one another, it is less.
+    """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError(
             "--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more"
@@ -82,11 +86,8 @@ def whatif(
         frame,
         (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
         lambda row: [
-            row["resource"],
-            show_amount(
-                Resource(row["resource"]),
-                resource_value(profile, Resource(row["resource"]), dtype=dtype),
-            ),
+            _what(row["resource"], percent),
+            _now(profile, row["resource"], dtype),
             show_change(row["change"]),
             show_change(row["same_policy_change"]),
         ],
@@ -94,6 +95,21 @@ def whatif(
     )
     console.print(f"\n{_what_pays(frame, percent)}")
     tell_written(csv, plot)
+
+
+def _what(resource: str, percent: float) -> str:
+    """A row's name: of what takes time there is less where there is more of all else."""
+    if resource != Cause.WAITING.value and not Resource(resource).is_latency:
+        return resource
+    return f"{'less' if percent > 0 else 'more'} {resource}"
+
+
+def _now(profile: HardwareProfile, resource: str, dtype: str) -> str:
+    """How much of it there is; waiting is no resource."""
+    if resource == Cause.WAITING.value:
+        return "–"
+    named = Resource(resource)
+    return show_amount(named, resource_value(profile, named, dtype=dtype))
 
 
 def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
@@ -106,7 +122,7 @@ def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
     verb = "pays most" if percent > 0 else "costs most"
     nothing = [row["resource"] for row in records(known) if abs(row["change"]) < NOTHING]
     rest = f"; {', '.join(nothing)}: nothing" if nothing else ""
-    return f"{best['resource']} {verb}: {show_change(best['change'])} {kept}{rest}."
+    return f"{_what(best['resource'], percent)} {verb}: {show_change(best['change'])} {kept}{rest}."
 
 
 @click.command(name="map")

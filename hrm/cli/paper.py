@@ -131,9 +131,9 @@ def _cell(comparison: Comparison) -> Row:
         "measured_tokens_per_s": run.tokens_per_s,
         "error": comparison.error,
         "prefill_s": predicted.prefill.seconds,
-        "prefill_limit": predicted.prefill.bottleneck.value,
+        "prefill_limit": predicted.limits.prefill.cause.value,
         "decode_s": predicted.decode.seconds,
-        "decode_limit": predicted.decode.bottleneck.value,
+        "decode_limit": predicted.limits.decode.cause.value,
         "memory_excess_bytes": sum(comparison.memory_excess_bytes.values()),
     }
 
@@ -173,7 +173,7 @@ def _scaling_row(scaling: Scaling) -> Row:
             f"measured_tokens_per_s_{gpus}": each.run.tokens_per_s,
             f"prefill_s_{gpus}": each.predicted.prefill.seconds,
             f"step_s_{gpus}": each.step_s,
-            f"decode_limit_{gpus}": each.predicted.decode.bottleneck.value,
+            f"decode_limit_{gpus}": each.predicted.limits.decode.cause.value,
             f"measured_step_s_{gpus}": measured.seconds,
             f"measured_weights_bytes_per_s_a_gpu_{gpus}": measured.weights_bytes_per_s,
             f"measured_cache_bytes_per_s_a_gpu_{gpus}": measured.cache_bytes_per_s,

@@ -8,14 +8,12 @@ from typing import Final
 from rich.table import Table
 
 from hrm.cli.report import console
-from hrm.estimate import PhaseEstimate
 from hrm.machines import load_profile
 from hrm.published.compare import (
     Accuracy,
     Comparison,
     accuracy,
     accuracy_by_system,
-    busiest,
     by_column,
     machine_name,
     order_as_published,
@@ -55,8 +53,8 @@ def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
     console.print()
     console.print(_table(comparisons))
     console.print(
-        "[dim]limited by the busiest lane, busy for so much of the phase: below 100 % lanes wait in"
-        " turn[/]\n"
+        "[dim]limited by what would shorten the phase most if it cost half; waiting: tasks in turn"
+        "[/]\n"
     )
     _print_order(by_column(comparisons))
     console.print(_accuracy_table(comparisons))
@@ -70,7 +68,7 @@ def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
 
 def _table(comparisons: Sequence[Comparison]) -> Table:
     table = _new_table(
-        "", "(μ, N/μ)", "predicted", "measured", "error", "prefill", "limited by", "step",
+        "", "μ, N/μ", "predicted", "measured", "error", "prefill", "limited by", "step",
         "limited by", left=(0, 6, 8),
     )  # fmt: skip
     for name, column in by_column(comparisons).items():
@@ -79,22 +77,16 @@ def _table(comparisons: Sequence[Comparison]) -> Table:
             run, predicted = comparison.run, comparison.predicted
             table.add_row(
                 f"  {run.system.value}",
-                f"({run.micro_batch_size}, {predicted.policy.num_micro_batches})",
+                f"{run.micro_batch_size}, {predicted.policy.num_micro_batches}",
                 f"{predicted.tokens_per_s:.4g}",
                 f"{run.tokens_per_s:.4g}",
                 f"{comparison.error:+.1%}",
                 f"{predicted.prefill.seconds:.0f} s",
-                _limit(predicted.prefill),
+                predicted.limits.prefill.cause.value,
                 f"{comparison.step_s:.1f} s",
-                _limit(predicted.decode),
+                predicted.limits.decode.cause.value,
             )
     return table
-
-
-def _limit(phase: PhaseEstimate) -> str:
-    """The busiest lane and its share of the phase: below 100 % lanes wait for one another."""
-    name, share = busiest(phase)
-    return f"{name} {share:.0%}"
 
 
 def _new_table(*headers: str, left: Iterable[int] = (0,)) -> Table:
@@ -232,7 +224,7 @@ def _step_cells(comparison: Comparison) -> list[str]:
         f"  {comparison.run.workload.gen_len}",
         str(NUM_GPUS[comparison.run.setup]),
         f"{comparison.step_s:.1f} s",
-        _limit(comparison.predicted.decode),
+        comparison.predicted.limits.decode.cause.value,
         f"{measured.seconds:.1f} s",
         format_bandwidth(measured.weights_bytes_per_s),
         format_bandwidth(measured.cache_bytes_per_s),
@@ -295,7 +287,7 @@ def _explain(model: str, scalings: Sequence[Scaling]) -> None:
         (2, [scaling.two for scaling in scalings]),
         (4, [scaling.four for scaling in scalings]),
     ):
-        limited = " or ".join(dict.fromkeys(busiest(c.predicted.decode)[0] for c in each))
+        limited = " or ".join(dict.fromkeys(c.predicted.limits.decode.cause.phrase for c in each))
         over = [1 + c.error for c in each]
         _say(
             f"on {gpus}, decode is limited by {limited}; predicted throughput is {_span(over)}"

@@ -15,6 +15,7 @@ from hrm.cli.options import (
     workload_options,
 )
 from hrm.cli.report import console
+from hrm.cli.tables import show_amount
 from hrm.errors import HrmError, PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
@@ -22,7 +23,7 @@ from hrm.policy import ScheduleName
 from hrm.scaling import Resource, resource_value
 from hrm.sweep import Length, Swept, between, parse_swept, swept
 from hrm.tasks import Phase
-from hrm.units import DTYPE_BYTES, format_bandwidth, format_bytes, format_flops
+from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -217,8 +218,4 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
 
 
 def _shown(what: Swept, value: float) -> str:
-    if isinstance(what, Length):
-        return f"{value:g}"
-    if what.is_memory:
-        return format_bytes(value)
-    return format_bandwidth(value) if what.is_bandwidth else format_flops(value)
+    return f"{value:g}" if isinstance(what, Length) else show_amount(what, value)

@@ -9,7 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from hrm.estimate import LIMIT_WORDS, Estimate, PhaseEstimate
+from hrm.cli.limits import launches_json, launches_text, limits_json
+from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
@@ -35,9 +36,10 @@ def print_json(content: dict[str, Any]) -> None:
     print(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
 
 
-def policy_json(policy: Policy, spec: ModelSpec) -> dict[str, Any]:
+def policy_json(estimate: Estimate) -> dict[str, Any]:
     """The policy's fields and the paper's six-tuple."""
-    n, mu, a_g, f_g, r_w, r_c = policy.paper_tuple(spec)
+    policy = estimate.policy
+    n, mu, a_g, f_g, r_w, r_c = estimate.paper_tuple
     six = {"N": n, "mu": mu, "A_g": a_g, "F_g": f_g, "r_w": r_w, "r_c": r_c}
     fields = {name: getattr(policy, name) for name in Policy.__dataclass_fields__}
     return {**fields, "num_micro_batches": policy.num_micro_batches, "paper_tuple": six}
@@ -51,9 +53,11 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
         "decode_s": estimate.decode.seconds,
         "bound_tokens_per_s": estimate.bound_tokens_per_s,
         "bottleneck": {
-            "prefill": estimate.prefill.bottleneck.value,
-            "decode": estimate.decode.bottleneck.value,
+            "prefill": estimate.limits.prefill.cause.value,
+            "decode": estimate.limits.decode.cause.value,
         },
+        "limits": limits_json(estimate),
+        "launches": launches_json(estimate),
         "lane_s": {
             phase: {lane.value: seconds for lane, seconds in of_phase.lane_s.items()}
             for phase, of_phase in (("prefill", estimate.prefill), ("decode", estimate.decode))
@@ -85,9 +89,9 @@ def plan_json(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything about one plan."""
     levels = {plan.name: memory_json(plan) for plan in _levels(estimate, profile)}
-    points = _turning_points(estimate, spec, profile, workload)
+    points = _turning_points(estimate, workload)
     content: dict[str, Any] = {
-        "policy": policy_json(estimate.policy, spec),
+        "policy": policy_json(estimate),
         "predicted": predicted_json(estimate),
         "memory": levels,
         "turning_points": {
@@ -117,8 +121,7 @@ def plan_json(
             for way in search.ways
         ]
         content["runner_ups"] = [
-            {"policy": policy_json(e.policy, spec), "predicted": predicted_json(e)}
-            for e in search.runner_ups
+            {"policy": policy_json(e), "predicted": predicted_json(e)} for e in search.runner_ups
         ]
     return content
 
@@ -128,9 +131,8 @@ def _levels(estimate: Estimate, profile: HardwareProfile) -> list[LevelPlan]:
     return plans if profile.has_accelerator else plans[:1]
 
 
-def _turning_points(
-    estimate: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload
-) -> dict[str, TurningPoints]:
+def _turning_points(estimate: Estimate, workload: Workload) -> dict[str, TurningPoints]:
+    spec, profile = estimate.part
     if not profile.has_accelerator:
         return {}
     policy = estimate.policy
@@ -161,13 +163,13 @@ def print_plan(
         f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
-    _print_policy(policy, spec, workload, has_gpu=profile.has_accelerator)
+    _print_policy(estimate, spec, workload, has_gpu=profile.has_accelerator)
     _print_prediction(estimate, workload, has_gpu=profile.has_accelerator)
     _print_memory(estimate, profile)
-    _print_turning_points(_turning_points(estimate, spec, profile, workload))
+    _print_turning_points(_turning_points(estimate, workload))
     if search is not None:
-        _print_ways(search, spec)
-        _print_search(search, spec, has_gpu=profile.has_accelerator)
+        _print_ways(search)
+        _print_search(search)
 
 
 def _kind_of_machine(profile: HardwareProfile) -> str:
@@ -180,11 +182,13 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
             return ""
 
 
-def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gpu: bool) -> None:
-    n, mu, a_g, f_g, r_w, r_c = policy.paper_tuple(spec)
+def _print_policy(
+    estimate: Estimate, spec: ModelSpec, workload: Workload, *, has_gpu: bool
+) -> None:
+    policy = estimate.policy
     console.print(
         f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
-        f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f}), schedule {policy.schedule.value}"
+        f"{estimate.paper_text}, schedule {policy.schedule.value}"
     )
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {policy.batch_size} requests a batch in {batches}")
@@ -198,8 +202,10 @@ def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gp
         f"the KV cache of {policy.gpu_kv_micro_batches} of {policy.num_micro_batches} micro-batches"
     )
     console.print(f"  attention on the {_word(policy.attention)}; {kv} on the GPU")
-    low, high = min(policy.resident_experts), max(policy.resident_experts)
-    count = f"{low}" if low == high else f"{low} or {high}"
+    part = estimate.part.spec
+    counts = policy.resident_experts[part.num_dense_layers :]  # the others have no experts
+    low, high = min(counts), max(counts)
+    count = f"{low}" if low == high else f"{low} {'or' if high == low + 1 else 'to'} {high}"
     dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
     console.print(
         f"  experts on the {_word(policy.ffn)}; {count} of {spec.num_experts} a layer stay on the "
@@ -210,11 +216,6 @@ def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gp
         f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time"
         f"{', longer ones in parts' if splits else ''}\n"
     )
-
-
-def _limit(phase: PhaseEstimate, *, has_gpu: bool) -> str:
-    """The bottleneck of a phase in words."""
-    return LIMIT_WORDS[phase.bottleneck] if has_gpu else "CPU, which does everything"
 
 
 def _word(device: Device) -> str:
@@ -228,11 +229,16 @@ def _print_prediction(estimate: Estimate, workload: Workload, *, has_gpu: bool) 
         f"[bold]predicted[/]  [bold green]{estimate.tokens_per_s:.4g} tokens/s[/] generated, "
         f"{share:.0%} of the bound {estimate.bound_tokens_per_s:.4g}"
     )
-    for name, phase in (("prefill", estimate.prefill), ("decode", estimate.decode)):
+    for name, phase, limit in (
+        ("prefill", estimate.prefill, estimate.limits.prefill),
+        ("decode", estimate.decode, estimate.limits.decode),
+    ):
         console.print(
-            f"  {name:8}{format_seconds(phase.seconds):>12} a {what}, limited by the "
-            f"{_limit(phase, has_gpu=has_gpu)}{_lane_shares(phase) if has_gpu else ''}"
+            f"  {name:8}{format_seconds(phase.seconds):>12} a {what}, limited by "
+            f"{limit.cause.phrase}{_lane_shares(phase) if has_gpu else ''}"
         )
+    for line in launches_text(estimate):
+        console.print(f"  [dim]{line}[/]")
     console.print()
 
 
@@ -274,18 +280,17 @@ def _print_turning_points(points: dict[str, TurningPoints]) -> None:
     console.print("[dim]  FLOPs a byte of the data that lies on the host[/]\n")
 
 
-def _print_search(search: SearchResult, spec: ModelSpec, *, has_gpu: bool) -> None:
+def _print_search(search: SearchResult) -> None:
     if search.runner_ups:
         table = Table(
             "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", "decode limited by",
             box=None, pad_edge=False,
         )  # fmt: skip
         for estimate in search.runner_ups:
-            n, mu, a_g, f_g, r_w, r_c = estimate.policy.paper_tuple(spec)
             table.add_row(
-                f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f})",
+                estimate.paper_text,
                 f"{estimate.tokens_per_s:.4g}",
-                _limit(estimate.decode, has_gpu=has_gpu),
+                estimate.limits.decode.cause.value,
             )
         console.print(table)
     console.print(
@@ -294,7 +299,7 @@ def _print_search(search: SearchResult, spec: ModelSpec, *, has_gpu: bool) -> No
     )
 
 
-def _print_ways(search: SearchResult, spec: ModelSpec) -> None:
+def _print_ways(search: SearchResult) -> None:
     """How several GPUs share the work, how they could, and why not so."""
     if not search.ways or search.best is None:
         return
@@ -306,20 +311,19 @@ def _print_ways(search: SearchResult, spec: ModelSpec) -> None:
             table.add_row(name, "–", way.obstacle or "no policy fits so")
         else:
             rate = f"{way.best.tokens_per_s:.4g}"
-            table.add_row(name, rate, _about_way(way.parallelism, way.best, spec))
+            table.add_row(name, rate, _about_way(way.parallelism, way.best))
     console.print(table)
     console.print()
 
 
-def _about_way(parallelism: Parallelism, best: Estimate, spec: ModelSpec) -> str:
+def _about_way(parallelism: Parallelism, best: Estimate) -> str:
     phase = best.decode
-    limit = LIMIT_WORDS[phase.bottleneck]
-    share = best.policy.weight_share_on_gpu(spec)
-    held = f"{share:.0%} of the weights stay on the GPUs"
+    limit = best.limits.decode.cause.phrase
+    held = f"{best.weight_share_on_gpu:.0%} of the weights stay on the GPUs"
     if parallelism is Parallelism.PIPELINE:
-        return f"{held}, each link moves whole layers; decode limited by the {limit}"
+        return f"{held}, each link moves whole layers; decode limited by {limit}"
     reduced = (best.prefill.all_reduce_s + phase.all_reduce_s) / best.seconds
-    return f"{held}, all-reduces take {reduced:.0%} of the time; decode limited by the {limit}"
+    return f"{held}, all-reduces take {reduced:.0%} of the time; decode limited by {limit}"
 
 
 def _why(search: SearchResult) -> str:

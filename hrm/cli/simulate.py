@@ -10,7 +10,6 @@ from hrm.cli.report import console, print_json
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
-from hrm.parallel import part_of
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
 from hrm.trace import Trace, lane_chart, write_chrome_trace
@@ -91,7 +90,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
     """The simulated trace of one phase of a plan's batch, in the middle of its decoding."""
     requests = plan.workload.num_requests or plan.policy.batch_size
     policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
-    costs = Costs(*part_of(plan.model, plan.profile, policy.parallelism), policy.dtype)
+    costs = Costs(*plan.part, policy.dtype)
     if phase is Phase.PREFILL:
         return simulate_work(prefill_work(costs, policy, plan.workload))
     context = plan.workload.prompt_len + plan.workload.gen_len / 2

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from hrm.cli.report import console, print_json
 from hrm.errors import HrmError
-from hrm.estimate import LIMIT_WORDS, Limit
 from hrm.scaling import Resource
 from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -70,6 +69,8 @@ def show_amount(resource: Resource, value: float) -> str:
     """So much of a resource, with its unit."""
     if resource.is_memory:
         return format_bytes(value)
+    if resource.is_latency:
+        return format_seconds(value)
     return format_bandwidth(value) if resource.is_bandwidth else format_flops(value)
 
 
@@ -84,15 +85,8 @@ PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
     "parallel": lambda row: row["parallelism"] if isinstance(row["parallelism"], str) else "–",
     "(N, μ, A_g, F_g, r_w, r_c)": lambda row: row["policy"],
-    "decode limit": lambda row: limit_words(row["decode_bottleneck"]),
+    "decode limit": lambda row: row["decode_bottleneck"],
 }
-
-
-def limit_words(name: str) -> str:
-    """What limits a phase, shortly."""
-    shorter = {Limit.CPU: "CPU", Limit.HOST_MEMORY: "host memory", Limit.STAGE: "staging"}
-    limit = Limit(name)
-    return shorter.get(limit, LIMIT_WORDS[limit])
 
 
 def print_frame(

@@ -61,11 +61,12 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
             level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu)
         )
 
+    spec = plan.part.spec
     for total in range(sum(plan.policy.resident_experts), 0, -1):
-        fewer = replace(plan.policy, resident_experts=spread_experts(plan.model, total))
+        fewer = replace(plan.policy, resident_experts=spread_experts(spec, total))
         if fits(fewer):
             return fewer
-    return replace(plan.policy, resident_experts=spread_experts(plan.model, 0))
+    return replace(plan.policy, resident_experts=spread_experts(spec, 0))
 
 
 def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace]]:
@@ -87,7 +88,7 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
     if phase is Phase.DECODE:
         first, measured = measured_steps(folder, measured, steps)
         context = run.workload.prompt_len + first + 1 + steps / 2
-        costs = Costs(plan.model, plan.profile, plan.policy.dtype)
+        costs = Costs(*plan.part, plan.policy.dtype)
         # As in the run, the step before them loads their first weights, and they load those of
         # the step after them.
         count = min(steps + 2, run.batches[0].decode_steps)

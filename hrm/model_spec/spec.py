@@ -105,9 +105,9 @@ class ModelSpec:
             f"must be below num_layers {self.num_layers}: some layer must have experts",
         )  # fmt: skip
         self._require(
-            (self.dense_intermediate_size > 0) == (self.num_dense_layers > 0),
+            self.dense_intermediate_size > 0 or self.num_dense_layers == 0,
             "dense_intermediate_size", self.dense_intermediate_size,
-            f"must be positive if and only if there are dense layers, {self.num_dense_layers} here",
+            f"must be positive where there are dense layers, {self.num_dense_layers} here",
         )  # fmt: skip
         if self.latent_attention is not None:
             self._check_latent(self.latent_attention)
@@ -132,6 +132,8 @@ class ModelSpec:
     def _check_integer(self, name: str, value: Any, *, at_least: int) -> None:
         rule = "must be a positive integer" if at_least else "must be an integer of at least 0"
         at_most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+        if name.startswith("other_"):  # counts of parameters, not sizes
+            at_most = LARGEST_MODEL
         self._require(
             type(value) is int and at_least <= value <= at_most, name, value,
             f"{rule}, at most {at_most:,}",

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hrm.errors import HrmError
-from hrm.tasks import Lane
 
 _WORDS: Final = {
     "gpu": "GPU", "cpu": "CPU", "h2d": "host-to-device", "d2h": "device-to-host", "ffn": "FFN",
@@ -26,11 +25,6 @@ _UNITS: Final = (
     ("_flops_per_s", (("PFLOP/s", 1e15), ("TFLOP/s", 1e12), ("GFLOP/s", 1e9), ("FLOP/s", 1.0))),
     ("_s", (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))),
 )
-# What limits a phase; other words stand for themselves.
-LIMIT_WORDS: Final = {
-    Lane.GPU.value: "GPU", Lane.CPU.value: "CPU", Lane.H2D.value: "host-to-device link",
-    Lane.D2H.value: "device-to-host link", Lane.STAGE.value: "staging",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

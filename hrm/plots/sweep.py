@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hrm.causes import Cause
 from hrm.plots import style
-from hrm.plots.columns import LIMIT_WORDS, axis_of, require_columns
+from hrm.plots.columns import axis_of, require_columns
 from hrm.plots.labels import Labels
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_LIMITED_BY: Final = {
-    "GPU": "o", "CPU": "s", "H2D": "^", "D2H": "v", "STAGE": "D", "host memory": "P",
-}  # fmt: skip
+_LIMITED_BY: Final = dict(zip(map(str, Cause), "o8.sph^vd<>DPH*X", strict=True))
 _LOGARITHMIC_FROM: Final = 20.0  # of the greatest to the least value of an axis
 
 
@@ -82,7 +81,7 @@ def _draw(axes: Any, part: Any, index: int, *, x: str, y: str, unit_size: float)
     if f"bound_{y}" in part.columns:
         bound = fits[f"bound_{y}"].to_numpy(dtype=float)
         axes.plot(xs, bound, ":", color=colour, linewidth=0.9, zorder=2, gid=f"bound {index}")
-    shapes = fits["bottleneck"] if "bottleneck" in part.columns else ["GPU"] * len(fits)
+    shapes = fits["bottleneck"] if "bottleneck" in part.columns else [Cause.GPU_COMPUTE] * len(fits)
     for px, py, shape in zip(xs, ys, shapes, strict=True):
         axes.plot([px], [py], _LIMITED_BY.get(str(shape), "o"), color=colour, markersize=4.5,
                   markeredgecolor="white", markeredgewidth=0.4, zorder=4,
@@ -144,7 +143,7 @@ def _legend(figure: Any, frame: Any, y: str) -> None:
         first = "mostly limited by: "
         for name, marker in _LIMITED_BY.items():
             if name in seen:
-                handles.append(entry(first + LIMIT_WORDS.get(name, name), marker))
+                handles.append(entry(first + name, marker))
                 first = ""
     if f"bound_{y}" in frame.columns and frame[f"bound_{y}"].notna().any():
         handles.append(entry("bound, without bubbles", line=":"))

@@ -1,6 +1,6 @@
 """Which resource is worth more of: the change of throughput for each, as bars."""
 
-from math import isnan
+from math import isclose, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
     """Draw how much more throughput some more of every resource brings, the greatest on top.
 
     Columns: `resource` its name, `factor` how much of it there is then (1.1 is 10 % more), `change`
-    the share by which tokens/s grow with the policy that is then best (0.05 is 5 %); optionally
+    the share by which tokens/s grow with the policy that is then best (0.05 is 5 %); where most
+    factors are the same and others its inverse, their rows say `less` (or `more`); optionally
     `same_policy_change`, the share without changing the policy, drawn hatched under it. A missing
     change is drawn as a gap that says so. Returns the figure, also written to `path` if there is
     one (HrmError if it cannot be).
@@ -26,7 +27,8 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
     style.check_path(path)
     both = "same_policy_change" in frame.columns
     ordered = frame.sort_values("change", ascending=False, na_position="last")
-    factors = sorted(set(ordered["factor"]))
+    first = float(frame["factor"].mode().iloc[0])
+    one_factor = all(isclose(max(f, 1 / f), max(first, 1 / first)) for f in ordered["factor"])
     with style.look():
         figure = style.new_figure(1.1 + (0.42 if both else 0.3) * len(ordered))
         axes: Any = figure.subplots()
@@ -44,18 +46,17 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
                       height=thick, color=colour, hatch=hatch, edgecolor="white", label=words,
                       gid=name)  # fmt: skip
             values += [(row + offset, value) for row, value in zip(rows, shares, strict=True)]
-        one_factor = len(factors) == 1
         axes.set_yticks(
             rows,
             [
-                str(row["resource"]) + ("" if one_factor else f" × {row['factor']:g}")
+                _name(row, first) if one_factor else f"{row['resource']} × {row['factor']:g}"
                 for _, row in ordered.iterrows()
             ],
         )
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.axvline(0, color=style.BLACK, linewidth=0.6)
-        more = f" for {factors[0] - 1:+.0%} of one resource" if one_factor else ""
+        more = f" for {first - 1:+.0%} of one resource" if one_factor else ""
         axes.set_xlabel(f"change of tokens generated a second{more} (%)")
         axes.margins(x=0.14)
         if both:
@@ -72,3 +73,10 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
             words = "no policy fits" if missing else f"{value:+.1f}"
             labels.place([words], [spot], colour=style.BLACK, inside=False)
         return style.finish(figure, path)
+
+
+def _name(row: Any, factor: float) -> str:
+    """The resource, and whether there is less of it while there is more of the others."""
+    if (row["factor"] > 1) == (factor > 1):
+        return str(row["resource"])
+    return f"{'less' if row['factor'] < 1 else 'more'} {row['resource']}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
-from hrm.estimate import Estimate, PhaseEstimate, estimate
+from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile
 from hrm.model_spec import load_model
@@ -136,10 +136,3 @@ def order_as_published(column: Sequence[Comparison]) -> bool:
     return order([c.predicted.tokens_per_s for c in column]) == order(
         [c.run.tokens_per_s for c in column]
     )
-
-
-def busiest(phase: PhaseEstimate) -> tuple[str, float]:
-    """What limits a phase, and how much of the phase it is busy: less than all without overlap."""
-    limit = phase.bottleneck
-    seconds = max(phase.host_memory_s, *phase.lane_s.values())
-    return limit.value, seconds / phase.seconds

@@ -17,6 +17,7 @@ from hrm.analysis import (
     policy_map,
     what_if,
 )
+from hrm.causes import Cause
 from hrm.cli import main
 from hrm.cli.analysis import map_text
 from hrm.errors import HrmError
@@ -43,17 +44,22 @@ def rate(profile, workload=WORKLOAD) -> float:
 def test_what_if_is_a_search_on_every_scaled_machine():
     profile, calls = small(), []
     frame = what_if(SPEC, profile, WORKLOAD, factor=1.5, on_point=lambda: calls.append(1))
-    assert set(frame["resource"]) == {resource.value for resource in resources(profile)}
-    assert len(calls) == len(frame)
+    named = {resource.value for resource in resources(profile)}
+    assert set(frame["resource"]) == {*named, Cause.WAITING.value}
+    assert len(calls) == len(frame) - 1
     assert list(frame["change"]) == sorted(frame["change"], reverse=True)
     now, today = rate(profile), search(SPEC, profile, WORKLOAD).require().policy
     for row in frame.to_dict("records"):
-        scaled = scale(profile, Resource(row["resource"]), 1.5)
+        if row["resource"] == Cause.WAITING.value:
+            continue
+        resource = Resource(row["resource"])
+        factor = 1 / 1.5 if resource.is_latency else 1.5
+        scaled = scale(profile, resource, factor)
         assert row["change"] >= rate(scaled) / now - 1 - 1e-12
         kept = estimate(SPEC, today, scaled, WORKLOAD).tokens_per_s / now - 1
         assert row["same_policy_change"] == pytest.approx(kept)
         assert row["change"] >= kept
-        assert row["elasticity"] == pytest.approx(row["change"] / 0.5)
+        assert row["elasticity"] == pytest.approx(row["change"] / (factor - 1))
     assert frame["change"].iloc[0] > 0.05
 
 
@@ -153,7 +159,7 @@ def test_commands_print_rows_as_json(capsys, tmp_path):
     for arguments, count in (
         (["search", *QUICK, "--gpus", "1xT4,2xT4,1xL4"], 3),
         (["search", *QUICK, "--gpus", "1xT4", "--pareto", "gpus"], 3),
-        (["whatif", *QUICK, "--gpus", "1xT4"], 8),
+        (["whatif", *QUICK, "--gpus", "1xT4"], 12),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1:2:2", "--y", "gpu-memory=9GB:12GB:2"], 4),
     ):  # fmt: skip
         rows = json.loads(run(capsys, *arguments, "--json", "--csv", str(csv)))["rows"]

@@ -1,6 +1,7 @@
 """The hrm command: what scripts rely on, and one line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,6 +118,20 @@ def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
     assert plan["policy"]["resident_experts"] == [1] * 32
     assert plan["policy"]["paper_tuple"]["N"] == 32
     assert plan["policy"]["dtype"] == "float16", "a T4 has no bfloat16"
+
+
+def test_layers_without_experts_are_not_counted_as_keeping_none(hrm):
+    """Of its 27 layers the first has no experts; a stage has none such."""
+    for gpus, kept in (("1xRTX-3090", r"\d+ or \d+ of 64"), ("2xRTX-3090", "64 of 64")):
+        code, out, _ = hrm(
+            "search", "--model", "deepseek-v2-lite", "--gpus", gpus, "--requests", "64"
+        )
+        assert code == 0
+        said = re.search(r"experts on the \w+; (.*) a layer stay", out)
+        assert said is not None
+        assert re.fullmatch(kept, said[1])
+        assert not said[1].startswith("0 or ")
+    assert re.search(r"r_c\) = \(.*, 1\.000, \d\.\d+\)", out), "not more than all"
 
 
 @pytest.mark.parametrize(
@@ -271,7 +286,7 @@ def test_without_an_accelerator_everything_is_held_and_computed_in_one_place(hrm
     code, out, err = hrm("estimate", *args, "-u", "8", "-n", "4")
     assert (code, err) == (0, "")
     assert "(32, 8, 1, 1, 1.000, 1.000)" in out
-    assert "limited by the CPU, which does everything" in out
+    assert "limited by the CPU's" in out
     assert "GPU" not in out.replace("A_g", "")
 
 

@@ -8,13 +8,21 @@ import pytest
 from hrm import operators
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import estimate
-from hrm.machines import compose
-from hrm.memory import plan_memory
-from hrm.model_spec import BUILT_IN_MODELS
-from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
+from hrm.estimate import estimate, with_batch_size
+from hrm.machines import compose, one_part
+from hrm.memory import plan_memory, purposes
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.parallel import (
+    longest_stage,
+    part_of,
+    pipeline_obstacle,
+    stage_layers,
+    tensor_parallel_obstacle,
+)
+from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search.exhaustive import search
+from hrm.sweep import plan_row
 from hrm.tasks import Device
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
@@ -165,6 +173,134 @@ def test_the_longest_stage_has_the_most_layers_and_all_experts():
     assert part.num_layers == 7  # of 27 in 4 stages
     assert part.num_expert_layers == 7
     assert part_of(spec, profile, Parallelism.TENSOR) == (spec, profile)
+
+
+# Built-in models, and what they have not: windows of several widths, many dense first layers.
+DIVIDED = {
+    **BUILT_IN_MODELS,
+    "windows": replace(
+        tiny_spec(num_layers=11), attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)
+    ),
+    "dense": tiny_spec(num_layers=9, num_dense_layers=4, dense_intermediate_size=700),
+}
+
+
+def stage_of(spec: ModelSpec, layers: range) -> ModelSpec:
+    """One stage by itself, its dense first layers among its own; embedding and LM head included."""
+    dense = sum(layer < spec.num_dense_layers for layer in layers)
+    windows = [spec.attention_windows[layer] for layer in layers if spec.attention_windows]
+    return replace(
+        spec, num_layers=len(layers), num_dense_layers=dense, attention_windows=tuple(windows)
+    )
+
+
+def divisions() -> list[tuple[str, int]]:
+    return [
+        (name, stages)
+        for name, spec in DIVIDED.items()
+        for stages in (2, 3, 4, 8)
+        # A stage of dense layers only is no model: each must have some layer with experts.
+        if spec.num_layers // stages > spec.num_dense_layers
+    ]
+
+
+@pytest.mark.parametrize(("name", "stages"), divisions())
+def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planned(name, stages):
+    spec, rng = DIVIDED[name], Random(f"{name} {stages}")
+    ranges = stage_layers(spec.num_layers, stages)
+    assert [layer for layers in ranges for layer in layers] == list(range(spec.num_layers))
+    specs = [stage_of(spec, layers) for layers in ranges]
+    held = sum(stage.total_layer_bytes("bfloat16") for stage in specs)
+    ends = 2 * (spec.head_parameters + spec.embedding_parameters * (not spec.tied_embeddings))
+    assert held + ends == 2 * spec.parameters
+    planned, profile = longest_stage(spec, stages), one_part(compose(f"{stages}xH100"))
+    for _ in range(4):
+        policy = random_stage_policy(rng, planned)
+        assert 0 <= policy.weight_share_on_gpu(planned) <= 1
+        most = [sum(level.values()) for level in purposes(planned, policy, batches=stages)]
+        costs = Costs(planned, profile, "bfloat16")
+        longest = job_work(costs, [Turn(policy, 1.0)], WORKLOAD)
+        for stage in specs:
+            counts = zip(policy.resident_experts, range(stage.num_layers), strict=False)
+            own = replace(
+                policy,
+                resident_experts=tuple(
+                    min(count, stage.num_experts_of(stage.layer_kind(layer)))
+                    for count, layer in counts
+                ),
+            )
+            assert 0 <= own.weight_share_on_gpu(stage) <= 1
+            needed = [sum(level.values()) for level in purposes(stage, own, batches=stages)]
+            assert all(need <= there for need, there in zip(needed, most, strict=True))
+            work = job_work(Costs(stage, profile, "bfloat16"), [Turn(own, 1.0)], WORKLOAD)
+            for phase, of_longest in zip(work, longest, strict=True):
+                assert phase.in_order_s <= of_longest.in_order_s * (1 + 1e-9)
+
+
+def random_stage_policy(rng: Random, spec: ModelSpec) -> Policy:
+    micro_batch_size, number = rng.choice([4, 64, 500]), rng.choice([1, 3])
+    most = spec.num_experts
+    counts = [rng.choice([0, most // 2, most])] * spec.num_layers
+    if rng.random() < 0.5:
+        counts = [rng.randint(0, most) for _ in counts]
+    return Policy(
+        batch_size=micro_batch_size * number,
+        micro_batch_size=micro_batch_size,
+        attention=rng.choice(list(Device)),
+        ffn=rng.choice(list(Device)),
+        resident_experts=tuple(counts),
+        resident_dense=rng.random() < 0.7,
+        gpu_kv_micro_batches=rng.choice([0, number]),
+        kv_tokens_per_micro_batch=kv_tokens_for(micro_batch_size, 49, 109),
+        prefill_chunk_tokens=2048,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus"), [("deepseek-v2-lite", "2xRTX-3090"), ("glm-4.5-air", "2xA100-80G")]
+)
+def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
+    spec, profile = BUILT_IN_MODELS[model], compose(gpus)
+    workload = replace(WORKLOAD, num_requests=300)
+    result = search(spec, profile, workload)
+    for way in result.ways:
+        assert way.best is not None
+        policy, part = way.best.policy, way.best.part.spec
+        assert part.num_layers == len(policy.resident_experts)
+        streamed = sum(policy.streamed_bytes(part, layer) for layer in range(part.num_layers))
+        share = 1 - streamed / part.total_layer_bytes(policy.dtype)
+        assert 0 <= share <= 1
+        assert way.best.weight_share_on_gpu == way.best.paper_tuple[4] == pytest.approx(share)
+        assert plan_row(replace(result, best=way.best))["weight_share_on_gpu"] == share
+    assert Parallelism.PIPELINE in {way.parallelism for way in result.ways}
+
+
+def test_a_policy_of_a_stage_is_never_told_against_the_whole_model():
+    spec, profile = tiny_spec(num_layers=8), machine(num_gpus=2)
+    part, _ = part_of(spec, profile, Parallelism.PIPELINE)
+    policy = a_policy(Random(4), part, Parallelism.PIPELINE)
+    with pytest.raises(AssertionError, match="own part"):
+        policy.weight_share_on_gpu(spec)
+    with pytest.raises(PolicyError, match="each of the 2 layers"):
+        plan_memory(spec, policy, machine(num_gpus=4))
+
+
+def test_few_requests_of_a_pipeline_wait_for_batches_of_their_own_size():
+    """Nobody waits for a full batch where there is none: here all batches are of 10 requests."""
+    spec, profile = tiny_spec(num_layers=8), machine(num_gpus=4)
+    part, _ = part_of(spec, profile, Parallelism.PIPELINE)
+    large = replace(a_policy(Random(4), part, Parallelism.PIPELINE), batch_size=3000,
+                    micro_batch_size=1000, kv_tokens_per_micro_batch=160000)  # fmt: skip
+    small = with_batch_size(large, 10)
+    job = replace(WORKLOAD, num_requests=10)
+    assert estimate(spec, large, profile, job).seconds == pytest.approx(
+        estimate(spec, small, profile, job).seconds
+    )
+    # Beside a full batch, the few take as long as it.
+    more = estimate(spec, large, profile, replace(WORKLOAD, num_requests=3010))
+    full = estimate(spec, large, profile, replace(WORKLOAD, num_requests=3000))
+    assert more.seconds == pytest.approx(full.seconds)
+    assert more.num_batches == 2
 
 
 def test_what_cannot_be_divided_says_why():

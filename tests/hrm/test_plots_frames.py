@@ -27,7 +27,7 @@ def swept() -> pd.DataFrame:
             "tokens_per_s": None if memory == 64 else rate * memory / (memory + 100),
             "bound_tokens_per_s": None if memory == 64 else 1.2 * rate * memory / (memory + 100),
             "batch_size": None if memory == 64 else memory * 10,
-            "bottleneck": None if memory == 64 else ("H2D" if memory < 300 else "CPU"),
+            "bottleneck": None if memory == 64 else ("H2D link" if memory < 300 else "CPU compute"),
         }
         for name, rate in (("cgopipe", 400), ("fastdecode", 395), ("flexgen", 200))
         for memory in (512, 64, 128, 256, 384)
@@ -58,7 +58,7 @@ def test_a_sweeps_points_bounds_and_misfits_are_the_tables():
     assert upper.get_ylim()[0] == 0
     assert lower.get_xlabel() == "CPU memory (GB)"
     shown = {"cgopipe", "fastdecode", "flexgen", "as it is", "no policy fits"}
-    shown |= {"mostly limited by: CPU", "host-to-device link"}
+    shown |= {"mostly limited by: CPU compute", "H2D link"}
     assert shown <= set(words(picture))
 
 
@@ -245,6 +245,19 @@ def test_what_ifs_are_bars_of_percent_with_the_greatest_on_top():
 def test_different_factors_are_told_with_each_resource():
     frame = pd.DataFrame({"resource": ["a", "b"], "factor": [1.1, 2], "change": [0.1, 0.2]})
     assert {"a × 1.1", "b × 2"} <= set(words(plot_what_if(frame)))
+
+
+def test_less_of_a_latency_is_said_beside_more_of_the_others():
+    frame = pd.DataFrame(
+        {
+            "resource": ["gpu-flops", "gpu-launch-latency", "gpu-memory"],
+            "factor": [1.1, 1 / 1.1, 1.1],
+            "change": [0.1, 0.2, 0.0],
+        }
+    )
+    picture = plot_what_if(frame)
+    assert {"gpu-flops", "less gpu-launch-latency"} <= set(words(picture))
+    assert "+10%" in picture.axes[0].get_xlabel()
 
 
 # ------------------------------------------------------------------------------------- all of them

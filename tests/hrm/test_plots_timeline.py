@@ -18,7 +18,7 @@ from hrm.estimate import decode_work, prefill_work, simulate_work
 from hrm.memory import plan_memory
 from hrm.plots import plot_timeline, style, window
 from hrm.plots.timeline import LOOKS, layer_ends, step_ends
-from hrm.policy import Policy, ScheduleName, kv_tokens_for
+from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import PolicyFile, profile_hash
 from hrm.schedules import iter_tasks
 from hrm.simulate import simulate
@@ -284,6 +284,18 @@ def test_a_searched_policy_gives_up_residents_until_every_schedule_fits():
     for name in (ScheduleName.CGOPIPE, ScheduleName.FLEXGEN):
         plan_memory(SPEC, in_order(chosen, name), tight.profile).check_fits()
     assert fitting_all(tight, [ScheduleName.CGOPIPE]) == tight.policy
+
+
+def test_a_policy_of_a_pipeline_stage_gives_up_residents_of_its_own_layers():
+    two = machine(gpu_bytes=1e5, num_gpus=2)
+    stage = replace(plan(resident_experts=(2, 2)), profile=two)
+    stage = replace(stage, policy=replace(stage.policy, parallelism=Parallelism.PIPELINE))
+    chosen = fitting_all(stage, [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN])
+    assert chosen.resident_experts == (0, 0)  # nothing fits so little memory, whatever is given up
+    roomy = replace(stage, profile=machine(num_gpus=2))
+    _, traces = of_schedules(roomy, ("cgopipe", "flexgen"), Phase.DECODE, 1, searched=True)
+    for trace in traces.values():
+        assert {span.id.layer for span in trace.spans} == {0, 1}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hrm.estimate import estimate
 from hrm.hardware import Cache, Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
-from hrm.scaling import Resource, resource_value, resources, scale, with_resource
+from hrm.scaling import Resource, at_cost, resource_value, resources, scale, with_resource
 from hrm.search.exhaustive import search
 from hrm.tasks import Device
 from hrm.units import GB
@@ -38,6 +38,7 @@ def full(rng: Random) -> HardwareProfile:
             level.processor,
             compute_flops_per_s={"float32": a_rate(), "bfloat16": a_rate()},
             attention_bytes_per_s=a_rate(),
+            attention_request_s=spread(3e-6),
         )
         return replace(
             level, reserve_bytes=figure(1e9), read_bytes_per_s=a_rate(), copy_bytes_per_s=a_rate(),
@@ -77,10 +78,10 @@ CHANGED = {
     Resource.GPU_MEMORY: (f"{GPU}.capacity", f"{GPU}.reserve"),
     Resource.CPU_MEMORY: (f"{CPU}.capacity", f"{CPU}.reserve"),
     Resource.GPU_BANDWIDTH: tuple(
-        f"{GPU}.{x}" for x in ("read", "copy", "shared", "processor.attention")
+        f"{GPU}.{x}" for x in ("read", "copy", "shared", "processor.attention_bytes")
     ),
     Resource.CPU_BANDWIDTH: (
-        *(f"{CPU}.{x}" for x in ("read", "copy", "shared", "processor.attention")),
+        *(f"{CPU}.{x}" for x in ("read", "copy", "shared", "processor.attention_bytes")),
         ".links[5].bandwidth",
     ),
     Resource.GPU_FLOPS: (f"{GPU}.processor.compute",),
@@ -88,6 +89,10 @@ CHANGED = {
     Resource.H2D_BANDWIDTH: tuple(f".links[{i}].bandwidth" for i in (0, 2, 3)),
     Resource.D2H_BANDWIDTH: tuple(f".links[{i}].bandwidth" for i in (1, 4)),
     Resource.PEER_BANDWIDTH: (".links[6].bandwidth",),
+    Resource.GPU_LAUNCH_LATENCY: (f"{GPU}.processor.launch", f"{GPU}.processor.attention_request"),
+    Resource.CPU_LAUNCH_LATENCY: (f"{CPU}.processor.launch", f"{CPU}.processor.attention_request"),
+    Resource.LINK_LATENCY: tuple(f".links[{i}].latency" for i in range(6)),
+    Resource.PEER_LATENCY: (".links[6].latency",),
 }
 
 
@@ -115,7 +120,7 @@ def test_exactly_the_resources_figures_are_scaled_and_say_so(resource):
                 pytest.approx(before.p20 * factor), pytest.approx(before.p80 * factor),
             )  # fmt: skip
     assert not scaled
-    assert hits >= 2
+    assert hits >= len(CHANGED[resource])
 
 
 @pytest.mark.parametrize("resource", Resource)
@@ -126,6 +131,25 @@ def test_with_resource_gives_what_resource_value_then_reads(resource):
     assert resource_value(changed, resource, dtype="float32") == pytest.approx(value)
     for other in set(Resource) - {resource}:
         assert resource_value(changed, other) == resource_value(profile, other)
+
+
+def test_a_latency_may_be_given_as_nothing_and_from_nothing():
+    profile = full(Random(3))
+    for resource in Resource:
+        if not resource.is_latency:
+            continue
+        gone = with_resource(profile, resource, 0.0)
+        assert resource_value(gone, resource) == 0
+        assert resource_value(with_resource(gone, resource, 2e-5), resource) == 2e-5
+
+
+@pytest.mark.parametrize("resource", Resource)
+def test_half_the_cost_is_twice_the_rate_or_half_the_latency(resource):
+    profile = full(Random(4))
+    now, then = (
+        resource_value(each, resource) for each in (profile, at_cost(profile, resource, 0.5))
+    )
+    assert then == pytest.approx(now / 2 if resource.is_latency else 2 * now)
 
 
 def test_dtypes_keep_their_proportion():
@@ -160,7 +184,9 @@ def test_a_machine_without_a_gpu_has_the_hosts_resources_only():
     profile = full(Random(2))
     alone = replace(profile, levels=profile.levels[1:], links=())
     assert resources(profile) == tuple(Resource)
-    assert resources(alone) == (Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS)
+    assert resources(alone) == (
+        Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS, Resource.CPU_LAUNCH_LATENCY
+    )  # fmt: skip
     for resource in set(Resource) - set(resources(alone)):
         with pytest.raises(ProfileError, match=r"cpu-memory, cpu-bandwidth, cpu-flops"):
             scale(alone, resource, 1.1)

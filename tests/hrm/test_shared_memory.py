@@ -5,9 +5,10 @@ from random import Random
 
 import pytest
 
+from hrm.causes import Cause
 from hrm.closed_form import DecodeStep, Point, prefill_lanes
 from hrm.costs import Costs
-from hrm.estimate import Limit, decode_work, estimate, prefill_work, simulate_work, step_seconds
+from hrm.estimate import decode_work, estimate, prefill_work, simulate_work, step_seconds
 from hrm.hardware import HardwareProfile
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device, Phase, TaskKind
@@ -88,8 +89,8 @@ def test_a_step_is_as_long_as_the_hosts_memory_needs_where_that_is_the_limit():
     assert simulated_s == pytest.approx(needed_s, rel=0.05)
     simulated_s, lanes, needed_s = steps["plentiful"]
     assert simulated_s < 1.2 * max(lanes.values())
-    assert estimate(spec, policy, scarce, WORKLOAD).decode.bottleneck is Limit.HOST_MEMORY
-    assert estimate(spec, policy, plentiful, WORKLOAD).decode.bottleneck is not Limit.HOST_MEMORY
+    assert estimate(spec, policy, scarce, WORKLOAD).limits.decode.cause is Cause.HOST_MEMORY
+    assert estimate(spec, policy, plentiful, WORKLOAD).limits.decode.cause is not Cause.HOST_MEMORY
 
 
 def test_scarcer_memory_never_helps_and_the_bound_holds():

@@ -47,11 +47,10 @@ def test_every_row_is_the_search_for_its_machine():
         assert (row.attention == "gpu", row.ffn == "gpu") == (bool(a_g), bool(f_g))
         assert (row.weight_share_on_gpu, row.kv_share_on_gpu) == (r_w, r_c)
         assert row.num_micro_batches == math.ceil(n / mu)
-        lanes = {
-            lane: single.prefill.lane_s[lane] + single.decode.lane_s[lane]
-            for lane in single.decode.lane_s
-        }
-        assert row.bottleneck == max(lanes, key=lambda lane: lanes[lane])
+        limits = single.limits
+        assert row.bottleneck == limits.job.cause.value
+        assert row.prefill_bottleneck == limits.prefill.cause.value
+        assert row.decode_bottleneck == limits.decode.cause.value
         assert row.batch_s * single.num_batches == pytest.approx(single.seconds)
         assert row.cpu_planned_bytes <= row.cpu_memory_bytes
     assert frame.tokens_per_s.isna().tolist() == [True, False, False] * 2

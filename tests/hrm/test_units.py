@@ -13,6 +13,7 @@ from hrm.units import (
     parse_bandwidth,
     parse_bytes,
     parse_flops,
+    parse_seconds,
 )  # fmt: skip
 from hrm.workload import WORKLOADS, Workload, named_workload
 
@@ -39,6 +40,20 @@ def test_compute_rates_read_with_or_without_their_unit(text, flops_per_s):
 def test_what_is_no_compute_rate_is_refused(text):
     with pytest.raises(UnitError, match=r"--to is .*: must be a positive rate in FLOP/s"):
         parse_flops(text, "--to")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5us", 5e-6), ("5 µs", 5e-6), ("0.2ms", 2e-4), ("1s", 1.0), ("0ns", 0.0), ("3e2 ns", 3e-7)],
+)
+def test_durations_read_with_their_unit(text, seconds):
+    assert parse_seconds(text) == pytest.approx(seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "5", "us", "-1us", "1 hour", "nan s", "1e40s", "5us5"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(UnitError, match=r"--set is .*: must be a duration in ns, us, ms or s"):
+        parse_seconds(text, "--set")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hrm.errors import HrmError
+from hrm.tasks import Lane
 from hrm.units import format_bytes
 from tests.bench.suite.record import read
 from tests.bench.suite.schedules import OWN, SAME
@@ -53,7 +54,7 @@ class Measured:
     @property
     def link_bound(self) -> bool:
         """Whether decode was predicted to be limited by the link to the GPU."""
-        return self.figure["bottleneck"] == "H2D"
+        return self.figure["bottleneck"].startswith(Lane.H2D.value)
 
     @property
     def link_busy(self) -> float:

@@ -162,9 +162,9 @@ def _measure(
         name,
         {
             "policy": msgspec.to_builtins(run.policy),
-            "paper_tuple": run.policy.paper_tuple(run.bench.spec),
+            "paper_tuple": predicted.paper_tuple,
             "prompt_lengths": _lengths(run),
-            "bottleneck": predicted.decode.bottleneck.value,
+            "bottleneck": predicted.limits.decode.cause.value,
             "h2d_bytes_per_s": link.bandwidth_bytes_per_s.at(),
             "allocator_peak_bytes": _allocator_peak(setting),
             "library_bytes": run.library_bytes,

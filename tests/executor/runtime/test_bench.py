@@ -7,10 +7,11 @@ import pytest
 
 from executor.cli import main
 from executor.families import FAMILIES
+from hrm.hardware import Link
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
-from hrm.policy import ScheduleName
+from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -170,3 +171,32 @@ def test_mistakes_are_refused_in_one_line(folder, policy_path, profile, capsys):
     assert "--profile" in message
     message = refused(capsys, *given, "--layers", "4")
     assert "3" in message
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_policy_of_one_stage_of_a_pipeline_is_refused(folder, tmp_path, capsys, layers):
+    spec = architecture(folder).spec
+    two = replace(machine(), num_gpus=2, links=(*machine().links, peer()))
+    stage = make_policy(-(-spec.num_layers // 2), batch_size=4, micro_batch_size=2)
+    path = tmp_path / "policy.json"
+    save_policy_file(
+        path,
+        PolicyFile(
+            policy=replace(stage, parallelism=Parallelism.PIPELINE),
+            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
+            model=spec,
+            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
+            profile=two,
+            profile_hash=profile_hash(two),
+            predicted={},
+        ),
+    )
+    arguments = ["bench", "--model", str(folder), "--policy", str(path)]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, *(["--layers", str(layers)] if layers else [])])
+    assert ended.value.code == 2
+    assert "one of 2 stages" in capsys.readouterr().err
+
+
+def peer() -> Link:
+    return replace(machine().h2d, source="gpu", target="gpu", kind="peer")

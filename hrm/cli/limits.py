@@ -1,0 +1,65 @@
+"""What a plan says of its limits, and of launches where they are one."""
+
+from typing import Any
+
+from hrm.causes import Cause, spent_of
+from hrm.estimate import Estimate
+from hrm.launches import Launches, launches_of
+from hrm.units import format_seconds
+
+
+def launches_text(estimate: Estimate) -> list[str]:
+    """Lines about the launches that limit a phase; none if none do."""
+    return [line for launches in launches_of(estimate) for line in _lines(launches)]
+
+
+def _lines(launches: Launches) -> list[str]:
+    what = "GPU kernels" if launches.cause is Cause.GPU_LAUNCHES else "CPU operators"
+    each = f"{format_seconds(launches.latency_s.value)} each ({launches.latency_s.source.value})"
+    free = f"{launches.free_tokens_per_s:.4g} without launch costs (CUDA graphs)"
+    fused = (
+        ""
+        if launches.fused_count is None
+        else f"{launches.fused_tokens_per_s:.4g} tokens/s with fused kernels"
+        f" ({launches.fused_count:,.0f} launches), "
+    )
+    share = f"{launches.share:.0%} of the time"
+    return [
+        f"this executor launches {launches.count:,.0f} {what} at {each}, {share}",
+        f"other engines with this policy: {fused}{free}",
+    ]
+
+
+def launches_json(estimate: Estimate) -> dict[str, Any]:
+    """The same for scripts, by cause."""
+
+    def content(launches: Launches) -> dict[str, Any]:
+        fused = launches.fused_count
+        return {
+            "count": round(launches.count),
+            "latency_s": launches.latency_s.value,
+            "source": launches.latency_s.source.value,
+            "share": launches.share,
+            "fused_kernels": {
+                "count": None if fused is None else round(fused),
+                "tokens_per_s": launches.fused_tokens_per_s,
+            },
+            "without_launch_costs": {"tokens_per_s": launches.free_tokens_per_s},
+        }
+
+    return {launches.cause.value: content(launches) for launches in launches_of(estimate)}
+
+
+def limits_json(estimate: Estimate) -> dict[str, Any]:
+    """Seconds of every lane by cause, and what each cause would save at half its cost."""
+    limits = (("prefill", estimate.limits.prefill), ("decode", estimate.limits.decode))
+    spent = spent_of(estimate.costs, estimate.turns, estimate.workload)
+    return {
+        phase: {
+            "cause": limit.cause.value,
+            "spent_s": of_phase,
+            "waiting_s": limit.waiting_s,
+            "saved_at_half_the_cost_s": limit.saved_s,
+        }
+        for (phase, limit), of_phase in zip(limits, spent, strict=True)
+    }

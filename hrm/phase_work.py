@@ -1,0 +1,128 @@
+"""The work of a job's phases in closed form: seconds of every lane and of the host's memory."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from hrm.closed_form import (
+    DecodeStep,
+    Point,
+    prefill_all_reduce_s,
+    prefill_lanes,
+    prefill_terms,
+    sampled_contexts,
+)
+from hrm.costs import Costs
+from hrm.policy import Policy
+from hrm.tasks import Lane
+from hrm.workload import Workload
+
+HOST_MEMORY: Final = "host memory"
+
+
+class Turn(NamedTuple):
+    """A policy over one batch, and how many times as long as it the job takes for such batches."""
+
+    policy: Policy
+    times: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseWork:
+    """Seconds of work in each lane, and what follows for the phase.
+
+    `host_memory_s` is what the host's memory needs to serve all of them, and `all_reduce_s` the
+    part of the GPUs' time in which they exchange sums. `bound_s` is the longest of them all, and
+    `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
+    """
+
+    bound_s: float = 0.0
+    in_order_s: float = 0.0
+    lane_s: dict[Lane, float]
+    host_memory_s: float = 0.0
+    all_reduce_s: float = 0.0
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """Seconds of all that may be the longest: every lane, and the memory that they share."""
+        lanes = {lane.value: seconds for lane, seconds in self.lane_s.items()}
+        return {**lanes, HOST_MEMORY: self.host_memory_s}
+
+    @property
+    def longest(self) -> str:
+        """Which of `busy_s` has the most; a lane, where the host's memory has no more."""
+        busy_s = self.busy_s
+        return max(busy_s, key=lambda name: busy_s[name])
+
+    @staticmethod
+    def total(parts: Iterable[tuple[float, "PhaseWork"]]) -> "PhaseWork":
+        """Works one after the other, each repeated so many times."""
+        known = list(parts)
+        return PhaseWork(
+            bound_s=sum(count * work.bound_s for count, work in known),
+            in_order_s=sum(count * work.in_order_s for count, work in known),
+            lane_s={lane: sum(count * work.lane_s[lane] for count, work in known) for lane in Lane},
+            host_memory_s=sum(count * work.host_memory_s for count, work in known),
+            all_reduce_s=sum(count * work.all_reduce_s for count, work in known),
+        )
+
+
+def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork:
+    """The work of the prefill of one batch."""
+    point = Point.of_policy(policy, costs.spec)
+    lanes, host_memory_s = prefill_lanes(costs, point, workload)
+    return PhaseWork(
+        bound_s=max(*lanes.values(), host_memory_s),
+        in_order_s=max(prefill_terms(costs, point, workload)),
+        lane_s={lane: lanes.get(lane, 0.0) for lane in Lane},
+        host_memory_s=host_memory_s,
+        all_reduce_s=prefill_all_reduce_s(costs, point, workload),
+    )
+
+
+class StepWork(NamedTuple):
+    """The work of one decode step at a mean context, which stands for so many steps."""
+
+    context: float
+    steps: float
+    work: PhaseWork
+
+
+def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepWork]:
+    """The work of the decode steps of one batch."""
+    if not workload.decode_steps:
+        return []
+    point = Point.of_policy(policy, costs.spec)
+    step = DecodeStep.of_point(costs, point, policy.schedule, workload.active_share)
+    found: list[StepWork] = []
+    for context, steps in sampled_contexts(costs.spec, workload).items():
+        seconds = step.seconds(context)
+        work = PhaseWork(
+            bound_s=max(*seconds.lanes.values(), seconds.host_memory_s),
+            in_order_s=max(step.in_order(seconds)),
+            lane_s=seconds.lanes,
+            host_memory_s=seconds.host_memory_s,
+            all_reduce_s=step.all_reduce_s,
+        )
+        found.append(StepWork(context, steps, work))
+    return found
+
+
+class JobWork(NamedTuple):
+    """The work of both phases of a job."""
+
+    prefill: PhaseWork
+    decode: PhaseWork
+
+
+def job_work(costs: Costs, turns: Sequence[Turn], workload: Workload) -> JobWork:
+    """The work of all batches of a job."""
+    decode = [
+        (count * steps, work)
+        for policy, count in turns
+        for _, steps, work in decode_steps(costs, policy, workload)
+    ]
+    return JobWork(
+        PhaseWork.total((count, prefill_phase(costs, policy, workload)) for policy, count in turns),
+        PhaseWork.total(decode),
+    )
