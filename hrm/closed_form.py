@@ -360,7 +360,15 @@ def batch_seconds(
 def seconds_of_batches(
     costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
 ) -> Number:
-    """Seconds of one batch of every policy of a grid, as `batch_seconds` has them.
+    """Seconds of one batch of every policy of a grid, as `batch_seconds` has them."""
+    prefill_s, decode_s = phases_of_batches(costs, point, schedule, workload)
+    return prefill_s + decode_s
+
+
+def phases_of_batches(
+    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
+) -> tuple[Number, Number]:
+    """Prefill and decode seconds of one batch of every policy of a grid.
 
     All contexts are worked out at once: a grid is seldom so large that its numbers take longer
     than the calls.
@@ -372,4 +380,4 @@ def seconds_of_batches(
     steps_at = sampled_contexts(costs.spec, workload, SIMPSON)
     contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
     decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
-    return maximum(*lanes.values(), host_memory_s) + decode_s
+    return maximum(*lanes.values(), host_memory_s), decode_s

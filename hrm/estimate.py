@@ -1,5 +1,6 @@
 """What a policy will do on a machine: closed form (the bound) and simulation (with its bubbles)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -18,6 +19,7 @@ from hrm.closed_form import (
 )
 from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
+from hrm.latency import Latency
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.parallel import part_of
@@ -107,7 +109,10 @@ class PhaseEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A policy's predicted job: all batches of the workload, or one batch if it has no end."""
+    """A policy's predicted job: all batches of the workload, or one batch if it has no end.
+
+    `latency` is of a full batch's requests, in the policy's part of the machine.
+    """
 
     policy: Policy
     num_requests: int
@@ -116,6 +121,7 @@ class Estimate:
     prefill: PhaseEstimate
     decode: PhaseEstimate
     memory: MemoryPlan
+    latency: Latency
 
     @property
     def seconds(self) -> float:
@@ -155,6 +161,7 @@ def estimate(
     if rest:
         phases.append(_batch(costs, with_batch_size(policy, rest), workload))
     (prefill, decode), *others = phases
+    latency = _latency(costs, policy, workload, prefill, decode, max(full_batches, 1))
     for more_prefill, more_decode in others:
         prefill, decode = prefill + more_prefill, decode + more_decode
     num_batches = full_batches + bool(rest)
@@ -171,6 +178,23 @@ def estimate(
         prefill=prefill,
         decode=decode,
         memory=plan_memory(spec, policy, profile),
+        latency=latency,
+    )
+
+
+def _latency(
+    costs: Costs, policy: Policy, workload: Workload, prefill: PhaseEstimate,
+    decode: PhaseEstimate, num_batches: int,
+) -> Latency:  # fmt: skip
+    """What requests of one batch wait for, from the phases of so many."""
+    tokens = min(policy.batch_size, workload.num_requests or math.inf) * workload.prompt_len
+    return Latency.of_batch(
+        prefill_s=prefill.seconds / num_batches,
+        gpu_s_a_layer=prefill.lane_s[Lane.GPU] / num_batches / costs.spec.num_layers,
+        chunks=ceil(tokens / policy.prefill_chunk_tokens),
+        decode_s=decode.seconds / num_batches,
+        decode_steps=workload.decode_steps,
+        num_stages=costs.profile.num_stages,
     )
 
 

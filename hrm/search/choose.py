@@ -6,9 +6,12 @@ from typing import Final, Protocol
 from hrm.estimate import Estimate, estimate
 from hrm.policy import Policy
 from hrm.search.space import Space
-from hrm.units import format_bytes
+from hrm.search.ties import NEAR_TIE, smaller_plans
 
 MAX_SIMULATED: Final = 8
+_SMALLER: Final = 4  # of the smaller plans that may be as fast, how many are simulated
+
+Ranked = list[tuple["Candidate", Estimate]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,15 @@ class KindSolver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Simulated policies, best first, and whether none that was left out can be better."""
+    """Simulated policies, best first, and whether none that was left out can be better.
+
+    `overshoot` is as in `SearchResult`.
+    """
 
     ranked: tuple[tuple[Candidate, Estimate], ...]
     greatest_tokens_per_s: float
     certified: bool
+    overshoot: tuple[float, float]
 
     @property
     def gap(self) -> float:
@@ -55,11 +62,15 @@ def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
     simulated: dict[Policy, tuple[Candidate, Estimate]] = {}
     solved: dict[int, list[Candidate]] = {}
     seen: set[int] = set()
+    missed: list[tuple[float, float]] = [(1.0, 1.0)]
 
     def simulate(candidate: Candidate) -> None:
         if candidate.policy not in simulated:
             predicted = estimate(space.spec, candidate.policy, space.profile, space.workload)
-            simulated[candidate.policy] = candidate, predicted
+            if space.limits.are_met(predicted.latency):
+                simulated[candidate.policy] = candidate, predicted
+            else:
+                missed.append(space.limits.overshoot(predicted.latency))
 
     def best() -> float:
         return max((predicted.tokens_per_s for _, predicted in simulated.values()), default=0.0)
@@ -91,19 +102,34 @@ def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
             if len(simulated) >= wanted:
                 break
             simulate(candidate)
+    ranked = sorted(simulated.values(), key=lambda pair: -pair[1].tokens_per_s)
     every = [candidate.tokens_per_s for candidates in solved.values() for candidate in candidates]
     return Choice(
-        ranked=tuple(sorted(simulated.values(), key=lambda pair: -pair[1].tokens_per_s)),
+        ranked=_smallest_first(space, ranked),
         greatest_tokens_per_s=max(every, default=0.0),
         certified=certified,
+        overshoot=(max(ttft for ttft, _ in missed), max(tpot for _, tpot in missed)),
     )
 
 
-def remedy(space: Space) -> str:
-    """What to change if no policy fits."""
-    layer = format_bytes(space.spec.layer_bytes(space.dtype))
-    return (
-        f"give it more --gpu-memory or --cpu-memory, shorten --max-prompt-len,"
-        f" or add GPUs: {space.spec.name} at {space.dtype} has"
-        f" {layer} a layer, two of which must fit the GPU, and all must fit the two levels together"
+def _smallest_first(space: Space, ranked: Ranked) -> tuple[tuple[Candidate, Estimate], ...]:
+    """The ranking with the smallest of the plans first that are as fast as the best, nearly.
+
+    Those are plans that were simulated, and of the best one's kind with smaller batches. Larger
+    ones that are faster by a near tie only are left out.
+    """
+    if not ranked:
+        return ()
+    enough = (1 - NEAR_TIE) * ranked[0][1].tokens_per_s
+    first = min(
+        (pair for pair in ranked if pair[1].tokens_per_s >= enough),
+        key=lambda pair: pair[0].policy.batch_size,
     )
+    candidate = first[0]
+    for policy, closed in smaller_plans(space, candidate.policy, candidate.tokens_per_s)[:_SMALLER]:
+        predicted = estimate(space.spec, policy, space.profile, space.workload)
+        if predicted.tokens_per_s >= enough and space.limits.are_met(predicted.latency):
+            first = Candidate(policy, closed), predicted
+            break
+    slower = [pair for pair in ranked if pair[1].tokens_per_s < first[1].tokens_per_s]
+    return (first, *slower)

@@ -1,6 +1,7 @@
 """What a search returns: the outcome, the policy with its estimate, and how it was found."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 
 from hrm.errors import PolicyError
@@ -16,6 +17,7 @@ class Outcome(Enum):
     BEST_OF_TRIALS = "the best of the policies tried; nothing is proved"
     INTERRUPTED = "interrupted: the best of the policies tried so far"
     INFEASIBLE = "no policy fits, even with one request at a time"
+    TOO_SLOW = "policies fit, but none answers within the limits on waiting times"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,9 @@ class SearchResult:
     simulation prefers a policy with fewer bubbles. `simulated` policies were simulated;
     `certified` says that of every kind left out (devices, KV placement) even the closed form is no
     higher than the chosen policy's simulated throughput. `ways` are those of dividing the work
-    between several GPUs, the chosen one among them; for a single GPU there are none.
+    between several GPUs, the chosen one among them; for a single GPU there are none. `overshoot`
+    are factors by which policies that were simulated and left out missed limits on waiting times.
+    Where nothing fits, `advice` works out what is lacking and what to change.
     """
 
     solver: str
@@ -52,22 +56,26 @@ class SearchResult:
     gap: float
     simulated: int
     certified: bool
-    remedy: str = ""
+    overshoot: tuple[float, float] = (1.0, 1.0)
+    advice: Callable[[], tuple[str, str]] = field(default=lambda: ("", ""), compare=False)
     ways: tuple[Way, ...] = ()
 
     @staticmethod
-    def impossible(remedy: str, ways: tuple[Way, ...]) -> "SearchResult":
+    def impossible(obstacles: str, ways: tuple[Way, ...]) -> "SearchResult":
         """The result where there is nothing to search."""
         return SearchResult(
             solver="none", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
             greatest_tokens_per_s=0.0, evaluations=0, seconds=0.0, gap=0.0, simulated=0,
-            certified=True, remedy=remedy, ways=ways,
+            certified=True, ways=ways, advice=lambda: (obstacles, "ask for another number of GPUs"),
         )  # fmt: skip
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput of the best policy; 0 if there is none."""
+        return 0.0 if self.best is None else self.best.tokens_per_s
 
     def require(self) -> Estimate:
         """The best estimate; PolicyError saying what to change if there is none."""
         if self.best is None:
-            raise PolicyError(
-                "search", f"<{self.outcome.value}>", "must fit the machine", self.remedy
-            )
+            raise PolicyError("search", f"<{self.outcome.value}>", *self.advice())
         return self.best
