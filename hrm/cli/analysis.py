@@ -18,11 +18,11 @@ from hrm.cli.tables import (
     print_rows,
     records,
     searching,
-    show_amount,
     show_change,
     tell_written,
     write_csv,
 )
+from hrm.cli.texts import given_text
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
 from hrm.policy import ScheduleName
@@ -45,7 +45,8 @@ LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload, dtype: str) -> str:
     of = " (catalog figures)" if profile.accelerator == "catalog" else ""
-    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}"
+    given = f", {text}" if (text := given_text(profile)) else ""
+    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}{given}"
 
 
 @click.command()
@@ -83,9 +84,8 @@ def whatif(
         (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
         lambda row: [
             row["resource"],
-            show_amount(
-                Resource(row["resource"]),
-                resource_value(profile, Resource(row["resource"]), dtype=dtype),
+            Resource(row["resource"]).show(
+                resource_value(profile, Resource(row["resource"]), dtype=dtype)
             ),
             show_change(row["change"]),
             show_change(row["same_policy_change"]),
@@ -204,7 +204,7 @@ def _axis_name(axis: Axis) -> str:
 
 
 def _axis_value(axis: Axis, value: float) -> str:
-    return show_amount(axis.what, value) if isinstance(axis.what, Resource) else f"{value:.3g}"
+    return axis.what.show(value) if isinstance(axis.what, Resource) else f"{value:.3g}"
 
 
 def _write(

@@ -13,8 +13,7 @@ from rich.table import Table
 from hrm.cli.report import console, print_json
 from hrm.errors import HrmError
 from hrm.estimate import LIMIT_WORDS, Limit
-from hrm.scaling import Resource
-from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
+from hrm.units import format_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,13 +65,6 @@ def tell_written(*paths: Path | None) -> None:
             click.echo(f"written to {path}")
 
 
-def show_amount(resource: Resource, value: float) -> str:
-    """So much of a resource, with its unit."""
-    if resource.is_memory:
-        return format_bytes(value)
-    return format_bandwidth(value) if resource.is_bandwidth else format_flops(value)
-
-
 def show_change(change: float) -> str:
     """A relative change: `+4.2%`; a dash if there is none to tell."""
     return "–" if math.isnan(change) else f"{change:+.1%}"
@@ -88,8 +80,10 @@ PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
-def limit_words(name: str) -> str:
-    """What limits a phase, shortly."""
+def limit_words(name: object) -> str:
+    """What limits a phase, shortly; a dash if there is no such phase."""
+    if not isinstance(name, str):
+        return "–"
     shorter = {Limit.CPU: "CPU", Limit.HOST_MEMORY: "host memory", Limit.STAGE: "staging"}
     limit = Limit(name)
     return shorter.get(limit, LIMIT_WORDS[limit])
