@@ -399,7 +399,15 @@ def batch_seconds(
 def seconds_of_batches(
     costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
 ) -> Number:
-    """Seconds of one batch of every policy of a grid, as `batch_seconds` has them.
+    """Seconds of one batch of every policy of a grid, as `batch_seconds` has them."""
+    prefill_s, decode_s = phases_of_batches(costs, point, schedule, workload)
+    return prefill_s + decode_s
+
+
+def phases_of_batches(
+    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
+) -> tuple[Number, Number]:
+    """Prefill and decode seconds of one batch of every policy of a grid.
 
     All contexts are worked out at once: a grid is seldom so large that its numbers take longer
     than the calls.
@@ -411,4 +419,4 @@ def seconds_of_batches(
     steps_at = sampled_contexts(costs.spec, workload)
     contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
     decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
-    return prefill_s + decode_s
+    return prefill_s, decode_s

@@ -11,6 +11,7 @@ from hrm.causes import Limits, limits_of
 from hrm.closed_form import DecodeStep, Point, prefill_lanes
 from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
+from hrm.latency import Latency
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.parallel import Part, part_for
@@ -64,6 +65,7 @@ class Estimate:
 
     `part` is what the policy is for, the whole or one pipeline stage: shares of a policy are told
     here, of its own part. `turns` are the batches that the job's time consists of.
+    `latency` is of a full batch's requests, in the policy's part of the machine.
     """
 
     policy: Policy
@@ -77,6 +79,7 @@ class Estimate:
     prefill: PhaseEstimate
     decode: PhaseEstimate
     memory: MemoryPlan
+    latency: Latency
 
     @property
     def seconds(self) -> float:
@@ -126,7 +129,8 @@ class Estimate:
 
     def changed(self, costs: Costs) -> "Estimate":
         """The same job under the same policy where tasks cost something else."""
-        prefill, decode = _job(costs, self.turns, self.workload)
+        batches = [_batch(costs, turn.policy, self.workload) for turn in self.turns]
+        prefill, decode = _total(self.turns, batches)
         return replace(
             self, part=Part(costs.spec, costs.profile), runtime=costs.runtime,
             prefill=prefill, decode=decode,
@@ -150,7 +154,8 @@ def estimate(
     if workload.num_requests is not None:
         pipeline = policy.parallelism is Parallelism.PIPELINE
         turns = _turns(policy, requests, profile.num_gpus if pipeline else 1)
-    prefill, decode = _job(costs, turns, workload)
+    batches = [_batch(costs, turn.policy, workload) for turn in turns]
+    prefill, decode = _total(turns, batches)
     return Estimate(
         policy=policy,
         part=part,
@@ -163,6 +168,22 @@ def estimate(
         prefill=prefill,
         decode=decode,
         memory=plan_memory(spec, policy, profile),
+        latency=_latency(costs, turns[0].policy, workload, *batches[0]),
+    )
+
+
+def _latency(
+    costs: Costs, policy: Policy, workload: Workload, prefill: PhaseEstimate, decode: PhaseEstimate
+) -> Latency:
+    """What requests of a batch with these phases wait for."""
+    tokens = policy.batch_size * workload.prompt_len
+    return Latency.of_batch(
+        prefill_s=prefill.seconds,
+        gpu_s_a_layer=prefill.lane_s[Lane.GPU] / costs.spec.num_layers,
+        chunks=ceil(tokens / policy.prefill_chunk_tokens),
+        decode_s=decode.seconds,
+        decode_steps=workload.decode_steps,
+        num_stages=costs.profile.num_stages,
     )
 
 
@@ -194,26 +215,40 @@ def with_batch_size(policy: Policy, batch_size: int) -> Policy:
     )
 
 
-def _job(
-    costs: Costs, turns: Sequence[Turn], workload: Workload
-) -> tuple[PhaseEstimate, PhaseEstimate]:
-    """Both phases of all batches of a job."""
-    prefills: list[tuple[float, PhaseWork]] = []
+def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
+    """Both phases of one batch."""
+    active = workload.active_share * policy.batch_size / policy.num_micro_batches
     decodes: list[tuple[float, PhaseWork]] = []
-    prefill_s = decode_s = 0.0
-    for policy, count in turns:
-        prefills.append((count, prefill_phase(costs, policy, workload)))
-        prefill_s += count * prefill_seconds(costs, policy, workload)
-        active = workload.active_share * policy.batch_size / policy.num_micro_batches
-        for context, steps, work in decode_steps(costs, policy, workload):
-            simulated_s = step_seconds(costs, policy, context, tokens=active)
-            # A model of one layer is not yet in its steady state when the steps are taken.
-            decode_s += count * steps * max(work.bound_s, simulated_s)
-            decodes.append((count * steps, work))
+    decode_s = 0.0
+    for context, steps, work in decode_steps(costs, policy, workload):
+        simulated_s = step_seconds(costs, policy, context, tokens=active)
+        # A model of one layer is not yet in its steady state when the steps are taken.
+        decode_s += steps * max(work.bound_s, simulated_s)
+        decodes.append((steps, work))
     return (
-        PhaseEstimate(seconds=prefill_s, work=PhaseWork.total(prefills)),
+        PhaseEstimate(
+            seconds=prefill_seconds(costs, policy, workload),
+            work=prefill_phase(costs, policy, workload),
+        ),
         PhaseEstimate(seconds=decode_s, work=PhaseWork.total(decodes)),
     )
+
+
+def _total(
+    turns: Sequence[Turn], batches: Sequence[tuple[PhaseEstimate, PhaseEstimate]]
+) -> tuple[PhaseEstimate, PhaseEstimate]:
+    """Both phases of a job whose turns have these batches."""
+
+    def over(phases: Sequence[PhaseEstimate]) -> PhaseEstimate:
+        times = [turn.times for turn in turns]
+        return PhaseEstimate(
+            seconds=sum(count * phase.seconds for count, phase in zip(times, phases, strict=True)),
+            work=PhaseWork.total(
+                (count, phase.work) for count, phase in zip(times, phases, strict=True)
+            ),
+        )
+
+    return over([prefill for prefill, _ in batches]), over([decode for _, decode in batches])
 
 
 def decode_work(

@@ -28,6 +28,7 @@ class Source(StrEnum):
     FITTED = "fitted"
     DERIVED = "derived"
     ASSUMED = "assumed"
+    GIVEN = "given"  # by the user, on the command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

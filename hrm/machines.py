@@ -4,6 +4,7 @@
 links, the links up to what the host's memory can be read at.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -164,6 +165,15 @@ def with_memory(
         index = levels.index(profile.host)
         levels[index] = _resize(levels[index], cpu_memory_bytes, "--cpu-memory")
     return replace(profile, levels=tuple(levels))
+
+
+def reserve_if_resized(level: MemoryLevel) -> float:
+    """Bytes that a level reserves of any other capacity that is given for it, at most.
+
+    Of one that was given already, its file's reserve is not known any more: without end.
+    """
+    given = level.capacity_bytes.source is Source.GIVEN
+    return math.inf if given else level.reserve_bytes.value
 
 
 def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) -> None:
@@ -328,13 +338,13 @@ def _resize(level: MemoryLevel, num_bytes: float, flag: str) -> MemoryLevel:
     note = "given on the command line"
     reserve = level.reserve_bytes
     most = int(MAX_RESERVE_SHARE * num_bytes)
-    if reserve.value > most:
+    if reserve_if_resized(level) > most:
         reserve = Figure(
             value=most,
             source=Source.ASSUMED,
             note=f"{MAX_RESERVE_SHARE:.0%} of a capacity {note}",
         )
-    capacity = Figure(value=num_bytes, source=Source.ASSUMED, note=note)
+    capacity = Figure(value=num_bytes, source=Source.GIVEN, note=note)
     return replace(level, capacity_bytes=capacity, reserve_bytes=reserve)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from hrm.errors import PolicyError
-from hrm.hardware import HardwareProfile, MemoryLevel
+from hrm.hardware import GPU, HardwareProfile, MemoryLevel
+from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ROUTING_BYTES, ModelSpec
 from hrm.numeric import Number, maximum
 from hrm.parallel import part_for
@@ -16,7 +17,7 @@ from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.schedules import decode_pipeline
 from hrm.schedules.pipeline import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.tasks import Device
-from hrm.units import DTYPE_BYTES, format_bytes
+from hrm.units import DTYPE_BYTES, at_least_bytes, format_bytes
 
 WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
 MASK_BLOCK_TOKENS: Final = 128  # that a CPU attends with at once after a prefix
@@ -28,16 +29,35 @@ COUNT_BYTES: Final = 8  # of the tokens that an expert was sent
 
 @dataclass(frozen=True, slots=True)
 class LevelPlan:
-    """What is planned at one level."""
+    """What is planned at one level, of whose bytes `capacity_bytes` are usable beside its reserve.
+
+    `reserve_bytes` are those of another capacity, if the level is given one. It is one of so many
+    equal `parts` of what the machine has.
+    """
 
     name: str
     capacity_bytes: int
     purposes: dict[str, int]
+    reserve_bytes: float = 0.0
+    parts: int = 1
 
     @property
     def planned_bytes(self) -> int:
         """All purposes together."""
         return sum(self.purposes.values())
+
+    @property
+    def lacking_bytes(self) -> int:
+        """How much more is planned than there is."""
+        return max(0, self.planned_bytes - self.capacity_bytes)
+
+    @property
+    def option(self) -> str:
+        """The option with the least memory of the whole machine that is enough for the plan."""
+        flag = "--gpu-memory" if self.name == GPU else "--cpu-memory"
+        planned = self.planned_bytes + 2  # of rounding to whole bytes
+        least = self.parts * min(planned + self.reserve_bytes, planned / (1 - MAX_RESERVE_SHARE))
+        return f"{flag} {at_least_bytes(least)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +78,30 @@ class MemoryPlan:
         one_level = self.gpu.name == self.cpu.name
         return self.gpu.planned_bytes + (0 if one_level else self.cpu.planned_bytes)
 
-    def check_fits(self) -> None:
-        """Raise PolicyError naming the level, the need and the remedy if a level overflows."""
-        for plan, flag in ((self.gpu, "--gpu-memory"), (self.cpu, "--cpu-memory")):
-            if plan.planned_bytes > plan.capacity_bytes:
-                purpose, size = max(plan.purposes.items(), key=lambda item: item[1])
-                raise PolicyError(
-                    f"policy: memory at level {plan.name}",
-                    f"<{format_bytes(plan.planned_bytes)} planned>",
-                    f"must fit the usable {format_bytes(plan.capacity_bytes)}"
-                    f" (the largest part is {purpose.replace('_', ' ')}, {format_bytes(size)})",
-                    f"lower micro_batch_size, batch_size or residency, or raise {flag}",
-                )  # fmt: skip
+    def check_fits(self, *, remedy: str = "") -> None:
+        """Raise PolicyError naming the level, the need and what would be enough, if one overflows.
+
+        `remedy` is what else would help, as `-u 4`.
+        """
+        levels = {level.name: level for level in (self.gpu, self.cpu) if level.lacking_bytes}
+        if not levels:
+            return
+        first = next(iter(levels.values()))
+        purpose, size = max(first.purposes.items(), key=lambda item: item[1])
+        others = [
+            f", and level {other.name} lacks {format_bytes(other.lacking_bytes)}"
+            for other in levels.values()
+            if other is not first
+        ]
+        enough = " with ".join(level.option for level in levels.values())
+        raise PolicyError(
+            f"policy: memory at level {first.name}",
+            f"<{format_bytes(first.planned_bytes)} planned>",
+            f"must fit the usable {format_bytes(first.capacity_bytes)}"
+            f" (the largest part is {purpose.replace('_', ' ')}, {format_bytes(size)})"
+            f"{''.join(others)}",
+            f"{enough} is enough" + (f", or {remedy}" if remedy else ""),
+        )
 
 
 def workspace_bytes(
@@ -222,10 +254,12 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     """
     spec, profile = part_for(policy, spec, profile)
     gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
+    parts = profile.num_stages
     if profile.has_accelerator:
-        return MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))
+        return MemoryPlan(_level(profile.top, gpu, parts), _level(profile.host, cpu, parts))
     both = {key: gpu.get(key, 0) + cpu.get(key, 0) for key in {**gpu, **cpu}}
-    return MemoryPlan(_level(profile.top, both), _level(profile.top, both))
+    level = _level(profile.top, both, parts)
+    return MemoryPlan(level, level)
 
 
 def purposes(
@@ -283,7 +317,11 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     return STAGING_PAGES * -(-largest // (num_pages * size)) * size
 
 
-def _level(level: MemoryLevel, purposes: dict[str, int]) -> LevelPlan:
+def _level(level: MemoryLevel, purposes: dict[str, int], parts: int) -> LevelPlan:
     return LevelPlan(
-        level.name, level.usable_bytes, {key: int(size) for key, size in purposes.items() if size}
+        name=level.name,
+        capacity_bytes=level.usable_bytes,
+        purposes={key: int(size) for key, size in purposes.items() if size},
+        reserve_bytes=reserve_if_resized(level),
+        parts=parts,
     )

@@ -191,6 +191,11 @@ class Policy:
         )
 
 
+def experts_of_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """How many experts each layer has: what is resident if all are."""
+    return tuple(spec.num_experts_of(spec.layer_kind(layer)) for layer in range(spec.num_layers))
+
+
 def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     """`total` resident experts over the layers that have experts, as evenly as integers allow."""
     without, layers = spec.num_dense_layers, spec.num_expert_layers

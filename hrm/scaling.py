@@ -3,7 +3,8 @@
 A resource is one capacity, or all rates that one piece of hardware sets: twice the `cpu-bandwidth`
 is reading, copying, decode attention and staging at twice the rate. A latency is what one kernel or
 one transfer costs however small it is, that of requests attended to one by one included. Figures
-that were changed say so: their source is `derived`, and their note ends with the factor.
+that were changed say so: their source is `derived`, and their note ends with the factor; or it is
+`given`, where the user said how much there is.
 """
 
 import math
@@ -14,6 +15,7 @@ from enum import StrEnum
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import with_memory
+from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
 
 
 class Resource(StrEnum):
@@ -58,6 +60,14 @@ class Resource(StrEnum):
             return f"{name}_bytes"
         return f"{name}_bytes_per_s" if self.is_bandwidth else f"{name}_per_s"
 
+    def show(self, amount: float) -> str:
+        """So much of it, with its unit: `24.0 GB/s`."""
+        if self.is_memory:
+            return format_bytes(amount)
+        if self.is_latency:
+            return format_seconds(amount)
+        return format_bandwidth(amount) if self.is_bandwidth else format_flops(amount)
+
 
 def resources(profile: HardwareProfile) -> tuple[Resource, ...]:
     """The resources that a machine has: none of a GPU without one, no peer link for a lone GPU."""
@@ -93,12 +103,15 @@ def resource_value(
             return profile.peer.latency_s.value
 
 
-def scale(profile: HardwareProfile, resource: Resource, factor: float) -> HardwareProfile:
+def scale(
+    profile: HardwareProfile, resource: Resource, factor: float, *, given: str = ""
+) -> HardwareProfile:
     """The machine with `factor` times as much of one resource, everything else as it was.
 
     Data sheet, ceiling and achieved figures, curves and spreads change alike; a memory's reserve
     grows with it. Caches and shares kept under contention stay, and latencies unless they are asked
-    for.
+    for. With `given`, the user's words for it, only the planned figure of every rate is left, and
+    it says that it was given.
     Raises ProfileError if the machine does not have the resource or the factor is impossible.
     """
     _require(profile, resource)
@@ -109,6 +122,10 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float) -> Hardwa
 
     def times(figure: Figure) -> Figure:
         note = f"times {factor:.6g}"
+        if given:
+            curve = tuple((size, value * factor) for size, value in figure.curve)
+            value, note = figure.value * factor, f"given on the command line: {given}"
+            return Figure(value=value, source=Source.GIVEN, note=note, curve=curve)
         return replace(
             figure,
             value=figure.value * factor,
@@ -121,13 +138,17 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float) -> Hardwa
 
     if resource.is_latency:
         return _with_latency(profile, resource, times)
+
+    def each(rate: Rate) -> Rate:
+        return Rate(achieved=times(rate.planned)) if given else _each(rate, times)
+
     changed = _level(profile, resource)
     levels = tuple(
-        _scale_level(level, resource, times) if level is changed else level
+        _scale_level(level, resource, times, each) if level is changed else level
         for level in profile.levels
     )
     links = tuple(
-        replace(link, bandwidth_bytes_per_s=_each(link.bandwidth_bytes_per_s, times))
+        replace(link, bandwidth_bytes_per_s=each(link.bandwidth_bytes_per_s))
         if _sets(profile, resource, link)
         else link
         for link in profile.links
@@ -145,23 +166,65 @@ def at_cost(profile: HardwareProfile, resource: Resource, factor: float) -> Hard
 
 
 def with_resource(
-    profile: HardwareProfile, resource: Resource, value: float, *, dtype: str = "bfloat16"
-) -> HardwareProfile:
+    profile: HardwareProfile, resource: Resource, value: float, *, dtype: str = "bfloat16",
+    given: str = "",
+) -> HardwareProfile:  # fmt: skip
     """The machine with this much of one resource, in the units of `resource_value`.
 
     Rates of other dtypes change in proportion. A memory is resized as by --gpu-memory and
-    --cpu-memory, reserve included, and not scaled. Raises ProfileError as `scale` does.
+    --cpu-memory, reserve included, and not scaled. `given` is as for `scale`, which raises the same
+    ProfileError.
     """
     now = resource_value(profile, resource, dtype=dtype)
     if resource.is_latency and (value == 0 or now == 0):
         return _with_latency(profile, resource, lambda figure: replace(figure, value=value))
     if not (0 < value < math.inf):
         raise ProfileError(resource.value, value, "must be positive and finite", "give another")
+    if resource.is_latency and given:
+        return _with_latency(
+            profile,
+            resource,
+            lambda _: Figure(value=value, source=Source.GIVEN, note=given),
+        )
     if resource is Resource.GPU_MEMORY:
         return with_memory(profile, gpu_memory_bytes=value)
     if resource is Resource.CPU_MEMORY:
         return with_memory(profile, cpu_memory_bytes=value)
-    return scale(profile, resource, value / now)
+    return scale(profile, resource, value / now, given=given)
+
+
+def given_resources(profile: HardwareProfile) -> dict[Resource, float]:
+    """What the user gave of the machine, and how much, in the units of `resource_value`.
+
+    Of compute, it is the rate of the machine's default dtype.
+    """
+    given: dict[Resource, float] = {}
+    for resource in resources(profile):
+        figures = _figures(profile, resource)
+        if any(figure.source is Source.GIVEN for figure in figures):
+            given[resource] = resource_value(profile, resource, dtype=profile.default_dtype)
+    return given
+
+
+def _figures(profile: HardwareProfile, resource: Resource) -> list[Figure]:
+    """The figures, one of which `resource_value` has."""
+    match resource:
+        case Resource.GPU_MEMORY | Resource.CPU_MEMORY:
+            return [_level(profile, resource).capacity_bytes]
+        case Resource.GPU_BANDWIDTH | Resource.CPU_BANDWIDTH:
+            return [_level(profile, resource).read_bytes_per_s.planned]
+        case Resource.GPU_FLOPS | Resource.CPU_FLOPS:
+            rates = _level(profile, resource).processor.compute_flops_per_s.values()
+            return [rate.planned for rate in rates]
+        case Resource.H2D_BANDWIDTH | Resource.D2H_BANDWIDTH | Resource.PEER_BANDWIDTH:
+            links = [link for link in profile.links if _sets(profile, resource, link)]
+            return [link.bandwidth_bytes_per_s.planned for link in links]
+        case Resource.GPU_LAUNCH_LATENCY | Resource.CPU_LAUNCH_LATENCY:
+            return [_level(profile, resource).processor.launch_latency_s]
+        case Resource.LINK_LATENCY:
+            return [profile.h2d.latency_s]
+        case Resource.PEER_LATENCY:
+            return [profile.peer.latency_s]
 
 
 def _with_latency(
@@ -216,8 +279,12 @@ def _level(profile: HardwareProfile, resource: Resource) -> MemoryLevel:
 
 
 def _scale_level(
-    level: MemoryLevel, resource: Resource, times: Callable[[Figure], Figure]
-) -> MemoryLevel:
+    level: MemoryLevel, resource: Resource, times: Callable[[Figure], Figure],
+    each: Callable[[Rate], Rate],
+) -> MemoryLevel:  # fmt: skip
+    def each_of(rate: Rate | None) -> Rate | None:
+        return None if rate is None else each(rate)
+
     processor = level.processor
     match resource:
         case Resource.GPU_MEMORY | Resource.CPU_MEMORY:
@@ -227,16 +294,16 @@ def _scale_level(
                 reserve_bytes=times(level.reserve_bytes),
             )
         case Resource.GPU_BANDWIDTH | Resource.CPU_BANDWIDTH:
-            attention = _each_of(processor.attention_bytes_per_s, times)
+            attention = each_of(processor.attention_bytes_per_s)
             return replace(
                 level,
-                read_bytes_per_s=_each(level.read_bytes_per_s, times),
-                copy_bytes_per_s=_each_of(level.copy_bytes_per_s, times),
-                shared_bytes_per_s=_each_of(level.shared_bytes_per_s, times),
+                read_bytes_per_s=each(level.read_bytes_per_s),
+                copy_bytes_per_s=each_of(level.copy_bytes_per_s),
+                shared_bytes_per_s=each_of(level.shared_bytes_per_s),
                 processor=replace(processor, attention_bytes_per_s=attention),
             )
         case Resource.GPU_FLOPS | Resource.CPU_FLOPS:
-            rates = {d: _each(rate, times) for d, rate in processor.compute_flops_per_s.items()}
+            rates = {dtype: each(rate) for dtype, rate in processor.compute_flops_per_s.items()}
             return replace(level, processor=replace(processor, compute_flops_per_s=rates))
         case _:
             return level
@@ -261,7 +328,3 @@ def _sets(profile: HardwareProfile, resource: Resource, link: Link) -> bool:
 def _each(rate: Rate, times: Callable[[Figure], Figure]) -> Rate:
     named = {item.name: getattr(rate, item.name) for item in fields(rate)}
     return Rate(**{name: times(figure) for name, figure in named.items() if figure is not None})
-
-
-def _each_of(rate: Rate | None, times: Callable[[Figure], Figure]) -> Rate | None:
-    return None if rate is None else _each(rate, times)

@@ -57,7 +57,7 @@ def parse_swept(vary: Swept, text: str, where: str) -> float:
             if vary.is_memory:
                 return float(parse_bytes(text, where))
             if vary.is_latency:
-                return parse_seconds(text, where)
+                return parse_seconds(text, where, zero=True)
             return parse_bandwidth(text, where) if vary.is_bandwidth else parse_flops(text, where)
         case Length():
             if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -136,19 +136,20 @@ def at_value(
 
 
 PLAN_COLUMNS = (
-    "tokens_per_s", "bound_tokens_per_s", "batch_s", "batch_size", "micro_batch_size",
-    "num_micro_batches", "attention", "ffn", "weight_share_on_gpu", "kv_share_on_gpu",
-    "bottleneck", "prefill_bottleneck", "decode_bottleneck", "gpu_planned_bytes",
-    "cpu_planned_bytes", "reason",
+    "tokens_per_s", "bound_tokens_per_s", "batch_s", "ttft_s", "time_per_output_token_s",
+    "batch_size", "micro_batch_size", "num_micro_batches", "attention", "ffn",
+    "weight_share_on_gpu", "kv_share_on_gpu", "bottleneck", "prefill_bottleneck",
+    "decode_bottleneck", "gpu_planned_bytes", "cpu_planned_bytes", "reason",
 )  # fmt: skip
 
 
 def plan_row(result: SearchResult) -> dict[str, Any]:
     """A search's best policy as one row of a table: exactly `PLAN_COLUMNS`.
 
-    `batch_s` are seconds of one batch, prefill and decode; a bottleneck is what limits (a
-    `hrm.causes.Cause`). Without a policy, everything but `reason` is None, which is missing in a
-    table.
+    `batch_s` are seconds of one batch, prefill and decode, `ttft_s` those to the last of its first
+    tokens, and `time_per_output_token_s` those of a decode step. A bottleneck is what limits (a
+    `hrm.causes.Cause`). What is of decode is None where prefill generates all there is; without a
+    policy, so is everything but `reason`. None is missing in a table.
     """
     row: dict[str, Any] = dict.fromkeys(PLAN_COLUMNS)
     if result.best is None:
@@ -159,6 +160,8 @@ def plan_row(result: SearchResult) -> dict[str, Any]:
         "tokens_per_s": best.tokens_per_s,
         "bound_tokens_per_s": best.bound_tokens_per_s,
         "batch_s": best.seconds / best.num_batches,
+        "ttft_s": best.latency.last_ttft_s,
+        "time_per_output_token_s": best.latency.tpot_s,
         "batch_size": policy.batch_size,
         "micro_batch_size": policy.micro_batch_size,
         "num_micro_batches": policy.num_micro_batches,
@@ -168,7 +171,7 @@ def plan_row(result: SearchResult) -> dict[str, Any]:
         "kv_share_on_gpu": policy.kv_share_on_gpu,
         "bottleneck": best.limits.job.cause.value,
         "prefill_bottleneck": best.limits.prefill.cause.value,
-        "decode_bottleneck": best.limits.decode.cause.value,
+        "decode_bottleneck": best.limits.decode.cause.value if best.decode.seconds else None,
         "gpu_planned_bytes": best.memory.gpu.planned_bytes,
         "cpu_planned_bytes": best.memory.cpu.planned_bytes,
         "reason": "",

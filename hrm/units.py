@@ -3,6 +3,7 @@
 GB is 10^9 bytes and GiB is 2^30 bytes, here and in everything that is printed.
 """
 
+import math
 import re
 from typing import Final
 
@@ -20,28 +21,30 @@ TIB: Final = 2**40
 TERA: Final = 10**12
 
 _BYTES_PER_UNIT: Final = {
-    "": 1, "B": 1,
+    "B": 1,
     "KB": KB, "MB": MB, "GB": GB, "TB": TB,
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
 }  # fmt: skip
-_FLOPS_PER_UNIT: Final = {"": 1, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_SECONDS_PER_UNIT: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}
-_DURATION: Final = re.compile(
-    rf"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*({'|'.join(_SECONDS_PER_UNIT)})\s*"
-)
-_QUANTITY: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_FLOPS_PER_UNIT: Final = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_SECONDS_PER_UNIT: Final = {
+    "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0,
+    "h": 3600.0,
+}  # fmt: skip
+_QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµμ]*)")
+_BITS: Final = re.compile(r"[KMGT]i?(?:b|bits?)", re.ASCII)  # `Gb`: with a small b, they are bits
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def parse_bytes(text: str, where: str = "size") -> int:
-    """Read `16GB`, `15.5GiB` or a bare number of bytes; returns bytes.
+    """Read `16GB`, `15.5GiB` or `512B`; returns bytes.
 
-    Raises UnitError naming `where` if the text is no positive size.
+    Raises UnitError naming `where` if the text is no positive size or has no unit.
     """
-    match = _QUANTITY.fullmatch(text)
-    unit = _BYTES_PER_UNIT.get(match[2].upper()) if match else None
-    size_bytes = float(match[1]) * unit if match and unit else 0.0
+    number, unit = _number_and_unit(text)
+    if _is_bare(number, unit):
+        raise _unit_missing(where, text, _likely_size(number))
+    size_bytes = float(number) * _BYTES_PER_UNIT.get(unit.upper(), 0) if number else 0.0
     if not 1 <= size_bytes < 2**63:
         raise UnitError(
             where, text, "must be a positive size in B, KB, MB, GB, TB, KiB, MiB, GiB or TiB",
@@ -51,9 +54,19 @@ def parse_bytes(text: str, where: str = "size") -> int:
 
 
 def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
-    """Read `12GB/s` (or `12GB`, or bytes a second); returns bytes a second."""
+    """Read `12GB/s` (or `12GB`); returns bytes a second.
+
+    Raises UnitError naming `where` if the text is no positive rate, has no unit, or is in bits.
+    """
+    number, unit = _number_and_unit(text.strip().removesuffix("/s"))
+    if _is_bare(number, unit):
+        raise _unit_missing(where, text, f"{_likely_size(number)}/s")
+    if number and _BITS.fullmatch(unit):
+        whole = f"{float(number) / 8:.6g}{unit.partition('b')[0]}B/s"
+        rule = "must be in bytes a second, not bits"
+        raise UnitError(where, text, rule, f"write it like {whole}")
     try:
-        return float(parse_bytes(text.removesuffix("/s"), where))
+        return float(parse_bytes(f"{number}{unit}", where))
     except UnitError as error:
         raise UnitError(
             where, text, "must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s",
@@ -62,10 +75,18 @@ def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
 
 
 def parse_flops(text: str, where: str = "compute") -> float:
-    """Read `65TFLOP/s` (or `65T`, or FLOP a second); returns FLOP a second."""
-    match = _QUANTITY.fullmatch(re.sub(r"flops?(/s)?\s*$", "", text, flags=re.IGNORECASE))
-    unit = _FLOPS_PER_UNIT.get(match[2].upper()) if match else None
-    flops_per_s = float(match[1]) * unit if match and unit else 0.0
+    """Read `65TFLOP/s` (or `65T`, or `2e12 FLOP/s`); returns FLOP a second.
+
+    Raises UnitError naming `where` if the text is no positive rate or has no unit.
+    """
+    stripped = text.strip()
+    prefixed = re.sub(r"flops?(/s)?$", "", stripped, flags=re.IGNORECASE)
+    number, unit = _number_and_unit(prefixed)
+    if _is_bare(number, unit) and prefixed == stripped:
+        guess = f"{number}TFLOP/s" if float(number) < _FEW else f"{number}FLOP/s"
+        raise _unit_missing(where, text, guess)
+    factor = _FLOPS_PER_UNIT.get(unit.upper(), 0) if unit else 1.0
+    flops_per_s = float(number) * factor if number else 0.0
     if not 1 <= flops_per_s < 1e30:
         raise UnitError(
             where, text, "must be a positive rate in FLOP/s, GFLOP/s, TFLOP/s or PFLOP/s",
@@ -74,17 +95,43 @@ def parse_flops(text: str, where: str = "compute") -> float:
     return flops_per_s
 
 
-def parse_seconds(text: str, where: str = "time") -> float:
-    """Read `5us`, `5 µs`, `0.2ms` or `1s`; returns seconds, 0 among them.
+def parse_seconds(text: str, where: str = "duration", *, zero: bool = False) -> float:
+    """Read `5us`, `200ms`, `30s`, `1.5min` or `2h`; returns seconds, with `zero` also none.
 
-    Raises UnitError naming `where` if the text is no duration with its unit.
+    Raises UnitError naming `where` if the text is no positive duration or has no unit.
     """
-    match = _DURATION.fullmatch(text)
-    if match is None or (seconds := float(match[1]) * _SECONDS_PER_UNIT[match[2]]) > 1e9:
+    number, unit = _number_and_unit(text)
+    if _is_bare(number, unit):
+        raise _unit_missing(where, text, f"{number}s")
+    known = unit.lower() in _SECONDS_PER_UNIT
+    seconds = float(number) * _SECONDS_PER_UNIT[unit.lower()] if number and known else -1.0
+    if not (0 < seconds < math.inf or (zero and seconds == 0)):
         raise UnitError(
-            where, text, "must be a duration in ns, us, ms or s", "write it like 5us or 0.2ms"
+            where, text, "must be a positive duration in us, ms, s, min or h", "write it like 30s"
         )
     return seconds
+
+
+_FEW: Final = 10_000  # a bare number below this is hardly one of bytes
+
+
+def _number_and_unit(text: str) -> tuple[str, str]:
+    """Both as they were written; two empty texts where they are not a number and a word."""
+    match = _QUANTITY.fullmatch(text.strip())
+    return (match[1], match[2]) if match else ("", "")
+
+
+def _is_bare(number: str, unit: str) -> bool:
+    """Whether only the unit is missing: the number itself may be meant."""
+    return bool(number) and not unit and 0 < float(number) < 2**63
+
+
+def _likely_size(number: str) -> str:
+    return f"{number}GB" if float(number) < _FEW else f"{number}B"
+
+
+def _unit_missing(where: str, text: str, guess: str) -> UnitError:
+    return UnitError(where, text, "needs a unit", f"did you mean {guess}?")
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -129,6 +176,28 @@ def format_seconds(seconds: float) -> str:
         if seconds >= size:
             return f"{_three_digits(seconds / size)} {unit}"
     return f"{_three_digits(seconds * 1e6)} µs"
+
+
+def at_least_seconds(seconds: float) -> str:
+    """A duration that is no less, as `parse_seconds` reads it: `46s`, `1.3ms`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{_rounded_up(seconds / size)}{unit}"
+    return f"{_rounded_up(seconds * 1e6)}us"
+
+
+def at_least_bytes(num_bytes: float) -> str:
+    """A size that is no less, as `parse_bytes` reads it: `16.1GB`."""
+    for unit, size in (("TB", TB), ("GB", GB), ("MB", MB), ("kB", KB)):
+        if num_bytes >= size:
+            return f"{_rounded_up(num_bytes / size)}{unit}"
+    return f"{math.ceil(num_bytes)}B"
+
+
+def _rounded_up(value: float) -> str:
+    """With three significant digits, no less than the value."""
+    digits = max(0, 3 - len(str(int(value))))
+    return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _three_digits(value: float) -> str:

@@ -216,7 +216,8 @@ def emulated_machine(
 
 
 def _rate(value: float) -> Rate:
-    return Rate(achieved=Figure(value=value, source=Source.ASSUMED, note="--link-bandwidth"))
+    note = "given on the command line: --link-bandwidth"
+    return Rate(achieved=Figure(value=value, source=Source.GIVEN, note=note))
 
 
 def _link(source: str, target: str, bandwidth: float) -> Link:

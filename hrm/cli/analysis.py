@@ -19,11 +19,11 @@ from hrm.cli.tables import (
     print_rows,
     records,
     searching,
-    show_amount,
     show_change,
     tell_written,
     write_csv,
 )
+from hrm.cli.texts import given_text
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
 from hrm.policy import ScheduleName
@@ -46,7 +46,8 @@ LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload, dtype: str) -> str:
     of = " (catalog figures)" if profile.accelerator == "catalog" else ""
-    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}"
+    given = f", {text}" if (text := given_text(profile)) else ""
+    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}{given}"
 
 
 @click.command()
@@ -109,7 +110,7 @@ def _now(profile: HardwareProfile, resource: str, dtype: str) -> str:
     if resource == Cause.WAITING.value:
         return "–"
     named = Resource(resource)
-    return show_amount(named, resource_value(profile, named, dtype=dtype))
+    return named.show(resource_value(profile, named, dtype=dtype))
 
 
 def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
@@ -220,7 +221,7 @@ def _axis_name(axis: Axis) -> str:
 
 
 def _axis_value(axis: Axis, value: float) -> str:
-    return show_amount(axis.what, value) if isinstance(axis.what, Resource) else f"{value:.3g}"
+    return axis.what.show(value) if isinstance(axis.what, Resource) else f"{value:.3g}"
 
 
 def _write(

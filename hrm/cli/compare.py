@@ -16,6 +16,7 @@ from hrm.cli.tables import (
     tell_written,
     write_csv,
 )
+from hrm.cli.texts import given_text
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose
@@ -48,7 +49,8 @@ class Compared:
 
     def about(self, where: str) -> str:
         """One line that says what is compared."""
-        return f"{self.model.spec.name} {where}, {self.workload.name}"
+        given = f", {text}" if (text := given_text(self.machines[0])) else ""
+        return f"{self.model.spec.name} {where}, {self.workload.name}{given}"
 
 
 def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None

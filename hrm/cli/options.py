@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
 from hrm.routing import with_measured_routing
 from hrm.scaling import Resource, with_resource
 from hrm.sweep import parse_swept
-from hrm.units import DTYPE_BYTES, parse_bytes
+from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload, named_workload
 
 Command = Callable[..., Any]
@@ -34,16 +34,27 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
+def _once(_: click.Context, option: click.Parameter, given: tuple[str, ...]) -> str | None:
+    """The one value of an option; ProfileError for two, of which click would take the last."""
+    if len(given) > 1:
+        raise ProfileError(
+            option.opts[0], f"<{' and '.join(given)}>", "may be given once only",
+            "leave one of them out",
+        )  # fmt: skip
+    return given[0] if given else None
+
+
+_only = partial(click.option, multiple=True, callback=_once)
 _machine = _options(
-    click.option(
+    _only(
         "--profile", metavar="FILE-or-NAME", help="A measured machine (hrm profile --out)."
     ),
-    click.option("--gpus", metavar="4xT4", help="A catalog machine: GPUs by count and name."),
-    click.option(
+    _only("--gpus", metavar="4xT4", help="A catalog machine: GPUs by count and name."),
+    _only(
         "--host", metavar="NAME", help="The host of --gpus [default: the GPU's usual one]."
     ),
-    click.option("--gpu-memory", metavar="16GB", help="Plan with this much GPU memory in all."),
-    click.option("--cpu-memory", metavar="192GB", help="Plan with this much host memory."),
+    _only("--gpu-memory", metavar="16GB", help="Plan with this much GPU memory in all."),
+    _only("--cpu-memory", metavar="192GB", help="Plan with this much host memory."),
     click.option(
         "--set", "changes", multiple=True, metavar="RESOURCE=VALUE",
         help="Plan with this much of a resource, such as h2d-bandwidth=24GB/s; repeat it for more.",
@@ -114,19 +125,38 @@ class MachineChoice:
 
     def changed(self, machine: HardwareProfile) -> HardwareProfile:
         """The machine with the memory and the resources that were given."""
-        for resource, text, flag in (
-            (Resource.GPU_MEMORY, self.gpu_memory, "--gpu-memory"),
-            (Resource.CPU_MEMORY, self.cpu_memory, "--cpu-memory"),
-        ):
-            if text is not None:
-                machine = with_resource(machine, resource, float(parse_bytes(text, flag)))
-        for change in self.changes:
-            resource, value = _parse_change(change)
-            machine = with_resource(machine, resource, value, dtype=machine.default_dtype)
+        for resource, (flag, amount) in self._given().items():
+            machine = with_resource(
+                machine, resource, parse_swept(resource, amount, flag),
+                dtype=machine.default_dtype, given=f"{flag}={amount}",
+            )  # fmt: skip
         return machine
 
+    def _given(self) -> dict[Resource, tuple[str, str]]:
+        """What is given of every resource, and by which option; ProfileError if two give one."""
+        settings = [
+            (resource, flag, amount)
+            for resource, flag, amount in (
+                (Resource.GPU_MEMORY, "--gpu-memory", self.gpu_memory),
+                (Resource.CPU_MEMORY, "--cpu-memory", self.cpu_memory),
+            )
+            if amount is not None
+        ]
+        for change in self.changes:
+            resource, amount = _parse_change(change)
+            settings.append((resource, f"--set {resource}", amount))
+        given: dict[Resource, tuple[str, str]] = {}
+        for resource, flag, amount in settings:
+            if resource in given:
+                raise ProfileError(
+                    flag, amount, f"contradicts {'='.join(given[resource])}",
+                    f"leave one of them out: both say how much {resource} there is",
+                )  # fmt: skip
+            given[resource] = flag, amount
+        return given
 
-def _parse_change(change: str) -> tuple[Resource, float]:
+
+def _parse_change(change: str) -> tuple[Resource, str]:
     """The resource and value of `h2d-bandwidth=24GB/s`; ProfileError for another form."""
     name, equals, text = change.partition("=")
     if not equals or name not in Resource.__members__.values():
@@ -134,8 +164,7 @@ def _parse_change(change: str) -> tuple[Resource, float]:
             "--set", change, f"must be RESOURCE=VALUE with one of {', '.join(Resource)}",
             "write it like h2d-bandwidth=24GB/s",
         )  # fmt: skip
-    resource = Resource(name)
-    return resource, parse_swept(resource, text, f"--set {name}")
+    return Resource(name), text
 
 
 def machine_options(command: Command) -> Command:

@@ -1,7 +1,8 @@
 """`hrm search` and `hrm estimate`: find a policy, or predict a given one."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,27 @@ from hrm.cli.options import (
     model_options_of_several,
     workload_options,
 )
-from hrm.cli.report import plan_json, print_json, print_plan, print_run_command
+from hrm.cli.report import console, plan_json, print_json, print_plan
 from hrm.cli.tables import csv_option, plot_option
+from hrm.cli.texts import run_text
+from hrm.cli.waiting import limits_options
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate
 from hrm.estimate import estimate as predict
 from hrm.hardware import HardwareProfile
+from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
+from hrm.policy import (
+    Policy,
+    ScheduleName,
+    experts_of_layers,
+    kv_tokens_for,
+    prefix_tokens_for,
+)
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search.result import SearchResult
-from hrm.search.solvers import Solver, solve
+from hrm.search.solvers import Solver, check_knows_limits, solve
 from hrm.tasks import Device
 from hrm.workload import Workload
 
@@ -49,6 +59,7 @@ _out = click.option(
 @machines_options
 @model_options_of_several
 @workload_options
+@limits_options
 @_schedule
 @_staging
 @click.option("--attention", type=_device, help="Only policies with attention there.")
@@ -74,12 +85,14 @@ _out = click.option(
 @plot_option
 def search(
     model: ChosenModel, dtype: str | None, profiles: list[HardwareProfile], workload: Workload,
+    limits: LatencyLimits,
     schedule: str, staging: bool, attention: str | None, ffn: str | None, solver: str,
     trials: int | None, storage: str | None, seed: int | None, pareto: str | None, as_json: bool,
     out: Path | None, csv: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Find the policy with the highest job throughput that fits every memory level.
 
+    Of policies that are as fast to a thousandth, it is the one with the smallest batch.
     With several machines (--gpus 1xT4,4xT4,1xL4) they are compared in one table.
     """
     options: dict[str, Any] = {
@@ -87,6 +100,7 @@ def search(
         "staging": staging,
         "attention": Device(attention) if attention else None,
         "ffn": Device(ffn) if ffn else None,
+        "limits": limits,
     }
     of_optuna = {"trials": trials, "storage": storage, "seed": seed}
     given = {name: value for name, value in of_optuna.items() if value is not None}
@@ -113,6 +127,7 @@ def search(
             "goes with --pareto, and --csv with several machines", "leave it out; hrm plot draws",
         )  # fmt: skip
     (profile,) = profiles
+    check_knows_limits(Solver(solver), limits)
     with _trials_bar(solver, trials) as progress:
         result = solve(
             model.spec, profile, workload, solver=Solver(solver),
@@ -145,13 +160,15 @@ def _trials_bar(solver: str, trials: int | None) -> Generator[dict[str, Any]]:
 @machine_options
 @model_options
 @workload_options
+@limits_options
 @click.option("--micro-batch-size", "-u", type=int, required=True, help="Requests a micro-batch.")
 @click.option("--num-micro-batches", "-n", type=int, required=True, help="Micro-batches a batch.")
 @click.option("--attention", type=_device, default="cpu", show_default=True)
 @click.option("--ffn", type=_device, default="gpu", show_default=True)
 @click.option(
     "--resident-experts", default="0", show_default=True, metavar="COUNT[,COUNT…]",
-    help="Experts of every layer that stay on the GPU: one count, or one for each layer.",
+    help="Experts of every layer that stay on the GPU: one count, or one for each layer. Layers "
+    "without experts have none.",
 )  # fmt: skip
 @click.option(
     "--resident-dense/--stream-dense", default=True, show_default=True,
@@ -171,56 +188,120 @@ def _trials_bar(solver: str, trials: int | None) -> Generator[dict[str, Any]]:
 @_out
 def estimate(
     model: ChosenModel, dtype: str, profile: HardwareProfile, workload: Workload,
+    limits: LatencyLimits,
     micro_batch_size: int, num_micro_batches: int, attention: str, ffn: str,
     resident_experts: str, resident_dense: bool, kv_on_gpu: str, prefill_chunk: int | None,
     schedule: str, staging: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
-    """Predict what one given policy will do."""
+    """Predict what one given policy will do.
+
+    A policy that does not fit, or that misses a limit on waiting times, is refused with what would
+    be enough.
+    """
     for flag, value in (
         ("--micro-batch-size", micro_batch_size), ("--num-micro-batches", num_micro_batches)
     ):  # fmt: skip
         if value < 1:
             raise PolicyError(flag, value, "must be at least 1", "give a positive number")
-    batch_size = micro_batch_size * num_micro_batches
-    if workload.num_requests is not None:
-        batch_size = max(min(batch_size, workload.num_requests), micro_batch_size)
-    chunk = max(workload.max_prompt_len, min(round(batch_size * workload.prompt_len), 4096))
-    chunk = chunk if prefill_chunk is None else prefill_chunk
-    if not profile.has_accelerator:  # one level: everything lies and is computed there
+    spec = model.spec
+    if profile.has_accelerator:
+        residents, on_gpu = _resident_experts(resident_experts, spec), _share(kv_on_gpu)
+    else:  # one level: everything lies and is computed there
         attention = ffn = Device.GPU.value
-        resident_experts, resident_dense, kv_on_gpu = str(model.spec.num_experts), True, "1"
-    num_micro_batches = -(-batch_size // micro_batch_size)
-    on_gpu = round(_share(kv_on_gpu) * num_micro_batches)
-    policy = Policy(
-        schedule=ScheduleName(schedule),
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        attention=Device(attention),
-        ffn=Device(ffn),
-        resident_experts=_resident_experts(resident_experts, model.spec),
-        resident_dense=resident_dense,
-        gpu_kv_micro_batches=on_gpu,
-        kv_tokens_per_micro_batch=kv_tokens_for(
-            micro_batch_size, workload.mean_context_len, workload.max_context_len
-        ),
-        prefill_chunk_tokens=chunk,
-        prefix_buffer_tokens=prefix_tokens_for(
-            model.spec,
-            workload.max_prompt_len,
-            chunk,
-            cpu_attention=int(attention == Device.CPU and on_gpu < num_micro_batches),
-        ),
-        staging=staging,
-        dtype=dtype,
-    )
-    policy.check_model(model.spec)
-    plan_memory(model.spec, policy, profile).check_fits()
-    predicted = predict(model.spec, policy, profile, workload)
+        residents, resident_dense, on_gpu = experts_of_layers(spec), True, 1.0
+
+    def given(sizes: Sizes) -> Policy:
+        """The policy of the options, with other sizes."""
+        batch_size = sizes.micro_batch_size * sizes.num_micro_batches
+        if workload.num_requests is not None:
+            batch_size = max(min(batch_size, workload.num_requests), sizes.micro_batch_size)
+        numbers = -(-batch_size // sizes.micro_batch_size)
+        longest = workload.max_prompt_len
+        chunk = max(longest, min(round(batch_size * workload.prompt_len), 4096))
+        chunk = chunk if prefill_chunk is None else prefill_chunk
+        kv_numbers = round(on_gpu * numbers)
+        cpu_attention = attention == Device.CPU and kv_numbers < numbers
+        return Policy(
+            schedule=ScheduleName(schedule),
+            batch_size=batch_size,
+            micro_batch_size=sizes.micro_batch_size,
+            attention=Device(attention),
+            ffn=Device(ffn),
+            resident_experts=sizes.residents,
+            resident_dense=resident_dense,
+            gpu_kv_micro_batches=kv_numbers,
+            kv_tokens_per_micro_batch=kv_tokens_for(
+                sizes.micro_batch_size, workload.mean_context_len, workload.max_context_len
+            ),
+            prefill_chunk_tokens=chunk,
+            prefix_buffer_tokens=prefix_tokens_for(
+                spec, longest, chunk, cpu_attention=int(cpu_attention)
+            ),
+            staging=staging,
+            dtype=dtype,
+        )
+
+    sizes = Sizes(micro_batch_size, num_micro_batches, residents)
+    policy = given(sizes)
+    policy.check_model(spec)
+    plan = plan_memory(spec, policy, profile)
+    if not plan.fits:
+        plan.check_fits(
+            remedy=_smaller(sizes, lambda s: plan_memory(spec, given(s), profile).fits, profile)
+        )
+    predicted = predict(spec, policy, profile, workload)
+    limits.check(predicted.latency)
     _show(predicted, model, profile, workload, None, as_json=as_json, out=out)
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What of a given policy is made smaller if it does not fit."""
+
+    micro_batch_size: int
+    num_micro_batches: int
+    residents: tuple[int, ...]
+
+
+def _smaller(sizes: Sizes, fits: Callable[[Sizes], bool], profile: HardwareProfile) -> str:
+    """The options of the largest batch that fits, in smaller or fewer micro-batches; or empty.
+
+    Resident experts are given up only if nothing fits beside them.
+    """
+    kept = [(sizes, "")]
+    if profile.has_accelerator and any(sizes.residents):
+        none = replace(sizes, residents=(0,) * len(sizes.residents))
+        kept.append((none, " --resident-experts 0"))
+    for changed, options in kept:
+        size = _largest(
+            changed.micro_batch_size, lambda u, of=changed: fits(replace(of, micro_batch_size=u))
+        )
+        number = _largest(
+            changed.num_micro_batches, lambda n, of=changed: fits(replace(of, num_micro_batches=n))
+        )
+        if size == changed.micro_batch_size:
+            return options.strip()
+        if number * sizes.micro_batch_size > size * sizes.num_micro_batches:
+            return f"-n {number}{options}"
+        if size:
+            return f"-u {size}{options}"
+    least = replace(kept[-1][0], num_micro_batches=1)
+    size = _largest(sizes.micro_batch_size, lambda u: fits(replace(least, micro_batch_size=u)))
+    return f"-u {size} -n 1{kept[-1][1]}" if size else ""
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits if all smaller ones do; 0 if 1 does not."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
-    rules = f"must be counts of at most the {spec.num_experts} experts of {spec.name}"
+    """Resident experts of every layer; one count is that of every layer which has experts."""
+    there_are = experts_of_layers(spec)
     remedy = f"give one count, or one for each of the {spec.num_layers} layers"
     try:
         counts = tuple(int(part) for part in text.split(","))
@@ -228,11 +309,18 @@ def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
         raise PolicyError(
             "--resident-experts", text, "must be integers separated by commas", remedy
         ) from None
-    if len(counts) not in {1, spec.num_layers} or not 0 <= min(counts) <= max(counts) <= (
-        spec.num_experts
-    ):
-        raise PolicyError("--resident-experts", text, rules, remedy)
-    return counts * spec.num_layers if len(counts) == 1 else counts
+    if len(counts) == 1 and 0 <= counts[0] <= spec.num_experts:
+        return tuple(min(counts[0], most) for most in there_are)
+    if len(counts) != spec.num_layers or not 0 <= min(counts) <= max(counts) <= spec.num_experts:
+        rule = f"must be counts of at most the {spec.num_experts} experts of {spec.name}"
+        raise PolicyError("--resident-experts", text, rule, remedy)
+    for layer, (count, most) in enumerate(zip(counts, there_are, strict=True)):
+        if count > most:
+            raise PolicyError(
+                f"--resident-experts of layer {layer}", count, "the layer has no experts",
+                f"give 0 for the first {spec.num_dense_layers} layers",
+            )  # fmt: skip
+    return counts
 
 
 def _share(text: str) -> float:
@@ -257,4 +345,4 @@ def _show(
         print_json(plan_json(predicted, model.spec, profile, workload, result))
         return
     print_plan(predicted, model.spec, profile, workload, result)
-    print_run_command(model.argument, out, is_folder=Path(model.argument).is_dir())
+    console.print(f"\n{run_text(model.argument, out, spec=model.spec, profile=profile)}")

@@ -15,7 +15,6 @@ from hrm.cli.options import (
     workload_options,
 )
 from hrm.cli.report import console
-from hrm.cli.tables import show_amount
 from hrm.errors import HrmError, PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
@@ -218,4 +217,4 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
 
 
 def _shown(what: Swept, value: float) -> str:
-    return f"{value:g}" if isinstance(what, Length) else show_amount(what, value)
+    return f"{value:g}" if isinstance(what, Length) else what.show(value)

@@ -1,21 +1,25 @@
 """How a plan is shown: for people as tables, for scripts as one JSON object."""
 
+import math
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from hrm.causes import Limit
 from hrm.cli.limits import launches_json, launches_text, limits_json
+from hrm.cli.texts import given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
-from hrm.policy import Parallelism, Policy
+from hrm.policy import Parallelism, Policy, experts_of_layers
+from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
+from hrm.scaling import given_resources
 from hrm.search.result import SearchResult
 from hrm.tasks import Device
 from hrm.units import counted, format_bytes, format_count, format_seconds
@@ -54,7 +58,7 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
         "bound_tokens_per_s": estimate.bound_tokens_per_s,
         "bottleneck": {
             "prefill": estimate.limits.prefill.cause.value,
-            "decode": estimate.limits.decode.cause.value,
+            "decode": estimate.limits.decode.cause.value if estimate.decode.seconds else None,
         },
         "limits": limits_json(estimate),
         "launches": launches_json(estimate),
@@ -70,6 +74,11 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
             "prefill": estimate.prefill.all_reduce_s,
             "decode": estimate.decode.all_reduce_s,
         },
+        "ttft_s": {
+            "mean": estimate.latency.mean_ttft_s,
+            "last": estimate.latency.last_ttft_s,
+        },
+        "time_per_output_token_s": estimate.latency.tpot_s,
         "requests": estimate.num_requests,
         "batches": estimate.num_batches,
     }
@@ -90,14 +99,19 @@ def plan_json(
     """Everything about one plan."""
     levels = {plan.name: memory_json(plan) for plan in _levels(estimate, profile)}
     points = _turning_points(estimate, workload)
+    predicted = predicted_json(estimate)
+    predicted["tokens_per_s_range"] = throughput_range(spec, estimate.policy, profile, workload)
     content: dict[str, Any] = {
         "policy": policy_json(estimate),
-        "predicted": predicted_json(estimate),
+        "predicted": predicted,
         "memory": levels,
         "turning_points": {
             name: {**asdict(point), "verdict": point.verdict} for name, point in points.items()
         },
         "machine": profile.name,
+        "machine_given": {
+            resource.column: value for resource, value in given_resources(profile).items()
+        },
         "model": spec.name,
         "workload": workload,
     }
@@ -156,6 +170,8 @@ def print_plan(
         f"[bold]{spec.name}[/] ({format_count(spec.parameters)} parameters, {policy.dtype}) on "
         f"[bold]{profile.name}[/]{_kind_of_machine(profile)}"
     )
+    if given := given_text(profile):
+        console.print(given)
     if warnings := profile.environment.get("warnings"):
         console.print(f"[yellow]the profile warns:[/] {warnings}")
     requests = "without end" if workload.num_requests is None else str(workload.num_requests)
@@ -164,9 +180,10 @@ def print_plan(
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
     _print_policy(estimate, spec, workload, has_gpu=profile.has_accelerator)
-    _print_prediction(estimate, workload, has_gpu=profile.has_accelerator)
+    ends = throughput_range(spec, estimate.policy, profile, workload)
+    _print_prediction(estimate, workload, ends, has_gpu=profile.has_accelerator)
     _print_memory(estimate, profile)
-    _print_turning_points(_turning_points(estimate, workload))
+    _print_turning_points(_turning_points(estimate, workload), estimate)
     if search is not None:
         _print_ways(search)
         _print_search(search)
@@ -191,25 +208,18 @@ def _print_policy(
         f"{estimate.paper_text}, schedule {policy.schedule.value}"
     )
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
-    console.print(f"  {policy.batch_size} requests a batch in {batches}")
+    console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
     if policy.parallelism is Parallelism.PIPELINE:
         stage = f"{len(policy.resident_experts)} of {spec.num_layers} layers"
         console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
     if not has_gpu:
         console.print("  everything is held and computed on the CPU: there is no accelerator\n")
         return
-    kv = (
-        f"the KV cache of {policy.gpu_kv_micro_batches} of {policy.num_micro_batches} micro-batches"
-    )
-    console.print(f"  attention on the {_word(policy.attention)}; {kv} on the GPU")
-    part = estimate.part.spec
-    counts = policy.resident_experts[part.num_dense_layers :]  # the others have no experts
-    low, high = min(counts), max(counts)
-    count = f"{low}" if low == high else f"{low} {'or' if high == low + 1 else 'to'} {high}"
+    console.print(f"  attention on the {_word(policy.attention)}; {_kv_cache(policy)}")
     dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
     console.print(
-        f"  experts on the {_word(policy.ffn)}; {count} of {spec.num_experts} a layer stay on the "
-        f"GPU, {dense}{', staged through pinned memory' if policy.staging else ''}"
+        f"  experts on the {_word(policy.ffn)}; {_residents(estimate, spec)} stay on the GPU, "
+        f"{dense}{', staged through pinned memory' if policy.staging else ''}"
     )
     splits = policy.prefill_chunk_tokens < workload.max_prompt_len
     console.print(
@@ -218,27 +228,54 @@ def _print_policy(
     )
 
 
+def _kv_cache(policy: Policy) -> str:
+    """Where the KV cache lies."""
+    on_gpu, number = policy.gpu_kv_micro_batches, policy.num_micro_batches
+    if 0 < on_gpu < number:
+        return f"the KV cache of {on_gpu} of {number} micro-batches on the GPU"
+    return f"the KV cache in {'GPU' if on_gpu else 'host'} memory"
+
+
+def _residents(estimate: Estimate, spec: ModelSpec) -> str:
+    """How many experts of a layer are resident: `2 or 3 of 16 a layer`."""
+    pairs = zip(
+        estimate.policy.resident_experts, experts_of_layers(estimate.part.spec), strict=True
+    )
+    counts = sorted({count for count, there_are in pairs if there_are})
+    if counts == [spec.num_experts]:
+        return f"all {spec.num_experts} a layer"
+    few = len(counts) <= 2
+    shown = " or ".join(map(str, counts)) if few else f"{counts[0]} to {counts[-1]}"
+    which = "a layer" if not spec.num_dense_layers else "a layer with experts"
+    return f"{shown} of {spec.num_experts} {which}"
+
+
 def _word(device: Device) -> str:
     return "GPU" if device is Device.GPU else "CPU"
 
 
-def _print_prediction(estimate: Estimate, workload: Workload, *, has_gpu: bool) -> None:
+def _print_prediction(
+    estimate: Estimate, workload: Workload, ends: ThroughputRange | None, *, has_gpu: bool
+) -> None:
     share = estimate.tokens_per_s / estimate.bound_tokens_per_s
     what = "batch" if workload.num_requests is None else "job"
     console.print(
         f"[bold]predicted[/]  [bold green]{estimate.tokens_per_s:.4g} tokens/s[/] generated, "
         f"{share:.0%} of the bound {estimate.bound_tokens_per_s:.4g}"
     )
-    for name, phase, limit in (
-        ("prefill", estimate.prefill, estimate.limits.prefill),
-        ("decode", estimate.decode, estimate.limits.decode),
-    ):
+    if ends is not None and not ends.is_narrow:
+        console.print(f"  {range_text(ends)}")
+    phases = [("prefill", estimate.prefill, estimate.limits.prefill)]
+    if workload.decode_steps:
+        phases.append(("decode", estimate.decode, estimate.limits.decode))
+    for name, phase, limit in phases:
         console.print(
             f"  {name:8}{format_seconds(phase.seconds):>12} a {what}, limited by "
             f"{limit.cause.phrase}{_lane_shares(phase) if has_gpu else ''}"
         )
     for line in launches_text(estimate):
         console.print(f"  [dim]{line}[/]")
+    console.print(f"  {latency_text(estimate.latency)}")
     console.print()
 
 
@@ -251,7 +288,9 @@ def _lane_shares(phase: PhaseEstimate) -> str:
 
 
 def _print_memory(estimate: Estimate, profile: HardwareProfile) -> None:
-    table = Table("memory", "planned", "capacity", "share", "for", box=None, pad_edge=False)
+    of_stage = estimate.policy.parallelism is Parallelism.PIPELINE
+    name = "memory of a stage" if of_stage else "memory"
+    table = Table(name, "planned", "capacity", "share", "for", box=None, pad_edge=False)
     for plan in _levels(estimate, profile):
         largest = sorted(plan.purposes.items(), key=lambda item: -item[1])
         parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest[:4]]
@@ -267,30 +306,37 @@ def _print_memory(estimate: Estimate, profile: HardwareProfile) -> None:
     console.print()
 
 
-def _print_turning_points(points: dict[str, TurningPoints]) -> None:
+def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) -> None:
     if not points:
         return
+    policy = estimate.policy
+    shares = {
+        "attention": policy.kv_share_on_gpu,
+        "ffn": float(policy.resident_experts == experts_of_layers(estimate.part.spec)),
+    }
     table = Table(
         "turning points", "intensity", "P1", "P2", "balance", "", box=None, pad_edge=False
     )
     for name, point in points.items():
         numbers = (point.intensity, point.p1, point.p2, point.balance)
-        table.add_row(name, *(f"{number:.4g}" for number in numbers), point.verdict)
+        verdict = "all of its data lies on the GPU" if shares[name] == 1 else point.verdict
+        table.add_row(name, *(f"{number:.4g}" for number in numbers), verdict)
     console.print(table)
     console.print("[dim]  FLOPs a byte of the data that lies on the host[/]\n")
 
 
 def _print_search(search: SearchResult) -> None:
     if search.runner_ups:
+        phase, _ = _last_limit(search.runner_ups[0])
         table = Table(
-            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", "decode limited by",
+            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", f"{phase} limited by",
             box=None, pad_edge=False,
         )  # fmt: skip
         for estimate in search.runner_ups:
             table.add_row(
                 estimate.paper_text,
                 f"{estimate.tokens_per_s:.4g}",
-                estimate.limits.decode.cause.value,
+                _last_limit(estimate)[1].cause.value,
             )
         console.print(table)
     console.print(
@@ -316,30 +362,28 @@ def _print_ways(search: SearchResult) -> None:
     console.print()
 
 
+def _last_limit(best: Estimate) -> tuple[str, Limit]:
+    """What limits decode, or prefill where that generates all there is."""
+    if best.decode.seconds:
+        return "decode", best.limits.decode
+    return "prefill", best.limits.prefill
+
+
 def _about_way(parallelism: Parallelism, best: Estimate) -> str:
-    phase = best.decode
-    limit = best.limits.decode.cause.phrase
+    name, limits = _last_limit(best)
+    limit = f"{name} limited by {limits.cause.phrase}"
     held = f"{best.weight_share_on_gpu:.0%} of the weights stay on the GPUs"
     if parallelism is Parallelism.PIPELINE:
-        return f"{held}, each link moves whole layers; decode limited by {limit}"
-    reduced = (best.prefill.all_reduce_s + phase.all_reduce_s) / best.seconds
-    return f"{held}, all-reduces take {reduced:.0%} of the time; decode limited by {limit}"
+        return f"{held}, each link moves whole layers; {limit}"
+    reduced = (best.prefill.all_reduce_s + best.decode.all_reduce_s) / best.seconds
+    return f"{held}, all-reduces take {reduced:.0%} of the time; {limit}"
 
 
 def _why(search: SearchResult) -> str:
     """How good the chosen policy is, in words."""
+    if math.isinf(search.bound_tokens_per_s):  # limits on waiting times have no bound
+        return search.outcome.value
     bound = f"no policy can exceed {search.bound_tokens_per_s:.4g} tokens/s"
     if search.gap < 0.0005:
         return f"{search.outcome.value}: {bound}"
     return f"{search.outcome.value}, to within {search.gap:.1%}: {bound}"
-
-
-def print_run_command(model: str, out: Path | None, *, is_folder: bool) -> None:
-    """Print the command that runs the policy, and what is missing for it."""
-    path = out if out is not None else Path("policy.json")
-    folder = model if is_folder else "FOLDER-WITH-WEIGHTS"
-    hint = "" if out is not None else "   [dim](after adding --out policy.json here)[/]"
-    console.print(
-        f"\nrun it:  executor run --model {folder} --policy {path} --input prompts.jsonl "
-        f"--output-dir run/{hint}"
-    )

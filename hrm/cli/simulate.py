@@ -7,13 +7,14 @@ from rich.table import Table
 
 from hrm.cli.options import plan_options
 from hrm.cli.report import console, print_json
+from hrm.cli.texts import given_text
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
 from hrm.trace import Trace, lane_chart, write_chrome_trace
-from hrm.units import format_seconds
+from hrm.units import counted, format_seconds
 
 TEXT_TASKS = 24
 
@@ -57,11 +58,12 @@ def simulate(
             }
         )
         return
-    what = f"{steps} decode steps" if phase == "decode" else "prefill of one batch"
+    what = counted(steps, "decode step") if phase == "decode" else "prefill of one batch"
     console.print(
         f"[bold]{plan.model.name}[/] on [bold]{plan.profile.name}[/], "
-        f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated\n"
+        f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated"
     )
+    console.print(f"{given}\n" if (given := given_text(plan.profile)) else "")
     if not plan.profile.has_accelerator:
         console.print("[dim]there is no accelerator: lane GPU is the CPU, and nothing moves[/]\n")
     for lane in Lane:

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from hrm.cli.report import console, print_json
 from hrm.errors import HrmError
-from hrm.scaling import Resource
-from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
+from hrm.units import format_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,15 +62,6 @@ def tell_written(*paths: Path | None) -> None:
     for path in paths:
         if path is not None:
             click.echo(f"written to {path}")
-
-
-def show_amount(resource: Resource, value: float) -> str:
-    """So much of a resource, with its unit."""
-    if resource.is_memory:
-        return format_bytes(value)
-    if resource.is_latency:
-        return format_seconds(value)
-    return format_bandwidth(value) if resource.is_bandwidth else format_flops(value)
 
 
 def show_change(change: float) -> str:

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
 from hrm.policy import Policy
-from hrm.search.choose import remedy
 from hrm.search.exhaustive import RUNNER_UPS, greatest
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
@@ -75,7 +74,7 @@ def search_space(
         return SearchResult(
             solver="optuna", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
             greatest_tokens_per_s=0.0, evaluations=0, seconds=time.perf_counter() - started_s,
-            simulated=0, remedy=remedy(space),
+            simulated=0,
         )  # fmt: skip
     trying = Trying(decoder, _open_study(space, storage, seed), trials=trials, seed=seed)
     interrupted = False

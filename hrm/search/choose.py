@@ -6,7 +6,6 @@ from typing import Final, Protocol
 from hrm.estimate import Estimate, estimate
 from hrm.policy import Policy
 from hrm.search.space import Space
-from hrm.units import format_bytes
 
 MAX_SIMULATED: Final = 16
 TIE: Final = 1e-3  # of policies that differ by no more, the one that takes less memory is chosen
@@ -34,10 +33,14 @@ class KindSolver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Simulated policies, best first, and the greatest closed form that was found."""
+    """Simulated policies, best first, and the greatest closed form that was found.
+
+    `overshoot` is as in `SearchResult`.
+    """
 
     ranked: tuple[Estimate, ...]
     greatest_tokens_per_s: float
+    overshoot: tuple[float, float] = (1.0, 1.0)
 
 
 def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
@@ -51,6 +54,7 @@ def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
     unsolved = dict(enumerate(kinds))
     waiting: list[tuple[int, Candidate]] = []  # with their rank in their kind
     greatest = 0.0
+    missed: list[tuple[float, float]] = [(1.0, 1.0)]
 
     def best() -> float:
         return max((predicted.tokens_per_s for predicted in simulated.values()), default=0.0)
@@ -64,8 +68,13 @@ def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
     def simulate(chosen: tuple[int, Candidate]) -> None:
         waiting.remove(chosen)
         policy = chosen[1].policy
-        if policy not in simulated:
-            simulated[policy] = estimate(space.spec, policy, space.profile, space.workload)
+        if policy in simulated:
+            return
+        predicted = estimate(space.spec, policy, space.profile, space.workload)
+        if space.limits.are_met(predicted.latency):
+            simulated[policy] = predicted
+        else:
+            missed.append(space.limits.overshoot(predicted.latency))
 
     while len(simulated) < MAX_SIMULATED:
         enough = best() * (1 + TIE)
@@ -89,7 +98,11 @@ def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
             solve(index, 0.0)
         while waiting and len(simulated) < wanted:
             simulate(max(waiting, key=lambda other: other[1].tokens_per_s))
-    return Choice(ranked(list(simulated.values())), greatest)
+    return Choice(
+        ranked(list(simulated.values())),
+        greatest,
+        overshoot=(max(ttft for ttft, _ in missed), max(tpot for _, tpot in missed)),
+    )
 
 
 def ranked(estimates: list[Estimate]) -> tuple[Estimate, ...]:
@@ -101,13 +114,3 @@ def ranked(estimates: list[Estimate]) -> tuple[Estimate, ...]:
     equals = [predicted for predicted in in_order if predicted.tokens_per_s >= enough]
     first = min(equals, key=lambda predicted: predicted.memory.planned_bytes)
     return (first, *(predicted for predicted in in_order if predicted is not first))
-
-
-def remedy(space: Space) -> str:
-    """What to change if no policy fits."""
-    layer = format_bytes(space.spec.layer_bytes(space.dtype))
-    return (
-        f"give it more --gpu-memory or --cpu-memory, shorten --max-prompt-len,"
-        f" or add GPUs: {space.spec.name} at {space.dtype} has"
-        f" {layer} a layer, two of which must fit the GPU, and all must fit the two levels together"
-    )

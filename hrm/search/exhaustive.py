@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from hrm.costs import Costs
 from hrm.hardware import HardwareProfile
+from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
-from hrm.search.choose import Candidate, choose, remedy
+from hrm.search.choose import Candidate, choose
+from hrm.search.constraints import meets
 from hrm.search.fit import Ints
 from hrm.search.grid import Grid, make_grid
 from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, coarse, counted_up, whole
@@ -18,6 +20,7 @@ from hrm.search.polish import polished
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
 from hrm.search.space import Kind, Space
+from hrm.search.ties import smallest_first
 from hrm.search.ways import search_ways
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -33,15 +36,17 @@ def search(
     spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str = "bfloat16",
     schedule: ScheduleName = ScheduleName.CGOPIPE, staging: bool = False,
     attention: Device | None = None, ffn: Device | None = None, runner_ups: int = RUNNER_UPS,
+    limits: LatencyLimits = NO_LIMITS,
 ) -> SearchResult:  # fmt: skip
     """The policy with the highest closed-form job throughput that fits, simulated to be sure.
 
     The best of each kind that may win are simulated, and the one with the highest simulated
-    throughput is chosen.
+    throughput is chosen. Policies whose requests would wait longer than `limits` are left out.
+    Of those that are as fast to a thousandth, the one with the smallest batch is chosen.
     """
     space = Space(
         spec=spec, profile=profile, workload=workload, dtype=dtype, schedule=schedule,
-        staging=staging, attention=attention, ffn=ffn,
+        staging=staging, attention=attention, ffn=ffn, limits=limits,
     )  # fmt: skip
     return search_ways(space, lambda part: search_space(part, runner_ups=runner_ups))
 
@@ -53,6 +58,8 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     kinds = grids(space, costs)
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
+    estimates = smallest_first(space, costs, estimates)
+    estimates = smallest_first(space, costs, estimates)
     return SearchResult(
         solver="exhaustive",
         outcome=Outcome.BEST_FOUND if estimates else Outcome.INFEASIBLE,
@@ -62,7 +69,7 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
         evaluations=sum(kind.evaluations for kind in kinds),
         seconds=time.perf_counter() - started_s,
         simulated=len(estimates),
-        remedy="" if estimates else remedy(space),
+        overshoot=choice.overshoot,
     )
 
 
@@ -129,6 +136,7 @@ class GridOfKind:
             grid = self._with_every_residency(grid)
         self.evaluations += len(grid)
         grid = grid.take(np.flatnonzero(grid.fits))
+        grid = grid.take(np.flatnonzero(meets(self.space, self.costs, grid)))
         return grid, scores(self.space, self.costs, grid)
 
     def _with_every_residency(self, grid: Grid) -> Grid:

@@ -23,7 +23,7 @@ from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.memory import plan_memory
 from hrm.search.boxes import Bounder, Boxes, Floats
-from hrm.search.choose import Candidate, choose, remedy
+from hrm.search.choose import Candidate, choose
 from hrm.search.exhaustive import RUNNER_UPS
 from hrm.search.fit import Ints, Weights
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
@@ -74,7 +74,6 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
         evaluations=sum(kind.evaluations for kind in kinds),
         seconds=time.perf_counter() - started_s,
         simulated=len(estimates),
-        remedy="" if estimates else remedy(space),
     )
 
 

@@ -37,7 +37,9 @@ def polished(
             return found
         for policy in _near(space, costs, found[0]):
             if policy not in known:
-                known[policy] = estimate(space.spec, policy, space.profile, space.workload)
+                predicted = estimate(space.spec, policy, space.profile, space.workload)
+                if space.limits.are_met(predicted.latency):
+                    known[policy] = predicted
         if max(map(_rate, known.values())) <= found[0].tokens_per_s * (1 + TIE):
             break
     return ranked(list(known.values()))

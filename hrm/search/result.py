@@ -1,7 +1,8 @@
 """What a search returns: the outcome, the policy with its estimate, and how it was found."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
@@ -19,6 +20,7 @@ class Outcome(Enum):
     BEST_FOUND = "the best that was found"
     INTERRUPTED = "interrupted: the best of the policies tried so far"
     INFEASIBLE = "no policy fits, even with one request at a time"
+    TOO_SLOW = "policies fit, but none answers within the limits on waiting times"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,9 @@ class SearchResult:
     whole space can have more than `bound_tokens_per_s`, neither in closed form nor simulated;
     `hrm.search.bound` looked at so many `regions` to show it. `simulated` policies were simulated.
     `ways` are those of dividing the work between several GPUs, the chosen one among them; for a
-    single GPU there are none.
+    single GPU there are none. `overshoot` are factors by which policies that were simulated and
+    left out missed limits on waiting times. Where nothing fits, `advice` works out what is lacking
+    and what to change.
     """
 
     solver: str
@@ -54,7 +58,8 @@ class SearchResult:
     regions: int = 0
     seconds: float
     simulated: int
-    remedy: str = ""
+    overshoot: tuple[float, float] = (1.0, 1.0)
+    advice: Callable[[], tuple[str, str]] = field(default=lambda: ("", ""), compare=False)
     ways: tuple[Way, ...] = ()
 
     @property
@@ -78,18 +83,21 @@ class SearchResult:
         return replace(result, outcome=Outcome.OPTIMAL if optimal else Outcome.BEST_FOUND)
 
     @staticmethod
-    def impossible(remedy: str, ways: tuple[Way, ...]) -> "SearchResult":
+    def impossible(obstacles: str, ways: tuple[Way, ...]) -> "SearchResult":
         """The result where there is nothing to search."""
         return SearchResult(
             solver="none", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
             greatest_tokens_per_s=0.0, bound_tokens_per_s=0.0, evaluations=0, seconds=0.0,
-            simulated=0, remedy=remedy, ways=ways,
+            simulated=0, ways=ways, advice=lambda: (obstacles, "ask for another number of GPUs"),
         )  # fmt: skip
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput of the best policy; 0 if there is none."""
+        return 0.0 if self.best is None else self.best.tokens_per_s
 
     def require(self) -> Estimate:
         """The best estimate; PolicyError saying what to change if there is none."""
         if self.best is None:
-            raise PolicyError(
-                "search", f"<{self.outcome.value}>", "must fit the machine", self.remedy
-            )
+            raise PolicyError("search", f"<{self.outcome.value}>", *self.advice())
         return self.best

@@ -4,7 +4,9 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
+from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
+from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.search import exhaustive
@@ -27,16 +29,19 @@ def solve(
     spec: ModelSpec, profile: HardwareProfile, workload: Workload, *,
     solver: Solver = Solver.EXHAUSTIVE, dtype: str = "bfloat16",
     schedule: ScheduleName = ScheduleName.CGOPIPE, staging: bool = False,
-    attention: Device | None = None, ffn: Device | None = None, **options: Any,
+    attention: Device | None = None, ffn: Device | None = None, limits: LatencyLimits = NO_LIMITS,
+    **options: Any,
 ) -> SearchResult:  # fmt: skip
     """The policy with the highest job throughput that fits, by any solver.
 
     `options` are the solver's own: `trials`, `storage`, `seed` and `progress` of OPTUNA. With
-    several GPUs, tensor parallelism and a pipeline are searched one after the other.
+    several GPUs, tensor parallelism and a pipeline are searched one after the other. Only
+    EXHAUSTIVE honours `limits` on waiting times; PolicyError for the others.
     """
+    check_knows_limits(solver, limits)
     space = Space(
         spec=spec, profile=profile, workload=workload, dtype=dtype, schedule=schedule,
-        staging=staging, attention=attention, ffn=ffn,
+        staging=staging, attention=attention, ffn=ffn, limits=limits,
     )  # fmt: skip
     search_space: Any
     match solver:
@@ -51,3 +56,13 @@ def solve(
 
             search_space = bayesian.search_space
     return search_ways(space, partial(search_space, **options))
+
+
+def check_knows_limits(solver: Solver, limits: LatencyLimits) -> None:
+    """Raise PolicyError if there are limits on waiting times and the solver does not know them."""
+    if limits != NO_LIMITS and solver is not Solver.EXHAUSTIVE:
+        flag = "--max-tpot" if limits.max_ttft_s is None else "--max-ttft"
+        raise PolicyError(
+            f"{flag} with --solver", solver.value, "knows no limits on waiting times",
+            "leave out --solver: the exhaustive one does",
+        )  # fmt: skip

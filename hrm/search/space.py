@@ -5,6 +5,7 @@ from enum import IntEnum
 
 from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
+from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES
@@ -34,7 +35,8 @@ class Space:
     """What is fixed in a search; `attention` and `ffn` of None leave the device open.
 
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
-    `max_micro_batches`.
+    `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
+    closed form must fall short of them by the factors of `slack`, for first tokens and for others.
     """
 
     spec: ModelSpec
@@ -47,6 +49,8 @@ class Space:
     ffn: Device | None = None
     max_micro_batch_size: int = 2**16
     max_micro_batches: int = 2**12
+    limits: LatencyLimits = NO_LIMITS
+    slack: tuple[float, float] = (1.0, 1.0)
 
     def devices(self) -> list[tuple[int, int]]:
         """(attention on GPU, FFN on GPU) pairs that the schedule and the machine allow."""

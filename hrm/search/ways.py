@@ -6,10 +6,12 @@ from dataclasses import replace
 from math import ceil
 
 from hrm.estimate import Estimate, estimate
+from hrm.latency import NO_LIMITS
 from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
 from hrm.policy import Parallelism
 from hrm.search.bound import upper_bound
-from hrm.search.result import SearchResult, Way
+from hrm.search.constraints import within_limits
+from hrm.search.result import Outcome, SearchResult, Way
 from hrm.search.space import Space
 
 _OBSTACLES = {
@@ -23,9 +25,10 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
 
     A machine with one GPU is searched once. If neither way is possible or fits, the result says so.
     """
+    solve = within_limits(solve)
     gpus = space.profile.num_gpus
     if gpus == 1:
-        return _bounded(solve(space), [space])
+        return _with_advice(_bounded(solve(space), [space]), space)
     found: dict[Parallelism, SearchResult] = {}
     ways: list[Way] = []
     for parallelism in Parallelism:
@@ -36,8 +39,10 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
         ways.append(Way(parallelism=parallelism, best=best, obstacle=obstacle))
     if not found:
         obstacles = "; ".join(f"{way.parallelism.value} parallel: {way.obstacle}" for way in ways)
-        return SearchResult.impossible(f"{obstacles}; ask for another number of GPUs", tuple(ways))
-    result = max(found.values(), key=_tokens_per_s)
+        return SearchResult.impossible(
+            f"must be shared by {gpus} GPUs, and {obstacles}", tuple(ways)
+        )
+    result = max(found.values(), key=lambda result: result.tokens_per_s)
     result = replace(
         result,
         ways=tuple(ways),
@@ -46,11 +51,15 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
         simulated=sum(result.simulated for result in found.values()),
         greatest_tokens_per_s=max(result.greatest_tokens_per_s for result in found.values()),
     )
-    return _bounded(result, [_part(space, parallelism) for parallelism in found])
+    parts = [space_of_part(space, parallelism) for parallelism in found]
+    result = _bounded(result, [part for part in parts if part is not None])
+    return _with_advice(result, space)
 
 
 def _bounded(result: SearchResult, spaces: list[Space]) -> SearchResult:
-    """The result with a bound on every policy of the spaces."""
+    """The result with a bound on every policy of the spaces; limits on waiting times have none."""
+    if spaces[0].limits != NO_LIMITS:
+        return result
     started_s = time.perf_counter()
     bounds = [upper_bound(space, result.greatest_tokens_per_s) for space in spaces]
     return result.bounded(
@@ -60,14 +69,23 @@ def _bounded(result: SearchResult, spaces: list[Space]) -> SearchResult:
     )
 
 
-def _tokens_per_s(result: SearchResult) -> float:
-    return result.best.tokens_per_s if result.best is not None else 0.0
+def _with_advice(result: SearchResult, space: Space) -> SearchResult:
+    """The result with what to change, which is worked out if it is asked for."""
+    if result.best is not None:
+        return result
+    from hrm.search.remedy import advice, fits_somehow
+
+    too_slow = space.limits != NO_LIMITS and fits_somehow(space)
+    outcome = Outcome.TOO_SLOW if too_slow else result.outcome
+    return replace(result, outcome=outcome, advice=lambda: advice(space))
 
 
 def _search_way(
     space: Space, parallelism: Parallelism, solve: Callable[[Space], SearchResult]
 ) -> SearchResult:
-    result = solve(_part(space, parallelism))
+    part = space_of_part(space, parallelism)
+    assert part is not None
+    result = solve(part)
     if parallelism is Parallelism.TENSOR:
         return result
 
@@ -84,8 +102,13 @@ def _search_way(
     )
 
 
-def _part(space: Space, parallelism: Parallelism) -> Space:
-    """What one part of the machine has to do: its layers, for its share of the requests."""
+def space_of_part(space: Space, parallelism: Parallelism) -> Space | None:
+    """What one part of the machine has to do: its layers, for its share of the requests.
+
+    None if the model cannot be divided like that; all of it on a machine with one GPU.
+    """
+    if space.profile.num_gpus > 1 and _OBSTACLES[parallelism](space.spec, space.profile.num_gpus):
+        return None
     spec, profile = part_of(space.spec, space.profile, parallelism)
     workload = space.workload
     if profile.num_gpus < space.profile.num_gpus and workload.num_requests is not None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hrm.cli import main
 from hrm.machines import save_profile
 from hrm.model_spec import BUILT_IN_MODELS
 from tests.hrm.support import machine
@@ -22,48 +21,6 @@ COMMANDS = (
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
 ESTIMATE = ["estimate", *T4, *LENGTHS, "-u", "8", "-n", "4"]
-
-
-@pytest.fixture
-def hrm(capsys):
-    """Run a command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        try:
-            main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
-def hrm_json(hrm):
-    def run(*args: object) -> dict:
-        code, out, err = hrm(*args, "--json")
-        assert (code, err) == (0, "")
-        return json.loads(out)
-
-    return run
-
-
-@pytest.fixture
-def refused(hrm):
-    """Run a command line that must fail as a mistake in the input does; returns the message."""
-
-    def run(*args: object) -> str:
-        code, out, err = hrm(*args)
-        assert code == 2, (out, err)
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1, err
-        assert err.endswith("\n")
-        return err
-
-    return run
 
 
 def test_help_lists_every_command(hrm):
@@ -191,6 +148,45 @@ MISTAKES = {
     "two machines": (["search", *T4, "--profile", "x.yaml"], "--profile and --gpus is <both>"),
     "a host beside a profile": (
         ["search", "--model", "dbrx", "--profile", "x.yaml", "--host", "y"], "--host is 'y'",
+    ),
+    "a size without a unit": (
+        ["search", *T4, "--gpu-memory", "16"],
+        "--gpu-memory is '16': needs a unit; did you mean 16GB?",
+    ),
+    "host memory without a unit": (
+        ["search", *T4, "--cpu-memory", "64"], "--cpu-memory is '64': needs a unit",
+    ),
+    "a rate without a unit": (
+        ["search", *T4, "--set", "h2d-bandwidth=24"],
+        "--set h2d-bandwidth is '24': needs a unit; did you mean 24GB/s?",
+    ),
+    "a map's range without a unit": (
+        ["map", *T4, "--x", "gpu-flops=65:130:3", "--y", "cpu=1:2:2"],
+        "--x gpu-flops is '65': needs a unit; did you mean 65TFLOP/s?",
+    ),
+    "a sweep's range without a unit": (
+        ["plot", "sweep", *T4, "--vary", "cpu-memory", "--from", "64", "--to", "128GB",
+         "--out", "/tmp/unwritten.png"],
+        "--from is '64': needs a unit; did you mean 64GB?",
+    ),
+    "one memory by two options": (
+        ["search", *T4, "--gpu-memory", "16GB", "--set", "gpu-memory=24GB"],
+        "--set gpu-memory is '24GB': contradicts --gpu-memory=16GB",
+    ),
+    "one resource set twice": (
+        [*ESTIMATE, "--set", "cpu-flops=1TFLOP/s", "--set", "cpu-flops=2TFLOP/s"],
+        "--set cpu-flops is '2TFLOP/s': contradicts --set cpu-flops=1TFLOP/s",
+    ),
+    "one memory by one option twice": (
+        ["search", *T4, "--cpu-memory", "64GB", "--cpu-memory", "128GB"],
+        "--cpu-memory is <64GB and 128GB>",
+    ),
+    "a machine named twice for a picture": (
+        ["plot", "roofline", *T4, "--gpus", "1xL4", "--out", "/tmp/unwritten.png"],
+        "--gpus is <1xT4 and 1xL4>: may be given once only",
+    ),
+    "a machine named twice": (
+        ["whatif", *T4, "--gpus", "1xL4"], "--gpus is <1xT4 and 1xL4>: may be given once only",
     ),
     "no size": (["search", *T4, "--gpu-memory", "big"], "--gpu-memory is 'big'"),
     "half a workload": (["search", *T4, "--prompt-len", "9"], "both are needed"),

@@ -247,7 +247,7 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
         ]
         names = Point.__dataclass_fields__.keys() - {"staging", "parts_of_chunks"}
         grid = Point(
-            **{name: np.array([getattr(p, name) for p in points]) for name in names},
+            **{name: np.array([getattr(p, name) for p in points]) for name in names},  # pyright: ignore[reportArgumentType]
             staging=staging,
         )
         together = batch_seconds(costs, grid, schedule, WORKLOAD)

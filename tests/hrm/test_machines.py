@@ -267,7 +267,7 @@ def test_compose_refuses(gpus, host, parts):
 def test_memory_given_by_the_user():
     profile = with_memory(compose("T4"), gpu_memory_bytes=4 * GB, cpu_memory_bytes=500 * GB)
     assert profile.top.capacity_bytes.value == 4 * GB
-    assert profile.top.capacity_bytes.source is Source.ASSUMED
+    assert profile.top.capacity_bytes.source is Source.GIVEN
     assert profile.top.capacity_bytes.note == "given on the command line"
     assert profile.top.reserve_bytes.value == 0.05 * 4 * GB
     assert profile.host.capacity_bytes.value == 500 * GB

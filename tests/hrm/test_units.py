@@ -20,8 +20,8 @@ from hrm.workload import WORKLOADS, Workload, named_workload
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("16GB", 16_000_000_000), ("15.5GiB", 16_642_998_272), ("1 kib", 1024), ("512", 512),
-     ("1e9", 10**9), (" 2 TB ", 2 * 10**12), ("3.b", 3)],
+    [("16GB", 16_000_000_000), ("15.5GiB", 16_642_998_272), ("1 kib", 1024), ("512B", 512),
+     ("1e9 B", 10**9), (" 2 TB ", 2 * 10**12), ("3.b", 3)],
 )  # fmt: skip
 def test_sizes_read_in_decimal_and_binary_units(text, num_bytes):
     assert parse_bytes(text) == num_bytes
@@ -30,9 +30,9 @@ def test_sizes_read_in_decimal_and_binary_units(text, num_bytes):
 @pytest.mark.parametrize(
     ("text", "flops_per_s"),
     [("65TFLOP/s", 65e12), ("65 T", 65e12), ("1.5 pflops", 1.5e15), ("353GFLOP/s ", 353e9),
-     ("2e12", 2e12), ("800MFLOP", 8e8)],
+     ("2e12 FLOP/s", 2e12), ("800MFLOP", 8e8)],
 )  # fmt: skip
-def test_compute_rates_read_with_or_without_their_unit(text, flops_per_s):
+def test_compute_rates_read_with_or_without_their_whole_unit(text, flops_per_s):
     assert parse_flops(text) == pytest.approx(flops_per_s, rel=1e-12)
 
 
@@ -47,13 +47,7 @@ def test_what_is_no_compute_rate_is_refused(text):
     [("5us", 5e-6), ("5 µs", 5e-6), ("0.2ms", 2e-4), ("1s", 1.0), ("0ns", 0.0), ("3e2 ns", 3e-7)],
 )
 def test_durations_read_with_their_unit(text, seconds):
-    assert parse_seconds(text) == pytest.approx(seconds, rel=1e-12)
-
-
-@pytest.mark.parametrize("text", ["", "5", "us", "-1us", "1 hour", "nan s", "1e40s", "5us5"])
-def test_what_is_no_duration_is_refused(text):
-    with pytest.raises(UnitError, match=r"--set is .*: must be a duration in ns, us, ms or s"):
-        parse_seconds(text, "--set")
+    assert parse_seconds(text, zero=True) == pytest.approx(seconds, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +56,51 @@ def test_what_is_no_duration_is_refused(text):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UnitError, match=r"--gpu-memory is .*: must be a positive size"):
         parse_bytes(text, "--gpu-memory")
+
+
+BARE = [
+    (parse_bytes, "16", "16GB", 16e9), (parse_bytes, "64.5", "64.5GB", 64.5e9),
+    (parse_bytes, "16000000000", "16000000000B", 16e9), (parse_bytes, "1e9", "1e9B", 1e9),
+    (parse_bandwidth, "24", "24GB/s", 24e9), (parse_bandwidth, "24/s", "24GB/s", 24e9),
+    (parse_flops, "65", "65TFLOP/s", 65e12), (parse_flops, "6.5e13", "6.5e13FLOP/s", 65e12),
+    (parse_seconds, "30", "30s", 30.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parse", "text", "meant", "value"), BARE)
+def test_a_bare_number_is_refused_with_the_likely_unit_which_then_reads(parse, text, meant, value):
+    with pytest.raises(UnitError, match=rf"--x is '{text}': needs a unit; did you mean {meant}\?"):
+        parse(text, "--x")
+    assert parse(meant, "--x") == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["16Gb/s", "16 Gbit/s", "16Gbits"])
+def test_bits_are_not_read_as_bytes(text):
+    with pytest.raises(UnitError, match="must be in bytes a second, not bits; write it like 2GB/s"):
+        parse_bandwidth(text, "--link-bandwidth")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30s", 30), ("200ms", 0.2), ("1.5 min", 90), ("2h", 7200), (" 5 µs ", 5e-6), ("5us", 5e-6)],
+)
+def test_durations_read_from_microseconds_to_hours(text, seconds):
+    assert parse_seconds(text) == pytest.approx(seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "0s", "-1s", "1e999s", "3 days", "nan", "us", "1 hour", "5us5"]
+)
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(UnitError, match=r"--max-ttft is .*: must be a positive duration"):
+        parse_seconds(text, "--max-ttft")
+
+
+def test_a_size_with_endless_blanks_is_refused_at_once():
+    blanks = " " * 120_000
+    for parse in (parse_bytes, parse_bandwidth, parse_flops, parse_seconds):
+        with pytest.raises(UnitError):
+            parse(f"1{blanks}!", "--x")
 
 
 @settings(derandomize=True, max_examples=300)
@@ -73,7 +112,7 @@ def test_what_is_printed_reads_back_within_its_digits(num_bytes):
 
 
 @settings(derandomize=True, max_examples=300)
-@given(st.integers(1, 2**60), st.sampled_from(["", "B"]))
+@given(st.integers(1, 2**60), st.sampled_from(["b", "B"]))
 def test_bytes_are_exact_up_to_what_a_float_holds(num_bytes, unit):
     assert parse_bytes(f"{num_bytes}{unit}") == pytest.approx(num_bytes, rel=2**-52, abs=0)
 

@@ -1,0 +1,75 @@
+"""Lines of a report: what was given, how sure a prediction is, what is waited for, what runs it."""
+
+from pathlib import Path
+from typing import Final
+
+from hrm.hardware import HardwareProfile
+from hrm.latency import Latency
+from hrm.model_spec import ModelSpec
+from hrm.ranges import ASSUMED_SHARE, ThroughputRange
+from hrm.scaling import given_resources
+from hrm.units import format_seconds
+
+
+def given_text(profile: HardwareProfile) -> str:
+    """What the user gave of the machine, on the command line; empty if nothing."""
+    given = given_resources(profile).items()
+    shown = ", ".join(f"{resource} {resource.show(value)}" for resource, value in given)
+    return f"given on the command line: {shown}" if shown else ""
+
+
+def range_text(ends: ThroughputRange) -> str:
+    """Between which throughputs the truth may lie, and because of which figures."""
+    causes: list[str] = []
+    if ends.assumed or not ends.spread:
+        named = f" ({_some(ends.assumed)})" if ends.assumed else ""
+        causes.append(f"assumed figures are up to {ASSUMED_SHARE:.0%} off{named}")
+    if ends.spread:
+        causes.append(f"measured ones as far as they spread ({_some(ends.spread)})")
+    return (
+        f"between {ends.low_tokens_per_s:.4g} and {ends.high_tokens_per_s:.4g} tokens/s, if "
+        f"{' and '.join(causes)}"
+    )
+
+
+def _some(names: tuple[str, ...], most: int = 3) -> str:
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
+
+
+def latency_text(latency: Latency) -> str:
+    """What a request waits for."""
+    mean, last = format_seconds(latency.mean_ttft_s), format_seconds(latency.last_ttft_s)
+    average = "" if mean == last else f", {mean} on average"
+    told = f"first tokens within {last} of the start of their batch{average}"
+    if latency.tpot_s is None:
+        return told
+    return f"{told}; then a token every {format_seconds(latency.tpot_s)}"
+
+
+EXECUTED_FAMILIES: Final = ("mixtral", "dbrx")  # a test compares them with the executor's
+
+
+def run_text(model: str, out: Path | None, *, spec: ModelSpec, profile: HardwareProfile) -> str:
+    """The command that runs the policy and what is missing for it, or why nothing runs it.
+
+    `model` is the model as it was given, and `out` the policy file that was written, if one was.
+    """
+    if obstacle := _obstacle_to_run(spec, profile):
+        return f"[dim]a prediction only: {obstacle}[/]"
+    path = out if out is not None else Path("policy.json")
+    folder = model if Path(model).is_dir() else "FOLDER-WITH-WEIGHTS"
+    hint = "" if out is not None else "   [dim](after adding --out policy.json here)[/]"
+    return (
+        f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl "
+        f"--output-dir run/{hint}"
+    )
+
+
+def _obstacle_to_run(spec: ModelSpec, profile: HardwareProfile) -> str:
+    """Why the executor does not run such a policy; empty if it does."""
+    if spec.family not in EXECUTED_FAMILIES:
+        known = " and ".join(EXECUTED_FAMILIES)
+        return f"executor run knows models of the families {known}, and this is {spec.family}"
+    if profile.num_gpus > 1:
+        return f"executor run drives one GPU, and this plan has {profile.num_gpus}"
+    return ""

@@ -1,0 +1,49 @@
+"""The command line of hrm, as tests call it."""
+
+import json
+
+import pytest
+
+from hrm.cli import main
+
+
+@pytest.fixture
+def hrm(capsys):
+    """Run a command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        try:
+            main([str(arg) for arg in args])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def hrm_json(hrm):
+    def run(*args: object) -> dict:
+        code, out, err = hrm(*args, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(hrm):
+    """Run a command line that must fail as a mistake in the input does; returns the message."""
+
+    def run(*args: object) -> str:
+        code, out, err = hrm(*args)
+        assert code == 2, (out, err)
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+        assert err.endswith("\n")
+        return err
+
+    return run

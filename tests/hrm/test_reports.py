@@ -1,0 +1,433 @@
+"""What reports tell: what was given, what it is worth, and what a request waits for."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
+import yaml
+
+from hrm.cli.texts import EXECUTED_FAMILIES
+from hrm.costs import Costs
+from hrm.estimate import estimate, prefill_work, simulate_work
+from hrm.hardware import Figure, HardwareProfile, Rate, Source
+from hrm.latency import LatencyLimits
+from hrm.machines import compose, dump_profile, save_profile
+from hrm.model_spec import BUILT_IN_MODELS
+from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
+from hrm.ranges import throughput_range
+from hrm.search.choose import TIE
+from hrm.search.exhaustive import grids, search
+from hrm.search.result import Outcome
+from hrm.search.space import Space
+from hrm.strict import decode_strictly
+from hrm.tasks import Device, TaskKind
+from hrm.units import GB, parse_bytes
+from hrm.workload import WORKLOADS
+from tests.hrm.support import machine, tiny_spec
+
+T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
+LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
+ESTIMATE = ["estimate", *T4, *LENGTHS, "-u", "8", "-n", "4"]
+GIVEN = ["--set", "h2d-bandwidth=24GB/s", "--cpu-memory", "400GB", "--set", "gpu-flops=30TFLOP/s"]
+
+
+def test_what_is_given_of_the_machine_is_told_in_header_json_and_file(hrm, hrm_json, tmp_path):
+    path = tmp_path / "policy.json"
+    code, out, _ = hrm(*ESTIMATE, *GIVEN, "--out", path)
+    assert code == 0
+    assert "gpu-flops 30.0 TFLOP/s, cpu-memory 400 GB, h2d-bandwidth 24.0 GB/s" in out
+    assert hrm_json(*ESTIMATE, *GIVEN)["machine_given"] == pytest.approx(
+        {"gpu_flops_per_s": 30e12, "cpu_memory_bytes": 400e9, "h2d_bandwidth_bytes_per_s": 24e9}
+    )
+    assert "cpu-memory 400 GB" in hrm("simulate", "--policy", path, "--steps", "1")[1]
+    profile = json.loads(path.read_text())["profile"]
+    (link,) = (x for x in profile["links"] if x["source"] == "cpu" and x["target"] == "gpu")
+    given = link["bandwidth_bytes_per_s"]["achieved"]
+    assert (given["value"], given["source"]) == (24e9, "given")
+    assert given["note"] == "given on the command line: --set h2d-bandwidth=24GB/s"
+    assert link["bandwidth_bytes_per_s"]["datasheet"] is None, "it is no data sheet's any more"
+    other = next(x for x in profile["links"] if x["source"] == "gpu")
+    assert other["bandwidth_bytes_per_s"]["achieved"]["source"] == "assumed"
+
+
+def test_what_is_given_is_told_of_several_machines_and_of_none_if_nothing_is(hrm, hrm_json):
+    args = ["--model", "mixtral-8x7b", *LENGTHS, "--gpus", "1xT4,1xL4"]
+    assert (
+        "given on the command line: h2d-bandwidth 24.0 GB/s" in hrm("search", *args, *GIVEN[:2])[1]
+    )
+    assert "given" not in hrm(*ESTIMATE)[1].replace("workload given", "")
+    assert hrm_json(*ESTIMATE)["machine_given"] == {}
+
+
+def options_of(remedy: str) -> list[str]:
+    """The options that each remedy of a message consists of."""
+    return remedy.removeprefix("try ").removeprefix("allow ").split(", or ")
+
+
+def with_options(args: dict[str, str], remedy: str) -> list[str]:
+    """A command line with the remedy's options in place of what they change."""
+    words = re.sub(r" (?:with|and) (?=--)", " ", remedy).split()
+    changed = {**args, **dict(zip(words[::2], words[1::2], strict=True))}
+    return [word for pair in changed.items() for word in pair]
+
+
+def infeasible(rng: Random) -> dict[str, str]:
+    """A search on a machine that is probably too small."""
+    gpus = rng.choice(["1xT4", "2xT4", "1xL4", "1xRTX-3090", "1xA100-80G", "1xV100-16G"])
+    args = {
+        "--model": rng.choice(["mixtral-8x7b", "dbrx", "deepseek-v2-lite", "qwen3-30b-a3b"]),
+        "--gpus": gpus,
+        "--requests": str(rng.randint(1, 3)),
+        "--gen-len": str(rng.choice([1, 16, 200])),
+        "--prompt-len": str(rng.choice([20, 3000, 1_000_000])),
+    }
+    if rng.random() < 0.7:
+        args["--cpu-memory"] = f"{rng.uniform(10, 90):.1f}GB"
+    elif gpus[0] == "1":
+        args["--gpu-memory"] = f"{rng.uniform(0.2, 4):.2f}GB"
+    if rng.random() < 0.7:
+        args["--dtype"] = "float32"
+    return args
+
+
+def flat(args: dict[str, str]) -> list[str]:
+    return [word for pair in args.items() for word in pair]
+
+
+@pytest.mark.slow
+def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
+    rng, tried = Random(7), Counter[str]()
+    for _ in range(24):
+        args = infeasible(rng)
+        code, _, err = hrm("search", *flat(args))
+        if code == 0:
+            continue
+        assert "no policy fits" in err
+        assert re.search(r"level (gpu|cpu) lacks [\d.]+ \w?B \([\d.]+ \w?B needed", err), err
+        for remedy in options_of(err.strip().rpartition("; ")[2]):
+            code, _, err = hrm("search", *with_options(args, remedy), "--json")
+            assert code == 0, (args, remedy, err)
+            tried[re.sub(r" [^- ]\S*", "", remedy)] += 1
+    for remedy in ("--gpu-memory", "--cpu-memory", "--gpus", "--dtype"):
+        assert tried[remedy] >= 2, tried
+    assert tried["--gpu-memory --cpu-memory"], tried
+    assert any("prompt-len" in remedy for remedy in tried), tried
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"--gpu-memory": "1GB"}, "--gpu-memory"), ({"--cpu-memory": "20GB"}, "--cpu-memory")],
+)
+def test_the_memory_that_is_asked_for_is_the_least(refused, changes, flag):
+    args = {"--model": "mixtral-8x7b", "--gpus": "1xT4", "--prompt-len": "64", "--gen-len": "16",
+            "--requests": "1", **changes}  # fmt: skip
+    said = refused("search", *flat(args))
+    asked = parse_bytes(re.findall(rf"{flag} (\S+GB)", said)[0])
+    assert "no policy fits" in refused("search", *flat({**args, flag: f"{0.99 * asked:.0f}B"}))
+
+
+MISFITS = {
+    "too many residents": ["-u", "8", "-n", "4", "--resident-experts", "8"],
+    "too large micro-batches": ["-u", "80000", "-n", "4"],
+    "too many of them": ["-u", "8000", "-n", "40"],
+    "the cache on the GPU": ["-u", "800", "-n", "40", "--kv-on-gpu"],
+    "both memories": ["-u", "8000", "-n", "40", "--resident-experts", "8"],
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_every_remedy_of_a_policy_that_does_not_fit_makes_it_fit(refused, hrm, misfit):
+    words = MISFITS[misfit]
+    words = words if len(words) % 2 == 0 else [*words, "1"]
+    args = dict(zip(words[::2], words[1::2], strict=True))
+    said = refused("estimate", *T4, "--gen-len", "16", "--prompt-len", "64", *flat(args)).strip()
+    enough, _, smaller = said.rpartition("; ")[2].partition(" is enough, or ")
+    for remedy in (enough, smaller):
+        words = remedy.replace(" with ", " ").split()
+        changed = flat({**args, **dict(zip(words[::2], words[1::2], strict=True))})
+        code, _, err = hrm("estimate", *T4, "--gen-len", "16", "--prompt-len", "64", *changed)
+        assert code == 0, (remedy, err)
+
+
+def test_the_level_of_a_machine_without_a_gpu_is_not_given_gpu_memory(refused, tmp_path):
+    path = tmp_path / "cpu.yaml"
+    alone = replace(machine(), levels=machine().levels[1:], links=(), accelerator="cpu")
+    save_profile(path, alone)
+    args = ["--model", "dbrx", "--profile", path]
+    for command in (["search"], ["estimate", "-u", "1", "-n", "1"]):
+        said = refused(*command, *args)
+        assert "level cpu" in said
+        assert "--cpu-memory" in said
+        assert "--gpu-memory" not in said
+
+
+# ------------------------------------------------------------------------------ waiting times
+
+
+def test_first_tokens_come_when_the_simulation_of_prefill_has_them():
+    for name, workload in (("mixtral-8x7b", "mtbench"), ("qwen3-30b-a3b", "summarization")):
+        spec, profile = BUILT_IN_MODELS[name], compose("1xL4")
+        asked = replace(WORKLOADS[workload], num_requests=60)
+        best = search(spec, profile, asked).require()
+        costs = Costs(spec, profile, best.policy.dtype)
+        spans = simulate_work(prefill_work(costs, best.policy, asked)).spans
+        ends = [span.end_s for span in spans if span.id.kind is TaskKind.SAMPLE]
+        assert best.num_batches == 1
+        assert best.latency.last_ttft_s == pytest.approx(max(ends), rel=0.01)
+        assert best.latency.mean_ttft_s == pytest.approx(sum(ends) / len(ends), rel=0.02)
+        assert best.latency.tpot_s == pytest.approx(best.decode.seconds / asked.decode_steps)
+
+
+def test_a_requests_latency_is_that_of_its_batch_whatever_the_number_of_batches():
+    spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("1xL4")
+    workload = replace(WORKLOADS["mtbench"], num_requests=32)
+    policy = search(spec, profile, workload).require().policy
+    once = estimate(spec, policy, profile, workload).latency
+    for requests in (32 * 7, 32 * 7 + 3, None):
+        many = estimate(spec, policy, profile, replace(workload, num_requests=requests))
+        assert many.latency.last_ttft_s == pytest.approx(once.last_ttft_s)
+        assert many.latency.tpot_s == pytest.approx(once.tpot_s)
+
+
+def test_a_pipelines_batch_passes_all_stages():
+    spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("4xT4")
+    ways = search(spec, profile, WORKLOADS["mtbench"], dtype="float16").ways
+    (best,) = (way.best for way in ways if way.parallelism is Parallelism.PIPELINE)
+    assert best is not None
+    assert best.latency.last_ttft_s == pytest.approx(4 * best.prefill.seconds)
+    assert best.latency.tpot_s == pytest.approx(4 * best.decode.seconds / 127)
+
+
+@pytest.mark.parametrize("gpus", ["1xT4", "1xL4", "4xT4"])
+def test_a_search_within_limits_finds_what_keeps_them_and_is_nearly_the_best(gpus):
+    spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose(gpus)
+    dtype = profile.default_dtype
+    workload = replace(WORKLOADS["mtbench"], num_requests=24)
+    free = search(spec, profile, workload, dtype=dtype).require()
+    assert free.latency.tpot_s is not None
+    for ttft, tpot in ((0.95, None), (None, 0.5), (0.97, 0.8)):
+        limits = LatencyLimits(
+            max_ttft_s=None if ttft is None else ttft * free.latency.last_ttft_s,
+            max_tpot_s=None if tpot is None else tpot * free.latency.tpot_s,
+        )
+        result = search(spec, profile, workload, dtype=dtype, limits=limits)
+        if result.best is None:
+            assert result.outcome is Outcome.TOO_SLOW
+            continue
+        for found in (result.best, *result.runner_ups):
+            assert limits.are_met(found.latency)
+        assert result.best.tokens_per_s <= 1.002 * free.tokens_per_s
+        if profile.num_gpus == 1:
+            best = best_within(spec, profile, workload, dtype, limits)
+            assert result.best.tokens_per_s >= 0.97 * best
+
+
+def best_within(spec, profile, workload, dtype, limits) -> float:
+    """The best throughput within limits of some policies by themselves."""
+    rng, best = Random(3), 0.0
+    for _ in range(40):
+        size, number = rng.randint(1, 24), rng.choice([1, 1, 2, 3, 6])
+        batch = min(size * number, 24)
+        size, number = min(size, batch), -(-batch // min(size, batch))
+        attention = rng.choice(list(Device))
+        chunk = max(workload.max_prompt_len, min(round(batch * workload.prompt_len), 1672))
+        policy = Policy(
+            batch_size=batch, micro_batch_size=size, attention=attention,
+            ffn=rng.choice(list(Device)), resident_experts=(rng.randint(0, 1),) * spec.num_layers,
+            gpu_kv_micro_batches=0,
+            kv_tokens_per_micro_batch=kv_tokens_for(
+                size, workload.mean_context_len, workload.max_context_len
+            ),
+            prefill_chunk_tokens=chunk, dtype=dtype,
+        )  # fmt: skip
+        predicted = estimate(spec, policy, profile, workload)
+        if predicted.memory.fits and limits.are_met(predicted.latency):
+            best = max(best, predicted.tokens_per_s)
+    return best
+
+
+def test_limits_that_nothing_keeps_are_told_with_some_that_can_be_kept(refused, hrm):
+    args = {"--model": "mixtral-8x7b", "--gpus": "1xT4", "--prompt-len": "64", "--gen-len": "16",
+            "--requests": "20"}  # fmt: skip
+    for limits in (
+        {"--max-ttft": "1s"}, {"--max-tpot": "20ms"}, {"--max-ttft": "1s", "--max-tpot": "20ms"},
+    ):  # fmt: skip
+        said = refused("search", *flat({**args, **limits}))
+        assert "policies fit, but none answers within the limits" in said
+        (remedy,) = options_of(said.strip().rpartition("; ")[2])
+        assert set(remedy.split()[::3]) == set(limits), remedy
+        code, out, err = hrm("search", *with_options({**args, **limits}, remedy))
+        assert code == 0, (remedy, err)
+        assert "first tokens within" in out
+
+
+def test_an_estimate_that_misses_a_limit_is_refused_with_one_that_it_keeps(refused, hrm):
+    for flag, short in (("--max-ttft", "1s"), ("--max-tpot", "10ms")):
+        said = refused(*ESTIMATE, flag, short)
+        assert said.startswith(f"error: {flag} is <")
+        allowed = re.findall(rf"allow {flag} (\S+),", said)[0]
+        assert hrm(*ESTIMATE, flag, allowed)[0] == 0
+
+
+def test_limits_hold_on_several_machines_and_along_a_front(hrm):
+    def rows_of(*args: str) -> list[dict]:
+        code, out, _ = hrm(*args, "--json")
+        assert code == 0
+        return json.loads(out)["rows"]
+
+    args = ["--model", "mixtral-8x7b", *LENGTHS, "--max-tpot", "2s"]
+    rows = rows_of("search", *args, "--gpus", "1xT4,1xL4")
+    free = rows_of("search", *args[:-2], "--gpus", "1xT4,1xL4")
+    slower = {row["machine"]: row["tokens_per_s"] for row in rows}
+    assert all(slower[row["machine"]] <= row["tokens_per_s"] * 1.002 for row in free)
+    assert slower != {row["machine"]: row["tokens_per_s"] for row in free}
+    front = rows_of("search", *args, "--gpus", "1xT4", "--pareto", "latency")
+    assert all(row["time_per_output_token_s"] <= 2 for row in front if not row["reason"])
+
+
+@pytest.mark.parametrize("solver", ["milp", "optuna"])
+def test_a_solver_that_knows_no_limits_refuses_them_by_name(refused, solver):
+    said = refused("search", *T4, *LENGTHS, "--solver", solver, "--max-tpot", "1s")
+    assert f"--max-tpot with --solver is '{solver}'" in said
+
+
+@pytest.mark.parametrize("command", [["search"], ["estimate", "-u", "8", "-n", "4"]])
+def test_one_token_a_request_has_no_decode(hrm, hrm_json, command):
+    args = [*command, *T4, "--prompt-len", "64", "--gen-len", "1", "--requests", "64"]
+    code, out, _ = hrm(*args)
+    assert code == 0
+    assert "decode" not in out
+    assert "a token every" not in out
+    predicted = hrm_json(*args)["predicted"]
+    assert predicted["time_per_output_token_s"] is None
+    assert predicted["bottleneck"]["decode"] is None
+    assert predicted["decode_s"] == 0
+
+
+# ------------------------------------------------------------------ ranges of assumed figures
+
+
+def test_the_range_of_a_link_bound_plan_is_that_of_its_link():
+    spec, profile = tiny_spec(), machine(link=1e8, gpu_bytes=GB, cpu_read=1e13, gpu_read=1e14)
+    workload = replace(WORKLOADS["mtbench"], num_requests=32)
+    policy = search(spec, profile, workload, ffn=Device.GPU, attention=Device.GPU).require().policy
+    policy = replace(policy, resident_experts=(0,) * spec.num_layers, resident_dense=False)
+    ends = throughput_range(spec, policy, profile, workload)
+    now = estimate(spec, policy, profile, workload)
+    assert now.limits.decode.cause is Cause.H2D_LINK
+    assert ends is not None
+    assert ends.assumed == ("cpu to gpu bandwidth",)
+    assert ends.low_tokens_per_s / now.tokens_per_s == pytest.approx(0.7, rel=0.02)
+    assert ends.high_tokens_per_s / now.tokens_per_s == pytest.approx(1.3, rel=0.02)
+
+
+def with_link(profile, figure: Figure):
+    links = tuple(
+        replace(link, bandwidth_bytes_per_s=Rate(achieved=figure)) if link == profile.h2d else link
+        for link in profile.links
+    )
+    return replace(profile, links=links)
+
+
+def exact(profile):
+    """The machine with every figure from a data sheet."""
+    text = dump_profile(profile).replace("source: assumed", "source: datasheet")
+    return decode_strictly(yaml.safe_load(text), HardwareProfile, "")
+
+
+def test_figures_that_are_known_have_no_range_and_measured_ones_that_of_their_spread():
+    spec, profile = tiny_spec(), exact(machine(link=1e8, gpu_bytes=GB))
+    workload = replace(WORKLOADS["mtbench"], num_requests=32)
+    policy = search(spec, profile, workload, ffn=Device.GPU).require().policy
+    policy = replace(policy, resident_experts=(0,) * spec.num_layers, resident_dense=False)
+    assert throughput_range(spec, policy, profile, workload) is None
+    measured = Figure(value=1e8, source=Source.MEASURED, samples=9, p20=0.8e8, p80=1.1e8)
+    ends = throughput_range(spec, policy, with_link(profile, measured), workload)
+    assert ends is not None
+    assert (ends.assumed, ends.spread) == ((), ("cpu to gpu bandwidth",))
+    slow, fast = (
+        estimate(
+            spec, policy, with_link(profile, replace(measured, value=value)), workload
+        ).tokens_per_s
+        for value in (0.8e8, 1.1e8)
+    )
+    assert ends.low_tokens_per_s == pytest.approx(slow)
+    assert ends.high_tokens_per_s == pytest.approx(fast)
+
+
+def test_reports_tell_the_range_and_what_it_comes_from(hrm, hrm_json):
+    args = ["search", "--model", "qwen3-30b-a3b", "--gpus", "1xH100"]
+    plan = hrm_json(*args)["predicted"]
+    ends = plan["tokens_per_s_range"]
+    assert ends["low_tokens_per_s"] < plan["tokens_per_s"] < ends["high_tokens_per_s"]
+    assert "gpu compute in bfloat16" in ends["assumed"]
+    assert "tokens/s, if assumed figures are up to 30% off (gpu compute" in hrm(*args)[1]
+    given = hrm_json(*args, "--set", "gpu-flops=400TFLOP/s")["predicted"]["tokens_per_s_range"]
+    assert "gpu compute in bfloat16" not in given["assumed"], "what is given is known"
+
+
+# ------------------------------------------------------------------------- what can be done
+
+
+def test_only_what_the_executor_has_is_said_to_run(hrm):
+    from executor.families import FAMILIES
+
+    assert set(EXECUTED_FAMILIES) == set(FAMILIES)
+    lengths = ["--prompt-len", "64", "--gen-len", "8", "--requests", "8"]
+    for model, gpus, reason in (
+        ("mixtral-8x7b", "1xT4", ""), ("olmoe-1b-7b", "1xT4", "this is olmoe"),
+        ("dbrx", "4xT4", "drives one GPU, and this plan has 4"),
+    ):  # fmt: skip
+        sizes = ["-u", "1", "-n", "1", "--attention", "gpu"]
+        code, out, _ = hrm("estimate", "--model", model, "--gpus", gpus, *lengths, *sizes)
+        assert code == 0
+        assert ("executor run --model" in out) == (not reason)
+        assert ("a prediction only: executor run" in out) == bool(reason)
+        assert reason in out
+
+
+def test_one_count_of_residents_is_that_of_every_layer_with_experts(hrm, hrm_json, refused):
+    args = ["estimate", "--model", "deepseek-v2-lite", "--gpus", "1xT4", "-u", "8", "-n", "4"]
+    args = [*args, "--resident-experts"]
+    assert hrm_json(*args, "8")["policy"]["resident_experts"] == [0] + [8] * 26
+    assert "8 of 64 a layer with experts stay on the GPU" in hrm(*args, "8")[1]
+    each = ",".join(["0", *["7"] * 26])
+    assert hrm_json(*args, each)["policy"]["resident_experts"][1] == 7
+    said = refused(*args, ",".join(["8"] * 27))
+    assert "--resident-experts of layer 0 is 8: the layer has no experts" in said
+
+
+@pytest.mark.parametrize("model", ["deepseek-v2-lite", "kimi-k2", "glm-4.5-air"])
+def test_models_with_dense_layers_are_estimated_on_one_level(hrm_json, tmp_path, model):
+    path = tmp_path / "cpu.yaml"
+    alone = replace(machine(), levels=machine().levels[1:], links=(), accelerator="cpu")
+    save_profile(path, alone)
+    args = ["estimate", "--model", model, "--profile", path, "--cpu-memory", "9TB"]
+    plan = hrm_json(*args, "-u", "2", "-n", "2", "--resident-experts", "1")
+    assert plan["policy"]["paper_tuple"]["r_w"] == 1
+
+
+# ------------------------------------------------------------------------------- near ties
+
+
+def test_of_plans_that_are_nearly_as_fast_the_smaller_is_chosen():
+    """Where the GPU's compute limits all, throughput hardly grows with the batch."""
+    spec = BUILT_IN_MODELS["qwen3-30b-a3b"]
+    profile, workload = compose("1xH100"), WORKLOADS["mtbench"]
+    result = search(spec, profile, workload)
+    best = result.require()
+    space = Space(
+        spec=spec, profile=profile, workload=workload, dtype="bfloat16",
+        schedule=ScheduleName.CGOPIPE,
+    )  # fmt: skip
+    fastest = max(
+        (c for kind in grids(space, Costs(spec, profile, "bfloat16")) for c in kind.solve()),
+        key=lambda candidate: candidate.tokens_per_s,
+    )
+    assert best.policy.batch_size < 0.8 * fastest.policy.batch_size
+    fast = estimate(spec, fastest.policy, profile, workload).tokens_per_s
+    assert best.tokens_per_s >= (1 - TIE) * fast
+    assert all(one.tokens_per_s <= (1 + TIE) * best.tokens_per_s for one in result.runner_ups)
