@@ -154,11 +154,14 @@ class MemoryLevel:
     A copy counts each byte once, though it is read and written. `shared_bytes_per_s` is what all
     that use this memory at once get together (the processor, staging copies, links), each byte read
     or written counted; without it, they share what can be read. Caches go from fast to slow.
+    `pinnable_bytes` are all that a host pins, for CUDA devices to read and write by themselves;
+    without it, all of the memory can be pinned.
     """
 
     name: str
     capacity_bytes: Figure
     reserve_bytes: Figure
+    pinnable_bytes: Figure | None = None
     read_bytes_per_s: Rate
     copy_bytes_per_s: Rate | None = None
     shared_bytes_per_s: Rate | None = None
@@ -169,6 +172,13 @@ class MemoryLevel:
     def usable_bytes(self) -> int:
         """Capacity less the reserve."""
         return int(self.capacity_bytes.value - self.reserve_bytes.value)
+
+    @property
+    def usable_pinned_bytes(self) -> int:
+        """What can be both used and pinned."""
+        if self.pinnable_bytes is None:
+            return self.usable_bytes
+        return min(int(self.pinnable_bytes.value), self.usable_bytes)
 
     @property
     def together_bytes_per_s(self) -> float:
@@ -237,6 +247,10 @@ class HardwareProfile:
     paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured). With
     `num_stages` above 1 it is one of so many equal parts of a machine, a stage of a pipeline that
     keeps the KV caches of as many batches.
+
+    With `unified_memory` a GPU and a CPU work in one memory. It is the only level, and its
+    processor is the GPU: the CPU would read the same bytes no sooner and computes less. Nothing is
+    held twice and nothing crosses a link.
     """
 
     schema: int = SCHEMA
@@ -244,6 +258,7 @@ class HardwareProfile:
     accelerator: Literal["cuda", "emulated", "cpu", "catalog"]
     num_gpus: int = 1
     num_stages: int = 1
+    unified_memory: bool = False
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
     disk: Disk | None = None
@@ -262,6 +277,11 @@ class HardwareProfile:
             raise ProfileError(
                 f"{self.name}: num_gpus", self.num_gpus, "must be at least 1", "correct it"
             )
+        if self.unified_memory and (len(self.levels) > 1 or self.num_gpus > 1):
+            raise ProfileError(
+                f"{self.name}: unified_memory", True, "goes with one level and one GPU",
+                "leave one level, the memory with its GPU, or leave this out",
+            )  # fmt: skip
         check_figures(self.name, self)
         if len(self.levels) > 1:
             fast, slow = self.levels[0].name, self.levels[1].name
@@ -274,6 +294,11 @@ class HardwareProfile:
     def has_accelerator(self) -> bool:
         """Whether there is a level above the host's memory."""
         return len(self.levels) > 1
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a GPU computes: in a memory of its own, or in unified memory."""
+        return self.has_accelerator or self.unified_memory
 
     @property
     def top(self) -> MemoryLevel:

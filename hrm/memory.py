@@ -4,7 +4,8 @@ The search checks policies with these formulas and the executor sizes its arenas
 what is planned is what is allocated. They take NumPy arrays as well as integers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from hrm.errors import PolicyError
@@ -24,6 +25,10 @@ LOGIT_BYTES: Final = 4  # logits are float32 whatever the dtype
 REQUEST_NUMBER_BYTES: Final = 40  # its position, row of the cache, length and the like, on a GPU
 TOKEN_NUMBER_BYTES: Final = 16  # a prompt's token: its position, and where its prompt ends
 COUNT_BYTES: Final = 8  # of the tokens that an expert was sent
+# Purposes of the host's memory that cross the link, in the order in which they are pinned.
+ALWAYS_PINNED: Final = ("staging", "exchange")  # small, and in every layer's way
+PINNED_IF_THERE_IS_ROOM: Final = ("prefill_hidden", "kv_cache")
+PINNED: Final = "pinned"  # the part of the host's memory that devices read and write themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +47,31 @@ class LevelPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a policy needs at the top level and at the host; on one level both are the same."""
+    """What a policy needs at the top level and at the host; on one level both are the same.
+
+    `pinned` is what of the host's memory must be pinned, where not all of it can be.
+    """
 
     gpu: LevelPlan
     cpu: LevelPlan
+    pinned: LevelPlan | None = None
 
     @property
     def fits(self) -> bool:
         """Whether no level overflows."""
-        return all(plan.planned_bytes <= plan.capacity_bytes for plan in (self.gpu, self.cpu))
+        plans = (self.gpu, self.cpu, *([self.pinned] if self.pinned else []))
+        return all(plan.planned_bytes <= plan.capacity_bytes for plan in plans)
 
     def check_fits(self) -> None:
         """Raise PolicyError naming the level, the need and the remedy if a level overflows."""
+        if self.pinned and self.pinned.planned_bytes > self.pinned.capacity_bytes:
+            staged = "weights" not in self.pinned.purposes
+            raise PolicyError(
+                "policy: pinned memory of the host",
+                f"<{format_bytes(self.pinned.planned_bytes)} planned>",
+                f"must fit the {format_bytes(self.pinned.capacity_bytes)} that it can pin",
+                "lower batch_size" if staged else "let hrm search choose, or add --staging",
+            )
         for plan, flag in ((self.gpu, "--gpu-memory"), (self.cpu, "--cpu-memory")):
             if plan.planned_bytes > plan.capacity_bytes:
                 purpose, size = max(plan.purposes.items(), key=lambda item: item[1])
@@ -216,7 +234,12 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     spec, profile = part_of(spec, profile, policy.parallelism)
     gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
     if profile.has_accelerator:
-        return MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))
+        plan = MemoryPlan(_level(profile.top, gpu), _level(profile.host, cpu))
+        if profile.host.pinnable_bytes is None:
+            return plan
+        needed = pinned_purposes(cpu, staging=policy.staging, streams_kv=int(policy.streams_kv))
+        needed = {key: int(size) for key, size in needed.items() if size}
+        return replace(plan, pinned=LevelPlan(PINNED, profile.host.usable_pinned_bytes, needed))
     both = {key: gpu.get(key, 0) + cpu.get(key, 0) for key in {**gpu, **cpu}}
     return MemoryPlan(_level(profile.top, both), _level(profile.top, both))
 
@@ -236,7 +259,7 @@ def purposes(
         kv_tokens=policy.kv_tokens_per_micro_batch,
         chunk_tokens=policy.prefill_chunk_tokens,
         gpu_kv_micro_batches=on_gpu,
-        streams_kv=int(policy.attention is Device.GPU and on_gpu < n),
+        streams_kv=int(policy.streams_kv),
         ffn_on_cpu=ffn_on_cpu,
         resident_bytes=spec.total_layer_bytes(policy.dtype) - sum(streamed),
         max_streamed_bytes=max(streamed),
@@ -274,6 +297,23 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     largest = max(policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
     size = DTYPE_BYTES[policy.dtype]  # a page holds whole elements
     return STAGING_PAGES * -(-largest // (num_pages * size)) * size
+
+
+def pinned_purposes(
+    cpu: Mapping[str, Number], *, staging: bool, streams_kv: Number
+) -> dict[str, Number]:
+    """What of the host's purposes must be pinned, in the order in which the executor pins.
+
+    That is all that crosses the link. With `staging`, weights may lie in pageable memory, and so
+    may a KV cache that crosses only once, on its way from prefill to attention on the CPU.
+    """
+    names = [*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM]
+    pinned = {name: cpu[name] for name in names if name in cpu}
+    if not staging:
+        return {**pinned, "weights": cpu["weights"]}
+    return (
+        {**pinned, "kv_cache": streams_kv * pinned["kv_cache"]} if "kv_cache" in pinned else pinned
+    )
 
 
 def _level(level: MemoryLevel, purposes: dict[str, int]) -> LevelPlan:

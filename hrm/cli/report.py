@@ -123,8 +123,10 @@ def plan_json(
 
 
 def _levels(estimate: Estimate, profile: HardwareProfile) -> list[LevelPlan]:
-    plans = [estimate.memory.gpu, estimate.memory.cpu]
-    return plans if profile.has_accelerator else plans[:1]
+    memory = estimate.memory
+    if not profile.has_accelerator:
+        return [memory.gpu]
+    return [memory.gpu, memory.cpu, *([memory.pinned] if memory.pinned else [])]
 
 
 def _turning_points(
@@ -160,13 +162,13 @@ def print_plan(
         f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
-    _print_policy(policy, spec, workload, has_gpu=profile.has_accelerator)
-    _print_prediction(estimate, workload, has_gpu=profile.has_accelerator)
+    _print_policy(policy, spec, workload, profile)
+    _print_prediction(estimate, workload, has_gpu=profile.has_gpu)
     _print_memory(estimate, profile)
     _print_turning_points(_turning_points(estimate, spec, profile, workload))
     if search is not None:
         _print_ways(search, spec)
-        _print_search(search, spec, has_gpu=profile.has_accelerator)
+        _print_search(search, spec, has_gpu=profile.has_gpu)
 
 
 def _kind_of_machine(profile: HardwareProfile) -> str:
@@ -179,7 +181,9 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
             return ""
 
 
-def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gpu: bool) -> None:
+def _print_policy(
+    policy: Policy, spec: ModelSpec, workload: Workload, profile: HardwareProfile
+) -> None:
     n, mu, a_g, f_g, r_w, r_c = policy.paper_tuple(spec)
     console.print(
         f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
@@ -190,8 +194,13 @@ def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gp
     if policy.parallelism is Parallelism.PIPELINE:
         stage = f"{len(policy.resident_experts)} of {spec.num_layers} layers"
         console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
-    if not has_gpu:
-        console.print("  everything is held and computed on the CPU: there is no accelerator\n")
+    if not profile.has_accelerator:
+        console.print(
+            "  everything is held once, in unified memory, and computed on the GPU"
+            if profile.unified_memory
+            else "  everything is held and computed on the CPU: there is no accelerator"
+        )
+        _print_chunks(policy, workload)
         return
     kv = (
         f"the KV cache of {policy.gpu_kv_micro_batches} of {policy.num_micro_batches} micro-batches"
@@ -204,6 +213,10 @@ def _print_policy(policy: Policy, spec: ModelSpec, workload: Workload, *, has_gp
         f"  experts on the {_word(policy.ffn)}; {count} of {spec.num_experts} a layer stay on the "
         f"GPU, {dense}{', staged through pinned memory' if policy.staging else ''}"
     )
+    _print_chunks(policy, workload)
+
+
+def _print_chunks(policy: Policy, workload: Workload) -> None:
     splits = policy.prefill_chunk_tokens < workload.max_prompt_len
     console.print(
         f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time"

@@ -64,7 +64,10 @@ def simulate(
         f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated\n"
     )
     if not plan.profile.has_accelerator:
-        console.print("[dim]there is no accelerator: lane GPU is the CPU, and nothing moves[/]\n")
+        why = "memory is unified" if plan.profile.unified_memory else (
+            "there is no accelerator: lane GPU is the CPU"
+        )  # fmt: skip
+        console.print(f"[dim]{why}, and nothing moves[/]\n")
     for lane in Lane:
         text = lane_text(shown, lane, TEXT_TASKS)
         if text:

@@ -7,6 +7,7 @@ from math import ceil
 from hrm.estimate import Estimate, estimate
 from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
 from hrm.policy import Parallelism
+from hrm.search.pinning import pinned_or_staged
 from hrm.search.result import SearchResult, Way
 from hrm.search.space import Space
 
@@ -21,7 +22,7 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
 
     A machine with one GPU is searched once. If neither way is possible or fits, the result says so.
     """
-    gpus = space.profile.num_gpus
+    gpus, solve = space.profile.num_gpus, pinned_or_staged(solve)
     if gpus == 1:
         return solve(space)
     found: dict[Parallelism, SearchResult] = {}
