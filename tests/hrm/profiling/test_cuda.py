@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hrm.catalog import list_files
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
-from hrm.machines import list_files, load_profile, save_profile
+from hrm.machines import load_profile, save_profile
 from hrm.profiling import profile_machine
 from hrm.profiling.gemm import gemm_rate
 from hrm.profiling.gpu import CudaGpu, together
