@@ -274,6 +274,13 @@ def test_every_figure_of_the_new_machines_says_where_it_is_from():
                 assert "by others" in value.note
 
 
+def test_the_readme_counts_the_catalog_right():
+    readme = Path(__file__).parents[2] / "README.md"
+    unified = [name for name in FILES.machines if load_profile(name).unified_memory]
+    told = f"{len(FILES.gpus)} GPUs, {len(FILES.hosts)} hosts and {len(unified)} chips with unified"
+    assert told in readme.read_text(encoding="utf-8")
+
+
 # -------------------------------------------------------------------------- machines of one level
 
 
@@ -348,6 +355,18 @@ def test_unified_memory_has_one_of_each_resource():
         with_memory(profile, cpu_memory_bytes=64 * GB)
     with pytest.raises(ProfileError, match=r"cpu-flops is <missing>: .*unified memory"):
         scale(profile, Resource.CPU_FLOPS, 2)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flag", "device", "does"),
+    [("GB10", "--ffn", "cpu", "GPU"), ("generic-server", "--attention", "gpu", "CPU")],
+)
+def test_where_one_processor_does_all_the_other_is_not_asked(hrm, machine, flag, device, does):
+    option = "--gpus" if machine == "GB10" else "--host"
+    code, out, err = hrm("search", "--model", "mixtral-8x7b", option, machine, flag, device)
+    assert (code, out) == (2, "")
+    assert f"{flag} is '{device}': " in err
+    assert f"its {does} does all" in err
 
 
 def test_unified_memory_is_one_level():
