@@ -5,103 +5,22 @@ its own processor, as in the hierarchical roofline model (MoE-Lightning, arXiv 2
 Every figure says where it came from; a rate may be a curve over size where it bends.
 """
 
-import math
-from bisect import bisect_left
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
 from typing import Final, Literal
 
 from hrm.errors import ProfileError
+from hrm.figures import NOISY_SPREAD, Figure, Rate, Source, check_figure, check_rate
 from hrm.numeric import Number, maximum
+
+__all__ = [
+    "CPU", "GPU", "NOISY_SPREAD", "SCHEMA", "Cache", "Contention", "Disk", "Figure", "GpuCard",
+    "HardwareProfile", "Host", "Link", "LinkKind", "MemoryLevel", "Processor", "Rate", "Source",
+    "check_figures",
+]  # fmt: skip
 
 GPU: Final = "gpu"
 CPU: Final = "cpu"
 SCHEMA: Final = 1
-NOISY_SPREAD: Final = 0.08
-
-
-class Source(StrEnum):
-    """Where a figure came from."""
-
-    DATASHEET = "datasheet"
-    MEASURED = "measured"
-    FITTED = "fitted"
-    DERIVED = "derived"
-    ASSUMED = "assumed"
-    GIVEN = "given"  # by the user, on the command line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One number in SI units with its provenance.
-
-    `curve` holds `(size, value)` points where the number depends on a size (bytes of a transfer,
-    tokens of a GEMM); `value` is then its plateau. `p20` and `p80` are the 20th and the 80th
-    percentile of the samples, or further apart where passes of the measurement differ by more: in
-    three of five cases, the value of the next run is expected between them.
-    """
-
-    value: float
-    source: Source
-    note: str = ""
-    curve: tuple[tuple[float, float], ...] = ()
-    samples: int = 0
-    p20: float | None = None
-    p80: float | None = None
-
-    @property
-    def spread(self) -> float:
-        """Distance from the 20th to the 80th percentile as a share of the value; 0 if unknown."""
-        if self.p20 is None or self.p80 is None or self.value <= 0:
-            return 0.0
-        return (self.p80 - self.p20) / self.value
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether it spreads too far to be trusted."""
-        return self.spread > NOISY_SPREAD
-
-    def at(self, size: Number = None) -> Number:
-        """Value at `size`, interpolated over log(size) and flat beyond the ends of the curve.
-
-        `size` may be a NumPy array; the result then is one.
-        """
-        if size is None or not self.curve:
-            return self.value
-        sizes = [point[0] for point in self.curve]
-        if not isinstance(size, (int, float)):
-            import numpy as np
-
-            values = [point[1] for point in self.curve]
-            return np.interp(np.log(size), np.log(sizes), values)  # pyright: ignore[reportUnknownVariableType]
-        right = bisect_left(sizes, size)
-        if right == 0:
-            return self.curve[0][1]
-        if right == len(sizes):
-            return self.curve[-1][1]
-        (size_0, value_0), (size_1, value_1) = self.curve[right - 1], self.curve[right]
-        share = math.log(size / size_0) / math.log(size_1 / size_0)
-        return value_0 + share * (value_1 - value_0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rate:
-    """A bandwidth or compute rate three ways: on paper, at its best, and in work like ours."""
-
-    datasheet: Figure | None = None
-    ceiling: Figure | None = None
-    achieved: Figure | None = None
-
-    @property
-    def planned(self) -> Figure:
-        """The figure that plans are made with: achieved, else the ceiling, else the data sheet."""
-        figure = self.achieved or self.ceiling or self.datasheet
-        assert figure is not None, "validated when the profile is loaded"
-        return figure
-
-    def at(self, size: Number = None) -> Number:
-        """Planned value at `size`."""
-        return self.planned.at(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +74,14 @@ class MemoryLevel:
     A copy counts each byte once, though it is read and written. `shared_bytes_per_s` is what all
     that use this memory at once get together (the processor, staging copies, links), each byte read
     or written counted; without it, they share what can be read. Caches go from fast to slow.
+    `pinnable_bytes` are all that a host pins, for CUDA devices to read and write by themselves;
+    without it, all of the memory can be pinned.
     """
 
     name: str
     capacity_bytes: Figure
     reserve_bytes: Figure
+    pinnable_bytes: Figure | None = None
     read_bytes_per_s: Rate
     copy_bytes_per_s: Rate | None = None
     shared_bytes_per_s: Rate | None = None
@@ -170,6 +92,13 @@ class MemoryLevel:
     def usable_bytes(self) -> int:
         """Capacity less the reserve."""
         return int(self.capacity_bytes.value - self.reserve_bytes.value)
+
+    @property
+    def usable_pinned_bytes(self) -> int:
+        """What can be both used and pinned."""
+        if self.pinnable_bytes is None:
+            return self.usable_bytes
+        return min(int(self.pinnable_bytes.value), self.usable_bytes)
 
     @property
     def together_bytes_per_s(self) -> float:
@@ -238,6 +167,10 @@ class HardwareProfile:
     paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured). With
     `num_stages` above 1 it is one of so many equal parts of a machine, a stage of a pipeline that
     keeps the KV caches of as many batches.
+
+    With `unified_memory` a GPU and a CPU work in one memory. It is the only level, and its
+    processor is the GPU: the CPU would read the same bytes no sooner and computes less. Nothing is
+    held twice and nothing crosses a link.
     """
 
     schema: int = SCHEMA
@@ -245,6 +178,7 @@ class HardwareProfile:
     accelerator: Literal["cuda", "emulated", "cpu", "catalog"]
     num_gpus: int = 1
     num_stages: int = 1
+    unified_memory: bool = False
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
     disk: Disk | None = None
@@ -263,6 +197,11 @@ class HardwareProfile:
             raise ProfileError(
                 f"{self.name}: num_gpus", self.num_gpus, "must be at least 1", "correct it"
             )
+        if self.unified_memory and (len(self.levels) > 1 or self.num_gpus > 1):
+            raise ProfileError(
+                f"{self.name}: unified_memory", True, "goes with one level and one GPU",
+                "leave one level, the memory with its GPU, or leave this out",
+            )  # fmt: skip
         check_figures(self.name, self)
         if len(self.levels) > 1:
             fast, slow = self.levels[0].name, self.levels[1].name
@@ -275,6 +214,11 @@ class HardwareProfile:
     def has_accelerator(self) -> bool:
         """Whether there is a level above the host's memory."""
         return len(self.levels) > 1
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a GPU computes: in a memory of its own, or in unified memory."""
+        return self.has_accelerator or self.unified_memory
 
     @property
     def top(self) -> MemoryLevel:
@@ -383,9 +327,9 @@ def check_figures(where: str, node: object) -> None:
     """Walk a profile and reject figures that no hardware can have (ProfileError)."""
     match node:
         case Figure():
-            _check_figure(where, node)
+            check_figure(where, node)
         case Rate():
-            _check_rate(where, node)
+            check_rate(where, node)
         case dict():
             for key, value in node.items():  # pyright: ignore[reportUnknownVariableType]
                 check_figures(f"{where}.{key}", value)  # pyright: ignore[reportUnknownArgumentType]
@@ -404,47 +348,3 @@ def check_figures(where: str, node: object) -> None:
                 )  # fmt: skip
         case _:
             pass
-
-
-def _check_figure(where: str, figure: Figure) -> None:
-    may_be_zero = where.endswith(("_s", "reserve_bytes")) and not where.endswith("per_s")
-    spread = [value for value in (figure.p20, figure.p80) if value is not None]
-    values = [figure.value, *spread, *(value for _, value in figure.curve)]
-    impossible = [
-        value for value in values
-        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero)
-    ]  # fmt: skip
-    if impossible:
-        raise ProfileError(
-            where, impossible[0], "must be positive and finite", "measure it again or correct it"
-        )
-    if len(spread) == 2 and spread[0] > spread[1]:
-        raise ProfileError(
-            f"{where}.p20", spread[0], f"must not be above p80, {spread[1]:.4g}",
-            "exchange them or measure it again",
-        )  # fmt: skip
-    sizes = [size for size, _ in figure.curve]
-    if any(size <= 0 for size in sizes) or sizes != sorted(set(sizes)):
-        raise ProfileError(
-            f"{where}.curve", sizes, "sizes must be positive and ascending", "sort the points"
-        )
-
-
-def _check_rate(where: str, rate: Rate) -> None:
-    named = {name: getattr(rate, name) for name in ("datasheet", "ceiling", "achieved")}
-    known = {name: figure for name, figure in named.items() if figure is not None}
-    if not known:
-        raise ProfileError(
-            where, "<no figure>", "needs a datasheet, ceiling or achieved figure", "add one of them"
-        )
-    for name, figure in known.items():
-        _check_figure(f"{where}.{name}", figure)
-    datasheet = known.pop("datasheet", None)
-    for name, figure in known.items():
-        low_end = figure.p20 if figure.p20 is not None else figure.value
-        if datasheet and min(low_end, figure.value) > 1.05 * datasheet.value:
-            raise ProfileError(
-                f"{where}.{name}", figure.value,
-                f"is above the data sheet's {datasheet.value:.4g} by more than its spread",
-                "check the data sheet's figure or measure again",
-            )  # fmt: skip

@@ -1,17 +1,19 @@
-"""Machines from files: one YAML file per GPU, host or measured machine, and how they compose.
+"""Machines from files: one YAML file per GPU, host or whole machine, and how they compose.
 
 `4xT4` is a GPU file, a count and a host. What GPUs bring adds up: memory, bandwidth, compute and
-links, the links up to what the host's memory can be read at.
+links, the links up to what the host's memory can be read at. A host alone is a machine without
+GPUs, and a chip with unified memory is a whole machine by itself.
 """
 
 import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+from hrm.catalog import Part, find_file, is_path, kind_of, kind_words
 from hrm.errors import ProfileError
 from hrm.hardware import (
     Figure,
@@ -29,27 +31,7 @@ from hrm.units import format_bandwidth
 MAX_RESERVE_SHARE: Final = 0.05  # of a capacity given by the user, who knows what is free
 
 _T = TypeVar("_T")
-_GPUS: Final = re.compile(r"\s*(?:(\d+)\s*[x×]\s*)?(\S+)\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """Names of the files that come with hrm."""
-
-    gpus: tuple[str, ...]
-    hosts: tuple[str, ...]
-    machines: tuple[str, ...]
-
-
-def profile_folder() -> Path:
-    """Folder of the YAML files: inside the installed package, else at the top of the checkout."""
-    installed = Path(__file__).parent / "hardware_profiles"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "hardware_profiles"
-
-
-def list_files() -> Files:
-    """Names of all GPUs, hosts and measured machines that come with hrm, sorted."""
-    return Files(*(tuple(_names(kind)) for kind in ("gpus", "hosts", "machines")))
+_GPUS: Final = re.compile(r"\s*(?:(\d{1,9})\s*[x×]\s*)?(\S(?:.*\S)?)\s*", re.IGNORECASE)
 
 
 def load_profile(name_or_path: str | Path) -> HardwareProfile:
@@ -57,37 +39,78 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
 
     Raises ProfileError naming the file and field if there is none or it is malformed.
     """
-    path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.is_file() or len(path.parts) > 1:
-        return _read(path, HardwareProfile)
-    return _read(_find("--profile", "machines", str(name_or_path)), HardwareProfile)
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or is_path(name) or Path(name).is_file():
+        return _read("--profile", Path(name_or_path), HardwareProfile)
+    return _read("--profile", find_file("--profile", name, ("machines",)), HardwareProfile)
 
 
 def load_gpu(name: str) -> GpuCard:
-    """A GPU by its name, whatever the case; `A100-80G`, `A100-80GB` and `A100-80` are the same.
+    """A GPU from a YAML file, or by its name: `RTX 4090`, `rtx4090` and `4090` are the same.
 
     Raises ProfileError if there is no such GPU.
     """
-    return _read(_find("--gpus", "gpus", name), GpuCard)
+    return _load("--gpus", "gpus", name, GpuCard)
 
 
 def load_host(name: str) -> Host:
-    """A host by its name, whatever the case; ProfileError if there is none."""
-    return _read(_find("--host", "hosts", name), Host)
+    """A host from a YAML file, or by its name, whatever the case; ProfileError if there is none."""
+    return _load("--host", "hosts", name, Host)
+
+
+def load_any(name: str, flag: str = "hrm profiles") -> Part:
+    """A GPU, host or machine of the catalog by its name, or what a YAML file holds.
+
+    Raises ProfileError naming `flag` if there is none.
+    """
+    path = Path(name) if is_path(name) else find_file(flag, name)
+    plain = _parse(path)
+    return decode_strictly(plain, kind_of(plain) or HardwareProfile, str(path))
+
+
+def parse_gpus(gpus: str) -> tuple[int, str]:
+    """The count and the name of `4xT4`; ProfileError if there is none, or the count is 0."""
+    match = _GPUS.fullmatch(gpus)
+    if match is None or int(match[1] or 1) < 1:
+        raise ProfileError(
+            "--gpus", gpus, "must be a GPU or a count of at least 1 and a GPU",
+            "write it like 4xT4; --host alone is a machine without GPUs",
+        )  # fmt: skip
+    return int(match[1] or 1), match[2]
 
 
 def compose(gpus: str, host: str | None = None) -> HardwareProfile:
     """A machine of `4xT4` (or `T4`) in `host`, or else in the host that the GPU's file names.
 
-    Raises ProfileError if there is no such GPU or host, or the host does not take that many.
+    A GPU of one's own is a YAML file, `2x./mine.yaml`, and so is a host. Whole machines, such as
+    those with unified memory, are named alike. Raises ProfileError if there is no such GPU or host,
+    or the host does not take that many.
     """
-    match = _GPUS.fullmatch(gpus)
-    if match is None or int(match[1] or 1) < 1:
+    count, name = parse_gpus(gpus)
+    path = Path(name) if is_path(name) else find_file("--gpus", name, ("gpus", "machines"))
+    found = _read("--gpus", path, GpuCard, HardwareProfile)
+    if isinstance(found, GpuCard):
+        return assemble(found, count, _usual_host(found, path) if host is None else load_host(host))
+    if count > 1:
         raise ProfileError(
-            "--gpus", gpus, "must be a GPU or a count of at least 1 and a GPU", "write it like 4xT4"
+            "--gpus", gpus, f"{found.name} is a whole machine, and plans are for one",
+            "leave out the count",
+        )  # fmt: skip
+    if host is not None:
+        raise ProfileError(
+            "--host", host, f"goes with GPUs, and {found.name} is a whole machine", "leave it out"
         )
-    card = load_gpu(match[2])
-    return assemble(card, int(match[1] or 1), load_host(host or card.default_host))
+    return found
+
+
+def _usual_host(card: GpuCard, path: Path) -> Host:
+    where = f"{path}: default_host"
+    return _read(where, find_file(where, card.default_host, ("hosts",)), Host)
+
+
+def without_gpus(host: Host) -> HardwareProfile:
+    """The host as a machine of one level, on which the CPU does everything."""
+    return HardwareProfile(name=host.name, accelerator="catalog", levels=(host.level,))
 
 
 def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
@@ -150,12 +173,18 @@ def with_memory(
 ) -> HardwareProfile:
     """The same machine with other memory capacities, as the user gives them.
 
-    The reserve shrinks to at most 5 % of the new capacity. Raises ProfileError if there is no GPU
-    level to give memory to.
+    The reserve shrinks to at most 5 % of the new capacity, and the part that can be pinned changes
+    with it. Unified memory is the GPU's. Raises ProfileError if there is no such level to give
+    memory to.
     """
     levels = list(profile.levels)
+    if cpu_memory_bytes is not None and profile.unified_memory:
+        raise ProfileError(
+            "--cpu-memory", cpu_memory_bytes,
+            f"{profile.name} has unified memory, which --gpu-memory says", "give that instead",
+        )  # fmt: skip
     if gpu_memory_bytes is not None:
-        if not profile.has_accelerator:
+        if not profile.has_gpu:
             raise ProfileError(
                 "--gpu-memory", gpu_memory_bytes, f"{profile.name} has no GPU level",
                 "leave it out or choose another machine",
@@ -176,7 +205,7 @@ def reserve_if_resized(level: MemoryLevel) -> float:
     return math.inf if given else level.reserve_bytes.value
 
 
-def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) -> None:
+def save_profile(path: str | Path, profile: Part) -> None:
     """Write a readable YAML file that loads to an equal profile; all of it or nothing.
 
     Raises ProfileError if the file cannot be written.
@@ -194,7 +223,7 @@ def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) ->
         ) from error  # fmt: skip
 
 
-def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:
+def dump_profile(profile: Part) -> str:
     """The YAML text of a profile, defaults left out and plain figures on a line each."""
     import yaml
 
@@ -274,6 +303,7 @@ def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> Mem
         level,
         capacity_bytes=change(level.capacity_bytes),
         reserve_bytes=change(level.reserve_bytes),
+        pinnable_bytes=None if level.pinnable_bytes is None else change(level.pinnable_bytes),
         read_bytes_per_s=_each(level.read_bytes_per_s, change),
         copy_bytes_per_s=changed(level.copy_bytes_per_s),
         shared_bytes_per_s=changed(level.shared_bytes_per_s),
@@ -345,45 +375,27 @@ def _resize(level: MemoryLevel, num_bytes: float, flag: str) -> MemoryLevel:
             note=f"{MAX_RESERVE_SHARE:.0%} of a capacity {note}",
         )
     capacity = Figure(value=num_bytes, source=Source.GIVEN, note=note)
-    return replace(level, capacity_bytes=capacity, reserve_bytes=reserve)
+    pinnable = level.pinnable_bytes
+    if pinnable is not None:
+        pinnable = _scale(pinnable, num_bytes / level.capacity_bytes.value, f"of a capacity {note}")
+    return replace(level, capacity_bytes=capacity, reserve_bytes=reserve, pinnable_bytes=pinnable)
 
 
 # -------------------------------------------------------------------------------------- reading
 
 
-def _names(kind: str) -> list[str]:
-    return sorted((path.stem for path in (profile_folder() / kind).glob("*.yaml")), key=_sort_key)
+def _load(flag: str, folder: str, name: str, kind: type[_T]) -> _T:
+    return _read(flag, Path(name) if is_path(name) else find_file(flag, name, (folder,)), kind)
 
 
-def _sort_key(name: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"(-\d+)gb?$", r"\1", name.strip().lower().replace("_", "-"))
-
-
-def _find(flag: str, kind: str, name: str) -> Path:
-    names = _names(kind)
-    for known in names:
-        if _canonical(known) == _canonical(name):
-            return profile_folder() / kind / f"{known}.yaml"
-    from difflib import get_close_matches
-
-    canonical = {_canonical(known): known for known in names}
-    longer = [known for short, known in canonical.items() if short.startswith(_canonical(name))]
-    close = [canonical[x] for x in get_close_matches(_canonical(name), canonical, 1)]
-    guess = " or ".join(longer or close)
-    remedy = f"did you mean {guess}?" if guess and name else "hrm profiles lists them"
-    or_file = " or a YAML file" if kind == "machines" else ""
-    raise ProfileError(
-        flag, name, f"must be one of {', '.join(names) or 'none that come with hrm'}{or_file}",
-        remedy,
-    )  # fmt: skip
-
-
-def _read(path: Path, kind: type[_T]) -> _T:
-    return decode_strictly(_parse(path), kind, str(path))
+def _read(flag: str, path: Path, *kinds: type[_T]) -> _T:
+    """What the file holds, which must be one of these kinds."""
+    plain = _parse(path)
+    found = kind_of(plain)
+    if found is not None and found not in kinds:
+        raise ProfileError(flag, str(path), f"is {kind_words(found)}", "name another file")
+    kind = next((kind for kind in kinds if kind is found), kinds[0])
+    return decode_strictly(plain, kind, str(path))
 
 
 def _parse(path: Path) -> Any:

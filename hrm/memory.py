@@ -4,11 +4,12 @@ The search checks policies with these formulas and the executor sizes its arenas
 what is planned is what is allocated. They take NumPy arrays as well as integers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 from hrm.errors import PolicyError
-from hrm.hardware import GPU, HardwareProfile, MemoryLevel
+from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ROUTING_BYTES, ModelSpec
 from hrm.numeric import Number, maximum
@@ -25,6 +26,10 @@ LOGIT_BYTES: Final = 4  # logits are float32 whatever the dtype
 REQUEST_NUMBER_BYTES: Final = 40  # its position, row of the cache, length and the like, on a GPU
 TOKEN_NUMBER_BYTES: Final = 16  # a prompt's token: its position, and where its prompt ends
 COUNT_BYTES: Final = 8  # of the tokens that an expert was sent
+# Purposes of the host's memory that cross the link, in the order in which they are pinned.
+ALWAYS_PINNED: Final = ("staging", "exchange")  # small, and in every layer's way
+PINNED_IF_THERE_IS_ROOM: Final = ("prefill_hidden", "kv_cache")
+PINNED: Final = "pinned"  # the part of the host's memory that devices read and write themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class LevelPlan:
     @property
     def option(self) -> str:
         """The option with the least memory of the whole machine that is enough for the plan."""
-        flag = "--gpu-memory" if self.name == GPU else "--cpu-memory"
+        flag = "--cpu-memory" if self.name == CPU else "--gpu-memory"
         planned = self.planned_bytes + 2  # of rounding to whole bytes
         least = self.parts * min(planned + self.reserve_bytes, planned / (1 - MAX_RESERVE_SHARE))
         return f"{flag} {at_least_bytes(least)}"
@@ -62,15 +67,25 @@ class LevelPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a policy needs at the top level and at the host; on one level both are the same."""
+    """What a policy needs at the top level and at the host; on one level both are the same.
+
+    `pinned` is what of the host's memory must be pinned, where not all of it can be.
+    """
 
     gpu: LevelPlan
     cpu: LevelPlan
+    pinned: LevelPlan | None = None
+
+    @property
+    def levels(self) -> tuple[LevelPlan, ...]:
+        """What is planned at every level, each once, and pinned."""
+        plans = (self.gpu, self.cpu, *([self.pinned] if self.pinned else []))
+        return tuple({plan.name: plan for plan in plans}.values())
 
     @property
     def fits(self) -> bool:
         """Whether no level overflows."""
-        return all(plan.planned_bytes <= plan.capacity_bytes for plan in (self.gpu, self.cpu))
+        return all(plan.planned_bytes <= plan.capacity_bytes for plan in self.levels)
 
     @property
     def planned_bytes(self) -> int:
@@ -85,6 +100,7 @@ class MemoryPlan:
         """
         levels = {level.name: level for level in (self.gpu, self.cpu) if level.lacking_bytes}
         if not levels:
+            self._check_pinned()
             return
         first = next(iter(levels.values()))
         purpose, size = max(first.purposes.items(), key=lambda item: item[1])
@@ -101,6 +117,17 @@ class MemoryPlan:
             f" (the largest part is {purpose.replace('_', ' ')}, {format_bytes(size)})"
             f"{''.join(others)}",
             f"{enough} is enough" + (f", or {remedy}" if remedy else ""),
+        )
+
+    def _check_pinned(self) -> None:
+        if self.pinned is None or not self.pinned.lacking_bytes:
+            return
+        staged = "weights" not in self.pinned.purposes
+        raise PolicyError(
+            "policy: pinned memory of the host",
+            f"<{format_bytes(self.pinned.planned_bytes)} planned>",
+            f"must fit the {format_bytes(self.pinned.capacity_bytes)} that it can pin",
+            "lower batch_size" if staged else "let hrm search choose, or add --staging",
         )
 
 
@@ -256,7 +283,13 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
     parts = profile.num_stages
     if profile.has_accelerator:
-        return MemoryPlan(_level(profile.top, gpu, parts), _level(profile.host, cpu, parts))
+        plan = MemoryPlan(_level(profile.top, gpu, parts), _level(profile.host, cpu, parts))
+        if profile.host.pinnable_bytes is None:
+            return plan
+        needed = pinned_purposes(cpu, staging=policy.staging, streams_kv=int(policy.streams_kv))
+        needed = {key: int(size) for key, size in needed.items() if size}
+        usable = profile.host.usable_pinned_bytes
+        return replace(plan, pinned=LevelPlan(PINNED, usable, needed, parts=parts))
     both = {key: gpu.get(key, 0) + cpu.get(key, 0) for key in {**gpu, **cpu}}
     level = _level(profile.top, both, parts)
     return MemoryPlan(level, level)
@@ -277,7 +310,7 @@ def purposes(
         kv_tokens=policy.kv_tokens_per_micro_batch,
         chunk_tokens=policy.prefill_chunk_tokens,
         gpu_kv_micro_batches=on_gpu,
-        streams_kv=int(policy.attention is Device.GPU and on_gpu < n),
+        streams_kv=int(policy.streams_kv),
         ffn_on_cpu=ffn_on_cpu,
         resident_bytes=spec.total_layer_bytes(policy.dtype) - sum(streamed),
         max_streamed_bytes=max(streamed),
@@ -315,6 +348,23 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     largest = max(policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
     size = DTYPE_BYTES[policy.dtype]  # a page holds whole elements
     return STAGING_PAGES * -(-largest // (num_pages * size)) * size
+
+
+def pinned_purposes(
+    cpu: Mapping[str, Number], *, staging: bool, streams_kv: Number
+) -> dict[str, Number]:
+    """What of the host's purposes must be pinned, in the order in which the executor pins.
+
+    That is all that crosses the link. With `staging`, weights may lie in pageable memory, and so
+    may a KV cache that crosses only once, on its way from prefill to attention on the CPU.
+    """
+    names = [*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM]
+    pinned = {name: cpu[name] for name in names if name in cpu}
+    if not staging:
+        return {**pinned, "weights": cpu["weights"]}
+    return (
+        {**pinned, "kv_cache": streams_kv * pinned["kv_cache"]} if "kv_cache" in pinned else pinned
+    )
 
 
 def _level(level: MemoryLevel, purposes: dict[str, int], parts: int) -> LevelPlan:

@@ -133,6 +133,12 @@ class Policy:
         return -(-self.batch_size // max(self.micro_batch_size, 1))
 
     @property
+    def streams_kv(self) -> bool:
+        """Whether attention on the GPU reads a part of the KV cache over the link."""
+        on_gpu = self.attention is Device.GPU
+        return on_gpu and self.gpu_kv_micro_batches < self.num_micro_batches
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt that can be prefilled, however many chunks it takes."""
         has_place = self.attention is Device.GPU or (

@@ -51,6 +51,11 @@ class Resource(StrEnum):
         return self.value.endswith("latency")
 
     @property
+    def grows_with_gpus(self) -> bool:
+        """Whether a machine with more GPUs has more of it."""
+        return self.value.startswith(("gpu-", "h2d-", "d2h-")) and not self.is_latency
+
+    @property
     def column(self) -> str:
         """Its name in a table, with the unit: `cpu_memory_bytes`, `gpu_flops_per_s`."""
         name = self.value.replace("-", "_")
@@ -70,7 +75,10 @@ class Resource(StrEnum):
 
 
 def resources(profile: HardwareProfile) -> tuple[Resource, ...]:
-    """The resources that a machine has: none of a GPU without one, no peer link for a lone GPU."""
+    """The resources that a machine has: none of a GPU without one, no peer link for a lone GPU.
+
+    Of unified memory and its GPU there is one each.
+    """
     return tuple(resource for resource in Resource if not _missing(profile, resource))
 
 
@@ -261,6 +269,9 @@ def _missing(profile: HardwareProfile, resource: Resource) -> str:
     if resource in {Resource.PEER_BANDWIDTH, Resource.PEER_LATENCY}:
         has_peer = any(link.kind == "peer" for link in profile.links)
         return "" if has_peer else "has no link between GPUs"
+    if profile.unified_memory:
+        of_gpu = resource.value.startswith("gpu-")
+        return "" if of_gpu else "has unified memory, in which its GPU does everything"
     of_host = resource.value.startswith("cpu-")
     return "" if of_host or profile.has_accelerator else "has no GPU level"
 
@@ -292,7 +303,9 @@ def _scale_level(
                 level,
                 capacity_bytes=times(level.capacity_bytes),
                 reserve_bytes=times(level.reserve_bytes),
-            )
+                pinnable_bytes=None if level.pinnable_bytes is None
+                else times(level.pinnable_bytes),
+            )  # fmt: skip
         case Resource.GPU_BANDWIDTH | Resource.CPU_BANDWIDTH:
             attention = each_of(processor.attention_bytes_per_s)
             return replace(

@@ -6,20 +6,17 @@ stay pageable and go through a few pinned pages, and of the rest as much is pinn
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, final
+from typing import final
 
 from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.errors import RunError
-from hrm.memory import purposes
+from hrm.memory import ALWAYS_PINNED, PINNED_IF_THERE_IS_ROOM, purposes
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.tasks import Device
 from hrm.units import format_bytes
-
-ALWAYS_PINNED: Final = ("staging", "exchange")  # small, and in every layer's way
-IF_THERE_IS_ROOM: Final = ("prefill_hidden", "kv_cache")
 
 
 @final
@@ -49,7 +46,7 @@ class HostArenas:
         memory = {name: backend.allocate(Device.CPU, size) for name, size in sizes.items()}
         if policy.staging:
             return _staging(backend, policy, memory)
-        crossing = [memory[name] for name in (*ALWAYS_PINNED, *IF_THERE_IS_ROOM, "weights")]
+        crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, "weights")]
         pinned_bytes, wanted_bytes = _pin_all(backend, crossing), _size(crossing)
         if pinned_bytes == wanted_bytes:
             return HostArenas(policy, memory)
@@ -75,7 +72,7 @@ def _staging(
     if pinned_bytes < _size(always):
         raise _too_little(_size(always), pinned_bytes, "for fewer requests at once")
     pageable = tuple(
-        name for name in IF_THERE_IS_ROOM if backend.pin(memory[name]) < memory[name].nbytes
+        name for name in PINNED_IF_THERE_IS_ROOM if backend.pin(memory[name]) < memory[name].nbytes
     )
     if pageable:
         told = (f"{name.replace('_', ' ')} ({format_bytes(memory[name].nbytes)})"

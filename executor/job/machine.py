@@ -191,7 +191,7 @@ def budgeted_plan(
         replace(level, capacity_bytes=budgets.get(level.name, level.capacity_bytes))
         for level in (plan.gpu, plan.cpu)
     )
-    return MemoryPlan(gpu, cpu)
+    return MemoryPlan(gpu, cpu, plan.pinned)
 
 
 def emulated_machine(

@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hrm.cli.options import ChosenModel
+from hrm.cli.options import ChosenModel, MachineChoice
 from hrm.cli.report import console
 from hrm.cli.tables import (
     print_frame,
@@ -19,7 +19,7 @@ from hrm.cli.tables import (
 from hrm.cli.texts import given_text
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
-from hrm.machines import compose
+from hrm.scaling import given_resources, resources, with_resource
 from hrm.units import format_bytes
 from hrm.workload import Workload
 
@@ -42,6 +42,7 @@ class Compared:
     """What is searched again and again; a `dtype` of None is each machine's own."""
 
     model: ChosenModel
+    choice: MachineChoice
     machines: list[HardwareProfile]
     dtype: str | None
     workload: Workload
@@ -128,22 +129,28 @@ def _frame(
         case Front.LATENCY:
             return analysis.front_of_latency(spec, machine, workload, **options), "latency_s"
         case Front.GPUS:
-            family = [composed for count in COUNTS if (composed := _with_gpus(machine, count))]
+            family = [
+                found for count in COUNTS if (found := _with_gpus(compared.choice, machine, count))
+            ]
             return analysis.front_of_gpus(spec, family, workload, **options), "num_gpus"
 
 
-def _with_gpus(machine: HardwareProfile, count: int) -> HardwareProfile | None:
-    """The catalog machine with so many of its GPUs; None if its host does not take them."""
-    gpus, found, host = machine.name.partition(" on ")
-    if machine.accelerator != "catalog" or not found:
-        raise ProfileError(
-            "--pareto", "gpus", f"needs a catalog machine, which {machine.name} is not",
-            "name it by --gpus",
-        )  # fmt: skip
-    try:
-        return compose(f"{count}x{gpus.partition('x')[2]}", host)
-    except ProfileError:
-        return None
+def _with_gpus(
+    choice: MachineChoice, machine: HardwareProfile, count: int
+) -> HardwareProfile | None:
+    """The machine with so many of its GPUs; None if its host does not take them.
+
+    What was given of the machine holds for every GPU of it as before.
+    """
+    changed = choice.with_gpus(count)
+    for resource, value in given_resources(machine).items():
+        if changed is None or resource not in resources(changed):
+            continue
+        share = count / machine.num_gpus if resource.grows_with_gpus else 1
+        changed = with_resource(
+            changed, resource, share * value, dtype=changed.default_dtype, given=resource.value
+        )
+    return changed
 
 
 def _print_front(front: Front, frame: "pd.DataFrame", cost: str) -> None:

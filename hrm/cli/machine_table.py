@@ -26,7 +26,8 @@ Show = Callable[[float], str]
 def print_profile(profile: HardwareProfile) -> None:
     """Print a machine with every figure and its source."""
     gpus = f", {profile.num_gpus} GPUs as one level" if profile.num_gpus > 1 else ""
-    console.print(f"[bold]{profile.name}[/] ({profile.accelerator}{gpus})")
+    unified = ", unified memory of GPU and CPU" if profile.unified_memory else ""
+    console.print(f"[bold]{profile.name}[/] ({profile.accelerator}{gpus}{unified})")
     _print_levels(profile.levels, profile.disk)
     if profile.links:
         _print_links(profile.links)
@@ -67,6 +68,8 @@ def _print_levels(
         table.add_row(f"[bold]{level.name}[/]  {level.processor.name}")
         _add_figure(table, "capacity", level.capacity_bytes, format_bytes)
         _add_figure(table, "reserve", level.reserve_bytes, format_bytes)
+        if level.pinnable_bytes is not None:
+            _add_figure(table, "can be pinned", level.pinnable_bytes, format_bytes)
         rates = {
             "read": level.read_bytes_per_s,
             "copy": level.copy_bytes_per_s,

@@ -11,7 +11,7 @@ import click
 
 from hrm.errors import PolicyError, ProfileError, WorkloadError
 from hrm.hardware import HardwareProfile
-from hrm.machines import compose, load_profile
+from hrm.machines import compose, load_host, load_profile, parse_gpus, without_gpus
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec, load_model
 from hrm.policy import ScheduleName
@@ -49,9 +49,13 @@ _machine = _options(
     _only(
         "--profile", metavar="FILE-or-NAME", help="A measured machine (hrm profile --out)."
     ),
-    _only("--gpus", metavar="4xT4", help="A catalog machine: GPUs by count and name."),
     _only(
-        "--host", metavar="NAME", help="The host of --gpus [default: the GPU's usual one]."
+        "--gpus", metavar="4xT4",
+        help="GPUs by count and name (hrm profiles), or by count and a YAML file: 2x./mine.yaml.",
+    ),
+    _only(
+        "--host", metavar="NAME-or-FILE",
+        help="The host of --gpus [default: the GPU's usual one]; alone, a machine without GPUs.",
     ),
     _only("--gpu-memory", metavar="16GB", help="Plan with this much GPU memory in all."),
     _only("--cpu-memory", metavar="192GB", help="Plan with this much host memory."),
@@ -96,12 +100,14 @@ class MachineChoice:
     def machines(self) -> list[HardwareProfile]:
         """The machines that --gpus lists, or the one of --profile, with the changes made to each.
 
-        Raises ProfileError if the options name none, or both kinds.
+        Hosts that are named without GPUs are machines as well. Raises ProfileError if the options
+        name none, or both kinds.
         """
-        if (self.profile is None) == (self.gpus is None):
+        if (self.profile is None) == (self.gpus is None) and (self.profile or self.host is None):
             raise ProfileError(
                 "--profile and --gpus", "<both>" if self.profile else "<neither>",
-                "exactly one must name the machine", "give --gpus 1xT4, or --profile with a file",
+                "exactly one must name the machine",
+                "give --gpus 1xT4, --profile with a file, or --host alone for one without GPUs",
             )  # fmt: skip
         if self.profile is not None and self.host is not None:
             raise ProfileError(
@@ -112,16 +118,38 @@ class MachineChoice:
             )
         if self.profile is not None:
             return [self.changed(load_profile(self.profile))]
-        return [self.changed(compose(name, self.host)) for name in (self.gpus or "").split(",")]
+        if self.gpus is None:
+            hosts = (self.host or "").split(",")
+            return [self.changed(without_gpus(load_host(host))) for host in hosts]
+        return [self.changed(compose(name, self.host)) for name in self.gpus.split(",")]
 
     def machine(self) -> HardwareProfile:
         """The only machine; ProfileError if --gpus lists several."""
         machines = self.machines()
         if len(machines) > 1:
             raise ProfileError(
-                "--gpus", self.gpus, "must be one machine here", "hrm search compares several"
+                "--gpus" if self.gpus else "--host",
+                self.gpus or self.host,
+                "must be one machine here",
+                "hrm search compares several",
             )
         return machines[0]
+
+    def with_gpus(self, count: int) -> HardwareProfile | None:
+        """So many of the GPUs of --gpus, unchanged; None if their host does not take them.
+
+        Raises ProfileError if it is not composed of GPUs and a host.
+        """
+        machine = self.machine()
+        if self.gpus is None or machine.unified_memory:
+            raise ProfileError(
+                "--pareto", "gpus", f"needs GPUs to count, and {machine.name} is a whole machine",
+                "name GPUs by --gpus",
+            )  # fmt: skip
+        try:
+            return compose(f"{count}x{parse_gpus(self.gpus)[1]}", self.host)
+        except ProfileError:
+            return None
 
     def changed(self, machine: HardwareProfile) -> HardwareProfile:
         """The machine with the memory and the resources that were given."""
@@ -180,13 +208,13 @@ def machine_options(command: Command) -> Command:
 
 
 def machines_options(command: Command) -> Command:
-    """Give a command `profiles: list[HardwareProfile]`, several if --gpus lists several."""
+    """Give a command `choice: MachineChoice`, of several machines if --gpus lists several."""
 
     @_machine
     @wraps(command)
     def wrapper(*args: Any, **options: Any) -> Any:
         choice = MachineChoice(**{name: options.pop(name) for name in _MACHINE})
-        return command(*args, profiles=choice.machines(), **options)
+        return command(*args, choice=choice, **options)
 
     return wrapper
 

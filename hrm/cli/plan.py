@@ -11,6 +11,7 @@ import click
 from hrm.cli.compare import Compared, Front, show_front, show_machines
 from hrm.cli.options import (
     ChosenModel,
+    MachineChoice,
     machine_options,
     machines_options,
     model_options,
@@ -84,7 +85,7 @@ _out = click.option(
 @csv_option
 @plot_option
 def search(
-    model: ChosenModel, dtype: str | None, profiles: list[HardwareProfile], workload: Workload,
+    model: ChosenModel, dtype: str | None, choice: MachineChoice, workload: Workload,
     limits: LatencyLimits,
     schedule: str, staging: bool, attention: str | None, ffn: str | None, solver: str,
     trials: int | None, storage: str | None, seed: int | None, pareto: str | None, as_json: bool,
@@ -109,13 +110,14 @@ def search(
         raise PolicyError(
             f"--{name}", value, "goes with --solver optuna only", "leave it out or add that"
         )
+    profiles = choice.machines()
     if pareto is not None or len(profiles) > 1:
         if solver != Solver.EXHAUSTIVE or out is not None:
             raise PolicyError(
                 "--solver and --out", f"<{'--pareto' if pareto else 'several machines'}>",
                 "are for one search", "leave them out, or name one machine without --pareto",
             )  # fmt: skip
-        compared = Compared(model, profiles, dtype, workload, options)
+        compared = Compared(model, choice, profiles, dtype, workload, options)
         if pareto is None:
             show_machines(compared, as_json=as_json, csv=csv, plot=plot)
         else:

@@ -1,17 +1,19 @@
 """`hrm profiles`: machines that are known, one of them, or two of them beside each other."""
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 from rich.table import Column, Table
 
+from hrm.catalog import Part, list_files
 from hrm.cli.machine_table import print_card, print_host, print_profile
-from hrm.cli.options import MachineChoice
 from hrm.cli.report import console, print_json
 from hrm.errors import ProfileError
 from hrm.hardware import NOISY_SPREAD, GpuCard, HardwareProfile, Host
-from hrm.machines import compose, list_files, load_gpu, load_host, load_profile
+from hrm.machines import compose, dump_profile, load_any, without_gpus
 from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -23,10 +25,18 @@ TOLD_CHANGE = 0.10  # of which diff says in how many figures it would be told
 @click.argument("names", nargs=-1, metavar="[NAME | diff A B]")
 @click.option("--all", "show_all", is_flag=True, help="diff: list what is within the spreads too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def profiles(names: tuple[str, ...], show_all: bool, as_json: bool) -> None:
+@click.option(
+    "--yaml/--table", "as_yaml", default=None,
+    help="Print NAME as a file or as a table [default: a table on a terminal, else a file].",
+)  # fmt: skip
+def profiles(names: tuple[str, ...], show_all: bool, as_json: bool, as_yaml: bool | None) -> None:
     """List the known GPUs, hosts and machines, show NAME, or compare the machines A and B.
 
     A name is that of a GPU or a host, a machine like 4xT4, or a YAML file (hrm profile --out).
+
+    For a GPU of your own, begin with one that is known: hrm profiles T4 > mine.yaml writes its
+    file. Change that, and plan with --gpus ./mine.yaml or 2x./mine.yaml. Hosts go the same way, to
+    --host, and whole machines to --profile.
 
     diff shows every figure that lies further apart in A and B than its spreads account for. Of two
     runs in a row on an unchanged machine, 19 of 20 figures agree. Where one spreads by over 8 %,
@@ -40,7 +50,8 @@ def profiles(names: tuple[str, ...], show_all: bool, as_json: bool) -> None:
                 _whole(first), _whole(second), (first, second), show_all=show_all, as_json=as_json
             )
         case (name,) if name != DIFF:
-            _show(name, as_json=as_json)
+            _show(name, as_json=as_json, as_yaml=not sys.stdout.isatty() if as_yaml is None
+                  else as_yaml)  # fmt: skip
         case _:
             raise ProfileError(
                 "hrm profiles", " ".join(names), "takes one name, or diff and two names",
@@ -58,10 +69,13 @@ def _list(*, as_json: bool) -> None:
         console.print(f"[bold]{kind}[/]  {', '.join(names) or '–'}")
 
 
-def _show(name: str, *, as_json: bool) -> None:
+def _show(name: str, *, as_json: bool, as_yaml: bool) -> None:
     machine = _machine(name)
     if as_json:
         print_json({"profile": machine})
+        return
+    if as_yaml:
+        click.echo(dump_profile(machine), nl=False)
         return
     match machine:
         case HardwareProfile():
@@ -72,32 +86,21 @@ def _show(name: str, *, as_json: bool) -> None:
             print_host(machine)
 
 
-def _machine(name: str) -> HardwareProfile | GpuCard | Host:
-    known = list_files()
-    if name in known.hosts:
-        return load_host(name)
-    if name in known.machines or name.endswith((".yaml", ".yml")):
-        return load_profile(name)
-    if name[:1].isdigit() and "x" in name.lower():
-        return compose(name)
-    if name.lower() in (gpu.lower() for gpu in known.gpus):
-        return load_gpu(name)
-    return MachineChoice(profile=name).machine()
+def _machine(name: str) -> Part:
+    """The GPU, host or machine of that name, or the machine that `4xT4` is composed to."""
+    return compose(name) if re.match(r"\s*\d+\s*[x×]", name, re.IGNORECASE) else load_any(name)
 
 
 def _whole(name: str) -> HardwareProfile:
-    """A machine to compare: a GPU stands for a machine with one."""
+    """A machine to compare: a GPU stands for a machine with one, a host for one without."""
     machine = _machine(name)
     match machine:
         case HardwareProfile():
             return machine
         case GpuCard():
-            return compose(machine.name)
+            return compose(name)
         case Host():
-            raise ProfileError(
-                "hrm profiles diff", name, "is a host, and only whole machines are compared",
-                "name two machines or YAML files",
-            )  # fmt: skip
+            return without_gpus(machine)
 
 
 def _diff(

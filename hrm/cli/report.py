@@ -97,7 +97,7 @@ def plan_json(
     search: SearchResult | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything about one plan."""
-    levels = {plan.name: memory_json(plan) for plan in _levels(estimate, profile)}
+    levels = {plan.name: memory_json(plan) for plan in estimate.memory.levels}
     points = _turning_points(estimate, workload)
     predicted = predicted_json(estimate)
     predicted["tokens_per_s_range"] = throughput_range(spec, estimate.policy, profile, workload)
@@ -140,11 +140,6 @@ def plan_json(
     return content
 
 
-def _levels(estimate: Estimate, profile: HardwareProfile) -> list[LevelPlan]:
-    plans = [estimate.memory.gpu, estimate.memory.cpu]
-    return plans if profile.has_accelerator else plans[:1]
-
-
 def _turning_points(estimate: Estimate, workload: Workload) -> dict[str, TurningPoints]:
     spec, profile = estimate.part
     if not profile.has_accelerator:
@@ -179,10 +174,10 @@ def print_plan(
         f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
-    _print_policy(estimate, spec, workload, has_gpu=profile.has_accelerator)
+    _print_policy(estimate, spec, workload, profile)
     ends = throughput_range(spec, estimate.policy, profile, workload)
-    _print_prediction(estimate, workload, ends, has_gpu=profile.has_accelerator)
-    _print_memory(estimate, profile)
+    _print_prediction(estimate, workload, ends, has_gpu=profile.has_gpu)
+    _print_memory(estimate)
     _print_turning_points(_turning_points(estimate, workload), estimate)
     if search is not None:
         _print_ways(search)
@@ -200,7 +195,7 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
 
 
 def _print_policy(
-    estimate: Estimate, spec: ModelSpec, workload: Workload, *, has_gpu: bool
+    estimate: Estimate, spec: ModelSpec, workload: Workload, profile: HardwareProfile
 ) -> None:
     policy = estimate.policy
     console.print(
@@ -212,8 +207,13 @@ def _print_policy(
     if policy.parallelism is Parallelism.PIPELINE:
         stage = f"{len(policy.resident_experts)} of {spec.num_layers} layers"
         console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
-    if not has_gpu:
-        console.print("  everything is held and computed on the CPU: there is no accelerator\n")
+    if not profile.has_accelerator:
+        console.print(
+            "  everything is held once, in unified memory, and computed on the GPU"
+            if profile.unified_memory
+            else "  everything is held and computed on the CPU: there is no accelerator"
+        )
+        _print_chunks(policy, workload)
         return
     console.print(f"  attention on the {_word(policy.attention)}; {_kv_cache(policy)}")
     dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
@@ -221,6 +221,10 @@ def _print_policy(
         f"  experts on the {_word(policy.ffn)}; {_residents(estimate, spec)} stay on the GPU, "
         f"{dense}{', staged through pinned memory' if policy.staging else ''}"
     )
+    _print_chunks(policy, workload)
+
+
+def _print_chunks(policy: Policy, workload: Workload) -> None:
     splits = policy.prefill_chunk_tokens < workload.max_prompt_len
     console.print(
         f"  prompts are prefilled {policy.prefill_chunk_tokens} tokens at a time"
@@ -287,11 +291,11 @@ def _lane_shares(phase: PhaseEstimate) -> str:
     return f"  [dim](busy: {', '.join(shares)})[/]"
 
 
-def _print_memory(estimate: Estimate, profile: HardwareProfile) -> None:
+def _print_memory(estimate: Estimate) -> None:
     of_stage = estimate.policy.parallelism is Parallelism.PIPELINE
     name = "memory of a stage" if of_stage else "memory"
     table = Table(name, "planned", "capacity", "share", "for", box=None, pad_edge=False)
-    for plan in _levels(estimate, profile):
+    for plan in estimate.memory.levels:
         largest = sorted(plan.purposes.items(), key=lambda item: -item[1])
         parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest[:4]]
         more = ["…"] if len(largest) > 4 else []

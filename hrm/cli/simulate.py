@@ -65,7 +65,10 @@ def simulate(
     )
     console.print(f"{given}\n" if (given := given_text(plan.profile)) else "")
     if not plan.profile.has_accelerator:
-        console.print("[dim]there is no accelerator: lane GPU is the CPU, and nothing moves[/]\n")
+        why = "memory is unified" if plan.profile.unified_memory else (
+            "there is no accelerator: lane GPU is the CPU"
+        )  # fmt: skip
+        console.print(f"[dim]{why}, and nothing moves[/]\n")
     for lane in Lane:
         text = lane_text(shown, lane, TEXT_TASKS)
         if text:

@@ -273,7 +273,11 @@ def _legend(figure: Any, panels: list[Panel]) -> None:
         handles.append(entry(f"GEMM over tokens ({sources})", marker="+"))
     marks = [mark for panel in panels for mark in panel.marks]
     if marks:
-        handles.append(entry("attained in place, on the CPU", marker="o", markerfacecolor="white"))
+        roles = {ceiling.role for panel in panels for ceiling in panel.ceilings}
+        where = "CPU" if Role.CPU in roles else "GPU"
+        handles.append(
+            entry(f"attained in place, on the {where}", marker="o", markerfacecolor="white")
+        )
     if any(mark.fetched is not None for mark in marks):
         handles.append(entry("attained on the GPU, over the link", marker="o"))
     style.put_legend(figure, handles)

@@ -239,7 +239,7 @@ def _mark_alone(
 
 def _levels(profile: HardwareProfile) -> list[tuple[MemoryLevel, Role]]:
     if not profile.has_accelerator:
-        return [(profile.top, Role.CPU)]
+        return [(profile.top, Role.GPU if profile.has_gpu else Role.CPU)]
     return [(profile.top, Role.GPU), (profile.host, Role.CPU)]
 
 

@@ -38,6 +38,7 @@ class HostFacts:
     caches: tuple[CacheFacts, ...]
     numa_nodes: int
     is_virtual: bool
+    is_wsl: bool = False
 
     @property
     def usable_ram_bytes(self) -> int:
@@ -99,6 +100,7 @@ def host_facts() -> HostFacts:
         caches=topology.caches(cpus),
         numa_nodes=len(topology.numa_nodes(range(threads))),
         is_virtual=is_virtual,
+        is_wsl="microsoft" in platform.release().lower(),
     )
 
 

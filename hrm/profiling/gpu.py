@@ -27,11 +27,15 @@ class Queued:
 
 
 class AbstractGpu(ABC):
-    """One GPU: `device` is where torch puts its tensors, `index` how CUDA counts it."""
+    """One GPU: `device` is where torch puts its tensors, `index` how CUDA counts it.
+
+    `shares_memory` says that it has no memory of its own but works in the host's.
+    """
 
     index: int
     device: str
     name: str
+    shares_memory: bool
 
     @abstractmethod
     def memory_bytes(self) -> tuple[int, int]:
@@ -84,6 +88,7 @@ class CudaGpu(AbstractGpu):
         properties = cuda.get_device_properties(index)
         self.index, self.device = index, f"cuda:{index}"
         self.name = str(properties.name)
+        self.shares_memory = bool(properties.is_integrated)
         self._uuid = str(properties.uuid)
 
     def memory_bytes(self) -> tuple[int, int]:

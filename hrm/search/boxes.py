@@ -202,9 +202,10 @@ class Bounder:
         return np.stack(values).astype(float).reshape(len(values), *experts.shape)
 
     def _bytes(self, rows: Ints, low: Ints, kv_low: Ints) -> tuple[Floats, Floats]:
-        """Planes of the bytes at both levels, of shape (2, 4, boxes).
+        """Planes of the bytes at both levels, of shape (2, 4, boxes) or (4, 4, boxes).
 
-        Slots hold the larger of a layer with experts and one without, so there are two of each.
+        Slots hold the larger of a layer with experts and one without, so there are two of each;
+        and two more of the host where not all of it can be pinned.
         The fourth number is what one more resident expert of every layer adds to the first beside
         its own bytes: slots then hold one expert less.
         """
@@ -221,8 +222,8 @@ class Bounder:
                     (
                         gpu_needed(space, grid.kind, there, resident_bytes=resident,
                                    max_streamed_bytes=largest),
-                        cpu_needed(space, grid.kind, there, streamed_bytes=streamed,
-                                   page_bytes=largest / pages),
+                        *cpu_needed(space, grid.kind, there, streamed_bytes=streamed,
+                                    page_bytes=largest / pages),
                     )
                     for largest in weights.largest_streamed(dense, of_every_layer)
                 ],
@@ -232,10 +233,14 @@ class Bounder:
         base = needed(low, kv_low, 0)
         more = (needed(low + 1, kv_low, 0), needed(low, kv_low + 1, 0), needed(low, kv_low, 1))
         planes = np.stack([base, *(other - base for other in more)], axis=2)
-        gpu, cpu = planes[:, 0], planes[:, 1]
+        gpu, cpu, pinned = planes[:, 0], planes[:, 1], planes[:, 2]
         if not space.profile.has_accelerator:  # both are one level
             return gpu + cpu, 0 * cpu
-        return gpu, cpu
+        host = space.profile.host
+        if host.pinnable_bytes is None:
+            return gpu, cpu
+        # What must be pinned is a second need of the host, in units of what it holds.
+        return gpu, np.concatenate([cpu, pinned * (host.usable_bytes / host.usable_pinned_bytes)])
 
     def _tightened(
         self, gpu: Floats, cpu: Floats, low: Ints, high: Ints, kv_low: Ints, kv_high: Ints

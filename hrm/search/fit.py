@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes
+from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes, pinned_purposes
 from hrm.model_spec import LayerKind
 from hrm.numeric import Number
 from hrm.schedules import SCHEDULES
@@ -82,8 +82,11 @@ def gpu_needed(
 def cpu_needed(
     space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number,
     page_bytes: Number,
-) -> Number:  # fmt: skip
-    """Bytes at the host's level: of the layers' weights those that stream, in pages if staged."""
+) -> tuple[Number, Number]:  # fmt: skip
+    """Bytes at the host's level, and those of them that must be pinned.
+
+    Of the layers' weights there are those that stream, in pages if staged.
+    """
     on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
     purposes = cpu_purposes(
         space.spec,
@@ -104,7 +107,9 @@ def cpu_needed(
         ),
         batches=space.profile.num_stages,
     )
-    return sum(purposes.values())
+    streams_kv = kind.gpu_attention * (on_gpu < n)
+    pinned = pinned_purposes(purposes, staging=space.staging, streams_kv=streams_kv)
+    return sum(purposes.values()), sum(pinned.values())
 
 
 def most_residents(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Ints:
@@ -147,10 +152,12 @@ def fits_memory(
     )  # fmt: skip
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
     size = DTYPE_BYTES[space.dtype]
-    cpu = cpu_needed(
+    cpu, pinned = cpu_needed(
         space, kind, numbers, streamed_bytes=weights.streamed(dense, total),
         page_bytes=size * -(-largest // (pages * size)),  # whole elements
     )  # fmt: skip
     if not space.profile.has_accelerator:
         return gpu + cpu <= space.profile.host.usable_bytes
-    return (gpu <= space.profile.top.usable_bytes) & (cpu <= space.profile.host.usable_bytes)
+    host = space.profile.host
+    fits = (gpu <= space.profile.top.usable_bytes) & (cpu <= host.usable_bytes)
+    return fits if host.pinnable_bytes is None else fits & (pinned <= host.usable_pinned_bytes)

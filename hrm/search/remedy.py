@@ -19,6 +19,7 @@ from hrm.policy import Parallelism
 from hrm.scaling import Resource, given_resources
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import chunk_ranges
+from hrm.search.pinning import spaces_of_pinning
 from hrm.search.space import KvPlace, Space
 from hrm.search.ways import space_of_part
 from hrm.units import (
@@ -54,20 +55,23 @@ def fits_somehow(space: Space) -> bool:
 def _least(space: Space) -> Iterator[tuple[Space, Grid]]:
     """Policies of one request of every kind, for every way of sharing the GPUs."""
     for parallelism in Parallelism:
-        part = space_of_part(space, parallelism)
-        if part is None:
-            continue
-        chunks = [chunk for some in chunk_ranges(part) for chunk in (some.least, some.most)]
-        for kind in part.kinds():
-            number = 1 + (kind.kv is KvPlace.SOME)
-            on_gpu = number if kind.kv is KvPlace.ALL else int(kind.kv is KvPlace.SOME)
-            places = [(1, number, on_gpu, ALL_THAT_FIT, chunk) for chunk in chunks]
-            grid = make_grid(part, kind, np.array(places))
-            if not space.profile.has_accelerator:  # all of it lies there, whether or not it fits
-                grid = grid.with_residents(part, np.full(len(grid), part.everything))
-            yield part, grid
+        whole = space_of_part(space, parallelism)
+        for part in () if whole is None else spaces_of_pinning(whole):
+            yield from ((part, grid) for grid in _least_of_kinds(part))
         if space.profile.num_gpus == 1:
             return
+
+
+def _least_of_kinds(space: Space) -> Iterator[Grid]:
+    chunks = [chunk for some in chunk_ranges(space) for chunk in (some.least, some.most)]
+    for kind in space.kinds():
+        number = 1 + (kind.kv is KvPlace.SOME)
+        on_gpu = number if kind.kv is KvPlace.ALL else int(kind.kv is KvPlace.SOME)
+        places = [(1, number, on_gpu, ALL_THAT_FIT, chunk) for chunk in chunks]
+        grid = make_grid(space, kind, np.array(places))
+        if not space.profile.has_accelerator:  # all of it lies there, whether or not it fits
+            grid = grid.with_residents(space, np.full(len(grid), space.everything))
+        yield grid
 
 
 def _shortage(space: Space) -> str:
@@ -78,12 +82,11 @@ def _shortage(space: Space) -> str:
         for index in range(len(grid))
     ]
     plan = min(plans, key=_lacking_bytes)
-    levels = {level.name: level for level in (plan.gpu, plan.cpu)}.values()
     lacks = [
         f"level {level.name} lacks {format_bytes(level.parts * level.lacking_bytes)}"
         f" ({format_bytes(level.parts * level.planned_bytes)} needed,"
         f" {format_bytes(level.parts * level.capacity_bytes)} usable)"
-        for level in levels
+        for level in plan.levels
         if level.lacking_bytes
     ]
     return f"must fit the machine, and even for the least policy {' and '.join(lacks)}"
@@ -91,19 +94,18 @@ def _shortage(space: Space) -> str:
 
 def _lacking_bytes(plan: MemoryPlan) -> tuple[int, int]:
     """At how many levels bytes are lacking, and how many."""
-    levels = {level.name: level for level in (plan.gpu, plan.cpu)}.values()
-    lacking = [level.parts * level.lacking_bytes for level in levels]
+    lacking = [level.lacking_bytes for level in plan.levels]
     return sum(map(bool, lacking)), sum(lacking)
 
 
 def _remedies(space: Space) -> Iterator[str]:
     """Changes of one thing, or of both memories, each of which makes some policy fit."""
     profile = space.profile
-    host = _least_memory(space, "--cpu-memory")
-    gpu = _least_memory(space, "--gpu-memory") if profile.has_accelerator else ""
+    host = "" if profile.unified_memory else _least_memory(space, "--cpu-memory")
+    gpu = _least_memory(space, "--gpu-memory") if profile.has_gpu else ""
     yield gpu
     yield host
-    if profile.has_accelerator and not host:
+    if gpu and not host and profile.has_accelerator:
         yield _both_memories(space, gpu)
     if DTYPE_BYTES[space.dtype] > DTYPE_BYTES[profile.default_dtype]:
         smaller = replace(space, dtype=profile.default_dtype)

@@ -55,6 +55,7 @@ class Space:
     def devices(self) -> list[tuple[int, int]]:
         """(attention on GPU, FFN on GPU) pairs that the schedule and the machine allow."""
         if not self.profile.has_accelerator:
+            self._check_only_device()
             return [(1, 1)]
         schedule = SCHEDULES[self.schedule]
         for flag, asked, fixed in (
@@ -68,6 +69,16 @@ class Space:
                 )  # fmt: skip
         attention = _choices(self.attention or schedule.attention)
         return [(a, f) for a in attention for f in _choices(self.ffn or schedule.ffn)]
+
+    def _check_only_device(self) -> None:
+        only = Device.GPU if self.profile.has_gpu else Device.CPU
+        for flag, asked in (("--attention", self.attention), ("--ffn", self.ffn)):
+            if asked not in {None, only}:
+                raise PolicyError(
+                    flag, asked and asked.value,
+                    f"is not where {self.profile.name} computes: its {only.value.upper()} does all",
+                    "leave it out",
+                )  # fmt: skip
 
     @property
     def everything(self) -> int:

@@ -11,6 +11,7 @@ from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
 from hrm.policy import Parallelism
 from hrm.search.bound import upper_bound
 from hrm.search.constraints import within_limits
+from hrm.search.pinning import pinned_or_staged, spaces_of_pinning
 from hrm.search.result import Outcome, SearchResult, Way
 from hrm.search.space import Space
 
@@ -25,7 +26,7 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
 
     A machine with one GPU is searched once. If neither way is possible or fits, the result says so.
     """
-    solve = within_limits(solve)
+    solve = pinned_or_staged(within_limits(solve))
     gpus = space.profile.num_gpus
     if gpus == 1:
         return _with_advice(_bounded(solve(space), [space]), space)
@@ -61,7 +62,11 @@ def _bounded(result: SearchResult, spaces: list[Space]) -> SearchResult:
     if spaces[0].limits != NO_LIMITS:
         return result
     started_s = time.perf_counter()
-    bounds = [upper_bound(space, result.greatest_tokens_per_s) for space in spaces]
+    bounds = [
+        upper_bound(one, result.greatest_tokens_per_s)
+        for space in spaces
+        for one in spaces_of_pinning(space)
+    ]
     return result.bounded(
         max(bound.tokens_per_s for bound in bounds),
         sum(bound.regions for bound in bounds),

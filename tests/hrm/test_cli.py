@@ -131,7 +131,7 @@ def test_tables_are_printed_for_people(hrm):
         ESTIMATE,
         ["models"],
         ["profiles"],
-        ["profiles", "4xT4"],
+        ["profiles", "4xT4", "--table"],
     ):
         code, out, err = hrm(*args)
         assert (code, err) == (0, "")

@@ -147,7 +147,7 @@ def test_an_emulated_machine_shows_its_links_and_what_lanes_take_from_one_anothe
     assert (
         "beside attention  beside staging  beside h2d  beside gemm  beside d2h  beside all" in out
     )
-    code, again, _ = hrm("profiles", "machine.yaml")
+    code, again, _ = hrm("profiles", "machine.yaml", "--table")
     assert code == 0
     assert again.strip() in out
     code, shown, _ = hrm("profiles", "machine.yaml", "--json")
@@ -155,9 +155,9 @@ def test_an_emulated_machine_shows_its_links_and_what_lanes_take_from_one_anothe
 
 
 def test_cards_and_hosts_are_shown_whole(hrm):
-    _, card, _ = hrm("profiles", "L4")
+    _, card, _ = hrm("profiles", "L4", "--table")
     assert "gpu → gpu  peer" in card
-    _, host, _ = hrm("profiles", "gcp-g2-standard-48")
+    _, host, _ = hrm("profiles", "gcp-g2-standard-48", "--table")
     assert "root ports of all GPUs" in host
     assert "cpu → cpu  staging" in host
 

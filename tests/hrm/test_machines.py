@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hrm.catalog import list_files, profile_folder
 from hrm.errors import ProfileError
 from hrm.hardware import (
     Figure,
@@ -22,12 +23,10 @@ from hrm.hardware import (
 from hrm.machines import (
     compose,
     dump_profile,
-    list_files,
     load_gpu,
     load_host,
     load_profile,
     one_part,
-    profile_folder,
     save_profile,
     with_memory,
 )
@@ -80,6 +79,7 @@ def levels(name):
         name=st.just(name),
         capacity_bytes=capacities,
         reserve_bytes=reserves,
+        pinnable_bytes=st.none() | capacities,
         read_bytes_per_s=rates,
         copy_bytes_per_s=st.none() | rates,
         processor=processors,

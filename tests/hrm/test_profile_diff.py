@@ -259,7 +259,6 @@ def test_diff_takes_machines_of_the_catalog(hrm):
         (["diff", "4xT4"], "hrm profiles is 'diff 4xT4': takes one name, or diff and two names"),
         (["diff"], "hrm profiles is 'diff'"),
         (["4xT4", "L4"], "takes one name, or diff and two names"),
-        (["diff", "4xT4", "aws-g5-12xlarge"], "is a host, and only whole machines are compared"),
         (["diff", "4xT4", "nowhere.yaml"], "nowhere.yaml is <No such file"),
     ],
 )

@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import pytest
 
+from hrm.catalog import profile_folder
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs, Runtime
-from hrm.machines import dump_profile, load_profile, profile_folder
+from hrm.machines import dump_profile, load_profile
 from hrm.model_spec import load_model
 from hrm.operators import experts, kv_bytes
 from hrm.published import fit as fitting

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import yaml
 
+from hrm.causes import Cause
 from hrm.cli.texts import EXECUTED_FAMILIES
 from hrm.costs import Costs
 from hrm.estimate import estimate, prefill_work, simulate_work
@@ -431,3 +432,29 @@ def test_of_plans_that_are_nearly_as_fast_the_smaller_is_chosen():
     fast = estimate(spec, fastest.policy, profile, workload).tokens_per_s
     assert best.tokens_per_s >= (1 - TIE) * fast
     assert all(one.tokens_per_s <= (1 + TIE) * best.tokens_per_s for one in result.runner_ups)
+
+
+# ------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name", ["RTX4090", "rtx-4090", "4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "rtx_4090"]
+)
+def test_a_gpu_is_shown_however_its_name_is_spelled(hrm, name):
+    code, out, _ = hrm("profiles", name, "--table")
+    assert code == 0
+    assert out.startswith("RTX-4090")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("A100", "did you mean A100-40G or A100-80G or A100-PCIe-80G?"), ("90", "did you mean RTX-"),
+     ("A10", "did you mean A10G"), ("gcp-n1", "did you mean gcp-n1-"), ("attic", "alone lists")],
+)  # fmt: skip
+def test_a_name_of_none_or_of_several_is_refused_with_what_there_is(refused, name, said):
+    assert said in refused("profiles", name)
+
+
+def test_the_same_spellings_name_the_gpus_of_a_machine_and_its_host():
+    assert compose("2x4090").name == compose("2xRTX-4090").name
+    assert compose("1x tesla t4", "GCP n1 highmem 64").name == compose("1xT4").name

@@ -30,7 +30,7 @@ from hrm.profiling.machine.host import (
     launch_step,
     staging_worker,
 )
-from hrm.profiling.machine.levels import host_level, ram_of
+from hrm.profiling.machine.levels import host_level, pinnable_of, ram_of
 from hrm.profiling.machine.run import Run
 from hrm.tasks import Lane
 from hrm.units import GIB, MIB
@@ -90,6 +90,11 @@ def profile_cuda(
         warnings.append(f"gpu{index} reaches {slowest:.0%} of gpu0; plans wait for the slowest")
     if len({gpu.name for gpu in gpus}) > 1:
         warnings.append(f"the GPUs differ: {', '.join(gpu.name for gpu in gpus)}")
+    if any(gpu.shares_memory for gpu in gpus):
+        warnings.append(
+            "GPU and CPU share one memory, which these levels count twice: plan with --gpu-memory"
+            " and --cpu-memory that add up to it, or with unified memory of the catalog"
+        )
     warnings += settling.warnings("gpu0")
     warnings += [
         f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings
@@ -98,6 +103,7 @@ def profile_cuda(
     level = host_level(results, run, CPU, cpu_threads, *ram_of(run.host))
     host = replace(
         level,
+        pinnable_bytes=pinnable_of(run.host),
         caches=results[CACHES],
         shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, level.read_bytes_per_s),
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hrm.profiling.memory import MemoryRates
     from hrm.profiling.timing import Timing
 
+PINNED_BY_WSL: Final = 0.5  # a share of the memory; NVIDIA says only that it is limited
 RESERVE_SHARE: Final = 0.10
 
 
@@ -95,6 +96,17 @@ def ram_of(host: HostFacts, less_bytes: int = 0) -> tuple[Figure, Figure]:
     return (
         Figure(value=float(capacity), source=Source.MEASURED, note=note),
         Figure(value=float(reserve), source=Source.ASSUMED, note=f"{RESERVE_SHARE:.0%} of RAM"),
+    )
+
+
+def pinnable_of(host: HostFacts) -> Figure | None:
+    """What the host can pin, where that is known not to be all."""
+    if not host.is_wsl:
+        return None
+    return Figure(
+        value=PINNED_BY_WSL * host.usable_ram_bytes,
+        source=Source.ASSUMED,
+        note=f"{PINNED_BY_WSL:.0%} of RAM: WSL pins a part of it, which was not measured",
     )
 
 

@@ -13,8 +13,8 @@ from executor.generate import Planned
 from executor.handlers import HostArenas
 from executor.job import machine as job_machine
 from hrm.estimate import estimate
-from hrm.hardware import HardwareProfile
-from hrm.memory import plan_memory, purposes
+from hrm.hardware import Figure, HardwareProfile, Source
+from hrm.memory import MemoryPlan, plan_memory, purposes
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
 from hrm.tasks import Lane
@@ -89,6 +89,32 @@ def test_weights_that_cannot_be_pinned_are_staged(folder, late, name):
     assert {name: one.tokens for name, one in done.items()} == expected(folder)
     assert backend.pageable_bytes[Lane.STAGE] > 0
     assert backend.pageable_bytes[Lane.H2D] == backend.pageable_bytes[Lane.D2H] == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"]
+)
+@pytest.mark.parametrize("staging", [False, True])
+def test_what_a_plan_pins_is_what_the_executor_pins(folder, late, name, staging):
+    policy = replace(policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name]), staging=staging)
+    spec = architecture(folder).spec
+    needed = with_pinnable(1e12, spec, policy).pinned
+    assert needed is not None
+    assert not with_pinnable(needed.planned_bytes - 1, spec, policy).fits
+    assert with_pinnable(needed.planned_bytes, spec, policy).fits
+    backend = late(needed.planned_bytes)
+    with generator(folder, policy, backend=backend, staged=staged(spec, policy)) as made:
+        assert made.policy == policy
+        assert sum(backend.pinned.values()) == needed.planned_bytes
+        assert set(made.pageable) <= {"kv_cache"} - set(needed.purposes)
+
+
+def with_pinnable(num_bytes: float, spec, policy) -> MemoryPlan:
+    """The plan on a machine whose host can pin so many bytes."""
+    profile = machine()
+    pinnable = Figure(value=num_bytes, source=Source.ASSUMED)
+    host = replace(profile.host, pinnable_bytes=pinnable)
+    return plan_memory(spec, policy, replace(profile, levels=(profile.top, host)))
 
 
 @pytest.mark.parametrize("schedule", [ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED])

@@ -73,8 +73,10 @@ class FakeGpu(AbstractGpu):
         clocks: tuple[float, ...] = (),
         slowed: tuple[str, ...] = (),
         busy: tuple[str, ...] = (),
+        shares_memory: bool = False,
     ) -> None:
         self.index, self.device, self.name = index, "cpu", name
+        self.shares_memory = shares_memory
         self.sizes = (free_bytes, total_bytes)
         self.told = facts or GpuFacts({"gpu": name, "driver": "1.2"})
         self.clocks, self.slowed, self.busy = list(clocks), slowed, busy

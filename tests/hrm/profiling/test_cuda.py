@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hrm.catalog import list_files
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
-from hrm.machines import list_files, load_profile, save_profile
+from hrm.machines import load_profile, save_profile
 from hrm.profiling import profile_machine
 from hrm.profiling.gemm import gemm_rate
 from hrm.profiling.gpu import CudaGpu, together
@@ -91,8 +92,10 @@ def test_one_gpu(one):
     assert one.environment["sm_clock_mhz"].startswith("300 idle, 1500 highest under load")
 
 
-def test_a_gpu_attends_to_whole_batches():
-    batches = []
+@pytest.fixture(scope="module")
+def under_wsl() -> tuple[HardwareProfile, list[int]]:
+    """A machine under WSL whose GPU has no memory of its own, and the batches it attended to."""
+    batches: list[int] = []
 
     def attend(queries, keys, values):
         batches.append(len(queries))
@@ -100,10 +103,26 @@ def test_a_gpu_attends_to_whole_batches():
 
     with small_sizes() as patch:
         patch.setattr("hrm.profiling.attention.scaled_dot_product_attention", attend)
-        profile = measure([FakeGpu()], patch=patch)
+        patch.setattr("platform.release", lambda: "6.6.87-microsoft-standard-WSL2")
+        return measure([FakeGpu(shares_memory=True)], patch=patch), batches
+
+
+def test_a_gpu_attends_to_whole_batches(under_wsl):
+    profile, batches = under_wsl
     assert 16 in batches
     assert profile.top.processor.attention_request_s is None
     assert profile.host.processor.attention_request_s is not None
+
+
+def test_memory_that_is_shared_or_pinned_in_part_is_told(under_wsl, one):
+    profile, _ = under_wsl
+    pinnable = profile.host.pinnable_bytes
+    assert pinnable is not None
+    assert pinnable.value == profile.host.capacity_bytes.value / 2
+    assert pinnable.source is Source.ASSUMED
+    assert "share one memory, which these levels count twice" in profile.environment["warnings"]
+    assert one.host.pinnable_bytes is None
+    assert "share one memory" not in one.environment["warnings"]
 
 
 class NamedDevice(WithDevice):
@@ -391,7 +410,7 @@ def test_workspaces_are_capped_unless_the_user_says_how():
 
 def test_a_gpu_is_measured_with_the_workspaces_that_runs_have(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    told = SimpleNamespace(name="a GPU", uuid="1234")
+    told = SimpleNamespace(name="a GPU", uuid="1234", is_integrated=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
     assert CudaGpu(0).device == "cuda:0"
     assert os.environ == WORKSPACES
