@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
+from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.machines import one_part
 from hrm.model_spec import ModelSpec
@@ -40,8 +41,16 @@ def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism)
 def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
     """The part of model and machine that the policy is for.
 
-    Raises PolicyError if the policy was made for other layers than those of the part.
+    Raises PolicyError if the model cannot be divided like that over the machine's GPUs, or if the
+    policy was made for other layers than those of the part.
     """
+    obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus)
+    if obstacle:
+        raise PolicyError(
+            "policy: parallelism", policy.parallelism.value,
+            f"cannot be, as {spec.name} is: {obstacle}",
+            "run hrm search, which tries both ways, or ask for another number of GPUs",
+        )  # fmt: skip
     part = part_of(spec, profile, policy.parallelism)
     policy.check_model(part.spec)
     return part
@@ -103,3 +112,12 @@ def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
     if spec.num_layers < num_gpus:
         return f"its {spec.num_layers} layers are fewer than {num_gpus} stages"
     return ""
+
+
+def obstacle_to(parallelism: Parallelism, spec: ModelSpec, num_gpus: int) -> str:
+    """Why the model cannot be divided like that over so many GPUs; empty if it can."""
+    if num_gpus == 1:
+        return ""
+    if parallelism is Parallelism.TENSOR:
+        return tensor_parallel_obstacle(spec, num_gpus)
+    return pipeline_obstacle(spec, num_gpus)

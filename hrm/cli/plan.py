@@ -68,7 +68,7 @@ _out = click.option(
 @click.option(
     "--solver", type=click.Choice([solver.value for solver in Solver]), default="exhaustive",
     show_default=True,
-    help="exhaustive; milp proves the optimum of the closed form; optuna tries the simulation.",
+    help="exhaustive; milp solves mixed-integer programs; optuna tries the simulation.",
 )  # fmt: skip
 @click.option("--trials", type=click.IntRange(1), help="Of optuna [default: 200].")
 @click.option(

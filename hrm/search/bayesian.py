@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TRIALS: Final = 200
 LOCAL: Final = 4  # of so many trials one is what the estimator proposes
-CHUNK_STEP: Final = 1.25  # between one chunk that is tried and the next
+CHUNK_STEP: Final = 1.1  # between one chunk that is tried and the next
 ENCODING: Final = 3  # of parameters; a study of another one is never resumed
 # To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks
 # in lengths of the longest prompt.

@@ -105,7 +105,7 @@ def _remedies(space: Space) -> Iterator[str]:
     gpu = _least_memory(space, "--gpu-memory") if profile.has_gpu else ""
     yield gpu
     yield host
-    if gpu and not host and profile.has_accelerator:
+    if profile.has_accelerator and not host:
         yield _both_memories(space, gpu)
     if DTYPE_BYTES[space.dtype] > DTYPE_BYTES[profile.default_dtype]:
         smaller = replace(space, dtype=profile.default_dtype)

@@ -7,18 +7,13 @@ from math import ceil
 
 from hrm.estimate import Estimate, estimate
 from hrm.latency import NO_LIMITS
-from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
+from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism
 from hrm.search.bound import upper_bound
 from hrm.search.constraints import within_limits
 from hrm.search.pinning import pinned_or_staged, spaces_of_pinning
 from hrm.search.result import Outcome, SearchResult, Way
 from hrm.search.space import Space
-
-_OBSTACLES = {
-    Parallelism.TENSOR: tensor_parallel_obstacle,
-    Parallelism.PIPELINE: pipeline_obstacle,
-}
 
 
 def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchResult:
@@ -33,7 +28,7 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
     found: dict[Parallelism, SearchResult] = {}
     ways: list[Way] = []
     for parallelism in Parallelism:
-        obstacle = _OBSTACLES[parallelism](space.spec, gpus)
+        obstacle = obstacle_to(parallelism, space.spec, gpus)
         if not obstacle:
             found[parallelism] = _search_way(space, parallelism, solve)
         best = found[parallelism].best if parallelism in found else None
@@ -112,7 +107,7 @@ def space_of_part(space: Space, parallelism: Parallelism) -> Space | None:
 
     None if the model cannot be divided like that; all of it on a machine with one GPU.
     """
-    if space.profile.num_gpus > 1 and _OBSTACLES[parallelism](space.spec, space.profile.num_gpus):
+    if obstacle_to(parallelism, space.spec, space.profile.num_gpus):
         return None
     spec, profile = part_of(space.spec, space.profile, parallelism)
     workload = space.workload

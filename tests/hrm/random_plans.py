@@ -14,7 +14,7 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
-from hrm.parallel import part_of, pipeline_obstacle, tensor_parallel_obstacle
+from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, prefix_tokens_for, spread_experts
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -82,14 +82,7 @@ def _any(rng: Random, case: Case) -> Policy | None:
     number = int(2 ** rng.uniform(0, 8))
     share = rng.choice([0.0, 1.0, rng.random()])
     gpus = case.profile.num_gpus
-    parallelisms = [
-        parallelism
-        for parallelism, obstacle in (
-            (Parallelism.TENSOR, tensor_parallel_obstacle(case.spec, gpus)),
-            (Parallelism.PIPELINE, gpus == 1 or pipeline_obstacle(case.spec, gpus)),
-        )
-        if not obstacle
-    ]
+    parallelisms = [way for way in Parallelism if not obstacle_to(way, case.spec, gpus)]
     if not parallelisms:
         return None
     return _policy(

@@ -12,6 +12,7 @@ import yaml
 
 from hrm.machines import save_profile
 from hrm.model_spec import BUILT_IN_MODELS
+from hrm.search.result import OPTIMAL_GAP
 from tests.hrm.support import machine
 
 COMMANDS = (
@@ -57,7 +58,9 @@ def test_search_prints_one_object_with_the_promised_keys(hrm_json):
     plan = hrm_json("search", *T4, *LENGTHS)
     check_plan(plan)
     assert set(plan["search"]) >= {"solver", "seconds", "evaluations", "outcome", "gap"}
-    assert plan["search"]["outcome"] == "optimal"
+    optimal = plan["search"]["gap"] <= OPTIMAL_GAP
+    assert plan["search"]["outcome"] == ("optimal" if optimal else "best_found")
+    assert plan["search"]["bound_tokens_per_s"] >= plan["predicted"]["tokens_per_s"]
 
 
 def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
@@ -79,12 +82,12 @@ def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
 
 def test_layers_without_experts_are_not_counted_as_keeping_none(hrm):
     """Of its 27 layers the first has no experts; a stage has none such."""
-    for gpus, kept in (("1xRTX-3090", r"\d+ or \d+ of 64"), ("2xRTX-3090", "64 of 64")):
+    for gpus, kept in (("1xRTX-3090", r"\d+ or \d+ of 64"), ("2xRTX-3090", "all 64")):
         code, out, _ = hrm(
             "search", "--model", "deepseek-v2-lite", "--gpus", gpus, "--requests", "64"
         )
         assert code == 0
-        said = re.search(r"experts on the \w+; (.*) a layer stay", out)
+        said = re.search(r"experts on the \w+; (.*) a layer.* stay", out)
         assert said is not None
         assert re.fullmatch(kept, said[1])
         assert not said[1].startswith("0 or ")

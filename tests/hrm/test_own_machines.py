@@ -348,7 +348,10 @@ def test_plans_on_unified_memory_say_so(hrm):
 
 def test_unified_memory_has_one_of_each_resource():
     profile = load_profile("GB10")
-    assert resources(profile) == (Resource.GPU_MEMORY, Resource.GPU_BANDWIDTH, Resource.GPU_FLOPS)
+    assert resources(profile) == (
+        Resource.GPU_MEMORY, Resource.GPU_BANDWIDTH, Resource.GPU_FLOPS,
+        Resource.GPU_LAUNCH_LATENCY,
+    )  # fmt: skip
     half = with_memory(profile, gpu_memory_bytes=64 * GB)
     assert half.host.capacity_bytes.value == 64 * GB
     with pytest.raises(ProfileError, match=r"--cpu-memory .* unified memory"):

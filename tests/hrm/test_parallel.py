@@ -24,7 +24,7 @@ from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_
 from hrm.search.exhaustive import search
 from hrm.sweep import plan_row
 from hrm.tasks import Device
-from hrm.workload import Workload
+from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
 
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
@@ -91,7 +91,7 @@ def test_a_layer_reduces_twice_and_what_every_gpu_needs_crosses_every_link():
 def test_slower_links_between_gpus_never_help():
     for seed in range(30):
         rng = Random(seed)
-        spec = random_spec(rng)
+        spec = replace(random_spec(rng), num_heads=4)
         policy = a_policy(rng, spec)
         rates = [
             estimate(spec, policy, machine(num_gpus=2, peer=peer), WORKLOAD).tokens_per_s
@@ -102,7 +102,7 @@ def test_slower_links_between_gpus_never_help():
 
 
 def test_every_gpu_of_a_tensor_parallel_group_has_the_hidden_states():
-    spec = tiny_spec(num_kv_heads=2)
+    spec = tiny_spec(num_heads=8, num_kv_heads=2)
     policy = a_policy(Random(1), spec)
     plans = {n: plan_memory(spec, policy, machine(num_gpus=n)).gpu.purposes for n in (1, 2, 8)}
     hidden_bytes = policy.batch_size * spec.hidden_size * 2
@@ -364,3 +364,11 @@ def test_what_cannot_be_divided_is_not_searched():
 
 def test_one_gpu_has_no_ways():
     assert search(tiny_spec(), machine(), WORKLOAD).ways == ()
+
+
+@pytest.mark.parametrize("gpus", [3, 8])
+def test_a_policy_that_cannot_be_divided_is_refused(gpus):
+    spec, profile = BUILT_IN_MODELS["qwen2-57b-a14b"], compose(f"{gpus}xL40S", "generic-server")
+    policy = search(spec, compose("1xL40S"), WORKLOADS["mtbench"]).require().policy
+    with pytest.raises(PolicyError, match=r"parallelism is .*tensor.*28 heads cannot be divided"):
+        estimate(spec, policy, profile, WORKLOADS["mtbench"])
