@@ -10,7 +10,7 @@ waits for the next batch. No request is ever dropped.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import final
+from typing import Protocol, final
 
 from executor.sampling import SamplingParams
 from hrm.policy import KV_BLOCK_TOKENS, Policy
@@ -20,19 +20,58 @@ from hrm.policy import KV_BLOCK_TOKENS, Policy
 class Request:
     """A prompt as token ids and how to go on from it; `name` is the user's word for it.
 
-    `chat` says that it was asked as a conversation and is answered as one.
+    `chat` says that it was asked as a conversation and is answered as one. `digest` is of the line
+    that it was read from.
     """
 
     name: str
     prompt: tuple[int, ...]
     params: SamplingParams
     chat: bool = False
+    digest: str = ""
 
     @property
     def kv_tokens(self) -> int:
         """Cache tokens that it owns: prompt and generation, in whole blocks."""
         tokens = len(self.prompt) + self.params.max_tokens
         return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was generated for a request, the token that ended it included.
+
+    If its `finish_reason` is ERROR, `error` says what went wrong with it.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    finish_reason: str
+    error: str | None = None
+
+
+class Sink(Protocol):
+    """Where completions go, each as soon as it is there."""
+
+    def put(self, completion: Completion, /) -> None:
+        """Take a completion; a lane waits for this, so it must return at once."""
+        ...
+
+    def stops(self) -> bool:
+        """Raise what went wrong with those taken, from the main thread; False if nothing did."""
+        ...
+
+
+@final
+class Nowhere:
+    """A sink that keeps nothing: the result of the batch holds all completions."""
+
+    def put(self, completion: Completion, /) -> None:
+        """Nothing happens."""
+
+    def stops(self) -> bool:
+        """Nothing can go wrong."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,11 @@ class Checkpoint:
         """Where the config was read, for messages."""
         return str(self.folder / CONFIG_FILE)
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that hold its tensors, sorted."""
+        return sorted(set(self._file_of.values()))
+
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError unless it holds the expected float tensors and no others.
 

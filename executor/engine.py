@@ -104,6 +104,7 @@ class Engine:
         self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
         self._recorders: dict[Lane, Recorder] = {}
+        self._past_busy_s = dict.fromkeys(Lane, 0.0)
         self._start_s = 0.0
         self.origin_s = perf_counter()
 
@@ -130,11 +131,35 @@ class Engine:
 
     @property
     def busy_s(self) -> dict[Lane, float]:
-        """Seconds each lane has been at work in the current run; for live displays."""
+        """Seconds each lane has been at work in the current run, in tasks that have ended."""
         return {
             lane: sum(total.seconds for total in tuple(recorder.totals.values()))
             for lane, recorder in self._recorders.items()
         }
+
+    @property
+    def busy_now_s(self) -> dict[Lane, float]:
+        """Seconds each lane has been at work in all runs, the task under way included.
+
+        For live displays, from any thread.
+        """
+        workers, run_s = dict(self._workers), self.busy_s
+        return {
+            lane: past_s
+            + run_s.get(lane, 0.0)
+            + (workers[lane].under_way_s if lane in workers else 0.0)
+            for lane, past_s in self._past_busy_s.items()
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Since the current run began."""
+        return perf_counter() - self.origin_s - self._start_s
+
+    def count(self, kind: TaskKind) -> int:
+        """Tasks of a kind that have ended in the current run."""
+        recorders = tuple(self._recorders.values())
+        return sum(recorder.totals[kind].count for recorder in recorders if kind in recorder.totals)
 
     def run(
         self,
@@ -151,6 +176,8 @@ class Engine:
         Keeps the spans of the first `kept_steps` steps. Raises TaskFailedError if a task raises;
         no lane is at work any more when this returns or raises.
         """
+        for lane, busy_s in self.busy_s.items():
+            self._past_busy_s[lane] += busy_s
         self._recorders = {lane: Recorder(lane) for lane in Lane}
         run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders)
         for worker in self._workers.values():

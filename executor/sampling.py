@@ -4,7 +4,6 @@ R requests, V vocab.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -12,8 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from executor.errors import JobError, RunError
+from executor.errors import JobError
 
+NO_TOKEN: Final = -1  # chosen where the logits are not finite numbers
 SAMPLED_BYTES: Final = 72  # of a logit, while its request is sampled: float64, and sorted
 
 
@@ -60,20 +60,18 @@ def choose(
 ) -> list[int]:  # fmt: skip
     """The next token of each request, of which it is the `steps[r]`-th generated.
 
-    A choice depends on the request's logits, parameters and step alone, never on its neighbours.
-    With `spare_bytes` on a device, no more requests are sampled at once than fit. Raises RunError
-    if the logits are not numbers.
+    A choice depends on the request's logits, parameters and step alone, never on its neighbours:
+    where a request's greatest logit is no finite number its choice is NO_TOKEN, and the others are
+    not touched by it. With `spare_bytes` on a device, no more requests are sampled at once than
+    fit.
     """
     assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
     greatest_R, tokens_R = logits_RV.max(dim=-1)
-    tokens = tokens_R.tolist()
-    for request, greatest in enumerate(greatest_R.tolist()):
-        if not math.isfinite(greatest):
-            raise RunError(
-                f"logits of request {request} of the micro-batch", f"<{greatest}>",
-                "must be finite numbers", "run in bfloat16 or float32, or check the weights",
-            )  # fmt: skip
-    rows = [row for row, one in enumerate(params) if one.temperature > 0]
+    # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
+    tokens = tokens_R.masked_fill(greatest_R.isfinite().logical_not(), NO_TOKEN).tolist()
+    rows = [
+        row for row, one in enumerate(params) if one.temperature > 0 and tokens[row] != NO_TOKEN
+    ]
     at_once = len(rows) or 1
     if spare_bytes is not None and not logits_RV.is_cpu:
         at_once = max(1, spare_bytes // (SAMPLED_BYTES * logits_RV.shape[1]))

@@ -47,18 +47,20 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run a command line and exit.
 
-    0; 2 after a mistake in the input; 1 if a task failed; 130 on Ctrl-C and 143 on SIGTERM, which
-    ends a run as cleanly.
+    0; 2 after a mistake in the input; 1 if a task failed; 130 on Ctrl-C, 143 on SIGTERM and 129 on
+    SIGHUP, which end a run as cleanly. A SIGHUP that is ignored, as under nohup, stays so.
     """
     spin_briefly()
-    terminated = False
+    received = signal.SIGINT
 
-    def terminate(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
+    def terminate(number: int, _: object) -> None:
+        nonlocal received
+        received = signal.Signals(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, terminate)
     try:
         cli.main(args=args, prog_name="executor", standalone_mode=False)
     except click.ClickException as error:
@@ -66,7 +68,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; what was finished is kept", err=True)
-        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
+        sys.exit(128 + received)
     except HrmError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         chart = getattr(error, "chart", None)
@@ -77,4 +79,5 @@ def main(args: list[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(0)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -29,19 +29,22 @@ class Meter:
         self._shares: dict[Lane, float] = {}
 
     def text(self) -> str:
-        """Requests done, tokens a second, time left and busy share per lane, in one line."""
+        """Phase, requests done, tokens a second, time left and busy lanes, in one line."""
         progress, now_s = self._progress, time.monotonic()
-        parts = [progress.stage, f"{progress.done_requests}/{progress.total_requests} requests"]
+        phase = progress.phase
+        stage = progress.stage
+        if phase is not None:
+            stage += f", {phase.value} {progress.share_of_batch:.0%}"
+        parts = [stage, f"{progress.done_requests}/{progress.total_requests} requests"]
         if progress.generator is None:
             return " · ".join(parts)
         if self._started_s is None:
             self._started_s = self._looked_s = now_s
         elapsed_s = max(now_s - self._started_s, 1e-9)
-        done = progress.done_now
-        if progress.generated_now:
-            parts.append(f"{progress.generated_now / max(elapsed_s, 1.0):.0f} tokens/s")
-            left_s = elapsed_s * (progress.total_requests - done)
-            left_s /= max(done - progress.earlier_requests, 1e-9)
+        if progress.generated_tokens:
+            parts.append(f"{progress.generated_tokens / max(elapsed_s, 1.0):.0f} tokens/s")
+        left_s = progress.left_s
+        if left_s is not None:
             parts.append(f"{format_countdown(left_s)} left")
         self._look(now_s)
         busy = " ".join(f"{lane} {share:.0%}" for lane, share in self._shares.items())
@@ -53,11 +56,9 @@ class Meter:
             return
         busy_s = self._progress.busy_s
         for lane, now_busy_s in busy_s.items():
-            before_s = self._busy_s.get(lane, 0.0)
-            # Less than before: another phase has begun and counts anew.
-            more_s = now_busy_s - before_s if now_busy_s >= before_s else now_busy_s
+            more_s = now_busy_s - self._busy_s.get(lane, 0.0)
             if now_busy_s > 0 or lane in self._shares:
-                self._shares[lane] = min(more_s / passed_s, 1.0)
+                self._shares[lane] = min(max(more_s / passed_s, 0.0), 1.0)
         self._busy_s, self._looked_s = busy_s, now_s
 
 
@@ -92,9 +93,9 @@ def _bar(progress: "JobProgress") -> Iterator[None]:
     meter = Meter(progress)
 
     def render() -> Group:
-        total = max(progress.total_requests, 1)
+        bar = ProgressBar(total=1.0, completed=progress.share_done, width=BAR_WIDTH)
         return Group(
-            Padding(ProgressBar(total=total, completed=progress.done_now, width=BAR_WIDTH), 0),
+            Padding(bar, 0),
             Text(meter.text(), no_wrap=True, overflow="ellipsis"),
         )
 

@@ -43,8 +43,12 @@ def run(
 ) -> None:  # fmt: skip
     """Run a file of requests under a policy.
 
-    Finished requests are appended to OUTPUT_DIR/outputs.jsonl batch by batch. run.json says what
-    was done and how fast; trace.json opens in Perfetto.
+    Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
+    wrong, gets a line with its error and the others run. run.json says what was done and how fast;
+    trace.json opens in Perfetto.
+
+    --resume goes on where a run was cut short, with what is not answered yet, errors included: they
+    are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 
     EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
     avx2 (say) takes the native kernels for those instructions. EXECUTOR_SYNCHRONISE=1 waits for
@@ -78,7 +82,8 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
         f"accelerator  {content['accelerator']['description']}",
         f"CPU kernels  {content['accelerator']['cpu_kernels']}",
         f"requests     {totals['requests']} in {counted(totals['batches'], 'batch')}"
-        + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else ""),
+        + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else "")
+        + (f", {totals['failed_requests']} failed" if totals["failed_requests"] else ""),
         f"tokens       {totals['prompt_tokens']} prompt, {totals['generated_tokens']} generated",
         f"throughput   {totals['tokens_per_s']:.1f} tokens/s generated over prefill and decode",
     ]

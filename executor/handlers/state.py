@@ -3,7 +3,7 @@
 R requests, D hidden, V vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, final
@@ -12,21 +12,27 @@ import torch
 from torch import Tensor
 
 from executor.batching import Batch, Placed
+from executor.errors import RunError, in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
 from executor.model import Architecture, RowNumbers, logits
-from executor.sampling import choose
+from executor.sampling import NO_TOKEN, choose
 
 STOP: Final = "stop"
 LENGTH: Final = "length"
+ERROR: Final = "error"
 
 
 @dataclass(slots=True)
 class Generated:
-    """A request being generated: its tokens so far and, once it has ended, why."""
+    """A request being generated: its tokens so far and, once it has ended, why.
+
+    `error` says what went wrong with it, if its `finish_reason` is ERROR.
+    """
 
     placed: Placed
     tokens: list[int] = field(default_factory=list[int])
     finish_reason: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +89,18 @@ class BatchState:
     """The requests of a batch, what they have generated, and which rows the next step has.
 
     `num_active` counts requests that go on; `num_generated` tokens so far and `share_done` how
-    much of the batch they are, for live displays. `routed_tokens[i][e]` counts the tokens, prompts'
-    and generated, that layer i sent to expert e; of prompts the last layer sends the ends only.
+    much of what was asked for is done, for live displays. `routed_tokens[i][e]` counts the tokens,
+    prompts' and generated, that layer i sent to expert e; of prompts the last layer sends the ends
+    only.
+    `ended` is called with each request as it ends, in the lane that chose its last token.
     """
 
-    def __init__(self, batch: Batch, arch: Architecture, stops: EndOfText) -> None:
+    def __init__(
+        self, batch: Batch, arch: Architecture, stops: EndOfText,
+        ended: Callable[[Generated], object] = lambda _: None,
+    ) -> None:  # fmt: skip
         self._eos = frozenset(arch.eos_token_ids)
-        self._stops = stops
+        self._stops, self._ended = stops, ended
         self.sequences = [
             [Generated(placed) for placed in micro_batch.placed]
             for micro_batch in batch.micro_batches
@@ -98,7 +109,7 @@ class BatchState:
         self._routed_on_device: Tensor | None = None
         self.num_active = batch.num_requests
         self.num_generated = 0
-        self._num_left = sum(
+        self._num_left = self._num_asked = sum(
             s.placed.request.params.max_tokens for members in self.sequences for s in members
         )
         self.first_rows: list[int] = []
@@ -122,29 +133,47 @@ class BatchState:
 
     @property
     def share_done(self) -> float:
-        """From 0 to 1: tokens generated, of those that the requests may still come to."""
-        return self.num_generated / max(self.num_generated + self._num_left, 1)
+        """From 0 to 1: tokens generated, or left out by an early end, of those asked for."""
+        return 1 - self._num_left / self._num_asked
 
     def rows(self, micro_batch: int, step: int) -> Rows:
         """The requests of a micro-batch that go on in that step."""
         return self._rows[micro_batch][step % 2]
 
     def append(self, sequence: Generated, token: int) -> None:
-        """Add a token; end the request if it is one that ends it or the last allowed."""
-        request = sequence.placed.request
-        params = request.params
+        """Add a token; end the request if it is one that ends it or the last allowed.
+
+        NO_TOKEN ends it with an error, and so does a failing search for its stop texts.
+        """
+        if token == NO_TOKEN:
+            error = RunError(
+                f"logits of the request's token {len(sequence.tokens) + 1}", "<not finite>",
+                "must be finite numbers", "run in bfloat16 or float32, or check the weights",
+            )  # fmt: skip
+            self._end(sequence, ERROR, str(error))
+            return
+        params = sequence.placed.request.params
         sequence.tokens.append(token)
         self.num_generated += 1
         self._num_left -= 1
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        if ends or (params.stop and self._stops(sequence.placed, sequence.tokens)):
-            sequence.finish_reason = STOP
-            self._num_left -= params.max_tokens - len(sequence.tokens)
-        elif len(sequence.tokens) >= params.max_tokens:
-            sequence.finish_reason = LENGTH
-        else:
+        try:
+            ends = ends or (bool(params.stop) and self._stops(sequence.placed, sequence.tokens))
+        except BaseException as error:
+            if not is_of_one_request(error):
+                raise
+            self._end(sequence, ERROR, f"stop texts cannot be looked for: {in_a_line(error)}")
             return
+        if ends:
+            self._end(sequence, STOP)
+        elif len(sequence.tokens) >= params.max_tokens:
+            self._end(sequence, LENGTH)
+
+    def _end(self, sequence: Generated, finish_reason: str, error: str | None = None) -> None:
+        self._num_left -= sequence.placed.request.params.max_tokens - len(sequence.tokens)
+        sequence.error, sequence.finish_reason = error, finish_reason
         self.num_active -= 1
+        self._ended(sequence)
 
     def count_routed(self, layer: int, counts: Sequence[int] | Tensor) -> None:
         """Add to the tokens that each expert of the layer was sent, where they were counted."""

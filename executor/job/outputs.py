@@ -4,16 +4,19 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from tokenizers import Tokenizer
 
+from executor.batching import Completion
 from executor.errors import JobError
-from executor.generate import Completion
 from executor.job.requests import Rejected
+
+if TYPE_CHECKING:
+    from io import FileIO
 
 OUTPUTS: Final = "outputs.jsonl"
 LOCK: Final = ".lock"
@@ -23,12 +26,17 @@ LOCK: Final = ".lock"
 class RunDirectory:
     """A directory that one run writes to; a context manager that holds its lock.
 
-    With `resume`, `done` names the requests that earlier runs have written.
+    With `resume`, `answered` maps the names of the requests that earlier runs have answered to the
+    digests of their lines, None where a version before wrote none. Requests with an error are not
+    among them: they are tried again. Nothing in the outputs changes before `begin`.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
-        self.done: frozenset[str] = frozenset()
+        self.answered: Mapping[str, str | None] = {}
+        self._file: FileIO | None = None
+        self._kept_bytes = 0
+        self._error_lines = set[int]()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("w")
@@ -47,11 +55,9 @@ class RunDirectory:
             ) from error  # fmt: skip
         try:
             if resume:
-                self.done = frozenset(self._finished())
+                self.answered = dict(self._finished())
             else:
                 self._refuse_outputs()
-            # Unbuffered: what a full disk refuses must not be tried again when it is closed.
-            self._file = self._outputs.open("ab", buffering=0)
         except OSError as error:
             self._lock.close()
             raise _not_written(self._outputs, error) from error
@@ -65,7 +71,8 @@ class RunDirectory:
 
     def __exit__(self, *exception: object) -> None:
         """Give up the lock."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._lock.close()
 
     @property
@@ -79,16 +86,45 @@ class RunDirectory:
                 "choose another directory, or go on with --resume",
             )  # fmt: skip
 
-    def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Write output lines; they are on disk when this returns."""
-        data = b"".join(
-            json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-            for line in lines
-        )
+    def begin(self) -> None:
+        """Make the outputs ready for more: all answers stay, a line cut short and errors go.
+
+        The errors' requests are run again and get a line anew, so that each has one in the end.
+        """
+        try:
+            if self._error_lines:
+                with self.writing(OUTPUTS) as path:
+                    self._copy_answers(path)
+            # Unbuffered: what a full disk refuses must not be tried again when it is closed.
+            self._file = self._outputs.open("ab", buffering=0)
+            if not self._error_lines:
+                self._file.truncate(self._kept_bytes)
+        except OSError as error:
+            raise _not_written(self._outputs, error) from error
+
+    def _copy_answers(self, path: Path) -> None:
+        with self._outputs.open("rb") as before, path.open("wb") as after:
+            for number, raw in enumerate(before, start=1):
+                if raw.endswith(b"\n") and number not in self._error_lines:
+                    after.write(raw)
+            after.flush()
+            os.fsync(after.fileno())
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write an output line; it is in the file when this returns, and on disk after `sync`."""
+        assert self._file is not None, "begun"
+        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise _not_written(self._outputs, error) from error
+
+    def sync(self) -> None:
+        """Return when all that was written is on disk."""
+        assert self._file is not None, "begun"
+        try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _not_written(self._outputs, error) from error
@@ -111,24 +147,27 @@ class RunDirectory:
             yield partial
             partial.replace(self.path / name)
 
-    def _finished(self) -> Iterable[str]:
-        """Names in the outputs so far; a last line cut short by a crash is taken off."""
+    def _finished(self) -> Iterator[tuple[str, str | None]]:
+        """Names and digests of the requests answered so far, whatever a crash left behind them."""
         if not self._outputs.exists():
             return
-        whole = 0
-        with self._outputs.open("rb+") as file:
+        with self._outputs.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if not raw.endswith(b"\n"):
                     break
-                whole += len(raw)
+                self._kept_bytes += len(raw)
                 try:
-                    yield json.loads(raw)["custom_id"]
-                except (ValueError, KeyError, TypeError) as error:
+                    line = json.loads(raw)
+                    name, response = line["custom_id"], line["response"]
+                    if response is None:
+                        self._error_lines.add(number)
+                    else:
+                        yield name, _digest_in(response["request_id"], name)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise JobError(
                         f"{self._outputs}: line {number}", f"<{error}>",
                         "must be an output line to resume from", "choose another --output-dir",
                     ) from error  # fmt: skip
-            file.truncate(whole)
 
 
 def _not_written(path: Path, error: OSError) -> JobError:
@@ -140,12 +179,26 @@ def _not_written(path: Path, error: OSError) -> JobError:
 
 def rejected_line(rejected: Rejected) -> dict[str, Any]:
     """The output line of a request that was not run."""
+    return _error_line(rejected.name, "invalid_request", rejected.message)
+
+
+def failed_line(name: str, message: str) -> dict[str, Any]:
+    """The output line of a request that was run and went wrong."""
+    return _error_line(name, "request_failed", message)
+
+
+def _error_line(name: str, code: str, message: str) -> dict[str, Any]:
     return {
-        "id": f"batch_req_{rejected.name}",
-        "custom_id": rejected.name,
+        "id": f"batch_req_{name}",
+        "custom_id": name,
         "response": None,
-        "error": {"code": "invalid_request", "message": rejected.message},
+        "error": {"code": code, "message": message},
     }
+
+
+def _digest_in(request_id: str, name: str) -> str | None:
+    """The digest that `completion_line` put there; versions before repeated the name."""
+    return None if request_id == f"req_{name}" else request_id.removeprefix("req_")
 
 
 def completion_line(
@@ -176,7 +229,11 @@ def completion_line(
     return {
         "id": f"batch_req_{name}",
         "custom_id": name,
-        "response": {"status_code": 200, "request_id": f"req_{name}", "body": body},
+        "response": {
+            "status_code": 200,
+            "request_id": f"req_{completion.request.digest or name}",
+            "body": body,
+        },
         "error": None,
     }
 

@@ -1,7 +1,7 @@
 """Reads OpenAI batch lines; a bad line is rejected by itself and the others run."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from executor.batching import Request
 from executor.errors import JobError
 from executor.job.chat import ChatTemplate
+from executor.job.identity import digest_of_line
 from executor.sampling import SamplingParams
 
 COMPLETIONS: Final = "/v1/completions"
@@ -37,6 +38,32 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the input that is not blank: its custom_id and object, or what is wrong with it."""
+
+    number: int
+    name: str
+    content: dict[str, Any]
+    error: JobError | None = None
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """Every line of the file that is not blank; of those that are broken `name` is empty."""
+    seen: set[str] = set()
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                content = _object(_parse(raw), "line")
+                name = _name(content, seen)
+            except JobError as error:
+                yield Line(number, "", {}, error)
+            else:
+                yield Line(number, name, content)
+
+
+@dataclass(frozen=True, slots=True)
 class LineReader:
     """Turns lines into requests; `seed` is the job's, for requests without one."""
 
@@ -44,35 +71,27 @@ class LineReader:
     template: ChatTemplate | None
     seed: int
 
-    def read(self, path: Path, skip: frozenset[str]) -> Iterator[Request | Rejected]:
-        """Every line of the file that is not blank and whose custom_id is not in `skip`."""
-        seen: set[str] = set()
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if not raw.strip():
-                    continue
-                name = f"line-{number}"
-                try:
-                    line = _object(_parse(raw), "line")
-                    name = self._name(line, name, seen)
-                    if name not in skip:
-                        yield self._request(line, name)
-                except JobError as error:
-                    if name not in skip:
-                        yield Rejected(name, f"{path.name}: line {number}: {error}")
+    def read(
+        self, path: Path, answered: Container[str], names: Mapping[int, str]
+    ) -> Iterator[Request | Rejected]:
+        """Every line of the file that is not blank and whose custom_id is not yet answered.
 
-    @staticmethod
-    def _name(line: dict[str, Any], default: str, seen: set[str]) -> str:
-        name = line.get("custom_id")
-        if not isinstance(name, str) or not name:
-            raise JobError(
-                "custom_id", "<missing>" if name is None else name, "must be a text",
-                f"name the request; it is reported as {default}",
-            )  # fmt: skip
-        if name in seen:
-            raise JobError("custom_id", name, "must not occur twice", "give it a name of its own")
-        seen.add(name)
-        return name
+        `names` are those of broken lines, by their numbers.
+        """
+        for line in lines_of(path):
+            if line.name in answered:
+                continue
+            name = line.name or names.get(line.number, f"line-{line.number}")
+            try:
+                yield self.request(line)
+            except JobError as error:
+                yield Rejected(name, f"{path.name}: line {line.number}: {error}")
+
+    def request(self, line: Line) -> Request:
+        """The request of a line; JobError if it cannot be run."""
+        if line.error is not None:
+            raise line.error
+        return self._request(line.content, line.name)
 
     def _request(self, line: dict[str, Any], name: str) -> Request:
         unknown = line.keys() - {"custom_id", "method", "url", "body"}
@@ -97,7 +116,7 @@ class LineReader:
                 "body: stop", params.stop, "needs a tokenizer, and the checkpoint has none",
                 "use stop_token_ids",
             )  # fmt: skip
-        return Request(name, prompt, params, chat=url == CHAT)
+        return Request(name, prompt, params, chat=url == CHAT, digest=digest_of_line(line))
 
     def _prompt(self, prompt: Any) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -129,6 +148,19 @@ class LineReader:
                 "give token ids",
             )  # fmt: skip
         return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def _name(line: dict[str, Any], seen: set[str]) -> str:
+    name = line.get("custom_id")
+    if not isinstance(name, str) or not name:
+        raise JobError(
+            "custom_id", "<missing>" if name is None else name, "must be a text",
+            "name the request",
+        )  # fmt: skip
+    if name in seen:
+        raise JobError("custom_id", name, "must not occur twice", "give it a name of its own")
+    seen.add(name)
+    return name
 
 
 def sampling_params(body: dict[str, Any], default_seed: int) -> SamplingParams:

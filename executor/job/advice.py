@@ -1,0 +1,66 @@
+"""What to tell whose input asks for more than the policy was solved for."""
+
+import shlex
+from pathlib import Path
+
+from executor.job.survey import Lengths
+from hrm.machines import save_profile
+from hrm.policy import Policy
+from hrm.policy_file import PolicyFile
+from hrm.workload import Workload
+
+MACHINE_YAML = "machine.yaml"
+_FULLER = 1.1  # than the cache of a whole batch: less than that is not worth a word
+
+
+def advice(
+    asked: Lengths, policy_file: PolicyFile, *, model: Path, policy: Path, input_: Path,
+    directory: Path, gpu_memory_bytes: int | None,
+) -> str | None:  # fmt: skip
+    """A line with the search that solves a policy for this input; None if this one is for it.
+
+    The machine that the policy was solved for is written into the directory, for that search;
+    ProfileError if that fails.
+    """
+    solved = policy_file.workload
+    if not asks_for_more(asked, solved, policy_file.policy):
+        return None
+    machine = directory / MACHINE_YAML
+    save_profile(machine, policy_file.profile)
+    wanted = asked.workload()
+    mean_new = wanted.mean_gen_len
+    command = [
+        "hrm", "search", "--model", str(model), "--profile", str(machine),
+        "--dtype", policy_file.policy.dtype,
+        *(["--gpu-memory", f"{gpu_memory_bytes}B"] if gpu_memory_bytes is not None else []),
+        "--prompt-len", f"{wanted.prompt_len:.1f}", "--max-prompt-len", str(wanted.max_prompt_len),
+        "--gen-len", str(wanted.gen_len),
+        *(["--mean-gen-len", f"{mean_new:.1f}"] if mean_new is not None else []),
+        "--requests", str(asked.requests),
+        "--out", str(policy.with_name(f"{policy.stem}-for-{input_.stem}.json")),
+    ]  # fmt: skip
+    return (
+        f"the input asks for more than the policy was solved for ({_told(wanted)}, against "
+        f"{_told(solved)}): fewer requests run at once, and those that do not fit at all are "
+        f"refused; solve one for it: {shlex.join(command)}"
+    )
+
+
+def asks_for_more(asked: Lengths, solved: Workload, policy: Policy) -> bool:
+    """Whether some request is longer than any solved for, or a batch of average ones too long."""
+    if not asked.requests:
+        return False
+    at_once = min(asked.requests, policy.batch_size)
+    tokens = (asked.prompt_tokens + asked.new_tokens) / asked.requests * at_once
+    return (
+        asked.max_prompt_tokens > solved.max_prompt_len
+        or asked.max_new_tokens > solved.gen_len
+        or tokens > _FULLER * policy.kv_tokens_per_micro_batch * policy.num_micro_batches
+    )
+
+
+def _told(workload: Workload) -> str:
+    return (
+        f"prompts of up to {workload.max_prompt_len} tokens and {workload.prompt_len:.1f} on "
+        f"average, {workload.gen_len} generated"
+    )

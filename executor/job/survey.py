@@ -1,0 +1,122 @@
+"""A look at the whole input before anything is run: what it asks for, and whether it goes on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from executor.batching import Request
+from executor.errors import JobError
+from executor.job.identity import digest_of_line
+from executor.job.outputs import OUTPUTS
+from executor.job.requests import Line, LineReader, lines_of
+from hrm.workload import Workload
+
+
+@final
+@dataclass(slots=True)
+class Lengths:
+    """How many requests there are and what they ask for, in tokens."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    max_prompt_tokens: int = 0
+    new_tokens: int = 0
+    max_new_tokens: int = 0
+
+    def add(self, request: Request) -> None:
+        """Count a request."""
+        prompt, new = len(request.prompt), request.params.max_tokens
+        self.requests += 1
+        self.prompt_tokens += prompt
+        self.max_prompt_tokens = max(self.max_prompt_tokens, prompt)
+        self.new_tokens += new
+        self.max_new_tokens = max(self.max_new_tokens, new)
+
+    def workload(self) -> Workload:
+        """The same as a workload; there must be a request."""
+        mean_new = self.new_tokens / self.requests
+        return Workload(
+            name="input",
+            prompt_len=self.prompt_tokens / self.requests,
+            max_prompt_len=self.max_prompt_tokens,
+            gen_len=self.max_new_tokens,
+            mean_gen_len=mean_new if mean_new < self.max_new_tokens else None,
+            num_requests=self.requests,
+        )
+
+
+@final
+@dataclass(slots=True)
+class Survey:
+    """What of an input is still to be run.
+
+    `to_run` are the requests that the policy can run and `asked` all that some policy could.
+    `names` are made up for broken lines, by their numbers: none is another line's custom_id.
+    """
+
+    to_run: Lengths = field(default_factory=Lengths)
+    asked: Lengths = field(default_factory=Lengths)
+    rejected: int = 0
+    names: dict[int, str] = field(default_factory=dict[int, str])
+
+
+def survey(
+    path: Path, reader: LineReader, answered: Mapping[str, str | None], directory: Path, *,
+    check: Callable[[Request], None], fits_model: Callable[[Request], bool], most: int | None,
+) -> Survey:  # fmt: skip
+    """Read the input once, up to `most` requests that can be run and to its end for names.
+
+    Raises JobError if what is answered in the run directory is not in the input, or was changed
+    there since.
+    """
+    made = Survey()
+    names: set[str] = set()
+    broken: list[int] = []
+    missing = dict.fromkeys(answered)
+    for line in lines_of(path):
+        if line.error is not None:
+            broken.append(line.number)
+        else:
+            names.add(line.name)
+        if line.name in answered:
+            del missing[line.name]
+            _check_unchanged(line, answered[line.name], path, directory)
+        elif most is None or made.to_run.requests < most:
+            _count(made, line, reader, check, fits_model)
+    if missing:
+        raise JobError(
+            f"--input {path}: request {next(iter(missing))!r}", "<missing>",
+            f"must be there as long as {directory / OUTPUTS} holds its answer",
+            "give the input with all of its lines, or choose another --output-dir",
+        )  # fmt: skip
+    for number in broken:
+        name = f"line-{number}"
+        while name in names:
+            name = f"broken-{name}"
+        made.names[number] = name
+    return made
+
+
+def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path) -> None:
+    if digest not in {None, digest_of_line(line.content)}:
+        raise JobError(
+            f"--input {path}: line {line.number}: request {line.name!r}", "<changed>",
+            f"must be as it was when {directory / OUTPUTS} got its answer",
+            "put it back, give it another custom_id, or choose another --output-dir",
+        )  # fmt: skip
+
+
+def _count(
+    made: Survey, line: Line, reader: LineReader, check: Callable[[Request], None],
+    fits_model: Callable[[Request], bool],
+) -> None:  # fmt: skip
+    try:
+        request = reader.request(line)
+        if request.prompt and fits_model(request):
+            made.asked.add(request)
+        check(request)
+    except JobError:
+        made.rejected += 1
+    else:
+        made.to_run.add(request)
