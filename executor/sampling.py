@@ -4,6 +4,7 @@ R requests, V vocab.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -68,7 +69,8 @@ def choose(
     assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
     greatest_R, tokens_R = logits_RV.max(dim=-1)
     # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
-    tokens = tokens_R.masked_fill(greatest_R.isfinite().logical_not(), NO_TOKEN).tolist()
+    is_number_R = greatest_R.abs() < math.inf
+    tokens = tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist()
     rows = [
         row for row, one in enumerate(params) if one.temperature > 0 and tokens[row] != NO_TOKEN
     ]

@@ -72,16 +72,16 @@ class LineReader:
     seed: int
 
     def read(
-        self, path: Path, answered: Container[str], names: Mapping[int, str]
+        self, path: Path, answered: Container[str] = (), names: Mapping[int, str] | None = None
     ) -> Iterator[Request | Rejected]:
         """Every line of the file that is not blank and whose custom_id is not yet answered.
 
-        `names` are those of broken lines, by their numbers.
+        `names` are those of broken lines, by their numbers [default: `line-2` and the like].
         """
         for line in lines_of(path):
             if line.name in answered:
                 continue
-            name = line.name or names.get(line.number, f"line-{line.number}")
+            name = line.name or (names or {}).get(line.number, f"line-{line.number}")
             try:
                 yield self.request(line)
             except JobError as error:

@@ -15,93 +15,24 @@ from executor.cli import main
 from executor.handlers import DecodeHandlers
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
-from hrm.policy_file import PolicyFile, load_policy_file, profile_hash, save_policy_file
+from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.tasks import Phase, TaskKind
 from hrm.trace import read_chrome_trace
-from hrm.workload import Workload
-from tests.executor.runtime.support import GPU, architecture, machine, make_policy
-from tests.executor.tiny_models import random_prompts, transformers_greedy
-
-PROMPTS = random_prompts(10, seed=3)
-PROFILE = machine(bandwidth=1e9)
+from tests.executor.runtime.jobs import (
+    PROFILE,
+    PROMPTS,
+    exit_code,
+    line,
+    refused,
+    tokens_of,
+)
+from tests.executor.runtime.support import GPU, make_policy
+from tests.executor.tiny_models import transformers_greedy
 
 
 @pytest.fixture
 def folder(tiny_folders):
     return tiny_folders["wide heads"]
-
-
-@pytest.fixture
-def policy_path(folder, tmp_path):
-    spec = architecture(folder).spec
-    path = tmp_path / "policy.json"
-    save_policy_file(
-        path,
-        PolicyFile(
-            policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
-            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
-            model=replace(spec, name="another name"),
-            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
-            profile=PROFILE,
-            profile_hash=profile_hash(PROFILE),
-            predicted={},
-        ),
-    )
-    return path
-
-
-def line(name, prompt, **body) -> dict:
-    return {
-        "custom_id": name,
-        "method": "POST",
-        "url": "/v1/completions",
-        "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0, **body},
-    }
-
-
-@pytest.fixture
-def run(folder, policy_path, tmp_path, capsys):
-    """Run `executor run` on lines (objects, or bytes as they stand)."""
-
-    def call(lines, *arguments, output="run", model=None, code=0):
-        path = tmp_path / "prompts.jsonl"
-        path.write_bytes(
-            b"\n".join(
-                item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines
-            )
-        )
-        arguments = (
-            "run", "--model", str(model or folder), "--policy", str(policy_path),
-            "--input", str(path), "--output-dir", str(tmp_path / output), *arguments,
-        )  # fmt: skip
-        ended = exit_code(list(arguments))
-        captured = capsys.readouterr()
-        assert ended == code, captured.err
-        return captured, outputs(tmp_path / output)
-
-    return call
-
-
-def exit_code(arguments: list[str]) -> int | str | None:
-    try:
-        main(arguments)
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
-def outputs(directory) -> dict[str, dict]:
-    path = directory / OUTPUTS
-    if not path.exists():
-        return {}
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    assert len({item["custom_id"] for item in lines}) == len(lines)
-    return {item["custom_id"]: item for item in lines}
-
-
-def tokens_of(item) -> list[int]:
-    assert item["error"] is None, item
-    return item["response"]["body"]["choices"][0]["token_ids"]
 
 
 def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
@@ -217,14 +148,6 @@ def test_bad_line_is_reported_and_the_rest_runs(run, tmp_path, bad, name, word):
     assert tokens_of(done["also good"])
     totals = json.loads((tmp_path / "run" / "run.json").read_text())["totals"]
     assert (totals["requests"], totals["rejected_requests"]) == (2, 1)
-
-
-def refused(captured, *words) -> None:
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0], captured.err
 
 
 def test_directory_with_outputs_is_refused_and_resumed(run):
@@ -405,10 +328,10 @@ def test_progress_counts_what_will_be_run(folder, policy_path, tmp_path):
     )
     progress = JobProgress()
     run_job(options, progress)
-    assert (progress.done_now, progress.total_requests) == (3, 3)
+    assert (progress.done_requests, progress.total_requests) == (3, 3)
     progress = JobProgress()
     run_job(replace(options, resume=True, max_requests=5), progress)
-    assert (progress.earlier_requests, progress.done_now, progress.total_requests) == (3, 8, 8)
+    assert (progress.earlier_requests, progress.done_requests, progress.total_requests) == (3, 8, 8)
 
 
 def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_path, capsys):
