@@ -1,5 +1,4 @@
 import gc
-import json
 import threading
 from dataclasses import replace
 
@@ -7,7 +6,7 @@ import pytest
 
 from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
 from hrm.workload import Workload
-from tests.executor.runtime.jobs import PROFILE, exit_code, outputs
+from tests.executor.runtime.jobs import PROFILE, exit_code, outputs, write_lines
 from tests.executor.runtime.support import architecture, make_policy
 
 
@@ -17,7 +16,7 @@ def no_thread_left_behind():
     before = set(threading.enumerate())
     yield
     left = {thread.name for thread in set(threading.enumerate()) - before}
-    assert not {name for name in left if name.startswith(("lane-", "progress"))}
+    assert not {name for name in left if name.startswith(("lane-", "progress", "outputs"))}
 
 
 @pytest.fixture
@@ -53,12 +52,7 @@ def run(folder, policy_path, tmp_path, capsys):
     """Run `executor run` on lines (objects, or bytes as they stand)."""
 
     def call(lines, *arguments, output="run", model=None, code=0):
-        path = tmp_path / "prompts.jsonl"
-        path.write_bytes(
-            b"\n".join(
-                item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines
-            )
-        )
+        path = write_lines(tmp_path, lines)
         arguments = (
             "run", "--model", str(model or folder), "--policy", str(policy_path),
             "--input", str(path), "--output-dir", str(tmp_path / output), *arguments,

@@ -48,3 +48,12 @@ def refused(captured, *words) -> None:
     assert lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0], captured.err
+
+
+def write_lines(folder, lines):
+    """The input file of lines (objects, or bytes as they stand)."""
+    path = folder / "prompts.jsonl"
+    path.write_bytes(
+        b"\n".join(item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines)
+    )
+    return path

@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 
 import pytest
@@ -281,21 +279,6 @@ def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatc
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["outcome"] == "interrupted"
     assert content["totals"]["requests"] == len(done)
-
-
-def test_sigterm_ends_as_cleanly_as_ctrl_c(run, no_collection, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    make = DecodeHandlers.make
-
-    def made(*arguments, **keywords):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return make(*arguments, **keywords)
-
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
-    captured, _ = run([line("a", PROMPTS[0])], "--quiet", code=143)
-    assert "interrupted" in captured.err
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane-")]
 
 
 def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch):

@@ -1,13 +1,27 @@
-"""What the live display says, on a clock that the test sets."""
+"""What the live display says, and what it says of a job that is under way."""
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from executor.cli import progress as progress_module
 from executor.cli.progress import Meter, format_countdown
-from hrm.tasks import Lane
+from executor.engine import Engine
+from executor.job import JobOptions, JobProgress, run_job
+from executor.job.machine import AcceleratorOptions
+from executor.job.progress import PhaseProgress
+from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from tests.executor.runtime.jobs import PROMPTS, line, write_lines
+
+
+@pytest.fixture
+def folder(tiny_folders):
+    return tiny_folders["wide heads"]
 
 
 @pytest.fixture
@@ -17,22 +31,24 @@ def clock(monkeypatch):
     return now
 
 
-def test_text_says_rate_time_left_and_busy_share_per_lane(clock):
+def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
     job: Any = SimpleNamespace(
-        stage="loading weights", generator=None, total_requests=20, done_requests=4,
-        earlier_requests=4, done_now=4.0, generated_now=0, busy_s={},
+        stage="loading weights", generator=None, phase=None, total_requests=20, done_requests=4,
+        generated_tokens=0, left_s=None, share_of_batch=0.0, busy_s={},
     )  # fmt: skip
     meter = Meter(job)
     assert meter.text() == "loading weights · 4/20 requests"
     clock.s = 100.0  # loading does not count
-    job.stage, job.generator = "batch 1", object()
-    assert meter.text() == "batch 1 · 4/20 requests"
-    clock.s, job.done_now, job.generated_now = 110.0, 8.0, 50
-    job.busy_s = {Lane.GPU: 5.0, Lane.CPU: 0.0, Lane.H2D: 9.0}
+    job.stage, job.generator, job.phase = "batch 1", object(), Phase.PREFILL
+    job.left_s, job.share_of_batch = 52.0, 0.25
+    assert meter.text() == "batch 1, prefill 25% · 4/20 requests · 0:52 left"
+    clock.s, job.done_requests, job.generated_tokens = 110.0, 8, 50
+    job.phase, job.left_s, job.busy_s = Phase.DECODE, 30.0, {Lane.GPU: 5.0, Lane.H2D: 9.0}
     assert (
-        meter.text() == "batch 1 · 4/20 requests · 5 tokens/s · 0:30 left · busy: GPU 50% H2D 90%"
+        meter.text() == "batch 1, decode 25% · 8/20 requests · 5 tokens/s · 0:30 left · "
+        "busy: GPU 50% H2D 90%"
     )
-    clock.s, job.busy_s = 112.0, {Lane.GPU: 1.0, Lane.CPU: 0.0, Lane.H2D: 0.0}  # the next phase
+    clock.s, job.busy_s = 112.0, {Lane.GPU: 6.0, Lane.H2D: 8.9}  # an estimate came down a little
     assert meter.text().endswith("busy: GPU 50% H2D 0%")
 
 
@@ -41,3 +57,109 @@ def test_text_says_rate_time_left_and_busy_share_per_lane(clock):
 )
 def test_countdown(seconds, text):
     assert format_countdown(seconds) == text
+
+
+@given(
+    predicted_s=st.floats(1, 1e6),
+    slower=st.floats(0.05, 20),
+    shares=st.tuples(*[st.floats(0, 1)] * 2),
+)
+def test_time_left_goes_from_the_prediction_to_what_is_measured(predicted_s, slower, shares):
+    """A phase that really takes `slower` times as long as predicted."""
+    really_s = predicted_s * slower
+    errors = [
+        abs(
+            PhaseProgress(predicted_s, share, really_s * share).left_s / (really_s * (1 - share))
+            - 1
+        )
+        for share in sorted(shares)
+        if share < 0.999
+    ]
+    assert PhaseProgress(predicted_s, 0.0, 0.0).left_s == pytest.approx(predicted_s)
+    assert errors == sorted(errors, reverse=True) or max(errors) < 1e-9
+    assert PhaseProgress(predicted_s, 0.5, really_s / 2).left_s == pytest.approx(
+        really_s / 2, rel=0.1 * abs(slower - 1) / slower + 1e-9
+    )
+    assert PhaseProgress(predicted_s, 1.0, really_s).left_s == 0
+
+
+@pytest.mark.parametrize("accelerator", ["emulated", "null"])
+def test_job_moves_through_both_phases(folder, policy_path, tmp_path, accelerator, monkeypatch):
+    """Looked at in the middle of every task that computes: of prefill, and of decode."""
+    progress, seen = JobProgress(), []
+
+    def look(task: TaskId) -> None:
+        seen.append(
+            (progress.phase, progress.share_done, progress.left_s, progress.done_requests, task)
+        )
+
+    watch(monkeypatch, look)
+    lines = [
+        line(f"r{i}", prompt, max_tokens=2 + i % 3, ignore_eos=True)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    options = JobOptions(
+        model=folder, policy=policy_path, input=write_lines(tmp_path, lines),
+        output_dir=tmp_path / "run", accelerator=AcceleratorOptions(name=accelerator),
+    )  # fmt: skip
+    run_job(options, progress)
+    shares = [share for _, share, *_ in seen]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert (progress.share_done, progress.left_s) == (1, 0)
+    assert all(0 < left_s < 60 for _, _, left_s, *_ in seen)
+    assert {phase for phase, *_ in seen} == set(Phase)
+    first_batch = [
+        share for phase, share, *_ in seen[: seen.index(seen[-1])] if phase is Phase.PREFILL
+    ]
+    assert len(set(first_batch)) >= 3  # every layer of a batch's prefill moves the bar
+    if accelerator == "emulated":
+        ended = [done for *_, done, _ in seen]
+        assert ended == sorted(ended)
+        assert len(set(ended)) > 3  # more often than batches end
+    assert progress.done_requests == progress.total_requests == 10
+
+
+def watch(monkeypatch, look) -> None:
+    """Have `look` called in the lane before every layer of prefill and every choice of tokens."""
+    run = Engine.run
+
+    def watched(self, tasks, handlers, **options):
+        def looking(handler):
+            def handle(task: TaskId) -> int:
+                look(task)
+                return handler(task)
+
+            return handle
+
+        kinds = (TaskKind.PREFILL_LAYER, TaskKind.SAMPLE)
+        wrapped = {k: looking(h) if k in kinds else h for k, h in handlers.items()}
+        return run(self, tasks, wrapped, **options)
+
+    monkeypatch.setattr(Engine, "run", watched)
+
+
+def test_task_under_way_counts_as_busy():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(_: TaskId) -> int:
+        begun.set()
+        go_on.wait(30)
+        return 0
+
+    task = Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D)
+    with Engine(lambda _: None) as engine:
+        runner = threading.Thread(target=lambda: engine.run([task], {TaskKind.LOAD_PAGE: wait}))
+        runner.start()
+        assert begun.wait(30)
+        before_s = engine.busy_now_s[Lane.H2D]
+        time.sleep(0.02)
+        assert engine.busy_now_s[Lane.H2D] >= before_s + 0.02
+        assert engine.busy_now_s[Lane.GPU] == 0
+        assert engine.busy_s[Lane.H2D] == 0
+        go_on.set()
+        runner.join()
+        whole_s = engine.busy_now_s[Lane.H2D]
+        assert whole_s == pytest.approx(engine.result().busy_s[Lane.H2D])
+        engine.run([task], {TaskKind.LOAD_PAGE: lambda _: 0})
+        assert engine.busy_now_s[Lane.H2D] >= whole_s  # another phase counts on
