@@ -35,7 +35,9 @@ class Meter:
         stage = progress.stage
         if phase is not None:
             stage += f", {phase.value} {progress.share_of_batch:.0%}"
-        parts = [stage, f"{progress.done_requests}/{progress.total_requests} requests"]
+        parts = [stage]
+        if progress.total_requests:
+            parts.append(f"{progress.done_requests}/{progress.total_requests} requests")
         if progress.generator is None:
             return " · ".join(parts)
         if self._started_s is None:

@@ -10,7 +10,7 @@ from zlib import crc32
 from tokenizers import Tokenizer
 
 from executor.batching import Request
-from executor.errors import JobError
+from executor.errors import JobError, in_a_line, is_of_one_request
 from executor.job.chat import ChatTemplate
 from executor.job.identity import digest_of_line
 from executor.sampling import SamplingParams
@@ -91,7 +91,17 @@ class LineReader:
         """The request of a line; JobError if it cannot be run."""
         if line.error is not None:
             raise line.error
-        return self._request(line.content, line.name)
+        try:
+            return self._request(line.content, line.name)
+        except JobError:
+            raise
+        except BaseException as error:
+            if not is_of_one_request(error):
+                raise
+            raise JobError(
+                "body", f"<{in_a_line(error)}>", "must be what the model's tokenizer takes",
+                "shorten or correct it",
+            ) from error  # fmt: skip
 
     def _request(self, line: dict[str, Any], name: str) -> Request:
         unknown = line.keys() - {"custom_id", "method", "url", "body"}

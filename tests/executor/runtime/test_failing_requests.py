@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from executor.checkpoint import Checkpoint
 from executor.errors import is_of_one_request
@@ -115,9 +115,12 @@ class Panicking:
         self._token, self._error = token, error
         words = {f"w{index}": index for index in range(97)}
         self._inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        self._inner.pre_tokenizer = pre_tokenizers.Whitespace()
 
-    def encode(self, *arguments, **keywords):
-        return self._inner.encode(*arguments, **keywords)
+    def encode(self, text, **keywords):
+        if self._token in map(int, text.replace("w", " ").split()):
+            raise self._error("no such text")
+        return self._inner.encode(text, **keywords)
 
     def decode(self, tokens):
         if self._token in tokens:
@@ -141,6 +144,16 @@ def test_text_that_cannot_be_made(run, folder, tmp_path, monkeypatch, stop, erro
     assert 0 < len(hit) < 10
     totals = totals_of(tmp_path)
     assert (totals["requests"], totals["failed_requests"]) == (10 - len(hit), len(hit))
+
+
+def test_prompt_that_the_tokenizer_panics_over(run, folder, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: Panicking(7, Panic))
+    _, done = run([line("bad", "w5 w7"), *LINES[:2], line("good", "w5")])
+    assert "Panic: no such text" in done["bad"]["error"]["message"]
+    assert done["bad"]["error"]["code"] == "invalid_request"
+    for index in range(2):
+        assert tokens_of(done[f"r{index}"]) == transformers_greedy(folder, PROMPTS[index], 5)
+    assert done["good"]["response"]["body"]["usage"]["prompt_tokens"] == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
