@@ -40,13 +40,13 @@ class LiveBatch:
         self._prefilled = prefilled
         self.phase = phase
 
-    def share_done(self, phase: Phase) -> float:
-        """From 0 to 1: how much of a phase is done."""
+    def share_done(self, phase: Phase, fixed_share: float) -> float:
+        """From 0 to 1: how much of a phase is done; see BatchState.decoded_share."""
         if phase is Phase.PREFILL and self._prefilled is not None:
             return 1.0
         state = self._state
         if phase is Phase.DECODE and state is not None:
-            return state.share_done
+            return state.decoded_share(fixed_share)
         if phase is not self.phase or not self._num_tasks[phase]:
             return 0.0
         kind = TaskKind.PREFILL_LAYER if phase is Phase.PREFILL else TaskKind.SAMPLE

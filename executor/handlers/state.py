@@ -88,11 +88,10 @@ class EndOfText(Protocol):
 class BatchState:
     """The requests of a batch, what they have generated, and which rows the next step has.
 
-    `num_active` counts requests that go on; `num_generated` tokens so far and `share_done` how
-    much of what was asked for is done, for live displays. `routed_tokens[i][e]` counts the tokens,
-    prompts' and generated, that layer i sent to expert e; of prompts the last layer sends the ends
-    only.
-    `ended` is called with each request as it ends, in the lane that chose its last token.
+    `num_active` counts requests that go on, and `num_generated` tokens so far. `ended` is called
+    with each request as it ends, in the lane that chose its last token. `routed_tokens[i][e]`
+    counts the tokens, prompts' and generated, that layer i sent to expert e; of prompts the last
+    layer sends the ends only.
     """
 
     def __init__(
@@ -109,9 +108,14 @@ class BatchState:
         self._routed_on_device: Tensor | None = None
         self.num_active = batch.num_requests
         self.num_generated = 0
-        self._num_left = self._num_asked = sum(
-            s.placed.request.params.max_tokens for members in self.sequences for s in members
+        self._longest_first = sorted(
+            (s for members in self.sequences for s in members),
+            key=lambda s: -s.placed.request.params.max_tokens,
         )
+        self._num_longer_ended = 0  # of them, before the first that goes on
+        # Prefill gives each request its first token; these are the others.
+        self._num_left = sum(s.placed.request.params.max_tokens - 1 for s in self._longest_first)
+        self._num_decoded = self._num_steps = 0
         self.first_rows: list[int] = []
         first = 0
         for members in self.sequences:
@@ -131,10 +135,24 @@ class BatchState:
                 total += self._routed_on_device.cpu()
         return tuple(tuple(layer) for layer in total.tolist())
 
-    @property
-    def share_done(self) -> float:
-        """From 0 to 1: tokens generated, or left out by an early end, of those asked for."""
-        return 1 - self._num_left / self._num_asked
+    def decoded_share(self, fixed_share: float) -> float:
+        """From 0 to 1: how much of the time of decode has passed, if no request ends early.
+
+        Of a step's time `fixed_share` is for weights, whoever goes on, and the rest in proportion
+        to how many do. For live displays, from one thread.
+        """
+        while self._num_longer_ended < len(self._longest_first):
+            longest = self._longest_first[self._num_longer_ended]
+            if longest.finish_reason is None:
+                break
+            self._num_longer_ended += 1
+        else:
+            return 1.0
+        steps_left = max(longest.placed.request.params.max_tokens - 1 - self._num_steps, 0)
+        per_token = (1 - fixed_share) / len(self._longest_first)
+        done = fixed_share * self._num_steps + per_token * self._num_decoded
+        left = fixed_share * steps_left + per_token * self._num_left
+        return done / (done + left) if done else 0.0
 
     def rows(self, micro_batch: int, step: int) -> Rows:
         """The requests of a micro-batch that go on in that step."""
@@ -155,7 +173,10 @@ class BatchState:
         params = sequence.placed.request.params
         sequence.tokens.append(token)
         self.num_generated += 1
-        self._num_left -= 1
+        if len(sequence.tokens) > 1:
+            self._num_left -= 1
+            self._num_decoded += 1
+            self._num_steps = max(self._num_steps, len(sequence.tokens) - 1)
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         try:
             ends = ends or (bool(params.stop) and self._stops(sequence.placed, sequence.tokens))
@@ -170,7 +191,7 @@ class BatchState:
             self._end(sequence, LENGTH)
 
     def _end(self, sequence: Generated, finish_reason: str, error: str | None = None) -> None:
-        self._num_left -= sequence.placed.request.params.max_tokens - len(sequence.tokens)
+        self._num_left -= sequence.placed.request.params.max_tokens - max(len(sequence.tokens), 1)
         sequence.error, sequence.finish_reason = error, finish_reason
         self.num_active -= 1
         self._ended(sequence)

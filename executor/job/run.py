@@ -32,18 +32,15 @@ from executor.job.outputs import (
     rejected_line,
     text_of,
 )
-from executor.job.progress import JobProgress
+from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
 from executor.job.survey import Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from executor.model import Architecture
-from hrm.errors import HrmError
-from hrm.estimate import estimate
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-from hrm.tasks import Phase
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -148,7 +145,7 @@ class _Job:
         progress.total_requests = (
             progress.earlier_requests + wanted.requests + self._survey.rejected
         )
-        progress.predicted_s = self._predicted_s()
+        progress.forecast = Forecast.of(wanted, self._prepared.planned.policy, self._policy_file)
         told = advice(
             self._survey.asked, self._policy_file, model=options.model, policy=options.policy,
             input_=options.input, directory=directory.path,
@@ -156,19 +153,6 @@ class _Job:
         )  # fmt: skip
         if told is not None:
             progress.tell(told)
-
-    def _predicted_s(self) -> dict[Phase, float]:
-        """Seconds that both phases of what is to be run should take; empty if nobody can tell."""
-        wanted, policy = self._survey.to_run, self._prepared.planned.policy
-        if not wanted.requests:
-            return {}
-        try:
-            predicted = estimate(
-                self._policy_file.model, policy, self._policy_file.profile, wanted.workload()
-            )
-        except HrmError:  # a display does without
-            return {}
-        return {Phase.PREFILL: predicted.prefill.seconds, Phase.DECODE: predicted.decode.seconds}
 
     def run(
         self, progress: JobProgress, family: AbstractFamily, source: WeightSource

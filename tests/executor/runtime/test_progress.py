@@ -10,15 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from executor.batching import Request, pack
 from executor.cli import progress as progress_module
 from executor.cli.progress import Meter, format_countdown
 from executor.engine import Engine
+from executor.generate import never_stops
+from executor.handlers import BatchState
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.machine import AcceleratorOptions
-from executor.job.progress import PhaseProgress
+from executor.job.progress import Forecast, PhaseProgress
+from executor.job.survey import Lengths
+from executor.sampling import SamplingParams
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.jobs import PROMPTS, line, write_lines
+from tests.executor.runtime.support import architecture, make_policy
 
 
 @pytest.fixture
@@ -83,6 +89,43 @@ def test_time_left_goes_from_the_prediction_to_what_is_measured(predicted_s, slo
         really_s / 2, rel=0.1 * abs(slower - 1) / slower + 1e-9
     )
     assert PhaseProgress(predicted_s, 1.0, really_s).left_s == 0
+
+
+def test_decode_is_expected_to_be_as_much_slower_as_prefill():
+    """Prefill took three times as long as predicted; then decode is as fast as predicted."""
+    lengths = Lengths(requests=2, prompt_tokens=100, new_tokens=50)
+    forecast = Forecast({Phase.PREFILL: 10.0, Phase.DECODE: 100.0}, 1.0)
+    progress = JobProgress(wanted=lengths, forecast=forecast)
+    live: Any = SimpleNamespace(
+        share_done=lambda phase, _: float(phase is Phase.PREFILL),
+        seconds_in=lambda phase: 30.0 if phase is Phase.PREFILL else 0.0,
+    )
+    progress.generator = SimpleNamespace(live=live)  # pyright: ignore[reportAttributeAccessIssue]
+    progress._batch = lengths
+    assert progress.left_s == pytest.approx(300, rel=0.05)
+    live.share_done = lambda phase, _: 1.0 if phase is Phase.PREFILL else 0.8
+    live.seconds_in = lambda phase: 30.0 if phase is Phase.PREFILL else 80.0
+    assert progress.left_s == pytest.approx(20, rel=0.15)
+
+
+@pytest.mark.parametrize("fixed_share", [0.0, 0.3, 1.0])
+def test_decode_moves_by_the_time_of_its_steps(folder, fixed_share):
+    """Against the sum of the steps' times, each of those that go on in it."""
+    wanted = [
+        Request(str(i), (3,), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        for i, max_tokens in enumerate((1, 9, 4, 4, 6))
+    ]
+    batch, _ = pack(wanted, make_policy(1))
+    state = BatchState(batch, architecture(folder), never_stops)
+    sequences = [s for members in state.sequences for s in members]
+    going_on = [sum(r.params.max_tokens - 1 > step for r in wanted) for step in range(8)]
+    step_s = [fixed_share + (1 - fixed_share) * count / len(wanted) for count in going_on]
+    for step in range(9):
+        for sequence in sequences:
+            if sequence.finish_reason is None:
+                state.append(sequence, 5)
+        done = sum(step_s[:step]) / sum(step_s)
+        assert state.decoded_share(fixed_share) == pytest.approx(done)
 
 
 @pytest.mark.parametrize("accelerator", ["emulated", "null"])
