@@ -162,7 +162,7 @@ class RunDirectory:
                     if response is None:
                         self._error_lines.add(number)
                     else:
-                        yield name, _digest_in(response["request_id"], name)
+                        yield _text(name), _digest_in(_text(response["request_id"]), name)
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise JobError(
                         f"{self._outputs}: line {number}", f"<{error}>",
@@ -194,6 +194,12 @@ def _error_line(name: str, code: str, message: str) -> dict[str, Any]:
         "response": None,
         "error": {"code": code, "message": message},
     }
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where a text must be")
+    return value
 
 
 def _digest_in(request_id: str, name: str) -> str | None:

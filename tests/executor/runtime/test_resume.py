@@ -39,6 +39,14 @@ def answers(done) -> dict:
     }
 
 
+def resumed(folder, policy_path, tmp_path) -> list[str]:
+    """The command line that goes on with what the `run` fixture ran last."""
+    return [
+        "run", "--model", str(folder), "--policy", str(policy_path), "--output-dir",
+        str(tmp_path / "run"), "--input", str(tmp_path / "prompts.jsonl"), "--resume",
+    ]  # fmt: skip
+
+
 def files_in(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
@@ -120,10 +128,7 @@ OTHERS = {
 def test_another_job_is_refused_by_name(run, folder, tmp_path, policy_path, capsys, change, words):
     run(LINES[:2])
     before = files_in(tmp_path / "run")
-    arguments = [
-        "run", "--model", str(folder), "--policy", str(policy_path), "--output-dir",
-        str(tmp_path / "run"), "--input", str(tmp_path / "prompts.jsonl"), "--resume",
-    ]  # fmt: skip
+    arguments = resumed(folder, policy_path, tmp_path)
     assert exit_code(arguments + change(folder, tmp_path, policy_path)) == 2
     refused(capsys.readouterr(), str(tmp_path / "run"), *words)
     assert files_in(tmp_path / "run") == before
@@ -180,6 +185,24 @@ def test_broken_job_json_is_told(run, tmp_path):
     (tmp_path / "run" / JOB_JSON).write_text('{"seed": "' + "[" * 10_000)
     captured, _ = run(LINES[:2], "--resume", code=2)
     refused(captured, JOB_JSON, "--output-dir")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"[]", b"{}", b"nope", b'{"custom_id": 3, "response": {"request_id": "r"}}', b"[" * 5000,
+        b'{"custom_id": "a", "response": []}',
+        b'{"custom_id": "a", "response": {"request_id": []}}',
+    ],
+)  # fmt: skip
+def test_broken_outputs_are_told_and_left_alone(run, folder, policy_path, tmp_path, capsys, bad):
+    run(LINES[:1])
+    path = tmp_path / "run" / OUTPUTS
+    path.write_bytes(bad + b"\n" + path.read_bytes())
+    before = files_in(tmp_path / "run")
+    assert exit_code(resumed(folder, policy_path, tmp_path)) == 2
+    refused(capsys.readouterr(), f"{OUTPUTS}: line 1", "--output-dir")
+    assert files_in(tmp_path / "run") == before
 
 
 def test_answers_do_not_depend_on_where_a_job_was_cut(run, tmp_path):
