@@ -1,11 +1,9 @@
 """What goes wrong with one request costs that request alone: a line with its error, and no more."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from executor.checkpoint import Checkpoint
@@ -13,9 +11,8 @@ from executor.errors import is_of_one_request
 from executor.handlers import PrefillHandlers
 from hrm.tasks import TaskKind
 from tests.executor.runtime.jobs import PROMPTS, line, tokens_of
-from tests.executor.tiny_models import transformers_greedy
+from tests.executor.tiny_models import poisoned_copy, transformers_greedy
 
-EMBEDDING = "model.embed_tokens.weight"
 LINES = [line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)]
 
 
@@ -29,13 +26,7 @@ def poisoned(folder, tmp_path):
     """A copy of the checkpoint in which a token's embedding is not a number, or infinite."""
 
     def make(token: int, value: float):
-        made = tmp_path / f"poisoned-{token}"
-        shutil.copytree(folder, made)
-        path = made / "model.safetensors"
-        weights = load_file(path)
-        weights[EMBEDDING][token] = value
-        save_file(weights, path, metadata={"format": "pt"})
-        return made
+        return poisoned_copy(folder, tmp_path / f"poisoned-{token}", token, value)
 
     return make
 
