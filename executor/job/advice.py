@@ -3,9 +3,10 @@
 import shlex
 from pathlib import Path
 
-from executor.job.survey import Lengths
+from executor.batching import Request
+from executor.job.survey import Lengths, Survey
 from hrm.machines import save_profile
-from hrm.policy import Policy
+from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.policy_file import PolicyFile
 from hrm.workload import Workload
 
@@ -14,7 +15,7 @@ _FULLER = 1.1  # than the cache of a whole batch: less than that is not worth a 
 
 
 def advice(
-    asked: Lengths, policy_file: PolicyFile, *, model: Path, policy: Path, input_: Path,
+    found: Survey, policy_file: PolicyFile, *, model: Path, policy: Path, input_: Path,
     directory: Path, gpu_memory_bytes: int | None,
 ) -> str | None:  # fmt: skip
     """A line with the search that solves a policy for this input; None if this one is for it.
@@ -22,8 +23,8 @@ def advice(
     The machine that the policy was solved for is written into the directory, for that search;
     ProfileError if that fails.
     """
-    solved = policy_file.workload
-    if not asks_for_more(asked, solved, policy_file.policy):
+    asked, solved = found.asked, policy_file.workload
+    if not found.more and not too_long_together(asked, policy_file.policy):
         return None
     machine = directory / MACHINE_YAML
     save_profile(machine, policy_file.profile)
@@ -46,17 +47,24 @@ def advice(
     )
 
 
-def asks_for_more(asked: Lengths, solved: Workload, policy: Policy) -> bool:
-    """Whether some request is longer than any solved for, or a batch of average ones too long."""
+def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
+    """Whether a request has a longer prompt than the policy was solved for, or takes more cache.
+
+    It does if it asks for more new tokens and its share of a micro-batch's cache is not enough.
+    """
+    prompt, new = len(request.prompt), request.params.max_tokens
+    blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
+    longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
+    return prompt > solved.max_prompt_len or longer
+
+
+def too_long_together(asked: Lengths, policy: Policy) -> bool:
+    """Whether the cache is too small for a whole batch, or all that is asked, on average."""
     if not asked.requests:
         return False
     at_once = min(asked.requests, policy.batch_size)
     tokens = (asked.prompt_tokens + asked.new_tokens) / asked.requests * at_once
-    return (
-        asked.max_prompt_tokens > solved.max_prompt_len
-        or asked.max_new_tokens > solved.gen_len
-        or tokens > _FULLER * policy.kv_tokens_per_micro_batch * policy.num_micro_batches
-    )
+    return tokens > _FULLER * policy.kv_tokens_per_micro_batch * policy.num_micro_batches
 
 
 def _told(workload: Workload) -> str:

@@ -14,7 +14,7 @@ from executor.errors import JobError, in_a_line, is_of_one_request
 from executor.families import AbstractFamily, family_for
 from executor.generate import BatchResult, Generator, NullGenerator, check_request
 from executor.handlers import ERROR
-from executor.job.advice import advice
+from executor.job.advice import advice, asks_for_more
 from executor.job.chat import ChatTemplate
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.machine import (
@@ -134,6 +134,9 @@ class _Job:
             fits_model=lambda request: (
                 len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings
             ),
+            asks_for_more=lambda request: asks_for_more(
+                request, self._policy_file.workload, self._policy_file.policy
+            ),
             most=options.max_requests,
         )  # fmt: skip
         if begun is None:
@@ -147,7 +150,7 @@ class _Job:
         )
         progress.forecast = Forecast.of(wanted, self._prepared.planned.policy, self._policy_file)
         told = advice(
-            self._survey.asked, self._policy_file, model=options.model, policy=options.policy,
+            self._survey, self._policy_file, model=options.model, policy=options.policy,
             input_=options.input, directory=directory.path,
             gpu_memory_bytes=options.accelerator.gpu_memory_bytes,
         )  # fmt: skip

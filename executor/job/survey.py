@@ -59,11 +59,13 @@ class Survey:
     asked: Lengths = field(default_factory=Lengths)
     rejected: int = 0
     names: dict[int, str] = field(default_factory=dict[int, str])
+    more: int = 0  # of those asked, requests that ask for more than the policy was solved for
 
 
 def survey(
     path: Path, reader: LineReader, answered: Mapping[str, str | None], directory: Path, *,
-    check: Callable[[Request], None], fits_model: Callable[[Request], bool], most: int | None,
+    check: Callable[[Request], None], fits_model: Callable[[Request], bool],
+    asks_for_more: Callable[[Request], bool], most: int | None,
 ) -> Survey:  # fmt: skip
     """Read the input once, up to `most` requests that can be run and to its end for names.
 
@@ -83,7 +85,7 @@ def survey(
             del missing[line.name]
             _check_unchanged(line, answered[line.name], path, directory)
         elif most is None or made.to_run.requests < most:
-            _count(made, line, reader, check, fits_model)
+            _count(made, line, reader, check, fits_model, asks_for_more)
     if missing:
         raise JobError(
             f"--input {path}: request {next(iter(missing))!r}", "<missing>",
@@ -109,12 +111,13 @@ def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path
 
 def _count(
     made: Survey, line: Line, reader: LineReader, check: Callable[[Request], None],
-    fits_model: Callable[[Request], bool],
+    fits_model: Callable[[Request], bool], asks_for_more: Callable[[Request], bool],
 ) -> None:  # fmt: skip
     try:
         request = reader.request(line)
         if request.prompt and fits_model(request):
             made.asked.add(request)
+            made.more += asks_for_more(request)
         check(request)
     except JobError:
         made.rejected += 1

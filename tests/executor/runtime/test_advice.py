@@ -3,12 +3,13 @@
 import json
 import shlex
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 
-from executor.job.advice import asks_for_more
+from executor.batching import Request
+from executor.job.advice import asks_for_more, too_long_together
 from executor.job.survey import Lengths
+from executor.sampling import SamplingParams
 from hrm.cli import main as hrm_main
 from hrm.policy_file import load_policy_file
 from hrm.workload import Workload
@@ -17,10 +18,7 @@ from tests.executor.runtime.support import make_policy
 from tests.executor.tiny_models import transformers_greedy
 
 SOLVED = Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5)
-POLICY = make_policy(1, batch_size=4, micro_batch_size=2, kv_tokens_per_micro_batch=64)
-ASKED = Lengths(
-    requests=10, prompt_tokens=200, max_prompt_tokens=40, new_tokens=50, max_new_tokens=5
-)
+POLICY = make_policy(1, batch_size=4, micro_batch_size=2, kv_tokens_per_micro_batch=96)  # 48 each
 
 
 @pytest.fixture
@@ -29,19 +27,28 @@ def folder(tiny_folders):
 
 
 @pytest.mark.parametrize(
-    ("changes", "more"),
+    ("prompt", "new", "more"),
+    [(40, 5, False), (41, 1, True), (43, 5, True), (40, 9, True), (10, 38, False), (10, 39, True)],
+)
+def test_which_request_asks_for_more(prompt, new, more):
+    request = Request("r", (3,) * prompt, SamplingParams(max_tokens=new))
+    assert asks_for_more(request, SOLVED, POLICY) is more
+
+
+@pytest.mark.parametrize(
+    ("requests", "prompt", "new", "too_long"),
     [
-        ({}, False),
-        ({"max_prompt_tokens": 41}, True),
-        ({"max_new_tokens": 6}, True),
-        ({"prompt_tokens": 400}, True),  # four of 45 tokens, and there is room for 128
-        ({"prompt_tokens": 290}, False),
-        ({"requests": 2, "prompt_tokens": 80, "new_tokens": 10}, False),  # no more than these two
-        ({"requests": 0}, False),
+        (10, 40, 8, False),
+        (10, 48, 8, True),
+        (3, 48, 16, False),
+        (3, 60, 16, True),
+        (0, 0, 0, False),
     ],
 )
-def test_what_asks_for_more(changes, more):
-    assert asks_for_more(replace(ASKED, **changes), SOLVED, POLICY) is more
+def test_whether_a_batch_of_average_requests_fits(requests, prompt, new, too_long):
+    """There is room for 192 tokens, and a tenth more is not worth a word."""
+    asked = Lengths(requests, requests * prompt, prompt, requests * new, new)
+    assert too_long_together(asked, POLICY) is too_long
 
 
 def test_what_the_policy_was_solved_for_is_no_matter_of_advice(run):
