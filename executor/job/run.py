@@ -130,12 +130,12 @@ class _Job:
             )
         self._survey = survey(
             options.input, self._reader, directory.answered, directory.path,
+            asks_for_more=lambda request: asks_for_more(
+                request, self._policy_file.workload, self._policy_file.policy
+            ),
             check=lambda request: check_request(request, arch, self._prepared.planned.policy),
             fits_model=lambda request: (
                 len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings
-            ),
-            asks_for_more=lambda request: asks_for_more(
-                request, self._policy_file.workload, self._policy_file.policy
             ),
             most=options.max_requests,
         )  # fmt: skip
