@@ -3,10 +3,9 @@
 import shlex
 from pathlib import Path
 
-from executor.batching import Request
 from executor.job.survey import Lengths, Survey
 from hrm.machines import save_profile
-from hrm.policy import KV_BLOCK_TOKENS, Policy
+from hrm.policy import Policy
 from hrm.policy_file import PolicyFile
 from hrm.workload import Workload
 
@@ -45,17 +44,6 @@ def advice(
         f"{_told(solved)}): fewer requests run at once, and those that do not fit at all are "
         f"refused; solve one for it: {shlex.join(command)}"
     )
-
-
-def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
-    """Whether a request has a longer prompt than the policy was solved for, or takes more cache.
-
-    It does if it asks for more new tokens and its share of a micro-batch's cache is not enough.
-    """
-    prompt, new = len(request.prompt), request.params.max_tokens
-    blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
-    longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
-    return prompt > solved.max_prompt_len or longer
 
 
 def too_long_together(asked: Lengths, policy: Policy) -> bool:

@@ -14,7 +14,7 @@ from executor.errors import JobError, in_a_line, is_of_one_request
 from executor.families import AbstractFamily, family_for
 from executor.generate import BatchResult, Generator, NullGenerator, check_request
 from executor.handlers import ERROR
-from executor.job.advice import advice, asks_for_more
+from executor.job.advice import advice
 from executor.job.chat import ChatTemplate
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.machine import (
@@ -35,7 +35,7 @@ from executor.job.outputs import (
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
-from executor.job.survey import Survey, survey
+from executor.job.survey import Survey, asks_for_more, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from executor.model import Architecture
@@ -130,7 +130,7 @@ class _Job:
             )
         self._survey = survey(
             options.input, self._reader, directory.answered, directory.path,
-            asks_for_more=lambda request: asks_for_more(
+            is_more=lambda request: asks_for_more(
                 request, self._policy_file.workload, self._policy_file.policy
             ),
             check=lambda request: check_request(request, arch, self._prepared.planned.policy),

@@ -10,6 +10,7 @@ from executor.errors import JobError
 from executor.job.identity import digest_of_line
 from executor.job.outputs import OUTPUTS
 from executor.job.requests import Line, LineReader, lines_of
+from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.workload import Workload
 
 
@@ -65,7 +66,7 @@ class Survey:
 def survey(
     path: Path, reader: LineReader, answered: Mapping[str, str | None], directory: Path, *,
     check: Callable[[Request], None], fits_model: Callable[[Request], bool],
-    asks_for_more: Callable[[Request], bool], most: int | None,
+    is_more: Callable[[Request], bool], most: int | None,
 ) -> Survey:  # fmt: skip
     """Read the input once, up to `most` requests that can be run and to its end for names.
 
@@ -85,7 +86,7 @@ def survey(
             del missing[line.name]
             _check_unchanged(line, answered[line.name], path, directory)
         elif most is None or made.to_run.requests < most:
-            _count(made, line, reader, check, fits_model, asks_for_more)
+            _count(made, line, reader, check, fits_model, is_more)
     if missing:
         raise JobError(
             f"--input {path}: request {next(iter(missing))!r}", "<missing>",
@@ -100,6 +101,17 @@ def survey(
     return made
 
 
+def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
+    """Whether a request has a longer prompt than the policy was solved for, or takes more cache.
+
+    It does if it asks for more new tokens and its share of a micro-batch's cache is not enough.
+    """
+    prompt, new = len(request.prompt), request.params.max_tokens
+    blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
+    longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
+    return prompt > solved.max_prompt_len or longer
+
+
 def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path) -> None:
     if digest not in {None, digest_of_line(line.content)}:
         raise JobError(
@@ -111,13 +123,13 @@ def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path
 
 def _count(
     made: Survey, line: Line, reader: LineReader, check: Callable[[Request], None],
-    fits_model: Callable[[Request], bool], asks_for_more: Callable[[Request], bool],
+    fits_model: Callable[[Request], bool], is_more: Callable[[Request], bool],
 ) -> None:  # fmt: skip
     try:
         request = reader.request(line)
         if request.prompt and fits_model(request):
             made.asked.add(request)
-            made.more += asks_for_more(request)
+            made.more += is_more(request)
         check(request)
     except JobError:
         made.rejected += 1
