@@ -14,6 +14,7 @@ from typing import Protocol, final
 
 from executor.sampling import SamplingParams
 from hrm.policy import KV_BLOCK_TOKENS, Policy
+from hrm.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,17 @@ class Batcher:
                 low = middle
         batch, waiting = pack(candidates[:low], self._policy)
         return batch, waiting + candidates[low:]
+
+
+def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
+    """Whether a request has a longer prompt than the policy was solved for, or takes more cache.
+
+    It does if it asks for more new tokens and its share of a micro-batch's cache is not enough.
+    """
+    prompt, new = len(request.prompt), request.params.max_tokens
+    blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
+    longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
+    return prompt > solved.max_prompt_len or longer
 
 
 def policy_for(policy: Policy, num_micro_batches: int) -> Policy:

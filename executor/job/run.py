@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from executor.batching import Batcher, Completion, Placed, Request
+from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError, in_a_line, is_of_one_request
 from executor.families import AbstractFamily, family_for
@@ -35,7 +35,7 @@ from executor.job.outputs import (
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
-from executor.job.survey import Survey, asks_for_more, survey
+from executor.job.survey import Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from executor.model import Architecture

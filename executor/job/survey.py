@@ -10,7 +10,6 @@ from executor.errors import JobError
 from executor.job.identity import digest_of_line
 from executor.job.outputs import OUTPUTS
 from executor.job.requests import Line, LineReader, lines_of
-from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.workload import Workload
 
 
@@ -99,17 +98,6 @@ def survey(
             name = f"broken-{name}"
         made.names[number] = name
     return made
-
-
-def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
-    """Whether a request has a longer prompt than the policy was solved for, or takes more cache.
-
-    It does if it asks for more new tokens and its share of a micro-batch's cache is not enough.
-    """
-    prompt, new = len(request.prompt), request.params.max_tokens
-    blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
-    longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
-    return prompt > solved.max_prompt_len or longer
 
 
 def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path) -> None:

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 
-from executor.batching import Request
+from executor.batching import Request, asks_for_more
 from executor.job.advice import too_long_together
-from executor.job.survey import Lengths, asks_for_more
+from executor.job.survey import Lengths
 from executor.sampling import SamplingParams
 from hrm.cli import main as hrm_main
 from hrm.policy_file import load_policy_file
