@@ -9,11 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
-from tokenizers import Tokenizer
-
 from executor.batching import Completion
 from executor.errors import JobError
 from executor.job.requests import Rejected
+from executor.job.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -244,7 +243,7 @@ def completion_line(
     }
 
 
-def text_of(completion: Completion, tokenizer: Tokenizer | None, eos: frozenset[int]) -> str:
+def text_of(completion: Completion, tokenizer: TextTokenizer | None, eos: frozenset[int]) -> str:
     """The generated text, without the token or from the stop text on that ended it."""
     if tokenizer is None:
         return ""
@@ -253,6 +252,6 @@ def text_of(completion: Completion, tokenizer: Tokenizer | None, eos: frozenset[
         tokens[-1] in eos or tokens[-1] in params.stop_token_ids
     ):
         tokens.pop()
-    text = tokenizer.decode(tokens)
+    text = tokenizer.continuation(completion.request.prompt, tokens)
     ends = [text.find(stop) for stop in params.stop if stop in text]
     return text[: min(ends)] if ends else text

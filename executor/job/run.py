@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final, final
 
 from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
@@ -15,8 +15,8 @@ from executor.families import AbstractFamily, family_for
 from executor.generate import BatchResult, Generator, NullGenerator, check_request
 from executor.handlers import ERROR
 from executor.job.advice import advice
-from executor.job.chat import ChatTemplate
 from executor.job.identity import JOB_JSON, Identity
+from executor.job.input_file import check_input
 from executor.job.machine import (
     AcceleratorOptions,
     Prepared,
@@ -24,8 +24,10 @@ from executor.job.machine import (
     check_model,
     predicted_seconds,
     prepare,
+    whole_attention,
 )
 from executor.job.outputs import (
+    OUTPUTS,
     RunDirectory,
     completion_line,
     failed_line,
@@ -35,15 +37,14 @@ from executor.job.outputs import (
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
+from executor.job.room import AnswerRoom
 from executor.job.survey import Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from executor.model import Architecture
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
 TRACE_JSON: Final = "trace.json"
@@ -73,19 +74,19 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[st
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
+    policy_file = replace(policy_file, model=whole_attention(policy_file.model))
     policy = policy_file.policy
     if options.schedule is not None:
         policy = replace(policy, schedule=options.schedule)
-    _check_input(options.input)
+    check_input(options.input)
     with Checkpoint.open(options.model) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         check_model(arch.spec, policy_file, options.policy)
-        checkpoint.check(family.expected_tensors(arch))
+        checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         prepared = prepare(options.accelerator, policy_file, policy)
-        reader = LineReader(
-            checkpoint.tokenizer(), ChatTemplate.of_checkpoint(options.model), options.seed
-        )
+        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.most_positions)
+        reader = LineReader(options.model, room, options.seed, progress.tell)
         identity = Identity.of(
             checkpoint, dtype=policy.dtype, seed=options.seed,
             computed=prepared.backend.name != "null",
@@ -135,7 +136,7 @@ class _Job:
             ),
             check=lambda request: check_request(request, arch, self._prepared.planned.policy),
             fits_model=lambda request: (
-                len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings
+                len(request.prompt) + request.params.max_tokens <= arch.most_positions
             ),
             most=options.max_requests,
         )  # fmt: skip
@@ -143,6 +144,7 @@ class _Job:
             with directory.writing(JOB_JSON) as path:
                 identity.write(path)
         directory.begin()
+        self._check_some_run()
         progress.earlier_requests = len(directory.answered)
         wanted = progress.wanted = self._survey.to_run
         progress.total_requests = (
@@ -156,6 +158,25 @@ class _Job:
         )  # fmt: skip
         if told is not None:
             progress.tell(told)
+
+    def _check_some_run(self) -> None:
+        """Raise JobError with the first reasons if nothing can be run, and nothing ever was.
+
+        So it is told before weights are loaded, and after writing why each line was rejected.
+        """
+        found, directory = self._survey, self._directory
+        if found.to_run.requests or directory.answered or not found.rejected:
+            return
+        for item in self._reader.read(self._options.input, (), found.names):
+            if isinstance(item, Rejected):
+                directory.append(rejected_line(item))
+        directory.sync()
+        reasons = " | ".join(map(_brief, found.reasons))
+        raise JobError(
+            f"--input: {self._options.input}", f"<{counted(found.rejected, 'request')}>",
+            f"must hold one that can be run; the first reasons: {reasons}",
+            f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
+        )  # fmt: skip
 
     def run(
         self, progress: JobProgress, family: AbstractFamily, source: WeightSource
@@ -260,10 +281,9 @@ class _Job:
         return completion_line(item, self._arch.spec.name, text, chat=item.request.chat)
 
     def _stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
-        tokenizer: Tokenizer | None = self._reader.tokenizer
+        tokenizer, request = self._reader.tokenizer, placed.request
         assert tokenizer is not None, "checked when the request was read"
-        text = tokenizer.decode(list(tokens))
-        return any(stop in text for stop in placed.request.params.stop)
+        return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
 
     def _report(
         self, outcome: str, message: str | None, generator: Generator | NullGenerator
@@ -289,18 +309,5 @@ class _Job:
         return content
 
 
-def _check_input(path: Path) -> None:
-    """Raise JobError unless the input is a file that can be read."""
-    try:
-        if not path.is_file():  # it is read twice, which a pipe cannot be
-            path.stat()
-            raise JobError(
-                "--input", str(path), "must be a file of its own, no pipe or device",
-                "write the lines to a file first",
-            )  # fmt: skip
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise JobError(
-            "--input", str(path), f"cannot be read ({error.strerror})", "check the path"
-        ) from error
+def _brief(reason: str) -> str:
+    return reason if len(reason) <= 240 else f"{reason[:240]}…"

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 from executor.batching import Request
 from executor.errors import JobError
 from executor.job.identity import digest_of_line
 from executor.job.outputs import OUTPUTS
 from executor.job.requests import Line, LineReader, lines_of
+from hrm.errors import HrmError
 from hrm.workload import Workload
+
+SHOWN_REASONS: Final = 3  # of lines that cannot be run
 
 
 @final
@@ -52,12 +55,14 @@ class Survey:
     """What of an input is still to be run.
 
     `to_run` are the requests that the policy can run and `asked` all that some policy could.
-    `names` are made up for broken lines, by their numbers: none is another line's custom_id.
+    `reasons` are those of the first lines that cannot be run. `names` are made up for broken lines,
+    by their numbers: none is another line's custom_id.
     """
 
     to_run: Lengths = field(default_factory=Lengths)
     asked: Lengths = field(default_factory=Lengths)
     rejected: int = 0
+    reasons: list[str] = field(default_factory=list[str])
     names: dict[int, str] = field(default_factory=dict[int, str])
     more: int = 0  # of those asked, requests that ask for more than the policy was solved for
 
@@ -119,7 +124,9 @@ def _count(
             made.asked.add(request)
             made.more += is_more(request)
         check(request)
-    except JobError:
+    except HrmError as error:
         made.rejected += 1
+        if len(made.reasons) < SHOWN_REASONS:
+            made.reasons.append(f"line {line.number}: {error}")
     else:
         made.to_run.add(request)

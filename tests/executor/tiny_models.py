@@ -21,8 +21,11 @@ DBRX = "dbrx"
 MODELS: Final = (*MIXTRALS, DBRX)
 
 
-def save_tiny(name: str, folder: Path, *, seed: int = 0, max_shard_size: str = "50GB") -> Path:
-    """Write the checkpoint of one of MODELS, float32, into `folder` and return it."""
+def save_tiny(name: str, folder: Path, *, seed: int = 0, **how: Any) -> Path:
+    """Write the checkpoint of one of MODELS, float32, into `folder` and return it.
+
+    `how` goes to `save_pretrained`.
+    """
     from transformers import (
         DbrxConfig,
         DbrxForCausalLM,
@@ -60,7 +63,7 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, max_shard_size: str = "
         for tensor in model.parameters():
             if tensor.ndim == 1:  # norms other than ones
                 tensor.uniform_(0.5, 1.5)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, **how)
     return folder
 
 

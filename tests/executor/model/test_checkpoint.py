@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
 
 from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError
@@ -102,18 +101,6 @@ def test_generation_config_overrides_end_of_sequence(copy):
     (copy / "generation_config.json").unlink()
     with Checkpoint.open(copy) as checkpoint:
         assert checkpoint.config["eos_token_id"] == 2
-
-
-def test_tokenizer(copy):
-    with Checkpoint.open(copy) as checkpoint:
-        assert checkpoint.tokenizer() is None
-        Tokenizer(models.WordLevel({"hello": 0}, "hello")).save(str(copy / "tokenizer.json"))
-        tokenizer = checkpoint.tokenizer()
-        assert tokenizer is not None
-        assert tokenizer.encode("hello").ids == [0]
-        (copy / "tokenizer.json").write_text("{", encoding="utf-8")
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-            checkpoint.tokenizer()
 
 
 def test_no_folder(tmp_path):

@@ -207,7 +207,9 @@ def test_malformed_policy_is_refused(run, policy_path):
 
 @pytest.mark.parametrize("missing", ["model", "input"])
 def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing):
-    paths = {"model": folder, "input": policy_path} | {missing: tmp_path / "nowhere"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line("a", [3])))
+    paths = {"model": folder, "input": tmp_path / "prompts.jsonl"}
+    paths |= {missing: tmp_path / "nowhere"}
     with pytest.raises(SystemExit) as ended:
         main([
             "run", "--model", str(paths["model"]), "--policy", str(policy_path),
