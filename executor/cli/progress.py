@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -71,6 +71,12 @@ def format_countdown(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def say(line: str) -> None:
+    """Tell the user a line, if standard error still has a reader: no job ends for want of one."""
+    with suppress(OSError):
+        click.echo(line, err=True)
+
+
 @contextmanager
 def live_progress(progress: "JobProgress", *, quiet: bool) -> Iterator[None]:
     """Show the job's progress while the body runs."""
@@ -101,10 +107,16 @@ def _bar(progress: "JobProgress") -> Iterator[None]:
             Text(meter.text(), no_wrap=True, overflow="ellipsis"),
         )
 
-    with Live(
+    live = Live(
         console=Console(stderr=True), get_renderable=render, refresh_per_second=4, transient=True
-    ):
+    )
+    with suppress(OSError):  # a terminal that has gone
+        live.start()
+    try:
         yield
+    finally:
+        with suppress(OSError):
+            live.stop()
 
 
 @contextmanager
@@ -116,7 +128,7 @@ def _plain_lines(progress: "JobProgress") -> Iterator[None]:
         while not ended.wait(_LOOK_INTERVAL_S):  # rates are of the time between looks
             text = meter.text()
             if time.monotonic() - reported_s >= _PLAIN_INTERVAL_S:
-                click.echo(text, err=True)
+                say(text)
                 reported_s = time.monotonic()
 
     thread = threading.Thread(target=report, name="progress", daemon=True)

@@ -54,7 +54,7 @@ def run(
     avx2 (say) takes the native kernels for those instructions. EXECUTOR_SYNCHRONISE=1 waits for
     every task on a GPU, so that an error names the task that it is of.
     """
-    from executor.cli.progress import live_progress
+    from executor.cli.progress import live_progress, say
     from executor.job import JobOptions, JobProgress, run_job
 
     options = JobOptions(
@@ -68,7 +68,7 @@ def run(
         max_requests=max_requests,
         resume=resume,
     )
-    progress = JobProgress(tell=lambda line: click.echo(line, err=True))
+    progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
         content = run_job(options, progress)
     if not quiet:
@@ -97,4 +97,5 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
         lines.append(
             f"{level + ' memory':<12} {format_bytes(peak)} used of {format_bytes(planned)} planned"
         )
-    return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json, trace.json"])
+    trace = ", trace.json" if content["trace"]["spans"] else ""
+    return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json{trace}"])

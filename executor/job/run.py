@@ -187,8 +187,7 @@ class _Job:
         self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
         if generator.notice:
             progress.tell(generator.notice)
-        with self._directory.partial(TRACE_JSON) as path:
-            self._trace = TraceFile(path)
+        self._trace = TraceFile(self._directory.path / f"{TRACE_JSON}.partial", progress.tell)
         try:
             with generator, OutputWriter(self._directory, self._line_of) as writer:
                 progress.generator = generator
@@ -259,10 +258,9 @@ class _Job:
             for c in result.completions
         )  # fmt: skip
         self._totals.add(replace(result, completions=completions))
-        with self._directory.partial(TRACE_JSON):
-            for phase in (result.prefill, result.decode):
-                if phase is not None:
-                    self._trace.add(phase.spans)
+        for phase in (result.prefill, result.decode):
+            if phase is not None:
+                self._trace.add(phase.spans)
 
     def _line_of(self, item: Completion | Rejected) -> dict[str, Any]:
         """The output line of a request that has ended or was rejected."""
@@ -288,6 +286,7 @@ class _Job:
     def _report(
         self, outcome: str, message: str | None, generator: Generator | NullGenerator
     ) -> dict[str, Any]:
+        self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told
         content = run_json(
             outcome=outcome,
             message=message,
@@ -304,8 +303,6 @@ class _Job:
         )
         with self._directory.writing(RUN_JSON) as path:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        with self._directory.writing(TRACE_JSON):
-            self._trace.end()
         return content
 
 
