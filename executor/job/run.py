@@ -144,7 +144,6 @@ class _Job:
             with directory.writing(JOB_JSON) as path:
                 identity.write(path)
         directory.begin()
-        self._check_some_run()
         progress.earlier_requests = len(directory.answered)
         wanted = progress.wanted = self._survey.to_run
         progress.total_requests = (
@@ -158,6 +157,7 @@ class _Job:
         )  # fmt: skip
         if told is not None:
             progress.tell(told)
+        self._check_some_run()
 
     def _check_some_run(self) -> None:
         """Raise JobError with the first reasons if nothing can be run, and nothing ever was.
@@ -167,9 +167,9 @@ class _Job:
         found, directory = self._survey, self._directory
         if found.to_run.requests or directory.answered or not found.rejected:
             return
-        for item in self._reader.read(self._options.input, (), found.names):
-            if isinstance(item, Rejected):
-                directory.append(rejected_line(item))
+        for item in self._judged():
+            assert isinstance(item, Rejected), "as surveyed"
+            directory.append(rejected_line(item))
         directory.sync()
         reasons = " | ".join(map(_brief, found.reasons))
         raise JobError(
@@ -191,7 +191,7 @@ class _Job:
         try:
             with generator, OutputWriter(self._directory, self._line_of) as writer:
                 progress.generator = generator
-                requests = self._requests(generator, writer, progress)
+                requests = self._requests(writer, progress)
                 for index, batch in enumerate(Batcher(requests, generator.policy)):
                     progress.stage = f"batch {index + 1}"
                     progress.begin_batch(batch)
@@ -226,27 +226,32 @@ class _Job:
             staged=self._prepared.staged, stops=self._stops,
         )  # fmt: skip
 
-    def _requests(
-        self, generator: Generator | NullGenerator, writer: OutputWriter, progress: JobProgress
-    ) -> Iterator[Request]:
+    def _judged(self) -> Iterator[Request | Rejected]:
+        """What is still to be answered: requests that can be run, and the others as rejected."""
+        answered, names = self._directory.answered, self._survey.names
+        for item in self._reader.read(self._options.input, answered, names):
+            if isinstance(item, Rejected):
+                yield item
+                continue
+            try:
+                check_request(item, self._arch, self._prepared.planned.policy)
+            except JobError as error:
+                yield Rejected(item.name, str(error))
+            else:
+                yield item
+
+    def _requests(self, writer: OutputWriter, progress: JobProgress) -> Iterator[Request]:
         """The requests that can be run; the others are put down as rejected."""
         most = self._options.max_requests
         count = 0
-        answered, names = self._directory.answered, self._survey.names
-        for item in self._reader.read(self._options.input, answered, names):
-            rejected = item if isinstance(item, Rejected) else None
-            if isinstance(item, Request):
-                try:
-                    generator.check(item)
-                except JobError as error:
-                    rejected = Rejected(item.name, str(error))
-                else:
-                    yield item
-                    count += 1
-            if rejected is not None:
-                writer.put(rejected)
+        for item in self._judged():
+            if isinstance(item, Rejected):
+                writer.put(item)
                 self._totals.rejected += 1
                 progress.ended_requests += 1
+            else:
+                yield item
+                count += 1
             if most is not None and count >= most:
                 return
 
