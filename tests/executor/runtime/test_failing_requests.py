@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from executor.checkpoint import Checkpoint
 from executor.errors import is_of_one_request
 from executor.handlers import PrefillHandlers
+from executor.job.tokenizer import TextTokenizer
 from hrm.tasks import TaskKind
 from tests.executor.runtime.jobs import PROMPTS, line, tokens_of
 from tests.executor.tiny_models import poisoned_copy, transformers_greedy
@@ -118,13 +118,22 @@ class Panicking:
             raise self._error("no such text")
         return self._inner.decode(tokens)
 
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+def use(monkeypatch, tokenizer):
+    made = TextTokenizer(tokenizer)
+    monkeypatch.setattr(TextTokenizer, "of_checkpoint", staticmethod(lambda _: made))
+
 
 @pytest.mark.parametrize("stop", [{}, {"stop": "never"}], ids=["text", "stop text"])
 @pytest.mark.parametrize("error", [Panic, OverflowError])
 def test_text_that_cannot_be_made(run, folder, tmp_path, monkeypatch, stop, error):
     wanted = [transformers_greedy(folder, prompt, 5) for prompt in PROMPTS]
-    token = next(t for tokens in wanted for t in tokens[1:4] if t != 2)
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: Panicking(token, error))
+    prompted = {token for prompt in PROMPTS for token in prompt}
+    token = next(t for tokens in wanted for t in tokens[1:4] if t not in {2, *prompted})
+    use(monkeypatch, Panicking(token, error))
     _, done = run([line(f"r{i}", prompt, **stop) for i, prompt in enumerate(PROMPTS)])
     hit = [index for index, tokens in enumerate(wanted) if token in tokens]
     for index, tokens in enumerate(wanted):
@@ -138,7 +147,7 @@ def test_text_that_cannot_be_made(run, folder, tmp_path, monkeypatch, stop, erro
 
 
 def test_prompt_that_the_tokenizer_panics_over(run, folder, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: Panicking(7, Panic))
+    use(monkeypatch, Panicking(7, Panic))
     _, done = run([line("bad", "w5 w7"), *LINES[:2], line("good", "w5")])
     assert "Panic: no such text" in done["bad"]["error"]["message"]
     assert done["bad"]["error"]["code"] == "invalid_request"

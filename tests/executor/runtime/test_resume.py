@@ -52,7 +52,7 @@ def files_in(directory) -> dict[str, bytes]:
 
 
 def test_rejected_lines_are_tried_again_when_put_right(run):
-    _, before = run([LINES[0], line("b", [97]), b"{", line("c", [3], top_k=3), LINES[1]])
+    _, before = run([LINES[0], line("b", [97]), b"{", line("c", [3], n=3), LINES[1]])
     assert {n for n, item in before.items() if item["error"]} == {"b", "line-3", "c"}
     _, after = run([LINES[0], line("b", [3]), line("d", [4]), line("c", []), LINES[1]], "--resume")
     assert after.keys() == {"r0", "b", "d", "c", "r1"}
