@@ -21,14 +21,16 @@ from hrm.workload import Workload
 class Request:
     """A prompt as token ids and how to go on from it; `name` is the user's word for it.
 
-    `chat` says that it was asked as a conversation and is answered as one. `digest` is of the line
-    that it was read from.
+    `chat` says that it was asked as a conversation and is answered as one; `open_ended` that its
+    `max_tokens` is what the policy has room for, as nothing else was asked for. `digest` is of the
+    line that it was read from.
     """
 
     name: str
     prompt: tuple[int, ...]
     params: SamplingParams
     chat: bool = False
+    open_ended: bool = False
     digest: str = ""
 
     @property

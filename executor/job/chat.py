@@ -86,11 +86,9 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> "Template":
-        from jinja2 import TemplateError
-
         try:
             return _environment().from_string(self._source)
-        except TemplateError as error:
+        except Exception as error:  # jinja2 lets through what Python makes of its code
             raise CheckpointError(
                 f"{self._path}: chat template", f"<{error}>", "must be a jinja template",
                 "download the file again",

@@ -5,6 +5,7 @@ absent. What is not computed here passes only with a value that changes nothing,
 is another one than was asked for.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -80,7 +81,7 @@ def checked_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
         if neutral is None:
             _refuse_unknown(key, value, url)
         elif not any(_same(value, one) for one in neutral) and not _changes_nothing(key, value):
-            allowed = " or ".join(map(repr, neutral)) or "null"
+            allowed = " or ".join(map(json.dumps, (*neutral, None)))
             raise JobError(
                 f"body: {key}", _brief(value), f"must be {allowed}; more is not supported",
                 "remove it",

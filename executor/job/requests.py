@@ -128,12 +128,13 @@ class LineReader:
         )
         chat = url == CHAT
         prompt = self._chat(fields) if chat else self._prompt(fields)
-        if chat and not fields.keys() & {"max_tokens", "max_completion_tokens"}:
+        open_ended = chat and not fields.keys() & {"max_tokens", "max_completion_tokens"}
+        if open_ended:
             if not self._has_told:
                 self._has_told = True
                 self._tell(self._room.notice)
             params = replace(params, max_tokens=self._room.max_tokens(len(prompt)))
-        return Request(name, prompt, params, chat=chat, digest=digest)
+        return Request(name, prompt, params, chat=chat, open_ended=open_ended, digest=digest)
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """A stop text that is a special token stops at its id, which decodes to no text."""

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 
 from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
-from executor.errors import JobError, in_a_line, is_of_one_request
+from executor.errors import JobError, RunError, in_a_line, is_of_one_request
 from executor.families import AbstractFamily, family_for
 from executor.generate import BatchResult, Generator, NullGenerator, check_request
 from executor.handlers import ERROR
@@ -38,7 +38,7 @@ from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
-from executor.job.survey import Survey, survey
+from executor.job.survey import SHOWN_REASONS, Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from executor.model import Architecture
@@ -111,6 +111,7 @@ class _Job:
         self._eos = frozenset(arch.eos_token_ids)
         self._totals = Totals()
         self._survey = Survey()
+        self._reasons: list[str] = []  # why the first requests that failed did so
         self._untold: dict[str, str] = {}  # why a completion has no text, by its request's name
         self._started = datetime.now(UTC)
 
@@ -138,7 +139,7 @@ class _Job:
             fits_model=lambda request: (
                 len(request.prompt) + request.params.max_tokens <= arch.most_positions
             ),
-            most=options.max_requests,
+            solved_for=self._policy_file.workload.gen_len, most=options.max_requests,
         )  # fmt: skip
         if begun is None:
             with directory.writing(JOB_JSON) as path:
@@ -214,7 +215,23 @@ class _Job:
                 self._report(outcome, str(error) or None, generator)
             raise
         progress.stage = "writing"
-        return self._report("completed", None, generator)
+        failure = self._failure_of_all()
+        outcome, message = ("failed", str(failure)) if failure else ("completed", None)
+        content = self._report(outcome, message, generator)
+        if failure is not None:
+            raise failure
+        return content
+
+    def _failure_of_all(self) -> RunError | None:
+        """What to raise if requests were run and none got an answer, now or earlier."""
+        totals = self._totals
+        if totals.requests or not totals.failed or self._directory.answered:
+            return None
+        return RunError(
+            f"{self._directory.path / OUTPUTS}", f"<{counted(totals.failed, 'error')}, no answer>",
+            f"must have an answer at least; the first reasons: {' | '.join(self._reasons)}",
+            "put right what they say and use --resume",
+        )  # fmt: skip
 
     def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
@@ -272,7 +289,7 @@ class _Job:
         if isinstance(item, Rejected):
             return rejected_line(item)
         if item.error is not None:
-            return failed_line(item.request.name, item.error)
+            return self._failed_line(item.request.name, item.error)
         try:
             text = text_of(item, self._reader.tokenizer, self._eos)
         except BaseException as error:
@@ -280,8 +297,13 @@ class _Job:
                 raise
             told = f"the generated tokens cannot be made a text: {in_a_line(error)}"
             self._untold[item.request.name] = told
-            return failed_line(item.request.name, told)
+            return self._failed_line(item.request.name, told)
         return completion_line(item, self._arch.spec.name, text, chat=item.request.chat)
+
+    def _failed_line(self, name: str, reason: str) -> dict[str, Any]:
+        if len(self._reasons) < SHOWN_REASONS:
+            self._reasons.append(f"{_brief(name)}: {_brief(reason)}")
+        return failed_line(name, reason)
 
     def _stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
         tokenizer, request = self._reader.tokenizer, placed.request

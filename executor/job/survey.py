@@ -1,7 +1,7 @@
 """A look at the whole input before anything is run: what it asks for, and whether it goes on."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, final
 
@@ -13,7 +13,7 @@ from executor.job.requests import Line, LineReader, lines_of
 from hrm.errors import HrmError
 from hrm.workload import Workload
 
-SHOWN_REASONS: Final = 3  # of lines that cannot be run
+SHOWN_REASONS: Final = 3  # why lines cannot be run, or requests got no answer
 
 
 @final
@@ -70,10 +70,11 @@ class Survey:
 def survey(
     path: Path, reader: LineReader, answered: Mapping[str, str | None], directory: Path, *,
     check: Callable[[Request], None], fits_model: Callable[[Request], bool],
-    is_more: Callable[[Request], bool], most: int | None,
+    is_more: Callable[[Request], bool], solved_for: int, most: int | None,
 ) -> Survey:  # fmt: skip
     """Read the input once, up to `most` requests that can be run and to its end for names.
 
+    Answers that may be as long as there is room are asked for the `solved_for` tokens at most.
     Raises JobError if what is answered in the run directory is not in the input, or was changed
     there since.
     """
@@ -90,7 +91,7 @@ def survey(
             del missing[line.name]
             _check_unchanged(line, answered[line.name], path, directory)
         elif most is None or made.to_run.requests < most:
-            _count(made, line, reader, check, fits_model, is_more)
+            _count(made, line, reader, check, fits_model, is_more, solved_for)
     if missing:
         raise JobError(
             f"--input {path}: request {next(iter(missing))!r}", "<missing>",
@@ -116,13 +117,14 @@ def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path
 
 def _count(
     made: Survey, line: Line, reader: LineReader, check: Callable[[Request], None],
-    fits_model: Callable[[Request], bool], is_more: Callable[[Request], bool],
+    fits_model: Callable[[Request], bool], is_more: Callable[[Request], bool], solved_for: int,
 ) -> None:  # fmt: skip
     try:
         request = reader.request(line)
         if request.prompt and fits_model(request):
-            made.asked.add(request)
-            made.more += is_more(request)
+            asked = _as_asked(request, solved_for)
+            made.asked.add(asked)
+            made.more += is_more(asked)
         check(request)
     except HrmError as error:
         made.rejected += 1
@@ -130,3 +132,11 @@ def _count(
             made.reasons.append(f"line {line.number}: {error}")
     else:
         made.to_run.add(request)
+
+
+def _as_asked(request: Request, solved_for: int) -> Request:
+    """The request; if it asks for as much as there is room, for no more than was solved for."""
+    if not request.open_ended:
+        return request
+    most = min(request.params.max_tokens, solved_for)
+    return replace(request, params=replace(request.params, max_tokens=most))

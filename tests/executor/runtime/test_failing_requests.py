@@ -31,9 +31,9 @@ def poisoned(folder, tmp_path):
     return make
 
 
-def totals_of(tmp_path) -> dict:
+def totals_of(tmp_path, outcome="completed") -> dict:
     content = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert content["outcome"] == "completed"
+    assert content["outcome"] == outcome
     return content["totals"]
 
 
@@ -79,9 +79,9 @@ def test_logits_that_are_lost_while_it_generates(run, folder, poisoned, tmp_path
 
 
 def test_job_in_which_every_request_fails_ends(run, poisoned, tmp_path):
-    _, done = run([line(f"r{i}", [3]) for i in range(6)], model=poisoned(3, torch.nan))
+    _, done = run([line(f"r{i}", [3]) for i in range(6)], model=poisoned(3, torch.nan), code=2)
     assert all(failed(item, "finite") for item in done.values())
-    totals = totals_of(tmp_path)
+    totals = totals_of(tmp_path, "failed")
     assert (totals["requests"], totals["failed_requests"]) == (0, 6)
     assert totals["generated_tokens"] == 0
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from executor.job.trace_file import TraceFile
@@ -78,6 +80,7 @@ def test_chat_without_max_tokens(run, folder):
         assert tokens_of(done[name]) == transformers_greedy(folder, prompt, most), name
     assert captured.err.count("without max_tokens") == 1
     assert f"{share} tokens" in captured.err
+    assert "--gen-len 16 " in captured.err  # the one who asks for more is the completion
 
 
 def test_fields_that_change_nothing(run, folder):
@@ -168,6 +171,16 @@ def test_something_to_run_is_a_success(run):
     _, done = run([line("a", [97]), line("b", [3])])
     assert done["a"]["error"]
     assert tokens_of(done["b"])
+
+
+def test_no_answer_is_no_success(run, folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    captured, done = run([line("a", [3]), line("b", [4])], "--quiet", code=2)
+    refused(captured, "2 errors, no answer", "not finite", "--resume")
+    assert {item["error"]["code"] for item in done.values()} == {"request_failed"}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "failed"
 
 
 def test_folder_without_a_tokenizer(run, no_weights, folder):
