@@ -183,10 +183,16 @@ class Checkpoint:
         if path is None:
             raise CheckpointError(
                 f"{self.folder}: {name}", "<missing>",
-                "must be among the tensors of the safetensors files",
-                "download all files of the checkpoint, or use the config.json of these weights",
+                "must be among the tensors of the safetensors files", self._remedy_if_missing(),
             )  # fmt: skip
         return self._file(path).get_slice(name)
+
+    def _remedy_if_missing(self) -> str:
+        if "tok_embeddings.weight" in self._file_of:
+            return "these are named as in Mistral's own releases: use those for transformers"
+        if "embed_tokens.weight" in self._file_of:
+            return "these were saved without the LM head around them: save the whole model"
+        return "download all files of the checkpoint, or use the config.json of these weights"
 
     def _file(self, path: Path) -> Any:
         if path not in self._open_files:
@@ -330,6 +336,8 @@ def _unindexed_files(folder: Path) -> list[Path]:
     if path.exists():
         return [path]
     paths = sorted(folder.glob("*.safetensors"))
+    # Mistral's releases have all weights a second time, under names of their own.
+    paths = [path for path in paths if not path.name.startswith("consolidated")] or paths
     if paths:
         _check_shards(folder, paths)
         return paths

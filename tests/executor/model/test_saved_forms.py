@@ -141,6 +141,23 @@ def test_shards_without_an_index_or_with_one_of_another_name(tmp_path):
     refused(tmp_path, f"<{len(shards) - 1} of {len(shards)} shards>", "all be there")
 
 
+def test_weights_that_are_there_twice_count_once(copy):
+    folder = copy("wide heads")
+    before = reference.forward(loaded(folder), PROMPT)
+    (folder / WHOLE).rename(folder / "weights.safetensors")
+    save_file({"tok_embeddings.weight": torch.ones(3)}, folder / "consolidated.safetensors")
+    assert torch.equal(reference.forward(loaded(folder), PROMPT), before)
+    (folder / "weights.safetensors").unlink()
+    refused(folder, "model.embed_tokens.weight", "Mistral's own releases")
+
+
+def test_model_without_its_head_is_told(copy):
+    folder = copy("wide heads")
+    rewrite(folder, lambda t: {name.removeprefix("model."): tensor for name, tensor in t.items()
+                               if name != "lm_head.weight"})  # fmt: skip
+    refused(folder, "model.embed_tokens.weight", "without the LM head")
+
+
 def test_whole_file_counts_before_an_index_as_in_transformers(copy):
     folder = copy("wide heads")
     (folder / "model.safetensors.index.json").write_text(
