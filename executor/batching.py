@@ -44,13 +44,15 @@ class Request:
 class Completion:
     """What was generated for a request, the token that ended it included.
 
-    If its `finish_reason` is ERROR, `error` says what went wrong with it.
+    If its `finish_reason` is ERROR, `error` says what went wrong with it. `logprobs` are
+    the log probabilities of the tokens, if they were asked for.
     """
 
     request: Request
     tokens: tuple[int, ...]
     finish_reason: str
     error: str | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 class Sink(Protocol):

@@ -394,8 +394,9 @@ class NullGenerator(AbstractGenerator):
 
 def _completion(ended: Generated) -> Completion:
     return Completion(
-        ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error
-    )
+        ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error,
+        tuple(ended.logprobs),
+    )  # fmt: skip
 
 
 def requests_of(batch: Batch) -> Iterable[Request]:

@@ -15,7 +15,7 @@ from executor.batching import Batch, Placed
 from executor.errors import RunError, in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
 from executor.model import Architecture, RowNumbers, logits
-from executor.sampling import NO_TOKEN, choose
+from executor.sampling import NO_TOKEN, choose, log_probabilities
 
 STOP: Final = "stop"
 LENGTH: Final = "length"
@@ -31,6 +31,7 @@ class Generated:
 
     placed: Placed
     tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
     finish_reason: str | None = None
     error: str | None = None
 
@@ -230,6 +231,11 @@ def sample(
     logits_RV = logits(arch, hidden_RD, head.final_norm, head.lm_head, workspace)
     params = [sequence.placed.request.params for sequence in sequences]
     steps = [len(sequence.tokens) for sequence in sequences]
-    tokens = choose(logits_RV, params, steps, spare_bytes=workspace.capacity_bytes // 2)
+    spare_bytes = workspace.capacity_bytes // 2
+    tokens = choose(logits_RV, params, steps, spare_bytes=spare_bytes)
+    told = [r for r, one in enumerate(params) if one.logprobs and tokens[r] != NO_TOKEN]
+    found = log_probabilities(logits_RV, tokens, told, spare_bytes=spare_bytes)
+    for row, logprob in zip(told, found, strict=True):
+        sequences[row].logprobs.append(logprob)
     for sequence, token in zip(sequences, tokens, strict=True):
         state.append(sequence, token)

@@ -27,6 +27,8 @@ _HONOURED: Final = {
         "chat_template_kwargs",
     },
 }  # fmt: skip
+# The value of `logprobs` that asks for those of the chosen tokens and no others.
+CHOSEN_ALONE: Final = {COMPLETIONS: 0, CHAT: True}
 _INTEGERS: Final = {"max_tokens", "max_completion_tokens", "seed", "stop_token_ids", "prompt"}
 
 # For bookkeeping, caches and scheduling: no answer depends on them.
@@ -72,8 +74,11 @@ def checked_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     Raises JobError naming the first field that asks for what is not done here.
     """
     given = {key: value for key, value in body.items() if value is not None}
-    honoured = _HONOURED[url]
+    honoured = set(_HONOURED[url])
     greedy = _same(given.get("temperature"), 0)
+    if _same(given.get("logprobs"), CHOSEN_ALONE[url]):
+        given["logprobs"] = True
+        honoured |= {"logprobs"}
     for key, value in given.items():
         if key in honoured or key in _IGNORED or (greedy and _leaves_the_first(key, value)):
             continue
@@ -101,7 +106,7 @@ def needed(fields: Mapping[str, Any], key: str) -> Any:
 
 def sampling_params(fields: Mapping[str, Any], default_seed: int) -> SamplingParams:
     """The sampling parameters of checked fields, by OpenAI's names and defaults."""
-    values = {key: fields[key] for key in _SAMPLING & fields.keys()}
+    values = {key: fields[key] for key in (_SAMPLING | {"logprobs"}) & fields.keys()}
     if "max_completion_tokens" in values:
         values["max_tokens"] = values.pop("max_completion_tokens")
     if "stop" in values:

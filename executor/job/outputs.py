@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
@@ -207,8 +208,9 @@ def _digest_in(request_id: str, name: str) -> str | None:
 
 
 def completion_line(
-    completion: Completion, model: str, text: str, *, chat: bool = False
-) -> dict[str, Any]:
+    completion: Completion, model: str, text: str, *, chat: bool = False,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The output line of a request that was run, in the OpenAI batch output form."""
     name = completion.request.name
     choice = {
@@ -216,7 +218,7 @@ def completion_line(
         **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
         "token_ids": list(completion.tokens),
         "finish_reason": completion.finish_reason,
-        "logprobs": None,
+        "logprobs": logprobs,
     }
     prompt, generated = len(completion.request.prompt), len(completion.tokens)
     body = {
@@ -240,6 +242,35 @@ def completion_line(
             "body": body,
         },
         "error": None,
+    }
+
+
+def logprobs_json(
+    completion: Completion, tokenizer: TextTokenizer | None, *, chat: bool
+) -> dict[str, Any] | None:
+    """The log probabilities of all tokens, the one that ended it too; None if not asked for.
+
+    In the form of OpenAI's chat or completions API; without a tokenizer tokens are named by id.
+    """
+    if not completion.logprobs:
+        return None
+    prompt, tokens, logprobs = completion.request.prompt, completion.tokens, completion.logprobs
+    texts = [
+        tokenizer.continuation([*prompt, *tokens[:index]], tokens[index : index + 1])
+        if tokenizer is not None else f"token_id:{token}"
+        for index, token in enumerate(tokens)
+    ]  # fmt: skip
+    if chat:
+        items = zip(texts, logprobs, strict=True)
+        return {"content": [
+            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+            for text, logprob in items
+        ]}  # fmt: skip
+    return {
+        "tokens": texts,
+        "token_logprobs": list(logprobs),
+        "top_logprobs": [{text: one} for text, one in zip(texts, logprobs, strict=True)],
+        "text_offset": [0, *accumulate(map(len, texts[:-1]))],
     }
 
 

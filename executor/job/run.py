@@ -31,6 +31,7 @@ from executor.job.outputs import (
     RunDirectory,
     completion_line,
     failed_line,
+    logprobs_json,
     rejected_line,
     text_of,
 )
@@ -292,13 +293,16 @@ class _Job:
             return self._failed_line(item.request.name, item.error)
         try:
             text = text_of(item, self._reader.tokenizer, self._eos)
+            logprobs = logprobs_json(item, self._reader.tokenizer, chat=item.request.chat)
         except BaseException as error:
             if not is_of_one_request(error):
                 raise
             told = f"the generated tokens cannot be made a text: {in_a_line(error)}"
             self._untold[item.request.name] = told
             return self._failed_line(item.request.name, told)
-        return completion_line(item, self._arch.spec.name, text, chat=item.request.chat)
+        return completion_line(
+            item, self._arch.spec.name, text, chat=item.request.chat, logprobs=logprobs
+        )
 
     def _failed_line(self, name: str, reason: str) -> dict[str, Any]:
         if len(self._reasons) < SHOWN_REASONS:

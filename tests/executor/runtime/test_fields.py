@@ -35,7 +35,7 @@ ASKS_FOR_MORE = {
     "n": [2, True], "best_of": [3], "stream": [True, 0], "top_k": [40, True], "min_p": [0.1],
     "repetition_penalty": [1.1, True], "presence_penalty": [0.5, False], "logit_bias": [{"5": -1}],
     "response_format": [{"type": "json_object"}, "text"], "tools": [[{"type": "function"}]],
-    "tool_choice": ["required"], "skip_special_tokens": [False], "logprobs": [5, True, 0],
+    "tool_choice": ["required"], "skip_special_tokens": [False], "logprobs": [5, 1],
     "include_stop_str_in_output": [True], "top_logprobs": [3], "prompt_logprobs": [1],
     "min_tokens": [4], "bad_words": [["x"]], "guided_json": [{}], "echo": [True],
     "truncate_prompt_tokens": [10], "reasoning_effort": ["high"], "modalities": [["audio"]],
@@ -81,6 +81,15 @@ def test_a_field_of_the_other_url_is_told():
         checked_fields({"messages": []}, COMPLETIONS)
     with pytest.raises(JobError, match=r"body: prompt .* field of /v1/completions"):
         checked_fields({"prompt": "a"}, CHAT)
+
+
+def test_log_probabilities_of_the_chosen_tokens_alone_are_honoured():
+    for url, asked, refused in ((COMPLETIONS, 0, True), (CHAT, True, 0)):
+        fields = checked_fields({"logprobs": asked, "top_logprobs": 0}, url)
+        assert sampling_params(fields, 0).logprobs is True
+        with pytest.raises(JobError, match="body: logprobs"):
+            checked_fields({"logprobs": refused}, url)
+        assert not sampling_params(checked_fields({"logprobs": False}, url), 0).logprobs
 
 
 def test_numbers_without_a_fraction_are_integers():

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from executor.job.trace_file import TraceFile
 from hrm.policy_file import load_policy_file, save_policy_file
 from tests.executor.runtime.jobs import PROMPTS, line, outputs, refused, tokens_of
-from tests.executor.tiny_models import edit_json, transformers_greedy
+from tests.executor.tiny_models import edit_json, transformers_greedy, transformers_logits
 
 DATA = Path(__file__).parents[1] / "data"
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -91,11 +91,35 @@ def test_fields_that_change_nothing(run, folder):
         prompt = words(PROMPTS[0])
         item["body"]["prompt"] = [prompt] if isinstance(item["body"]["prompt"], list) else prompt
     _, done = run(lines)
-    assert "body: logprobs is 0" in done.pop("n3")["error"]["message"]  # named, not left out
     expected = transformers_greedy(folder, PROMPTS[0], 8)
-    assert len(done) == 2
+    assert len(choice_of(done["n3"])["logprobs"]["token_logprobs"]) == len(expected)
+    assert choice_of(done["n1"])["logprobs"] is None
     for item in done.values():
         assert tokens_of(item) == expected
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "emulated"])
+def test_log_probabilities_are_those_of_transformers(run, folder, accelerator):
+    """Of the model's distribution, whatever the temperature, and of those that ask alone."""
+    bodies = [{"temperature": 0}, {"temperature": 1.5, "seed": 3}]
+    asked = [line(f"a{i}", words(PROMPTS[i]), logprobs=0, **b) for i, b in enumerate(bodies)]
+    asked += [chat("c", words(PROMPTS[2]), max_tokens=5, logprobs=True), line("d", [3])]
+    _, done = run(asked, "--accelerator", accelerator)
+    for name, prompt in (("a0", PROMPTS[0]), ("a1", PROMPTS[1]), ("c", PROMPTS[2])):
+        choice = choice_of(done[name])
+        tokens, told = choice["token_ids"], choice["logprobs"]
+        logits = transformers_logits(folder, [*prompt, *tokens])[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
+        if name == "c":
+            told = {key: [item[key] for item in told["content"]] for key in ("token", "logprob")}
+            assert told["logprob"] == pytest.approx(expected, abs=1e-4)
+            assert "".join(told["token"]) == choice["message"]["content"]
+        else:
+            assert told["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+            assert "".join(told["tokens"]) == choice["text"]
+            for text, offset in zip(told["tokens"], told["text_offset"], strict=True):
+                assert choice["text"][offset:].startswith(text)
+    assert choice_of(done["d"])["logprobs"] is None
 
 
 def test_text_continues_the_prompt_and_stops_with_its_space(run, folder):
