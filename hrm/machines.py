@@ -4,7 +4,6 @@
 links, the links up to what the host's memory can be read at.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from hrm.errors import ProfileError
+from hrm.files import write_whole
 from hrm.hardware import (
     Figure,
     GpuCard,
@@ -169,19 +169,9 @@ def with_memory(
 def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) -> None:
     """Write a readable YAML file that loads to an equal profile; all of it or nothing.
 
-    Raises ProfileError if the file cannot be written.
+    Raises ProfileError if the file cannot be written, see `write_whole`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(dump_profile(profile), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ProfileError(
-            str(path), f"<{error.strerror}>", "must be a file that can be written",
-            "choose another path",
-        ) from error  # fmt: skip
+    write_whole(path, dump_profile(profile), ProfileError)
 
 
 def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:

@@ -11,6 +11,7 @@ import msgspec
 
 from hrm.errors import PolicyError, ProfileError
 from hrm.estimate import Estimate
+from hrm.files import write_whole
 from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.parallel import part_of
@@ -64,15 +65,9 @@ def policy_file_of(
 
 
 def save_policy_file(path: Path, content: PolicyFile) -> None:
-    """Write the file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-        partial.replace(path)
-    except OSError as error:
-        raise PolicyError(
-            str(path), f"<{error.strerror}>", "must be writable", "choose another --out"
-        ) from error
+    """Write the file, whole or not at all; PolicyError if it cannot be, see `write_whole`."""
+    text = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+    write_whole(path, text, PolicyError, remedy="choose another --out")
 
 
 def load_policy_file(path: Path) -> PolicyFile:

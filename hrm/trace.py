@@ -2,13 +2,16 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from hrm.errors import TraceError
+from hrm.files import writing
 from hrm.tasks import Lane, Phase, TaskId, TaskKind
+
+_SPANS_AT_ONCE: Final = 1000
 
 
 class Span(NamedTuple):
@@ -148,15 +151,24 @@ def chrome_events(
 
 
 def write_chrome_trace(path: Path, *, measured: Trace | None = None, **others: Trace) -> None:
-    """Write traces side by side into one Chrome trace file."""
+    """Write traces side by side into one Chrome trace file; TraceError if it cannot be written."""
     traces = {**({"measured": measured} if measured else {}), **others}
-    events = [
-        event
-        for pid, (name, trace) in enumerate(traces.items())
-        for event in chrome_events(trace.spans, process=name, pid=pid)
-    ]
-    document = {"displayTimeUnit": "ms", "traceEvents": events}
-    path.write_text(json.dumps(document), encoding="utf-8")
+    with writing(path, TraceError, remedy="choose another --trace") as write:
+        for piece in _chrome_pieces(traces):
+            write(piece.encode())
+
+
+def _chrome_pieces(traces: dict[str, Trace]) -> Iterator[str]:
+    """The text of a Chrome trace, in pieces that take little memory."""
+    yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
+    for pid, (name, trace) in enumerate(traces.items()):
+        names = chrome_events((), process=name, pid=pid)
+        yield (",\n" if pid else "") + ",\n".join(json.dumps(event) for event in names)
+        for first in range(0, len(trace.spans), _SPANS_AT_ONCE):
+            spans = trace.spans[first : first + _SPANS_AT_ONCE]
+            events = chrome_events(spans, process=name, pid=pid)[len(names) :]
+            yield "".join(f",\n{json.dumps(event)}" for event in events)
+    yield "\n]}\n"
 
 
 def read_chrome_trace(path: Path, *, process: str = "measured") -> Trace:

@@ -1,6 +1,5 @@
 """The run directory: locked while in use, and nothing that was written to it is ever lost."""
 
-import fcntl
 import json
 import os
 import time
@@ -14,6 +13,14 @@ from tokenizers import Tokenizer
 from executor.errors import JobError
 from executor.generate import Completion
 from executor.job.requests import Rejected
+from hrm.files import (
+    NewFile,
+    closing_on_error,
+    open_append,
+    open_locked,
+    replace_durably,
+    write_all,
+)
 
 OUTPUTS: Final = "outputs.jsonl"
 LOCK: Final = ".lock"
@@ -31,33 +38,27 @@ class RunDirectory:
         self.done: frozenset[str] = frozenset()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK).open("w")
+            self._lock = open_locked(path / LOCK)
+        except BlockingIOError as error:
+            raise JobError(
+                "--output-dir", str(path), f"is {error.strerror}, another run",
+                "wait for it or choose another directory",
+            ) from error  # fmt: skip
         except OSError as error:
             raise JobError(
                 "--output-dir", str(path), f"cannot be written to ({error.strerror})",
                 "choose another",
             ) from error  # fmt: skip
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with closing_on_error(self._lock):
+                self._file = open_append(self._outputs)  # first: it may be a link or a pipe
+                with closing_on_error(self._file):
+                    if resume:
+                        self.done = frozenset(self._finished())
+                    else:
+                        self._refuse_outputs()
         except OSError as error:
-            self._lock.close()
-            raise JobError(
-                "--output-dir", str(path), "is in use by another run", "wait for it or choose"
-                " another directory",
-            ) from error  # fmt: skip
-        try:
-            if resume:
-                self.done = frozenset(self._finished())
-            else:
-                self._refuse_outputs()
-            # Unbuffered: what a full disk refuses must not be tried again when it is closed.
-            self._file = self._outputs.open("ab", buffering=0)
-        except OSError as error:
-            self._lock.close()
             raise _not_written(self._outputs, error) from error
-        except BaseException:
-            self._lock.close()
-            raise
 
     def __enter__(self) -> Self:
         """The directory is locked from construction on."""
@@ -86,9 +87,7 @@ class RunDirectory:
             for line in lines
         )
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_all(self._file.fileno(), data)
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _not_written(self._outputs, error) from error
@@ -104,12 +103,21 @@ class RunDirectory:
                 partial.unlink()
             raise _not_written(self.path / name, error) from error
 
+    def write(self, name: str, text: str) -> None:
+        """Write the file `name`, whole or not at all; JobError if it cannot be."""
+        try:
+            with NewFile(self.path / name) as new:
+                new.write(text.encode())
+                new.commit()
+        except OSError as error:
+            raise _not_written(self.path / name, error) from error
+
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A path to write the rest of a file at, which then becomes `name`, whole or not at all."""
         with self.partial(name) as partial:
             yield partial
-            partial.replace(self.path / name)
+            replace_durably(partial, self.path / name)
 
     def _finished(self) -> Iterable[str]:
         """Names in the outputs so far; a last line cut short by a crash is taken off."""

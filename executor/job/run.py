@@ -248,8 +248,7 @@ class _Job:
             memory=memory_json(generator.plan, generator.peak_bytes),
             started=self._started,
         )
-        with self._directory.writing(RUN_JSON) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self._directory.write(RUN_JSON, json.dumps(content, indent=2) + "\n")
         with self._directory.writing(TRACE_JSON):
             self._trace.end()
         return content

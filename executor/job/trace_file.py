@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, final
 
+from hrm.files import create_anew
 from hrm.trace import Span, chrome_events
 
 SPANS_AT_ONCE: Final = 1000
@@ -21,7 +22,7 @@ class TraceFile:
         self._path = path
         self._num_bytes = 0
         self.num_spans = 0
-        path.touch()
+        create_anew(path)
         names = ",\n".join(json.dumps(event) for event in chrome_events(()))
         self._append(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{names}')
 

@@ -126,7 +126,7 @@ def test_awkward_texts_survive(tmp_path, text):
 
 
 def test_saving_is_all_or_nothing(tmp_path):
-    with pytest.raises(ProfileError, match=r"must be a file that can be written"):
+    with pytest.raises(ProfileError, match=r"must be writable"):
         save_profile(tmp_path / "missing" / "x.yaml", compose("T4"))
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ProfileError, match=r"folder\.yaml"):

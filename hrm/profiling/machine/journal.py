@@ -13,6 +13,7 @@ from typing import Any, Final, final
 import msgspec
 
 from hrm.errors import ProfileError
+from hrm.files import open_locked, write_all
 
 SUFFIX: Final = ".partial"
 
@@ -48,25 +49,35 @@ class Journal:
     ) -> None:
         """Start the file anew, or go on with it if `resume` and there is one.
 
-        `measures` says what is measured: options and machine. Raises ProfileError if the file to
-        go on with was measured otherwise, or cannot be read or written.
+        The file is locked until it is closed or removed. `measures` says what is measured: options
+        and machine. Raises ProfileError if another process writes to the file, if that to go on
+        with was measured otherwise, or if it cannot be read or written.
         """
         self.path, self.date = path, date
         self._kept: dict[str, _Kept] = {}
         self._steps = 0
         try:
+            self._file = open_locked(path)
+        except BlockingIOError as error:
+            raise ProfileError(
+                str(path), f"<{error.strerror}>", "must be written by one hrm profile at a time",
+                "wait for that one, or choose another --out",
+            ) from error  # fmt: skip
+        except OSError as error:
+            raise _not_written(path, error) from error
+        try:
             good = self._load(measures) if resume else 0
             self._steps = len(self._kept)
-            self._file = path.open("r+b" if good else "wb")
             self._file.truncate(good)
             self._file.seek(good)
             if not good:
                 self._write(_Head(date, measures))
         except OSError as error:
-            raise ProfileError(
-                str(path), f"<{error.strerror}>", "must be a file that can be written",
-                "choose another --out",
-            ) from error  # fmt: skip
+            self.close()
+            raise _not_written(path, error) from error
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def seconds(self) -> float:
@@ -85,27 +96,37 @@ class Journal:
             return False, None
 
     def keep(self, name: str, seconds: float, found: Any) -> None:
-        """Write a step down; it is on the disk when this returns."""
+        """Write a step down; it is on the disk when this returns.
+
+        Raises ProfileError if it cannot be written; the steps before it are kept.
+        """
         self._steps += 1
-        self._write(_Line(name, seconds, msgspec.Raw(msgspec.json.encode(found))))
+        try:
+            self._write(_Line(name, seconds, msgspec.Raw(msgspec.json.encode(found))))
+        except OSError as error:
+            raise _not_written(self.path, error) from error
 
     def close(self) -> None:
         """End writing; the file stays for another time, unless there is nothing in it."""
+        if self._file.closed:
+            return
+        if self._steps:
+            self._file.close()
+        else:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the file, before another process can have its lock."""
+        self.path.unlink(missing_ok=True)
         self._file.close()
-        if not self._steps:
-            self.path.unlink(missing_ok=True)
 
     def _write(self, line: msgspec.Struct) -> None:
-        self._file.write(msgspec.json.encode(line) + b"\n")
-        self._file.flush()
+        write_all(self._file.fileno(), msgspec.json.encode(line) + b"\n")
         os.fsync(self._file.fileno())
 
     def _load(self, measures: dict[str, str]) -> int:
-        """Read what is kept; returns the length of the good lines, 0 if there is no file."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return 0
+        """Read what is kept; returns the length of the good lines, 0 if there are none."""
+        content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         good = 0
         for index, line in enumerate(whole.splitlines(keepends=True)):
@@ -135,3 +156,9 @@ class Journal:
                     f"{self.path}: {name}", before, f"differs from {now}, which is measured now",
                     "give the same options on the same machine, or measure afresh without --resume",
                 )  # fmt: skip
+
+
+def _not_written(path: Path, error: OSError) -> ProfileError:
+    return ProfileError(
+        str(path), f"<{error.strerror}>", "must be writable", "make room, or choose another --out"
+    )

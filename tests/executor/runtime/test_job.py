@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -92,7 +94,7 @@ def exit_code(arguments: list[str]) -> int | str | None:
 
 def outputs(directory) -> dict[str, dict]:
     path = directory / OUTPUTS
-    if not path.exists():
+    if not path.is_file():
         return {}
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert len({item["custom_id"] for item in lines}) == len(lines)
@@ -376,8 +378,12 @@ def test_sigterm_ends_as_cleanly_as_ctrl_c(run, no_collection, monkeypatch):
 
 
 def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    synced = os.fsync
+
+    def full(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().name == OUTPUTS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     captured, done = run([line("a", PROMPTS[0])], "--quiet", code=2)
@@ -386,6 +392,30 @@ def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch)
     monkeypatch.undo()
     _, after = run([line("a", PROMPTS[0])], "--resume")
     assert after["a"] == done["a"]
+
+
+@pytest.mark.parametrize("name", [LOCK, OUTPUTS, "run.json", "trace.json", "trace.json.partial"])
+def test_no_file_of_a_run_is_written_through_a_link(run, tmp_path, name):
+    target = tmp_path / "another's"
+    target.write_text('{"custom_id": "kept"}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(target)
+    code = 0 if name == "trace.json.partial" else 2  # a name of ours alone is taken
+    captured, _ = run([line("a", PROMPTS[0])], "--quiet", code=code)
+    if code:
+        refused(captured, "a link to", "not written through")
+    assert target.read_text() == '{"custom_id": "kept"}'
+
+
+@pytest.mark.parametrize("name", [LOCK, OUTPUTS, "run.json", "trace.json", "trace.json.partial"])
+def test_pipes_and_devices_in_a_run_are_refused_not_waited_for(run, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    code = 0 if name == "trace.json.partial" else 2
+    captured, _ = run([line("a", PROMPTS[0])], "--quiet", code=code)
+    if code:
+        refused(captured, "a pipe")
+        assert stat.S_ISFIFO((tmp_path / "run" / name).lstat().st_mode)
 
 
 def test_max_requests_and_seed(run):
