@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hrm.cli.out_file import OUT_FILE
+from hrm.cli.program import Interrupted
 from hrm.cli.report import console
 from hrm.errors import ProfileError
 from hrm.files import is_stream
@@ -120,8 +121,7 @@ def profile(
     except ProfilingInterrupted as interrupted:
         if bar.live.is_started:
             bar.stop()
-        click.echo(_interrupted(interrupted, partial, resume=resume), err=True)
-        sys.exit(130)
+        raise Interrupted(_interrupted(interrupted, partial, resume=resume)) from interrupted
     finally:
         if bar.live.is_started:
             bar.stop()
