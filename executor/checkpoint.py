@@ -1,6 +1,5 @@
 """Reads weights out of safetensors files, memory-mapped and never unpickled."""
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from executor.errors import CheckpointError
+from executor.guard import told_as
+from hrm.decoding import read_json_object
+from hrm.files import read_regular
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
@@ -144,13 +146,10 @@ class Checkpoint:
         path = self.folder / TOKENIZER_FILE
         if not path.exists():
             return None
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise CheckpointError(
-                str(path), f"<{error}>", "must be a tokenizer of the tokenizers library",
-                DOWNLOAD_AGAIN,
-            ) from error  # fmt: skip
+        what = "a tokenizer of the tokenizers library"
+        content = read_regular(path, what, CheckpointError, remedy=DOWNLOAD_AGAIN)
+        with told_as(CheckpointError, str(path), f"must be {what}", DOWNLOAD_AGAIN):
+            return Tokenizer.from_buffer(content)
 
     def _slice(self, name: str) -> Any:
         path = self._file_of.get(name)
@@ -214,22 +213,8 @@ class RandomWeights:
             done, start = done + len(piece), 0
 
 
-def _read_object(path: Path, remedy_if_missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            str(path), f"<{error.strerror}>", "must be a readable file", remedy_if_missing
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a JSON file", DOWNLOAD_AGAIN
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            str(path), f"<{type(content).__name__}>", "must hold a JSON object", DOWNLOAD_AGAIN
-        )
-    return content
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    return read_json_object(path, "a readable JSON file", CheckpointError, remedy=remedy)
 
 
 def _indexed_files(index_path: Path) -> dict[str, Path]:
@@ -247,6 +232,7 @@ def _indexed_files(index_path: Path) -> dict[str, Path]:
             or relative.is_absolute()
             or ".." in relative.parts
             or "\\" in str(relative)
+            or not file.isprintable()
         ):
             raise CheckpointError(
                 f"{index_path}: weight_map: {name}", file,

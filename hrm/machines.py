@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
+from hrm.decoding import read_yaml, reads_as_text
 from hrm.errors import ProfileError
 from hrm.files import write_whole
 from hrm.hardware import (
@@ -184,7 +185,12 @@ def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:
     def represent_float(dumper: Any, value: float) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:float", _float_text(value))
 
+    def represent_text(dumper: Any, value: str) -> Any:
+        quote = None if reads_as_text(value) else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quote)
+
     Dumper.add_representer(float, represent_float)
+    Dumper.add_representer(str, represent_text)
     return yaml.dump(
         _to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None,
         width=100,
@@ -363,21 +369,4 @@ def _find(flag: str, kind: str, name: str) -> Path:
 
 
 def _read(path: Path, kind: type[_T]) -> _T:
-    return decode_strictly(_parse(path), kind, str(path))
-
-
-def _parse(path: Path) -> Any:
-    import yaml
-
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - a safe loader
-    except OSError as error:
-        raise ProfileError(
-            str(path), f"<{error.strerror}>", "must be a readable YAML file", "check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ProfileError(
-            str(path), f"<{said}>", "must be valid YAML", "correct it at that place"
-        ) from error
+    return decode_strictly(read_yaml(path, "a file of valid YAML", ProfileError), kind, str(path))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from hrm.decoding import read_json
 from hrm.errors import PolicyError, ProfileError
 from hrm.estimate import Estimate
 from hrm.files import write_whole
@@ -72,23 +73,16 @@ def save_policy_file(path: Path, content: PolicyFile) -> None:
 
 def load_policy_file(path: Path) -> PolicyFile:
     """Read and check a policy file; PolicyError naming the file and the field."""
+    plain = read_json(
+        path, "a policy file: one JSON object", PolicyError,
+        remedy="write it again with hrm search --out or hrm estimate --out",
+    )  # fmt: skip
     try:
-        plain = msgspec.json.decode(path.read_bytes())
         content = decode_strictly(plain, PolicyFile, str(path))
     except ProfileError as error:
         again = "correct it, or write the file again with hrm search --out"
         remedy = error.remedy if error.remedy.startswith("did you mean") else again
         raise PolicyError(error.where, error.value, error.rule, remedy) from error
-    except OSError as error:
-        raise PolicyError(
-            str(path), f"<{error.strerror}>", "must be a readable policy file",
-            "write one with hrm search --out",
-        ) from error  # fmt: skip
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PolicyError(
-            str(path), f"<{error}>", "must be a policy file: one JSON object",
-            "write it again with hrm search --out or hrm estimate --out",
-        ) from error  # fmt: skip
     if content.schema != SCHEMA:
         raise PolicyError(
             f"{path}: schema", content.schema, f"must be {SCHEMA}", "write it again with hrm search"

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from hrm.costs import EXECUTOR, Costs, Runtime
-from hrm.errors import TraceError
+from hrm.decoding import read_json
+from hrm.errors import ProfileError, TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
 from hrm.numeric import Spread
 from hrm.parallel import part_of
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
+from hrm.strict import decode_strictly
 from hrm.tasks import Lane, Phase, TaskKind
 from hrm.workload import Workload
 
@@ -189,17 +189,14 @@ def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str,
 def read_run(folder: Path) -> RunRecord:
     """Read a run directory's run.json; TraceError if there is none or it cannot be used."""
     path = folder / "run.json"
+    plain = read_json(
+        path, "a run.json that executor run wrote", TraceError,
+        remedy="give the --output-dir of a run",
+    )  # fmt: skip
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=RunRecord)
-    except OSError as error:
-        raise TraceError(
-            str(path), f"<{error.strerror}>", "must be a run.json that executor run wrote",
-            "give the --output-dir of a run",
-        ) from error  # fmt: skip
-    except msgspec.DecodeError as error:
-        raise TraceError(
-            str(path), f"<{error}>", "must be a run.json of this version", "run the job again"
-        ) from error
+        record = decode_strictly(plain, RunRecord, str(path), other_keys=True)
+    except ProfileError as error:
+        raise TraceError(error.where, error.value, error.rule, "run the job again") from error
     if record.schema != RUN_SCHEMA:
         raise TraceError(
             f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again"

@@ -1,10 +1,12 @@
 """Chat templates: messages to the text that a model continues."""
 
-import json
 from pathlib import Path
 from typing import Any, final
 
+from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
+from executor.guard import told_as
+from hrm.decoding import read_json_object, read_text
 
 
 @final
@@ -15,32 +17,32 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], path: Path) -> None:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from executor.job.template_sandbox import LimitedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise CheckpointError(
-                f"{path}: chat template", f"<{error}>", "must be a jinja template",
-                "download the file again",
-            ) from error  # fmt: skip
+        self._environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self._environment.globals["raise_exception"] = _raise_exception
+        where, rule = f"{path}: chat template", "must be a jinja template"
+        with told_as(CheckpointError, where, rule, DOWNLOAD_AGAIN):
+            self._template = self._environment.from_string(source)
         self._special_tokens = special_tokens
 
     @staticmethod
     def of_checkpoint(folder: Path) -> "ChatTemplate | None":
         """The template in chat_template.jinja or tokenizer_config.json; None if there is none."""
         config_path, path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        config = _read_config(config_path) if config_path.exists() else {}
+        config: dict[str, Any] = {}
+        if config_path.exists():
+            config = read_json_object(
+                config_path, "a readable JSON file", CheckpointError, remedy=DOWNLOAD_AGAIN
+            )
         if path.exists():
-            source = _read_text(path)
+            source = read_text(path, "a readable text", CheckpointError, remedy=DOWNLOAD_AGAIN)
         else:
             path, source = config_path, config.get("chat_template")
         if isinstance(source, list):  # several named ones
-            named = {item.get("name"): item.get("template") for item in source}
-            source = named.get("default")
+            named = [item for item in source if isinstance(item, dict)]
+            default = (x.get("template") for x in named if x.get("name") == "default")
+            source = next(default, None)
         if not isinstance(source, str):
             return None
         tokens: dict[str, str] = {}
@@ -53,36 +55,12 @@ class ChatTemplate:
 
     def render(self, messages: list[Any]) -> str:
         """The prompt that asks for the assistant's next message; JobError if it cannot be made."""
-        try:
+        self._environment.begin()
+        rule = "must suit the model's chat template"
+        with told_as(JobError, "body: messages", rule, "correct the messages"):
             return self._template.render(
                 messages=messages, add_generation_prompt=True, **self._special_tokens
             )
-        except Exception as error:  # a template is code and may fail in any way
-            raise JobError(
-                "body: messages", f"<{error}>", "must suit the model's chat template",
-                "correct the messages",
-            ) from error  # fmt: skip
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a readable UTF-8 text", "download the file again"
-        ) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read_text(path))
-        if not isinstance(config, dict):
-            raise TypeError(type(config).__name__)  # noqa: TRY301 - told with the other mistakes
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a JSON object", "download the file again"
-        ) from error
-    return config
 
 
 def _raise_exception(message: str) -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from executor.errors import JobError
 from executor.generate import Completion
 from executor.job.requests import Rejected
+from hrm.decoding import decode_json
 from hrm.files import (
     NewFile,
     closing_on_error,
@@ -130,7 +131,10 @@ class RunDirectory:
                     break
                 whole += len(raw)
                 try:
-                    yield json.loads(raw)["custom_id"]
+                    name = decode_json(raw)["custom_id"]
+                    if not isinstance(name, str):
+                        raise TypeError(f"custom_id is a {type(name).__name__}")  # noqa: TRY301
+                    yield name
                 except (ValueError, KeyError, TypeError) as error:
                     raise JobError(
                         f"{self._outputs}: line {number}", f"<{error}>",

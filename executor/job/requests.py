@@ -1,6 +1,5 @@
 """Reads OpenAI batch lines; a bad line is rejected by itself and the others run."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from tokenizers import Tokenizer
 
 from executor.batching import Request
 from executor.errors import JobError
+from executor.guard import told_as
 from executor.job.chat import ChatTemplate
 from executor.sampling import SamplingParams
+from hrm.decoding import Malformed, decode_json
 
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
@@ -128,7 +129,8 @@ class LineReader:
                 where, "<a text>", "needs a tokenizer, and the checkpoint has no tokenizer.json",
                 "give token ids",
             )  # fmt: skip
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with told_as(JobError, where, "must be a text that the tokenizer takes", "shorten it"):
+            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 def sampling_params(body: dict[str, Any], default_seed: int) -> SamplingParams:
@@ -145,15 +147,12 @@ def sampling_params(body: dict[str, Any], default_seed: int) -> SamplingParams:
 
 
 def _parse(raw: bytes) -> Any:
-    """The JSON value of a line; what UTF-8 cannot say, half a surrogate pair, is none."""
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of absurd length
-        raise JobError("line", f"<{error}>", "must be a JSON object in UTF-8", "correct it")\
-            from error  # fmt: skip
-    return value
+        return decode_json(raw)
+    except Malformed as error:
+        raise JobError(
+            "line", f"<{error}>", "must be a JSON object in UTF-8", "correct it"
+        ) from error
 
 
 def _tuple(value: Any, field: str) -> tuple[Any, ...]:

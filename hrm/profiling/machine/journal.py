@@ -8,10 +8,11 @@ is never read as a profile.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Annotated, Any, Final, final
 
 import msgspec
 
+from hrm.decoding import Malformed, decode_json
 from hrm.errors import ProfileError
 from hrm.files import open_locked, write_all
 
@@ -30,14 +31,14 @@ class _Head(msgspec.Struct, frozen=True):
 
 class _Line(msgspec.Struct, frozen=True):
     step: str
-    seconds: float
-    found: msgspec.Raw
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    found: Any
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
     seconds: float
-    found: msgspec.Raw
+    found: Any
 
 
 @final
@@ -90,8 +91,8 @@ class Journal:
         if kept is None:
             return False, None
         try:
-            return True, msgspec.json.decode(kept.found, type=kind)
-        except (msgspec.ValidationError, ValueError):  # of another version: measured again
+            return True, msgspec.convert(kept.found, kind, str_keys=True)
+        except ValueError:  # of another version: measured again
             del self._kept[name]
             return False, None
 
@@ -102,7 +103,7 @@ class Journal:
         """
         self._steps += 1
         try:
-            self._write(_Line(name, seconds, msgspec.Raw(msgspec.json.encode(found))))
+            self._write(_Line(name, seconds, found))
         except OSError as error:
             raise _not_written(self.path, error) from error
 
@@ -132,13 +133,13 @@ class Journal:
         for index, line in enumerate(whole.splitlines(keepends=True)):
             try:
                 if index == 0:
-                    head = msgspec.json.decode(line, type=_Head)
+                    head = msgspec.convert(decode_json(line), _Head)
                     self._check(head, measures)
                     self.date = head.date
                 else:
-                    kept = msgspec.json.decode(line, type=_Line)
-                    self._kept[kept.step] = _Kept(kept.seconds, msgspec.Raw(bytes(kept.found)))
-            except msgspec.DecodeError as error:
+                    kept = msgspec.convert(decode_json(line), _Line)
+                    self._kept[kept.step] = _Kept(kept.seconds, kept.found)
+            except (Malformed, msgspec.ValidationError) as error:
                 if index == 0:
                     raise ProfileError(
                         str(self.path), "<unreadable>", "must be what hrm profile has left there",
