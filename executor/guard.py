@@ -1,6 +1,6 @@
 """What other libraries raise, told as a user's mistake where they are called."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from hrm.errors import HrmError
@@ -9,7 +9,7 @@ from hrm.errors import HrmError
 @contextmanager
 def told_as(
     error_type: type[HrmError], where: str, rule: str, remedy: str
-) -> Iterator[None]:  # fmt: skip
+) -> Generator[None]:  # fmt: skip
     """Within it, whatever a library raises comes out as `error_type`, but for our own errors.
 
     A panic of a library written in Rust, such as tokenizers, is no `Exception`; it is told all the
