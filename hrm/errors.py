@@ -3,6 +3,7 @@
 A broken invariant of ours is an `assert`, never one of these.
 """
 
+from collections.abc import Iterable
 from reprlib import Repr
 from typing import Final
 
@@ -25,6 +26,14 @@ def one_line(text: str, at_most: int = MAX_RULE) -> str:
     if len(line) > at_most:
         line = f"{line[: at_most // 2]}…{line[len(line) + 1 + at_most // 2 - at_most :]}"
     return line
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like one that is not known; None if none is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word[:100], list(known), 1)  # it takes its time with long ones
+    return close[0] if close else None
 
 
 def brief_value(value: object) -> str:

@@ -84,6 +84,22 @@ def open_regular(
     )
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or in a folder that may not be entered
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that name; a name that no folder can have is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def kind_of(mode: int) -> str | None:
     """What a file is, from its `st_mode`, if it is no plain file: "a folder", "a pipe"."""
     return next((kind for is_kind, kind in _KINDS if is_kind(mode)), None)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from hrm.decoding import read_yaml, reads_as_text
-from hrm.errors import ProfileError
-from hrm.files import write_whole
+from hrm.errors import ProfileError, closest
+from hrm.files import is_file, write_whole
 from hrm.hardware import (
     Figure,
     GpuCard,
@@ -58,7 +58,7 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     Raises ProfileError naming the file and field if there is none or it is malformed.
     """
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.is_file() or len(path.parts) > 1:
+    if path.suffix in {".yaml", ".yml"} or is_file(path) or len(path.parts) > 1:
         return _read(path, HardwareProfile)
     return _read(_find("--profile", "machines", str(name_or_path)), HardwareProfile)
 
@@ -354,12 +354,10 @@ def _find(flag: str, kind: str, name: str) -> Path:
     for known in names:
         if _canonical(known) == _canonical(name):
             return profile_folder() / kind / f"{known}.yaml"
-    from difflib import get_close_matches
-
     canonical = {_canonical(known): known for known in names}
     longer = [known for short, known in canonical.items() if short.startswith(_canonical(name))]
-    close = [canonical[x] for x in get_close_matches(_canonical(name), canonical, 1)]
-    guess = " or ".join(longer or close)
+    close = closest(_canonical(name), canonical)
+    guess = " or ".join(longer or ([canonical[close]] if close else []))
     remedy = f"did you mean {guess}?" if guess and name else "hrm profiles lists them"
     or_file = " or a YAML file" if kind == "machines" else ""
     raise ProfileError(

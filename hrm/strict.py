@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from hrm.errors import HrmError, ProfileError, brief_value
+from hrm.errors import HrmError, ProfileError, brief_value, closest
 
 _T = TypeVar("_T")
 _SMALLEST: Final = -(2**63)
@@ -139,12 +139,10 @@ class _Reader:
         all_known = f"{kind.__name__} ({', '.join(known)})"
         for key, value in plain.items():
             if key not in known and not self.other_keys:
-                from difflib import get_close_matches
-
-                close = get_close_matches(str(key), known, 1)
+                close = closest(str(key), known)
                 raise self._refusal(
                     _under(path, key), value, f"is no field of {all_known}",
-                    f"did you mean {close[0]}?" if close else "remove or correct it",
+                    f"did you mean {close}?" if close else "remove or correct it",
                 )  # fmt: skip
         for name, item in known.items():
             required = item.default is MISSING and item.default_factory is MISSING

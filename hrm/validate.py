@@ -1,10 +1,10 @@
 """Measured beside predicted: a run directory laid over the model of the machine it ran on."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.decoding import read_json
@@ -20,6 +20,7 @@ from hrm.tasks import Lane, Phase, TaskKind
 from hrm.workload import Workload
 
 RUN_SCHEMA: Final = 1
+LARGEST: Final = 10**15  # of what a run measures: seconds, bytes, tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,12 +202,56 @@ def read_run(folder: Path) -> RunRecord:
         raise TraceError(
             f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again"
         )
+    for where, value, rule in _impossible(record):
+        raise TraceError(f"{path}: {where}", value, rule, "run the job again")
     if not record.totals.generated_tokens:
         raise TraceError(
             f"{path}: totals.generated_tokens", 0, "must be more than 0: nothing was run",
             "look into outputs.jsonl for the reason",
         )  # fmt: skip
     return record
+
+
+def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
+    """What no run can have measured: where it stands, its value, and what must hold."""
+    names = {"phases": [x.value for x in Phase], "schedule": [x.value for x in ScheduleName]}
+    if record.schedule not in names["schedule"]:
+        yield "schedule", record.schedule, f"must be one of {', '.join(names['schedule'])}"
+    for phase, of_phase in record.phases.items():
+        for where, given, known in (
+            ("phases", [phase], names["phases"]),
+            (f"phases.{phase}.kinds", of_phase.kinds, TaskKind.__members__),
+            (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
+        ):
+            for name in given:
+                if name not in known:
+                    yield where, name, f"must be of {', '.join(known)}"
+    for index, batch in enumerate(record.batches):
+        if batch.requests < 1:
+            yield f"batches[{index}].requests", batch.requests, "must be at least 1"
+    measured = {item.name: getattr(record, item.name) for item in fields(record)}
+    del measured["policy_file"], measured["schema"]
+    for where, value in _numbers(measured, ""):
+        if not 0 <= value <= LARGEST:
+            yield where, value, f"must be from 0 to {LARGEST:.0e}"
+
+
+def _numbers(node: Any, where: str) -> Iterator[tuple[str, float]]:
+    """Every number in a record, with its path."""
+    match node:
+        case int() | float():
+            yield where, node
+        case dict():
+            for key, inner in cast("dict[str, Any]", node).items():
+                yield from _numbers(inner, f"{where}.{key}".removeprefix("."))
+        case list() | tuple():
+            for index, inner in enumerate(cast("list[Any]", node)):
+                yield from _numbers(inner, f"{where}[{index}]")
+        case _ if is_dataclass(node):
+            for item in fields(node):
+                yield from _numbers(getattr(node, item.name), f"{where}.{item.name}")
+        case _:
+            pass
 
 
 def validate(run: RunRecord) -> Validation:

@@ -18,7 +18,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE: Final = 1_000_000  # characters of a template; published ones have thousands
 MAX_TEXT: Final = 16_000_000  # characters written while rendering, or of any text or list
-MAX_STEPS: Final = 1_000_000  # of loops and macros
+MAX_STEPS: Final = 300_000  # turns of loops, calls and texts written
 MAX_BITS: Final = 1024  # of an integer
 MAX_SECONDS: Final = 5.0
 

@@ -8,6 +8,7 @@ import os
 import optuna
 import pytest
 from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from hrm.errors import PolicyError
 from hrm.search import bayesian, study_file
@@ -38,7 +39,7 @@ def path(tmp_path):
 
 
 def test_optuna_reads_what_is_written(path):
-    theirs = JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    theirs = JournalStorage(JournalFileBackend(str(path)))
     values = [x.value for x in optuna.load_study(study_name="s", storage=theirs).trials]
     assert values == [0, 1, 2] == [x.value for x in study(path).trials]
 
