@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from hrm.errors import HrmError
+from hrm.errors import HrmError, one_line
 
 
 class Interrupted(click.Abort):
@@ -102,7 +102,7 @@ def run_program(
     except click.UsageError as error:
         _end(2, f"error: {usage_mistake(error, name)}")
     except click.ClickException as error:
-        _end(error.exit_code, f"error: {error.format_message()}")
+        _end(error.exit_code, f"error: {one_line(error.format_message())}")
     except HrmError as error:
         chart = getattr(error, "chart", None)  # of a task that failed: no mistake of the user's
         _end(2 if chart is None else 1, f"error: {error}", chart)
