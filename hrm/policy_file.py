@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from hrm.decoding import read_json
-from hrm.errors import PolicyError, ProfileError
+from hrm.errors import HrmError, PolicyError, ProfileError
 from hrm.estimate import Estimate
 from hrm.files import write_whole
 from hrm.hardware import CPU, GPU, HardwareProfile
@@ -83,17 +83,30 @@ def load_policy_file(path: Path) -> PolicyFile:
         again = "correct it, or write the file again with hrm search --out"
         remedy = error.remedy if error.remedy.startswith("did you mean") else again
         raise PolicyError(error.where, error.value, error.rule, remedy) from error
+    check_policy_file(content, str(path))
+    return content
+
+
+def check_policy_file(content: PolicyFile, where: str) -> None:
+    """Raise PolicyError, which names `where` it was read, unless all of it goes together."""
     if content.schema != SCHEMA:
         raise PolicyError(
-            f"{path}: schema", content.schema, f"must be {SCHEMA}", "write it again with hrm search"
+            f"{where}: schema",
+            content.schema,
+            f"must be {SCHEMA}",
+            "write it again with hrm search",
         )
     for level in (GPU, CPU):
         budget = content.memory_budget_bytes.get(level)
         if budget is None or budget < 1:
             raise PolicyError(
-                f"{path}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
+                f"{where}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
                 "must be a positive number of bytes", "write it again with hrm search --out",
             )  # fmt: skip
-    part, _ = part_of(content.model, content.profile, content.policy.parallelism)
-    content.policy.check_model(part)
-    return content
+    try:
+        part, _ = part_of(content.model, content.profile, content.policy.parallelism)
+        content.policy.check_model(part)
+    except HrmError as error:
+        raise PolicyError(
+            f"{where}: {error.where}", error.value, error.rule, error.remedy
+        ) from error

@@ -8,13 +8,13 @@ from typing import Any, Final, cast
 
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.decoding import read_json
-from hrm.errors import ProfileError, TraceError
+from hrm.errors import PolicyError, ProfileError, TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
 from hrm.numeric import Spread
 from hrm.parallel import part_of
 from hrm.policy import Policy, ScheduleName
-from hrm.policy_file import PolicyFile
+from hrm.policy_file import PolicyFile, check_policy_file
 from hrm.strict import decode_strictly
 from hrm.tasks import Lane, Phase, TaskKind
 from hrm.workload import Workload
@@ -196,7 +196,8 @@ def read_run(folder: Path) -> RunRecord:
     )  # fmt: skip
     try:
         record = decode_strictly(plain, RunRecord, str(path), other_keys=True)
-    except ProfileError as error:
+        check_policy_file(record.policy_file, f"{path}: policy_file")
+    except (ProfileError, PolicyError) as error:
         raise TraceError(error.where, error.value, error.rule, "run the job again") from error
     if record.schema != RUN_SCHEMA:
         raise TraceError(

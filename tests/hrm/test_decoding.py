@@ -290,3 +290,47 @@ def test_names_are_printed_as_they_are(capsys):
         assert name in " ".join(capsys.readouterr().out.split()) or " " in name
     console.print("[/]\x1b[31m[dim]x[/]")
     assert capsys.readouterr().out == "[/]\\x1b[31mx\n"
+
+
+# -- what fuzzing found -----------------------------------------------------------------------
+
+IMPOSSIBLE_RUNS = [
+    (("batches", 0, "requests"), 0, r"batches\[0\].requests is 0: must be at least 1"),
+    (("totals", "requests"), -1, r"totals.requests is -1: must be from 0 to"),
+    (("phases", "prefill", "lanes"), {"0": {"busy_s": 1.0}}, "prefill.lanes is '0': must be of"),
+    (("phases", "decode", "kinds"),
+     {"x": {"count": 1, "seconds": 1.0, "num_bytes": 1}}, r"decode.kinds is 'x': must be of"),
+    (("phases", "later"), {"seconds": 1.0, "kinds": {}, "lanes": {}}, "phases is 'later'"),
+    (("schedule",), "x", "schedule is 'x': must be one of cgopipe"),
+    (("policy_file", "policy", "resident_experts"), [4, 4, 4], "one count for each of the 4"),
+    (("policy_file", "profile", "levels", 0, "capacity_bytes", "value"), 1e19, "at most 1e[+]18"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value", "said"), IMPOSSIBLE_RUNS)
+def test_a_run_that_cannot_have_been_is_refused_by_path(tmp_path, place, value, said):
+    from hrm.errors import TraceError
+    from hrm.validate import read_run
+    from tests.fuzz.targets_hrm import a_run, plain
+
+    run = plain(a_run())
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    read_run(tmp_path)
+    *parents, key = place
+    node = run
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(TraceError, match=rf"run\.json: .*{said}"):
+        read_run(tmp_path)
+
+
+def test_a_name_of_any_length_is_looked_up_or_refused():
+    from hrm.machines import load_profile
+    from hrm.model_spec import load_model
+
+    for name in ("x" * 300, "x" * 200_000, "\0", " " * 120_000):
+        for load in (load_model, load_profile):
+            with pytest.raises(HrmError):
+                load(name)
