@@ -1,6 +1,5 @@
 """Reads weights out of safetensors files, memory-mapped and never unpickled."""
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from executor.errors import CheckpointError
+from hrm.decoding import read_json_object
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
@@ -269,22 +269,8 @@ class RandomWeights:
             done, start = done + len(piece), 0
 
 
-def _read_object(path: Path, remedy_if_missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            str(path), f"<{error.strerror}>", "must be a readable file", remedy_if_missing
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a JSON file", DOWNLOAD_AGAIN
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            str(path), f"<{type(content).__name__}>", "must hold a JSON object", DOWNLOAD_AGAIN
-        )
-    return content
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    return read_json_object(path, "a readable JSON file", CheckpointError, remedy=remedy)
 
 
 def _indexed_files(index_path: Path) -> dict[str, Path]:
@@ -302,6 +288,7 @@ def _indexed_files(index_path: Path) -> dict[str, Path]:
             or relative.is_absolute()
             or ".." in relative.parts
             or "\\" in str(relative)
+            or not file.isprintable()
         ):
             raise CheckpointError(
                 f"{index_path}: weight_map: {name}", file,

@@ -26,6 +26,7 @@ from executor.lanes import (
     Ticket,
     wait_for,
 )
+from hrm.profiling.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
 
@@ -87,7 +88,8 @@ class Engine:
     `seconds` in all spans count from `origin_s`, when the engine was made. Lanes that have a stream
     queue their tasks there; with EXECUTOR_SYNCHRONISE=1 in the environment they wait for each, so
     that an error is known to be of the task that it comes out in. `is_of_device` tells the errors
-    that come out late from those of the task under way.
+    that come out late from those of the task under way. `waits` are what handlers sleep in: they
+    are called off when a run is cut short.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class Engine:
         enter_lane: Callable[[Lane], None],
         streams: Mapping[Lane, AbstractStream] | None = None,
         is_of_device: Callable[[BaseException], bool] = lambda _: False,
+        waits: Waits | None = None,
     ) -> None:
         self._enter_lane, self._streams, self._is_of_device = (
             enter_lane,
             streams or {},
             is_of_device,
         )
+        self._waits = waits or Waits()
         self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
         self._recorders: dict[Lane, Recorder] = {}
@@ -179,7 +183,8 @@ class Engine:
         for lane, busy_s in self.busy_s.items():
             self._past_busy_s[lane] += busy_s
         self._recorders = {lane: Recorder(lane) for lane in Lane}
-        run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders)
+        self._waits.resume()
+        run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders, self._waits)
         for worker in self._workers.values():
             worker.start_clock(self.origin_s)
         self._start_s = perf_counter() - self.origin_s
@@ -188,7 +193,7 @@ class Engine:
             self._feed(tasks, run, pending, finished)
             self._drain(run, pending)
         except BaseException:  # Ctrl-C, or an error of the graph's own
-            run.stopped = True
+            run.stop()
             self._drain(run, pending)
             raise
         if run.failure is not None:

@@ -40,6 +40,7 @@ from executor.model import Architecture
 from executor.native import kernels
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy
+from hrm.profiling.pacing import Waits
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.tasks import Phase, TaskId
 
@@ -171,7 +172,9 @@ class AbstractGenerator(ABC):
         self.backend, self.arch = backend, arch
         self.policy, self.plan = planned.policy, planned.memory
         self.notice, self.pageable = "", tuple[str, ...]()
-        self.engine = Engine(backend.enter_lane, backend.streams, backend.is_of_device)
+        self.engine = Engine(
+            backend.enter_lane, backend.streams, backend.is_of_device, backend.waits
+        )
         self.live = LiveBatch(self.engine)
         self._budget = TraceBudget(max_spans)
 
@@ -349,6 +352,7 @@ class NullGenerator(AbstractGenerator):
         super().__init__(backend, arch, planned, max_spans)
         self.load_s = 0.0
         self.peak_bytes: dict[str, dict[str, int]] = {}
+        self._waits = backend.waits or Waits()
         self._seconds_of = seconds_of
 
     def rescue(self) -> None:
@@ -385,7 +389,7 @@ class NullGenerator(AbstractGenerator):
     ) -> PhaseResult:
         return self.engine.run(
             iter_tasks(pipeline, self.policy.schedule),
-            null_handlers(self._seconds_of(pipeline, batch), pipeline.lane),
+            null_handlers(self._seconds_of(pipeline, batch), pipeline.lane, self._waits.sleep),
             phase=phase,
             batch=index,
             kept_steps=kept,

@@ -19,6 +19,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, final
 
 from executor.backends.streams import AbstractMark, AbstractStream
+from hrm.profiling.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span
 
@@ -100,18 +101,24 @@ class Run:
     batch: int
     kept_steps: int
     recorders: dict[Lane, Recorder]
+    waits: Waits
     stopped: bool = False
     failure: Failure | None = None
     failing: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, task: Task, error: BaseException, start_s: float) -> None:
         """Remember the first failure and let every lane pass over what is left."""
-        self.stopped = True
         with self.failing:
             if self.failure is None:
                 end_s = perf_counter() - self.origin_s
                 span = Span(task.id, task.lane, start_s - self.origin_s, end_s, self.phase)
                 self.failure = Failure(task, error, span)
+        self.stop()
+
+    def stop(self) -> None:
+        """Let every lane pass over what is left, and end what it sleeps for."""
+        self.stopped = True
+        self.waits.call_off()
 
     def record(self, task: Task, start_s: float, end_s: float, num_bytes: int) -> None:
         """Put down a task that was done between these times, counted from `origin_s`."""

@@ -4,14 +4,15 @@
 links, the links up to what the host's memory can be read at.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from hrm.errors import ProfileError
+from hrm.decoding import read_yaml, reads_as_text
+from hrm.errors import ProfileError, closest
+from hrm.files import is_file, write_whole
 from hrm.hardware import (
     Figure,
     GpuCard,
@@ -57,7 +58,7 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     Raises ProfileError naming the file and field if there is none or it is malformed.
     """
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.is_file() or len(path.parts) > 1:
+    if path.suffix in {".yaml", ".yml"} or is_file(path) or len(path.parts) > 1:
         return _read(path, HardwareProfile)
     return _read(_find("--profile", "machines", str(name_or_path)), HardwareProfile)
 
@@ -169,19 +170,9 @@ def with_memory(
 def save_profile(path: str | Path, profile: HardwareProfile | GpuCard | Host) -> None:
     """Write a readable YAML file that loads to an equal profile; all of it or nothing.
 
-    Raises ProfileError if the file cannot be written.
+    Raises ProfileError if the file cannot be written, see `write_whole`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(dump_profile(profile), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ProfileError(
-            str(path), f"<{error.strerror}>", "must be a file that can be written",
-            "choose another path",
-        ) from error  # fmt: skip
+    write_whole(path, dump_profile(profile), ProfileError)
 
 
 def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:
@@ -194,7 +185,12 @@ def dump_profile(profile: HardwareProfile | GpuCard | Host) -> str:
     def represent_float(dumper: Any, value: float) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:float", _float_text(value))
 
+    def represent_text(dumper: Any, value: str) -> Any:
+        quote = None if reads_as_text(value) else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quote)
+
     Dumper.add_representer(float, represent_float)
+    Dumper.add_representer(str, represent_text)
     return yaml.dump(
         _to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None,
         width=100,
@@ -358,12 +354,10 @@ def _find(flag: str, kind: str, name: str) -> Path:
     for known in names:
         if _canonical(known) == _canonical(name):
             return profile_folder() / kind / f"{known}.yaml"
-    from difflib import get_close_matches
-
     canonical = {_canonical(known): known for known in names}
     longer = [known for short, known in canonical.items() if short.startswith(_canonical(name))]
-    close = [canonical[x] for x in get_close_matches(_canonical(name), canonical, 1)]
-    guess = " or ".join(longer or close)
+    close = closest(_canonical(name), canonical)
+    guess = " or ".join(longer or ([canonical[close]] if close else []))
     remedy = f"did you mean {guess}?" if guess and name else "hrm profiles lists them"
     or_file = " or a YAML file" if kind == "machines" else ""
     raise ProfileError(
@@ -373,21 +367,4 @@ def _find(flag: str, kind: str, name: str) -> Path:
 
 
 def _read(path: Path, kind: type[_T]) -> _T:
-    return decode_strictly(_parse(path), kind, str(path))
-
-
-def _parse(path: Path) -> Any:
-    import yaml
-
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - a safe loader
-    except OSError as error:
-        raise ProfileError(
-            str(path), f"<{error.strerror}>", "must be a readable YAML file", "check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ProfileError(
-            str(path), f"<{said}>", "must be valid YAML", "correct it at that place"
-        ) from error
+    return decode_strictly(read_yaml(path, "a file of valid YAML", ProfileError), kind, str(path))

@@ -47,6 +47,9 @@ def run(
     wrong, gets a line with its error and the others run. run.json says what was done and how fast;
     trace.json opens in Perfetto.
 
+    A chat without max_tokens gets as many tokens as its share of the policy's cache leaves beside
+    the prompt, but no fewer than the --gen-len of the policy; a completion gets 16.
+
     --resume goes on where a run was cut short, with what is not answered yet, errors included: they
     are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 

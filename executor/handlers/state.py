@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from executor.batching import Batch, Placed
-from executor.errors import RunError, in_a_line, is_of_one_request
+from executor.errors import RunError
+from executor.guard import in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
 from executor.model import Architecture, RowNumbers, logits
 from executor.sampling import NO_TOKEN, choose, log_probabilities

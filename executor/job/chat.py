@@ -11,13 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
+from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
+from executor.guard import told_as
+from hrm.decoding import read_json_object, read_text
 
 if TYPE_CHECKING:
-    from jinja2 import Environment, Template
+    from jinja2 import Template
+
+    from executor.job.template_sandbox import LimitedEnvironment
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
+TEMPLATES: Final = "*.jinja"  # in that folder
 DEFAULT: Final = "default"
 SPECIAL_TOKENS: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -25,6 +31,7 @@ SPECIAL_TOKENS: Final = (
 # The names that a message's reasoning is passed under; the first is what templates read.
 REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 OWN_VARIABLES: Final = ("messages", "tools", "documents", "add_generation_prompt")
+MAX_BETWEEN: Final = 100  # characters between the values of what `tojson` writes
 _MARK: Final = "QXZ"  # stands for a text in the messages that find out what a template reads
 
 
@@ -70,29 +77,26 @@ class ChatTemplate:
             _with_reasoning(_joined(message, index, self._reads_parts))
             for index, message in enumerate(messages)
         ]
-        try:
+        rule = "must suit the model's chat template"
+        with told_as(JobError, "body: messages", rule, "correct the messages"):
             return self._render(template, messages, variables or {})
-        except Exception as error:  # a template is code and may fail in any way
-            raise JobError(
-                "body: messages", f"<{error}>", "must suit the model's chat template",
-                "correct the messages",
-            ) from error  # fmt: skip
 
     def _render(
         self, template: "Template", messages: list[dict[str, Any]], variables: Mapping[str, Any]
     ) -> str:
+        self._environment.begin()
         given = {"tools": None, "documents": None, "add_generation_prompt": True}
         return template.render({**given, **self._special_tokens, **variables, "messages": messages})
 
     @cached_property
     def _template(self) -> "Template":
-        try:
-            return _environment().from_string(self._source)
-        except Exception as error:  # jinja2 lets through what Python makes of its code
-            raise CheckpointError(
-                f"{self._path}: chat template", f"<{error}>", "must be a jinja template",
-                "download the file again",
-            ) from error  # fmt: skip
+        where, rule = f"{self._path}: chat template", "must be a jinja template"
+        with told_as(CheckpointError, where, rule, DOWNLOAD_AGAIN):
+            return self._environment.from_string(self._source)
+
+    @cached_property
+    def _environment(self) -> "LimitedEnvironment":
+        return _environment()
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -167,7 +171,7 @@ def _templates(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, st
     """Where the templates are, and their texts by name."""
     path = folder / TEMPLATE_FILE
     named = {DEFAULT: _read_text(path)} if path.exists() else {}
-    others = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    others = sorted((folder / TEMPLATE_FOLDER).glob(TEMPLATES))
     named |= {other.stem: _read_text(other) for other in others}
     if named:
         return (path if DEFAULT in named else others[0]), named
@@ -202,40 +206,28 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a readable UTF-8 text", "download the file again"
-        ) from error
+    return read_text(path, "a readable UTF-8 text", CheckpointError, remedy=DOWNLOAD_AGAIN)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one if there is no such file."""
     if not path.exists():
         return {}
-    try:
-        config = json.loads(_read_text(path))
-        if not isinstance(config, dict):
-            raise TypeError(type(config).__name__)  # noqa: TRY301 - told with the other mistakes
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a JSON object", "download the file again"
-        ) from error
-    return config
+    return read_json_object(path, "a readable JSON file", CheckpointError, remedy=DOWNLOAD_AGAIN)
 
 
 # -- the environment --------------------------------------------------------------------------
 
 
-def _environment() -> "Environment":
+def _environment() -> "LimitedEnvironment":
     """A sandbox with what transformers gives to templates, and as little to break out by."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
+
+    from executor.job.template_sandbox import LimitedEnvironment, bounded
 
     class Generation(Extension):
         """`{% generation %}` marks what the assistant says, for training; it says its body."""
@@ -280,10 +272,10 @@ def _environment() -> "Environment":
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    made = ImmutableSandboxedEnvironment(
+    made = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    made.filters["tojson"] = _to_json  # jinja2's own writes < as \u003c
+    made.filters["tojson"] = bounded("tojson", _to_json)  # jinja2's own writes < as \u003c
     made.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": _now,
@@ -294,9 +286,13 @@ def _environment() -> "Environment":
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,  # noqa: FBT001, FBT002 - a filter's
+    value: Any, ensure_ascii: bool = False, indent: int | str | None = None,  # noqa: FBT001, FBT002 - a filter's
     separators: tuple[str, str] | None = None, sort_keys: bool = False,  # noqa: FBT001, FBT002
 ) -> str:  # fmt: skip
+    # Written many times over, what is between the values must be short.
+    indentation = indent if isinstance(indent, int) else len(indent or "")
+    if max(indentation, *map(len, separators or ("",))) > MAX_BETWEEN:
+        raise ValueError(f"tojson writes at most {MAX_BETWEEN} characters between values")
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -4,18 +4,22 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from hashlib import blake2b
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, Final, final
 
 import msgspec
 
-from executor.checkpoint import Checkpoint
-from executor.errors import JobError
+from executor.checkpoint import DOWNLOAD_AGAIN, Checkpoint
+from executor.errors import CheckpointError, JobError
+from executor.job.chat import TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
+from hrm.decoding import read_json
+from hrm.files import open_regular, read_regular
 
 JOB_JSON: Final = "job.json"
 SCHEMA: Final = 1
 TEXT_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE,
 )  # fmt: skip
 _SAMPLES: Final = 16  # of a file of weights that are compared, spread over all of it
 _SAMPLE_BYTES: Final = 4096
@@ -49,11 +53,13 @@ class Identity:
     def of(checkpoint: Checkpoint, *, dtype: str, seed: int, computed: bool) -> "Identity":
         """Of a job to come. Weights are compared by samples, so that none are read in full."""
         config = json.dumps(checkpoint.config, sort_keys=True).encode()
-        text = [checkpoint.folder / name for name in TEXT_FILES]
+        folder = checkpoint.folder
+        templates = sorted((folder / TEMPLATE_FOLDER).glob(TEMPLATES))
+        text = [*(folder / name for name in TEXT_FILES), *templates]
         return Identity(
             weights=_digest(_samples(path) for path in checkpoint.weight_files),
             config=_digest([config]),
-            text=_digest(path.read_bytes() if path.is_file() else b"" for path in text),
+            text=_digest(part for path in text for part in (path.name.encode(), _content(path))),
             dtype=dtype,
             seed=seed,
             computed=computed,
@@ -65,22 +71,18 @@ class Identity:
 
         Raises JobError if the file is not what `write` makes.
         """
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=Identity)
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except OSError as error:
-            told: object = error.strerror
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            told = error
-        raise JobError(
-            str(path), f"<{told}>", "must say what the directory's answers depend on",
-            "choose another --output-dir",
-        )  # fmt: skip
+        what, remedy = "what the directory's answers depend on", "choose another --output-dir"
+        content = read_json(path, what, JobError, remedy=remedy)
+        try:
+            return msgspec.convert(content, Identity)
+        except msgspec.ValidationError as error:
+            raise JobError(str(path), f"<{error}>", f"must be {what}", remedy) from error
 
-    def write(self, path: Path) -> None:
-        """Write what `read` reads; OSError if that fails."""
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+    def json(self) -> bytes:
+        """What `read` reads."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
     def check(self, begun: "Identity", directory: Path) -> None:
         """Raise JobError naming what differs from what the directory was begun with."""
@@ -104,13 +106,20 @@ def digest_of_line(content: dict[str, Any]) -> str:
 
 def _samples(path: Path) -> bytes:
     """The size and some bytes of a file: its head, its end, and pieces at equal distances."""
-    size = path.stat().st_size
-    parts = [str(size).encode()]
-    with path.open("rb") as file:
+    with open_regular(path, "a file of weights", CheckpointError, remedy=DOWNLOAD_AGAIN) as file:
+        size = file.seek(0, SEEK_END)
+        parts = [str(size).encode()]
         for index in range(_SAMPLES):
             file.seek(max(size - _SAMPLE_BYTES, 0) * index // (_SAMPLES - 1))
             parts.append(file.read(_SAMPLE_BYTES))
     return b"".join(parts)
+
+
+def _content(path: Path) -> bytes:
+    """All bytes of a file; none if there is no such file."""
+    if not path.exists():
+        return b""
+    return read_regular(path, "a readable file", CheckpointError, remedy=DOWNLOAD_AGAIN)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

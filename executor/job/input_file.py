@@ -1,10 +1,14 @@
 """A file of requests before any of it is read: whether it is one."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from executor.errors import JobError
+from hrm.files import open_regular
+from hrm.units import MIB
 
+MAX_LINE_BYTES: Final = 64 * MIB  # a book in a line has some
 _PACKED: Final = {
     b"\x1f\x8b": ("gzip", "gunzip"), b"PK\x03\x04": ("zip", "unzip"), b"BZh": ("bzip2", "bunzip2"),
     b"\xfd7zXZ\x00": ("xz", "unxz"), b"\x28\xb5\x2f\xfd": ("zstandard", "unzstd"),
@@ -21,27 +25,37 @@ _MARK: Final = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front
 _START: Final = 4096  # bytes that are looked at
 
 
+def open_input(path: Path) -> BinaryIO:
+    """The file opened for reading; JobError if it cannot be, or is no file, as a pipe."""
+    return open_regular(path, "a readable file of requests", JobError, where=f"--input: {path}")
+
+
+def lines_in(file: BinaryIO) -> Iterator[bytes]:
+    """Every line of the file; of those of more than MAX_LINE_BYTES, their first bytes alone.
+
+    These are more than MAX_LINE_BYTES, too.
+    """
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
+
+
 def check_input(path: Path) -> None:
     """Refuse what cannot be read twice or is no file of JSON lines in UTF-8 as a whole.
 
     That is, what is packed, empty, of another format or encoding, or one JSON value over many
     lines; JobError says which.
     """
-    try:
-        if not path.is_file():  # it is read twice, which a pipe cannot be
-            path.stat()
-            raise JobError(
-                "--input", str(path), "must be a file of its own, no pipe or device",
-                "write the lines to a file first",
-            )  # fmt: skip
-        with path.open("rb") as file:
+    with open_input(path) as file:
+        try:
             _check_form(path, file.read(_START))
             file.seek(0)
-            is_empty = all(not line.strip() for line in file)
-    except OSError as error:
-        raise JobError(
-            "--input", str(path), f"cannot be read ({error.strerror})", "check the path"
-        ) from error
+            is_empty = all(not line.strip() for line in lines_in(file))
+        except OSError as error:
+            raise JobError(
+                f"--input: {path}", f"<{error.strerror}>", "must be readable", "check the disk"
+            ) from error
     if is_empty:
         raise JobError(
             f"--input: {path}", "<no lines>", "must hold a request at least", "check what wrote it"

@@ -1,19 +1,27 @@
 """The run directory: locked while in use, and nothing that was written to it is ever lost."""
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, final
 
 from executor.batching import Completion
 from executor.errors import JobError
 from executor.job.requests import Rejected
 from executor.job.tokenizer import TextTokenizer
+from hrm.decoding import decode_json
+from hrm.files import (
+    NewFile,
+    closing_on_error,
+    open_append,
+    open_locked,
+    open_regular,
+    replaceable,
+    write_all,
+)
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -39,31 +47,26 @@ class RunDirectory:
         self._error_lines = set[int]()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK).open("w")
+            self._lock = open_locked(path / LOCK)
+        except BlockingIOError as error:
+            raise JobError(
+                "--output-dir", str(path), f"is {error.strerror}, another run",
+                "wait for it or choose another directory",
+            ) from error  # fmt: skip
         except OSError as error:
             raise JobError(
                 "--output-dir", str(path), f"cannot be written to ({error.strerror})",
                 "choose another",
             ) from error  # fmt: skip
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with closing_on_error(self._lock):
+                replaceable(self._outputs)  # first: it may be a link or a pipe
+                if resume:
+                    self.answered = dict(self._finished())
+                else:
+                    self._refuse_outputs()
         except OSError as error:
-            self._lock.close()
-            raise JobError(
-                "--output-dir", str(path), "is in use by another run", "wait for it or choose"
-                " another directory",
-            ) from error  # fmt: skip
-        try:
-            if resume:
-                self.answered = dict(self._finished())
-            else:
-                self._refuse_outputs()
-        except OSError as error:
-            self._lock.close()
             raise _not_written(self._outputs, error) from error
-        except BaseException:
-            self._lock.close()
-            raise
 
     def __enter__(self) -> Self:
         """The directory is locked from construction on."""
@@ -93,31 +96,29 @@ class RunDirectory:
         """
         try:
             if self._error_lines:
-                with self.writing(OUTPUTS) as path:
-                    self._copy_answers(path)
-            # Unbuffered: what a full disk refuses must not be tried again when it is closed.
-            self._file = self._outputs.open("ab", buffering=0)
+                self._copy_answers()
+            self._file = open_append(self._outputs)
             if not self._error_lines:
                 self._file.truncate(self._kept_bytes)
         except OSError as error:
             raise _not_written(self._outputs, error) from error
 
-    def _copy_answers(self, path: Path) -> None:
-        with self._outputs.open("rb") as before, path.open("wb") as after:
+    def _copy_answers(self) -> None:
+        with self._reading() as before, NewFile(self._outputs) as after:
             for number, raw in enumerate(before, start=1):
                 if raw.endswith(b"\n") and number not in self._error_lines:
                     after.write(raw)
-            after.flush()
-            os.fsync(after.fileno())
+            after.commit()
+
+    def _reading(self) -> BinaryIO:
+        return open_regular(self._outputs, "outputs that a run wrote", JobError)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write an output line; it is in the file when this returns, and on disk after `sync`."""
         assert self._file is not None, "begun"
         data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_all(self._file.fileno(), data)
         except OSError as error:
             raise _not_written(self._outputs, error) from error
 
@@ -129,41 +130,32 @@ class RunDirectory:
         except OSError as error:
             raise _not_written(self._outputs, error) from error
 
-    @contextmanager
-    def partial(self, name: str) -> Iterator[Path]:
-        """A path to write some of the file `name` at; JobError if that fails, and it is gone."""
-        partial = self.path / f"{name}.partial"
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write the file `name`, whole or not at all; JobError if it cannot be."""
         try:
-            yield partial
+            with NewFile(self.path / name) as new:
+                new.write(content.encode() if isinstance(content, str) else content)
+                new.commit()
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             raise _not_written(self.path / name, error) from error
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """A path to write the rest of a file at, which then becomes `name`, whole or not at all."""
-        with self.partial(name) as partial:
-            yield partial
-            partial.replace(self.path / name)
 
     def _finished(self) -> Iterator[tuple[str, str | None]]:
         """Names and digests of the requests answered so far, whatever a crash left behind them."""
         if not self._outputs.exists():
             return
-        with self._outputs.open("rb") as file:
+        with self._reading() as file:
             for number, raw in enumerate(file, start=1):
                 if not raw.endswith(b"\n"):
                     break
                 self._kept_bytes += len(raw)
                 try:
-                    line = json.loads(raw)
-                    name, response = line["custom_id"], line["response"]
+                    line = decode_json(raw)
+                    name, response = _text(line["custom_id"]), line["response"]
                     if response is None:
                         self._error_lines.add(number)
                     else:
-                        yield _text(name), _digest_in(_text(response["request_id"]), name)
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                        yield name, _digest_in(_text(response["request_id"]), name)
+                except (ValueError, KeyError, TypeError) as error:
                     raise JobError(
                         f"{self._outputs}: line {number}", f"<{error}>",
                         "must be an output line to resume from", "choose another --output-dir",

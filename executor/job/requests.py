@@ -1,6 +1,5 @@
 """Reads OpenAI batch lines; a bad line is rejected by itself and the others run."""
 
-import json
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,7 +8,8 @@ from typing import Any, final
 from zlib import crc32
 
 from executor.batching import Request
-from executor.errors import JobError, in_a_line, is_of_one_request
+from executor.errors import JobError
+from executor.guard import told_as
 from executor.job.chat import OWN_VARIABLES, ChatTemplate
 from executor.job.fields import (
     CHAT,
@@ -21,10 +21,13 @@ from executor.job.fields import (
     truth,
 )
 from executor.job.identity import digest_of_line
+from executor.job.input_file import MAX_LINE_BYTES, lines_in, open_input
 from executor.job.room import AnswerRoom
 from executor.job.tokenizer import TextTokenizer, missing_tokenizer
 from executor.sampling import SamplingParams
+from hrm.decoding import Malformed, decode_json
 from hrm.errors import HrmError
+from hrm.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class Line:
 def lines_of(path: Path) -> Iterator[Line]:
     """Every line of the file that is not blank; of those that are broken `name` is empty."""
     seen: set[str] = set()
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+    with open_input(path) as file:
+        for number, raw in enumerate(lines_in(file), start=1):
             if not raw.strip():
                 continue
             try:
@@ -96,17 +99,9 @@ class LineReader:
         """The request of a line; HrmError if it cannot be run."""
         if line.error is not None:
             raise line.error
-        try:
+        rule = "must be what the model's tokenizer takes"
+        with told_as(JobError, "body", rule, "shorten or correct it"):
             return self._request(line.content, line.name)
-        except HrmError:
-            raise
-        except BaseException as error:
-            if not is_of_one_request(error):
-                raise
-            raise JobError(
-                "body", f"<{in_a_line(error)}>", "must be what the model's tokenizer takes",
-                "shorten or correct it",
-            ) from error  # fmt: skip
 
     def _request(self, line: dict[str, Any], name: str) -> Request:
         digest = digest_of_line(line)
@@ -230,15 +225,15 @@ def _template_variables(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(raw: bytes) -> Any:
-    """The JSON value of a line; what UTF-8 cannot say, half a surrogate pair, is none."""
+    if len(raw) > MAX_LINE_BYTES:
+        most = format_bytes(MAX_LINE_BYTES)
+        raise JobError("line", f"<over {most}>", f"must have at most {most}", "shorten it")
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of absurd length
-        raise JobError("line", f"<{error}>", "must be a JSON object in UTF-8", "correct it")\
-            from error  # fmt: skip
-    return value
+        return decode_json(raw)
+    except Malformed as error:
+        raise JobError(
+            "line", f"<{error}>", "must be a JSON object in UTF-8", "correct it"
+        ) from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any, Final, final
 
 from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
-from executor.errors import JobError, RunError, in_a_line, is_of_one_request
+from executor.errors import JobError, RunError
 from executor.families import AbstractFamily, family_for
 from executor.generate import BatchResult, Generator, NullGenerator, check_request
+from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
@@ -143,8 +144,7 @@ class _Job:
             solved_for=self._policy_file.workload.gen_len, most=options.max_requests,
         )  # fmt: skip
         if begun is None:
-            with directory.writing(JOB_JSON) as path:
-                identity.write(path)
+            directory.write(JOB_JSON, identity.json())
         directory.begin()
         progress.earlier_requests = len(directory.answered)
         wanted = progress.wanted = self._survey.to_run
@@ -332,8 +332,7 @@ class _Job:
             memory=memory_json(generator.plan, generator.peak_bytes),
             started=self._started,
         )
-        with self._directory.writing(RUN_JSON) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self._directory.write(RUN_JSON, json.dumps(content, indent=2) + "\n")
         return content
 
 

@@ -7,7 +7,10 @@ from typing import Final, final
 
 from tokenizers import Tokenizer
 
+from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError
+from executor.guard import told_as
+from hrm.files import read_regular
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 OTHER_FILES: Final = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
@@ -33,13 +36,10 @@ class TextTokenizer:
         path = folder / TOKENIZER_FILE
         if not path.exists():
             return None
-        try:
-            return TextTokenizer(Tokenizer.from_file(str(path)))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise CheckpointError(
-                str(path), f"<{error}>", "must be a tokenizer of the tokenizers library",
-                "download the file again",
-            ) from error  # fmt: skip
+        what = "a tokenizer of the tokenizers library"
+        content = read_regular(path, what, CheckpointError, remedy=DOWNLOAD_AGAIN)
+        with told_as(CheckpointError, str(path), f"must be {what}", DOWNLOAD_AGAIN):
+            return TextTokenizer(Tokenizer.from_buffer(content))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """The token ids of a text, all of them; with those that begin or end one, if asked."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, final
 
+from hrm.files import create_anew, replace_durably
 from hrm.trace import Span, chrome_events
 
 SPANS_AT_ONCE: Final = 1000
@@ -25,8 +26,8 @@ class TraceFile:
         self._num_bytes = 0
         self.num_spans = 0
         self.is_given_up = False
-        with self._giving_up():
-            path.touch()
+        with self._giving_up(path):
+            create_anew(path)
             self._begin()
 
     def _begin(self) -> None:
@@ -38,7 +39,7 @@ class TraceFile:
         if self.is_given_up:
             return
         self.num_spans += len(spans)
-        with self._giving_up():
+        with self._giving_up(self._path):
             for first in range(0, len(spans), SPANS_AT_ONCE):
                 events = chrome_events(spans[first : first + SPANS_AT_ONCE])
                 # The names of the lanes come again each time and are there already.
@@ -48,21 +49,19 @@ class TraceFile:
         """Write what makes it whole, and give it its name."""
         if self.is_given_up:
             return
-        with self._giving_up():
+        with self._giving_up(to):
             self._append("\n]}\n")
-            self._path.replace(to)
+            replace_durably(self._path, to)
 
     @contextmanager
-    def _giving_up(self) -> Iterator[None]:
+    def _giving_up(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.is_given_up, self.num_spans = True, 0
             with suppress(OSError):
                 self._path.unlink()
-            self._tell(
-                f"the trace is given up: {self._path} is <{error.strerror}>; the job goes on"
-            )
+            self._tell(f"the trace is given up: {path} is <{error.strerror}>; the job goes on")
 
     def _append(self, text: str) -> None:
         data = text.encode()

@@ -1,14 +1,13 @@
 """How a plan is shown: for people as tables, for scripts as one JSON object."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
+from hrm.cli.console import console
 from hrm.estimate import LIMIT_WORDS, Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
@@ -26,8 +25,6 @@ _EVALUATED = {
     "optuna": "trials in the study",
     "none": "policies",
 }
-# Tables keep their columns when the output goes to a file or a pipe.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ import click
 from rich.table import Table
 
 from hrm.cli.options import plan_options
+from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console, print_json
 from hrm.costs import Costs
-from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
 from hrm.parallel import part_of
 from hrm.policy_file import PolicyFile
@@ -29,8 +29,7 @@ TEXT_TASKS = 24
 @click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
 @click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True,
               help="Columns of the chart.")  # fmt: skip
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write a Chrome trace (open it in ui.perfetto.dev).")  # fmt: skip
+@click.option("--trace", type=OUT_FILE, help="Write a Chrome trace (open it in ui.perfetto.dev).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def simulate(
     plan: PolicyFile, phase: str, steps: int, layers: int | None, width: int, trace: Path | None,
@@ -39,12 +38,7 @@ def simulate(
     """Walk a policy's task graph in virtual time and draw what each lane does."""
     simulated = simulate_plan(plan, Phase(phase), num_steps=steps)
     if trace is not None:
-        try:
-            write_chrome_trace(trace, predicted=simulated)
-        except OSError as error:
-            raise TraceError(
-                str(trace), f"<{error.strerror}>", "must be writable", "choose another --trace"
-            ) from error
+        write_chrome_trace(trace, predicted=simulated)
     shown = simulated if layers is None else simulated.up_to_layer(layers)
     if as_json:
         print_json(

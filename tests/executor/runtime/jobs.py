@@ -30,7 +30,7 @@ def exit_code(arguments: list[str]) -> int | str | None:
 
 def outputs(directory) -> dict[str, dict]:
     path = directory / OUTPUTS
-    if not path.exists():
+    if not path.is_file():
         return {}
     lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     assert len({item["custom_id"] for item in lines}) == len(lines)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from executor.errors import is_of_one_request
+from executor.guard import is_of_one_request
 from executor.handlers import PrefillHandlers
 from executor.job.tokenizer import TextTokenizer
 from hrm.tasks import TaskKind

@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from executor.cli import main
 from executor.handlers import DecodeHandlers
 from executor.job import JobOptions, JobProgress, run_job
+from executor.job.identity import JOB_JSON
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
 from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.tasks import Phase, TaskKind
@@ -284,8 +287,12 @@ def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatc
 
 
 def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    synced = os.fsync
+
+    def full(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().name == OUTPUTS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     captured, done = run([line("a", PROMPTS[0])], "--quiet", code=2)
@@ -294,6 +301,45 @@ def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch)
     monkeypatch.undo()
     _, after = run([line("a", PROMPTS[0])], "--resume")
     assert after["a"] == done["a"]
+
+
+FILES = (LOCK, OUTPUTS, JOB_JSON, "run.json", "trace.json", "trace.json.partial")
+GIVEN_UP = "trace.json"  # the job goes on without it
+OURS_ALONE = "trace.json.partial"  # what has that name is removed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_of_a_run_is_written_through_a_link(run, tmp_path, name):
+    target = tmp_path / "another's"
+    target.write_text('{"custom_id": "kept"}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(target)
+    captured, done = run(
+        [line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2
+    )
+    if name == GIVEN_UP:
+        assert "a" in done
+        assert "given up" in captured.err
+        assert "a link to" in captured.err
+    elif name != OURS_ALONE:
+        refused(captured, "a link to", "not written through")
+    assert target.read_text() == '{"custom_id": "kept"}'
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pipes_and_devices_in_a_run_are_refused_not_waited_for(run, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    captured, done = run(
+        [line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2
+    )
+    if name == GIVEN_UP:
+        assert "a" in done
+        assert "given up" in captured.err
+    elif name != OURS_ALONE:
+        refused(captured, "a pipe")
+    if name != OURS_ALONE:
+        assert stat.S_ISFIFO((tmp_path / "run" / name).lstat().st_mode)
 
 
 def test_max_requests_and_seed(run):
@@ -326,7 +372,7 @@ def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_pa
         "--input", str(tmp_path / "pipe"), "--output-dir", str(tmp_path / "run"),
     ])  # fmt: skip
     assert code == 2
-    refused(capsys.readouterr(), "--input", "no pipe")
+    refused(capsys.readouterr(), "--input", "a pipe")
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["run", "--no-such-option"], ["no-such-command"]])
