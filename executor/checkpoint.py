@@ -14,6 +14,7 @@ from torch import Tensor
 
 from executor.errors import CheckpointError
 from hrm.decoding import read_json_object
+from hrm.files import open_regular
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
@@ -359,13 +360,15 @@ def _check_shards(folder: Path, paths: list[Path]) -> None:
 
 
 def _open_safetensors(path: Path) -> Any:
+    what = "a readable safetensors file"
+    remedy = "download all files of the checkpoint"
+    open_regular(path, what, CheckpointError, remedy=remedy).close()  # a pipe would be waited for
     try:
         return safe_open(path, framework="pt")
     except OSError as error:
         raise CheckpointError(
-            str(path), f"<{error.strerror or error}>", "must be a readable safetensors file",
-            "download all files of the checkpoint",
-        ) from error  # fmt: skip
+            str(path), f"<{error.strerror or error}>", f"must be {what}", remedy
+        ) from error
     except SafetensorError as error:
         start = b""
         with suppress(OSError), path.open("rb") as file:

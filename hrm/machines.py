@@ -29,7 +29,7 @@ from hrm.units import format_bandwidth
 MAX_RESERVE_SHARE: Final = 0.05  # of a capacity given by the user, who knows what is free
 
 _T = TypeVar("_T")
-_GPUS: Final = re.compile(r"\s*(?:(\d+)\s*[x×]\s*)?(\S+)\s*", re.IGNORECASE)
+_GPUS: Final = re.compile(r"\s*(?:(\d{1,9})\s*[x×]\s*)?(\S+)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

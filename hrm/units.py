@@ -25,7 +25,7 @@ _BYTES_PER_UNIT: Final = {
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
 }  # fmt: skip
 _FLOPS_PER_UNIT: Final = {"": 1, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_QUANTITY: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)")
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -35,7 +35,7 @@ def parse_bytes(text: str, where: str = "size") -> int:
 
     Raises UnitError naming `where` if the text is no positive size.
     """
-    match = _QUANTITY.fullmatch(text)
+    match = _QUANTITY.fullmatch(text.strip())
     unit = _BYTES_PER_UNIT.get(match[2].upper()) if match else None
     size_bytes = float(match[1]) * unit if match and unit else 0.0
     if not 1 <= size_bytes < 2**63:
@@ -59,7 +59,9 @@ def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
 
 def parse_flops(text: str, where: str = "compute") -> float:
     """Read `65TFLOP/s` (or `65T`, or FLOP a second); returns FLOP a second."""
-    match = _QUANTITY.fullmatch(re.sub(r"flops?(/s)?\s*$", "", text, flags=re.IGNORECASE))
+    match = _QUANTITY.fullmatch(
+        re.sub(r"flops?(/s)?$", "", text.strip(), flags=re.IGNORECASE).strip()
+    )
     unit = _FLOPS_PER_UNIT.get(match[2].upper()) if match else None
     flops_per_s = float(match[1]) * unit if match and unit else 0.0
     if not 1 <= flops_per_s < 1e30:

@@ -63,6 +63,7 @@ _workload = _options(
 )
 
 
+MOST_MACHINES: Final = 100  # that are compared: each takes a search
 _MACHINE: Final = ("profile", "gpus", "host", "gpu_memory", "cpu_memory", "changes")
 
 
@@ -101,7 +102,13 @@ class MachineChoice:
             )
         if self.profile is not None:
             return [self.changed(load_profile(self.profile))]
-        return [self.changed(compose(name, self.host)) for name in (self.gpus or "").split(",")]
+        names = (self.gpus or "").split(",")
+        if len(names) > MOST_MACHINES:
+            raise ProfileError(
+                "--gpus", f"<{len(names):,} machines>", f"must be at most {MOST_MACHINES}",
+                "compare fewer at a time",
+            )  # fmt: skip
+        return [self.changed(compose(name, self.host)) for name in names]
 
     def machine(self) -> HardwareProfile:
         """The only machine; ProfileError if --gpus lists several."""

@@ -1,6 +1,8 @@
 """`hrm simulate`: what each lane does under a policy, as text, as a chart and as a Chrome trace."""
 
+from math import ceil
 from pathlib import Path
+from typing import Final
 
 import click
 from rich.table import Table
@@ -9,6 +11,7 @@ from hrm.cli.options import plan_options
 from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console, print_json
 from hrm.costs import Costs
+from hrm.errors import PolicyError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
 from hrm.parallel import part_of
 from hrm.policy_file import PolicyFile
@@ -17,6 +20,7 @@ from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import format_seconds
 
 TEXT_TASKS = 24
+MOST_PARTS: Final = 30_000  # micro-batches, or chunks, times layers and steps
 
 
 @click.command()
@@ -82,11 +86,26 @@ def lane_text(trace: Trace, lane: Lane, limit: int | None) -> str:
 
 
 def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
-    """The simulated trace of one phase of a plan's batch, in the middle of its decoding."""
+    """The simulated trace of one phase of a plan's batch, in the middle of its decoding.
+
+    Raises PolicyError if that has more tasks than can be drawn.
+    """
     requests = plan.workload.num_requests or plan.policy.batch_size
     policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
     costs = Costs(*part_of(plan.model, plan.profile, policy.parallelism), policy.dtype)
     if phase is Phase.PREFILL:
+        tokens = policy.batch_size * plan.workload.prompt_len
+        _check_length(ceil(tokens / policy.prefill_chunk_tokens), "chunk", costs.spec.num_layers)
         return simulate_work(prefill_work(costs, policy, plan.workload))
+    _check_length(policy.num_micro_batches, "micro-batch", costs.spec.num_layers * num_steps)
     context = plan.workload.prompt_len + plan.workload.gen_len / 2
     return simulate_work(decode_work(costs, policy, context, num_steps=num_steps))
+
+
+def _check_length(count: int, what: str, times: int) -> None:
+    if count * times > MOST_PARTS:
+        raise PolicyError(
+            f"policy: {what} count", count,
+            f"times layers and steps must be at most {MOST_PARTS:,} to be drawn task by task",
+            "draw a smaller batch or fewer --steps; hrm estimate predicts any",
+        )  # fmt: skip

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -193,6 +194,13 @@ def test_missing_shard(sharded):
     path = min(sharded.glob("*.safetensors"))
     path.unlink()
     refused(sharded, path.name, "readable")
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for(sharded):
+    path = min(sharded.glob("*.safetensors"))
+    path.unlink()
+    os.mkfifo(path)
+    refused(sharded, path.name, "<a pipe>", "must be a readable safetensors file")
 
 
 def test_index_naming_a_tensor_that_its_file_lacks(sharded):
