@@ -10,7 +10,9 @@ import zipfile
 import pytest
 
 from executor.errors import JobError
+from executor.job import input_file
 from executor.job.input_file import check_input
+from executor.job.requests import lines_of
 
 LINE = json.dumps({"custom_id": "a", "body": {"prompt": "hé"}})
 LINES = f"{LINE}\n\n{LINE}\n"
@@ -66,3 +68,17 @@ def test_lines_pass_and_bad_ones_are_left_to_the_reader(content, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)
     check_input(path)
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 250, 1000])
+def test_lines_too_long_are_rejected_alone_in_little_room(length, tmp_path, monkeypatch):
+    monkeypatch.setattr(input_file, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("executor.job.requests.MAX_LINE_BYTES", 100)
+    long = json.dumps({"custom_id": "b"}).ljust(length - 1) + "\n"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f"{LINE}\n{long}{json.dumps({'custom_id': 'c'})}\n")
+    found = list(lines_of(path))
+    assert [line.number for line in found] == [1, 2, 3]
+    assert [line.name for line in found] == ["a", "b" if length <= 100 else "", "c"]
+    if length > 100:
+        assert "over 100 B" in str(found[1].error)

@@ -98,6 +98,15 @@ def other_template(folder, tmp_path, policy_path):
     return ["--model", str(copy)]
 
 
+def further_template(folder, tmp_path, policy_path):
+    del policy_path
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    return ["--model", str(copy)]
+
+
 def other_end_of_text(folder, tmp_path, policy_path):
     del policy_path
     copy = tmp_path / "copy"
@@ -117,6 +126,7 @@ def other_dtype(folder, tmp_path, policy_path):
 OTHERS = {
     "weights": (other_weights, ["--model: weights"]),
     "template": (other_template, ["--model: tokenizer or chat template"]),
+    "further template": (further_template, ["--model: tokenizer or chat template"]),
     "end of text": (other_end_of_text, ["--model: config"]),
     "dtype": (other_dtype, ["--policy: dtype", "bfloat16", "float32"]),
     "seed": (lambda *_: ["--seed", "7"], ["--seed", "7", "0"]),
@@ -180,11 +190,23 @@ def test_directory_of_an_earlier_version_goes_on_and_says_what_is_not_checked(ru
     assert "unchecked" not in captured.err
 
 
-def test_broken_job_json_is_told(run, tmp_path):
+@pytest.mark.parametrize(
+    "content", ['{"seed": "' + "[" * 10_000, "[" * 10_000, "[]", "{}", '{"seed": NaN}', "\0"]
+)
+def test_broken_job_json_is_told(run, tmp_path, content):
     run(LINES[:1])
-    (tmp_path / "run" / JOB_JSON).write_text('{"seed": "' + "[" * 10_000)
+    (tmp_path / "run" / JOB_JSON).write_text(content)
     captured, _ = run(LINES[:2], "--resume", code=2)
     refused(captured, JOB_JSON, "--output-dir")
+
+
+@pytest.mark.parametrize("name", [JOB_JSON, OUTPUTS])
+def test_pipe_in_place_of_what_resume_reads_is_refused(run, tmp_path, name):
+    run(LINES[:1])
+    (tmp_path / "run" / name).unlink()
+    os.mkfifo(tmp_path / "run" / name)
+    captured, _ = run(LINES[:2], "--resume", code=2)
+    refused(captured, name, "a pipe")
 
 
 @pytest.mark.parametrize(

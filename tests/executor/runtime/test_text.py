@@ -1,6 +1,7 @@
 """Prompts and stops given as text, and the text of what is generated."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -159,6 +160,10 @@ def test_tokenizer_of_a_folder(folder):
     path = folder / "tokenizer.json"
     path.write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        TextTokenizer.of_checkpoint(folder)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="a pipe"):
         TextTokenizer.of_checkpoint(folder)
     path.unlink()
     assert TextTokenizer.of_checkpoint(folder) is None
