@@ -10,29 +10,73 @@ waits for the next batch. No request is ever dropped.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import final
+from typing import Protocol, final
 
 from executor.sampling import SamplingParams
 from hrm.policy import KV_BLOCK_TOKENS, Policy
+from hrm.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt as token ids and how to go on from it; `name` is the user's word for it.
 
-    `chat` says that it was asked as a conversation and is answered as one.
+    `chat` says that it was asked as a conversation and is answered as one; `open_ended` that its
+    `max_tokens` is what the policy has room for, as nothing else was asked for. `digest` is of the
+    line that it was read from.
     """
 
     name: str
     prompt: tuple[int, ...]
     params: SamplingParams
     chat: bool = False
+    open_ended: bool = False
+    digest: str = ""
 
     @property
     def kv_tokens(self) -> int:
         """Cache tokens that it owns: prompt and generation, in whole blocks."""
         tokens = len(self.prompt) + self.params.max_tokens
         return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was generated for a request, the token that ended it included.
+
+    If its `finish_reason` is ERROR, `error` says what went wrong with it. `logprobs` are
+    the log probabilities of the tokens, if they were asked for.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    finish_reason: str
+    error: str | None = None
+    logprobs: tuple[float, ...] = ()
+
+
+class Sink(Protocol):
+    """Where completions go, each as soon as it is there."""
+
+    def put(self, completion: Completion, /) -> None:
+        """Take a completion; a lane waits for this, so it must return at once."""
+        ...
+
+    def stops(self) -> bool:
+        """Raise what went wrong with those taken, from the main thread; False if nothing did."""
+        ...
+
+
+@final
+class Nowhere:
+    """A sink that keeps nothing: the result of the batch holds all completions."""
+
+    def put(self, completion: Completion, /) -> None:
+        """Nothing happens."""
+
+    def stops(self) -> bool:
+        """Nothing can go wrong."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +188,17 @@ class Batcher:
                 low = middle
         batch, waiting = pack(candidates[:low], self._policy)
         return batch, waiting + candidates[low:]
+
+
+def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
+    """Whether a request has a longer prompt than the policy was solved for, or takes more cache.
+
+    It does if it asks for more new tokens and its share of a micro-batch's cache is not enough.
+    """
+    prompt, new = len(request.prompt), request.params.max_tokens
+    blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
+    longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
+    return prompt > solved.max_prompt_len or longer
 
 
 def policy_for(policy: Policy, num_micro_batches: int) -> Policy:

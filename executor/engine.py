@@ -26,6 +26,7 @@ from executor.lanes import (
     Ticket,
     wait_for,
 )
+from hrm.profiling.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
 
@@ -87,7 +88,8 @@ class Engine:
     `seconds` in all spans count from `origin_s`, when the engine was made. Lanes that have a stream
     queue their tasks there; with EXECUTOR_SYNCHRONISE=1 in the environment they wait for each, so
     that an error is known to be of the task that it comes out in. `is_of_device` tells the errors
-    that come out late from those of the task under way.
+    that come out late from those of the task under way. `waits` are what handlers sleep in: they
+    are called off when a run is cut short.
     """
 
     def __init__(
@@ -95,15 +97,18 @@ class Engine:
         enter_lane: Callable[[Lane], None],
         streams: Mapping[Lane, AbstractStream] | None = None,
         is_of_device: Callable[[BaseException], bool] = lambda _: False,
+        waits: Waits | None = None,
     ) -> None:
         self._enter_lane, self._streams, self._is_of_device = (
             enter_lane,
             streams or {},
             is_of_device,
         )
+        self._waits = waits or Waits()
         self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
         self._recorders: dict[Lane, Recorder] = {}
+        self._past_busy_s = dict.fromkeys(Lane, 0.0)
         self._start_s = 0.0
         self.origin_s = perf_counter()
 
@@ -130,11 +135,35 @@ class Engine:
 
     @property
     def busy_s(self) -> dict[Lane, float]:
-        """Seconds each lane has been at work in the current run; for live displays."""
+        """Seconds each lane has been at work in the current run, in tasks that have ended."""
         return {
             lane: sum(total.seconds for total in tuple(recorder.totals.values()))
             for lane, recorder in self._recorders.items()
         }
+
+    @property
+    def busy_now_s(self) -> dict[Lane, float]:
+        """Seconds each lane has been at work in all runs, the task under way included.
+
+        For live displays, from any thread.
+        """
+        workers, run_s = dict(self._workers), self.busy_s
+        return {
+            lane: past_s
+            + run_s.get(lane, 0.0)
+            + (workers[lane].under_way_s if lane in workers else 0.0)
+            for lane, past_s in self._past_busy_s.items()
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Since the current run began."""
+        return perf_counter() - self.origin_s - self._start_s
+
+    def count(self, kind: TaskKind) -> int:
+        """Tasks of a kind that have ended in the current run."""
+        recorders = tuple(self._recorders.values())
+        return sum(recorder.totals[kind].count for recorder in recorders if kind in recorder.totals)
 
     def run(
         self,
@@ -151,8 +180,11 @@ class Engine:
         Keeps the spans of the first `kept_steps` steps. Raises TaskFailedError if a task raises;
         no lane is at work any more when this returns or raises.
         """
+        for lane, busy_s in self.busy_s.items():
+            self._past_busy_s[lane] += busy_s
         self._recorders = {lane: Recorder(lane) for lane in Lane}
-        run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders)
+        self._waits.resume()
+        run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders, self._waits)
         for worker in self._workers.values():
             worker.start_clock(self.origin_s)
         self._start_s = perf_counter() - self.origin_s
@@ -161,7 +193,7 @@ class Engine:
             self._feed(tasks, run, pending, finished)
             self._drain(run, pending)
         except BaseException:  # Ctrl-C, or an error of the graph's own
-            run.stopped = True
+            run.stop()
             self._drain(run, pending)
             raise
         if run.failure is not None:

@@ -10,7 +10,16 @@ import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.backends.null import null_handlers
-from executor.batching import Batch, Placed, Request, chunks, policy_for
+from executor.batching import (
+    Batch,
+    Completion,
+    Nowhere,
+    Placed,
+    Request,
+    Sink,
+    chunks,
+    policy_for,
+)
 from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
@@ -20,15 +29,18 @@ from executor.handlers import (
     BatchState,
     DecodeHandlers,
     EndOfText,
+    Generated,
     HostArenas,
     PrefillHandlers,
     RunMemory,
     allocate,
 )
+from executor.live import LiveBatch
 from executor.model import Architecture
 from executor.native import kernels
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy
+from hrm.profiling.pacing import Waits
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.tasks import Phase, TaskId
 
@@ -41,15 +53,6 @@ class Planned:
 
     policy: Policy
     memory: MemoryPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What was generated for a request, the token that ended it included."""
-
-    request: Request
-    tokens: tuple[int, ...]
-    finish_reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,12 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
             f"<{length} tokens, {new} to generate>",
             f"must stay within the model's {arch.max_position_embeddings} positions",
             "shorten the prompt or lower max_tokens",
+        ),
+        (
+            arch.window is None or length + new <= arch.window,
+            f"<{length} tokens, {new} to generate>",
+            f"must stay within the {arch.window} tokens of the model's sliding attention window",
+            "shorten the prompt or lower max_tokens: windows are not computed",
         ),
         (
             length == 0 or 0 <= min(request.prompt) <= max(request.prompt) < arch.spec.vocab_size,
@@ -150,8 +159,8 @@ class AbstractGenerator(ABC):
 
     `policy` is what is run and `plan` what it needs; where that differs from what was asked for,
     `notice` says why, in a line. What crosses the link from memory that is not pinned though it
-    should be is `pageable`. `load_s` says how long the weights took, `state` is that of the batch
-    under way.
+    should be is `pageable`. `load_s` says how long the weights took, `live` says how
+    far the batch under way is.
     """
 
     load_s: float
@@ -163,8 +172,10 @@ class AbstractGenerator(ABC):
         self.backend, self.arch = backend, arch
         self.policy, self.plan = planned.policy, planned.memory
         self.notice, self.pageable = "", tuple[str, ...]()
-        self.state: BatchState | None = None
-        self.engine = Engine(backend.enter_lane, backend.streams, backend.is_of_device)
+        self.engine = Engine(
+            backend.enter_lane, backend.streams, backend.is_of_device, backend.waits
+        )
+        self.live = LiveBatch(self.engine)
         self._budget = TraceBudget(max_spans)
 
     @final
@@ -187,8 +198,11 @@ class AbstractGenerator(ABC):
         check_request(request, self.arch, self.policy)
 
     @abstractmethod
-    def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
-        """Run both phases of a batch; TaskFailedError if a task fails."""
+    def generate(self, batch: Batch, *, index: int = 0, sink: Sink | None = None) -> BatchResult:
+        """Run both phases of a batch; TaskFailedError if a task fails.
+
+        `sink` is given every completion as soon as its request has ended.
+        """
 
 
 @final
@@ -207,6 +221,7 @@ class Generator(AbstractGenerator):
     ) -> None:  # fmt: skip
         start_s = time.perf_counter()
         super().__init__(backend, arch, planned, max_spans)
+        self._state: BatchState | None = None
         self._prefilled: PhaseResult | None = None
         self._num_chunks = 0
         self._stops = stops or never_stops
@@ -229,44 +244,47 @@ class Generator(AbstractGenerator):
             self.policy, self.plan = staged.policy, staged.memory
         self.load_s = time.perf_counter() - start_s
 
-    def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
+    def generate(self, batch: Batch, *, index: int = 0, sink: Sink | None = None) -> BatchResult:
         """Prefill and decode a batch; TaskFailedError if a task fails."""
+        sink = sink or Nowhere()
         policy, arch, memory = self.policy, self.arch, self.memory
         num_micro_batches = len(batch.micro_batches)
         smaller = policy_for(policy, num_micro_batches)
-        self.state = self._prefilled = None
+        self._state = self._prefilled = None
         memory.caches.assign([smaller.kv_on_gpu(j) for j in range(num_micro_batches)])
         self._count_kv(batch, smaller)
-        state = self.state = BatchState(batch, arch, self._stops)
+        state = self._state = BatchState(
+            batch, arch, self._stops, lambda ended: sink.put(_completion(ended))
+        )
         parts = chunks(batch, policy.prefill_chunk_tokens)
         self._num_chunks = len(parts)
         steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
         prefill, decode = pipelines(
             arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1)
         )
+        self.live.begin(prefill, decode, state)
+        self.live.enter(Phase.PREFILL)
         prefilled = self._prefilled = self.engine.run(
             iter_tasks(prefill, policy.schedule),
             PrefillHandlers.make(self.backend, arch, smaller, prefill, memory, state, parts),
             phase=Phase.PREFILL,
             batch=index,
             kept_steps=self._budget.prefill_steps,
+            finished=sink.stops,
         )
         decoded = None
         if state.num_active:
             state.start_decode()
+            self.live.enter(Phase.DECODE, prefilled)
             decoded = self.engine.run(
                 iter_tasks(decode, policy.schedule),
                 DecodeHandlers.make(self.backend, arch, smaller, decode, memory, state),
                 phase=Phase.DECODE,
                 batch=index,
                 kept_steps=self._budget.steps(decode, len(prefilled.spans)),
-                finished=lambda: state.num_active == 0,
+                finished=lambda: sink.stops() or state.num_active == 0,
             )
-        completions = tuple(
-            Completion(s.placed.request, tuple(s.tokens), s.finish_reason or LENGTH)
-            for members in state.sequences
-            for s in members
-        )
+        completions = tuple(_completion(s) for members in state.sequences for s in members)
         sizes = tuple(len(members) for members in state.sequences)
         return BatchResult(completions, prefilled, decoded, sizes, len(parts), state.routed)
 
@@ -275,12 +293,12 @@ class Generator(AbstractGenerator):
 
         None if it raised before the lanes had anything to do.
         """
-        state, prefilled = self.state, self._prefilled
+        state, prefilled = self._state, self._prefilled
         if state is None:
             return None
         completions = tuple(
-            Completion(s.placed.request, tuple(s.tokens), s.finish_reason)
-            for members in state.sequences for s in members if s.finish_reason is not None
+            _completion(s) for members in state.sequences for s in members
+            if s.finish_reason is not None
         )  # fmt: skip
         sizes = tuple(len(members) for members in state.sequences)
         last = self.engine.result()
@@ -334,28 +352,35 @@ class NullGenerator(AbstractGenerator):
         super().__init__(backend, arch, planned, max_spans)
         self.load_s = 0.0
         self.peak_bytes: dict[str, dict[str, int]] = {}
+        self._waits = backend.waits or Waits()
         self._seconds_of = seconds_of
 
     def rescue(self) -> None:
         """Nothing: what a batch that was cut short has generated are no tokens of a model."""
 
-    def generate(self, batch: Batch, *, index: int = 0) -> BatchResult:
+    def generate(self, batch: Batch, *, index: int = 0, sink: Sink | None = None) -> BatchResult:
         """Sleep through both phases of a batch."""
+        sink = sink or Nowhere()
         parts = chunks(batch, self.policy.prefill_chunk_tokens)
         steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
         prefill, decode = pipelines(
             self.arch, self.policy, len(batch.micro_batches), num_chunks=len(parts),
             num_steps=max(steps, 1),
         )  # fmt: skip
+        self.live.begin(prefill, decode)
+        self.live.enter(Phase.PREFILL)
         prefilled = self._run(prefill, batch, Phase.PREFILL, index, self._budget.prefill_steps)
         decoded = None
         if steps:
             kept = self._budget.steps(decode, len(prefilled.spans))
+            self.live.enter(Phase.DECODE, prefilled)
             decoded = self._run(decode, batch, Phase.DECODE, index, kept)
         completions = tuple(
             Completion(request, (0,) * request.params.max_tokens, LENGTH)
             for request in requests_of(batch)
         )
+        for completion in completions:
+            sink.put(completion)
         sizes = tuple(len(micro_batch.placed) for micro_batch in batch.micro_batches)
         return BatchResult(completions, prefilled, decoded, sizes, len(parts))
 
@@ -364,11 +389,18 @@ class NullGenerator(AbstractGenerator):
     ) -> PhaseResult:
         return self.engine.run(
             iter_tasks(pipeline, self.policy.schedule),
-            null_handlers(self._seconds_of(pipeline, batch), pipeline.lane),
+            null_handlers(self._seconds_of(pipeline, batch), pipeline.lane, self._waits.sleep),
             phase=phase,
             batch=index,
             kept_steps=kept,
         )
+
+
+def _completion(ended: Generated) -> Completion:
+    return Completion(
+        ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error,
+        tuple(ended.logprobs),
+    )  # fmt: skip
 
 
 def requests_of(batch: Batch) -> Iterable[Request]:

@@ -12,12 +12,14 @@ done, its span is made of the device's own times.
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, final
 
 from executor.backends.streams import AbstractMark, AbstractStream
+from hrm.profiling.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span
 
@@ -99,18 +101,24 @@ class Run:
     batch: int
     kept_steps: int
     recorders: dict[Lane, Recorder]
+    waits: Waits
     stopped: bool = False
     failure: Failure | None = None
     failing: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, task: Task, error: BaseException, start_s: float) -> None:
         """Remember the first failure and let every lane pass over what is left."""
-        self.stopped = True
         with self.failing:
             if self.failure is None:
                 end_s = perf_counter() - self.origin_s
                 span = Span(task.id, task.lane, start_s - self.origin_s, end_s, self.phase)
                 self.failure = Failure(task, error, span)
+        self.stop()
+
+    def stop(self) -> None:
+        """Let every lane pass over what is left, and end what it sleeps for."""
+        self.stopped = True
+        self.waits.call_off()
 
     def record(self, task: Task, start_s: float, end_s: float, num_bytes: int) -> None:
         """Put down a task that was done between these times, counted from `origin_s`."""
@@ -161,6 +169,8 @@ class LaneWorker:
         self._stream, self._queued_tasks = stream, queued_tasks
         self.queued: deque[Queued] = deque()
         self._reached: tuple[AbstractMark, float] | None = None
+        self._since_s: float | None = None
+        self._origin_s = 0.0
         self._thread = threading.Thread(target=self._work, name=f"lane-{lane}", daemon=True)
         self._ready = new_latch()
         self._thread.start()
@@ -177,12 +187,27 @@ class LaneWorker:
 
     def start_clock(self, origin_s: float) -> None:
         """Tie the stream's clock to the host's, before a run and while nothing is queued."""
+        self._origin_s = origin_s
         if self._stream is not None:
             self.queued.clear()
             before_s = perf_counter()
             mark = self._stream.mark()
             mark.synchronise()
             self._reached = mark, (before_s + perf_counter()) / 2 - origin_s
+
+    @property
+    def under_way_s(self) -> float:
+        """Seconds that the task under way has taken until now, 0 if there is none.
+
+        For live displays, from any thread: of what is queued on a device it is about right.
+        """
+        since_s = self._since_s
+        with suppress(IndexError):  # the lane may take the last one off meanwhile
+            queued_s = self.queued[0].queued_s
+            if self._reached is not None:
+                queued_s = max(queued_s, self._reached[1] + self._origin_s)
+            since_s = queued_s if since_s is None else min(since_s, queued_s)
+        return 0.0 if since_s is None else max(perf_counter() - since_s, 0.0)
 
     def settle(self, run: Run, left: int = 0) -> None:
         """Wait until no more than `left` of the tasks that were queued can still be going on.
@@ -239,13 +264,15 @@ class LaneWorker:
                     run.fail(other.task, error, perf_counter())
         # After a failure nothing is run any more, but every latch still opens in order.
         if not run.stopped:
-            start_s = perf_counter()
+            start_s = self._since_s = perf_counter()
             try:
                 num_bytes = run.handlers[task.id.kind](task.id)
             except BaseException as error:  # noqa: BLE001 - reported by the main thread
+                self._since_s = None
                 run.fail(task, error, start_s)
             else:
                 origin_s = run.origin_s
+                self._since_s = None
                 run.record(task, start_s - origin_s, perf_counter() - origin_s, num_bytes)
 
     def _hand_over(self, ticket: Ticket, stream: AbstractStream) -> None:
@@ -254,7 +281,7 @@ class LaneWorker:
             wait_for(other.done)
         if run.stopped:
             return
-        queued_s = perf_counter()
+        queued_s = self._since_s = perf_counter()
         try:
             for other in ticket.waits:
                 if other.mark is not None and other.task.lane is not self._lane:
@@ -263,8 +290,10 @@ class LaneWorker:
             num_bytes = run.handlers[task.id.kind](task.id)
             end = stream.mark()
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
+            self._since_s = None
             run.fail(task, error, queued_s)
             return
+        self._since_s = None
         ticket.mark = end
         self.queued.append(Queued(task, queued_s, start, end, num_bytes))
         self.settle(run, self._queued_tasks)

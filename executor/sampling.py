@@ -5,15 +5,16 @@ R requests, V vocab.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from executor.errors import JobError, RunError
+from executor.errors import JobError
 
+NO_TOKEN: Final = -1  # chosen where the logits are not finite numbers
 SAMPLED_BYTES: Final = 72  # of a logit, while its request is sampled: float64, and sorted
 
 
@@ -22,7 +23,9 @@ class SamplingParams:
     """How a request is continued; temperature 0 takes the most probable token.
 
     `top_p` keeps the fewest most probable tokens that together reach that probability. Equal seeds
-    give equal choices. `stop` are texts, and `stop_token_ids` tokens, that end the request.
+    give equal choices. `stop` are texts, and `stop_token_ids` tokens, that end the request. With
+    `logprobs` the log probabilities of the chosen tokens are told, by the model's own distribution,
+    whatever the temperature.
     """
 
     max_tokens: int = 16
@@ -32,6 +35,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         """Reject impossible values (JobError)."""
@@ -46,6 +50,7 @@ class SamplingParams:
             ("stop", _all(self.stop, str) and all(self.stop), "be texts that are not empty"),
             ("stop_token_ids", _all(self.stop_token_ids, int), "be token ids"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "be true or false"),
+            ("logprobs", isinstance(self.logprobs, bool), "be true or false"),
         )  # fmt: skip
         for field, holds, rule in rules:
             if not holds:
@@ -60,29 +65,51 @@ def choose(
 ) -> list[int]:  # fmt: skip
     """The next token of each request, of which it is the `steps[r]`-th generated.
 
-    A choice depends on the request's logits, parameters and step alone, never on its neighbours.
-    With `spare_bytes` on a device, no more requests are sampled at once than fit. Raises RunError
-    if the logits are not numbers.
+    A choice depends on the request's logits, parameters and step alone, never on its neighbours:
+    where a request's greatest logit is no finite number its choice is NO_TOKEN, and the others are
+    not touched by it. With `spare_bytes` on a device, no more requests are sampled at once than
+    fit.
     """
     assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
     greatest_R, tokens_R = logits_RV.max(dim=-1)
-    tokens = tokens_R.tolist()
-    for request, greatest in enumerate(greatest_R.tolist()):
-        if not math.isfinite(greatest):
-            raise RunError(
-                f"logits of request {request} of the micro-batch", f"<{greatest}>",
-                "must be finite numbers", "run in bfloat16 or float32, or check the weights",
-            )  # fmt: skip
-    rows = [row for row, one in enumerate(params) if one.temperature > 0]
-    at_once = len(rows) or 1
-    if spare_bytes is not None and not logits_RV.is_cpu:
-        at_once = max(1, spare_bytes // (SAMPLED_BYTES * logits_RV.shape[1]))
-    for first in range(0, len(rows), at_once):
-        some = rows[first : first + at_once]
+    # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
+    is_number_R = greatest_R.abs() < math.inf
+    tokens = tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist()
+    rows = [
+        row for row, one in enumerate(params) if one.temperature > 0 and tokens[row] != NO_TOKEN
+    ]
+    for some in _that_fit(rows, logits_RV, spare_bytes):
         sampled = _sample(logits_RV[some], [params[r] for r in some], [steps[r] for r in some])
         for row, token in zip(some, sampled, strict=True):
             tokens[row] = token
     return tokens
+
+
+def log_probabilities(
+    logits_RV: Tensor, tokens: Sequence[int], rows: Sequence[int], *, spare_bytes: int | None = None
+) -> list[float]:
+    """The log probability of the token of each of the rows, by the model's own distribution.
+
+    With `spare_bytes` on a device, no more rows are computed at once than fit.
+    """
+    found: list[float] = []
+    for some in _that_fit(rows, logits_RV, spare_bytes):
+        some_RV = logits_RV[some].float()
+        chosen_R1 = torch.tensor([[tokens[row]] for row in some], device=logits_RV.device)
+        chosen_R = some_RV.gather(1, chosen_R1)[:, 0] - some_RV.logsumexp(dim=-1)
+        found += chosen_R.tolist()
+    return found
+
+
+def _that_fit(
+    rows: Sequence[int], logits_RV: Tensor, spare_bytes: int | None
+) -> Iterator[Sequence[int]]:
+    """The rows in pieces, on a device as many at once as there is memory for."""
+    at_once = len(rows) or 1
+    if spare_bytes is not None and not logits_RV.is_cpu:
+        at_once = max(1, spare_bytes // (SAMPLED_BYTES * logits_RV.shape[1]))
+    for first in range(0, len(rows), at_once):
+        yield rows[first : first + at_once]
 
 
 def uniform(seed: int, step: int) -> float:

@@ -3,6 +3,48 @@
 A broken invariant of ours is an `assert`, never one of these.
 """
 
+from collections.abc import Iterable
+from reprlib import Repr
+from typing import Final
+
+MAX_SHOWN: Final = 200  # characters of a value, or of where it stands, in a message
+MAX_RULE: Final = 2000  # a rule may list all GPUs that are known
+
+_BRIEF: Final = Repr()
+_BRIEF.maxlevel = 3
+_BRIEF.maxstring = 150  # most paths
+_BRIEF.maxlong = _BRIEF.maxother = 60
+
+
+def one_line(text: str, at_most: int = MAX_RULE) -> str:
+    """The text as a terminal can show it: one line, no control characters, cut in the middle."""
+    if len(text) > 2 * at_most:
+        text = f"{text[:at_most]}…{text[-at_most:]}"
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) > at_most:
+        line = f"{line[: at_most // 2]}…{line[len(line) + 1 + at_most // 2 - at_most :]}"
+    return line
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like one that is not known; None if none is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word[:100], list(known), 1)  # it takes its time with long ones
+    return close[0] if close else None
+
+
+def brief_value(value: object) -> str:
+    """The value as messages show it, cut short; texts in `<>` are descriptions of ours."""
+    if isinstance(value, str) and value.startswith("<"):
+        return one_line(value, MAX_SHOWN)
+    try:
+        return one_line(_BRIEF.repr(value), MAX_SHOWN)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"<{type(value).__name__}>"
+
 
 class HrmError(ValueError):
     """A mistake in the user's input; command lines print it and exit with code 2.
@@ -12,10 +54,13 @@ class HrmError(ValueError):
     """
 
     def __init__(self, where: str, value: object, rule: str, remedy: str) -> None:
-        """Compose the one-line message `where is value: rule; remedy`."""
+        """Compose the one-line message `where is value: rule; remedy`.
+
+        What users gave is cut short in it, and its control characters are escaped.
+        """
         self.where, self.value, self.rule, self.remedy = where, value, rule, remedy
-        shown = value if isinstance(value, str) and value.startswith("<") else repr(value)
-        super().__init__(f"{where} is {shown}: {rule}; {remedy}")
+        shown = f"{one_line(where, MAX_SHOWN)} is {brief_value(value)}"
+        super().__init__(f"{shown}: {one_line(rule)}; {one_line(remedy)}")
 
 
 class UnitError(HrmError):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from math import ceil
+from math import ceil, inf
 from typing import Final
 
 from hrm.causes import Limits, limits_of
@@ -26,6 +26,7 @@ from hrm.workload import Workload
 # Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
 MAX_TASKS: Final = 3000
 MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
+MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 _PAGES: Final = frozenset({TaskKind.LOAD_PAGE, TaskKind.STAGE_PAGE})
 STEADY_STEPS: Final = 3
@@ -252,11 +253,13 @@ def _total(
 
 
 def decode_work(
-    costs: Costs, policy: Policy, context: float, *, num_steps: int, tokens: float | None = None
-) -> TaskWork:
+    costs: Costs, policy: Policy, context: float, *, num_steps: int, tokens: float | None = None,
+    shape: Policy | None = None,
+) -> TaskWork:  # fmt: skip
     """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
 
-    `tokens` is the mean number of active requests in a micro-batch; by default they all are.
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are. The
+    tasks are those of `shape`, if it is given: the same policy over fewer micro-batches.
     """
     whole = policy.batch_size / policy.num_micro_batches
     tokens = whole if tokens is None else tokens
@@ -265,22 +268,31 @@ def decode_work(
     return TaskWork(
         costs=costs,
         policy=policy,
-        pipeline=decode_pipeline(costs.spec, policy, num_steps=num_steps),
+        pipeline=decode_pipeline(costs.spec, shape or policy, num_steps=num_steps),
         tokens=tokens,
         context=context,
         stretch=_stretch(*step.lanes(context)),
     )
 
 
-def prefill_work(costs: Costs, policy: Policy, workload: Workload) -> TaskWork:
-    """Bytes and seconds of the tasks of one batch's prefill."""
+def prefill_work(
+    costs: Costs, policy: Policy, workload: Workload, *, shape: Policy | None = None,
+    max_chunks: float = inf,
+) -> TaskWork:  # fmt: skip
+    """Bytes and seconds of the tasks of one batch's prefill.
+
+    The tasks are those of `shape`, if it is given, and of at most `max_chunks` chunks; each chunk
+    is of as many tokens as if there were all of them.
+    """
     tokens = policy.batch_size * workload.prompt_len
     num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
     point = Point.of_policy(policy, costs.spec)
     return TaskWork(
         costs=costs,
         policy=policy,
-        pipeline=prefill_pipeline(costs.spec, policy, num_chunks=num_chunks),
+        pipeline=prefill_pipeline(
+            costs.spec, shape or policy, num_chunks=int(min(num_chunks, max_chunks))
+        ),
         tokens=tokens / num_chunks,
         context=workload.prompt_len,
         requests_per_chunk=policy.batch_size / num_chunks,
@@ -310,38 +322,56 @@ def step_seconds(
 ) -> float:
     """Simulated seconds of one decode step in the steady state, at a mean context.
 
-    `tokens` is the mean number of active requests in a micro-batch; by default they all are.
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are. Of
+    very many micro-batches, each that is simulated stands for several.
     """
+    shape, in_one = _with_few_micro_batches(policy)
 
     def seconds(work: TaskWork) -> float:
-        order, end_s = _walked(work)
+        order, end_s = _walked(work, in_one, in_one)
         ends = [0.0] * STEADY_STEPS
         for position, step in order.samples:
             ends[step] = max(ends[step], end_s[position])
         # The last step loads no weights for another, so the step before it is the steady one.
         return ends[-2] - ends[-3]
 
-    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS, tokens=tokens)
+    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS, tokens=tokens, shape=shape)
     return _over_layers(work, 8 * STEADY_STEPS, seconds)
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
-    work = prefill_work(costs, policy, workload)
-    chunks = work.pipeline.num_micro_batches
-    simulated = min(chunks, MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK))
-    work = replace(work, pipeline=prefill_pipeline(costs.spec, policy, num_chunks=simulated))
+    shape, pages_in_one = _with_few_micro_batches(policy)
+    affordable = MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK)
+    work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable)
+    chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
+    in_one = chunks / work.pipeline.num_micro_batches
     return _over_layers(
-        work, _TASKS_A_CHUNK, lambda work: max(_walked(work, chunks / simulated)[1])
+        work, _TASKS_A_CHUNK, lambda work: max(_walked(work, in_one, pages_in_one)[1])
     )
 
 
-def _walked(work: TaskWork, chunks_in_one: float = 1.0) -> tuple[Order, list[float]]:
-    """The order of a phase's tasks and when each ends; quicker than `simulate_work`."""
-    order = _order(work.pipeline, work.policy.schedule)
-    seconds_of = work.seconds_of()
+def _with_few_micro_batches(policy: Policy) -> tuple[Policy, float]:
+    """The policy over as many micro-batches as are simulated, and how many each stands for."""
+    if policy.num_micro_batches <= MAX_MICRO_BATCHES:
+        return policy, 1.0
+    fewer = with_batch_size(policy, MAX_MICRO_BATCHES * policy.micro_batch_size)
+    return fewer, policy.num_micro_batches / fewer.num_micro_batches
+
+
+def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, list[float]]:
+    """The order of a phase's tasks and when each ends; quicker than `simulate_work`.
+
+    A micro-batch or chunk of the work stands for `in_one` of them, and so takes that much longer; a
+    page of weights for `pages_in_one` smaller ones, if there are several.
+    """
+    pipeline = work.pipeline
+    pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
+    order = _order(pipeline, work.policy.schedule)
+    pages = round(pipeline.num_pages * pages_in_one)
+    seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
     seconds = [
-        seconds_of(task_id) * (1.0 if task_id.kind in _PAGES else chunks_in_one)
+        seconds_of(task_id) * (pages_in_one if task_id.kind in _PAGES else in_one)
         for task_id in order.distinct
     ]
     return order, end_times(order, seconds)

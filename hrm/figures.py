@@ -10,6 +10,7 @@ from hrm.errors import ProfileError
 from hrm.numeric import Number
 
 NOISY_SPREAD: Final = 0.08
+LARGEST_FIGURE: Final = 1e18  # bytes, rates, seconds; 64 bits hold such an integer
 
 
 class Source(StrEnum):
@@ -103,12 +104,13 @@ def check_figure(where: str, figure: Figure) -> None:
     values = [figure.value, *spread, *(value for _, value in figure.curve)]
     impossible = [
         value for value in values
-        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero)
+        if not 0 <= value <= LARGEST_FIGURE or (value == 0 and not may_be_zero)
     ]  # fmt: skip
     if impossible:
         raise ProfileError(
-            where, impossible[0], "must be positive and finite", "measure it again or correct it"
-        )
+            where, impossible[0], f"must be positive and at most {LARGEST_FIGURE:.0e}",
+            "measure it again or correct it",
+        )  # fmt: skip
     if len(spread) == 2 and spread[0] > spread[1]:
         raise ProfileError(
             f"{where}.p20", spread[0], f"must not be above p80, {spread[1]:.4g}",

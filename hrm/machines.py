@@ -6,7 +6,6 @@ GPUs, and a chip with unified memory is a whole machine by itself.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from hrm.catalog import Part, find_file, is_path, kind_of, kind_words
+from hrm.decoding import read_yaml, reads_as_text
 from hrm.errors import ProfileError
+from hrm.files import is_file, write_whole
 from hrm.hardware import (
     Figure,
     GpuCard,
@@ -40,7 +41,7 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     Raises ProfileError naming the file and field if there is none or it is malformed.
     """
     name = str(name_or_path)
-    if isinstance(name_or_path, Path) or is_path(name) or Path(name).is_file():
+    if isinstance(name_or_path, Path) or is_path(name) or is_file(Path(name)):
         return _read("--profile", Path(name_or_path), HardwareProfile)
     return _read("--profile", find_file("--profile", name, ("machines",)), HardwareProfile)
 
@@ -208,19 +209,9 @@ def reserve_if_resized(level: MemoryLevel) -> float:
 def save_profile(path: str | Path, profile: Part) -> None:
     """Write a readable YAML file that loads to an equal profile; all of it or nothing.
 
-    Raises ProfileError if the file cannot be written.
+    Raises ProfileError if the file cannot be written, see `write_whole`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(dump_profile(profile), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ProfileError(
-            str(path), f"<{error.strerror}>", "must be a file that can be written",
-            "choose another path",
-        ) from error  # fmt: skip
+    write_whole(path, dump_profile(profile), ProfileError)
 
 
 def dump_profile(profile: Part) -> str:
@@ -233,7 +224,12 @@ def dump_profile(profile: Part) -> str:
     def represent_float(dumper: Any, value: float) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:float", _float_text(value))
 
+    def represent_text(dumper: Any, value: str) -> Any:
+        quote = None if reads_as_text(value) else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quote)
+
     Dumper.add_representer(float, represent_float)
+    Dumper.add_representer(str, represent_text)
     return yaml.dump(
         _to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None,
         width=100,
@@ -398,18 +394,5 @@ def _read(flag: str, path: Path, *kinds: type[_T]) -> _T:
     return decode_strictly(plain, kind, str(path))
 
 
-def _parse(path: Path) -> Any:
-    import yaml
-
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        return yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - a safe loader
-    except OSError as error:
-        raise ProfileError(
-            str(path), f"<{error.strerror}>", "must be a readable YAML file", "check the path"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ProfileError(
-            str(path), f"<{said}>", "must be valid YAML", "correct it at that place"
-        ) from error
+def _parse(path: Path) -> object:
+    return read_yaml(path, "a file of valid YAML", ProfileError)

@@ -15,7 +15,7 @@ from hrm.model_spec import ROUTING_BYTES, ModelSpec
 from hrm.numeric import Number, maximum
 from hrm.parallel import part_for
 from hrm.policy import KV_BLOCK_TOKENS, Policy
-from hrm.schedules import decode_pipeline
+from hrm.schedules import pages_of
 from hrm.schedules.pipeline import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.tasks import Device
 from hrm.units import DTYPE_BYTES, at_least_bytes, format_bytes
@@ -344,10 +344,9 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Pinned pages between pageable memory and the link; 0 without staging."""
     if not policy.staging:
         return 0
-    num_pages = decode_pipeline(spec, policy).num_pages
     largest = max(policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
     size = DTYPE_BYTES[policy.dtype]  # a page holds whole elements
-    return STAGING_PAGES * -(-largest // (num_pages * size)) * size
+    return STAGING_PAGES * -(-largest // (pages_of(policy) * size)) * size
 
 
 def pinned_purposes(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from hrm.errors import PolicyError, ProfileError
+from hrm.decoding import read_json
+from hrm.errors import HrmError, PolicyError, ProfileError
 from hrm.estimate import Estimate
+from hrm.files import write_whole
 from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, part_for
@@ -72,46 +74,46 @@ def policy_file_of(
 
 
 def save_policy_file(path: Path, content: PolicyFile) -> None:
-    """Write the file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-        partial.replace(path)
-    except OSError as error:
-        raise PolicyError(
-            str(path), f"<{error.strerror}>", "must be writable", "choose another --out"
-        ) from error
+    """Write the file, whole or not at all; PolicyError if it cannot be, see `write_whole`."""
+    text = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+    write_whole(path, text, PolicyError, remedy="choose another --out")
 
 
 def load_policy_file(path: Path) -> PolicyFile:
     """Read and check a policy file; PolicyError naming the file and the field."""
+    plain = read_json(
+        path, "a policy file: one JSON object", PolicyError,
+        remedy="write it again with hrm search --out or hrm estimate --out",
+    )  # fmt: skip
     try:
-        plain = msgspec.json.decode(path.read_bytes())
         content = decode_strictly(plain, PolicyFile, str(path))
     except ProfileError as error:
         again = "correct it, or write the file again with hrm search --out"
         remedy = error.remedy if error.remedy.startswith("did you mean") else again
         raise PolicyError(error.where, error.value, error.rule, remedy) from error
-    except OSError as error:
-        raise PolicyError(
-            str(path), f"<{error.strerror}>", "must be a readable policy file",
-            "write one with hrm search --out",
-        ) from error  # fmt: skip
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PolicyError(
-            str(path), f"<{error}>", "must be a policy file: one JSON object",
-            "write it again with hrm search --out or hrm estimate --out",
-        ) from error  # fmt: skip
+    check_policy_file(content, str(path))
+    return content
+
+
+def check_policy_file(content: PolicyFile, where: str) -> None:
+    """Raise PolicyError, which names `where` it was read, unless all of it goes together."""
     if content.schema != SCHEMA:
         raise PolicyError(
-            f"{path}: schema", content.schema, f"must be {SCHEMA}", "write it again with hrm search"
+            f"{where}: schema",
+            content.schema,
+            f"must be {SCHEMA}",
+            "write it again with hrm search",
         )
     for level in (GPU, CPU):
         budget = content.memory_budget_bytes.get(level)
         if budget is None or budget < 1:
             raise PolicyError(
-                f"{path}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
+                f"{where}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
                 "must be a positive number of bytes", "write it again with hrm search --out",
             )  # fmt: skip
-    part_for(content.policy, content.model, content.profile)
-    return content
+    try:
+        part_for(content.policy, content.model, content.profile)
+    except HrmError as error:
+        raise PolicyError(
+            f"{where}: {error.where}", error.value, error.rule, error.remedy
+        ) from error

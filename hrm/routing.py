@@ -4,19 +4,20 @@ Plans assume uniform routing unless they are told better: where some experts are
 micro-batch reaches fewer of them, and less weight is read.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
-from hrm.errors import ModelError
+from hrm.decoding import read_json
+from hrm.errors import ModelError, ProfileError
 from hrm.model_spec import ModelSpec
+from hrm.strict import decode_strictly
 
 _REMEDY: Final = "give the run.json of an executor run with this model"
 
 
-class _Counts(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class _Counts:
     """The part of a run.json that is read; the file holds more."""
 
     routed_tokens: list[list[int]]
@@ -30,17 +31,14 @@ def with_measured_routing(spec: ModelSpec, path: Path) -> ModelSpec:
     the file has no counts, or counts of another model.
     """
     path = path / "run.json" if path.is_dir() else path
+    where = f"--routing {path}"
+    plain = read_json(
+        path, "a run.json with routed_tokens", ModelError, where=where, remedy=_REMEDY
+    )
     try:
-        layers = msgspec.json.decode(path.read_bytes(), type=_Counts).routed_tokens
-    except OSError as error:
-        raise ModelError(
-            f"--routing {path}", f"<{error.strerror}>", "must be a run.json that can be read",
-            _REMEDY,
-        ) from error  # fmt: skip
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(
-            f"--routing {path}", f"<{error}>", "must be a run.json with routed_tokens", _REMEDY
-        ) from error
+        layers = decode_strictly(plain, _Counts, where, other_keys=True).routed_tokens
+    except ProfileError as error:
+        raise ModelError(error.where, error.value, error.rule, _REMEDY) from error
     counted = [sorted(layer, reverse=True) for layer in layers if sum(layer) > 0]
     if not counted:
         raise ModelError(

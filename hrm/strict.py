@@ -1,38 +1,35 @@
 """Files decoded strictly: every key known, every value of its type, every error at its path.
 
-msgspec converts to frozen dataclasses; unknown keys, which it lets pass there, are refused first.
+Values are what `hrm.decoding` returns: plain, finite and of bounded depth. They become frozen
+dataclasses from the inside out, so that an error of any of them is told where it stands.
 """
 
-import re
-from dataclasses import MISSING, Field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from hrm.errors import HrmError, ProfileError
+from hrm.errors import HrmError, ProfileError, brief_value, closest
 
 _T = TypeVar("_T")
+_SMALLEST: Final = -(2**63)
+_LARGEST: Final = 2**63 - 1
+_WORDS: Final = {
+    str: "a text", bool: "true or false", list: "a list", tuple: "a list", dict: "a mapping",
+    NoneType: "null",
+}  # fmt: skip
 
 
-def decode_strictly(plain: Any, kind: type[_T], file: str) -> _T:
+def decode_strictly(plain: Any, kind: type[_T], file: str, *, other_keys: bool = False) -> _T:
     """What was read from a YAML or JSON `file` as a dataclass.
 
     Raises ProfileError naming the file and field if a key is unknown or missing, a value has
-    another type, or the dataclass refuses it.
+    another type, or the dataclass refuses it. With `other_keys`, keys that are no fields are passed
+    over, for files of which only a part is read.
     """
-    import msgspec
-
-    plain = _check_keys(plain, kind, file, "")
-    try:
-        return msgspec.convert(plain, kind)
-    except msgspec.ValidationError as error:
-        cause = error.__cause__
-        if isinstance(cause, HrmError):
-            raise _located(file, cause, plain) from error
-        raise _type_error(file, str(error), plain) from error
-    except HrmError as error:
-        raise _located(file, error, plain) from error
+    return _Reader(file, other_keys).read(plain, kind, "")
 
 
 @cache
@@ -40,116 +37,144 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _check_keys(plain: Any, kind: Any, file: str, path: str) -> Any:
-    """`plain` with numbers that YAML took for text (`2e9`) made numbers.
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Turns plain values into what type hints say; `path` is where in the file a value stands."""
 
-    Raises ProfileError at the first key that is no field of its dataclass, or is missing.
-    """
-    if kind is float and isinstance(plain, str):
-        try:
-            return float(plain)
-        except ValueError:
+    file: str
+    other_keys: bool
+
+    def read(self, plain: Any, kind: Any, path: str) -> Any:
+        """The value as `kind`; ProfileError if it is none."""
+        if kind is Any:
             return plain
-    allowed = _choices(kind)
-    if allowed and plain not in allowed:
-        raise ProfileError(
-            f"{file}: {path}", "<a mapping>" if isinstance(plain, dict) else plain,
-            f"must be one of {', '.join(map(str, allowed))}", "correct the value",
-        )  # fmt: skip
-    if isinstance(kind, type) and is_dataclass(kind):
+        origin, arguments = get_origin(kind) or kind, get_args(kind)
+        if origin is UnionType:
+            (inner,) = (choice for choice in arguments if choice is not NoneType)
+            return None if plain is None else self.read(plain, inner, path)
+        if choices := _choices(kind):
+            return self._choice(plain, choices, path)
+        if origin in {int, float}:
+            return self._number(plain, kind, path)
+        if is_dataclass(origin):
+            return self._dataclass(plain, kind, path)
+        self._check_type(plain, list if origin is tuple else origin, path)
+        if origin is dict:
+            return self._mapping(plain, arguments[1], path)
+        if origin in {list, tuple}:
+            return self._items(plain, origin, arguments, path)
+        return plain
+
+    def _refusal(self, path: str, value: Any, rule: str, remedy: str) -> ProfileError:
+        shown = "<a mapping>" if isinstance(value, dict) else value
+        if not path:
+            shown = f"<{'no mapping' if 'mapping' in rule else brief_value(shown)}>"
+        return ProfileError(f"{self.file}: {path}" if path else self.file, shown, rule, remedy)
+
+    def _check_type(self, plain: Any, kind: type, path: str) -> None:
+        if type(plain) is not kind:
+            raise self._refusal(path, plain, f"must be {_WORDS[kind]}", "correct the value")
+
+    def _choice(self, plain: Any, choices: dict[Any, Any], path: str) -> Any:
+        if isinstance(plain, str | int) and plain in choices:
+            return choices[plain]
+        raise self._refusal(
+            path, plain, f"must be one of {', '.join(map(str, choices))}", "correct the value"
+        )
+
+    def _number(self, plain: Any, kind: type[int] | type[float], path: str) -> int | float:
+        is_integer = isinstance(plain, int) and not isinstance(plain, bool)
+        if kind is float and (is_integer or isinstance(plain, float)):
+            return float(plain)
+        if not is_integer:
+            rule = "must be an integer" if kind is int else "must be a number"
+            raise self._refusal(path, plain, rule, "correct the value")
+        if not _SMALLEST <= plain <= _LARGEST:
+            raise self._refusal(path, plain, "must fit 64 bits", "correct the value")
+        return plain
+
+    def _mapping(self, plain: dict[Any, Any], kind: Any, path: str) -> dict[str, Any]:
+        for key, value in plain.items():
+            if not isinstance(key, str):
+                raise self._refusal(
+                    f"{path}.{key}", value, "must stand under a key that is a text",
+                    f'write it as "{key}"',
+                )  # fmt: skip
+        return {key: self.read(value, kind, f"{path}.{key}") for key, value in plain.items()}
+
+    def _items(self, plain: list[Any], origin: type, kinds: tuple[Any, ...], path: str) -> Any:
+        if origin is tuple and kinds[-1] is not Ellipsis:
+            if len(plain) != len(kinds):
+                raise self._refusal(
+                    path, plain, f"must be a list of {len(kinds)} values", "correct the value"
+                )
+        else:
+            kinds = (kinds[0],) * len(plain)
+        values = [
+            self.read(item, kind, f"{path}[{_label(item, index)}]")
+            for index, (item, kind) in enumerate(zip(plain, kinds, strict=True))
+        ]
+        return tuple(values) if origin is tuple else values
+
+    def _dataclass(self, plain: Any, kind: type, path: str) -> Any:
         if not isinstance(plain, dict):
-            raise ProfileError(
-                f"{file}: {path}" if path else file, plain if path else "<no mapping>",
-                f"must be a mapping with {', '.join(item.name for item in fields(kind))}",
+            raise self._refusal(
+                path, plain, f"must be a mapping with {', '.join(f.name for f in fields(kind))}",
                 "see the files that come with hrm",
             )  # fmt: skip
-        given = cast("dict[Any, Any]", plain)
-        _check_fields(given, kind, file, path)
-        hints = _hints(kind)
-        return {
-            key: _check_keys(value, hints[key], file, f"{path}.{key}" if path else key)
+        given, hints = cast("dict[Any, Any]", plain), _hints(kind)
+        self._check_fields(given, kind, path)
+        values = {
+            key: self.read(value, hints[key], _under(path, key))
             for key, value in given.items()
+            if key in hints
         }
-    inner = [arg for arg in get_args(kind) if arg is not type(None)]
-    if isinstance(kind, UnionType):
-        return plain if plain is None else _check_keys(plain, inner[0], file, path)
-    if isinstance(plain, dict) and inner:
-        pairs = cast("dict[Any, Any]", plain)
-        return {k: _check_keys(v, inner[-1], file, f"{path}.{k}") for k, v in pairs.items()}
-    if isinstance(plain, list) and inner:
-        items = cast("list[Any]", plain)
-        return [
-            _check_keys(item, inner[0], file, f"{path}[{_label(item, i)}]")
-            for i, item in enumerate(items)
-        ]
-    return cast("Any", plain)
+        try:
+            return kind(**values)
+        except HrmError as error:
+            raise self._located(error, given, path) from error
+
+    def _check_fields(self, plain: dict[Any, Any], kind: type, path: str) -> None:
+        known = {item.name: item for item in fields(kind)}
+        all_known = f"{kind.__name__} ({', '.join(known)})"
+        for key, value in plain.items():
+            if key not in known and not self.other_keys:
+                close = closest(str(key), known)
+                raise self._refusal(
+                    _under(path, key), value, f"is no field of {all_known}",
+                    f"did you mean {close}?" if close else "remove or correct it",
+                )  # fmt: skip
+        for name, item in known.items():
+            required = item.default is MISSING and item.default_factory is MISSING
+            if required and name not in plain:
+                raise self._refusal(
+                    _under(path, name), "<missing>", "must be given",
+                    "add it as in the files that come with hrm",
+                )  # fmt: skip
+
+    def _located(self, error: HrmError, plain: Mapping[Any, Any], path: str) -> ProfileError:
+        """The same error at its place in the file instead of under the name of what is there."""
+        where, name = error.where, plain.get("name")
+        if isinstance(name, str) and name and where.startswith(name):
+            where = where.removeprefix(name).lstrip(".: ")
+        return ProfileError(
+            f"{self.file}: {_under(path, where)}" if where or path else self.file,
+            error.value, error.rule, error.remedy,
+        )  # fmt: skip
 
 
-def _choices(kind: Any) -> list[Any]:
-    """The values of an enumeration or a Literal; none for other types."""
+def _choices(kind: Any) -> dict[Any, Any]:
+    """What an enumeration's or a Literal's values stand for; nothing for other types."""
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return [member.value for member in kind]
-    return list(get_args(kind)) if get_origin(kind) is Literal else []
-
-
-def _check_fields(plain: dict[Any, Any], kind: type, file: str, path: str) -> None:
-    known: dict[str, Field[Any]] = {item.name: item for item in fields(kind)}
-    for key, value in plain.items():
-        if key not in known:
-            from difflib import get_close_matches
-
-            close = get_close_matches(str(key), known, 1)
-            where = f"{path}.{key}" if path else key
-            shown = "<a mapping>" if isinstance(value, dict) else value
-            raise ProfileError(
-                f"{file}: {where}", shown, f"is no field of {kind.__name__} ({', '.join(known)})",
-                f"did you mean {close[0]}?" if close else "remove or correct it",
-            )  # fmt: skip
-    for name, item in known.items():
-        required = item.default is MISSING and item.default_factory is MISSING
-        if required and name not in plain:
-            where = f"{path}.{name}" if path else name
-            raise ProfileError(
-                f"{file}: {where}",
-                "<missing>",
-                "must be given",
-                "add it as in the files that come with hrm",
-            )
+        return {member.value: member for member in kind}
+    return {value: value for value in get_args(kind)} if get_origin(kind) is Literal else {}
 
 
 def _label(item: Any, index: int) -> Any:
-    if isinstance(item, dict):
-        return cast("dict[Any, Any]", item).get("name", index)
-    return index
+    """What an item of a list is called in a path: its name, if it has one, or its index."""
+    name = cast("dict[Any, Any]", item).get("name") if isinstance(item, dict) else None
+    return name if isinstance(name, str) else index
 
 
-_AT: Final = re.compile(r"^(?P<rule>.*?)(?: - at `(?P<path>.*)`)?$", re.DOTALL)
-
-
-def _type_error(file: str, said: str, plain: Any) -> ProfileError:
-    match = _AT.match(said)
-    assert match is not None
-    where, value = "", plain
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", match["path"] or ""):
-        if key:
-            where += f".{key}" if where else key
-            value = cast("dict[str, Any]", value)[key]
-        else:
-            value = cast("list[Any]", value)[int(index)]
-            where += f"[{_label(value, int(index))}]"
-    rule = match["rule"].replace("`", "")
-    shown: Any = "<a mapping>" if isinstance(value, dict) else value
-    return ProfileError(
-        f"{file}: {where}" if where else file, shown, rule[:1].lower() + rule[1:],
-        "correct the value",
-    )  # fmt: skip
-
-
-def _located(file: str, error: HrmError, plain: Any) -> ProfileError:
-    """The same error with the file's name in place of the machine's."""
-    name = str(cast("dict[str, Any]", plain).get("name", ""))
-    where = error.where.removeprefix(name).lstrip(".: ") if name else error.where
-    message = str(error).removeprefix(error.where)
-    located = ProfileError(f"{file}: {where}", error.value, error.rule, error.remedy)
-    assert str(located).endswith(message)
-    return located
+def _under(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path and key else f"{path}{key}"

@@ -60,10 +60,12 @@ def parse_swept(vary: Swept, text: str, where: str) -> float:
                 return parse_seconds(text, where, zero=True)
             return parse_bandwidth(text, where) if vary.is_bandwidth else parse_flops(text, where)
         case Length():
-            if not text.isascii() or not text.isdigit() or int(text) < 1:
+            # Its digits are counted first: of thousands of them Python makes no number.
+            if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
                 raise HrmError(
-                    where, text, "must be a positive number of tokens", "write it like 512"
-                )
+                    where, text, "must be a positive number of tokens, below 10^9",
+                    "write it like 512",
+                )  # fmt: skip
             return float(text)
 
 

@@ -2,13 +2,23 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, cast
 
+import msgspec
+
+from hrm.decoding import read_json_object
 from hrm.errors import TraceError
+from hrm.files import writing
 from hrm.tasks import Lane, Phase, TaskId, TaskKind
+from hrm.units import GIB
+
+MAX_TRACE_BYTES: Final = 2 * GIB  # millions of spans
+_LANES: Final = tuple(Lane)
+
+_SPANS_AT_ONCE: Final = 1000
 
 
 class Span(NamedTuple):
@@ -148,45 +158,76 @@ def chrome_events(
 
 
 def write_chrome_trace(path: Path, *, measured: Trace | None = None, **others: Trace) -> None:
-    """Write traces side by side into one Chrome trace file."""
+    """Write traces side by side into one Chrome trace file; TraceError if it cannot be written."""
     traces = {**({"measured": measured} if measured else {}), **others}
-    events = [
-        event
-        for pid, (name, trace) in enumerate(traces.items())
-        for event in chrome_events(trace.spans, process=name, pid=pid)
-    ]
-    document = {"displayTimeUnit": "ms", "traceEvents": events}
-    path.write_text(json.dumps(document), encoding="utf-8")
+    with writing(path, TraceError, remedy="choose another --trace") as write:
+        for piece in _chrome_pieces(traces):
+            write(piece.encode())
+
+
+def _chrome_pieces(traces: dict[str, Trace]) -> Iterator[str]:
+    """The text of a Chrome trace, in pieces that take little memory."""
+    yield '{"displayTimeUnit": "ms", "traceEvents": [\n'
+    for pid, (name, trace) in enumerate(traces.items()):
+        names = chrome_events((), process=name, pid=pid)
+        yield (",\n" if pid else "") + ",\n".join(json.dumps(event) for event in names)
+        for first in range(0, len(trace.spans), _SPANS_AT_ONCE):
+            spans = trace.spans[first : first + _SPANS_AT_ONCE]
+            events = chrome_events(spans, process=name, pid=pid)[len(names) :]
+            yield "".join(f",\n{json.dumps(event)}" for event in events)
+    yield "\n]}\n"
+
+
+_Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+_Microseconds = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+
+
+class _Arguments(msgspec.Struct):
+    """What an event says of its task."""
+
+    kind: str
+    layer: _Index
+    micro_batch: _Index
+    step: _Index
+    batch: _Index
+    num_bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Event(msgspec.Struct):
+    """A span as it stands in the file."""
+
+    tid: Annotated[int, msgspec.Meta(ge=0, lt=len(Lane))]
+    ts: _Microseconds
+    dur: _Microseconds
+    cat: Phase
+    args: _Arguments
+
+
+def _span(event: _Event) -> Span:
+    args = event.args
+    return Span(
+        TaskId(TaskKind[args.kind], args.layer, args.micro_batch, args.step),
+        _LANES[event.tid],
+        event.ts / 1e6,
+        (event.ts + event.dur) / 1e6,
+        event.cat,
+        args.batch,
+        args.num_bytes,
+    )
 
 
 def read_chrome_trace(path: Path, *, process: str = "measured") -> Trace:
     """Read a trace that `write_chrome_trace` wrote; TraceError if the file is none of ours."""
+    what, remedy = "a trace written by executor", "run the job again"
+    document = read_json_object(path, what, TraceError, remedy=remedy, max_bytes=MAX_TRACE_BYTES)
     try:
-        events: list[Any] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        lanes: list[Lane] = list(Lane)
-        pids = {e["pid"] for e in events if e["name"] == "process_name"
-                and e["args"]["name"] == process}  # fmt: skip
-        spans = tuple(
-            Span(
-                TaskId(
-                    TaskKind[event["args"]["kind"]],
-                    event["args"]["layer"],
-                    event["args"]["micro_batch"],
-                    event["args"]["step"],
-                ),
-                lanes[int(event["tid"])],
-                event["ts"] / 1e6,
-                (event["ts"] + event["dur"]) / 1e6,
-                Phase(event["cat"]),
-                event["args"]["batch"],
-                event["args"]["num_bytes"],
-            )
-            for event in events
-            if event["ph"] == "X" and event["pid"] in pids
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        events = cast("list[Any]", document["traceEvents"])
+        pids = [e["pid"] for e in events if e["name"] == "process_name"
+                and e["args"]["name"] == process]  # fmt: skip
+        ours = [event for event in events if event["ph"] == "X" and event["pid"] in pids]
+        spans = tuple(_span(event) for event in msgspec.convert(ours, list[_Event]))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise TraceError(
-            str(path), f"<{type(error).__name__}: {error}>", "must be a trace written by executor",
-            "run the job again",
-        ) from error  # fmt: skip
+            str(path), f"<{type(error).__name__}: {error}>", f"must be {what}", remedy
+        ) from error
     return Trace(spans)

@@ -1,25 +1,26 @@
 """Measured beside predicted: a run directory laid over the model of the machine it ran on."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Any, Final, cast
 
 from hrm.costs import EXECUTOR, Costs, Runtime
-from hrm.errors import TraceError
+from hrm.decoding import read_json
+from hrm.errors import PolicyError, ProfileError, TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
 from hrm.hardware import HardwareProfile, Link
 from hrm.numeric import Spread
 from hrm.parallel import part_for
 from hrm.policy import Policy, ScheduleName
-from hrm.policy_file import PolicyFile
+from hrm.policy_file import PolicyFile, check_policy_file
+from hrm.strict import decode_strictly
 from hrm.tasks import Lane, Phase, TaskKind
 from hrm.workload import Workload
 
 RUN_SCHEMA: Final = 1
+LARGEST: Final = 10**15  # of what a run measures: seconds, bytes, tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,27 +190,69 @@ def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str,
 def read_run(folder: Path) -> RunRecord:
     """Read a run directory's run.json; TraceError if there is none or it cannot be used."""
     path = folder / "run.json"
+    plain = read_json(
+        path, "a run.json that executor run wrote", TraceError,
+        remedy="give the --output-dir of a run",
+    )  # fmt: skip
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=RunRecord)
-    except OSError as error:
-        raise TraceError(
-            str(path), f"<{error.strerror}>", "must be a run.json that executor run wrote",
-            "give the --output-dir of a run",
-        ) from error  # fmt: skip
-    except msgspec.DecodeError as error:
-        raise TraceError(
-            str(path), f"<{error}>", "must be a run.json of this version", "run the job again"
-        ) from error
+        record = decode_strictly(plain, RunRecord, str(path), other_keys=True)
+        check_policy_file(record.policy_file, f"{path}: policy_file")
+    except (ProfileError, PolicyError) as error:
+        raise TraceError(error.where, error.value, error.rule, "run the job again") from error
     if record.schema != RUN_SCHEMA:
         raise TraceError(
             f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again"
         )
+    for where, value, rule in _impossible(record):
+        raise TraceError(f"{path}: {where}", value, rule, "run the job again")
     if not record.totals.generated_tokens:
         raise TraceError(
             f"{path}: totals.generated_tokens", 0, "must be more than 0: nothing was run",
             "look into outputs.jsonl for the reason",
         )  # fmt: skip
     return record
+
+
+def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
+    """What no run can have measured: where it stands, its value, and what must hold."""
+    names = {"phases": [x.value for x in Phase], "schedule": [x.value for x in ScheduleName]}
+    if record.schedule not in names["schedule"]:
+        yield "schedule", record.schedule, f"must be one of {', '.join(names['schedule'])}"
+    for phase, of_phase in record.phases.items():
+        for where, given, known in (
+            ("phases", [phase], names["phases"]),
+            (f"phases.{phase}.kinds", of_phase.kinds, TaskKind.__members__),
+            (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
+        ):
+            for name in given:
+                if name not in known:
+                    yield where, name, f"must be of {', '.join(known)}"
+    for index, batch in enumerate(record.batches):
+        if batch.requests < 1:
+            yield f"batches[{index}].requests", batch.requests, "must be at least 1"
+    measured = {item.name: getattr(record, item.name) for item in fields(record)}
+    del measured["policy_file"], measured["schema"]
+    for where, value in _numbers(measured, ""):
+        if not 0 <= value <= LARGEST:
+            yield where, value, f"must be from 0 to {LARGEST:.0e}"
+
+
+def _numbers(node: Any, where: str) -> Iterator[tuple[str, float]]:
+    """Every number in a record, with its path."""
+    match node:
+        case int() | float():
+            yield where, node
+        case dict():
+            for key, inner in cast("dict[str, Any]", node).items():
+                yield from _numbers(inner, f"{where}.{key}".removeprefix("."))
+        case list() | tuple():
+            for index, inner in enumerate(cast("list[Any]", node)):
+                yield from _numbers(inner, f"{where}[{index}]")
+        case _ if is_dataclass(node):
+            for item in fields(node):
+                yield from _numbers(getattr(node, item.name), f"{where}.{item.name}")
+        case _:
+            pass
 
 
 def validate(run: RunRecord) -> Validation:

@@ -18,6 +18,7 @@ from executor.model.workspace import Workspace
 from executor.native import kernels
 from hrm.hardware import Link
 from hrm.profiling import environment
+from hrm.profiling.pacing import Waits
 from hrm.tasks import Device, Lane
 from hrm.units import MIB
 
@@ -42,7 +43,8 @@ class AbstractBackend(ABC):
     `description` says in words what the run runs on, and `library_bytes` what libraries hold of the
     GPU's memory beside all that is planned; the paces are those that an emulated link is held to.
     `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels` compute on the
-    GPU's level where its tensors are not the host's.
+    GPU's level where its tensors are not the host's. `waits` are what lanes sleep in where time is
+    emulated.
     """
 
     name: str
@@ -52,6 +54,7 @@ class AbstractBackend(ABC):
     d2h_bytes_per_s: float | None = None
     streams: Mapping[Lane, AbstractStream] = MappingProxyType({})
     gpu_kernels: GpuKernels | None = None
+    waits: Waits | None = None
 
     @property
     def shares_memory(self) -> bool:

@@ -21,7 +21,7 @@ from executor.backends.base import (
 )
 from executor.errors import RunError
 from hrm.profiling.lane_threads import lane_threads
-from hrm.profiling.pacing import PacedCopy
+from hrm.profiling.pacing import PacedCopy, Waits
 from hrm.tasks import Device, Lane
 from hrm.units import format_bandwidth, format_bytes
 
@@ -52,7 +52,7 @@ class CpuBackend(AbstractBackend):
 class EmulatedBackend(AbstractBackend):
     """An accelerator emulated on the CPU, for runs and timings on any machine.
 
-    `clock` and `sleep` are what its links keep time with.
+    `clock` and `sleep` are what its links keep time with; by default sleeps can be called off.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class EmulatedBackend(AbstractBackend):
         machine: EmulatedMachine,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.name = "emulated"
+        self.waits = Waits()
         self.description = (
             f"emulated on the CPU: {format_bytes(machine.gpu_memory_bytes)}, host to device "
             f"{format_bandwidth(machine.h2d.bandwidth_bytes_per_s.at())}"
@@ -74,7 +75,7 @@ class EmulatedBackend(AbstractBackend):
                 latency_s=link.latency_s.value,
                 bandwidth_bytes_per_s=link.bandwidth_bytes_per_s.at(),
                 clock=clock,
-                sleep=sleep,
+                sleep=sleep or self.waits.sleep,
             )
             for lane, link in ((Lane.H2D, machine.h2d), (Lane.D2H, machine.d2h))
         }

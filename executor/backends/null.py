@@ -8,6 +8,7 @@ from typing import Final, final
 import torch
 
 from executor.backends.base import AbstractBackend, Copy
+from hrm.profiling.pacing import Waits
 from hrm.tasks import Device, Lane, TaskId, TaskKind
 
 _SPIN_S: Final = 100e-6  # the end of a wait is spun through: sleeping is not that precise
@@ -22,6 +23,7 @@ class NullBackend(AbstractBackend):
     def __init__(self) -> None:
         self.name = "null"
         self.description = "null: every task sleeps for its predicted time"
+        self.waits = Waits()
 
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:  # noqa: ARG002
         """A tensor without memory behind it."""
@@ -37,10 +39,11 @@ class NullBackend(AbstractBackend):
 
 
 def null_handlers(
-    seconds_of: Callable[[TaskId], float], lane_of: Callable[[TaskId], Lane]
-) -> dict[TaskKind, Callable[[TaskId], int]]:
+    seconds_of: Callable[[TaskId], float], lane_of: Callable[[TaskId], Lane],
+    sleep_for: Callable[[float], object] = time.sleep,
+) -> dict[TaskKind, Callable[[TaskId], int]]:  # fmt: skip
     """Handlers that sleep for `seconds_of(task)`, precise on average over each lane's tasks."""
-    paces = {lane: Pace() for lane in Lane}
+    paces = {lane: Pace(sleep_for) for lane in Lane}
 
     def sleep(task_id: TaskId) -> int:
         start_s = time.perf_counter()
@@ -58,21 +61,22 @@ class Pace:
     take as long as they should although no single one is precise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        self._sleep = sleep
         self._credit_s = 0.0
 
     def wait(self, start_s: float, seconds: float) -> None:
         """Return when `seconds` have passed since `start_s` of time.perf_counter."""
         end_s = start_s + seconds - self._credit_s
-        wait_until(end_s)
+        wait_until(end_s, self._sleep)
         late_s = time.perf_counter() - end_s
         self._credit_s = min(max(late_s, 0.0), _MAX_CREDIT_S)
 
 
-def wait_until(end_s: float) -> None:
+def wait_until(end_s: float, sleep: Callable[[float], object] = time.sleep) -> None:
     """Return at `end_s` of time.perf_counter: sleep the bulk, then spin, giving way to others."""
     remaining_s = end_s - time.perf_counter()
     if remaining_s > _SPIN_S:
-        time.sleep(remaining_s - _SPIN_S)
+        sleep(remaining_s - _SPIN_S)
     while time.perf_counter() < end_s:
         _give_way()

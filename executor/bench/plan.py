@@ -70,7 +70,7 @@ def model_of(
         checkpoint = stack.enter_context(Checkpoint.open(model))
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
-        checkpoint.check(family.expected_tensors(arch))
+        checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         source = checkpoint
     if layers is not None:
         if layers > arch.spec.num_layers:

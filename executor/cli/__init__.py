@@ -1,11 +1,8 @@
 """The command line of executor: parse, call, print."""
 
-import signal
-import sys
-
 import click
 
-from hrm.errors import HrmError
+from hrm.cli.program import LazyGroup, run_program
 from hrm.openmp import spin_briefly
 
 _COMMANDS = {
@@ -14,28 +11,9 @@ _COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    """Commands whose modules are imported when they are called, so that --help stays quick."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        del ctx
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        del ctx
-        if cmd_name not in _COMMANDS:
-            return None
-        from importlib import import_module
-
-        return getattr(import_module(_COMMANDS[cmd_name][0]), cmd_name)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, lazily=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="moe-hrm", prog_name="executor")
 def cli() -> None:
     """Run mixture-of-experts models whose weights do not fit the GPU, under a policy of hrm's.
@@ -45,36 +23,6 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command line and exit.
-
-    0; 2 after a mistake in the input; 1 if a task failed; 130 on Ctrl-C and 143 on SIGTERM, which
-    ends a run as cleanly.
-    """
+    """Run a command line and exit; `run_program` says with which code."""
     spin_briefly()
-    terminated = False
-
-    def terminate(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        cli.main(args=args, prog_name="executor", standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; what was finished is kept", err=True)
-        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
-    except HrmError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        chart = getattr(error, "chart", None)
-        if chart is not None:  # a task failed: no mistake of the user's
-            click.echo(chart, err=True)
-        sys.exit(2 if chart is None else 1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    run_program(cli, "executor", args, interrupted="interrupted; what was finished is kept")

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -29,19 +29,24 @@ class Meter:
         self._shares: dict[Lane, float] = {}
 
     def text(self) -> str:
-        """Requests done, tokens a second, time left and busy share per lane, in one line."""
+        """Phase, requests done, tokens a second, time left and busy lanes, in one line."""
         progress, now_s = self._progress, time.monotonic()
-        parts = [progress.stage, f"{progress.done_requests}/{progress.total_requests} requests"]
+        phase = progress.phase
+        stage = progress.stage
+        if phase is not None:
+            stage += f", {phase.value} {progress.share_of_batch:.0%}"
+        parts = [stage]
+        if progress.total_requests:
+            parts.append(f"{progress.done_requests}/{progress.total_requests} requests")
         if progress.generator is None:
             return " · ".join(parts)
         if self._started_s is None:
             self._started_s = self._looked_s = now_s
         elapsed_s = max(now_s - self._started_s, 1e-9)
-        done = progress.done_now
-        if progress.generated_now:
-            parts.append(f"{progress.generated_now / max(elapsed_s, 1.0):.0f} tokens/s")
-            left_s = elapsed_s * (progress.total_requests - done)
-            left_s /= max(done - progress.earlier_requests, 1e-9)
+        if progress.generated_tokens:
+            parts.append(f"{progress.generated_tokens / max(elapsed_s, 1.0):.0f} tokens/s")
+        left_s = progress.left_s
+        if left_s is not None:
             parts.append(f"{format_countdown(left_s)} left")
         self._look(now_s)
         busy = " ".join(f"{lane} {share:.0%}" for lane, share in self._shares.items())
@@ -53,11 +58,9 @@ class Meter:
             return
         busy_s = self._progress.busy_s
         for lane, now_busy_s in busy_s.items():
-            before_s = self._busy_s.get(lane, 0.0)
-            # Less than before: another phase has begun and counts anew.
-            more_s = now_busy_s - before_s if now_busy_s >= before_s else now_busy_s
+            more_s = now_busy_s - self._busy_s.get(lane, 0.0)
             if now_busy_s > 0 or lane in self._shares:
-                self._shares[lane] = min(more_s / passed_s, 1.0)
+                self._shares[lane] = min(max(more_s / passed_s, 0.0), 1.0)
         self._busy_s, self._looked_s = busy_s, now_s
 
 
@@ -66,6 +69,12 @@ def format_countdown(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say(line: str) -> None:
+    """Tell the user a line, if standard error still has a reader: no job ends for want of one."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 @contextmanager
@@ -92,16 +101,22 @@ def _bar(progress: "JobProgress") -> Iterator[None]:
     meter = Meter(progress)
 
     def render() -> Group:
-        total = max(progress.total_requests, 1)
+        bar = ProgressBar(total=1.0, completed=progress.share_done, width=BAR_WIDTH)
         return Group(
-            Padding(ProgressBar(total=total, completed=progress.done_now, width=BAR_WIDTH), 0),
+            Padding(bar, 0),
             Text(meter.text(), no_wrap=True, overflow="ellipsis"),
         )
 
-    with Live(
+    live = Live(
         console=Console(stderr=True), get_renderable=render, refresh_per_second=4, transient=True
-    ):
+    )
+    with suppress(OSError):  # a terminal that has gone
+        live.start()
+    try:
         yield
+    finally:
+        with suppress(OSError):
+            live.stop()
 
 
 @contextmanager
@@ -113,7 +128,7 @@ def _plain_lines(progress: "JobProgress") -> Iterator[None]:
         while not ended.wait(_LOOK_INTERVAL_S):  # rates are of the time between looks
             text = meter.text()
             if time.monotonic() - reported_s >= _PLAIN_INTERVAL_S:
-                click.echo(text, err=True)
+                say(text)
                 reported_s = time.monotonic()
 
     thread = threading.Thread(target=report, name="progress", daemon=True)

@@ -43,14 +43,21 @@ def run(
 ) -> None:  # fmt: skip
     """Run a file of requests under a policy.
 
-    Finished requests are appended to OUTPUT_DIR/outputs.jsonl batch by batch. run.json says what
-    was done and how fast; trace.json opens in Perfetto.
+    Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
+    wrong, gets a line with its error and the others run. run.json says what was done and how fast;
+    trace.json opens in Perfetto.
+
+    A chat without max_tokens gets as many tokens as its share of the policy's cache leaves beside
+    the prompt, but no fewer than the --gen-len of the policy; a completion gets 16.
+
+    --resume goes on where a run was cut short, with what is not answered yet, errors included: they
+    are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 
     EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
     avx2 (say) takes the native kernels for those instructions. EXECUTOR_SYNCHRONISE=1 waits for
     every task on a GPU, so that an error names the task that it is of.
     """
-    from executor.cli.progress import live_progress
+    from executor.cli.progress import live_progress, say
     from executor.job import JobOptions, JobProgress, run_job
 
     options = JobOptions(
@@ -64,7 +71,7 @@ def run(
         max_requests=max_requests,
         resume=resume,
     )
-    progress = JobProgress(tell=lambda line: click.echo(line, err=True))
+    progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
         content = run_job(options, progress)
     if not quiet:
@@ -78,7 +85,8 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
         f"accelerator  {content['accelerator']['description']}",
         f"CPU kernels  {content['accelerator']['cpu_kernels']}",
         f"requests     {totals['requests']} in {counted(totals['batches'], 'batch')}"
-        + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else ""),
+        + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else "")
+        + (f", {totals['failed_requests']} failed" if totals["failed_requests"] else ""),
         f"tokens       {totals['prompt_tokens']} prompt, {totals['generated_tokens']} generated",
         f"throughput   {totals['tokens_per_s']:.1f} tokens/s generated over prefill and decode",
     ]
@@ -92,4 +100,5 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
         lines.append(
             f"{level + ' memory':<12} {format_bytes(peak)} used of {format_bytes(planned)} planned"
         )
-    return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json, trace.json"])
+    trace = ", trace.json" if content["trace"]["spans"] else ""
+    return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json{trace}"])

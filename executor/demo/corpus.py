@@ -10,6 +10,8 @@ from pathlib import Path
 
 import tokenizers
 
+from hrm.files import write_whole
+
 TEXT_SOURCE = "King James Bible, Debian package bible-kjv-text 4.38"
 HELD_OUT_EVERY = 50  # chapters
 PASSAGE_CHARS = (100, 200, 400, 800)
@@ -123,8 +125,9 @@ def write_prompts(text: Path, model_dir: Path, path: Path) -> None:
         cuts = ((p, cut_prompt(tokenizer, p, lengths[index])) for p in passages)
         passage, prompts[index] = next((p, prompt) for p, prompt in cuts if prompt)
         passages.remove(passage)
-    with path.open("w") as file:
-        for index in range(NUM_PROMPTS):
-            body = {"model": "demo", "prompt": prompts[index], "max_tokens": 32, "temperature": 0}
-            request = {"custom_id": f"demo-{index:03}", "method": "POST", "url": "/v1/completions"}
-            file.write(json.dumps(request | {"body": body}) + "\n")
+    lines: list[str] = []
+    for index in range(NUM_PROMPTS):
+        body = {"model": "demo", "prompt": prompts[index], "max_tokens": 32, "temperature": 0}
+        request = {"custom_id": f"demo-{index:03}", "method": "POST", "url": "/v1/completions"}
+        lines.append(json.dumps(request | {"body": body}) + "\n")
+    write_whole(path, "".join(lines))

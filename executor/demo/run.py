@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import click
 
-from executor.checkpoint import Checkpoint
 from executor.demo import MODEL_DIR, PROMPTS
+from executor.job.tokenizer import TextTokenizer
 from hrm.tasks import Phase, TaskKind
 from hrm.trace import Trace, lane_chart, read_chrome_trace
 
@@ -28,12 +28,11 @@ SHOWN: Final = 3
 
 def measured_lengths(prompts: Path, model: Path, count: int) -> tuple[float, int]:
     """Mean and greatest length in tokens of the first `count` prompts."""
-    with Checkpoint.open(model) as checkpoint:
-        tokenizer = checkpoint.tokenizer()
+    tokenizer = TextTokenizer.of_checkpoint(model)
     assert tokenizer is not None
     with prompts.open(encoding="utf-8") as lines:
         bodies = [json.loads(line)["body"] for line in islice(lines, count)]
-    lengths = [len(tokenizer.encode(body["prompt"]).ids) for body in bodies]
+    lengths = [len(tokenizer.encode(body["prompt"], add_special_tokens=True)) for body in bodies]
     return sum(lengths) / len(lengths), max(lengths)
 
 

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from executor.demo import MODEL_DIR, PROMPTS, corpus
+from hrm.files import write_whole
 
 NO_TARGET = -100  # cross_entropy's ignore_index
 
@@ -178,7 +179,7 @@ def save(
 
 def write_json(path: Path, value: object) -> None:
     """Writes `value` indented, ending in a newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def save_state(

@@ -1,5 +1,6 @@
 """One file a model family; nothing outside knows any of them by name."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from executor.families.base import AbstractFamily
@@ -14,7 +15,10 @@ FAMILIES: Final[dict[str, AbstractFamily]] = {"mixtral": Mixtral(), "dbrx": Dbrx
 
 
 def family_for(config: dict[str, Any], where: str) -> AbstractFamily:
-    """The family of a config by its `model_type`; ModelError naming `where` if it is unknown."""
+    """The family of a config by its `model_type`.
+
+    Raises ModelError naming `where` if it is unknown, or if the weights are quantised.
+    """
     name = config.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
@@ -22,4 +26,21 @@ def family_for(config: dict[str, Any], where: str) -> AbstractFamily:
             f"{where}: model_type", "<missing>" if name is None else name,
             f"must be one of {', '.join(FAMILIES)}", "use a Mixtral- or DBRX-shaped model",
         )  # fmt: skip
+    _check_not_quantised(config, where)
     return family
+
+
+QUANTISATION_KEYS: Final = ("quantization_config", "quantization", "compression_config")
+
+
+def _check_not_quantised(config: Mapping[str, Any], where: str) -> None:
+    for key in QUANTISATION_KEYS:
+        section = config.get(key)
+        if not section:
+            continue
+        method = section.get("quant_method") if isinstance(section, dict) else section
+        raise ModelError(
+            f"{where}: {key}", f"<{method or 'present'}>",
+            "must not be there: quantised weights are not read, only float32, bfloat16, float16"
+            " and float64", "use an unquantised checkpoint",
+        )  # fmt: skip

@@ -5,7 +5,9 @@ D hidden, V vocab.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, final
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, ClassVar, Final, final
 
 from torch import Tensor
 
@@ -35,8 +37,10 @@ class AbstractFamily(ABC):
         """The family's published models at any dimensions, for runs without a checkpoint."""
 
     @abstractmethod
-    def layer_tensors(self, arch: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of a layer."""
+    def layer_tensors(
+        self, arch: Architecture, layer: int, stored: Collection[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a layer, as named among those that are stored."""
 
     @abstractmethod
     def load_dense(
@@ -51,23 +55,37 @@ class AbstractFamily(ABC):
         """Fill one expert of a layer."""
 
     @final
-    def expected_tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint has."""
+    def expected_tensors(
+        self, arch: Architecture, stored: Collection[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a checkpoint has.
+
+        What may be stored in several ways is as in `stored`, the names that a checkpoint has.
+        """
         spec = arch.spec
+        matrix, tied = (spec.vocab_size, spec.hidden_size), spec.tied_embeddings
         shapes: dict[str, tuple[int, ...]] = {
-            self.embedding: (spec.vocab_size, spec.hidden_size),
+            self._embedding_in(stored) if tied else self.embedding: matrix,
+            self._head_in(stored, tied=tied): matrix,
             self.final_norm: (spec.hidden_size,),
         }
-        if not spec.tied_embeddings:
-            shapes[self.lm_head] = (spec.vocab_size, spec.hidden_size)
         for layer in range(spec.num_layers):
-            shapes |= self.layer_tensors(arch, layer)
+            shapes |= self.layer_tensors(arch, layer, stored)
         return shapes
+
+    def _embedding_in(self, stored: Collection[str]) -> str:
+        """Where the embedding is: one that is tied may be stored as the LM head alone."""
+        only_head = self.lm_head in stored and self.embedding not in stored
+        return self.lm_head if only_head else self.embedding
+
+    def _head_in(self, stored: Collection[str], *, tied: bool) -> str:
+        """Where the LM head is: a stored one counts, as in transformers, though it be tied."""
+        return self.embedding if tied and self.lm_head not in stored else self.lm_head
 
     @final
     def load_embedding(self, source: WeightSource, out_VD: Tensor) -> None:
         """Fill the token embedding."""
-        source.read_into(self.embedding, out_VD)
+        source.read_into(self._embedding_in(source.names), out_VD)
 
     @final
     def load_head(
@@ -75,7 +93,8 @@ class AbstractFamily(ABC):
     ) -> None:
         """Fill the final norm and the LM head, from the embedding if they are tied."""
         source.read_into(self.final_norm, final_norm_D)
-        source.read_into(self.embedding if arch.spec.tied_embeddings else self.lm_head, lm_head_VD)
+        head = self._head_in(source.names, tied=arch.spec.tied_embeddings)
+        source.read_into(head, lm_head_VD)
 
 
 def token_ids(config: dict[str, Any], where: str, key: str) -> tuple[int, ...]:
@@ -103,30 +122,51 @@ def positive(config: dict[str, Any], where: str, key: str, default: float | None
     return value
 
 
-def rope_theta(config: dict[str, Any], where: str, default: float) -> float:
-    """The base of the rotary embedding, under `rope_parameters` or, as once, at the top.
+ROPE_SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
 
-    Raises ModelError if the embedding is scaled or partial.
+
+def rope_theta(config: dict[str, Any], where: str, default: float) -> float:
+    """The base of the rotary embedding: at the top, or in the sections that have had it.
+
+    Raises ModelError if it is given twice and differs, or the embedding is scaled or partial.
     """
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key)
-        if rope is None:
+    given: dict[str, float] = {}
+    for key in ("", *ROPE_SECTIONS):
+        section = config.get(key) if key else config
+        if section is None:
             continue
-        kind = (
-            rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        )
-        if kind != "default":
+        _check_unscaled(section, where, key)
+        if section.get("rope_theta") is not None:
+            path = f"{where}: {key}" if key else where
+            given[f"{key}: rope_theta" if key else "rope_theta"] = float(
+                positive(section, path, "rope_theta", None)
+            )
+    for name, value in given.items():
+        first, theta = next(iter(given.items()))
+        if value != theta:
             raise ModelError(
-                f"{where}: {key}", rope, "must be of type default: scaled positions are not"
+                f"{where}: {name}", value,
+                f"must be {theta} as {first} is: readers of such a config differ in which they"
+                " take", "remove the one that the model was not trained with",
+            )  # fmt: skip
+    return next(iter(given.values()), float(default))
+
+
+def _check_unscaled(section: Any, where: str, key: str) -> None:
+    """Refuse rotary embeddings that are scaled or rotate a part of each head."""
+    if key in {"rope_parameters", "rope_scaling"}:
+        rope = section if isinstance(section, dict) else {"type": section}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
+            raise ModelError(
+                f"{where}: {key}", section, "must be of type default: scaled positions are not"
                 " supported", "use a model without rope scaling",
             )  # fmt: skip
-        config = {**config, **rope}
-    if config.get("partial_rotary_factor", 1) != 1:
+    if section.get("partial_rotary_factor", 1) not in {1, None}:
         raise ModelError(
-            f"{where}: partial_rotary_factor", config["partial_rotary_factor"],
+            f"{where}: partial_rotary_factor", section["partial_rotary_factor"],
             "must be 1: whole heads are rotated", "use a model of a supported architecture",
         )  # fmt: skip
-    return float(positive(config, where, "rope_theta", default))
 
 
 def require_silu(value: object, where: str) -> None:
@@ -136,10 +176,13 @@ def require_silu(value: object, where: str) -> None:
 
 
 def checked_spec(spec: ModelSpec, where: str) -> ModelSpec:
-    """The spec itself; ModelError if its heads cannot be rotated."""
+    """The spec with whole attention; ModelError if its heads cannot be rotated.
+
+    A sliding window is the architecture's, which bounds what a request may reach.
+    """
     if spec.head_dim % 2:
         raise ModelError(
             f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding",
             "check the config.json",
         )  # fmt: skip
-    return spec
+    return replace(spec, attention_windows=())

@@ -1,5 +1,6 @@
 """DBRX: LayerNorm, one clipped query/key/value projection, all experts of a layer in one tensor."""
 
+from collections.abc import Collection
 from typing import Any, final
 
 from executor.checkpoint import WeightSource
@@ -49,16 +50,13 @@ class Dbrx(AbstractFamily):
             spec=spec,
             norm=Norm.LAYER,
             norm_eps=LAYER_NORM_EPS,
-            rope_theta=rope_theta(
-                config, where,
-                default=positive(attention, f"{where}: attn_config", "rope_theta", 10_000.0),
-            ),
+            rope_theta=rope_theta(config, where, default=10_000.0),
             clip_qkv=clip,
             router_norm=router_norm,
             max_position_embeddings=int(positive(config, where, "max_seq_len", 2048)),
             bos_token_id=next(iter(token_ids(config, where, "bos_token_id")), None),
             eos_token_ids=token_ids(config, where, "eos_token_id"),
-        )  # fmt: skip
+        )
 
     def published_architecture(self, spec: ModelSpec) -> Architecture:
         """DBRX's numbers at any dimensions."""
@@ -67,7 +65,12 @@ class Dbrx(AbstractFamily):
             router_norm=1.0, max_position_embeddings=32_768, eos_token_ids=(100_257,),
         )  # fmt: skip
 
-    def layer_tensors(self, arch: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
+    def layer_tensors(
+        self,
+        arch: Architecture,
+        layer: int,
+        stored: Collection[str] = (),  # noqa: ARG002 - others need it
+    ) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a layer."""
         spec = arch.spec
         hidden = spec.hidden_size

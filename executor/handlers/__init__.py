@@ -9,14 +9,16 @@ from executor.handlers.arenas import HostArenas
 from executor.handlers.decode import DecodeHandlers
 from executor.handlers.memory import RunMemory, allocate
 from executor.handlers.prefill import PrefillHandlers
-from executor.handlers.state import LENGTH, STOP, BatchState, EndOfText
+from executor.handlers.state import ERROR, LENGTH, STOP, BatchState, EndOfText, Generated
 
 __all__ = [
+    "ERROR",
     "LENGTH",
     "STOP",
     "BatchState",
     "DecodeHandlers",
     "EndOfText",
+    "Generated",
     "HostArenas",
     "PrefillHandlers",
     "RunMemory",

@@ -3,7 +3,7 @@
 R requests, D hidden, V vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, final
@@ -12,21 +12,29 @@ import torch
 from torch import Tensor
 
 from executor.batching import Batch, Placed
+from executor.errors import RunError
+from executor.guard import in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
 from executor.model import Architecture, RowNumbers, logits
-from executor.sampling import choose
+from executor.sampling import NO_TOKEN, choose, log_probabilities
 
 STOP: Final = "stop"
 LENGTH: Final = "length"
+ERROR: Final = "error"
 
 
 @dataclass(slots=True)
 class Generated:
-    """A request being generated: its tokens so far and, once it has ended, why."""
+    """A request being generated: its tokens so far and, once it has ended, why.
+
+    `error` says what went wrong with it, if its `finish_reason` is ERROR.
+    """
 
     placed: Placed
     tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
     finish_reason: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +90,18 @@ class EndOfText(Protocol):
 class BatchState:
     """The requests of a batch, what they have generated, and which rows the next step has.
 
-    `num_active` counts requests that go on; `num_generated` tokens so far and `share_done` how
-    much of the batch they are, for live displays. `routed_tokens[i][e]` counts the tokens, prompts'
-    and generated, that layer i sent to expert e; of prompts the last layer sends the ends only.
+    `num_active` counts requests that go on, and `num_generated` tokens so far. `ended` is called
+    with each request as it ends, in the lane that chose its last token. `routed_tokens[i][e]`
+    counts the tokens, prompts' and generated, that layer i sent to expert e; of prompts the last
+    layer sends the ends only.
     """
 
-    def __init__(self, batch: Batch, arch: Architecture, stops: EndOfText) -> None:
+    def __init__(
+        self, batch: Batch, arch: Architecture, stops: EndOfText,
+        ended: Callable[[Generated], object] = lambda _: None,
+    ) -> None:  # fmt: skip
         self._eos = frozenset(arch.eos_token_ids)
-        self._stops = stops
+        self._stops, self._ended = stops, ended
         self.sequences = [
             [Generated(placed) for placed in micro_batch.placed]
             for micro_batch in batch.micro_batches
@@ -98,9 +110,14 @@ class BatchState:
         self._routed_on_device: Tensor | None = None
         self.num_active = batch.num_requests
         self.num_generated = 0
-        self._num_left = sum(
-            s.placed.request.params.max_tokens for members in self.sequences for s in members
+        self._longest_first = sorted(
+            (s for members in self.sequences for s in members),
+            key=lambda s: -s.placed.request.params.max_tokens,
         )
+        self._num_longer_ended = 0  # of them, before the first that goes on
+        # Prefill gives each request its first token; these are the others.
+        self._num_left = sum(s.placed.request.params.max_tokens - 1 for s in self._longest_first)
+        self._num_decoded = self._num_steps = 0
         self.first_rows: list[int] = []
         first = 0
         for members in self.sequences:
@@ -120,31 +137,66 @@ class BatchState:
                 total += self._routed_on_device.cpu()
         return tuple(tuple(layer) for layer in total.tolist())
 
-    @property
-    def share_done(self) -> float:
-        """From 0 to 1: tokens generated, of those that the requests may still come to."""
-        return self.num_generated / max(self.num_generated + self._num_left, 1)
+    def decoded_share(self, fixed_share: float) -> float:
+        """From 0 to 1: how much of the time of decode has passed, if no request ends early.
+
+        Of a step's time `fixed_share` is for weights, whoever goes on, and the rest in proportion
+        to how many do. For live displays, from one thread.
+        """
+        while self._num_longer_ended < len(self._longest_first):
+            longest = self._longest_first[self._num_longer_ended]
+            if longest.finish_reason is None:
+                break
+            self._num_longer_ended += 1
+        else:
+            return 1.0
+        steps_left = max(longest.placed.request.params.max_tokens - 1 - self._num_steps, 0)
+        per_token = (1 - fixed_share) / len(self._longest_first)
+        done = fixed_share * self._num_steps + per_token * self._num_decoded
+        left = fixed_share * steps_left + per_token * self._num_left
+        return done / (done + left) if done else 0.0
 
     def rows(self, micro_batch: int, step: int) -> Rows:
         """The requests of a micro-batch that go on in that step."""
         return self._rows[micro_batch][step % 2]
 
     def append(self, sequence: Generated, token: int) -> None:
-        """Add a token; end the request if it is one that ends it or the last allowed."""
-        request = sequence.placed.request
-        params = request.params
+        """Add a token; end the request if it is one that ends it or the last allowed.
+
+        NO_TOKEN ends it with an error, and so does a failing search for its stop texts.
+        """
+        if token == NO_TOKEN:
+            error = RunError(
+                f"logits of the request's token {len(sequence.tokens) + 1}", "<not finite>",
+                "must be finite numbers", "run in bfloat16 or float32, or check the weights",
+            )  # fmt: skip
+            self._end(sequence, ERROR, str(error))
+            return
+        params = sequence.placed.request.params
         sequence.tokens.append(token)
         self.num_generated += 1
-        self._num_left -= 1
+        if len(sequence.tokens) > 1:
+            self._num_left -= 1
+            self._num_decoded += 1
+            self._num_steps = max(self._num_steps, len(sequence.tokens) - 1)
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        if ends or (params.stop and self._stops(sequence.placed, sequence.tokens)):
-            sequence.finish_reason = STOP
-            self._num_left -= params.max_tokens - len(sequence.tokens)
-        elif len(sequence.tokens) >= params.max_tokens:
-            sequence.finish_reason = LENGTH
-        else:
+        try:
+            ends = ends or (bool(params.stop) and self._stops(sequence.placed, sequence.tokens))
+        except BaseException as error:
+            if not is_of_one_request(error):
+                raise
+            self._end(sequence, ERROR, f"stop texts cannot be looked for: {in_a_line(error)}")
             return
+        if ends:
+            self._end(sequence, STOP)
+        elif len(sequence.tokens) >= params.max_tokens:
+            self._end(sequence, LENGTH)
+
+    def _end(self, sequence: Generated, finish_reason: str, error: str | None = None) -> None:
+        self._num_left -= sequence.placed.request.params.max_tokens - max(len(sequence.tokens), 1)
+        sequence.error, sequence.finish_reason = error, finish_reason
         self.num_active -= 1
+        self._ended(sequence)
 
     def count_routed(self, layer: int, counts: Sequence[int] | Tensor) -> None:
         """Add to the tokens that each expert of the layer was sent, where they were counted."""
@@ -180,6 +232,11 @@ def sample(
     logits_RV = logits(arch, hidden_RD, head.final_norm, head.lm_head, workspace)
     params = [sequence.placed.request.params for sequence in sequences]
     steps = [len(sequence.tokens) for sequence in sequences]
-    tokens = choose(logits_RV, params, steps, spare_bytes=workspace.capacity_bytes // 2)
+    spare_bytes = workspace.capacity_bytes // 2
+    tokens = choose(logits_RV, params, steps, spare_bytes=spare_bytes)
+    told = [r for r, one in enumerate(params) if one.logprobs and tokens[r] != NO_TOKEN]
+    found = log_probabilities(logits_RV, tokens, told, spare_bytes=spare_bytes)
+    for row, logprob in zip(told, found, strict=True):
+        sequences[row].logprobs.append(logprob)
     for sequence, token in zip(sequences, tokens, strict=True):
         state.append(sequence, token)

@@ -1,91 +1,302 @@
-"""Chat templates: messages to the text that a model continues."""
+"""Chat templates: messages to the text that a model continues; every call of jinja2.
+
+Templates run as in transformers' `apply_chat_template` (5.23, utils/chat_template_utils.py): the
+same sandbox, filters, functions, tags and variables, so that they render the same text.
+"""
 
 import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
+from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
+from executor.guard import told_as
+from hrm.decoding import read_json_object, read_text
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from executor.job.template_sandbox import LimitedEnvironment
+
+TEMPLATE_FILE: Final = "chat_template.jinja"
+TEMPLATE_FOLDER: Final = "additional_chat_templates"
+TEMPLATES: Final = "*.jinja"  # in that folder
+DEFAULT: Final = "default"
+SPECIAL_TOKENS: Final = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+# The names that a message's reasoning is passed under; the first is what templates read.
+REASONING: Final = ("reasoning_content", "thinking", "reasoning")
+OWN_VARIABLES: Final = ("messages", "tools", "documents", "add_generation_prompt")
+MAX_BETWEEN: Final = 100  # characters between the values of what `tojson` writes
+_MARK: Final = "QXZ"  # stands for a text in the messages that find out what a template reads
 
 
 @final
 class ChatTemplate:
     """A checkpoint's chat template; it runs in a sandbox, for a template is code.
 
-    Raises CheckpointError if `source`, which was read from `path`, is no template.
+    `source` was read from `path`. It is compiled when the first messages come.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str], path: Path) -> None:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise CheckpointError(
-                f"{path}: chat template", f"<{error}>", "must be a jinja template",
-                "download the file again",
-            ) from error  # fmt: skip
-        self._special_tokens = special_tokens
+    def __init__(self, source: str, special_tokens: Mapping[str, str], path: Path) -> None:
+        self._source, self._path = source, path
+        self._special_tokens = dict(special_tokens)
 
     @staticmethod
     def of_checkpoint(folder: Path) -> "ChatTemplate | None":
-        """The template in chat_template.jinja or tokenizer_config.json; None if there is none."""
-        config_path, path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        config = _read_config(config_path) if config_path.exists() else {}
-        if path.exists():
-            source = _read_text(path)
-        else:
-            path, source = config_path, config.get("chat_template")
-        if isinstance(source, list):  # several named ones
-            named = {item.get("name"): item.get("template") for item in source}
-            source = named.get("default")
-        if not isinstance(source, str):
-            return None
-        tokens: dict[str, str] = {}
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            value = config.get(key)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                tokens[key] = value
-        return ChatTemplate(source, tokens, path)
+        """The template of the files beside a tokenizer; None if there is none.
 
-    def render(self, messages: list[Any]) -> str:
-        """The prompt that asks for the assistant's next message; JobError if it cannot be made."""
+        Files of templates count before tokenizer_config.json, and among several named ones the
+        one named default. Raises CheckpointError if a file cannot be read, or none is the default.
+        """
+        config = _read_config(folder / "tokenizer_config.json")
+        path, named = _templates(folder, config)
+        if not named:
+            return None
+        source = named.get(DEFAULT)
+        if source is None:
+            raise CheckpointError(
+                f"{path}: chat templates", f"<{', '.join(sorted(named))}>",
+                f"must have one named {DEFAULT}", f"add it as {TEMPLATE_FILE}",
+            )  # fmt: skip
+        return ChatTemplate(source, _special_tokens(folder, config), path)
+
+    def render(self, messages: list[Any], variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt that asks for the assistant's next message.
+
+        `variables` are further ones, or other values of those that the template has, but for the
+        messages. Raises JobError if the prompt cannot be made and CheckpointError if the template
+        is none.
+        """
+        template = self._template
+        messages = [
+            _with_reasoning(_joined(message, index, self._reads_parts))
+            for index, message in enumerate(messages)
+        ]
+        rule = "must suit the model's chat template"
+        with told_as(JobError, "body: messages", rule, "correct the messages"):
+            return self._render(template, messages, variables or {})
+
+    def _render(
+        self, template: "Template", messages: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> str:
+        self._environment.begin()
+        given = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return template.render({**given, **self._special_tokens, **variables, "messages": messages})
+
+    @cached_property
+    def _template(self) -> "Template":
+        where, rule = f"{self._path}: chat template", "must be a jinja template"
+        with told_as(CheckpointError, where, rule, DOWNLOAD_AGAIN):
+            return self._environment.from_string(self._source)
+
+    @cached_property
+    def _environment(self) -> "LimitedEnvironment":
+        return _environment()
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template takes content that is a list of parts, found out by trying."""
+
+        def rendered(content: object) -> str:
+            return self._render(self._template, [{"role": "user", "content": content}], {})
+
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
-            )
-        except Exception as error:  # a template is code and may fail in any way
-            raise JobError(
-                "body: messages", f"<{error}>", "must suit the model's chat template",
-                "correct the messages",
-            ) from error  # fmt: skip
+            parts = rendered([{"type": "text", "text": _MARK}])
+        except Exception:  # noqa: BLE001 - a template is code and may fail in any way
+            return False
+        # One that takes texts alone shows the list as Python or JSON writes it.
+        return (
+            _MARK in parts and f"text': '{_MARK}" not in parts and f'text": "{_MARK}' not in parts
+        )
+
+
+# -- messages ---------------------------------------------------------------------------------
+
+
+def _joined(message: dict[str, Any], index: int, reads_parts: bool) -> dict[str, Any]:  # noqa: FBT001
+    """A message without nulls, its parts joined by line breaks if the template takes none."""
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content", "")
+    where = f"body: messages[{index}].content"
+    if isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise JobError(
+            where, f"<{type(content).__name__}>", "must be a text or a list of parts", "correct it"
+        )
+    texts = [_text_of_part(part, f"{where}[{number}]") for number, part in enumerate(content)]
+    if reads_parts:
+        return {**message, "content": [{"type": "text", "text": text} for text in texts]}
+    return {**message, "content": "\n".join(texts)}
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    """The text of a part; JobError naming its type if it has none."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise JobError(where, f"<{type(part).__name__}>", "must be an object", "correct it")
+    kind = part.get("type", "text")
+    key = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}.get(
+        kind if isinstance(kind, str) else ""
+    )
+    if key is None:
+        raise JobError(
+            f"{where}.type", kind, "must be text: the model reads no images, sounds or files",
+            "leave the part out or describe it in words",
+        )  # fmt: skip
+    text = part.get(key)
+    if not isinstance(text, str):
+        raise JobError(f"{where}.{key}", "<malformed>", "must be a text", "correct it")
+    return text
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under the names that templates read."""
+    given = next((message[key] for key in REASONING if key in message), None)
+    if given is None:
+        return message
+    return {"thinking": given, **message, "reasoning_content": given}
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, str]]:
+    """Where the templates are, and their texts by name."""
+    path = folder / TEMPLATE_FILE
+    named = {DEFAULT: _read_text(path)} if path.exists() else {}
+    others = sorted((folder / TEMPLATE_FOLDER).glob(TEMPLATES))
+    named |= {other.stem: _read_text(other) for other in others}
+    if named:
+        return (path if DEFAULT in named else others[0]), named
+    path, source = folder / "tokenizer_config.json", config.get("chat_template")
+    if isinstance(source, list):
+        named = {
+            item["name"]: item["template"] for item in source
+            if isinstance(item, dict) and {"name", "template"} <= item.keys()
+        }  # fmt: skip
+    elif source is not None:
+        named = {DEFAULT: source}
+    for template in named.values():
+        if not isinstance(template, str):
+            raise CheckpointError(
+                f"{path}: chat_template", f"<{type(template).__name__}>",
+                "must be a text, or a list of named ones", "download the file again",
+            )  # fmt: skip
+    return path, named
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens by name; special_tokens_map.json counts for old tokenizers only."""
+    if "added_tokens_decoder" not in config:
+        config = {**config, **_read_config(folder / "special_tokens_map.json")}
+    tokens: dict[str, str] = {}
+    for key in SPECIAL_TOKENS:
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            tokens[key] = value
+    return tokens
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a readable UTF-8 text", "download the file again"
-        ) from error
+    return read_text(path, "a readable UTF-8 text", CheckpointError, remedy=DOWNLOAD_AGAIN)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read_text(path))
-        if not isinstance(config, dict):
-            raise TypeError(type(config).__name__)  # noqa: TRY301 - told with the other mistakes
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            str(path), f"<{error}>", "must be a JSON object", "download the file again"
-        ) from error
-    return config
+    """The JSON object in a file; an empty one if there is no such file."""
+    if not path.exists():
+        return {}
+    return read_json_object(path, "a readable JSON file", CheckpointError, remedy=DOWNLOAD_AGAIN)
 
 
-def _raise_exception(message: str) -> None:
-    from jinja2 import TemplateError
+# -- the environment --------------------------------------------------------------------------
 
-    raise TemplateError(message)
+
+def _environment() -> "LimitedEnvironment":
+    """A sandbox with what transformers gives to templates, and as little to break out by."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.utils import Namespace
+
+    from executor.job.template_sandbox import LimitedEnvironment, bounded
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant says, for training; it says its body."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 asks for an attribute of the class
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+        def _said(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    class Dictionary:
+        """`dict` without the attributes of a class."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    class PublicNamespace(Namespace):
+        """`namespace` that refuses names with an underscore in front."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, given = args[0], dict(*args[1:], **kwargs)
+            for name in given:
+                PublicNamespace._check(name)
+            Namespace.__init__(self, given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            PublicNamespace._check(name)
+            Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def _check(name: object) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"no namespace may hold {name!r}")
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    made = LimitedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    made.filters["tojson"] = bounded("tojson", _to_json)  # jinja2's own writes < as \u003c
+    made.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": _now,
+        "dict": Dictionary(),
+        "namespace": PublicNamespace,
+    }
+    return made
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | str | None = None,  # noqa: FBT001, FBT002 - a filter's
+    separators: tuple[str, str] | None = None, sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:  # fmt: skip
+    # Written many times over, what is between the values must be short.
+    indentation = indent if isinstance(indent, int) else len(indent or "")
+    if max(indentation, *map(len, separators or ("",))) > MAX_BETWEEN:
+        raise ValueError(f"tojson writes at most {MAX_BETWEEN} characters between values")
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)  # noqa: DTZ005 - the user's own time, as in transformers

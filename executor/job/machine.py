@@ -40,10 +40,15 @@ class Prepared:
     staged: Planned | None
 
 
+def whole_attention(spec: ModelSpec) -> ModelSpec:
+    """The spec without windows: no request reaches them, and caches are made without."""
+    return replace(spec, attention_windows=())
+
+
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
     """Raise PolicyError if the policy is for a model of other dimensions, or for a stage of it."""
     check_whole(policy_file, path)
-    solved_for = replace(policy_file.model, name=spec.name)
+    solved_for = whole_attention(replace(policy_file.model, name=spec.name))
     if solved_for != spec:
         differing = [
             name for name in ModelSpec.__dataclass_fields__

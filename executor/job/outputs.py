@@ -1,19 +1,30 @@
 """The run directory: locked while in use, and nothing that was written to it is ever lost."""
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, final
 
-from tokenizers import Tokenizer
-
+from executor.batching import Completion
 from executor.errors import JobError
-from executor.generate import Completion
 from executor.job.requests import Rejected
+from executor.job.tokenizer import TextTokenizer
+from hrm.decoding import decode_json
+from hrm.files import (
+    NewFile,
+    closing_on_error,
+    open_append,
+    open_locked,
+    open_regular,
+    replaceable,
+    write_all,
+)
+
+if TYPE_CHECKING:
+    from io import FileIO
 
 OUTPUTS: Final = "outputs.jsonl"
 LOCK: Final = ".lock"
@@ -23,41 +34,39 @@ LOCK: Final = ".lock"
 class RunDirectory:
     """A directory that one run writes to; a context manager that holds its lock.
 
-    With `resume`, `done` names the requests that earlier runs have written.
+    With `resume`, `answered` maps the names of the requests that earlier runs have answered to the
+    digests of their lines, None where a version before wrote none. Requests with an error are not
+    among them: they are tried again. Nothing in the outputs changes before `begin`.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
-        self.done: frozenset[str] = frozenset()
+        self.answered: Mapping[str, str | None] = {}
+        self._file: FileIO | None = None
+        self._kept_bytes = 0
+        self._error_lines = set[int]()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK).open("w")
+            self._lock = open_locked(path / LOCK)
+        except BlockingIOError as error:
+            raise JobError(
+                "--output-dir", str(path), f"is {error.strerror}, another run",
+                "wait for it or choose another directory",
+            ) from error  # fmt: skip
         except OSError as error:
             raise JobError(
                 "--output-dir", str(path), f"cannot be written to ({error.strerror})",
                 "choose another",
             ) from error  # fmt: skip
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with closing_on_error(self._lock):
+                replaceable(self._outputs)  # first: it may be a link or a pipe
+                if resume:
+                    self.answered = dict(self._finished())
+                else:
+                    self._refuse_outputs()
         except OSError as error:
-            self._lock.close()
-            raise JobError(
-                "--output-dir", str(path), "is in use by another run", "wait for it or choose"
-                " another directory",
-            ) from error  # fmt: skip
-        try:
-            if resume:
-                self.done = frozenset(self._finished())
-            else:
-                self._refuse_outputs()
-            # Unbuffered: what a full disk refuses must not be tried again when it is closed.
-            self._file = self._outputs.open("ab", buffering=0)
-        except OSError as error:
-            self._lock.close()
             raise _not_written(self._outputs, error) from error
-        except BaseException:
-            self._lock.close()
-            raise
 
     def __enter__(self) -> Self:
         """The directory is locked from construction on."""
@@ -65,7 +74,8 @@ class RunDirectory:
 
     def __exit__(self, *exception: object) -> None:
         """Give up the lock."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._lock.close()
 
     @property
@@ -79,56 +89,77 @@ class RunDirectory:
                 "choose another directory, or go on with --resume",
             )  # fmt: skip
 
-    def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Write output lines; they are on disk when this returns."""
-        data = b"".join(
-            json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-            for line in lines
-        )
+    def begin(self) -> None:
+        """Make the outputs ready for more: all answers stay, a line cut short and errors go.
+
+        The errors' requests are run again and get a line anew, so that each has one in the end.
+        """
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            if self._error_lines:
+                self._copy_answers()
+            self._file = open_append(self._outputs)
+            if not self._error_lines:
+                self._file.truncate(self._kept_bytes)
+        except OSError as error:
+            raise _not_written(self._outputs, error) from error
+
+    def _copy_answers(self) -> None:
+        with self._reading() as before, NewFile(self._outputs) as after:
+            for number, raw in enumerate(before, start=1):
+                if raw.endswith(b"\n") and number not in self._error_lines:
+                    after.write(raw)
+            after.commit()
+
+    def _reading(self) -> BinaryIO:
+        return open_regular(self._outputs, "outputs that a run wrote", JobError)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write an output line; it is in the file when this returns, and on disk after `sync`."""
+        assert self._file is not None, "begun"
+        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            write_all(self._file.fileno(), data)
+        except OSError as error:
+            raise _not_written(self._outputs, error) from error
+
+    def sync(self) -> None:
+        """Return when all that was written is on disk."""
+        assert self._file is not None, "begun"
+        try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _not_written(self._outputs, error) from error
 
-    @contextmanager
-    def partial(self, name: str) -> Iterator[Path]:
-        """A path to write some of the file `name` at; JobError if that fails, and it is gone."""
-        partial = self.path / f"{name}.partial"
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write the file `name`, whole or not at all; JobError if it cannot be."""
         try:
-            yield partial
+            with NewFile(self.path / name) as new:
+                new.write(content.encode() if isinstance(content, str) else content)
+                new.commit()
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             raise _not_written(self.path / name, error) from error
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """A path to write the rest of a file at, which then becomes `name`, whole or not at all."""
-        with self.partial(name) as partial:
-            yield partial
-            partial.replace(self.path / name)
-
-    def _finished(self) -> Iterable[str]:
-        """Names in the outputs so far; a last line cut short by a crash is taken off."""
+    def _finished(self) -> Iterator[tuple[str, str | None]]:
+        """Names and digests of the requests answered so far, whatever a crash left behind them."""
         if not self._outputs.exists():
             return
-        whole = 0
-        with self._outputs.open("rb+") as file:
+        with self._reading() as file:
             for number, raw in enumerate(file, start=1):
                 if not raw.endswith(b"\n"):
                     break
-                whole += len(raw)
+                self._kept_bytes += len(raw)
                 try:
-                    yield json.loads(raw)["custom_id"]
+                    line = decode_json(raw)
+                    name, response = _text(line["custom_id"]), line["response"]
+                    if response is None:
+                        self._error_lines.add(number)
+                    else:
+                        yield name, _digest_in(_text(response["request_id"]), name)
                 except (ValueError, KeyError, TypeError) as error:
                     raise JobError(
                         f"{self._outputs}: line {number}", f"<{error}>",
                         "must be an output line to resume from", "choose another --output-dir",
                     ) from error  # fmt: skip
-            file.truncate(whole)
 
 
 def _not_written(path: Path, error: OSError) -> JobError:
@@ -140,17 +171,38 @@ def _not_written(path: Path, error: OSError) -> JobError:
 
 def rejected_line(rejected: Rejected) -> dict[str, Any]:
     """The output line of a request that was not run."""
+    return _error_line(rejected.name, "invalid_request", rejected.message)
+
+
+def failed_line(name: str, message: str) -> dict[str, Any]:
+    """The output line of a request that was run and went wrong."""
+    return _error_line(name, "request_failed", message)
+
+
+def _error_line(name: str, code: str, message: str) -> dict[str, Any]:
     return {
-        "id": f"batch_req_{rejected.name}",
-        "custom_id": rejected.name,
+        "id": f"batch_req_{name}",
+        "custom_id": name,
         "response": None,
-        "error": {"code": "invalid_request", "message": rejected.message},
+        "error": {"code": code, "message": message},
     }
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where a text must be")
+    return value
+
+
+def _digest_in(request_id: str, name: str) -> str | None:
+    """The digest that `completion_line` put there; versions before repeated the name."""
+    return None if request_id == f"req_{name}" else request_id.removeprefix("req_")
+
+
 def completion_line(
-    completion: Completion, model: str, text: str, *, chat: bool = False
-) -> dict[str, Any]:
+    completion: Completion, model: str, text: str, *, chat: bool = False,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The output line of a request that was run, in the OpenAI batch output form."""
     name = completion.request.name
     choice = {
@@ -158,7 +210,7 @@ def completion_line(
         **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
         "token_ids": list(completion.tokens),
         "finish_reason": completion.finish_reason,
-        "logprobs": None,
+        "logprobs": logprobs,
     }
     prompt, generated = len(completion.request.prompt), len(completion.tokens)
     body = {
@@ -176,12 +228,45 @@ def completion_line(
     return {
         "id": f"batch_req_{name}",
         "custom_id": name,
-        "response": {"status_code": 200, "request_id": f"req_{name}", "body": body},
+        "response": {
+            "status_code": 200,
+            "request_id": f"req_{completion.request.digest or name}",
+            "body": body,
+        },
         "error": None,
     }
 
 
-def text_of(completion: Completion, tokenizer: Tokenizer | None, eos: frozenset[int]) -> str:
+def logprobs_json(
+    completion: Completion, tokenizer: TextTokenizer | None, *, chat: bool
+) -> dict[str, Any] | None:
+    """The log probabilities of all tokens, the one that ended it too; None if not asked for.
+
+    In the form of OpenAI's chat or completions API; without a tokenizer tokens are named by id.
+    """
+    if not completion.logprobs:
+        return None
+    prompt, tokens, logprobs = completion.request.prompt, completion.tokens, completion.logprobs
+    texts = [
+        tokenizer.continuation([*prompt, *tokens[:index]], tokens[index : index + 1])
+        if tokenizer is not None else f"token_id:{token}"
+        for index, token in enumerate(tokens)
+    ]  # fmt: skip
+    if chat:
+        items = zip(texts, logprobs, strict=True)
+        return {"content": [
+            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+            for text, logprob in items
+        ]}  # fmt: skip
+    return {
+        "tokens": texts,
+        "token_logprobs": list(logprobs),
+        "top_logprobs": [{text: one} for text, one in zip(texts, logprobs, strict=True)],
+        "text_offset": [0, *accumulate(map(len, texts[:-1]))],
+    }
+
+
+def text_of(completion: Completion, tokenizer: TextTokenizer | None, eos: frozenset[int]) -> str:
     """The generated text, without the token or from the stop text on that ended it."""
     if tokenizer is None:
         return ""
@@ -190,6 +275,6 @@ def text_of(completion: Completion, tokenizer: Tokenizer | None, eos: frozenset[
         tokens[-1] in eos or tokens[-1] in params.stop_token_ids
     ):
         tokens.pop()
-    text = tokenizer.decode(tokens)
+    text = tokenizer.continuation(completion.request.prompt, tokens)
     ends = [text.find(stop) for stop in params.stop if stop in text]
     return text[: min(ends)] if ends else text

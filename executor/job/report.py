@@ -75,6 +75,7 @@ class Totals:
 
     requests: int = 0
     rejected: int = 0
+    failed: int = 0
     prompt_tokens: int = 0
     max_prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -93,16 +94,18 @@ class Totals:
         for part in (result.prefill, result.decode):
             if part is not None:
                 self.spans_left_out += part.spans_left_out
-        if not result.completions:  # cut short with nothing to show for its time but the trace
+        answered = [completion for completion in result.completions if completion.error is None]
+        self.failed += len(result.completions) - len(answered)
+        if not answered:  # nothing to show for its time but the trace
             return
-        generated = [len(completion.tokens) for completion in result.completions]
-        prompts = [len(completion.request.prompt) for completion in result.completions]
-        self.requests += len(result.completions)
+        generated = [len(completion.tokens) for completion in answered]
+        prompts = [len(completion.request.prompt) for completion in answered]
+        self.requests += len(answered)
         self.prompt_tokens += sum(prompts)
         self.max_prompt_tokens = max(self.max_prompt_tokens, *prompts)
         self.generated_tokens += sum(generated)
         self.max_generated_tokens = max(self.max_generated_tokens, *generated)
-        self.asked_tokens += sum(c.request.params.max_tokens for c in result.completions)
+        self.asked_tokens += sum(c.request.params.max_tokens for c in answered)
         self.num_batches += 1
         self._add_routed(result.routed_tokens)
         decode_s = result.decode.seconds if result.decode else 0.0
@@ -110,7 +113,7 @@ class Totals:
         if len(self.batches) < MAX_BATCHES:
             self.batches.append(
                 {
-                    "requests": len(result.completions),
+                    "requests": len(answered),
                     "micro_batch_sizes": list(result.micro_batch_sizes),
                     "chunks": result.num_chunks,
                     "decode_steps": decode_steps,
@@ -145,6 +148,7 @@ class Totals:
         return {
             "requests": self.requests,
             "rejected_requests": self.rejected,
+            "failed_requests": self.failed,
             "batches": self.num_batches,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,

@@ -1,31 +1,33 @@
 """Reads OpenAI batch lines; a bad line is rejected by itself and the others run."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, final
 from zlib import crc32
-
-from tokenizers import Tokenizer
 
 from executor.batching import Request
 from executor.errors import JobError
-from executor.job.chat import ChatTemplate
+from executor.guard import told_as
+from executor.job.chat import OWN_VARIABLES, ChatTemplate
+from executor.job.fields import (
+    CHAT,
+    COMPLETIONS,
+    URLS,
+    checked_fields,
+    needed,
+    sampling_params,
+    truth,
+)
+from executor.job.identity import digest_of_line
+from executor.job.input_file import MAX_LINE_BYTES, lines_in, open_input
+from executor.job.room import AnswerRoom
+from executor.job.tokenizer import TextTokenizer, missing_tokenizer
 from executor.sampling import SamplingParams
-
-COMPLETIONS: Final = "/v1/completions"
-CHAT: Final = "/v1/chat/completions"
-_SAMPLING: Final = {
-    "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos",
-    "stop_token_ids",
-}  # fmt: skip
-_IGNORED: Final = {"model", "user", "metadata", "store"}
-_ONLY: Final[dict[str, tuple[Any, ...]]] = {
-    "n": (1, None), "best_of": (1, None), "stream": (False, None), "echo": (False, None),
-    "logprobs": (None, False), "suffix": (None, ""), "presence_penalty": (0, None),
-    "frequency_penalty": (0, None), "logit_bias": (None, {}),
-}  # fmt: skip
+from hrm.decoding import Malformed, decode_json
+from hrm.errors import HrmError
+from hrm.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,44 +39,73 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the input that is not blank: its custom_id and object, or what is wrong with it."""
+
+    number: int
+    name: str
+    content: dict[str, Any]
+    error: JobError | None = None
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """Every line of the file that is not blank; of those that are broken `name` is empty."""
+    seen: set[str] = set()
+    with open_input(path) as file:
+        for number, raw in enumerate(lines_in(file), start=1):
+            if not raw.strip():
+                continue
+            try:
+                content = _object(_parse(raw), "line")
+                name = _name(content, seen)
+            except JobError as error:
+                yield Line(number, "", {}, error)
+            else:
+                yield Line(number, name, content)
+
+
+@final
 class LineReader:
-    """Turns lines into requests; `seed` is the job's, for requests without one."""
+    """Turns lines into requests for the model whose checkpoint is in `folder`.
 
-    tokenizer: Tokenizer | None
-    template: ChatTemplate | None
-    seed: int
+    `seed` is the job's, for requests without one. `tell` is called, once, with what the user should
+    know. Raises CheckpointError if the folder's tokenizer cannot be read.
+    """
 
-    def read(self, path: Path, skip: frozenset[str]) -> Iterator[Request | Rejected]:
-        """Every line of the file that is not blank and whose custom_id is not in `skip`."""
-        seen: set[str] = set()
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if not raw.strip():
-                    continue
-                name = f"line-{number}"
-                try:
-                    line = _object(_parse(raw), "line")
-                    name = self._name(line, name, seen)
-                    if name not in skip:
-                        yield self._request(line, name)
-                except JobError as error:
-                    if name not in skip:
-                        yield Rejected(name, f"{path.name}: line {number}: {error}")
+    def __init__(
+        self, folder: Path, room: AnswerRoom, seed: int = 0, tell: Callable[[str], object] = print
+    ) -> None:
+        self.tokenizer = TextTokenizer.of_checkpoint(folder)
+        self._folder, self._room, self._seed, self._tell = folder, room, seed, tell
+        self._has_told = False
 
-    @staticmethod
-    def _name(line: dict[str, Any], default: str, seen: set[str]) -> str:
-        name = line.get("custom_id")
-        if not isinstance(name, str) or not name:
-            raise JobError(
-                "custom_id", "<missing>" if name is None else name, "must be a text",
-                f"name the request; it is reported as {default}",
-            )  # fmt: skip
-        if name in seen:
-            raise JobError("custom_id", name, "must not occur twice", "give it a name of its own")
-        seen.add(name)
-        return name
+    def read(
+        self, path: Path, answered: Container[str] = (), names: Mapping[int, str] | None = None
+    ) -> Iterator[Request | Rejected]:
+        """Every line of the file that is not blank and whose custom_id is not yet answered.
+
+        `names` are those of broken lines, by their numbers [default: `line-2` and the like].
+        """
+        for line in lines_of(path):
+            if line.name in answered:
+                continue
+            name = line.name or (names or {}).get(line.number, f"line-{line.number}")
+            try:
+                yield self.request(line)
+            except HrmError as error:  # of the line, or of a file that it alone needs
+                yield Rejected(name, f"{path.name}: line {line.number}: {error}")
+
+    def request(self, line: Line) -> Request:
+        """The request of a line; HrmError if it cannot be run."""
+        if line.error is not None:
+            raise line.error
+        rule = "must be what the model's tokenizer takes"
+        with told_as(JobError, "body", rule, "shorten or correct it"):
+            return self._request(line.content, line.name)
 
     def _request(self, line: dict[str, Any], name: str) -> Request:
+        digest = digest_of_line(line)
+        line = {key: value for key, value in line.items() if value is not None}
         unknown = line.keys() - {"custom_id", "method", "url", "body"}
         if unknown:
             raise JobError(
@@ -84,24 +115,42 @@ class LineReader:
         if line.get("method", "POST") != "POST":
             raise JobError("method", line["method"], "must be POST", "correct it")
         url = line.get("url", COMPLETIONS)
-        body = _object(line.get("body"), "body")
-        params = sampling_params(body, self.seed ^ crc32(name.encode()))
-        if url == COMPLETIONS:
-            prompt = self._prompt(_field(body, "prompt", {"prompt"}))
-        elif url == CHAT:
-            prompt = self._chat(_field(body, "messages", {"messages"}))
-        else:
-            raise JobError("url", url, f"must be {COMPLETIONS} or {CHAT}", "correct it")
-        if params.stop and self.tokenizer is None:
+        if url not in URLS:
+            raise JobError("url", url, f"must be {' or '.join(URLS)}", "correct it")
+        fields = checked_fields(_object(line.get("body"), "body"), url)
+        params = self._with_special_stops(
+            sampling_params(fields, self._seed ^ crc32(name.encode()))
+        )
+        chat = url == CHAT
+        prompt = self._chat(fields) if chat else self._prompt(fields)
+        open_ended = chat and not fields.keys() & {"max_tokens", "max_completion_tokens"}
+        if open_ended:
+            if not self._has_told:
+                self._has_told = True
+                self._tell(self._room.notice)
+            params = replace(params, max_tokens=self._room.max_tokens(len(prompt)))
+        return Request(name, prompt, params, chat=chat, open_ended=open_ended, digest=digest)
+
+    def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """A stop text that is a special token stops at its id, which decodes to no text."""
+        if not params.stop:
+            return params
+        if self.tokenizer is None:
             raise JobError(
-                "body: stop", params.stop, "needs a tokenizer, and the checkpoint has none",
+                "body: stop", "<a text>", "needs a tokenizer, and the checkpoint has none",
                 "use stop_token_ids",
             )  # fmt: skip
-        return Request(name, prompt, params, chat=url == CHAT)
+        ids = [number for stop in params.stop
+               if (number := self.tokenizer.special_id(stop)) is not None]  # fmt: skip
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *ids))
 
-    def _prompt(self, prompt: Any) -> tuple[int, ...]:
+    def _prompt(self, fields: dict[str, Any]) -> tuple[int, ...]:
+        prompt = needed(fields, "prompt")
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
         if isinstance(prompt, str):
-            return self._encode(prompt, "body: prompt", add_special_tokens=True)
+            special = truth(fields, "add_special_tokens", default=True)
+            return self._encode(prompt, "body: prompt", add_special_tokens=special)
         if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return tuple(prompt)
         raise JobError(
@@ -109,8 +158,10 @@ class LineReader:
             "must be a text or a list of token ids", "write one request per prompt",
         )  # fmt: skip
 
-    def _chat(self, messages: Any) -> tuple[int, ...]:
-        if self.template is None:
+    def _chat(self, fields: dict[str, Any]) -> tuple[int, ...]:
+        messages = needed(fields, "messages")
+        template = self._template
+        if template is None:
             raise JobError(
                 "url", CHAT, "needs a chat template, and the checkpoint has none",
                 f"use {COMPLETIONS}",
@@ -119,47 +170,70 @@ class LineReader:
             raise JobError(
                 "body: messages", "<malformed>", "must be a list of objects", "correct it"
             )
-        text = self.template.render(messages)
-        return self._encode(text, "body: messages", add_special_tokens=False)
+        if not messages:
+            raise JobError("body: messages", "<empty>", "must hold a message", "add one")
+        text = template.render(messages, _template_variables(fields))
+        special = truth(fields, "add_special_tokens", default=False)
+        return self._encode(text, "body: messages", add_special_tokens=special)
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        """The chat template; its files are read when the first chat line comes."""
+        return ChatTemplate.of_checkpoint(self._folder)
 
     def _encode(self, text: str, where: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         if self.tokenizer is None:
             raise JobError(
                 where, "<a text>", "needs a tokenizer, and the checkpoint has no tokenizer.json",
-                "give token ids",
+                missing_tokenizer(self._folder),
             )  # fmt: skip
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
-def sampling_params(body: dict[str, Any], default_seed: int) -> SamplingParams:
-    """The sampling parameters of a request's body, by OpenAI's names and defaults."""
-    values = {key: body[key] for key in _SAMPLING if body.get(key) is not None}
-    if "max_completion_tokens" in values:
-        values["max_tokens"] = values.pop("max_completion_tokens")
-    if "stop" in values:
-        stop = values["stop"]
-        values["stop"] = (stop,) if isinstance(stop, str) else _tuple(stop, "stop")
-    if "stop_token_ids" in values:
-        values["stop_token_ids"] = _tuple(values["stop_token_ids"], "stop_token_ids")
-    return SamplingParams(**{"seed": default_seed, **values})
+def _name(line: dict[str, Any], seen: set[str]) -> str:
+    name = line.get("custom_id")
+    if not isinstance(name, str) or not name:
+        raise JobError(
+            "custom_id", "<missing>" if name is None else name, "must be a text",
+            "name the request",
+        )  # fmt: skip
+    if name in seen:
+        raise JobError("custom_id", name, "must not occur twice", "give it a name of its own")
+    seen.add(name)
+    return name
+
+
+def _template_variables(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a request gives to the chat template beside its messages."""
+    given = _object(fields.get("chat_template_kwargs", {}), "body: chat_template_kwargs")
+    own = min(given.keys() & set(OWN_VARIABLES), default=None)
+    if own is not None:
+        raise JobError(
+            f"body: chat_template_kwargs: {own}", "<given>", "is set by a field of the body",
+            "remove it",
+        )  # fmt: skip
+    documents = fields.get("documents")
+    if documents is not None and (
+        not isinstance(documents, list) or not all(isinstance(one, dict) for one in documents)
+    ):
+        raise JobError("body: documents", "<malformed>", "must be a list of objects", "correct it")
+    return {
+        **given,
+        "documents": documents,
+        "add_generation_prompt": truth(fields, "add_generation_prompt", default=True),
+    }
 
 
 def _parse(raw: bytes) -> Any:
-    """The JSON value of a line; what UTF-8 cannot say, half a surrogate pair, is none."""
+    if len(raw) > MAX_LINE_BYTES:
+        most = format_bytes(MAX_LINE_BYTES)
+        raise JobError("line", f"<over {most}>", f"must have at most {most}", "shorten it")
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of absurd length
-        raise JobError("line", f"<{error}>", "must be a JSON object in UTF-8", "correct it")\
-            from error  # fmt: skip
-    return value
-
-
-def _tuple(value: Any, field: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise JobError(f"body: {field}", value, "must be a list", "correct the request")
-    return tuple(value)
+        return decode_json(raw)
+    except Malformed as error:
+        raise JobError(
+            "line", f"<{error}>", "must be a JSON object in UTF-8", "correct it"
+        ) from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -167,18 +241,3 @@ def _object(value: Any, where: str) -> dict[str, Any]:
         shown = "<missing>" if value is None else f"<{type(value).__name__}>"
         raise JobError(where, shown, "must be an object", "correct the line")
     return value
-
-
-def _field(body: dict[str, Any], needed: str, own: set[str]) -> Any:
-    """The field that is needed, after a look at all others."""
-    for key, value in body.items():
-        if key in _ONLY and value not in _ONLY[key]:
-            raise JobError(
-                f"body: {key}", value, f"must be {_ONLY[key][0]!r}; more is not supported",
-                "remove it",
-            )  # fmt: skip
-        if key not in own | _SAMPLING | _IGNORED | _ONLY.keys():
-            raise JobError(f"body: {key}", value, "is no field known here", "remove it")
-    if needed not in body:
-        raise JobError(f"body: {needed}", "<missing>", "must be given", "add it")
-    return body[needed]

@@ -1,19 +1,23 @@
 """Runs a job: requests from a file through a policy into a run directory."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final, final
 
-from executor.batching import Batcher, Placed, Request
+from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
-from executor.errors import JobError
+from executor.errors import JobError, RunError
 from executor.families import AbstractFamily, family_for
-from executor.generate import BatchResult, Completion, Generator, NullGenerator
-from executor.job.chat import ChatTemplate
+from executor.generate import BatchResult, Generator, NullGenerator, check_request
+from executor.guard import in_a_line, is_of_one_request
+from executor.handlers import ERROR
+from executor.job.advice import advice
+from executor.job.identity import JOB_JSON, Identity
+from executor.job.input_file import check_input
 from executor.job.machine import (
     AcceleratorOptions,
     Prepared,
@@ -21,18 +25,28 @@ from executor.job.machine import (
     check_model,
     predicted_seconds,
     prepare,
+    whole_attention,
 )
-from executor.job.outputs import RunDirectory, completion_line, rejected_line, text_of
+from executor.job.outputs import (
+    OUTPUTS,
+    RunDirectory,
+    completion_line,
+    failed_line,
+    logprobs_json,
+    rejected_line,
+    text_of,
+)
+from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.job.requests import LineReader, Rejected
+from executor.job.room import AnswerRoom
+from executor.job.survey import SHOWN_REASONS, Survey, survey
 from executor.job.trace_file import TraceFile
+from executor.job.writer import OutputWriter
 from executor.model import Architecture
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-from hrm.tasks import Lane
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
 TRACE_JSON: Final = "trace.json"
@@ -53,63 +67,35 @@ class JobOptions:
     resume: bool = False
 
 
-@dataclass(slots=True)
-class JobProgress:
-    """How far a job is; read by live displays in another thread.
-
-    `tell` is called with a line that the user should see at once.
-    """
-
-    stage: str = "reading"
-    total_requests: int = 0
-    done_requests: int = 0  # of batches that are finished, and of earlier runs
-    earlier_requests: int = 0  # of earlier runs alone
-    batch_requests: int = 0  # of the present batch
-    generated_tokens: int = 0  # of batches that are finished
-    generator: Generator | NullGenerator | None = field(default=None, repr=False)
-    tell: Callable[[str], object] = field(default=lambda _: None, repr=False)
-
-    @property
-    def generated_now(self) -> int:
-        """Tokens generated so far, those of the present batch included."""
-        state = self.generator.state if self.generator else None
-        return self.generated_tokens + (state.num_generated if state else 0)
-
-    @property
-    def done_now(self) -> float:
-        """Requests done, and of the present batch as many as its share that is done."""
-        state = self.generator.state if self.generator else None
-        return self.done_requests + (self.batch_requests * state.share_done if state else 0)
-
-    @property
-    def busy_s(self) -> dict[Lane, float]:
-        """Seconds each lane has been at work in the present phase."""
-        return self.generator.engine.busy_s if self.generator else {}
-
-
 def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[str, Any]:
     """Run a job to its end; returns what run.json then holds.
 
     Raises an HrmError for anything wrong with the input before a weight is read, TaskFailedError
-    if a task fails and KeyboardInterrupt on Ctrl-C, both after writing what is finished.
+    if a task fails and KeyboardInterrupt on Ctrl-C, both after writing what is finished. What costs
+    one request alone becomes its line in the outputs.
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
+    policy_file = replace(policy_file, model=whole_attention(policy_file.model))
     policy = policy_file.policy
     if options.schedule is not None:
         policy = replace(policy, schedule=options.schedule)
-    progress.total_requests = _count_lines(options.input)
+    check_input(options.input)
     with Checkpoint.open(options.model) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         check_model(arch.spec, policy_file, options.policy)
-        checkpoint.check(family.expected_tensors(arch))
+        checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         prepared = prepare(options.accelerator, policy_file, policy)
-        reader = LineReader(
-            checkpoint.tokenizer(), ChatTemplate.of_checkpoint(options.model), options.seed
-        )
+        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.most_positions)
+        reader = LineReader(options.model, room, options.seed, progress.tell)
+        identity = Identity.of(
+            checkpoint, dtype=policy.dtype, seed=options.seed,
+            computed=prepared.backend.name != "null",
+        )  # fmt: skip
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
             job = _Job(options, policy_file, arch, prepared, reader, directory)
+            job.prepare(progress, identity)
             return job.run(progress, family, checkpoint)
 
 
@@ -126,54 +112,127 @@ class _Job:
         self._reader, self._directory = reader, directory
         self._eos = frozenset(arch.eos_token_ids)
         self._totals = Totals()
-        self._rejected: list[Rejected] = []
+        self._survey = Survey()
+        self._reasons: list[str] = []  # why the first requests that failed did so
+        self._untold: dict[str, str] = {}  # why a completion has no text, by its request's name
         self._started = datetime.now(UTC)
+
+    def prepare(self, progress: JobProgress, identity: Identity) -> None:
+        """Check that the directory's answers are this job's, survey the input, and begin.
+
+        JobError if they are not; until then nothing in the directory has changed.
+        """
+        options, directory, arch = self._options, self._directory, self._arch
+        begun_path = directory.path / JOB_JSON
+        begun = Identity.read(begun_path) if options.resume else None
+        if begun is not None:
+            identity.check(begun, directory.path)
+        elif directory.answered:
+            progress.tell(
+                f"{directory.path} was begun by a version that did not note what its answers depend"
+                " on: model, dtype, seed and requests must be the same as then, unchecked"
+            )
+        self._survey = survey(
+            options.input, self._reader, directory.answered, directory.path,
+            is_more=lambda request: asks_for_more(
+                request, self._policy_file.workload, self._policy_file.policy
+            ),
+            check=lambda request: check_request(request, arch, self._prepared.planned.policy),
+            fits_model=lambda request: (
+                len(request.prompt) + request.params.max_tokens <= arch.most_positions
+            ),
+            solved_for=self._policy_file.workload.gen_len, most=options.max_requests,
+        )  # fmt: skip
+        if begun is None:
+            directory.write(JOB_JSON, identity.json())
+        directory.begin()
+        progress.earlier_requests = len(directory.answered)
+        wanted = progress.wanted = self._survey.to_run
+        progress.total_requests = (
+            progress.earlier_requests + wanted.requests + self._survey.rejected
+        )
+        progress.forecast = Forecast.of(wanted, self._prepared.planned.policy, self._policy_file)
+        told = advice(
+            self._survey, self._policy_file, model=options.model, policy=options.policy,
+            input_=options.input, directory=directory.path,
+            gpu_memory_bytes=options.accelerator.gpu_memory_bytes,
+        )  # fmt: skip
+        if told is not None:
+            progress.tell(told)
+        self._check_some_run()
+
+    def _check_some_run(self) -> None:
+        """Raise JobError with the first reasons if nothing can be run, and nothing ever was.
+
+        So it is told before weights are loaded, and after writing why each line was rejected.
+        """
+        found, directory = self._survey, self._directory
+        if found.to_run.requests or directory.answered or not found.rejected:
+            return
+        for item in self._judged():
+            assert isinstance(item, Rejected), "as surveyed"
+            directory.append(rejected_line(item))
+        directory.sync()
+        reasons = " | ".join(map(_brief, found.reasons))
+        raise JobError(
+            f"--input: {self._options.input}", f"<{counted(found.rejected, 'request')}>",
+            f"must hold one that can be run; the first reasons: {reasons}",
+            f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
+        )  # fmt: skip
 
     def run(
         self, progress: JobProgress, family: AbstractFamily, source: WeightSource
     ) -> dict[str, Any]:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
-        done, most = len(self._directory.done), self._options.max_requests
-        progress.done_requests = progress.earlier_requests = done
-        if most is not None:
-            progress.total_requests = min(progress.total_requests, done + most)
         generator = self._generator(family, source)
         self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
         if generator.notice:
             progress.tell(generator.notice)
-        with self._directory.partial(TRACE_JSON) as path:
-            self._trace = TraceFile(path)
+        self._trace = TraceFile(self._directory.path / f"{TRACE_JSON}.partial", progress.tell)
         try:
-            with generator:
+            with generator, OutputWriter(self._directory, self._line_of) as writer:
                 progress.generator = generator
-                requests = self._requests(generator)
+                requests = self._requests(writer, progress)
                 for index, batch in enumerate(Batcher(requests, generator.policy)):
                     progress.stage = f"batch {index + 1}"
-                    progress.batch_requests = batch.num_requests
+                    progress.begin_batch(batch)
                     try:
-                        result = generator.generate(batch, index=index)
+                        result = generator.generate(batch, index=index, sink=writer)
                     except BaseException:
                         rescued = generator.rescue()
+                        with suppress(JobError):  # what went wrong first is what is told
+                            writer.flush()
                         if rescued is not None:
                             self._add(rescued)
-                        self._write(rescued.completions if rescued else ())
                         raise
+                    writer.flush()
                     self._add(result)
-                    self._write(result.completions)
-                    generator.state = None
-                    progress.generated_tokens = self._totals.generated_tokens
-                    progress.done_requests = (
-                        len(self._directory.done) + self._totals.requests + self._totals.rejected
-                    )
-            self._write(())
+                    progress.end_batch(result)
+                writer.flush()
         except BaseException as error:
             outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(JobError):  # a full disk: what went wrong first is what is told
                 self._report(outcome, str(error) or None, generator)
             raise
         progress.stage = "writing"
-        return self._report("completed", None, generator)
+        failure = self._failure_of_all()
+        outcome, message = ("failed", str(failure)) if failure else ("completed", None)
+        content = self._report(outcome, message, generator)
+        if failure is not None:
+            raise failure
+        return content
+
+    def _failure_of_all(self) -> RunError | None:
+        """What to raise if requests were run and none got an answer, now or earlier."""
+        totals = self._totals
+        if totals.requests or not totals.failed or self._directory.answered:
+            return None
+        return RunError(
+            f"{self._directory.path / OUTPUTS}", f"<{counted(totals.failed, 'error')}, no answer>",
+            f"must have an answer at least; the first reasons: {' | '.join(self._reasons)}",
+            "put right what they say and use --resume",
+        )  # fmt: skip
 
     def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
@@ -185,55 +244,80 @@ class _Job:
             staged=self._prepared.staged, stops=self._stops,
         )  # fmt: skip
 
-    def _requests(self, generator: Generator | NullGenerator) -> Iterator[Request]:
+    def _judged(self) -> Iterator[Request | Rejected]:
+        """What is still to be answered: requests that can be run, and the others as rejected."""
+        answered, names = self._directory.answered, self._survey.names
+        for item in self._reader.read(self._options.input, answered, names):
+            if isinstance(item, Rejected):
+                yield item
+                continue
+            try:
+                check_request(item, self._arch, self._prepared.planned.policy)
+            except JobError as error:
+                yield Rejected(item.name, str(error))
+            else:
+                yield item
+
+    def _requests(self, writer: OutputWriter, progress: JobProgress) -> Iterator[Request]:
         """The requests that can be run; the others are put down as rejected."""
         most = self._options.max_requests
         count = 0
-        for item in self._reader.read(self._options.input, self._directory.done):
+        for item in self._judged():
+            if isinstance(item, Rejected):
+                writer.put(item)
+                self._totals.rejected += 1
+                progress.ended_requests += 1
+            else:
+                yield item
+                count += 1
             if most is not None and count >= most:
                 return
-            count += 1
-            if isinstance(item, Rejected):
-                self._rejected.append(item)
-                continue
-            try:
-                generator.check(item)
-            except JobError as error:
-                self._rejected.append(Rejected(item.name, str(error)))
-                continue
-            yield item
 
     def _add(self, result: BatchResult) -> None:
-        """Count a batch, and put its spans into the trace."""
-        self._totals.add(result)
-        with self._directory.partial(TRACE_JSON):
-            for phase in (result.prefill, result.decode):
-                if phase is not None:
-                    self._trace.add(phase.spans)
+        """Count a batch whose lines are written, and put its spans into the trace."""
+        completions = tuple(
+            replace(c, finish_reason=ERROR, error=self._untold.pop(c.request.name))
+            if c.request.name in self._untold else c
+            for c in result.completions
+        )  # fmt: skip
+        self._totals.add(replace(result, completions=completions))
+        for phase in (result.prefill, result.decode):
+            if phase is not None:
+                self._trace.add(phase.spans)
 
-    def _write(self, completions: Sequence[Completion]) -> None:
-        """Append finished requests and those rejected meanwhile to the outputs."""
-        lines = [rejected_line(rejected) for rejected in self._rejected]
-        self._totals.rejected += len(self._rejected)
-        self._rejected.clear()
-        for completion in completions:
-            text = text_of(completion, self._reader.tokenizer, self._eos)
-            lines.append(
-                completion_line(
-                    completion, self._arch.spec.name, text, chat=completion.request.chat
-                )
-            )
-        self._directory.append(lines)
+    def _line_of(self, item: Completion | Rejected) -> dict[str, Any]:
+        """The output line of a request that has ended or was rejected."""
+        if isinstance(item, Rejected):
+            return rejected_line(item)
+        if item.error is not None:
+            return self._failed_line(item.request.name, item.error)
+        try:
+            text = text_of(item, self._reader.tokenizer, self._eos)
+            logprobs = logprobs_json(item, self._reader.tokenizer, chat=item.request.chat)
+        except BaseException as error:
+            if not is_of_one_request(error):
+                raise
+            told = f"the generated tokens cannot be made a text: {in_a_line(error)}"
+            self._untold[item.request.name] = told
+            return self._failed_line(item.request.name, told)
+        return completion_line(
+            item, self._arch.spec.name, text, chat=item.request.chat, logprobs=logprobs
+        )
+
+    def _failed_line(self, name: str, reason: str) -> dict[str, Any]:
+        if len(self._reasons) < SHOWN_REASONS:
+            self._reasons.append(f"{_brief(name)}: {_brief(reason)}")
+        return failed_line(name, reason)
 
     def _stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
-        tokenizer: Tokenizer | None = self._reader.tokenizer
+        tokenizer, request = self._reader.tokenizer, placed.request
         assert tokenizer is not None, "checked when the request was read"
-        text = tokenizer.decode(list(tokens))
-        return any(stop in text for stop in placed.request.params.stop)
+        return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
 
     def _report(
         self, outcome: str, message: str | None, generator: Generator | NullGenerator
     ) -> dict[str, Any]:
+        self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told
         content = run_json(
             outcome=outcome,
             message=message,
@@ -248,24 +332,9 @@ class _Job:
             memory=memory_json(generator.plan, generator.peak_bytes),
             started=self._started,
         )
-        with self._directory.writing(RUN_JSON) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        with self._directory.writing(TRACE_JSON):
-            self._trace.end()
+        self._directory.write(RUN_JSON, json.dumps(content, indent=2) + "\n")
         return content
 
 
-def _count_lines(path: Path) -> int:
-    try:
-        if not path.is_file():  # it is read twice, which a pipe cannot be
-            path.stat()
-            raise JobError(
-                "--input", str(path), "must be a file of its own, no pipe or device",
-                "write the lines to a file first",
-            )  # fmt: skip
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise JobError(
-            "--input", str(path), f"cannot be read ({error.strerror})", "check the path"
-        ) from error
+def _brief(reason: str) -> str:
+    return reason if len(reason) <= 240 else f"{reason[:240]}…"

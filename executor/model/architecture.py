@@ -19,7 +19,8 @@ class Architecture:
 
     `clip_qkv` bounds queries, keys and values before the rotary embedding. A token's weights for
     its experts are their router probabilities divided by the `router_norm`-norm of them (1 makes
-    them sum to one; None leaves them alone).
+    them sum to one; None leaves them alone). `window` is how far attention reaches back; no request
+    may have more tokens, for windows are not computed.
     """
 
     spec: ModelSpec
@@ -29,5 +30,11 @@ class Architecture:
     clip_qkv: float | None = None
     router_norm: float | None = 1.0
     max_position_embeddings: int = 4096
+    window: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def most_positions(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return min(self.max_position_embeddings, self.window or self.max_position_embeddings)

@@ -166,7 +166,7 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
     name, _, span = text.partition("=")
     parts = span.split(":")
     names = [*Resource, *WHOLE]
-    if name not in names or len(parts) != 3 or not parts[2].isdigit():
+    if name not in names or len(parts) != 3 or not parts[2].isdecimal():
         raise HrmError(
             flag, text, f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(names)}",
             "write it like h2d-bandwidth=100GB/s:500GB/s:9",
@@ -175,7 +175,15 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
     first, last = (_end(what, part, flag) for part in parts[:2])
     # Factors are spaced as rates are: they need not be whole.
     spaced_as = what if isinstance(what, Resource) else Resource.CPU_FLOPS
-    count = min(int(parts[2]), MOST_POINTS)
+    # Before it is read as a number: of thousands of digits, none is made.
+    if len(parts[2]) > len(str(MOST_POINTS)) or int(parts[2]) > MOST_POINTS:
+        raise HrmError(
+            f"{flag} {name}: points",
+            parts[2],
+            f"must be at most {MOST_POINTS}",
+            "ask for fewer: each is a row of searches",
+        )
+    count = int(parts[2])
     return Axis(what, tuple(between(spaced_as, first, last, count, logarithmic=log)))
 
 

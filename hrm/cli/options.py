@@ -78,7 +78,19 @@ _workload = _options(
 )
 
 
+MOST_MACHINES: Final = 100  # that are compared: each takes a search
 _MACHINE: Final = ("profile", "gpus", "host", "gpu_memory", "cpu_memory", "changes")
+
+
+def _few(flag: str, names: str) -> list[str]:
+    """The names that commas separate; ProfileError if they are too many to compare."""
+    found = names.split(",")
+    if len(found) > MOST_MACHINES:
+        raise ProfileError(
+            flag, f"<{len(found):,} machines>", f"must be at most {MOST_MACHINES}",
+            "compare fewer at a time",
+        )  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +131,9 @@ class MachineChoice:
         if self.profile is not None:
             return [self.changed(load_profile(self.profile))]
         if self.gpus is None:
-            hosts = (self.host or "").split(",")
+            hosts = _few("--host", self.host or "")
             return [self.changed(without_gpus(load_host(host))) for host in hosts]
-        return [self.changed(compose(name, self.host)) for name in self.gpus.split(",")]
+        return [self.changed(compose(name, self.host)) for name in _few("--gpus", self.gpus)]
 
     def machine(self) -> HardwareProfile:
         """The only machine; ProfileError if --gpus lists several."""

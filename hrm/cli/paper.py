@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from hrm.cli.out_file import OUT_FILE
 from hrm.cli.paper_report import (
     FigureOfMachine,
     print_comparisons,
@@ -46,8 +47,9 @@ Row = dict[str, Any]
 @click.option("--fit", "refit", is_flag=True, help="Fit the fitted figures again and print them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print rows separated by commas instead.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False),
-              help="Draw predicted over measured: PNG, SVG or PDF, by its ending.")  # fmt: skip
+@click.option(
+    "--plot", type=OUT_FILE, help="Draw predicted over measured: PNG, SVG or PDF, by its ending."
+)
 def paper(
     held_out: bool, scaling: bool, refit: bool, as_json: bool, as_csv: bool, plot: Path | None
 ) -> None:

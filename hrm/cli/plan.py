@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from hrm.cli.compare import Compared, Front, show_front, show_machines
+from hrm.cli.console import console
 from hrm.cli.options import (
     ChosenModel,
     MachineChoice,
@@ -18,7 +19,8 @@ from hrm.cli.options import (
     model_options_of_several,
     workload_options,
 )
-from hrm.cli.report import console, plan_json, print_json, print_plan
+from hrm.cli.out_file import OUT_FILE
+from hrm.cli.report import plan_json, print_json, print_plan
 from hrm.cli.tables import csv_option, plot_option
 from hrm.cli.texts import run_text
 from hrm.cli.waiting import limits_options
@@ -51,9 +53,7 @@ _staging = click.option(
     "--staging", is_flag=True, help="Host weights are in pageable memory, staged through pinned."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-_out = click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the policy file here."
-)
+_out = click.option("--out", type=OUT_FILE, help="Write the policy file here.")
 
 
 @click.command()

@@ -14,8 +14,10 @@ from hrm.cli.options import (
     resolve_plan,
     workload_options,
 )
+from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console
-from hrm.errors import HrmError, PolicyError
+from hrm.cli.tables import tell_written, write_csv
+from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
@@ -29,9 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _out = click.option(
-    "--out", "-o", type=click.Path(path_type=Path, dir_okay=False), required=True,
-    help="PNG, SVG or PDF, by its ending.",
-)  # fmt: skip
+    "--out", "-o", type=OUT_FILE, required=True, help="PNG, SVG or PDF, by its ending."
+)
 
 
 @click.group()
@@ -67,7 +68,7 @@ def roofline(
         batch_sizes=batch_sizes,
         micro_batch_size=micro_batch_size,
     )
-    click.echo(f"written to {out}")
+    tell_written(out)
 
 
 @plot.command()
@@ -114,7 +115,7 @@ def timeline(
         last = None if layers is None else from_layer + layers - 1
         traces = {name: window(t, first=from_layer, last=last) for name, t in traces.items()}
     plot_timeline(traces, out, title=title)
-    click.echo(f"written to {out}")
+    tell_written(out)
 
 
 @plot.command()
@@ -133,8 +134,7 @@ def timeline(
     "--schedule", "schedules", type=click.Choice([name.value for name in ScheduleName]),
     multiple=True, default=["cgopipe"], show_default=True, help="Repeat it to compare.",
 )  # fmt: skip
-@click.option("--csv", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write the points as a table too.")  # fmt: skip
+@click.option("--csv", type=OUT_FILE, help="Write the points as a table too.")
 @_out
 def sweep(
     profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, vary: str,
@@ -163,17 +163,14 @@ def sweep(
             model.spec, profile, workload, vary=what, values=values, dtype=dtype, schedules=names,
             on_point=lambda: bar.advance(shown),
         )  # fmt: skip
-    if csv is not None:
-        _write_csv(frame, csv)
+    write_csv(frame, csv)
     of = " (catalog figures)" if profile.accelerator == "catalog" else ""
     plot_sweep(
         frame, out, x=what.column, here=here if values[0] <= here <= values[-1] else None,
         title=f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}",
     )  # fmt: skip
     _print_sweep(frame, what)
-    for path in (csv, out):
-        if path is not None:
-            click.echo(f"written to {path}")
+    tell_written(csv, out)
 
 
 def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str) -> float:
@@ -185,15 +182,6 @@ def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str)
             return workload.prompt_len
         case Length.GEN_LEN:
             return float(workload.gen_len)
-
-
-def _write_csv(frame: "pd.DataFrame", path: Path) -> None:
-    try:
-        frame.to_csv(path, index=False)
-    except OSError as error:
-        raise HrmError(
-            "--csv", str(path), f"must be writable ({error.strerror})", "choose another path"
-        ) from error
 
 
 def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:

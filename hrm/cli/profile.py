@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hrm.cli.out_file import OUT_FILE
+from hrm.cli.program import Interrupted
 from hrm.cli.report import console
 from hrm.errors import ProfileError
+from hrm.files import is_stream
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
 from hrm.openmp import spin_briefly
@@ -56,8 +59,9 @@ if TYPE_CHECKING:
     "--resume", is_flag=True,
     help="Go on with what an interrupted measurement has left beside --out.",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="machine.yaml",
-              show_default=True, help="The profile to write.")  # fmt: skip
+@click.option(
+    "--out", type=OUT_FILE, default="machine.yaml", show_default=True, help="The profile to write."
+)
 def profile(
     accelerator: str, gpu_memory: str | None, link_bandwidth: str | None, model: str | None,
     dtypes: tuple[str, ...], disk: Path | None, quick: bool, resume: bool, out: Path,
@@ -76,16 +80,11 @@ def profile(
     from hrm.profiling.machine import DTYPES
 
     spin_briefly()
-    if not out.parent.is_dir():
-        raise ProfileError("--out", str(out), "must lie in an existing folder", "create it first")
     if disk is not None and not disk.is_dir():
         raise ProfileError("--disk", str(disk), "must be an existing folder", "correct it")
-    partial = partial_path(out)
-    if partial.exists() and not resume:
-        click.echo(f"measuring afresh; --resume would have gone on with {partial}", err=True)
-    elif resume:
-        what = f"going on with {partial}" if partial.exists() else f"there is no {partial}"
-        click.echo(f"{what}{'' if partial.exists() else ': measuring from the start'}", err=True)
+    partial = None if is_stream(out) else partial_path(out)  # nothing lies beside a pipe
+    if partial is not None:
+        _tell_of(partial, resume=resume)
     # Drawn between measurements only: a bar that moves by itself would disturb them.
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"),
@@ -114,6 +113,7 @@ def profile(
             disk=disk or _folder_of_interest(model, out),
             partial=partial,
             resume=resume,
+            save=lambda whole: save_profile(out, whole),
             progress=progress,
             command=shlex.join(["hrm", *sys.argv[1:]]),
             kernels=installed_kernels(),
@@ -121,30 +121,36 @@ def profile(
     except ProfilingInterrupted as interrupted:
         if bar.live.is_started:
             bar.stop()
-        click.echo(_interrupted(interrupted, partial, resume=resume), err=True)
-        sys.exit(130)
+        raise Interrupted(_interrupted(interrupted, partial, resume=resume)) from interrupted
     finally:
         if bar.live.is_started:
             bar.stop()
-    save_profile(out, measured)
-    partial.unlink(missing_ok=True)
     from hrm.cli.machine_table import print_profile
 
     print_profile(measured)
     console.print(f"\nwritten to {out}")
 
 
+def _tell_of(partial: Path, *, resume: bool) -> None:
+    """Say whether what an interrupted measurement has left is used."""
+    if partial.exists() and not resume:
+        click.echo(f"measuring afresh; --resume would have gone on with {partial}", err=True)
+    elif resume:
+        what = f"going on with {partial}" if partial.exists() else f"there is no {partial}"
+        click.echo(f"{what}{'' if partial.exists() else ': measuring from the start'}", err=True)
+
+
 def _folder_of_interest(model: str | None, out: Path) -> Path:
     """Where weights will be read from: the checkpoint's folder if there is one, or else --out's."""
     if model is not None and Path(model).is_dir():
         return Path(model)
-    return out.parent
+    return Path() if is_stream(out) else out.parent
 
 
-def _interrupted(interrupted: "ProfilingInterrupted", partial: Path, *, resume: bool) -> str:
+def _interrupted(interrupted: "ProfilingInterrupted", partial: Path | None, *, resume: bool) -> str:
     """What was kept, and the command that goes on."""
     done, lost = len(interrupted.measured), len(interrupted.lost)
-    if not done:
+    if not done or partial is None:
         return "interrupted; nothing was measured or written"
     again = shlex.join(["hrm", *sys.argv[1:], *([] if resume else ["--resume"])])
     return (

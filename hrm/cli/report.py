@@ -1,15 +1,14 @@
 """How a plan is shown: for people as tables, for scripts as one JSON object."""
 
 import math
-import sys
 from dataclasses import asdict
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from hrm.causes import Limit
+from hrm.cli.console import console
 from hrm.cli.limits import launches_json, launches_text, limits_json
 from hrm.cli.texts import given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
@@ -31,8 +30,6 @@ _EVALUATED = {
     "optuna": "trials in the study",
     "none": "policies",
 }
-# Tables keep their columns when the output goes to a file or a pipe.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -1,15 +1,18 @@
 """`hrm simulate`: what each lane does under a policy, as text, as a chart and as a Chrome trace."""
 
+from math import ceil
 from pathlib import Path
+from typing import Final
 
 import click
 from rich.table import Table
 
 from hrm.cli.options import plan_options
+from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console, print_json
 from hrm.cli.texts import given_text
 from hrm.costs import Costs
-from hrm.errors import TraceError
+from hrm.errors import PolicyError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase, TaskKind
@@ -17,6 +20,7 @@ from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import counted, format_seconds
 
 TEXT_TASKS = 24
+MOST_PARTS: Final = 30_000  # micro-batches, or chunks, times layers and steps
 
 
 @click.command()
@@ -29,8 +33,7 @@ TEXT_TASKS = 24
 @click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
 @click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True,
               help="Columns of the chart.")  # fmt: skip
-@click.option("--trace", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write a Chrome trace (open it in ui.perfetto.dev).")  # fmt: skip
+@click.option("--trace", type=OUT_FILE, help="Write a Chrome trace (open it in ui.perfetto.dev).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def simulate(
     plan: PolicyFile, phase: str, steps: int, layers: int | None, width: int, trace: Path | None,
@@ -39,12 +42,7 @@ def simulate(
     """Walk a policy's task graph in virtual time and draw what each lane does."""
     simulated = simulate_plan(plan, Phase(phase), num_steps=steps)
     if trace is not None:
-        try:
-            write_chrome_trace(trace, predicted=simulated)
-        except OSError as error:
-            raise TraceError(
-                str(trace), f"<{error.strerror}>", "must be writable", "choose another --trace"
-            ) from error
+        write_chrome_trace(trace, predicted=simulated)
     shown = simulated if layers is None else simulated.up_to_layer(layers)
     if as_json:
         print_json(
@@ -92,11 +90,26 @@ def lane_text(trace: Trace, lane: Lane, limit: int | None) -> str:
 
 
 def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
-    """The simulated trace of one phase of a plan's batch, in the middle of its decoding."""
+    """The simulated trace of one phase of a plan's batch, in the middle of its decoding.
+
+    Raises PolicyError if that has more tasks than can be drawn.
+    """
     requests = plan.workload.num_requests or plan.policy.batch_size
     policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
     costs = Costs(*plan.part, policy.dtype)
     if phase is Phase.PREFILL:
+        tokens = policy.batch_size * plan.workload.prompt_len
+        _check_length(ceil(tokens / policy.prefill_chunk_tokens), "chunk", costs.spec.num_layers)
         return simulate_work(prefill_work(costs, policy, plan.workload))
+    _check_length(policy.num_micro_batches, "micro-batch", costs.spec.num_layers * num_steps)
     context = plan.workload.prompt_len + plan.workload.gen_len / 2
     return simulate_work(decode_work(costs, policy, context, num_steps=num_steps))
+
+
+def _check_length(count: int, what: str, times: int) -> None:
+    if count * times > MOST_PARTS:
+        raise PolicyError(
+            f"policy: {what} count", count,
+            f"times layers and steps must be at most {MOST_PARTS:,} to be drawn task by task",
+            "draw a smaller batch or fewer --steps; hrm estimate predicts any",
+        )  # fmt: skip

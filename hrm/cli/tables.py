@@ -10,18 +10,17 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console, print_json
-from hrm.errors import HrmError
+from hrm.files import write_whole
 from hrm.units import format_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
 
-csv_option = click.option(
-    "--csv", type=click.Path(path_type=Path, dir_okay=False), help="Write the table here too."
-)
+csv_option = click.option("--csv", type=OUT_FILE, help="Write the table here too.")
 plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False),
+    "--plot", type=OUT_FILE,
     help="Draw it too: PNG, SVG or PDF, by its ending.",
 )  # fmt: skip
 
@@ -38,14 +37,8 @@ def searching(total: int | None) -> Generator[Callable[[], object]]:
 
 def write_csv(frame: "pd.DataFrame", path: Path | None) -> None:
     """Write a table, if there is a path; HrmError if that cannot be."""
-    if path is None:
-        return
-    try:
-        frame.to_csv(path, index=False)
-    except OSError as error:
-        raise HrmError(
-            "--csv", str(path), f"must be writable ({error.strerror})", "choose another path"
-        ) from error
+    if path is not None:
+        write_whole(path, frame.to_csv(index=False), remedy="choose another --csv")
 
 
 def print_rows(frame: "pd.DataFrame", **about: Any) -> None:

@@ -6,7 +6,8 @@
 
 from pathlib import Path
 
-from hrm.errors import ModelError
+from hrm.errors import ModelError, closest
+from hrm.files import is_file, is_folder
 from hrm.model_spec.built_in import BUILT_IN_MODELS
 from hrm.model_spec.config_file import read_config
 from hrm.model_spec.families import spec_from_hf_config
@@ -33,18 +34,12 @@ def load_model(model: str) -> ModelSpec:
     if model in BUILT_IN_MODELS:
         return BUILT_IN_MODELS[model]
     path = Path(model)
-    try:
-        path = path / "config.json" if path.is_dir() else path
-        is_file = path.is_file()
-    except OSError:  # a name too long, a folder that may not be entered
-        is_file = False
-    if not is_file:
-        from difflib import get_close_matches
-
-        close = get_close_matches(model, BUILT_IN_MODELS, 1)
+    path = path / "config.json" if is_folder(path) else path
+    if not is_file(path):
+        close = closest(model, BUILT_IN_MODELS)
         raise ModelError(
             "--model", model,
             f"must be one of {', '.join(BUILT_IN_MODELS)}, or a config.json or its folder",
-            f"did you mean {close[0]}?" if close else "see hrm models",
+            f"did you mean {close}?" if close else "see hrm models",
         )  # fmt: skip
     return spec_from_hf_config(read_config(path), str(path))

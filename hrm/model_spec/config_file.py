@@ -1,33 +1,21 @@
 """A `config.json` and its keys, each of the type that is asked for or refused by file and key."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, Final, cast
 
+from hrm.decoding import read_json_object
 from hrm.errors import ModelError
 from hrm.model_spec.spec import LARGEST_SIZE
 
 CHECK: Final = "check the config.json"
-_BRIEF: Final = Repr()
-_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ModelError if it is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    # Not only what is no JSON is a ValueError: integers of over 4300 digits are, too.
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            str(path), f"<{error}>", "must be a readable JSON file", "download the config again"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(
-            str(path), f"<{type(config).__name__}>", "must hold a JSON object", "check the file"
-        )
-    return cast("dict[str, Any]", config)
+    return read_json_object(
+        path, "a readable JSON file", ModelError, remedy="download the config again"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +36,8 @@ class Keys:
     def refusal(self, key: str, rule: str, remedy: str = CHECK) -> ModelError:
         """The error that says what is wrong with a key's value."""
         value = self.get(key)
-        brief = _BRIEF.repr(value)
-        if value is None:
-            value = "<missing>"
-        elif "..." in brief or (isinstance(value, str) and value.startswith("<")):
-            value = f"<{brief}>"  # shortened, and printed as it stands
-        return ModelError(f"{self.where}: {key}", value, rule, remedy)
+        shown = "<missing>" if value is None else value
+        return ModelError(f"{self.where}: {key}", shown, rule, remedy)
 
     def integer(self, *keys: str, default: int | None = None, at_least: int = 1) -> int:
         """The integer under the keys, which are names of one thing; ModelError if they disagree."""

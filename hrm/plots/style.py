@@ -4,12 +4,13 @@ Colour never speaks alone: lines differ in their style, areas in their hatch, po
 marker. Figures are as wide as a printed page, so that their 8 points are 8 points on paper.
 """
 
-import os
 from contextlib import AbstractContextManager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.errors import HrmError
+from hrm.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,15 +131,7 @@ def check_path(path: Path | None) -> None:
         raise HrmError(
             "--out", str(path), f"must end in {', '.join(FORMATS)}", "choose one of these formats"
         )
-    reason = ""
-    if not path.parent.is_dir():
-        reason = "No such directory"
-    elif path.is_dir():
-        reason = "Is a directory"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "Permission denied"
-    if reason:
-        raise HrmError("--out", str(path), f"must be writable ({reason})", "choose another path")
+    check_writable(path)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -146,13 +139,12 @@ def save_figure(figure: Any, path: Path) -> None:
     check_path(path)
     # Files do not say when they were drawn, so that drawing again changes nothing.
     dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix.lower())
-    try:
-        with look():
-            figure.savefig(path, metadata={dated: None} if dated else None)
-    except OSError as error:
-        raise HrmError(
-            "--out", str(path), f"must be writable ({error.strerror})", "choose another path"
-        ) from error
+    picture = BytesIO()
+    with look():
+        figure.savefig(
+            picture, format=path.suffix[1:].lower(), metadata={dated: None} if dated else None
+        )
+    write_whole(path, picture.getvalue())
 
 
 def luminance(colour: str) -> float:

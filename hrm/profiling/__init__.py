@@ -4,8 +4,8 @@
 timed and what a line through it says, `passes` how several measurements become one; `gemm`,
 `memory`, `caches`, `numa`, `link`, `gpu_link`, `attention`, `launch`, `disk`, `contention` and
 `settle` measure one thing each, `gpu` is what they need of CUDA, and `machine` makes a profile of
-it all. `pacing` is the link of the emulated accelerator. The benchmarks import torch, this file
-does not.
+it all. `pacing` is the link of the emulated accelerator and how waits end. The benchmarks import
+torch, this file does not.
 """
 
 from hrm.profiling.machine import (

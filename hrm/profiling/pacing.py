@@ -4,6 +4,7 @@ It stands in for PCIe on machines without an accelerator. The executor's emulate
 transfers through it and `hrm.profiling.link` measures it, so both see the same link.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Final, final
@@ -11,6 +12,44 @@ from typing import Final, final
 SPIN_S: Final = 80e-6  # the end of a wait is spun: sleeping overshoots by about this much
 BACK_TO_BACK_S: Final = 200e-6  # a gap this short is the issuing thread's, not the link's
 CATCH_UP_S: Final = 5e-3  # how far behind its schedule the link may be and still catch up
+
+
+LONGEST_SLEEP_S: Final = 0.1  # after which who waits looks whether there is a reason to go on
+
+
+class CalledOffError(Exception):
+    """What was waited for is not wanted any more."""
+
+
+@final
+class Waits:
+    """Sleeps of other threads, to be called off by the one that hears Ctrl-C.
+
+    A transfer over an emulated link of a few bytes a second may last for days.
+    """
+
+    def __init__(self) -> None:
+        self._called_off = threading.Event()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; CalledOffError if that is called off meanwhile, or was and not resumed."""
+        end_s = time.perf_counter() + seconds
+        while True:
+            if self._called_off.is_set():
+                raise CalledOffError
+            if seconds <= LONGEST_SLEEP_S:
+                time.sleep(max(seconds, 0.0))
+                return
+            time.sleep(LONGEST_SLEEP_S)
+            seconds = end_s - time.perf_counter()
+
+    def call_off(self) -> None:
+        """End all sleeps under way, and those to come until `resume`."""
+        self._called_off.set()
+
+    def resume(self) -> None:
+        """Let sleeps be sleeps again."""
+        self._called_off.clear()
 
 
 @final

@@ -11,7 +11,7 @@ from hrm.schedules.pipeline import Pipeline, skips_in_last_layer
 from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
 __all__ = ["SCHEDULES", "Pipeline", "Schedule", "decode_pipeline", "graph", "iter_tasks",
-           "prefill_pipeline", "skips_in_last_layer"]  # fmt: skip
+           "pages_of", "prefill_pipeline", "skips_in_last_layer"]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,11 @@ SCHEDULES: Final = {
 }
 
 
+def pages_of(policy: Policy) -> int:
+    """Pages that a layer's weights move in under the policy."""
+    return policy.num_micro_batches if SCHEDULES[policy.schedule].paged else 1
+
+
 def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline:
     if not SCHEDULES[policy.schedule].paged:
         return pipeline
@@ -55,7 +60,7 @@ def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline
         if pipeline.phase is Phase.PREFILL or policy.ffn is Device.GPU
         else 0
     )
-    return pipeline.with_pages(policy.num_micro_batches, dense_share=dense / streamed)
+    return pipeline.with_pages(pages_of(policy), dense_share=dense / streamed)
 
 
 def decode_pipeline(spec: ModelSpec, policy: Policy, *, num_steps: int = 1) -> Pipeline:

@@ -6,8 +6,10 @@ buffer that it overwrites).
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -40,7 +42,7 @@ _LANES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """The shape of one phase: all that decides which tasks there are.
 
@@ -260,14 +262,19 @@ class Pipeline:
             yield TaskId(K.LOAD_EXPERT_OUTPUT, i, j, t)
 
     def _kv_load_waits(self, t: int, i: int, j: int) -> Iterator[TaskId]:
-        streaming = [k for k in range(self.num_micro_batches) if self.streams_kv(k)]
-        loads_before = (t * self.num_layers + i) * len(streaming) + streaming.index(j)
+        streaming = self._streaming
+        loads_before = (t * self.num_layers + i) * len(streaming) + bisect_left(streaming, j)
         if loads_before >= BUFFERS:
             position, index = divmod(loads_before - BUFFERS, len(streaming))
             step, layer = divmod(position, self.num_layers)
             yield TaskId(K.ATTENTION, layer, streaming[index], step)
         if t > 0:
             yield TaskId(K.STORE_KV, i, j, t - 1)
+
+    @cached_property
+    def _streaming(self) -> tuple[int, ...]:
+        """The micro-batches whose cache moves to the GPU layer by layer."""
+        return tuple(k for k in range(self.num_micro_batches) if self.streams_kv(k))
 
     def _page_waits(self, x: TaskId, last_reader: TaskId) -> Iterator[TaskId]:
         """Edges of weight pages: slots on the GPU and pinned pages are overwritten in turn."""

@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
 from hrm.policy import Policy
 from hrm.search.exhaustive import RUNNER_UPS, greatest
@@ -76,7 +76,8 @@ def search_space(
             greatest_tokens_per_s=0.0, evaluations=0, seconds=time.perf_counter() - started_s,
             simulated=0,
         )  # fmt: skip
-    trying = Trying(decoder, _open_study(space, storage, seed), trials=trials, seed=seed)
+    study = _open_study(space, storage, seed)
+    trying = Trying(decoder, study, storage, trials=trials, seed=seed)
     interrupted = False
     try:
         for number in range(trials):
@@ -87,7 +88,7 @@ def search_space(
         if not trying.best_tokens_per_s():
             raise
         interrupted = True
-    ranked = trying.ranked(runner_ups + 1)
+    ranked = trying.ranked(runner_ups + 1) or trying.filling()
     best = ranked[0]
     score = score_of(space, best.policy)
     highest = max(score, greatest(space))
@@ -299,42 +300,73 @@ def _largest(limit: int, fit: Callable[[Ints], NDArray[np.bool_]]) -> int:
 
 
 class Trying:
-    """A study with what this process knows of it."""
+    """A study, kept in `storage`, with what this process knows of it."""
 
-    def __init__(self, decoder: Decoder, study: "optuna.Study", *, trials: int, seed: int) -> None:
-        self.decoder, self.study = decoder, study
+    def __init__(
+        self, decoder: Decoder, study: "optuna.Study", storage: str | None, *, trials: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.decoder, self.study, self.storage = decoder, study, storage
         self.simulated: dict[Policy, Estimate] = {}
         self._known: dict[Policy, tuple[float, float]] = {}
-        self.random = Random(f"{seed} {len(study.trials)}")
-        if not study.trials:
-            for parameters in decoder.first(trials // 3):
+        with self._told():
+            known = len(study.trials)
+        self.random = Random(f"{seed} {known}")
+        for parameters in [] if known else decoder.first(trials // 3):
+            with self._told():
                 study.enqueue_trial(parameters, skip_if_exists=True)
 
     def try_one(self, *, local: bool) -> None:
         """One more trial: what is queued, else near a good one if `local`, else the sampler's."""
         import optuna
 
-        waiting = optuna.trial.TrialState.WAITING
-        if local and not self.study.get_trials(deepcopy=False, states=(waiting,)):
+        state = optuna.trial.TrialState
+        if local and not self._trials(state.WAITING):
             self._enqueue_change()
-        trial = self.study.ask()
+        with self._told():
+            trial = self.study.ask()
         try:
-            policy = self.decoder.policy(self.decoder.ask(trial))
-            if policy is None or not self._may_win(policy):
-                self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            else:
-                self.study.tell(trial, self._simulate(policy).tokens_per_s)
+            with self._told():
+                parameters = self.decoder.ask(trial)
+            policy = self.decoder.policy(parameters)
+            wins = policy is not None and self._may_win(policy)
+            tokens_per_s = self._simulate(policy).tokens_per_s if policy and wins else None
+            with self._told():
+                self.study.tell(trial, tokens_per_s, state=None if wins else state.PRUNED)
         except KeyboardInterrupt:
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            with self._told():
+                self.study.tell(trial, state=state.FAIL)
             raise
 
     def finished(self) -> "list[optuna.trial.FrozenTrial]":
-        """All trials of the study with a value, whoever tried them, best first."""
+        """All trials of the study that can be used, whoever tried them, best first."""
         import optuna
 
-        complete = optuna.trial.TrialState.COMPLETE
-        trials = self.study.get_trials(deepcopy=False, states=(complete,))
-        return sorted(trials, key=lambda trial: -(trial.value or 0.0))
+        complete = self._trials(optuna.trial.TrialState.COMPLETE)
+        usable = [trial for trial in complete if self._is_usable(trial)]
+        return sorted(usable, key=lambda trial: -(trial.value or 0.0))
+
+    def _trials(self, state: "optuna.trial.TrialState") -> "list[optuna.trial.FrozenTrial]":
+        with self._told():
+            return self.study.get_trials(deepcopy=False, states=(state,))
+
+    def _told(self) -> AbstractContextManager[None]:
+        """What Optuna raises within is told as a mistake with the storage."""
+        from hrm.search.study_file import told
+
+        return told(self.storage)
+
+    def _is_usable(self, trial: "optuna.trial.FrozenTrial") -> bool:
+        """Whether value and parameters are some that this search could have written."""
+        given, values = self._parameters(trial), trial.values or [None]
+        shares = [given.get(name) for name in ("size", "number", "kv", "residents")]
+        return (
+            all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in shares)
+            and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in values)
+            and (given.get("kind") in self.decoder.kinds)
+            and (given.get("chunk") in self.decoder.chunks)
+            and (given.get("dense") in self.decoder.dense)
+        )
 
     def best_tokens_per_s(self) -> float:
         """The best throughput so far; 0 if there is none."""
@@ -351,6 +383,11 @@ class Trying:
             if len(found) == count:
                 break
         return list(found.values())
+
+    def filling(self) -> list[Estimate]:
+        """A policy that fills the memories, where no trial has found one."""
+        policies = map(self.decoder.policy, self.decoder.first(1))
+        return [self._simulate(policy) for policy in policies if policy is not None]
 
     def _enqueue_change(self) -> None:
         """A small change of the best policy of one kind, mostly of the best kinds.
@@ -370,7 +407,8 @@ class Trying:
             if len(promising) == _PROMISING:
                 break
         if promising:
-            self.study.enqueue_trial(promising[max(promising)])
+            with self._told():
+                self.study.enqueue_trial(promising[max(promising)])
 
     def _may_win(self, policy: Policy) -> bool:
         """Whether it was simulated, or its bound leaves a chance to beat the best so far."""
@@ -401,33 +439,21 @@ def study_name(space: Space) -> str:
     return f"hrm-{hashlib.sha256(fixed).hexdigest()[:16]}"
 
 
-def _storage_errors() -> tuple[type[Exception], ...]:
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return OSError, ValueError, ImportError, SQLAlchemyError, optuna.exceptions.OptunaError
-
-
 def _open_study(space: Space, storage: str | None, seed: int) -> "optuna.Study":
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+
+    from hrm.search.study_file import StudyFile, told
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with told(storage):
         if storage is None or "://" in storage:
             kept = storage
         else:
-            kept = JournalStorage(JournalFileBackend(storage))
+            kept = JournalStorage(StudyFile(storage))
         study = optuna.create_study(
             study_name=study_name(space), storage=kept, load_if_exists=True, direction="maximize"
         )
         # Whoever joins later proposes other policies.
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
-    except _storage_errors() as error:
-        said = " ".join(str(error).split())
-        raise PolicyError(
-            "--storage", storage, f"must be a file or a database that Optuna opens ({said})",
-            "give a path such as trials.log, or a URL such as sqlite:///trials.db",
-        ) from error  # fmt: skip
     return study

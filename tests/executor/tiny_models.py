@@ -1,6 +1,7 @@
 """Random tiny checkpoints, written by transformers, and what transformers makes of them."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -20,8 +21,11 @@ DBRX = "dbrx"
 MODELS: Final = (*MIXTRALS, DBRX)
 
 
-def save_tiny(name: str, folder: Path, *, seed: int = 0, max_shard_size: str = "50GB") -> Path:
-    """Write the checkpoint of one of MODELS, float32, into `folder` and return it."""
+def save_tiny(name: str, folder: Path, *, seed: int = 0, **how: Any) -> Path:
+    """Write the checkpoint of one of MODELS, float32, into `folder` and return it.
+
+    `how` goes to `save_pretrained`.
+    """
     from transformers import (
         DbrxConfig,
         DbrxForCausalLM,
@@ -59,8 +63,19 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, max_shard_size: str = "
         for tensor in model.parameters():
             if tensor.ndim == 1:  # norms other than ones
                 tensor.uniform_(0.5, 1.5)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, **how)
     return folder
+
+
+def poisoned_copy(folder: Path, copy: Path, token: int, value: float) -> Path:
+    """Write a copy of a Mixtral checkpoint, in which a token's embedding is of that value alone."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.embed_tokens.weight"][token] = value
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 @cache

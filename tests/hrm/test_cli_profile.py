@@ -1,10 +1,13 @@
 """`hrm profile` as users see it: what it writes, prints and keeps; `hrm profiles` for one file."""
 
+import fcntl
 import json
+import os
 
 import pytest
 
 from hrm.cli import main
+from hrm.files import open_locked
 from hrm.machines import load_profile
 from tests.hrm.profiling.fakes import small_sizes
 
@@ -115,7 +118,10 @@ def test_resume_with_other_options_is_a_mistake(hrm, tmp_path):
     ("args", "message"),
     [
         (["--disk", "nowhere"], "--disk is 'nowhere': must be an existing folder"),
-        (["--out", "nowhere/machine.yaml"], "--out is 'nowhere/machine.yaml': must lie in"),
+        (
+            ["--out", "nowhere/machine.yaml"],
+            "nowhere/machine.yaml is <No such file or directory>: must be writable",
+        ),
         (["--accelerator", "cuda:0,0"], "--accelerator is 'cuda:0,0': names a device twice"),
     ],
 )
@@ -123,6 +129,50 @@ def test_mistakes_cost_no_time_and_leave_no_file(hrm, tmp_path, args, message):
     code, out, err = hrm("profile", *args)
     assert (code, out) == (2, "")
     assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_profile_that_another_process_measures_is_left_to_it(hrm, tmp_path, small, resume):
+    with small_sizes() as stop:
+        stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
+        hrm(*QUICK)
+    partial = tmp_path / "machine.yaml.partial"
+    kept = partial.read_bytes()
+    with open_locked(partial):
+        code, out, err = hrm(*QUICK, *["--resume"] * resume)
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: machine.yaml.partial is <in use by ")
+    assert last.endswith("wait for that one, or choose another --out")
+    assert partial.read_bytes() == kept
+    assert hrm(*QUICK, "--resume")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml"]
+
+
+def test_the_profile_is_locked_until_it_is_written(hrm, tmp_path, small):
+    tried = []
+
+    def save(path, profile):
+        with pytest.raises(BlockingIOError):
+            open_locked(tmp_path / "machine.yaml.partial")
+        tried.append(path)
+
+    small.setattr("hrm.cli.profile.save_profile", save)
+    assert hrm(*QUICK)[0] == 0
+    assert [path.name for path in tried] == ["machine.yaml"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_goes_down_a_pipe_and_nothing_lies_beside_it(hrm, tmp_path):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 2**20)
+    code, _, err = hrm(*QUICK, "--out", f"/dev/fd/{writer}")
+    os.close(writer)
+    assert code == 0, err
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read().startswith(b"schema: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """Estimates against the bound, against whole simulations, and against sums done by hand."""
 
 import sys
+import time
 from dataclasses import replace
 from random import Random
 
@@ -133,6 +134,40 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(
             patch.setattr(sys.modules[step_seconds.__module__], "MAX_TASKS", 10**9)
             whole = step_seconds(costs, policy, 150), prefill_seconds(costs, policy, workload)
         assert quick == pytest.approx(whole, rel=tolerance), counts
+
+
+@pytest.mark.parametrize("schedule", list(ScheduleName))
+def test_time_of_few_micro_batches_that_stand_for_many_is_that_of_all(monkeypatch, schedule):
+    """Also where the latency of very small pages of weights is most of the time."""
+    module, spec, rng, n = sys.modules[step_seconds.__module__], tiny_spec(), Random(5), 120
+    for seed in range(6):
+        latency_s = 0.05 if seed % 2 else 0.0
+        costs = Costs(spec, random_machine(rng, latency_s=latency_s), "bfloat16")
+        policy = random_policy(rng, spec, schedule)
+        policy = replace(
+            policy, batch_size=policy.micro_batch_size * n,
+            gpu_kv_micro_batches=rng.choice([0, n // 2, n]),
+        )  # fmt: skip
+        found: list[tuple[float, float]] = []
+        for most in (40, 10**9):
+            monkeypatch.setattr(module, "MAX_MICRO_BATCHES", most)
+            found.append(
+                (step_seconds(costs, policy, 50.0), prefill_seconds(costs, policy, WORKLOAD))
+            )
+        assert found[0] == pytest.approx(found[1], rel=0.03), seed
+
+
+def test_any_number_of_micro_batches_is_estimated_at_once():
+    spec, profile = tiny_spec(num_layers=6), machine(latency_s=1e-5)
+    seconds: list[float] = []
+    for n in (10**4, 10**6, 10**12):
+        policy = replace(random_policy(Random(2), spec, ScheduleName.CGOPIPE), batch_size=40 * n,
+                         micro_batch_size=40, gpu_kv_micro_batches=n // 2)  # fmt: skip
+        began_s = time.process_time()
+        predicted = estimate(spec, policy, profile, WORKLOAD)
+        assert time.process_time() - began_s < 10
+        seconds.append(predicted.seconds / n)
+    assert seconds[1:] == pytest.approx(seconds[:1] * 2, rel=0.01)
 
 
 def test_a_step_in_the_steady_state_takes_as_long_as_a_late_one_of_many():

@@ -126,7 +126,7 @@ def test_awkward_texts_survive(tmp_path, text):
 
 
 def test_saving_is_all_or_nothing(tmp_path):
-    with pytest.raises(ProfileError, match=r"must be a file that can be written"):
+    with pytest.raises(ProfileError, match=r"must be writable"):
         save_profile(tmp_path / "missing" / "x.yaml", compose("T4"))
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ProfileError, match=r"folder\.yaml"):
@@ -316,11 +316,11 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ),
         (
             "value: 2.72e+11", "value: 0",
-            ("levels[gpu].read_bytes_per_s.achieved is 0", "must be positive and finite"),
+            ("levels[gpu].read_bytes_per_s.achieved is 0", "must be positive and at most 1e+18"),
         ),
         (
             "value: 2.72e+11", "value: -1.0",
-            ("levels[gpu].read_bytes_per_s.achieved is -1.0", "must be positive and finite"),
+            ("levels[gpu].read_bytes_per_s.achieved is -1.0", "must be positive and at most 1e+18"),
         ),
         (
             "value: 2.72e+11", "value: 3.6e11",
@@ -339,7 +339,7 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         (
             "datasheet: {value: 3.2e+11, source: datasheet}",
             "datasheet: {value: fast, source: datasheet}",
-            ("levels[gpu].read_bytes_per_s.datasheet.value is 'fast'", "expected float"),
+            ("levels[gpu].read_bytes_per_s.datasheet.value is 'fast'", "must be a number"),
         ),
         (
             "datasheet: {value: 3.2e+11, source: datasheet}", "datasheet: {value: 1, source: x}",
@@ -356,8 +356,8 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ("- [64.0, 4.3e+12]", "- [9999.0, 4.3e+12]", ("float16.achieved.curve", "ascend")),
         ("name: 1xT4 on gcp-n1-highmem-64\n", "", ("name is <missing>", "must be given")),
         ("levels:\n", "levels: 3\nlinkss:\n", ("linkss", "did you mean links?")),
-        ("schema: 1", "schema: [1", ("must be valid YAML", "line")),
-        ("schema: 1", "schema: !!python/object:os.system 1", ("must be valid YAML",)),
+        ("schema: 1", "schema: [1", ("must be a file of valid YAML", "line")),
+        ("schema: 1", "schema: !!python/object:os.system 1", ("must be a file of valid YAML",)),
     ],
 )  # fmt: skip
 def test_bad_profile_names_file_field_value_rule_and_remedy(tmp_path, old, new, parts):
@@ -380,7 +380,7 @@ def test_numbers_may_be_written_as_people_do(tmp_path):
     [
         (b"", ("<no mapping>", "must be a mapping with schema, name")),
         (b"- 1\n", ("<no mapping>",)),
-        (b"\xff\xfe\x00", ("must be valid YAML",)),
+        (b"\xff\xfe\x00", ("must be a file of valid YAML",)),
         (b"name: x\nlevels: [1]\naccelerator: cpu\n", ("levels[0] is 1", "must be a mapping")),
         (b"name: x\nlevels: []\naccelerator: cpu\n", ("levels is []", "one or more")),
         (b"1: x\n", ("bad.yaml: 1 is 'x'", "is no field of HardwareProfile")),

@@ -253,14 +253,14 @@ REFUSED = [
     (changed("llama-4-scout", interleave_moe_layer_step=2), "interleave_moe_layer_step is 2: must"),
     (
         changed("llama-4-scout", moe_layers=list(range(1, 48, 2))),
-        r"text_config: moe_layers is <\[1, 3, 5, 7, 9, 11, \.\.\.\]>: must leave no layer dense",
+        r"text_config: moe_layers is \[1, 3, 5, 7, 9, 11, \.\.\.\]: must leave no layer dense",
     ),
     (changed("llama-4-scout", attention_chunk_size=None), "attention_chunk_size is <missing>"),
     (changed("llama-4-scout", no_rope_layers=[1]), r"no_rope_layers is \[1\]: must have one"),
     ({**PUBLISHED["llama-4-scout"], "text_config": [1]}, r"text_config is \[1\]: must be an"),
     ({**MIXTRAL, "model_type": ["mixtral"]}, r"model_type is \['mixtral'\]: " + KNOWN),
     ({**MIXTRAL, "model_type": None}, "model_type is <missing>: " + KNOWN),
-    ({**MIXTRAL, "model_type": "<\n>"}, r"model_type is <'<\\n>'>: " + KNOWN),
+    ({**MIXTRAL, "model_type": "<\n>"}, r"model_type is < >: " + KNOWN),
     ({}, "model_type is <missing>: " + KNOWN),
 ]  # fmt: skip
 
@@ -344,7 +344,7 @@ def test_whatever_a_key_holds_a_config_is_read_or_refused(name):
                 read(changed(name, **{key: value}))
             except ModelError as error:
                 assert "\n" not in str(error)  # noqa: PT017 - what is read is welcome, too
-                assert len(str(error)) < 500  # noqa: PT017
+                assert len(str(error)) < 600  # noqa: PT017
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ SWEEP = ["sweep", *T4, "--out", "a.png"]
     ("args", "told"),
     [
         (["roofline", "--gpus", "1xT4", "--out", "a.gif"], "must end in .png, .svg, .pdf"),
-        (["roofline", "--gpus", "1xT4", "--out", "none/a.png"], "No such directory"),
+        (["roofline", "--gpus", "1xT4", "--out", "none/a.png"], "No such file or directory"),
         (["roofline", "--gpus", "1xT4", "--dtype", "int4", "--out", "a.png"], "--dtype is 'int4'"),
         (["timeline", "--out", "a.png"], "--policy and --model is <neither>"),
         (["timeline", *T4, "--layers", "99", "--out", "a.png"], "must lie within the 32 layers"),

@@ -54,8 +54,8 @@ def test_a_folder_stands_for_its_run_json(tmp_path):
         ([], "no tokens"),
         ([[0, 0, 0, 0]], "no tokens"),
         ([[1, 2, 3, -4]], "must count"),
-        ("many", "Expected"),
-        ([[1.5, 2, 3, 4]], "Expected"),
+        ("many", "must be a list"),
+        ([[1.5, 2, 3, 4]], "must be an integer"),
     ],
 )
 def test_counts_that_cannot_be_used_are_refused(tmp_path, counts, word):

@@ -156,5 +156,5 @@ def test_processes_share_a_study(tmp_path):
 
 @pytest.mark.parametrize("storage", ["/no/such/folder/trials.log", "nosql://x", "{folder}"])
 def test_a_storage_that_cannot_be_used_is_named(tmp_path, storage):
-    with pytest.raises(PolicyError, match=r"--storage is .*must be a .*that Optuna opens"):
+    with pytest.raises(PolicyError, match=r"--storage.* is .*must be a .*that Optuna opens"):
         bayesian.search_space(a_space(1), trials=1, storage=storage.format(folder=tmp_path))

@@ -7,7 +7,8 @@ what a step finds is used by the next ones (a GEMM's rate is taken without the l
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from math import inf
@@ -64,6 +65,7 @@ def profile_machine(
     disk: Path | None = None,
     partial: Path | None = None,
     resume: bool = False,
+    save: Callable[[HardwareProfile], object] | None = None,
     progress: Progress | None = None,
     command: str = "",
     budget_s: float | None = None,
@@ -77,11 +79,12 @@ def profile_machine(
     GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
     links are paced to `link_bandwidth_bytes_per_s`. GEMMs have the shapes of `model`. The first of
     `dtypes` is that of the KV cache. `disk` is the folder whose disk is measured. `kernels` compute
-    on the CPU instead of torch. Finished steps are kept in the file `partial` until the profile is
-    whole, and `resume` goes on with those that it holds. `progress(done_s, total_s, what)` is
-    called before each step and at the end.
-    Raises ProfileError if there is no such accelerator or what was kept is of another machine,
-    ProfilingInterrupted on Ctrl-C.
+    on the CPU instead of torch. Finished steps are kept in the file `partial`, which is locked
+    against other processes, and `resume` goes on with those that it holds. `save` is called with
+    the whole profile, after which that file is removed. `progress(done_s, total_s, what)` is called
+    before each step and at the end.
+    Raises ProfileError if there is no such accelerator, or what was kept is of another machine or
+    being written by another process, ProfilingInterrupted on Ctrl-C.
     """
     kind, indices = _resolve(accelerator)
     part_s, most_s = (QUICK_PART_S, MOST_QUICK_S) if quick else (FULL_PART_S, MOST_FULL_S)
@@ -105,52 +108,61 @@ def profile_machine(
     if partial is not None:
         measures = options | _identity(host, gpus)
         journal = Journal(partial, measures, date=date, resume=resume)
-    run = Run(
-        host=host,
-        threads=_threads(host),
-        quick=quick,
-        model=model,
-        dtypes=tuple(dict.fromkeys(dtypes)),
-        disk=disk,
-        steps=Steps(part_s, most_s, progress, journal, PASSES, watch=Others),
-        kernels=kernels,
-    )
-    try:
-        match kind:
-            case "cpu":
-                profile = profile_cpu(run)
-            case "emulated":
-                profile = profile_emulated(
-                    run,
-                    gpu_memory_bytes or min(EMULATED_GPU_BYTES, host.usable_ram_bytes // 8),
-                    link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S,
-                )
-            case "cuda":
-                profile = profile_cuda(run, gpus, gpu_memory_bytes)
-    finally:
-        if journal is not None:
-            journal.close()
-    profile = flag_noisy(profile)
-    recalled = len(run.steps.recalled)
-    seconds = time.monotonic() - started_s + (journal.seconds if journal else 0.0)
-    facts = {
-        "date": date,
-        "command": command,
-        "mode": options["mode"],
-        "passes": _passes(run.steps.disturbances, run.steps.passes_used),
-        "seconds": f"{seconds:.1f}",
-        "resumed": f"{recalled} of {len(run.steps.turns)} measurements are of {journal.date}"
-        if journal and recalled
-        else "",
-        **host.describe(),
-        "kernels": options["kernels"],
-        "threads": f"{run.threads} of torch's, not pinned, as the executor leaves them",
-        "others": others.describe(),
-        **software(),
-        **profile.environment,
-        "warnings": "; ".join(_warnings(profile, others, run.steps.disturbance)),
-    }
-    return replace(profile, environment={key: text for key, text in facts.items() if text})
+    with closing(journal) if journal else nullcontext():
+        run = Run(
+            host=host,
+            threads=_threads(host),
+            quick=quick,
+            model=model,
+            dtypes=tuple(dict.fromkeys(dtypes)),
+            disk=disk,
+            steps=Steps(part_s, most_s, progress, journal, PASSES, watch=Others),
+            kernels=kernels,
+        )
+        profile = flag_noisy(_run(kind, run, gpus, gpu_memory_bytes, link_bandwidth_bytes_per_s))
+        recalled = len(run.steps.recalled)
+        seconds = time.monotonic() - started_s + (journal.seconds if journal else 0.0)
+        facts = {
+            "date": date,
+            "command": command,
+            "mode": options["mode"],
+            "passes": _passes(run.steps.disturbances, run.steps.passes_used),
+            "seconds": f"{seconds:.1f}",
+            "resumed": f"{recalled} of {len(run.steps.turns)} measurements are of {journal.date}"
+            if journal and recalled
+            else "",
+            **host.describe(),
+            "kernels": options["kernels"],
+            "threads": f"{run.threads} of torch's, not pinned, as the executor leaves them",
+            "others": others.describe(),
+            **software(),
+            **profile.environment,
+            "warnings": "; ".join(_warnings(profile, others, run.steps.disturbance)),
+        }
+        profile = replace(profile, environment={key: text for key, text in facts.items() if text})
+        if save is not None:
+            save(profile)
+            if journal is not None:
+                journal.remove()
+    return profile
+
+
+def _run(
+    kind: Literal["cuda", "emulated", "cpu"], run: Run, gpus: "list[AbstractGpu]",
+    gpu_memory_bytes: int | None, link_bandwidth_bytes_per_s: float | None,
+) -> HardwareProfile:  # fmt: skip
+    """The figures of a machine of that kind; its environment is not whole yet."""
+    match kind:
+        case "cpu":
+            return profile_cpu(run)
+        case "emulated":
+            return profile_emulated(
+                run,
+                gpu_memory_bytes or min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8),
+                link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S,
+            )
+        case "cuda":
+            return profile_cuda(run, gpus, gpu_memory_bytes)
 
 
 def _passes(disturbances: Sequence[float], used: Sequence[int]) -> str:

@@ -8,11 +8,13 @@ is never read as a profile.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Annotated, Any, Final, final
 
 import msgspec
 
+from hrm.decoding import Malformed, decode_json
 from hrm.errors import ProfileError
+from hrm.files import open_locked, write_all
 
 SUFFIX: Final = ".partial"
 
@@ -29,14 +31,14 @@ class _Head(msgspec.Struct, frozen=True):
 
 class _Line(msgspec.Struct, frozen=True):
     step: str
-    seconds: float
-    found: msgspec.Raw
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    found: Any
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
     seconds: float
-    found: msgspec.Raw
+    found: Any
 
 
 @final
@@ -48,25 +50,35 @@ class Journal:
     ) -> None:
         """Start the file anew, or go on with it if `resume` and there is one.
 
-        `measures` says what is measured: options and machine. Raises ProfileError if the file to
-        go on with was measured otherwise, or cannot be read or written.
+        The file is locked until it is closed or removed. `measures` says what is measured: options
+        and machine. Raises ProfileError if another process writes to the file, if that to go on
+        with was measured otherwise, or if it cannot be read or written.
         """
         self.path, self.date = path, date
         self._kept: dict[str, _Kept] = {}
         self._steps = 0
         try:
+            self._file = open_locked(path)
+        except BlockingIOError as error:
+            raise ProfileError(
+                str(path), f"<{error.strerror}>", "must be written by one hrm profile at a time",
+                "wait for that one, or choose another --out",
+            ) from error  # fmt: skip
+        except OSError as error:
+            raise _not_written(path, error) from error
+        try:
             good = self._load(measures) if resume else 0
             self._steps = len(self._kept)
-            self._file = path.open("r+b" if good else "wb")
             self._file.truncate(good)
             self._file.seek(good)
             if not good:
                 self._write(_Head(date, measures))
         except OSError as error:
-            raise ProfileError(
-                str(path), f"<{error.strerror}>", "must be a file that can be written",
-                "choose another --out",
-            ) from error  # fmt: skip
+            self.close()
+            raise _not_written(path, error) from error
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def seconds(self) -> float:
@@ -79,45 +91,55 @@ class Journal:
         if kept is None:
             return False, None
         try:
-            return True, msgspec.json.decode(kept.found, type=kind)
-        except (msgspec.ValidationError, ValueError):  # of another version: measured again
+            return True, msgspec.convert(kept.found, kind, str_keys=True)
+        except ValueError:  # of another version: measured again
             del self._kept[name]
             return False, None
 
     def keep(self, name: str, seconds: float, found: Any) -> None:
-        """Write a step down; it is on the disk when this returns."""
+        """Write a step down; it is on the disk when this returns.
+
+        Raises ProfileError if it cannot be written; the steps before it are kept.
+        """
         self._steps += 1
-        self._write(_Line(name, seconds, msgspec.Raw(msgspec.json.encode(found))))
+        try:
+            self._write(_Line(name, seconds, found))
+        except OSError as error:
+            raise _not_written(self.path, error) from error
 
     def close(self) -> None:
         """End writing; the file stays for another time, unless there is nothing in it."""
+        if self._file.closed:
+            return
+        if self._steps:
+            self._file.close()
+        else:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the file, before another process can have its lock."""
+        self.path.unlink(missing_ok=True)
         self._file.close()
-        if not self._steps:
-            self.path.unlink(missing_ok=True)
 
     def _write(self, line: msgspec.Struct) -> None:
-        self._file.write(msgspec.json.encode(line) + b"\n")
-        self._file.flush()
+        write_all(self._file.fileno(), msgspec.json.encode(line) + b"\n")
         os.fsync(self._file.fileno())
 
     def _load(self, measures: dict[str, str]) -> int:
-        """Read what is kept; returns the length of the good lines, 0 if there is no file."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return 0
+        """Read what is kept; returns the length of the good lines, 0 if there are none."""
+        content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         good = 0
         for index, line in enumerate(whole.splitlines(keepends=True)):
             try:
                 if index == 0:
-                    head = msgspec.json.decode(line, type=_Head)
+                    head = msgspec.convert(decode_json(line), _Head)
                     self._check(head, measures)
                     self.date = head.date
                 else:
-                    kept = msgspec.json.decode(line, type=_Line)
-                    self._kept[kept.step] = _Kept(kept.seconds, msgspec.Raw(bytes(kept.found)))
-            except msgspec.DecodeError as error:
+                    kept = msgspec.convert(decode_json(line), _Line)
+                    self._kept[kept.step] = _Kept(kept.seconds, kept.found)
+            except (Malformed, msgspec.ValidationError) as error:
                 if index == 0:
                     raise ProfileError(
                         str(self.path), "<unreadable>", "must be what hrm profile has left there",
@@ -135,3 +157,9 @@ class Journal:
                     f"{self.path}: {name}", before, f"differs from {now}, which is measured now",
                     "give the same options on the same machine, or measure afresh without --resume",
                 )  # fmt: skip
+
+
+def _not_written(path: Path, error: OSError) -> ProfileError:
+    return ProfileError(
+        str(path), f"<{error.strerror}>", "must be writable", "make room, or choose another --out"
+    )

@@ -1,11 +1,11 @@
 import json
+import os
 import pickle
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
 
 from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError
@@ -104,18 +104,6 @@ def test_generation_config_overrides_end_of_sequence(copy):
         assert checkpoint.config["eos_token_id"] == 2
 
 
-def test_tokenizer(copy):
-    with Checkpoint.open(copy) as checkpoint:
-        assert checkpoint.tokenizer() is None
-        Tokenizer(models.WordLevel({"hello": 0}, "hello")).save(str(copy / "tokenizer.json"))
-        tokenizer = checkpoint.tokenizer()
-        assert tokenizer is not None
-        assert tokenizer.encode("hello").ids == [0]
-        (copy / "tokenizer.json").write_text("{", encoding="utf-8")
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-            checkpoint.tokenizer()
-
-
 def test_no_folder(tmp_path):
     error = refused(tmp_path / "absent", "--model", "absent")
     assert isinstance(error, CheckpointError)
@@ -206,6 +194,13 @@ def test_missing_shard(sharded):
     path = min(sharded.glob("*.safetensors"))
     path.unlink()
     refused(sharded, path.name, "readable")
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for(sharded):
+    path = min(sharded.glob("*.safetensors"))
+    path.unlink()
+    os.mkfifo(path)
+    refused(sharded, path.name, "<a pipe>", "must be a readable safetensors file")
 
 
 def test_index_naming_a_tensor_that_its_file_lacks(sharded):

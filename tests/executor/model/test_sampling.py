@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from executor.errors import JobError, RunError
-from executor.sampling import SamplingParams, choose, uniform
+from executor.errors import JobError
+from executor.sampling import NO_TOKEN, SamplingParams, choose, uniform
+from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice, waits
 
 GREEDY = SamplingParams(temperature=0)
 scores = st.lists(
@@ -126,10 +127,22 @@ def test_uniform_never_changes():
     assert (uniform(0, 0), uniform(-3, 17)) == (0.6400741756716787, 0.3692784708872616)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers(bad):
-    with pytest.raises(RunError, match="request 1"):
-        choose(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [GREEDY, GREEDY], [0, 0])
+@pytest.mark.parametrize("bad", [[math.nan, 0.0], [0.0, math.inf], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=3)], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_cost_their_own_row(bad, params):
+    good = [[0.5, 1.0], [2.0, -1.0], [0.0, 0.0]]
+    alone = choose(torch.tensor(good), [params] * 3, [0, 1, 2])
+    rows = torch.tensor([good[0], bad, *good[1:]])
+    assert choose(rows, [params] * 4, [0, 7, 1, 2]) == [alone[0], NO_TOKEN, *alone[1:]]
+
+
+def test_the_host_waits_once_for_greedy_tokens_and_their_check():
+    waits.clear()
+    with torch.no_grad(), WithDevice():
+        logits = DeviceTensor(torch.tensor([[0.0, 1.0], [math.nan, 0.0], [3.0, 0.0]]))
+        assert choose(logits, [GREEDY] * 3, [0] * 3) == [1, NO_TOKEN, 0]
+    assert [wait.function for wait in waits] == ["choose"]
+    waits.clear()
 
 
 @pytest.mark.parametrize(

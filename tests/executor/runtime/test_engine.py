@@ -2,6 +2,8 @@
 
 import _thread
 import gc
+import os
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -13,6 +15,7 @@ import pytest
 from executor.backends.null import null_handlers
 from executor.engine import LOOKAHEAD, Engine, TaskFailedError
 from hrm.policy import ScheduleName
+from hrm.profiling.pacing import PacedCopy, Waits
 from hrm.schedules import Pipeline, iter_tasks
 from hrm.simulate import simulate
 from hrm.tasks import Device, Lane, Phase, Task, TaskId, TaskKind
@@ -147,6 +150,60 @@ def test_ctrl_c_ends_the_run(no_collection, delay_s):
             engine.run(graph, {TaskKind.SAMPLE: lambda _: time.sleep(5e-3) or 0})
         assert time.monotonic() - started_s < 5
     timer.join()
+
+
+DAYS = 1e6
+
+
+def slow_transfer(waits):
+    """A handler that moves a byte over a link that takes days for it."""
+    link = PacedCopy(latency_s=0.0, bandwidth_bytes_per_s=1 / DAYS, sleep=waits.sleep)
+
+    def handle(_: TaskId) -> int:
+        link.run(lambda: None, 1)
+        return 1
+
+    return handle
+
+
+def slow_task(waits):
+    return null_handlers(lambda _: DAYS, lambda _: Lane.H2D, waits.sleep)[TaskKind.LOAD_PAGE]
+
+
+@pytest.mark.parametrize("slow", [slow_transfer, slow_task])
+def test_ctrl_c_does_not_wait_for_a_transfer_under_way(no_collection, slow):
+    waits = Waits()
+    page = Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D)
+    # A signal, unlike `_thread.interrupt_main`, also wakes who waits for a lock.
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    with Engine(no_setup, waits=waits) as engine:
+        timer.start()
+        started_s = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            engine.run([page], {TaskKind.LOAD_PAGE: slow(waits)})
+        assert time.monotonic() - started_s < 5
+        assert engine.run([page], {TaskKind.LOAD_PAGE: lambda _: 7}).moved_bytes == {Lane.H2D: 7}
+    timer.join()
+
+
+def test_a_failure_does_not_wait_for_a_transfer_under_way():
+    waits = Waits()
+    tasks = [
+        Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D),
+        Task(TaskId(TaskKind.SAMPLE, 0, 0), Lane.GPU),
+    ]
+
+    def fail(_: TaskId) -> int:
+        time.sleep(0.1)
+        raise ZeroDivisionError
+
+    def run():
+        with Engine(no_setup, waits=waits) as engine:
+            engine.run(tasks, {TaskKind.LOAD_PAGE: slow_transfer(waits), TaskKind.SAMPLE: fail})
+
+    error = within(20, run)
+    assert isinstance(error, TaskFailedError)
+    assert error.task == tasks[1]
 
 
 def test_long_graph_is_never_held(engine):

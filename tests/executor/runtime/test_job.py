@@ -3,105 +3,37 @@
 import errno
 import json
 import os
-import signal
+import stat
 import subprocess
 import sys
-import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from executor.cli import main
 from executor.handlers import DecodeHandlers
 from executor.job import JobOptions, JobProgress, run_job
+from executor.job.identity import JOB_JSON
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
-from hrm.policy_file import PolicyFile, load_policy_file, profile_hash, save_policy_file
+from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.tasks import Phase, TaskKind
 from hrm.trace import read_chrome_trace
-from hrm.workload import Workload
-from tests.executor.runtime.support import GPU, architecture, machine, make_policy
-from tests.executor.tiny_models import random_prompts, transformers_greedy
-
-PROMPTS = random_prompts(10, seed=3)
-PROFILE = machine(bandwidth=1e9)
+from tests.executor.runtime.jobs import (
+    PROFILE,
+    PROMPTS,
+    exit_code,
+    line,
+    refused,
+    tokens_of,
+)
+from tests.executor.runtime.support import GPU, make_policy
+from tests.executor.tiny_models import transformers_greedy
 
 
 @pytest.fixture
 def folder(tiny_folders):
     return tiny_folders["wide heads"]
-
-
-@pytest.fixture
-def policy_path(folder, tmp_path):
-    spec = architecture(folder).spec
-    path = tmp_path / "policy.json"
-    save_policy_file(
-        path,
-        PolicyFile(
-            policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
-            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
-            model=replace(spec, name="another name"),
-            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
-            profile=PROFILE,
-            profile_hash=profile_hash(PROFILE),
-            predicted={},
-        ),
-    )
-    return path
-
-
-def line(name, prompt, **body) -> dict:
-    return {
-        "custom_id": name,
-        "method": "POST",
-        "url": "/v1/completions",
-        "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0, **body},
-    }
-
-
-@pytest.fixture
-def run(folder, policy_path, tmp_path, capsys):
-    """Run `executor run` on lines (objects, or bytes as they stand)."""
-
-    def call(lines, *arguments, output="run", model=None, code=0):
-        path = tmp_path / "prompts.jsonl"
-        path.write_bytes(
-            b"\n".join(
-                item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines
-            )
-        )
-        arguments = (
-            "run", "--model", str(model or folder), "--policy", str(policy_path),
-            "--input", str(path), "--output-dir", str(tmp_path / output), *arguments,
-        )  # fmt: skip
-        ended = exit_code(list(arguments))
-        captured = capsys.readouterr()
-        assert ended == code, captured.err
-        return captured, outputs(tmp_path / output)
-
-    return call
-
-
-def exit_code(arguments: list[str]) -> int | str | None:
-    try:
-        main(arguments)
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
-def outputs(directory) -> dict[str, dict]:
-    path = directory / OUTPUTS
-    if not path.exists():
-        return {}
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    assert len({item["custom_id"] for item in lines}) == len(lines)
-    return {item["custom_id"]: item for item in lines}
-
-
-def tokens_of(item) -> list[int]:
-    assert item["error"] is None, item
-    return item["response"]["body"]["choices"][0]["token_ids"]
 
 
 def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
@@ -219,14 +151,6 @@ def test_bad_line_is_reported_and_the_rest_runs(run, tmp_path, bad, name, word):
     assert (totals["requests"], totals["rejected_requests"]) == (2, 1)
 
 
-def refused(captured, *words) -> None:
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0], captured.err
-
-
 def test_directory_with_outputs_is_refused_and_resumed(run):
     first, rest = [line("a", PROMPTS[0])], [line("b", PROMPTS[1])]
     _, before = run(first)
@@ -288,7 +212,9 @@ def test_malformed_policy_is_refused(run, policy_path):
 
 @pytest.mark.parametrize("missing", ["model", "input"])
 def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing):
-    paths = {"model": folder, "input": policy_path} | {missing: tmp_path / "nowhere"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line("a", [3])))
+    paths = {"model": folder, "input": tmp_path / "prompts.jsonl"}
+    paths |= {missing: tmp_path / "nowhere"}
     with pytest.raises(SystemExit) as ended:
         main([
             "run", "--model", str(paths["model"]), "--policy", str(policy_path),
@@ -362,24 +288,13 @@ def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatc
     assert content["totals"]["requests"] == len(done)
 
 
-def test_sigterm_ends_as_cleanly_as_ctrl_c(run, no_collection, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    make = DecodeHandlers.make
-
-    def made(*arguments, **keywords):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return make(*arguments, **keywords)
-
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
-    captured, _ = run([line("a", PROMPTS[0])], "--quiet", code=143)
-    assert "interrupted" in captured.err
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane-")]
-
-
 def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    synced = os.fsync
+
+    def full(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").readlink().name == OUTPUTS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     captured, done = run([line("a", PROMPTS[0])], "--quiet", code=2)
@@ -388,6 +303,45 @@ def test_full_disk_is_told_and_what_is_written_stays(run, tmp_path, monkeypatch)
     monkeypatch.undo()
     _, after = run([line("a", PROMPTS[0])], "--resume")
     assert after["a"] == done["a"]
+
+
+FILES = (LOCK, OUTPUTS, JOB_JSON, "run.json", "trace.json", "trace.json.partial")
+GIVEN_UP = "trace.json"  # the job goes on without it
+OURS_ALONE = "trace.json.partial"  # what has that name is removed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_of_a_run_is_written_through_a_link(run, tmp_path, name):
+    target = tmp_path / "another's"
+    target.write_text('{"custom_id": "kept"}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(target)
+    captured, done = run(
+        [line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2
+    )
+    if name == GIVEN_UP:
+        assert "a" in done
+        assert "given up" in captured.err
+        assert "a link to" in captured.err
+    elif name != OURS_ALONE:
+        refused(captured, "a link to", "not written through")
+    assert target.read_text() == '{"custom_id": "kept"}'
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pipes_and_devices_in_a_run_are_refused_not_waited_for(run, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    captured, done = run(
+        [line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2
+    )
+    if name == GIVEN_UP:
+        assert "a" in done
+        assert "given up" in captured.err
+    elif name != OURS_ALONE:
+        refused(captured, "a pipe")
+    if name != OURS_ALONE:
+        assert stat.S_ISFIFO((tmp_path / "run" / name).lstat().st_mode)
 
 
 def test_max_requests_and_seed(run):
@@ -407,10 +361,10 @@ def test_progress_counts_what_will_be_run(folder, policy_path, tmp_path):
     )
     progress = JobProgress()
     run_job(options, progress)
-    assert (progress.done_now, progress.total_requests) == (3, 3)
+    assert (progress.done_requests, progress.total_requests) == (3, 3)
     progress = JobProgress()
     run_job(replace(options, resume=True, max_requests=5), progress)
-    assert (progress.earlier_requests, progress.done_now, progress.total_requests) == (3, 8, 8)
+    assert (progress.earlier_requests, progress.done_requests, progress.total_requests) == (3, 8, 8)
 
 
 def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_path, capsys):
@@ -420,7 +374,7 @@ def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_pa
         "--input", str(tmp_path / "pipe"), "--output-dir", str(tmp_path / "run"),
     ])  # fmt: skip
     assert code == 2
-    refused(capsys.readouterr(), "--input", "no pipe")
+    refused(capsys.readouterr(), "--input", "a pipe")
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["run", "--no-such-option"], ["no-such-command"]])

@@ -1,13 +1,35 @@
-"""What the live display says, on a clock that the test sets."""
+"""What the live display says, and what it says of a job that is under way."""
 
+import threading
+import time
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from executor.batching import Request, pack
 from executor.cli import progress as progress_module
 from executor.cli.progress import Meter, format_countdown
-from hrm.tasks import Lane
+from executor.engine import Engine
+from executor.generate import never_stops
+from executor.handlers import BatchState
+from executor.job import JobOptions, JobProgress, run_job
+from executor.job.machine import AcceleratorOptions
+from executor.job.progress import Forecast, PhaseProgress
+from executor.job.survey import Lengths
+from executor.sampling import SamplingParams
+from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from tests.executor.runtime.fake_device import FakeDevice
+from tests.executor.runtime.jobs import PROMPTS, line, write_lines
+from tests.executor.runtime.support import architecture, make_policy
+
+
+@pytest.fixture
+def folder(tiny_folders):
+    return tiny_folders["wide heads"]
 
 
 @pytest.fixture
@@ -17,22 +39,24 @@ def clock(monkeypatch):
     return now
 
 
-def test_text_says_rate_time_left_and_busy_share_per_lane(clock):
+def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
     job: Any = SimpleNamespace(
-        stage="loading weights", generator=None, total_requests=20, done_requests=4,
-        earlier_requests=4, done_now=4.0, generated_now=0, busy_s={},
+        stage="loading weights", generator=None, phase=None, total_requests=20, done_requests=4,
+        generated_tokens=0, left_s=None, share_of_batch=0.0, busy_s={},
     )  # fmt: skip
     meter = Meter(job)
     assert meter.text() == "loading weights · 4/20 requests"
     clock.s = 100.0  # loading does not count
-    job.stage, job.generator = "batch 1", object()
-    assert meter.text() == "batch 1 · 4/20 requests"
-    clock.s, job.done_now, job.generated_now = 110.0, 8.0, 50
-    job.busy_s = {Lane.GPU: 5.0, Lane.CPU: 0.0, Lane.H2D: 9.0}
+    job.stage, job.generator, job.phase = "batch 1", object(), Phase.PREFILL
+    job.left_s, job.share_of_batch = 52.0, 0.25
+    assert meter.text() == "batch 1, prefill 25% · 4/20 requests · 0:52 left"
+    clock.s, job.done_requests, job.generated_tokens = 110.0, 8, 50
+    job.phase, job.left_s, job.busy_s = Phase.DECODE, 30.0, {Lane.GPU: 5.0, Lane.H2D: 9.0}
     assert (
-        meter.text() == "batch 1 · 4/20 requests · 5 tokens/s · 0:30 left · busy: GPU 50% H2D 90%"
+        meter.text() == "batch 1, decode 25% · 8/20 requests · 5 tokens/s · 0:30 left · "
+        "busy: GPU 50% H2D 90%"
     )
-    clock.s, job.busy_s = 112.0, {Lane.GPU: 1.0, Lane.CPU: 0.0, Lane.H2D: 0.0}  # the next phase
+    clock.s, job.busy_s = 112.0, {Lane.GPU: 6.0, Lane.H2D: 8.9}  # an estimate came down a little
     assert meter.text().endswith("busy: GPU 50% H2D 0%")
 
 
@@ -41,3 +65,154 @@ def test_text_says_rate_time_left_and_busy_share_per_lane(clock):
 )
 def test_countdown(seconds, text):
     assert format_countdown(seconds) == text
+
+
+@given(
+    predicted_s=st.floats(1, 1e6),
+    slower=st.floats(0.05, 20),
+    shares=st.tuples(*[st.floats(0, 1)] * 2),
+)
+def test_time_left_goes_from_the_prediction_to_what_is_measured(predicted_s, slower, shares):
+    """A phase that really takes `slower` times as long as predicted."""
+    really_s = predicted_s * slower
+    errors = [
+        abs(
+            PhaseProgress(predicted_s, share, really_s * share).left_s / (really_s * (1 - share))
+            - 1
+        )
+        for share in sorted(shares)
+        if share < 0.999
+    ]
+    assert PhaseProgress(predicted_s, 0.0, 0.0).left_s == pytest.approx(predicted_s)
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(errors))
+    assert PhaseProgress(predicted_s, 0.5, really_s / 2).left_s == pytest.approx(
+        really_s / 2, rel=0.1 * abs(slower - 1) / slower + 1e-9
+    )
+    assert PhaseProgress(predicted_s, 1.0, really_s).left_s == 0
+
+
+def test_decode_is_expected_to_be_as_much_slower_as_prefill():
+    """Prefill took three times as long as predicted; then decode is as fast as predicted."""
+    lengths = Lengths(requests=2, prompt_tokens=100, new_tokens=50)
+    forecast = Forecast({Phase.PREFILL: 10.0, Phase.DECODE: 100.0}, 1.0)
+    progress = JobProgress(wanted=lengths, forecast=forecast)
+    live: Any = SimpleNamespace(
+        share_done=lambda phase, _: float(phase is Phase.PREFILL),
+        seconds_in=lambda phase: 30.0 if phase is Phase.PREFILL else 0.0,
+    )
+    progress.generator = SimpleNamespace(live=live)  # pyright: ignore[reportAttributeAccessIssue]
+    progress._batch = lengths
+    assert progress.left_s == pytest.approx(300, rel=0.05)
+    live.share_done = lambda phase, _: 1.0 if phase is Phase.PREFILL else 0.8
+    live.seconds_in = lambda phase: 30.0 if phase is Phase.PREFILL else 80.0
+    assert progress.left_s == pytest.approx(20, rel=0.15)
+
+
+@pytest.mark.parametrize("fixed_share", [0.0, 0.3, 1.0])
+def test_decode_moves_by_the_time_of_its_steps(folder, fixed_share):
+    """Against the sum of the steps' times, each of those that go on in it."""
+    wanted = [
+        Request(str(i), (3,), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        for i, max_tokens in enumerate((1, 9, 4, 4, 6))
+    ]
+    batch, _ = pack(wanted, make_policy(1))
+    state = BatchState(batch, architecture(folder), never_stops)
+    sequences = [s for members in state.sequences for s in members]
+    going_on = [sum(r.params.max_tokens - 1 > step for r in wanted) for step in range(8)]
+    step_s = [fixed_share + (1 - fixed_share) * count / len(wanted) for count in going_on]
+    for step in range(9):
+        for sequence in sequences:
+            if sequence.finish_reason is None:
+                state.append(sequence, 5)
+        done = sum(step_s[:step]) / sum(step_s)
+        assert state.decoded_share(fixed_share) == pytest.approx(done)
+
+
+@pytest.mark.parametrize("accelerator", ["emulated", "null"])
+def test_job_moves_through_both_phases(folder, policy_path, tmp_path, accelerator, monkeypatch):
+    """Looked at in the middle of every task that computes: of prefill, and of decode."""
+    progress, seen = JobProgress(), []
+
+    def look(task: TaskId) -> None:
+        seen.append(
+            (progress.phase, progress.share_done, progress.left_s, progress.done_requests, task)
+        )
+
+    watch(monkeypatch, look)
+    lines = [
+        line(f"r{i}", prompt, max_tokens=2 + i % 3, ignore_eos=True)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    options = JobOptions(
+        model=folder, policy=policy_path, input=write_lines(tmp_path, lines),
+        output_dir=tmp_path / "run", accelerator=AcceleratorOptions(name=accelerator),
+    )  # fmt: skip
+    run_job(options, progress)
+    shares = [share for _, share, *_ in seen]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert (progress.share_done, progress.left_s) == (1, 0)
+    assert all(left_s > 0 for _, _, left_s, *_ in seen)
+    assert {phase for phase, *_ in seen} == set(Phase)
+    first_batch = [
+        share for phase, share, *_ in seen[: seen.index(seen[-1])] if phase is Phase.PREFILL
+    ]
+    assert len(set(first_batch)) >= 3  # every layer of a batch's prefill moves the bar
+    if accelerator == "emulated":
+        ended = [done for *_, done, _ in seen]
+        assert ended == sorted(ended)
+        assert len(set(ended)) > 3  # more often than batches end
+    assert progress.done_requests == progress.total_requests == 10
+
+
+def watch(monkeypatch, look) -> None:
+    """Have `look` called in the lane before every layer of prefill and every choice of tokens."""
+    run = Engine.run
+
+    def watched(self, tasks, handlers, **options):
+        def looking(handler):
+            def handle(task: TaskId) -> int:
+                look(task)
+                return handler(task)
+
+            return handle
+
+        kinds = (TaskKind.PREFILL_LAYER, TaskKind.SAMPLE)
+        wrapped = {k: looking(h) if k in kinds else h for k, h in handlers.items()}
+        return run(self, tasks, wrapped, **options)
+
+    monkeypatch.setattr(Engine, "run", watched)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_task_under_way_counts_as_busy(on_device):
+    begun, go_on = threading.Event(), threading.Event()
+    device = FakeDevice()
+    streams = {Lane.H2D: device.stream()} if on_device else {}
+
+    def wait() -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    def handle(_: TaskId) -> int:
+        device.queue(wait)
+        return 0
+
+    task = Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D)
+    with Engine(lambda _: None, streams) as engine:
+        runner = threading.Thread(target=lambda: engine.run([task], {TaskKind.LOAD_PAGE: handle}))
+        runner.start()
+        assert begun.wait(30)
+        before_s = engine.busy_now_s[Lane.H2D]
+        time.sleep(0.02)
+        assert engine.busy_now_s[Lane.H2D] >= before_s + 0.02
+        assert engine.busy_now_s[Lane.GPU] == 0
+        assert engine.busy_s[Lane.H2D] == 0
+        go_on.set()
+        runner.join()
+        whole_s = engine.busy_now_s[Lane.H2D]
+        assert whole_s == pytest.approx(engine.result().busy_s[Lane.H2D])
+        assert whole_s > 0.02
+        engine.run([task], {TaskKind.LOAD_PAGE: lambda _: 0})
+        assert engine.busy_now_s[Lane.H2D] >= whole_s  # another phase counts on
+    device.close()

@@ -12,7 +12,7 @@ from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import generate, generator, requests
 from tests.executor.runtime.test_parity import POLICIES, PROMPTS, expected, policy_of
-from tests.executor.tiny_models import DBRX
+from tests.executor.tiny_models import DBRX, poisoned_copy
 
 SOME = (
     "all streamed, both on the gpu", "ffn on the cpu, dense streams", "both on the cpu",
@@ -72,6 +72,27 @@ def test_greedy_tokens(folder, device, name, kernels):
     policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
     got = late_tokens(folder, policy, device, kernels, max_tokens=FEW_TOKENS)
     assert got == first_tokens(folder)
+    assert places_of_waits() <= ALLOWED | WITHOUT_GROUPED_GEMM
+
+
+@pytest.mark.usefixtures("flash_takes_float32")
+@pytest.mark.parametrize("kernels", ["plain", "fast"])
+@pytest.mark.parametrize("name", ["kv on the gpu", "split prompts, gpu", "both on the cpu"])
+def test_request_without_finite_logits_costs_no_other_and_no_wait(
+    folder, tmp_path, device, name, kernels
+):
+    wanted = dict(list(first_tokens(folder).items())[:6])
+    used = {token for tokens in (*PROMPTS[:6], *wanted.values()) for token in tokens}
+    token = min(set(range(3, 97)) - used)
+    poisoned = poisoned_copy(folder, tmp_path / "poisoned", token, torch.nan)
+    policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
+    (bad,) = requests([[5, token, 7, 8, 9]], max_tokens=FEW_TOKENS)
+    good = requests(PROMPTS[:6], max_tokens=FEW_TOKENS)
+    backend = LateBackend(device, kernels_named(kernels))
+    with generator(poisoned, policy, backend=backend) as made:
+        done = generate(made, [*good[:3], replace(bad, name="bad"), *good[3:]])
+    assert done.pop("bad").error is not None
+    assert {name: completion.tokens for name, completion in done.items()} == wanted
     assert places_of_waits() <= ALLOWED | WITHOUT_GROUPED_GEMM
 
 

@@ -337,7 +337,7 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path):
     with pytest.raises(ProfileError, match="must be what hrm profile has left there"):
         journal(path)
     assert path.read_text() == "schema: 1\n"
-    with pytest.raises(ProfileError, match="must be a file that can be written"):
+    with pytest.raises(ProfileError, match="must be writable"):
         journal(tmp_path)
 
 

@@ -1,0 +1,142 @@
+"""A look at the whole input before anything is run: what it asks for, and whether it goes on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, final
+
+from executor.batching import Request
+from executor.errors import JobError
+from executor.job.identity import digest_of_line
+from executor.job.outputs import OUTPUTS
+from executor.job.requests import Line, LineReader, lines_of
+from hrm.errors import HrmError
+from hrm.workload import Workload
+
+SHOWN_REASONS: Final = 3  # why lines cannot be run, or requests got no answer
+
+
+@final
+@dataclass(slots=True)
+class Lengths:
+    """How many requests there are and what they ask for, in tokens."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    max_prompt_tokens: int = 0
+    new_tokens: int = 0
+    max_new_tokens: int = 0
+
+    def add(self, request: Request) -> None:
+        """Count a request."""
+        prompt, new = len(request.prompt), request.params.max_tokens
+        self.requests += 1
+        self.prompt_tokens += prompt
+        self.max_prompt_tokens = max(self.max_prompt_tokens, prompt)
+        self.new_tokens += new
+        self.max_new_tokens = max(self.max_new_tokens, new)
+
+    def workload(self) -> Workload:
+        """The same as a workload; there must be a request."""
+        mean_new = self.new_tokens / self.requests
+        return Workload(
+            name="input",
+            prompt_len=self.prompt_tokens / self.requests,
+            max_prompt_len=self.max_prompt_tokens,
+            gen_len=self.max_new_tokens,
+            mean_gen_len=mean_new if mean_new < self.max_new_tokens else None,
+            num_requests=self.requests,
+        )
+
+
+@final
+@dataclass(slots=True)
+class Survey:
+    """What of an input is still to be run.
+
+    `to_run` are the requests that the policy can run and `asked` all that some policy could.
+    `reasons` are those of the first lines that cannot be run. `names` are made up for broken lines,
+    by their numbers: none is another line's custom_id.
+    """
+
+    to_run: Lengths = field(default_factory=Lengths)
+    asked: Lengths = field(default_factory=Lengths)
+    rejected: int = 0
+    reasons: list[str] = field(default_factory=list[str])
+    names: dict[int, str] = field(default_factory=dict[int, str])
+    more: int = 0  # of those asked, requests that ask for more than the policy was solved for
+
+
+def survey(
+    path: Path, reader: LineReader, answered: Mapping[str, str | None], directory: Path, *,
+    check: Callable[[Request], None], fits_model: Callable[[Request], bool],
+    is_more: Callable[[Request], bool], solved_for: int, most: int | None,
+) -> Survey:  # fmt: skip
+    """Read the input once, up to `most` requests that can be run and to its end for names.
+
+    Answers that may be as long as there is room are asked for the `solved_for` tokens at most.
+    Raises JobError if what is answered in the run directory is not in the input, or was changed
+    there since.
+    """
+    made = Survey()
+    names: set[str] = set()
+    broken: list[int] = []
+    missing = dict.fromkeys(answered)
+    for line in lines_of(path):
+        if line.error is not None:
+            broken.append(line.number)
+        else:
+            names.add(line.name)
+        if line.name in answered:
+            del missing[line.name]
+            _check_unchanged(line, answered[line.name], path, directory)
+        elif most is None or made.to_run.requests < most:
+            _count(made, line, reader, check, fits_model, is_more, solved_for)
+    if missing:
+        raise JobError(
+            f"--input {path}: request {next(iter(missing))!r}", "<missing>",
+            f"must be there as long as {directory / OUTPUTS} holds its answer",
+            "give the input with all of its lines, or choose another --output-dir",
+        )  # fmt: skip
+    for number in broken:
+        name = f"line-{number}"
+        while name in names:
+            name = f"broken-{name}"
+        made.names[number] = name
+    return made
+
+
+def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path) -> None:
+    if digest not in {None, digest_of_line(line.content)}:
+        raise JobError(
+            f"--input {path}: line {line.number}: request {line.name!r}", "<changed>",
+            f"must be as it was when {directory / OUTPUTS} got its answer",
+            "put it back, give it another custom_id, or choose another --output-dir",
+        )  # fmt: skip
+
+
+def _count(
+    made: Survey, line: Line, reader: LineReader, check: Callable[[Request], None],
+    fits_model: Callable[[Request], bool], is_more: Callable[[Request], bool], solved_for: int,
+) -> None:  # fmt: skip
+    try:
+        request = reader.request(line)
+        if request.prompt and fits_model(request):
+            asked = _as_asked(request, solved_for)
+            made.asked.add(asked)
+            made.more += is_more(asked)
+        check(request)
+    except HrmError as error:
+        made.rejected += 1
+        if len(made.reasons) < SHOWN_REASONS:
+            made.reasons.append(f"line {line.number}: {error}")
+    else:
+        made.to_run.add(request)
+
+
+def _as_asked(request: Request, solved_for: int) -> Request:
+    """The request; if it asks for as much as there is room, for no more than was solved for."""
+    if not request.open_ended:
+        return request
+    most = min(request.params.max_tokens, solved_for)
+    return replace(request, params=replace(request.params, max_tokens=most))

@@ -1,0 +1,61 @@
+"""Where reports are printed: names of users may hold anything, and appear as they are."""
+
+import re
+import sys
+from typing import Any, Final
+
+from rich.console import Console
+from rich.text import Text
+
+_STYLES: Final = {"bold", "dim", "italic", "red", "green", "yellow", "cyan", "default"}
+_TAG: Final = re.compile(r"(\\*)\[([a-z#/@][^\[]*?)\]")  # what rich takes for one, and escapes
+
+
+class PlainConsole(Console):
+    """A console with the few styles of our reports, `[bold]…[/]`, and no other markup.
+
+    rich would take `[x]` in a model's name for a style, leave it out, and end with an error at
+    `[/x]`. Control characters are shown, not sent to the terminal.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text with its styles; rich calls it for whatever is printed."""
+        kept = {name: options[name] for name in ("justify", "overflow") if name in options}
+        rendered = Text(style=options.get("style", ""), **kept)
+        styles: list[str] = []
+        end = 0
+        for tag in _TAG.finditer(text):
+            slashes, name = tag.groups()
+            is_escaped = len(slashes) % 2 == 1
+            is_style = not is_escaped and (
+                set(name.split()) <= _STYLES or (name == "/" and bool(styles))
+            )
+            rendered.append(
+                _shown(text[end : tag.start()] + slashes[: len(slashes) // 2]), _of(styles)
+            )
+            end = tag.end()
+            if not is_style:
+                rendered.append(_shown(f"[{name}]"), _of(styles))
+            elif name == "/":
+                styles.pop()
+            else:
+                styles.append(name)
+        rendered.append(_shown(text[end:]), _of(styles))
+        return rendered
+
+
+def _of(styles: list[str]) -> str:
+    return " ".join(styles)
+
+
+def _shown(text: str) -> str:
+    """The text with its control characters as Python writes them."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+# Tables keep their columns when the output goes to a file or a pipe.
+console = PlainConsole(
+    highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120
+)  # fmt: skip

@@ -1,0 +1,213 @@
+"""What both command lines are built on: commands imported when called, and how a program ends.
+
+A mistake in the input is one line and exit code 2. Ctrl-C, SIGTERM and SIGHUP end a command in good
+order. A reader that has seen enough (`hrm models | head -1`) is no mistake.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import click
+
+from hrm.errors import HrmError, one_line
+
+
+class Interrupted(click.Abort):
+    """Ctrl-C or a signal, with the line that says what is kept."""
+
+
+class _ReaderGone(Exception):  # noqa: N818 - no error: somebody has seen enough
+    """A pipe that is written to was closed at its other end; click would exit with 1."""
+
+
+class LazyGroup(click.Group):
+    """Commands whose modules are imported when they are called, so that --help stays quick.
+
+    `lazily` maps each to its module and the line that --help has for it.
+    """
+
+    def __init__(self, *args: Any, lazily: Mapping[str, tuple[str, str]], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._lazily = lazily
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, in the order of --help."""
+        return list(self._lazily)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now; None if there is none."""
+        if cmd_name not in self._lazily:
+            return None
+        module, _ = self._lazily[cmd_name]
+        commands = import_module(module)
+        # `map` is Python's, so its command has a longer name there.
+        return getattr(commands, f"{cmd_name}_command", None) or getattr(commands, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what --help says of the commands, none of which is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self._lazily.items()])
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """What click makes of the arguments; --help prints here already."""
+        with _telling_of_readers():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """What the command returns, when all that it prints is out."""
+        with _telling_of_readers():
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # or what is left in it would fail when nothing can be said of it
+            return result
+
+
+@contextmanager
+def _telling_of_readers() -> Generator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderGone from error
+    except SystemExit as error:  # what rich makes of it
+        if isinstance(error.__context__, BrokenPipeError):
+            raise _ReaderGone from error
+        raise
+
+
+def run_program(
+    cli: click.Command, name: str, args: list[str] | None, *, interrupted: str = "interrupted"
+) -> None:
+    """Run a command line and exit if anything but success is to be told.
+
+    2 after a mistake in the input or where a file or the output cannot be written, 1 if a task
+    failed, 130 on Ctrl-C, 143 on SIGTERM and 129 on SIGHUP, all of which end a command as cleanly;
+    a SIGHUP that is ignored, as under nohup, stays so. `interrupted` is what is said then.
+    """
+    _open_standard_streams()
+    try:
+        with _signals_as_ctrl_c() as received:
+            try:
+                cli.main(args=args, prog_name=name, standalone_mode=False)
+            except (click.Abort, KeyboardInterrupt) as error:
+                _end(128 + received(), str(error) or interrupted)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.UsageError as error:
+        _end(2, f"error: {usage_mistake(error, name)}")
+    except click.ClickException as error:
+        _end(error.exit_code, f"error: {one_line(error.format_message())}")
+    except HrmError as error:
+        chart = getattr(error, "chart", None)  # of a task that failed: no mistake of the user's
+        _end(2 if chart is None else 1, f"error: {error}", chart)
+    except _ReaderGone:
+        _forget_output()
+        sys.exit(0)
+    except OSError as error:
+        where = "the output" if error.filename is None else str(error.filename)
+        _forget_output()
+        _end(
+            2, f"error: {where} is <{error.strerror}>: must be usable; make room or check the path"
+        )
+
+
+def _end(code: int, text: str, chart: str | None = None) -> NoReturn:
+    """Exit after a line on standard error, if that still has a reader."""
+    with suppress(OSError):
+        click.echo(" ".join(text.split()), err=True)
+        if chart is not None:
+            click.echo(chart, err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _signals_as_ctrl_c() -> Generator[Callable[[], int]]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt; what is yielded says which signal came."""
+    received = signal.SIGINT
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # outside of the main thread there are no signals to hear
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _open_standard_streams() -> None:
+    """Give standard streams that were closed to nobody, or files that are opened take their place.
+
+    `hrm models >&-` then prints to nowhere instead of into whatever is opened first.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _forget_output() -> None:
+    """Let what is still to be printed go nowhere, so that Python's exit does not fail on it."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+_REFUSED: Final = re.compile(
+    r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL
+)
+
+
+def usage_mistake(error: click.UsageError, program: str) -> HrmError:
+    """What click found wrong with the arguments, as `where is value: rule; remedy`."""
+    command = error.ctx.command_path if error.ctx is not None else program
+    remedy = f"see {command} --help"
+    match error:
+        case click.NoSuchOption():
+            close = error.possibilities or ()
+            guess = f"did you mean {close[0]}?" if close else remedy
+            return HrmError(error.option_name, "<unknown>", f"is no option of {command}", guess)
+        case click.MissingParameter():
+            name = parameter_name(error.param)
+            return HrmError(name or command, "<missing>", "must be given", remedy)
+        case click.BadParameter():
+            said = " ".join(error.message.split())
+            refused = _REFUSED.fullmatch(said)
+            value, rule = refused.groups() if refused else ("<refused>", said.rstrip("."))
+            return HrmError(parameter_name(error.param) or command, value, rule, remedy)
+        case click.BadOptionUsage():
+            said = error.message.rstrip(".")
+            return HrmError(error.option_name, "<incomplete>", said[:1].lower() + said[1:], remedy)
+        case _:
+            said = " ".join(error.format_message().split()).rstrip(".")
+            return HrmError(command, "<misused>", said[:1].lower() + said[1:], remedy)
+
+
+def parameter_name(parameter: click.Parameter | None) -> str:
+    """What the user writes for a parameter: `--gen-len`, or `RUN`."""
+    if parameter is None:
+        return ""
+    if isinstance(parameter, click.Option):
+        return max(parameter.opts, key=len)
+    return parameter.make_metavar(click.Context(click.Command(None))).strip("[]")
