@@ -359,12 +359,11 @@ class Trying:
     def _is_usable(self, trial: "optuna.trial.FrozenTrial") -> bool:
         """Whether value and parameters are some that this search could have written."""
         given, values = self._parameters(trial), trial.values or [None]
-        shares = [given.get(name) for name in ("size", "number", "kv", "residents")]
+        shares = [given.get(name) for name in ("size", "number", "kv", "residents", "chunk")]
         return (
             all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in shares)
             and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in values)
             and (given.get("kind") in self.decoder.kinds)
-            and (given.get("chunk") in self.decoder.chunks)
             and (given.get("dense") in self.decoder.dense)
         )
 

@@ -91,11 +91,11 @@ def test_seconds_by_cause_add_up_to_those_of_the_lane(schedule):
 
 # One cause costs, everything else next to nothing: (machine, policy) by the cause it must be.
 NOTHING: dict[str, Any] = {
-    "gpu_flops": 1e20,
-    "cpu_flops": 1e20,
-    "gpu_read": 1e18,
-    "cpu_read": 1e18,
-    "link": 1e18,
+    "gpu_flops": 1e17,
+    "cpu_flops": 1e17,
+    "gpu_read": 1e17,
+    "cpu_read": 1e17,
+    "link": 1e17,
 }
 ONLY = {
     Cause.GPU_COMPUTE: ({"gpu_flops": 1e9}, {}),
@@ -105,7 +105,7 @@ ONLY = {
     Cause.CPU_MEMORY: ({"cpu_read": 1e7}, {"ffn": Device.CPU}),
     Cause.H2D_LINK: ({"link": 1e6}, {}),
     Cause.LINK_LATENCY: ({"latency_s": 1e-3}, {}),
-    Cause.STAGING: ({"cpu_read": 1e6, "shared": 1e18}, {"staging": True}),
+    Cause.STAGING: ({"cpu_read": 1e6, "shared": 1e17}, {"staging": True}),
     Cause.HOST_MEMORY: ({"shared": 1e6}, {}),
     Cause.PEER_LINK: ({"num_gpus": 2, "peer": 1e5}, {}),
 }
@@ -119,12 +119,12 @@ def test_the_only_thing_that_costs_is_the_limit_of_decode(cause):
         batch_size=40, micro_batch_size=20, resident_experts=(0,) * 4, gpu_kv_micro_batches=2,
         kv_tokens_per_micro_batch=kv_tokens_for(20, 49, 109), prefill_chunk_tokens=2000, **fields,
     )  # fmt: skip
-    predicted = estimate(spec, policy, machine(**(NOTHING | {"peer": 1e18} | rates)), WORKLOAD)
+    predicted = estimate(spec, policy, machine(**(NOTHING | {"peer": 1e17} | rates)), WORKLOAD)
     assert predicted.limits.decode.cause is cause
 
 
 def test_the_latency_between_gpus_is_a_cause_of_its_own():
-    profile = replace(machine(num_gpus=4, peer=1e18), levels=machine(**NOTHING).levels)
+    profile = replace(machine(num_gpus=4, peer=1e17), levels=machine(**NOTHING).levels)
     profile = with_resource(profile, Resource.PEER_LATENCY, 1e-3)
     policy = random_policy(Random(1), tiny_spec(), ScheduleName.CGOPIPE)
     limits = estimate(tiny_spec(), policy, profile, WORKLOAD).limits
@@ -264,7 +264,7 @@ def test_launches_cost_as_much_fused_only_where_kernels_are():
     spec, kind = tiny_spec(), LayerKind()
     for fused in (False, True):
         operator = operators.post_attention(spec, "bfloat16", 4, spec.num_experts, kind)
-        profile = machine(launch_s=1.0, gpu_flops=1e20, gpu_read=1e20)
+        profile = machine(launch_s=1.0, gpu_flops=1e17, gpu_read=1e17)
         seconds = replace(on_gpu(spec, profile, WORKLOAD).costs, runtime=Runtime(
             fused_kernels=fused
         )).post_attention(4, spec.num_experts, kind)  # fmt: skip

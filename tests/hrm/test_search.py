@@ -14,6 +14,7 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.parallel import tensor_parallel_obstacle
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import lattice
 from hrm.search.choose import TIE
@@ -146,7 +147,8 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
     for seed in range(90):
         rng = Random(seed)
         spec = random_varied_spec(rng) if seed % 3 else random_spec(rng)
-        profile = small_machine(rng, spec, num_gpus=rng.choice([1, 2, 4]))
+        gpus = [n for n in (1, 2, 4) if not tensor_parallel_obstacle(spec, n)]
+        profile = small_machine(rng, spec, num_gpus=rng.choice(gpus))
         if profile.num_gpus == 1:
             profile = replace(profile, num_stages=rng.choice([1, 2, 3]))
         space = Space(
