@@ -29,7 +29,7 @@ from hrm.search.smooth import smoothed
 from hrm.search.space import Space
 
 LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
-BUDGET: Final = 30_000  # regions
+BUDGET: Final = 16_000  # regions
 ROUND: Final = 1024  # regions that are halved at once
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = 3  # micro-batches, at most
