@@ -59,7 +59,6 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
     estimates = smallest_first(space, costs, estimates)
-    estimates = smallest_first(space, costs, estimates)
     return SearchResult(
         solver="exhaustive",
         outcome=Outcome.BEST_FOUND if estimates else Outcome.INFEASIBLE,
