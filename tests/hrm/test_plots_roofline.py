@@ -222,7 +222,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(tmp_path):
         with pytest.raises(HrmError, match=rule):
             plot_roofline(machine(), path)
     (tmp_path / "b.png").mkdir()
-    with pytest.raises(HrmError, match="a folder.*must be writable"):
+    with pytest.raises(HrmError, match=r"a folder.*must be writable"):
         plot_roofline(machine(), tmp_path / "b.png")
     with pytest.raises(ProfileError, match="no rate for dtype float32"):
         plot_roofline(machine(), dtypes=["float32"])
