@@ -24,12 +24,14 @@ from hrm.costs import Costs
 from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
+from hrm.search.result import OPTIMAL_GAP
 from hrm.search.room import Room
 from hrm.search.smooth import smoothed
 from hrm.search.space import Space
 
 LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
-BUDGET: Final = 16_000  # regions
+BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
+LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 1024  # regions that are halved at once
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = 3  # micro-batches, at most
@@ -61,7 +63,9 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0) -> Bound:
         small = (ceilings <= enough) | bounder.cannot_halve(regions)
         settled = max(settled, float(ceilings[small].max(initial=0.0)))
         regions, ceilings = regions.take(~small), ceilings[~small]
-        if not len(ceilings) or looked_at >= BUDGET:
+        if not len(ceilings) or looked_at >= LARGEST_BUDGET:
+            break
+        if looked_at >= BUDGET and ceilings.max() * (1 - OPTIMAL_GAP) <= known_tokens_per_s:
             break
         order = np.argsort(-ceilings, kind="stable")
         first, rest = order[:ROUND], order[ROUND:]

@@ -47,7 +47,7 @@ class Space:
     staging: bool = False
     attention: Device | None = None
     ffn: Device | None = None
-    max_micro_batch_size: int = 2**16
+    max_micro_batch_size: int = 2**20
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS
     slack: tuple[float, float] = (1.0, 1.0)

@@ -29,7 +29,7 @@ REGIONS = 6000  # that a bound looks at here: any number of them gives one
 
 @pytest.fixture(autouse=True)
 def _quick_bounds(monkeypatch):
-    monkeypatch.setattr(bound, "BUDGET", REGIONS)
+    monkeypatch.setattr(bound, "LARGEST_BUDGET", REGIONS)
 
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
