@@ -70,6 +70,8 @@ def whole(space: Space, kind: Kind, chunks: ChunkRange) -> Ints | None:
     the GPU, which part of the experts that fit are resident (here always all), and chunk tokens.
     """
     most_sizes, most_numbers = limits(space)
+    if most_sizes > WHOLE_PLACES:
+        return None
     sizes = np.arange(1, most_sizes + 1)
     numbers = np.full(most_sizes, most_numbers)
     if space.workload.num_requests is not None:
