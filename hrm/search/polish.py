@@ -14,7 +14,6 @@ from hrm.search.lattice import chunk_ranges, levelled, limits
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
-from hrm.tasks import Device
 
 ROUNDS: Final = 2
 # Factors by which numbers of micro-batches (of as many requests) and chunks are changed.
@@ -52,10 +51,8 @@ def _rate(predicted: Estimate) -> float:
 def _near(space: Space, costs: Costs, best: Estimate) -> list[Policy]:
     """Policies near by that fit and that might be better by their closed form."""
     policy = best.policy
-    on_gpu, number = policy.gpu_kv_micro_batches, policy.num_micro_batches
-    kv = KvPlace.ALL if on_gpu == number else KvPlace.SOME if on_gpu else KvPlace.NONE
-    kind = Kind(int(policy.attention is Device.GPU), int(policy.ffn is Device.GPU), kv)
-    grid = make_grid(space, kind, _places(space, kv, policy))
+    kind = Kind.of_policy(policy)
+    grid = make_grid(space, kind, _places(space, kind.kv, policy))
     grid = grid.take(np.flatnonzero(grid.fits & (grid.resident_dense == policy.resident_dense)))
     may_win = np.flatnonzero(scores(space, costs, grid) > best.tokens_per_s * (1 + TIE))
     return [grid.policy(space, int(index)) for index in may_win]

@@ -7,7 +7,7 @@ from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
-from hrm.policy import ScheduleName
+from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -28,6 +28,17 @@ class Kind:
     gpu_attention: int
     gpu_ffn: int
     kv: KvPlace
+
+    @staticmethod
+    def of_policy(policy: Policy) -> "Kind":
+        """The kind that a policy is of."""
+        on_gpu = policy.gpu_kv_micro_batches
+        everywhere = KvPlace.ALL if on_gpu == policy.num_micro_batches else KvPlace.SOME
+        return Kind(
+            gpu_attention=int(policy.attention is Device.GPU),
+            gpu_ffn=int(policy.ffn is Device.GPU),
+            kv=everywhere if on_gpu else KvPlace.NONE,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.lattice import levelled
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
-from hrm.tasks import Device
 
 _SIZES: Final = 48
 _PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where fewer may be better
@@ -44,7 +43,7 @@ def _smaller(space: Space, costs: Costs, policy: Policy, enough: float) -> list[
 
     They have smaller micro-batches, or fewer, and `enough` tokens a second in the closed form.
     """
-    kind = _kind(policy)
+    kind = Kind.of_policy(policy)
     grid = make_grid(space, kind, _places(space, kind, policy))
     grid = grid.take(np.flatnonzero(grid.fits & (grid.batch_size < policy.batch_size)))
     closed = scores(space, costs, grid)
@@ -72,16 +71,6 @@ def _places(space: Space, kind: Kind, policy: Policy) -> Ints:
             np.column_stack([pairs, on_gpu, np.full(len(pairs), round(part * ALL_THAT_FIT)), chunk])
             for part in ((1.0,) if kind.gpu_ffn else _PARTS)
         ]
-    )
-
-
-def _kind(policy: Policy) -> Kind:
-    on_gpu = policy.gpu_kv_micro_batches
-    everywhere = KvPlace.ALL if on_gpu == policy.num_micro_batches else KvPlace.SOME
-    return Kind(
-        gpu_attention=int(policy.attention is Device.GPU),
-        gpu_ffn=int(policy.ffn is Device.GPU),
-        kv=everywhere if on_gpu else KvPlace.NONE,
     )
 
 

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from hrm.catalog import find_file, list_files, profile_folder, spelled
-from hrm.cli import main
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile, Source, check_figures
@@ -45,20 +44,10 @@ SHORT = Workload(name="short", prompt_len=8, max_prompt_len=8, gen_len=4, num_re
 
 
 @pytest.fixture
-def hrm(capsys, monkeypatch, tmp_path):
-    """Run a command line in a folder of its own; returns (exit code, stdout, stderr)."""
+def hrm(hrm, monkeypatch, tmp_path):
+    """The command line, run in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        try:
-            main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return hrm
 
 
 def plan_of(hrm, *args: str) -> dict:

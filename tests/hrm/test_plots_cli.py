@@ -4,29 +4,12 @@ import csv
 
 import pytest
 
-from hrm.cli import main
 from hrm.machines import save_profile
 from tests.hrm.pictures import MAGIC
 from tests.hrm.support import machine
 
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 SMALL = ["--requests", "64", "--prompt-len", "64", "--gen-len", "16"]
-
-
-@pytest.fixture
-def hrm(capsys):
-    """Run a command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        try:
-            main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("ending", [".png", ".pdf"])

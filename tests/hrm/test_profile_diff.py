@@ -7,7 +7,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hrm.cli import main
 from hrm.hardware import (
     Cache,
     Contention,
@@ -169,20 +168,6 @@ def test_the_environment_is_compared_but_not_the_run():
 
 
 # ------------------------------------------------------------------------ hrm profiles diff
-
-
-@pytest.fixture
-def hrm(capsys):
-    def run(*args: object) -> tuple[int, str, str]:
-        try:
-            main([str(arg) for arg in args])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
