@@ -127,9 +127,7 @@ def pack(requests: Sequence[Request], policy: Policy) -> tuple[Batch, list[Reque
     return batch, waiting
 
 
-def _pack_into(
-    requests: Sequence[Request], policy: Policy, num_micro_batches: int
-) -> tuple[Batch, list[Request]]:
+def _pack_into(requests: Sequence[Request], policy: Policy, num_micro_batches: int) -> tuple[Batch, list[Request]]:
     open_ = [MicroBatch([]) for _ in range(num_micro_batches)]
     all_ = list(open_)
     waiting: set[int] = set()
@@ -138,10 +136,7 @@ def _pack_into(
         request = requests[index]
         assert request.kv_tokens <= policy.kv_tokens_per_micro_batch, request.name
         emptiest = min(open_, key=lambda micro_batch: micro_batch.kv_tokens, default=None)
-        if (
-            emptiest is None
-            or emptiest.kv_tokens + request.kv_tokens > policy.kv_tokens_per_micro_batch
-        ):
+        if emptiest is None or emptiest.kv_tokens + request.kv_tokens > policy.kv_tokens_per_micro_batch:
             waiting.add(index)
             continue
         emptiest.add(request)
@@ -261,10 +256,7 @@ def chunks(batch: Batch, max_tokens: int) -> tuple[Chunk, ...]:
 
     Those that are longer fill one chunk after the other, the others go into the first with room.
     """
-    prompts = [
-        (placed, j) for j, micro_batch in enumerate(batch.micro_batches)
-        for placed in micro_batch.placed
-    ]  # fmt: skip
+    prompts = [(placed, j) for j, micro_batch in enumerate(batch.micro_batches) for placed in micro_batch.placed]
     prompts.sort(key=lambda prompt: -len(prompt[0].request.prompt))
     rooms: list[int] = []
     members: list[list[ChunkPart]] = []

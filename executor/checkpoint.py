@@ -25,9 +25,12 @@ PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"
 DTYPES: Final = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Buffers that follow from the config; old checkpoints carry them along.
 IGNORED_SUFFIXES: Final = (
-    ".rotary_emb.inv_freq", ".rotary_emb.original_inv_freq", ".rotary_emb.cos_cached",
-    ".rotary_emb.sin_cached", ".rope.freqs",
-)  # fmt: skip
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".rope.freqs",
+)
 # What the parts of a quantised matrix are called, by the tools that write them.
 QUANTISED_NAMES: Final = re.compile(
     r"\.(?P<part>qweight|qzeros|g_idx|scales|biases|weight_packed|weight_scale|weight_scale_inv"
@@ -81,9 +84,8 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(
-                "--model", str(folder), "must be a folder with a config.json and safetensors files",
-                "check the path",
-            )  # fmt: skip
+                "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
+            )
         config = _read_object(folder / CONFIG_FILE, "download the model's config.json too")
         generation_path = folder / GENERATION_CONFIG_FILE
         if generation_path.exists():
@@ -112,9 +114,8 @@ class Checkpoint:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -143,24 +144,26 @@ class Checkpoint:
             where = f"{self._file_of[name]}: {name}"
             if tuple(part.get_shape()) != shape:
                 raise CheckpointError(
-                    where, f"<shape {tuple(part.get_shape())}>",
+                    where,
+                    f"<shape {tuple(part.get_shape())}>",
                     f"must have the shape {shape} that {CONFIG_FILE} leads to",
                     "use the config.json that belongs to these weights",
-                )  # fmt: skip
+                )
             if part.get_dtype() not in DTYPES:
                 raise CheckpointError(
-                    where, f"<dtype {part.get_dtype()}>",
+                    where,
+                    f"<dtype {part.get_dtype()}>",
                     f"must be one of {', '.join(DTYPES.values())}",
                     "use an unquantised checkpoint",
-                )  # fmt: skip
+                )
         for name in self._file_of.keys() - expected.keys():
             if not name.endswith(IGNORED_SUFFIXES):
                 raise CheckpointError(
-                    f"{self._file_of[name]}: {name}", "<a tensor>",
-                    f"must be one that a {self.config.get('model_type')} model of this"
-                    f" {CONFIG_FILE} has",
+                    f"{self._file_of[name]}: {name}",
+                    "<a tensor>",
+                    f"must be one that a {self.config.get('model_type')} model of this {CONFIG_FILE} has",
                     "use a checkpoint of a supported architecture",
-                )  # fmt: skip
+                )
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as stored, mapped from its file; CheckpointError if it is missing."""
@@ -183,9 +186,11 @@ class Checkpoint:
         path = self._file_of.get(name)
         if path is None:
             raise CheckpointError(
-                f"{self.folder}: {name}", "<missing>",
-                "must be among the tensors of the safetensors files", self._remedy_if_missing(),
-            )  # fmt: skip
+                f"{self.folder}: {name}",
+                "<missing>",
+                "must be among the tensors of the safetensors files",
+                self._remedy_if_missing(),
+            )
         return self._file(path).get_slice(name)
 
     def _remedy_if_missing(self) -> str:
@@ -205,10 +210,11 @@ class Checkpoint:
             for name in self._file(path).keys():  # noqa: SIM118 - no dictionary
                 if name in self._file_of:
                     raise CheckpointError(
-                        f"{path}: {name}", "<a tensor>",
-                        f"must not be in {self._file_of[name].name} too, as no {INDEX_FILE} says"
-                        " which counts", "download the index, or remove the file that is not meant",
-                    )  # fmt: skip
+                        f"{path}: {name}",
+                        "<a tensor>",
+                        f"must not be in {self._file_of[name].name} too, as no {INDEX_FILE} says which counts",
+                        "download the index, or remove the file that is not meant",
+                    )
                 self._file_of[name] = path
 
     def _check_indexed_names(self, index_name: str) -> None:
@@ -216,19 +222,22 @@ class Checkpoint:
         for name, path in self._file_of.items():
             if name not in names_in[path]:
                 raise CheckpointError(
-                    f"{path}: {name}", "<missing>", f"must be there as {index_name} says",
+                    f"{path}: {name}",
+                    "<missing>",
+                    f"must be there as {index_name} says",
                     "download the file and the index again",
-                )  # fmt: skip
+                )
 
     def _check_not_quantised(self) -> None:
         for name, path in self._file_of.items():
             found = QUANTISED_NAMES.search(name)
             if found is not None:
                 raise CheckpointError(
-                    f"{path}: {name}", "<part of a quantised matrix>",
-                    f"must not be there: quantised weights are not read, only"
-                    f" {', '.join(DTYPES.values())}", "use an unquantised checkpoint",
-                )  # fmt: skip
+                    f"{path}: {name}",
+                    "<part of a quantised matrix>",
+                    f"must not be there: quantised weights are not read, only {', '.join(DTYPES.values())}",
+                    "use an unquantised checkpoint",
+                )
 
 
 @final
@@ -278,9 +287,11 @@ def _indexed_files(index_path: Path) -> dict[str, Path]:
     weight_map = _read_object(index_path, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index_path}: weight_map", "<missing>" if weight_map is None else weight_map,
-            "must map names of tensors to names of files", DOWNLOAD_AGAIN,
-        )  # fmt: skip
+            f"{index_path}: weight_map",
+            "<missing>" if weight_map is None else weight_map,
+            "must map names of tensors to names of files",
+            DOWNLOAD_AGAIN,
+        )
     for name, file in weight_map.items():
         relative = PurePosixPath(file) if isinstance(file, str) else None
         if (
@@ -292,10 +303,11 @@ def _indexed_files(index_path: Path) -> dict[str, Path]:
             or not file.isprintable()
         ):
             raise CheckpointError(
-                f"{index_path}: weight_map: {name}", file,
+                f"{index_path}: weight_map: {name}",
+                file,
                 "must be a safetensors file inside the checkpoint's folder",
                 "use an index that you trust",
-            )  # fmt: skip
+            )
     return {name: index_path.parent / file for name, file in weight_map.items()}
 
 
@@ -312,9 +324,11 @@ def _index_file(folder: Path) -> Path | None:
         return path if path.exists() else None
     if len(others) > 1:
         raise CheckpointError(
-            f"{folder}: weights", f"<{', '.join(other.name for other in others)}>",
-            f"must have one index, best named {INDEX_FILE}", "keep the one that is meant",
-        )  # fmt: skip
+            f"{folder}: weights",
+            f"<{', '.join(other.name for other in others)}>",
+            f"must have one index, best named {INDEX_FILE}",
+            "keep the one that is meant",
+        )
     return others[0]
 
 
@@ -332,31 +346,38 @@ def _unindexed_files(folder: Path) -> list[Path]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
-            f"{folder}: weights", pickles[0],
+            f"{folder}: weights",
+            pickles[0],
             "must be safetensors; pickles can run code and are not read",
             "download the safetensors files or convert the checkpoint to them",
-        )  # fmt: skip
+        )
     raise CheckpointError(
-        f"{folder}: weights", "<missing>", f"must be in {SINGLE_FILE}, or in files that"
-        f" {INDEX_FILE} lists", "download the safetensors files and their index",
-    )  # fmt: skip
+        f"{folder}: weights",
+        "<missing>",
+        f"must be in {SINGLE_FILE}, or in files that {INDEX_FILE} lists",
+        "download the safetensors files and their index",
+    )
 
 
 def _check_shards(folder: Path, paths: list[Path]) -> None:
     """Refuse an adapter in place of a model, and shards of which some are missing."""
     if paths[0].name.startswith("adapter_"):
         raise CheckpointError(
-            f"{folder}: weights", paths[0].name, "must be a whole model's, not an adapter's alone",
+            f"{folder}: weights",
+            paths[0].name,
+            "must be a whole model's, not an adapter's alone",
             "merge the adapter into its model first",
-        )  # fmt: skip
+        )
     counts = {found[1] for path in paths if (found := re.search(r"-of-(\d+)\.", path.name))}
     for count in counts:
         there = sum(f"-of-{count}." in path.name for path in paths)
         if there != int(count):
             raise CheckpointError(
-                f"{folder}: weights", f"<{there} of {int(count)} shards>", "must all be there",
+                f"{folder}: weights",
+                f"<{there} of {int(count)} shards>",
+                "must all be there",
                 "download all files of the checkpoint",
-            )  # fmt: skip
+            )
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -366,19 +387,21 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except OSError as error:
-        raise CheckpointError(
-            str(path), f"<{error.strerror or error}>", f"must be {what}", remedy
-        ) from error
+        raise CheckpointError(str(path), f"<{error.strerror or error}>", f"must be {what}", remedy) from error
     except SafetensorError as error:
         start = b""
         with suppress(OSError), path.open("rb") as file:
             start = file.read(4)
         if start.startswith(PICKLE_STARTS):
             raise CheckpointError(
-                str(path), "<a pickle>", "must be safetensors; pickles can run code and are not"
-                " read", "download the safetensors file or convert the checkpoint to it",
-            ) from error  # fmt: skip
+                str(path),
+                "<a pickle>",
+                "must be safetensors; pickles can run code and are not read",
+                "download the safetensors file or convert the checkpoint to it",
+            ) from error
         raise CheckpointError(
-            str(path), f"<{path.stat().st_size} bytes, {error}>",
-            "must be a whole safetensors file (this one is truncated or damaged)", DOWNLOAD_AGAIN,
-        ) from error  # fmt: skip
+            str(path),
+            f"<{path.stat().st_size} bytes, {error}>",
+            "must be a whole safetensors file (this one is truncated or damaged)",
+            DOWNLOAD_AGAIN,
+        ) from error

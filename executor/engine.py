@@ -15,17 +15,7 @@ from typing import Final, Self, final
 
 from executor.backends.streams import AbstractStream
 from executor.errors import RunError
-from executor.lanes import (
-    QUEUED_TASKS,
-    Handler,
-    KindTotal,
-    LaneWorker,
-    Queued,
-    Recorder,
-    Run,
-    Ticket,
-    wait_for,
-)
+from executor.lanes import QUEUED_TASKS, Handler, KindTotal, LaneWorker, Queued, Recorder, Run, Ticket, wait_for
 from hrm.profiling.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
@@ -42,9 +32,7 @@ class TaskFailedError(RunError):
     `may_be_later` counts the tasks queued after it on a device that may have failed instead.
     """
 
-    def __init__(
-        self, task: Task, error: BaseException, chart: str, *, may_be_later: int = 0
-    ) -> None:
+    def __init__(self, task: Task, error: BaseException, chart: str, *, may_be_later: int = 0) -> None:
         self.task, self.error, self.chart, self.may_be_later = task, error, chart, may_be_later
         rule, remedy = "failed and stopped the run", "see the lane chart"
         if may_be_later:
@@ -99,11 +87,7 @@ class Engine:
         is_of_device: Callable[[BaseException], bool] = lambda _: False,
         waits: Waits | None = None,
     ) -> None:
-        self._enter_lane, self._streams, self._is_of_device = (
-            enter_lane,
-            streams or {},
-            is_of_device,
-        )
+        self._enter_lane, self._streams, self._is_of_device = (enter_lane, streams or {}, is_of_device)
         self._waits = waits or Waits()
         self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
@@ -119,9 +103,7 @@ class Engine:
         the lanes end: going through it would stop all of them for a tenth of a second.
         """
         for lane in (Lane.STAGE, Lane.D2H, Lane.H2D, Lane.GPU, Lane.CPU):
-            self._workers[lane] = LaneWorker(
-                lane, self._enter_lane, self._streams.get(lane), self._queued_tasks
-            )
+            self._workers[lane] = LaneWorker(lane, self._enter_lane, self._streams.get(lane), self._queued_tasks)
         gc.collect(1)
         gc.freeze()
         return self
@@ -149,9 +131,7 @@ class Engine:
         """
         workers, run_s = dict(self._workers), self.busy_s
         return {
-            lane: past_s
-            + run_s.get(lane, 0.0)
-            + (workers[lane].under_way_s if lane in workers else 0.0)
+            lane: past_s + run_s.get(lane, 0.0) + (workers[lane].under_way_s if lane in workers else 0.0)
             for lane, past_s in self._past_busy_s.items()
         }
 
@@ -216,13 +196,7 @@ class Engine:
         chart = failure_chart(recent, span)
         return TaskFailedError(task, failure.error, chart, may_be_later=later)
 
-    def _feed(
-        self,
-        tasks: Iterable[Task],
-        run: Run,
-        pending: deque[Ticket],
-        finished: Callable[[], bool],
-    ) -> None:
+    def _feed(self, tasks: Iterable[Task], run: Run, pending: deque[Ticket], finished: Callable[[], bool]) -> None:
         tickets: dict[TaskId, Ticket] = {}  # of tasks that may not have ended
         for number, task in enumerate(tasks):
             if number % BURST == 0:

@@ -10,16 +10,7 @@ import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.backends.null import null_handlers
-from executor.batching import (
-    Batch,
-    Completion,
-    Nowhere,
-    Placed,
-    Request,
-    Sink,
-    chunks,
-    policy_for,
-)
+from executor.batching import Batch, Completion, Nowhere, Placed, Request, Sink, chunks, policy_for
 from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
@@ -77,7 +68,8 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
     rules = (
         (length >= 1, "<empty>", "must have at least one token", "give a prompt"),
         (
-            length <= policy.max_prompt_tokens, f"<{length} tokens>",
+            length <= policy.max_prompt_tokens,
+            f"<{length} tokens>",
             f"must have at most the {policy.max_prompt_tokens} tokens that the policy prefills",
             "shorten it or solve a policy with a greater --max-prompt-len",
         ),
@@ -105,7 +97,7 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
             f"must hold token ids from 0 to {arch.spec.vocab_size - 1}",
             "tokenise it with this model's tokenizer",
         ),
-    )  # fmt: skip
+    )
     for holds, value, rule, remedy in rules:
         if not holds:
             raise JobError(f"{request.name}: prompt", value, rule, remedy)
@@ -126,8 +118,7 @@ def pipelines(
             prefill_pipeline(spec, smaller, num_chunks=num_chunks),
         ),
         paged_as(
-            decode_pipeline(spec, policy, num_steps=num_steps),
-            decode_pipeline(spec, smaller, num_steps=num_steps),
+            decode_pipeline(spec, policy, num_steps=num_steps), decode_pipeline(spec, smaller, num_steps=num_steps)
         ),
     )
 
@@ -165,16 +156,12 @@ class AbstractGenerator(ABC):
 
     load_s: float
 
-    def __init__(
-        self, backend: AbstractBackend, arch: Architecture, planned: Planned, max_spans: int
-    ) -> None:
+    def __init__(self, backend: AbstractBackend, arch: Architecture, planned: Planned, max_spans: int) -> None:
         kernels()  # a mistake in EXECUTOR_NATIVE comes out before anything runs
         self.backend, self.arch = backend, arch
         self.policy, self.plan = planned.policy, planned.memory
         self.notice, self.pageable = "", tuple[str, ...]()
-        self.engine = Engine(
-            backend.enter_lane, backend.streams, backend.is_of_device, backend.waits
-        )
+        self.engine = Engine(backend.enter_lane, backend.streams, backend.is_of_device, backend.waits)
         self.live = LiveBatch(self.engine)
         self._budget = TraceBudget(max_spans)
 
@@ -215,10 +202,17 @@ class Generator(AbstractGenerator):
     """
 
     def __init__(
-        self, backend: AbstractBackend, arch: Architecture, planned: Planned, *,
-        family: AbstractFamily, source: WeightSource, staged: Planned | None = None,
-        stops: EndOfText | None = None, max_spans: int = MAX_SPANS,
-    ) -> None:  # fmt: skip
+        self,
+        backend: AbstractBackend,
+        arch: Architecture,
+        planned: Planned,
+        *,
+        family: AbstractFamily,
+        source: WeightSource,
+        staged: Planned | None = None,
+        stops: EndOfText | None = None,
+        max_spans: int = MAX_SPANS,
+    ) -> None:
         start_s = time.perf_counter()
         super().__init__(backend, arch, planned, max_spans)
         self._state: BatchState | None = None
@@ -230,9 +224,7 @@ class Generator(AbstractGenerator):
 
         def load() -> tuple[HostArenas, RunMemory]:
             torch.set_num_threads(threads)
-            host = HostArenas.allocate(
-                backend, arch.spec, planned.policy, staged.policy if staged else None
-            )
+            host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
             memory.weights.load(source, family, arch)
             backend.ready()
@@ -253,15 +245,11 @@ class Generator(AbstractGenerator):
         self._state = self._prefilled = None
         memory.caches.assign([smaller.kv_on_gpu(j) for j in range(num_micro_batches)])
         self._count_kv(batch, smaller)
-        state = self._state = BatchState(
-            batch, arch, self._stops, lambda ended: sink.put(_completion(ended))
-        )
+        state = self._state = BatchState(batch, arch, self._stops, lambda ended: sink.put(_completion(ended)))
         parts = chunks(batch, policy.prefill_chunk_tokens)
         self._num_chunks = len(parts)
         steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
-        prefill, decode = pipelines(
-            arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1)
-        )
+        prefill, decode = pipelines(arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1))
         self.live.begin(prefill, decode, state)
         self.live.enter(Phase.PREFILL)
         prefilled = self._prefilled = self.engine.run(
@@ -297,9 +285,8 @@ class Generator(AbstractGenerator):
         if state is None:
             return None
         completions = tuple(
-            _completion(s) for members in state.sequences for s in members
-            if s.finish_reason is not None
-        )  # fmt: skip
+            _completion(s) for members in state.sequences for s in members if s.finish_reason is not None
+        )
         sizes = tuple(len(members) for members in state.sequences)
         last = self.engine.result()
         if prefilled is None:
@@ -345,10 +332,13 @@ class NullGenerator(AbstractGenerator):
     """Runs the same graphs with tasks that sleep for `seconds_of(pipeline)`; generates zeros."""
 
     def __init__(
-        self, backend: AbstractBackend, arch: Architecture, planned: Planned,
+        self,
+        backend: AbstractBackend,
+        arch: Architecture,
+        planned: Planned,
         seconds_of: Callable[[Pipeline, Batch], Callable[[TaskId], float]],
         max_spans: int = MAX_SPANS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(backend, arch, planned, max_spans)
         self.load_s = 0.0
         self.peak_bytes: dict[str, dict[str, int]] = {}
@@ -364,9 +354,8 @@ class NullGenerator(AbstractGenerator):
         parts = chunks(batch, self.policy.prefill_chunk_tokens)
         steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
         prefill, decode = pipelines(
-            self.arch, self.policy, len(batch.micro_batches), num_chunks=len(parts),
-            num_steps=max(steps, 1),
-        )  # fmt: skip
+            self.arch, self.policy, len(batch.micro_batches), num_chunks=len(parts), num_steps=max(steps, 1)
+        )
         self.live.begin(prefill, decode)
         self.live.enter(Phase.PREFILL)
         prefilled = self._run(prefill, batch, Phase.PREFILL, index, self._budget.prefill_steps)
@@ -376,17 +365,14 @@ class NullGenerator(AbstractGenerator):
             self.live.enter(Phase.DECODE, prefilled)
             decoded = self._run(decode, batch, Phase.DECODE, index, kept)
         completions = tuple(
-            Completion(request, (0,) * request.params.max_tokens, LENGTH)
-            for request in requests_of(batch)
+            Completion(request, (0,) * request.params.max_tokens, LENGTH) for request in requests_of(batch)
         )
         for completion in completions:
             sink.put(completion)
         sizes = tuple(len(micro_batch.placed) for micro_batch in batch.micro_batches)
         return BatchResult(completions, prefilled, decoded, sizes, len(parts))
 
-    def _run(
-        self, pipeline: Pipeline, batch: Batch, phase: Phase, index: int, kept: int
-    ) -> PhaseResult:
+    def _run(self, pipeline: Pipeline, batch: Batch, phase: Phase, index: int, kept: int) -> PhaseResult:
         return self.engine.run(
             iter_tasks(pipeline, self.policy.schedule),
             null_handlers(self._seconds_of(pipeline, batch), pipeline.lane, self._waits.sleep),
@@ -398,9 +384,8 @@ class NullGenerator(AbstractGenerator):
 
 def _completion(ended: Generated) -> Completion:
     return Completion(
-        ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error,
-        tuple(ended.logprobs),
-    )  # fmt: skip
+        ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error, tuple(ended.logprobs)
+    )
 
 
 def requests_of(batch: Batch) -> Iterable[Request]:

@@ -7,9 +7,7 @@ from hrm.errors import HrmError
 
 
 @contextmanager
-def told_as(
-    error_type: type[HrmError], where: str, rule: str, remedy: str
-) -> Generator[None]:  # fmt: skip
+def told_as(error_type: type[HrmError], where: str, rule: str, remedy: str) -> Generator[None]:
     """Within it, what a library raises comes out as `error_type`, but for our own errors.
 
     What is not of the one call, see `is_of_one_request`, passes.

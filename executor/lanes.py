@@ -160,9 +160,12 @@ class LaneWorker:
     """
 
     def __init__(
-        self, lane: Lane, enter_lane: Callable[[Lane], None], stream: AbstractStream | None = None,
+        self,
+        lane: Lane,
+        enter_lane: Callable[[Lane], None],
+        stream: AbstractStream | None = None,
         queued_tasks: int = QUEUED_TASKS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._queue: SimpleQueue[Ticket | None] = SimpleQueue()
         self._lane = lane
         self._enter_lane = enter_lane

@@ -40,29 +40,23 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Reject impossible values (JobError)."""
         rules = (
-            ("max_tokens", _is_integer(self.max_tokens) and self.max_tokens >= 1,
-             "be an integer of at least 1"),
-            ("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 2,
-             "be a number from 0 to 2"),
-            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1,
-             "be a number greater than 0 and at most 1"),
+            ("max_tokens", _is_integer(self.max_tokens) and self.max_tokens >= 1, "be an integer of at least 1"),
+            ("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 2, "be a number from 0 to 2"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "be a number greater than 0 and at most 1"),
             ("seed", _is_integer(self.seed), "be an integer"),
             ("stop", _all(self.stop, str) and all(self.stop), "be texts that are not empty"),
             ("stop_token_ids", _all(self.stop_token_ids, int), "be token ids"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "be true or false"),
             ("logprobs", isinstance(self.logprobs, bool), "be true or false"),
-        )  # fmt: skip
+        )
         for field, holds, rule in rules:
             if not holds:
-                raise JobError(
-                    f"body: {field}", getattr(self, field), f"must {rule}", "correct the request"
-                )
+                raise JobError(f"body: {field}", getattr(self, field), f"must {rule}", "correct the request")
 
 
 def choose(
-    logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int], *,
-    spare_bytes: int | None = None,
-) -> list[int]:  # fmt: skip
+    logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int], *, spare_bytes: int | None = None
+) -> list[int]:
     """The next token of each request, of which it is the `steps[r]`-th generated.
 
     A choice depends on the request's logits, parameters and step alone, never on its neighbours:
@@ -75,9 +69,7 @@ def choose(
     # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
     is_number_R = greatest_R.abs() < math.inf
     tokens = tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist()
-    rows = [
-        row for row, one in enumerate(params) if one.temperature > 0 and tokens[row] != NO_TOKEN
-    ]
+    rows = [row for row, one in enumerate(params) if one.temperature > 0 and tokens[row] != NO_TOKEN]
     for some in _that_fit(rows, logits_RV, spare_bytes):
         sampled = _sample(logits_RV[some], [params[r] for r in some], [steps[r] for r in some])
         for row, token in zip(some, sampled, strict=True):
@@ -101,9 +93,7 @@ def log_probabilities(
     return found
 
 
-def _that_fit(
-    rows: Sequence[int], logits_RV: Tensor, spare_bytes: int | None
-) -> Iterator[Sequence[int]]:
+def _that_fit(rows: Sequence[int], logits_RV: Tensor, spare_bytes: int | None) -> Iterator[Sequence[int]]:
     """The rows in pieces, on a device as many at once as there is memory for."""
     at_once = len(rows) or 1
     if spare_bytes is not None and not logits_RV.is_cpu:
@@ -123,9 +113,7 @@ def _sample(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence
     column = {"dtype": torch.float64, "device": logits_RV.device}
     temperature_R1 = torch.tensor([[one.temperature] for one in params], **column)
     top_p_R1 = torch.tensor([[one.top_p] for one in params], **column)
-    uniform_R1 = torch.tensor(
-        [[uniform(one.seed, step)] for one, step in zip(params, steps, strict=True)], **column
-    )
+    uniform_R1 = torch.tensor([[uniform(one.seed, step)] for one, step in zip(params, steps, strict=True)], **column)
     sorted_RV, tokens_RV = logits_RV.double().sort(dim=-1, descending=True, stable=True)
     probabilities_RV = ((sorted_RV - sorted_RV[:, :1]) / temperature_R1).softmax(dim=-1)
     reached_RV = probabilities_RV.cumsum(dim=-1)

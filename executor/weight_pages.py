@@ -55,9 +55,8 @@ class WeightPages:
     """
 
     def __init__(
-        self, spec: ModelSpec, policy: Policy, *, resident: Tensor, slots: Tensor, host: Tensor,
-        staging: Tensor,
-    ) -> None:  # fmt: skip
+        self, spec: ModelSpec, policy: Policy, *, resident: Tensor, slots: Tensor, host: Tensor, staging: Tensor
+    ) -> None:
         self._spec, self._policy = spec, policy
         self.num_experts = spec.num_experts
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
@@ -72,9 +71,7 @@ class WeightPages:
             streamed = host_parts.take(policy.streamed_bytes(spec, layer) // size)
             self._streamed.append(streamed)
             fixed_dense = (
-                dense_views(spec, resident_parts.take(spec.dense_parameters))
-                if policy.resident_dense
-                else None
+                dense_views(spec, resident_parts.take(spec.dense_parameters)) if policy.resident_dense else None
             )
             resident_experts = resident_parts.take(count * spec.expert_parameters)
             fixed, fixed_stacks = self._experts(resident_experts, 0)
@@ -89,14 +86,10 @@ class WeightPages:
                 here = fixed_dense or slot_dense
                 assert here is not None
                 stacks = (*fixed_stacks, *slot_stacks)
-                places.append(
-                    LayerWeights(here, fixed, [*fixed, *slot_experts], fixed_stacks, stacks)
-                )
+                places.append(LayerWeights(here, fixed, [*fixed, *slot_experts], fixed_stacks, stacks))
             self._layers.append(tuple(places))
         self.head: HeadWeights = head_views(spec, resident_parts.take(spec.head_parameters))
-        self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(
-            spec.vocab_size, spec.hidden_size
-        )
+        self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
 
     def load(self, source: WeightSource, family: AbstractFamily, arch: Architecture) -> None:
         """Read every weight once, straight to where it stays."""

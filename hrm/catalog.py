@@ -19,9 +19,7 @@ Part = HardwareProfile | GpuCard | Host
 KINDS: Final = ("gpus", "hosts", "machines")  # folders of the catalog, in the order of a search
 
 # Words that people leave out of a name, or add to it.
-_BRANDS: Final = frozenset(
-    {"nvidia", "geforce", "rtx", "tesla", "quadro", "amd", "instinct", "ryzen", "apple"}
-)
+_BRANDS: Final = frozenset({"nvidia", "geforce", "rtx", "tesla", "quadro", "amd", "instinct", "ryzen", "apple"})
 _ALIASES: Final = {
     "3060-12G": "RTX-3060",
     "3080-10G": "RTX-3080",
@@ -72,8 +70,7 @@ def find_file(flag: str, name: str, kinds: Sequence[str] = KINDS) -> Path:
 
     Raises ProfileError naming `flag`, with the nearest names, if none of these `kinds` has it.
     """
-    known = {known: profile_folder() / kind / f"{known}.yaml" for kind in kinds
-             for known in _names(kind)}  # fmt: skip
+    known = {known: profile_folder() / kind / f"{known}.yaml" for kind in kinds for known in _names(kind)}
     asked = spelled(name)
     for other, path in known.items():
         if spelled(other) == asked:
@@ -83,13 +80,11 @@ def find_file(flag: str, name: str, kinds: Sequence[str] = KINDS) -> Path:
             return known[other]
     if near := _near(name, known):
         raise ProfileError(
-            flag, name, "is nothing that comes with hrm, and no YAML file",
-            f"did you mean {' or '.join(near)}?",
-        )  # fmt: skip
+            flag, name, "is nothing that comes with hrm, and no YAML file", f"did you mean {' or '.join(near)}?"
+        )
     raise ProfileError(
-        flag, name, f"must be one of {', '.join(known)}, or a YAML file",
-        "hrm profiles alone lists all names",
-    )  # fmt: skip
+        flag, name, f"must be one of {', '.join(known)}, or a YAML file", "hrm profiles alone lists all names"
+    )
 
 
 def spelled(name: str) -> str:
@@ -128,9 +123,10 @@ def _near(name: str, known: Iterable[str]) -> list[str]:
     keys = {key: other for key, other in keys.items() if other in known}
     keys |= {spelled(other): other for other in known}
     longer = [
-        other for key, other in keys.items()
+        other
+        for key, other in keys.items()
         if key.startswith(asked) or re.sub(r"[^a-z0-9]", "", other.lower()).startswith(whole)
-    ]  # fmt: skip
+    ]
     if longer:
         return list(dict.fromkeys(longer))
     beginnings = {key[: len(asked) + 1]: key for key in keys}

@@ -116,9 +116,8 @@ class Limits(NamedTuple):
 
 
 def limits_of(
-    costs: Costs, turns: Sequence[Turn], workload: Workload, *,
-    seconds_of: Callable[[Costs], tuple[float, float]],
-) -> Limits:  # fmt: skip
+    costs: Costs, turns: Sequence[Turn], workload: Workload, *, seconds_of: Callable[[Costs], tuple[float, float]]
+) -> Limits:
     """What limits a job; `seconds_of` are those of its phases, as they are predicted.
 
     What each cause would save is found in closed form. Where it is not clear which would save most,
@@ -155,18 +154,14 @@ def spent_of(costs: Costs, turns: Sequence[Turn], workload: Workload) -> tuple[S
     they grow with its own.
     """
     now = job_work(costs, turns, workload)
-    less = {
-        cause: job_work(each, turns, workload)
-        for cause, each in _at_costs(costs, 1 - _SLIGHTLY).items()
-    }
+    less = {cause: job_work(each, turns, workload) for cause, each in _at_costs(costs, 1 - _SLIGHTLY).items()}
 
     def spent(phase: int) -> Spent:
         return {
             name: {
                 _named(cause, name): part
                 for cause, jobs in less.items()
-                if (part := (of_lane - jobs[phase].busy_s[name]) / _SLIGHTLY)
-                > _NEARLY_NOTHING * of_lane
+                if (part := (of_lane - jobs[phase].busy_s[name]) / _SLIGHTLY) > _NEARLY_NOTHING * of_lane
             }
             for name, of_lane in now[phase].busy_s.items()
             if of_lane > 0
@@ -188,10 +183,7 @@ def _at_costs(costs: Costs, factor: float) -> dict[Cause, Costs]:
     return found
 
 
-def _limit(
-    now: PhaseWork, halved: Mapping[Cause, PhaseWork],
-    predicted_s: Callable[[Cause | None], float],
-) -> Limit:  # fmt: skip
+def _limit(now: PhaseWork, halved: Mapping[Cause, PhaseWork], predicted_s: Callable[[Cause | None], float]) -> Limit:
     longest, seconds = now.longest, predicted_s(None)
     waiting_s = max(0.0, seconds - now.bound_s)
     saved_s = {cause: now.in_order_s - work.in_order_s for cause, work in halved.items()}
@@ -199,9 +191,7 @@ def _limit(
     rivals = [cause for cause, saved in saved_s.items() if saved > RIVAL * most_s]
     if len(rivals) + (waiting_s / 2 > RIVAL * most_s) > 1:
         saved_s |= {cause: seconds - predicted_s(cause) for cause in rivals}
-    in_longest_s = {
-        cause: now.busy_s[longest] - work.busy_s[longest] for cause, work in halved.items()
-    }
+    in_longest_s = {cause: now.busy_s[longest] - work.busy_s[longest] for cause, work in halved.items()}
     enough_s = max(saved_s.values()) - NEARLY_EQUAL * seconds
     nearly = [cause for cause, saved in saved_s.items() if saved >= enough_s]
     best = max(nearly, key=lambda cause: (in_longest_s[cause], saved_s[cause]))
@@ -212,11 +202,7 @@ def _limit(
     else:
         cause = _named(best, longest)
     named = {_named(cause, longest): saved for cause, saved in saved_s.items()}
-    return Limit(
-        cause=cause,
-        saved_s={**named, Cause.WAITING: waiting_s / 2},
-        waiting_s=waiting_s,
-    )
+    return Limit(cause=cause, saved_s={**named, Cause.WAITING: waiting_s / 2}, waiting_s=waiting_s)
 
 
 def _named(cause: Cause, where: str) -> Cause:

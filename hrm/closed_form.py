@@ -60,8 +60,7 @@ class Point:
         """The numbers of one policy."""
         layers = len(policy.resident_experts)
         some_on_host = sum(
-            count < spec.num_experts_of(spec.layer_kind(layer))
-            for layer, count in enumerate(policy.resident_experts)
+            count < spec.num_experts_of(spec.layer_kind(layer)) for layer, count in enumerate(policy.resident_experts)
         )
         return Point(
             batch_size=policy.batch_size,
@@ -121,9 +120,7 @@ class DecodeStep:
     read_bytes: Number
 
     @staticmethod
-    def of_point(
-        costs: Costs, point: Point, schedule: ScheduleName, active_share: float = 1.0
-    ) -> "DecodeStep":
+    def of_point(costs: Costs, point: Point, schedule: ScheduleName, active_share: float = 1.0) -> "DecodeStep":
         """The step of a point in which that share of the requests is still generating."""
         spec, dtype = costs.spec, costs.dtype
         n = point.num_micro_batches
@@ -133,9 +130,7 @@ class DecodeStep:
         streams_kv = off_gpu * point.gpu_attention
         cpu_ffn = (1 - point.gpu_ffn) * point.host_expert_layers
         gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
-        on_host = (spec.num_expert_layers / spec.num_layers) * (
-            spec.num_experts - point.resident_experts
-        )
+        on_host = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - point.resident_experts)
         cpu_experts = on_host / maximum(point.host_expert_layers, 1e-9)
         weights = point.decode_streamed_bytes(spec, dtype)
         pages = n if SCHEDULES[schedule].paged else 1
@@ -157,9 +152,7 @@ class DecodeStep:
             cpu_attention=cpu_attention,
             streams_kv=streams_kv,
             projections_s=costs.pre_attention(m)
-            + costs.mean_over_layers(
-                lambda kind: costs.post_attention(m, gpu_experts, kind), by_window=False
-            ),
+            + costs.mean_over_layers(lambda kind: costs.post_attention(m, gpu_experts, kind), by_window=False),
             cpu_experts_s=share_of(cpu_ffn, lambda: costs.cpu_experts(m, cpu_experts)),
             to_gpu_s=share_of(cpu_attention, lambda: costs.h2d(attended))
             + share_of(cpu_ffn, lambda: costs.h2d_to_all(hidden)),
@@ -190,9 +183,7 @@ class DecodeStep:
             return operators.kv_bytes(spec, costs.dtype, self.m * spec.context_in(kind, context))
 
         def attention(device: Device) -> Number:
-            return costs.mean_over_layers(
-                lambda kind: costs.attention(device, self.m, context, kind)
-            )
+            return costs.mean_over_layers(lambda kind: costs.attention(device, self.m, context, kind))
 
         def load_kv() -> Number:
             return costs.mean_over_layers(lambda kind: costs.load_kv(cache_bytes(kind)))
@@ -201,9 +192,7 @@ class DecodeStep:
             share_of(1 - self.cpu_attention, lambda: attention(Device.GPU)),
             share_of(self.cpu_attention, lambda: attention(Device.CPU)),
             share_of(self.streams_kv, load_kv),
-            share_of(
-                self.cpu_attention + self.streams_kv, lambda: costs.mean_over_layers(cache_bytes)
-            ),
+            share_of(self.cpu_attention + self.streams_kv, lambda: costs.mean_over_layers(cache_bytes)),
         )
 
     def lanes(self, context: Number) -> tuple[dict[Lane, Number], Number]:
@@ -220,8 +209,7 @@ class DecodeStep:
         lanes = {
             Lane.GPU: n * (layers * gpu_s + self.sample_s),
             Lane.CPU: layers * n * cpu_s,
-            Lane.H2D: layers * (self.weights_s + n * (self.to_gpu_s + load_kv_s))
-            + n * self.embed_s,
+            Lane.H2D: layers * (self.weights_s + n * (self.to_gpu_s + load_kv_s)) + n * self.embed_s,
             Lane.D2H: layers * n * self.to_host_s,
             Lane.STAGE: layers * self.stage_s,
         }
@@ -229,8 +217,7 @@ class DecodeStep:
         streamed = n * self.streams_kv / maximum(self.streams_kv + self.cpu_attention, 1e-9)
         attended = n * passes - streamed * passes
         host_memory_s = layers * self.costs.host_memory(
-            moved_bytes=self.moved_bytes + streamed * cache_bytes,
-            read_bytes=self.read_bytes + attended * cache_bytes,
+            moved_bytes=self.moved_bytes + streamed * cache_bytes, read_bytes=self.read_bytes + attended * cache_bytes
         )
         in_flight = -maximum(-n, -LOOKAHEAD - (self.cpu_experts_s > 0))
         chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
@@ -290,9 +277,7 @@ class StepSeconds(NamedTuple):
     chain_s: Number
 
 
-def prefill_lanes(
-    costs: Costs, point: Point, workload: Workload
-) -> tuple[dict[Lane, Number], Number]:
+def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> tuple[dict[Lane, Number], Number]:
     """Seconds of work in each lane in the prefill of one batch, and those of the host's memory."""
     lanes, host_memory_s, _ = _prefill(costs, point, workload)
     return lanes, host_memory_s
@@ -308,9 +293,7 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
     return (*lanes.values(), host_memory_s, chain_s)
 
 
-def _prefill(
-    costs: Costs, point: Point, workload: Workload
-) -> tuple[dict[Lane, Number], Number, Number]:
+def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[dict[Lane, Number], Number, Number]:
     spec, dtype, layers = costs.spec, costs.dtype, costs.spec.num_layers
     chunks, chunk = point.chunks(workload)
     weights = point.streamed_bytes(spec, dtype)
@@ -318,10 +301,7 @@ def _prefill(
     off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
     kv = off_gpu * operators.kv_bytes(spec, dtype, chunk)
     stored = chunks * (layers * kv + (layers - 1) * hidden)
-    gpu_s = chunks * (
-        costs.prefill_layers(chunk, workload.prompt_len)
-        + costs.first_tokens(point.batch_size / chunks)
-    )
+    gpu_s = chunks * (costs.prefill_layers(chunk, workload.prompt_len) + costs.first_tokens(point.batch_size / chunks))
     to_gpu_s = layers * chunks * costs.h2d_to_all(hidden)
     to_host_s = (layers - 1) * chunks * costs.d2h(hidden)
     lanes = {
@@ -331,8 +311,7 @@ def _prefill(
         Lane.STAGE: layers * share_of(point.staging, lambda: costs.stage(weights)),
     }
     host_memory_s = costs.host_memory(
-        moved_bytes=layers * (weights + chunks * hidden) + stored,
-        read_bytes=2 * point.staging * layers * weights,
+        moved_bytes=layers * (weights + chunks * hidden) + stored, read_bytes=2 * point.staging * layers * weights
     )
     under_way = 1 + (chunks > 1)
     return lanes, host_memory_s, (gpu_s + to_gpu_s + to_host_s) / under_way
@@ -360,10 +339,7 @@ def batch_terms(
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     return [
         (1.0, prefill_terms(costs, point, workload)),
-        *(
-            (weight, step.terms(context))
-            for context, weight in sampled_contexts(costs.spec, workload).items()
-        ),
+        *((weight, step.terms(context)) for context, weight in sampled_contexts(costs.spec, workload).items()),
     ]
 
 
@@ -388,25 +364,19 @@ def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
     return steps_at
 
 
-def batch_seconds(
-    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
-) -> tuple[Number, Number]:
+def batch_seconds(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
     """Prefill and decode seconds of one batch."""
     (_, prefill), *steps = batch_terms(costs, point, schedule, workload)
     return maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)
 
 
-def seconds_of_batches(
-    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
-) -> Number:
+def seconds_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> Number:
     """Seconds of one batch of every policy of a grid, as `batch_seconds` has them."""
     prefill_s, decode_s = phases_of_batches(costs, point, schedule, workload)
     return prefill_s + decode_s
 
 
-def phases_of_batches(
-    costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
-) -> tuple[Number, Number]:
+def phases_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
     """Prefill and decode seconds of one batch of every policy of a grid.
 
     All contexts are worked out at once: a grid is seldom so large that its numbers take longer

@@ -56,9 +56,7 @@ class Costs:
         """The memory level that a device computes at."""
         return self.profile.top if device is Device.GPU else self.profile.host
 
-    def mean_over_layers(
-        self, seconds_of: Callable[[LayerKind], Number], *, by_window: bool = True
-    ) -> Number:
+    def mean_over_layers(self, seconds_of: Callable[[LayerKind], Number], *, by_window: bool = True) -> Number:
         """`seconds_of` each kind of layer, weighted by how many there are.
 
         Without `by_window` it is asked once for kinds that differ by their window only.
@@ -104,9 +102,7 @@ class Costs:
         """
         return -maximum(-requests, -1) * self.sample(maximum(requests, 1))
 
-    def prefill_layer(
-        self, tokens: Number, prompt_len: float, kind: LayerKind, *, is_last: bool = False
-    ) -> Number:
+    def prefill_layer(self, tokens: Number, prompt_len: float, kind: LayerKind, *, is_last: bool = False) -> Number:
         """One layer of prefill over a chunk on the GPU; `is_last` of the model."""
         before = self._up_to_attention(tokens, prompt_len, kind)
         if is_last and self.skips_in_last_layer(prompt_len):
@@ -222,13 +218,7 @@ class Costs:
 
 LayerMix = tuple[tuple[LayerKind, float], ...]
 _ON_GPU: Final = frozenset(
-    {
-        TaskKind.PRE_ATTENTION,
-        TaskKind.ATTENTION,
-        TaskKind.POST_ATTENTION,
-        TaskKind.PREFILL_LAYER,
-        TaskKind.SAMPLE,
-    }
+    {TaskKind.PRE_ATTENTION, TaskKind.ATTENTION, TaskKind.POST_ATTENTION, TaskKind.PREFILL_LAYER, TaskKind.SAMPLE}
 )
 
 
@@ -315,19 +305,16 @@ class TaskWork:
         layers = [
             (alike.setdefault(key, {}), off_gpu.setdefault(key, {}))
             for key in zip(
-                self.resident_experts, map(self.layer_mix, range(num_layers)),
+                self.resident_experts,
+                map(self.layer_mix, range(num_layers)),
                 [not in_decode and layer == num_layers - 1 for layer in range(num_layers)],
                 strict=False,  # a policy may be simulated over its first layers only
             )
-        ]  # fmt: skip
+        ]
 
         def seconds(task: TaskId) -> float:
             kind = task.kind
-            on_cpu = (
-                kind is TaskKind.ATTENTION
-                and in_decode
-                and self.pipeline.attention_on_cpu(task.micro_batch)
-            )
+            on_cpu = kind is TaskKind.ATTENTION and in_decode and self.pipeline.attention_on_cpu(task.micro_batch)
             known = layers[task.layer][on_cpu]
             if kind not in known:
                 whole = self._seconds(task, self.layer_mix(task.layer), on_cpu=on_cpu)
@@ -367,12 +354,7 @@ class TaskWork:
                 return costs.load_weights(self.num_bytes(task))
             case TaskKind.LOAD_KV:
                 return costs.load_kv(self.num_bytes(task))
-            case (
-                TaskKind.OFFLOAD_QKV
-                | TaskKind.OFFLOAD_TOKENS
-                | TaskKind.STORE_KV
-                | TaskKind.STORE_HIDDEN
-            ):
+            case TaskKind.OFFLOAD_QKV | TaskKind.OFFLOAD_TOKENS | TaskKind.STORE_KV | TaskKind.STORE_HIDDEN:
                 return costs.d2h(self.num_bytes(task))
             case TaskKind.EMBED | TaskKind.LOAD_EXPERT_OUTPUT:
                 return costs.h2d_to_all(self.num_bytes(task))

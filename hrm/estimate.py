@@ -133,15 +133,13 @@ class Estimate:
         batches = [_batch(costs, turn.policy, self.workload) for turn in self.turns]
         prefill, decode = _total(self.turns, batches)
         return replace(
-            self, part=Part(costs.spec, costs.profile), runtime=costs.runtime,
-            prefill=prefill, decode=decode,
-        )  # fmt: skip
+            self, part=Part(costs.spec, costs.profile), runtime=costs.runtime, prefill=prefill, decode=decode
+        )
 
 
 def estimate(
-    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload, *,
-    runtime: Runtime = EXECUTOR,
-) -> Estimate:  # fmt: skip
+    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload, *, runtime: Runtime = EXECUTOR
+) -> Estimate:
     """Predict a job under a policy.
 
     In pipeline parallel as many batches are under way as there are stages: a job of fewer takes as
@@ -210,8 +208,7 @@ def with_batch_size(policy: Policy, batch_size: int) -> Policy:
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         gpu_kv_micro_batches=min(
-            policy.gpu_kv_micro_batches,
-            policy.gpu_kv_micro_batches * num_micro_batches // policy.num_micro_batches,
+            policy.gpu_kv_micro_batches, policy.gpu_kv_micro_batches * num_micro_batches // policy.num_micro_batches
         ),
     )
 
@@ -227,10 +224,7 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
         decode_s += steps * max(work.bound_s, simulated_s)
         decodes.append((steps, work))
     return (
-        PhaseEstimate(
-            seconds=prefill_seconds(costs, policy, workload),
-            work=prefill_phase(costs, policy, workload),
-        ),
+        PhaseEstimate(seconds=prefill_seconds(costs, policy, workload), work=prefill_phase(costs, policy, workload)),
         PhaseEstimate(seconds=decode_s, work=PhaseWork.total(decodes)),
     )
 
@@ -244,18 +238,21 @@ def _total(
         times = [turn.times for turn in turns]
         return PhaseEstimate(
             seconds=sum(count * phase.seconds for count, phase in zip(times, phases, strict=True)),
-            work=PhaseWork.total(
-                (count, phase.work) for count, phase in zip(times, phases, strict=True)
-            ),
+            work=PhaseWork.total((count, phase.work) for count, phase in zip(times, phases, strict=True)),
         )
 
     return over([prefill for prefill, _ in batches]), over([decode for _, decode in batches])
 
 
 def decode_work(
-    costs: Costs, policy: Policy, context: float, *, num_steps: int, tokens: float | None = None,
+    costs: Costs,
+    policy: Policy,
+    context: float,
+    *,
+    num_steps: int,
+    tokens: float | None = None,
     shape: Policy | None = None,
-) -> TaskWork:  # fmt: skip
+) -> TaskWork:
     """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are. The
@@ -276,9 +273,8 @@ def decode_work(
 
 
 def prefill_work(
-    costs: Costs, policy: Policy, workload: Workload, *, shape: Policy | None = None,
-    max_chunks: float = inf,
-) -> TaskWork:  # fmt: skip
+    costs: Costs, policy: Policy, workload: Workload, *, shape: Policy | None = None, max_chunks: float = inf
+) -> TaskWork:
     """Bytes and seconds of the tasks of one batch's prefill.
 
     The tasks are those of `shape`, if it is given, and of at most `max_chunks` chunks; each chunk
@@ -290,9 +286,7 @@ def prefill_work(
     return TaskWork(
         costs=costs,
         policy=policy,
-        pipeline=prefill_pipeline(
-            costs.spec, shape or policy, num_chunks=int(min(num_chunks, max_chunks))
-        ),
+        pipeline=prefill_pipeline(costs.spec, shape or policy, num_chunks=int(min(num_chunks, max_chunks))),
         tokens=tokens / num_chunks,
         context=workload.prompt_len,
         requests_per_chunk=policy.batch_size / num_chunks,
@@ -317,9 +311,7 @@ def simulate_work(work: TaskWork) -> Trace:
     return simulate(tasks, work.seconds_of(), phase=work.pipeline.phase)
 
 
-def step_seconds(
-    costs: Costs, policy: Policy, context: float, *, tokens: float | None = None
-) -> float:
+def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
     """Simulated seconds of one decode step in the steady state, at a mean context.
 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are. Of
@@ -346,9 +338,7 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable)
     chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
     in_one = chunks / work.pipeline.num_micro_batches
-    return _over_layers(
-        work, _TASKS_A_CHUNK, lambda work: max(_walked(work, in_one, pages_in_one)[1])
-    )
+    return _over_layers(work, _TASKS_A_CHUNK, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
 
 
 def _with_few_micro_batches(policy: Policy) -> tuple[Policy, float]:
@@ -370,10 +360,7 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, 
     order = _order(pipeline, work.policy.schedule)
     pages = round(pipeline.num_pages * pages_in_one)
     seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
-    seconds = [
-        seconds_of(task_id) * (pages_in_one if task_id.kind in _PAGES else in_one)
-        for task_id in order.distinct
-    ]
+    seconds = [seconds_of(task_id) * (pages_in_one if task_id.kind in _PAGES else in_one) for task_id in order.distinct]
     return order, end_times(order, seconds)
 
 
@@ -387,9 +374,7 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     return in_order(iter_tasks(pipeline, schedule), alike)
 
 
-def _over_layers(
-    work: TaskWork, tasks_per_micro_batch: int, seconds: Callable[[TaskWork], float]
-) -> float:
+def _over_layers(work: TaskWork, tasks_per_micro_batch: int, seconds: Callable[[TaskWork], float]) -> float:
     """`seconds` of the whole work, from two shortened forms of it if it is long."""
     layers = work.pipeline.num_layers
     affordable = MAX_TASKS // (tasks_per_micro_batch * work.pipeline.num_micro_batches)

@@ -102,25 +102,18 @@ def check_figure(where: str, figure: Figure) -> None:
     may_be_zero = where.endswith(("_s", "reserve_bytes")) and not where.endswith("per_s")
     spread = [value for value in (figure.p20, figure.p80) if value is not None]
     values = [figure.value, *spread, *(value for _, value in figure.curve)]
-    impossible = [
-        value for value in values
-        if not 0 <= value <= LARGEST_FIGURE or (value == 0 and not may_be_zero)
-    ]  # fmt: skip
+    impossible = [value for value in values if not 0 <= value <= LARGEST_FIGURE or (value == 0 and not may_be_zero)]
     if impossible:
         raise ProfileError(
-            where, impossible[0], f"must be positive and at most {LARGEST_FIGURE:.0e}",
-            "measure it again or correct it",
-        )  # fmt: skip
+            where, impossible[0], f"must be positive and at most {LARGEST_FIGURE:.0e}", "measure it again or correct it"
+        )
     if len(spread) == 2 and spread[0] > spread[1]:
         raise ProfileError(
-            f"{where}.p20", spread[0], f"must not be above p80, {spread[1]:.4g}",
-            "exchange them or measure it again",
-        )  # fmt: skip
+            f"{where}.p20", spread[0], f"must not be above p80, {spread[1]:.4g}", "exchange them or measure it again"
+        )
     sizes = [size for size, _ in figure.curve]
     if any(size <= 0 for size in sizes) or sizes != sorted(set(sizes)):
-        raise ProfileError(
-            f"{where}.curve", sizes, "sizes must be positive and ascending", "sort the points"
-        )
+        raise ProfileError(f"{where}.curve", sizes, "sizes must be positive and ascending", "sort the points")
 
 
 def check_rate(where: str, rate: Rate) -> None:
@@ -128,9 +121,7 @@ def check_rate(where: str, rate: Rate) -> None:
     named = {name: getattr(rate, name) for name in ("datasheet", "ceiling", "achieved")}
     known = {name: figure for name, figure in named.items() if figure is not None}
     if not known:
-        raise ProfileError(
-            where, "<no figure>", "needs a datasheet, ceiling or achieved figure", "add one of them"
-        )
+        raise ProfileError(where, "<no figure>", "needs a datasheet, ceiling or achieved figure", "add one of them")
     for name, figure in known.items():
         check_figure(f"{where}.{name}", figure)
     datasheet = known.pop("datasheet", None)
@@ -138,7 +129,8 @@ def check_rate(where: str, rate: Rate) -> None:
         low_end = figure.p20 if figure.p20 is not None else figure.value
         if datasheet and min(low_end, figure.value) > 1.05 * datasheet.value:
             raise ProfileError(
-                f"{where}.{name}", figure.value,
+                f"{where}.{name}",
+                figure.value,
                 f"is above the data sheet's {datasheet.value:.4g} by more than its spread",
                 "check the data sheet's figure or measure again",
-            )  # fmt: skip
+            )

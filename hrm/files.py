@@ -33,9 +33,14 @@ _KINDS: Final = (
 
 
 def read_regular(
-    path: str | Path, what: str, error_type: type[HrmError] = HrmError,
-    max_bytes: int = MAX_TEXT_BYTES, *, where: str = "", remedy: str = "check the path",
-) -> bytes:  # fmt: skip
+    path: str | Path,
+    what: str,
+    error_type: type[HrmError] = HrmError,
+    max_bytes: int = MAX_TEXT_BYTES,
+    *,
+    where: str = "",
+    remedy: str = "check the path",
+) -> bytes:
     """All bytes of a plain file, or of one that links lead to; never waits for a writer.
 
     `what` says in errors what is wanted: "a readable policy file" gives "must be a readable policy
@@ -53,17 +58,22 @@ def read_regular(
             raise _unreadable(error, where, what, error_type, remedy) from error
     if max(size, len(content)) > max_bytes:
         raise error_type(
-            where, f"<{format_bytes(max(size, len(content)))}>",
+            where,
+            f"<{format_bytes(max(size, len(content)))}>",
             f"must be {what} of at most {format_bytes(max_bytes)}",
             "check that it is the file you mean",
-        )  # fmt: skip
+        )
     return content
 
 
 def open_regular(
-    path: str | Path, what: str, error_type: type[HrmError] = HrmError, *, where: str = "",
+    path: str | Path,
+    what: str,
+    error_type: type[HrmError] = HrmError,
+    *,
+    where: str = "",
     remedy: str = "check the path",
-) -> BinaryIO:  # fmt: skip
+) -> BinaryIO:
     """A plain file opened for reading bytes, for files that are read piece by piece.
 
     Raises `error_type` as `read_regular` does, sizes apart.
@@ -79,9 +89,7 @@ def open_regular(
             os.close(handle)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise _unreadable(error, where, what, error_type, remedy) from error
-    raise error_type(
-        where, f"<{kind}>", f"must be {what}", "name a file; what a pipe gives, write to one first"
-    )
+    raise error_type(where, f"<{kind}>", f"must be {what}", "name a file; what a pipe gives, write to one first")
 
 
 def is_file(path: Path) -> bool:
@@ -115,9 +123,12 @@ def _unreadable(
 
 
 def write_whole(
-    path: str | Path, content: bytes | str, error_type: type[HrmError] = HrmError, *,
+    path: str | Path,
+    content: bytes | str,
+    error_type: type[HrmError] = HrmError,
+    *,
     remedy: str = "choose another path",
-) -> None:  # fmt: skip
+) -> None:
     """Write a file so that it holds what it held before or all of `content`, text as UTF-8.
 
     See `writing` for what holds of it and what is refused.
@@ -396,9 +407,7 @@ def _stream_number(path: Path) -> int | None:
     return None
 
 
-def _unwritable(
-    error: OSError, path: str | Path, error_type: type[HrmError], remedy: str
-) -> HrmError:
+def _unwritable(error: OSError, path: str | Path, error_type: type[HrmError], remedy: str) -> HrmError:
     return error_type(str(path), f"<{_said(error)}>", "must be writable", remedy)
 
 

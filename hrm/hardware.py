@@ -13,10 +13,25 @@ from hrm.figures import NOISY_SPREAD, Figure, Rate, Source, check_figure, check_
 from hrm.numeric import Number, maximum
 
 __all__ = [
-    "CPU", "GPU", "NOISY_SPREAD", "SCHEMA", "Cache", "Contention", "Disk", "Figure", "GpuCard",
-    "HardwareProfile", "Host", "Link", "LinkKind", "MemoryLevel", "Processor", "Rate", "Source",
+    "CPU",
+    "GPU",
+    "NOISY_SPREAD",
+    "SCHEMA",
+    "Cache",
+    "Contention",
+    "Disk",
+    "Figure",
+    "GpuCard",
+    "HardwareProfile",
+    "Host",
+    "Link",
+    "LinkKind",
+    "MemoryLevel",
+    "Processor",
+    "Rate",
+    "Source",
     "check_figures",
-]  # fmt: skip
+]
 
 GPU: Final = "gpu"
 CPU: Final = "cpu"
@@ -52,9 +67,11 @@ class Processor:
         rate = self.compute_flops_per_s.get(dtype) or self.compute_flops_per_s.get(stand_in)
         if rate is None:
             raise ProfileError(
-                f"{self.name}: compute_flops_per_s", sorted(self.compute_flops_per_s),
-                f"has no rate for dtype {dtype}", "choose another --dtype or measure this one",
-            )  # fmt: skip
+                f"{self.name}: compute_flops_per_s",
+                sorted(self.compute_flops_per_s),
+                f"has no rate for dtype {dtype}",
+                "choose another --dtype or measure this one",
+            )
         return rate.at(num_tokens)
 
 
@@ -190,18 +207,20 @@ class HardwareProfile:
         _check_schema(self.name, self.schema)
         if not self.levels or len({level.name for level in self.levels}) < len(self.levels):
             raise ProfileError(
-                f"{self.name}: levels", [level.name for level in self.levels],
-                "must be one or more with distinct names", "list each memory level once",
-            )  # fmt: skip
-        if self.num_gpus < 1:
-            raise ProfileError(
-                f"{self.name}: num_gpus", self.num_gpus, "must be at least 1", "correct it"
+                f"{self.name}: levels",
+                [level.name for level in self.levels],
+                "must be one or more with distinct names",
+                "list each memory level once",
             )
+        if self.num_gpus < 1:
+            raise ProfileError(f"{self.name}: num_gpus", self.num_gpus, "must be at least 1", "correct it")
         if self.unified_memory and (len(self.levels) > 1 or self.num_gpus > 1):
             raise ProfileError(
-                f"{self.name}: unified_memory", True, "goes with one level and one GPU",
+                f"{self.name}: unified_memory",
+                True,
+                "goes with one level and one GPU",
                 "leave one level, the memory with its GPU, or leave this out",
-            )  # fmt: skip
+            )
         check_figures(self.name, self)
         if len(self.levels) > 1:
             fast, slow = self.levels[0].name, self.levels[1].name
@@ -236,9 +255,11 @@ class HardwareProfile:
             if (link.source, link.target, link.kind) == (source, target, kind):
                 return link
         raise ProfileError(
-            f"{self.name}: links", [f"{x.source}->{x.target} {x.kind}" for x in self.links],
-            f"has no {kind} link {source}->{target}", "measure it with hrm profile or add it",
-        )  # fmt: skip
+            f"{self.name}: links",
+            [f"{x.source}->{x.target} {x.kind}" for x in self.links],
+            f"has no {kind} link {source}->{target}",
+            "measure it with hrm profile or add it",
+        )
 
     def has_link(self, source: str, target: str, kind: LinkKind = "pinned") -> bool:
         """Whether `link` finds one."""
@@ -318,9 +339,11 @@ class Host:
 def _check_schema(name: str, schema: int) -> None:
     if schema != SCHEMA:
         raise ProfileError(
-            f"{name}: schema", schema, f"this version reads schema {SCHEMA}",
+            f"{name}: schema",
+            schema,
+            f"this version reads schema {SCHEMA}",
             "measure the machine again with hrm profile or upgrade hrm",
-        )  # fmt: skip
+        )
 
 
 def check_figures(where: str, node: object) -> None:
@@ -342,9 +365,10 @@ def check_figures(where: str, node: object) -> None:
                 check_figures(f"{where}.{item.name}", getattr(node, item.name))
             if isinstance(node, MemoryLevel) and node.usable_bytes <= 0:
                 raise ProfileError(
-                    f"{where}.reserve_bytes", node.reserve_bytes.value,
+                    f"{where}.reserve_bytes",
+                    node.reserve_bytes.value,
                     f"must leave something of the {node.capacity_bytes.value:.4g} bytes",
                     "correct the capacity or the reserve",
-                )  # fmt: skip
+                )
         case _:
             pass

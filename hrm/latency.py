@@ -24,9 +24,8 @@ class Latency:
 
     @staticmethod
     def of_batch(
-        *, prefill_s: float, gpu_s_a_layer: float, chunks: int, decode_s: float, decode_steps: int,
-        num_stages: int,
-    ) -> "Latency":  # fmt: skip
+        *, prefill_s: float, gpu_s_a_layer: float, chunks: int, decode_s: float, decode_steps: int, num_stages: int
+    ) -> "Latency":
         """Those of a batch with such a prefill and decode, each on one of `num_stages` stages.
 
         First tokens come chunk by chunk in the last layer, whose prefill takes the GPU
@@ -50,10 +49,7 @@ class LatencyLimits:
 
     def overshoot(self, latency: Latency) -> tuple[float, float]:
         """By which factors the waiting times are longer than allowed; 1 where they are not."""
-        return (
-            _factor(latency.last_ttft_s, self.max_ttft_s),
-            _factor(latency.tpot_s, self.max_tpot_s),
-        )
+        return (_factor(latency.last_ttft_s, self.max_ttft_s), _factor(latency.tpot_s, self.max_tpot_s))
 
     def check(self, latency: Latency) -> None:
         """Raise PolicyError if something takes longer than allowed."""
@@ -63,10 +59,11 @@ class LatencyLimits:
         ):
             if allowed_s is not None and seconds is not None and seconds > allowed_s:
                 raise PolicyError(
-                    flag, f"<{format_seconds(allowed_s)}>",
+                    flag,
+                    f"<{format_seconds(allowed_s)}>",
                     f"must hold, and under this policy {what} takes {format_seconds(seconds)}",
                     f"allow {flag} {at_least(seconds)}, or ask hrm search for a policy within it",
-                )  # fmt: skip
+                )
 
     def are_met(self, latency: Latency) -> bool:
         """Whether nothing takes longer than allowed."""

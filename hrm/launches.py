@@ -14,10 +14,7 @@ from hrm.hardware import Figure, HardwareProfile, MemoryLevel
 from hrm.phase_work import job_work
 from hrm.scaling import Resource, with_resource
 
-_LIMITS: Final = {
-    Cause.GPU_LAUNCHES: Resource.GPU_LAUNCH_LATENCY,
-    Cause.CPU_LAUNCHES: Resource.CPU_LAUNCH_LATENCY,
-}
+_LIMITS: Final = {Cause.GPU_LAUNCHES: Resource.GPU_LAUNCH_LATENCY, Cause.CPU_LAUNCHES: Resource.CPU_LAUNCH_LATENCY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,16 +16,7 @@ from hrm.catalog import Part, find_file, is_path, kind_of, kind_words
 from hrm.decoding import read_yaml, reads_as_text
 from hrm.errors import ProfileError
 from hrm.files import is_file, write_whole
-from hrm.hardware import (
-    Figure,
-    GpuCard,
-    HardwareProfile,
-    Host,
-    Link,
-    MemoryLevel,
-    Rate,
-    Source,
-)
+from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate, Source
 from hrm.strict import decode_strictly
 from hrm.units import format_bandwidth
 
@@ -74,9 +65,11 @@ def parse_gpus(gpus: str) -> tuple[int, str]:
     match = _GPUS.fullmatch(gpus)
     if match is None or int(match[1] or 1) < 1:
         raise ProfileError(
-            "--gpus", gpus, "must be a GPU or a count of at least 1 and a GPU",
+            "--gpus",
+            gpus,
+            "must be a GPU or a count of at least 1 and a GPU",
             "write it like 4xT4; --host alone is a machine without GPUs",
-        )  # fmt: skip
+        )
     return int(match[1] or 1), match[2]
 
 
@@ -94,13 +87,10 @@ def compose(gpus: str, host: str | None = None) -> HardwareProfile:
         return assemble(found, count, _usual_host(found, path) if host is None else load_host(host))
     if count > 1:
         raise ProfileError(
-            "--gpus", gpus, f"{found.name} is a whole machine, and plans are for one",
-            "leave out the count",
-        )  # fmt: skip
-    if host is not None:
-        raise ProfileError(
-            "--host", host, f"goes with GPUs, and {found.name} is a whole machine", "leave it out"
+            "--gpus", gpus, f"{found.name} is a whole machine, and plans are for one", "leave out the count"
         )
+    if host is not None:
+        raise ProfileError("--host", host, f"goes with GPUs, and {found.name} is a whole machine", "leave it out")
     return found
 
 
@@ -123,10 +113,11 @@ def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
     """
     if count > machine.max_gpus:
         raise ProfileError(
-            "--gpus", f"{count}x{card.name}",
+            "--gpus",
+            f"{count}x{card.name}",
             f"{machine.name} takes at most {machine.max_gpus} GPUs",
             "ask for fewer or name another --host; hrm profiles lists them",
-        )  # fmt: skip
+        )
     links = [_sum_link(link, count, machine) for link in (card.h2d, card.d2h)]
     if count > 1:
         links.append(card.peer)
@@ -153,9 +144,7 @@ def one_part(profile: HardwareProfile) -> HardwareProfile:
         def share_of_bandwidth(figure: Figure) -> Figure:
             return _scale(figure, 1 / count, note, size_factor)
 
-        return replace(
-            link, bandwidth_bytes_per_s=_each(link.bandwidth_bytes_per_s, share_of_bandwidth)
-        )
+        return replace(link, bandwidth_bytes_per_s=_each(link.bandwidth_bytes_per_s, share_of_bandwidth))
 
     return replace(
         profile,
@@ -168,9 +157,7 @@ def one_part(profile: HardwareProfile) -> HardwareProfile:
 
 
 def with_memory(
-    profile: HardwareProfile,
-    gpu_memory_bytes: float | None = None,
-    cpu_memory_bytes: float | None = None,
+    profile: HardwareProfile, gpu_memory_bytes: float | None = None, cpu_memory_bytes: float | None = None
 ) -> HardwareProfile:
     """The same machine with other memory capacities, as the user gives them.
 
@@ -181,15 +168,19 @@ def with_memory(
     levels = list(profile.levels)
     if cpu_memory_bytes is not None and profile.unified_memory:
         raise ProfileError(
-            "--cpu-memory", cpu_memory_bytes,
-            f"{profile.name} has unified memory, which --gpu-memory says", "give that instead",
-        )  # fmt: skip
+            "--cpu-memory",
+            cpu_memory_bytes,
+            f"{profile.name} has unified memory, which --gpu-memory says",
+            "give that instead",
+        )
     if gpu_memory_bytes is not None:
         if not profile.has_gpu:
             raise ProfileError(
-                "--gpu-memory", gpu_memory_bytes, f"{profile.name} has no GPU level",
+                "--gpu-memory",
+                gpu_memory_bytes,
+                f"{profile.name} has no GPU level",
                 "leave it out or choose another machine",
-            )  # fmt: skip
+            )
         levels[0] = _resize(levels[0], gpu_memory_bytes, "--gpu-memory")
     if cpu_memory_bytes is not None:
         index = levels.index(profile.host)
@@ -230,10 +221,7 @@ def dump_profile(profile: Part) -> str:
 
     Dumper.add_representer(float, represent_float)
     Dumper.add_representer(str, represent_text)
-    return yaml.dump(
-        _to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None,
-        width=100,
-    )  # fmt: skip
+    return yaml.dump(_to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _float_text(value: float) -> str:
@@ -280,11 +268,7 @@ def _scale(figure: Figure, factor: float, note: str, size_factor: float = 1) -> 
 
 def _each(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
     return Rate(
-        **{
-            item.name: change(figure)
-            for item in fields(rate)
-            if (figure := getattr(rate, item.name)) is not None
-        }
+        **{item.name: change(figure) for item in fields(rate) if (figure := getattr(rate, item.name)) is not None}
     )
 
 
@@ -313,9 +297,7 @@ def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> Mem
         ),
         processor=replace(
             processor,
-            compute_flops_per_s={
-                dtype: _each(rate, change) for dtype, rate in processor.compute_flops_per_s.items()
-            },
+            compute_flops_per_s={dtype: _each(rate, change) for dtype, rate in processor.compute_flops_per_s.items()},
             attention_bytes_per_s=changed(processor.attention_bytes_per_s),
         ),
     )
@@ -365,11 +347,7 @@ def _resize(level: MemoryLevel, num_bytes: float, flag: str) -> MemoryLevel:
     reserve = level.reserve_bytes
     most = int(MAX_RESERVE_SHARE * num_bytes)
     if reserve_if_resized(level) > most:
-        reserve = Figure(
-            value=most,
-            source=Source.ASSUMED,
-            note=f"{MAX_RESERVE_SHARE:.0%} of a capacity {note}",
-        )
+        reserve = Figure(value=most, source=Source.ASSUMED, note=f"{MAX_RESERVE_SHARE:.0%} of a capacity {note}")
     capacity = Figure(value=num_bytes, source=Source.GIVEN, note=note)
     pinnable = level.pinnable_bytes
     if pinnable is not None:

@@ -164,9 +164,7 @@ def workspace_bytes(
     return num_tokens * size * kept + temporaries + WORKSPACE_ROUNDING_BYTES
 
 
-def exchange_bytes_per_request(
-    spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number, ranks: int = 1
-) -> Number:
+def exchange_bytes_per_request(spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:
     """Decode buffers of one request: hidden state, QKV, attention and experts' output, numbers.
 
     Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
@@ -203,11 +201,22 @@ def prefix_bytes_per_token(spec: ModelSpec, dtype: str, *, ranks: int = 1) -> in
 
 
 def gpu_purposes(
-    spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
-    chunk_tokens: Number, gpu_kv_micro_batches: Number, streams_kv: Number, ffn_on_cpu: Number,
-    resident_bytes: Number, max_streamed_bytes: Number, prefix_tokens: Number = 0, ranks: int = 1,
+    spec: ModelSpec,
+    dtype: str,
+    *,
+    batch_size: Number,
+    micro_batch_size: Number,
+    kv_tokens: Number,
+    chunk_tokens: Number,
+    gpu_kv_micro_batches: Number,
+    streams_kv: Number,
+    ffn_on_cpu: Number,
+    resident_bytes: Number,
+    max_streamed_bytes: Number,
+    prefix_tokens: Number = 0,
+    ranks: int = 1,
     batches: int = 1,
-) -> dict[str, Number]:  # fmt: skip
+) -> dict[str, Number]:
     """Bytes at the GPU level by purpose; `kv_tokens` is the cache of one micro-batch in tokens.
 
     `resident_bytes` are the layers' weights that stay and `max_streamed_bytes` the most that any
@@ -224,49 +233,48 @@ def gpu_purposes(
         "weight_slots": WEIGHT_SLOTS * max_streamed_bytes,
         "kv_cache": batches * gpu_kv_micro_batches * cache_tokens * layer_kv,
         "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
-        "exchange": batch_size
-        * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
-        "prefill_buffers": BUFFERS
-        * chunk_tokens
-        * (ranks * spec.hidden_size * size + layer_kv + TOKEN_NUMBER_BYTES),
+        "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
+        "prefill_buffers": BUFFERS * chunk_tokens * (ranks * spec.hidden_size * size + layer_kv + TOKEN_NUMBER_BYTES),
         "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, dtype, ranks=ranks),
-        "workspace": workspace_bytes(
-            spec, tokens_at_once, dtype, ranks=ranks, longest_tokens=kv_tokens
-        )
+        "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks, longest_tokens=kv_tokens)
         + COUNT_BYTES * spec.num_layers * spec.num_experts,
         "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
     }
 
 
 def cpu_purposes(
-    spec: ModelSpec, dtype: str, *, batch_size: Number, micro_batch_size: Number, kv_tokens: Number,
-    num_micro_batches: Number, gpu_kv_micro_batches: Number, ffn_on_cpu: Number,
-    streamed_bytes: Number, staging_bytes: Number, latent_up_bytes: Number = 0, batches: int = 1,
-) -> dict[str, Number]:  # fmt: skip
+    spec: ModelSpec,
+    dtype: str,
+    *,
+    batch_size: Number,
+    micro_batch_size: Number,
+    kv_tokens: Number,
+    num_micro_batches: Number,
+    gpu_kv_micro_batches: Number,
+    ffn_on_cpu: Number,
+    streamed_bytes: Number,
+    staging_bytes: Number,
+    latent_up_bytes: Number = 0,
+    batches: int = 1,
+) -> dict[str, Number]:
     """Bytes at the host's level by purpose; `streamed_bytes` is over all layers.
 
     `latent_up_bytes` are up-projections of latent attention that the CPU needs though their layers
     are resident on the GPU.
     """
     size = DTYPE_BYTES[dtype]
-    cache_bytes = kv_cache_tokens(
-        spec, micro_batch_size, kv_tokens
-    ) * spec.kv_bytes_per_token_layer(dtype)
+    cache_bytes = kv_cache_tokens(spec, micro_batch_size, kv_tokens) * spec.kv_bytes_per_token_layer(dtype)
     return {
         "weights": streamed_bytes + spec.embedding_parameters * size + latent_up_bytes,
         "staging": staging_bytes,
         "kv_cache": batches * (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
         "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
-        "prefill_hidden": num_micro_batches
-        * kv_tokens
-        * (spec.hidden_size * size + TOKEN_NUMBER_BYTES),
+        "prefill_hidden": num_micro_batches * kv_tokens * (spec.hidden_size * size + TOKEN_NUMBER_BYTES),
         "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, dtype),
     }
 
 
-def latent_up_bytes(
-    spec: ModelSpec, dtype: str, *, cpu_attention: Number, resident_dense: Number
-) -> Number:
+def latent_up_bytes(spec: ModelSpec, dtype: str, *, cpu_attention: Number, resident_dense: Number) -> Number:
     """Bytes of up-projections that must lie on the host beside those on the GPU."""
     held_twice = cpu_attention * resident_dense
     return held_twice * spec.num_layers * spec.latent_up_parameters * DTYPE_BYTES[dtype]
@@ -349,9 +357,7 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     return STAGING_PAGES * -(-largest // (pages_of(policy) * size)) * size
 
 
-def pinned_purposes(
-    cpu: Mapping[str, Number], *, staging: bool, streams_kv: Number
-) -> dict[str, Number]:
+def pinned_purposes(cpu: Mapping[str, Number], *, staging: bool, streams_kv: Number) -> dict[str, Number]:
     """What of the host's purposes must be pinned, in the order in which the executor pins.
 
     That is all that crosses the link. With `staging`, weights may lie in pageable memory, and so
@@ -361,9 +367,7 @@ def pinned_purposes(
     pinned = {name: cpu[name] for name in names if name in cpu}
     if not staging:
         return {**pinned, "weights": cpu["weights"]}
-    return (
-        {**pinned, "kv_cache": streams_kv * pinned["kv_cache"]} if "kv_cache" in pinned else pinned
-    )
+    return {**pinned, "kv_cache": streams_kv * pinned["kv_cache"]} if "kv_cache" in pinned else pinned
 
 
 def _level(level: MemoryLevel, purposes: dict[str, int], parts: int) -> LevelPlan:

@@ -94,9 +94,7 @@ def pre_attention(spec: ModelSpec, dtype: str, m: Number) -> Operator:
     return Operator((projection,), fused, unfused_launches=PRE_ATTENTION_LAUNCHES - fused)
 
 
-def decode_attention(
-    spec: ModelSpec, dtype: str, m: Number, context: Number, kind: LayerKind
-) -> Operator:
+def decode_attention(spec: ModelSpec, dtype: str, m: Number, context: Number, kind: LayerKind) -> Operator:
     """Attention of m new tokens, each over `context` cached ones: QKᵀ and P·V, cache read once.
 
     A window caps the context. Latent attention works on the compressed cache, its up-projection
@@ -123,8 +121,7 @@ def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Oper
     routed = m * spec.experts_per_token * num_experts / spec.num_experts
     kernel = Kernel(
         2 * routed * spec.expert_parameters,
-        hit * spec.expert_parameters * size
-        + routed * (2 * spec.hidden_size + 3 * spec.intermediate_size) * size,
+        hit * spec.expert_parameters * size + routed * (2 * spec.hidden_size + 3 * spec.intermediate_size) * size,
         maximum(routed / maximum(hit, 1e-9), 1.0),
     )
     # As a mean over layers, less than one expert means that some layers have none.
@@ -144,9 +141,7 @@ def dense_ffn(spec: ModelSpec, dtype: str, m: Number, kind: LayerKind) -> Operat
     return Operator((gemms(m, parameters, touched, dtype),), LAUNCHES_PER_EXPERT)
 
 
-def post_attention(
-    spec: ModelSpec, dtype: str, m: Number, gpu_experts: Number, kind: LayerKind
-) -> Operator:
+def post_attention(spec: ModelSpec, dtype: str, m: Number, gpu_experts: Number, kind: LayerKind) -> Operator:
     """Output projection, norm, router and dense FFN of m tokens, and the experts run with it."""
     output = linear(m, spec.attention_output_size, spec.hidden_size, dtype)
     dense = dense_ffn(spec, dtype, m, kind)
@@ -161,9 +156,7 @@ def post_attention(
     return Operator(kernels, launches + ffn.launches, unfused_launches=unfused)
 
 
-def prefill_attention(
-    spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number, kind: LayerKind
-) -> Operator:
+def prefill_attention(spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number, kind: LayerKind) -> Operator:
     """A layer over a chunk of `tokens` in prompts of `prompt_len` up to causal attention.
 
     Prompts longer than the chunk are split: over all parts of one, attention is what it is over the

@@ -47,10 +47,11 @@ def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
     obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus)
     if obstacle:
         raise PolicyError(
-            "policy: parallelism", policy.parallelism.value,
+            "policy: parallelism",
+            policy.parallelism.value,
             f"cannot be, as {spec.name} is: {obstacle}",
             "run hrm search, which tries both ways, or ask for another number of GPUs",
-        )  # fmt: skip
+        )
     part = part_of(spec, profile, policy.parallelism)
     policy.check_model(part.spec)
     return part
@@ -71,9 +72,7 @@ def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     """
     stages = stage_layers(spec.num_layers, num_stages)
     layers = max(map(len, stages))
-    heaviest = max(
-        sum(spec.dense_parameters_of(spec.layer_kind(layer)) for layer in stage) for stage in stages
-    )
+    heaviest = max(sum(spec.dense_parameters_of(spec.layer_kind(layer)) for layer in stage) for stage in stages)
     missing = max(0, heaviest - layers * spec.dense_parameters)
     return replace(
         spec,
@@ -91,8 +90,7 @@ def _widest_windows(spec: ModelSpec, stages: tuple[range, ...]) -> tuple[int, ..
         return ()
     unlimited = max(spec.attention_windows) + 1
     of_stages = (
-        sorted((spec.attention_windows[layer] or unlimited for layer in stage), reverse=True)
-        for stage in stages
+        sorted((spec.attention_windows[layer] or unlimited for layer in stage), reverse=True) for stage in stages
     )
     widest = (max(windows) for windows in zip_longest(*of_stages, fillvalue=1))
     return tuple(0 if window == unlimited else window for window in widest)

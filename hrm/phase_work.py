@@ -4,14 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from hrm.closed_form import (
-    DecodeStep,
-    Point,
-    prefill_all_reduce_s,
-    prefill_lanes,
-    prefill_terms,
-    sampled_contexts,
-)
+from hrm.closed_form import DecodeStep, Point, prefill_all_reduce_s, prefill_lanes, prefill_terms, sampled_contexts
 from hrm.costs import Costs
 from hrm.policy import Policy
 from hrm.tasks import Lane
@@ -118,9 +111,7 @@ class JobWork(NamedTuple):
 def job_work(costs: Costs, turns: Sequence[Turn], workload: Workload) -> JobWork:
     """The work of all batches of a job."""
     decode = [
-        (count * steps, work)
-        for policy, count in turns
-        for _, steps, work in decode_steps(costs, policy, workload)
+        (count * steps, work) for policy, count in turns for _, steps, work in decode_steps(costs, policy, workload)
     ]
     return JobWork(
         PhaseWork.total((count, prefill_phase(costs, policy, workload)) for policy, count in turns),

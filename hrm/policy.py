@@ -70,62 +70,58 @@ class Policy:
     def __post_init__(self) -> None:
         """Reject numbers that contradict one another (PolicyError)."""
         rules = (
+            ("micro_batch_size", self.micro_batch_size, self.micro_batch_size >= 1, "be at least 1"),
             (
-                "micro_batch_size", self.micro_batch_size, self.micro_batch_size >= 1,
-                "be at least 1",
-            ),
-            (
-                "batch_size", self.batch_size, self.batch_size >= self.micro_batch_size,
+                "batch_size",
+                self.batch_size,
+                self.batch_size >= self.micro_batch_size,
                 f"be at least micro_batch_size {self.micro_batch_size}",
             ),
             (
-                "gpu_kv_micro_batches", self.gpu_kv_micro_batches,
+                "gpu_kv_micro_batches",
+                self.gpu_kv_micro_batches,
                 0 <= self.gpu_kv_micro_batches <= self.num_micro_batches,
                 f"lie between 0 and num_micro_batches {self.num_micro_batches}",
             ),
             (
-                "kv_tokens_per_micro_batch", self.kv_tokens_per_micro_batch,
+                "kv_tokens_per_micro_batch",
+                self.kv_tokens_per_micro_batch,
                 self.kv_tokens_per_micro_batch >= KV_BLOCK_TOKENS
                 and self.kv_tokens_per_micro_batch % KV_BLOCK_TOKENS == 0,
                 f"be a positive multiple of the KV block of {KV_BLOCK_TOKENS} tokens",
             ),
-            (
-                "prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1,
-                "be at least 1",
-            ),
-            (
-                "prefix_buffer_tokens", self.prefix_buffer_tokens, self.prefix_buffer_tokens >= 0,
-                "be at least 0",
-            ),
+            ("prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1, "be at least 1"),
+            ("prefix_buffer_tokens", self.prefix_buffer_tokens, self.prefix_buffer_tokens >= 0, "be at least 0"),
             ("dtype", self.dtype, self.dtype in DTYPE_BYTES, f"be one of {', '.join(DTYPE_BYTES)}"),
             (
-                "resident_experts", self.resident_experts,
+                "resident_experts",
+                self.resident_experts,
                 bool(self.resident_experts) and min(self.resident_experts) >= 0,
                 "hold a count of at least 0 for every layer",
             ),
-        )  # fmt: skip
+        )
         for field, value, holds, rule in rules:
             if not holds:
-                raise PolicyError(
-                    f"policy: {field}", value, f"must {rule}", "correct it or run hrm search"
-                )
+                raise PolicyError(f"policy: {field}", value, f"must {rule}", "correct it or run hrm search")
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise PolicyError if the policy was made for a model of other dimensions."""
         if len(self.resident_experts) != spec.num_layers:
             raise PolicyError(
-                "policy: resident_experts", self.resident_experts,
+                "policy: resident_experts",
+                self.resident_experts,
                 f"must have one count for each of the {spec.num_layers} layers of {spec.name}",
                 "run hrm search for this model",
-            )  # fmt: skip
+            )
         for layer, count in enumerate(self.resident_experts):
             there_are = spec.num_experts_of(spec.layer_kind(layer))
             if count > there_are:
                 raise PolicyError(
-                    f"policy: resident_experts[{layer}]", count,
+                    f"policy: resident_experts[{layer}]",
+                    count,
                     f"must be at most the {there_are} experts of {spec.name}",
                     "run hrm search for this model",
-                )  # fmt: skip
+                )
 
     @property
     def num_micro_batches(self) -> int:
@@ -141,9 +137,7 @@ class Policy:
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt that can be prefilled, however many chunks it takes."""
-        has_place = self.attention is Device.GPU or (
-            self.gpu_kv_micro_batches == self.num_micro_batches
-        )
+        has_place = self.attention is Device.GPU or (self.gpu_kv_micro_batches == self.num_micro_batches)
         split = self.kv_tokens_per_micro_batch if has_place else self.prefix_buffer_tokens
         return max(self.prefill_chunk_tokens, split)
 
@@ -155,9 +149,7 @@ class Policy:
     def streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Weight bytes of a layer that are not on the GPU before it runs."""
         kind = spec.layer_kind(layer)
-        experts = (spec.num_experts_of(kind) - self.resident_experts[layer]) * (
-            spec.expert_parameters
-        )
+        experts = (spec.num_experts_of(kind) - self.resident_experts[layer]) * (spec.expert_parameters)
         return (experts + self._streamed_dense(spec, layer)) * DTYPE_BYTES[self.dtype]
 
     def decode_streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
@@ -209,9 +201,7 @@ def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     return (0,) * without + tuple(counts)
 
 
-def kv_tokens_for(
-    micro_batch_size: Number, mean_context_len: float, max_context_len: int
-) -> Number:
+def kv_tokens_for(micro_batch_size: Number, mean_context_len: float, max_context_len: int) -> Number:
     """KV cache tokens that a micro-batch needs, in whole blocks.
 
     Room for one request of the greatest length and `micro_batch_size` - 1 of mean length, each with
@@ -229,9 +219,7 @@ def _in_blocks(tokens: Number) -> Number:
     return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
-def prefix_tokens_for(
-    spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number, *, cpu_attention: Number
-) -> Number:
+def prefix_tokens_for(spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number, *, cpu_attention: Number) -> Number:
     """Tokens that `prefix_buffer_tokens` needs: the longest prompt's if that is split, else 0.
 
     `cpu_attention` is 1 where caches lie on the host and are attended over there: otherwise a

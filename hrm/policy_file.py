@@ -53,9 +53,7 @@ def profile_hash(profile: HardwareProfile) -> str:
     return hashlib.sha256(msgspec.json.encode(profile, order="sorted")).hexdigest()[:16]
 
 
-def policy_file_of(
-    predicted: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload
-) -> PolicyFile:
+def policy_file_of(predicted: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload) -> PolicyFile:
     """The file's content for an estimated policy; its budgets are the levels' usable bytes."""
     return PolicyFile(
         policy=predicted.policy,
@@ -82,9 +80,11 @@ def save_policy_file(path: Path, content: PolicyFile) -> None:
 def load_policy_file(path: Path) -> PolicyFile:
     """Read and check a policy file; PolicyError naming the file and the field."""
     plain = read_json(
-        path, "a policy file: one JSON object", PolicyError,
+        path,
+        "a policy file: one JSON object",
+        PolicyError,
         remedy="write it again with hrm search --out or hrm estimate --out",
-    )  # fmt: skip
+    )
     try:
         content = decode_strictly(plain, PolicyFile, str(path))
     except ProfileError as error:
@@ -98,22 +98,17 @@ def load_policy_file(path: Path) -> PolicyFile:
 def check_policy_file(content: PolicyFile, where: str) -> None:
     """Raise PolicyError, which names `where` it was read, unless all of it goes together."""
     if content.schema != SCHEMA:
-        raise PolicyError(
-            f"{where}: schema",
-            content.schema,
-            f"must be {SCHEMA}",
-            "write it again with hrm search",
-        )
+        raise PolicyError(f"{where}: schema", content.schema, f"must be {SCHEMA}", "write it again with hrm search")
     for level in (GPU, CPU):
         budget = content.memory_budget_bytes.get(level)
         if budget is None or budget < 1:
             raise PolicyError(
-                f"{where}: memory_budget_bytes.{level}", "<missing>" if budget is None else budget,
-                "must be a positive number of bytes", "write it again with hrm search --out",
-            )  # fmt: skip
+                f"{where}: memory_budget_bytes.{level}",
+                "<missing>" if budget is None else budget,
+                "must be a positive number of bytes",
+                "write it again with hrm search --out",
+            )
     try:
         part_for(content.policy, content.model, content.profile)
     except HrmError as error:
-        raise PolicyError(
-            f"{where}: {error.where}", error.value, error.rule, error.remedy
-        ) from error
+        raise PolicyError(f"{where}: {error.where}", error.value, error.rule, error.remedy) from error

@@ -53,9 +53,7 @@ class FigureDiff:
     def curve_change(self) -> tuple[float, float]:
         """Size at which the two curves differ most, and by what share; (0, 0) without curves."""
         first, second = dict(self.first.curve), dict(self.second.curve)
-        changes = [
-            (size, second[size] / value - 1) for size, value in first.items() if size in second
-        ]
+        changes = [(size, second[size] / value - 1) for size, value in first.items() if size in second]
         return max(changes, key=lambda pair: abs(pair[1]), default=(0.0, 0.0))
 
     @property
@@ -134,9 +132,7 @@ def diff_profiles(first: HardwareProfile, second: HardwareProfile) -> ProfileDif
     }
     return ProfileDiff(
         figures=tuple(
-            FigureDiff(name=name, first=figure, second=other[name])
-            for name, figure in one.items()
-            if name in other
+            FigureDiff(name=name, first=figure, second=other[name]) for name, figure in one.items() if name in other
         ),
         only_first=tuple(name for name in one if name not in other),
         only_second=tuple(name for name in other if name not in one),

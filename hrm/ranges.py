@@ -56,13 +56,9 @@ def throughput_range(
     costly = {
         name: figure
         for name, figure in uncertain.items()
-        if _batch_s(spec, policy, _moved(profile, worse=True, only=name), workload)
-        > (1 + MATTERS) * now_s
+        if _batch_s(spec, policy, _moved(profile, worse=True, only=name), workload) > (1 + MATTERS) * now_s
     }
-    low, high = (
-        estimate(spec, policy, _moved(profile, worse=worse), workload).tokens_per_s
-        for worse in (True, False)
-    )
+    low, high = (estimate(spec, policy, _moved(profile, worse=worse), workload).tokens_per_s for worse in (True, False))
     is_assumed = {name: figure.source is Source.ASSUMED for name, figure in costly.items()}
     return ThroughputRange(
         low_tokens_per_s=low,
@@ -72,9 +68,7 @@ def throughput_range(
     )
 
 
-def _batch_s(
-    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
-) -> float:
+def _batch_s(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload) -> float:
     """Closed-form seconds of a batch."""
     part, machine = part_of(spec, profile, policy.parallelism)
     point = Point.of_policy(policy, part)
@@ -159,8 +153,7 @@ def _changed(node: _Part, name: str, change: Change) -> _Part:
         elif item.name == "compute_flops_per_s":
             rates = cast("dict[str, Rate]", value)
             changes[item.name] = {
-                dtype: _changed_rate(rate, f"{named} in {dtype}", change)
-                for dtype, rate in rates.items()
+                dtype: _changed_rate(rate, f"{named} in {dtype}", change) for dtype, rate in rates.items()
             }
         elif isinstance(value, Processor):
             changes[item.name] = _changed(value, name, change)

@@ -21,9 +21,7 @@ def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
     return maximum(kernel.flops / compute, kernel.num_bytes / bandwidth)
 
 
-def operator_seconds(
-    operator: Operator, level: MemoryLevel, dtype: str, *, fused: bool = False
-) -> Number:
+def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str, *, fused: bool = False) -> Number:
     """Latency of launches and requests, and the roofs of the kernels, one after the other.
 
     With `fused` no operator is split into several kernels, whether or not the processor's are.
@@ -39,9 +37,13 @@ def operator_seconds(
 
 
 def attainable_flops_per_s(
-    *, compute: Number, bandwidth: Number, intensity: Number, link: Link | None = None,
+    *,
+    compute: Number,
+    bandwidth: Number,
+    intensity: Number,
+    link: Link | None = None,
     link_intensity: Number = math.inf,
-) -> Number:  # fmt: skip
+) -> Number:
     """Eq. 7 of §3: min(P_i, B_i·I^i), and B_ji·I^j too if the data is fetched over a link."""
     roofs = [compute, bandwidth * intensity]
     if link is not None:
@@ -75,9 +77,15 @@ class TurningPoints:
 
 
 def turning_points(
-    profile: HardwareProfile, dtype: str, *, flops: float, host_bytes: float, gpu_bytes: float,
-    rows: float | None, reads_kv: bool = False,
-) -> TurningPoints:  # fmt: skip
+    profile: HardwareProfile,
+    dtype: str,
+    *,
+    flops: float,
+    host_bytes: float,
+    gpu_bytes: float,
+    rows: float | None,
+    reads_kv: bool = False,
+) -> TurningPoints:
     """P1, P2 and balance point (eqs. 9–11) of work whose data lies on the host.
 
     `rows` picks the compute rate on the GEMM curve of both processors.
@@ -97,9 +105,7 @@ def turning_points(
     )
 
 
-def attention_turning_points(
-    profile: HardwareProfile, spec: ModelSpec, dtype: str, *, context: float
-) -> TurningPoints:
+def attention_turning_points(profile: HardwareProfile, spec: ModelSpec, dtype: str, *, context: float) -> TurningPoints:
     """Turning points of decode attention: every request reads its own cache, whatever the batch.
 
     Of layers with windows of different widths, it is the widest.

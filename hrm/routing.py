@@ -32,27 +32,24 @@ def with_measured_routing(spec: ModelSpec, path: Path) -> ModelSpec:
     """
     path = path / "run.json" if path.is_dir() else path
     where = f"--routing {path}"
-    plain = read_json(
-        path, "a run.json with routed_tokens", ModelError, where=where, remedy=_REMEDY
-    )
+    plain = read_json(path, "a run.json with routed_tokens", ModelError, where=where, remedy=_REMEDY)
     try:
         layers = decode_strictly(plain, _Counts, where, other_keys=True).routed_tokens
     except ProfileError as error:
         raise ModelError(error.where, error.value, error.rule, _REMEDY) from error
     counted = [sorted(layer, reverse=True) for layer in layers if sum(layer) > 0]
     if not counted:
-        raise ModelError(
-            f"--routing {path}: routed_tokens", "<no tokens>", "must count some tokens", _REMEDY
-        )
+        raise ModelError(f"--routing {path}: routed_tokens", "<no tokens>", "must count some tokens", _REMEDY)
     for counts in counted:
         if len(counts) != spec.num_experts or counts[-1] < 0:
             raise ModelError(
-                f"--routing {path}: routed_tokens", f"<{len(counts)} experts in a layer>",
-                f"must count the {spec.num_experts} experts of {spec.name}", _REMEDY,
-            )  # fmt: skip
+                f"--routing {path}: routed_tokens",
+                f"<{len(counts)} experts in a layer>",
+                f"must count the {spec.num_experts} experts of {spec.name}",
+                _REMEDY,
+            )
     share = spec.experts_per_token / len(counted)
     frequencies = tuple(
-        share * sum(counts[rank] / sum(counts) for counts in counted)
-        for rank in range(spec.num_experts)
+        share * sum(counts[rank] / sum(counts) for counts in counted) for rank in range(spec.num_experts)
     )
     return replace(spec, expert_frequencies=tuple(min(1.0, f) for f in frequencies))

@@ -82,9 +82,7 @@ def resources(profile: HardwareProfile) -> tuple[Resource, ...]:
     return tuple(resource for resource in Resource if not _missing(profile, resource))
 
 
-def resource_value(
-    profile: HardwareProfile, resource: Resource, *, dtype: str = "bfloat16"
-) -> float:
+def resource_value(profile: HardwareProfile, resource: Resource, *, dtype: str = "bfloat16") -> float:
     """How much of it plans are made with: bytes, bytes a second, GEMM FLOP/s in `dtype`, seconds.
 
     Raises ProfileError if the machine does not have the resource, or no rate for `dtype`.
@@ -111,9 +109,7 @@ def resource_value(
             return profile.peer.latency_s.value
 
 
-def scale(
-    profile: HardwareProfile, resource: Resource, factor: float, *, given: str = ""
-) -> HardwareProfile:
+def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given: str = "") -> HardwareProfile:
     """The machine with `factor` times as much of one resource, everything else as it was.
 
     Data sheet, ceiling and achieved figures, curves and spreads change alike; a memory's reserve
@@ -124,9 +120,7 @@ def scale(
     """
     _require(profile, resource)
     if not (0 < factor < math.inf):
-        raise ProfileError(
-            resource.value, factor, "must be changed by a positive, finite factor", "give one"
-        )
+        raise ProfileError(resource.value, factor, "must be changed by a positive, finite factor", "give one")
 
     def times(figure: Figure) -> Figure:
         note = f"times {factor:.6g}"
@@ -152,8 +146,7 @@ def scale(
 
     changed = _level(profile, resource)
     levels = tuple(
-        _scale_level(level, resource, times, each) if level is changed else level
-        for level in profile.levels
+        _scale_level(level, resource, times, each) if level is changed else level for level in profile.levels
     )
     links = tuple(
         replace(link, bandwidth_bytes_per_s=each(link.bandwidth_bytes_per_s))
@@ -174,9 +167,8 @@ def at_cost(profile: HardwareProfile, resource: Resource, factor: float) -> Hard
 
 
 def with_resource(
-    profile: HardwareProfile, resource: Resource, value: float, *, dtype: str = "bfloat16",
-    given: str = "",
-) -> HardwareProfile:  # fmt: skip
+    profile: HardwareProfile, resource: Resource, value: float, *, dtype: str = "bfloat16", given: str = ""
+) -> HardwareProfile:
     """The machine with this much of one resource, in the units of `resource_value`.
 
     Rates of other dtypes change in proportion. A memory is resized as by --gpu-memory and
@@ -189,11 +181,7 @@ def with_resource(
     if not (0 < value < math.inf):
         raise ProfileError(resource.value, value, "must be positive and finite", "give another")
     if resource.is_latency and given:
-        return _with_latency(
-            profile,
-            resource,
-            lambda _: Figure(value=value, source=Source.GIVEN, note=given),
-        )
+        return _with_latency(profile, resource, lambda _: Figure(value=value, source=Source.GIVEN, note=given))
     if resource is Resource.GPU_MEMORY:
         return with_memory(profile, gpu_memory_bytes=value)
     if resource is Resource.CPU_MEMORY:
@@ -235,9 +223,7 @@ def _figures(profile: HardwareProfile, resource: Resource) -> list[Figure]:
             return [profile.peer.latency_s]
 
 
-def _with_latency(
-    profile: HardwareProfile, resource: Resource, change: Callable[[Figure], Figure]
-) -> HardwareProfile:
+def _with_latency(profile: HardwareProfile, resource: Resource, change: Callable[[Figure], Figure]) -> HardwareProfile:
     """The machine with each latency of the resource changed."""
 
     def of_level(level: MemoryLevel) -> MemoryLevel:
@@ -280,9 +266,11 @@ def _require(profile: HardwareProfile, resource: Resource) -> None:
     missing = _missing(profile, resource)
     if missing:
         raise ProfileError(
-            resource.value, "<missing>", f"{profile.name} {missing}",
+            resource.value,
+            "<missing>",
+            f"{profile.name} {missing}",
             f"choose one of {', '.join(resources(profile))}, or another machine",
-        )  # fmt: skip
+        )
 
 
 def _level(profile: HardwareProfile, resource: Resource) -> MemoryLevel:
@@ -290,9 +278,8 @@ def _level(profile: HardwareProfile, resource: Resource) -> MemoryLevel:
 
 
 def _scale_level(
-    level: MemoryLevel, resource: Resource, times: Callable[[Figure], Figure],
-    each: Callable[[Rate], Rate],
-) -> MemoryLevel:  # fmt: skip
+    level: MemoryLevel, resource: Resource, times: Callable[[Figure], Figure], each: Callable[[Rate], Rate]
+) -> MemoryLevel:
     def each_of(rate: Rate | None) -> Rate | None:
         return None if rate is None else each(rate)
 
@@ -303,9 +290,8 @@ def _scale_level(
                 level,
                 capacity_bytes=times(level.capacity_bytes),
                 reserve_bytes=times(level.reserve_bytes),
-                pinnable_bytes=None if level.pinnable_bytes is None
-                else times(level.pinnable_bytes),
-            )  # fmt: skip
+                pinnable_bytes=None if level.pinnable_bytes is None else times(level.pinnable_bytes),
+            )
         case Resource.GPU_BANDWIDTH | Resource.CPU_BANDWIDTH:
             attention = each_of(processor.attention_bytes_per_s)
             return replace(

@@ -17,9 +17,13 @@ _T = TypeVar("_T")
 _SMALLEST: Final = -(2**63)
 _LARGEST: Final = 2**63 - 1
 _WORDS: Final = {
-    str: "a text", bool: "true or false", list: "a list", tuple: "a list", dict: "a mapping",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping",
     NoneType: "null",
-}  # fmt: skip
+}
 
 
 def decode_strictly(plain: Any, kind: type[_T], file: str, *, other_keys: bool = False) -> _T:
@@ -78,9 +82,7 @@ class _Reader:
     def _choice(self, plain: Any, choices: dict[Any, Any], path: str) -> Any:
         if isinstance(plain, str | int) and plain in choices:
             return choices[plain]
-        raise self._refusal(
-            path, plain, f"must be one of {', '.join(map(str, choices))}", "correct the value"
-        )
+        raise self._refusal(path, plain, f"must be one of {', '.join(map(str, choices))}", "correct the value")
 
     def _number(self, plain: Any, kind: type[int] | type[float], path: str) -> int | float:
         is_integer = isinstance(plain, int) and not isinstance(plain, bool)
@@ -97,17 +99,14 @@ class _Reader:
         for key, value in plain.items():
             if not isinstance(key, str):
                 raise self._refusal(
-                    f"{path}.{key}", value, "must stand under a key that is a text",
-                    f'write it as "{key}"',
-                )  # fmt: skip
+                    f"{path}.{key}", value, "must stand under a key that is a text", f'write it as "{key}"'
+                )
         return {key: self.read(value, kind, f"{path}.{key}") for key, value in plain.items()}
 
     def _items(self, plain: list[Any], origin: type, kinds: tuple[Any, ...], path: str) -> Any:
         if origin is tuple and kinds[-1] is not Ellipsis:
             if len(plain) != len(kinds):
-                raise self._refusal(
-                    path, plain, f"must be a list of {len(kinds)} values", "correct the value"
-                )
+                raise self._refusal(path, plain, f"must be a list of {len(kinds)} values", "correct the value")
         else:
             kinds = (kinds[0],) * len(plain)
         values = [
@@ -119,16 +118,14 @@ class _Reader:
     def _dataclass(self, plain: Any, kind: type, path: str) -> Any:
         if not isinstance(plain, dict):
             raise self._refusal(
-                path, plain, f"must be a mapping with {', '.join(f.name for f in fields(kind))}",
+                path,
+                plain,
+                f"must be a mapping with {', '.join(f.name for f in fields(kind))}",
                 "see the files that come with hrm",
-            )  # fmt: skip
+            )
         given, hints = cast("dict[Any, Any]", plain), _hints(kind)
         self._check_fields(given, kind, path)
-        values = {
-            key: self.read(value, hints[key], _under(path, key))
-            for key, value in given.items()
-            if key in hints
-        }
+        values = {key: self.read(value, hints[key], _under(path, key)) for key, value in given.items() if key in hints}
         try:
             return kind(**values)
         except HrmError as error:
@@ -141,16 +138,17 @@ class _Reader:
             if key not in known and not self.other_keys:
                 close = closest(str(key), known)
                 raise self._refusal(
-                    _under(path, key), value, f"is no field of {all_known}",
+                    _under(path, key),
+                    value,
+                    f"is no field of {all_known}",
                     f"did you mean {close}?" if close else "remove or correct it",
-                )  # fmt: skip
+                )
         for name, item in known.items():
             required = item.default is MISSING and item.default_factory is MISSING
             if required and name not in plain:
                 raise self._refusal(
-                    _under(path, name), "<missing>", "must be given",
-                    "add it as in the files that come with hrm",
-                )  # fmt: skip
+                    _under(path, name), "<missing>", "must be given", "add it as in the files that come with hrm"
+                )
 
     def _located(self, error: HrmError, plain: Mapping[Any, Any], path: str) -> ProfileError:
         """The same error at its place in the file instead of under the name of what is there."""
@@ -158,9 +156,8 @@ class _Reader:
         if isinstance(name, str) and name and where.startswith(name):
             where = where.removeprefix(name).lstrip(".: ")
         return ProfileError(
-            f"{self.file}: {_under(path, where)}" if where or path else self.file,
-            error.value, error.rule, error.remedy,
-        )  # fmt: skip
+            f"{self.file}: {_under(path, where)}" if where or path else self.file, error.value, error.rule, error.remedy
+        )
 
 
 def _choices(kind: Any) -> dict[Any, Any]:

@@ -42,9 +42,7 @@ def swept(name: str) -> Swept:
     for kind in (Resource, Length):
         if name in kind.__members__.values():
             return kind(name)
-    raise HrmError(
-        "--vary", name, f"must be one of {', '.join([*Resource, *Length])}", "choose one of them"
-    )
+    raise HrmError("--vary", name, f"must be one of {', '.join([*Resource, *Length])}", "choose one of them")
 
 
 def parse_swept(vary: Swept, text: str, where: str) -> float:
@@ -62,16 +60,11 @@ def parse_swept(vary: Swept, text: str, where: str) -> float:
         case Length():
             # Its digits are counted first: of thousands of them Python makes no number.
             if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
-                raise HrmError(
-                    where, text, "must be a positive number of tokens, below 10^9",
-                    "write it like 512",
-                )  # fmt: skip
+                raise HrmError(where, text, "must be a positive number of tokens, below 10^9", "write it like 512")
             return float(text)
 
 
-def between(
-    vary: Swept, low: float, high: float, count: int, *, logarithmic: bool = False
-) -> list[float]:
+def between(vary: Swept, low: float, high: float, count: int, *, logarithmic: bool = False) -> list[float]:
     """`count` values from `low` to `high`, evenly spaced, or evenly in the logarithm.
 
     Lengths and bytes are whole numbers; those that rounding makes equal are given once. Raises
@@ -79,9 +72,11 @@ def between(
     """
     if not 0 < low < high < math.inf or count < 2:
         raise HrmError(
-            "--from, --to and --points", f"<{low:g}, {high:g}, {count}>",
-            "must be two or more points from a positive value to a greater one", "correct them",
-        )  # fmt: skip
+            "--from, --to and --points",
+            f"<{low:g}, {high:g}, {count}>",
+            "must be two or more points from a positive value to a greater one",
+            "correct them",
+        )
     shares = [index / (count - 1) for index in range(count)]
     if logarithmic:
         values = [low * (high / low) ** share for share in shares]
@@ -92,11 +87,17 @@ def between(
 
 
 def sweep(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, vary: Swept,
-    values: Iterable[float], dtype: str = "bfloat16",
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    vary: Swept,
+    values: Iterable[float],
+    dtype: str = "bfloat16",
     schedules: Sequence[ScheduleName] = (ScheduleName.CGOPIPE,),
-    on_point: Callable[[], object] | None = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    on_point: Callable[[], object] | None = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """Search the best policy at every value, for every schedule.
 
     One row a schedule and value, with what is varied in the column `vary.column` and the columns
@@ -138,11 +139,25 @@ def at_value(
 
 
 PLAN_COLUMNS = (
-    "tokens_per_s", "bound_tokens_per_s", "batch_s", "ttft_s", "time_per_output_token_s",
-    "batch_size", "micro_batch_size", "num_micro_batches", "attention", "ffn",
-    "weight_share_on_gpu", "kv_share_on_gpu", "bottleneck", "prefill_bottleneck",
-    "decode_bottleneck", "gpu_planned_bytes", "cpu_planned_bytes", "reason",
-)  # fmt: skip
+    "tokens_per_s",
+    "bound_tokens_per_s",
+    "batch_s",
+    "ttft_s",
+    "time_per_output_token_s",
+    "batch_size",
+    "micro_batch_size",
+    "num_micro_batches",
+    "attention",
+    "ffn",
+    "weight_share_on_gpu",
+    "kv_share_on_gpu",
+    "bottleneck",
+    "prefill_bottleneck",
+    "decode_bottleneck",
+    "gpu_planned_bytes",
+    "cpu_planned_bytes",
+    "reason",
+)
 
 
 def plan_row(result: SearchResult) -> dict[str, Any]:

@@ -123,9 +123,7 @@ def _busiest(cell: dict[str, float], cell_s: float) -> str:
     return letter if busy_s >= 0.5 * cell_s else letter.lower()
 
 
-def chrome_events(
-    spans: Iterable[Span], *, process: str = "measured", pid: int = 0
-) -> list[dict[str, object]]:
+def chrome_events(spans: Iterable[Span], *, process: str = "measured", pid: int = 0) -> list[dict[str, object]]:
     """Spans as Chrome trace events (microseconds), one thread a lane; Perfetto opens them."""
     lanes = list(Lane)
     names: list[dict[str, object]] = [
@@ -222,12 +220,9 @@ def read_chrome_trace(path: Path, *, process: str = "measured") -> Trace:
     document = read_json_object(path, what, TraceError, remedy=remedy, max_bytes=MAX_TRACE_BYTES)
     try:
         events = cast("list[Any]", document["traceEvents"])
-        pids = [e["pid"] for e in events if e["name"] == "process_name"
-                and e["args"]["name"] == process]  # fmt: skip
+        pids = [e["pid"] for e in events if e["name"] == "process_name" and e["args"]["name"] == process]
         ours = [event for event in events if event["ph"] == "X" and event["pid"] in pids]
         spans = tuple(_span(event) for event in msgspec.convert(ours, list[_Event]))
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise TraceError(
-            str(path), f"<{type(error).__name__}: {error}>", f"must be {what}", remedy
-        ) from error
+        raise TraceError(str(path), f"<{type(error).__name__}: {error}>", f"must be {what}", remedy) from error
     return Trace(spans)

@@ -22,14 +22,27 @@ TERA: Final = 10**12
 
 _BYTES_PER_UNIT: Final = {
     "B": 1,
-    "KB": KB, "MB": MB, "GB": GB, "TB": TB,
-    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
-}  # fmt: skip
+    "KB": KB,
+    "MB": MB,
+    "GB": GB,
+    "TB": TB,
+    "KIB": KIB,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": TIB,
+}
 _FLOPS_PER_UNIT: Final = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _SECONDS_PER_UNIT: Final = {
-    "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0,
+    "ns": 1e-9,
+    "us": 1e-6,
+    "µs": 1e-6,
+    "μs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "sec": 1.0,
+    "min": 60.0,
     "h": 3600.0,
-}  # fmt: skip
+}
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµμ]*)")
 _BITS: Final = re.compile(r"[KMGT]i?(?:b|bits?)", re.ASCII)  # `Gb`: with a small b, they are bits
 
@@ -47,9 +60,11 @@ def parse_bytes(text: str, where: str = "size") -> int:
     size_bytes = float(number) * _BYTES_PER_UNIT.get(unit.upper(), 0) if number else 0.0
     if not 1 <= size_bytes < 2**63:
         raise UnitError(
-            where, text, "must be a positive size in B, KB, MB, GB, TB, KiB, MiB, GiB or TiB",
+            where,
+            text,
+            "must be a positive size in B, KB, MB, GB, TB, KiB, MiB, GiB or TiB",
             "write it like 16GB or 15.5GiB",
-        )  # fmt: skip
+        )
     return round(size_bytes)
 
 
@@ -69,9 +84,8 @@ def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
         return float(parse_bytes(f"{number}{unit}", where))
     except UnitError as error:
         raise UnitError(
-            where, text, "must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s",
-            "write it like 12GB/s",
-        ) from error  # fmt: skip
+            where, text, "must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s", "write it like 12GB/s"
+        ) from error
 
 
 def parse_flops(text: str, where: str = "compute") -> float:
@@ -89,9 +103,8 @@ def parse_flops(text: str, where: str = "compute") -> float:
     flops_per_s = float(number) * factor if number else 0.0
     if not 1 <= flops_per_s < 1e30:
         raise UnitError(
-            where, text, "must be a positive rate in FLOP/s, GFLOP/s, TFLOP/s or PFLOP/s",
-            "write it like 65TFLOP/s",
-        )  # fmt: skip
+            where, text, "must be a positive rate in FLOP/s, GFLOP/s, TFLOP/s or PFLOP/s", "write it like 65TFLOP/s"
+        )
     return flops_per_s
 
 
@@ -106,9 +119,7 @@ def parse_seconds(text: str, where: str = "duration", *, zero: bool = False) -> 
     known = unit.lower() in _SECONDS_PER_UNIT
     seconds = float(number) * _SECONDS_PER_UNIT[unit.lower()] if number and known else -1.0
     if not (0 < seconds < math.inf or (zero and seconds == 0)):
-        raise UnitError(
-            where, text, "must be a positive duration in us, ms, s, min or h", "write it like 30s"
-        )
+        raise UnitError(where, text, "must be a positive duration in us, ms, s, min or h", "write it like 30s")
     return seconds
 
 

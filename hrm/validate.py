@@ -171,9 +171,7 @@ class Validation:
             "accelerator": self.run.accelerator,
             "schedule": self.run.schedule,
             "tokens_per_s": self.tokens_per_s.to_json(),
-            "phase_tokens_per_s": {
-                phase.value: both.to_json() for phase, both in self.phase_tokens_per_s.items()
-            },
+            "phase_tokens_per_s": {phase.value: both.to_json() for phase, both in self.phase_tokens_per_s.items()},
             "lane_s": _by_phase({(p, lane.value): c for (p, lane), c in self.lane_s.items()}),
             "kind_s": _by_phase({(p, kind.name): c for (p, kind), c in self.kind_s.items()}),
             "memory": self.run.memory,
@@ -181,35 +179,29 @@ class Validation:
 
 
 def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str, Any]]:
-    return {
-        phase.value: {name: c.to_json() for (p, name), c in named.items() if p is phase}
-        for phase in Phase
-    }
+    return {phase.value: {name: c.to_json() for (p, name), c in named.items() if p is phase} for phase in Phase}
 
 
 def read_run(folder: Path) -> RunRecord:
     """Read a run directory's run.json; TraceError if there is none or it cannot be used."""
     path = folder / "run.json"
-    plain = read_json(
-        path, "a run.json that executor run wrote", TraceError,
-        remedy="give the --output-dir of a run",
-    )  # fmt: skip
+    plain = read_json(path, "a run.json that executor run wrote", TraceError, remedy="give the --output-dir of a run")
     try:
         record = decode_strictly(plain, RunRecord, str(path), other_keys=True)
         check_policy_file(record.policy_file, f"{path}: policy_file")
     except (ProfileError, PolicyError) as error:
         raise TraceError(error.where, error.value, error.rule, "run the job again") from error
     if record.schema != RUN_SCHEMA:
-        raise TraceError(
-            f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again"
-        )
+        raise TraceError(f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again")
     for where, value, rule in _impossible(record):
         raise TraceError(f"{path}: {where}", value, rule, "run the job again")
     if not record.totals.generated_tokens:
         raise TraceError(
-            f"{path}: totals.generated_tokens", 0, "must be more than 0: nothing was run",
+            f"{path}: totals.generated_tokens",
+            0,
+            "must be more than 0: nothing was run",
             "look into outputs.jsonl for the reason",
-        )  # fmt: skip
+        )
     return record
 
 
@@ -264,20 +256,14 @@ def validate(run: RunRecord) -> Validation:
 
     def rate(count: float, measured_s: float, predicted_s: float) -> Comparison:
         return Comparison(
-            measured=count / measured_s if measured_s else 0.0,
-            predicted=count / predicted_s if predicted_s else 0.0,
+            measured=count / measured_s if measured_s else 0.0, predicted=count / predicted_s if predicted_s else 0.0
         )
 
     records = {phase: run.phases[phase.value] for phase in Phase if phase.value in run.phases}
     return Validation(
         run=run,
-        tokens_per_s=rate(
-            totals.generated_tokens, sum(measured_s.values()), sum(predicted.phase_s.values())
-        ),
-        phase_tokens_per_s={
-            phase: rate(tokens[phase], measured_s[phase], predicted.phase_s[phase])
-            for phase in Phase
-        },
+        tokens_per_s=rate(totals.generated_tokens, sum(measured_s.values()), sum(predicted.phase_s.values())),
+        phase_tokens_per_s={phase: rate(tokens[phase], measured_s[phase], predicted.phase_s[phase]) for phase in Phase},
         kind_s={
             (phase, TaskKind[name]): Comparison(
                 measured=kind.seconds, predicted=predicted.kind_s[phase, TaskKind[name]]
@@ -286,9 +272,7 @@ def validate(run: RunRecord) -> Validation:
             for name, kind in record.kinds.items()
         },
         lane_s={
-            (phase, Lane(name)): Comparison(
-                measured=lane.busy_s, predicted=predicted.lane_s[phase, Lane(name)]
-            )
+            (phase, Lane(name)): Comparison(measured=lane.busy_s, predicted=predicted.lane_s[phase, Lane(name)])
             for phase, record in records.items()
             for name, lane in record.lanes.items()
         },
@@ -310,14 +294,21 @@ def predict_run(run: RunRecord) -> Prediction:
 
 
 def _add_batch(
-    prediction: Prediction, costs: Costs, policy: Policy, lengths: WorkloadRecord, requests: int,
-    decode_steps: int, count: int,
-) -> None:  # fmt: skip
+    prediction: Prediction,
+    costs: Costs,
+    policy: Policy,
+    lengths: WorkloadRecord,
+    requests: int,
+    decode_steps: int,
+    count: int,
+) -> None:
     smaller = with_batch_size(policy, min(requests, policy.batch_size))
     workload = Workload(
-        name="measured", prompt_len=lengths.prompt_len, max_prompt_len=lengths.max_prompt_len,
+        name="measured",
+        prompt_len=lengths.prompt_len,
+        max_prompt_len=lengths.max_prompt_len,
         gen_len=max(lengths.max_gen_len, 1),
-    )  # fmt: skip
+    )
     prefill = simulate_work(prefill_work(costs, smaller, workload))
     prediction.phase_s[Phase.PREFILL] += count * prefill.makespan_s
     for kind, seconds in prefill.seconds_by_kind().items():
@@ -329,9 +320,7 @@ def _add_batch(
     # Requests that end early leave the others more room: the mean number active decides.
     active = requests * (lengths.gen_len - 1) / decode_steps
     context = lengths.prompt_len + lengths.gen_len / 2
-    work = decode_work(
-        costs, smaller, context, num_steps=1, tokens=active / smaller.num_micro_batches
-    )
+    work = decode_work(costs, smaller, context, num_steps=1, tokens=active / smaller.num_micro_batches)
     step = simulate_work(work)
     steps = count * decode_steps
     scale = step_seconds(costs, smaller, context, tokens=work.tokens)

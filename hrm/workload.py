@@ -34,32 +34,36 @@ class Workload:
             ("prompt_len", self.prompt_len, self.prompt_len >= 1, "must be at least 1"),
             ("gen_len", self.gen_len, self.gen_len >= 1, "must be at least 1"),
             (
-                "max_prompt_len", self.max_prompt_len, self.max_prompt_len >= self.prompt_len,
+                "max_prompt_len",
+                self.max_prompt_len,
+                self.max_prompt_len >= self.prompt_len,
                 f"must be at least the mean prompt_len {self.prompt_len:g}",
             ),
             (
-                "mean_gen_len", self.mean_gen_len,
+                "mean_gen_len",
+                self.mean_gen_len,
                 self.mean_gen_len is None or 1 <= self.mean_gen_len <= self.gen_len,
                 f"must lie between 1 and gen_len {self.gen_len}",
             ),
             *(
                 (field, value, value <= MAX_LEN, f"must be at most {MAX_LEN:,}")
-                for field, value in (
-                    ("max_prompt_len", self.max_prompt_len), ("gen_len", self.gen_len)
-                )
+                for field, value in (("max_prompt_len", self.max_prompt_len), ("gen_len", self.gen_len))
             ),
             (
-                "num_requests", self.num_requests,
+                "num_requests",
+                self.num_requests,
                 self.num_requests is None or 1 <= self.num_requests <= MAX_REQUESTS,
                 f"must lie between 1 and {MAX_REQUESTS:,}",
             ),
-        )  # fmt: skip
+        )
         for field, value, holds, rule in rules:
             if not holds:
                 raise WorkloadError(
-                    f"workload {self.name}: {field}", value, rule,
+                    f"workload {self.name}: {field}",
+                    value,
+                    rule,
                     "check the options that give the workload's lengths and its --requests",
-                )  # fmt: skip
+                )
 
     @property
     def max_context_len(self) -> int:
@@ -118,12 +122,8 @@ def _shape(mean: float) -> Callable[[float], float]:
 # MoE-Lightning, arXiv 2411.11217, §5.1: MTBench and two HELM tasks.
 WORKLOADS: Final = {
     "mtbench": Workload(name="mtbench", prompt_len=77, max_prompt_len=418, gen_len=128),
-    "synthetic-reasoning": Workload(
-        name="synthetic-reasoning", prompt_len=242, max_prompt_len=256, gen_len=50
-    ),
-    "summarization": Workload(
-        name="summarization", prompt_len=1693, max_prompt_len=1984, gen_len=64
-    ),
+    "synthetic-reasoning": Workload(name="synthetic-reasoning", prompt_len=242, max_prompt_len=256, gen_len=50),
+    "summarization": Workload(name="summarization", prompt_len=1693, max_prompt_len=1984, gen_len=64),
 }
 
 
@@ -131,7 +131,9 @@ def named_workload(name: str) -> Workload:
     """A built-in workload; WorkloadError listing the names if there is none called that."""
     if name not in WORKLOADS:
         raise WorkloadError(
-            "--workload", name, f"must be one of {', '.join(WORKLOADS)}",
+            "--workload",
+            name,
+            f"must be one of {', '.join(WORKLOADS)}",
             "or give --prompt-len, --max-prompt-len and --gen-len",
-        )  # fmt: skip
+        )
     return WORKLOADS[name]

@@ -3,13 +3,7 @@
 from executor.backends.base import AbstractBackend, EmulatedMachine, in_thread_of_its_own
 from executor.errors import RunError
 
-__all__ = [
-    "AbstractBackend",
-    "EmulatedMachine",
-    "cuda_index_of",
-    "in_thread_of_its_own",
-    "make_backend",
-]
+__all__ = ["AbstractBackend", "EmulatedMachine", "cuda_index_of", "in_thread_of_its_own", "make_backend"]
 
 ACCELERATORS = ("auto", "emulated", "cpu", "cuda:K", "null")
 
@@ -38,10 +32,11 @@ def make_backend(
             return EmulatedBackend(machine)
         case "emulated":
             raise RunError(
-                "--accelerator", accelerator,
+                "--accelerator",
+                accelerator,
                 "needs to know the memory and the link, and the policy was solved for one level",
                 "give --gpu-memory and --link-bandwidth, or use --accelerator cpu",
-            )  # fmt: skip
+            )
         case "cpu" | "auto":
             from executor.backends.cpu import CpuBackend
 
@@ -53,14 +48,9 @@ def make_backend(
         case "cuda":
             index = accelerator.partition(":")[2] or "0"
             if not index.isdecimal():
-                raise RunError(
-                    "--accelerator", accelerator, "must name one device, as in cuda:0", "correct it"
-                )
+                raise RunError("--accelerator", accelerator, "must name one device, as in cuda:0", "correct it")
             from executor.backends.cuda import CudaBackend
 
             return CudaBackend(int(index), gpu_memory_bytes)
         case _:
-            raise RunError(
-                "--accelerator", accelerator, f"must be one of {', '.join(ACCELERATORS)}",
-                "correct it",
-            )  # fmt: skip
+            raise RunError("--accelerator", accelerator, f"must be one of {', '.join(ACCELERATORS)}", "correct it")

@@ -117,10 +117,7 @@ class AbstractBackend(ABC):
         torch.set_grad_enabled(False)
 
 
-def copy_all(
-    copies: Iterable[Copy],
-    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
-) -> int:
+def copy_all(copies: Iterable[Copy], copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_) -> int:
     """Copy every source to its target, by `copy(target, source)`; returns the bytes."""
     num_bytes = 0
     for target, source in copies:

@@ -10,15 +10,7 @@ from typing import final
 
 import torch
 
-from executor.backends.base import (
-    AbstractBackend,
-    Copy,
-    EmulatedMachine,
-    copy_all,
-    host_memory,
-    stage,
-    usable_cores,
-)
+from executor.backends.base import AbstractBackend, Copy, EmulatedMachine, copy_all, host_memory, stage, usable_cores
 from executor.errors import RunError
 from hrm.profiling.lane_threads import lane_threads
 from hrm.profiling.pacing import PacedCopy, Waits
@@ -87,10 +79,11 @@ class EmulatedBackend(AbstractBackend):
         if level is Device.GPU:
             if num_bytes > self._free_bytes:
                 raise RunError(
-                    "emulated GPU memory", f"<{format_bytes(num_bytes)} asked for>",
+                    "emulated GPU memory",
+                    f"<{format_bytes(num_bytes)} asked for>",
                     f"only {format_bytes(self._free_bytes)} are left",
                     "lower the policy's needs or raise --gpu-memory",
-                )  # fmt: skip
+                )
             self._free_bytes -= num_bytes
         return host_memory(num_bytes)
 

@@ -13,14 +13,7 @@ from typing import Any, Final, final
 
 import torch
 
-from executor.backends.base import (
-    AbstractBackend,
-    Copy,
-    copy_all,
-    in_thread_of_its_own,
-    stage,
-    usable_cores,
-)
+from executor.backends.base import AbstractBackend, Copy, copy_all, in_thread_of_its_own, stage, usable_cores
 from executor.backends.pinned import PinnableMemory
 from executor.backends.streams import AbstractMark, AbstractStream
 from executor.errors import RunError
@@ -87,11 +80,13 @@ class CudaBackend(AbstractBackend):
         count = cuda.device_count() if cuda.is_available() else 0
         if index >= count:
             raise RunError(
-                "--accelerator", f"cuda:{index}",
-                "needs a CUDA device and torch finds none" if not count
+                "--accelerator",
+                f"cuda:{index}",
+                "needs a CUDA device and torch finds none"
+                if not count
                 else f"must name one of the {count} CUDA devices, counted from 0",
                 "use --accelerator emulated or cpu" if not count else "correct it",
-            )  # fmt: skip
+            )
         self.name = "cuda"
         self._device = torch.device("cuda", index)
         properties = cuda.get_device_properties(self._device)
@@ -100,9 +95,11 @@ class CudaBackend(AbstractBackend):
         total_bytes = int(properties.total_memory)
         if gpu_memory_bytes is not None and gpu_memory_bytes > total_bytes:
             raise RunError(
-                "--gpu-memory", f"<{format_bytes(gpu_memory_bytes)}>",
-                f"{self.gpu_name} has {format_bytes(total_bytes)}", "lower it",
-            )  # fmt: skip
+                "--gpu-memory",
+                f"<{format_bytes(gpu_memory_bytes)}>",
+                f"{self.gpu_name} has {format_bytes(total_bytes)}",
+                "lower it",
+            )
         capped = f", {format_bytes(gpu_memory_bytes)} of it used" if gpu_memory_bytes else ""
         self.description = f"cuda:{index}, {self.gpu_name}{capped}"
         self._streams = {lane: CudaStream(self._device) for lane in (Lane.GPU, Lane.H2D, Lane.D2H)}
@@ -123,9 +120,11 @@ class CudaBackend(AbstractBackend):
         """Raise RunError for bfloat16 on a GPU that only emulates it."""
         if dtype == "bfloat16" and self.capability < FLASH_CAPABILITY:
             raise RunError(
-                "policy: dtype", dtype, f"must be one that {self.gpu_name} computes in",
+                "policy: dtype",
+                dtype,
+                f"must be one that {self.gpu_name} computes in",
                 "solve the policy again with --dtype float16",
-            )  # fmt: skip
+            )
 
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor on the device or in the host's memory."""
@@ -150,10 +149,11 @@ class CudaBackend(AbstractBackend):
         """Count memory of the device as allocated; RunError if so much is not left."""
         if num_bytes > self._free_bytes:
             raise RunError(
-                f"memory of {self.gpu_name}", f"<{format_bytes(num_bytes)} asked for>",
+                f"memory of {self.gpu_name}",
+                f"<{format_bytes(num_bytes)} asked for>",
                 f"only {format_bytes(self._free_bytes)} are left",
                 "close what else uses it, or lower --gpu-memory and solve the policy again",
-            )  # fmt: skip
+            )
         self._free_bytes -= num_bytes
 
     def workspace(self, *num_bytes: int) -> tuple[Workspace, ...]:

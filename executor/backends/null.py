@@ -39,9 +39,10 @@ class NullBackend(AbstractBackend):
 
 
 def null_handlers(
-    seconds_of: Callable[[TaskId], float], lane_of: Callable[[TaskId], Lane],
+    seconds_of: Callable[[TaskId], float],
+    lane_of: Callable[[TaskId], Lane],
     sleep_for: Callable[[float], object] = time.sleep,
-) -> dict[TaskKind, Callable[[TaskId], int]]:  # fmt: skip
+) -> dict[TaskKind, Callable[[TaskId], int]]:
     """Handlers that sleep for `seconds_of(task)`, precise on average over each lane's tasks."""
     paces = {lane: Pace(sleep_for) for lane in Lane}
 

@@ -54,9 +54,7 @@ class BenchOptions:
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
-def model_of(
-    options: BenchOptions, stack: ExitStack
-) -> tuple[AbstractFamily, WeightSource, Architecture]:
+def model_of(options: BenchOptions, stack: ExitStack) -> tuple[AbstractFamily, WeightSource, Architecture]:
     """The model that is asked for and its weights; `stack` is to hold a checkpoint open."""
     layers, model = options.num_layers, options.model
     if isinstance(model, str) and model in BUILT_IN_MODELS:
@@ -74,10 +72,7 @@ def model_of(
         source = checkpoint
     if layers is not None:
         if layers > arch.spec.num_layers:
-            raise JobError(
-                "--layers", layers, f"must be at most the model's {arch.spec.num_layers}",
-                "lower it",
-            )  # fmt: skip
+            raise JobError("--layers", layers, f"must be at most the model's {arch.spec.num_layers}", "lower it")
         arch = replace(arch, spec=replace(arch.spec, num_layers=layers))
     return family, source, arch
 
@@ -120,15 +115,12 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         profile = load_profile(options.profile)
         if memory is not None:
             profile = with_memory(profile, gpu_memory_bytes=memory)
-        pace = AcceleratorRecord(
-            name=asked.name, description="", h2d_bytes_per_s=bandwidth, d2h_bytes_per_s=bandwidth
-        )
+        pace = AcceleratorRecord(name=asked.name, description="", h2d_bytes_per_s=bandwidth, d2h_bytes_per_s=bandwidth)
         return paced(profile, pace)
     if asked.name == "null":
         raise JobError(
-            "--accelerator", asked.name, "does no work, so there is nothing to measure",
-            "give --profile or --policy",
-        )  # fmt: skip
+            "--accelerator", asked.name, "does no work, so there is nothing to measure", "give --profile or --policy"
+        )
     from hrm.profiling.machine import profile_machine
 
     emulate = bandwidth or (memory and not torch.cuda.is_available())

@@ -16,14 +16,7 @@ from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solve
 from executor.bench.row import BenchRow
 from executor.errors import JobError
 from executor.generate import Generator, NullGenerator
-from executor.job.machine import (
-    as_run,
-    budgeted_plan,
-    check_model,
-    check_whole,
-    predicted_seconds,
-    prepare,
-)
+from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.sampling import SamplingParams
 from hrm.errors import PolicyError
@@ -45,9 +38,7 @@ class Bench:
     or if no policy fits.
     """
 
-    def __init__(
-        self, options: BenchOptions, tell: Callable[[str], object] = lambda _: None
-    ) -> None:
+    def __init__(self, options: BenchOptions, tell: Callable[[str], object] = lambda _: None) -> None:
         self._options, self._tell = options, tell
         self._told: set[str] = set()
         self.model = options.model if isinstance(options.model, str) else options.model.name
@@ -109,9 +100,14 @@ class Bench:
             generator = NullGenerator(backend, self._arch, planned, seconds_of, max_spans=0)
         else:
             generator = Generator(
-                backend, self._arch, planned, family=self._family, source=self._source,
-                staged=prepared.staged, max_spans=0,
-            )  # fmt: skip
+                backend,
+                self._arch,
+                planned,
+                family=self._family,
+                source=self._source,
+                staged=prepared.staged,
+                max_spans=0,
+            )
         if generator.policy.staging != policy.staging:
             self.policy_file = as_run(self.policy_file, generator.policy, generator.pageable)
             self.predicted = self.estimate(self.policy_file.policy, pageable=generator.pageable)
@@ -140,9 +136,11 @@ class Bench:
             return policy_file
         if self._options.profile is not None:
             raise JobError(
-                "--profile", self._options.profile,
-                "does not go with --policy, whose file holds its machine", "leave one of them out",
-            )  # fmt: skip
+                "--profile",
+                self._options.profile,
+                "does not go with --policy, whose file holds its machine",
+                "leave one of them out",
+            )
         policy_file = given if isinstance(given, PolicyFile) else load_policy_file(given)
         check_whole(policy_file, given if isinstance(given, Path) else "policy")
         if self._options.num_layers is not None:
@@ -150,9 +148,7 @@ class Bench:
         check_model(spec, policy_file, given if isinstance(given, Path) else "policy")
         return policy_file
 
-    def estimate(
-        self, policy: Policy, *, gen_len: int | None = None, pageable: Sequence[str] = ()
-    ) -> Estimate:
+    def estimate(self, policy: Policy, *, gen_len: int | None = None, pageable: Sequence[str] = ()) -> Estimate:
         """What is predicted of a policy at the lengths of the requests.
 
         `pageable` are purposes of the host's memory that should be pinned but are not.
@@ -185,9 +181,7 @@ class BenchRun:
     It may be entered again, so that another may compute with all cores in between.
     """
 
-    def __init__(
-        self, bench: Bench, generator: Generator | NullGenerator, *, gen_len: int | None = None
-    ) -> None:
+    def __init__(self, bench: Bench, generator: Generator | NullGenerator, *, gen_len: int | None = None) -> None:
         self.bench, self._generator, self._gen_len = bench, generator, gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
 
@@ -225,9 +219,11 @@ class BenchRun:
         plan, loaded = budgeted_plan(self.bench.policy_file, policy), generator.plan
         if (plan.gpu.purposes, plan.cpu.purposes) != (loaded.gpu.purposes, loaded.cpu.purposes):
             raise PolicyError(
-                "policy: schedule", schedule.value,
-                f"needs memory of other sizes than {before.schedule.value}", "load it by itself",
-            )  # fmt: skip
+                "policy: schedule",
+                schedule.value,
+                f"needs memory of other sizes than {before.schedule.value}",
+                "load it by itself",
+            )
         generator.policy = policy
         return BenchRun(self.bench, generator, gen_len=gen_len)
 
@@ -269,8 +265,7 @@ class BenchRun:
         validation = validate(msgspec.convert(content, RunRecord))
         decode = validation.run.phases[Phase.DECODE.value]
         prefill_busy, decode_busy = (
-            {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()}
-            for phase in Phase
+            {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()} for phase in Phase
         )
         return BenchRow(
             schedule=policy.schedule.value,
@@ -282,9 +277,7 @@ class BenchRun:
             decode_step_s=decode.step_s,
             prefill_busy_share=prefill_busy,
             decode_busy_share=decode_busy,
-            decode_bytes_per_s={
-                name: lane.bytes_per_s for name, lane in decode.lanes.items() if lane.num_bytes
-            },
+            decode_bytes_per_s={name: lane.bytes_per_s for name, lane in decode.lanes.items() if lane.num_bytes},
             attention_bytes_per_s=self._attention_bytes_per_s(decode),
             ratio=1.0,
             predicted_tokens_per_s=validation.tokens_per_s.predicted,

@@ -16,42 +16,58 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--model", required=True, metavar="NAME-or-PATH",
+    "--model",
+    required=True,
+    metavar="NAME-or-PATH",
     help="A checkpoint folder, or a built-in name, which gets random weights.",
-)  # fmt: skip
+)
 @click.option("--layers", type=click.IntRange(min=1), help="Only so many layers of the model.")
 @click.option(
-    "--policy", type=click.Path(path_type=Path, dir_okay=False),
+    "--policy",
+    type=click.Path(path_type=Path, dir_okay=False),
     help="A policy file (hrm search --out); without one, a policy is searched for.",
-)  # fmt: skip
+)
 @click.option(
-    "--profile", metavar="FILE-or-NAME",
+    "--profile",
+    metavar="FILE-or-NAME",
     help="The machine to search a policy for [default: this one, measured in under a minute].",
-)  # fmt: skip
+)
 @click.option(
-    "--schedules", metavar="A,B,…",
+    "--schedules",
+    metavar="A,B,…",
     help="Schedules to compare with the first [default: "
     f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
-)  # fmt: skip
+)
 @click.option("--prompt-len", type=click.IntRange(min=1), help="[default: the policy's, or 64]")
 @click.option(
-    "--max-prompt-len", type=click.IntRange(min=1),
+    "--max-prompt-len",
+    type=click.IntRange(min=1),
     help="The longest prompt; lengths then vary with the mean --prompt-len [default: all alike].",
-)  # fmt: skip
-@click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's, or 32]")
-@click.option(
-    "--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]"
 )
+@click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's, or 32]")
+@click.option("--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")
 @accelerator_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def bench(
-    *, model: str, layers: int | None, policy: Path | None, profile: str | None,
-    schedules: str | None, prompt_len: int | None, max_prompt_len: int | None, gen_len: int | None,
-    requests: int | None, repeats: int, seed: int, accelerator: str, gpu_memory: str | None,
-    link_bandwidth: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    *,
+    model: str,
+    layers: int | None,
+    policy: Path | None,
+    profile: str | None,
+    schedules: str | None,
+    prompt_len: int | None,
+    max_prompt_len: int | None,
+    gen_len: int | None,
+    requests: int | None,
+    repeats: int,
+    seed: int,
+    accelerator: str,
+    gpu_memory: str | None,
+    link_bandwidth: str | None,
+    as_json: bool,
+) -> None:
     """Run a policy on prompts of random tokens, under several schedules, and compare them.
 
     The first schedule's run is laid beside its prediction.
@@ -95,9 +111,7 @@ def parse_schedules(text: str) -> tuple[ScheduleName, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
         if name not in set(ScheduleName):
-            raise PolicyError(
-                "--schedules", name, f"must be of {', '.join(ScheduleName)}", "correct it"
-            )
+            raise PolicyError("--schedules", name, f"must be of {', '.join(ScheduleName)}", "correct it")
     return tuple(ScheduleName(name) for name in names)
 
 

@@ -102,14 +102,9 @@ def _bar(progress: "JobProgress") -> Iterator[None]:
 
     def render() -> Group:
         bar = ProgressBar(total=1.0, completed=progress.share_done, width=BAR_WIDTH)
-        return Group(
-            Padding(bar, 0),
-            Text(meter.text(), no_wrap=True, overflow="ellipsis"),
-        )
+        return Group(Padding(bar, 0), Text(meter.text(), no_wrap=True, overflow="ellipsis"))
 
-    live = Live(
-        console=Console(stderr=True), get_renderable=render, refresh_per_second=4, transient=True
-    )
+    live = Live(console=Console(stderr=True), get_renderable=render, refresh_per_second=4, transient=True)
     with suppress(OSError):  # a terminal that has gone
         live.start()
     try:

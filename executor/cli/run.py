@@ -16,18 +16,14 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.command()
 @click.option("--model", required=True, type=_folder, help="A checkpoint folder (safetensors).")
 @click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
-@click.option(
-    "--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL)."
-)
-@click.option(
-    "--output-dir", required=True, type=_folder,
-    help="Where outputs.jsonl, run.json and trace.json go.",
-)  # fmt: skip
+@click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
+@click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
 @accelerator_arguments
 @click.option(
-    "--schedule", type=click.Choice([name.value for name in ScheduleName]),
+    "--schedule",
+    type=click.Choice([name.value for name in ScheduleName]),
     help="Run the policy in this order [default: the policy's].",
-)  # fmt: skip
+)
 @click.option("--seed", default=0, show_default=True, help="For requests without one.")
 @click.option(
     "--max-requests",
@@ -37,10 +33,20 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--resume", is_flag=True, help="Go on with a directory that holds outputs.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
-    *, model: Path, policy: Path, input_: Path, output_dir: Path, accelerator: str,
-    gpu_memory: str | None, link_bandwidth: str | None, schedule: str | None, seed: int,
-    max_requests: int | None, resume: bool, quiet: bool,
-) -> None:  # fmt: skip
+    *,
+    model: Path,
+    policy: Path,
+    input_: Path,
+    output_dir: Path,
+    accelerator: str,
+    gpu_memory: str | None,
+    link_bandwidth: str | None,
+    schedule: str | None,
+    seed: int,
+    max_requests: int | None,
+    resume: bool,
+    quiet: bool,
+) -> None:
     """Run a file of requests under a policy.
 
     Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
@@ -97,8 +103,6 @@ def summary(content: dict[str, Any], output_dir: Path) -> str:
         lines.append(f"{phase:<12} {seconds}, {totals[rate]:.1f} tokens/s; busy: {busy or '-'}")
     for level, item in content["memory"].items():
         peak, planned = item["peak_total_bytes"], item["planned_total_bytes"]
-        lines.append(
-            f"{level + ' memory':<12} {format_bytes(peak)} used of {format_bytes(planned)} planned"
-        )
+        lines.append(f"{level + ' memory':<12} {format_bytes(peak)} used of {format_bytes(planned)} planned")
     trace = ", trace.json" if content["trace"]["spans"] else ""
     return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json{trace}"])

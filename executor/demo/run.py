@@ -71,8 +71,7 @@ def two_layers(trace: Trace, *, step: int, layer: int) -> Trace:
         max(
             span.end_s
             for span in decode
-            if span.id.kind is TaskKind.POST_ATTENTION
-            and (span.id.step, span.id.layer) == (step, which)
+            if span.id.kind is TaskKind.POST_ATTENTION and (span.id.step, span.id.layer) == (step, which)
         )
         for which in (layer - 1, layer, layer + 1)
     )
@@ -87,9 +86,12 @@ def two_layers(trace: Trace, *, step: int, layer: int) -> Trace:
 
 @click.command()
 @click.option(
-    "--output-dir", default="demo-run", show_default=True,
-    type=click.Path(path_type=Path, file_okay=False), help="Where all files go.",
-)  # fmt: skip
+    "--output-dir",
+    default="demo-run",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where all files go.",
+)
 @click.option("--gpu-memory", default=GPU_MEMORY, show_default=True)
 @click.option("--link-bandwidth", default=LINK_BANDWIDTH, show_default=True)
 @click.option("--requests", default=128, show_default=True, help="How many of the prompts.")
@@ -103,19 +105,56 @@ def demo(output_dir: Path, gpu_memory: str, link_bandwidth: str, requests: int) 
         (run / name).unlink(missing_ok=True)
     mean, longest = measured_lengths(prompts, model, requests)
     call(
-        "hrm.cli", "profile", "--accelerator", "emulated", "--gpu-memory", gpu_memory,
-        "--link-bandwidth", link_bandwidth, "--model", str(model), "--dtype", "bfloat16", "--quick",
-        "--out", profile,
-    )  # fmt: skip
+        "hrm.cli",
+        "profile",
+        "--accelerator",
+        "emulated",
+        "--gpu-memory",
+        gpu_memory,
+        "--link-bandwidth",
+        link_bandwidth,
+        "--model",
+        str(model),
+        "--dtype",
+        "bfloat16",
+        "--quick",
+        "--out",
+        profile,
+    )
     call(
-        "hrm.cli", "search", "--model", str(model), "--profile", profile,
-        "--prompt-len", f"{mean:.1f}", "--max-prompt-len", str(longest),
-        "--gen-len", str(MAX_TOKENS), "--requests", str(requests), "--ffn", "gpu", "--out", policy,
-    )  # fmt: skip
+        "hrm.cli",
+        "search",
+        "--model",
+        str(model),
+        "--profile",
+        profile,
+        "--prompt-len",
+        f"{mean:.1f}",
+        "--max-prompt-len",
+        str(longest),
+        "--gen-len",
+        str(MAX_TOKENS),
+        "--requests",
+        str(requests),
+        "--ffn",
+        "gpu",
+        "--out",
+        policy,
+    )
     call(
-        "executor.cli", "run", "--model", str(model), "--policy", policy, "--input", str(prompts),
-        "--max-requests", str(requests), "--output-dir", str(run),
-    )  # fmt: skip
+        "executor.cli",
+        "run",
+        "--model",
+        str(model),
+        "--policy",
+        policy,
+        "--input",
+        str(prompts),
+        "--max-requests",
+        str(requests),
+        "--output-dir",
+        str(run),
+    )
     show(run, prompts)
     call("hrm.cli", "validate", str(run))
 
@@ -128,10 +167,7 @@ def show(run: Path, prompts: Path) -> None:
     content: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
     layers = two_layers(read_chrome_trace(run / "trace.json"), step=5, layer=3)
     seconds = f"{layers.makespan_s * 1e3:.0f} ms"
-    click.secho(
-        f"\ntwo layers of a decode step ({seconds}), {content['accelerator']['description']}",
-        bold=True,
-    )
+    click.secho(f"\ntwo layers of a decode step ({seconds}), {content['accelerator']['description']}", bold=True)
     click.echo(lane_chart(layers))
     click.echo(
         "      W weight page in, A projections, Q queries, keys and values out, B attention,\n"

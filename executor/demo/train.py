@@ -99,17 +99,13 @@ class Recipe:
         return self.final_learning_rate + span * cosine
 
 
-def batches(
-    tokenizer: tokenizers.Tokenizer, chapters: Sequence[list[str]], recipe: Recipe
-) -> Iterator[torch.Tensor]:
+def batches(tokenizer: tokenizers.Tokenizer, chapters: Sequence[list[str]], recipe: Recipe) -> Iterator[torch.Tensor]:
     """Endless [B, S + 1] token windows; passages are cut and shuffled anew in every epoch."""
     for epoch in itertools.count():
         rng = random.Random(f"{recipe.seed} {epoch}")
         passages = corpus.cut_passages(chapters, rng)
         rng.shuffle(passages)
-        tokens = torch.tensor(
-            [token for ids in corpus.encode(tokenizer, passages) for token in ids]
-        )
+        tokens = torch.tensor([token for ids in corpus.encode(tokenizer, passages) for token in ids])
         windows = tokens.unfold(0, recipe.window_tokens + 1, recipe.window_tokens)
         for first in range(0, len(windows) - recipe.windows_per_step + 1, recipe.windows_per_step):
             yield windows[first : first + recipe.windows_per_step]
@@ -125,9 +121,7 @@ def passage_mask(tokens_BS: torch.Tensor) -> torch.Tensor:
     return same_BSS.tril()[:, None]
 
 
-def load_balancing_loss(
-    router_logits: Sequence[torch.Tensor], experts_per_token: int
-) -> torch.Tensor:
+def load_balancing_loss(router_logits: Sequence[torch.Tensor], experts_per_token: int) -> torch.Tensor:
     """Mean over layers of the Switch Transformer's loss (arXiv 2101.03961, eq. 4); 1 if even."""
     losses = []
     for logits_TE in router_logits:
@@ -139,17 +133,12 @@ def load_balancing_loss(
 
 
 def train_step(
-    model: transformers.MixtralForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    windows: torch.Tensor,
-    recipe: Recipe,
+    model: transformers.MixtralForCausalLM, optimizer: torch.optim.Optimizer, windows: torch.Tensor, recipe: Recipe
 ) -> tuple[float, float]:
     """Cross-entropy per token in nats and the load-balancing loss, before the update."""
     tokens_BS, targets_BS = windows[:, :-1], windows[:, 1:]
     targets_BS = targets_BS.masked_fill(targets_BS == corpus.BOS_ID, NO_TARGET)
-    output = model.model(
-        tokens_BS, attention_mask=passage_mask(tokens_BS), output_router_logits=True
-    )
+    output = model.model(tokens_BS, attention_mask=passage_mask(tokens_BS), output_router_logits=True)
     logits_BSV = model.lm_head(output.last_hidden_state)
     loss = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=NO_TARGET)
     balance = load_balancing_loss(output.router_logits, model.config.num_experts_per_tok)
@@ -160,9 +149,7 @@ def train_step(
     return loss.item(), balance.item()
 
 
-def save(
-    model: transformers.MixtralForCausalLM, tokenizer: tokenizers.Tokenizer, output_dir: Path
-) -> None:
+def save(model: transformers.MixtralForCausalLM, tokenizer: tokenizers.Tokenizer, output_dir: Path) -> None:
     """Writes the checkpoint folder; a reader sees each file either old or new, never half."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
@@ -182,9 +169,7 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def save_state(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float
-) -> None:
+def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
     """Writes all that is needed to train on from here, as safetensors."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
@@ -192,9 +177,7 @@ def save_state(
     save_file(tensors, path, metadata={"step": str(step), "seconds": str(seconds)})
 
 
-def load_state(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
+def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Restores what `save_state` wrote; returns the steps done and the seconds they took."""
     moments: dict[int, dict[str, torch.Tensor]] = {}
     weights: dict[str, torch.Tensor] = {}
@@ -222,10 +205,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
-        ],
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}],
         betas=recipe.adam_betas,
         fused=True,
     )
@@ -328,17 +308,13 @@ def evaluate(text: Path, model_dir: Path) -> dict[str, object]:
 def main() -> None:
     """Parses the command line shown at the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m executor.demo.train")
-    parser.add_argument(
-        "command", nargs="?", default="train", choices=("train", "evaluate", "prompts")
-    )
+    parser.add_argument("command", nargs="?", default="train", choices=("train", "evaluate", "prompts"))
     parser.add_argument("--text", type=Path, required=True, help="one `Book1:1 verse` per line")
     parser.add_argument("--output-dir", type=Path, default=MODEL_DIR, help="the model's folder")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="written by `prompts`")
     parser.add_argument("--num-steps", type=int, default=Recipe.num_steps)
     parser.add_argument("--save-every", type=int, default=300, help="steps; also evaluates")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="training state: resumed from if there, saved at each save"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="training state: resumed from if there, saved at each save")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -23,9 +23,11 @@ def family_for(config: dict[str, Any], where: str) -> AbstractFamily:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
-            f"{where}: model_type", "<missing>" if name is None else name,
-            f"must be one of {', '.join(FAMILIES)}", "use a Mixtral- or DBRX-shaped model",
-        )  # fmt: skip
+            f"{where}: model_type",
+            "<missing>" if name is None else name,
+            f"must be one of {', '.join(FAMILIES)}",
+            "use a Mixtral- or DBRX-shaped model",
+        )
     _check_not_quantised(config, where)
     return family
 
@@ -40,7 +42,8 @@ def _check_not_quantised(config: Mapping[str, Any], where: str) -> None:
             continue
         method = section.get("quant_method") if isinstance(section, dict) else section
         raise ModelError(
-            f"{where}: {key}", f"<{method or 'present'}>",
-            "must not be there: quantised weights are not read, only float32, bfloat16, float16"
-            " and float64", "use an unquantised checkpoint",
-        )  # fmt: skip
+            f"{where}: {key}",
+            f"<{method or 'present'}>",
+            "must not be there: quantised weights are not read, only float32, bfloat16, float16 and float64",
+            "use an unquantised checkpoint",
+        )

@@ -37,15 +37,11 @@ class AbstractFamily(ABC):
         """The family's published models at any dimensions, for runs without a checkpoint."""
 
     @abstractmethod
-    def layer_tensors(
-        self, arch: Architecture, layer: int, stored: Collection[str] = ()
-    ) -> dict[str, tuple[int, ...]]:
+    def layer_tensors(self, arch: Architecture, layer: int, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a layer, as named among those that are stored."""
 
     @abstractmethod
-    def load_dense(
-        self, source: WeightSource, arch: Architecture, layer: int, out: DenseWeights
-    ) -> None:
+    def load_dense(self, source: WeightSource, arch: Architecture, layer: int, out: DenseWeights) -> None:
         """Fill the dense part of a layer."""
 
     @abstractmethod
@@ -55,9 +51,7 @@ class AbstractFamily(ABC):
         """Fill one expert of a layer."""
 
     @final
-    def expected_tensors(
-        self, arch: Architecture, stored: Collection[str] = ()
-    ) -> dict[str, tuple[int, ...]]:
+    def expected_tensors(self, arch: Architecture, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint has.
 
         What may be stored in several ways is as in `stored`, the names that a checkpoint has.
@@ -88,9 +82,7 @@ class AbstractFamily(ABC):
         source.read_into(self._embedding_in(source.names), out_VD)
 
     @final
-    def load_head(
-        self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor
-    ) -> None:
+    def load_head(self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor) -> None:
         """Fill the final norm and the LM head, from the embedding if they are tied."""
         source.read_into(self.final_norm, final_norm_D)
         head = self._head_in(source.names, tied=arch.spec.tied_embeddings)
@@ -104,9 +96,11 @@ def token_ids(config: dict[str, Any], where: str, key: str) -> tuple[int, ...]:
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise ModelError(
-                f"{where}: {key}", value, "must be a token id or a list of them",
+                f"{where}: {key}",
+                value,
+                "must be a token id or a list of them",
                 "correct it in config.json or generation_config.json",
-            )  # fmt: skip
+            )
     return tuple(ids)
 
 
@@ -116,9 +110,11 @@ def positive(config: dict[str, Any], where: str, key: str, default: float | None
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ModelError(
-            f"{where}: {key}", "<missing>" if value is None else value,
-            "must be a positive number", "check the config.json",
-        )  # fmt: skip
+            f"{where}: {key}",
+            "<missing>" if value is None else value,
+            "must be a positive number",
+            "check the config.json",
+        )
     return value
 
 
@@ -138,17 +134,16 @@ def rope_theta(config: dict[str, Any], where: str, default: float) -> float:
         _check_unscaled(section, where, key)
         if section.get("rope_theta") is not None:
             path = f"{where}: {key}" if key else where
-            given[f"{key}: rope_theta" if key else "rope_theta"] = float(
-                positive(section, path, "rope_theta", None)
-            )
+            given[f"{key}: rope_theta" if key else "rope_theta"] = float(positive(section, path, "rope_theta", None))
     for name, value in given.items():
         first, theta = next(iter(given.items()))
         if value != theta:
             raise ModelError(
-                f"{where}: {name}", value,
-                f"must be {theta} as {first} is: readers of such a config differ in which they"
-                " take", "remove the one that the model was not trained with",
-            )  # fmt: skip
+                f"{where}: {name}",
+                value,
+                f"must be {theta} as {first} is: readers of such a config differ in which they take",
+                "remove the one that the model was not trained with",
+            )
     return next(iter(given.values()), float(default))
 
 
@@ -159,14 +154,18 @@ def _check_unscaled(section: Any, where: str, key: str) -> None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
             raise ModelError(
-                f"{where}: {key}", section, "must be of type default: scaled positions are not"
-                " supported", "use a model without rope scaling",
-            )  # fmt: skip
+                f"{where}: {key}",
+                section,
+                "must be of type default: scaled positions are not supported",
+                "use a model without rope scaling",
+            )
     if section.get("partial_rotary_factor", 1) not in {1, None}:
         raise ModelError(
-            f"{where}: partial_rotary_factor", section["partial_rotary_factor"],
-            "must be 1: whole heads are rotated", "use a model of a supported architecture",
-        )  # fmt: skip
+            f"{where}: partial_rotary_factor",
+            section["partial_rotary_factor"],
+            "must be 1: whole heads are rotated",
+            "use a model of a supported architecture",
+        )
 
 
 def require_silu(value: object, where: str) -> None:
@@ -182,7 +181,6 @@ def checked_spec(spec: ModelSpec, where: str) -> ModelSpec:
     """
     if spec.head_dim % 2:
         raise ModelError(
-            f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding",
-            "check the config.json",
-        )  # fmt: skip
+            f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding", "check the config.json"
+        )
     return replace(spec, attention_windows=())

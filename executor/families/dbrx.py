@@ -4,14 +4,7 @@ from collections.abc import Collection
 from typing import Any, final
 
 from executor.checkpoint import WeightSource
-from executor.families.base import (
-    AbstractFamily,
-    checked_spec,
-    positive,
-    require_silu,
-    rope_theta,
-    token_ids,
-)
+from executor.families.base import AbstractFamily, checked_spec, positive, require_silu, rope_theta, token_ids
 from executor.model.architecture import Architecture, Norm
 from executor.model.layout import DenseWeights, ExpertWeights
 from hrm.errors import ModelError
@@ -33,9 +26,8 @@ class Dbrx(AbstractFamily):
         spec = checked_spec(spec_from_hf_config(config, where), where)
         if spec.query_size != spec.hidden_size:
             raise ModelError(
-                f"{where}: n_heads", spec.num_heads, f"must divide d_model {spec.hidden_size}",
-                "check the config.json",
-            )  # fmt: skip
+                f"{where}: n_heads", spec.num_heads, f"must divide d_model {spec.hidden_size}", "check the config.json"
+            )
         attention, ffn = config["attn_config"], config["ffn_config"]
         activation = ffn.get("ffn_act_fn") or {"name": "silu"}
         name = activation.get("name", "silu") if isinstance(activation, dict) else activation
@@ -61,9 +53,15 @@ class Dbrx(AbstractFamily):
     def published_architecture(self, spec: ModelSpec) -> Architecture:
         """DBRX's numbers at any dimensions."""
         return Architecture(
-            spec=spec, norm=Norm.LAYER, norm_eps=LAYER_NORM_EPS, rope_theta=5e5, clip_qkv=8.0,
-            router_norm=1.0, max_position_embeddings=32_768, eos_token_ids=(100_257,),
-        )  # fmt: skip
+            spec=spec,
+            norm=Norm.LAYER,
+            norm_eps=LAYER_NORM_EPS,
+            rope_theta=5e5,
+            clip_qkv=8.0,
+            router_norm=1.0,
+            max_position_embeddings=32_768,
+            eos_token_ids=(100_257,),
+        )
 
     def layer_tensors(
         self,

@@ -4,14 +4,7 @@ from collections.abc import Collection
 from typing import Any, final
 
 from executor.checkpoint import WeightSource
-from executor.families.base import (
-    AbstractFamily,
-    checked_spec,
-    positive,
-    require_silu,
-    rope_theta,
-    token_ids,
-)
+from executor.families.base import AbstractFamily, checked_spec, positive, require_silu, rope_theta, token_ids
 from executor.model.architecture import Architecture, Norm
 from executor.model.layout import DenseWeights, ExpertWeights
 from hrm.model_spec import ModelSpec, spec_from_hf_config
@@ -49,13 +42,16 @@ class Mixtral(AbstractFamily):
     def published_architecture(self, spec: ModelSpec) -> Architecture:
         """Mixtral-8x7B's numbers at any dimensions."""
         return Architecture(
-            spec=spec, norm_eps=1e-5, rope_theta=1e6, router_norm=1.0,
-            max_position_embeddings=32_768, bos_token_id=1, eos_token_ids=(2,),
-        )  # fmt: skip
+            spec=spec,
+            norm_eps=1e-5,
+            rope_theta=1e6,
+            router_norm=1.0,
+            max_position_embeddings=32_768,
+            bos_token_id=1,
+            eos_token_ids=(2,),
+        )
 
-    def layer_tensors(
-        self, arch: Architecture, layer: int, stored: Collection[str] = ()
-    ) -> dict[str, tuple[int, ...]]:
+    def layer_tensors(self, arch: Architecture, layer: int, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a layer."""
         spec = arch.spec
         hidden, intermediate = spec.hidden_size, spec.intermediate_size
@@ -85,9 +81,7 @@ class Mixtral(AbstractFamily):
             }
         return shapes
 
-    def load_dense(
-        self, source: WeightSource, arch: Architecture, layer: int, out: DenseWeights
-    ) -> None:
+    def load_dense(self, source: WeightSource, arch: Architecture, layer: int, out: DenseWeights) -> None:
         """Fill the dense part of a layer."""
         prefix = f"model.layers.{layer}"
         sizes = (arch.spec.query_size, arch.spec.kv_size, arch.spec.kv_size)

@@ -63,20 +63,15 @@ class HostArenas:
         return _staging(backend, staged, memory, notice)
 
 
-def _staging(
-    backend: AbstractBackend, policy: Policy, memory: Mapping[str, Tensor], notice: str = ""
-) -> HostArenas:
+def _staging(backend: AbstractBackend, policy: Policy, memory: Mapping[str, Tensor], notice: str = "") -> HostArenas:
     """Pin as much of everything but the weights as can be, and add to the notice what cannot."""
     always = [memory[name] for name in ALWAYS_PINNED]
     pinned_bytes = _pin_all(backend, always)
     if pinned_bytes < _size(always):
         raise _too_little(_size(always), pinned_bytes, "for fewer requests at once")
-    pageable = tuple(
-        name for name in PINNED_IF_THERE_IS_ROOM if backend.pin(memory[name]) < memory[name].nbytes
-    )
+    pageable = tuple(name for name in PINNED_IF_THERE_IS_ROOM if backend.pin(memory[name]) < memory[name].nbytes)
     if pageable:
-        told = (f"{name.replace('_', ' ')} ({format_bytes(memory[name].nbytes)})"
-                for name in pageable)  # fmt: skip
+        told = (f"{name.replace('_', ' ')} ({format_bytes(memory[name].nbytes)})" for name in pageable)
         no_room = f"no room to pin {' and '.join(told)}, whose transfers are slower for it"
         notice = f"{notice}; {no_room}" if notice else no_room
     return HostArenas(policy, memory, pageable, notice)
@@ -99,7 +94,8 @@ def _size(arenas: Iterable[Tensor]) -> int:
 
 def _too_little(wanted_bytes: int, pinned_bytes: int, remedy: str) -> RunError:
     return RunError(
-        "pinned memory", f"<{format_bytes(wanted_bytes)} asked for>",
+        "pinned memory",
+        f"<{format_bytes(wanted_bytes)} asked for>",
         f"the system pins {format_bytes(pinned_bytes)} of it and no more",
         f"solve the policy again {remedy}, or with a lower --cpu-memory",
-    )  # fmt: skip
+    )

@@ -47,18 +47,20 @@ class DecodeHandlers:
 
     @staticmethod
     def make(
-        backend: AbstractBackend, arch: Architecture, policy: Policy, pipeline: Pipeline,
-        memory: RunMemory, state: BatchState,
-    ) -> dict[TaskKind, Handler]:  # fmt: skip
+        backend: AbstractBackend,
+        arch: Architecture,
+        policy: Policy,
+        pipeline: Pipeline,
+        memory: RunMemory,
+        state: BatchState,
+    ) -> dict[TaskKind, Handler]:
         """The handler of every kind that occurs in decode."""
         spec = arch.spec
         streaming = tuple(j for j in range(pipeline.num_micro_batches) if pipeline.streams_kv(j))
         handlers = DecodeHandlers(backend, arch, pipeline, memory, state, streaming)
         size = getattr(torch, policy.dtype).itemsize
         streamed = [policy.decode_streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
-        pages = PageHandlers(
-            backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0
-        )
+        pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
             TaskKind.EMBED: handlers.embed,
             TaskKind.PRE_ATTENTION: handlers.pre_attention,
@@ -110,13 +112,8 @@ class DecodeHandlers:
         if x.layer > 0:
             self._add_cpu_experts(x.layer - 1, span)
         workspace.reset()
-        positions = (
-            rows.positions if self.backend.shares_memory else self._numbers(span).positions_R
-        )
-        pre_attention(
-            self.arch, gpu.hidden_ND[span], self._weights(x).dense, positions, gpu.qkv_NX[span],
-            workspace,
-        )  # fmt: skip
+        positions = rows.positions if self.backend.shares_memory else self._numbers(span).positions_R
+        pre_attention(self.arch, gpu.hidden_ND[span], self._weights(x).dense, positions, gpu.qkv_NX[span], workspace)
         return 0
 
     def offload_qkv(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -165,9 +162,14 @@ class DecodeHandlers:
             numbers = self._numbers(span)
             append_kv(cache, qkv_RX, numbers.cache_rows_R)
             kernels.decode_attention(
-                self.arch, qkv_RX, cache, numbers, max(rows.lengths), out_RQ,
+                self.arch,
+                qkv_RX,
+                cache,
+                numbers,
+                max(rows.lengths),
+                out_RQ,
                 spare_bytes=self.memory.workspace.capacity_bytes // 2,
-            )  # fmt: skip
+            )
         return 0
 
     def load_hidden(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -181,9 +183,7 @@ class DecodeHandlers:
         weights = self._weights(x)
         hidden_RD = gpu.hidden_ND[span]
         workspace.reset()
-        x_RD, routing = post_attention(
-            self.arch, hidden_RD, gpu.attention_NQ[span], weights.dense, workspace
-        )
+        x_RD, routing = post_attention(self.arch, hidden_RD, gpu.attention_NQ[span], weights.dense, workspace)
         experts, stacks = weights.all_experts, weights.all_stacks
         if self.pipeline.cpu_experts[x.layer]:
             experts, stacks = weights.on_gpu, weights.stacks_on_gpu
@@ -191,9 +191,7 @@ class DecodeHandlers:
             gpu.weights_NK[span] = routing.weights_TK
             gpu.experts_NK[span] = routing.experts_TK
         if experts:
-            counts = experts_on_gpu(
-                self.backend, self.memory, x_RD, routing, experts, stacks, hidden_RD
-            )
+            counts = experts_on_gpu(self.backend, self.memory, x_RD, routing, experts, stacks, hidden_RD)
             if not self.pipeline.cpu_experts[x.layer]:
                 self.state.count_routed(x.layer, counts)
         return 0

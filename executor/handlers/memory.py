@@ -31,9 +31,8 @@ class Exchange:
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor, *, num_requests: int,
-        ffn_on_cpu: bool,
-    ) -> None:  # fmt: skip
+        self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor, *, num_requests: int, ffn_on_cpu: bool
+    ) -> None:
         start = 0
 
         def rows(width: int, of: torch.dtype) -> Tensor:
@@ -62,17 +61,14 @@ class PrefillBuffers:
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, prefix: Tensor,
-        chunk_tokens: int,
-    ) -> None:  # fmt: skip
+        self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, prefix: Tensor, chunk_tokens: int
+    ) -> None:
         numbers = TOKEN_NUMBER_BYTES * BUFFERS * chunk_tokens
         self.numbers_BT = gpu[:numbers].view(torch.int64).view(BUFFERS, -1)
         elements = gpu[numbers:].view(dtype)
         hidden = BUFFERS * chunk_tokens * spec.hidden_size
         self.hidden_BTD = elements[:hidden].view(BUFFERS, chunk_tokens, spec.hidden_size)
-        self.kv_BT2Gd = elements[hidden:].view(
-            BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim
-        )
+        self.kv_BT2Gd = elements[hidden:].view(BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim)
         self.prefix_C2Gd = prefix.view(dtype).view(-1, 2, spec.num_kv_heads, spec.head_dim)
         tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
         self.host_numbers = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64)
@@ -107,9 +103,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
     def take(name: str) -> Tensor:
         return backend.allocate(Device.GPU, gpu_plan[name])
 
-    workspace, sampling_workspace = backend.workspace(
-        gpu_plan["workspace"], gpu_plan["workspace"] + gpu_plan["logits"]
-    )
+    workspace, sampling_workspace = backend.workspace(gpu_plan["workspace"], gpu_plan["workspace"] + gpu_plan["logits"])
     weights = WeightPages(
         spec,
         policy,
@@ -142,9 +136,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
             gpu=take("prefill_buffers"),
             host=host.memory["prefill_hidden"],
             # Decode's KV buffers are as long as any prompt, and idle until then.
-            prefix=kv_buffers[: len(kv_buffers) // BUFFERS]
-            if len(kv_buffers)
-            else take("prefix_buffer"),
+            prefix=kv_buffers[: len(kv_buffers) // BUFFERS] if len(kv_buffers) else take("prefix_buffer"),
             chunk_tokens=policy.prefill_chunk_tokens,
         ),
         workspace=workspace,

@@ -19,9 +19,13 @@ class PageHandlers:
     """
 
     def __init__(
-        self, backend: AbstractBackend, weights: WeightPages, pipeline: Pipeline,
-        streamed: Sequence[int], idle: Callable[[], bool],
-    ) -> None:  # fmt: skip
+        self,
+        backend: AbstractBackend,
+        weights: WeightPages,
+        pipeline: Pipeline,
+        streamed: Sequence[int],
+        idle: Callable[[], bool],
+    ) -> None:
         self._backend, self._weights, self._pipeline = backend, weights, pipeline
         self._streamed, self._idle = streamed, idle
 

@@ -16,12 +16,7 @@ from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.lanes import Handler
-from executor.model import (
-    Architecture,
-    post_attention,
-    pre_attention,
-    prefill_attention,
-)
+from executor.model import Architecture, post_attention, pre_attention, prefill_attention
 from executor.weight_pages import LayerWeights
 from hrm.memory import TOKEN_NUMBER_BYTES
 from hrm.policy import Policy
@@ -49,22 +44,19 @@ class PrefillHandlers:
 
     @staticmethod
     def make(
-        backend: AbstractBackend, arch: Architecture, policy: Policy, pipeline: Pipeline,
-        memory: RunMemory, state: BatchState, chunks: tuple[Chunk, ...],
-    ) -> dict[TaskKind, Handler]:  # fmt: skip
+        backend: AbstractBackend,
+        arch: Architecture,
+        policy: Policy,
+        pipeline: Pipeline,
+        memory: RunMemory,
+        state: BatchState,
+        chunks: tuple[Chunk, ...],
+    ) -> dict[TaskKind, Handler]:
         """The handler of every kind that occurs in prefill."""
-        tokens = [
-            torch.tensor([token for part in chunk.parts for token in part.tokens])
-            for chunk in chunks
-        ]
-        positions = [
-            torch.cat([torch.arange(part.start, part.end) for part in chunk.parts])
-            for chunk in chunks
-        ]
+        tokens = [torch.tensor([token for part in chunk.parts for token in part.tokens]) for chunk in chunks]
+        positions = [torch.cat([torch.arange(part.start, part.end) for part in chunk.parts]) for chunk in chunks]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
-        handlers = PrefillHandlers(
-            backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, positions
-        )
+        handlers = PrefillHandlers(backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, positions)
         if not backend.shares_memory:
             handlers.write_numbers()
         spec = arch.spec
@@ -91,9 +83,7 @@ class PrefillHandlers:
 
     def embed(self, x: TaskId) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
-        torch.index_select(
-            self.memory.weights.embedding, 0, self.tokens[x.micro_batch], out=self._host(x)
-        )
+        torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.micro_batch], out=self._host(x))
         return self.load_hidden(x)
 
     def load_hidden(self, x: TaskId) -> int:
@@ -149,17 +139,12 @@ class PrefillHandlers:
             hidden_TD.index_copy_(0, last_R, hidden_RD)
         return 0
 
-    def _after_attention(
-        self, x: TaskId, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights
-    ) -> None:
+    def _after_attention(self, x: TaskId, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights) -> None:
         """The rest of a layer, for all of a chunk's tokens or some."""
-        x_TD, routing = post_attention(
-            self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace
-        )
+        x_TD, routing = post_attention(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
         counts = experts_on_gpu(
-            self.backend, self.memory, x_TD, routing, weights.all_experts, weights.all_stacks,
-            hidden_TD,
-        )  # fmt: skip
+            self.backend, self.memory, x_TD, routing, weights.all_experts, weights.all_stacks, hidden_TD
+        )
         self.state.count_routed(x.layer, counts)
 
     def store_kv(self, x: TaskId) -> int:

@@ -72,8 +72,7 @@ class Rows:
             starts,
             lengths,
             torch.tensor(
-                [start + length - 1 for start, length in zip(starts, lengths, strict=True)],
-                dtype=torch.int64,
+                [start + length - 1 for start, length in zip(starts, lengths, strict=True)], dtype=torch.int64
             ),
         )
 
@@ -97,22 +96,17 @@ class BatchState:
     """
 
     def __init__(
-        self, batch: Batch, arch: Architecture, stops: EndOfText,
-        ended: Callable[[Generated], object] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self, batch: Batch, arch: Architecture, stops: EndOfText, ended: Callable[[Generated], object] = lambda _: None
+    ) -> None:
         self._eos = frozenset(arch.eos_token_ids)
         self._stops, self._ended = stops, ended
-        self.sequences = [
-            [Generated(placed) for placed in micro_batch.placed]
-            for micro_batch in batch.micro_batches
-        ]
+        self.sequences = [[Generated(placed) for placed in micro_batch.placed] for micro_batch in batch.micro_batches]
         self.routed_tokens = [[0] * arch.spec.num_experts for _ in range(arch.spec.num_layers)]
         self._routed_on_device: Tensor | None = None
         self.num_active = batch.num_requests
         self.num_generated = 0
         self._longest_first = sorted(
-            (s for members in self.sequences for s in members),
-            key=lambda s: -s.placed.request.params.max_tokens,
+            (s for members in self.sequences for s in members), key=lambda s: -s.placed.request.params.max_tokens
         )
         self._num_longer_ended = 0  # of them, before the first that goes on
         # Prefill gives each request its first token; these are the others.
@@ -167,9 +161,11 @@ class BatchState:
         """
         if token == NO_TOKEN:
             error = RunError(
-                f"logits of the request's token {len(sequence.tokens) + 1}", "<not finite>",
-                "must be finite numbers", "run in bfloat16 or float32, or check the weights",
-            )  # fmt: skip
+                f"logits of the request's token {len(sequence.tokens) + 1}",
+                "<not finite>",
+                "must be finite numbers",
+                "run in bfloat16 or float32, or check the weights",
+            )
             self._end(sequence, ERROR, str(error))
             return
         params = sequence.placed.request.params
@@ -223,9 +219,8 @@ class BatchState:
 
 
 def sample(
-    arch: Architecture, memory: RunMemory, state: BatchState, hidden_RD: Tensor,
-    sequences: Sequence[Generated],
-) -> None:  # fmt: skip
+    arch: Architecture, memory: RunMemory, state: BatchState, hidden_RD: Tensor, sequences: Sequence[Generated]
+) -> None:
     """Choose and append the next token of each sequence, from its last hidden state."""
     workspace, head = memory.sampling_workspace, memory.weights.head
     workspace.reset()

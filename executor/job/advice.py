@@ -14,9 +14,15 @@ _FULLER = 1.1  # than the cache of a whole batch: less than that is not worth a 
 
 
 def advice(
-    found: Survey, policy_file: PolicyFile, *, model: Path, policy: Path, input_: Path,
-    directory: Path, gpu_memory_bytes: int | None,
-) -> str | None:  # fmt: skip
+    found: Survey,
+    policy_file: PolicyFile,
+    *,
+    model: Path,
+    policy: Path,
+    input_: Path,
+    directory: Path,
+    gpu_memory_bytes: int | None,
+) -> str | None:
     """A line with the search that solves a policy for this input; None if this one is for it.
 
     The machine that the policy was solved for is written into the directory, for that search;
@@ -30,15 +36,27 @@ def advice(
     wanted = asked.workload()
     mean_new = wanted.mean_gen_len
     command = [
-        "hrm", "search", "--model", str(model), "--profile", str(machine),
-        "--dtype", policy_file.policy.dtype,
+        "hrm",
+        "search",
+        "--model",
+        str(model),
+        "--profile",
+        str(machine),
+        "--dtype",
+        policy_file.policy.dtype,
         *(["--gpu-memory", f"{gpu_memory_bytes}B"] if gpu_memory_bytes is not None else []),
-        "--prompt-len", f"{wanted.prompt_len:.1f}", "--max-prompt-len", str(wanted.max_prompt_len),
-        "--gen-len", str(wanted.gen_len),
+        "--prompt-len",
+        f"{wanted.prompt_len:.1f}",
+        "--max-prompt-len",
+        str(wanted.max_prompt_len),
+        "--gen-len",
+        str(wanted.gen_len),
         *(["--mean-gen-len", f"{mean_new:.1f}"] if mean_new is not None else []),
-        "--requests", str(asked.requests),
-        "--out", str(policy.with_name(f"{policy.stem}-for-{input_.stem}.json")),
-    ]  # fmt: skip
+        "--requests",
+        str(asked.requests),
+        "--out",
+        str(policy.with_name(f"{policy.stem}-for-{input_.stem}.json")),
+    ]
     return (
         f"the input asks for more than the policy was solved for ({_told(wanted)}, against "
         f"{_told(solved)}): fewer requests run at once, and those that do not fit at all are "

@@ -25,9 +25,7 @@ TEMPLATE_FILE: Final = "chat_template.jinja"
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
 TEMPLATES: Final = "*.jinja"  # in that folder
 DEFAULT: Final = "default"
-SPECIAL_TOKENS: Final = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
+SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # The names that a message's reasoning is passed under; the first is what templates read.
 REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 OWN_VARIABLES: Final = ("messages", "tools", "documents", "add_generation_prompt")
@@ -60,9 +58,11 @@ class ChatTemplate:
         source = named.get(DEFAULT)
         if source is None:
             raise CheckpointError(
-                f"{path}: chat templates", f"<{', '.join(sorted(named))}>",
-                f"must have one named {DEFAULT}", f"add it as {TEMPLATE_FILE}",
-            )  # fmt: skip
+                f"{path}: chat templates",
+                f"<{', '.join(sorted(named))}>",
+                f"must have one named {DEFAULT}",
+                f"add it as {TEMPLATE_FILE}",
+            )
         return ChatTemplate(source, _special_tokens(folder, config), path)
 
     def render(self, messages: list[Any], variables: Mapping[str, Any] | None = None) -> str:
@@ -74,16 +74,13 @@ class ChatTemplate:
         """
         template = self._template
         messages = [
-            _with_reasoning(_joined(message, index, self._reads_parts))
-            for index, message in enumerate(messages)
+            _with_reasoning(_joined(message, index, self._reads_parts)) for index, message in enumerate(messages)
         ]
         rule = "must suit the model's chat template"
         with told_as(JobError, "body: messages", rule, "correct the messages"):
             return self._render(template, messages, variables or {})
 
-    def _render(
-        self, template: "Template", messages: list[dict[str, Any]], variables: Mapping[str, Any]
-    ) -> str:
+    def _render(self, template: "Template", messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         self._environment.begin()
         given = {"tools": None, "documents": None, "add_generation_prompt": True}
         return template.render({**given, **self._special_tokens, **variables, "messages": messages})
@@ -110,9 +107,7 @@ class ChatTemplate:
         except Exception:  # noqa: BLE001 - a template is code and may fail in any way
             return False
         # One that takes texts alone shows the list as Python or JSON writes it.
-        return (
-            _MARK in parts and f"text': '{_MARK}" not in parts and f'text": "{_MARK}' not in parts
-        )
+        return _MARK in parts and f"text': '{_MARK}" not in parts and f'text": "{_MARK}' not in parts
 
 
 # -- messages ---------------------------------------------------------------------------------
@@ -126,9 +121,7 @@ def _joined(message: dict[str, Any], index: int, reads_parts: bool) -> dict[str,
     if isinstance(content, str):
         return message
     if not isinstance(content, list):
-        raise JobError(
-            where, f"<{type(content).__name__}>", "must be a text or a list of parts", "correct it"
-        )
+        raise JobError(where, f"<{type(content).__name__}>", "must be a text or a list of parts", "correct it")
     texts = [_text_of_part(part, f"{where}[{number}]") for number, part in enumerate(content)]
     if reads_parts:
         return {**message, "content": [{"type": "text", "text": text} for text in texts]}
@@ -147,9 +140,11 @@ def _text_of_part(part: Any, where: str) -> str:
     )
     if key is None:
         raise JobError(
-            f"{where}.type", kind, "must be text: the model reads no images, sounds or files",
+            f"{where}.type",
+            kind,
+            "must be text: the model reads no images, sounds or files",
             "leave the part out or describe it in words",
-        )  # fmt: skip
+        )
     text = part.get(key)
     if not isinstance(text, str):
         raise JobError(f"{where}.{key}", "<malformed>", "must be a text", "correct it")
@@ -178,17 +173,20 @@ def _templates(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, st
     path, source = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(source, list):
         named = {
-            item["name"]: item["template"] for item in source
+            item["name"]: item["template"]
+            for item in source
             if isinstance(item, dict) and {"name", "template"} <= item.keys()
-        }  # fmt: skip
+        }
     elif source is not None:
         named = {DEFAULT: source}
     for template in named.values():
         if not isinstance(template, str):
             raise CheckpointError(
-                f"{path}: chat_template", f"<{type(template).__name__}>",
-                "must be a text, or a list of named ones", "download the file again",
-            )  # fmt: skip
+                f"{path}: chat_template",
+                f"<{type(template).__name__}>",
+                "must be a text, or a list of named ones",
+                "download the file again",
+            )
     return path, named
 
 
@@ -272,9 +270,7 @@ def _environment() -> "LimitedEnvironment":
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    made = LimitedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    made = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = bounded("tojson", _to_json)  # jinja2's own writes < as \u003c
     made.globals |= {
         "raise_exception": raise_exception,
@@ -286,16 +282,17 @@ def _environment() -> "LimitedEnvironment":
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | str | None = None,  # noqa: FBT001, FBT002 - a filter's
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,  # noqa: FBT001, FBT002
-) -> str:  # fmt: skip
+    value: Any,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - a filter's
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
     # Written many times over, what is between the values must be short.
     indentation = indent if isinstance(indent, int) else len(indent or "")
     if max(indentation, *map(len, separators or ("",))) > MAX_BETWEEN:
         raise ValueError(f"tojson writes at most {MAX_BETWEEN} characters between values")
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _now(form: str) -> str:

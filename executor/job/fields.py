@@ -17,53 +17,112 @@ CHAT: Final = "/v1/chat/completions"
 URLS: Final = (COMPLETIONS, CHAT)
 
 _SAMPLING: Final = {
-    "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "ignore_eos",
     "stop_token_ids",
-}  # fmt: skip
+}
 _HONOURED: Final = {
     COMPLETIONS: _SAMPLING | {"prompt", "add_special_tokens"},
-    CHAT: _SAMPLING | {
-        "messages", "add_special_tokens", "add_generation_prompt", "documents",
-        "chat_template_kwargs",
-    },
-}  # fmt: skip
+    CHAT: _SAMPLING | {"messages", "add_special_tokens", "add_generation_prompt", "documents", "chat_template_kwargs"},
+}
 # The value of `logprobs` that asks for those of the chosen tokens and no others.
 CHOSEN_ALONE: Final = {COMPLETIONS: 0, CHAT: True}
 _INTEGERS: Final = {"max_tokens", "max_completion_tokens", "seed", "stop_token_ids", "prompt"}
 
 # For bookkeeping, caches and scheduling: no answer depends on them.
 _IGNORED: Final = {
-    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "cache_salt", "request_id", "rid", "priority", "prediction",
-    "stream_options", "parallel_tool_calls", "spaces_between_special_tokens", "truncation_side",
-    "stream_interval", "media_io_kwargs",
-}  # fmt: skip
+    "model",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "cache_salt",
+    "request_id",
+    "rid",
+    "priority",
+    "prediction",
+    "stream_options",
+    "parallel_tool_calls",
+    "spaces_between_special_tokens",
+    "truncation_side",
+    "stream_interval",
+    "media_io_kwargs",
+}
 
 # The values that change nothing, the first of which is told.
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     # how many answers, and how they are sent
-    "n": (1,), "best_of": (1,), "use_beam_search": (False,), "early_stopping": (False,),
-    "length_penalty": (1,), "stream": (False,), "echo": (False,), "suffix": ("",),
-    "logprobs": (False,), "top_logprobs": (0,), "prompt_logprobs": (False,),
-    "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
-    "return_hidden_states": (False,), "detokenize": (True,),
-    "modalities": (["text"],), "response_format": ({"type": "text"},), "verbosity": ("medium",),
+    "n": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "length_penalty": (1,),
+    "stream": (False,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_hidden_states": (False,),
+    "detokenize": (True,),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "verbosity": ("medium",),
     # which tokens may come
-    "top_k": (-1, 0), "min_p": (0,), "top_a": (0,), "typical_p": (1,), "min_tokens": (0,),
-    "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "logit_bias": ({},), "bad_words": ([],), "logits_processors": ([],), "custom_params": ({},),
-    "structured_outputs": ({},), "guided_json": (), "guided_regex": ("",), "guided_choice": ([],),
-    "guided_grammar": ("",), "json_schema": (), "regex": ("",), "ebnf": ("",),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "custom_params": ({},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": ("",),
+    "guided_choice": ([],),
+    "guided_grammar": ("",),
+    "json_schema": (),
+    "regex": ("",),
+    "ebnf": ("",),
     # what ends an answer, and what of it is said
-    "skip_special_tokens": (True,), "include_stop_str_in_output": (False,),
-    "no_stop_trim": (False,), "include_reasoning": (True,), "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "no_stop_trim": (False,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
     # what the prompt is made of
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "continue_final_message": (False,), "audio": ({},),
-    "mm_processor_kwargs": ({},), "vllm_xargs": ({},), "kv_transfer_params": ({},),
-    "web_search_options": (), "reasoning_effort": (), "chat_template": (), "prompt_embeds": (),
-    "truncate_prompt_tokens": (), "allowed_token_ids": (), "thinking_token_budget": (),
-}  # fmt: skip
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "continue_final_message": (False,),
+    "audio": ({},),
+    "mm_processor_kwargs": ({},),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": ({},),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "chat_template": (),
+    "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "thinking_token_budget": (),
+}
 # With temperature 0 the most probable token is taken, whatever these say of the others.
 _OF_CHANCE: Final = {"top_k", "min_p", "typical_p", "top_a"}
 
@@ -87,14 +146,8 @@ def checked_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
             _refuse_unknown(key, value, url)
         elif not any(_same(value, one) for one in neutral) and not _changes_nothing(key, value):
             allowed = " or ".join(map(json.dumps, (*neutral, None)))
-            raise JobError(
-                f"body: {key}", _brief(value), f"must be {allowed}; more is not supported",
-                "remove it",
-            )  # fmt: skip
-    return {
-        key: _as_integers(value) if key in _INTEGERS else value
-        for key, value in given.items() if key in honoured
-    }  # fmt: skip
+            raise JobError(f"body: {key}", _brief(value), f"must be {allowed}; more is not supported", "remove it")
+    return {key: _as_integers(value) if key in _INTEGERS else value for key, value in given.items() if key in honoured}
 
 
 def needed(fields: Mapping[str, Any], key: str) -> Any:
@@ -129,9 +182,8 @@ def _refuse_unknown(key: str, value: Any, url: str) -> None:
     elsewhere = [other for other in URLS if key in _HONOURED[other]]
     if elsewhere:
         raise JobError(
-            f"body: {key}", _brief(value), f"is a field of {elsewhere[0]}, not of {url}",
-            "correct the url or the field",
-        )  # fmt: skip
+            f"body: {key}", _brief(value), f"is a field of {elsewhere[0]}, not of {url}", "correct the url or the field"
+        )
     raise JobError(f"body: {key}", _brief(value), "is no field known here", "remove it")
 
 

@@ -18,9 +18,7 @@ from hrm.files import open_regular, read_regular
 
 JOB_JSON: Final = "job.json"
 SCHEMA: Final = 1
-TEXT_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE,
-)  # fmt: skip
+TEXT_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE)
 _SAMPLES: Final = 16  # of a file of weights that are compared, spread over all of it
 _SAMPLE_BYTES: Final = 4096
 _MEANING: Final = {  # the option that decides a field, and what it is called there
@@ -93,10 +91,11 @@ class Identity:
             option, word = _MEANING[field.name]
             is_plain = field.name in {"dtype", "seed"}
             raise JobError(
-                f"{option}: {word}", now if is_plain else "<another>",
+                f"{option}: {word}",
+                now if is_plain else "<another>",
                 f"must be {repr(then) if is_plain else 'the one'} with which {directory} was begun",
                 "give that one, or choose another --output-dir",
-            )  # fmt: skip
+            )
 
 
 def digest_of_line(content: dict[str, Any]) -> str:

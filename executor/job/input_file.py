@@ -10,17 +10,27 @@ from hrm.units import MIB
 
 MAX_LINE_BYTES: Final = 64 * MIB  # a book in a line has some
 _PACKED: Final = {
-    b"\x1f\x8b": ("gzip", "gunzip"), b"PK\x03\x04": ("zip", "unzip"), b"BZh": ("bzip2", "bunzip2"),
-    b"\xfd7zXZ\x00": ("xz", "unxz"), b"\x28\xb5\x2f\xfd": ("zstandard", "unzstd"),
-}  # fmt: skip
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"PK\x03\x04": ("zip", "unzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\x00": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstandard", "unzstd"),
+}
 _OTHER: Final = {
-    b"PAR1": "parquet", b"ARROW1": "arrow", b"Obj\x01": "avro", b"SQLite format 3": "sqlite",
-    b"%PDF": "PDF", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
-}  # fmt: skip
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"Obj\x01": "avro",
+    b"SQLite format 3": "sqlite",
+    b"%PDF": "PDF",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
 _WIDE: Final = {
-    b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
-}  # fmt: skip
+}
 _MARK: Final = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front
 _START: Final = 4096  # bytes that are looked at
 
@@ -53,25 +63,16 @@ def check_input(path: Path) -> None:
             file.seek(0)
             is_empty = all(not line.strip() for line in lines_in(file))
         except OSError as error:
-            raise JobError(
-                f"--input: {path}", f"<{error.strerror}>", "must be readable", "check the disk"
-            ) from error
+            raise JobError(f"--input: {path}", f"<{error.strerror}>", "must be readable", "check the disk") from error
     if is_empty:
-        raise JobError(
-            f"--input: {path}", "<no lines>", "must hold a request at least", "check what wrote it"
-        )
+        raise JobError(f"--input: {path}", "<no lines>", "must hold a request at least", "check what wrote it")
 
 
 def _check_form(path: Path, start: bytes) -> None:
     """Refuse what is no JSON lines from its first bytes on."""
     found, remedy = _other_form(start)
     if found:
-        raise JobError(
-            f"--input: {path}",
-            f"<{found}>",
-            "must be JSON lines in UTF-8, a request a line",
-            remedy,
-        )
+        raise JobError(f"--input: {path}", f"<{found}>", "must be JSON lines in UTF-8, a request a line", remedy)
 
 
 def _other_form(start: bytes) -> tuple[str, str]:

@@ -51,15 +51,15 @@ def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> N
     solved_for = whole_attention(replace(policy_file.model, name=spec.name))
     if solved_for != spec:
         differing = [
-            name for name in ModelSpec.__dataclass_fields__
-            if getattr(solved_for, name) != getattr(spec, name)
-        ]  # fmt: skip
+            name for name in ModelSpec.__dataclass_fields__ if getattr(solved_for, name) != getattr(spec, name)
+        ]
         field_ = differing[0]
         raise PolicyError(
-            f"{path}: model.{field_}", getattr(solved_for, field_),
+            f"{path}: model.{field_}",
+            getattr(solved_for, field_),
             f"must be the model's {getattr(spec, field_)!r}",
             "run hrm search with this --model",
-        )  # fmt: skip
+        )
 
 
 def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
@@ -67,10 +67,11 @@ def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
     stages = policy_file.profile.num_gpus
     if policy_file.policy.parallelism is Parallelism.PIPELINE and stages > 1:
         raise PolicyError(
-            f"{path}: policy.parallelism", policy_file.policy.parallelism.value,
+            f"{path}: policy.parallelism",
+            policy_file.policy.parallelism.value,
             f"is that of one of {stages} stages, and what is run is the whole model",
             "run hrm search for a machine with one GPU",
-        )  # fmt: skip
+        )
 
 
 def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy) -> Prepared:
@@ -91,10 +92,11 @@ def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
     available = available_ram_bytes()
     if needed_bytes > available:
         raise PolicyError(
-            "policy: memory of this machine", f"<{needed_bytes} bytes planned>",
+            "policy: memory of this machine",
+            f"<{needed_bytes} bytes planned>",
             f"must fit the {available} bytes that are available",
             "close other programs, or search again with a lower --cpu-memory",
-        )  # fmt: skip
+        )
     return Prepared(backend, Planned(policy, plan), _staged(policy_file, policy, options, backend))
 
 
@@ -142,20 +144,25 @@ def accelerator_for(name: str, profile: HardwareProfile) -> str:
 def _check_for_cuda(name: str, profile: HardwareProfile, options: AcceleratorOptions) -> None:
     if not profile.has_accelerator:
         raise RunError(
-            "--accelerator", name, "needs a policy for two levels of memory, and this one has one",
+            "--accelerator",
+            name,
+            "needs a policy for two levels of memory, and this one has one",
             "solve it for a profile with a GPU, say of hrm profile --accelerator cuda:0",
-        )  # fmt: skip
+        )
     if profile.num_gpus > 1:
         raise RunError(
-            "--accelerator", name,
+            "--accelerator",
+            name,
             f"is one GPU, and the policy was solved for {profile.num_gpus}",
             "solve it for one of them",
-        )  # fmt: skip
+        )
     if options.link_bytes_per_s is not None:
         raise RunError(
-            "--link-bandwidth", options.link_bytes_per_s, "is what an emulated link is paced to",
+            "--link-bandwidth",
+            options.link_bytes_per_s,
+            "is what an emulated link is paced to",
             "leave it out or use --accelerator emulated",
-        )  # fmt: skip
+        )
 
 
 def predicted_seconds(
@@ -184,24 +191,19 @@ def predicted_seconds(
     return seconds_of
 
 
-def budgeted_plan(
-    policy_file: PolicyFile, policy: Policy, gpu_memory_bytes: int | None = None
-) -> MemoryPlan:
+def budgeted_plan(policy_file: PolicyFile, policy: Policy, gpu_memory_bytes: int | None = None) -> MemoryPlan:
     """The policy's memory plan with the policy file's budgets as capacities."""
     plan = plan_memory(policy_file.model, policy, policy_file.profile)
     budgets = dict(policy_file.memory_budget_bytes)
     if gpu_memory_bytes is not None:
         budgets[plan.gpu.name] = gpu_memory_bytes
     gpu, cpu = (
-        replace(level, capacity_bytes=budgets.get(level.name, level.capacity_bytes))
-        for level in (plan.gpu, plan.cpu)
+        replace(level, capacity_bytes=budgets.get(level.name, level.capacity_bytes)) for level in (plan.gpu, plan.cpu)
     )
     return MemoryPlan(gpu, cpu, plan.pinned)
 
 
-def emulated_machine(
-    options: AcceleratorOptions, policy_file: PolicyFile
-) -> EmulatedMachine | None:
+def emulated_machine(options: AcceleratorOptions, policy_file: PolicyFile) -> EmulatedMachine | None:
     """The accelerator to emulate: the policy's, changed as the options say; None if it has none."""
     profile = policy_file.profile
     bandwidth = options.link_bytes_per_s
@@ -227,6 +229,4 @@ def _rate(value: float) -> Rate:
 
 def _link(source: str, target: str, bandwidth: float) -> Link:
     latency = Figure(value=10e-6, source=Source.ASSUMED, note="emulated link")
-    return Link(
-        source=source, target=target, latency_s=latency, bandwidth_bytes_per_s=_rate(bandwidth)
-    )
+    return Link(source=source, target=target, latency_s=latency, bandwidth_bytes_per_s=_rate(bandwidth))

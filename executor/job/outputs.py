@@ -13,15 +13,7 @@ from executor.errors import JobError
 from executor.job.requests import Rejected
 from executor.job.tokenizer import TextTokenizer
 from hrm.decoding import decode_json
-from hrm.files import (
-    NewFile,
-    closing_on_error,
-    open_append,
-    open_locked,
-    open_regular,
-    replaceable,
-    write_all,
-)
+from hrm.files import NewFile, closing_on_error, open_append, open_locked, open_regular, replaceable, write_all
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -50,14 +42,15 @@ class RunDirectory:
             self._lock = open_locked(path / LOCK)
         except BlockingIOError as error:
             raise JobError(
-                "--output-dir", str(path), f"is {error.strerror}, another run",
+                "--output-dir",
+                str(path),
+                f"is {error.strerror}, another run",
                 "wait for it or choose another directory",
-            ) from error  # fmt: skip
+            ) from error
         except OSError as error:
             raise JobError(
-                "--output-dir", str(path), f"cannot be written to ({error.strerror})",
-                "choose another",
-            ) from error  # fmt: skip
+                "--output-dir", str(path), f"cannot be written to ({error.strerror})", "choose another"
+            ) from error
         try:
             with closing_on_error(self._lock):
                 replaceable(self._outputs)  # first: it may be a link or a pipe
@@ -85,9 +78,11 @@ class RunDirectory:
     def _refuse_outputs(self) -> None:
         if self._outputs.exists() and self._outputs.stat().st_size:
             raise JobError(
-                "--output-dir", str(self.path), f"already holds {OUTPUTS}",
+                "--output-dir",
+                str(self.path),
+                f"already holds {OUTPUTS}",
                 "choose another directory, or go on with --resume",
-            )  # fmt: skip
+            )
 
     def begin(self) -> None:
         """Make the outputs ready for more: all answers stay, a line cut short and errors go.
@@ -157,16 +152,20 @@ class RunDirectory:
                         yield name, _digest_in(_text(response["request_id"]), name)
                 except (ValueError, KeyError, TypeError) as error:
                     raise JobError(
-                        f"{self._outputs}: line {number}", f"<{error}>",
-                        "must be an output line to resume from", "choose another --output-dir",
-                    ) from error  # fmt: skip
+                        f"{self._outputs}: line {number}",
+                        f"<{error}>",
+                        "must be an output line to resume from",
+                        "choose another --output-dir",
+                    ) from error
 
 
 def _not_written(path: Path, error: OSError) -> JobError:
     return JobError(
-        str(path), f"<{error.strerror}>", "must be writable, with room on the disk",
+        str(path),
+        f"<{error.strerror}>",
+        "must be writable, with room on the disk",
         "what it holds is kept: make room and go on with --resume, or choose another --output-dir",
-    )  # fmt: skip
+    )
 
 
 def rejected_line(rejected: Rejected) -> dict[str, Any]:
@@ -180,12 +179,7 @@ def failed_line(name: str, message: str) -> dict[str, Any]:
 
 
 def _error_line(name: str, code: str, message: str) -> dict[str, Any]:
-    return {
-        "id": f"batch_req_{name}",
-        "custom_id": name,
-        "response": None,
-        "error": {"code": code, "message": message},
-    }
+    return {"id": f"batch_req_{name}", "custom_id": name, "response": None, "error": {"code": code, "message": message}}
 
 
 def _text(value: Any) -> str:
@@ -200,9 +194,8 @@ def _digest_in(request_id: str, name: str) -> str | None:
 
 
 def completion_line(
-    completion: Completion, model: str, text: str, *, chat: bool = False,
-    logprobs: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    completion: Completion, model: str, text: str, *, chat: bool = False, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The output line of a request that was run, in the OpenAI batch output form."""
     name = completion.request.name
     choice = {
@@ -219,27 +212,17 @@ def completion_line(
         "created": int(time.time()),
         "model": model,
         "choices": [choice],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-        },
+        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
     }
     return {
         "id": f"batch_req_{name}",
         "custom_id": name,
-        "response": {
-            "status_code": 200,
-            "request_id": f"req_{completion.request.digest or name}",
-            "body": body,
-        },
+        "response": {"status_code": 200, "request_id": f"req_{completion.request.digest or name}", "body": body},
         "error": None,
     }
 
 
-def logprobs_json(
-    completion: Completion, tokenizer: TextTokenizer | None, *, chat: bool
-) -> dict[str, Any] | None:
+def logprobs_json(completion: Completion, tokenizer: TextTokenizer | None, *, chat: bool) -> dict[str, Any] | None:
     """The log probabilities of all tokens, the one that ended it too; None if not asked for.
 
     In the form of OpenAI's chat or completions API; without a tokenizer tokens are named by id.
@@ -249,15 +232,18 @@ def logprobs_json(
     prompt, tokens, logprobs = completion.request.prompt, completion.tokens, completion.logprobs
     texts = [
         tokenizer.continuation([*prompt, *tokens[:index]], tokens[index : index + 1])
-        if tokenizer is not None else f"token_id:{token}"
+        if tokenizer is not None
+        else f"token_id:{token}"
         for index, token in enumerate(tokens)
-    ]  # fmt: skip
+    ]
     if chat:
         items = zip(texts, logprobs, strict=True)
-        return {"content": [
-            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in items
-        ]}  # fmt: skip
+        return {
+            "content": [
+                {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, logprob in items
+            ]
+        }
     return {
         "tokens": texts,
         "token_logprobs": list(logprobs),
@@ -271,9 +257,7 @@ def text_of(completion: Completion, tokenizer: TextTokenizer | None, eos: frozen
     if tokenizer is None:
         return ""
     params, tokens = completion.request.params, list(completion.tokens)
-    if completion.finish_reason == "stop" and (
-        tokens[-1] in eos or tokens[-1] in params.stop_token_ids
-    ):
+    if completion.finish_reason == "stop" and (tokens[-1] in eos or tokens[-1] in params.stop_token_ids):
         tokens.pop()
     text = tokenizer.continuation(completion.request.prompt, tokens)
     ends = [text.find(stop) for stop in params.stop if stop in text]

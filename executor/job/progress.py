@@ -66,9 +66,7 @@ class Forecast:
             workload = wanted.workload()
             whole = replace(workload, mean_gen_len=None)
             few = replace(workload, mean_gen_len=1 + _FEW * (workload.gen_len - 1))
-            asked, all_active, few_active = (
-                estimate(spec, policy, profile, one) for one in (workload, whole, few)
-            )
+            asked, all_active, few_active = (estimate(spec, policy, profile, one) for one in (workload, whole, few))
         except HrmError:  # a display does without
             return None
         seconds = {Phase.PREFILL: asked.prefill.seconds, Phase.DECODE: asked.decode.seconds}

@@ -51,11 +51,7 @@ class PhaseTotals:
             "seconds": self.seconds,
             "step_s": asdict(Spread.of(self.step_s)),
             "kinds": {
-                kind.name: {
-                    "count": total.count,
-                    "seconds": total.seconds,
-                    "num_bytes": total.num_bytes,
-                }
+                kind.name: {"count": total.count, "seconds": total.seconds, "num_bytes": total.num_bytes}
                 for kind, total in self.by_kind.items()
             },
             "lanes": {
@@ -81,9 +77,7 @@ class Totals:
     generated_tokens: int = 0
     max_generated_tokens: int = 0
     asked_tokens: int = 0
-    phases: dict[Phase, PhaseTotals] = field(
-        default_factory=lambda: {phase: PhaseTotals() for phase in Phase}
-    )
+    phases: dict[Phase, PhaseTotals] = field(default_factory=lambda: {phase: PhaseTotals() for phase in Phase})
     batches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     num_batches: int = 0
     routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
@@ -172,9 +166,7 @@ class Totals:
         }
 
 
-def memory_json(
-    plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]
-) -> dict[str, dict[str, Any]]:
+def memory_json(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
     """Capacity, planned and peak bytes of each level, planned and peak by purpose."""
     return {
         level.name: {
@@ -190,13 +182,7 @@ def memory_json(
 
 def model_json(spec: ModelSpec, folder: str, dtype: str) -> dict[str, Any]:
     """What was run, and where its weights came from: a folder, or a name if they are random."""
-    return {
-        "name": spec.name,
-        "folder": folder,
-        "family": spec.family,
-        "parameters": spec.parameters,
-        "dtype": dtype,
-    }
+    return {"name": spec.name, "folder": folder, "family": spec.family, "parameters": spec.parameters, "dtype": dtype}
 
 
 def accelerator_json(backend: AbstractBackend, pageable: Sequence[str]) -> dict[str, Any]:
@@ -225,10 +211,20 @@ def versions() -> dict[str, str]:
 
 
 def run_json(
-    *, outcome: str, message: str | None, policy_file: PolicyFile, model: dict[str, Any],
-    accelerator: dict[str, Any], schedule: str, totals: Totals, load_s: float,
-    memory: dict[str, Any], started: datetime, num_spans: int = 0, notice: str = "",
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    outcome: str,
+    message: str | None,
+    policy_file: PolicyFile,
+    model: dict[str, Any],
+    accelerator: dict[str, Any],
+    schedule: str,
+    totals: Totals,
+    load_s: float,
+    memory: dict[str, Any],
+    started: datetime,
+    num_spans: int = 0,
+    notice: str = "",
+) -> dict[str, Any]:
     """All of run.json; `policy_file` is what was run but for its order, which is `schedule`.
 
     If that is not quite what was given, `notice` says why. `num_spans` are in the trace beside it.

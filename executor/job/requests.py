@@ -11,15 +11,7 @@ from executor.batching import Request
 from executor.errors import JobError
 from executor.guard import told_as
 from executor.job.chat import OWN_VARIABLES, ChatTemplate
-from executor.job.fields import (
-    CHAT,
-    COMPLETIONS,
-    URLS,
-    checked_fields,
-    needed,
-    sampling_params,
-    truth,
-)
+from executor.job.fields import CHAT, COMPLETIONS, URLS, checked_fields, needed, sampling_params, truth
 from executor.job.identity import digest_of_line
 from executor.job.input_file import MAX_LINE_BYTES, lines_in, open_input
 from executor.job.room import AnswerRoom
@@ -72,9 +64,7 @@ class LineReader:
     know. Raises CheckpointError if the folder's tokenizer cannot be read.
     """
 
-    def __init__(
-        self, folder: Path, room: AnswerRoom, seed: int = 0, tell: Callable[[str], object] = print
-    ) -> None:
+    def __init__(self, folder: Path, room: AnswerRoom, seed: int = 0, tell: Callable[[str], object] = print) -> None:
         self.tokenizer = TextTokenizer.of_checkpoint(folder)
         self._folder, self._room, self._seed, self._tell = folder, room, seed, tell
         self._has_told = False
@@ -109,18 +99,18 @@ class LineReader:
         unknown = line.keys() - {"custom_id", "method", "url", "body"}
         if unknown:
             raise JobError(
-                min(unknown), line[min(unknown)],
-                "is no field of a batch line: custom_id, method, url, body", "remove it",
-            )  # fmt: skip
+                min(unknown),
+                line[min(unknown)],
+                "is no field of a batch line: custom_id, method, url, body",
+                "remove it",
+            )
         if line.get("method", "POST") != "POST":
             raise JobError("method", line["method"], "must be POST", "correct it")
         url = line.get("url", COMPLETIONS)
         if url not in URLS:
             raise JobError("url", url, f"must be {' or '.join(URLS)}", "correct it")
         fields = checked_fields(_object(line.get("body"), "body"), url)
-        params = self._with_special_stops(
-            sampling_params(fields, self._seed ^ crc32(name.encode()))
-        )
+        params = self._with_special_stops(sampling_params(fields, self._seed ^ crc32(name.encode())))
         chat = url == CHAT
         prompt = self._chat(fields) if chat else self._prompt(fields)
         open_ended = chat and not fields.keys() & {"max_tokens", "max_completion_tokens"}
@@ -137,11 +127,9 @@ class LineReader:
             return params
         if self.tokenizer is None:
             raise JobError(
-                "body: stop", "<a text>", "needs a tokenizer, and the checkpoint has none",
-                "use stop_token_ids",
-            )  # fmt: skip
-        ids = [number for stop in params.stop
-               if (number := self.tokenizer.special_id(stop)) is not None]  # fmt: skip
+                "body: stop", "<a text>", "needs a tokenizer, and the checkpoint has none", "use stop_token_ids"
+            )
+        ids = [number for stop in params.stop if (number := self.tokenizer.special_id(stop)) is not None]
         return replace(params, stop_token_ids=(*params.stop_token_ids, *ids))
 
     def _prompt(self, fields: dict[str, Any]) -> tuple[int, ...]:
@@ -154,22 +142,19 @@ class LineReader:
         if isinstance(prompt, list) and all(type(token) is int for token in prompt):
             return tuple(prompt)
         raise JobError(
-            "body: prompt", prompt if not isinstance(prompt, list) else "<a list>",
-            "must be a text or a list of token ids", "write one request per prompt",
-        )  # fmt: skip
+            "body: prompt",
+            prompt if not isinstance(prompt, list) else "<a list>",
+            "must be a text or a list of token ids",
+            "write one request per prompt",
+        )
 
     def _chat(self, fields: dict[str, Any]) -> tuple[int, ...]:
         messages = needed(fields, "messages")
         template = self._template
         if template is None:
-            raise JobError(
-                "url", CHAT, "needs a chat template, and the checkpoint has none",
-                f"use {COMPLETIONS}",
-            )  # fmt: skip
+            raise JobError("url", CHAT, "needs a chat template, and the checkpoint has none", f"use {COMPLETIONS}")
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise JobError(
-                "body: messages", "<malformed>", "must be a list of objects", "correct it"
-            )
+            raise JobError("body: messages", "<malformed>", "must be a list of objects", "correct it")
         if not messages:
             raise JobError("body: messages", "<empty>", "must hold a message", "add one")
         text = template.render(messages, _template_variables(fields))
@@ -184,19 +169,18 @@ class LineReader:
     def _encode(self, text: str, where: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         if self.tokenizer is None:
             raise JobError(
-                where, "<a text>", "needs a tokenizer, and the checkpoint has no tokenizer.json",
+                where,
+                "<a text>",
+                "needs a tokenizer, and the checkpoint has no tokenizer.json",
                 missing_tokenizer(self._folder),
-            )  # fmt: skip
+            )
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def _name(line: dict[str, Any], seen: set[str]) -> str:
     name = line.get("custom_id")
     if not isinstance(name, str) or not name:
-        raise JobError(
-            "custom_id", "<missing>" if name is None else name, "must be a text",
-            "name the request",
-        )  # fmt: skip
+        raise JobError("custom_id", "<missing>" if name is None else name, "must be a text", "name the request")
     if name in seen:
         raise JobError("custom_id", name, "must not occur twice", "give it a name of its own")
     seen.add(name)
@@ -208,10 +192,7 @@ def _template_variables(fields: dict[str, Any]) -> dict[str, Any]:
     given = _object(fields.get("chat_template_kwargs", {}), "body: chat_template_kwargs")
     own = min(given.keys() & set(OWN_VARIABLES), default=None)
     if own is not None:
-        raise JobError(
-            f"body: chat_template_kwargs: {own}", "<given>", "is set by a field of the body",
-            "remove it",
-        )  # fmt: skip
+        raise JobError(f"body: chat_template_kwargs: {own}", "<given>", "is set by a field of the body", "remove it")
     documents = fields.get("documents")
     if documents is not None and (
         not isinstance(documents, list) or not all(isinstance(one, dict) for one in documents)
@@ -231,9 +212,7 @@ def _parse(raw: bytes) -> Any:
     try:
         return decode_json(raw)
     except Malformed as error:
-        raise JobError(
-            "line", f"<{error}>", "must be a JSON object in UTF-8", "correct it"
-        ) from error
+        raise JobError("line", f"<{error}>", "must be a JSON object in UTF-8", "correct it") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -90,9 +90,8 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[st
         room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.most_positions)
         reader = LineReader(options.model, room, options.seed, progress.tell)
         identity = Identity.of(
-            checkpoint, dtype=policy.dtype, seed=options.seed,
-            computed=prepared.backend.name != "null",
-        )  # fmt: skip
+            checkpoint, dtype=policy.dtype, seed=options.seed, computed=prepared.backend.name != "null"
+        )
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
             job = _Job(options, policy_file, arch, prepared, reader, directory)
             job.prepare(progress, identity)
@@ -104,9 +103,14 @@ class _Job:
     """One job under way."""
 
     def __init__(
-        self, options: JobOptions, policy_file: PolicyFile, arch: Architecture,
-        prepared: Prepared, reader: LineReader, directory: RunDirectory,
-    ) -> None:  # fmt: skip
+        self,
+        options: JobOptions,
+        policy_file: PolicyFile,
+        arch: Architecture,
+        prepared: Prepared,
+        reader: LineReader,
+        directory: RunDirectory,
+    ) -> None:
         self._options, self._policy_file = options, policy_file
         self._arch, self._prepared = arch, prepared
         self._reader, self._directory = reader, directory
@@ -133,30 +137,32 @@ class _Job:
                 " on: model, dtype, seed and requests must be the same as then, unchecked"
             )
         self._survey = survey(
-            options.input, self._reader, directory.answered, directory.path,
-            is_more=lambda request: asks_for_more(
-                request, self._policy_file.workload, self._policy_file.policy
-            ),
+            options.input,
+            self._reader,
+            directory.answered,
+            directory.path,
+            is_more=lambda request: asks_for_more(request, self._policy_file.workload, self._policy_file.policy),
             check=lambda request: check_request(request, arch, self._prepared.planned.policy),
-            fits_model=lambda request: (
-                len(request.prompt) + request.params.max_tokens <= arch.most_positions
-            ),
-            solved_for=self._policy_file.workload.gen_len, most=options.max_requests,
-        )  # fmt: skip
+            fits_model=lambda request: len(request.prompt) + request.params.max_tokens <= arch.most_positions,
+            solved_for=self._policy_file.workload.gen_len,
+            most=options.max_requests,
+        )
         if begun is None:
             directory.write(JOB_JSON, identity.json())
         directory.begin()
         progress.earlier_requests = len(directory.answered)
         wanted = progress.wanted = self._survey.to_run
-        progress.total_requests = (
-            progress.earlier_requests + wanted.requests + self._survey.rejected
-        )
+        progress.total_requests = progress.earlier_requests + wanted.requests + self._survey.rejected
         progress.forecast = Forecast.of(wanted, self._prepared.planned.policy, self._policy_file)
         told = advice(
-            self._survey, self._policy_file, model=options.model, policy=options.policy,
-            input_=options.input, directory=directory.path,
+            self._survey,
+            self._policy_file,
+            model=options.model,
+            policy=options.policy,
+            input_=options.input,
+            directory=directory.path,
             gpu_memory_bytes=options.accelerator.gpu_memory_bytes,
-        )  # fmt: skip
+        )
         if told is not None:
             progress.tell(told)
         self._check_some_run()
@@ -175,14 +181,13 @@ class _Job:
         directory.sync()
         reasons = " | ".join(map(_brief, found.reasons))
         raise JobError(
-            f"--input: {self._options.input}", f"<{counted(found.rejected, 'request')}>",
+            f"--input: {self._options.input}",
+            f"<{counted(found.rejected, 'request')}>",
             f"must hold one that can be run; the first reasons: {reasons}",
             f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
-        )  # fmt: skip
+        )
 
-    def run(
-        self, progress: JobProgress, family: AbstractFamily, source: WeightSource
-    ) -> dict[str, Any]:
+    def run(self, progress: JobProgress, family: AbstractFamily, source: WeightSource) -> dict[str, Any]:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
         generator = self._generator(family, source)
@@ -229,10 +234,11 @@ class _Job:
         if totals.requests or not totals.failed or self._directory.answered:
             return None
         return RunError(
-            f"{self._directory.path / OUTPUTS}", f"<{counted(totals.failed, 'error')}, no answer>",
+            f"{self._directory.path / OUTPUTS}",
+            f"<{counted(totals.failed, 'error')}, no answer>",
             f"must have an answer at least; the first reasons: {' | '.join(self._reasons)}",
             "put right what they say and use --resume",
-        )  # fmt: skip
+        )
 
     def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
@@ -240,9 +246,8 @@ class _Job:
             seconds_of = predicted_seconds(self._policy_file, planned.policy)
             return NullGenerator(backend, self._arch, planned, seconds_of)
         return Generator(
-            backend, self._arch, planned, family=family, source=source,
-            staged=self._prepared.staged, stops=self._stops,
-        )  # fmt: skip
+            backend, self._arch, planned, family=family, source=source, staged=self._prepared.staged, stops=self._stops
+        )
 
     def _judged(self) -> Iterator[Request | Rejected]:
         """What is still to be answered: requests that can be run, and the others as rejected."""
@@ -277,9 +282,10 @@ class _Job:
         """Count a batch whose lines are written, and put its spans into the trace."""
         completions = tuple(
             replace(c, finish_reason=ERROR, error=self._untold.pop(c.request.name))
-            if c.request.name in self._untold else c
+            if c.request.name in self._untold
+            else c
             for c in result.completions
-        )  # fmt: skip
+        )
         self._totals.add(replace(result, completions=completions))
         for phase in (result.prefill, result.decode):
             if phase is not None:
@@ -300,9 +306,7 @@ class _Job:
             told = f"the generated tokens cannot be made a text: {in_a_line(error)}"
             self._untold[item.request.name] = told
             return self._failed_line(item.request.name, told)
-        return completion_line(
-            item, self._arch.spec.name, text, chat=item.request.chat, logprobs=logprobs
-        )
+        return completion_line(item, self._arch.spec.name, text, chat=item.request.chat, logprobs=logprobs)
 
     def _failed_line(self, name: str, reason: str) -> dict[str, Any]:
         if len(self._reasons) < SHOWN_REASONS:
@@ -314,9 +318,7 @@ class _Job:
         assert tokenizer is not None, "checked when the request was read"
         return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
 
-    def _report(
-        self, outcome: str, message: str | None, generator: Generator | NullGenerator
-    ) -> dict[str, Any]:
+    def _report(self, outcome: str, message: str | None, generator: Generator | NullGenerator) -> dict[str, Any]:
         self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told
         content = run_json(
             outcome=outcome,

@@ -68,10 +68,17 @@ class Survey:
 
 
 def survey(
-    path: Path, reader: LineReader, answered: Mapping[str, str | None], directory: Path, *,
-    check: Callable[[Request], None], fits_model: Callable[[Request], bool],
-    is_more: Callable[[Request], bool], solved_for: int, most: int | None,
-) -> Survey:  # fmt: skip
+    path: Path,
+    reader: LineReader,
+    answered: Mapping[str, str | None],
+    directory: Path,
+    *,
+    check: Callable[[Request], None],
+    fits_model: Callable[[Request], bool],
+    is_more: Callable[[Request], bool],
+    solved_for: int,
+    most: int | None,
+) -> Survey:
     """Read the input once, up to `most` requests that can be run and to its end for names.
 
     Answers that may be as long as there is room are asked for the `solved_for` tokens at most.
@@ -94,10 +101,11 @@ def survey(
             _count(made, line, reader, check, fits_model, is_more, solved_for)
     if missing:
         raise JobError(
-            f"--input {path}: request {next(iter(missing))!r}", "<missing>",
+            f"--input {path}: request {next(iter(missing))!r}",
+            "<missing>",
             f"must be there as long as {directory / OUTPUTS} holds its answer",
             "give the input with all of its lines, or choose another --output-dir",
-        )  # fmt: skip
+        )
     for number in broken:
         name = f"line-{number}"
         while name in names:
@@ -109,16 +117,22 @@ def survey(
 def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path) -> None:
     if digest not in {None, digest_of_line(line.content)}:
         raise JobError(
-            f"--input {path}: line {line.number}: request {line.name!r}", "<changed>",
+            f"--input {path}: line {line.number}: request {line.name!r}",
+            "<changed>",
             f"must be as it was when {directory / OUTPUTS} got its answer",
             "put it back, give it another custom_id, or choose another --output-dir",
-        )  # fmt: skip
+        )
 
 
 def _count(
-    made: Survey, line: Line, reader: LineReader, check: Callable[[Request], None],
-    fits_model: Callable[[Request], bool], is_more: Callable[[Request], bool], solved_for: int,
-) -> None:  # fmt: skip
+    made: Survey,
+    line: Line,
+    reader: LineReader,
+    check: Callable[[Request], None],
+    fits_model: Callable[[Request], bool],
+    is_more: Callable[[Request], bool],
+    solved_for: int,
+) -> None:
     try:
         request = reader.request(line)
         if request.prompt and fits_model(request):

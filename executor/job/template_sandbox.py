@@ -165,11 +165,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
         raise SecurityError("the template computes too large a number")
     if operator == "*" and not integers:
         for some, times in ((left, right), (right, left)):
-            if (
-                isinstance(times, int)
-                and isinstance(some, str | list | tuple)
-                and len(some) * times > MAX_TEXT
-            ):
+            if isinstance(times, int) and isinstance(some, str | list | tuple) and len(some) * times > MAX_TEXT:
                 raise SecurityError("the template makes too long a text or list")
     if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
         raise SecurityError("the template makes too long a text or list")

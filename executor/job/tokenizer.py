@@ -69,8 +69,7 @@ class TextTokenizer:
         if not whole.startswith(head):  # the tokens complete a character that was begun
             head = head.rstrip(REPLACEMENT)
         same = next(
-            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b),
-            min(len(head), len(whole)),
+            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
         )
         return whole[same:]
 
@@ -84,9 +83,7 @@ class TextTokenizer:
                 return tail, text
             count *= 2
 
-    def has_stopped(
-        self, prompt: Sequence[int], tokens: Sequence[int], stops: Collection[str]
-    ) -> bool:
+    def has_stopped(self, prompt: Sequence[int], tokens: Sequence[int], stops: Collection[str]) -> bool:
         """Whether the last token completes one of the stop texts in what the tokens say.
 
         Decodes no more of the tokens than the stop texts may reach back to.

@@ -21,9 +21,7 @@ class OutputWriter:
     in the file at once, which outlives the process, and on disk within a second.
     """
 
-    def __init__(
-        self, directory: RunDirectory, line_of: Callable[[Completion | Rejected], dict[str, Any]]
-    ) -> None:
+    def __init__(self, directory: RunDirectory, line_of: Callable[[Completion | Rejected], dict[str, Any]]) -> None:
         self._directory, self._line_of = directory, line_of
         self._queue: SimpleQueue[Completion | Rejected | threading.Event | None] = SimpleQueue()
         self._error: BaseException | None = None

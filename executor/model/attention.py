@@ -27,9 +27,8 @@ NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured 
 
 
 def pre_attention(
-    arch: Architecture, x_TD: Tensor, dense: DenseWeights, positions_T: Tensor,
-    qkv_out_TX: Tensor, workspace: Workspace,
-) -> None:  # fmt: skip
+    arch: Architecture, x_TD: Tensor, dense: DenseWeights, positions_T: Tensor, qkv_out_TX: Tensor, workspace: Workspace
+) -> None:
     """Write queries, keys and values of the normed `x_TD`, rotated to their positions.
 
     `positions_T` are integers from 0, on the device of the other tensors.
@@ -43,9 +42,13 @@ def pre_attention(
 
 
 def prefill_attention(
-    arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int],
-    caches_C2Gd: Sequence[Tensor | None], out_TQ: Tensor, workspace: Workspace,
-) -> None:  # fmt: skip
+    arch: Architecture,
+    qkv_TX: Tensor,
+    lengths: Sequence[int],
+    caches_C2Gd: Sequence[Tensor | None],
+    out_TQ: Tensor,
+    workspace: Workspace,
+) -> None:
     """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
     Where a prompt has a cache, its tokens' keys and values are written to the cache's last rows.
@@ -74,9 +77,7 @@ def prefill_attention(
                     _after_prefix(q_THd, cache_C2Gd, out_THd[prompt])
                 continue
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
-        context = scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=heads != kv_heads
-        )
+        context = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
         out_THd[prompt].copy_(context[0].transpose(0, 1))
     assert start == len(qkv_TX), (start, qkv_TX.shape)
 
@@ -120,9 +121,7 @@ def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
     out_THd.view(split).copy_(context.permute(2, 0, 1, 3))
 
 
-def _after_prefix_in_blocks(
-    q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, workspace: Workspace
-) -> None:
+def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, workspace: Workspace) -> None:
     """The same on the CPU, where a causal mask has to start with the cache's first token.
 
     With a block's queries in reverse, each row of the mask is the one before moved by an element,
@@ -160,9 +159,13 @@ def append_kv(cache_C2Gd: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:
 
 
 def decode_attention(
-    arch: Architecture, qkv_RX: Tensor, cache_C2Gd: Tensor, starts: Sequence[int],
-    lengths: Sequence[int], out_RQ: Tensor,
-) -> None:  # fmt: skip
+    arch: Architecture,
+    qkv_RX: Tensor,
+    cache_C2Gd: Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    out_RQ: Tensor,
+) -> None:
     """Attention of one new token per request over its own part of the cache, in place.
 
     Request r's tokens are the cache's rows from `starts[r]`, `lengths[r]` of them, the new token

@@ -28,9 +28,8 @@ class Routing:
 
 
 def post_attention(
-    arch: Architecture, hidden_TD: Tensor, attention_TQ: Tensor, dense: DenseWeights,
-    workspace: Workspace,
-) -> tuple[Tensor, Routing]:  # fmt: skip
+    arch: Architecture, hidden_TD: Tensor, attention_TQ: Tensor, dense: DenseWeights, workspace: Workspace
+) -> tuple[Tensor, Routing]:
     """Add the projected attention to `hidden_TD`, in place.
 
     Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
@@ -52,9 +51,8 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
 
 
 def run_experts(
-    x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
-    out_TD: Tensor, workspace: Workspace,
-) -> list[int]:  # fmt: skip
+    x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]], out_TD: Tensor, workspace: Workspace
+) -> list[int]:
     """Add to `out_TD` the weighted output of exactly the `experts` given, as (index, weights).
 
     Returns how many tokens are routed to each expert, given or not, up to the last that any is.
@@ -63,9 +61,7 @@ def run_experts(
     compute the experts of at most `max_native_tokens`, torch all others.
     """
     native = kernels()
-    if native is None or not native.takes_experts(
-        x_TD, routing.weights_TK, routing.experts_TK, out_TD
-    ):
+    if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
         return _run_in_torch(x_TD, routing, experts, out_TD, workspace)
     given = list(experts)
     if not given or not len(x_TD):
@@ -77,9 +73,13 @@ def run_experts(
 
 
 def _run_natively(
-    native: Kernels, x_TD: Tensor, routing: Routing, experts: list[tuple[int, ExpertWeights]],
-    out_TD: Tensor, workspace: Workspace,
-) -> tuple[list[int], list[int]]:  # fmt: skip
+    native: Kernels,
+    x_TD: Tensor,
+    routing: Routing,
+    experts: list[tuple[int, ExpertWeights]],
+    out_TD: Tensor,
+    workspace: Workspace,
+) -> tuple[list[int], list[int]]:
     tokens, hidden = x_TD.shape
     intermediate = experts[0][1].w2.shape[1]
     # As much as torch would take for one expert with all tokens, or less if that is enough.
@@ -87,19 +87,21 @@ def _run_natively(
     enough = routing.experts_TK.numel() * native.activation_floats(intermediate)
     mark = workspace.mark()
     done = native.run_experts(
-        x_TD, routing.weights_TK, routing.experts_TK,
-        [(index, weights.w13, weights.w2) for index, weights in experts], out_TD,
+        x_TD,
+        routing.weights_TK,
+        routing.experts_TK,
+        [(index, weights.w13, weights.w2) for index, weights in experts],
+        out_TD,
         workspace.take((min(planned, enough),), torch.float32),
         max_tokens=max_native_tokens(x_TD.dtype),
-    )  # fmt: skip
+    )
     workspace.release(mark)
     return done
 
 
 def _run_in_torch(
-    x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]],
-    out_TD: Tensor, workspace: Workspace,
-) -> list[int]:  # fmt: skip
+    x_TD: Tensor, routing: Routing, experts: Iterable[tuple[int, ExpertWeights]], out_TD: Tensor, workspace: Workspace
+) -> list[int]:
     experts_per_token = routing.experts_TK.shape[1]
     sorted_experts, order = routing.experts_TK.flatten().sort(stable=True)
     weights = routing.weights_TK.flatten()[order].to(x_TD.dtype).unsqueeze(1)
@@ -131,9 +133,8 @@ def _run_in_torch(
 
 
 def logits(
-    arch: Architecture, hidden_RD: Tensor, final_norm_D: Tensor, lm_head_VD: Tensor,
-    workspace: Workspace,
-) -> Tensor:  # fmt: skip
+    arch: Architecture, hidden_RD: Tensor, final_norm_D: Tensor, lm_head_VD: Tensor, workspace: Workspace
+) -> Tensor:
     """Logits of the next token, float32 and taken from the workspace."""
     shape = (len(hidden_RD), len(lm_head_VD))
     logits_RV = workspace.take(shape, torch.float32)

@@ -63,9 +63,16 @@ class GpuKernels:
     grouped: Callable[..., Tensor] | None = None
 
     def decode_attention(
-        self, arch: Architecture, qkv_RX: Tensor, cache_C2Gd: Tensor, numbers: RowNumbers,
-        longest: int, out_RQ: Tensor, *, spare_bytes: int,
-    ) -> None:  # fmt: skip
+        self,
+        arch: Architecture,
+        qkv_RX: Tensor,
+        cache_C2Gd: Tensor,
+        numbers: RowNumbers,
+        longest: int,
+        out_RQ: Tensor,
+        *,
+        spare_bytes: int,
+    ) -> None:
         """Attention of one new token per request over its own part of the cache.
 
         `longest` is the greatest of the lengths. Without flash attention the caches of as many
@@ -76,9 +83,18 @@ class GpuKernels:
         query_RHd = qkv_RX[:, : spec.query_size].view(-1, spec.num_heads, spec.head_dim)
         if self.flash is not None and _takes_flash(cache_C2Gd.dtype, spec.head_dim):
             out_RHd = self.flash(
-                query_RHd, keys_CGd, values_CGd, numbers.queries, numbers.starts, 1, longest,
-                0.0, False, False, seqused_k=numbers.lengths_R,
-            )[0]  # fmt: skip
+                query_RHd,
+                keys_CGd,
+                values_CGd,
+                numbers.queries,
+                numbers.starts,
+                1,
+                longest,
+                0.0,
+                False,
+                False,
+                seqused_k=numbers.lengths_R,
+            )[0]
             out_RQ.copy_(out_RHd.reshape(out_RQ.shape))
             return
         group = spec.num_heads // spec.num_kv_heads
@@ -100,9 +116,15 @@ class GpuKernels:
             out_RQ[some].copy_(context.reshape(-1, out_RQ.shape[1]))
 
     def prefill_attention(
-        self, arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], ends: Tensor,
-        caches_C2Gd: Sequence[Tensor | None], out_TQ: Tensor, workspace: Workspace,
-    ) -> None:  # fmt: skip
+        self,
+        arch: Architecture,
+        qkv_TX: Tensor,
+        lengths: Sequence[int],
+        ends: Tensor,
+        caches_C2Gd: Sequence[Tensor | None],
+        out_TQ: Tensor,
+        workspace: Workspace,
+    ) -> None:
         """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
         `ends` are int32 on the device: 0, and then where each prompt ends. Where a prompt has a
@@ -117,9 +139,7 @@ class GpuKernels:
         first = sum(lengths[:after_prefix])
         if self.flash is None or not _takes_flash(qkv_TX.dtype, head_dim):
             if after_prefix:
-                prefill_attention(
-                    arch, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace
-                )
+                prefill_attention(arch, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace)
             _attend_one_by_one(arch, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:])
         else:
             q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
@@ -127,27 +147,30 @@ class GpuKernels:
                 # Of single tokens the kernel reads its queries without looking where they are.
                 longest = max(lengths[after_prefix:])
                 whole = ends[1:] - ends[1] if after_prefix else ends
-                out_THd = self.flash(
-                    q[first:], k[first:], v[first:], whole, whole, longest, longest, 0.0, True,
-                    False,
-                )[0]  # fmt: skip
+                out_THd = self.flash(q[first:], k[first:], v[first:], whole, whole, longest, longest, 0.0, True, False)[
+                    0
+                ]
                 out_TQ[first:].copy_(out_THd.reshape(len(out_THd), -1))
             if cache is not None and after_prefix:
                 total = len(cache)
                 _fill(caches_C2Gd[:1], qkv_TX[:first], lengths[:1], heads)
                 keys, values = cache.unbind(1)
                 rows = torch.arange(0, 2 * total, total, dtype=torch.int32, device=cache.device)
-                out_LHd = self.flash(
-                    q[:first], keys, values, ends[:2], rows, first, total, 0.0, True, False,
-                )[0]  # fmt: skip
+                out_LHd = self.flash(q[:first], keys, values, ends[:2], rows, first, total, 0.0, True, False)[0]
                 out_TQ[:first].copy_(out_LHd.reshape(first, -1))
         # Only now: another prompt's cache may lie where the first one's did.
         _fill(caches_C2Gd[after_prefix:], qkv_TX[first:], lengths[after_prefix:], heads)
 
     def run_experts(
-        self, x_TD: Tensor, routing: Routing, stacks: Sequence[ExpertStack], out_TD: Tensor, *,
-        rows_at_once: int, num_experts: int,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        stacks: Sequence[ExpertStack],
+        out_TD: Tensor,
+        *,
+        rows_at_once: int,
+        num_experts: int,
+    ) -> Tensor:
         """Add to `out_TD` the weighted output of exactly the experts in `stacks`.
 
         Returns how many tokens are routed to each of all experts, given or not, on the device.
@@ -161,9 +184,8 @@ class GpuKernels:
         return counts.scatter_add_(0, experts_N, experts_N.new_ones(1).expand_as(experts_N))
 
     def _run_stack(
-        self, x_TD: Tensor, routing: Routing, stack: ExpertStack, out_TD: Tensor,
-        rows_at_once: int, num_experts: int,
-    ) -> None:  # fmt: skip
+        self, x_TD: Tensor, routing: Routing, stack: ExpertStack, out_TD: Tensor, rows_at_once: int, num_experts: int
+    ) -> None:
         per_token = routing.experts_TK.shape[1]
         # The stack's own experts come first, whichever they are.
         keys_N = (routing.experts_TK.flatten() - stack.first).remainder_(num_experts)
@@ -199,9 +221,13 @@ class GpuKernels:
 
     @staticmethod
     def _outputs(
-        x_TD: Tensor, tokens_n: Tensor, stack: ExpertStack, ends_E: Tensor,
-        ends: list[int] | None, grouped: Callable[..., Tensor] | None,
-    ) -> Tensor:  # fmt: skip
+        x_TD: Tensor,
+        tokens_n: Tensor,
+        stack: ExpertStack,
+        ends_E: Tensor,
+        ends: list[int] | None,
+        grouped: Callable[..., Tensor] | None,
+    ) -> Tensor:
         """The experts' outputs of rows sorted by expert; whatever it may be in rows of others."""
         x_nD = x_TD.index_select(0, tokens_n)
         if grouped is not None:
@@ -224,9 +250,7 @@ class GpuKernels:
         return x_nD
 
 
-def _fill(
-    caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequence[int], heads: int
-) -> None:
+def _fill(caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequence[int], heads: int) -> None:
     """Write each prompt's keys and values to the last rows of its cache, if it has one."""
     start = 0
     for cache_C2Gd, length in zip(caches_C2Gd, lengths, strict=True):
@@ -236,9 +260,7 @@ def _fill(
         start += length
 
 
-def _attend_one_by_one(
-    arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor
-) -> None:
+def _attend_one_by_one(arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor) -> None:
     """Prompt by prompt, the query heads that share a KV head as a batch of their own.
 
     So keys and values are broadcast, not copied, and every kernel of torch's takes that.
@@ -250,9 +272,7 @@ def _attend_one_by_one(
         rows = qkv_TX[start : start + length]
         q, k, v = rows.view(length, -1, head_dim).split((heads, groups, groups), dim=1)
         q_GgLd = q.view(length, groups, -1, head_dim).permute(1, 2, 0, 3)
-        k_GgLd, v_GgLd = (
-            x.permute(1, 0, 2).unsqueeze(1).expand(-1, heads // groups, -1, -1) for x in (k, v)
-        )
+        k_GgLd, v_GgLd = (x.permute(1, 0, 2).unsqueeze(1).expand(-1, heads // groups, -1, -1) for x in (k, v))
         context = scaled_dot_product_attention(q_GgLd, k_GgLd, v_GgLd, is_causal=True)
         out = out_TQ[start : start + length].view(length, groups, -1, head_dim)
         out.copy_(context.permute(2, 0, 1, 3))

@@ -79,9 +79,7 @@ def expert_stack(spec: ModelSpec, flat: Tensor, first: int) -> ExpertStack:
     hidden, intermediate = spec.hidden_size, spec.intermediate_size
     each_EP = flat.view(-1, spec.expert_parameters)
     w13, w2 = each_EP.split((2 * intermediate * hidden, intermediate * hidden), dim=1)
-    return ExpertStack(
-        first, w13.unflatten(1, (2 * intermediate, hidden)), w2.unflatten(1, (hidden, intermediate))
-    )
+    return ExpertStack(first, w13.unflatten(1, (2 * intermediate, hidden)), w2.unflatten(1, (hidden, intermediate)))
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:

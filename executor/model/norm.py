@@ -16,9 +16,7 @@ def normed(arch: Architecture, x_TD: Tensor, weight_D: Tensor, workspace: Worksp
     """Normalised `x_TD`, in its dtype and taken from the workspace; computed in float32."""
     out_TD = workspace.take(x_TD.shape, x_TD.dtype)
     if arch.norm is Norm.LAYER:
-        return out_TD.copy_(
-            functional.layer_norm(x_TD, weight_D.shape, weight_D, eps=arch.norm_eps)
-        )
+        return out_TD.copy_(functional.layer_norm(x_TD, weight_D.shape, weight_D, eps=arch.norm_eps))
     native = kernels()
     if native is not None and native.takes_norm(x_TD, weight_D, out_TD):
         native.rms_norm(x_TD, weight_D, arch.norm_eps, out_TD)

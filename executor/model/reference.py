@@ -12,14 +12,7 @@ from torch import Tensor
 from executor.checkpoint import WeightSource
 from executor.families.base import AbstractFamily
 from executor.model.architecture import Architecture, Norm
-from executor.model.layout import (
-    DenseWeights,
-    ExpertWeights,
-    HeadWeights,
-    dense_views,
-    expert_views,
-    head_views,
-)
+from executor.model.layout import DenseWeights, ExpertWeights, HeadWeights, dense_views, expert_views, head_views
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +121,7 @@ def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, 
     return weights, experts
 
 
-def moe(
-    x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor,
-    experts: Iterable[tuple[int, ExpertWeights]],
-) -> Tensor:  # fmt: skip
+def moe(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Iterable[tuple[int, ExpertWeights]]) -> Tensor:
     """Every expert over every token, weighted by nought where the token does not go to it."""
     out_TD = torch.zeros_like(x_TD)
     for index, expert in experts:

@@ -27,11 +27,7 @@ from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
 
-_DTYPES: Final = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-}
+_DTYPES: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _HEAD_DIM_UNIT: Final = 8
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 
@@ -54,9 +50,8 @@ class Kernels:
         )
 
     def decode_attention(
-        self, qkv_RX: Tensor, cache_C2Gd: Tensor, starts: Sequence[int], lengths: Sequence[int],
-        out_RQ: Tensor,
-    ) -> None:  # fmt: skip
+        self, qkv_RX: Tensor, cache_C2Gd: Tensor, starts: Sequence[int], lengths: Sequence[int], out_RQ: Tensor
+    ) -> None:
         """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
 
         Each row of `qkv_RX` begins with the request's queries. Logits and sums are float32.
@@ -80,9 +75,7 @@ class Kernels:
             threads=torch.get_num_threads(),
         )
 
-    def takes_experts(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor
-    ) -> bool:
+    def takes_experts(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor) -> bool:
         """Whether `run_experts` can compute this; it is torch's otherwise."""
         return (
             x_TD.is_cpu
@@ -95,10 +88,16 @@ class Kernels:
         )
 
     def run_experts(
-        self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor,
-        experts: Sequence[tuple[int, Tensor, Tensor]], out_TD: Tensor, scratch: Tensor, *,
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        experts: Sequence[tuple[int, Tensor, Tensor]],
+        out_TD: Tensor,
+        scratch: Tensor,
+        *,
         max_tokens: int,
-    ) -> tuple[list[int], list[int]]:  # fmt: skip
+    ) -> tuple[list[int], list[int]]:
         """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
 
         `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
@@ -185,9 +184,7 @@ class Kernels:
             and positions_T.is_contiguous()
         )
 
-    def rotate(
-        self, rows_TX: Tensor, heads: int, positions_T: Tensor, frequencies_h: Tensor
-    ) -> None:
+    def rotate(self, rows_TX: Tensor, heads: int, positions_T: Tensor, frequencies_h: Tensor) -> None:
         """Turn the first `heads` heads of each row in place, in float32 and rounded once.
 
         `frequencies_h`, float32, are half as many as a head has elements: element i turns with
@@ -231,10 +228,7 @@ class Kernels:
     def read(self, memory: Tensor) -> None:
         """Read all of `memory` and do nothing with it: the roof of everything above."""
         _module().read(
-            path=self.path,
-            from_address=memory.data_ptr(),
-            num_bytes=memory.nbytes,
-            threads=torch.get_num_threads(),
+            path=self.path, from_address=memory.data_ptr(), num_bytes=memory.nbytes, threads=torch.get_num_threads()
         )
 
 
@@ -285,9 +279,8 @@ def _chosen() -> Kernels | None:
         return Kernels(possible[0])
     if wanted not in possible:
         raise RunError(
-            VARIABLE, wanted, f"must be one of {', '.join(['0', '1', *possible])} here",
-            "correct it or unset it",
-        )  # fmt: skip
+            VARIABLE, wanted, f"must be one of {', '.join(['0', '1', *possible])} here", "correct it or unset it"
+        )
     return Kernels(wanted)
 
 

@@ -23,9 +23,15 @@ LARGEST_BATCH: Final = 4096  # where a batch has no end of its own, the latency 
 
 
 def front_of_cpu_memory(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str = "bfloat16",
-    values: Iterable[float] | None = None, on_point: OnPoint = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    dtype: str = "bfloat16",
+    values: Iterable[float] | None = None,
+    on_point: OnPoint = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """The best policy for less and more host memory; `cpu_memory_bytes` and `search_row`'s columns.
 
     Without `values`, twelve from the least in which the weights could lie up to what there is.
@@ -46,26 +52,28 @@ def front_of_cpu_memory(
 
 
 def front_of_latency(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str = "bfloat16",
-    requests: Sequence[int] | None = None, on_point: OnPoint = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    dtype: str = "bfloat16",
+    requests: Sequence[int] | None = None,
+    on_point: OnPoint = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """The best policy for jobs of few and of many requests: seconds until all are answered.
 
     Columns `num_requests`, `latency_s` and those of `search_row`. Without `requests`, powers of two
     up to the batch that is best for a job without end.
     """
     if requests is None:
-        endless = search(
-            spec, profile, replace(workload, num_requests=None), dtype=dtype, **options
-        )
+        endless = search(spec, profile, replace(workload, num_requests=None), dtype=dtype, **options)
         most = endless.best.policy.batch_size if endless.best is not None else 1
         requests = [2**i for i in range(most.bit_length())]
         requests = [*requests, most] if requests[-1] < most else requests
     rows: list[dict[str, Any]] = []
     for count in requests:
-        result = search(
-            spec, profile, replace(workload, num_requests=count), dtype=dtype, **options
-        )
+        result = search(spec, profile, replace(workload, num_requests=count), dtype=dtype, **options)
         latency_s = None if result.best is None else result.best.seconds
         row = search_row(result, profile)
         rows.append({"num_requests": count, "latency_s": latency_s, **row})
@@ -75,9 +83,14 @@ def front_of_latency(
 
 
 def front_of_gpus(
-    spec: ModelSpec, machines: Iterable[HardwareProfile], workload: Workload, *,
-    dtype: str = "bfloat16", on_point: OnPoint = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    spec: ModelSpec,
+    machines: Iterable[HardwareProfile],
+    workload: Workload,
+    *,
+    dtype: str = "bfloat16",
+    on_point: OnPoint = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """The best policy with few and many GPUs: `num_gpus`, `tokens_per_s_a_gpu` and the rest."""
     rows: list[dict[str, Any]] = []
     for machine in machines:

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 
 def compare_machines(
-    spec: ModelSpec, machines: Iterable[HardwareProfile], workload: Workload, *,
-    dtype: str | None = None, on_point: OnPoint = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    spec: ModelSpec,
+    machines: Iterable[HardwareProfile],
+    workload: Workload,
+    *,
+    dtype: str | None = None,
+    on_point: OnPoint = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """Search the best policy on every machine; the fastest machine comes first.
 
     One row a machine with the columns `machine`, `num_gpus`, `dtype`, `tokens_per_s_a_gpu` and

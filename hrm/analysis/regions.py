@@ -49,9 +49,16 @@ class Axis:
 
 
 def policy_map(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, x: Axis, y: Axis,
-    dtype: str = "bfloat16", on_point: OnPoint = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    x: Axis,
+    y: Axis,
+    dtype: str = "bfloat16",
+    on_point: OnPoint = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """Search every cell of the map: `x.column`, `y.column`, `region` and `search_row`'s columns.
 
     `region` says in words where attention and experts run and where weights and KV cache lie; it is

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 
 def what_if(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, factor: float = 1.1,
-    dtype: str = "bfloat16", on_point: OnPoint = None, **options: Any,
-) -> "pd.DataFrame":  # fmt: skip
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    factor: float = 1.1,
+    dtype: str = "bfloat16",
+    on_point: OnPoint = None,
+    **options: Any,
+) -> "pd.DataFrame":
     """Search again with `factor` times as much of each resource; what brings most comes first.
 
     Of a latency it is that much less. The row `waiting` is of the time in which no lane is busy all
@@ -34,9 +40,7 @@ def what_if(
     is, and HrmError for an impossible factor.
     """
     if not 0 < factor < math.inf or factor == 1:
-        raise HrmError(
-            "factor", factor, "must be positive and other than 1", "give 1.1 for 10 % more"
-        )
+        raise HrmError("factor", factor, "must be positive and other than 1", "give 1.1 for 10 % more")
     found = search(spec, profile, workload, dtype=dtype, **options)
     today = found.require()
     rows = [_waiting_row(found, today, profile, factor)]
@@ -67,15 +71,11 @@ def what_if(
         if on_point is not None:
             on_point()
     rows.sort(key=lambda row: -row["change"] if row["change"] == row["change"] else math.inf)
-    columns = (
-        "resource", "factor", "change", "same_policy_change", "elasticity", "same_policy",
-    )  # fmt: skip
+    columns = ("resource", "factor", "change", "same_policy_change", "elasticity", "same_policy")
     return table(rows, columns)
 
 
-def _waiting_row(
-    found: SearchResult, today: Estimate, profile: HardwareProfile, factor: float
-) -> dict[str, Any]:
+def _waiting_row(found: SearchResult, today: Estimate, profile: HardwareProfile, factor: float) -> dict[str, Any]:
     """What less waiting for one another would bring; it has no price, but it is a limit."""
     less = 1 / factor
     seconds = today.seconds - (1 - less) * today.limits.job.waiting_s

@@ -6,28 +6,20 @@ from hrm.cli.program import LazyGroup, run_program
 
 _COMMANDS = {
     "profile": ("hrm.cli.profile", "Measure this machine into a hardware profile."),
-    "profiles": (
-        "hrm.cli.profiles",
-        "List the GPUs, hosts and machines that are known, show one, or compare two.",
-    ),
+    "profiles": ("hrm.cli.profiles", "List the GPUs, hosts and machines that are known, show one, or compare two."),
     "models": ("hrm.cli.models", "List the built-in models, or show one model's sizes."),
     "search": ("hrm.cli.plan", "Find the policy with the highest throughput that fits."),
     "whatif": ("hrm.cli.analysis", "Say which upgrade pays: some more of each resource."),
     "map": ("hrm.cli.analysis", "Map which kind of policy is best over two swept resources."),
     "estimate": ("hrm.cli.plan", "Predict what one given policy will do."),
-    "simulate": (
-        "hrm.cli.simulate",
-        "Draw what each lane does under a policy; write a Chrome trace.",
-    ),
+    "simulate": ("hrm.cli.simulate", "Draw what each lane does under a policy; write a Chrome trace."),
     "plot": ("hrm.cli.plot", "Draw the machine's roofline or a policy's timeline as a picture."),
     "paper": ("hrm.cli.paper", "Predict published runs and lay them beside what was measured."),
     "validate": ("hrm.cli.validate", "Lay a run's measurements beside the prediction."),
 }
 
 
-@click.group(
-    cls=LazyGroup, lazily=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.group(cls=LazyGroup, lazily=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="moe-hrm", prog_name="hrm")
 def cli() -> None:
     """Plan mixture-of-experts inference on a machine whose GPU memory is smaller than the model.

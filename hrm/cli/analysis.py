@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _schedule = click.option(
-    "--schedule", type=click.Choice([name.value for name in ScheduleName]), default="cgopipe",
-    show_default=True, help="The order in which tasks are issued.",
-)  # fmt: skip
+    "--schedule",
+    type=click.Choice([name.value for name in ScheduleName]),
+    default="cgopipe",
+    show_default=True,
+    help="The order in which tasks are issued.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 NOTHING: Final = 0.001  # a change of throughput below this is none
 MOST_POINTS: Final = 100
@@ -55,28 +58,37 @@ def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload, dty
 @model_options
 @workload_options
 @_schedule
-@click.option("--percent", type=float, default=10.0, show_default=True,
-              help="How much more of each resource.")  # fmt: skip
+@click.option("--percent", type=float, default=10.0, show_default=True, help="How much more of each resource.")
 @_json
 @csv_option
 @plot_option
 def whatif(
-    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, schedule: str,
-    percent: float, as_json: bool, csv: Path | None, plot: Path | None,
-) -> None:  # fmt: skip
+    profile: HardwareProfile,
+    model: ChosenModel,
+    dtype: str,
+    workload: Workload,
+    schedule: str,
+    percent: float,
+    as_json: bool,
+    csv: Path | None,
+    plot: Path | None,
+) -> None:
     """What some more of each resource does to the best policy: which upgrade pays.
 
     Of latencies, and of the time that tasks wait for one another, it is less.
     """
     if not -100 < percent < math.inf or percent == 0:
-        raise HrmError(
-            "--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more"
-        )
+        raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
     with searching(len(resources(profile))) as on_point:
         frame = what_if(
-            model.spec, profile, workload, factor=1 + percent / 100, dtype=dtype,
-            schedule=ScheduleName(schedule), on_point=on_point,
-        )  # fmt: skip
+            model.spec,
+            profile,
+            workload,
+            factor=1 + percent / 100,
+            dtype=dtype,
+            schedule=ScheduleName(schedule),
+            on_point=on_point,
+        )
     about = _about(model, profile, workload, dtype)
     _write(frame, csv, plot, lambda path: _draw_what_if(frame, path, about))
     if as_json:
@@ -131,26 +143,39 @@ def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
 @model_options
 @workload_options
 @_schedule
-@click.option("--x", "x_text", required=True, metavar="WHAT=FROM:TO:POINTS",
-              help=f"A resource, or {', '.join(WHOLE)} times factors: cpu=1:10:8.")  # fmt: skip
+@click.option(
+    "--x",
+    "x_text",
+    required=True,
+    metavar="WHAT=FROM:TO:POINTS",
+    help=f"A resource, or {', '.join(WHOLE)} times factors: cpu=1:10:8.",
+)
 @click.option("--y", "y_text", required=True, metavar="WHAT=FROM:TO:POINTS", help="The same.")
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
 @_json
 @csv_option
 @plot_option
 def map_command(
-    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, schedule: str,
-    x_text: str, y_text: str, log: bool, as_json: bool, csv: Path | None, plot: Path | None,
-) -> None:  # fmt: skip
+    profile: HardwareProfile,
+    model: ChosenModel,
+    dtype: str,
+    workload: Workload,
+    schedule: str,
+    x_text: str,
+    y_text: str,
+    log: bool,
+    as_json: bool,
+    csv: Path | None,
+    plot: Path | None,
+) -> None:
     """Which kind of policy is best where, over two swept resources."""
     x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
     if x.column == y.column:
         raise HrmError("--y", y_text, "must be another resource than --x", "sweep two of them")
     with searching(len(x.points) * len(y.points)) as on_point:
         frame = policy_map(
-            model.spec, profile, workload, x=x, y=y, dtype=dtype, schedule=ScheduleName(schedule),
-            on_point=on_point,
-        )  # fmt: skip
+            model.spec, profile, workload, x=x, y=y, dtype=dtype, schedule=ScheduleName(schedule), on_point=on_point
+        )
     about = _about(model, profile, workload, dtype)
     _write(frame, csv, plot, lambda path: _draw_map(frame, path, x, y, about))
     if as_json:
@@ -168,9 +193,11 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
     names = [*Resource, *WHOLE]
     if name not in names or len(parts) != 3 or not parts[2].isdecimal():
         raise HrmError(
-            flag, text, f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(names)}",
+            flag,
+            text,
+            f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(names)}",
             "write it like h2d-bandwidth=100GB/s:500GB/s:9",
-        )  # fmt: skip
+        )
     what = Resource(name) if name in Resource.__members__.values() else name
     first, last = (_end(what, part, flag) for part in parts[:2])
     # Factors are spaced as rates are: they need not be whole.
@@ -193,9 +220,7 @@ def _end(what: Resource | str, text: str, flag: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise HrmError(
-            f"{flag} {what}", text, "must be a factor", f"write it like {what}=1:10:8"
-        ) from None
+        raise HrmError(f"{flag} {what}", text, "must be a factor", f"write it like {what}=1:10:8") from None
 
 
 def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
@@ -208,18 +233,23 @@ def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
         for x_value in x.points:
             region = cells[x_value, y_value]["region"]
             known = isinstance(region, str)
-            letters.append(
-                regions.setdefault(region, LETTERS[len(regions) % len(LETTERS)]) if known else "·"
-            )
+            letters.append(regions.setdefault(region, LETTERS[len(regions) % len(LETTERS)]) if known else "·")
         rows.append(f"{_axis_value(y, y_value):>12} │ {'  '.join(letters)}")
     left, right = _axis_value(x, x.points[0]), _axis_value(x, x.points[-1])
     width = 3 * len(x.points) - 2
     axis = f"{left}{right:>{max(width - len(left), len(right) + 1)}}"
     legend = [f"  {letter}  {region}" for region, letter in regions.items()]
     return "\n".join(
-        [f"{_axis_name(y)} (up), {_axis_name(x)} (right)", *rows, f"{'':>12} └─{'─' * width}",
-         f"{'':>15}{axis}", "", *legend, *(["  ·  no policy fits"] if "·" in "".join(rows) else [])]
-    )  # fmt: skip
+        [
+            f"{_axis_name(y)} (up), {_axis_name(x)} (right)",
+            *rows,
+            f"{'':>12} └─{'─' * width}",
+            f"{'':>15}{axis}",
+            "",
+            *legend,
+            *(["  ·  no policy fits"] if "·" in "".join(rows) else []),
+        ]
+    )
 
 
 def _axis_name(axis: Axis) -> str:
@@ -232,9 +262,7 @@ def _axis_value(axis: Axis, value: float) -> str:
     return axis.what.show(value) if isinstance(axis.what, Resource) else f"{value:.3g}"
 
 
-def _write(
-    frame: "pd.DataFrame", csv: Path | None, plot: Path | None, draw: Callable[[Path], None]
-) -> None:
+def _write(frame: "pd.DataFrame", csv: Path | None, plot: Path | None, draw: Callable[[Path], None]) -> None:
     write_csv(frame, csv)
     if plot is not None:
         draw(plot)
@@ -249,6 +277,4 @@ def _draw_what_if(frame: "pd.DataFrame", path: Path, title: str) -> None:
 def _draw_map(frame: "pd.DataFrame", path: Path, x: Axis, y: Axis, title: str) -> None:
     from hrm.plots.regions import plot_map
 
-    plot_map(
-        frame, path, x=x.column, y=y.column, region="region", value="tokens_per_s", title=title
-    )
+    plot_map(frame, path, x=x.column, y=y.column, region="region", value="tokens_per_s", title=title)

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hrm.cli.options import ChosenModel, MachineChoice
 from hrm.cli.report import console
-from hrm.cli.tables import (
-    print_frame,
-    print_rows,
-    records,
-    searching,
-    seconds_or_dash,
-    tell_written,
-    write_csv,
-)
+from hrm.cli.tables import print_frame, print_rows, records, searching, seconds_or_dash, tell_written, write_csv
 from hrm.cli.texts import given_text
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
@@ -54,20 +46,21 @@ class Compared:
         return f"{self.model.spec.name} {where}, {self.workload.name}{given}"
 
 
-def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None
-                  ) -> None:  # fmt: skip
+def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None) -> None:
     """The best policy on every machine, the fastest first."""
     from hrm.analysis import compare_machines
 
     if plot is not None:
-        raise PolicyError(
-            "--plot", str(plot), "goes with --pareto", "leave it out: machines come as a table"
-        )
+        raise PolicyError("--plot", str(plot), "goes with --pareto", "leave it out: machines come as a table")
     with searching(len(compared.machines)) as on_point:
         frame = compare_machines(
-            compared.model.spec, compared.machines, compared.workload, dtype=compared.dtype,
-            on_point=on_point, **compared.options,
-        )  # fmt: skip
+            compared.model.spec,
+            compared.machines,
+            compared.workload,
+            dtype=compared.dtype,
+            on_point=on_point,
+            **compared.options,
+        )
     write_csv(frame, csv)
     about = compared.about(f"on {len(compared.machines)} machines")
     if as_json:
@@ -77,23 +70,20 @@ def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: 
     print_frame(
         frame,
         ("machine", "a GPU"),
-        lambda row: [
-            row["machine"],
-            "–" if row["reason"] else f"{row['tokens_per_s_a_gpu']:.4g}",
-        ],
+        lambda row: [row["machine"], "–" if row["reason"] else f"{row['tokens_per_s_a_gpu']:.4g}"],
     )
     tell_written(csv)
 
 
-def show_front(
-    front: Front, compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None
-) -> None:
+def show_front(front: Front, compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None) -> None:
     """What throughput costs, on one machine or (GPUs) on a family of them."""
     if len(compared.machines) > 1:
         raise ProfileError(
-            "--gpus", f"<{len(compared.machines)} machines>", "must be one with --pareto",
+            "--gpus",
+            f"<{len(compared.machines)} machines>",
+            "must be one with --pareto",
             "name one: --pareto gpus changes how many GPUs it has",
-        )  # fmt: skip
+        )
     machine = compared.machines[0]
     with searching(None) as on_point:
         frame, cost = _frame(front, machine, compared, on_point)
@@ -113,9 +103,7 @@ def show_front(
     tell_written(csv, plot)
 
 
-def _frame(
-    front: Front, machine: HardwareProfile, compared: Compared, on_point: Any
-) -> "tuple[pd.DataFrame, str]":
+def _frame(front: Front, machine: HardwareProfile, compared: Compared, on_point: Any) -> "tuple[pd.DataFrame, str]":
     """The table of a front and the column of what is paid."""
     from hrm import analysis
 
@@ -129,15 +117,11 @@ def _frame(
         case Front.LATENCY:
             return analysis.front_of_latency(spec, machine, workload, **options), "latency_s"
         case Front.GPUS:
-            family = [
-                found for count in COUNTS if (found := _with_gpus(compared.choice, machine, count))
-            ]
+            family = [found for count in COUNTS if (found := _with_gpus(compared.choice, machine, count))]
             return analysis.front_of_gpus(spec, family, workload, **options), "num_gpus"
 
 
-def _with_gpus(
-    choice: MachineChoice, machine: HardwareProfile, count: int
-) -> HardwareProfile | None:
+def _with_gpus(choice: MachineChoice, machine: HardwareProfile, count: int) -> HardwareProfile | None:
     """The machine with so many of its GPUs; None if its host does not take them.
 
     What was given of the machine holds for every GPU of it as before.
@@ -147,9 +131,7 @@ def _with_gpus(
         if changed is None or resource not in resources(changed):
             continue
         share = count / machine.num_gpus if resource.grows_with_gpus else 1
-        changed = with_resource(
-            changed, resource, share * value, dtype=changed.default_dtype, given=resource.value
-        )
+        changed = with_resource(changed, resource, share * value, dtype=changed.default_dtype, given=resource.value)
     return changed
 
 
@@ -179,6 +161,4 @@ def _print_front(front: Front, frame: "pd.DataFrame", cost: str) -> None:
     if front is Front.CPU_MEMORY and known:
         most = max(row["tokens_per_s"] for row in known)
         enough = min(row[cost] for row in known if row["tokens_per_s"] >= 0.95 * most)
-        console.print(
-            f"\n{format_bytes(enough)} are enough for 95 % of the most, {most:.4g} tokens/s"
-        )
+        console.print(f"\n{format_bytes(enough)} are enough for 95 % of the most, {most:.4g} tokens/s")

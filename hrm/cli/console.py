@@ -27,12 +27,8 @@ class PlainConsole(Console):
         for tag in _TAG.finditer(text):
             slashes, name = tag.groups()
             is_escaped = len(slashes) % 2 == 1
-            is_style = not is_escaped and (
-                set(name.split()) <= _STYLES or (name == "/" and bool(styles))
-            )
-            rendered.append(
-                _shown(text[end : tag.start()] + slashes[: len(slashes) // 2]), _of(styles)
-            )
+            is_style = not is_escaped and (set(name.split()) <= _STYLES or (name == "/" and bool(styles)))
+            rendered.append(_shown(text[end : tag.start()] + slashes[: len(slashes) // 2]), _of(styles))
             end = tag.end()
             if not is_style:
                 rendered.append(_shown(f"[{name}]"), _of(styles))
@@ -56,6 +52,4 @@ def _shown(text: str) -> str:
 
 
 # Tables keep their columns when the output goes to a file or a pipe.
-console = PlainConsole(
-    highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120
-)  # fmt: skip
+console = PlainConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)

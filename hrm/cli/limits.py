@@ -20,8 +20,7 @@ def _lines(launches: Launches) -> list[str]:
     fused = (
         ""
         if launches.fused_count is None
-        else f"{launches.fused_tokens_per_s:.4g} tokens/s with fused kernels"
-        f" ({launches.fused_count:,.0f} launches), "
+        else f"{launches.fused_tokens_per_s:.4g} tokens/s with fused kernels ({launches.fused_count:,.0f} launches), "
     )
     share = f"{launches.share:.0%} of the time"
     return [

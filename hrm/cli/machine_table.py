@@ -5,18 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from hrm.cli.report import console
-from hrm.hardware import (
-    NOISY_SPREAD,
-    Contention,
-    Disk,
-    Figure,
-    GpuCard,
-    HardwareProfile,
-    Host,
-    Link,
-    MemoryLevel,
-    Rate,
-)
+from hrm.hardware import NOISY_SPREAD, Contention, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -34,10 +23,7 @@ def print_profile(profile: HardwareProfile) -> None:
     if profile.contention:
         _print_contention(profile.contention)
     if any(figure.p20 is not None for figure in figures_of(profile).values()):
-        console.print(
-            "[dim]spread: from the 20th to the 80th percentile; ! marks more than"
-            f" {NOISY_SPREAD:.0%}[/]"
-        )
+        console.print(f"[dim]spread: from the 20th to the 80th percentile; ! marks more than {NOISY_SPREAD:.0%}[/]")
     for key, value in profile.environment.items():
         if key != "warnings":
             console.print(f"[dim]{key}: {value}[/]")
@@ -60,9 +46,7 @@ def print_host(host: Host) -> None:
     _print_links([host.staging])
 
 
-def _print_levels(
-    levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None
-) -> None:
+def _print_levels(levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None) -> None:
     table = _table("level", "planned with")
     for level in levels:
         table.add_row(f"[bold]{level.name}[/]  {level.processor.name}")
@@ -75,9 +59,7 @@ def _print_levels(
             "copy": level.copy_bytes_per_s,
             "shared by all at once": level.shared_bytes_per_s,
             **{
-                f"{cache.name} read, {format_bytes(cache.capacity_bytes.value)} in all": (
-                    cache.read_bytes_per_s
-                )
+                f"{cache.name} read, {format_bytes(cache.capacity_bytes.value)} in all": (cache.read_bytes_per_s)
                 for cache in level.caches
             },
             "decode attention": level.processor.attention_bytes_per_s,
@@ -110,10 +92,7 @@ def _print_links(links: Sequence[Link]) -> None:
 def _table(first: str, value: str, second: str = "") -> Table:
     """A table of rates; all of them read from left to right like this."""
     columns = [first, *([second] if second else [])]
-    return Table(
-        *columns, "data sheet", "ceiling", value, "spread", "curve over", "source",
-        box=None, pad_edge=False,
-    )  # fmt: skip
+    return Table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source", box=None, pad_edge=False)
 
 
 def _print_contention(contention: Sequence[Contention]) -> None:
@@ -123,14 +102,12 @@ def _print_contention(contention: Sequence[Contention]) -> None:
     kept = {(entry.work, entry.beside): entry.kept for entry in contention}
     several = any(len(beside) > 1 for _, beside in kept)
     table = Table(
-        "keeps", *(f"beside {name}" for name in columns), *(["beside all"] if several else []),
-        box=None, pad_edge=False,
-    )  # fmt: skip
+        "keeps", *(f"beside {name}" for name in columns), *(["beside all"] if several else []), box=None, pad_edge=False
+    )
     for work in works:
         cells = [_share(kept.get((work, (name,)))) for name in columns]
         if several:
-            of_all = [figure for (who, beside), figure in kept.items()
-                      if who == work and len(beside) > 1]  # fmt: skip
+            of_all = [figure for (who, beside), figure in kept.items() if who == work and len(beside) > 1]
             cells.append(_share(of_all[0] if of_all else None))
         table.add_row(work, *cells)
     console.print(table)
@@ -141,15 +118,17 @@ def _share(figure: Figure | None) -> str:
 
 
 def _add_rate(table: Table, head: tuple[str, ...], rate: Rate, show: Show, unit: str = "") -> None:
-    on_paper, ceiling = (
-        show(figure.value) if figure is not None else "–"
-        for figure in (rate.datasheet, rate.ceiling)
-    )
+    on_paper, ceiling = (show(figure.value) if figure is not None else "–" for figure in (rate.datasheet, rate.ceiling))
     planned = rate.planned
     table.add_row(
-        *head, on_paper, ceiling, show(planned.value), spread_text(planned),
-        _curve_text(planned, unit), planned.source.value,
-    )  # fmt: skip
+        *head,
+        on_paper,
+        ceiling,
+        show(planned.value),
+        spread_text(planned),
+        _curve_text(planned, unit),
+        planned.source.value,
+    )
 
 
 def _add_figure(table: Table, name: str, figure: Figure, show: Show) -> None:

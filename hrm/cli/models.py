@@ -70,9 +70,17 @@ def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
 
 def _print_list(specs: list[ModelSpec]) -> None:
     table = Table(
-        "model", "parameters", "active", "layers", "experts", "a layer", "an expert", "KV a token",
-        box=None, pad_edge=False,
-    )  # fmt: skip
+        "model",
+        "parameters",
+        "active",
+        "layers",
+        "experts",
+        "a layer",
+        "an expert",
+        "KV a token",
+        box=None,
+        pad_edge=False,
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for spec in specs:
@@ -88,8 +96,7 @@ def _print_list(specs: list[ModelSpec]) -> None:
         )
     console.print(table)
     console.print(
-        "[dim]Bytes in bfloat16; a layer with experts, and a token in the caches of all layers."
-        " hrm models NAME[/]"
+        "[dim]Bytes in bfloat16; a layer with experts, and a token in the caches of all layers. hrm models NAME[/]"
     )
 
 
@@ -159,8 +166,7 @@ def _windows(spec: ModelSpec) -> str:
     if not windows:
         return ""
     kept = " and ".join(
-        f"{count} of {spec.num_layers} layers keep {window} tokens at most"
-        for window, count in windows.items()
+        f"{count} of {spec.num_layers} layers keep {window} tokens at most" for window, count in windows.items()
     )
     return f"{format_bytes(_kv_bytes_beyond_windows(spec))} beyond the windows: {kept}"
 
@@ -168,9 +174,8 @@ def _windows(spec: ModelSpec) -> str:
 def _print_layers(spec: ModelSpec) -> None:
     size = DTYPE_BYTES[DTYPE]
     table = Table(
-        "layers", "count", "bytes each", "outside experts", "routed experts", "attend to",
-        box=None, pad_edge=False,
-    )  # fmt: skip
+        "layers", "count", "bytes each", "outside experts", "routed experts", "attend to", box=None, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, count in spec.layer_kinds().items():

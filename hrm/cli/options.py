@@ -38,42 +38,40 @@ def _once(_: click.Context, option: click.Parameter, given: tuple[str, ...]) -> 
     """The one value of an option; ProfileError for two, of which click would take the last."""
     if len(given) > 1:
         raise ProfileError(
-            option.opts[0], f"<{' and '.join(given)}>", "may be given once only",
-            "leave one of them out",
-        )  # fmt: skip
+            option.opts[0], f"<{' and '.join(given)}>", "may be given once only", "leave one of them out"
+        )
     return given[0] if given else None
 
 
 _only = partial(click.option, multiple=True, callback=_once)
 _machine = _options(
+    _only("--profile", metavar="FILE-or-NAME", help="A measured machine (hrm profile --out)."),
     _only(
-        "--profile", metavar="FILE-or-NAME", help="A measured machine (hrm profile --out)."
-    ),
-    _only(
-        "--gpus", metavar="4xT4",
+        "--gpus",
+        metavar="4xT4",
         help="GPUs by count and name (hrm profiles), or by count and a YAML file: 2x./mine.yaml.",
     ),
     _only(
-        "--host", metavar="NAME-or-FILE",
+        "--host",
+        metavar="NAME-or-FILE",
         help="The host of --gpus [default: the GPU's usual one]; alone, a machine without GPUs.",
     ),
     _only("--gpu-memory", metavar="16GB", help="Plan with this much GPU memory in all."),
     _only("--cpu-memory", metavar="192GB", help="Plan with this much host memory."),
     click.option(
-        "--set", "changes", multiple=True, metavar="RESOURCE=VALUE",
+        "--set",
+        "changes",
+        multiple=True,
+        metavar="RESOURCE=VALUE",
         help="Plan with this much of a resource, such as h2d-bandwidth=24GB/s; repeat it for more.",
     ),
-)  # fmt: skip
+)
 _workload = _options(
-    click.option(
-        "--workload", metavar="NAME", help="mtbench, synthetic-reasoning or summarization."
-    ),
+    click.option("--workload", metavar="NAME", help="mtbench, synthetic-reasoning or summarization."),
     click.option("--prompt-len", type=float, help="Mean prompt length in tokens."),
     click.option("--max-prompt-len", type=int, help="Longest prompt [default: the mean]."),
     click.option("--gen-len", type=int, help="Tokens generated a request, at most."),
-    click.option(
-        "--mean-gen-len", type=float, help="Tokens generated on average [default: --gen-len]."
-    ),
+    click.option("--mean-gen-len", type=float, help="Tokens generated on average [default: --gen-len]."),
     click.option("--requests", type=int, help="Number of requests [default: without end]."),
 )
 
@@ -87,9 +85,8 @@ def _few(flag: str, names: str) -> list[str]:
     found = names.split(",")
     if len(found) > MOST_MACHINES:
         raise ProfileError(
-            flag, f"<{len(found):,} machines>", f"must be at most {MOST_MACHINES}",
-            "compare fewer at a time",
-        )  # fmt: skip
+            flag, f"<{len(found):,} machines>", f"must be at most {MOST_MACHINES}", "compare fewer at a time"
+        )
     return found
 
 
@@ -117,17 +114,13 @@ class MachineChoice:
         """
         if (self.profile is None) == (self.gpus is None) and (self.profile or self.host is None):
             raise ProfileError(
-                "--profile and --gpus", "<both>" if self.profile else "<neither>",
+                "--profile and --gpus",
+                "<both>" if self.profile else "<neither>",
                 "exactly one must name the machine",
                 "give --gpus 1xT4, --profile with a file, or --host alone for one without GPUs",
-            )  # fmt: skip
-        if self.profile is not None and self.host is not None:
-            raise ProfileError(
-                "--host",
-                self.host,
-                "goes with --gpus only",
-                "drop it: the profile has its own host",
             )
+        if self.profile is not None and self.host is not None:
+            raise ProfileError("--host", self.host, "goes with --gpus only", "drop it: the profile has its own host")
         if self.profile is not None:
             return [self.changed(load_profile(self.profile))]
         if self.gpus is None:
@@ -155,9 +148,8 @@ class MachineChoice:
         machine = self.machine()
         if self.gpus is None or machine.unified_memory:
             raise ProfileError(
-                "--pareto", "gpus", f"needs GPUs to count, and {machine.name} is a whole machine",
-                "name GPUs by --gpus",
-            )  # fmt: skip
+                "--pareto", "gpus", f"needs GPUs to count, and {machine.name} is a whole machine", "name GPUs by --gpus"
+            )
         try:
             return compose(f"{count}x{parse_gpus(self.gpus)[1]}", self.host)
         except ProfileError:
@@ -167,9 +159,12 @@ class MachineChoice:
         """The machine with the memory and the resources that were given."""
         for resource, (flag, amount) in self._given().items():
             machine = with_resource(
-                machine, resource, parse_swept(resource, amount, flag),
-                dtype=machine.default_dtype, given=f"{flag}={amount}",
-            )  # fmt: skip
+                machine,
+                resource,
+                parse_swept(resource, amount, flag),
+                dtype=machine.default_dtype,
+                given=f"{flag}={amount}",
+            )
         return machine
 
     def _given(self) -> dict[Resource, tuple[str, str]]:
@@ -189,9 +184,11 @@ class MachineChoice:
         for resource, flag, amount in settings:
             if resource in given:
                 raise ProfileError(
-                    flag, amount, f"contradicts {'='.join(given[resource])}",
+                    flag,
+                    amount,
+                    f"contradicts {'='.join(given[resource])}",
                     f"leave one of them out: both say how much {resource} there is",
-                )  # fmt: skip
+                )
             given[resource] = flag, amount
         return given
 
@@ -201,9 +198,11 @@ def _parse_change(change: str) -> tuple[Resource, str]:
     name, equals, text = change.partition("=")
     if not equals or name not in Resource.__members__.values():
         raise ProfileError(
-            "--set", change, f"must be RESOURCE=VALUE with one of {', '.join(Resource)}",
+            "--set",
+            change,
+            f"must be RESOURCE=VALUE with one of {', '.join(Resource)}",
             "write it like h2d-bandwidth=24GB/s",
-        )  # fmt: skip
+        )
     return Resource(name), text
 
 
@@ -231,9 +230,7 @@ def machines_options(command: Command) -> Command:
     return wrapper
 
 
-_WORKLOAD: Final = (
-    "workload", "prompt_len", "max_prompt_len", "gen_len", "mean_gen_len", "requests",
-)  # fmt: skip
+_WORKLOAD: Final = ("workload", "prompt_len", "max_prompt_len", "gen_len", "mean_gen_len", "requests")
 
 
 def workload_options(command: Command) -> Command:
@@ -249,9 +246,14 @@ def workload_options(command: Command) -> Command:
 
 
 def resolve_workload(
-    *, workload: str | None, prompt_len: float | None, max_prompt_len: int | None,
-    gen_len: int | None, mean_gen_len: float | None, requests: int | None,
-) -> Workload:  # fmt: skip
+    *,
+    workload: str | None,
+    prompt_len: float | None,
+    max_prompt_len: int | None,
+    gen_len: int | None,
+    mean_gen_len: float | None,
+    requests: int | None,
+) -> Workload:
     """The workload that the options describe; lengths given override the named workload's."""
     name = workload
     lengths_given = any(value is not None for value in (prompt_len, max_prompt_len, gen_len))
@@ -260,9 +262,8 @@ def resolve_workload(
     if name is None:
         if prompt_len is None or gen_len is None:
             raise WorkloadError(
-                "--prompt-len and --gen-len", "<only some of them>", "both are needed",
-                "give both, or --workload NAME",
-            )  # fmt: skip
+                "--prompt-len and --gen-len", "<only some of them>", "both are needed", "give both, or --workload NAME"
+            )
         return Workload(
             name="given",
             prompt_len=prompt_len,
@@ -293,13 +294,15 @@ def _longest(prompt_len: float) -> int:
 
 plan_sources = _options(
     click.option(
-        "--policy", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        "--policy",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
         help="A policy file (hrm search --out); without one, a policy is searched for.",
     ),
     click.option("--model", metavar="NAME-or-PATH", help="The model to search a policy for."),
     _machine,
     _workload,
-)  # fmt: skip
+)
 
 
 _PLAN_SOURCES: Final = ("policy", "model", "schedule", *_MACHINE, *_WORKLOAD)
@@ -325,9 +328,7 @@ def plan_options(command: Command) -> Command:
     return wrapper
 
 
-def resolve_plan(
-    *, policy: Path | None, model: str | None, schedule: str | None, **options: Any
-) -> PolicyFile:
+def resolve_plan(*, policy: Path | None, model: str | None, schedule: str | None, **options: Any) -> PolicyFile:
     """The plan that the options of `plan_sources` and a schedule's name describe.
 
     Raises PolicyError if they name neither a policy nor a model, or both.
@@ -337,9 +338,8 @@ def resolve_plan(
     if policy is not None:
         if model is not None:
             raise PolicyError(
-                "--model", model, "does not go with --policy, whose file holds its model",
-                "leave one of them out",
-            )  # fmt: skip
+                "--model", model, "does not go with --policy, whose file holds its model", "leave one of them out"
+            )
         plan = load_policy_file(policy)
         machine = choice.machine() if choice.is_named else choice.changed(plan.profile)
         if machine is not plan.profile:
@@ -361,13 +361,7 @@ def resolve_plan(
 
     machine = choice.machine()
     spec, asked = load_model(model), resolve_workload(**lengths)
-    result = search(
-        spec,
-        machine,
-        asked,
-        dtype=machine.default_dtype,
-        schedule=ScheduleName(schedule or "cgopipe"),
-    )
+    result = search(spec, machine, asked, dtype=machine.default_dtype, schedule=ScheduleName(schedule or "cgopipe"))
     return policy_file_of(result.require(), spec, machine, asked)
 
 
@@ -381,18 +375,25 @@ class ChosenModel:
 
 _model = _options(
     click.option(
-        "--model", required=True, metavar="NAME-or-PATH",
+        "--model",
+        required=True,
+        metavar="NAME-or-PATH",
         help="A built-in name (hrm models), a checkpoint folder, or a config.json.",
     ),
     click.option(
-        "--dtype", type=click.Choice(["auto", *DTYPE_BYTES]), default="auto", show_default=True,
+        "--dtype",
+        type=click.Choice(["auto", *DTYPE_BYTES]),
+        default="auto",
+        show_default=True,
         help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",
     ),
     click.option(
-        "--routing", type=click.Path(path_type=Path), metavar="RUN",
+        "--routing",
+        type=click.Path(path_type=Path),
+        metavar="RUN",
         help="Route tokens to experts as this run did [default: uniformly].",
     ),
-)  # fmt: skip
+)
 
 
 def _chosen(model: str, routing: Path | None) -> ChosenModel:
@@ -406,9 +407,8 @@ def model_options(command: Command) -> Command:
     @_model
     @wraps(command)
     def wrapper(
-        *args: Any, model: str, dtype: str, routing: Path | None, profile: HardwareProfile,
-        **others: Any,
-    ) -> Any:  # fmt: skip
+        *args: Any, model: str, dtype: str, routing: Path | None, profile: HardwareProfile, **others: Any
+    ) -> Any:
         dtype = profile.default_dtype if dtype == "auto" else dtype
         chosen = _chosen(model, routing)
         return command(*args, model=chosen, dtype=dtype, profile=profile, **others)

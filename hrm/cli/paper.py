@@ -10,12 +10,7 @@ from typing import Any
 import click
 
 from hrm.cli.out_file import OUT_FILE
-from hrm.cli.paper_report import (
-    FigureOfMachine,
-    print_comparisons,
-    print_fits,
-    print_scaling,
-)
+from hrm.cli.paper_report import FigureOfMachine, print_comparisons, print_fits, print_scaling
 from hrm.cli.report import print_json
 from hrm.errors import HrmError
 from hrm.machines import load_profile
@@ -30,13 +25,7 @@ from hrm.published.compare import (
 )
 from hrm.published.data import MTBENCH, TABLE_4
 from hrm.published.fit import FITTED_SETUPS, fit, fitted_figures
-from hrm.published.scaling import (
-    Scaling,
-    batch_limit,
-    compare_scaling,
-    gpu_memory_left_bytes,
-    measured_step,
-)
+from hrm.published.scaling import Scaling, batch_limit, compare_scaling, gpu_memory_left_bytes, measured_step
 
 Row = dict[str, Any]
 
@@ -47,12 +36,8 @@ Row = dict[str, Any]
 @click.option("--fit", "refit", is_flag=True, help="Fit the fitted figures again and print them.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print rows separated by commas instead.")
-@click.option(
-    "--plot", type=OUT_FILE, help="Draw predicted over measured: PNG, SVG or PDF, by its ending."
-)
-def paper(
-    held_out: bool, scaling: bool, refit: bool, as_json: bool, as_csv: bool, plot: Path | None
-) -> None:
+@click.option("--plot", type=OUT_FILE, help="Draw predicted over measured: PNG, SVG or PDF, by its ending.")
+def paper(held_out: bool, scaling: bool, refit: bool, as_json: bool, as_csv: bool, plot: Path | None) -> None:
     """Predict the runs of MoE-Lightning's Table 4 and lay them beside what was measured.
 
     The machines are paper-s1 and paper-s2; what is fitted in them is listed.
@@ -62,11 +47,7 @@ def paper(
     if refit:
         if plot is not None:
             raise HrmError("--plot", str(plot), "draws runs, not fits", "leave out --fit")
-        figures = [
-            FigureOfMachine(machine_name(setup), figure)
-            for setup in FITTED_SETUPS
-            for figure in fit(setup)
-        ]
+        figures = [FigureOfMachine(machine_name(setup), figure) for setup in FITTED_SETUPS for figure in fit(setup)]
         rows = [{"machine": each.machine, **asdict(each.figure)} for each in figures]
         if not _print_for_scripts({"figures": rows}, rows, as_json=as_json, as_csv=as_csv):
             print_fits(figures)
@@ -94,9 +75,7 @@ def paper(
 def _only_one(options: dict[str, bool]) -> None:
     given = [name for name, is_given in options.items() if is_given]
     if len(given) > 1:
-        raise HrmError(
-            " and ".join(given), "<together>", "one at a time can be asked for", "leave one out"
-        )
+        raise HrmError(" and ".join(given), "<together>", "one at a time can be asked for", "leave one out")
 
 
 def _draw(comparisons: Sequence[Comparison], path: Path, name: str) -> None:
@@ -144,13 +123,9 @@ def _content(comparisons: Sequence[Comparison], rows: list[Row]) -> Row:
     machines = {machine_name(comparison.run.setup) for comparison in comparisons}
     return {
         "cells": rows,
-        "systems": {
-            system.value: asdict(its) for system, its in accuracy_by_system(comparisons).items()
-        },
+        "systems": {system.value: asdict(its) for system, its in accuracy_by_system(comparisons).items()},
         "all": asdict(accuracy(comparisons)),
-        "order_as_published": {
-            name: order_as_published(column) for name, column in by_column(comparisons).items()
-        },
+        "order_as_published": {name: order_as_published(column) for name, column in by_column(comparisons).items()},
         "fitted": {
             name: [
                 {"where": where, "value": figure.value, "note": figure.note}

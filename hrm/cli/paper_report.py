@@ -52,10 +52,7 @@ def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
         console.print(f"[dim]{setup}: {SETUPS[setup]}; hrm profiles {machine_name(setup)}[/]")
     console.print()
     console.print(_table(comparisons))
-    console.print(
-        "[dim]limited by what would shorten the phase most if it cost half; waiting: tasks in turn"
-        "[/]\n"
-    )
+    console.print("[dim]limited by what would shorten the phase most if it cost half; waiting: tasks in turn[/]\n")
     _print_order(by_column(comparisons))
     console.print(_accuracy_table(comparisons))
     console.print()
@@ -68,9 +65,8 @@ def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
 
 def _table(comparisons: Sequence[Comparison]) -> Table:
     table = _new_table(
-        "", "μ, N/μ", "predicted", "measured", "error", "prefill", "limited by", "step",
-        "limited by", left=(0, 6, 8),
-    )  # fmt: skip
+        "", "μ, N/μ", "predicted", "measured", "error", "prefill", "limited by", "step", "limited by", left=(0, 6, 8)
+    )
     for name, column in by_column(comparisons).items():
         table.add_row(f"[bold]{name}[/]")
         for comparison in column:
@@ -108,14 +104,9 @@ def _print_order(columns: dict[str, list[Comparison]]) -> None:
 
 def _accuracy_table(comparisons: Sequence[Comparison]) -> Table:
     table = _new_table("system", "runs", "mean |error|", "worst", "in", left=(0, 4))
-    named: dict[str, Accuracy] = {
-        system.value: its for system, its in accuracy_by_system(comparisons).items()
-    }
+    named: dict[str, Accuracy] = {system.value: its for system, its in accuracy_by_system(comparisons).items()}
     for name, its in {**named, "all": accuracy(comparisons)}.items():
-        table.add_row(
-            name, str(its.count), f"{its.mean_error:.1%}", f"{its.worst_error:+.1%}",
-            its.worst_column,
-        )  # fmt: skip
+        table.add_row(name, str(its.count), f"{its.mean_error:.1%}", f"{its.worst_error:+.1%}", its.worst_column)
     return table
 
 
@@ -165,8 +156,7 @@ def print_fits(figures: Sequence[FigureOfMachine]) -> None:
             f"{figure.found / figure.shipped - 1:+.2%}",
         )
     console.print(table)
-    console.print("[dim]least squares over log(predicted / measured) of Table 4's cells, in closed"
-                  " form[/]")  # fmt: skip
+    console.print("[dim]least squares over log(predicted / measured) of Table 4's cells, in closed form[/]")
 
 
 # -- two and four GPUs ------------------------------------------------------------------------
@@ -174,16 +164,22 @@ def print_fits(figures: Sequence[FigureOfMachine]) -> None:
 
 def print_scaling(scalings: Sequence[Scaling]) -> None:
     """Throughput on two and four T4s, their ratio, and where it comes from."""
-    console.print(
-        "[bold]MoE-Lightning, Figs 7 and 8[/]: tokens/s on two and four T4s, host of 32 cores and"
-        " 416 GB"
-    )
+    console.print("[bold]MoE-Lightning, Figs 7 and 8[/]: tokens/s on two and four T4s, host of 32 cores and 416 GB")
     _say("T4 and CPU attention as in paper-s1; nothing is fitted on these runs")
     console.print()
     table = _new_table(
-        "generated", "N on 2", "on 4", "predicted 2", "4", "measured 2", "4", "predicted",
-        "measured", "shared links", left=(0,),
-    )  # fmt: skip
+        "generated",
+        "N on 2",
+        "on 4",
+        "predicted 2",
+        "4",
+        "measured 2",
+        "4",
+        "predicted",
+        "measured",
+        "shared links",
+        left=(0,),
+    )
     for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
         table.add_row(f"[bold]{model}[/]")
         for scaling in scalings:
@@ -206,9 +202,8 @@ def print_scaling(scalings: Sequence[Scaling]) -> None:
 def _steps_table(scalings: Sequence[Scaling]) -> Table:
     """Decode steps on two and four GPUs: predicted, what limits them, and what was measured."""
     table = _new_table(
-        "generated", "GPUs", "step", "limited by", "measured", "a link", "a process", "left",
-        left=(0, 3),
-    )  # fmt: skip
+        "generated", "GPUs", "step", "limited by", "measured", "a link", "a process", "left", left=(0, 3)
+    )
     for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
         table.add_row(f"[bold]{model}[/]")
         for scaling in scalings:
@@ -251,10 +246,7 @@ def _scaling_cells(scaling: Scaling) -> list[str]:
 def _explain(model: str, scalings: Sequence[Scaling]) -> None:
     """What the ratio consists of, by the model and by the published numbers."""
     console.print(f"[bold]{model}[/]")
-    for gpus, runs in (
-        (2, [scaling.two.run for scaling in scalings]),
-        (4, [scaling.four.run for scaling in scalings]),
-    ):
+    for gpus, runs in ((2, [scaling.two.run for scaling in scalings]), (4, [scaling.four.run for scaling in scalings])):
         limits = [batch_limit(run) for run in runs]
         levels = " or ".join(dict.fromkeys(limit.level for limit in limits))
         _say(
@@ -283,10 +275,7 @@ def _explain(model: str, scalings: Sequence[Scaling]) -> None:
         f" ×{_span([s.link_ceiling for s in scalings])} for weights over each card's link",
         indent="  ",
     )
-    for gpus, each in (
-        (2, [scaling.two for scaling in scalings]),
-        (4, [scaling.four for scaling in scalings]),
-    ):
+    for gpus, each in ((2, [scaling.two for scaling in scalings]), (4, [scaling.four for scaling in scalings])):
         limited = " or ".join(dict.fromkeys(c.predicted.limits.decode.cause.phrase for c in each))
         over = [1 + c.error for c in each]
         _say(
@@ -348,7 +337,4 @@ def _span(values: Sequence[float], form: str = ".2f") -> str:
 
 def _say(text: str, indent: str = "") -> None:
     """A paragraph wrapped to the width."""
-    console.print(
-        textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  "),
-        markup=False,
-    )
+    console.print(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  "), markup=False)

@@ -31,13 +31,7 @@ from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.policy import (
-    Policy,
-    ScheduleName,
-    experts_of_layers,
-    kv_tokens_for,
-    prefix_tokens_for,
-)
+from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search.result import SearchResult
 from hrm.search.solvers import Solver, check_knows_limits, solve
@@ -46,12 +40,13 @@ from hrm.workload import Workload
 
 _device = click.Choice([device.value for device in Device])
 _schedule = click.option(
-    "--schedule", type=click.Choice([name.value for name in ScheduleName]), default="cgopipe",
-    show_default=True, help="The order in which tasks are issued.",
-)  # fmt: skip
-_staging = click.option(
-    "--staging", is_flag=True, help="Host weights are in pageable memory, staged through pinned."
+    "--schedule",
+    type=click.Choice([name.value for name in ScheduleName]),
+    default="cgopipe",
+    show_default=True,
+    help="The order in which tasks are issued.",
 )
+_staging = click.option("--staging", is_flag=True, help="Host weights are in pageable memory, staged through pinned.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 _out = click.option("--out", type=OUT_FILE, help="Write the policy file here.")
 
@@ -66,31 +61,48 @@ _out = click.option("--out", type=OUT_FILE, help="Write the policy file here.")
 @click.option("--attention", type=_device, help="Only policies with attention there.")
 @click.option("--ffn", type=_device, help="Only policies with the experts there.")
 @click.option(
-    "--solver", type=click.Choice([solver.value for solver in Solver]), default="exhaustive",
+    "--solver",
+    type=click.Choice([solver.value for solver in Solver]),
+    default="exhaustive",
     show_default=True,
     help="exhaustive; milp solves mixed-integer programs; optuna tries the simulation.",
-)  # fmt: skip
+)
 @click.option("--trials", type=click.IntRange(1), help="Of optuna [default: 200].")
 @click.option(
-    "--storage", metavar="FILE-or-URL",
+    "--storage",
+    metavar="FILE-or-URL",
     help="Keep optuna's trials here, to go on later and share them: a file, or sqlite:///FILE.",
-)  # fmt: skip
+)
 @click.option("--seed", type=int, help="Of optuna [default: 0].")
 @click.option(
-    "--pareto", type=click.Choice([front.value for front in Front]),
+    "--pareto",
+    type=click.Choice([front.value for front in Front]),
     help="What throughput costs in host memory, in time to the last answer, or in GPUs.",
-)  # fmt: skip
+)
 @_json
 @_out
 @csv_option
 @plot_option
 def search(
-    model: ChosenModel, dtype: str | None, choice: MachineChoice, workload: Workload,
+    model: ChosenModel,
+    dtype: str | None,
+    choice: MachineChoice,
+    workload: Workload,
     limits: LatencyLimits,
-    schedule: str, staging: bool, attention: str | None, ffn: str | None, solver: str,
-    trials: int | None, storage: str | None, seed: int | None, pareto: str | None, as_json: bool,
-    out: Path | None, csv: Path | None, plot: Path | None,
-) -> None:  # fmt: skip
+    schedule: str,
+    staging: bool,
+    attention: str | None,
+    ffn: str | None,
+    solver: str,
+    trials: int | None,
+    storage: str | None,
+    seed: int | None,
+    pareto: str | None,
+    as_json: bool,
+    out: Path | None,
+    csv: Path | None,
+    plot: Path | None,
+) -> None:
     """Find the policy with the highest job throughput that fits every memory level.
 
     Of policies that are as fast to a thousandth, it is the one with the smallest batch.
@@ -107,16 +119,16 @@ def search(
     given = {name: value for name, value in of_optuna.items() if value is not None}
     if given and solver != Solver.OPTUNA:
         name, value = next(iter(given.items()))
-        raise PolicyError(
-            f"--{name}", value, "goes with --solver optuna only", "leave it out or add that"
-        )
+        raise PolicyError(f"--{name}", value, "goes with --solver optuna only", "leave it out or add that")
     profiles = choice.machines()
     if pareto is not None or len(profiles) > 1:
         if solver != Solver.EXHAUSTIVE or out is not None:
             raise PolicyError(
-                "--solver and --out", f"<{'--pareto' if pareto else 'several machines'}>",
-                "are for one search", "leave them out, or name one machine without --pareto",
-            )  # fmt: skip
+                "--solver and --out",
+                f"<{'--pareto' if pareto else 'several machines'}>",
+                "are for one search",
+                "leave them out, or name one machine without --pareto",
+            )
         compared = Compared(model, choice, profiles, dtype, workload, options)
         if pareto is None:
             show_machines(compared, as_json=as_json, csv=csv, plot=plot)
@@ -125,16 +137,24 @@ def search(
         return
     if csv is not None or plot is not None:
         raise PolicyError(
-            "--csv" if csv else "--plot", str(csv or plot),
-            "goes with --pareto, and --csv with several machines", "leave it out; hrm plot draws",
-        )  # fmt: skip
+            "--csv" if csv else "--plot",
+            str(csv or plot),
+            "goes with --pareto, and --csv with several machines",
+            "leave it out; hrm plot draws",
+        )
     (profile,) = profiles
     check_knows_limits(Solver(solver), limits)
     with _trials_bar(solver, trials) as progress:
         result = solve(
-            model.spec, profile, workload, solver=Solver(solver),
-            dtype=dtype or profile.default_dtype, **options, **given, **progress,
-        )  # fmt: skip
+            model.spec,
+            profile,
+            workload,
+            solver=Solver(solver),
+            dtype=dtype or profile.default_dtype,
+            **options,
+            **given,
+            **progress,
+        )
     _show(result.require(), model, profile, workload, result, as_json=as_json, out=out)
 
 
@@ -168,41 +188,58 @@ def _trials_bar(solver: str, trials: int | None) -> Generator[dict[str, Any]]:
 @click.option("--attention", type=_device, default="cpu", show_default=True)
 @click.option("--ffn", type=_device, default="gpu", show_default=True)
 @click.option(
-    "--resident-experts", default="0", show_default=True, metavar="COUNT[,COUNT…]",
+    "--resident-experts",
+    default="0",
+    show_default=True,
+    metavar="COUNT[,COUNT…]",
     help="Experts of every layer that stay on the GPU: one count, or one for each layer. Layers "
     "without experts have none.",
-)  # fmt: skip
+)
 @click.option(
-    "--resident-dense/--stream-dense", default=True, show_default=True,
+    "--resident-dense/--stream-dense",
+    default=True,
+    show_default=True,
     help="Whether projections, norms and routers stay on the GPU.",
-)  # fmt: skip
+)
 @click.option(
-    "--kv-on-gpu", is_flag=False, flag_value="1", default="0", show_default=True,
-    metavar="[SHARE]", help="Share of the KV cache that lives on the GPU; all without a number.",
-)  # fmt: skip
-@click.option(
-    "--prefill-chunk", type=int,
-    help="Prompt tokens prefilled at a time; longer prompts are split.",
-)  # fmt: skip
+    "--kv-on-gpu",
+    is_flag=False,
+    flag_value="1",
+    default="0",
+    show_default=True,
+    metavar="[SHARE]",
+    help="Share of the KV cache that lives on the GPU; all without a number.",
+)
+@click.option("--prefill-chunk", type=int, help="Prompt tokens prefilled at a time; longer prompts are split.")
 @_schedule
 @_staging
 @_json
 @_out
 def estimate(
-    model: ChosenModel, dtype: str, profile: HardwareProfile, workload: Workload,
+    model: ChosenModel,
+    dtype: str,
+    profile: HardwareProfile,
+    workload: Workload,
     limits: LatencyLimits,
-    micro_batch_size: int, num_micro_batches: int, attention: str, ffn: str,
-    resident_experts: str, resident_dense: bool, kv_on_gpu: str, prefill_chunk: int | None,
-    schedule: str, staging: bool, as_json: bool, out: Path | None,
-) -> None:  # fmt: skip
+    micro_batch_size: int,
+    num_micro_batches: int,
+    attention: str,
+    ffn: str,
+    resident_experts: str,
+    resident_dense: bool,
+    kv_on_gpu: str,
+    prefill_chunk: int | None,
+    schedule: str,
+    staging: bool,
+    as_json: bool,
+    out: Path | None,
+) -> None:
     """Predict what one given policy will do.
 
     A policy that does not fit, or that misses a limit on waiting times, is refused with what would
     be enough.
     """
-    for flag, value in (
-        ("--micro-batch-size", micro_batch_size), ("--num-micro-batches", num_micro_batches)
-    ):  # fmt: skip
+    for flag, value in (("--micro-batch-size", micro_batch_size), ("--num-micro-batches", num_micro_batches)):
         if value < 1:
             raise PolicyError(flag, value, "must be at least 1", "give a positive number")
     spec = model.spec
@@ -236,9 +273,7 @@ def estimate(
                 sizes.micro_batch_size, workload.mean_context_len, workload.max_context_len
             ),
             prefill_chunk_tokens=chunk,
-            prefix_buffer_tokens=prefix_tokens_for(
-                spec, longest, chunk, cpu_attention=int(cpu_attention)
-            ),
+            prefix_buffer_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=int(cpu_attention)),
             staging=staging,
             dtype=dtype,
         )
@@ -248,9 +283,7 @@ def estimate(
     policy.check_model(spec)
     plan = plan_memory(spec, policy, profile)
     if not plan.fits:
-        plan.check_fits(
-            remedy=_smaller(sizes, lambda s: plan_memory(spec, given(s), profile).fits, profile)
-        )
+        plan.check_fits(remedy=_smaller(sizes, lambda s: plan_memory(spec, given(s), profile).fits, profile))
     predicted = predict(spec, policy, profile, workload)
     limits.check(predicted.latency)
     _show(predicted, model, profile, workload, None, as_json=as_json, out=out)
@@ -275,12 +308,8 @@ def _smaller(sizes: Sizes, fits: Callable[[Sizes], bool], profile: HardwareProfi
         none = replace(sizes, residents=(0,) * len(sizes.residents))
         kept.append((none, " --resident-experts 0"))
     for changed, options in kept:
-        size = _largest(
-            changed.micro_batch_size, lambda u, of=changed: fits(replace(of, micro_batch_size=u))
-        )
-        number = _largest(
-            changed.num_micro_batches, lambda n, of=changed: fits(replace(of, num_micro_batches=n))
-        )
+        size = _largest(changed.micro_batch_size, lambda u, of=changed: fits(replace(of, micro_batch_size=u)))
+        number = _largest(changed.num_micro_batches, lambda n, of=changed: fits(replace(of, num_micro_batches=n)))
         if size == changed.micro_batch_size:
             return options.strip()
         if number * sizes.micro_batch_size > size * sizes.num_micro_batches:
@@ -308,9 +337,7 @@ def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise PolicyError(
-            "--resident-experts", text, "must be integers separated by commas", remedy
-        ) from None
+        raise PolicyError("--resident-experts", text, "must be integers separated by commas", remedy) from None
     if len(counts) == 1 and 0 <= counts[0] <= spec.num_experts:
         return tuple(min(counts[0], most) for most in there_are)
     if len(counts) != spec.num_layers or not 0 <= min(counts) <= max(counts) <= spec.num_experts:
@@ -319,9 +346,11 @@ def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
     for layer, (count, most) in enumerate(zip(counts, there_are, strict=True)):
         if count > most:
             raise PolicyError(
-                f"--resident-experts of layer {layer}", count, "the layer has no experts",
+                f"--resident-experts of layer {layer}",
+                count,
+                "the layer has no experts",
                 f"give 0 for the first {spec.num_dense_layers} layers",
-            )  # fmt: skip
+            )
     return counts
 
 
@@ -331,16 +360,20 @@ def _share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise PolicyError(
-            "--kv-on-gpu", text, "must be a share between 0 and 1", "give 0.5, or no number for all"
-        )
+        raise PolicyError("--kv-on-gpu", text, "must be a share between 0 and 1", "give 0.5, or no number for all")
     return share
 
 
 def _show(
-    predicted: Estimate, model: ChosenModel, profile: HardwareProfile, workload: Workload,
-    result: SearchResult | None, *, as_json: bool, out: Path | None,
-) -> None:  # fmt: skip
+    predicted: Estimate,
+    model: ChosenModel,
+    profile: HardwareProfile,
+    workload: Workload,
+    result: SearchResult | None,
+    *,
+    as_json: bool,
+    out: Path | None,
+) -> None:
     if out is not None:
         save_policy_file(out, policy_file_of(predicted, model.spec, profile, workload))
     if as_json:

@@ -6,14 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from hrm.cli.options import (
-    ChosenModel,
-    machine_options,
-    model_options,
-    plan_sources,
-    resolve_plan,
-    workload_options,
-)
+from hrm.cli.options import ChosenModel, machine_options, model_options, plan_sources, resolve_plan, workload_options
 from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console
 from hrm.cli.tables import tell_written, write_csv
@@ -30,9 +23,7 @@ from hrm.workload import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-_out = click.option(
-    "--out", "-o", type=OUT_FILE, required=True, help="PNG, SVG or PDF, by its ending."
-)
+_out = click.option("--out", "-o", type=OUT_FILE, required=True, help="PNG, SVG or PDF, by its ending.")
 
 
 @click.group()
@@ -43,19 +34,44 @@ def plot() -> None:
 @plot.command()
 @machine_options
 @click.option("--model", metavar="NAME-or-PATH", help="Mark this model's attention and FFN.")
-@click.option("--dtype", "dtypes", type=click.Choice(["auto", *DTYPE_BYTES]), multiple=True,
-              default=["auto"], show_default=True, help="Repeat it for several.")  # fmt: skip
-@click.option("--context", "contexts", type=click.IntRange(1), multiple=True, default=[512],
-              show_default=True, help="Tokens of KV cache a request; repeat it.")  # fmt: skip
-@click.option("--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True,
-              default=[32, 128, 512, 2048, 8192], show_default=True,
-              help="Requests whose FFN is marked; repeat it for several.")  # fmt: skip
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(["auto", *DTYPE_BYTES]),
+    multiple=True,
+    default=["auto"],
+    show_default=True,
+    help="Repeat it for several.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(1),
+    multiple=True,
+    default=[512],
+    show_default=True,
+    help="Tokens of KV cache a request; repeat it.",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    default=[32, 128, 512, 2048, 8192],
+    show_default=True,
+    help="Requests whose FFN is marked; repeat it for several.",
+)
 @click.option("--micro-batch-size", type=click.IntRange(1), default=128, show_default=True)
 @_out
 def roofline(
-    profile: HardwareProfile, model: str | None, dtypes: tuple[str, ...],
-    contexts: tuple[int, ...], batch_sizes: tuple[int, ...], micro_batch_size: int, out: Path,
-) -> None:  # fmt: skip
+    profile: HardwareProfile,
+    model: str | None,
+    dtypes: tuple[str, ...],
+    contexts: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    micro_batch_size: int,
+    out: Path,
+) -> None:
     """Roofs of every level and of the links; with a model, its attention and FFN under them."""
     from hrm.plots.roofline import plot_roofline
 
@@ -73,27 +89,41 @@ def roofline(
 
 @plot.command()
 @click.option(
-    "--schedule", "schedules", type=click.Choice([name.value for name in ScheduleName]),
+    "--schedule",
+    "schedules",
+    type=click.Choice([name.value for name in ScheduleName]),
     multiple=True,
     help="Run the policy in this order [default: the policy's, or cgopipe]; repeat it to compare.",
-)  # fmt: skip
-@plan_sources
-@click.option("--run", type=click.Path(path_type=Path, file_okay=False),
-              help="Draw this run's first batch above what was predicted for it.")  # fmt: skip
-@click.option(
-    "--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True
 )
-@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True,
-              help="Decode steps.")  # fmt: skip
-@click.option("--from-layer", type=click.IntRange(0), default=0, show_default=True,
-              help="Begin where the layer before this one is done.")  # fmt: skip
-@click.option("--layers", type=click.IntRange(1),
-              help="Draw this many layers of the first step [default: all steps].")  # fmt: skip
+@plan_sources
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Draw this run's first batch above what was predicted for it.",
+)
+@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True)
+@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps.")
+@click.option(
+    "--from-layer",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Begin where the layer before this one is done.",
+)
+@click.option("--layers", type=click.IntRange(1), help="Draw this many layers of the first step [default: all steps].")
 @_out
 def timeline(
-    schedules: tuple[str, ...], run: Path | None, phase: str, steps: int, from_layer: int,
-    layers: int | None, out: Path, policy: Path | None, model: str | None, **sources: Any,
-) -> None:  # fmt: skip
+    schedules: tuple[str, ...],
+    run: Path | None,
+    phase: str,
+    steps: int,
+    from_layer: int,
+    layers: int | None,
+    out: Path,
+    policy: Path | None,
+    model: str | None,
+    **sources: Any,
+) -> None:
     """Lanes over time as predicted, for one schedule or several, and as a run measured them."""
     from hrm.cli.timelines import of_run, of_schedules
     from hrm.plots import style
@@ -103,9 +133,11 @@ def timeline(
     if run is not None:
         if any((policy, model, schedules, *sources.values())):
             raise PolicyError(
-                "--run", str(run), "holds its own policy, machine and workload",
+                "--run",
+                str(run),
+                "holds its own policy, machine and workload",
                 "leave the other options out, or draw them without --run",
-            )  # fmt: skip
+            )
         title, traces = of_run(run, Phase(phase), steps)
     else:
         first = schedules[0] if schedules else None
@@ -123,24 +155,40 @@ def timeline(
 @model_options
 @workload_options
 @click.option(
-    "--vary", required=True, metavar="|".join([*Resource, *Length]),
+    "--vary",
+    required=True,
+    metavar="|".join([*Resource, *Length]),
     help="What is swept: a resource of the machine, or a length of the workload.",
-)  # fmt: skip
+)
 @click.option("--from", "low", required=True, metavar="64GB", help="Where the sweep begins.")
 @click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
 @click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True)
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
 @click.option(
-    "--schedule", "schedules", type=click.Choice([name.value for name in ScheduleName]),
-    multiple=True, default=["cgopipe"], show_default=True, help="Repeat it to compare.",
-)  # fmt: skip
+    "--schedule",
+    "schedules",
+    type=click.Choice([name.value for name in ScheduleName]),
+    multiple=True,
+    default=["cgopipe"],
+    show_default=True,
+    help="Repeat it to compare.",
+)
 @click.option("--csv", type=OUT_FILE, help="Write the points as a table too.")
 @_out
 def sweep(
-    profile: HardwareProfile, model: ChosenModel, dtype: str, workload: Workload, vary: str,
-    low: str, high: str, points: int, log: bool, schedules: tuple[str, ...], csv: Path | None,
+    profile: HardwareProfile,
+    model: ChosenModel,
+    dtype: str,
+    workload: Workload,
+    vary: str,
+    low: str,
+    high: str,
+    points: int,
+    log: bool,
+    schedules: tuple[str, ...],
+    csv: Path | None,
     out: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Throughput of the best policy against one resource of the machine, or one length."""
     from rich.console import Console
     from rich.progress import Progress
@@ -151,24 +199,30 @@ def sweep(
 
     style.check_path(out)
     what = swept(vary)
-    values = between(
-        what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points,
-        logarithmic=log,
-    )  # fmt: skip
+    values = between(what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points, logarithmic=log)
     names = [ScheduleName(name) for name in dict.fromkeys(schedules)]
     here = _here(what, profile, workload, dtype)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         shown = bar.add_task("searching", total=len(values) * len(names))
         frame = search_all(
-            model.spec, profile, workload, vary=what, values=values, dtype=dtype, schedules=names,
+            model.spec,
+            profile,
+            workload,
+            vary=what,
+            values=values,
+            dtype=dtype,
+            schedules=names,
             on_point=lambda: bar.advance(shown),
-        )  # fmt: skip
+        )
     write_csv(frame, csv)
     of = " (catalog figures)" if profile.accelerator == "catalog" else ""
     plot_sweep(
-        frame, out, x=what.column, here=here if values[0] <= here <= values[-1] else None,
+        frame,
+        out,
+        x=what.column,
+        here=here if values[0] <= here <= values[-1] else None,
         title=f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}",
-    )  # fmt: skip
+    )
     _print_sweep(frame, what)
     tell_written(csv, out)
 
@@ -186,21 +240,38 @@ def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str)
 
 def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
     table = Table(
-        "schedule", what.value, "tokens/s", "bound", "N", "μ", "attention", "FFN", "r_w", "r_c",
-        "bottleneck", box=None, pad_edge=False,
-    )  # fmt: skip
+        "schedule",
+        what.value,
+        "tokens/s",
+        "bound",
+        "N",
+        "μ",
+        "attention",
+        "FFN",
+        "r_w",
+        "r_c",
+        "bottleneck",
+        box=None,
+        pad_edge=False,
+    )
     for row in frame.to_dict("records"):
         value = _shown(what, float(row[what.column]))
         if row["reason"]:
             table.add_row(row["schedule"], value, *["–"] * 8, "no policy fits")
             continue
         table.add_row(
-            row["schedule"], value, f"{row['tokens_per_s']:.4g}",
-            f"{row['bound_tokens_per_s']:.4g}", str(row["batch_size"]),
-            str(row["micro_batch_size"]), row["attention"], row["ffn"],
-            f"{row['weight_share_on_gpu']:.3f}", f"{row['kv_share_on_gpu']:.3f}",
+            row["schedule"],
+            value,
+            f"{row['tokens_per_s']:.4g}",
+            f"{row['bound_tokens_per_s']:.4g}",
+            str(row["batch_size"]),
+            str(row["micro_batch_size"]),
+            row["attention"],
+            row["ffn"],
+            f"{row['weight_share_on_gpu']:.3f}",
+            f"{row['kv_share_on_gpu']:.3f}",
             row["bottleneck"],
-        )  # fmt: skip
+        )
     console.print(table)
 
 

@@ -23,49 +23,53 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--accelerator", default="auto", show_default=True,
+    "--accelerator",
+    default="auto",
+    show_default=True,
     metavar="auto|cuda:0|cuda:0,1|cuda:all|emulated|cpu",
     help="What computes at the top level: one CUDA device, several that plans use as one level, an "
     "accelerator emulated on half of the CPU's cores, or none; auto is the first CUDA device, or "
     "else the CPU alone.",
-)  # fmt: skip
-@click.option(
-    "--gpu-memory", metavar="16GB",
-    help="Memory of the emulated accelerator, or a cap on what all GPUs together hold.",
-)  # fmt: skip
-@click.option(
-    "--link-bandwidth", metavar="2GB/s", help="What the emulated accelerator's link is paced to."
 )
 @click.option(
-    "--model", metavar="NAME-or-PATH",
+    "--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator, or a cap on what all GPUs together hold."
+)
+@click.option("--link-bandwidth", metavar="2GB/s", help="What the emulated accelerator's link is paced to.")
+@click.option(
+    "--model",
+    metavar="NAME-or-PATH",
     help="Measure GEMMs at the shapes of this model's experts, and attention with its heads; of a "
     "checkpoint folder, the disk is measured too.",
-)  # fmt: skip
+)
 @click.option(
-    "--dtype", "dtypes", type=click.Choice(list(DTYPE_BYTES)), multiple=True,
+    "--dtype",
+    "dtypes",
+    type=click.Choice(list(DTYPE_BYTES)),
+    multiple=True,
     help="Measure GEMMs in this dtype, and attention in the first [default: bfloat16, float16 and "
     "float32]; repeat it for more.",
-)  # fmt: skip
+)
 @click.option(
-    "--disk", type=click.Path(path_type=Path), metavar="FOLDER",
+    "--disk",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
     help="Measure the disk under this folder: large files there are read, or a temporary one is "
     "written [default: the checkpoint's folder, or that of --out].",
-)  # fmt: skip
-@click.option(
-    "--quick", is_flag=True,
-    help="Fewer sizes and samples: under a minute instead of about eight.",
-)  # fmt: skip
-@click.option(
-    "--resume", is_flag=True,
-    help="Go on with what an interrupted measurement has left beside --out.",
-)  # fmt: skip
-@click.option(
-    "--out", type=OUT_FILE, default="machine.yaml", show_default=True, help="The profile to write."
 )
+@click.option("--quick", is_flag=True, help="Fewer sizes and samples: under a minute instead of about eight.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted measurement has left beside --out.")
+@click.option("--out", type=OUT_FILE, default="machine.yaml", show_default=True, help="The profile to write.")
 def profile(
-    accelerator: str, gpu_memory: str | None, link_bandwidth: str | None, model: str | None,
-    dtypes: tuple[str, ...], disk: Path | None, quick: bool, resume: bool, out: Path,
-) -> None:  # fmt: skip
+    accelerator: str,
+    gpu_memory: str | None,
+    link_bandwidth: str | None,
+    model: str | None,
+    dtypes: tuple[str, ...],
+    disk: Path | None,
+    quick: bool,
+    resume: bool,
+    out: Path,
+) -> None:
     """Measure this machine into a hardware profile (YAML).
 
     Measure at a quiet moment: others' work is in the figures, and the profile says how much of it
@@ -87,18 +91,26 @@ def profile(
         _tell_of(partial, resume=resume)
     # Drawn between measurements only: a bar that moves by itself would disturb them.
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"),
-        TimeElapsedColumn(), console=Console(stderr=True), auto_refresh=False,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[left]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )
     shown = bar.add_task("measuring", total=1.0, left="")
 
     def progress(done_s: float, total_s: float, text: str) -> None:
         left_s = max(total_s - done_s, 0.0)
         bar.start()  # with the first measurement: a mistake in the options shows no bar
         bar.update(
-            shown, completed=done_s, total=max(total_s, 1e-9), description=text,
-            left=f"about {left_s:.0f} s left", refresh=True,
-        )  # fmt: skip
+            shown,
+            completed=done_s,
+            total=max(total_s, 1e-9),
+            description=text,
+            left=f"about {left_s:.0f} s left",
+            refresh=True,
+        )
 
     try:
         measured = profile_machine(

@@ -26,9 +26,11 @@ TOLD_CHANGE = 0.10  # of which diff says in how many figures it would be told
 @click.option("--all", "show_all", is_flag=True, help="diff: list what is within the spreads too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.option(
-    "--yaml/--table", "as_yaml", default=None,
+    "--yaml/--table",
+    "as_yaml",
+    default=None,
     help="Print NAME as a file or as a table [default: a table on a terminal, else a file].",
-)  # fmt: skip
+)
 def profiles(names: tuple[str, ...], show_all: bool, as_json: bool, as_yaml: bool | None) -> None:
     """List the known GPUs, hosts and machines, show NAME, or compare the machines A and B.
 
@@ -46,17 +48,16 @@ def profiles(names: tuple[str, ...], show_all: bool, as_json: bool, as_yaml: boo
         case ():
             _list(as_json=as_json)
         case ("diff", first, second):
-            _diff(
-                _whole(first), _whole(second), (first, second), show_all=show_all, as_json=as_json
-            )
+            _diff(_whole(first), _whole(second), (first, second), show_all=show_all, as_json=as_json)
         case (name,) if name != DIFF:
-            _show(name, as_json=as_json, as_yaml=not sys.stdout.isatty() if as_yaml is None
-                  else as_yaml)  # fmt: skip
+            _show(name, as_json=as_json, as_yaml=not sys.stdout.isatty() if as_yaml is None else as_yaml)
         case _:
             raise ProfileError(
-                "hrm profiles", " ".join(names), "takes one name, or diff and two names",
+                "hrm profiles",
+                " ".join(names),
+                "takes one name, or diff and two names",
                 "write it like: hrm profiles diff before.yaml after.yaml",
-            )  # fmt: skip
+            )
 
 
 def _list(*, as_json: bool) -> None:
@@ -104,9 +105,8 @@ def _whole(name: str) -> HardwareProfile:
 
 
 def _diff(
-    first: HardwareProfile, second: HardwareProfile, names: tuple[str, str], *,
-    show_all: bool, as_json: bool,
-) -> None:  # fmt: skip
+    first: HardwareProfile, second: HardwareProfile, names: tuple[str, str], *, show_all: bool, as_json: bool
+) -> None:
     diff = diff_profiles(first, second)
     if as_json:
         print_json(_diff_json(diff))
@@ -141,8 +141,7 @@ def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
     shown = [x for x in diff.different if show_all or x.verdict is not Verdict.WITHIN]
     if not shown:
         return
-    table = Table(Column("figure", no_wrap=True), "A", "B", "change", "on its curve", "",
-                  box=None, pad_edge=False)  # fmt: skip
+    table = Table(Column("figure", no_wrap=True), "A", "B", "change", "on its curve", "", box=None, pad_edge=False)
     for figure in shown:
         show = _format_of(figure.name)
         size, change = figure.curve_change

@@ -80,9 +80,7 @@ def _telling_of_readers() -> Generator[None]:
         raise
 
 
-def run_program(
-    cli: click.Command, name: str, args: list[str] | None, *, interrupted: str = "interrupted"
-) -> None:
+def run_program(cli: click.Command, name: str, args: list[str] | None, *, interrupted: str = "interrupted") -> None:
     """Run a command line and exit if anything but success is to be told.
 
     2 after a mistake in the input or where a file or the output cannot be written, 1 if a task
@@ -112,9 +110,7 @@ def run_program(
     except OSError as error:
         where = "the output" if error.filename is None else str(error.filename)
         _forget_output()
-        _end(
-            2, f"error: {where} is <{error.strerror}>: must be usable; make room or check the path"
-        )
+        _end(2, f"error: {where} is <{error.strerror}>: must be usable; make room or check the path")
 
 
 def _end(code: int, text: str, chart: str | None = None) -> NoReturn:
@@ -174,9 +170,7 @@ def _forget_output() -> None:
         os.close(nowhere)
 
 
-_REFUSED: Final = re.compile(
-    r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL
-)
+_REFUSED: Final = re.compile(r"(?:\w+ )?'?(?P<value>[^']*?)'? (?P<rule>(?:is|does) .*?)\.?", re.DOTALL)
 
 
 def usage_mistake(error: click.UsageError, program: str) -> HrmError:

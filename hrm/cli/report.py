@@ -63,18 +63,9 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
             phase: {lane.value: seconds for lane, seconds in of_phase.lane_s.items()}
             for phase, of_phase in (("prefill", estimate.prefill), ("decode", estimate.decode))
         },
-        "host_memory_s": {
-            "prefill": estimate.prefill.host_memory_s,
-            "decode": estimate.decode.host_memory_s,
-        },
-        "all_reduce_s": {
-            "prefill": estimate.prefill.all_reduce_s,
-            "decode": estimate.decode.all_reduce_s,
-        },
-        "ttft_s": {
-            "mean": estimate.latency.mean_ttft_s,
-            "last": estimate.latency.last_ttft_s,
-        },
+        "host_memory_s": {"prefill": estimate.prefill.host_memory_s, "decode": estimate.decode.host_memory_s},
+        "all_reduce_s": {"prefill": estimate.prefill.all_reduce_s, "decode": estimate.decode.all_reduce_s},
+        "ttft_s": {"mean": estimate.latency.mean_ttft_s, "last": estimate.latency.last_ttft_s},
         "time_per_output_token_s": estimate.latency.tpot_s,
         "requests": estimate.num_requests,
         "batches": estimate.num_batches,
@@ -83,16 +74,16 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
 
 def memory_json(plan: LevelPlan) -> dict[str, Any]:
     """Capacity and planned bytes by purpose at one level."""
-    return {
-        "capacity_bytes": plan.capacity_bytes,
-        "planned_bytes": {**plan.purposes, "total": plan.planned_bytes},
-    }
+    return {"capacity_bytes": plan.capacity_bytes, "planned_bytes": {**plan.purposes, "total": plan.planned_bytes}}
 
 
 def plan_json(
-    estimate: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload,
+    estimate: Estimate,
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
     search: SearchResult | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything about one plan."""
     levels = {plan.name: memory_json(plan) for plan in estimate.memory.levels}
     points = _turning_points(estimate, workload)
@@ -102,13 +93,9 @@ def plan_json(
         "policy": policy_json(estimate),
         "predicted": predicted,
         "memory": levels,
-        "turning_points": {
-            name: {**asdict(point), "verdict": point.verdict} for name, point in points.items()
-        },
+        "turning_points": {name: {**asdict(point), "verdict": point.verdict} for name, point in points.items()},
         "machine": profile.name,
-        "machine_given": {
-            resource.column: value for resource, value in given_resources(profile).items()
-        },
+        "machine_given": {resource.column: value for resource, value in given_resources(profile).items()},
         "model": spec.name,
         "workload": workload,
     }
@@ -131,9 +118,7 @@ def plan_json(
             }
             for way in search.ways
         ]
-        content["runner_ups"] = [
-            {"policy": policy_json(e), "predicted": predicted_json(e)} for e in search.runner_ups
-        ]
+        content["runner_ups"] = [{"policy": policy_json(e), "predicted": predicted_json(e)} for e in search.runner_ups]
     return content
 
 
@@ -146,16 +131,18 @@ def _turning_points(estimate: Estimate, workload: Workload) -> dict[str, Turning
     return {
         "attention": attention_turning_points(profile, spec, policy.dtype, context=context),
         "ffn": ffn_turning_points(
-            profile, spec, policy.dtype, batch_size=policy.batch_size,
-            micro_batch_size=policy.micro_batch_size,
+            profile, spec, policy.dtype, batch_size=policy.batch_size, micro_batch_size=policy.micro_batch_size
         ),
-    }  # fmt: skip
+    }
 
 
 def print_plan(
-    estimate: Estimate, spec: ModelSpec, profile: HardwareProfile, workload: Workload,
+    estimate: Estimate,
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
     search: SearchResult | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Print a plan for people."""
     policy = estimate.policy
     console.print(
@@ -191,13 +178,10 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
             return ""
 
 
-def _print_policy(
-    estimate: Estimate, spec: ModelSpec, workload: Workload, profile: HardwareProfile
-) -> None:
+def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profile: HardwareProfile) -> None:
     policy = estimate.policy
     console.print(
-        f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = "
-        f"{estimate.paper_text}, schedule {policy.schedule.value}"
+        f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = {estimate.paper_text}, schedule {policy.schedule.value}"
     )
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
@@ -239,9 +223,7 @@ def _kv_cache(policy: Policy) -> str:
 
 def _residents(estimate: Estimate, spec: ModelSpec) -> str:
     """How many experts of a layer are resident: `2 or 3 of 16 a layer`."""
-    pairs = zip(
-        estimate.policy.resident_experts, experts_of_layers(estimate.part.spec), strict=True
-    )
+    pairs = zip(estimate.policy.resident_experts, experts_of_layers(estimate.part.spec), strict=True)
     counts = sorted({count for count, there_are in pairs if there_are})
     if counts == [spec.num_experts]:
         return f"all {spec.num_experts} a layer"
@@ -255,9 +237,7 @@ def _word(device: Device) -> str:
     return "GPU" if device is Device.GPU else "CPU"
 
 
-def _print_prediction(
-    estimate: Estimate, workload: Workload, ends: ThroughputRange | None, *, has_gpu: bool
-) -> None:
+def _print_prediction(estimate: Estimate, workload: Workload, ends: ThroughputRange | None, *, has_gpu: bool) -> None:
     share = estimate.tokens_per_s / estimate.bound_tokens_per_s
     what = "batch" if workload.num_requests is None else "job"
     console.print(
@@ -315,9 +295,7 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
         "attention": policy.kv_share_on_gpu,
         "ffn": float(policy.resident_experts == experts_of_layers(estimate.part.spec)),
     }
-    table = Table(
-        "turning points", "intensity", "P1", "P2", "balance", "", box=None, pad_edge=False
-    )
+    table = Table("turning points", "intensity", "P1", "P2", "balance", "", box=None, pad_edge=False)
     for name, point in points.items():
         numbers = (point.intensity, point.p1, point.p2, point.balance)
         verdict = "all of its data lies on the GPU" if shares[name] == 1 else point.verdict
@@ -330,15 +308,10 @@ def _print_search(search: SearchResult) -> None:
     if search.runner_ups:
         phase, _ = _last_limit(search.runner_ups[0])
         table = Table(
-            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", f"{phase} limited by",
-            box=None, pad_edge=False,
-        )  # fmt: skip
+            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", f"{phase} limited by", box=None, pad_edge=False
+        )
         for estimate in search.runner_ups:
-            table.add_row(
-                estimate.paper_text,
-                f"{estimate.tokens_per_s:.4g}",
-                _last_limit(estimate)[1].cause.value,
-            )
+            table.add_row(estimate.paper_text, f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value)
         console.print(table)
     console.print(
         f"[dim]{search.solver} search: {search.evaluations:,} {_EVALUATED[search.solver]}, "

@@ -25,20 +25,17 @@ MOST_PARTS: Final = 30_000  # micro-batches, or chunks, times layers and steps
 
 @click.command()
 @plan_options
+@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True)
 @click.option(
-    "--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True
+    "--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps to simulate, joined."
 )
-@click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True,
-              help="Decode steps to simulate, joined.")  # fmt: skip
 @click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
-@click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True,
-              help="Columns of the chart.")  # fmt: skip
+@click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True, help="Columns of the chart.")
 @click.option("--trace", type=OUT_FILE, help="Write a Chrome trace (open it in ui.perfetto.dev).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def simulate(
-    plan: PolicyFile, phase: str, steps: int, layers: int | None, width: int, trace: Path | None,
-    as_json: bool,
-) -> None:  # fmt: skip
+    plan: PolicyFile, phase: str, steps: int, layers: int | None, width: int, trace: Path | None, as_json: bool
+) -> None:
     """Walk a policy's task graph in virtual time and draw what each lane does."""
     simulated = simulate_plan(plan, Phase(phase), num_steps=steps)
     if trace is not None:
@@ -63,9 +60,7 @@ def simulate(
     )
     console.print(f"{given}\n" if (given := given_text(plan.profile)) else "")
     if not plan.profile.has_accelerator:
-        why = "memory is unified" if plan.profile.unified_memory else (
-            "there is no accelerator: lane GPU is the CPU"
-        )  # fmt: skip
+        why = "memory is unified" if plan.profile.unified_memory else ("there is no accelerator: lane GPU is the CPU")
         console.print(f"[dim]{why}, and nothing moves[/]\n")
     for lane in Lane:
         text = lane_text(shown, lane, TEXT_TASKS)
@@ -109,7 +104,8 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
 def _check_length(count: int, what: str, times: int) -> None:
     if count * times > MOST_PARTS:
         raise PolicyError(
-            f"policy: {what} count", count,
+            f"policy: {what} count",
+            count,
             f"times layers and steps must be at most {MOST_PARTS:,} to be drawn task by task",
             "draw a smaller batch or fewer --steps; hrm estimate predicts any",
-        )  # fmt: skip
+        )

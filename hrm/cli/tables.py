@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 csv_option = click.option("--csv", type=OUT_FILE, help="Write the table here too.")
-plot_option = click.option(
-    "--plot", type=OUT_FILE,
-    help="Draw it too: PNG, SVG or PDF, by its ending.",
-)  # fmt: skip
+plot_option = click.option("--plot", type=OUT_FILE, help="Draw it too: PNG, SVG or PDF, by its ending.")
 
 
 @contextmanager
@@ -73,9 +70,11 @@ PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def print_frame(
-    frame: "pd.DataFrame", headings: Sequence[str], cells: Callable[[dict[str, Any]], list[str]],
+    frame: "pd.DataFrame",
+    headings: Sequence[str],
+    cells: Callable[[dict[str, Any]], list[str]],
     plan: Sequence[str] = tuple(PLAN_CELLS),
-) -> None:  # fmt: skip
+) -> None:
     """Print a table with its own first columns and then those of the plan, or why there is none.
 
     How GPUs share the work is left out where no row has several.

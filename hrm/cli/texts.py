@@ -26,10 +26,7 @@ def range_text(ends: ThroughputRange) -> str:
         causes.append(f"assumed figures are up to {ASSUMED_SHARE:.0%} off{named}")
     if ends.spread:
         causes.append(f"measured ones as far as they spread ({_some(ends.spread)})")
-    return (
-        f"between {ends.low_tokens_per_s:.4g} and {ends.high_tokens_per_s:.4g} tokens/s, if "
-        f"{' and '.join(causes)}"
-    )
+    return f"between {ends.low_tokens_per_s:.4g} and {ends.high_tokens_per_s:.4g} tokens/s, if {' and '.join(causes)}"
 
 
 def _some(names: tuple[str, ...], most: int = 3) -> str:
@@ -59,10 +56,7 @@ def run_text(model: str, out: Path | None, *, spec: ModelSpec, profile: Hardware
     path = out if out is not None else Path("policy.json")
     folder = model if Path(model).is_dir() else "FOLDER-WITH-WEIGHTS"
     hint = "" if out is not None else "   [dim](after adding --out policy.json here)[/]"
-    return (
-        f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl "
-        f"--output-dir run/{hint}"
-    )
+    return f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl --output-dir run/{hint}"
 
 
 def _obstacle_to_run(spec: ModelSpec, profile: HardwareProfile) -> str:

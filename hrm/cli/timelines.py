@@ -32,10 +32,11 @@ def of_schedules(
     parts = counted(policy.num_micro_batches, "micro-batch")
     title = f"{plan.model.name} on {plan.profile.name}{of}: {parts} of {policy.micro_batch_size}"
     traces = {
-        f"{name}, attention on the {other.policy.attention.value.upper()}, predicted":
-            simulate_plan(other, phase, num_steps=steps)
+        f"{name}, attention on the {other.policy.attention.value.upper()}, predicted": simulate_plan(
+            other, phase, num_steps=steps
+        )
         for name, other in plans.items()
-    }  # fmt: skip
+    }
     return title, traces
 
 
@@ -54,12 +55,8 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
     """
 
     def fits(policy: Policy) -> bool:
-        plans = (
-            plan_memory(plan.model, in_order(policy, name), plan.profile) for name in schedules
-        )
-        return all(
-            level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu)
-        )
+        plans = (plan_memory(plan.model, in_order(policy, name), plan.profile) for name in schedules)
+        return all(level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu))
 
     spec = plan.part.spec
     for total in range(sum(plan.policy.resident_experts), 0, -1):
@@ -76,10 +73,7 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
         run.policy_file,
         profile=paced(run.policy_file.profile, run.accelerator),
         policy=replace(
-            with_batch_size(
-                run.policy_file.policy,
-                min(run.batches[0].requests, run.policy_file.policy.batch_size),
-            ),
+            with_batch_size(run.policy_file.policy, min(run.batches[0].requests, run.policy_file.policy.batch_size)),
             schedule=ScheduleName(run.schedule),
         ),
         workload=replace(run.policy_file.workload, prompt_len=run.workload.prompt_len),
@@ -124,7 +118,4 @@ def measured_steps(run: Path, trace: Trace, num_steps: int) -> tuple[int, Trace]
 
 
 def _nothing(run: Path, phase: Phase) -> TraceError:
-    return TraceError(
-        str(run), f"<no {phase.value} steps>", "must hold a run that did this phase",
-        "run the job again",
-    )  # fmt: skip
+    return TraceError(str(run), f"<no {phase.value} steps>", "must hold a run that did this phase", "run the job again")

@@ -13,14 +13,8 @@ from hrm.units import parse_seconds
 def limits_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command `limits: LatencyLimits` from --max-ttft and --max-tpot."""
 
-    @click.option(
-        "--max-ttft",
-        metavar="30s",
-        help="Every first token within so long of the start of its batch.",
-    )
-    @click.option(
-        "--max-tpot", metavar="200ms", help="Every other token within so long, on average."
-    )
+    @click.option("--max-ttft", metavar="30s", help="Every first token within so long of the start of its batch.")
+    @click.option("--max-tpot", metavar="200ms", help="Every other token within so long, on average.")
     @wraps(command)
     def wrapper(*args: Any, max_ttft: str | None, max_tpot: str | None, **options: Any) -> Any:
         limits = LatencyLimits(

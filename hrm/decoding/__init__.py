@@ -31,9 +31,14 @@ __all__ = [
 
 
 def read_json(
-    path: str | Path, what: str, error_type: type[HrmError], *, where: str = "",
-    remedy: str = "correct it at that place", max_bytes: int = MAX_TEXT_BYTES,
-) -> Any:  # fmt: skip
+    path: str | Path,
+    what: str,
+    error_type: type[HrmError],
+    *,
+    where: str = "",
+    remedy: str = "correct it at that place",
+    max_bytes: int = MAX_TEXT_BYTES,
+) -> Any:
     """The value of the JSON document in the file; `error_type` if there is none.
 
     Errors say that the file "must be" `what`; `where` stands in them for the path.
@@ -43,18 +48,18 @@ def read_json(
 
 
 def read_json_object(
-    path: str | Path, what: str, error_type: type[HrmError], *, where: str = "",
-    remedy: str = "correct it at that place", max_bytes: int = MAX_TEXT_BYTES,
-) -> dict[str, Any]:  # fmt: skip
+    path: str | Path,
+    what: str,
+    error_type: type[HrmError],
+    *,
+    where: str = "",
+    remedy: str = "correct it at that place",
+    max_bytes: int = MAX_TEXT_BYTES,
+) -> dict[str, Any]:
     """As `read_json`, of a document that is one object; `error_type` if it is something else."""
-    value = read_json(
-        path, what, error_type, where=where, remedy=remedy, max_bytes=max_bytes
-    )  # fmt: skip
+    value = read_json(path, what, error_type, where=where, remedy=remedy, max_bytes=max_bytes)
     if not isinstance(value, dict):
-        raise error_type(
-            where or str(path), f"<{type(value).__name__}>", f"must be {what}: one JSON object",
-            remedy,
-        )  # fmt: skip
+        raise error_type(where or str(path), f"<{type(value).__name__}>", f"must be {what}: one JSON object", remedy)
     return value  # pyright: ignore[reportUnknownVariableType] - keys of JSON objects are texts
 
 
@@ -71,9 +76,8 @@ def read_text(path: str | Path, what: str, error_type: type[HrmError], *, remedy
 
 
 def _decoded(
-    decode: Callable[[bytes], Any], data: bytes, where: str, what: str, error_type: type[HrmError],
-    remedy: str,
-) -> Any:  # fmt: skip
+    decode: Callable[[bytes], Any], data: bytes, where: str, what: str, error_type: type[HrmError], remedy: str
+) -> Any:
     try:
         return decode(data)
     except Malformed as error:

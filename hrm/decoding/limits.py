@@ -32,9 +32,7 @@ def decode_text(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Malformed(
-            f"byte 0x{data[error.start]:02x} at offset {error.start} is no UTF-8"
-        ) from error
+        raise Malformed(f"byte 0x{data[error.start]:02x} at offset {error.start} is no UTF-8") from error
 
 
 def integer(text: str) -> int:

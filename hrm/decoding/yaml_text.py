@@ -10,21 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from hrm.decoding.limits import (
-    MAX_DEPTH,
-    MAX_DIGITS,
-    MAX_NODES,
-    Malformed,
-    brief,
-    decode_text,
-    integer,
-    number,
-)
+from hrm.decoding.limits import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Malformed, brief, decode_text, integer, number
 
 _NULL: Final = {"", "~", "null", "Null", "NULL"}
-_TRUTH: Final = {
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-}  # fmt: skip
+_TRUTH: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER: Final = re.compile(r"[-+]?[0-9]+")
 _BASED: Final = re.compile(r"0o([0-7]+)|0x[0-9a-fA-F]+")
 _FLOAT: Final = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")

@@ -38,8 +38,9 @@ def load_model(model: str) -> ModelSpec:
     if not is_file(path):
         close = closest(model, BUILT_IN_MODELS)
         raise ModelError(
-            "--model", model,
+            "--model",
+            model,
             f"must be one of {', '.join(BUILT_IN_MODELS)}, or a config.json or its folder",
             f"did you mean {close}?" if close else "see hrm models",
-        )  # fmt: skip
+        )
     return spec_from_hf_config(read_config(path), str(path))

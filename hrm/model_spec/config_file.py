@@ -13,9 +13,7 @@ CHECK: Final = "check the config.json"
 
 def read_config(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ModelError if it is none."""
-    return read_json_object(
-        path, "a readable JSON file", ModelError, remedy="download the config again"
-    )
+    return read_json_object(path, "a readable JSON file", ModelError, remedy="download the config again")
 
 
 @dataclass(frozen=True, slots=True)

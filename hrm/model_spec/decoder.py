@@ -15,9 +15,7 @@ FULL, SLIDING, CHUNKED = LAYER_TYPES
 _OTHER_MODEL: Final = "use another model: plans know dense layers at the start only"
 
 
-def decoder(
-    keys: Keys, *, expert_size: str, experts: str, latent: LatentAttention | None = None
-) -> ModelSpec:
+def decoder(keys: Keys, *, expert_size: str, experts: str, latent: LatentAttention | None = None) -> ModelSpec:
     """A decoder with experts in every layer and nothing unusual.
 
     `expert_size` and `experts` are the family's keys of an expert's width and of their number.
@@ -29,10 +27,7 @@ def decoder(
         as_many = keys.is_null("num_key_value_heads")
         num_kv_heads = num_heads if as_many else keys.integer("num_key_value_heads")
         has_head_dim = keys.get("head_dim") is not None
-        head_dim = (
-            keys.integer("head_dim") if has_head_dim
-            else whole_head(keys, "num_attention_heads", hidden_size)
-        )  # fmt: skip
+        head_dim = keys.integer("head_dim") if has_head_dim else whole_head(keys, "num_attention_heads", hidden_size)
     return ModelSpec(
         name=keys.where,  # for messages, until the spec has its own
         family="",

@@ -44,10 +44,7 @@ def spec_from_hf_config(config: dict[str, Any], where: str) -> ModelSpec:
         raise _unknown_architecture(keys)
     path = Path(where)
     name = path.parent.name if path.name == "config.json" else path.stem
-    return replace(
-        reader(keys), name=name or str(family), family=str(family),
-        published_dtype=_published_dtype(keys),
-    )  # fmt: skip
+    return replace(reader(keys), name=name or str(family), family=str(family), published_dtype=_published_dtype(keys))
 
 
 def _text_part(keys: Keys) -> Keys:
@@ -64,14 +61,17 @@ def _unknown_architecture(keys: Keys) -> ModelError:
     known = f"must be one of {', '.join(FAMILY_READERS)}"
     if not any(keys.get(key) is not None for key in EXPERTS):
         rule = f"{known}; hrm plans mixture-of-experts models, and here is none of"
-        return keys.refusal(
-            "model_type", f"{rule} {', '.join(EXPERTS)}", "use a mixture-of-experts model"
-        )
+        return keys.refusal("model_type", f"{rule} {', '.join(EXPERTS)}", "use a mixture-of-experts model")
     needed = {
-        "num_hidden_layers": (), "hidden_size": (), "moe_intermediate_size": ("intermediate_size",),
-        "num_attention_heads": (), "num_key_value_heads": (), "vocab_size": (),
-        "num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN,
-    }  # fmt: skip
+        "num_hidden_layers": (),
+        "hidden_size": (),
+        "moe_intermediate_size": ("intermediate_size",),
+        "num_attention_heads": (),
+        "num_key_value_heads": (),
+        "vocab_size": (),
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    }
     has: list[str] = []
     lacks: list[str] = []
     for key, aliases in needed.items():
@@ -79,9 +79,10 @@ def _unknown_architecture(keys: Keys) -> ModelError:
         (has if given else lacks).append(key)
     found = f"has {', '.join(has)} and lacks {', '.join(lacks) or 'none'}"
     return keys.refusal(
-        "model_type", f"{known}; of the sizes that a reader needs, this config {found}",
+        "model_type",
+        f"{known}; of the sizes that a reader needs, this config {found}",
         "use one of these, or add a reader to hrm/model_spec/families.py",
-    )  # fmt: skip
+    )
 
 
 def _published_dtype(keys: Keys) -> str:
@@ -134,9 +135,8 @@ def _read_qwen2(keys: Keys) -> ModelSpec:
     used = keys.truth("use_sliding_window")
     limited = keys.integer("max_window_layers", default=28, at_least=0) if used else 0
     spec = with_windows(
-        _read_qwen(keys), keys, used=used,
-        default=lambda layer: SLIDING if layer % 2 == 0 and layer < limited else FULL,
-    )  # fmt: skip
+        _read_qwen(keys), keys, used=used, default=lambda layer: SLIDING if layer % 2 == 0 and layer < limited else FULL
+    )
     has_biases = keys.truth("qkv_bias", default=True)
     return replace(
         spec,
@@ -161,9 +161,7 @@ def _read_deepseek(keys: Keys) -> ModelSpec:
         value_head_dim=keys.integer("v_head_dim"),
         query_rank=keys.integer("q_lora_rank", default=0),
     )
-    spec = decoder(
-        keys, expert_size="moe_intermediate_size", experts="n_routed_experts", latent=latent
-    )
+    spec = decoder(keys, expert_size="moe_intermediate_size", experts="n_routed_experts", latent=latent)
     require_every_layer(keys, "moe_layer_freq")
     if keys.truth("mlp_bias"):
         raise keys.refusal("mlp_bias", "must be false", "use a model without biases in its FFNs")

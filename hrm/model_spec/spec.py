@@ -18,14 +18,26 @@ LARGEST_SIZE: Final = 10**8
 LARGEST_MODEL: Final = 10**15
 
 _SIZES: Final = (
-    "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
-    "num_experts", "experts_per_token", "vocab_size", "matrices_per_expert",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "num_experts",
+    "experts_per_token",
+    "vocab_size",
+    "matrices_per_expert",
+)
 _OPTIONAL_SIZES: Final = (
-    "shared_intermediate_size", "num_dense_layers", "dense_intermediate_size",
-    "other_layer_parameters", "other_router_parameters", "other_expert_parameters",
+    "shared_intermediate_size",
+    "num_dense_layers",
+    "dense_intermediate_size",
+    "other_layer_parameters",
+    "other_router_parameters",
+    "other_expert_parameters",
     "other_head_parameters",
-)  # fmt: skip
+)
 _LATENT_SIZES: Final = ("kv_rank", "rope_head_dim", "nope_head_dim", "value_head_dim")
 
 
@@ -93,37 +105,47 @@ class ModelSpec:
         for name in _OPTIONAL_SIZES:
             self._check_integer(name, getattr(self, name), at_least=0)
         self._require(
-            self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
             f"must divide num_heads {self.num_heads}",
-        )  # fmt: skip
+        )
         self._require(
-            self.experts_per_token <= self.num_experts, "experts_per_token",
-            self.experts_per_token, f"must be at most num_experts {self.num_experts}",
-        )  # fmt: skip
+            self.experts_per_token <= self.num_experts,
+            "experts_per_token",
+            self.experts_per_token,
+            f"must be at most num_experts {self.num_experts}",
+        )
         self._require(
-            self.num_dense_layers < self.num_layers, "num_dense_layers", self.num_dense_layers,
+            self.num_dense_layers < self.num_layers,
+            "num_dense_layers",
+            self.num_dense_layers,
             f"must be below num_layers {self.num_layers}: some layer must have experts",
-        )  # fmt: skip
+        )
         self._require(
             self.dense_intermediate_size > 0 or self.num_dense_layers == 0,
-            "dense_intermediate_size", self.dense_intermediate_size,
+            "dense_intermediate_size",
+            self.dense_intermediate_size,
             f"must be positive where there are dense layers, {self.num_dense_layers} here",
-        )  # fmt: skip
+        )
         if self.latent_attention is not None:
             self._check_latent(self.latent_attention)
         self._check_windows()
         frequencies = self.expert_frequencies
         self._require(
             not frequencies
-            or (len(frequencies) == self.num_experts and 0 <= min(frequencies) <= max(frequencies)
-                and max(frequencies) <= 1),
-            "expert_frequencies", frequencies,
+            or (
+                len(frequencies) == self.num_experts
+                and 0 <= min(frequencies) <= max(frequencies)
+                and max(frequencies) <= 1
+            ),
+            "expert_frequencies",
+            frequencies,
             f"must be shares between 0 and 1 of the {self.num_experts} experts, or none",
-        )  # fmt: skip
+        )
         self._require(
-            self.parameters <= LARGEST_MODEL, "parameters", self.parameters,
-            f"must be at most {LARGEST_MODEL:,}",
-        )  # fmt: skip
+            self.parameters <= LARGEST_MODEL, "parameters", self.parameters, f"must be at most {LARGEST_MODEL:,}"
+        )
 
     def _require(self, holds: bool, name: str, value: object, rule: str) -> None:  # noqa: FBT001
         if not holds:
@@ -134,31 +156,33 @@ class ModelSpec:
         at_most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
         if name.startswith("other_"):  # counts of parameters, not sizes
             at_most = LARGEST_MODEL
-        self._require(
-            type(value) is int and at_least <= value <= at_most, name, value,
-            f"{rule}, at most {at_most:,}",
-        )  # fmt: skip
+        self._require(type(value) is int and at_least <= value <= at_most, name, value, f"{rule}, at most {at_most:,}")
 
     def _check_latent(self, latent: LatentAttention) -> None:
         for name in _LATENT_SIZES:
             self._check_integer(f"latent_attention.{name}", getattr(latent, name), at_least=1)
         self._check_integer("latent_attention.query_rank", latent.query_rank, at_least=0)
         self._require(
-            self.head_dim == latent.query_head_dim, "head_dim", self.head_dim,
+            self.head_dim == latent.query_head_dim,
+            "head_dim",
+            self.head_dim,
             f"must be nope_head_dim + rope_head_dim of latent attention, {latent.query_head_dim}",
-        )  # fmt: skip
+        )
         self._require(
-            self.num_kv_heads == self.num_heads, "num_kv_heads", self.num_kv_heads,
+            self.num_kv_heads == self.num_heads,
+            "num_kv_heads",
+            self.num_kv_heads,
             f"must be num_heads {self.num_heads} with latent attention",
-        )  # fmt: skip
+        )
 
     def _check_windows(self) -> None:
         windows = self.attention_windows
         self._require(
             type(windows) is tuple and len(windows) in {0, self.num_layers},
-            "attention_windows", f"<{type(windows).__name__} of {len(windows)}>",
+            "attention_windows",
+            f"<{type(windows).__name__} of {len(windows)}>",
             f"must be a tuple with one window for each of the {self.num_layers} layers, or empty",
-        )  # fmt: skip
+        )
         for layer, window in enumerate(windows):
             self._check_integer(f"attention_windows[{layer}]", window, at_least=0)
 

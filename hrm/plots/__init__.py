@@ -10,12 +10,4 @@ from hrm.plots.sweep import plot_sweep
 from hrm.plots.timeline import plot_timeline, window
 from hrm.plots.what_if import plot_what_if
 
-__all__ = [
-    "plot_map",
-    "plot_pareto",
-    "plot_roofline",
-    "plot_sweep",
-    "plot_timeline",
-    "plot_what_if",
-    "window",
-]
+__all__ = ["plot_map", "plot_pareto", "plot_roofline", "plot_sweep", "plot_timeline", "plot_what_if", "window"]

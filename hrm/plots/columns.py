@@ -6,9 +6,17 @@ from typing import Any, Final
 from hrm.errors import HrmError
 
 _WORDS: Final = {
-    "gpu": "GPU", "cpu": "CPU", "h2d": "host-to-device", "d2h": "device-to-host", "ffn": "FFN",
-    "kv": "KV", "num": "number of", "len": "length", "gen": "generation", "gpus": "GPUs",
-}  # fmt: skip
+    "gpu": "GPU",
+    "cpu": "CPU",
+    "h2d": "host-to-device",
+    "d2h": "device-to-host",
+    "ffn": "FFN",
+    "kv": "KV",
+    "num": "number of",
+    "len": "length",
+    "gen": "generation",
+    "gpus": "GPUs",
+}
 _NAMES: Final = {
     "tokens_per_s": "tokens generated a second",
     "bound_tokens_per_s": "bound of tokens generated a second",
@@ -63,8 +71,10 @@ def require_columns(frame: Any, names: list[str | None], where: str) -> None:
     missing = [name for name in names if name is not None and name not in frame.columns]
     if missing:
         raise HrmError(
-            where, missing, f"must be columns of the table, which has {', '.join(frame.columns)}",
+            where,
+            missing,
+            f"must be columns of the table, which has {', '.join(frame.columns)}",
             "name others or add them",
-        )  # fmt: skip
+        )
     if not len(frame):
         raise HrmError(where, "<no rows>", "needs at least one row to draw", "add some")

@@ -110,10 +110,13 @@ class Labels:
         px, py = self.axes.transData.transform((x, y))
         step = self.pixels(points)
         around = [
-            (1, -0.6, "left", "top"), (1, 0.6, "left", "bottom"),
-            (-1, 0.6, "right", "bottom"), (-1, -0.6, "right", "top"),
-            (0, -1.4, "center", "top"), (0, 1.4, "center", "bottom"),
-        ]  # fmt: skip
+            (1, -0.6, "left", "top"),
+            (1, 0.6, "left", "bottom"),
+            (-1, 0.6, "right", "bottom"),
+            (-1, -0.6, "right", "top"),
+            (0, -1.4, "center", "top"),
+            (0, 1.4, "center", "bottom"),
+        ]
         return [
             Spot(px + far * dx * step, py + far * dy * step, 0.0, ha, va)
             for far in (1.0, 2.5, 4.0)
@@ -124,15 +127,17 @@ class Labels:
         """Spots right of a point in data coordinates, at its height and a little over or under."""
         px, py = self.axes.transData.transform((x, y))
         steps = sorted(range(-6, 7), key=abs)
-        return [
-            Spot(px + self.pixels(points), py + self.pixels(5 * step), ha="left", va="center")
-            for step in steps
-        ]
+        return [Spot(px + self.pixels(points), py + self.pixels(5 * step), ha="left", va="center") for step in steps]
 
     def along(
-        self, start: tuple[float, float], end: tuple[float, float], shares: Iterable[float],
-        *, points: float = 4.0, ha: str = "left",
-    ) -> list[Spot]:  # fmt: skip
+        self,
+        start: tuple[float, float],
+        end: tuple[float, float],
+        shares: Iterable[float],
+        *,
+        points: float = 4.0,
+        ha: str = "left",
+    ) -> list[Spot]:
         """Spots over and under a straight line in data coordinates, at shares of its length."""
         first, last = self.axes.transData.transform([start, end])
         angle = float(np.degrees(np.arctan2(last[1] - first[1], last[0] - first[0])))
@@ -145,18 +150,22 @@ class Labels:
         return spots
 
     def place(
-        self, wordings: Sequence[str], spots: Sequence[Spot], *, colour: str,
-        of: str = "", required: bool = True, inside: bool = True,
-    ) -> Any:  # fmt: skip
+        self,
+        wordings: Sequence[str],
+        spots: Sequence[Spot],
+        *,
+        colour: str,
+        of: str = "",
+        required: bool = True,
+        inside: bool = True,
+    ) -> Any:
         """Draw a label at its best spot, in the first wording, or a shorter one if that is better.
 
         Without `required`, it is not drawn at all where it would only add to the clutter. Returns
         the text, or None.
         """
         text = self.text(wordings[0], colour)
-        lines, markers, taken = (
-            np.array(quads).reshape(-1, 4, 2) for quads in (self.lines, self.markers, self.taken)
-        )
+        lines, markers, taken = (np.array(quads).reshape(-1, 4, 2) for quads in (self.lines, self.markers, self.taken))
         weights = np.array([_weight(name, of) for name in self.line_names])
         frame = (self.axes if inside else self.axes.figure).get_window_extent()
         best, best_score, best_box = (wordings[0], spots[0]), math.inf, np.zeros((4, 2))
@@ -180,17 +189,32 @@ class Labels:
         wording, spot = best
         # Pixels depend on the resolution, so the text is tied to the axes instead.
         x, y = self.axes.transAxes.inverted().transform((spot.x, spot.y))
-        text.set(text=wording, x=float(x), y=float(y), transform=self.axes.transAxes,
-                 rotation=spot.rotation, ha=spot.ha, va=spot.va)  # fmt: skip
+        text.set(
+            text=wording,
+            x=float(x),
+            y=float(y),
+            transform=self.axes.transAxes,
+            rotation=spot.rotation,
+            ha=spot.ha,
+            va=spot.va,
+        )
         self.taken.append(best_box)
         return text
 
     def text(self, wording: str, colour: str = style.BLACK) -> Any:
         """A text of the axes that takes no part in the layout, to be measured and placed."""
         text = self.axes.text(
-            0, 0, wording, transform=None, color=style.ink(colour), fontsize=style.SMALL_POINTS,
-            rotation_mode="anchor", path_effects=style.halo(), clip_on=False, zorder=10,
-        )  # fmt: skip
+            0,
+            0,
+            wording,
+            transform=None,
+            color=style.ink(colour),
+            fontsize=style.SMALL_POINTS,
+            rotation_mode="anchor",
+            path_effects=style.halo(),
+            clip_on=False,
+            zorder=10,
+        )
         text.set_in_layout(False)
         return text
 

@@ -8,17 +8,7 @@ from typing import Final
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.plots import style
-from hrm.plots.roofs import (
-    SAME,
-    Ceiling,
-    Mark,
-    Role,
-    Slope,
-    attention_marks,
-    ceilings,
-    ffn_marks,
-    slopes,
-)
+from hrm.plots.roofs import SAME, Ceiling, Mark, Role, Slope, attention_marks, ceilings, ffn_marks, slopes
 
 KV: Final = "KV in"
 
@@ -74,44 +64,53 @@ class Panel:
 
 
 def panels_of(
-    profile: HardwareProfile, spec: ModelSpec | None, dtypes: tuple[str, ...],
-    contexts: tuple[int, ...], batch_sizes: tuple[int, ...], micro_batch_size: int,
-) -> list[Panel]:  # fmt: skip
+    profile: HardwareProfile,
+    spec: ModelSpec | None,
+    dtypes: tuple[str, ...],
+    contexts: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    micro_batch_size: int,
+) -> list[Panel]:
     """One panel of the bare machine; with a model, one of its attention and one of its FFN."""
     compute = ceilings(profile, dtypes)
     memory = slopes(profile, dtypes, of_kv=False)
     if spec is None:
         return [_panel(", ".join(dtypes), "", memory, compute, [])]
     attention = attention_marks(profile, spec, dtypes, contexts)
-    ffn = ffn_marks(
-        profile, spec, dtypes, batch_sizes=batch_sizes, micro_batch_size=micro_batch_size
-    )
+    ffn = ffn_marks(profile, spec, dtypes, batch_sizes=batch_sizes, micro_batch_size=micro_batch_size)
     single = len({mark.dtype for mark in attention}) == len(attention)
     at_context = "context " + " or ".join(map(str, sorted(set(contexts)))) if single else ""
     micro = f"micro-batches of {micro_batch_size}" if profile.has_accelerator else ""
     return [
         _panel(
             _joined(f"{spec.name}: decode attention over the KV cache", at_context),
-            KV, slopes(profile, dtypes, of_kv=True), compute, attention,
+            KV,
+            slopes(profile, dtypes, of_kv=True),
+            compute,
+            attention,
         ),
         _panel(
             _joined(f"{spec.name}: MoE FFN over the experts' weights", micro),
-            "N =" if profile.has_accelerator else "μ =", memory, compute, ffn,
+            "N =" if profile.has_accelerator else "μ =",
+            memory,
+            compute,
+            ffn,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _joined(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _panel(
-    title: str, row_word: str, lines: list[Slope], compute: list[Ceiling], marks: list[Mark]
-) -> Panel:
+def _panel(title: str, row_word: str, lines: list[Slope], compute: list[Ceiling], marks: list[Mark]) -> Panel:
     """A panel whose axes hold every ridge, or every mark with its turning points."""
     planned = {slope.name: slope.bytes_per_s[slope.planned] for slope in lines}
-    ridges = [slope.limit(slope.planned) / planned[slope.name] for slope in lines
-              if slope.role not in {Role.DISK, Role.CACHE} or not marks]  # fmt: skip
+    ridges = [
+        slope.limit(slope.planned) / planned[slope.name]
+        for slope in lines
+        if slope.role not in {Role.DISK, Role.CACHE} or not marks
+    ]
     ridges += [c.flops_per_s[c.planned] / c.memory(c.planned) for c in compute]
     xs = [*ridges, *(mark.intensity for mark in marks)]
     for mark in marks:
@@ -125,7 +124,4 @@ def _panel(
     else:
         bottom = min(min(planned.values()) * low * 3, min(tops) / 30)
     ys = (max(bottom, max(tops) / 1e8), max(tops) * 2.5)
-    return Panel(
-        title=title, row_word=row_word, slopes=lines, ceilings=compute, marks=marks,
-        xs=(low, high), ys=ys,
-    )  # fmt: skip
+    return Panel(title=title, row_word=row_word, slopes=lines, ceilings=compute, marks=marks, xs=(low, high), ys=ys)

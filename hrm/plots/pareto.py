@@ -35,9 +35,15 @@ def on_front(costs: Any, gains: Any) -> Any:
 
 
 def plot_pareto(
-    frame: "pd.DataFrame", path: Path | None = None, *, x: str, y: str = "tokens_per_s",
-    group: str | None = None, label: str | None = None, title: str = "",
-) -> "Figure":  # fmt: skip
+    frame: "pd.DataFrame",
+    path: Path | None = None,
+    *,
+    x: str,
+    y: str = "tokens_per_s",
+    group: str | None = None,
+    label: str | None = None,
+    title: str = "",
+) -> "Figure":
     """Draw points of a cost `x` and a gain `y`, and their front: what is best for each cost.
 
     Columns, all but `x` and `y` optional: `x` what is paid (bytes of CPU memory, seconds of
@@ -63,8 +69,7 @@ def plot_pareto(
             part = table if name is None else table[table[group] == name]
             chosen = on_front(part[x], part[y])
             fronts[name] = part[chosen].sort_values([x, y])
-            _draw(axes, part[~chosen], fronts[name], index, x=(x, over.unit_size),
-                  y=(y, up.unit_size), most=most)  # fmt: skip
+            _draw(axes, part[~chosen], fronts[name], index, x=(x, over.unit_size), y=(y, up.unit_size), most=most)
         axes.set_xlabel(over.label)
         axes.set_ylabel(up.label)
         axes.margins(x=0.05)
@@ -80,27 +85,41 @@ def plot_pareto(
 
 
 def _draw(
-    axes: Any, others: Any, front: Any, index: int, *, x: tuple[str, float], y: tuple[str, float],
-    most: float,
-) -> None:  # fmt: skip
+    axes: Any, others: Any, front: Any, index: int, *, x: tuple[str, float], y: tuple[str, float], most: float
+) -> None:
     colour = style.SERIES[index % len(style.SERIES)]
     marker = style.MARKERS[index % len(style.MARKERS)]
-    axes.plot(others[x[0]] / x[1], others[y[0]] / y[1], marker, linestyle="none", markersize=4,
-              markerfacecolor="white", markeredgecolor=style.LIGHT, zorder=2,
-              gid=f"dominated {index}")  # fmt: skip
+    axes.plot(
+        others[x[0]] / x[1],
+        others[y[0]] / y[1],
+        marker,
+        linestyle="none",
+        markersize=4,
+        markerfacecolor="white",
+        markeredgecolor=style.LIGHT,
+        zorder=2,
+        gid=f"dominated {index}",
+    )
     if len(front):  # what is had for less is still had for more
         xs = [*front[x[0]] / x[1], most / x[1]]
         ys = [*front[y[0]] / y[1], front[y[0]].iloc[-1] / y[1]]
-        axes.step(xs, ys, where="post", color=colour, zorder=3, gid=f"front {index}",
-                  linestyle=style.LINES[index % len(style.LINES)])  # fmt: skip
-    axes.plot(front[x[0]] / x[1], front[y[0]] / y[1], marker, linestyle="none", color=colour,
-              zorder=4, gid=f"chosen {index}")  # fmt: skip
+        axes.step(
+            xs,
+            ys,
+            where="post",
+            color=colour,
+            zorder=3,
+            gid=f"front {index}",
+            linestyle=style.LINES[index % len(style.LINES)],
+        )
+    axes.plot(
+        front[x[0]] / x[1], front[y[0]] / y[1], marker, linestyle="none", color=colour, zorder=4, gid=f"chosen {index}"
+    )
 
 
 def _label(
-    axes: Any, fronts: dict[Any, Any], x: tuple[str, float], y: tuple[str, float],
-    label: str | None, most: float,
-) -> None:  # fmt: skip
+    axes: Any, fronts: dict[Any, Any], x: tuple[str, float], y: tuple[str, float], label: str | None, most: float
+) -> None:
     labels = Labels(axes)
     for line in axes.get_lines():
         name = str(line.get_gid())
@@ -128,7 +147,13 @@ def _legend(figure: Any) -> None:
     plain: dict[str, Any] = {"linestyle": "none", "marker": "o"}
     handles = [
         Line2D([], [], label="on the front", color=style.BLACK, **plain),
-        Line2D([], [], label="as much or more can be had for less", markerfacecolor="white",
-               markeredgecolor=style.LIGHT, **plain),
-    ]  # fmt: skip
+        Line2D(
+            [],
+            [],
+            label="as much or more can be had for less",
+            markerfacecolor="white",
+            markeredgecolor=style.LIGHT,
+            **plain,
+        ),
+    ]
     style.put_legend(figure, handles)

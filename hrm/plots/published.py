@@ -21,9 +21,7 @@ _MARKERS: Final = "osD^v<>P"
 BAND: Final = 1.25  # either way, shaded
 
 
-def plot_published(
-    comparisons: Sequence[Comparison], path: Path | None = None, *, title: str = ""
-) -> "Figure":
+def plot_published(comparisons: Sequence[Comparison], path: Path | None = None, *, title: str = "") -> "Figure":
     """One point a run on logarithmic axes: a colour a system, a marker a workload and setup.
 
     On the diagonal the prediction is what was measured; within the band it is less than 25 % off.
@@ -41,17 +39,27 @@ def _draw(axes: Any, comparisons: Sequence[Comparison], title: str) -> None:
     ends = [0.6 * min(measured), 1.7 * max(measured)]
     axes.plot(ends, ends, color=style.GREY, linewidth=1)
     axes.fill_between(
-        ends, [x / BAND for x in ends], [x * BAND for x in ends], color=style.GREY, alpha=0.12,
-        linewidth=0, label=f"within {BAND - 1:.0%}",
-    )  # fmt: skip
+        ends,
+        [x / BAND for x in ends],
+        [x * BAND for x in ends],
+        color=style.GREY,
+        alpha=0.12,
+        linewidth=0,
+        label=f"within {BAND - 1:.0%}",
+    )
     columns = list(dict.fromkeys(comparison.run.column for comparison in comparisons))
     for comparison in comparisons:
         run = comparison.run
         axes.scatter(
-            run.tokens_per_s, comparison.predicted.tokens_per_s, s=48, zorder=3,
-            color=_COLOURS[run.system], marker=_MARKERS[columns.index(run.column) % len(_MARKERS)],
-            edgecolor="white", linewidth=0.6,
-        )  # fmt: skip
+            run.tokens_per_s,
+            comparison.predicted.tokens_per_s,
+            s=48,
+            zorder=3,
+            color=_COLOURS[run.system],
+            marker=_MARKERS[columns.index(run.column) % len(_MARKERS)],
+            edgecolor="white",
+            linewidth=0.6,
+        )
     for system in dict.fromkeys(comparison.run.system for comparison in comparisons):
         axes.scatter([], [], s=48, color=_COLOURS[system], label=system.value)
     for index, column in enumerate(columns):

@@ -19,9 +19,15 @@ NOTHING: Final = "no policy fits"
 
 
 def plot_map(
-    frame: "pd.DataFrame", path: Path | None = None, *, x: str, y: str, region: str,
-    value: str | None = None, title: str = "",
-) -> "Figure":  # fmt: skip
+    frame: "pd.DataFrame",
+    path: Path | None = None,
+    *,
+    x: str,
+    y: str,
+    region: str,
+    value: str | None = None,
+    title: str = "",
+) -> "Figure":
     """Draw which `region` each cell of a grid belongs to, outlined and named in place.
 
     One row a cell: `x` and `y` are numbers that together form a whole grid, `region` a word or
@@ -39,10 +45,11 @@ def plot_map(
     whole = len(frame) == len(xs) * len(ys) and not frame.duplicated([x, y]).any()
     if not whole or min(len(xs), len(ys)) < 2:
         raise HrmError(
-            "plot_map", f"<{len(frame)} cells>",
+            "plot_map",
+            f"<{len(frame)} cells>",
             f"must be a grid of {len(xs)} x {len(ys)} cells, two or more each way",
             "give one row for every pair",
-        )  # fmt: skip
+        )
     cells = frame.sort_values([y, x])
     words = cells[region].astype(object).where(cells[region].notna(), NOTHING).astype(str)
     names = [name for name in dict.fromkeys(words) if name != NOTHING]
@@ -66,9 +73,14 @@ def plot_map(
         if value is not None:
             heights = cells[value].to_numpy(dtype=float).reshape(len(ys), len(xs))
             contours = axes.contour(
-                xs / over.unit_size, ys / up.unit_size, heights, colors=style.BLACK,
-                linewidths=0.7, linestyles="--", levels=6,
-            )  # fmt: skip
+                xs / over.unit_size,
+                ys / up.unit_size,
+                heights,
+                colors=style.BLACK,
+                linewidths=0.7,
+                linestyles="--",
+                levels=6,
+            )
         axes.set_xlabel(over.label)
         axes.set_ylabel(up.label)
         _legend(figure, names, value)
@@ -111,9 +123,13 @@ def _look(number: int, name: str) -> dict[str, Any]:
 
 
 def _fill(
-    axes: Any, member: NDArray[np.bool_], x_edges: NDArray[np.float64],
-    y_edges: NDArray[np.float64], number: int, name: str,
-) -> None:  # fmt: skip
+    axes: Any,
+    member: NDArray[np.bool_],
+    x_edges: NDArray[np.float64],
+    y_edges: NDArray[np.float64],
+    number: int,
+    name: str,
+) -> None:
     """One area a run of cells in a row, in a collection of its own."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -124,14 +140,10 @@ def _fill(
         low, high = float(y_edges[row]), float(y_edges[row + 1])
         for left, right in x_edges[changes].reshape(-1, 2).tolist():
             boxes.append(Rectangle((left, low), right - left, high - low))
-    axes.add_collection(
-        PatchCollection(boxes, linewidth=0, gid=f"region {name}", **_look(number, name))
-    )
+    axes.add_collection(PatchCollection(boxes, linewidth=0, gid=f"region {name}", **_look(number, name)))
 
 
-def _outline(
-    axes: Any, grid: NDArray[np.int64], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]
-) -> None:
+def _outline(axes: Any, grid: NDArray[np.int64], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]) -> None:
     """Lines wherever neighbouring cells belong to different regions."""
     from matplotlib.collections import LineCollection
 
@@ -142,27 +154,25 @@ def _outline(
     for row, column in np.argwhere(grid[1:] != grid[:-1]):
         at = y_edges[row + 1]
         lines.append([(x_edges[column], at), (x_edges[column + 1], at)])
-    axes.add_collection(
-        LineCollection(lines, colors=style.BLACK, linewidths=1.2, gid="outline", capstyle="round")
-    )
+    axes.add_collection(LineCollection(lines, colors=style.BLACK, linewidths=1.2, gid="outline", capstyle="round"))
 
 
 def _name_region(
-    labels: Labels, member: NDArray[np.bool_], x_edges: NDArray[np.float64],
-    y_edges: NDArray[np.float64], name: str,
-) -> None:  # fmt: skip
+    labels: Labels, member: NDArray[np.bool_], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64], name: str
+) -> None:
     """The name where the region is widest, on up to three lines, if it fits there."""
     axes = labels.axes
-    left, right = (axes.transData.transform([(x, y_edges[0]) for x in edges])[:, 0]
-                   for edges in (x_edges[:-1], x_edges[1:]))  # fmt: skip
-    low, high = (axes.transData.transform([(x_edges[0], y) for y in edges])[:, 1]
-                 for edges in (y_edges[:-1], y_edges[1:]))  # fmt: skip
+    left, right = (
+        axes.transData.transform([(x, y_edges[0]) for x in edges])[:, 0] for edges in (x_edges[:-1], x_edges[1:])
+    )
+    low, high = (
+        axes.transData.transform([(x_edges[0], y) for y in edges])[:, 1] for edges in (y_edges[:-1], y_edges[1:])
+    )
     middles = np.argwhere(member)
     spots = [
-        Spot((left[column] + right[column]) / 2, (low[row] + high[row]) / 2,
-             ha="center", va="center")
+        Spot((left[column] + right[column]) / 2, (low[row] + high[row]) / 2, ha="center", va="center")
         for row, column in middles
-    ]  # fmt: skip
+    ]
 
     def room(box: NDArray[np.float64]) -> bool:
         """Whether all cells under the text are the region's."""
@@ -211,12 +221,8 @@ def _legend(figure: Any, names: list[str], value: str | None) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [
-        Patch(label=name, linewidth=0, **_look(number, name)) for number, name in enumerate(names)
-    ]
+    handles: list[Any] = [Patch(label=name, linewidth=0, **_look(number, name)) for number, name in enumerate(names)]
     if value is not None:
         label = axis_of(value, [1.0]).label
-        handles.append(
-            Line2D([], [], color=style.BLACK, linestyle="--", linewidth=0.7, label=label)
-        )
+        handles.append(Line2D([], [], color=style.BLACK, linestyle="--", linewidth=0.7, label=label))
     style.put_legend(figure, handles)

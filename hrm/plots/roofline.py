@@ -18,23 +18,33 @@ if TYPE_CHECKING:
 BATCH_SIZES: Final = (32, 128, 512, 2048, 8192)
 
 _COLOURS: Final = {
-    Role.GPU: style.BLUE, Role.CPU: style.ORANGE, Role.LINK: style.GREEN,
-    Role.DISK: style.PURPLE, Role.CACHE: style.LIGHT,
-}  # fmt: skip
+    Role.GPU: style.BLUE,
+    Role.CPU: style.ORANGE,
+    Role.LINK: style.GREEN,
+    Role.DISK: style.PURPLE,
+    Role.CACHE: style.LIGHT,
+}
 _LINES: Final = {Kind.ACHIEVED: "-", Kind.CEILING: "--", Kind.DATASHEET: ":"}
 _WORDS: Final = {Kind.ACHIEVED: "achieved", Kind.CEILING: "ceiling", Kind.DATASHEET: "data sheet"}
 _MACHINES: Final = {
-    "catalog": "catalog figures, not measured", "emulated": "emulated accelerator, measured",
-    "cuda": "measured", "cpu": "measured",
-}  # fmt: skip
+    "catalog": "catalog figures, not measured",
+    "emulated": "emulated accelerator, measured",
+    "cuda": "measured",
+    "cpu": "measured",
+}
 _ROW_POINTS: Final = 11
 
 
 def plot_roofline(
-    profile: HardwareProfile, path: Path | None = None, *, spec: ModelSpec | None = None,
-    dtypes: Sequence[str] = ("bfloat16",), contexts: Sequence[int] = (512,),
-    batch_sizes: Sequence[int] = BATCH_SIZES, micro_batch_size: int = 128,
-) -> "Figure":  # fmt: skip
+    profile: HardwareProfile,
+    path: Path | None = None,
+    *,
+    spec: ModelSpec | None = None,
+    dtypes: Sequence[str] = ("bfloat16",),
+    contexts: Sequence[int] = (512,),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    micro_batch_size: int = 128,
+) -> "Figure":
     """Draw the roofs of every level, link, cache and disk; with a model, its operators under them.
 
     Plans are made with the thick roofs; solid, dashed and dotted say how a rate is known. With a
@@ -49,9 +59,8 @@ def plot_roofline(
     """
     style.check_path(path)
     panels = panels_of(
-        profile, spec, tuple(dict.fromkeys(dtypes)), tuple(contexts), tuple(batch_sizes),
-        micro_batch_size,
-    )  # fmt: skip
+        profile, spec, tuple(dict.fromkeys(dtypes)), tuple(contexts), tuple(batch_sizes), micro_batch_size
+    )
     with style.look():
         figure = style.new_figure(1.0 + 3.7 * len(panels))
         all_axes: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -88,14 +97,25 @@ def _draw(axes: Any, panel: Panel) -> None:
             width = thick[slope.role] if kind is slope.planned else 0.8
             width = min(width, 1.0) if slope.aside else width
             left = min(panel.xs[0], ridge / 2)
-            axes.plot([left, ridge], [left * rate, ridge * rate], _LINES[kind], linewidth=width,
-                      color=_COLOURS[slope.role], gid=f"slope {slope.name} {kind}")  # fmt: skip
+            axes.plot(
+                [left, ridge],
+                [left * rate, ridge * rate],
+                _LINES[kind],
+                linewidth=width,
+                color=_COLOURS[slope.role],
+                gid=f"slope {slope.name} {kind}",
+            )
     for ceiling in panel.ceilings:
         for kind, rate in ceiling.flops_per_s.items():
             width = thick[ceiling.role] if kind is ceiling.planned else 0.8
-            axes.plot([rate / ceiling.memory(kind), max(panel.xs[1], rate / ceiling.memory(kind))],
-                      [rate, rate], _LINES[kind], linewidth=width, color=_COLOURS[ceiling.role],
-                      gid=f"compute {ceiling.name} {kind}")  # fmt: skip
+            axes.plot(
+                [rate / ceiling.memory(kind), max(panel.xs[1], rate / ceiling.memory(kind))],
+                [rate, rate],
+                _LINES[kind],
+                linewidth=width,
+                color=_COLOURS[ceiling.role],
+                gid=f"compute {ceiling.name} {kind}",
+            )
     _draw_curves(axes, panel)
     _draw_marks(axes, panel)
 
@@ -111,22 +131,39 @@ def _draw_curves(axes: Any, panel: Panel) -> None:
     for ceiling in panel.ceilings:
         if ceiling.curve_is_known:
             xs = [2 * tokens / DTYPE_BYTES[ceiling.dtype] for tokens, _ in ceiling.curve]
-            axes.plot(xs, [rate for _, rate in ceiling.curve], "+", markersize=6,
-                      color=style.ink(_COLOURS[ceiling.role]), markeredgewidth=1.0,
-                      gid=f"curve {ceiling.name}")  # fmt: skip
+            axes.plot(
+                xs,
+                [rate for _, rate in ceiling.curve],
+                "+",
+                markersize=6,
+                color=style.ink(_COLOURS[ceiling.role]),
+                markeredgewidth=1.0,
+                gid=f"curve {ceiling.name}",
+            )
 
 
 def _draw_marks(axes: Any, panel: Panel) -> None:
     for mark in panel.marks:
         shape = style.MARKERS[panel.dtypes.index(mark.dtype) % 3]
-        axes.axvline(mark.intensity, color=style.GREY, linewidth=0.6,
-                     linestyle=(0, (4, 2)), zorder=1,
-                     gid=f"mark {mark.dtype} {mark.label}")  # fmt: skip
-        axes.plot([mark.intensity], [mark.in_place], shape, markerfacecolor="white",
-                  markeredgecolor=style.BLACK, zorder=6, gid="in place")  # fmt: skip
+        axes.axvline(
+            mark.intensity,
+            color=style.GREY,
+            linewidth=0.6,
+            linestyle=(0, (4, 2)),
+            zorder=1,
+            gid=f"mark {mark.dtype} {mark.label}",
+        )
+        axes.plot(
+            [mark.intensity],
+            [mark.in_place],
+            shape,
+            markerfacecolor="white",
+            markeredgecolor=style.BLACK,
+            zorder=6,
+            gid="in place",
+        )
         if mark.fetched is not None:
-            axes.plot([mark.intensity], [mark.fetched], shape, color=style.BLACK, zorder=6,
-                      gid="fetched")  # fmt: skip
+            axes.plot([mark.intensity], [mark.fetched], shape, color=style.BLACK, zorder=6, gid="fetched")
     for mark in panel.turning:
         assert mark.points is not None
         assert mark.in_gpu_memory is not None
@@ -134,14 +171,27 @@ def _draw_marks(axes: Any, panel: Panel) -> None:
             (mark.points.p1, mark.in_place, "v", "P1"),
             (mark.points.p2, mark.in_gpu_memory, "^", "P2"),
         ):
-            axes.plot([mark.intensity, where], [height, height], color=style.RED, linewidth=0.8,
-                      linestyle=(0, (1, 1)), zorder=5, gid=f"{name} at")  # fmt: skip
-            axes.plot([where], [height], marker, color=style.RED, markersize=6, zorder=7,
-                      gid=f"{name} {mark.dtype}")  # fmt: skip
+            axes.plot(
+                [mark.intensity, where],
+                [height, height],
+                color=style.RED,
+                linewidth=0.8,
+                linestyle=(0, (1, 1)),
+                zorder=5,
+                gid=f"{name} at",
+            )
+            axes.plot([where], [height], marker, color=style.RED, markersize=6, zorder=7, gid=f"{name} {mark.dtype}")
         if panel.shows_balance(mark):
             link = mark.in_gpu_memory / mark.points.p2
-            axes.plot([mark.points.balance], [link * mark.points.balance], "d", color=style.RED,
-                      markersize=6, zorder=7, gid=f"balance {mark.dtype}")  # fmt: skip
+            axes.plot(
+                [mark.points.balance],
+                [link * mark.points.balance],
+                "d",
+                color=style.RED,
+                markersize=6,
+                zorder=7,
+                gid=f"balance {mark.dtype}",
+            )
 
 
 # --------------------------------------------------------------------------------------- labels
@@ -169,8 +219,7 @@ def _label_marks(labels: Labels, panel: Panel) -> None:
         base = axes.bbox.y1 + labels.pixels(3 + _ROW_POINTS * panel.stagger * number)
         for first, mark in enumerate(m for m in panel.marks if m.dtype == dtype):
             x = axes.transData.transform((mark.intensity, panel.ys[0]))[0]
-            rows = [Spot(x, base + labels.pixels(_ROW_POINTS * row), ha="center")
-                    for row in range(panel.stagger)]  # fmt: skip
+            rows = [Spot(x, base + labels.pixels(_ROW_POINTS * row), ha="center") for row in range(panel.stagger)]
             prefix = panel.prefix(dtype)
             if not mark.label:  # the dtype says it all
                 labels.place([prefix], rows, colour=style.GREY, inside=False)
@@ -201,9 +250,7 @@ def _label_ceilings(labels: Labels, panel: Panel) -> None:
         rate = ceiling.flops_per_s[ceiling.planned]
         texts = _with_others(f"{names} {format_flops(rate)}", ceiling.flops_per_s, format_flops)
         left = min(max(rate / ceiling.memory(ceiling.planned), panel.xs[0]), panel.xs[1] / 3)
-        spots = labels.along(
-            (left, rate), (panel.xs[1], rate), (0.99, 0.9, 0.8, 0.7, 0.6), ha="right"
-        )
+        spots = labels.along((left, rate), (panel.xs[1], rate), (0.99, 0.9, 0.8, 0.7, 0.6), ha="right")
         labels.place(texts, spots, colour=_COLOURS[ceiling.role], of=f"compute {ceiling.name}")
 
 
@@ -217,10 +264,12 @@ def _label_slopes(labels: Labels, panel: Panel) -> None:
         shares = [0.02 + 0.06 * step for step in range(14)]
         spots = labels.along((left, left * rate), (right, right * rate), shares)
         labels.place(
-            _with_others(name, slope.bytes_per_s, format_bandwidth), spots,
-            colour=_COLOURS[slope.role], of=f"slope {slope.name}",
+            _with_others(name, slope.bytes_per_s, format_bandwidth),
+            spots,
+            colour=_COLOURS[slope.role],
+            of=f"slope {slope.name}",
             required=slope.role is not Role.CACHE and not slope.aside,
-        )  # fmt: skip
+        )
 
 
 def _grouped(found: list[tuple[str, Any, float]]) -> list[tuple[str, Any]]:
@@ -257,8 +306,7 @@ def _legend(figure: Any, panels: list[Panel]) -> None:
     from matplotlib.lines import Line2D
 
     def entry(label: str, line: Any = "none", marker: str = "none", **others: Any) -> Line2D:
-        return Line2D([], [], linestyle=line, marker=marker, color=style.BLACK, label=label,
-                      **others)  # fmt: skip
+        return Line2D([], [], linestyle=line, marker=marker, color=style.BLACK, label=label, **others)
 
     rates = [s.bytes_per_s for p in panels for s in p.slopes]
     rates += [c.flops_per_s for p in panels for c in p.ceilings]
@@ -275,9 +323,7 @@ def _legend(figure: Any, panels: list[Panel]) -> None:
     if marks:
         roles = {ceiling.role for panel in panels for ceiling in panel.ceilings}
         where = "CPU" if Role.CPU in roles else "GPU"
-        handles.append(
-            entry(f"attained in place, on the {where}", marker="o", markerfacecolor="white")
-        )
+        handles.append(entry(f"attained in place, on the {where}", marker="o", markerfacecolor="white"))
     if any(mark.fetched is not None for mark in marks):
         handles.append(entry("attained on the GPU, over the link", marker="o"))
     style.put_legend(figure, handles)

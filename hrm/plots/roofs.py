@@ -7,12 +7,7 @@ from typing import Final
 from hrm.hardware import HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.model_spec import ModelSpec
 from hrm.operators import decode_attention, experts
-from hrm.roofline import (
-    TurningPoints,
-    attainable_flops_per_s,
-    attention_turning_points,
-    ffn_turning_points,
-)
+from hrm.roofline import TurningPoints, attainable_flops_per_s, attention_turning_points, ffn_turning_points
 
 SAME: Final = 0.01  # figures that differ by less are drawn and named as one
 
@@ -82,9 +77,7 @@ class Ceiling:
 
     def memory(self, kind: Kind) -> float:
         """Bandwidth of that kind, or else the next that is known."""
-        return next(
-            self.memory_bytes_per_s[k] for k in (kind, *Kind) if k in self.memory_bytes_per_s
-        )
+        return next(self.memory_bytes_per_s[k] for k in (kind, *Kind) if k in self.memory_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +112,33 @@ def slopes(profile: HardwareProfile, dtypes: tuple[str, ...], *, of_kv: bool) ->
             name = f"{role} attention"
         found.append(Slope(name=name, role=role, bytes_per_s=memory, limit_flops_per_s=limit))
         found += [
-            Slope(name=f"{role} {cache.name}", role=Role.CACHE,
-                  bytes_per_s=_known(cache.read_bytes_per_s), limit_flops_per_s=limit)
+            Slope(
+                name=f"{role} {cache.name}",
+                role=Role.CACHE,
+                bytes_per_s=_known(cache.read_bytes_per_s),
+                limit_flops_per_s=limit,
+            )
             for cache in level.caches
-        ]  # fmt: skip
+        ]
     limit = _limits(profile.top, dtypes)
     for link in profile.links if profile.has_accelerator else ():
         if _brings_host_data(profile, link):
             name = "staging to pinned" if link.kind == "staging" else f"H2D {link.kind}"
-            found.append(Slope(name=name, role=Role.LINK, limit_flops_per_s=limit,
-                               bytes_per_s=_known(link.bandwidth_bytes_per_s),
-                               aside=link.kind != "pinned"))  # fmt: skip
+            found.append(
+                Slope(
+                    name=name,
+                    role=Role.LINK,
+                    limit_flops_per_s=limit,
+                    bytes_per_s=_known(link.bandwidth_bytes_per_s),
+                    aside=link.kind != "pinned",
+                )
+            )
     if profile.disk is not None:
-        found.append(Slope(name="disk", role=Role.DISK, limit_flops_per_s=limit,
-                           bytes_per_s=_known(profile.disk.read_bytes_per_s)))  # fmt: skip
+        found.append(
+            Slope(
+                name="disk", role=Role.DISK, limit_flops_per_s=limit, bytes_per_s=_known(profile.disk.read_bytes_per_s)
+            )
+        )
     return found
 
 
@@ -186,9 +192,13 @@ def attention_marks(
 
 
 def ffn_marks(
-    profile: HardwareProfile, spec: ModelSpec, dtypes: tuple[str, ...], *,
-    batch_sizes: tuple[int, ...], micro_batch_size: int,
-) -> list[Mark]:  # fmt: skip
+    profile: HardwareProfile,
+    spec: ModelSpec,
+    dtypes: tuple[str, ...],
+    *,
+    batch_sizes: tuple[int, ...],
+    micro_batch_size: int,
+) -> list[Mark]:
     """The MoE FFN in every dtype and batch size.
 
     A machine without a GPU reads the weights once a micro-batch, so its marks are micro-batches.
@@ -198,9 +208,8 @@ def ffn_marks(
         for size in sorted(set(batch_sizes)):
             if profile.has_accelerator:
                 points = ffn_turning_points(
-                    profile, spec, dtype, batch_size=size,
-                    micro_batch_size=min(micro_batch_size, size),
-                )  # fmt: skip
+                    profile, spec, dtype, batch_size=size, micro_batch_size=min(micro_batch_size, size)
+                )
                 mark = _mark(profile, points, dtype)
             else:
                 operator = experts(spec, dtype, size, spec.num_experts)
@@ -227,9 +236,7 @@ def _mark(profile: HardwareProfile, points: TurningPoints, dtype: str) -> Mark:
     )
 
 
-def _mark_alone(
-    profile: HardwareProfile, dtype: str, intensity: float, rows: float | None, *, reads_kv: bool
-) -> Mark:
+def _mark_alone(profile: HardwareProfile, dtype: str, intensity: float, rows: float | None, *, reads_kv: bool) -> Mark:
     host = profile.host
     bandwidth = host.attention_bytes_per_s if reads_kv else host.read_bytes_per_s.at()
     compute = host.processor.flops_per_s(dtype, rows)

@@ -94,9 +94,8 @@ def put_legend(figure: Any, handles: list[Any]) -> None:
     """A legend under the charts, in as few rows as the paper's width allows; none of nothing."""
     for columns in range(len(handles), 0, -1):
         legend = figure.legend(
-            handles=handles, loc="outside lower left", ncols=columns, columnspacing=1.2,
-            handletextpad=0.5,
-        )  # fmt: skip
+            handles=handles, loc="outside lower left", ncols=columns, columnspacing=1.2, handletextpad=0.5
+        )
         width = legend.get_window_extent(figure.canvas.get_renderer()).width
         if width < figure.bbox.width or columns == 1:
             return
@@ -128,9 +127,7 @@ def check_path(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in FORMATS:
-        raise HrmError(
-            "--out", str(path), f"must end in {', '.join(FORMATS)}", "choose one of these formats"
-        )
+        raise HrmError("--out", str(path), f"must end in {', '.join(FORMATS)}", "choose one of these formats")
     check_writable(path)
 
 
@@ -141,9 +138,7 @@ def save_figure(figure: Any, path: Path) -> None:
     dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix.lower())
     picture = BytesIO()
     with look():
-        figure.savefig(
-            picture, format=path.suffix[1:].lower(), metadata={dated: None} if dated else None
-        )
+        figure.savefig(picture, format=path.suffix[1:].lower(), metadata={dated: None} if dated else None)
     write_whole(path, picture.getvalue())
 
 

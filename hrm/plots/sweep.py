@@ -17,9 +17,15 @@ _LOGARITHMIC_FROM: Final = 20.0  # of the greatest to the least value of an axis
 
 
 def plot_sweep(
-    frame: "pd.DataFrame", path: Path | None = None, *, x: str, y: str = "tokens_per_s",
-    group: str | None = "schedule", title: str = "", here: float | None = None,
-) -> "Figure":  # fmt: skip
+    frame: "pd.DataFrame",
+    path: Path | None = None,
+    *,
+    x: str,
+    y: str = "tokens_per_s",
+    group: str | None = "schedule",
+    title: str = "",
+    here: float | None = None,
+) -> "Figure":
     """Draw `y` over `x`, one line a `group`, and the batch size under it.
 
     The table is `hrm.sweep.sweep`'s: `x` is the swept column, `bottleneck` decides the markers,
@@ -37,9 +43,8 @@ def plot_sweep(
     with style.look():
         figure = style.new_figure(4.6 if with_sizes else 3.6)
         rows = figure.subplots(
-            2 if with_sizes else 1, 1, sharex=True, squeeze=False,
-            height_ratios=[2.6, 1] if with_sizes else [1],
-        )[:, 0]  # fmt: skip
+            2 if with_sizes else 1, 1, sharex=True, squeeze=False, height_ratios=[2.6, 1] if with_sizes else [1]
+        )[:, 0]
         axes = rows[0]
         if title:
             figure.suptitle(title, x=0.01, ha="left")
@@ -49,8 +54,14 @@ def plot_sweep(
                 _draw_sizes(rows[1], part, index, x=x, unit_size=over.unit_size)
         if here is not None:
             for each in rows:
-                each.axvline(here / over.unit_size, color=style.GREY, linewidth=0.8,
-                             linestyle=(0, (4, 2)), zorder=0.5, gid="here")  # fmt: skip
+                each.axvline(
+                    here / over.unit_size,
+                    color=style.GREY,
+                    linewidth=0.8,
+                    linestyle=(0, (4, 2)),
+                    zorder=0.5,
+                    gid="here",
+                )
         if frame[x].max() / frame[x].min() >= _LOGARITHMIC_FROM:
             style.set_logarithmic(axes, "x")
         axes.set_ylim(bottom=0)
@@ -83,22 +94,41 @@ def _draw(axes: Any, part: Any, index: int, *, x: str, y: str, unit_size: float)
         axes.plot(xs, bound, ":", color=colour, linewidth=0.9, zorder=2, gid=f"bound {index}")
     shapes = fits["bottleneck"] if "bottleneck" in part.columns else [Cause.GPU_COMPUTE] * len(fits)
     for px, py, shape in zip(xs, ys, shapes, strict=True):
-        axes.plot([px], [py], _LIMITED_BY.get(str(shape), "o"), color=colour, markersize=4.5,
-                  markeredgecolor="white", markeredgewidth=0.4, zorder=4,
-                  gid=f"point {index}")  # fmt: skip
+        axes.plot(
+            [px],
+            [py],
+            _LIMITED_BY.get(str(shape), "o"),
+            color=colour,
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            zorder=4,
+            gid=f"point {index}",
+        )
     misfits = part[part[y].isna()]
     if len(misfits):
         at = misfits[x].to_numpy(dtype=float) / unit_size
-        axes.plot(at, [0.0] * len(at), "x", color=style.ink(colour), clip_on=False, zorder=4,
-                  markersize=5, gid=f"misfit {index}")  # fmt: skip
+        axes.plot(
+            at,
+            [0.0] * len(at),
+            "x",
+            color=style.ink(colour),
+            clip_on=False,
+            zorder=4,
+            markersize=5,
+            gid=f"misfit {index}",
+        )
 
 
 def _draw_sizes(axes: Any, part: Any, index: int, *, x: str, unit_size: float) -> None:
     known = part[part["batch_size"].notna()]
-    axes.plot(known[x].to_numpy(dtype=float) / unit_size,
-              known["batch_size"].to_numpy(dtype=float),
-              linestyle=style.LINES[index % len(style.LINES)],
-              color=style.SERIES[index % len(style.SERIES)], gid=f"sizes {index}")  # fmt: skip
+    axes.plot(
+        known[x].to_numpy(dtype=float) / unit_size,
+        known["batch_size"].to_numpy(dtype=float),
+        linestyle=style.LINES[index % len(style.LINES)],
+        color=style.SERIES[index % len(style.SERIES)],
+        gid=f"sizes {index}",
+    )
 
 
 def _stretched(axes: Any, share: float) -> float:
@@ -108,9 +138,7 @@ def _stretched(axes: Any, share: float) -> float:
     return high + share * (high - low)
 
 
-def _label(
-    axes: Any, parts: dict[Any, Any], *, x: str, y: str, unit_size: float, here: float | None
-) -> None:
+def _label(axes: Any, parts: dict[Any, Any], *, x: str, y: str, unit_size: float, here: float | None) -> None:
     labels = Labels(axes)
     for line in axes.get_lines():
         if str(line.get_gid()).startswith(("line", "bound")):
@@ -134,8 +162,7 @@ def _legend(figure: Any, frame: Any, y: str) -> None:
     from matplotlib.lines import Line2D
 
     def entry(label: str, marker: str = "none", line: Any = "none") -> Line2D:
-        return Line2D([], [], marker=marker, linestyle=line, color=style.BLACK, label=label,
-                      markersize=4.5)  # fmt: skip
+        return Line2D([], [], marker=marker, linestyle=line, color=style.BLACK, label=label, markersize=4.5)
 
     handles: list[Line2D] = []
     if "bottleneck" in frame.columns:

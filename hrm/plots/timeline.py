@@ -85,9 +85,8 @@ def window(trace: Trace, *, first: int = 0, last: int | None = None, step: int =
     for where in (first, last):
         if where is not None and where not in layers:
             raise TraceError(
-                "--from-layer and --layers", where, f"must lie within the {len(layers)} layers",
-                "choose fewer",
-            )  # fmt: skip
+                "--from-layer and --layers", where, f"must lie within the {len(layers)} layers", "choose fewer"
+            )
     if last is not None and last < first:
         raise TraceError("--layers", last, f"must reach layer {first}", "choose more")
     begin_s = ends[step, first - 1] if first else min(span.start_s for span in trace.spans)
@@ -101,9 +100,7 @@ def window(trace: Trace, *, first: int = 0, last: int | None = None, step: int =
     )
 
 
-def plot_timeline(
-    traces: Mapping[str, Trace], path: Path | None = None, *, title: str = ""
-) -> "Figure":
+def plot_timeline(traces: Mapping[str, Trace], path: Path | None = None, *, title: str = "") -> "Figure":
     """Draw one chart a trace, named as in `traces`, one under the other on one time axis from 0.
 
     Every chart has the same lanes; at the right is the share of the time shown that each is busy.
@@ -153,23 +150,38 @@ def _draw(axes: Any, trace: Trace, lanes: list[Lane], factor: float, *, thin_s: 
             thin = median(span.seconds for span in spans) < thin_s
             axes.broken_barh(
                 [((s.start_s - start_s) * factor, s.seconds * factor) for s in spans],
-                (row - 0.38, 0.76), facecolor=look.colour, linewidth=0.0 if thin else 0.3,
-                edgecolor=look.line, hatch="" if thin else look.hatch, snap=False,
+                (row - 0.38, 0.76),
+                facecolor=look.colour,
+                linewidth=0.0 if thin else 0.3,
+                edgecolor=look.line,
+                hatch="" if thin else look.hatch,
+                snap=False,
                 gid=f"{lane} {kind.name}",
-            )  # fmt: skip
-        axes.text(1.01, row, f"{shares.get(lane, 0.0):.0%}", transform=axes.get_yaxis_transform(),
-                  va="center", gid=f"busy {lane}")  # fmt: skip
+            )
+        axes.text(
+            1.01,
+            row,
+            f"{shares.get(lane, 0.0):.0%}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            gid=f"busy {lane}",
+        )
     axes.text(1.01, 1.0, "busy", transform=axes.transAxes, va="bottom", color=style.GREY)
     axes.set_yticks(range(len(lanes)), [lane.value for lane in lanes])
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     layers = layer_ends(trace)
     for end_s in layers.values() if len(layers) <= MAX_LAYER_LINES else ():
-        axes.axvline((end_s - start_s) * factor, color=style.GREY, linewidth=0.5,
-                     linestyle=(0, (4, 3)), zorder=0.5, gid="layer end")  # fmt: skip
+        axes.axvline(
+            (end_s - start_s) * factor,
+            color=style.GREY,
+            linewidth=0.5,
+            linestyle=(0, (4, 3)),
+            zorder=0.5,
+            gid="layer end",
+        )
     for end_s in step_ends(trace).values():
-        axes.axvline((end_s - start_s) * factor, color=style.BLACK, linewidth=0.9, zorder=3,
-                     gid="step end")  # fmt: skip
+        axes.axvline((end_s - start_s) * factor, color=style.BLACK, linewidth=0.9, zorder=3, gid="step end")
 
 
 def _label_boundaries(labels: Labels, trace: Trace, factor: float) -> None:
@@ -185,8 +197,7 @@ def _label_boundaries(labels: Labels, trace: Trace, factor: float) -> None:
         spots = [Spot(pixel(end_s), y, ha="right"), Spot(pixel(end_s), y, ha="left")]
         prefill = trace.spans[0].phase is Phase.PREFILL
         words = ["prefill ends"] if prefill else [f"step {step} ends", f"end {step}"]
-        labels.place(words, spots, colour=style.BLACK,
-                     required=False, inside=False)  # fmt: skip
+        labels.place(words, spots, colour=style.BLACK, required=False, inside=False)
     before_s = start_s
     layers = sorted(layer_ends(trace).items(), key=lambda item: item[1])
     if len(layers) > MAX_LAYER_LINES:
@@ -197,8 +208,9 @@ def _label_boundaries(labels: Labels, trace: Trace, factor: float) -> None:
         room, middle = pixel(end_s) - pixel(before_s), (pixel(end_s) + pixel(before_s)) / 2
         wide = [f"layer {layer}"] if room > labels.pixels(34) else []
         if layer % every == 0:
-            labels.place([*wide, str(layer)], [Spot(middle, y, ha="center")], colour=style.GREY,
-                         required=False, inside=False)  # fmt: skip
+            labels.place(
+                [*wide, str(layer)], [Spot(middle, y, ha="center")], colour=style.GREY, required=False, inside=False
+            )
         before_s = end_s
 
 
@@ -225,8 +237,17 @@ def _label_bars(labels: Labels, trace: Trace, lanes: list[Lane], factor: float) 
         dark = style.luminance(to_hex(look.colour)) < 0.3
         middle = ((span.start_s + span.end_s) / 2 - start_s) * factor
         behind = {"facecolor": look.colour, "edgecolor": "none", "pad": 0.6} if look.hatch else None
-        axes.text(middle, lanes.index(span.lane), letter, ha="center", va="center", bbox=behind,
-                  color="white" if dark else "black", gid="task", in_layout=False)  # fmt: skip
+        axes.text(
+            middle,
+            lanes.index(span.lane),
+            letter,
+            ha="center",
+            va="center",
+            bbox=behind,
+            color="white" if dark else "black",
+            gid="task",
+            in_layout=False,
+        )
 
 
 def _points(labels: Labels, width: float) -> float:
@@ -239,9 +260,14 @@ def _legend(figure: Any, kinds: set[TaskKind]) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor=look.colour, edgecolor=look.line, hatch=look.hatch, linewidth=0.3,
-              label=f"{kind.value}  {look.words}")
+        Patch(
+            facecolor=look.colour,
+            edgecolor=look.line,
+            hatch=look.hatch,
+            linewidth=0.3,
+            label=f"{kind.value}  {look.words}",
+        )
         for kind, look in LOOKS.items()
         if kind in kinds
-    ]  # fmt: skip
+    ]
     style.put_legend(figure, handles)

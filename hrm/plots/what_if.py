@@ -42,9 +42,16 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
         values: list[tuple[float, float]] = []
         for name, offset, colour, hatch, words in series:
             shares = ordered[name].to_numpy(dtype=float) * 100
-            axes.barh([row + offset for row in rows], [0 if isnan(v) else v for v in shares],
-                      height=thick, color=colour, hatch=hatch, edgecolor="white", label=words,
-                      gid=name)  # fmt: skip
+            axes.barh(
+                [row + offset for row in rows],
+                [0 if isnan(v) else v for v in shares],
+                height=thick,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                label=words,
+                gid=name,
+            )
             values += [(row + offset, value) for row, value in zip(rows, shares, strict=True)]
         axes.set_yticks(
             rows,

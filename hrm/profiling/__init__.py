@@ -8,11 +8,6 @@ it all. `pacing` is the link of the emulated accelerator and how waits end. The 
 torch, this file does not.
 """
 
-from hrm.profiling.machine import (
-    EMULATED_LINK_BYTES_PER_S,
-    ProfilingInterrupted,
-    partial_path,
-    profile_machine,
-)
+from hrm.profiling.machine import EMULATED_LINK_BYTES_PER_S, ProfilingInterrupted, partial_path, profile_machine
 
 __all__ = ["EMULATED_LINK_BYTES_PER_S", "ProfilingInterrupted", "partial_path", "profile_machine"]

@@ -84,9 +84,7 @@ def attention_rate(
     }
     largest = max(batches)
     of_context = {
-        float(context * cache.token_bytes): seconds
-        for (context, batch), seconds in samples.items()
-        if batch == largest
+        float(context * cache.token_bytes): seconds for (context, batch), seconds in samples.items() if batch == largest
     }
     points = [(size, summarise(seconds).median_s) for size, seconds in of_context.items()]
     fit = fit_link(points)
@@ -96,13 +94,10 @@ def attention_rate(
     note += f"; {kernels.name}" if kernels else ""
     note += "; each request costs"
     note += f" {format_seconds(fit.latency_s)} besides{_over_batches(samples, batches)}"
-    figure = measured(
-        fit.bandwidth_bytes_per_s, bandwidths, note, sum(map(len, of_context.values()))
-    )
+    figure = measured(fit.bandwidth_bytes_per_s, bandwidths, note, sum(map(len, of_context.values())))
     if fit.worst_miss > BENT:
         curve = tuple(
-            (size / cache.token_bytes, significant(size / max(s - fit.latency_s, 0.2 * s)))
-            for size, s in points
+            (size / cache.token_bytes, significant(size / max(s - fit.latency_s, 0.2 * s))) for size, s in points
         )
         figure = replace(figure, curve=curve)
     return Rate(achieved=figure)
@@ -143,12 +138,7 @@ def attention_call(cache: KvCache, requests: int, context: int) -> Call:
     """One step of decode attention for the next `requests` requests of `context` tokens each."""
     heads = cache.heads
     group = heads.query // heads.kv
-    windows = cycle(
-        [
-            window.permute(1, 2, 0, 3).unsqueeze(1).unbind()
-            for window in cache.windows(requests * context)
-        ]
-    )
+    windows = cycle([window.permute(1, 2, 0, 3).unsqueeze(1).unbind() for window in cache.windows(requests * context)])
     shape = (requests, 1, heads.kv, group, heads.head_dim)
     queries = torch.randn(shape, device=cache.device).to(cache.kind)
     outputs = torch.empty_like(queries)
@@ -186,9 +176,7 @@ def kernels_call(kernels: HostKernels, cache: KvCache, requests: int, context: i
     """The same by the kernels handed in."""
     heads = cache.heads
     windows = cycle(cache.windows(requests * context))
-    queries = torch.randn(requests, heads.query * heads.head_dim, device=cache.device).to(
-        cache.kind
-    )
+    queries = torch.randn(requests, heads.query * heads.head_dim, device=cache.device).to(cache.kind)
     out = torch.empty_like(queries)
     starts = [index * context for index in range(requests)]
     lengths = [context] * requests

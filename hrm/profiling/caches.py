@@ -48,23 +48,14 @@ def cache_sizes(caches: Sequence[CacheFacts], threads: int) -> dict[str, list[in
     return sizes
 
 
-def measure_caches(
-    caches: Sequence[CacheFacts], *, threads: int, budget_s: float, quick: bool
-) -> tuple[Cache, ...]:
+def measure_caches(caches: Sequence[CacheFacts], *, threads: int, budget_s: float, quick: bool) -> tuple[Cache, ...]:
     """Every cache that an array fits, read by so many threads; quick takes one size for each."""
-    sizes = {
-        name: ([fitting[-1]] if quick else fitting)
-        for name, fitting in cache_sizes(caches, threads).items()
-    }
+    sizes = {name: ([fitting[-1]] if quick else fitting) for name, fitting in cache_sizes(caches, threads).items()}
     every = sorted({size for fitting in sizes.values() for size in fitting})
     if not every:
         return ()
     with Readers(threads) as readers:
-        taken = time_each(
-            {size: readers.call(size) for size in every},
-            budget_s=budget_s,
-            sampler=readers.sampler,
-        )
+        taken = time_each({size: readers.call(size) for size in every}, budget_s=budget_s, sampler=readers.sampler)
     timings = {size: summarise(seconds) for size, seconds in taken.items()}
     return tuple(
         _cache(facts, {size: timings[size] for size in sizes[facts.name]}, threads)
@@ -81,10 +72,7 @@ def _cache(facts: CacheFacts, timings: dict[int, Timing], threads: int) -> Cache
         note=f"{instances} of {format_bytes(facts.each_bytes)}, as the system lists them",
     )
     figures = {
-        size: timing.rate(
-            threads * bytes_of_call(size),
-            f"{counted(threads, 'thread')}, {format_bytes(size)} each",
-        )
+        size: timing.rate(threads * bytes_of_call(size), f"{counted(threads, 'thread')}, {format_bytes(size)} each")
         for size, timing in timings.items()
     }
     values = [figure.value for figure in figures.values()]
@@ -93,11 +81,7 @@ def _cache(facts: CacheFacts, timings: dict[int, Timing], threads: int) -> Cache
         curve = tuple((float(threads * size), figure.value) for size, figure in figures.items())
         largest = replace(largest, curve=curve)
     best = max(figures.values(), key=lambda figure: figure.value)
-    return Cache(
-        name=facts.name,
-        capacity_bytes=capacity,
-        read_bytes_per_s=Rate(ceiling=best, achieved=largest),
-    )
+    return Cache(name=facts.name, capacity_bytes=capacity, read_bytes_per_s=Rate(ceiling=best, achieved=largest))
 
 
 def bytes_of_call(size: int) -> int:
@@ -131,9 +115,7 @@ class Readers:
     def sampler(self, call: Call, calls: int) -> float:
         """Seconds of a thread for so many calls, as the mean over the threads."""
         size: Any = call()
-        waiting = [
-            self._pool.submit(self._read, index, size, calls) for index in range(self._threads)
-        ]
+        waiting = [self._pool.submit(self._read, index, size, calls) for index in range(self._threads)]
         return mean(done.result() for done in waiting)
 
     def _read(self, index: int, size: int, calls: int) -> float:

@@ -53,9 +53,7 @@ def every_pair_and_all(names: Sequence[str]) -> list[Group]:
     return [*pairs, tuple(names)] if len(names) > 2 else pairs
 
 
-def measure_contention(
-    workers: Mapping[str, Worker], groups: Sequence[Group], *, budget_s: float
-) -> SharedMemory:
+def measure_contention(workers: Mapping[str, Worker], groups: Sequence[Group], *, budget_s: float) -> SharedMemory:
     """What each worker keeps of its rate alone in each of the groups that it is in."""
     used = sorted({name for group in groups for name in group}, key=list(workers).index)
     turns: list[Group] = [*((name,) for name in used), *groups]
@@ -80,10 +78,7 @@ def shared_memory(
             figure = measured(fmean(shares), shares)
             kept.append(Contention(work=name, beside=beside, kept=figure))
     largest = max(groups, key=len)
-    totals = [
-        sum(rates[largest][name] * workers[name].host_bytes for name in largest)
-        for rates in rounds
-    ]  # fmt: skip
+    totals = [sum(rates[largest][name] * workers[name].host_bytes for name in largest) for rates in rounds]
     note = f"{', '.join(largest)} at once, each byte read or written counted"
     return SharedMemory(tuple(kept), measured(fmean(totals), totals, note))
 

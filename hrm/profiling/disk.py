@@ -50,9 +50,7 @@ class DiskError(Exception):
     """A folder where nothing can be measured, and why."""
 
 
-def measure_disk(
-    folder: Path, *, budget_s: float, quick: bool, num_bytes: int | None = None
-) -> Disk:
+def measure_disk(folder: Path, *, budget_s: float, quick: bool, num_bytes: int | None = None) -> Disk:
     """Bytes a second out of the files of a folder, or of a file that is written to it first.
 
     Raises DiskError if the folder cannot be read or written to, or the disk is full.
@@ -68,9 +66,7 @@ def measure_disk(
                 what = f"{counted(len(own), 'file')} that lie there"
             else:
                 limit = min(wanted, int(MAX_SHARE_OF_FREE * usage.free))
-                written = stack.enter_context(
-                    _nameless_file(folder, limit, seconds=WRITING_SHARE * budget_s)
-                )
+                written = stack.enter_context(_nameless_file(folder, limit, seconds=WRITING_SHARE * budget_s))
                 blocks = stack.enter_context(_opened([f"/proc/self/fd/{written}"]))
                 what = "a file written before"
             left_s = max(budget_s - (time.monotonic() - start_s), 0.2 * budget_s)
@@ -86,8 +82,7 @@ def measure_disk(
         note += f"; {system} is memory, not a disk"
     work = BLOCKS_A_CALL * BLOCK_BYTES
     figures = {
-        depth: timing.rate(work, f"{counted(depth, 'read')} at once of {note}")
-        for depth, timing in timings.items()
+        depth: timing.rate(work, f"{counted(depth, 'read')} at once of {note}") for depth, timing in timings.items()
     }
     best = max(figures.values(), key=lambda figure: figure.value)
     return Disk(
@@ -97,10 +92,8 @@ def measure_disk(
             source=Source.MEASURED,
             note=f"{system or 'file system'}, {format_bytes(usage.free)} free",
         ),
-        read_bytes_per_s=Rate(
-            ceiling=best, achieved=figures.get(4) or best
-        ),
-    )  # fmt: skip
+        read_bytes_per_s=Rate(ceiling=best, achieved=figures.get(4) or best),
+    )
 
 
 def large_files(folder: Path, wanted: int) -> list[str]:
@@ -216,8 +209,6 @@ def _read(blocks: _Blocks, depths: Sequence[int], budget_s: float) -> dict[int, 
         return call
 
     with ExitStack() as stack:
-        calls = {
-            depth: call_with(stack.enter_context(ThreadPoolExecutor(depth))) for depth in depths
-        }
+        calls = {depth: call_with(stack.enter_context(ThreadPoolExecutor(depth))) for depth in depths}
         taken = time_each(calls, budget_s=budget_s)
     return {depth: summarise(seconds) for depth, seconds in taken.items()}

@@ -64,8 +64,7 @@ class HostFacts:
             "cpu": self.cpu_name,
             "cores": f"{counted(self.cores, 'core')}, {counted(self.threads, 'hardware thread')},"
             f" {counted(self.sockets, 'socket')}, {counted(self.numa_nodes, 'NUMA node')}",
-            "usable_cores": f"{self.usable_cores} hardware threads on"
-            f" {counted(self.usable_physical_cores, 'core')}",
+            "usable_cores": f"{self.usable_cores} hardware threads on {counted(self.usable_physical_cores, 'core')}",
             "ram": format_bytes(self.ram_bytes),
             "last_level_cache": format_bytes(self.last_level_cache_bytes),
         }
@@ -122,8 +121,7 @@ def available_ram_bytes() -> int:
         limit - used + reclaimable
         for folder in _own_cgroups()
         for limit_file, used_file, reclaimable_key in _MEMORY_FILES
-        if (limit := _number(folder / limit_file)) is not None
-        and (used := _number(folder / used_file)) is not None
+        if (limit := _number(folder / limit_file)) is not None and (used := _number(folder / used_file)) is not None
         for reclaimable in (_number_of(reclaimable_key, folder / "memory.stat"),)
     ]
     return max(0, min([psutil.virtual_memory().available, *left]))
@@ -166,9 +164,7 @@ class Others:
         return text
 
     def _since(self) -> tuple[float, float, float, float]:
-        wall, others, stolen, stopped = (
-            now - before for now, before in zip(_cpu_seconds(), self._start, strict=True)
-        )
+        wall, others, stolen, stopped = (now - before for now, before in zip(_cpu_seconds(), self._start, strict=True))
         return wall, others, stolen, stopped
 
 

@@ -79,9 +79,7 @@ def gemm_rate(
     squares = tuple(side for side in squares if 3 * side * side * item <= most_bytes)
     pools = {shape: _Pool(dtype, shape, device) for shape in shapes}
     calls: dict[tuple[int, GemmShape], Call] = {
-        (count, shape): pools[shape].multiply(count, kernels)
-        for count in tokens
-        for shape in shapes
+        (count, shape): pools[shape].multiply(count, kernels) for count in tokens for shape in shapes
     }
     for side in squares:
         square = GemmShape(side, side)

@@ -12,9 +12,7 @@ from hrm.profiling.timing import Call
 WORD: Final = 8  # bytes of the numbers that transfers are checked by
 
 
-def gpu_transfer(
-    gpus: Sequence[AbstractGpu], *, to_device: bool, pinned: bool, largest_bytes: int
-) -> Transfer:
+def gpu_transfer(gpus: Sequence[AbstractGpu], *, to_device: bool, pinned: bool, largest_bytes: int) -> Transfer:
     """Transfers between host and GPUs, each split evenly over them.
 
     With one GPU they are queued on the calling thread's stream, with several each GPU's part on a
@@ -26,9 +24,7 @@ def gpu_transfer(
 
     def transfer(size: int) -> Call:
         part = min(share, -(-size // len(gpus)))
-        copies = [
-            _copy(target[:part], source[:part], queued=pinned) for target, source in pairs
-        ]  # fmt: skip
+        copies = [_copy(target[:part], source[:part], queued=pinned) for target, source in pairs]
         if len(gpus) > 1:
             calls = [gpu.queued(copy).run for gpu, copy in zip(gpus, copies, strict=True)]
         else:
@@ -58,9 +54,7 @@ def peer_transfer(source: AbstractGpu, target: AbstractGpu, largest_bytes: int) 
     return transfer
 
 
-def _buffers(
-    gpu: AbstractGpu, num_bytes: int, *, to_device: bool, pinned: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _buffers(gpu: AbstractGpu, num_bytes: int, *, to_device: bool, pinned: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Target and source, the source filled."""
     host = gpu.pinned(num_bytes) if pinned else torch.zeros(num_bytes, dtype=torch.uint8)
     on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=gpu.device)
@@ -80,9 +74,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor, *, queued: bool) -> Call:
 
 
 def _check(
-    gpus: Sequence[AbstractGpu],
-    calls: Sequence[Call],
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    gpus: Sequence[AbstractGpu], calls: Sequence[Call], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     for call in calls:
         call()

@@ -17,9 +17,7 @@ LOCK_TURNS_S: Final = 0.02  # a thread keeps the interpreter lock for 5 ms if no
 STARTS: Final = 4  # of threads: how they take turns may differ from one to the next
 
 
-def operator_round(
-    device: str = "cpu", *, rows: int = ROWS, hidden: int = HIDDEN
-) -> tuple[Call, int]:
+def operator_round(device: str = "cpu", *, rows: int = ROWS, hidden: int = HIDDEN) -> tuple[Call, int]:
     """A call that runs the small operators a layer is made of, and how many there are."""
     x = torch.randn(rows, hidden, device=device)
     weight, norm = torch.randn(hidden, hidden, device=device), torch.randn(hidden, device=device)
@@ -43,16 +41,12 @@ def operator_round(
     return call, 10
 
 
-def launch_latency(
-    *, device: str = "cpu", budget_s: float, sampler: Sampler | None = None
-) -> Timing:
+def launch_latency(*, device: str = "cpu", budget_s: float, sampler: Sampler | None = None) -> Timing:
     """Seconds an operator, averaged over those of a layer."""
     call, count = operator_round(device)
     with torch.inference_mode():
         timing = time_call(call, budget_s=budget_s, sampler=sampler)
-    return Timing(
-        timing.median_s / count, timing.p20_s / count, timing.p80_s / count, timing.samples
-    )
+    return Timing(timing.median_s / count, timing.p20_s / count, timing.p80_s / count, timing.samples)
 
 
 def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) -> Timing:
@@ -66,22 +60,13 @@ def launch_latency_beside_another(*, budget_s: float, threads: tuple[int, int]) 
     alone = launch_latency(budget_s=budget_s / 4)
     lone = summarise(_long_operators(budget_s / 4, threads[0]))
     both = summarise(
-        [
-            seconds
-            for _ in range(STARTS)
-            for seconds in _long_operators_beside_another(budget_s / 2 / STARTS, threads)
-        ]
+        [seconds for _ in range(STARTS) for seconds in _long_operators_beside_another(budget_s / 2 / STARTS, threads)]
     )
 
     def with_hand_over(seconds: float) -> float:
         return alone.median_s + max(0.0, seconds - lone.median_s)
 
-    return Timing(
-        with_hand_over(both.median_s),
-        with_hand_over(both.p20_s),
-        with_hand_over(both.p80_s),
-        both.samples,
-    )
+    return Timing(with_hand_over(both.median_s), with_hand_over(both.p20_s), with_hand_over(both.p80_s), both.samples)
 
 
 def _long_operators_beside_another(budget_s: float, threads: tuple[int, int]) -> list[float]:

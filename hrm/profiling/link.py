@@ -44,9 +44,7 @@ def measure_link(
 
     Where the line misses by more than 10 %, the bandwidth is a curve over size.
     """
-    taken = time_each(
-        {float(size): transfer(size) for size in sizes}, budget_s=budget_s, sampler=sampler
-    )
+    taken = time_each({float(size): transfer(size) for size in sizes}, budget_s=budget_s, sampler=sampler)
     points = [(size, summarise(seconds).median_s) for size, seconds in taken.items()]
     fit, stretches = fit_link(points), fit_groups(taken)
     bent = fit.worst_miss > BENT
@@ -71,10 +69,7 @@ def measure_link(
 
 def _curve(points: Sequence[tuple[float, float]], fit: LinkFit) -> tuple[tuple[float, float], ...]:
     """Bandwidth at each size, the fitted latency taken off."""
-    return tuple(
-        (size, significant(size / max(seconds - fit.latency_s, 0.2 * seconds)))
-        for size, seconds in points
-    )
+    return tuple((size, significant(size / max(seconds - fit.latency_s, 0.2 * seconds))) for size, seconds in points)
 
 
 def paced_transfer(pace: PacedCopy, arena_bytes: int) -> Transfer:
@@ -94,9 +89,8 @@ def paced_transfer(pace: PacedCopy, arena_bytes: int) -> Transfer:
 
 
 def host_transfer(
-    source_bytes: int, target: torch.Tensor,
-    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
-) -> Transfer:  # fmt: skip
+    source_bytes: int, target: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
+) -> Transfer:
     """Staging: copies from pageable memory to `target`, pinned memory where there is any.
 
     `copy(target, source)` makes them. Each takes the next part of `source_bytes`, as pages of

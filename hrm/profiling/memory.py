@@ -65,10 +65,7 @@ def measure_memory(
         taken = time_each(calls, budget_s=budget_s)
     finally:
         torch.set_num_threads(before)
-    timings = {
-        key: summarise([s * num_bytes / per_call[key[0]] for s in seconds])
-        for key, seconds in taken.items()
-    }
+    timings = {key: summarise([s * num_bytes / per_call[key[0]] for s in seconds]) for key, seconds in taken.items()}
     return MemoryRates(
         num_bytes,
         {count: timing for (what, count), timing in timings.items() if what == "read"},
@@ -77,15 +74,11 @@ def measure_memory(
     )
 
 
-def measure_device_memory(
-    device: str, *, num_bytes: int, budget_s: float, sampler: Sampler
-) -> DeviceMemoryRates:
+def measure_device_memory(device: str, *, num_bytes: int, budget_s: float, sampler: Sampler) -> DeviceMemoryRates:
     """Read and copy `num_bytes` of a GPU's memory."""
     read, copy, per_call = _read_and_copy(num_bytes, device)
     taken = time_each({"read": read, "copy": copy}, budget_s=budget_s, sampler=sampler)
-    reading, copying = (
-        summarise([s * num_bytes / per_call[what] for s in taken[what]]) for what in taken
-    )
+    reading, copying = (summarise([s * num_bytes / per_call[what] for s in taken[what]]) for what in taken)
     return DeviceMemoryRates(num_bytes, reading, copying)
 
 

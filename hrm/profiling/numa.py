@@ -34,9 +34,7 @@ class NumaRead:
         return self.cores_of == self.memory_of
 
 
-def measure_numa(
-    nodes: Mapping[int, frozenset[int]], *, num_bytes: int, budget_s: float
-) -> tuple[NumaRead, ...]:
+def measure_numa(nodes: Mapping[int, frozenset[int]], *, num_bytes: int, budget_s: float) -> tuple[NumaRead, ...]:
     """What the cores of each node read of each node's memory; `nodes` maps them to their CPUs."""
     elements = num_bytes // 8
 

@@ -80,9 +80,7 @@ class PacedCopy:
         """How long a transfer of that size takes."""
         return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
 
-    def run(
-        self, copy: Callable[[], object], num_bytes: float, *, ready_s: float | None = None
-    ) -> float:
+    def run(self, copy: Callable[[], object], num_bytes: float, *, ready_s: float | None = None) -> float:
         """Call `copy`, then wait until the link would have moved `num_bytes`.
 
         `ready_s` is when the transfer could have started, on `clock`: queued transfers then follow

@@ -76,8 +76,7 @@ def _combined(found: list[Any]) -> Any:
         case float():
             return median(present)
         case dict():
-            common = [key for key in cast("dict[Any, Any]", first)
-                      if all(key in one for one in present)]  # fmt: skip
+            common = [key for key in cast("dict[Any, Any]", first) if all(key in one for one in present)]
             return {key: _combined([one[key] for one in present]) for key in common}
         case tuple():
             same = [one for one in present if len(one) == len(cast("tuple[Any, ...]", first))]
@@ -102,11 +101,10 @@ def _figure(found: Sequence[Figure]) -> Figure:
         return middle
     value, low, high = _spread(
         [
-            (one.value, one.value if one.p20 is None else one.p20,
-             one.value if one.p80 is None else one.p80)
+            (one.value, one.value if one.p20 is None else one.p20, one.value if one.p80 is None else one.p80)
             for one in found
         ]
-    )  # fmt: skip
+    )
     curve, noisy = _curve([one.curve for one in found])
     note = f"noisy at {', '.join(f'{size:.4g}' for size in noisy)}" if noisy else ""
     return replace(
@@ -131,9 +129,7 @@ def _spread(found: Sequence[tuple[float, float, float]]) -> tuple[float, float, 
     return value, min(low, value), max(high, value)
 
 
-def _curve(
-    curves: Sequence[tuple[tuple[float, float], ...]],
-) -> tuple[tuple[tuple[float, float], ...], list[float]]:
+def _curve(curves: Sequence[tuple[tuple[float, float], ...]]) -> tuple[tuple[tuple[float, float], ...], list[float]]:
     """Medians of the points if most passes have a curve, and the sizes at which passes differ."""
     bent = [dict(curve) for curve in curves if curve]
     if len(bent) <= len(curves) // 2:
@@ -170,8 +166,6 @@ def _with_figures(node: Any, change: Callable[[Figure], Figure]) -> Any:
             return tuple(_with_figures(part, change) for part in cast("tuple[Any, ...]", node))
         case _ if is_dataclass(node) and not isinstance(node, type):
             parts = {item.name: getattr(node, item.name) for item in fields(node)}
-            return replace(
-                node, **{name: _with_figures(part, change) for name, part in parts.items()}
-            )
+            return replace(node, **{name: _with_figures(part, change) for name, part in parts.items()})
         case _:
             return node

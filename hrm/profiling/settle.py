@@ -47,11 +47,7 @@ class Settling:
 
 
 def settle(
-    gpu: AbstractGpu,
-    *,
-    seconds: float,
-    side: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    gpu: AbstractGpu, *, seconds: float, side: int | None = None, clock: Callable[[], float] = time.perf_counter
 ) -> Settling:
     """Multiply large random matrices for so long, and see what clock and rate do meanwhile."""
     side = side or SIDE

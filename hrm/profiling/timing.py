@@ -81,9 +81,7 @@ def time_call(call: Call, *, budget_s: float, sampler: Sampler | None = None) ->
     return summarise(time_each({None: call}, budget_s=budget_s, sampler=sampler)[None])
 
 
-def time_each(
-    calls: Mapping[K, Call], *, budget_s: float, sampler: Sampler | None = None
-) -> dict[K, list[float]]:
+def time_each(calls: Mapping[K, Call], *, budget_s: float, sampler: Sampler | None = None) -> dict[K, list[float]]:
     """Seconds of each call, sampled in turn for about `budget_s` in all, warm-up included.
 
     A disturbance of a second then falls on a few samples of every call, where medians withstand

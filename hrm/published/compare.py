@@ -53,9 +53,7 @@ class Accuracy:
     worst_column: str
 
 
-def compare(
-    runs: Iterable[Run] = TABLE_4, machines: dict[str, HardwareProfile] | None = None
-) -> list[Comparison]:
+def compare(runs: Iterable[Run] = TABLE_4, machines: dict[str, HardwareProfile] | None = None) -> list[Comparison]:
     """Predict published runs on their machines, by setup; paper-s1 and paper-s2 by default."""
     machines = {} if machines is None else dict(machines)
     found: list[Comparison] = []
@@ -64,9 +62,8 @@ def compare(
             machines[run.setup] = load_profile(machine_name(run.setup))
         spec = load_model(run.model)
         predicted = estimate(
-            spec, policy_of(run, spec), machines[run.setup], run.workload,
-            runtime=IMPLEMENTATIONS[run.system].runtime,
-        )  # fmt: skip
+            spec, policy_of(run, spec), machines[run.setup], run.workload, runtime=IMPLEMENTATIONS[run.system].runtime
+        )
         found.append(Comparison(run, predicted))
     return found
 
@@ -133,6 +130,4 @@ def order_as_published(column: Sequence[Comparison]) -> bool:
     def order(tokens_per_s: list[float]) -> list[int]:
         return sorted(range(len(column)), key=lambda index: -tokens_per_s[index])
 
-    return order([c.predicted.tokens_per_s for c in column]) == order(
-        [c.run.tokens_per_s for c in column]
-    )
+    return order([c.predicted.tokens_per_s for c in column]) == order([c.run.tokens_per_s for c in column])

@@ -65,16 +65,12 @@ _SUMMARIZATION: Final = padded(WORKLOADS["summarization"])
 
 # tokens/s, μ, N/μ of Table 4
 _TABLE_4: Final = {
-    System.MOE_LIGHTNING: (
-        (26.349, 36, 26), (105.29, 100, 15), (4.52, 4, 19), (12.393, 8, 36),
-    ),
+    System.MOE_LIGHTNING: ((26.349, 36, 26), (105.29, 100, 15), (4.52, 4, 19), (12.393, 8, 36)),
     System.FLEXGEN: ((22.691, 32, 61), (50.138, 64, 33), (3.868, 3, 92), (7.14, 8, 36)),
     System.FLEXGEN_C: ((16.903, 32, 61), (20.015, 64, 33), (2.614, 3, 92), (4.307, 8, 36)),
     System.DEEPSPEED: ((11.832, 102, 1), (18.589, 156, 1), (0.965, 8, 1), (1.447, 12, 1)),
-}  # fmt: skip
-_COLUMNS: Final = (
-    (_REASONING, "S1"), (_REASONING, "S2"), (_SUMMARIZATION, "S1"), (_SUMMARIZATION, "S2"),
-)  # fmt: skip
+}
+_COLUMNS: Final = ((_REASONING, "S1"), (_REASONING, "S2"), (_SUMMARIZATION, "S1"), (_SUMMARIZATION, "S2"))
 
 TABLE_4: Final = tuple(
     Run(
@@ -93,19 +89,13 @@ TABLE_4: Final = tuple(
 # Fig. 7, for 32, 64, 128 and 256 generated tokens: tokens/s, μ, N. DeepSpeed's batches are unknown.
 GENERATED: Final = (32, 64, 128, 256)
 _MTBENCH: Final = {
-    ("S1", System.MOE_LIGHTNING): (
-        (15.609, 36, 504), (23.997, 36, 504), (30.122, 36, 504), (33.938, 36, 504),
-    ),
+    ("S1", System.MOE_LIGHTNING): ((15.609, 36, 504), (23.997, 36, 504), (30.122, 36, 504), (33.938, 36, 504)),
     ("S1", System.FLEXGEN): ((12.1, 32, 1280), (12.3, 16, 1248), (9.5, 8, 1112), (9.6, 8, 904)),
     ("S1", System.FLEXGEN_C): ((9.8, 32, 1280), (9.4, 16, 1248), (7.2, 8, 1112), (6.8, 8, 904)),
-    ("S2", System.MOE_LIGHTNING): (
-        (53.714, 68, 1088), (67.369, 68, 1020), (78.972, 68, 884), (78.600, 68, 748),
-    ),
+    ("S2", System.MOE_LIGHTNING): ((53.714, 68, 1088), (67.369, 68, 1020), (78.972, 68, 884), (78.600, 68, 748)),
     ("S2", System.FLEXGEN): ((29.2, 64, 1344), (34.9, 64, 1280), (37.2, 64, 1152), (28.8, 32, 960)),
-    ("S2", System.FLEXGEN_C): (
-        (17.5, 64, 1344), (18.9, 64, 1280), (20.0, 64, 1152), (15.9, 32, 960),
-    ),
-}  # fmt: skip
+    ("S2", System.FLEXGEN_C): ((17.5, 64, 1344), (18.9, 64, 1280), (20.0, 64, 1152), (15.9, 32, 960)),
+}
 # Figs 7 and 8: Mixtral 8x22B padded (S6, S7), DBRX not padded (S8, S9). DBRX runs that aborted some
 # of their requests count those that finished.
 _SEVERAL_GPUS: Final = {

@@ -70,18 +70,10 @@ def fit(setup: str) -> list[FittedFigure]:
 
     least, most = (math.log(factor) for factor in FACTORS)
     solution = least_squares(
-        log_errors,
-        [math.log(START_FACTOR)] * len(figures),
-        bounds=(least, most),
-        diff_step=[1e-4] * len(figures),
+        log_errors, [math.log(START_FACTOR)] * len(figures), bounds=(least, most), diff_step=[1e-4] * len(figures)
     )
     return [
-        FittedFigure(
-            where=where,
-            shipped=figure.value,
-            found=figure.value * math.exp(log_factor),
-            note=figure.note,
-        )
+        FittedFigure(where=where, shipped=figure.value, found=figure.value * math.exp(log_factor), note=figure.note)
         for (where, figure), log_factor in zip(figures.items(), solution.x, strict=True)
     ]
 

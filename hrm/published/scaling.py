@@ -37,12 +37,7 @@ def machine_of(setup: str, *, shared_links: bool = False) -> HardwareProfile:
     """The setup's machine; with `shared_links`, two cards have the bandwidth of one link."""
     s1, host = load_profile(machine_name("S1")), load_host(HOST)
     share = 0.5 if shared_links else 1.0
-    card = replace(
-        load_gpu("T4"),
-        level=s1.top,
-        h2d=_share(s1.h2d, share),
-        d2h=_share(s1.d2h, share),
-    )
+    card = replace(load_gpu("T4"), level=s1.top, h2d=_share(s1.h2d, share), d2h=_share(s1.d2h, share))
     return assemble(card, NUM_GPUS[setup], _with_attention_of(host, s1))
 
 
@@ -50,9 +45,7 @@ def _share(link: Link, share: float) -> Link:
     if share == 1:
         return link
     planned = link.bandwidth_bytes_per_s.planned
-    figure = Figure(
-        value=share * planned.value, source=Source.ASSUMED, note="two cards share one link"
-    )
+    figure = Figure(value=share * planned.value, source=Source.ASSUMED, note="two cards share one link")
     return replace(link, bandwidth_bytes_per_s=Rate(achieved=figure))
 
 
@@ -211,9 +204,7 @@ def measured_step(comparison: Comparison) -> MeasuredStep:
     context = workload.prompt_len + (1 + workload.decode_steps) / 2
     cache = spec.num_layers * operators.kv_bytes(spec, DTYPE, run.batch_size * context)
     return MeasuredStep(
-        seconds=seconds,
-        weights_bytes_per_s=weights / gpus / seconds,
-        cache_bytes_per_s=cache / gpus / seconds,
+        seconds=seconds, weights_bytes_per_s=weights / gpus / seconds, cache_bytes_per_s=cache / gpus / seconds
     )
 
 
@@ -231,7 +222,6 @@ def published_steps_s(runs: Sequence[Run]) -> list[float]:
     if len({run.batch_size for run in runs}) > 1:
         return []
     return [
-        (second.seconds - first.seconds)
-        / (second.workload.decode_steps - first.workload.decode_steps)
+        (second.seconds - first.seconds) / (second.workload.decode_steps - first.workload.decode_steps)
         for first, second in pairwise(runs)
     ]

@@ -54,10 +54,7 @@ IMPLEMENTATIONS: Final = {
         schedule=ScheduleName.FLEXGEN,
         attention=Device.GPU,
         runtime=Runtime(
-            weights_link="pageable",
-            kv_link="pageable",
-            synchronise_s=FLEXGEN_WAIT_S,
-            whole_last_layer=True,
+            weights_link="pageable", kv_link="pageable", synchronise_s=FLEXGEN_WAIT_S, whole_last_layer=True
         ),
     ),
     System.FLEXGEN_C: Implementation(

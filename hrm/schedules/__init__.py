@@ -10,8 +10,17 @@ from hrm.schedules import orders
 from hrm.schedules.pipeline import Pipeline, skips_in_last_layer
 from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
-__all__ = ["SCHEDULES", "Pipeline", "Schedule", "decode_pipeline", "graph", "iter_tasks",
-           "pages_of", "prefill_pipeline", "skips_in_last_layer"]  # fmt: skip
+__all__ = [
+    "SCHEDULES",
+    "Pipeline",
+    "Schedule",
+    "decode_pipeline",
+    "graph",
+    "iter_tasks",
+    "pages_of",
+    "prefill_pipeline",
+    "skips_in_last_layer",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +45,7 @@ SCHEDULES: Final = {
     ScheduleName.FLEXGEN_C: Schedule(orders.flexgen, attention=Device.CPU, ffn=Device.GPU),
     ScheduleName.FASTDECODE: Schedule(orders.cgopipe, attention=Device.CPU, ffn=Device.GPU),
     ScheduleName.DEEPSPEED: Schedule(
-        orders.deepspeed,
-        attention=Device.GPU,
-        ffn=Device.GPU,
-        single_micro_batch=True,
-        kv_on_gpu=True,
+        orders.deepspeed, attention=Device.GPU, ffn=Device.GPU, single_micro_batch=True, kv_on_gpu=True
     ),
 }
 
@@ -56,9 +61,7 @@ def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline
     dense = spec.dense_parameters
     streamed_experts = spec.num_experts - max(policy.resident_experts)
     streamed = dense + (
-        streamed_experts * spec.expert_parameters
-        if pipeline.phase is Phase.PREFILL or policy.ffn is Device.GPU
-        else 0
+        streamed_experts * spec.expert_parameters if pipeline.phase is Phase.PREFILL or policy.ffn is Device.GPU else 0
     )
     return pipeline.with_pages(pages_of(policy), dense_share=dense / streamed)
 

@@ -34,12 +34,22 @@ def skips_in_last_layer(prompts: float, tokens: float) -> bool:
 
 K = TaskKind
 _LANES = {
-    K.EMBED: Lane.H2D, K.PRE_ATTENTION: Lane.GPU, K.OFFLOAD_QKV: Lane.D2H, K.LOAD_KV: Lane.H2D,
-    K.STORE_KV: Lane.D2H, K.LOAD_HIDDEN: Lane.H2D, K.POST_ATTENTION: Lane.GPU,
-    K.OFFLOAD_TOKENS: Lane.D2H, K.CPU_EXPERTS: Lane.CPU, K.LOAD_EXPERT_OUTPUT: Lane.H2D,
-    K.LOAD_PAGE: Lane.H2D, K.STAGE_PAGE: Lane.STAGE, K.PREFILL_LAYER: Lane.GPU,
-    K.STORE_HIDDEN: Lane.D2H, K.SAMPLE: Lane.GPU,
-}  # fmt: skip
+    K.EMBED: Lane.H2D,
+    K.PRE_ATTENTION: Lane.GPU,
+    K.OFFLOAD_QKV: Lane.D2H,
+    K.LOAD_KV: Lane.H2D,
+    K.STORE_KV: Lane.D2H,
+    K.LOAD_HIDDEN: Lane.H2D,
+    K.POST_ATTENTION: Lane.GPU,
+    K.OFFLOAD_TOKENS: Lane.D2H,
+    K.CPU_EXPERTS: Lane.CPU,
+    K.LOAD_EXPERT_OUTPUT: Lane.H2D,
+    K.LOAD_PAGE: Lane.H2D,
+    K.STAGE_PAGE: Lane.STAGE,
+    K.PREFILL_LAYER: Lane.GPU,
+    K.STORE_HIDDEN: Lane.D2H,
+    K.SAMPLE: Lane.GPU,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +86,7 @@ class Pipeline:
             num_steps=num_steps,
             attention=policy.attention,
             kv_on_gpu=tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches)),
-            streamed=tuple(
-                policy.decode_streamed_bytes(spec, i) > 0 for i in range(spec.num_layers)
-            ),
+            streamed=tuple(policy.decode_streamed_bytes(spec, i) > 0 for i in range(spec.num_layers)),
             cpu_experts=tuple(
                 on_cpu and count < spec.num_experts_of(spec.layer_kind(i))
                 for i, count in enumerate(policy.resident_experts)
@@ -128,9 +136,7 @@ class Pipeline:
 
     # -- orders are put together from these -----------------------------------------------------
 
-    def load_pages(
-        self, where: tuple[int, int] | None, first: int = 0, last: int | None = None
-    ) -> Iterator[TaskId]:
+    def load_pages(self, where: tuple[int, int] | None, first: int = 0, last: int | None = None) -> Iterator[TaskId]:
         """Load pages [first, last) of the layer at (step, layer), staging each first if need be."""
         if where is None or not self.streamed[where[1]]:
             return

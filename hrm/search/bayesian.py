@@ -39,14 +39,7 @@ CHUNK_STEP: Final = 1.1  # between one chunk that is tried and the next
 ENCODING: Final = 3  # of parameters; a study of another one is never resumed
 # To begin with: sizes and numbers of micro-batches, as logarithmic shares of what fits, and chunks
 # in lengths of the longest prompt.
-_FILLING: Final = (
-    (1.0, 0.0, 4),
-    (1.0, 1.0, 1),
-    (1.0, 0.0, 64),
-    (1.0, 1.0, 16),
-    (0.5, 0.5, 4),
-    (0.0, 1.0, 1),
-)
+_FILLING: Final = ((1.0, 0.0, 4), (1.0, 1.0, 1), (1.0, 0.0, 64), (1.0, 1.0, 16), (0.5, 0.5, 4), (0.0, 1.0, 1))
 _RESIDENT: Final = (1.0, 0.5)  # shares of the experts that stay beside one micro-batch
 _STEPS: Final = (0.02, 0.1, 0.3)  # by which shares are changed
 _ATTEMPTS: Final = 30  # to change a policy into one that was not tried and may win
@@ -58,9 +51,14 @@ Progress = Callable[[int, float], None]
 
 
 def search_space(
-    space: Space, *, trials: int = DEFAULT_TRIALS, storage: str | None = None, seed: int = 0,
-    runner_ups: int = RUNNER_UPS, progress: Progress | None = None,
-) -> SearchResult:  # fmt: skip
+    space: Space,
+    *,
+    trials: int = DEFAULT_TRIALS,
+    storage: str | None = None,
+    seed: int = 0,
+    runner_ups: int = RUNNER_UPS,
+    progress: Progress | None = None,
+) -> SearchResult:
     """The policy with the highest simulated job throughput after `trials` more trials.
 
     `storage` is the path of a journal file, or a database's URL (`sqlite:///trials.db`); without
@@ -72,10 +70,15 @@ def search_space(
     decoder = Decoder(space)
     if not decoder.kinds:
         return SearchResult(
-            solver="optuna", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
-            greatest_tokens_per_s=0.0, evaluations=0, seconds=time.perf_counter() - started_s,
+            solver="optuna",
+            outcome=Outcome.INFEASIBLE,
+            best=None,
+            runner_ups=(),
+            greatest_tokens_per_s=0.0,
+            evaluations=0,
+            seconds=time.perf_counter() - started_s,
             simulated=0,
-        )  # fmt: skip
+        )
     study = _open_study(space, storage, seed)
     trying = Trying(decoder, study, storage, trials=trials, seed=seed)
     interrupted = False
@@ -143,15 +146,25 @@ class Decoder:
             for name, kind in self.kinds.items():
                 for residents in (1.0,) if kind.gpu_ffn else (1.0, 0.0):
                     yield {
-                        "kind": name, "size": size, "number": number, "kv": 0.5,
-                        "residents": residents, "chunk": share, "dense": True,
-                    }  # fmt: skip
+                        "kind": name,
+                        "size": size,
+                        "number": number,
+                        "kv": 0.5,
+                        "residents": residents,
+                        "chunk": share,
+                        "dense": True,
+                    }
         for share in _RESIDENT:
             for name, kind in self.kinds.items():
                 yield {
-                    "kind": name, "size": self._share_with_residents(kind, share), "number": 0.0,
-                    "kv": 0.5, "residents": 1.0, "chunk": 0.0, "dense": True,
-                }  # fmt: skip
+                    "kind": name,
+                    "size": self._share_with_residents(kind, share),
+                    "number": 0.0,
+                    "kv": 0.5,
+                    "residents": 1.0,
+                    "chunk": 0.0,
+                    "dense": True,
+                }
 
     def _chunk_share(self, prompts: int) -> float:
         """The longest chunk of no more than so many of the longest prompt, as a share."""
@@ -177,10 +190,7 @@ class Decoder:
         """The policy that the parameters mean; None if even the least of its kind does not fit."""
         kind = self.kinds[parameters["kind"]]
         longest = round(parameters["chunk"] * (len(self.chunks) - 1))
-        settings = (
-            Setting(kind, chunk, parameters["dense"])
-            for chunk in reversed(self.chunks[: longest + 1])
-        )
+        settings = (Setting(kind, chunk, parameters["dense"]) for chunk in reversed(self.chunks[: longest + 1]))
         setting = next((setting for setting in settings if self._most_sizes(setting)), None)
         if setting is None:
             return None
@@ -242,9 +252,7 @@ class Decoder:
         if (setting, 0) not in self._known:
             number = 1 + (setting.kind.kv is KvPlace.SOME)
             on_gpu = int(setting.kind.kv is KvPlace.ALL)
-            self._known[setting, 0] = _largest(
-                limits(self.space)[0], lambda m: self._fit(setting, m, number, on_gpu)
-            )
+            self._known[setting, 0] = _largest(limits(self.space)[0], lambda m: self._fit(setting, m, number, on_gpu))
         return self._known[setting, 0]
 
     def _most_numbers(self, setting: Setting, size: int) -> int:
@@ -256,18 +264,12 @@ class Decoder:
             )
         return self._known[setting, size]
 
-    def _fit(
-        self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int
-    ) -> NDArray[np.bool_]:
+    def _fit(self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int) -> NDArray[np.bool_]:
         grid = self._grid(setting, size, number, on_gpu)
         return grid.fits[grid.resident_dense == setting.dense]
 
-    def _grid(
-        self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int
-    ) -> Grid:
-        columns = np.broadcast_arrays(
-            np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT, setting.chunk
-        )
+    def _grid(self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int) -> Grid:
+        columns = np.broadcast_arrays(np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT, setting.chunk)
         return make_grid(self.space, setting.kind, np.column_stack(columns))
 
 
@@ -302,10 +304,7 @@ def _largest(limit: int, fit: Callable[[Ints], NDArray[np.bool_]]) -> int:
 class Trying:
     """A study, kept in `storage`, with what this process knows of it."""
 
-    def __init__(
-        self, decoder: Decoder, study: "optuna.Study", storage: str | None, *, trials: int,
-        seed: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, decoder: Decoder, study: "optuna.Study", storage: str | None, *, trials: int, seed: int) -> None:
         self.decoder, self.study, self.storage = decoder, study, storage
         self.simulated: dict[Policy, Estimate] = {}
         self._known: dict[Policy, tuple[float, float]] = {}

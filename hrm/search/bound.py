@@ -110,10 +110,13 @@ class Bounder:
         ones = np.ones(len(ways))
         number = 1.0 if schedule.single_micro_batch else most
         return Regions(
-            gpu_attention=columns[0], gpu_ffn=columns[1], dense=columns[2], one_chunk=columns[5],
+            gpu_attention=columns[0],
+            gpu_ffn=columns[1],
+            dense=columns[2],
+            one_chunk=columns[5],
             low=np.stack([ones, ones, kv_low * ones, columns[3], ones]),
             high=np.stack([most * ones, number * ones, ones, columns[4], chunk * ones]),
-        )  # fmt: skip
+        )
 
     def bounded(self, regions: Regions) -> tuple[Regions, Floats]:
         """The regions that may fit, made smaller, and the tokens a second that they may reach."""
@@ -141,9 +144,7 @@ class Bounder:
             terms[_CHAIN] = terms[_CHAIN] * np.minimum(under_way, 1.0)
         return [(weight, [term / batch for term in terms]) for weight, terms in (prefill, *steps)]
 
-    def _at_least_of_batches(
-        self, regions: Regions, phases: PhaseTerms, batches: Floats, requests: int
-    ) -> PhaseTerms:
+    def _at_least_of_batches(self, regions: Regions, phases: PhaseTerms, batches: Floats, requests: int) -> PhaseTerms:
         """The terms' shares of a request, but no less than so many batches take.
 
         All but the last of them are at least as large as the smallest corner.
@@ -154,8 +155,7 @@ class Bounder:
         found: PhaseTerms = []
         for (weight, terms), (_, of_full), (_, of_last) in zip(phases, full, last, strict=True):
             of_batches = [
-                ((batches - 1) * a_full + a_last) / requests
-                for a_full, a_last in zip(of_full, of_last, strict=True)
+                ((batches - 1) * a_full + a_last) / requests for a_full, a_last in zip(of_full, of_last, strict=True)
             ]
             found.append((weight, list(map(np.maximum, terms, of_batches))))
         return found
@@ -176,12 +176,7 @@ class Bounder:
         resident = np.concatenate([resident for _, resident in corners])
         resident = np.clip(resident, 0.0, spec.num_experts)
         # The fewest layers that can hold what is not resident.
-        on_host = (
-            (spec.num_experts - resident)
-            / spec.num_experts
-            * spec.num_expert_layers
-            / spec.num_layers
-        )
+        on_host = (spec.num_experts - resident) / spec.num_experts * spec.num_expert_layers / spec.num_layers
         ffn = every(regions.gpu_ffn)
         point = Point(
             batch_size=every(size * number),
@@ -199,13 +194,7 @@ class Bounder:
         all_terms = self.space.schedule in _ALL_TERMS
         schedule = self.space.schedule if all_terms else ScheduleName.CGOPIPE
         return [
-            (
-                weight,
-                [
-                    np.broadcast_to(term, count * len(regions)).reshape(count, -1).min(axis=0)
-                    for term in terms
-                ],
-            )
+            (weight, [np.broadcast_to(term, count * len(regions)).reshape(count, -1).min(axis=0) for term in terms])
             for weight, terms in batch_terms(self.costs, point, schedule, self.space.workload)
         ]
 

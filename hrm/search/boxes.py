@@ -26,10 +26,19 @@ PLANE_TOLERANCE: Final = 1e-9  # of a phase's time
 # Shares of both ranges, and steps from there: corners, middles, and what is next to the corners.
 _PROBES: Final = np.array(
     [
-        (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (1, 1, 0, 0), (0.5, 0, 0, 0), (0, 0.5, 0, 0),
-        (0.5, 0.5, 0, 0), (0, 0, 1, 0), (1, 0, -1, 0), (0, 0, 0, 1), (0, 1, 0, -1),
+        (0, 0, 0, 0),
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (1, 1, 0, 0),
+        (0.5, 0, 0, 0),
+        (0, 0.5, 0, 0),
+        (0.5, 0.5, 0, 0),
+        (0, 0, 1, 0),
+        (1, 0, -1, 0),
+        (0, 0, 0, 1),
+        (0, 1, 0, -1),
     ]
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +76,7 @@ class Boxes:
 
     def and_also(self, other: "Boxes") -> "Boxes":
         """The boxes of both."""
-        both = {
-            name: np.concatenate([getattr(self, name), getattr(other, name)], axis=-1)
-            for name in _FIELDS
-        }
+        both = {name: np.concatenate([getattr(self, name), getattr(other, name)], axis=-1) for name in _FIELDS}
         return Boxes(**both)
 
 
@@ -112,9 +118,7 @@ class Bounder:
         a_micro_batch = np.zeros_like(an_expert)
         if not flat:
             a_micro_batch = (values[:, 2] - values[:, 0]) / np.maximum(kv_high - kv_low, 1)
-        plane = values[:, :1] + (
-            an_expert[:, None] * (experts - low) + a_micro_batch[:, None] * (on_gpu - kv_low)
-        )
+        plane = values[:, :1] + (an_expert[:, None] * (experts - low) + a_micro_batch[:, None] * (on_gpu - kv_low))
         longest = self._longest(values.max(axis=1))
         off = np.abs(values - plane) > PLANE_TOLERANCE * longest[self.phase_of_term][:, None]
         uneven: NDArray[np.bool_] = np.logical_or.reduce(off, axis=0)
@@ -124,14 +128,18 @@ class Bounder:
         least_s = self.weights @ self._longest(values.min(axis=1))
         tokens = tokens_per_batch(self.space, self.rows.batch_size[rows])
         return Boxes(
-            rows=rows, low=low, high=high, kv_low=kv_low, kv_high=kv_high,
+            rows=rows,
+            low=low,
+            high=high,
+            kv_low=kv_low,
+            kv_high=kv_high,
             ceiling=tokens / least_s,
             is_plane=~np.logical_or.reduce(uneven, axis=0),
             divide_kv=~along_experts & (kv_high > kv_low),
             terms=np.stack([values[:, 0], an_expert, a_micro_batch]),
             gpu_bytes=gpu[..., fits],
             cpu_bytes=cpu[..., fits],
-        )  # fmt: skip
+        )
 
     def divide(self, boxes: Boxes) -> Boxes:
         """Two boxes for each one, cut where terms are known to bend, or else in the middle."""
@@ -142,13 +150,19 @@ class Bounder:
         kv_cut = (boxes.kv_low + boxes.kv_high) // 2
         in_kv = boxes.divide_kv
         lower = self.boxes(
-            boxes.rows, boxes.low, np.where(in_kv, boxes.high, cut),
-            boxes.kv_low, np.where(in_kv, kv_cut, boxes.kv_high),
-        )  # fmt: skip
+            boxes.rows,
+            boxes.low,
+            np.where(in_kv, boxes.high, cut),
+            boxes.kv_low,
+            np.where(in_kv, kv_cut, boxes.kv_high),
+        )
         upper = self.boxes(
-            boxes.rows, np.where(in_kv, boxes.low, cut + 1), boxes.high,
-            np.where(in_kv, kv_cut + 1, boxes.kv_low), boxes.kv_high,
-        )  # fmt: skip
+            boxes.rows,
+            np.where(in_kv, boxes.low, cut + 1),
+            boxes.high,
+            np.where(in_kv, kv_cut + 1, boxes.kv_low),
+            boxes.kv_high,
+        )
         return lower.and_also(upper)
 
     def without(self, boxes: Boxes, box: int, experts: int, on_gpu: int) -> Boxes:
@@ -175,10 +189,7 @@ class Bounder:
     def may_be_longest(self, boxes: Boxes) -> NDArray[np.bool_]:
         """Which terms are the longest of their phase somewhere in a box where all are planes."""
         at_low, an_expert, a_micro_batch = boxes.terms
-        sides = (
-            an_expert * (boxes.high - boxes.low),
-            a_micro_batch * (boxes.kv_high - boxes.kv_low),
-        )
+        sides = (an_expert * (boxes.high - boxes.low), a_micro_batch * (boxes.kv_high - boxes.kv_low))
         least = at_low + sum(np.minimum(side, 0) for side in sides)
         most = at_low + sum(np.maximum(side, 0) for side in sides)
         return most >= self._longest(least)[self.phase_of_term]
@@ -220,15 +231,13 @@ class Bounder:
             return np.array(
                 [
                     (
-                        gpu_needed(space, grid.kind, there, resident_bytes=resident,
-                                   max_streamed_bytes=largest),
-                        *cpu_needed(space, grid.kind, there, streamed_bytes=streamed,
-                                    page_bytes=largest / pages),
+                        gpu_needed(space, grid.kind, there, resident_bytes=resident, max_streamed_bytes=largest),
+                        *cpu_needed(space, grid.kind, there, streamed_bytes=streamed, page_bytes=largest / pages),
                     )
                     for largest in weights.largest_streamed(dense, of_every_layer)
                 ],
                 dtype=float,
-            )  # fmt: skip
+            )
 
         base = needed(low, kv_low, 0)
         more = (needed(low + 1, kv_low, 0), needed(low, kv_low + 1, 0), needed(low, kv_low, 1))

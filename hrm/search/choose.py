@@ -82,9 +82,11 @@ def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
         index = max(ceilings, key=ceilings.__getitem__, default=None)
         promising = [other for other in waiting if other[1].tokens_per_s > enough]
         first = max(promising, key=lambda other: (-other[0], other[1].tokens_per_s), default=None)
-        if index is not None and ceilings[index] > enough and (
-            first is None or first[0] > 0 or ceilings[index] > first[1].tokens_per_s
-        ):  # fmt: skip
+        if (
+            index is not None
+            and ceilings[index] > enough
+            and (first is None or first[0] > 0 or ceilings[index] > first[1].tokens_per_s)
+        ):
             solve(index, best())
         elif first is not None:
             simulate(first)

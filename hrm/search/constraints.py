@@ -27,9 +27,7 @@ def meets(space: Space, costs: Costs, grid: Grid) -> NDArray[np.bool_]:
     limits, met = space.limits, np.ones(len(grid), bool)
     if not len(grid) or (limits.max_ttft_s is None and limits.max_tpot_s is None):
         return met
-    prefill_s, decode_s = phases_of_batches(
-        costs, grid.point(space), space.schedule, space.workload
-    )
+    prefill_s, decode_s = phases_of_batches(costs, grid.point(space), space.schedule, space.workload)
     stages, (ttft_slack, tpot_slack) = space.profile.num_stages, space.slack
     if limits.max_ttft_s is not None:
         met &= np.broadcast_to(stages * ttft_slack * prefill_s <= limits.max_ttft_s, met.shape)
@@ -52,10 +50,7 @@ def within_limits(solve: Callable[[Space], SearchResult]) -> Callable[[Space], S
                 break
             ttft, tpot = result.overshoot
             ttft_slack, tpot_slack = space.slack
-            slack = (
-                ttft_slack * ttft * (_CLOSER if ttft > 1 else 1),
-                tpot_slack * tpot * (_CLOSER if tpot > 1 else 1),
-            )
+            slack = (ttft_slack * ttft * (_CLOSER if ttft > 1 else 1), tpot_slack * tpot * (_CLOSER if tpot > 1 else 1))
             space = replace(space, slack=slack)
             result = solve(space)
             best = _better(best, result)

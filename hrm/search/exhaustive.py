@@ -33,11 +33,18 @@ COARSE_MARGIN: Final = 1.25
 
 
 def search(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str = "bfloat16",
-    schedule: ScheduleName = ScheduleName.CGOPIPE, staging: bool = False,
-    attention: Device | None = None, ffn: Device | None = None, runner_ups: int = RUNNER_UPS,
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    dtype: str = "bfloat16",
+    schedule: ScheduleName = ScheduleName.CGOPIPE,
+    staging: bool = False,
+    attention: Device | None = None,
+    ffn: Device | None = None,
+    runner_ups: int = RUNNER_UPS,
     limits: LatencyLimits = NO_LIMITS,
-) -> SearchResult:  # fmt: skip
+) -> SearchResult:
     """The policy with the highest closed-form job throughput that fits, simulated to be sure.
 
     The best of each kind that may win are simulated, and the one with the highest simulated
@@ -45,9 +52,16 @@ def search(
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen.
     """
     space = Space(
-        spec=spec, profile=profile, workload=workload, dtype=dtype, schedule=schedule,
-        staging=staging, attention=attention, ffn=ffn, limits=limits,
-    )  # fmt: skip
+        spec=spec,
+        profile=profile,
+        workload=workload,
+        dtype=dtype,
+        schedule=schedule,
+        staging=staging,
+        attention=attention,
+        ffn=ffn,
+        limits=limits,
+    )
     return search_ways(space, lambda part: search_space(part, runner_ups=runner_ups))
 
 
@@ -96,9 +110,7 @@ class GridOfKind:
         self.evaluations = 0
         places = whole(space, kind, chunks)
         self.whole = places is not None
-        self.grid, self.scores = self._try(
-            coarse(space, kind, chunks) if places is None else places
-        )
+        self.grid, self.scores = self._try(coarse(space, kind, chunks) if places is None else places)
 
     def ceiling(self) -> float:
         """The best score and somewhat more, for what lies between those that were tried."""
@@ -114,8 +126,7 @@ class GridOfKind:
         del above  # a grid that has been tried has all of them
         self._refine()
         return [
-            Candidate(self.grid.policy(self.space, index), float(self.scores[index]))
-            for index in self._unlike(count)
+            Candidate(self.grid.policy(self.space, index), float(self.scores[index])) for index in self._unlike(count)
         ]
 
     def _refine(self) -> None:

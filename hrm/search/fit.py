@@ -48,16 +48,12 @@ class Weights:
         spec, size = self.space.spec, DTYPE_BYTES[self.space.dtype]
         experts = (spec.num_experts - of_every_layer) * self.expert_bytes
         plain = spec.dense_parameters_of(LayerKind(has_experts=False)) * (spec.num_dense_layers > 0)
-        return (
-            (1 - dense) * (spec.dense_parameters * size) + experts,
-            (1 - dense) * (plain * size),
-        )
+        return ((1 - dense) * (spec.dense_parameters * size) + experts, (1 - dense) * (plain * size))
 
 
 def gpu_needed(
-    space: Space, kind: Kind, numbers: Mapping[str, Number], *, resident_bytes: Number,
-    max_streamed_bytes: Number,
-) -> Number:  # fmt: skip
+    space: Space, kind: Kind, numbers: Mapping[str, Number], *, resident_bytes: Number, max_streamed_bytes: Number
+) -> Number:
     """Bytes at the GPU's level: of the layers' weights those that stay, and the slots."""
     on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
     purposes = gpu_purposes(
@@ -80,9 +76,8 @@ def gpu_needed(
 
 
 def cpu_needed(
-    space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number,
-    page_bytes: Number,
-) -> tuple[Number, Number]:  # fmt: skip
+    space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number, page_bytes: Number
+) -> tuple[Number, Number]:
     """Bytes at the host's level, and those of them that must be pinned.
 
     Of the layers' weights there are those that stream, in pages if staged.
@@ -117,9 +112,7 @@ def most_residents(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Int
     weights, dense = Weights(space), numbers["resident_dense"]
     layers, experts = space.spec.num_expert_layers, space.spec.num_experts
     expert_bytes = weights.expert_bytes
-    base = gpu_needed(
-        space, kind, numbers, max_streamed_bytes=0, resident_bytes=weights.resident(dense, 0)
-    )
+    base = gpu_needed(space, kind, numbers, max_streamed_bytes=0, resident_bytes=weights.resident(dense, 0))
     free = space.profile.top.usable_bytes - base
     with_experts, without = weights.largest_streamed(dense, 0)
     # With q experts of every layer resident, q·layers lie beside slots for the largest layer: one
@@ -140,22 +133,20 @@ def most_residents(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Int
     return np.where(fits, total, -1).astype(np.int64)
 
 
-def fits_memory(
-    space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints
-) -> NDArray[np.bool_]:
+def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints) -> NDArray[np.bool_]:
     """Whether candidates with so many resident experts fit both levels."""
     weights, dense = Weights(space), numbers["resident_dense"]
     largest = np.maximum(*weights.largest_streamed(dense, total // space.spec.num_expert_layers))
-    gpu = gpu_needed(
-        space, kind, numbers, max_streamed_bytes=largest,
-        resident_bytes=weights.resident(dense, total),
-    )  # fmt: skip
+    gpu = gpu_needed(space, kind, numbers, max_streamed_bytes=largest, resident_bytes=weights.resident(dense, total))
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
     size = DTYPE_BYTES[space.dtype]
     cpu, pinned = cpu_needed(
-        space, kind, numbers, streamed_bytes=weights.streamed(dense, total),
+        space,
+        kind,
+        numbers,
+        streamed_bytes=weights.streamed(dense, total),
         page_bytes=size * -(-largest // (pages * size)),  # whole elements
-    )  # fmt: skip
+    )
     if not space.profile.has_accelerator:
         return gpu + cpu <= space.profile.host.usable_bytes
     host = space.profile.host

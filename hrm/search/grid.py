@@ -48,9 +48,7 @@ class Grid:
 
     def and_also(self, other: "Grid") -> "Grid":
         """The candidates of both."""
-        both = {
-            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS
-        }
+        both = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
         return Grid(kind=self.kind, **both)
 
     def numbers(self) -> dict[str, Ints]:
@@ -129,9 +127,7 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
     """
     ways = (1, 0) if space.profile.has_accelerator else (1,)
     dense = np.tile(ways, len(places))
-    micro_batch_size, num_micro_batches, on_gpu, parts, chunk = np.repeat(
-        places, len(ways), axis=0
-    ).T
+    micro_batch_size, num_micro_batches, on_gpu, parts, chunk = np.repeat(places, len(ways), axis=0).T
     batch_size = micro_batch_size * num_micro_batches
     if space.workload.num_requests is not None:
         batch_size = np.minimum(batch_size, space.workload.num_requests)
@@ -146,12 +142,8 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
         "gpu_kv_micro_batches": on_gpu,
         "resident_dense": dense,
         "chunk_tokens": chunk,
-        "prefix_buffer_tokens": prefix_tokens_for(
-            space.spec, longest, chunk, cpu_attention=cpu_attention
-        ),
-        "kv_tokens": kv_tokens_for(
-            micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len
-        ),
+        "prefix_buffer_tokens": prefix_tokens_for(space.spec, longest, chunk, cpu_attention=cpu_attention),
+        "kv_tokens": kv_tokens_for(micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len),
     }
     most = most_residents(space, kind, numbers)
     total = np.maximum(most, 0) * parts // ALL_THAT_FIT

@@ -83,9 +83,7 @@ def whole(space: Space, kind: Kind, chunks: ChunkRange) -> Ints | None:
     return places_of(kind, np.column_stack(counted_up(sizes, numbers)), chunks.spaced(2))
 
 
-def places_of(
-    kind: Kind, pairs: Ints, chunks: list[int], shares: tuple[float, ...] | None = None
-) -> Ints:
+def places_of(kind: Kind, pairs: Ints, chunks: list[int], shares: tuple[float, ...] | None = None) -> Ints:
     """Places for pairs of (micro-batch size, number) and chunks, with all residents that fit.
 
     Where some micro-batches have their KV cache on the GPU, all counts are tried, or those nearest
@@ -217,8 +215,7 @@ def _chunks_that_fit(space: Space, kind: Kind, chunks: list[int]) -> list[int]:
     places = np.ones((len(chunks), 5), np.int64)
     places[:, CHUNK] = chunks
     # A chunk is no longer than all prompts of a batch, so this takes requests.
-    places[:, 1] = np.minimum(-(-places[:, CHUNK] // math.ceil(space.workload.prompt_len)),
-                              limits(space)[1])  # fmt: skip
+    places[:, 1] = np.minimum(-(-places[:, CHUNK] // math.ceil(space.workload.prompt_len)), limits(space)[1])
     fits = _some_fit(space, kind, places)
     return [chunk for chunk, fit in zip(chunks, fits, strict=True) if fit] or chunks[:1]
 

@@ -27,17 +27,7 @@ from hrm.search.choose import Candidate, choose
 from hrm.search.exhaustive import RUNNER_UPS
 from hrm.search.fit import Ints, Weights
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
-from hrm.search.lattice import (
-    REACHES,
-    ChunkRange,
-    around,
-    chunk_ranges,
-    chunks_of,
-    coarse,
-    pairs_of,
-    places_of,
-    whole,
-)
+from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, chunks_of, coarse, pairs_of, places_of, whole
 from hrm.search.polish import polished
 from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
@@ -60,9 +50,7 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     started_s = time.perf_counter()
     costs = Costs(space.spec, space.profile, space.dtype)
     ranges = chunk_ranges(space)
-    kinds = [
-        ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in ranges
-    ]
+    kinds = [ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in ranges]
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
     return SearchResult(
@@ -97,9 +85,17 @@ class ProgramsOfKind:
         for reach in () if best is None else REACHES:
             assert best is not None
             policy = best.policy
-            place = np.array([[policy.micro_batch_size, policy.num_micro_batches,
-                               policy.gpu_kv_micro_batches, ALL_THAT_FIT,
-                               policy.prefill_chunk_tokens]])  # fmt: skip
+            place = np.array(
+                [
+                    [
+                        policy.micro_batch_size,
+                        policy.num_micro_batches,
+                        policy.gpu_kv_micro_batches,
+                        ALL_THAT_FIT,
+                        policy.prefill_chunk_tokens,
+                    ]
+                ]
+            )
             near = around(self.space, self.kind, self.chunks, place, reach)
             boxes = self._boxes_of(pairs_of(near), chunks_of(near))
             if boxes is not None:
@@ -150,9 +146,7 @@ class ProgramsOfKind:
     def _candidate(self, rows: Grid, row: int, experts: int, on_gpu: int) -> Candidate | None:
         """The policy with its closed form as it is scored everywhere; None if it does not fit."""
         grid = replace(
-            rows.take(np.array([row])),
-            resident_total=np.array([experts]),
-            gpu_kv_micro_batches=np.array([on_gpu]),
+            rows.take(np.array([row])), resident_total=np.array([experts]), gpu_kv_micro_batches=np.array([on_gpu])
         )
         policy = grid.policy(self.space, 0)
         try:
@@ -185,27 +179,30 @@ def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, 
     for planes, level in ((boxes.gpu_bytes, top), (boxes.cpu_bytes, host)):
         for at_low, an_expert, a_micro_batch, a_layer in planes / unit_bytes:
             rows.at_most_zero(
-                (chosen, at_low - level.usable_bytes / unit_bytes), (experts, an_expert),
-                (on_gpu, a_micro_batch), (of_every_layer, a_layer),
-            )  # fmt: skip
+                (chosen, at_low - level.usable_bytes / unit_bytes),
+                (experts, an_expert),
+                (on_gpu, a_micro_batch),
+                (of_every_layer, a_layer),
+            )
     unit_s = bounder.tokens(boxes) / boxes.ceiling
     matters = bounder.may_be_longest(boxes)
     for term, phase in enumerate(bounder.phase_of_term):
         of = np.flatnonzero(matters[term])
         at_low, an_expert, a_micro_batch = boxes.terms[:, term, of] / unit_s[of]
         rows.at_most_zero(
-            (chosen[of], at_low), (experts[of], an_expert), (on_gpu[of], a_micro_batch),
-            (seconds[phase][of], -1.0),
-        )  # fmt: skip
+            (chosen[of], at_low), (experts[of], an_expert), (on_gpu[of], a_micro_batch), (seconds[phase][of], -1.0)
+        )
     known = above or float(boxes.ceiling.max())
     costs = np.zeros(columns.shape)
     costs[0] = -1.0
     costs[4:] = np.multiply.outer(bounder.weights, known / boxes.ceiling)
     most = np.full(columns.shape, np.inf)
     most[:4] = (
-        np.ones(count), boxes.high - boxes.low, boxes.kv_high - boxes.kv_low,
+        np.ones(count),
+        boxes.high - boxes.low,
+        boxes.kv_high - boxes.kv_low,
         np.full(count, space.spec.num_experts),
-    )  # fmt: skip
+    )
     integral = np.zeros(columns.shape, np.int64)
     integral[:4] = 1
     pick = np.zeros(columns.size)

@@ -43,8 +43,5 @@ class Regions:
     def and_also(self, other: "Regions") -> "Regions":
         """The regions of both."""
         return Regions(
-            *(
-                np.concatenate([getattr(self, item.name), getattr(other, item.name)], axis=-1)
-                for item in fields(self)
-            )
+            *(np.concatenate([getattr(self, item.name), getattr(other, item.name)], axis=-1) for item in fields(self))
         )

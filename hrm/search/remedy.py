@@ -228,8 +228,7 @@ def _advice_on_limits(space: Space) -> tuple[str, str]:
         if allowed_s is not None and seconds is not None and seconds > allowed_s
     ]
     told = " and ".join(
-        f"{flag} {format_seconds(allowed_s)}, where the quickest that fits takes"
-        f" {format_seconds(seconds)} for {what},"
+        f"{flag} {format_seconds(allowed_s)}, where the quickest that fits takes {format_seconds(seconds)} for {what},"
         for flag, allowed_s, what, seconds in missed
     )
     allow = " and ".join(f"{flag} {_loose(seconds)}" for flag, _, _, seconds in missed)

@@ -72,10 +72,7 @@ class SearchResult:
     def bounded(self, tokens_per_s: float, regions: int, seconds: float) -> "SearchResult":
         """The same with a bound over the whole space, and what follows for the outcome."""
         result = replace(
-            self,
-            bound_tokens_per_s=tokens_per_s,
-            regions=self.regions + regions,
-            seconds=self.seconds + seconds,
+            self, bound_tokens_per_s=tokens_per_s, regions=self.regions + regions, seconds=self.seconds + seconds
         )
         if result.best is None or self.outcome is Outcome.INTERRUPTED:
             return result
@@ -86,10 +83,18 @@ class SearchResult:
     def impossible(obstacles: str, ways: tuple[Way, ...]) -> "SearchResult":
         """The result where there is nothing to search."""
         return SearchResult(
-            solver="none", outcome=Outcome.INFEASIBLE, best=None, runner_ups=(),
-            greatest_tokens_per_s=0.0, bound_tokens_per_s=0.0, evaluations=0, seconds=0.0,
-            simulated=0, ways=ways, advice=lambda: (obstacles, "ask for another number of GPUs"),
-        )  # fmt: skip
+            solver="none",
+            outcome=Outcome.INFEASIBLE,
+            best=None,
+            runner_ups=(),
+            greatest_tokens_per_s=0.0,
+            bound_tokens_per_s=0.0,
+            evaluations=0,
+            seconds=0.0,
+            simulated=0,
+            ways=ways,
+            advice=lambda: (obstacles, "ask for another number of GPUs"),
+        )
 
     @property
     def tokens_per_s(self) -> float:

@@ -23,13 +23,9 @@ class Room:
         self.expert_bytes = self.spec.expert_parameters * self.size
         self.layers = self.spec.num_expert_layers
         kinds = self.spec.layer_kinds().items()
-        self.dense_bytes = self.size * sum(
-            count * self.spec.dense_parameters_of(kind) for kind, count in kinds
-        )
+        self.dense_bytes = self.size * sum(count * self.spec.dense_parameters_of(kind) for kind, count in kinds)
         plain = LayerKind(has_experts=False)
-        self.plain_bytes = (
-            self.size * self.spec.dense_parameters_of(plain) if self.spec.num_dense_layers else 0
-        )
+        self.plain_bytes = self.size * self.spec.dense_parameters_of(plain) if self.spec.num_dense_layers else 0
         self.requests = space.workload.num_requests
 
     def _numbers(self, regions: Regions, at: Floats) -> dict[str, Any]:
@@ -58,38 +54,40 @@ class Room:
         w, spec = self.space.workload, self.spec
         some_on_host = (regions.high[KV] < 1).astype(float)
         return gpu_purposes(
-            spec, self.space.dtype, **self._numbers(regions, at),
+            spec,
+            self.space.dtype,
+            **self._numbers(regions, at),
             streams_kv=regions.gpu_attention * some_on_host,
             ffn_on_cpu=1 - regions.gpu_ffn,
             resident_bytes=0,
             max_streamed_bytes=0,
             prefix_tokens=prefix_tokens_for(
-                spec, w.max_prompt_len,
+                spec,
+                w.max_prompt_len,
                 np.where(regions.one_chunk == 1, w.max_prompt_len, regions.high[CHUNK]),
                 cpu_attention=(1 - regions.gpu_attention) * some_on_host,
             ),
             ranks=self.space.profile.num_gpus,
             batches=self.space.profile.num_stages,
-        )  # fmt: skip
+        )
 
     def _cpu(self, regions: Regions, at: Floats) -> dict[str, Floats]:
         """Bytes at the host's level by purpose at a corner, the layers' weights apart."""
         spec, dtype = self.spec, self.space.dtype
         some_on_host = (regions.high[KV] < 1).astype(float)
         return cpu_purposes(
-            spec, dtype,
+            spec,
+            dtype,
             **{k: v for k, v in self._numbers(regions, at).items() if k != "chunk_tokens"},
             num_micro_batches=at[NUMBER],
             ffn_on_cpu=1 - regions.gpu_ffn,
             streamed_bytes=0,
             staging_bytes=0,
             latent_up_bytes=latent_up_bytes(
-                spec, dtype,
-                cpu_attention=(1 - regions.gpu_attention) * some_on_host,
-                resident_dense=regions.dense,
+                spec, dtype, cpu_attention=(1 - regions.gpu_attention) * some_on_host, resident_dense=regions.dense
             ),
             batches=self.space.profile.num_stages,
-        )  # fmt: skip
+        )
 
     def tightened(self, regions: Regions) -> Regions:
         """The regions without what cannot fit the memories; empty ones are left out."""
@@ -99,9 +97,7 @@ class Room:
         host_corner = low.copy()
         host_corner[KV] = high[KV]  # least on the host
         gpu, cpu = self._gpu(regions, low), self._cpu(regions, host_corner)
-        gpu_room = (
-            _left(self.space.profile.top.usable_bytes, gpu) - regions.dense * self.dense_bytes
-        )
+        gpu_room = _left(self.space.profile.top.usable_bytes, gpu) - regions.dense * self.dense_bytes
         if self.space.profile.has_accelerator:
             cpu_room = _left(self.space.profile.host.usable_bytes, cpu)
             self._tighten_residents(regions, gpu_room, cpu_room)
@@ -159,9 +155,7 @@ class Room:
                 high[axis] = np.minimum(high[axis], np.floor(reach * (1 + 1e-9) + slack))
         return replace(regions, high=high)
 
-    def _needs(
-        self, regions: Regions, low: Floats, far: Floats
-    ) -> list[tuple[Floats, Floats, Floats]]:
+    def _needs(self, regions: Regions, low: Floats, far: Floats) -> list[tuple[Floats, Floats, Floats]]:
         """Bytes at both corners and what there is, at each level.
 
         A workspace is of the larger of two numbers of tokens, so that its bytes bend upwards: it is
@@ -169,9 +163,7 @@ class Room:
         """
 
         def total(purposes: dict[str, Floats], fixed: dict[str, Floats]) -> Floats:
-            return sum(
-                (fixed if name == "workspace" else purposes)[name] for name in purposes
-            ) + np.zeros(len(regions))
+            return sum((fixed if name == "workspace" else purposes)[name] for name in purposes) + np.zeros(len(regions))
 
         def on_host(at: Floats) -> Floats:
             corner = at.copy()
@@ -184,8 +176,7 @@ class Room:
         held = regions.dense * self.dense_bytes + resident * self.layers * self.expert_bytes
         per_layer = (1 - regions.dense) * self.spec.dense_parameters * self.size
         slots = WEIGHT_SLOTS * np.maximum(
-            per_layer + (self.spec.num_experts - resident) * self.expert_bytes,
-            (1 - regions.dense) * self.plain_bytes,
+            per_layer + (self.spec.num_experts - resident) * self.expert_bytes, (1 - regions.dense) * self.plain_bytes
         )
         if self.layers < WEIGHT_SLOTS:
             slots = 0 * slots
@@ -195,10 +186,7 @@ class Room:
             both = total(gpu, gpu) + total(cpu, cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
             return [(*both, room)]
         streamed = self.dense_bytes + self.spec.num_experts * self.layers * self.expert_bytes
-        most_held = (
-            regions.dense * self.dense_bytes
-            + regions.high[RESIDENT] * self.layers * self.expert_bytes
-        )
+        most_held = regions.dense * self.dense_bytes + regions.high[RESIDENT] * self.layers * self.expert_bytes
         return [
             (total(gpu, gpu), total(gpu_far, gpu), top - held - slots),
             (total(cpu, cpu), total(cpu_far, cpu), host - (streamed - most_held)),

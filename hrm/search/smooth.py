@@ -22,17 +22,13 @@ def smoothed(profile: HardwareProfile) -> HardwareProfile:
             processor=replace(
                 level.processor,
                 compute_flops_per_s={
-                    dtype: _smooth(rate)
-                    for dtype, rate in level.processor.compute_flops_per_s.items()
+                    dtype: _smooth(rate) for dtype, rate in level.processor.compute_flops_per_s.items()
                 },
             ),
         )
         for level in profile.levels
     )
-    links = tuple(
-        replace(link, bandwidth_bytes_per_s=_smooth(link.bandwidth_bytes_per_s))
-        for link in profile.links
-    )
+    links = tuple(replace(link, bandwidth_bytes_per_s=_smooth(link.bandwidth_bytes_per_s)) for link in profile.links)
     return replace(profile, levels=levels, links=links)
 
 

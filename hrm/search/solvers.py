@@ -26,12 +26,19 @@ class Solver(StrEnum):
 
 
 def solve(
-    spec: ModelSpec, profile: HardwareProfile, workload: Workload, *,
-    solver: Solver = Solver.EXHAUSTIVE, dtype: str = "bfloat16",
-    schedule: ScheduleName = ScheduleName.CGOPIPE, staging: bool = False,
-    attention: Device | None = None, ffn: Device | None = None, limits: LatencyLimits = NO_LIMITS,
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    solver: Solver = Solver.EXHAUSTIVE,
+    dtype: str = "bfloat16",
+    schedule: ScheduleName = ScheduleName.CGOPIPE,
+    staging: bool = False,
+    attention: Device | None = None,
+    ffn: Device | None = None,
+    limits: LatencyLimits = NO_LIMITS,
     **options: Any,
-) -> SearchResult:  # fmt: skip
+) -> SearchResult:
     """The policy with the highest job throughput that fits, by any solver.
 
     `options` are the solver's own: `trials`, `storage`, `seed` and `progress` of OPTUNA. With
@@ -40,9 +47,16 @@ def solve(
     """
     check_knows_limits(solver, limits)
     space = Space(
-        spec=spec, profile=profile, workload=workload, dtype=dtype, schedule=schedule,
-        staging=staging, attention=attention, ffn=ffn, limits=limits,
-    )  # fmt: skip
+        spec=spec,
+        profile=profile,
+        workload=workload,
+        dtype=dtype,
+        schedule=schedule,
+        staging=staging,
+        attention=attention,
+        ffn=ffn,
+        limits=limits,
+    )
     search_space: Any
     match solver:
         case Solver.EXHAUSTIVE:
@@ -63,6 +77,8 @@ def check_knows_limits(solver: Solver, limits: LatencyLimits) -> None:
     if limits != NO_LIMITS and solver is not Solver.EXHAUSTIVE:
         flag = "--max-tpot" if limits.max_ttft_s is None else "--max-ttft"
         raise PolicyError(
-            f"{flag} with --solver", solver.value, "knows no limits on waiting times",
+            f"{flag} with --solver",
+            solver.value,
+            "knows no limits on waiting times",
             "leave out --solver: the exhaustive one does",
-        )  # fmt: skip
+        )

@@ -75,9 +75,11 @@ class Space:
         ):
             if asked is not None and fixed is not None and asked is not fixed:
                 raise PolicyError(
-                    flag, asked.value, f"is {fixed.value} under schedule {self.schedule.value}",
+                    flag,
+                    asked.value,
+                    f"is {fixed.value} under schedule {self.schedule.value}",
                     "leave it out, or evaluate the policy with hrm estimate",
-                )  # fmt: skip
+                )
         attention = _choices(self.attention or schedule.attention)
         return [(a, f) for a in attention for f in _choices(self.ffn or schedule.ffn)]
 
@@ -86,10 +88,11 @@ class Space:
         for flag, asked in (("--attention", self.attention), ("--ffn", self.ffn)):
             if asked not in {None, only}:
                 raise PolicyError(
-                    flag, asked and asked.value,
+                    flag,
+                    asked and asked.value,
                     f"is not where {self.profile.name} computes: its {only.value.upper()} does all",
                     "leave it out",
-                )  # fmt: skip
+                )
 
     @property
     def everything(self) -> int:

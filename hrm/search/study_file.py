@@ -40,9 +40,7 @@ class StudyFile(BaseJournalBackend):
         with self._open() as file:
             start = file.read(len(_START))
         if not _START.startswith(start):
-            raise PolicyError(
-                "--storage", path, f"must be {_WHAT}: this one holds something else", _OTHER
-            )
+            raise PolicyError("--storage", path, f"must be {_WHAT}: this one holds something else", _OTHER)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """The good lines from that number on; damaged ones are not counted."""
@@ -92,10 +90,11 @@ class StudyFile(BaseJournalBackend):
             except BlockingIOError as error:
                 if time.monotonic() > end_s:
                     raise PolicyError(
-                        "--storage", str(self._path),
+                        "--storage",
+                        str(self._path),
                         f"must not be locked by another process, which it was for {LOCK_S:.0f} s",
                         "end that process or give another --storage",
-                    ) from error  # fmt: skip
+                    ) from error
                 time.sleep(0.005)
         yield  # the lock ends with the file
 
@@ -115,10 +114,12 @@ def told(storage: str | None) -> Generator[None]:
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise PolicyError(
-            "--storage", storage, f"must be a file or a database that Optuna opens ({said})",
+            "--storage",
+            storage,
+            f"must be a file or a database that Optuna opens ({said})",
             "make room or correct the path; what it holds may be damaged if neither helps: then"
             " give another path such as trials.log, or a URL such as sqlite:///trials.db",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _write(file: Any, data: bytes) -> None:

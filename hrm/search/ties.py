@@ -22,9 +22,7 @@ _PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where fe
 _SIMULATED: Final = 4  # of the smaller plans that may be as fast
 
 
-def smallest_first(
-    space: Space, costs: Costs, ranked: tuple[Estimate, ...]
-) -> tuple[Estimate, ...]:
+def smallest_first(space: Space, costs: Costs, ranked: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
     """The ranking with a smaller plan of the best one's kind first, if one is nearly as fast."""
     if not ranked:
         return ()

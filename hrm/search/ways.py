@@ -35,9 +35,7 @@ def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchR
         ways.append(Way(parallelism=parallelism, best=best, obstacle=obstacle))
     if not found:
         obstacles = "; ".join(f"{way.parallelism.value} parallel: {way.obstacle}" for way in ways)
-        return SearchResult.impossible(
-            f"must be shared by {gpus} GPUs, and {obstacles}", tuple(ways)
-        )
+        return SearchResult.impossible(f"must be shared by {gpus} GPUs, and {obstacles}", tuple(ways))
     result = max(found.values(), key=lambda result: result.tokens_per_s)
     result = replace(
         result,
@@ -57,11 +55,7 @@ def _bounded(result: SearchResult, spaces: list[Space]) -> SearchResult:
     if spaces[0].limits != NO_LIMITS:
         return result
     started_s = time.perf_counter()
-    bounds = [
-        upper_bound(one, result.greatest_tokens_per_s)
-        for space in spaces
-        for one in spaces_of_pinning(space)
-    ]
+    bounds = [upper_bound(one, result.greatest_tokens_per_s) for space in spaces for one in spaces_of_pinning(space)]
     return result.bounded(
         max(bound.tokens_per_s for bound in bounds),
         sum(bound.regions for bound in bounds),
@@ -80,9 +74,7 @@ def _with_advice(result: SearchResult, space: Space) -> SearchResult:
     return replace(result, outcome=outcome, advice=lambda: advice(space))
 
 
-def _search_way(
-    space: Space, parallelism: Parallelism, solve: Callable[[Space], SearchResult]
-) -> SearchResult:
+def _search_way(space: Space, parallelism: Parallelism, solve: Callable[[Space], SearchResult]) -> SearchResult:
     part = space_of_part(space, parallelism)
     assert part is not None
     result = solve(part)

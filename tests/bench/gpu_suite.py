@@ -126,9 +126,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         results=folder,
         resume=options.resume,
         link_bytes_per_s=(
-            parse_bandwidth(options.link_bandwidth, "--link-bandwidth")
-            if options.link_bandwidth
-            else None
+            parse_bandwidth(options.link_bandwidth, "--link-bandwidth") if options.link_bandwidth else None
         ),
         command=_command(options),
         until_s=until_s,
@@ -186,24 +184,28 @@ def _in_a_process(step: str, seconds: float, given: Sequence[str], folder: Path)
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.gpu_suite", description=__doc__,
+        prog="python -m tests.bench.gpu_suite",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--step", default="", metavar="A,B,…",
+        "--step",
+        default="",
+        metavar="A,B,…",
         help=f"which of {', '.join(STEPS)} [default: all]; accelerate and mixtral stand for both",
-    )  # fmt: skip
+    )
     parser.add_argument("--accelerator", default="cuda:0", help="cuda:K or emulated")
     parser.add_argument("--scale", choices=list(SCALES), default="full", help="small takes seconds")
     parser.add_argument(
-        "--results", type=Path, metavar="FOLDER",
-        help="where the JSON files go [default: tests/bench/results/CARD]",
-    )  # fmt: skip
+        "--results", type=Path, metavar="FOLDER", help="where the JSON files go [default: tests/bench/results/CARD]"
+    )
     parser.add_argument("--resume", action="store_true", help="only what is missing in --results")
     parser.add_argument(
-        "--budget-minutes", type=float, metavar="M",
+        "--budget-minutes",
+        type=float,
+        metavar="M",
         help="for all steps asked for together [default: 9 each]; what does not fit is left out",
-    )  # fmt: skip
+    )
     parser.add_argument("--link-bandwidth", metavar="2GB/s", help="pace of the emulated link")
     return parser.parse_args(list(arguments))
 

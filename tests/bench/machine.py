@@ -19,7 +19,4 @@ def circumstances() -> str:
     load, _, _ = os.getloadavg()
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     threads = torch.get_num_threads()
-    return (
-        f"{cpu()}; torch {torch.__version__}, {threads} threads; {now}; "
-        f"load average of the last minute {load:.1f}"
-    )
+    return f"{cpu()}; torch {torch.__version__}, {threads} threads; {now}; load average of the last minute {load:.1f}"

@@ -57,18 +57,16 @@ class Theirs:
     def decode(self, prefilled: Any, new_tokens: int) -> torch.Tensor:
         """Prompts and new tokens; the cache is used up."""
         return self._generate(
-            self.form[1], prefilled.sequences, new_tokens - 1,
-            past_key_values=prefilled.past_key_values,
-        )  # fmt: skip
+            self.form[1], prefilled.sequences, new_tokens - 1, past_key_values=prefilled.past_key_values
+        )
 
     def _generate(self, form: str, tokens: torch.Tensor, new_tokens: int, **options: Any) -> Any:
         self.model.set_experts_implementation(form)
         mask = torch.ones_like(tokens)  # padded on the left, by nothing: all are as long
         with torch.inference_mode():
             return self.model.generate(
-                tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
-                attention_mask=mask, **options,
-            )  # fmt: skip
+                tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, attention_mask=mask, **options
+            )
 
     def choose(self, prompts: torch.Tensor) -> None:
         """Take the fastest form of each phase over all requests and a few tokens."""
@@ -105,9 +103,7 @@ def theirs(folder) -> Theirs:
 
     logging.disable_progress_bar()
     model = in_thread_of_its_own(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
     )
     return Theirs(model.eval())
 
@@ -117,9 +113,7 @@ def profile(folder, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("profile") / "machine.yaml"
     spec = load_model(str(folder))
     measured = in_thread_of_its_own(
-        lambda: profile_machine(
-            "cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels()
-        )
+        lambda: profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels())
     )
     save_profile(path, measured)
     return str(path)
@@ -128,12 +122,17 @@ def profile(folder, tmp_path_factory) -> str:
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_throughput(folder, theirs, profile, workload):
     requests, new_tokens = (int(number) for number in workload.split("x"))
-    print(f"\n{requests} × ({PROMPT_LEN} prompt + {new_tokens} new tokens), {folder.name}, "
-          f"bfloat16\n  {circumstances()}")  # fmt: skip
+    print(
+        f"\n{requests} × ({PROMPT_LEN} prompt + {new_tokens} new tokens), {folder.name}, bfloat16\n  {circumstances()}"
+    )
     options = BenchOptions(
-        model=str(folder), profile=profile, prompt_len=PROMPT_LEN, gen_len=new_tokens,
-        num_requests=requests, accelerator=AcceleratorOptions(name="cpu"),
-    )  # fmt: skip
+        model=str(folder),
+        profile=profile,
+        prompt_len=PROMPT_LEN,
+        gen_len=new_tokens,
+        num_requests=requests,
+        accelerator=AcceleratorOptions(name="cpu"),
+    )
     with Bench(options) as bench:
         prompts = torch.tensor([request.prompt for request in bench.requests()])
         in_thread_of_its_own(lambda: theirs.choose(prompts))
@@ -146,14 +145,14 @@ def test_throughput(folder, theirs, profile, workload):
         for _repeat in range(REPEATS):
             with ours:
                 ours.repeat()
-            seconds, _ = in_thread_of_its_own(
-                lambda: timed(lambda: theirs.generate(prompts, new_tokens))
-            )
+            seconds, _ = in_thread_of_its_own(lambda: timed(lambda: theirs.generate(prompts, new_tokens)))
             their_s.append(seconds)
         row = ours.row()
     report(row, [requests * new_tokens / seconds for seconds in their_s], theirs.form, workload)
-    print(f"  policy: batch of {policy.batch_size} in micro-batches of {policy.micro_batch_size}, "
-          f"prefill in chunks of {policy.prefill_chunk_tokens} tokens")  # fmt: skip
+    print(
+        f"  policy: batch of {policy.batch_size} in micro-batches of {policy.micro_batch_size}, "
+        f"prefill in chunks of {policy.prefill_chunk_tokens} tokens"
+    )
     where_the_time_goes(row)
 
 
@@ -167,11 +166,12 @@ def report(row: BenchRow, theirs: list[float], form: tuple[str, str], workload: 
         ("transformers", (median(theirs), min(theirs), max(theirs))),
     ):
         print(f"  {name:<26}" + "".join(f"{figure:>8.1f}" for figure in figures))
-    print(f"  {'HRM predicts':<26}{row.predicted_tokens_per_s:>8.1f}, its bound "
-          f"{row.bound_tokens_per_s:.1f}")  # fmt: skip
+    print(f"  {'HRM predicts':<26}{row.predicted_tokens_per_s:>8.1f}, its bound {row.bound_tokens_per_s:.1f}")
     goal = f" (goal {GOALS[workload]}×)" if workload in GOALS else ""
-    print(f"  {ratio:.2f}× transformers{goal}, whose experts run as {' then '.join(form)}; "
-          f"{share:.0%} of the bound (goal {BOUND_GOAL:.0%})")  # fmt: skip
+    print(
+        f"  {ratio:.2f}× transformers{goal}, whose experts run as {' then '.join(form)}; "
+        f"{share:.0%} of the bound (goal {BOUND_GOAL:.0%})"
+    )
     cpu = row.validation.run.memory["cpu"]
     peak, planned = (format_bytes(size) for size in (cpu.peak_total_bytes, cpu.planned_total_bytes))
     print(f"  memory {peak} at its peak of {planned} planned; loaded in {row.load_s:.1f} s")
@@ -184,12 +184,16 @@ def where_the_time_goes(row: BenchRow) -> None:
     whole_s = sum(seconds.values())
     for phase, phase_s in seconds.items():
         rate = validation.phase_tokens_per_s[phase]
-        print(f"  {phase.value}: {phase_s / whole_s:.0%} of our time, {rate.measured:.0f} tokens/s "
-              f"({rate.predicted:.0f} predicted)")  # fmt: skip
+        print(
+            f"  {phase.value}: {phase_s / whole_s:.0%} of our time, {rate.measured:.0f} tokens/s "
+            f"({rate.predicted:.0f} predicted)"
+        )
         busy_s = validation.lane_s[phase, Lane.GPU].measured
         for (of_phase, kind), both in validation.kind_s.items():
             if of_phase is phase and both.measured > 0.001 * phase_s:
                 name = TaskKind(kind).name.lower().replace("_", " ")
-                print(f"    {name:<20}{both.measured / phase_s:>6.1%}  {both.measured:>8.3f} s "
-                      f"({both.predicted:.3f} s predicted)")  # fmt: skip
+                print(
+                    f"    {name:<20}{both.measured / phase_s:>6.1%}  {both.measured:>8.3f} s "
+                    f"({both.predicted:.3f} s predicted)"
+                )
         print(f"    {'between tasks':<20}{1 - busy_s / phase_s:>6.1%}")

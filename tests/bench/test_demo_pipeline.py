@@ -16,38 +16,71 @@ REPEATS = 3
 
 
 def call(module: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True)
     return done.stdout
 
 
 def test_schedules_on_the_demo_model(tmp_path: Path) -> None:
     profile, policy = str(tmp_path / "machine.yaml"), str(tmp_path / "policy.json")
     call(
-        "hrm.cli", "profile", "--accelerator", "emulated", "--gpu-memory", GPU_MEMORY,
-        "--link-bandwidth", LINK_BANDWIDTH, "--model", str(MODEL_DIR), "--quick", "--out", profile,
-    )  # fmt: skip
+        "hrm.cli",
+        "profile",
+        "--accelerator",
+        "emulated",
+        "--gpu-memory",
+        GPU_MEMORY,
+        "--link-bandwidth",
+        LINK_BANDWIDTH,
+        "--model",
+        str(MODEL_DIR),
+        "--quick",
+        "--out",
+        profile,
+    )
     plan = json.loads(
         call(
-            "hrm.cli", "search", "--model", str(MODEL_DIR), "--profile", profile, "--prompt-len",
-            "32", "--max-prompt-len", "128", "--gen-len", "16", "--requests", "96",
-            "--ffn", "gpu", "--json", "--out", policy,
+            "hrm.cli",
+            "search",
+            "--model",
+            str(MODEL_DIR),
+            "--profile",
+            profile,
+            "--prompt-len",
+            "32",
+            "--max-prompt-len",
+            "128",
+            "--gen-len",
+            "16",
+            "--requests",
+            "96",
+            "--ffn",
+            "gpu",
+            "--json",
+            "--out",
+            policy,
         )
-    )  # fmt: skip
+    )
     rows = json.loads(
         call(
-            "executor.cli", "bench", "--model", str(MODEL_DIR), "--policy", policy,
-            "--requests", "96", "--repeats", str(REPEATS), "--json",
+            "executor.cli",
+            "bench",
+            "--model",
+            str(MODEL_DIR),
+            "--policy",
+            policy,
+            "--requests",
+            "96",
+            "--repeats",
+            str(REPEATS),
+            "--json",
         )
-    )["rows"]  # fmt: skip
+    )["rows"]
     bottleneck = plan["predicted"]["bottleneck"]["decode"]
     print(
         f"\ndemo model, 96 requests × 16 tokens, medians of {REPEATS}; emulated accelerator "
         f"{GPU_MEMORY}, link {LINK_BANDWIDTH}; {cpu()}"
     )
-    print(f"predicted: decode limited by {bottleneck}, {plan['predicted']['tokens_per_s']:.0f}"
-          " tokens/s")  # fmt: skip
+    print(f"predicted: decode limited by {bottleneck}, {plan['predicted']['tokens_per_s']:.0f} tokens/s")
     print(f"{'schedule':<12}{'tokens/s':>10}{'decode':>10}{'H2D busy':>10}{'CGOPipe is':>12}")
     ours = rows[0]
     assert ours["schedule"] == "cgopipe"

@@ -27,17 +27,16 @@ SPEC = replace(load_model("mixtral-8x7b"), num_layers=16)
 STEPS = 4
 REPEATS = 9
 TWO_LEVELS = Policy(
-    batch_size=96, micro_batch_size=24, resident_experts=(0,) * 16,
-    kv_tokens_per_micro_batch=4096, prefill_chunk_tokens=512,
-)  # fmt: skip
-ONE_LEVEL = replace(
-    TWO_LEVELS, attention=Device.GPU, resident_experts=(8,) * 16, gpu_kv_micro_batches=4
+    batch_size=96,
+    micro_batch_size=24,
+    resident_experts=(0,) * 16,
+    kv_tokens_per_micro_batch=4096,
+    prefill_chunk_tokens=512,
 )
+ONE_LEVEL = replace(TWO_LEVELS, attention=Device.GPU, resident_experts=(8,) * 16, gpu_kv_micro_batches=4)
 
 
-def steps_s(
-    engine: Engine, pipeline: Pipeline, seconds_of: Callable[[TaskId], float]
-) -> tuple[float, float]:
+def steps_s(engine: Engine, pipeline: Pipeline, seconds_of: Callable[[TaskId], float]) -> tuple[float, float]:
     """Wall-clock seconds of a decode step, and of its simulation from the measured durations."""
     handlers = null_handlers(seconds_of, pipeline.lane)
     tasks = iter_tasks(pipeline, ScheduleName.CGOPIPE)
@@ -60,23 +59,27 @@ def processor_s(tasks: Iterable[Task], engine: Engine) -> tuple[float, int]:
 def test_engine_overhead(policy):
     pipeline = decode_pipeline(SPEC, policy, num_steps=STEPS)
     levels = "one level" if policy is ONE_LEVEL else "two levels"
-    print(f"\nengine overhead on {levels}: a decode step of {SPEC.num_layers} layers and "
-          f"{policy.num_micro_batches} micro-batches\n  {circumstances()}")  # fmt: skip
+    print(
+        f"\nengine overhead on {levels}: a decode step of {SPEC.num_layers} layers and "
+        f"{policy.num_micro_batches} micro-batches\n  {circumstances()}"
+    )
     with Engine(NullBackend().enter_lane) as engine:
-        busy_s, count = min(
-            processor_s(iter_tasks(pipeline, ScheduleName.CGOPIPE), engine) for _ in range(REPEATS)
-        )
+        busy_s, count = min(processor_s(iter_tasks(pipeline, ScheduleName.CGOPIPE), engine) for _ in range(REPEATS))
         each_s = busy_s / count
-        print(f"  {count} tasks a step, {each_s * 1e6:.1f} us of processor time each: "
-              f"{each_s / 1e-3:.1%} of 1 ms, {each_s / 1e-4:.1%} of 0.1 ms")  # fmt: skip
+        print(
+            f"  {count} tasks a step, {each_s * 1e6:.1f} us of processor time each: "
+            f"{each_s / 1e-3:.1%} of 1 ms, {each_s / 1e-4:.1%} of 0.1 ms"
+        )
         for task_s in (1e-3, 1e-4):
             tasks = iter_tasks(pipeline, ScheduleName.CGOPIPE)
             ideal_s = simulate(tasks, lambda _: task_s).makespan_s / STEPS  # noqa: B023
             runs = [steps_s(engine, pipeline, lambda _: task_s) for _ in range(REPEATS)]  # noqa: B023
             taken = [of_run_s for of_run_s, _ in runs]
             gaps = [of_run_s / gapless_s - 1 for of_run_s, gapless_s in runs]
-            print(f"  tasks of {task_s * 1e3:.1f} ms: step {median(taken) * 1e3:.2f} ms, simulated "
-                  f"{ideal_s * 1e3:.2f} ms: {median(taken) / ideal_s - 1:+.1%} "
-                  f"({min(taken) / ideal_s - 1:+.1%} to {max(taken) / ideal_s - 1:+.1%}); gaps "
-                  f"{median(gaps):+.1%} ({min(gaps):+.1%} to {max(gaps):+.1%})")  # fmt: skip
+            print(
+                f"  tasks of {task_s * 1e3:.1f} ms: step {median(taken) * 1e3:.2f} ms, simulated "
+                f"{ideal_s * 1e3:.2f} ms: {median(taken) / ideal_s - 1:+.1%} "
+                f"({min(taken) / ideal_s - 1:+.1%} to {max(taken) / ideal_s - 1:+.1%}); gaps "
+                f"{median(gaps):+.1%} ({min(gaps):+.1%} to {max(gaps):+.1%})"
+            )
     print("  goal: at most 3 % at 1 ms")

@@ -34,8 +34,7 @@ def compare() -> None:
     hidden, twice = CONFIG["hidden_size"], 2 * CONFIG["intermediate_size"]
     weight = (torch.randn(twice, hidden) * hidden**-0.5).to(torch.bfloat16)
     wide = torch.empty(twice, hidden)
-    print(f"\ngate and up projection of an expert, {hidden} to {twice}, one thread\n"
-          f"  {circumstances()}")  # fmt: skip
+    print(f"\ngate and up projection of an expert, {hidden} to {twice}, one thread\n  {circumstances()}")
     print(f"  {'tokens':>6}{'bfloat16':>12}{'converted':>12}   ratio   GFLOP/s of each")
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden).to(torch.bfloat16)
@@ -44,17 +43,17 @@ def compare() -> None:
         def narrow(x: torch.Tensor = x, out: torch.Tensor = out) -> None:
             torch.mm(x, weight.T, out=out)
 
-        def converted(
-            x: torch.Tensor = x, out: torch.Tensor = out, wide_out: torch.Tensor = wide_out
-        ) -> None:
+        def converted(x: torch.Tensor = x, out: torch.Tensor = out, wide_out: torch.Tensor = wide_out) -> None:
             wide.copy_(weight)
             out.copy_(torch.mm(x.float(), wide.T, out=wide_out))
 
         with torch.inference_mode():
             both = seconds(narrow), seconds(converted)
         rates = [2 * tokens * hidden * twice / each_s / 1e9 for each_s in both]
-        print(f"  {tokens:>6}{both[0] * 1e3:>9.2f} ms{both[1] * 1e3:>9.2f} ms"
-              f"{both[0] / both[1]:>8.2f}   {rates[0]:.0f}, {rates[1]:.0f}")  # fmt: skip
+        print(
+            f"  {tokens:>6}{both[0] * 1e3:>9.2f} ms{both[1] * 1e3:>9.2f} ms"
+            f"{both[0] / both[1]:>8.2f}   {rates[0]:.0f}, {rates[1]:.0f}"
+        )
 
 
 def test_gemm_forms():

@@ -32,12 +32,27 @@ def peak_bytes(*command: str) -> tuple[int, float]:
 def test_memory_of_jobs(tmp_path: Path) -> None:
     policy = str(tmp_path / "policy.json")
     peak_bytes(
-        "hrm.cli", "search", "--model", str(MODEL_DIR), "--profile", "paper-s2",
-        "--prompt-len", str(PROMPT_LEN), "--max-prompt-len", str(PROMPT_LEN),
-        "--gen-len", str(NEW_TOKENS), "--requests", str(BATCH), "--out", policy,
-    )  # fmt: skip
-    print(f"\npeak resident memory of jobs of {PROMPT_LEN} prompt and {NEW_TOKENS} new tokens in "
-          f"batches of {BATCH}\n  {circumstances()}")  # fmt: skip
+        "hrm.cli",
+        "search",
+        "--model",
+        str(MODEL_DIR),
+        "--profile",
+        "paper-s2",
+        "--prompt-len",
+        str(PROMPT_LEN),
+        "--max-prompt-len",
+        str(PROMPT_LEN),
+        "--gen-len",
+        str(NEW_TOKENS),
+        "--requests",
+        str(BATCH),
+        "--out",
+        policy,
+    )
+    print(
+        f"\npeak resident memory of jobs of {PROMPT_LEN} prompt and {NEW_TOKENS} new tokens in "
+        f"batches of {BATCH}\n  {circumstances()}"
+    )
     first = 0
     for count in COUNTS:
         requests = tmp_path / f"{count}.jsonl"
@@ -48,10 +63,19 @@ def test_memory_of_jobs(tmp_path: Path) -> None:
                 line = {"custom_id": f"r{index}", "url": "/v1/completions", "body": body}
                 file.write(json.dumps(line) + "\n")
         peak, seconds = peak_bytes(
-            "executor.cli", "run", "--model", str(MODEL_DIR), "--policy", policy, "--quiet",
-            "--input", str(requests), "--output-dir", str(tmp_path / f"run-{count}"),
-            "--accelerator", "cpu",
-        )  # fmt: skip
+            "executor.cli",
+            "run",
+            "--model",
+            str(MODEL_DIR),
+            "--policy",
+            policy,
+            "--quiet",
+            "--input",
+            str(requests),
+            "--output-dir",
+            str(tmp_path / f"run-{count}"),
+            "--accelerator",
+            "cpu",
+        )
         first = first or peak
-        print(f"  {count:>6} requests: {format_bytes(peak)} ({peak / first - 1:+.1%}), "
-              f"{seconds:.1f} s")  # fmt: skip
+        print(f"  {count:>6} requests: {format_bytes(peak)} ({peak / first - 1:+.1%}), {seconds:.1f} s")

@@ -124,13 +124,10 @@ def test_attention(timer, memory):
                         continue
                     qkv = torch.randn(batch, width).to(dtype)
                     out = torch.empty(batch, heads * head_dim, dtype=dtype)
-                    starts = [[context * (c * batch + r) for r in range(batch)]
-                              for c in range(calls)]  # fmt: skip
+                    starts = [[context * (c * batch + r) for r in range(batch)] for c in range(calls)]
                     lengths = [context] * batch
 
-                    def work(
-                        arch=arch, cache=cache, qkv=qkv, out=out, starts=starts, lengths=lengths
-                    ):
+                    def work(arch=arch, cache=cache, qkv=qkv, out=out, starts=starts, lengths=lengths):
                         for places in starts:
                             decode_attention(arch, qkv, cache, places, lengths, out)
 
@@ -152,10 +149,7 @@ def test_experts(timer, memory):
     hidden, intermediate, num_experts = 2048, 5632, 3
     for dtype in DTYPES:
         weights = [
-            ExpertWeights(
-                filled(dtype, 2 * intermediate, hidden),
-                filled(dtype, hidden, intermediate),
-            )
+            ExpertWeights(filled(dtype, 2 * intermediate, hidden), filled(dtype, hidden, intermediate))
             for _ in range(num_experts)
         ]
         num_bytes = sum(each.w13.nbytes + each.w2.nbytes for each in weights)
@@ -166,9 +160,7 @@ def test_experts(timer, memory):
             routing = Routing(torch.rand(tokens, 1), chosen)
             workspace = Workspace(torch.empty(64 * MIB, dtype=torch.uint8))
 
-            def work(
-                x=x, out=out, routing=routing, weights=weights, workspace=workspace
-            ):  # fmt: skip
+            def work(x=x, out=out, routing=routing, weights=weights, workspace=workspace):
                 run_experts(x, routing, enumerate(weights), out, workspace)
 
             with pytest.MonkeyPatch.context() as patch:

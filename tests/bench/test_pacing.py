@@ -22,5 +22,7 @@ def test_pacing() -> None:
             pace.run(copy, size, ready_s=start_s)
         seconds = time.perf_counter() - start_s - count * pace.latency_s
         held = count * size / seconds
-        print(f"  {bandwidth_bytes_per_s / 1e6:>6.0f} MB/s  {held / 1e6:>8.1f} MB/s  "
-              f"{held / bandwidth_bytes_per_s - 1:+.2%}")  # fmt: skip
+        print(
+            f"  {bandwidth_bytes_per_s / 1e6:>6.0f} MB/s  {held / 1e6:>8.1f} MB/s  "
+            f"{held / bandwidth_bytes_per_s - 1:+.2%}"
+        )

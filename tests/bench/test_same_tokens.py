@@ -25,13 +25,13 @@ COUNT, NEW_TOKENS = 128, 32
 Answers = Mapping[str, tuple[int, ...]]
 POLICIES: dict[str, dict[str, Any]] = {
     "micro-batches of 4, attention and experts on the CPU": {
-        "micro_batch_size": 4, "attention": Device.CPU, "ffn": Device.CPU,
+        "micro_batch_size": 4,
+        "attention": Device.CPU,
+        "ffn": Device.CPU,
     },
-    "micro-batches of 32, attention on the CPU, experts on the GPU": {
-        "micro_batch_size": 32, "attention": Device.CPU,
-    },
+    "micro-batches of 32, attention on the CPU, experts on the GPU": {"micro_batch_size": 32, "attention": Device.CPU},
     "micro-batches of 128, all on the GPU": {"micro_batch_size": 128, "attention": Device.GPU},
-}  # fmt: skip
+}
 BATCH_SIZES = (1, 32, 128)
 
 
@@ -41,10 +41,7 @@ def prompts() -> dict[str, tuple[int, ...]]:
     assert tokenizer is not None
     with PROMPTS.open(encoding="utf-8") as lines:
         read = [json.loads(line) for line in islice(lines, COUNT)]
-    return {
-        line["custom_id"]: tokenizer.encode(line["body"]["prompt"], add_special_tokens=True)
-        for line in read
-    }
+    return {line["custom_id"]: tokenizer.encode(line["body"]["prompt"], add_special_tokens=True) for line in read}
 
 
 def ours(asked: Answers, dtype: str, choices: dict[str, Any]) -> Answers:
@@ -52,10 +49,13 @@ def ours(asked: Answers, dtype: str, choices: dict[str, Any]) -> Answers:
     spec = architecture(MODEL_DIR).spec
     longest = max(map(len, asked.values()))
     policy = Policy(
-        batch_size=COUNT, resident_experts=(1,) * spec.num_layers, dtype=dtype,
+        batch_size=COUNT,
+        resident_experts=(1,) * spec.num_layers,
+        dtype=dtype,
         kv_tokens_per_micro_batch=choices["micro_batch_size"] * (-(-longest // 16) * 16 + 48),
-        prefill_chunk_tokens=256, **choices,
-    )  # fmt: skip
+        prefill_chunk_tokens=256,
+        **choices,
+    )
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     wanted = [Request(name, prompt, params) for name, prompt in asked.items()]
     with generator(MODEL_DIR, policy) as made:
@@ -79,9 +79,12 @@ def theirs(asked: Answers, dtype: str, batch_size: int) -> Answers:
         mask = [[0] * (longest - len(asked[n])) + [1] * len(asked[n]) for n in some]
         with torch.inference_mode():
             out = model.generate(
-                torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=False,
-                max_new_tokens=NEW_TOKENS, pad_token_id=0,
-            )  # fmt: skip
+                torch.tensor(rows),
+                attention_mask=torch.tensor(mask),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                pad_token_id=0,
+            )
         for name, row in zip(some, out[:, longest:].tolist(), strict=True):
             done[name] = tuple(row[: row.index(end) + 1] if end in row else row)
     return done

@@ -21,19 +21,14 @@ SLOWEST, RUNS = 5, 7
 
 def test_whole_searches():
     """Every model on every machine once, fit or not; the slowest of them again for a median."""
-    commands = [
-        f"hrm search --model {model} --gpus {gpus}"
-        for model in BUILT_IN_MODELS
-        for gpus in MACHINES
-    ]
+    commands = [f"hrm search --model {model} --gpus {gpus}" for model in BUILT_IN_MODELS for gpus in MACHINES]
     once = {command: seconds_of(whole_command(command), check=False) for command in commands}
     middle = statistics.median(once.values())
     print(f"\n{circumstances()}\n{len(commands)} whole searches, median {middle:.2f} s; slowest:")
     for command in sorted(commands, key=once.__getitem__, reverse=True)[:SLOWEST]:
         seconds = sorted(seconds_of(whole_command(command), check=False) for _ in range(RUNS))
         print(
-            f"  {command}: median {statistics.median(seconds):.2f} s of {RUNS} "
-            f"({seconds[0]:.2f} to {seconds[-1]:.2f})"
+            f"  {command}: median {statistics.median(seconds):.2f} s of {RUNS} ({seconds[0]:.2f} to {seconds[-1]:.2f})"
         )
 
 
@@ -41,9 +36,12 @@ def test_whole_searches():
 def test_policies_a_second(model, gpus):
     """In the search itself: memory at both levels, then closed-form seconds of what fits."""
     space = Space(
-        spec=BUILT_IN_MODELS[model], profile=compose(gpus), workload=WORKLOADS["mtbench"],
-        dtype="float16", schedule=ScheduleName.CGOPIPE,
-    )  # fmt: skip
+        spec=BUILT_IN_MODELS[model],
+        profile=compose(gpus),
+        workload=WORKLOADS["mtbench"],
+        dtype="float16",
+        schedule=ScheduleName.CGOPIPE,
+    )
     rates: list[float] = []
     for _ in range(RUNS):
         start_s = time.perf_counter()

@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 
 RUNS = 7
-GOALS_S = {
-    "hrm --help": 0.3,
-    "hrm search --model dbrx --gpus 4xT4": 1.0,
-}
+GOALS_S = {"hrm --help": 0.3, "hrm search --model dbrx --gpus 4xT4": 1.0}
 
 
 def cpu_model() -> str:
@@ -26,10 +23,7 @@ def cpu_model() -> str:
 
 def seconds_of(command: list[str], *, check: bool = True) -> float:
     start_s = time.perf_counter()
-    subprocess.run(
-        command, check=check, stdout=subprocess.DEVNULL,
-        stderr=None if check else subprocess.DEVNULL,
-    )  # fmt: skip
+    subprocess.run(command, check=check, stdout=subprocess.DEVNULL, stderr=None if check else subprocess.DEVNULL)
     return time.perf_counter() - start_s
 
 

@@ -20,9 +20,7 @@ GPU_BYTES = 100_000
 
 def machine(bandwidth: float) -> EmulatedMachine:
     return EmulatedMachine(
-        gpu_memory_bytes=GPU_BYTES,
-        h2d=link("cpu", "gpu", bandwidth),
-        d2h=link("gpu", "cpu", bandwidth),
+        gpu_memory_bytes=GPU_BYTES, h2d=link("cpu", "gpu", bandwidth), d2h=link("gpu", "cpu", bandwidth)
     )
 
 
@@ -179,9 +177,7 @@ def test_auto_emulates_where_there_is_a_machine_to_emulate():
     assert make_backend("auto", None).name == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("accelerator", "word"), [("tpu", "one of"), ("cuda:0", "CUDA"), ("emulated", "--gpu-memory")]
-)
+@pytest.mark.parametrize(("accelerator", "word"), [("tpu", "one of"), ("cuda:0", "CUDA"), ("emulated", "--gpu-memory")])
 def test_what_cannot_be_had_is_refused_with_a_remedy(accelerator, word):
     with pytest.raises(RunError, match=word):
         make_backend(accelerator, None)

@@ -26,38 +26,47 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, **how: Any) -> Path:
 
     `how` goes to `save_pretrained`.
     """
-    from transformers import (
-        DbrxConfig,
-        DbrxForCausalLM,
-        MixtralConfig,
-        MixtralForCausalLM,
-    )
+    from transformers import DbrxConfig, DbrxForCausalLM, MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     common: dict[str, Any] = {
-        "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+        "vocab_size": 97,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
         "rope_parameters": rope,
-    }  # fmt: skip
+    }
     if name == DBRX:
         model = DbrxForCausalLM(
             DbrxConfig(
-                d_model=32, n_heads=4, n_layers=3, max_seq_len=256, **common,
+                d_model=32,
+                n_heads=4,
+                n_layers=3,
+                max_seq_len=256,
+                **common,
                 attn_config={"clip_qkv": 0.7, "kv_n_heads": 2, "rope_theta": 10_000.0},
                 ffn_config={
-                    "ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 3,
+                    "ffn_hidden_size": 24,
+                    "moe_num_experts": 6,
+                    "moe_top_k": 3,
                     "moe_normalize_expert_weights": 2.0,
                 },
             )
-        )  # fmt: skip
+        )
     else:
         sizes = {
-            "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8,
-            "num_experts_per_tok": 2, "max_position_embeddings": 256,
-        }  # fmt: skip
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 256,
+        }
         model = MixtralForCausalLM(MixtralConfig(**{**common, **sizes, **MIXTRALS[name]}))
     with torch.no_grad():
         for tensor in model.parameters():
@@ -99,15 +108,12 @@ def transformers_greedy(folder: Path, prompt: list[int], max_tokens: int) -> lis
     tokens = torch.tensor([prompt])
     with torch.inference_mode():
         out = transformers_model(folder).generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-            max_new_tokens=max_tokens, pad_token_id=0,
-        )  # fmt: skip
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0
+        )
     return out[0, len(prompt) :].tolist()
 
 
-def random_prompts(
-    count: int, *, longest: int = 40, vocab: int = 97, seed: int = 0
-) -> list[list[int]]:
+def random_prompts(count: int, *, longest: int = 40, vocab: int = 97, seed: int = 0) -> list[list[int]]:
     """Prompts of different lengths from 1 to `longest`, without end-of-sequence tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
@@ -127,9 +133,17 @@ def edit_json(path: Path, **changes: Any) -> None:
 def tiny_arch(norm: Norm = Norm.RMS, **changes: Any) -> Architecture:
     """An architecture of tiny dimensions, changed as asked (fields of either class)."""
     sizes: dict[str, Any] = {
-        "name": "tiny", "family": "mixtral", "num_layers": 1, "hidden_size": 16,
-        "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-        "num_experts": 4, "experts_per_token": 2, "vocab_size": 50,
-    }  # fmt: skip
+        "name": "tiny",
+        "family": "mixtral",
+        "num_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "vocab_size": 50,
+    }
     of_spec = {key: changes.pop(key) for key in list(changes) if key in sizes}
     return Architecture(spec=ModelSpec(**{**sizes, **of_spec}), norm=norm, **changes)

@@ -14,25 +14,136 @@ from hypothesis import strategies as st
 
 # What is put in place of a value; the simplest first.
 VALUES: Final[tuple[Any, ...]] = (
-    0, 1, -1, 2, True, None, "", "x", [], {}, 0.5, -0.0, 1e308, 5e-324, 3, 7, 1000, 10**9, 2**31,
-    2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**19, 10**40, 10**400, float("inf"),
-    float("nan"), "0", "yes", "2e9", "1e999", ".inf", "[/x]", "[bold]", "\x1b[31m\x07", "\ud800",
-    "a\nb", "é" * 3, "\0", "<x>", "../../x", "/etc/passwd", "x" * 5000, "9" * 5000, "{{ 9**9 }}",
-    [[]], [0], [1, 2, 3], [None], {"name": "x"}, {"value": 1}, {"": 0}, [[1.0, 2.0]], ["a", 1],
-    1.5, 64, 128.0, "float16", "bfloat16", "cpu", "gpu",
-)  # fmt: skip
+    0,
+    1,
+    -1,
+    2,
+    True,
+    None,
+    "",
+    "x",
+    [],
+    {},
+    0.5,
+    -0.0,
+    1e308,
+    5e-324,
+    3,
+    7,
+    1000,
+    10**9,
+    2**31,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**19,
+    10**40,
+    10**400,
+    float("inf"),
+    float("nan"),
+    "0",
+    "yes",
+    "2e9",
+    "1e999",
+    ".inf",
+    "[/x]",
+    "[bold]",
+    "\x1b[31m\x07",
+    "\ud800",
+    "a\nb",
+    "é" * 3,
+    "\0",
+    "<x>",
+    "../../x",
+    "/etc/passwd",
+    "x" * 5000,
+    "9" * 5000,
+    "{{ 9**9 }}",
+    [[]],
+    [0],
+    [1, 2, 3],
+    [None],
+    {"name": "x"},
+    {"value": 1},
+    {"": 0},
+    [[1.0, 2.0]],
+    ["a", 1],
+    1.5,
+    64,
+    128.0,
+    "float16",
+    "bfloat16",
+    "cpu",
+    "gpu",
+)
 # What is put into a text.
 TEXTS: Final = (
-    b"", b" ", b"\n", b"0", b",", b"{", b"}", b"[", b"]", b'"', b"'", b":", b"- ", b"#", b"\\",
-    b"\t", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"\r\n", b"\x1b[0m",
+    b"",
+    b" ",
+    b"\n",
+    b"0",
+    b",",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b"'",
+    b":",
+    b"- ",
+    b"#",
+    b"\\",
+    b"\t",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\r\n",
+    b"\x1b[0m",
     b"\\ud800",
-    b"[" * 100, b'{"a":' * 100, b"[" * 40_000, b'{"a":' * 10_000, b"!!int _",
-    b"!!python/object:os.x ", b"!!timestamp x", b"&a ", b"*a", b"<<: ", b"? ", b"---\n", b"...\n",
-    b"%YAML 9.9\n", b".nan",
-    b"-.inf", b"1e999", b"NaN", b"Infinity", b"9" * 5000, b"0x", b"1_0", b"1:30", b"2001-01-01",
-    b'"name": 1, ', b"name: 1\n", b"{%", b"%}", b"{{", b"}}", b"{% for i in range(9999) %}",
-    b"{% endfor %}", b"** 9 ** 9", b" * 'x'", b"| join", b" ~ x", b"\xe2\x80\xa8", b"null", b"true",
-)  # fmt: skip
+    b"[" * 100,
+    b'{"a":' * 100,
+    b"[" * 40_000,
+    b'{"a":' * 10_000,
+    b"!!int _",
+    b"!!python/object:os.x ",
+    b"!!timestamp x",
+    b"&a ",
+    b"*a",
+    b"<<: ",
+    b"? ",
+    b"---\n",
+    b"...\n",
+    b"%YAML 9.9\n",
+    b".nan",
+    b"-.inf",
+    b"1e999",
+    b"NaN",
+    b"Infinity",
+    b"9" * 5000,
+    b"0x",
+    b"1_0",
+    b"1:30",
+    b"2001-01-01",
+    b'"name": 1, ',
+    b"name: 1\n",
+    b"{%",
+    b"%}",
+    b"{{",
+    b"}}",
+    b"{% for i in range(9999) %}",
+    b"{% endfor %}",
+    b"** 9 ** 9",
+    b" * 'x'",
+    b"| join",
+    b" ~ x",
+    b"\xe2\x80\xa8",
+    b"null",
+    b"true",
+)
 TREE_CHANGES: Final = ("set", "set", *["scale"] * 8, "drop", "rename", "copy", "nest", "repeat")
 TEXT_CHANGES: Final = ("insert", "cut", "flip", "end", "double")
 FACTORS: Final = (2, 0.5, -1, 1000, 1e-3, 1e6, 1e-9, 1e12, 3)
@@ -56,12 +167,8 @@ class Example(NamedTuple):
 
 def examples(num_bases: int, *, has_values: bool = True) -> st.SearchStrategy[Example]:
     """Examples of one of so many valid files, of bytes only if the files have no values."""
-    tree = st.builds(
-        Change, st.integers(0, 4000), st.sampled_from(TREE_CHANGES), st.integers(0, len(VALUES) - 1)
-    )
-    text = st.builds(
-        Change, st.integers(0, 10**5), st.sampled_from(TEXT_CHANGES), st.integers(0, len(TEXTS) - 1)
-    )
+    tree = st.builds(Change, st.integers(0, 4000), st.sampled_from(TREE_CHANGES), st.integers(0, len(VALUES) - 1))
+    text = st.builds(Change, st.integers(0, 10**5), st.sampled_from(TEXT_CHANGES), st.integers(0, len(TEXTS) - 1))
     few = st.lists(text, max_size=2).map(tuple)
     return st.builds(
         Example,
@@ -163,11 +270,7 @@ def _changed_text(content: bytes, change: Change) -> bytes:
         case "cut":
             return content[:at] + content[at + change.what + 1 :]
         case "flip":
-            return (
-                content[:at]
-                + bytes(b ^ (1 << change.what % 8) for b in content[at : at + 1])
-                + content[at + 1 :]
-            )
+            return content[:at] + bytes(b ^ (1 << change.what % 8) for b in content[at : at + 1]) + content[at + 1 :]
         case "end":
             return content[:at] + text
         case _:

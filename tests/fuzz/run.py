@@ -79,10 +79,14 @@ def fuzz(target: Any, count: int, seed: int, folder: Path, findings: Path) -> Re
         some = min(AT_ONCE, count - report.inputs)
         test = given(examples(len(bases), has_values=target.has_values))(body)
         test = settings(
-            max_examples=some, database=None, deadline=None, derandomize=False,
+            max_examples=some,
+            database=None,
+            deadline=None,
+            derandomize=False,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
-            report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink),
-        )(seeded(seed + report.inputs)(test))  # fmt: skip
+            report_multiple_bugs=False,
+            phases=(Phase.generate, Phase.shrink),
+        )(seeded(seed + report.inputs)(test))
         try:
             test()
         except BaseException as error:  # hypothesis has shrunk it: the last one run is the least
@@ -125,9 +129,8 @@ def watch(names: Sequence[str], count: int, seed: int, findings: Path) -> list[R
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with (folder / "out").open("w+") as out, (folder / "errors").open("w+") as errors:
             process = subprocess.Popen(
-                [sys.executable, *WORKER, *arguments],
-                stdout=out, stderr=errors, env=environment,
-            )  # fmt: skip
+                [sys.executable, *WORKER, *arguments], stdout=out, stderr=errors, env=environment
+            )
             said = _wait(process, folder)
             out.seek(0)
             reports = [Report(**json.loads(line)) for line in out if line.startswith("{")]
@@ -190,8 +193,10 @@ def show(report: Report) -> None:
     print(
         f"{report.target:18} {report.inputs:8,} inputs  {report.refused:8,} refused"
         f"  {report.seconds:7.1f} s  {len(report.findings)} findings",
-        *report.findings, sep="\n", flush=True,
-    )  # fmt: skip
+        *report.findings,
+        sep="\n",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

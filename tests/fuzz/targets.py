@@ -41,10 +41,30 @@ def all_targets() -> dict[str, Target]:
 
 
 NAMES_OF_HRM: Final = (
-    "profile", "gpu", "host", "diff", "config", "policy", "run", "routing", "trace", "journal",
-    "study", "texts",
-)  # fmt: skip
+    "profile",
+    "gpu",
+    "host",
+    "diff",
+    "config",
+    "policy",
+    "run",
+    "routing",
+    "trace",
+    "journal",
+    "study",
+    "texts",
+)
 NAMES_OF_EXECUTOR: Final = (
-    "requests", "resume", "job", "tokenizer", "tokenizer-config", "template", "named-template",
-    "special-tokens", "index", "model-config", "generation-config", "safetensors",
-)  # fmt: skip
+    "requests",
+    "resume",
+    "job",
+    "tokenizer",
+    "tokenizer-config",
+    "template",
+    "named-template",
+    "special-tokens",
+    "index",
+    "model-config",
+    "generation-config",
+    "safetensors",
+)

@@ -37,9 +37,7 @@ TEMPLATE: Final = (
     "{{ messages | tojson }}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 MESSAGES: Final = [{"role": "user", "content": "Who's <b>é?"}, {"role": "assistant", "content": ""}]
-PARTS: Final = [
-    {"role": "user", "content": [{"type": "text", "text": "Who?"}, "and why"], "reasoning": "so"}
-]
+PARTS: Final = [{"role": "user", "content": [{"type": "text", "text": "Who?"}, "and why"], "reasoning": "so"}]
 ROOM: Final = AnswerRoom(share_tokens=64, gen_len=8, most_tokens=64)
 CONFIG: Final = {"chat_template": TEMPLATE, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
 
@@ -156,9 +154,11 @@ def use_requests(content: bytes, folder: Path) -> None:
 
 def some_outputs() -> list[Any]:
     done = {
-        "id": "batch_req_a", "custom_id": "a", "error": None,
+        "id": "batch_req_a",
+        "custom_id": "a",
+        "error": None,
         "response": {"status_code": 200, "request_id": "req_a", "body": {"choices": []}},
-    }  # fmt: skip
+    }
     return [[done, {**done, "custom_id": "b"}, rejected_line(Rejected("c", "is none"))]]
 
 
@@ -182,29 +182,44 @@ def use_job(content: bytes, folder: Path) -> None:
 
 
 def some_job() -> Any:
-    return json.loads(Identity(
-        weights="ab", config="cd", text="ef", dtype="bf16", seed=3, computed=True
-    ).json())  # fmt: skip
+    return json.loads(Identity(weights="ab", config="cd", text="ef", dtype="bf16", seed=3, computed=True).json())
 
 
 # -- checkpoints ------------------------------------------------------------------------------
 
 MIXTRAL: Final = {
-    "model_type": "mixtral", "hidden_size": 8, "intermediate_size": 4, "num_attention_heads": 2,
-    "num_hidden_layers": 1, "num_key_value_heads": 1, "num_local_experts": 2,
-    "num_experts_per_tok": 1, "vocab_size": 9, "max_position_embeddings": 64,
-    "sliding_window": None, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "mixtral",
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 1,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "vocab_size": 9,
+    "max_position_embeddings": 64,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
 DBRX: Final = {
-    "model_type": "dbrx", "d_model": 8, "n_heads": 2, "n_layers": 1, "max_seq_len": 64,
-    "vocab_size": 9, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+    "model_type": "dbrx",
+    "d_model": 8,
+    "n_heads": 2,
+    "n_layers": 1,
+    "max_seq_len": 64,
+    "vocab_size": 9,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
     "attn_config": {"clip_qkv": 0.7, "kv_n_heads": 1, "rope_theta": 10000.0},
-    "ffn_config": {
-        "ffn_hidden_size": 4, "moe_num_experts": 2, "moe_top_k": 1,
-        "moe_normalize_expert_weights": 1.0,
-    },
-}  # fmt: skip
+    "ffn_config": {"ffn_hidden_size": 4, "moe_num_experts": 2, "moe_top_k": 1, "moe_normalize_expert_weights": 1.0},
+}
 SHARD: Final = "model-00001-of-00001.safetensors"
 
 
@@ -232,9 +247,7 @@ def opened(folder: Path) -> None:
     """Open a checkpoint as a job does, and read all of it."""
     with Checkpoint.open(folder) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
-        expected = family.expected_tensors(
-            family.architecture(checkpoint.config, checkpoint.config_path)
-        )
+        expected = family.expected_tensors(family.architecture(checkpoint.config, checkpoint.config_path))
         checkpoint.check(expected)
         for name, shape in expected.items():
             assert tuple(checkpoint.tensor(name).shape) == shape
@@ -283,17 +296,23 @@ EXECUTOR_TARGETS: Final = (
     Target(name="resume", bases=some_outputs, use=use_resume, dump=as_lines),
     Target(name="tokenizer", bases=some_tokenizers, use=use_tokenizer),
     Target(name="tokenizer-config", bases=lambda: [CONFIG], use=use_tokenizer_config),
-    Target(name="template", bases=lambda: [TEMPLATE.encode()], use=use_template, has_values=False,
-           share=2),
-    Target(name="named-template", bases=lambda: [TEMPLATE.encode()], use=use_named_template,
-           has_values=False, share=0.5),
+    Target(name="template", bases=lambda: [TEMPLATE.encode()], use=use_template, has_values=False, share=2),
+    Target(
+        name="named-template", bases=lambda: [TEMPLATE.encode()], use=use_named_template, has_values=False, share=0.5
+    ),
     Target(name="special-tokens", bases=lambda: [CONFIG], use=use_special_tokens, share=0.5),
     Target(name="job", bases=lambda: [some_job()], use=use_job, share=0.5),
-    Target(name="index", bases=lambda: [json.loads(
-        (a_checkpoint() / "model.safetensors.index.json").read_bytes())], use=use_index),
+    Target(
+        name="index",
+        bases=lambda: [json.loads((a_checkpoint() / "model.safetensors.index.json").read_bytes())],
+        use=use_index,
+    ),
     Target(name="model-config", bases=lambda: [MIXTRAL, DBRX], use=use_model_config),
-    Target(name="generation-config", bases=lambda: [{"eos_token_id": [2, 3], "bos_token_id": 1}],
-           use=use_generation_config, share=0.5),
-    Target(name="safetensors", bases=lambda: [a_header()], use=use_safetensors,
-           dump=as_safetensors),
-)  # fmt: skip
+    Target(
+        name="generation-config",
+        bases=lambda: [{"eos_token_id": [2, 3], "bos_token_id": 1}],
+        use=use_generation_config,
+        share=0.5,
+    ),
+    Target(name="safetensors", bases=lambda: [a_header()], use=use_safetensors, dump=as_safetensors),
+)

@@ -21,16 +21,7 @@ from hrm.decoding import read_yaml
 from hrm.errors import HrmError, ProfileError
 from hrm.estimate import estimate
 from hrm.hardware import GpuCard, HardwareProfile, Host, Rate
-from hrm.machines import (
-    assemble,
-    compose,
-    dump_profile,
-    load_gpu,
-    load_host,
-    load_profile,
-    one_part,
-    save_profile,
-)
+from hrm.machines import assemble, compose, dump_profile, load_gpu, load_host, load_profile, one_part, save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec, load_model
 from hrm.policy import ScheduleName
@@ -52,9 +43,7 @@ from tests.hrm.published_configs import PUBLISHED
 from tests.hrm.support import machine, tiny_spec
 
 SPEC: Final = tiny_spec()
-WORKLOAD: Final = Workload(
-    name="fuzz", prompt_len=20, max_prompt_len=30, gen_len=4, num_requests=64
-)
+WORKLOAD: Final = Workload(name="fuzz", prompt_len=20, max_prompt_len=30, gen_len=4, num_requests=64)
 
 
 @contextmanager
@@ -157,27 +146,39 @@ def use_policy(content: bytes, folder: Path) -> None:
 
 def a_run() -> Any:
     phase = {
-        "seconds": 1.5, "step_s": {"n": 3, "median": 0.1, "p20": 0.1, "p80": 0.2},
+        "seconds": 1.5,
+        "step_s": {"n": 3, "median": 0.1, "p20": 0.1, "p80": 0.2},
         "kinds": {"LOAD_PAGE": {"count": 4, "seconds": 0.5, "num_bytes": 1000}},
         "lanes": {"GPU": {"busy_s": 1.0, "num_bytes": 0}, "H2D": {"busy_s": 0.7, "num_bytes": 9}},
-    }  # fmt: skip
+    }
     level = {"capacity_bytes": 10**8, "planned_total_bytes": 10**7, "peak_total_bytes": 10**6}
     return {
-        "schema": 1, "outcome": "completed", "schedule": "cgopipe", "message": None,
+        "schema": 1,
+        "outcome": "completed",
+        "schedule": "cgopipe",
+        "message": None,
         "accelerator": {
-            "name": "emulated", "description": "emulated [x]", "h2d_bytes_per_s": 1e9,
-            "d2h_bytes_per_s": 1e9, "pageable": ["kv_cache"],
+            "name": "emulated",
+            "description": "emulated [x]",
+            "h2d_bytes_per_s": 1e9,
+            "d2h_bytes_per_s": 1e9,
+            "pageable": ["kv_cache"],
         },
         "totals": {
-            "requests": 8, "prompt_tokens": 80, "generated_tokens": 32, "prefill_s": 0.5,
-            "decode_s": 1.0, "tokens_per_s": 21.0,
+            "requests": 8,
+            "prompt_tokens": 80,
+            "generated_tokens": 32,
+            "prefill_s": 0.5,
+            "decode_s": 1.0,
+            "tokens_per_s": 21.0,
         },
         "workload": {"prompt_len": 10.0, "max_prompt_len": 20, "gen_len": 4.0, "max_gen_len": 4},
-        "phases": {"prefill": phase, "decode": phase}, "memory": {"gpu": level, "cpu": level},
+        "phases": {"prefill": phase, "decode": phase},
+        "memory": {"gpu": level, "cpu": level},
         "batches": [{"requests": 8, "decode_steps": 3}, {"requests": 4, "decode_steps": 3}],
         "routed_tokens": [[4, 3, 2, 1]] * SPEC.num_layers,
         "policy_file": plain(a_policy_file()),
-    }  # fmt: skip
+    }
 
 
 def use_run(content: bytes, folder: Path) -> None:
@@ -211,9 +212,12 @@ def use_trace(content: bytes, folder: Path) -> None:
 
 
 JOURNAL_KINDS: Final[dict[str, Any]] = {
-    "launch": Timing, "gemm": Rate | None, "sweep": dict[int, Timing], "words": tuple[str, ...],
+    "launch": Timing,
+    "gemm": Rate | None,
+    "sweep": dict[int, Timing],
+    "words": tuple[str, ...],
     "share": float,
-}  # fmt: skip
+}
 MEASURES: Final = {"accelerator": "cpu", "mode": "quick"}
 
 
@@ -249,9 +253,12 @@ def _study(path: Path) -> None:
     from hrm.search.space import Space
 
     space = Space(
-        spec=SPEC, profile=machine(gpu_bytes=1e8, cpu_bytes=1e9), workload=WORKLOAD,
-        dtype="bfloat16", schedule=ScheduleName.CGOPIPE,
-    )  # fmt: skip
+        spec=SPEC,
+        profile=machine(gpu_bytes=1e8, cpu_bytes=1e9),
+        workload=WORKLOAD,
+        dtype="bfloat16",
+        schedule=ScheduleName.CGOPIPE,
+    )
     bayesian.search_space(space, trials=4, storage=str(path))
 
 
@@ -262,10 +269,23 @@ def use_study(content: bytes, folder: Path) -> None:
 # -- texts of the command line ----------------------------------------------------------------
 
 TEXTS: Final = [
-    b"16GB", b"15.5GiB", b"12GB/s", b"65TFLOP/s", b"4xT4", b"1xA100-80GB,2xL4", b"T4",
-    b"h2d-bandwidth=24GB/s", b"cpu-memory=64GB", b"cpu=1:10:8", b"h2d-bandwidth=1GB/s:9GB/s:9",
-    b"mixtral-8x7b", b"gcp-n1-highmem-64", b"paper-s1", b"50ms", b"1.5",
-]  # fmt: skip
+    b"16GB",
+    b"15.5GiB",
+    b"12GB/s",
+    b"65TFLOP/s",
+    b"4xT4",
+    b"1xA100-80GB,2xL4",
+    b"T4",
+    b"h2d-bandwidth=24GB/s",
+    b"cpu-memory=64GB",
+    b"cpu=1:10:8",
+    b"h2d-bandwidth=1GB/s:9GB/s:9",
+    b"mixtral-8x7b",
+    b"gcp-n1-highmem-64",
+    b"paper-s1",
+    b"50ms",
+    b"1.5",
+]
 READERS_OF_TEXTS: Final[list[Callable[[str], object]]] = [
     parse_bytes,
     parse_bandwidth,
@@ -298,10 +318,8 @@ def check_message(error: HrmError) -> None:
 
 HRM_TARGETS: Final = (
     Target(name="profile", bases=machines, use=use_profile, dump=as_yaml),
-    Target(name="gpu", bases=lambda: [plain(load_gpu(x)) for x in ("T4", "H100", "MI300X")],
-           use=use_gpu, dump=as_yaml),
-    Target(name="host", bases=lambda: [plain(load_host("gcp-n1-highmem-64"))],
-           use=use_host, dump=as_yaml),
+    Target(name="gpu", bases=lambda: [plain(load_gpu(x)) for x in ("T4", "H100", "MI300X")], use=use_gpu, dump=as_yaml),
+    Target(name="host", bases=lambda: [plain(load_host("gcp-n1-highmem-64"))], use=use_host, dump=as_yaml),
     Target(name="diff", bases=machines, use=use_diff, dump=as_yaml, share=0.5),
     Target(name="config", bases=lambda: list(PUBLISHED.values()), use=use_config),
     Target(name="policy", bases=lambda: [plain(a_policy_file())], use=use_policy, share=2),
@@ -311,4 +329,4 @@ HRM_TARGETS: Final = (
     Target(name="journal", bases=some_journals, use=use_journal, dump=as_lines),
     Target(name="study", bases=some_studies, use=use_study, dump=as_lines, share=0.05),
     Target(name="texts", bases=lambda: list(TEXTS), use=use_text, has_values=False),
-)  # fmt: skip
+)

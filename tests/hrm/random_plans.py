@@ -53,16 +53,16 @@ def random_case(rng: Random) -> Case:
     profile = with_memory(profile, gpu_memory_bytes=round(gpu), cpu_memory_bytes=round(host))
     prompt = int(2 ** rng.uniform(0, 12))
     workload = Workload(
-        name="random", prompt_len=prompt, max_prompt_len=int(prompt * rng.choice([1, 1.2, 5])),
+        name="random",
+        prompt_len=prompt,
+        max_prompt_len=int(prompt * rng.choice([1, 1.2, 5])),
         gen_len=int(2 ** rng.uniform(0, 9)),
         num_requests=rng.choice([None, None, int(2 ** rng.uniform(0, 17))]),
-    )  # fmt: skip
+    )
     return Case(spec, profile, workload)
 
 
-def random_policies(
-    rng: Random, case: Case, near: Policy | None, *, count: int
-) -> Iterator[Policy]:
+def random_policies(rng: Random, case: Case, near: Policy | None, *, count: int) -> Iterator[Policy]:
     """Up to so many policies that fit; most of them close to `near`, if that is given."""
     found = 0
     for _ in range(6 * count):
@@ -86,11 +86,16 @@ def _any(rng: Random, case: Case) -> Policy | None:
     if not parallelisms:
         return None
     return _policy(
-        case, size=int(2 ** rng.uniform(0, 14)), number=number, on_gpu=round(share * number),
-        attention=rng.choice(list(Device)), ffn=rng.choice(list(Device)),
-        dense=rng.random() < 0.7, chunk=int(2 ** rng.uniform(0, 17)),
+        case,
+        size=int(2 ** rng.uniform(0, 14)),
+        number=number,
+        on_gpu=round(share * number),
+        attention=rng.choice(list(Device)),
+        ffn=rng.choice(list(Device)),
+        dense=rng.random() < 0.7,
+        chunk=int(2 ** rng.uniform(0, 17)),
         parallelism=rng.choice(parallelisms),
-    )  # fmt: skip
+    )
 
 
 def _changed(rng: Random, case: Case, near: Policy) -> Policy | None:
@@ -103,19 +108,30 @@ def _changed(rng: Random, case: Case, near: Policy) -> Policy | None:
     number = about(near.num_micro_batches, 0.3)
     share = near.kv_share_on_gpu + rng.choice([0, 0, rng.gauss(0, 0.1)])
     return _policy(
-        case, size=about(near.micro_batch_size, 0.15), number=number,
+        case,
+        size=about(near.micro_batch_size, 0.15),
+        number=number,
         on_gpu=min(max(round(share * number), 0), number),
-        attention=other(near.attention), ffn=other(near.ffn),
+        attention=other(near.attention),
+        ffn=other(near.ffn),
         dense=near.resident_dense != (rng.random() < 0.1),
         chunk=about(near.prefill_chunk_tokens, rng.choice([0.0, 0.5])),
         parallelism=near.parallelism,
-    )  # fmt: skip
+    )
 
 
 def _policy(
-    case: Case, *, size: int, number: int, on_gpu: int, attention: Device, ffn: Device,
-    dense: bool, chunk: int, parallelism: Parallelism,
-) -> Policy | None:  # fmt: skip
+    case: Case,
+    *,
+    size: int,
+    number: int,
+    on_gpu: int,
+    attention: Device,
+    ffn: Device,
+    dense: bool,
+    chunk: int,
+    parallelism: Parallelism,
+) -> Policy | None:
     w = case.workload
     if w.num_requests is not None and size > w.num_requests:
         return None
@@ -124,19 +140,23 @@ def _policy(
     on_gpu = min(on_gpu, number)
     part, _ = part_of(case.spec, case.profile, parallelism)
     return Policy(
-        batch_size=batch, micro_batch_size=size, attention=attention, ffn=ffn,
-        resident_experts=(0,) * part.num_layers, resident_dense=dense,
+        batch_size=batch,
+        micro_batch_size=size,
+        attention=attention,
+        ffn=ffn,
+        resident_experts=(0,) * part.num_layers,
+        resident_dense=dense,
         gpu_kv_micro_batches=on_gpu,
         kv_tokens_per_micro_batch=int(kv_tokens_for(size, w.mean_context_len, w.max_context_len)),
         prefill_chunk_tokens=chunk,
         prefix_buffer_tokens=int(
             prefix_tokens_for(
-                case.spec, w.max_prompt_len, chunk,
-                cpu_attention=int(attention is Device.CPU and on_gpu < number),
+                case.spec, w.max_prompt_len, chunk, cpu_attention=int(attention is Device.CPU and on_gpu < number)
             )
         ),
-        parallelism=parallelism, dtype=case.dtype,
-    )  # fmt: skip
+        parallelism=parallelism,
+        dtype=case.dtype,
+    )
 
 
 def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:

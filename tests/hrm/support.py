@@ -3,16 +3,7 @@
 from dataclasses import replace
 from random import Random
 
-from hrm.hardware import (
-    Figure,
-    HardwareProfile,
-    Link,
-    LinkKind,
-    MemoryLevel,
-    Processor,
-    Rate,
-    Source,
-)  # fmt: skip
+from hrm.hardware import Figure, HardwareProfile, Link, LinkKind, MemoryLevel, Processor, Rate, Source
 from hrm.model_spec import LatentAttention, ModelSpec
 from hrm.schedules import Pipeline
 from hrm.tasks import Device, Phase
@@ -27,18 +18,14 @@ def rate(value: float, curve: tuple[tuple[float, float], ...] = ()) -> Rate:
     return Rate(achieved=figure(value, curve))
 
 
-def level(
-    name: str, capacity_bytes: float, flops: float, read: float, launch_s: float = 0.0
-) -> MemoryLevel:
+def level(name: str, capacity_bytes: float, flops: float, read: float, launch_s: float = 0.0) -> MemoryLevel:
     return MemoryLevel(
         name=name,
         capacity_bytes=figure(capacity_bytes),
         reserve_bytes=figure(0),
         read_bytes_per_s=rate(read),
         processor=Processor(
-            name=f"{name} processor",
-            compute_flops_per_s={"bfloat16": rate(flops)},
-            launch_latency_s=figure(launch_s),
+            name=f"{name} processor", compute_flops_per_s={"bfloat16": rate(flops)}, launch_latency_s=figure(launch_s)
         ),
     )
 
@@ -62,11 +49,7 @@ def machine(
 
     def between(source: str, target: str, bandwidth: float, kind: LinkKind = "pinned") -> Link:
         return Link(
-            source=source,
-            target=target,
-            kind=kind,
-            latency_s=figure(latency_s),
-            bandwidth_bytes_per_s=rate(bandwidth),
+            source=source, target=target, kind=kind, latency_s=figure(latency_s), bandwidth_bytes_per_s=rate(bandwidth)
         )
 
     return HardwareProfile(
@@ -133,9 +116,8 @@ def random_varied_spec(rng: Random) -> ModelSpec:
         spec = replace(spec, attention_windows=windows)
     if rng.random() < 0.5:
         latent = LatentAttention(
-            kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12,
-            query_rank=rng.choice([0, 20]),
-        )  # fmt: skip
+            kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12, query_rank=rng.choice([0, 20])
+        )
         spec = replace(spec, latent_attention=latent, head_dim=24, num_kv_heads=spec.num_heads)
     return spec
 

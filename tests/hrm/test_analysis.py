@@ -131,9 +131,7 @@ def test_a_map_is_a_search_in_every_cell():
         assert row["kv_offloaded"] == 1 - policy.kv_share_on_gpu
     text = map_text(frame, x, y)
     assert "·  no policy fits" in text
-    assert text.splitlines()[0] == (
-        "cpu (cpu-memory, cpu-bandwidth, cpu-flops) times (up), h2d-bandwidth (right)"
-    )
+    assert text.splitlines()[0] == ("cpu (cpu-memory, cpu-bandwidth, cpu-flops) times (up), h2d-bandwidth (right)")
 
 
 # ------------------------------------------------------------------------------- command lines
@@ -161,7 +159,7 @@ def test_commands_print_rows_as_json(capsys, tmp_path):
         (["search", *QUICK, "--gpus", "1xT4", "--pareto", "gpus"], 3),
         (["whatif", *QUICK, "--gpus", "1xT4"], 12),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1:2:2", "--y", "gpu-memory=9GB:12GB:2"], 4),
-    ):  # fmt: skip
+    ):
         rows = json.loads(run(capsys, *arguments, "--json", "--csv", str(csv)))["rows"]
         assert len(rows) == count
         assert len(csv.read_text().splitlines()) == count + 1
@@ -171,11 +169,21 @@ def test_commands_print_rows_as_json(capsys, tmp_path):
 def test_a_search_by_each_solver_finds_as_much(capsys, tmp_path):
     found = {}
     for solver in ("exhaustive", "milp", "optuna"):
-        extra = (
-            ["--trials", "40", "--storage", str(tmp_path / "t.log")] if solver == "optuna" else []
+        extra = ["--trials", "40", "--storage", str(tmp_path / "t.log")] if solver == "optuna" else []
+        out = run(
+            capsys,
+            "search",
+            "--model",
+            "olmoe-1b-7b",
+            "--gpus",
+            "1xT4",
+            "--requests",
+            "6",
+            "--solver",
+            solver,
+            *extra,
+            "--json",
         )
-        out = run(capsys, "search", "--model", "olmoe-1b-7b", "--gpus", "1xT4", "--requests", "6",
-                  "--solver", solver, *extra, "--json")  # fmt: skip
         plan = json.loads(out)
         assert plan["search"]["solver"] == solver
         found[solver] = plan["predicted"]["tokens_per_s"]
@@ -200,10 +208,12 @@ def test_a_search_by_each_solver_finds_as_much(capsys, tmp_path):
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1:2:2", "--y", "cpu=1:2:2"], ("another",)),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=a:2:2", "--y", "gpu=1:2:2"], ("factor",)),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=2:1:2", "--y", "gpu=1:2:2"], ("greater",)),
-        (["search", *QUICK, "--gpus", "1xT4", "--solver", "optuna", "--trials", "1",
-          "--storage", "/nowhere/at/all"], ("--storage", "must be")),
+        (
+            ["search", *QUICK, "--gpus", "1xT4", "--solver", "optuna", "--trials", "1", "--storage", "/nowhere/at/all"],
+            ("--storage", "must be"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_in_one_line(capsys, arguments, words):
     assert main_or_exit(arguments) == 2
     error = capsys.readouterr().err.strip()

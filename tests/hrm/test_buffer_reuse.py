@@ -28,9 +28,7 @@ def random_schedule(seed: int, phase: Phase | None = None) -> tuple[Pipeline, tu
     return pipeline, graph(pipeline, rng.choice(list(ScheduleName))).tasks
 
 
-def without_edges(
-    tasks: tuple[Task, ...], used: dict[TaskId, Use], buffer: str | None = None
-) -> tuple[Task, ...]:
+def without_edges(tasks: tuple[Task, ...], used: dict[TaskId, Use], buffer: str | None = None) -> tuple[Task, ...]:
     """The tasks without the edges that protect `buffer`, or any buffer, from being overwritten."""
 
     def kept(earlier: TaskId, later: TaskId) -> bool:

@@ -57,9 +57,7 @@ def test_what_is_named_saves_most_at_half_its_cost():
         predicted = estimate(spec, policy, profile, workload)
         limit = predicted.limits.job
         saved = {
-            resource: 1
-            - estimate(spec, policy, at_cost(profile, resource, 0.5), workload).seconds
-            / predicted.seconds
+            resource: 1 - estimate(spec, policy, at_cost(profile, resource, 0.5), workload).seconds / predicted.seconds
             for resource in time_resources(profile)
         }
         resource = resource_of(limit.cause)
@@ -71,9 +69,14 @@ def test_what_is_named_saves_most_at_half_its_cost():
         assert saved_by_it >= max(saved.values()) - TIES, (seed, limit.cause, saved)
         named.add(limit.cause)
     assert named >= {
-        Cause.GPU_COMPUTE, Cause.GPU_MEMORY, Cause.GPU_LAUNCHES, Cause.CPU_COMPUTE, Cause.H2D_LINK,
-        Cause.D2H_LINK, Cause.HOST_MEMORY,
-    }  # fmt: skip
+        Cause.GPU_COMPUTE,
+        Cause.GPU_MEMORY,
+        Cause.GPU_LAUNCHES,
+        Cause.CPU_COMPUTE,
+        Cause.H2D_LINK,
+        Cause.D2H_LINK,
+        Cause.HOST_MEMORY,
+    }
 
 
 @pytest.mark.parametrize("schedule", ScheduleName)
@@ -90,13 +93,7 @@ def test_seconds_by_cause_add_up_to_those_of_the_lane(schedule):
 
 
 # One cause costs, everything else next to nothing: (machine, policy) by the cause it must be.
-NOTHING: dict[str, Any] = {
-    "gpu_flops": 1e17,
-    "cpu_flops": 1e17,
-    "gpu_read": 1e17,
-    "cpu_read": 1e17,
-    "link": 1e17,
-}
+NOTHING: dict[str, Any] = {"gpu_flops": 1e17, "cpu_flops": 1e17, "gpu_read": 1e17, "cpu_read": 1e17, "link": 1e17}
 ONLY = {
     Cause.GPU_COMPUTE: ({"gpu_flops": 1e9}, {}),
     Cause.GPU_MEMORY: ({"gpu_read": 1e8}, {}),
@@ -116,9 +113,14 @@ def test_the_only_thing_that_costs_is_the_limit_of_decode(cause):
     rates, fields = ONLY[cause]
     spec = tiny_spec()
     policy = Policy(
-        batch_size=40, micro_batch_size=20, resident_experts=(0,) * 4, gpu_kv_micro_batches=2,
-        kv_tokens_per_micro_batch=kv_tokens_for(20, 49, 109), prefill_chunk_tokens=2000, **fields,
-    )  # fmt: skip
+        batch_size=40,
+        micro_batch_size=20,
+        resident_experts=(0,) * 4,
+        gpu_kv_micro_batches=2,
+        kv_tokens_per_micro_batch=kv_tokens_for(20, 49, 109),
+        prefill_chunk_tokens=2000,
+        **fields,
+    )
     predicted = estimate(spec, policy, machine(**(NOTHING | {"peer": 1e17} | rates)), WORKLOAD)
     assert predicted.limits.decode.cause is cause
 
@@ -142,9 +144,13 @@ def test_tasks_in_turn_are_named_as_waiting():
     """One micro-batch whose step is equal parts of GPU, CPU and both links, one after the other."""
     spec = tiny_spec(num_layers=8)
     policy = Policy(
-        batch_size=100, micro_batch_size=100, resident_experts=(4,) * 8, attention=Device.CPU,
-        kv_tokens_per_micro_batch=kv_tokens_for(100, 49, 109), prefill_chunk_tokens=4000,
-    )  # fmt: skip
+        batch_size=100,
+        micro_batch_size=100,
+        resident_experts=(4,) * 8,
+        attention=Device.CPU,
+        kv_tokens_per_micro_batch=kv_tokens_for(100, 49, 109),
+        prefill_chunk_tokens=4000,
+    )
     profile = machine(**NOTHING)
     for resource, lane in (
         (Resource.GPU_FLOPS, Lane.GPU),
@@ -173,11 +179,14 @@ def test_a_phase_without_work_is_limited_by_nothing():
 @pytest.mark.parametrize(
     ("model", "gpus", "workload"),
     [
-        ("qwen3-30b-a3b", "1xMI300X",
-         Workload(name="one", prompt_len=512, max_prompt_len=512, gen_len=256, num_requests=1)),
+        (
+            "qwen3-30b-a3b",
+            "1xMI300X",
+            Workload(name="one", prompt_len=512, max_prompt_len=512, gen_len=256, num_requests=1),
+        ),
         ("olmoe-1b-7b", "1xT4", replace(WORKLOADS["summarization"], num_requests=40)),
     ],
-)  # fmt: skip
+)
 def test_what_if_and_report_name_the_same(model, gpus, workload):
     spec, profile = BUILT_IN_MODELS[model], compose(gpus)
     dtype = profile.default_dtype
@@ -219,10 +228,14 @@ def by_hand(spec: ModelSpec, micro_batches: int, m: float, steps: int, *, fused:
 
 def on_gpu(spec: ModelSpec, profile: HardwareProfile, workload: Workload) -> Estimate:
     policy = Policy(
-        batch_size=8, micro_batch_size=4, attention=Device.GPU, gpu_kv_micro_batches=2,
+        batch_size=8,
+        micro_batch_size=4,
+        attention=Device.GPU,
+        gpu_kv_micro_batches=2,
         resident_experts=spread_experts(spec, spec.num_expert_layers * spec.num_experts),
-        kv_tokens_per_micro_batch=kv_tokens_for(4, 49, 109), prefill_chunk_tokens=400,
-    )  # fmt: skip
+        kv_tokens_per_micro_batch=kv_tokens_for(4, 49, 109),
+        prefill_chunk_tokens=400,
+    )
     return estimate(spec, policy, profile, workload)
 
 
@@ -241,18 +254,14 @@ def test_launches_are_counted_and_told_for_engines_with_fused_kernels():
     assert launches.share == pytest.approx(1, abs=0.02)
     # All time is that of launches: throughput grows as they become fewer.
     now = on_gpu(spec, profile, workload).tokens_per_s
-    assert launches.fused_tokens_per_s == pytest.approx(
-        now * launches.count / launches.fused_count, rel=0.02
-    )
+    assert launches.fused_tokens_per_s == pytest.approx(now * launches.count / launches.fused_count, rel=0.02)
     assert launches.free_tokens_per_s > 100 * now
 
 
 def test_fused_kernels_are_not_told_where_the_profile_has_them():
     profile = machine(launch_s=1e-3)
     top = replace(profile.top, processor=replace(profile.top.processor, fuses_operators=True))
-    (launches,) = launches_of(
-        on_gpu(tiny_spec(), replace(profile, levels=(top, profile.host)), WORKLOAD)
-    )
+    (launches,) = launches_of(on_gpu(tiny_spec(), replace(profile, levels=(top, profile.host)), WORKLOAD))
     assert launches.fused_count is launches.fused_tokens_per_s is None
 
 
@@ -265,9 +274,9 @@ def test_launches_cost_as_much_fused_only_where_kernels_are():
     for fused in (False, True):
         operator = operators.post_attention(spec, "bfloat16", 4, spec.num_experts, kind)
         profile = machine(launch_s=1.0, gpu_flops=1e17, gpu_read=1e17)
-        seconds = replace(on_gpu(spec, profile, WORKLOAD).costs, runtime=Runtime(
-            fused_kernels=fused
-        )).post_attention(4, spec.num_experts, kind)  # fmt: skip
+        seconds = replace(on_gpu(spec, profile, WORKLOAD).costs, runtime=Runtime(fused_kernels=fused)).post_attention(
+            4, spec.num_experts, kind
+        )
         unfused = 0 if fused else operator.unfused_launches
         assert seconds == pytest.approx(operator.launches + unfused)
 
@@ -276,8 +285,19 @@ def test_launches_cost_as_much_fused_only_where_kernels_are():
 
 
 def test_the_report_tells_launches_of_this_executor_from_those_of_others(capsys):
-    arguments = ["search", "--model", "qwen3-30b-a3b", "--gpus", "1xMI300X", "--requests", "1",
-                 "--prompt-len", "512", "--gen-len", "256"]  # fmt: skip
+    arguments = [
+        "search",
+        "--model",
+        "qwen3-30b-a3b",
+        "--gpus",
+        "1xMI300X",
+        "--requests",
+        "1",
+        "--prompt-len",
+        "512",
+        "--gen-len",
+        "256",
+    ]
     for extra in ([], ["--json"]):
         main([*arguments, *extra])
         out = capsys.readouterr().out

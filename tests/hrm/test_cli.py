@@ -16,9 +16,18 @@ from hrm.search.result import OPTIMAL_GAP
 from tests.hrm.support import machine
 
 COMMANDS = (
-    "profile", "profiles", "models", "search", "whatif", "map", "estimate", "simulate", "plot",
-    "paper", "validate",
-)  # fmt: skip
+    "profile",
+    "profiles",
+    "models",
+    "search",
+    "whatif",
+    "map",
+    "estimate",
+    "simulate",
+    "plot",
+    "paper",
+    "validate",
+)
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
 ESTIMATE = ["estimate", *T4, *LENGTHS, "-u", "8", "-n", "4"]
@@ -64,15 +73,7 @@ def test_search_prints_one_object_with_the_promised_keys(hrm_json):
 
 
 def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
-    plan = hrm_json(
-        *ESTIMATE,
-        "--resident-experts",
-        "1",
-        "--gpu-memory",
-        "32GB",
-        "--schedule",
-        "fastdecode",
-    )
+    plan = hrm_json(*ESTIMATE, "--resident-experts", "1", "--gpu-memory", "32GB", "--schedule", "fastdecode")
     check_plan(plan)
     assert plan["policy"]["schedule"] == "fastdecode"
     assert plan["policy"]["resident_experts"] == [1] * 32
@@ -83,9 +84,7 @@ def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
 def test_layers_without_experts_are_not_counted_as_keeping_none(hrm):
     """Of its 27 layers the first has no experts; a stage has none such."""
     for gpus, kept in (("1xRTX-3090", r"\d+ or \d+ of 64"), ("2xRTX-3090", "all 64")):
-        code, out, _ = hrm(
-            "search", "--model", "deepseek-v2-lite", "--gpus", gpus, "--requests", "64"
-        )
+        code, out, _ = hrm("search", "--model", "deepseek-v2-lite", "--gpus", gpus, "--requests", "64")
         assert code == 0
         said = re.search(r"experts on the \w+; (.*) a layer.* stay", out)
         assert said is not None
@@ -95,8 +94,7 @@ def test_layers_without_experts_are_not_counted_as_keeping_none(hrm):
 
 
 @pytest.mark.parametrize(
-    ("args", "on_gpu"),
-    [([], 0), (["--kv-on-gpu"], 4), (["--kv-on-gpu", "0.5"], 2), (["--kv-on-gpu", "--staging"], 4)],
+    ("args", "on_gpu"), [([], 0), (["--kv-on-gpu"], 4), (["--kv-on-gpu", "0.5"], 2), (["--kv-on-gpu", "--staging"], 4)]
 )
 def test_kv_on_gpu_takes_a_share_or_means_all(hrm_json, args, on_gpu):
     assert hrm_json(*ESTIMATE, *args)["policy"]["gpu_kv_micro_batches"] == on_gpu
@@ -115,11 +113,7 @@ def test_a_plan_goes_through_a_file_into_a_simulation(hrm, hrm_json, tmp_path):
     plan = hrm_json(*ESTIMATE, "--out", path)
     simulated = hrm_json("simulate", "--policy", path, "--steps", "1", "--trace", trace)
     assert plan["policy"]["num_micro_batches"] == 4
-    assert simulated["lanes"]["H2D"].split()[:6] == [
-        *(f"W0.{page}" for page in range(4)),
-        "E0.0",
-        "E0.1",
-    ]
+    assert simulated["lanes"]["H2D"].split()[:6] == [*(f"W0.{page}" for page in range(4)), "E0.0", "E0.1"]
     assert simulated["makespan_s"] >= max(simulated["busy_s"].values())
     assert json.loads(trace.read_text())["traceEvents"]
     code, out, _ = hrm("simulate", "--policy", path, "--layers", "2", "--schedule", "flexgen-c")
@@ -129,13 +123,7 @@ def test_a_plan_goes_through_a_file_into_a_simulation(hrm, hrm_json, tmp_path):
 
 
 def test_tables_are_printed_for_people(hrm):
-    for args in (
-        ["search", *T4, *LENGTHS],
-        ESTIMATE,
-        ["models"],
-        ["profiles"],
-        ["profiles", "4xT4", "--table"],
-    ):
+    for args in (["search", *T4, *LENGTHS], ESTIMATE, ["models"], ["profiles"], ["profiles", "4xT4", "--table"]):
         code, out, err = hrm(*args)
         assert (code, err) == (0, "")
         assert len(out.splitlines()) >= 3
@@ -149,16 +137,12 @@ MISTAKES = {
     "an unknown workload": (["search", *T4, "--workload", "poems"], "--workload is 'poems'"),
     "no machine": (["search", "--model", "dbrx"], "--profile and --gpus is <neither>"),
     "two machines": (["search", *T4, "--profile", "x.yaml"], "--profile and --gpus is <both>"),
-    "a host beside a profile": (
-        ["search", "--model", "dbrx", "--profile", "x.yaml", "--host", "y"], "--host is 'y'",
-    ),
+    "a host beside a profile": (["search", "--model", "dbrx", "--profile", "x.yaml", "--host", "y"], "--host is 'y'"),
     "a size without a unit": (
         ["search", *T4, "--gpu-memory", "16"],
         "--gpu-memory is '16': needs a unit; did you mean 16GB?",
     ),
-    "host memory without a unit": (
-        ["search", *T4, "--cpu-memory", "64"], "--cpu-memory is '64': needs a unit",
-    ),
+    "host memory without a unit": (["search", *T4, "--cpu-memory", "64"], "--cpu-memory is '64': needs a unit"),
     "a rate without a unit": (
         ["search", *T4, "--set", "h2d-bandwidth=24"],
         "--set h2d-bandwidth is '24': needs a unit; did you mean 24GB/s?",
@@ -168,8 +152,7 @@ MISTAKES = {
         "--x gpu-flops is '65': needs a unit; did you mean 65TFLOP/s?",
     ),
     "a sweep's range without a unit": (
-        ["plot", "sweep", *T4, "--vary", "cpu-memory", "--from", "64", "--to", "128GB",
-         "--out", "/tmp/unwritten.png"],
+        ["plot", "sweep", *T4, "--vary", "cpu-memory", "--from", "64", "--to", "128GB", "--out", "/tmp/unwritten.png"],
         "--from is '64': needs a unit; did you mean 64GB?",
     ),
     "one memory by two options": (
@@ -188,14 +171,13 @@ MISTAKES = {
         ["plot", "roofline", *T4, "--gpus", "1xL4", "--out", "/tmp/unwritten.png"],
         "--gpus is <1xT4 and 1xL4>: may be given once only",
     ),
-    "a machine named twice": (
-        ["whatif", *T4, "--gpus", "1xL4"], "--gpus is <1xT4 and 1xL4>: may be given once only",
-    ),
+    "a machine named twice": (["whatif", *T4, "--gpus", "1xL4"], "--gpus is <1xT4 and 1xL4>: may be given once only"),
     "no size": (["search", *T4, "--gpu-memory", "big"], "--gpu-memory is 'big'"),
     "half a workload": (["search", *T4, "--prompt-len", "9"], "both are needed"),
     "too little memory": (["search", *T4, "--gpu-memory", "1GB"], "no policy fits"),
     "a policy that does not fit": (
-        ["estimate", *T4, "-u", "8", "-n", "4", "--resident-experts", "8"], "memory at level gpu",
+        ["estimate", *T4, "-u", "8", "-n", "4", "--resident-experts", "8"],
+        "memory at level gpu",
     ),
     "residents of other layers": ([*ESTIMATE, "--resident-experts", "1,2"], "each of the 32"),
     "more residents than experts": ([*ESTIMATE, "--resident-experts", "9"], "at most the 8"),
@@ -217,21 +199,17 @@ MISTAKES = {
     "steps out of range": (["simulate", "--steps", "0"], "--steps is '0': is not in the range"),
     "a folder for a file": (["simulate", "--policy", "/"], "--policy is '/': is a directory"),
     "no run given": (["validate"], "RUN is <missing>"),
-    "an endless prompt": (
-        ["search", *T4, "--prompt-len", "inf", "--gen-len", "1"], "--prompt-len is inf",
-    ),
+    "an endless prompt": (["search", *T4, "--prompt-len", "inf", "--gen-len", "1"], "--prompt-len is inf"),
     "no prompt": (
         ["search", *T4, "--prompt-len", "1", "--gen-len", "1", "--max-prompt-len", "0"],
         "max_prompt_len is 0",
     ),
-    "a chunk of no tokens": (
-        [*ESTIMATE, "--prefill-chunk", "0"], "prefill_chunk_tokens is 0: must be at least 1",
-    ),
+    "a chunk of no tokens": ([*ESTIMATE, "--prefill-chunk", "0"], "prefill_chunk_tokens is 0: must be at least 1"),
     "memory of no GPU": (
         ["profile", "--accelerator", "cpu", "--gpu-memory", "1GB", "--out", "/tmp/unwritten.yaml"],
         "--gpu-memory is 1000000000: needs a GPU level",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -252,10 +230,7 @@ BROKEN_PROFILES = {
     "an unknown field": (lambda p: p["levels"][0].update(capcity=1), "levels[gpu].capcity"),
     "a missing field": (lambda p: p["levels"][1].pop("processor"), "levels[cpu].processor"),
     "a wrong type": (lambda p: p.update(levels=3), "levels"),
-    "no bandwidth": (
-        lambda p: p["links"][0]["bandwidth_bytes_per_s"]["achieved"].update(value=0),
-        "must be positive",
-    ),
+    "no bandwidth": (lambda p: p["links"][0]["bandwidth_bytes_per_s"]["achieved"].update(value=0), "must be positive"),
     "another schema": (lambda p: p.update(schema=7), "schema is 7"),
 }
 
@@ -299,9 +274,8 @@ def test_memory_given_beside_a_policy_file_is_planned_with(hrm, refused, tmp_pat
 
 def test_the_whole_process_ends_with_code_2_and_no_traceback():
     done = subprocess.run(
-        [sys.executable, "-m", "hrm.cli", "models", "nowhere"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "hrm.cli", "models", "nowhere"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --model is 'nowhere'")
     assert "Traceback" not in done.stderr

@@ -108,9 +108,7 @@ def test_resume_with_other_options_is_a_mistake(hrm, tmp_path):
         hrm(*QUICK)
     code, out, err = hrm(*QUICK, "--dtype", "bfloat16", "--resume")
     assert (code, out) == (2, "")
-    assert (
-        "error: machine.yaml.partial: --dtype is 'float32': differs from float32, bfloat16" in err
-    )
+    assert "error: machine.yaml.partial: --dtype is 'float32': differs from float32, bfloat16" in err
     assert (tmp_path / "machine.yaml.partial").exists()
 
 
@@ -118,10 +116,7 @@ def test_resume_with_other_options_is_a_mistake(hrm, tmp_path):
     ("args", "message"),
     [
         (["--disk", "nowhere"], "--disk is 'nowhere': must be an existing folder"),
-        (
-            ["--out", "nowhere/machine.yaml"],
-            "nowhere/machine.yaml is <No such file or directory>: must be writable",
-        ),
+        (["--out", "nowhere/machine.yaml"], "nowhere/machine.yaml is <No such file or directory>: must be writable"),
         (["--accelerator", "cuda:0,0"], "--accelerator is 'cuda:0,0': names a device twice"),
     ],
 )
@@ -188,15 +183,21 @@ def test_another_disk_is_measured_if_named(hrm, tmp_path):
 
 def test_an_emulated_machine_shows_its_links_and_what_lanes_take_from_one_another(hrm):
     code, out, _ = hrm(
-        "profile", "--accelerator", "emulated", "--gpu-memory", "4MB", "--link-bandwidth", "1GB/s",
-        "--quick", "--dtype", "float32",
-    )  # fmt: skip
+        "profile",
+        "--accelerator",
+        "emulated",
+        "--gpu-memory",
+        "4MB",
+        "--link-bandwidth",
+        "1GB/s",
+        "--quick",
+        "--dtype",
+        "float32",
+    )
     assert code == 0
     assert "cpu → gpu  pinned" in out
     assert "cpu → cpu  staging" in out
-    assert (
-        "beside attention  beside staging  beside h2d  beside gemm  beside d2h  beside all" in out
-    )
+    assert "beside attention  beside staging  beside h2d  beside gemm  beside d2h  beside all" in out
     code, again, _ = hrm("profiles", "machine.yaml", "--table")
     assert code == 0
     assert again.strip() in out
@@ -216,8 +217,15 @@ def test_help_explains_every_option(hrm):
     code, out, _ = hrm("profile", "--help")
     assert code == 0
     for option in (
-        "--accelerator", "--gpu-memory", "--link-bandwidth", "--model", "--dtype", "--disk",
-        "--quick", "--resume", "--out",
-    ):  # fmt: skip
+        "--accelerator",
+        "--gpu-memory",
+        "--link-bandwidth",
+        "--model",
+        "--dtype",
+        "--disk",
+        "--quick",
+        "--resume",
+        "--out",
+    ):
         assert option in out
     assert "cuda:all" in out

@@ -19,9 +19,7 @@ BRACKETS = b"a: " + b"[" * 40_000
 ALIASES = b"a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n".encode() for i in range(1, 10)
 )
-DEEP_ALIASES = b"a0: &a0 [1]\n" + b"".join(
-    f"a{i}: &a{i} [*a{i - 1}]\n".encode() for i in range(1, 99)
-)
+DEEP_ALIASES = b"a0: &a0 [1]\n" + b"".join(f"a{i}: &a{i} [*a{i - 1}]\n".encode() for i in range(1, 99))
 
 
 @pytest.mark.parametrize(
@@ -88,11 +86,14 @@ def test_yaml_has_the_types_of_its_core_schema():
 _LETTERS = st.characters(max_codepoint=0xD7FF)
 _KEYS = st.text("abé ", min_size=1, max_size=4)
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(_LETTERS, max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.text(_LETTERS, max_size=8)
     | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=4),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @given(_VALUES)
@@ -226,9 +227,7 @@ def test_a_wrong_type_is_told_at_its_path_in_every_structure(tmp_path):
             "read_bytes_per_s": plain(rate(1e12, ((1.0, 2.0), (2.0, 3.0)))),
         }
     ]
-    run["policy_file"]["profile"]["contention"] = [
-        plain(Contention(work="gemm", beside=("h2d",), kept=figure(0.5)))
-    ]
+    run["policy_file"]["profile"]["contention"] = [plain(Contention(work="gemm", beside=("h2d",), kept=figure(0.5)))]
     run["policy_file"]["profile"]["disk"] = plain(
         Disk(path="/", capacity_bytes=figure(1e9), read_bytes_per_s=rate(1e9))
     )
@@ -258,9 +257,14 @@ def test_integers_that_64_bits_do_not_hold_are_refused_by_path():
     from hrm.strict import decode_strictly
 
     policy = msgspec.to_builtins(
-        Policy(batch_size=4, micro_batch_size=2, resident_experts=(1,),
-               kv_tokens_per_micro_batch=16, prefill_chunk_tokens=1)
-    )  # fmt: skip
+        Policy(
+            batch_size=4,
+            micro_batch_size=2,
+            resident_experts=(1,),
+            kv_tokens_per_micro_batch=16,
+            prefill_chunk_tokens=1,
+        )
+    )
     policy = json.loads(msgspec.json.encode(policy))
     decode_strictly(policy, Policy, "p.json")
     policy["prefill_chunk_tokens"] = 10**19
@@ -298,13 +302,16 @@ IMPOSSIBLE_RUNS = [
     (("batches", 0, "requests"), 0, r"batches\[0\].requests is 0: must be at least 1"),
     (("totals", "requests"), -1, r"totals.requests is -1: must be from 0 to"),
     (("phases", "prefill", "lanes"), {"0": {"busy_s": 1.0}}, "prefill.lanes is '0': must be of"),
-    (("phases", "decode", "kinds"),
-     {"x": {"count": 1, "seconds": 1.0, "num_bytes": 1}}, r"decode.kinds is 'x': must be of"),
+    (
+        ("phases", "decode", "kinds"),
+        {"x": {"count": 1, "seconds": 1.0, "num_bytes": 1}},
+        r"decode.kinds is 'x': must be of",
+    ),
     (("phases", "later"), {"seconds": 1.0, "kinds": {}, "lanes": {}}, "phases is 'later'"),
     (("schedule",), "x", "schedule is 'x': must be one of cgopipe"),
     (("policy_file", "policy", "resident_experts"), [4, 4, 4], "one count for each of the 4"),
     (("policy_file", "profile", "levels", 0, "capacity_bytes", "value"), 1e19, "at most 1e[+]18"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("place", "value", "said"), IMPOSSIBLE_RUNS)

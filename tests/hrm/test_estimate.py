@@ -19,7 +19,7 @@ from hrm.estimate import (
     simulate_work,
     step_seconds,
     with_batch_size,
-)  # fmt: skip
+)
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -43,9 +43,7 @@ def random_policy(rng: Random, spec: ModelSpec, schedule: ScheduleName) -> Polic
         micro_batch_size=micro_batch_size,
         attention=rng.choice(list(Device)),
         ffn=rng.choice(list(Device)),
-        resident_experts=spread_experts(
-            spec, rng.randint(0, spec.num_expert_layers * (spec.num_experts - 1))
-        ),
+        resident_experts=spread_experts(spec, rng.randint(0, spec.num_expert_layers * (spec.num_experts - 1))),
         resident_dense=rng.random() < 0.5,
         gpu_kv_micro_batches=rng.choice([0, 0, n // 2, n]),
         kv_tokens_per_micro_batch=kv_tokens_for(micro_batch_size, 49, 109),
@@ -105,18 +103,12 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
                 assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
 
 
-CUT = [
-    ("mixtral-8x7b", "1xT4", (0, 1)),
-    ("dbrx", "4xT4", (5, 6)),
-    ("dbrx", "4xT4", (0, 16)),
-]
+CUT = [("mixtral-8x7b", "1xT4", (0, 1)), ("dbrx", "4xT4", (5, 6)), ("dbrx", "4xT4", (0, 16))]
 
 
 @pytest.mark.parametrize("schedule", [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN])
 @pytest.mark.parametrize(("model", "gpus", "residents"), CUT)
-def test_time_carried_on_from_few_layers_is_that_of_all_layers(
-    monkeypatch, schedule, model, gpus, residents
-):
+def test_time_carried_on_from_few_layers_is_that_of_all_layers(monkeypatch, schedule, model, gpus, residents):
     spec, profile = BUILT_IN_MODELS[model], compose(gpus)
     low, high = residents
     total = (low + high) * spec.num_layers // 2 + spec.num_layers // 5
@@ -124,9 +116,14 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(
     even = spread_experts(spec, min(total, high * spec.num_layers))
     for counts, tolerance in (((low,) * spec.num_layers, 0.01), (even, 0.01), (halves, 0.04)):
         policy = Policy(
-            schedule=schedule, batch_size=30 * 64, micro_batch_size=64, resident_experts=counts,
-            kv_tokens_per_micro_batch=64 * 224, prefill_chunk_tokens=4096, dtype="float16",
-        )  # fmt: skip
+            schedule=schedule,
+            batch_size=30 * 64,
+            micro_batch_size=64,
+            resident_experts=counts,
+            kv_tokens_per_micro_batch=64 * 224,
+            prefill_chunk_tokens=4096,
+            dtype="float16",
+        )
         costs = Costs(spec, profile, "float16")
         workload = Workload(name="test", prompt_len=77, max_prompt_len=418, gen_len=64)
         quick = step_seconds(costs, policy, 150), prefill_seconds(costs, policy, workload)
@@ -145,15 +142,12 @@ def test_time_of_few_micro_batches_that_stand_for_many_is_that_of_all(monkeypatc
         costs = Costs(spec, random_machine(rng, latency_s=latency_s), "bfloat16")
         policy = random_policy(rng, spec, schedule)
         policy = replace(
-            policy, batch_size=policy.micro_batch_size * n,
-            gpu_kv_micro_batches=rng.choice([0, n // 2, n]),
-        )  # fmt: skip
+            policy, batch_size=policy.micro_batch_size * n, gpu_kv_micro_batches=rng.choice([0, n // 2, n])
+        )
         found: list[tuple[float, float]] = []
         for most in (40, 10**9):
             monkeypatch.setattr(module, "MAX_MICRO_BATCHES", most)
-            found.append(
-                (step_seconds(costs, policy, 50.0), prefill_seconds(costs, policy, WORKLOAD))
-            )
+            found.append((step_seconds(costs, policy, 50.0), prefill_seconds(costs, policy, WORKLOAD)))
         assert found[0] == pytest.approx(found[1], rel=0.03), seed
 
 
@@ -161,8 +155,12 @@ def test_any_number_of_micro_batches_is_estimated_at_once():
     spec, profile = tiny_spec(num_layers=6), machine(latency_s=1e-5)
     seconds: list[float] = []
     for n in (10**4, 10**6, 10**12):
-        policy = replace(random_policy(Random(2), spec, ScheduleName.CGOPIPE), batch_size=40 * n,
-                         micro_batch_size=40, gpu_kv_micro_batches=n // 2)  # fmt: skip
+        policy = replace(
+            random_policy(Random(2), spec, ScheduleName.CGOPIPE),
+            batch_size=40 * n,
+            micro_batch_size=40,
+            gpu_kv_micro_batches=n // 2,
+        )
         began_s = time.process_time()
         predicted = estimate(spec, policy, profile, WORKLOAD)
         assert time.process_time() - began_s < 10
@@ -193,17 +191,17 @@ def test_a_job_is_its_full_batches_and_a_smaller_last_one():
     assert (job.num_requests, job.num_batches, job.generated_tokens) == (58, 3, 58 * 9)
     assert job.seconds == pytest.approx(2 * one.seconds + rest.seconds)
     for lane in Lane:
-        assert job.decode.lane_s[lane] == pytest.approx(
-            2 * one.decode.lane_s[lane] + rest.decode.lane_s[lane]
-        )
+        assert job.decode.lane_s[lane] == pytest.approx(2 * one.decode.lane_s[lane] + rest.decode.lane_s[lane])
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(24, (6, 4, 2)), (10, (6, 2, 1)), (3, (3, 1, 0))])
 def test_fewer_requests_keep_the_micro_batch_size_and_the_share_of_kv(batch, expected):
     policy = replace(
         random_policy(Random(3), tiny_spec(), ScheduleName.CGOPIPE),
-        batch_size=24, micro_batch_size=6, gpu_kv_micro_batches=2,
-    )  # fmt: skip
+        batch_size=24,
+        micro_batch_size=6,
+        gpu_kv_micro_batches=2,
+    )
     less = with_batch_size(policy, batch)
     assert less.batch_size == batch
     assert (less.micro_batch_size, less.num_micro_batches, less.gpu_kv_micro_batches) == expected
@@ -214,9 +212,12 @@ def test_a_link_bound_step_takes_the_time_of_its_weights():
     spec = BUILT_IN_MODELS["mixtral-8x7b"]
     profile = machine(link=10e9, gpu_flops=1e18, cpu_flops=1e18, gpu_read=1e15, cpu_read=1e15)
     policy = Policy(
-        batch_size=64, micro_batch_size=8, resident_experts=(2,) * 32,
-        kv_tokens_per_micro_batch=1600, prefill_chunk_tokens=512,
-    )  # fmt: skip
+        batch_size=64,
+        micro_batch_size=8,
+        resident_experts=(2,) * 32,
+        kv_tokens_per_micro_batch=1600,
+        prefill_chunk_tokens=512,
+    )
     costs = Costs(spec, profile, "bfloat16")
     weights_s = 32 * 6 * 3 * 4096 * 14336 * 2 / 10e9
     hidden_s = 64 * (32 + 1) * 4096 * 2 / 10e9  # attention outputs of 32 layers, and embeddings
@@ -260,9 +261,7 @@ def policy_of_system(policy: Policy) -> Policy:
         policy,
         attention=fixed.attention or policy.attention,
         ffn=fixed.ffn or policy.ffn,
-        gpu_kv_micro_batches=policy.num_micro_batches
-        if fixed.kv_on_gpu
-        else policy.gpu_kv_micro_batches,
+        gpu_kv_micro_batches=policy.num_micro_batches if fixed.kv_on_gpu else policy.gpu_kv_micro_batches,
     )
 
 
@@ -277,8 +276,7 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
     for profile, staging in ((profiles[0], 0), (profiles[1], 1)):
         costs = Costs(spec, profile, "bfloat16")
         points = [
-            replace(Point.of_policy(random_policy(rng, spec, schedule), spec), staging=staging)
-            for _ in range(60)
+            replace(Point.of_policy(random_policy(rng, spec, schedule), spec), staging=staging) for _ in range(60)
         ]
         names = Point.__dataclass_fields__.keys() - {"staging", "parts_of_chunks"}
         grid = Point(

@@ -11,15 +11,7 @@ import sys
 import pytest
 
 from hrm.errors import HrmError, PolicyError, ProfileError
-from hrm.files import (
-    check_writable,
-    create_anew,
-    open_append,
-    open_locked,
-    read_regular,
-    write_whole,
-    writing,
-)
+from hrm.files import check_writable, create_anew, open_append, open_locked, read_regular, write_whole, writing
 
 
 def test_a_plain_file_is_read_whole(tmp_path):
@@ -62,8 +54,7 @@ def test_what_is_no_plain_file_is_refused_by_name_and_not_waited_for(tmp_path, k
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [("none", "No such file or directory"), ("n" * 300, "File name too long"), ("\0", "null")],
+    ("name", "said"), [("none", "No such file or directory"), ("n" * 300, "File name too long"), ("\0", "null")]
 )
 def test_a_file_that_cannot_be_opened_says_why(tmp_path, name, said):
     with pytest.raises(HrmError, match=f"{said}.*must be a file; look again"):
@@ -170,9 +161,7 @@ CALLS = ("open", "write", "fsync", "fchmod")
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("old", [None, b"old"])
 @pytest.mark.parametrize("name", CALLS)
-def test_whatever_fails_the_file_is_old_or_new_and_nothing_is_left(
-    tmp_path, monkeypatch, name, old, failure
-):
+def test_whatever_fails_the_file_is_old_or_new_and_nothing_is_left(tmp_path, monkeypatch, name, old, failure):
     path, new = tmp_path / "a.json", b"new content " * 100
     original, calls = getattr(os, name), 0
 
@@ -305,9 +294,7 @@ def test_a_locked_file_is_refused_with_its_holder_and_free_after_kill_9(tmp_path
         assert told(holder) == "locked\n"
         with pytest.raises(BlockingIOError) as refused:
             open_locked(path)
-        assert refused.value.strerror in {
-            f"in use by process {holder.pid}", "in use by another process"
-        }  # fmt: skip
+        assert refused.value.strerror in {f"in use by process {holder.pid}", "in use by another process"}
     finally:
         holder.kill()
         holder.communicate()

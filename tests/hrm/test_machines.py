@@ -9,36 +9,15 @@ from hypothesis import strategies as st
 
 from hrm.catalog import list_files, profile_folder
 from hrm.errors import ProfileError
-from hrm.hardware import (
-    Figure,
-    GpuCard,
-    HardwareProfile,
-    Host,
-    Link,
-    MemoryLevel,
-    Processor,
-    Rate,
-    Source,
-)
-from hrm.machines import (
-    compose,
-    dump_profile,
-    load_gpu,
-    load_host,
-    load_profile,
-    one_part,
-    save_profile,
-    with_memory,
-)
+from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Processor, Rate, Source
+from hrm.machines import compose, dump_profile, load_gpu, load_host, load_profile, one_part, save_profile, with_memory
 from hrm.units import GB, GIB
 
 FILES = list_files()
 
 # -------------------------------------------------------------------------------- strategies
 
-texts = st.text(
-    st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60
-)  # fmt: skip
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60)
 names = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=12)
 positive = st.floats(min_value=1e-12, max_value=1e18, allow_subnormal=False)
 
@@ -229,9 +208,7 @@ def test_a_part_of_a_machine_is_one_gpu_and_a_share_of_the_host():
     part = one_part(four)
     assert (part.num_gpus, len(part.links)) == (1, 3)
     assert part.top.usable_bytes == one.top.usable_bytes
-    assert part.h2d.bandwidth_bytes_per_s.at(1e6) == pytest.approx(
-        one.h2d.bandwidth_bytes_per_s.at(1e6)
-    )
+    assert part.h2d.bandwidth_bytes_per_s.at(1e6) == pytest.approx(one.h2d.bandwidth_bytes_per_s.at(1e6))
     for share in (
         lambda p: p.host.usable_bytes,
         lambda p: p.host.read_bytes_per_s.at(),
@@ -302,39 +279,44 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     ("old", "new", "parts"),
     [
         (
-            "  capacity_bytes:", "  capcity_bytes:",
-            ("levels[gpu].capcity_bytes is <a mapping>", "is no field of MemoryLevel",
-             "did you mean capacity_bytes?"),
+            "  capacity_bytes:",
+            "  capcity_bytes:",
+            ("levels[gpu].capcity_bytes is <a mapping>", "is no field of MemoryLevel", "did you mean capacity_bytes?"),
         ),
         (
-            "datasheet: {value: 3.2e+11", "datasheet: {valu: 3.2e+11",
+            "datasheet: {value: 3.2e+11",
+            "datasheet: {valu: 3.2e+11",
             ("levels[gpu].read_bytes_per_s.datasheet.valu is 320000000000.0", "mean value?"),
         ),
         (
-            "- name: gpu\n", "- cost: 3\n  name: gpu\n",
+            "- name: gpu\n",
+            "- cost: 3\n  name: gpu\n",
             ("levels[gpu].cost is 3", "is no field of MemoryLevel", "remove or correct it"),
         ),
         (
-            "value: 2.72e+11", "value: 0",
+            "value: 2.72e+11",
+            "value: 0",
             ("levels[gpu].read_bytes_per_s.achieved is 0", "must be positive and at most 1e+18"),
         ),
         (
-            "value: 2.72e+11", "value: -1.0",
+            "value: 2.72e+11",
+            "value: -1.0",
             ("levels[gpu].read_bytes_per_s.achieved is -1.0", "must be positive and at most 1e+18"),
         ),
         (
-            "value: 2.72e+11", "value: 3.6e11",
-            ("levels[gpu].read_bytes_per_s.achieved is 360000000000.0", "is above the data sheet",
-             "measure again"),
+            "value: 2.72e+11",
+            "value: 3.6e11",
+            ("levels[gpu].read_bytes_per_s.achieved is 360000000000.0", "is above the data sheet", "measure again"),
         ),
         (
-            "achieved: {value: 2.72e+11", "ceiling: {value: 3.6e+11",
+            "achieved: {value: 2.72e+11",
+            "ceiling: {value: 3.6e+11",
             ("levels[gpu].read_bytes_per_s.ceiling is 360000000000.0", "is above the data sheet"),
         ),
         (
-            "value: 2.72e+11", "p20: 2.8e+11, p80: 2.7e+11, value: 2.72e+11",
-            ("levels[gpu].read_bytes_per_s.achieved.p20 is 280000000000.0",
-             "must not be above p80, 2.7e+11"),
+            "value: 2.72e+11",
+            "p20: 2.8e+11, p80: 2.7e+11, value: 2.72e+11",
+            ("levels[gpu].read_bytes_per_s.achieved.p20 is 280000000000.0", "must not be above p80, 2.7e+11"),
         ),
         (
             "datasheet: {value: 3.2e+11, source: datasheet}",
@@ -342,11 +324,13 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
             ("levels[gpu].read_bytes_per_s.datasheet.value is 'fast'", "must be a number"),
         ),
         (
-            "datasheet: {value: 3.2e+11, source: datasheet}", "datasheet: {value: 1, source: x}",
+            "datasheet: {value: 3.2e+11, source: datasheet}",
+            "datasheet: {value: 1, source: x}",
             ("datasheet.source is 'x'", "must be one of datasheet, measured"),
         ),
         (
-            "datasheet: {value: 3.2e+11, source: datasheet}", "datasheet: {value: 1, source: x}",
+            "datasheet: {value: 3.2e+11, source: datasheet}",
+            "datasheet: {value: 1, source: x}",
             ("levels[gpu].read_bytes_per_s.datasheet.source is 'x'",),
         ),
         ("accelerator: catalog", "accelerator: tpu", ("accelerator is 'tpu'",)),
@@ -359,7 +343,7 @@ def saved(tmp_path: Path, *changes: tuple[str, str]) -> Path:
         ("schema: 1", "schema: [1", ("must be a file of valid YAML", "line")),
         ("schema: 1", "schema: !!python/object:os.system 1", ("must be a file of valid YAML",)),
     ],
-)  # fmt: skip
+)
 def test_bad_profile_names_file_field_value_rule_and_remedy(tmp_path, old, new, parts):
     path = saved(tmp_path, (old, new))
     with pytest.raises(ProfileError) as caught:

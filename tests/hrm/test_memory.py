@@ -38,9 +38,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     hidden = spec.hidden_size
     expert = 3 * hidden * spec.intermediate_size
-    dense = (
-        hidden * heads + 2 * hidden * kv + heads * hidden + hidden * spec.num_experts + 2 * hidden
-    )
+    dense = hidden * heads + 2 * hidden * kv + heads * hidden + hidden * spec.num_experts + 2 * hidden
     on_gpu = on_host = largest = 0
     for resident in p.resident_experts:
         streamed = sum(expert for number in range(spec.num_experts) if number >= resident)
@@ -96,9 +94,12 @@ def test_the_workspace_holds_the_tensors_of_one_layer():
         needed = at_once + expert
         assert needed <= workspace_bytes(spec, tokens, "bfloat16") <= 1.3 * needed + 1024
     slim = Policy(
-        batch_size=4, micro_batch_size=4, resident_experts=(0,) * 4, kv_tokens_per_micro_batch=64,
+        batch_size=4,
+        micro_batch_size=4,
+        resident_experts=(0,) * 4,
+        kv_tokens_per_micro_batch=64,
         prefill_chunk_tokens=3,
-    )  # fmt: skip
+    )
     gpu, cpu = purposes(spec, slim)
     counts = 8 * spec.num_layers * spec.num_experts
     assert gpu["workspace"] == workspace_bytes(spec, 4, "bfloat16") + counts

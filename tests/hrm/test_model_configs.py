@@ -62,24 +62,40 @@ def test_transformers_builds_the_same_model(name):
 
 # Small models of every family, changed in what decides how many parameters there are.
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "vocab_size": 40,
-    "num_attention_heads": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "vocab_size": 40,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+}
 SMALL_GQA = {**SMALL, "num_key_value_heads": 2}
 SMALL_DEEPSEEK = {
-    **SMALL, "num_key_value_heads": 4, "moe_intermediate_size": 20, "n_routed_experts": 4,
-    "n_shared_experts": 2, "first_k_dense_replace": 1, "kv_lora_rank": 12, "q_lora_rank": 10,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
+    **SMALL,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_group": 1,
+    "topk_group": 1,
+}
 SMALL_QWEN = {**SMALL_GQA, "moe_intermediate_size": 20, "num_experts": 4}
 SMALL_QWEN2 = {**SMALL_QWEN, "shared_expert_intermediate_size": 28}
-SMALL_LLAMA4 = {
-    **SMALL_GQA, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 8,
-}  # fmt: skip
+SMALL_LLAMA4 = {**SMALL_GQA, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
 SMALL_GLM = {
-    **SMALL_GQA, "moe_intermediate_size": 20, "n_routed_experts": 4, "n_shared_experts": 2,
+    **SMALL_GQA,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
     "first_k_dense_replace": 2,
-}  # fmt: skip
+}
 SMALL_LOCAL = {**SMALL_GQA, "num_local_experts": 4}
 VARIANTS = [
     ("mixtral", SMALL_LOCAL, {}),
@@ -103,7 +119,7 @@ VARIANTS = [
     ("phimoe", SMALL_LOCAL, {"attention_bias": True, "lm_head_bias": True, "head_dim": 12}),
     ("olmoe", {**SMALL_GQA, "num_experts": 4}, {}),
     ("olmoe", {**SMALL_GQA, "num_experts": 4}, {"attention_bias": True}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("model_type", "sizes", "changes"), VARIANTS)
@@ -122,23 +138,24 @@ WINDOWED = [
     ("qwen3_moe", SMALL_QWEN, {"sliding_window": 8, "use_sliding_window": True}),
     ("qwen3_moe", SMALL_QWEN, {"sliding_window": 8}),
     ("qwen2_moe", SMALL_QWEN2, {"sliding_window": 8, "use_sliding_window": True}),
-    (
-        "qwen2_moe", SMALL_QWEN2,
-        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2},
-    ),
+    ("qwen2_moe", SMALL_QWEN2, {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}),
     ("qwen2_moe", SMALL_QWEN2, {"sliding_window": 8, "use_sliding_window": False}),
     ("gpt_oss", SMALL_LOCAL, {"sliding_window": 8, "head_dim": 8}),
     (
-        "gpt_oss", SMALL_LOCAL,
-        {"sliding_window": 8, "head_dim": 8, "layer_types": [
-            "full_attention", "full_attention", "sliding_attention", "full_attention"]},
+        "gpt_oss",
+        SMALL_LOCAL,
+        {
+            "sliding_window": 8,
+            "head_dim": 8,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
     ),
     ("llama4_text", SMALL_LLAMA4, {"head_dim": 8}),
     ("llama4_text", SMALL_LLAMA4, {"head_dim": 8, "no_rope_layers": [0, 1, 1, 0]}),
     ("llama4_text", SMALL_LLAMA4, {"head_dim": 8, "no_rope_layer_interval": 2}),
     ("olmoe", {**SMALL_GQA, "num_experts": 4}, {}),
     ("deepseek_v3", SMALL_DEEPSEEK, {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("model_type", "sizes", "changes"), WINDOWED)
@@ -155,9 +172,7 @@ def test_layers_reach_back_as_far_as_in_transformers(model_type, sizes, changes)
         attentions = model(tokens, output_attentions=True).attentions
     reached = [int((weights[0, 0, -1] > 0).sum()) for weights in attentions]
     spec = read(given)
-    assert reached == [
-        spec.context_in(spec.layer_kind(layer), 16) for layer in range(spec.num_layers)
-    ]
+    assert reached == [spec.context_in(spec.layer_kind(layer), 16) for layer in range(spec.num_layers)]
 
 
 # -- other spellings of the same --------------------------------------------------------------
@@ -205,9 +220,8 @@ def test_the_text_part_of_a_multimodal_model_is_read():
 
 @pytest.mark.parametrize(
     ("quantization", "shown"),
-    [(None, ""), ({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "quantised"),
-     ({"quant_method": "a\nb"}, "quantised")],
-)  # fmt: skip
+    [(None, ""), ({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "quantised"), ({"quant_method": "a\nb"}, "quantised")],
+)
 def test_how_weights_are_quantised_is_only_noted(quantization, shown):
     spec = read({**MIXTRAL, "quantization_config": quantization}, "mixtral-8x7b/config.json")
     assert spec.published_dtype == shown
@@ -232,10 +246,7 @@ REFUSED = [
     (changed("qwen3-30b-a3b", decoder_sparse_step=2), "decoder_sparse_step is 2: must be 1"),
     (changed("qwen3-30b-a3b", mlp_only_layers=[1]), r"mlp_only_layers is \[1\]: must leave"),
     (changed("qwen3-30b-a3b", mlp_only_layers=["0"]), r"mlp_only_layers is \['0'\]: must be"),
-    (
-        changed("qwen3-30b-a3b", mlp_only_layers=list(range(48))),
-        "num_dense_layers is 48: must be below num_layers 48",
-    ),
+    (changed("qwen3-30b-a3b", mlp_only_layers=list(range(48))), "num_dense_layers is 48: must be below num_layers 48"),
     (changed("qwen2-57b-a14b", shared_expert_intermediate_size=None), "shared_expert_intermediate"),
     (
         changed("qwen2-57b-a14b", layer_types=28 * ["sliding_attention"]),
@@ -262,7 +273,7 @@ REFUSED = [
     ({**MIXTRAL, "model_type": None}, "model_type is <missing>: " + KNOWN),
     ({**MIXTRAL, "model_type": "<\n>"}, r"model_type is < >: " + KNOWN),
     ({}, "model_type is <missing>: " + KNOWN),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("config", "message"), REFUSED)
@@ -294,9 +305,13 @@ def test_an_unknown_mixture_of_experts_is_told_what_its_config_lacks():
 
 # Keys that a family cannot do without, and wrong values for an integer.
 DECODER = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok", "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "vocab_size",
     "intermediate_size",
-)  # fmt: skip
+)
 LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 QWEN = (*DECODER[:-1], "moe_intermediate_size", "num_experts")
 DEEPSEEK = (*DECODER, *LATENT, "moe_intermediate_size", "n_routed_experts")
@@ -315,10 +330,7 @@ NEEDED = {
     "phi-3.5-moe": LOCAL,
     "olmoe-1b-7b": (*DECODER, "num_experts"),
 }
-NO_SIZES = [
-    None, "4096", "", 0, -1, 1.0, float("nan"), float("inf"), True, [4096], {"a": 1}, 10**9,
-    10**400,
-]  # fmt: skip
+NO_SIZES = [None, "4096", "", 0, -1, 1.0, float("nan"), float("inf"), True, [4096], {"a": 1}, 10**9, 10**400]
 
 
 @pytest.mark.parametrize("name", NEEDED)

@@ -64,9 +64,15 @@ def test_parameters_are_as_advertised():
 def test_parameters_are_those_of_the_tensors():
     spec = tiny_spec(num_layers=3, head_dim=24)
     shapes = 3 * [
-        (64, 4 * 24), (64, 2 * 24), (64, 2 * 24), (4 * 24, 64), (64, 4), (64,), (64,),
+        (64, 4 * 24),
+        (64, 2 * 24),
+        (64, 2 * 24),
+        (4 * 24, 64),
+        (64, 4),
+        (64,),
+        (64,),
         *4 * [(64, 96), (96, 64), (64, 96)],
-    ] + [(256, 64), (256, 64), (64,)]  # fmt: skip
+    ] + [(256, 64), (256, 64), (64,)]
     sizes = [rows[0] * (rows[1] if len(rows) > 1 else 1) for rows in shapes]
     assert spec.parameters == sum(sizes)
     assert spec.kv_bytes_per_token("float32") == 3 * 2 * (2 * 24) * 4
@@ -88,10 +94,13 @@ def test_the_whole_is_the_sum_of_its_layers(spec):
     outside = spec.parameters - in_layers // 2
     assert outside == spec.head_parameters + (not spec.tied_embeddings) * spec.embedding_parameters
     touched = sum(
-        count * (spec.dense_parameters_of(kind)
-                 + min(spec.num_experts_of(kind), spec.experts_per_token) * spec.expert_parameters)
+        count
+        * (
+            spec.dense_parameters_of(kind)
+            + min(spec.num_experts_of(kind), spec.experts_per_token) * spec.expert_parameters
+        )
         for kind, count in kinds.items()
-    )  # fmt: skip
+    )
     assert spec.active_parameters == touched + outside
     assert spec.layer_bytes("float16") == spec.layer_bytes_of(LayerKind(), "float16")
     assert spec.dense_parameters == spec.dense_parameters_of(LayerKind())
@@ -100,10 +109,17 @@ def test_the_whole_is_the_sum_of_its_layers(spec):
 def test_a_layer_counts_each_of_its_tensors_once():
     hidden, heads = 64, 4
     attention = [
-        (hidden, 20), (20,), (20, heads * 24),  # queries: down, norm, up
-        (hidden, 24 + 8), (24,), (24, heads * (16 + 12)),  # cache: down, norm; up
-        (heads * 12, hidden), (hidden,), (hidden,), (7,),
-    ]  # fmt: skip
+        (hidden, 20),
+        (20,),
+        (20, heads * 24),  # queries: down, norm, up
+        (hidden, 24 + 8),
+        (24,),
+        (24, heads * (16 + 12)),  # cache: down, norm; up
+        (heads * 12, hidden),
+        (hidden,),
+        (hidden,),
+        (7,),
+    ]
     dense_ffn = 3 * [(hidden, 80)]
     moe = [(hidden, 4), (5,), *3 * [(hidden, 40)]]
     expert = [*3 * [(hidden, 96)], (3,)]
@@ -190,10 +206,7 @@ IMPOSSIBLE = [
     ({"attention_windows": (0, 0, -1, 0)}, r"attention_windows\[2\] is -1"),
     ({"latent_attention": LATENT}, "head_dim is 16: must be nope_head_dim .*, 24"),
     ({"latent_attention": LATENT, "head_dim": 24}, "num_kv_heads is 2: must be num_heads 4"),
-    (
-        {"latent_attention": replace(LATENT, kv_rank=0)},
-        "latent_attention.kv_rank is 0: must be a positive",
-    ),
+    ({"latent_attention": replace(LATENT, kv_rank=0)}, "latent_attention.kv_rank is 0: must be a positive"),
     (
         {"latent_attention": replace(LATENT, query_rank=-1)},
         "latent_attention.query_rank is -1: must be an integer of at least 0",
@@ -209,10 +222,20 @@ def test_impossible_dimensions_are_refused(changes, message):
 
 
 OLD_MODEL = {
-    "name": "tiny", "family": "mixtral", "num_layers": 4, "hidden_size": 64,
-    "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_experts": 4,
-    "experts_per_token": 2, "vocab_size": 256, "tied_embeddings": False, "matrices_per_expert": 3,
-}  # fmt: skip
+    "name": "tiny",
+    "family": "mixtral",
+    "num_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "vocab_size": 256,
+    "tied_embeddings": False,
+    "matrices_per_expert": 3,
+}
 
 
 def as_read_from_a_policy_file(plain):

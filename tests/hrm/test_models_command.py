@@ -44,9 +44,24 @@ def test_the_list_has_a_row_for_every_model_and_fits_a_narrow_terminal(models):
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if line.startswith("glm"))
     assert row.split() == [
-        "glm-4.5-air", "106.9", "B", "13.4", "B", "46", "8", "of", "128", "+", "shared",
-        "4.68", "GB", "34.6", "MB", "188", "kB",
-    ]  # fmt: skip
+        "glm-4.5-air",
+        "106.9",
+        "B",
+        "13.4",
+        "B",
+        "46",
+        "8",
+        "of",
+        "128",
+        "+",
+        "shared",
+        "4.68",
+        "GB",
+        "34.6",
+        "MB",
+        "188",
+        "kB",
+    ]
 
 
 def test_a_model_is_shown_with_its_kinds_of_layers(models):
@@ -59,9 +74,7 @@ def test_every_model_fits_a_narrow_terminal(models, name):
 
 
 def test_windows_are_told_with_what_they_save(models):
-    assert "24.6 kB beyond the windows: 12 of 24 layers keep 128 tokens at most" in models(
-        "gpt-oss-20b"
-    )
+    assert "24.6 kB beyond the windows: 12 of 24 layers keep 128 tokens at most" in models("gpt-oss-20b")
     shown = models("llama-4-scout")
     assert "36 of 48 layers keep 8192 tokens at most" in shown
     assert "grouped-query: 40 query heads on 8 of 128" in shown

@@ -44,9 +44,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
         rng = Random(seed)
         case = random_case(rng)
         result = searched(case)
-        assert (result.outcome is Outcome.OPTIMAL) == (
-            result.best is not None and result.gap <= OPTIMAL_GAP
-        )
+        assert (result.outcome is Outcome.OPTIMAL) == (result.best is not None and result.gap <= OPTIMAL_GAP)
         best = None if result.best is None else result.best.policy
         for policy in random_policies(rng, case, best, count=5):
             assert result.best is not None, f"seed {seed}: {case}: {policy} fits"

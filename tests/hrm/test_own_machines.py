@@ -15,15 +15,7 @@ from hrm.catalog import find_file, list_files, profile_folder, spelled
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile, Source, check_figures
-from hrm.machines import (
-    compose,
-    load_gpu,
-    load_host,
-    load_profile,
-    one_part,
-    with_memory,
-    without_gpus,
-)
+from hrm.machines import compose, load_gpu, load_host, load_profile, one_part, with_memory, without_gpus
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
@@ -74,9 +66,7 @@ def test_what_hrm_profiles_prints_is_the_file_of_the_catalog(hrm):
 def test_a_gpu_and_a_host_written_by_a_shell_plan_as_those_of_the_catalog(tmp_path):
     def shell(line: str) -> str:
         command = line.replace("hrm", f"{sys.executable} -m hrm.cli")
-        done = subprocess.run(
-            command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done.stdout
 
@@ -113,8 +103,9 @@ def test_what_throughput_costs_in_gpus_is_asked_of_the_gpu_that_was_named(hrm, t
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine), encoding="utf-8")
 
     def front(gpus: str) -> list[float]:
-        code, out, err = hrm("search", "--model", "mixtral-8x7b", "--gpus", gpus, "--requests",
-                             "32", "--pareto", "gpus", "--json")  # fmt: skip
+        code, out, err = hrm(
+            "search", "--model", "mixtral-8x7b", "--gpus", gpus, "--requests", "32", "--pareto", "gpus", "--json"
+        )
         assert (code, err.strip()) == (0, "")
         return [row["tokens_per_s"] for row in json.loads(out)["rows"]]
 
@@ -140,10 +131,9 @@ def test_what_throughput_costs_in_gpus_is_asked_of_the_gpu_that_was_named(hrm, t
         (["--host", "a,b", "--gpus", "T4"], ("--host is 'a,b'",)),
         (["--gpus", "4090x"], ("--gpus is '4090x'", "did you mean RTX-4090?")),
     ],
-)  # fmt: skip
+)
 def test_the_wrong_file_is_told_from_the_right_one(hrm, tmp_path, args, parts):
-    for name, file in (("gpu", "gpus/T4"), ("host", "hosts/generic-server"),
-                       ("all", "machines/GB10")):  # fmt: skip
+    for name, file in (("gpu", "gpus/T4"), ("host", "hosts/generic-server"), ("all", "machines/GB10")):
         text = (profile_folder() / f"{file}.yaml").read_text(encoding="utf-8")
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     text = (tmp_path / "gpu.yaml").read_text(encoding="utf-8")
@@ -171,8 +161,9 @@ def test_a_saved_machine_may_be_compared_with_the_catalog(hrm):
     assert code == 0
     Path("saved.yaml").write_text(out, encoding="utf-8")
     assert load_profile("saved.yaml") == compose("2xT4")
-    code, out, err = hrm("search", "--model", "mixtral-8x7b", "--requests", "64",
-                         "--gpus", "saved.yaml,2xT4,GB10", "--json")  # fmt: skip
+    code, out, err = hrm(
+        "search", "--model", "mixtral-8x7b", "--requests", "64", "--gpus", "saved.yaml,2xT4,GB10", "--json"
+    )
     assert (code, err.strip()) == (0, "")
     rates = {row["machine"]: row["tokens_per_s"] for row in json.loads(out)["rows"]}
     assert set(rates) == {"2xT4 on gcp-n1-highmem-64", "GB10 (DGX Spark)"}
@@ -184,14 +175,25 @@ def test_a_saved_machine_may_be_compared_with_the_catalog(hrm):
 @pytest.mark.parametrize(
     ("typed", "known"),
     [
-        ("4090", "RTX-4090"), ("rtx4090", "RTX-4090"), ("NVIDIA GeForce RTX 4090", "RTX-4090"),
-        ("RTX 4060 Ti 16GB", "RTX-4060-Ti-16G"), ("a100_80GB", "A100-80G"), ("A6000", "RTX-A6000"),
-        ("Tesla V100 PCIe 16GB", "V100-PCIe-16G"), ("RTX PRO 6000", "RTX-PRO-6000"),
-        ("RTX PRO 6000 Blackwell", "RTX-PRO-6000"), ("H100 SXM", "H100"), ("3080 10GB", "RTX-3080"),
-        ("dgx spark", "GB10"), ("AMD Ryzen AI Max+ 395", "Strix-Halo"), ("Apple M4 Max", "M4-Max"),
-        ("strixhalo", "Strix-Halo"), ("gcp_n1_highmem_64", "gcp-n1-highmem-64"), ("a10g", "A10G"),
+        ("4090", "RTX-4090"),
+        ("rtx4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("RTX 4060 Ti 16GB", "RTX-4060-Ti-16G"),
+        ("a100_80GB", "A100-80G"),
+        ("A6000", "RTX-A6000"),
+        ("Tesla V100 PCIe 16GB", "V100-PCIe-16G"),
+        ("RTX PRO 6000", "RTX-PRO-6000"),
+        ("RTX PRO 6000 Blackwell", "RTX-PRO-6000"),
+        ("H100 SXM", "H100"),
+        ("3080 10GB", "RTX-3080"),
+        ("dgx spark", "GB10"),
+        ("AMD Ryzen AI Max+ 395", "Strix-Halo"),
+        ("Apple M4 Max", "M4-Max"),
+        ("strixhalo", "Strix-Halo"),
+        ("gcp_n1_highmem_64", "gcp-n1-highmem-64"),
+        ("a10g", "A10G"),
     ],
-)  # fmt: skip
+)
 def test_names_are_known_as_people_write_them(typed, known):
     assert find_file("--gpus", typed).stem == known
 
@@ -199,11 +201,15 @@ def test_names_are_known_as_people_write_them(typed, known):
 @pytest.mark.parametrize(
     ("typed", "guess"),
     [
-        ("4060 Ti", "RTX-4060-Ti-16G"), ("A100", "A100-40G or A100-80G or A100-PCIe-80G"),
-        ("RTX 5070", "RTX-5070-Ti"), ("M4", "M4-Max"), ("L40X", "L40"), ("gcp-n2", "gcp-n1"),
+        ("4060 Ti", "RTX-4060-Ti-16G"),
+        ("A100", "A100-40G or A100-80G or A100-PCIe-80G"),
+        ("RTX 5070", "RTX-5070-Ti"),
+        ("M4", "M4-Max"),
+        ("L40X", "L40"),
+        ("gcp-n2", "gcp-n1"),
         ("spark", "GB10"),
     ],
-)  # fmt: skip
+)
 def test_another_name_leads_to_the_nearest(typed, guess):
     with pytest.raises(ProfileError, match=f"did you mean .*{guess}"):
         find_file("--gpus", typed)
@@ -215,9 +221,13 @@ def test_no_two_names_of_the_catalog_are_spelled_alike():
 
 
 def test_hrm_profiles_finds_gpus_hosts_and_machines_by_name(hrm):
-    for name, words in (("RTX4090", "RTX-4090"), ("dgx spark", "unified memory of GPU and CPU"),
-                        ("GCP-N1-highmem-32", "takes up to"), ("4 x t4", "4 GPUs as one level"),
-                        ("wsl-workstation", "can be pinned")):  # fmt: skip
+    for name, words in (
+        ("RTX4090", "RTX-4090"),
+        ("dgx spark", "unified memory of GPU and CPU"),
+        ("GCP-N1-highmem-32", "takes up to"),
+        ("4 x t4", "4 GPUs as one level"),
+        ("wsl-workstation", "can be pinned"),
+    ):
         code, out, err = hrm("profiles", name, "--table")
         assert (code, err) == (0, "")
         assert words in out
@@ -291,8 +301,9 @@ def test_a_host_alone_is_a_machine_on_which_the_cpu_does_everything(hrm):
 
 
 def test_hosts_alone_are_compared(hrm):
-    code, out, _ = hrm("search", "--model", "mixtral-8x7b", "--requests", "64",
-                       "--host", "gcp-n1-highmem-64,generic-server", "--json")  # fmt: skip
+    code, out, _ = hrm(
+        "search", "--model", "mixtral-8x7b", "--requests", "64", "--host", "gcp-n1-highmem-64,generic-server", "--json"
+    )
     assert code == 0
     rows = json.loads(out)["rows"]
     assert [row["machine"] for row in rows] == ["generic-server", "gcp-n1-highmem-64"]
@@ -329,8 +340,7 @@ def test_plans_on_unified_memory_say_so(hrm):
     assert "everything is held once, in unified memory, and computed on the GPU" in out
     assert "CPU" not in out
     assert "\nunified " in out
-    code, out, _ = hrm("estimate", "--model", "qwen3-30b-a3b", "--gpus", "GB10", "-u", "8", "-n",
-                       "1", "--json")  # fmt: skip
+    code, out, _ = hrm("estimate", "--model", "qwen3-30b-a3b", "--gpus", "GB10", "-u", "8", "-n", "1", "--json")
     assert code == 0
     assert json.loads(out)["memory"].keys() == {"unified"}
 
@@ -338,9 +348,11 @@ def test_plans_on_unified_memory_say_so(hrm):
 def test_unified_memory_has_one_of_each_resource():
     profile = load_profile("GB10")
     assert resources(profile) == (
-        Resource.GPU_MEMORY, Resource.GPU_BANDWIDTH, Resource.GPU_FLOPS,
+        Resource.GPU_MEMORY,
+        Resource.GPU_BANDWIDTH,
+        Resource.GPU_FLOPS,
         Resource.GPU_LAUNCH_LATENCY,
-    )  # fmt: skip
+    )
     half = with_memory(profile, gpu_memory_bytes=64 * GB)
     assert half.host.capacity_bytes.value == 64 * GB
     with pytest.raises(ProfileError, match=r"--cpu-memory .* unified memory"):
@@ -418,8 +430,14 @@ def best_by_brute_force(seed: int) -> tuple[ModelSpec, HardwareProfile, Workload
     profile = pinning(small_machine(rng, spec), rng.uniform(0.2, 0.7) * weights)
     workload, best = replace(SHORT, gen_len=12, num_requests=4), 0.0
     for staging in (False, True):
-        space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16",
-                      schedule=ScheduleName.CGOPIPE, staging=staging)  # fmt: skip
+        space = Space(
+            spec=spec,
+            profile=profile,
+            workload=workload,
+            dtype="bfloat16",
+            schedule=ScheduleName.CGOPIPE,
+            staging=staging,
+        )
         for policy, totals in every_policy(space):
             for total in totals:
                 filled = replace(policy, resident_experts=spread_experts(spec, total))
@@ -442,9 +460,12 @@ def test_a_policy_that_pins_too_much_is_told_what_to_do():
     spec = tiny_spec()
     profile = pinning(machine(), 1000)
     policy = Policy(
-        batch_size=4, micro_batch_size=4, resident_experts=(0,) * 4,
-        kv_tokens_per_micro_batch=kv_tokens_for(4, 12, 12), prefill_chunk_tokens=8,
-    )  # fmt: skip
+        batch_size=4,
+        micro_batch_size=4,
+        resident_experts=(0,) * 4,
+        kv_tokens_per_micro_batch=kv_tokens_for(4, 12, 12),
+        prefill_chunk_tokens=8,
+    )
     plan = plan_memory(spec, policy, profile)
     assert not plan.fits
     assert plan.pinned is not None

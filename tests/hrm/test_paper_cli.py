@@ -79,14 +79,24 @@ def test_table_shows_each_run_with_its_error_limits_and_what_was_fitted(hrm):
     lines = out.splitlines()
     header = next(line for line in lines if "predicted  measured" in line)
     assert header.split() == [
-        "μ,", "N/μ", "predicted", "measured", "error", "prefill", "limited", "by", "step",
-        "limited", "by",
-    ]  # fmt: skip
+        "μ,",
+        "N/μ",
+        "predicted",
+        "measured",
+        "error",
+        "prefill",
+        "limited",
+        "by",
+        "step",
+        "limited",
+        "by",
+    ]
     for comparison in compared(TABLE_4):
         shown = next(
-            line for line in lines
+            line
+            for line in lines
             if f"{comparison.run.tokens_per_s:.4g} " in line and f"{comparison.error:+.1%}" in line
-        )  # fmt: skip
+        )
         assert shown.strip().startswith(comparison.run.system.value)
         assert comparison.predicted.limits.decode.cause.value in shown
     assert "order of the systems: as published in all 2 columns" in out
@@ -110,12 +120,19 @@ def test_json_has_the_promised_keys(hrm):
     assert len(found["cells"]) == 8
     cell = found["cells"][0]
     assert set(cell) >= {
-        "system", "setup", "machine", "workload", "micro_batch_size", "batch_size",
-        "predicted_tokens_per_s", "measured_tokens_per_s", "error", "prefill_limit", "decode_limit",
-    }  # fmt: skip
-    assert cell["error"] == pytest.approx(
-        cell["predicted_tokens_per_s"] / cell["measured_tokens_per_s"] - 1
-    )
+        "system",
+        "setup",
+        "machine",
+        "workload",
+        "micro_batch_size",
+        "batch_size",
+        "predicted_tokens_per_s",
+        "measured_tokens_per_s",
+        "error",
+        "prefill_limit",
+        "decode_limit",
+    }
+    assert cell["error"] == pytest.approx(cell["predicted_tokens_per_s"] / cell["measured_tokens_per_s"] - 1)
     assert set(found["systems"]["FlexGen"]) >= {"count", "mean_error", "worst_error"}
     assert found["order_as_published"] == {"reasoning on S2": True, "summarization on S2": True}
     assert set(found["fitted"]) == {"paper-s2"}

@@ -12,13 +12,7 @@ from hrm.estimate import estimate, with_batch_size
 from hrm.machines import compose, one_part
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
-from hrm.parallel import (
-    longest_stage,
-    part_of,
-    pipeline_obstacle,
-    stage_layers,
-    tensor_parallel_obstacle,
-)
+from hrm.parallel import longest_stage, part_of, pipeline_obstacle, stage_layers, tensor_parallel_obstacle
 from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search.exhaustive import search
@@ -50,9 +44,7 @@ def ring_all_reduce_s(num_gpus: int, num_bytes: float, latency_s: float, bytes_p
     turns = 0
     for first in (0, 1):  # reduce-scatter starts at a GPU's own chunk, all-gather at the next
         for turn in range(num_gpus - 1):
-            sent = {
-                gpu: (gpu + first - turn) % num_gpus for gpu in range(num_gpus)
-            }  # chunk that each GPU sends
+            sent = {gpu: (gpu + first - turn) % num_gpus for gpu in range(num_gpus)}  # chunk that each GPU sends
             before = [[set(chunk) for chunk in chunks] for chunks in complete]
             for gpu, chunk in sent.items():
                 complete[(gpu + 1) % num_gpus][chunk] |= before[gpu][chunk]
@@ -94,8 +86,7 @@ def test_slower_links_between_gpus_never_help():
         spec = replace(random_spec(rng), num_heads=4)
         policy = a_policy(rng, spec)
         rates = [
-            estimate(spec, policy, machine(num_gpus=2, peer=peer), WORKLOAD).tokens_per_s
-            for peer in (1e7, 1e9, 1e12)
+            estimate(spec, policy, machine(num_gpus=2, peer=peer), WORKLOAD).tokens_per_s for peer in (1e7, 1e9, 1e12)
         ]
         assert rates == sorted(rates), seed
         assert rates[0] < rates[-1], seed
@@ -110,9 +101,7 @@ def test_every_gpu_of_a_tensor_parallel_group_has_the_hidden_states():
     for purpose in ("resident_weights", "weight_slots"):
         assert plans[8][purpose] == plans[1][purpose]
     kept = replace(policy, attention=Device.GPU, gpu_kv_micro_batches=3)
-    caches = [
-        plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes["kv_cache"] for n in (1, 2, 8)
-    ]
+    caches = [plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes["kv_cache"] for n in (1, 2, 8)]
     assert caches[1] == caches[0]  # two heads on two GPUs
     assert caches[2] == 4 * caches[0]  # two heads on eight GPUs: each held by four
 
@@ -145,8 +134,12 @@ def test_a_pipeline_takes_as_long_as_its_events(stages, batches):
     policy = a_policy(Random(2), part, Parallelism.PIPELINE)
     workload = replace(WORKLOAD, gen_len=200, num_requests=batches * policy.batch_size)
     predicted = estimate(spec, policy, profile, workload)
-    alone = estimate(part, replace(policy, parallelism=Parallelism.TENSOR), its_machine,
-                     replace(workload, num_requests=policy.batch_size))  # fmt: skip
+    alone = estimate(
+        part,
+        replace(policy, parallelism=Parallelism.TENSOR),
+        its_machine,
+        replace(workload, num_requests=policy.batch_size),
+    )
     passes = workload.gen_len
     expected_s = pipeline_events_s(stages, batches, passes, alone.seconds / passes)
     # The first batch fills the pipeline while the last stages wait, in each round.
@@ -178,9 +171,7 @@ def test_the_longest_stage_has_the_most_layers_and_all_experts():
 # Built-in models, and what they have not: windows of several widths, many dense first layers.
 DIVIDED = {
     **BUILT_IN_MODELS,
-    "windows": replace(
-        tiny_spec(num_layers=11), attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)
-    ),
+    "windows": replace(tiny_spec(num_layers=11), attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)),
     "dense": tiny_spec(num_layers=9, num_dense_layers=4, dense_intermediate_size=700),
 }
 
@@ -189,9 +180,7 @@ def stage_of(spec: ModelSpec, layers: range) -> ModelSpec:
     """One stage by itself, its dense first layers among its own; embedding and LM head included."""
     dense = sum(layer < spec.num_dense_layers for layer in layers)
     windows = [spec.attention_windows[layer] for layer in layers if spec.attention_windows]
-    return replace(
-        spec, num_layers=len(layers), num_dense_layers=dense, attention_windows=tuple(windows)
-    )
+    return replace(spec, num_layers=len(layers), num_dense_layers=dense, attention_windows=tuple(windows))
 
 
 def divisions() -> list[tuple[str, int]]:
@@ -225,8 +214,7 @@ def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planne
             own = replace(
                 policy,
                 resident_experts=tuple(
-                    min(count, stage.num_experts_of(stage.layer_kind(layer)))
-                    for count, layer in counts
+                    min(count, stage.num_experts_of(stage.layer_kind(layer))) for count, layer in counts
                 ),
             )
             assert 0 <= own.weight_share_on_gpu(stage) <= 1
@@ -256,9 +244,7 @@ def random_stage_policy(rng: Random, spec: ModelSpec) -> Policy:
     )
 
 
-@pytest.mark.parametrize(
-    ("model", "gpus"), [("deepseek-v2-lite", "2xRTX-3090"), ("glm-4.5-air", "2xA100-80G")]
-)
+@pytest.mark.parametrize(("model", "gpus"), [("deepseek-v2-lite", "2xRTX-3090"), ("glm-4.5-air", "2xA100-80G")])
 def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
     spec, profile = BUILT_IN_MODELS[model], compose(gpus)
     workload = replace(WORKLOAD, num_requests=300)
@@ -289,13 +275,15 @@ def test_few_requests_of_a_pipeline_wait_for_batches_of_their_own_size():
     """Nobody waits for a full batch where there is none: here all batches are of 10 requests."""
     spec, profile = tiny_spec(num_layers=8), machine(num_gpus=4)
     part, _ = part_of(spec, profile, Parallelism.PIPELINE)
-    large = replace(a_policy(Random(4), part, Parallelism.PIPELINE), batch_size=3000,
-                    micro_batch_size=1000, kv_tokens_per_micro_batch=160000)  # fmt: skip
+    large = replace(
+        a_policy(Random(4), part, Parallelism.PIPELINE),
+        batch_size=3000,
+        micro_batch_size=1000,
+        kv_tokens_per_micro_batch=160000,
+    )
     small = with_batch_size(large, 10)
     job = replace(WORKLOAD, num_requests=10)
-    assert estimate(spec, large, profile, job).seconds == pytest.approx(
-        estimate(spec, small, profile, job).seconds
-    )
+    assert estimate(spec, large, profile, job).seconds == pytest.approx(estimate(spec, small, profile, job).seconds)
     # Beside a full batch, the few take as long as it.
     more = estimate(spec, large, profile, replace(WORKLOAD, num_requests=3010))
     full = estimate(spec, large, profile, replace(WORKLOAD, num_requests=3000))
@@ -330,9 +318,7 @@ def search_machine(num_gpus: int, **changes: float):
 
 def test_a_search_takes_the_better_way_and_names_both():
     """Weights that fit are better in a pipeline if peers are slow; else links are better shared."""
-    small, large = (
-        tiny_spec(num_layers=16, hidden_size=256, intermediate_size=inner) for inner in (256, 1536)
-    )
+    small, large = (tiny_spec(num_layers=16, hidden_size=256, intermediate_size=inner) for inner in (256, 1536))
     chosen = {}
     for name, spec, peer in (("fits", small, 1e6), ("streams", large, 1e12)):
         profile = search_machine(2, peer=peer, link=1e9, cpu_flops=1e9)
@@ -354,8 +340,7 @@ def test_what_cannot_be_divided_is_not_searched():
     assert (tensor.best, pipeline.obstacle) == (None, "")
     assert "3 heads cannot be divided by 2" in tensor.obstacle
     assert result.require().policy.parallelism is Parallelism.PIPELINE
-    neither = search(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2),
-                     WORKLOAD)  # fmt: skip
+    neither = search(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2), WORKLOAD)
     assert neither.best is None
     assert all(way.obstacle for way in neither.ways)
     with pytest.raises(PolicyError, match="3 heads cannot be divided by 2"):

@@ -16,18 +16,31 @@ SMALL = ["--requests", "64", "--prompt-len", "64", "--gen-len", "16"]
 def test_roofline_takes_options_more_than_once(hrm, tmp_path, ending):
     path = tmp_path / f"roof{ending}"
     code, out, err = hrm(
-        "plot", "roofline", *T4, "--dtype", "auto", "--dtype", "float32", "--context", 512,
-        "--context", 2048, "--batch-size", 64, "--batch-size", 1024, "--out", path,
-    )  # fmt: skip
+        "plot",
+        "roofline",
+        *T4,
+        "--dtype",
+        "auto",
+        "--dtype",
+        "float32",
+        "--context",
+        512,
+        "--context",
+        2048,
+        "--batch-size",
+        64,
+        "--batch-size",
+        1024,
+        "--out",
+        path,
+    )
     assert (code, out, err) == (0, f"written to {path}\n", "")
     assert path.read_bytes().startswith(MAGIC[ending])
 
 
 def test_roofline_of_a_measured_profile(hrm, tmp_path):
     save_profile(tmp_path / "machine.yaml", machine())
-    code, _, err = hrm(
-        "plot", "roofline", "--profile", tmp_path / "machine.yaml", "-o", tmp_path / "a.svg"
-    )
+    code, _, err = hrm("plot", "roofline", "--profile", tmp_path / "machine.yaml", "-o", tmp_path / "a.svg")
     assert (code, err) == (0, "")
     assert (tmp_path / "a.svg").stat().st_size > 10_000
 
@@ -36,9 +49,25 @@ def test_roofline_of_a_measured_profile(hrm, tmp_path):
 def test_timeline_compares_schedules(hrm, tmp_path, phase):
     path = tmp_path / "lanes.png"
     code, out, err = hrm(
-        "plot", "timeline", *T4, *SMALL, "--schedule", "cgopipe", "--schedule", "flexgen",
-        "--phase", phase, "--from-layer", 1, "--layers", 2, "--steps", 1, "--out", path,
-    )  # fmt: skip
+        "plot",
+        "timeline",
+        *T4,
+        *SMALL,
+        "--schedule",
+        "cgopipe",
+        "--schedule",
+        "flexgen",
+        "--phase",
+        phase,
+        "--from-layer",
+        1,
+        "--layers",
+        2,
+        "--steps",
+        1,
+        "--out",
+        path,
+    )
     assert (code, out, err) == (0, f"written to {path}\n", "")
     assert path.read_bytes().startswith(MAGIC[".png"])
 
@@ -46,10 +75,27 @@ def test_timeline_compares_schedules(hrm, tmp_path, phase):
 def test_sweep_draws_prints_and_writes_the_same_points(hrm, tmp_path):
     path, table = tmp_path / "sweep.png", tmp_path / "sweep.csv"
     code, out, _ = hrm(
-        "plot", "sweep", *T4, *SMALL, "--vary", "cpu-memory", "--from", "64GB", "--to", "256GB",
-        "--points", 3, "--schedule", "cgopipe", "--schedule", "deepspeed", "--csv", table,
-        "--out", path,
-    )  # fmt: skip
+        "plot",
+        "sweep",
+        *T4,
+        *SMALL,
+        "--vary",
+        "cpu-memory",
+        "--from",
+        "64GB",
+        "--to",
+        "256GB",
+        "--points",
+        3,
+        "--schedule",
+        "cgopipe",
+        "--schedule",
+        "deepspeed",
+        "--csv",
+        table,
+        "--out",
+        path,
+    )
     assert code == 0
     assert path.read_bytes().startswith(MAGIC[".png"])
     with table.open(encoding="utf-8") as lines:
@@ -72,9 +118,23 @@ def test_ctrl_c_ends_a_sweep_with_130_and_leaves_no_file(hrm, tmp_path, monkeypa
 
     monkeypatch.setattr("hrm.search.exhaustive.search", interrupted)
     code, out, err = hrm(
-        "plot", "sweep", *T4, *SMALL, "--vary", "gen-len", "--from", 8, "--to", 16, "--points", 2,
-        "--csv", tmp_path / "a.csv", "--out", tmp_path / "a.png",
-    )  # fmt: skip
+        "plot",
+        "sweep",
+        *T4,
+        *SMALL,
+        "--vary",
+        "gen-len",
+        "--from",
+        8,
+        "--to",
+        16,
+        "--points",
+        2,
+        "--csv",
+        tmp_path / "a.csv",
+        "--out",
+        tmp_path / "a.png",
+    )
     assert (code, out) == (130, "")
     assert err.endswith("interrupted\n")
     assert "Traceback" not in err
@@ -97,10 +157,9 @@ SWEEP = ["sweep", *T4, "--out", "a.png"]
         ([*SWEEP, "--vary", "colour", "--from", "1", "--to", "2"], "--vary is 'colour'"),
         ([*SWEEP, "--vary", "cpu-memory", "--from", "2GB", "--to", "1GB"], "greater one"),
         ([*SWEEP, "--vary", "gpu-flops", "--from", "2GB", "--to", "1GB"], "--from is '2GB'"),
-        ([*SWEEP, "--vary", "peer-bandwidth", "--from", "1GB/s", "--to", "2GB/s"],
-         "has no link between GPUs"),
+        ([*SWEEP, "--vary", "peer-bandwidth", "--from", "1GB/s", "--to", "2GB/s"], "has no link between GPUs"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_in_one_line_before_any_work(hrm, tmp_path, monkeypatch, args, told):
     monkeypatch.chdir(tmp_path)
     code, out, err = hrm("plot", *args)

@@ -81,8 +81,7 @@ def test_the_front_is_what_no_other_point_dominates():
         # Few values, so that many are equal in one or both.
         points = [(rng.randint(1, 6), rng.randint(1, 6)) for _ in range(rng.randint(1, 25))]
         expected = [
-            not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points)
-            for cost, gain in points
+            not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points) for cost, gain in points
         ]
         costs, gains = zip(*points, strict=True)
         assert list(on_front(costs, gains)) == expected, points
@@ -148,10 +147,7 @@ def region_at(axes, x: float, y: float) -> list[str]:
 
 def test_every_cell_of_a_map_is_covered_by_its_region_and_no_other():
     frame = grid()
-    picture = plot_map(
-        frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind",
-        value="weight_share_on_gpu",
-    )  # fmt: skip
+    picture = plot_map(frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind", value="weight_share_on_gpu")
     axes = picture.axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
     for _, row in frame.iterrows():
@@ -162,10 +158,13 @@ def test_every_cell_of_a_map_is_covered_by_its_region_and_no_other():
 def test_outlines_run_between_cells_of_different_regions_only():
     frame = grid()
     axes = plot_map(frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind").axes[0]
-    kinds = frame.pivot_table(
-        index="times_cpu", columns="h2d_bandwidth_bytes_per_s", values="kind", aggfunc="first",
-        dropna=False,
-    ).fillna("-").to_numpy()  # fmt: skip
+    kinds = (
+        frame.pivot_table(
+            index="times_cpu", columns="h2d_bandwidth_bytes_per_s", values="kind", aggfunc="first", dropna=False
+        )
+        .fillna("-")
+        .to_numpy()
+    )
     borders = (kinds[1:] != kinds[:-1]).sum() + (kinds[:, 1:] != kinds[:, :-1]).sum()
     (outline,) = (c for c in axes.collections if isinstance(c, LineCollection))
     segments = outline.get_segments()
@@ -181,11 +180,10 @@ def test_outlines_run_between_cells_of_different_regions_only():
 def test_names_of_regions_lie_inside_them():
     picture = plot_map(grid(40, 30), x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind")
     axes = picture.axes[0]
-    names = {text.get_text().replace("\n", " "): text for text in texts(picture)
-             if text.axes is axes and text in axes.texts}  # fmt: skip
-    assert set(names) == {
-        "attention on the CPU, experts on the GPU", "all on the GPU", "no policy fits"
-    }  # fmt: skip
+    names = {
+        text.get_text().replace("\n", " "): text for text in texts(picture) if text.axes is axes and text in axes.texts
+    }
+    assert set(names) == {"attention on the CPU, experts on the GPU", "all on the GPU", "no policy fits"}
     for name, text in names.items():
         box = text.get_window_extent().transformed(axes.transData.inverted())
         for x, y in product(np.linspace(box.x0, box.x1, 9), np.linspace(box.y0, box.y1, 3)):
@@ -204,13 +202,8 @@ def test_regions_differ_without_their_colour_and_a_hole_in_the_grid_is_refused()
 
 def test_many_regions_with_long_names_leave_the_legend_on_the_paper():
     frame = grid()
-    frame["kind"] = [
-        f"experts on the CPU, part {i % 6} of attention on the CPU" for i in range(108)
-    ]
-    picture = plot_map(
-        frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind",
-        value="weight_share_on_gpu",
-    )  # fmt: skip
+    frame["kind"] = [f"experts on the CPU, part {i % 6} of attention on the CPU" for i in range(108)]
+    picture = plot_map(frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind", value="weight_share_on_gpu")
     assert_texts_apart(picture)
     assert set(frame.kind) <= {text.replace("\n", " ") for text in words(picture)}
 
@@ -230,8 +223,11 @@ def test_what_ifs_are_bars_of_percent_with_the_greatest_on_top():
     picture = plot_what_if(frame, title="what if")
     (axes,) = picture.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "h2d-bandwidth", "gpu-memory", "cpu-flops", "cpu-memory",
-    ]  # fmt: skip
+        "h2d-bandwidth",
+        "gpu-memory",
+        "cpu-flops",
+        "cpu-memory",
+    ]
     best, kept = axes.containers
     assert [bar.get_width() for bar in best] == pytest.approx([8.2, 3.1, -0.4, 0])
     assert [bar.get_width() for bar in kept] == pytest.approx([6, 0, 0, 0])
@@ -270,14 +266,20 @@ PICTURES = {
         swept() if frame is None else frame, path, x="cpu_memory_bytes", group="schedule"
     ),
     "map": lambda path=None, frame=None: plot_map(
-        grid() if frame is None else frame, path, x="h2d_bandwidth_bytes_per_s", y="times_cpu",
-        region="kind", value="weight_share_on_gpu",
+        grid() if frame is None else frame,
+        path,
+        x="h2d_bandwidth_bytes_per_s",
+        y="times_cpu",
+        region="kind",
+        value="weight_share_on_gpu",
     ),
     "what if": lambda path=None, frame=None: plot_what_if(
         pd.DataFrame({"resource": ["gpu-memory", "cpu-flops"], "factor": 1.1, "change": [0.3, 0]})
-        if frame is None else frame, path,
+        if frame is None
+        else frame,
+        path,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -343,14 +345,15 @@ def test_boxes_overlap_where_a_fine_raster_of_points_says_so():
         one, other = (
             quad((0.0, -1.0), (float(w), float(h)), Spot(*map(float, at), rotation=float(turn)))
             for w, h, at, turn in zip(
-                rng.uniform(2, 8, 2), rng.uniform(1, 3, 2), rng.uniform(0, 9, (2, 2)),
-                rng.uniform(-90, 90, 2), strict=True,
+                rng.uniform(2, 8, 2),
+                rng.uniform(1, 3, 2),
+                rng.uniform(0, 9, (2, 2)),
+                rng.uniform(-90, 90, 2),
+                strict=True,
             )
-        )  # fmt: skip
+        )
         steps = np.linspace(0.01, 0.99, 25)
-        inside = [
-            one[0] + u * (one[1] - one[0]) + v * (one[3] - one[0]) for u in steps for v in steps
-        ]
+        inside = [one[0] + u * (one[1] - one[0]) + v * (one[3] - one[0]) for u in steps for v in steps]
         across, up = other[1] - other[0], other[3] - other[0]
         relative = (np.array(inside) - other[0]) @ np.linalg.inv(np.array([across, up]))
         touching = bool(((relative > 0) & (relative < 1)).all(axis=1).any())

@@ -18,10 +18,7 @@ MIXTRAL, DBRX = BUILT_IN_MODELS["mixtral-8x7b"], BUILT_IN_MODELS["dbrx"]
 def everything() -> HardwareProfile:
     """A measured machine with caches, a pageable link and a disk."""
     t4 = compose("1xT4")
-    caches = {
-        "gpu": (("L2", 1.2e12),),
-        "cpu": (("L1", 3e12), ("L2", 1.5e12), ("L3", 4e11)),
-    }  # fmt: skip
+    caches = {"gpu": (("L2", 1.2e12),), "cpu": (("L1", 3e12), ("L2", 1.5e12), ("L3", 4e11))}
     levels = tuple(
         replace(
             level,
@@ -60,7 +57,7 @@ def same_processor() -> HardwareProfile:
         (everything(), {"spec": MIXTRAL, "dtypes": ["float16"]}),
     ],
     ids=["T4", "4xT4", "H100", "H100 Mixtral", "host", "emulated", "full", "full Mixtral"],
-)  # fmt: skip
+)
 def test_no_two_texts_touch(profile, options):
     assert_texts_apart(plot_roofline(profile, **options))
 
@@ -68,18 +65,18 @@ def test_no_two_texts_touch(profile, options):
 def test_roofs_have_the_slopes_and_heights_of_their_figures():
     (axes,) = plot_roofline(compose("1xT4"), dtypes=["float16", "float32"]).axes
     known = {
-        "slope GPU memory achieved": 272e9, "slope GPU memory datasheet": 320e9,
-        "slope H2D pinned achieved": 12e9, "slope H2D pinned ceiling": 13.8405e9,
+        "slope GPU memory achieved": 272e9,
+        "slope GPU memory datasheet": 320e9,
+        "slope H2D pinned achieved": 12e9,
+        "slope H2D pinned ceiling": 13.8405e9,
         "slope H2D pinned datasheet": 15.75e9,
-    }  # fmt: skip
+    }
     for name, bandwidth in known.items():
         (line,) = named(axes, name)
         xs, ys = line.get_data()
         assert ys / xs == pytest.approx([bandwidth] * 2)
         assert ys[1] == pytest.approx(65e12 if name.endswith("datasheet") else 21.2e12)
-    for name, flops in (
-        ("float16 achieved", 21.2e12), ("float16 datasheet", 65e12), ("float32 achieved", 5.67e12)
-    ):  # fmt: skip
+    for name, flops in (("float16 achieved", 21.2e12), ("float16 datasheet", 65e12), ("float32 achieved", 5.67e12)):
         (line,) = named(axes, f"compute GPU {name}")
         assert list(line.get_ydata()) == pytest.approx([flops] * 2)
         assert line.get_xdata()[1] >= axes.get_xlim()[1]
@@ -92,14 +89,10 @@ def test_how_a_figure_is_known_is_told_by_its_line_and_the_planned_one_is_thick(
         named(axes, f"slope H2D pinned {kind}")[0] for kind in ("achieved", "ceiling", "datasheet")
     )
     assert [line.get_linestyle() for line in (achieved, ceiling, datasheet)] == ["-", "--", ":"]
-    assert (
-        achieved.get_linewidth() > 1.5 * ceiling.get_linewidth() == 1.5 * datasheet.get_linewidth()
-    )
+    assert achieved.get_linewidth() > 1.5 * ceiling.get_linewidth() == 1.5 * datasheet.get_linewidth()
     only_ceiling = replace(
-        machine(), levels=(
-            replace(machine().top, read_bytes_per_s=Rate(ceiling=figure(3e11))), machine().host,
-        ),
-    )  # fmt: skip
+        machine(), levels=(replace(machine().top, read_bytes_per_s=Rate(ceiling=figure(3e11))), machine().host)
+    )
     (axes,) = plot_roofline(only_ceiling).axes
     (line,) = named(axes, "slope GPU memory")
     assert line.get_linestyle() == "--"
@@ -108,9 +101,7 @@ def test_how_a_figure_is_known_is_told_by_its_line_and_the_planned_one_is_thick(
 
 def test_operators_stand_at_their_intensities():
     """Mixtral: 4 query heads share a KV head; an expert sees a quarter of a batch."""
-    picture = plot_roofline(
-        compose("1xT4"), spec=MIXTRAL, dtypes=["float16", "float32"], batch_sizes=[1, 4096]
-    )
+    picture = plot_roofline(compose("1xT4"), spec=MIXTRAL, dtypes=["float16", "float32"], batch_sizes=[1, 4096])
     attention, ffn = picture.axes
     for dtype, size in (("float16", 2), ("float32", 4)):
         (line,) = named(attention, f"mark {dtype}")
@@ -155,16 +146,18 @@ def test_decode_attention_is_drawn_under_its_kernels_rate_of_reading():
     (memory,) = named(attention, "slope CPU attention ceiling")
     (read,) = named(ffn, "slope CPU memory achieved")
     for line, bandwidth in (
-        (kernel, host.host.attention_bytes_per_s), (memory, host.host.read_bytes_per_s.at()),
+        (kernel, host.host.attention_bytes_per_s),
+        (memory, host.host.read_bytes_per_s.at()),
         (read, host.host.read_bytes_per_s.at()),
-    ):  # fmt: skip
+    ):
         assert line.get_ydata()[0] / line.get_xdata()[0] == pytest.approx(bandwidth)
 
 
 def test_contexts_that_matter_are_told_and_others_are_not():
-    assert any("context 512 or 2048" in text for text in words(
-        plot_roofline(compose("1xT4"), spec=MIXTRAL, dtypes=["float16"], contexts=[2048, 512])
-    ))  # fmt: skip
+    assert any(
+        "context 512 or 2048" in text
+        for text in words(plot_roofline(compose("1xT4"), spec=MIXTRAL, dtypes=["float16"], contexts=[2048, 512]))
+    )
 
 
 def test_a_machine_without_a_gpu_shows_micro_batches_under_its_own_roof():
@@ -189,20 +182,10 @@ def test_curves_that_are_only_assumed_are_not_shown():
 
 def test_caches_disk_and_pageable_links_are_roofs_too():
     (axes,) = plot_roofline(everything(), dtypes=["float16"]).axes
-    for name in (
-        "CPU L1",
-        "CPU L2",
-        "CPU L3",
-        "GPU L2",
-        "H2D pageable",
-        "staging to pinned",
-        "disk",
-    ):
+    for name in ("CPU L1", "CPU L2", "CPU L3", "GPU L2", "H2D pageable", "staging to pinned", "disk"):
         assert named(axes, f"slope {name} "), name
     lines = {name: named(axes, f"slope {name}")[0] for name in ("CPU L1", "GPU memory")}
-    assert style.luminance(lines["CPU L1"].get_color()) > 2 * style.luminance(
-        lines["GPU memory"].get_color()
-    )
+    assert style.luminance(lines["CPU L1"].get_color()) > 2 * style.luminance(lines["GPU memory"].get_color())
 
 
 @pytest.mark.parametrize("ending", MAGIC)

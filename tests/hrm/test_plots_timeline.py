@@ -25,14 +25,7 @@ from hrm.simulate import simulate
 from hrm.tasks import Device, Lane, Phase, TaskId, TaskKind
 from hrm.trace import Span, Trace, write_chrome_trace
 from hrm.units import GB
-from hrm.validate import (
-    RUN_SCHEMA,
-    AcceleratorRecord,
-    BatchRecord,
-    RunRecord,
-    TotalsRecord,
-    WorkloadRecord,
-)
+from hrm.validate import RUN_SCHEMA, AcceleratorRecord, BatchRecord, RunRecord, TotalsRecord, WorkloadRecord
 from hrm.workload import Workload
 from tests.hrm.pictures import MAGIC, assert_texts_apart, lightness, named, texts, words
 from tests.hrm.support import machine, random_pipeline, tiny_spec
@@ -144,10 +137,7 @@ def test_traces_stand_under_one_another_on_one_axis_with_the_same_lanes_and_look
         for one, other in zip(sorted(bars(third)[name]), sorted(ends), strict=True):
             assert one == pytest.approx(other), "each begins at 0"
     looks = [
-        {
-            c.get_gid(): (np.asarray(c.get_facecolor()).tolist(), c.get_hatch())
-            for c in axes.collections
-        }
+        {c.get_gid(): (np.asarray(c.get_facecolor()).tolist(), c.get_hatch()) for c in axes.collections}
         for axes in (upper, lower)
     ]
     for name in looks[0].keys() & looks[1].keys():
@@ -220,9 +210,13 @@ def test_windows_of_layers_side_by_side_hold_all_the_work_between_them():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"last": 9}, "within the 4 layers"), ({"first": 4}, "within the 4 layers"),
-     ({"first": 2, "last": 1}, "must reach layer 2"), ({"step": 5, "last": 0}, "the 0 layers")],
-)  # fmt: skip
+    [
+        ({"last": 9}, "within the 4 layers"),
+        ({"first": 4}, "within the 4 layers"),
+        ({"first": 2, "last": 1}, "must reach layer 2"),
+        ({"step": 5, "last": 0}, "the 0 layers"),
+    ],
+)
 def test_layers_that_are_not_there_are_refused(options, told):
     with pytest.raises(TraceError, match=told):
         window(decode(), **options)
@@ -245,14 +239,16 @@ def test_files_of_every_format(ending, tmp_path):
 
 
 def plan(gpu_bytes: float = 1 * GB, **changes) -> PolicyFile:
-    profile = replace(
-        machine(gpu_bytes=gpu_bytes, gpu_flops=1e9, gpu_read=1e9, link=1e7), accelerator="emulated"
-    )
+    profile = replace(machine(gpu_bytes=gpu_bytes, gpu_flops=1e9, gpu_read=1e9, link=1e7), accelerator="emulated")
     return PolicyFile(
-        policy=policy(**changes), memory_budget_bytes={"gpu": int(gpu_bytes), "cpu": 10**9},
-        model=SPEC, workload=WORKLOAD, profile=profile, profile_hash=profile_hash(profile),
+        policy=policy(**changes),
+        memory_budget_bytes={"gpu": int(gpu_bytes), "cpu": 10**9},
+        model=SPEC,
+        workload=WORKLOAD,
+        profile=profile,
+        profile_hash=profile_hash(profile),
         predicted={},
-    )  # fmt: skip
+    )
 
 
 def test_schedules_are_compared_on_one_policy_with_attention_where_each_has_it():
@@ -261,9 +257,7 @@ def test_schedules_are_compared_on_one_policy_with_attention_where_each_has_it()
     assert "tiny on test machine: 4 micro-batches of 16" in title
     assert [name.partition(",")[0] for name in traces] == list(names)
     on_cpu = {
-        name.partition(",")[0]: any(
-            s.id.kind is TaskKind.ATTENTION and s.lane is Lane.CPU for s in trace.spans
-        )
+        name.partition(",")[0]: any(s.id.kind is TaskKind.ATTENTION and s.lane is Lane.CPU for s in trace.spans)
         for name, trace in traces.items()
     }
     assert on_cpu == {"cgopipe": True, "flexgen": False, "flexgen-c": True}
@@ -305,28 +299,25 @@ def run(tmp_path) -> Path:
     costs = Costs(SPEC, plain.profile, "bfloat16")
     spans: list[Span] = []
     start_s = 3.0
-    for work in (
-        prefill_work(costs, plain.policy, WORKLOAD),
-        decode_work(costs, plain.policy, 33, num_steps=4),
-    ):
+    for work in (prefill_work(costs, plain.policy, WORKLOAD), decode_work(costs, plain.policy, 33, num_steps=4)):
         trace = simulate_work(work)
-        spans += [
-            s._replace(start_s=start_s + 2 * s.start_s, end_s=start_s + 2 * s.end_s)
-            for s in trace.spans
-        ]
+        spans += [s._replace(start_s=start_s + 2 * s.start_s, end_s=start_s + 2 * s.end_s) for s in trace.spans]
         start_s = max(span.end_s for span in spans)
     write_chrome_trace(tmp_path / "trace.json", measured=Trace(tuple(spans)))
     record = RunRecord(
-        schema=RUN_SCHEMA, outcome="completed", schedule="cgopipe",
+        schema=RUN_SCHEMA,
+        outcome="completed",
+        schedule="cgopipe",
         accelerator=AcceleratorRecord(name="emulated", description="emulated on the CPU"),
         totals=TotalsRecord(
-            requests=64, prompt_tokens=2048, generated_tokens=320, prefill_s=1, decode_s=1,
-            tokens_per_s=160,
+            requests=64, prompt_tokens=2048, generated_tokens=320, prefill_s=1, decode_s=1, tokens_per_s=160
         ),
         workload=WorkloadRecord(prompt_len=32, max_prompt_len=64, gen_len=5, max_gen_len=5),
-        phases={}, memory={}, batches=[BatchRecord(requests=64, decode_steps=4)],
+        phases={},
+        memory={},
+        batches=[BatchRecord(requests=64, decode_steps=4)],
         policy_file=plain,
-    )  # fmt: skip
+    )
     (tmp_path / "run.json").write_bytes(msgspec.json.encode(record))
     return tmp_path
 

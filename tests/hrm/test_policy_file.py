@@ -42,9 +42,13 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 A_POLICY = Policy(
-    batch_size=40, micro_batch_size=10, resident_experts=(1, 2, 1, 2), gpu_kv_micro_batches=1,
-    kv_tokens_per_micro_batch=256, prefill_chunk_tokens=64,
-)  # fmt: skip
+    batch_size=40,
+    micro_batch_size=10,
+    resident_experts=(1, 2, 1, 2),
+    gpu_kv_micro_batches=1,
+    kv_tokens_per_micro_batch=256,
+    prefill_chunk_tokens=64,
+)
 SPEC, MACHINE = tiny_spec(), machine(gpu_bytes=1e8, cpu_bytes=1e9)
 PREDICTED = estimate(SPEC, A_POLICY, MACHINE, WORKLOAD)
 
@@ -135,10 +139,12 @@ def test_what_is_no_policy_file_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("where", "close"),
     [
-        (("micro_batch_siz",), None), (("policy", "micro_batch_siz"), "micro_batch_size"),
-        (("model", "head_dims"), "head_dim"), (("profile", "links", 0, "latencys"), "latency_s"),
+        (("micro_batch_siz",), None),
+        (("policy", "micro_batch_siz"), "micro_batch_size"),
+        (("model", "head_dims"), "head_dim"),
+        (("profile", "links", 0, "latencys"), "latency_s"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_there_is_not_is_named(tmp_path, where, close):
     path = tmp_path / "policy.json"
     save_policy_file(path, policy_file_of(PREDICTED, SPEC, MACHINE, WORKLOAD))

@@ -7,16 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hrm.hardware import (
-    Cache,
-    Contention,
-    Disk,
-    Figure,
-    HardwareProfile,
-    MemoryLevel,
-    Rate,
-    Source,
-)
+from hrm.hardware import Cache, Contention, Disk, Figure, HardwareProfile, MemoryLevel, Rate, Source
 from hrm.machines import compose, save_profile
 from hrm.profile_diff import FigureDiff, Verdict, diff_profiles, figures_of
 from tests.hrm.profiling.fakes import figures_of as figures_found_otherwise
@@ -121,9 +112,7 @@ def test_verdicts_are_those_of_either_order(first, second):
 def test_what_would_be_told_is_told(figure, change):
     """A figure that is a share higher, and spreads as much, differs just if that would be told."""
     factor = 1 + change
-    changed = measured(
-        figure.value * factor, figure.p20 + change * figure.value, figure.p80 * factor
-    )
+    changed = measured(figure.value * factor, figure.p20 + change * figure.value, figure.p80 * factor)
     diff = FigureDiff(name="x", first=figure, second=changed)
     assume(abs(diff.apart - change * figure.value) > 1e-9)
     assert diff.tells(change) is (diff.verdict is Verdict.BEYOND)
@@ -162,9 +151,7 @@ def test_from_nothing_is_infinitely_more():
 def test_the_environment_is_compared_but_not_the_run():
     first = replace(machine(), environment={"torch": "1", "date": "monday", "gpu": "a"})
     second = replace(machine(), environment={"torch": "2", "date": "tuesday", "cpu": "b"})
-    assert diff_profiles(first, second).environment == {
-        "torch": ("1", "2"), "gpu": ("a", "–"), "cpu": ("–", "b"),
-    }  # fmt: skip
+    assert diff_profiles(first, second).environment == {"torch": ("1", "2"), "gpu": ("a", "–"), "cpu": ("–", "b")}
 
 
 # ------------------------------------------------------------------------ hrm profiles diff
@@ -216,8 +203,9 @@ def test_diff_as_json(hrm, files):
     _, out, _ = hrm("profiles", "diff", *files, "--json")
     diff = json.loads(out)
     assert [(x["name"], x["verdict"]) for x in diff["figures"]] == [
-        ("gpu.processor.launch_latency_s", "within"), ("cpu.read_bytes_per_s.achieved", "beyond"),
-    ]  # fmt: skip
+        ("gpu.processor.launch_latency_s", "within"),
+        ("cpu.read_bytes_per_s.achieved", "beyond"),
+    ]
     assert diff["figures"][1]["change"] == pytest.approx(-0.1)
     assert diff["counts"] == {"within": 1, "beyond": 1, "unknown": 0}
     assert (diff["tell_10_percent"], diff["judged"]) == (1, 2)

@@ -44,25 +44,45 @@ def test_a_reader_that_has_gone_is_no_mistake(program, args):
     assert ended(process) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("program", "args"), [("hrm", ["models"]), ("hrm", ["models", "dbrx"]), ("executor", ["-h"])]
-)
+@pytest.mark.parametrize(("program", "args"), [("hrm", ["models"]), ("hrm", ["models", "dbrx"]), ("executor", ["-h"])])
 def test_a_closed_output_is_no_mistake(program, args):
     command = 'exec "$@" >&-'
     process = subprocess.run(
         ["sh", "-c", command, "sh", sys.executable, "-m", f"{program}.cli", *args],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_with_its_output_closed_nothing_is_printed_into_a_file(tmp_path):
     policy = tmp_path / "policy.json"
     process = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "hrm.cli", "estimate",
-         "--model", "mixtral-8x7b", "--gpus", "1xT4", "-u", "8", "-n", "8", "--out", policy],
-        check=False, timeout=60,
-    )  # fmt: skip
+        [
+            "sh",
+            "-c",
+            'exec "$@" >&- 2>&-',
+            "sh",
+            sys.executable,
+            "-m",
+            "hrm.cli",
+            "estimate",
+            "--model",
+            "mixtral-8x7b",
+            "--gpus",
+            "1xT4",
+            "-u",
+            "8",
+            "-n",
+            "8",
+            "--out",
+            policy,
+        ],
+        check=False,
+        timeout=60,
+    )
     assert process.returncode == 0
     text = policy.read_text()
     assert text.startswith("{")
@@ -74,10 +94,7 @@ def test_a_full_disk_under_the_output_is_told_in_one_line(program):
     with Path("/dev/full").open("w") as full:
         code, err = ended(started(program, "--help", stdout=full))
     assert code == 2
-    assert err == (
-        "error: the output is <No space left on device>: must be usable; make room or check the"
-        " path\n"
-    )
+    assert err == ("error: the output is <No space left on device>: must be usable; make room or check the path\n")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -99,16 +116,25 @@ def is_waiting(pid) -> bool:
     return times[0] == times[1] and times[0][0] == "S"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_a_command_in_good_order(tmp_path, number, code):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)  # nobody reads it: the command waits to write
     process = started(
-        "hrm", "estimate", "--model", "mixtral-8x7b", "--gpus", "1xT4", "-u", "8", "-n", "8",
-        "--out", pipe, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        "hrm",
+        "estimate",
+        "--model",
+        "mixtral-8x7b",
+        "--gpus",
+        "1xT4",
+        "-u",
+        "8",
+        "-n",
+        "8",
+        "--out",
+        pipe,
+        stdout=subprocess.DEVNULL,
+    )
     time.sleep(0.2)
     while not is_waiting(process.pid) and process.poll() is None:
         time.sleep(0.05)

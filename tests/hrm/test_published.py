@@ -41,10 +41,7 @@ def in_closed_form(runs):
 
 
 def errors(runs):
-    return {
-        key: its.tokens_per_s / its.run.tokens_per_s - 1
-        for key, its in in_closed_form(runs).items()
-    }
+    return {key: its.tokens_per_s / its.run.tokens_per_s - 1 for key, its in in_closed_form(runs).items()}
 
 
 def mean_error(found, system=None):
@@ -101,9 +98,9 @@ def test_at_most_five_figures_are_fitted_and_say_on_what(setup):
     assert all(f"Table 4's eight {setup} cells" in figure.note for figure in figures.values())
     assert "source: measured" not in text
     for source in ("assumed", "derived"):
-        assert text.count(f"source: {source}, note:") + text.count(
-            f"source: {source}\n"
-        ) == text.count(f"source: {source}"), "each says why"
+        assert text.count(f"source: {source}, note:") + text.count(f"source: {source}\n") == text.count(
+            f"source: {source}"
+        ), "each says why"
 
 
 @pytest.mark.parametrize("setup", FITTED_SETUPS)
@@ -137,9 +134,7 @@ def test_cpu_attention_and_link_of_the_l4_host_are_as_published():
 def test_each_system_keeps_to_its_schedule():
     for run in TABLE_4:
         policy, schedule = policy_of(run, SPEC), SCHEDULES[IMPLEMENTATIONS[run.system].schedule]
-        assert (policy.batch_size, policy.micro_batch_size) == (
-            run.batch_size, run.micro_batch_size,
-        )  # fmt: skip
+        assert (policy.batch_size, policy.micro_batch_size) == (run.batch_size, run.micro_batch_size)
         assert schedule.attention in {None, policy.attention}
         assert schedule.single_micro_batch <= (policy.num_micro_batches == 1)
         assert schedule.kv_on_gpu == (policy.gpu_kv_micro_batches == policy.num_micro_batches)
@@ -151,9 +146,7 @@ def test_flexgens_reasons_are_what_brings_it_down():
     def plain(run):
         policy = policy_of(run, SPEC)
         costs = Costs(SPEC, MACHINES[run.setup], "float16", Runtime(whole_last_layer=True))
-        seconds = batch_seconds(
-            costs, Point.of_policy(policy, SPEC), policy.schedule, run.workload
-        )  # fmt: skip
+        seconds = batch_seconds(costs, Point.of_policy(policy, SPEC), policy.schedule, run.workload)
         return run.batch_size * run.workload.gen_len / sum(seconds)
 
     modelled = errors(TABLE_4)
@@ -161,10 +154,7 @@ def test_flexgens_reasons_are_what_brings_it_down():
         if run.system is System.FLEXGEN_C:
             without = plain(run) / run.tokens_per_s - 1
             assert without > modelled[run.system, run.column] + 0.3
-            flexgen = next(
-                other for other in TABLE_4
-                if other.column == run.column and other.system is System.FLEXGEN
-            )  # fmt: skip
+            flexgen = next(other for other in TABLE_4 if other.column == run.column and other.system is System.FLEXGEN)
             assert run.tokens_per_s < flexgen.tokens_per_s
             if run.setup == "S2" and run.workload.name == "summarization":
                 assert plain(run) > 0.9 * plain(flexgen), "hardly a difference left"
@@ -173,10 +163,7 @@ def test_flexgens_reasons_are_what_brings_it_down():
 # -------------------------------------------------------------------------------- predictions
 
 # What the predictions reach, and little more: a change that makes them worse is noticed.
-MEAN_ERRORS = {
-    System.MOE_LIGHTNING: 0.06, System.FLEXGEN: 0.07, System.FLEXGEN_C: 0.155,
-    System.DEEPSPEED: 0.045,
-}  # fmt: skip
+MEAN_ERRORS = {System.MOE_LIGHTNING: 0.06, System.FLEXGEN: 0.07, System.FLEXGEN_C: 0.155, System.DEEPSPEED: 0.045}
 
 
 @pytest.mark.parametrize("system", System)
@@ -233,13 +220,9 @@ def test_accuracy_is_of_the_comparisons(simulated):
 
 def test_what_does_not_fit_is_told(simulated):
     excess = {
-        (comparison.run.system, comparison.run.column)
-        for comparison in simulated
-        if comparison.memory_excess_bytes
+        (comparison.run.system, comparison.run.column) for comparison in simulated if comparison.memory_excess_bytes
     }
-    assert excess == {
-        (System.FLEXGEN, "reasoning on S2"), (System.FLEXGEN_C, "reasoning on S2"),
-    }  # fmt: skip
+    assert excess == {(System.FLEXGEN, "reasoning on S2"), (System.FLEXGEN_C, "reasoning on S2")}
 
 
 # ----------------------------------------------------------------------------------------- fit

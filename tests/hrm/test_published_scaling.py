@@ -41,9 +41,7 @@ def test_machines_with_several_gpus_are_put_together_from_parts(setup):
     assert machine.top.processor.flops_per_s("float16", 16) == pytest.approx(
         count * one.top.processor.flops_per_s("float16", 16)
     )
-    assert machine.h2d.bandwidth_bytes_per_s.at() == pytest.approx(
-        count * one.h2d.bandwidth_bytes_per_s.at()
-    )
+    assert machine.h2d.bandwidth_bytes_per_s.at() == pytest.approx(count * one.h2d.bandwidth_bytes_per_s.at())
     shared = machine_of(setup, shared_links=True)
     assert 2 * shared.h2d.bandwidth_bytes_per_s.at() == machine.h2d.bandwidth_bytes_per_s.at()
     attention = machine.host.processor.attention_bytes_per_s
@@ -75,8 +73,7 @@ def ratios(pair, *, shared_links):
     two, four = ([run for run in SEVERAL_GPUS if run.setup == setup] for setup in pair)
     machines = {setup: machine_of(setup, shared_links=shared_links) for setup in pair}
     return [
-        closed_form(more, machines[more.setup]).tokens_per_s
-        / closed_form(fewer, machines[fewer.setup]).tokens_per_s
+        closed_form(more, machines[more.setup]).tokens_per_s / closed_form(fewer, machines[fewer.setup]).tokens_per_s
         for fewer, more in zip(two, four, strict=True)
     ]
 
@@ -115,9 +112,7 @@ def scaled(generated):
     machines = {setup: machine_of(setup) for setup in PAIRS[0]}
     comparisons = compare((two, four), machines)
     shared = [closed_form(run, machine_of(run.setup, shared_links=True)) for run in (two, four)]
-    return Scaling(
-        two=comparisons[0], four=comparisons[1], shared_two=shared[0], shared_four=shared[1]
-    )
+    return Scaling(two=comparisons[0], four=comparisons[1], shared_two=shared[0], shared_four=shared[1])
 
 
 @pytest.mark.parametrize("generated", [32, 256])
@@ -140,10 +135,7 @@ def test_two_cards_had_no_more_than_one_link_for_weights_and_four_less_than_two(
     scaling = scaled(256)
     assert 0.7 * link < 2 * measured_step(scaling.two).weights_bytes_per_s < link
     assert 1.2 * link < 4 * measured_step(scaling.four).weights_bytes_per_s < 2 * link
-    for run, shared in (
-        (scaling.two.run, scaling.shared_two),
-        (scaling.four.run, scaling.shared_four),
-    ):
+    for run, shared in ((scaling.two.run, scaling.shared_two), (scaling.four.run, scaling.shared_four)):
         assert 1 < shared.tokens_per_s / run.tokens_per_s < 1.4
 
 

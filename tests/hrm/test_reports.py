@@ -56,9 +56,7 @@ def test_what_is_given_of_the_machine_is_told_in_header_json_and_file(hrm, hrm_j
 
 def test_what_is_given_is_told_of_several_machines_and_of_none_if_nothing_is(hrm, hrm_json):
     args = ["--model", "mixtral-8x7b", *LENGTHS, "--gpus", "1xT4,1xL4"]
-    assert (
-        "given on the command line: h2d-bandwidth 24.0 GB/s" in hrm("search", *args, *GIVEN[:2])[1]
-    )
+    assert "given on the command line: h2d-bandwidth 24.0 GB/s" in hrm("search", *args, *GIVEN[:2])[1]
     assert "given" not in hrm(*ESTIMATE)[1].replace("workload given", "")
     assert hrm_json(*ESTIMATE)["machine_given"] == {}
 
@@ -119,12 +117,17 @@ def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
 
 
 @pytest.mark.parametrize(
-    ("changes", "flag"),
-    [({"--gpu-memory": "1GB"}, "--gpu-memory"), ({"--cpu-memory": "20GB"}, "--cpu-memory")],
+    ("changes", "flag"), [({"--gpu-memory": "1GB"}, "--gpu-memory"), ({"--cpu-memory": "20GB"}, "--cpu-memory")]
 )
 def test_the_memory_that_is_asked_for_is_the_least(refused, changes, flag):
-    args = {"--model": "mixtral-8x7b", "--gpus": "1xT4", "--prompt-len": "64", "--gen-len": "16",
-            "--requests": "1", **changes}  # fmt: skip
+    args = {
+        "--model": "mixtral-8x7b",
+        "--gpus": "1xT4",
+        "--prompt-len": "64",
+        "--gen-len": "16",
+        "--requests": "1",
+        **changes,
+    }
     said = refused("search", *flat(args))
     asked = parse_bytes(re.findall(rf"{flag} (\S+GB)", said)[0])
     assert "no policy fits" in refused("search", *flat({**args, flag: f"{0.99 * asked:.0f}B"}))
@@ -236,14 +239,16 @@ def best_within(spec, profile, workload, dtype, limits) -> float:
         attention = rng.choice(list(Device))
         chunk = max(workload.max_prompt_len, min(round(batch * workload.prompt_len), 1672))
         policy = Policy(
-            batch_size=batch, micro_batch_size=size, attention=attention,
-            ffn=rng.choice(list(Device)), resident_experts=(rng.randint(0, 1),) * spec.num_layers,
+            batch_size=batch,
+            micro_batch_size=size,
+            attention=attention,
+            ffn=rng.choice(list(Device)),
+            resident_experts=(rng.randint(0, 1),) * spec.num_layers,
             gpu_kv_micro_batches=0,
-            kv_tokens_per_micro_batch=kv_tokens_for(
-                size, workload.mean_context_len, workload.max_context_len
-            ),
-            prefill_chunk_tokens=chunk, dtype=dtype,
-        )  # fmt: skip
+            kv_tokens_per_micro_batch=kv_tokens_for(size, workload.mean_context_len, workload.max_context_len),
+            prefill_chunk_tokens=chunk,
+            dtype=dtype,
+        )
         predicted = estimate(spec, policy, profile, workload)
         if predicted.memory.fits and limits.are_met(predicted.latency):
             best = max(best, predicted.tokens_per_s)
@@ -251,11 +256,8 @@ def best_within(spec, profile, workload, dtype, limits) -> float:
 
 
 def test_limits_that_nothing_keeps_are_told_with_some_that_can_be_kept(refused, hrm):
-    args = {"--model": "mixtral-8x7b", "--gpus": "1xT4", "--prompt-len": "64", "--gen-len": "16",
-            "--requests": "20"}  # fmt: skip
-    for limits in (
-        {"--max-ttft": "1s"}, {"--max-tpot": "20ms"}, {"--max-ttft": "1s", "--max-tpot": "20ms"},
-    ):  # fmt: skip
+    args = {"--model": "mixtral-8x7b", "--gpus": "1xT4", "--prompt-len": "64", "--gen-len": "16", "--requests": "20"}
+    for limits in ({"--max-ttft": "1s"}, {"--max-tpot": "20ms"}, {"--max-ttft": "1s", "--max-tpot": "20ms"}):
         said = refused("search", *flat({**args, **limits}))
         assert "policies fit, but none answers within the limits" in said
         (remedy,) = options_of(said.strip().rpartition("; ")[2])
@@ -350,9 +352,7 @@ def test_figures_that_are_known_have_no_range_and_measured_ones_that_of_their_sp
     assert ends is not None
     assert (ends.assumed, ends.spread) == ((), ("cpu to gpu bandwidth",))
     slow, fast = (
-        estimate(
-            spec, policy, with_link(profile, replace(measured, value=value)), workload
-        ).tokens_per_s
+        estimate(spec, policy, with_link(profile, replace(measured, value=value)), workload).tokens_per_s
         for value in (0.8e8, 1.1e8)
     )
     assert ends.low_tokens_per_s == pytest.approx(slow)
@@ -379,9 +379,10 @@ def test_only_what_the_executor_has_is_said_to_run(hrm):
     assert set(EXECUTED_FAMILIES) == set(FAMILIES)
     lengths = ["--prompt-len", "64", "--gen-len", "8", "--requests", "8"]
     for model, gpus, reason in (
-        ("mixtral-8x7b", "1xT4", ""), ("olmoe-1b-7b", "1xT4", "this is olmoe"),
+        ("mixtral-8x7b", "1xT4", ""),
+        ("olmoe-1b-7b", "1xT4", "this is olmoe"),
         ("dbrx", "4xT4", "drives one GPU, and this plan has 4"),
-    ):  # fmt: skip
+    ):
         sizes = ["-u", "1", "-n", "1", "--attention", "gpu"]
         code, out, _ = hrm("estimate", "--model", model, "--gpus", gpus, *lengths, *sizes)
         assert code == 0
@@ -420,10 +421,7 @@ def test_of_plans_that_are_nearly_as_fast_the_smaller_is_chosen():
     profile, workload = compose("1xH100"), WORKLOADS["mtbench"]
     result = search(spec, profile, workload)
     best = result.require()
-    space = Space(
-        spec=spec, profile=profile, workload=workload, dtype="bfloat16",
-        schedule=ScheduleName.CGOPIPE,
-    )  # fmt: skip
+    space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=ScheduleName.CGOPIPE)
     fastest = max(
         (c for kind in grids(space, Costs(spec, profile, "bfloat16")) for c in kind.solve()),
         key=lambda candidate: candidate.tokens_per_s,
@@ -437,9 +435,7 @@ def test_of_plans_that_are_nearly_as_fast_the_smaller_is_chosen():
 # ------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize(
-    "name", ["RTX4090", "rtx-4090", "4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "rtx_4090"]
-)
+@pytest.mark.parametrize("name", ["RTX4090", "rtx-4090", "4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "rtx_4090"])
 def test_a_gpu_is_shown_however_its_name_is_spelled(hrm, name):
     code, out, _ = hrm("profiles", name, "--table")
     assert code == 0
@@ -448,9 +444,14 @@ def test_a_gpu_is_shown_however_its_name_is_spelled(hrm, name):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("A100", "did you mean A100-40G or A100-80G or A100-PCIe-80G?"), ("90", "did you mean RTX-"),
-     ("A10", "did you mean A10G"), ("gcp-n1", "did you mean gcp-n1-"), ("attic", "alone lists")],
-)  # fmt: skip
+    [
+        ("A100", "did you mean A100-40G or A100-80G or A100-PCIe-80G?"),
+        ("90", "did you mean RTX-"),
+        ("A10", "did you mean A10G"),
+        ("gcp-n1", "did you mean gcp-n1-"),
+        ("attic", "alone lists"),
+    ],
+)
 def test_a_name_of_none_or_of_several_is_refused_with_what_there_is(refused, name, said):
     assert said in refused("profiles", name)
 

@@ -17,7 +17,7 @@ from hrm.roofline import (
     kernel_seconds,
     operator_seconds,
     turning_points,
-)  # fmt: skip
+)
 from hrm.tasks import Device
 from tests.hrm.support import machine, tiny_spec
 
@@ -33,9 +33,7 @@ def test_turning_points_solve_their_equations_on_random_machines():
         b_ji = 10 ** rng.uniform(8, 11)
         flops, host, gpu = (10 ** rng.uniform(6, 12) for _ in range(3))
         profile = machine(gpu_flops=p_i, cpu_flops=p_j, gpu_read=b_i, cpu_read=b_j, link=b_ji)
-        points = turning_points(
-            profile, "bfloat16", flops=flops, host_bytes=host, gpu_bytes=gpu, rows=None
-        )
+        points = turning_points(profile, "bfloat16", flops=flops, host_bytes=host, gpu_bytes=gpu, rows=None)
         i_i, i_j = flops / gpu, flops / host
         assert (points.intensity, points.gpu_intensity) == (i_j, i_i)
         # At P1 the link gives as much as the host computes; at P2, as the GPU does (eqs. 9, 10).
@@ -82,9 +80,7 @@ def test_the_ffn_of_mixtral_on_an_l4_turns_with_the_batch_size():
     assert len({round(p.p2, 6) for p in points}) == 1, "μ alone decides where the roof turns"
 
 
-@pytest.mark.parametrize(
-    ("flops", "num_bytes", "seconds"), [(6e9, 1e6, 6e-3), (1e6, 3e9, 1e-2), (0, 0, 0)]
-)
+@pytest.mark.parametrize(("flops", "num_bytes", "seconds"), [(6e9, 1e6, 6e-3), (1e6, 3e9, 1e-2), (0, 0, 0)])
 def test_a_kernel_takes_the_longer_of_its_two_roofs(flops, num_bytes, seconds):
     gpu = machine(gpu_flops=1e12, gpu_read=300e9).top
     assert kernel_seconds(Kernel(flops, num_bytes, 8), gpu, "bfloat16") == pytest.approx(seconds)

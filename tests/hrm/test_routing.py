@@ -33,10 +33,7 @@ def test_experts_hit_are_those_of_tokens_drawn_with_the_frequencies(tmp_path):
     counts = [[80, 5, 5, 5, 5], [5, 5, 80, 5, 5]]
     measured = with_measured_routing(spec, write(tmp_path, counts))
     rng, tokens, trials = Random(3), 6, 4000
-    hit = sum(
-        len(set(rng.choices(range(5), weights=counts[trial % 2], k=tokens)))
-        for trial in range(trials)
-    )
+    hit = sum(len(set(rng.choices(range(5), weights=counts[trial % 2], k=tokens))) for trial in range(trials))
     assert measured.experts_hit(tokens) == pytest.approx(hit / trials, rel=0.03)
     assert measured.experts_hit(tokens) < 0.75 * spec.experts_hit(tokens)
 

@@ -22,11 +22,7 @@ PAIR = 3
 
 def with_pageable_link():
     profile = machine(link=PINNED)
-    link = replace(
-        profile.h2d,
-        kind="pageable",
-        bandwidth_bytes_per_s=machine(link=PAGEABLE).h2d.bandwidth_bytes_per_s,
-    )
+    link = replace(profile.h2d, kind="pageable", bandwidth_bytes_per_s=machine(link=PAGEABLE).h2d.bandwidth_bytes_per_s)
     return replace(profile, links=(*profile.links, link))
 
 
@@ -64,11 +60,9 @@ def test_weights_and_cache_cross_the_links_that_the_runtime_names():
 def test_prefill_loads_its_weights_over_the_same_link():
     point = Point.of_policy(policy(Device.GPU), SPEC)
     pinned, pageable = (
-        prefill_lanes(
-            Costs(SPEC, with_pageable_link(), "bfloat16", runtime), point, WORKLOAD
-        )[0][Lane.H2D]
+        prefill_lanes(Costs(SPEC, with_pageable_link(), "bfloat16", runtime), point, WORKLOAD)[0][Lane.H2D]
         for runtime in (Runtime(), Runtime(weights_link="pageable"))
-    )  # fmt: skip
+    )
     weights = SPEC.total_layer_bytes("bfloat16")
     assert pageable - pinned == pytest.approx(weights * (1 / PAGEABLE - 1 / PINNED))
 
@@ -94,8 +88,7 @@ def test_decode_takes_longer(runtime, attention):
 def test_more_passes_move_more_bytes_on_the_cpu_only():
     many = Runtime(attention_passes=21)
     on_cpu, on_gpu = (
-        [decode_lanes(runtime, device) for runtime in (Runtime(), many)]
-        for device in (Device.CPU, Device.GPU)
+        [decode_lanes(runtime, device) for runtime in (Runtime(), many)] for device in (Device.CPU, Device.GPU)
     )
     assert on_gpu[0] == on_gpu[1]
     kernel = decode_attention(SPEC, "bfloat16", 8, 50, SPEC.layer_kind(0)).kernels[0]
@@ -118,9 +111,10 @@ def test_the_last_layer_of_prefill_goes_on_with_the_ends_of_prompts(prompt_len):
         return lanes[Lane.GPU]
 
     a_token = 2 * (
-        SPEC.query_size * SPEC.hidden_size + SPEC.hidden_size * SPEC.num_experts
+        SPEC.query_size * SPEC.hidden_size
+        + SPEC.hidden_size * SPEC.num_experts
         + SPEC.experts_per_token * SPEC.expert_parameters
-    )  # fmt: skip
+    )
     skipped = batch * (prompt_len - 1) if prompt_len > 3 else 0
     whole_s = gpu_s(Runtime(whole_last_layer=True))
     assert whole_s - gpu_s(Runtime()) == pytest.approx(skipped * a_token / flops, rel=1e-9)

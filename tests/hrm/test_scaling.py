@@ -28,9 +28,7 @@ def full(rng: Random) -> HardwareProfile:
 
     def a_rate() -> Rate:
         value = rng.uniform(1, 2) * 1e11
-        return Rate(
-            datasheet=figure(2 * value), ceiling=figure(1.5 * value), achieved=spread(value)
-        )
+        return Rate(datasheet=figure(2 * value), ceiling=figure(1.5 * value), achieved=spread(value))
 
     def enrich(level: MemoryLevel) -> MemoryLevel:
         cache = Cache(name="L2", capacity_bytes=figure(4e6), read_bytes_per_s=a_rate())
@@ -41,19 +39,27 @@ def full(rng: Random) -> HardwareProfile:
             attention_request_s=spread(3e-6),
         )
         return replace(
-            level, reserve_bytes=figure(1e9), read_bytes_per_s=a_rate(), copy_bytes_per_s=a_rate(),
-            shared_bytes_per_s=a_rate(), caches=(cache,), processor=processor,
-        )  # fmt: skip
+            level,
+            reserve_bytes=figure(1e9),
+            read_bytes_per_s=a_rate(),
+            copy_bytes_per_s=a_rate(),
+            shared_bytes_per_s=a_rate(),
+            caches=(cache,),
+            processor=processor,
+        )
 
     def link(source: str, target: str, kind) -> Link:
-        return Link(source=source, target=target, kind=kind, latency_s=figure(1e-5),
-                    bandwidth_bytes_per_s=a_rate())  # fmt: skip
+        return Link(source=source, target=target, kind=kind, latency_s=figure(1e-5), bandwidth_bytes_per_s=a_rate())
 
     links = (
-        link("cpu", "gpu", "pinned"), link("gpu", "cpu", "pinned"), link("cpu", "gpu", "pageable"),
-        link("cpu", "gpu0", "pinned"), link("gpu0", "cpu", "pinned"), link("cpu", "cpu", "staging"),
+        link("cpu", "gpu", "pinned"),
+        link("gpu", "cpu", "pinned"),
+        link("cpu", "gpu", "pageable"),
+        link("cpu", "gpu0", "pinned"),
+        link("gpu0", "cpu", "pinned"),
+        link("cpu", "cpu", "staging"),
         link("gpu", "gpu", "peer"),
-    )  # fmt: skip
+    )
     plain = machine(launch_s=1e-5)
     return replace(plain, num_gpus=2, levels=tuple(map(enrich, plain.levels)), links=links)
 
@@ -77,9 +83,7 @@ GPU, CPU = ".levels[0]", ".levels[1]"
 CHANGED = {
     Resource.GPU_MEMORY: (f"{GPU}.capacity", f"{GPU}.reserve"),
     Resource.CPU_MEMORY: (f"{CPU}.capacity", f"{CPU}.reserve"),
-    Resource.GPU_BANDWIDTH: tuple(
-        f"{GPU}.{x}" for x in ("read", "copy", "shared", "processor.attention_bytes")
-    ),
+    Resource.GPU_BANDWIDTH: tuple(f"{GPU}.{x}" for x in ("read", "copy", "shared", "processor.attention_bytes")),
     Resource.CPU_BANDWIDTH: (
         *(f"{CPU}.{x}" for x in ("read", "copy", "shared", "processor.attention_bytes")),
         ".links[5].bandwidth",
@@ -116,9 +120,7 @@ def test_exactly_the_resources_figures_are_scaled_and_say_so(resource):
             assert after.at(size) == pytest.approx(before.at(size) * factor)
         assert (after.p20 is None, after.p80 is None) == (before.p20 is None, before.p80 is None)
         if before.p20 is not None and before.p80 is not None:
-            assert (after.p20, after.p80) == (
-                pytest.approx(before.p20 * factor), pytest.approx(before.p80 * factor),
-            )  # fmt: skip
+            assert (after.p20, after.p80) == (pytest.approx(before.p20 * factor), pytest.approx(before.p80 * factor))
     assert not scaled
     assert hits >= len(CHANGED[resource])
 
@@ -146,9 +148,7 @@ def test_a_latency_may_be_given_as_nothing_and_from_nothing():
 @pytest.mark.parametrize("resource", Resource)
 def test_half_the_cost_is_twice_the_rate_or_half_the_latency(resource):
     profile = full(Random(4))
-    now, then = (
-        resource_value(each, resource) for each in (profile, at_cost(profile, resource, 0.5))
-    )
+    now, then = (resource_value(each, resource) for each in (profile, at_cost(profile, resource, 0.5)))
     assert then == pytest.approx(now / 2 if resource.is_latency else 2 * now)
 
 
@@ -157,19 +157,13 @@ def test_dtypes_keep_their_proportion():
     before = profile.top.processor.flops_per_s
     after = with_resource(profile, Resource.GPU_FLOPS, 5e13).top.processor.flops_per_s
     assert after("bfloat16") == pytest.approx(5e13)
-    assert after("float32") / after("bfloat16") == pytest.approx(
-        before("float32") / before("bfloat16")
-    )
+    assert after("float32") / after("bfloat16") == pytest.approx(before("float32") / before("bfloat16"))
 
 
 def test_memory_is_given_as_on_the_command_line():
     t4 = compose("1xT4")
-    assert with_resource(t4, Resource.GPU_MEMORY, 24 * GB) == with_memory(
-        t4, gpu_memory_bytes=24 * GB
-    )
-    assert with_resource(t4, Resource.CPU_MEMORY, 64 * GB) == with_memory(
-        t4, cpu_memory_bytes=64 * GB
-    )
+    assert with_resource(t4, Resource.GPU_MEMORY, 24 * GB) == with_memory(t4, gpu_memory_bytes=24 * GB)
+    assert with_resource(t4, Resource.CPU_MEMORY, 64 * GB) == with_memory(t4, cpu_memory_bytes=64 * GB)
 
 
 def test_names_in_tables_carry_their_unit():
@@ -185,8 +179,11 @@ def test_a_machine_without_a_gpu_has_the_hosts_resources_only():
     alone = replace(profile, levels=profile.levels[1:], links=())
     assert resources(profile) == tuple(Resource)
     assert resources(alone) == (
-        Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS, Resource.CPU_LAUNCH_LATENCY
-    )  # fmt: skip
+        Resource.CPU_MEMORY,
+        Resource.CPU_BANDWIDTH,
+        Resource.CPU_FLOPS,
+        Resource.CPU_LAUNCH_LATENCY,
+    )
     for resource in set(Resource) - set(resources(alone)):
         with pytest.raises(ProfileError, match=r"cpu-memory, cpu-bandwidth, cpu-flops"):
             scale(alone, resource, 1.1)
@@ -228,8 +225,7 @@ def test_a_small_job_that_streams_its_weights_is_as_fast_as_its_link():
     found = search(spec, t4, few, dtype="float16", ffn=Device.GPU)
     policy = found.require().policy
     slower, now, faster = (
-        estimate(spec, policy, scale(t4, Resource.H2D_BANDWIDTH, factor), few).tokens_per_s
-        for factor in (0.8, 1, 1.25)
+        estimate(spec, policy, scale(t4, Resource.H2D_BANDWIDTH, factor), few).tokens_per_s for factor in (0.8, 1, 1.25)
     )
     assert now / slower == pytest.approx(1.25, rel=0.05)
     assert faster / now == pytest.approx(1.25, rel=0.05)

@@ -19,18 +19,12 @@ from tests.hrm.support import tiny_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASIC = Pipeline(
-    num_layers=2,
-    num_micro_batches=3,
-    kv_on_gpu=(False,) * 3,
-    streamed=(True, True),
-    cpu_experts=(False, False),
+    num_layers=2, num_micro_batches=3, kv_on_gpu=(False,) * 3, streamed=(True, True), cpu_experts=(False, False)
 )
 TWO = replace(BASIC, num_micro_batches=2, kv_on_gpu=(False, False))
 DECODE_CASES = {
     "attention on the CPU": BASIC,
-    "attention on the CPU, one micro-batch": replace(
-        BASIC, num_micro_batches=1, kv_on_gpu=(False,)
-    ),
+    "attention on the CPU, one micro-batch": replace(BASIC, num_micro_batches=1, kv_on_gpu=(False,)),
     "attention on the CPU, two steps of two micro-batches": replace(TWO, num_steps=2),
     "attention on the GPU, KV cache on the host": replace(BASIC, attention=Device.GPU),
     "KV cache of micro-batch 1 on the GPU, attention of the others on the CPU": replace(
@@ -68,9 +62,7 @@ def as_text(cases: dict[str, Pipeline], schedule: ScheduleName) -> str:
         pages = pipeline.num_micro_batches if paged else pipeline.num_pages
         tasks = graph(pipeline.with_pages(pages, dense_share=0.3), schedule)
         lanes = [(lane, tasks.lane_text(lane)) for lane in Lane]
-        blocks.append(
-            "\n".join([f"# {title}", *(f"{lane:5} {text}" for lane, text in lanes if text)])
-        )
+        blocks.append("\n".join([f"# {title}", *(f"{lane:5} {text}" for lane, text in lanes if text)]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -120,8 +112,15 @@ def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n):
         cpu_experts=(False,) * layers,
         staging=True,
     ).with_pages(n)
-    lane_of = {"A": Lane.GPU, "C": Lane.GPU, "Q": Lane.D2H, "B": Lane.CPU, "H": Lane.H2D,
-               "W": Lane.H2D, "S": Lane.STAGE}  # fmt: skip
+    lane_of = {
+        "A": Lane.GPU,
+        "C": Lane.GPU,
+        "Q": Lane.D2H,
+        "B": Lane.CPU,
+        "H": Lane.H2D,
+        "W": Lane.H2D,
+        "S": Lane.STAGE,
+    }
     expected: dict[Lane, list[str]] = {lane: [] for lane in Lane}
     for letter, i, j in algorithm_1(layers, n):
         expected[lane_of[letter]].append(f"{letter}{i - 1}.{j - 1}")
@@ -139,11 +138,8 @@ def test_cgopipe_issues_the_tasks_of_algorithm_1_in_its_order(layers, n):
 def wide_grid() -> Iterator[Pipeline]:
     for n, layers, steps in product((1, 2, 3, 5), (1, 3), (1, 2)):
         kv_splits = {(False,) * n, (True,) * n, tuple(j % 2 == 1 for j in range(n))}
-        streamed = {(True,) * layers, (False,) * layers, (False, True, True)[:layers],
-                    (True, False, True)[:layers]}  # fmt: skip
-        for device, kv, of_layers, staging in product(
-            Device, sorted(kv_splits), sorted(streamed), (False, True)
-        ):
+        streamed = {(True,) * layers, (False,) * layers, (False, True, True)[:layers], (True, False, True)[:layers]}
+        for device, kv, of_layers, staging in product(Device, sorted(kv_splits), sorted(streamed), (False, True)):
             for num_pages in sorted({1, n}):
                 for dense_pages in range(num_pages + 1):
                     yield Pipeline(
@@ -211,9 +207,13 @@ def test_the_graph_refuses_a_task_listed_twice_or_one_that_waits_for_a_later_one
 
 def policy_of(**changes) -> Policy:
     given = {
-        "batch_size": 10, "micro_batch_size": 4, "resident_experts": (1, 4, 0, 2),
-        "kv_tokens_per_micro_batch": 64, "prefill_chunk_tokens": 32, **changes,
-    }  # fmt: skip
+        "batch_size": 10,
+        "micro_batch_size": 4,
+        "resident_experts": (1, 4, 0, 2),
+        "kv_tokens_per_micro_batch": 64,
+        "prefill_chunk_tokens": 32,
+        **changes,
+    }
     return Policy(**given)
 
 

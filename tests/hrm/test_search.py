@@ -57,9 +57,7 @@ def fits(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> bool:
     return True
 
 
-def job_score(
-    spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload
-) -> float:
+def job_score(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload) -> float:
     """Closed-form tokens a second of a whole job of full batches."""
     costs = Costs(spec, profile, policy.dtype)
     seconds = sum(batch_seconds(costs, Point.of_policy(policy, spec), policy.schedule, workload))
@@ -80,20 +78,21 @@ def every_policy(space: Space) -> list[tuple[Policy, list[int]]]:
             batch = min(size * n, requests)
             prompts = max(int(np.ceil(batch * w.prompt_len)), w.max_prompt_len)
             chunks = {min(chunk, prompts) for chunk in chunk_ranges(space)[0].spaced(2)}
-            for (attention, ffn), on_gpu, chunk, dense in product(
-                space.devices(), range(n + 1), chunks, (True, False)
-            ):
+            for (attention, ffn), on_gpu, chunk, dense in product(space.devices(), range(n + 1), chunks, (True, False)):
                 policy = Policy(
-                    schedule=space.schedule, batch_size=batch, micro_batch_size=size,
+                    schedule=space.schedule,
+                    batch_size=batch,
+                    micro_batch_size=size,
                     attention=Device.GPU if attention else Device.CPU,
                     ffn=Device.GPU if ffn else Device.CPU,
-                    resident_experts=(0,) * spec.num_layers, resident_dense=dense,
+                    resident_experts=(0,) * spec.num_layers,
+                    resident_dense=dense,
                     gpu_kv_micro_batches=on_gpu,
-                    kv_tokens_per_micro_batch=kv_tokens_for(
-                        size, w.mean_context_len, w.max_context_len
-                    ),
-                    prefill_chunk_tokens=chunk, staging=space.staging, dtype=space.dtype,
-                )  # fmt: skip
+                    kv_tokens_per_micro_batch=kv_tokens_for(size, w.mean_context_len, w.max_context_len),
+                    prefill_chunk_tokens=chunk,
+                    staging=space.staging,
+                    dtype=space.dtype,
+                )
                 found.append((policy, list(range(everything, -1, -1))))
     return found
 
@@ -103,11 +102,8 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     rng = Random(seed)
     spec = replace(random_spec(rng), num_layers=3, num_experts=2, experts_per_token=1)
     profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=8)
-    schedule = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.CGOPIPE,
-                ScheduleName.FASTDECODE][seed]  # fmt: skip
-    space = Space(
-        spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=schedule
-    )
+    schedule = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.CGOPIPE, ScheduleName.FASTDECODE][seed]
+    space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=schedule)
     best = 0.0
     for policy, totals in every_policy(space):
         for total in totals:
@@ -128,10 +124,14 @@ def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, mo
     spec = random_spec(rng)
     requests = rng.choice([24, 60, None])
     space = Space(
-        spec=spec, profile=small_machine(rng, spec), dtype="bfloat16",
-        workload=replace(WORKLOAD, num_requests=requests), schedule=ScheduleName.CGOPIPE,
-        max_micro_batch_size=48, max_micro_batches=24,
-    )  # fmt: skip
+        spec=spec,
+        profile=small_machine(rng, spec),
+        dtype="bfloat16",
+        workload=replace(WORKLOAD, num_requests=requests),
+        schedule=ScheduleName.CGOPIPE,
+        max_micro_batch_size=48,
+        max_micro_batches=24,
+    )
     monkeypatch.setattr(lattice, "WHOLE_PLACES", 10**6)
     whole = search_space(space)
     monkeypatch.setattr(lattice, "WHOLE_PLACES", 0)
@@ -152,9 +152,13 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
         if profile.num_gpus == 1:
             profile = replace(profile, num_stages=rng.choice([1, 2, 3]))
         space = Space(
-            spec=spec, profile=profile, workload=WORKLOAD, dtype="bfloat16",
-            schedule=rng.choice(list(ScheduleName)), staging=rng.random() < 0.5,
-        )  # fmt: skip
+            spec=spec,
+            profile=profile,
+            workload=WORKLOAD,
+            dtype="bfloat16",
+            schedule=rng.choice(list(ScheduleName)),
+            staging=rng.random() < 0.5,
+        )
         pairs = np.array([(1, 1), (2, 3), (3, 4), (5, 2), (12, 1)])
         kind = rng.choice(space.kinds())
         grid = make_grid(space, kind, places_of(kind, pairs, CHUNKS))
@@ -198,9 +202,7 @@ def test_a_grid_counts_the_bytes_that_the_plan_does():
                 levels = list(space.profile.levels)
                 levels[level] = replace(levels[level], capacity_bytes=capacity)
                 profile = replace(space.profile, levels=tuple(levels))
-                grid = make_grid(
-                    replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)])
-                )
+                grid = make_grid(replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)]))
                 same = (grid.chunk_tokens == policy.prefill_chunk_tokens) & (
                     grid.resident_dense == policy.resident_dense
                 )
@@ -220,9 +222,12 @@ def kind_of(policy: Policy) -> Kind:
 
 def place_of(policy: Policy) -> tuple[int, int, int, int, int]:
     return (
-        policy.micro_batch_size, policy.num_micro_batches, policy.gpu_kv_micro_batches,
-        ALL_THAT_FIT, policy.prefill_chunk_tokens,
-    )  # fmt: skip
+        policy.micro_batch_size,
+        policy.num_micro_batches,
+        policy.gpu_kv_micro_batches,
+        ALL_THAT_FIT,
+        policy.prefill_chunk_tokens,
+    )
 
 
 @pytest.mark.parametrize("schedule", ScheduleName)
@@ -238,10 +243,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
         for estimate in (result.best, *result.runner_ups):
             assert fits(spec, estimate.policy, profile), (seed, estimate.policy)
             assert estimate.policy.schedule is schedule
-            assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (
-                seed,
-                estimate.policy,
-            )
+            assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (seed, estimate.policy)
         found += 1
     assert found > 10
 
@@ -258,8 +260,7 @@ def test_more_of_a_resource_never_lowers_the_bound():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "workload"),
-    [("1xT4", "summarization"), ("4xT4", "mtbench"), ("1xL4", "mtbench"), ("1xH100", "mtbench")],
+    ("gpus", "workload"), [("1xT4", "summarization"), ("4xT4", "mtbench"), ("1xL4", "mtbench"), ("1xH100", "mtbench")]
 )
 def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workload):
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose(gpus)
@@ -298,9 +299,7 @@ ALLOWED = {
 @pytest.mark.parametrize("schedule", ScheduleName)
 def test_a_system_is_searched_within_what_it_can_do(schedule):
     spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
-    space = Space(
-        spec=spec, profile=profile, workload=WORKLOAD, dtype="bfloat16", schedule=schedule
-    )
+    space = Space(spec=spec, profile=profile, workload=WORKLOAD, dtype="bfloat16", schedule=schedule)
     assert set(space.devices()) == ALLOWED[schedule]
     policy = search(spec, profile, WORKLOAD, schedule=schedule).require().policy
     devices = int(policy.attention is Device.GPU), int(policy.ffn is Device.GPU)

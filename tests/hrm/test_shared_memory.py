@@ -17,9 +17,16 @@ from tests.hrm.support import machine, random_varied_spec, tiny_spec
 
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 LINK_KINDS = {
-    TaskKind.EMBED, TaskKind.OFFLOAD_QKV, TaskKind.LOAD_KV, TaskKind.STORE_KV, TaskKind.LOAD_HIDDEN,
-    TaskKind.OFFLOAD_TOKENS, TaskKind.LOAD_EXPERT_OUTPUT, TaskKind.LOAD_PAGE, TaskKind.STORE_HIDDEN,
-}  # fmt: skip
+    TaskKind.EMBED,
+    TaskKind.OFFLOAD_QKV,
+    TaskKind.LOAD_KV,
+    TaskKind.STORE_KV,
+    TaskKind.LOAD_HIDDEN,
+    TaskKind.OFFLOAD_TOKENS,
+    TaskKind.LOAD_EXPERT_OUTPUT,
+    TaskKind.LOAD_PAGE,
+    TaskKind.STORE_HIDDEN,
+}
 
 
 def a_policy(rng: Random, spec, **changes) -> Policy:
@@ -76,8 +83,9 @@ def test_bytes_on_the_hosts_memory_are_those_of_the_tasks(accelerator):
 
 def test_a_step_is_as_long_as_the_hosts_memory_needs_where_that_is_the_limit():
     spec = tiny_spec(num_layers=8)
-    policy = a_policy(Random(4), spec, attention=Device.CPU, ffn=Device.GPU, staging=False,
-                      micro_batch_size=400, batch_size=2400)  # fmt: skip
+    policy = a_policy(
+        Random(4), spec, attention=Device.CPU, ffn=Device.GPU, staging=False, micro_batch_size=400, batch_size=2400
+    )
     plentiful, scarce = machine(shared=1e15), machine(shared=2e8)
     steps = {}
     for name, profile in (("plentiful", plentiful), ("scarce", scarce)):

@@ -32,9 +32,7 @@ def durations(tasks: tuple[Task, ...], rng: Random) -> dict[TaskId, float]:
     return {task.id: float(rng.choice([0, 1, 1, 2, 3, 10])) for task in tasks}
 
 
-def run_event_by_event(
-    tasks: tuple[Task, ...], seconds: dict[TaskId, float]
-) -> dict[TaskId, tuple[float, float]]:
+def run_event_by_event(tasks: tuple[Task, ...], seconds: dict[TaskId, float]) -> dict[TaskId, tuple[float, float]]:
     """Every lane is a queue: start what can start, then step to the next end."""
     queues: dict[Lane, list[Task]] = defaultdict(list)
     for task in tasks:
@@ -46,9 +44,10 @@ def run_event_by_event(
         for lane in [lane for lane, (_, end) in running.items() if end <= now]:
             done.add(running.pop(lane)[0])
         startable = [
-            lane for lane, queue in queues.items()
+            lane
+            for lane, queue in queues.items()
             if queue and lane not in running and all(other in done for other in queue[0].after)
-        ]  # fmt: skip
+        ]
         for lane in startable:
             task = queues[lane].pop(0)
             spans[task.id] = (now, now + seconds[task.id])
@@ -81,9 +80,7 @@ def test_spans_are_those_of_the_event_driven_reference(make):
         seconds = durations(tasks, rng)
         trace = simulate(tasks, lambda x, seconds=seconds: seconds[x])
         assert [span.id for span in trace.spans] == [task.id for task in tasks]
-        assert {s.id: (s.start_s, s.end_s) for s in trace.spans} == run_event_by_event(
-            tasks, seconds
-        ), seed
+        assert {s.id: (s.start_s, s.end_s) for s in trace.spans} == run_event_by_event(tasks, seconds), seed
 
 
 @pytest.mark.parametrize("make", [random_graph, schedule_graph])
@@ -120,9 +117,7 @@ def test_end_times_by_position_are_those_of_the_spans(make):
 
 def test_spans_carry_phase_and_bytes():
     task = Task(TaskId(TaskKind.LOAD_PAGE, 3, 1), Lane.H2D)
-    (span,) = simulate(
-        [task], lambda _: 2.0, phase=Phase.PREFILL, bytes_of=lambda x: x.layer * 7
-    ).spans
+    (span,) = simulate([task], lambda _: 2.0, phase=Phase.PREFILL, bytes_of=lambda x: x.layer * 7).spans
     assert (span.phase, span.num_bytes, span.seconds) == (Phase.PREFILL, 21, 2.0)
 
 

@@ -93,9 +93,7 @@ def test_programs_and_the_exhaustive_search_agree(seed):
     if tried.best is None:
         assert proved.outcome is Outcome.INFEASIBLE
         return
-    assert proved.greatest_tokens_per_s == pytest.approx(
-        tried.greatest_tokens_per_s, rel=MILP_AGREES
-    )
+    assert proved.greatest_tokens_per_s == pytest.approx(tried.greatest_tokens_per_s, rel=MILP_AGREES)
     check_best(space, proved)
     check_best(space, tried)
 
@@ -149,9 +147,7 @@ def test_processes_share_a_study(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", trial]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     alone = bayesian.search_space(a_space(1), trials=6)
-    assert bayesian.search_space(a_space(1), trials=1, storage=storage).evaluations > (
-        alone.evaluations
-    )
+    assert bayesian.search_space(a_space(1), trials=1, storage=storage).evaluations > (alone.evaluations)
 
 
 @pytest.mark.parametrize("storage", ["/no/such/folder/trials.log", "nosql://x", "{folder}"])

@@ -53,9 +53,7 @@ def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
     spec = BUILT_IN_MODELS["deepseek-v2"]
     of_token = (spec.query_size + spec.attention_output_size) * 2
     assert prefix_bytes_per_token(spec, "bfloat16", ranks=8) == of_token
-    whole, halves = (
-        operators.prefill_attention(spec, "bfloat16", n, 1000, KIND) for n in (1000, 500)
-    )
+    whole, halves = (operators.prefill_attention(spec, "bfloat16", n, 1000, KIND) for n in (1000, 500))
     more = 2 * halves.kernels[2].num_bytes - whole.kernels[2].num_bytes
     assert more == pytest.approx(500 * of_token), "the second half reads the first once more"
     assert prefix_tokens_for(spec, 1000, 500, cpu_attention=0) == 1000
@@ -64,10 +62,13 @@ def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
 
 def a_policy(spec, **changes) -> Policy:
     given = {
-        "batch_size": 12, "micro_batch_size": 4, "resident_experts": (1,) * spec.num_layers,
-        "kv_tokens_per_micro_batch": kv_tokens_for(4, 328, 328), "prefill_chunk_tokens": 40,
+        "batch_size": 12,
+        "micro_batch_size": 4,
+        "resident_experts": (1,) * spec.num_layers,
+        "kv_tokens_per_micro_batch": kv_tokens_for(4, 328, 328),
+        "prefill_chunk_tokens": 40,
         **changes,
-    }  # fmt: skip
+    }
     return Policy(**given)
 
 
@@ -78,8 +79,9 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(chunk):
         spec = random_spec(Random(seed))
         profile = machine(link=1e8, launch_s=1e-6)
         costs = Costs(spec, profile, "bfloat16")
-        policy = a_policy(spec, prefill_chunk_tokens=chunk, prefix_buffer_tokens=320,
-                          resident_experts=(0,) * spec.num_layers)  # fmt: skip
+        policy = a_policy(
+            spec, prefill_chunk_tokens=chunk, prefix_buffer_tokens=320, resident_experts=(0,) * spec.num_layers
+        )
         work = replace(prefill_work(costs, policy, workload), stretch=1.0)
         assert work.pipeline.num_micro_batches == 12 * 320 // chunk
         lanes, _ = prefill_lanes(costs, Point.of_policy(policy, spec), workload)
@@ -97,10 +99,14 @@ def test_prefill_in_parts_takes_the_seconds_that_it_took():
     seconds = {}
     for chunk in (8000, 4000, 2000, 1000, 500):
         policy = Policy(
-            batch_size=8, micro_batch_size=4, resident_experts=(0,) * 32, dtype="float16",
-            kv_tokens_per_micro_batch=kv_tokens_for(4, 4128, 4128), prefill_chunk_tokens=chunk,
+            batch_size=8,
+            micro_batch_size=4,
+            resident_experts=(0,) * 32,
+            dtype="float16",
+            kv_tokens_per_micro_batch=kv_tokens_for(4, 4128, 4128),
+            prefill_chunk_tokens=chunk,
             prefix_buffer_tokens=4000 * (chunk < 4000),
-        )  # fmt: skip
+        )
         seconds[chunk] = round(prefill_seconds(costs, policy, workload), 2)
     assert seconds == GOLDEN_S
 
@@ -152,10 +158,16 @@ def test_where_the_longest_prompt_fits_no_chunk_there_is_a_policy_now(monkeypatc
     assert policy.prefill_chunk_tokens < LONG.max_prompt_len == policy.prefix_buffer_tokens
     assert policy.batch_size > 100
     whole = replace(
-        policy, batch_size=1, micro_batch_size=1, resident_experts=(0,) * 32, resident_dense=False,
-        gpu_kv_micro_batches=0, prefill_chunk_tokens=LONG.max_prompt_len, prefix_buffer_tokens=0,
+        policy,
+        batch_size=1,
+        micro_batch_size=1,
+        resident_experts=(0,) * 32,
+        resident_dense=False,
+        gpu_kv_micro_batches=0,
+        prefill_chunk_tokens=LONG.max_prompt_len,
+        prefix_buffer_tokens=0,
         kv_tokens_per_micro_batch=kv_tokens_for(1, LONG.mean_context_len, LONG.max_context_len),
-    )  # fmt: skip
+    )
     with pytest.raises(PolicyError, match="memory at level gpu"):
         plan_memory(BUILT_IN_MODELS["mixtral-8x7b"], whole, profile).check_fits()
     monkeypatch.setattr(lattice, "LEAST_CHUNK_TOKENS", 10**9)
@@ -176,9 +188,12 @@ def test_shorter_chunks_leave_room_for_a_higher_throughput(monkeypatch):
 
 def test_programs_split_prompts_as_the_grid_does():
     space = Space(
-        spec=BUILT_IN_MODELS["mixtral-8x7b"], profile=t4_of(6.5), workload=LONG, dtype="float16",
+        spec=BUILT_IN_MODELS["mixtral-8x7b"],
+        profile=t4_of(6.5),
+        workload=LONG,
+        dtype="float16",
         schedule=ScheduleName.CGOPIPE,
-    )  # fmt: skip
+    )
     by_milp, by_grid = milp.search_space(space).require(), search_space(space).require()
     assert by_milp.policy.prefill_chunk_tokens < LONG.max_prompt_len
     assert by_milp.tokens_per_s == pytest.approx(by_grid.tokens_per_s, rel=0.05)
@@ -188,9 +203,8 @@ def test_chunks_stop_at_a_length_that_frees_no_memory():
     for longest, split in ((418, None), (512, (128, 128)), (1984, (128, 496)), (8192, (128, 2048))):
         workload = replace(LONG, prompt_len=10, max_prompt_len=longest)
         space = Space(
-            spec=tiny_spec(), profile=machine(), workload=workload, dtype="bfloat16",
-            schedule=ScheduleName.CGOPIPE,
-        )  # fmt: skip
+            spec=tiny_spec(), profile=machine(), workload=workload, dtype="bfloat16", schedule=ScheduleName.CGOPIPE
+        )
         whole, *parts = lattice.chunk_ranges(space)
         assert whole.least == longest
         assert [(part.least, part.most) for part in parts] == ([] if split is None else [split])

@@ -26,15 +26,16 @@ PROFILE = machine(gpu_bytes=0.8 * MB, cpu_bytes=40 * MB, link=1e8)
 def test_every_row_is_the_search_for_its_machine():
     memories = [0.05 * MB, 2 * MB, 40 * MB]
     schedules = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN]
-    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=Resource.CPU_MEMORY, values=memories,
-                  schedules=schedules)  # fmt: skip
+    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=Resource.CPU_MEMORY, values=memories, schedules=schedules)
     assert list(frame.schedule) == ["cgopipe"] * 3 + ["flexgen"] * 3
     assert list(frame.cpu_memory_bytes) == memories * 2
     for _, row in frame.iterrows():
         single = search(
-            SPEC, with_memory(PROFILE, cpu_memory_bytes=row.cpu_memory_bytes), WORKLOAD,
+            SPEC,
+            with_memory(PROFILE, cpu_memory_bytes=row.cpu_memory_bytes),
+            WORKLOAD,
             schedule=ScheduleName(row.schedule),
-        ).best  # fmt: skip
+        ).best
         if single is None:
             assert row.reason == "no policy fits, even with one request at a time"
             assert row.drop(["schedule", "cpu_memory_bytes", "reason"]).isna().all()
@@ -60,8 +61,7 @@ def test_every_row_is_the_search_for_its_machine():
 @pytest.mark.parametrize("resource", [Resource.H2D_BANDWIDTH, Resource.GPU_FLOPS])
 def test_more_of_a_rate_never_costs_throughput(resource):
     now = {"h2d-bandwidth": 1e8, "gpu-flops": 50e12}[resource]
-    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=resource,
-                  values=[now / 50, now / 4, now, 4 * now])  # fmt: skip
+    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=resource, values=[now / 50, now / 4, now, 4 * now])
     rates = list(frame.tokens_per_s)
     assert all(b >= 0.99 * a for a, b in pairwise(rates)), rates
     assert frame[resource.column].tolist() == [now / 50, now / 4, now, 4 * now]
@@ -83,9 +83,14 @@ def test_lengths_are_swept_with_the_spread_of_the_workload():
 def test_options_go_to_the_search_and_every_point_is_told():
     told: list[int] = []
     frame = sweep(
-        SPEC, PROFILE, WORKLOAD, vary=Resource.CPU_BANDWIDTH, values=[5e10, 1e11],
-        attention=Device.GPU, on_point=lambda: told.append(len(told)),
-    )  # fmt: skip
+        SPEC,
+        PROFILE,
+        WORKLOAD,
+        vary=Resource.CPU_BANDWIDTH,
+        values=[5e10, 1e11],
+        attention=Device.GPU,
+        on_point=lambda: told.append(len(told)),
+    )
     assert list(frame.attention) == ["gpu", "gpu"]
     assert told == [0, 1]
     assert isinstance(frame, pd.DataFrame)
@@ -102,9 +107,11 @@ def test_names_and_values_are_read_as_people_write_them():
     with pytest.raises(HrmError, match="--vary is 'colour': must be one of gpu-memory, "):
         swept("colour")
     for name, text, value in (
-        ("cpu-memory", "64GB", 64e9), ("h2d-bandwidth", "12 GB/s", 12e9),
-        ("gpu-flops", "65TFLOP/s", 65e12), ("prompt-len", "512", 512),
-    ):  # fmt: skip
+        ("cpu-memory", "64GB", 64e9),
+        ("h2d-bandwidth", "12 GB/s", 12e9),
+        ("gpu-flops", "65TFLOP/s", 65e12),
+        ("prompt-len", "512", 512),
+    ):
         assert parse_swept(swept(name), text, "--from") == value
     with pytest.raises(UnitError, match="--to is '12XB'"):
         parse_swept(Resource.CPU_MEMORY, "12XB", "--to")
@@ -115,9 +122,7 @@ def test_names_and_values_are_read_as_people_write_them():
 
 def test_points_lie_evenly_between_the_ends():
     assert between(Resource.CPU_MEMORY, 64e9, 512e9, 8) == [64e9 * n for n in range(1, 9)]
-    assert between(Resource.H2D_BANDWIDTH, 1e9, 16e9, 5, logarithmic=True) == pytest.approx(
-        [1e9, 2e9, 4e9, 8e9, 16e9]
-    )
+    assert between(Resource.H2D_BANDWIDTH, 1e9, 16e9, 5, logarithmic=True) == pytest.approx([1e9, 2e9, 4e9, 8e9, 16e9])
     assert between(Length.GEN_LEN, 16, 20, 9) == [16, 17, 18, 19, 20], "whole, and each once"
     for low, high, count in ((2, 1, 3), (1, 1, 3), (0, 1, 3), (1, 2, 1), (1, math.inf, 3)):
         with pytest.raises(HrmError, match="two or more points"):

@@ -14,24 +14,37 @@ from hrm.units import (
     parse_bytes,
     parse_flops,
     parse_seconds,
-)  # fmt: skip
+)
 from hrm.workload import WORKLOADS, Workload, named_workload
 
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("16GB", 16_000_000_000), ("15.5GiB", 16_642_998_272), ("1 kib", 1024), ("512B", 512),
-     ("1e9 B", 10**9), (" 2 TB ", 2 * 10**12), ("3.b", 3)],
-)  # fmt: skip
+    [
+        ("16GB", 16_000_000_000),
+        ("15.5GiB", 16_642_998_272),
+        ("1 kib", 1024),
+        ("512B", 512),
+        ("1e9 B", 10**9),
+        (" 2 TB ", 2 * 10**12),
+        ("3.b", 3),
+    ],
+)
 def test_sizes_read_in_decimal_and_binary_units(text, num_bytes):
     assert parse_bytes(text) == num_bytes
 
 
 @pytest.mark.parametrize(
     ("text", "flops_per_s"),
-    [("65TFLOP/s", 65e12), ("65 T", 65e12), ("1.5 pflops", 1.5e15), ("353GFLOP/s ", 353e9),
-     ("2e12 FLOP/s", 2e12), ("800MFLOP", 8e8)],
-)  # fmt: skip
+    [
+        ("65TFLOP/s", 65e12),
+        ("65 T", 65e12),
+        ("1.5 pflops", 1.5e15),
+        ("353GFLOP/s ", 353e9),
+        ("2e12 FLOP/s", 2e12),
+        ("800MFLOP", 8e8),
+    ],
+)
 def test_compute_rates_read_with_or_without_their_whole_unit(text, flops_per_s):
     assert parse_flops(text) == pytest.approx(flops_per_s, rel=1e-12)
 
@@ -43,28 +56,29 @@ def test_what_is_no_compute_rate_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("5us", 5e-6), ("5 µs", 5e-6), ("0.2ms", 2e-4), ("1s", 1.0), ("0ns", 0.0), ("3e2 ns", 3e-7)],
+    ("text", "seconds"), [("5us", 5e-6), ("5 µs", 5e-6), ("0.2ms", 2e-4), ("1s", 1.0), ("0ns", 0.0), ("3e2 ns", 3e-7)]
 )
 def test_durations_read_with_their_unit(text, seconds):
     assert parse_seconds(text, zero=True) == pytest.approx(seconds, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "GB", "0", "-1GB", "16 gigs", "16Gb/s", "nan", "inf", "1e40GB"]
-)
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "16 gigs", "16Gb/s", "nan", "inf", "1e40GB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UnitError, match=r"--gpu-memory is .*: must be a positive size"):
         parse_bytes(text, "--gpu-memory")
 
 
 BARE = [
-    (parse_bytes, "16", "16GB", 16e9), (parse_bytes, "64.5", "64.5GB", 64.5e9),
-    (parse_bytes, "16000000000", "16000000000B", 16e9), (parse_bytes, "1e9", "1e9B", 1e9),
-    (parse_bandwidth, "24", "24GB/s", 24e9), (parse_bandwidth, "24/s", "24GB/s", 24e9),
-    (parse_flops, "65", "65TFLOP/s", 65e12), (parse_flops, "6.5e13", "6.5e13FLOP/s", 65e12),
+    (parse_bytes, "16", "16GB", 16e9),
+    (parse_bytes, "64.5", "64.5GB", 64.5e9),
+    (parse_bytes, "16000000000", "16000000000B", 16e9),
+    (parse_bytes, "1e9", "1e9B", 1e9),
+    (parse_bandwidth, "24", "24GB/s", 24e9),
+    (parse_bandwidth, "24/s", "24GB/s", 24e9),
+    (parse_flops, "65", "65TFLOP/s", 65e12),
+    (parse_flops, "6.5e13", "6.5e13FLOP/s", 65e12),
     (parse_seconds, "30", "30s", 30.0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("parse", "text", "meant", "value"), BARE)
@@ -81,16 +95,13 @@ def test_bits_are_not_read_as_bytes(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("30s", 30), ("200ms", 0.2), ("1.5 min", 90), ("2h", 7200), (" 5 µs ", 5e-6), ("5us", 5e-6)],
+    ("text", "seconds"), [("30s", 30), ("200ms", 0.2), ("1.5 min", 90), ("2h", 7200), (" 5 µs ", 5e-6), ("5us", 5e-6)]
 )
 def test_durations_read_from_microseconds_to_hours(text, seconds):
     assert parse_seconds(text) == pytest.approx(seconds, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "s", "0s", "-1s", "1e999s", "3 days", "nan", "us", "1 hour", "5us5"]
-)
+@pytest.mark.parametrize("text", ["", "s", "0s", "-1s", "1e999s", "3 days", "nan", "us", "1 hour", "5us5"])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(UnitError, match=r"--max-ttft is .*: must be a positive duration"):
         parse_seconds(text, "--max-ttft")
@@ -119,12 +130,18 @@ def test_bytes_are_exact_up_to_what_a_float_holds(num_bytes, unit):
 
 @pytest.mark.parametrize(
     ("shown", "text"),
-    [(format_bytes(16e9), "16.0 GB"), (format_bytes(999), "999 B"),
-     (format_bandwidth(12e9), "12.0 GB/s"), (format_flops(65e12), "65.0 TFLOP/s"),
-     (format_flops(2.5e9), "2.50 GFLOP/s"), (format_seconds(0.00125), "1.25 ms"),
-     (format_seconds(7500), "2 h 05 min"), (format_seconds(83), "1 min 23 s"),
-     (format_seconds(2e-6), "2.00 µs")],
-)  # fmt: skip
+    [
+        (format_bytes(16e9), "16.0 GB"),
+        (format_bytes(999), "999 B"),
+        (format_bandwidth(12e9), "12.0 GB/s"),
+        (format_flops(65e12), "65.0 TFLOP/s"),
+        (format_flops(2.5e9), "2.50 GFLOP/s"),
+        (format_seconds(0.00125), "1.25 ms"),
+        (format_seconds(7500), "2 h 05 min"),
+        (format_seconds(83), "1 min 23 s"),
+        (format_seconds(2e-6), "2.00 µs"),
+    ],
+)
 def test_quantities_print_with_three_digits(shown, text):
     assert shown == text
 
@@ -142,14 +159,17 @@ def test_named_workloads_are_those_of_the_paper():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"prompt_len": 0}, "prompt_len is 0"), ({"gen_len": 0}, "gen_len is 0"),
-     ({"max_prompt_len": 9}, "max_prompt_len is 9: must be at least the mean prompt_len 10"),
-     ({"num_requests": 0}, "num_requests is 0"),
-     ({"num_requests": 10**16}, "num_requests is 10+: must lie between 1 and 1,000,000,000"),
-     ({"gen_len": 10**30}, "gen_len is 10+: must be at most 10,000,000"),
-     ({"max_prompt_len": 10**8}, "max_prompt_len is 10+: must be at most 10,000,000"),
-     ({"prompt_len": float("nan")}, "prompt_len is nan")],
-)  # fmt: skip
+    [
+        ({"prompt_len": 0}, "prompt_len is 0"),
+        ({"gen_len": 0}, "gen_len is 0"),
+        ({"max_prompt_len": 9}, "max_prompt_len is 9: must be at least the mean prompt_len 10"),
+        ({"num_requests": 0}, "num_requests is 0"),
+        ({"num_requests": 10**16}, "num_requests is 10+: must lie between 1 and 1,000,000,000"),
+        ({"gen_len": 10**30}, "gen_len is 10+: must be at most 10,000,000"),
+        ({"max_prompt_len": 10**8}, "max_prompt_len is 10+: must be at most 10,000,000"),
+        ({"prompt_len": float("nan")}, "prompt_len is nan"),
+    ],
+)
 def test_impossible_lengths_are_refused(changes, message):
     with pytest.raises(WorkloadError, match=message):
         Workload(**{"name": "w", "prompt_len": 10, "max_prompt_len": 10, "gen_len": 1, **changes})

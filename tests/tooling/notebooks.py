@@ -20,9 +20,8 @@ def execute(path: Path, inside: Path = ROOT) -> NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", record_timing=False,
-        resources={"metadata": {"path": str(inside)}},
-    )  # fmt: skip
+        notebook, timeout=300, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(inside)}}
+    )
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
     # What differs from one Python to the next is no business of the file's.
     notebook.metadata.language_info = {"name": "python"}

@@ -36,9 +36,7 @@ def brought_in() -> set[str]:
         except metadata.PackageNotFoundError:  # of an extra that is not installed
             continue
         for need in map(Requirement, lines):
-            wanted = need.marker is None or any(
-                need.marker.evaluate({"extra": extra}) for extra in {"", *extras}
-            )
+            wanted = need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in {"", *extras})
             item = (canonicalize_name(need.name), frozenset(need.extras))
             if wanted and item not in seen and not need.name.startswith(CUDA_BUILD):
                 seen.add(item)

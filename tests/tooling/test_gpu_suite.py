@@ -56,8 +56,7 @@ def test_profile_is_of_the_kernels_that_will_run(results):
 def test_outcomes_of_tests_are_counted(results, monkeypatch, tmp_path):
     cases = tmp_path / "test_cases.py"
     cases.write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n"
-        "@pytest.mark.skip('no')\ndef test_c(): pass\n",
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip('no')\ndef test_c(): pass\n",
         encoding="utf-8",
     )
     monkeypatch.setattr(checks, "OTHER_TESTS", (str(cases),))
@@ -107,9 +106,7 @@ def test_every_schedule_is_measured_and_what_is_missing_can_be_resumed(results):
     again = read(results, "mixtral-16GB")
     assert again["outcome"] == "complete"
     assert again["figures"][f"{OWN}: flexgen"]["policy"] == kept["policy"]
-    assert {**again["figures"], f"{OWN}: flexgen": 0, "load_s": 0} == {
-        **figures, f"{OWN}: flexgen": 0, "load_s": 0,
-    }  # fmt: skip
+    assert {**again["figures"], f"{OWN}: flexgen": 0, "load_s": 0} == {**figures, f"{OWN}: flexgen": 0, "load_s": 0}
 
 
 def replace_outcome(content: dict, outcome: str) -> dict:
@@ -192,9 +189,7 @@ def test_other_side_computes_the_same_wherever_its_layers_lie(results):
     for resident in (0, 1, 2, 0):
         side.dispatch(resident)
         on_meta = [
-            parameter.device.type == "meta"
-            for layer in side.model.model.layers
-            for parameter in layer.parameters()
+            parameter.device.type == "meta" for layer in side.model.model.layers for parameter in layer.parameters()
         ]
         assert sum(on_meta) == len(on_meta) * (2 - resident) // 2
         with torch.inference_mode():
@@ -216,9 +211,7 @@ def test_report_tells_every_goal_and_that_nothing_is_of_a_gpu(results, capsys):
 
 def test_steps_are_chosen_by_name_or_by_its_beginning():
     assert gpu_suite.parse_steps("") == list(gpu_suite.STEPS)
-    assert gpu_suite.parse_steps("report, accelerate") == [
-        "report", "accelerate-16GB", "accelerate-24GB",
-    ]  # fmt: skip
+    assert gpu_suite.parse_steps("report, accelerate") == ["report", "accelerate-16GB", "accelerate-24GB"]
     with pytest.raises(HrmError, match="mixtral-16GB"):
         gpu_suite.parse_steps("profile,magic")
 

@@ -55,6 +55,4 @@ def test_the_scan_sees_each_way_in(source: str):
 
 
 def test_the_scan_lets_safetensors_and_plain_arrays_pass():
-    assert (
-        pickle_uses("from safetensors.torch import load_file\nnp.load(p, allow_pickle=False)") == []
-    )
+    assert pickle_uses("from safetensors.torch import load_file\nnp.load(p, allow_pickle=False)") == []

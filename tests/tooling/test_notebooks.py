@@ -21,9 +21,7 @@ def code_cells(path: Path):
 
 
 def pictures(path: Path) -> int:
-    return sum(
-        "image/png" in output.get("data", {}) for c in code_cells(path) for output in c.outputs
-    )
+    return sum("image/png" in output.get("data", {}) for c in code_cells(path) for output in c.outputs)
 
 
 def test_there_are_five_of_them():
@@ -55,9 +53,7 @@ def test_notebooks_import_public_names_only(path):
     attributes = {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "hrm"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hrm"
     }
     assert attributes <= set(importlib.import_module("hrm").__all__)
     for node in ast.walk(tree):
@@ -83,7 +79,11 @@ def test_notebooks_run(path, tmp_path):
     # A process of its own: kernels have threads, and event loops with opinions on warnings.
     done = subprocess.run(
         [sys.executable, "-m", "tests.tooling.notebooks", str(copy), "--inside", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=170,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr
     assert pictures(copy) == pictures(path)

@@ -23,11 +23,7 @@ from hrm.profiling.environment import BUSY, HostFacts, Others, host_facts, softw
 from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.cpu import profile_cpu
 from hrm.profiling.machine.cuda import profile_cuda
-from hrm.profiling.machine.emulated import (
-    EMULATED_GPU_BYTES,
-    EMULATED_LINK_BYTES_PER_S,
-    profile_emulated,
-)
+from hrm.profiling.machine.emulated import EMULATED_GPU_BYTES, EMULATED_LINK_BYTES_PER_S, profile_emulated
 from hrm.profiling.machine.journal import Journal, partial_path
 from hrm.profiling.machine.run import Run
 from hrm.profiling.machine.steps import ProfilingInterrupted, Progress, Steps
@@ -37,13 +33,7 @@ from hrm.units import DTYPE_BYTES, counted
 if TYPE_CHECKING:
     from hrm.profiling.gpu import AbstractGpu
 
-__all__ = [
-    "DTYPES",
-    "EMULATED_LINK_BYTES_PER_S",
-    "ProfilingInterrupted",
-    "partial_path",
-    "profile_machine",
-]
+__all__ = ["DTYPES", "EMULATED_LINK_BYTES_PER_S", "ProfilingInterrupted", "partial_path", "profile_machine"]
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
 PASSES: Final = 7
@@ -148,9 +138,12 @@ def profile_machine(
 
 
 def _run(
-    kind: Literal["cuda", "emulated", "cpu"], run: Run, gpus: "list[AbstractGpu]",
-    gpu_memory_bytes: int | None, link_bandwidth_bytes_per_s: float | None,
-) -> HardwareProfile:  # fmt: skip
+    kind: Literal["cuda", "emulated", "cpu"],
+    run: Run,
+    gpus: "list[AbstractGpu]",
+    gpu_memory_bytes: int | None,
+    link_bandwidth_bytes_per_s: float | None,
+) -> HardwareProfile:
     """The figures of a machine of that kind; its environment is not whole yet."""
     match kind:
         case "cpu":
@@ -171,10 +164,7 @@ def _passes(disturbances: Sequence[float], used: Sequence[int]) -> str:
     if not aside:
         return str(len(disturbances))
     shares = ", ".join(f"{share:.0%}" for share in aside)
-    return (
-        f"{len(used)}, and {len(aside)} set aside in which others kept {shares} of the hardware"
-        " threads busy"
-    )
+    return f"{len(used)}, and {len(aside)} set aside in which others kept {shares} of the hardware threads busy"
 
 
 def _check_options(
@@ -182,19 +172,21 @@ def _check_options(
 ) -> None:
     for dtype in dtypes:
         if dtype not in DTYPE_BYTES:
-            raise ProfileError(
-                "--dtype", dtype, f"must be one of {', '.join(DTYPE_BYTES)}", "correct it"
-            )
+            raise ProfileError("--dtype", dtype, f"must be one of {', '.join(DTYPE_BYTES)}", "correct it")
     if link_bandwidth is not None and kind != "emulated":
         raise ProfileError(
-            "--link-bandwidth", link_bandwidth,
-            "is what an emulated link is paced to", "leave it out or use --accelerator emulated",
-        )  # fmt: skip
+            "--link-bandwidth",
+            link_bandwidth,
+            "is what an emulated link is paced to",
+            "leave it out or use --accelerator emulated",
+        )
     if gpu_memory_bytes is not None and kind == "cpu":
         raise ProfileError(
-            "--gpu-memory", gpu_memory_bytes, "needs a GPU level, which accelerator cpu has not",
+            "--gpu-memory",
+            gpu_memory_bytes,
+            "needs a GPU level, which accelerator cpu has not",
             "leave it out or use --accelerator emulated",
-        )  # fmt: skip
+        )
 
 
 def _resolve(accelerator: str) -> tuple[Literal["cuda", "emulated", "cpu"], tuple[int, ...]]:
@@ -210,19 +202,15 @@ def _resolve(accelerator: str) -> tuple[Literal["cuda", "emulated", "cpu"], tupl
     words = (which or "0").split(",")
     if name != "cuda" or not (which == "all" or all(word.isdecimal() for word in words)):
         raise ProfileError(
-            "--accelerator", accelerator,
-            "must be auto, cuda:K, cuda:K,K, cuda:all, emulated or cpu", "choose one",
-        )  # fmt: skip
+            "--accelerator", accelerator, "must be auto, cuda:K, cuda:K,K, cuda:all, emulated or cpu", "choose one"
+        )
     indices = range(count) if which == "all" else [int(word) for word in words]
     if len(set(indices)) < len(indices):
-        raise ProfileError(
-            "--accelerator", accelerator, "names a device twice", "name each device once"
-        )
+        raise ProfileError("--accelerator", accelerator, "names a device twice", "name each device once")
     if not indices or max(indices) >= count:
         raise ProfileError(
-            "--accelerator", accelerator,
-            f"torch {torch.__version__} sees {counted(count, 'CUDA device')}", REMEDY,
-        )  # fmt: skip
+            "--accelerator", accelerator, f"torch {torch.__version__} sees {counted(count, 'CUDA device')}", REMEDY
+        )
     return "cuda", tuple(indices)
 
 

@@ -3,13 +3,7 @@
 from dataclasses import replace
 
 from hrm.hardware import CPU, HardwareProfile
-from hrm.profiling.machine.host import (
-    CACHES,
-    add_disk,
-    add_host_memory,
-    add_processor,
-    host_facts_of,
-)
+from hrm.profiling.machine.host import CACHES, add_disk, add_host_memory, add_processor, host_facts_of
 from hrm.profiling.machine.levels import host_level, ram_of
 from hrm.profiling.machine.run import Run
 

@@ -6,14 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from hrm.hardware import CPU, GPU, HardwareProfile, Rate
 from hrm.profiling.lane_threads import lane_threads
-from hrm.profiling.machine.gpu_level import (
-    FACTS,
-    MEMORY,
-    GpuMemory,
-    gpu_environment,
-    gpu_level,
-    memory_of,
-)
+from hrm.profiling.machine.gpu_level import FACTS, MEMORY, GpuMemory, gpu_environment, gpu_level, memory_of
 from hrm.profiling.machine.gpu_links import add_links, links_of
 from hrm.profiling.machine.host import (
     CACHES,
@@ -50,9 +43,7 @@ CONTENTION: Final = "contention"
 UNEQUAL: Final = 0.90  # a GPU below this share of the first is named, and plans wait for it
 
 
-def profile_cuda(
-    run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int | None
-) -> HardwareProfile:
+def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int | None) -> HardwareProfile:
     """The GPUs, the host and the links between them.
 
     Several GPUs are one level: the first is measured, the others are compared with it, and links
@@ -74,9 +65,7 @@ def profile_cuda(
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
     add_staging(run, _threads(run, Lane.STAGE), gpus[0].pinned)
-    run.steps.add(
-        CONTENTION, 8, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory
-    )
+    run.steps.add(CONTENTION, 8, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory)
     add_disk(run)
     results = run.steps.run()
 
@@ -96,9 +85,7 @@ def profile_cuda(
             " and --cpu-memory that add up to it, or with unified memory of the catalog"
         )
     warnings += settling.warnings("gpu0")
-    warnings += [
-        f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings
-    ]
+    warnings += [f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings]
     disk, host_lines = host_facts_of(results)
     level = host_level(results, run, CPU, cpu_threads, *ram_of(run.host))
     host = replace(
@@ -118,11 +105,7 @@ def profile_cuda(
         links=(*links, results[STAGING]),
         disk=disk,
         contention=shared.kept,
-        environment={
-            **gpu_environment(gpus, facts, settling),
-            **host_lines,
-            "warnings": "; ".join([*busy, *warnings]),
-        },
+        environment={**gpu_environment(gpus, facts, settling), **host_lines, "warnings": "; ".join([*busy, *warnings])},
     )
 
 
@@ -139,22 +122,25 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     sampler, device = gpu.sampler(), gpu.device
     run.steps.add(SETTLING, 3, lambda seconds: settle(gpu, seconds=seconds), Settling, once=True)
     run.steps.add(
-        launch_step(GPU), 1,
-        lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing,
-    )  # fmt: skip
-    shapes, note = model_shapes(
-        run.model, quick=run.quick, scale_down=memory.free_bytes < 16 * GIB
-    )  # fmt: skip
+        launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing
+    )
+    shapes, note = model_shapes(run.model, quick=run.quick, scale_down=memory.free_bytes < 16 * GIB)
     for dtype in run.dtypes:
 
         def gemm(seconds: float, dtype: str = dtype) -> Rate | None:
             # Kernels overlap with the launch of the next, so nothing is taken off.
             try:
                 return gemm_rate(
-                    dtype, shapes=shapes, shapes_note=note, quick=run.quick,
-                    budget_s=seconds, launch_s=0.0, device=device, sampler=sampler,
+                    dtype,
+                    shapes=shapes,
+                    shapes_note=note,
+                    quick=run.quick,
+                    budget_s=seconds,
+                    launch_s=0.0,
+                    device=device,
+                    sampler=sampler,
                     most_bytes=memory.free_bytes / 2,
-                )  # fmt: skip
+                )
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # a dtype that this card lacks
@@ -162,22 +148,27 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
 
         run.steps.add(gemm_step(GPU, dtype), 4, gemm, Rate | None)
     run.steps.add(
-        attention_step(GPU), 2,
+        attention_step(GPU),
+        2,
         lambda seconds: attention_rate(
-            run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds,
-            most_bytes=memory.free_bytes // MOST_SHARE, device=device, sampler=sampler,
+            run.dtypes[0],
+            heads=Heads.of(run.model),
+            quick=run.quick,
+            budget_s=seconds,
+            most_bytes=memory.free_bytes // MOST_SHARE,
+            device=device,
+            sampler=sampler,
             at_once=True,
         ),
         Rate,
-    )  # fmt: skip
+    )
     array_bytes = max(MIB, min(GIB, memory.free_bytes // 4) // MIB * MIB)
     run.steps.add(
-        MEMORY, 2,
-        lambda seconds: measure_device_memory(
-            device, num_bytes=array_bytes, budget_s=seconds, sampler=sampler
-        ),
+        MEMORY,
+        2,
+        lambda seconds: measure_device_memory(device, num_bytes=array_bytes, budget_s=seconds, sampler=sampler),
         DeviceMemoryRates,
-    )  # fmt: skip
+    )
 
 
 def _add_comparison(run: Run, gpus: Sequence["AbstractGpu"]) -> None:
@@ -185,12 +176,11 @@ def _add_comparison(run: Run, gpus: Sequence["AbstractGpu"]) -> None:
     from hrm.profiling.settle import settle
 
     run.steps.add(
-        EQUAL, len(gpus),
-        lambda seconds: tuple(
-            settle(gpu, seconds=seconds / len(gpus)).settled_flops_per_s for gpu in gpus
-        ),
+        EQUAL,
+        len(gpus),
+        lambda seconds: tuple(settle(gpu, seconds=seconds / len(gpus)).settled_flops_per_s for gpu in gpus),
         tuple[float, ...],
-    )  # fmt: skip
+    )
 
 
 def _add_facts(run: Run, gpus: Sequence["AbstractGpu"]) -> None:
@@ -212,9 +202,7 @@ def _threads(run: Run, lane: Lane) -> int:
     return lane_threads("cuda", lane, run.threads)
 
 
-def _contention(
-    run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float
-) -> "SharedMemory":
+def _contention(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float) -> "SharedMemory":
     """What CPU attention, staging and both directions of the links take from one another."""
     import torch
 
@@ -225,10 +213,7 @@ def _contention(
 
     def link(*, to_device: bool) -> Worker:
         queued = [
-            gpu.queued(
-                gpu_transfer([gpu], to_device=to_device, pinned=True, largest_bytes=size)(size)
-            )
-            for gpu in gpus
+            gpu.queued(gpu_transfer([gpu], to_device=to_device, pinned=True, largest_bytes=size)(size)) for gpu in gpus
         ]
 
         def call() -> None:

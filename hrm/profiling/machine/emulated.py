@@ -63,33 +63,30 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
         def transfers(seconds: float, source: str = source, target: str = target) -> Link:
             with torch_threads(1):
                 link = measure_link(
-                    source, target, paced_transfer(_pace(bandwidth), arena),
-                    sizes=transfer_sizes(arena, quick=run.quick), budget_s=seconds,
-                    note="emulated", datasheet=stated,
-                )  # fmt: skip
+                    source,
+                    target,
+                    paced_transfer(_pace(bandwidth), arena),
+                    sizes=transfer_sizes(arena, quick=run.quick),
+                    budget_s=seconds,
+                    note="emulated",
+                    datasheet=stated,
+                )
             return _at_most(link, bandwidth)
 
         run.steps.add(f"link {source} to {target}", 2, transfers, Link)
     add_staging(run, _threads(run, Lane.STAGE))
     run.steps.add(
-        BOTH_BUSY, 4,
-        lambda seconds: launch_latency_beside_another(
-            budget_s=seconds, threads=(gpu_threads, cpu_threads)
-        ),
+        BOTH_BUSY,
+        4,
+        lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
         Timing,
-    )  # fmt: skip
-    run.steps.add(
-        CONTENTION, 16,
-        lambda seconds: _contention(run, seconds, arena, bandwidth),
-        SharedMemory,
-    )  # fmt: skip
+    )
+    run.steps.add(CONTENTION, 16, lambda seconds: _contention(run, seconds, arena, bandwidth), SharedMemory)
     add_disk(run)
     results = run.steps.run()
     if cpu_threads == gpu_threads:  # the same cores by another name
         results |= {
-            f"{CPU}{name.removeprefix(GPU)}": found
-            for name, found in results.items()
-            if name.startswith(f"{GPU} ")
+            f"{CPU}{name.removeprefix(GPU)}": found for name, found in results.items() if name.startswith(f"{GPU} ")
         }
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
@@ -108,16 +105,11 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
                 shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, cpu.read_bytes_per_s),
             ),
         ),
-        links=(
-            results[f"link {CPU} to {GPU}"],
-            results[f"link {GPU} to {CPU}"],
-            results[STAGING],
-        ),
+        links=(results[f"link {CPU} to {GPU}"], results[f"link {GPU} to {CPU}"], results[STAGING]),
         disk=disk,
         contention=shared.kept,
         environment={
-            "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, "
-            f"cpu {counted(cpu_threads, 'thread')}",
+            "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, cpu {counted(cpu_threads, 'thread')}",
             **facts,
         },
     )

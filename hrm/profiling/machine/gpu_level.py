@@ -57,17 +57,17 @@ def memory_of(gpus: Sequence["AbstractGpu"], asked_bytes: int | None) -> GpuMemo
     free, total = min(size for size, _ in sizes), min(size for _, size in sizes)
     if asked_bytes is not None and asked_bytes > total * len(gpus):
         raise ProfileError(
-            "--gpu-memory", asked_bytes,
+            "--gpu-memory",
+            asked_bytes,
             f"{' and '.join(gpu.device for gpu in gpus)} have {total * len(gpus)} bytes",
             "ask for less",
-        )  # fmt: skip
+        )
     return GpuMemory(free, total, (asked_bytes or total * len(gpus)) // len(gpus))
 
 
 def gpu_level(
-    results: dict[str, Any], run: Run, gpus: Sequence["AbstractGpu"], memory: GpuMemory,
-    factor: float, *, capped: bool,
-) -> MemoryLevel:  # fmt: skip
+    results: dict[str, Any], run: Run, gpus: Sequence["AbstractGpu"], memory: GpuMemory, factor: float, *, capped: bool
+) -> MemoryLevel:
     """All the GPUs as one level, `factor` times the first."""
     count, name = len(gpus), gpus[0].name
     rates: DeviceMemoryRates = results[MEMORY]
@@ -96,20 +96,16 @@ def gpu_level(
             source=Source.MEASURED,
             note="given on the command line" if capped else "",
         ),
-        reserve_bytes=Figure(
-            value=float(reserve * count), source=Source.ASSUMED, note=reserve_note
-        ),
+        reserve_bytes=Figure(value=float(reserve * count), source=Source.ASSUMED, note=reserve_note),
         read_bytes_per_s=all_of(
-            Rate(achieved=rates.read.rate(rates.num_bytes, "dot product")),
-            card.read_bytes_per_s if card else None,
+            Rate(achieved=rates.read.rate(rates.num_bytes, "dot product")), card.read_bytes_per_s if card else None
         ),
         copy_bytes_per_s=all_of(Rate(achieved=rates.copy.rate(rates.num_bytes, "copy")), None),
         processor=replace(
             processor,
             name=f"{count} x {name}" if count > 1 else name,
             compute_flops_per_s={
-                dtype: all_of(rate, of_dtype.get(dtype))
-                for dtype, rate in processor.compute_flops_per_s.items()
+                dtype: all_of(rate, of_dtype.get(dtype)) for dtype, rate in processor.compute_flops_per_s.items()
             },
             attention_bytes_per_s=None if attention is None else all_of(attention, None),
             attention_request_s=None,  # a batch is one kernel there
@@ -124,9 +120,7 @@ def _datasheet_of(name: str, facts: "GpuFacts") -> MemoryLevel | None:
     return load_gpu(DATASHEETS[name]).level if name in DATASHEETS else None
 
 
-def gpu_environment(
-    gpus: Sequence["AbstractGpu"], facts: "Sequence[GpuFacts]", settling: "Settling"
-) -> dict[str, str]:
+def gpu_environment(gpus: Sequence["AbstractGpu"], facts: "Sequence[GpuFacts]", settling: "Settling") -> dict[str, str]:
     """Facts of the first GPU a line each, those of the others in a line."""
     lines = dict(facts[0].lines)
     clocks = {

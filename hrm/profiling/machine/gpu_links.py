@@ -48,9 +48,8 @@ def add_links(run: Run, gpus: Sequence["AbstractGpu"], largest: int) -> tuple[li
 
 
 def _add_link(
-    run: Run, gpus: Sequence["AbstractGpu"], name: str, largest: int, *,
-    to_device: bool, pinned: bool, note: str = "",
-) -> str:  # fmt: skip
+    run: Run, gpus: Sequence["AbstractGpu"], name: str, largest: int, *, to_device: bool, pinned: bool, note: str = ""
+) -> str:
     """A step for the link of one GPU, or of several at once; returns its name."""
     from hrm.profiling.gpu import together
     from hrm.profiling.gpu_link import gpu_transfer
@@ -64,20 +63,22 @@ def _add_link(
         most = largest * len(gpus)
         transfer = gpu_transfer(gpus, to_device=to_device, pinned=pinned, largest_bytes=most)
         return measure_link(
-            source, target, transfer, sizes=transfer_sizes(most, quick=run.quick),
-            budget_s=seconds, kind=kind,
+            source,
+            target,
+            transfer,
+            sizes=transfer_sizes(most, quick=run.quick),
+            budget_s=seconds,
+            kind=kind,
             note=f"all {len(gpus)} GPUs at once, each its share" if several else note,
             sampler=together(gpus) if several else gpus[0].sampler(),
-        )  # fmt: skip
+        )
 
     step = f"{kind} link {source} to {target}"
     run.steps.add(step, 2, transfers, Link)
     return step
 
 
-def _add_peer(
-    run: Run, gpus: Sequence["AbstractGpu"], pair: tuple[int, int], largest: int, pairs: int
-) -> str:
+def _add_peer(run: Run, gpus: Sequence["AbstractGpu"], pair: tuple[int, int], largest: int, pairs: int) -> str:
     from hrm.profiling.gpu_link import peer_transfer
     from hrm.profiling.link import measure_link, transfer_sizes
 
@@ -86,11 +87,15 @@ def _add_peer(
     def transfers(seconds: float) -> Link:
         straight = source.reaches(target)
         return measure_link(
-            f"{GPU}{pair[0]}", f"{GPU}{pair[1]}", peer_transfer(source, target, largest),
-            sizes=transfer_sizes(largest, quick=run.quick), budget_s=seconds, kind="peer",
+            f"{GPU}{pair[0]}",
+            f"{GPU}{pair[1]}",
+            peer_transfer(source, target, largest),
+            sizes=transfer_sizes(largest, quick=run.quick),
+            budget_s=seconds,
+            kind="peer",
             note="straight" if straight else "through the host's memory",
             sampler=source.sampler(),
-        )  # fmt: skip
+        )
 
     step = f"peer link {GPU}{pair[0]} to {GPU}{pair[1]}"
     run.steps.add(step, 6 / pairs, transfers, Link)
@@ -98,9 +103,8 @@ def _add_peer(
 
 
 def links_of(
-    results: dict[str, Any], planned: Sequence[str], alone: Sequence[str],
-    facts: "Sequence[GpuFacts]", count: int,
-) -> tuple[list[Link], list[str]]:  # fmt: skip
+    results: dict[str, Any], planned: Sequence[str], alone: Sequence[str], facts: "Sequence[GpuFacts]", count: int
+) -> tuple[list[Link], list[str]]:
     """All links, with what PCIe can do at most, and warnings of those that fall behind."""
     warnings: list[str] = []
     own: list[Link] = [results[step] for step in alone]
@@ -151,9 +155,7 @@ def _with_pcie(link: Link, pcie_bytes_per_s: float, warnings: list[str]) -> Link
             f" PCIe as the driver tells it ({format_bandwidth(pcie_bytes_per_s)})"
         )
         return link
-    sheet = Figure(
-        value=pcie_bytes_per_s, source=Source.DATASHEET, note="PCIe as negotiated, one direction"
-    )
+    sheet = Figure(value=pcie_bytes_per_s, source=Source.DATASHEET, note="PCIe as negotiated, one direction")
     return replace(link, bandwidth_bytes_per_s=replace(rate, datasheet=sheet))
 
 

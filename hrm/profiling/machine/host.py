@@ -65,19 +65,27 @@ def add_processor(run: Run, level: str, threads: int) -> None:
         def gemm(seconds: float, dtype: str = dtype) -> Rate:
             with torch_threads(threads):
                 return gemm_rate(
-                    dtype, shapes=shapes, shapes_note=note, quick=run.quick, budget_s=seconds,
+                    dtype,
+                    shapes=shapes,
+                    shapes_note=note,
+                    quick=run.quick,
+                    budget_s=seconds,
                     launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
                     kernels=run.kernels,
-                )  # fmt: skip
+                )
 
         run.steps.add(gemm_step(level, dtype), 4, gemm, Rate)
 
     def attention(seconds: float) -> Rate:
         with torch_threads(threads):
             return attention_rate(
-                run.dtypes[0], heads=Heads.of(run.model), quick=run.quick, budget_s=seconds,
-                most_bytes=run.host.usable_ram_bytes // MOST_SHARE, kernels=run.kernels,
-            )  # fmt: skip
+                run.dtypes[0],
+                heads=Heads.of(run.model),
+                quick=run.quick,
+                budget_s=seconds,
+                most_bytes=run.host.usable_ram_bytes // MOST_SHARE,
+                kernels=run.kernels,
+            )
 
     run.steps.add(attention_step(level), 3, attention, Rate)
 
@@ -97,32 +105,29 @@ def add_host_memory(run: Run, threads: Sequence[int]) -> None:
         doubled *= 2
     size = array_bytes(cache, host.usable_ram_bytes, quick=run.quick)
     run.steps.add(
-        MEMORY, 5,
-        lambda seconds: measure_memory(
-            num_bytes=size, last_level_cache_bytes=cache, threads=sweep, budget_s=seconds
-        ),
+        MEMORY,
+        5,
+        lambda seconds: measure_memory(num_bytes=size, last_level_cache_bytes=cache, threads=sweep, budget_s=seconds),
         MemoryRates,
-    )  # fmt: skip
+    )
     run.steps.add(
-        CACHES, 3,
-        lambda seconds: measure_caches(
-            host.caches, threads=host.compute_threads, budget_s=seconds, quick=run.quick
-        ),
+        CACHES,
+        3,
+        lambda seconds: measure_caches(host.caches, threads=host.compute_threads, budget_s=seconds, quick=run.quick),
         tuple[Cache, ...],
-    )  # fmt: skip
+    )
     nodes = topology.numa_nodes(topology.allowed_cpus())
     if len(nodes) > 1:
         node_bytes = array_bytes(0, host.usable_ram_bytes // len(nodes), quick=run.quick)
         run.steps.add(
-            NUMA, 2 * len(nodes),
+            NUMA,
+            2 * len(nodes),
             lambda seconds: measure_numa(nodes, num_bytes=node_bytes, budget_s=seconds),
             tuple[NumaRead, ...],
-        )  # fmt: skip
+        )
 
 
-def add_staging(
-    run: Run, threads: int, pinned: "Callable[[int], torch.Tensor] | None" = None
-) -> None:
+def add_staging(run: Run, threads: int, pinned: "Callable[[int], torch.Tensor] | None" = None) -> None:
     """Copies within the host by the threads of a lane, from pageable to `pinned` memory.
 
     Without any they go to pageable memory.
@@ -134,10 +139,14 @@ def add_staging(
     def staging(seconds: float) -> Link:
         with torch_threads(threads):
             return measure_link(
-                CPU, CPU, _staging_transfer(run, largest, pinned), kind="staging",
-                sizes=transfer_sizes(largest, quick=run.quick), budget_s=seconds,
+                CPU,
+                CPU,
+                _staging_transfer(run, largest, pinned),
+                kind="staging",
+                sizes=transfer_sizes(largest, quick=run.quick),
+                budget_s=seconds,
                 note=counted(threads, "thread") + ("" if pinned else "; nothing is pinned here"),
-            )  # fmt: skip
+            )
 
     run.steps.add(STAGING, 2, staging, Link)
 
@@ -147,9 +156,7 @@ def _largest_staged(run: Run) -> int:
     return max(MIB, min(most, run.host.usable_ram_bytes // MOST_SHARE))
 
 
-def _staging_transfer(
-    run: Run, largest: int, pinned: "Callable[[int], torch.Tensor] | None"
-) -> "Transfer":
+def _staging_transfer(run: Run, largest: int, pinned: "Callable[[int], torch.Tensor] | None") -> "Transfer":
     """Staging out of more than the caches hold."""
     import torch
 
@@ -196,13 +203,7 @@ def attention_worker(run: Run, threads: int) -> "Worker":
     """Decode attention as a lane does it, for contention; its bytes are the KV cache's."""
     import torch
 
-    from hrm.profiling.attention import (
-        QUICK_BYTES,
-        Heads,
-        KvCache,
-        attention_call,
-        kernels_call,
-    )
+    from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call, kernels_call
     from hrm.profiling.contention import Worker
 
     most = min(QUICK_BYTES, run.host.usable_ram_bytes // MOST_SHARE)

@@ -45,9 +45,7 @@ class _Kept:
 class Journal:
     """Steps of one profile, kept at `path`; `seconds` is what those from before took."""
 
-    def __init__(
-        self, path: Path, measures: dict[str, str], *, date: str, resume: bool = False
-    ) -> None:
+    def __init__(self, path: Path, measures: dict[str, str], *, date: str, resume: bool = False) -> None:
         """Start the file anew, or go on with it if `resume` and there is one.
 
         The file is locked until it is closed or removed. `measures` says what is measured: options
@@ -61,9 +59,11 @@ class Journal:
             self._file = open_locked(path)
         except BlockingIOError as error:
             raise ProfileError(
-                str(path), f"<{error.strerror}>", "must be written by one hrm profile at a time",
+                str(path),
+                f"<{error.strerror}>",
+                "must be written by one hrm profile at a time",
                 "wait for that one, or choose another --out",
-            ) from error  # fmt: skip
+            ) from error
         except OSError as error:
             raise _not_written(path, error) from error
         try:
@@ -142,9 +142,11 @@ class Journal:
             except (Malformed, msgspec.ValidationError) as error:
                 if index == 0:
                     raise ProfileError(
-                        str(self.path), "<unreadable>", "must be what hrm profile has left there",
+                        str(self.path),
+                        "<unreadable>",
+                        "must be what hrm profile has left there",
                         "remove it, or measure afresh without --resume",
-                    ) from error  # fmt: skip
+                    ) from error
                 break
             good += len(line)
         return good
@@ -154,12 +156,12 @@ class Journal:
             before, now = head.measures.get(name, "not given"), measures.get(name, "not given")
             if before != now:
                 raise ProfileError(
-                    f"{self.path}: {name}", before, f"differs from {now}, which is measured now",
+                    f"{self.path}: {name}",
+                    before,
+                    f"differs from {now}, which is measured now",
                     "give the same options on the same machine, or measure afresh without --resume",
-                )  # fmt: skip
+                )
 
 
 def _not_written(path: Path, error: OSError) -> ProfileError:
-    return ProfileError(
-        str(path), f"<{error.strerror}>", "must be writable", "make room, or choose another --out"
-    )
+    return ProfileError(str(path), f"<{error.strerror}>", "must be writable", "make room, or choose another --out")

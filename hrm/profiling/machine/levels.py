@@ -28,9 +28,7 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
         name=name,
         cores=cores,
         compute_flops_per_s={
-            dtype: rate
-            for dtype in run.dtypes
-            if (rate := results[gemm_step(level, dtype)]) is not None
+            dtype: rate for dtype in run.dtypes if (rate := results[gemm_step(level, dtype)]) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
         attention_request_s=None if run.kernels else request_latency(launch),
@@ -46,9 +44,12 @@ def request_latency(launch: "Timing") -> Figure:
         for seconds in (launch.median_s, launch.p20_s, launch.p80_s)
     )
     return Figure(
-        value=value, source=Source.DERIVED,
-        note=f"{ATTENTION_LAUNCHES_PER_REQUEST} operators a request", p20=low, p80=high,
-    )  # fmt: skip
+        value=value,
+        source=Source.DERIVED,
+        note=f"{ATTENTION_LAUNCHES_PER_REQUEST} operators a request",
+        p20=low,
+        p80=high,
+    )
 
 
 def host_level(
@@ -63,11 +64,7 @@ def host_level(
             return timings[count].rate(memory.num_bytes, note)
 
         at_best = min(timings, key=lambda count: timings[count].median_s)
-        others = [
-            f"with {count} {format_bandwidth(figure(count).value)}"
-            for count in timings
-            if count != at_best
-        ]
+        others = [f"with {count} {format_bandwidth(figure(count).value)}" for count in timings if count != at_best]
         swept = f"; {', '.join(others)}" if others else ""
         return Rate(ceiling=figure(at_best, swept), achieved=figure(threads))
 
@@ -89,9 +86,8 @@ def ram_of(host: HostFacts, less_bytes: int = 0) -> tuple[Figure, Figure]:
     capacity = host.usable_ram_bytes - less_bytes
     if capacity <= 0:
         raise ProfileError(
-            "--gpu-memory", less_bytes, f"must be less than the RAM of {host.usable_ram_bytes}",
-            "ask for less",
-        )  # fmt: skip
+            "--gpu-memory", less_bytes, f"must be less than the RAM of {host.usable_ram_bytes}", "ask for less"
+        )
     reserve = int(RESERVE_SHARE * capacity)
     return (
         Figure(value=float(capacity), source=Source.MEASURED, note=note),
@@ -126,9 +122,5 @@ def scaled(figure: Figure, factor: float, note: str) -> Figure:
 def each_figure(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
     """The rate with each of its figures changed."""
     return Rate(
-        **{
-            item.name: change(figure)
-            for item in fields(rate)
-            if (figure := getattr(rate, item.name)) is not None
-        }
+        **{item.name: change(figure) for item in fields(rate) if (figure := getattr(rate, item.name)) is not None}
     )

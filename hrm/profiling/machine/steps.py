@@ -24,8 +24,7 @@ class ProfilingInterrupted(Exception):  # noqa: N818 - the user's wish, no error
         """Tell what is measured and what is not."""
         self.measured, self.lost = tuple(measured), tuple(lost)
         super().__init__(
-            f"interrupted; measured: {', '.join(self.measured) or 'nothing'};"
-            f" not measured: {', '.join(self.lost)}"
+            f"interrupted; measured: {', '.join(self.measured) or 'nothing'}; not measured: {', '.join(self.lost)}"
         )
 
 
@@ -97,15 +96,7 @@ class Steps:
     turns: list[Turn] = field(default_factory=list[Turn])
     disturbances: list[float] = field(default_factory=list[float])  # others' share in each pass
 
-    def add(
-        self,
-        name: str,
-        weight: float,
-        run: Callable[[float], Any],
-        kind: Any,
-        *,
-        once: bool = False,
-    ) -> None:
+    def add(self, name: str, weight: float, run: Callable[[float], Any], kind: Any, *, once: bool = False) -> None:
         """Append a step that gets `weight` parts of the time and finds a `kind`."""
         self.steps.append(Step(name, weight, run, kind, once))
 
@@ -130,11 +121,10 @@ class Steps:
         used = {turn.name for index in self.passes_used for turn in passes[index]}
         found_of = {
             step.name: [
-                known[turn.name] for turn in self.turns
-                if turn.step is step and (step.once or turn.name in used)
+                known[turn.name] for turn in self.turns if turn.step is step and (step.once or turn.name in used)
             ]
             for step in self.steps
-        }  # fmt: skip
+        }
         self.found = {name: combine(found) for name, found in found_of.items()}
         return self.found
 
@@ -162,8 +152,9 @@ class Steps:
                 step.name if step.once or self.passes == 1 else f"{step.name} ({which})",
                 unit_s * step.weight / (1 if step.once else self.passes),
             )
-            for step in self.steps if index == 0 or not step.once
-        ]  # fmt: skip
+            for step in self.steps
+            if index == 0 or not step.once
+        ]
 
     def _recall(self, turn: Turn, known: dict[str, Any]) -> None:
         if self.keeper is not None:

@@ -36,9 +36,7 @@ def profile(setting: Setting) -> None:
         model=setting.scale.spec,
         dtypes=("bfloat16", "float16"),
         quick=setting.emulated,
-        progress=lambda done_s, total_s, what: print(
-            f"  {what} ({done_s:.0f} of about {total_s:.0f} s)", flush=True
-        ),
+        progress=lambda done_s, total_s, what: print(f"  {what} ({done_s:.0f} of about {total_s:.0f} s)", flush=True),
         command=setting.command,
         budget_s=min(setting.scale.profile_s, setting.left_s()),
         kernels=host_kernels(),
@@ -51,9 +49,13 @@ def profile(setting: Setting) -> None:
 
 def _plain(figure: Figure) -> dict[str, float | str | None]:
     return {
-        "n": figure.samples, "median": figure.value, "p20": figure.p20, "p80": figure.p80,
-        "source": figure.source.value, "note": figure.note,
-    }  # fmt: skip
+        "n": figure.samples,
+        "median": figure.value,
+        "p20": figure.p20,
+        "p80": figure.p80,
+        "source": figure.source.value,
+        "note": figure.note,
+    }
 
 
 def tests(setting: Setting) -> None:
@@ -67,24 +69,27 @@ def tests(setting: Setting) -> None:
         # Other versions of packages than the pinned ones may warn: here that is no failure.
         # A card that has failed once may fail every test after it, and each tells why at length.
         options = [
-            "-q", "--tb=short", f"--maxfail={MOST_FAILURES}", "-W", "default",
-            "-p", "no:cacheprovider", f"--junitxml={junit}", "--continue-on-collection-errors",
-        ]  # fmt: skip
+            "-q",
+            "--tb=short",
+            f"--maxfail={MOST_FAILURES}",
+            "-W",
+            "default",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={junit}",
+            "--continue-on-collection-errors",
+        ]
         seconds = min(TESTS_S, setting.left_s())
         try:
             code = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *chosen],
-                cwd=ROOT, check=False, timeout=seconds,
-            ).returncode  # fmt: skip
+                [sys.executable, "-m", "pytest", *options, *chosen], cwd=ROOT, check=False, timeout=seconds
+            ).returncode
             ended = f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
             ended = f"did not end within {seconds:.0f} s"
         if not junit.is_file():
             record.leave_out("counts", f"pytest {ended}")
-            raise HrmError(
-                "step tests", f"<{ended}>", "must have run pytest 9 or newer",
-                "see its output above",
-            )  # fmt: skip
+            raise HrmError("step tests", f"<{ended}>", "must have run pytest 9 or newer", "see its output above")
         cases = list(ElementTree.parse(junit).iter("testcase"))
     outcomes = {"failure": "failed", "error": "errors", "skipped": "skipped"}
     counts = dict.fromkeys(("passed", *outcomes.values()), 0)

@@ -139,9 +139,7 @@ def sweep(setting: Setting, record: Record, side: "OtherSide") -> Iterator[Point
 class OtherSide:
     """transformers' model of a shape with random weights, to be dispatched by accelerate."""
 
-    def __init__(
-        self, setting: Setting, spec: ModelSpec, profile: HardwareProfile, gpu_memory_bytes: int
-    ) -> None:
+    def __init__(self, setting: Setting, spec: ModelSpec, profile: HardwareProfile, gpu_memory_bytes: int) -> None:
         start_s = time.monotonic()
         self.spec, self.workload = spec, setting.scale.workload
         self.gpu_memory_bytes = gpu_memory_bytes
@@ -169,9 +167,10 @@ class OtherSide:
             )
             return None
         prompts = torch.randint(
-            self.spec.vocab_size, (batch_size, round(self.workload.prompt_len)),
+            self.spec.vocab_size,
+            (batch_size, round(self.workload.prompt_len)),
             generator=torch.Generator().manual_seed(batch_size),
-        )  # fmt: skip
+        )
         clock = TokenClock(self.device)
         try:
             self.dispatch(resident)
@@ -185,9 +184,12 @@ class OtherSide:
                 self.model.generate(
                     prompts.to(self.device),
                     attention_mask=torch.ones_like(prompts).to(self.device),
-                    max_new_tokens=1 + steps, do_sample=False, pad_token_id=0,
-                    cache_implementation=cache, stopping_criteria=[clock],
-                )  # fmt: skip
+                    max_new_tokens=1 + steps,
+                    do_sample=False,
+                    pad_token_id=0,
+                    cache_implementation=cache,
+                    stopping_criteria=[clock],
+                )
         except torch.OutOfMemoryError:
             return None
         except torch.AcceleratorError as error:  # what the driver says if it cannot pin so much
@@ -201,9 +203,13 @@ class OtherSide:
                 torch._C._host_emptyCache()  # or pinned memory of other sizes stays the process's
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         point = Point(
-            batch_size=batch_size, cache=cache, resident_layers=resident,
-            prefill_s=clock.seconds[0], step_s=Spread.of(clock.seconds[1:]), peak_bytes=peak,
-        )  # fmt: skip
+            batch_size=batch_size,
+            cache=cache,
+            resident_layers=resident,
+            prefill_s=clock.seconds[0],
+            step_s=Spread.of(clock.seconds[1:]),
+            peak_bytes=peak,
+        )
         print(
             f"  batch of {batch_size}, cache {cache}, {resident} layers resident: prefill "
             f"{point.prefill_s:.3g} s, step {point.step_s.median:.3g} s, "
@@ -235,10 +241,7 @@ class OtherSide:
         for layer in self.model.model.layers[resident:]:
             layer.to("cpu")  # one that was resident before would be offloaded from the GPU
         outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-        layers = {
-            f"model.layers.{i}": self.device if i < resident else "cpu"
-            for i in range(self.spec.num_layers)
-        }
+        layers = {f"model.layers.{i}": self.device if i < resident else "cpu" for i in range(self.spec.num_layers)}
         device_map: dict[str, Any] = dict.fromkeys(outside, self.device) | layers
         dispatch_model(self.model, device_map, main_device=self.device, force_hooks=True)
 
@@ -271,13 +274,19 @@ def _model(spec: ModelSpec, dtype: torch.dtype, *, shared: bool) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=spec.vocab_size, hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size, num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim, num_local_experts=spec.num_experts,
-        num_experts_per_tok=spec.experts_per_token, sliding_window=None, eos_token_id=None,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        num_local_experts=spec.num_experts,
+        num_experts_per_tok=spec.experts_per_token,
+        sliding_window=None,
+        eos_token_id=None,
         dtype=dtype,
-    )  # fmt: skip
+    )
     with init_empty_weights(include_buffers=False):
         model: Any = MixtralForCausalLM(config)
     source, made = RandomWeights(seed=0), dict[str, nn.Parameter]()

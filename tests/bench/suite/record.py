@@ -36,9 +36,7 @@ def machine_facts(accelerator: str) -> dict[str, str]:
 def all_versions() -> dict[str, str]:
     """Versions of what the figures depend on, the other side's too."""
     theirs = {
-        name: version(name)
-        for name in ("transformers", "accelerate")
-        if importlib.util.find_spec(name) is not None
+        name: version(name) for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is not None
     }
     return {**versions(), **theirs}
 

@@ -20,9 +20,21 @@ OVER_FLEXGEN: Final = 1.5
 OVER_ACCELERATE: Final = 5.0
 PADDING: Final = 1.05
 COLUMNS: Final = (
-    "schedule", "N, μ", "attention", "tokens/s", "decode/s", "step", "predicted", "of the bound",
-    "H2D busy", "H2D while busy", "GPU busy", "CPU attention", "GPU peak of planned", "CGOPipe is",
-)  # fmt: skip
+    "schedule",
+    "N, μ",
+    "attention",
+    "tokens/s",
+    "decode/s",
+    "step",
+    "predicted",
+    "of the bound",
+    "H2D busy",
+    "H2D while busy",
+    "GPU busy",
+    "CPU attention",
+    "GPU peak of planned",
+    "CGOPipe is",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +135,7 @@ def write(folder: Path) -> None:
 
 def report(folder: Path) -> str:
     """The report of a results folder."""
-    steps = {path.stem: content for path in sorted(folder.glob("*.json"))
-             if (content := read(path)) is not None}  # fmt: skip
+    steps = {path.stem: content for path in sorted(folder.glob("*.json")) if (content := read(path)) is not None}
     if not steps:
         raise HrmError("--results", str(folder), "must hold results", "run the other steps first")
     lines = list(_heading(steps))
@@ -135,9 +146,7 @@ def report(folder: Path) -> str:
             lines += ["", f"## GPU memory capped at {cap}", "", *_tables(ours, theirs)]
         goals += _goals(cap, ours, theirs)
     left_out = [
-        f"- {step}: {name}: {reason}"
-        for step, content in steps.items()
-        for name, reason in content["left_out"].items()
+        f"- {step}: {name}: {reason}" for step, content in steps.items() for name, reason in content["left_out"].items()
     ]
     lines += ["", "## Goals", "", *(goal.line() for goal in goals)]
     if left_out:
@@ -196,9 +205,7 @@ def _tables(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> Itera
         yield ""
         first = next(iter(same.values()))
         yield from _table(
-            measured.cells(
-                name, first.row["decode_tokens_per_s"] / measured.row["decode_tokens_per_s"]
-            )
+            measured.cells(name, first.row["decode_tokens_per_s"] / measured.row["decode_tokens_per_s"])
             for name, measured in same.items()
         )
 
@@ -207,8 +214,7 @@ def _other_side(best: dict[str, Any], ratio: str) -> list[str]:
     """Their line: what of it there is."""
     step = best["step_s"]
     cells = dict.fromkeys(COLUMNS, "–") | {
-        "schedule": f"transformers + accelerate, {best['resident_layers']} layers resident, "
-        f"{best['cache']} cache",
+        "schedule": f"transformers + accelerate, {best['resident_layers']} layers resident, {best['cache']} cache",
         "N, μ": f"{best['batch_size']}",
         "attention": "gpu",
         "tokens/s": f"{best['tokens_per_s']:.4g}, put together from its phases",
@@ -252,9 +258,8 @@ def _goals(cap: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None)
     else:
         yield Goal(text, f"{told}, but limited by {cgopipe.figure['bottleneck']}", None)
     yield Goal(
-        f"{cap}: ≥ {BOUND_SHARE:.0%} of HRM's bound", f"{cgopipe.bound_share:.1%}",
-        cgopipe.bound_share >= BOUND_SHARE,
-    )  # fmt: skip
+        f"{cap}: ≥ {BOUND_SHARE:.0%} of HRM's bound", f"{cgopipe.bound_share:.1%}", cgopipe.bound_share >= BOUND_SHARE
+    )
     for name, other in (("flexgen", "S4"), ("flexgen-c", "S3")):
         text = f"{cap}: CGOPipe ≥ {OVER_FLEXGEN}× our {other}"
         if name not in own:
@@ -268,10 +273,9 @@ def _goals(cap: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None)
     ratio = cgopipe.tokens_per_s / best["tokens_per_s"] if best else 0.0
     yield Goal(text, f"{ratio:.2f}×" if best else "", ratio >= OVER_ACCELERATE if best else None)
     shares = [peak / planned for peak, planned in (one.memory("gpu") for one in everything)]
-    yield Goal(
-        f"{cap}: GPU peak ≤ planned in every run", f"greatest {max(shares):.1%}", max(shares) <= 1
-    )
+    yield Goal(f"{cap}: GPU peak ≤ planned in every run", f"greatest {max(shares):.1%}", max(shares) <= 1)
     yield Goal(
         f"{cap}: no plan padded by more than {PADDING - 1:.0%}",
-        f"{1 / min(shares) - 1:.1%} at most", min(shares) * PADDING >= 1,
-    )  # fmt: skip
+        f"{1 / min(shares) - 1:.1%} at most",
+        min(shares) * PADDING >= 1,
+    )

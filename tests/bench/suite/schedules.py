@@ -31,15 +31,8 @@ from tests.bench.suite.setting import CAPS, Setting
 OWN: Final = "own policy"
 SAME: Final = "CGOPipe's policy"
 # By what they tell: the baselines of the paper's claims first.
-BASELINES: Final = (
-    ScheduleName.FLEXGEN,
-    ScheduleName.FLEXGEN_C,
-    ScheduleName.FASTDECODE,
-    ScheduleName.DEEPSPEED,
-)
-ORDERS: Final = {
-    f"{SAME}: {order.value}": order for order in ScheduleName if order is not ScheduleName.FLEXGEN_C
-}
+BASELINES: Final = (ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C, ScheduleName.FASTDECODE, ScheduleName.DEEPSPEED)
+ORDERS: Final = {f"{SAME}: {order.value}": order for order in ScheduleName if order is not ScheduleName.FLEXGEN_C}
 PLANNED_SHARE: Final = 0.9  # of the host's free memory: what is pinned cannot give way
 WEIGHT_SHARE: Final = 0.8  # of both levels that weights may take, so that caches have room
 WARM_UP_REQUESTS: Final = 64
@@ -101,9 +94,13 @@ def compare(setting: Setting, cap: str) -> None:
 
 
 def _under_its_own(
-    setting: Setting, record: Record, machine: Machine, name: str, schedule: ScheduleName,
+    setting: Setting,
+    record: Record,
+    machine: Machine,
+    name: str,
+    schedule: ScheduleName,
     orders: Mapping[str, ScheduleName],
-) -> None:  # fmt: skip
+) -> None:
     """A schedule under its best policy, and other orders under the same one, decode alone.
 
     Those are run over a few tokens: prefill is the same in all.
@@ -151,9 +148,7 @@ def _time_for(setting: Setting, record: Record, name: str, seconds: float) -> bo
     return left_s >= seconds
 
 
-def _measure(
-    setting: Setting, record: Record, run: BenchRun, name: str, predicted: Estimate
-) -> None:
+def _measure(setting: Setting, record: Record, run: BenchRun, name: str, predicted: Estimate) -> None:
     """One repeat of a loaded run; its decode steps are the samples."""
     run.repeat()
     row = run.row()

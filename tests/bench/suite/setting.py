@@ -47,8 +47,15 @@ FULL: Final = Scale(
 SMALL: Final = Scale(
     name="small",
     spec=replace(
-        FULL.spec, name="mixtral-small", num_layers=3, hidden_size=64, intermediate_size=128,
-        num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256,
+        FULL.spec,
+        name="mixtral-small",
+        num_layers=3,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=256,
     ),
     workload=Workload(name="mtbench-small", prompt_len=6, max_prompt_len=12, gen_len=4),
     gpu_memory_bytes={"16GB": MB, "24GB": 3 * MB // 2},
@@ -58,7 +65,7 @@ SMALL: Final = Scale(
     first_batch=2,
     last_batch=4,
     offload_steps=2,
-)  # fmt: skip
+)
 CAPS: Final = tuple(FULL.gpu_memory_bytes)
 SCALES: Final = {scale.name: scale for scale in (FULL, SMALL)}
 

@@ -213,9 +213,15 @@ def test_index_naming_a_tensor_that_its_file_lacks(sharded):
 
 @pytest.mark.parametrize(
     "file",
-    ["../other/model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors",
-     "..\\b.safetensors", "weights.bin", 3],
-)  # fmt: skip
+    [
+        "../other/model.safetensors",
+        "/etc/model.safetensors",
+        "a/../../b.safetensors",
+        "..\\b.safetensors",
+        "weights.bin",
+        3,
+    ],
+)
 def test_index_that_leaves_the_folder(sharded, file):
     index = sharded / "model.safetensors.index.json"
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -125,9 +125,7 @@ def test_expected_tensors_are_exactly_those_saved(tiny_folder):
     assert expected == {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
-@pytest.mark.parametrize(
-    "name", [spec.name for spec in BUILT_IN_MODELS.values() if spec.family in FAMILIES]
-)
+@pytest.mark.parametrize("name", [spec.name for spec in BUILT_IN_MODELS.values() if spec.family in FAMILIES])
 def test_expected_tensors_add_up_to_the_parameters(name):
     spec = BUILT_IN_MODELS[name]
     family = FAMILIES[spec.family]

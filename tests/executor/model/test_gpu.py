@@ -134,9 +134,7 @@ def test_plain_kernels_are_asked_for_what_every_gpu_has(dtype, monkeypatch):
     got = DeviceTensor(torch.empty_like(wanted))
     ours = [DeviceTensor(cache.clone()), None]
     with WithDevice():
-        GpuKernels().prefill_attention(
-            arch, DeviceTensor(qkv.clone()), lengths, ends, ours, got, workspace()
-        )
+        GpuKernels().prefill_attention(arch, DeviceTensor(qkv.clone()), lengths, ends, ours, got, workspace())
     assert asked == [(True, {"attn_mask"}), (True, {"is_causal"})]
     monkeypatch.undo()
     prefill_attention(arch, qkv, lengths, [cache, None], wanted, workspace())
@@ -194,9 +192,7 @@ def test_experts_never_add_two_rows_to_a_token_at_once(kernels, rows_at_once, mo
     results = []
     for _ in range(2):
         results.append(torch.ones_like(x))
-        kernels.run_experts(
-            x, routing, [stack], results[-1], rows_at_once=rows_at_once, num_experts=5
-        )
+        kernels.run_experts(x, routing, [stack], results[-1], rows_at_once=rows_at_once, num_experts=5)
     assert torch.equal(*results)
     some = torch.ones_like(x)
     kernels.run_experts(x, routing, [stack], some, rows_at_once=1000, num_experts=5)
@@ -208,9 +204,7 @@ def test_experts_of_no_tokens(kernels):
     stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters), 0)
     nothing = torch.empty(0, arch.spec.hidden_size)
     routing = Routing(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int64))
-    counts = kernels.run_experts(
-        nothing, routing, [stack], nothing.clone(), rows_at_once=4, num_experts=4
-    )
+    counts = kernels.run_experts(nothing, routing, [stack], nothing.clone(), rows_at_once=4, num_experts=4)
     assert counts.tolist() == [0] * 4
 
 

@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from executor.model import (
-    GpuKernels,
-    Workspace,
-    dense_views,
-    expert_stack,
-    number_views,
-    post_attention,
-    pre_attention,
-)
+from executor.model import GpuKernels, Workspace, dense_views, expert_stack, number_views, post_attention, pre_attention
 from executor.model.gpu import grouped_gemm
 from hrm.memory import workspace_bytes
 from hrm.model_spec import load_model
@@ -23,9 +15,7 @@ from tests.executor.tiny_models import tiny_arch
 
 DTYPE = torch.bfloat16
 TOKENS = 96
-SHAPES = {
-    name: load_model(name) for name in ("mixtral-8x7b", "dbrx", "qwen3-235b-a22b", "phi-3.5-moe")
-}
+SHAPES = {name: load_model(name) for name in ("mixtral-8x7b", "dbrx", "qwen3-235b-a22b", "phi-3.5-moe")}
 
 
 def counted_flash(query, key, value, cum_q, cum_k, max_q, *rest, **named):
@@ -55,10 +45,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            x.untyped_storage()._cdata for x in (*args, *(kwargs or {}).values())
-            if isinstance(x, torch.Tensor)
-        }  # fmt: skip
+        given = {x.untyped_storage()._cdata for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for made in result if isinstance(result, tuple | list) else (result,):
             if isinstance(made, torch.Tensor):
@@ -74,10 +61,14 @@ def small(name):
     """A sixteenth of the model in every width, so that one layer takes no time."""
     spec = SHAPES[name]
     return tiny_arch(
-        hidden_size=spec.hidden_size // 16, intermediate_size=spec.intermediate_size // 16,
-        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=8,
-        num_experts=spec.num_experts, experts_per_token=spec.experts_per_token,
-    )  # fmt: skip
+        hidden_size=spec.hidden_size // 16,
+        intermediate_size=spec.intermediate_size // 16,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=8,
+        num_experts=spec.num_experts,
+        experts_per_token=spec.experts_per_token,
+    )
 
 
 def weights(spec):
@@ -85,8 +76,7 @@ def weights(spec):
     dense = dense_views(spec, torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
     flat = torch.randn(spec.num_experts * spec.expert_parameters).to(DTYPE) * 0.1
     half = spec.num_experts // 2 * spec.expert_parameters
-    stacks = [expert_stack(spec, flat[:half], 0),
-              expert_stack(spec, flat[half:], spec.num_experts // 2)]  # fmt: skip
+    stacks = [expert_stack(spec, flat[:half], 0), expert_stack(spec, flat[half:], spec.num_experts // 2)]
     return dense, stacks
 
 
@@ -109,9 +99,7 @@ def test_prefill_of_a_whole_chunk(name, kernels):
         attended = workspace.take((TOKENS, spec.query_size), DTYPE)
         kernels.prefill_attention(arch, qkv, lengths, ends, [None] * 4, attended, workspace)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
-        kernels.run_experts(
-            x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts
-        )
+        kernels.run_experts(x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned
     assert live.peak_bytes >= 0.5 * planned
 
@@ -137,9 +125,7 @@ def test_decode_of_a_micro_batch(name, kernels, requests):
         pre_attention(arch, hidden, dense, numbers.positions_R, qkv, workspace)
         kernels.decode_attention(arch, qkv, cache, numbers, 16, attended, spare_bytes=planned // 2)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
-        kernels.run_experts(
-            x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts
-        )
+        kernels.run_experts(x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned
 
 

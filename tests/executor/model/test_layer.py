@@ -69,10 +69,7 @@ def random_dense(arch, dtype=torch.float32):
 def random_experts(arch, dtype=torch.float32):
     scale = arch.spec.hidden_size**-0.5
     size = arch.spec.expert_parameters
-    return [
-        expert_views(arch.spec, (torch.randn(size) * scale).to(dtype))
-        for _ in range(arch.spec.num_experts)
-    ]
+    return [expert_views(arch.spec, (torch.randn(size) * scale).to(dtype)) for _ in range(arch.spec.num_experts)]
 
 
 def as_float(weights):
@@ -160,9 +157,8 @@ def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, form, dtype, 
     with native.using(kernels), pytest.MonkeyPatch.context() as patch:
         if form == "by one mask":
             patch.setattr(
-                attention, "_after_prefix_in_blocks",
-                lambda q, cache, out, _: attention._after_prefix(q, cache, out),
-            )  # fmt: skip
+                attention, "_after_prefix_in_blocks", lambda q, cache, out, _: attention._after_prefix(q, cache, out)
+            )
         for first, last in pairwise([0, *cuts, 300]):
             chunk, lengths = torch.cat([qkv[first:last], other]), [last - first, 5]
             out = torch.empty(len(chunk), spec.query_size, dtype=dtype)
@@ -179,11 +175,13 @@ def test_long_contexts_are_torchs(monkeypatch):
     width = arch.spec.query_size + 2 * arch.spec.kv_size
     attend = native.Kernels.decode_attention
     monkeypatch.setattr(
-        native.Kernels, "decode_attention",
+        native.Kernels,
+        "decode_attention",
         lambda self, qkv, cache, starts, lengths, out: (
-            seen.append(len(cache)), attend(self, qkv, cache, starts, lengths, out)
+            seen.append(len(cache)),
+            attend(self, qkv, cache, starts, lengths, out),
         ),
-    )  # fmt: skip
+    )
     for context in (attention.NATIVE_CONTEXT, attention.NATIVE_CONTEXT + 1):
         qkv, cache = torch.randn(7, width), torch.randn(context, 2, 2, 8)
         out, exact = torch.empty(2, 7, arch.spec.query_size)
@@ -314,11 +312,7 @@ def test_post_attention(arch, dtype):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    arch=archs,
-    num_tokens=st.integers(0, 50),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 2**32),
-    data=st.data(),
+    arch=archs, num_tokens=st.integers(0, 50), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32), data=st.data()
 )
 def test_run_experts_adds_exactly_the_experts_given(arch, num_tokens, dtype, seed, data):
     torch.manual_seed(seed)
@@ -328,9 +322,8 @@ def test_run_experts_adds_exactly_the_experts_given(arch, num_tokens, dtype, see
     routing = random_routing(arch, num_tokens)
     out = torch.randn_like(x)
     exact = out.float() + reference.moe(
-        x.float(), routing.weights_TK, routing.experts_TK,
-        [(index, as_float(experts[index])) for index in chosen],
-    )  # fmt: skip
+        x.float(), routing.weights_TK, routing.experts_TK, [(index, as_float(experts[index])) for index in chosen]
+    )
     x_before = x.clone()
     workspace = big_workspace()
     run_experts(x, routing, ((index, experts[index]) for index in chosen), out, workspace)
@@ -414,12 +407,7 @@ def test_planned_workspace_takes_arrays():
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    arch=archs,
-    vocab=st.integers(1, 90),
-    num_requests=st.integers(1, 20),
-    dtype=st.sampled_from(DTYPES),
-)
+@given(arch=archs, vocab=st.integers(1, 90), num_requests=st.integers(1, 20), dtype=st.sampled_from(DTYPES))
 def test_plan_covers_the_logits(arch, vocab, num_requests, dtype):
     hidden = arch.spec.hidden_size
     planned = workspace_bytes(arch.spec, num_requests, name_of(dtype))

@@ -15,10 +15,7 @@ scores = st.lists(
     st.floats(-30, 30, width=32) | st.sampled_from([0.0, 1.0, -math.inf]), min_size=1, max_size=20
 ).filter(lambda row: max(row) > -math.inf)
 sampled = st.builds(
-    SamplingParams,
-    temperature=st.floats(0.01, 2),
-    top_p=st.floats(0.01, 1),
-    seed=st.integers(-(2**70), 2**70),
+    SamplingParams, temperature=st.floats(0.01, 2), top_p=st.floats(0.01, 1), seed=st.integers(-(2**70), 2**70)
 )
 
 
@@ -74,10 +71,7 @@ def test_choices_do_not_depend_on_neighbours(rows):
     logits = torch.randn(100, 50, generator=torch.Generator().manual_seed(0)) * 3
     params, steps = [p for _, p in rows], [seed % 7 for seed, _ in rows]
     batch = choose(logits[[seed for seed, _ in rows]], params, steps)
-    alone = [
-        choose(logits[seed : seed + 1], [p], [step])[0]
-        for (seed, p), step in zip(rows, steps, strict=True)
-    ]
+    alone = [choose(logits[seed : seed + 1], [p], [step])[0] for (seed, p), step in zip(rows, steps, strict=True)]
     assert batch == alone
 
 
@@ -148,12 +142,23 @@ def test_the_host_waits_once_for_greedy_tokens_and_their_check():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True),
-        ("temperature", -0.1), ("temperature", math.nan), ("temperature", 2.5),
-        ("temperature", "hot"), ("top_p", 0), ("top_p", 1.1), ("seed", "x"), ("seed", 1.5),
-        ("stop", ("",)), ("stop", (1,)), ("stop_token_ids", ("a",)), ("ignore_eos", 1),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", 2.5),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("seed", "x"),
+        ("seed", 1.5),
+        ("stop", ("",)),
+        ("stop", (1,)),
+        ("stop_token_ids", ("a",)),
+        ("ignore_eos", 1),
     ],
-)  # fmt: skip
+)
 def test_impossible_parameters(field, value):
     with pytest.raises(JobError, match=f"body: {field} is "):
         SamplingParams(**{field: value})

@@ -12,13 +12,7 @@ from executor.errors import CheckpointError
 from executor.families import family_for
 from executor.model import reference
 from hrm.errors import HrmError, ModelError
-from tests.executor.tiny_models import (
-    DBRX,
-    edit_json,
-    random_prompts,
-    save_tiny,
-    transformers_logits,
-)
+from tests.executor.tiny_models import DBRX, edit_json, random_prompts, save_tiny, transformers_logits
 
 WHOLE = "model.safetensors"
 PROMPT = random_prompts(1, longest=20, seed=5)[0]
@@ -75,18 +69,18 @@ def test_fused_experts_of_another_size_are_refused(tmp_path):
 @pytest.mark.parametrize("factor", [1.0, -0.5])
 def test_tied_embeddings_with_a_stored_head(copy, factor):
     folder = copy("tied")
-    rewrite(folder, lambda t: {
-        **t, "lm_head.weight": t["model.embed_tokens.weight"] * factor,
-    })  # fmt: skip
+    rewrite(folder, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] * factor})
     check_same_logits(folder)
 
 
 def test_tied_embeddings_stored_as_the_head_alone(copy):
     folder = copy("tied")
-    rewrite(folder, lambda t: {
-        "lm_head.weight" if name == "model.embed_tokens.weight" else name: tensor
-        for name, tensor in t.items()
-    })  # fmt: skip
+    rewrite(
+        folder,
+        lambda t: {
+            "lm_head.weight" if name == "model.embed_tokens.weight" else name: tensor for name, tensor in t.items()
+        },
+    )
     check_same_logits(folder)
 
 
@@ -97,9 +91,10 @@ def test_embedding_that_is_not_tied_is_not_taken_from_the_head(copy):
 
 
 BUFFERS = (
-    "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.rotary_emb.inv_freq",
+    "model.layers.0.self_attn.rotary_emb.inv_freq",
     "model.layers.1.self_attn.rotary_emb.cos_cached",
-)  # fmt: skip
+)
 
 
 def test_harmless_buffers_are_ignored(copy):
@@ -111,9 +106,7 @@ def test_harmless_buffers_are_ignored(copy):
 def test_mixed_and_double_precision(copy):
     folder = copy("wide heads")
     kinds = (torch.float64, torch.float32)
-    rewrite(folder, lambda t: {
-        name: tensor.to(kinds[index % 2]) for index, (name, tensor) in enumerate(t.items())
-    })  # fmt: skip
+    rewrite(folder, lambda t: {name: tensor.to(kinds[index % 2]) for index, (name, tensor) in enumerate(t.items())})
     check_same_logits(folder)
 
 
@@ -153,16 +146,16 @@ def test_weights_that_are_there_twice_count_once(copy):
 
 def test_model_without_its_head_is_told(copy):
     folder = copy("wide heads")
-    rewrite(folder, lambda t: {name.removeprefix("model."): tensor for name, tensor in t.items()
-                               if name != "lm_head.weight"})  # fmt: skip
+    rewrite(
+        folder,
+        lambda t: {name.removeprefix("model."): tensor for name, tensor in t.items() if name != "lm_head.weight"},
+    )
     refused(folder, "model.embed_tokens.weight", "without the LM head")
 
 
 def test_whole_file_counts_before_an_index_as_in_transformers(copy):
     folder = copy("wide heads")
-    (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "gone.safetensors"}}'
-    )
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     check_same_logits(folder)
 
 
@@ -191,9 +184,18 @@ def test_quantised_config_is_named(copy, config, named):
 
 @pytest.mark.parametrize(
     "name",
-    ["w1.qweight", "w1.g_idx", "w1.weight_scale_inv", "w1.weight_packed", "w1.weight.absmax",
-     "w1.weight.quant_state.bitsandbytes__nf4", "w1.SCB", "gate_up_proj_blocks", "k_scale"],
-)  # fmt: skip
+    [
+        "w1.qweight",
+        "w1.g_idx",
+        "w1.weight_scale_inv",
+        "w1.weight_packed",
+        "w1.weight.absmax",
+        "w1.weight.quant_state.bitsandbytes__nf4",
+        "w1.SCB",
+        "gate_up_proj_blocks",
+        "k_scale",
+    ],
+)
 def test_quantised_tensors_are_named_though_the_config_says_nothing(copy, name):
     folder = copy("wide heads")
     whole = f"model.layers.0.block_sparse_moe.experts.0.{name}"

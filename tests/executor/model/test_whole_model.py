@@ -18,13 +18,7 @@ from executor.model import (
 )
 from executor.sampling import SamplingParams, choose
 from hrm.memory import workspace_bytes
-from tests.executor.tiny_models import (
-    DBRX,
-    random_prompts,
-    tiny_arch,
-    transformers_greedy,
-    transformers_logits,
-)
+from tests.executor.tiny_models import DBRX, random_prompts, tiny_arch, transformers_greedy, transformers_logits
 
 NEW_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -44,9 +38,7 @@ def generate(model, prompts, max_tokens, dtype=torch.float32):
     sizes = [len(prompt) for prompt in prompts]
     room = [size + max_tokens for size in sizes]
     starts = [sum(room[:r]) for r in range(len(prompts))]
-    cache_LC2Gd = torch.full(
-        (spec.num_layers, sum(room), 2, spec.num_kv_heads, spec.head_dim), torch.nan, dtype=dtype
-    )
+    cache_LC2Gd = torch.full((spec.num_layers, sum(room), 2, spec.num_kv_heads, spec.head_dim), torch.nan, dtype=dtype)
     num_bytes = workspace_bytes(spec, sum(sizes), str(dtype).removeprefix("torch."))
     workspace = Workspace(torch.empty(num_bytes, dtype=torch.uint8))
     head_workspace = Workspace(torch.empty(10**6, dtype=torch.uint8))
@@ -105,9 +97,7 @@ def test_greedy_tokens_equal_transformers(tiny_folder):
 def test_reference_greedy_equals_transformers(tiny_folders):
     folder = tiny_folders[DBRX]
     prompt = random_prompts(1, seed=3)[0]
-    assert reference.greedy(load_reference(folder), prompt, 8) == transformers_greedy(
-        folder, prompt, 8
-    )
+    assert reference.greedy(load_reference(folder), prompt, 8) == transformers_greedy(folder, prompt, 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,8 +105,7 @@ def test_random_weights_run_and_are_reproducible(family):
     arch = FAMILIES[family].published_architecture(tiny_arch(num_layers=2).spec)
     prompt = [5, 6, 7]
     one, same, other = (
-        reference.forward(reference.load(FAMILIES[family], RandomWeights(seed), arch), prompt)
-        for seed in (1, 1, 2)
+        reference.forward(reference.load(FAMILIES[family], RandomWeights(seed), arch), prompt) for seed in (1, 1, 2)
     )
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)

@@ -5,9 +5,7 @@ import torch
 
 from executor import native
 
-PATHS = native.paths() or [
-    pytest.param("none", marks=pytest.mark.skip(reason="the native kernels are not built"))
-]
+PATHS = native.paths() or [pytest.param("none", marks=pytest.mark.skip(reason="the native kernels are not built"))]
 
 
 def on_threads(count, work):

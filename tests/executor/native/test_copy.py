@@ -25,11 +25,7 @@ def memory():
     return source, torch.empty(MOST + 2 * MARGIN, dtype=torch.uint8)
 
 
-sizes = st.one_of(
-    st.integers(0, 1000),
-    st.integers(MIB - 300, MIB + 300),
-    st.integers(0, MOST),
-)
+sizes = st.one_of(st.integers(0, 1000), st.integers(MIB - 300, MIB + 300), st.integers(0, MOST))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -64,15 +64,11 @@ def test_equals_torch(path, dtype, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
-    x, routing, weights = make(
-        dtype, tokens=11, hidden=96, intermediate=336, num_experts=5, per_token=3
-    )
+    x, routing, weights = make(dtype, tokens=11, hidden=96, intermediate=336, num_experts=5, per_token=3)
     kernels = native.Kernels(path)
     together, _ = on_threads(1, lambda: run(kernels, x, routing, weights))
     for threads in (2, 4):
-        assert torch.equal(
-            on_threads(threads, lambda: run(kernels, x, routing, weights)[0]), together
-        )
+        assert torch.equal(on_threads(threads, lambda: run(kernels, x, routing, weights)[0]), together)
     for t in range(len(x)):
         one = Routing(routing.weights_TK[t : t + 1], routing.experts_TK[t : t + 1])
         assert torch.equal(run(kernels, x[t : t + 1], one, weights)[0][0], together[t])
@@ -81,9 +77,7 @@ def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
 @pytest.mark.parametrize("path", PATHS)
 def test_experts_take_turns_where_room_is_short(path):
     """The plan has room for one expert with every token, not for all experts at once."""
-    x, routing, weights = make(
-        torch.float32, tokens=9, hidden=16, intermediate=64, num_experts=8, per_token=7
-    )
+    x, routing, weights = make(torch.float32, tokens=9, hidden=16, intermediate=64, num_experts=8, per_token=7)
     kernels = native.Kernels(path)
     room = 9 * (16 + 2 * 64) * 4
     assert room < 9 * 7 * 64 * 4
@@ -93,9 +87,7 @@ def test_experts_take_turns_where_room_is_short(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_experts_of_many_tokens_are_left_to_torch(path):
-    x, routing, weights = make(
-        torch.float32, tokens=24, hidden=16, intermediate=32, num_experts=3, per_token=1
-    )
+    x, routing, weights = make(torch.float32, tokens=24, hidden=16, intermediate=32, num_experts=3, per_token=1)
     routing.experts_TK[:20] = 1
     routing.experts_TK[20:] = 2
     out, scratch = torch.zeros_like(x), torch.empty(24 * 32)

@@ -26,9 +26,7 @@ def test_a_profile_is_of_the_kernels(path):
     with native.using(native.Kernels(path)):
         kernels = host_kernels()
         assert kernels is not None
-        profile = profile_machine(
-            "cpu", quick=True, dtypes=("float32",), budget_s=0.2, kernels=kernels
-        )
+        profile = profile_machine("cpu", quick=True, dtypes=("float32",), budget_s=0.2, kernels=kernels)
     processor = profile.levels[0].processor
     assert processor.attention_request_s is None  # a batch is one call
     assert processor.fuses_operators  # so are a layer's experts (test_launches)

@@ -18,18 +18,18 @@ def within(width, *shape, dtype):
 
 def assert_rounded(ours, exact):
     """Where float32 is on the other side of the middle, another neighbour is taken."""
-    torch.testing.assert_close(
-        ours.double(), exact, rtol=torch.finfo(ours.dtype).eps, atol=1e-6
-    )  # fmt: skip
+    torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(ours.dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=25, deadline=None)
 @given(
-    tokens=st.integers(1, 40), width=st.integers(1, 200), seed=st.integers(0, 2**32),
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 200),
+    seed=st.integers(0, 2**32),
     size=st.sampled_from([1e-3, 1.0, 30.0]),
-)  # fmt: skip
+)
 def test_norm(path, dtype, tokens, width, seed, size):
     torch.manual_seed(seed)
     x, _ = within(width, tokens, dtype=dtype)
@@ -47,10 +47,7 @@ def test_norm(path, dtype, tokens, width, seed, size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=25, deadline=None)
-@given(
-    tokens=st.integers(1, 40), heads=st.integers(1, 5), half=st.integers(1, 40),
-    seed=st.integers(0, 2**32),
-)  # fmt: skip
+@given(tokens=st.integers(1, 40), heads=st.integers(1, 5), half=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_rotation(path, dtype, tokens, heads, half, seed):
     torch.manual_seed(seed)
     rows, whole = within(heads * 2 * half, tokens, dtype=dtype)

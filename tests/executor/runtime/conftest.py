@@ -54,9 +54,17 @@ def run(folder, policy_path, tmp_path, capsys):
     def call(lines, *arguments, output="run", model=None, code=0):
         path = write_lines(tmp_path, lines)
         arguments = (
-            "run", "--model", str(model or folder), "--policy", str(policy_path),
-            "--input", str(path), "--output-dir", str(tmp_path / output), *arguments,
-        )  # fmt: skip
+            "run",
+            "--model",
+            str(model or folder),
+            "--policy",
+            str(policy_path),
+            "--input",
+            str(path),
+            "--output-dir",
+            str(tmp_path / output),
+            *arguments,
+        )
         ended = exit_code(list(arguments))
         captured = capsys.readouterr()
         assert ended == code, captured.err

@@ -55,9 +55,13 @@ class DeviceTensor(Tensor):
         assert inner.is_cpu
         make: Any = torch.Tensor._make_wrapper_subclass
         made = make(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-            dtype=inner.dtype, device="meta",
-        )  # fmt: skip
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="meta",
+        )
         made.inner = inner
         return made
 
@@ -68,9 +72,7 @@ class DeviceTensor(Tensor):
         return self.cpu().tolist()
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         named = dict(kwargs or {})
         if func._schema.name == "aten::_foreach_copy_":  # between devices one by one, as CUDA does
             for target, source in zip(*args[:2], strict=True):
@@ -128,9 +130,7 @@ def _put_down(operator: str) -> None:
 class WithDevice(TorchFunctionMode):
     """In the thread that enters it, tensors can be made on the device."""
 
-    def __torch_function__(
-        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func is scaled_dot_product_attention:  # one kernel, which reads nothing of the host's
             on_host = [x for x in args if isinstance(x, Tensor) and x.is_cpu]

@@ -30,9 +30,7 @@ class LateCopies(WithDevice):
         super().__init__()
         self._device = device
 
-    def __torch_function__(
-        self, func: Any, types: object, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ == "_foreach_copy_" and (kwargs or {}).get("non_blocking"):
             self._device.queue(lambda: func(*args, **kwargs))
             return args[0]
@@ -44,9 +42,7 @@ class FakeCuda:
 
     def __init__(self, fake: FakeDevice, capability: tuple[int, int]) -> None:
         major, minor = capability
-        properties = SimpleNamespace(
-            name="none", major=major, minor=minor, total_memory=TOTAL_BYTES
-        )
+        properties = SimpleNamespace(name="none", major=major, minor=minor, total_memory=TOTAL_BYTES)
         default = SimpleNamespace(queue=fake.stream())
 
         class Event:

@@ -53,7 +53,5 @@ def refused(captured, *words) -> None:
 def write_lines(folder, lines):
     """The input file of lines (objects, or bytes as they stand)."""
     path = folder / "prompts.jsonl"
-    path.write_bytes(
-        b"\n".join(item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines)
-    )
+    path.write_bytes(b"\n".join(item if isinstance(item, bytes) else json.dumps(item).encode() for item in lines))
     return path

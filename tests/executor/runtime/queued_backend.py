@@ -30,9 +30,12 @@ class LateBackend(AbstractBackend):
     streams: Mapping[Lane, AbstractStream]
 
     def __init__(
-        self, device: FakeDevice, kernels: GpuKernels,
-        lanes: Sequence[Lane] = (Lane.H2D, Lane.D2H), pinned_bytes: int = 2**62,
-    ) -> None:  # fmt: skip
+        self,
+        device: FakeDevice,
+        kernels: GpuKernels,
+        lanes: Sequence[Lane] = (Lane.H2D, Lane.D2H),
+        pinned_bytes: int = 2**62,
+    ) -> None:
         self.name, self.description = "late", "a device that is none"
         self.pinned_bytes = pinned_bytes
         self.pinned: dict[int, int] = {}
@@ -65,17 +68,14 @@ class LateBackend(AbstractBackend):
         self.pinned.pop(memory.data_ptr(), None)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
-        assert lane is Lane.STAGE or all(
-            target.is_contiguous() and source.is_contiguous() for target, source in copies
-        )
+        assert lane is Lane.STAGE or all(target.is_contiguous() and source.is_contiguous() for target, source in copies)
 
         def copy() -> None:
             copy_all(copies, partial(Tensor.copy_, non_blocking=True))
 
         pageable = [
-            side for pair in copies for side in pair
-            if _within(side, self._host) and not _within(side, self.pinned)
-        ]  # fmt: skip
+            side for pair in copies for side in pair if _within(side, self._host) and not _within(side, self.pinned)
+        ]
         self.pageable_bytes[lane] += sum(side.nbytes for side in pageable)
         self.device.queue(copy)
         if pageable and lane is not Lane.STAGE:
@@ -121,9 +121,19 @@ class EagerStream(AbstractStream):
 
 
 def flash(
-    query: Tensor, key: Tensor, value: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int,
-    max_k: int, dropout: float, causal: bool, debug: bool, *, seqused_k: Tensor | None = None,
-) -> tuple[Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_q: Tensor,
+    cum_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout: float,
+    causal: bool,
+    debug: bool,
+    *,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor]:
     """What aten's _flash_attention_forward computes, slowly; the checks are those of its kernel."""
     assert cum_q.dtype == cum_k.dtype == torch.int32
     assert len(cum_q) == len(cum_k)
@@ -151,9 +161,12 @@ def flash(
         assert 0 < end - start <= max_k
         q, k, v = (
             x.transpose(0, 1).float()
-            for x in (query[rows], key[start:end].repeat_interleave(group, 1),
-                      value[start:end].repeat_interleave(group, 1))
-        )  # fmt: skip
+            for x in (
+                query[rows],
+                key[start:end].repeat_interleave(group, 1),
+                value[start:end].repeat_interleave(group, 1),
+            )
+        )
         scores = q @ k.transpose(1, 2) / query.shape[-1] ** 0.5
         if causal:
             later = scores.shape[2] - scores.shape[1]  # the last query sees all keys

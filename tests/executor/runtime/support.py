@@ -43,46 +43,35 @@ def level(name: str, capacity_bytes: float) -> MemoryLevel:
 
 
 def link(source: str, target: str, bandwidth: float = 1e9, **changes: Any) -> Link:
-    return Link(
-        source=source,
-        target=target,
-        latency_s=figure(10e-6),
-        bandwidth_bytes_per_s=rate(bandwidth),
-        **changes,
-    )
+    return Link(source=source, target=target, latency_s=figure(10e-6), bandwidth_bytes_per_s=rate(bandwidth), **changes)
 
 
-def machine(
-    *, gpu_bytes: float = 1e9, cpu_bytes: float = 8e9, bandwidth: float = 1e9
-) -> HardwareProfile:
+def machine(*, gpu_bytes: float = 1e9, cpu_bytes: float = 8e9, bandwidth: float = 1e9) -> HardwareProfile:
     """Two levels and their links."""
     return HardwareProfile(
         name="test",
         accelerator="emulated",
         levels=(level("gpu", gpu_bytes), level("cpu", cpu_bytes)),
-        links=(
-            link("cpu", "gpu", bandwidth),
-            link("gpu", "cpu", bandwidth),
-            link("cpu", "cpu", 1e10, kind="staging"),
-        ),
+        links=(link("cpu", "gpu", bandwidth), link("gpu", "cpu", bandwidth), link("cpu", "cpu", 1e10, kind="staging")),
     )
 
 
 def emulated(profile: HardwareProfile) -> AbstractBackend:
     return make_backend(
-        "emulated",
-        EmulatedMachine(
-            gpu_memory_bytes=profile.top.usable_bytes, h2d=profile.h2d, d2h=profile.d2h
-        ),
+        "emulated", EmulatedMachine(gpu_memory_bytes=profile.top.usable_bytes, h2d=profile.h2d, d2h=profile.d2h)
     )
 
 
 def make_policy(num_layers: int, **changes: Any) -> Policy:
     """A policy for tiny models: everything streams, attention on the CPU."""
     values: dict[str, Any] = {
-        "batch_size": 16, "micro_batch_size": 4, "resident_experts": (0,) * num_layers,
-        "kv_tokens_per_micro_batch": 256, "prefill_chunk_tokens": 96, "dtype": "float32",
-    }  # fmt: skip
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "resident_experts": (0,) * num_layers,
+        "kv_tokens_per_micro_batch": 256,
+        "prefill_chunk_tokens": 96,
+        "dtype": "float32",
+    }
     resident = changes.pop("resident", None)
     if resident is not None:
         changes["resident_experts"] = (resident,) * num_layers
@@ -104,9 +93,13 @@ def generator(
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         plan = plan_memory(arch.spec, policy, machine())
         made = Generator(
-            backend or make_backend("cpu", None), arch, Planned(policy, plan), family=family,
-            source=checkpoint, **options,
-        )  # fmt: skip
+            backend or make_backend("cpu", None),
+            arch,
+            Planned(policy, plan),
+            family=family,
+            source=checkpoint,
+            **options,
+        )
     with made:
         yield made
 
@@ -114,8 +107,7 @@ def generator(
 def requests(prompts: list[list[int]], **params: Any) -> list[Request]:
     sampling = {"temperature": 0, **params}
     return [
-        Request(f"request-{index}", tuple(prompt), SamplingParams(**sampling))
-        for index, prompt in enumerate(prompts)
+        Request(f"request-{index}", tuple(prompt), SamplingParams(**sampling)) for index, prompt in enumerate(prompts)
     ]
 
 

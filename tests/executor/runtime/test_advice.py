@@ -37,13 +37,7 @@ def test_which_request_asks_for_more(prompt, new, more):
 
 @pytest.mark.parametrize(
     ("requests", "prompt", "new", "too_long"),
-    [
-        (10, 40, 8, False),
-        (10, 48, 8, True),
-        (3, 48, 16, False),
-        (3, 60, 16, True),
-        (0, 0, 0, False),
-    ],
+    [(10, 40, 8, False), (10, 48, 8, True), (3, 48, 16, False), (3, 60, 16, True), (0, 0, 0, False)],
 )
 def test_whether_a_batch_of_average_requests_fits(requests, prompt, new, too_long):
     """There is room for 192 tokens, and a tenth more is not worth a word."""
@@ -77,10 +71,18 @@ def test_the_search_that_is_told_solves_it(run, folder, tmp_path, capsys):
     policy = load_policy_file(tmp_path / "policy-for-prompts.json")
     assert policy.workload.num_requests == 11
     arguments = [
-        "run", "--model", str(folder), "--policy", str(tmp_path / "policy-for-prompts.json"),
-        "--input", str(tmp_path / "prompts.jsonl"), "--output-dir", str(tmp_path / "run"),
-        "--resume", "--quiet",
-    ]  # fmt: skip
+        "run",
+        "--model",
+        str(folder),
+        "--policy",
+        str(tmp_path / "policy-for-prompts.json"),
+        "--input",
+        str(tmp_path / "prompts.jsonl"),
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--resume",
+        "--quiet",
+    ]
     capsys.readouterr()
     assert exit_code(arguments) == 0
     assert capsys.readouterr().err == ""

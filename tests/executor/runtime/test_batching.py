@@ -30,8 +30,7 @@ policies = st.builds(
 )
 request_lists = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 56)), max_size=60).map(
     lambda sizes: [
-        Request(str(index), (1,) * length, SamplingParams(max_tokens=new))
-        for index, (length, new) in enumerate(sizes)
+        Request(str(index), (1,) * length, SamplingParams(max_tokens=new)) for index, (length, new) in enumerate(sizes)
     ]
 )
 
@@ -76,9 +75,7 @@ def test_the_planned_cache_holds_a_whole_batch_with_no_few_requests_left_over(le
             2,
             micro_batch_size=size,
             batch_size=len(requests),
-            kv_tokens_per_micro_batch=kv_tokens_for(
-                size, sum(contexts) / len(contexts), max(contexts)
-            ),
+            kv_tokens_per_micro_batch=kv_tokens_for(size, sum(contexts) / len(contexts), max(contexts)),
         )
         assert not pack(requests, policy)[1], (size, count)
 
@@ -152,10 +149,7 @@ def test_smaller_batch_fits_the_memory_of_the_whole(policy, count):
 
 def test_longest_first_into_the_emptiest():
     policy = make_policy(1, micro_batch_size=2, batch_size=4, kv_tokens_per_micro_batch=256)
-    wanted = [
-        Request(str(length), (1,) * length, SamplingParams(max_tokens=1))
-        for length in (10, 100, 60, 40)
-    ]
+    wanted = [Request(str(length), (1,) * length, SamplingParams(max_tokens=1)) for length in (10, 100, 60, 40)]
     batch, waiting = pack(wanted, policy)
     assert waiting == []
     names = [[p.request.name for p in mb.placed] for mb in batch.micro_batches]

@@ -19,10 +19,7 @@ from tests.executor.runtime.support import architecture, level, machine, make_po
 from tests.executor.tiny_models import MIXTRALS
 
 REQUESTS, PROMPT_LEN, GEN_LEN = 6, 8, 5
-LENGTHS = (
-    "--requests", str(REQUESTS), "--prompt-len", str(PROMPT_LEN), "--gen-len", str(GEN_LEN),
-    "--repeats", "2",
-)  # fmt: skip
+LENGTHS = ("--requests", str(REQUESTS), "--prompt-len", str(PROMPT_LEN), "--gen-len", str(GEN_LEN), "--repeats", "2")
 ONE_LEVEL = replace(machine(), accelerator="cpu", levels=(level("cpu", 8e9),), links=())
 
 
@@ -30,10 +27,18 @@ ONE_LEVEL = replace(machine(), accelerator="cpu", levels=(level("cpu", 8e9),), l
 def shape(request, monkeypatch) -> ModelSpec:
     """A built-in shape of each family, small enough for a test."""
     spec = ModelSpec(
-        name="tiny", family=request.param, num_layers=4, hidden_size=32, intermediate_size=40,
-        num_heads=4, num_kv_heads=2, head_dim=8, num_experts=8, experts_per_token=2,
+        name="tiny",
+        family=request.param,
+        num_layers=4,
+        hidden_size=32,
+        intermediate_size=40,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        num_experts=8,
+        experts_per_token=2,
         vocab_size=97,
-    )  # fmt: skip
+    )
     monkeypatch.setitem(BUILT_IN_MODELS, spec.name, spec)
     return spec
 
@@ -92,9 +97,8 @@ def refused(capsys, *arguments: str) -> str:
 def test_shape_is_planned_for_and_run_without_a_checkpoint(shape, profile, capsys, accelerator):
     on = ONE_LEVEL if accelerator == "cpu" else machine()
     report = bench_json(
-        capsys, "--model", shape.name, "--layers", "2", "--profile", profile(on),
-        "--accelerator", accelerator, *LENGTHS,
-    )  # fmt: skip
+        capsys, "--model", shape.name, "--layers", "2", "--profile", profile(on), "--accelerator", accelerator, *LENGTHS
+    )
     assert report["model"]["num_layers"] == len(report["policy"]["resident_experts"]) == 2
     assert report["workload"]["num_requests"] == REQUESTS
     # All orders on two levels; on one level they hardly differ.
@@ -138,10 +142,22 @@ def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
         return machine()
 
     monkeypatch.setattr("hrm.profiling.machine.profile_machine", measure)
-    main([
-        "bench", "--model", shape.name, "--accelerator", "emulated", "--gpu-memory", "1GB",
-        "--link-bandwidth", "1GB/s", "--schedules", "flexgen", *LENGTHS,
-    ])  # fmt: skip
+    main(
+        [
+            "bench",
+            "--model",
+            shape.name,
+            "--accelerator",
+            "emulated",
+            "--gpu-memory",
+            "1GB",
+            "--link-bandwidth",
+            "1GB/s",
+            "--schedules",
+            "flexgen",
+            *LENGTHS,
+        ]
+    )
     assert asked["accelerator"] == "emulated"
     assert asked["quick"]
     assert asked["model"] == shape
@@ -153,9 +169,20 @@ def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
 
 def test_schedules_are_compared_on_a_checkpoint_with_its_policy(folder, policy_path, capsys):
     rows = bench_json(
-        capsys, "--model", str(folder), "--policy", str(policy_path), "--repeats", "1",
-        "--prompt-len", "8", "--gen-len", "3", "--schedules", "cgopipe,flexgen-c",
-    )["rows"]  # fmt: skip
+        capsys,
+        "--model",
+        str(folder),
+        "--policy",
+        str(policy_path),
+        "--repeats",
+        "1",
+        "--prompt-len",
+        "8",
+        "--gen-len",
+        "3",
+        "--schedules",
+        "cgopipe,flexgen-c",
+    )["rows"]
     assert [row["schedule"] for row in rows] == ["cgopipe", "flexgen-c"]
     assert rows[0]["ratio"] == 1
     assert all(row["tokens_per_s"] > 0 for row in rows)

@@ -56,7 +56,7 @@ TEMPLATES = {
     "macro": "{% macro say(m) %}<{{ m.role }}>{{ caller() if caller else '' }}{% endmacro %}"
     "{% for m in messages %}{{ say(m) }}{% endfor %}",
     "undefined key": "{{ messages[0].name }}|{{ messages[0]['tool_calls'] is defined }}",
-}  # fmt: skip
+}
 # What must fail on both sides.
 BROKEN = {
     "raises": "{{ raise_exception('not so') }}",
@@ -74,44 +74,57 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "content": "Two.", "reasoning": "because", "tool_calls": None},
         {"role": "user", "content": "Three\u2028."},
     ],
-    "no content": [
-        {"role": "user", "content": "Add."},
-        {"role": "assistant", "content": None, "thinking": "1 + 1"},
-    ],
+    "no content": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": None, "thinking": "1 + 1"}],
 }
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
-    "config alone": {"tokenizer_config.json": {
-        "bos_token": "<s>", "eos_token": {"content": "</s>", "__type": "AddedToken"},
-        "pad_token": None, "tokenizer_class": "PreTrainedTokenizerFast",
-    }},
-    "map of old": {
+    "config alone": {
         "tokenizer_config.json": {
-            "bos_token": "<old>", "tokenizer_class": "PreTrainedTokenizerFast",
-        },
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>", "__type": "AddedToken"},
+            "pad_token": None,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+    },
+    "map of old": {
+        "tokenizer_config.json": {"bos_token": "<old>", "tokenizer_class": "PreTrainedTokenizerFast"},
         "special_tokens_map.json": {
-            "bos_token": {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False,
-                          "single_word": False},
-            "eos_token": "</s>", "mask_token": "<mask>", "additional_special_tokens": ["<x>"],
+            "bos_token": {
+                "content": "<s>",
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+            },
+            "eos_token": "</s>",
+            "mask_token": "<mask>",
+            "additional_special_tokens": ["<x>"],
         },
     },
     "map that no longer counts": {
         "tokenizer_config.json": {
-            "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast",
-            "added_tokens_decoder": {"1": {"content": "<s>", "lstrip": False, "normalized": False,
-                                           "rstrip": False, "single_word": False, "special": True}},
+            "bos_token": "<s>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": {
+                "1": {
+                    "content": "<s>",
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+            },
         },
         "special_tokens_map.json": {"bos_token": "<old>", "eos_token": "</old>"},
     },
-}  # fmt: skip
+}
 
 
 def write_model(folder: Path, config: str = "config alone", template: object = None) -> Path:
     """The files of a tokenizer, as they lie beside a model."""
     from tokenizers import Tokenizer, models
 
-    words = {
-        word: i for i, word in enumerate(("<unk>", "<s>", "</s>", "<mask>", "<old>", "</old>"))
-    }
+    words = {word: i for i, word in enumerate(("<unk>", "<s>", "</s>", "<mask>", "<old>", "</old>"))}
     Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     for name, content in CONFIGS[config].items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
@@ -123,9 +136,7 @@ def theirs(folder: Path, messages: list[dict[str, Any]], **variables: Any) -> st
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    return tokenizer.apply_chat_template(
-        messages, **{"tokenize": False, "add_generation_prompt": True, **variables}
-    )
+    return tokenizer.apply_chat_template(messages, **{"tokenize": False, "add_generation_prompt": True, **variables})
 
 
 def ours(folder: Path, messages: list[dict[str, Any]], **variables: Any) -> str:
@@ -177,12 +188,12 @@ def test_variables_of_a_request(tmp_path):
     source = "{{ enable_thinking }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}"
     folder = write_model(tmp_path, template=source)
     given = {
-        "enable_thinking": False, "documents": [{"title": "a", "text": "b"}],
-        "add_generation_prompt": False, "bos_token": "[",
-    }  # fmt: skip
-    assert ours(folder, CONVERSATIONS["one"], **given) == theirs(
-        folder, CONVERSATIONS["one"], **given
-    )
+        "enable_thinking": False,
+        "documents": [{"title": "a", "text": "b"}],
+        "add_generation_prompt": False,
+        "bos_token": "[",
+    }
+    assert ours(folder, CONVERSATIONS["one"], **given) == theirs(folder, CONVERSATIONS["one"], **given)
 
 
 @pytest.mark.parametrize("where", ["file", "named list", "folder of more"])

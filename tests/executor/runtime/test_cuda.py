@@ -19,10 +19,7 @@ from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.support import architecture, generate, generator, machine, requests
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
 
-on_a_card = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+on_a_card = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 class TestOnACard:
@@ -170,9 +167,7 @@ def test_auto_is_the_gpu_that_the_policy_was_solved_for(card):
     profile = machine()
     top = profile.top
     processor = replace(top.processor, name="GPU 1")
-    solved_for = replace(
-        profile, accelerator="cuda", levels=(replace(top, processor=processor), profile.host)
-    )
+    solved_for = replace(profile, accelerator="cuda", levels=(replace(top, processor=processor), profile.host))
     assert accelerator_for("auto", solved_for) == "cuda:1"
     assert accelerator_for("cpu", solved_for) == "cpu"
     assert accelerator_for("auto", profile) == "auto"

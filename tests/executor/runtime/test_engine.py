@@ -21,14 +21,18 @@ from hrm.simulate import simulate
 from hrm.tasks import Device, Lane, Phase, Task, TaskId, TaskKind
 
 CPU_DECODE = Pipeline(
-    num_layers=3, num_micro_batches=3, num_steps=2, attention=Device.CPU,
-    kv_on_gpu=(False, False, True), streamed=(True,) * 3, cpu_experts=(False, True, True),
-    dense_pages=1, staging=True,
-)  # fmt: skip
-GPU_DECODE = replace(CPU_DECODE, attention=Device.GPU, kv_on_gpu=(True, False, False))
-PREFILL = replace(
-    CPU_DECODE, phase=Phase.PREFILL, kv_on_gpu=(False,) * 3, cpu_experts=(False,) * 3, num_steps=1
+    num_layers=3,
+    num_micro_batches=3,
+    num_steps=2,
+    attention=Device.CPU,
+    kv_on_gpu=(False, False, True),
+    streamed=(True,) * 3,
+    cpu_experts=(False, True, True),
+    dense_pages=1,
+    staging=True,
 )
+GPU_DECODE = replace(CPU_DECODE, attention=Device.GPU, kv_on_gpu=(True, False, False))
+PREFILL = replace(CPU_DECODE, phase=Phase.PREFILL, kv_on_gpu=(False,) * 3, cpu_experts=(False,) * 3, num_steps=1)
 PIPELINES = {"cpu": CPU_DECODE, "gpu": GPU_DECODE, "prefill": PREFILL}
 
 
@@ -86,9 +90,8 @@ def test_null_run_keeps_order_and_edges_and_sleeps_as_long_as_simulated(engine, 
 @pytest.mark.parametrize("kind", TaskKind)
 def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, kind):
     pipeline = next(
-        p for p in PIPELINES.values()
-        if any(task.id.kind is kind for task in iter_tasks(p, ScheduleName.CGOPIPE))
-    )  # fmt: skip
+        p for p in PIPELINES.values() if any(task.id.kind is kind for task in iter_tasks(p, ScheduleName.CGOPIPE))
+    )
     handlers = null_handlers(seconds_of, pipeline.lane)
 
     def fail(task: TaskId) -> int:
@@ -105,9 +108,7 @@ def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, kind):
     row = next(r for r in error.chart.splitlines() if r.strip().startswith(error.task.lane.value))
     assert "!" in row
     # The engine can be used again, so no lane is stuck.
-    again = within(
-        20, lambda: engine.run([Task(TaskId(kind, 0, 0), Lane.GPU)], {kind: lambda _: 0})
-    )
+    again = within(20, lambda: engine.run([Task(TaskId(kind, 0, 0), Lane.GPU)], {kind: lambda _: 0}))
     assert again.by_kind[kind].count == 1
 
 
@@ -139,8 +140,7 @@ def test_error_while_the_graph_is_made_ends_the_run(engine):
 @pytest.mark.parametrize("delay_s", [0.02, 0.2])
 def test_ctrl_c_ends_the_run(no_collection, delay_s):
     graph = (
-        Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU)
-        for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1))
+        Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1))
     )
     timer = threading.Timer(delay_s, _thread.interrupt_main)
     with Engine(no_setup) as engine:
@@ -188,10 +188,7 @@ def test_ctrl_c_does_not_wait_for_a_transfer_under_way(no_collection, slow):
 
 def test_a_failure_does_not_wait_for_a_transfer_under_way():
     waits = Waits()
-    tasks = [
-        Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D),
-        Task(TaskId(TaskKind.SAMPLE, 0, 0), Lane.GPU),
-    ]
+    tasks = [Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D), Task(TaskId(TaskKind.SAMPLE, 0, 0), Lane.GPU)]
 
     def fail(_: TaskId) -> int:
         time.sleep(0.1)

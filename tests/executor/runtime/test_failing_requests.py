@@ -50,10 +50,7 @@ def test_prompt_without_finite_logits(run, folder, poisoned, tmp_path, value, ac
     used |= {token for prompt in PROMPTS for token in transformers_greedy(folder, prompt, 5)}
     token = min(set(range(3, 97)) - used)
     bad = [line("bad", [5, token, 7]), line("bad, sampled", [token], temperature=1)]
-    _, done = run(
-        [*LINES[:3], bad[0], *LINES[3:], bad[1]], "--accelerator", accelerator,
-        model=poisoned(token, value),
-    )  # fmt: skip
+    _, done = run([*LINES[:3], bad[0], *LINES[3:], bad[1]], "--accelerator", accelerator, model=poisoned(token, value))
     for index, prompt in enumerate(PROMPTS):
         assert tokens_of(done[f"r{index}"]) == transformers_greedy(folder, prompt, 5)
     assert failed(done["bad"], "logits of the request's token 1 ")
@@ -164,9 +161,11 @@ def test_what_ends_a_run_is_no_matter_of_one_request(error):
 
 def test_extreme_sampling_is_greedy_and_troubles_nobody(run, folder):
     extremes = [
-        {"temperature": 1e-300}, {"temperature": 5e-324, "top_p": 5e-324},
-        {"temperature": 2, "top_p": 1e-300}, {"temperature": 1e-30, "seed": -(2**70)},
-    ]  # fmt: skip
+        {"temperature": 1e-300},
+        {"temperature": 5e-324, "top_p": 5e-324},
+        {"temperature": 2, "top_p": 1e-300},
+        {"temperature": 1e-30, "seed": -(2**70)},
+    ]
     lines = [line(f"x{i}", PROMPTS[i], **body) for i, body in enumerate(extremes)]
     _, done = run([*lines, *LINES[4:]])
     for index, prompt in enumerate(PROMPTS):

@@ -12,35 +12,85 @@ DATA = Path(__file__).parents[1] / "data"
 
 # Sent by clients of OpenAI's API, vLLM, SGLang and litellm with every request.
 NEUTRAL = {
-    "n": [1, 1.0, None], "best_of": [1], "stream": [False],
+    "n": [1, 1.0, None],
+    "best_of": [1],
+    "stream": [False],
     "stream_options": [{"include_usage": 1}],
-    "top_k": [-1, 0, None], "min_p": [0, 0.0], "repetition_penalty": [1, 1.0],
-    "presence_penalty": [0, 0.0], "frequency_penalty": [0], "logit_bias": [{}, {"50": 0}],
-    "response_format": [{"type": "text"}, None], "service_tier": ["auto", "flex"],
-    "tools": [None, []], "tool_choice": ["none", "auto", None], "functions": [[]],
-    "parallel_tool_calls": [True, False], "skip_special_tokens": [True],
-    "spaces_between_special_tokens": [True, False], "include_stop_str_in_output": [False],
-    "length_penalty": [1.0], "use_beam_search": [False], "early_stopping": [False],
-    "min_tokens": [0], "bad_words": [[]], "allowed_token_ids": [None], "echo": [False],
-    "suffix": [None, ""], "logprobs": [False, None], "top_logprobs": [0, None],
-    "prompt_logprobs": [None], "modalities": [["text"]], "store": [True], "metadata": [{"a": "b"}],
-    "user": ["me"], "safety_identifier": ["x"], "prompt_cache_key": ["k"], "priority": [0],
-    "guided_json": [None], "guided_choice": [None], "structured_outputs": [None],
-    "truncate_prompt_tokens": [None], "reasoning_effort": [None], "verbosity": [None, "medium"],
-    "mm_processor_kwargs": [None], "continue_final_message": [False], "include_reasoning": [True],
-    "chat_template": [None], "return_token_ids": [None, False], "whatever_comes": [None],
-}  # fmt: skip
+    "top_k": [-1, 0, None],
+    "min_p": [0, 0.0],
+    "repetition_penalty": [1, 1.0],
+    "presence_penalty": [0, 0.0],
+    "frequency_penalty": [0],
+    "logit_bias": [{}, {"50": 0}],
+    "response_format": [{"type": "text"}, None],
+    "service_tier": ["auto", "flex"],
+    "tools": [None, []],
+    "tool_choice": ["none", "auto", None],
+    "functions": [[]],
+    "parallel_tool_calls": [True, False],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True, False],
+    "include_stop_str_in_output": [False],
+    "length_penalty": [1.0],
+    "use_beam_search": [False],
+    "early_stopping": [False],
+    "min_tokens": [0],
+    "bad_words": [[]],
+    "allowed_token_ids": [None],
+    "echo": [False],
+    "suffix": [None, ""],
+    "logprobs": [False, None],
+    "top_logprobs": [0, None],
+    "prompt_logprobs": [None],
+    "modalities": [["text"]],
+    "store": [True],
+    "metadata": [{"a": "b"}],
+    "user": ["me"],
+    "safety_identifier": ["x"],
+    "prompt_cache_key": ["k"],
+    "priority": [0],
+    "guided_json": [None],
+    "guided_choice": [None],
+    "structured_outputs": [None],
+    "truncate_prompt_tokens": [None],
+    "reasoning_effort": [None],
+    "verbosity": [None, "medium"],
+    "mm_processor_kwargs": [None],
+    "continue_final_message": [False],
+    "include_reasoning": [True],
+    "chat_template": [None],
+    "return_token_ids": [None, False],
+    "whatever_comes": [None],
+}
 
 ASKS_FOR_MORE = {
-    "n": [2, True], "best_of": [3], "stream": [True, 0], "top_k": [40, True], "min_p": [0.1],
-    "repetition_penalty": [1.1, True], "presence_penalty": [0.5, False], "logit_bias": [{"5": -1}],
-    "response_format": [{"type": "json_object"}, "text"], "tools": [[{"type": "function"}]],
-    "tool_choice": ["required"], "skip_special_tokens": [False], "logprobs": [5, 1],
-    "include_stop_str_in_output": [True], "top_logprobs": [3], "prompt_logprobs": [1],
-    "min_tokens": [4], "bad_words": [["x"]], "guided_json": [{}], "echo": [True],
-    "truncate_prompt_tokens": [10], "reasoning_effort": ["high"], "modalities": [["audio"]],
-    "continue_final_message": [True], "chat_template": ["{{ 1 }}"], "beams": [4],
-}  # fmt: skip
+    "n": [2, True],
+    "best_of": [3],
+    "stream": [True, 0],
+    "top_k": [40, True],
+    "min_p": [0.1],
+    "repetition_penalty": [1.1, True],
+    "presence_penalty": [0.5, False],
+    "logit_bias": [{"5": -1}],
+    "response_format": [{"type": "json_object"}, "text"],
+    "tools": [[{"type": "function"}]],
+    "tool_choice": ["required"],
+    "skip_special_tokens": [False],
+    "logprobs": [5, 1],
+    "include_stop_str_in_output": [True],
+    "top_logprobs": [3],
+    "prompt_logprobs": [1],
+    "min_tokens": [4],
+    "bad_words": [["x"]],
+    "guided_json": [{}],
+    "echo": [True],
+    "truncate_prompt_tokens": [10],
+    "reasoning_effort": ["high"],
+    "modalities": [["audio"]],
+    "continue_final_message": [True],
+    "chat_template": ["{{ 1 }}"],
+    "beams": [4],
+}
 
 
 def each(table):
@@ -60,9 +110,7 @@ def test_what_is_not_done_is_refused_by_name(url, key, value):
         checked_fields({key: value}, url)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("top_k", 40), ("top_k", 1), ("min_p", 0.3), ("typical_p", 0.9)]
-)
+@pytest.mark.parametrize(("key", "value"), [("top_k", 40), ("top_k", 1), ("min_p", 0.3), ("typical_p", 0.9)])
 def test_what_leaves_the_most_probable_token_passes_where_it_is_taken(key, value):
     assert checked_fields({key: value, "temperature": 0}, CHAT) == {"temperature": 0}
     for temperature in (0.5, None, False):
@@ -94,10 +142,8 @@ def test_log_probabilities_of_the_chosen_tokens_alone_are_honoured():
 
 def test_numbers_without_a_fraction_are_integers():
     fields = checked_fields(
-        {"max_tokens": 8.0, "seed": 3.0, "stop_token_ids": [4.0], "prompt": [5.0, 6],
-         "temperature": 1.0},
-        COMPLETIONS,
-    )  # fmt: skip
+        {"max_tokens": 8.0, "seed": 3.0, "stop_token_ids": [4.0], "prompt": [5.0, 6], "temperature": 1.0}, COMPLETIONS
+    )
     assert json.dumps(fields["prompt"]) == "[5, 6]"
     params = sampling_params(fields, 0)
     assert (params.max_tokens, params.seed, params.stop_token_ids) == (8, 3, (4,))
@@ -110,9 +156,19 @@ def test_numbers_without_a_fraction_are_integers():
 
 def test_null_is_absent_for_every_field_that_is_honoured():
     honoured = (
-        "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos",
-        "stop_token_ids", "add_special_tokens", "messages", "documents", "chat_template_kwargs",
-    )  # fmt: skip
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "ignore_eos",
+        "stop_token_ids",
+        "add_special_tokens",
+        "messages",
+        "documents",
+        "chat_template_kwargs",
+    )
     fields: dict[str, None] = {}
     fields |= dict.fromkeys(honoured)
     assert checked_fields(fields, CHAT) == {}

@@ -70,9 +70,9 @@ def test_length_and_stop_token_end_a_request(folder, arch):
         assert one.finish_reason == "length"
         assert len(one.tokens) == 5
         stop = one.tokens[3]
-        stopped = generate(
-            made, requests(PROMPTS[:1], max_tokens=5, ignore_eos=True, stop_token_ids=(stop,))
-        )["request-0"]
+        stopped = generate(made, requests(PROMPTS[:1], max_tokens=5, ignore_eos=True, stop_token_ids=(stop,)))[
+            "request-0"
+        ]
     assert stopped.finish_reason == "stop"
     assert stopped.tokens == one.tokens[: one.tokens.index(stop) + 1]
 
@@ -87,30 +87,20 @@ def test_one_token_needs_no_decode(folder, arch):
 
 
 def test_requests_of_different_max_tokens(folder, arch):
-    wanted = [
-        requests([prompt], max_tokens=1 + index % 7, ignore_eos=True)[0]
-        for index, prompt in enumerate(PROMPTS)
-    ]
+    wanted = [requests([prompt], max_tokens=1 + index % 7, ignore_eos=True)[0] for index, prompt in enumerate(PROMPTS)]
     wanted = [replace(request, name=f"r{index}") for index, request in enumerate(wanted)]
     with generator(folder, make_policy(arch.spec.num_layers, attention=GPU)) as made:
         done = generate(made, wanted)
-    assert [len(done[f"r{index}"].tokens) for index in range(16)] == [
-        1 + index % 7 for index in range(16)
-    ]
+    assert [len(done[f"r{index}"].tokens) for index in range(16)] == [1 + index % 7 for index in range(16)]
 
 
 def test_sampling_is_the_same_under_every_schedule_and_batch(folder, arch):
     wanted = requests(PROMPTS, max_tokens=6, temperature=0.9, top_p=0.95, ignore_eos=True)
-    wanted = [
-        replace(request, params=replace(request.params, seed=index))
-        for index, request in enumerate(wanted)
-    ]
+    wanted = [replace(request, params=replace(request.params, seed=index)) for index, request in enumerate(wanted)]
     outcomes = set()
     for schedule in ScheduleName:
         for micro_batch_size in (2, 5):
-            policy = make_policy(
-                arch.spec.num_layers, schedule=schedule, micro_batch_size=micro_batch_size
-            )
+            policy = make_policy(arch.spec.num_layers, schedule=schedule, micro_batch_size=micro_batch_size)
             with generator(folder, policy) as made:
                 done = generate(made, wanted)
             outcomes.add(tuple(done[request.name].tokens for request in wanted))
@@ -221,7 +211,5 @@ def test_routed_tokens_are_those_of_the_reference(folder, arch, changes, monkeyp
     for completion in result.completions:  # the last token is never put in again
         prompt = completion.request.prompt
         reference.forward(model, [*prompt, *completion.tokens[:-1]])
-    by_layer = [
-        [sum(expert) for expert in zip(*seen[i::layers], strict=True)] for i in range(layers)
-    ]
+    by_layer = [[sum(expert) for expert in zip(*seen[i::layers], strict=True)] for i in range(layers)]
     assert result.routed_tokens == tuple(map(tuple, by_layer))

@@ -61,9 +61,14 @@ def test_other_forms_are_named(content, found, remedy, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [LINES.encode(), b"\xef\xbb\xbf" + LINES.encode(), LINES.replace("\n", "\r\n").encode(),
-     b"[1]\n" + LINE.encode(), LINE.encode() + b"\n{nope"],
-)  # fmt: skip
+    [
+        LINES.encode(),
+        b"\xef\xbb\xbf" + LINES.encode(),
+        LINES.replace("\n", "\r\n").encode(),
+        b"[1]\n" + LINE.encode(),
+        LINE.encode() + b"\n{nope",
+    ],
+)
 def test_lines_pass_and_bad_ones_are_left_to_the_reader(content, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)

@@ -19,14 +19,7 @@ from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
 from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.tasks import Phase, TaskKind
 from hrm.trace import read_chrome_trace
-from tests.executor.runtime.jobs import (
-    PROFILE,
-    PROMPTS,
-    exit_code,
-    line,
-    refused,
-    tokens_of,
-)
+from tests.executor.runtime.jobs import PROFILE, PROMPTS, exit_code, line, refused, tokens_of
 from tests.executor.runtime.support import GPU, make_policy
 from tests.executor.tiny_models import transformers_greedy
 
@@ -75,8 +68,12 @@ def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
 def test_accelerators_and_schedules(run, accelerator, schedule, tmp_path):
     _, done = run(
         [line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)],
-        "--accelerator", accelerator, "--schedule", schedule, "--quiet",
-    )  # fmt: skip
+        "--accelerator",
+        accelerator,
+        "--schedule",
+        schedule,
+        "--quiet",
+    )
     assert len(done) == 10
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["schedule"] == schedule
@@ -88,9 +85,13 @@ def test_machine_of_one_level_keeps_everything_in_it(run, policy_path, tmp_path,
     spec = content.model
     profile = replace(PROFILE, accelerator="cpu", levels=PROFILE.levels[1:], links=())
     policy = make_policy(
-        spec.num_layers, batch_size=4, micro_batch_size=2, resident=spec.num_experts,
-        attention=GPU, gpu_kv_micro_batches=2,
-    )  # fmt: skip
+        spec.num_layers,
+        batch_size=4,
+        micro_batch_size=2,
+        resident=spec.num_experts,
+        attention=GPU,
+        gpu_kv_micro_batches=2,
+    )
     budgets = {"gpu": 10**8, "cpu": 10**8}
     changed = replace(content, profile=profile, policy=policy, memory_budget_bytes=budgets)
     save_policy_file(policy_path, changed)
@@ -117,8 +118,11 @@ BAD_LINES = {
     "unknown field": ({**line("bad", [3]), "prompt": 1}, "bad", "no field of a batch line"),
     "wrong method": ({**line("bad", [3]), "method": "GET"}, "bad", "must be POST"),
     "wrong url": ({**line("bad", [3]), "url": "/v1/embeddings"}, "bad", "/v1/completions"),
-    "chat without template": ({**line("bad", [3]), "url": "/v1/chat/completions",
-                               "body": {"messages": []}}, "bad", "chat template"),
+    "chat without template": (
+        {**line("bad", [3]), "url": "/v1/chat/completions", "body": {"messages": []}},
+        "bad",
+        "chat template",
+    ),
     "no body": ({"custom_id": "bad"}, "bad", "body is <missing>"),
     "no prompt": ({"custom_id": "bad", "body": {}}, "bad", "body: prompt"),
     "text without tokenizer": (line("bad", "hello"), "bad", "tokenizer"),
@@ -135,7 +139,7 @@ BAD_LINES = {
     "stop of another kind": (line("bad", [3], stop=3), "bad", "stop"),
     "unknown body field": (line("bad", [3], beams=4), "bad", "beams"),
     "several choices": (line("bad", [3], n=2), "bad", "body: n"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("bad", "name", "word"), BAD_LINES.values(), ids=BAD_LINES)
@@ -216,10 +220,19 @@ def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing)
     paths = {"model": folder, "input": tmp_path / "prompts.jsonl"}
     paths |= {missing: tmp_path / "nowhere"}
     with pytest.raises(SystemExit) as ended:
-        main([
-            "run", "--model", str(paths["model"]), "--policy", str(policy_path),
-            "--input", str(paths["input"]), "--output-dir", str(tmp_path / "run"),
-        ])  # fmt: skip
+        main(
+            [
+                "run",
+                "--model",
+                str(paths["model"]),
+                "--policy",
+                str(policy_path),
+                "--input",
+                str(paths["input"]),
+                "--output-dir",
+                str(tmp_path / "run"),
+            ]
+        )
     assert ended.value.code == 2
     refused(capsys.readouterr(), "nowhere")
 
@@ -316,9 +329,7 @@ def test_no_file_of_a_run_is_written_through_a_link(run, tmp_path, name):
     target.write_text('{"custom_id": "kept"}')
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(target)
-    captured, done = run(
-        [line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2
-    )
+    captured, done = run([line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2)
     if name == GIVEN_UP:
         assert "a" in done
         assert "given up" in captured.err
@@ -332,9 +343,7 @@ def test_no_file_of_a_run_is_written_through_a_link(run, tmp_path, name):
 def test_pipes_and_devices_in_a_run_are_refused_not_waited_for(run, tmp_path, name):
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / name)
-    captured, done = run(
-        [line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2
-    )
+    captured, done = run([line("a", PROMPTS[0])], "--quiet", code=0 if name in {GIVEN_UP, OURS_ALONE} else 2)
     if name == GIVEN_UP:
         assert "a" in done
         assert "given up" in captured.err
@@ -356,9 +365,7 @@ def test_max_requests_and_seed(run):
 def test_progress_counts_what_will_be_run(folder, policy_path, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(line(f"r{i}", p)) for i, p in enumerate(PROMPTS)))
-    options = JobOptions(
-        model=folder, policy=policy_path, input=path, output_dir=tmp_path / "run", max_requests=3
-    )
+    options = JobOptions(model=folder, policy=policy_path, input=path, output_dir=tmp_path / "run", max_requests=3)
     progress = JobProgress()
     run_job(options, progress)
     assert (progress.done_requests, progress.total_requests) == (3, 3)
@@ -369,10 +376,19 @@ def test_progress_counts_what_will_be_run(folder, policy_path, tmp_path):
 
 def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    code = exit_code([
-        "run", "--model", str(folder), "--policy", str(policy_path),
-        "--input", str(tmp_path / "pipe"), "--output-dir", str(tmp_path / "run"),
-    ])  # fmt: skip
+    code = exit_code(
+        [
+            "run",
+            "--model",
+            str(folder),
+            "--policy",
+            str(policy_path),
+            "--input",
+            str(tmp_path / "pipe"),
+            "--output-dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert code == 2
     refused(capsys.readouterr(), "--input", "a pipe")
 

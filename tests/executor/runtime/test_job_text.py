@@ -29,9 +29,7 @@ def folder(tiny_folders, tmp_path):
     """A checkpoint with a tokenizer of 97 words, `w0` to `w96`, that writes spaces before them."""
     path = shutil.copytree(tiny_folders["wide heads"], tmp_path / "model")
     made = Tokenizer(models.WordLevel({f"▁w{i}": i for i in range(97)}, unk_token="▁w0"))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     made.decoder = decoders.Metaspace()
     made.add_special_tokens(["▁w2"])
     made.save(str(path / "tokenizer.json"))
@@ -68,17 +66,21 @@ def choice_of(item) -> dict:
 
 
 def test_chat_without_max_tokens(run, folder):
-    captured, done = run([
-        chat("open", words(PROMPTS[0])), chat("null", words(PROMPTS[1]), max_tokens=None),
-        chat("given", words(PROMPTS[2]), max_tokens=3),
-        line("default", words(PROMPTS[3]), max_tokens=None),
-    ])  # fmt: skip
+    captured, done = run(
+        [
+            chat("open", words(PROMPTS[0])),
+            chat("null", words(PROMPTS[1]), max_tokens=None),
+            chat("given", words(PROMPTS[2]), max_tokens=3),
+            line("default", words(PROMPTS[3]), max_tokens=None),
+        ]
+    )
     share = 256 // 2
     for name, prompt, most in (
         ("open", PROMPTS[0], share - len(PROMPTS[0])),
         ("null", PROMPTS[1], share - len(PROMPTS[1])),
-        ("given", PROMPTS[2], 3), ("default", PROMPTS[3], 16),
-    ):  # fmt: skip
+        ("given", PROMPTS[2], 3),
+        ("default", PROMPTS[3], 16),
+    ):
         assert tokens_of(done[name]) == transformers_greedy(folder, prompt, most), name
     assert captured.err.count("without max_tokens") == 1
     assert f"{share} tokens" in captured.err
@@ -125,10 +127,9 @@ def test_log_probabilities_are_those_of_transformers(run, folder, accelerator):
 def test_text_continues_the_prompt_and_stops_with_its_space(run, folder):
     expected = transformers_greedy(folder, PROMPTS[4], 12)
     third = f" w{expected[2]}"
-    _, done = run([
-        line("whole", words(PROMPTS[4]), max_tokens=12),
-        line("stopped", words(PROMPTS[4]), max_tokens=12, stop=third),
-    ])  # fmt: skip
+    _, done = run(
+        [line("whole", words(PROMPTS[4]), max_tokens=12), line("stopped", words(PROMPTS[4]), max_tokens=12, stop=third)]
+    )
     text = choice_of(done["whole"])["text"]
     assert text == "".join(f" w{token}" for token in expected if token != 2)
     stopped = choice_of(done["stopped"])
@@ -246,10 +247,7 @@ def test_requests_within_a_sliding_window(run, folder, policy_path):
     model = replace(content.model, attention_windows=(30,) * layers)
     save_policy_file(policy_path, replace(content, model=model))
     prompts = [[3 + i] * 25 for i in range(3)]
-    _, done = run([
-        *[line(str(i), prompt) for i, prompt in enumerate(prompts)],
-        line("beyond", [3] * 25, max_tokens=6),
-    ])  # fmt: skip
+    _, done = run([*[line(str(i), prompt) for i, prompt in enumerate(prompts)], line("beyond", [3] * 25, max_tokens=6)])
     for i, prompt in enumerate(prompts):
         assert tokens_of(done[str(i)]) == transformers_greedy(folder, prompt, 5)
     assert "window" in done["beyond"]["error"]["message"]
@@ -290,9 +288,19 @@ def test_closed_streams_do_not_stop_a_job(folder, policy_path, tmp_path, how):
     path.write_text(json.dumps(chat("a", words(PROMPTS[0]))))
     code = "import sys; from executor.cli import main; main(sys.argv[1:])"
     command = [
-        sys.executable, "-c", code, "run", "--model", str(folder), "--policy", str(policy_path),
-        "--input", str(path), "--output-dir", str(tmp_path / "run"),
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        code,
+        "run",
+        "--model",
+        str(folder),
+        "--policy",
+        str(policy_path),
+        "--input",
+        str(path),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     if how == "closed":
         command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
     read_end, write_end = os.pipe()

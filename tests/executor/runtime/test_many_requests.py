@@ -26,9 +26,12 @@ def job(tiny_folders, tmp_path):
     spec, profile = architecture(folder).spec, machine()
     policy_path = tmp_path / "policy.json"
     policy = make_policy(
-        spec.num_layers, batch_size=256, micro_batch_size=128, kv_tokens_per_micro_batch=128 * 48,
+        spec.num_layers,
+        batch_size=256,
+        micro_batch_size=128,
+        kv_tokens_per_micro_batch=128 * 48,
         prefill_chunk_tokens=4096,
-    )  # fmt: skip
+    )
     save_policy_file(
         policy_path,
         PolicyFile(

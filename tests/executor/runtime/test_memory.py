@@ -17,9 +17,7 @@ def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dty
     spec = tiny_arch(hidden_size=24, experts_per_token=3).spec
     planned = num_requests * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu)
     memory = torch.zeros(planned, dtype=torch.uint8)
-    made = Exchange(
-        spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu
-    )
+    made = Exchange(spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
     for rows in (made.hidden_ND, made.qkv_NX, made.attention_NQ, made.routed_ND):
         assert rows.data_ptr() % ALIGNED_BYTES == 0
     parts = list(vars(made).values())

@@ -42,20 +42,22 @@ POLICIES = {
     "one at a time": {"micro_batch_size": 1, "batch_size": 3, "resident": 2},
     "one at a time, gpu": {"attention": GPU, "micro_batch_size": 1, "batch_size": 5},
     "one micro-batch": {"micro_batch_size": 16, "kv_tokens_per_micro_batch": 1024},
-    "one micro-batch, gpu": {"attention": GPU, "micro_batch_size": 16,
-                             "kv_tokens_per_micro_batch": 1024, "ffn": CPU},
+    "one micro-batch, gpu": {"attention": GPU, "micro_batch_size": 16, "kv_tokens_per_micro_batch": 1024, "ffn": CPU},
     "uneven": {"batch_size": 10, "micro_batch_size": 4, "resident": 1},
-    "uneven, gpu": {"attention": GPU, "batch_size": 7, "micro_batch_size": 3,
-                    "gpu_kv_micro_batches": 1},
+    "uneven, gpu": {"attention": GPU, "batch_size": 7, "micro_batch_size": 3, "gpu_kv_micro_batches": 1},
     "staged": {"staging": True, "resident_dense": False},
     "staged, gpu, uneven": {"staging": True, "attention": GPU, "batch_size": 10, "resident": 1},
     "small cache": {"kv_tokens_per_micro_batch": 48, "prefill_chunk_tokens": 40},
     "split prompts": {"prefill_chunk_tokens": 7, "prefix_buffer_tokens": 40},
     "split prompts, gpu": {"attention": GPU, "prefill_chunk_tokens": 9, "staging": True},
     "split prompts, kv on the gpu": {"gpu_kv_micro_batches": 4, "prefill_chunk_tokens": 13},
-    "split prompts, kv split": {"gpu_kv_micro_batches": 2, "prefill_chunk_tokens": 10,
-                                "prefix_buffer_tokens": 40, "ffn": CPU},
-}  # fmt: skip
+    "split prompts, kv split": {
+        "gpu_kv_micro_batches": 2,
+        "prefill_chunk_tokens": 10,
+        "prefix_buffer_tokens": 40,
+        "ffn": CPU,
+    },
+}
 
 
 @cache

@@ -22,15 +22,7 @@ from hrm.validate import RunRecord, predict_run, runtime_with
 from hrm.workload import Workload
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
-from tests.executor.runtime.support import (
-    architecture,
-    generate,
-    generator,
-    link,
-    machine,
-    make_policy,
-    requests,
-)
+from tests.executor.runtime.support import architecture, generate, generator, link, machine, make_policy, requests
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
 from tests.executor.tiny_models import random_prompts
 
@@ -67,9 +59,7 @@ def host_bytes(spec, policy, *names: str) -> int:
     return sum(sizes[name] for name in names)
 
 
-@pytest.mark.parametrize(
-    "name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"]
-)
+@pytest.mark.parametrize("name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"])
 def test_weights_that_cannot_be_pinned_are_staged(folder, late, name):
     policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
     spec = architecture(folder).spec
@@ -91,9 +81,7 @@ def test_weights_that_cannot_be_pinned_are_staged(folder, late, name):
     assert backend.pageable_bytes[Lane.H2D] == backend.pageable_bytes[Lane.D2H] == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"]
-)
+@pytest.mark.parametrize("name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"])
 @pytest.mark.parametrize("staging", [False, True])
 def test_what_a_plan_pins_is_what_the_executor_pins(folder, late, name, staging):
     policy = replace(policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name]), staging=staging)
@@ -179,15 +167,28 @@ def short(monkeypatch, late, policy_file):
 def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
     save_policy_file(tmp_path / "policy.json", policy_file)
     lines = [
-        {"custom_id": str(i), "method": "POST", "url": "/v1/completions",
-         "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0}}
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0},
+        }
         for i, prompt in enumerate(random_prompts(6, seed=1))
-    ]  # fmt: skip
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     main(
-        ["run", "--model", str(folder), "--policy", str(tmp_path / "policy.json"), "--input",
-         str(tmp_path / "in.jsonl"), "--output-dir", str(tmp_path / "run")]
-    )  # fmt: skip
+        [
+            "run",
+            "--model",
+            str(folder),
+            "--policy",
+            str(tmp_path / "policy.json"),
+            "--input",
+            str(tmp_path / "in.jsonl"),
+            "--output-dir",
+            str(tmp_path / "run"),
+        ]
+    )
     told = [line for line in capsys.readouterr().err.splitlines() if "pins" in line]
     assert len(told) == 1
     content = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -230,9 +231,7 @@ def test_without_room_for_the_ring_or_figures_of_it_there_is_no_staging(policy_f
     tight = replace(policy_file, memory_budget_bytes={"gpu": 10**6, "cpu": needed})
     assert job_machine.prepare(options, tight, policy).staged is None
     unknown = replace(policy_file.profile, links=policy_file.profile.links[:2])
-    assert (
-        job_machine.prepare(options, replace(policy_file, profile=unknown), policy).staged is None
-    )
+    assert job_machine.prepare(options, replace(policy_file, profile=unknown), policy).staged is None
 
 
 def test_pageable_caches_cross_the_pageable_link_if_that_was_measured():

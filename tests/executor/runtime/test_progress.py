@@ -41,9 +41,16 @@ def clock(monkeypatch):
 
 def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
     job: Any = SimpleNamespace(
-        stage="loading weights", generator=None, phase=None, total_requests=20, done_requests=4,
-        generated_tokens=0, left_s=None, share_of_batch=0.0, busy_s={},
-    )  # fmt: skip
+        stage="loading weights",
+        generator=None,
+        phase=None,
+        total_requests=20,
+        done_requests=4,
+        generated_tokens=0,
+        left_s=None,
+        share_of_batch=0.0,
+        busy_s={},
+    )
     meter = Meter(job)
     assert meter.text() == "loading weights · 4/20 requests"
     clock.s = 100.0  # loading does not count
@@ -52,34 +59,22 @@ def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
     assert meter.text() == "batch 1, prefill 25% · 4/20 requests · 0:52 left"
     clock.s, job.done_requests, job.generated_tokens = 110.0, 8, 50
     job.phase, job.left_s, job.busy_s = Phase.DECODE, 30.0, {Lane.GPU: 5.0, Lane.H2D: 9.0}
-    assert (
-        meter.text() == "batch 1, decode 25% · 8/20 requests · 5 tokens/s · 0:30 left · "
-        "busy: GPU 50% H2D 90%"
-    )
+    assert meter.text() == "batch 1, decode 25% · 8/20 requests · 5 tokens/s · 0:30 left · busy: GPU 50% H2D 90%"
     clock.s, job.busy_s = 112.0, {Lane.GPU: 6.0, Lane.H2D: 8.9}  # an estimate came down a little
     assert meter.text().endswith("busy: GPU 50% H2D 0%")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(7, "0:07"), (754.4, "12:34"), (3723, "1:02:03"), (-1, "0:00")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (754.4, "12:34"), (3723, "1:02:03"), (-1, "0:00")])
 def test_countdown(seconds, text):
     assert format_countdown(seconds) == text
 
 
-@given(
-    predicted_s=st.floats(1, 1e6),
-    slower=st.floats(0.05, 20),
-    shares=st.tuples(*[st.floats(0, 1)] * 2),
-)
+@given(predicted_s=st.floats(1, 1e6), slower=st.floats(0.05, 20), shares=st.tuples(*[st.floats(0, 1)] * 2))
 def test_time_left_goes_from_the_prediction_to_what_is_measured(predicted_s, slower, shares):
     """A phase that really takes `slower` times as long as predicted."""
     really_s = predicted_s * slower
     errors = [
-        abs(
-            PhaseProgress(predicted_s, share, really_s * share).left_s / (really_s * (1 - share))
-            - 1
-        )
+        abs(PhaseProgress(predicted_s, share, really_s * share).left_s / (really_s * (1 - share)) - 1)
         for share in sorted(shares)
         if share < 0.999
     ]
@@ -134,19 +129,17 @@ def test_job_moves_through_both_phases(folder, policy_path, tmp_path, accelerato
     progress, seen = JobProgress(), []
 
     def look(task: TaskId) -> None:
-        seen.append(
-            (progress.phase, progress.share_done, progress.left_s, progress.done_requests, task)
-        )
+        seen.append((progress.phase, progress.share_done, progress.left_s, progress.done_requests, task))
 
     watch(monkeypatch, look)
-    lines = [
-        line(f"r{i}", prompt, max_tokens=2 + i % 3, ignore_eos=True)
-        for i, prompt in enumerate(PROMPTS)
-    ]
+    lines = [line(f"r{i}", prompt, max_tokens=2 + i % 3, ignore_eos=True) for i, prompt in enumerate(PROMPTS)]
     options = JobOptions(
-        model=folder, policy=policy_path, input=write_lines(tmp_path, lines),
-        output_dir=tmp_path / "run", accelerator=AcceleratorOptions(name=accelerator),
-    )  # fmt: skip
+        model=folder,
+        policy=policy_path,
+        input=write_lines(tmp_path, lines),
+        output_dir=tmp_path / "run",
+        accelerator=AcceleratorOptions(name=accelerator),
+    )
     run_job(options, progress)
     shares = [share for _, share, *_ in seen]
     assert shares == sorted(shares)
@@ -154,9 +147,7 @@ def test_job_moves_through_both_phases(folder, policy_path, tmp_path, accelerato
     assert (progress.share_done, progress.left_s) == (1, 0)
     assert all(left_s > 0 for _, _, left_s, *_ in seen)
     assert {phase for phase, *_ in seen} == set(Phase)
-    first_batch = [
-        share for phase, share, *_ in seen[: seen.index(seen[-1])] if phase is Phase.PREFILL
-    ]
+    first_batch = [share for phase, share, *_ in seen[: seen.index(seen[-1])] if phase is Phase.PREFILL]
     assert len(set(first_batch)) >= 3  # every layer of a batch's prefill moves the bar
     if accelerator == "emulated":
         ended = [done for *_, done, _ in seen]

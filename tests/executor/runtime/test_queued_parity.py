@@ -15,11 +15,19 @@ from tests.executor.runtime.test_parity import POLICIES, PROMPTS, expected, poli
 from tests.executor.tiny_models import DBRX, poisoned_copy
 
 SOME = (
-    "all streamed, both on the gpu", "ffn on the cpu, dense streams", "both on the cpu",
-    "some experts stay, ragged", "kv split, cpu", "kv split, gpu", "kv on the gpu",
-    "staged, gpu, uneven", "uneven, gpu", "small cache", "split prompts, gpu",
+    "all streamed, both on the gpu",
+    "ffn on the cpu, dense streams",
+    "both on the cpu",
+    "some experts stay, ragged",
+    "kv split, cpu",
+    "kv split, gpu",
+    "kv on the gpu",
+    "staged, gpu, uneven",
+    "uneven, gpu",
+    "small cache",
+    "split prompts, gpu",
     "split prompts, kv split",
-)  # fmt: skip
+)
 FEW_TOKENS = 4
 # Where the host may wait for the device: loading, what is needed to go on, and a table made once.
 ALLOWED = {
@@ -78,9 +86,7 @@ def test_greedy_tokens(folder, device, name, kernels):
 @pytest.mark.usefixtures("flash_takes_float32")
 @pytest.mark.parametrize("kernels", ["plain", "fast"])
 @pytest.mark.parametrize("name", ["kv on the gpu", "split prompts, gpu", "both on the cpu"])
-def test_request_without_finite_logits_costs_no_other_and_no_wait(
-    folder, tmp_path, device, name, kernels
-):
+def test_request_without_finite_logits_costs_no_other_and_no_wait(folder, tmp_path, device, name, kernels):
     wanted = dict(list(first_tokens(folder).items())[:6])
     used = {token for tokens in (*PROMPTS[:6], *wanted.values()) for token in tokens}
     token = min(set(range(3, 97)) - used)

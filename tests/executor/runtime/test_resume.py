@@ -20,10 +20,7 @@ from hrm.tasks import TaskKind
 from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refused
 from tests.executor.tiny_models import save_tiny
 
-LINES = [
-    line(f"r{i}", prompt, max_tokens=2 + i % 5, temperature=i % 2)
-    for i, prompt in enumerate(PROMPTS)
-]
+LINES = [line(f"r{i}", prompt, max_tokens=2 + i % 5, temperature=i % 2) for i, prompt in enumerate(PROMPTS)]
 
 
 @pytest.fixture
@@ -33,18 +30,23 @@ def folder(tiny_folders):
 
 def answers(done) -> dict:
     """All that does not depend on when and where a request was run."""
-    return {
-        name: (item["response"]["request_id"], item["response"]["body"]["choices"])
-        for name, item in done.items()
-    }
+    return {name: (item["response"]["request_id"], item["response"]["body"]["choices"]) for name, item in done.items()}
 
 
 def resumed(folder, policy_path, tmp_path) -> list[str]:
     """The command line that goes on with what the `run` fixture ran last."""
     return [
-        "run", "--model", str(folder), "--policy", str(policy_path), "--output-dir",
-        str(tmp_path / "run"), "--input", str(tmp_path / "prompts.jsonl"), "--resume",
-    ]  # fmt: skip
+        "run",
+        "--model",
+        str(folder),
+        "--policy",
+        str(policy_path),
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--input",
+        str(tmp_path / "prompts.jsonl"),
+        "--resume",
+    ]
 
 
 def files_in(directory) -> dict[str, bytes]:
@@ -70,13 +72,15 @@ def test_lines_still_rejected_do_not_use_up_the_requests(run):
 
 def test_names_of_broken_lines_are_nobody_elses(run):
     lines = [
-        LINES[0], b'{"custom_id": "broken', line("line-2", [3]), line("broken-line-5", [4]),
-        line("r0", [5]), line("line-5", [6]),
-    ]  # fmt: skip
+        LINES[0],
+        b'{"custom_id": "broken',
+        line("line-2", [3]),
+        line("broken-line-5", [4]),
+        line("r0", [5]),
+        line("line-5", [6]),
+    ]
     _, done = run(lines)
-    assert {n for n, item in done.items() if item["error"] is None} == {
-        "r0", "line-2", "broken-line-5", "line-5",
-    }  # fmt: skip
+    assert {n for n, item in done.items() if item["error"] is None} == {"r0", "line-2", "broken-line-5", "line-5"}
     messages = {n: item["error"]["message"] for n, item in done.items() if item["error"]}
     assert messages.keys() == {"broken-line-2", "broken-broken-line-5"}
     assert "line 2" in messages["broken-line-2"]
@@ -167,8 +171,7 @@ def test_changed_input_is_refused_by_name(run, tmp_path, change, words):
 def test_input_may_grow_and_be_written_otherwise(run):
     _, before = run(LINES[:2])
     otherwise = [
-        json.dumps(dict(reversed(item.items())), indent=None, separators=(" , ", " : ")).encode()
-        for item in LINES[:2]
+        json.dumps(dict(reversed(item.items())), indent=None, separators=(" , ", " : ")).encode() for item in LINES[:2]
     ]
     _, after = run([b"", LINES[2], *reversed(otherwise)], "--resume")
     assert after.keys() == {"r0", "r1", "r2"}
@@ -190,9 +193,7 @@ def test_directory_of_an_earlier_version_goes_on_and_says_what_is_not_checked(ru
     assert "unchecked" not in captured.err
 
 
-@pytest.mark.parametrize(
-    "content", ['{"seed": "' + "[" * 10_000, "[" * 10_000, "[]", "{}", '{"seed": NaN}', "\0"]
-)
+@pytest.mark.parametrize("content", ['{"seed": "' + "[" * 10_000, "[" * 10_000, "[]", "{}", '{"seed": NaN}', "\0"])
 def test_broken_job_json_is_told(run, tmp_path, content):
     run(LINES[:1])
     (tmp_path / "run" / JOB_JSON).write_text(content)
@@ -212,11 +213,15 @@ def test_pipe_in_place_of_what_resume_reads_is_refused(run, tmp_path, name):
 @pytest.mark.parametrize(
     "bad",
     [
-        b"[]", b"{}", b"nope", b'{"custom_id": 3, "response": {"request_id": "r"}}', b"[" * 5000,
+        b"[]",
+        b"{}",
+        b"nope",
+        b'{"custom_id": 3, "response": {"request_id": "r"}}',
+        b"[" * 5000,
         b'{"custom_id": "a", "response": []}',
         b'{"custom_id": "a", "response": {"request_id": []}}',
     ],
-)  # fmt: skip
+)
 def test_broken_outputs_are_told_and_left_alone(run, folder, policy_path, tmp_path, capsys, bad):
     run(LINES[:1])
     path = tmp_path / "run" / OUTPUTS
@@ -306,10 +311,19 @@ def test_killed_run_keeps_what_had_ended_and_comes_to_the_same(run, folder, poli
     lines = [line(f"r{i}", PROMPTS[i % 10], max_tokens=2 + i % 4 * 10) for i in range(12)]
     _, whole = run(lines, output="whole")
     arguments = [
-        "run", "--model", str(folder), "--policy", str(policy_path), "--quiet", "--output-dir",
-        str(tmp_path / "killed"), "--input", str(tmp_path / "prompts.jsonl"), "--link-bandwidth",
+        "run",
+        "--model",
+        str(folder),
+        "--policy",
+        str(policy_path),
+        "--quiet",
+        "--output-dir",
+        str(tmp_path / "killed"),
+        "--input",
+        str(tmp_path / "prompts.jsonl"),
+        "--link-bandwidth",
         "2MB/s",
-    ]  # fmt: skip
+    ]
     process = subprocess.Popen([sys.executable, "-m", "executor.cli", *arguments])
     path = tmp_path / "killed" / OUTPUTS
     deadline_s = time.monotonic() + 60
@@ -317,9 +331,7 @@ def test_killed_run_keeps_what_had_ended_and_comes_to_the_same(run, folder, poli
         time.sleep(0.01)
     process.kill()
     process.wait()
-    kept = [
-        json.loads(raw) for raw in path.read_bytes().splitlines(keepends=True) if raw[-1:] == b"\n"
-    ]
+    kept = [json.loads(raw) for raw in path.read_bytes().splitlines(keepends=True) if raw[-1:] == b"\n"]
     assert 0 < len(kept) < 12
     _, done = run(lines, "--resume", output="killed")
     assert answers(done) == answers(whole)

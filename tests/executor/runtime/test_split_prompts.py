@@ -46,9 +46,14 @@ def arch(folder):
 
 def policy_of(arch, place, chunk):
     return make_policy(
-        arch.spec.num_layers, batch_size=8, micro_batch_size=2, kv_tokens_per_micro_batch=96,
-        prefill_chunk_tokens=chunk, resident=1, **PLACES[place],
-    )  # fmt: skip
+        arch.spec.num_layers,
+        batch_size=8,
+        micro_batch_size=2,
+        kv_tokens_per_micro_batch=96,
+        prefill_chunk_tokens=chunk,
+        resident=1,
+        **PLACES[place],
+    )
 
 
 def tokens_of(made, **params):
@@ -58,8 +63,7 @@ def tokens_of(made, **params):
 @pytest.mark.parametrize("place", PLACES)
 def test_any_parts_give_the_tokens_of_transformers(folder, arch, place):
     expected = {
-        f"request-{index}": tuple(transformers_greedy(folder, prompt, 6))
-        for index, prompt in enumerate(PROMPTS)
+        f"request-{index}": tuple(transformers_greedy(folder, prompt, 6)) for index, prompt in enumerate(PROMPTS)
     }
     for chunk in CHUNKS:
         with generator(folder, policy_of(arch, place, chunk)) as made:
@@ -94,9 +98,7 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
     attend = prefill.prefill_attention
 
     def record(arch, qkv, lengths, kept, out, workspace):
-        seen.append(
-            [(n, None if c is None else len(c)) for n, c in zip(lengths, kept, strict=True)]
-        )
+        seen.append([(n, None if c is None else len(c)) for n, c in zip(lengths, kept, strict=True)])
         attend(arch, qkv, lengths, kept, out, workspace)
 
     monkeypatch.setattr(prefill, "prefill_attention", record)
@@ -104,10 +106,19 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
         tokens_of(made, max_tokens=1)
     per_layer = seen[: len(seen) // arch.spec.num_layers]
     assert per_layer == [
-        [(13, 13)], [(13, 26)], [(13, 39)], [(1, 40), (12, 12)], [(13, 25)], [(13, 38)],
-        [(1, 39), (12, 12)], [(13, 25)], [(1, 26), (12, 12)], [(2, 14), (3, None), (1, None)],
-        [(13, None)], [(12, None)],
-    ]  # fmt: skip
+        [(13, 13)],
+        [(13, 26)],
+        [(13, 39)],
+        [(1, 40), (12, 12)],
+        [(13, 25)],
+        [(13, 38)],
+        [(1, 39), (12, 12)],
+        [(13, 25)],
+        [(1, 26), (12, 12)],
+        [(2, 14), (3, None), (1, None)],
+        [(13, None)],
+        [(12, None)],
+    ]
 
 
 def test_the_last_layer_goes_on_with_the_ends_of_prompts(folder, arch, monkeypatch):
@@ -134,9 +145,10 @@ def test_the_last_layer_goes_on_with_the_ends_of_prompts(folder, arch, monkeypat
 
 def test_a_prompt_that_fits_no_buffer_or_cache_is_refused(arch):
     def refused(place, length, **changes):
-        policy = make_policy(arch.spec.num_layers, **{
-            "prefill_chunk_tokens": 8, "kv_tokens_per_micro_batch": 96, **PLACES[place], **changes
-        })  # fmt: skip
+        policy = make_policy(
+            arch.spec.num_layers,
+            **{"prefill_chunk_tokens": 8, "kv_tokens_per_micro_batch": 96, **PLACES[place], **changes},
+        )
         (request,) = requests([[3] * length], max_tokens=4)
         with pytest.raises(JobError) as error:
             check_request(request, arch, policy)

@@ -73,9 +73,7 @@ def test_every_edge_is_kept_on_the_device(engine, device, pipeline, schedule):
 
 def test_waits_are_those_of_the_edges_between_streams(engine, device):
     a, b, c, d = (TaskId(TaskKind.LOAD_PAGE, i, 0) for i in range(4))
-    tasks = [
-        Task(a, Lane.H2D), Task(b, Lane.H2D, (a,)), Task(c, Lane.GPU, (a, b)), Task(d, Lane.D2H),
-    ]  # fmt: skip
+    tasks = [Task(a, Lane.H2D), Task(b, Lane.H2D, (a,)), Task(c, Lane.GPU, (a, b)), Task(d, Lane.D2H)]
     engine.run(tasks, queueing(device, lambda _: None))
     gpu, h2d, d2h = device.streams
     assert len(gpu.waited) == 2
@@ -94,9 +92,7 @@ def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
         return 0
 
     tasks = [Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(100)]
-    runner = threading.Thread(
-        target=lambda: engine.run(tasks, {TaskKind.SAMPLE: handle}), daemon=True
-    )
+    runner = threading.Thread(target=lambda: engine.run(tasks, {TaskKind.SAMPLE: handle}), daemon=True)
     runner.start()
     time.sleep(0.2)
     before = queued
@@ -156,10 +152,7 @@ def test_synchronising_names_it_exactly(device, monkeypatch):
     bad = TaskId(TaskKind.POST_ATTENTION, 3, 0)
     tasks = [Task(TaskId(TaskKind.POST_ATTENTION, layer, 0), Lane.GPU) for layer in range(40)]
     streams = {lane: device.stream() for lane in DEVICE_LANES}
-    with (
-        Engine(no_setup, streams, is_of_device) as engine,
-        pytest.raises(TaskFailedError) as failed,
-    ):
+    with Engine(no_setup, streams, is_of_device) as engine, pytest.raises(TaskFailedError) as failed:
         engine.run(tasks, queueing(device, lambda task: failing(task, bad)))
     assert failed.value.task.id == bad
     assert failed.value.may_be_later == 0

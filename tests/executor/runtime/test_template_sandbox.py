@@ -30,19 +30,16 @@ ENDLESS = {
     "batches": "{{ '' | batch(10 ** 9, 'x') | list }}",
     "a range": "{{ range(10 ** 9) | list }}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "loops over a text": "{% set t = 'x' * 9999 %}{% for a in t %}{% for b in t %}{% endfor %}"
-    "{% endfor %}",
-    "recursion in two": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
-    "{% endmacro %}{{ f(60) }}",
+    "loops over a text": "{% set t = 'x' * 9999 %}{% for a in t %}{% for b in t %}{% endfor %}{% endfor %}",
+    "recursion in two": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a text joined to itself": GROWING.format("{% set ns.x = ns.x ~ ns.x %}"),
     "a text added to itself": GROWING.format("{% set ns.x = ns.x + ns.x %}"),
-    "a block of itself": GROWING.format("{% set t %}{{ ns.x }}{{ ns.x }}{% endset %}"
-                                        "{% set ns.x = t %}"),
+    "a block of itself": GROWING.format("{% set t %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = t %}"),
     "a list of itself": GROWING.format("{% set ns.x = [ns.x, ns.x] | join %}"),
     "a join method": GROWING.format("{% set ns.x = ns.x.join([ns.x, ns.x]) %}"),
     "a replacement": GROWING.format("{% set ns.x = ns.x.replace('a', ns.x) %}"),
     "much text in a loop": "{% for i in range(99999) %}" + "y" * 99999 + "{% endfor %}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
@@ -59,18 +56,31 @@ def test_a_template_that_would_not_end_is_refused_in_little_room(source, monkeyp
 
 
 SHARES = st.lists(
-    st.sampled_from([
-        "{{ m.role + ': ' + m['content'] | trim }}", "{{ loop.index0 % 2 }}", "{{ 7 // 2 * 1.5 }}",
-        "{% if loop.first %}a{% else %}{{ m.content.split(' ')[-1] }}{% endif %}", "text 123456",
-        "{{ '%s of %03d' % (m.role, 7) }}", "{{ m.content.replace('1234567', 'x') ~ none }}",
-        "{{ '{:>5}'.format(m.role) }}", "{{ [m.role, 'x'] | join(', ') }}", "{{ m | tojson }}",
-        "{% set x %}{{ m.role }}{% endset %}{{ x | upper | center(20) }}", "{{ 2 ** 10 - 1 }}",
-        "{% for c in m.content %}{{ c | e }}{% endfor %}", "{{ m.content | replace('é', 'e') }}",
-        "{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(m.role) }}", "{{ range(3) | list }}",
-        "{{ m.content | indent(4) | wordwrap(5) }}", "{{ -loop.index }}", "{{ undefined ~ 1 }}",
-    ]),
+    st.sampled_from(
+        [
+            "{{ m.role + ': ' + m['content'] | trim }}",
+            "{{ loop.index0 % 2 }}",
+            "{{ 7 // 2 * 1.5 }}",
+            "{% if loop.first %}a{% else %}{{ m.content.split(' ')[-1] }}{% endif %}",
+            "text 123456",
+            "{{ '%s of %03d' % (m.role, 7) }}",
+            "{{ m.content.replace('1234567', 'x') ~ none }}",
+            "{{ '{:>5}'.format(m.role) }}",
+            "{{ [m.role, 'x'] | join(', ') }}",
+            "{{ m | tojson }}",
+            "{% set x %}{{ m.role }}{% endset %}{{ x | upper | center(20) }}",
+            "{{ 2 ** 10 - 1 }}",
+            "{% for c in m.content %}{{ c | e }}{% endfor %}",
+            "{{ m.content | replace('é', 'e') }}",
+            "{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(m.role) }}",
+            "{{ range(3) | list }}",
+            "{{ m.content | indent(4) | wordwrap(5) }}",
+            "{{ -loop.index }}",
+            "{{ undefined ~ 1 }}",
+        ]
+    ),
     max_size=6,
-)  # fmt: skip
+)
 
 
 @given(SHARES)
@@ -78,9 +88,7 @@ def test_what_templates_do_comes_out_as_from_jinjas_own_sandbox(shares):
     source = "{% for m in messages %}" + "\n".join(shares) + "{% endfor %}"
     messages = [{"role": "user", "content": "ab é 1234567 %*"}, {"role": "tool", "content": ""}]
     texts = [
-        environment(trim_blocks=True, lstrip_blocks=True)
-        .from_string(source)
-        .render(messages=messages)
+        environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(messages=messages)
         for environment in (LimitedEnvironment, ImmutableSandboxedEnvironment)
     ]
     assert texts[0] == texts[1]
@@ -104,11 +112,10 @@ GROWING_TAGS = {
     "an indent": "{{ messages | tojson(indent=10 ** 6) }}",
     "an indent of texts": "{{ messages | tojson(indent='x' * 10 ** 6) }}",
     "separators": "{{ messages | tojson(separators=(',' * 10 ** 6, ':')) }}",
-    "generations": "{% for i in range(10 ** 5) %}{% generation %}" + "y" * 9999
-    + "{% endgeneration %}{% endfor %}",
+    "generations": "{% for i in range(10 ** 5) %}{% generation %}" + "y" * 9999 + "{% endgeneration %}{% endfor %}",
     "a loop with continue": "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}"
     "{% continue %}{% endfor %}{% endfor %}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", GROWING_TAGS.values(), ids=GROWING_TAGS)
@@ -158,9 +165,7 @@ def test_what_a_library_raises_is_told_as_a_users_mistake(error):
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), SystemExit(), MemoryError(), JobError("a", 1, "b", "c")]
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), MemoryError(), JobError("a", 1, "b", "c")])
 def test_ctrl_c_and_our_own_errors_pass(error):
     with pytest.raises(type(error)) as caught, told_as(CheckpointError, "x", "y", "z"):
         raise error

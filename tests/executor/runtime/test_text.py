@@ -33,18 +33,13 @@ ROOM = AnswerRoom(share_tokens=64, gen_len=8, most_tokens=128)
 def sentencepiece() -> Tokenizer:
     """As Llama's and Mixtral's: spaces are part of words, and one is put in front of a text."""
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1)]
-    )  # fmt: skip
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+    )
     made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL + alphabet, limit_alphabet=30
-    )
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL + alphabet, limit_alphabet=30)
     made.train_from_iterator([CORPUS], trainer)
     kept = json.loads(made.to_str())
     kept["added_tokens"] = [t for t in kept["added_tokens"] if t["content"] in SPECIAL]
@@ -55,9 +50,7 @@ def metaspace() -> Tokenizer:
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     made.train_from_iterator([CORPUS] * 5, trainer)
     return made
 
@@ -68,8 +61,7 @@ def byte_level() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        [CORPUS],
-        trainers.BpeTrainer(vocab_size=350, special_tokens=SPECIAL, initial_alphabet=alphabet),
+        [CORPUS], trainers.BpeTrainer(vocab_size=350, special_tokens=SPECIAL, initial_alphabet=alphabet)
     )
     return made
 
@@ -78,27 +70,18 @@ def word_piece() -> Tokenizer:
     made = Tokenizer(models.WordPiece(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.decoder = decoders.WordPiece(cleanup=False)
-    made.train_from_iterator(
-        [CORPUS], trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL)
-    )
+    made.train_from_iterator([CORPUS], trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL))
     return made
 
 
 def words() -> Tokenizer:
     known = {"user": 3, "assistant": 4, "[": 5, "]": 6, "hi": 7}
-    made = Tokenizer(
-        models.WordLevel(
-            {**dict(zip(SPECIAL[:3], range(3), strict=True)), **known}, unk_token="<unk>"
-        )
-    )
+    made = Tokenizer(models.WordLevel({**dict(zip(SPECIAL[:3], range(3), strict=True)), **known}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return made
 
 
-STYLES = {
-    "sentencepiece": sentencepiece, "metaspace": metaspace, "bytes": byte_level,
-    "pieces": word_piece,
-}  # fmt: skip
+STYLES = {"sentencepiece": sentencepiece, "metaspace": metaspace, "bytes": byte_level, "pieces": word_piece}
 
 
 @pytest.fixture(scope="module", params=STYLES)
@@ -200,9 +183,8 @@ def test_variables_reach_the_template(folder):
         "{% for d in documents %}{{ d.text }} {% endfor %}"
     )
     item = chat(
-        folder, "x", chat_template_kwargs={"thinking": True}, documents=[{"text": "user"}],
-        add_generation_prompt=False,
-    )  # fmt: skip
+        folder, "x", chat_template_kwargs={"thinking": True}, documents=[{"text": "user"}], add_generation_prompt=False
+    )
     assert isinstance(item, Request)
     assert item.prompt == (4, 3)  # assistant user
     item = chat(folder, "x", chat_template_kwargs={"messages": []})
@@ -239,24 +221,17 @@ def test_chat_without_max_tokens_takes_its_share_of_the_cache_and_says_so_once(f
     assert not told
 
 
-@pytest.mark.parametrize(
-    ("prompt", "expected"), [(10, 54), (60, 8), (64, 8), (124, 4), (128, 1), (500, 1)]
-)
+@pytest.mark.parametrize(("prompt", "expected"), [(10, 54), (60, 8), (64, 8), (124, 4), (128, 1), (500, 1)])
 def test_room_of_an_answer(prompt, expected):
     assert ROOM.max_tokens(prompt) == expected
 
 
 def test_room_fits_the_cache_whatever_the_policy():
     for micro_batch, tokens in ((1, 16), (3, 256), (16, 256), (40, 256)):
-        policy = make_policy(
-            2, batch_size=micro_batch, micro_batch_size=micro_batch,
-            kv_tokens_per_micro_batch=tokens,
-        )  # fmt: skip
+        policy = make_policy(2, batch_size=micro_batch, micro_batch_size=micro_batch, kv_tokens_per_micro_batch=tokens)
         room = AnswerRoom.of(policy, 12, positions=200)
         for length in range(1, min(tokens, 200)):
-            request = Request(
-                "a", (3,) * length, SamplingParams(max_tokens=room.max_tokens(length))
-            )
+            request = Request("a", (3,) * length, SamplingParams(max_tokens=room.max_tokens(length)))
             assert length + request.params.max_tokens <= 200
             assert request.kv_tokens <= tokens
             if room.max_tokens(length) > 12:  # as many as the policy has run together
@@ -330,9 +305,7 @@ def test_stop_texts_are_found_as_soon_as_they_are_there(style):
         start = generator.randrange(len(said) - 2)
         stops = (said[start : start + generator.randrange(1, 12)].strip("\ufffd") or "zz",)
         steps = range(1, len(tokens) + 1)
-        ends = [
-            any(stop in text.continuation(prompt, tokens[:n]) for stop in stops) for n in steps
-        ]  # fmt: skip
+        ends = [any(stop in text.continuation(prompt, tokens[:n]) for stop in stops) for n in steps]
         first = ends.index(True) if True in ends else len(ends)
         for n in steps[: first + 1]:
             assert text.has_stopped(prompt, tokens[:n], stops) == ends[n - 1], (tokens[:n], stops)

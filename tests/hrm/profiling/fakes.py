@@ -15,9 +15,18 @@ from hrm.profiling.topology import CacheFacts
 from hrm.units import KIB, MIB
 
 TINY = ModelSpec(
-    name="tiny", family="mixtral", num_layers=2, hidden_size=64, intermediate_size=96,
-    num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4, experts_per_token=2, vocab_size=100,
-)  # fmt: skip
+    name="tiny",
+    family="mixtral",
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    num_experts=4,
+    experts_per_token=2,
+    vocab_size=100,
+)
 CACHES = (
     CacheFacts(level=1, each_bytes=32 * KIB, instances=2, cpus_each=1),
     CacheFacts(level=2, each_bytes=256 * KIB, instances=2, cpus_each=1),
@@ -105,11 +114,7 @@ class FakeGpu(AbstractGpu):
         return self.told
 
     def clock_mhz(self):
-        return (
-            (self.clocks.pop(0) if len(self.clocks) > 1 else self.clocks[0])
-            if self.clocks
-            else None
-        )
+        return (self.clocks.pop(0) if len(self.clocks) > 1 else self.clocks[0]) if self.clocks else None
 
     def slowed_by(self):
         return self.slowed

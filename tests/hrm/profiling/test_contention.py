@@ -49,8 +49,7 @@ def test_shares_and_sums_of_known_rates():
 def test_a_share_is_of_the_same_round():
     """A machine that turns twice as slow for a round changes no share."""
     rounds = [
-        {("a",): {"a": r}, ("b",): {"b": r}, ("a", "b"): {"a": 0.7 * r, "b": 0.9 * r}}
-        for r in (100.0, 50.0, 100.0)
+        {("a",): {"a": r}, ("b",): {"b": r}, ("a", "b"): {"a": 0.7 * r, "b": 0.9 * r}} for r in (100.0, 50.0, 100.0)
     ]
     found = shared_memory({"a": NOTHING, "b": NOTHING}, [("a", "b")], rounds)
     for entry in found.kept:
@@ -71,17 +70,14 @@ def test_sleepers_take_nothing_from_one_another():
     workers = {name: sleeper(0.002, 8.0) for name in "abc"}
     groups = [*every_pair_and_all("ab"), ("b", "c")]
     found = measure_contention(workers, groups, budget_s=0.3)
-    assert [(x.work, x.beside) for x in found.kept] == [
-        ("a", ("b",)), ("b", ("a",)), ("b", ("c",)), ("c", ("b",)),
-    ]  # fmt: skip
+    assert [(x.work, x.beside) for x in found.kept] == [("a", ("b",)), ("b", ("a",)), ("b", ("c",)), ("c", ("b",))]
     assert all(0 < entry.kept.value < 3 for entry in found.kept), found.kept
 
 
 def test_each_thread_enters_once_and_works_at_least_once():
     entered, worked = [], []
     workers = {
-        name: Worker(lambda name=name: worked.append(name), lambda name=name: entered.append(name))
-        for name in "ab"
+        name: Worker(lambda name=name: worked.append(name), lambda name=name: entered.append(name)) for name in "ab"
     }
     rates = run_together(workers, 0.0)
     assert sorted(entered) == ["a", "b"]

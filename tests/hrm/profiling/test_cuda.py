@@ -51,9 +51,7 @@ def one() -> HardwareProfile:
 
         patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
         facts = GpuFacts({"gpu": "a GPU", "driver": "1.2"}, ("others use the card: 1 process",))
-        gpu = FakeGpu(
-            facts=facts, busy=("the card was busy 37% of the time",), clocks=(300.0, 1500.0)
-        )
+        gpu = FakeGpu(facts=facts, busy=("the card was busy 37% of the time",), clocks=(300.0, 1500.0))
         return measure([gpu], patch=patch, dtypes=("float32", "bfloat16"))
 
 
@@ -85,9 +83,12 @@ def test_one_gpu(one):
     assert set(one.top.processor.compute_flops_per_s) == {"float32"}
     assert set(one.host.processor.compute_flops_per_s) == {"float32", "bfloat16"}
     assert kinds(one) == {
-        ("cpu", "gpu", "pinned"), ("cpu", "gpu", "pageable"),
-        ("gpu", "cpu", "pinned"), ("gpu", "cpu", "pageable"), ("cpu", "cpu", "staging"),
-    }  # fmt: skip
+        ("cpu", "gpu", "pinned"),
+        ("cpu", "gpu", "pageable"),
+        ("gpu", "cpu", "pinned"),
+        ("gpu", "cpu", "pageable"),
+        ("cpu", "cpu", "staging"),
+    }
     assert one.environment["driver"] == "1.2"
     assert one.environment["sm_clock_mhz"].startswith("300 idle, 1500 highest under load")
 
@@ -128,9 +129,7 @@ def test_memory_that_is_shared_or_pinned_in_part_is_told(under_wsl, one):
 class NamedDevice(WithDevice):
     """A device's name does for the device."""
 
-    def __torch_function__(
-        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention and not isinstance(args[0], DeviceTensor):
             return func(*args)  # the host's own
         args = tuple(DEVICE if arg == str(DEVICE) else arg for arg in args)
@@ -160,13 +159,18 @@ def test_one_gpu_tells_who_else_uses_it(one):
 def test_contention_is_of_attention_staging_and_links(one):
     found = {(entry.work, entry.beside) for entry in one.contention}
     assert found == {
-        ("attention", ("staging",)), ("staging", ("attention",)),
-        ("attention", ("h2d",)), ("h2d", ("attention",)),
-        ("staging", ("h2d",)), ("h2d", ("staging",)),
-        ("attention", ("staging", "h2d")), ("staging", ("attention", "h2d")),
+        ("attention", ("staging",)),
+        ("staging", ("attention",)),
+        ("attention", ("h2d",)),
+        ("h2d", ("attention",)),
+        ("staging", ("h2d",)),
+        ("h2d", ("staging",)),
+        ("attention", ("staging", "h2d")),
+        ("staging", ("attention", "h2d")),
         ("h2d", ("attention", "staging")),
-        ("h2d", ("d2h",)), ("d2h", ("h2d",)),
-    }  # fmt: skip
+        ("h2d", ("d2h",)),
+        ("d2h", ("h2d",)),
+    }
 
 
 def test_its_rates_were_measured(one):
@@ -195,15 +199,17 @@ def test_four_gpus_have_links_together_alone_and_among_them(four):
     }
     ring = {(f"gpu{index}", f"gpu{(index + 1) % 4}", "peer") for index in range(4)}
     assert kinds(four) == {
-        ("cpu", "gpu", "pinned"), ("cpu", "gpu", "pageable"), ("gpu", "cpu", "pinned"),
-        ("gpu", "cpu", "pageable"), ("cpu", "cpu", "staging"), ("gpu", "gpu", "peer"),
-        *alone, *ring,
-    }  # fmt: skip
+        ("cpu", "gpu", "pinned"),
+        ("cpu", "gpu", "pageable"),
+        ("gpu", "cpu", "pinned"),
+        ("gpu", "cpu", "pageable"),
+        ("cpu", "cpu", "staging"),
+        ("gpu", "gpu", "peer"),
+        *alone,
+        *ring,
+    }
     for planned, ends in ((four.h2d, ("cpu", "gpu")), (four.d2h, ("gpu", "cpu"))):
-        own = [
-            four.link(*(f"{end}{index}" if end == "gpu" else end for end in ends))
-            for index in range(4)
-        ]
+        own = [four.link(*(f"{end}{index}" if end == "gpu" else end for end in ends)) for index in range(4)]
         ceiling = planned.bandwidth_bytes_per_s.ceiling
         assert ceiling is not None
         assert ceiling.value == pytest.approx(sum(link.bandwidth_bytes_per_s.at() for link in own))
@@ -297,9 +303,12 @@ def test_it_goes_on_after_an_interruption(tmp_path):
                 measure([FakeGpu(0), FakeGpu(1)], patch=patch, partial=path)
         ran = []
         profile = measure(
-            [FakeGpu(0), FakeGpu(1)], patch=patch, partial=path, resume=True,
+            [FakeGpu(0), FakeGpu(1)],
+            patch=patch,
+            partial=path,
+            resume=True,
             progress=lambda _done, _total, text: ran.append(text),
-        )  # fmt: skip
+        )
     assert ran[0] == "contention (1 of 3)"
     assert ran[-2:] == ["contention (3 of 3)", "done"]
     assert not any("(1 of 3)" in text or text == "gpu under load" for text in ran[1:])

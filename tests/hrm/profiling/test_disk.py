@@ -29,9 +29,7 @@ def open_files():
 
 
 def measure(folder, **changes):
-    return measure_disk(
-        folder, **({"budget_s": 1.0, "quick": True, "num_bytes": 16 * MIB} | changes)
-    )
+    return measure_disk(folder, **({"budget_s": 1.0, "quick": True, "num_bytes": 16 * MIB} | changes))
 
 
 def test_a_file_is_written_read_and_gone(tmp_path):
@@ -113,9 +111,7 @@ def test_a_slow_disk_gets_a_shorter_file(tmp_path):
 def test_no_more_than_a_share_of_what_is_free_is_written(tmp_path, monkeypatch):
     usage = disk.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=8 * BLOCK_BYTES))
-    assert (
-        "8.39 MB in blocks" in measure(tmp_path, num_bytes=64 * MIB).read_bytes_per_s.planned.note
-    )
+    assert "8.39 MB in blocks" in measure(tmp_path, num_bytes=64 * MIB).read_bytes_per_s.planned.note
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=BLOCK_BYTES))
     with pytest.raises(DiskError, match="too little space"):
         measure(tmp_path)

@@ -36,15 +36,12 @@ def cgroups(tmp_path, monkeypatch):
         ({"cpu.max": "max 100000\n"}, "0::/\n", None, 16),
         ({"cpu.max": "50000 100000\n"}, "0::/\n", 0.5, 1),
         ({"cpu.max": "3200000 100000\n"}, "0::/\n", 32.0, 16),
-        ({"pod/cpu.max": "200000 100000\n", "pod/box/cpu.max": "max 100000\n"},
-         "0::/pod/box\n", 2.0, 2),
-        ({"cpu/box/cpu.cfs_quota_us": "300000\n", "cpu/box/cpu.cfs_period_us": "100000\n"},
-         "4:cpu:/box\n", 3.0, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
-         "4:cpu:/\n", None, 16),
+        ({"pod/cpu.max": "200000 100000\n", "pod/box/cpu.max": "max 100000\n"}, "0::/pod/box\n", 2.0, 2),
+        ({"cpu/box/cpu.cfs_quota_us": "300000\n", "cpu/box/cpu.cfs_period_us": "100000\n"}, "4:cpu:/box\n", 3.0, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "4:cpu:/\n", None, 16),
         ({"cpu.max": "nonsense\n"}, "no colons at all\n", None, 16),
     ],
-)  # fmt: skip
+)
 def test_the_quota_counts_not_the_host(cgroups, files, own, quota, cores):
     cgroups(files, own)
     facts = host_facts()
@@ -104,9 +101,7 @@ def test_others_are_what_is_not_ours(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     others = Others()
     assert others.share() == pytest.approx(0.3)
-    assert others.describe() == (
-        "others kept 25.0% of the hardware threads busy, the hypervisor took 5.0%"
-    )
+    assert others.describe() == ("others kept 25.0% of the hardware threads busy, the hypervisor took 5.0%")
 
 
 # ------------------------------------------------------------------------------------ /sys
@@ -182,8 +177,6 @@ def test_facts_of_such_a_host(system, monkeypatch):
     assert facts.last_level_cache_bytes == min(2, facts.usable_cores) * 32 * MIB
 
 
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("0-3,8", {0, 1, 2, 3, 8}), ("", set()), ("7", {7}), ("x,2", {2})]
-)
+@pytest.mark.parametrize(("text", "cpus"), [("0-3,8", {0, 1, 2, 3, 8}), ("", set()), ("7", {7}), ("x,2", {2})])
 def test_lists_of_cpus(text, cpus):
     assert cpu_list(text) == cpus

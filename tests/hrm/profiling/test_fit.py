@@ -13,11 +13,7 @@ from hrm.units import MIB
 SIZES = transfer_sizes(64 * MIB, quick=False)
 
 
-@given(
-    latency_s=st.floats(1e-6, 1e-3),
-    bandwidth=st.floats(1e8, 1e12),
-    seed=st.randoms(use_true_random=False),
-)
+@given(latency_s=st.floats(1e-6, 1e-3), bandwidth=st.floats(1e8, 1e12), seed=st.randoms(use_true_random=False))
 def test_fit_finds_latency_and_bandwidth(latency_s, bandwidth, seed):
     points = [(size, latency_s + size / bandwidth) for size in SIZES]
     fit = fit_link(points)
@@ -38,9 +34,7 @@ def test_fit_finds_latency_and_bandwidth(latency_s, bandwidth, seed):
 def test_fits_of_stretches_hold_what_was_planted(latency_s, bandwidth, noise, seed):
     random = Random(seed)
     samples = {
-        size: [
-            (latency_s + size / bandwidth) * (1 + noise * random.expovariate(3)) for _ in range(30)
-        ]
+        size: [(latency_s + size / bandwidth) * (1 + noise * random.expovariate(3)) for _ in range(30)]
         for size in transfer_sizes(64 * MIB, quick=True)
     }
     fits = fit_groups(samples)

@@ -41,9 +41,7 @@ class Line:
 
 def test_straight_link_has_no_curve():
     line = Line(lambda size: 1e-5 + size / 1e10)
-    link = measure_link(
-        "cpu", "gpu", line.transfer, sizes=SIZES, budget_s=0.1, sampler=line.sample
-    )  # fmt: skip
+    link = measure_link("cpu", "gpu", line.transfer, sizes=SIZES, budget_s=0.1, sampler=line.sample)
     figure = link.bandwidth_bytes_per_s.planned
     assert figure.value == pytest.approx(1e10, rel=1e-3)
     assert figure.curve == ()
@@ -54,9 +52,7 @@ def test_straight_link_has_no_curve():
 
 def test_bent_link_keeps_its_curve():
     line = Line(lambda size: 1e-5 + size / (2e10 if size < MIB else 5e9))
-    link = measure_link(
-        "cpu", "gpu", line.transfer, sizes=SIZES, budget_s=0.1, sampler=line.sample
-    )  # fmt: skip
+    link = measure_link("cpu", "gpu", line.transfer, sizes=SIZES, budget_s=0.1, sampler=line.sample)
     figure = link.bandwidth_bytes_per_s.planned
     assert "a straight line misses" in figure.note
     assert figure.at(64 * MIB) == pytest.approx(5e9, rel=0.05)
@@ -67,9 +63,7 @@ def test_spreads_are_those_of_fits_over_time():
     """A link whose every fourth transfer takes half as long again: medians keep to the rest."""
     turns = iter(range(10**6))
     line = Line(lambda size: (1e-5 + size / 1e10) * (1.5 if next(turns) % 4 == 0 else 1.0))
-    link = measure_link(
-        "cpu", "gpu", line.transfer, sizes=SIZES, budget_s=10.0, sampler=line.sample
-    )  # fmt: skip
+    link = measure_link("cpu", "gpu", line.transfer, sizes=SIZES, budget_s=10.0, sampler=line.sample)
     bandwidth = link.bandwidth_bytes_per_s.planned
     assert bandwidth.value == pytest.approx(1e10, rel=0.02)
     for figure in (bandwidth, link.latency_s):
@@ -115,16 +109,13 @@ class Clock:
         self.now_s += seconds + self.overshoot_s
 
     def paced(self, latency_s=1e-5, bandwidth=1e9):
-        return PacedCopy(
-            latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, clock=self, sleep=self.sleep
-        )
+        return PacedCopy(latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, clock=self, sleep=self.sleep)
 
 
 @pytest.mark.parametrize(
     ("overshoot_s", "queued"),
-    [(0.0, True), (0.0, False), (BACK_TO_BACK_S / 2, True), (BACK_TO_BACK_S / 2, False),
-     (1e-3, True)],
-)  # fmt: skip
+    [(0.0, True), (0.0, False), (BACK_TO_BACK_S / 2, True), (BACK_TO_BACK_S / 2, False), (1e-3, True)],
+)
 def test_late_wake_ups_do_not_add_up(overshoot_s, queued):
     clock = Clock(overshoot_s)
     pace = clock.paced()

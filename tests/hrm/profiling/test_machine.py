@@ -64,8 +64,10 @@ def test_emulated_profile_is_whole(emulated):
     assert [cache.name for cache in emulated.host.caches] == ["L1", "L2"]
     assert emulated.top.caches == ()
     assert {(link.source, link.target, link.kind) for link in emulated.links} == {
-        ("cpu", "gpu", "pinned"), ("gpu", "cpu", "pinned"), ("cpu", "cpu", "staging"),
-    }  # fmt: skip
+        ("cpu", "gpu", "pinned"),
+        ("gpu", "cpu", "pinned"),
+        ("cpu", "cpu", "staging"),
+    }
     assert emulated.disk is not None
     assert emulated.disk.read_bytes_per_s.at() > 0
     for key in ("date", "seconds", "cpu", "torch", "usable_cores", "threads", "others"):
@@ -77,9 +79,7 @@ def test_every_rate_of_it_was_measured(emulated):
     figures = figures_of(emulated)
     assert len(figures) > 40
     for path, figure in figures.items():
-        if any(
-            part in path for part in ("capacity_bytes", "reserve_bytes", "datasheet", "request_s")
-        ):
+        if any(part in path for part in ("capacity_bytes", "reserve_bytes", "datasheet", "request_s")):
             continue
         assert figure.source is Source.MEASURED, path
         assert figure.samples >= 3, path
@@ -113,8 +113,7 @@ def test_its_lanes_contend(emulated):
     alone = {(a, (b,)) for a in lanes for b in lanes if a != b}
     assert alone <= kept
     assert {("h2d", ("d2h",)), ("d2h", ("h2d",))} <= kept
-    beside_all = {entry.work: set(entry.beside) for entry in emulated.contention
-                  if len(entry.beside) > 1}  # fmt: skip
+    beside_all = {entry.work: set(entry.beside) for entry in emulated.contention if len(entry.beside) > 1}
     assert beside_all == {lane: lanes - {lane} for lane in lanes}
     shared = emulated.host.shared_bytes_per_s
     assert shared is None or shared.at() >= emulated.host.read_bytes_per_s.at()
@@ -136,9 +135,14 @@ def test_progress_runs_to_the_end(emulated, told):
 def test_slow_links_are_swept_over_small_transfers():
     """At 1 MB/s a transfer of the arena would take seconds, and samples of it minutes."""
     profile = profile_machine(
-        "emulated", gpu_memory_bytes=64 * MIB, link_bandwidth_bytes_per_s=1e6, quick=True,
-        model=TINY, dtypes=("float32",), budget_s=0.5,
-    )  # fmt: skip
+        "emulated",
+        gpu_memory_bytes=64 * MIB,
+        link_bandwidth_bytes_per_s=1e6,
+        quick=True,
+        model=TINY,
+        dtypes=("float32",),
+        budget_s=0.5,
+    )
     assert profile.h2d.bandwidth_bytes_per_s.at() <= 1e6
     assert "4.10 kB to 32.8 kB" in profile.h2d.bandwidth_bytes_per_s.planned.note
     assert profile.h2d.seconds(64 * KIB) >= EMULATED_LATENCY_S
@@ -165,18 +169,13 @@ def test_threads_are_no_more_than_torch_was_told(monkeypatch):
 
 def test_nodes_are_compared_where_there_are_several(monkeypatch):
     cpus = host_facts().threads
-    monkeypatch.setattr(
-        "hrm.profiling.topology.numa_nodes",
-        lambda _: {0: frozenset(range(cpus)), 1: frozenset([0])},
-    )
+    monkeypatch.setattr("hrm.profiling.topology.numa_nodes", lambda _: {0: frozenset(range(cpus)), 1: frozenset([0])})
     profile = profile_machine("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1)
     assert "cores of node 1 read that of node 0 at" in profile.environment["numa"]
 
 
 def test_a_disk_that_cannot_be_measured_is_named_and_the_rest_is_kept(tmp_path):
-    profile = profile_machine(
-        "cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1, disk=tmp_path / "none"
-    )
+    profile = profile_machine("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1, disk=tmp_path / "none")
     assert profile.disk is None
     assert profile.environment["disk"].startswith("not measured: ")
     assert "No such file" in profile.environment["disk"]
@@ -199,9 +198,12 @@ def measure(partial, *, resume=False, stop=None, dtypes=("float32", "bfloat16"),
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
         profile = profile_machine(
-            "cpu", **(options | changes), partial=partial, resume=resume,
+            "cpu",
+            **(options | changes),
+            partial=partial,
+            resume=resume,
             progress=lambda _done, _total, text: ran.append(text),
-        )  # fmt: skip
+        )
     return profile, ran
 
 
@@ -209,10 +211,7 @@ def test_interrupt_says_what_is_measured_and_keeps_it(tmp_path):
     partial = tmp_path / "machine.yaml.partial"
     with pytest.raises(ProfilingInterrupted) as caught:
         measure(partial, stop=KeyboardInterrupt)
-    steps = (
-        "cpu launch latency", "cpu GEMM float32", "cpu GEMM bfloat16", "cpu attention",
-        "host memory", "caches",
-    )  # fmt: skip
+    steps = ("cpu launch latency", "cpu GEMM float32", "cpu GEMM bfloat16", "cpu attention", "host memory", "caches")
     first, *later = ([f"{step} ({which} of 3)" for step in steps] for which in (1, 2, 3))
     assert caught.value.measured == tuple(first[:2])
     assert caught.value.lost == (*first[2:], *chain(*later))
@@ -265,10 +264,7 @@ def test_a_mistake_in_the_options_leaves_no_file(tmp_path):
             {"accelerator": "cpu", "link_bandwidth_bytes_per_s": 1e9},
             r"--link-bandwidth is 1000000000.0: is what an emulated link is paced to",
         ),
-        (
-            {"accelerator": "emulated", "gpu_memory_bytes": 2**60},
-            r"--gpu-memory is \d+: must be less than the RAM",
-        ),
+        ({"accelerator": "emulated", "gpu_memory_bytes": 2**60}, r"--gpu-memory is \d+: must be less than the RAM"),
     ],
 )
 def test_bad_requests(arguments, message):
@@ -277,8 +273,7 @@ def test_bad_requests(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "devices"),
-    [("cuda:all", (0, 1, 2)), ("cuda:2,0", (2, 0)), ("cuda", (0,)), ("auto", (0,))],
+    ("accelerator", "devices"), [("cuda:all", (0, 1, 2)), ("cuda:2,0", (2, 0)), ("cuda", (0,)), ("auto", (0,))]
 )
 def test_which_cuda_devices(monkeypatch, accelerator, devices):
     from hrm.profiling.machine import _resolve
@@ -346,9 +341,7 @@ def test_attention_is_told_over_contexts_and_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.attention.attention_call", fake_call)
         patch.setattr("hrm.profiling.attention.QUICK_CONTEXTS", (128, 1024))
-        rate = attention_rate(
-            "float32", heads=heads, quick=True, budget_s=1.0, most_bytes=MIB, sampler=sampler
-        )
+        rate = attention_rate("float32", heads=heads, quick=True, budget_s=1.0, most_bytes=MIB, sampler=sampler)
     assert rate.planned.value == pytest.approx(1e9, rel=1e-3)
     assert "each request costs 10.0 µs besides" in rate.planned.note
     assert "in batches of 16, at context 1024 67% in batches of 1" in rate.planned.note
@@ -363,9 +356,8 @@ def test_gemm_curve_takes_off_the_launch():
         return calls * seconds
 
     rate = gemm_rate(
-        "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01, launch_s=0.0005,
-        sampler=sampler,
-    )  # fmt: skip
+        "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01, launch_s=0.0005, sampler=sampler
+    )
     flops = 2 * 256 * 2 * 32 * 64
     assert rate.planned.at(256) == pytest.approx(flops / (2 * 0.0005), rel=1e-3)
     assert rate.planned.at(1) == pytest.approx(flops / 256 / (2 * 0.0005), rel=1e-3)
@@ -396,13 +388,10 @@ def test_kernels_handed_in_are_what_is_measured():
         patch.setattr("hrm.profiling.attention.QUICK_BATCHES", (1, 2))
         rates = (
             gemm_rate(
-                "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01,
-                launch_s=0.0, kernels=kernels,
+                "float32", shapes=shapes, shapes_note="x", quick=True, budget_s=0.01, launch_s=0.0, kernels=kernels
             ),
-            attention_rate(
-                "float32", heads=heads, quick=True, budget_s=0.01, most_bytes=MIB, kernels=kernels
-            ),
-        )  # fmt: skip
+            attention_rate("float32", heads=heads, quick=True, budget_s=0.01, most_bytes=MIB, kernels=kernels),
+        )
     assert multiplied == {(n, s.outputs, s.inputs) for n in (1, 4, 16, 64, 256) for s in shapes}
     assert attended == {(1, 16), (2, 16, 16), (1, 32), (2, 32, 32)}
     assert all("; mine" in rate.planned.note for rate in rates)

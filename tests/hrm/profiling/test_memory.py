@@ -27,18 +27,14 @@ def test_arrays_exceed_the_cache_or_say_so():
     assert array_bytes(2 * GIB, 10**12, quick=True) == 3 * GIB // 2
     assert array_bytes(32 * MIB, 80 * MIB, quick=False) == 10 * MIB
     assert array_bytes(64 * MIB + 1, 10**12, quick=True) >= 4 * (64 * MIB + 1)
-    rates = measure_memory(
-        num_bytes=4 * MIB, last_level_cache_bytes=2 * MIB, threads=[1], budget_s=0.01
-    )
+    rates = measure_memory(num_bytes=4 * MIB, last_level_cache_bytes=2 * MIB, threads=[1], budget_s=0.01)
     assert "part may be cached" in rates.note
     assert set(rates.read) == set(rates.copy) == {1}
 
 
 def test_every_number_of_threads_is_measured_and_then_as_before():
     before = torch.get_num_threads()
-    rates = measure_memory(
-        num_bytes=2 * MIB, last_level_cache_bytes=0, threads=[2, 1, 2], budget_s=0.05
-    )
+    rates = measure_memory(num_bytes=2 * MIB, last_level_cache_bytes=0, threads=[2, 1, 2], budget_s=0.05)
     assert torch.get_num_threads() == before
     assert list(rates.read) == [1, 2]
     assert "cached" not in rates.note
@@ -75,11 +71,7 @@ def test_arrays_fit_their_cache_and_none_before_it(threads):
 
 
 def test_a_cache_no_larger_than_the_one_before_is_left_out():
-    small = (
-        SERVER[0],
-        SERVER[1],
-        CacheFacts(level=3, each_bytes=2 * MIB, instances=1, cpus_each=4),
-    )
+    small = (SERVER[0], SERVER[1], CacheFacts(level=3, each_bytes=2 * MIB, instances=1, cpus_each=4))
     assert set(cache_sizes(small, 4)) == {"L1", "L2"}
     assert cache_sizes((), 4) == {}
     assert measure_caches((), threads=2, budget_s=0.1, quick=True) == ()

@@ -107,9 +107,14 @@ def test_facts_of_a_card(fake):
     module = fake()
     facts = nvml.gpu_facts("GPU-1", 0)
     assert facts.lines == {
-        "driver": "550.54", "max_sm_clock_mhz": "1410", "power_limit_w": "400.0", "ecc": "on",
-        "mig": "off", "pcie": "generation 4 x16", "other_gpu_processes": "0",
-    }  # fmt: skip
+        "driver": "550.54",
+        "max_sm_clock_mhz": "1410",
+        "power_limit_w": "400.0",
+        "ecc": "on",
+        "mig": "off",
+        "pcie": "generation 4 x16",
+        "other_gpu_processes": "0",
+    }
     assert facts.warnings == ()
     assert facts.pcie_bytes_per_s == pytest.approx(31.5e9, rel=0.001)
     assert nvml.clock_mhz("GPU-1", 0) == 1095.0
@@ -138,9 +143,7 @@ def test_a_slice_says_that_it_is_one_and_who_else_is_on_the_card(fake):
 
 def test_a_busy_card_is_named(fake):
     fake(busy=37)
-    assert nvml.busy_before("GPU-1", 0) == (
-        "the card was busy 37% of the time before it was measured",
-    )
+    assert nvml.busy_before("GPU-1", 0) == ("the card was busy 37% of the time before it was measured",)
     fake(busy=3)
     assert nvml.busy_before("GPU-1", 0) == ()
 
@@ -148,11 +151,15 @@ def test_a_busy_card_is_named(fake):
 def test_what_a_card_does_not_tell_is_left_out(fake):
     fake(
         refuses=(
-            "nvmlDeviceGetEccMode", "nvmlDeviceGetCurrPcieLinkWidth", "nvmlDeviceGetClockInfo",
-            "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetUtilizationRates",
-            "nvmlDeviceGetCurrentClocksThrottleReasons", "nvmlDeviceIsMigDeviceHandle",
+            "nvmlDeviceGetEccMode",
+            "nvmlDeviceGetCurrPcieLinkWidth",
+            "nvmlDeviceGetClockInfo",
+            "nvmlDeviceGetComputeRunningProcesses",
+            "nvmlDeviceGetUtilizationRates",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+            "nvmlDeviceIsMigDeviceHandle",
         )
-    )  # fmt: skip
+    )
     facts = nvml.gpu_facts("GPU-1", 0)
     assert set(facts.lines) == {"driver", "max_sm_clock_mhz", "power_limit_w", "mig"}
     assert facts.pcie_bytes_per_s is None

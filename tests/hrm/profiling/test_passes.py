@@ -160,10 +160,7 @@ def test_latencies_of_nothing_stay_possible():
 
 
 def test_curves_are_medians_and_say_where_passes_differ():
-    passes = [
-        figure(10, curve=((1.0, one), (4.0, 40.0 + one)))
-        for one in (1.0, 2.0, 3.0)
-    ]  # fmt: skip
+    passes = [figure(10, curve=((1.0, one), (4.0, 40.0 + one))) for one in (1.0, 2.0, 3.0)]
     found = combine(passes)
     assert found.curve == ((1.0, 2.0), (4.0, 42.0))
     assert found.note == "noisy at 1"

@@ -19,10 +19,7 @@ from tests.hrm.profiling.fakes import Clock
 MEASURES = {"accelerator": "cpu", "mode": "quick"}
 KINDS = {
     "launch": (Timing, Timing(1e-6, 0.9e-6, 1.2e-6, 30)),
-    "gemm": (
-        Rate | None,
-        Rate(achieved=Figure(value=1e9, source=Source.MEASURED, curve=((1.0, 2.0), (4.0, 3.0)))),
-    ),
+    "gemm": (Rate | None, Rate(achieved=Figure(value=1e9, source=Source.MEASURED, curve=((1.0, 2.0), (4.0, 3.0))))),
     "missing": (Rate | None, None),
     "sweep": (dict[int, Timing], {1: Timing(1.0, 0.9, 1.1, 3), 16: Timing(0.1, 0.1, 0.1, 3)}),
     "words": (tuple[str, ...], ("a", "b")),
@@ -87,10 +84,7 @@ def test_passes_take_turns_and_are_combined():
     told = []
     steps = passes_of(3, progress=lambda *now: told.append(now[2]))
     assert steps.run() == {"a": 1.0, "once": 0.0, "b": 1.0}
-    assert told == [
-        "a (1 of 3)", "once", "b (1 of 3)", "a (2 of 3)", "b (2 of 3)", "a (3 of 3)", "b (3 of 3)",
-        "done",
-    ]  # fmt: skip
+    assert told == ["a (1 of 3)", "once", "b (1 of 3)", "a (2 of 3)", "b (2 of 3)", "a (3 of 3)", "b (3 of 3)", "done"]
     assert len(steps.disturbances) == 3
 
 
