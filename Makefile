@@ -20,7 +20,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format bench notebooks clean distclean
+.PHONY: help demo test predictions fuzz lint format bench notebooks clean distclean
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
@@ -32,6 +32,9 @@ demo: $(READY)  ## profile this machine, search a policy, run the demo model und
 
 test: lint  ## linters, types, import rules, then the tests (PYTEST_ARGS="-k name")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+predictions: $(TEST_READY)  ## which of the fixed predictions moved, and by how much (RECORD=1 agrees to them)
+	$(BIN)/python -m tests.predictions
 
 fuzz: $(TEST_READY)  ## changed files to every reader (FUZZ_EXAMPLES=200000, FUZZ_TARGETS=run,policy)
 	JOBS=$(JOBS) $(BIN)/python -m tests.fuzz.run
