@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from hrm import operators
 from hrm.costs import Costs
 from hrm.model_spec import LayerKind, ModelSpec
-from hrm.numeric import Number, maximum, share_of, where
+from hrm.numeric import Number, maximum, minimum, share_of, where
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.schedules.orders import LOOKAHEAD
@@ -49,7 +49,7 @@ class Point:
     def chunks(self, workload: Workload) -> tuple[Number, Number]:
         """How many chunks a batch is prefilled in, and their tokens."""
         tokens = self.batch_size * workload.prompt_len
-        chunk = -maximum(-self.chunk_tokens, -tokens)
+        chunk = minimum(self.chunk_tokens, tokens)
         if self.parts_of_chunks:
             return tokens / chunk, chunk
         count = -(-tokens // chunk)
@@ -219,7 +219,7 @@ class DecodeStep:
         host_memory_s = layers * self.costs.host_memory(
             moved_bytes=self.moved_bytes + streamed * cache_bytes, read_bytes=self.read_bytes + attended * cache_bytes
         )
-        in_flight = -maximum(-n, -LOOKAHEAD - (self.cpu_experts_s > 0))
+        in_flight = minimum(n, LOOKAHEAD + (self.cpu_experts_s > 0))
         chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
         return StepSeconds(lanes, host_memory_s, chain_s)
 
@@ -324,7 +324,7 @@ def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Numb
     seconds = whole_layers * costs.all_reduce(chunk)
     if whole_layers < costs.spec.num_layers:
         ending = chunk / workload.prompt_len
-        seconds += -maximum(-ending, -1) * costs.all_reduce(maximum(ending, 1))
+        seconds += minimum(ending, 1) * costs.all_reduce(maximum(ending, 1))
     return chunks * 2 * seconds
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from hrm import operators
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
 from hrm.model_spec import LayerKind, ModelSpec
-from hrm.numeric import Number, maximum
+from hrm.numeric import Number, maximum, minimum
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline, skips_in_last_layer
@@ -100,7 +100,7 @@ class Costs:
 
         With fewer than one, that share of the chunks has one and the others nothing to choose.
         """
-        return -maximum(-requests, -1) * self.sample(maximum(requests, 1))
+        return minimum(requests, 1) * self.sample(maximum(requests, 1))
 
     def prefill_layer(self, tokens: Number, prompt_len: float, kind: LayerKind, *, is_last: bool = False) -> Number:
         """One layer of prefill over a chunk on the GPU; `is_last` of the model."""
@@ -197,7 +197,7 @@ class Costs:
     def _after_ends(self, requests: Number, kind: LayerKind) -> Number:
         """The rest of a layer for the last tokens of so many prompts, as `first_tokens` of them."""
         rest = self._after_attention(maximum(requests, 1), self.spec.num_experts, kind)
-        return -maximum(-requests, -1) * rest
+        return minimum(requests, 1) * rest
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
         operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)

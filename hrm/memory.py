@@ -12,7 +12,7 @@ from hrm.errors import PolicyError
 from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ROUTING_BYTES, ModelSpec
-from hrm.numeric import Number, maximum
+from hrm.numeric import Number, maximum, minimum
 from hrm.parallel import part_for
 from hrm.policy import KV_BLOCK_TOKENS, Policy
 from hrm.schedules import pages_of
@@ -185,7 +185,7 @@ def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number
     for kind, layers in spec.layer_kinds().items():
         held = kv_tokens
         if kind.window:
-            held = -maximum(-kv_tokens, -micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
+            held = minimum(kv_tokens, micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
         total = total + layers * held
     return total
 

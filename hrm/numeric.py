@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 # A plain number, or a NumPy array with one entry for every policy of a grid.
@@ -39,10 +40,16 @@ def maximum(*values: Number) -> Number:
         return max(values)
     import numpy as np
 
-    result: Number = values[0]
-    for value in values[1:]:
-        result = np.maximum(result, value)
-    return result
+    return reduce(np.maximum, values)
+
+
+def minimum(*values: Number) -> Number:
+    """Elementwise minimum; stays a plain number, without NumPy, if all arguments are."""
+    if all(isinstance(value, (int, float)) for value in values):
+        return min(values)
+    import numpy as np
+
+    return reduce(np.minimum, values)
 
 
 def where(condition: Number, if_true: Number, if_false: Number) -> Number:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from hrm.model_spec import ROUTING_BYTES, LayerKind, ModelSpec
-from hrm.numeric import Number, maximum
+from hrm.numeric import Number, maximum, minimum
 from hrm.units import DTYPE_BYTES
 
 # Operators that a task issues, views included; a test counts the executor's. Those a request are
@@ -125,7 +125,7 @@ def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Oper
         maximum(routed / maximum(hit, 1e-9), 1.0),
     )
     # As a mean over layers, less than one expert means that some layers have none.
-    any_here = -maximum(-num_experts, -1)
+    any_here = minimum(num_experts, 1)
     one_by_one = any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT
     return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here)
 
@@ -167,7 +167,7 @@ def prefill_attention(spec: ModelSpec, dtype: str, tokens: Number, prompt_len: N
     capped = spec.context_in(kind, prompt_len)
     mean_context = capped - capped * capped / (2 * prompt_len)
     expanded = spec.query_size + spec.attention_output_size
-    part = -maximum(-prompt_len, -tokens)
+    part = minimum(prompt_len, tokens)
     prefix = spec.context_in(kind, (prompt_len - part) / 2)  # as a mean over the parts
     of_prefix = expanded if spec.latent_attention is not None else spec.kv_elements
     attention = Kernel(

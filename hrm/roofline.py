@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hrm.hardware import HardwareProfile, Link, MemoryLevel
 from hrm.model_spec import ModelSpec
-from hrm.numeric import Number, maximum
+from hrm.numeric import Number, maximum, minimum
 from hrm.operators import Kernel, Operator, decode_attention, experts
 from hrm.units import DTYPE_BYTES
 
@@ -48,7 +48,7 @@ def attainable_flops_per_s(
     roofs = [compute, bandwidth * intensity]
     if link is not None:
         roofs.append(link.bandwidth_bytes_per_s.at() * link_intensity)
-    return -maximum(*(-roof for roof in roofs))
+    return minimum(*roofs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from hrm.errors import ModelError
 from hrm.model_spec.latent import LatentAttention
-from hrm.numeric import Number, maximum
+from hrm.numeric import Number, minimum
 from hrm.units import DTYPE_BYTES
 
 ROUTING_BYTES: Final = 12  # a token's routed expert: 8 bytes of index, 4 of weight
@@ -331,7 +331,7 @@ class ModelSpec:
 
         Attention in chunks reaches at most so many: half of them on average in a long context.
         """
-        return -maximum(-context, -kind.window) if kind.window else context
+        return minimum(context, kind.window) if kind.window else context
 
     @property
     def dense_parameters(self) -> int:
