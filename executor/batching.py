@@ -13,7 +13,8 @@ from itertools import islice
 from typing import Protocol, final
 
 from executor.sampling import SamplingParams
-from hrm.policy import KV_BLOCK_TOKENS, Policy
+from hrm.contract.rows import KV_BLOCK_TOKENS
+from hrm.policy import Policy
 from hrm.workload import Workload
 
 

@@ -16,7 +16,7 @@ from typing import Final, Self, final
 from executor.backends.streams import AbstractStream
 from executor.errors import RunError
 from executor.lanes import QUEUED_TASKS, Handler, KindTotal, LaneWorker, Queued, Recorder, Run, Ticket, wait_for
-from hrm.profiling.pacing import Waits
+from hrm.contract.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span, Trace, lane_chart
 

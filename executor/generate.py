@@ -29,9 +29,9 @@ from executor.handlers import (
 from executor.live import LiveBatch
 from executor.model import Architecture
 from executor.native import kernels
+from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy
-from hrm.profiling.pacing import Waits
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.tasks import Phase, TaskId
 

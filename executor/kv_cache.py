@@ -9,9 +9,9 @@ from typing import final
 
 from torch import Tensor
 
+from hrm.contract.rings import BUFFERS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
-from hrm.schedules.pipeline import BUFFERS
 
 
 @final

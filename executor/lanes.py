@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, final
 
 from executor.backends.streams import AbstractMark, AbstractStream
-from hrm.profiling.pacing import Waits
+from hrm.contract.pacing import Waits
 from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
 from hrm.trace import Span
 

@@ -24,9 +24,9 @@ from executor.model import (
     expert_views,
     head_views,
 )
+from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
-from hrm.schedules.pipeline import STAGING_PAGES, WEIGHT_SLOTS
 
 NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 

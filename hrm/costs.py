@@ -6,12 +6,13 @@ from functools import cache
 from typing import Final
 
 from hrm import operators
+from hrm.contract.temporaries import skips_in_last_layer
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
-from hrm.schedules import Pipeline, skips_in_last_layer
+from hrm.schedules import Pipeline
 from hrm.tasks import Device, Phase, TaskId, TaskKind
 from hrm.units import DTYPE_BYTES
 

@@ -8,24 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from hrm.contract.rings import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
+from hrm.contract.rows import (
+    COUNT_BYTES,
+    KV_BLOCK_TOKENS,
+    LOGIT_BYTES,
+    REQUEST_NUMBER_BYTES,
+    ROUTING_BYTES,
+    TOKEN_NUMBER_BYTES,
+)
+from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
 from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
-from hrm.model_spec import ROUTING_BYTES, ModelSpec
+from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.parallel import part_for
-from hrm.policy import KV_BLOCK_TOKENS, Policy
+from hrm.policy import Policy
 from hrm.schedules import pages_of
-from hrm.schedules.pipeline import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.tasks import Device
 from hrm.units import DTYPE_BYTES, at_least_bytes, format_bytes
 
-WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
-MASK_BLOCK_TOKENS: Final = 128  # that a CPU attends with at once after a prefix
-LOGIT_BYTES: Final = 4  # logits are float32 whatever the dtype
-REQUEST_NUMBER_BYTES: Final = 40  # its position, row of the cache, length and the like, on a GPU
-TOKEN_NUMBER_BYTES: Final = 16  # a prompt's token: its position, and where its prompt ends
-COUNT_BYTES: Final = 8  # of the tokens that an expert was sent
 # Purposes of the host's memory that cross the link, in the order in which they are pinned.
 ALWAYS_PINNED: Final = ("staging", "exchange")  # small, and in every layer's way
 PINNED_IF_THERE_IS_ROOM: Final = ("prefill_hidden", "kv_cache")
@@ -129,39 +132,6 @@ class MemoryPlan:
             f"must fit the {format_bytes(self.pinned.capacity_bytes)} that it can pin",
             "lower batch_size" if staged else "let hrm search choose, or add --staging",
         )
-
-
-def workspace_bytes(
-    spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: int = 1, longest_tokens: Number = 0
-) -> Number:
-    """Temporaries of one layer over `num_tokens` tokens, whichever expert they all go to.
-
-    Queries, keys, values and attention output stay throughout. Beside them are, one after the
-    other: the normed input with a float32 copy; what the rotary embedding needs; a second attention
-    output; and last the experts' input and output, the routing with its sorted form, and one
-    expert's gathered input and both halves of its gated activation. Of these, `ranks` GPUs in
-    tensor parallel divide all but what is as wide as the hidden state. Latent attention expands
-    its keys and values besides, and shared or dense FFNs may be wider than an expert. Beside the
-    second attention output of a part of a split prompt lies a line of its mask; `longest_tokens`
-    bounds what such a prompt has so far.
-    """
-    size = DTYPE_BYTES[dtype]
-    queries, output, head = spec.query_size, spec.attention_output_size, spec.head_dim
-    hidden = ranks * spec.hidden_size
-    inner = max(spec.intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size)
-    routing = (size + 8) * spec.num_experts + (ROUTING_BYTES + 36) * spec.experts_per_token
-    stages = (
-        size * hidden + 4 * hidden + 4 * ranks,
-        size * (queries + spec.kv_elements // 2) // 2 + (4 + size) * head,
-        size * output,
-        size * (3 * hidden + 2 * inner) + ranks * routing,
-    )
-    kept = queries + output + spec.kv_elements
-    if spec.latent_attention is not None:
-        kept += queries + output
-    mask_line = size * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
-    temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line)
-    return num_tokens * size * kept + temporaries + WORKSPACE_ROUNDING_BYTES
 
 
 def exchange_bytes_per_request(spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:

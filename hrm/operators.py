@@ -6,23 +6,21 @@ only those that uniform routing is expected to hit.
 """
 
 from dataclasses import dataclass, replace
-from typing import Final
 
-from hrm.model_spec import ROUTING_BYTES, LayerKind, ModelSpec
+from hrm.contract.launches import (
+    ATTENTION_LAUNCHES_PER_TASK,
+    FUSED_POST_ATTENTION_LAUNCHES,
+    FUSED_PRE_ATTENTION_LAUNCHES,
+    LAUNCHES_PER_EXPERT,
+    POST_ATTENTION_LAUNCHES,
+    PRE_ATTENTION_LAUNCHES,
+    ROUTING_LAUNCHES,
+    SAMPLE_LAUNCHES,
+)
+from hrm.contract.rows import ROUTING_BYTES
+from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.units import DTYPE_BYTES
-
-# Operators that a task issues, views included; a test counts the executor's. Those a request are
-# of attention that goes request by request: a profile says what they cost where it does.
-PRE_ATTENTION_LAUNCHES: Final = 33
-FUSED_PRE_ATTENTION_LAUNCHES: Final = 4
-ATTENTION_LAUNCHES_PER_TASK: Final = 11
-ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
-POST_ATTENTION_LAUNCHES: Final = 20
-FUSED_POST_ATTENTION_LAUNCHES: Final = 10
-ROUTING_LAUNCHES: Final = 8
-LAUNCHES_PER_EXPERT: Final = 14
-SAMPLE_LAUNCHES: Final = 17
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
 
+from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 from hrm.tasks import Device
 from hrm.units import DTYPE_BYTES
 
-KV_BLOCK_TOKENS = 16
 PaperTuple = tuple[int, int, int, int, float, float]
 
 

@@ -16,9 +16,9 @@ from executor.backends.streams import AbstractStream
 from executor.model.gpu import GpuKernels
 from executor.model.workspace import Workspace
 from executor.native import kernels
+from hrm.contract.pacing import Waits
 from hrm.hardware import Link
 from hrm.profiling import environment
-from hrm.profiling.pacing import Waits
 from hrm.tasks import Device, Lane
 from hrm.units import MIB
 

@@ -12,8 +12,8 @@ import torch
 
 from executor.backends.base import AbstractBackend, Copy, EmulatedMachine, copy_all, host_memory, stage, usable_cores
 from executor.errors import RunError
-from hrm.profiling.lane_threads import lane_threads
-from hrm.profiling.pacing import PacedCopy, Waits
+from hrm.contract.lane_threads import lane_threads
+from hrm.contract.pacing import PacedCopy, Waits
 from hrm.tasks import Device, Lane
 from hrm.units import format_bandwidth, format_bytes
 

@@ -19,8 +19,8 @@ from executor.backends.streams import AbstractMark, AbstractStream
 from executor.errors import RunError
 from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
-from hrm.profiling.lane_threads import lane_threads
-from hrm.profiling.workspaces import cap_workspaces
+from hrm.contract.cublas import cap_workspaces
+from hrm.contract.lane_threads import lane_threads
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 

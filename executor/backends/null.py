@@ -8,7 +8,7 @@ from typing import Final, final
 import torch
 
 from executor.backends.base import AbstractBackend, Copy
-from hrm.profiling.pacing import Waits
+from hrm.contract.pacing import Waits
 from hrm.tasks import Device, Lane, TaskId, TaskKind
 
 _SPIN_S: Final = 100e-6  # the end of a wait is spun through: sleeping is not that precise

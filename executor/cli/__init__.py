@@ -3,7 +3,7 @@
 import click
 
 from hrm.cli.program import LazyGroup, run_program
-from hrm.openmp import spin_briefly
+from hrm.contract.openmp import spin_briefly
 
 _COMMANDS = {
     "run": ("executor.cli.run", "Run a file of requests under a policy."),

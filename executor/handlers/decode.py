@@ -27,8 +27,8 @@ from executor.model import (
     pre_attention,
     run_experts,
 )
-from executor.model.gpu import NUMBERS_PER_REQUEST
 from executor.weight_pages import LayerWeights
+from hrm.contract.rows import NUMBERS_PER_REQUEST
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Lane, TaskId, TaskKind

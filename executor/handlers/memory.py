@@ -14,11 +14,11 @@ from executor.backends import AbstractBackend
 from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
-from executor.model.gpu import NUMBERS_PER_REQUEST
 from executor.weight_pages import WeightPages
-from hrm.memory import TOKEN_NUMBER_BYTES, purposes
+from hrm.contract.rings import BUFFERS
+from hrm.contract.rows import NUMBERS_PER_REQUEST, TOKEN_NUMBER_BYTES
+from hrm.memory import purposes
 from hrm.model_spec import ModelSpec
-from hrm.schedules.pipeline import BUFFERS
 from hrm.tasks import Device
 
 

@@ -4,7 +4,6 @@ T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, G kv heads, d head_dim.
 """
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,13 +17,12 @@ from executor.handlers.state import BatchState, sample
 from executor.lanes import Handler
 from executor.model import Architecture, post_attention, pre_attention, prefill_attention
 from executor.weight_pages import LayerWeights
-from hrm.memory import TOKEN_NUMBER_BYTES
+from hrm.contract.rings import BUFFERS
+from hrm.contract.rows import NUMBERS_PER_TOKEN
+from hrm.contract.temporaries import skips_in_last_layer
 from hrm.policy import Policy
-from hrm.schedules import Pipeline, skips_in_last_layer
-from hrm.schedules.pipeline import BUFFERS
+from hrm.schedules import Pipeline
 from hrm.tasks import Lane, TaskId, TaskKind
-
-NUMBERS_PER_TOKEN: Final = TOKEN_NUMBER_BYTES // torch.int64.itemsize
 
 
 @dataclass(frozen=True, slots=True)

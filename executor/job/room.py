@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from hrm.policy import KV_BLOCK_TOKENS, Policy
+from hrm.contract.rows import KV_BLOCK_TOKENS
+from hrm.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,8 @@ from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import has_amx, kernels, paths
-from hrm.memory import MASK_BLOCK_TOKENS
+from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 
-QUERY_BLOCK = MASK_BLOCK_TOKENS  # more would compute much of the future, fewer are slow
 NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured on Zen 4
 
 
@@ -132,10 +131,10 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, 
     grouped = (2, kv_heads, heads // kv_heads, length, head_dim)
     k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(2).expand(grouped).unbind()
     mark = workspace.mark()
-    line = workspace.take((length + QUERY_BLOCK,), q_THd.dtype).zero_()
+    line = workspace.take((length + MASK_BLOCK_TOKENS,), q_THd.dtype).zero_()
     line[length:] = -torch.inf
-    for first in range(0, tokens, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, tokens)
+    for first in range(0, tokens, MASK_BLOCK_TOKENS):
+        last = min(first + MASK_BLOCK_TOKENS, tokens)
         unseen = tokens - last  # tokens after the block
         seen = length - unseen
         reverse = torch.arange(last - first - 1, -1, -1)

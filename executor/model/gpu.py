@@ -22,6 +22,7 @@ from executor.model.attention import prefill_attention
 from executor.model.experts import Routing
 from executor.model.layout import ExpertStack
 from executor.model.workspace import Workspace
+from hrm.contract.rows import NUMBERS_PER_REQUEST
 
 FLASH_DTYPES: Final = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM: Final = 256  # at most, in steps of 8
@@ -37,9 +38,6 @@ class RowNumbers:
     starts: Tensor  # (R+1) int32, each request's first row of the cache
     lengths_R: Tensor  # noqa: N815 - int32, tokens that it has there, the new one included
     queries: Tensor  # (R+1) int32, 0 to R: the queries before each request's
-
-
-NUMBERS_PER_REQUEST: Final = 5  # int64, as many as `number_views` needs of one request
 
 
 def number_views(flat: Tensor, num_requests: int) -> RowNumbers:

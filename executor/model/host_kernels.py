@@ -3,7 +3,7 @@
 from executor import native
 from executor.backends.base import stage
 from executor.model.linear import project
-from hrm.profiling.kernels import HostKernels
+from hrm.contract.host_kernels import HostKernels
 
 
 def host_kernels() -> HostKernels | None:

@@ -1,4 +1,4 @@
-"""Memory for temporaries, planned by `hrm.memory.workspace_bytes` and allocated once."""
+"""Memory for temporaries, planned by `hrm.contract.temporaries` and allocated once."""
 
 from math import prod
 from typing import final

@@ -10,11 +10,11 @@ import click
 from hrm.cli.out_file import OUT_FILE
 from hrm.cli.program import Interrupted
 from hrm.cli.report import console
+from hrm.contract.openmp import spin_briefly
 from hrm.errors import ProfileError
 from hrm.files import is_stream
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
-from hrm.openmp import spin_briefly
 from hrm.units import DTYPE_BYTES, counted, parse_bandwidth, parse_bytes
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def profile(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from hrm.contract.host_kernels import installed_kernels
     from hrm.profiling import ProfilingInterrupted, partial_path, profile_machine
-    from hrm.profiling.kernels import installed_kernels
     from hrm.profiling.machine import DTYPES
 
     spin_briefly()

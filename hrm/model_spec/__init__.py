@@ -12,11 +12,10 @@ from hrm.model_spec.built_in import BUILT_IN_MODELS
 from hrm.model_spec.config_file import read_config
 from hrm.model_spec.families import spec_from_hf_config
 from hrm.model_spec.latent import LatentAttention
-from hrm.model_spec.spec import ROUTING_BYTES, LayerKind, ModelSpec
+from hrm.model_spec.spec import LayerKind, ModelSpec
 
 __all__ = [
     "BUILT_IN_MODELS",
-    "ROUTING_BYTES",
     "LatentAttention",
     "LayerKind",
     "ModelSpec",

@@ -11,7 +11,6 @@ from hrm.model_spec.latent import LatentAttention
 from hrm.numeric import Number, minimum
 from hrm.units import DTYPE_BYTES
 
-ROUTING_BYTES: Final = 12  # a token's routed expert: 8 bytes of index, 4 of weight
 # Beyond these a number is a mistake; below, 64-bit integers count any plan's bytes.
 MOST_LAYERS: Final = 10**4
 LARGEST_SIZE: Final = 10**8

@@ -4,8 +4,7 @@
 timed and what a line through it says, `passes` how several measurements become one; `gemm`,
 `memory`, `caches`, `numa`, `link`, `gpu_link`, `attention`, `launch`, `disk`, `contention` and
 `settle` measure one thing each, `gpu` is what they need of CUDA, and `machine` makes a profile of
-it all. `pacing` is the link of the emulated accelerator and how waits end. The benchmarks import
-torch, this file does not.
+it all. The benchmarks import torch, this file does not.
 """
 
 from hrm.profiling.machine import EMULATED_LINK_BYTES_PER_S, ProfilingInterrupted, partial_path, profile_machine

@@ -12,10 +12,10 @@ from typing import Final, final
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hrm.contract.host_kernels import HostKernels
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
 from hrm.profiling.fit import fit_groups, fit_link
-from hrm.profiling.kernels import HostKernels
 from hrm.profiling.timing import Call, Sampler, measured, significant, summarise, time_each
 from hrm.units import GIB, MIB, format_seconds
 

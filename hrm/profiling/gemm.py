@@ -9,9 +9,9 @@ from typing import Final, final
 
 import torch
 
+from hrm.contract.host_kernels import HostKernels
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
-from hrm.profiling.kernels import HostKernels
 from hrm.profiling.timing import Call, Sampler, Timing, significant, summarise, time_each
 from hrm.units import DTYPE_BYTES, MIB
 

@@ -12,10 +12,10 @@ from typing import Any, final
 
 import torch
 
+from hrm.contract.cublas import cap_workspaces
 from hrm.profiling import nvml
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.timing import Call, Sampler, clock_sampler
-from hrm.profiling.workspaces import cap_workspaces
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
+from hrm.contract.pacing import PacedCopy
 from hrm.hardware import Figure, Link, LinkKind, Rate
 from hrm.profiling.fit import LinkFit, fit_groups, fit_link
-from hrm.profiling.pacing import PacedCopy
 from hrm.profiling.timing import Sampler, measured, significant, summarise, time_each
 from hrm.units import KIB, MIB, format_bytes
 

@@ -7,7 +7,7 @@ from typing import Final
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import orders
-from hrm.schedules.pipeline import Pipeline, skips_in_last_layer
+from hrm.schedules.pipeline import Pipeline
 from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "iter_tasks",
     "pages_of",
     "prefill_pipeline",
-    "skips_in_last_layer",
 ]
 
 

@@ -11,26 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from hrm.contract.rings import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.tasks import Device, Lane, Phase, Task, TaskId, TaskKind
-
-WEIGHT_SLOTS = 2  # layers whose streamed weights are on the GPU at once
-BUFFERS = 2  # KV and prefill buffers on the GPU: one in use, one in transfer
-STAGING_PAGES = 4  # pinned pages between pageable memory and the link
-
-
-def skips_in_last_layer(prompts: float, tokens: float) -> bool:
-    """Whether the model's last layer goes on after attention with few of a chunk's tokens.
-
-    In prefill only what a prompt ends with is sampled from. The last tokens of the `prompts` that
-    end in a chunk are gathered beside it, which its workspace has room for, whatever the model, if
-    they are a quarter of it at most: `workspace_bytes` with hidden size D, experts of inner size I
-    and attention outputs of O has max(3D + 2I, O) for each of all tokens, and they need another
-    D + O and their own 3D + 2I.
-    """
-    return 4 * prompts <= tokens
-
 
 K = TaskKind
 _LANES = {

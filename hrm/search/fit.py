@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes, pinned_purposes
 from hrm.model_spec import LayerKind
 from hrm.numeric import Number
 from hrm.schedules import SCHEDULES
-from hrm.schedules.pipeline import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.search.space import Kind, Space
 from hrm.units import DTYPE_BYTES
 

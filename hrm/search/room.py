@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes
 from hrm.model_spec import LayerKind
 from hrm.policy import kv_tokens_for, prefix_tokens_for
-from hrm.schedules.pipeline import WEIGHT_SLOTS
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.space import Space
 from hrm.units import DTYPE_BYTES

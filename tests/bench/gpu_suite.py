@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from hrm.contract.openmp import spin_briefly
 from hrm.errors import HrmError
-from hrm.openmp import spin_briefly
 from hrm.units import parse_bandwidth
 from tests.bench.suite.setting import SCALES, Setting
 

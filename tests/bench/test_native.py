@@ -18,8 +18,8 @@ from executor import native
 from executor.backends.base import host_memory, stage
 from executor.model import ExpertWeights, Routing, Workspace, decode_attention, experts, run_experts
 from executor.native import Kernels
+from hrm.contract.rings import STAGING_PAGES
 from hrm.profiling.environment import usable_cores
-from hrm.schedules.pipeline import STAGING_PAGES
 from hrm.units import MIB, format_bytes
 from tests.executor.tiny_models import tiny_arch
 

@@ -2,7 +2,7 @@
 
 import time
 
-from hrm.profiling.pacing import PacedCopy
+from hrm.contract.pacing import PacedCopy
 from hrm.units import MIB
 
 

@@ -11,6 +11,7 @@ from hrm import operators
 from hrm.analysis import what_if
 from hrm.causes import Cause, resource_of, spent_of
 from hrm.cli import main
+from hrm.contract import launches
 from hrm.costs import Runtime
 from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
@@ -219,11 +220,11 @@ def test_less_of_a_latency_and_of_waiting_are_rows_of_what_if():
 def by_hand(spec: ModelSpec, micro_batches: int, m: float, steps: int, *, fused: bool) -> float:
     """Launches on the GPU of a decode with everything there, from the constants of operators."""
     hit = spec.experts_hit(m)
-    experts = 1 if fused else operators.ROUTING_LAUNCHES + hit * operators.LAUNCHES_PER_EXPERT
-    before = operators.FUSED_PRE_ATTENTION_LAUNCHES if fused else operators.PRE_ATTENTION_LAUNCHES
-    after = operators.FUSED_POST_ATTENTION_LAUNCHES if fused else operators.POST_ATTENTION_LAUNCHES
-    layer = before + operators.ATTENTION_LAUNCHES_PER_TASK + after + experts
-    return steps * micro_batches * (spec.num_layers * layer + operators.SAMPLE_LAUNCHES)
+    experts = 1 if fused else launches.ROUTING_LAUNCHES + hit * launches.LAUNCHES_PER_EXPERT
+    before = launches.FUSED_PRE_ATTENTION_LAUNCHES if fused else launches.PRE_ATTENTION_LAUNCHES
+    after = launches.FUSED_POST_ATTENTION_LAUNCHES if fused else launches.POST_ATTENTION_LAUNCHES
+    layer = before + launches.ATTENTION_LAUNCHES_PER_TASK + after + experts
+    return steps * micro_batches * (spec.num_layers * layer + launches.SAMPLE_LAUNCHES)
 
 
 def on_gpu(spec: ModelSpec, profile: HardwareProfile, workload: Workload) -> Estimate:

@@ -5,8 +5,9 @@ from random import Random
 import numpy as np
 import pytest
 
+from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
-from hrm.memory import plan_memory, purposes, workspace_bytes
+from hrm.memory import plan_memory, purposes
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device

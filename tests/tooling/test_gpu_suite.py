@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from executor.model.host_kernels import host_kernels
+from hrm.contract.openmp import SPINS
 from hrm.errors import HrmError
-from hrm.openmp import SPINS
 from hrm.policy import ScheduleName
 from tests.bench import gpu_suite
 from tests.bench.suite import checks

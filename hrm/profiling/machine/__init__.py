@@ -15,12 +15,12 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from hrm.contract.host_kernels import HostKernels
 from hrm.errors import ProfileError
 from hrm.hardware import SCHEMA, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.profile_diff import figures_of
 from hrm.profiling.environment import BUSY, HostFacts, Others, host_facts, software
-from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.cpu import profile_cpu
 from hrm.profiling.machine.cuda import profile_cuda
 from hrm.profiling.machine.emulated import EMULATED_GPU_BYTES, EMULATED_LINK_BYTES_PER_S, profile_emulated

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from hrm.contract.lane_threads import lane_threads
 from hrm.hardware import CPU, GPU, HardwareProfile, Rate
-from hrm.profiling.lane_threads import lane_threads
 from hrm.profiling.machine.gpu_level import FACTS, MEMORY, GpuMemory, gpu_environment, gpu_level, memory_of
 from hrm.profiling.machine.gpu_links import add_links, links_of
 from hrm.profiling.machine.host import (

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from hrm.contract.lane_threads import lane_threads
+from hrm.contract.pacing import PacedCopy
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Source
-from hrm.profiling.lane_threads import lane_threads
 from hrm.profiling.machine.host import (
     CACHES,
     STAGING,
@@ -18,7 +19,6 @@ from hrm.profiling.machine.host import (
 )
 from hrm.profiling.machine.levels import host_level, ram_of, request_latency
 from hrm.profiling.machine.run import Run, torch_threads
-from hrm.profiling.pacing import PacedCopy
 from hrm.tasks import Lane
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from hrm.contract.launches import ATTENTION_LAUNCHES_PER_REQUEST
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, MemoryLevel, Processor, Rate, Source
-from hrm.operators import ATTENTION_LAUNCHES_PER_REQUEST
 from hrm.profiling.environment import HostFacts
 from hrm.profiling.machine.host import MEMORY, attention_step, gemm_step, launch_step
 from hrm.profiling.machine.run import Run

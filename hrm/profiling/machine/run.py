@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hrm.contract.host_kernels import HostKernels
 from hrm.model_spec import ModelSpec
 from hrm.profiling.environment import HostFacts
-from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.steps import Steps
 
 

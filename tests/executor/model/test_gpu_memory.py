@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from executor.model import GpuKernels, Workspace, dense_views, expert_stack, number_views, post_attention, pre_attention
 from executor.model.gpu import grouped_gemm
-from hrm.memory import workspace_bytes
+from hrm.contract.temporaries import workspace_bytes
 from hrm.model_spec import load_model
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch

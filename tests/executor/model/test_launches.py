@@ -2,7 +2,7 @@
 
 Launches decide the time of small tasks, so a kernel rewritten with twice the operators must not
 pass unseen by the model of the machine. The numbers are torch's: a native kernel is called once
-for a whole task and issues no operators.
+for a whole task and issues no planned.
 """
 
 import pytest
@@ -23,7 +23,7 @@ from executor.model import (
 )
 from executor.model.experts import route
 from executor.sampling import SamplingParams, choose
-from hrm import operators
+from hrm.contract import launches as planned
 from tests.executor.tiny_models import tiny_arch
 
 ARCH = tiny_arch()
@@ -80,7 +80,7 @@ def test_pre_attention(dense):
     qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
     positions = torch.arange(REQUESTS)
     count, _ = launches(pre_attention, ARCH, rows(SPEC.hidden_size), dense, positions, qkv, workspace())
-    assert count == near(operators.PRE_ATTENTION_LAUNCHES)
+    assert count == near(planned.PRE_ATTENTION_LAUNCHES)
 
 
 @pytest.mark.skipif(not native.paths(), reason="the native kernels are not built")
@@ -91,8 +91,8 @@ def test_fused_operators(dense):
     with native.using(native.Kernels(native.paths()[0])):
         before, _ = launches(pre_attention, ARCH, hidden, dense, torch.arange(REQUESTS), qkv, workspace())
         after, _ = launches(post_attention, ARCH, hidden, attention, dense, workspace())
-    assert before + 3 == operators.FUSED_PRE_ATTENTION_LAUNCHES
-    assert after + 3 == operators.FUSED_POST_ATTENTION_LAUNCHES
+    assert before + 3 == planned.FUSED_PRE_ATTENTION_LAUNCHES
+    assert after + 3 == planned.FUSED_POST_ATTENTION_LAUNCHES
 
 
 def test_decode_attention():
@@ -107,9 +107,9 @@ def test_decode_attention():
         starts = [16 * r for r in range(n)]
         return launches(work, qkv[:n], out[:n], torch.tensor(starts) + 7, starts)[0]
 
-    per_request = operators.ATTENTION_LAUNCHES_PER_REQUEST
+    per_request = planned.ATTENTION_LAUNCHES_PER_REQUEST
     assert count(REQUESTS) - count(1) == near(per_request * (REQUESTS - 1))
-    assert count(REQUESTS) == near(operators.ATTENTION_LAUNCHES_PER_TASK + per_request * REQUESTS)
+    assert count(REQUESTS) == near(planned.ATTENTION_LAUNCHES_PER_TASK + per_request * REQUESTS)
 
 
 def test_post_attention_and_experts(dense):
@@ -118,7 +118,7 @@ def test_post_attention_and_experts(dense):
         (index, expert_views(SPEC, torch.randn(SPEC.expert_parameters).to(DTYPE))) for index in range(SPEC.num_experts)
     ]
     count, (x, routing) = launches(post_attention, ARCH, hidden, attention, dense, workspace())
-    assert count == near(operators.POST_ATTENTION_LAUNCHES)
+    assert count == near(planned.POST_ATTENTION_LAUNCHES)
 
     here = workspace()
 
@@ -128,8 +128,8 @@ def test_post_attention_and_experts(dense):
 
     hit = routing.experts_TK.flatten().unique().tolist()
     none, all_hit = launches(work, [])[0], launches(work, experts)[0]
-    assert none == near(operators.ROUTING_LAUNCHES)
-    assert (all_hit - none) / len(hit) == near(operators.LAUNCHES_PER_EXPERT)
+    assert none == near(planned.ROUTING_LAUNCHES)
+    assert (all_hit - none) / len(hit) == near(planned.LAUNCHES_PER_EXPERT)
 
 
 @pytest.mark.skipif(not native.paths(), reason="the native kernels are not built")
@@ -166,4 +166,4 @@ def test_sample():
         here.reset()
         choose(logits(ARCH, hidden, weight, head, here), params, [0] * REQUESTS)
 
-    assert launches(work)[0] == near(operators.SAMPLE_LAUNCHES)
+    assert launches(work)[0] == near(planned.SAMPLE_LAUNCHES)

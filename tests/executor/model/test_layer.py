@@ -28,7 +28,8 @@ from executor.model import (
     run_experts,
 )
 from executor.model.norm import normed
-from hrm.memory import LOGIT_BYTES, workspace_bytes
+from hrm.contract.rows import LOGIT_BYTES
+from hrm.contract.temporaries import MASK_BLOCK_TOKENS, workspace_bytes
 from tests.executor.model.tolerances import DTYPES, assert_same, name_of
 from tests.executor.tiny_models import tiny_arch
 
@@ -216,7 +217,7 @@ def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
         torch.set_num_threads(threads)
     assert without >= out.nbytes
     assert with_prefix <= without
-    assert workspace.high_water_bytes == (prefix + tokens + attention.QUERY_BLOCK) * size
+    assert workspace.high_water_bytes == (prefix + tokens + MASK_BLOCK_TOKENS) * size
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])

@@ -5,7 +5,7 @@ import torch
 
 from executor import native
 from executor.model.host_kernels import host_kernels
-from hrm.profiling.kernels import installed_kernels
+from hrm.contract.host_kernels import installed_kernels
 from hrm.profiling.machine import profile_machine
 from tests.executor.native.support import PATHS
 

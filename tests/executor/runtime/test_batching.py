@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from executor.batching import Batcher, ChunkPart, Request, chunks, pack, policy_for
 from executor.sampling import SamplingParams
-from hrm.policy import KV_BLOCK_TOKENS, kv_tokens_for
+from hrm.contract.rows import KV_BLOCK_TOKENS
+from hrm.policy import kv_tokens_for
 from tests.executor.runtime.support import make_policy
 
 policies = st.builds(

@@ -14,8 +14,8 @@ import pytest
 
 from executor.backends.null import null_handlers
 from executor.engine import LOOKAHEAD, Engine, TaskFailedError
+from hrm.contract.pacing import PacedCopy, Waits
 from hrm.policy import ScheduleName
-from hrm.profiling.pacing import PacedCopy, Waits
 from hrm.schedules import Pipeline, iter_tasks
 from hrm.simulate import simulate
 from hrm.tasks import Device, Lane, Phase, Task, TaskId, TaskKind

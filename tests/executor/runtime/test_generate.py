@@ -10,10 +10,10 @@ from executor.engine import TaskFailedError
 from executor.families import family_for
 from executor.handlers import DecodeHandlers, PrefillHandlers
 from executor.model import reference
+from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
 from hrm.schedules import decode_pipeline
-from hrm.schedules.pipeline import WEIGHT_SLOTS
 from hrm.tasks import TaskId, TaskKind
 from tests.executor.runtime.support import (
     CPU,

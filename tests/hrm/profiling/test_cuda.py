@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrm.catalog import list_files
+from hrm.contract.cublas import WORKSPACES, cap_workspaces
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
@@ -23,7 +24,6 @@ from hrm.profiling.machine.gpu_level import DATASHEETS
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.settle import Settling, settle
 from hrm.profiling.timing import clock_sampler
-from hrm.profiling.workspaces import WORKSPACES, cap_workspaces
 from hrm.units import GB, KIB, MIB
 from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevice, waits
 from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes

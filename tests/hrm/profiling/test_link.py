@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
+from hrm.contract.pacing import BACK_TO_BACK_S, CATCH_UP_S, PacedCopy
 from hrm.hardware import Source
 from hrm.profiling.link import host_transfer, measure_link, transfer_sizes
-from hrm.profiling.pacing import BACK_TO_BACK_S, CATCH_UP_S, PacedCopy
 from hrm.units import KIB, MIB
 
 SIZES = transfer_sizes(64 * MIB, quick=False)

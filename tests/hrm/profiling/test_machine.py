@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hrm.contract.host_kernels import HostKernels
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
@@ -18,7 +19,6 @@ from hrm.profiling import ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
 from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
-from hrm.profiling.kernels import HostKernels
 from hrm.profiling.machine.emulated import EMULATED_LATENCY_S
 from hrm.profiling.machine.host import attention_worker, staging_worker
 from hrm.units import KIB, MIB
@@ -465,7 +465,7 @@ def test_shapes_of_large_models_are_scaled_down():
     assert "divided by 4" in note
 
 
-@pytest.mark.parametrize("module", ["hrm.profiling", "hrm.profiling.pacing", "hrm.machines"])
+@pytest.mark.parametrize("module", ["hrm.profiling", "hrm.contract.pacing", "hrm.machines"])
 def test_import_is_light(module):
     code = f"import sys, {module}; print({{'torch', 'numpy', 'yaml'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

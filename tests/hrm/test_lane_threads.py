@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrm.profiling.lane_threads import lane_threads
+from hrm.contract.lane_threads import lane_threads
 from hrm.tasks import Lane
 
 CORES = (1, 2, 3, 4, 8, 16, 64)

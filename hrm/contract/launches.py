@@ -1,0 +1,17 @@
+"""Operators that a task issues, views included; a test counts the executor's.
+
+Those a request are of attention that goes request by request: a profile says what they cost where
+it does.
+"""
+
+from typing import Final
+
+PRE_ATTENTION_LAUNCHES: Final = 33
+FUSED_PRE_ATTENTION_LAUNCHES: Final = 4
+ATTENTION_LAUNCHES_PER_TASK: Final = 11
+ATTENTION_LAUNCHES_PER_REQUEST: Final = 4
+POST_ATTENTION_LAUNCHES: Final = 20
+FUSED_POST_ATTENTION_LAUNCHES: Final = 10
+ROUTING_LAUNCHES: Final = 8
+LAUNCHES_PER_EXPERT: Final = 14
+SAMPLE_LAUNCHES: Final = 17
