@@ -7,6 +7,7 @@ from typing import Final
 import click
 from rich.table import Table
 
+from hrm.acts import NAMES
 from hrm.cli.options import plan_options
 from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console, print_json
@@ -15,7 +16,7 @@ from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
 from hrm.policy_file import PolicyFile
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.tasks import Lane, Phase
 from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import counted, format_seconds
 
@@ -48,7 +49,7 @@ def simulate(
                 "makespan_s": simulated.makespan_s,
                 "busy_s": {lane.value: s for lane, s in simulated.busy_s().items()},
                 "utilisation": {lane.value: s for lane, s in simulated.utilisation().items()},
-                "seconds_by_kind": {k.name: s for k, s in simulated.seconds_by_kind().items()},
+                "seconds_by_kind": simulated.seconds_by_kind(),
                 "lanes": {lane.value: lane_text(simulated, lane, None) for lane in Lane},
             }
         )
@@ -67,7 +68,7 @@ def simulate(
         if text:
             console.print(f"{lane.value:>5}  {text}")
     console.print(f"\n{lane_chart(shown, width=width)}\n")
-    letters = ", ".join(f"{k.value} {k.name.lower().replace('_', ' ')}" for k in TaskKind)
+    letters = ", ".join(f"{letter} {name.lower().replace('_', ' ')}" for name, letter in NAMES.items())
     console.print(f"[dim]{letters}[/]\n")
     table = Table("lane", "busy", "share", box=None, pad_edge=False)
     shares = simulated.utilisation()

@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from hrm.acts import NAMES
 from hrm.cli.report import console, print_json
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
@@ -46,8 +47,8 @@ def print_validation(validation: Validation) -> None:
                 _add(table, f"  lane {lane.value}", comparison, format_seconds)
         for (p, kind), comparison in validation.kind_s.items():
             if p is phase:
-                name = kind.name.lower().replace("_", " ")
-                _add(table, f"    {kind.value} {name}", comparison, format_seconds)
+                name = kind.lower().replace("_", " ")
+                _add(table, f"    {NAMES[kind]} {name}", comparison, format_seconds)
     console.print(table)
     console.print()
     memory = Table("memory", "peak", "planned", "capacity", box=None, pad_edge=False)

@@ -24,7 +24,7 @@ from executor.model.host_kernels import host_kernels
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
 from hrm.profiling.machine import profile_machine
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.tasks import Lane, Phase
 from hrm.units import format_bytes, format_seconds
 from tests.bench.machine import circumstances
 from tests.bench.reference_checkpoint import reference_checkpoint
@@ -191,7 +191,7 @@ def where_the_time_goes(row: BenchRow) -> None:
         busy_s = validation.lane_s[phase, Lane.GPU].measured
         for (of_phase, kind), both in validation.kind_s.items():
             if of_phase is phase and both.measured > 0.001 * phase_s:
-                name = TaskKind(kind).name.lower().replace("_", " ")
+                name = kind.lower().replace("_", " ")
                 print(
                     f"    {name:<20}{both.measured / phase_s:>6.1%}  {both.measured:>8.3f} s "
                     f"({both.predicted:.3f} s predicted)"

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from hrm.closed_form import DecodeStep, Point, batch_seconds, prefill_lanes
+from hrm.closed_form import DecodeStep, Point, batch_seconds, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import (
@@ -90,14 +90,14 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
         costs = Costs(spec, profile, "bfloat16")
         work = replace(decode_work(costs, policy, 45.0, num_steps=1), stretch=1.0)
         trace = simulate_work(work)
-        lanes, _ = DecodeStep.of_point(costs, Point.of_policy(policy, spec), schedule).lanes(45.0)
+        lanes = DecodeStep.of_point(costs, Point.of_policy(policy, spec), schedule).seconds(45.0).lanes
         for lane, seconds in trace.busy_s().items():
             # Tasks move whole bytes and, in some layers, an expert more than in others.
             assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
         whole = replace(policy, prefill_chunk_tokens=10**9)
         trace = simulate_work(replace(prefill_work(costs, whole, WORKLOAD), stretch=1.0))
         kv_is_whole = policy.gpu_kv_micro_batches in {0, policy.num_micro_batches}
-        lanes, _ = prefill_lanes(costs, Point.of_policy(whole, spec), WORKLOAD)
+        lanes = whole_prefill(costs, Point.of_policy(whole, spec), WORKLOAD).lanes
         for lane, seconds in trace.busy_s().items():
             if lane is not Lane.D2H or kv_is_whole:
                 assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)

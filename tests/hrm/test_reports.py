@@ -24,7 +24,7 @@ from hrm.search.exhaustive import grids, search
 from hrm.search.result import Outcome
 from hrm.search.space import Space
 from hrm.strict import decode_strictly
-from hrm.tasks import Device, TaskKind
+from hrm.tasks import Device
 from hrm.units import GB, parse_bytes
 from hrm.workload import WORKLOADS
 from tests.hrm.support import machine, tiny_spec
@@ -178,7 +178,7 @@ def test_first_tokens_come_when_the_simulation_of_prefill_has_them():
         best = search(spec, profile, asked).require()
         costs = Costs(spec, profile, best.policy.dtype)
         spans = simulate_work(prefill_work(costs, best.policy, asked)).spans
-        ends = [span.end_s for span in spans if span.id.kind is TaskKind.SAMPLE]
+        ends = [span.end_s for span in spans if span.id.act.ends_step]
         assert best.num_batches == 1
         assert best.latency.last_ttft_s == pytest.approx(max(ends), rel=0.01)
         assert best.latency.mean_ttft_s == pytest.approx(sum(ends) / len(ends), rel=0.02)

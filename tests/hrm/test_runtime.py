@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hrm.closed_form import DecodeStep, Point, prefill_lanes
+from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs, Runtime
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
@@ -43,7 +43,7 @@ def decode_lanes(runtime: Runtime, attention: Device) -> dict[Lane, float]:
     costs = Costs(SPEC, with_pageable_link(), "bfloat16", runtime)
     plan = policy(attention)
     step = DecodeStep.of_point(costs, Point.of_policy(plan, SPEC), plan.schedule)
-    return step.lanes(50)[0]
+    return step.seconds(50).lanes
 
 
 def test_weights_and_cache_cross_the_links_that_the_runtime_names():
@@ -60,7 +60,7 @@ def test_weights_and_cache_cross_the_links_that_the_runtime_names():
 def test_prefill_loads_its_weights_over_the_same_link():
     point = Point.of_policy(policy(Device.GPU), SPEC)
     pinned, pageable = (
-        prefill_lanes(Costs(SPEC, with_pageable_link(), "bfloat16", runtime), point, WORKLOAD)[0][Lane.H2D]
+        whole_prefill(Costs(SPEC, with_pageable_link(), "bfloat16", runtime), point, WORKLOAD).lanes[Lane.H2D]
         for runtime in (Runtime(), Runtime(weights_link="pageable"))
     )
     weights = SPEC.total_layer_bytes("bfloat16")
@@ -107,7 +107,7 @@ def test_the_last_layer_of_prefill_goes_on_with_the_ends_of_prompts(prompt_len):
 
     def gpu_s(runtime):
         costs = Costs(SPEC, profile, "bfloat16", runtime)
-        lanes, _ = prefill_lanes(costs, Point.of_policy(plan, SPEC), workload)
+        lanes = whole_prefill(costs, Point.of_policy(plan, SPEC), workload).lanes
         return lanes[Lane.GPU]
 
     a_token = 2 * (

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from hrm import operators
-from hrm.closed_form import Point, prefill_lanes
+from hrm.closed_form import Point, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate, prefill_seconds, prefill_work, simulate_work
@@ -84,7 +84,7 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(chunk):
         )
         work = replace(prefill_work(costs, policy, workload), stretch=1.0)
         assert work.pipeline.num_micro_batches == 12 * 320 // chunk
-        lanes, _ = prefill_lanes(costs, Point.of_policy(policy, spec), workload)
+        lanes = whole_prefill(costs, Point.of_policy(policy, spec), workload).lanes
         for lane, seconds in simulate_work(work).busy_s().items():
             assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane)
         predicted = estimate(spec, policy, profile, workload)

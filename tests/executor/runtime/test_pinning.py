@@ -203,7 +203,7 @@ def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
     assert run.predicted["tokens_per_s"] == predicted.tokens_per_s
     prediction = predict_run(record)
     for (phase, kind), seconds in prediction.kind_s.items():
-        assert (seconds > 0) == (kind.name in content["phases"][phase.value]["kinds"]), kind
+        assert (seconds > 0) == (kind in content["phases"][phase.value]["kinds"]), kind
 
 
 def test_bench_predicts_what_it_runs_and_says_so_once(folder, policy_file, short):
