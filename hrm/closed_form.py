@@ -12,13 +12,13 @@ from typing import Final, NamedTuple
 
 from hrm import operators
 from hrm.costs import Costs
+from hrm.formats import Format
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum, share_of, where
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.schedules.orders import LOOKAHEAD
 from hrm.tasks import Device, Lane
-from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
 # Places in a stretch of contexts, and the share of its steps that each stands for.
@@ -75,21 +75,21 @@ class Point:
             staging=int(policy.staging),
         )
 
-    def streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         """Weight bytes of a layer that are not on the GPU, as a mean over layers."""
         share = spec.num_expert_layers / spec.num_layers
         experts = share * (spec.num_experts - self.resident_experts) * spec.expert_parameters
-        return experts * DTYPE_BYTES[dtype] + self._streamed_dense_bytes(spec, dtype)
+        return weights.bytes_of(experts) + self._streamed_dense_bytes(spec, weights)
 
-    def decode_streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def decode_streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         """Bytes of a layer loaded in every decode step."""
-        dense = self._streamed_dense_bytes(spec, dtype)
-        return where(self.gpu_ffn, self.streamed_bytes(spec, dtype), dense)
+        dense = self._streamed_dense_bytes(spec, weights)
+        return where(self.gpu_ffn, self.streamed_bytes(spec, weights), dense)
 
-    def _streamed_dense_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def _streamed_dense_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         kinds = spec.layer_kinds()
         mean = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds.items())
-        return (1 - self.resident_dense) * (mean / spec.num_layers) * DTYPE_BYTES[dtype]
+        return (1 - self.resident_dense) * weights.bytes_of(mean / spec.num_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ class DecodeStep:
     @staticmethod
     def of_point(costs: Costs, point: Point, schedule: ScheduleName, active_share: float = 1.0) -> "DecodeStep":
         """The step of a point in which that share of the requests is still generating."""
-        spec, dtype = costs.spec, costs.dtype
+        spec, formats = costs.spec, costs.formats
         n = point.num_micro_batches
         m = active_share * point.batch_size / n
         off_gpu = 1 - point.gpu_kv_micro_batches / n
@@ -132,17 +132,17 @@ class DecodeStep:
         gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
         on_host = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - point.resident_experts)
         cpu_experts = on_host / maximum(point.host_expert_layers, 1e-9)
-        weights = point.decode_streamed_bytes(spec, dtype)
+        weights = point.decode_streamed_bytes(spec, formats.weights)
         pages = n if SCHEDULES[schedule].paged else 1
-        qkv = operators.qkv_bytes(spec, dtype, m)
-        attended = operators.attention_output_bytes(spec, dtype, m)
-        routed = operators.routed_token_bytes(spec, dtype, m)
-        hidden = operators.hidden_bytes(spec, dtype, m)
-        new_kv = operators.kv_bytes(spec, dtype, m)
+        qkv = operators.qkv_bytes(spec, formats, m)
+        attended = operators.attention_output_bytes(spec, formats, m)
+        routed = operators.routed_token_bytes(spec, formats, m)
+        hidden = operators.hidden_bytes(spec, formats, m)
+        new_kv = operators.kv_bytes(spec, formats, m)
 
         def cpu_expert_bytes() -> Number:
             hit = spec.experts_hit(m) / spec.num_experts * on_host * spec.expert_parameters
-            return n * (hit * DTYPE_BYTES[dtype])
+            return n * formats.weights.bytes_of(hit)
 
         return DecodeStep(
             costs=costs,
@@ -180,7 +180,7 @@ class DecodeStep:
         costs, spec = self.costs, self.costs.spec
 
         def cache_bytes(kind: LayerKind) -> Number:
-            return operators.kv_bytes(spec, costs.dtype, self.m * spec.context_in(kind, context))
+            return operators.kv_bytes(spec, costs.formats, self.m * spec.context_in(kind, context))
 
         def attention(device: Device) -> Number:
             return costs.mean_over_layers(lambda kind: costs.attention(device, self.m, context, kind))
@@ -294,12 +294,12 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
 
 
 def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[dict[Lane, Number], Number, Number]:
-    spec, dtype, layers = costs.spec, costs.dtype, costs.spec.num_layers
+    spec, formats, layers = costs.spec, costs.formats, costs.spec.num_layers
     chunks, chunk = point.chunks(workload)
-    weights = point.streamed_bytes(spec, dtype)
-    hidden = operators.hidden_bytes(spec, dtype, chunk)
+    weights = point.streamed_bytes(spec, formats.weights)
+    hidden = operators.hidden_bytes(spec, formats, chunk)
     off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
-    kv = off_gpu * operators.kv_bytes(spec, dtype, chunk)
+    kv = off_gpu * operators.kv_bytes(spec, formats, chunk)
     stored = chunks * (layers * kv + (layers - 1) * hidden)
     gpu_s = chunks * (costs.prefill_layers(chunk, workload.prompt_len) + costs.first_tokens(point.batch_size / chunks))
     to_gpu_s = layers * chunks * costs.h2d_to_all(hidden)
