@@ -23,6 +23,7 @@ from hrm.causes import Cause
 from hrm.costs import Costs
 from hrm.errors import HrmError
 from hrm.estimate import Estimate, decode_work, estimate, prefill_work, simulate_work
+from hrm.formats import Format, Formats
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.machines import compose, load_profile, save_profile, with_memory
 from hrm.memory import MemoryPlan, plan_memory
@@ -45,6 +46,8 @@ __all__ = [
     "Device",
     "Estimate",
     "Figure",
+    "Format",
+    "Formats",
     "HardwareProfile",
     "HrmError",
     "Lane",

@@ -12,13 +12,13 @@ from typing import Final, NamedTuple
 
 from hrm.acts import Counts, Load, decode, prefill
 from hrm.costs import Costs
+from hrm.formats import Format
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, is_zero, maximum, minimum, where
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
 from hrm.tasks import Act, Device, Lane
-from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
 _LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
@@ -76,21 +76,21 @@ class Point:
             staging=int(policy.staging),
         )
 
-    def streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         """Weight bytes of a layer that are not on the GPU, as a mean over layers."""
         share = spec.num_expert_layers / spec.num_layers
         experts = share * (spec.num_experts - self.resident_experts) * spec.expert_parameters
-        return experts * DTYPE_BYTES[dtype] + self._streamed_dense_bytes(spec, dtype)
+        return weights.bytes_of(experts) + self._streamed_dense_bytes(spec, weights)
 
-    def decode_streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def decode_streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         """Bytes of a layer loaded in every decode step."""
-        dense = self._streamed_dense_bytes(spec, dtype)
-        return where(self.gpu_ffn, self.streamed_bytes(spec, dtype), dense)
+        dense = self._streamed_dense_bytes(spec, weights)
+        return where(self.gpu_ffn, self.streamed_bytes(spec, weights), dense)
 
-    def _streamed_dense_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def _streamed_dense_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         kinds = spec.layer_kinds()
         mean = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds.items())
-        return (1 - self.resident_dense) * (mean / spec.num_layers) * DTYPE_BYTES[dtype]
+        return (1 - self.resident_dense) * weights.bytes_of(mean / spec.num_layers)
 
 
 class PhaseSeconds(NamedTuple):
@@ -216,7 +216,7 @@ class DecodeStep:
             context=0,
             gpu_experts=where(point.gpu_ffn, spec.num_experts, point.resident_experts),
             cpu_experts=on_host / maximum(point.host_expert_layers, 1e-9),
-            page_bytes=point.decode_streamed_bytes(spec, costs.dtype) / pages,
+            page_bytes=point.decode_streamed_bytes(spec, costs.formats.weights) / pages,
         )
         fixed = _Work.of((act for act in decode.ALL if not act.attends), counts, load)
         return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
@@ -271,7 +271,7 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
         requests=point.batch_size / chunks,
         stored_share=1 - point.gpu_kv_micro_batches / point.num_micro_batches,
         gpu_experts=costs.spec.num_experts,
-        page_bytes=point.streamed_bytes(costs.spec, costs.dtype),
+        page_bytes=point.streamed_bytes(costs.spec, costs.formats.weights),
     )
     return _Work.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1))
 

@@ -7,6 +7,7 @@ from typing import Final
 from hrm import operators
 from hrm.acts import Load
 from hrm.contract.temporaries import skips_in_last_layer
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum
@@ -14,7 +15,6 @@ from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
 from hrm.tasks import Act, Device, Lane, Phase, TaskId
-from hrm.units import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Costs:
 
     spec: ModelSpec
     profile: HardwareProfile
-    dtype: str
+    formats: Formats
     runtime: Runtime = EXECUTOR
 
     def level(self, device: Device) -> MemoryLevel:
@@ -58,17 +58,17 @@ class Costs:
         return self.profile.top if device is Device.GPU else self.profile.host
 
     @property
-    def expert_bytes(self) -> int:
+    def expert_bytes(self) -> Number:
         """Weight bytes of one routed expert."""
-        return self.spec.expert_parameters * DTYPE_BYTES[self.dtype]
+        return self.formats.weights.bytes_of(self.spec.expert_parameters)
 
     def pre_attention(self, m: Number) -> Number:
         """Norm, projections and rotary embedding on the GPU."""
-        return self._on(Device.GPU, operators.pre_attention(self.spec, self.dtype, m))
+        return self._on(Device.GPU, operators.pre_attention(self.spec, self.formats, m))
 
     def attention(self, device: Device, m: Number, context: Number, kind: LayerKind) -> Number:
         """Decode attention over a mean context on either device."""
-        operator = operators.decode_attention(self.spec, self.dtype, m, context, kind)
+        operator = operators.decode_attention(self.spec, self.formats, m, context, kind)
         if device is Device.CPU and self.runtime.attention_passes > 1:
             operator = operator.with_passes(self.runtime.attention_passes)
         return self._on(device, operator)
@@ -79,11 +79,11 @@ class Costs:
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
-        return self._on(Device.CPU, operators.experts(self.spec, self.dtype, m, num_experts))
+        return self._on(Device.CPU, operators.experts(self.spec, self.formats, m, num_experts))
 
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
-        return self._on(Device.GPU, operators.sample(self.spec, self.dtype, m))
+        return self._on(Device.GPU, operators.sample(self.spec, self.formats, m))
 
     def first_tokens(self, requests: Number) -> Number:
         """The same after a chunk in which so many prompts end, as a mean over chunks.
@@ -116,7 +116,7 @@ class Costs:
         if gpus == 1:
             return 0 * tokens
         link = self.profile.peer
-        part = operators.hidden_bytes(self.spec, self.dtype, tokens) / gpus
+        part = operators.hidden_bytes(self.spec, self.formats, tokens) / gpus
         return 2 * (gpus - 1) * link.seconds(part)
 
     def h2d(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
@@ -161,11 +161,11 @@ class Costs:
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
 
     def _seconds(self, operator: operators.Operator, level: MemoryLevel) -> Number:
-        return operator_seconds(operator, level, self.dtype, fused=self.runtime.fused_kernels)
+        return operator_seconds(operator, level, self.formats.compute.name, fused=self.runtime.fused_kernels)
 
     def _up_to_attention(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
         """A layer of prefill up to attention."""
-        operator = operators.prefill_attention(self.spec, self.dtype, tokens, prompt_len, kind)
+        operator = operators.prefill_attention(self.spec, self.formats, tokens, prompt_len, kind)
         return self._on(Device.GPU, operator)
 
     def _after_ends(self, requests: Number, kind: LayerKind) -> Number:
@@ -174,7 +174,7 @@ class Costs:
         return minimum(requests, 1) * rest
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
-        operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
+        operator = operators.post_attention(self.spec, self.formats, m, gpu_experts, kind)
         return self._seconds(operator, self.profile.top) + 2 * self.all_reduce(m)
 
     def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
@@ -265,7 +265,7 @@ class TaskWork:
                 elements += share * spec.dense_parameters_of(kind)
         if not on_cpu:
             elements -= self.resident_experts[layer] * spec.expert_parameters
-        return elements * DTYPE_BYTES[policy.dtype]
+        return policy.formats.weights.bytes_of(elements)
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""

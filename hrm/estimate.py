@@ -117,7 +117,7 @@ class Estimate:
     @property
     def costs(self) -> Costs:
         """What the tasks of the policy's part cost."""
-        return Costs(self.part.spec, self.part.profile, self.policy.dtype, self.runtime)
+        return Costs(self.part.spec, self.part.profile, self.policy.formats, self.runtime)
 
     @cached_property
     def limits(self) -> Limits:
@@ -148,7 +148,7 @@ def estimate(
     fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
     part = part_for(policy, spec, profile)
-    costs = Costs(part.spec, part.profile, policy.dtype, runtime)
+    costs = Costs(part.spec, part.profile, policy.formats, runtime)
     requests = workload.num_requests or policy.batch_size
     turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
     if workload.num_requests is not None:

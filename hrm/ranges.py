@@ -72,7 +72,7 @@ def _batch_s(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload
     """Closed-form seconds of a batch."""
     part, machine = part_of(spec, profile, policy.parallelism)
     point = Point.of_policy(policy, part)
-    costs = Costs(part, machine, policy.dtype)
+    costs = Costs(part, machine, policy.formats)
     return float(sum(batch_seconds(costs, point, policy.schedule, workload)))
 
 

@@ -282,7 +282,7 @@ def predict_run(run: RunRecord) -> Prediction:
     profile = paced(plan.profile, run.accelerator)
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
     runtime = runtime_with(run.accelerator.pageable, profile)
-    costs = Costs(*part_for(policy, plan.model, profile), policy.dtype, runtime)
+    costs = Costs(*part_for(policy, plan.model, profile), policy.formats, runtime)
     prediction = Prediction()
     alike = Counter((batch.requests, batch.decode_steps) for batch in run.batches)
     for (requests, decode_steps), count in alike.items():

@@ -298,6 +298,6 @@ class BenchRun:
         for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
-        read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.dtype)
+        read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.formats.kv_cache)
         seconds = in_lane.busy_s - (experts.seconds if experts else 0.0)
         return read * (1 - policy.kv_share_on_gpu) / seconds

@@ -59,8 +59,8 @@ class DecodeHandlers:
         spec = arch.spec
         streaming = tuple(j for j in range(pipeline.num_micro_batches) if pipeline.streams_kv(j))
         handlers = DecodeHandlers(backend, arch, pipeline, memory, state, streaming)
-        size = getattr(torch, policy.dtype).itemsize
-        streamed = [policy.decode_streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
+        elements_in = policy.formats.weights.elements_in
+        streamed = [elements_in(policy.decode_streamed_bytes(spec, i)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
             decode.EMBED: handlers.embed,

@@ -59,8 +59,8 @@ class PrefillHandlers:
         if not backend.shares_memory:
             handlers.write_numbers()
         spec = arch.spec
-        size = getattr(torch, policy.dtype).itemsize
-        streamed = [policy.streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
+        elements_in = policy.formats.weights.elements_in
+        streamed = [elements_in(policy.streamed_bytes(spec, i)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
         return {
             prefill.STAGE_PAGE: pages.stage,

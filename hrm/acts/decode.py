@@ -96,11 +96,11 @@ def _if_experts_on_cpu(c: Counts) -> Number:
 
 
 def _hidden_bytes(x: Load) -> Number:
-    return operators.hidden_bytes(x.spec, x.dtype, x.tokens)
+    return operators.hidden_bytes(x.spec, x.formats, x.tokens)
 
 
 def _cache_bytes(x: Load) -> Number:
-    return operators.kv_bytes(x.spec, x.dtype, x.tokens * x.spec.context_in(x.kind, x.context))
+    return operators.kv_bytes(x.spec, x.formats, x.tokens * x.spec.context_in(x.kind, x.context))
 
 
 def _expert_bytes(x: Load) -> Number:
@@ -140,7 +140,7 @@ OFFLOAD_QKV: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: _handed_on(QKV, HOST_QKV, p, x),
     count=_if_attended_on_cpu,
-    moves=lambda x: operators.qkv_bytes(x.spec, x.dtype, x.tokens),
+    moves=lambda x: operators.qkv_bytes(x.spec, x.formats, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
@@ -164,7 +164,7 @@ STORE_KV: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: (((QKV, x.index, _at(p, x), 0),), ((HOST_KV, (x.layer, x.index), x.step + 1, 0),)),
     count=_if_streamed,
-    moves=lambda x: operators.kv_bytes(x.spec, x.dtype, x.tokens),
+    moves=lambda x: operators.kv_bytes(x.spec, x.formats, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
@@ -201,7 +201,7 @@ LOAD_HIDDEN: Final = Act(
     lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_OUTPUT, OUTPUT, p, x),
     count=_if_attended_on_cpu,
-    moves=lambda x: operators.attention_output_bytes(x.spec, x.dtype, x.tokens),
+    moves=lambda x: operators.attention_output_bytes(x.spec, x.formats, x.tokens),
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
@@ -225,7 +225,7 @@ OFFLOAD_TOKENS: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: _handed_on(ROUTED, HOST_ROUTED, p, x),
     count=_if_experts_on_cpu,
-    moves=lambda x: operators.routed_token_bytes(x.spec, x.dtype, x.tokens),
+    moves=lambda x: operators.routed_token_bytes(x.spec, x.formats, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hrm.formats import Formats
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number
 
@@ -60,9 +61,9 @@ class Load:
         return self.costs.spec
 
     @property
-    def dtype(self) -> str:
+    def formats(self) -> Formats:
         """What weights, caches and hidden states are stored in."""
-        return self.costs.dtype
+        return self.costs.formats
 
     def once(self, key: Hashable, work_out: Callable[[], Number]) -> Number:
         """A number that is the same for all layers that the key does not tell apart, worked out for the first."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.analysis.rows import OnPoint, search_row, table
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.scaling import Resource, resource_value, with_resource
@@ -38,7 +39,7 @@ def front_of_cpu_memory(
     """
     if values is None:
         most = resource_value(profile, Resource.CPU_MEMORY)
-        weights = spec.total_layer_bytes(dtype) - profile.top.usable_bytes
+        weights = spec.total_layer_bytes(FORMATS[dtype]) - profile.top.usable_bytes
         least = min(max(weights, LEAST_SHARE * most), 0.9 * most)
         values = [least + (most - least) * i / (POINTS - 1) for i in range(POINTS)]
     rows: list[dict[str, Any]] = []

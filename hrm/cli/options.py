@@ -10,6 +10,7 @@ from typing import Any, Final
 import click
 
 from hrm.errors import PolicyError, ProfileError, WorkloadError
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, load_host, load_profile, parse_gpus, without_gpus
 from hrm.memory import plan_memory
@@ -19,7 +20,6 @@ from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
 from hrm.routing import with_measured_routing
 from hrm.scaling import Resource, with_resource
 from hrm.sweep import parse_swept
-from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload, named_workload
 
 Command = Callable[..., Any]
@@ -382,7 +382,7 @@ _model = _options(
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", *DTYPE_BYTES]),
+        type=click.Choice(["auto", *FORMATS]),
         default="auto",
         show_default=True,
         help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",

@@ -11,13 +11,13 @@ from hrm.cli.out_file import OUT_FILE
 from hrm.cli.report import console
 from hrm.cli.tables import tell_written, write_csv
 from hrm.errors import PolicyError
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
 from hrm.scaling import Resource, resource_value
 from hrm.sweep import Length, Swept, between, parse_swept, swept
 from hrm.tasks import Phase
-from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def plot() -> None:
 @click.option(
     "--dtype",
     "dtypes",
-    type=click.Choice(["auto", *DTYPE_BYTES]),
+    type=click.Choice(["auto", *FORMATS]),
     multiple=True,
     default=["auto"],
     show_default=True,

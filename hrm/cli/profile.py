@@ -13,9 +13,10 @@ from hrm.cli.report import console
 from hrm.contract.openmp import spin_briefly
 from hrm.errors import ProfileError
 from hrm.files import is_stream
+from hrm.formats import FORMATS
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
-from hrm.units import DTYPE_BYTES, counted, parse_bandwidth, parse_bytes
+from hrm.units import counted, parse_bandwidth, parse_bytes
 
 if TYPE_CHECKING:
     from hrm.profiling import ProfilingInterrupted
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     "dtypes",
-    type=click.Choice(list(DTYPE_BYTES)),
+    type=click.Choice(list(FORMATS)),
     multiple=True,
     help="Measure GEMMs in this dtype, and attention in the first [default: bfloat16, float16 and "
     "float32]; repeat it for more.",

@@ -92,7 +92,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
     """
     requests = plan.workload.num_requests or plan.policy.batch_size
     policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
-    costs = Costs(*plan.part, policy.dtype)
+    costs = Costs(*plan.part, policy.formats)
     if phase is Phase.PREFILL:
         tokens = policy.batch_size * plan.workload.prompt_len
         _check_length(ceil(tokens / policy.prefill_chunk_tokens), "chunk", costs.spec.num_layers)

@@ -68,7 +68,7 @@ def search(
 def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """`search`, with the space given."""
     started_s = time.perf_counter()
-    costs = Costs(space.spec, space.profile, space.dtype)
+    costs = Costs(space.spec, space.profile, space.formats)
     kinds = grids(space, costs)
     choice = choose(space, list(kinds), runner_ups=runner_ups)
     estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
@@ -88,7 +88,7 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
 
 def greatest(space: Space) -> float:
     """The greatest closed-form throughput of a space, as far as this search finds it."""
-    best, costs = 0.0, Costs(space.spec, space.profile, space.dtype)
+    best, costs = 0.0, Costs(space.spec, space.profile, space.formats)
     kinds = grids(space, costs)
     for kind in sorted(kinds, key=lambda kind: -kind.ceiling()):
         if kind.ceiling() > best:

@@ -48,7 +48,7 @@ def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     cache is on the GPU, and every residency.
     """
     started_s = time.perf_counter()
-    costs = Costs(space.spec, space.profile, space.dtype)
+    costs = Costs(space.spec, space.profile, space.formats)
     ranges = chunk_ranges(space)
     kinds = [ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in ranges]
     choice = choose(space, list(kinds), runner_ups=runner_ups)

@@ -42,6 +42,6 @@ def bound_of(space: Space, policy: Policy) -> float:
 
 
 def _seconds_of_batch(space: Space, policy: Policy, schedule: ScheduleName) -> float:
-    costs = Costs(space.spec, space.profile, space.dtype)
+    costs = Costs(space.spec, space.profile, space.formats)
     point = Point.of_policy(policy, space.spec)
     return sum(batch_seconds(costs, point, schedule, space.workload))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from hrm.errors import PolicyError
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
@@ -62,6 +63,11 @@ class Space:
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS
     slack: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def formats(self) -> Formats:
+        """Weights, KV cache and compute of all its policies: the dtype."""
+        return Formats.of(self.dtype)
 
     def devices(self) -> list[tuple[int, int]]:
         """(attention on GPU, FFN on GPU) pairs that the schedule and the machine allow."""

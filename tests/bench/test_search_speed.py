@@ -45,7 +45,7 @@ def test_policies_a_second(model, gpus):
     rates: list[float] = []
     for _ in range(RUNS):
         start_s = time.perf_counter()
-        kinds = grids(space, Costs(space.spec, space.profile, space.dtype))
+        kinds = grids(space, Costs(space.spec, space.profile, space.formats))
         for kind in kinds:
             kind.solve()
         rates.append(sum(kind.evaluations for kind in kinds) / (time.perf_counter() - start_s))

@@ -17,6 +17,7 @@ from hrm.cli.timelines import fitting_all, in_order, of_run, of_schedules
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work
+from hrm.formats import Formats
 from hrm.memory import plan_memory
 from hrm.plots import plot_timeline, style, window
 from hrm.plots.timeline import LOOKS, layer_ends, step_ends
@@ -53,12 +54,12 @@ def slow_machine():
 
 
 def decode(steps: int = 2, **changes) -> Trace:
-    costs = Costs(SPEC, slow_machine(), "bfloat16")
+    costs = Costs(SPEC, slow_machine(), Formats.of("bfloat16"))
     return simulate_work(decode_work(costs, policy(**changes), 36, num_steps=steps))
 
 
 def prefill() -> Trace:
-    return simulate_work(prefill_work(Costs(SPEC, slow_machine(), "bfloat16"), policy(), WORKLOAD))
+    return simulate_work(prefill_work(Costs(SPEC, slow_machine(), Formats.of("bfloat16")), policy(), WORKLOAD))
 
 
 def bars(axes) -> dict[str, list[tuple[float, float]]]:
@@ -298,7 +299,7 @@ def test_a_policy_of_a_pipeline_stage_gives_up_residents_of_its_own_layers():
 def run(tmp_path) -> Path:
     """A run directory whose measured trace is a simulation of twice the time, seconds later."""
     plain = plan()
-    costs = Costs(SPEC, plain.profile, "bfloat16")
+    costs = Costs(SPEC, plain.profile, Formats.of("bfloat16"))
     spans: list[Span] = []
     start_s = 3.0
     for work in (prefill_work(costs, plain.policy, WORKLOAD), decode_work(costs, plain.policy, 33, num_steps=4)):

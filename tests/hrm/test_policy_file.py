@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.errors import PolicyError, TraceError
 from hrm.estimate import estimate
+from hrm.formats import FORMATS
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import load_policy_file, policy_file_of, profile_hash, save_policy_file
 from hrm.tasks import Device, Lane, TaskId
@@ -38,7 +40,9 @@ def policies(draw: st.DrawFn) -> Policy:
         kv_tokens_per_micro_batch=16 * draw(st.integers(1, 1000)),
         prefill_chunk_tokens=draw(st.integers(1, 10**6)),
         staging=draw(st.booleans()),
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        dtype=draw(st.sampled_from(list(FORMATS))),
+        weight_format=draw(st.sampled_from(["", *FORMATS])),
+        kv_format=draw(st.sampled_from(["", *FORMATS])),
     )
 
 
@@ -66,6 +70,14 @@ def test_a_policy_file_reads_back_as_it_was_written(folder, policy):
     save_policy_file(folder / "policy.json", content)
     assert load_policy_file(folder / "policy.json") == content
     assert [path.name for path in folder.iterdir()] == ["policy.json"], "nothing partial is left"
+
+
+def test_a_policy_file_from_before_formats_were_told_apart_has_its_dtype_for_all(folder):
+    content = policy_file_of(replace(PREDICTED, policy=A_POLICY), SPEC, MACHINE, WORKLOAD)
+    plain = json.loads(msgspec.json.encode(content))
+    del plain["policy"]["weight_format"], plain["policy"]["kv_format"]
+    (folder / "old.json").write_text(json.dumps(plain))
+    assert load_policy_file(folder / "old.json") == content
 
 
 def test_a_policy_file_carries_budgets_machine_and_prediction():

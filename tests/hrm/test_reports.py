@@ -13,6 +13,7 @@ from hrm.causes import Cause
 from hrm.cli.texts import EXECUTED_FAMILIES
 from hrm.costs import Costs
 from hrm.estimate import estimate, prefill_work, simulate_work
+from hrm.formats import Formats
 from hrm.hardware import Figure, HardwareProfile, Rate, Source
 from hrm.latency import LatencyLimits
 from hrm.machines import compose, dump_profile, save_profile
@@ -176,7 +177,7 @@ def test_first_tokens_come_when_the_simulation_of_prefill_has_them():
         spec, profile = BUILT_IN_MODELS[name], compose("1xL4")
         asked = replace(WORKLOADS[workload], num_requests=60)
         best = search(spec, profile, asked).require()
-        costs = Costs(spec, profile, best.policy.dtype)
+        costs = Costs(spec, profile, best.policy.formats)
         spans = simulate_work(prefill_work(costs, best.policy, asked)).spans
         ends = [span.end_s for span in spans if span.id.act.ends_step]
         assert best.num_batches == 1
@@ -423,7 +424,7 @@ def test_of_plans_that_are_nearly_as_fast_the_smaller_is_chosen():
     best = result.require()
     space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=ScheduleName.CGOPIPE)
     fastest = max(
-        (c for kind in grids(space, Costs(spec, profile, "bfloat16")) for c in kind.solve()),
+        (c for kind in grids(space, Costs(spec, profile, Formats.of("bfloat16"))) for c in kind.solve()),
         key=lambda candidate: candidate.tokens_per_s,
     )
     assert best.policy.batch_size < 0.8 * fastest.policy.batch_size

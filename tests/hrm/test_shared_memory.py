@@ -9,6 +9,7 @@ from hrm.causes import Cause
 from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs
 from hrm.estimate import decode_work, estimate, prefill_work, simulate_work, step_seconds
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device, Phase
@@ -70,7 +71,7 @@ def test_bytes_on_the_hosts_memory_are_those_of_the_tasks(accelerator):
         rng = Random(seed)
         spec = random_varied_spec(rng)
         profile = replace(machine(shared=1e9), accelerator=accelerator)
-        policy, costs = a_policy(rng, spec), Costs(spec, profile, "bfloat16")
+        policy, costs = a_policy(rng, spec), Costs(spec, profile, Formats.of("bfloat16"))
         point = Point.of_policy(policy, spec)
         work = decode_work(costs, policy, 45.0, num_steps=1)
         seconds = DecodeStep.of_point(costs, point, policy.schedule).seconds(45.0).host_memory_s
@@ -89,7 +90,7 @@ def test_a_step_is_as_long_as_the_hosts_memory_needs_where_that_is_the_limit():
     plentiful, scarce = machine(shared=1e15), machine(shared=2e8)
     steps = {}
     for name, profile in (("plentiful", plentiful), ("scarce", scarce)):
-        costs = Costs(spec, profile, "bfloat16")
+        costs = Costs(spec, profile, Formats.of("bfloat16"))
         step = DecodeStep.of_point(costs, Point.of_policy(policy, spec), policy.schedule)
         steps[name] = step_seconds(costs, policy, 45.0), *step.seconds(45.0).of_lanes
     simulated_s, lanes, needed_s = steps["scarce"]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from hrm.contract.host_kernels import HostKernels
 from hrm.errors import ProfileError
+from hrm.formats import FORMATS
 from hrm.hardware import SCHEMA, HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.profile_diff import figures_of
@@ -28,7 +29,7 @@ from hrm.profiling.machine.journal import Journal, partial_path
 from hrm.profiling.machine.run import Run
 from hrm.profiling.machine.steps import ProfilingInterrupted, Progress, Steps
 from hrm.profiling.passes import flag_noisy
-from hrm.units import DTYPE_BYTES, counted
+from hrm.units import counted
 
 if TYPE_CHECKING:
     from hrm.profiling.gpu import AbstractGpu
@@ -171,8 +172,8 @@ def _check_options(
     kind: str, dtypes: Sequence[str], gpu_memory_bytes: int | None, link_bandwidth: float | None
 ) -> None:
     for dtype in dtypes:
-        if dtype not in DTYPE_BYTES:
-            raise ProfileError("--dtype", dtype, f"must be one of {', '.join(DTYPE_BYTES)}", "correct it")
+        if dtype not in FORMATS:
+            raise ProfileError("--dtype", dtype, f"must be one of {', '.join(FORMATS)}", "correct it")
     if link_bandwidth is not None and kind != "emulated":
         raise ProfileError(
             "--link-bandwidth",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from executor.handlers.memory import Exchange
+from hrm.formats import Formats
 from hrm.memory import exchange_bytes_per_request
 from tests.executor.tiny_models import tiny_arch
 
@@ -15,7 +16,7 @@ ALIGNED_BYTES = 16  # flash attention reads so many at a time
 @pytest.mark.parametrize("num_requests", [1, 3, 8, 17])
 def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dtype):
     spec = tiny_arch(hidden_size=24, experts_per_token=3).spec
-    planned = num_requests * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu)
+    planned = num_requests * exchange_bytes_per_request(spec, Formats.of(dtype), ffn_on_cpu=ffn_on_cpu)
     memory = torch.zeros(planned, dtype=torch.uint8)
     made = Exchange(spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
     for rows in (made.hidden_ND, made.qkv_NX, made.attention_NQ, made.routed_ND):

@@ -122,7 +122,7 @@ def other_end_of_text(folder, tmp_path, policy_path):
 def other_dtype(folder, tmp_path, policy_path):
     del folder, tmp_path
     content = load_policy_file(policy_path)
-    policy = replace(content.policy, dtype="bfloat16")
+    policy = replace(content.policy, dtype="bfloat16", weight_format="", kv_format="")
     save_policy_file(policy_path, replace(content, policy=policy))
     return []
 
