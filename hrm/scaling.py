@@ -113,7 +113,7 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given:
     """The machine with `factor` times as much of one resource, everything else as it was.
 
     Data sheet, ceiling and achieved figures, curves and spreads change alike; a memory's reserve
-    grows with it. Caches and shares kept under contention stay, and latencies unless they are asked
+    grows with it. Caches stay, and latencies unless they are asked
     for. With `given`, the user's words for it, only the planned figure of every rate is left, and
     it says that it was given.
     Raises ProfileError if the machine does not have the resource or the factor is impossible.

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hrm.contract.lane_threads import lane_threads
-from hrm.hardware import CPU, GPU, HardwareProfile, Rate
+from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Rate
 from hrm.profiling.machine.gpu_level import FACTS, MEMORY, GpuMemory, gpu_environment, gpu_level, memory_of
 from hrm.profiling.machine.gpu_links import add_links, links_of
 from hrm.profiling.machine.host import (
@@ -29,7 +29,6 @@ from hrm.tasks import Lane
 from hrm.units import GIB, MIB
 
 if TYPE_CHECKING:
-    from hrm.profiling.contention import SharedMemory
     from hrm.profiling.gpu import AbstractGpu
     from hrm.profiling.nvml import GpuFacts
     from hrm.profiling.settle import Settling
@@ -39,7 +38,7 @@ FULL_TRANSFER: Final = 512 * MIB
 CONTENTION_TRANSFER: Final = 32 * MIB
 SETTLING: Final = "gpu under load"
 EQUAL: Final = "gpus compared"
-CONTENTION: Final = "contention"
+ALL_AT_ONCE: Final = "host memory, all at once"
 UNEQUAL: Final = 0.90  # a GPU below this share of the first is named, and plans wait for it
 
 
@@ -49,7 +48,7 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
     Several GPUs are one level: the first is measured, the others are compared with it, and links
     are measured one by one and all at once. `gpu_memory_bytes` caps what they hold together.
     """
-    from hrm.profiling.contention import SharedMemory, shared_roof
+    from hrm.profiling.contention import shared_roof
 
     busy = [warning for gpu in gpus for warning in gpu.busy_before()]
     memory = memory_of(gpus, gpu_memory_bytes)
@@ -65,13 +64,12 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
     add_staging(run, _threads(run, Lane.STAGE), gpus[0].pinned)
-    run.steps.add(CONTENTION, 8, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory)
+    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, gpus, largest, seconds), Figure)
     add_disk(run)
     results = run.steps.run()
 
     facts: tuple[GpuFacts, ...] = results[FACTS]
     settling: Settling = results[SETTLING]
-    shared: SharedMemory = results[CONTENTION]
     slowest = min(results[EQUAL]) / results[EQUAL][0] if len(gpus) > 1 else 1.0
     links, warnings = links_of(results, planned, alone, facts, len(gpus))
     if slowest < UNEQUAL:
@@ -92,7 +90,7 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
         level,
         pinnable_bytes=pinnable_of(run.host),
         caches=results[CACHES],
-        shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, level.read_bytes_per_s),
+        shared_bytes_per_s=shared_roof(results[ALL_AT_ONCE], level.read_bytes_per_s),
     )
     factor = len(gpus) * (slowest if slowest < UNEQUAL else 1.0)
     capped = gpu_memory_bytes is not None
@@ -104,7 +102,6 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
         levels=(gpu_level(results, run, gpus, memory, factor, capped=capped), host),
         links=(*links, results[STAGING]),
         disk=disk,
-        contention=shared.kept,
         environment={**gpu_environment(gpus, facts, settling), **host_lines, "warnings": "; ".join([*busy, *warnings])},
     )
 
@@ -202,34 +199,27 @@ def _threads(run: Run, lane: Lane) -> int:
     return lane_threads("cuda", lane, run.threads)
 
 
-def _contention(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float) -> "SharedMemory":
-    """What CPU attention, staging and both directions of the links take from one another."""
+def _all_at_once(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float) -> Figure:
+    """CPU attention, staging and the links to the GPUs at once."""
     import torch
 
-    from hrm.profiling.contention import Worker, every_pair_and_all, measure_contention
+    from hrm.profiling.contention import Worker, bytes_together
     from hrm.profiling.gpu_link import gpu_transfer
 
     size = min(CONTENTION_TRANSFER, largest)
 
-    def link(*, to_device: bool) -> Worker:
-        queued = [
-            gpu.queued(gpu_transfer([gpu], to_device=to_device, pinned=True, largest_bytes=size)(size)) for gpu in gpus
-        ]
+    queued = [gpu.queued(gpu_transfer([gpu], to_device=True, pinned=True, largest_bytes=size)(size)) for gpu in gpus]
 
-        def call() -> None:
-            for one in queued:
-                one.run()
-            for one in queued:
-                one.wait()
-
-        return Worker(call, lambda: torch.set_num_threads(1), float(size * len(gpus)))
+    def transfers() -> None:
+        for one in queued:
+            one.run()
+        for one in queued:
+            one.wait()
 
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, size, _threads(run, Lane.STAGE), gpus[0].pinned),
-        "h2d": link(to_device=True),
-        "d2h": link(to_device=False),
+        "h2d": Worker(transfers, lambda: torch.set_num_threads(1), float(size * len(gpus))),
     }
-    groups = [*every_pair_and_all(("attention", "staging", "h2d")), ("h2d", "d2h")]
     with torch.inference_mode():
-        return measure_contention(workers, groups, budget_s=seconds)
+        return bytes_together(workers, budget_s=seconds)

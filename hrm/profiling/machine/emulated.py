@@ -23,7 +23,6 @@ from hrm.tasks import Lane
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
 
 if TYPE_CHECKING:
-    from hrm.profiling.contention import SharedMemory
     from hrm.profiling.timing import Timing
 
 EMULATED_LINK_BYTES_PER_S: Final = 2.0 * GB
@@ -34,12 +33,12 @@ LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
 STAGED_BYTES: Final = MIB
 CONTENTION_TRANSFER_S: Final = 0.005
 BOTH_BUSY: Final = "launch latency with both lanes busy"
-CONTENTION: Final = "contention"
+ALL_AT_ONCE: Final = "host memory, all at once"
 
 
 def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProfile:
     """Half of the cores as the GPU, the rest as the CPU, and links paced to `bandwidth`."""
-    from hrm.profiling.contention import SharedMemory, shared_roof
+    from hrm.profiling.contention import shared_roof
     from hrm.profiling.launch import launch_latency_beside_another
     from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
     from hrm.profiling.timing import Timing
@@ -81,7 +80,7 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
         lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
         Timing,
     )
-    run.steps.add(CONTENTION, 16, lambda seconds: _contention(run, seconds, arena, bandwidth), SharedMemory)
+    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth), Figure)
     add_disk(run)
     results = run.steps.run()
     if cpu_threads == gpu_threads:  # the same cores by another name
@@ -92,7 +91,6 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
     gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none)
     cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve)
-    shared: SharedMemory = results[CONTENTION]
     disk, facts = host_facts_of(results)
     return HardwareProfile(
         name=f"emulated accelerator on {run.host.cpu_name}, {cores} cores",
@@ -102,12 +100,11 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
             replace(
                 _with_launch_latency(cpu, results[BOTH_BUSY]),
                 caches=results[CACHES],
-                shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, cpu.read_bytes_per_s),
+                shared_bytes_per_s=shared_roof(results[ALL_AT_ONCE], cpu.read_bytes_per_s),
             ),
         ),
         links=(results[f"link {CPU} to {GPU}"], results[f"link {GPU} to {CPU}"], results[STAGING]),
         disk=disk,
-        contention=shared.kept,
         environment={
             "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, cpu {counted(cpu_threads, 'thread')}",
             **facts,
@@ -144,15 +141,15 @@ def _threads(run: Run, lane: Lane) -> int:
     return lane_threads("emulated", lane, run.threads)
 
 
-def _contention(run: Run, seconds: float, arena: int, bandwidth: float) -> "SharedMemory":
-    """What the lanes take from one another; both directions of the link are a pair too.
+def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float) -> Figure:
+    """Attention, staging, the link and GEMMs at once.
 
     A paced transfer reads and writes the host's memory, as the GPU's arena lies there too; GEMMs
     stay in the caches.
     """
     import torch
 
-    from hrm.profiling.contention import Worker, every_pair_and_all, measure_contention
+    from hrm.profiling.contention import Worker, bytes_together
     from hrm.profiling.link import paced_transfer
 
     dtype: torch.dtype = getattr(torch, run.dtypes[0])
@@ -160,21 +157,14 @@ def _contention(run: Run, seconds: float, arena: int, bandwidth: float) -> "Shar
     out = torch.empty(64, 1024, dtype=dtype)
     size = max(SMALLEST_ARENA, min(arena, MIB, int(bandwidth * CONTENTION_TRANSFER_S)))
 
-    def link() -> Worker:
-        copies = paced_transfer(_pace(bandwidth), size)(size)
-        return Worker(copies, lambda: torch.set_num_threads(1), 2.0 * size)
-
     def gemm() -> object:
         return torch.mm(x, weight, out=out)
 
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, STAGED_BYTES, _threads(run, Lane.STAGE)),
-        "h2d": link(),
+        "h2d": Worker(paced_transfer(_pace(bandwidth), size)(size), lambda: torch.set_num_threads(1), 2.0 * size),
         "gemm": Worker(gemm, lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
-        "d2h": link(),
     }
-    lanes = ("attention", "staging", "h2d", "gemm")
-    groups = [*every_pair_and_all(lanes), ("h2d", "d2h")]
     with torch.inference_mode():
-        return measure_contention(workers, groups, budget_s=seconds)
+        return bytes_together(workers, budget_s=seconds)

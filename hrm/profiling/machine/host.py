@@ -200,7 +200,7 @@ def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]
 
 
 def attention_worker(run: Run, threads: int) -> "Worker":
-    """Decode attention as a lane does it, for contention; its bytes are the KV cache's."""
+    """Decode attention as a lane does it; its bytes are the KV cache's."""
     import torch
 
     from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call, kernels_call
