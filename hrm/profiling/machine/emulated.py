@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hrm.contract.lane_threads import lane_threads
-from hrm.contract.pacing import PacedCopy
+from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Source
 from hrm.profiling.machine.host import (
     CACHES,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from hrm.profiling.timing import Timing
 
 EMULATED_LINK_BYTES_PER_S: Final = 2.0 * GB
-EMULATED_LATENCY_S: Final = 20e-6
 EMULATED_GPU_BYTES: Final = GIB
 SMALLEST_ARENA: Final = 4 * KIB
 LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers

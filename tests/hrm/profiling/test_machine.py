@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hrm.contract.host_kernels import HostKernels
+from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
@@ -19,7 +20,6 @@ from hrm.profiling import ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
 from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
-from hrm.profiling.machine.emulated import EMULATED_LATENCY_S
 from hrm.profiling.machine.host import attention_worker, staging_worker
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
