@@ -14,7 +14,7 @@ from tests.hrm.profiling.fakes import small_sizes
 @pytest.fixture(autouse=True)
 def small():
     with small_sizes() as patch:
-        patch.setattr("hrm.profiling.machine.MOST_QUICK_S", 0.3)
+        patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.3)
         yield patch
 
 

@@ -42,16 +42,16 @@ ALL_AT_ONCE: Final = "host memory, all at once"
 UNEQUAL: Final = 0.90  # a GPU below this share of the first is named, and plans wait for it
 
 
-def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int | None) -> HardwareProfile:
+def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"]) -> HardwareProfile:
     """The GPUs, the host and the links between them.
 
     Several GPUs are one level: the first is measured, the others are compared with it, and links
-    are measured one by one and all at once. `gpu_memory_bytes` caps what they hold together.
+    are measured one by one and all at once. What they hold together may be capped by an option.
     """
     from hrm.profiling.contention import shared_roof
 
     busy = [warning for gpu in gpus for warning in gpu.busy_before()]
-    memory = memory_of(gpus, gpu_memory_bytes)
+    memory = memory_of(gpus, run.options.gpu_memory_bytes)
     _add_gpu(run, gpus[0], memory)
     if len(gpus) > 1:
         _add_comparison(run, gpus)
@@ -59,7 +59,7 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
     add_processor(run, CPU, cpu_threads)
     add_host_memory(run, [cpu_threads])
     of_host = run.host.usable_ram_bytes // MOST_SHARE // len(gpus)
-    most = QUICK_TRANSFER if run.quick else FULL_TRANSFER
+    most = QUICK_TRANSFER if run.options.quick else FULL_TRANSFER
     largest = min(most, memory.free_bytes // 4, of_host)
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
@@ -93,7 +93,7 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
         shared_bytes_per_s=shared_roof(results[ALL_AT_ONCE], level.read_bytes_per_s),
     )
     factor = len(gpus) * (slowest if slowest < UNEQUAL else 1.0)
-    capped = gpu_memory_bytes is not None
+    capped = run.options.gpu_memory_bytes is not None
     count = f"{len(gpus)}x " if len(gpus) > 1 else ""
     return HardwareProfile(
         name=f"{count}{gpus[0].name} in {run.host.cpu_name}, {run.threads} cores",
@@ -121,7 +121,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     run.steps.add(
         launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing
     )
-    shapes, note = model_shapes(run.model, quick=run.quick, scale_down=memory.free_bytes < 16 * GIB)
+    shapes, note = model_shapes(run.options.model, quick=run.options.quick, scale_down=memory.free_bytes < 16 * GIB)
     for dtype in run.dtypes:
 
         def gemm(seconds: float, dtype: str = dtype) -> Rate | None:
@@ -131,7 +131,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
                     dtype,
                     shapes=shapes,
                     shapes_note=note,
-                    quick=run.quick,
+                    quick=run.options.quick,
                     budget_s=seconds,
                     launch_s=0.0,
                     device=device,
@@ -149,8 +149,8 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
         2,
         lambda seconds: attention_rate(
             run.dtypes[0],
-            heads=Heads.of(run.model),
-            quick=run.quick,
+            heads=Heads.of(run.options.model),
+            quick=run.options.quick,
             budget_s=seconds,
             most_bytes=memory.free_bytes // MOST_SHARE,
             device=device,

@@ -1,7 +1,7 @@
 """A machine whose accelerator is emulated on its CPU."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
 from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy
@@ -35,64 +35,21 @@ BOTH_BUSY: Final = "launch latency with both lanes busy"
 ALL_AT_ONCE: Final = "host memory, all at once"
 
 
-def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProfile:
-    """Half of the cores as the GPU, the rest as the CPU, and links paced to `bandwidth`."""
+def profile_emulated(run: Run) -> HardwareProfile:
+    """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth."""
     from hrm.profiling.contention import shared_roof
-    from hrm.profiling.launch import launch_latency_beside_another
-    from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
-    from hrm.profiling.timing import Timing
 
-    cores = run.threads
+    gpu_bytes = run.options.gpu_memory_bytes or min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = ram_of(run.host, gpu_bytes)
-    add_processor(run, GPU, gpu_threads)
-    if cpu_threads != gpu_threads:
-        add_processor(run, CPU, cpu_threads)
-    add_host_memory(run, [gpu_threads, cpu_threads])
-    most = (16 if run.quick else 256) * MIB
-    arena = max(SMALLEST_ARENA, min(gpu_bytes, most, int(bandwidth * LONGEST_TRANSFER_S)))
-    stated = Figure(
-        value=bandwidth,
-        source=Source.ASSUMED,
-        note=f"stated: the emulated link is paced to {format_bandwidth(bandwidth)}",
-    )
-    for source, target in ((CPU, GPU), (GPU, CPU)):
-
-        def transfers(seconds: float, source: str = source, target: str = target) -> Link:
-            with torch_threads(1):
-                link = measure_link(
-                    source,
-                    target,
-                    paced_transfer(_pace(bandwidth), arena),
-                    sizes=transfer_sizes(arena, quick=run.quick),
-                    budget_s=seconds,
-                    note="emulated",
-                    datasheet=stated,
-                )
-            return _at_most(link, bandwidth)
-
-        run.steps.add(f"link {source} to {target}", 2, transfers, Link)
-    add_staging(run, _threads(run, Lane.STAGE))
-    run.steps.add(
-        BOTH_BUSY,
-        4,
-        lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
-        Timing,
-    )
-    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth), Figure)
-    add_disk(run)
-    results = run.steps.run()
-    if cpu_threads == gpu_threads:  # the same cores by another name
-        results |= {
-            f"{CPU}{name.removeprefix(GPU)}": found for name, found in results.items() if name.startswith(f"{GPU} ")
-        }
+    results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
     gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none)
     cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve)
     disk, facts = host_facts_of(results)
     return HardwareProfile(
-        name=f"emulated accelerator on {run.host.cpu_name}, {cores} cores",
+        name=f"emulated accelerator on {run.host.cpu_name}, {run.threads} cores",
         accelerator="emulated",
         levels=(
             _with_launch_latency(gpu, results[BOTH_BUSY]),
@@ -109,6 +66,61 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
             **facts,
         },
     )
+
+
+def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> dict[str, Any]:
+    """What all steps found; levels of equally many threads are the same cores and measured once."""
+    from hrm.profiling.launch import launch_latency_beside_another
+    from hrm.profiling.timing import Timing
+
+    add_processor(run, GPU, gpu_threads)
+    if cpu_threads != gpu_threads:
+        add_processor(run, CPU, cpu_threads)
+    add_host_memory(run, [gpu_threads, cpu_threads])
+    bandwidth = run.options.link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S
+    most = (16 if run.options.quick else 256) * MIB
+    arena = max(SMALLEST_ARENA, min(gpu_bytes, most, int(bandwidth * LONGEST_TRANSFER_S)))
+    for source, target in ((CPU, GPU), (GPU, CPU)):
+        _add_link(run, source, target, arena, bandwidth)
+    add_staging(run, _threads(run, Lane.STAGE))
+    run.steps.add(
+        BOTH_BUSY,
+        4,
+        lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
+        Timing,
+    )
+    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth), Figure)
+    add_disk(run)
+    results = run.steps.run()
+    if cpu_threads != gpu_threads:
+        return results
+    of_gpu = {name.removeprefix(GPU): found for name, found in results.items() if name.startswith(f"{GPU} ")}
+    return results | {f"{CPU}{name}": found for name, found in of_gpu.items()}
+
+
+def _add_link(run: Run, source: str, target: str, arena: int, bandwidth: float) -> None:
+    from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
+
+    stated = Figure(
+        value=bandwidth,
+        source=Source.ASSUMED,
+        note=f"stated: the emulated link is paced to {format_bandwidth(bandwidth)}",
+    )
+
+    def transfers(seconds: float) -> Link:
+        with torch_threads(1):
+            link = measure_link(
+                source,
+                target,
+                paced_transfer(_pace(bandwidth), arena),
+                sizes=transfer_sizes(arena, quick=run.options.quick),
+                budget_s=seconds,
+                note="emulated",
+                datasheet=stated,
+            )
+        return _at_most(link, bandwidth)
+
+    run.steps.add(f"link {source} to {target}", 2, transfers, Link)
 
 
 def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:

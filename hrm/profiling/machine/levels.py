@@ -29,8 +29,8 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
             dtype: rate for dtype in run.dtypes if (rate := results[gemm_step(level, dtype)]) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
-        attention_request_s=None if run.kernels else request_latency(launch),
-        fuses_operators=run.kernels is not None and run.kernels.fuses_operators,
+        attention_request_s=None if run.options.kernels else request_latency(launch),
+        fuses_operators=run.options.kernels is not None and run.options.kernels.fuses_operators,
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
 

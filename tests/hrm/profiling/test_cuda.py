@@ -16,7 +16,7 @@ from hrm.contract.cublas import WORKSPACES, cap_workspaces
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
-from hrm.profiling import profile_machine
+from hrm.profiling import ProfileOptions, profile_machine
 from hrm.profiling.gemm import gemm_rate
 from hrm.profiling.gpu import CudaGpu, together
 from hrm.profiling.gpu_link import gpu_transfer, peer_transfer
@@ -29,14 +29,14 @@ from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevic
 from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes
 
 
-def measure(gpus, *, patch, dtypes=("float32",), **changes) -> HardwareProfile:
+def measure(gpus, *, patch, dtypes=("float32",), progress=None, **changes) -> HardwareProfile:
     """A profile with these GPUs in the place of CUDA's."""
     machine = "hrm.profiling.machine"
     indices = tuple(range(len(gpus)))
     patch.setattr(f"{machine}._resolve", lambda _: ("cuda", indices))
     patch.setattr(f"{machine}._gpus", lambda _: list(gpus))
     options = {"quick": True, "model": TINY, "dtypes": dtypes, "budget_s": 0.5}
-    return profile_machine("cuda:all", **(options | changes))
+    return profile_machine(ProfileOptions("cuda:all", **(options | changes)), progress=progress)
 
 
 @pytest.fixture(scope="module")
