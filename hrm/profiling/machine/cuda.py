@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Rate
@@ -71,19 +71,8 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"]) -> HardwareProfile:
     facts: tuple[GpuFacts, ...] = results[FACTS]
     settling: Settling = results[SETTLING]
     slowest = min(results[EQUAL]) / results[EQUAL][0] if len(gpus) > 1 else 1.0
-    links, warnings = links_of(results, planned, alone, facts, len(gpus))
-    if slowest < UNEQUAL:
-        index = results[EQUAL].index(min(results[EQUAL]))
-        warnings.append(f"gpu{index} reaches {slowest:.0%} of gpu0; plans wait for the slowest")
-    if len({gpu.name for gpu in gpus}) > 1:
-        warnings.append(f"the GPUs differ: {', '.join(gpu.name for gpu in gpus)}")
-    if any(gpu.shares_memory for gpu in gpus):
-        warnings.append(
-            "GPU and CPU share one memory, which these levels count twice: plan with --gpu-memory"
-            " and --cpu-memory that add up to it, or with unified memory of the catalog"
-        )
-    warnings += settling.warnings("gpu0")
-    warnings += [f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings]
+    links, of_links = links_of(results, planned, alone, facts, len(gpus))
+    warnings = [*busy, *of_links, *_warnings(results, gpus, slowest)]
     disk, host_lines = host_facts_of(results)
     level = host_level(results, run, CPU, cpu_threads, *ram_of(run.host))
     host = replace(
@@ -102,8 +91,27 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"]) -> HardwareProfile:
         levels=(gpu_level(results, run, gpus, memory, factor, capped=capped), host),
         links=(*links, results[STAGING]),
         disk=disk,
-        environment={**gpu_environment(gpus, facts, settling), **host_lines, "warnings": "; ".join([*busy, *warnings])},
+        environment={**gpu_environment(gpus, facts, settling), **host_lines, "warnings": "; ".join(warnings)},
     )
+
+
+def _warnings(results: dict[str, Any], gpus: Sequence["AbstractGpu"], slowest: float) -> list[str]:
+    """What a reader must know of GPUs, the slowest of which reaches such a share of the first."""
+    found: list[str] = []
+    if slowest < UNEQUAL:
+        index = results[EQUAL].index(min(results[EQUAL]))
+        found.append(f"gpu{index} reaches {slowest:.0%} of gpu0; plans wait for the slowest")
+    if len({gpu.name for gpu in gpus}) > 1:
+        found.append(f"the GPUs differ: {', '.join(gpu.name for gpu in gpus)}")
+    if any(gpu.shares_memory for gpu in gpus):
+        found.append(
+            "GPU and CPU share one memory, which these levels count twice: plan with --gpu-memory"
+            " and --cpu-memory that add up to it, or with unified memory of the catalog"
+        )
+    settling: Settling = results[SETTLING]
+    facts: tuple[GpuFacts, ...] = results[FACTS]
+    of_gpus = [f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings]
+    return [*found, *settling.warnings("gpu0"), *of_gpus]
 
 
 def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
