@@ -8,6 +8,7 @@ from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, m
 from executor.batching import Batch
 from executor.errors import RunError
 from executor.generate import Planned
+from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
@@ -241,5 +242,5 @@ def _rate(value: float) -> Rate:
 
 
 def _link(source: str, target: str, bandwidth: float) -> Link:
-    latency = Figure(value=10e-6, source=Source.ASSUMED, note="emulated link")
+    latency = Figure(value=EMULATED_LATENCY_S, source=Source.ASSUMED, note="emulated link")
     return Link(source=source, target=target, latency_s=latency, bandwidth_bytes_per_s=_rate(bandwidth))

@@ -81,7 +81,7 @@ def profile(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hrm.contract.host_kernels import installed_kernels
-    from hrm.profiling import ProfilingInterrupted, partial_path, profile_machine
+    from hrm.profiling import ProfileOptions, ProfilingInterrupted, partial_path, profile_machine
     from hrm.profiling.machine import DTYPES
 
     spin_briefly()
@@ -115,21 +115,23 @@ def profile(
 
     try:
         measured = profile_machine(
-            accelerator,
-            gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-            link_bandwidth_bytes_per_s=(
-                parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
+            ProfileOptions(
+                accelerator,
+                gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
+                link_bandwidth_bytes_per_s=(
+                    parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
+                ),
+                quick=quick,
+                dtypes=dtypes or DTYPES,
+                model=load_model(model) if model else None,
+                disk=disk or _folder_of_interest(model, out),
+                kernels=installed_kernels(),
+                partial=partial,
+                resume=resume,
+                command=shlex.join(["hrm", *sys.argv[1:]]),
             ),
-            quick=quick,
-            dtypes=dtypes or DTYPES,
-            model=load_model(model) if model else None,
-            disk=disk or _folder_of_interest(model, out),
-            partial=partial,
-            resume=resume,
             save=lambda whole: save_profile(out, whole),
             progress=progress,
-            command=shlex.join(["hrm", *sys.argv[1:]]),
-            kernels=installed_kernels(),
         )
     except ProfilingInterrupted as interrupted:
         if bar.live.is_started:

@@ -7,7 +7,8 @@ from hrm.formats import Format
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum
 
-WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
+ALIGNMENT_BYTES: Final = 64  # temporaries start at multiples of this
+WORKSPACE_ROUNDING_BYTES: Final = 16 * ALIGNMENT_BYTES  # as so many at most are there at once
 # Tokens of a later part of a prompt that a CPU attends with at once: more would compute much of the
 # future, fewer are slow.
 MASK_BLOCK_TOKENS: Final = 128

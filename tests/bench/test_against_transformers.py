@@ -23,7 +23,7 @@ from executor.job.machine import AcceleratorOptions
 from executor.model.host_kernels import host_kernels
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
-from hrm.profiling.machine import profile_machine
+from hrm.profiling.machine import ProfileOptions, profile_machine
 from hrm.tasks import Lane, Phase
 from hrm.units import format_bytes, format_seconds
 from tests.bench.machine import circumstances
@@ -112,9 +112,8 @@ def theirs(folder) -> Theirs:
 def profile(folder, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("profile") / "machine.yaml"
     spec = load_model(str(folder))
-    measured = in_thread_of_its_own(
-        lambda: profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels())
-    )
+    options = ProfileOptions("cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels())
+    measured = in_thread_of_its_own(lambda: profile_machine(options))
     save_profile(path, measured)
     return str(path)
 

@@ -62,9 +62,7 @@ def test_prefill_loads_its_weights_over_the_same_link():
     point = Point.of_policy(policy(Device.GPU), SPEC)
     formats = Formats.of("bfloat16")
     pinned, pageable = (
-        whole_prefill(Costs(SPEC, with_pageable_link(), Formats.of("bfloat16"), runtime), point, WORKLOAD).lanes[
-            Lane.H2D
-        ]
+        whole_prefill(Costs(SPEC, with_pageable_link(), formats, runtime), point, WORKLOAD).lanes[Lane.H2D]
         for runtime in (Runtime(), Runtime(weights_link="pageable"))
     )
     weights = SPEC.total_layer_bytes(FORMATS["bfloat16"])
