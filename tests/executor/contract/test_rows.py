@@ -41,7 +41,7 @@ def test_chunks_fill_what_is_planned(dtype):
     spec, tokens = tiny_arch(hidden_size=24).spec, 6
     sizes = gpu_purposes(
         spec,
-        dtype,
+        Formats.of(dtype),
         batch_size=4,
         micro_batch_size=2,
         kv_tokens=32,
