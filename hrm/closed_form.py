@@ -140,13 +140,16 @@ class _Work:
             if is_zero(count):
                 continue
             loads = _loads(load, act)
-            moved = [(share, act.moves(each)) for share, each in loads]
-            seconds[act] = count * sum(
-                share * act.seconds(each, num_bytes) for (share, each), (_, num_bytes) in zip(loads, moved, strict=True)
-            )
+            if len(loads) == 1:
+                of_all, num_bytes, on_host = _task(act, loads[0][1])
+            else:
+                tasks = [(share, _task(act, each)) for share, each in loads]
+                of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
+            seconds[act] = count * of_all
             if act.lane in _LINKS:
-                moved_bytes = moved_bytes + count * sum(share * num_bytes for share, num_bytes in moved)
-            host_bytes = host_bytes + count * sum(share * act.host_bytes(each) for share, each in loads)
+                moved_bytes = moved_bytes + count * num_bytes
+            if act.lane is not Lane.GPU:
+                host_bytes = host_bytes + count * on_host
         return _Work(seconds, moved_bytes, host_bytes)
 
     def __add__(self, other: "_Work") -> "_Work":
@@ -160,6 +163,12 @@ class _Work:
         host_memory_s = costs.host_memory(moved_bytes=self.moved_bytes, read_bytes=self.host_bytes)
         chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
         return PhaseSeconds(self.seconds, host_memory_s, chain_s)
+
+
+def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:
+    """Seconds of one task, bytes that it moves, and the CPU's accesses to the host's memory."""
+    num_bytes = act.moves(load)
+    return act.seconds(load, num_bytes), num_bytes, act.host_bytes(load)
 
 
 def _loads(load: Load, act: Act) -> list[tuple[float, Load]]:

@@ -6,8 +6,6 @@ one after the other, or as a single number of elements.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import mul
 from typing import Final
 
 from hrm.numeric import Number
@@ -22,7 +20,10 @@ class Format:
 
     def bytes_of(self, *sizes: Number) -> Number:
         """Bytes of a tensor of these sizes; a single one is a number of elements."""
-        return reduce(mul, sizes) * self.element_bytes
+        num_bytes: Number = self.element_bytes
+        for size in sizes:
+            num_bytes = num_bytes * size
+        return num_bytes
 
     def elements_in(self, num_bytes: int) -> int:
         """How many whole elements so many bytes hold."""

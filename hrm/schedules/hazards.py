@@ -6,13 +6,15 @@ are transitively reduced.
 """
 
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
+from typing import Any
 
 from hrm.schedules.pipeline import Pipeline
 from hrm.tasks import Lane, Task, TaskId
 
 _NUMBER_OF = {lane: number for number, lane in enumerate(Lane)}
-# A task as later ones see it: its position, lane, name, and of every lane the last position that has ended when it has.
-_Issued = tuple[int, int, TaskId, tuple[int, ...]]
+# A task as later ones see it: its position, lane and name, and the last position of each lane that ends before it does.
+_Issued = list[Any]
 
 
 class _Slot:
@@ -36,50 +38,39 @@ class _Slot:
 def with_waits(pipeline: Pipeline, order: Iterable[TaskId]) -> Iterator[Task]:
     """The tasks of an order with what each waits for, one by one: a long job never holds them all."""
     slots: dict[object, _Slot] = {}
-    ended_in = [(-1,) * len(Lane) for _ in Lane]  # of each lane after its last task
+    ended_in = [[-1] * len(Lane) for _ in Lane]  # of each lane after its last task
     for position, task_id in enumerate(order):
         act = task_id.act
         lane = _NUMBER_OF[act.lane]
+        issued: _Issued = [position, lane, task_id, ended_in[lane]]
         touch = act.touches(pipeline, task_id)
         before: list[_Issued] = []
-        used: list[_Slot] = []
         for buffer, at, version, piece in touch[0]:
             slot = slots.get((buffer, at))
             if slot is None:
                 slot = slots[buffer, at] = _Slot(version)
             elif slot.version != version:
                 slot.turn_to(version)
-            writer = slot.writers.get(piece)
-            if writer is not None and writer[1] != lane:
-                before.append(writer)
-            used.append(slot)
-        written: list[tuple[_Slot, int]] = []
+            elif piece in slot.writers and slot.writers[piece][1] != lane:
+                before.append(slot.writers[piece])
+            slot.users[lane] = issued
         for buffer, at, version, piece in touch[1]:
             slot = slots.get((buffer, at))
             if slot is None:
                 slot = slots[buffer, at] = _Slot(version)
             elif slot.version != version:
                 slot.turn_to(version)
-            if not buffer.grows:
+            if slot.users_before and not buffer.grows:
                 before += slot.users_before.values()
-            written.append((slot, piece))
-        after, ended = _least(before, ended_in[lane], lane) if before else ((), ended_in[lane])
-        ended_in[lane] = ended = (*ended[:lane], position, *ended[lane + 1 :])
-        issued = (position, lane, task_id, ended)
-        for slot in used:
-            slot.users[lane] = issued
-        for slot, piece in written:
             slot.writers[piece] = slot.users[lane] = issued
-        yield Task(task_id, after, touch)
-
-
-def _least(before: list[_Issued], ended: tuple[int, ...], lane: int) -> tuple[tuple[TaskId, ...], tuple[int, ...]]:
-    """Which of the tasks before have to be waited for, the others follow from that; and what has ended then."""
-    after: list[TaskId] = []
-    if len(before) > 1:
-        before.sort(reverse=True)  # the last one first: it may have waited for the others
-    for position, other_lane, task_id, ended_there in before:
-        if other_lane != lane and ended[other_lane] < position:
-            after.append(task_id)
-            ended = tuple(map(max, ended, ended_there))
-    return tuple(after), ended
+        ended = ended_in[lane]
+        after: list[TaskId] = []
+        if len(before) > 1:
+            before.sort(key=itemgetter(0), reverse=True)  # the last one first: it may have waited for the others
+        for other_position, other_lane, other_id, ended_there in before:
+            if other_lane != lane and ended[other_lane] < other_position:
+                after.append(other_id)
+                ended = list(map(max, ended, ended_there))
+        ended_in[lane] = issued[3] = ended = ended.copy()
+        ended[lane] = position
+        yield Task(task_id, tuple(after), touch)
