@@ -8,6 +8,7 @@ executed as they stand; the paper's six-tuple (N, μ, A_g, F_g, r_w, r_c) is der
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
+from typing import Final, cast
 
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
@@ -19,14 +20,34 @@ from hrm.tasks import Device
 PaperTuple = tuple[int, int, int, int, float, float]
 
 
+_ADDED: Final[set[str]] = set()
+
+
 class ScheduleName(StrEnum):
-    """The schedules; MoE-Lightning's Fig. 6 calls the first three baselines S2, S3 and S4."""
+    """The schedules; MoE-Lightning's Fig. 6 calls the first three baselines S2, S3 and S4.
+
+    Names that were added to these are found too, but are not among those that are listed.
+    """
 
     CGOPIPE = "cgopipe"
     FLEXGEN = "flexgen"
     FLEXGEN_C = "flexgen-c"
     FASTDECODE = "fastdecode"
     DEEPSPEED = "deepspeed"
+
+    @classmethod
+    def add(cls, name: str) -> "ScheduleName":
+        """A name beside these, for a schedule of one's own; the same one if it was added before."""
+        _ADDED.add(name)
+        return cls(name)
+
+    @classmethod
+    def _missing_(cls, value: object) -> "ScheduleName | None":
+        if not isinstance(value, str) or value not in _ADDED:
+            return None
+        made = str.__new__(cls, value)
+        made._name_ = made._value_ = value
+        return cast("ScheduleName", cls._value2member_map_.setdefault(value, made))
 
 
 class Parallelism(StrEnum):

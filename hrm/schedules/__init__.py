@@ -17,6 +17,7 @@ __all__ = [
     "Pipeline",
     "Schedule",
     "StepWork",
+    "add_schedule",
     "decode_pipeline",
     "graph",
     "iter_tasks",
@@ -56,6 +57,13 @@ SCHEDULES: Final = {
         kv_on_gpu=True,
     ),
 }
+
+
+def add_schedule(name: str, schedule: Schedule) -> ScheduleName:
+    """Make a schedule of one's own known, which is then searched for, simulated, run and drawn under its name."""
+    added = ScheduleName.add(name)
+    SCHEDULES[added] = schedule
+    return added
 
 
 def pages_of(policy: Policy) -> int:
