@@ -452,7 +452,8 @@ def test_weights_of_a_pool_are_taken_in_turn():
     assert seen[:16] == seen[16:]
 
 
-def test_shapes_of_large_models_are_scaled_down():
+def test_shapes_of_large_models_are_scaled_down(monkeypatch):
+    monkeypatch.setattr("hrm.profiling.gemm.QUICK_WEIGHTS", 2**23)
     (w13, w2), note = model_shapes(TINY, quick=True)
     assert (w13.inputs, w13.outputs, w2.inputs, w2.outputs) == (64, 192, 96, 64)
     assert note == "shapes of tiny"
