@@ -34,11 +34,12 @@ CACHES = (
 
 
 @contextmanager
-def small_sizes() -> Iterator[pytest.MonkeyPatch]:
-    """Arrays that take no time; what is measured with them is never looked at."""
+def small_sizes(most_s: float = 0.3) -> Iterator[pytest.MonkeyPatch]:
+    """Arrays that take no time, for about `most_s`; what is measured with them is never looked at."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "machine.PASSES": 3,
+            "machine.options.MOST_QUICK_S": most_s,
             "memory.QUICK_BYTES": 8 * MIB,
             "machine.host.QUICK_SOURCE_BYTES": 2 * MIB,
             "gemm.POOL_BYTES": MIB,
