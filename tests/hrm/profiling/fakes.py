@@ -7,26 +7,14 @@ import pytest
 import torch
 
 from hrm.hardware import Figure
-from hrm.model_spec import ModelSpec
 from hrm.profiling.gpu import AbstractGpu, Queued
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.timing import clock_sampler
 from hrm.profiling.topology import CacheFacts
 from hrm.units import KIB, MIB
+from tests.hrm.support import tiny_spec
 
-TINY = ModelSpec(
-    name="tiny",
-    family="mixtral",
-    num_layers=2,
-    hidden_size=64,
-    intermediate_size=96,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    num_experts=4,
-    experts_per_token=2,
-    vocab_size=100,
-)
+TINY = tiny_spec(num_layers=2, vocab_size=100)
 CACHES = (
     CacheFacts(level=1, each_bytes=32 * KIB, instances=2, cpus_each=1),
     CacheFacts(level=2, each_bytes=256 * KIB, instances=2, cpus_each=1),
@@ -34,12 +22,12 @@ CACHES = (
 
 
 @contextmanager
-def small_sizes(most_s: float = 0.3) -> Iterator[pytest.MonkeyPatch]:
-    """Arrays that take no time, for about `most_s`; what is measured with them is never looked at."""
+def small_sizes() -> Iterator[pytest.MonkeyPatch]:
+    """Arrays that take no time; what is measured with them is never looked at."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "machine.PASSES": 3,
-            "machine.options.MOST_QUICK_S": most_s,
+            "machine.options.MOST_QUICK_S": 0.3,
             "memory.QUICK_BYTES": 8 * MIB,
             "machine.host.QUICK_SOURCE_BYTES": 2 * MIB,
             "gemm.POOL_BYTES": MIB,
