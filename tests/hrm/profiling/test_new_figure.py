@@ -1,6 +1,6 @@
 """A figure of a profile that is added from outside, as CONTRIBUTING says: a field, a benchmark, a step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ class FaultingProfile(HardwareProfile):
 
 
 def fields_of(node: Any) -> dict[str, Any]:
-    return {name: getattr(node, name) for name in node.__dataclass_fields__}
+    return {item.name: getattr(node, item.name) for item in fields(node)}
 
 
 def faulting(old: HardwareProfile, page_fault_s: Figure) -> FaultingProfile:
