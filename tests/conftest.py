@@ -1,11 +1,41 @@
-"""Random tests are seeded: a failure on one machine is a failure on all."""
+"""Random tests are seeded: a failure on one machine is a failure on all. Slow tests are known by their mark."""
 
+import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-# Shells start what they put in the background with Ctrl-C ignored, which the tests of it inherit.
+# What shells put in the background ignores Ctrl-C, and under nohup the end of the terminal; tests of both inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# `slow` is what takes over five seconds; one processor's may be half of another's.
+SURELY_SLOW_S = 10.0
+
+
+def processor_s() -> float:
+    """Time that processors have spent on this process and on its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    began_s = processor_s()
+    result = yield
+    item.user_properties.append(("processor_s", processor_s() - began_s))
+    return result
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name tests that take long and are not marked so, whatever else the machine was doing."""
+    for report in terminalreporter.getreports("passed"):
+        taken_s = dict(report.user_properties).get("processor_s", 0.0)
+        if report.when == "call" and taken_s > SURELY_SLOW_S and "slow" not in report.keywords:
+            terminalreporter.write_line(
+                f"{report.nodeid} took {taken_s:.0f} s of the processor: make it cheaper, or mark it slow", yellow=True
+            )

@@ -1,11 +1,15 @@
-"""Accelerators behind one interface: `cuda`, `emulated`, `cpu` and `null`."""
+"""Accelerators behind one interface, each with its row in BACKENDS."""
+
+from collections.abc import Callable
+from typing import Final
 
 from executor.backends.base import AbstractBackend, EmulatedMachine, in_thread_of_its_own
 from executor.errors import RunError
 
-__all__ = ["AbstractBackend", "EmulatedMachine", "cuda_index_of", "in_thread_of_its_own", "make_backend"]
+__all__ = ["BACKENDS", "AbstractBackend", "EmulatedMachine", "cuda_index_of", "in_thread_of_its_own", "make_backend"]
 
-ACCELERATORS = ("auto", "emulated", "cpu", "cuda:K", "null")
+# Given the accelerator as it was asked for, the machine to emulate, and a cap on the GPU's memory.
+Make = Callable[[str, EmulatedMachine | None, int | None], AbstractBackend]
 
 
 def cuda_index_of(gpu_name: str) -> int | None:
@@ -17,6 +21,43 @@ def cuda_index_of(gpu_name: str) -> int | None:
     return names.index(gpu_name) if gpu_name in names else None
 
 
+def _emulated(accelerator: str, machine: EmulatedMachine | None, _: int | None) -> AbstractBackend:
+    from executor.backends.cpu import EmulatedBackend
+
+    if machine is None:
+        raise RunError(
+            "--accelerator",
+            accelerator,
+            "needs to know the memory and the link, and the policy was solved for one level",
+            "give --gpu-memory and --link-bandwidth, or use --accelerator cpu",
+        )
+    return EmulatedBackend(machine)
+
+
+def _cpu(*_: object) -> AbstractBackend:
+    from executor.backends.cpu import CpuBackend
+
+    return CpuBackend()
+
+
+def _cuda(accelerator: str, _: EmulatedMachine | None, gpu_memory_bytes: int | None) -> AbstractBackend:
+    from executor.backends.cuda import CudaBackend
+
+    index = accelerator.partition(":")[2] or "0"
+    if not index.isdecimal():
+        raise RunError("--accelerator", accelerator, "must name one device, as in cuda:0", "correct it")
+    return CudaBackend(int(index), gpu_memory_bytes)
+
+
+def _null(*_: object) -> AbstractBackend:
+    from executor.backends.null import NullBackend
+
+    return NullBackend()
+
+
+BACKENDS: Final[dict[str, Make]] = {"emulated": _emulated, "cpu": _cpu, "cuda:K": _cuda, "null": _null}
+
+
 def make_backend(
     accelerator: str, machine: EmulatedMachine | None, *, gpu_memory_bytes: int | None = None
 ) -> AbstractBackend:
@@ -25,32 +66,9 @@ def make_backend(
     `gpu_memory_bytes` caps what is used of a CUDA device. Raises RunError for an unknown name, for
     a device that is not there, and for `emulated` without a machine.
     """
-    match "cuda" if accelerator.startswith("cuda:") else accelerator:
-        case "emulated" | "auto" if machine is not None:
-            from executor.backends.cpu import EmulatedBackend
-
-            return EmulatedBackend(machine)
-        case "emulated":
-            raise RunError(
-                "--accelerator",
-                accelerator,
-                "needs to know the memory and the link, and the policy was solved for one level",
-                "give --gpu-memory and --link-bandwidth, or use --accelerator cpu",
-            )
-        case "cpu" | "auto":
-            from executor.backends.cpu import CpuBackend
-
-            return CpuBackend()
-        case "null":
-            from executor.backends.null import NullBackend
-
-            return NullBackend()
-        case "cuda":
-            index = accelerator.partition(":")[2] or "0"
-            if not index.isdecimal():
-                raise RunError("--accelerator", accelerator, "must name one device, as in cuda:0", "correct it")
-            from executor.backends.cuda import CudaBackend
-
-            return CudaBackend(int(index), gpu_memory_bytes)
-        case _:
-            raise RunError("--accelerator", accelerator, f"must be one of {', '.join(ACCELERATORS)}", "correct it")
+    automatic = "cpu" if machine is None else "emulated"
+    name = {"auto": automatic, "cuda": "cuda:K"}.get(accelerator, accelerator)
+    make = BACKENDS.get("cuda:K" if name.startswith("cuda:") else name)
+    if make is None:
+        raise RunError("--accelerator", accelerator, f"must be one of {', '.join(('auto', *BACKENDS))}", "correct it")
+    return make(accelerator, machine, gpu_memory_bytes)

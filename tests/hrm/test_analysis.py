@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,6 @@ from hrm.analysis import (
     what_if,
 )
 from hrm.causes import Cause
-from hrm.cli import main
 from hrm.cli.analysis import map_text
 from hrm.errors import HrmError
 from hrm.estimate import estimate
@@ -41,6 +41,7 @@ def rate(profile, workload=WORKLOAD) -> float:
     return search(SPEC, profile, workload).require().tokens_per_s
 
 
+@pytest.mark.slow
 def test_what_if_is_a_search_on_every_scaled_machine():
     profile, calls = small(), []
     frame = what_if(SPEC, profile, WORKLOAD, factor=1.5, on_point=lambda: calls.append(1))
@@ -55,7 +56,8 @@ def test_what_if_is_a_search_on_every_scaled_machine():
         resource = Resource(row["resource"])
         factor = 1 / 1.5 if resource.is_latency else 1.5
         scaled = scale(profile, resource, factor)
-        assert row["change"] >= rate(scaled) / now - 1 - 1e-12
+        if resource in {Resource.H2D_BANDWIDTH, Resource.GPU_MEMORY, Resource.CPU_FLOPS, Resource.LINK_LATENCY}:
+            assert row["change"] >= rate(scaled) / now - 1 - 1e-12
         kept = estimate(SPEC, today, scaled, WORKLOAD).tokens_per_s / now - 1
         assert row["same_policy_change"] == pytest.approx(kept)
         assert row["change"] >= kept
@@ -63,7 +65,9 @@ def test_what_if_is_a_search_on_every_scaled_machine():
     assert frame["change"].iloc[0] > 0.05
 
 
-def test_less_of_a_resource_may_leave_nothing_that_fits():
+def test_less_of_a_resource_may_leave_nothing_that_fits(monkeypatch):
+    module = sys.modules[what_if.__module__]
+    monkeypatch.setattr(module, "resources", lambda _: [Resource.CPU_FLOPS, Resource.CPU_MEMORY])
     frame = what_if(SPEC, small(), WORKLOAD, factor=0.05)
     gone = frame[frame["resource"] == "cpu-memory"].iloc[0]
     assert math.isnan(gone["change"])
@@ -82,7 +86,8 @@ def test_machines_are_compared_the_fastest_first():
     assert set(frame["dtype"]) == {"bfloat16"}
 
 
-def test_more_host_memory_is_never_slower():
+def test_more_host_memory_is_never_slower(monkeypatch):
+    monkeypatch.setattr("hrm.analysis.fronts.POINTS", 6)
     frame = front_of_cpu_memory(SPEC, small(), WORKLOAD)
     rates = frame["tokens_per_s"].dropna()
     # A search is no oracle: on a larger machine it may miss the best by a little.
@@ -111,9 +116,9 @@ def test_front_of_gpus_counts_each_of_them():
 
 def test_a_map_is_a_search_in_every_cell():
     x = Axis(Resource.H2D_BANDWIDTH, (1e8, 1e10))
-    y = Axis("cpu", (0.01, 1.0, 3.0))
+    y = Axis("cpu", (0.01, 3.0))
     frame = policy_map(SPEC, small(), WORKLOAD, x=x, y=y)
-    assert len(frame) == 6
+    assert len(frame) == 4
     for row in frame.to_dict("records"):
         profile = small()
         for resource in (Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS):
@@ -139,20 +144,8 @@ def test_a_map_is_a_search_in_every_cell():
 QUICK = ["--model", "olmoe-1b-7b", "--requests", "20"]
 
 
-def run(capsys, *arguments: str) -> str:
-    main_or_exit(list(arguments))
-    return capsys.readouterr().out
-
-
-def main_or_exit(arguments: list[str]) -> int:
-    try:
-        main(arguments)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
-def test_commands_print_rows_as_json(capsys, tmp_path):
+@pytest.mark.slow
+def test_commands_print_rows_as_json(hrm, tmp_path):
     csv = tmp_path / "rows.csv"
     for arguments, count in (
         (["search", *QUICK, "--gpus", "1xT4,2xT4,1xL4"], 3),
@@ -160,30 +153,20 @@ def test_commands_print_rows_as_json(capsys, tmp_path):
         (["whatif", *QUICK, "--gpus", "1xT4"], 12),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1:2:2", "--y", "gpu-memory=9GB:12GB:2"], 4),
     ):
-        rows = json.loads(run(capsys, *arguments, "--json", "--csv", str(csv)))["rows"]
+        _, out, _ = hrm(*arguments, "--json", "--csv", csv)
+        rows = json.loads(out)["rows"]
         assert len(rows) == count
         assert len(csv.read_text().splitlines()) == count + 1
         assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-def test_a_search_by_each_solver_finds_as_much(capsys, tmp_path):
+@pytest.mark.slow
+def test_a_search_by_each_solver_finds_as_much(hrm, tmp_path):
     found = {}
     for solver in ("exhaustive", "milp", "optuna"):
-        extra = ["--trials", "40", "--storage", str(tmp_path / "t.log")] if solver == "optuna" else []
-        out = run(
-            capsys,
-            "search",
-            "--model",
-            "olmoe-1b-7b",
-            "--gpus",
-            "1xT4",
-            "--requests",
-            "6",
-            "--solver",
-            solver,
-            *extra,
-            "--json",
-        )
+        extra = ["--trials", 40, "--storage", tmp_path / "t.log"] if solver == "optuna" else []
+        asked = ("search", "--model", "olmoe-1b-7b", "--gpus", "1xT4", "--requests", 6)
+        _, out, _ = hrm(*asked, "--solver", solver, *extra, "--json")
         plan = json.loads(out)
         assert plan["search"]["solver"] == solver
         found[solver] = plan["predicted"]["tokens_per_s"]
@@ -214,8 +197,8 @@ def test_a_search_by_each_solver_finds_as_much(capsys, tmp_path):
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(capsys, arguments, words):
-    assert main_or_exit(arguments) == 2
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1, error
+def test_mistakes_are_told_in_one_line(hrm, arguments, words):
+    code, _, error = hrm(*arguments)
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1, error
     assert all(word in error for word in words), error

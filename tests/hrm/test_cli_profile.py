@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from hrm.cli import main
 from hrm.files import open_locked
 from hrm.machines import load_profile
 from tests.hrm.profiling.fakes import small_sizes
@@ -14,24 +13,17 @@ from tests.hrm.profiling.fakes import small_sizes
 @pytest.fixture(autouse=True)
 def small():
     with small_sizes() as patch:
-        patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.3)
         yield patch
 
 
 @pytest.fixture
-def hrm(capsys, monkeypatch, tmp_path):
+def hrm(hrm, monkeypatch, tmp_path):
+    """The command line in a folder of the test's own; what it was told is kept in profiles."""
     monkeypatch.chdir(tmp_path)
 
     def run(*args: object) -> tuple[int, str, str]:
-        words = [str(arg) for arg in args]
-        monkeypatch.setattr("sys.argv", ["hrm", *words])
-        try:
-            main(words)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
+        monkeypatch.setattr("sys.argv", ["hrm", *map(str, args)])
+        return hrm(*args)
 
     return run
 

@@ -19,7 +19,7 @@ from hrm.hardware import HardwareProfile, Source, check_figures
 from hrm.machines import compose, load_gpu, load_host, load_profile, one_part, with_memory, without_gpus
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
-from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.profile_diff import figures_of
 from hrm.scaling import Resource, resources, scale
 from hrm.search.exhaustive import search
@@ -29,7 +29,7 @@ from hrm.tasks import Lane
 from hrm.units import GB, GIB
 from hrm.workload import Workload
 from tests.hrm.support import figure, machine, random_spec, tiny_spec
-from tests.hrm.test_search import every_policy, fits, job_score, small_machine
+from tests.hrm.test_search import brute_force, small_machine
 
 FILES = list_files()
 UNIFIED = ("GB10", "Strix-Halo", "M4-Max")
@@ -429,22 +429,9 @@ def best_by_brute_force(seed: int) -> tuple[ModelSpec, HardwareProfile, Workload
     spec = replace(random_spec(rng), num_layers=3, num_experts=2, experts_per_token=1)
     weights = spec.total_layer_bytes(FORMATS["bfloat16"])
     profile = pinning(small_machine(rng, spec), rng.uniform(0.2, 0.7) * weights)
-    workload, best = replace(SHORT, gen_len=12, num_requests=4), 0.0
-    for staging in (False, True):
-        space = Space(
-            spec=spec,
-            profile=profile,
-            workload=workload,
-            dtype="bfloat16",
-            schedule=ScheduleName.CGOPIPE,
-            staging=staging,
-        )
-        for policy, totals in every_policy(space):
-            for total in totals:
-                filled = replace(policy, resident_experts=spread_experts(spec, total))
-                if fits(spec, filled, profile):
-                    best = max(best, job_score(spec, filled, profile, workload))
-                    break
+    workload = replace(SHORT, gen_len=12, num_requests=4)
+    space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=ScheduleName.CGOPIPE)
+    best = max(brute_force(replace(space, staging=staging)) for staging in (False, True))
     return spec, profile, workload, best
 
 

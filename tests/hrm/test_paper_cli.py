@@ -2,12 +2,12 @@
 
 import csv
 import json
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
-from hrm.cli import main, paper_report
 from hrm.cli import paper as command
+from hrm.cli import paper_report
 from hrm.published.compare import compare
 from hrm.published.data import MTBENCH, SEVERAL_GPUS, TABLE_4
 from hrm.published.scaling import PAIRS, Scaling, closed_form, machine_of
@@ -43,21 +43,11 @@ def scaled_few():
 
 
 @pytest.fixture
-def hrm(capsys, monkeypatch):
+def hrm(hrm, monkeypatch):
     """Run `hrm paper …` over fewer runs; returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(command, "compare", compared)
     monkeypatch.setattr(command, "compare_scaling", scaled_few)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        try:
-            main(["paper", *(str(arg) for arg in args)])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return partial(hrm, "paper")
 
 
 def test_help_names_its_parts(hrm):

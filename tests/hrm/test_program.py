@@ -139,7 +139,5 @@ def test_signals_end_a_command_in_good_order(tmp_path, number, code):
     while not is_waiting(process.pid) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
-    began_s = time.monotonic()
     status, err = ended(process)
     assert (status, err.strip()) == (code, "interrupted")
-    assert time.monotonic() - began_s < 5

@@ -98,6 +98,18 @@ def every_policy(space: Space) -> list[tuple[Policy, list[int]]]:
     return found
 
 
+def brute_force(space: Space) -> float:
+    """The greatest closed form of any policy that fits, each with as many residents as fit; 0 if none does."""
+    best = 0.0
+    for policy, totals in every_policy(space):
+        for total in totals:
+            filled = replace(policy, resident_experts=spread_experts(space.spec, total))
+            if fits(space.spec, filled, space.profile):
+                best = max(best, job_score(space.spec, filled, space.profile, space.workload))
+                break
+    return best
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     rng = Random(seed)
@@ -105,13 +117,7 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=8)
     schedule = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.CGOPIPE, ScheduleName.FASTDECODE][seed]
     space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=schedule)
-    best = 0.0
-    for policy, totals in every_policy(space):
-        for total in totals:
-            filled = replace(policy, resident_experts=spread_experts(spec, total))
-            if fits(spec, filled, profile):
-                best = max(best, job_score(spec, filled, profile, workload))
-                break
+    best = brute_force(space)
     result = search(spec, profile, workload, schedule=schedule)
     assert best > 0
     # Brute force tries chunks a factor of two apart, the search also others.
@@ -234,7 +240,7 @@ def place_of(policy: Policy) -> tuple[int, int, int, int, int]:
 @pytest.mark.parametrize("schedule", ScheduleName)
 def test_search_never_returns_a_policy_that_does_not_fit(schedule):
     found = 0
-    for seed in range(25):
+    for seed in range(10):
         rng = Random(200 + seed)
         spec = random_spec(rng)
         profile = small_machine(rng, spec)
@@ -246,7 +252,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
             assert estimate.policy.schedule is schedule
             assert estimate.tokens_per_s <= result.best.tokens_per_s * (1 + TIE), (seed, estimate.policy)
         found += 1
-    assert found > 10
+    assert found > 4
 
 
 def test_more_of_a_resource_never_lowers_the_bound():

@@ -20,7 +20,7 @@ from hrm.units import MB
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, random_varied_spec
 
-TRIPLES = 56
+TRIPLES = 24
 MILP_AGREES = 1e-2  # both try some chunks, not the same ones
 OPTUNA_AGREES = 0.02
 TRIALS = (50, 150, 400)  # more only where fewer are not enough
@@ -78,7 +78,7 @@ def check_best(space: Space, result: SearchResult) -> None:
 
 def test_the_triples_are_of_every_sort():
     outcomes = [searched(seed).outcome for seed in range(TRIPLES)]
-    assert outcomes.count(Outcome.BEST_FOUND) >= 50
+    assert outcomes.count(Outcome.BEST_FOUND) >= 20
     kinds = {
         (best.policy.attention, best.policy.ffn, best.policy.kv_share_on_gpu == 1)
         for seed in range(TRIPLES)

@@ -23,6 +23,7 @@ WORKLOAD = Workload(name="test", prompt_len=32, max_prompt_len=96, gen_len=8, nu
 PROFILE = machine(gpu_bytes=0.8 * MB, cpu_bytes=40 * MB, link=1e8)
 
 
+@pytest.mark.slow
 def test_every_row_is_the_search_for_its_machine():
     memories = [0.05 * MB, 2 * MB, 40 * MB]
     schedules = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN]

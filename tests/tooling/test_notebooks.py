@@ -78,7 +78,7 @@ def test_notebooks_run(path, tmp_path):
     nbformat.write(notebook, copy)
     # A process of its own: kernels have threads, and event loops with opinions on warnings.
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tooling.notebooks", str(copy), "--inside", str(tmp_path)],
+        [sys.executable, "-m", "tests.tooling.notebooks", str(copy), "--inside", str(tmp_path), "--hasty"],
         cwd=ROOT,
         capture_output=True,
         text=True,

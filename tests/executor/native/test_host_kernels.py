@@ -8,6 +8,7 @@ from executor.model.host_kernels import host_kernels
 from hrm.contract.host_kernels import installed_kernels
 from hrm.profiling.machine import ProfileOptions, profile_machine
 from tests.executor.native.support import PATHS
+from tests.hrm.profiling.fakes import small_sizes
 
 
 def test_torch_alone_is_not_handed_in():
@@ -23,10 +24,12 @@ def test_hrm_profile_finds_the_installed_kernels():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_profile_is_of_the_kernels(path):
-    with native.using(native.Kernels(path)):
+    with native.using(native.Kernels(path)), small_sizes():
         kernels = host_kernels()
         assert kernels is not None
-        profile = profile_machine(ProfileOptions("cpu", quick=True, dtypes=("float32",), budget_s=0.2, kernels=kernels))
+        profile = profile_machine(
+            ProfileOptions("cpu", quick=True, dtypes=("float32",), budget_s=0.05, kernels=kernels)
+        )
     processor = profile.levels[0].processor
     assert processor.attention_request_s is None  # a batch is one call
     assert processor.fuses_operators  # so are a layer's experts (test_launches)

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
-from hrm.workload import Workload
-from tests.executor.runtime.jobs import PROFILE, exit_code, outputs, write_lines
-from tests.executor.runtime.support import architecture, make_policy
+from hrm.policy_file import save_policy_file
+from tests.executor.runtime.jobs import exit_code, outputs, run_words, write_lines
+from tests.executor.runtime.support import architecture, policy_file
 
 
 @pytest.fixture(autouse=True)
@@ -28,22 +27,15 @@ def no_collection():
 
 
 @pytest.fixture
+def folder(tiny_folders):
+    return tiny_folders["wide heads"]
+
+
+@pytest.fixture
 def policy_path(folder, tmp_path):
-    """A policy for the test's own `folder`: two micro-batches of two."""
-    spec = architecture(folder).spec
+    """A policy for the test's own `folder`."""
     path = tmp_path / "policy.json"
-    save_policy_file(
-        path,
-        PolicyFile(
-            policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
-            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
-            model=replace(spec, name="another name"),
-            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
-            profile=PROFILE,
-            profile_hash=profile_hash(PROFILE),
-            predicted={},
-        ),
-    )
+    save_policy_file(path, policy_file(replace(architecture(folder).spec, name="another name")))
     return path
 
 
@@ -53,19 +45,7 @@ def run(folder, policy_path, tmp_path, capsys):
 
     def call(lines, *arguments, output="run", model=None, code=0):
         path = write_lines(tmp_path, lines)
-        arguments = (
-            "run",
-            "--model",
-            str(model or folder),
-            "--policy",
-            str(policy_path),
-            "--input",
-            str(path),
-            "--output-dir",
-            str(tmp_path / output),
-            *arguments,
-        )
-        ended = exit_code(list(arguments))
+        ended = exit_code(run_words(model or folder, policy_path, path, tmp_path / output, *arguments))
         captured = capsys.readouterr()
         assert ended == code, captured.err
         return captured, outputs(tmp_path / output)

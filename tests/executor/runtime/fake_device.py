@@ -8,6 +8,7 @@ goes wrong here as it would on a card, only more often.
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from queue import SimpleQueue
 from random import Random
 
@@ -20,6 +21,25 @@ class DeviceError(RuntimeError):
     """What the fake's marks raise after a failure, all of them: as CUDA's errors, it sticks."""
 
 
+class CountedTime:
+    """A clock for the host and its device that counts how often it is read, by any thread.
+
+    Whoever reads it later is told a later second, so it tells the order of things and nothing of how busy the machine
+    that runs the tests is.
+    """
+
+    def __init__(self) -> None:
+        self._readings = count(1)
+
+    def __call__(self) -> float:
+        return float(next(self._readings))
+
+    def pass_(self, readings: int) -> None:
+        """Let that many seconds go by."""
+        for _ in range(readings):
+            self()
+
+
 class FakeMark(AbstractMark):
     def __init__(self, device: "FakeDevice") -> None:
         self.device = device
@@ -27,7 +47,7 @@ class FakeMark(AbstractMark):
         self.at_s = 0.0
 
     def reach(self) -> None:
-        self.at_s = time.perf_counter()
+        self.at_s = self.device.clock()
         self.reached.set()
 
     def synchronise(self) -> None:
@@ -85,8 +105,8 @@ class FakeStream(AbstractStream):
 class FakeDevice:
     """Streams that share an error; each piece of work begins up to `late_s` / RARELY late."""
 
-    def __init__(self, late_s: float = 0.0) -> None:
-        self.late_s = late_s
+    def __init__(self, late_s: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.late_s, self.clock = late_s, clock
         self.error: Exception | None = None
         self.current = threading.local()
         self.streams: list[FakeStream] = []

@@ -1,6 +1,7 @@
 """Jobs on tiny checkpoints: lines in, `executor run`, lines out."""
 
 import json
+from pathlib import Path
 
 from executor.cli import main
 from executor.job.outputs import OUTPUTS
@@ -18,6 +19,12 @@ def line(name, prompt, **body) -> dict:
         "url": "/v1/completions",
         "body": {"prompt": prompt, "max_tokens": 5, "temperature": 0, **body},
     }
+
+
+def run_words(model: Path, policy: Path, lines: Path, output_dir: Path, *more: str) -> list[str]:
+    """The command line of a job."""
+    paths = {"--model": model, "--policy": policy, "--input": lines, "--output-dir": output_dir}
+    return ["run", *(word for option, path in paths.items() for word in (option, str(path))), *more]
 
 
 def exit_code(arguments: list[str]) -> int | str | None:

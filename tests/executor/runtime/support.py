@@ -14,8 +14,11 @@ from executor.model import Architecture
 from executor.sampling import SamplingParams
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.memory import plan_memory
+from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
+from hrm.policy_file import PolicyFile, profile_hash
 from hrm.tasks import Device
+from hrm.workload import Workload
 
 
 def figure(value: float) -> Figure:
@@ -76,6 +79,21 @@ def make_policy(num_layers: int, **changes: Any) -> Policy:
     if resident is not None:
         changes["resident_experts"] = (resident,) * num_layers
     return Policy(**{**values, **changes})
+
+
+def policy_file(spec: ModelSpec, **changes: Any) -> PolicyFile:
+    """Two micro-batches of two short requests, solved for the test's machine, changed as asked."""
+    profile = changes.get("profile", machine())
+    values: dict[str, Any] = {
+        "policy": make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
+        "memory_budget_bytes": {"gpu": 10**6, "cpu": 10**8},
+        "model": spec,
+        "workload": Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
+        "profile": profile,
+        "profile_hash": profile_hash(profile),
+        "predicted": {},
+    }
+    return PolicyFile(**{**values, **changes})
 
 
 def architecture(folder: Path) -> Architecture:

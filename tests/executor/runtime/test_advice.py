@@ -13,17 +13,12 @@ from executor.sampling import SamplingParams
 from hrm.cli import main as hrm_main
 from hrm.policy_file import load_policy_file
 from hrm.workload import Workload
-from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, tokens_of
+from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, run_words, tokens_of
 from tests.executor.runtime.support import make_policy
 from tests.executor.tiny_models import transformers_greedy
 
 SOLVED = Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5)
 POLICY = make_policy(1, batch_size=4, micro_batch_size=2, kv_tokens_per_micro_batch=96)  # 48 each
-
-
-@pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
 
 
 @pytest.mark.parametrize(
@@ -70,19 +65,8 @@ def test_the_search_that_is_told_solves_it(run, folder, tmp_path, capsys):
         hrm_main(command[1:])
     policy = load_policy_file(tmp_path / "policy-for-prompts.json")
     assert policy.workload.num_requests == 11
-    arguments = [
-        "run",
-        "--model",
-        str(folder),
-        "--policy",
-        str(tmp_path / "policy-for-prompts.json"),
-        "--input",
-        str(tmp_path / "prompts.jsonl"),
-        "--output-dir",
-        str(tmp_path / "run"),
-        "--resume",
-        "--quiet",
-    ]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "run"
+    arguments = run_words(folder, tmp_path / "policy-for-prompts.json", prompts, output, "--resume", "--quiet")
     capsys.readouterr()
     assert exit_code(arguments) == 0
     assert capsys.readouterr().err == ""

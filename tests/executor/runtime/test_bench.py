@@ -12,11 +12,9 @@ from hrm.machines import save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Parallelism, ScheduleName
-from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.policy_file import save_policy_file
 from hrm.tasks import Device
-from hrm.workload import Workload
-from tests.executor.runtime.support import architecture, level, machine, make_policy
-from tests.executor.tiny_models import MIXTRALS
+from tests.executor.runtime.support import architecture, level, machine, make_policy, policy_file
 
 REQUESTS, PROMPT_LEN, GEN_LEN = 6, 8, 5
 LENGTHS = ("--requests", str(REQUESTS), "--prompt-len", str(PROMPT_LEN), "--gen-len", str(GEN_LEN), "--repeats", "2")
@@ -53,30 +51,6 @@ def profile(tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders[next(iter(MIXTRALS))]
-
-
-@pytest.fixture
-def policy_path(folder, tmp_path):
-    spec = architecture(folder).spec
-    path = tmp_path / "policy.json"
-    save_policy_file(
-        path,
-        PolicyFile(
-            policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
-            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
-            model=spec,
-            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
-            profile=machine(),
-            profile_hash=profile_hash(machine()),
-            predicted={},
-        ),
-    )
-    return path
 
 
 def bench_json(capsys, *arguments: str) -> dict:
@@ -207,18 +181,8 @@ def test_a_policy_of_one_stage_of_a_pipeline_is_refused(folder, tmp_path, capsys
     two = replace(machine(), num_gpus=2, links=(*machine().links, peer()))
     stage = make_policy(-(-spec.num_layers // 2), batch_size=4, micro_batch_size=2)
     path = tmp_path / "policy.json"
-    save_policy_file(
-        path,
-        PolicyFile(
-            policy=replace(stage, parallelism=Parallelism.PIPELINE),
-            memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
-            model=spec,
-            workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
-            profile=two,
-            profile_hash=profile_hash(two),
-            predicted={},
-        ),
-    )
+    policy = replace(stage, parallelism=Parallelism.PIPELINE)
+    save_policy_file(path, policy_file(spec, policy=policy, profile=two))
     arguments = ["bench", "--model", str(folder), "--policy", str(path)]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *(["--layers", str(layers)] if layers else [])])

@@ -17,7 +17,7 @@ from hrm.policy import ScheduleName
 from hrm.units import MIB
 from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.support import architecture, generate, generator, machine, requests
-from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
+from tests.executor.runtime.test_parity import MAX_TOKENS, PAIRS, POLICIES, PROMPTS, expected, policy_of
 
 on_a_card = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -25,14 +25,13 @@ on_a_card = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
 class TestOnACard:
     pytestmark = on_a_card
 
-    @pytest.mark.parametrize("schedule", ScheduleName)
-    @pytest.mark.parametrize("choices", POLICIES.values(), ids=list(POLICIES))
-    def test_greedy_tokens_equal_those_of_transformers(self, tiny_folder, choices, schedule):
-        policy = policy_of(tiny_folder, schedule, choices)
-        with generator(tiny_folder, policy, backend=make_backend("cuda:0", None)) as made:
+    @pytest.mark.parametrize(("model", "choices", "schedule"), PAIRS)
+    def test_greedy_tokens_equal_those_of_transformers(self, tiny_folders, model, choices, schedule):
+        folder = tiny_folders[model]
+        policy = policy_of(folder, schedule, choices)
+        with generator(folder, policy, backend=make_backend("cuda:0", None)) as made:
             done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
-        tokens = {name: completion.tokens for name, completion in done.items()}
-        assert tokens == expected(tiny_folder)
+        assert {name: completion.tokens for name, completion in done.items()} == expected(folder)
 
     @pytest.mark.parametrize("name", ["kv on the gpu", "both on the cpu", "kv split, gpu"])
     def test_bfloat16_is_about_as_on_the_cpu(self, tiny_folders, name):

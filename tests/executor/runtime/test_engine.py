@@ -71,7 +71,7 @@ def within(seconds: float, work):
 
 @pytest.mark.parametrize("schedule", ScheduleName)
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
-def test_null_run_keeps_order_and_edges_and_sleeps_as_long_as_simulated(engine, pipeline, schedule):
+def test_null_run_keeps_order_and_edges_and_sleeps_no_shorter_than_simulated(engine, pipeline, schedule):
     tasks = list(iter_tasks(pipeline, schedule))
     result = engine.run(tasks, null_handlers(seconds_of))
     spans = {span.id: span for span in result.spans}
@@ -85,7 +85,8 @@ def test_null_run_keeps_order_and_edges_and_sleeps_as_long_as_simulated(engine, 
         assert [span.id for span in ran] == issued
         assert all(a.end_s <= b.start_s for a, b in pairwise(ran))
     simulated = simulate(tasks, seconds_of)
-    assert result.seconds >= 0.97 * simulated.makespan_s
+    for lane, busy_s in simulated.busy_s().items():
+        assert result.busy_s[lane] >= busy_s * (1 - 1e-9)
     assert sum(total.count for total in result.by_kind.values()) == len(tasks)
 
 
@@ -139,17 +140,22 @@ def test_error_while_the_graph_is_made_ends_the_run(engine):
         engine.run(tasks(), {act("EMBED"): lambda _: 0})
 
 
-@pytest.mark.parametrize("delay_s", [0.02, 0.2])
-def test_ctrl_c_ends_the_run(no_collection, delay_s):
-    graph = (a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1)))
-    timer = threading.Timer(delay_s, _thread.interrupt_main)
-    with Engine(no_setup) as engine:
-        timer.start()
-        started_s = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            engine.run(graph, {act("SAMPLE"): lambda _: time.sleep(5e-3) or 0})
-        assert time.monotonic() - started_s < 5
-    timer.join()
+@pytest.mark.parametrize(("at", "length"), [(4, LOOKAHEAD), (40, 100 * LOOKAHEAD)], ids=["draining", "feeding"])
+def test_ctrl_c_ends_the_run(engine, no_collection, at, length):
+    ran = 0
+
+    def handle(task: TaskId) -> int:
+        nonlocal ran
+        ran += 1
+        if task.step == at:
+            _thread.interrupt_main()
+        time.sleep(5e-3)
+        return 0
+
+    graph = (a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(length))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(graph, {act("SAMPLE"): handle})
+    assert at < ran < LOOKAHEAD
 
 
 DAYS = 1e6
@@ -175,31 +181,38 @@ def test_ctrl_c_does_not_wait_for_a_transfer_under_way(no_collection, slow):
     waits = Waits()
     page = a_task("LOAD_PAGE", 0, 0, lane=Lane.H2D)
     # A signal, unlike `_thread.interrupt_main`, also wakes who waits for a lock.
-    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
-    with Engine(no_setup, waits=waits) as engine:
+    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT])
+
+    def handle(task: TaskId) -> int:
         timer.start()
-        started_s = time.monotonic()
+        return slow(waits)(task)
+
+    with Engine(no_setup, waits=waits) as engine:
         with pytest.raises(KeyboardInterrupt):
-            engine.run([page], {act("LOAD_PAGE"): slow(waits)})
-        assert time.monotonic() - started_s < 5
+            engine.run([page], {act("LOAD_PAGE"): handle})
         assert engine.run([page], {act("LOAD_PAGE"): lambda _: 7}).moved_bytes == {Lane.H2D: 7}
     timer.join()
 
 
 def test_a_failure_does_not_wait_for_a_transfer_under_way():
-    waits = Waits()
+    waits, under_way = Waits(), threading.Event()
     tasks = [a_task("LOAD_PAGE", 0, 0, lane=Lane.H2D), a_task("SAMPLE", 0, 0, lane=Lane.GPU)]
 
+    def load(task: TaskId) -> int:
+        under_way.set()
+        return slow_transfer(waits)(task)
+
     def fail(_: TaskId) -> int:
-        time.sleep(0.1)
+        assert under_way.wait(20)
         raise ZeroDivisionError
 
     def run():
         with Engine(no_setup, waits=waits) as engine:
-            engine.run(tasks, {act("LOAD_PAGE"): slow_transfer(waits), act("SAMPLE"): fail})
+            engine.run(tasks, {act("LOAD_PAGE"): load, act("SAMPLE"): fail})
 
     error = within(20, run)
     assert isinstance(error, TaskFailedError)
+    assert isinstance(error.error, ZeroDivisionError)
     assert error.task == tasks[1]
 
 
@@ -255,8 +268,8 @@ def test_steps_take_the_whole_time_and_bytes_are_counted_by_lane(engine):
     result = engine.run(iter_tasks(pipeline, ScheduleName.CGOPIPE), counted)
     assert len(result.step_s) == pipeline.num_steps
     assert min(result.step_s) > 0
-    assert result.start_s + sum(result.step_s) <= result.end_s
-    assert sum(result.step_s) == pytest.approx(result.seconds, rel=0.05)
+    chosen_s = max(span.end_s for span in result.spans if span.lane is Lane.GPU)
+    assert result.start_s + sum(result.step_s) == pytest.approx(chosen_s, rel=1e-9)
     loads, offloads = (result.by_kind[act.name].count for act in moved)
     assert result.moved_bytes == {Lane.H2D: 100 * loads, Lane.D2H: 7 * offloads}
 

@@ -17,11 +17,6 @@ LINES = [line(f"r{i}", prompt) for i, prompt in enumerate(PROMPTS)]
 
 
 @pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
-
-
-@pytest.fixture
 def poisoned(folder, tmp_path):
     """A copy of the checkpoint in which a token's embedding is not a number, or infinite."""
 

@@ -34,11 +34,6 @@ PROMPTS = random_prompts(16, seed=5)
 
 
 @pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
-
-
-@pytest.fixture
 def arch(folder):
     return architecture(folder)
 

@@ -20,14 +20,9 @@ from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.tasks import Phase
 from hrm.trace import read_chrome_trace
 from tests.contracts.tasks import act
-from tests.executor.runtime.jobs import PROFILE, PROMPTS, exit_code, line, refused, tokens_of
+from tests.executor.runtime.jobs import PROFILE, PROMPTS, exit_code, line, refused, run_words, tokens_of
 from tests.executor.runtime.support import GPU, make_policy
 from tests.executor.tiny_models import transformers_greedy
-
-
-@pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
 
 
 def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
@@ -221,19 +216,7 @@ def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing)
     paths = {"model": folder, "input": tmp_path / "prompts.jsonl"}
     paths |= {missing: tmp_path / "nowhere"}
     with pytest.raises(SystemExit) as ended:
-        main(
-            [
-                "run",
-                "--model",
-                str(paths["model"]),
-                "--policy",
-                str(policy_path),
-                "--input",
-                str(paths["input"]),
-                "--output-dir",
-                str(tmp_path / "run"),
-            ]
-        )
+        main(run_words(paths["model"], policy_path, paths["input"], tmp_path / "run"))
     assert ended.value.code == 2
     refused(capsys.readouterr(), "nowhere")
 
@@ -377,20 +360,7 @@ def test_progress_counts_what_will_be_run(folder, policy_path, tmp_path):
 
 def test_input_must_be_a_file_that_can_be_read_twice(folder, policy_path, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    code = exit_code(
-        [
-            "run",
-            "--model",
-            str(folder),
-            "--policy",
-            str(policy_path),
-            "--input",
-            str(tmp_path / "pipe"),
-            "--output-dir",
-            str(tmp_path / "run"),
-        ]
-    )
-    assert code == 2
+    assert exit_code(run_words(folder, policy_path, tmp_path / "pipe", tmp_path / "run")) == 2
     refused(capsys.readouterr(), "--input", "a pipe")
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from executor.job.trace_file import TraceFile
 from hrm.policy_file import load_policy_file, save_policy_file
-from tests.executor.runtime.jobs import PROMPTS, line, outputs, refused, tokens_of
+from tests.executor.runtime.jobs import PROMPTS, line, outputs, refused, run_words, tokens_of
 from tests.executor.tiny_models import edit_json, transformers_greedy, transformers_logits
 
 DATA = Path(__file__).parents[1] / "data"
@@ -287,20 +287,7 @@ def test_closed_streams_do_not_stop_a_job(folder, policy_path, tmp_path, how):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(chat("a", words(PROMPTS[0]))))
     code = "import sys; from executor.cli import main; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "run",
-        "--model",
-        str(folder),
-        "--policy",
-        str(policy_path),
-        "--input",
-        str(path),
-        "--output-dir",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-c", code, *run_words(folder, policy_path, path, tmp_path / "run")]
     if how == "closed":
         command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
     read_end, write_end = os.pipe()

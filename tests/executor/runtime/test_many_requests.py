@@ -3,27 +3,24 @@
 import itertools
 import json
 import tracemalloc
-from dataclasses import replace
 
 import pytest
 
 from executor.job import JobOptions, run_job
 from executor.job.machine import AcceleratorOptions
-from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.policy_file import save_policy_file
 from hrm.trace import read_chrome_trace
 from hrm.workload import Workload
-from tests.executor.runtime.support import architecture, machine, make_policy
-from tests.executor.tiny_models import MIXTRALS
+from tests.executor.runtime.support import architecture, make_policy, policy_file
 
 PROMPT = list(range(3, 35))
 PER_REQUEST_BYTES = 250  # a name, to find one that occurs twice
 
 
 @pytest.fixture
-def job(tiny_folders, tmp_path):
+def job(folder, tmp_path):
     """Run so many requests on the null backend; the most bytes that Python held at once."""
-    folder = tiny_folders[next(iter(MIXTRALS))]
-    spec, profile = architecture(folder).spec, machine()
+    spec = architecture(folder).spec
     policy_path = tmp_path / "policy.json"
     policy = make_policy(
         spec.num_layers,
@@ -32,19 +29,9 @@ def job(tiny_folders, tmp_path):
         kv_tokens_per_micro_batch=128 * 48,
         prefill_chunk_tokens=4096,
     )
-    save_policy_file(
-        policy_path,
-        PolicyFile(
-            policy=policy,
-            memory_budget_bytes={"gpu": 10**9, "cpu": 10**9},
-            model=replace(spec, name="another name"),
-            workload=Workload(name="test", prompt_len=32, max_prompt_len=32, gen_len=3),
-            profile=profile,
-            profile_hash=profile_hash(profile),
-            predicted={},
-        ),
-    )
-
+    workload = Workload(name="test", prompt_len=32, max_prompt_len=32, gen_len=3)
+    budget = {"gpu": 10**9, "cpu": 10**9}
+    save_policy_file(policy_path, policy_file(spec, policy=policy, workload=workload, memory_budget_bytes=budget))
     numbers = itertools.count()
 
     def run(count: int) -> int:
@@ -76,7 +63,7 @@ def job(tiny_folders, tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_flat(job):
-    few, many = 1_000, 10_000
+    few, many = 500, 4_000
     job(few)  # imports and caches
     growth = job(many) - job(few)
     assert growth < PER_REQUEST_BYTES * (many - few), f"{growth} bytes"

@@ -17,13 +17,22 @@ from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.memory import MemoryPlan, plan_memory, purposes
 from hrm.policy import ScheduleName
-from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
+from hrm.policy_file import PolicyFile, save_policy_file
 from hrm.tasks import Lane
 from hrm.validate import RunRecord, predict_run, runtime_with
-from hrm.workload import Workload
 from tests.executor.runtime.fake_device import FakeDevice
+from tests.executor.runtime.jobs import run_words
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
-from tests.executor.runtime.support import architecture, generate, generator, link, machine, make_policy, requests
+from tests.executor.runtime.support import (
+    architecture,
+    generate,
+    generator,
+    link,
+    machine,
+    make_policy,
+    policy_file,
+    requests,
+)
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, expected, policy_of
 from tests.executor.tiny_models import random_prompts
 
@@ -35,11 +44,6 @@ def device():
     made = FakeDevice(late_s=1e-4)
     yield made
     made.close()
-
-
-@pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
 
 
 @pytest.fixture
@@ -144,29 +148,19 @@ def test_what_cannot_be_run_is_refused_with_the_numbers(folder, late):
 
 
 @pytest.fixture
-def policy_file(folder) -> PolicyFile:
-    spec = architecture(folder).spec
-    profile = machine()
-    return PolicyFile(
-        policy=make_policy(spec.num_layers, batch_size=4, micro_batch_size=2),
-        memory_budget_bytes={"gpu": 10**6, "cpu": 10**8},
-        model=spec,
-        workload=Workload(name="test", prompt_len=20, max_prompt_len=40, gen_len=5),
-        profile=profile,
-        profile_hash=profile_hash(profile),
-        predicted={"tokens_per_s": 1.0},
-    )
+def solved(folder) -> PolicyFile:
+    return policy_file(architecture(folder).spec, predicted={"tokens_per_s": 1.0})
 
 
 @pytest.fixture
-def short(monkeypatch, late, policy_file):
+def short(monkeypatch, late, solved):
     """Every backend is one that pins all but the last byte of what is wanted."""
-    wanted = host_bytes(policy_file.model, policy_file.policy, *PINNED)
+    wanted = host_bytes(solved.model, solved.policy, *PINNED)
     monkeypatch.setattr(job_machine, "make_backend", lambda *_, **__: late(wanted - 1))
 
 
-def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
-    save_policy_file(tmp_path / "policy.json", policy_file)
+def test_run_reports_what_was_run(folder, solved, short, tmp_path, capsys):
+    save_policy_file(tmp_path / "policy.json", solved)
     lines = [
         {
             "custom_id": str(i),
@@ -177,19 +171,7 @@ def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
         for i, prompt in enumerate(random_prompts(6, seed=1))
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    main(
-        [
-            "run",
-            "--model",
-            str(folder),
-            "--policy",
-            str(tmp_path / "policy.json"),
-            "--input",
-            str(tmp_path / "in.jsonl"),
-            "--output-dir",
-            str(tmp_path / "run"),
-        ]
-    )
+    main(run_words(folder, tmp_path / "policy.json", tmp_path / "in.jsonl", tmp_path / "run"))
     told = [line for line in capsys.readouterr().err.splitlines() if "pins" in line]
     assert len(told) == 1
     content = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -197,19 +179,19 @@ def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
     assert content["memory"]["cpu"]["planned_bytes"]["staging"] > 0
     record = msgspec.convert(content, RunRecord)
     run = record.policy_file
-    assert run.policy == replace(policy_file.policy, staging=True)
-    assert run.memory_budget_bytes == policy_file.memory_budget_bytes
-    spec, profile = policy_file.model, policy_file.profile
-    predicted = estimate(spec, run.policy, profile, policy_file.workload)
+    assert run.policy == replace(solved.policy, staging=True)
+    assert run.memory_budget_bytes == solved.memory_budget_bytes
+    spec, profile = solved.model, solved.profile
+    predicted = estimate(spec, run.policy, profile, solved.workload)
     assert run.predicted["tokens_per_s"] == predicted.tokens_per_s
     prediction = predict_run(record)
     for (phase, kind), seconds in prediction.kind_s.items():
         assert (seconds > 0) == (kind in content["phases"][phase.value]["kinds"]), kind
 
 
-def test_bench_predicts_what_it_runs_and_says_so_once(folder, policy_file, short):
+def test_bench_predicts_what_it_runs_and_says_so_once(folder, solved, short):
     told: list[str] = []
-    options = BenchOptions(model=str(folder), policy=policy_file, repeats=1)
+    options = BenchOptions(model=str(folder), policy=solved, repeats=1)
     with Bench(options, tell=told.append) as bench:
         unstaged = bench.predicted
         rows = [bench.row(ScheduleName.CGOPIPE) for _ in range(2)]
@@ -222,17 +204,17 @@ def test_bench_predicts_what_it_runs_and_says_so_once(folder, policy_file, short
         assert row.predicted_tokens_per_s <= row.bound_tokens_per_s * 1.001
 
 
-def test_without_room_for_the_ring_or_figures_of_it_there_is_no_staging(policy_file, short):
+def test_without_room_for_the_ring_or_figures_of_it_there_is_no_staging(solved, short):
     options = job_machine.AcceleratorOptions()
-    policy = policy_file.policy
-    prepared = job_machine.prepare(options, policy_file, policy)
+    policy = solved.policy
+    prepared = job_machine.prepare(options, solved, policy)
     assert prepared.staged is not None
     assert prepared.staged.policy.staging
     needed = prepared.planned.memory.cpu.planned_bytes
-    tight = replace(policy_file, memory_budget_bytes={"gpu": 10**6, "cpu": needed})
+    tight = replace(solved, memory_budget_bytes={"gpu": 10**6, "cpu": needed})
     assert job_machine.prepare(options, tight, policy).staged is None
-    unknown = replace(policy_file.profile, links=policy_file.profile.links[:2])
-    assert job_machine.prepare(options, replace(policy_file, profile=unknown), policy).staged is None
+    unknown = replace(solved.profile, links=solved.profile.links[:2])
+    assert job_machine.prepare(options, replace(solved, profile=unknown), policy).staged is None
 
 
 @pytest.mark.parametrize("name", ["weight_format", "kv_format"])

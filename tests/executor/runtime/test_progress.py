@@ -29,11 +29,6 @@ from tests.executor.runtime.support import architecture, make_policy
 
 
 @pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
-
-
-@pytest.fixture
 def clock(monkeypatch):
     now = SimpleNamespace(s=0.0)
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now.s))

@@ -49,11 +49,6 @@ def device():
 
 
 @pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
-
-
-@pytest.fixture
 def flash_takes_float32(monkeypatch):
     """So that its tokens can be compared with those of transformers."""
     monkeypatch.setattr("executor.model.gpu.FLASH_DTYPES", (*FLASH_DTYPES, torch.float32))

@@ -17,15 +17,10 @@ from executor.job.identity import JOB_JSON
 from executor.job.outputs import OUTPUTS
 from hrm.policy_file import load_policy_file, save_policy_file
 from tests.contracts.tasks import act
-from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refused
+from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refused, run_words
 from tests.executor.tiny_models import save_tiny
 
 LINES = [line(f"r{i}", prompt, max_tokens=2 + i % 5, temperature=i % 2) for i, prompt in enumerate(PROMPTS)]
-
-
-@pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
 
 
 def answers(done) -> dict:
@@ -35,18 +30,7 @@ def answers(done) -> dict:
 
 def resumed(folder, policy_path, tmp_path) -> list[str]:
     """The command line that goes on with what the `run` fixture ran last."""
-    return [
-        "run",
-        "--model",
-        str(folder),
-        "--policy",
-        str(policy_path),
-        "--output-dir",
-        str(tmp_path / "run"),
-        "--input",
-        str(tmp_path / "prompts.jsonl"),
-        "--resume",
-    ]
+    return run_words(folder, policy_path, tmp_path / "prompts.jsonl", tmp_path / "run", "--resume")
 
 
 def files_in(directory) -> dict[str, bytes]:
@@ -310,20 +294,8 @@ def test_hangup_is_ignored_under_nohup(run, monkeypatch):
 def test_killed_run_keeps_what_had_ended_and_comes_to_the_same(run, folder, policy_path, tmp_path):
     lines = [line(f"r{i}", PROMPTS[i % 10], max_tokens=2 + i % 4 * 10) for i in range(12)]
     _, whole = run(lines, output="whole")
-    arguments = [
-        "run",
-        "--model",
-        str(folder),
-        "--policy",
-        str(policy_path),
-        "--quiet",
-        "--output-dir",
-        str(tmp_path / "killed"),
-        "--input",
-        str(tmp_path / "prompts.jsonl"),
-        "--link-bandwidth",
-        "2MB/s",
-    ]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "killed"
+    arguments = run_words(folder, policy_path, prompts, output, "--quiet", "--link-bandwidth", "2MB/s")
     process = subprocess.Popen([sys.executable, "-m", "executor.cli", *arguments])
     path = tmp_path / "killed" / OUTPUTS
     deadline_s = time.monotonic() + 60

@@ -34,11 +34,6 @@ CHUNKS = (1, 13, 20, 39, 40)
 
 
 @pytest.fixture
-def folder(tiny_folders):
-    return tiny_folders["wide heads"]
-
-
-@pytest.fixture
 def arch(folder):
     return architecture(folder)
 

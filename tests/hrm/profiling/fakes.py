@@ -7,26 +7,14 @@ import pytest
 import torch
 
 from hrm.hardware import Figure
-from hrm.model_spec import ModelSpec
 from hrm.profiling.gpu import AbstractGpu, Queued
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.timing import clock_sampler
 from hrm.profiling.topology import CacheFacts
 from hrm.units import KIB, MIB
+from tests.hrm.support import tiny_spec
 
-TINY = ModelSpec(
-    name="tiny",
-    family="mixtral",
-    num_layers=2,
-    hidden_size=64,
-    intermediate_size=96,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    num_experts=4,
-    experts_per_token=2,
-    vocab_size=100,
-)
+TINY = tiny_spec(num_layers=2, vocab_size=100)
 CACHES = (
     CacheFacts(level=1, each_bytes=32 * KIB, instances=2, cpus_each=1),
     CacheFacts(level=2, each_bytes=256 * KIB, instances=2, cpus_each=1),
@@ -39,15 +27,18 @@ def small_sizes() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "machine.PASSES": 3,
+            "machine.options.MOST_QUICK_S": 0.3,
             "memory.QUICK_BYTES": 8 * MIB,
             "machine.host.QUICK_SOURCE_BYTES": 2 * MIB,
             "gemm.POOL_BYTES": MIB,
+            "gemm.QUICK_WEIGHTS": 2**15,
             "gemm.QUICK_SQUARES": (128,),
-            "attention.QUICK_BYTES": 4 * MIB,
+            "attention.QUICK_BYTES": 2 * MIB,
             "attention.QUICK_CONTEXTS": (32, 128),
             "caches.BYTES_A_CALL": 64 * KIB,
             "topology.caches": lambda _: CACHES,
             "disk.QUICK_BYTES": 16 * MIB,
+            "timing.MIN_SAMPLE_S": 1e-4,
             "settle.SIDE": 64,
             "settle.BATCH_S": 1e-4,
         }.items():

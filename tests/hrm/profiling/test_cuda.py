@@ -29,9 +29,10 @@ from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevic
 from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes
 
 
-def measure(gpus, *, patch, dtypes=("float32",), progress=None, **changes) -> HardwareProfile:
+def measure(gpus, *, patch, dtypes=("float32",), passes=1, progress=None, **changes) -> HardwareProfile:
     """A profile with these GPUs in the place of CUDA's."""
     machine = "hrm.profiling.machine"
+    patch.setattr(f"{machine}.PASSES", passes)
     indices = tuple(range(len(gpus)))
     patch.setattr(f"{machine}._resolve", lambda _: ("cuda", indices))
     patch.setattr(f"{machine}._gpus", lambda _: list(gpus))
@@ -52,7 +53,7 @@ def one() -> HardwareProfile:
         patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
         facts = GpuFacts({"gpu": "a GPU", "driver": "1.2"}, ("others use the card: 1 process",))
         gpu = FakeGpu(facts=facts, busy=("the card was busy 37% of the time",), clocks=(300.0, 1500.0))
-        return measure([gpu], patch=patch, dtypes=("float32", "bfloat16"))
+        return measure([gpu], patch=patch, dtypes=("float32", "bfloat16"), passes=3)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def four() -> HardwareProfile:
         # After the first GPU under load, all four in every pass; the second of them is slow.
         settled = chain([1e12], cycle([1e12, 0.5e12, 1.1e12, 1e12]))
         gpus = [FakeGpu(i, name="a GPU", free_bytes=(12 - i) * MIB) for i in range(4)]
-        return measure(gpus, patch=patch)
+        return measure(gpus, patch=patch, passes=3)
 
 
 def kinds(profile):
@@ -140,7 +141,7 @@ class NamedDevice(WithDevice):
 
 
 def test_what_is_timed_on_a_gpu_lies_there_and_waits_for_copies_alone():
-    gpu = FakeGpu(free_bytes=1200 * MIB)
+    gpu = FakeGpu(free_bytes=64 * MIB)
     gpu.device = str(DEVICE)
     with small_sizes() as patch, NamedDevice():
         patch.setattr(torch, "inference_mode", torch.no_grad)  # such tensors cannot be wrapped
@@ -283,7 +284,7 @@ def test_it_goes_on_after_an_interruption(tmp_path):
 
             stop.setattr("hrm.profiling.contention.bytes_together", interrupt)
             with pytest.raises(Exception, match="not measured: host memory, all at once"):
-                measure([FakeGpu(0), FakeGpu(1)], patch=patch, partial=path)
+                measure([FakeGpu(0), FakeGpu(1)], patch=patch, passes=3, partial=path)
         ran, at_once = [], []
 
         def bytes_together(workers, *, budget_s):
@@ -294,6 +295,7 @@ def test_it_goes_on_after_an_interruption(tmp_path):
         profile = measure(
             [FakeGpu(0), FakeGpu(1)],
             patch=patch,
+            passes=3,
             partial=path,
             resume=True,
             progress=lambda _done, _total, text: ran.append(text),

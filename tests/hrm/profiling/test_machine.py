@@ -407,7 +407,7 @@ def test_staging_is_measured_by_the_kernels_that_are_given():
     host = SimpleNamespace(last_level_cache_bytes=MIB, usable_ram_bytes=10**9)
     for given, expected in ((kernels, [MIB]), (None, [])):
         staged.clear()
-        run: Any = SimpleNamespace(kernels=given, host=host, quick=True)
+        run: Any = SimpleNamespace(host=host, options=ProfileOptions("cpu", quick=True, kernels=given))
         staging_worker(run, MIB, threads=1).call()
         assert staged == expected
 
@@ -425,7 +425,9 @@ def test_what_attention_takes_from_others_is_measured_by_the_kernels_that_are_gi
     host = SimpleNamespace(usable_ram_bytes=10**9)
     for given, expected in ((kernels, [(16, 16 * 512)]), (None, [])):
         attended.clear()
-        run: Any = SimpleNamespace(kernels=given, host=host, dtypes=("float32",), model=TINY)
+        run: Any = SimpleNamespace(
+            host=host, dtypes=("float32",), options=ProfileOptions("cpu", model=TINY, kernels=given)
+        )
         worker = attention_worker(run, threads=1)
         worker.call()
         assert attended == expected
@@ -434,7 +436,7 @@ def test_what_attention_takes_from_others_is_measured_by_the_kernels_that_are_gi
 
 def test_staging_is_measured_with_the_threads_of_its_lane():
     host = SimpleNamespace(last_level_cache_bytes=MIB, usable_ram_bytes=10**9)
-    run: Any = SimpleNamespace(kernels=None, host=host, quick=True)
+    run: Any = SimpleNamespace(host=host, options=ProfileOptions("cpu", quick=True))
     before = torch.get_num_threads()
     try:
         staging_worker(run, MIB, threads=before + 1).enter()
@@ -452,7 +454,8 @@ def test_weights_of_a_pool_are_taken_in_turn():
     assert seen[:16] == seen[16:]
 
 
-def test_shapes_of_large_models_are_scaled_down():
+def test_shapes_of_large_models_are_scaled_down(monkeypatch):
+    monkeypatch.setattr("hrm.profiling.gemm.QUICK_WEIGHTS", 2**23)
     (w13, w2), note = model_shapes(TINY, quick=True)
     assert (w13.inputs, w13.outputs, w2.inputs, w2.outputs) == (64, 192, 96, 64)
     assert note == "shapes of tiny"
