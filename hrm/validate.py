@@ -10,7 +10,7 @@ from hrm.acts import NAMES
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.decoding import read_json
 from hrm.errors import PolicyError, ProfileError, TraceError
-from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
+from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.hardware import HardwareProfile, Link
 from hrm.numeric import Spread
 from hrm.parallel import part_for
@@ -299,7 +299,7 @@ def _add_batch(
     decode_steps: int,
     count: int,
 ) -> None:
-    smaller = with_batch_size(policy, min(requests, policy.batch_size))
+    smaller = policy.for_batch(requests)
     workload = Workload(
         name="measured",
         prompt_len=lengths.prompt_len,

@@ -15,7 +15,7 @@ from executor.batching import Batcher, Request
 from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solved
 from executor.bench.row import BenchRow
 from executor.errors import JobError
-from executor.generate import Generator, NullGenerator
+from executor.generate import AbstractGenerator, Generator, NullGenerator
 from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.sampling import SamplingParams
@@ -115,7 +115,7 @@ class Bench:
         if generator.notice and generator.notice not in self._told:
             self._told.add(generator.notice)
             self._tell(generator.notice)
-        return BenchRun(self, generator, gen_len=gen_len)
+        return BenchRun(self, generator, generator.policy, gen_len=gen_len)
 
     def requests(self, gen_len: int | None = None) -> Iterator[Request]:
         """The requests of every repeat; nothing but their length ends them."""
@@ -179,17 +179,16 @@ class Bench:
 class BenchRun:
     """One schedule being run; a context manager that owns the lanes.
 
-    It may be entered again, so that another may compute with all cores in between.
+    `policy` is what is run, on weights and in memory that other orders may share. It may be entered
+    again, so that another may compute with all cores in between.
     """
 
-    def __init__(self, bench: Bench, generator: Generator | NullGenerator, *, gen_len: int | None = None) -> None:
-        self.bench, self._generator, self._gen_len = bench, generator, gen_len
+    def __init__(
+        self, bench: Bench, generator: AbstractGenerator, policy: Policy, *, gen_len: int | None = None
+    ) -> None:
+        self.bench, self.policy = bench, policy
+        self._generator, self._gen_len = generator, gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
-
-    @property
-    def policy(self) -> Policy:
-        """What is run."""
-        return self._generator.policy
 
     @property
     def load_s(self) -> float:
@@ -215,18 +214,16 @@ class BenchRun:
 
         PolicyError if the order needs other memory, as staging whole layers does.
         """
-        generator, before = self._generator, self._generator.policy
-        policy = replace(before, schedule=schedule)
-        plan, loaded = budgeted_plan(self.bench.policy_file, policy), generator.plan
+        policy = replace(self.policy, schedule=schedule)
+        plan, loaded = budgeted_plan(self.bench.policy_file, policy), self._generator.plan
         if (plan.gpu.purposes, plan.cpu.purposes) != (loaded.gpu.purposes, loaded.cpu.purposes):
             raise PolicyError(
                 "policy: schedule",
                 schedule.value,
-                f"needs memory of other sizes than {before.schedule.value}",
+                f"needs memory of other sizes than {self.policy.schedule.value}",
                 "load it by itself",
             )
-        generator.policy = policy
-        return BenchRun(self.bench, generator, gen_len=gen_len)
+        return BenchRun(self.bench, self._generator, policy, gen_len=gen_len)
 
     def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
         """Run all requests once more, or with other new tokens, or only the first few."""
@@ -234,8 +231,8 @@ class BenchRun:
         requests = list(islice(self.bench.requests(gen_len or self._gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
-        for batch in Batcher(iter(requests), self._generator.policy):
-            totals.add(self._generator.generate(batch))
+        for batch in Batcher(iter(requests), self.policy):
+            totals.add(self._generator.generate(batch, schedule=self.policy.schedule))
         self._runs.append(totals)
         return totals
 
@@ -245,8 +242,7 @@ class BenchRun:
 
     def row(self) -> BenchRow:
         """What was measured in the repeats until now, of which there must be one."""
-        bench, generator = self.bench, self._generator
-        policy = generator.policy
+        bench, generator, policy = self.bench, self._generator, self.policy
         bound = bench.estimate(policy, gen_len=self._gen_len, pageable=generator.pageable)
         runs = sorted(self._runs, key=Totals.tokens_per_s)
         content = run_json(
@@ -289,7 +285,7 @@ class BenchRun:
 
     def _attention_bytes_per_s(self, decode: PhaseRecord) -> float | None:
         """Keys and values a second of the micro-batches that attend on the CPU; None without."""
-        policy, spec = self._generator.policy, self.bench.spec
+        policy, spec = self.policy, self.bench.spec
         in_lane = decode.lanes.get(Lane.CPU.value)
         experts = decode.kinds.get(CPU_EXPERTS.name)
         if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or in_lane is None:

@@ -12,7 +12,7 @@ from executor.batching import Batcher, Completion, Placed, Request, asks_for_mor
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError, RunError
 from executor.families import AbstractFamily, family_for
-from executor.generate import BatchResult, Generator, NullGenerator, check_request
+from executor.generate import AbstractGenerator, BatchResult, Generator, NullGenerator, check_request
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import ERROR
 from executor.job.advice import advice
@@ -240,7 +240,7 @@ class _Job:
             "put right what they say and use --resume",
         )
 
-    def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
+    def _generator(self, family: AbstractFamily, source: WeightSource) -> AbstractGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self._policy_file, planned.policy)
@@ -318,7 +318,7 @@ class _Job:
         assert tokenizer is not None, "checked when the request was read"
         return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
 
-    def _report(self, outcome: str, message: str | None, generator: Generator | NullGenerator) -> dict[str, Any]:
+    def _report(self, outcome: str, message: str | None, generator: AbstractGenerator) -> dict[str, Any]:
         self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told
         content = run_json(
             outcome=outcome,

@@ -6,7 +6,7 @@ from pathlib import Path
 from hrm.cli.simulate import simulate_plan
 from hrm.costs import Costs
 from hrm.errors import TraceError
-from hrm.estimate import decode_work, simulate_work, with_batch_size
+from hrm.estimate import decode_work, simulate_work
 from hrm.memory import plan_memory
 from hrm.policy import Policy, ScheduleName, spread_experts
 from hrm.policy_file import PolicyFile
@@ -72,10 +72,7 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
     plan = replace(
         run.policy_file,
         profile=paced(run.policy_file.profile, run.accelerator),
-        policy=replace(
-            with_batch_size(run.policy_file.policy, min(run.batches[0].requests, run.policy_file.policy.batch_size)),
-            schedule=ScheduleName(run.schedule),
-        ),
+        policy=replace(run.policy_file.policy.for_batch(run.batches[0].requests), schedule=ScheduleName(run.schedule)),
         workload=replace(run.policy_file.workload, prompt_len=run.workload.prompt_len),
     )
     measured = read_chrome_trace(folder / "trace.json").of_phase(phase).of_batch(0)
