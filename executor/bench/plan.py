@@ -20,7 +20,7 @@ from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, policy_file_of
-from hrm.validate import AcceleratorRecord, paced
+from hrm.scaling import paced
 from hrm.workload import Workload
 
 PROMPT_LEN: Final = 64  # without a policy and unless told otherwise
@@ -101,9 +101,7 @@ def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
         num_requests=options.num_requests or NUM_REQUESTS,
     )
     profile = _machine(options, spec)
-    with_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
-    dtype = "bfloat16" if with_bfloat16 else "float16"
-    found = search(spec, profile, workload, dtype=dtype)
+    found = search(spec, profile, workload, dtype=profile.default_dtype)
     return policy_file_of(found.require(), spec, profile, workload)
 
 
@@ -115,8 +113,7 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         profile = load_profile(options.profile)
         if memory is not None:
             profile = with_memory(profile, gpu_memory_bytes=memory)
-        pace = AcceleratorRecord(name=asked.name, description="", h2d_bytes_per_s=bandwidth, d2h_bytes_per_s=bandwidth)
-        return paced(profile, pace)
+        return paced(profile, bandwidth, bandwidth)
     if asked.name == "null":
         raise JobError(
             "--accelerator", asked.name, "does no work, so there is nothing to measure", "give --profile or --policy"

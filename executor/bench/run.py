@@ -9,15 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, final
 
-import msgspec
-
 from executor.batching import Batcher, Request
 from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solved
 from executor.bench.row import BenchRow
 from executor.errors import JobError
 from executor.generate import AbstractGenerator, Generator, NullGenerator
 from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
-from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
+from executor.job.report import Totals, run_record
 from executor.sampling import SamplingParams
 from hrm.acts.decode import CPU_EXPERTS
 from hrm.errors import PolicyError
@@ -25,8 +23,9 @@ from hrm.estimate import Estimate, estimate
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.run_record import PhaseRecord
 from hrm.tasks import Device, Lane, Phase
-from hrm.validate import PhaseRecord, RunRecord, runtime_with, validate
+from hrm.validate import runtime_with, validate
 
 
 @final
@@ -245,35 +244,26 @@ class BenchRun:
         bench, generator, policy = self.bench, self._generator, self.policy
         bound = bench.estimate(policy, gen_len=self._gen_len, pageable=generator.pageable)
         runs = sorted(self._runs, key=Totals.tokens_per_s)
-        content = run_json(
-            outcome="completed",
-            message=None,
-            policy_file=bench.policy_file,
-            model=model_json(bench.spec, bench.model, policy.dtype),
-            notice=generator.notice,
-            accelerator=accelerator_json(generator.backend, generator.pageable),
-            schedule=policy.schedule.value,
-            totals=runs[(len(runs) - 1) // 2],
-            load_s=generator.load_s,
-            memory=memory_json(generator.plan, generator.peak_bytes),
+        record = run_record(
+            generator,
+            bench.policy_file,
+            runs[(len(runs) - 1) // 2],
+            weights=bench.model,
             started=self._started,
+            schedule=policy.schedule,
         )
-        totals, phases = content["totals"], content["phases"]
-        validation = validate(msgspec.convert(content, RunRecord))
-        decode = validation.run.phases[Phase.DECODE.value]
-        prefill_busy, decode_busy = (
-            {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()} for phase in Phase
-        )
+        totals, validation = record.totals, validate(record)
+        prefill, decode = (record.phase(phase) for phase in Phase)
         return BenchRow(
             schedule=policy.schedule.value,
-            tokens_per_s=totals["tokens_per_s"],
+            tokens_per_s=totals.tokens_per_s,
             least_tokens_per_s=runs[0].tokens_per_s(),
             most_tokens_per_s=runs[-1].tokens_per_s(),
-            prefill_tokens_per_s=totals["prefill_tokens_per_s"],
-            decode_tokens_per_s=totals["decode_tokens_per_s"],
+            prefill_tokens_per_s=totals.prefill_tokens_per_s,
+            decode_tokens_per_s=totals.decode_tokens_per_s,
             decode_step_s=decode.step_s,
-            prefill_busy_share=prefill_busy,
-            decode_busy_share=decode_busy,
+            prefill_busy_share={lane: item.busy_share for lane, item in prefill.lanes.items()},
+            decode_busy_share={lane: item.busy_share for lane, item in decode.lanes.items()},
             decode_bytes_per_s={name: lane.bytes_per_s for name, lane in decode.lanes.items() if lane.num_bytes},
             attention_bytes_per_s=self._attention_bytes_per_s(decode),
             ratio=1.0,
@@ -286,14 +276,12 @@ class BenchRun:
     def _attention_bytes_per_s(self, decode: PhaseRecord) -> float | None:
         """Keys and values a second of the micro-batches that attend on the CPU; None without."""
         policy, spec = self.policy, self.bench.spec
-        in_lane = decode.lanes.get(Lane.CPU.value)
-        experts = decode.kinds.get(CPU_EXPERTS.name)
-        if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or in_lane is None:
+        in_lane_s, experts_s = decode.lane(Lane.CPU).busy_s, decode.kind(CPU_EXPERTS).seconds
+        if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or not in_lane_s:
             return None
         attended = 0
         for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
         read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.formats.kv_cache)
-        seconds = in_lane.busy_s - (experts.seconds if experts else 0.0)
-        return read * (1 - policy.kv_share_on_gpu) / seconds
+        return read * (1 - policy.kv_share_on_gpu) / (in_lane_s - experts_s)
