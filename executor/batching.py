@@ -8,7 +8,7 @@ waits for the next batch. No request is ever dropped.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, final
 
@@ -110,7 +110,26 @@ class Batch:
     @property
     def num_requests(self) -> int:
         """Requests in all micro-batches."""
-        return sum(len(micro_batch.placed) for micro_batch in self.micro_batches)
+        return sum(self.micro_batch_sizes)
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Requests in each micro-batch."""
+        return tuple(len(micro_batch.placed) for micro_batch in self.micro_batches)
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All requests, micro-batch by micro-batch."""
+        return (placed.request for micro_batch in self.micro_batches for placed in micro_batch.placed)
+
+    @property
+    def num_steps(self) -> int:
+        """Decode steps until the last request has all its tokens; prefill gives each the first."""
+        return max(request.params.max_tokens for request in self.requests) - 1
+
+    def policy(self, whole: Policy) -> Policy:
+        """What is run of a whole batch's policy: that of a batch with these micro-batches full."""
+        return whole.for_batch(len(self.micro_batches) * whole.micro_batch_size)
 
 
 def pack(requests: Sequence[Request], policy: Policy) -> tuple[Batch, list[Request]]:
@@ -195,18 +214,6 @@ def asks_for_more(request: Request, solved: Workload, policy: Policy) -> bool:
     blocks = policy.kv_tokens_per_micro_batch // KV_BLOCK_TOKENS // policy.micro_batch_size
     longer = new > solved.gen_len and prompt + new > blocks * KV_BLOCK_TOKENS
     return prompt > solved.max_prompt_len or longer
-
-
-def policy_for(policy: Policy, num_micro_batches: int) -> Policy:
-    """The policy of a batch of fewer micro-batches; the memory of the whole one covers it."""
-    on_host = policy.num_micro_batches - policy.gpu_kv_micro_batches
-    on_gpu = min(policy.gpu_kv_micro_batches, num_micro_batches)
-    assert num_micro_batches - on_gpu <= on_host
-    return replace(
-        policy,
-        batch_size=min(policy.batch_size, num_micro_batches * policy.micro_batch_size),
-        gpu_kv_micro_batches=on_gpu,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from typing import Final, Self, final
 
 from executor.backends.streams import AbstractStream
 from executor.errors import RunError
-from executor.lanes import QUEUED_TASKS, Handler, KindTotal, LaneWorker, Queued, Recorder, Run, Ticket, wait_for
+from executor.lanes import QUEUED_TASKS, GraphRun, Handler, LaneWorker, Queued, Recorder, Ticket, wait_for
 from hrm.contract.pacing import Waits
+from hrm.run_record import KindTotal
 from hrm.tasks import Act, Lane, Task, TaskId
 from hrm.trace import Span, Trace, lane_chart
 
@@ -163,7 +164,7 @@ class Engine:
             self._past_busy_s[lane] += busy_s
         self._recorders = {lane: Recorder(lane) for lane in Lane}
         self._waits.resume()
-        run = Run(handlers, self.origin_s, batch, kept_steps, self._recorders, self._waits)
+        run = GraphRun(handlers, self.origin_s, batch, kept_steps, self._recorders, self._waits)
         for worker in self._workers.values():
             worker.start_clock(self.origin_s)
         self._start_s = perf_counter() - self.origin_s
@@ -179,7 +180,7 @@ class Engine:
             raise self._task_failed(run) from run.failure.error
         return self.result()
 
-    def _task_failed(self, run: Run) -> TaskFailedError:
+    def _task_failed(self, run: GraphRun) -> TaskFailedError:
         """The failure with its chart; a device's error is that of the first task not known done."""
         failure = run.failure
         assert failure is not None
@@ -195,7 +196,7 @@ class Engine:
         chart = failure_chart(recent, span)
         return TaskFailedError(task, failure.error, chart, may_be_later=later)
 
-    def _feed(self, tasks: Iterable[Task], run: Run, pending: deque[Ticket], finished: Callable[[], bool]) -> None:
+    def _feed(self, tasks: Iterable[Task], run: GraphRun, pending: deque[Ticket], finished: Callable[[], bool]) -> None:
         tickets: dict[TaskId, Ticket] = {}  # of tasks that may not have ended
         for number, task in enumerate(tasks):
             if number % BURST == 0:
@@ -212,7 +213,7 @@ class Engine:
             pending.append(ticket)
 
     @staticmethod
-    def _forget_oldest(run: Run, pending: deque[Ticket], tickets: dict[TaskId, Ticket]) -> None:
+    def _forget_oldest(run: GraphRun, pending: deque[Ticket], tickets: dict[TaskId, Ticket]) -> None:
         """Return when nothing has to wait for any of the oldest burst any more."""
         for ticket in _wait_for_oldest(pending):
             if ticket.mark is not None:
@@ -223,7 +224,7 @@ class Engine:
                     run.fail(ticket.task, error, queued_s)
             del tickets[ticket.task.id]
 
-    def _drain(self, run: Run, pending: deque[Ticket]) -> None:
+    def _drain(self, run: GraphRun, pending: deque[Ticket]) -> None:
         while pending:
             _wait_for_oldest(pending)
         for worker in self._workers.values():
@@ -278,10 +279,7 @@ def _is_no_kernel(queued: Queued) -> tuple[bool, float]:
 def add_totals(into: dict[str, KindTotal], more: Mapping[str, KindTotal]) -> None:
     """Add totals per kind to others."""
     for kind, total in more.items():
-        sum_ = into.setdefault(kind, KindTotal())
-        sum_.count += total.count
-        sum_.seconds += total.seconds
-        sum_.num_bytes += total.num_bytes
+        into.setdefault(kind, KindTotal()).add(total)
 
 
 def failure_chart(recent: Iterable[Span], failed: Span, *, width: int = 72) -> str:

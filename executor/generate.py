@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Self, final
 
@@ -10,7 +10,7 @@ import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.backends.null import null_handlers
-from executor.batching import Batch, Completion, Nowhere, Placed, Request, Sink, chunks, policy_for
+from executor.batching import Batch, Completion, Nowhere, Placed, Request, Sink, chunks
 from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
@@ -31,8 +31,8 @@ from executor.model import Architecture
 from executor.native import kernels
 from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
-from hrm.policy import Policy
-from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.policy import Policy, ScheduleName
+from hrm.schedules import SCHEDULES, Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.tasks import Phase, TaskId
 
 MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
@@ -103,38 +103,19 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
             raise JobError(f"{request.name}: prompt", value, rule, remedy)
 
 
-def pipelines(
-    arch: Architecture, policy: Policy, num_micro_batches: int, *, num_chunks: int, num_steps: int
-) -> tuple[Pipeline, Pipeline]:
-    """Prefill and decode pipelines of a batch; pages are as large as in a whole batch."""
-    spec, smaller = arch.spec, policy_for(policy, num_micro_batches)
-
-    def paged_as(whole: Pipeline, pipeline: Pipeline) -> Pipeline:
-        return replace(pipeline, num_pages=whole.num_pages, dense_pages=whole.dense_pages)
-
-    return (
-        paged_as(
-            prefill_pipeline(spec, policy, num_chunks=num_chunks),
-            prefill_pipeline(spec, smaller, num_chunks=num_chunks),
-        ),
-        paged_as(
-            decode_pipeline(spec, policy, num_steps=num_steps), decode_pipeline(spec, smaller, num_steps=num_steps)
-        ),
-    )
-
-
 class TraceBudget:
     """How many steps of each batch's decode are kept in the trace, so that it stays small."""
 
     def __init__(self, max_spans: int = MAX_SPANS) -> None:
         self._left = max_spans
 
-    def steps(self, pipeline: Pipeline, num_prefill_spans: int) -> int:
+    def steps(self, pipeline: Pipeline, schedule: ScheduleName, num_prefill_spans: int) -> int:
         """Steps to keep of a decode phase after so many spans of prefill."""
         self._left = max(self._left - num_prefill_spans, 0)
-        one = replace(pipeline, num_steps=1)
-        # 12 kinds of task a layer and micro-batch bound what a step can have.
-        per_step = one.num_layers * (12 * one.num_micro_batches + 2 * one.num_pages)
+        # No layer has more tasks than one with all that any layer has, and a step's first and last tasks.
+        streamed, cpu_experts = (any(pipeline.streamed),), (any(pipeline.cpu_experts),)
+        layer = replace(pipeline, num_layers=1, num_steps=1, streamed=streamed, cpu_experts=cpu_experts)
+        per_step = pipeline.num_layers * sum(1 for _ in SCHEDULES[schedule].order(layer))
         steps = min(self._left // per_step, pipeline.num_steps, 64)
         self._left -= steps * per_step
         return steps
@@ -151,7 +132,7 @@ class AbstractGenerator(ABC):
     `policy` is what is run and `plan` what it needs; where that differs from what was asked for,
     `notice` says why, in a line. What crosses the link from memory that is not pinned though it
     should be is `pageable`. `load_s` says how long the weights took, `live` says how
-    far the batch under way is.
+    far the batch under way is, and `peak_bytes` how much of each level's purposes was ever in use.
     """
 
     load_s: float
@@ -184,12 +165,40 @@ class AbstractGenerator(ABC):
         """Raise JobError if the request could never be run."""
         check_request(request, self.arch, self.policy)
 
+    @property
     @abstractmethod
-    def generate(self, batch: Batch, *, index: int = 0, sink: Sink | None = None) -> BatchResult:
+    def peak_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes ever in use by level and purpose; none where nothing is computed."""
+
+    @abstractmethod
+    def generate(
+        self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
+    ) -> BatchResult:
         """Run both phases of a batch; TaskFailedError if a task fails.
 
-        `sink` is given every completion as soon as its request has ended.
+        `sink` is given every completion as soon as its request has ended. Another `schedule` than
+        the policy's must need the same memory.
         """
+
+    @abstractmethod
+    def rescue(self) -> BatchResult | None:
+        """What `generate` did until it raised: its completions are the requests ended by then.
+
+        None if it raised before the lanes had anything to do, or where nothing is computed.
+        """
+
+    @final
+    def _planned(
+        self, batch: Batch, schedule: ScheduleName | None, num_chunks: int
+    ) -> tuple[Policy, Pipeline, Pipeline]:
+        """What is run of a batch: its policy, and the pipelines of both phases."""
+        spec, policy = self.arch.spec, batch.policy(self.policy)
+        policy = policy if schedule is None else replace(policy, schedule=schedule)
+        return (
+            policy,
+            prefill_pipeline(spec, policy, num_chunks=num_chunks),
+            decode_pipeline(spec, policy, num_steps=max(batch.num_steps, 1)),
+        )
 
 
 @final
@@ -198,7 +207,6 @@ class Generator(AbstractGenerator):
 
     Memory is allocated once, as planned, and weights are loaded into it once. If the system does
     not pin as much as a policy needs that stages no weights, `staged` is run, which does.
-    `peak_bytes` says how much of each level's purposes was ever in use.
     """
 
     def __init__(
@@ -236,25 +244,24 @@ class Generator(AbstractGenerator):
             self.policy, self.plan = staged.policy, staged.memory
         self.load_s = time.perf_counter() - start_s
 
-    def generate(self, batch: Batch, *, index: int = 0, sink: Sink | None = None) -> BatchResult:
+    def generate(
+        self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
+    ) -> BatchResult:
         """Prefill and decode a batch; TaskFailedError if a task fails."""
         sink = sink or Nowhere()
-        policy, arch, memory = self.policy, self.arch, self.memory
-        num_micro_batches = len(batch.micro_batches)
-        smaller = policy_for(policy, num_micro_batches)
+        arch, memory = self.arch, self.memory
+        parts = chunks(batch, self.policy.prefill_chunk_tokens)
+        policy, prefill, decode = self._planned(batch, schedule, len(parts))
         self._state = self._prefilled = None
-        memory.caches.assign([smaller.kv_on_gpu(j) for j in range(num_micro_batches)])
-        self._count_kv(batch, smaller)
+        memory.caches.assign([policy.kv_on_gpu(j) for j in range(len(batch.micro_batches))])
+        self._count_kv(batch, policy)
         state = self._state = BatchState(batch, arch, self._stops, lambda ended: sink.put(_completion(ended)))
-        parts = chunks(batch, policy.prefill_chunk_tokens)
         self._num_chunks = len(parts)
-        steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
-        prefill, decode = pipelines(arch, policy, num_micro_batches, num_chunks=len(parts), num_steps=max(steps, 1))
         self.live.begin(prefill, decode, state)
         self.live.enter(Phase.PREFILL)
         prefilled = self._prefilled = self.engine.run(
             iter_tasks(prefill, policy.schedule),
-            PrefillHandlers.make(self.backend, arch, smaller, prefill, memory, state, parts),
+            PrefillHandlers.make(self.backend, arch, policy, prefill, memory, state, parts),
             batch=index,
             kept_steps=self._budget.prefill_steps,
             finished=sink.stops,
@@ -265,20 +272,16 @@ class Generator(AbstractGenerator):
             self.live.enter(Phase.DECODE, prefilled)
             decoded = self.engine.run(
                 iter_tasks(decode, policy.schedule),
-                DecodeHandlers.make(self.backend, arch, smaller, decode, memory, state),
+                DecodeHandlers.make(self.backend, arch, policy, decode, memory, state),
                 batch=index,
-                kept_steps=self._budget.steps(decode, len(prefilled.spans)),
+                kept_steps=self._budget.steps(decode, policy.schedule, len(prefilled.spans)),
                 finished=lambda: sink.stops() or state.num_active == 0,
             )
         completions = tuple(_completion(s) for members in state.sequences for s in members)
-        sizes = tuple(len(members) for members in state.sequences)
-        return BatchResult(completions, prefilled, decoded, sizes, len(parts), state.routed)
+        return BatchResult(completions, prefilled, decoded, batch.micro_batch_sizes, len(parts), state.routed)
 
     def rescue(self) -> BatchResult | None:
-        """What `generate` did until it raised: its completions are the requests ended by then.
-
-        None if it raised before the lanes had anything to do.
-        """
+        """What `generate` did until it raised."""
         state, prefilled = self._state, self._prefilled
         if state is None:
             return None
@@ -339,55 +342,50 @@ class NullGenerator(AbstractGenerator):
     ) -> None:
         super().__init__(backend, arch, planned, max_spans)
         self.load_s = 0.0
-        self.peak_bytes: dict[str, dict[str, int]] = {}
         self._waits = backend.waits or Waits()
         self._seconds_of = seconds_of
+
+    @property
+    def peak_bytes(self) -> dict[str, dict[str, int]]:
+        """Nothing: no memory is used."""
+        return {}
 
     def rescue(self) -> None:
         """Nothing: what a batch that was cut short has generated are no tokens of a model."""
 
-    def generate(self, batch: Batch, *, index: int = 0, sink: Sink | None = None) -> BatchResult:
+    def generate(
+        self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
+    ) -> BatchResult:
         """Sleep through both phases of a batch."""
         sink = sink or Nowhere()
-        parts = chunks(batch, self.policy.prefill_chunk_tokens)
-        steps = max(request.params.max_tokens for request in requests_of(batch)) - 1
-        prefill, decode = pipelines(
-            self.arch, self.policy, len(batch.micro_batches), num_chunks=len(parts), num_steps=max(steps, 1)
-        )
+        num_chunks = len(chunks(batch, self.policy.prefill_chunk_tokens))
+        policy, prefill, decode = self._planned(batch, schedule, num_chunks)
+
+        def run(pipeline: Pipeline, kept_steps: int) -> PhaseResult:
+            return self.engine.run(
+                iter_tasks(pipeline, policy.schedule),
+                null_handlers(self._seconds_of(pipeline, batch), self._waits.sleep),
+                batch=index,
+                kept_steps=kept_steps,
+            )
+
         self.live.begin(prefill, decode)
         self.live.enter(Phase.PREFILL)
-        prefilled = self._run(prefill, batch, index, self._budget.prefill_steps)
+        prefilled = run(prefill, self._budget.prefill_steps)
         decoded = None
-        if steps:
-            kept = self._budget.steps(decode, len(prefilled.spans))
+        if batch.num_steps:
             self.live.enter(Phase.DECODE, prefilled)
-            decoded = self._run(decode, batch, index, kept)
-        completions = tuple(
-            Completion(request, (0,) * request.params.max_tokens, LENGTH) for request in requests_of(batch)
-        )
+            decoded = run(decode, self._budget.steps(decode, policy.schedule, len(prefilled.spans)))
+        completions = tuple(Completion(request, (0,) * request.params.max_tokens, LENGTH) for request in batch.requests)
         for completion in completions:
             sink.put(completion)
-        sizes = tuple(len(micro_batch.placed) for micro_batch in batch.micro_batches)
-        return BatchResult(completions, prefilled, decoded, sizes, len(parts))
-
-    def _run(self, pipeline: Pipeline, batch: Batch, index: int, kept: int) -> PhaseResult:
-        return self.engine.run(
-            iter_tasks(pipeline, self.policy.schedule),
-            null_handlers(self._seconds_of(pipeline, batch), self._waits.sleep),
-            batch=index,
-            kept_steps=kept,
-        )
+        return BatchResult(completions, prefilled, decoded, batch.micro_batch_sizes, num_chunks)
 
 
 def _completion(ended: Generated) -> Completion:
     return Completion(
         ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error, tuple(ended.logprobs)
     )
-
-
-def requests_of(batch: Batch) -> Iterable[Request]:
-    """All requests of a batch, micro-batch by micro-batch."""
-    return (placed.request for micro_batch in batch.micro_batches for placed in micro_batch.placed)
 
 
 def never_stops(placed: Placed, tokens: Sequence[int]) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from executor.backends.streams import AbstractMark, AbstractStream
 from hrm.contract.pacing import Waits
+from hrm.run_record import KindTotal
 from hrm.tasks import Act, Lane, Task, TaskId
 from hrm.trace import Span
 
@@ -43,15 +44,6 @@ def wait_for(latch: "LockType") -> None:
     """Return when the latch is open; `with` never leaves it closed if Ctrl-C strikes."""
     with latch:
         pass
-
-
-@dataclass(slots=True)
-class KindTotal:
-    """What all tasks of one kind took together."""
-
-    count: int = 0
-    seconds: float = 0.0
-    num_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -92,7 +84,7 @@ class Failure:
 
 
 @dataclass(slots=True)
-class Run:
+class GraphRun:
     """One graph being run: shared by all lanes, made anew for every run."""
 
     handlers: Mapping[Act, Handler]
@@ -133,7 +125,7 @@ class Ticket:
 
     __slots__ = ("done", "mark", "run", "task", "waits")
 
-    def __init__(self, run: Run, task: Task, waits: "tuple[Ticket, ...]") -> None:
+    def __init__(self, run: GraphRun, task: Task, waits: "tuple[Ticket, ...]") -> None:
         self.run, self.task, self.waits = run, task, waits
         self.done = new_latch()
         self.mark: AbstractMark | None = None
@@ -211,7 +203,7 @@ class LaneWorker:
             since_s = queued_s if since_s is None else min(since_s, queued_s)
         return 0.0 if since_s is None else max(perf_counter() - since_s, 0.0)
 
-    def settle(self, run: Run, left: int = 0) -> None:
+    def settle(self, run: GraphRun, left: int = 0) -> None:
         """Wait until no more than `left` of the tasks that were queued can still be going on.
 
         From the lane's own thread, or any other while the lane has nothing to do. A task that
@@ -227,7 +219,7 @@ class LaneWorker:
                 return
             self.queued.popleft()
 
-    def _record(self, run: Run, one: Queued) -> None:
+    def _record(self, run: GraphRun, one: Queued) -> None:
         # Times count from the last mark known: a device tells spans of time as float32.
         assert self._reached is not None
         before, before_s = self._reached

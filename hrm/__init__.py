@@ -31,10 +31,10 @@ from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpe
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
+from hrm.run_record import read_run
 from hrm.scaling import Resource, at_cost, resource_value, resources, scale, with_resource
 from hrm.tasks import Act, Device, Lane, Phase, Task, TaskGraph, TaskId
 from hrm.trace import Span, Trace, lane_chart, read_chrome_trace
-from hrm.validate import read_run
 from hrm.workload import WORKLOADS, Workload, named_workload
 
 __all__ = [

@@ -37,6 +37,7 @@ class Point:
 
     batch_size: Number
     num_micro_batches: Number
+    num_weight_pages: Number
     gpu_attention: Number
     gpu_ffn: Number
     gpu_kv_micro_batches: Number
@@ -66,6 +67,7 @@ class Point:
         return Point(
             batch_size=policy.batch_size,
             num_micro_batches=policy.num_micro_batches,
+            num_weight_pages=policy.num_weight_pages,
             gpu_attention=int(policy.attention is Device.GPU),
             gpu_ffn=int(policy.ffn is Device.GPU),
             gpu_kv_micro_batches=policy.gpu_kv_micro_batches,
@@ -208,7 +210,7 @@ class DecodeStep:
         n = point.num_micro_batches
         off_gpu = 1 - point.gpu_kv_micro_batches / n
         on_host = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - point.resident_experts)
-        pages = n if SCHEDULES[schedule].paged else 1
+        pages = point.num_weight_pages if SCHEDULES[schedule].paged else 1
         counts = Counts(
             layers=spec.num_layers,
             pieces=n,

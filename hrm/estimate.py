@@ -196,22 +196,8 @@ def _turns(policy: Policy, requests: int, num_stages: int) -> tuple[Turn, ...]:
     full, rest = divmod(requests, policy.batch_size)
     turns = [Turn(policy, float(ceil(full / num_stages) * num_stages))] if full else []
     if rest and full % num_stages == 0:  # else it goes with full ones, of which some are missing
-        turns.append(Turn(with_batch_size(policy, rest), float(num_stages)))
+        turns.append(Turn(policy.for_batch(rest), float(num_stages)))
     return tuple(turns)
-
-
-def with_batch_size(policy: Policy, batch_size: int) -> Policy:
-    """The same policy over fewer requests; fewer micro-batches keep their share on the GPU."""
-    micro_batch_size = min(policy.micro_batch_size, batch_size)
-    num_micro_batches = ceil(batch_size / micro_batch_size)
-    return replace(
-        policy,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        gpu_kv_micro_batches=min(
-            policy.gpu_kv_micro_batches, policy.gpu_kv_micro_batches * num_micro_batches // policy.num_micro_batches
-        ),
-    )
 
 
 def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
@@ -319,10 +305,10 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are. Of
     very many micro-batches, each that is simulated stands for several.
     """
-    shape, in_one = _with_few_micro_batches(policy)
+    shape, in_one, pages_in_one = _simulated_shape(policy)
 
     def seconds(work: TaskWork) -> float:
-        order, end_s = _walked(work, in_one, in_one)
+        order, end_s = _walked(work, in_one, pages_in_one)
         ends = [0.0] * STEADY_STEPS
         for position, step in order.samples:
             ends[step] = max(ends[step], end_s[position])
@@ -330,25 +316,37 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
         return ends[-2] - ends[-3]
 
     work = decode_work(costs, policy, context, num_steps=STEADY_STEPS, tokens=tokens, shape=shape)
-    return _over_layers(work, 8 * STEADY_STEPS, seconds)
+    parts = max(shape.num_micro_batches, work.pipeline.num_pages)
+    return _over_layers(work, 8 * STEADY_STEPS * parts, seconds)
 
 
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
-    shape, pages_in_one = _with_few_micro_batches(policy)
+    shape, _, pages_in_one = _simulated_shape(policy)
     affordable = MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK)
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable)
     chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
     in_one = chunks / work.pipeline.num_micro_batches
-    return _over_layers(work, _TASKS_A_CHUNK, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
+    tasks_a_layer = _TASKS_A_CHUNK * work.pipeline.num_micro_batches
+    return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
 
 
-def _with_few_micro_batches(policy: Policy) -> tuple[Policy, float]:
-    """The policy over as many micro-batches as are simulated, and how many each stands for."""
-    if policy.num_micro_batches <= MAX_MICRO_BATCHES:
-        return policy, 1.0
-    fewer = with_batch_size(policy, MAX_MICRO_BATCHES * policy.micro_batch_size)
-    return fewer, policy.num_micro_batches / fewer.num_micro_batches
+def _simulated_shape(policy: Policy) -> tuple[Policy, float, float]:
+    """The policy over what is simulated of many micro-batches and pages, and how many each of both stands for.
+
+    This is no smaller batch: the few stand for all, so as large a share of their caches is on the GPU.
+    """
+    number, pages = policy.num_micro_batches, policy.num_weight_pages
+    few, few_pages = min(number, MAX_MICRO_BATCHES), min(pages, MAX_MICRO_BATCHES)
+    if (few, few_pages) == (number, pages):
+        return policy, 1.0, 1.0
+    shape = replace(
+        policy,
+        batch_size=min(policy.batch_size, few * policy.micro_batch_size),
+        gpu_kv_micro_batches=policy.gpu_kv_micro_batches * few // number,
+        weight_pages=few_pages,
+    )
+    return shape, number / few, pages / few_pages
 
 
 def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, list[float]]:
@@ -374,11 +372,10 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     return in_order(iter_tasks(pipeline, schedule), alike)
 
 
-def _over_layers(work: TaskWork, tasks_per_micro_batch: int, seconds: Callable[[TaskWork], float]) -> float:
+def _over_layers(work: TaskWork, tasks_a_layer: int, seconds: Callable[[TaskWork], float]) -> float:
     """`seconds` of the whole work, from two shortened forms of it if it is long."""
     layers = work.pipeline.num_layers
-    affordable = MAX_TASKS // (tasks_per_micro_batch * work.pipeline.num_micro_batches)
-    many = max(MIN_LAYERS, affordable)
+    many = max(MIN_LAYERS, MAX_TASKS // tasks_a_layer)
     if layers <= many:
         return seconds(work)
     few = many // 2

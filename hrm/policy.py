@@ -5,7 +5,7 @@ and `ffn` say where the data that stays on the host is used. The numbers are int
 executed as they stand; the paper's six-tuple (N, μ, A_g, F_g, r_w, r_c) is derived from them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import ceil
 from typing import Final, cast
@@ -68,8 +68,9 @@ class Policy:
     chunks of at most `prefill_chunk_tokens`. A longer prompt is split over chunks, and its keys and
     values stay on the GPU until its last part: in its cache if that is there, else in the buffers
     through which attention on the GPU streams the cache, else in one of `prefix_buffer_tokens`.
-    With `staging`, weights go through pinned buffers. `dtype` is computed in; `weight_format` and
-    `kv_format` are it too where a policy is made without them.
+    With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
+    make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
+    and `kv_format` are it too where a policy is made without them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
     are under way.
     """
@@ -86,6 +87,7 @@ class Policy:
     prefill_chunk_tokens: int
     prefix_buffer_tokens: int = 0
     staging: bool = False
+    weight_pages: int | None = None
     parallelism: Parallelism = Parallelism.TENSOR
     dtype: str = "bfloat16"
     weight_format: str = ""
@@ -118,6 +120,12 @@ class Policy:
             ),
             ("prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1, "be at least 1"),
             ("prefix_buffer_tokens", self.prefix_buffer_tokens, self.prefix_buffer_tokens >= 0, "be at least 0"),
+            (
+                "weight_pages",
+                self.weight_pages,
+                self.weight_pages is None or self.weight_pages >= 1,
+                "be at least 1, or null for one page for each micro-batch",
+            ),
             *(
                 (name, value, value in FORMATS, f"be one of {', '.join(FORMATS)}")
                 for name in ("dtype", "weight_format", "kv_format")
@@ -153,6 +161,24 @@ class Policy:
                     "run hrm search for this model",
                 )
 
+    def for_batch(self, batch_size: int) -> "Policy":
+        """The policy of a batch of so many requests, in the memory that is allotted for a whole one.
+
+        Requests are spread evenly over as few micro-batches as they need. Caches on the GPU are used
+        before any on the host, so that their number stays and not their share; and weights move in the
+        pages of the whole batch, as that is what buffers for pages are made for.
+        """
+        if batch_size >= self.batch_size:
+            return self
+        micro_batch_size = min(self.micro_batch_size, batch_size)
+        return replace(
+            self,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            gpu_kv_micro_batches=min(self.gpu_kv_micro_batches, -(-batch_size // micro_batch_size)),
+            weight_pages=self.num_weight_pages,
+        )
+
     @property
     def formats(self) -> Formats:
         """How weights and KV cache are stored, and what is computed in."""
@@ -164,6 +190,11 @@ class Policy:
     def num_micro_batches(self) -> int:
         """Micro-batches in a batch; the last may be smaller."""
         return -(-self.batch_size // max(self.micro_batch_size, 1))
+
+    @property
+    def num_weight_pages(self) -> int:
+        """Pages that a layer's weights move in, in an order that makes pages of them."""
+        return self.num_micro_batches if self.weight_pages is None else self.weight_pages
 
     @property
     def streams_kv(self) -> bool:

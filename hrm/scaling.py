@@ -313,3 +313,20 @@ def _sets(profile: HardwareProfile, resource: Resource, link: Link) -> bool:
             return link.kind == "peer"
         case _:
             return False
+
+
+def paced(profile: HardwareProfile, h2d_bytes_per_s: float | None, d2h_bytes_per_s: float | None) -> HardwareProfile:
+    """The machine with its pinned links at the pace that a run's links were held to, where they were."""
+    if not profile.has_accelerator or h2d_bytes_per_s is None:
+        return profile
+    host, top = profile.host.name, profile.top.name
+    paces = {(host, top): h2d_bytes_per_s, (top, host): d2h_bytes_per_s}
+
+    def at_pace(link: Link) -> Link:
+        pace = paces.get((link.source, link.target))
+        if link.kind != "pinned" or pace is None:
+            return link
+        figure = replace(link.bandwidth_bytes_per_s.planned, value=pace, curve=())
+        return replace(link, bandwidth_bytes_per_s=replace(link.bandwidth_bytes_per_s, achieved=figure))
+
+    return replace(profile, links=tuple(map(at_pace, profile.links)))

@@ -1,128 +1,22 @@
 """Measured beside predicted: a run directory laid over the model of the machine it ran on."""
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, Final, cast
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from hrm.acts import NAMES
 from hrm.costs import EXECUTOR, Costs, Runtime
-from hrm.decoding import read_json
-from hrm.errors import PolicyError, ProfileError, TraceError
-from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds, with_batch_size
-from hrm.hardware import HardwareProfile, Link
-from hrm.numeric import Spread
+from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds
+from hrm.hardware import HardwareProfile
 from hrm.parallel import part_for
 from hrm.policy import Policy, ScheduleName
-from hrm.policy_file import PolicyFile, check_policy_file
-from hrm.strict import decode_strictly
+from hrm.run_record import RunRecord, WorkloadRecord
+from hrm.scaling import paced
 from hrm.tasks import Lane, Phase
+from hrm.trace import Trace
 from hrm.workload import Workload
 
-RUN_SCHEMA: Final = 1
-LARGEST: Final = 10**15  # of what a run measures: seconds, bytes, tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KindRecord:
-    """All tasks of one kind in one phase of a run."""
-
-    count: int
-    seconds: float
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneRecord:
-    """One lane in one phase of a run; runs of before bytes were counted by lane have 0."""
-
-    busy_s: float
-    num_bytes: int = 0
-
-    @property
-    def bytes_per_s(self) -> float:
-        """What it moved a second while it was at work."""
-        return self.num_bytes / self.busy_s if self.busy_s else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseRecord:
-    """One phase of a run over all its batches."""
-
-    seconds: float
-    kinds: dict[str, KindRecord]
-    lanes: dict[str, LaneRecord]
-    step_s: Spread = field(default_factory=Spread)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TotalsRecord:
-    """What a run generated and how long it took."""
-
-    requests: int
-    prompt_tokens: int
-    generated_tokens: int
-    prefill_s: float
-    decode_s: float
-    tokens_per_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchRecord:
-    """One batch of a run."""
-
-    requests: int
-    decode_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkloadRecord:
-    """The lengths that the job really had."""
-
-    prompt_len: float
-    max_prompt_len: int
-    gen_len: float
-    max_gen_len: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AcceleratorRecord:
-    """What the run ran on; `h2d_bytes_per_s` is the pace of an emulated link.
-
-    `pageable` are purposes of the host's memory that cross the link but were not pinned.
-    """
-
-    name: str
-    description: str
-    h2d_bytes_per_s: float | None = None
-    d2h_bytes_per_s: float | None = None
-    pageable: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LevelRecord:
-    """Planned and peak bytes of one memory level."""
-
-    capacity_bytes: int
-    planned_total_bytes: int
-    peak_total_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
-    """What `hrm validate` reads of a run.json; the file holds more."""
-
-    schema: int
-    outcome: str
-    schedule: str
-    accelerator: AcceleratorRecord
-    totals: TotalsRecord
-    workload: WorkloadRecord
-    phases: dict[str, PhaseRecord]
-    memory: dict[str, LevelRecord]
-    batches: list[BatchRecord]
-    policy_file: PolicyFile
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,20 +36,26 @@ class Comparison:
         return {"measured": self.measured, "predicted": self.predicted, "error": self.error}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Predicted seconds of the batches that a run had, by phase, kind and lane."""
 
     phase_s: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
-    kind_s: dict[tuple[Phase, str], float] = field(default_factory=lambda: defaultdict[tuple[Phase, str], float](float))
-    lane_s: dict[tuple[Phase, Lane], float] = field(
-        default_factory=lambda: defaultdict[tuple[Phase, Lane], float](float)
-    )
+    kind_s: dict[tuple[Phase, str], float] = field(default_factory=dict[tuple[Phase, str], float])
+    lane_s: dict[tuple[Phase, Lane], float] = field(default_factory=dict[tuple[Phase, Lane], float])
+
+    def add(self, phase: Phase, seconds: float, tasks: Trace, times: int) -> None:
+        """Count a part of a phase that takes so long and is run so many times."""
+        self.phase_s[phase] += times * seconds
+        for kind, kind_s in tasks.seconds_by_kind().items():
+            self.kind_s[phase, kind] = self.kind_s.get((phase, kind), 0.0) + times * kind_s
+        for lane, lane_s in tasks.busy_s().items():
+            self.lane_s[phase, lane] = self.lane_s.get((phase, lane), 0.0) + times * lane_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """A run against its prediction."""
+    """A run against its prediction: every kind of task and every lane that was predicted or run."""
 
     run: RunRecord
     tokens_per_s: Comparison
@@ -181,71 +81,6 @@ def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str,
     return {phase.value: {name: c.to_json() for (p, name), c in named.items() if p is phase} for phase in Phase}
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run directory's run.json; TraceError if there is none or it cannot be used."""
-    path = folder / "run.json"
-    plain = read_json(path, "a run.json that executor run wrote", TraceError, remedy="give the --output-dir of a run")
-    try:
-        record = decode_strictly(plain, RunRecord, str(path), other_keys=True)
-        check_policy_file(record.policy_file, f"{path}: policy_file")
-    except (ProfileError, PolicyError) as error:
-        raise TraceError(error.where, error.value, error.rule, "run the job again") from error
-    if record.schema != RUN_SCHEMA:
-        raise TraceError(f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again")
-    for where, value, rule in _impossible(record):
-        raise TraceError(f"{path}: {where}", value, rule, "run the job again")
-    if not record.totals.generated_tokens:
-        raise TraceError(
-            f"{path}: totals.generated_tokens",
-            0,
-            "must be more than 0: nothing was run",
-            "look into outputs.jsonl for the reason",
-        )
-    return record
-
-
-def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
-    """What no run can have measured: where it stands, its value, and what must hold."""
-    names = {"phases": [x.value for x in Phase], "schedule": [x.value for x in ScheduleName]}
-    if record.schedule not in names["schedule"]:
-        yield "schedule", record.schedule, f"must be one of {', '.join(names['schedule'])}"
-    for phase, of_phase in record.phases.items():
-        for where, given, known in (
-            ("phases", [phase], names["phases"]),
-            (f"phases.{phase}.kinds", of_phase.kinds, NAMES),
-            (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
-        ):
-            for name in given:
-                if name not in known:
-                    yield where, name, f"must be of {', '.join(known)}"
-    for index, batch in enumerate(record.batches):
-        if batch.requests < 1:
-            yield f"batches[{index}].requests", batch.requests, "must be at least 1"
-    measured = {item.name: getattr(record, item.name) for item in fields(record)}
-    del measured["policy_file"], measured["schema"]
-    for where, value in _numbers(measured, ""):
-        if not 0 <= value <= LARGEST:
-            yield where, value, f"must be from 0 to {LARGEST:.0e}"
-
-
-def _numbers(node: Any, where: str) -> Iterator[tuple[str, float]]:
-    """Every number in a record, with its path."""
-    match node:
-        case int() | float():
-            yield where, node
-        case dict():
-            for key, inner in cast("dict[str, Any]", node).items():
-                yield from _numbers(inner, f"{where}.{key}".removeprefix("."))
-        case list() | tuple():
-            for index, inner in enumerate(cast("list[Any]", node)):
-                yield from _numbers(inner, f"{where}[{index}]")
-        case _ if is_dataclass(node):
-            for item in fields(node):
-                yield from _numbers(getattr(node, item.name), f"{where}.{item.name}")
-        case _:
-            pass
-
-
 def validate(run: RunRecord) -> Validation:
     """Predict the batches that the run had, at their real lengths, and compare."""
     predicted = predict_run(run)
@@ -258,28 +93,33 @@ def validate(run: RunRecord) -> Validation:
             measured=count / measured_s if measured_s else 0.0, predicted=count / predicted_s if predicted_s else 0.0
         )
 
-    records = {phase: run.phases[phase.value] for phase in Phase if phase.value in run.phases}
     return Validation(
         run=run,
         tokens_per_s=rate(totals.generated_tokens, sum(measured_s.values()), sum(predicted.phase_s.values())),
         phase_tokens_per_s={phase: rate(tokens[phase], measured_s[phase], predicted.phase_s[phase]) for phase in Phase},
-        kind_s={
-            (phase, name): Comparison(measured=kind.seconds, predicted=predicted.kind_s[phase, name])
-            for phase, record in records.items()
-            for name, kind in record.kinds.items()
-        },
-        lane_s={
-            (phase, Lane(name)): Comparison(measured=lane.busy_s, predicted=predicted.lane_s[phase, Lane(name)])
-            for phase, record in records.items()
-            for name, lane in record.lanes.items()
-        },
+        kind_s=_beside(
+            {(phase, name): kind.seconds for phase in Phase for name, kind in run.phase(phase).kinds.items()},
+            predicted.kind_s,
+        ),
+        lane_s=_beside(
+            {(phase, Lane(name)): lane.busy_s for phase in Phase for name, lane in run.phase(phase).lanes.items()},
+            predicted.lane_s,
+        ),
     )
+
+
+def _beside(measured_s: Mapping[_Row, float], predicted_s: Mapping[_Row, float]) -> dict[_Row, Comparison]:
+    """A row for everything that was measured, and for what else was predicted; the other side is 0."""
+    return {
+        row: Comparison(measured=measured_s.get(row, 0.0), predicted=predicted_s.get(row, 0.0))
+        for row in {**measured_s, **predicted_s}
+    }
 
 
 def predict_run(run: RunRecord) -> Prediction:
     """Simulate every batch of the run with its real size and lengths."""
     plan = run.policy_file
-    profile = paced(plan.profile, run.accelerator)
+    profile = paced(plan.profile, run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s)
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
     runtime = runtime_with(run.accelerator.pageable, profile)
     costs = Costs(*part_for(policy, plan.model, profile), policy.formats, runtime)
@@ -299,7 +139,7 @@ def _add_batch(
     decode_steps: int,
     count: int,
 ) -> None:
-    smaller = with_batch_size(policy, min(requests, policy.batch_size))
+    smaller = policy.for_batch(requests)
     workload = Workload(
         name="measured",
         prompt_len=lengths.prompt_len,
@@ -307,25 +147,15 @@ def _add_batch(
         gen_len=max(lengths.max_gen_len, 1),
     )
     prefill = simulate_work(prefill_work(costs, smaller, workload))
-    prediction.phase_s[Phase.PREFILL] += count * prefill.makespan_s
-    for kind, seconds in prefill.seconds_by_kind().items():
-        prediction.kind_s[Phase.PREFILL, kind] += count * seconds
-    for lane, seconds in prefill.busy_s().items():
-        prediction.lane_s[Phase.PREFILL, lane] += count * seconds
+    prediction.add(Phase.PREFILL, prefill.makespan_s, prefill, count)
     if not decode_steps:
         return
     # Requests that end early leave the others more room: the mean number active decides.
     active = requests * (lengths.gen_len - 1) / decode_steps
     context = lengths.prompt_len + lengths.gen_len / 2
     work = decode_work(costs, smaller, context, num_steps=1, tokens=active / smaller.num_micro_batches)
-    step = simulate_work(work)
-    steps = count * decode_steps
-    scale = step_seconds(costs, smaller, context, tokens=work.tokens)
-    prediction.phase_s[Phase.DECODE] += steps * scale
-    for kind, seconds in step.seconds_by_kind().items():
-        prediction.kind_s[Phase.DECODE, kind] += steps * seconds
-    for lane, seconds in step.busy_s().items():
-        prediction.lane_s[Phase.DECODE, lane] += steps * seconds
+    step_s = step_seconds(costs, smaller, context, tokens=work.tokens)
+    prediction.add(Phase.DECODE, step_s, simulate_work(work), count * decode_steps)
 
 
 def runtime_with(pageable: Collection[str], profile: HardwareProfile) -> Runtime:
@@ -336,23 +166,3 @@ def runtime_with(pageable: Collection[str], profile: HardwareProfile) -> Runtime
     known = profile.has_link(profile.host.name, profile.top.name, "pageable")
     slow = known and "kv_cache" in pageable
     return replace(EXECUTOR, kv_link="pageable") if slow else EXECUTOR
-
-
-def paced(profile: HardwareProfile, accelerator: AcceleratorRecord) -> HardwareProfile:
-    """The profile with the links as the run paced them."""
-    if not profile.has_accelerator or accelerator.h2d_bytes_per_s is None:
-        return profile
-    paces = {
-        (profile.host.name, profile.top.name): accelerator.h2d_bytes_per_s,
-        (profile.top.name, profile.host.name): accelerator.d2h_bytes_per_s,
-    }
-
-    def at_pace(link: Link) -> Link:
-        pace = paces.get((link.source, link.target))
-        if link.kind != "pinned" or pace is None:
-            return link
-        figure = replace(link.bandwidth_bytes_per_s.planned, value=pace, curve=())
-        rate = replace(link.bandwidth_bytes_per_s, achieved=figure)
-        return replace(link, bandwidth_bytes_per_s=rate)
-
-    return replace(profile, links=tuple(at_pace(link) for link in profile.links))

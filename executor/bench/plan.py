@@ -20,7 +20,7 @@ from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, policy_file_of
-from hrm.validate import AcceleratorRecord, paced
+from hrm.scaling import paced
 from hrm.workload import Workload
 
 PROMPT_LEN: Final = 64  # without a policy and unless told otherwise
@@ -88,22 +88,27 @@ def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
     )
 
 
+def workload_of(options: BenchOptions, usual: Workload) -> Workload:
+    """The requests that are asked for; what the options leave open is as usual."""
+    prompt_len = round(usual.prompt_len) if options.prompt_len is None else options.prompt_len
+    return replace(
+        usual,
+        prompt_len=prompt_len,
+        max_prompt_len=prompt_len if options.max_prompt_len is None else max(options.max_prompt_len, prompt_len),
+        gen_len=usual.gen_len if options.gen_len is None else options.gen_len,
+        num_requests=usual.num_requests if options.num_requests is None else options.num_requests,
+    )
+
+
 def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
     """The best policy for the model and the requests, on the machine that is asked for."""
     from hrm.search.exhaustive import search
 
-    prompt_len = options.prompt_len or PROMPT_LEN
-    workload = Workload(
-        name="bench",
-        prompt_len=prompt_len,
-        max_prompt_len=max(options.max_prompt_len or 0, prompt_len),
-        gen_len=options.gen_len or GEN_LEN,
-        num_requests=options.num_requests or NUM_REQUESTS,
+    usual = Workload(
+        name="bench", prompt_len=PROMPT_LEN, max_prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_requests=NUM_REQUESTS
     )
-    profile = _machine(options, spec)
-    with_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
-    dtype = "bfloat16" if with_bfloat16 else "float16"
-    found = search(spec, profile, workload, dtype=dtype)
+    workload, profile = workload_of(options, usual), _machine(options, spec)
+    found = search(spec, profile, workload, dtype=profile.default_dtype)
     return policy_file_of(found.require(), spec, profile, workload)
 
 
@@ -115,8 +120,7 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         profile = load_profile(options.profile)
         if memory is not None:
             profile = with_memory(profile, gpu_memory_bytes=memory)
-        pace = AcceleratorRecord(name=asked.name, description="", h2d_bytes_per_s=bandwidth, d2h_bytes_per_s=bandwidth)
-        return paced(profile, pace)
+        return paced(profile, bandwidth, bandwidth)
     if asked.name == "null":
         raise JobError(
             "--accelerator", asked.name, "does no work, so there is nothing to measure", "give --profile or --policy"

@@ -9,15 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, final
 
-import msgspec
-
 from executor.batching import Batcher, Request
-from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solved
+from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
 from executor.bench.row import BenchRow
 from executor.errors import JobError
-from executor.generate import Generator, NullGenerator
+from executor.generate import AbstractGenerator, Generator, NullGenerator
 from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
-from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
+from executor.job.report import Totals, run_record
 from executor.sampling import SamplingParams
 from hrm.acts.decode import CPU_EXPERTS
 from hrm.errors import PolicyError
@@ -25,8 +23,9 @@ from hrm.estimate import Estimate, estimate
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.run_record import PhaseRecord
 from hrm.tasks import Device, Lane, Phase
-from hrm.validate import PhaseRecord, RunRecord, runtime_with, validate
+from hrm.validate import runtime_with, validate
 
 
 @final
@@ -47,14 +46,10 @@ class Bench:
             self._family, self._source, self._arch = model_of(options, stack)
             self.policy_file = self._planned()
             self._stack = stack.pop_all()
-        workload = replace(
-            self.policy_file.workload,
-            prompt_len=self._prompt_len,
-            max_prompt_len=max(options.max_prompt_len or 0, self._prompt_len),
-            gen_len=self._gen_len,
-            num_requests=self._num_requests,
-        )
-        self.policy_file = replace(self.policy_file, workload=workload)
+        usual = self.policy_file.workload
+        if options.policy is not None:
+            usual = replace(usual, num_requests=self.policy_file.policy.batch_size)
+        self.policy_file = replace(self.policy_file, workload=workload_of(options, usual))
         self.predicted = self.estimate(self.policy_file.policy)
         self._first: float | None = None
 
@@ -85,7 +80,7 @@ class Bench:
             for _repeat in range(self._options.repeats):
                 run.repeat()
             row = run.row()
-        self._first = self._first or row.tokens_per_s
+        self._first = row.tokens_per_s if self._first is None else self._first
         return replace(row, ratio=row.tokens_per_s / self._first)
 
     def start(self, schedule: ScheduleName, *, gen_len: int | None = None) -> "BenchRun":
@@ -115,14 +110,16 @@ class Bench:
         if generator.notice and generator.notice not in self._told:
             self._told.add(generator.notice)
             self._tell(generator.notice)
-        return BenchRun(self, generator, gen_len=gen_len)
+        return BenchRun(self, generator, generator.policy, gen_len=gen_len)
 
     def requests(self, gen_len: int | None = None) -> Iterator[Request]:
         """The requests of every repeat; nothing but their length ends them."""
-        new = gen_len or self._gen_len
+        workload = self.policy_file.workload
+        assert workload.num_requests is not None, "as planned"
+        new = workload.gen_len if gen_len is None else gen_len
         params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         generator = random.Random(self._options.seed)
-        lengths = self.policy_file.workload.prompt_lengths(self._num_requests)
+        lengths = workload.prompt_lengths(workload.num_requests)
         generator.shuffle(lengths)
         for index, length in enumerate(lengths):
             prompt = tuple(generator.choices(range(self.spec.vocab_size), k=length))
@@ -155,41 +152,25 @@ class Bench:
         `pageable` are purposes of the host's memory that should be pinned but are not.
         """
         plan = self.policy_file
-        workload = replace(plan.workload, gen_len=gen_len or plan.workload.gen_len)
+        workload = plan.workload if gen_len is None else replace(plan.workload, gen_len=gen_len)
         runtime = runtime_with(pageable, plan.profile)
         return estimate(self.spec, policy, plan.profile, workload, runtime=runtime)
-
-    @property
-    def _prompt_len(self) -> int:
-        return self._options.prompt_len or round(self.policy_file.workload.prompt_len)
-
-    @property
-    def _gen_len(self) -> int:
-        return self._options.gen_len or self.policy_file.workload.gen_len
-
-    @property
-    def _num_requests(self) -> int:
-        given = self._options.num_requests
-        if self._options.policy is None:
-            return given or NUM_REQUESTS
-        return given or self.policy_file.policy.batch_size
 
 
 @final
 class BenchRun:
     """One schedule being run; a context manager that owns the lanes.
 
-    It may be entered again, so that another may compute with all cores in between.
+    `policy` is what is run, on weights and in memory that other orders may share. It may be entered
+    again, so that another may compute with all cores in between.
     """
 
-    def __init__(self, bench: Bench, generator: Generator | NullGenerator, *, gen_len: int | None = None) -> None:
-        self.bench, self._generator, self._gen_len = bench, generator, gen_len
+    def __init__(
+        self, bench: Bench, generator: AbstractGenerator, policy: Policy, *, gen_len: int | None = None
+    ) -> None:
+        self.bench, self.policy = bench, policy
+        self._generator, self._gen_len = generator, gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
-
-    @property
-    def policy(self) -> Policy:
-        """What is run."""
-        return self._generator.policy
 
     @property
     def load_s(self) -> float:
@@ -215,27 +196,25 @@ class BenchRun:
 
         PolicyError if the order needs other memory, as staging whole layers does.
         """
-        generator, before = self._generator, self._generator.policy
-        policy = replace(before, schedule=schedule)
-        plan, loaded = budgeted_plan(self.bench.policy_file, policy), generator.plan
+        policy = replace(self.policy, schedule=schedule)
+        plan, loaded = budgeted_plan(self.bench.policy_file, policy), self._generator.plan
         if (plan.gpu.purposes, plan.cpu.purposes) != (loaded.gpu.purposes, loaded.cpu.purposes):
             raise PolicyError(
                 "policy: schedule",
                 schedule.value,
-                f"needs memory of other sizes than {before.schedule.value}",
+                f"needs memory of other sizes than {self.policy.schedule.value}",
                 "load it by itself",
             )
-        generator.policy = policy
-        return BenchRun(self.bench, generator, gen_len=gen_len)
+        return BenchRun(self.bench, self._generator, policy, gen_len=gen_len)
 
     def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
         """Run all requests once more, or with other new tokens, or only the first few."""
         totals = Totals()
-        requests = list(islice(self.bench.requests(gen_len or self._gen_len), num_requests))
+        requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
-        for batch in Batcher(iter(requests), self._generator.policy):
-            totals.add(self._generator.generate(batch))
+        for batch in Batcher(iter(requests), self.policy):
+            totals.add(self._generator.generate(batch, schedule=self.policy.schedule))
         self._runs.append(totals)
         return totals
 
@@ -245,39 +224,29 @@ class BenchRun:
 
     def row(self) -> BenchRow:
         """What was measured in the repeats until now, of which there must be one."""
-        bench, generator = self.bench, self._generator
-        policy = generator.policy
+        bench, generator, policy = self.bench, self._generator, self.policy
         bound = bench.estimate(policy, gen_len=self._gen_len, pageable=generator.pageable)
         runs = sorted(self._runs, key=Totals.tokens_per_s)
-        content = run_json(
-            outcome="completed",
-            message=None,
-            policy_file=bench.policy_file,
-            model=model_json(bench.spec, bench.model, policy.dtype),
-            notice=generator.notice,
-            accelerator=accelerator_json(generator.backend, generator.pageable),
-            schedule=policy.schedule.value,
-            totals=runs[(len(runs) - 1) // 2],
-            load_s=generator.load_s,
-            memory=memory_json(generator.plan, generator.peak_bytes),
+        record = run_record(
+            generator,
+            bench.policy_file,
+            runs[(len(runs) - 1) // 2],
+            weights=bench.model,
             started=self._started,
+            schedule=policy.schedule,
         )
-        totals, phases = content["totals"], content["phases"]
-        validation = validate(msgspec.convert(content, RunRecord))
-        decode = validation.run.phases[Phase.DECODE.value]
-        prefill_busy, decode_busy = (
-            {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()} for phase in Phase
-        )
+        totals, validation = record.totals, validate(record)
+        prefill, decode = (record.phase(phase) for phase in Phase)
         return BenchRow(
             schedule=policy.schedule.value,
-            tokens_per_s=totals["tokens_per_s"],
+            tokens_per_s=totals.tokens_per_s,
             least_tokens_per_s=runs[0].tokens_per_s(),
             most_tokens_per_s=runs[-1].tokens_per_s(),
-            prefill_tokens_per_s=totals["prefill_tokens_per_s"],
-            decode_tokens_per_s=totals["decode_tokens_per_s"],
+            prefill_tokens_per_s=totals.prefill_tokens_per_s,
+            decode_tokens_per_s=totals.decode_tokens_per_s,
             decode_step_s=decode.step_s,
-            prefill_busy_share=prefill_busy,
-            decode_busy_share=decode_busy,
+            prefill_busy_share={lane: item.busy_share for lane, item in prefill.lanes.items()},
+            decode_busy_share={lane: item.busy_share for lane, item in decode.lanes.items()},
             decode_bytes_per_s={name: lane.bytes_per_s for name, lane in decode.lanes.items() if lane.num_bytes},
             attention_bytes_per_s=self._attention_bytes_per_s(decode),
             ratio=1.0,
@@ -289,15 +258,13 @@ class BenchRun:
 
     def _attention_bytes_per_s(self, decode: PhaseRecord) -> float | None:
         """Keys and values a second of the micro-batches that attend on the CPU; None without."""
-        policy, spec = self._generator.policy, self.bench.spec
-        in_lane = decode.lanes.get(Lane.CPU.value)
-        experts = decode.kinds.get(CPU_EXPERTS.name)
-        if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or in_lane is None:
+        policy, spec = self.policy, self.bench.spec
+        in_lane_s, experts_s = decode.lane(Lane.CPU).busy_s, decode.kind(CPU_EXPERTS).seconds
+        if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or not in_lane_s:
             return None
         attended = 0
         for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
         read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.formats.kv_cache)
-        seconds = in_lane.busy_s - (experts.seconds if experts else 0.0)
-        return read * (1 - policy.kv_share_on_gpu) / seconds
+        return read * (1 - policy.kv_share_on_gpu) / (in_lane_s - experts_s)

@@ -1,13 +1,17 @@
 """`executor run`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from executor.cli.options import accelerator_arguments, accelerator_options
 from hrm.policy import ScheduleName
+from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from hrm.run_record import RunRecord
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -79,30 +83,30 @@ def run(
     )
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
-        content = run_job(options, progress)
+        record = run_job(options, progress)
     if not quiet:
-        click.echo(summary(content, output_dir))
+        click.echo(summary(record, output_dir))
 
 
-def summary(content: dict[str, Any], output_dir: Path) -> str:
+def summary(record: "RunRecord", output_dir: Path) -> str:
     """What a run did, in a few lines."""
-    totals = content["totals"]
+    totals = record.totals
     lines = [
-        f"accelerator  {content['accelerator']['description']}",
-        f"CPU kernels  {content['accelerator']['cpu_kernels']}",
-        f"requests     {totals['requests']} in {counted(totals['batches'], 'batch')}"
-        + (f", {totals['rejected_requests']} rejected" if totals["rejected_requests"] else "")
-        + (f", {totals['failed_requests']} failed" if totals["failed_requests"] else ""),
-        f"tokens       {totals['prompt_tokens']} prompt, {totals['generated_tokens']} generated",
-        f"throughput   {totals['tokens_per_s']:.1f} tokens/s generated over prefill and decode",
+        f"accelerator  {record.accelerator.description}",
+        f"CPU kernels  {record.accelerator.cpu_kernels}",
+        f"requests     {totals.requests} in {counted(totals.batches, 'batch')}"
+        + (f", {totals.rejected_requests} rejected" if totals.rejected_requests else "")
+        + (f", {totals.failed_requests} failed" if totals.failed_requests else ""),
+        f"tokens       {totals.prompt_tokens} prompt, {totals.generated_tokens} generated",
+        f"throughput   {totals.tokens_per_s:.1f} tokens/s generated over prefill and decode",
     ]
-    for phase, rate in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
-        lanes = content["phases"][phase]["lanes"]
-        busy = ", ".join(f"{lane} {item['busy_share']:.0%}" for lane, item in lanes.items())
-        seconds = format_seconds(totals[f"{phase}_s"])
-        lines.append(f"{phase:<12} {seconds}, {totals[rate]:.1f} tokens/s; busy: {busy or '-'}")
-    for level, item in content["memory"].items():
-        peak, planned = item["peak_total_bytes"], item["planned_total_bytes"]
-        lines.append(f"{level + ' memory':<12} {format_bytes(peak)} used of {format_bytes(planned)} planned")
-    trace = ", trace.json" if content["trace"]["spans"] else ""
+    for phase, rate in ((Phase.PREFILL, totals.prefill_tokens_per_s), (Phase.DECODE, totals.decode_tokens_per_s)):
+        of_phase = record.phase(phase)
+        busy = ", ".join(f"{lane} {item.busy_share:.0%}" for lane, item in of_phase.lanes.items())
+        seconds = format_seconds(of_phase.seconds)
+        lines.append(f"{phase.value:<12} {seconds}, {rate:.1f} tokens/s; busy: {busy or '-'}")
+    for name, level in record.memory.items():
+        peak, planned = format_bytes(level.peak_total_bytes), format_bytes(level.planned_total_bytes)
+        lines.append(f"{name + ' memory':<12} {peak} used of {planned} planned")
+    trace = ", trace.json" if record.trace is not None and record.trace.spans else ""
     return "\n".join([*lines, f"wrote        {output_dir}/outputs.jsonl, run.json{trace}"])

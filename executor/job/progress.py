@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, final
 
 from executor.batching import Batch
-from executor.generate import BatchResult, Generator, NullGenerator
+from executor.generate import AbstractGenerator, BatchResult
 from executor.job.survey import Lengths
 from hrm.errors import HrmError
 from hrm.estimate import estimate
@@ -89,7 +89,7 @@ class JobProgress:
     ended_requests: int = 0
     wanted: Lengths = field(default_factory=Lengths)
     forecast: Forecast | None = None
-    generator: Generator | NullGenerator | None = field(default=None, repr=False)
+    generator: AbstractGenerator | None = field(default=None, repr=False)
     tell: Callable[[str], object] = field(default=lambda _: None, repr=False)
     _past: Lengths = field(default_factory=Lengths, repr=False)
     _past_s: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))

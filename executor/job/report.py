@@ -2,25 +2,34 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from executor import native
 from executor.backends import AbstractBackend
 from executor.engine import PhaseResult, add_totals
-from executor.generate import BatchResult
-from executor.lanes import KindTotal
-from hrm.memory import MemoryPlan
-from hrm.model_spec import ModelSpec
+from executor.generate import AbstractGenerator, BatchResult
+from hrm.memory import LevelPlan, MemoryPlan
 from hrm.numeric import Spread
+from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile
+from hrm.run_record import (
+    AcceleratorRecord,
+    BatchRecord,
+    KindTotal,
+    LaneRecord,
+    LevelRecord,
+    ModelRecord,
+    PhaseRecord,
+    RunRecord,
+    TotalsRecord,
+    TraceRecord,
+    WorkloadRecord,
+)
 from hrm.tasks import Lane, Phase
 
-SCHEMA: Final = 1
 MAX_BATCHES: Final = 1000  # listed one by one in run.json
 MAX_STEPS: Final = 10_000  # whose median is told
 
@@ -45,24 +54,20 @@ class PhaseTotals:
             self.moved_bytes[lane] = self.moved_bytes.get(lane, 0) + num_bytes
         self.step_s += result.step_s[: min(num_steps, MAX_STEPS - len(self.step_s))]
 
-    def to_json(self) -> dict[str, Any]:
-        """Seconds; count, seconds and bytes by kind of task; busy share and bytes by lane."""
-        return {
-            "seconds": self.seconds,
-            "step_s": asdict(Spread.of(self.step_s)),
-            "kinds": {
-                name: {"count": total.count, "seconds": total.seconds, "num_bytes": total.num_bytes}
-                for name, total in self.by_kind.items()
-            },
-            "lanes": {
-                lane.value: {
-                    "busy_s": busy_s,
-                    "busy_share": busy_s / self.seconds if self.seconds else 0.0,
-                    "num_bytes": self.moved_bytes.get(lane, 0),
-                }
+    @property
+    def record(self) -> PhaseRecord:
+        """What run.json holds of the phase."""
+        return PhaseRecord(
+            seconds=self.seconds,
+            step_s=Spread.of(self.step_s),
+            kinds=self.by_kind,
+            lanes={
+                lane.value: LaneRecord(
+                    busy_s=busy_s, busy_share=_ratio(busy_s, self.seconds), num_bytes=self.moved_bytes.get(lane, 0)
+                )
                 for lane, busy_s in self.busy_s.items()
             },
-        }
+        )
 
 
 @dataclass(slots=True)
@@ -78,7 +83,7 @@ class Totals:
     max_generated_tokens: int = 0
     asked_tokens: int = 0
     phases: dict[Phase, PhaseTotals] = field(default_factory=lambda: {phase: PhaseTotals() for phase in Phase})
-    batches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    batches: list[BatchRecord] = field(default_factory=list[BatchRecord])
     num_batches: int = 0
     routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
     spans_left_out: int = 0
@@ -102,18 +107,17 @@ class Totals:
         self.asked_tokens += sum(c.request.params.max_tokens for c in answered)
         self.num_batches += 1
         self._add_routed(result.routed_tokens)
-        decode_s = result.decode.seconds if result.decode else 0.0
         decode_steps = max(generated) - 1
         if len(self.batches) < MAX_BATCHES:
             self.batches.append(
-                {
-                    "requests": len(answered),
-                    "micro_batch_sizes": list(result.micro_batch_sizes),
-                    "chunks": result.num_chunks,
-                    "decode_steps": decode_steps,
-                    "prefill_s": result.prefill.seconds,
-                    "decode_s": decode_s,
-                }
+                BatchRecord(
+                    requests=len(answered),
+                    micro_batch_sizes=result.micro_batch_sizes,
+                    chunks=result.num_chunks,
+                    decode_steps=decode_steps,
+                    prefill_s=result.prefill.seconds,
+                    decode_s=result.decode.seconds if result.decode else 0.0,
+                )
             )
         self.phases[Phase.PREFILL].add(result.prefill, 1)
         if result.decode is not None:
@@ -135,68 +139,65 @@ class Totals:
         """Tokens generated over prefill and decode."""
         return _ratio(self.generated_tokens, self.seconds)
 
-    def to_json(self, load_s: float) -> dict[str, Any]:
+    def record(self, load_s: float) -> TotalsRecord:
         """Counts, seconds and rates."""
         prefill_s, decode_s = (self.phases[phase].seconds for phase in Phase)
         decoded = self.generated_tokens - self.requests  # prefill gives each its first
-        return {
-            "requests": self.requests,
-            "rejected_requests": self.rejected,
-            "failed_requests": self.failed,
-            "batches": self.num_batches,
-            "prompt_tokens": self.prompt_tokens,
-            "generated_tokens": self.generated_tokens,
-            "load_s": load_s,
-            "prefill_s": prefill_s,
-            "decode_s": decode_s,
-            "tokens_per_s": self.tokens_per_s(),
-            "prefill_tokens_per_s": _ratio(self.prompt_tokens, prefill_s),
-            "decode_tokens_per_s": _ratio(decoded, decode_s),
-        }
+        return TotalsRecord(
+            requests=self.requests,
+            rejected_requests=self.rejected,
+            failed_requests=self.failed,
+            batches=self.num_batches,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            load_s=load_s,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            tokens_per_s=self.tokens_per_s(),
+            prefill_tokens_per_s=_ratio(self.prompt_tokens, prefill_s),
+            decode_tokens_per_s=_ratio(decoded, decode_s),
+        )
 
-    def workload(self) -> dict[str, Any]:
+    @property
+    def workload(self) -> WorkloadRecord:
         """The lengths that the job really had."""
-        return {
-            "prompt_len": _ratio(self.prompt_tokens, self.requests),
-            "max_prompt_len": self.max_prompt_tokens,
-            "gen_len": _ratio(self.generated_tokens, self.requests),
-            "max_gen_len": self.max_generated_tokens,
-            "asked_gen_len": _ratio(self.asked_tokens, self.requests),
-            "num_requests": self.requests,
-        }
+        return WorkloadRecord(
+            prompt_len=_ratio(self.prompt_tokens, self.requests),
+            max_prompt_len=self.max_prompt_tokens,
+            gen_len=_ratio(self.generated_tokens, self.requests),
+            max_gen_len=self.max_generated_tokens,
+            asked_gen_len=_ratio(self.asked_tokens, self.requests),
+            num_requests=self.requests,
+        )
 
 
-def memory_json(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
-    """Capacity, planned and peak bytes of each level, planned and peak by purpose."""
-    return {
-        level.name: {
-            "capacity_bytes": level.capacity_bytes,
-            "planned_bytes": level.purposes,
-            "peak_bytes": dict(peak_bytes.get(level.name, {})),
-            "planned_total_bytes": level.planned_bytes,
-            "peak_total_bytes": sum(peak_bytes.get(level.name, {}).values()),
-        }
-        for level in (plan.gpu, plan.cpu)
-    }
+def memory_record(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]) -> dict[str, LevelRecord]:
+    """Capacity, planned and peak bytes of each level."""
+
+    def of_level(level: LevelPlan, peak: Mapping[str, int]) -> LevelRecord:
+        return LevelRecord(
+            capacity_bytes=level.capacity_bytes,
+            planned_bytes=level.purposes,
+            peak_bytes=dict(peak),
+            planned_total_bytes=level.planned_bytes,
+            peak_total_bytes=sum(peak.values()),
+        )
+
+    return {level.name: of_level(level, peak_bytes.get(level.name, {})) for level in (plan.gpu, plan.cpu)}
 
 
-def model_json(spec: ModelSpec, folder: str, dtype: str) -> dict[str, Any]:
-    """What was run, and where its weights came from: a folder, or a name if they are random."""
-    return {"name": spec.name, "folder": folder, "family": spec.family, "parameters": spec.parameters, "dtype": dtype}
-
-
-def accelerator_json(backend: AbstractBackend, pageable: Sequence[str]) -> dict[str, Any]:
+def accelerator_record(backend: AbstractBackend, pageable: tuple[str, ...]) -> AcceleratorRecord:
     """What it was run on, and what crossed the link from memory that is not pinned."""
-    return {
-        "name": backend.name,
-        "emulated": backend.name == "emulated",
-        "description": backend.description,
-        "cpu_kernels": native.description(),
-        "h2d_bytes_per_s": backend.h2d_bytes_per_s,
-        "d2h_bytes_per_s": backend.d2h_bytes_per_s,
-        "pageable": list(pageable),
-        "library_bytes": backend.library_bytes,
-    }
+    return AcceleratorRecord(
+        name=backend.name,
+        emulated=backend.name == "emulated",
+        description=backend.description,
+        cpu_kernels=native.description(),
+        h2d_bytes_per_s=backend.h2d_bytes_per_s,
+        d2h_bytes_per_s=backend.d2h_bytes_per_s,
+        pageable=pageable,
+        library_bytes=backend.library_bytes,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -210,45 +211,45 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_json(
-    *,
-    outcome: str,
-    message: str | None,
+def run_record(
+    generator: AbstractGenerator,
     policy_file: PolicyFile,
-    model: dict[str, Any],
-    accelerator: dict[str, Any],
-    schedule: str,
     totals: Totals,
-    load_s: float,
-    memory: dict[str, Any],
+    *,
+    weights: str,
     started: datetime,
+    outcome: str = "completed",
+    message: str | None = None,
+    schedule: ScheduleName | None = None,
     num_spans: int = 0,
-    notice: str = "",
-) -> dict[str, Any]:
-    """All of run.json; `policy_file` is what was run but for its order, which is `schedule`.
+) -> RunRecord:
+    """All that is known of a generator's run under its own schedule or another.
 
-    If that is not quite what was given, `notice` says why. `num_spans` are in the trace beside it.
+    `weights` is the folder that they came from, or the model's name if they are random. `num_spans`
+    are in the trace beside run.json.
     """
-    return {
-        "schema": SCHEMA,
-        "outcome": outcome,
-        "message": message,
-        "notice": notice or None,
-        "started": started.isoformat(timespec="seconds"),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "accelerator": accelerator,
-        "schedule": schedule,
-        "model": model,
-        "totals": totals.to_json(load_s),
-        "workload": totals.workload(),
-        "phases": {phase.value: totals.phases[phase].to_json() for phase in Phase},
-        "memory": memory,
-        "batches": totals.batches,
-        "routed_tokens": totals.routed_tokens,
-        "trace": {"spans": num_spans, "spans_left_out": totals.spans_left_out},
-        "versions": versions(),
-        "policy_file": msgspec.to_builtins(policy_file),
-    }
+    spec, policy = generator.arch.spec, generator.policy
+    return RunRecord(
+        outcome=outcome,
+        message=message,
+        notice=generator.notice or None,
+        started=started.isoformat(timespec="seconds"),
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
+        accelerator=accelerator_record(generator.backend, generator.pageable),
+        schedule=(schedule or policy.schedule).value,
+        model=ModelRecord(
+            name=spec.name, folder=weights, family=spec.family, parameters=spec.parameters, dtype=policy.dtype
+        ),
+        totals=totals.record(generator.load_s),
+        workload=totals.workload,
+        phases={phase.value: totals.phases[phase].record for phase in Phase},
+        memory=memory_record(generator.plan, generator.peak_bytes),
+        batches=totals.batches,
+        routed_tokens=totals.routed_tokens,
+        trace=TraceRecord(spans=num_spans, spans_left_out=totals.spans_left_out),
+        versions=versions(),
+        policy_file=policy_file,
+    )
 
 
 def _ratio(a: float, b: float) -> float:

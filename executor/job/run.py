@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, final
 
+import msgspec
+
 from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError, RunError
 from executor.families import AbstractFamily, family_for
-from executor.generate import BatchResult, Generator, NullGenerator, check_request
+from executor.generate import AbstractGenerator, BatchResult, Generator, NullGenerator, check_request
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import ERROR
 from executor.job.advice import advice
@@ -37,7 +39,7 @@ from executor.job.outputs import (
     text_of,
 )
 from executor.job.progress import Forecast, JobProgress
-from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
+from executor.job.report import Totals, run_record
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.survey import SHOWN_REASONS, Survey, survey
@@ -46,6 +48,7 @@ from executor.job.writer import OutputWriter
 from executor.model import Architecture
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.run_record import RunRecord
 from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
@@ -67,7 +70,7 @@ class JobOptions:
     resume: bool = False
 
 
-def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[str, Any]:
+def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunRecord:
     """Run a job to its end; returns what run.json then holds.
 
     Raises an HrmError for anything wrong with the input before a weight is read, TaskFailedError
@@ -187,7 +190,7 @@ class _Job:
             f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
         )
 
-    def run(self, progress: JobProgress, family: AbstractFamily, source: WeightSource) -> dict[str, Any]:
+    def run(self, progress: JobProgress, family: AbstractFamily, source: WeightSource) -> RunRecord:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
         generator = self._generator(family, source)
@@ -223,10 +226,10 @@ class _Job:
         progress.stage = "writing"
         failure = self._failure_of_all()
         outcome, message = ("failed", str(failure)) if failure else ("completed", None)
-        content = self._report(outcome, message, generator)
+        record = self._report(outcome, message, generator)
         if failure is not None:
             raise failure
-        return content
+        return record
 
     def _failure_of_all(self) -> RunError | None:
         """What to raise if requests were run and none got an answer, now or earlier."""
@@ -240,7 +243,7 @@ class _Job:
             "put right what they say and use --resume",
         )
 
-    def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
+    def _generator(self, family: AbstractFamily, source: WeightSource) -> AbstractGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self._policy_file, planned.policy)
@@ -318,24 +321,20 @@ class _Job:
         assert tokenizer is not None, "checked when the request was read"
         return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
 
-    def _report(self, outcome: str, message: str | None, generator: Generator | NullGenerator) -> dict[str, Any]:
+    def _report(self, outcome: str, message: str | None, generator: AbstractGenerator) -> RunRecord:
         self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told
-        content = run_json(
+        record = run_record(
+            generator,
+            self._policy_file,
+            self._totals,
+            weights=str(self._options.model),
+            started=self._started,
             outcome=outcome,
             message=message,
-            policy_file=self._policy_file,
-            notice=generator.notice,
-            model=model_json(self._arch.spec, str(self._options.model), generator.policy.dtype),
-            accelerator=accelerator_json(generator.backend, generator.pageable),
-            schedule=generator.policy.schedule.value,
-            totals=self._totals,
             num_spans=self._trace.num_spans,
-            load_s=generator.load_s,
-            memory=memory_json(generator.plan, generator.peak_bytes),
-            started=self._started,
         )
-        self._directory.write(RUN_JSON, json.dumps(content, indent=2) + "\n")
-        return content
+        self._directory.write(RUN_JSON, json.dumps(msgspec.to_builtins(record), indent=2) + "\n")
+        return record
 
 
 def _brief(reason: str) -> str:

@@ -14,7 +14,7 @@ from hrm.cli.report import console, print_json
 from hrm.cli.texts import given_text
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
+from hrm.estimate import decode_work, prefill_work, simulate_work
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase
 from hrm.trace import Trace, lane_chart, write_chrome_trace
@@ -91,13 +91,14 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
     Raises PolicyError if that has more tasks than can be drawn.
     """
     requests = plan.workload.num_requests or plan.policy.batch_size
-    policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
+    policy = plan.policy.for_batch(requests)
     costs = Costs(*plan.part, policy.formats)
     if phase is Phase.PREFILL:
         tokens = policy.batch_size * plan.workload.prompt_len
         _check_length(ceil(tokens / policy.prefill_chunk_tokens), "chunk", costs.spec.num_layers)
         return simulate_work(prefill_work(costs, policy, plan.workload))
     _check_length(policy.num_micro_batches, "micro-batch", costs.spec.num_layers * num_steps)
+    _check_length(policy.num_weight_pages, "weight page", costs.spec.num_layers * num_steps)
     context = plan.workload.prompt_len + plan.workload.gen_len / 2
     return simulate_work(decode_work(costs, policy, context, num_steps=num_steps))
 

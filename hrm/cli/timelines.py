@@ -6,15 +6,16 @@ from pathlib import Path
 from hrm.cli.simulate import simulate_plan
 from hrm.costs import Costs
 from hrm.errors import TraceError
-from hrm.estimate import decode_work, simulate_work, with_batch_size
+from hrm.estimate import decode_work, simulate_work
 from hrm.memory import plan_memory
 from hrm.policy import Policy, ScheduleName, spread_experts
 from hrm.policy_file import PolicyFile
+from hrm.run_record import RunRecord, read_run
+from hrm.scaling import paced
 from hrm.schedules import SCHEDULES
 from hrm.tasks import Phase
 from hrm.trace import Trace, read_chrome_trace
 from hrm.units import counted
-from hrm.validate import RunRecord, paced, read_run
 
 
 def of_schedules(
@@ -71,11 +72,8 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
     run = read_run(folder)
     plan = replace(
         run.policy_file,
-        profile=paced(run.policy_file.profile, run.accelerator),
-        policy=replace(
-            with_batch_size(run.policy_file.policy, min(run.batches[0].requests, run.policy_file.policy.batch_size)),
-            schedule=ScheduleName(run.schedule),
-        ),
+        profile=paced(run.policy_file.profile, run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s),
+        policy=replace(run.policy_file.policy.for_batch(run.batches[0].requests), schedule=ScheduleName(run.schedule)),
         workload=replace(run.policy_file.workload, prompt_len=run.workload.prompt_len),
     )
     measured = read_chrome_trace(folder / "trace.json").of_phase(phase).of_batch(0)
@@ -93,10 +91,10 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
     if not measured.spans:
         raise _nothing(folder, phase)
     title = f"{plan.model.name}, {run.schedule}, {run.accelerator.description}"
-    return title, {f"measured, {_kind(run)}": measured, "predicted": predicted}
+    return title, {f"measured, {_ran_on(run)}": measured, "predicted": predicted}
 
 
-def _kind(run: RunRecord) -> str:
+def _ran_on(run: RunRecord) -> str:
     emulated = run.policy_file.profile.accelerator == "emulated"
     return "emulated accelerator" if emulated else run.accelerator.name
 

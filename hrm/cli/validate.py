@@ -1,16 +1,17 @@
 """`hrm validate`: a run's measurements beside the prediction."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.table import Table
 
 from hrm.acts import NAMES
 from hrm.cli.report import console, print_json
+from hrm.run_record import read_run
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
-from hrm.validate import Comparison, Validation, read_run
+from hrm.validate import Comparison, Validation
 from hrm.validate import validate as compare
 
 
@@ -43,7 +44,7 @@ def print_validation(validation: Validation) -> None:
         table.add_section()
         table.add_row(f"[bold]{phase.value}[/]", "", "", "")
         for (p, lane), comparison in validation.lane_s.items():
-            if p is phase and comparison.measured:
+            if p is phase and (comparison.measured or comparison.predicted):
                 _add(table, f"  lane {lane.value}", comparison, format_seconds)
         for (p, kind), comparison in validation.kind_s.items():
             if p is phase:
@@ -66,7 +67,7 @@ def _rate(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _add(table: Table, name: str, comparison: Comparison, show: Any) -> None:
+def _add(table: Table, name: str, comparison: Comparison, show: Callable[[float], str]) -> None:
     error = comparison.error
-    shown = "–" if error is None else f"{error:+.1%}"
-    table.add_row(name, show(comparison.measured), show(comparison.predicted), shown)
+    sides = [show(value) if value else "–" for value in (comparison.measured, comparison.predicted)]
+    table.add_row(name, *sides, "–" if error is None else f"{error:+.1%}")

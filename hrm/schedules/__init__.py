@@ -68,7 +68,7 @@ def add_schedule(name: str, schedule: Schedule) -> ScheduleName:
 
 def pages_of(policy: Policy) -> int:
     """Pages that a layer's weights move in under the policy."""
-    return policy.num_micro_batches if SCHEDULES[policy.schedule].paged else 1
+    return policy.num_weight_pages if SCHEDULES[policy.schedule].paged else 1
 
 
 def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline:

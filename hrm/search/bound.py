@@ -3,7 +3,9 @@
 No policy is tried here. A region is a range of micro-batch sizes, numbers of micro-batches, shares
 of the KV cache on the GPU, resident experts and chunks, all of them real numbers. Nothing in it is
 quicker than its best corner, where every piece of work is as cheap for a request as it gets
-anywhere in the region, and nothing in it fits if its smallest corner does not. Regions that might
+anywhere in the region, and nothing in it fits if its smallest corner does not. The last batch of a
+job may be smaller than the others: a larger share of its caches is on the GPU, up to all of them,
+and it may be prefilled in one chunk where the others are in several. Regions that might
 hold something better than what is known are halved until none is left, or until the budget is
 spent; the highest ceiling that remains is the bound.
 
@@ -134,10 +136,38 @@ class Bounder:
         return regions, self.space.workload.generated_tokens / seconds
 
     def _seconds_a_request(self, regions: Regions, batch: Floats) -> PhaseTerms:
-        """The terms' shares of a request where all are least, in a batch of at most so many."""
+        """The terms' shares of a request where all are least, in a batch of at most so many.
+
+        They are means over the requests of whole batches and those of a smaller last one.
+        """
+        found = self._least_seconds(regions, batch)
+        of_last = self._share_of_last_batch(regions, batch)
+        more_at_once = regions.high[CHUNK] > batch * self.space.workload.prompt_len / 2
+        differs = _splits_cache(regions) | ((regions.one_chunk == 0) & more_at_once)
+        chosen = np.flatnonzero(differs & (of_last > 0))
+        if not len(chosen):
+            return found
+        of_lasts = self._least_seconds(_with_last_batches(regions.take(chosen)), batch[chosen], least_chunks=1)
+        for (_, terms), (_, last_terms) in zip(found, of_lasts, strict=True):
+            for term, last_term in zip(terms, last_terms, strict=True):
+                term[chosen] += of_last[chosen] * np.minimum(last_term - term[chosen], 0.0)
+        return found
+
+    def _share_of_last_batch(self, regions: Regions, batch: Floats) -> Floats:
+        """The greatest share of the job's requests that can be in a batch smaller than the others."""
+        if self.requests is None:
+            return np.zeros(len(regions))
+        least = np.minimum(regions.low[SIZE] * regions.low[NUMBER], batch)
+        most_whole, fewest_whole = np.floor(self.requests / least), np.floor(self.requests / batch)
+        any_rest = np.minimum(batch, self.requests / 2)
+        rest = np.where(most_whole == fewest_whole, self.requests - most_whole * least, any_rest)
+        return rest / self.requests
+
+    def _least_seconds(self, regions: Regions, batch: Floats, *, least_chunks: int = 2) -> PhaseTerms:
+        """The terms' shares of a request in a batch of at most so many, each where it is least."""
         size = np.minimum(regions.high[SIZE], batch / regions.low[NUMBER])
         number = batch / size
-        prefill, *steps = self._phase_terms(regions, size, number)
+        prefill, *steps = self._phase_terms(regions, size, number, least_chunks=least_chunks)
         # Of a chain of tasks, as many are under way as there are micro-batches, up to a few.
         under_way = np.minimum(number, _IN_FLIGHT) / np.minimum(regions.high[NUMBER], _IN_FLIGHT)
         for _, terms in steps:
@@ -151,7 +181,7 @@ class Bounder:
         """
         one = np.ones(len(regions))
         full = self._phase_terms(regions, regions.low[SIZE], regions.low[NUMBER])
-        last = self._phase_terms(regions, one, one)
+        last = self._phase_terms(_with_last_batches(regions), one, one, least_chunks=1)
         found: PhaseTerms = []
         for (weight, terms), (_, of_full), (_, of_last) in zip(phases, full, last, strict=True):
             of_batches = [
@@ -160,8 +190,11 @@ class Bounder:
             found.append((weight, list(map(np.maximum, terms, of_batches))))
         return found
 
-    def _phase_terms(self, regions: Regions, size: Floats, number: Floats) -> PhaseTerms:
-        """Weights of the phases, each with its terms' least seconds over cache and residents."""
+    def _phase_terms(self, regions: Regions, size: Floats, number: Floats, *, least_chunks: int = 2) -> PhaseTerms:
+        """Weights of the phases, each with its terms' least seconds over cache and residents.
+
+        Where prompts are not all prefilled at once, there are at least so many chunks.
+        """
         corners = [(regions.high[KV], regions.high[RESIDENT])]
         if (regions.low[KV] < regions.high[KV]).any():
             corners.append((regions.low[KV], regions.high[RESIDENT]))
@@ -181,13 +214,14 @@ class Bounder:
         point = Point(
             batch_size=every(size * number),
             num_micro_batches=every(number),
+            num_weight_pages=every(number),
             gpu_attention=every(regions.gpu_attention),
             gpu_ffn=ffn,
             gpu_kv_micro_batches=kv * every(number),
             resident_experts=resident,
             host_expert_layers=on_host,
             resident_dense=every(regions.dense),
-            chunk_tokens=every(self._longest_chunk(regions, size * number)),
+            chunk_tokens=every(self._longest_chunk(regions, size * number, least_chunks)),
             staging=int(self.space.staging),
             parts_of_chunks=True,
         )
@@ -198,10 +232,10 @@ class Bounder:
             for weight, terms in batch_terms(self.costs, point, schedule, self.space.workload)
         ]
 
-    def _longest_chunk(self, regions: Regions, batch: Floats) -> Floats:
-        """Tokens that are prefilled at once: all prompts, or if there are several chunks half."""
+    def _longest_chunk(self, regions: Regions, batch: Floats, least_chunks: int) -> Floats:
+        """Tokens that are prefilled at once: all prompts, or their part if there are several chunks."""
         prompts = batch * self.space.workload.prompt_len
-        several = np.maximum(np.minimum(regions.high[CHUNK], prompts / 2), 1e-3)
+        several = np.maximum(np.minimum(regions.high[CHUNK], prompts / least_chunks), 1e-3)
         return np.where(regions.one_chunk == 1, prompts, several)
 
     def cannot_halve(self, regions: Regions) -> NDArray[np.bool_]:
@@ -230,3 +264,15 @@ class Bounder:
         lower, upper = regions.high.copy(), regions.low.copy()
         lower[side, index], upper[side, index] = cut, np.where(whole, cut + 1, cut)
         return replace(regions, high=lower).and_also(replace(regions, low=upper))
+
+
+def _splits_cache(regions: Regions) -> NDArray[np.bool_]:
+    """Where a smaller batch may have a larger share of its caches on the GPU than any whole one."""
+    return (regions.high[KV] > 0) & (regions.high[KV] < 1)
+
+
+def _with_last_batches(regions: Regions) -> Regions:
+    """The regions with the last batches of their jobs: shares of the cache reach up to all of it."""
+    high = regions.high.copy()
+    high[KV] = np.where(_splits_cache(regions), 1.0, high[KV])
+    return replace(regions, high=high)

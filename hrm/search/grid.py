@@ -76,6 +76,7 @@ class Grid:
         return Point(
             batch_size=self.batch_size.astype(float),
             num_micro_batches=self.num_micro_batches.astype(float),
+            num_weight_pages=self.num_micro_batches.astype(float),
             gpu_attention=self.kind.gpu_attention,
             gpu_ffn=self.kind.gpu_ffn,
             gpu_kv_micro_batches=self.gpu_kv_micro_batches,

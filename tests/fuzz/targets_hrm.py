@@ -29,12 +29,12 @@ from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.profiling.machine.journal import Journal
 from hrm.profiling.timing import Timing
 from hrm.routing import with_measured_routing
+from hrm.run_record import read_run
 from hrm.scaling import resources, scale
 from hrm.search.exhaustive import search
 from hrm.strict import decode_strictly
 from hrm.trace import lane_chart, read_chrome_trace, write_chrome_trace
 from hrm.units import parse_bandwidth, parse_bytes, parse_flops
-from hrm.validate import read_run
 from hrm.validate import validate as validated
 from hrm.workload import Workload
 from tests.fuzz.mutations import as_lines, as_yaml

@@ -11,21 +11,13 @@ import pytest
 from hrm.closed_form import DecodeStep, Point, batch_seconds, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import (
-    decode_work,
-    estimate,
-    prefill_seconds,
-    prefill_work,
-    simulate_work,
-    step_seconds,
-    with_batch_size,
-)
+from hrm.estimate import decode_work, estimate, prefill_seconds, prefill_work, simulate_work, step_seconds
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
-from hrm.schedules import SCHEDULES
+from hrm.schedules import SCHEDULES, pages_of
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
@@ -145,11 +137,12 @@ def test_time_of_few_micro_batches_that_stand_for_many_is_that_of_all(monkeypatc
         policy = replace(
             policy, batch_size=policy.micro_batch_size * n, gpu_kv_micro_batches=rng.choice([0, n // 2, n])
         )
-        found: list[tuple[float, float]] = []
-        for most in (40, 10**9):
-            monkeypatch.setattr(module, "MAX_MICRO_BATCHES", most)
-            found.append((step_seconds(costs, policy, 50.0), prefill_seconds(costs, policy, WORKLOAD)))
-        assert found[0] == pytest.approx(found[1], rel=0.03), seed
+        for batch, few in ((policy, 40), (policy.for_batch(policy.micro_batch_size * 30), 60)):
+            found: list[tuple[float, float]] = []
+            for most in (few, 10**9):
+                monkeypatch.setattr(module, "MAX_MICRO_BATCHES", most)
+                found.append((step_seconds(costs, batch, 50.0), prefill_seconds(costs, batch, WORKLOAD)))
+            assert found[0] == pytest.approx(found[1], rel=0.03), (seed, batch)
 
 
 def test_any_number_of_micro_batches_is_estimated_at_once():
@@ -186,7 +179,7 @@ def test_a_job_is_its_full_batches_and_a_smaller_last_one():
     policy = random_policy(Random(3), spec, ScheduleName.CGOPIPE)
     policy = replace(policy, batch_size=24, micro_batch_size=6, gpu_kv_micro_batches=2)
     one = estimate(spec, policy, profile, WORKLOAD)
-    rest = estimate(spec, with_batch_size(policy, 10), profile, WORKLOAD)
+    rest = estimate(spec, policy.for_batch(10), profile, WORKLOAD)
     job = estimate(spec, policy, profile, replace(WORKLOAD, num_requests=58))
     assert (one.num_requests, one.num_batches, one.generated_tokens) == (24, 1, 24 * 9)
     assert (job.num_requests, job.num_batches, job.generated_tokens) == (58, 3, 58 * 9)
@@ -195,17 +188,29 @@ def test_a_job_is_its_full_batches_and_a_smaller_last_one():
         assert job.decode.lane_s[lane] == pytest.approx(2 * one.decode.lane_s[lane] + rest.decode.lane_s[lane])
 
 
-@pytest.mark.parametrize(("batch", "expected"), [(24, (6, 4, 2)), (10, (6, 2, 1)), (3, (3, 1, 0))])
-def test_fewer_requests_keep_the_micro_batch_size_and_the_share_of_kv(batch, expected):
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        (25, (24, 6, 4, [False, True, False, True])),
+        (24, (24, 6, 4, [False, True, False, True])),
+        (13, (13, 6, 3, [False, True, True])),
+        (10, (10, 6, 2, [True, True])),
+        (3, (3, 3, 1, [True])),
+    ],
+)
+def test_a_smaller_batch_has_as_many_caches_on_the_gpu_and_the_pages_of_the_whole(requests, expected):
     policy = replace(
         random_policy(Random(3), tiny_spec(), ScheduleName.CGOPIPE),
         batch_size=24,
         micro_batch_size=6,
         gpu_kv_micro_batches=2,
     )
-    less = with_batch_size(policy, batch)
-    assert less.batch_size == batch
-    assert (less.micro_batch_size, less.num_micro_batches, less.gpu_kv_micro_batches) == expected
+    made = policy.for_batch(requests)
+    on_gpu = [made.kv_on_gpu(j) for j in range(made.num_micro_batches)]
+    assert (made.batch_size, made.micro_batch_size, made.num_micro_batches, on_gpu) == expected
+    assert pages_of(made) == pages_of(policy) == 4
+    assert pages_of(replace(made, schedule=ScheduleName.FLEXGEN)) == 1
+    assert made.for_batch(2) == policy.for_batch(2), "however many times"
 
 
 def test_a_link_bound_step_takes_the_time_of_its_weights():

@@ -12,11 +12,15 @@ from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
+from hrm.policy import Policy, ScheduleName, experts_of_layers
 from hrm.scaling import Resource, resources, scale, with_resource
 from hrm.search import bound
+from hrm.search.bound import Bounder
+from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult
 from hrm.search.smooth import smoothed
 from hrm.search.solvers import Solver, solve
+from hrm.search.space import Space
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
@@ -71,6 +75,38 @@ def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(se
     if narrower.best is not None:
         assert narrower.best.tokens_per_s <= result.bound_tokens_per_s * (1 + 1e-9)
         assert narrower.best.tokens_per_s <= best / (1 - max(result.gap, OPTIMAL_GAP))
+
+
+@pytest.mark.parametrize(("prompt_len", "chunk_tokens"), [(4000, 100_000), (16, 500)])
+@pytest.mark.parametrize("on_gpu", [1, 4])
+def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt_len, chunk_tokens):
+    """Of fewer requests, more of the cache is on the GPU, and all may be prefilled in one chunk.
+
+    All weights are on the GPU and the cache crosses the link: what a batch costs is what it streams.
+    """
+    spec, profile = BUILT_IN_MODELS["olmoe-1b-7b"], compose("1xH100")
+    policy = Policy(
+        batch_size=48,
+        micro_batch_size=8,
+        attention=Device.GPU,
+        resident_experts=experts_of_layers(spec),
+        gpu_kv_micro_batches=on_gpu,
+        kv_tokens_per_micro_batch=34_000,
+        prefill_chunk_tokens=chunk_tokens,
+    )
+    at = np.array([[8.0], [6.0], [on_gpu / 6], [spec.num_experts], [chunk_tokens]])
+    one = np.ones(1)
+    region = Regions(gpu_attention=one, gpu_ffn=one, dense=one, one_chunk=0 * one, low=at, high=at)
+    for requests in range(48, 150, 9):
+        workload = Workload(
+            name="given", prompt_len=prompt_len, max_prompt_len=prompt_len, gen_len=64, num_requests=requests
+        )
+        space = Space(spec=spec, profile=profile, workload=workload, dtype=policy.dtype, schedule=ScheduleName.CGOPIPE)
+        left, ceilings = Bounder(space).bounded(region)
+        assert len(left) == 1, "it fits"
+        predicted = estimate(spec, policy, profile, workload)
+        assert predicted.tokens_per_s <= ceilings[0] * (1 + 1e-9), requests
+        assert predicted.bound_tokens_per_s >= 0.5 * ceilings[0], "a ceiling that is near"
 
 
 @pytest.mark.slow

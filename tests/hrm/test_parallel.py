@@ -8,7 +8,7 @@ import pytest
 from hrm import operators
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import estimate, with_batch_size
+from hrm.estimate import estimate
 from hrm.formats import FORMATS, Formats
 from hrm.machines import compose, one_part
 from hrm.memory import plan_memory, purposes
@@ -282,7 +282,7 @@ def test_few_requests_of_a_pipeline_wait_for_batches_of_their_own_size():
         micro_batch_size=1000,
         kv_tokens_per_micro_batch=160000,
     )
-    small = with_batch_size(large, 10)
+    small = large.for_batch(10)
     job = replace(WORKLOAD, num_requests=10)
     assert estimate(spec, large, profile, job).seconds == pytest.approx(estimate(spec, small, profile, job).seconds)
     # Beside a full batch, the few take as long as it.

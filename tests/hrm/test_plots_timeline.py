@@ -23,12 +23,12 @@ from hrm.plots import plot_timeline, style, window
 from hrm.plots.timeline import LOOKS, layer_ends, step_ends
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import PolicyFile, profile_hash
+from hrm.run_record import AcceleratorRecord, BatchRecord, RunRecord, TotalsRecord, WorkloadRecord
 from hrm.schedules import iter_tasks
 from hrm.simulate import simulate
 from hrm.tasks import Device, Lane, Phase, TaskId
 from hrm.trace import Span, Trace, write_chrome_trace
 from hrm.units import GB
-from hrm.validate import RUN_SCHEMA, AcceleratorRecord, BatchRecord, RunRecord, TotalsRecord, WorkloadRecord
 from hrm.workload import Workload
 from tests.hrm.pictures import MAGIC, assert_texts_apart, lightness, named, texts, words
 from tests.hrm.support import machine, random_pipeline, tiny_spec
@@ -308,7 +308,6 @@ def run(tmp_path) -> Path:
         start_s = max(span.end_s for span in spans)
     write_chrome_trace(tmp_path / "trace.json", measured=Trace(tuple(spans)))
     record = RunRecord(
-        schema=RUN_SCHEMA,
         outcome="completed",
         schedule="cgopipe",
         accelerator=AcceleratorRecord(name="emulated", description="emulated on the CPU"),

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.batching import Batcher, ChunkPart, Request, chunks, pack, policy_for
+from executor.batching import Batch, Batcher, ChunkPart, MicroBatch, Request, chunks, pack
 from executor.sampling import SamplingParams
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.policy import kv_tokens_for
+from hrm.schedules import pages_of
 from tests.executor.runtime.support import make_policy
 
 policies = st.builds(
@@ -141,11 +142,12 @@ def test_no_more_than_one_prompt_is_under_way_between_chunks(requests, policy, l
 @given(policies, st.integers(1, 5))
 def test_smaller_batch_fits_the_memory_of_the_whole(policy, count):
     count = min(count, policy.num_micro_batches)
-    smaller = policy_for(policy, count)
+    smaller = Batch((MicroBatch([]),) * count).policy(policy)
     assert smaller.num_micro_batches == count
     assert smaller.gpu_kv_micro_batches <= policy.gpu_kv_micro_batches
     on_host = policy.num_micro_batches - policy.gpu_kv_micro_batches
     assert count - smaller.gpu_kv_micro_batches <= on_host
+    assert pages_of(smaller) == pages_of(policy)
 
 
 def test_longest_first_into_the_emptiest():

@@ -49,12 +49,13 @@ def job(folder, tmp_path):
             accelerator=AcceleratorOptions(name="null"),
         )
         tracemalloc.start()
-        content = run_job(options)
+        record = run_job(options)
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert content["totals"]["requests"] == count
+        assert record.totals.requests == count
         trace = read_chrome_trace(options.output_dir / "trace.json")
-        assert len(trace.spans) == content["trace"]["spans"] > 0
+        assert record.trace is not None
+        assert len(trace.spans) == record.trace.spans > 0
         assert {span.batch for span in trace.spans} == set(range(-(-count // 256)))
         return peak_bytes
 

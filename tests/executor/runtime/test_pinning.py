@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import msgspec
 import pytest
 
 from executor.bench import Bench, BenchOptions
@@ -18,8 +17,9 @@ from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.memory import MemoryPlan, plan_memory, purposes
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, save_policy_file
+from hrm.run_record import read_run
 from hrm.tasks import Lane
-from hrm.validate import RunRecord, predict_run, runtime_with
+from hrm.validate import predict_run, runtime_with
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.jobs import run_words
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
@@ -177,7 +177,7 @@ def test_run_reports_what_was_run(folder, solved, short, tmp_path, capsys):
     content = json.loads((tmp_path / "run" / "run.json").read_text())
     assert content["notice"] == told[0]
     assert content["memory"]["cpu"]["planned_bytes"]["staging"] > 0
-    record = msgspec.convert(content, RunRecord)
+    record = read_run(tmp_path / "run")
     run = record.policy_file
     assert run.policy == replace(solved.policy, staging=True)
     assert run.memory_budget_bytes == solved.memory_budget_bytes

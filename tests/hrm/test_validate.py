@@ -1,0 +1,72 @@
+"""A run beside its prediction: whatever was predicted or run has its row."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hrm.acts import decode
+from hrm.run_record import KindTotal, LaneRecord, read_run
+from hrm.tasks import Lane, Phase
+from hrm.validate import predict_run, validate
+from tests.fuzz.targets_hrm import a_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that recorded no H2D lane, LOAD_PAGE, and a kind and a lane that its policy has not."""
+    run = a_run()
+    for phase in run["phases"].values():
+        phase["lanes"].pop("H2D", None)
+        phase["kinds"]["CPU_EXPERTS"] = {"count": 2, "seconds": 0.25, "num_bytes": 0}
+        phase["lanes"]["STAGE"] = {"busy_s": 0.5, "num_bytes": 0}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    return tmp_path
+
+
+def test_every_kind_and_lane_that_was_predicted_or_run_has_a_row(folder):
+    record = read_run(folder)
+    prediction, validation = predict_run(record), validate(record)
+    for phase in Phase:
+        of_phase = record.phase(phase)
+        kinds = {kind for p, kind in prediction.kind_s if p is phase} | set(of_phase.kinds)
+        assert "CPU_EXPERTS" in kinds, "run, and not predicted"
+        assert "SAMPLE" in kinds, "predicted, and not run"
+        assert {kind for p, kind in validation.kind_s if p is phase} == kinds
+        for kind in kinds:
+            both = validation.kind_s[phase, kind]
+            assert both.measured == (of_phase.kinds[kind].seconds if kind in of_phase.kinds else 0)
+            assert both.predicted == prediction.kind_s.get((phase, kind), 0.0)
+            assert (both.error is None) == (kind not in of_phase.kinds)
+        lanes = {lane for p, lane in prediction.lane_s if p is phase} | {Lane(name) for name in of_phase.lanes}
+        assert {lane for p, lane in validation.lane_s if p is phase} == lanes
+        assert {Lane.STAGE, Lane.H2D} <= lanes
+
+
+def test_rows_of_one_side_are_printed_and_written(folder, hrm):
+    _, out, _ = hrm("validate", str(folder), "--json")
+    content = json.loads(out)
+    for of_phase in content["kind_s"].values():
+        assert of_phase["CPU_EXPERTS"] == {"measured": 0.25, "predicted": 0, "error": -1}
+        assert of_phase["SAMPLE"]["measured"] == 0
+        assert of_phase["SAMPLE"]["predicted"] > 0
+        assert of_phase["SAMPLE"]["error"] is None
+    for of_phase in content["lane_s"].values():
+        assert of_phase["STAGE"] == {"measured": 0.5, "predicted": 0, "error": -1}
+        assert of_phase["H2D"]["measured"] == 0
+    _, out, _ = hrm("validate", str(folder))
+    rows = [line.split() for line in out.splitlines()]
+    for begin in (["F", "cpu", "experts", "250"], ["L", "sample", "–"], ["lane", "STAGE", "500"], ["lane", "H2D", "–"]):
+        found = [row for row in rows if row[: len(begin)] == begin]
+        assert len(found) == 2, begin
+        assert {row[-1] for row in found} == ({"–"} if begin[-1] == "–" else {"-100.0%"})
+
+
+def test_what_a_record_lacks_was_not_done(folder):
+    record = read_run(folder)
+    bare = replace(record, phases={})
+    assert bare.phase(Phase.DECODE).seconds == 0
+    assert record.phase(Phase.DECODE).kind(decode.EMBED) == KindTotal()
+    assert record.phase(Phase.DECODE).lane(Lane.CPU) == LaneRecord(busy_s=0)
+    predicted = {row for row, both in validate(bare).kind_s.items() if both.predicted}
+    assert predicted == {row for row, seconds in predict_run(bare).kind_s.items() if seconds}
