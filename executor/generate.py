@@ -32,7 +32,7 @@ from executor.native import kernels
 from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.schedules import SCHEDULES, Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.tasks import Phase, TaskId
 
 MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
@@ -115,7 +115,7 @@ class TraceBudget:
         # No layer has more tasks than one with all that any layer has, and a step's first and last tasks.
         streamed, cpu_experts = (any(pipeline.streamed),), (any(pipeline.cpu_experts),)
         layer = replace(pipeline, num_layers=1, num_steps=1, streamed=streamed, cpu_experts=cpu_experts)
-        per_step = pipeline.num_layers * sum(1 for _ in iter_tasks(layer, schedule))
+        per_step = pipeline.num_layers * sum(1 for _ in SCHEDULES[schedule].order(layer))
         steps = min(self._left // per_step, pipeline.num_steps, 64)
         self._left -= steps * per_step
         return steps

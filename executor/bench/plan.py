@@ -88,19 +88,26 @@ def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
     )
 
 
+def workload_of(options: BenchOptions, usual: Workload) -> Workload:
+    """The requests that are asked for; what the options leave open is as usual."""
+    prompt_len = round(usual.prompt_len) if options.prompt_len is None else options.prompt_len
+    return replace(
+        usual,
+        prompt_len=prompt_len,
+        max_prompt_len=prompt_len if options.max_prompt_len is None else max(options.max_prompt_len, prompt_len),
+        gen_len=usual.gen_len if options.gen_len is None else options.gen_len,
+        num_requests=usual.num_requests if options.num_requests is None else options.num_requests,
+    )
+
+
 def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
     """The best policy for the model and the requests, on the machine that is asked for."""
     from hrm.search.exhaustive import search
 
-    prompt_len = options.prompt_len or PROMPT_LEN
-    workload = Workload(
-        name="bench",
-        prompt_len=prompt_len,
-        max_prompt_len=max(options.max_prompt_len or 0, prompt_len),
-        gen_len=options.gen_len or GEN_LEN,
-        num_requests=options.num_requests or NUM_REQUESTS,
+    usual = Workload(
+        name="bench", prompt_len=PROMPT_LEN, max_prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_requests=NUM_REQUESTS
     )
-    profile = _machine(options, spec)
+    workload, profile = workload_of(options, usual), _machine(options, spec)
     found = search(spec, profile, workload, dtype=profile.default_dtype)
     return policy_file_of(found.require(), spec, profile, workload)
 

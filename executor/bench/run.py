@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self, final
 
 from executor.batching import Batcher, Request
-from executor.bench.plan import NUM_REQUESTS, BenchOptions, cut, model_of, solved
+from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
 from executor.bench.row import BenchRow
 from executor.errors import JobError
 from executor.generate import AbstractGenerator, Generator, NullGenerator
@@ -46,14 +46,10 @@ class Bench:
             self._family, self._source, self._arch = model_of(options, stack)
             self.policy_file = self._planned()
             self._stack = stack.pop_all()
-        workload = replace(
-            self.policy_file.workload,
-            prompt_len=self._prompt_len,
-            max_prompt_len=max(options.max_prompt_len or 0, self._prompt_len),
-            gen_len=self._gen_len,
-            num_requests=self._num_requests,
-        )
-        self.policy_file = replace(self.policy_file, workload=workload)
+        usual = self.policy_file.workload
+        if options.policy is not None:
+            usual = replace(usual, num_requests=self.policy_file.policy.batch_size)
+        self.policy_file = replace(self.policy_file, workload=workload_of(options, usual))
         self.predicted = self.estimate(self.policy_file.policy)
         self._first: float | None = None
 
@@ -84,7 +80,7 @@ class Bench:
             for _repeat in range(self._options.repeats):
                 run.repeat()
             row = run.row()
-        self._first = self._first or row.tokens_per_s
+        self._first = row.tokens_per_s if self._first is None else self._first
         return replace(row, ratio=row.tokens_per_s / self._first)
 
     def start(self, schedule: ScheduleName, *, gen_len: int | None = None) -> "BenchRun":
@@ -118,10 +114,12 @@ class Bench:
 
     def requests(self, gen_len: int | None = None) -> Iterator[Request]:
         """The requests of every repeat; nothing but their length ends them."""
-        new = gen_len or self._gen_len
+        workload = self.policy_file.workload
+        assert workload.num_requests is not None, "as planned"
+        new = workload.gen_len if gen_len is None else gen_len
         params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         generator = random.Random(self._options.seed)
-        lengths = self.policy_file.workload.prompt_lengths(self._num_requests)
+        lengths = workload.prompt_lengths(workload.num_requests)
         generator.shuffle(lengths)
         for index, length in enumerate(lengths):
             prompt = tuple(generator.choices(range(self.spec.vocab_size), k=length))
@@ -154,24 +152,9 @@ class Bench:
         `pageable` are purposes of the host's memory that should be pinned but are not.
         """
         plan = self.policy_file
-        workload = replace(plan.workload, gen_len=gen_len or plan.workload.gen_len)
+        workload = plan.workload if gen_len is None else replace(plan.workload, gen_len=gen_len)
         runtime = runtime_with(pageable, plan.profile)
         return estimate(self.spec, policy, plan.profile, workload, runtime=runtime)
-
-    @property
-    def _prompt_len(self) -> int:
-        return self._options.prompt_len or round(self.policy_file.workload.prompt_len)
-
-    @property
-    def _gen_len(self) -> int:
-        return self._options.gen_len or self.policy_file.workload.gen_len
-
-    @property
-    def _num_requests(self) -> int:
-        given = self._options.num_requests
-        if self._options.policy is None:
-            return given or NUM_REQUESTS
-        return given or self.policy_file.policy.batch_size
 
 
 @final
@@ -227,7 +210,7 @@ class BenchRun:
     def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
         """Run all requests once more, or with other new tokens, or only the first few."""
         totals = Totals()
-        requests = list(islice(self.bench.requests(gen_len or self._gen_len), num_requests))
+        requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
         for batch in Batcher(iter(requests), self.policy):

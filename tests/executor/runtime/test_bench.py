@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 
+from executor.bench import Bench, BenchOptions
 from executor.cli import main
 from executor.families import FAMILIES
+from executor.job.machine import AcceleratorOptions
 from hrm.hardware import Link
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import PolicyFile, profile_hash, save_policy_file
-from hrm.tasks import Device
+from hrm.tasks import Device, Phase
 from hrm.workload import Workload
 from tests.executor.runtime.support import architecture, level, machine, make_policy
 from tests.executor.tiny_models import MIXTRALS
@@ -199,6 +201,18 @@ def test_mistakes_are_refused_in_one_line(folder, policy_path, profile, capsys):
     assert "--profile" in message
     message = refused(capsys, *given, "--layers", "4")
     assert "3" in message
+
+
+@pytest.mark.parametrize("accelerator", ["emulated", "null"])
+def test_runs_in_two_orders_share_a_generator_and_each_keeps_its_own(folder, policy_path, accelerator):
+    options = BenchOptions(model=str(folder), policy=policy_path, accelerator=AcceleratorOptions(name=accelerator))
+    with Bench(options) as bench, bench.start(ScheduleName.CGOPIPE) as paged:
+        whole = paged.under(ScheduleName.FLEXGEN)
+        for run, pages in ((paged, 2), (whole, 1), (paged, 2)):
+            loads = run.repeat().phases[Phase.DECODE].by_kind["LOAD_PAGE"].count
+            assert loads == pages * 4 * bench.spec.num_layers, "a step's pages, in 4 steps after the first token"
+        assert (paged.policy.schedule, paged.row().schedule) == (ScheduleName.CGOPIPE, "cgopipe")
+        assert (whole.policy.schedule, whole.row().schedule) == (ScheduleName.FLEXGEN, "flexgen")
 
 
 @pytest.mark.parametrize("layers", [None, 1])
