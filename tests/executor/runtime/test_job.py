@@ -233,7 +233,7 @@ def broken_after(steps: int, error: type[BaseException], monkeypatch) -> None:
             def fail(task) -> int:
                 raise error(f"injected into {task}")
 
-            handlers[act("ATTENTION")] = fail
+            handlers |= {known: fail for known in handlers if known.name == "ATTENTION"}
         return handlers
 
     monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))

@@ -218,12 +218,12 @@ def test_without_room_for_the_ring_or_figures_of_it_there_is_no_staging(solved, 
 
 
 @pytest.mark.parametrize("name", ["weight_format", "kv_format"])
-def test_what_has_formats_of_its_own_is_planned_and_not_run(policy_file, name):
-    policy = replace(policy_file.policy, **{name: "float16"})
+def test_what_has_formats_of_its_own_is_planned_and_not_run(solved, name):
+    policy = replace(solved.policy, **{name: "float16"})
     dtype = policy.dtype
     refusal = f"policy: {name} is 'float16': must be the dtype .* {dtype}; .* hrm search --dtype {dtype}"
     with pytest.raises(PolicyError, match=refusal):
-        job_machine.prepare(job_machine.AcceleratorOptions(), policy_file, policy)
+        job_machine.prepare(job_machine.AcceleratorOptions(), solved, policy)
 
 
 def test_pageable_caches_cross_the_pageable_link_if_that_was_measured():
