@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hrm.closed_form import batch_terms
 from hrm.schedules import SCHEDULES
-from hrm.search.fit import Ints, Weights, cpu_needed, gpu_needed
+from hrm.search.fit import Ints, Weights, gpu_needed, host_purposes, pinned_needed
 from hrm.search.grid import Grid
 from hrm.search.scores import tokens_per_batch
 from hrm.search.space import Space
@@ -225,18 +225,13 @@ class Bounder:
 
         def needed(experts: Ints, on_gpu: Ints, of_every_layer: int) -> Floats:
             there = {**numbers, "gpu_kv_micro_batches": on_gpu}
-            resident = weights.resident(dense, experts)
-            streamed = weights.streamed(dense, experts)
-            return np.array(
-                [
-                    (
-                        gpu_needed(space, grid.kind, there, resident_bytes=resident, max_streamed_bytes=largest),
-                        *cpu_needed(space, grid.kind, there, streamed_bytes=streamed, page_bytes=largest / pages),
-                    )
-                    for largest in weights.largest_streamed(dense, of_every_layer)
-                ],
-                dtype=float,
-            )
+            resident, streamed = weights.resident(dense, experts), weights.streamed(dense, experts)
+            rows = np.zeros((2, 3, len(grid)))
+            for row, largest in zip(rows, weights.largest_streamed(dense, of_every_layer), strict=True):
+                host = host_purposes(space, grid.kind, there, streamed_bytes=streamed, page_bytes=largest / pages)
+                row[0] = gpu_needed(space, grid.kind, there, resident_bytes=resident, max_streamed_bytes=largest)
+                row[1], row[2] = sum(host.values()), pinned_needed(space, grid.kind, there, host)
+            return rows
 
         base = needed(low, kv_low, 0)
         more = (needed(low + 1, kv_low, 0), needed(low, kv_low + 1, 0), needed(low, kv_low, 1))

@@ -6,6 +6,7 @@ from typing import ClassVar, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
+from hrm.latency import NO_LIMITS
 from hrm.search.choose import Candidate, choose
 from hrm.search.constraints import meets
 from hrm.search.fit import Ints
@@ -92,7 +93,8 @@ class GridOfKind:
             grid = self._with_every_residency(grid)
         self.evaluations += len(grid)
         grid = grid.take(np.flatnonzero(grid.fits))
-        grid = grid.take(np.flatnonzero(meets(self.space, grid)))
+        if self.space.limits != NO_LIMITS:
+            grid = grid.take(np.flatnonzero(meets(self.space, grid)))
         return grid, scores(self.space, grid)
 
     def _with_every_residency(self, grid: Grid) -> Grid:

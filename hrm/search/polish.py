@@ -9,7 +9,7 @@ from hrm.policy import Policy
 from hrm.search.choose import TIE, ranked
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, CHUNK, make_grid
-from hrm.search.lattice import chunk_ranges, levelled, limits
+from hrm.search.lattice import chunk_ranges, levelled, limits, rounded
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
@@ -57,7 +57,7 @@ def _near(space: Space, best: Estimate) -> list[Policy]:
 
 def _places(space: Space, kv: KvPlace, policy: Policy) -> Ints:
     number, share = policy.num_micro_batches, policy.kv_share_on_gpu
-    others = np.unique(np.rint(number * np.array(_NUMBERS)).astype(np.int64))
+    others = rounded(number * np.array(_NUMBERS))
     most_sizes, most_numbers = limits(space)
     others = others[(others >= 1) & (others <= most_numbers)]
     pairs = np.column_stack([-(-policy.batch_size // others), others])

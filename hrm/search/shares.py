@@ -13,7 +13,7 @@ from hrm.policy import Policy
 from hrm.search.constraints import may_meet
 from hrm.search.fit import Ints
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
-from hrm.search.lattice import chunk_ranges, levelled, limits
+from hrm.search.lattice import chunk_ranges, levelled, limits, rounded
 from hrm.search.scores import score_of
 from hrm.search.space import Kind, KvPlace, Space
 
@@ -199,7 +199,7 @@ def _largest(limit: int, fit: Callable[[Ints], NDArray[np.bool_]]) -> int:
     """The largest integer up to `limit` that fits if all smaller ones do; 0 if 1 does not."""
     if limit < 1:
         return 0
-    values = np.unique(np.rint(np.geomspace(1, limit, 48)).astype(np.int64))
+    values = rounded(np.geomspace(1, limit, 48))
     while True:
         fitting = int(np.argmin(np.append(fit(values), False)))
         if fitting == 0:
@@ -207,4 +207,4 @@ def _largest(limit: int, fit: Callable[[Ints], NDArray[np.bool_]]) -> int:
         low = int(values[fitting - 1])
         if fitting == len(values) or values[fitting] == low + 1:
             return low
-        values = np.unique(np.rint(np.linspace(low, values[fitting], 48)).astype(np.int64))
+        values = rounded(np.linspace(low, int(values[fitting]), 48))
