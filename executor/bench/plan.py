@@ -102,13 +102,13 @@ def workload_of(options: BenchOptions, usual: Workload) -> Workload:
 
 def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
     """The best policy for the model and the requests, on the machine that is asked for."""
-    from hrm.search.exhaustive import search
+    from hrm.search import Space, search
 
     usual = Workload(
         name="bench", prompt_len=PROMPT_LEN, max_prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_requests=NUM_REQUESTS
     )
     workload, profile = workload_of(options, usual), _machine(options, spec)
-    found = search(spec, profile, workload, dtype=profile.default_dtype)
+    found = search(Space(spec, profile, workload, dtype=profile.default_dtype))
     return policy_file_of(found.require(), spec, profile, workload)
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import batch_terms
-from hrm.costs import Costs
 from hrm.schedules import SCHEDULES
-from hrm.search.fit import Ints, Weights, cpu_needed, gpu_needed
+from hrm.search.fit import Ints, Weights, gpu_needed, host_purposes, pinned_needed
 from hrm.search.grid import Grid
 from hrm.search.scores import tokens_per_batch
 from hrm.search.space import Space
@@ -86,11 +85,11 @@ _FIELDS = tuple(Boxes.__dataclass_fields__)
 class Bounder:
     """Makes and divides boxes over the candidates of a grid, whose own residency is ignored."""
 
-    def __init__(self, space: Space, costs: Costs, rows: Grid) -> None:
-        self.space, self.costs, self.rows = space, costs, rows
+    def __init__(self, space: Space, rows: Grid) -> None:
+        self.space, self.rows = space, rows
         self.evaluations = 0
         one = rows.take(np.zeros(1, np.int64)).point(space)
-        phases = batch_terms(costs, one, space.schedule, space.workload)
+        phases = batch_terms(space.costs, one, space.schedule, space.workload)
         self.weights = np.array([weight for weight, _ in phases])
         self.phase_of_term = np.repeat(np.arange(len(phases)), [len(terms) for _, terms in phases])
 
@@ -208,7 +207,7 @@ class Bounder:
         )
         self.evaluations += len(grid)
         space = self.space
-        phases = batch_terms(self.costs, grid.point(space), space.schedule, space.workload)
+        phases = batch_terms(space.costs, grid.point(space), space.schedule, space.workload)
         values = [np.broadcast_to(term, len(grid)) for _, terms in phases for term in terms]
         return np.stack(values).astype(float).reshape(len(values), *experts.shape)
 
@@ -226,18 +225,13 @@ class Bounder:
 
         def needed(experts: Ints, on_gpu: Ints, of_every_layer: int) -> Floats:
             there = {**numbers, "gpu_kv_micro_batches": on_gpu}
-            resident = weights.resident(dense, experts)
-            streamed = weights.streamed(dense, experts)
-            return np.array(
-                [
-                    (
-                        gpu_needed(space, grid.kind, there, resident_bytes=resident, max_streamed_bytes=largest),
-                        *cpu_needed(space, grid.kind, there, streamed_bytes=streamed, page_bytes=largest / pages),
-                    )
-                    for largest in weights.largest_streamed(dense, of_every_layer)
-                ],
-                dtype=float,
-            )
+            resident, streamed = weights.resident(dense, experts), weights.streamed(dense, experts)
+            rows = np.zeros((2, 3, len(grid)))
+            for row, largest in zip(rows, weights.largest_streamed(dense, of_every_layer), strict=True):
+                host = host_purposes(space, grid.kind, there, streamed_bytes=streamed, page_bytes=largest / pages)
+                row[0] = gpu_needed(space, grid.kind, there, resident_bytes=resident, max_streamed_bytes=largest)
+                row[1], row[2] = sum(host.values()), pinned_needed(space, grid.kind, there, host)
+            return rows
 
         base = needed(low, kv_low, 0)
         more = (needed(low + 1, kv_low, 0), needed(low, kv_low + 1, 0), needed(low, kv_low, 1))

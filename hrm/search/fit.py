@@ -74,15 +74,12 @@ def gpu_needed(
     return sum(purposes.values())
 
 
-def cpu_needed(
+def host_purposes(
     space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number, page_bytes: Number
-) -> tuple[Number, Number]:
-    """Bytes at the host's level, and those of them that must be pinned.
-
-    Of the layers' weights there are those that stream, in pages if staged.
-    """
+) -> dict[str, Number]:
+    """Bytes at the host's level by purpose: of the layers' weights those that stream, in pages if staged."""
     on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
-    purposes = cpu_purposes(
+    return cpu_purposes(
         space.spec,
         space.formats,
         batch_size=numbers["batch_size"],
@@ -101,18 +98,26 @@ def cpu_needed(
         ),
         batches=space.profile.num_stages,
     )
-    streams_kv = kind.gpu_attention * (on_gpu < n)
-    pinned = pinned_purposes(purposes, staging=space.staging, streams_kv=streams_kv)
-    return sum(purposes.values()), sum(pinned.values())
 
 
-def most_residents(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Ints:
-    """The most resident experts that fit the GPU; -1 where not even none do."""
-    weights, dense = Weights(space), numbers["resident_dense"]
+def pinned_needed(space: Space, kind: Kind, numbers: Mapping[str, Number], purposes: Mapping[str, Number]) -> Number:
+    """Bytes of the host's purposes that must be pinned."""
+    streams_kv = kind.gpu_attention * (numbers["gpu_kv_micro_batches"] < numbers["num_micro_batches"])
+    return sum(pinned_purposes(purposes, staging=space.staging, streams_kv=streams_kv).values())
+
+
+def gpu_room(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Ints:
+    """Bytes at the GPU's level that are left for the layers' weights and the slots."""
+    needed = gpu_needed(space, kind, numbers, max_streamed_bytes=0, resident_bytes=0)
+    return space.profile.top.usable_bytes - needed
+
+
+def most_residents(space: Space, dense: Ints, room: Ints) -> Ints:
+    """The most resident experts that fit the GPU's `gpu_room`; -1 where not even none do."""
+    weights = Weights(space)
     layers, experts = space.spec.num_expert_layers, space.spec.num_experts
     expert_bytes = weights.expert_bytes
-    base = gpu_needed(space, kind, numbers, max_streamed_bytes=0, resident_bytes=weights.resident(dense, 0))
-    free = space.profile.top.usable_bytes - base
+    free = room - weights.resident(dense, 0)
     with_experts, without = weights.largest_streamed(dense, 0)
     # With q experts of every layer resident, q·layers lie beside slots for the largest layer: one
     # with the other experts, which shrinks as q grows, or one without experts.
@@ -132,22 +137,26 @@ def most_residents(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Int
     return np.where(fits, total, -1).astype(np.int64)
 
 
-def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints) -> NDArray[np.bool_]:
-    """Whether candidates with so many resident experts fit both levels."""
+def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Ints, total: Ints) -> NDArray[np.bool_]:
+    """Whether candidates with so many resident experts fit both levels; `room` is the GPU's."""
     weights, dense = Weights(space), numbers["resident_dense"]
     largest = np.maximum(*weights.largest_streamed(dense, total // space.spec.num_expert_layers))
-    gpu = gpu_needed(space, kind, numbers, max_streamed_bytes=largest, resident_bytes=weights.resident(dense, total))
+    resident = weights.resident(dense, total)
+    gpu = resident + WEIGHT_SLOTS * largest
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
     size = space.formats.weights.bytes_of(1)
-    cpu, pinned = cpu_needed(
+    purposes = host_purposes(
         space,
         kind,
         numbers,
-        streamed_bytes=weights.streamed(dense, total),
+        streamed_bytes=space.spec.total_layer_bytes(space.formats.weights) - resident,
         page_bytes=size * -(-largest // (pages * size)),  # whole elements
     )
+    cpu = sum(purposes.values())
     if not space.profile.has_accelerator:
-        return gpu + cpu <= space.profile.host.usable_bytes
+        return gpu + cpu <= room
     host = space.profile.host
-    fits = (gpu <= space.profile.top.usable_bytes) & (cpu <= host.usable_bytes)
-    return fits if host.pinnable_bytes is None else fits & (pinned <= host.usable_pinned_bytes)
+    fits = (gpu <= room) & (cpu <= host.usable_bytes)
+    if host.pinnable_bytes is None:
+        return fits
+    return fits & (pinned_needed(space, kind, numbers, purposes) <= host.usable_pinned_bytes)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hrm.closed_form import Point
 from hrm.policy import Policy, kv_tokens_for, prefix_tokens_for, spread_experts
-from hrm.search.fit import Ints, fits_memory, most_residents
+from hrm.search.fit import Ints, fits_memory, gpu_room, most_residents
 from hrm.search.space import Kind, Space
 from hrm.tasks import Device
 
@@ -65,7 +65,8 @@ class Grid:
 
     def with_residents(self, space: Space, total: Ints) -> "Grid":
         """The same candidates with so many resident experts."""
-        fits = fits_memory(space, self.kind, self.numbers(), total)
+        numbers = self.numbers()
+        fits = fits_memory(space, self.kind, numbers, gpu_room(space, self.kind, numbers), total)
         return replace(self, resident_total=total, fits=fits)
 
     def point(self, space: Space) -> Point:
@@ -126,9 +127,7 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
     KV cache on the GPU, how many parts in `ALL_THAT_FIT` of the experts that fit the GPU are
     resident, and the tokens of a chunk. Below the longest prompt, a chunk splits it.
     """
-    ways = (1, 0) if space.profile.has_accelerator else (1,)
-    dense = np.tile(ways, len(places))
-    micro_batch_size, num_micro_batches, on_gpu, parts, chunk = np.repeat(places, len(ways), axis=0).T
+    micro_batch_size, num_micro_batches, on_gpu, parts, chunk = np.ascontiguousarray(places.T)
     batch_size = micro_batch_size * num_micro_batches
     if space.workload.num_requests is not None:
         batch_size = np.minimum(batch_size, space.workload.num_requests)
@@ -141,12 +140,16 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
         "micro_batch_size": micro_batch_size,
         "num_micro_batches": num_micro_batches,
         "gpu_kv_micro_batches": on_gpu,
-        "resident_dense": dense,
         "chunk_tokens": chunk,
         "prefix_buffer_tokens": prefix_tokens_for(space.spec, longest, chunk, cpu_attention=cpu_attention),
         "kv_tokens": kv_tokens_for(micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len),
     }
-    most = most_residents(space, kind, numbers)
+    # What else a GPU holds is the same whether or not projections are resident.
+    ways = (1, 0) if space.profile.has_accelerator else (1,)
+    room, parts = gpu_room(space, kind, numbers).repeat(len(ways)), parts.repeat(len(ways))
+    dense = np.tile(ways, len(places))
+    numbers = {name: values.repeat(len(ways)) for name, values in numbers.items()} | {"resident_dense": dense}
+    most = most_residents(space, dense, room)
     total = np.maximum(most, 0) * parts // ALL_THAT_FIT
-    fits = (most >= 0) & fits_memory(space, kind, numbers, total)
+    fits = (most >= 0) & fits_memory(space, kind, numbers, room, total)
     return Grid(kind=kind, **numbers, most_residents=most, resident_total=total, fits=fits)

@@ -199,15 +199,13 @@ def limits(space: Space) -> tuple[int, int]:
 def _that_fit(space: Space, kind: Kind, chunk: int) -> tuple[int, int]:
     """Sizes and numbers beyond which nothing fits, with a factor of two to spare."""
     most = limits(space)
-    found: list[int] = []
-    for axis in (0, 1):
-        powers = 2 ** np.arange(int(most[axis]).bit_length())
-        places = np.ones((len(powers), 5), np.int64)
-        places[:, axis] = powers
-        places[:, CHUNK] = chunk
-        fits = _some_fit(space, kind, places)
-        found.append(min(2 * int(powers[fits].max(initial=1)), most[axis]))
-    return found[0], found[1]
+    powers = [2 ** np.arange(limit.bit_length()) for limit in most]
+    places = np.ones((sum(map(len, powers)), 5), np.int64)
+    places[: len(powers[0]), 0], places[len(powers[0]) :, 1] = powers
+    places[:, CHUNK] = chunk
+    fits = np.split(_some_fit(space, kind, places), [len(powers[0])])
+    size, number = (int(tried[fit].max(initial=1)) for tried, fit in zip(powers, fits, strict=True))
+    return min(2 * size, most[0]), min(2 * number, most[1])
 
 
 def _chunks_that_fit(space: Space, kind: Kind, chunks: list[int]) -> list[int]:
@@ -226,19 +224,22 @@ def _some_fit(space: Space, kind: Kind, places: Ints) -> NDArray[np.bool_]:
     Either memory may be the smaller one: a host too small for the weights takes all the residents
     that fit the GPU, and a GPU with little room none.
     """
-    places, fits = places.copy(), np.zeros(len(places), np.bool_)
-    for share in {KvPlace.NONE: (0,), KvPlace.SOME: (0, 1), KvPlace.ALL: (1,)}[kind.kv]:
-        places[:, 2] = places[:, 1] * share
-        for part in (0, ALL_THAT_FIT):
-            places[:, PART] = part
-            grid = make_grid(space, kind, places)
-            fits |= grid.fits.reshape(len(places), -1).any(axis=1)
-    return fits
+    shares = {KvPlace.NONE: (0,), KvPlace.SOME: (0, 1), KvPlace.ALL: (1,)}[kind.kv]
+    tried = np.concatenate([_with(places, 2, places[:, 1, None] * share) for share in shares])
+    tried = np.concatenate([_with_each(tried, PART, [part]) for part in (0, ALL_THAT_FIT)])
+    fits = make_grid(space, kind, tried).fits.reshape(2 * len(shares), len(places), -1)
+    return np.logical_or.reduce(fits, axis=(0, 2))
 
 
 def _spaced(limit: int, count: int) -> Ints:
     """About `count` integers from 1 to `limit`, evenly spaced in the logarithm."""
-    return np.unique(np.rint(np.geomspace(1, limit, count)).astype(np.int64))
+    return rounded(np.geomspace(1, limit, count))
+
+
+def rounded(values: NDArray[np.float64]) -> Ints:
+    """The nearest integers in order, each once; np.unique would first load all of numpy.ma."""
+    whole = np.sort(np.rint(values).astype(np.int64))
+    return whole[np.append(True, whole[1:] != whole[:-1])]
 
 
 def _near(values: Ints, shares: NDArray[np.float64], limit: int) -> Ints:

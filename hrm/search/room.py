@@ -27,16 +27,13 @@ class Room:
         self.plain_bytes = self.size * self.spec.dense_parameters_of(plain) if self.spec.num_dense_layers else 0
         self.requests = space.workload.num_requests
 
-    def _numbers(self, regions: Regions, at: Floats) -> dict[str, Any]:
-        """What memory formulas want of one corner; what may be needed or not is left out."""
+    def _numbers(self, at: Floats) -> dict[str, Any]:
+        """What memory formulas of both levels want of a corner."""
         w = self.space.workload
-        size, number, kv, _, _ = at
         return {
-            "chunk_tokens": self._chunk(regions, at),
             "batch_size": self._batch(at),
-            "micro_batch_size": size,
-            "kv_tokens": kv_tokens_for(size, w.mean_context_len, w.max_context_len),
-            "gpu_kv_micro_batches": kv * number,
+            "micro_batch_size": at[SIZE],
+            "kv_tokens": kv_tokens_for(at[SIZE], w.mean_context_len, w.max_context_len),
         }
 
     def _batch(self, at: Floats) -> Floats:
@@ -48,57 +45,53 @@ class Room:
         prompts = self._batch(at) * self.space.workload.prompt_len
         return np.where(regions.one_chunk == 1, prompts, at[CHUNK])
 
-    def _gpu(self, regions: Regions, at: Floats) -> dict[str, Floats]:
-        """Bytes at the GPU's level by purpose at a corner, the layers' weights and slots apart."""
-        w, spec = self.space.workload, self.spec
-        some_on_host = (regions.high[KV] < 1).astype(float)
-        return gpu_purposes(
-            spec,
-            self.space.formats,
-            **self._numbers(regions, at),
-            streams_kv=regions.gpu_attention * some_on_host,
-            ffn_on_cpu=1 - regions.gpu_ffn,
-            resident_bytes=0,
-            max_streamed_bytes=0,
-            prefix_tokens=prefix_tokens_for(
-                spec,
-                w.max_prompt_len,
-                np.where(regions.one_chunk == 1, w.max_prompt_len, regions.high[CHUNK]),
-                cpu_attention=(1 - regions.gpu_attention) * some_on_host,
-            ),
-            ranks=self.space.profile.num_gpus,
-            batches=self.space.profile.num_stages,
-        )
+    def _purposes(self, regions: Regions, at: Floats) -> tuple[dict[str, Floats], dict[str, Floats]]:
+        """Bytes at both levels by purpose at a corner, the layers' weights and slots apart.
 
-    def _cpu(self, regions: Regions, at: Floats) -> dict[str, Floats]:
-        """Bytes at the host's level by purpose at a corner, the layers' weights apart."""
-        spec, formats = self.spec, self.space.formats
+        The host is taken to hold as little of the cache as it may.
+        """
+        space, spec, formats = self.space, self.spec, self.space.formats
         some_on_host = (regions.high[KV] < 1).astype(float)
-        return cpu_purposes(
+        ffn_on_cpu, cpu_attention = 1 - regions.gpu_ffn, (1 - regions.gpu_attention) * some_on_host
+        longest = space.workload.max_prompt_len
+        chunk = np.where(regions.one_chunk == 1, longest, regions.high[CHUNK])
+        numbers = self._numbers(at)
+        gpu = gpu_purposes(
             spec,
             formats,
-            **{k: v for k, v in self._numbers(regions, at).items() if k != "chunk_tokens"},
+            **numbers,
+            chunk_tokens=self._chunk(regions, at),
+            gpu_kv_micro_batches=at[KV] * at[NUMBER],
+            streams_kv=regions.gpu_attention * some_on_host,
+            ffn_on_cpu=ffn_on_cpu,
+            resident_bytes=0,
+            max_streamed_bytes=0,
+            prefix_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=cpu_attention),
+            ranks=space.profile.num_gpus,
+            batches=space.profile.num_stages,
+        )
+        cpu = cpu_purposes(
+            spec,
+            formats,
+            **numbers,
             num_micro_batches=at[NUMBER],
-            ffn_on_cpu=1 - regions.gpu_ffn,
+            gpu_kv_micro_batches=regions.high[KV] * at[NUMBER],
+            ffn_on_cpu=ffn_on_cpu,
             streamed_bytes=0,
             staging_bytes=0,
             latent_up_bytes=latent_up_bytes(
-                spec,
-                formats.weights,
-                cpu_attention=(1 - regions.gpu_attention) * some_on_host,
-                resident_dense=regions.dense,
+                spec, formats.weights, cpu_attention=cpu_attention, resident_dense=regions.dense
             ),
-            batches=self.space.profile.num_stages,
+            batches=space.profile.num_stages,
         )
+        return gpu, cpu
 
     def tightened(self, regions: Regions) -> Regions:
         """The regions without what cannot fit the memories; empty ones are left out."""
         low, high = regions.low.copy(), regions.high.copy()
         regions = replace(regions, low=low, high=high)
         self._whole_numbers(low, high)
-        host_corner = low.copy()
-        host_corner[KV] = high[KV]  # least on the host
-        gpu, cpu = self._gpu(regions, low), self._cpu(regions, host_corner)
+        gpu, cpu = self._purposes(regions, low)
         gpu_room = _left(self.space.profile.top.usable_bytes, gpu) - regions.dense * self.dense_bytes
         if self.space.profile.has_accelerator:
             cpu_room = _left(self.space.profile.host.usable_bytes, cpu)
@@ -144,21 +137,22 @@ class Room:
 
     def _shorter(self, regions: Regions) -> Regions:
         """Upper ends of size and number as far as memory may allow beside the other lower ends."""
-        low, high = regions.low.copy(), regions.high.copy()
-        for axis in (SIZE, NUMBER):
-            far = low.copy()
-            far[axis] = end = high[axis].copy()
-            for at_low, at_far, room in self._needs(regions, low, far):
-                span = at_far - at_low
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    share = np.where(span > 0, (room - at_low) / span, 1.0)
-                reach = low[axis] + np.clip(share, 0, 1) * (end - low[axis])
-                slack = 1.0 if axis == SIZE else 1e-6  # caches are in whole blocks
-                high[axis] = np.minimum(high[axis], np.floor(reach * (1 + 1e-9) + slack))
+        low, high = regions.low, regions.high.copy()
+        axes = [SIZE, NUMBER]
+        far = np.stack([low, low], axis=1)  # for every axis a corner at its upper end
+        ends = high[axes]
+        far[axes, range(len(axes))] = ends
+        slack = np.array([[1.0], [1e-6]])  # caches are in whole blocks
+        for at_low, at_far, room in self._needs(regions, low, far):
+            span = at_far - at_low
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = np.where(span > 0, (room - at_low) / span, 1.0)
+            reach = low[axes] + np.clip(share, 0, 1) * (ends - low[axes])
+            high[axes] = np.minimum(high[axes], np.floor(reach * (1 + 1e-9) + slack))
         return replace(regions, high=high)
 
     def _needs(self, regions: Regions, low: Floats, far: Floats) -> list[tuple[Floats, Floats, Floats]]:
-        """Bytes at both corners and what there is, at each level.
+        """Bytes at a corner and at others beyond it, and what there is, at each level.
 
         A workspace is of the larger of two numbers of tokens, so that its bytes bend upwards: it is
         taken as at the lower corner.
@@ -167,13 +161,8 @@ class Room:
         def total(purposes: dict[str, Floats], fixed: dict[str, Floats]) -> Floats:
             return sum((fixed if name == "workspace" else purposes)[name] for name in purposes) + np.zeros(len(regions))
 
-        def on_host(at: Floats) -> Floats:
-            corner = at.copy()
-            corner[KV] = regions.high[KV]
-            return corner
-
-        gpu, cpu = self._gpu(regions, low), self._cpu(regions, on_host(low))
-        gpu_far, cpu_far = self._gpu(regions, far), self._cpu(regions, on_host(far))
+        gpu, cpu = self._purposes(regions, low)
+        gpu_far, cpu_far = self._purposes(regions, far)
         resident = regions.low[RESIDENT]
         held = regions.dense * self.dense_bytes + resident * self.layers * self.expert_bytes
         per_layer = (1 - regions.dense) * self.spec.dense_parameters * self.size

@@ -16,7 +16,7 @@ from hrm.plots.timeline import plot_timeline
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, Pipeline, Schedule, StepWork, add_schedule, decode_pipeline, graph, iter_tasks
 from hrm.schedules.bounds import Terms
-from hrm.search.solvers import solve
+from hrm.search import Space, search
 from hrm.simulate import simulate
 from hrm.tasks import Act, Lane, Phase, TaskId
 from hrm.workload import Workload
@@ -59,7 +59,7 @@ def small_machine():
 
 
 def test_a_schedule_of_ones_own_is_searched_for_simulated_and_drawn(mine, small_machine, tmp_path):
-    found = solve(SPEC, small_machine, WORKLOAD, schedule=mine).best
+    found = search(Space(SPEC, small_machine, WORKLOAD, schedule=mine)).best
     assert found is not None
     assert found.policy.schedule is mine
     assert found.tokens_per_s <= found.bound_tokens_per_s * (1 + 1e-9)
