@@ -25,9 +25,10 @@ from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.parallel import part_for
+from hrm.placement import Place
 from hrm.policy import Policy
 from hrm.schedules import pages_of
-from hrm.tasks import Device
+from hrm.tasks import Device, Phase
 from hrm.units import at_least_bytes, format_bytes
 
 # Purposes of the host's memory that cross the link, in the order in which they are pinned.
@@ -281,7 +282,7 @@ def purposes(
     spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by purpose at the GPU's and at the host's level, whether or not they are one."""
-    streamed = [policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers)]
+    streamed = [policy.streamed_bytes(spec, layer, Phase.PREFILL) for layer in range(spec.num_layers)]
     n, on_gpu = policy.num_micro_batches, policy.gpu_kv_micro_batches
     ffn_on_cpu = int(policy.ffn is Device.CPU and max(streamed) > 0)
     gpu = gpu_purposes(
@@ -314,7 +315,7 @@ def purposes(
         latent_up_bytes=latent_up_bytes(
             spec,
             policy.formats.weights,
-            cpu_attention=int(policy.attention is Device.CPU and on_gpu < n),
+            cpu_attention=int(policy.kv_caches_at(Place.HOST) > 0),
             resident_dense=int(policy.resident_dense),
         ),
         batches=batches,
@@ -326,7 +327,7 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Pinned pages between pageable memory and the link; 0 without staging."""
     if not policy.staging:
         return 0
-    largest = max(policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
+    largest = max(policy.streamed_bytes(spec, layer, Phase.PREFILL) for layer in range(spec.num_layers))
     size = policy.formats.weights.bytes_of(1)  # a page holds whole elements
     return STAGING_PAGES * -(-largest // (pages_of(policy) * size)) * size
 

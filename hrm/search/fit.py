@@ -14,6 +14,7 @@ from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes, pinned_purposes
 from hrm.model_spec import LayerKind
 from hrm.numeric import Number
+from hrm.placement import Place, Placement
 from hrm.schedules import SCHEDULES
 from hrm.search.space import Kind, Space
 
@@ -26,6 +27,9 @@ class Weights:
 
     space: Space
 
+    def _placement(self, dense: Number) -> Placement:
+        return Placement(spec=self.space.spec, weights=self.space.formats.weights, resident_dense=dense)
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
@@ -33,21 +37,19 @@ class Weights:
 
     def resident(self, dense: Number, experts: Number) -> Number:
         """Bytes that stay on the GPU with so many resident experts in all."""
-        spec, weights = self.space.spec, self.space.formats.weights
-        kinds = spec.layer_kinds().items()
-        of_all = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds)
-        return dense * weights.bytes_of(of_all) + experts * self.expert_bytes
+        return self._placement(dense).bytes_in_all(Place.GPU, experts)
 
     def streamed(self, dense: Number, experts: Number) -> Number:
         """Bytes that do not, over all layers."""
-        return self.space.spec.total_layer_bytes(self.space.formats.weights) - self.resident(dense, experts)
+        return self._placement(dense).bytes_in_all(Place.STREAMED, experts)
 
     def largest_streamed(self, dense: Number, of_every_layer: Number) -> tuple[Number, Number]:
         """Streamed bytes of a layer with experts, so many of them resident, and of one without."""
-        spec, weights = self.space.spec, self.space.formats.weights
-        experts = (spec.num_experts - of_every_layer) * self.expert_bytes
-        plain = spec.dense_parameters_of(LayerKind(has_experts=False)) * (spec.num_dense_layers > 0)
-        return ((1 - dense) * weights.bytes_of(spec.dense_parameters) + experts, (1 - dense) * weights.bytes_of(plain))
+        placement, plain = self._placement(dense), min(self.space.spec.num_dense_layers, 1)
+        return (
+            placement.bytes_at(Place.STREAMED, ((LayerKind(), 1),), of_every_layer),
+            placement.bytes_at(Place.STREAMED, ((LayerKind(has_experts=False), plain),), 0),
+        )
 
 
 def gpu_needed(

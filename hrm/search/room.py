@@ -7,8 +7,8 @@ import numpy as np
 
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes
-from hrm.model_spec import LayerKind
 from hrm.policy import kv_tokens_for, prefix_tokens_for
+from hrm.search.fit import Weights
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.space import Space
 
@@ -18,13 +18,8 @@ class Room:
 
     def __init__(self, space: Space) -> None:
         self.space, self.spec = space, space.spec
-        self.size = space.formats.weights.bytes_of(1)
-        self.expert_bytes = self.spec.expert_parameters * self.size
+        self.weights = Weights(space)
         self.layers = self.spec.num_expert_layers
-        kinds = self.spec.layer_kinds().items()
-        self.dense_bytes = self.size * sum(count * self.spec.dense_parameters_of(kind) for kind, count in kinds)
-        plain = LayerKind(has_experts=False)
-        self.plain_bytes = self.size * self.spec.dense_parameters_of(plain) if self.spec.num_dense_layers else 0
         self.requests = space.workload.num_requests
 
     def _numbers(self, regions: Regions, at: Floats) -> dict[str, Any]:
@@ -99,12 +94,12 @@ class Room:
         host_corner = low.copy()
         host_corner[KV] = high[KV]  # least on the host
         gpu, cpu = self._gpu(regions, low), self._cpu(regions, host_corner)
-        gpu_room = _left(self.space.profile.top.usable_bytes, gpu) - regions.dense * self.dense_bytes
+        gpu_room = _left(self.space.profile.top.usable_bytes, gpu) - self.weights.resident(regions.dense, 0)
         if self.space.profile.has_accelerator:
             cpu_room = _left(self.space.profile.host.usable_bytes, cpu)
             self._tighten_residents(regions, gpu_room, cpu_room)
         else:  # one level holds everything
-            everything = self.spec.num_experts * self.layers * self.expert_bytes
+            everything = self.weights.streamed(1, 0)
             high[SIZE] = np.where(_left(gpu_room, cpu) < everything, 0.0, high[SIZE])
         regions = regions.not_empty()
         return self._shorter(regions).not_empty() if len(regions) else regions
@@ -124,15 +119,13 @@ class Room:
     def _tighten_residents(self, regions: Regions, gpu_room: Floats, cpu_room: Floats) -> None:
         """Residents between what the host cannot hold and what the GPU can; changes the ends."""
         low, high = regions.low, regions.high
-        expert, layers = self.expert_bytes, self.layers
-        everything = self.spec.num_experts * layers * expert
-        streamed_dense = (1 - regions.dense) * self.dense_bytes
-        per_layer = (1 - regions.dense) * self.spec.dense_parameters * self.size
-        needed = (everything + streamed_dense - cpu_room) / (layers * expert)
+        expert, layers = self.weights.expert_bytes, self.layers
+        needed = (self.weights.streamed(regions.dense, 0) - cpu_room) / (layers * expert)
         low[RESIDENT] = np.maximum(low[RESIDENT], needed - 1e-9)
         # Residents, and slots for what the largest layer streams: with experts, or without.
-        with_experts = gpu_room - WEIGHT_SLOTS * (per_layer + self.spec.num_experts * expert)
-        without = gpu_room - WEIGHT_SLOTS * (1 - regions.dense) * self.plain_bytes
+        with_experts, without = (
+            gpu_room - WEIGHT_SLOTS * largest for largest in self.weights.largest_streamed(regions.dense, 0)
+        )
         high[RESIDENT] = np.minimum(high[RESIDENT], without / (layers * expert) + 1e-9)
         each = (layers - WEIGHT_SLOTS) * expert
         if each > 0:
@@ -175,11 +168,8 @@ class Room:
         gpu, cpu = self._gpu(regions, low), self._cpu(regions, on_host(low))
         gpu_far, cpu_far = self._gpu(regions, far), self._cpu(regions, on_host(far))
         resident = regions.low[RESIDENT]
-        held = regions.dense * self.dense_bytes + resident * self.layers * self.expert_bytes
-        per_layer = (1 - regions.dense) * self.spec.dense_parameters * self.size
-        slots = WEIGHT_SLOTS * np.maximum(
-            per_layer + (self.spec.num_experts - resident) * self.expert_bytes, (1 - regions.dense) * self.plain_bytes
-        )
+        held = self.weights.resident(regions.dense, resident * self.layers)
+        slots = WEIGHT_SLOTS * np.maximum(*self.weights.largest_streamed(regions.dense, resident))
         if self.layers < WEIGHT_SLOTS:
             slots = 0 * slots
         top, host = self.space.profile.top.usable_bytes, self.space.profile.host.usable_bytes
@@ -187,11 +177,10 @@ class Room:
             room = host - held
             both = total(gpu, gpu) + total(cpu, cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
             return [(*both, room)]
-        streamed = self.dense_bytes + self.spec.num_experts * self.layers * self.expert_bytes
-        most_held = regions.dense * self.dense_bytes + regions.high[RESIDENT] * self.layers * self.expert_bytes
+        streamed = self.weights.streamed(regions.dense, regions.high[RESIDENT] * self.layers)
         return [
             (total(gpu, gpu), total(gpu_far, gpu), top - held - slots),
-            (total(cpu, cpu), total(cpu_far, cpu), host - (streamed - most_held)),
+            (total(cpu, cpu), total(cpu_far, cpu), host - streamed),
         ]
 
     def largest_batch(self, regions: Regions) -> Floats:

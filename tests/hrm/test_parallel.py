@@ -18,7 +18,7 @@ from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search.exhaustive import search
 from hrm.sweep import plan_row
-from hrm.tasks import Device
+from hrm.tasks import Device, Phase
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
 
@@ -254,7 +254,7 @@ def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
         assert way.best is not None
         policy, part = way.best.policy, way.best.part.spec
         assert part.num_layers == len(policy.resident_experts)
-        streamed = sum(policy.streamed_bytes(part, layer) for layer in range(part.num_layers))
+        streamed = sum(policy.streamed_bytes(part, layer, Phase.PREFILL) for layer in range(part.num_layers))
         share = 1 - streamed / part.total_layer_bytes(policy.formats.weights)
         assert 0 <= share <= 1
         assert way.best.weight_share_on_gpu == way.best.paper_tuple[4] == pytest.approx(share)
