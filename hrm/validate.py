@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from hrm.acts import NAMES
+from hrm.buffers import Purpose
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.decoding import read_json
 from hrm.errors import PolicyError, ProfileError, TraceError
@@ -334,7 +335,7 @@ def runtime_with(pageable: Collection[str], profile: HardwareProfile) -> Runtime
     A KV cache then crosses the pageable link, if it is known how fast that is.
     """
     known = profile.has_link(profile.host.name, profile.top.name, "pageable")
-    slow = known and "kv_cache" in pageable
+    slow = known and Purpose.KV_CACHE in pageable
     return replace(EXECUTOR, kv_link="pageable") if slow else EXECUTOR
 
 

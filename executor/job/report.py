@@ -14,6 +14,7 @@ from executor.backends import AbstractBackend
 from executor.engine import PhaseResult, add_totals
 from executor.generate import BatchResult
 from executor.lanes import KindTotal
+from hrm.buffers import Purpose
 from hrm.memory import MemoryPlan
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Spread
@@ -166,7 +167,7 @@ class Totals:
         }
 
 
-def memory_json(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+def memory_json(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[Purpose, int]]) -> dict[str, dict[str, Any]]:
     """Capacity, planned and peak bytes of each level, planned and peak by purpose."""
     return {
         level.name: {

@@ -1,17 +1,18 @@
 """Which residencies fit: bytes at both levels for many policies at once.
 
-The formulas are `hrm.memory`'s; here is only how the bytes of resident experts and of the weight
+The formulas are `hrm.buffers`'s; here is only how the bytes of resident experts and of the weight
 slots follow from how many experts are resident.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hrm.buffers import Needs, by_purpose, page_bytes
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
-from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes, pinned_purposes
+from hrm.memory import pinned_purposes
 from hrm.model_spec import LayerKind
 from hrm.numeric import Number
 from hrm.placement import Place, Placement
@@ -52,28 +53,37 @@ class Weights:
         )
 
 
+def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: Number) -> Needs:
+    """What the buffers of candidates depend on; `numbers` are a grid's."""
+    number, on_gpu = numbers["num_micro_batches"], numbers["gpu_kv_micro_batches"]
+    on_host = on_gpu < number
+    return Needs(
+        spec=space.spec,
+        formats=space.formats,
+        batch_size=numbers["batch_size"],
+        micro_batch_size=numbers["micro_batch_size"],
+        num_micro_batches=number,
+        gpu_kv_micro_batches=on_gpu,
+        kv_tokens=numbers["kv_tokens"],
+        chunk_tokens=numbers["chunk_tokens"],
+        prefix_tokens=numbers["prefix_buffer_tokens"],
+        streams_kv=kind.gpu_attention * on_host,
+        cpu_attention=(1 - kind.gpu_attention) * on_host,
+        cpu_experts=1 - kind.gpu_ffn,
+        resident_dense=numbers["resident_dense"],
+        staging_slots=space.staging * STAGING_PAGES,
+        ranks=space.profile.num_gpus,
+        batches=space.profile.num_stages,
+        **weights,
+    )
+
+
 def gpu_needed(
     space: Space, kind: Kind, numbers: Mapping[str, Number], *, resident_bytes: Number, max_streamed_bytes: Number
 ) -> Number:
     """Bytes at the GPU's level: of the layers' weights those that stay, and the slots."""
-    on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
-    purposes = gpu_purposes(
-        space.spec,
-        space.formats,
-        batch_size=numbers["batch_size"],
-        micro_batch_size=numbers["micro_batch_size"],
-        kv_tokens=numbers["kv_tokens"],
-        chunk_tokens=numbers["chunk_tokens"],
-        gpu_kv_micro_batches=on_gpu,
-        streams_kv=kind.gpu_attention * (on_gpu < n),
-        ffn_on_cpu=1 - kind.gpu_ffn,
-        resident_bytes=resident_bytes,
-        max_streamed_bytes=max_streamed_bytes,
-        prefix_tokens=numbers["prefix_buffer_tokens"],
-        ranks=space.profile.num_gpus,
-        batches=space.profile.num_stages,
-    )
-    return sum(purposes.values())
+    weights = {"resident_bytes": resident_bytes, "largest_streamed_bytes": max_streamed_bytes}
+    return sum(buffer.num_bytes for buffer in _needs(space, kind, numbers, **weights).on_gpu())
 
 
 def cpu_needed(
@@ -83,28 +93,10 @@ def cpu_needed(
 
     Of the layers' weights there are those that stream, in pages if staged.
     """
-    on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
-    purposes = cpu_purposes(
-        space.spec,
-        space.formats,
-        batch_size=numbers["batch_size"],
-        micro_batch_size=numbers["micro_batch_size"],
-        kv_tokens=numbers["kv_tokens"],
-        num_micro_batches=n,
-        gpu_kv_micro_batches=on_gpu,
-        ffn_on_cpu=(1 - kind.gpu_ffn) * (streamed_bytes > 0),
-        streamed_bytes=streamed_bytes,
-        staging_bytes=space.staging * STAGING_PAGES * page_bytes,
-        latent_up_bytes=latent_up_bytes(
-            space.spec,
-            space.formats.weights,
-            cpu_attention=(1 - kind.gpu_attention) * (on_gpu < n),
-            resident_dense=numbers["resident_dense"],
-        ),
-        batches=space.profile.num_stages,
-    )
-    streams_kv = kind.gpu_attention * (on_gpu < n)
-    pinned = pinned_purposes(purposes, staging=space.staging, streams_kv=streams_kv)
+    needs = _needs(space, kind, numbers, streamed_bytes=streamed_bytes, page_bytes=page_bytes)
+    needs = replace(needs, cpu_experts=needs.cpu_experts * (streamed_bytes > 0))
+    purposes = by_purpose(needs.on_host())
+    pinned = pinned_purposes(purposes, staging=space.staging, streams_kv=needs.streams_kv)
     return sum(purposes.values()), sum(pinned.values())
 
 
@@ -140,13 +132,12 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: In
     largest = np.maximum(*weights.largest_streamed(dense, total // space.spec.num_expert_layers))
     gpu = gpu_needed(space, kind, numbers, max_streamed_bytes=largest, resident_bytes=weights.resident(dense, total))
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
-    size = space.formats.weights.bytes_of(1)
     cpu, pinned = cpu_needed(
         space,
         kind,
         numbers,
         streamed_bytes=weights.streamed(dense, total),
-        page_bytes=size * -(-largest // (pages * size)),  # whole elements
+        page_bytes=page_bytes(space.formats.weights, largest, pages),
     )
     if not space.profile.has_accelerator:
         return gpu + cpu <= space.profile.host.usable_bytes

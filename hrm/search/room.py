@@ -1,12 +1,11 @@
-"""What of a region can fit the memories: bytes at its smallest corner, by `hrm.memory`."""
+"""What of a region can fit the memories: bytes at its smallest corner, by `hrm.buffers`."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from hrm.buffers import Needs, Purpose, by_purpose
 from hrm.contract.rings import WEIGHT_SLOTS
-from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes
 from hrm.policy import kv_tokens_for, prefix_tokens_for
 from hrm.search.fit import Weights
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
@@ -22,18 +21,6 @@ class Room:
         self.layers = self.spec.num_expert_layers
         self.requests = space.workload.num_requests
 
-    def _numbers(self, regions: Regions, at: Floats) -> dict[str, Any]:
-        """What memory formulas want of one corner; what may be needed or not is left out."""
-        w = self.space.workload
-        size, number, kv, _, _ = at
-        return {
-            "chunk_tokens": self._chunk(regions, at),
-            "batch_size": self._batch(at),
-            "micro_batch_size": size,
-            "kv_tokens": kv_tokens_for(size, w.mean_context_len, w.max_context_len),
-            "gpu_kv_micro_batches": kv * number,
-        }
-
     def _batch(self, at: Floats) -> Floats:
         batch = at[SIZE] * at[NUMBER]
         return batch if self.requests is None else np.minimum(batch, self.requests)
@@ -43,48 +30,39 @@ class Room:
         prompts = self._batch(at) * self.space.workload.prompt_len
         return np.where(regions.one_chunk == 1, prompts, at[CHUNK])
 
-    def _gpu(self, regions: Regions, at: Floats) -> dict[str, Floats]:
-        """Bytes at the GPU's level by purpose at a corner, the layers' weights and slots apart."""
+    def _buffers(self, regions: Regions, at: Floats) -> Needs:
+        """What buffers depend on at a corner, the layers' weights apart; what may not be needed is left out."""
         w, spec = self.space.workload, self.spec
+        size, number, kv, _, _ = at
         some_on_host = (regions.high[KV] < 1).astype(float)
-        return gpu_purposes(
-            spec,
-            self.space.formats,
-            **self._numbers(regions, at),
+        cpu_attention = (1 - regions.gpu_attention) * some_on_host
+        one_chunk = regions.one_chunk == 1
+        most_in_chunk = np.where(one_chunk, w.max_prompt_len, regions.high[CHUNK])
+        return Needs(
+            spec=spec,
+            formats=self.space.formats,
+            batch_size=self._batch(at),
+            micro_batch_size=size,
+            num_micro_batches=number,
+            gpu_kv_micro_batches=kv * number,
+            kv_tokens=kv_tokens_for(size, w.mean_context_len, w.max_context_len),
+            chunk_tokens=self._chunk(regions, at),
+            prefix_tokens=prefix_tokens_for(spec, w.max_prompt_len, most_in_chunk, cpu_attention=cpu_attention),
             streams_kv=regions.gpu_attention * some_on_host,
-            ffn_on_cpu=1 - regions.gpu_ffn,
-            resident_bytes=0,
-            max_streamed_bytes=0,
-            prefix_tokens=prefix_tokens_for(
-                spec,
-                w.max_prompt_len,
-                np.where(regions.one_chunk == 1, w.max_prompt_len, regions.high[CHUNK]),
-                cpu_attention=(1 - regions.gpu_attention) * some_on_host,
-            ),
+            cpu_attention=cpu_attention,
+            cpu_experts=1 - regions.gpu_ffn,
+            resident_dense=regions.dense,
             ranks=self.space.profile.num_gpus,
             batches=self.space.profile.num_stages,
         )
 
-    def _cpu(self, regions: Regions, at: Floats) -> dict[str, Floats]:
+    def _gpu(self, regions: Regions, at: Floats) -> dict[Purpose, Floats]:
+        """Bytes at the GPU's level by purpose at a corner, the layers' weights and slots apart."""
+        return by_purpose(self._buffers(regions, at).on_gpu())
+
+    def _cpu(self, regions: Regions, at: Floats) -> dict[Purpose, Floats]:
         """Bytes at the host's level by purpose at a corner, the layers' weights apart."""
-        spec, formats = self.spec, self.space.formats
-        some_on_host = (regions.high[KV] < 1).astype(float)
-        return cpu_purposes(
-            spec,
-            formats,
-            **{k: v for k, v in self._numbers(regions, at).items() if k != "chunk_tokens"},
-            num_micro_batches=at[NUMBER],
-            ffn_on_cpu=1 - regions.gpu_ffn,
-            streamed_bytes=0,
-            staging_bytes=0,
-            latent_up_bytes=latent_up_bytes(
-                spec,
-                formats.weights,
-                cpu_attention=(1 - regions.gpu_attention) * some_on_host,
-                resident_dense=regions.dense,
-            ),
-            batches=self.space.profile.num_stages,
-        )
+        return by_purpose(self._buffers(regions, at).on_host())
 
     def tightened(self, regions: Regions) -> Regions:
         """The regions without what cannot fit the memories; empty ones are left out."""
@@ -157,8 +135,10 @@ class Room:
         taken as at the lower corner.
         """
 
-        def total(purposes: dict[str, Floats], fixed: dict[str, Floats]) -> Floats:
-            return sum((fixed if name == "workspace" else purposes)[name] for name in purposes) + np.zeros(len(regions))
+        def total(purposes: dict[Purpose, Floats], fixed: dict[Purpose, Floats]) -> Floats:
+            return sum((fixed if name is Purpose.WORKSPACE else purposes)[name] for name in purposes) + np.zeros(
+                len(regions)
+            )
 
         def on_host(at: Floats) -> Floats:
             corner = at.copy()
@@ -201,7 +181,7 @@ class Room:
         return np.maximum(most, 1.0)
 
 
-def _left(room: Floats | int, purposes: dict[str, Floats]) -> Floats:
+def _left(room: Floats | int, purposes: dict[Purpose, Floats]) -> Floats:
     """What is left of some bytes beside those of all purposes."""
     left = np.asarray(room, dtype=float)
     for size in purposes.values():

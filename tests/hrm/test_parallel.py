@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from hrm import operators
+from hrm.buffers import Purpose
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate, with_batch_size
@@ -98,11 +99,11 @@ def test_every_gpu_of_a_tensor_parallel_group_has_the_hidden_states():
     policy = a_policy(Random(1), spec)
     plans = {n: plan_memory(spec, policy, machine(num_gpus=n)).gpu.purposes for n in (1, 2, 8)}
     hidden_bytes = policy.batch_size * spec.hidden_size * 2
-    assert plans[2]["exchange"] - plans[1]["exchange"] == hidden_bytes
-    for purpose in ("resident_weights", "weight_slots"):
+    assert plans[2][Purpose.EXCHANGE] - plans[1][Purpose.EXCHANGE] == hidden_bytes
+    for purpose in (Purpose.RESIDENT_WEIGHTS, Purpose.WEIGHT_SLOTS):
         assert plans[8][purpose] == plans[1][purpose]
     kept = replace(policy, attention=Device.GPU, gpu_kv_micro_batches=3)
-    caches = [plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes["kv_cache"] for n in (1, 2, 8)]
+    caches = [plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes[Purpose.KV_CACHE] for n in (1, 2, 8)]
     assert caches[1] == caches[0]  # two heads on two GPUs
     assert caches[2] == 4 * caches[0]  # two heads on eight GPUs: each held by four
 
