@@ -29,6 +29,7 @@ from executor.handlers import (
 from executor.live import LiveBatch
 from executor.model import Architecture
 from executor.native import kernels
+from hrm.buffers import Purpose
 from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
@@ -167,7 +168,7 @@ class AbstractGenerator(ABC):
 
     @property
     @abstractmethod
-    def peak_bytes(self) -> dict[str, dict[str, int]]:
+    def peak_bytes(self) -> dict[str, dict[Purpose, int]]:
         """Bytes ever in use by level and purpose; none where nothing is computed."""
 
     @abstractmethod
@@ -295,28 +296,28 @@ class Generator(AbstractGenerator):
         return BatchResult(completions, prefilled, last, sizes, self._num_chunks, state.routed)
 
     @property
-    def peak_bytes(self) -> dict[str, dict[str, int]]:
+    def peak_bytes(self) -> dict[str, dict[Purpose, int]]:
         """Bytes ever in use by level and purpose."""
         memory = self.memory
         gpu = dict(self.plan.gpu.purposes)
-        gpu["workspace"] = memory.workspace.high_water_bytes
-        gpu["logits"] = min(gpu["logits"], memory.sampling_workspace.high_water_bytes)
+        gpu[Purpose.WORKSPACE] = memory.workspace.high_water_bytes
+        gpu[Purpose.LOGITS] = min(gpu[Purpose.LOGITS], memory.sampling_workspace.high_water_bytes)
         allocated = self.backend.peak_gpu_bytes()
         if allocated is not None:  # arenas are as planned, the rest are torch's temporaries
             planned = self.plan.gpu.purposes
-            rest = allocated - sum(planned.values()) + planned["workspace"] + planned["logits"]
-            gpu["workspace"] = max(0, min(rest, planned["workspace"]))
-            gpu["logits"] = max(0, rest - gpu["workspace"])
+            rest = allocated - sum(planned.values()) + planned[Purpose.WORKSPACE] + planned[Purpose.LOGITS]
+            gpu[Purpose.WORKSPACE] = max(0, min(rest, planned[Purpose.WORKSPACE]))
+            gpu[Purpose.LOGITS] = max(0, rest - gpu[Purpose.WORKSPACE])
         cpu = dict(self.plan.cpu.purposes)
         if self.plan.gpu is not self.plan.cpu and self.plan.gpu.name != self.plan.cpu.name:
             for level, purposes in (("gpu", gpu), ("cpu", cpu)):
-                if "kv_cache" in purposes:
-                    purposes["kv_cache"] = self._kv_peak[level]
-            if "workspace" in cpu:
-                cpu["workspace"] = memory.host_workspace.high_water_bytes
+                if Purpose.KV_CACHE in purposes:
+                    purposes[Purpose.KV_CACHE] = self._kv_peak[level]
+            if Purpose.WORKSPACE in cpu:
+                cpu[Purpose.WORKSPACE] = memory.host_workspace.high_water_bytes
             return {self.plan.gpu.name: gpu, self.plan.cpu.name: cpu}
-        gpu["workspace"] += memory.host_workspace.high_water_bytes
-        gpu["kv_cache"] = sum(self._kv_peak.values())
+        gpu[Purpose.WORKSPACE] += memory.host_workspace.high_water_bytes
+        gpu[Purpose.KV_CACHE] = sum(self._kv_peak.values())
         return {self.plan.gpu.name: gpu}
 
     def _count_kv(self, batch: Batch, policy: Policy) -> None:
@@ -346,7 +347,7 @@ class NullGenerator(AbstractGenerator):
         self._seconds_of = seconds_of
 
     @property
-    def peak_bytes(self) -> dict[str, dict[str, int]]:
+    def peak_bytes(self) -> dict[str, dict[Purpose, int]]:
         """Nothing: no memory is used."""
         return {}
 

@@ -27,6 +27,7 @@ from executor.model import (
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
+from hrm.tasks import Phase
 
 NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 
@@ -67,7 +68,8 @@ class WeightPages:
         self.host_experts: list[NumberedExperts] = []
         self._sources: list[tuple[DenseWeights, NumberedExperts]] = []
         for layer, count in enumerate(policy.resident_experts):
-            streamed = host_parts.take(policy.formats.weights.elements_in(policy.streamed_bytes(spec, layer)))
+            streamed_bytes = policy.streamed_bytes(spec, layer, Phase.PREFILL)
+            streamed = host_parts.take(policy.formats.weights.elements_in(streamed_bytes))
             self._streamed.append(streamed)
             fixed_dense = (
                 dense_views(spec, resident_parts.take(spec.dense_parameters)) if policy.resident_dense else None

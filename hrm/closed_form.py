@@ -15,10 +15,11 @@ from hrm.costs import Costs
 from hrm.formats import Format
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, is_zero, maximum, minimum, where
+from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Act, Device, Lane
+from hrm.tasks import Act, Device, Lane, Phase
 from hrm.workload import Workload
 
 _LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
@@ -78,21 +79,22 @@ class Point:
             staging=int(policy.staging),
         )
 
-    def streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
-        """Weight bytes of a layer that are not on the GPU, as a mean over layers."""
-        share = spec.num_expert_layers / spec.num_layers
-        experts = share * (spec.num_experts - self.resident_experts) * spec.expert_parameters
-        return weights.bytes_of(experts) + self._streamed_dense_bytes(spec, weights)
+    def streamed_bytes(self, spec: ModelSpec, weights: Format, phase: Phase) -> Number:
+        """Weight bytes of a layer that are loaded in the phase, as a mean over layers."""
+        placement = Placement(
+            spec=spec,
+            weights=weights,
+            resident_dense=self.resident_dense,
+            cpu_experts=1 - self.gpu_ffn if phase is Phase.DECODE else 0,
+        )
+        resident = spec.num_expert_layers * self.resident_experts
+        return placement.bytes_in_all(Place.STREAMED, resident) / spec.num_layers
 
-    def decode_streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
-        """Bytes of a layer loaded in every decode step."""
-        dense = self._streamed_dense_bytes(spec, weights)
-        return where(self.gpu_ffn, self.streamed_bytes(spec, weights), dense)
-
-    def _streamed_dense_bytes(self, spec: ModelSpec, weights: Format) -> Number:
-        kinds = spec.layer_kinds()
-        mean = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds.items())
-        return (1 - self.resident_dense) * weights.bytes_of(mean / spec.num_layers)
+    def kv_share_at(self, place: Place) -> Number:
+        """Which share of the micro-batches has its KV cache at a place."""
+        number = self.num_micro_batches
+        held = caches_at(place, number=number, on_gpu=self.gpu_kv_micro_batches, gpu_attention=self.gpu_attention)
+        return held / number
 
 
 class PhaseSeconds(NamedTuple):
@@ -208,15 +210,14 @@ class DecodeStep:
         """The step of a point in which that share of the requests is still generating."""
         spec = costs.spec
         n = point.num_micro_batches
-        off_gpu = 1 - point.gpu_kv_micro_batches / n
         on_host = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - point.resident_experts)
         pages = point.num_weight_pages if SCHEDULES[schedule].paged else 1
         counts = Counts(
             layers=spec.num_layers,
             pieces=n,
             pages=pages,
-            cpu_attention=off_gpu * (1 - point.gpu_attention),
-            streams_kv=off_gpu * point.gpu_attention,
+            cpu_attention=point.kv_share_at(Place.HOST),
+            streams_kv=point.kv_share_at(Place.STREAMED),
             cpu_experts=(1 - point.gpu_ffn) * point.host_expert_layers,
             staging=point.staging,
         )
@@ -227,7 +228,7 @@ class DecodeStep:
             context=0,
             gpu_experts=where(point.gpu_ffn, spec.num_experts, point.resident_experts),
             cpu_experts=on_host / maximum(point.host_expert_layers, 1e-9),
-            page_bytes=point.decode_streamed_bytes(spec, costs.formats.weights) / pages,
+            page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.DECODE) / pages,
         )
         fixed = _Work.of((act for act in decode.ALL if not act.attends), counts, load)
         return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
@@ -280,9 +281,9 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
         context=workload.prompt_len,
         has_last=costs.skips_in_last_layer(workload.prompt_len),
         requests=point.batch_size / chunks,
-        stored_share=1 - point.gpu_kv_micro_batches / point.num_micro_batches,
+        stored_share=1 - point.kv_share_at(Place.GPU),
         gpu_experts=costs.spec.num_experts,
-        page_bytes=point.streamed_bytes(costs.spec, costs.formats.weights),
+        page_bytes=point.streamed_bytes(costs.spec, costs.formats.weights, Phase.PREFILL),
     )
     return _Work.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1))
 

@@ -11,6 +11,7 @@ from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum
+from hrm.placement import Place
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
@@ -255,17 +256,8 @@ class TaskWork:
 
     def _streamed_bytes(self, layer: int) -> float:
         """Weight bytes of a layer that are loaded in this phase."""
-        spec, policy = self.costs.spec, self.policy
-        on_cpu = policy.ffn is Device.CPU and self.pipeline.phase is Phase.DECODE
-        elements = 0.0
-        for kind, share in self.layer_mix(layer):
-            if not on_cpu:
-                elements += share * spec.num_experts_of(kind) * spec.expert_parameters
-            if not policy.resident_dense:
-                elements += share * spec.dense_parameters_of(kind)
-        if not on_cpu:
-            elements -= self.resident_experts[layer] * spec.expert_parameters
-        return policy.formats.weights.bytes_of(elements)
+        placement = self.policy.placement(self.costs.spec, self.pipeline.phase)
+        return placement.bytes_at(Place.STREAMED, self.layer_mix(layer), self.resident_experts[layer])
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""

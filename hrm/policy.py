@@ -15,7 +15,8 @@ from hrm.errors import PolicyError
 from hrm.formats import FORMATS, Formats
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
-from hrm.tasks import Device
+from hrm.placement import Place, Placement, caches_at
+from hrm.tasks import Device, Phase
 
 PaperTuple = tuple[int, int, int, int, float, float]
 
@@ -199,14 +200,13 @@ class Policy:
     @property
     def streams_kv(self) -> bool:
         """Whether attention on the GPU reads a part of the KV cache over the link."""
-        on_gpu = self.attention is Device.GPU
-        return on_gpu and self.gpu_kv_micro_batches < self.num_micro_batches
+        return self.kv_caches_at(Place.STREAMED) > 0
 
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt that can be prefilled, however many chunks it takes."""
-        has_place = self.attention is Device.GPU or (self.gpu_kv_micro_batches == self.num_micro_batches)
-        split = self.kv_tokens_per_micro_batch if has_place else self.prefix_buffer_tokens
+        without_place = self.kv_caches_at(Place.HOST) > 0
+        split = self.prefix_buffer_tokens if without_place else self.kv_tokens_per_micro_batch
         return max(self.prefill_chunk_tokens, split)
 
     def kv_on_gpu(self, micro_batch: int) -> bool:
@@ -214,31 +214,37 @@ class Policy:
         count, total = self.gpu_kv_micro_batches, self.num_micro_batches
         return (micro_batch + 1) * count // total > micro_batch * count // total
 
-    def streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
-        """Weight bytes of a layer that are not on the GPU before it runs."""
-        kind = spec.layer_kind(layer)
-        experts = (spec.num_experts_of(kind) - self.resident_experts[layer]) * (spec.expert_parameters)
-        return self.formats.weights.bytes_of(experts + self._streamed_dense(spec, layer))
+    def kv_caches_at(self, place: Place) -> int:
+        """How many micro-batches have their KV cache at a place."""
+        return caches_at(
+            place,
+            number=self.num_micro_batches,
+            on_gpu=self.gpu_kv_micro_batches,
+            gpu_attention=int(self.attention is Device.GPU),
+        )
 
-    def decode_streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
-        """Bytes of a layer loaded in every decode step: no experts if the CPU computes them."""
-        if self.ffn is Device.GPU:
-            return self.streamed_bytes(spec, layer)
-        return self.formats.weights.bytes_of(self._streamed_dense(spec, layer))
+    def placement(self, spec: ModelSpec, phase: Phase) -> Placement:
+        """Where the weights of its layers are in a phase; in prefill the GPU computes all experts."""
+        return Placement(
+            spec=spec,
+            weights=self.formats.weights,
+            resident_dense=int(self.resident_dense),
+            cpu_experts=int(self.ffn is Device.CPU and phase is Phase.DECODE),
+        )
 
-    def _streamed_dense(self, spec: ModelSpec, layer: int) -> int:
-        return 0 if self.resident_dense else spec.dense_parameters_of(spec.layer_kind(layer))
+    def streamed_bytes(self, spec: ModelSpec, layer: int, phase: Phase) -> int:
+        """Weight bytes of a layer that are loaded before it runs: in prefill all that do not stay on the GPU."""
+        one = ((spec.layer_kind(layer), 1),)
+        return self.placement(spec, phase).bytes_at(Place.STREAMED, one, self.resident_experts[layer])
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:
         """The paper's r_w: share of the layers' weight bytes that lives on the GPU.
 
         `spec` is that of the part that the policy is for: of a stage in pipeline parallel.
         """
-        layers = range(spec.num_layers)
-        assert len(self.resident_experts) == len(layers), "a policy is told of its own part"
-        streamed = sum(self.streamed_bytes(spec, layer) for layer in layers)
-        held = sum(spec.layer_bytes_of(spec.layer_kind(layer), self.formats.weights) for layer in layers)
-        return 1 - streamed / held
+        assert len(self.resident_experts) == spec.num_layers, "a policy is told of its own part"
+        streamed = self.placement(spec, Phase.PREFILL).bytes_in_all(Place.STREAMED, sum(self.resident_experts))
+        return 1 - streamed / spec.total_layer_bytes(self.formats.weights)
 
     @property
     def kv_share_on_gpu(self) -> float:

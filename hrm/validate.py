@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from hrm.buffers import Purpose
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.hardware import HardwareProfile
@@ -164,5 +165,5 @@ def runtime_with(pageable: Collection[str], profile: HardwareProfile) -> Runtime
     A KV cache then crosses the pageable link, if it is known how fast that is.
     """
     known = profile.has_link(profile.host.name, profile.top.name, "pageable")
-    slow = known and "kv_cache" in pageable
+    slow = known and Purpose.KV_CACHE in pageable
     return replace(EXECUTOR, kv_link="pageable") if slow else EXECUTOR

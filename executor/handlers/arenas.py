@@ -12,7 +12,8 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.errors import RunError
-from hrm.memory import ALWAYS_PINNED, PINNED_IF_THERE_IS_ROOM, purposes
+from hrm.buffers import Needs, Purpose, by_purpose
+from hrm.memory import ALWAYS_PINNED, PINNED_IF_THERE_IS_ROOM
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.tasks import Device
@@ -22,15 +23,16 @@ from hrm.units import format_bytes
 @final
 @dataclass(frozen=True, slots=True)
 class HostArenas:
-    """The host's memory by purpose, and the policy that runs in it.
+    """The host's memory by purpose, the policy that runs in it, and the needs of all its buffers.
 
     The policy stages weights if that was asked for or if they could not be pinned. What should be
     pinned but is not is `pageable`. Of both `notice` tells in a line, with the numbers.
     """
 
     policy: Policy
-    memory: Mapping[str, Tensor]
-    pageable: tuple[str, ...] = ()
+    needs: Needs
+    memory: Mapping[Purpose, Tensor]
+    pageable: tuple[Purpose, ...] = ()
     notice: str = ""
 
     @staticmethod
@@ -42,28 +44,31 @@ class HostArenas:
         `staged` is the policy to run if not all can be pinned and `policy` does not stage. Raises
         RunError if there is none, or if not even what is always pinned can be.
         """
-        sizes = purposes(spec, policy)[1]
-        memory = {name: backend.allocate(Device.CPU, size) for name, size in sizes.items()}
+        needs = Needs.of_policy(spec, policy)
+        memory = {buffer.purpose: backend.allocate(buffer.level, buffer.num_bytes) for buffer in needs.on_host()}
         if policy.staging:
-            return _staging(backend, policy, memory)
-        crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, "weights")]
+            return _staging(backend, policy, needs, memory)
+        crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, Purpose.WEIGHTS)]
         pinned_bytes, wanted_bytes = _pin_all(backend, crossing), _size(crossing)
         if pinned_bytes == wanted_bytes:
-            return HostArenas(policy, memory)
+            return HostArenas(policy, needs, memory)
         if staged is None:
             raise _too_little(wanted_bytes, pinned_bytes, "with hrm search --staging")
         for arena in crossing:
             backend.unpin(arena)
-        memory["staging"] = backend.allocate(Device.CPU, purposes(spec, staged)[1]["staging"])
+        needs = Needs.of_policy(spec, staged)
+        memory[Purpose.STAGING] = backend.allocate(Device.CPU, by_purpose(needs.on_host())[Purpose.STAGING])
         notice = (
             f"the system pins {format_bytes(pinned_bytes)} of the {format_bytes(wanted_bytes)} of "
-            f"host memory that cross the link: weights ({format_bytes(memory['weights'].nbytes)}) "
-            f"are staged through {format_bytes(memory['staging'].nbytes)} of pinned memory"
+            f"host memory that cross the link: weights ({format_bytes(memory[Purpose.WEIGHTS].nbytes)}) "
+            f"are staged through {format_bytes(memory[Purpose.STAGING].nbytes)} of pinned memory"
         )
-        return _staging(backend, staged, memory, notice)
+        return _staging(backend, staged, needs, memory, notice)
 
 
-def _staging(backend: AbstractBackend, policy: Policy, memory: Mapping[str, Tensor], notice: str = "") -> HostArenas:
+def _staging(
+    backend: AbstractBackend, policy: Policy, needs: Needs, memory: Mapping[Purpose, Tensor], notice: str = ""
+) -> HostArenas:
     """Pin as much of everything but the weights as can be, and add to the notice what cannot."""
     always = [memory[name] for name in ALWAYS_PINNED]
     pinned_bytes = _pin_all(backend, always)
@@ -74,7 +79,7 @@ def _staging(backend: AbstractBackend, policy: Policy, memory: Mapping[str, Tens
         told = (f"{name.replace('_', ' ')} ({format_bytes(memory[name].nbytes)})" for name in pageable)
         no_room = f"no room to pin {' and '.join(told)}, whose transfers are slower for it"
         notice = f"{notice}; {no_room}" if notice else no_room
-    return HostArenas(policy, memory, pageable, notice)
+    return HostArenas(policy, needs, memory, pageable, notice)
 
 
 def _pin_all(backend: AbstractBackend, arenas: Iterable[Tensor]) -> int:

@@ -32,7 +32,7 @@ from hrm.acts import decode
 from hrm.contract.rows import NUMBERS_PER_REQUEST
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
-from hrm.tasks import Act, Lane, TaskId
+from hrm.tasks import Act, Lane, Phase, TaskId
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class DecodeHandlers:
         streaming = tuple(j for j in range(pipeline.num_micro_batches) if pipeline.streams_kv(j))
         handlers = DecodeHandlers(backend, arch, pipeline, memory, state, streaming)
         elements_in = policy.formats.weights.elements_in
-        streamed = [elements_in(policy.decode_streamed_bytes(spec, i)) for i in range(spec.num_layers)]
+        streamed = [elements_in(policy.streamed_bytes(spec, i, Phase.DECODE)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
             decode.EMBED: handlers.embed,

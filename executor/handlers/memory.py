@@ -15,9 +15,9 @@ from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
+from hrm.buffers import Purpose, by_purpose
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_REQUEST, TOKEN_NUMBER_BYTES
-from hrm.memory import purposes
 from hrm.model_spec import ModelSpec
 from hrm.tasks import Device
 
@@ -98,49 +98,50 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
     """All memory of a run beside the host's, each purpose as large as planned."""
     spec, policy = arch.spec, host.policy
     dtype: torch.dtype = getattr(torch, policy.dtype)
-    gpu_plan, _ = purposes(spec, policy)
+    planned = by_purpose(host.needs.on_gpu())
 
-    def take(name: str) -> Tensor:
-        return backend.allocate(Device.GPU, gpu_plan[name])
+    def take(purpose: Purpose) -> Tensor:
+        return backend.allocate(Device.GPU, planned[purpose])
 
-    workspace, sampling_workspace = backend.workspace(gpu_plan["workspace"], gpu_plan["workspace"] + gpu_plan["logits"])
+    layers, logits = planned[Purpose.WORKSPACE], planned[Purpose.LOGITS]
+    workspace, sampling_workspace = backend.workspace(layers, layers + logits)
     weights = WeightPages(
         spec,
         policy,
-        resident=take("resident_weights").view(dtype),
-        slots=take("weight_slots").view(dtype),
-        host=host.memory["weights"].view(dtype),
-        staging=host.memory["staging"].view(dtype),
+        resident=take(Purpose.RESIDENT_WEIGHTS).view(dtype),
+        slots=take(Purpose.WEIGHT_SLOTS).view(dtype),
+        host=host.memory[Purpose.WEIGHTS].view(dtype),
+        staging=host.memory[Purpose.STAGING].view(dtype),
     )
-    kv_buffers = take("kv_buffers")
+    kv_buffers = take(Purpose.KV_BUFFERS)
     caches = KvCaches(
         spec,
         policy,
-        gpu=take("kv_cache").view(dtype),
-        host=host.memory["kv_cache"].view(dtype),
+        gpu=take(Purpose.KV_CACHE).view(dtype),
+        host=host.memory[Purpose.KV_CACHE].view(dtype),
         buffers=kv_buffers.view(dtype),
     )
 
     def exchange(memory: Tensor) -> Exchange:
-        ffn_on_cpu = len(host.memory["workspace"]) > 0
+        ffn_on_cpu = len(host.memory[Purpose.WORKSPACE]) > 0
         return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu)
 
     return RunMemory(
         weights=weights,
         caches=caches,
-        gpu=exchange(take("exchange")),
-        host=exchange(host.memory["exchange"]),
+        gpu=exchange(take(Purpose.EXCHANGE)),
+        host=exchange(host.memory[Purpose.EXCHANGE]),
         prefill=PrefillBuffers(
             spec,
             dtype,
-            gpu=take("prefill_buffers"),
-            host=host.memory["prefill_hidden"],
+            gpu=take(Purpose.PREFILL_BUFFERS),
+            host=host.memory[Purpose.PREFILL_HIDDEN],
             # Decode's KV buffers are as long as any prompt, and idle until then.
-            prefix=kv_buffers[: len(kv_buffers) // BUFFERS] if len(kv_buffers) else take("prefix_buffer"),
+            prefix=kv_buffers[: len(kv_buffers) // BUFFERS] if len(kv_buffers) else take(Purpose.PREFIX_BUFFER),
             chunk_tokens=policy.prefill_chunk_tokens,
         ),
         workspace=workspace,
         sampling_workspace=sampling_workspace,
-        host_workspace=Workspace(host.memory["workspace"]),
+        host_workspace=Workspace(host.memory[Purpose.WORKSPACE]),
         tokens_at_once=max(policy.micro_batch_size, policy.prefill_chunk_tokens),
     )

@@ -23,7 +23,7 @@ from hrm.contract.rows import NUMBERS_PER_TOKEN
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
-from hrm.tasks import Act, Lane, TaskId
+from hrm.tasks import Act, Lane, Phase, TaskId
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class PrefillHandlers:
             handlers.write_numbers()
         spec = arch.spec
         elements_in = policy.formats.weights.elements_in
-        streamed = [elements_in(policy.streamed_bytes(spec, i)) for i in range(spec.num_layers)]
+        streamed = [elements_in(policy.streamed_bytes(spec, i, Phase.PREFILL)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
         return {
             prefill.STAGE_PAGE: pages.stage,

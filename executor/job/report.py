@@ -11,6 +11,7 @@ from executor import native
 from executor.backends import AbstractBackend
 from executor.engine import PhaseResult, add_totals
 from executor.generate import AbstractGenerator, BatchResult
+from hrm.buffers import Purpose
 from hrm.memory import LevelPlan, MemoryPlan
 from hrm.numeric import Spread
 from hrm.policy import ScheduleName
@@ -171,14 +172,14 @@ class Totals:
         )
 
 
-def memory_record(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[str, int]]) -> dict[str, LevelRecord]:
+def memory_record(plan: MemoryPlan, peak_bytes: Mapping[str, Mapping[Purpose, int]]) -> dict[str, LevelRecord]:
     """Capacity, planned and peak bytes of each level."""
 
-    def of_level(level: LevelPlan, peak: Mapping[str, int]) -> LevelRecord:
+    def of_level(level: LevelPlan, peak: Mapping[Purpose, int]) -> LevelRecord:
         return LevelRecord(
             capacity_bytes=level.capacity_bytes,
-            planned_bytes=level.purposes,
-            peak_bytes=dict(peak),
+            planned_bytes={purpose.value: size for purpose, size in level.purposes.items()},
+            peak_bytes={purpose.value: size for purpose, size in peak.items()},
             planned_total_bytes=level.planned_bytes,
             peak_total_bytes=sum(peak.values()),
         )

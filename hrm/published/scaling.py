@@ -20,6 +20,7 @@ from hrm.model_spec import ModelSpec, load_model
 from hrm.published.compare import ClosedForm, Comparison, closed_form, compare, machine_name
 from hrm.published.data import GENERATED, SEVERAL_GPUS, Run
 from hrm.published.systems import DTYPE
+from hrm.tasks import Phase
 from hrm.units import GIB
 
 NUM_GPUS: Final = {"S6": 2, "S7": 4, "S8": 2, "S9": 4}
@@ -202,7 +203,7 @@ def measured_step(comparison: Comparison) -> MeasuredStep:
     run, policy = comparison.run, comparison.predicted.policy
     spec, workload, gpus = load_model(run.model), run.workload, NUM_GPUS[run.setup]
     seconds = (run.seconds - comparison.predicted.prefill.seconds) / workload.decode_steps
-    weights = spec.num_layers * Point.of_policy(policy, spec).decode_streamed_bytes(spec, _FORMATS.weights)
+    weights = spec.num_layers * Point.of_policy(policy, spec).streamed_bytes(spec, _FORMATS.weights, Phase.DECODE)
     context = workload.prompt_len + (1 + workload.decode_steps) / 2
     cache = spec.num_layers * operators.kv_bytes(spec, _FORMATS, run.batch_size * context)
     return MeasuredStep(

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from hrm.model_spec import ModelSpec
+from hrm.model_spec import LayerKind, ModelSpec
+from hrm.placement import Place
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import bounds, orders
 from hrm.schedules.bounds import StepWork, Terms
@@ -74,12 +75,13 @@ def pages_of(policy: Policy) -> int:
 def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline:
     if not SCHEDULES[policy.schedule].paged:
         return pipeline
-    dense = spec.dense_parameters
-    streamed_experts = spec.num_experts - max(policy.resident_experts)
-    streamed = dense + (
-        streamed_experts * spec.expert_parameters if pipeline.phase is Phase.PREFILL or policy.ffn is Device.GPU else 0
-    )
-    return pipeline.with_pages(pages_of(policy), dense_share=dense / streamed)
+    if policy.resident_dense:
+        return pipeline.with_pages(pages_of(policy))
+    # Projections come first in a layer, and are most of one of which the fewest experts stream.
+    placement, layer = policy.placement(spec, pipeline.phase), ((LayerKind(), 1),)
+    fewest = placement.bytes_at(Place.STREAMED, layer, max(policy.resident_experts))
+    dense = placement.bytes_at(Place.STREAMED, layer, spec.num_experts)
+    return pipeline.with_pages(pages_of(policy), dense_share=dense / fewest)
 
 
 def decode_pipeline(spec: ModelSpec, policy: Policy, *, num_steps: int = 1) -> Pipeline:

@@ -1,19 +1,21 @@
 """Which residencies fit: bytes at both levels for many policies at once.
 
-The formulas are `hrm.memory`'s; here is only how the bytes of resident experts and of the weight
+The formulas are `hrm.buffers`'s; here is only how the bytes of resident experts and of the weight
 slots follow from how many experts are resident.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hrm.buffers import Needs, Purpose, by_purpose, page_bytes
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
-from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes, pinned_purposes
+from hrm.memory import pinned_purposes
 from hrm.model_spec import LayerKind
 from hrm.numeric import Number
+from hrm.placement import Place, Placement
 from hrm.schedules import SCHEDULES
 from hrm.search.space import Kind, Space
 
@@ -26,6 +28,9 @@ class Weights:
 
     space: Space
 
+    def _placement(self, dense: Number) -> Placement:
+        return Placement(spec=self.space.spec, weights=self.space.formats.weights, resident_dense=dense)
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
@@ -33,74 +38,65 @@ class Weights:
 
     def resident(self, dense: Number, experts: Number) -> Number:
         """Bytes that stay on the GPU with so many resident experts in all."""
-        spec, weights = self.space.spec, self.space.formats.weights
-        kinds = spec.layer_kinds().items()
-        of_all = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds)
-        return dense * weights.bytes_of(of_all) + experts * self.expert_bytes
+        return self._placement(dense).bytes_in_all(Place.GPU, experts)
 
     def streamed(self, dense: Number, experts: Number) -> Number:
         """Bytes that do not, over all layers."""
-        return self.space.spec.total_layer_bytes(self.space.formats.weights) - self.resident(dense, experts)
+        return self._placement(dense).bytes_in_all(Place.STREAMED, experts)
 
     def largest_streamed(self, dense: Number, of_every_layer: Number) -> tuple[Number, Number]:
         """Streamed bytes of a layer with experts, so many of them resident, and of one without."""
-        spec, weights = self.space.spec, self.space.formats.weights
-        experts = (spec.num_experts - of_every_layer) * self.expert_bytes
-        plain = spec.dense_parameters_of(LayerKind(has_experts=False)) * (spec.num_dense_layers > 0)
-        return ((1 - dense) * weights.bytes_of(spec.dense_parameters) + experts, (1 - dense) * weights.bytes_of(plain))
+        placement, plain = self._placement(dense), min(self.space.spec.num_dense_layers, 1)
+        return (
+            placement.bytes_at(Place.STREAMED, ((LayerKind(), 1),), of_every_layer),
+            placement.bytes_at(Place.STREAMED, ((LayerKind(has_experts=False), plain),), 0),
+        )
+
+
+def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: Number) -> Needs:
+    """What the buffers of candidates depend on; `numbers` are a grid's."""
+    number, on_gpu = numbers["num_micro_batches"], numbers["gpu_kv_micro_batches"]
+    on_host = on_gpu < number
+    return Needs(
+        spec=space.spec,
+        formats=space.formats,
+        batch_size=numbers["batch_size"],
+        micro_batch_size=numbers["micro_batch_size"],
+        num_micro_batches=number,
+        gpu_kv_micro_batches=on_gpu,
+        kv_tokens=numbers["kv_tokens"],
+        chunk_tokens=numbers["chunk_tokens"],
+        prefix_tokens=numbers["prefix_buffer_tokens"],
+        streams_kv=kind.gpu_attention * on_host,
+        cpu_attention=(1 - kind.gpu_attention) * on_host,
+        cpu_experts=1 - kind.gpu_ffn,
+        resident_dense=numbers["resident_dense"],
+        staging_slots=space.staging * STAGING_PAGES,
+        ranks=space.profile.num_gpus,
+        batches=space.profile.num_stages,
+        **weights,
+    )
 
 
 def gpu_needed(
     space: Space, kind: Kind, numbers: Mapping[str, Number], *, resident_bytes: Number, max_streamed_bytes: Number
 ) -> Number:
     """Bytes at the GPU's level: of the layers' weights those that stay, and the slots."""
-    on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
-    purposes = gpu_purposes(
-        space.spec,
-        space.formats,
-        batch_size=numbers["batch_size"],
-        micro_batch_size=numbers["micro_batch_size"],
-        kv_tokens=numbers["kv_tokens"],
-        chunk_tokens=numbers["chunk_tokens"],
-        gpu_kv_micro_batches=on_gpu,
-        streams_kv=kind.gpu_attention * (on_gpu < n),
-        ffn_on_cpu=1 - kind.gpu_ffn,
-        resident_bytes=resident_bytes,
-        max_streamed_bytes=max_streamed_bytes,
-        prefix_tokens=numbers["prefix_buffer_tokens"],
-        ranks=space.profile.num_gpus,
-        batches=space.profile.num_stages,
-    )
-    return sum(purposes.values())
+    weights = {"resident_bytes": resident_bytes, "largest_streamed_bytes": max_streamed_bytes}
+    return sum(buffer.num_bytes for buffer in _needs(space, kind, numbers, **weights).on_gpu())
 
 
 def host_purposes(
     space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number, page_bytes: Number
-) -> dict[str, Number]:
+) -> dict[Purpose, Number]:
     """Bytes at the host's level by purpose: of the layers' weights those that stream, in pages if staged."""
-    on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
-    return cpu_purposes(
-        space.spec,
-        space.formats,
-        batch_size=numbers["batch_size"],
-        micro_batch_size=numbers["micro_batch_size"],
-        kv_tokens=numbers["kv_tokens"],
-        num_micro_batches=n,
-        gpu_kv_micro_batches=on_gpu,
-        ffn_on_cpu=(1 - kind.gpu_ffn) * (streamed_bytes > 0),
-        streamed_bytes=streamed_bytes,
-        staging_bytes=space.staging * STAGING_PAGES * page_bytes,
-        latent_up_bytes=latent_up_bytes(
-            space.spec,
-            space.formats.weights,
-            cpu_attention=(1 - kind.gpu_attention) * (on_gpu < n),
-            resident_dense=numbers["resident_dense"],
-        ),
-        batches=space.profile.num_stages,
-    )
+    needs = _needs(space, kind, numbers, streamed_bytes=streamed_bytes, page_bytes=page_bytes)
+    return by_purpose(replace(needs, cpu_experts=needs.cpu_experts * (streamed_bytes > 0)).on_host())
 
 
-def pinned_needed(space: Space, kind: Kind, numbers: Mapping[str, Number], purposes: Mapping[str, Number]) -> Number:
+def pinned_needed(
+    space: Space, kind: Kind, numbers: Mapping[str, Number], purposes: Mapping[Purpose, Number]
+) -> Number:
     """Bytes of the host's purposes that must be pinned."""
     streams_kv = kind.gpu_attention * (numbers["gpu_kv_micro_batches"] < numbers["num_micro_batches"])
     return sum(pinned_purposes(purposes, staging=space.staging, streams_kv=streams_kv).values())
@@ -144,13 +140,12 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Int
     resident = weights.resident(dense, total)
     gpu = resident + WEIGHT_SLOTS * largest
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
-    size = space.formats.weights.bytes_of(1)
     purposes = host_purposes(
         space,
         kind,
         numbers,
         streamed_bytes=space.spec.total_layer_bytes(space.formats.weights) - resident,
-        page_bytes=size * -(-largest // (pages * size)),  # whole elements
+        page_bytes=page_bytes(space.formats.weights, largest, pages),
     )
     cpu = sum(purposes.values())
     if not space.profile.has_accelerator:

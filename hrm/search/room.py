@@ -1,14 +1,13 @@
-"""What of a region can fit the memories: bytes at its smallest corner, by `hrm.memory`."""
+"""What of a region can fit the memories: bytes at its smallest corner, by `hrm.buffers`."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from hrm.buffers import Needs, Purpose, by_purpose
 from hrm.contract.rings import WEIGHT_SLOTS
-from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes
-from hrm.model_spec import LayerKind
 from hrm.policy import kv_tokens_for, prefix_tokens_for
+from hrm.search.fit import Weights
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.space import Space
 
@@ -18,23 +17,9 @@ class Room:
 
     def __init__(self, space: Space) -> None:
         self.space, self.spec = space, space.spec
-        self.size = space.formats.weights.bytes_of(1)
-        self.expert_bytes = self.spec.expert_parameters * self.size
+        self.weights = Weights(space)
         self.layers = self.spec.num_expert_layers
-        kinds = self.spec.layer_kinds().items()
-        self.dense_bytes = self.size * sum(count * self.spec.dense_parameters_of(kind) for kind, count in kinds)
-        plain = LayerKind(has_experts=False)
-        self.plain_bytes = self.size * self.spec.dense_parameters_of(plain) if self.spec.num_dense_layers else 0
         self.requests = space.workload.num_requests
-
-    def _numbers(self, at: Floats) -> dict[str, Any]:
-        """What memory formulas of both levels want of a corner."""
-        w = self.space.workload
-        return {
-            "batch_size": self._batch(at),
-            "micro_batch_size": at[SIZE],
-            "kv_tokens": kv_tokens_for(at[SIZE], w.mean_context_len, w.max_context_len),
-        }
 
     def _batch(self, at: Floats) -> Floats:
         batch = at[SIZE] * at[NUMBER]
@@ -45,46 +30,40 @@ class Room:
         prompts = self._batch(at) * self.space.workload.prompt_len
         return np.where(regions.one_chunk == 1, prompts, at[CHUNK])
 
-    def _purposes(self, regions: Regions, at: Floats) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    def _buffers(self, regions: Regions, at: Floats) -> Needs:
+        """What buffers depend on at a corner, the layers' weights apart; what may not be needed is left out."""
+        w, spec = self.space.workload, self.spec
+        size, number, kv, _, _ = at
+        some_on_host = (regions.high[KV] < 1).astype(float)
+        cpu_attention = (1 - regions.gpu_attention) * some_on_host
+        one_chunk = regions.one_chunk == 1
+        most_in_chunk = np.where(one_chunk, w.max_prompt_len, regions.high[CHUNK])
+        return Needs(
+            spec=spec,
+            formats=self.space.formats,
+            batch_size=self._batch(at),
+            micro_batch_size=size,
+            num_micro_batches=number,
+            gpu_kv_micro_batches=kv * number,
+            kv_tokens=kv_tokens_for(size, w.mean_context_len, w.max_context_len),
+            chunk_tokens=self._chunk(regions, at),
+            prefix_tokens=prefix_tokens_for(spec, w.max_prompt_len, most_in_chunk, cpu_attention=cpu_attention),
+            streams_kv=regions.gpu_attention * some_on_host,
+            cpu_attention=cpu_attention,
+            cpu_experts=1 - regions.gpu_ffn,
+            resident_dense=regions.dense,
+            ranks=self.space.profile.num_gpus,
+            batches=self.space.profile.num_stages,
+        )
+
+    def _purposes(self, regions: Regions, at: Floats) -> tuple[dict[Purpose, Floats], dict[Purpose, Floats]]:
         """Bytes at both levels by purpose at a corner, the layers' weights and slots apart.
 
         The host is taken to hold as little of the cache as it may.
         """
-        space, spec, formats = self.space, self.spec, self.space.formats
-        some_on_host = (regions.high[KV] < 1).astype(float)
-        ffn_on_cpu, cpu_attention = 1 - regions.gpu_ffn, (1 - regions.gpu_attention) * some_on_host
-        longest = space.workload.max_prompt_len
-        chunk = np.where(regions.one_chunk == 1, longest, regions.high[CHUNK])
-        numbers = self._numbers(at)
-        gpu = gpu_purposes(
-            spec,
-            formats,
-            **numbers,
-            chunk_tokens=self._chunk(regions, at),
-            gpu_kv_micro_batches=at[KV] * at[NUMBER],
-            streams_kv=regions.gpu_attention * some_on_host,
-            ffn_on_cpu=ffn_on_cpu,
-            resident_bytes=0,
-            max_streamed_bytes=0,
-            prefix_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=cpu_attention),
-            ranks=space.profile.num_gpus,
-            batches=space.profile.num_stages,
-        )
-        cpu = cpu_purposes(
-            spec,
-            formats,
-            **numbers,
-            num_micro_batches=at[NUMBER],
-            gpu_kv_micro_batches=regions.high[KV] * at[NUMBER],
-            ffn_on_cpu=ffn_on_cpu,
-            streamed_bytes=0,
-            staging_bytes=0,
-            latent_up_bytes=latent_up_bytes(
-                spec, formats.weights, cpu_attention=cpu_attention, resident_dense=regions.dense
-            ),
-            batches=space.profile.num_stages,
-        )
-        return gpu, cpu
+        needs = self._buffers(regions, at)
+        on_host = replace(needs, gpu_kv_micro_batches=regions.high[KV] * at[NUMBER])
+        return by_purpose(needs.on_gpu()), by_purpose(on_host.on_host())
 
     def tightened(self, regions: Regions) -> Regions:
         """The regions without what cannot fit the memories; empty ones are left out."""
@@ -92,12 +71,12 @@ class Room:
         regions = replace(regions, low=low, high=high)
         self._whole_numbers(low, high)
         gpu, cpu = self._purposes(regions, low)
-        gpu_room = _left(self.space.profile.top.usable_bytes, gpu) - regions.dense * self.dense_bytes
+        gpu_room = _left(self.space.profile.top.usable_bytes, gpu) - self.weights.resident(regions.dense, 0)
         if self.space.profile.has_accelerator:
             cpu_room = _left(self.space.profile.host.usable_bytes, cpu)
             self._tighten_residents(regions, gpu_room, cpu_room)
         else:  # one level holds everything
-            everything = self.spec.num_experts * self.layers * self.expert_bytes
+            everything = self.weights.streamed(1, 0)
             high[SIZE] = np.where(_left(gpu_room, cpu) < everything, 0.0, high[SIZE])
         regions = regions.not_empty()
         return self._shorter(regions).not_empty() if len(regions) else regions
@@ -117,15 +96,13 @@ class Room:
     def _tighten_residents(self, regions: Regions, gpu_room: Floats, cpu_room: Floats) -> None:
         """Residents between what the host cannot hold and what the GPU can; changes the ends."""
         low, high = regions.low, regions.high
-        expert, layers = self.expert_bytes, self.layers
-        everything = self.spec.num_experts * layers * expert
-        streamed_dense = (1 - regions.dense) * self.dense_bytes
-        per_layer = (1 - regions.dense) * self.spec.dense_parameters * self.size
-        needed = (everything + streamed_dense - cpu_room) / (layers * expert)
+        expert, layers = self.weights.expert_bytes, self.layers
+        needed = (self.weights.streamed(regions.dense, 0) - cpu_room) / (layers * expert)
         low[RESIDENT] = np.maximum(low[RESIDENT], needed - 1e-9)
         # Residents, and slots for what the largest layer streams: with experts, or without.
-        with_experts = gpu_room - WEIGHT_SLOTS * (per_layer + self.spec.num_experts * expert)
-        without = gpu_room - WEIGHT_SLOTS * (1 - regions.dense) * self.plain_bytes
+        with_experts, without = (
+            gpu_room - WEIGHT_SLOTS * largest for largest in self.weights.largest_streamed(regions.dense, 0)
+        )
         high[RESIDENT] = np.minimum(high[RESIDENT], without / (layers * expert) + 1e-9)
         each = (layers - WEIGHT_SLOTS) * expert
         if each > 0:
@@ -158,17 +135,16 @@ class Room:
         taken as at the lower corner.
         """
 
-        def total(purposes: dict[str, Floats], fixed: dict[str, Floats]) -> Floats:
-            return sum((fixed if name == "workspace" else purposes)[name] for name in purposes) + np.zeros(len(regions))
+        def total(purposes: dict[Purpose, Floats], fixed: dict[Purpose, Floats]) -> Floats:
+            return sum((fixed if name is Purpose.WORKSPACE else purposes)[name] for name in purposes) + np.zeros(
+                len(regions)
+            )
 
         gpu, cpu = self._purposes(regions, low)
         gpu_far, cpu_far = self._purposes(regions, far)
         resident = regions.low[RESIDENT]
-        held = regions.dense * self.dense_bytes + resident * self.layers * self.expert_bytes
-        per_layer = (1 - regions.dense) * self.spec.dense_parameters * self.size
-        slots = WEIGHT_SLOTS * np.maximum(
-            per_layer + (self.spec.num_experts - resident) * self.expert_bytes, (1 - regions.dense) * self.plain_bytes
-        )
+        held = self.weights.resident(regions.dense, resident * self.layers)
+        slots = WEIGHT_SLOTS * np.maximum(*self.weights.largest_streamed(regions.dense, resident))
         if self.layers < WEIGHT_SLOTS:
             slots = 0 * slots
         top, host = self.space.profile.top.usable_bytes, self.space.profile.host.usable_bytes
@@ -176,11 +152,10 @@ class Room:
             room = host - held
             both = total(gpu, gpu) + total(cpu, cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
             return [(*both, room)]
-        streamed = self.dense_bytes + self.spec.num_experts * self.layers * self.expert_bytes
-        most_held = regions.dense * self.dense_bytes + regions.high[RESIDENT] * self.layers * self.expert_bytes
+        streamed = self.weights.streamed(regions.dense, regions.high[RESIDENT] * self.layers)
         return [
             (total(gpu, gpu), total(gpu_far, gpu), top - held - slots),
-            (total(cpu, cpu), total(cpu_far, cpu), host - (streamed - most_held)),
+            (total(cpu, cpu), total(cpu_far, cpu), host - streamed),
         ]
 
     def largest_batch(self, regions: Regions) -> Floats:
@@ -201,7 +176,7 @@ class Room:
         return np.maximum(most, 1.0)
 
 
-def _left(room: Floats | int, purposes: dict[str, Floats]) -> Floats:
+def _left(room: Floats | int, purposes: dict[Purpose, Floats]) -> Floats:
     """What is left of some bytes beside those of all purposes."""
     left = np.asarray(room, dtype=float)
     for size in purposes.values():

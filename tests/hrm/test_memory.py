@@ -6,6 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from hrm.buffers import Purpose
 from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS
@@ -108,8 +109,8 @@ def test_the_workspace_holds_the_tensors_of_one_layer():
     )
     gpu, cpu = purposes(spec, slim)
     counts = 8 * spec.num_layers * spec.num_experts
-    assert gpu["workspace"] == workspace_bytes(spec, 4, FORMATS["bfloat16"]) + counts
-    assert cpu["workspace"] == 0
+    assert gpu[Purpose.WORKSPACE] == workspace_bytes(spec, 4, FORMATS["bfloat16"]) + counts
+    assert cpu[Purpose.WORKSPACE] == 0
 
 
 def test_one_level_holds_both_purposes_and_refuses_what_is_too_much():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from hrm.buffers import Purpose
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS, Format
 from hrm.memory import plan_memory
@@ -35,4 +36,4 @@ def test_a_format_with_its_row_is_planned_with(monkeypatch):
         for act, (num_bytes, _) in whole.items():
             assert half[act][0] == (num_bytes / 2 if act == "LOAD_PAGE" else num_bytes), act
     kept, halved = (plan_memory(SPEC, policy, MACHINE).cpu.purposes for policy in (POLICY, small))
-    assert halved == {**kept, "weights": kept["weights"] / 2}
+    assert halved == {**kept, Purpose.WEIGHTS: kept[Purpose.WEIGHTS] / 2}

@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import yaml
 
+from hrm.buffers import Purpose
 from hrm.catalog import find_file, list_files, profile_folder, spelled
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
@@ -317,7 +318,7 @@ def test_unified_memory_holds_every_weight_once_and_uses_no_link(seed):
     best = search(Space(spec, one, workload)).require()
     plan = best.memory.gpu
     assert plan is best.memory.cpu or plan == best.memory.cpu
-    weights = plan.purposes["resident_weights"] + plan.purposes["weights"]
+    weights = plan.purposes[Purpose.RESIDENT_WEIGHTS] + plan.purposes[Purpose.WEIGHTS]
     assert weights == 2 * spec.parameters
     assert not {"weight_slots", "kv_buffers", "staging"} & set(plan.purposes)
     for phase in (best.prefill, best.decode):

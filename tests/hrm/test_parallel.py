@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from hrm import operators
+from hrm.buffers import Purpose
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
@@ -18,7 +19,7 @@ from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import Space, search
 from hrm.sweep import plan_row
-from hrm.tasks import Device
+from hrm.tasks import Device, Phase
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
 
@@ -98,11 +99,11 @@ def test_every_gpu_of_a_tensor_parallel_group_has_the_hidden_states():
     policy = a_policy(Random(1), spec)
     plans = {n: plan_memory(spec, policy, machine(num_gpus=n)).gpu.purposes for n in (1, 2, 8)}
     hidden_bytes = policy.batch_size * spec.hidden_size * 2
-    assert plans[2]["exchange"] - plans[1]["exchange"] == hidden_bytes
-    for purpose in ("resident_weights", "weight_slots"):
+    assert plans[2][Purpose.EXCHANGE] - plans[1][Purpose.EXCHANGE] == hidden_bytes
+    for purpose in (Purpose.RESIDENT_WEIGHTS, Purpose.WEIGHT_SLOTS):
         assert plans[8][purpose] == plans[1][purpose]
     kept = replace(policy, attention=Device.GPU, gpu_kv_micro_batches=3)
-    caches = [plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes["kv_cache"] for n in (1, 2, 8)]
+    caches = [plan_memory(spec, kept, machine(num_gpus=n)).gpu.purposes[Purpose.KV_CACHE] for n in (1, 2, 8)]
     assert caches[1] == caches[0]  # two heads on two GPUs
     assert caches[2] == 4 * caches[0]  # two heads on eight GPUs: each held by four
 
@@ -254,7 +255,7 @@ def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
         assert way.best is not None
         policy, part = way.best.policy, way.best.part.spec
         assert part.num_layers == len(policy.resident_experts)
-        streamed = sum(policy.streamed_bytes(part, layer) for layer in range(part.num_layers))
+        streamed = sum(policy.streamed_bytes(part, layer, Phase.PREFILL) for layer in range(part.num_layers))
         share = 1 - streamed / part.total_layer_bytes(policy.formats.weights)
         assert 0 <= share <= 1
         assert way.best.weight_share_on_gpu == way.best.paper_tuple[4] == pytest.approx(share)

@@ -7,13 +7,14 @@ from random import Random
 import pytest
 
 from hrm import operators
+from hrm.buffers import Purpose, prefix_bytes_per_token
 from hrm.closed_form import Point, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate, prefill_seconds, prefill_work, simulate_work
 from hrm.formats import Formats
 from hrm.machines import compose, with_memory
-from hrm.memory import plan_memory, prefix_bytes_per_token
+from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
@@ -118,7 +119,7 @@ def test_the_prefix_buffer_is_planned_where_the_gpu_has_no_other_place():
     split = a_policy(spec, prefix_buffer_tokens=320)
     assert split.max_prompt_tokens == 320
     plan = plan_memory(spec, split, profile)
-    assert plan.gpu.purposes["prefix_buffer"] == 320 * 2 * spec.kv_size * 2
+    assert plan.gpu.purposes[Purpose.PREFIX_BUFFER] == 320 * 2 * spec.kv_size * 2
     for elsewhere in ({"attention": Device.GPU}, {"gpu_kv_micro_batches": 3}):
         policy = a_policy(spec, **elsewhere)
         assert policy.max_prompt_tokens == policy.kv_tokens_per_micro_batch

@@ -6,10 +6,12 @@ import torch
 from executor.handlers.memory import Exchange, PrefillBuffers
 from executor.model import GpuKernels, Workspace, expert_stack, logits
 from executor.model.experts import route
+from hrm.buffers import Purpose, exchange_bytes_per_request
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import COUNT_BYTES, LOGIT_BYTES, ROUTING_BYTES
 from hrm.formats import Formats
-from hrm.memory import exchange_bytes_per_request, gpu_purposes
+from hrm.memory import purposes
+from hrm.policy import Policy
 from tests.executor.tiny_models import tiny_arch
 
 ALIGNED_BYTES = 16  # flash attention reads so many at a time
@@ -39,21 +41,19 @@ def assert_filled(parts: list[torch.Tensor], planned: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks_fill_what_is_planned(dtype):
     spec, tokens = tiny_arch(hidden_size=24).spec, 6
-    sizes = gpu_purposes(
-        spec,
-        Formats.of(dtype),
+    policy = Policy(
         batch_size=4,
         micro_batch_size=2,
-        kv_tokens=32,
-        chunk_tokens=tokens,
-        gpu_kv_micro_batches=0,
-        streams_kv=0,
-        ffn_on_cpu=0,
-        resident_bytes=0,
-        max_streamed_bytes=0,
-        prefix_tokens=5,
+        resident_experts=(0,) * spec.num_layers,
+        kv_tokens_per_micro_batch=32,
+        prefill_chunk_tokens=tokens,
+        prefix_buffer_tokens=5,
+        dtype=dtype,
     )
-    gpu, prefix = (torch.zeros(sizes[name], dtype=torch.uint8) for name in ("prefill_buffers", "prefix_buffer"))
+    sizes, _ = purposes(spec, policy)
+    gpu, prefix = (
+        torch.zeros(sizes[purpose], dtype=torch.uint8) for purpose in (Purpose.PREFILL_BUFFERS, Purpose.PREFIX_BUFFER)
+    )
     host = torch.zeros(0, dtype=torch.uint8)
     made = PrefillBuffers(spec, getattr(torch, dtype), gpu=gpu, host=host, prefix=prefix, chunk_tokens=tokens)
     assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_BT2Gd], len(gpu))

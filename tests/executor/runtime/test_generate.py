@@ -11,6 +11,7 @@ from executor.families import family_for
 from executor.handlers import DecodeHandlers, PrefillHandlers
 from executor.model import reference
 from hrm.acts import NAMES
+from hrm.buffers import Purpose
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
@@ -167,7 +168,7 @@ def test_peak_memory_stays_within_the_plan(folder, arch, choices):
     for level, planned in zip(("gpu", "cpu"), plan, strict=True):
         for purpose, used in peak[level].items():
             assert used <= planned[purpose], (level, purpose)
-        assert peak[level]["kv_cache"] > 0
+        assert peak[level][Purpose.KV_CACHE] > 0
 
 
 def test_trace_is_bounded_and_totals_are_not(folder, arch):

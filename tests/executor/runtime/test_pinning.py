@@ -11,6 +11,7 @@ from executor.errors import RunError
 from executor.generate import Planned
 from executor.handlers import HostArenas
 from executor.job import machine as job_machine
+from hrm.buffers import Purpose
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Source
@@ -61,7 +62,7 @@ def staged(spec, policy) -> Planned:
 
 def host_bytes(spec, policy, *names: str) -> int:
     sizes = purposes(spec, policy)[1]
-    return sum(sizes[name] for name in names)
+    return sum(sizes[Purpose(name)] for name in names)
 
 
 @pytest.mark.parametrize("name", ["all streamed, both on the gpu", "both on the cpu", "kv split, gpu"])

@@ -1,0 +1,217 @@
+"""Every buffer of a run: what it is for, at which level, how many there are in turn, and the bytes of one.
+
+The search adds them up for many policies at once, a plan for one, and the executor allocates them, so
+what is planned is what is allocated.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hrm.contract.rings import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
+from hrm.contract.rows import (
+    COUNT_BYTES,
+    KV_BLOCK_TOKENS,
+    LOGIT_BYTES,
+    REQUEST_NUMBER_BYTES,
+    ROUTING_BYTES,
+    TOKEN_NUMBER_BYTES,
+)
+from hrm.contract.temporaries import workspace_bytes
+from hrm.formats import Format, Formats
+from hrm.model_spec import ModelSpec
+from hrm.numeric import Number, maximum, minimum
+from hrm.placement import Place
+from hrm.policy import Policy
+from hrm.schedules import pages_of
+from hrm.tasks import Device, Phase
+
+
+class Purpose(StrEnum):
+    """What memory is for."""
+
+    RESIDENT_WEIGHTS = "resident_weights"
+    WEIGHT_SLOTS = "weight_slots"
+    KV_CACHE = "kv_cache"
+    KV_BUFFERS = "kv_buffers"
+    EXCHANGE = "exchange"
+    PREFILL_BUFFERS = "prefill_buffers"
+    PREFIX_BUFFER = "prefix_buffer"
+    WORKSPACE = "workspace"
+    LOGITS = "logits"
+    WEIGHTS = "weights"
+    STAGING = "staging"
+    PREFILL_HIDDEN = "prefill_hidden"
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory for one purpose at one level: `turns` of `size` bytes each."""
+
+    purpose: Purpose
+    level: Device
+    turns: Number
+    size: Number
+
+    @property
+    def num_bytes(self) -> Number:
+        """All turns together."""
+        return self.turns * self.size
+
+
+def by_purpose(buffers: Iterable[Buffer]) -> dict[Purpose, Number]:
+    """Bytes of the buffers of one level, each of which has a purpose of its own."""
+    return {buffer.purpose: buffer.num_bytes for buffer in buffers}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What buffers depend on, of one policy or, with arrays for numbers, of many.
+
+    `kv_tokens` is the cache of one micro-batch in tokens. Truths are 0 or 1: `streams_kv` and
+    `cpu_attention` say whether any cache is streamed, or attended over on the host. Of the layers'
+    weights, `resident_bytes` stay on the GPU and `streamed_bytes` do not, at most
+    `largest_streamed_bytes` of one layer, which move through `staging_slots` of `page_bytes`.
+
+    The GPU's level is all GPUs together: `ranks` of them in tensor parallel hold the hidden states
+    each, and the cache more than once if it has fewer heads than there are GPUs. A stage of a
+    pipeline keeps the caches of all `batches` under way.
+    """
+
+    spec: ModelSpec
+    formats: Formats
+    batch_size: Number
+    micro_batch_size: Number
+    num_micro_batches: Number
+    gpu_kv_micro_batches: Number
+    kv_tokens: Number
+    chunk_tokens: Number
+    prefix_tokens: Number
+    streams_kv: Number
+    cpu_attention: Number
+    cpu_experts: Number
+    resident_dense: Number
+    resident_bytes: Number = 0
+    streamed_bytes: Number = 0
+    largest_streamed_bytes: Number = 0
+    staging_slots: Number = 0
+    page_bytes: Number = 0
+    ranks: int = 1
+    batches: int = 1
+
+    @staticmethod
+    def of_policy(spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1) -> "Needs":
+        """What the buffers of one policy depend on."""
+        streamed = [policy.streamed_bytes(spec, layer, Phase.PREFILL) for layer in range(spec.num_layers)]
+        weights = policy.formats.weights
+        return Needs(
+            spec=spec,
+            formats=policy.formats,
+            batch_size=policy.batch_size,
+            micro_batch_size=policy.micro_batch_size,
+            num_micro_batches=policy.num_micro_batches,
+            gpu_kv_micro_batches=policy.gpu_kv_micro_batches,
+            kv_tokens=policy.kv_tokens_per_micro_batch,
+            chunk_tokens=policy.prefill_chunk_tokens,
+            prefix_tokens=policy.prefix_buffer_tokens,
+            streams_kv=int(policy.streams_kv),
+            cpu_attention=int(policy.kv_caches_at(Place.HOST) > 0),
+            cpu_experts=int(policy.ffn is Device.CPU and max(streamed) > 0),
+            resident_dense=int(policy.resident_dense),
+            resident_bytes=spec.total_layer_bytes(weights) - sum(streamed),
+            streamed_bytes=sum(streamed),
+            largest_streamed_bytes=max(streamed),
+            staging_slots=STAGING_PAGES * policy.staging,
+            page_bytes=page_bytes(weights, max(streamed), pages_of(policy)),
+            ranks=ranks,
+            batches=batches,
+        )
+
+    def on_gpu(self) -> tuple[Buffer, ...]:
+        """The buffers at the GPU's level."""
+        spec, ranks = self.spec, self.ranks
+        compute, weights = self.formats.compute, self.formats.weights
+        layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(self.formats.kv_cache)
+        cached = kv_cache_tokens(spec, self.micro_batch_size, self.kv_tokens) * layer_kv
+        token = compute.bytes_of(ranks, spec.hidden_size) + layer_kv + TOKEN_NUMBER_BYTES
+        request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts, ranks=ranks)
+        at_once = maximum(self.micro_batch_size, self.chunk_tokens)
+        workspace = workspace_bytes(spec, at_once, compute, ranks=ranks, longest_tokens=self.kv_tokens)
+        rows = (
+            (Purpose.RESIDENT_WEIGHTS, 1, self.resident_bytes + weights.bytes_of(spec.head_parameters)),
+            (Purpose.WEIGHT_SLOTS, WEIGHT_SLOTS, self.largest_streamed_bytes),
+            (Purpose.KV_CACHE, self.batches * self.gpu_kv_micro_batches, cached),
+            (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, self.kv_tokens * layer_kv),
+            (Purpose.EXCHANGE, self.batch_size, request),
+            (Purpose.PREFILL_BUFFERS, BUFFERS, self.chunk_tokens * token),
+            (Purpose.PREFIX_BUFFER, self.prefix_tokens, prefix_bytes_per_token(spec, self.formats, ranks=ranks)),
+            (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.num_experts),
+            (Purpose.LOGITS, self.micro_batch_size, spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size)),
+        )
+        return tuple(Buffer(purpose, Device.GPU, turns, size) for purpose, turns, size in rows)
+
+    def on_host(self) -> tuple[Buffer, ...]:
+        """The buffers at the host's level.
+
+        Up-projections of latent attention lie there also where their layers are resident on the GPU,
+        if the CPU attends.
+        """
+        spec, compute, weights = self.spec, self.formats.compute, self.formats.weights
+        cached = kv_cache_tokens(spec, self.micro_batch_size, self.kv_tokens)
+        token = compute.bytes_of(spec.hidden_size) + TOKEN_NUMBER_BYTES
+        held_twice = self.cpu_attention * self.resident_dense
+        latent_up = held_twice * weights.bytes_of(spec.num_layers, spec.latent_up_parameters)
+        off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
+        request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
+        rows = (
+            (Purpose.WEIGHTS, 1, self.streamed_bytes + weights.bytes_of(spec.embedding_parameters) + latent_up),
+            (Purpose.STAGING, self.staging_slots, self.page_bytes),
+            (Purpose.KV_CACHE, self.batches * off_gpu, cached * spec.kv_bytes_per_token_layer(self.formats.kv_cache)),
+            (Purpose.EXCHANGE, self.batch_size, request),
+            (Purpose.PREFILL_HIDDEN, self.num_micro_batches, self.kv_tokens * token),
+            (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, self.micro_batch_size, compute)),
+        )
+        return tuple(Buffer(purpose, Device.CPU, turns, size) for purpose, turns, size in rows)
+
+
+def page_bytes(weights: Format, largest_streamed_bytes: Number, num_pages: Number) -> Number:
+    """Bytes of a page of the layer that streams most; a page holds whole elements."""
+    element = weights.bytes_of(1)
+    return element * -(-largest_streamed_bytes // (num_pages * element))
+
+
+def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:
+    """Decode buffers of one request: hidden state, QKV, attention and experts' output, numbers.
+
+    Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
+    """
+    hidden = ranks * spec.hidden_size
+    computed = formats.compute.bytes_of(hidden + spec.query_size + spec.attention_output_size)
+    kv = spec.kv_bytes_per_token_layer(formats.kv_cache)
+    routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
+    return computed + kv + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
+
+
+def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number) -> Number:
+    """Tokens that a micro-batch's cache holds in all layers together.
+
+    `kv_tokens` is what it holds in a layer without a window; with one, no request needs more than
+    the window and the block that it ends in.
+    """
+    total = 0 * kv_tokens
+    for kind, layers in spec.layer_kinds().items():
+        held = kv_tokens
+        if kind.window:
+            held = minimum(kv_tokens, micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
+        total = total + layers * held
+    return total
+
+
+def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
+    """Bytes that a split prompt keeps on the GPU for each token: one layer's keys and values.
+
+    Latent attention keeps what it expands its cache to, of which every GPU has its own heads.
+    """
+    if spec.latent_attention is not None:
+        return formats.compute.bytes_of(spec.query_size + spec.attention_output_size)
+    return spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(formats.kv_cache)
