@@ -9,18 +9,21 @@ from pathlib import Path
 from hrm.errors import ModelError, closest
 from hrm.files import is_file, is_folder
 from hrm.model_spec.built_in import BUILT_IN_MODELS
-from hrm.model_spec.config_file import read_config
-from hrm.model_spec.families import spec_from_hf_config
+from hrm.model_spec.config_file import Keys, read_config
+from hrm.model_spec.families import decoder_keys, read_spec, spec_from_hf_config
 from hrm.model_spec.latent import LatentAttention
 from hrm.model_spec.spec import LayerKind, ModelSpec
 
 __all__ = [
     "BUILT_IN_MODELS",
+    "Keys",
     "LatentAttention",
     "LayerKind",
     "ModelSpec",
+    "decoder_keys",
     "load_model",
     "read_config",
+    "read_spec",
     "spec_from_hf_config",
 ]
 

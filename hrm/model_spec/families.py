@@ -34,21 +34,26 @@ from hrm.model_spec.spec import ModelSpec
 def spec_from_hf_config(config: dict[str, Any], where: str) -> ModelSpec:
     """The model that a Hugging Face config describes, named after the config's folder.
 
-    Of a multimodal model it is the text part. Raises ModelError naming `where` and the key if the
-    architecture is unknown, a key is missing or of another type, or asks for what no plan can say.
+    Raises ModelError naming `where` and the key if the architecture is unknown, a key is missing or
+    of another type, or asks for what no plan can say.
     """
-    keys = _text_part(Keys(config, where))
+    return read_spec(decoder_keys(config, where))
+
+
+def read_spec(keys: Keys) -> ModelSpec:
+    """The model that a decoder's keys describe, named after the folder of their file."""
     family = keys.get("model_type")
     reader = FAMILY_READERS.get(family) if isinstance(family, str) else None
     if reader is None:
         raise _unknown_architecture(keys)
-    path = Path(where)
+    path = Path(keys.file)
     name = path.parent.name if path.name == "config.json" else path.stem
     return replace(reader(keys), name=name or str(family), family=str(family), published_dtype=_published_dtype(keys))
 
 
-def _text_part(keys: Keys) -> Keys:
-    """The decoder's keys inside those of a multimodal wrapper; those of others as they are."""
+def decoder_keys(config: dict[str, Any], where: str) -> Keys:
+    """The keys of a config, or of the text part within that of a multimodal model."""
+    keys = Keys(config, where)
     outer = keys.get("model_type")
     if (isinstance(outer, str) and outer in FAMILY_READERS) or keys.get("text_config") is None:
         return keys

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hrm.errors import ModelError
-from hrm.model_spec import BUILT_IN_MODELS, load_model, spec_from_hf_config
+from hrm.model_spec import BUILT_IN_MODELS, Keys, load_model, spec_from_hf_config
 from hrm.model_spec.families import FAMILY_READERS
 from tests.hrm.published_configs import PUBLISHED, changed, decoder_keys, without
 
@@ -379,3 +379,27 @@ def test_an_unknown_name_lists_the_known_ones():
         load_model("deepseek_v3")
     with pytest.raises(ModelError, match="must be one of mixtral-8x7b"):
         load_model("x" * 5000)
+
+
+# -- keys that only running needs -------------------------------------------------------------
+
+
+def test_numbers_words_and_token_ids_are_read_or_refused_by_key():
+    keys = Keys({"eps": 1e-6, "act": "silu", "eos": [2, 7], "bos": 1, "null": None}, "x", "text_config")
+    assert (keys.number("eps"), keys.number("null", default=3), keys.number("none", default=4)) == (1e-6, 3, 4)
+    assert (keys.word("act", ("silu",)), keys.word("none", ("silu",), default="silu")) == ("silu", "silu")
+    assert [keys.token_ids(key) for key in ("eos", "bos", "null", "none")] == [(2, 7), (1,), (), ()]
+    readers = {
+        "a positive number": (lambda wrong: wrong.number("key"), (0, -1.5, True, "1", [1], float("inf"), 10**400)),
+        "silu": (lambda wrong: wrong.word("key", ("silu",)), ("gelu", ["silu"], 1, True)),
+        "a token id or a list of them": (
+            lambda wrong: wrong.token_ids("key"),
+            (-1, True, "2", 2.0, [2, None], {"a": 1}),
+        ),
+    }
+    for rule, (read_key, values) in readers.items():
+        for value in values:
+            with pytest.raises(ModelError, match=rf"^x: text_config: key is .*: must be {rule};"):
+                read_key(Keys({"key": value}, "x", "text_config"))
+    with pytest.raises(ModelError, match=r"^x: key is <missing>: must be a positive number"):
+        Keys({}, "x").number("key")
