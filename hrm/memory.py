@@ -17,12 +17,12 @@ from hrm.contract.rows import (
     ROUTING_BYTES,
     TOKEN_NUMBER_BYTES,
 )
-from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
 from hrm.formats import Format, Formats
 from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ModelSpec
+from hrm.model_spec.workspace import workspace_bytes
 from hrm.numeric import Number, maximum, minimum
 from hrm.parallel import part_for
 from hrm.policy import Policy
@@ -141,14 +141,17 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
     """
     hidden = ranks * spec.hidden_size
-    computed = formats.compute.bytes_of(hidden + spec.query_size + spec.attention_output_size)
-    kv = spec.kv_bytes_per_token_layer(formats.kv_cache)
+    mixers = [kind.mixer for kind in spec.layer_kinds()]
+    sent = max(mixer.sent_bytes(formats) for mixer in mixers)
+    computed = formats.compute.bytes_of(hidden + max(mixer.returned_elements for mixer in mixers))
     routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
-    return computed + kv + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
+    return computed + sent + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
 
 
-def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number) -> Number:
-    """Tokens that a micro-batch's cache holds in all layers together.
+def cache_bytes(
+    spec: ModelSpec, formats: Formats, micro_batch_size: Number, kv_tokens: Number, *, ranks: int = 1
+) -> Number:
+    """Bytes of a micro-batch's cache in all layers together, as often as `ranks` GPUs hold them.
 
     `kv_tokens` is what it holds in a layer without a window; with one, no request needs more than
     the window and the block that it ends in.
@@ -158,18 +161,23 @@ def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number
         held = kv_tokens
         if kind.window:
             held = minimum(kv_tokens, micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
-        total = total + layers * held
+        copies = layers * kind.mixer.cache_copies(ranks)
+        total = total + copies * kind.mixer.cache_bytes(formats, micro_batch_size, held)
     return total
 
 
-def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
-    """Bytes that a split prompt keeps on the GPU for each token: one layer's keys and values.
+def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, tokens: Number, *, ranks: int = 1) -> Number:
+    """The most that any one layer's cache takes for so many requests and tokens."""
+    each = (
+        kind.mixer.cache_copies(ranks) * kind.mixer.cache_bytes(formats, requests, tokens)
+        for kind in spec.layer_kinds()
+    )
+    return maximum(*each)
 
-    Latent attention keeps what it expands its cache to, of which every GPU has its own heads.
-    """
-    if spec.latent_attention is not None:
-        return formats.compute.bytes_of(spec.query_size + spec.attention_output_size)
-    return spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(formats.kv_cache)
+
+def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
+    """Bytes that a split prompt keeps on the GPU for each token of earlier parts, in any layer."""
+    return max(kind.mixer.prefix_bytes(formats, ranks) for kind in spec.layer_kinds())
 
 
 def gpu_purposes(
@@ -197,18 +205,21 @@ def gpu_purposes(
     stage of a pipeline keeps the caches of all `batches` under way.
     """
     compute, weights = formats.compute, formats.weights
-    layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(formats.kv_cache)
     tokens_at_once = maximum(micro_batch_size, chunk_tokens)
-    cache_tokens = kv_cache_tokens(spec, micro_batch_size, kv_tokens)
+    prompts_at_once = minimum(batch_size, chunk_tokens)  # that may end in a chunk, however short
     return {
         "resident_weights": resident_bytes + weights.bytes_of(spec.head_parameters),
         "weight_slots": WEIGHT_SLOTS * max_streamed_bytes,
-        "kv_cache": batches * gpu_kv_micro_batches * cache_tokens * layer_kv,
-        "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
+        "kv_cache": batches
+        * gpu_kv_micro_batches
+        * cache_bytes(spec, formats, micro_batch_size, kv_tokens, ranks=ranks),
+        "kv_buffers": streams_kv * BUFFERS * layer_cache_bytes(spec, formats, micro_batch_size, kv_tokens, ranks=ranks),
         "exchange": batch_size * exchange_bytes_per_request(spec, formats, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
         "prefill_buffers": BUFFERS
-        * chunk_tokens
-        * (compute.bytes_of(ranks, spec.hidden_size) + layer_kv + TOKEN_NUMBER_BYTES),
+        * (
+            chunk_tokens * (compute.bytes_of(ranks, spec.hidden_size) + TOKEN_NUMBER_BYTES)
+            + layer_cache_bytes(spec, formats, prompts_at_once, chunk_tokens, ranks=ranks)
+        ),
         "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, formats, ranks=ranks),
         "workspace": workspace_bytes(spec, tokens_at_once, compute, ranks=ranks, longest_tokens=kv_tokens)
         + COUNT_BYTES * spec.num_layers * spec.num_experts,
@@ -237,11 +248,12 @@ def cpu_purposes(
     are resident on the GPU.
     """
     compute = formats.compute
-    cache_bytes = kv_cache_tokens(spec, micro_batch_size, kv_tokens) * spec.kv_bytes_per_token_layer(formats.kv_cache)
     return {
         "weights": streamed_bytes + formats.weights.bytes_of(spec.embedding_parameters) + latent_up_bytes,
         "staging": staging_bytes,
-        "kv_cache": batches * (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
+        "kv_cache": batches
+        * (num_micro_batches - gpu_kv_micro_batches)
+        * cache_bytes(spec, formats, micro_batch_size, kv_tokens),
         "exchange": batch_size * exchange_bytes_per_request(spec, formats, ffn_on_cpu=ffn_on_cpu),
         "prefill_hidden": num_micro_batches * kv_tokens * (compute.bytes_of(spec.hidden_size) + TOKEN_NUMBER_BYTES),
         "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, compute),
@@ -251,7 +263,7 @@ def cpu_purposes(
 def latent_up_bytes(spec: ModelSpec, weights: Format, *, cpu_attention: Number, resident_dense: Number) -> Number:
     """Bytes of up-projections that must lie on the host beside those on the GPU."""
     held_twice = cpu_attention * resident_dense
-    return held_twice * weights.bytes_of(spec.num_layers, spec.latent_up_parameters)
+    return held_twice * weights.bytes_of(sum(layer.mixer.host_parameters for layer in spec.layers))
 
 
 def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> MemoryPlan:

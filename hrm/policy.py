@@ -144,7 +144,7 @@ class Policy:
                 "run hrm search for this model",
             )
         for layer, count in enumerate(self.resident_experts):
-            there_are = spec.num_experts_of(spec.layer_kind(layer))
+            there_are = spec.layer_kind(layer).num_experts
             if count > there_are:
                 raise PolicyError(
                     f"policy: resident_experts[{layer}]",
@@ -186,7 +186,7 @@ class Policy:
     def streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Weight bytes of a layer that are not on the GPU before it runs."""
         kind = spec.layer_kind(layer)
-        experts = (spec.num_experts_of(kind) - self.resident_experts[layer]) * (spec.expert_parameters)
+        experts = (kind.num_experts - self.resident_experts[layer]) * spec.expert_parameters
         return self.formats.weights.bytes_of(experts + self._streamed_dense(spec, layer))
 
     def decode_streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
@@ -196,18 +196,16 @@ class Policy:
         return self.formats.weights.bytes_of(self._streamed_dense(spec, layer))
 
     def _streamed_dense(self, spec: ModelSpec, layer: int) -> int:
-        return 0 if self.resident_dense else spec.dense_parameters_of(spec.layer_kind(layer))
+        return 0 if self.resident_dense else spec.layer_kind(layer).dense_parameters
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:
         """The paper's r_w: share of the layers' weight bytes that lives on the GPU.
 
         `spec` is that of the part that the policy is for: of a stage in pipeline parallel.
         """
-        layers = range(spec.num_layers)
-        assert len(self.resident_experts) == len(layers), "a policy is told of its own part"
-        streamed = sum(self.streamed_bytes(spec, layer) for layer in layers)
-        held = sum(spec.layer_bytes_of(spec.layer_kind(layer), self.formats.weights) for layer in layers)
-        return 1 - streamed / held
+        assert len(self.resident_experts) == spec.num_layers, "a policy is told of its own part"
+        streamed = sum(self.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
+        return 1 - streamed / spec.total_layer_bytes(self.formats.weights)
 
     @property
     def kv_share_on_gpu(self) -> float:
@@ -228,14 +226,14 @@ class Policy:
 
 def experts_of_layers(spec: ModelSpec) -> tuple[int, ...]:
     """How many experts each layer has: what is resident if all are."""
-    return tuple(spec.num_experts_of(spec.layer_kind(layer)) for layer in range(spec.num_layers))
+    return tuple(layer.num_experts for layer in spec.layers)
 
 
 def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     """`total` resident experts over the layers that have experts, as evenly as integers allow."""
-    without, layers = spec.num_dense_layers, spec.num_expert_layers
+    layers = spec.num_expert_layers
     counts = ((i + 1) * total // layers - i * total // layers for i in range(layers))
-    return (0,) * without + tuple(counts)
+    return tuple(next(counts) if layer.has_experts else 0 for layer in spec.layers)
 
 
 def kv_tokens_for(micro_batch_size: Number, mean_context_len: float, max_context_len: int) -> Number:
@@ -260,8 +258,9 @@ def prefix_tokens_for(spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number
     """Tokens that `prefix_buffer_tokens` needs: the longest prompt's if that is split, else 0.
 
     `cpu_attention` is 1 where caches lie on the host and are attended over there: otherwise a
-    prompt under way has a place on the GPU. Not so with latent attention, whose cache is no place
-    for the keys and values that it is expanded to.
+    prompt under way has a place on the GPU. Not so where the cache is no place for what attention
+    needs of earlier parts, as with latent attention.
     """
-    needed = 1 if spec.latent_attention is not None else cpu_attention
+    in_cache = all(kind.mixer.prefix_in_cache for kind in spec.layer_kinds())
+    needed = cpu_attention if in_cache else 1
     return max_prompt_len * needed * (chunk_tokens < max_prompt_len)

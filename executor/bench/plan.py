@@ -73,7 +73,7 @@ def model_of(options: BenchOptions, stack: ExitStack) -> tuple[AbstractFamily, W
     if layers is not None:
         if layers > arch.spec.num_layers:
             raise JobError("--layers", layers, f"must be at most the model's {arch.spec.num_layers}", "lower it")
-        arch = replace(arch, spec=replace(arch.spec, num_layers=layers))
+        arch = replace(arch, spec=arch.spec.with_layers(arch.spec.layers[:layers]))
     return family, source, arch
 
 
@@ -84,7 +84,7 @@ def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
     return replace(
         policy_file,
         policy=replace(policy_file.policy, resident_experts=picked),
-        model=replace(policy_file.model, num_layers=num_layers),
+        model=policy_file.model.with_layers(policy_file.model.layers[:num_layers]),
     )
 
 

@@ -25,6 +25,7 @@ from hrm.estimate import Estimate, estimate
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.strict import decode_strictly
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import PhaseRecord, RunRecord, runtime_with, validate
 
@@ -263,7 +264,7 @@ class BenchRun:
             started=self._started,
         )
         totals, phases = content["totals"], content["phases"]
-        validation = validate(msgspec.convert(content, RunRecord))
+        validation = validate(msgspec.convert(content, RunRecord, dec_hook=_block))
         decode = validation.run.phases[Phase.DECODE.value]
         prefill_busy, decode_busy = (
             {lane: item["busy_share"] for lane, item in phases[phase.value]["lanes"].items()} for phase in Phase
@@ -298,6 +299,11 @@ class BenchRun:
         for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
-        read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.formats.kv_cache)
+        read = attended * spec.kv_bytes_per_token(policy.formats.kv_cache)
         seconds = in_lane.busy_s - (experts.seconds if experts else 0.0)
         return read * (1 - policy.kv_share_on_gpu) / seconds
+
+
+def _block(kind: type, plain: object) -> object:
+    """A block of a layer, of which there are several kinds."""
+    return decode_strictly(msgspec.json.decode(msgspec.json.encode(plain)), kind, "run.json")

@@ -6,7 +6,6 @@ D hidden, V vocab.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any, ClassVar, Final, final
 
 from torch import Tensor
@@ -183,4 +182,4 @@ def checked_spec(spec: ModelSpec, where: str) -> ModelSpec:
         raise ModelError(
             f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding", "check the config.json"
         )
-    return replace(spec, attention_windows=())
+    return spec.without_windows

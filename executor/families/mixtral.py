@@ -29,7 +29,7 @@ class Mixtral(AbstractFamily):
         spec = spec_from_hf_config(config, where)
         return Architecture(
             spec=checked_spec(spec, where),
-            window=min((size for size in spec.attention_windows if size), default=None),
+            window=min((layer.window for layer in spec.layers if layer.window), default=None),
             norm=Norm.RMS,
             norm_eps=positive(config, where, "rms_norm_eps", 1e-5),
             rope_theta=rope_theta(config, where, default=1e6),

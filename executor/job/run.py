@@ -18,15 +18,7 @@ from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.input_file import check_input
-from executor.job.machine import (
-    AcceleratorOptions,
-    Prepared,
-    as_run,
-    check_model,
-    predicted_seconds,
-    prepare,
-    whole_attention,
-)
+from executor.job.machine import AcceleratorOptions, Prepared, as_run, check_model, predicted_seconds, prepare
 from executor.job.outputs import (
     OUTPUTS,
     RunDirectory,
@@ -76,7 +68,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> dict[st
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
-    policy_file = replace(policy_file, model=whole_attention(policy_file.model))
+    policy_file = replace(policy_file, model=policy_file.model.without_windows)
     policy = policy_file.policy
     if options.schedule is not None:
         policy = replace(policy, schedule=options.schedule)

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from hrm.decoding import read_json_object
 from hrm.errors import ModelError
-from hrm.model_spec.spec import LARGEST_SIZE
+from hrm.layers import LARGEST_SIZE
 
 CHECK: Final = "check the config.json"
 
@@ -51,7 +51,7 @@ class Keys:
         shown = "<missing>" if value is None else value
         return ModelError(f"{self.where}: {key}", shown, rule, remedy)
 
-    def integer(self, *keys: str, default: int | None = None, at_least: int = 1) -> int:
+    def integer(self, *keys: str, default: int | None = None, at_least: int = 1, at_most: int = LARGEST_SIZE) -> int:
         """The integer under the keys, which are names of one thing; ModelError if they disagree."""
         given = [key for key in keys if self.get(key) is not None]
         if not given and default is not None:
@@ -59,9 +59,9 @@ class Keys:
         key = given[0] if given else keys[0]
         value = self.get(key)
         holds = isinstance(value, int) and not isinstance(value, bool)
-        if not holds or not at_least <= value <= LARGEST_SIZE:
+        if not holds or not at_least <= value <= at_most:
             kind = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
-            raise self.refusal(key, f"must be {kind}, at most {LARGEST_SIZE:,}")
+            raise self.refusal(key, f"must be {kind}, at most {at_most:,}")
         for other in given[1:]:
             if self.get(other) != value:
                 raise self.refusal(other, f"must be as {key}, {value}: both mean the same")

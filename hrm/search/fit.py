@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes, pinned_purposes
-from hrm.model_spec import LayerKind
 from hrm.numeric import Number
 from hrm.schedules import SCHEDULES
 from hrm.search.space import Kind, Space
@@ -33,10 +32,8 @@ class Weights:
 
     def resident(self, dense: Number, experts: Number) -> Number:
         """Bytes that stay on the GPU with so many resident experts in all."""
-        spec, weights = self.space.spec, self.space.formats.weights
-        kinds = spec.layer_kinds().items()
-        of_all = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds)
-        return dense * weights.bytes_of(of_all) + experts * self.expert_bytes
+        of_all = self.space.formats.weights.bytes_of(self.space.spec.total_dense_parameters)
+        return dense * of_all + experts * self.expert_bytes
 
     def streamed(self, dense: Number, experts: Number) -> Number:
         """Bytes that do not, over all layers."""
@@ -46,8 +43,8 @@ class Weights:
         """Streamed bytes of a layer with experts, so many of them resident, and of one without."""
         spec, weights = self.space.spec, self.space.formats.weights
         experts = (spec.num_experts - of_every_layer) * self.expert_bytes
-        plain = spec.dense_parameters_of(LayerKind(has_experts=False)) * (spec.num_dense_layers > 0)
-        return ((1 - dense) * weights.bytes_of(spec.dense_parameters) + experts, (1 - dense) * weights.bytes_of(plain))
+        with_experts, plain = weights.bytes_of(spec.dense_parameters), weights.bytes_of(spec.plain_parameters)
+        return (1 - dense) * with_experts + experts, (1 - dense) * plain
 
 
 def gpu_needed(

@@ -7,7 +7,6 @@ import numpy as np
 
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import cpu_purposes, gpu_purposes, latent_up_bytes
-from hrm.model_spec import LayerKind
 from hrm.policy import kv_tokens_for, prefix_tokens_for
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.space import Space
@@ -21,10 +20,8 @@ class Room:
         self.size = space.formats.weights.bytes_of(1)
         self.expert_bytes = self.spec.expert_parameters * self.size
         self.layers = self.spec.num_expert_layers
-        kinds = self.spec.layer_kinds().items()
-        self.dense_bytes = self.size * sum(count * self.spec.dense_parameters_of(kind) for kind, count in kinds)
-        plain = LayerKind(has_experts=False)
-        self.plain_bytes = self.size * self.spec.dense_parameters_of(plain) if self.spec.num_dense_layers else 0
+        self.dense_bytes = self.size * self.spec.total_dense_parameters
+        self.plain_bytes = self.size * self.spec.plain_parameters
         self.requests = space.workload.num_requests
 
     def _numbers(self, regions: Regions, at: Floats) -> dict[str, Any]:

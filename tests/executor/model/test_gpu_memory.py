@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from executor.model import GpuKernels, Workspace, dense_views, expert_stack, number_views, post_attention, pre_attention
 from executor.model.gpu import grouped_gemm
-from hrm.contract.temporaries import workspace_bytes
 from hrm.formats import FORMATS
 from hrm.model_spec import load_model
+from hrm.model_spec.workspace import workspace_bytes
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
 

@@ -29,8 +29,9 @@ from executor.model import (
 )
 from executor.model.norm import normed
 from hrm.contract.rows import LOGIT_BYTES
-from hrm.contract.temporaries import MASK_BLOCK_TOKENS, workspace_bytes
+from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.formats import FORMATS
+from hrm.model_spec.workspace import workspace_bytes
 from tests.executor.model.tolerances import DTYPES, assert_same, name_of
 from tests.executor.tiny_models import tiny_arch
 

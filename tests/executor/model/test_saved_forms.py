@@ -246,4 +246,4 @@ def test_window_that_no_prompt_reaches(copy):
     edit_json(folder / "config.json", sliding_window=len(PROMPT))
     check_same_logits(folder)
     assert loaded(folder).arch.window == len(PROMPT)
-    assert not loaded(folder).arch.spec.attention_windows
+    assert not any(layer.window for layer in loaded(folder).arch.spec.layers)

@@ -17,8 +17,8 @@ from executor.model import (
     run_experts,
 )
 from executor.sampling import SamplingParams, choose
-from hrm.contract.temporaries import workspace_bytes
 from hrm.formats import FORMATS
+from hrm.model_spec.workspace import workspace_bytes
 from tests.executor.tiny_models import DBRX, random_prompts, tiny_arch, transformers_greedy, transformers_logits
 
 NEW_TOKENS = 12
