@@ -16,7 +16,7 @@ from executor.families import AbstractFamily
 from executor.model import (
     Architecture,
     DenseWeights,
-    ExpertStack,
+    Experts,
     ExpertWeights,
     HeadWeights,
     dense_views,
@@ -35,15 +35,12 @@ NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 class LayerWeights:
     """A layer as its tasks find it while it lies in one slot.
 
-    `on_gpu` are the experts there from the start, `all_experts` those and the ones in the slot; the
-    stacks are the same experts, those of a place together.
+    `on_gpu` are the experts there from the start, `experts` those and the ones in the slot.
     """
 
     dense: DenseWeights
-    on_gpu: NumberedExperts
-    all_experts: NumberedExperts
-    stacks_on_gpu: tuple[ExpertStack, ...]
-    all_stacks: tuple[ExpertStack, ...]
+    on_gpu: Experts
+    experts: Experts
 
 
 @final
@@ -58,7 +55,6 @@ class WeightPages:
         self, spec: ModelSpec, policy: Policy, *, resident: Tensor, slots: Tensor, host: Tensor, staging: Tensor
     ) -> None:
         self._spec, self._policy = spec, policy
-        self.num_experts = spec.num_experts
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         self._slots = slots.view(WEIGHT_SLOTS, -1)
         self._staging = staging
@@ -73,19 +69,18 @@ class WeightPages:
                 dense_views(spec, resident_parts.take(spec.dense_parameters)) if policy.resident_dense else None
             )
             resident_experts = resident_parts.take(count * spec.expert_parameters)
-            fixed, fixed_stacks = self._experts(resident_experts, 0)
-            host_dense, host_experts, _ = self._views(streamed, count)
-            self.host_experts.append(host_experts)
+            fixed = self._experts(resident_experts, 0)
+            host_dense, host_experts = self._views(streamed, count)
+            self.host_experts.append(host_experts.each)
             dense = fixed_dense or host_dense
             assert dense is not None
-            self._sources.append((dense, [*fixed, *host_experts]))
+            self._sources.append((dense, (fixed + host_experts).each))
             places: list[LayerWeights] = []
             for slot in self._slots:
-                slot_dense, slot_experts, slot_stacks = self._views(slot[: len(streamed)], count)
+                slot_dense, slot_experts = self._views(slot[: len(streamed)], count)
                 here = fixed_dense or slot_dense
                 assert here is not None
-                stacks = (*fixed_stacks, *slot_stacks)
-                places.append(LayerWeights(here, fixed, [*fixed, *slot_experts], fixed_stacks, stacks))
+                places.append(LayerWeights(here, fixed, fixed + slot_experts))
             self._layers.append(tuple(places))
         self.head: HeadWeights = head_views(spec, resident_parts.take(spec.head_parameters))
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
@@ -118,24 +113,22 @@ class WeightPages:
         assert page.stop - page.start <= room, (page, room)
         return self._staging[start : start + page.stop - page.start]
 
-    def _views(
-        self, flat: Tensor, num_resident: int
-    ) -> tuple[DenseWeights | None, NumberedExperts, tuple[ExpertStack, ...]]:
+    def _views(self, flat: Tensor, num_resident: int) -> tuple[DenseWeights | None, Experts]:
         parts = _Cursor(flat)
         spec = self._spec
         dense = None
         if not self._policy.resident_dense:
             dense = dense_views(spec, parts.take(spec.dense_parameters))
         streamed = (spec.num_experts - num_resident) * spec.expert_parameters
-        return dense, *self._experts(parts.take(streamed), num_resident)
+        return dense, self._experts(parts.take(streamed), num_resident)
 
-    def _experts(self, flat: Tensor, first: int) -> tuple[NumberedExperts, tuple[ExpertStack, ...]]:
-        """All experts that lie in `flat`, one by one and as one stack if there are any."""
+    def _experts(self, flat: Tensor, first: int) -> Experts:
+        """All experts that lie in `flat`, numbered from `first`."""
         if not len(flat):
-            return [], ()
+            return Experts()
         each = flat.view(-1, self._spec.expert_parameters)
         experts = [(first + e, expert_views(self._spec, part)) for e, part in enumerate(each)]
-        return experts, (expert_stack(self._spec, flat, first),)
+        return Experts(experts, (expert_stack(self._spec, flat, first),))
 
 
 def page_slice(num_elements: int, num_pages: int, page: int) -> slice:

@@ -27,7 +27,7 @@ class Exchange:
     """One level's decode buffers: a row per request, with all that moves between the levels.
 
     `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts.
-    `numbers` are NUMBERS_PER_REQUEST for each request; see executor.model.number_views.
+    `numbers` are NUMBERS_PER_REQUEST for each request; see executor.model.numbers.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PrefillBuffers:
         self.kv_BT2Gd = elements[hidden:].view(BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim)
         self.prefix_C2Gd = prefix.view(dtype).view(-1, 2, spec.num_kv_heads, spec.head_dim)
         tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
-        self.host_numbers = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64)
+        self.host_numbers_T2 = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64).view(tokens, -1)
         elements = host[TOKEN_NUMBER_BYTES * tokens :].view(dtype)
         self.host_TD = elements.view(tokens, spec.hidden_size)
 

@@ -8,9 +8,11 @@ temporaries from a `Workspace`. `reference` says the same slowly, for the tests.
 from executor.model.architecture import Architecture, Norm
 from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention
 from executor.model.experts import Routing, logits, post_attention, run_experts
-from executor.model.gpu import GpuKernels, RowNumbers, number_views
+from executor.model.gpu import GpuKernels
+from executor.model.kernels import AbstractKernels, CpuKernels
 from executor.model.layout import (
     DenseWeights,
+    Experts,
     ExpertStack,
     ExpertWeights,
     HeadWeights,
@@ -19,16 +21,21 @@ from executor.model.layout import (
     expert_views,
     head_views,
 )
+from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
 
 __all__ = [
+    "AbstractKernels",
     "Architecture",
+    "CpuKernels",
     "DenseWeights",
     "ExpertStack",
     "ExpertWeights",
+    "Experts",
     "GpuKernels",
     "HeadWeights",
     "Norm",
+    "PromptNumbers",
     "Routing",
     "RowNumbers",
     "Workspace",
@@ -39,7 +46,6 @@ __all__ = [
     "expert_views",
     "head_views",
     "logits",
-    "number_views",
     "post_attention",
     "pre_attention",
     "prefill_attention",

@@ -6,6 +6,7 @@ The dense part of a layer, then its experts in order, contiguous and without pad
 those of `ModelSpec.dense_parameters` and `ModelSpec.expert_parameters`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -43,6 +44,18 @@ class ExpertStack:
     first: int
     w13_E2ID: Tensor  # noqa: N815
     w2_EDI: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts of one layer: each with its number, and the same ones as stacks, one for each place."""
+
+    each: Sequence[tuple[int, ExpertWeights]] = ()
+    stacks: tuple[ExpertStack, ...] = ()
+
+    def __add__(self, others: "Experts") -> "Experts":
+        """These and the others."""
+        return Experts([*self.each, *others.each], (*self.stacks, *others.stacks))
 
 
 @dataclass(frozen=True, slots=True)
