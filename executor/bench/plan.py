@@ -9,12 +9,13 @@ from typing import Final
 import torch
 
 from executor.backends import in_thread_of_its_own
-from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
+from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError
 from executor.families import AbstractFamily, family_for
 from executor.job.machine import AcceleratorOptions
 from executor.model import Architecture
 from executor.model.host_kernels import host_kernels
+from executor.random_weights import RandomWeights
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model

@@ -2,7 +2,7 @@
 
 A layer is `pre_attention`, then `prefill_attention` or `append_kv` and `decode_attention`, then
 `post_attention` and `run_experts`; `logits` ends the model. Weights come as views made by `layout`,
-temporaries from a `Workspace`. `reference` says the same slowly, for the tests.
+temporaries from a `Workspace`.
 """
 
 from executor.model.architecture import Architecture, Norm

@@ -24,7 +24,6 @@ from executor.model import (
     post_attention,
     pre_attention,
     prefill_attention,
-    reference,
     run_experts,
 )
 from executor.model.norm import normed
@@ -32,6 +31,7 @@ from hrm.contract.rows import LOGIT_BYTES
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.formats import FORMATS
 from hrm.model_spec.workspace import workspace_bytes
+from tests.executor import reference
 from tests.executor.model.tolerances import DTYPES, assert_same, name_of
 from tests.executor.tiny_models import tiny_arch
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError
 from executor.families import family_for
-from executor.model import reference
 from hrm.errors import HrmError, ModelError
+from tests.executor import reference
 from tests.executor.tiny_models import DBRX, edit_json, random_prompts, save_tiny, transformers_logits
 
 WHOLE = "model.safetensors"
