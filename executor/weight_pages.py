@@ -12,16 +12,19 @@ from typing import final
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
-from executor.families import AbstractFamily
+from executor.families import Family
 from executor.model import (
-    Architecture,
     DenseWeights,
     Experts,
     ExpertWeights,
     HeadWeights,
+    dense_tensors,
     dense_views,
+    embedding_tensors,
     expert_stack,
+    expert_tensors,
     expert_views,
+    head_tensors,
     head_views,
 )
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
@@ -54,45 +57,46 @@ class WeightPages:
     def __init__(
         self, spec: ModelSpec, policy: Policy, *, resident: Tensor, slots: Tensor, host: Tensor, staging: Tensor
     ) -> None:
-        self._spec, self._policy = spec, policy
+        self._spec = spec
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         self._slots = slots.view(WEIGHT_SLOTS, -1)
         self._staging = staging
         self._streamed: list[Tensor] = []
         self._layers: list[tuple[LayerWeights, ...]] = []
+        self._dense: list[Tensor] = []
+        self._experts: list[list[Tensor]] = []
         self.host_experts: list[NumberedExperts] = []
-        self._sources: list[tuple[DenseWeights, NumberedExperts]] = []
+        of_dense, of_expert = spec.dense_parameters, spec.expert_parameters
+        streamed_dense = 0 if policy.resident_dense else of_dense
         for layer, count in enumerate(policy.resident_experts):
             streamed = host_parts.take(policy.formats.weights.elements_in(policy.streamed_bytes(spec, layer)))
+            resident_dense = resident_parts.take(of_dense - streamed_dense)
+            resident_experts = resident_parts.take(count * of_expert)
+            fixed = _experts(spec, resident_experts, 0)
             self._streamed.append(streamed)
-            fixed_dense = (
-                dense_views(spec, resident_parts.take(spec.dense_parameters)) if policy.resident_dense else None
-            )
-            resident_experts = resident_parts.take(count * spec.expert_parameters)
-            fixed = self._experts(resident_experts, 0)
-            host_dense, host_experts = self._views(streamed, count)
-            self.host_experts.append(host_experts.each)
-            dense = fixed_dense or host_dense
-            assert dense is not None
-            self._sources.append((dense, (fixed + host_experts).each))
+            self._dense.append(streamed[:streamed_dense] if streamed_dense else resident_dense)
+            self._experts.append([resident_experts, streamed[streamed_dense:]])
+            self.host_experts.append(_experts(spec, streamed[streamed_dense:], count).each)
             places: list[LayerWeights] = []
             for slot in self._slots:
-                slot_dense, slot_experts = self._views(slot[: len(streamed)], count)
-                here = fixed_dense or slot_dense
-                assert here is not None
-                places.append(LayerWeights(here, fixed, fixed + slot_experts))
+                dense = dense_views(spec, slot[:streamed_dense] if streamed_dense else resident_dense)
+                in_slot = _experts(spec, slot[streamed_dense : len(streamed)], count)
+                places.append(LayerWeights(dense, fixed, fixed + in_slot))
             self._layers.append(tuple(places))
-        self.head: HeadWeights = head_views(spec, resident_parts.take(spec.head_parameters))
+        self._head = resident_parts.take(spec.head_parameters)
+        self.head: HeadWeights = head_views(spec, self._head)
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
 
-    def load(self, source: WeightSource, family: AbstractFamily, arch: Architecture) -> None:
+    def load(self, source: WeightSource, family: Family) -> None:
         """Read every weight once, straight to where it stays."""
-        family.load_embedding(source, self.embedding)
-        family.load_head(source, arch, self.head.final_norm, self.head.lm_head)
-        for layer, (dense, experts) in enumerate(self._sources):
-            family.load_dense(source, arch, layer, dense)
-            for index, weights in experts:
-                family.load_expert(source, arch, layer, index, weights)
+        spec = self._spec
+        family.load(source, spec, embedding_tensors(spec), self.embedding.view(-1))
+        family.load(source, spec, head_tensors(spec), self._head)
+        for layer, (dense, experts) in enumerate(zip(self._dense, self._experts, strict=True)):
+            family.load(source, spec, dense_tensors(spec), dense, layer)
+            each = (flat for part in experts for flat in part.view(-1, spec.expert_parameters))
+            for index, flat in enumerate(each):
+                family.load(source, spec, expert_tensors(spec), flat, layer, index)
 
     def layer(self, layer: int, load_index: int) -> LayerWeights:
         """The layer's weights, its streamed ones in the slot of its `load_index`."""
@@ -113,22 +117,14 @@ class WeightPages:
         assert page.stop - page.start <= room, (page, room)
         return self._staging[start : start + page.stop - page.start]
 
-    def _views(self, flat: Tensor, num_resident: int) -> tuple[DenseWeights | None, Experts]:
-        parts = _Cursor(flat)
-        spec = self._spec
-        dense = None
-        if not self._policy.resident_dense:
-            dense = dense_views(spec, parts.take(spec.dense_parameters))
-        streamed = (spec.num_experts - num_resident) * spec.expert_parameters
-        return dense, self._experts(parts.take(streamed), num_resident)
 
-    def _experts(self, flat: Tensor, first: int) -> Experts:
-        """All experts that lie in `flat`, numbered from `first`."""
-        if not len(flat):
-            return Experts()
-        each = flat.view(-1, self._spec.expert_parameters)
-        experts = [(first + e, expert_views(self._spec, part)) for e, part in enumerate(each)]
-        return Experts(experts, (expert_stack(self._spec, flat, first),))
+def _experts(spec: ModelSpec, flat: Tensor, first: int) -> Experts:
+    """All experts that lie in `flat`, numbered from `first`."""
+    if not len(flat):
+        return Experts()
+    each = flat.view(-1, spec.expert_parameters)
+    experts = [(first + e, expert_views(spec, part)) for e, part in enumerate(each)]
+    return Experts(experts, (expert_stack(spec, flat, first),))
 
 
 def page_slice(num_elements: int, num_pages: int, page: int) -> slice:

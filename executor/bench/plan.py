@@ -11,7 +11,7 @@ import torch
 from executor.backends import in_thread_of_its_own
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError
-from executor.families import AbstractFamily, family_for
+from executor.families import Family, family_for
 from executor.job.machine import AcceleratorOptions
 from executor.model import Architecture
 from executor.model.host_kernels import host_kernels
@@ -55,7 +55,7 @@ class BenchOptions:
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
-def model_of(options: BenchOptions, stack: ExitStack) -> tuple[AbstractFamily, WeightSource, Architecture]:
+def model_of(options: BenchOptions, stack: ExitStack) -> tuple[Family, WeightSource, Architecture]:
     """The model that is asked for and its weights; `stack` is to hold a checkpoint open."""
     layers, model = options.num_layers, options.model
     if isinstance(model, str) and model in BUILT_IN_MODELS:

@@ -11,7 +11,7 @@ from typing import Any, Final, final
 from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError, RunError
-from executor.families import AbstractFamily, family_for
+from executor.families import Family, family_for
 from executor.generate import BatchResult, Generator, NullGenerator, check_request
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import ERROR
@@ -179,7 +179,7 @@ class _Job:
             f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
         )
 
-    def run(self, progress: JobProgress, family: AbstractFamily, source: WeightSource) -> dict[str, Any]:
+    def run(self, progress: JobProgress, family: Family, source: WeightSource) -> dict[str, Any]:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
         generator = self._generator(family, source)
@@ -232,7 +232,7 @@ class _Job:
             "put right what they say and use --resume",
         )
 
-    def _generator(self, family: AbstractFamily, source: WeightSource) -> Generator | NullGenerator:
+    def _generator(self, family: Family, source: WeightSource) -> Generator | NullGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self._policy_file, planned.policy)

@@ -5,7 +5,7 @@ A layer is `pre_attention`, then `prefill_attention` or `append_kv` and `decode_
 temporaries from a `Workspace`.
 """
 
-from executor.model.architecture import Architecture, Norm
+from executor.model.architecture import Architecture, Norm, Router, Scores
 from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention
 from executor.model.experts import Routing, logits, post_attention, run_experts
 from executor.model.gpu import GpuKernels
@@ -16,9 +16,13 @@ from executor.model.layout import (
     ExpertStack,
     ExpertWeights,
     HeadWeights,
+    dense_tensors,
     dense_views,
+    embedding_tensors,
     expert_stack,
+    expert_tensors,
     expert_views,
+    head_tensors,
     head_views,
 )
 from executor.model.numbers import PromptNumbers, RowNumbers
@@ -36,14 +40,20 @@ __all__ = [
     "HeadWeights",
     "Norm",
     "PromptNumbers",
+    "Router",
     "Routing",
     "RowNumbers",
+    "Scores",
     "Workspace",
     "append_kv",
     "decode_attention",
+    "dense_tensors",
     "dense_views",
+    "embedding_tensors",
     "expert_stack",
+    "expert_tensors",
     "expert_views",
+    "head_tensors",
     "head_views",
     "logits",
     "post_attention",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from executor.model.architecture import Architecture
+from executor.model.architecture import Architecture, Scores
 from executor.model.layout import DenseWeights, ExpertWeights
 from executor.model.linear import add_projected, max_native_tokens, project
 from executor.model.norm import normed
@@ -40,13 +40,15 @@ def post_attention(
 
 
 def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
-    """The experts of greatest probability for each token, and their normalised probabilities."""
+    """The experts of greatest score for each token, and their normalised scores."""
     logits_TE = project(x_TD, router_ED, x_TD.new_empty(len(x_TD), len(router_ED)))
-    probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
-    weights_TK, experts_TK = probabilities_TE.topk(arch.spec.experts_per_token)
-    if arch.router_norm is not None:
-        order = arch.router_norm
-        weights_TK /= torch.linalg.vector_norm(weights_TK, order, dim=-1, keepdim=True)
+    if arch.router.scores is Scores.SIGMOID:
+        scores_TE = logits_TE.float().sigmoid_()
+    else:
+        scores_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    weights_TK, experts_TK = scores_TE.topk(arch.spec.experts_per_token)
+    if arch.router.norm is not None:
+        weights_TK /= torch.linalg.vector_norm(weights_TK, arch.router.norm, dim=-1, keepdim=True)
     return Routing(weights_TK, experts_TK)
 
 

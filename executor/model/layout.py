@@ -1,23 +1,35 @@
-"""Where each weight of a layer lies in memory, the same for every family.
+"""Where each weight lies in memory, the same for every family.
 
 D hidden, Q = heads*head_dim, KV = kv_heads*head_dim, E experts, I intermediate, V vocab.
 
-The dense part of a layer, then its experts in order, contiguous and without padding: the sizes are
-those of `ModelSpec.dense_parameters` and `ModelSpec.expert_parameters`.
+A table says which tensors there are, in the order in which they lie in a vector, contiguous and
+without padding. Of a layer that is the dense part, and then each of its experts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
 from hrm.model_spec import ModelSpec
 
 
+class TensorSpec(NamedTuple):
+    """A tensor; `parts` are the rows of each of the matrices that it joins, if it joins any."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[int, ...] = ()
+
+
+Tensors = tuple[TensorSpec, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """A layer's weights outside its experts, in the order in which they lie in memory.
+    """A layer's weights outside its experts.
 
     `qkv` maps to queries, keys and values one after the other.
     """
@@ -66,43 +78,62 @@ class HeadWeights:
     lm_head: Tensor  # (V, D)
 
 
-def dense_views(spec: ModelSpec, flat: Tensor) -> DenseWeights:
-    """Views of the dense part that lies in `flat`, a vector of `spec.dense_parameters` elements."""
-    hidden = spec.hidden_size
-    return DenseWeights(
-        *_views(
-            flat,
-            (hidden,),
-            (spec.query_size + 2 * spec.kv_size, hidden),
-            (hidden, spec.query_size),
-            (hidden,),
-            (spec.num_experts, hidden),
-        )
+def embedding_tensors(spec: ModelSpec) -> Tensors:
+    """The token embedding."""
+    return (TensorSpec("embedding", (spec.vocab_size, spec.hidden_size)),)
+
+
+def dense_tensors(spec: ModelSpec) -> Tensors:
+    """A layer's tensors outside its experts."""
+    hidden, parts = spec.hidden_size, (spec.query_size, spec.kv_size, spec.kv_size)
+    return (
+        TensorSpec("attention_norm", (hidden,)),
+        TensorSpec("qkv", (sum(parts), hidden), parts),
+        TensorSpec("output", (hidden, spec.query_size)),
+        TensorSpec("ffn_norm", (hidden,)),
+        TensorSpec("router", (spec.num_experts, hidden)),
     )
 
 
+def expert_tensors(spec: ModelSpec) -> Tensors:
+    """One expert's tensors."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    return TensorSpec("w13", (2 * inner, hidden), (inner, inner)), TensorSpec("w2", (hidden, inner))
+
+
+def head_tensors(spec: ModelSpec) -> Tensors:
+    """What comes after the layers."""
+    return TensorSpec("final_norm", (spec.hidden_size,)), TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size))
+
+
+def views(tensors: Tensors, flat: Tensor) -> dict[str, Tensor]:
+    """The tensors, by name, that lie in a vector of as many elements as they have."""
+    sizes = [prod(tensor.shape) for tensor in tensors]
+    assert flat.ndim == 1, flat.shape
+    assert len(flat) == sum(sizes), (len(flat), sizes)
+    parts = zip(flat.split(sizes), tensors, strict=True)
+    return {tensor.name: part.view(tensor.shape) for part, tensor in parts}
+
+
+def dense_views(spec: ModelSpec, flat: Tensor) -> DenseWeights:
+    """The dense part of a layer that lies in `flat`."""
+    return DenseWeights(**views(dense_tensors(spec), flat))
+
+
 def expert_views(spec: ModelSpec, flat: Tensor) -> ExpertWeights:
-    """Views of the expert that lies in `flat`, a vector of `spec.expert_parameters` elements."""
-    hidden, intermediate = spec.hidden_size, spec.intermediate_size
-    return ExpertWeights(*_views(flat, (2 * intermediate, hidden), (hidden, intermediate)))
+    """The expert that lies in `flat`."""
+    return ExpertWeights(**views(expert_tensors(spec), flat))
 
 
 def expert_stack(spec: ModelSpec, flat: Tensor, first: int) -> ExpertStack:
     """The experts that lie one after the other in `flat`, numbered from `first`."""
-    hidden, intermediate = spec.hidden_size, spec.intermediate_size
+    tensors = expert_tensors(spec)
     each_EP = flat.view(-1, spec.expert_parameters)
-    w13, w2 = each_EP.split((2 * intermediate * hidden, intermediate * hidden), dim=1)
-    return ExpertStack(first, w13.unflatten(1, (2 * intermediate, hidden)), w2.unflatten(1, (hidden, intermediate)))
+    parts = each_EP.split([prod(tensor.shape) for tensor in tensors], dim=1)
+    stacked = (part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+    return ExpertStack(first, *stacked)
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:
-    """Views of the head that lies in `flat`, a vector of `spec.head_parameters` elements."""
-    hidden = spec.hidden_size
-    return HeadWeights(*_views(flat, (hidden,), (spec.vocab_size, hidden)))
-
-
-def _views(flat: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    sizes = [prod(shape) for shape in shapes]
-    assert flat.ndim == 1, flat.shape
-    assert len(flat) == sum(sizes), (len(flat), sizes)
-    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    """The head that lies in `flat`."""
+    return HeadWeights(**views(head_tensors(spec), flat))

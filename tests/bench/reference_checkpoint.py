@@ -6,6 +6,7 @@ keep it in, then XDG_CACHE_HOME.
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -77,10 +78,11 @@ def _write(config: dict[str, Any], folder: Path) -> None:
     spec: ModelSpec = spec_from_hf_config(config, CONFIG_FILE)
     family = FAMILIES[spec.family]
     arch = family.architecture(config, CONFIG_FILE)
-    files = [family.layer_tensors(arch, layer) for layer in range(spec.num_layers)]
-    in_layers = {name for shapes in files for name in shapes}
     everything = family.expected_tensors(arch)
-    files.append({name: shape for name, shape in everything.items() if name not in in_layers})
+    files: list[dict[str, tuple[int, ...]]] = [{} for _ in range(spec.num_layers + 1)]
+    for name, shape in everything.items():
+        in_layer = re.match(r"model\.layers\.(\d+)\.", name)
+        files[int(in_layer[1]) if in_layer else -1][name] = shape
     source, weight_map = RandomWeights(seed=0), dict[str, str]()
     for number, shapes in enumerate(files, start=1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors"

@@ -5,14 +5,25 @@ T tokens, D hidden, H heads, G kv heads, d head_dim, E experts, K experts per to
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
-from executor.families.base import AbstractFamily
-from executor.model.architecture import Architecture, Norm
-from executor.model.layout import DenseWeights, ExpertWeights, HeadWeights, dense_views, expert_views, head_views
+from executor.families import Family
+from executor.model.architecture import Architecture, Norm, Scores
+from executor.model.layout import (
+    DenseWeights,
+    ExpertWeights,
+    HeadWeights,
+    Tensors,
+    dense_tensors,
+    embedding_tensors,
+    expert_tensors,
+    head_tensors,
+    views,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +36,21 @@ class ReferenceModel:
     head: HeadWeights
 
 
-def load(family: AbstractFamily, source: WeightSource, arch: Architecture) -> ReferenceModel:
+def load(family: Family, source: WeightSource, arch: Architecture) -> ReferenceModel:
     """Read all weights as float32."""
     spec = arch.spec
-    embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size)
-    family.load_embedding(source, embedding_VD)
+
+    def load(tensors: Tensors, *place: int) -> dict[str, Tensor]:
+        flat = torch.empty(sum(prod(tensor.shape) for tensor in tensors))
+        family.load(source, spec, tensors, flat, *place)
+        return views(tensors, flat)
+
     layers: list[tuple[DenseWeights, list[ExpertWeights]]] = []
     for layer in range(spec.num_layers):
-        dense = dense_views(spec, torch.empty(spec.dense_parameters))
-        family.load_dense(source, arch, layer, dense)
-        experts: list[ExpertWeights] = []
-        for index in range(spec.num_experts):
-            expert = expert_views(spec, torch.empty(spec.expert_parameters))
-            family.load_expert(source, arch, layer, index, expert)
-            experts.append(expert)
-        layers.append((dense, experts))
-    head = head_views(spec, torch.empty(spec.head_parameters))
-    family.load_head(source, arch, head.final_norm, head.lm_head)
-    return ReferenceModel(arch, embedding_VD, layers, head)
+        experts = [ExpertWeights(**load(expert_tensors(spec), layer, index)) for index in range(spec.num_experts)]
+        layers.append((DenseWeights(**load(dense_tensors(spec), layer)), experts))
+    head = HeadWeights(**load(head_tensors(spec)))
+    return ReferenceModel(arch, load(embedding_tensors(spec))["embedding"], layers, head)
 
 
 def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:
@@ -111,12 +119,13 @@ def attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
 
 def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and indices (T, K) of the experts that each token goes to."""
-    probabilities = (x_TD @ router_ED.T).softmax(-1)
-    weights, experts = probabilities.sort(dim=-1, descending=True)
+    logits = x_TD @ router_ED.T
+    scores = 1 / (1 + (-logits).exp()) if arch.router.scores is Scores.SIGMOID else logits.softmax(-1)
+    weights, experts = scores.sort(dim=-1, descending=True)
     chosen = arch.spec.experts_per_token
     weights, experts = weights[:, :chosen], experts[:, :chosen]
-    if arch.router_norm is not None:
-        order = arch.router_norm
+    if arch.router.norm is not None:
+        order = arch.router.norm
         weights = weights / weights.pow(order).sum(-1, keepdim=True).pow(1 / order)
     return weights, experts
 

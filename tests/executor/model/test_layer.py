@@ -13,7 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from executor import native
 from executor.model import (
     Norm,
+    Router,
     Routing,
+    Scores,
     Workspace,
     append_kv,
     attention,
@@ -38,8 +40,9 @@ from tests.executor.tiny_models import tiny_arch
 ARCHS = {
     "mixtral": tiny_arch(),
     "one kv head": tiny_arch(num_kv_heads=1, head_dim=12),
-    "dbrx": tiny_arch(Norm.LAYER, clip_qkv=0.5, router_norm=2.0, rope_theta=5e5),
-    "weights as they are": tiny_arch(router_norm=None, experts_per_token=4),
+    "dbrx": tiny_arch(Norm.LAYER, clip_qkv=0.5, router=Router(norm=2.0), rope_theta=5e5),
+    "weights as they are": tiny_arch(router=Router(norm=None), experts_per_token=4),
+    "sigmoid": tiny_arch(router=Router(scores=Scores.SIGMOID)),
 }
 
 archs = st.builds(
