@@ -7,6 +7,7 @@ slots. The page table is made of views, one set for each place where a layer can
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import final
 
 from torch import Tensor
@@ -21,12 +22,12 @@ from executor.model import (
     dense_tensors,
     dense_views,
     embedding_tensors,
-    expert_stack,
     expert_tensors,
-    expert_views,
+    experts_in,
     head_tensors,
     head_views,
 )
+from executor.model.layout import num_elements
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -38,12 +39,14 @@ NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 class LayerWeights:
     """A layer as its tasks find it while it lies in one slot.
 
-    `on_gpu` are the experts there from the start, `experts` those and the ones in the slot.
+    `on_gpu` are the experts there from the start, `experts` those and the ones in the slot, if it has
+    any.
     """
 
     dense: DenseWeights
     on_gpu: Experts
     experts: Experts
+    has_experts: bool
 
 
 @final
@@ -66,22 +69,22 @@ class WeightPages:
         self._dense: list[Tensor] = []
         self._experts: list[list[Tensor]] = []
         self.host_experts: list[NumberedExperts] = []
-        of_dense, of_expert = spec.dense_parameters, spec.expert_parameters
-        streamed_dense = 0 if policy.resident_dense else of_dense
-        for layer, count in enumerate(policy.resident_experts):
-            streamed = host_parts.take(policy.formats.weights.elements_in(policy.streamed_bytes(spec, layer)))
-            resident_dense = resident_parts.take(of_dense - streamed_dense)
-            resident_experts = resident_parts.take(count * of_expert)
-            fixed = _experts(spec, resident_experts, 0)
+        for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
+            num_dense = num_elements(dense_tensors(layer))
+            streamed_dense = 0 if policy.resident_dense else num_dense
+            streamed = host_parts.take(policy.formats.weights.elements_in(policy.streamed_bytes(spec, index)))
+            resident_dense = resident_parts.take(num_dense - streamed_dense)
+            resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer)))
+            fixed = experts_in(layer, resident_experts, 0)
             self._streamed.append(streamed)
             self._dense.append(streamed[:streamed_dense] if streamed_dense else resident_dense)
             self._experts.append([resident_experts, streamed[streamed_dense:]])
-            self.host_experts.append(_experts(spec, streamed[streamed_dense:], count).each)
+            self.host_experts.append(experts_in(layer, streamed[streamed_dense:], count).each)
             places: list[LayerWeights] = []
             for slot in self._slots:
-                dense = dense_views(spec, slot[:streamed_dense] if streamed_dense else resident_dense)
-                in_slot = _experts(spec, slot[streamed_dense : len(streamed)], count)
-                places.append(LayerWeights(dense, fixed, fixed + in_slot))
+                dense = dense_views(layer, slot[:streamed_dense] if streamed_dense else resident_dense)
+                in_slot = experts_in(layer, slot[streamed_dense : len(streamed)], count)
+                places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
             self._layers.append(tuple(places))
         self._head = resident_parts.take(spec.head_parameters)
         self.head: HeadWeights = head_views(spec, self._head)
@@ -92,11 +95,12 @@ class WeightPages:
         spec = self._spec
         family.load(source, spec, embedding_tensors(spec), self.embedding.view(-1))
         family.load(source, spec, head_tensors(spec), self._head)
-        for layer, (dense, experts) in enumerate(zip(self._dense, self._experts, strict=True)):
-            family.load(source, spec, dense_tensors(spec), dense, layer)
-            each = (flat for part in experts for flat in part.view(-1, spec.expert_parameters))
-            for index, flat in enumerate(each):
-                family.load(source, spec, expert_tensors(spec), flat, layer, index)
+        for index, layer in enumerate(spec.layers):
+            family.load(source, spec, dense_tensors(layer), self._dense[index], index)
+            tensors = expert_tensors(layer)
+            parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
+            for expert, flat in enumerate(chain.from_iterable(parts)):
+                family.load(source, spec, tensors, flat, index, expert)
 
     def layer(self, layer: int, load_index: int) -> LayerWeights:
         """The layer's weights, its streamed ones in the slot of its `load_index`."""
@@ -116,15 +120,6 @@ class WeightPages:
         start = pages_before % STAGING_PAGES * room
         assert page.stop - page.start <= room, (page, room)
         return self._staging[start : start + page.stop - page.start]
-
-
-def _experts(spec: ModelSpec, flat: Tensor, first: int) -> Experts:
-    """All experts that lie in `flat`, numbered from `first`."""
-    if not len(flat):
-        return Experts()
-    each = flat.view(-1, spec.expert_parameters)
-    experts = [(first + e, expert_views(spec, part)) for e, part in enumerate(each)]
-    return Experts(experts, (expert_stack(spec, flat, first),))
 
 
 def page_slice(num_elements: int, num_pages: int, page: int) -> slice:

@@ -9,16 +9,9 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.model.architecture import Architecture
-from executor.model.layout import (
-    Tensors,
-    TensorSpec,
-    dense_tensors,
-    embedding_tensors,
-    expert_tensors,
-    head_tensors,
-    views,
-)
+from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors, views
 from hrm.errors import ModelError
+from hrm.layers import TensorSpec
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
 
 SILU: Final = ("silu", "swish")
@@ -105,11 +98,11 @@ class Family:
         shapes: dict[str, tuple[int, ...]] = {}
         for tensor in (*embedding_tensors(spec), *head_tensors(spec)):
             shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored)}
-        for layer in range(spec.num_layers):
-            for tensor in dense_tensors(spec):
-                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, layer)}
-            for expert, tensor in product(range(spec.num_experts), expert_tensors(spec)):
-                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, layer, expert)}
+        for index, layer in enumerate(spec.layers):
+            for tensor in dense_tensors(layer):
+                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index)}
+            for expert, tensor in product(range(layer.num_experts), expert_tensors(layer)):
+                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
         return shapes
 
     def load(

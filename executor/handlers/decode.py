@@ -21,6 +21,7 @@ from executor.model import (
     Routing,
     RowNumbers,
     append_kv,
+    feed_forward,
     post_attention,
     pre_attention,
     run_experts,
@@ -110,7 +111,8 @@ class DecodeHandlers:
             self._add_cpu_experts(x.layer - 1, span)
         workspace.reset()
         positions_R = self._numbers(rows, span).positions_R
-        pre_attention(self.arch, gpu.hidden_ND[span], self._weights(x).dense, positions_R, gpu.qkv_NX[span], workspace)
+        weights = self._weights(x).dense.attention
+        pre_attention(self.arch, gpu.hidden_ND[span], weights, positions_R, gpu.qkv_NX[span], workspace)
         return 0
 
     def offload_qkv(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -162,12 +164,16 @@ class DecodeHandlers:
         return self.backend.transfer(Lane.H2D, copies)
 
     def post_attention(self, x: TaskId, _: Rows, span: slice) -> int:
-        """Output projection, router, and the experts on the GPU."""
+        """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
         gpu, workspace = self.memory.gpu, self.memory.workspace
         weights = self._weights(x)
         hidden_RD = gpu.hidden_ND[span]
         workspace.reset()
-        x_RD, routing = post_attention(self.arch, hidden_RD, gpu.attention_NQ[span], weights.dense, workspace)
+        attention_RQ = gpu.attention_NQ[span]
+        if not weights.has_experts:
+            feed_forward(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
+            return 0
+        x_RD, routing = post_attention(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
         experts = weights.experts
         if self.pipeline.cpu_experts[x.layer]:
             experts = weights.on_gpu

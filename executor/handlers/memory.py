@@ -16,7 +16,7 @@ from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
 from hrm.contract.rings import BUFFERS
-from hrm.contract.rows import NUMBERS_PER_REQUEST, TOKEN_NUMBER_BYTES
+from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, TOKEN_NUMBER_BYTES
 from hrm.memory import purposes
 from hrm.model_spec import ModelSpec
 from hrm.tasks import Device
@@ -71,7 +71,7 @@ class PrefillBuffers:
         self.kv_BT2Gd = elements[hidden:].view(BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim)
         self.prefix_C2Gd = prefix.view(dtype).view(-1, 2, spec.num_kv_heads, spec.head_dim)
         tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
-        self.host_numbers_T2 = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64).view(tokens, -1)
+        self.host_numbers_T2 = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64).view(-1, NUMBERS_PER_TOKEN)
         elements = host[TOKEN_NUMBER_BYTES * tokens :].view(dtype)
         self.host_TD = elements.view(tokens, spec.hidden_size)
 

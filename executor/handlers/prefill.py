@@ -14,7 +14,7 @@ from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.lanes import Handler
-from executor.model import Architecture, PromptNumbers, post_attention, pre_attention
+from executor.model import Architecture, PromptNumbers, feed_forward, post_attention, pre_attention
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.contract.rings import BUFFERS
@@ -106,7 +106,7 @@ class PrefillHandlers:
         width = spec.query_size + 2 * spec.kv_size
         qkv_TX = workspace.take((chunk.num_tokens, width), hidden_TD.dtype)
         prompts = self._numbers(x)
-        pre_attention(arch, hidden_TD, weights.dense, prompts.positions_T, qkv_TX, workspace)
+        pre_attention(arch, hidden_TD, weights.dense.attention, prompts.positions_T, qkv_TX, workspace)
         kv_T2Gd = qkv_TX[:, spec.query_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
         if not all(self.kv_on_gpu):
             self._kv_buffer(x).copy_(kv_T2Gd)
@@ -129,6 +129,9 @@ class PrefillHandlers:
 
     def _after_attention(self, x: TaskId, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights) -> None:
         """The rest of a layer, for all of a chunk's tokens or some."""
+        if not weights.has_experts:
+            feed_forward(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
+            return
         x_TD, routing = post_attention(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
         counts = self.backend.gpu_kernels.run_experts(
             x_TD,

@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.architecture import Architecture
-from executor.model.layout import DenseWeights
+from executor.model.layout import AttentionWeights
 from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
@@ -26,14 +26,19 @@ NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured 
 
 
 def pre_attention(
-    arch: Architecture, x_TD: Tensor, dense: DenseWeights, positions_T: Tensor, qkv_out_TX: Tensor, workspace: Workspace
+    arch: Architecture,
+    x_TD: Tensor,
+    weights: AttentionWeights,
+    positions_T: Tensor,
+    qkv_out_TX: Tensor,
+    workspace: Workspace,
 ) -> None:
     """Write queries, keys and values of the normed `x_TD`, rotated to their positions.
 
     `positions_T` are integers from 0, on the device of the other tensors.
     """
     mark = workspace.mark()
-    project(normed(arch, x_TD, dense.attention_norm, workspace), dense.qkv, qkv_out_TX)
+    project(normed(arch, x_TD, weights.attention_norm, workspace), weights.qkv, qkv_out_TX)
     workspace.release(mark)
     if arch.clip_qkv is not None:
         qkv_out_TX.clamp_(-arch.clip_qkv, arch.clip_qkv)

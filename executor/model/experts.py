@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from executor.model.architecture import Architecture, Scores
-from executor.model.layout import DenseWeights, ExpertWeights
+from executor.model.layout import DenseWeights, ExpertWeights, RouterWeights
 from executor.model.linear import add_projected, max_native_tokens, project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
@@ -30,13 +30,14 @@ class Routing:
 def post_attention(
     arch: Architecture, hidden_TD: Tensor, attention_TQ: Tensor, dense: DenseWeights, workspace: Workspace
 ) -> tuple[Tensor, Routing]:
-    """Add the projected attention to `hidden_TD`, in place.
+    """Add the projected attention to `hidden_TD`, in place, in a layer with experts.
 
     Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
     """
-    add_projected(attention_TQ, dense.output, hidden_TD)
-    x_TD = normed(arch, hidden_TD, dense.ffn_norm, workspace)
-    return x_TD, route(arch, x_TD, dense.router)
+    assert isinstance(dense.ffn, RouterWeights), dense.ffn
+    add_projected(attention_TQ, dense.attention.output, hidden_TD)
+    x_TD = normed(arch, hidden_TD, dense.ffn.ffn_norm, workspace)
+    return x_TD, route(arch, x_TD, dense.ffn.router)
 
 
 def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:

@@ -3,42 +3,52 @@
 D hidden, Q = heads*head_dim, KV = kv_heads*head_dim, E experts, I intermediate, V vocab.
 
 A table says which tensors there are, in the order in which they lie in a vector, contiguous and
-without padding. Of a layer that is the dense part, and then each of its experts.
+without padding. The blocks of a layer tell theirs: those of the dense part, and those of an expert.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
 
 from torch import Tensor
 
+from hrm.layers import Block, Layer, TensorSpec, Unit
 from hrm.model_spec import ModelSpec
-
-
-class TensorSpec(NamedTuple):
-    """A tensor; `parts` are the rows of each of the matrices that it joins, if it joins any."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[int, ...] = ()
-
 
 Tensors = tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class DenseWeights:
-    """A layer's weights outside its experts.
-
-    `qkv` maps to queries, keys and values one after the other.
-    """
+class AttentionWeights:
+    """Grouped-query attention; `qkv` maps to queries, keys and values one after the other."""
 
     attention_norm: Tensor  # (D)
     qkv: Tensor  # (Q+2KV, D)
     output: Tensor  # (D, Q)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """What comes before routed experts."""
+
     ffn_norm: Tensor  # (D)
     router: Tensor  # (E, D)
+
+
+@dataclass(frozen=True, slots=True)
+class FfnWeights:
+    """An FFN that every token goes through; its matrices are as those of an expert."""
+
+    ffn_norm: Tensor  # (D)
+    dense_w13: Tensor  # (2I, D)
+    dense_w2: Tensor  # (D, I)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """A layer's weights outside routed experts, block by block."""
+
+    attention: AttentionWeights
+    ffn: RouterWeights | FfnWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,58 +90,60 @@ class HeadWeights:
 
 def embedding_tensors(spec: ModelSpec) -> Tensors:
     """The token embedding."""
-    return (TensorSpec("embedding", (spec.vocab_size, spec.hidden_size)),)
-
-
-def dense_tensors(spec: ModelSpec) -> Tensors:
-    """A layer's tensors outside its experts."""
-    hidden, parts = spec.hidden_size, (spec.query_size, spec.kv_size, spec.kv_size)
-    return (
-        TensorSpec("attention_norm", (hidden,)),
-        TensorSpec("qkv", (sum(parts), hidden), parts),
-        TensorSpec("output", (hidden, spec.query_size)),
-        TensorSpec("ffn_norm", (hidden,)),
-        TensorSpec("router", (spec.num_experts, hidden)),
-    )
-
-
-def expert_tensors(spec: ModelSpec) -> Tensors:
-    """One expert's tensors."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    return TensorSpec("w13", (2 * inner, hidden), (inner, inner)), TensorSpec("w2", (hidden, inner))
+    return (TensorSpec("embedding", (spec.vocab_size, spec.hidden_size), Unit.MODEL),)
 
 
 def head_tensors(spec: ModelSpec) -> Tensors:
     """What comes after the layers."""
-    return TensorSpec("final_norm", (spec.hidden_size,)), TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size))
+    final_norm = TensorSpec("final_norm", (spec.hidden_size,), Unit.MODEL)
+    return final_norm, TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size), Unit.MODEL)
+
+
+def dense_tensors(of: Layer | Block) -> Tensors:
+    """The tensors of a layer, or of a block of it, outside routed experts."""
+    return tuple(tensor for tensor in of.tensors if tensor.unit is not Unit.EXPERT)
+
+
+def expert_tensors(layer: Layer) -> Tensors:
+    """The tensors of one of a layer's experts."""
+    return tuple(tensor for tensor in layer.tensors if tensor.unit is Unit.EXPERT)
+
+
+def num_elements(tensors: Tensors) -> int:
+    """Elements of all of them."""
+    return sum(tensor.parameters for tensor in tensors)
 
 
 def views(tensors: Tensors, flat: Tensor) -> dict[str, Tensor]:
     """The tensors, by name, that lie in a vector of as many elements as they have."""
-    sizes = [prod(tensor.shape) for tensor in tensors]
     assert flat.ndim == 1, flat.shape
-    assert len(flat) == sum(sizes), (len(flat), sizes)
-    parts = zip(flat.split(sizes), tensors, strict=True)
+    assert len(flat) == num_elements(tensors), (len(flat), tensors)
+    parts = zip(flat.split([tensor.parameters for tensor in tensors]), tensors, strict=True)
     return {tensor.name: part.view(tensor.shape) for part, tensor in parts}
 
 
-def dense_views(spec: ModelSpec, flat: Tensor) -> DenseWeights:
+def dense_views(layer: Layer, flat: Tensor) -> DenseWeights:
     """The dense part of a layer that lies in `flat`."""
-    return DenseWeights(**views(dense_tensors(spec), flat))
+    attention, ffn = (dense_tensors(block) for block in layer.blocks)
+    of_attention, of_ffn = flat.split((num_elements(attention), num_elements(ffn)))
+    kind = RouterWeights if layer.has_experts else FfnWeights
+    return DenseWeights(AttentionWeights(**views(attention, of_attention)), kind(**views(ffn, of_ffn)))
 
 
-def expert_views(spec: ModelSpec, flat: Tensor) -> ExpertWeights:
-    """The expert that lies in `flat`."""
-    return ExpertWeights(**views(expert_tensors(spec), flat))
+def expert_views(layer: Layer, flat: Tensor) -> ExpertWeights:
+    """The expert of a layer that lies in `flat`."""
+    return ExpertWeights(**views(expert_tensors(layer), flat))
 
 
-def expert_stack(spec: ModelSpec, flat: Tensor, first: int) -> ExpertStack:
-    """The experts that lie one after the other in `flat`, numbered from `first`."""
-    tensors = expert_tensors(spec)
-    each_EP = flat.view(-1, spec.expert_parameters)
-    parts = each_EP.split([prod(tensor.shape) for tensor in tensors], dim=1)
-    stacked = (part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
-    return ExpertStack(first, *stacked)
+def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
+    """All experts of a layer that lie in `flat` one after the other, numbered from `first`."""
+    if not len(flat):
+        return Experts()
+    tensors = expert_tensors(layer)
+    each_EP = flat.view(-1, num_elements(tensors))
+    parts = each_EP.split([tensor.parameters for tensor in tensors], dim=1)
+    stack = ExpertStack(first, *(part.unflatten(1, each.shape) for part, each in zip(parts, tensors, strict=True)))
+    return Experts([(first + e, expert_views(layer, part)) for e, part in enumerate(each_EP)], (stack,))
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:

@@ -29,15 +29,20 @@ class Unit(StrEnum):
     MIXER = "mixer"
     FFN = "ffn"  # what every token goes through, routers and shared experts included
     EXPERT = "expert"  # one of the routed experts
+    MODEL = "model"  # what lies outside the layers
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of a block: `split` is the axis that GPUs in tensor parallel divide, if any."""
+    """A tensor of a block: `split` is the axis that GPUs in tensor parallel divide, if any.
+
+    `parts` are the rows of each of the matrices that it joins, if it joins any.
+    """
 
     name: str
     shape: tuple[int, ...]
     unit: Unit
     split: int | None = None
+    parts: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -14,8 +14,9 @@ from hrm.numeric import Number, maximum, minimum
 
 def matrices(name: str, hidden: int, inner: int, unit: Unit, *, gated: bool = True) -> tuple[TensorSpec, ...]:
     """The two matrices of an FFN; the first one has the gate above what it scales."""
+    parts = (inner,) * (1 + gated)
     return (
-        TensorSpec(f"{name}w13" if gated else f"{name}w1", ((1 + gated) * inner, hidden), unit, 0),
+        TensorSpec(f"{name}w13" if gated else f"{name}w1", (sum(parts), hidden), unit, 0, parts),
         TensorSpec(f"{name}w2", (hidden, inner), unit, 1),
     )
 
@@ -47,7 +48,7 @@ class DenseFfn(FeedForward):
         """The norm and the matrices."""
         return (
             TensorSpec("ffn_norm", (self.hidden_size,), Unit.FFN),
-            *matrices("", self.hidden_size, self.intermediate_size, Unit.FFN, gated=self.gated),
+            *matrices("dense_", self.hidden_size, self.intermediate_size, Unit.FFN, gated=self.gated),
             *vector_tensors(self.vectors, Unit.FFN),
         )
 

@@ -72,10 +72,11 @@ class GroupedQueryAttention(SoftmaxAttention):
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """The norm, one matrix to queries, keys and values, and the output projection."""
+        """The norm, one matrix to queries, gate, keys and values, and the output projection."""
+        parts = (*(1 + self.output_gate) * (self.query_size,), self.kv_size, self.kv_size)
         return (
             TensorSpec("attention_norm", (self.hidden_size,), Unit.MIXER),
-            TensorSpec("qkv", (self.projected_size, self.hidden_size), Unit.MIXER, 0),
+            TensorSpec("qkv", (sum(parts), self.hidden_size), Unit.MIXER, 0, parts),
             TensorSpec("output", (self.hidden_size, self.query_size), Unit.MIXER, 1),
             *vector_tensors(self.vectors, Unit.MIXER),
         )

@@ -144,8 +144,8 @@ def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
             torch.full((size,), torch.nan, dtype=torch.bfloat16)
             for size in (spec.dense_parameters, spec.expert_parameters, spec.head_parameters)
         ]
-        family.load(checkpoint, spec, dense_tensors(spec), flats[0], 1)
-        family.load(checkpoint, spec, expert_tensors(spec), flats[1], 1, 2)
+        family.load(checkpoint, spec, dense_tensors(spec.layers[1]), flats[0], 1)
+        family.load(checkpoint, spec, expert_tensors(spec.layers[1]), flats[1], 1, 2)
         family.load(checkpoint, spec, head_tensors(spec), flats[2])
         embedding = torch.full((spec.embedding_parameters,), torch.nan)
         family.load(checkpoint, spec, embedding_tensors(spec), embedding)

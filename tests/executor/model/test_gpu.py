@@ -12,7 +12,7 @@ from executor.model import (
     RowNumbers,
     Workspace,
     decode_attention,
-    expert_stack,
+    experts_in,
     prefill_attention,
     run_experts,
 )
@@ -159,8 +159,8 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
     spec = arch.spec
     flat = torch.randn(5 * spec.expert_parameters).to(dtype) * 0.2
     at = resident * spec.expert_parameters
-    stacks = [expert_stack(spec, flat[:at], 0)] if resident else []
-    stacks += [expert_stack(spec, flat[at:], resident)] if resident < 5 else []
+    stacks = [*experts_in(spec.layers[0], flat[:at], 0).stacks] if resident else []
+    stacks += [*experts_in(spec.layers[0], flat[at:], resident).stacks] if resident < 5 else []
     if chosen == "on the gpu":
         stacks = [stack for stack in stacks if stack.first == 0 and resident]
     elif chosen == "streamed":
@@ -196,7 +196,7 @@ def test_experts_never_add_two_rows_to_a_token_at_once(kernels, rows_at_once, mo
         monkeypatch.setattr(torch.Tensor, name, checked)
     arch = tiny_arch(num_experts=5, experts_per_token=3)
     spec = arch.spec
-    stack = expert_stack(spec, torch.randn(5 * spec.expert_parameters).bfloat16() * 0.2, 0)
+    stack = experts_in(spec.layers[0], torch.randn(5 * spec.expert_parameters).bfloat16() * 0.2, 0).stacks[0]
     x = torch.randn(20, spec.hidden_size).bfloat16()
     routing = route(arch, x, torch.randn(5, spec.hidden_size).bfloat16())
     results = []
@@ -211,7 +211,7 @@ def test_experts_never_add_two_rows_to_a_token_at_once(kernels, rows_at_once, mo
 
 def test_experts_of_no_tokens(kernels):
     arch = tiny_arch()
-    stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters), 0)
+    stack = experts_in(arch.spec.layers[0], torch.randn(4 * arch.spec.expert_parameters), 0).stacks[0]
     nothing = torch.empty(0, arch.spec.hidden_size)
     routing = Routing(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int64))
     counts = run(kernels, nothing, routing, [stack], nothing.clone(), rows_at_once=4, num_experts=4)
@@ -222,7 +222,7 @@ def test_what_is_not_aligned_is_left_to_other_kernels():
     """A grouped GEMM on a card refuses it; every expert's own does not."""
     refused = GpuKernels(grouped=lambda *_args, **_rest: pytest.fail("not aligned"))
     arch = tiny_arch(hidden_size=12)
-    stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters).bfloat16(), 0)
+    stack = experts_in(arch.spec.layers[0], torch.randn(4 * arch.spec.expert_parameters).bfloat16(), 0).stacks[0]
     x = torch.randn(6, 12).bfloat16()
     routing = route(arch, x, torch.randn(4, 12).bfloat16())
     run(refused, x, routing, [stack], x.clone(), rows_at_once=99, num_experts=4)
@@ -231,7 +231,7 @@ def test_what_is_not_aligned_is_left_to_other_kernels():
 def test_stack_is_its_experts(dtype):
     spec = tiny_arch().spec
     flat = torch.randn(3 * spec.expert_parameters).to(dtype)
-    stack = expert_stack(spec, flat, 1)
+    stack = experts_in(spec.layers[0], flat, 1).stacks[0]
     assert stack.w13_E2ID.shape == (3, 2 * spec.intermediate_size, spec.hidden_size)
     assert stack.w2_EDI.shape == (3, spec.hidden_size, spec.intermediate_size)
     assert stack.w2_EDI[2].data_ptr() == flat[-stack.w2_EDI[2].numel() :].data_ptr()
@@ -239,7 +239,7 @@ def test_stack_is_its_experts(dtype):
     routing = Routing(torch.ones(2, 1), torch.tensor([[1], [3]]))
     from executor.model import expert_views
 
-    experts = [(1 + e, expert_views(spec, part)) for e, part in enumerate(flat.chunk(3))]
+    experts = [(1 + e, expert_views(spec.layers[0], part)) for e, part in enumerate(flat.chunk(3))]
     run_experts(x, routing, experts, out, workspace())
     got = torch.zeros_like(out)
     run(GpuKernels(), x, routing, [stack], got, rows_at_once=8, num_experts=4)

@@ -7,13 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from executor.model import (
-    Experts,
     GpuKernels,
     PromptNumbers,
     RowNumbers,
     Workspace,
     dense_views,
-    expert_stack,
+    experts_in,
     post_attention,
     pre_attention,
 )
@@ -84,11 +83,11 @@ def small(name):
 
 def weights(spec):
     torch.manual_seed(0)
-    dense = dense_views(spec, torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
+    dense = dense_views(spec.layers[0], torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
     flat = torch.randn(spec.num_experts * spec.expert_parameters).to(DTYPE) * 0.1
     half = spec.num_experts // 2 * spec.expert_parameters
-    stacks = (expert_stack(spec, flat[:half], 0), expert_stack(spec, flat[half:], spec.num_experts // 2))
-    return dense, Experts(stacks=stacks)
+    layer = spec.layers[0]
+    return dense, experts_in(layer, flat[:half], 0) + experts_in(layer, flat[half:], spec.num_experts // 2)
 
 
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=list(KERNELS))
@@ -104,7 +103,7 @@ def test_prefill_of_a_whole_chunk(name, kernels):
     with torch.no_grad(), LiveBytes() as live:
         width = spec.query_size + 2 * spec.kv_size
         qkv = workspace.take((TOKENS, width), DTYPE)
-        pre_attention(arch, hidden, dense, prompts.positions_T, qkv, workspace)
+        pre_attention(arch, hidden, dense.attention, prompts.positions_T, qkv, workspace)
         attended = workspace.take((TOKENS, spec.query_size), DTYPE)
         kernels.prefill_attention(arch, qkv, prompts, [None] * 4, attended, workspace)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
@@ -131,7 +130,7 @@ def test_decode_of_a_micro_batch(name, kernels, requests):
     rows.write(there)
     rows = rows.at(there)
     with torch.no_grad(), LiveBytes() as live:
-        pre_attention(arch, hidden, dense, rows.positions_R, qkv, workspace)
+        pre_attention(arch, hidden, dense.attention, rows.positions_R, qkv, workspace)
         kernels.decode_attention(arch, qkv, cache, rows, attended, spare_bytes=planned // 2)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
         kernels.run_experts(x, routing, experts, hidden, workspace, rows_at_once=TOKENS, num_experts=spec.num_experts)

@@ -55,7 +55,7 @@ def generate(model, prompts, max_tokens, dtype=torch.float32):
             cache = cache_LC2Gd[layer]
             qkv = workspace.take((len(fed), spec.query_size + 2 * spec.kv_size), dtype)
             attended = workspace.take((len(fed), spec.query_size), dtype)
-            pre_attention(arch, hidden, dense, positions, qkv, workspace)
+            pre_attention(arch, hidden, dense.attention, positions, qkv, workspace)
             append_kv(cache, qkv, rows)
             if step:
                 lengths = [size + step for size in sizes]
