@@ -135,7 +135,7 @@ class DecodeHandlers:
         """New keys and values to the cache on the host."""
         host_RX = self.memory.host.qkv_NX[span]
         # A device copies what is contiguous, so whole rows.
-        first = self.arch.spec.query_size if self.backend.gpu_kernels.shares_memory else 0
+        first = -self.arch.spec.attention.cached_elements if self.backend.gpu_kernels.shares_memory else 0
         copies = [(host_RX[:, first:], self.memory.gpu.qkv_NX[span, first:])]
         moved = self.backend.transfer(Lane.D2H, copies)
         self.backend.synchronise()  # the host is who appends them

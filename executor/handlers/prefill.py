@@ -14,7 +14,7 @@ from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.lanes import Handler
-from executor.model import Architecture, PromptNumbers, feed_forward, post_attention, pre_attention
+from executor.model import Architecture, PromptNumbers, feed_forward, post_attention, pre_attention, to_cache
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.contract.rings import BUFFERS
@@ -103,14 +103,13 @@ class PrefillHandlers:
         hidden_TD = self._hidden(x)
         weights = self._weights(x)
         workspace.reset()
-        width = spec.query_size + 2 * spec.kv_size
-        qkv_TX = workspace.take((chunk.num_tokens, width), hidden_TD.dtype)
+        mixer = spec.attention
+        qkv_TX = workspace.take((chunk.num_tokens, mixer.projected_size), hidden_TD.dtype)
         prompts = self._numbers(x)
         pre_attention(arch, hidden_TD, weights.dense.attention, prompts.positions_T, qkv_TX, workspace)
-        kv_T2Gd = qkv_TX[:, spec.query_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
         if not all(self.kv_on_gpu):
-            self._kv_buffer(x).copy_(kv_T2Gd)
-        attention_TQ = workspace.take((chunk.num_tokens, spec.query_size), hidden_TD.dtype)
+            self._kv_buffer(x).copy_(to_cache(mixer, qkv_TX))
+        attention_TQ = workspace.take((chunk.num_tokens, mixer.returned_elements), hidden_TD.dtype)
         kept = [self._kept(part, x.layer) for part in chunk.parts]
         self.backend.gpu_kernels.prefill_attention(arch, qkv_TX, prompts, kept, attention_TQ, workspace)
         num_ending = sum(part.ends for part in chunk.parts)
@@ -120,7 +119,7 @@ class PrefillHandlers:
         elif num_ending:
             last_R = self._last_tokens(x).long()
             hidden_RD = workspace.take((num_ending, spec.hidden_size), hidden_TD.dtype)
-            attention_RQ = workspace.take((num_ending, spec.query_size), hidden_TD.dtype)
+            attention_RQ = workspace.take((num_ending, mixer.returned_elements), hidden_TD.dtype)
             torch.index_select(hidden_TD, 0, last_R, out=hidden_RD)
             torch.index_select(attention_TQ, 0, last_R, out=attention_RQ)
             self._after_attention(x, hidden_RD, attention_RQ, weights)

@@ -6,7 +6,7 @@ Weights come as views made by `layout`, temporaries from a `Workspace`.
 """
 
 from executor.model.architecture import Architecture, Norm, Router, Scores
-from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention
+from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention, to_cache
 from executor.model.experts import Routing, logits, post_attention, run_experts
 from executor.model.feed_forward import feed_forward
 from executor.model.gpu import GpuKernels
@@ -68,4 +68,5 @@ __all__ = [
     "pre_attention",
     "prefill_attention",
     "run_experts",
+    "to_cache",
 ]

@@ -21,6 +21,7 @@ from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import has_amx, kernels, paths
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
+from hrm.layers import GroupedQueryAttention
 
 NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured on Zen 4
 
@@ -154,6 +155,11 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, 
         context_THd = context_GhTd.flatten(0, 1).transpose(0, 1)
         torch.index_select(context_THd, 0, reverse, out=block_THd)
     workspace.release(mark)
+
+
+def to_cache(attention: GroupedQueryAttention, qkv_TX: Tensor) -> Tensor:
+    """The part of the tokens' rows that a cache takes, (T, 2, G, d)."""
+    return qkv_TX[:, -attention.cached_elements :].unflatten(1, attention.cached_shape)
 
 
 def append_kv(cache_C2Gd: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:

@@ -79,7 +79,7 @@ class GpuKernels(AbstractKernels):
             out_RQ.copy_(out_RHd.reshape(out_RQ.shape))
             return
         group = spec.num_heads // spec.num_kv_heads
-        token_bytes = 2 * spec.kv_size * cache_C2Gd.itemsize
+        token_bytes = spec.attention.cached_elements * cache_C2Gd.itemsize
         at_once = max(1, spare_bytes // (2 * longest * token_bytes))
         for first in range(0, len(query_RHd), at_once):
             some = slice(first, first + at_once)

@@ -51,6 +51,11 @@ class GroupedQueryAttention(SoftmaxAttention):
         return self.num_kv_heads * self.head_dim
 
     @property
+    def cached_shape(self) -> tuple[int, int, int]:
+        """How a token lies in the cache: its keys, head by head, and then its values."""
+        return 2, self.num_kv_heads, self.head_dim
+
+    @property
     def cached_elements(self) -> int:
         """Keys and values."""
         return 2 * self.kv_size
