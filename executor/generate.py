@@ -14,7 +14,7 @@ from executor.batching import Batch, Completion, Nowhere, Placed, Request, Sink,
 from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
-from executor.families import AbstractFamily
+from executor.families import Family
 from executor.handlers import (
     LENGTH,
     BatchState,
@@ -216,7 +216,7 @@ class Generator(AbstractGenerator):
         arch: Architecture,
         planned: Planned,
         *,
-        family: AbstractFamily,
+        family: Family,
         source: WeightSource,
         staged: Planned | None = None,
         stops: EndOfText | None = None,
@@ -235,7 +235,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family, arch)
+            memory.weights.load(source, family)
             backend.ready()
             return host, memory
 

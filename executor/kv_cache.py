@@ -19,7 +19,7 @@ class KvCaches:
     """The caches of a batch; `gpu`, `host` and `buffers` are flat tensors of the run's dtype."""
 
     def __init__(self, spec: ModelSpec, policy: Policy, *, gpu: Tensor, host: Tensor, buffers: Tensor) -> None:
-        token = (2, spec.num_kv_heads, spec.head_dim)
+        token = spec.attention.cached_shape
         tokens = policy.kv_tokens_per_micro_batch
         on_gpu = policy.gpu_kv_micro_batches
         on_host = policy.num_micro_batches - on_gpu

@@ -7,23 +7,27 @@ slots. The page table is made of views, one set for each place where a layer can
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import final
 
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
-from executor.families import AbstractFamily
+from executor.families import Family
 from executor.model import (
-    Architecture,
     DenseWeights,
-    ExpertStack,
+    Experts,
     ExpertWeights,
     HeadWeights,
+    dense_tensors,
     dense_views,
-    expert_stack,
-    expert_views,
+    embedding_tensors,
+    expert_tensors,
+    experts_in,
+    head_tensors,
     head_views,
 )
+from executor.model.layout import num_elements
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
@@ -36,15 +40,14 @@ NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 class LayerWeights:
     """A layer as its tasks find it while it lies in one slot.
 
-    `on_gpu` are the experts there from the start, `all_experts` those and the ones in the slot; the
-    stacks are the same experts, those of a place together.
+    `on_gpu` are the experts there from the start, `experts` those and the ones in the slot, if it has
+    any.
     """
 
     dense: DenseWeights
-    on_gpu: NumberedExperts
-    all_experts: NumberedExperts
-    stacks_on_gpu: tuple[ExpertStack, ...]
-    all_stacks: tuple[ExpertStack, ...]
+    on_gpu: Experts
+    experts: Experts
+    has_experts: bool
 
 
 @final
@@ -58,48 +61,48 @@ class WeightPages:
     def __init__(
         self, spec: ModelSpec, policy: Policy, *, resident: Tensor, slots: Tensor, host: Tensor, staging: Tensor
     ) -> None:
-        self._spec, self._policy = spec, policy
-        self.num_experts = spec.num_experts
+        self._spec = spec
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         self._slots = slots.view(WEIGHT_SLOTS, -1)
         self._staging = staging
         self._streamed: list[Tensor] = []
         self._layers: list[tuple[LayerWeights, ...]] = []
+        self._dense: list[Tensor] = []
+        self._experts: list[list[Tensor]] = []
         self.host_experts: list[NumberedExperts] = []
-        self._sources: list[tuple[DenseWeights, NumberedExperts]] = []
-        for layer, count in enumerate(policy.resident_experts):
-            streamed_bytes = policy.streamed_bytes(spec, layer, Phase.PREFILL)
+        for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
+            num_dense = num_elements(dense_tensors(layer))
+            streamed_dense = 0 if policy.resident_dense else num_dense
+            streamed_bytes = policy.streamed_bytes(spec, index, Phase.PREFILL)
             streamed = host_parts.take(policy.formats.weights.elements_in(streamed_bytes))
+            resident_dense = resident_parts.take(num_dense - streamed_dense)
+            resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer)))
+            fixed = experts_in(layer, resident_experts, 0)
             self._streamed.append(streamed)
-            fixed_dense = (
-                dense_views(spec, resident_parts.take(spec.dense_parameters)) if policy.resident_dense else None
-            )
-            resident_experts = resident_parts.take(count * spec.expert_parameters)
-            fixed, fixed_stacks = self._experts(resident_experts, 0)
-            host_dense, host_experts, _ = self._views(streamed, count)
-            self.host_experts.append(host_experts)
-            dense = fixed_dense or host_dense
-            assert dense is not None
-            self._sources.append((dense, [*fixed, *host_experts]))
+            self._dense.append(streamed[:streamed_dense] if streamed_dense else resident_dense)
+            self._experts.append([resident_experts, streamed[streamed_dense:]])
+            self.host_experts.append(experts_in(layer, streamed[streamed_dense:], count).each)
             places: list[LayerWeights] = []
             for slot in self._slots:
-                slot_dense, slot_experts, slot_stacks = self._views(slot[: len(streamed)], count)
-                here = fixed_dense or slot_dense
-                assert here is not None
-                stacks = (*fixed_stacks, *slot_stacks)
-                places.append(LayerWeights(here, fixed, [*fixed, *slot_experts], fixed_stacks, stacks))
+                dense = dense_views(layer, slot[:streamed_dense] if streamed_dense else resident_dense)
+                in_slot = experts_in(layer, slot[streamed_dense : len(streamed)], count)
+                places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
             self._layers.append(tuple(places))
-        self.head: HeadWeights = head_views(spec, resident_parts.take(spec.head_parameters))
+        self._head = resident_parts.take(spec.head_parameters)
+        self.head: HeadWeights = head_views(spec, self._head)
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
 
-    def load(self, source: WeightSource, family: AbstractFamily, arch: Architecture) -> None:
+    def load(self, source: WeightSource, family: Family) -> None:
         """Read every weight once, straight to where it stays."""
-        family.load_embedding(source, self.embedding)
-        family.load_head(source, arch, self.head.final_norm, self.head.lm_head)
-        for layer, (dense, experts) in enumerate(self._sources):
-            family.load_dense(source, arch, layer, dense)
-            for index, weights in experts:
-                family.load_expert(source, arch, layer, index, weights)
+        spec = self._spec
+        family.load(source, spec, embedding_tensors(spec), self.embedding.view(-1))
+        family.load(source, spec, head_tensors(spec), self._head)
+        for index, layer in enumerate(spec.layers):
+            family.load(source, spec, dense_tensors(layer), self._dense[index], index)
+            tensors = expert_tensors(layer)
+            parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
+            for expert, flat in enumerate(chain.from_iterable(parts)):
+                family.load(source, spec, tensors, flat, index, expert)
 
     def layer(self, layer: int, load_index: int) -> LayerWeights:
         """The layer's weights, its streamed ones in the slot of its `load_index`."""
@@ -119,25 +122,6 @@ class WeightPages:
         start = pages_before % STAGING_PAGES * room
         assert page.stop - page.start <= room, (page, room)
         return self._staging[start : start + page.stop - page.start]
-
-    def _views(
-        self, flat: Tensor, num_resident: int
-    ) -> tuple[DenseWeights | None, NumberedExperts, tuple[ExpertStack, ...]]:
-        parts = _Cursor(flat)
-        spec = self._spec
-        dense = None
-        if not self._policy.resident_dense:
-            dense = dense_views(spec, parts.take(spec.dense_parameters))
-        streamed = (spec.num_experts - num_resident) * spec.expert_parameters
-        return dense, *self._experts(parts.take(streamed), num_resident)
-
-    def _experts(self, flat: Tensor, first: int) -> tuple[NumberedExperts, tuple[ExpertStack, ...]]:
-        """All experts that lie in `flat`, one by one and as one stack if there are any."""
-        if not len(flat):
-            return [], ()
-        each = flat.view(-1, self._spec.expert_parameters)
-        experts = [(first + e, expert_views(self._spec, part)) for e, part in enumerate(each)]
-        return experts, (expert_stack(self._spec, flat, first),)
 
 
 def page_slice(num_elements: int, num_pages: int, page: int) -> slice:

@@ -25,9 +25,10 @@ from hrm.errors import HrmError
 from hrm.estimate import Estimate, decode_work, estimate, prefill_work, simulate_work
 from hrm.formats import Format, Formats
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
+from hrm.layers import Layer
 from hrm.machines import compose, load_profile, save_profile, with_memory
 from hrm.memory import MemoryPlan, plan_memory
-from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpec, load_model
+from hrm.model_spec import BUILT_IN_MODELS, Dimensions, ModelSpec, load_model
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
@@ -44,6 +45,7 @@ __all__ = [
     "Cause",
     "Costs",
     "Device",
+    "Dimensions",
     "Estimate",
     "Figure",
     "Format",
@@ -51,8 +53,7 @@ __all__ = [
     "HardwareProfile",
     "HrmError",
     "Lane",
-    "LatentAttention",
-    "LayerKind",
+    "Layer",
     "Link",
     "MemoryLevel",
     "MemoryPlan",

@@ -17,9 +17,9 @@ from hrm.contract.rows import (
     ROUTING_BYTES,
     TOKEN_NUMBER_BYTES,
 )
-from hrm.contract.temporaries import workspace_bytes
 from hrm.formats import Format, Formats
 from hrm.model_spec import ModelSpec
+from hrm.model_spec.workspace import workspace_bytes
 from hrm.numeric import Number, maximum, minimum
 from hrm.placement import Place
 from hrm.policy import Policy
@@ -131,9 +131,13 @@ class Needs:
         """The buffers at the GPU's level."""
         spec, ranks = self.spec, self.ranks
         compute, weights = self.formats.compute, self.formats.weights
-        layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(self.formats.kv_cache)
-        cached = kv_cache_tokens(spec, self.micro_batch_size, self.kv_tokens) * layer_kv
-        token = compute.bytes_of(ranks, spec.hidden_size) + layer_kv + TOKEN_NUMBER_BYTES
+        cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
+        of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
+        ending = minimum(self.batch_size, self.chunk_tokens)  # prompts that may end in a chunk, however short
+        token = compute.bytes_of(ranks, spec.hidden_size) + TOKEN_NUMBER_BYTES
+        chunk = self.chunk_tokens * token + layer_cache_bytes(
+            spec, self.formats, ending, self.chunk_tokens, ranks=ranks
+        )
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts, ranks=ranks)
         at_once = maximum(self.micro_batch_size, self.chunk_tokens)
         workspace = workspace_bytes(spec, at_once, compute, ranks=ranks, longest_tokens=self.kv_tokens)
@@ -141,9 +145,9 @@ class Needs:
             (Purpose.RESIDENT_WEIGHTS, 1, self.resident_bytes + weights.bytes_of(spec.head_parameters)),
             (Purpose.WEIGHT_SLOTS, WEIGHT_SLOTS, self.largest_streamed_bytes),
             (Purpose.KV_CACHE, self.batches * self.gpu_kv_micro_batches, cached),
-            (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, self.kv_tokens * layer_kv),
+            (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, of_layer),
             (Purpose.EXCHANGE, self.batch_size, request),
-            (Purpose.PREFILL_BUFFERS, BUFFERS, self.chunk_tokens * token),
+            (Purpose.PREFILL_BUFFERS, BUFFERS, chunk),
             (Purpose.PREFIX_BUFFER, self.prefix_tokens, prefix_bytes_per_token(spec, self.formats, ranks=ranks)),
             (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.num_experts),
             (Purpose.LOGITS, self.micro_batch_size, spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size)),
@@ -157,16 +161,16 @@ class Needs:
         if the CPU attends.
         """
         spec, compute, weights = self.spec, self.formats.compute, self.formats.weights
-        cached = kv_cache_tokens(spec, self.micro_batch_size, self.kv_tokens)
+        cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         token = compute.bytes_of(spec.hidden_size) + TOKEN_NUMBER_BYTES
         held_twice = self.cpu_attention * self.resident_dense
-        latent_up = held_twice * weights.bytes_of(spec.num_layers, spec.latent_up_parameters)
+        latent_up = held_twice * weights.bytes_of(sum(layer.mixer.host_parameters for layer in spec.layers))
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
         rows = (
             (Purpose.WEIGHTS, 1, self.streamed_bytes + weights.bytes_of(spec.embedding_parameters) + latent_up),
             (Purpose.STAGING, self.staging_slots, self.page_bytes),
-            (Purpose.KV_CACHE, self.batches * off_gpu, cached * spec.kv_bytes_per_token_layer(self.formats.kv_cache)),
+            (Purpose.KV_CACHE, self.batches * off_gpu, cached),
             (Purpose.EXCHANGE, self.batch_size, request),
             (Purpose.PREFILL_HIDDEN, self.num_micro_batches, self.kv_tokens * token),
             (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, self.micro_batch_size, compute)),
@@ -186,14 +190,17 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
     """
     hidden = ranks * spec.hidden_size
-    computed = formats.compute.bytes_of(hidden + spec.query_size + spec.attention_output_size)
-    kv = spec.kv_bytes_per_token_layer(formats.kv_cache)
+    mixers = [kind.mixer for kind in spec.layer_kinds()]
+    sent = max(mixer.sent_bytes(formats) for mixer in mixers)
+    computed = formats.compute.bytes_of(hidden + max(mixer.returned_elements for mixer in mixers))
     routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
-    return computed + kv + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
+    return computed + sent + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
 
 
-def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number) -> Number:
-    """Tokens that a micro-batch's cache holds in all layers together.
+def cache_bytes(
+    spec: ModelSpec, formats: Formats, micro_batch_size: Number, kv_tokens: Number, *, ranks: int = 1
+) -> Number:
+    """Bytes of a micro-batch's cache in all layers together, as often as `ranks` GPUs hold them.
 
     `kv_tokens` is what it holds in a layer without a window; with one, no request needs more than
     the window and the block that it ends in.
@@ -203,15 +210,20 @@ def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number
         held = kv_tokens
         if kind.window:
             held = minimum(kv_tokens, micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
-        total = total + layers * held
+        copies = layers * kind.mixer.cache_copies(ranks)
+        total = total + copies * kind.mixer.cache_bytes(formats, micro_batch_size, held)
     return total
 
 
-def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
-    """Bytes that a split prompt keeps on the GPU for each token: one layer's keys and values.
+def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, tokens: Number, *, ranks: int = 1) -> Number:
+    """The most that any one layer's cache takes for so many requests and tokens."""
+    each = (
+        kind.mixer.cache_copies(ranks) * kind.mixer.cache_bytes(formats, requests, tokens)
+        for kind in spec.layer_kinds()
+    )
+    return maximum(*each)
 
-    Latent attention keeps what it expands its cache to, of which every GPU has its own heads.
-    """
-    if spec.latent_attention is not None:
-        return formats.compute.bytes_of(spec.query_size + spec.attention_output_size)
-    return spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(formats.kv_cache)
+
+def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
+    """Bytes that a split prompt keeps on the GPU for each token of earlier parts, in any layer."""
+    return max(kind.mixer.prefix_bytes(formats, ranks) for kind in spec.layer_kinds())

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from hrm.acts import Counts, Load, decode, prefill
 from hrm.costs import Costs
 from hrm.formats import Format
-from hrm.model_spec import LayerKind, ModelSpec
+from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, is_zero, maximum, minimum, where
 from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
@@ -63,7 +63,7 @@ class Point:
         """The numbers of one policy."""
         layers = len(policy.resident_experts)
         some_on_host = sum(
-            count < spec.num_experts_of(spec.layer_kind(layer)) for layer, count in enumerate(policy.resident_experts)
+            count < spec.layers[layer].num_experts for layer, count in enumerate(policy.resident_experts)
         )
         return Point(
             batch_size=policy.batch_size,
@@ -178,12 +178,8 @@ def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:
 def _loads(load: Load, act: Act) -> list[tuple[float, Load]]:
     """The loads of the layers that the act tells apart, each with its share of the layers."""
     spec = load.spec
-    if not (act.attends or act.by_ffn):
-        return [(1.0, load)]
-    shares: dict[tuple[LayerKind, bool], float] = {}
-    for kind, count in spec.layer_kinds().items():
-        alike = LayerKind(kind.has_experts and act.by_ffn, kind.window if act.attends else 0)
-        shares[alike, False] = shares.get((alike, False), 0.0) + count / spec.num_layers
+    kinds = spec.alike(by_window=act.attends, by_ffn=act.by_ffn)
+    shares = {(kind, False): count / spec.num_layers for kind, count in kinds.items()}
     if load.has_last and act.by_ffn:
         last = spec.layer_kind(spec.num_layers - 1)
         shares[last, False] -= 1 / spec.num_layers
@@ -223,7 +219,7 @@ class DecodeStep:
         )
         load = Load(
             costs=costs,
-            kind=LayerKind(),
+            kind=spec.layers[0],
             tokens=active_share * point.batch_size / n,
             context=0,
             gpu_experts=where(point.gpu_ffn, spec.num_experts, point.resident_experts),
@@ -276,7 +272,7 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
     counts = Counts(layers=costs.spec.num_layers, pieces=chunks, pages=1, staging=point.staging)
     load = Load(
         costs=costs,
-        kind=LayerKind(),
+        kind=costs.spec.layers[0],
         tokens=chunk,
         context=workload.prompt_len,
         has_last=costs.skips_in_last_layer(workload.prompt_len),

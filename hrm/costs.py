@@ -9,7 +9,8 @@ from hrm.acts import Load
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
-from hrm.model_spec import LayerKind, ModelSpec
+from hrm.layers import Layer, Operator
+from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.placement import Place
 from hrm.policy import Policy
@@ -63,24 +64,24 @@ class Costs:
         """Weight bytes of one routed expert."""
         return self.formats.weights.bytes_of(self.spec.expert_parameters)
 
-    def pre_attention(self, m: Number) -> Number:
+    def pre_attention(self, m: Number, kind: Layer) -> Number:
         """Norm, projections and rotary embedding on the GPU."""
-        return self._on(Device.GPU, operators.pre_attention(self.spec, self.formats, m))
+        return self._on(Device.GPU, kind.mixer.project(self.formats, m))
 
-    def attention(self, device: Device, m: Number, context: Number, kind: LayerKind) -> Number:
+    def attention(self, device: Device, m: Number, context: Number, kind: Layer) -> Number:
         """Decode attention over a mean context on either device."""
-        operator = operators.decode_attention(self.spec, self.formats, m, context, kind)
+        operator = kind.mixer.attend(self.formats, m, context)
         if device is Device.CPU and self.runtime.attention_passes > 1:
             operator = operator.with_passes(self.runtime.attention_passes)
         return self._on(device, operator)
 
-    def post_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
+    def post_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
         """Output projection, router and `gpu_experts` of the experts on the GPU."""
         return self._after_attention(m, gpu_experts, kind) + self.runtime.synchronise_s
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
-        return self._on(Device.CPU, operators.experts(self.spec, self.formats, m, num_experts))
+        return self._on(Device.CPU, self.spec.experts.run(self.formats, m, num_experts))
 
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
@@ -98,7 +99,8 @@ class Costs:
         before = self._up_to_attention(x.tokens, x.context, x.kind)
         if x.is_last and self.skips_in_last_layer(x.context):
             return before + self._after_ends(x.tokens / x.context, x.kind)
-        return before + x.once(x.kind.has_experts, lambda: self._after_attention(x.tokens, x.gpu_experts, x.kind))
+        alike = x.kind.without_window
+        return before + x.once(alike, lambda: self._after_attention(x.tokens, x.gpu_experts, alike))
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
         """Whether prefill's last layer goes on after attention with the ends of prompts only.
@@ -157,25 +159,25 @@ class Costs:
         accesses = self.profile.host_accesses_a_transferred_byte * moved_bytes + read_bytes
         return accesses / self.profile.host.together_bytes_per_s
 
-    def _on(self, device: Device, operator: operators.Operator) -> Number:
+    def _on(self, device: Device, operator: Operator) -> Number:
         seconds = self._seconds(operator, self.level(device))
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
 
-    def _seconds(self, operator: operators.Operator, level: MemoryLevel) -> Number:
+    def _seconds(self, operator: Operator, level: MemoryLevel) -> Number:
         return operator_seconds(operator, level, self.formats.compute.name, fused=self.runtime.fused_kernels)
 
-    def _up_to_attention(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
+    def _up_to_attention(self, tokens: Number, prompt_len: float, kind: Layer) -> Number:
         """A layer of prefill up to attention."""
-        operator = operators.prefill_attention(self.spec, self.formats, tokens, prompt_len, kind)
+        operator = kind.mixer.prefill(self.formats, tokens, prompt_len)
         return self._on(Device.GPU, operator)
 
-    def _after_ends(self, requests: Number, kind: LayerKind) -> Number:
+    def _after_ends(self, requests: Number, kind: Layer) -> Number:
         """The rest of a layer for the last tokens of so many prompts, as `first_tokens` of them."""
         rest = self._after_attention(maximum(requests, 1), self.spec.num_experts, kind)
         return minimum(requests, 1) * rest
 
-    def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
-        operator = operators.post_attention(self.spec, self.formats, m, gpu_experts, kind)
+    def _after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
+        operator = kind.after_attention(self.formats, m, gpu_experts)
         return self._seconds(operator, self.profile.top) + 2 * self.all_reduce(m)
 
     def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
@@ -191,7 +193,7 @@ class Costs:
         return link.seconds(num_bytes, num_transfers)
 
 
-LayerMix = tuple[tuple[LayerKind, float], ...]
+LayerMix = tuple[tuple[Layer, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +249,7 @@ class TaskWork:
                     is_last=layer == self.pipeline.num_layers - 1,
                     requests=self.requests_per_chunk,
                     gpu_experts=resident if on_cpu else spec.num_experts,
-                    cpu_experts=max(0.0, spec.num_experts_of(kind) - resident),
+                    cpu_experts=max(0.0, kind.num_experts - resident),
                     page_bytes=page_bytes,
                 ),
             )

@@ -14,7 +14,7 @@ from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
 from hrm.memory import MemoryPlan, plan_memory
-from hrm.model_spec import LayerKind, ModelSpec
+from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, part_for
 from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
 from hrm.policy import PaperTuple, Parallelism, Policy, ScheduleName
@@ -400,11 +400,10 @@ def _cut(work: TaskWork, layers: int) -> TaskWork:
 
     def mix(first: float, last: float) -> LayerMix:
         """Shares of the kinds of layer between two positions."""
-        kinds: dict[LayerKind, float] = {}
+        kinds = dict.fromkeys(work.costs.spec.layers[int(first) : ceil(last - 1e-9)], 0.0)
         for layer in range(int(first), ceil(last - 1e-9)):
             part = min(layer + 1, last) - max(layer, first)
-            kind = work.costs.spec.layer_kind(layer)
-            kinds[kind] = kinds.get(kind, 0.0) + part / (last - first)
+            kinds[work.costs.spec.layer_kind(layer)] += part / (last - first)
         return tuple(kinds.items())
 
     mixes = tuple(mix(i * span, (i + 1) * span) for i in range(layers))

@@ -10,12 +10,15 @@ of all those batches. A pipeline needs no all-reduces, but every link moves whol
 that is that many times smaller.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, zip_longest
+from math import inf
 from typing import NamedTuple
 
 from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
+from hrm.layers import Layer, Mixer
 from hrm.machines import one_part
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
@@ -66,43 +69,48 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
 def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     """The stage that is planned for all: no real one needs more memory or more time.
 
-    It has the most layers, all with experts, the embedding and the LM head. Its windows are as wide
-    as any stage's, counted from the widest. Where layers without experts make the first stage the
-    heaviest outside its routed experts, the difference is divided among the planned layers.
+    It has of each kind of attention as many layers as any stage, their windows as wide as any
+    stage's, counted from the widest, all with experts, and the embedding and the LM head. Where
+    layers without experts make a stage heavier outside its routed experts, the difference is
+    divided among the planned layers.
     """
-    stages = stage_layers(spec.num_layers, num_stages)
-    layers = max(map(len, stages))
-    heaviest = max(sum(spec.dense_parameters_of(spec.layer_kind(layer)) for layer in stage) for stage in stages)
-    missing = max(0, heaviest - layers * spec.dense_parameters)
-    return replace(
-        spec,
+    stages = [spec.layers[stage.start : stage.stop] for stage in stage_layers(spec.num_layers, num_stages)]
+    ffn = max((kind for kind in spec.layer_kinds() if kind.has_experts), key=lambda kind: kind.dense_parameters).ffn
+    layers = [Layer(mixer=mixer, ffn=ffn) for mixer in _widest_mixers(stages)]
+    planned = sum(layer.dense_parameters for layer in layers)
+    heaviest = max(sum(layer.dense_parameters for layer in stage) for stage in stages)
+    missing = -(-max(0, heaviest - planned) // len(layers))
+    if missing:
+        layers = [replace(layer, mixer=layer.mixer.with_vectors(of_dense_layers=missing)) for layer in layers]
+    return spec.with_layers(
+        layers,
         name=f"{spec.name}, one of {num_stages} stages",
-        num_layers=layers,
-        num_dense_layers=0,  # the width of their FFNs stays: a workspace must have room for it
-        attention_windows=_widest_windows(spec, stages),
-        other_layer_parameters=spec.other_layer_parameters + -(-missing // layers),
+        least_inner_size=max(block.inner_size for layer in spec.layers for block in layer.ffn),
     )
 
 
-def _widest_windows(spec: ModelSpec, stages: tuple[range, ...]) -> tuple[int, ...]:
-    """For each place in the order of their widths, the widest window that a stage has there."""
-    if not spec.attention_windows:
-        return ()
-    unlimited = max(spec.attention_windows) + 1
-    of_stages = (
-        sorted((spec.attention_windows[layer] or unlimited for layer in stage), reverse=True) for stage in stages
-    )
-    widest = (max(windows) for windows in zip_longest(*of_stages, fillvalue=1))
-    return tuple(0 if window == unlimited else window for window in widest)
+def _widest_mixers(stages: Sequence[tuple[Layer, ...]]) -> list[Mixer]:
+    """Of each kind of attention, for each place in the order of windows, the widest of any stage."""
+    kinds = dict.fromkeys(layer.without_window.mixer for stage in stages for layer in stage)
+    widest: list[Mixer] = []
+    for kind in kinds:
+        of_stages = (
+            sorted((layer.mixer for layer in stage if layer.without_window.mixer == kind), key=_width, reverse=True)
+            for stage in stages
+        )
+        places = zip_longest(*of_stages)
+        widest += [max((mixer for mixer in place if mixer is not None), key=_width) for place in places]
+    return widest
+
+
+def _width(mixer: Mixer) -> float:
+    return mixer.window or inf
 
 
 def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int) -> str:
     """Why the model cannot be divided over so many GPUs within its layers; empty if it can."""
-    if spec.num_heads % num_gpus:
-        return f"its {spec.num_heads} heads cannot be divided by {num_gpus}"
-    if spec.intermediate_size % num_gpus:
-        return f"an expert's {spec.intermediate_size} inner units cannot be divided by {num_gpus}"
-    return ""
+    obstacles = (block.obstacle_to(num_gpus) for kind in spec.layer_kinds() for block in kind.blocks)
+    return next(filter(None, obstacles), "")
 
 
 def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:

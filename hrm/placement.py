@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hrm.formats import Format
-from hrm.model_spec import LayerKind, ModelSpec
+from hrm.layers import Layer
+from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 
-Layers = Iterable[tuple[LayerKind, Number]]  # how many there are of each kind, or which share
+Layers = Iterable[tuple[Layer, Number]]  # how many there are of each kind, or which share
 
 
 class Place(Enum):
@@ -41,8 +42,8 @@ class Placement:
         """Bytes of these layers at a place; `resident_experts` are those of all of them together."""
         spec, dense, experts = self.spec, 0, 0
         for kind, count in layers:
-            dense = dense + count * spec.dense_parameters_of(kind)
-            experts = experts + count * spec.num_experts_of(kind)
+            dense = dense + count * kind.dense_parameters
+            experts = experts + count * kind.num_experts
         others = experts - resident_experts
         match place:
             case Place.GPU:

@@ -153,7 +153,7 @@ class Policy:
                 "run hrm search for this model",
             )
         for layer, count in enumerate(self.resident_experts):
-            there_are = spec.num_experts_of(spec.layer_kind(layer))
+            there_are = spec.layer_kind(layer).num_experts
             if count > there_are:
                 raise PolicyError(
                     f"policy: resident_experts[{layer}]",
@@ -265,14 +265,14 @@ class Policy:
 
 def experts_of_layers(spec: ModelSpec) -> tuple[int, ...]:
     """How many experts each layer has: what is resident if all are."""
-    return tuple(spec.num_experts_of(spec.layer_kind(layer)) for layer in range(spec.num_layers))
+    return tuple(layer.num_experts for layer in spec.layers)
 
 
 def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:
     """`total` resident experts over the layers that have experts, as evenly as integers allow."""
-    without, layers = spec.num_dense_layers, spec.num_expert_layers
+    layers = spec.num_expert_layers
     counts = ((i + 1) * total // layers - i * total // layers for i in range(layers))
-    return (0,) * without + tuple(counts)
+    return tuple(next(counts) if layer.has_experts else 0 for layer in spec.layers)
 
 
 def kv_tokens_for(micro_batch_size: Number, mean_context_len: float, max_context_len: int) -> Number:
@@ -297,8 +297,9 @@ def prefix_tokens_for(spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number
     """Tokens that `prefix_buffer_tokens` needs: the longest prompt's if that is split, else 0.
 
     `cpu_attention` is 1 where caches lie on the host and are attended over there: otherwise a
-    prompt under way has a place on the GPU. Not so with latent attention, whose cache is no place
-    for the keys and values that it is expanded to.
+    prompt under way has a place on the GPU. Not so where the cache is no place for what attention
+    needs of earlier parts, as with latent attention.
     """
-    needed = 1 if spec.latent_attention is not None else cpu_attention
+    in_cache = all(kind.mixer.prefix_in_cache for kind in spec.layer_kinds())
+    needed = cpu_attention if in_cache else 1
     return max_prompt_len * needed * (chunk_tokens < max_prompt_len)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, MemoryLevel
+from hrm.layers import Kernel, Operator
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
-from hrm.operators import Kernel, Operator, decode_attention, experts
 
 
 def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
@@ -112,7 +112,7 @@ def attention_turning_points(
 
     Of layers with windows of different widths, it is the widest.
     """
-    operator = decode_attention(spec, formats, 1, context, spec.widest_kind)
+    operator = spec.widest_kind.mixer.attend(formats, 1, context)
     return turning_points(
         profile,
         formats.compute.name,
@@ -131,7 +131,7 @@ def ffn_turning_points(
 
     Weights cross the link once a batch, and are read from GPU memory once a micro-batch.
     """
-    micro_batch = experts(spec, formats, micro_batch_size, spec.num_experts)
+    micro_batch = spec.experts.run(formats, micro_batch_size, spec.num_experts)
     weight_bytes = formats.weights.bytes_of(spec.experts_hit(batch_size), spec.expert_parameters)
     num_micro_batches = batch_size / micro_batch_size
     return turning_points(

@@ -4,7 +4,7 @@ Plans assume uniform routing unless they are told better: where some experts are
 micro-batch reaches fewer of them, and less weight is read.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -52,4 +52,4 @@ def with_measured_routing(spec: ModelSpec, path: Path) -> ModelSpec:
     frequencies = tuple(
         share * sum(counts[rank] / sum(counts) for counts in counted) for rank in range(spec.num_experts)
     )
-    return replace(spec, expert_frequencies=tuple(min(1.0, f) for f in frequencies))
+    return spec.with_frequencies([min(1.0, f) for f in frequencies])

@@ -4,7 +4,7 @@ Values are what `hrm.decoding` returns: plain, finite and of bounded depth. They
 dataclasses from the inside out, so that an error of any of them is told where it stands.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -14,6 +14,8 @@ from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin, get
 from hrm.errors import HrmError, ProfileError, brief_value, closest
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
+_OLDER: Final[dict[type, tuple[str, type, Callable[[Any], Any]]]] = {}
 _SMALLEST: Final = -(2**63)
 _LARGEST: Final = 2**63 - 1
 _WORDS: Final = {
@@ -34,6 +36,11 @@ def decode_strictly(plain: Any, kind: type[_T], file: str, *, other_keys: bool =
     over, for files of which only a part is read.
     """
     return _Reader(file, other_keys).read(plain, kind, "")
+
+
+def also_read(kind: type[_T], older: type[_S], key: str, convert: Callable[[_S], _T]) -> None:
+    """Have `kind` be read from older files too, which tell it by another dataclass, with that key."""
+    _OLDER[kind] = (key, older, convert)
 
 
 @cache
@@ -62,6 +69,8 @@ class _Reader:
             return self._number(plain, kind, path)
         if is_dataclass(origin):
             return self._dataclass(plain, kind, path)
+        if variants := getattr(kind, "variants", None):
+            return self._variant(plain, variants, path)
         self._check_type(plain, list if origin is tuple else origin, path)
         if origin is dict:
             return self._mapping(plain, arguments[1], path)
@@ -115,6 +124,13 @@ class _Reader:
         ]
         return tuple(values) if origin is tuple else values
 
+    def _variant(self, plain: Any, variants: dict[str, type], path: str) -> Any:
+        """One of several dataclasses, which the key `block` tells."""
+        if not isinstance(plain, dict):
+            raise self._refusal(path, plain, "must be a mapping with block", "correct the value")
+        name = cast("dict[Any, Any]", plain).get("block", "<missing>")
+        return self.read(plain, self._choice(name, variants, _under(path, "block")), path)
+
     def _dataclass(self, plain: Any, kind: type, path: str) -> Any:
         if not isinstance(plain, dict):
             raise self._refusal(
@@ -123,11 +139,16 @@ class _Reader:
                 f"must be a mapping with {', '.join(f.name for f in fields(kind))}",
                 "see the files that come with hrm",
             )
-        given, hints = cast("dict[Any, Any]", plain), _hints(kind)
-        self._check_fields(given, kind, path)
+        given = cast("dict[Any, Any]", plain)
+        key, form, convert = _OLDER.get(kind, ("", kind, None))
+        if key not in given:
+            form, convert = kind, None
+        hints = _hints(form)
+        self._check_fields(given, form, path)
         values = {key: self.read(value, hints[key], _under(path, key)) for key, value in given.items() if key in hints}
         try:
-            return kind(**values)
+            value = form(**values)
+            return convert(value) if convert else value
         except HrmError as error:
             raise self._located(error, given, path) from error
 

@@ -13,7 +13,7 @@ from typing import Final, TypeVar, final
 import torch
 
 from executor.backends.streams import AbstractStream
-from executor.model.gpu import GpuKernels
+from executor.model.kernels import AbstractKernels, CpuKernels
 from executor.model.workspace import Workspace
 from executor.native import kernels
 from hrm.contract.pacing import Waits
@@ -43,7 +43,7 @@ class AbstractBackend(ABC):
     `description` says in words what the run runs on, and `library_bytes` what libraries hold of the
     GPU's memory beside all that is planned; the paces are those that an emulated link is held to.
     `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels` compute on the
-    GPU's level where its tensors are not the host's. `waits` are what lanes sleep in where time is
+    GPU's level. `waits` are what lanes sleep in where time is
     emulated.
     """
 
@@ -53,13 +53,8 @@ class AbstractBackend(ABC):
     h2d_bytes_per_s: float | None = None
     d2h_bytes_per_s: float | None = None
     streams: Mapping[Lane, AbstractStream] = MappingProxyType({})
-    gpu_kernels: GpuKernels | None = None
+    gpu_kernels: AbstractKernels = CpuKernels()
     waits: Waits | None = None
-
-    @property
-    def shares_memory(self) -> bool:
-        """Whether the GPU's level is the host's memory, so that tensors of either serve both."""
-        return self.gpu_kernels is None
 
     @abstractmethod
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:

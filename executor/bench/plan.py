@@ -9,12 +9,13 @@ from typing import Final
 import torch
 
 from executor.backends import in_thread_of_its_own
-from executor.checkpoint import Checkpoint, RandomWeights, WeightSource
+from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError
-from executor.families import AbstractFamily, family_for
+from executor.families import Family, family_for
 from executor.job.machine import AcceleratorOptions
 from executor.model import Architecture
 from executor.model.host_kernels import host_kernels
+from executor.random_weights import RandomWeights
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
@@ -54,7 +55,7 @@ class BenchOptions:
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
-def model_of(options: BenchOptions, stack: ExitStack) -> tuple[AbstractFamily, WeightSource, Architecture]:
+def model_of(options: BenchOptions, stack: ExitStack) -> tuple[Family, WeightSource, Architecture]:
     """The model that is asked for and its weights; `stack` is to hold a checkpoint open."""
     layers, model = options.num_layers, options.model
     if isinstance(model, str) and model in BUILT_IN_MODELS:
@@ -73,7 +74,7 @@ def model_of(options: BenchOptions, stack: ExitStack) -> tuple[AbstractFamily, W
     if layers is not None:
         if layers > arch.spec.num_layers:
             raise JobError("--layers", layers, f"must be at most the model's {arch.spec.num_layers}", "lower it")
-        arch = replace(arch, spec=replace(arch.spec, num_layers=layers))
+        arch = replace(arch, spec=arch.spec.with_layers(arch.spec.layers[:layers]))
     return family, source, arch
 
 
@@ -84,7 +85,7 @@ def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
     return replace(
         policy_file,
         policy=replace(policy_file.policy, resident_experts=picked),
-        model=replace(policy_file.model, num_layers=num_layers),
+        model=policy_file.model.with_layers(policy_file.model.layers[:num_layers]),
     )
 
 

@@ -1,20 +1,20 @@
-"""One file a model family; nothing outside knows any of them by name."""
+"""One file a model family, with its names and options; nothing outside knows any of them by name."""
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-from executor.families.base import AbstractFamily
-from executor.families.dbrx import Dbrx
-from executor.families.mixtral import Mixtral
+from executor.families.base import Family
+from executor.families.dbrx import DBRX
+from executor.families.mixtral import MIXTRAL
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
 
-__all__ = ["FAMILIES", "AbstractFamily", "Architecture", "family_for"]
+__all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 
-FAMILIES: Final[dict[str, AbstractFamily]] = {"mixtral": Mixtral(), "dbrx": Dbrx()}
+FAMILIES: Final[dict[str, Family]] = {"mixtral": MIXTRAL, "dbrx": DBRX}
 
 
-def family_for(config: dict[str, Any], where: str) -> AbstractFamily:
+def family_for(config: dict[str, Any], where: str) -> Family:
     """The family of a config by its `model_type`.
 
     Raises ModelError naming `where` if it is unknown, or if the weights are quantised.

@@ -1,186 +1,193 @@
-"""What a model family tells: its architecture by config, its tensors' names, their quirks.
+"""A model family as data: what its tensors are called, and the options that its config gives."""
 
-D hidden, V vocab.
-"""
-
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Collection
-from dataclasses import replace
-from typing import Any, ClassVar, Final, final
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Final, final
 
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.model.architecture import Architecture
-from executor.model.layout import DenseWeights, ExpertWeights
+from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors, views
 from hrm.errors import ModelError
-from hrm.model_spec import ModelSpec
+from hrm.layers import TensorSpec
+from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
+
+SILU: Final = ("silu", "swish")
+ROPE_SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
+OTHER_MODEL: Final = "use a model of a supported architecture"
 
 
-class AbstractFamily(ABC):
-    """Reads the checkpoints of one family into the layout that all families share.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a checkpoint keeps a tensor of ours, or one of each expert.
 
-    A family names the tensors outside its layers and says where those of a layer lie.
+    Several `names` have its rows one after the other. A name without {expert} has all experts'
+    matrices, as a tensor of three axes or, if `flat`, one below the other. Matrices may be stored
+    `transposed`.
     """
 
-    embedding: ClassVar[str]
-    final_norm: ClassVar[str]
-    lm_head: ClassVar[str]
+    names: tuple[str, ...]
+    transposed: bool = False
+    flat: bool = False
 
-    @abstractmethod
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stored tensor, and the `rows` of ours that it has from its `first_row` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    first_row: int
+    rows: slice
+    transposed: bool
+
+
+Names = Mapping[str, str | tuple[str, ...] | Stored]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The checkpoints of one family: their names for the tensors of `executor.model.layout`.
+
+    `outside` names those outside the layers, and `names` those of a layer, each behind `layer`, where
+    {layer} and {expert} are numbers. Several names have the rows of a tensor one after the other;
+    what is stored in yet another way is `Stored`. `otherwise` has names that count where a checkpoint
+    has them. `options` reads from a config what the maths must know, and refuses what we lack;
+    `published` is what it finds in the config of the family's best known model.
+    """
+
+    outside: Mapping[str, str]
+    layer: str
+    names: Names
+    otherwise: Names = field(default_factory=dict[str, str])
+    options: Callable[[Keys, ModelSpec], Architecture]
+    published: Mapping[str, Any]
+
     def architecture(self, config: dict[str, Any], where: str) -> Architecture:
         """Read a config; ModelError naming `where` and the key if it asks for what we lack."""
+        keys = decoder_keys(config, where)
+        spec = read_spec(keys)
+        if spec.head_dim % 2:
+            raise ModelError(
+                f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding", "check the config.json"
+            )
+        return self._architecture(keys, spec)
 
-    @abstractmethod
     def published_architecture(self, spec: ModelSpec) -> Architecture:
-        """The family's published models at any dimensions, for runs without a checkpoint."""
+        """The family's published model at any dimensions, for runs without a checkpoint."""
+        return self._architecture(Keys(dict(self.published), f"--model {spec.name}"), spec)
 
-    @abstractmethod
-    def layer_tensors(self, arch: Architecture, layer: int, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of a layer, as named among those that are stored."""
+    def _architecture(self, keys: Keys, spec: ModelSpec) -> Architecture:
+        """With whole attention in every layer: a window only bounds what a request may reach."""
+        return replace(
+            self.options(keys, spec.without_windows),
+            window=min((layer.window for layer in spec.layers if layer.window), default=None),
+            bos_token_id=next(iter(keys.token_ids("bos_token_id")), None),
+            eos_token_ids=keys.token_ids("eos_token_id"),
+        )
 
-    @abstractmethod
-    def load_dense(self, source: WeightSource, arch: Architecture, layer: int, out: DenseWeights) -> None:
-        """Fill the dense part of a layer."""
-
-    @abstractmethod
-    def load_expert(
-        self, source: WeightSource, arch: Architecture, layer: int, expert: int, out: ExpertWeights
-    ) -> None:
-        """Fill one expert of a layer."""
-
-    @final
     def expected_tensors(self, arch: Architecture, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint has.
 
         What may be stored in several ways is as in `stored`, the names that a checkpoint has.
         """
         spec = arch.spec
-        matrix, tied = (spec.vocab_size, spec.hidden_size), spec.tied_embeddings
-        shapes: dict[str, tuple[int, ...]] = {
-            self._embedding_in(stored) if tied else self.embedding: matrix,
-            self._head_in(stored, tied=tied): matrix,
-            self.final_norm: (spec.hidden_size,),
-        }
-        for layer in range(spec.num_layers):
-            shapes |= self.layer_tensors(arch, layer, stored)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in (*embedding_tensors(spec), *head_tensors(spec)):
+            shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored)}
+        for index, layer in enumerate(spec.layers):
+            for tensor in dense_tensors(layer):
+                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index)}
+            for expert, tensor in product(range(layer.num_experts), expert_tensors(layer)):
+                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
         return shapes
 
-    def _embedding_in(self, stored: Collection[str]) -> str:
-        """Where the embedding is: one that is tied may be stored as the LM head alone."""
-        only_head = self.lm_head in stored and self.embedding not in stored
-        return self.lm_head if only_head else self.embedding
+    def load(
+        self,
+        source: WeightSource,
+        spec: ModelSpec,
+        tensors: Tensors,
+        flat: Tensor,
+        layer: int = 0,
+        expert: int | None = None,
+    ) -> None:
+        """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside."""
+        for tensor, ours in zip(tensors, views(tensors, flat).values(), strict=True):
+            for piece in self._pieces(tensor, spec, source.names, layer, expert):
+                rows = ours[piece.rows]
+                source.read_into(piece.name, rows.T if piece.transposed else rows, piece.first_row)
 
-    def _head_in(self, stored: Collection[str], *, tied: bool) -> str:
-        """Where the LM head is: a stored one counts, as in transformers, though it be tied."""
-        return self.embedding if tied and self.lm_head not in stored else self.lm_head
+    def _pieces(
+        self, tensor: TensorSpec, spec: ModelSpec, stored: Collection[str], layer: int = 0, expert: int | None = None
+    ) -> Iterator[Piece]:
+        """The stored tensors that have one of ours; `expert` says whose, if it is one of each expert."""
+        how = self._how(tensor.name, spec, stored, layer, expert)
+        sizes, end = tensor.parts if len(how.names) > 1 else tensor.shape[:1], 0
+        for name, size in zip(how.names, sizes, strict=True):
+            start, end = end, end + size
+            shape = (size, *tensor.shape[1:])
+            shape, first_row = shape[::-1] if how.transposed else shape, 0
+            if expert is not None and "{expert}" not in name:
+                first_row, count = expert * shape[0], spec.num_experts
+                shape = (count * shape[0], *shape[1:]) if how.flat else (count, *shape)
+            theirs = name.format(layer=layer, expert=expert)
+            yield Piece(theirs, shape, first_row, slice(start, end), how.transposed)
 
-    @final
-    def load_embedding(self, source: WeightSource, out_VD: Tensor) -> None:
-        """Fill the token embedding."""
-        source.read_into(self._embedding_in(source.names), out_VD)
+    def _how(self, name: str, spec: ModelSpec, stored: Collection[str], layer: int, expert: int | None) -> Stored:
+        if name in self.outside:
+            return Stored((self._outside(name, stored, tied=spec.tied_embeddings),))
+        for names in (self.otherwise, self.names):
+            how = names.get(name)
+            if how is None:
+                continue
+            how = how if isinstance(how, Stored) else Stored((how,) if isinstance(how, str) else how)
+            how = replace(how, names=tuple(self.layer + each for each in how.names))
+            if names is self.names or how.names[0].format(layer=layer, expert=expert) in stored:
+                return how
+        raise AssertionError(name)
 
-    @final
-    def load_head(self, source: WeightSource, arch: Architecture, final_norm_D: Tensor, lm_head_VD: Tensor) -> None:
-        """Fill the final norm and the LM head, from the embedding if they are tied."""
-        source.read_into(self.final_norm, final_norm_D)
-        head = self._head_in(source.names, tied=arch.spec.tied_embeddings)
-        source.read_into(head, lm_head_VD)
-
-
-def token_ids(config: dict[str, Any], where: str, key: str) -> tuple[int, ...]:
-    """The token ids under `key`: none, one or several."""
-    value = config.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise ModelError(
-                f"{where}: {key}",
-                value,
-                "must be a token id or a list of them",
-                "correct it in config.json or generation_config.json",
-            )
-    return tuple(ids)
-
-
-def positive(config: dict[str, Any], where: str, key: str, default: float | None) -> float:
-    """The positive number under `key`, or the default if the key is missing or null."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ModelError(
-            f"{where}: {key}",
-            "<missing>" if value is None else value,
-            "must be a positive number",
-            "check the config.json",
-        )
-    return value
-
-
-ROPE_SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
+    def _outside(self, name: str, stored: Collection[str], *, tied: bool) -> str:
+        """Tied, either may be stored alone; a stored head counts, as in transformers."""
+        embedding, head = self.outside["embedding"], self.outside["lm_head"]
+        if not tied or name not in {"embedding", "lm_head"}:
+            return self.outside[name]
+        return next((each for each in (self.outside[name], head) if each in stored), embedding)
 
 
-def rope_theta(config: dict[str, Any], where: str, default: float) -> float:
+def rope_theta(keys: Keys, default: float) -> float:
     """The base of the rotary embedding: at the top, or in the sections that have had it.
 
     Raises ModelError if it is given twice and differs, or the embedding is scaled or partial.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        _check_unscaled(keys, name)
     given: dict[str, float] = {}
-    for key in ("", *ROPE_SECTIONS):
-        section = config.get(key) if key else config
-        if section is None:
+    for section in (keys, *(keys.section(name) for name in ROPE_SECTIONS if keys.get(name) is not None)):
+        if section.get("partial_rotary_factor") not in (1, None):
+            raise section.refusal("partial_rotary_factor", "must be 1: whole heads are rotated", OTHER_MODEL)
+        if section.get("rope_theta") is None:
             continue
-        _check_unscaled(section, where, key)
-        if section.get("rope_theta") is not None:
-            path = f"{where}: {key}" if key else where
-            given[f"{key}: rope_theta" if key else "rope_theta"] = float(positive(section, path, "rope_theta", None))
-    for name, value in given.items():
-        first, theta = next(iter(given.items()))
-        if value != theta:
-            raise ModelError(
-                f"{where}: {name}",
-                value,
-                f"must be {theta} as {first} is: readers of such a config differ in which they take",
+        theta = section.number("rope_theta")
+        first = next(iter(given.items()), None)
+        if first is not None and first[1] != theta:
+            raise section.refusal(
+                "rope_theta",
+                f"must be {first[1]} as {first[0]} is: readers of such a config differ in which they take",
                 "remove the one that the model was not trained with",
             )
+        given[f"{section.path}: rope_theta" if section.path else "rope_theta"] = theta
     return next(iter(given.values()), float(default))
 
 
-def _check_unscaled(section: Any, where: str, key: str) -> None:
-    """Refuse rotary embeddings that are scaled or rotate a part of each head."""
-    if key in {"rope_parameters", "rope_scaling"}:
-        rope = section if isinstance(section, dict) else {"type": section}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
-            raise ModelError(
-                f"{where}: {key}",
-                section,
-                "must be of type default: scaled positions are not supported",
-                "use a model without rope scaling",
-            )
-    if section.get("partial_rotary_factor", 1) not in {1, None}:
-        raise ModelError(
-            f"{where}: partial_rotary_factor",
-            section["partial_rotary_factor"],
-            "must be 1: whole heads are rotated",
-            "use a model of a supported architecture",
-        )
-
-
-def require_silu(value: object, where: str) -> None:
-    """Raise ModelError unless the experts' activation is SiLU."""
-    if not isinstance(value, str) or value not in {"silu", "swish"}:
-        raise ModelError(where, value, "must be silu", "use a model of a supported architecture")
-
-
-def checked_spec(spec: ModelSpec, where: str) -> ModelSpec:
-    """The spec with whole attention; ModelError if its heads cannot be rotated.
-
-    A sliding window is the architecture's, which bounds what a request may reach.
-    """
-    if spec.head_dim % 2:
-        raise ModelError(
-            f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding", "check the config.json"
-        )
-    return replace(spec, attention_windows=())
+def _check_unscaled(keys: Keys, name: str) -> None:
+    section = keys.get(name)
+    if section is None:
+        return
+    rope: Any = section if isinstance(section, dict) else {"type": section}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
+        rule = "must be of type default: scaled positions are not supported"
+        raise keys.refusal(name, rule, "use a model without rope scaling")

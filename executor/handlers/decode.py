@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
-from executor.handlers.experts import experts_on_gpu
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, Rows, sample
 from executor.lanes import Handler
 from executor.model import (
     Architecture,
+    CpuKernels,
     Routing,
     RowNumbers,
     append_kv,
-    decode_attention,
-    number_views,
+    feed_forward,
     post_attention,
     pre_attention,
     run_experts,
@@ -101,12 +100,9 @@ class DecodeHandlers:
         host, gpu = self.memory.host, self.memory.gpu
         host_RD = host.hidden_ND[span]
         torch.index_select(self.memory.weights.embedding, 0, rows.tokens, out=host_RD)
-        copies = [(gpu.hidden_ND[span], host_RD)]
-        if not self.backend.shares_memory:
-            numbers = _numbers_of(span)
-            rows.write_numbers(number_views(host.numbers[numbers], len(rows.sequences)))
-            copies.append((gpu.numbers[numbers], host.numbers[numbers]))
-        return self.backend.transfer(Lane.H2D, copies)
+        place = _numbers_of(span)
+        numbers = self.backend.gpu_kernels.sent(rows.numbers, host.numbers[place], gpu.numbers[place])
+        return self.backend.transfer(Lane.H2D, [(gpu.hidden_ND[span], host_RD), *numbers])
 
     def pre_attention(self, x: TaskId, rows: Rows, span: slice) -> int:
         """Queries, keys and values of the new tokens."""
@@ -114,8 +110,9 @@ class DecodeHandlers:
         if x.layer > 0:
             self._add_cpu_experts(x.layer - 1, span)
         workspace.reset()
-        positions = rows.positions if self.backend.shares_memory else self._numbers(span).positions_R
-        pre_attention(self.arch, gpu.hidden_ND[span], self._weights(x).dense, positions, gpu.qkv_NX[span], workspace)
+        positions_R = self._numbers(rows, span).positions_R
+        weights = self._weights(x).dense.attention
+        pre_attention(self.arch, gpu.hidden_ND[span], weights, positions_R, gpu.qkv_NX[span], workspace)
         return 0
 
     def offload_qkv(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -127,7 +124,7 @@ class DecodeHandlers:
         """The part in use of a layer's cache to a buffer on the GPU."""
         source, target = self.memory.caches.of(x.index, x.layer), self._kv_buffer(x)
         copies: list[tuple[Tensor, Tensor]] = []
-        for sequence, start in zip(rows.sequences, rows.starts, strict=True):
+        for sequence, start in zip(rows.sequences, rows.numbers.starts, strict=True):
             # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
             # many tokens the cache holds.
             used = len(sequence.placed.request.prompt) + x.step
@@ -136,42 +133,29 @@ class DecodeHandlers:
 
     def store_kv(self, x: TaskId, rows: Rows, span: slice) -> int:
         """New keys and values to the cache on the host."""
-        first = self.arch.spec.query_size
-        host_RX, gpu_RX = self.memory.host.qkv_NX[span], self.memory.gpu.qkv_NX[span]
-        if self.backend.shares_memory:
-            copies = [(host_RX[:, first:], gpu_RX[:, first:])]
-        else:  # whole rows: a device copies what is contiguous
-            copies = [(host_RX, gpu_RX)]
+        host_RX = self.memory.host.qkv_NX[span]
+        # A device copies what is contiguous, so whole rows.
+        first = -self.arch.spec.attention.cached_elements if self.backend.gpu_kernels.shares_memory else 0
+        copies = [(host_RX[:, first:], self.memory.gpu.qkv_NX[span, first:])]
         moved = self.backend.transfer(Lane.D2H, copies)
         self.backend.synchronise()  # the host is who appends them
-        append_kv(self.memory.caches.of(x.index, x.layer), host_RX, rows.cache_rows)
+        append_kv(self.memory.caches.of(x.index, x.layer), host_RX, rows.numbers.cache_rows_R)
         return moved
 
     def attention(self, x: TaskId, rows: Rows, span: slice) -> int:
         """Append the new tokens to the cache and attend to it, on the device it is used on."""
-        on_cpu = x.act is decode.CPU_ATTENTION
-        level = self.memory.host if on_cpu else self.memory.gpu
+        if x.act is decode.CPU_ATTENTION:
+            level, kernels, numbers = self.memory.host, CpuKernels(), rows.numbers
+        else:
+            level, kernels, numbers = self.memory.gpu, self.backend.gpu_kernels, self._numbers(rows, span)
         if self.pipeline.streams_kv(x.index):
             cache = self._kv_buffer(x)
         else:
             cache = self.memory.caches.of(x.index, x.layer)
         qkv_RX, out_RQ = level.qkv_NX[span], level.attention_NQ[span]
-        kernels = self.backend.gpu_kernels
-        if on_cpu or kernels is None:
-            append_kv(cache, qkv_RX, rows.cache_rows)
-            decode_attention(self.arch, qkv_RX, cache, rows.starts, rows.lengths, out_RQ)
-        else:
-            numbers = self._numbers(span)
-            append_kv(cache, qkv_RX, numbers.cache_rows_R)
-            kernels.decode_attention(
-                self.arch,
-                qkv_RX,
-                cache,
-                numbers,
-                max(rows.lengths),
-                out_RQ,
-                spare_bytes=self.memory.workspace.capacity_bytes // 2,
-            )
+        append_kv(cache, qkv_RX, numbers.cache_rows_R)
+        spare_bytes = self.memory.workspace.capacity_bytes // 2
+        kernels.decode_attention(self.arch, qkv_RX, cache, numbers, out_RQ, spare_bytes=spare_bytes)
         return 0
 
     def load_hidden(self, _: TaskId, __: Rows, span: slice) -> int:
@@ -180,20 +164,32 @@ class DecodeHandlers:
         return self.backend.transfer(Lane.H2D, copies)
 
     def post_attention(self, x: TaskId, _: Rows, span: slice) -> int:
-        """Output projection, router, and the experts on the GPU."""
+        """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
         gpu, workspace = self.memory.gpu, self.memory.workspace
         weights = self._weights(x)
         hidden_RD = gpu.hidden_ND[span]
         workspace.reset()
-        x_RD, routing = post_attention(self.arch, hidden_RD, gpu.attention_NQ[span], weights.dense, workspace)
-        experts, stacks = weights.all_experts, weights.all_stacks
+        attention_RQ = gpu.attention_NQ[span]
+        if not weights.has_experts:
+            feed_forward(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
+            return 0
+        x_RD, routing = post_attention(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
+        experts = weights.experts
         if self.pipeline.cpu_experts[x.layer]:
-            experts, stacks = weights.on_gpu, weights.stacks_on_gpu
+            experts = weights.on_gpu
             gpu.routed_ND[span] = x_RD
             gpu.weights_NK[span] = routing.weights_TK
             gpu.experts_NK[span] = routing.experts_TK
-        if experts:
-            counts = experts_on_gpu(self.backend, self.memory, x_RD, routing, experts, stacks, hidden_RD)
+        if experts.each:
+            counts = self.backend.gpu_kernels.run_experts(
+                x_RD,
+                routing,
+                experts,
+                hidden_RD,
+                workspace,
+                rows_at_once=self.memory.tokens_at_once,
+                num_experts=self.arch.spec.num_experts,
+            )
             if not self.pipeline.cpu_experts[x.layer]:
                 self.state.count_routed(x.layer, counts)
         return 0
@@ -241,9 +237,9 @@ class DecodeHandlers:
         if self.pipeline.cpu_experts[layer]:
             self.memory.gpu.hidden_ND[span] += self.memory.gpu.expert_output_ND[span]
 
-    def _numbers(self, span: slice) -> RowNumbers:
+    def _numbers(self, rows: Rows, span: slice) -> RowNumbers:
         """The numbers of the requests that go on, on the GPU since the step's EMBED."""
-        return number_views(self.memory.gpu.numbers[_numbers_of(span)], span.stop - span.start)
+        return self.backend.gpu_kernels.numbers(rows.numbers, self.memory.gpu.numbers[_numbers_of(span)])
 
     def _kv_buffer(self, x: TaskId) -> Tensor:
         layers = x.step * self.pipeline.num_layers + x.layer

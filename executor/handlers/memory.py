@@ -17,7 +17,7 @@ from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
 from hrm.buffers import Purpose, by_purpose
 from hrm.contract.rings import BUFFERS
-from hrm.contract.rows import NUMBERS_PER_REQUEST, TOKEN_NUMBER_BYTES
+from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, TOKEN_NUMBER_BYTES
 from hrm.model_spec import ModelSpec
 from hrm.tasks import Device
 
@@ -27,7 +27,7 @@ class Exchange:
     """One level's decode buffers: a row per request, with all that moves between the levels.
 
     `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts.
-    `numbers` are NUMBERS_PER_REQUEST for each request; see executor.model.number_views.
+    `numbers` are NUMBERS_PER_REQUEST for each request; see executor.model.numbers.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Exchange:
         routed = int(ffn_on_cpu)
         # First what kernels read 16 bytes at a time: its rows are multiples of that.
         self.hidden_ND = rows(spec.hidden_size, dtype)
-        self.qkv_NX = rows(spec.query_size + 2 * spec.kv_size, dtype)
-        self.attention_NQ = rows(spec.query_size, dtype)
+        self.qkv_NX = rows(spec.attention.projected_size, dtype)
+        self.attention_NQ = rows(spec.attention.returned_elements, dtype)
         self.routed_ND = rows(routed * spec.hidden_size, dtype)
         self.expert_output_ND = rows(routed * spec.hidden_size, dtype)
         self.numbers = rows(NUMBERS_PER_REQUEST, torch.int64).flatten()
@@ -68,10 +68,10 @@ class PrefillBuffers:
         elements = gpu[numbers:].view(dtype)
         hidden = BUFFERS * chunk_tokens * spec.hidden_size
         self.hidden_BTD = elements[:hidden].view(BUFFERS, chunk_tokens, spec.hidden_size)
-        self.kv_BT2Gd = elements[hidden:].view(BUFFERS, chunk_tokens, 2, spec.num_kv_heads, spec.head_dim)
-        self.prefix_C2Gd = prefix.view(dtype).view(-1, 2, spec.num_kv_heads, spec.head_dim)
+        self.kv_BT2Gd = elements[hidden:].view(BUFFERS, chunk_tokens, *spec.attention.cached_shape)
+        self.prefix_C2Gd = prefix.view(dtype).view(-1, *spec.attention.cached_shape)
         tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
-        self.host_numbers = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64)
+        self.host_numbers_T2 = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64).view(-1, NUMBERS_PER_TOKEN)
         elements = host[TOKEN_NUMBER_BYTES * tokens :].view(dtype)
         self.host_TD = elements.view(tokens, spec.hidden_size)
 

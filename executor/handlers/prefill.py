@@ -10,16 +10,14 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.batching import Chunk, ChunkPart
-from executor.handlers.experts import experts_on_gpu
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.lanes import Handler
-from executor.model import Architecture, post_attention, pre_attention, prefill_attention
+from executor.model import Architecture, PromptNumbers, feed_forward, post_attention, pre_attention, to_cache
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.contract.rings import BUFFERS
-from hrm.contract.rows import NUMBERS_PER_TOKEN
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
@@ -39,7 +37,7 @@ class PrefillHandlers:
     chunks: tuple[Chunk, ...]
     kv_on_gpu: tuple[bool, ...]
     tokens: list[Tensor]
-    positions: list[Tensor]
+    numbers: list[PromptNumbers]
 
     @staticmethod
     def make(
@@ -53,11 +51,16 @@ class PrefillHandlers:
     ) -> dict[Act, Handler]:
         """The handler of every act that occurs in prefill."""
         tokens = [torch.tensor([token for part in chunk.parts for token in part.tokens]) for chunk in chunks]
-        positions = [torch.cat([torch.arange(part.start, part.end) for part in chunk.parts]) for chunk in chunks]
+        numbers = [
+            PromptNumbers.write(
+                memory.prefill.host_numbers_T2[chunk.offset :].view(-1),
+                [part.start for part in chunk.parts],
+                [part.last - part.first for part in chunk.parts],
+            )
+            for chunk in chunks
+        ]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
-        handlers = PrefillHandlers(backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, positions)
-        if not backend.shares_memory:
-            handlers.write_numbers()
+        handlers = PrefillHandlers(backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, numbers)
         spec = arch.spec
         elements_in = policy.formats.weights.elements_in
         streamed = [elements_in(policy.streamed_bytes(spec, i, Phase.PREFILL)) for i in range(spec.num_layers)]
@@ -73,23 +76,16 @@ class PrefillHandlers:
             prefill.SAMPLE: handlers.sample,
         }
 
-    def write_numbers(self) -> None:
-        """Every chunk's positions and ends of prompts, into memory that a device reads."""
-        for index, chunk in enumerate(self.chunks):
-            positions, ends = _number_views(self._host_numbers(index), chunk)
-            positions.copy_(self.positions[index])
-            ends.copy_(torch.tensor([0, *(part.last for part in chunk.parts)]))
-
     def embed(self, x: TaskId) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
         torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.index], out=self._host(x))
         return self.load_hidden(x)
 
     def load_hidden(self, x: TaskId) -> int:
-        """Move a chunk's hidden states to the GPU."""
-        copies = [(self._hidden(x), self._host(x))]
-        if not self.backend.shares_memory:
-            copies.append((self._numbers(x), self._host_numbers(x.index)))
+        """Move a chunk's hidden states to the GPU, and its numbers with them."""
+        numbers = self.numbers[x.index].flat
+        sent = self.memory.prefill.numbers_BT[self._buffer_index(x), : len(numbers)]
+        copies = [(self._hidden(x), self._host(x)), *self.backend.gpu_kernels.copies(numbers, sent)]
         return self.backend.transfer(Lane.H2D, copies)
 
     def store_hidden(self, x: TaskId) -> int:
@@ -107,23 +103,15 @@ class PrefillHandlers:
         hidden_TD = self._hidden(x)
         weights = self._weights(x)
         workspace.reset()
-        width = spec.query_size + 2 * spec.kv_size
-        qkv_TX = workspace.take((chunk.num_tokens, width), hidden_TD.dtype)
-        kernels = self.backend.gpu_kernels
-        positions, ends = self.positions[x.index], None
-        if kernels is not None:
-            positions, ends = _number_views(self._numbers(x), chunk)
-        pre_attention(arch, hidden_TD, weights.dense, positions, qkv_TX, workspace)
-        kv_T2Gd = qkv_TX[:, spec.query_size :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
+        mixer = spec.attention
+        qkv_TX = workspace.take((chunk.num_tokens, mixer.projected_size), hidden_TD.dtype)
+        prompts = self._numbers(x)
+        pre_attention(arch, hidden_TD, weights.dense.attention, prompts.positions_T, qkv_TX, workspace)
         if not all(self.kv_on_gpu):
-            self._kv_buffer(x).copy_(kv_T2Gd)
-        attention_TQ = workspace.take((chunk.num_tokens, spec.query_size), hidden_TD.dtype)
-        lengths = [part.last - part.first for part in chunk.parts]
+            self._kv_buffer(x).copy_(to_cache(mixer, qkv_TX))
+        attention_TQ = workspace.take((chunk.num_tokens, mixer.returned_elements), hidden_TD.dtype)
         kept = [self._kept(part, x.layer) for part in chunk.parts]
-        if kernels is None or ends is None:
-            prefill_attention(arch, qkv_TX, lengths, kept, attention_TQ, workspace)
-        else:
-            kernels.prefill_attention(arch, qkv_TX, lengths, ends, kept, attention_TQ, workspace)
+        self.backend.gpu_kernels.prefill_attention(arch, qkv_TX, prompts, kept, attention_TQ, workspace)
         num_ending = sum(part.ends for part in chunk.parts)
         is_last = x.layer == spec.num_layers - 1
         if not is_last or not skips_in_last_layer(num_ending, chunk.num_tokens):
@@ -131,7 +119,7 @@ class PrefillHandlers:
         elif num_ending:
             last_R = self._last_tokens(x).long()
             hidden_RD = workspace.take((num_ending, spec.hidden_size), hidden_TD.dtype)
-            attention_RQ = workspace.take((num_ending, spec.query_size), hidden_TD.dtype)
+            attention_RQ = workspace.take((num_ending, mixer.returned_elements), hidden_TD.dtype)
             torch.index_select(hidden_TD, 0, last_R, out=hidden_RD)
             torch.index_select(attention_TQ, 0, last_R, out=attention_RQ)
             self._after_attention(x, hidden_RD, attention_RQ, weights)
@@ -140,9 +128,18 @@ class PrefillHandlers:
 
     def _after_attention(self, x: TaskId, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights) -> None:
         """The rest of a layer, for all of a chunk's tokens or some."""
+        if not weights.has_experts:
+            feed_forward(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
+            return
         x_TD, routing = post_attention(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
-        counts = experts_on_gpu(
-            self.backend, self.memory, x_TD, routing, weights.all_experts, weights.all_stacks, hidden_TD
+        counts = self.backend.gpu_kernels.run_experts(
+            x_TD,
+            routing,
+            weights.experts,
+            hidden_TD,
+            self.memory.workspace,
+            rows_at_once=self.memory.tokens_at_once,
+            num_experts=self.arch.spec.num_experts,
         )
         self.state.count_routed(x.layer, counts)
 
@@ -172,12 +169,8 @@ class PrefillHandlers:
 
         Only the last part of a chunk may be of a prompt that goes on in the next.
         """
-        chunk = self.chunks[x.index]
-        last_tokens = [part.last - 1 for part in chunk.parts if part.ends]
-        if self.backend.shares_memory:
-            return torch.tensor(last_tokens, dtype=torch.int64)
-        _, ends = _number_views(self._numbers(x), chunk)
-        return ends[1 : 1 + len(last_tokens)] - 1
+        num_ending = sum(part.ends for part in self.chunks[x.index].parts)
+        return self._numbers(x).ends[1 : 1 + num_ending] - 1
 
     def _cache(self, part: ChunkPart, layer: int) -> Tensor:
         """The prompt's part of its micro-batch's cache, as far as the end of the part."""
@@ -194,15 +187,10 @@ class PrefillHandlers:
     def _buffer_index(self, x: TaskId) -> int:
         return (x.layer * len(self.chunks) + x.index) % BUFFERS
 
-    def _numbers(self, x: TaskId) -> Tensor:
-        """A chunk's numbers on the GPU; they come with its hidden states."""
-        count = _num_numbers(self.chunks[x.index])
-        return self.memory.prefill.numbers_BT[self._buffer_index(x), :count]
-
-    def _host_numbers(self, index: int) -> Tensor:
-        chunk = self.chunks[index]
-        start = NUMBERS_PER_TOKEN * chunk.offset
-        return self.memory.prefill.host_numbers[start : start + _num_numbers(chunk)]
+    def _numbers(self, x: TaskId) -> PromptNumbers:
+        """A chunk's numbers, on the GPU since its hidden states came."""
+        sent = self.memory.prefill.numbers_BT[self._buffer_index(x)]
+        return self.backend.gpu_kernels.numbers(self.numbers[x.index], sent)
 
     def _hidden(self, x: TaskId) -> Tensor:
         num_tokens = self.chunks[x.index].num_tokens
@@ -218,14 +206,3 @@ class PrefillHandlers:
 
     def _weights(self, x: TaskId) -> LayerWeights:
         return self.memory.weights.layer(x.layer, self.pipeline.load_index(0, x.layer))
-
-
-def _num_numbers(chunk: Chunk) -> int:
-    """int64 that hold a chunk's positions and, as int32, 0 and the end of each prompt."""
-    return chunk.num_tokens + (len(chunk.parts) + 2) // 2
-
-
-def _number_views(flat: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """A chunk's positions, int64, and 0 followed by where each prompt ends, int32."""
-    ends = flat[chunk.num_tokens :].view(torch.int32)
-    return flat[: chunk.num_tokens], ends[: len(chunk.parts) + 1]

@@ -39,26 +39,11 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The requests of a micro-batch that go on in one decode step, a row each.
-
-    `lengths` are tokens in the cache with the step's own; `cache_rows` is where that one goes.
-    """
+    """The requests of a micro-batch that go on in one decode step, a row each, and their last tokens."""
 
     sequences: tuple[Generated, ...]
     tokens: Tensor
-    positions: Tensor
-    starts: list[int]
-    lengths: list[int]
-    cache_rows: Tensor
-
-    def write_numbers(self, to: RowNumbers) -> None:
-        """What a device must know of these rows, into memory that it reads."""
-        to.positions_R.copy_(self.positions)
-        to.cache_rows_R.copy_(self.cache_rows)
-        # Flash attention is told where all of the cache ends, though the lengths say it better.
-        to.starts.copy_(torch.tensor([*self.starts, self.starts[-1] + self.lengths[-1]]))
-        to.lengths_R.copy_(torch.tensor(self.lengths))
-        to.queries.copy_(torch.arange(len(self.lengths) + 1))
+    numbers: RowNumbers
 
     @staticmethod
     def of(sequences: Sequence[Generated]) -> "Rows":
@@ -68,11 +53,11 @@ class Rows:
         return Rows(
             tuple(sequences),
             torch.tensor([sequence.tokens[-1] for sequence in sequences], dtype=torch.int64),
-            torch.tensor([length - 1 for length in lengths], dtype=torch.int64),
-            starts,
-            lengths,
-            torch.tensor(
-                [start + length - 1 for start, length in zip(starts, lengths, strict=True)], dtype=torch.int64
+            RowNumbers(
+                torch.tensor([length - 1 for length in lengths], dtype=torch.int64),
+                torch.tensor([start + n - 1 for start, n in zip(starts, lengths, strict=True)], dtype=torch.int64),
+                starts,
+                lengths,
             ),
         )
 

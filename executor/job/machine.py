@@ -1,7 +1,7 @@
 """What a policy runs on: the accelerator that is asked for, and the memory it is held to."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, make_backend
@@ -41,26 +41,30 @@ class Prepared:
     staged: Planned | None
 
 
-def whole_attention(spec: ModelSpec) -> ModelSpec:
-    """The spec without windows: no request reaches them, and caches are made without."""
-    return replace(spec, attention_windows=())
-
-
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
     """Raise PolicyError if the policy is for a model of other dimensions, or for a stage of it."""
     check_whole(policy_file, path)
-    solved_for = whole_attention(replace(policy_file.model, name=spec.name))
+    # Requests reach no windows, and caches are made without.
+    solved_for = replace(policy_file.model.without_windows, name=spec.name)
     if solved_for != spec:
-        differing = [
-            name for name in ModelSpec.__dataclass_fields__ if getattr(solved_for, name) != getattr(spec, name)
-        ]
-        field_ = differing[0]
+        where, planned, there_is = _difference(solved_for, spec, "model")
         raise PolicyError(
-            f"{path}: model.{field_}",
-            getattr(solved_for, field_),
-            f"must be the model's {getattr(spec, field_)!r}",
-            "run hrm search with this --model",
+            f"{path}: {where}", planned, f"must be the model's {there_is!r}", "run hrm search with this --model"
         )
+
+
+def _difference(planned: object, there_is: object, where: str) -> tuple[str, object, object]:
+    """Where two values first differ within them, and what stands there."""
+    if isinstance(planned, tuple) and isinstance(there_is, tuple):
+        if len(planned) != len(there_is):
+            return where, f"<{len(planned)} of them>", len(there_is)
+        parts = [(f"{where}[{index}]", a, b) for index, (a, b) in enumerate(zip(planned, there_is, strict=True))]
+    elif is_dataclass(planned) and type(planned) is type(there_is):
+        compared = [item.name for item in fields(planned) if item.compare]
+        parts = [(f"{where}.{name}", getattr(planned, name), getattr(there_is, name)) for name in compared]
+    else:
+        return where, planned, there_is
+    return next(_difference(a, b, part) for part, a, b in parts if a != b)
 
 
 def check_whole(policy_file: PolicyFile, path: Path | str) -> None:

@@ -13,22 +13,14 @@ import msgspec
 from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError, RunError
-from executor.families import AbstractFamily, family_for
+from executor.families import Family, family_for
 from executor.generate import AbstractGenerator, BatchResult, Generator, NullGenerator, check_request
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.input_file import check_input
-from executor.job.machine import (
-    AcceleratorOptions,
-    Prepared,
-    as_run,
-    check_model,
-    predicted_seconds,
-    prepare,
-    whole_attention,
-)
+from executor.job.machine import AcceleratorOptions, Prepared, as_run, check_model, predicted_seconds, prepare
 from executor.job.outputs import (
     OUTPUTS,
     RunDirectory,
@@ -79,7 +71,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
-    policy_file = replace(policy_file, model=whole_attention(policy_file.model))
+    policy_file = replace(policy_file, model=policy_file.model.without_windows)
     policy = policy_file.policy
     if options.schedule is not None:
         policy = replace(policy, schedule=options.schedule)
@@ -190,7 +182,7 @@ class _Job:
             f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
         )
 
-    def run(self, progress: JobProgress, family: AbstractFamily, source: WeightSource) -> RunRecord:
+    def run(self, progress: JobProgress, family: Family, source: WeightSource) -> RunRecord:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
         generator = self._generator(family, source)
@@ -243,7 +235,7 @@ class _Job:
             "put right what they say and use --resume",
         )
 
-    def _generator(self, family: AbstractFamily, source: WeightSource) -> AbstractGenerator:
+    def _generator(self, family: Family, source: WeightSource) -> AbstractGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self._policy_file, planned.policy)

@@ -15,25 +15,31 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.architecture import Architecture
-from executor.model.layout import DenseWeights
+from executor.model.layout import AttentionWeights
 from executor.model.linear import project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import has_amx, kernels, paths
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
+from hrm.layers import GroupedQueryAttention
 
 NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured on Zen 4
 
 
 def pre_attention(
-    arch: Architecture, x_TD: Tensor, dense: DenseWeights, positions_T: Tensor, qkv_out_TX: Tensor, workspace: Workspace
+    arch: Architecture,
+    x_TD: Tensor,
+    weights: AttentionWeights,
+    positions_T: Tensor,
+    qkv_out_TX: Tensor,
+    workspace: Workspace,
 ) -> None:
     """Write queries, keys and values of the normed `x_TD`, rotated to their positions.
 
     `positions_T` are integers from 0, on the device of the other tensors.
     """
     mark = workspace.mark()
-    project(normed(arch, x_TD, dense.attention_norm, workspace), dense.qkv, qkv_out_TX)
+    project(normed(arch, x_TD, weights.attention_norm, workspace), weights.qkv, qkv_out_TX)
     workspace.release(mark)
     if arch.clip_qkv is not None:
         qkv_out_TX.clamp_(-arch.clip_qkv, arch.clip_qkv)
@@ -149,6 +155,11 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, 
         context_THd = context_GhTd.flatten(0, 1).transpose(0, 1)
         torch.index_select(context_THd, 0, reverse, out=block_THd)
     workspace.release(mark)
+
+
+def to_cache(attention: GroupedQueryAttention, qkv_TX: Tensor) -> Tensor:
+    """The part of the tokens' rows that a cache takes, (T, 2, G, d)."""
+    return qkv_TX[:, -attention.cached_elements :].unflatten(1, attention.cached_shape)
 
 
 def append_kv(cache_C2Gd: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from executor.model.architecture import Architecture
-from executor.model.layout import DenseWeights, ExpertWeights
+from executor.model.architecture import Architecture, Scores
+from executor.model.layout import DenseWeights, ExpertWeights, RouterWeights
 from executor.model.linear import add_projected, max_native_tokens, project
 from executor.model.norm import normed
 from executor.model.workspace import Workspace
@@ -30,23 +30,26 @@ class Routing:
 def post_attention(
     arch: Architecture, hidden_TD: Tensor, attention_TQ: Tensor, dense: DenseWeights, workspace: Workspace
 ) -> tuple[Tensor, Routing]:
-    """Add the projected attention to `hidden_TD`, in place.
+    """Add the projected attention to `hidden_TD`, in place, in a layer with experts.
 
     Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
     """
-    add_projected(attention_TQ, dense.output, hidden_TD)
-    x_TD = normed(arch, hidden_TD, dense.ffn_norm, workspace)
-    return x_TD, route(arch, x_TD, dense.router)
+    assert isinstance(dense.ffn, RouterWeights), dense.ffn
+    add_projected(attention_TQ, dense.attention.output, hidden_TD)
+    x_TD = normed(arch, hidden_TD, dense.ffn.ffn_norm, workspace)
+    return x_TD, route(arch, x_TD, dense.ffn.router)
 
 
 def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> Routing:
-    """The experts of greatest probability for each token, and their normalised probabilities."""
+    """The experts of greatest score for each token, and their normalised scores."""
     logits_TE = project(x_TD, router_ED, x_TD.new_empty(len(x_TD), len(router_ED)))
-    probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
-    weights_TK, experts_TK = probabilities_TE.topk(arch.spec.experts_per_token)
-    if arch.router_norm is not None:
-        order = arch.router_norm
-        weights_TK /= torch.linalg.vector_norm(weights_TK, order, dim=-1, keepdim=True)
+    if arch.router.scores is Scores.SIGMOID:
+        scores_TE = logits_TE.float().sigmoid_()
+    else:
+        scores_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    weights_TK, experts_TK = scores_TE.topk(arch.spec.experts_per_token)
+    if arch.router.norm is not None:
+        weights_TK /= torch.linalg.vector_norm(weights_TK, arch.router.norm, dim=-1, keepdim=True)
     return Routing(weights_TK, experts_TK)
 
 

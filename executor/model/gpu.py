@@ -10,7 +10,7 @@ cache, E experts, K experts per token, I intermediate, N = T*K routed rows, n of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor
@@ -20,37 +20,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from executor.model.architecture import Architecture
 from executor.model.attention import prefill_attention
 from executor.model.experts import Routing
-from executor.model.layout import ExpertStack
+from executor.model.kernels import AbstractKernels
+from executor.model.layout import Experts, ExpertStack
+from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
-from hrm.contract.rows import NUMBERS_PER_REQUEST
 
 FLASH_DTYPES: Final = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM: Final = 256  # at most, in steps of 8
 ALIGNED_BYTES: Final = 16  # of the rows and the places of a grouped GEMM's matrices
 
 
-@dataclass(frozen=True, slots=True)
-class RowNumbers:
-    """What attention must know of R requests, on its device; see `number_views`."""
-
-    positions_R: Tensor  # noqa: N815 - int64, of the new token
-    cache_rows_R: Tensor  # noqa: N815 - int64, where its keys and values go
-    starts: Tensor  # (R+1) int32, each request's first row of the cache
-    lengths_R: Tensor  # noqa: N815 - int32, tokens that it has there, the new one included
-    queries: Tensor  # (R+1) int32, 0 to R: the queries before each request's
-
-
-def number_views(flat: Tensor, num_requests: int) -> RowNumbers:
-    """Views of the numbers of so many requests in 5 int64 for each, which lie side by side."""
-    count = num_requests
-    narrow = flat[2 * count : NUMBERS_PER_REQUEST * count].view(torch.int32)
-    starts, lengths, queries = narrow[: 3 * count + 2].split((count + 1, count, count + 1))
-    return RowNumbers(flat[:count], flat[count : 2 * count], starts, lengths, queries)
-
-
 @final
-@dataclass(frozen=True, slots=True)
-class GpuKernels:
+@dataclass(frozen=True)
+class GpuKernels(AbstractKernels):
     """The kernels of one GPU.
 
     `flash` is aten's _flash_attention_forward where the GPU has it, and `grouped` a grouped GEMM
@@ -59,24 +41,25 @@ class GpuKernels:
 
     flash: Callable[..., Any] | None = None
     grouped: Callable[..., Tensor] | None = None
+    shares_memory: ClassVar[bool] = False
 
     def decode_attention(
         self,
         arch: Architecture,
         qkv_RX: Tensor,
         cache_C2Gd: Tensor,
-        numbers: RowNumbers,
-        longest: int,
+        rows: RowNumbers,
         out_RQ: Tensor,
         *,
         spare_bytes: int,
     ) -> None:
         """Attention of one new token per request over its own part of the cache.
 
-        `longest` is the greatest of the lengths. Without flash attention the caches of as many
-        requests as fit `spare_bytes` are gathered at a time.
+        Without flash attention the caches of as many requests as fit `spare_bytes` are gathered at
+        a time.
         """
-        spec = arch.spec
+        spec, numbers, longest = arch.spec, rows.views, max(rows.lengths)
+        assert numbers is not None, "the numbers were not sent to the device"
         keys_CGd, values_CGd = cache_C2Gd.unbind(1)
         query_RHd = qkv_RX[:, : spec.query_size].view(-1, spec.num_heads, spec.head_dim)
         if self.flash is not None and _takes_flash(cache_C2Gd.dtype, spec.head_dim):
@@ -96,7 +79,7 @@ class GpuKernels:
             out_RQ.copy_(out_RHd.reshape(out_RQ.shape))
             return
         group = spec.num_heads // spec.num_kv_heads
-        token_bytes = 2 * spec.kv_size * cache_C2Gd.itemsize
+        token_bytes = spec.attention.cached_elements * cache_C2Gd.itemsize
         at_once = max(1, spare_bytes // (2 * longest * token_bytes))
         for first in range(0, len(query_RHd), at_once):
             some = slice(first, first + at_once)
@@ -117,19 +100,17 @@ class GpuKernels:
         self,
         arch: Architecture,
         qkv_TX: Tensor,
-        lengths: Sequence[int],
-        ends: Tensor,
+        prompts: PromptNumbers,
         caches_C2Gd: Sequence[Tensor | None],
         out_TQ: Tensor,
         workspace: Workspace,
     ) -> None:
         """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
-        `ends` are int32 on the device: 0, and then where each prompt ends. Where a prompt has a
-        cache, its keys and values are written to the cache's last rows; the first prompt's may have
-        more, which are its earlier tokens and are attended over as well, before the caches of the
-        others are written: they may lie in the same memory.
+        The first prompt's cache is attended over before those of the others are written: they may
+        lie in the same memory.
         """
+        lengths, ends = prompts.lengths, prompts.ends
         heads, groups = arch.spec.num_heads, arch.spec.num_kv_heads
         head_dim = arch.spec.head_dim
         cache = caches_C2Gd[0]
@@ -163,19 +144,16 @@ class GpuKernels:
         self,
         x_TD: Tensor,
         routing: Routing,
-        stacks: Sequence[ExpertStack],
+        experts: Experts,
         out_TD: Tensor,
+        workspace: Workspace,  # noqa: ARG002 - temporaries are torch's
         *,
         rows_at_once: int,
         num_experts: int,
     ) -> Tensor:
-        """Add to `out_TD` the weighted output of exactly the experts in `stacks`.
-
-        Returns how many tokens are routed to each of all experts, given or not, on the device.
-        `rows_at_once` bounds the temporaries: so many rows of 2D+2I elements are there at once.
-        """
+        """Stack by stack; the counts are on the device."""
         if len(x_TD):
-            for stack in stacks:
+            for stack in experts.stacks:
                 self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts)
         experts_N = routing.experts_TK.flatten()
         counts = experts_N.new_zeros(num_experts)

@@ -1,31 +1,54 @@
-"""Where each weight of a layer lies in memory, the same for every family.
+"""Where each weight lies in memory, the same for every family.
 
 D hidden, Q = heads*head_dim, KV = kv_heads*head_dim, E experts, I intermediate, V vocab.
 
-The dense part of a layer, then its experts in order, contiguous and without padding: the sizes are
-those of `ModelSpec.dense_parameters` and `ModelSpec.expert_parameters`.
+A table says which tensors there are, in the order in which they lie in a vector, contiguous and
+without padding. The blocks of a layer tell theirs: those of the dense part, and those of an expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from torch import Tensor
 
+from hrm.layers import Block, Layer, TensorSpec, Unit
 from hrm.model_spec import ModelSpec
+
+Tensors = tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class DenseWeights:
-    """A layer's weights outside its experts, in the order in which they lie in memory.
-
-    `qkv` maps to queries, keys and values one after the other.
-    """
+class AttentionWeights:
+    """Grouped-query attention; `qkv` maps to queries, keys and values one after the other."""
 
     attention_norm: Tensor  # (D)
     qkv: Tensor  # (Q+2KV, D)
     output: Tensor  # (D, Q)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """What comes before routed experts."""
+
     ffn_norm: Tensor  # (D)
     router: Tensor  # (E, D)
+
+
+@dataclass(frozen=True, slots=True)
+class FfnWeights:
+    """An FFN that every token goes through; its matrices are as those of an expert."""
+
+    ffn_norm: Tensor  # (D)
+    dense_w13: Tensor  # (2I, D)
+    dense_w2: Tensor  # (D, I)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """A layer's weights outside routed experts, block by block."""
+
+    attention: AttentionWeights
+    ffn: RouterWeights | FfnWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +69,18 @@ class ExpertStack:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts of one layer: each with its number, and the same ones as stacks, one for each place."""
+
+    each: Sequence[tuple[int, ExpertWeights]] = ()
+    stacks: tuple[ExpertStack, ...] = ()
+
+    def __add__(self, others: "Experts") -> "Experts":
+        """These and the others."""
+        return Experts([*self.each, *others.each], (*self.stacks, *others.stacks))
+
+
+@dataclass(frozen=True, slots=True)
 class HeadWeights:
     """What turns the last hidden states into logits."""
 
@@ -53,43 +88,64 @@ class HeadWeights:
     lm_head: Tensor  # (V, D)
 
 
-def dense_views(spec: ModelSpec, flat: Tensor) -> DenseWeights:
-    """Views of the dense part that lies in `flat`, a vector of `spec.dense_parameters` elements."""
-    hidden = spec.hidden_size
-    return DenseWeights(
-        *_views(
-            flat,
-            (hidden,),
-            (spec.query_size + 2 * spec.kv_size, hidden),
-            (hidden, spec.query_size),
-            (hidden,),
-            (spec.num_experts, hidden),
-        )
-    )
+def embedding_tensors(spec: ModelSpec) -> Tensors:
+    """The token embedding."""
+    return (TensorSpec("embedding", (spec.vocab_size, spec.hidden_size), Unit.MODEL),)
 
 
-def expert_views(spec: ModelSpec, flat: Tensor) -> ExpertWeights:
-    """Views of the expert that lies in `flat`, a vector of `spec.expert_parameters` elements."""
-    hidden, intermediate = spec.hidden_size, spec.intermediate_size
-    return ExpertWeights(*_views(flat, (2 * intermediate, hidden), (hidden, intermediate)))
+def head_tensors(spec: ModelSpec) -> Tensors:
+    """What comes after the layers."""
+    final_norm = TensorSpec("final_norm", (spec.hidden_size,), Unit.MODEL)
+    return final_norm, TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size), Unit.MODEL)
 
 
-def expert_stack(spec: ModelSpec, flat: Tensor, first: int) -> ExpertStack:
-    """The experts that lie one after the other in `flat`, numbered from `first`."""
-    hidden, intermediate = spec.hidden_size, spec.intermediate_size
-    each_EP = flat.view(-1, spec.expert_parameters)
-    w13, w2 = each_EP.split((2 * intermediate * hidden, intermediate * hidden), dim=1)
-    return ExpertStack(first, w13.unflatten(1, (2 * intermediate, hidden)), w2.unflatten(1, (hidden, intermediate)))
+def dense_tensors(of: Layer | Block) -> Tensors:
+    """The tensors of a layer, or of a block of it, outside routed experts."""
+    return tuple(tensor for tensor in of.tensors if tensor.unit is not Unit.EXPERT)
+
+
+def expert_tensors(layer: Layer) -> Tensors:
+    """The tensors of one of a layer's experts."""
+    return tuple(tensor for tensor in layer.tensors if tensor.unit is Unit.EXPERT)
+
+
+def num_elements(tensors: Tensors) -> int:
+    """Elements of all of them."""
+    return sum(tensor.parameters for tensor in tensors)
+
+
+def views(tensors: Tensors, flat: Tensor) -> dict[str, Tensor]:
+    """The tensors, by name, that lie in a vector of as many elements as they have."""
+    assert flat.ndim == 1, flat.shape
+    assert len(flat) == num_elements(tensors), (len(flat), tensors)
+    parts = zip(flat.split([tensor.parameters for tensor in tensors]), tensors, strict=True)
+    return {tensor.name: part.view(tensor.shape) for part, tensor in parts}
+
+
+def dense_views(layer: Layer, flat: Tensor) -> DenseWeights:
+    """The dense part of a layer that lies in `flat`."""
+    attention, ffn = (dense_tensors(block) for block in layer.blocks)
+    of_attention, of_ffn = flat.split((num_elements(attention), num_elements(ffn)))
+    kind = RouterWeights if layer.has_experts else FfnWeights
+    return DenseWeights(AttentionWeights(**views(attention, of_attention)), kind(**views(ffn, of_ffn)))
+
+
+def expert_views(layer: Layer, flat: Tensor) -> ExpertWeights:
+    """The expert of a layer that lies in `flat`."""
+    return ExpertWeights(**views(expert_tensors(layer), flat))
+
+
+def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
+    """All experts of a layer that lie in `flat` one after the other, numbered from `first`."""
+    if not len(flat):
+        return Experts()
+    tensors = expert_tensors(layer)
+    each_EP = flat.view(-1, num_elements(tensors))
+    parts = each_EP.split([tensor.parameters for tensor in tensors], dim=1)
+    stack = ExpertStack(first, *(part.unflatten(1, each.shape) for part, each in zip(parts, tensors, strict=True)))
+    return Experts([(first + e, expert_views(layer, part)) for e, part in enumerate(each_EP)], (stack,))
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:
-    """Views of the head that lies in `flat`, a vector of `spec.head_parameters` elements."""
-    hidden = spec.hidden_size
-    return HeadWeights(*_views(flat, (hidden,), (spec.vocab_size, hidden)))
-
-
-def _views(flat: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    sizes = [prod(shape) for shape in shapes]
-    assert flat.ndim == 1, flat.shape
-    assert len(flat) == sum(sizes), (len(flat), sizes)
-    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    """The head that lies in `flat`."""
+    return HeadWeights(**views(head_tensors(spec), flat))

@@ -100,7 +100,12 @@ def _hidden_bytes(x: Load) -> Number:
 
 
 def _cache_bytes(x: Load) -> Number:
-    return operators.kv_bytes(x.spec, x.formats, x.tokens * x.spec.context_in(x.kind, x.context))
+    return x.kind.mixer.reached_bytes(x.formats, x.tokens, x.context)
+
+
+def _attended_bytes(x: Load) -> Number:
+    attended = x.kind.mixer.attended_bytes(x.formats, x.tokens, x.context)
+    return x.costs.runtime.attention_passes * attended
 
 
 def _expert_bytes(x: Load) -> Number:
@@ -129,7 +134,7 @@ PRE_ATTENTION: Final = Act(
     lane=Lane.GPU,
     touches=_pre_attention,
     count=_in_each_layer,
-    seconds=lambda x, _: x.costs.pre_attention(x.tokens),
+    seconds=lambda x, _: x.costs.pre_attention(x.tokens, x.kind),
     chained=True,
 )
 OFFLOAD_QKV: Final = Act(
@@ -140,7 +145,7 @@ OFFLOAD_QKV: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: _handed_on(QKV, HOST_QKV, p, x),
     count=_if_attended_on_cpu,
-    moves=lambda x: operators.qkv_bytes(x.spec, x.formats, x.tokens),
+    moves=lambda x: x.tokens * x.kind.mixer.sent_bytes(x.formats),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
@@ -164,7 +169,7 @@ STORE_KV: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: (((QKV, x.index, _at(p, x), 0),), ((HOST_KV, (x.layer, x.index), x.step + 1, 0),)),
     count=_if_streamed,
-    moves=lambda x: operators.kv_bytes(x.spec, x.formats, x.tokens),
+    moves=lambda x: x.kind.mixer.cache_bytes(x.formats, x.tokens, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
@@ -189,7 +194,7 @@ CPU_ATTENTION: Final = Act(
     touches=lambda p, x: _handed_on(HOST_QKV, HOST_OUTPUT, p, x),
     count=_if_attended_on_cpu,
     seconds=lambda x, _: x.costs.attention(Device.CPU, x.tokens, x.context, x.kind),
-    host_bytes=lambda x: x.costs.runtime.attention_passes * _cache_bytes(x),
+    host_bytes=_attended_bytes,
     attends=True,
     chained=True,
 )
@@ -201,7 +206,7 @@ LOAD_HIDDEN: Final = Act(
     lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_OUTPUT, OUTPUT, p, x),
     count=_if_attended_on_cpu,
-    moves=lambda x: operators.attention_output_bytes(x.spec, x.formats, x.tokens),
+    moves=lambda x: x.tokens * x.kind.mixer.returned_bytes(x.formats),
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )

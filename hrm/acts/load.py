@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hrm.formats import Formats
-from hrm.model_spec import LayerKind, ModelSpec
+from hrm.layers import Layer
+from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Load:
     """
 
     costs: "Costs"
-    kind: LayerKind
+    kind: Layer
     tokens: Number
     context: Number
     is_last: bool = False

@@ -107,7 +107,7 @@ STORE_KV: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: ((_kv(p, x),), ((HOST_KV, (x.layer, x.index), 1, 0),)),
     count=_in_each_layer,
-    moves=lambda x: x.stored_share * operators.kv_bytes(x.spec, x.formats, x.tokens),
+    moves=lambda x: x.stored_share * x.kind.mixer.cache_bytes(x.formats, x.tokens / x.context, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
 )
 STORE_HIDDEN: Final = Act(

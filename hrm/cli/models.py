@@ -8,11 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from hrm.cli.report import console, print_json
-from hrm.formats import FORMATS
-from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec, load_model
+from hrm.formats import FORMATS, Formats
+from hrm.layers import Layer
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
 from hrm.units import format_bytes, format_count
 
 STORED: Final = FORMATS["bfloat16"]  # what the bytes that are shown are in
+_FORMATS: Final = Formats.of(STORED.name)
 
 
 @click.command()
@@ -33,7 +35,15 @@ def models(name: str | None, as_json: bool) -> None:
 def model_json(spec: ModelSpec) -> dict[str, Any]:
     """A model's dimensions and all that follows from them; bytes are those of `dtype`."""
     return {
-        **{name: getattr(spec, name) for name in ModelSpec.__dataclass_fields__},
+        "name": spec.name,
+        "family": spec.family,
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
+        "num_experts": spec.num_experts,
+        "experts_per_token": spec.experts_per_token,
+        "tied_embeddings": spec.tied_embeddings,
+        "published_dtype": spec.published_dtype,
         "parameters": spec.parameters,
         "active_parameters": spec.active_parameters,
         "expert_layers": spec.num_expert_layers,
@@ -44,7 +54,6 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
         "expert_bytes": STORED.bytes_of(spec.expert_parameters),
         "embedding_bytes": STORED.bytes_of(spec.embedding_parameters),
         "head_bytes": STORED.bytes_of(spec.head_parameters),
-        "kv_elements": spec.kv_elements,
         "kv_bytes_per_token": spec.kv_bytes_per_token(STORED),
         "kv_bytes_per_token_beyond_windows": _kv_bytes_beyond_windows(spec),
         "layer_kinds": [
@@ -52,10 +61,13 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
                 "layers": count,
                 "has_experts": kind.has_experts,
                 "window": kind.window,
-                "layer_bytes": spec.layer_bytes_of(kind, STORED),
-                "dense_bytes": STORED.bytes_of(spec.dense_parameters_of(kind)),
-                "num_experts": spec.num_experts_of(kind),
-                "kv_bytes_per_token": spec.kv_bytes_per_token_layer(STORED),
+                "layer_bytes": STORED.bytes_of(kind.parameters),
+                "dense_bytes": STORED.bytes_of(kind.dense_parameters),
+                "num_experts": kind.num_experts,
+                "kv_bytes_per_token": STORED.bytes_of(kind.mixer.cached_elements),
+                "state_bytes": kind.mixer.state_bytes(_FORMATS),
+                "mixer": kind.mixer,
+                "ffn": kind.ffn,
             }
             for kind, count in spec.layer_kinds().items()
         ],
@@ -64,8 +76,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
 
 def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
     """What one more token adds to the cache of a context that is longer than every window."""
-    unlimited = sum(count for kind, count in spec.layer_kinds().items() if not kind.window)
-    return unlimited * spec.kv_bytes_per_token_layer(STORED)
+    return STORED.bytes_of(sum(layer.mixer.cached_elements for layer in spec.layers if not layer.window))
 
 
 def _print_list(specs: list[ModelSpec]) -> None:
@@ -101,7 +112,7 @@ def _print_list(specs: list[ModelSpec]) -> None:
 
 
 def _experts(spec: ModelSpec) -> str:
-    shared = " + shared" if spec.shared_intermediate_size else ""
+    shared = " + shared" if spec.experts.shared_intermediate_size else ""
     return f"{spec.experts_per_token} of {spec.num_experts}{shared}"
 
 
@@ -116,12 +127,11 @@ def _print_model(spec: ModelSpec) -> None:
         "experts": f"{spec.experts_per_token} of {spec.num_experts} a token,"
         f" {format_bytes(STORED.bytes_of(spec.expert_parameters))} each"
         f" ({spec.hidden_size} x {spec.intermediate_size}){_shared(spec)}",
-        "attention": _attention(spec),
+        **_attention(spec),
         "embedding": f"{spec.vocab_size} tokens x {spec.hidden_size}"
         f" ({format_bytes(STORED.bytes_of(spec.embedding_parameters))}), "
         + ("tied to the LM head" if spec.tied_embeddings else "and an LM head beside it"),
-        "KV cache": f"{format_bytes(spec.kv_bytes_per_token(STORED))} a token in all layers,"
-        f" {format_bytes(spec.kv_bytes_per_token_layer(STORED))} in each",
+        "KV cache": _cache(spec),
         "": _windows(spec),
     }
     for name, text in rows.items():
@@ -139,29 +149,35 @@ def _published(spec: ModelSpec) -> str:
 
 
 def _shared(spec: ModelSpec) -> str:
-    if not spec.shared_intermediate_size:
+    inner = spec.experts.shared_intermediate_size
+    if not inner:
         return ""
-    shared = format_bytes(STORED.bytes_of(spec.shared_parameters))
-    return f"; shared: {shared} ({spec.hidden_size} x {spec.shared_intermediate_size})"
+    tensors = (tensor for tensor in spec.experts.tensors if tensor.name.startswith("shared_w"))
+    shared = format_bytes(STORED.bytes_of(sum(tensor.parameters for tensor in tensors)))
+    return f"; shared: {shared} ({spec.hidden_size} x {inner})"
 
 
-def _attention(spec: ModelSpec) -> str:
-    latent = spec.latent_attention
-    if latent is None:
-        kind = "multi-head" if spec.num_kv_heads == spec.num_heads else "grouped-query"
-        heads = f"{spec.num_heads} query heads on {spec.num_kv_heads} of {spec.head_dim}"
-        return f"{kind}: {heads}"
-    queries = f"queries through {latent.query_rank}" if latent.query_rank else "queries direct"
-    return (
-        f"latent: {spec.num_heads} heads of {latent.nope_head_dim} + {latent.rope_head_dim} rotary,"
-        f" values {latent.value_head_dim}; cached {latent.kv_rank} + {latent.rope_head_dim};"
-        f" {queries}"
-    )
+def _attention(spec: ModelSpec) -> dict[str, str]:
+    """A row for each kind of attention that layers have, windows apart."""
+    kinds = Counter(layer.without_window.mixer for layer in spec.layers)
+    if len(kinds) == 1:
+        return {"attention": next(iter(kinds)).words}
+    return {f"in {count} layers": mixer.words for mixer, count in kinds.items()}
+
+
+def _cache(spec: ModelSpec) -> str:
+    """What a token takes, and what a sequence takes however long it is."""
+    told = f"{format_bytes(spec.kv_bytes_per_token(STORED))} a token in all layers"
+    each = {layer.mixer.cached_elements for layer in spec.layers}
+    if len(each) == 1:
+        told += f", {format_bytes(STORED.bytes_of(each.pop()))} in each"
+    states = sum(layer.mixer.state_bytes(_FORMATS) for layer in spec.layers)
+    return f"{told}, and {format_bytes(states)} a sequence" if states else told
 
 
 def _windows(spec: ModelSpec) -> str:
     """What the windows mean for the cache of a long context; empty without windows."""
-    windows = Counter(window for window in spec.attention_windows if window)
+    windows = Counter(layer.window for layer in spec.layers if layer.window)
     if not windows:
         return ""
     kept = " and ".join(
@@ -182,14 +198,15 @@ def _print_layers(spec: ModelSpec) -> None:
     console.print(table)
 
 
-def _layer_row(spec: ModelSpec, kind: LayerKind, count: int) -> tuple[str, ...]:
-    num_experts = spec.num_experts_of(kind)
-    experts = format_bytes(STORED.bytes_of(num_experts, spec.expert_parameters))
+def _layer_row(spec: ModelSpec, kind: Layer, count: int) -> tuple[str, ...]:
+    experts = format_bytes(STORED.bytes_of(kind.num_experts, spec.expert_parameters))
+    state = kind.mixer.state_bytes(_FORMATS)
+    reaches = f"{kind.window} tokens" if kind.window else "all tokens"
     return (
         "with experts" if kind.has_experts else "dense FFN",
         str(count),
-        format_bytes(spec.layer_bytes_of(kind, STORED)),
-        format_bytes(STORED.bytes_of(spec.dense_parameters_of(kind))),
-        f"{num_experts}: {experts}" if num_experts else "none",
-        f"{kind.window} tokens" if kind.window else "all tokens",
+        format_bytes(STORED.bytes_of(kind.parameters)),
+        format_bytes(STORED.bytes_of(kind.dense_parameters)),
+        f"{kind.num_experts}: {experts}" if kind.num_experts else "none",
+        f"a state, {format_bytes(state)}" if state else reaches,
     )

@@ -339,10 +339,7 @@ def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
     for layer, (count, most) in enumerate(zip(counts, there_are, strict=True)):
         if count > most:
             raise PolicyError(
-                f"--resident-experts of layer {layer}",
-                count,
-                "the layer has no experts",
-                f"give 0 for the first {spec.num_dense_layers} layers",
+                f"--resident-experts of layer {layer}", count, "the layer has no experts", "give 0 for it"
             )
     return counts
 

@@ -222,7 +222,7 @@ def _residents(estimate: Estimate, spec: ModelSpec) -> str:
         return f"all {spec.num_experts} a layer"
     few = len(counts) <= 2
     shown = " or ".join(map(str, counts)) if few else f"{counts[0]} to {counts[-1]}"
-    which = "a layer" if not spec.num_dense_layers else "a layer with experts"
+    which = "a layer" if spec.num_expert_layers == spec.num_layers else "a layer with experts"
     return f"{shown} of {spec.num_experts} {which}"
 
 

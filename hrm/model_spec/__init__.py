@@ -1,7 +1,8 @@
-"""What is run: a model's dimensions, from a name, a folder or a `config.json`.
+"""What is run: a model by its layers, from a name, a folder or a `config.json`.
 
-`spec` has the dimensions and what follows from them, `built_in` the models known by name,
-`families` reads a published config.json of any of them, by its `model_type`.
+`spec` has the layers and what follows from them, `dimensions` tells plain models in fewer words,
+`built_in` has the models known by name, and `families` reads a published config.json of any of them,
+by its `model_type`. `workspace` is what computing a layer takes for a while.
 """
 
 from pathlib import Path
@@ -9,18 +10,20 @@ from pathlib import Path
 from hrm.errors import ModelError, closest
 from hrm.files import is_file, is_folder
 from hrm.model_spec.built_in import BUILT_IN_MODELS
-from hrm.model_spec.config_file import read_config
-from hrm.model_spec.families import spec_from_hf_config
-from hrm.model_spec.latent import LatentAttention
-from hrm.model_spec.spec import LayerKind, ModelSpec
+from hrm.model_spec.config_file import Keys, read_config
+from hrm.model_spec.dimensions import Dimensions
+from hrm.model_spec.families import decoder_keys, read_spec, spec_from_hf_config
+from hrm.model_spec.spec import ModelSpec
 
 __all__ = [
     "BUILT_IN_MODELS",
-    "LatentAttention",
-    "LayerKind",
+    "Dimensions",
+    "Keys",
     "ModelSpec",
+    "decoder_keys",
     "load_model",
     "read_config",
+    "read_spec",
     "spec_from_hf_config",
 ]
 

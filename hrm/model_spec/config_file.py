@@ -1,12 +1,17 @@
-"""A `config.json` and its keys, each of the type that is asked for or refused by file and key."""
+"""A `config.json` and its keys, each of the type that is asked for or refused by file and key.
 
+Both packages read configs through `Keys`: `hrm` the sizes that a plan needs, the executor also what
+only running needs.
+"""
+
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from hrm.decoding import read_json_object
 from hrm.errors import ModelError
-from hrm.model_spec.spec import LARGEST_SIZE
+from hrm.layers import LARGEST_SIZE
 
 CHECK: Final = "check the config.json"
 
@@ -18,10 +23,19 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of a JSON object, which `where` names in messages; null mostly means missing."""
+    """The keys of a JSON object; null mostly means missing.
+
+    Messages name the `file` and, of an object inside of another, the `path` of keys to it.
+    """
 
     values: dict[str, Any]
-    where: str
+    file: str
+    path: str = ""
+
+    @property
+    def where(self) -> str:
+        """The file, and the path of keys within it."""
+        return f"{self.file}: {self.path}" if self.path else self.file
 
     def get(self, key: str) -> Any:
         """What is under the key; None if it is missing."""
@@ -37,7 +51,7 @@ class Keys:
         shown = "<missing>" if value is None else value
         return ModelError(f"{self.where}: {key}", shown, rule, remedy)
 
-    def integer(self, *keys: str, default: int | None = None, at_least: int = 1) -> int:
+    def integer(self, *keys: str, default: int | None = None, at_least: int = 1, at_most: int = LARGEST_SIZE) -> int:
         """The integer under the keys, which are names of one thing; ModelError if they disagree."""
         given = [key for key in keys if self.get(key) is not None]
         if not given and default is not None:
@@ -45,13 +59,38 @@ class Keys:
         key = given[0] if given else keys[0]
         value = self.get(key)
         holds = isinstance(value, int) and not isinstance(value, bool)
-        if not holds or not at_least <= value <= LARGEST_SIZE:
+        if not holds or not at_least <= value <= at_most:
             kind = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
-            raise self.refusal(key, f"must be {kind}, at most {LARGEST_SIZE:,}")
+            raise self.refusal(key, f"must be {kind}, at most {at_most:,}")
         for other in given[1:]:
             if self.get(other) != value:
                 raise self.refusal(other, f"must be as {key}, {value}: both mean the same")
         return value
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """The positive number under the key; the default if it is missing and there is one."""
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+            raise self.refusal(key, "must be a positive number")
+        return float(value)
+
+    def word(self, key: str, choices: tuple[str, ...], *, default: str | None = None) -> str:
+        """The word under the key, one of the choices; the default if it is missing."""
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, str) or value not in choices:
+            raise self.refusal(key, f"must be {' or '.join(choices)}", "use a model of a supported architecture")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """The token ids under the key: none, one or a list of them."""
+        value = self.get(key)
+        ids = cast("list[Any]", value if isinstance(value, list) else [] if value is None else [value])
+        if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+            remedy = "correct it in config.json or generation_config.json"
+            raise self.refusal(key, "must be a token id or a list of them", remedy)
+        return tuple(ids)
 
     def truth(self, key: str, *, default: bool = False) -> bool:
         """The truth value under the key."""
@@ -89,7 +128,8 @@ class Keys:
         section = self.get(key)
         if not isinstance(section, dict):
             raise self.refusal(key, "must be an object with the model's sizes")
-        return Keys(cast("dict[str, Any]", section), f"{self.where}: {key}")
+        path = f"{self.path}: {key}" if self.path else key
+        return Keys(cast("dict[str, Any]", section), self.file, path)
 
     def with_defaults(self, **defaults: Any) -> "Keys":
         """The same, with these values of keys that are missing, not of those that are null."""

@@ -11,44 +11,56 @@ from pathlib import Path
 from typing import Any, Final
 
 from hrm.errors import ModelError
+from hrm.layers import GatedDeltaNet, GroupedQueryAttention, LatentAttention, RoutedExperts
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import (
     CHUNKED,
     EXPERTS,
     EXPERTS_PER_TOKEN,
     FULL,
+    LINEAR,
     SLIDING,
-    attention_biases,
-    decoder,
-    leading,
-    require_every_layer,
+    grouped_query,
+    interleaved,
+    layer_types,
+    model,
+    num_layers,
+    require_whole_attention,
+    routed_experts,
     whole_head,
-    with_dense_layers,
-    with_windows,
-    without_windows,
+    windowed,
 )
-from hrm.model_spec.latent import LatentAttention
-from hrm.model_spec.spec import ModelSpec
+from hrm.model_spec.spec import MOST_LAYERS, ModelSpec
 
 
 def spec_from_hf_config(config: dict[str, Any], where: str) -> ModelSpec:
     """The model that a Hugging Face config describes, named after the config's folder.
 
-    Of a multimodal model it is the text part. Raises ModelError naming `where` and the key if the
-    architecture is unknown, a key is missing or of another type, or asks for what no plan can say.
+    Raises ModelError naming `where` and the key if the architecture is unknown, a key is missing or
+    of another type, or asks for what no plan can say.
     """
-    keys = _text_part(Keys(config, where))
+    return read_spec(decoder_keys(config, where))
+
+
+def read_spec(keys: Keys) -> ModelSpec:
+    """The model that a decoder's keys describe, named after the folder of their file."""
     family = keys.get("model_type")
     reader = FAMILY_READERS.get(family) if isinstance(family, str) else None
     if reader is None:
         raise _unknown_architecture(keys)
-    path = Path(where)
+    path = Path(keys.file)
     name = path.parent.name if path.name == "config.json" else path.stem
-    return replace(reader(keys), name=name or str(family), family=str(family), published_dtype=_published_dtype(keys))
+    try:
+        spec = reader(keys)
+    except ModelError as error:  # of a block, which does not know where its sizes are from
+        where = error.where if error.where.startswith(keys.where) else f"{keys.where}: {error.where}"
+        raise ModelError(where, error.value, error.rule, error.remedy) from error
+    return replace(spec, name=name or str(family), family=str(family), published_dtype=_published_dtype(keys))
 
 
-def _text_part(keys: Keys) -> Keys:
-    """The decoder's keys inside those of a multimodal wrapper; those of others as they are."""
+def decoder_keys(config: dict[str, Any], where: str) -> Keys:
+    """The keys of a config, or of the text part within that of a multimodal model."""
+    keys = Keys(config, where)
     outer = keys.get("model_type")
     if (isinstance(outer, str) and outer in FAMILY_READERS) or keys.get("text_config") is None:
         return keys
@@ -99,159 +111,183 @@ def _published_dtype(keys: Keys) -> str:
 
 
 def _read_mixtral(keys: Keys) -> ModelSpec:
-    spec = decoder(keys, expert_size="intermediate_size", experts="num_local_experts")
-    return with_windows(spec, keys)
+    experts = routed_experts(keys, "intermediate_size", "num_local_experts")
+    return model(keys, windowed(keys, grouped_query(keys)), experts)
 
 
 def _read_dbrx(keys: Keys) -> ModelSpec:
     ffn, attention = keys.section("ffn_config"), keys.section("attn_config")
     hidden_size = keys.integer("d_model")
-    return ModelSpec(
-        name=keys.where,
-        family="",
-        num_layers=keys.integer("n_layers"),
+    mixer = GroupedQueryAttention(
         hidden_size=hidden_size,
-        intermediate_size=ffn.integer("ffn_hidden_size"),
         num_heads=keys.integer("n_heads"),
         num_kv_heads=attention.integer("kv_n_heads"),
         head_dim=whole_head(keys, "n_heads", hidden_size),
+    )
+    experts = RoutedExperts(
+        hidden_size=hidden_size,
+        intermediate_size=ffn.integer("ffn_hidden_size"),
         num_experts=ffn.integer("moe_num_experts"),
         experts_per_token=ffn.integer("moe_top_k"),
-        vocab_size=keys.integer("vocab_size"),
-        tied_embeddings=keys.truth("tie_word_embeddings"),
     )
+    return model(keys.with_defaults(num_hidden_layers=keys.integer("n_layers", at_most=MOST_LAYERS)), mixer, experts)
 
 
-def _read_qwen(keys: Keys) -> ModelSpec:
-    """What Qwen2 and Qwen3 have in common."""
-    spec = decoder(keys, expert_size="moe_intermediate_size", experts="num_experts")
-    require_every_layer(keys, "decoder_sparse_step")
-    dense = set(keys.integers("mlp_only_layers")) & set(range(spec.num_layers))
-    count = leading(keys, "mlp_only_layers", dense)
-    return with_dense_layers(spec, keys, count, "intermediate_size")
+def _qwen_dense_layers(keys: Keys) -> set[int]:
+    return interleaved(keys, "decoder_sparse_step") | set(keys.integers("mlp_only_layers"))
+
+
+def _qwen_shared(keys: Keys) -> RoutedExperts:
+    """Experts beside shared ones that a gate of their own scales."""
+    return routed_experts(
+        keys,
+        "moe_intermediate_size",
+        "num_experts",
+        shared_intermediate_size=keys.integer("shared_expert_intermediate_size"),
+        vectors=(("shared_gate", keys.integer("hidden_size")),),
+    )
 
 
 def _read_qwen2(keys: Keys) -> ModelSpec:
     used = keys.truth("use_sliding_window")
     limited = keys.integer("max_window_layers", default=28, at_least=0) if used else 0
-    spec = with_windows(
-        _read_qwen(keys), keys, used=used, default=lambda layer: SLIDING if layer % 2 == 0 and layer < limited else FULL
+    attention = grouped_query(keys, biases=keys.truth("qkv_bias", default=True))
+    mixers = windowed(
+        keys, attention, used=used, default=lambda layer: SLIDING if layer % 2 == 0 and layer < limited else FULL
     )
-    has_biases = keys.truth("qkv_bias", default=True)
-    return replace(
-        spec,
-        shared_intermediate_size=keys.integer("shared_expert_intermediate_size"),
-        other_layer_parameters=has_biases * attention_biases(spec, output=False),
-        other_router_parameters=spec.hidden_size,  # the shared expert's gate
-    )
+    return model(keys, mixers, _qwen_shared(keys), dense_layers=_qwen_dense_layers(keys))
 
 
 def _read_qwen3(keys: Keys) -> ModelSpec:
-    spec = with_windows(_read_qwen(keys), keys, used=keys.truth("use_sliding_window"))
-    biases = keys.truth("attention_bias") * attention_biases(spec, output=True)
-    return replace(spec, other_layer_parameters=2 * spec.head_dim + biases)
+    mixers = windowed(keys, _qwen3_attention(keys), used=keys.truth("use_sliding_window"))
+    experts = routed_experts(keys, "moe_intermediate_size", "num_experts")
+    return model(keys, mixers, experts, dense_layers=_qwen_dense_layers(keys))
+
+
+def _qwen3_attention(keys: Keys) -> GroupedQueryAttention:
+    has_biases = keys.truth("attention_bias")
+    attention = grouped_query(keys, biases=has_biases, output_bias=has_biases)
+    return attention.with_vectors(query_norm=attention.head_dim, key_norm=attention.head_dim)
+
+
+def _read_qwen3_next(keys: Keys) -> ModelSpec:
+    """Three of four layers with a gated delta rule, the fourth with attention and an output gate."""
+    keys = keys.with_defaults(head_dim=256)
+    full = _qwen3_attention(keys)
+    # A gate has a bias where the queries have one.
+    biases = {"gate_bias": full.query_size} if keys.truth("attention_bias") else {}
+    full = replace(full.with_vectors(**biases), output_gate=True)
+    linear = GatedDeltaNet(
+        hidden_size=full.hidden_size,
+        num_key_heads=keys.integer("linear_num_key_heads", default=16),
+        num_value_heads=keys.integer("linear_num_value_heads", default=32),
+        key_head_dim=keys.integer("linear_key_head_dim", default=128),
+        value_head_dim=keys.integer("linear_value_head_dim", default=128),
+        conv_kernel=keys.integer("linear_conv_kernel_dim", default=4),
+    )
+    interval = keys.integer("full_attention_interval", default=4)
+    types = layer_types(keys, lambda layer: LINEAR if (layer + 1) % interval else FULL, choices=(FULL, LINEAR))
+    mixers = [linear if kind == LINEAR else full for kind in types]
+    return model(keys, mixers, _qwen_shared(keys), dense_layers=_qwen_dense_layers(keys))
 
 
 def _read_deepseek(keys: Keys) -> ModelSpec:
-    """DeepSeek-V2, and what V3 has in common with it."""
+    """DeepSeek-V2, whose scores have no corrections."""
+    return _deepseek(keys, corrected=False)
+
+
+def _read_deepseek_v3(keys: Keys) -> ModelSpec:
+    return _deepseek(keys, corrected=True)
+
+
+def _deepseek(keys: Keys, *, corrected: bool) -> ModelSpec:
+    require_whole_attention(keys)
+    if keys.integer("moe_layer_freq", default=1) != 1:
+        raise keys.refusal("moe_layer_freq", "must be 1: the modelling code knows dense layers at the start only")
+    if keys.truth("mlp_bias"):
+        raise keys.refusal("mlp_bias", "must be false", "use a model without biases in its FFNs")
     latent = LatentAttention(
+        hidden_size=keys.integer("hidden_size"),
+        num_heads=keys.integer("num_attention_heads"),
         kv_rank=keys.integer("kv_lora_rank"),
         rope_head_dim=keys.integer("qk_rope_head_dim"),
         nope_head_dim=keys.integer("qk_nope_head_dim"),
         value_head_dim=keys.integer("v_head_dim"),
         query_rank=keys.integer("q_lora_rank", default=0),
     )
-    spec = decoder(keys, expert_size="moe_intermediate_size", experts="n_routed_experts", latent=latent)
-    require_every_layer(keys, "moe_layer_freq")
-    if keys.truth("mlp_bias"):
-        raise keys.refusal("mlp_bias", "must be false", "use a model without biases in its FFNs")
-    # Biases of both down projections and of the output's, not of those up.
-    biases = latent.query_rank + spec.kv_elements + spec.hidden_size
-    return replace(
-        _with_first_dense(without_windows(spec, keys), keys),
-        other_layer_parameters=keys.truth("attention_bias") * biases,
-    )
+    if keys.truth("attention_bias"):  # of both projections down and of the output's, not of those up
+        downs = {"query_down_bias": latent.query_rank, "kv_down_bias": latent.cached_elements}
+        latent = latent.with_vectors(**downs, output_bias=latent.hidden_size)
+    return model(keys, latent, _first_dense_experts(keys, corrected=corrected), dense_layers=_first_dense(keys))
 
 
-def _with_first_dense(spec: ModelSpec, keys: Keys) -> ModelSpec:
-    """The spec with the dense first layers and the shared experts of DeepSeek's keys."""
-    shared = keys.integer("n_shared_experts", at_least=0) * spec.intermediate_size
-    count = keys.integer("first_k_dense_replace", at_least=0)
-    spec = replace(spec, shared_intermediate_size=shared)
-    return with_dense_layers(spec, keys, count, "intermediate_size")
+def _first_dense_experts(keys: Keys, *, corrected: bool) -> RoutedExperts:
+    """Experts by DeepSeek's keys, and corrections of their scores."""
+    shared = keys.integer("n_shared_experts", at_least=0) * keys.integer("moe_intermediate_size")
+    experts = routed_experts(keys, "moe_intermediate_size", "n_routed_experts", shared_intermediate_size=shared)
+    return experts.with_vectors(score_correction=experts.num_experts) if corrected else experts
 
 
-def _read_deepseek_v3(keys: Keys) -> ModelSpec:
-    spec = _read_deepseek(keys)
-    return replace(spec, other_router_parameters=spec.num_experts)  # corrections of the scores
+def _first_dense(keys: Keys) -> range:
+    return range(keys.integer("first_k_dense_replace", at_least=0))
 
 
 def _read_gpt_oss(keys: Keys) -> ModelSpec:
     keys = keys.with_defaults(head_dim=64)
-    spec = decoder(keys, expert_size="intermediate_size", experts="num_local_experts")
-    spec = with_windows(spec, keys, lambda layer: FULL if layer % 2 else SLIDING)
     has_biases = keys.truth("attention_bias", default=True)
-    sinks = spec.num_heads
-    return replace(
-        spec,
-        other_layer_parameters=has_biases * attention_biases(spec, output=True) + sinks,
-        other_router_parameters=spec.num_experts,
-        other_expert_parameters=2 * spec.intermediate_size + spec.hidden_size,
-    )
+    attention = grouped_query(keys, biases=has_biases, output_bias=has_biases)
+    attention = attention.with_vectors(sinks=attention.num_heads)
+    experts = routed_experts(keys, "intermediate_size", "num_local_experts")
+    biases = (("w13_bias", 2 * experts.intermediate_size), ("w2_bias", experts.hidden_size))
+    experts = replace(experts.with_vectors(router_bias=experts.num_experts), expert_vectors=biases)
+    return model(keys, windowed(keys, attention, lambda layer: FULL if layer % 2 else SLIDING), experts)
 
 
 def _read_llama4(keys: Keys) -> ModelSpec:
-    keys = keys.with_defaults(head_dim=128)
-    spec = decoder(keys, expert_size="intermediate_size", experts="num_local_experts")
-    count = 0
+    keys, count = keys.with_defaults(head_dim=128), num_layers(keys)
     if keys.get("moe_layers") is None:
-        require_every_layer(keys, "interleave_moe_layer_step")
+        dense = interleaved(keys, "interleave_moe_layer_step")
     else:
-        dense = set(range(spec.num_layers)) - set(keys.integers("moe_layers"))
-        count = leading(keys, "moe_layers", dense)
-    spec = with_dense_layers(spec, keys, count, "intermediate_size_mlp")
+        dense = set(range(count)) - set(keys.integers("moe_layers"))
     rotary = keys.integers("no_rope_layers")
     if not rotary:
         interval = keys.integer("no_rope_layer_interval", default=4)
-        rotary = tuple((layer + 1) % interval for layer in range(spec.num_layers))
-    if len(rotary) < spec.num_layers:
-        raise keys.refusal("no_rope_layers", f"must have one of the {spec.num_layers} layers each")
-    spec = with_windows(spec, keys, lambda layer: CHUNKED if rotary[layer] else FULL)
-    return replace(
-        spec,
-        shared_intermediate_size=spec.intermediate_size,
-        other_layer_parameters=keys.truth("attention_bias") * attention_biases(spec, output=True),
-    )
+        rotary = tuple((layer + 1) % interval for layer in range(count))
+    if len(rotary) < count:
+        raise keys.refusal("no_rope_layers", f"must have one of the {count} layers each")
+    has_biases = keys.truth("attention_bias")
+    attention = grouped_query(keys, biases=has_biases, output_bias=has_biases)
+    experts = routed_experts(keys, "intermediate_size", "num_local_experts")
+    experts = replace(experts, shared_intermediate_size=experts.intermediate_size)
+    mixers = windowed(keys, attention, lambda layer: CHUNKED if rotary[layer] else FULL)
+    return model(keys, mixers, experts, dense_layers=dense, dense_size="intermediate_size_mlp")
 
 
 def _read_glm4(keys: Keys) -> ModelSpec:
-    spec = decoder(keys, expert_size="moe_intermediate_size", experts="n_routed_experts")
-    spec = _with_first_dense(without_windows(spec, keys), keys)
-    biases = keys.truth("attention_bias") * attention_biases(spec, output=False)
-    return replace(
-        spec,
-        other_layer_parameters=biases + keys.truth("use_qk_norm") * 2 * spec.head_dim,
-        other_router_parameters=spec.num_experts,  # corrections of the scores
-    )
+    require_whole_attention(keys)
+    attention = grouped_query(keys, biases=keys.truth("attention_bias"))
+    if keys.truth("use_qk_norm"):
+        attention = attention.with_vectors(query_norm=attention.head_dim, key_norm=attention.head_dim)
+    return model(keys, attention, _first_dense_experts(keys, corrected=True), dense_layers=_first_dense(keys))
 
 
 def _read_phimoe(keys: Keys) -> ModelSpec:
-    spec = decoder(keys, expert_size="intermediate_size", experts="num_local_experts")
-    biases = keys.truth("attention_bias") * attention_biases(spec, output=True)
-    head_biases = keys.truth("lm_head_bias") * spec.vocab_size
-    return replace(
-        with_windows(spec, keys),
-        other_layer_parameters=biases + 2 * spec.hidden_size,  # of both layer norms
-        other_head_parameters=head_biases + spec.hidden_size,  # of the final layer norm
-    )
+    has_biases, hidden_size = keys.truth("attention_bias"), keys.integer("hidden_size")
+    attention = grouped_query(keys, biases=has_biases, output_bias=has_biases)
+    attention = attention.with_vectors(attention_norm_bias=hidden_size)
+    experts = routed_experts(keys, "intermediate_size", "num_local_experts")
+    experts = experts.with_vectors(ffn_norm_bias=hidden_size)
+    head_biases = keys.truth("lm_head_bias") * keys.integer("vocab_size")
+    return model(keys, windowed(keys, attention), experts, other_head_parameters=head_biases + hidden_size)
 
 
 def _read_olmoe(keys: Keys) -> ModelSpec:
     keys = keys.with_defaults(num_key_value_heads=None)
-    spec = decoder(keys, expert_size="intermediate_size", experts="num_experts")
-    biases = keys.truth("attention_bias") * attention_biases(spec, output=True)
-    norms = spec.query_size + spec.kv_size
-    return replace(without_windows(spec, keys), other_layer_parameters=norms + biases)
+    require_whole_attention(keys)
+    has_biases = keys.truth("attention_bias")
+    attention = grouped_query(keys, biases=has_biases, output_bias=has_biases)
+    attention = attention.with_vectors(query_norm=attention.query_size, key_norm=attention.kv_size)
+    return model(keys, attention, routed_experts(keys, "intermediate_size", "num_experts"))
 
 
 FAMILY_READERS: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
@@ -259,6 +295,7 @@ FAMILY_READERS: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
     "dbrx": _read_dbrx,
     "qwen2_moe": _read_qwen2,
     "qwen3_moe": _read_qwen3,
+    "qwen3_next": _read_qwen3_next,
     "deepseek_v2": _read_deepseek,
     "deepseek_v3": _read_deepseek_v3,
     "kimi_k2": _read_deepseek_v3,

@@ -7,7 +7,6 @@ from typing import Final
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.model_spec import ModelSpec
-from hrm.operators import decode_attention, experts
 from hrm.roofline import TurningPoints, attainable_flops_per_s, attention_turning_points, ffn_turning_points
 
 SAME: Final = 0.01  # figures that differ by less are drawn and named as one
@@ -176,7 +175,7 @@ def attention_marks(
                 points = attention_turning_points(profile, spec, Formats.of(dtype), context=context)
                 mark = _mark(profile, points, dtype)
             else:
-                operator = decode_attention(spec, Formats.of(dtype), 1, context, spec.widest_kind)
+                operator = spec.widest_kind.mixer.attend(Formats.of(dtype), 1, context)
                 mark = _mark_alone(profile, dtype, operator.intensity, None, reads_kv=True)
             for members, other in groups:
                 if abs(mark.intensity / other.intensity - 1) < SAME:
@@ -213,7 +212,7 @@ def ffn_marks(
                 )
                 mark = _mark(profile, points, dtype)
             else:
-                operator = experts(spec, Formats.of(dtype), size, spec.num_experts)
+                operator = spec.experts.run(Formats.of(dtype), size, spec.num_experts)
                 rows = operator.kernels[0].rows
                 mark = _mark_alone(profile, dtype, operator.intensity, rows, reads_kv=False)
             marks.append(replace(mark, label=_short(size)))

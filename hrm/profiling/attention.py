@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hrm.contract.host_kernels import HostKernels
 from hrm.hardware import Rate
+from hrm.layers import GroupedQueryAttention, LatentAttention
 from hrm.model_spec import ModelSpec
 from hrm.profiling.fit import fit_groups, fit_link
 from hrm.profiling.timing import Call, Sampler, measured, significant, summarise, time_each
@@ -41,7 +42,12 @@ class Heads:
     @classmethod
     def of(cls, model: ModelSpec | None) -> "Heads":
         """Those of the model, or of a Mixtral 8x7B."""
-        return cls(model.num_heads, model.num_kv_heads, model.head_dim) if model else cls()
+        mixer = model.widest_kind.mixer if model else None
+        if isinstance(mixer, GroupedQueryAttention):
+            return cls(mixer.num_heads, mixer.num_kv_heads, mixer.head_dim)
+        if isinstance(mixer, LatentAttention):  # expanded, every head has keys of its own
+            return cls(mixer.num_heads, mixer.num_heads, mixer.head_dim)
+        return cls()
 
 
 def attention_rate(

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
-from hrm import operators
 from hrm.closed_form import Point
 from hrm.formats import Formats
 from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
@@ -82,13 +81,14 @@ def batch_limit(run: Run) -> BatchLimit:
     stays on a GPU.
     """
     spec, gpus, prompt = load_model(run.model), NUM_GPUS[run.setup], run.workload.prompt_len
+    attention = spec.attention
     experts = _FORMATS.weights.bytes_of(spec.num_experts, spec.expert_parameters)
     hidden = _FORMATS.compute.bytes_of(gpus * prompt, spec.hidden_size)
     on_gpu = (
-        _FORMATS.weights.bytes_of(spec.num_layers, spec.qkv_parameters + spec.output_parameters)
+        _FORMATS.weights.bytes_of(spec.num_layers, attention.projection_parameters + attention.output_parameters)
         + 2 * experts
         + run.micro_batch_size * (2 * hidden + _temporaries(spec, gpus, prompt))
-        + 2 * run.micro_batch_size * prompt * spec.kv_bytes_per_token_layer(_FORMATS.kv_cache)
+        + 2 * run.micro_batch_size * prompt * _FORMATS.kv_cache.bytes_of(attention.cached_elements)
     )
     on_host = (spec.num_layers + 2) * experts
     cache = run.workload.mean_context_len * spec.kv_bytes_per_token(_FORMATS.kv_cache)
@@ -205,7 +205,7 @@ def measured_step(comparison: Comparison) -> MeasuredStep:
     seconds = (run.seconds - comparison.predicted.prefill.seconds) / workload.decode_steps
     weights = spec.num_layers * Point.of_policy(policy, spec).streamed_bytes(spec, _FORMATS.weights, Phase.DECODE)
     context = workload.prompt_len + (1 + workload.decode_steps) / 2
-    cache = spec.num_layers * operators.kv_bytes(spec, _FORMATS, run.batch_size * context)
+    cache = run.batch_size * context * spec.kv_bytes_per_token(_FORMATS.kv_cache)
     return MeasuredStep(
         seconds=seconds, weights_bytes_per_s=weights / gpus / seconds, cache_bytes_per_s=cache / gpus / seconds
     )

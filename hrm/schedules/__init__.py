@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from hrm.model_spec import LayerKind, ModelSpec
+from hrm.model_spec import ModelSpec
 from hrm.placement import Place
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import bounds, orders
@@ -78,7 +78,8 @@ def _with_pages(pipeline: Pipeline, spec: ModelSpec, policy: Policy) -> Pipeline
     if policy.resident_dense:
         return pipeline.with_pages(pages_of(policy))
     # Projections come first in a layer, and are most of one of which the fewest experts stream.
-    placement, layer = policy.placement(spec, pipeline.phase), ((LayerKind(), 1),)
+    placement = policy.placement(spec, pipeline.phase)
+    layer = ((next(kind for kind in spec.layer_kinds() if kind.has_experts), 1),)
     fewest = placement.bytes_at(Place.STREAMED, layer, max(policy.resident_experts))
     dense = placement.bytes_at(Place.STREAMED, layer, spec.num_experts)
     return pipeline.with_pages(pages_of(policy), dense_share=dense / fewest)

@@ -52,8 +52,7 @@ class Pipeline:
             kv_on_gpu=tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches)),
             streamed=tuple(policy.streamed_bytes(spec, i, Phase.DECODE) > 0 for i in range(spec.num_layers)),
             cpu_experts=tuple(
-                on_cpu and count < spec.num_experts_of(spec.layer_kind(i))
-                for i, count in enumerate(policy.resident_experts)
+                on_cpu and count < spec.layers[i].num_experts for i, count in enumerate(policy.resident_experts)
             ),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from hrm.buffers import Needs, Purpose, by_purpose, page_bytes
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.memory import pinned_purposes
-from hrm.model_spec import LayerKind
 from hrm.numeric import Number
 from hrm.placement import Place, Placement
 from hrm.schedules import SCHEDULES
@@ -46,11 +45,10 @@ class Weights:
 
     def largest_streamed(self, dense: Number, of_every_layer: Number) -> tuple[Number, Number]:
         """Streamed bytes of a layer with experts, so many of them resident, and of one without."""
-        placement, plain = self._placement(dense), min(self.space.spec.num_dense_layers, 1)
-        return (
-            placement.bytes_at(Place.STREAMED, ((LayerKind(), 1),), of_every_layer),
-            placement.bytes_at(Place.STREAMED, ((LayerKind(has_experts=False), plain),), 0),
-        )
+        spec, weights = self.space.spec, self.space.formats.weights
+        experts = (spec.num_experts - of_every_layer) * self.expert_bytes
+        with_experts, plain = weights.bytes_of(spec.dense_parameters), weights.bytes_of(spec.plain_parameters)
+        return (1 - dense) * with_experts + experts, (1 - dense) * plain
 
 
 def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: Number) -> Needs:

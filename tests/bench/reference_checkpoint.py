@@ -6,6 +6,7 @@ keep it in, then XDG_CACHE_HOME.
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,8 +16,9 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
-from executor.checkpoint import CONFIG_FILE, INDEX_FILE, RandomWeights
+from executor.checkpoint import CONFIG_FILE, INDEX_FILE
 from executor.families import FAMILIES
+from executor.random_weights import RandomWeights
 from hrm.model_spec import ModelSpec, spec_from_hf_config
 
 NAME: Final = "mixtral-1.1b-random"
@@ -76,10 +78,11 @@ def _write(config: dict[str, Any], folder: Path) -> None:
     spec: ModelSpec = spec_from_hf_config(config, CONFIG_FILE)
     family = FAMILIES[spec.family]
     arch = family.architecture(config, CONFIG_FILE)
-    files = [family.layer_tensors(arch, layer) for layer in range(spec.num_layers)]
-    in_layers = {name for shapes in files for name in shapes}
     everything = family.expected_tensors(arch)
-    files.append({name: shape for name, shape in everything.items() if name not in in_layers})
+    files: list[dict[str, tuple[int, ...]]] = [{} for _ in range(spec.num_layers + 1)]
+    for name, shape in everything.items():
+        in_layer = re.match(r"model\.layers\.(\d+)\.", name)
+        files[int(in_layer[1]) if in_layer else -1][name] = shape
     source, weight_map = RandomWeights(seed=0), dict[str, str]()
     for number, shapes in enumerate(files, start=1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors"

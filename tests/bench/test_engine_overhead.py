@@ -23,7 +23,8 @@ from hrm.simulate import simulate
 from hrm.tasks import Device, Task, TaskId
 from tests.bench.machine import circumstances
 
-SPEC = replace(load_model("mixtral-8x7b"), num_layers=16)
+MIXTRAL = load_model("mixtral-8x7b")
+SPEC = MIXTRAL.with_layers(MIXTRAL.layers[:16])
 STEPS = 4
 REPEATS = 9
 TWO_LEVELS = Policy(

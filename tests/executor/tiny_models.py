@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from executor.model.architecture import Architecture, Norm
-from hrm.model_spec import ModelSpec
+from hrm.model_spec import Dimensions
 
 MIXTRALS: Final[dict[str, dict[str, Any]]] = {
     "wide heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},
@@ -146,4 +146,4 @@ def tiny_arch(norm: Norm = Norm.RMS, **changes: Any) -> Architecture:
         "vocab_size": 50,
     }
     of_spec = {key: changes.pop(key) for key in list(changes) if key in sizes}
-    return Architecture(spec=ModelSpec(**{**sizes, **of_spec}), norm=norm, **changes)
+    return Architecture(spec=Dimensions(**{**sizes, **of_spec}).spec, norm=norm, **changes)

@@ -176,7 +176,9 @@ def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
         counts = [0] * part.num_expert_layers
         for position, layer in enumerate(layers):
             counts[layer] = min(max(total - position * part.num_experts, 0), part.num_experts)
-        return replace(policy, resident_experts=(0,) * part.num_dense_layers + tuple(counts))
+        shuffled = iter(counts)
+        each = (next(shuffled) if layer.has_experts else 0 for layer in part.layers)
+        return replace(policy, resident_experts=tuple(each))
 
     def fits(total: int) -> bool:
         return plan_memory(case.spec, having(total), case.profile).fits

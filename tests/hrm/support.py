@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from random import Random
+from typing import Any, Final
 
 from hrm.hardware import Figure, HardwareProfile, Link, LinkKind, MemoryLevel, Processor, Rate, Source
-from hrm.model_spec import LatentAttention, ModelSpec
+from hrm.layers import GatedDeltaNet
+from hrm.model_spec import Dimensions, ModelSpec
+from hrm.model_spec.dimensions import Latent
 from hrm.schedules import Pipeline
 from hrm.tasks import Device, Phase
 from hrm.units import GB
@@ -72,27 +75,30 @@ def machine(
     )
 
 
-def tiny_spec(**changes: int) -> ModelSpec:
-    spec = ModelSpec(
-        name="tiny",
-        family="mixtral",
-        num_layers=4,
-        hidden_size=64,
-        intermediate_size=96,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        num_experts=4,
-        experts_per_token=2,
-        vocab_size=256,
-    )
-    return replace(spec, **changes)
+TINY: Final = Dimensions(
+    name="tiny",
+    family="mixtral",
+    num_layers=4,
+    hidden_size=64,
+    intermediate_size=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    num_experts=4,
+    experts_per_token=2,
+    vocab_size=256,
+)
 
 
-def random_spec(rng: Random) -> ModelSpec:
+def tiny_spec(**changes: Any) -> ModelSpec:
+    return replace(TINY, **changes).spec
+
+
+def random_dimensions(rng: Random) -> Dimensions:
     kv_heads = rng.choice([1, 2])
     num_experts = rng.choice([1, 2, 4, 7])
-    return tiny_spec(
+    return replace(
+        TINY,
         num_layers=rng.randint(1, 6),
         hidden_size=rng.choice([32, 64, 96]),
         intermediate_size=rng.choice([48, 128, 320]),
@@ -103,23 +109,39 @@ def random_spec(rng: Random) -> ModelSpec:
     )
 
 
+def random_spec(rng: Random) -> ModelSpec:
+    return random_dimensions(rng).spec
+
+
 def random_varied_spec(rng: Random) -> ModelSpec:
-    """As `random_spec`, with what newer families have: all of it, some or none."""
-    spec = random_spec(rng)
+    """As `random_spec`, with what newer families have: all of it, some or none, in any order."""
+    plain = random_dimensions(rng)
     if rng.random() < 0.5:
-        spec = replace(spec, shared_intermediate_size=rng.choice([16, 200]))
-    if rng.random() < 0.5 and spec.num_layers > 1:
-        dense = rng.randint(1, spec.num_layers - 1)
-        spec = replace(spec, num_dense_layers=dense, dense_intermediate_size=256)
+        plain = replace(plain, shared_intermediate_size=rng.choice([16, 200]))
+    if rng.random() < 0.5 and plain.num_layers > 1:
+        dense = rng.randint(1, plain.num_layers - 1)
+        plain = replace(plain, num_dense_layers=dense, dense_intermediate_size=256)
     if rng.random() < 0.5:
-        windows = tuple(rng.choice([0, 16, 64]) for _ in range(spec.num_layers))
-        spec = replace(spec, attention_windows=windows)
+        windows = tuple(rng.choice([0, 16, 64]) for _ in range(plain.num_layers))
+        plain = replace(plain, attention_windows=windows)
     if rng.random() < 0.5:
-        latent = LatentAttention(
+        latent = Latent(
             kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12, query_rank=rng.choice([0, 20])
         )
-        spec = replace(spec, latent_attention=latent, head_dim=24, num_kv_heads=spec.num_heads)
-    return spec
+        plain = replace(plain, latent_attention=latent, head_dim=24, num_kv_heads=plain.num_heads)
+    layers = list(plain.spec.layers)
+    if rng.random() < 0.5:
+        rng.shuffle(layers)
+    if rng.random() < 0.5:
+        layers = [
+            replace(layer, mixer=gated_delta(plain.hidden_size)) if rng.random() < 0.5 else layer for layer in layers
+        ]
+    return plain.spec.with_layers(layers)
+
+
+def gated_delta(hidden_size: int) -> GatedDeltaNet:
+    """A small linear attention."""
+    return GatedDeltaNet(hidden_size=hidden_size, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=12)
 
 
 def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:

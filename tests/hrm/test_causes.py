@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from hrm import operators
 from hrm.analysis import what_if
 from hrm.causes import Cause, resource_of, spent_of
 from hrm.cli import main
@@ -18,7 +17,7 @@ from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.launches import launches_of
 from hrm.machines import compose
-from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.scaling import Resource, at_cost, resource_value, resources, with_resource
 from hrm.search import Space, search
@@ -272,9 +271,10 @@ def test_a_plan_that_launches_do_not_limit_says_nothing_of_them():
 
 
 def test_launches_cost_as_much_fused_only_where_kernels_are():
-    spec, kind = tiny_spec(), LayerKind()
+    spec = tiny_spec()
+    kind = spec.layers[0]
     for fused in (False, True):
-        operator = operators.post_attention(spec, Formats.of("bfloat16"), 4, spec.num_experts, kind)
+        operator = kind.after_attention(Formats.of("bfloat16"), 4, spec.num_experts)
         profile = machine(launch_s=1.0, gpu_flops=1e17, gpu_read=1e17)
         seconds = replace(on_gpu(spec, profile, WORKLOAD).costs, runtime=Runtime(fused_kernels=fused)).post_attention(
             4, spec.num_experts, kind

@@ -20,7 +20,7 @@ from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.schedules import SCHEDULES, pages_of
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
-from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
+from tests.hrm.support import machine, random_dimensions, random_spec, random_varied_spec, tiny_spec
 
 ROUNDING = 1e-4  # simulated tasks move whole bytes
 FLEXGEN_OVERLAPS = 0.05  # embeddings and sampling, which its closed form has in turn
@@ -86,14 +86,14 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
         lanes = DecodeStep.of_point(costs, Point.of_policy(policy, spec), schedule).seconds(45.0).lanes
         for lane, seconds in trace.busy_s().items():
             # Tasks move whole bytes and, in some layers, an expert more than in others.
-            assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
+            assert lanes[lane] == pytest.approx(seconds, rel=4e-3), (seed, lane, policy)
         whole = replace(policy, prefill_chunk_tokens=10**9)
         trace = simulate_work(replace(prefill_work(costs, whole, WORKLOAD), stretch=1.0))
         kv_is_whole = policy.gpu_kv_micro_batches in {0, policy.num_micro_batches}
         lanes = whole_prefill(costs, Point.of_policy(whole, spec), WORKLOAD).lanes
         for lane, seconds in trace.busy_s().items():
             if lane is not Lane.D2H or kv_is_whole:
-                assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
+                assert lanes[lane] == pytest.approx(seconds, rel=4e-3), (seed, lane, policy)
 
 
 CUT = [("mixtral-8x7b", "1xT4", (0, 1)), ("dbrx", "4xT4", (5, 6)), ("dbrx", "4xT4", (0, 16))]
@@ -244,7 +244,7 @@ def test_the_closed_form_takes_no_longer_than_the_simulation(schedule):
     for seed in range(100):
         rng = Random(seed)
         # FlexGen's closed form is of layers alike.
-        spec = replace(random_spec(rng), num_layers=6) if flexgen else random_varied_spec(rng)
+        spec = replace(random_dimensions(rng), num_layers=6).spec if flexgen else random_varied_spec(rng)
         policy, profile = random_policy(rng, spec, schedule), random_machine(rng)
         policy = policy_of_system(policy)
         if flexgen:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from hrm.buffers import Purpose
-from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import ModelSpec
+from hrm.model_spec.workspace import workspace_bytes
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device
 from tests.hrm.support import machine, random_spec, tiny_spec

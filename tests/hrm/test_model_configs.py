@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hrm.errors import ModelError
-from hrm.model_spec import BUILT_IN_MODELS, load_model, spec_from_hf_config
+from hrm.model_spec import BUILT_IN_MODELS, Keys, load_model, spec_from_hf_config
 from hrm.model_spec.families import FAMILY_READERS
 from tests.hrm.published_configs import PUBLISHED, changed, decoder_keys, without
 
@@ -39,7 +39,7 @@ def stored_elements(config):
 
 def test_every_family_has_a_published_model():
     assert set(PUBLISHED) == set(BUILT_IN_MODELS)
-    assert {BUILT_IN_MODELS[name].family for name in NEEDED} == set(FAMILY_READERS)
+    assert {BUILT_IN_MODELS[name].family for name in NEEDED} | {"qwen3_next"} == set(FAMILY_READERS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -88,6 +88,15 @@ SMALL_DEEPSEEK = {
 }
 SMALL_QWEN = {**SMALL_GQA, "moe_intermediate_size": 20, "num_experts": 4}
 SMALL_QWEN2 = {**SMALL_QWEN, "shared_expert_intermediate_size": 28}
+SMALL_NEXT = {
+    **SMALL_QWEN2,
+    "head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
 SMALL_LLAMA4 = {**SMALL_GQA, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
 SMALL_GLM = {
     **SMALL_GQA,
@@ -104,6 +113,10 @@ VARIANTS = [
     ("qwen2_moe", SMALL_QWEN2, {"qkv_bias": False, "tie_word_embeddings": True, "head_dim": 12}),
     ("qwen3_moe", SMALL_QWEN, {"attention_bias": True, "head_dim": 12}),
     ("qwen3_moe", SMALL_QWEN, {"mlp_only_layers": [0, 1, 9]}),
+    ("qwen3_moe", SMALL_QWEN, {"mlp_only_layers": [1], "decoder_sparse_step": 2}),
+    ("qwen3_next", SMALL_NEXT, {}),
+    ("qwen3_next", SMALL_NEXT, {"attention_bias": True, "mlp_only_layers": [2], "full_attention_interval": 2}),
+    ("qwen3_next", SMALL_NEXT, {"layer_types": ["full_attention", *3 * ["linear_attention"]]}),
     ("deepseek_v2", SMALL_DEEPSEEK, {}),
     ("deepseek_v2", SMALL_DEEPSEEK, {"q_lora_rank": None, "attention_bias": True}),
     ("deepseek_v3", SMALL_DEEPSEEK, {"attention_bias": True}),
@@ -113,6 +126,8 @@ VARIANTS = [
     ("gpt_oss", {**SMALL_LOCAL, "sliding_window": 8}, {"attention_bias": False, "head_dim": 12}),
     ("llama4_text", SMALL_LLAMA4, {}),
     ("llama4_text", SMALL_LLAMA4, {"attention_bias": True, "moe_layers": [2, 3]}),
+    ("llama4_text", SMALL_LLAMA4, {"interleave_moe_layer_step": 2}),
+    ("llama4_text", SMALL_LLAMA4, {"moe_layers": [0, 3]}),
     ("glm4_moe", SMALL_GLM, {}),
     ("glm4_moe", SMALL_GLM, {"attention_bias": True, "use_qk_norm": True, "head_dim": 12}),
     ("phimoe", SMALL_LOCAL, {}),
@@ -172,7 +187,7 @@ def test_layers_reach_back_as_far_as_in_transformers(model_type, sizes, changes)
         attentions = model(tokens, output_attentions=True).attentions
     reached = [int((weights[0, 0, -1] > 0).sum()) for weights in attentions]
     spec = read(given)
-    assert reached == [spec.context_in(spec.layer_kind(layer), 16) for layer in range(spec.num_layers)]
+    assert reached == [layer.mixer.reach(16) for layer in spec.layers]
 
 
 # -- other spellings of the same --------------------------------------------------------------
@@ -195,7 +210,7 @@ def test_optional_keys_have_the_defaults_of_the_format():
     assert read({**MIXTRAL, "head_dim": None}).head_dim == 128
     assert read(without("mixtral-8x7b", "tie_word_embeddings")) == read(MIXTRAL)
     assert read(without("gpt-oss-20b", "head_dim")) == read(PUBLISHED["gpt-oss-20b"])
-    assert read(changed("deepseek-v3", n_shared_experts=0)).shared_parameters == 0
+    assert read(changed("deepseek-v3", n_shared_experts=0)).experts.shared_intermediate_size == 0
     tied = read({**MIXTRAL, "tie_word_embeddings": True})
     assert BUILT_IN_MODELS["mixtral-8x7b"].parameters - tied.parameters == 32000 * 4096
 
@@ -243,17 +258,19 @@ REFUSED = [
     (changed("dbrx", attn_config=8), "attn_config is 8: must be an object"),
     (changed("dbrx", ffn_config={"moe_top_k": 4}), "ffn_config: ffn_hidden_size is <missing>"),
     (changed("dbrx", n_heads=47), "n_heads is 47: must divide the hidden size 6144"),
-    (changed("qwen3-30b-a3b", decoder_sparse_step=2), "decoder_sparse_step is 2: must be 1"),
-    (changed("qwen3-30b-a3b", mlp_only_layers=[1]), r"mlp_only_layers is \[1\]: must leave"),
+    (changed("qwen3-30b-a3b", decoder_sparse_step=0), "decoder_sparse_step is 0: must be a positive"),
     (changed("qwen3-30b-a3b", mlp_only_layers=["0"]), r"mlp_only_layers is \['0'\]: must be"),
-    (changed("qwen3-30b-a3b", mlp_only_layers=list(range(48))), "num_dense_layers is 48: must be below num_layers 48"),
+    (
+        changed("qwen3-30b-a3b", mlp_only_layers=list(range(48))),
+        "kinds is <none with experts>: must have routed experts",
+    ),
     (changed("qwen2-57b-a14b", shared_expert_intermediate_size=None), "shared_expert_intermediate"),
     (
         changed("qwen2-57b-a14b", layer_types=28 * ["sliding_attention"]),
         "use_sliding_window is False: must be true where layer_types has sliding_attention",
     ),
-    (changed("deepseek-v3", moe_layer_freq=2), "moe_layer_freq is 2: must be 1: no layer"),
-    (changed("deepseek-v3", first_k_dense_replace=61), "num_dense_layers is 61: must be below"),
+    (changed("deepseek-v3", moe_layer_freq=2), "moe_layer_freq is 2: must be 1: the modelling code"),
+    (changed("deepseek-v3", first_k_dense_replace=61), "kinds is <none with experts>"),
     (changed("deepseek-v3", first_k_dense_replace=-1), "first_k_dense_replace is -1: must be"),
     (changed("deepseek-v3", q_lora_rank=0), "q_lora_rank is 0: must be a positive integer"),
     (changed("deepseek-v3", sliding_window=4096), "sliding_window is 4096: is not of this arch"),
@@ -261,11 +278,7 @@ REFUSED = [
     (changed("gpt-oss-20b", layer_types=["full_attention"]), "must have one of the 24 layers each"),
     (changed("gpt-oss-20b", sliding_window=None), "sliding_window is <missing>: must be"),
     (changed("gpt-oss-20b", layer_types="full"), "layer_types is 'full': must be a list"),
-    (changed("llama-4-scout", interleave_moe_layer_step=2), "interleave_moe_layer_step is 2: must"),
-    (
-        changed("llama-4-scout", moe_layers=list(range(1, 48, 2))),
-        r"text_config: moe_layers is \[1, 3, 5, 7, 9, 11, \.\.\.\]: must leave no layer dense",
-    ),
+    (changed("llama-4-scout", moe_layers=[48]), "kinds is <none with experts>"),
     (changed("llama-4-scout", attention_chunk_size=None), "attention_chunk_size is <missing>"),
     (changed("llama-4-scout", no_rope_layers=[1]), r"no_rope_layers is \[1\]: must have one"),
     ({**PUBLISHED["llama-4-scout"], "text_config": [1]}, r"text_config is \[1\]: must be an"),
@@ -379,3 +392,27 @@ def test_an_unknown_name_lists_the_known_ones():
         load_model("deepseek_v3")
     with pytest.raises(ModelError, match="must be one of mixtral-8x7b"):
         load_model("x" * 5000)
+
+
+# -- keys that only running needs -------------------------------------------------------------
+
+
+def test_numbers_words_and_token_ids_are_read_or_refused_by_key():
+    keys = Keys({"eps": 1e-6, "act": "silu", "eos": [2, 7], "bos": 1, "null": None}, "x", "text_config")
+    assert (keys.number("eps"), keys.number("null", default=3), keys.number("none", default=4)) == (1e-6, 3, 4)
+    assert (keys.word("act", ("silu",)), keys.word("none", ("silu",), default="silu")) == ("silu", "silu")
+    assert [keys.token_ids(key) for key in ("eos", "bos", "null", "none")] == [(2, 7), (1,), (), ()]
+    readers = {
+        "a positive number": (lambda wrong: wrong.number("key"), (0, -1.5, True, "1", [1], float("inf"), 10**400)),
+        "silu": (lambda wrong: wrong.word("key", ("silu",)), ("gelu", ["silu"], 1, True)),
+        "a token id or a list of them": (
+            lambda wrong: wrong.token_ids("key"),
+            (-1, True, "2", 2.0, [2, None], {"a": 1}),
+        ),
+    }
+    for rule, (read_key, values) in readers.items():
+        for value in values:
+            with pytest.raises(ModelError, match=rf"^x: text_config: key is .*: must be {rule};"):
+                read_key(Keys({"key": value}, "x", "text_config"))
+    with pytest.raises(ModelError, match=r"^x: key is <missing>: must be a positive number"):
+        Keys({}, "x").number("key")

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hrm.errors import ModelError, ProfileError
 from hrm.formats import FORMATS
-from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpec
+from hrm.layers import Layer, RoutedExperts
+from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.model_spec.dimensions import Latent
 from hrm.strict import decode_strictly
-from tests.hrm.support import tiny_spec
+from tests.hrm.support import TINY, gated_delta, random_varied_spec, tiny_spec
 
 # Billions of parameters: all, as in each model's card, and those of a token with embedding and
 # head, which cards of some models leave out.
@@ -35,9 +39,8 @@ ADVERTISED = {
     "phi-3.5-moe": (41.9, 6.6),
     "olmoe-1b-7b": (6.9, 1.3),
 }
-LATENT = LatentAttention(kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12)
-EVERYTHING = replace(
-    tiny_spec(),
+LATENT = Latent(kv_rank=24, rope_head_dim=8, nope_head_dim=16, value_head_dim=12)
+EVERYTHING = tiny_spec(
     num_kv_heads=4,
     head_dim=24,
     latent_attention=replace(LATENT, query_rank=20),
@@ -81,30 +84,34 @@ def test_parameters_are_those_of_the_tensors():
 
 
 def test_the_class_default_of_dbrx_shows_in_the_total():
-    wrong = replace(BUILT_IN_MODELS["dbrx"], intermediate_size=3584)
+    dbrx = BUILT_IN_MODELS["dbrx"]
+    narrow = replace(dbrx.layers[0], ffn=(replace(dbrx.experts, intermediate_size=3584),))
+    wrong = dbrx.with_layers([narrow] * dbrx.num_layers)
     assert round(wrong.parameters / 1e9) == 47
 
 
-@pytest.mark.parametrize("spec", [*BUILT_IN_MODELS.values(), EVERYTHING], ids=lambda s: s.name)
+VARIED = [
+    *BUILT_IN_MODELS.values(),
+    EVERYTHING,
+    *(replace(random_varied_spec(Random(n)), name=f"random {n}") for n in range(10)),
+]
+
+
+@pytest.mark.parametrize("spec", VARIED, ids=lambda s: s.name)
 def test_the_whole_is_the_sum_of_its_layers(spec):
     kinds = spec.layer_kinds()
     assert kinds == Counter(spec.layer_kind(layer) for layer in range(spec.num_layers))
     assert sum(count for kind, count in kinds.items() if kind.has_experts) == spec.num_expert_layers
-    in_layers = sum(count * spec.layer_bytes_of(kind, FORMATS["float16"]) for kind, count in kinds.items())
-    assert spec.total_layer_bytes(FORMATS["float16"]) == in_layers
-    outside = spec.parameters - in_layers // 2
+    in_layers = sum(layer.dense_parameters + layer.num_experts * spec.expert_parameters for layer in spec.layers)
+    assert spec.total_layer_bytes(FORMATS["float16"]) == 2 * in_layers
+    outside = spec.parameters - in_layers
     assert outside == spec.head_parameters + (not spec.tied_embeddings) * spec.embedding_parameters
     touched = sum(
-        count
-        * (
-            spec.dense_parameters_of(kind)
-            + min(spec.num_experts_of(kind), spec.experts_per_token) * spec.expert_parameters
-        )
-        for kind, count in kinds.items()
+        layer.dense_parameters + min(layer.num_experts, spec.experts_per_token) * spec.expert_parameters
+        for layer in spec.layers
     )
     assert spec.active_parameters == touched + outside
-    assert spec.layer_bytes(FORMATS["float16"]) == spec.layer_bytes_of(LayerKind(), FORMATS["float16"])
-    assert spec.dense_parameters == spec.dense_parameters_of(LayerKind())
+    assert spec.dense_parameters == max(layer.dense_parameters for layer in spec.layers if layer.has_experts)
 
 
 def test_a_layer_counts_each_of_its_tensors_once():
@@ -118,62 +125,60 @@ def test_a_layer_counts_each_of_its_tensors_once():
         (24, heads * (16 + 12)),  # cache: down, norm; up
         (heads * 12, hidden),
         (hidden,),
-        (hidden,),
         (7,),
     ]
-    dense_ffn = 3 * [(hidden, 80)]
-    moe = [(hidden, 4), (5,), *3 * [(hidden, 40)]]
+    dense_ffn = [(hidden,), *3 * [(hidden, 80)]]
+    moe = [(hidden,), (hidden, 4), (5,), *3 * [(hidden, 40)]]
     expert = [*3 * [(hidden, 96)], (3,)]
 
     def count(shapes):
         return sum(torch.Size(shape).numel() for shape in shapes)
 
-    dense, sparse = LayerKind(has_experts=False), LayerKind(window=16)
-    assert EVERYTHING.layer_kinds() == {dense: 1, sparse: 2, LayerKind(): 1}
-    assert EVERYTHING.dense_parameters_of(dense) == count(attention + dense_ffn)
-    assert EVERYTHING.dense_parameters_of(sparse) == count(attention + moe)
+    dense, sparse, whole = EVERYTHING.layer_kinds()
+    assert list(EVERYTHING.layer_kinds().values()) == [1, 2, 1]
+    assert (dense.has_experts, sparse.window, whole.window) == (False, 16, 0)
+    assert whole == sparse.without_window
+    assert dense.parameters == dense.dense_parameters == count(attention + dense_ffn)
+    assert sparse.dense_parameters == count(attention + moe)
+    assert sparse.parameters == count(attention + moe + 4 * expert)
     assert EVERYTHING.expert_parameters == count(expert)
-    assert EVERYTHING.layer_bytes_of(dense, FORMATS["float32"]) == 4 * count(attention + dense_ffn)
-    assert EVERYTHING.layer_bytes(FORMATS["float32"]) == 4 * count(attention + moe + 4 * expert)
     assert EVERYTHING.head_parameters == count([(256, hidden), (hidden,), (2,)])
-    parts = EVERYTHING.qkv_parameters, EVERYTHING.latent_up_parameters, EVERYTHING.output_parameters
-    assert parts == (count(attention[:5]), count(attention[5:6]), count(attention[6:7]))
-    direct = replace(EVERYTHING, latent_attention=LATENT)
-    assert direct.qkv_parameters == count([(hidden, heads * 24), *attention[3:5]])
+    mixer: Any = whole.mixer
+    assert mixer.projection_parameters == count(attention[:5])
+    assert mixer.host_parameters == count(attention[5:6])
+    direct = replace(mixer, query_rank=0)
+    assert direct.projection_parameters == count([(hidden, heads * 24), *attention[3:5]])
 
 
 def test_the_cache_of_deepseek_v3_is_as_published():
     spec = BUILT_IN_MODELS["deepseek-v3"]
     assert spec.kv_bytes_per_token(FORMATS["bfloat16"]) == 70_272  # arXiv 2505.09343, table 1
-    assert (spec.query_size, spec.attention_output_size) == (128 * 192, 128 * 128)
-
-
-def test_only_what_latent_attention_caches_has_a_size():
-    with pytest.raises(AssertionError, match="caches no keys"):
-        _ = EVERYTHING.kv_size
+    mixer: Any = spec.layers[0].mixer
+    assert (mixer.query_size, mixer.returned_elements) == (128 * 192, 128 * 128)
 
 
 def test_flops_over_a_cached_token_are_those_of_the_two_products():
-    context, plain = 10, tiny_spec()
+    context, plain = 10, tiny_spec().attention
     queries, keys = torch.ones(4, 1, 16), torch.ones(4, context, 16)
     with FlopCounterMode(display=False) as counter:
         torch.bmm(torch.bmm(queries, keys.mT), keys)
-    assert counter.get_total_flops() == context * plain.attention_flops_per_context_token
+    assert counter.get_total_flops() == context * plain.flops_per_context_token
 
     cached, queries = torch.ones(context, 24 + 8), torch.ones(4, 24 + 8)
     with FlopCounterMode(display=False) as counter:
         _ = queries @ cached.T @ cached[:, :24]
-    assert counter.get_total_flops() == context * EVERYTHING.attention_flops_per_context_token
+    mixer: Any = EVERYTHING.layers[0].mixer
+    assert counter.get_total_flops() == context * mixer.flops_per_context_token
 
 
 def test_a_window_limits_the_context():
-    limited, whole = LayerKind(window=16), LayerKind()
-    assert [EVERYTHING.context_in(limited, context) for context in (0, 15, 17)] == [0, 15, 16]
-    assert EVERYTHING.context_in(whole, 17) == 17
-    assert isinstance(EVERYTHING.context_in(limited, 3), int)
+    limited, whole = EVERYTHING.layers[1].mixer, EVERYTHING.layers[0].mixer
+    assert [limited.reach(context) for context in (0, 15, 17)] == [0, 15, 16]
+    assert whole.reach(17) == 17
+    assert isinstance(limited.reach(3), int)
     contexts = np.array([0.5, 16.0, 99.0])
-    assert EVERYTHING.context_in(limited, contexts).tolist() == [0.5, 16.0, 16.0]
-    assert EVERYTHING.context_in(whole, contexts) is contexts
+    assert limited.reach(contexts).tolist() == [0.5, 16.0, 16.0]
+    assert whole.reach(contexts) is contexts
 
 
 def test_experts_hit_are_those_of_uniform_routing():
@@ -199,18 +204,20 @@ IMPOSSIBLE = [
     ({"vocab_size": 10**8, "hidden_size": 10**8}, r"parameters is \d+: must be at most 1,000,"),
     ({"num_kv_heads": 3}, "num_kv_heads is 3: must divide num_heads 4"),
     ({"experts_per_token": 5}, "experts_per_token is 5: must be at most num_experts 4"),
+    ({"matrices_per_expert": 4}, "matrices_per_expert is 4: must be an integer of at least 2, at most 3"),
     ({"shared_intermediate_size": -1}, "shared_intermediate_size is -1: must be an integer of at"),
-    ({"num_dense_layers": 4, "dense_intermediate_size": 8}, "num_dense_layers is 4: must be below"),
-    ({"num_dense_layers": 1}, "dense_intermediate_size is 0: must be positive where there are"),
-    ({"attention_windows": (1, 2)}, r"attention_windows is <tuple of 2>: must be .* 4 layers"),
-    ({"attention_windows": [0, 0, 0, 0]}, "attention_windows is <list of 4>: must be a tuple"),
-    ({"attention_windows": (0, 0, -1, 0)}, r"attention_windows\[2\] is -1"),
-    ({"latent_attention": LATENT}, "head_dim is 16: must be nope_head_dim .*, 24"),
-    ({"latent_attention": LATENT, "head_dim": 24}, "num_kv_heads is 2: must be num_heads 4"),
-    ({"latent_attention": replace(LATENT, kv_rank=0)}, "latent_attention.kv_rank is 0: must be a positive"),
+    ({"num_dense_layers": 5}, "num_dense_layers is 5: must be an integer of at least 0, at most 4"),
+    ({"num_dense_layers": 4, "dense_intermediate_size": 8}, "kinds is <none with experts>: must have routed"),
+    ({"num_dense_layers": 1}, "tiny: intermediate_size is 0: must be a positive integer"),
+    ({"attention_windows": (1, 2)}, r"attention_windows is <2 windows>: must be .* 4 layers"),
+    ({"attention_windows": (0, 0, -1, 0)}, r"tiny: window is -1: must be an integer of at least 0"),
+    ({"other_layer_parameters": -1}, "tiny: other parameters is -1: must be"),
+    ({"expert_frequencies": (0.5, 0.5)}, "frequencies is .*: must be shares between 0 and 1 of the 4 experts"),
+    ({"latent_attention": LATENT}, "head_dim is 24: must be head_dim 16"),
+    ({"latent_attention": replace(LATENT, kv_rank=0), "head_dim": 24}, "tiny: kv_rank is 0: must be a positive"),
     (
-        {"latent_attention": replace(LATENT, query_rank=-1)},
-        "latent_attention.query_rank is -1: must be an integer of at least 0",
+        {"latent_attention": replace(LATENT, query_rank=-1), "head_dim": 24},
+        "tiny: query_rank is -1: must be an integer of at least 0",
     ),
 ]
 
@@ -220,6 +227,56 @@ def test_impossible_dimensions_are_refused(changes, message):
     with pytest.raises(ModelError, match=message) as caught:
         tiny_spec(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_blocks_that_do_not_go_together_are_refused():
+    layer = tiny_spec().layers[0]
+    with pytest.raises(ModelError, match=r"hidden_size is \[32, 64\]: must be the same in all blocks"):
+        replace(layer, mixer=replace(tiny_spec().attention, hidden_size=32))
+    with pytest.raises(ModelError, match=r"tiny: hidden_size is \[32, 64\]: must be the same in all layers"):
+        tiny_spec().with_layers([layer, tiny_spec(hidden_size=32).layers[0]])
+    with pytest.raises(ModelError, match="num_value_heads is 3: must be a multiple of num_key_heads 2"):
+        replace(gated_delta(64), num_value_heads=3)
+
+
+def test_experts_of_several_classes_are_told_but_not_planned():
+    small, large = (
+        RoutedExperts(hidden_size=64, num_experts=n, experts_per_token=1, intermediate_size=size)
+        for n, size in ((8, 16), (2, 96))
+    )
+    attention = tiny_spec().attention
+    for layers in (
+        (Layer(mixer=attention, ffn=(small, large)),),
+        (Layer(mixer=attention, ffn=(small,)), Layer(mixer=attention, ffn=(large,))),
+    ):
+        spec = tiny_spec().with_layers(layers)
+        expected = sum(
+            sum(torch.Size(tensor.shape).numel() * (n if tensor.unit == "expert" else 1) for tensor in block.tensors)
+            for block, n in ((attention, 0), (small, 8), (large, 2), *((attention, 0),) * (len(layers) - 1))
+        )
+        assert spec.total_parameters == expected
+        with pytest.raises(ModelError, match="tiny: kinds is <experts of 2 classes>: must have routed experts of one"):
+            _ = spec.num_experts
+
+
+def test_only_layers_alike_in_attention_have_one():
+    mixer: Any = EVERYTHING.layers[0].mixer
+    assert mixer.num_heads == 4
+    with pytest.raises(AssertionError):
+        _ = EVERYTHING.attention
+    layer = tiny_spec().layers[0]
+    windowed = replace(layer, mixer=replace(tiny_spec().attention, window=8))
+    assert tiny_spec().with_layers([layer, windowed]).attention == layer.mixer
+    with pytest.raises(AssertionError):
+        _ = tiny_spec().with_layers([layer, replace(layer, mixer=gated_delta(64))]).attention
+
+
+def as_in_a_file(spec):
+    return msgspec.json.decode(msgspec.json.encode(spec))
+
+
+def as_read_from_a_file(plain):
+    return decode_strictly(plain, ModelSpec, "policy.json")
 
 
 OLD_MODEL = {
@@ -239,30 +296,51 @@ OLD_MODEL = {
 }
 
 
-def as_read_from_a_policy_file(plain):
-    return decode_strictly(plain, ModelSpec, "policy.json")
-
-
-@pytest.mark.parametrize("spec", [*BUILT_IN_MODELS.values(), EVERYTHING], ids=lambda s: s.name)
-def test_a_policy_file_keeps_every_dimension(spec):
-    read = as_read_from_a_policy_file(msgspec.json.decode(msgspec.json.encode(spec)))
+@pytest.mark.parametrize("spec", VARIED, ids=lambda s: s.name)
+def test_a_policy_file_keeps_every_layer(spec):
+    read = as_read_from_a_file(as_in_a_file(spec))
     assert read == spec
     assert read.published_dtype == spec.published_dtype
 
 
+def test_measured_routing_is_kept():
+    spec = tiny_spec().with_frequencies([0.9, 0.6, 0.4, 0.1])
+    assert as_read_from_a_file(as_in_a_file(spec)).experts.frequencies == (0.9, 0.6, 0.4, 0.1)
+
+
 def test_a_model_of_an_older_policy_file_is_still_read():
-    assert as_read_from_a_policy_file(OLD_MODEL) == tiny_spec()
+    assert as_read_from_a_file(OLD_MODEL) == tiny_spec()
+    latent = {"kv_rank": 24, "rope_head_dim": 8, "nope_head_dim": 16, "value_head_dim": 12, "query_rank": 0}
+    old = {**OLD_MODEL, "head_dim": 24, "latent_attention": latent, "attention_windows": [0, 16, 16, 0]}
+    expected = replace(TINY, head_dim=24, latent_attention=LATENT, attention_windows=(0, 16, 16, 0)).spec
+    assert as_read_from_a_file(old) == expected
+
+
+NEW_MODEL = as_in_a_file(EVERYTHING)
+
+
+def changed_block(**changes):
+    first, *others = NEW_MODEL["kinds"]
+    mixer = {**first["mixer"], **changes}
+    return {**NEW_MODEL, "kinds": [{**first, "mixer": mixer}, *others]}
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("plain", "message"),
     [
-        ({"latent_attention": {"kv_rank": 1}}, "latent_attention.rope_head_dim is <missing>"),
-        ({"latent_attention": 3}, "latent_attention"),
-        ({"attention_windows": [0, 1, "2", 3]}, "attention_windows"),
-        ({"num_dense_layers": 5}, "num_dense_layers is 5: must be below num_layers 4"),
+        ({**OLD_MODEL, "latent_attention": {"kv_rank": 1}}, "latent_attention.rope_head_dim is <missing>"),
+        ({**OLD_MODEL, "latent_attention": 3}, "latent_attention"),
+        ({**OLD_MODEL, "attention_windows": [0, 1, "2", 3]}, "attention_windows"),
+        ({**OLD_MODEL, "num_dense_layers": 5}, "num_dense_layers is 5: must be an integer of at least 0, at most 4"),
+        ({**NEW_MODEL, "order": [0, 1, 2, 3]}, r"order is .*: must name each of 3 different kinds, in order from 0 on"),
+        ({**NEW_MODEL, "order": [1, 0, 2, 2]}, r"order is .*: must name each of 3 different kinds, in order from 0 on"),
+        ({**NEW_MODEL, "vocab_size": 0}, "vocab_size is 0"),
+        (changed_block(kv_rank=0), r"kinds\[0\].mixer.kv_rank is 0: must be a positive"),
+        (changed_block(block="mamba"), r"kinds\[0\].mixer.block is 'mamba': must be one of .*grouped_query_att"),
+        (changed_block(block=None), r"kinds\[0\].mixer.block is None: must be one of .*grouped_query_attention"),
+        ({**NEW_MODEL, "kinds": [{"mixer": 3, "ffn": []}]}, r"kinds\[0\].mixer is 3: must be a mapping"),
     ],
 )
-def test_a_broken_model_in_a_policy_file_is_refused_by_field(changes, message):
+def test_a_broken_model_in_a_policy_file_is_refused_by_field(plain, message):
     with pytest.raises(ProfileError, match=f"^policy.json: {message}"):
-        as_read_from_a_policy_file({**OLD_MODEL, **changes})
+        as_read_from_a_file(plain)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from hrm.cli import main
+from hrm.formats import FORMATS
 from hrm.model_spec import BUILT_IN_MODELS
+from hrm.units import format_bytes
 from tests.hrm.published_configs import PUBLISHED
 
 DEEPSEEK_V3 = """\
@@ -110,7 +112,17 @@ def test_json_has_all_that_is_shown(models, name):
         assert kind["layer_bytes"] == kind["dense_bytes"] + experts
     every_token = sum(kind["layers"] * kind["kv_bytes_per_token"] for kind in kinds)
     late_token = sum(k["layers"] * k["kv_bytes_per_token"] for k in kinds if not k["window"])
-    assert found["kv_bytes_per_token"] == every_token == 2 * spec.num_layers * found["kv_elements"]
+    assert found["kv_bytes_per_token"] == every_token == spec.kv_bytes_per_token(FORMATS["bfloat16"])
     assert found["kv_bytes_per_token_beyond_windows"] == late_token
-    latent = found["latent_attention"]
-    assert (latent and latent["kv_rank"]) == (512 if "deepseek" in name else None)
+    assert {kind["mixer"].get("kv_rank") for kind in kinds} == {512 if "deepseek" in name else None}
+
+
+def test_a_hybrid_is_shown_with_both_kinds_of_attention(models, tmp_path):
+    config = {**PUBLISHED["qwen3-30b-a3b"], "model_type": "qwen3_next", "shared_expert_intermediate_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = models(tmp_path)
+    assert "in 36 layers  gated delta: values in 32 heads of 128 on keys in 16 of 128, convolution over 4" in shown
+    assert "in 12 layers  grouped-query: 32 query heads on 4 of 128, gated" in shown
+    state = 36 * (32 * 128 * 128 * 4 + (2 * 16 + 32) * 128 * 3 * 2)
+    assert f"24.6 kB a token in all layers, and {format_bytes(state)} a sequence" in shown
+    assert max(map(len, shown.splitlines())) <= 100

@@ -27,7 +27,7 @@ from hrm.search import Space, search, solver_named
 from hrm.tasks import Lane
 from hrm.units import GB, GIB
 from hrm.workload import Workload
-from tests.hrm.support import figure, machine, random_spec, tiny_spec
+from tests.hrm.support import figure, machine, random_dimensions, random_spec, tiny_spec
 from tests.hrm.test_search import brute_force, small_machine
 
 FILES = list_files()
@@ -425,7 +425,7 @@ def test_more_that_can_be_pinned_never_gives_less(seed):
 def best_by_brute_force(seed: int) -> tuple[ModelSpec, HardwareProfile, Workload, float]:
     """A small problem and the greatest closed form of any of its integers, staged or not."""
     rng = Random(20 + seed)
-    spec = replace(random_spec(rng), num_layers=3, num_experts=2, experts_per_token=1)
+    spec = replace(random_dimensions(rng), num_layers=3, num_experts=2, experts_per_token=1).spec
     weights = spec.total_layer_bytes(FORMATS["bfloat16"])
     profile = pinning(small_machine(rng, spec), rng.uniform(0.2, 0.7) * weights)
     workload = replace(SHORT, gen_len=12, num_requests=4)

@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from hrm import operators
+from hrm.acts import Load
 from hrm.buffers import Purpose
 from hrm.costs import Costs
 from hrm.errors import PolicyError
@@ -21,7 +22,7 @@ from hrm.search import Space, search
 from hrm.sweep import plan_row
 from hrm.tasks import Device, Phase
 from hrm.workload import WORKLOADS, Workload
-from tests.hrm.support import machine, random_spec, tiny_spec
+from tests.hrm.support import machine, random_dimensions, tiny_spec
 
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 
@@ -74,7 +75,9 @@ def test_a_layer_reduces_twice_and_what_every_gpu_needs_crosses_every_link():
     kind = spec.layer_kind(0)
     for task in (
         lambda costs: costs.post_attention(20, spec.num_experts, kind),
-        lambda costs: costs.prefill_layer(20, 10, kind),
+        lambda costs: costs.prefill_layer(
+            Load(costs=costs, kind=kind, tokens=20, context=10, gpu_experts=spec.num_experts)
+        ),
     ):
         assert task(together) - task(alone) == pytest.approx(2 * together.all_reduce(20))
     hidden = operators.hidden_bytes(spec, Formats.of("bfloat16"), 20)
@@ -85,7 +88,7 @@ def test_a_layer_reduces_twice_and_what_every_gpu_needs_crosses_every_link():
 def test_slower_links_between_gpus_never_help():
     for seed in range(30):
         rng = Random(seed)
-        spec = replace(random_spec(rng), num_heads=4)
+        spec = replace(random_dimensions(rng), num_heads=4).spec
         policy = a_policy(rng, spec)
         rates = [
             estimate(spec, policy, machine(num_gpus=2, peer=peer), WORKLOAD).tokens_per_s for peer in (1e7, 1e9, 1e12)
@@ -173,16 +176,14 @@ def test_the_longest_stage_has_the_most_layers_and_all_experts():
 # Built-in models, and what they have not: windows of several widths, many dense first layers.
 DIVIDED = {
     **BUILT_IN_MODELS,
-    "windows": replace(tiny_spec(num_layers=11), attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)),
+    "windows": tiny_spec(num_layers=11, attention_windows=(64, 0, 16, 0, 64, 64, 0, 16, 16, 16, 0)),
     "dense": tiny_spec(num_layers=9, num_dense_layers=4, dense_intermediate_size=700),
 }
 
 
 def stage_of(spec: ModelSpec, layers: range) -> ModelSpec:
     """One stage by itself, its dense first layers among its own; embedding and LM head included."""
-    dense = sum(layer < spec.num_dense_layers for layer in layers)
-    windows = [spec.attention_windows[layer] for layer in layers if spec.attention_windows]
-    return replace(spec, num_layers=len(layers), num_dense_layers=dense, attention_windows=tuple(windows))
+    return spec.with_layers(spec.layers[layers.start : layers.stop])
 
 
 def divisions() -> list[tuple[str, int]]:
@@ -191,7 +192,10 @@ def divisions() -> list[tuple[str, int]]:
         for name, spec in DIVIDED.items()
         for stages in (2, 3, 4, 8)
         # A stage of dense layers only is no model: each must have some layer with experts.
-        if spec.num_layers // stages > spec.num_dense_layers
+        if all(
+            any(layer.has_experts for layer in spec.layers[stage.start : stage.stop])
+            for stage in stage_layers(spec.num_layers, stages)
+        )
     ]
 
 
@@ -214,10 +218,7 @@ def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planne
         for stage in specs:
             counts = zip(policy.resident_experts, range(stage.num_layers), strict=False)
             own = replace(
-                policy,
-                resident_experts=tuple(
-                    min(count, stage.num_experts_of(stage.layer_kind(layer))) for count, layer in counts
-                ),
+                policy, resident_experts=tuple(min(count, stage.layers[layer].num_experts) for count, layer in counts)
             )
             assert 0 <= own.weight_share_on_gpu(stage) <= 1
             needed = [sum(level.values()) for level in purposes(stage, own, batches=stages)]

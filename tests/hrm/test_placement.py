@@ -30,8 +30,8 @@ def units(spec: ModelSpec, policy: Policy, layer: int, phase: Phase) -> Counter[
     """Bytes by place of a layer's units: what is outside its experts, and each of them."""
     kind = spec.layer_kind(layer)
     found: Counter[Place] = Counter()
-    found[Place.GPU if policy.resident_dense else Place.STREAMED] += BYTES * spec.dense_parameters_of(kind)
-    for expert in range(spec.num_experts_of(kind)):
+    found[Place.GPU if policy.resident_dense else Place.STREAMED] += BYTES * kind.dense_parameters
+    for expert in range(kind.num_experts):
         place = Place.STREAMED
         if expert < policy.resident_experts[layer]:
             place = Place.GPU

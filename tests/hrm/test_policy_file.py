@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +73,8 @@ def test_a_policy_file_reads_back_as_it_was_written(folder, policy):
 
 def test_a_policy_file_from_before_formats_were_told_apart_has_its_dtype_for_all(folder):
     content = policy_file_of(replace(PREDICTED, policy=A_POLICY), SPEC, MACHINE, WORKLOAD)
-    plain = json.loads(msgspec.json.encode(content))
+    save_policy_file(folder / "new.json", content)
+    plain = json.loads((folder / "new.json").read_text())
     del plain["policy"]["weight_format"], plain["policy"]["kv_format"]
     (folder / "old.json").write_text(json.dumps(plain))
     assert load_policy_file(folder / "old.json") == content
@@ -100,7 +100,7 @@ MALFORMED = [
     (("policy", "attention"), "tpu", r"policy\.attention is 'tpu'"),
     (("policy", "dtype"), "int4", "dtype is 'int4': must be one of float32"),
     (("policy", "schedule"), "s5", r"policy\.schedule is 's5'"),
-    (("model", "num_layers"), 0, "num_layers is 0: must be a positive integer"),
+    (("model", "order"), [], "model.order is <0 layers>: must be at least one"),
     (("workload", "gen_len"), 0, "gen_len is 0"),
     (("memory_budget_bytes",), None, "memory_budget_bytes"),
     (("memory_budget_bytes", "gpu"), -1, "memory_budget_bytes.gpu is -1: must be a positive"),
@@ -154,7 +154,7 @@ def test_what_is_no_policy_file_is_refused(tmp_path, text, message):
     [
         (("micro_batch_siz",), None),
         (("policy", "micro_batch_siz"), "micro_batch_size"),
-        (("model", "head_dims"), "head_dim"),
+        (("model", "kinds", 0, "mixer", "head_dims"), "head_dim"),
         (("profile", "links", 0, "latencys"), "latency_s"),
     ],
 )

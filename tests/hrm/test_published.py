@@ -10,7 +10,6 @@ from hrm.costs import Costs, Runtime
 from hrm.formats import Formats
 from hrm.machines import dump_profile, load_profile
 from hrm.model_spec import load_model
-from hrm.operators import experts, kv_bytes
 from hrm.published import fit as fitting
 from hrm.published.compare import (
     accuracy,
@@ -118,14 +117,14 @@ def test_a_fitted_curve_has_one_free_number(setup):
 @pytest.mark.parametrize("mu", [32, 64, 128, 256])
 def test_the_l4_takes_as_long_for_a_layers_experts_as_published(mu):
     """MoE-Lightning's Fig. 9: 12.2 to 13.0 ms for 32 to 256 tokens."""
-    (kernel,) = experts(SPEC, FLOAT16, mu, SPEC.num_experts).kernels
+    (kernel,) = SPEC.experts.run(FLOAT16, mu, SPEC.num_experts).kernels
     seconds = kernel_seconds(kernel, MACHINES["S2"].top, "float16")
     assert seconds == pytest.approx(0.0125, rel=0.05)
 
 
 def test_cpu_attention_and_link_of_the_l4_host_are_as_published():
     """MoE-Lightning's Fig. 9: 64 requests with 512 tokens, cache moved and attended over."""
-    cache = kv_bytes(SPEC, FLOAT16, 64 * 512)
+    cache = SPEC.attention.cache_bytes(FLOAT16, 64, 64 * 512)
     assert MACHINES["S2"].h2d.seconds(cache) == pytest.approx(0.0109, rel=0.02)
     assert cache / MACHINES["S2"].host.attention_bytes_per_s == pytest.approx(0.00298, rel=0.02)
 

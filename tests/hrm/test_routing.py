@@ -20,7 +20,7 @@ def write(folder, routed_tokens):
 def test_uniform_counts_change_nothing(tmp_path):
     spec = tiny_spec(num_experts=4, experts_per_token=2)
     measured = with_measured_routing(spec, write(tmp_path, [[50] * 4] * 4))
-    assert measured.expert_frequencies == (0.5,) * 4
+    assert measured.experts.frequencies == (0.5,) * 4
     tokens = np.array([1.0, 3.0, 3.0, 40.0])
     assert measured.experts_hit(tokens) == pytest.approx(spec.experts_hit(tokens))
     assert measured.experts_hit(7) == pytest.approx(spec.experts_hit(7))
@@ -41,7 +41,7 @@ def test_experts_hit_are_those_of_tokens_drawn_with_the_frequencies(tmp_path):
 def test_a_folder_stands_for_its_run_json(tmp_path):
     write(tmp_path, [[1, 2, 3, 4]])
     spec = with_measured_routing(tiny_spec(), tmp_path)
-    assert spec.expert_frequencies == pytest.approx((0.8, 0.6, 0.4, 0.2))
+    assert spec.experts.frequencies == pytest.approx((0.8, 0.6, 0.4, 0.2))
 
 
 @pytest.mark.parametrize(

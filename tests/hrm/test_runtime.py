@@ -9,7 +9,6 @@ from hrm.costs import Costs, Runtime
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
 from hrm.formats import FORMATS, Formats
-from hrm.operators import decode_attention, kv_bytes
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
@@ -49,7 +48,7 @@ def decode_lanes(runtime: Runtime, attention: Device) -> dict[Lane, float]:
 
 def test_weights_and_cache_cross_the_links_that_the_runtime_names():
     weights = SPEC.total_layer_bytes(FORMATS["bfloat16"])
-    cache = SPEC.num_layers * PAIR * kv_bytes(SPEC, Formats.of("bfloat16"), 8 * 50)
+    cache = SPEC.num_layers * PAIR * SPEC.attention.cache_bytes(Formats.of("bfloat16"), 8, 8 * 50)
     pinned = decode_lanes(Runtime(), Device.GPU)[Lane.H2D]
     slow_weights = decode_lanes(Runtime(weights_link="pageable"), Device.GPU)[Lane.H2D]
     slow_cache = decode_lanes(Runtime(kv_link="pageable"), Device.GPU)[Lane.H2D]
@@ -93,7 +92,7 @@ def test_more_passes_move_more_bytes_on_the_cpu_only():
         [decode_lanes(runtime, device) for runtime in (Runtime(), many)] for device in (Device.CPU, Device.GPU)
     )
     assert on_gpu[0] == on_gpu[1]
-    kernel = decode_attention(SPEC, Formats.of("bfloat16"), 8, 50, SPEC.layer_kind(0)).kernels[0]
+    kernel = SPEC.attention.attend(Formats.of("bfloat16"), 8, 50).kernels[0]
     read = with_pageable_link().host.attention_bytes_per_s
     extra = SPEC.num_layers * PAIR * 20 * kernel.num_bytes / read
     assert on_cpu[1][Lane.CPU] - on_cpu[0][Lane.CPU] == pytest.approx(extra)

@@ -25,7 +25,7 @@ from hrm.search.space import Kind, KvPlace
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload
-from tests.hrm.support import figure, machine, random_spec, random_varied_spec, tiny_spec
+from tests.hrm.support import figure, machine, random_dimensions, random_spec, random_varied_spec, tiny_spec
 
 CHUNKS = [15, 50, 200]  # of the workload's longest prompt a part, all, and more
 WORKLOAD = Workload(name="test", prompt_len=30, max_prompt_len=50, gen_len=12, num_requests=12)
@@ -111,7 +111,7 @@ def brute_force(space: Space) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     rng = Random(seed)
-    spec = replace(random_spec(rng), num_layers=3, num_experts=2, experts_per_token=1)
+    spec = replace(random_dimensions(rng), num_layers=3, num_experts=2, experts_per_token=1).spec
     profile, workload = small_machine(rng, spec), replace(WORKLOAD, num_requests=8)
     schedule = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.CGOPIPE, ScheduleName.FASTDECODE][seed]
     space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=schedule)

@@ -58,8 +58,9 @@ def accesses(work, profile: HardwareProfile) -> float:
         elif kind == "STAGE_PAGE":
             total += 2 * num_bytes
         elif kind == "ATTENTION" and span.lane.value == "CPU":
-            window = spec.layer_kind(span.id.layer).window or 10**9
-            total += m * min(work.context, window) * spec.kv_elements * 2
+            mixer = spec.layers[span.id.layer].mixer
+            reached = min(work.context, mixer.window or 10**9)
+            total += m * (reached * mixer.cached_elements * 2 + 2 * mixer.state_bytes(work.costs.formats))
         elif kind == "CPU_EXPERTS":
             total += spec.experts_hit(m) * spec.expert_parameters * 2
     return total

@@ -3,10 +3,10 @@
 import json
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
-from hrm import operators
 from hrm.buffers import Purpose, prefix_bytes_per_token
 from hrm.closed_form import Point, whole_prefill
 from hrm.costs import Costs
@@ -15,7 +15,7 @@ from hrm.estimate import estimate, prefill_seconds, prefill_work, simulate_work
 from hrm.formats import Formats
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
-from hrm.model_spec import BUILT_IN_MODELS, LayerKind
+from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.search import Space, lattice, search, solver_named
@@ -25,7 +25,6 @@ from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
 
 LONG = Workload(name="long", prompt_len=4000, max_prompt_len=8000, gen_len=128)
-KIND = LayerKind()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 12])
@@ -33,14 +32,14 @@ def test_attention_of_a_split_prompt_is_counted_part_by_part(parts):
     """Every token sees half of its own part, as a causal one does, and all earlier parts."""
     spec, length = tiny_spec(), 2400
     part = length // parts
-    chunks = [operators.prefill_attention(spec, Formats.of("bfloat16"), part, length, KIND)] * parts
-    whole = operators.prefill_attention(spec, Formats.of("bfloat16"), length, length, KIND)
+    chunks = [spec.attention.prefill(Formats.of("bfloat16"), part, length)] * parts
+    whole = spec.attention.prefill(Formats.of("bfloat16"), length, length)
     flops = num_bytes = 0.0
     for number in range(parts):
         seen = number * part + part / 2
         flops += 4 * part * seen * spec.query_size
-        num_bytes += 2 * part * (2 * spec.query_size + spec.kv_elements)
-        num_bytes += 2 * number * part * spec.kv_elements  # read again
+        num_bytes += 2 * part * (2 * spec.query_size + spec.attention.cached_elements)
+        num_bytes += 2 * number * part * spec.attention.cached_elements  # read again
     index = next(i for i, kernel in enumerate(whole.kernels) if kernel.rows == length and i == 1)
     assert sum(chunk.kernels[index].flops for chunk in chunks) == pytest.approx(flops)
     assert sum(chunk.kernels[index].num_bytes for chunk in chunks) == pytest.approx(num_bytes)
@@ -51,9 +50,10 @@ def test_attention_of_a_split_prompt_is_counted_part_by_part(parts):
 
 def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
     spec = BUILT_IN_MODELS["deepseek-v2"]
-    of_token = (spec.query_size + spec.attention_output_size) * 2
+    mixer: Any = spec.layers[0].mixer
+    of_token = (mixer.query_size + mixer.returned_elements) * 2
     assert prefix_bytes_per_token(spec, Formats.of("bfloat16"), ranks=8) == of_token
-    whole, halves = (operators.prefill_attention(spec, Formats.of("bfloat16"), n, 1000, KIND) for n in (1000, 500))
+    whole, halves = (mixer.prefill(Formats.of("bfloat16"), n, 1000) for n in (1000, 500))
     more = 2 * halves.kernels[2].num_bytes - whole.kernels[2].num_bytes
     assert more == pytest.approx(500 * of_token), "the second half reads the first once more"
     assert prefix_tokens_for(spec, 1000, 500, cpu_attention=0) == 1000

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.backends.base import host_memory
-from executor.checkpoint import RandomWeights
+from executor.random_weights import RandomWeights
 from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec

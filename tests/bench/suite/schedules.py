@@ -64,10 +64,10 @@ def machine_of(setting: Setting, cap: str) -> Machine:
     spec, dtype = scale.spec, profile.default_dtype
     room = WEIGHT_SHARE * (profile.host.usable_bytes + profile.top.usable_bytes)
     layers = spec.num_layers
-    while layers > 1 and replace(spec, num_layers=layers).total_layer_bytes(FORMATS[dtype]) > room:
+    while layers > 1 and spec.with_layers(spec.layers[:layers]).total_layer_bytes(FORMATS[dtype]) > room:
         layers -= 1
     options = AcceleratorOptions(name=setting.accelerator, gpu_memory_bytes=gpu_bytes)
-    return Machine(profile, replace(spec, num_layers=layers), options)
+    return Machine(profile, spec.with_layers(spec.layers[:layers]), options)
 
 
 def compare(setting: Setting, cap: str) -> None:

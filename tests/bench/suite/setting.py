@@ -1,11 +1,11 @@
 """What a run of the suite is told, and the two sizes it comes in."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hrm.model_spec import ModelSpec, load_model
+from hrm.model_spec import Dimensions, ModelSpec, load_model
 from hrm.units import GB, MB
 from hrm.workload import Workload
 
@@ -46,17 +46,19 @@ FULL: Final = Scale(
 )
 SMALL: Final = Scale(
     name="small",
-    spec=replace(
-        FULL.spec,
+    spec=Dimensions(
         name="mixtral-small",
+        family="mixtral",
         num_layers=3,
+        num_experts=8,
+        experts_per_token=2,
         hidden_size=64,
         intermediate_size=128,
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
         vocab_size=256,
-    ),
+    ).spec,
     workload=Workload(name="mtbench-small", prompt_len=6, max_prompt_len=12, gen_len=4),
     gpu_memory_bytes={"16GB": MB, "24GB": 3 * MB // 2},
     host_memory_bytes=8 * MB,

@@ -69,7 +69,7 @@ def without_gradients():
 
 @pytest.fixture
 def dense():
-    return dense_views(SPEC, torch.randn(SPEC.dense_parameters).to(DTYPE))
+    return dense_views(SPEC.layers[0], torch.randn(SPEC.dense_parameters).to(DTYPE))
 
 
 def near(constant):
@@ -79,7 +79,7 @@ def near(constant):
 def test_pre_attention(dense):
     qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
     positions = torch.arange(REQUESTS)
-    count, _ = launches(pre_attention, ARCH, rows(SPEC.hidden_size), dense, positions, qkv, workspace())
+    count, _ = launches(pre_attention, ARCH, rows(SPEC.hidden_size), dense.attention, positions, qkv, workspace())
     assert count == near(planned.PRE_ATTENTION_LAUNCHES)
 
 
@@ -89,7 +89,7 @@ def test_fused_operators(dense):
     qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
     hidden, attention = rows(SPEC.hidden_size), rows(SPEC.query_size)
     with native.using(native.Kernels(native.paths()[0])):
-        before, _ = launches(pre_attention, ARCH, hidden, dense, torch.arange(REQUESTS), qkv, workspace())
+        before, _ = launches(pre_attention, ARCH, hidden, dense.attention, torch.arange(REQUESTS), qkv, workspace())
         after, _ = launches(post_attention, ARCH, hidden, attention, dense, workspace())
     assert before + 3 == planned.FUSED_PRE_ATTENTION_LAUNCHES
     assert after + 3 == planned.FUSED_POST_ATTENTION_LAUNCHES
@@ -115,7 +115,8 @@ def test_decode_attention():
 def test_post_attention_and_experts(dense):
     hidden, attention = rows(SPEC.hidden_size), rows(SPEC.query_size)
     experts = [
-        (index, expert_views(SPEC, torch.randn(SPEC.expert_parameters).to(DTYPE))) for index in range(SPEC.num_experts)
+        (index, expert_views(SPEC.layers[0], torch.randn(SPEC.expert_parameters).to(DTYPE)))
+        for index in range(SPEC.num_experts)
     ]
     count, (x, routing) = launches(post_attention, ARCH, hidden, attention, dense, workspace())
     assert count == near(planned.POST_ATTENTION_LAUNCHES)
@@ -139,9 +140,10 @@ def test_native_kernels_issue_no_operators_of_their_own(dense):
     cache = torch.randn(REQUESTS * 16, 2, SPEC.num_kv_heads, SPEC.head_dim).to(DTYPE)
     starts = [16 * r for r in range(REQUESTS)]
     x, hidden, here = rows(SPEC.hidden_size), rows(SPEC.hidden_size), workspace()
-    routing = route(ARCH, x, dense.router)
+    routing = route(ARCH, x, dense.ffn.router)
     experts = [
-        (index, expert_views(SPEC, torch.randn(SPEC.expert_parameters).to(DTYPE))) for index in range(SPEC.num_experts)
+        (index, expert_views(SPEC.layers[0], torch.randn(SPEC.expert_parameters).to(DTYPE)))
+        for index in range(SPEC.num_experts)
     ]
 
     def attend():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from executor.handlers.memory import Exchange, PrefillBuffers
-from executor.model import GpuKernels, Workspace, expert_stack, logits
+from executor.model import GpuKernels, Workspace, experts_in, logits
 from executor.model.experts import route
 from hrm.buffers import Purpose, exchange_bytes_per_request
 from hrm.contract.rings import BUFFERS
@@ -69,9 +69,10 @@ def test_numbers_are_as_wide_as_those_of_the_model_code():
     x = torch.randn(7, spec.hidden_size)
     routing = route(arch, x, torch.randn(spec.num_experts, spec.hidden_size))
     assert routing.experts_TK.itemsize + routing.weights_TK.itemsize == ROUTING_BYTES
-    stack = expert_stack(spec, torch.randn(spec.num_experts * spec.expert_parameters), 0)
-    counts = GpuKernels().run_experts(x, routing, [stack], x.clone(), rows_at_once=7, num_experts=spec.num_experts)
-    assert counts.nbytes == COUNT_BYTES * spec.num_experts
+    count = spec.num_experts
+    experts = experts_in(spec.layers[0], torch.randn(count * spec.expert_parameters), 0)
+    counts = GpuKernels().run_experts(x, routing, experts, x.clone(), workspace, rows_at_once=7, num_experts=count)
+    assert counts.nbytes == COUNT_BYTES * count
     head = torch.randn(spec.vocab_size, spec.hidden_size)
     found = logits(arch, x, torch.ones(spec.hidden_size), head, workspace)
     assert found.nbytes == LOGIT_BYTES * found.numel()

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
-from executor.model import Norm, dense_views, expert_views, head_views
+from executor.model import Norm, Router
+from executor.model.layout import dense_tensors, embedding_tensors, expert_tensors, head_tensors
 from hrm.errors import ModelError
 from hrm.model_spec import BUILT_IN_MODELS
 from tests.executor.tiny_models import DBRX
@@ -40,16 +41,16 @@ def refused(config, *parts):
 def test_mixtral_config(mixtral):
     arch = architecture(mixtral)
     assert (arch.norm, arch.norm_eps, arch.rope_theta) == (Norm.RMS, 1e-5, 10_000.0)
-    assert (arch.clip_qkv, arch.router_norm, arch.max_position_embeddings) == (None, 1.0, 256)
+    assert (arch.clip_qkv, arch.router, arch.max_position_embeddings) == (None, Router(norm=1.0), 256)
     assert (arch.bos_token_id, arch.eos_token_ids) == (1, (2,))
 
 
 def test_dbrx_config(dbrx):
     arch = architecture(dbrx)
     assert (arch.norm, arch.norm_eps, arch.rope_theta) == (Norm.LAYER, 1e-5, 10_000.0)
-    assert (arch.clip_qkv, arch.router_norm, arch.max_position_embeddings) == (0.7, 2.0, 256)
+    assert (arch.clip_qkv, arch.router, arch.max_position_embeddings) == (0.7, Router(norm=2.0), 256)
     dbrx["ffn_config"]["moe_normalize_expert_weights"] = None
-    assert architecture(dbrx).router_norm is None
+    assert architecture(dbrx).router.norm is None
 
 
 def test_rope_theta_where_published_configs_have_it(mixtral, dbrx):
@@ -143,12 +144,11 @@ def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
             torch.full((size,), torch.nan, dtype=torch.bfloat16)
             for size in (spec.dense_parameters, spec.expert_parameters, spec.head_parameters)
         ]
-        family.load_dense(checkpoint, arch, 1, dense_views(spec, flats[0]))
-        family.load_expert(checkpoint, arch, 1, 2, expert_views(spec, flats[1]))
-        head = head_views(spec, flats[2])
-        family.load_head(checkpoint, arch, head.final_norm, head.lm_head)
-        embedding = torch.full((spec.vocab_size, spec.hidden_size), torch.nan)
-        family.load_embedding(checkpoint, embedding)
+        family.load(checkpoint, spec, dense_tensors(spec.layers[1]), flats[0], 1)
+        family.load(checkpoint, spec, expert_tensors(spec.layers[1]), flats[1], 1, 2)
+        family.load(checkpoint, spec, head_tensors(spec), flats[2])
+        embedding = torch.full((spec.embedding_parameters,), torch.nan)
+        family.load(checkpoint, spec, embedding_tensors(spec), embedding)
     assert not any(tensor.isnan().any() for tensor in (*flats, embedding))
-    tied = torch.equal(head.lm_head, embedding.to(torch.bfloat16))
+    tied = torch.equal(flats[2][spec.hidden_size :], embedding.to(torch.bfloat16))
     assert tied == spec.tied_embeddings

@@ -5,17 +5,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model import (
+    Experts,
     GpuKernels,
+    PromptNumbers,
     Routing,
+    RowNumbers,
     Workspace,
     decode_attention,
-    expert_stack,
-    number_views,
+    experts_in,
     prefill_attention,
     run_experts,
 )
 from executor.model.experts import route
 from executor.model.gpu import grouped_gemm
+from executor.model.numbers import RowViews
 from tests.executor.model.tolerances import assert_same, name_of
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 from tests.executor.runtime.queued_backend import flash
@@ -34,6 +37,17 @@ def seeded():
 
 def workspace():
     return Workspace(torch.empty(10**7, dtype=torch.uint8))
+
+
+def prompts(lengths):
+    return PromptNumbers.write(torch.empty(99, dtype=torch.int64), [0] * len(lengths), lengths)
+
+
+def run(kernels, x, routing, stacks, out, *, rows_at_once, num_experts):
+    experts = Experts(stacks=tuple(stacks))
+    return kernels.run_experts(
+        x, routing, experts, out, workspace(), rows_at_once=rows_at_once, num_experts=num_experts
+    )
 
 
 @pytest.fixture(params=DTYPES, ids=name_of)
@@ -55,12 +69,10 @@ def test_decode_attention(kernels, dtype, spare_bytes):
     for start, length in zip(starts, lengths, strict=True):
         cache[start + length : start + length + 8] = torch.nan  # never written on a card
     qkv = torch.randn(4, spec.query_size + 2 * spec.kv_size).to(dtype)
-    numbers = number_views(torch.full((20,), -1), 4)
-    numbers.starts.copy_(torch.tensor([*starts, 113]))
-    numbers.lengths_R.copy_(torch.tensor(lengths))
-    numbers.queries.copy_(torch.arange(5))
+    there, rows = torch.full((20,), -1), RowNumbers(torch.arange(4), torch.arange(4), starts, lengths)
+    rows.write(there)
     got, wanted = (torch.full((4, spec.query_size), torch.nan, dtype=dtype) for _ in range(2))
-    kernels.decode_attention(arch, qkv, cache, numbers, 17, got, spare_bytes=spare_bytes)
+    kernels.decode_attention(arch, qkv, cache, kernels.numbers(rows, there), got, spare_bytes=spare_bytes)
     decode_attention(arch, qkv, cache, starts, lengths, wanted)
     assert_same(got, wanted)
 
@@ -68,7 +80,7 @@ def test_decode_attention(kernels, dtype, spare_bytes):
 @pytest.mark.parametrize("count", [1, 2, 3, 100])
 def test_numbers_do_not_overlap_and_fit(count):
     flat = torch.zeros(5 * count, dtype=torch.int64)
-    views = number_views(flat, count)
+    views = RowViews.of(flat, count)
     parts = (views.positions_R, views.cache_rows_R, views.starts, views.lengths_R, views.queries)
     for value, part in enumerate(parts, start=1):
         part.fill_(value)
@@ -87,8 +99,7 @@ def test_prefill_attention(kernels, dtype, heads, lengths, earlier):
     caches[0] = torch.randn(lengths[0] + earlier, 2, heads[1], 8).to(dtype)
     ours = [cache.clone() for cache in caches[:-1]] + [caches[-1].clone() if earlier else None]
     theirs = [cache.clone() for cache in caches[:-1]] + [caches[-1].clone() if earlier else None]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    kernels.prefill_attention(arch, qkv, lengths, ends, ours, got, workspace())
+    kernels.prefill_attention(arch, qkv, prompts(lengths), ours, got, workspace())
     prefill_attention(arch, qkv, lengths, theirs, wanted, workspace())
     assert_same(got, wanted)
     for mine, other in zip(ours, theirs, strict=True):
@@ -103,16 +114,15 @@ def test_a_prompt_takes_over_the_buffer_of_one_that_ends(kernels, dtype, others)
     lengths = [5, *others]
     qkv = torch.randn(sum(lengths), 8 * 8).to(dtype)
     prefix = torch.randn(12, 2, 2, 8).to(dtype)
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
-    def attended(attend, *ends):
+    def attended(attend, prompts):
         buffer, out = prefix.clone(), torch.full((len(qkv), 4 * 8), torch.nan, dtype=dtype)
         caches = [buffer, *[None] * len(others[1:]), buffer[: lengths[-1]]]
-        attend(arch, qkv, lengths, *ends, caches, out, workspace())
+        attend(arch, qkv, prompts, caches, out, workspace())
         return out, buffer
 
-    got, left = attended(kernels.prefill_attention, ends)
-    wanted, right = attended(prefill_attention)
+    got, left = attended(kernels.prefill_attention, prompts(lengths))
+    wanted, right = attended(prefill_attention, lengths)
     assert_same(got, wanted)
     assert torch.equal(left, right)
 
@@ -130,11 +140,11 @@ def test_plain_kernels_are_asked_for_what_every_gpu_has(dtype, monkeypatch):
     arch = tiny_arch(num_heads=6, num_kv_heads=2, head_dim=8)
     lengths, qkv = [5, 3], torch.randn(8, 10 * 8).to(dtype)
     cache, wanted = torch.randn(12, 2, 2, 8).to(dtype), torch.empty(8, 6 * 8, dtype=dtype)
-    ends = DeviceTensor(torch.tensor([0, 5, 8], dtype=torch.int32))
     got = DeviceTensor(torch.empty_like(wanted))
     ours = [DeviceTensor(cache.clone()), None]
     with WithDevice():
-        GpuKernels().prefill_attention(arch, DeviceTensor(qkv.clone()), lengths, ends, ours, got, workspace())
+        there = prompts(lengths).at(DeviceTensor(prompts(lengths).flat))
+        GpuKernels().prefill_attention(arch, DeviceTensor(qkv.clone()), there, ours, got, workspace())
     assert asked == [(True, {"attn_mask"}), (True, {"is_causal"})]
     monkeypatch.undo()
     prefill_attention(arch, qkv, lengths, [cache, None], wanted, workspace())
@@ -149,8 +159,8 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
     spec = arch.spec
     flat = torch.randn(5 * spec.expert_parameters).to(dtype) * 0.2
     at = resident * spec.expert_parameters
-    stacks = [expert_stack(spec, flat[:at], 0)] if resident else []
-    stacks += [expert_stack(spec, flat[at:], resident)] if resident < 5 else []
+    stacks = [*experts_in(spec.layers[0], flat[:at], 0).stacks] if resident else []
+    stacks += [*experts_in(spec.layers[0], flat[at:], resident).stacks] if resident < 5 else []
     if chosen == "on the gpu":
         stacks = [stack for stack in stacks if stack.first == 0 and resident]
     elif chosen == "streamed":
@@ -161,7 +171,7 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
     routing = route(arch, x, router)
     hidden = torch.randn(20, spec.hidden_size).to(dtype)
     got, wanted = hidden.clone(), hidden.float()
-    counts = kernels.run_experts(x, routing, stacks, got, rows_at_once=rows_at_once, num_experts=5)
+    counts = run(kernels, x, routing, stacks, got, rows_at_once=rows_at_once, num_experts=5)
     for stack in stacks:
         for e in range(len(stack.w13_E2ID)):
             w13, w2 = stack.w13_E2ID[e].float(), stack.w2_EDI[e].float()
@@ -186,25 +196,25 @@ def test_experts_never_add_two_rows_to_a_token_at_once(kernels, rows_at_once, mo
         monkeypatch.setattr(torch.Tensor, name, checked)
     arch = tiny_arch(num_experts=5, experts_per_token=3)
     spec = arch.spec
-    stack = expert_stack(spec, torch.randn(5 * spec.expert_parameters).bfloat16() * 0.2, 0)
+    stack = experts_in(spec.layers[0], torch.randn(5 * spec.expert_parameters).bfloat16() * 0.2, 0).stacks[0]
     x = torch.randn(20, spec.hidden_size).bfloat16()
     routing = route(arch, x, torch.randn(5, spec.hidden_size).bfloat16())
     results = []
     for _ in range(2):
         results.append(torch.ones_like(x))
-        kernels.run_experts(x, routing, [stack], results[-1], rows_at_once=rows_at_once, num_experts=5)
+        run(kernels, x, routing, [stack], results[-1], rows_at_once=rows_at_once, num_experts=5)
     assert torch.equal(*results)
     some = torch.ones_like(x)
-    kernels.run_experts(x, routing, [stack], some, rows_at_once=1000, num_experts=5)
+    run(kernels, x, routing, [stack], some, rows_at_once=1000, num_experts=5)
     assert_same(results[0], some.float())
 
 
 def test_experts_of_no_tokens(kernels):
     arch = tiny_arch()
-    stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters), 0)
+    stack = experts_in(arch.spec.layers[0], torch.randn(4 * arch.spec.expert_parameters), 0).stacks[0]
     nothing = torch.empty(0, arch.spec.hidden_size)
     routing = Routing(torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int64))
-    counts = kernels.run_experts(nothing, routing, [stack], nothing.clone(), rows_at_once=4, num_experts=4)
+    counts = run(kernels, nothing, routing, [stack], nothing.clone(), rows_at_once=4, num_experts=4)
     assert counts.tolist() == [0] * 4
 
 
@@ -212,16 +222,16 @@ def test_what_is_not_aligned_is_left_to_other_kernels():
     """A grouped GEMM on a card refuses it; every expert's own does not."""
     refused = GpuKernels(grouped=lambda *_args, **_rest: pytest.fail("not aligned"))
     arch = tiny_arch(hidden_size=12)
-    stack = expert_stack(arch.spec, torch.randn(4 * arch.spec.expert_parameters).bfloat16(), 0)
+    stack = experts_in(arch.spec.layers[0], torch.randn(4 * arch.spec.expert_parameters).bfloat16(), 0).stacks[0]
     x = torch.randn(6, 12).bfloat16()
     routing = route(arch, x, torch.randn(4, 12).bfloat16())
-    refused.run_experts(x, routing, [stack], x.clone(), rows_at_once=99, num_experts=4)
+    run(refused, x, routing, [stack], x.clone(), rows_at_once=99, num_experts=4)
 
 
 def test_stack_is_its_experts(dtype):
     spec = tiny_arch().spec
     flat = torch.randn(3 * spec.expert_parameters).to(dtype)
-    stack = expert_stack(spec, flat, 1)
+    stack = experts_in(spec.layers[0], flat, 1).stacks[0]
     assert stack.w13_E2ID.shape == (3, 2 * spec.intermediate_size, spec.hidden_size)
     assert stack.w2_EDI.shape == (3, spec.hidden_size, spec.intermediate_size)
     assert stack.w2_EDI[2].data_ptr() == flat[-stack.w2_EDI[2].numel() :].data_ptr()
@@ -229,8 +239,8 @@ def test_stack_is_its_experts(dtype):
     routing = Routing(torch.ones(2, 1), torch.tensor([[1], [3]]))
     from executor.model import expert_views
 
-    experts = [(1 + e, expert_views(spec, part)) for e, part in enumerate(flat.chunk(3))]
+    experts = [(1 + e, expert_views(spec.layers[0], part)) for e, part in enumerate(flat.chunk(3))]
     run_experts(x, routing, experts, out, workspace())
     got = torch.zeros_like(out)
-    GpuKernels().run_experts(x, routing, [stack], got, rows_at_once=8, num_experts=4)
+    run(GpuKernels(), x, routing, [stack], got, rows_at_once=8, num_experts=4)
     assert_same(got, out)

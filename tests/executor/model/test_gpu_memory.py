@@ -6,11 +6,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from executor.model import GpuKernels, Workspace, dense_views, expert_stack, number_views, post_attention, pre_attention
+from executor.model import (
+    GpuKernels,
+    PromptNumbers,
+    RowNumbers,
+    Workspace,
+    dense_views,
+    experts_in,
+    post_attention,
+    pre_attention,
+)
 from executor.model.gpu import grouped_gemm
-from hrm.contract.temporaries import workspace_bytes
 from hrm.formats import FORMATS
 from hrm.model_spec import load_model
+from hrm.model_spec.workspace import workspace_bytes
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
 
@@ -74,11 +83,11 @@ def small(name):
 
 def weights(spec):
     torch.manual_seed(0)
-    dense = dense_views(spec, torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
+    dense = dense_views(spec.layers[0], torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
     flat = torch.randn(spec.num_experts * spec.expert_parameters).to(DTYPE) * 0.1
     half = spec.num_experts // 2 * spec.expert_parameters
-    stacks = [expert_stack(spec, flat[:half], 0), expert_stack(spec, flat[half:], spec.num_experts // 2)]
-    return dense, stacks
+    layer = spec.layers[0]
+    return dense, experts_in(layer, flat[:half], 0) + experts_in(layer, flat[half:], spec.num_experts // 2)
 
 
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=list(KERNELS))
@@ -86,21 +95,19 @@ def weights(spec):
 def test_prefill_of_a_whole_chunk(name, kernels):
     arch = small(name)
     spec = arch.spec
-    dense, stacks = weights(spec)
+    dense, experts = weights(spec)
     planned = workspace_bytes(spec, TOKENS, FORMATS["bfloat16"])
     workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
     hidden = torch.randn(TOKENS, spec.hidden_size).to(DTYPE)
-    lengths = [TOKENS // 4] * 4
-    positions = torch.arange(TOKENS // 4).repeat(4)
-    ends = torch.arange(0, TOKENS + 1, TOKENS // 4, dtype=torch.int32)
+    prompts = PromptNumbers.write(torch.empty(2 * TOKENS, dtype=torch.int64), [0] * 4, [TOKENS // 4] * 4)
     with torch.no_grad(), LiveBytes() as live:
         width = spec.query_size + 2 * spec.kv_size
         qkv = workspace.take((TOKENS, width), DTYPE)
-        pre_attention(arch, hidden, dense, positions, qkv, workspace)
+        pre_attention(arch, hidden, dense.attention, prompts.positions_T, qkv, workspace)
         attended = workspace.take((TOKENS, spec.query_size), DTYPE)
-        kernels.prefill_attention(arch, qkv, lengths, ends, [None] * 4, attended, workspace)
+        kernels.prefill_attention(arch, qkv, prompts, [None] * 4, attended, workspace)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
-        kernels.run_experts(x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts)
+        kernels.run_experts(x, routing, experts, hidden, workspace, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned
     assert live.peak_bytes >= 0.5 * planned
 
@@ -111,22 +118,22 @@ def test_prefill_of_a_whole_chunk(name, kernels):
 def test_decode_of_a_micro_batch(name, kernels, requests):
     arch = small(name)
     spec = arch.spec
-    dense, stacks = weights(spec)
+    dense, experts = weights(spec)
     planned = workspace_bytes(spec, TOKENS, FORMATS["bfloat16"])
     workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
     hidden = torch.randn(requests, spec.hidden_size).to(DTYPE)
     qkv = torch.randn(requests, spec.query_size + 2 * spec.kv_size).to(DTYPE)
     attended = torch.randn(requests, spec.query_size).to(DTYPE)
     cache = torch.randn(requests * 16, 2, spec.num_kv_heads, spec.head_dim).to(DTYPE)
-    numbers = number_views(torch.zeros(5 * requests, dtype=torch.int64), requests)
-    numbers.starts.copy_(torch.arange(requests + 1) * 16)
-    numbers.lengths_R.fill_(16)
-    numbers.queries.copy_(torch.arange(requests + 1))
+    there, starts = torch.zeros(5 * requests, dtype=torch.int64), list(range(0, 16 * requests, 16))
+    rows = RowNumbers(torch.zeros(requests), torch.zeros(requests), starts, [16] * requests)
+    rows.write(there)
+    rows = rows.at(there)
     with torch.no_grad(), LiveBytes() as live:
-        pre_attention(arch, hidden, dense, numbers.positions_R, qkv, workspace)
-        kernels.decode_attention(arch, qkv, cache, numbers, 16, attended, spare_bytes=planned // 2)
+        pre_attention(arch, hidden, dense.attention, rows.positions_R, qkv, workspace)
+        kernels.decode_attention(arch, qkv, cache, rows, attended, spare_bytes=planned // 2)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
-        kernels.run_experts(x, routing, stacks, hidden, rows_at_once=TOKENS, num_experts=spec.num_experts)
+        kernels.run_experts(x, routing, experts, hidden, workspace, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned
 
 

@@ -13,7 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from executor import native
 from executor.model import (
     Norm,
+    Router,
     Routing,
+    Scores,
     Workspace,
     append_kv,
     attention,
@@ -24,21 +26,23 @@ from executor.model import (
     post_attention,
     pre_attention,
     prefill_attention,
-    reference,
     run_experts,
 )
 from executor.model.norm import normed
 from hrm.contract.rows import LOGIT_BYTES
-from hrm.contract.temporaries import MASK_BLOCK_TOKENS, workspace_bytes
+from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.formats import FORMATS
+from hrm.model_spec.workspace import workspace_bytes
+from tests.executor import reference
 from tests.executor.model.tolerances import DTYPES, assert_same, name_of
 from tests.executor.tiny_models import tiny_arch
 
 ARCHS = {
     "mixtral": tiny_arch(),
     "one kv head": tiny_arch(num_kv_heads=1, head_dim=12),
-    "dbrx": tiny_arch(Norm.LAYER, clip_qkv=0.5, router_norm=2.0, rope_theta=5e5),
-    "weights as they are": tiny_arch(router_norm=None, experts_per_token=4),
+    "dbrx": tiny_arch(Norm.LAYER, clip_qkv=0.5, router=Router(norm=2.0), rope_theta=5e5),
+    "weights as they are": tiny_arch(router=Router(norm=None), experts_per_token=4),
+    "sigmoid": tiny_arch(router=Router(scores=Scores.SIGMOID)),
 }
 
 archs = st.builds(
@@ -65,18 +69,21 @@ def planned_workspace(arch, num_tokens, dtype):
 
 def random_dense(arch, dtype=torch.float32):
     flat = torch.randn(arch.spec.dense_parameters) * arch.spec.hidden_size**-0.5
-    return dense_views(arch.spec, flat.to(dtype))
+    return dense_views(arch.spec.layers[0], flat.to(dtype))
 
 
 def random_experts(arch, dtype=torch.float32):
     scale = arch.spec.hidden_size**-0.5
     size = arch.spec.expert_parameters
-    return [expert_views(arch.spec, (torch.randn(size) * scale).to(dtype)) for _ in range(arch.spec.num_experts)]
+    return [
+        expert_views(arch.spec.layers[0], (torch.randn(size) * scale).to(dtype)) for _ in range(arch.spec.num_experts)
+    ]
 
 
-def as_float(weights):
-    fields = weights.__dataclass_fields__
-    return type(weights)(**{name: getattr(weights, name).float() for name in fields})
+def as_float(weights: Any) -> Any:
+    if isinstance(weights, torch.Tensor):
+        return weights.float()
+    return type(weights)(**{name: as_float(getattr(weights, name)) for name in weights.__dataclass_fields__})
 
 
 def random_routing(arch, num_tokens):
@@ -109,8 +116,8 @@ def test_pre_attention(arch, dtype):
     spec, dense = arch.spec, random_dense(arch, dtype)
     x, positions = torch.randn(9, 16).to(dtype), torch.tensor([0, 1, 2, 0, 1, 63, 64, 700, 4095])
     qkv = torch.empty(9, spec.query_size + 2 * spec.kv_size, dtype=dtype)
-    pre_attention(arch, x, dense, positions, qkv, big_workspace())
-    slow = as_float(dense)
+    pre_attention(arch, x, dense.attention, positions, qkv, big_workspace())
+    slow = as_float(dense.attention)
     x_normed = reference.norm(arch, x.float(), slow.attention_norm)
     parts = reference.queries_keys_values(arch, x_normed, slow, positions)
     exact = torch.cat([part.flatten(1) for part in parts], dim=1)
@@ -125,7 +132,7 @@ def test_clip_bounds_queries_keys_and_values():
     arch = tiny_arch(clip_qkv=0.1)
     qkv = torch.empty(3, 64)
     dense = random_dense(arch)
-    pre_attention(arch, torch.randn(3, 16) * 9, dense, torch.zeros(3).long(), qkv, big_workspace())
+    pre_attention(arch, torch.randn(3, 16) * 9, dense.attention, torch.zeros(3).long(), qkv, big_workspace())
     assert qkv.abs().max().item() == pytest.approx(0.1)
 
 
@@ -300,11 +307,11 @@ def test_post_attention(arch, dtype):
     hidden = torch.randn(9, 16).to(dtype)
     attended = torch.randn(9, arch.spec.query_size).to(dtype)
     slow = as_float(dense)
-    exact_hidden = hidden.float() + attended.float() @ slow.output.T
+    exact_hidden = hidden.float() + attended.float() @ slow.attention.output.T
     x, routing = post_attention(arch, hidden, attended, dense, big_workspace())
     assert_same(hidden, exact_hidden)
-    assert_same(x, reference.norm(arch, hidden.float(), slow.ffn_norm))
-    weights, experts = reference.route(arch, x.float(), slow.router)
+    assert_same(x, reference.norm(arch, hidden.float(), slow.ffn.ffn_norm))
+    weights, experts = reference.route(arch, x.float(), slow.ffn.router)
     assert routing.weights_TK.dtype is torch.float32
     assert routing.experts_TK.dtype is torch.int64
     torch.testing.assert_close(routing.weights_TK, weights, rtol=0, atol=2e-2)
@@ -371,7 +378,7 @@ def test_plan_covers_the_temporaries_of_a_layer(arch, num_tokens, dtype, same_ex
     hidden = torch.randn(num_tokens, spec.hidden_size).to(dtype)
     qkv = workspace.take((num_tokens, spec.query_size + 2 * spec.kv_size), dtype)
     attended = workspace.take((num_tokens, spec.query_size), dtype)
-    pre_attention(arch, hidden, dense, torch.arange(num_tokens), qkv, workspace)
+    pre_attention(arch, hidden, dense.attention, torch.arange(num_tokens), qkv, workspace)
     if prefill:
         prefill_attention(arch, qkv, [num_tokens], [None], attended, workspace)
         by_torch = attended.numel() * dtype.itemsize

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError
 from executor.families import family_for
-from executor.model import reference
 from hrm.errors import HrmError, ModelError
+from tests.executor import reference
 from tests.executor.tiny_models import DBRX, edit_json, random_prompts, save_tiny, transformers_logits
 
 WHOLE = "model.safetensors"
@@ -246,4 +246,4 @@ def test_window_that_no_prompt_reaches(copy):
     edit_json(folder / "config.json", sliding_window=len(PROMPT))
     check_same_logits(folder)
     assert loaded(folder).arch.window == len(PROMPT)
-    assert not loaded(folder).arch.spec.attention_windows
+    assert not any(layer.window for layer in loaded(folder).arch.spec.layers)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from executor.checkpoint import Checkpoint, RandomWeights
+from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
 from executor.model import (
     Workspace,
@@ -13,12 +13,13 @@ from executor.model import (
     post_attention,
     pre_attention,
     prefill_attention,
-    reference,
     run_experts,
 )
+from executor.random_weights import RandomWeights
 from executor.sampling import SamplingParams, choose
-from hrm.contract.temporaries import workspace_bytes
 from hrm.formats import FORMATS
+from hrm.model_spec.workspace import workspace_bytes
+from tests.executor import reference
 from tests.executor.tiny_models import DBRX, random_prompts, tiny_arch, transformers_greedy, transformers_logits
 
 NEW_TOKENS = 12
@@ -54,7 +55,7 @@ def generate(model, prompts, max_tokens, dtype=torch.float32):
             cache = cache_LC2Gd[layer]
             qkv = workspace.take((len(fed), spec.query_size + 2 * spec.kv_size), dtype)
             attended = workspace.take((len(fed), spec.query_size), dtype)
-            pre_attention(arch, hidden, dense, positions, qkv, workspace)
+            pre_attention(arch, hidden, dense.attention, positions, qkv, workspace)
             append_kv(cache, qkv, rows)
             if step:
                 lengths = [size + step for size in sizes]

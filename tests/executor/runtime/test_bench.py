@@ -12,7 +12,7 @@ from executor.job.machine import AcceleratorOptions
 from hrm.hardware import Link
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
-from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.model_spec import BUILT_IN_MODELS, Dimensions, ModelSpec
 from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import save_policy_file
 from hrm.tasks import Device, Phase
@@ -26,7 +26,7 @@ ONE_LEVEL = replace(machine(), accelerator="cpu", levels=(level("cpu", 8e9),), l
 @pytest.fixture(params=FAMILIES)
 def shape(request, monkeypatch) -> ModelSpec:
     """A built-in shape of each family, small enough for a test."""
-    spec = ModelSpec(
+    spec = Dimensions(
         name="tiny",
         family=request.param,
         num_layers=4,
@@ -38,7 +38,7 @@ def shape(request, monkeypatch) -> ModelSpec:
         num_experts=8,
         experts_per_token=2,
         vocab_size=97,
-    )
+    ).spec
     monkeypatch.setitem(BUILT_IN_MODELS, spec.name, spec)
     return spec
 
@@ -75,7 +75,7 @@ def test_shape_is_planned_for_and_run_without_a_checkpoint(shape, profile, capsy
     report = bench_json(
         capsys, "--model", shape.name, "--layers", "2", "--profile", profile(on), "--accelerator", accelerator, *LENGTHS
     )
-    assert report["model"]["num_layers"] == len(report["policy"]["resident_experts"]) == 2
+    assert len(report["model"]["order"]) == len(report["policy"]["resident_experts"]) == 2
     assert report["workload"]["num_requests"] == REQUESTS
     # All orders on two levels; on one level they hardly differ.
     schedules = ["cgopipe"] if accelerator == "cpu" else [name.value for name in ScheduleName]

@@ -9,7 +9,6 @@ from executor.checkpoint import Checkpoint
 from executor.engine import TaskFailedError
 from executor.families import family_for
 from executor.handlers import DecodeHandlers, PrefillHandlers
-from executor.model import reference
 from hrm.acts import NAMES
 from hrm.buffers import Purpose
 from hrm.contract.rings import WEIGHT_SLOTS
@@ -18,6 +17,7 @@ from hrm.policy import ScheduleName
 from hrm.schedules import decode_pipeline
 from hrm.tasks import TaskId
 from tests.contracts.tasks import act
+from tests.executor import reference
 from tests.executor.runtime.support import (
     CPU,
     GPU,

@@ -198,9 +198,11 @@ def test_bad_option_is_refused_before_anything_is_written(run, tmp_path, options
 
 def test_policy_of_another_model_is_refused(run, policy_path):
     content = load_policy_file(policy_path)
-    save_policy_file(policy_path, replace(content, model=replace(content.model, hidden_size=64)))
+    layer = content.model.layers[0]
+    wider = replace(layer, mixer=replace(content.model.attention, head_dim=64))
+    save_policy_file(policy_path, replace(content, model=content.model.with_layers([wider] * content.model.num_layers)))
     captured, _ = run([line("a", PROMPTS[0])], code=2)
-    refused(captured, "policy.json: model.hidden_size", "64", "32", "hrm search")
+    refused(captured, "policy.json: model.kinds[0].mixer.head_dim is 64", "hrm search")
 
 
 def test_malformed_policy_is_refused(run, policy_path):

@@ -243,8 +243,7 @@ def test_quantised_checkpoint(run, no_weights, folder, method):
 def test_requests_within_a_sliding_window(run, folder, policy_path):
     edit_json(folder / "config.json", sliding_window=30)
     content = load_policy_file(policy_path)
-    layers = content.model.num_layers
-    model = replace(content.model, attention_windows=(30,) * layers)
+    model = content.model.with_layers(layer.with_window(30) for layer in content.model.layers)
     save_policy_file(policy_path, replace(content, model=model))
     prompts = [[3 + i] * 25 for i in range(3)]
     _, done = run([*[line(str(i), prompt) for i, prompt in enumerate(prompts)], line("beyond", [3] * 25, max_tokens=6)])

@@ -6,6 +6,7 @@ from executor.batching import Batcher, chunks, pack
 from executor.errors import JobError
 from executor.generate import check_request
 from executor.handlers import prefill
+from executor.model import kernels
 from hrm.memory import purposes
 from tests.executor.runtime.support import (
     CPU,
@@ -89,13 +90,13 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
         made.memory.prefill.prefix_C2Gd.fill_(float("nan"))
         assert tokens_of(made, max_tokens=3) == clean
     seen = []
-    attend = prefill.prefill_attention
+    attend = kernels.prefill_attention
 
     def record(arch, qkv, lengths, kept, out, workspace):
         seen.append([(n, None if c is None else len(c)) for n, c in zip(lengths, kept, strict=True)])
         attend(arch, qkv, lengths, kept, out, workspace)
 
-    monkeypatch.setattr(prefill, "prefill_attention", record)
+    monkeypatch.setattr(kernels, "prefill_attention", record)
     with generator(folder, policy) as made:
         tokens_of(made, max_tokens=1)
     per_layer = seen[: len(seen) // arch.spec.num_layers]

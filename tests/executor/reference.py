@@ -10,9 +10,24 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
-from executor.families.base import AbstractFamily
-from executor.model.architecture import Architecture, Norm
-from executor.model.layout import DenseWeights, ExpertWeights, HeadWeights, dense_views, expert_views, head_views
+from executor.families import Family
+from executor.model.architecture import Architecture, Norm, Scores
+from executor.model.layout import (
+    AttentionWeights,
+    DenseWeights,
+    ExpertWeights,
+    FfnWeights,
+    HeadWeights,
+    Tensors,
+    dense_tensors,
+    dense_views,
+    embedding_tensors,
+    expert_tensors,
+    expert_views,
+    head_tensors,
+    head_views,
+    num_elements,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +40,21 @@ class ReferenceModel:
     head: HeadWeights
 
 
-def load(family: AbstractFamily, source: WeightSource, arch: Architecture) -> ReferenceModel:
+def load(family: Family, source: WeightSource, arch: Architecture) -> ReferenceModel:
     """Read all weights as float32."""
     spec = arch.spec
-    embedding_VD = torch.empty(spec.vocab_size, spec.hidden_size)
-    family.load_embedding(source, embedding_VD)
+
+    def load(tensors: Tensors, *place: int) -> Tensor:
+        flat = torch.empty(num_elements(tensors))
+        family.load(source, spec, tensors, flat, *place)
+        return flat
+
     layers: list[tuple[DenseWeights, list[ExpertWeights]]] = []
-    for layer in range(spec.num_layers):
-        dense = dense_views(spec, torch.empty(spec.dense_parameters))
-        family.load_dense(source, arch, layer, dense)
-        experts: list[ExpertWeights] = []
-        for index in range(spec.num_experts):
-            expert = expert_views(spec, torch.empty(spec.expert_parameters))
-            family.load_expert(source, arch, layer, index, expert)
-            experts.append(expert)
-        layers.append((dense, experts))
-    head = head_views(spec, torch.empty(spec.head_parameters))
-    family.load_head(source, arch, head.final_norm, head.lm_head)
-    return ReferenceModel(arch, embedding_VD, layers, head)
+    for index, layer in enumerate(spec.layers):
+        experts = [expert_views(layer, load(expert_tensors(layer), index, e)) for e in range(layer.num_experts)]
+        layers.append((dense_views(layer, load(dense_tensors(layer), index)), experts))
+    embedding_VD = load(embedding_tensors(spec)).view(spec.vocab_size, spec.hidden_size)
+    return ReferenceModel(arch, embedding_VD, layers, head_views(spec, load(head_tensors(spec))))
 
 
 def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:
@@ -50,12 +62,14 @@ def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:
     arch = model.arch
     hidden_TD = model.embedding[tokens]
     for dense, experts in model.layers:
-        q, k, v = queries_keys_values(
-            arch, norm(arch, hidden_TD, dense.attention_norm), dense, torch.arange(len(tokens))
-        )
-        hidden_TD = hidden_TD + attention(q, k, v) @ dense.output.T
-        x_TD = norm(arch, hidden_TD, dense.ffn_norm)
-        weights_TK, experts_TK = route(arch, x_TD, dense.router)
+        mixer, positions_T = dense.attention, torch.arange(len(tokens))
+        q, k, v = queries_keys_values(arch, norm(arch, hidden_TD, mixer.attention_norm), mixer, positions_T)
+        hidden_TD = hidden_TD + attention(q, k, v) @ mixer.output.T
+        x_TD = norm(arch, hidden_TD, dense.ffn.ffn_norm)
+        if isinstance(dense.ffn, FfnWeights):
+            hidden_TD = hidden_TD + ffn(x_TD, dense.ffn.dense_w13, dense.ffn.dense_w2)
+            continue
+        weights_TK, experts_TK = route(arch, x_TD, dense.ffn.router)
         hidden_TD = hidden_TD + moe(x_TD, weights_TK, experts_TK, enumerate(experts))
     return norm(arch, hidden_TD, model.head.final_norm) @ model.head.lm_head.T
 
@@ -78,11 +92,11 @@ def norm(arch: Architecture, x_TD: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def queries_keys_values(
-    arch: Architecture, x_TD: Tensor, dense: DenseWeights, positions_T: Tensor
+    arch: Architecture, x_TD: Tensor, weights: AttentionWeights, positions_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries (T, H, d), rotated keys (T, G, d) and values (T, G, d)."""
     spec = arch.spec
-    qkv = x_TD @ dense.qkv.T
+    qkv = x_TD @ weights.qkv.T
     if arch.clip_qkv is not None:
         qkv = qkv.clamp(-arch.clip_qkv, arch.clip_qkv)
     sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
@@ -111,12 +125,13 @@ def attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
 
 def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and indices (T, K) of the experts that each token goes to."""
-    probabilities = (x_TD @ router_ED.T).softmax(-1)
-    weights, experts = probabilities.sort(dim=-1, descending=True)
+    logits = x_TD @ router_ED.T
+    scores = 1 / (1 + (-logits).exp()) if arch.router.scores is Scores.SIGMOID else logits.softmax(-1)
+    weights, experts = scores.sort(dim=-1, descending=True)
     chosen = arch.spec.experts_per_token
     weights, experts = weights[:, :chosen], experts[:, :chosen]
-    if arch.router_norm is not None:
-        order = arch.router_norm
+    if arch.router.norm is not None:
+        order = arch.router.norm
         weights = weights / weights.pow(order).sum(-1, keepdim=True).pow(1 / order)
     return weights, experts
 
@@ -125,7 +140,12 @@ def moe(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Iterable[
     """Every expert over every token, weighted by nought where the token does not go to it."""
     out_TD = torch.zeros_like(x_TD)
     for index, expert in experts:
-        gate, up = (x_TD @ expert.w13.T).chunk(2, dim=-1)
         weight_T = torch.where(experts_TK == index, weights_TK, 0).sum(-1)
-        out_TD += weight_T[:, None] * ((gate * gate.sigmoid() * up) @ expert.w2.T)
+        out_TD += weight_T[:, None] * ffn(x_TD, expert.w13, expert.w2)
     return out_TD
+
+
+def ffn(x_TD: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """The gated SiLU of one half of `w13 @ x` times the other half, projected back."""
+    gate, up = (x_TD @ w13.T).chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * up) @ w2.T

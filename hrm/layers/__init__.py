@@ -1,0 +1,47 @@
+"""Layers: what a model is made of.
+
+A layer is a mixer, in which tokens see one another, and the feed-forward blocks after it. `base`
+says what a block knows; each kind of block has a file.
+"""
+
+from hrm.layers.base import (
+    LARGEST_MODEL,
+    LARGEST_SIZE,
+    Block,
+    FeedForward,
+    Mixer,
+    TensorSpec,
+    Unit,
+    Vectors,
+    check_size,
+)
+from hrm.layers.feed_forward import DenseFfn, RoutedExperts
+from hrm.layers.gated_delta import GatedDeltaNet
+from hrm.layers.grouped_query import GroupedQueryAttention
+from hrm.layers.latent import LatentAttention
+from hrm.layers.layer import Layer
+from hrm.layers.softmax import SoftmaxAttention
+from hrm.layers.work import Kernel, Operator, gemms, linear
+
+__all__ = [
+    "LARGEST_MODEL",
+    "LARGEST_SIZE",
+    "Block",
+    "DenseFfn",
+    "FeedForward",
+    "GatedDeltaNet",
+    "GroupedQueryAttention",
+    "Kernel",
+    "LatentAttention",
+    "Layer",
+    "Mixer",
+    "Operator",
+    "RoutedExperts",
+    "SoftmaxAttention",
+    "TensorSpec",
+    "Unit",
+    "Vectors",
+    "check_size",
+    "gemms",
+    "linear",
+]

@@ -1,0 +1,246 @@
+"""What a layer is made of: blocks, which know all that a plan needs of them.
+
+A new kind of block is a file with a frozen dataclass that is a `Mixer` or a `FeedForward`. Whatever
+is asked of a model is a sum, or the largest, over the blocks of its layers.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar, Final, NamedTuple, Self
+
+from hrm.errors import ModelError
+from hrm.formats import Format, Formats
+from hrm.layers.work import Operator
+from hrm.numeric import Number, minimum
+
+# Beyond these a number is a mistake; below, 64-bit integers count any plan's bytes.
+LARGEST_SIZE: Final = 10**8
+LARGEST_MODEL: Final = 10**15
+# Names and sizes of the small vectors beside a block's matrices: biases, norms, sinks.
+Vectors = tuple[tuple[str, int], ...]
+
+
+class Unit(StrEnum):
+    """What is placed as one: a layer's tensors of a unit are all on the GPU, or none of them is."""
+
+    MIXER = "mixer"
+    FFN = "ffn"  # what every token goes through, routers and shared experts included
+    EXPERT = "expert"  # one of the routed experts
+    MODEL = "model"  # what lies outside the layers
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of a block: `split` is the axis that GPUs in tensor parallel divide, if any.
+
+    `parts` are the rows of each of the matrices that it joins, if it joins any.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    unit: Unit
+    split: int | None = None
+    parts: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Its elements."""
+        return prod(self.shape)
+
+
+class Block(ABC):
+    """A part of a layer that reads the hidden state and adds to it, with a norm of its own.
+
+    Of tensors of the unit EXPERT there is one set for each of the routed experts. In files, `block`
+    says which kind it is: `variants` of a class are its kinds by that name, as soon as they are
+    defined.
+    """
+
+    variants: ClassVar[dict[str, type["Block"]]]
+    hidden_size: int
+    vectors: Vectors
+
+    def __init_subclass__(cls) -> None:
+        """Make the kind known by its name."""
+        super().__init_subclass__()
+        if cls.__base__ is Block:  # the two kinds that a layer has a place for
+            cls.variants = {}
+        elif "block" in cls.__dict__:
+            cls.variants[cls.__dict__["block"]] = cls
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors, in the order in which they lie in memory."""
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        """Parameters outside routed experts."""
+        return sum(tensor.parameters for tensor in self.tensors if tensor.unit is not Unit.EXPERT)
+
+    @abstractmethod
+    def obstacle_to(self, ranks: int) -> str:
+        """Why so many GPUs in tensor parallel cannot divide it; empty if they can."""
+
+    def with_vectors(self, **sizes: int) -> Self:
+        """The same with further small vectors, each a name and a size; 0 for none."""
+        block: Any = self
+        return replace(block, vectors=(*self.vectors, *((name, size) for name, size in sizes.items() if size)))
+
+    def check_sizes(self, *names: str, at_least: int = 1) -> None:
+        """Raise ModelError naming the field unless these are integers of at least that."""
+        for name in names:
+            check_size(name, getattr(self, name), at_least=at_least)
+
+    def require(self, holds: bool, name: str, rule: str) -> None:  # noqa: FBT001
+        """Raise ModelError naming the field unless the rule holds."""
+        if not holds:
+            raise ModelError(name, getattr(self, name), rule, "check the config")
+
+
+class Mixer(Block):
+    """The block of a layer in which tokens see one another: some kind of attention.
+
+    It is computed in three tasks: projections before, attention itself with what is cached, on
+    either processor, and an output projection after. `window` is how many tokens attention reaches
+    back at most, 0 for all.
+    """
+
+    window: int = 0
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """What it is, for people."""
+
+    @property
+    @abstractmethod
+    def cached_elements(self) -> int:
+        """Elements that one token adds to the cache of this layer."""
+
+    @abstractmethod
+    def state_bytes(self, formats: Formats) -> int:
+        """Bytes that this layer keeps of each sequence, however long; written anew at every step."""
+
+    @abstractmethod
+    def sent_bytes(self, formats: Formats) -> int:
+        """Bytes of a new token that attention on the CPU needs."""
+
+    @property
+    @abstractmethod
+    def returned_elements(self) -> int:
+        """Elements of a token's attention output, before the output projection."""
+
+    def returned_bytes(self, formats: Formats) -> int:
+        """Bytes of a token's attention output."""
+        return formats.compute.bytes_of(self.returned_elements)
+
+    @property
+    @abstractmethod
+    def host_parameters(self) -> int:
+        """Parameters that attention on the CPU needs there, though they are resident on the GPU."""
+
+    @property
+    @abstractmethod
+    def cache_heads(self) -> int:
+        """Parts of the cache that GPUs in tensor parallel can divide among them."""
+
+    @abstractmethod
+    def project(self, formats: Formats, tokens: Number) -> Operator:
+        """Norm, projections and rotary embedding of so many tokens."""
+
+    @abstractmethod
+    def attend(self, formats: Formats, requests: Number, context: Number) -> Operator:
+        """Decode attention of a new token of each request over a mean context."""
+
+    @abstractmethod
+    def prefill(self, formats: Formats, tokens: Number, prompt_len: Number) -> Operator:
+        """All up to attention over a chunk of `tokens` in prompts of `prompt_len`.
+
+        Prompts longer than the chunk are split, and a later part reads again what it needs of the
+        earlier ones.
+        """
+
+    @abstractmethod
+    def finish(self, formats: Formats, tokens: Number) -> Operator:
+        """The output projection of so many tokens."""
+
+    @property
+    @abstractmethod
+    def kept_elements(self) -> int:
+        """Elements of a token that stay in the workspace throughout the layer."""
+
+    @abstractmethod
+    def temporary_bytes(self, compute: Format) -> int:
+        """Bytes of a token that are needed for a while beside those that stay."""
+
+    @abstractmethod
+    def prefix_bytes(self, formats: Formats, ranks: int) -> int:
+        """Bytes that a split prompt keeps on the GPUs for each token of earlier parts."""
+
+    @property
+    @abstractmethod
+    def prefix_in_cache(self) -> bool:
+        """Whether the cache itself serves as what a split prompt keeps."""
+
+    def reach(self, context: Number) -> Number:
+        """Tokens that attention reaches, of `context` in all.
+
+        Attention in chunks reaches at most so many: half of them on average in a long context.
+        """
+        return minimum(context, self.window) if self.window else context
+
+    def cache_bytes(self, formats: Formats, requests: Number, tokens: Number) -> Number:
+        """Bytes of this layer's cache for so many requests with so many tokens in all."""
+        grown = tokens * formats.kv_cache.bytes_of(self.cached_elements)
+        state = self.state_bytes(formats)
+        return grown + requests * state if state else grown
+
+    def reached_bytes(self, formats: Formats, requests: Number, context: Number) -> Number:
+        """Bytes of this layer's cache that attention reads for so many requests of a mean context."""
+        return self.cache_bytes(formats, requests, requests * self.reach(context))
+
+    def attended_bytes(self, formats: Formats, requests: Number, context: Number) -> Number:
+        """Bytes that attention reads and writes of this layer's cache: of a state, both."""
+        return self.reached_bytes(formats, requests, context) + requests * self.state_bytes(formats)
+
+    def cache_copies(self, ranks: int) -> int:
+        """How many of `ranks` GPUs in tensor parallel hold the same element of the cache.
+
+        Heads are divided; where they are fewer than GPUs, or compressed into one, they are
+        repeated.
+        """
+        return max(1, ranks // self.cache_heads)
+
+
+class FeedForward(Block):
+    """A block of a layer in which every token is on its own."""
+
+    @property
+    @abstractmethod
+    def inner_size(self) -> int:
+        """The most elements that an FFN has between its matrices."""
+
+    @abstractmethod
+    def dense(self, formats: Formats, tokens: Number) -> Operator:
+        """All that every one of so many tokens goes through."""
+
+
+def check_size(name: str, value: Any, *, at_least: int = 1, at_most: int = LARGEST_SIZE) -> None:
+    """Raise ModelError unless the value is an integer in that range."""
+    if type(value) is not int or not at_least <= value <= at_most:
+        kind = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
+        raise ModelError(name, value, f"must be {kind}, at most {at_most:,}", "check the config")
+
+
+def check_vectors(name: str, vectors: Vectors) -> None:
+    """Raise ModelError unless every vector has a size."""
+    for vector, size in vectors:
+        check_size(f"{name}: {vector}", size, at_most=LARGEST_MODEL)
+
+
+def vector_tensors(vectors: Vectors, unit: Unit) -> tuple[TensorSpec, ...]:
+    """The tensors of vectors, which every GPU has whole."""
+    return tuple(TensorSpec(name, (size,), unit) for name, size in vectors)

@@ -1,0 +1,171 @@
+"""Feed-forward blocks: one dense FFN, or routed experts with shared ones."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, final
+
+from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
+from hrm.contract.rows import ROUTING_BYTES
+from hrm.formats import Format, Formats
+from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.work import Kernel, Operator, gemms, linear
+from hrm.numeric import Number, maximum, minimum
+
+
+def matrices(name: str, hidden: int, inner: int, unit: Unit, *, gated: bool = True) -> tuple[TensorSpec, ...]:
+    """The two matrices of an FFN; the first one has the gate above what it scales."""
+    parts = (inner,) * (1 + gated)
+    return (
+        TensorSpec(f"{name}w13" if gated else f"{name}w1", (sum(parts), hidden), unit, 0, parts),
+        TensorSpec(f"{name}w2", (hidden, inner), unit, 1),
+    )
+
+
+def through(rows: Number, hidden: int, inner: int, formats: Formats, *, gated: bool = True) -> Operator:
+    """An FFN that every token goes through."""
+    parameters = (2 + gated) * hidden * inner
+    return Operator((gemms(rows, parameters, 2 * hidden + 3 * inner, formats),), LAUNCHES_PER_EXPERT)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DenseFfn(FeedForward):
+    """One FFN that every token goes through."""
+
+    hidden_size: int
+    intermediate_size: int
+    gated: bool = True
+    vectors: Vectors = ()
+    block: Literal["dense_ffn"] = "dense_ffn"
+
+    def __post_init__(self) -> None:
+        """Reject impossible dimensions (ModelError)."""
+        self.check_sizes("hidden_size", "intermediate_size")
+        check_vectors("vectors", self.vectors)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The norm and the matrices."""
+        return (
+            TensorSpec("ffn_norm", (self.hidden_size,), Unit.FFN),
+            *matrices("dense_", self.hidden_size, self.intermediate_size, Unit.FFN, gated=self.gated),
+            *vector_tensors(self.vectors, Unit.FFN),
+        )
+
+    @property
+    def inner_size(self) -> int:
+        """Its width."""
+        return self.intermediate_size
+
+    def dense(self, formats: Formats, tokens: Number) -> Operator:
+        """The whole."""
+        return through(tokens, self.hidden_size, self.intermediate_size, formats, gated=self.gated)
+
+    def obstacle_to(self, ranks: int) -> str:  # noqa: ARG002 - others need it
+        """None: what is left over of its width goes to some of the GPUs."""
+        return ""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RoutedExperts(FeedForward):
+    """Experts of one size of which a router chooses some for each token, and shared ones.
+
+    The shared ones, `shared_intermediate_size` wide together, compute every token. `vectors` lie
+    beside the router's matrix, `expert_vectors` in every expert. `frequencies` are the shares of
+    tokens that go to the experts, from the most favoured to the least, as measured; empty for
+    uniform routing. A layer may have several such blocks: experts of several classes.
+    """
+
+    hidden_size: int
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    gated: bool = True
+    vectors: Vectors = ()
+    expert_vectors: Vectors = ()
+    frequencies: tuple[float, ...] = field(default=(), compare=False)
+    block: Literal["routed_experts"] = "routed_experts"
+
+    def __post_init__(self) -> None:
+        """Reject impossible dimensions (ModelError)."""
+        self.check_sizes("hidden_size", "num_experts", "experts_per_token", "intermediate_size")
+        self.check_sizes("shared_intermediate_size", at_least=0)
+        count, frequencies = self.num_experts, self.frequencies
+        self.require(self.experts_per_token <= count, "experts_per_token", f"must be at most num_experts {count}")
+        shares = not frequencies or (len(frequencies) == count and 0 <= min(frequencies) <= max(frequencies) <= 1)
+        self.require(shares, "frequencies", f"must be shares between 0 and 1 of the {count} experts, or none")
+        check_vectors("vectors", self.vectors)
+        check_vectors("expert_vectors", self.expert_vectors)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The norm, the router, the shared experts' matrices, and those of one routed expert."""
+        hidden, shared = self.hidden_size, self.shared_intermediate_size
+        return (
+            TensorSpec("ffn_norm", (hidden,), Unit.FFN),
+            TensorSpec("router", (self.num_experts, hidden), Unit.FFN),
+            *vector_tensors(self.vectors, Unit.FFN),
+            *(matrices("shared_", hidden, shared, Unit.FFN, gated=self.gated) if shared else ()),
+            *matrices("", hidden, self.intermediate_size, Unit.EXPERT, gated=self.gated),
+            *vector_tensors(self.expert_vectors, Unit.EXPERT),
+        )
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert."""
+        return sum(tensor.parameters for tensor in self.tensors if tensor.unit is Unit.EXPERT)
+
+    @property
+    def inner_size(self) -> int:
+        """The width of an expert or of all shared ones."""
+        return max(self.intermediate_size, self.shared_intermediate_size)
+
+    def routing_bytes(self, compute: Format) -> int:
+        """Logits and probabilities of all experts, and the chosen ones with their sorted form."""
+        scores = compute.bytes_of(self.num_experts) + 8 * self.num_experts
+        return scores + (ROUTING_BYTES + 36) * self.experts_per_token
+
+    def hit(self, num_tokens: Number) -> Number:
+        """Expected number of distinct experts that `num_tokens` reach.
+
+        Tokens are routed independently, uniformly or with the measured frequencies.
+        """
+        if not self.frequencies:
+            miss = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+            return self.num_experts * (1 - miss)
+        if isinstance(num_tokens, (int, float)):
+            return sum(1 - (1 - share) ** num_tokens for share in self.frequencies)
+        import numpy as np
+
+        distinct, of_each = np.unique(num_tokens, return_inverse=True)
+        misses = np.power.outer(1 - np.array(self.frequencies), distinct)
+        return (self.num_experts - misses.sum(0))[of_each].reshape(np.shape(num_tokens))
+
+    def dense(self, formats: Formats, tokens: Number) -> Operator:
+        """The router and the shared experts."""
+        router = Operator((linear(tokens, self.hidden_size, self.num_experts, formats),))
+        if not self.shared_intermediate_size:
+            return router
+        return router + through(tokens, self.hidden_size, self.shared_intermediate_size, formats, gated=self.gated)
+
+    def run(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
+        """What falls on `num_experts` of the experts."""
+        hit = num_experts * self.hit(tokens) / self.num_experts
+        routed = tokens * self.experts_per_token * num_experts / self.num_experts
+        kernel = Kernel(
+            2 * routed * self.expert_parameters,
+            formats.weights.bytes_of(hit, self.expert_parameters)
+            + formats.compute.bytes_of(routed, 2 * self.hidden_size + 3 * self.intermediate_size),
+            maximum(routed / maximum(hit, 1e-9), 1.0),
+        )
+        # As a mean over layers, less than one expert means that some layers have none.
+        any_here = minimum(num_experts, 1)
+        one_by_one = any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT
+        return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here)
+
+    def obstacle_to(self, ranks: int) -> str:
+        """The width of an expert is divided."""
+        inner = self.intermediate_size
+        return f"an expert's {inner} inner units cannot be divided by {ranks}" if inner % ranks else ""

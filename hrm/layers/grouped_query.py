@@ -1,0 +1,130 @@
+"""Grouped-query attention, over all tokens or within a window."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from hrm.formats import Format, Formats
+from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.softmax import SoftmaxAttention
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryAttention(SoftmaxAttention):
+    """Query heads that share fewer key and value heads.
+
+    With `output_gate` queries are projected twice as wide: a sigmoid of the other half, which stays
+    where it is computed, scales the attention output (Qwen3-Next).
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+    output_gate: bool = False
+    vectors: Vectors = ()
+    block: Literal["grouped_query_attention"] = "grouped_query_attention"
+
+    def __post_init__(self) -> None:
+        """Reject impossible dimensions (ModelError)."""
+        self.check_sizes("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+        self.check_sizes("window", at_least=0)
+        self.require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads {self.num_heads}")
+        check_vectors("vectors", self.vectors)
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        kind = "multi-head" if self.num_kv_heads == self.num_heads else "grouped-query"
+        gate = ", gated" if self.output_gate else ""
+        return f"{kind}: {self.num_heads} query heads on {self.num_kv_heads} of {self.head_dim}{gate}"
+
+    @property
+    def query_size(self) -> int:
+        """Elements of one token's queries: heads × head_dim."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of one token's keys, or values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def cached_shape(self) -> tuple[int, int, int]:
+        """How a token lies in the cache: its keys, head by head, and then its values."""
+        return 2, self.num_kv_heads, self.head_dim
+
+    @property
+    def cached_elements(self) -> int:
+        """Keys and values."""
+        return 2 * self.kv_size
+
+    @property
+    def returned_elements(self) -> int:
+        """As many as queries have."""
+        return self.query_size
+
+    @property
+    def projected_size(self) -> int:
+        """Elements of one token's queries, gate, keys and values."""
+        return (1 + self.output_gate) * self.query_size + self.cached_elements
+
+    @property
+    def projection_parameters(self) -> int:
+        """Parameters of the projections to queries, gate, keys and values."""
+        return self.hidden_size * self.projected_size
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The norm, one matrix to queries, gate, keys and values, and the output projection."""
+        parts = (*(1 + self.output_gate) * (self.query_size,), self.kv_size, self.kv_size)
+        return (
+            TensorSpec("attention_norm", (self.hidden_size,), Unit.MIXER),
+            TensorSpec("qkv", (sum(parts), self.hidden_size), Unit.MIXER, 0, parts),
+            TensorSpec("output", (self.hidden_size, self.query_size), Unit.MIXER, 1),
+            *vector_tensors(self.vectors, Unit.MIXER),
+        )
+
+    @property
+    def flops_per_context_token(self) -> int:
+        """Two products, of 2 FLOPs for each element of the queries."""
+        return 4 * self.query_size
+
+    @property
+    def host_parameters(self) -> int:
+        """None: attention itself has no weights."""
+        return 0
+
+    @property
+    def cache_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads
+
+    @property
+    def kept_elements(self) -> int:
+        """Queries, gate, keys, values and attention output."""
+        return self.projected_size + self.query_size
+
+    def temporary_bytes(self, compute: Format) -> int:
+        """What the rotary embedding needs, and a second attention output."""
+        rotated = compute.bytes_of(self.query_size + self.kv_size) // 2
+        rotary = rotated + 4 * self.head_dim + compute.bytes_of(self.head_dim)
+        return max(rotary, compute.bytes_of(self.query_size))
+
+    def prefix_read_bytes(self, formats: Formats) -> int:
+        """Keys and values as they lie in the cache."""
+        return formats.kv_cache.bytes_of(self.cached_elements)
+
+    def prefix_bytes(self, formats: Formats, ranks: int) -> int:
+        """Keys and values, in every GPU those of its heads."""
+        return self.cache_copies(ranks) * formats.kv_cache.bytes_of(self.cached_elements)
+
+    @property
+    def prefix_in_cache(self) -> bool:
+        """Keys and values are needed as they are cached."""
+        return True
+
+    def obstacle_to(self, ranks: int) -> str:
+        """Heads are divided."""
+        return f"its {self.num_heads} heads cannot be divided by {ranks}" if self.num_heads % ranks else ""

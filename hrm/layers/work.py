@@ -1,0 +1,80 @@
+"""A piece of computing in FLOPs, bytes and launches.
+
+Everything takes the number of tokens at once, as numbers or NumPy arrays. GEMMs count 2 FLOPs a
+multiply-add, and their weights once.
+"""
+
+from dataclasses import dataclass, replace
+
+from hrm.formats import Formats
+from hrm.numeric import Number
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One piece of computing at a level: FLOPs, bytes touched there, and rows of its GEMM.
+
+    `reads_kv` marks decode attention, whose roof is the rate at which its kernel reads the cache.
+    """
+
+    flops: Number
+    num_bytes: Number
+    rows: Number
+    reads_kv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What one task computes; `requests` are those whose attention may cost something each.
+
+    `launches` are always issued, `unfused_launches` only where a layer has no fused kernels: where
+    experts are computed one by one, and norm and rotary embedding by several operators.
+    """
+
+    kernels: tuple[Kernel, ...] = ()
+    launches: Number = 0
+    requests: Number = 0
+    unfused_launches: Number = 0
+
+    def __add__(self, other: "Operator") -> "Operator":
+        """Both, one after the other."""
+        return Operator(
+            self.kernels + other.kernels,
+            self.launches + other.launches,
+            self.requests + other.requests,
+            self.unfused_launches + other.unfused_launches,
+        )
+
+    @property
+    def flops(self) -> Number:
+        """All FLOPs."""
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def num_bytes(self) -> Number:
+        """All bytes touched at the level it runs on."""
+        return sum(kernel.num_bytes for kernel in self.kernels)
+
+    def with_passes(self, passes: float) -> "Operator":
+        """The same where attention moves so many bytes for each byte of the cache."""
+        kernels = tuple(
+            replace(kernel, num_bytes=passes * kernel.num_bytes) if kernel.reads_kv else kernel
+            for kernel in self.kernels
+        )
+        return replace(self, kernels=kernels)
+
+    @property
+    def intensity(self) -> Number:
+        """Operational intensity: FLOPs a byte."""
+        return self.flops / self.num_bytes
+
+
+def gemms(rows: Number, parameters: int, touched: Number, formats: Formats) -> Kernel:
+    """GEMMs of `rows` tokens with so many weights; `touched` elements of a token go in and out."""
+    num_bytes = formats.weights.bytes_of(parameters) + formats.compute.bytes_of(rows, touched)
+    return Kernel(2 * rows * parameters, num_bytes, rows)
+
+
+def linear(rows: Number, inputs: int, outputs: int, formats: Formats) -> Kernel:
+    """A GEMM of `rows` tokens with an inputs × outputs weight matrix."""
+    return gemms(rows, inputs * outputs, inputs + outputs, formats)

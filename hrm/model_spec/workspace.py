@@ -1,0 +1,34 @@
+"""Bytes that computing a layer takes for a while, beside its weights and what it reads and writes."""
+
+from hrm.contract.temporaries import MASK_BLOCK_TOKENS, WORKSPACE_ROUNDING_BYTES
+from hrm.formats import Format
+from hrm.model_spec.spec import ModelSpec
+from hrm.numeric import Number, maximum
+
+
+def workspace_bytes(
+    spec: ModelSpec, num_tokens: Number, compute: Format, *, ranks: int = 1, longest_tokens: Number = 0
+) -> Number:
+    """Temporaries of any layer over `num_tokens` tokens, whichever expert they all go to.
+
+    What attention is computed from and its output stay throughout. Beside them are, one after the
+    other: the normed input with a float32 copy; what attention needs; and last the FFN's input and
+    output, the routing with its sorted form, and the gathered input and both halves of the gated
+    activation of the widest FFN. Of these, `ranks` GPUs in tensor parallel divide all but what is
+    as wide as the hidden state. Beside the second attention output of a part of a split prompt lies
+    a line of its mask; `longest_tokens` bounds what such a prompt has so far.
+    """
+    size, hidden = compute.bytes_of(1), ranks * spec.hidden_size
+    mixers = [kind.mixer for kind in spec.layer_kinds()]
+    inner = max(block.inner_size for kind in spec.layer_kinds() for block in kind.ffn)
+    routing = max((block.routing_bytes(compute) for kind in spec.layer_kinds() for block in kind.experts), default=0)
+    stages = (
+        size * hidden + 4 * hidden + 4 * ranks,
+        max(mixer.temporary_bytes(compute) for mixer in mixers),
+        size * (3 * hidden + 2 * max(inner, spec.least_inner_size)) + ranks * routing,
+    )
+    kept = max(mixer.kept_elements for mixer in mixers)
+    output = max(mixer.returned_elements for mixer in mixers)
+    mask_line = size * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
+    temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line)
+    return num_tokens * size * kept + temporaries + WORKSPACE_ROUNDING_BYTES
