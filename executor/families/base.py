@@ -92,10 +92,12 @@ class Family:
     def expected_tensors(self, arch: Architecture, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint has.
 
-        What may be stored in several ways is as in `stored`, the names that a checkpoint has.
+        What may be stored in several ways is as in `stored`, the names that a checkpoint has. If one of these lacks a
+        layer's tensor, it is the last layer that is told: a config may ask for any number more.
         """
         spec = arch.spec
         shapes: dict[str, tuple[int, ...]] = {}
+        stored_names = set(stored)
         for tensor in (*embedding_tensors(spec), *head_tensors(spec)):
             shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored)}
         for index, layer in enumerate(spec.layers):
@@ -103,6 +105,8 @@ class Family:
                 shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index)}
             for expert, tensor in product(range(layer.num_experts), expert_tensors(layer)):
                 shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
+            if stored and not shapes.keys() <= stored_names:
+                break
         return shapes
 
     def load(

@@ -68,7 +68,7 @@ def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: N
         streams_kv=kind.gpu_attention * on_host,
         cpu_attention=(1 - kind.gpu_attention) * on_host,
         cpu_experts=1 - kind.gpu_ffn,
-        resident_dense=numbers["resident_dense"],
+        resident_dense=numbers.get("resident_dense", 0),  # what the GPU needs does not depend on it
         staging_slots=space.staging * STAGING_PAGES,
         ranks=space.profile.num_gpus,
         batches=space.profile.num_stages,
