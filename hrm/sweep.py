@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
-from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.scaling import Resource, with_resource
-from hrm.search.result import SearchResult
+from hrm.search import SearchResult, Space, search
 from hrm.units import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 from hrm.workload import Workload
 
@@ -87,34 +86,28 @@ def between(vary: Swept, low: float, high: float, count: int, *, logarithmic: bo
 
 
 def sweep(
-    spec: ModelSpec,
-    profile: HardwareProfile,
-    workload: Workload,
+    space: Space,
     *,
     vary: Swept,
     values: Iterable[float],
-    dtype: str = "bfloat16",
     schedules: Sequence[ScheduleName] = (ScheduleName.CGOPIPE,),
     on_point: Callable[[], object] | None = None,
-    **options: Any,
 ) -> "pd.DataFrame":
     """Search the best policy at every value, for every schedule.
 
     One row a schedule and value, with what is varied in the column `vary.column` and the columns
     of `plan_row`; where nothing fits, numbers are missing and `reason` says why. Longer prompts
-    keep the ratio of their longest to their mean. `options` go to the search; `on_point` is called
-    after each one. Raises HrmError for values that no machine or workload can have.
+    keep the ratio of their longest to their mean. `on_point` is called after each search. Raises
+    HrmError for values that no machine or workload can have.
     """
     import pandas as pd
-
-    from hrm.search.exhaustive import search
 
     rows: list[dict[str, Any]] = []
     points = list(values)
     for schedule in schedules:
         for value in points:
-            machine, asked = at_value(profile, workload, vary, value, dtype=dtype)
-            result = search(spec, machine, asked, dtype=dtype, schedule=schedule, **options)
+            machine, asked = at_value(space.profile, space.workload, vary, value, dtype=space.dtype)
+            result = search(replace(space, profile=machine, workload=asked, schedule=schedule))
             rows.append({"schedule": schedule.value, vary.column: value, **plan_row(result)})
             if on_point is not None:
                 on_point()

@@ -90,7 +90,7 @@ def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
 
 def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
     """The best policy for the model and the requests, on the machine that is asked for."""
-    from hrm.search.exhaustive import search
+    from hrm.search import Space, search
 
     prompt_len = options.prompt_len or PROMPT_LEN
     workload = Workload(
@@ -103,7 +103,7 @@ def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
     profile = _machine(options, spec)
     with_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
     dtype = "bfloat16" if with_bfloat16 else "float16"
-    found = search(spec, profile, workload, dtype=dtype)
+    found = search(Space(spec, profile, workload, dtype=dtype))
     return policy_file_of(found.require(), spec, profile, workload)
 
 

@@ -3,17 +3,15 @@
 MoE-Lightning, arXiv 2411.11217, Fig. 10: a faster link and a faster host, and what then pays.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from hrm.analysis.rows import OnPoint, search_row, table
+from hrm.analysis.rows import OnPoint, search_row, searched, table
 from hrm.estimate import Estimate
 from hrm.hardware import HardwareProfile
-from hrm.model_spec import ModelSpec
 from hrm.scaling import Resource, scale, with_resource
-from hrm.search.exhaustive import search
+from hrm.search import Space
 from hrm.tasks import Device
-from hrm.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,43 +46,31 @@ class Axis:
         return profile
 
 
-def policy_map(
-    spec: ModelSpec,
-    profile: HardwareProfile,
-    workload: Workload,
-    *,
-    x: Axis,
-    y: Axis,
-    dtype: str = "bfloat16",
-    on_point: OnPoint = None,
-    **options: Any,
-) -> "pd.DataFrame":
+def policy_map(space: Space, *, x: Axis, y: Axis, on_point: OnPoint = None) -> "pd.DataFrame":
     """Search every cell of the map: `x.column`, `y.column`, `region` and `search_row`'s columns.
 
     `region` says in words where attention and experts run and where weights and KV cache lie; it is
-    missing where no policy fits. `weights_offloaded` and `kv_offloaded` are shares. `options` go to
-    the search.
+    missing where no policy fits. `weights_offloaded` and `kv_offloaded` are shares.
     """
+    cells = [(x_value, y_value) for y_value in y.points for x_value in x.points]
+
+    def at(cell: tuple[float, float]) -> Space:
+        machine = y.at(space.profile, cell[1], dtype=space.dtype)
+        return replace(space, profile=x.at(machine, cell[0], dtype=space.dtype))
+
     rows: list[dict[str, Any]] = []
-    for y_value in y.points:
-        for x_value in x.points:
-            machine = y.at(profile, y_value, dtype=dtype)
-            machine = x.at(machine, x_value, dtype=dtype)
-            result = search(spec, machine, workload, dtype=dtype, **options)
-            row = search_row(result, machine)
-            best = result.best
-            rows.append(
-                {
-                    x.column: x_value,
-                    y.column: y_value,
-                    "region": None if best is None else region_of(best),
-                    "weights_offloaded": None if best is None else 1 - row["weight_share_on_gpu"],
-                    "kv_offloaded": None if best is None else 1 - row["kv_share_on_gpu"],
-                    **row,
-                }
-            )
-            if on_point is not None:
-                on_point()
+    for (x_value, y_value), (one, result) in zip(cells, searched(map(at, cells), on_point), strict=True):
+        row, best = search_row(result, one.profile), result.best
+        rows.append(
+            {
+                x.column: x_value,
+                y.column: y_value,
+                "region": None if best is None else region_of(best),
+                "weights_offloaded": None if best is None else 1 - row["weight_share_on_gpu"],
+                "kv_offloaded": None if best is None else 1 - row["kv_share_on_gpu"],
+                **row,
+            }
+        )
     return table(rows, (x.column, y.column, "region", "weights_offloaded", "kv_offloaded"))
 
 

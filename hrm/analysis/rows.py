@@ -1,10 +1,10 @@
 """What the questions share: one search as one row, and many rows as a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hrm.hardware import HardwareProfile
-from hrm.search.result import SearchResult
+from hrm.search import SearchResult, Space, search
 from hrm.sweep import PLAN_COLUMNS, plan_row
 
 if TYPE_CHECKING:
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 OnPoint = Callable[[], object] | None
 COLUMNS = ("parallelism", "policy", *PLAN_COLUMNS)
+
+
+def searched(spaces: Iterable[Space], on_point: OnPoint) -> Iterator[tuple[Space, SearchResult]]:
+    """Every space with what was found in it; `on_point` is called when its row has been made."""
+    for space in spaces:
+        yield space, search(space)
+        if on_point is not None:
+            on_point()
 
 
 def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]:

@@ -4,31 +4,19 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hrm.analysis.rows import OnPoint, search_row, table
+from hrm.analysis.rows import OnPoint, search_row, searched, table
 from hrm.causes import Cause
 from hrm.errors import HrmError
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate
 from hrm.hardware import HardwareProfile
-from hrm.model_spec import ModelSpec
 from hrm.scaling import at_cost, resources
-from hrm.search.exhaustive import search
-from hrm.search.result import SearchResult
-from hrm.workload import Workload
+from hrm.search import SearchResult, Space, search
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def what_if(
-    spec: ModelSpec,
-    profile: HardwareProfile,
-    workload: Workload,
-    *,
-    factor: float = 1.1,
-    dtype: str = "bfloat16",
-    on_point: OnPoint = None,
-    **options: Any,
-) -> "pd.DataFrame":
+def what_if(space: Space, *, factor: float = 1.1, on_point: OnPoint = None) -> "pd.DataFrame":
     """Search again with `factor` times as much of each resource; what brings most comes first.
 
     Of a latency it is that much less. The row `waiting` is of the time in which no lane is busy all
@@ -36,23 +24,20 @@ def what_if(
     much there is then of what there was), `change` (share by which tokens/s grow with the policy
     that is then best), `same_policy_change` (with today's policy), `elasticity` (relative change of
     throughput per relative change of the resource), `same_policy`, and those of `search_row` for
-    the new policy. `options` go to the search. Raises PolicyError if nothing fits the machine as it
-    is, and HrmError for an impossible factor.
+    the new policy. Raises PolicyError if nothing fits the machine as it is, and HrmError for an
+    impossible factor.
     """
     if not 0 < factor < math.inf or factor == 1:
         raise HrmError("factor", factor, "must be positive and other than 1", "give 1.1 for 10 % more")
-    found = search(spec, profile, workload, dtype=dtype, **options)
+    found = search(space)
     today = found.require()
-    rows = [_waiting_row(found, today, profile, factor)]
-    for resource in resources(profile):
-        machine = at_cost(profile, resource, 1 / factor)
-        result = search(spec, machine, workload, dtype=dtype, **options)
-        kept = estimate(spec, today.policy, machine, workload)
-        if kept.memory.fits and (
-            result.best is None or kept.tokens_per_s > result.best.tokens_per_s
-        ):  # a search is no oracle: what was best before may still be
-            result = replace(result, best=kept)
-        best = result.best
+    rows = [_waiting_row(found, today, space.profile, factor)]
+    varied = resources(space.profile)
+    machines = (replace(space, profile=at_cost(space.profile, resource, 1 / factor)) for resource in varied)
+    for resource, (changed, result) in zip(varied, searched(machines, on_point), strict=True):
+        best, kept = result.best, changed.predicted(today.policy)
+        if kept.memory.fits and (best is None or kept.tokens_per_s > best.tokens_per_s):
+            best = kept  # a search is no oracle: what was best before may still be
         assert best is not None or factor < 1, "more of a resource never takes what fitted away"
         change = math.nan if best is None else best.tokens_per_s / today.tokens_per_s - 1
         kept_change = kept.tokens_per_s / today.tokens_per_s - 1
@@ -65,11 +50,9 @@ def what_if(
                 "same_policy_change": kept_change if kept.memory.fits else math.nan,
                 "elasticity": change / (times - 1),
                 "same_policy": best is not None and best.policy == today.policy,
-                **search_row(result, machine),
+                **search_row(replace(result, best=best), changed.profile),
             }
         )
-        if on_point is not None:
-            on_point()
     rows.sort(key=lambda row: -row["change"] if row["change"] == row["change"] else math.inf)
     columns = ("resource", "factor", "change", "same_policy_change", "elasticity", "same_policy")
     return table(rows, columns)

@@ -28,6 +28,7 @@ from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
 from hrm.policy import ScheduleName
 from hrm.scaling import Resource, resource_value, resources
+from hrm.search import Space
 from hrm.sweep import between, parse_swept
 from hrm.workload import Workload
 
@@ -80,15 +81,8 @@ def whatif(
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
     with searching(len(resources(profile))) as on_point:
-        frame = what_if(
-            model.spec,
-            profile,
-            workload,
-            factor=1 + percent / 100,
-            dtype=dtype,
-            schedule=ScheduleName(schedule),
-            on_point=on_point,
-        )
+        space = Space(model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule))
+        frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
     about = _about(model, profile, workload, dtype)
     _write(frame, csv, plot, lambda path: _draw_what_if(frame, path, about))
     if as_json:
@@ -173,9 +167,8 @@ def map_command(
     if x.column == y.column:
         raise HrmError("--y", y_text, "must be another resource than --x", "sweep two of them")
     with searching(len(x.points) * len(y.points)) as on_point:
-        frame = policy_map(
-            model.spec, profile, workload, x=x, y=y, dtype=dtype, schedule=ScheduleName(schedule), on_point=on_point
-        )
+        space = Space(model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule))
+        frame = policy_map(space, x=x, y=y, on_point=on_point)
     about = _about(model, profile, workload, dtype)
     _write(frame, csv, plot, lambda path: _draw_map(frame, path, x, y, about))
     if as_json:

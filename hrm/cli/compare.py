@@ -1,22 +1,24 @@
 """What `hrm search` shows of many searches: several machines, or what throughput costs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hrm.cli.options import ChosenModel, MachineChoice
+from hrm.cli.options import MachineChoice
 from hrm.cli.report import console
 from hrm.cli.tables import print_frame, print_rows, records, searching, seconds_or_dash, tell_written, write_csv
 from hrm.cli.texts import given_text
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.scaling import given_resources, resources, with_resource
+from hrm.search import Space
 from hrm.units import format_bytes
-from hrm.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hrm.analysis.rows import OnPoint
 
 COUNTS: Final = (1, 2, 4, 8, 16)  # of GPUs on their front
 
@@ -31,19 +33,16 @@ class Front(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What is searched again and again; a `dtype` of None is each machine's own."""
+    """What is searched on several machines, or asked of one in several ways."""
 
-    model: ChosenModel
     choice: MachineChoice
-    machines: list[HardwareProfile]
-    dtype: str | None
-    workload: Workload
-    options: dict[str, Any]
+    spaces: list[Space]
 
     def about(self, where: str) -> str:
         """One line that says what is compared."""
-        given = f", {text}" if (text := given_text(self.machines[0])) else ""
-        return f"{self.model.spec.name} {where}, {self.workload.name}{given}"
+        first = self.spaces[0]
+        given = f", {text}" if (text := given_text(first.profile)) else ""
+        return f"{first.spec.name} {where}, {first.workload.name}{given}"
 
 
 def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None) -> None:
@@ -52,17 +51,10 @@ def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: 
 
     if plot is not None:
         raise PolicyError("--plot", str(plot), "goes with --pareto", "leave it out: machines come as a table")
-    with searching(len(compared.machines)) as on_point:
-        frame = compare_machines(
-            compared.model.spec,
-            compared.machines,
-            compared.workload,
-            dtype=compared.dtype,
-            on_point=on_point,
-            **compared.options,
-        )
+    with searching(len(compared.spaces)) as on_point:
+        frame = compare_machines(compared.spaces, on_point=on_point)
     write_csv(frame, csv)
-    about = compared.about(f"on {len(compared.machines)} machines")
+    about = compared.about(f"on {len(compared.spaces)} machines")
     if as_json:
         print_rows(frame, about=about)
         return
@@ -77,16 +69,17 @@ def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: 
 
 def show_front(front: Front, compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None) -> None:
     """What throughput costs, on one machine or (GPUs) on a family of them."""
-    if len(compared.machines) > 1:
+    if len(compared.spaces) > 1:
         raise ProfileError(
             "--gpus",
-            f"<{len(compared.machines)} machines>",
+            f"<{len(compared.spaces)} machines>",
             "must be one with --pareto",
             "name one: --pareto gpus changes how many GPUs it has",
         )
-    machine = compared.machines[0]
+    space = compared.spaces[0]
+    machine = space.profile
     with searching(None) as on_point:
-        frame, cost = _frame(front, machine, compared, on_point)
+        frame, cost = _frame(front, space, compared.choice, on_point)
     write_csv(frame, csv)
     of = " (catalog figures)" if machine.accelerator == "catalog" else ""
     on_machine = compared.about(f"on {machine.name}{of}")
@@ -103,22 +96,19 @@ def show_front(front: Front, compared: Compared, *, as_json: bool, csv: Path | N
     tell_written(csv, plot)
 
 
-def _frame(front: Front, machine: HardwareProfile, compared: Compared, on_point: Any) -> "tuple[pd.DataFrame, str]":
+def _frame(front: Front, space: Space, choice: MachineChoice, on_point: "OnPoint") -> "tuple[pd.DataFrame, str]":
     """The table of a front and the column of what is paid."""
     from hrm import analysis
 
-    spec, workload = compared.model.spec, compared.workload
-    dtype = compared.dtype or machine.default_dtype
-    options: dict[str, Any] = {"dtype": dtype, "on_point": on_point, **compared.options}
     match front:
         case Front.CPU_MEMORY:
-            frame = analysis.front_of_cpu_memory(spec, machine, workload, **options)
-            return frame, "cpu_memory_bytes"
+            return analysis.front_of_cpu_memory(space, on_point=on_point), "cpu_memory_bytes"
         case Front.LATENCY:
-            return analysis.front_of_latency(spec, machine, workload, **options), "latency_s"
+            return analysis.front_of_latency(space, on_point=on_point), "latency_s"
         case Front.GPUS:
-            family = [found for count in COUNTS if (found := _with_gpus(compared.choice, machine, count))]
-            return analysis.front_of_gpus(spec, family, workload, **options), "num_gpus"
+            family = [found for count in COUNTS if (found := _with_gpus(choice, space.profile, count))]
+            spaces = [replace(space, profile=machine) for machine in family]
+            return analysis.front_of_gpus(spaces, on_point=on_point), "num_gpus"
 
 
 def _with_gpus(choice: MachineChoice, machine: HardwareProfile, count: int) -> HardwareProfile | None:

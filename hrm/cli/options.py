@@ -357,12 +357,12 @@ def resolve_plan(*, policy: Path | None, model: str | None, schedule: str | None
             "one must say what is run",
             "give --policy FILE, or --model NAME with --gpus or --profile",
         )
-    from hrm.search.exhaustive import search
+    from hrm.search import Space, search
 
     machine = choice.machine()
     spec, asked = load_model(model), resolve_workload(**lengths)
-    result = search(spec, machine, asked, dtype=machine.default_dtype, schedule=ScheduleName(schedule or "cgopipe"))
-    return policy_file_of(result.require(), spec, machine, asked)
+    space = Space(spec, machine, asked, dtype=machine.default_dtype, schedule=ScheduleName(schedule or "cgopipe"))
+    return policy_file_of(search(space).require(), spec, machine, asked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -33,8 +32,8 @@ from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import policy_file_of, save_policy_file
-from hrm.search.result import SearchResult
-from hrm.search.solvers import Solver, check_knows_limits, solve
+from hrm.search import SOLVERS, SearchResult, Solver, Space, solver_named
+from hrm.search import search as best_policy
 from hrm.tasks import Device
 from hrm.workload import Workload
 
@@ -62,7 +61,7 @@ _out = click.option("--out", type=OUT_FILE, help="Write the policy file here.")
 @click.option("--ffn", type=_device, help="Only policies with the experts there.")
 @click.option(
     "--solver",
-    type=click.Choice([solver.value for solver in Solver]),
+    type=click.Choice(list(SOLVERS)),
     default="exhaustive",
     show_default=True,
     help="exhaustive; milp solves mixed-integer programs; optuna tries the simulation.",
@@ -108,28 +107,31 @@ def search(
     Of policies that are as fast to a thousandth, it is the one with the smallest batch.
     With several machines (--gpus 1xT4,4xT4,1xL4) they are compared in one table.
     """
-    options: dict[str, Any] = {
-        "schedule": ScheduleName(schedule),
-        "staging": staging,
-        "attention": Device(attention) if attention else None,
-        "ffn": Device(ffn) if ffn else None,
-        "limits": limits,
-    }
-    of_optuna = {"trials": trials, "storage": storage, "seed": seed}
-    given = {name: value for name, value in of_optuna.items() if value is not None}
-    if given and solver != Solver.OPTUNA:
-        name, value = next(iter(given.items()))
-        raise PolicyError(f"--{name}", value, "goes with --solver optuna only", "leave it out or add that")
-    profiles = choice.machines()
-    if pareto is not None or len(profiles) > 1:
-        if solver != Solver.EXHAUSTIVE or out is not None:
+    of_solver = {"trials": trials, "storage": storage, "seed": seed}
+    chosen = solver_named(solver, **{name: value for name, value in of_solver.items() if value is not None})
+    spaces = [
+        Space(
+            model.spec,
+            profile,
+            workload,
+            dtype=dtype or profile.default_dtype,
+            schedule=ScheduleName(schedule),
+            staging=staging,
+            attention=Device(attention) if attention else None,
+            ffn=Device(ffn) if ffn else None,
+            limits=limits,
+        )
+        for profile in choice.machines()
+    ]
+    if pareto is not None or len(spaces) > 1:
+        if solver != "exhaustive" or out is not None:
             raise PolicyError(
                 "--solver and --out",
                 f"<{'--pareto' if pareto else 'several machines'}>",
                 "are for one search",
                 "leave them out, or name one machine without --pareto",
             )
-        compared = Compared(model, choice, profiles, dtype, workload, options)
+        compared = Compared(choice, spaces)
         if pareto is None:
             show_machines(compared, as_json=as_json, csv=csv, plot=plot)
         else:
@@ -142,40 +144,31 @@ def search(
             "goes with --pareto, and --csv with several machines",
             "leave it out; hrm plot draws",
         )
-    (profile,) = profiles
-    check_knows_limits(Solver(solver), limits)
-    with _trials_bar(solver, trials) as progress:
-        result = solve(
-            model.spec,
-            profile,
-            workload,
-            solver=Solver(solver),
-            dtype=dtype or profile.default_dtype,
-            **options,
-            **given,
-            **progress,
-        )
-    _show(result.require(), model, profile, workload, result, as_json=as_json, out=out)
+    (space,) = spaces
+    with _trials_bar(chosen) as shown:
+        result = best_policy(space, shown)
+    _show(result.require(), model, space.profile, workload, result, as_json=as_json, out=out)
 
 
 @contextmanager
-def _trials_bar(solver: str, trials: int | None) -> Generator[dict[str, Any]]:
-    """A progress bar on standard error for a solver that tries one policy after the other."""
-    if solver != Solver.OPTUNA:
-        yield {}
+def _trials_bar(solver: Solver) -> Generator[Solver]:
+    """The solver with a progress bar on standard error, if it tries one policy after the other."""
+    if solver.name != "optuna":
+        yield solver
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    from hrm.search.bayesian import DEFAULT_TRIALS
+    from hrm.search.bayesian import Optuna
 
+    assert isinstance(solver, Optuna)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task("trials", total=trials or DEFAULT_TRIALS)
+        shown = bar.add_task("trials", total=solver.trials)
 
         def advance(number: int, best: float) -> None:
             bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
 
-        yield {"progress": advance}
+        yield replace(solver, progress=advance)
 
 
 @click.command()

@@ -195,6 +195,7 @@ def sweep(
 
     from hrm.plots import style
     from hrm.plots.sweep import plot_sweep
+    from hrm.search import Space
     from hrm.sweep import sweep as search_all
 
     style.check_path(out)
@@ -205,12 +206,9 @@ def sweep(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         shown = bar.add_task("searching", total=len(values) * len(names))
         frame = search_all(
-            model.spec,
-            profile,
-            workload,
+            Space(model.spec, profile, workload, dtype=dtype),
             vary=what,
             values=values,
-            dtype=dtype,
             schedules=names,
             on_point=lambda: bar.advance(shown),
         )

@@ -24,13 +24,6 @@ from hrm.tasks import Device
 from hrm.units import counted, format_bytes, format_count, format_seconds
 from hrm.workload import Workload
 
-_EVALUATED = {
-    "exhaustive": "policies in closed form",
-    "milp": "corners of boxes in closed form",
-    "optuna": "trials in the study",
-    "none": "policies",
-}
-
 
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object and nothing else."""
@@ -314,7 +307,7 @@ def _print_search(search: SearchResult) -> None:
             table.add_row(estimate.paper_text, f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value)
         console.print(table)
     console.print(
-        f"[dim]{search.solver} search: {search.evaluations:,} {_EVALUATED[search.solver]}, "
+        f"[dim]{search.solver} search: {search.evaluations:,} {search.evaluates}, "
         f"{search.simulated} of them simulated, in {search.seconds:.2f} s; {_why(search)}[/]"
     )
 

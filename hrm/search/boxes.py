@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import batch_terms
-from hrm.costs import Costs
 from hrm.schedules import SCHEDULES
 from hrm.search.fit import Ints, Weights, cpu_needed, gpu_needed
 from hrm.search.grid import Grid
@@ -86,11 +85,11 @@ _FIELDS = tuple(Boxes.__dataclass_fields__)
 class Bounder:
     """Makes and divides boxes over the candidates of a grid, whose own residency is ignored."""
 
-    def __init__(self, space: Space, costs: Costs, rows: Grid) -> None:
-        self.space, self.costs, self.rows = space, costs, rows
+    def __init__(self, space: Space, rows: Grid) -> None:
+        self.space, self.rows = space, rows
         self.evaluations = 0
         one = rows.take(np.zeros(1, np.int64)).point(space)
-        phases = batch_terms(costs, one, space.schedule, space.workload)
+        phases = batch_terms(space.costs, one, space.schedule, space.workload)
         self.weights = np.array([weight for weight, _ in phases])
         self.phase_of_term = np.repeat(np.arange(len(phases)), [len(terms) for _, terms in phases])
 
@@ -208,7 +207,7 @@ class Bounder:
         )
         self.evaluations += len(grid)
         space = self.space
-        phases = batch_terms(self.costs, grid.point(space), space.schedule, space.workload)
+        phases = batch_terms(space.costs, grid.point(space), space.schedule, space.workload)
         values = [np.broadcast_to(term, len(grid)) for _, terms in phases for term in terms]
         return np.stack(values).astype(float).reshape(len(values), *experts.shape)
 

@@ -1,10 +1,12 @@
 """The choice among the best policies of every kind: by simulation, which sees their bubbles."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate
 from hrm.policy import Policy
+from hrm.search.solver import Found
 from hrm.search.space import Space
 
 MAX_SIMULATED: Final = 16
@@ -22,6 +24,11 @@ class Candidate:
 class KindSolver(Protocol):
     """A solver of one kind of policies, asked only if the kind may still win."""
 
+    @property
+    def evaluations(self) -> int:
+        """How many policies have been looked at."""
+        ...
+
     def ceiling(self) -> float:
         """No policy of the kind has a higher closed-form throughput, as far as is known."""
         ...
@@ -31,80 +38,83 @@ class KindSolver(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Simulated policies, best first, and the greatest closed form that was found.
-
-    `overshoot` is as in `SearchResult`.
-    """
-
-    ranked: tuple[Estimate, ...]
-    greatest_tokens_per_s: float
-    overshoot: tuple[float, float] = (1.0, 1.0)
-
-
-def choose(space: Space, kinds: list[KindSolver], *, runner_ups: int) -> Choice:
+def choose(space: Space, kinds: Sequence[KindSolver]) -> Found:
     """Simulate the best candidates until none that is left can do better by its closed form.
 
     A kind is solved only when its turn comes, and the best of every kind is simulated before a
-    second one of any: a policy with a lower closed form may have fewer bubbles. Then as many more
-    are simulated as make runner-ups.
+    second one of any: a policy with a lower closed form may have fewer bubbles.
     """
-    simulated: dict[Policy, Estimate] = {}
-    unsolved = dict(enumerate(kinds))
-    waiting: list[tuple[int, Candidate]] = []  # with their rank in their kind
-    greatest = 0.0
-    missed: list[tuple[float, float]] = [(1.0, 1.0)]
-
-    def best() -> float:
-        return max((predicted.tokens_per_s for predicted in simulated.values()), default=0.0)
-
-    def solve(index: int, above: float) -> None:
-        nonlocal greatest
-        found = unsolved.pop(index).solve(above)
-        waiting.extend(enumerate(found))
-        greatest = max([greatest, *(candidate.tokens_per_s for candidate in found)])
-
-    def simulate(chosen: tuple[int, Candidate]) -> None:
-        waiting.remove(chosen)
-        policy = chosen[1].policy
-        if policy in simulated:
-            return
-        predicted = estimate(space.spec, policy, space.profile, space.workload)
-        if space.limits.are_met(predicted.latency):
-            simulated[policy] = predicted
-        else:
-            missed.append(space.limits.overshoot(predicted.latency))
-
-    while len(simulated) < MAX_SIMULATED:
-        enough = best() * (1 + TIE)
-        ceilings = {index: kind.ceiling() for index, kind in unsolved.items()}
-        index = max(ceilings, key=ceilings.__getitem__, default=None)
-        promising = [other for other in waiting if other[1].tokens_per_s > enough]
-        first = max(promising, key=lambda other: (-other[0], other[1].tokens_per_s), default=None)
-        if (
-            index is not None
-            and ceilings[index] > enough
-            and (first is None or first[0] > 0 or ceilings[index] > first[1].tokens_per_s)
-        ):
-            solve(index, best())
-        elif first is not None:
-            simulate(first)
-        else:
-            break
-    wanted = min(runner_ups + 1, MAX_SIMULATED)
-    if simulated:
-        for index in sorted(unsolved, key=lambda index: -unsolved[index].ceiling()):
-            if len(simulated) + len(waiting) >= wanted:
-                break
-            solve(index, 0.0)
-        while waiting and len(simulated) < wanted:
-            simulate(max(waiting, key=lambda other: other[1].tokens_per_s))
-    return Choice(
-        ranked(list(simulated.values())),
-        greatest,
+    choosing = _Choosing(space, kinds)
+    choosing.best_of_all()
+    missed = [(1.0, 1.0), *choosing.missed]
+    return Found(
+        ranked=ranked(list(choosing.simulated.values())),
+        more=choosing.others,
+        greatest_tokens_per_s=choosing.greatest,
+        evaluations=sum(kind.evaluations for kind in kinds),
+        simulated=len(choosing.simulated),
         overshoot=(max(ttft for ttft, _ in missed), max(tpot for _, tpot in missed)),
     )
+
+
+class _Choosing:
+    """Kinds that are not solved yet, candidates that wait, and what has been simulated."""
+
+    def __init__(self, space: Space, kinds: Sequence[KindSolver]) -> None:
+        self.space = space
+        self.unsolved = list(kinds)
+        self.waiting: list[tuple[int, Candidate]] = []  # with their rank in their kind
+        self.simulated: dict[Policy, Estimate] = {}
+        self.missed: list[tuple[float, float]] = []  # limits on waiting times, by these factors
+        self.greatest = 0.0
+
+    def best_of_all(self) -> None:
+        """Simulate what may be best."""
+        while len(self.simulated) < MAX_SIMULATED:
+            best = max((predicted.tokens_per_s for predicted in self.simulated.values()), default=0.0)
+            enough = best * (1 + TIE)
+            kind = max(self.unsolved, key=lambda kind: kind.ceiling(), default=None)
+            promising = [other for other in self.waiting if other[1].tokens_per_s > enough]
+            first = max(promising, key=lambda other: (-other[0], other[1].tokens_per_s), default=None)
+            if (
+                kind is not None
+                and kind.ceiling() > enough
+                and (first is None or first[0] > 0 or kind.ceiling() > first[1].tokens_per_s)
+            ):
+                self._solve(kind, best)
+            elif first is not None:
+                self._simulate(first)
+            else:
+                break
+
+    def others(self) -> Iterator[Estimate]:
+        """Simulate the rest, the highest closed form first."""
+        while self.waiting or self.unsolved:
+            if not self.waiting:
+                self._solve(max(self.unsolved, key=lambda kind: kind.ceiling()), 0.0)
+                continue
+            predicted = self._simulate(max(self.waiting, key=lambda other: other[1].tokens_per_s))
+            if predicted is not None:
+                yield predicted
+
+    def _solve(self, kind: KindSolver, above: float) -> None:
+        self.unsolved.remove(kind)
+        found = kind.solve(above)
+        self.waiting.extend(enumerate(found))
+        self.greatest = max([self.greatest, *(candidate.tokens_per_s for candidate in found)])
+
+    def _simulate(self, chosen: tuple[int, Candidate]) -> Estimate | None:
+        """What a waiting candidate does; None if that is known, or if it misses the limits."""
+        self.waiting.remove(chosen)
+        policy = chosen[1].policy
+        if policy in self.simulated:
+            return None
+        predicted = self.space.predicted(policy)
+        if not self.space.limits.are_met(predicted.latency):
+            self.missed.append(self.space.limits.overshoot(predicted.latency))
+            return None
+        self.simulated[policy] = predicted
+        return predicted
 
 
 def ranked(estimates: list[Estimate]) -> tuple[Estimate, ...]:

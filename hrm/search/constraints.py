@@ -7,64 +7,59 @@ by as much.
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.closed_form import phases_of_batches
-from hrm.costs import Costs
+from hrm.closed_form import Point, batch_seconds, phases_of_batches
+from hrm.policy import Policy
 from hrm.search.grid import Grid
-from hrm.search.result import SearchResult
+from hrm.search.solver import Found
 from hrm.search.space import Space
 
 ATTEMPTS: Final = 6
-_CLOSER: Final = 1.002  # a limit is tightened by a little more than it was missed by
+_CLOSER: Final = 1.002  # a limit is tightened by a little more than it was missed by,
+_MUCH_CLOSER: Final = 1.1  # and by more and more as long as nothing was found that meets it
 
 
-def meets(space: Space, costs: Costs, grid: Grid) -> NDArray[np.bool_]:
+def allowed_s(space: Space) -> tuple[float, float]:
+    """The most that prefill and decode of one batch may take in closed form; infinite without limits."""
+    limits, stages, (ttft_slack, tpot_slack) = space.limits, space.profile.num_stages, space.slack
+    prefill_s = inf if limits.max_ttft_s is None else limits.max_ttft_s / (stages * ttft_slack)
+    if limits.max_tpot_s is None or not space.workload.decode_steps:
+        return prefill_s, inf
+    return prefill_s, limits.max_tpot_s * space.workload.decode_steps / (stages * tpot_slack)
+
+
+def meets(space: Space, grid: Grid) -> NDArray[np.bool_]:
     """Whether candidates may meet the space's limits on waiting times, by their closed form."""
-    limits, met = space.limits, np.ones(len(grid), bool)
-    if not len(grid) or (limits.max_ttft_s is None and limits.max_tpot_s is None):
-        return met
-    prefill_s, decode_s = phases_of_batches(costs, grid.point(space), space.schedule, space.workload)
-    stages, (ttft_slack, tpot_slack) = space.profile.num_stages, space.slack
-    if limits.max_ttft_s is not None:
-        met &= np.broadcast_to(stages * ttft_slack * prefill_s <= limits.max_ttft_s, met.shape)
-    if limits.max_tpot_s is not None and (steps := space.workload.decode_steps):
-        tpot_s = stages * tpot_slack * decode_s / steps
-        met &= np.broadcast_to(tpot_s <= limits.max_tpot_s, met.shape)
-    return met
+    most_prefill_s, most_decode_s = allowed_s(space)
+    if not len(grid) or most_prefill_s == most_decode_s == inf:
+        return np.ones(len(grid), bool)
+    prefill_s, decode_s = phases_of_batches(space.costs, grid.point(space), space.schedule, space.workload)
+    return np.broadcast_to((prefill_s <= most_prefill_s) & (decode_s <= most_decode_s), len(grid))
 
 
-def within_limits(solve: Callable[[Space], SearchResult]) -> Callable[[Space], SearchResult]:
-    """`solve`, repeated under tighter limits while policies that seemed good missed the limits.
+def may_meet(space: Space, policy: Policy) -> bool:
+    """The same of one policy."""
+    if allowed_s(space) == (inf, inf):
+        return True
+    point = Point.of_policy(policy, space.spec)
+    seconds = batch_seconds(space.costs, point, space.schedule, space.workload)
+    return all(each <= most for each, most in zip(seconds, allowed_s(space), strict=True))
 
-    What it finds meets the limits when simulated, whatever the limits under which it was found.
+
+def within_limits(space: Space, find: Callable[[Space], Found]) -> Found:
+    """What `find` finds, repeated under tighter limits while what seemed good missed the limits.
+
+    It meets the limits when simulated, whatever the limits under which it was found.
     """
-
-    def solve_within(space: Space) -> SearchResult:
-        best = result = solve(space)
-        for _ in range(ATTEMPTS - 1):
-            if result.overshoot == (1.0, 1.0):
-                break
-            ttft, tpot = result.overshoot
-            ttft_slack, tpot_slack = space.slack
-            slack = (ttft_slack * ttft * (_CLOSER if ttft > 1 else 1), tpot_slack * tpot * (_CLOSER if tpot > 1 else 1))
-            space = replace(space, slack=slack)
-            result = solve(space)
-            best = _better(best, result)
-        return best
-
-    return solve_within
-
-
-def _better(first: SearchResult, second: SearchResult) -> SearchResult:
-    """The result with the higher throughput, and the work that both took."""
-    better = max(first, second, key=lambda result: result.tokens_per_s)
-    return replace(
-        better,
-        evaluations=first.evaluations + second.evaluations,
-        seconds=first.seconds + second.seconds,
-        simulated=first.simulated + second.simulated,
-    )
+    tried = [find(space)]
+    while len(tried) < ATTEMPTS and tried[-1].overshoot != (1.0, 1.0):
+        closer = _CLOSER if any(found.ranked for found in tried) else _MUCH_CLOSER ** len(tried)
+        ttft, tpot = (factor * closer if factor > 1 else 1.0 for factor in tried[-1].overshoot)
+        space = replace(space, slack=(space.slack[0] * ttft, space.slack[1] * tpot))
+        tried.append(find(space))
+    return Found.best_of(tried)

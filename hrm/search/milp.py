@@ -13,24 +13,22 @@ constant, so that dividing its part by them keeps it linear, and what is minimis
 Boxes are taken in the order of their ceilings, and those below λ are never put into a program.
 """
 
-import time
-from dataclasses import replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any, ClassVar, Final, final
 
 import numpy as np
 
-from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.memory import plan_memory
 from hrm.search.boxes import Bounder, Boxes, Floats
 from hrm.search.choose import Candidate, choose
-from hrm.search.exhaustive import RUNNER_UPS
+from hrm.search.constraints import allowed_s, meets
 from hrm.search.fit import Ints, Weights
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, chunks_of, coarse, pairs_of, places_of, whole
-from hrm.search.polish import polished
-from hrm.search.result import Outcome, SearchResult
 from hrm.search.scores import scores
+from hrm.search.solver import Found, Solver
 from hrm.search.space import Kind, KvPlace, Space
 
 BETTER: Final = 1 + 1e-9  # what is not better by this is equal
@@ -41,35 +39,25 @@ OBJECTIVE_SCALE: Final = 1000.0
 INFEASIBLE: Final = 2  # SciPy's status
 
 
-def search_space(space: Space, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
-    """The policy with the highest closed-form job throughput that fits, simulated to be sure.
+@final
+@dataclass(frozen=True)
+class Milp(Solver):
+    """Searches the same integers as the exhaustive search, but every residency and KV placement."""
 
-    Searches the same integers as the exhaustive search, but every number of micro-batches whose KV
-    cache is on the GPU, and every residency.
-    """
-    started_s = time.perf_counter()
-    costs = Costs(space.spec, space.profile, space.dtype)
-    ranges = chunk_ranges(space)
-    kinds = [ProgramsOfKind(space, costs, kind, chunks) for kind in space.kinds() for chunks in ranges]
-    choice = choose(space, list(kinds), runner_ups=runner_ups)
-    estimates = polished(space, costs, choice.ranked, choice.greatest_tokens_per_s)
-    return SearchResult(
-        solver="milp",
-        outcome=Outcome.BEST_FOUND if estimates else Outcome.INFEASIBLE,
-        best=estimates[0] if estimates else None,
-        runner_ups=estimates[1 : runner_ups + 1],
-        greatest_tokens_per_s=choice.greatest_tokens_per_s,
-        evaluations=sum(kind.evaluations for kind in kinds),
-        seconds=time.perf_counter() - started_s,
-        simulated=len(estimates),
-    )
+    name: ClassVar[str] = "milp"
+    evaluates: ClassVar[str] = "corners of boxes in closed form"
+
+    def find(self, space: Space) -> Found:
+        """The best of each kind that may win, simulated."""
+        ranges = chunk_ranges(space)
+        return choose(space, [ProgramsOfKind(space, kind, chunks) for kind in space.kinds() for chunks in ranges])
 
 
 class ProgramsOfKind:
     """All boxes of one kind, and the programs that find the best policy in them."""
 
-    def __init__(self, space: Space, costs: Costs, kind: Kind, chunks: ChunkRange) -> None:
-        self.space, self.costs, self.kind, self.chunks = space, costs, kind, chunks
+    def __init__(self, space: Space, kind: Kind, chunks: ChunkRange) -> None:
+        self.space, self.kind, self.chunks = space, kind, chunks
         self.evaluations = 0
         places = whole(space, kind, chunks)
         places = coarse(space, kind, chunks) if places is None else places
@@ -111,7 +99,7 @@ class ProgramsOfKind:
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens
         _, first = np.unique(np.stack([*columns, rows.resident_dense]), axis=1, return_index=True)
         rows = rows.take(first)
-        bounder = Bounder(self.space, self.costs, rows)
+        bounder = Bounder(self.space, rows)
         low = rows.gpu_kv_micro_batches
         high = rows.num_micro_batches - 1 if self.kind.kv is KvPlace.SOME else low
         boxes = bounder.whole(low, high)
@@ -136,7 +124,7 @@ class ProgramsOfKind:
             while (found := best_in_program(bounder, chosen, above)) is not None:
                 box, experts, on_gpu = found
                 candidate = self._candidate(bounder.rows, int(chosen.rows[box]), experts, on_gpu)
-                if candidate is None:  # a few bytes too many: within the solver's tolerance
+                if candidate is None:  # a little too much: within the solver's tolerance
                     chosen = bounder.without(chosen, box, experts, on_gpu)
                     continue
                 if candidate.tokens_per_s > above * BETTER:
@@ -144,7 +132,10 @@ class ProgramsOfKind:
                 break
 
     def _candidate(self, rows: Grid, row: int, experts: int, on_gpu: int) -> Candidate | None:
-        """The policy with its closed form as it is scored everywhere; None if it does not fit."""
+        """The policy with its closed form as it is scored everywhere; None if it does not fit.
+
+        Nor does it if it misses a limit on waiting times.
+        """
         grid = replace(
             rows.take(np.array([row])), resident_total=np.array([experts]), gpu_kv_micro_batches=np.array([on_gpu])
         )
@@ -153,7 +144,7 @@ class ProgramsOfKind:
             plan_memory(self.space.spec, policy, self.space.profile).check_fits()
         except PolicyError:
             return None
-        return Candidate(policy, float(scores(self.space, self.costs, grid)[0]))
+        return Candidate(policy, float(scores(self.space, grid)[0])) if meets(self.space, grid).all() else None
 
 
 def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, int, int] | None:
@@ -192,6 +183,13 @@ def best_in_program(bounder: Bounder, boxes: Boxes, above: float) -> tuple[int, 
         rows.at_most_zero(
             (chosen[of], at_low), (experts[of], an_expert), (on_gpu[of], a_micro_batch), (seconds[phase][of], -1.0)
         )
+    first, *later = (weight * unit_s for weight in bounder.weights)
+    most_prefill_s, most_decode_s = allowed_s(space)
+    if most_prefill_s < inf:
+        rows.at_most_zero((seconds[0], first / most_prefill_s), (chosen, -1.0))
+    if most_decode_s < inf:
+        steps = zip(seconds[1:], later, strict=True)
+        rows.at_most_zero(*((column, each_s / most_decode_s) for column, each_s in steps), (chosen, -1.0))
     known = above or float(boxes.ceiling.max())
     costs = np.zeros(columns.shape)
     costs[0] = -1.0

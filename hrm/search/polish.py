@@ -4,8 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from hrm.costs import Costs
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate
 from hrm.policy import Policy
 from hrm.search.choose import TIE, ranked
 from hrm.search.fit import Ints
@@ -21,9 +20,7 @@ _NUMBERS: Final = (0.5, 0.75, 1.25, 1.5, 2.0)
 _CHUNKS: Final = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 
 
-def polished(
-    space: Space, costs: Costs, simulated: tuple[Estimate, ...], greatest_tokens_per_s: float
-) -> tuple[Estimate, ...]:
+def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_s: float) -> tuple[Estimate, ...]:
     """The simulated policies, best first, with better ones among them if there are any near by.
 
     Only where waits cost the best of them more than a policy that is called optimal may lie below
@@ -34,9 +31,9 @@ def polished(
         found = ranked(list(known.values()))
         if not found or found[0].tokens_per_s >= greatest_tokens_per_s * (1 - OPTIMAL_GAP):
             return found
-        for policy in _near(space, costs, found[0]):
+        for policy in _near(space, found[0]):
             if policy not in known:
-                predicted = estimate(space.spec, policy, space.profile, space.workload)
+                predicted = space.predicted(policy)
                 if space.limits.are_met(predicted.latency):
                     known[policy] = predicted
         if max(map(_rate, known.values())) <= found[0].tokens_per_s * (1 + TIE):
@@ -48,13 +45,13 @@ def _rate(predicted: Estimate) -> float:
     return predicted.tokens_per_s
 
 
-def _near(space: Space, costs: Costs, best: Estimate) -> list[Policy]:
+def _near(space: Space, best: Estimate) -> list[Policy]:
     """Policies near by that fit and that might be better by their closed form."""
     policy = best.policy
     kind = Kind.of_policy(policy)
     grid = make_grid(space, kind, _places(space, kind.kv, policy))
     grid = grid.take(np.flatnonzero(grid.fits & (grid.resident_dense == policy.resident_dense)))
-    may_win = np.flatnonzero(scores(space, costs, grid) > best.tokens_per_s * (1 + TIE))
+    may_win = np.flatnonzero(scores(space, grid) > best.tokens_per_s * (1 + TIE))
     return [grid.policy(space, int(index)) for index in may_win]
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from hrm.errors import HrmError
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate
 from hrm.latency import NO_LIMITS
 from hrm.machines import compose, with_memory
 from hrm.memory import MemoryPlan, plan_memory
@@ -19,7 +19,6 @@ from hrm.policy import Parallelism
 from hrm.scaling import Resource, given_resources
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import chunk_ranges
-from hrm.search.pinning import spaces_of_pinning
 from hrm.search.space import KvPlace, Space
 from hrm.search.ways import space_of_part
 from hrm.units import (
@@ -56,7 +55,7 @@ def _least(space: Space) -> Iterator[tuple[Space, Grid]]:
     """Policies of one request of every kind, for every way of sharing the GPUs."""
     for parallelism in Parallelism:
         whole = space_of_part(space, parallelism)
-        for part in () if whole is None else spaces_of_pinning(whole):
+        for part in () if whole is None else whole.of_pinning():
             yield from ((part, grid) for grid in _least_of_kinds(part))
         if space.profile.num_gpus == 1:
             return
@@ -249,5 +248,5 @@ def _quickest(space: Space) -> Estimate:
     for part, grid in _least(replace(space, limits=NO_LIMITS)):
         for index in np.flatnonzero(grid.fits)[:_TRIED]:
             policy = grid.policy(part, int(index))
-            found.append(estimate(part.spec, policy, part.profile, part.workload))
+            found.append(part.predicted(policy))
     return min(found, key=lambda predicted: max(space.limits.overshoot(predicted.latency)))

@@ -4,7 +4,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import Point, batch_seconds, seconds_of_batches
-from hrm.costs import Costs
 from hrm.policy import Policy, ScheduleName
 from hrm.search.grid import Grid
 from hrm.search.space import Space
@@ -21,11 +20,11 @@ def tokens_per_batch(space: Space, batch_size: NDArray[np.int64]) -> NDArray[np.
     return useful * space.workload.generated_tokens
 
 
-def scores(space: Space, costs: Costs, grid: Grid) -> NDArray[np.float64]:
+def scores(space: Space, grid: Grid) -> NDArray[np.float64]:
     """Closed-form tokens a second of every candidate, whether or not it fits."""
     if not len(grid):
         return np.zeros(0)
-    seconds = seconds_of_batches(costs, grid.point(space), space.schedule, space.workload)
+    seconds = seconds_of_batches(space.costs, grid.point(space), space.schedule, space.workload)
     return tokens_per_batch(space, grid.batch_size) / seconds
 
 
@@ -42,6 +41,5 @@ def bound_of(space: Space, policy: Policy) -> float:
 
 
 def _seconds_of_batch(space: Space, policy: Policy, schedule: ScheduleName) -> float:
-    costs = Costs(space.spec, space.profile, space.dtype)
     point = Point.of_policy(policy, space.spec)
-    return sum(batch_seconds(costs, point, schedule, space.workload))
+    return sum(batch_seconds(space.costs, point, schedule, space.workload))

@@ -1,9 +1,11 @@
 """What is searched: what is fixed, and the kinds of policies that are left."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import IntEnum
 
+from hrm.costs import Costs
 from hrm.errors import PolicyError
+from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
@@ -41,9 +43,9 @@ class Kind:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Space:
-    """What is fixed in a search; `attention` and `ffn` of None leave the device open.
+    """What is asked of a search; `attention` and `ffn` of None leave the device open.
 
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
@@ -53,8 +55,9 @@ class Space:
     spec: ModelSpec
     profile: HardwareProfile
     workload: Workload
-    dtype: str
-    schedule: ScheduleName
+    _: KW_ONLY
+    dtype: str = "bfloat16"
+    schedule: ScheduleName = ScheduleName.CGOPIPE
     staging: bool = False
     attention: Device | None = None
     ffn: Device | None = None
@@ -62,6 +65,22 @@ class Space:
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS
     slack: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def costs(self) -> Costs:
+        """What tasks cost."""
+        return Costs(self.spec, self.profile, self.dtype)
+
+    def predicted(self, policy: Policy) -> Estimate:
+        """What a policy of the space does, simulated."""
+        return estimate(self.spec, policy, self.profile, self.workload)
+
+    def of_pinning(self) -> "list[Space]":
+        """This space, and where its host pins a part of its memory the one with weights staged."""
+        profile, host = self.profile, self.profile.host
+        pins_a_part = profile.has_accelerator and host.pinnable_bytes is not None
+        can_stage = pins_a_part and profile.has_link(host.name, host.name, "staging")
+        return [self, replace(self, staging=True)] if can_stage and not self.staging else [self]
 
     def devices(self) -> list[tuple[int, int]]:
         """(attention on GPU, FFN on GPU) pairs that the schedule and the machine allow."""

@@ -7,8 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from hrm.costs import Costs
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate
 from hrm.policy import Policy
 from hrm.search.choose import TIE
 from hrm.search.fit import Ints
@@ -22,21 +21,21 @@ _PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where fe
 _SIMULATED: Final = 4  # of the smaller plans that may be as fast
 
 
-def smallest_first(space: Space, costs: Costs, ranked: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
+def smallest_first(space: Space, ranked: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
     """The ranking with a smaller plan of the best one's kind first, if one is nearly as fast."""
     if not ranked:
         return ()
     first = ranked[0]
     enough = (1 - TIE) * max(predicted.tokens_per_s for predicted in ranked)
-    for policy in _smaller(space, costs, first.policy, enough)[:_SIMULATED]:
-        predicted = estimate(space.spec, policy, space.profile, space.workload)
+    for policy in _smaller(space, first.policy, enough)[:_SIMULATED]:
+        predicted = space.predicted(policy)
         if predicted.tokens_per_s >= enough and space.limits.are_met(predicted.latency):
             first = predicted
             break
     return (first, *(other for other in ranked if other is not first))
 
 
-def _smaller(space: Space, costs: Costs, policy: Policy, enough: float) -> list[Policy]:
+def _smaller(space: Space, policy: Policy, enough: float) -> list[Policy]:
     """Policies of the same kind with smaller batches that fit, smallest first.
 
     They have smaller micro-batches, or fewer, and `enough` tokens a second in the closed form.
@@ -44,7 +43,7 @@ def _smaller(space: Space, costs: Costs, policy: Policy, enough: float) -> list[
     kind = Kind.of_policy(policy)
     grid = make_grid(space, kind, _places(space, kind, policy))
     grid = grid.take(np.flatnonzero(grid.fits & (grid.batch_size < policy.batch_size)))
-    closed = scores(space, costs, grid)
+    closed = scores(space, grid)
     near = np.flatnonzero(closed >= enough)
     order = near[np.lexsort((-closed[near], grid.batch_size[near]))]
     return [grid.policy(space, int(index)) for index in order]

@@ -1,97 +1,151 @@
-"""Several GPUs: the best policy in tensor parallel, the best in a pipeline, and which is better."""
+"""The entrance of the search; of several GPUs it compares tensor parallelism and a pipeline."""
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from math import ceil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from math import ceil, inf
+from typing import Final
 
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate
 from hrm.latency import NO_LIMITS
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism
-from hrm.search.bound import upper_bound
+from hrm.search.bound import Bound, upper_bound
+from hrm.search.choose import ranked
 from hrm.search.constraints import within_limits
-from hrm.search.pinning import pinned_or_staged, spaces_of_pinning
-from hrm.search.result import Outcome, SearchResult, Way
+from hrm.search.exhaustive import Exhaustive
+from hrm.search.polish import polished
+from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
+from hrm.search.solver import Found, Solver
 from hrm.search.space import Space
+from hrm.search.ties import smallest_first
+
+RUNNER_UPS: Final = 2
+_EXHAUSTIVE: Final = Exhaustive()
 
 
-def search_ways(space: Space, solve: Callable[[Space], SearchResult]) -> SearchResult:
-    """The better of both ways, `solve` finding the best policy of each; the result names both.
+def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
+    """The policy with the highest job throughput that fits and meets the limits on waiting times.
 
-    A machine with one GPU is searched once. If neither way is possible or fits, the result says so.
+    Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
+    several GPUs, tensor parallelism and a pipeline are searched one after the other, and the result
+    names both. If nothing is possible or fits, the result says so.
     """
-    solve = pinned_or_staged(within_limits(solve))
-    gpus = space.profile.num_gpus
-    if gpus == 1:
-        return _with_advice(_bounded(solve(space), [space]), space)
-    found: dict[Parallelism, SearchResult] = {}
-    ways: list[Way] = []
-    for parallelism in Parallelism:
-        obstacle = obstacle_to(parallelism, space.spec, gpus)
-        if not obstacle:
-            found[parallelism] = _search_way(space, parallelism, solve)
-        best = found[parallelism].best if parallelism in found else None
-        ways.append(Way(parallelism=parallelism, best=best, obstacle=obstacle))
-    if not found:
-        obstacles = "; ".join(f"{way.parallelism.value} parallel: {way.obstacle}" for way in ways)
-        return SearchResult.impossible(f"must be shared by {gpus} GPUs, and {obstacles}", tuple(ways))
-    result = max(found.values(), key=lambda result: result.tokens_per_s)
-    result = replace(
-        result,
-        ways=tuple(ways),
-        evaluations=sum(result.evaluations for result in found.values()),
-        seconds=sum(result.seconds for result in found.values()),
-        simulated=sum(result.simulated for result in found.values()),
-        greatest_tokens_per_s=max(result.greatest_tokens_per_s for result in found.values()),
-    )
-    parts = [space_of_part(space, parallelism) for parallelism in found]
-    result = _bounded(result, [part for part in parts if part is not None])
-    return _with_advice(result, space)
-
-
-def _bounded(result: SearchResult, spaces: list[Space]) -> SearchResult:
-    """The result with a bound on every policy of the spaces; limits on waiting times have none."""
-    if spaces[0].limits != NO_LIMITS:
-        return result
     started_s = time.perf_counter()
-    bounds = [upper_bound(one, result.greatest_tokens_per_s) for space in spaces for one in spaces_of_pinning(space)]
-    return result.bounded(
-        max(bound.tokens_per_s for bound in bounds),
-        sum(bound.regions for bound in bounds),
-        time.perf_counter() - started_s,
+    several = space.profile.num_gpus > 1
+    ways = [_searched(space, way, solver) for way in (Parallelism if several else (Parallelism.TENSOR,))]
+    fastest = max(ways, key=lambda way: way.tokens_per_s)
+    chosen = fastest.with_runner_ups(runner_ups)
+    ways[ways.index(fastest)] = chosen
+    found = Found.best_of(way.found for way in ways)
+    bound = _bound(space, [way.part for way in ways if way.part is not None], found.greatest_tokens_per_s)
+    result = SearchResult(
+        solver=solver.name,
+        evaluates=solver.evaluates,
+        outcome=Outcome.BEST_FOUND if chosen.found.ranked else Outcome.INFEASIBLE,
+        best=chosen.best,
+        runner_ups=tuple(map(chosen.of_whole, chosen.found.ranked[1 : runner_ups + 1])),
+        greatest_tokens_per_s=found.greatest_tokens_per_s,
+        bound_tokens_per_s=bound.tokens_per_s,
+        evaluations=found.evaluations,
+        regions=bound.regions,
+        seconds=time.perf_counter() - started_s,
+        simulated=found.simulated,
+        ways=tuple(Way(way.parallelism, way.best, way.obstacle) for way in ways) if several else (),
     )
+    if result.best is None:
+        return _with_advice(result, space)
+    if found.interrupted:
+        return replace(result, outcome=Outcome.INTERRUPTED)
+    return replace(result, outcome=Outcome.OPTIMAL) if result.gap <= OPTIMAL_GAP else result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Searched:
+    """One way to share the GPUs of `whole`, and what was found for a part of them.
+
+    `part` is None if the model cannot be divided like that; `obstacle` then says why.
+    """
+
+    parallelism: Parallelism
+    obstacle: str
+    whole: Space
+    part: Space | None
+    found: Found
+
+    @cached_property
+    def best(self) -> Estimate | None:
+        """What the best policy does on the whole machine."""
+        return self.of_whole(self.found.ranked[0]) if self.found.ranked else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Its throughput; 0 if there is none."""
+        return 0.0 if self.best is None else self.best.tokens_per_s
+
+    def of_whole(self, of_part: Estimate) -> Estimate:
+        """What a part's policy does where the whole machine is so divided."""
+        if self.parallelism is Parallelism.TENSOR:
+            return of_part
+        policy = replace(of_part.policy, parallelism=self.parallelism)
+        if self.whole.workload.num_requests is None:  # one batch, which takes the whole as long
+            return replace(of_part, policy=policy)
+        return self.whole.predicted(policy)
+
+    def with_runner_ups(self, count: int) -> "_Searched":
+        """The same with so many runner-ups simulated; one that is as fast and smaller is chosen."""
+        ranking = self.found.ranked
+        if self.part is None or not ranking:
+            return self
+        known = {predicted.policy for predicted in ranking}
+        others = (predicted for predicted in self.found.more() if predicted.policy not in known)
+        again = ranked([*ranking, *islice(others, max(0, count + 1 - len(ranking)))])
+        if again[0] is not ranking[0]:
+            again = smallest_first(replace(self.part, staging=again[0].policy.staging), again)
+        simulated = self.found.simulated + len(again) - len(ranking)
+        return replace(self, found=replace(self.found, ranked=again, simulated=simulated))
+
+
+def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Searched:
+    part = space_of_part(space, parallelism)
+    parts = [] if part is None else part.of_pinning()
+    return _Searched(
+        parallelism=parallelism,
+        obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus),
+        whole=space,
+        part=part,
+        found=Found.best_of(within_limits(one, lambda tighter: find(tighter, solver)) for one in parts),
+    )
+
+
+def find(space: Space, solver: Solver) -> Found:
+    """What a solver finds in one space, polished, and of near ties the smallest first."""
+    found = solver.find(space)
+    ranking = smallest_first(space, polished(space, found.ranked, found.greatest_tokens_per_s))
+    return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
+
+
+def _bound(space: Space, parts: Sequence[Space], known_tokens_per_s: float) -> Bound:
+    """A bound on every policy of the parts; with limits on waiting times there is none."""
+    if space.limits != NO_LIMITS:
+        return Bound(inf, 0)
+    bounds = [upper_bound(one, known_tokens_per_s) for part in parts for one in part.of_pinning()]
+    return Bound(max((bound.tokens_per_s for bound in bounds), default=0.0), sum(bound.regions for bound in bounds))
 
 
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:
-    """The result with what to change, which is worked out if it is asked for."""
-    if result.best is not None:
-        return result
+    """The result where nothing was found, with what to change, which is worked out if it is asked for."""
+    if result.ways and all(way.obstacle for way in result.ways):
+        obstacles = "; ".join(f"{way.parallelism.value} parallel: {way.obstacle}" for way in result.ways)
+        told = f"must be shared by {space.profile.num_gpus} GPUs, and {obstacles}"
+        return replace(result, advice=lambda: (told, "ask for another number of GPUs"))
     from hrm.search.remedy import advice, fits_somehow
 
     too_slow = space.limits != NO_LIMITS and fits_somehow(space)
     outcome = Outcome.TOO_SLOW if too_slow else result.outcome
     return replace(result, outcome=outcome, advice=lambda: advice(space))
-
-
-def _search_way(space: Space, parallelism: Parallelism, solve: Callable[[Space], SearchResult]) -> SearchResult:
-    part = space_of_part(space, parallelism)
-    assert part is not None
-    result = solve(part)
-    if parallelism is Parallelism.TENSOR:
-        return result
-
-    def whole(of_part: Estimate) -> Estimate:
-        policy = replace(of_part.policy, parallelism=parallelism)
-        if space.workload.num_requests is None:  # one batch, which takes the whole as long
-            return replace(of_part, policy=policy)
-        return estimate(space.spec, policy, space.profile, space.workload)
-
-    return replace(
-        result,
-        best=None if result.best is None else whole(result.best),
-        runner_ups=tuple(whole(runner_up) for runner_up in result.runner_ups),
-    )
 
 
 def space_of_part(space: Space, parallelism: Parallelism) -> Space | None:

@@ -9,8 +9,7 @@ import time
 from random import Random
 
 from hrm.estimate import estimate
-from hrm.search.result import Outcome
-from hrm.search.solvers import solve
+from hrm.search import Outcome, Space, search
 from tests.bench.machine import circumstances
 from tests.hrm.random_plans import random_case, random_policies
 
@@ -28,7 +27,7 @@ def test_random_searches():
         rng = Random(seed)
         case = random_case(rng)
         started_s = time.process_time()
-        result = solve(case.spec, case.profile, case.workload, dtype=case.dtype)
+        result = search(Space(case.spec, case.profile, case.workload, dtype=case.dtype))
         seconds.append((time.process_time() - started_s, f"seed {seed}: {case}"))
         best = result.best
         for policy in random_policies(rng, case, best and best.policy, count=POLICIES):

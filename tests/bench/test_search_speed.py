@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-from hrm.costs import Costs
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy import ScheduleName
@@ -45,7 +44,7 @@ def test_policies_a_second(model, gpus):
     rates: list[float] = []
     for _ in range(RUNS):
         start_s = time.perf_counter()
-        kinds = grids(space, Costs(space.spec, space.profile, space.dtype))
+        kinds = grids(space)
         for kind in kinds:
             kind.solve()
         rates.append(sum(kind.evaluations for kind in kinds) / (time.perf_counter() - start_s))

@@ -30,7 +30,7 @@ from hrm.profiling.machine.journal import Journal
 from hrm.profiling.timing import Timing
 from hrm.routing import with_measured_routing
 from hrm.scaling import resources, scale
-from hrm.search.exhaustive import search
+from hrm.search import Space, search, solver_named
 from hrm.strict import decode_strictly
 from hrm.trace import lane_chart, read_chrome_trace, write_chrome_trace
 from hrm.units import parse_bandwidth, parse_bytes, parse_flops
@@ -65,7 +65,7 @@ def planned(spec: ModelSpec, profile: HardwareProfile, content: bytes) -> None:
     if crc32(content) % 6:
         return
     dtype = profile.default_dtype
-    best = search(spec, profile, WORKLOAD, dtype=dtype).best
+    best = search(Space(spec, profile, WORKLOAD, dtype=dtype)).best
     if best is not None:
         estimate(spec, best.policy, profile, WORKLOAD)
 
@@ -131,7 +131,7 @@ def use_config(content: bytes, folder: Path) -> None:
 
 def a_policy_file() -> Any:
     profile = machine(gpu_bytes=1e8, cpu_bytes=1e9)
-    best = search(SPEC, profile, WORKLOAD).require()
+    best = search(Space(SPEC, profile, WORKLOAD)).require()
     return policy_file_of(best, SPEC, profile, WORKLOAD)
 
 
@@ -249,9 +249,6 @@ def some_studies() -> list[Any]:
 
 
 def _study(path: Path) -> None:
-    from hrm.search import bayesian
-    from hrm.search.space import Space
-
     space = Space(
         spec=SPEC,
         profile=machine(gpu_bytes=1e8, cpu_bytes=1e9),
@@ -259,7 +256,7 @@ def _study(path: Path) -> None:
         dtype="bfloat16",
         schedule=ScheduleName.CGOPIPE,
     )
-    bayesian.search_space(space, trials=4, storage=str(path))
+    solver_named("optuna", trials=4, storage=str(path)).find(space)
 
 
 def use_study(content: bytes, folder: Path) -> None:

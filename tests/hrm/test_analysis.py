@@ -23,7 +23,7 @@ from hrm.cli.analysis import map_text
 from hrm.errors import HrmError
 from hrm.estimate import estimate
 from hrm.scaling import Resource, resources, scale, with_resource
-from hrm.search.exhaustive import search
+from hrm.search import Space, search
 from hrm.units import MB
 from hrm.workload import Workload
 from tests.hrm.support import machine, tiny_spec
@@ -38,17 +38,17 @@ def small(name: str = "small", **changes: Any):
 
 
 def rate(profile, workload=WORKLOAD) -> float:
-    return search(SPEC, profile, workload).require().tokens_per_s
+    return search(Space(SPEC, profile, workload)).require().tokens_per_s
 
 
 def test_what_if_is_a_search_on_every_scaled_machine():
     profile, calls = small(), []
-    frame = what_if(SPEC, profile, WORKLOAD, factor=1.5, on_point=lambda: calls.append(1))
+    frame = what_if(Space(SPEC, profile, WORKLOAD), factor=1.5, on_point=lambda: calls.append(1))
     named = {resource.value for resource in resources(profile)}
     assert set(frame["resource"]) == {*named, Cause.WAITING.value}
     assert len(calls) == len(frame) - 1
     assert list(frame["change"]) == sorted(frame["change"], reverse=True)
-    now, today = rate(profile), search(SPEC, profile, WORKLOAD).require().policy
+    now, today = rate(profile), search(Space(SPEC, profile, WORKLOAD)).require().policy
     for row in frame.to_dict("records"):
         if row["resource"] == Cause.WAITING.value:
             continue
@@ -64,17 +64,17 @@ def test_what_if_is_a_search_on_every_scaled_machine():
 
 
 def test_less_of_a_resource_may_leave_nothing_that_fits():
-    frame = what_if(SPEC, small(), WORKLOAD, factor=0.05)
+    frame = what_if(Space(SPEC, small(), WORKLOAD), factor=0.05)
     gone = frame[frame["resource"] == "cpu-memory"].iloc[0]
     assert math.isnan(gone["change"])
     assert "no policy fits" in gone["reason"]
     with pytest.raises(HrmError, match="other than 1"):
-        what_if(SPEC, small(), WORKLOAD, factor=1.0)
+        what_if(Space(SPEC, small(), WORKLOAD), factor=1.0)
 
 
 def test_machines_are_compared_the_fastest_first():
     machines = [small("slow", link=1e8), small("none", cpu_bytes=1 * MB), small("fast", link=1e10)]
-    frame = compare_machines(SPEC, machines, WORKLOAD)
+    frame = compare_machines([Space(SPEC, one, WORKLOAD) for one in machines])
     assert list(frame["machine"]) == ["fast", "slow", "none"]
     assert frame["tokens_per_s"].iloc[0] == rate(machines[2])
     assert math.isnan(frame["tokens_per_s"].iloc[2])
@@ -83,7 +83,7 @@ def test_machines_are_compared_the_fastest_first():
 
 
 def test_more_host_memory_is_never_slower():
-    frame = front_of_cpu_memory(SPEC, small(), WORKLOAD)
+    frame = front_of_cpu_memory(Space(SPEC, small(), WORKLOAD))
     rates = frame["tokens_per_s"].dropna()
     # A search is no oracle: on a larger machine it may miss the best by a little.
     assert all(later >= 0.99 * earlier for earlier, later in pairwise(rates))
@@ -93,17 +93,17 @@ def test_more_host_memory_is_never_slower():
 
 
 def test_latency_is_the_time_until_all_requests_are_answered():
-    frame = front_of_latency(SPEC, small(), WORKLOAD, requests=[1, 7, 40])
+    frame = front_of_latency(Space(SPEC, small(), WORKLOAD), requests=[1, 7, 40])
     for row in frame.to_dict("records"):
         job = replace(WORKLOAD, num_requests=row["num_requests"])
-        best = search(SPEC, small(), job).require()
+        best = search(Space(SPEC, small(), job)).require()
         assert row["latency_s"] == best.seconds
         assert row["tokens_per_s"] == pytest.approx(row["num_requests"] * 9 / row["latency_s"])
 
 
 def test_front_of_gpus_counts_each_of_them():
     machines = [small(num_gpus=count, gpu_bytes=count * 12 * MB) for count in (1, 2)]
-    frame = front_of_gpus(SPEC, machines, WORKLOAD)
+    frame = front_of_gpus([Space(SPEC, one, WORKLOAD) for one in machines])
     assert list(frame["num_gpus"]) == [1, 2]
     assert list(frame["tokens_per_s_a_gpu"]) == [rate(machines[0]), rate(machines[1]) / 2]
     assert frame["parallelism"].isna().tolist() == [True, False]
@@ -112,14 +112,14 @@ def test_front_of_gpus_counts_each_of_them():
 def test_a_map_is_a_search_in_every_cell():
     x = Axis(Resource.H2D_BANDWIDTH, (1e8, 1e10))
     y = Axis("cpu", (0.01, 1.0, 3.0))
-    frame = policy_map(SPEC, small(), WORKLOAD, x=x, y=y)
+    frame = policy_map(Space(SPEC, small(), WORKLOAD), x=x, y=y)
     assert len(frame) == 6
     for row in frame.to_dict("records"):
         profile = small()
         for resource in (Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS):
             profile = scale(profile, resource, row["cpu_factor"])
         profile = with_resource(profile, Resource.H2D_BANDWIDTH, row["h2d_bandwidth_bytes_per_s"])
-        result = search(SPEC, profile, WORKLOAD)
+        result = search(Space(SPEC, profile, WORKLOAD))
         if result.best is None:
             assert row["cpu_factor"] == 0.01
             assert not isinstance(row["region"], str)

@@ -20,7 +20,7 @@ from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.scaling import Resource, at_cost, resource_value, resources, with_resource
-from hrm.search.exhaustive import search
+from hrm.search import Space, search
 from hrm.tasks import Device, Lane
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_varied_spec, tiny_spec
@@ -191,8 +191,8 @@ def test_a_phase_without_work_is_limited_by_nothing():
 def test_what_if_and_report_name_the_same(model, gpus, workload):
     spec, profile = BUILT_IN_MODELS[model], compose(gpus)
     dtype = profile.default_dtype
-    limit = search(spec, profile, workload, dtype=dtype).require().limits.job
-    frame = what_if(spec, profile, workload, factor=2, dtype=dtype)
+    limit = search(Space(spec, profile, workload, dtype=dtype)).require().limits.job
+    frame = what_if(Space(spec, profile, workload, dtype=dtype), factor=2)
     kept = dict(zip(frame["resource"], frame["same_policy_change"], strict=True))
     named = resource_of(limit.cause)
     assert named is not None
@@ -203,10 +203,10 @@ def test_less_of_a_latency_and_of_waiting_are_rows_of_what_if():
     spec = tiny_spec()
     profile = machine(launch_s=1e-4, latency_s=1e-4, gpu_bytes=1e8, cpu_bytes=1e9)
     workload = replace(WORKLOAD, num_requests=10)
-    frame = what_if(spec, profile, workload, factor=2).set_index("resource")
+    frame = what_if(Space(spec, profile, workload), factor=2).set_index("resource")
     for resource in resources(profile):
         assert frame.loc[resource.value, "factor"] == (0.5 if resource.is_latency else 2)
-    today = search(spec, profile, workload).require()
+    today = search(Space(spec, profile, workload)).require()
     less = today.seconds - today.limits.job.waiting_s / 2
     change = frame.loc[Cause.WAITING.value, "change"]
     assert change == pytest.approx(today.seconds / less - 1)

@@ -13,10 +13,9 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.scaling import Resource, resources, scale, with_resource
-from hrm.search import bound
-from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult
+from hrm.search import Outcome, SearchResult, Space, bound, search, solver_named
+from hrm.search.result import OPTIMAL_GAP
 from hrm.search.smooth import smoothed
-from hrm.search.solvers import Solver, solve
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
@@ -34,7 +33,7 @@ def _quick_bounds(monkeypatch):
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
     machine = profile or case.profile
-    return solve(case.spec, machine, case.workload, dtype=case.dtype, **options)
+    return search(Space(case.spec, machine, case.workload, dtype=case.dtype), **options)
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
@@ -76,8 +75,8 @@ def test_a_host_smaller_than_the_model_is_searched_whole():
     """All of it fits the GPUs: this once gave 213.6 tokens/s, called optimal."""
     profile = with_memory(compose("2xA100-80G"), cpu_memory_bytes=64 * GB)
     spec = BUILT_IN_MODELS["mixtral-8x7b"]
-    for solver in (Solver.EXHAUSTIVE, Solver.MILP):
-        result = solve(spec, profile, WORKLOADS["mtbench"], solver=solver)
+    for solver in ("exhaustive", "milp"):
+        result = search(Space(spec, profile, WORKLOADS["mtbench"]), solver_named(solver))
         assert result.require().tokens_per_s > 8400
         assert result.bound_tokens_per_s < 8800
 
@@ -87,7 +86,7 @@ def test_two_solvers_never_certify_different_optima():
     profile = with_memory(compose("4xL40S"), cpu_memory_bytes=1000 * GB)
     spec = BUILT_IN_MODELS["deepseek-v2"]
     by_grid, by_programs = (
-        solve(spec, profile, workload, solver=solver) for solver in (Solver.EXHAUSTIVE, Solver.MILP)
+        search(Space(spec, profile, workload), solver_named(solver)) for solver in ("exhaustive", "milp")
     )
     for result, other in ((by_grid, by_programs), (by_programs, by_grid)):
         assert result.require().tokens_per_s <= other.bound_tokens_per_s * (1 + 1e-9)
@@ -95,8 +94,8 @@ def test_two_solvers_never_certify_different_optima():
 
 def test_experts_fixed_to_the_gpu_lose_nothing_where_they_are_best_there():
     spec, profile = BUILT_IN_MODELS["gpt-oss-20b"], compose("8xH100")
-    free = solve(spec, profile, WORKLOADS["mtbench"]).require().tokens_per_s
-    fixed = solve(spec, profile, WORKLOADS["mtbench"], ffn=Device.GPU).require().tokens_per_s
+    free = search(Space(spec, profile, WORKLOADS["mtbench"])).require().tokens_per_s
+    fixed = search(Space(spec, profile, WORKLOADS["mtbench"], ffn=Device.GPU)).require().tokens_per_s
     assert fixed == pytest.approx(free, rel=OPTIMAL_GAP)
 
 
@@ -104,17 +103,17 @@ def test_short_prompts_are_prefilled_in_chunks_of_many():
     """A chunk was at most sixteen of the longest prompt, however short that is."""
     spec, profile = BUILT_IN_MODELS["qwen3-30b-a3b"], compose("1xRTX-4090")
     workload = Workload(name="short", prompt_len=4, max_prompt_len=4, gen_len=2)
-    policy = solve(spec, profile, workload).require().policy
+    policy = search(Space(spec, profile, workload)).require().policy
     assert policy.prefill_chunk_tokens > 1000
 
 
 def test_a_front_begins_where_a_search_of_its_first_point_does():
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("1xL4")
-    front = front_of_cpu_memory(spec, profile, WORKLOADS["mtbench"], dtype="float16")
+    front = front_of_cpu_memory(Space(spec, profile, WORKLOADS["mtbench"], dtype="float16"))
     front = front[front["tokens_per_s"].notna()]
     first = front.iloc[0]
     least = with_resource(profile, Resource.CPU_MEMORY, int(first["cpu_memory_bytes"]))
-    alone = solve(spec, least, WORKLOADS["mtbench"], dtype="float16")
+    alone = search(Space(spec, least, WORKLOADS["mtbench"], dtype="float16"))
     assert first["tokens_per_s"] >= alone.require().tokens_per_s * (1 - OPTIMAL_GAP)
     rates = front["tokens_per_s"].to_numpy()
     assert (rates[1:] >= rates[:-1] * (1 - OPTIMAL_GAP)).all()

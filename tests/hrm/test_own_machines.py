@@ -21,9 +21,7 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.profile_diff import figures_of
 from hrm.scaling import Resource, resources, scale
-from hrm.search.exhaustive import search
-from hrm.search.solvers import Solver, solve
-from hrm.search.space import Space
+from hrm.search import Space, search, solver_named
 from hrm.tasks import Lane
 from hrm.units import GB, GIB
 from hrm.workload import Workload
@@ -250,7 +248,7 @@ def test_every_machine_of_the_catalog_plans_the_models_that_it_can_hold(first):
     for index, profile in enumerate(machines):
         spec = models[(4 * index + first + index // 4) % len(models)]
         dtype = profile.default_dtype
-        best = search(spec, profile, SHORT, dtype=dtype, runner_ups=0).best
+        best = search(Space(spec, profile, SHORT, dtype=dtype), runner_ups=0).best
         levels = {level.name: level.usable_bytes for level in (profile.top, profile.host)}
         room, layer = sum(levels.values()), spec.layer_bytes(dtype)
         if best is None:
@@ -315,7 +313,7 @@ def test_unified_memory_holds_every_weight_once_and_uses_no_link(seed):
     spec = random_spec(rng)
     one = load_profile(rng.choice(UNIFIED))
     workload = replace(SHORT, gen_len=9, num_requests=rng.choice([1, 5, 40]))
-    best = search(spec, one, workload).require()
+    best = search(Space(spec, one, workload)).require()
     plan = best.memory.gpu
     assert plan is best.memory.cpu or plan == best.memory.cpu
     weights = plan.purposes["resident_weights"] + plan.purposes["weights"]
@@ -328,7 +326,7 @@ def test_unified_memory_holds_every_weight_once_and_uses_no_link(seed):
 
 def test_unified_memory_is_as_fast_as_it_is_read():
     spec, profile = load_model("qwen3-30b-a3b"), load_profile("GB10")
-    best = search(spec, profile, replace(SHORT, gen_len=65, num_requests=4096)).require()
+    best = search(Space(spec, profile, replace(SHORT, gen_len=65, num_requests=4096))).require()
     steps = 64 * best.num_batches
     read_s = spec.total_layer_bytes("bfloat16") / profile.top.read_bytes_per_s.at()
     assert best.decode.seconds >= steps * read_s
@@ -409,7 +407,7 @@ def test_more_that_can_be_pinned_never_gives_less(seed):
     found = []
     for share in (1e-3, 0.1, 0.4, 5.0):
         limited = pinning(profile, share * everything)
-        result = search(spec, limited, workload)
+        result = search(Space(spec, limited, workload))
         found.append(result.greatest_tokens_per_s)
         if result.best is not None:
             policy = result.best.policy
@@ -417,7 +415,7 @@ def test_more_that_can_be_pinned_never_gives_less(seed):
             again = estimate(spec, policy, limited, workload)
             assert again.tokens_per_s == result.best.tokens_per_s
     assert found == sorted(found)
-    free = search(spec, pinning(profile, None), workload)
+    free = search(Space(spec, pinning(profile, None), workload))
     assert found[-1] == pytest.approx(free.greatest_tokens_per_s, rel=1e-9)
 
 
@@ -447,12 +445,12 @@ def best_by_brute_force(seed: int) -> tuple[ModelSpec, HardwareProfile, Workload
     return spec, profile, workload, best
 
 
-@pytest.mark.parametrize("solver", [Solver.EXHAUSTIVE, Solver.MILP])
+@pytest.mark.parametrize("solver", ["exhaustive", "milp"])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_can_be_pinned_is_searched_as_by_brute_force(seed, solver):
     spec, profile, workload, best = best_by_brute_force(seed)
     assert best > 0
-    result = solve(spec, profile, workload, solver=solver)
+    result = search(Space(spec, profile, workload), solver_named(solver))
     assert result.greatest_tokens_per_s == pytest.approx(best, rel=1e-6)
 
 

@@ -15,7 +15,7 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import longest_stage, part_of, pipeline_obstacle, stage_layers, tensor_parallel_obstacle
 from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
-from hrm.search.exhaustive import search
+from hrm.search import Space, search
 from hrm.sweep import plan_row
 from hrm.tasks import Device
 from hrm.workload import WORKLOADS, Workload
@@ -248,7 +248,7 @@ def random_stage_policy(rng: Random, spec: ModelSpec) -> Policy:
 def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
     spec, profile = BUILT_IN_MODELS[model], compose(gpus)
     workload = replace(WORKLOAD, num_requests=300)
-    result = search(spec, profile, workload)
+    result = search(Space(spec, profile, workload))
     for way in result.ways:
         assert way.best is not None
         policy, part = way.best.policy, way.best.part.spec
@@ -322,7 +322,7 @@ def test_a_search_takes_the_better_way_and_names_both():
     chosen = {}
     for name, spec, peer in (("fits", small, 1e6), ("streams", large, 1e12)):
         profile = search_machine(2, peer=peer, link=1e9, cpu_flops=1e9)
-        result = search(spec, profile, replace(WORKLOAD, num_requests=None))
+        result = search(Space(spec, profile, replace(WORKLOAD, num_requests=None)))
         best = result.require()
         ways = {way.parallelism: way for way in result.ways}
         assert set(ways) == set(Parallelism)
@@ -335,12 +335,12 @@ def test_a_search_takes_the_better_way_and_names_both():
 
 def test_what_cannot_be_divided_is_not_searched():
     spec = tiny_spec(num_layers=16, num_heads=3, num_kv_heads=3)
-    result = search(spec, search_machine(2), WORKLOAD)
+    result = search(Space(spec, search_machine(2), WORKLOAD))
     tensor, pipeline = result.ways
     assert (tensor.best, pipeline.obstacle) == (None, "")
     assert "3 heads cannot be divided by 2" in tensor.obstacle
     assert result.require().policy.parallelism is Parallelism.PIPELINE
-    neither = search(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2), WORKLOAD)
+    neither = search(Space(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2), WORKLOAD))
     assert neither.best is None
     assert all(way.obstacle for way in neither.ways)
     with pytest.raises(PolicyError, match="3 heads cannot be divided by 2"):
@@ -348,12 +348,12 @@ def test_what_cannot_be_divided_is_not_searched():
 
 
 def test_one_gpu_has_no_ways():
-    assert search(tiny_spec(), machine(), WORKLOAD).ways == ()
+    assert search(Space(tiny_spec(), machine(), WORKLOAD)).ways == ()
 
 
 @pytest.mark.parametrize("gpus", [3, 8])
 def test_a_policy_that_cannot_be_divided_is_refused(gpus):
     spec, profile = BUILT_IN_MODELS["qwen2-57b-a14b"], compose(f"{gpus}xL40S", "generic-server")
-    policy = search(spec, compose("1xL40S"), WORKLOADS["mtbench"]).require().policy
+    policy = search(Space(spec, compose("1xL40S"), WORKLOADS["mtbench"])).require().policy
     with pytest.raises(PolicyError, match=r"parallelism is .*tensor.*28 heads cannot be divided"):
         estimate(spec, policy, profile, WORKLOADS["mtbench"])

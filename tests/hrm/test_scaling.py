@@ -12,7 +12,7 @@ from hrm.hardware import Cache, Figure, HardwareProfile, Link, MemoryLevel, Rate
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.scaling import Resource, at_cost, resource_value, resources, scale, with_resource
-from hrm.search.exhaustive import search
+from hrm.search import Space, search
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS
@@ -209,7 +209,7 @@ def test_all_rates_twice_halve_a_job_without_latencies():
     """Seconds are bytes and FLOPs over rates: there is no rate that scaling forgets."""
     profile, spec = machine(), tiny_spec()
     workload = replace(WORKLOADS["mtbench"], num_requests=64)
-    before = search(spec, profile, workload).require()
+    before = search(Space(spec, profile, workload)).require()
     faster = profile
     for resource in resources(profile):
         if not resource.is_memory:
@@ -222,7 +222,7 @@ def test_all_rates_twice_halve_a_job_without_latencies():
 def test_a_small_job_that_streams_its_weights_is_as_fast_as_its_link():
     t4, spec = compose("1xT4"), BUILT_IN_MODELS["mixtral-8x7b"]
     few = replace(WORKLOADS["mtbench"], num_requests=16)
-    found = search(spec, t4, few, dtype="float16", ffn=Device.GPU)
+    found = search(Space(spec, t4, few, dtype="float16", ffn=Device.GPU))
     policy = found.require().policy
     slower, now, faster = (
         estimate(spec, policy, scale(t4, Resource.H2D_BANDWIDTH, factor), few).tokens_per_s for factor in (0.8, 1, 1.25)

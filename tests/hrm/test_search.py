@@ -16,13 +16,11 @@ from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import tensor_parallel_obstacle
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
-from hrm.search import lattice
+from hrm.search import Outcome, Space, lattice, search
 from hrm.search.choose import TIE
-from hrm.search.exhaustive import search, search_space
 from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.lattice import chunk_ranges, places_of
-from hrm.search.result import Outcome
-from hrm.search.space import Kind, KvPlace, Space
+from hrm.search.space import Kind, KvPlace
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload
@@ -111,7 +109,7 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
             if fits(spec, filled, profile):
                 best = max(best, job_score(spec, filled, profile, workload))
                 break
-    result = search(spec, profile, workload, schedule=schedule)
+    result = search(Space(spec, profile, workload, schedule=schedule))
     assert best > 0
     # Brute force tries chunks a factor of two apart, the search also others.
     assert best * (1 - 1e-9) <= result.greatest_tokens_per_s
@@ -133,9 +131,9 @@ def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, mo
         max_micro_batches=24,
     )
     monkeypatch.setattr(lattice, "WHOLE_PLACES", 10**6)
-    whole = search_space(space)
+    whole = search(space)
     monkeypatch.setattr(lattice, "WHOLE_PLACES", 0)
-    coarse = search_space(space)
+    coarse = search(space)
     assert coarse.outcome is whole.outcome
     assert coarse.evaluations < whole.evaluations
     assert 0.995 * whole.greatest_tokens_per_s <= coarse.greatest_tokens_per_s
@@ -237,7 +235,7 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
         rng = Random(200 + seed)
         spec = random_spec(rng)
         profile = small_machine(rng, spec)
-        result = search(spec, profile, WORKLOAD, schedule=schedule, staging=seed % 2 == 0)
+        result = search(Space(spec, profile, WORKLOAD, schedule=schedule, staging=seed % 2 == 0))
         if result.best is None:
             continue
         for estimate in (result.best, *result.runner_ups):
@@ -254,7 +252,7 @@ def test_more_of_a_resource_never_lowers_the_bound():
     memory = [with_memory(compose("1xL4"), gpu_memory_bytes=x * GB) for x in (12, 24, 48)]
     links = [machine(gpu_bytes=20e9, link=x * 1e9) for x in (4, 16, 64)]
     for profiles in (memory, links):
-        ascending = [search(spec, p, workload).greatest_tokens_per_s for p in profiles]
+        ascending = [search(Space(spec, p, workload)).greatest_tokens_per_s for p in profiles]
         assert ascending == sorted(ascending), ascending
         assert ascending[-1] > 1.05 * ascending[0], "the resource must matter"
 
@@ -264,7 +262,7 @@ def test_more_of_a_resource_never_lowers_the_bound():
 )
 def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workload):
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose(gpus)
-    result = search(spec, profile, WORKLOADS[workload], dtype="float16")
+    result = search(Space(spec, profile, WORKLOADS[workload], dtype="float16"))
     best = result.require()
     assert 2 <= len(result.runner_ups) < result.simulated
     for other in result.runner_ups:
@@ -275,15 +273,15 @@ def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workloa
 
 def test_requests_beyond_counting_are_planned_for_like_prompts_without_end():
     spec, profile = BUILT_IN_MODELS["dbrx"], compose("1xT4")
-    endless = search(spec, profile, WORKLOADS["mtbench"], dtype="float16").require()
+    endless = search(Space(spec, profile, WORKLOADS["mtbench"], dtype="float16")).require()
     workload = replace(WORKLOADS["mtbench"], num_requests=MAX_REQUESTS)
-    many = search(spec, profile, workload, dtype="float16").require()
+    many = search(Space(spec, profile, workload, dtype="float16")).require()
     assert many.tokens_per_s == pytest.approx(endless.tokens_per_s, rel=1e-3)
 
 
 def test_of_equal_policies_the_one_with_fewer_micro_batches_is_chosen():
     workload = replace(WORKLOADS["mtbench"], gen_len=1)  # no decoding: only the batch counts
-    result = search(BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4"), workload, dtype="float16")
+    result = search(Space(BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4"), workload, dtype="float16"))
     assert result.require().policy.num_micro_batches < 64
 
 
@@ -301,7 +299,7 @@ def test_a_system_is_searched_within_what_it_can_do(schedule):
     spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
     space = Space(spec=spec, profile=profile, workload=WORKLOAD, dtype="bfloat16", schedule=schedule)
     assert set(space.devices()) == ALLOWED[schedule]
-    policy = search(spec, profile, WORKLOAD, schedule=schedule).require().policy
+    policy = search(Space(spec, profile, WORKLOAD, schedule=schedule)).require().policy
     devices = int(policy.attention is Device.GPU), int(policy.ffn is Device.GPU)
     assert devices in ALLOWED[schedule]
     if schedule is ScheduleName.DEEPSPEED:
@@ -309,7 +307,7 @@ def test_a_system_is_searched_within_what_it_can_do(schedule):
 
 
 def test_a_model_that_does_not_fit_says_what_to_change():
-    result = search(BUILT_IN_MODELS["dbrx"], machine(gpu_bytes=2e9), WORKLOADS["mtbench"])
+    result = search(Space(BUILT_IN_MODELS["dbrx"], machine(gpu_bytes=2e9), WORKLOADS["mtbench"]))
     assert result.outcome is Outcome.INFEASIBLE
     assert result.best is None
     with pytest.raises(PolicyError, match=r"no policy fits.*level gpu lacks .* try --gpu-memory"):

@@ -1,23 +1,35 @@
-"""Three solvers over the same spaces: they must agree, and their policies must be what they say."""
+"""Solvers over the same spaces: they must agree, and their policies must be what they say."""
 
+import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
+from typing import ClassVar, final
 
+import numpy as np
 import pytest
 
+from hrm.cli.report import print_plan
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
+from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
 from hrm.policy import ScheduleName
-from hrm.search import bayesian, exhaustive, milp
-from hrm.search.result import Outcome, SearchResult
-from hrm.search.space import Space
+from hrm.search import SOLVERS, Outcome, Solver, Space, search, solver_named
+from hrm.search.bayesian import Optuna, study_name
+from hrm.search.choose import TIE, ranked
+from hrm.search.constraints import within_limits
+from hrm.search.exhaustive import Exhaustive
+from hrm.search.grid import ALL_THAT_FIT, make_grid
+from hrm.search.milp import Milp
+from hrm.search.solver import Found
+from hrm.search.space import KvPlace
+from hrm.search.ways import find
 from hrm.units import MB
 from hrm.workload import Workload
-from tests.hrm.support import machine, random_spec, random_varied_spec
+from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
 
 TRIPLES = 56
 MILP_AGREES = 1e-2  # both try some chunks, not the same ones
@@ -63,35 +75,31 @@ def a_space(seed: int) -> Space:
 
 
 @cache
-def searched(seed: int) -> SearchResult:
-    return exhaustive.search_space(a_space(seed))
+def searched(seed: int) -> Found:
+    return find(a_space(seed), Exhaustive())
 
 
-def check_best(space: Space, result: SearchResult) -> None:
+def check_best(space: Space, found: Found) -> None:
     """The best policy fits, and its estimate is that of the policy."""
-    best = result.require()
+    best = found.ranked[0]
     plan_memory(space.spec, best.policy, space.profile).check_fits()
     again = estimate(space.spec, best.policy, space.profile, space.workload)
     assert again.tokens_per_s == best.tokens_per_s
 
 
 def test_the_triples_are_of_every_sort():
-    outcomes = [searched(seed).outcome for seed in range(TRIPLES)]
-    assert outcomes.count(Outcome.BEST_FOUND) >= 50
-    kinds = {
-        (best.policy.attention, best.policy.ffn, best.policy.kv_share_on_gpu == 1)
-        for seed in range(TRIPLES)
-        if (best := searched(seed).best) is not None
-    }
+    best = [searched(seed).ranked[0].policy for seed in range(TRIPLES) if searched(seed).ranked]
+    assert len(best) >= 50
+    kinds = {(policy.attention, policy.ffn, policy.kv_share_on_gpu == 1) for policy in best}
     assert len(kinds) >= 4
 
 
 @pytest.mark.parametrize("seed", range(TRIPLES))
 def test_programs_and_the_exhaustive_search_agree(seed):
     space, tried = a_space(seed), searched(seed)
-    proved = milp.search_space(space)
-    if tried.best is None:
-        assert proved.outcome is Outcome.INFEASIBLE
+    proved = find(space, Milp())
+    if not tried.ranked:
+        assert not proved.ranked
         return
     assert proved.greatest_tokens_per_s == pytest.approx(tried.greatest_tokens_per_s, rel=MILP_AGREES)
     check_best(space, proved)
@@ -101,29 +109,27 @@ def test_programs_and_the_exhaustive_search_agree(seed):
 @pytest.mark.parametrize("seed", range(TRIPLES))
 def test_trials_come_close_to_the_exhaustive_search(seed):
     space, tried = a_space(seed), searched(seed)
-    if tried.best is None:
-        assert bayesian.search_space(space, trials=5).outcome is Outcome.INFEASIBLE
+    if not tried.ranked:
+        assert not Optuna(trials=5).find(space).ranked
         return
-    close = (1 - OPTUNA_AGREES) * tried.best.tokens_per_s
+    close = (1 - OPTUNA_AGREES) * tried.tokens_per_s
     for trials in TRIALS:
-        tries = bayesian.search_space(space, trials=trials, seed=seed)
-        assert tries.outcome is Outcome.BEST_FOUND
+        tries = Optuna(trials=trials, seed=seed).find(space)
         check_best(space, tries)
-        if tries.require().tokens_per_s >= close:
+        if tries.tokens_per_s >= close:
             return
-    pytest.fail(f"{tries.require().tokens_per_s} < {close}")
+    pytest.fail(f"{tries.tokens_per_s} < {close}")
 
 
 def test_a_study_goes_on_where_it_was_kept(tmp_path):
     space, storage = a_space(1), str(tmp_path / "trials.log")
-    first = bayesian.search_space(space, trials=5, storage=storage)
-    second = bayesian.search_space(space, trials=5, storage=storage)
+    solver = Optuna(trials=5, storage=storage)
+    first, second = solver.find(space), solver.find(space)
     assert second.evaluations > first.evaluations
-    assert second.require().tokens_per_s >= first.require().tokens_per_s
+    assert second.tokens_per_s >= first.tokens_per_s > 0
     other = replace(space, workload=replace(space.workload, gen_len=space.workload.gen_len + 1))
-    assert bayesian.study_name(other) != bayesian.study_name(space)
-    third = bayesian.search_space(other, trials=5, storage=storage)
-    assert third.evaluations <= 5
+    assert study_name(other) != study_name(space)
+    assert solver.find(other).evaluations <= 5
 
 
 def test_an_interrupted_search_reports_the_best_so_far():
@@ -132,25 +138,83 @@ def test_an_interrupted_search_reports_the_best_so_far():
         if number == 4:
             raise KeyboardInterrupt
 
-    result = bayesian.search_space(a_space(1), trials=50, progress=stop)
+    result = search(a_space(1), Optuna(trials=50, progress=stop))
     assert result.outcome is Outcome.INTERRUPTED
     assert 1 <= result.evaluations <= 4
-    check_best(a_space(1), result)
+    assert result.require().memory.fits
 
 
 def test_processes_share_a_study(tmp_path):
     storage = str(tmp_path / "trials.log")
     trial = (
-        "from tests.hrm.test_solvers import a_space; from hrm.search import bayesian; "
-        f"bayesian.search_space(a_space(1), trials=6, storage={storage!r})"
+        "from tests.hrm.test_solvers import a_space; from hrm.search.bayesian import Optuna; "
+        f"Optuna(trials=6, storage={storage!r}).find(a_space(1))"
     )
     both = [subprocess.Popen([sys.executable, "-c", trial]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    alone = bayesian.search_space(a_space(1), trials=6)
-    assert bayesian.search_space(a_space(1), trials=1, storage=storage).evaluations > (alone.evaluations)
+    alone = Optuna(trials=6).find(a_space(1))
+    assert Optuna(trials=1, storage=storage).find(a_space(1)).evaluations > alone.evaluations
 
 
 @pytest.mark.parametrize("storage", ["/no/such/folder/trials.log", "nosql://x", "{folder}"])
 def test_a_storage_that_cannot_be_used_is_named(tmp_path, storage):
     with pytest.raises(PolicyError, match=r"--storage.* is .*must be a .*that Optuna opens"):
-        bayesian.search_space(a_space(1), trials=1, storage=storage.format(folder=tmp_path))
+        Optuna(trials=1, storage=storage.format(folder=tmp_path)).find(a_space(1))
+
+
+@final
+@dataclass(frozen=True)
+class Smallest(Solver):
+    """Micro-batches of one request, as a solver from outside that knows little would try them."""
+
+    count: int = 2
+
+    name: ClassVar[str] = "smallest"
+    evaluates: ClassVar[str] = "policies of one request at a time"
+
+    def find(self, space: Space) -> Found:
+        places = [(1, number, 0, ALL_THAT_FIT, space.workload.max_prompt_len) for number in range(1, self.count + 1)]
+        kind = next(kind for kind in space.kinds() if kind.kv is KvPlace.NONE)
+        grid = make_grid(space, kind, np.array(places))
+        fitting = [space.predicted(grid.policy(space, index)) for index in range(len(grid)) if grid.fits[index]]
+        return Found(ranked=ranked(fitting), evaluations=len(grid), simulated=len(fitting))
+
+
+def test_a_solver_from_outside_is_a_class_and_a_row(monkeypatch, capsys):
+    monkeypatch.setitem(SOLVERS, "smallest", f"{__name__}:Smallest")
+    space = Space(tiny_spec(), machine(), Workload(name="few", prompt_len=8, max_prompt_len=8, gen_len=4))
+    alone = Smallest(count=2).find(space)
+    result = search(space, solver_named("smallest", count=2))
+    # What was found is polished and bounded as any solver's is.
+    assert (result.solver, result.evaluations) == ("smallest", alone.evaluations)
+    assert result.require().tokens_per_s >= alone.tokens_per_s * (1 - TIE)
+    assert result.require().tokens_per_s <= result.bound_tokens_per_s < math.inf
+    assert all(each.policy != result.require().policy for each in result.runner_ups)
+    print_plan(result.require(), space.spec, space.profile, space.workload, result)
+    assert f"smallest search: {result.evaluations} policies of one request at a time" in capsys.readouterr().out
+    with pytest.raises(PolicyError, match=r"--count is 3.*--solver smallest only"):
+        solver_named("milp", count=3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_row_names_its_solver(name):
+    assert solver_named(name).name == name
+
+
+@pytest.mark.parametrize(("seed", "limited"), [(1, "max_tpot_s"), (9, "max_tpot_s"), (5, "max_ttft_s")])
+def test_every_solver_keeps_limits_on_waiting_times(seed, limited):
+    free = searched(seed).ranked[0]
+    waited_s = free.latency.last_ttft_s if limited == "max_ttft_s" else free.latency.tpot_s
+    assert waited_s is not None
+    space = replace(a_space(seed), limits=LatencyLimits(**{limited: 0.7 * waited_s}))
+    by_grid, *others = (within_limits(space, solver.find) for solver in (Exhaustive(), Milp(), Optuna(trials=60)))
+    for found in (by_grid, *others):
+        assert space.limits.are_met(found.ranked[0].latency)
+        assert found.tokens_per_s >= 0.9 * by_grid.tokens_per_s  # few trials, and one policy of a kind by a program
+    assert 0 < by_grid.tokens_per_s <= free.tokens_per_s * (1 + TIE)
+
+
+def test_limits_that_nothing_meets_are_told_by_every_solver():
+    space = replace(a_space(1), limits=LatencyLimits(max_ttft_s=1e-9))
+    for solver in (Exhaustive(), Milp(), Optuna(trials=5)):
+        assert search(space, solver).outcome is Outcome.TOO_SLOW

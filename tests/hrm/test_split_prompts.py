@@ -16,9 +16,7 @@ from hrm.memory import plan_memory, prefix_bytes_per_token
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
-from hrm.search import lattice, milp
-from hrm.search.exhaustive import search, search_space
-from hrm.search.space import Space
+from hrm.search import Space, lattice, search, solver_named
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import Workload
@@ -147,7 +145,7 @@ def t4_of(gpu_memory: float):
 
 def found(profile, workload=LONG):
     spec = BUILT_IN_MODELS["mixtral-8x7b"]
-    return search(spec, profile, workload, dtype="float16", schedule=ScheduleName.CGOPIPE).best
+    return search(Space(spec, profile, workload, dtype="float16", schedule=ScheduleName.CGOPIPE)).best
 
 
 def test_where_the_longest_prompt_fits_no_chunk_there_is_a_policy_now(monkeypatch):
@@ -194,7 +192,7 @@ def test_programs_split_prompts_as_the_grid_does():
         dtype="float16",
         schedule=ScheduleName.CGOPIPE,
     )
-    by_milp, by_grid = milp.search_space(space).require(), search_space(space).require()
+    by_milp, by_grid = (search(space, solver_named(name)).require() for name in ("milp", "exhaustive"))
     assert by_milp.policy.prefill_chunk_tokens < LONG.max_prompt_len
     assert by_milp.tokens_per_s == pytest.approx(by_grid.tokens_per_s, rel=0.05)
 

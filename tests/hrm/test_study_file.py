@@ -11,7 +11,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from hrm.errors import PolicyError
-from hrm.search import bayesian, study_file
+from hrm.search import study_file
+from hrm.search.bayesian import Optuna
 from hrm.search.study_file import StudyFile
 from tests.hrm.test_solvers import a_space
 
@@ -107,11 +108,11 @@ def test_a_file_of_something_else_is_never_written_to(tmp_path, content):
 def test_a_line_that_contradicts_the_others_names_the_storage(path, line):
     path.write_bytes(path.read_bytes() + json.dumps(line).encode() + b"\n")
     with pytest.raises(PolicyError, match=r"--storage is .*trials\.log'.*may be damaged"):
-        bayesian.search_space(a_space(1), trials=1, storage=str(path))
+        Optuna(trials=1, storage=str(path)).find(a_space(1))
 
 
 def test_trials_with_parameters_of_another_kind_are_left_out(tmp_path):
     path, space = tmp_path / "trials.log", a_space(1)
-    bayesian.search_space(space, trials=3, storage=str(path))
+    Optuna(trials=3, storage=str(path)).find(space)
     path.write_bytes(path.read_bytes().replace(b'"param_name":"size"', b'"param_name":"sise"'))
-    bayesian.search_space(space, trials=1, storage=str(path)).require()
+    assert Optuna(trials=1, storage=str(path)).find(space).ranked

@@ -11,7 +11,7 @@ from hrm.errors import HrmError, ProfileError
 from hrm.machines import with_memory
 from hrm.policy import ScheduleName
 from hrm.scaling import Resource, scale
-from hrm.search.exhaustive import search
+from hrm.search import Space, search
 from hrm.sweep import Length, between, parse_swept, sweep, swept
 from hrm.tasks import Device
 from hrm.units import MB, UnitError
@@ -26,15 +26,17 @@ PROFILE = machine(gpu_bytes=0.8 * MB, cpu_bytes=40 * MB, link=1e8)
 def test_every_row_is_the_search_for_its_machine():
     memories = [0.05 * MB, 2 * MB, 40 * MB]
     schedules = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN]
-    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=Resource.CPU_MEMORY, values=memories, schedules=schedules)
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Resource.CPU_MEMORY, values=memories, schedules=schedules)
     assert list(frame.schedule) == ["cgopipe"] * 3 + ["flexgen"] * 3
     assert list(frame.cpu_memory_bytes) == memories * 2
     for _, row in frame.iterrows():
         single = search(
-            SPEC,
-            with_memory(PROFILE, cpu_memory_bytes=row.cpu_memory_bytes),
-            WORKLOAD,
-            schedule=ScheduleName(row.schedule),
+            Space(
+                SPEC,
+                with_memory(PROFILE, cpu_memory_bytes=row.cpu_memory_bytes),
+                WORKLOAD,
+                schedule=ScheduleName(row.schedule),
+            )
         ).best
         if single is None:
             assert row.reason == "no policy fits, even with one request at a time"
@@ -61,21 +63,21 @@ def test_every_row_is_the_search_for_its_machine():
 @pytest.mark.parametrize("resource", [Resource.H2D_BANDWIDTH, Resource.GPU_FLOPS])
 def test_more_of_a_rate_never_costs_throughput(resource):
     now = {"h2d-bandwidth": 1e8, "gpu-flops": 50e12}[resource]
-    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=resource, values=[now / 50, now / 4, now, 4 * now])
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=resource, values=[now / 50, now / 4, now, 4 * now])
     rates = list(frame.tokens_per_s)
     assert all(b >= 0.99 * a for a, b in pairwise(rates)), rates
     assert frame[resource.column].tolist() == [now / 50, now / 4, now, 4 * now]
-    plain = search(SPEC, scale(PROFILE, resource, 4), WORKLOAD).require()
+    plain = search(Space(SPEC, scale(PROFILE, resource, 4), WORKLOAD)).require()
     assert rates[3] == pytest.approx(plain.tokens_per_s)
 
 
 def test_lengths_are_swept_with_the_spread_of_the_workload():
-    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=Length.PROMPT_LEN, values=[16, 48])
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Length.PROMPT_LEN, values=[16, 48])
     for value, rate in zip((16, 48), frame.tokens_per_s, strict=True):
         asked = replace(WORKLOAD, prompt_len=value, max_prompt_len=3 * value)
-        assert rate == search(SPEC, PROFILE, asked).require().tokens_per_s
-    frame = sweep(SPEC, PROFILE, WORKLOAD, vary=Length.GEN_LEN, values=[4, 16])
-    single = search(SPEC, PROFILE, replace(WORKLOAD, gen_len=16)).require()
+        assert rate == search(Space(SPEC, PROFILE, asked)).require().tokens_per_s
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Length.GEN_LEN, values=[4, 16])
+    single = search(Space(SPEC, PROFILE, replace(WORKLOAD, gen_len=16))).require()
     assert frame.tokens_per_s[1] == single.tokens_per_s
     assert "gen_len" in frame.columns
 
@@ -83,12 +85,9 @@ def test_lengths_are_swept_with_the_spread_of_the_workload():
 def test_options_go_to_the_search_and_every_point_is_told():
     told: list[int] = []
     frame = sweep(
-        SPEC,
-        PROFILE,
-        WORKLOAD,
+        Space(SPEC, PROFILE, WORKLOAD, attention=Device.GPU),
         vary=Resource.CPU_BANDWIDTH,
         values=[5e10, 1e11],
-        attention=Device.GPU,
         on_point=lambda: told.append(len(told)),
     )
     assert list(frame.attention) == ["gpu", "gpu"]
@@ -98,7 +97,7 @@ def test_options_go_to_the_search_and_every_point_is_told():
 
 def test_what_the_machine_lacks_cannot_be_swept():
     with pytest.raises(ProfileError, match="has no link between GPUs"):
-        sweep(SPEC, PROFILE, WORKLOAD, vary=Resource.PEER_BANDWIDTH, values=[1e9])
+        sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Resource.PEER_BANDWIDTH, values=[1e9])
 
 
 def test_names_and_values_are_read_as_people_write_them():

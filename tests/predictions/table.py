@@ -16,7 +16,7 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose, load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy import Policy, ScheduleName
-from hrm.search.solvers import Solver, solve
+from hrm.search import Space, search, solver_named
 from hrm.strict import decode_strictly
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -65,10 +65,11 @@ def predict(entry: Entry) -> Figures:
         policy = decode_strictly(entry["policy"], Policy, entry["name"])
         return _figures(estimate(spec, policy, profile, workload))
     asked = dict(entry["search"])
-    for option, kind in (("attention", Device), ("ffn", Device), ("schedule", ScheduleName), ("solver", Solver)):
+    solver = solver_named(asked.pop("solver", "exhaustive"))
+    for option, kind in (("attention", Device), ("ffn", Device), ("schedule", ScheduleName)):
         if option in asked:
             asked[option] = kind(asked[option])
-    found = solve(spec, profile, workload, **asked)
+    found = search(Space(spec, profile, workload, **asked), solver)
     if found.best is None:
         return {"outcome": found.outcome.value, "advice": " | ".join(found.advice())}
     policy = found.best.policy

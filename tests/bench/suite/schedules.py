@@ -24,7 +24,7 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.policy_file import policy_file_of
 from hrm.profiling.environment import available_ram_bytes
-from hrm.search.exhaustive import search
+from hrm.search import Space, search
 from tests.bench.suite.record import Record
 from tests.bench.suite.setting import CAPS, Setting
 
@@ -107,7 +107,7 @@ def _under_its_own(
     """
     spec, profile, workload = machine.spec, machine.profile, setting.scale.workload
     dtype, few = profile.default_dtype, setting.scale.few_tokens
-    best = search(spec, profile, workload, dtype=dtype, schedule=schedule).require()
+    best = search(Space(spec, profile, workload, dtype=dtype, schedule=schedule)).require()
     loads_s: dict[str, float] = record.figures.get("load_s", {})
     load_s = max(loads_s.values(), default=spec.parameters * 2 / LOAD_BYTES_PER_S)
     if not _time_for(setting, record, name, load_s + SLOWER * best.seconds):
