@@ -8,6 +8,7 @@ from rich.table import Table
 
 from hrm.cli.options import ChosenModel, machine_options, model_options, plan_sources, resolve_plan, workload_options
 from hrm.cli.out_file import OUT_FILE
+from hrm.cli.program import CommandGroup
 from hrm.cli.report import console
 from hrm.cli.tables import tell_written, write_csv
 from hrm.errors import PolicyError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _out = click.option("--out", "-o", type=OUT_FILE, required=True, help="PNG, SVG or PDF, by its ending.")
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def plot() -> None:
     """Draw a machine's roofline, what the lanes do under a policy, or a sweep, as a picture."""
 
