@@ -7,7 +7,7 @@ import os
 import pytest
 
 from hrm.cli import main
-from hrm.files import open_locked
+from hrm.locks import open_locked
 from hrm.machines import load_profile
 from tests.hrm.profiling.fakes import small_sizes
 
