@@ -1,13 +1,17 @@
 """`executor run`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from executor.cli.options import accelerator_arguments, accelerator_options
+from executor.cli.options import accelerator_options
+from hrm.cli.params import enum_option
 from hrm.policy import ScheduleName
 from hrm.units import counted, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from executor.job.machine import AcceleratorOptions
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -18,12 +22,8 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
 @click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
 @click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
-@accelerator_arguments
-@click.option(
-    "--schedule",
-    type=click.Choice([name.value for name in ScheduleName]),
-    help="Run the policy in this order [default: the policy's].",
-)
+@accelerator_options
+@enum_option("--schedule", kind=ScheduleName, help="Run the policy in this order [default: the policy's].")
 @click.option("--seed", default=0, show_default=True, help="For requests without one.")
 @click.option(
     "--max-requests",
@@ -38,10 +38,8 @@ def run(
     policy: Path,
     input_: Path,
     output_dir: Path,
-    accelerator: str,
-    gpu_memory: str | None,
-    link_bandwidth: str | None,
-    schedule: str | None,
+    accelerator: "AcceleratorOptions",
+    schedule: ScheduleName | None,
     seed: int,
     max_requests: int | None,
     resume: bool,
@@ -71,8 +69,8 @@ def run(
         policy=policy,
         input=input_,
         output_dir=output_dir,
-        accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
-        schedule=ScheduleName(schedule) if schedule else None,
+        accelerator=accelerator,
+        schedule=schedule,
         seed=seed,
         max_requests=max_requests,
         resume=resume,

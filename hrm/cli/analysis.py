@@ -1,7 +1,6 @@
 """`hrm whatif` and `hrm map`: which upgrade pays, and where which kind of policy is best."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -10,19 +9,11 @@ import click
 from hrm.analysis.regions import WHOLE, Axis, policy_map
 from hrm.analysis.what_if import what_if
 from hrm.causes import Cause
-from hrm.cli.options import ChosenModel, machine_options, model_options, workload_options
+from hrm.cli.machine_choice import machine_options
+from hrm.cli.options import ChosenModel, model_options, workload_options
+from hrm.cli.params import schedule_option
 from hrm.cli.report import console
-from hrm.cli.tables import (
-    csv_option,
-    plot_option,
-    print_frame,
-    print_rows,
-    records,
-    searching,
-    show_change,
-    tell_written,
-    write_csv,
-)
+from hrm.cli.tables import TableOutput, print_frame, records, searching, show_change, table_output_options
 from hrm.cli.texts import given_text
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
@@ -35,44 +26,31 @@ from hrm.workload import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-_schedule = click.option(
-    "--schedule",
-    type=click.Choice([name.value for name in ScheduleName]),
-    default="cgopipe",
-    show_default=True,
-    help="The order in which tasks are issued.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 NOTHING: Final = 0.001  # a change of throughput below this is none
 MOST_POINTS: Final = 100
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload, dtype: str) -> str:
+def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload) -> str:
     of = " (catalog figures)" if profile.accelerator == "catalog" else ""
     given = f", {text}" if (text := given_text(profile)) else ""
-    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}{given}"
+    return f"{model.spec.name}, {model.dtype_on(profile)}, on {profile.name}{of}, {workload.name}{given}"
 
 
 @click.command()
 @machine_options
 @model_options
 @workload_options
-@_schedule
+@schedule_option
 @click.option("--percent", type=float, default=10.0, show_default=True, help="How much more of each resource.")
-@_json
-@csv_option
-@plot_option
+@table_output_options
 def whatif(
     profile: HardwareProfile,
     model: ChosenModel,
-    dtype: str,
     workload: Workload,
-    schedule: str,
+    schedule: ScheduleName,
     percent: float,
-    as_json: bool,
-    csv: Path | None,
-    plot: Path | None,
+    output: TableOutput,
 ) -> None:
     """What some more of each resource does to the best policy: which upgrade pays.
 
@@ -80,28 +58,26 @@ def whatif(
     """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
+    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
     with searching(len(resources(profile))) as on_point:
-        space = Space(model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule))
         frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
-    about = _about(model, profile, workload, dtype)
-    _write(frame, csv, plot, lambda path: _draw_what_if(frame, path, about))
-    if as_json:
-        print_rows(frame, about=about, percent=percent)
-        return
-    console.print(f"[bold]{about}[/]\n")
-    print_frame(
-        frame,
-        (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
-        lambda row: [
-            _what(row["resource"], percent),
-            _now(profile, row["resource"], dtype),
-            show_change(row["change"]),
-            show_change(row["same_policy_change"]),
-        ],
-        plan=("(N, μ, A_g, F_g, r_w, r_c)", "decode limit"),
-    )
-    console.print(f"\n{_what_pays(frame, percent)}")
-    tell_written(csv, plot)
+    about = _about(model, profile, workload)
+
+    def print_text() -> None:
+        print_frame(
+            frame,
+            (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
+            lambda row: [
+                _what(row["resource"], percent),
+                _now(profile, row["resource"], space.dtype),
+                show_change(row["change"]),
+                show_change(row["same_policy_change"]),
+            ],
+            plan=("(N, μ, A_g, F_g, r_w, r_c)", "decode limit"),
+        )
+        console.print(f"\n{_what_pays(frame, percent)}")
+
+    output.show(frame, about, print_text, lambda path: _draw_what_if(frame, path, about), percent=percent)
 
 
 def _what(resource: str, percent: float) -> str:
@@ -136,7 +112,7 @@ def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
 @machine_options
 @model_options
 @workload_options
-@_schedule
+@schedule_option
 @click.option(
     "--x",
     "x_text",
@@ -146,37 +122,33 @@ def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
 )
 @click.option("--y", "y_text", required=True, metavar="WHAT=FROM:TO:POINTS", help="The same.")
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
-@_json
-@csv_option
-@plot_option
+@table_output_options
 def map_command(
     profile: HardwareProfile,
     model: ChosenModel,
-    dtype: str,
     workload: Workload,
-    schedule: str,
+    schedule: ScheduleName,
     x_text: str,
     y_text: str,
     log: bool,
-    as_json: bool,
-    csv: Path | None,
-    plot: Path | None,
+    output: TableOutput,
 ) -> None:
     """Which kind of policy is best where, over two swept resources."""
     x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
     if x.column == y.column:
         raise HrmError("--y", y_text, "must be another resource than --x", "sweep two of them")
+    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
     with searching(len(x.points) * len(y.points)) as on_point:
-        space = Space(model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule))
         frame = policy_map(space, x=x, y=y, on_point=on_point)
-    about = _about(model, profile, workload, dtype)
-    _write(frame, csv, plot, lambda path: _draw_map(frame, path, x, y, about))
-    if as_json:
-        print_rows(frame, about=about, x=x.column, y=y.column)
-        return
-    console.print(f"[bold]{about}[/]\n")
-    console.print(map_text(frame, x, y), highlight=False)
-    tell_written(csv, plot)
+    about = _about(model, profile, workload)
+    output.show(
+        frame,
+        about,
+        lambda: console.print(map_text(frame, x, y), highlight=False),
+        lambda path: _draw_map(frame, path, x, y, about),
+        x=x.column,
+        y=y.column,
+    )
 
 
 def _axis(text: str, flag: str, *, log: bool) -> Axis:
@@ -253,12 +225,6 @@ def _axis_name(axis: Axis) -> str:
 
 def _axis_value(axis: Axis, value: float) -> str:
     return axis.what.show(value) if isinstance(axis.what, Resource) else f"{value:.3g}"
-
-
-def _write(frame: "pd.DataFrame", csv: Path | None, plot: Path | None, draw: Callable[[Path], None]) -> None:
-    write_csv(frame, csv)
-    if plot is not None:
-        draw(plot)
 
 
 def _draw_what_if(frame: "pd.DataFrame", path: Path, title: str) -> None:

@@ -7,6 +7,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from hrm.cli.params import json_option
 from hrm.cli.report import console, print_json
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec, load_model
 from hrm.units import DTYPE_BYTES, format_bytes, format_count
@@ -16,7 +17,7 @@ DTYPE: Final = "bfloat16"
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 def models(name: str | None, as_json: bool) -> None:
     """List the built-in models, or show NAME (built-in, folder or config.json) in detail."""
     spec = load_model(name) if name else None

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from hrm.cli.out_file import OUT_FILE
 from hrm.cli.paper_report import FigureOfMachine, print_comparisons, print_fits, print_scaling
+from hrm.cli.params import OUT_FILE, json_option
 from hrm.cli.report import print_json
 from hrm.errors import HrmError
 from hrm.machines import load_profile
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 @click.option("--held-out", is_flag=True, help="MTBench (Fig. 7): nothing is fitted on these runs.")
 @click.option("--scaling", is_flag=True, help="From two T4s to four, with larger models.")
 @click.option("--fit", "refit", is_flag=True, help="Fit the fitted figures again and print them.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print rows separated by commas instead.")
 @click.option("--plot", type=OUT_FILE, help="Draw predicted over measured: PNG, SVG or PDF, by its ending.")
 def paper(held_out: bool, scaling: bool, refit: bool, as_json: bool, as_csv: bool, plot: Path | None) -> None:

@@ -1,13 +1,14 @@
 """`hrm plot`: pictures of a machine, of a plan, of a run, and of plans over a swept number."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from hrm.cli.options import ChosenModel, machine_options, model_options, plan_sources, resolve_plan, workload_options
-from hrm.cli.out_file import OUT_FILE
+from hrm.cli.machine_choice import machine_options
+from hrm.cli.options import ChosenModel, PlanSource, model_options, plan_source_options, workload_options
+from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
 from hrm.cli.report import console
 from hrm.cli.tables import tell_written, write_csv
@@ -89,20 +90,20 @@ def roofline(
 
 
 @plot.command()
-@click.option(
+@enum_option(
     "--schedule",
     "schedules",
-    type=click.Choice([name.value for name in ScheduleName]),
+    kind=ScheduleName,
     multiple=True,
     help="Run the policy in this order [default: the policy's, or cgopipe]; repeat it to compare.",
 )
-@plan_sources
+@plan_source_options
 @click.option(
     "--run",
     type=click.Path(path_type=Path, file_okay=False),
     help="Draw this run's first batch above what was predicted for it.",
 )
-@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True)
+@phase_option
 @click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps.")
 @click.option(
     "--from-layer",
@@ -114,16 +115,14 @@ def roofline(
 @click.option("--layers", type=click.IntRange(1), help="Draw this many layers of the first step [default: all steps].")
 @_out
 def timeline(
-    schedules: tuple[str, ...],
+    source: PlanSource,
+    schedules: tuple[ScheduleName, ...],
     run: Path | None,
-    phase: str,
+    phase: Phase,
     steps: int,
     from_layer: int,
     layers: int | None,
     out: Path,
-    policy: Path | None,
-    model: str | None,
-    **sources: Any,
 ) -> None:
     """Lanes over time as predicted, for one schedule or several, and as a run measured them."""
     from hrm.cli.timelines import of_run, of_schedules
@@ -132,18 +131,17 @@ def timeline(
 
     style.check_path(out)
     if run is not None:
-        if any((policy, model, schedules, *sources.values())):
+        if schedules or source.is_given:
             raise PolicyError(
                 "--run",
                 str(run),
                 "holds its own policy, machine and workload",
                 "leave the other options out, or draw them without --run",
             )
-        title, traces = of_run(run, Phase(phase), steps)
+        title, traces = of_run(run, phase, steps)
     else:
-        first = schedules[0] if schedules else None
-        plan = resolve_plan(policy=policy, model=model, schedule=first, **sources)
-        title, traces = of_schedules(plan, schedules, Phase(phase), steps, searched=policy is None)
+        plan = source.plan(schedules[0] if schedules else None)
+        title, traces = of_schedules(plan, schedules, phase, steps, searched=source.policy is None)
     if layers is not None or from_layer:
         last = None if layers is None else from_layer + layers - 1
         traces = {name: window(t, first=from_layer, last=last) for name, t in traces.items()}
@@ -165,10 +163,10 @@ def timeline(
 @click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
 @click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True)
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
-@click.option(
+@enum_option(
     "--schedule",
     "schedules",
-    type=click.Choice([name.value for name in ScheduleName]),
+    kind=ScheduleName,
     multiple=True,
     default=["cgopipe"],
     show_default=True,
@@ -179,14 +177,13 @@ def timeline(
 def sweep(
     profile: HardwareProfile,
     model: ChosenModel,
-    dtype: str,
     workload: Workload,
     vary: str,
     low: str,
     high: str,
     points: int,
     log: bool,
-    schedules: tuple[str, ...],
+    schedules: tuple[ScheduleName, ...],
     csv: Path | None,
     out: Path,
 ) -> None:
@@ -202,7 +199,7 @@ def sweep(
     style.check_path(out)
     what = swept(vary)
     values = between(what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points, logarithmic=log)
-    names = [ScheduleName(name) for name in dict.fromkeys(schedules)]
+    names, dtype = list(dict.fromkeys(schedules)), model.dtype_on(profile)
     here = _here(what, profile, workload, dtype)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         shown = bar.add_task("searching", total=len(values) * len(names))

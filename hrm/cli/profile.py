@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hrm.cli.out_file import OUT_FILE
+from hrm.cli.params import OUT_FILE
 from hrm.cli.program import Interrupted
 from hrm.cli.report import console
 from hrm.contract.openmp import spin_briefly

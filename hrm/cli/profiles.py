@@ -10,6 +10,7 @@ from rich.table import Column, Table
 
 from hrm.catalog import Part, list_files
 from hrm.cli.machine_table import print_card, print_host, print_profile
+from hrm.cli.params import json_option
 from hrm.cli.report import console, print_json
 from hrm.errors import ProfileError
 from hrm.hardware import NOISY_SPREAD, GpuCard, HardwareProfile, Host
@@ -24,7 +25,7 @@ TOLD_CHANGE = 0.10  # of which diff says in how many figures it would be told
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME | diff A B]")
 @click.option("--all", "show_all", is_flag=True, help="diff: list what is within the spreads too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 @click.option(
     "--yaml/--table",
     "as_yaml",

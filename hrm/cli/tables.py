@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -10,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from hrm.cli.out_file import OUT_FILE
+from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.cli.report import console, print_json
 from hrm.files import write_whole
 from hrm.units import format_seconds
@@ -18,8 +19,43 @@ from hrm.units import format_seconds
 if TYPE_CHECKING:
     import pandas as pd
 
+
+@dataclass(frozen=True, slots=True)
+class TableOutput:
+    """Where a table goes: printed, or as one JSON object, and into files."""
+
+    as_json: bool
+    csv: Path | None
+    plot: Path | None
+
+    def show(
+        self,
+        frame: "pd.DataFrame",
+        about: str,
+        print_text: Callable[[], object],
+        draw: Callable[[Path], object] = lambda _: None,
+        **facts: Any,
+    ) -> None:
+        """Write the table and draw it as asked, and print it by `print_text`, or with `facts` as JSON."""
+        write_csv(frame, self.csv)
+        if self.plot is not None:
+            draw(self.plot)
+        if self.as_json:
+            print_rows(frame, about=about, **facts)
+            return
+        console.print(f"[bold]{about}[/]\n")
+        print_text()
+        tell_written(self.csv, self.plot)
+
+
 csv_option = click.option("--csv", type=OUT_FILE, help="Write the table here too.")
-plot_option = click.option("--plot", type=OUT_FILE, help="Draw it too: PNG, SVG or PDF, by its ending.")
+table_output_options = together(
+    "output",
+    TableOutput,
+    json_option,
+    csv_option,
+    click.option("--plot", type=OUT_FILE, help="Draw it too: PNG, SVG or PDF, by its ending."),
+)
 
 
 @contextmanager

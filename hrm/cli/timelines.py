@@ -18,10 +18,10 @@ from hrm.validate import RunRecord, paced, read_run
 
 
 def of_schedules(
-    plan: PolicyFile, schedules: tuple[str, ...], phase: Phase, steps: int, *, searched: bool
+    plan: PolicyFile, schedules: tuple[ScheduleName, ...], phase: Phase, steps: int, *, searched: bool
 ) -> tuple[str, dict[str, Trace]]:
     """The same policy in the order of every schedule, with attention where the schedule has it."""
-    names = [ScheduleName(name) for name in schedules] or [plan.policy.schedule]
+    names = list(schedules) or [plan.policy.schedule]
     if searched:
         plan = replace(plan, policy=fitting_all(plan, names))
     plans = {name.value: replace(plan, policy=in_order(plan.policy, name)) for name in names}

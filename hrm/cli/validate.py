@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from hrm.cli.params import json_option
 from hrm.cli.report import console, print_json
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
@@ -15,7 +16,7 @@ from hrm.validate import validate as compare
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 def validate(run: Path, as_json: bool) -> None:
     """Lay what RUN (an output directory of executor run) measured beside the prediction."""
     validation = compare(read_run(run))

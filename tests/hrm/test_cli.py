@@ -183,7 +183,7 @@ MISTAKES = {
     "more residents than experts": ([*ESTIMATE, "--resident-experts", "9"], "at most the 8"),
     "residents that are no numbers": ([*ESTIMATE, "--resident-experts", "x"], "must be integers"),
     "a share above one": ([*ESTIMATE, "--kv-on-gpu", "2"], "--kv-on-gpu is '2'"),
-    "no micro-batch": (["estimate", *T4, "-u", "0", "-n", "4"], "--micro-batch-size is 0"),
+    "no micro-batch": (["estimate", *T4, "-u", "0", "-n", "4"], "--micro-batch-size is '0'"),
     "nothing to simulate": (["simulate"], "--policy and --model is <neither>"),
     "a policy file that is not there": (["simulate", "--policy", "none.json"], "none.json"),
     "a place that cannot be written": ([*ESTIMATE, "--out", "/no/such/p.json"], "must be writable"),

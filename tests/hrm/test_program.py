@@ -184,6 +184,7 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         ("executor run --polcy x", "--policy"),
         ("hrm estimate --schedule fastdecod", "fastdecode"),
         ("executor run --schedule fastdecod", "fastdecode"),
+        ("executor bench --model dbrx --schedules cgopipe,fastdecod", "fastdecode"),
     ],
 )
 def test_what_is_nearest_to_a_wrong_word_is_named(capsys, words, near):
