@@ -23,7 +23,7 @@ from hrm.workload import Workload, named_workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lengths:
+class WorkloadChoice:
     """What the options say of the workload: a name, lengths, or both."""
 
     workload: str | None = None
@@ -73,9 +73,9 @@ def _longest(prompt_len: float) -> int:
     return math.ceil(prompt_len)
 
 
-_lengths_options = together(
-    "lengths",
-    Lengths,
+_workload_choice = together(
+    "asked",
+    WorkloadChoice,
     click.option("--workload", metavar="NAME", help="mtbench, synthetic-reasoning or summarization."),
     click.option("--prompt-len", type=float, help="Mean prompt length in tokens."),
     click.option("--max-prompt-len", type=int, help="Longest prompt [default: the mean]."),
@@ -88,10 +88,10 @@ _lengths_options = together(
 def workload_options(command: Command) -> Command:
     """Give a command `workload: Workload` from a name, from lengths, or from both."""
 
-    @_lengths_options
+    @_workload_choice
     @wraps(command)
-    def wrapper(*args: Any, lengths: Lengths, **options: Any) -> Any:
-        return command(*args, workload=lengths.resolve(), **options)
+    def wrapper(*args: Any, asked: WorkloadChoice, **options: Any) -> Any:
+        return command(*args, workload=asked.resolve(), **options)
 
     return wrapper
 
@@ -163,13 +163,13 @@ class PlanSource:
     policy: Path | None
     model: str | None
     choice: MachineChoice
-    lengths: Lengths
+    asked: WorkloadChoice
 
     @property
     def is_given(self) -> bool:
         """Whether the options say anything."""
         named = self.policy is not None or self.model is not None
-        return named or self.choice != MachineChoice() or self.lengths != Lengths()
+        return named or self.choice != MachineChoice() or self.asked != WorkloadChoice()
 
     def plan(self, schedule: ScheduleName | None) -> PolicyFile:
         """The plan, in the order of a schedule if one is given.
@@ -188,7 +188,7 @@ class PlanSource:
         from hrm.search import Space, search
 
         machine = self.choice.machine()
-        spec, workload = load_model(self.model), self.lengths.resolve()
+        spec, workload = load_model(self.model), self.asked.resolve()
         order = ScheduleName.CGOPIPE if schedule is None else schedule
         space = Space(spec, machine, workload, dtype=machine.default_dtype, schedule=order)
         return policy_file_of(search(space).require(), spec, machine, workload)
@@ -204,8 +204,8 @@ class PlanSource:
         if machine is not plan.profile:
             plan_memory(plan.model, plan.policy, machine).check_fits()
             plan = replace(plan, profile=machine)
-        if self.lengths != Lengths():
-            plan = replace(plan, workload=self.lengths.resolve())
+        if self.asked != WorkloadChoice():
+            plan = replace(plan, workload=self.asked.resolve())
         if schedule is not None:
             plan = replace(plan, policy=replace(plan.policy, schedule=schedule))
         return plan
@@ -217,7 +217,7 @@ plan_source_options = together(
     policy_option,
     click.option("--model", metavar="NAME-or-PATH", help="The model to search a policy for."),
     machines_options,
-    _lengths_options,
+    _workload_choice,
 )
 
 
