@@ -28,7 +28,7 @@ def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]
     several = best is not None and profile.num_gpus > 1
     return {
         "parallelism": best.policy.parallelism.value if best is not None and several else None,
-        "policy": None if best is None else best.paper_text,
+        "policy": None if best is None else str(best.paper_tuple),
         **plan_row(result),
     }
 

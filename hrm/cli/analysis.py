@@ -17,7 +17,7 @@ from hrm.cli.tables import TableOutput, print_frame, records, searching, show_ch
 from hrm.cli.texts import given_text
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
-from hrm.policy import ScheduleName
+from hrm.policy import PAPER_SYMBOLS, ScheduleName
 from hrm.scaling import Resource, resource_value, resources
 from hrm.search import Space
 from hrm.sweep import between, parse_swept
@@ -73,7 +73,7 @@ def whatif(
                 show_change(row["change"]),
                 show_change(row["same_policy_change"]),
             ],
-            plan=("(N, μ, A_g, F_g, r_w, r_c)", "decode limit"),
+            plan=(PAPER_SYMBOLS, "decode limit"),
         )
         console.print(f"\n{_what_pays(frame, percent)}")
 

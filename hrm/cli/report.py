@@ -15,7 +15,7 @@ from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
-from hrm.policy import Parallelism, Policy, experts_of_layers
+from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy, experts_of_layers
 from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import given_resources
@@ -33,8 +33,7 @@ def print_json(content: dict[str, Any]) -> None:
 def policy_json(estimate: Estimate) -> dict[str, Any]:
     """The policy's fields and the paper's six-tuple."""
     policy = estimate.policy
-    n, mu, a_g, f_g, r_w, r_c = estimate.paper_tuple
-    six = {"N": n, "mu": mu, "A_g": a_g, "F_g": f_g, "r_w": r_w, "r_c": r_c}
+    six = estimate.paper_tuple._asdict()
     fields = {name: getattr(policy, name) for name in Policy.__dataclass_fields__}
     return {**fields, "num_micro_batches": policy.num_micro_batches, "paper_tuple": six}
 
@@ -173,9 +172,7 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
 
 def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profile: HardwareProfile) -> None:
     policy = estimate.policy
-    console.print(
-        f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = {estimate.paper_text}, schedule {policy.schedule.value}"
-    )
+    console.print(f"[bold]policy[/]  {PAPER_SYMBOLS} = {estimate.paper_tuple}, schedule {policy.schedule.value}")
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
     if policy.parallelism is Parallelism.PIPELINE:
@@ -300,11 +297,11 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
 def _print_search(search: SearchResult) -> None:
     if search.runner_ups:
         phase, _ = _last_limit(search.runner_ups[0])
-        table = Table(
-            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", f"{phase} limited by", box=None, pad_edge=False
-        )
+        table = Table(f"runner-up {PAPER_SYMBOLS}", "tokens/s", f"{phase} limited by", box=None, pad_edge=False)
         for estimate in search.runner_ups:
-            table.add_row(estimate.paper_text, f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value)
+            table.add_row(
+                str(estimate.paper_tuple), f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value
+            )
         console.print(table)
     console.print(
         f"[dim]{search.solver} search: {search.evaluations:,} {search.evaluates}, "

@@ -14,6 +14,7 @@ from rich.table import Table
 from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.cli.report import console, print_json
 from hrm.files import write_whole
+from hrm.policy import PAPER_SYMBOLS
 from hrm.units import format_seconds
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:.4g}",
     "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
     "parallel": lambda row: row["parallelism"] if isinstance(row["parallelism"], str) else "–",
-    "(N, μ, A_g, F_g, r_w, r_c)": lambda row: row["policy"],
+    PAPER_SYMBOLS: lambda row: row["policy"],
     "decode limit": lambda row: row["decode_bottleneck"],
 }
 
@@ -123,7 +124,7 @@ def print_frame(
     for row in records(frame):
         if row["reason"]:
             reason = [""] * (len(told) - 1)
-            policy = told.index("(N, μ, A_g, F_g, r_w, r_c)")
+            policy = told.index(PAPER_SYMBOLS)
             reason.insert(policy, row["reason"])
             table.add_row(*cells(row), *reason)
         else:
