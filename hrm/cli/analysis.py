@@ -14,7 +14,7 @@ from hrm.cli.options import ChosenModel, model_options, workload_options
 from hrm.cli.params import schedule_option
 from hrm.cli.report import console
 from hrm.cli.tables import TableOutput, print_frame, records, searching, show_change, table_output_options
-from hrm.cli.texts import given_text
+from hrm.cli.texts import given_text, machine_text
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
 from hrm.policy import PAPER_SYMBOLS, ScheduleName
@@ -32,9 +32,8 @@ LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload) -> str:
-    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
     given = f", {text}" if (text := given_text(profile)) else ""
-    return f"{model.spec.name}, {model.dtype_on(profile)}, on {profile.name}{of}, {workload.name}{given}"
+    return f"{model.spec.name}, {model.dtype_on(profile)}, on {machine_text(profile)}, {workload.name}{given}"
 
 
 @click.command()

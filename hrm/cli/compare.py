@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hrm.cli.machine_choice import MachineChoice
 from hrm.cli.report import console
 from hrm.cli.tables import TableOutput, print_frame, records, searching, seconds_or_dash
-from hrm.cli.texts import given_text
+from hrm.cli.texts import given_text, machine_text
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.scaling import given_resources, resources, with_resource
@@ -71,11 +71,9 @@ def show_front(front: Front, compared: Compared, output: TableOutput) -> None:
             "name one: --pareto gpus changes how many GPUs it has",
         )
     space = compared.spaces[0]
-    machine = space.profile
     with searching(None) as on_point:
         frame, cost = _frame(front, space, compared.choice, on_point)
-    of = " (catalog figures)" if machine.accelerator == "catalog" else ""
-    on_machine = compared.about(f"on {machine.name}{of}")
+    on_machine = compared.about(f"on {machine_text(space.profile)}")
 
     def draw(path: Path) -> None:
         from hrm.plots.pareto import plot_pareto

@@ -12,6 +12,7 @@ from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
 from hrm.cli.report import console
 from hrm.cli.tables import tell_written, write_csv
+from hrm.cli.texts import machine_text
 from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
@@ -211,13 +212,12 @@ def sweep(
             on_point=lambda: bar.advance(shown),
         )
     write_csv(frame, csv)
-    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
     plot_sweep(
         frame,
         out,
         x=what.column,
         here=here if values[0] <= here <= values[-1] else None,
-        title=f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}",
+        title=f"{model.spec.name}, {dtype}, on {machine_text(profile)}, {workload.name}",
     )
     _print_sweep(frame, what)
     tell_written(csv, out)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hrm.cli.simulate import simulate_plan
+from hrm.cli.texts import machine_text
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, simulate_work, with_batch_size
@@ -28,9 +29,8 @@ def of_schedules(
     for other in plans.values():
         plan_memory(plan.model, other.policy, plan.profile).check_fits()
     policy = plan.policy
-    of = " (catalog figures)" if plan.profile.accelerator == "catalog" else ""
     parts = counted(policy.num_micro_batches, "micro-batch")
-    title = f"{plan.model.name} on {plan.profile.name}{of}: {parts} of {policy.micro_batch_size}"
+    title = f"{plan.model.name} on {machine_text(plan.profile)}: {parts} of {policy.micro_batch_size}"
     traces = {
         f"{name}, attention on the {other.policy.attention.value.upper()}, predicted": simulate_plan(
             other, phase, num_steps=steps
