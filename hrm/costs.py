@@ -240,7 +240,7 @@ class TaskWork:
     pipeline: Pipeline
     tokens: float
     context: float
-    requests_per_chunk: float = 0.0
+    requests_per_chunk: float | None = None
     mean_residents: tuple[float, ...] = ()
     layer_mixes: tuple[LayerMix, ...] = ()
     stretch: float = 1.0
@@ -346,7 +346,7 @@ class TaskWork:
                 is_last = task.layer == self.pipeline.num_layers - 1
                 return costs.prefill_layer(m, self.context, kind, is_last=is_last)
             case TaskKind.SAMPLE if self.pipeline.phase is Phase.PREFILL:
-                return costs.first_tokens(self.requests_per_chunk or m)
+                return costs.first_tokens(m if self.requests_per_chunk is None else self.requests_per_chunk)
             case TaskKind.SAMPLE:
                 return costs.sample(m)
             case TaskKind.STAGE_PAGE:

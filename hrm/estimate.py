@@ -142,7 +142,7 @@ def estimate(
     """
     part = part_for(policy, spec, profile)
     costs = Costs(part.spec, part.profile, policy.dtype, runtime)
-    requests = workload.num_requests or policy.batch_size
+    requests = workload.requests_or(policy.batch_size)
     turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
     if workload.num_requests is not None:
         pipeline = policy.parallelism is Parallelism.PIPELINE

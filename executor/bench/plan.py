@@ -53,6 +53,10 @@ class BenchOptions:
     seed: int = 0
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
+    def longest(self, prompt_len: int) -> int:
+        """The longest of prompts with this mean."""
+        return prompt_len if self.max_prompt_len is None else max(self.max_prompt_len, prompt_len)
+
 
 def model_of(options: BenchOptions, stack: ExitStack) -> tuple[AbstractFamily, WeightSource, Architecture]:
     """The model that is asked for and its weights; `stack` is to hold a checkpoint open."""
@@ -92,13 +96,13 @@ def solved(options: BenchOptions, spec: ModelSpec) -> PolicyFile:
     """The best policy for the model and the requests, on the machine that is asked for."""
     from hrm.search import Space, search
 
-    prompt_len = options.prompt_len or PROMPT_LEN
+    prompt_len = PROMPT_LEN if options.prompt_len is None else options.prompt_len
     workload = Workload(
         name="bench",
         prompt_len=prompt_len,
-        max_prompt_len=max(options.max_prompt_len or 0, prompt_len),
-        gen_len=options.gen_len or GEN_LEN,
-        num_requests=options.num_requests or NUM_REQUESTS,
+        max_prompt_len=options.longest(prompt_len),
+        gen_len=GEN_LEN if options.gen_len is None else options.gen_len,
+        num_requests=NUM_REQUESTS if options.num_requests is None else options.num_requests,
     )
     profile = _machine(options, spec)
     with_bfloat16 = "bfloat16" in profile.top.processor.compute_flops_per_s
@@ -123,7 +127,7 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         )
     from hrm.profiling.machine import profile_machine
 
-    emulate = bandwidth or (memory and not torch.cuda.is_available())
+    emulate = bandwidth is not None or (memory is not None and not torch.cuda.is_available())
     name = "emulated" if asked.name == "auto" and emulate else asked.name
     return in_thread_of_its_own(
         lambda: profile_machine(

@@ -49,7 +49,7 @@ class Bench:
         workload = replace(
             self.policy_file.workload,
             prompt_len=self._prompt_len,
-            max_prompt_len=max(options.max_prompt_len or 0, self._prompt_len),
+            max_prompt_len=options.longest(self._prompt_len),
             gen_len=self._gen_len,
             num_requests=self._num_requests,
         )
@@ -84,7 +84,8 @@ class Bench:
             for _repeat in range(self._options.repeats):
                 run.repeat()
             row = run.row()
-        self._first = self._first or row.tokens_per_s
+        if self._first is None:
+            self._first = row.tokens_per_s
         return replace(row, ratio=row.tokens_per_s / self._first)
 
     def start(self, schedule: ScheduleName, *, gen_len: int | None = None) -> "BenchRun":
@@ -118,7 +119,7 @@ class Bench:
 
     def requests(self, gen_len: int | None = None) -> Iterator[Request]:
         """The requests of every repeat; nothing but their length ends them."""
-        new = gen_len or self._gen_len
+        new = self._gen_len if gen_len is None else gen_len
         params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         generator = random.Random(self._options.seed)
         lengths = self.policy_file.workload.prompt_lengths(self._num_requests)
@@ -154,24 +155,25 @@ class Bench:
         `pageable` are purposes of the host's memory that should be pinned but are not.
         """
         plan = self.policy_file
-        workload = replace(plan.workload, gen_len=gen_len or plan.workload.gen_len)
+        workload = replace(plan.workload, gen_len=plan.workload.gen_len if gen_len is None else gen_len)
         runtime = runtime_with(pageable, plan.profile)
         return estimate(self.spec, policy, plan.profile, workload, runtime=runtime)
 
     @property
     def _prompt_len(self) -> int:
-        return self._options.prompt_len or round(self.policy_file.workload.prompt_len)
+        given = self._options.prompt_len
+        return round(self.policy_file.workload.prompt_len) if given is None else given
 
     @property
     def _gen_len(self) -> int:
-        return self._options.gen_len or self.policy_file.workload.gen_len
+        given = self._options.gen_len
+        return self.policy_file.workload.gen_len if given is None else given
 
     @property
     def _num_requests(self) -> int:
-        given = self._options.num_requests
-        if self._options.policy is None:
-            return given or NUM_REQUESTS
-        return given or self.policy_file.policy.batch_size
+        if self._options.num_requests is not None:
+            return self._options.num_requests
+        return NUM_REQUESTS if self._options.policy is None else self.policy_file.policy.batch_size
 
 
 @final
@@ -230,7 +232,7 @@ class BenchRun:
     def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
         """Run all requests once more, or with other new tokens, or only the first few."""
         totals = Totals()
-        requests = list(islice(self.bench.requests(gen_len or self._gen_len), num_requests))
+        requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
         for batch in Batcher(iter(requests), self._generator.policy):

@@ -89,7 +89,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
 
     Raises PolicyError if that has more tasks than can be drawn.
     """
-    requests = plan.workload.num_requests or plan.policy.batch_size
+    requests = plan.workload.requests_or(plan.policy.batch_size)
     policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
     costs = Costs(*plan.part, policy.dtype)
     if phase is Phase.PREFILL:

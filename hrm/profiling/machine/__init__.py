@@ -86,9 +86,9 @@ def profile_machine(
     gpus = _gpus(indices)
     options = {
         "accelerator": kind if kind != "cuda" else f"cuda:{','.join(map(str, indices))}",
-        "--gpu-memory": str(gpu_memory_bytes or "not given"),
-        "--link-bandwidth": str(link_bandwidth_bytes_per_s or "not given"),
-        "--disk": str(disk or "not given"),
+        "--gpu-memory": _told(gpu_memory_bytes),
+        "--link-bandwidth": _told(link_bandwidth_bytes_per_s),
+        "--disk": _told(disk),
         "--dtype": ", ".join(dtypes),
         "mode": "quick" if quick else "full",
         "model": repr(model) if model else "not given",
@@ -151,8 +151,10 @@ def _run(
         case "emulated":
             return profile_emulated(
                 run,
-                gpu_memory_bytes or min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8),
-                link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S,
+                min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
+                if gpu_memory_bytes is None
+                else gpu_memory_bytes,
+                EMULATED_LINK_BYTES_PER_S if link_bandwidth_bytes_per_s is None else link_bandwidth_bytes_per_s,
             )
         case "cuda":
             return profile_cuda(run, gpus, gpu_memory_bytes)
@@ -187,6 +189,10 @@ def _check_options(
             "needs a GPU level, which accelerator cpu has not",
             "leave it out or use --accelerator emulated",
         )
+
+
+def _told(option: object) -> str:
+    return "not given" if option is None else str(option)
 
 
 def _resolve(accelerator: str) -> tuple[Literal["cuda", "emulated", "cpu"], tuple[int, ...]]:

@@ -136,7 +136,7 @@ def _at_most(link: Link, bandwidth: float) -> Link:
     rate, found = link.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s.planned
     if found.value <= bandwidth:
         return link
-    capped = replace(found, value=bandwidth, p20=min(found.p20 or bandwidth, bandwidth))
+    capped = replace(found, value=bandwidth, p20=bandwidth if found.p20 is None else min(found.p20, bandwidth))
     return replace(link, bandwidth_bytes_per_s=replace(rate, achieved=capped))
 
 
