@@ -100,7 +100,7 @@ def bench(
     )
     with Bench(options, tell=lambda line: click.echo(line, err=True)) as ready:
         if as_json:
-            from hrm.cli.report import print_json
+            from hrm.cli.console import print_json
 
             rows = [ready.row(schedule).to_json() for schedule in ready.schedules]
             print_json({**plan_json(ready), "repeats": repeats, "rows": rows})

@@ -9,10 +9,10 @@ import click
 from hrm.analysis.regions import WHOLE, Axis, policy_map
 from hrm.analysis.what_if import what_if
 from hrm.causes import Cause
+from hrm.cli.console import console
 from hrm.cli.machine_choice import machine_options
 from hrm.cli.options import ChosenModel, model_options, workload_options
 from hrm.cli.params import schedule_option
-from hrm.cli.report import console
 from hrm.cli.tables import TableOutput, print_frame, records, searching, show_change, table_output_options
 from hrm.cli.texts import given_text, machine_text
 from hrm.errors import HrmError

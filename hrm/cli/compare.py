@@ -5,8 +5,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hrm.cli.console import console
 from hrm.cli.machine_choice import MachineChoice
-from hrm.cli.report import console
 from hrm.cli.tables import TableOutput, print_frame, records, searching, seconds_or_dash
 from hrm.cli.texts import given_text, machine_text
 from hrm.errors import PolicyError, ProfileError

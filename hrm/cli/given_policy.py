@@ -8,7 +8,7 @@ import click
 from hrm.cli.params import enum_option, schedule_option, staging_option, together
 from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
-from hrm.memory import plan_memory
+from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, prefix_tokens_for
 from hrm.tasks import Device
@@ -33,24 +33,49 @@ class GivenPolicy:
     staging: bool
 
     def policy(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str) -> Policy:
-        """The policy for a model; PolicyError if it does not fit the machine, with what would."""
-        sizes = Sizes(self.micro_batch_size, self.num_micro_batches, experts_of_layers(spec), 1.0)
-        given = self
-        if profile.has_accelerator:
-            sizes = replace(
-                sizes, residents=_resident_experts(self.resident_experts, spec), kv_on_gpu=_share(self.kv_on_gpu)
-            )
-        else:  # one level: everything lies and is computed there
-            given = replace(self, attention=Device.GPU, ffn=Device.GPU, resident_dense=True)
-
-        def of(sizes: Sizes) -> Policy:
-            return _with_sizes(given, sizes, spec, workload, dtype)
-
-        policy = of(sizes)
+        """The policy for a model; on a machine of one level everything lies and is computed there."""
+        two_levels = profile.has_accelerator
+        batch_size = self.micro_batch_size * self.num_micro_batches
+        if workload.num_requests is not None:
+            batch_size = max(min(batch_size, workload.num_requests), self.micro_batch_size)
+        num_micro_batches = -(-batch_size // self.micro_batch_size)
+        on_gpu = round(_share(self.kv_on_gpu) * num_micro_batches) if two_levels else num_micro_batches
+        attention = self.attention if two_levels else Device.GPU
+        longest, chunk = workload.max_prompt_len, self.prefill_chunk
+        if chunk is None:
+            chunk = max(longest, min(round(batch_size * workload.prompt_len), PREFILL_CHUNK_TOKENS))
+        cpu_attention = attention is Device.CPU and on_gpu < num_micro_batches
+        policy = Policy(
+            schedule=self.schedule,
+            batch_size=batch_size,
+            micro_batch_size=self.micro_batch_size,
+            attention=attention,
+            ffn=self.ffn if two_levels else Device.GPU,
+            resident_experts=_resident_experts(self.resident_experts, spec) if two_levels else experts_of_layers(spec),
+            resident_dense=self.resident_dense or not two_levels,
+            gpu_kv_micro_batches=on_gpu,
+            kv_tokens_per_micro_batch=kv_tokens_for(
+                self.micro_batch_size, workload.mean_context_len, workload.max_context_len
+            ),
+            prefill_chunk_tokens=chunk,
+            prefix_buffer_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=int(cpu_attention)),
+            staging=self.staging,
+            dtype=dtype,
+        )
         policy.check_model(spec)
-        plan = plan_memory(spec, policy, profile)
-        if not plan.fits:
-            plan.check_fits(remedy=_smaller(sizes, lambda s: plan_memory(spec, of(s), profile).fits, profile))
+        return policy
+
+    def fitting(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str) -> Policy:
+        """The policy for a model; PolicyError if it does not fit the machine, with what would."""
+
+        def plan(given: GivenPolicy) -> MemoryPlan:
+            return plan_memory(spec, given.policy(spec, profile, workload, dtype=dtype), profile)
+
+        policy = self.policy(spec, profile, workload, dtype=dtype)
+        if not plan(self).fits:
+            may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
+            remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)
+            plan(self).check_fits(remedy=remedy)
         return policy
 
 
@@ -91,67 +116,27 @@ given_policy_options = together(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What takes memory in a given policy; all but the share of the KV cache is made smaller if it does not fit."""
-
-    micro_batch_size: int
-    num_micro_batches: int
-    residents: tuple[int, ...]
-    kv_on_gpu: float
-
-
-def _with_sizes(given: GivenPolicy, sizes: Sizes, spec: ModelSpec, workload: Workload, dtype: str) -> Policy:
-    """A given policy with these sizes."""
-    batch_size = sizes.micro_batch_size * sizes.num_micro_batches
-    if workload.num_requests is not None:
-        batch_size = max(min(batch_size, workload.num_requests), sizes.micro_batch_size)
-    num_micro_batches = -(-batch_size // sizes.micro_batch_size)
-    longest, chunk = workload.max_prompt_len, given.prefill_chunk
-    if chunk is None:
-        chunk = max(longest, min(round(batch_size * workload.prompt_len), PREFILL_CHUNK_TOKENS))
-    on_gpu = round(sizes.kv_on_gpu * num_micro_batches)
-    cpu_attention = given.attention is Device.CPU and on_gpu < num_micro_batches
-    return Policy(
-        schedule=given.schedule,
-        batch_size=batch_size,
-        micro_batch_size=sizes.micro_batch_size,
-        attention=given.attention,
-        ffn=given.ffn,
-        resident_experts=sizes.residents,
-        resident_dense=given.resident_dense,
-        gpu_kv_micro_batches=on_gpu,
-        kv_tokens_per_micro_batch=kv_tokens_for(
-            sizes.micro_batch_size, workload.mean_context_len, workload.max_context_len
-        ),
-        prefill_chunk_tokens=chunk,
-        prefix_buffer_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=int(cpu_attention)),
-        staging=given.staging,
-        dtype=dtype,
-    )
-
-
-def _smaller(sizes: Sizes, fits: Callable[[Sizes], bool], profile: HardwareProfile) -> str:
+def _smaller(given: GivenPolicy, fits: Callable[[GivenPolicy], bool], *, without_experts: bool) -> str:
     """The options of the largest batch that fits, in smaller or fewer micro-batches; or empty.
 
     Resident experts are given up only if nothing fits beside them.
     """
-    kept = [(sizes, "")]
-    if profile.has_accelerator and any(sizes.residents):
-        none = replace(sizes, residents=(0,) * len(sizes.residents))
-        kept.append((none, " --resident-experts 0"))
+    kept = [(given, "")]
+    if without_experts:
+        kept.append((replace(given, resident_experts="0"), " --resident-experts 0"))
     for changed, options in kept:
         size = _largest(changed.micro_batch_size, lambda u, of=changed: fits(replace(of, micro_batch_size=u)))
         number = _largest(changed.num_micro_batches, lambda n, of=changed: fits(replace(of, num_micro_batches=n)))
         if size == changed.micro_batch_size:
             return options.strip()
-        if number * sizes.micro_batch_size > size * sizes.num_micro_batches:
+        if number * given.micro_batch_size > size * given.num_micro_batches:
             return f"-n {number}{options}"
         if size:
             return f"-u {size}{options}"
-    least = replace(kept[-1][0], num_micro_batches=1)
-    size = _largest(sizes.micro_batch_size, lambda u: fits(replace(least, micro_batch_size=u)))
-    return f"-u {size} -n 1{kept[-1][1]}" if size else ""
+    last, options = kept[-1]
+    least = replace(last, num_micro_batches=1)
+    size = _largest(given.micro_batch_size, lambda u: fits(replace(least, micro_batch_size=u)))
+    return f"-u {size} -n 1{options}" if size else ""
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from hrm.cli.report import console
+from hrm.cli.console import console, plain_table
 from hrm.hardware import NOISY_SPREAD, Contention, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
@@ -92,7 +92,7 @@ def _print_links(links: Sequence[Link]) -> None:
 def _table(first: str, value: str, second: str = "") -> Table:
     """A table of rates; all of them read from left to right like this."""
     columns = [first, *([second] if second else [])]
-    return Table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source", box=None, pad_edge=False)
+    return plain_table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source")
 
 
 def _print_contention(contention: Sequence[Contention]) -> None:
@@ -101,9 +101,7 @@ def _print_contention(contention: Sequence[Contention]) -> None:
     columns = list(dict.fromkeys(name for name in works))
     kept = {(entry.work, entry.beside): entry.kept for entry in contention}
     several = any(len(beside) > 1 for _, beside in kept)
-    table = Table(
-        "keeps", *(f"beside {name}" for name in columns), *(["beside all"] if several else []), box=None, pad_edge=False
-    )
+    table = plain_table("keeps", *(f"beside {name}" for name in columns), *(["beside all"] if several else []))
     for work in works:
         cells = [_share(kept.get((work, (name,)))) for name in columns]
         if several:

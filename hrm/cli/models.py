@@ -7,8 +7,8 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import json_option
-from hrm.cli.report import console, print_json
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec, load_model
 from hrm.units import DTYPE_BYTES, format_bytes, format_count
 
@@ -70,20 +70,9 @@ def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
 
 
 def _print_list(specs: list[ModelSpec]) -> None:
-    table = Table(
-        "model",
-        "parameters",
-        "active",
-        "layers",
-        "experts",
-        "a layer",
-        "an expert",
-        "KV a token",
-        box=None,
-        pad_edge=False,
+    table = plain_table(
+        "model", "parameters", "active", "layers", "experts", "a layer", "an expert", "KV a token", right_from=1
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
     for spec in specs:
         table.add_row(
             spec.name,
@@ -174,11 +163,7 @@ def _windows(spec: ModelSpec) -> str:
 
 def _print_layers(spec: ModelSpec) -> None:
     size = DTYPE_BYTES[DTYPE]
-    table = Table(
-        "layers", "count", "bytes each", "outside experts", "routed experts", "attend to", box=None, pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = plain_table("layers", "count", "bytes each", "outside experts", "routed experts", "attend to", right_from=1)
     for kind, count in spec.layer_kinds().items():
         table.add_row(*_layer_row(spec, kind, count, size))
     table.add_row("all", str(spec.num_layers), format_bytes(spec.total_layer_bytes(DTYPE)))

@@ -9,12 +9,12 @@ from typing import Final
 import click
 
 from hrm.cli.compare import Compared, Front, show_front, show_machines
-from hrm.cli.console import console
+from hrm.cli.console import console, print_json
 from hrm.cli.given_policy import GivenPolicy, given_policy_options
 from hrm.cli.machine_choice import MachineChoice, machine_options, machines_options
 from hrm.cli.options import ChosenModel, limits_options, model_options, workload_options
 from hrm.cli.params import OUT_FILE, enum_option, json_option, schedule_option, staging_option, together
-from hrm.cli.report import plan_json, print_json, print_plan
+from hrm.cli.report import plan_json, print_plan
 from hrm.cli.tables import TableOutput, table_output_options
 from hrm.cli.texts import run_text
 from hrm.errors import PolicyError
@@ -185,7 +185,7 @@ def estimate(
     A policy that does not fit, or that misses a limit on waiting times, is refused with what would
     be enough.
     """
-    policy = given.policy(model.spec, profile, workload, dtype=model.dtype_on(profile))
+    policy = given.fitting(model.spec, profile, workload, dtype=model.dtype_on(profile))
     predicted = predict(model.spec, policy, profile, workload)
     limits.check(predicted.latency)
     _show(predicted, model, profile, workload, None, as_json=as_json, out=out)

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
+from hrm.cli.console import console, plain_table
 from hrm.cli.machine_choice import machine_options
 from hrm.cli.options import ChosenModel, PlanSource, model_options, plan_source_options, workload_options
 from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
-from hrm.cli.report import console
 from hrm.cli.tables import tell_written, write_csv
 from hrm.cli.texts import machine_text
 from hrm.errors import PolicyError
@@ -235,20 +234,8 @@ def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str)
 
 
 def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
-    table = Table(
-        "schedule",
-        what.value,
-        "tokens/s",
-        "bound",
-        "N",
-        "μ",
-        "attention",
-        "FFN",
-        "r_w",
-        "r_c",
-        "bottleneck",
-        box=None,
-        pad_edge=False,
+    table = plain_table(
+        "schedule", what.value, "tokens/s", "bound", "N", "μ", "attention", "FFN", "r_w", "r_c", "bottleneck"
     )
     for row in frame.to_dict("records"):
         value = _shown(what, float(row[what.column]))

@@ -4,11 +4,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import msgspec
-from rich.table import Table
-
 from hrm.causes import Limit
-from hrm.cli.console import console
+from hrm.cli.console import console, plain_table
 from hrm.cli.limits import launches_json, launches_text, limits_json
 from hrm.cli.texts import given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
@@ -23,11 +20,6 @@ from hrm.search.result import SearchResult
 from hrm.tasks import Device
 from hrm.units import counted, format_bytes, format_count, format_seconds
 from hrm.workload import Workload
-
-
-def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON object and nothing else."""
-    print(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
 
 
 def policy_json(estimate: Estimate) -> dict[str, Any]:
@@ -261,7 +253,7 @@ def _lane_shares(phase: PhaseEstimate) -> str:
 def _print_memory(estimate: Estimate) -> None:
     of_stage = estimate.policy.parallelism is Parallelism.PIPELINE
     name = "memory of a stage" if of_stage else "memory"
-    table = Table(name, "planned", "capacity", "share", "for", box=None, pad_edge=False)
+    table = plain_table(name, "planned", "capacity", "share", "for")
     for plan in estimate.memory.levels:
         largest = sorted(plan.purposes.items(), key=lambda item: -item[1])
         parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest[:4]]
@@ -285,7 +277,7 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
         "attention": policy.kv_share_on_gpu,
         "ffn": float(policy.resident_experts == experts_of_layers(estimate.part.spec)),
     }
-    table = Table("turning points", "intensity", "P1", "P2", "balance", "", box=None, pad_edge=False)
+    table = plain_table("turning points", "intensity", "P1", "P2", "balance", "")
     for name, point in points.items():
         numbers = (point.intensity, point.p1, point.p2, point.balance)
         verdict = "all of its data lies on the GPU" if shares[name] == 1 else point.verdict
@@ -297,7 +289,7 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
 def _print_search(search: SearchResult) -> None:
     if search.runner_ups:
         phase, _ = _last_limit(search.runner_ups[0])
-        table = Table(f"runner-up {PAPER_SYMBOLS}", "tokens/s", f"{phase} limited by", box=None, pad_edge=False)
+        table = plain_table(f"runner-up {PAPER_SYMBOLS}", "tokens/s", f"{phase} limited by")
         for estimate in search.runner_ups:
             table.add_row(
                 str(estimate.paper_tuple), f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value
@@ -314,7 +306,7 @@ def _print_ways(search: SearchResult) -> None:
     if not search.ways or search.best is None:
         return
     chosen = search.best.policy.parallelism
-    table = Table("several GPUs", "tokens/s", "why", box=None, pad_edge=False)
+    table = plain_table("several GPUs", "tokens/s", "why")
     for way in sorted(search.ways, key=lambda way: way.parallelism is not chosen):
         name = f"{way.parallelism.value} parallel{' (chosen)' if way.parallelism is chosen else ''}"
         if way.best is None:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Final
 
 import click
-from rich.table import Table
 
+from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.options import plan_options
 from hrm.cli.params import OUT_FILE, json_option, phase_option
-from hrm.cli.report import console, print_json
 from hrm.cli.texts import given_text
 from hrm.costs import Costs
 from hrm.errors import PolicyError
@@ -69,7 +68,7 @@ def simulate(
     console.print(f"\n{lane_chart(shown, width=width)}\n")
     letters = ", ".join(f"{k.value} {k.name.lower().replace('_', ' ')}" for k in TaskKind)
     console.print(f"[dim]{letters}[/]\n")
-    table = Table("lane", "busy", "share", box=None, pad_edge=False)
+    table = plain_table("lane", "busy", "share")
     shares = simulated.utilisation()
     for lane, busy_s in simulated.busy_s().items():
         table.add_row(lane.value, format_seconds(busy_s), f"{shares[lane]:.1%}")

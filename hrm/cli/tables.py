@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 from rich.console import Console
-from rich.table import Table
 
+from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import OUT_FILE, json_option, together
-from hrm.cli.report import console, print_json
 from hrm.files import write_whole
 from hrm.policy import PAPER_SYMBOLS
 from hrm.units import format_seconds
@@ -118,7 +117,7 @@ def print_frame(
     """
     several = frame["parallelism"].notna().any()
     told = [heading for heading in plan if heading != "parallel" or several]
-    table = Table(*headings, box=None, pad_edge=False)
+    table = plain_table(*headings)
     for heading in told:
         table.add_column(heading, no_wrap=True)
     for row in records(frame):

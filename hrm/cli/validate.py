@@ -6,8 +6,8 @@ from typing import Any
 import click
 from rich.table import Table
 
+from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import json_option
-from hrm.cli.report import console, print_json
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
 from hrm.validate import Comparison, Validation, read_run
@@ -34,7 +34,7 @@ def print_validation(validation: Validation) -> None:
         f"{run.schedule}, {run.totals.requests} requests in {counted(len(run.batches), 'batch')} "
         f"({run.outcome})\n"
     )
-    table = Table("", "measured", "predicted", "error", box=None, pad_edge=False)
+    table = plain_table("", "measured", "predicted", "error")
     _add(table, "[bold]tokens/s, whole job[/]", validation.tokens_per_s, _rate)
     for phase, comparison in validation.phase_tokens_per_s.items():
         word = "prompt tokens/s, prefill" if phase is Phase.PREFILL else "tokens/s, decode"
@@ -51,7 +51,7 @@ def print_validation(validation: Validation) -> None:
                 _add(table, f"    {kind.value} {name}", comparison, format_seconds)
     console.print(table)
     console.print()
-    memory = Table("memory", "peak", "planned", "capacity", box=None, pad_edge=False)
+    memory = plain_table("memory", "peak", "planned", "capacity")
     for name, level in run.memory.items():
         memory.add_row(
             name,

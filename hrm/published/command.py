@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from hrm.cli.console import print_json
 from hrm.cli.params import OUT_FILE, json_option
-from hrm.cli.report import print_json
 from hrm.errors import HrmError
 from hrm.machines import load_profile
 from hrm.published.compare import (

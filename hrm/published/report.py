@@ -6,7 +6,7 @@ from typing import Final
 
 from rich.table import Table
 
-from hrm.cli.report import console
+from hrm.cli.console import console
 from hrm.machines import load_profile
 from hrm.published.compare import (
     Accuracy,
