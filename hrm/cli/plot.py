@@ -10,7 +10,7 @@ from hrm.cli.machine_choice import machine_options
 from hrm.cli.options import ChosenModel, PlanSource, model_options, plan_source_options, workload_options
 from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
-from hrm.cli.tables import tell_written, write_csv
+from hrm.cli.tables import csv_option, searching, tell_written, write_csv
 from hrm.cli.texts import machine_text
 from hrm.errors import PolicyError
 from hrm.hardware import HardwareProfile
@@ -172,7 +172,7 @@ def timeline(
     show_default=True,
     help="Repeat it to compare.",
 )
-@click.option("--csv", type=OUT_FILE, help="Write the points as a table too.")
+@csv_option
 @_out
 def sweep(
     profile: HardwareProfile,
@@ -188,9 +188,6 @@ def sweep(
     out: Path,
 ) -> None:
     """Throughput of the best policy against one resource of the machine, or one length."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from hrm.plots import style
     from hrm.plots.sweep import plot_sweep
     from hrm.search import Space
@@ -201,14 +198,13 @@ def sweep(
     values = between(what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points, logarithmic=log)
     names, dtype = list(dict.fromkeys(schedules)), model.dtype_on(profile)
     here = _here(what, profile, workload, dtype)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task("searching", total=len(values) * len(names))
+    with searching(len(values) * len(names)) as on_point:
         frame = search_all(
             Space(model.spec, profile, workload, dtype=dtype),
             vary=what,
             values=values,
             schedules=names,
-            on_point=lambda: bar.advance(shown),
+            on_point=on_point,
         )
     write_csv(frame, csv)
     plot_sweep(

@@ -1,7 +1,8 @@
 """Predicted beside measured for published runs, their errors and their order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
@@ -11,6 +12,9 @@ from hrm.machines import load_profile
 from hrm.model_spec import load_model
 from hrm.published.data import TABLE_4, PublishedRun, System
 from hrm.published.systems import DTYPE, IMPLEMENTATIONS, policy_of
+
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key")
 
 
 def machine_name(setup: str) -> str:
@@ -112,18 +116,21 @@ def accuracy(comparisons: Sequence[ComparedRun]) -> Accuracy:
 
 def accuracy_by_system(comparisons: Iterable[ComparedRun]) -> dict[System, Accuracy]:
     """Mean and worst error of each system."""
-    of_system: dict[System, list[ComparedRun]] = {}
-    for comparison in comparisons:
-        of_system.setdefault(comparison.run.system, []).append(comparison)
+    of_system = grouped(comparisons, lambda comparison: comparison.run.system)
     return {system: accuracy(its) for system, its in of_system.items()}
 
 
 def by_column(comparisons: Iterable[ComparedRun]) -> dict[str, list[ComparedRun]]:
     """Comparisons of one workload on one setup together, in the order given."""
-    columns: dict[str, list[ComparedRun]] = {}
-    for comparison in comparisons:
-        columns.setdefault(comparison.run.column, []).append(comparison)
-    return columns
+    return grouped(comparisons, lambda comparison: comparison.run.column)
+
+
+def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Those of one key together, in the order given."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def order_as_published(column: Sequence[ComparedRun]) -> bool:

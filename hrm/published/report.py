@@ -14,6 +14,7 @@ from hrm.published.compare import (
     accuracy,
     accuracy_by_system,
     by_column,
+    grouped,
     machine_name,
     order_as_published,
 )
@@ -158,48 +159,37 @@ def print_scaling(scalings: Sequence[Scaling]) -> None:
     _say("T4 and CPU attention as in paper-s1; nothing is fitted on these runs")
     console.print()
     table = _new_table(
-        "generated",
-        "N on 2",
-        "on 4",
-        "predicted 2",
-        "4",
-        "measured 2",
-        "4",
-        "predicted",
-        "measured",
-        "shared links",
-        left=(0,),
+        *("generated", "N on 2", "on 4", "predicted 2", "4", "measured 2", "4", "predicted", "measured", "shared links")
     )
-    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+    by_model = grouped(scalings, lambda scaling: scaling.two.run.model)
+    for model, of_model in by_model.items():
         table.add_row(f"[bold]{model}[/]")
-        for scaling in scalings:
-            if scaling.two.run.model == model:
-                table.add_row(*_scaling_cells(scaling))
+        for scaling in of_model:
+            table.add_row(*_scaling_cells(scaling))
     console.print(table)
     console.print("[dim]shared links: if two cards had the bandwidth of one link[/]\n")
-    console.print(_steps_table(scalings))
+    console.print(_steps_table(by_model))
     console.print(
         "[dim]measured: what the run's time leaves for a step if prefill took as predicted; a link,"
         " a process:\nthe weights that each card's link, or the cache that each card's process on"
         " the CPU, would move a\nsecond if it alone filled that step; left: of a card's memory, by"
         " hrm's formulas[/]"
     )
-    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+    for model, of_model in by_model.items():
         console.print()
-        _explain(model, [scaling for scaling in scalings if scaling.two.run.model == model])
+        _explain(model, of_model)
 
 
-def _steps_table(scalings: Sequence[Scaling]) -> Table:
+def _steps_table(by_model: dict[str, list[Scaling]]) -> Table:
     """Decode steps on two and four GPUs: predicted, what limits them, and what was measured."""
     table = _new_table(
         "generated", "GPUs", "step", "limited by", "measured", "a link", "a process", "left", left=(0, 3)
     )
-    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+    for model, scalings in by_model.items():
         table.add_row(f"[bold]{model}[/]")
         for scaling in scalings:
-            if scaling.two.run.model == model:
-                for comparison in (scaling.two, scaling.four):
-                    table.add_row(*_step_cells(comparison))
+            for comparison in (scaling.two, scaling.four):
+                table.add_row(*_step_cells(comparison))
     return table
 
 
