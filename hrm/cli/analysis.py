@@ -26,7 +26,7 @@ from hrm.workload import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-NOTHING: Final = 0.001  # a change of throughput below this is none
+NOTHING: Final = 0.001  # a throughput that changes by less counts as unchanged
 MOST_POINTS: Final = 100
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -53,7 +53,7 @@ def whatif(
 ) -> None:
     """What some more of each resource does to the best policy: which upgrade pays.
 
-    Of latencies, and of the time that tasks wait for one another, it is less.
+    Latencies, and the time that tasks wait for one another, become shorter instead.
     """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
@@ -80,14 +80,14 @@ def whatif(
 
 
 def _what(resource: str, percent: float) -> str:
-    """A row's name: of what takes time there is less where there is more of all else."""
+    """A row's name; where there is more of everything, there is `less` of a latency or of waiting."""
     if resource != Cause.WAITING.value and not Resource(resource).is_latency:
         return resource
     return f"{'less' if percent > 0 else 'more'} {resource}"
 
 
 def _now(profile: HardwareProfile, resource: str, dtype: str) -> str:
-    """How much of it there is; waiting is no resource."""
+    """How much of the resource the machine has; a dash for waiting, which is none."""
     if resource == Cause.WAITING.value:
         return "–"
     named = Resource(resource)
@@ -166,7 +166,7 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
     first, last = (_end(what, part, flag) for part in parts[:2])
     # Factors are spaced as rates are: they need not be whole.
     spaced_as = what if isinstance(what, Resource) else Resource.CPU_FLOPS
-    # Before it is read as a number: of thousands of digits, none is made.
+    # Checked as text first: Python reads no number of thousands of digits.
     if len(parts[2]) > len(str(MOST_POINTS)) or int(parts[2]) > MOST_POINTS:
         raise HrmError(
             f"{flag} {name}: points",

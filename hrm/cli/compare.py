@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hrm.analysis.rows import OnPoint
 
-COUNTS: Final = (1, 2, 4, 8, 16)  # of GPUs on their front
+COUNTS: Final = (1, 2, 4, 8, 16)  # of GPUs that --pareto gpus tries
 
 
 class Front(StrEnum):

@@ -1,4 +1,4 @@
-"""A policy whose numbers are given as options, and what of it would fit where it does not."""
+"""The policy that options give number by number, and the nearest one that fits if it does not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, p
 from hrm.tasks import Device
 from hrm.workload import Workload
 
-PREFILL_CHUNK_TOKENS = 4096  # at most, where the options do not say it and prompts are no longer
+PREFILL_CHUNK_TOKENS = 4096  # unless --prefill-chunk says it, a batch has fewer or one prompt has more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from hrm.machines import compose, load_host, load_profile, parse_gpus, without_g
 from hrm.scaling import Resource, with_resource
 from hrm.sweep import parse_swept
 
-MOST_MACHINES: Final = 100  # that are compared: each takes a search
+MOST_MACHINES: Final = 100  # to compare in one command: each takes a search
 
 
 def _few(flag: str, names: str) -> list[str]:
@@ -77,7 +77,7 @@ class MachineChoice:
         return machines[0]
 
     def with_gpus(self, count: int) -> HardwareProfile | None:
-        """So many of the GPUs of --gpus, unchanged; None if their host does not take them.
+        """The machine of --gpus with another number of GPUs; None if its host does not take them.
 
         Raises ProfileError if it is not composed of GPUs and a host.
         """

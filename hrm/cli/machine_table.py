@@ -90,13 +90,13 @@ def _print_links(links: Sequence[Link]) -> None:
 
 
 def _table(first: str, value: str, second: str = "") -> Table:
-    """A table of rates; all of them read from left to right like this."""
+    """A table of rates with the columns that all of them have."""
     columns = [first, *([second] if second else [])]
     return plain_table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source")
 
 
 def _print_contention(contention: Sequence[Contention]) -> None:
-    """What each kind of work keeps, beside each other one and beside all of them."""
+    """What each kind of work keeps of its speed beside each other kind, and beside all of them."""
     works = list(dict.fromkeys(entry.work for entry in contention))
     columns = list(dict.fromkeys(name for name in works))
     kept = {(entry.work, entry.beside): entry.kept for entry in contention}

@@ -66,7 +66,7 @@ def all_of(*options: Decorator) -> Decorator:
 
 
 def together(name: str, make: Callable[..., object], *options: Decorator) -> Decorator:
-    """Hand a command one argument `name`, which `make` makes of what several options give.
+    """Hand a command one argument, `name`: what `make` returns for the values of several options.
 
     The arguments of `make` are named as the options are.
     """

@@ -19,7 +19,7 @@ from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
 DIFF = "diff"
-TOLD_CHANGE = 0.10  # of which diff says in how many figures it would be told
+TOLD_CHANGE = 0.10  # diff says in how many figures it would notice a change of this size
 
 
 @click.command()

@@ -28,7 +28,7 @@ class _ReaderGone(Exception):  # noqa: N818 - no error: somebody has seen enough
 
 
 class CommandGroup(click.Group):
-    """Commands in whose arguments a mistake is told with the command it was made in, and what is near."""
+    """Commands that tell a mistake with the command it was made in and the word that was perhaps meant."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -88,7 +88,7 @@ class LazyGroup(CommandGroup):
         """What the command returns, when all that it prints is out."""
         with _telling_of_readers():
             result = super().invoke(ctx)
-            sys.stdout.flush()  # or what is left in it would fail when nothing can be said of it
+            sys.stdout.flush()  # else the rest would fail at exit, where no error can be told
             return result
 
 
@@ -98,7 +98,7 @@ def _telling_of_readers() -> Generator[None]:
         yield
     except BrokenPipeError as error:
         raise _ReaderGone from error
-    except SystemExit as error:  # what rich makes of it
+    except SystemExit as error:  # rich makes this of a broken pipe
         if isinstance(error.__context__, BrokenPipeError):
             raise _ReaderGone from error
         raise
@@ -157,7 +157,7 @@ def _signals_as_ctrl_c() -> Generator[Callable[[], int]]:
         raise KeyboardInterrupt
 
     before: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # outside of the main thread there are no signals to hear
+    with suppress(ValueError):  # only the main thread can handle signals
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
@@ -169,7 +169,7 @@ def _signals_as_ctrl_c() -> Generator[Callable[[], int]]:
 
 
 def _open_standard_streams() -> None:
-    """Give standard streams that were closed to nobody, or files that are opened take their place.
+    """Connect standard streams that were closed to /dev/null, or files opened later take their place.
 
     `hrm models >&-` then prints to nowhere instead of into whatever is opened first.
     """
@@ -183,7 +183,7 @@ def _open_standard_streams() -> None:
 
 
 def _forget_output() -> None:
-    """Let what is still to be printed go nowhere, so that Python's exit does not fail on it."""
+    """Discard what is still to be printed, so that Python does not fail on it at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):

@@ -23,7 +23,7 @@ from hrm.workload import Workload
 
 
 def policy_json(estimate: Estimate) -> dict[str, Any]:
-    """The policy's fields and the paper's six-tuple."""
+    """The policy's fields and the paper's six numbers."""
     policy = estimate.policy
     six = estimate.paper_tuple._asdict()
     fields = {name: getattr(policy, name) for name in Policy.__dataclass_fields__}
@@ -319,7 +319,7 @@ def _print_ways(search: SearchResult) -> None:
 
 
 def _last_limit(best: Estimate) -> tuple[str, Limit]:
-    """What limits decode, or prefill where that generates all there is."""
+    """What limits decode, or prefill where that generates the only token."""
     if best.decode.seconds:
         return "decode", best.limits.decode
     return "prefill", best.limits.prefill

@@ -19,7 +19,7 @@ from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import counted, format_seconds
 
 TEXT_TASKS = 24
-MOST_PARTS: Final = 30_000  # micro-batches, or chunks, times layers and steps
+MOST_PARTS: Final = 30_000  # that are drawn: micro-batches or chunks, times layers and steps
 
 
 @click.command()

@@ -95,7 +95,7 @@ def show_change(change: float) -> str:
     return "–" if math.isnan(change) else f"{change:+.1%}"
 
 
-# What may be told of a plan in a table: its heading, and its cell for a row.
+# Columns that tell of a plan: the heading, and what makes the cell of a row.
 PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:.4g}",
     "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",

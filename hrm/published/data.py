@@ -41,7 +41,7 @@ class PublishedRun:
 
     @property
     def column(self) -> str:
-        """What a run is compared within: its workload and its setup."""
+        """The column of the paper's table that the run stands in: its workload and its setup."""
         return f"{self.workload.name} on {self.setup}"
 
 

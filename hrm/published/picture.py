@@ -15,7 +15,7 @@ _COLOURS: Final = {
     System.DEEPSPEED: style.RED,
 }
 _MARKERS: Final = "osD^v<>P"
-BAND: Final = 1.25  # either way, shaded
+BAND: Final = 1.25  # factor above and below the diagonal that is shaded
 
 
 def plot_published(comparisons: Sequence[ComparedRun], path: Path, *, title: str) -> None:
