@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from executor.bench.plan import BenchOptions, solved
 from executor.cli import main
 from executor.families import FAMILIES
+from hrm.errors import WorkloadError
 from hrm.hardware import Link
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
@@ -198,6 +200,13 @@ def test_mistakes_are_refused_in_one_line(folder, policy_path, profile, capsys):
     assert "--profile" in message
     message = refused(capsys, *given, "--layers", "4")
     assert "3" in message
+
+
+@pytest.mark.parametrize("field", ["num_requests", "prompt_len", "gen_len"])
+def test_zero_is_refused_and_not_taken_for_the_usual_number(field):
+    spec = BUILT_IN_MODELS["mixtral-8x7b"]
+    with pytest.raises(WorkloadError, match=f"{field} is 0"):
+        solved(replace(BenchOptions(model=spec), **{field: 0}), spec)
 
 
 @pytest.mark.parametrize("layers", [None, 1])
