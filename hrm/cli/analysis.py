@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from hrm.analysis.regions import WHOLE, Axis, policy_map
+from hrm.analysis.axis import SWEPT, Axis, Length, Whole
+from hrm.analysis.regions import policy_map
 from hrm.analysis.what_if import what_if
 from hrm.causes import Cause
 from hrm.cli.console import console
@@ -20,7 +21,6 @@ from hrm.hardware import HardwareProfile
 from hrm.policy import PAPER_SYMBOLS, ScheduleName
 from hrm.scaling import Resource, resource_value, resources
 from hrm.search import Space
-from hrm.sweep import between, parse_swept
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
     "x_text",
     required=True,
     metavar="WHAT=FROM:TO:POINTS",
-    help=f"A resource, or {', '.join(WHOLE)} times factors: cpu=1:10:8.",
+    help=f"A resource, {', '.join(Whole)} times factors (cpu=1:10:8), {' or '.join(Length)}.",
 )
 @click.option("--y", "y_text", required=True, metavar="WHAT=FROM:TO:POINTS", help="The same.")
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
@@ -132,10 +132,10 @@ def map_command(
     log: bool,
     output: TableOutput,
 ) -> None:
-    """Which kind of policy is best where, over two swept resources."""
+    """Which kind of policy is best where, over two axes that are swept."""
     x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
     if x.column == y.column:
-        raise HrmError("--y", y_text, "must be another resource than --x", "sweep two of them")
+        raise HrmError("--y", y_text, "must be another than --x", "sweep two of them")
     space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
     with searching(len(x.points) * len(y.points)) as on_point:
         frame = policy_map(space, x=x, y=y, on_point=on_point)
@@ -154,18 +154,15 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
     """`h2d-bandwidth=100GB/s:500GB/s:9` or `cpu=1:10:8`; HrmError for another form."""
     name, _, span = text.partition("=")
     parts = span.split(":")
-    names = [*Resource, *WHOLE]
-    if name not in names or len(parts) != 3 or not parts[2].isdecimal():
+    what = SWEPT.get(name)
+    if what is None or len(parts) != 3 or not parts[2].isdecimal():
         raise HrmError(
             flag,
             text,
-            f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(names)}",
-            "write it like h2d-bandwidth=100GB/s:500GB/s:9",
+            f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(SWEPT)}",
+            "write it like h2d-bandwidth=100GB/s:500GB/s:9 or cpu=1:10:8",
         )
-    what = Resource(name) if name in Resource.__members__.values() else name
-    first, last = (_end(what, part, flag) for part in parts[:2])
-    # Factors are spaced as rates are: they need not be whole.
-    spaced_as = what if isinstance(what, Resource) else Resource.CPU_FLOPS
+    first, last = (what.read(part, f"{flag} {what}") for part in parts[:2])
     # Checked as text first: Python reads no number of thousands of digits.
     if len(parts[2]) > len(str(MOST_POINTS)) or int(parts[2]) > MOST_POINTS:
         raise HrmError(
@@ -174,17 +171,7 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
             f"must be at most {MOST_POINTS}",
             "ask for fewer: each is a row of searches",
         )
-    count = int(parts[2])
-    return Axis(what, tuple(between(spaced_as, first, last, count, logarithmic=log)))
-
-
-def _end(what: Resource | str, text: str, flag: str) -> float:
-    if isinstance(what, Resource):
-        return parse_swept(what, text, f"{flag} {what}")
-    try:
-        return float(text)
-    except ValueError:
-        raise HrmError(f"{flag} {what}", text, "must be a factor", f"write it like {what}=1:10:8") from None
+    return Axis.between(what, first, last, int(parts[2]), logarithmic=log)
 
 
 def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
@@ -198,8 +185,8 @@ def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
             region = cells[x_value, y_value]["region"]
             known = isinstance(region, str)
             letters.append(regions.setdefault(region, LETTERS[len(regions) % len(LETTERS)]) if known else "·")
-        rows.append(f"{_axis_value(y, y_value):>12} │ {'  '.join(letters)}")
-    left, right = _axis_value(x, x.points[0]), _axis_value(x, x.points[-1])
+        rows.append(f"{y.what.show(y_value):>12} │ {'  '.join(letters)}")
+    left, right = x.what.show(x.points[0]), x.what.show(x.points[-1])
     width = 3 * len(x.points) - 2
     axis = f"{left}{right:>{max(width - len(left), len(right) + 1)}}"
     legend = [f"  {letter}  {region}" for region, letter in regions.items()]
@@ -217,13 +204,9 @@ def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
 
 
 def _axis_name(axis: Axis) -> str:
-    if isinstance(axis.what, Resource):
-        return axis.what.value
-    return f"{axis.what} ({', '.join(resource.value for resource in WHOLE[axis.what])}) times"
-
-
-def _axis_value(axis: Axis, value: float) -> str:
-    return axis.what.show(value) if isinstance(axis.what, Resource) else f"{value:.3g}"
+    if isinstance(axis.what, Whole):
+        return f"{axis.what} ({', '.join(axis.what.resources)}) times"
+    return axis.what.value
 
 
 def _draw_what_if(frame: "pd.DataFrame", path: Path, title: str) -> None:

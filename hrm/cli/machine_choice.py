@@ -11,7 +11,6 @@ from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, load_host, load_profile, parse_gpus, without_gpus
 from hrm.scaling import Resource, with_resource
-from hrm.sweep import parse_swept
 
 MOST_MACHINES: Final = 100  # to compare in one command: each takes a search
 
@@ -95,11 +94,7 @@ class MachineChoice:
         """The machine with the memory and the resources that were given."""
         for resource, (flag, amount) in self._given().items():
             machine = with_resource(
-                machine,
-                resource,
-                parse_swept(resource, amount, flag),
-                dtype=machine.default_dtype,
-                given=f"{flag}={amount}",
+                machine, resource, resource.read(amount, flag), dtype=machine.default_dtype, given=f"{flag}={amount}"
             )
         return machine
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hrm.analysis.axis import SWEPT, Axis, Swept
+from hrm.analysis.sweep import sweep as search_all
 from hrm.cli.console import console, plain_table
 from hrm.cli.machine_choice import machine_options
 from hrm.cli.options import ChosenModel, PlanSource, model_options, plan_source_options, workload_options
@@ -12,12 +14,10 @@ from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
 from hrm.cli.tables import csv_option, searching, tell_written, write_csv
 from hrm.cli.texts import machine_text
-from hrm.errors import PolicyError
+from hrm.errors import HrmError, PolicyError
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
-from hrm.scaling import Resource, resource_value
-from hrm.sweep import Length, Swept, between, parse_swept, swept
 from hrm.tasks import Phase
 from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
@@ -156,8 +156,8 @@ def timeline(
 @click.option(
     "--vary",
     required=True,
-    metavar="|".join([*Resource, *Length]),
-    help="What is swept: a resource of the machine, or a length of the workload.",
+    metavar="|".join(SWEPT),
+    help="What is swept: a resource of the machine, all of a piece of it by factors, or a length of the workload.",
 )
 @click.option("--from", "low", required=True, metavar="64GB", help="Where the sweep begins.")
 @click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
@@ -187,46 +187,36 @@ def sweep(
     csv: Path | None,
     out: Path,
 ) -> None:
-    """Throughput of the best policy against one resource of the machine, or one length."""
+    """Throughput of the best policy against what is swept."""
     from hrm.plots import style
     from hrm.plots.sweep import plot_sweep
     from hrm.search import Space
-    from hrm.sweep import sweep as search_all
 
     style.check_path(out)
-    what = swept(vary)
-    values = between(what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points, logarithmic=log)
+    what = _swept(vary)
+    axis = Axis.between(what, what.read(low, "--from"), what.read(high, "--to"), points, logarithmic=log)
     names, dtype = list(dict.fromkeys(schedules)), model.dtype_on(profile)
-    here = _here(what, profile, workload, dtype)
-    with searching(len(values) * len(names)) as on_point:
-        frame = search_all(
-            Space(model.spec, profile, workload, dtype=dtype),
-            vary=what,
-            values=values,
-            schedules=names,
-            on_point=on_point,
-        )
+    space = Space(model.spec, profile, workload, dtype=dtype)
+    here = axis.now(space)
+    with searching(len(axis.points) * len(names)) as on_point:
+        frame = search_all(space, axis, schedules=names, on_point=on_point)
     write_csv(frame, csv)
     plot_sweep(
         frame,
         out,
-        x=what.column,
-        here=here if values[0] <= here <= values[-1] else None,
+        x=axis.column,
+        here=here if axis.points[0] <= here <= axis.points[-1] else None,
         title=f"{model.spec.name}, {dtype}, on {machine_text(profile)}, {workload.name}",
     )
     _print_sweep(frame, what)
     tell_written(csv, out)
 
 
-def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str) -> float:
-    """What the machine or the workload has of what is swept."""
-    match what:
-        case Resource():
-            return resource_value(profile, what, dtype=dtype)
-        case Length.PROMPT_LEN:
-            return workload.prompt_len
-        case Length.GEN_LEN:
-            return float(workload.gen_len)
+def _swept(name: str) -> Swept:
+    """What is swept by that name; HrmError listing the names if there is none."""
+    if name not in SWEPT:
+        raise HrmError("--vary", name, f"must be one of {', '.join(SWEPT)}", "choose one of them")
+    return SWEPT[name]
 
 
 def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
@@ -234,7 +224,7 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
         "schedule", what.value, "tokens/s", "bound", "N", "μ", "attention", "FFN", "r_w", "r_c", "bottleneck"
     )
     for row in frame.to_dict("records"):
-        value = _shown(what, float(row[what.column]))
+        value = what.show(float(row[what.column]))
         if row["reason"]:
             table.add_row(row["schedule"], value, *["–"] * 8, "no policy fits")
             continue
@@ -252,7 +242,3 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
             row["bottleneck"],
         )
     console.print(table)
-
-
-def _shown(what: Swept, value: float) -> str:
-    return f"{value:g}" if isinstance(what, Length) else what.show(value)

@@ -116,7 +116,7 @@ def test_ctrl_c_ends_a_sweep_with_130_and_leaves_no_file(hrm, tmp_path, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hrm.sweep.search", interrupted)
+    monkeypatch.setattr("hrm.analysis.rows.search", interrupted)
     code, out, err = hrm(
         "plot",
         "sweep",
