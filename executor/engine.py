@@ -17,7 +17,7 @@ from executor.backends.streams import AbstractStream
 from executor.errors import RunError
 from executor.lanes import QUEUED_TASKS, Handler, KindTotal, LaneWorker, Queued, Recorder, Run, Ticket, wait_for
 from hrm.contract.pacing import Waits
-from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from hrm.tasks import Act, Lane, Task, TaskId
 from hrm.trace import Span, Trace, lane_chart
 
 LOOKAHEAD: Final = 1024  # tasks that are submitted before the oldest of them has ended
@@ -39,7 +39,7 @@ class TaskFailedError(RunError):
             rule = f"or one of {may_be_later} tasks queued after it failed and stopped the run"
             remedy = f"set {SYNCHRONISE}=1 to have the one named"
         super().__init__(
-            f"task {task.id} ({task.id.kind.name}) in lane {task.lane}",
+            f"task {task.id} ({task.id.act.name}) in lane {task.lane}",
             f"<{type(error).__name__}: {error}>",
             rule,
             f"{remedy}; what was finished before is kept",
@@ -58,7 +58,7 @@ class PhaseResult:
     spans_left_out: int
     start_s: float
     end_s: float
-    by_kind: dict[TaskKind, KindTotal]
+    by_kind: dict[str, KindTotal]
     busy_s: dict[Lane, float]
     moved_bytes: dict[Lane, int]
     step_s: tuple[float, ...]
@@ -140,17 +140,16 @@ class Engine:
         """Since the current run began."""
         return perf_counter() - self.origin_s - self._start_s
 
-    def count(self, kind: TaskKind) -> int:
-        """Tasks of a kind that have ended in the current run."""
+    def count(self, act: Act) -> int:
+        """Tasks of that act's name that have ended in the current run."""
         recorders = tuple(self._recorders.values())
-        return sum(recorder.totals[kind].count for recorder in recorders if kind in recorder.totals)
+        return sum(recorder.totals[act.name].count for recorder in recorders if act.name in recorder.totals)
 
     def run(
         self,
         tasks: Iterable[Task],
-        handlers: Mapping[TaskKind, Handler],
+        handlers: Mapping[Act, Handler],
         *,
-        phase: Phase = Phase.DECODE,
         batch: int = 0,
         kept_steps: int = 2**62,
         finished: Callable[[], bool] = lambda: False,
@@ -164,7 +163,7 @@ class Engine:
             self._past_busy_s[lane] += busy_s
         self._recorders = {lane: Recorder(lane) for lane in Lane}
         self._waits.resume()
-        run = Run(handlers, self.origin_s, phase, batch, kept_steps, self._recorders, self._waits)
+        run = Run(handlers, self.origin_s, batch, kept_steps, self._recorders, self._waits)
         for worker in self._workers.values():
             worker.start_clock(self.origin_s)
         self._start_s = perf_counter() - self.origin_s
@@ -191,7 +190,7 @@ class Engine:
             first = min((of_lane[0] for of_lane in queued), key=_is_no_kernel)
             task, start_s = first.task, first.queued_s - self.origin_s
             later = sum(map(len, queued)) if self._queued_tasks else 0
-            span = Span(task.id, task.lane, start_s, span.end_s, run.phase)
+            span = Span(task.id, start_s, span.end_s)
         recent = [span for recorder in self._recorders.values() for span in recorder.recent]
         chart = failure_chart(recent, span)
         return TaskFailedError(task, failure.error, chart, may_be_later=later)
@@ -233,7 +232,7 @@ class Engine:
     def result(self) -> PhaseResult:
         """What the last run did, also if it was cut short."""
         end_s = perf_counter() - self.origin_s
-        by_kind: dict[TaskKind, KindTotal] = {}
+        by_kind: dict[str, KindTotal] = {}
         for recorder in self._recorders.values():
             add_totals(by_kind, dict(recorder.totals))
         spans = [span for recorder in self._recorders.values() for span in recorder.spans]
@@ -276,7 +275,7 @@ def _is_no_kernel(queued: Queued) -> tuple[bool, float]:
     return queued.task.lane is not Lane.GPU, queued.queued_s
 
 
-def add_totals(into: dict[TaskKind, KindTotal], more: Mapping[TaskKind, KindTotal]) -> None:
+def add_totals(into: dict[str, KindTotal], more: Mapping[str, KindTotal]) -> None:
     """Add totals per kind to others."""
     for kind, total in more.items():
         sum_ = into.setdefault(kind, KindTotal())

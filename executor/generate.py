@@ -255,7 +255,6 @@ class Generator(AbstractGenerator):
         prefilled = self._prefilled = self.engine.run(
             iter_tasks(prefill, policy.schedule),
             PrefillHandlers.make(self.backend, arch, smaller, prefill, memory, state, parts),
-            phase=Phase.PREFILL,
             batch=index,
             kept_steps=self._budget.prefill_steps,
             finished=sink.stops,
@@ -267,7 +266,6 @@ class Generator(AbstractGenerator):
             decoded = self.engine.run(
                 iter_tasks(decode, policy.schedule),
                 DecodeHandlers.make(self.backend, arch, smaller, decode, memory, state),
-                phase=Phase.DECODE,
                 batch=index,
                 kept_steps=self._budget.steps(decode, len(prefilled.spans)),
                 finished=lambda: sink.stops() or state.num_active == 0,
@@ -319,7 +317,7 @@ class Generator(AbstractGenerator):
         return {self.plan.gpu.name: gpu}
 
     def _count_kv(self, batch: Batch, policy: Policy) -> None:
-        token_bytes = self.arch.spec.kv_bytes_per_token(policy.dtype)
+        token_bytes = self.arch.spec.kv_bytes_per_token(policy.formats.kv_cache)
         used = {"gpu": 0, "cpu": 0}
         for j, micro_batch in enumerate(batch.micro_batches):
             level = "gpu" if policy.kv_on_gpu(j) else "cpu"
@@ -358,12 +356,12 @@ class NullGenerator(AbstractGenerator):
         )
         self.live.begin(prefill, decode)
         self.live.enter(Phase.PREFILL)
-        prefilled = self._run(prefill, batch, Phase.PREFILL, index, self._budget.prefill_steps)
+        prefilled = self._run(prefill, batch, index, self._budget.prefill_steps)
         decoded = None
         if steps:
             kept = self._budget.steps(decode, len(prefilled.spans))
             self.live.enter(Phase.DECODE, prefilled)
-            decoded = self._run(decode, batch, Phase.DECODE, index, kept)
+            decoded = self._run(decode, batch, index, kept)
         completions = tuple(
             Completion(request, (0,) * request.params.max_tokens, LENGTH) for request in requests_of(batch)
         )
@@ -372,11 +370,10 @@ class NullGenerator(AbstractGenerator):
         sizes = tuple(len(micro_batch.placed) for micro_batch in batch.micro_batches)
         return BatchResult(completions, prefilled, decoded, sizes, len(parts))
 
-    def _run(self, pipeline: Pipeline, batch: Batch, phase: Phase, index: int, kept: int) -> PhaseResult:
+    def _run(self, pipeline: Pipeline, batch: Batch, index: int, kept: int) -> PhaseResult:
         return self.engine.run(
             iter_tasks(pipeline, self.policy.schedule),
-            null_handlers(self._seconds_of(pipeline, batch), pipeline.lane, self._waits.sleep),
-            phase=phase,
+            null_handlers(self._seconds_of(pipeline, batch), self._waits.sleep),
             batch=index,
             kept_steps=kept,
         )

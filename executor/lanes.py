@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from executor.backends.streams import AbstractMark, AbstractStream
 from hrm.contract.pacing import Waits
-from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from hrm.tasks import Act, Lane, Task, TaskId
 from hrm.trace import Span
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Recorder:
     """
 
     lane: Lane
-    totals: dict[TaskKind, KindTotal] = field(default_factory=lambda: defaultdict(KindTotal))
+    totals: dict[str, KindTotal] = field(default_factory=lambda: defaultdict(KindTotal))
     spans: list[Span] = field(default_factory=list[Span])
     recent: deque[Span] = field(default_factory=lambda: deque(maxlen=RECENT_SPANS))
     step_end_s: dict[int, float] = field(default_factory=dict[int, float])
@@ -70,7 +70,7 @@ class Recorder:
 
     def add(self, span: Span, *, keep: bool) -> None:
         """Count a span, and keep it if asked to."""
-        total = self.totals[span.id.kind]
+        total = self.totals[span.id.act.name]
         total.count += 1
         total.seconds += span.end_s - span.start_s
         total.num_bytes += span.num_bytes
@@ -95,9 +95,8 @@ class Failure:
 class Run:
     """One graph being run: shared by all lanes, made anew for every run."""
 
-    handlers: Mapping[TaskKind, Handler]
+    handlers: Mapping[Act, Handler]
     origin_s: float
-    phase: Phase
     batch: int
     kept_steps: int
     recorders: dict[Lane, Recorder]
@@ -111,7 +110,7 @@ class Run:
         with self.failing:
             if self.failure is None:
                 end_s = perf_counter() - self.origin_s
-                span = Span(task.id, task.lane, start_s - self.origin_s, end_s, self.phase)
+                span = Span(task.id, start_s - self.origin_s, end_s)
                 self.failure = Failure(task, error, span)
         self.stop()
 
@@ -122,7 +121,7 @@ class Run:
 
     def record(self, task: Task, start_s: float, end_s: float, num_bytes: int) -> None:
         """Put down a task that was done between these times, counted from `origin_s`."""
-        span = Span(task.id, task.lane, start_s, end_s, self.phase, self.batch, num_bytes)
+        span = Span(task.id, start_s, end_s, self.batch, num_bytes)
         self.recorders[task.lane].add(span, keep=task.id.step < self.kept_steps)
 
 
@@ -269,7 +268,7 @@ class LaneWorker:
         if not run.stopped:
             start_s = self._since_s = perf_counter()
             try:
-                num_bytes = run.handlers[task.id.kind](task.id)
+                num_bytes = run.handlers[task.id.act](task.id)
             except BaseException as error:  # noqa: BLE001 - reported by the main thread
                 self._since_s = None
                 run.fail(task, error, start_s)
@@ -290,7 +289,7 @@ class LaneWorker:
                 if other.mark is not None and other.task.lane is not self._lane:
                     stream.wait(other.mark)
             start = stream.mark()
-            num_bytes = run.handlers[task.id.kind](task.id)
+            num_bytes = run.handlers[task.id.act](task.id)
             end = stream.mark()
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
             self._since_s = None

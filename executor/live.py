@@ -4,8 +4,9 @@ from typing import final
 
 from executor.engine import Engine, PhaseResult
 from executor.handlers import BatchState
+from hrm.acts import decode, prefill
 from hrm.schedules import Pipeline
-from hrm.tasks import Phase, TaskKind
+from hrm.tasks import Phase
 
 
 @final
@@ -49,8 +50,8 @@ class LiveBatch:
             return state.decoded_share(fixed_share)
         if phase is not self.phase or not self._num_tasks[phase]:
             return 0.0
-        kind = TaskKind.PREFILL_LAYER if phase is Phase.PREFILL else TaskKind.SAMPLE
-        return min(self._engine.count(kind) / self._num_tasks[phase], 1.0)
+        act = prefill.PREFILL_LAYER if phase is Phase.PREFILL else decode.SAMPLE
+        return min(self._engine.count(act) / self._num_tasks[phase], 1.0)
 
     def seconds_in(self, phase: Phase) -> float:
         """Seconds that were spent in a phase until now."""

@@ -60,7 +60,6 @@ class WeightPages:
         self._spec, self._policy = spec, policy
         self.num_experts = spec.num_experts
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
-        size = resident.element_size()
         self._slots = slots.view(WEIGHT_SLOTS, -1)
         self._staging = staging
         self._streamed: list[Tensor] = []
@@ -68,7 +67,7 @@ class WeightPages:
         self.host_experts: list[NumberedExperts] = []
         self._sources: list[tuple[DenseWeights, NumberedExperts]] = []
         for layer, count in enumerate(policy.resident_experts):
-            streamed = host_parts.take(policy.streamed_bytes(spec, layer) // size)
+            streamed = host_parts.take(policy.formats.weights.elements_in(policy.streamed_bytes(spec, layer)))
             self._streamed.append(streamed)
             fixed_dense = (
                 dense_views(spec, resident_parts.take(spec.dense_parameters)) if policy.resident_dense else None

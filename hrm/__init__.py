@@ -23,6 +23,7 @@ from hrm.causes import Cause
 from hrm.costs import Costs
 from hrm.errors import HrmError
 from hrm.estimate import Estimate, decode_work, estimate, prefill_work, simulate_work
+from hrm.formats import Format, Formats
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.machines import compose, load_profile, save_profile, with_memory
 from hrm.memory import MemoryPlan, plan_memory
@@ -31,7 +32,7 @@ from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import Resource, at_cost, resource_value, resources, scale, with_resource
-from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId, TaskKind
+from hrm.tasks import Act, Device, Lane, Phase, Task, TaskGraph, TaskId
 from hrm.trace import Span, Trace, lane_chart, read_chrome_trace
 from hrm.validate import read_run
 from hrm.workload import WORKLOADS, Workload, named_workload
@@ -39,11 +40,14 @@ from hrm.workload import WORKLOADS, Workload, named_workload
 __all__ = [
     "BUILT_IN_MODELS",
     "WORKLOADS",
+    "Act",
     "Cause",
     "Costs",
     "Device",
     "Estimate",
     "Figure",
+    "Format",
+    "Formats",
     "HardwareProfile",
     "HrmError",
     "Lane",
@@ -65,7 +69,6 @@ __all__ = [
     "Task",
     "TaskGraph",
     "TaskId",
-    "TaskKind",
     "Trace",
     "TurningPoints",
     "Workload",

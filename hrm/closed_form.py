@@ -5,22 +5,23 @@ projection counted. Fields of a point may be numbers or NumPy arrays: the search
 grid of policies with the same lines that estimate one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from hrm import operators
+from hrm.acts import Counts, Load, decode, prefill
 from hrm.costs import Costs
+from hrm.formats import Format
 from hrm.model_spec import LayerKind, ModelSpec
-from hrm.numeric import Number, maximum, minimum, share_of, where
+from hrm.numeric import Number, is_zero, maximum, minimum, where
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import SCHEDULES
+from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Device, Lane
-from hrm.units import DTYPE_BYTES
+from hrm.tasks import Act, Device, Lane
 from hrm.workload import Workload
 
+_LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
 # Places in a stretch of contexts, and the share of its steps that each stands for.
 _SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
 
@@ -75,212 +76,177 @@ class Point:
             staging=int(policy.staging),
         )
 
-    def streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         """Weight bytes of a layer that are not on the GPU, as a mean over layers."""
         share = spec.num_expert_layers / spec.num_layers
         experts = share * (spec.num_experts - self.resident_experts) * spec.expert_parameters
-        return experts * DTYPE_BYTES[dtype] + self._streamed_dense_bytes(spec, dtype)
+        return weights.bytes_of(experts) + self._streamed_dense_bytes(spec, weights)
 
-    def decode_streamed_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def decode_streamed_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         """Bytes of a layer loaded in every decode step."""
-        dense = self._streamed_dense_bytes(spec, dtype)
-        return where(self.gpu_ffn, self.streamed_bytes(spec, dtype), dense)
+        dense = self._streamed_dense_bytes(spec, weights)
+        return where(self.gpu_ffn, self.streamed_bytes(spec, weights), dense)
 
-    def _streamed_dense_bytes(self, spec: ModelSpec, dtype: str) -> Number:
+    def _streamed_dense_bytes(self, spec: ModelSpec, weights: Format) -> Number:
         kinds = spec.layer_kinds()
         mean = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds.items())
-        return (1 - self.resident_dense) * (mean / spec.num_layers) * DTYPE_BYTES[dtype]
+        return (1 - self.resident_dense) * weights.bytes_of(mean / spec.num_layers)
+
+
+class PhaseSeconds(NamedTuple):
+    """Seconds of a decode step or of prefill: of the tasks of each act, of the host's memory, and as a chain.
+
+    A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
+    """
+
+    acts: dict[Act, Number]
+    host_memory_s: Number
+    chain_s: Number
+
+    @property
+    def lanes(self) -> dict[Lane, Number]:
+        """Seconds of work in each lane."""
+        lanes: dict[Lane, Number] = dict.fromkeys(Lane, 0.0)
+        for act, seconds in self.acts.items():
+            lanes[act.lane] = lanes[act.lane] + seconds
+        return lanes
+
+    @property
+    def terms(self) -> tuple[Number, ...]:
+        """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
+        return (*self.lanes.values(), self.host_memory_s, self.chain_s)
+
+    @property
+    def of_lanes(self) -> tuple[dict[Lane, Number], Number]:
+        """Seconds of work in each lane, and those that host memory needs."""
+        return self.lanes, self.host_memory_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What all tasks of some acts take and move: seconds by act, bytes over the links, and the CPU's own accesses."""
+
+    seconds: dict[Act, Number]
+    moved_bytes: Number = 0
+    host_bytes: Number = 0
+
+    @staticmethod
+    def of(acts: Iterable[Act], counts: Counts, load: Load) -> "_Work":
+        """Every act's tasks, each as a mean over the layers."""
+        seconds: dict[Act, Number] = {}
+        moved_bytes = host_bytes = 0
+        for act in acts:
+            count = act.count(counts)
+            if is_zero(count):
+                continue
+            loads = _loads(load, act)
+            moved = [(share, act.moves(each)) for share, each in loads]
+            seconds[act] = count * sum(
+                share * act.seconds(each, num_bytes) for (share, each), (_, num_bytes) in zip(loads, moved, strict=True)
+            )
+            if act.lane in _LINKS:
+                moved_bytes = moved_bytes + count * sum(share * num_bytes for share, num_bytes in moved)
+            host_bytes = host_bytes + count * sum(share * act.host_bytes(each) for share, each in loads)
+        return _Work(seconds, moved_bytes, host_bytes)
+
+    def __add__(self, other: "_Work") -> "_Work":
+        """Of both, which have no act in common."""
+        return _Work(
+            {**self.seconds, **other.seconds}, self.moved_bytes + other.moved_bytes, self.host_bytes + other.host_bytes
+        )
+
+    def in_all(self, costs: Costs, under_way: Number) -> PhaseSeconds:
+        """The seconds, with so many micro-batches or chunks under way at once."""
+        host_memory_s = costs.host_memory(moved_bytes=self.moved_bytes, read_bytes=self.host_bytes)
+        chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
+        return PhaseSeconds(self.seconds, host_memory_s, chain_s)
+
+
+def _loads(load: Load, act: Act) -> list[tuple[float, Load]]:
+    """The loads of the layers that the act tells apart, each with its share of the layers."""
+    spec = load.spec
+    if not (act.attends or act.by_ffn):
+        return [(1.0, load)]
+    shares: dict[tuple[LayerKind, bool], float] = {}
+    for kind, count in spec.layer_kinds().items():
+        alike = LayerKind(kind.has_experts and act.by_ffn, kind.window if act.attends else 0)
+        shares[alike, False] = shares.get((alike, False), 0.0) + count / spec.num_layers
+    if load.has_last and act.by_ffn:
+        last = spec.layer_kind(spec.num_layers - 1)
+        shares[last, False] -= 1 / spec.num_layers
+        shares[last, True] = 1 / spec.num_layers
+    if len(shares) == 1:
+        return [(1.0, replace(load, kind=next(iter(shares))[0]))]
+    return [
+        (share, replace(load, kind=kind, is_last=is_last)) for (kind, is_last), share in shares.items() if share > 1e-12
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStep:
-    """The work of one decode step, as far as it does not depend on the context.
-
-    `m` is the mean number of active requests in a micro-batch. `cpu_attention` and `streams_kv` are
-    shares of the micro-batches; seconds are those of one micro-batch in one layer, but for weights
-    and pages, which are a layer's, and `embed_s` and `sample_s`, once a step. `moved_bytes` cross
-    the link and `read_bytes` are the processor's, in a layer, its cache apart.
-    """
+    """The work of one decode step: of the acts that depend on the context, and of the others, worked out already."""
 
     costs: Costs
-    point: Point
     schedule: ScheduleName
-    m: Number
-    cpu_attention: Number
-    streams_kv: Number
-    projections_s: Number
-    cpu_experts_s: Number
-    to_gpu_s: Number
-    to_host_s: Number
-    weights_s: Number
-    stage_s: Number
-    embed_s: Number
-    sample_s: Number
-    moved_bytes: Number
-    read_bytes: Number
+    counts: Counts
+    load: Load
+    fixed: _Work
 
     @staticmethod
     def of_point(costs: Costs, point: Point, schedule: ScheduleName, active_share: float = 1.0) -> "DecodeStep":
         """The step of a point in which that share of the requests is still generating."""
-        spec, dtype = costs.spec, costs.dtype
+        spec = costs.spec
         n = point.num_micro_batches
-        m = active_share * point.batch_size / n
         off_gpu = 1 - point.gpu_kv_micro_batches / n
-        cpu_attention = off_gpu * (1 - point.gpu_attention)
-        streams_kv = off_gpu * point.gpu_attention
-        cpu_ffn = (1 - point.gpu_ffn) * point.host_expert_layers
-        gpu_experts = where(point.gpu_ffn, spec.num_experts, point.resident_experts)
         on_host = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - point.resident_experts)
-        cpu_experts = on_host / maximum(point.host_expert_layers, 1e-9)
-        weights = point.decode_streamed_bytes(spec, dtype)
         pages = n if SCHEDULES[schedule].paged else 1
-        qkv = operators.qkv_bytes(spec, dtype, m)
-        attended = operators.attention_output_bytes(spec, dtype, m)
-        routed = operators.routed_token_bytes(spec, dtype, m)
-        hidden = operators.hidden_bytes(spec, dtype, m)
-        new_kv = operators.kv_bytes(spec, dtype, m)
-
-        def cpu_expert_bytes() -> Number:
-            hit = spec.experts_hit(m) / spec.num_experts * on_host * spec.expert_parameters
-            return n * (hit * DTYPE_BYTES[dtype])
-
-        return DecodeStep(
-            costs=costs,
-            point=point,
-            schedule=schedule,
-            m=m,
-            cpu_attention=cpu_attention,
-            streams_kv=streams_kv,
-            projections_s=costs.pre_attention(m)
-            + costs.mean_over_layers(lambda kind: costs.post_attention(m, gpu_experts, kind), by_window=False),
-            cpu_experts_s=share_of(cpu_ffn, lambda: costs.cpu_experts(m, cpu_experts)),
-            to_gpu_s=share_of(cpu_attention, lambda: costs.h2d(attended))
-            + share_of(cpu_ffn, lambda: costs.h2d_to_all(hidden)),
-            to_host_s=share_of(cpu_attention, lambda: costs.d2h(qkv))
-            + share_of(cpu_ffn, lambda: costs.d2h(routed))
-            + share_of(streams_kv, lambda: costs.d2h(new_kv)),
-            weights_s=costs.load_weights(weights, pages),
-            stage_s=share_of(point.staging, lambda: costs.stage(weights, pages)),
-            embed_s=costs.h2d_to_all(hidden),
-            sample_s=costs.sample(m),
-            moved_bytes=weights
-            + n * (cpu_attention * (qkv + attended) + cpu_ffn * (routed + hidden))
-            + n * (streams_kv * new_kv + hidden / spec.num_layers),
-            read_bytes=2 * point.staging * weights + share_of(1 - point.gpu_ffn, cpu_expert_bytes),
+        counts = Counts(
+            layers=spec.num_layers,
+            pieces=n,
+            pages=pages,
+            cpu_attention=off_gpu * (1 - point.gpu_attention),
+            streams_kv=off_gpu * point.gpu_attention,
+            cpu_experts=(1 - point.gpu_ffn) * point.host_expert_layers,
+            staging=point.staging,
         )
+        load = Load(
+            costs=costs,
+            kind=LayerKind(),
+            tokens=active_share * point.batch_size / n,
+            context=0,
+            gpu_experts=where(point.gpu_ffn, spec.num_experts, point.resident_experts),
+            cpu_experts=on_host / maximum(point.host_expert_layers, 1e-9),
+            page_bytes=point.decode_streamed_bytes(spec, costs.formats.weights) / pages,
+        )
+        fixed = _Work.of((act for act in decode.ALL if not act.attends), counts, load)
+        return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
 
     @property
     def all_reduce_s(self) -> Number:
         """Seconds of the step in which several GPUs exchange sums; part of the GPU's lane."""
-        tasks = self.costs.spec.num_layers * self.point.num_micro_batches
-        return tasks * 2 * self.costs.all_reduce(self.m)
+        return self.counts.layers * self.counts.pieces * 2 * self.costs.all_reduce(self.load.tokens)
 
-    def _attention(self, context: Number) -> tuple[Number, Number, Number, Number]:
-        """Seconds on the GPU, on the CPU and to load the cache; and the cache's bytes."""
-        costs, spec = self.costs, self.costs.spec
-
-        def cache_bytes(kind: LayerKind) -> Number:
-            return operators.kv_bytes(spec, costs.dtype, self.m * spec.context_in(kind, context))
-
-        def attention(device: Device) -> Number:
-            return costs.mean_over_layers(lambda kind: costs.attention(device, self.m, context, kind))
-
-        def load_kv() -> Number:
-            return costs.mean_over_layers(lambda kind: costs.load_kv(cache_bytes(kind)))
-
-        return (
-            share_of(1 - self.cpu_attention, lambda: attention(Device.GPU)),
-            share_of(self.cpu_attention, lambda: attention(Device.CPU)),
-            share_of(self.streams_kv, load_kv),
-            share_of(self.cpu_attention + self.streams_kv, lambda: costs.mean_over_layers(cache_bytes)),
-        )
-
-    def lanes(self, context: Number) -> tuple[dict[Lane, Number], Number]:
-        """Seconds of work in each lane over a mean context, and those that host memory needs."""
-        lanes, host_memory_s, _ = self.seconds(context)
-        return lanes, host_memory_s
-
-    def seconds(self, context: Number) -> "StepSeconds":
-        """Seconds of the step over a mean context, by what takes them."""
-        layers, n = self.costs.spec.num_layers, self.point.num_micro_batches
-        gpu_attention_s, cpu_attention_s, load_kv_s, cache_bytes = self._attention(context)
-        gpu_s = self.projections_s + gpu_attention_s
-        cpu_s = self.cpu_experts_s + cpu_attention_s
-        lanes = {
-            Lane.GPU: n * (layers * gpu_s + self.sample_s),
-            Lane.CPU: layers * n * cpu_s,
-            Lane.H2D: layers * (self.weights_s + n * (self.to_gpu_s + load_kv_s)) + n * self.embed_s,
-            Lane.D2H: layers * n * self.to_host_s,
-            Lane.STAGE: layers * self.stage_s,
-        }
-        passes = self.costs.runtime.attention_passes
-        streamed = n * self.streams_kv / maximum(self.streams_kv + self.cpu_attention, 1e-9)
-        attended = n * passes - streamed * passes
-        host_memory_s = layers * self.costs.host_memory(
-            moved_bytes=self.moved_bytes + streamed * cache_bytes, read_bytes=self.read_bytes + attended * cache_bytes
-        )
-        in_flight = minimum(n, LOOKAHEAD + (self.cpu_experts_s > 0))
-        chain_s = layers * n / in_flight * (gpu_s + cpu_s + self.to_gpu_s + self.to_host_s)
-        return StepSeconds(lanes, host_memory_s, chain_s)
+    def seconds(self, context: Number) -> PhaseSeconds:
+        """Seconds of the step over a mean context."""
+        attending = (act for act in decode.ALL if act.attends)
+        work = self.fixed + _Work.of(attending, self.counts, replace(self.load, context=context))
+        in_flight = minimum(self.counts.pieces, LOOKAHEAD + (work.seconds.get(decode.CPU_EXPERTS, 0.0) > 0))
+        return work.in_all(self.costs, in_flight)
 
     def terms(self, context: Number) -> tuple[Number, ...]:
         """What the step takes at least over a mean context, for several reasons; see `in_order`."""
         return self.in_order(self.seconds(context))
 
-    def in_order(self, seconds: "StepSeconds") -> tuple[Number, ...]:
-        """What the step takes at least, for several reasons; the longest is its time.
-
-        CGOPipe overlaps all lanes, as far as micro-batches in flight allow. The other orders move
-        a layer's weights whole, ahead of transfers that the current layer waits for. With
-        FastDecode these are the hidden states of its micro-batches from the second on. With FlexGen
-        they are the first cache, and its attention on the CPU runs in turn with the GPU; this is of
-        layers alike, and longer than it takes if some have no weights to load. DeepSpeed loads
-        the next layer only once the last one's buffer is free.
-        """
-        lanes = seconds.lanes
-        terms = (*lanes.values(), seconds.host_memory_s, seconds.chain_s)
-        weights = self.costs.spec.num_layers * self.weights_s
-        n = self.point.num_micro_batches
-        match self.schedule:
-            case ScheduleName.CGOPIPE:
-                return terms
-            case ScheduleName.FASTDECODE:
-                behind = maximum(n * self.cpu_attention - LOOKAHEAD, 0) / n
-                return (*terms, weights + behind * lanes[Lane.GPU])
-            case ScheduleName.FLEXGEN | ScheduleName.FLEXGEN_C:
-                on_cpu = self.cpu_attention > 0
-                behind = on_cpu + (self.streams_kv > 0)
-                small = lanes[Lane.H2D] - weights
-                in_turn = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H] + small
-                # The first micro-batch's attention, and that of caches on the GPU, runs meanwhile.
-                serial = weights + in_turn * maximum(n * self.cpu_attention - 1, 0) / n
-                return (
-                    *terms,
-                    behind * where(on_cpu, serial, weights + small),
-                    behind * where(on_cpu, in_turn, weights + lanes[Lane.GPU]),
-                    behind * where(on_cpu, in_turn, weights + lanes[Lane.CPU]),
-                )
-            case ScheduleName.DEEPSPEED:
-                busy = lanes[Lane.GPU] + lanes[Lane.CPU] + lanes[Lane.D2H]
-                return (*terms, weights, busy + lanes[Lane.H2D] - weights)
-
-
-class StepSeconds(NamedTuple):
-    """Seconds of a decode step: of each lane, of the host's memory, and as a chain.
-
-    A micro-batch's layer is a chain of tasks, and no more than LOOKAHEAD are under way, or one more
-    if the CPU has experts.
-    """
-
-    lanes: dict[Lane, Number]
-    host_memory_s: Number
-    chain_s: Number
-
-
-def prefill_lanes(costs: Costs, point: Point, workload: Workload) -> tuple[dict[Lane, Number], Number]:
-    """Seconds of work in each lane in the prefill of one batch, and those of the host's memory."""
-    lanes, host_memory_s, _ = _prefill(costs, point, workload)
-    return lanes, host_memory_s
+    def in_order(self, seconds: PhaseSeconds) -> tuple[Number, ...]:
+        """What the step takes at least, for several reasons, those of the schedule last; the longest is its time."""
+        step = StepWork.of(
+            seconds.lanes,
+            weights_s=seconds.acts.get(decode.LOAD_PAGE, 0.0),
+            n=self.counts.pieces,
+            cpu=self.counts.cpu_attention,
+            streams=self.counts.streams_kv,
+        )
+        return (*seconds.terms, *SCHEDULES[self.schedule].terms(step))
 
 
 def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Number, ...]:
@@ -289,32 +255,25 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
     The last is the chain of every chunk's tasks in a layer: its hidden states come, are computed on
     and go, in buffers for two chunks. A chunk that is the only one overlaps with nothing.
     """
-    lanes, host_memory_s, chain_s = _prefill(costs, point, workload)
-    return (*lanes.values(), host_memory_s, chain_s)
+    return whole_prefill(costs, point, workload).terms
 
 
-def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[dict[Lane, Number], Number, Number]:
-    spec, dtype, layers = costs.spec, costs.dtype, costs.spec.num_layers
+def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSeconds:
+    """The work of the prefill of one batch."""
     chunks, chunk = point.chunks(workload)
-    weights = point.streamed_bytes(spec, dtype)
-    hidden = operators.hidden_bytes(spec, dtype, chunk)
-    off_gpu = 1 - point.gpu_kv_micro_batches / point.num_micro_batches
-    kv = off_gpu * operators.kv_bytes(spec, dtype, chunk)
-    stored = chunks * (layers * kv + (layers - 1) * hidden)
-    gpu_s = chunks * (costs.prefill_layers(chunk, workload.prompt_len) + costs.first_tokens(point.batch_size / chunks))
-    to_gpu_s = layers * chunks * costs.h2d_to_all(hidden)
-    to_host_s = (layers - 1) * chunks * costs.d2h(hidden)
-    lanes = {
-        Lane.GPU: gpu_s,
-        Lane.H2D: layers * costs.load_weights(weights) + to_gpu_s,
-        Lane.D2H: chunks * layers * costs.d2h(kv) + to_host_s,
-        Lane.STAGE: layers * share_of(point.staging, lambda: costs.stage(weights)),
-    }
-    host_memory_s = costs.host_memory(
-        moved_bytes=layers * (weights + chunks * hidden) + stored, read_bytes=2 * point.staging * layers * weights
+    counts = Counts(layers=costs.spec.num_layers, pieces=chunks, pages=1, staging=point.staging)
+    load = Load(
+        costs=costs,
+        kind=LayerKind(),
+        tokens=chunk,
+        context=workload.prompt_len,
+        has_last=costs.skips_in_last_layer(workload.prompt_len),
+        requests=point.batch_size / chunks,
+        stored_share=1 - point.gpu_kv_micro_batches / point.num_micro_batches,
+        gpu_experts=costs.spec.num_experts,
+        page_bytes=point.streamed_bytes(costs.spec, costs.formats.weights),
     )
-    under_way = 1 + (chunks > 1)
-    return lanes, host_memory_s, (gpu_s + to_gpu_s + to_host_s) / under_way
+    return _Work.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1))
 
 
 def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Number:

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 from hrm import operators
+from hrm.acts import Load
 from hrm.contract.temporaries import skips_in_last_layer
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
-from hrm.tasks import Device, Phase, TaskId, TaskKind
-from hrm.units import DTYPE_BYTES
+from hrm.tasks import Act, Device, Lane, Phase, TaskId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,36 +50,25 @@ class Costs:
 
     spec: ModelSpec
     profile: HardwareProfile
-    dtype: str
+    formats: Formats
     runtime: Runtime = EXECUTOR
 
     def level(self, device: Device) -> MemoryLevel:
         """The memory level that a device computes at."""
         return self.profile.top if device is Device.GPU else self.profile.host
 
-    def mean_over_layers(self, seconds_of: Callable[[LayerKind], Number], *, by_window: bool = True) -> Number:
-        """`seconds_of` each kind of layer, weighted by how many there are.
-
-        Without `by_window` it is asked once for kinds that differ by their window only.
-        """
-        kinds = self.spec.layer_kinds()
-        if not by_window:
-            of_any_window: dict[LayerKind, int] = {}
-            for kind, count in kinds.items():
-                alike = LayerKind(kind.has_experts)
-                of_any_window[alike] = of_any_window.get(alike, 0) + count
-            kinds = of_any_window
-        if len(kinds) == 1:
-            return seconds_of(next(iter(kinds)))
-        return sum(count * seconds_of(kind) for kind, count in kinds.items()) / self.spec.num_layers
+    @property
+    def expert_bytes(self) -> Number:
+        """Weight bytes of one routed expert."""
+        return self.formats.weights.bytes_of(self.spec.expert_parameters)
 
     def pre_attention(self, m: Number) -> Number:
         """Norm, projections and rotary embedding on the GPU."""
-        return self._on(Device.GPU, operators.pre_attention(self.spec, self.dtype, m))
+        return self._on(Device.GPU, operators.pre_attention(self.spec, self.formats, m))
 
     def attention(self, device: Device, m: Number, context: Number, kind: LayerKind) -> Number:
         """Decode attention over a mean context on either device."""
-        operator = operators.decode_attention(self.spec, self.dtype, m, context, kind)
+        operator = operators.decode_attention(self.spec, self.formats, m, context, kind)
         if device is Device.CPU and self.runtime.attention_passes > 1:
             operator = operator.with_passes(self.runtime.attention_passes)
         return self._on(device, operator)
@@ -90,11 +79,11 @@ class Costs:
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
-        return self._on(Device.CPU, operators.experts(self.spec, self.dtype, m, num_experts))
+        return self._on(Device.CPU, operators.experts(self.spec, self.formats, m, num_experts))
 
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
-        return self._on(Device.GPU, operators.sample(self.spec, self.dtype, m))
+        return self._on(Device.GPU, operators.sample(self.spec, self.formats, m))
 
     def first_tokens(self, requests: Number) -> Number:
         """The same after a chunk in which so many prompts end, as a mean over chunks.
@@ -103,28 +92,12 @@ class Costs:
         """
         return minimum(requests, 1) * self.sample(maximum(requests, 1))
 
-    def prefill_layer(self, tokens: Number, prompt_len: float, kind: LayerKind, *, is_last: bool = False) -> Number:
-        """One layer of prefill over a chunk on the GPU; `is_last` of the model."""
-        before = self._up_to_attention(tokens, prompt_len, kind)
-        if is_last and self.skips_in_last_layer(prompt_len):
-            return before + self._after_ends(tokens / prompt_len, kind)
-        return before + self._after_attention(tokens, self.spec.num_experts, kind)
-
-    def prefill_layers(self, tokens: Number, prompt_len: float) -> Number:
-        """All layers of prefill over a chunk on the GPU, as a mean over chunks."""
-
-        @cache
-        def after(kind: LayerKind) -> Number:
-            return self._after_attention(tokens, self.spec.num_experts, kind)
-
-        seconds = self.spec.num_layers * (
-            self.mean_over_layers(lambda kind: self._up_to_attention(tokens, prompt_len, kind))
-            + self.mean_over_layers(after, by_window=False)
-        )
-        if not self.skips_in_last_layer(prompt_len):
-            return seconds
-        last = LayerKind(self.spec.layer_kind(self.spec.num_layers - 1).has_experts)
-        return seconds + self._after_ends(tokens / prompt_len, last) - after(last)
+    def prefill_layer(self, x: Load) -> Number:
+        """One layer of prefill over a chunk on the GPU."""
+        before = self._up_to_attention(x.tokens, x.context, x.kind)
+        if x.is_last and self.skips_in_last_layer(x.context):
+            return before + self._after_ends(x.tokens / x.context, x.kind)
+        return before + x.once(x.kind.has_experts, lambda: self._after_attention(x.tokens, x.gpu_experts, x.kind))
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
         """Whether prefill's last layer goes on after attention with the ends of prompts only.
@@ -143,7 +116,7 @@ class Costs:
         if gpus == 1:
             return 0 * tokens
         link = self.profile.peer
-        part = operators.hidden_bytes(self.spec, self.dtype, tokens) / gpus
+        part = operators.hidden_bytes(self.spec, self.formats, tokens) / gpus
         return 2 * (gpus - 1) * link.seconds(part)
 
     def h2d(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
@@ -188,11 +161,11 @@ class Costs:
         return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
 
     def _seconds(self, operator: operators.Operator, level: MemoryLevel) -> Number:
-        return operator_seconds(operator, level, self.dtype, fused=self.runtime.fused_kernels)
+        return operator_seconds(operator, level, self.formats.compute.name, fused=self.runtime.fused_kernels)
 
     def _up_to_attention(self, tokens: Number, prompt_len: float, kind: LayerKind) -> Number:
         """A layer of prefill up to attention."""
-        operator = operators.prefill_attention(self.spec, self.dtype, tokens, prompt_len, kind)
+        operator = operators.prefill_attention(self.spec, self.formats, tokens, prompt_len, kind)
         return self._on(Device.GPU, operator)
 
     def _after_ends(self, requests: Number, kind: LayerKind) -> Number:
@@ -201,7 +174,7 @@ class Costs:
         return minimum(requests, 1) * rest
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: LayerKind) -> Number:
-        operator = operators.post_attention(self.spec, self.dtype, m, gpu_experts, kind)
+        operator = operators.post_attention(self.spec, self.formats, m, gpu_experts, kind)
         return self._seconds(operator, self.profile.top) + 2 * self.all_reduce(m)
 
     def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
@@ -218,9 +191,6 @@ class Costs:
 
 
 LayerMix = tuple[tuple[LayerKind, float], ...]
-_ON_GPU: Final = frozenset(
-    {TaskKind.PRE_ATTENTION, TaskKind.ATTENTION, TaskKind.POST_ATTENTION, TaskKind.PREFILL_LAYER, TaskKind.SAMPLE}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +210,7 @@ class TaskWork:
     pipeline: Pipeline
     tokens: float
     context: float
-    requests_per_chunk: float | None = None
+    requests_per_chunk: float = 0.0
     mean_residents: tuple[float, ...] = ()
     layer_mixes: tuple[LayerMix, ...] = ()
     stretch: float = 1.0
@@ -258,30 +228,30 @@ class TaskWork:
 
     def num_bytes(self, task: TaskId) -> int:
         """Bytes that the task moves; 0 if it computes."""
-        spec, dtype, m = self.costs.spec, self.costs.dtype, self.tokens
-        match task.kind:
-            case TaskKind.EMBED | TaskKind.STORE_HIDDEN | TaskKind.LOAD_EXPERT_OUTPUT:
-                moved = operators.hidden_bytes(spec, dtype, m)
-            case TaskKind.LOAD_HIDDEN if self.pipeline.phase is Phase.PREFILL:
-                moved = operators.hidden_bytes(spec, dtype, m)
-            case TaskKind.LOAD_HIDDEN:
-                moved = operators.attention_output_bytes(spec, dtype, m)
-            case TaskKind.OFFLOAD_QKV:
-                moved = operators.qkv_bytes(spec, dtype, m)
-            case TaskKind.OFFLOAD_TOKENS:
-                moved = operators.routed_token_bytes(spec, dtype, m)
-            case TaskKind.STORE_KV:
-                moved = operators.kv_bytes(spec, dtype, m)
-            case TaskKind.LOAD_KV:
-                moved = sum(
-                    share * operators.kv_bytes(spec, dtype, m * spec.context_in(kind, self.context))
-                    for kind, share in self.layer_mix(task.layer)
-                )
-            case TaskKind.LOAD_PAGE | TaskKind.STAGE_PAGE:
-                moved = self._streamed_bytes(task.layer) / self.pipeline.num_pages
-            case _:
-                moved = 0
-        return round(moved)
+        return round(sum(share * task.act.moves(load) for share, load in self._loads(task.layer)))
+
+    def _loads(self, layer: int) -> list[tuple[float, Load]]:
+        """What tasks of a layer have to do in each kind of layer that it stands for, with its share."""
+        spec, resident = self.costs.spec, self.resident_experts[layer]
+        page_bytes = self._streamed_bytes(layer) / self.pipeline.num_pages
+        on_cpu = self.policy.ffn is Device.CPU and self.pipeline.phase is Phase.DECODE
+        return [
+            (
+                share,
+                Load(
+                    costs=self.costs,
+                    kind=kind,
+                    tokens=self.tokens,
+                    context=self.context,
+                    is_last=layer == self.pipeline.num_layers - 1,
+                    requests=self.requests_per_chunk,
+                    gpu_experts=resident if on_cpu else spec.num_experts,
+                    cpu_experts=max(0.0, spec.num_experts_of(kind) - resident),
+                    page_bytes=page_bytes,
+                ),
+            )
+            for kind, share in self.layer_mix(layer)
+        ]
 
     def _streamed_bytes(self, layer: int) -> float:
         """Weight bytes of a layer that are loaded in this phase."""
@@ -295,71 +265,23 @@ class TaskWork:
                 elements += share * spec.dense_parameters_of(kind)
         if not on_cpu:
             elements -= self.resident_experts[layer] * spec.expert_parameters
-        return elements * DTYPE_BYTES[policy.dtype]
+        return policy.formats.weights.bytes_of(elements)
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        in_decode = self.pipeline.phase is Phase.DECODE
-        alike: dict[tuple[float, LayerMix, bool], dict[TaskKind, float]] = {}
-        off_gpu: dict[tuple[float, LayerMix, bool], dict[TaskKind, float]] = {}
-        num_layers = self.pipeline.num_layers
-        layers = [
-            (alike.setdefault(key, {}), off_gpu.setdefault(key, {}))
-            for key in zip(
-                self.resident_experts,
-                map(self.layer_mix, range(num_layers)),
-                [not in_decode and layer == num_layers - 1 for layer in range(num_layers)],
-                strict=False,  # a policy may be simulated over its first layers only
-            )
+        alike: dict[tuple[float, LayerMix, bool], dict[Act, float]] = {}
+        last = self.pipeline.num_layers - 1
+        known = [
+            alike.setdefault((self.resident_experts[layer], self.layer_mix(layer), layer == last), {})
+            for layer in range(last + 1)
         ]
 
         def seconds(task: TaskId) -> float:
-            kind = task.kind
-            on_cpu = kind is TaskKind.ATTENTION and in_decode and self.pipeline.attention_on_cpu(task.micro_batch)
-            known = layers[task.layer][on_cpu]
-            if kind not in known:
-                whole = self._seconds(task, self.layer_mix(task.layer), on_cpu=on_cpu)
-                on_gpu = kind in _ON_GPU and not on_cpu
-                known[kind] = whole if on_gpu else whole * self.stretch
-            return known[kind]
+            of_layer, act = known[task.layer], task.act
+            if act not in of_layer:
+                num_bytes = self.num_bytes(task)
+                whole = sum(share * act.seconds(load, num_bytes) for share, load in self._loads(task.layer))
+                of_layer[act] = whole if act.lane is Lane.GPU else whole * self.stretch
+            return of_layer[act]
 
         return seconds
-
-    def _seconds(self, task: TaskId, mix: LayerMix, *, on_cpu: bool) -> float:
-        return sum(share * self._seconds_in(task, kind, on_cpu=on_cpu) for kind, share in mix)
-
-    def _seconds_in(self, task: TaskId, kind: LayerKind, *, on_cpu: bool) -> float:
-        """Seconds of the task in a layer of that kind; 0 where there is no such task."""
-        costs, m, resident = self.costs, self.tokens, self.resident_experts[task.layer]
-        match task.kind:
-            case TaskKind.PRE_ATTENTION:
-                return costs.pre_attention(m)
-            case TaskKind.ATTENTION:
-                return costs.attention(Device.CPU if on_cpu else Device.GPU, m, self.context, kind)
-            case TaskKind.POST_ATTENTION:
-                on_gpu = resident if self.policy.ffn is Device.CPU else costs.spec.num_experts
-                return costs.post_attention(m, on_gpu, kind)
-            case TaskKind.CPU_EXPERTS:
-                on_host = max(0.0, costs.spec.num_experts_of(kind) - resident)
-                return costs.cpu_experts(m, on_host)
-            case TaskKind.PREFILL_LAYER:
-                is_last = task.layer == self.pipeline.num_layers - 1
-                return costs.prefill_layer(m, self.context, kind, is_last=is_last)
-            case TaskKind.SAMPLE if self.pipeline.phase is Phase.PREFILL:
-                return costs.first_tokens(m if self.requests_per_chunk is None else self.requests_per_chunk)
-            case TaskKind.SAMPLE:
-                return costs.sample(m)
-            case TaskKind.STAGE_PAGE:
-                return costs.stage(self.num_bytes(task))
-            case TaskKind.LOAD_PAGE:
-                return costs.load_weights(self.num_bytes(task))
-            case TaskKind.LOAD_KV:
-                return costs.load_kv(self.num_bytes(task))
-            case TaskKind.OFFLOAD_QKV | TaskKind.OFFLOAD_TOKENS | TaskKind.STORE_KV | TaskKind.STORE_HIDDEN:
-                return costs.d2h(self.num_bytes(task))
-            case TaskKind.EMBED | TaskKind.LOAD_EXPERT_OUTPUT:
-                return costs.h2d_to_all(self.num_bytes(task))
-            case TaskKind.LOAD_HIDDEN if self.pipeline.phase is Phase.PREFILL:
-                return costs.h2d_to_all(self.num_bytes(task))
-            case _:
-                return costs.h2d(self.num_bytes(task))

@@ -7,8 +7,9 @@ from itertools import accumulate
 from math import ceil, inf
 from typing import Final
 
+from hrm.acts import decode, prefill
 from hrm.causes import Limits, limits_of
-from hrm.closed_form import DecodeStep, Point, prefill_lanes
+from hrm.closed_form import DecodeStep, PhaseSeconds, Point, whole_prefill
 from hrm.costs import EXECUTOR, Costs, LayerMix, Runtime, TaskWork
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
@@ -19,7 +20,7 @@ from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
 from hrm.policy import PaperTuple, Parallelism, Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
-from hrm.tasks import Lane, Phase, TaskId, TaskKind
+from hrm.tasks import Act, Lane, TaskId
 from hrm.trace import Trace
 from hrm.workload import Workload
 
@@ -28,7 +29,7 @@ MAX_TASKS: Final = 3000
 MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
-_PAGES: Final = frozenset({TaskKind.LOAD_PAGE, TaskKind.STAGE_PAGE})
+_PAGES: Final = frozenset({decode.LOAD_PAGE, decode.STAGE_PAGE, prefill.LOAD_PAGE, prefill.STAGE_PAGE})
 STEADY_STEPS: Final = 3
 
 
@@ -110,7 +111,7 @@ class Estimate:
     @property
     def costs(self) -> Costs:
         """What the tasks of the policy's part cost."""
-        return Costs(self.part.spec, self.part.profile, self.policy.dtype, self.runtime)
+        return Costs(self.part.spec, self.part.profile, self.policy.formats, self.runtime)
 
     @cached_property
     def limits(self) -> Limits:
@@ -141,7 +142,7 @@ def estimate(
     fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
     part = part_for(policy, spec, profile)
-    costs = Costs(part.spec, part.profile, policy.dtype, runtime)
+    costs = Costs(part.spec, part.profile, policy.formats, runtime)
     requests = workload.requests_or(policy.batch_size)
     turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
     if workload.num_requests is not None:
@@ -262,7 +263,7 @@ def decode_work(
         pipeline=decode_pipeline(costs.spec, shape or policy, num_steps=num_steps),
         tokens=tokens,
         context=context,
-        stretch=_stretch(*step.lanes(context)),
+        stretch=_stretch(step.seconds(context)),
     )
 
 
@@ -284,15 +285,16 @@ def prefill_work(
         tokens=tokens / num_chunks,
         context=workload.prompt_len,
         requests_per_chunk=policy.batch_size / num_chunks,
-        stretch=_stretch(*prefill_lanes(costs, point, workload)),
+        stretch=_stretch(whole_prefill(costs, point, workload)),
     )
 
 
-def _stretch(lanes: dict[Lane, float], host_memory_s: float) -> float:
+def _stretch(seconds: PhaseSeconds) -> float:
     """How much longer work on the host's memory takes because all of it wants more than there is.
 
     Only as far as the memory is what limits the phase: until then, work can give way in turn.
     """
+    lanes, host_memory_s = seconds.of_lanes
     if host_memory_s <= max(lanes.values()):
         return 1.0
     using = max(seconds for lane, seconds in lanes.items() if lane is not Lane.GPU)
@@ -302,7 +304,7 @@ def _stretch(lanes: dict[Lane, float], host_memory_s: float) -> float:
 def simulate_work(work: TaskWork) -> Trace:
     """The trace of a phase whose tasks take their predicted seconds."""
     tasks = iter_tasks(work.pipeline, work.policy.schedule)
-    return simulate(tasks, work.seconds_of(), phase=work.pipeline.phase)
+    return simulate(tasks, work.seconds_of())
 
 
 def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
@@ -354,16 +356,14 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, 
     order = _order(pipeline, work.policy.schedule)
     pages = round(pipeline.num_pages * pages_in_one)
     seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
-    seconds = [seconds_of(task_id) * (pages_in_one if task_id.kind in _PAGES else in_one) for task_id in order.distinct]
+    seconds = [seconds_of(task_id) * (pages_in_one if task_id.act in _PAGES else in_one) for task_id in order.distinct]
     return order, end_times(order, seconds)
 
 
 @lru_cache(maxsize=32)  # contexts, and costs of what limits, differ in durations only
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
-    def alike(task: TaskId) -> tuple[TaskKind, int, bool]:
-        attends = task.kind is TaskKind.ATTENTION and pipeline.phase is Phase.DECODE
-        on_cpu = attends and pipeline.attention_on_cpu(task.micro_batch)
-        return task.kind, task.layer, on_cpu
+    def alike(task: TaskId) -> tuple[Act, int]:
+        return task.act, task.layer
 
     return in_order(iter_tasks(pipeline, schedule), alike)
 

@@ -2,15 +2,18 @@
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 from hrm.errors import ProfileError
 from hrm.numeric import Number
 
 NOISY_SPREAD: Final = 0.08
 LARGEST_FIGURE: Final = 1e18  # bytes, rates, seconds; 64 bits hold such an integer
+
+_T = TypeVar("_T")
 
 
 class Source(StrEnum):
@@ -54,6 +57,21 @@ class Figure:
         """Whether it spreads too far to be trusted."""
         return self.spread > NOISY_SPREAD
 
+    def times(self, factor: float, *, note: str = "", source: Source | None = None, size_factor: float = 1) -> "Figure":
+        """`factor` times as much, all along the curve, whose sizes are multiplied by `size_factor`.
+
+        `note` is added to the figure's own, and where `source` is given, the product is from there.
+        """
+        return replace(
+            self,
+            value=self.value * factor,
+            source=source or self.source,
+            note="; ".join(filter(None, (self.note, note))),
+            curve=tuple((size * size_factor, value * factor) for size, value in self.curve),
+            p20=None if self.p20 is None else self.p20 * factor,
+            p80=None if self.p80 is None else self.p80 * factor,
+        )
+
     def at(self, size: Number = None) -> Number:
         """Value at `size`, interpolated over log(size) and flat beyond the ends of the curve.
 
@@ -95,6 +113,32 @@ class Rate:
     def at(self, size: Number = None) -> Number:
         """Planned value at `size`."""
         return self.planned.at(size)
+
+    def each(self, change: Callable[[Figure], Figure]) -> "Rate":
+        """The rate with each of its figures changed."""
+        return with_figures(self, lambda _, figure: change(figure))
+
+
+def with_figures(node: _T, change: Callable[[str, Figure], Figure], where: str = "") -> _T:
+    """The same data with every figure changed; `change` is told where it stands, fields joined by dots."""
+    changed: Any = node
+    match node:
+        case Figure():
+            changed = change(where, node)
+        case dict():
+            items = cast("dict[str, Any]", node).items()
+            changed = {key: with_figures(part, change, f"{where}.{key}") for key, part in items}
+        case tuple():
+            parts = enumerate(cast("tuple[Any, ...]", node))
+            changed = tuple(with_figures(part, change, f"{where}[{index}]") for index, part in parts)
+        case _ if is_dataclass(node) and not isinstance(node, type):
+            named = {item.name: getattr(node, item.name) for item in fields(node)}
+            changed = replace(
+                node, **{name: with_figures(part, change, f"{where}.{name}") for name, part in named.items()}
+            )
+        case _:
+            pass
+    return changed
 
 
 def check_figure(where: str, figure: Figure) -> None:

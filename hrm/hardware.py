@@ -6,7 +6,7 @@ Every figure says where it came from; a rate may be a curve over size where it b
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from hrm.errors import ProfileError
 from hrm.figures import NOISY_SPREAD, Figure, Rate, Source, check_figure, check_rate
@@ -18,7 +18,6 @@ __all__ = [
     "NOISY_SPREAD",
     "SCHEMA",
     "Cache",
-    "Contention",
     "Disk",
     "Figure",
     "GpuCard",
@@ -164,19 +163,6 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contention:
-    """What one kind of work keeps of its rate beside others: `kept` is a share, up to about 1.
-
-    `work` and `beside` name what shares the host's memory or a link: `attention`, `staging`, `h2d`,
-    `d2h`, and `gemm` where an emulated GPU computes on the host.
-    """
-
-    work: str
-    beside: tuple[str, ...]
-    kept: Figure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
@@ -190,6 +176,8 @@ class HardwareProfile:
     held twice and nothing crosses a link.
     """
 
+    RETIRED: ClassVar = frozenset({"contention"})  # what files of before may hold, and no plan asks for
+
     schema: int = SCHEMA
     name: str
     accelerator: Literal["cuda", "emulated", "cpu", "catalog"]
@@ -199,7 +187,6 @@ class HardwareProfile:
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
     disk: Disk | None = None
-    contention: tuple[Contention, ...] = ()
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:

@@ -136,15 +136,15 @@ def one_part(profile: HardwareProfile) -> HardwareProfile:
     note = f"one of {count} parts"
 
     def share(figure: Figure) -> Figure:
-        return _scale(figure, 1 / count, note)
+        return figure.times(1 / count, note=note)
 
     def share_of_link(link: Link) -> Link:
         size_factor = 1.0 if link.kind == "staging" else 1 / count
 
         def share_of_bandwidth(figure: Figure) -> Figure:
-            return _scale(figure, 1 / count, note, size_factor)
+            return figure.times(1 / count, note=note, size_factor=size_factor)
 
-        return replace(link, bandwidth_bytes_per_s=_each(link.bandwidth_bytes_per_s, share_of_bandwidth))
+        return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s.each(share_of_bandwidth))
 
     return replace(
         profile,
@@ -255,28 +255,11 @@ def _to_plain(node: Any) -> Any:
 # ------------------------------------------------------------------------------------ composing
 
 
-def _scale(figure: Figure, factor: float, note: str, size_factor: float = 1) -> Figure:
-    return replace(
-        figure,
-        value=figure.value * factor,
-        note=f"{figure.note}; {note}" if figure.note else note,
-        curve=tuple((size * size_factor, value * factor) for size, value in figure.curve),
-        p20=None if figure.p20 is None else figure.p20 * factor,
-        p80=None if figure.p80 is None else figure.p80 * factor,
-    )
-
-
-def _each(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
-    return Rate(
-        **{item.name: change(figure) for item in fields(rate) if (figure := getattr(rate, item.name)) is not None}
-    )
-
-
 def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> MemoryLevel:
     """The level with its sizes and rates changed; latencies and the number of cores stay."""
 
     def changed(rate: Rate | None) -> Rate | None:
-        return None if rate is None else _each(rate, change)
+        return None if rate is None else rate.each(change)
 
     processor = level.processor
     return replace(
@@ -284,20 +267,18 @@ def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> Mem
         capacity_bytes=change(level.capacity_bytes),
         reserve_bytes=change(level.reserve_bytes),
         pinnable_bytes=None if level.pinnable_bytes is None else change(level.pinnable_bytes),
-        read_bytes_per_s=_each(level.read_bytes_per_s, change),
+        read_bytes_per_s=level.read_bytes_per_s.each(change),
         copy_bytes_per_s=changed(level.copy_bytes_per_s),
         shared_bytes_per_s=changed(level.shared_bytes_per_s),
         caches=tuple(
             replace(
-                cache,
-                capacity_bytes=change(cache.capacity_bytes),
-                read_bytes_per_s=_each(cache.read_bytes_per_s, change),
+                cache, capacity_bytes=change(cache.capacity_bytes), read_bytes_per_s=cache.read_bytes_per_s.each(change)
             )
             for cache in level.caches
         ),
         processor=replace(
             processor,
-            compute_flops_per_s={dtype: _each(rate, change) for dtype, rate in processor.compute_flops_per_s.items()},
+            compute_flops_per_s={dtype: rate.each(change) for dtype, rate in processor.compute_flops_per_s.items()},
             attention_bytes_per_s=changed(processor.attention_bytes_per_s),
         ),
     )
@@ -306,7 +287,7 @@ def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> Mem
 def _sum_level(level: MemoryLevel, count: int) -> MemoryLevel:
     if count == 1:
         return level
-    summed = _change_level(level, lambda figure: _scale(figure, count, f"times {count}"))
+    summed = _change_level(level, lambda figure: figure.times(count, note=f"times {count}"))
     processor = summed.processor
     named = replace(processor, name=f"{count} x {processor.name}", cores=count * processor.cores)
     return replace(summed, processor=named)
@@ -319,9 +300,9 @@ def _sum_link(link: Link, count: int, machine: Host) -> Link:
     """
 
     def total(figure: Figure) -> Figure:
-        return _scale(figure, count, f"times {count}", size_factor=count)
+        return figure.times(count, note=f"times {count}", size_factor=count)
 
-    rate = link.bandwidth_bytes_per_s if count == 1 else _each(link.bandwidth_bytes_per_s, total)
+    rate = link.bandwidth_bytes_per_s if count == 1 else link.bandwidth_bytes_per_s.each(total)
     limits = (
         ("memory, read", machine.level.read_bytes_per_s.planned),
         ("root ports, which move", machine.root_port_bytes_per_s.planned),
@@ -351,7 +332,7 @@ def _resize(level: MemoryLevel, num_bytes: float, flag: str) -> MemoryLevel:
     capacity = Figure(value=num_bytes, source=Source.GIVEN, note=note)
     pinnable = level.pinnable_bytes
     if pinnable is not None:
-        pinnable = _scale(pinnable, num_bytes / level.capacity_bytes.value, f"of a capacity {note}")
+        pinnable = pinnable.times(num_bytes / level.capacity_bytes.value, note=f"of a capacity {note}")
     return replace(level, capacity_bytes=capacity, reserve_bytes=reserve, pinnable_bytes=pinnable)
 
 

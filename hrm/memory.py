@@ -19,6 +19,7 @@ from hrm.contract.rows import (
 )
 from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
+from hrm.formats import Format, Formats
 from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ModelSpec
@@ -27,7 +28,7 @@ from hrm.parallel import part_for
 from hrm.policy import Policy
 from hrm.schedules import pages_of
 from hrm.tasks import Device
-from hrm.units import DTYPE_BYTES, at_least_bytes, format_bytes
+from hrm.units import at_least_bytes, format_bytes
 
 # Purposes of the host's memory that cross the link, in the order in which they are pinned.
 ALWAYS_PINNED: Final = ("staging", "exchange")  # small, and in every layer's way
@@ -134,15 +135,16 @@ class MemoryPlan:
         )
 
 
-def exchange_bytes_per_request(spec: ModelSpec, dtype: str, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:
+def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:
     """Decode buffers of one request: hidden state, QKV, attention and experts' output, numbers.
 
     Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
     """
-    size, hidden = DTYPE_BYTES[dtype], ranks * spec.hidden_size
-    elements = hidden + spec.query_size + spec.attention_output_size + spec.kv_elements
-    routed = 2 * hidden * size + ROUTING_BYTES * spec.experts_per_token
-    return elements * size + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
+    hidden = ranks * spec.hidden_size
+    computed = formats.compute.bytes_of(hidden + spec.query_size + spec.attention_output_size)
+    kv = spec.kv_bytes_per_token_layer(formats.kv_cache)
+    routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
+    return computed + kv + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
 
 
 def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number) -> Number:
@@ -160,19 +162,19 @@ def kv_cache_tokens(spec: ModelSpec, micro_batch_size: Number, kv_tokens: Number
     return total
 
 
-def prefix_bytes_per_token(spec: ModelSpec, dtype: str, *, ranks: int = 1) -> int:
+def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
     """Bytes that a split prompt keeps on the GPU for each token: one layer's keys and values.
 
     Latent attention keeps what it expands its cache to, of which every GPU has its own heads.
     """
     if spec.latent_attention is not None:
-        return (spec.query_size + spec.attention_output_size) * DTYPE_BYTES[dtype]
-    return spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(dtype)
+        return formats.compute.bytes_of(spec.query_size + spec.attention_output_size)
+    return spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(formats.kv_cache)
 
 
 def gpu_purposes(
     spec: ModelSpec,
-    dtype: str,
+    formats: Formats,
     *,
     batch_size: Number,
     micro_batch_size: Number,
@@ -194,27 +196,29 @@ def gpu_purposes(
     hidden states each, and the cache more than once if it has fewer heads than there are GPUs. A
     stage of a pipeline keeps the caches of all `batches` under way.
     """
-    size = DTYPE_BYTES[dtype]
-    layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(dtype)
+    compute, weights = formats.compute, formats.weights
+    layer_kv = spec.kv_copies(ranks) * spec.kv_bytes_per_token_layer(formats.kv_cache)
     tokens_at_once = maximum(micro_batch_size, chunk_tokens)
     cache_tokens = kv_cache_tokens(spec, micro_batch_size, kv_tokens)
     return {
-        "resident_weights": resident_bytes + spec.head_parameters * size,
+        "resident_weights": resident_bytes + weights.bytes_of(spec.head_parameters),
         "weight_slots": WEIGHT_SLOTS * max_streamed_bytes,
         "kv_cache": batches * gpu_kv_micro_batches * cache_tokens * layer_kv,
         "kv_buffers": streams_kv * BUFFERS * kv_tokens * layer_kv,
-        "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
-        "prefill_buffers": BUFFERS * chunk_tokens * (ranks * spec.hidden_size * size + layer_kv + TOKEN_NUMBER_BYTES),
-        "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, dtype, ranks=ranks),
-        "workspace": workspace_bytes(spec, tokens_at_once, dtype, ranks=ranks, longest_tokens=kv_tokens)
+        "exchange": batch_size * exchange_bytes_per_request(spec, formats, ffn_on_cpu=ffn_on_cpu, ranks=ranks),
+        "prefill_buffers": BUFFERS
+        * chunk_tokens
+        * (compute.bytes_of(ranks, spec.hidden_size) + layer_kv + TOKEN_NUMBER_BYTES),
+        "prefix_buffer": prefix_tokens * prefix_bytes_per_token(spec, formats, ranks=ranks),
+        "workspace": workspace_bytes(spec, tokens_at_once, compute, ranks=ranks, longest_tokens=kv_tokens)
         + COUNT_BYTES * spec.num_layers * spec.num_experts,
-        "logits": micro_batch_size * (spec.vocab_size * (LOGIT_BYTES + size)),
+        "logits": micro_batch_size * (spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size)),
     }
 
 
 def cpu_purposes(
     spec: ModelSpec,
-    dtype: str,
+    formats: Formats,
     *,
     batch_size: Number,
     micro_batch_size: Number,
@@ -232,22 +236,22 @@ def cpu_purposes(
     `latent_up_bytes` are up-projections of latent attention that the CPU needs though their layers
     are resident on the GPU.
     """
-    size = DTYPE_BYTES[dtype]
-    cache_bytes = kv_cache_tokens(spec, micro_batch_size, kv_tokens) * spec.kv_bytes_per_token_layer(dtype)
+    compute = formats.compute
+    cache_bytes = kv_cache_tokens(spec, micro_batch_size, kv_tokens) * spec.kv_bytes_per_token_layer(formats.kv_cache)
     return {
-        "weights": streamed_bytes + spec.embedding_parameters * size + latent_up_bytes,
+        "weights": streamed_bytes + formats.weights.bytes_of(spec.embedding_parameters) + latent_up_bytes,
         "staging": staging_bytes,
         "kv_cache": batches * (num_micro_batches - gpu_kv_micro_batches) * cache_bytes,
-        "exchange": batch_size * exchange_bytes_per_request(spec, dtype, ffn_on_cpu=ffn_on_cpu),
-        "prefill_hidden": num_micro_batches * kv_tokens * (spec.hidden_size * size + TOKEN_NUMBER_BYTES),
-        "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, dtype),
+        "exchange": batch_size * exchange_bytes_per_request(spec, formats, ffn_on_cpu=ffn_on_cpu),
+        "prefill_hidden": num_micro_batches * kv_tokens * (compute.bytes_of(spec.hidden_size) + TOKEN_NUMBER_BYTES),
+        "workspace": ffn_on_cpu * workspace_bytes(spec, micro_batch_size, compute),
     }
 
 
-def latent_up_bytes(spec: ModelSpec, dtype: str, *, cpu_attention: Number, resident_dense: Number) -> Number:
+def latent_up_bytes(spec: ModelSpec, weights: Format, *, cpu_attention: Number, resident_dense: Number) -> Number:
     """Bytes of up-projections that must lie on the host beside those on the GPU."""
     held_twice = cpu_attention * resident_dense
-    return held_twice * spec.num_layers * spec.latent_up_parameters * DTYPE_BYTES[dtype]
+    return held_twice * weights.bytes_of(spec.num_layers, spec.latent_up_parameters)
 
 
 def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> MemoryPlan:
@@ -282,7 +286,7 @@ def purposes(
     ffn_on_cpu = int(policy.ffn is Device.CPU and max(streamed) > 0)
     gpu = gpu_purposes(
         spec,
-        policy.dtype,
+        policy.formats,
         batch_size=policy.batch_size,
         micro_batch_size=policy.micro_batch_size,
         kv_tokens=policy.kv_tokens_per_micro_batch,
@@ -290,7 +294,7 @@ def purposes(
         gpu_kv_micro_batches=on_gpu,
         streams_kv=int(policy.streams_kv),
         ffn_on_cpu=ffn_on_cpu,
-        resident_bytes=spec.total_layer_bytes(policy.dtype) - sum(streamed),
+        resident_bytes=spec.total_layer_bytes(policy.formats.weights) - sum(streamed),
         max_streamed_bytes=max(streamed),
         prefix_tokens=policy.prefix_buffer_tokens,
         ranks=ranks,
@@ -298,7 +302,7 @@ def purposes(
     )
     cpu = cpu_purposes(
         spec,
-        policy.dtype,
+        policy.formats,
         batch_size=policy.batch_size,
         micro_batch_size=policy.micro_batch_size,
         kv_tokens=policy.kv_tokens_per_micro_batch,
@@ -309,7 +313,7 @@ def purposes(
         staging_bytes=staging_bytes(spec, policy),
         latent_up_bytes=latent_up_bytes(
             spec,
-            policy.dtype,
+            policy.formats.weights,
             cpu_attention=int(policy.attention is Device.CPU and on_gpu < n),
             resident_dense=int(policy.resident_dense),
         ),
@@ -323,7 +327,7 @@ def staging_bytes(spec: ModelSpec, policy: Policy) -> int:
     if not policy.staging:
         return 0
     largest = max(policy.streamed_bytes(spec, layer) for layer in range(spec.num_layers))
-    size = DTYPE_BYTES[policy.dtype]  # a page holds whole elements
+    size = policy.formats.weights.bytes_of(1)  # a page holds whole elements
     return STAGING_PAGES * -(-largest // (pages_of(policy) * size)) * size
 
 

@@ -1,6 +1,6 @@
 """Arithmetic for one policy (plain numbers) and for a whole grid of them (NumPy arrays)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -59,7 +59,6 @@ def where(condition: Number, if_true: Number, if_false: Number) -> Number:
     return condition * if_true + (1 - condition) * if_false
 
 
-def share_of(share: Number, value: Callable[[], Number]) -> Number:
-    """`share` times the value, which is not worked out if the share is 0 everywhere."""
-    some = share if isinstance(share, (int, float)) else share.any()
-    return share * value() if some else 0.0
+def is_zero(value: Number) -> bool:
+    """Whether a number is 0, or all of an array."""
+    return value == 0 if isinstance(value, (int, float)) else not value.any()

@@ -18,9 +18,9 @@ from hrm.contract.launches import (
     SAMPLE_LAUNCHES,
 )
 from hrm.contract.rows import ROUTING_BYTES
+from hrm.formats import Formats
 from hrm.model_spec import LayerKind, ModelSpec
 from hrm.numeric import Number, maximum, minimum
-from hrm.units import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +73,26 @@ class Operator:
         return self.flops / self.num_bytes
 
 
-def gemms(rows: Number, parameters: int, touched: Number, dtype: str) -> Kernel:
+def gemms(rows: Number, parameters: int, touched: Number, formats: Formats) -> Kernel:
     """GEMMs of `rows` tokens with so many weights; `touched` elements of a token go in and out."""
-    size = DTYPE_BYTES[dtype]
-    return Kernel(2 * rows * parameters, (parameters + rows * touched) * size, rows)
+    num_bytes = formats.weights.bytes_of(parameters) + formats.compute.bytes_of(rows, touched)
+    return Kernel(2 * rows * parameters, num_bytes, rows)
 
 
-def linear(rows: Number, inputs: int, outputs: int, dtype: str) -> Kernel:
+def linear(rows: Number, inputs: int, outputs: int, formats: Formats) -> Kernel:
     """A GEMM of `rows` tokens with an inputs × outputs weight matrix."""
-    return gemms(rows, inputs * outputs, inputs + outputs, dtype)
+    return gemms(rows, inputs * outputs, inputs + outputs, formats)
 
 
-def pre_attention(spec: ModelSpec, dtype: str, m: Number) -> Operator:
+def pre_attention(spec: ModelSpec, formats: Formats, m: Number) -> Operator:
     """Norm, QKV projection and rotary embedding of m tokens."""
     touched = spec.hidden_size + spec.query_size + spec.kv_elements
-    projection = gemms(m, spec.qkv_parameters, touched, dtype)
+    projection = gemms(m, spec.qkv_parameters, touched, formats)
     fused = FUSED_PRE_ATTENTION_LAUNCHES
     return Operator((projection,), fused, unfused_launches=PRE_ATTENTION_LAUNCHES - fused)
 
 
-def decode_attention(spec: ModelSpec, dtype: str, m: Number, context: Number, kind: LayerKind) -> Operator:
+def decode_attention(spec: ModelSpec, formats: Formats, m: Number, context: Number, kind: LayerKind) -> Operator:
     """Attention of m new tokens, each over `context` cached ones: QKᵀ and P·V, cache read once.
 
     A window caps the context. Latent attention works on the compressed cache, its up-projection
@@ -101,25 +101,25 @@ def decode_attention(spec: ModelSpec, dtype: str, m: Number, context: Number, ki
     seen = spec.context_in(kind, context)
     kernel = Kernel(
         m * seen * spec.attention_flops_per_context_token,
-        m * seen * spec.kv_bytes_per_token_layer(dtype),
+        m * seen * spec.kv_bytes_per_token_layer(formats.kv_cache),
         m,
         reads_kv=True,
     )
     if not spec.latent_up_parameters:
         return Operator((kernel,), ATTENTION_LAUNCHES_PER_TASK, m)
     touched = spec.query_size + spec.attention_output_size
-    up = gemms(m, spec.latent_up_parameters, touched, dtype)
+    up = gemms(m, spec.latent_up_parameters, touched, formats)
     return Operator((up, kernel), ATTENTION_LAUNCHES_PER_TASK, m)
 
 
-def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Operator:
+def experts(spec: ModelSpec, formats: Formats, m: Number, num_experts: Number) -> Operator:
     """The part of the MoE FFN that falls on `num_experts` of the experts, for m tokens."""
-    size = DTYPE_BYTES[dtype]
     hit = num_experts * spec.experts_hit(m) / spec.num_experts
     routed = m * spec.experts_per_token * num_experts / spec.num_experts
     kernel = Kernel(
         2 * routed * spec.expert_parameters,
-        hit * spec.expert_parameters * size + routed * (2 * spec.hidden_size + 3 * spec.intermediate_size) * size,
+        formats.weights.bytes_of(hit, spec.expert_parameters)
+        + formats.compute.bytes_of(routed, 2 * spec.hidden_size + 3 * spec.intermediate_size),
         maximum(routed / maximum(hit, 1e-9), 1.0),
     )
     # As a mean over layers, less than one expert means that some layers have none.
@@ -128,7 +128,7 @@ def experts(spec: ModelSpec, dtype: str, m: Number, num_experts: Number) -> Oper
     return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here)
 
 
-def dense_ffn(spec: ModelSpec, dtype: str, m: Number, kind: LayerKind) -> Operator:
+def dense_ffn(spec: ModelSpec, formats: Formats, m: Number, kind: LayerKind) -> Operator:
     """What every token goes through: shared experts, or the FFN of a layer without experts."""
     parameters, inner = spec.shared_parameters, spec.shared_intermediate_size
     if not kind.has_experts:
@@ -136,78 +136,81 @@ def dense_ffn(spec: ModelSpec, dtype: str, m: Number, kind: LayerKind) -> Operat
     if not parameters:
         return Operator((), 0)
     touched = 2 * spec.hidden_size + 3 * inner
-    return Operator((gemms(m, parameters, touched, dtype),), LAUNCHES_PER_EXPERT)
+    return Operator((gemms(m, parameters, touched, formats),), LAUNCHES_PER_EXPERT)
 
 
-def post_attention(spec: ModelSpec, dtype: str, m: Number, gpu_experts: Number, kind: LayerKind) -> Operator:
+def post_attention(spec: ModelSpec, formats: Formats, m: Number, gpu_experts: Number, kind: LayerKind) -> Operator:
     """Output projection, norm, router and dense FFN of m tokens, and the experts run with it."""
-    output = linear(m, spec.attention_output_size, spec.hidden_size, dtype)
-    dense = dense_ffn(spec, dtype, m, kind)
+    output = linear(m, spec.attention_output_size, spec.hidden_size, formats)
+    dense = dense_ffn(spec, formats, m, kind)
     launches = FUSED_POST_ATTENTION_LAUNCHES + dense.launches
     unfused = POST_ATTENTION_LAUNCHES - FUSED_POST_ATTENTION_LAUNCHES
     if not kind.has_experts:
         return Operator((output, *dense.kernels), launches, unfused_launches=unfused)
-    router = linear(m, spec.hidden_size, spec.num_experts, dtype)
-    ffn = experts(spec, dtype, m, gpu_experts)
+    router = linear(m, spec.hidden_size, spec.num_experts, formats)
+    ffn = experts(spec, formats, m, gpu_experts)
     kernels = (output, router, *dense.kernels, *ffn.kernels)
     unfused = unfused + ffn.unfused_launches
     return Operator(kernels, launches + ffn.launches, unfused_launches=unfused)
 
 
-def prefill_attention(spec: ModelSpec, dtype: str, tokens: Number, prompt_len: Number, kind: LayerKind) -> Operator:
+def prefill_attention(
+    spec: ModelSpec, formats: Formats, tokens: Number, prompt_len: Number, kind: LayerKind
+) -> Operator:
     """A layer over a chunk of `tokens` in prompts of `prompt_len` up to causal attention.
 
     Prompts longer than the chunk are split: over all parts of one, attention is what it is over the
     whole, but for keys and values of earlier parts, which each later part reads again.
     """
-    before = pre_attention(spec, dtype, tokens)
-    size = DTYPE_BYTES[dtype]
+    before = pre_attention(spec, formats, tokens)
     capped = spec.context_in(kind, prompt_len)
     mean_context = capped - capped * capped / (2 * prompt_len)
     expanded = spec.query_size + spec.attention_output_size
     part = minimum(prompt_len, tokens)
     prefix = spec.context_in(kind, (prompt_len - part) / 2)  # as a mean over the parts
-    of_prefix = expanded if spec.latent_attention is not None else spec.kv_elements
+    # What is read again comes from the cache, or is what latent attention expanded it to.
+    compute, cache = formats.compute, formats.kv_cache
+    of_prefix = cache.bytes_of(spec.kv_elements) if spec.latent_attention is None else compute.bytes_of(expanded)
     attention = Kernel(
         2 * tokens * mean_context * expanded,
-        tokens * (expanded + spec.kv_elements + prefix / part * of_prefix) * size,
+        tokens * (compute.bytes_of(expanded + spec.kv_elements) + prefix / part * of_prefix),
         part,
     )
     kernels = (*before.kernels, attention)
     if spec.latent_up_parameters:
         touched = spec.kv_elements + expanded
-        kernels = (gemms(tokens, spec.latent_up_parameters, touched, dtype), *kernels)
+        kernels = (gemms(tokens, spec.latent_up_parameters, touched, formats), *kernels)
     return Operator(kernels, before.launches, tokens / part, before.unfused_launches)
 
 
-def sample(spec: ModelSpec, dtype: str, m: Number) -> Operator:
+def sample(spec: ModelSpec, formats: Formats, m: Number) -> Operator:
     """Final norm, LM head and the choice of m next tokens."""
-    return Operator((linear(m, spec.hidden_size, spec.vocab_size, dtype),), SAMPLE_LAUNCHES)
+    return Operator((linear(m, spec.hidden_size, spec.vocab_size, formats),), SAMPLE_LAUNCHES)
 
 
 # -- bytes of transfers -----------------------------------------------------------------------
 
 
-def hidden_bytes(spec: ModelSpec, dtype: str, tokens: Number) -> Number:
+def hidden_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
     """Hidden states of that many tokens."""
-    return tokens * spec.hidden_size * DTYPE_BYTES[dtype]
+    return formats.compute.bytes_of(tokens, spec.hidden_size)
 
 
-def qkv_bytes(spec: ModelSpec, dtype: str, m: Number) -> Number:
+def qkv_bytes(spec: ModelSpec, formats: Formats, m: Number) -> Number:
     """Queries, keys and values of m new tokens."""
-    return m * (spec.query_size + spec.kv_elements) * DTYPE_BYTES[dtype]
+    return m * (formats.compute.bytes_of(spec.query_size) + spec.kv_bytes_per_token_layer(formats.kv_cache))
 
 
-def attention_output_bytes(spec: ModelSpec, dtype: str, m: Number) -> Number:
+def attention_output_bytes(spec: ModelSpec, formats: Formats, m: Number) -> Number:
     """Attention outputs of m tokens, before the output projection."""
-    return m * spec.attention_output_size * DTYPE_BYTES[dtype]
+    return formats.compute.bytes_of(m, spec.attention_output_size)
 
 
-def kv_bytes(spec: ModelSpec, dtype: str, tokens: Number) -> Number:
+def kv_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
     """One layer's keys and values of that many tokens."""
-    return tokens * spec.kv_bytes_per_token_layer(dtype)
+    return tokens * spec.kv_bytes_per_token_layer(formats.kv_cache)
 
 
-def routed_token_bytes(spec: ModelSpec, dtype: str, m: Number) -> Number:
+def routed_token_bytes(spec: ModelSpec, formats: Formats, m: Number) -> Number:
     """Normed hidden states of m tokens with their routing."""
-    return hidden_bytes(spec, dtype, m) + m * spec.experts_per_token * ROUTING_BYTES
+    return hidden_bytes(spec, formats, m) + m * spec.experts_per_token * ROUTING_BYTES

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from hrm.closed_form import DecodeStep, Point, prefill_all_reduce_s, prefill_lanes, prefill_terms, sampled_contexts
+from hrm.closed_form import DecodeStep, PhaseSeconds, Point, prefill_all_reduce_s, sampled_contexts, whole_prefill
 from hrm.costs import Costs
 from hrm.policy import Policy
 from hrm.tasks import Lane
@@ -35,6 +35,18 @@ class PhaseWork:
     host_memory_s: float = 0.0
     all_reduce_s: float = 0.0
 
+    @staticmethod
+    def of(seconds: PhaseSeconds, *, in_order_s: float, all_reduce_s: float) -> "PhaseWork":
+        """The work in its seconds in closed form."""
+        lanes, host_memory_s = seconds.of_lanes
+        return PhaseWork(
+            bound_s=max(*lanes.values(), host_memory_s),
+            in_order_s=in_order_s,
+            lane_s=lanes,
+            host_memory_s=host_memory_s,
+            all_reduce_s=all_reduce_s,
+        )
+
     @property
     def busy_s(self) -> dict[str, float]:
         """Seconds of all that may be the longest: every lane, and the memory that they share."""
@@ -63,14 +75,9 @@ class PhaseWork:
 def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork:
     """The work of the prefill of one batch."""
     point = Point.of_policy(policy, costs.spec)
-    lanes, host_memory_s = prefill_lanes(costs, point, workload)
-    return PhaseWork(
-        bound_s=max(*lanes.values(), host_memory_s),
-        in_order_s=max(prefill_terms(costs, point, workload)),
-        lane_s={lane: lanes.get(lane, 0.0) for lane in Lane},
-        host_memory_s=host_memory_s,
-        all_reduce_s=prefill_all_reduce_s(costs, point, workload),
-    )
+    seconds = whole_prefill(costs, point, workload)
+    all_reduce_s = prefill_all_reduce_s(costs, point, workload)
+    return PhaseWork.of(seconds, in_order_s=max(seconds.terms), all_reduce_s=all_reduce_s)
 
 
 class StepWork(NamedTuple):
@@ -90,13 +97,7 @@ def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepW
     found: list[StepWork] = []
     for context, steps in sampled_contexts(costs.spec, workload).items():
         seconds = step.seconds(context)
-        work = PhaseWork(
-            bound_s=max(*seconds.lanes.values(), seconds.host_memory_s),
-            in_order_s=max(step.in_order(seconds)),
-            lane_s=seconds.lanes,
-            host_memory_s=seconds.host_memory_s,
-            all_reduce_s=step.all_reduce_s,
-        )
+        work = PhaseWork.of(seconds, in_order_s=max(step.in_order(seconds)), all_reduce_s=step.all_reduce_s)
         found.append(StepWork(context, steps, work))
     return found
 

@@ -12,10 +12,10 @@ from typing import Final, NamedTuple
 
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
+from hrm.formats import FORMATS, Formats
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 from hrm.tasks import Device
-from hrm.units import DTYPE_BYTES
 
 PAPER_SYMBOLS: Final = "(N, μ, A_g, F_g, r_w, r_c)"
 
@@ -63,7 +63,8 @@ class Policy:
     chunks of at most `prefill_chunk_tokens`. A longer prompt is split over chunks, and its keys and
     values stay on the GPU until its last part: in its cache if that is there, else in the buffers
     through which attention on the GPU streams the cache, else in one of `prefix_buffer_tokens`.
-    With `staging`, weights go through pinned buffers.
+    With `staging`, weights go through pinned buffers. `dtype` is computed in; `weight_format` and
+    `kv_format` are it too where a policy is made without them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
     are under way.
     """
@@ -82,9 +83,13 @@ class Policy:
     staging: bool = False
     parallelism: Parallelism = Parallelism.TENSOR
     dtype: str = "bfloat16"
+    weight_format: str = ""
+    kv_format: str = ""
 
     def __post_init__(self) -> None:
-        """Reject numbers that contradict one another (PolicyError)."""
+        """Complete the formats; reject numbers that contradict one another (PolicyError)."""
+        for name in ("weight_format", "kv_format"):
+            object.__setattr__(self, name, getattr(self, name) or self.dtype)
         rules = (
             ("micro_batch_size", self.micro_batch_size, self.micro_batch_size >= 1, "be at least 1"),
             (
@@ -108,7 +113,11 @@ class Policy:
             ),
             ("prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1, "be at least 1"),
             ("prefix_buffer_tokens", self.prefix_buffer_tokens, self.prefix_buffer_tokens >= 0, "be at least 0"),
-            ("dtype", self.dtype, self.dtype in DTYPE_BYTES, f"be one of {', '.join(DTYPE_BYTES)}"),
+            *(
+                (name, value, value in FORMATS, f"be one of {', '.join(FORMATS)}")
+                for name in ("dtype", "weight_format", "kv_format")
+                for value in (getattr(self, name),)
+            ),
             (
                 "resident_experts",
                 self.resident_experts,
@@ -140,6 +149,13 @@ class Policy:
                 )
 
     @property
+    def formats(self) -> Formats:
+        """How weights and KV cache are stored, and what is computed in."""
+        return Formats(
+            weights=FORMATS[self.weight_format], kv_cache=FORMATS[self.kv_format], compute=FORMATS[self.dtype]
+        )
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches in a batch; the last may be smaller."""
         return -(-self.batch_size // max(self.micro_batch_size, 1))
@@ -166,13 +182,13 @@ class Policy:
         """Weight bytes of a layer that are not on the GPU before it runs."""
         kind = spec.layer_kind(layer)
         experts = (spec.num_experts_of(kind) - self.resident_experts[layer]) * (spec.expert_parameters)
-        return (experts + self._streamed_dense(spec, layer)) * DTYPE_BYTES[self.dtype]
+        return self.formats.weights.bytes_of(experts + self._streamed_dense(spec, layer))
 
     def decode_streamed_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Bytes of a layer loaded in every decode step: no experts if the CPU computes them."""
         if self.ffn is Device.GPU:
             return self.streamed_bytes(spec, layer)
-        return self._streamed_dense(spec, layer) * DTYPE_BYTES[self.dtype]
+        return self.formats.weights.bytes_of(self._streamed_dense(spec, layer))
 
     def _streamed_dense(self, spec: ModelSpec, layer: int) -> int:
         return 0 if self.resident_dense else spec.dense_parameters_of(spec.layer_kind(layer))
@@ -185,7 +201,7 @@ class Policy:
         layers = range(spec.num_layers)
         assert len(self.resident_experts) == len(layers), "a policy is told of its own part"
         streamed = sum(self.streamed_bytes(spec, layer) for layer in layers)
-        held = sum(spec.layer_bytes_of(spec.layer_kind(layer), self.dtype) for layer in layers)
+        held = sum(spec.layer_bytes_of(spec.layer_kind(layer), self.formats.weights) for layer in layers)
         return 1 - streamed / held
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Final, cast
 
-from hrm.hardware import Contention, Figure, HardwareProfile, Link
+from hrm.hardware import Figure, HardwareProfile, Link
 
 NINETEEN_OF_TWENTY: Final = 2.45
 """How far apart so many pairs of runs lie at most, in pooled half-widths of the spread.
@@ -160,9 +160,8 @@ def _parts(node: object) -> list[tuple[str, object]]:
         return [(_label(item, index), item) for index, item in enumerate(items)]
     if is_dataclass(node) and not isinstance(node, type):
         if isinstance(node, HardwareProfile):  # short paths: `cpu.read_bytes_per_s`
-            parts = (node.levels, node.links, node.contention)
             disk = [("disk", node.disk)] if node.disk is not None else []
-            return [*(pair for part in parts for pair in _parts(part)), *disk]
+            return [*_parts(node.levels), *_parts(node.links), *disk]
         return [(item.name, getattr(node, item.name)) for item in fields(node)]
     return []
 
@@ -171,7 +170,5 @@ def _label(item: object, index: int) -> str:
     match item:
         case Link():
             return f"{item.source}->{item.target} {item.kind}"
-        case Contention():
-            return f"{item.work} beside {' and '.join(item.beside)}"
         case _:
             return str(getattr(item, "name", index))

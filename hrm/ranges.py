@@ -72,7 +72,7 @@ def _batch_s(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload
     """Closed-form seconds of a batch."""
     part, machine = part_of(spec, profile, policy.parallelism)
     point = Point.of_policy(policy, part)
-    costs = Costs(part, machine, policy.dtype)
+    costs = Costs(part, machine, policy.formats)
     return float(sum(batch_seconds(costs, point, policy.schedule, workload)))
 
 
@@ -110,10 +110,7 @@ def _moved(profile: HardwareProfile, *, worse: bool, only: str = "") -> Hardware
         if only and name != only:
             return figure
         lower = worse != name.endswith(("latency", "per request"))
-        factor = _factor(figure, worse=lower)
-        curve = tuple((size, value * factor) for size, value in figure.curve)
-        value = figure.value * factor
-        return replace(figure, value=value, curve=curve, p20=None, p80=None)
+        return replace(figure.times(_factor(figure, worse=lower)), p20=None, p80=None)
 
     return _each(profile, move)
 
@@ -167,7 +164,5 @@ def _changed_rate(rate: Rate, name: str, change: Change) -> Rate:
         return rate
     most = max(planned.value, rate.datasheet.value) if rate.datasheet else moved.value
     if moved.value > most:  # no better than the data sheet
-        share = most / moved.value
-        curve = tuple((size, value * share) for size, value in moved.curve)
-        moved = replace(moved, value=most, curve=curve)
+        moved = replace(moved.times(most / moved.value), value=most)
     return Rate(datasheet=rate.datasheet if moved.value <= most else None, achieved=moved)

@@ -7,11 +7,11 @@ the longest of the roofs that it touches: compute and memory of its level.
 import math
 from dataclasses import dataclass
 
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, MemoryLevel
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
 from hrm.operators import Kernel, Operator, decode_attention, experts
-from hrm.units import DTYPE_BYTES
 
 
 def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
@@ -105,15 +105,17 @@ def turning_points(
     )
 
 
-def attention_turning_points(profile: HardwareProfile, spec: ModelSpec, dtype: str, *, context: float) -> TurningPoints:
+def attention_turning_points(
+    profile: HardwareProfile, spec: ModelSpec, formats: Formats, *, context: float
+) -> TurningPoints:
     """Turning points of decode attention: every request reads its own cache, whatever the batch.
 
     Of layers with windows of different widths, it is the widest.
     """
-    operator = decode_attention(spec, dtype, 1, context, spec.widest_kind)
+    operator = decode_attention(spec, formats, 1, context, spec.widest_kind)
     return turning_points(
         profile,
-        dtype,
+        formats.compute.name,
         flops=operator.flops,
         host_bytes=operator.num_bytes,
         gpu_bytes=operator.num_bytes,
@@ -123,18 +125,18 @@ def attention_turning_points(profile: HardwareProfile, spec: ModelSpec, dtype: s
 
 
 def ffn_turning_points(
-    profile: HardwareProfile, spec: ModelSpec, dtype: str, *, batch_size: int, micro_batch_size: int
+    profile: HardwareProfile, spec: ModelSpec, formats: Formats, *, batch_size: int, micro_batch_size: int
 ) -> TurningPoints:
     """Turning points of the MoE FFN.
 
     Weights cross the link once a batch, and are read from GPU memory once a micro-batch.
     """
-    micro_batch = experts(spec, dtype, micro_batch_size, spec.num_experts)
-    weight_bytes = spec.experts_hit(batch_size) * spec.expert_parameters * DTYPE_BYTES[dtype]
+    micro_batch = experts(spec, formats, micro_batch_size, spec.num_experts)
+    weight_bytes = formats.weights.bytes_of(spec.experts_hit(batch_size), spec.expert_parameters)
     num_micro_batches = batch_size / micro_batch_size
     return turning_points(
         profile,
-        dtype,
+        formats.compute.name,
         flops=micro_batch.flops * num_micro_batches,
         host_bytes=weight_bytes,
         gpu_bytes=micro_batch.num_bytes * num_micro_batches,

@@ -9,7 +9,7 @@ that were changed say so: their source is `derived`, and their note ends with th
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from enum import StrEnum
 
 from hrm.errors import ProfileError
@@ -130,7 +130,7 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given:
     """The machine with `factor` times as much of one resource, everything else as it was.
 
     Data sheet, ceiling and achieved figures, curves and spreads change alike; a memory's reserve
-    grows with it. Caches and shares kept under contention stay, and latencies unless they are asked
+    grows with it. Caches stay, and latencies unless they are asked
     for. With `given`, the user's words for it, only the planned figure of every rate is left, and
     it says that it was given.
     Raises ProfileError if the machine does not have the resource or the factor is impossible.
@@ -140,26 +140,17 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given:
         raise ProfileError(resource.value, factor, "must be changed by a positive, finite factor", "give one")
 
     def times(figure: Figure) -> Figure:
-        note = f"times {factor:.6g}"
-        if given:
-            curve = tuple((size, value * factor) for size, value in figure.curve)
-            value, note = figure.value * factor, f"given on the command line: {given}"
-            return Figure(value=value, source=Source.GIVEN, note=note, curve=curve)
-        return replace(
-            figure,
-            value=figure.value * factor,
-            source=Source.DERIVED,
-            note=f"{figure.note}; {note}" if figure.note else note,
-            curve=tuple((size, value * factor) for size, value in figure.curve),
-            p20=None if figure.p20 is None else figure.p20 * factor,
-            p80=None if figure.p80 is None else figure.p80 * factor,
-        )
+        product = figure.times(factor, note=f"times {factor:.6g}", source=Source.DERIVED)
+        if not given:
+            return product
+        note = f"given on the command line: {given}"
+        return Figure(value=product.value, source=Source.GIVEN, note=note, curve=product.curve)
 
     if resource.is_latency:
         return _with_latency(profile, resource, times)
 
     def each(rate: Rate) -> Rate:
-        return Rate(achieved=times(rate.planned)) if given else _each(rate, times)
+        return Rate(achieved=times(rate.planned)) if given else rate.each(times)
 
     changed = _level(profile, resource)
     levels = tuple(
@@ -339,8 +330,3 @@ def _sets(profile: HardwareProfile, resource: Resource, link: Link) -> bool:
             return link.kind == "peer"
         case _:
             return False
-
-
-def _each(rate: Rate, times: Callable[[Figure], Figure]) -> Rate:
-    named = {item.name: getattr(rate, item.name) for item in fields(rate)}
-    return Rate(**{name: times(figure) for name, figure in named.items() if figure is not None})

@@ -3,16 +3,12 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from hrm.tasks import Lane, Task, TaskId
 from hrm.trace import Span, Trace
 
 
 def simulate(
-    tasks: Iterable[Task],
-    seconds_of: Callable[[TaskId], float],
-    *,
-    phase: Phase = Phase.DECODE,
-    bytes_of: Callable[[TaskId], int] = lambda _: 0,
+    tasks: Iterable[Task], seconds_of: Callable[[TaskId], float], *, bytes_of: Callable[[TaskId], int] = lambda _: 0
 ) -> Trace:
     """Run every task as soon as its lane is free and all it waits for has ended.
 
@@ -27,7 +23,7 @@ def simulate(
             start_s = max(start_s, end_s[other])
         end = start_s + seconds_of(task.id)
         end_s[task.id] = free_s[task.lane] = end
-        spans.append(Span(task.id, task.lane, start_s, end, phase, 0, bytes_of(task.id)))
+        spans.append(Span(task.id, start_s, end, 0, bytes_of(task.id)))
     return Trace(tuple(spans))
 
 
@@ -66,7 +62,7 @@ def in_order(tasks: Iterable[Task], alike: Callable[[TaskId], Hashable]) -> Orde
         if number == len(distinct):
             distinct.append(task_id)
         classes.append(number)
-        if task_id.kind is TaskKind.SAMPLE:
+        if task_id.act.ends_step:
             samples.append((position, task_id.step))
     return Order(tuple(lanes), tuple(waits), tuple(classes), tuple(distinct), tuple(samples))
 

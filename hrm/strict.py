@@ -133,9 +133,10 @@ class _Reader:
 
     def _check_fields(self, plain: dict[Any, Any], kind: type, path: str) -> None:
         known = {item.name: item for item in fields(kind)}
+        retired: frozenset[str] = getattr(kind, "RETIRED", frozenset())
         all_known = f"{kind.__name__} ({', '.join(known)})"
         for key, value in plain.items():
-            if key not in known and not self.other_keys:
+            if key not in known and key not in retired and not self.other_keys:
                 close = closest(str(key), known)
                 raise self._refusal(
                     _under(path, key),

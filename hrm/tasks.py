@@ -1,12 +1,20 @@
-"""The vocabulary of schedules: lanes, task kinds, tasks and the graph that they form.
+"""The vocabulary of schedules: lanes, acts, buffers, tasks and the graph that they form.
 
-A task is inert data. List order in a graph is topological and is each lane's issue order, so
-neither the simulator nor the executor can deadlock.
+An act is a kind of task: it says which lane its tasks run in, what they touch and what they take. A task is inert
+data. List order in a graph is topological and is each lane's issue order, so neither the simulator nor the executor
+can deadlock.
 """
 
 from dataclasses import dataclass
-from enum import Enum, StrEnum
-from typing import NamedTuple
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hrm.acts.load import Counts, Load
+    from hrm.numeric import Number
+    from hrm.schedules.pipeline import Pipeline
 
 
 class Lane(StrEnum):
@@ -35,53 +43,90 @@ class Phase(StrEnum):
     DECODE = "decode"
 
 
-class TaskKind(Enum):
-    """What a task does; the value is the letter that it prints as."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffer:
+    """Memory that tasks hand things over in; `turns` of them are used one after the other, 0 if each thing has its own.
 
-    EMBED = "E"  # token embeddings gathered on the host and moved to the GPU
-    PRE_ATTENTION = "A"  # norm, query, key and value projections, rotary embedding
-    OFFLOAD_QKV = "Q"  # queries, keys and values of the new tokens to the host
-    LOAD_KV = "K"  # a micro-batch's KV cache of one layer to the GPU
-    STORE_KV = "V"  # new keys and values to the host
-    ATTENTION = "B"  # attention over the KV cache, on either device
-    LOAD_HIDDEN = "H"  # attention output (decode) or hidden states (prefill) to the GPU
-    POST_ATTENTION = "C"  # output projection, norm, router, and the experts on the GPU
-    OFFLOAD_TOKENS = "X"  # normed tokens and their routing to the host
-    CPU_EXPERTS = "F"  # experts that stay on the host, computed there
-    LOAD_EXPERT_OUTPUT = "Y"  # their output to the GPU
-    LOAD_PAGE = "W"  # one page of a layer's weights to the GPU
-    STAGE_PAGE = "S"  # one page of weights from pageable to pinned host memory
-    PREFILL_LAYER = "P"  # one whole layer over a chunk of prompts
-    STORE_HIDDEN = "O"  # hidden states of a chunk of prompts to the host
-    SAMPLE = "L"  # final norm, LM head, and the choice of the next token
+    A buffer that `grows` keeps all that was ever written to it: nothing in it is overwritten.
+    """
 
-    __hash__ = object.__hash__  # members are singletons; Enum would hash their names in Python
+    name: str
+    device: Device
+    turns: int = 0
+    grows: bool = False
+
+
+# A piece of one version of what lies in a slot of a buffer: buffer, slot, version, piece. A slot is a number, or two
+# for a buffer with one for each layer and micro-batch. Pieces of a version are written in order by one lane, so whoever
+# reads one finds all before it. Plain tuples, as simulations make several for every task.
+Part = tuple[Buffer, int | tuple[int, ...], int, int]
+Touch = tuple[tuple[Part, ...], tuple[Part, ...]]  # what a task reads, and what it writes
+NOTHING: Touch = ((), ())
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Act:
+    """A kind of task of one phase: all that the planner, the simulator and the executor know of it.
+
+    `letter` is what its tasks print as, `name` what files call it and `words` what reports do. Its tasks `touch` parts
+    of buffers, from which edges follow, and there are `count` of them in a decode step or in the whole of prefill. A
+    task `moves` bytes over its lane's link and takes `seconds`, given those bytes; `host_bytes` are what the CPU reads
+    and writes in the host's memory meanwhile. What `attends` depends on the context and on the layer's window, what is
+    `by_ffn` on whether the layer has experts.
+    `chained` tasks are those that every micro-batch or chunk goes through in turn. `ends_step` marks the act that
+    chooses tokens.
+    """
+
+    letter: str
+    name: str
+    words: str
+    phase: Phase
+    lane: Lane
+    touches: "Callable[[Pipeline, TaskId], Touch]" = lambda _, __: NOTHING
+    count: "Callable[[Counts], Number]" = lambda _: 0
+    moves: "Callable[[Load], Number]" = lambda _: 0
+    seconds: "Callable[[Load, Number], Number]" = lambda _, __: 0.0
+    host_bytes: "Callable[[Load], Number]" = lambda _: 0
+    attends: bool = False
+    by_ffn: bool = False
+    chained: bool = False
+    ends_step: bool = False
 
 
 class TaskId(NamedTuple):
     """Names one task; prints as `B0.2`, or `B0.2@1` in the step after the first.
 
-    `micro_batch` is the page for LOAD_PAGE and STAGE_PAGE and the chunk of prompts in prefill.
-    A tuple, as simulations make and look up several for every task.
+    `index` is that of the micro-batch in decode, of the chunk of prompts in prefill, and of the page for acts that move
+    pages of weights. A tuple, as simulations make and look up several for every task.
     """
 
-    kind: TaskKind
+    act: Act
     layer: int
-    micro_batch: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - nobody looks for a place in it
     step: int = 0
 
+    @property
+    def phase(self) -> Phase:
+        """The phase that the task belongs to; a graph may hold tasks of both."""
+        return self.act.phase
+
     def __str__(self) -> str:
-        """Letter, layer, micro-batch, and the step if it is not the first."""
+        """Letter, layer, index, and the step if it is not the first."""
         suffix = f"@{self.step}" if self.step else ""
-        return f"{self.kind.value}{self.layer}.{self.micro_batch}{suffix}"
+        return f"{self.act.letter}{self.layer}.{self.index}{suffix}"
 
 
 class Task(NamedTuple):
-    """One piece of work in a lane, and the tasks it waits for (data and buffer reuse)."""
+    """One piece of work, the tasks of other lanes that it waits for, and the parts of buffers that it touches."""
 
     id: TaskId
-    lane: Lane
     after: tuple[TaskId, ...] = ()
+    touch: Touch = NOTHING
+
+    @property
+    def lane(self) -> Lane:
+        """The lane that the task runs in."""
+        return self.id.act.lane
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Final, NamedTuple, cast
 
 import msgspec
 
+from hrm.acts import act_named
 from hrm.decoding import read_json_object
 from hrm.errors import TraceError
 from hrm.files import writing
-from hrm.tasks import Lane, Phase, TaskId, TaskKind
+from hrm.tasks import Lane, Phase, TaskId
 from hrm.units import GIB
 
 MAX_TRACE_BYTES: Final = 2 * GIB  # millions of spans
@@ -22,18 +23,26 @@ _SPANS_AT_ONCE: Final = 1000
 
 
 class Span(NamedTuple):
-    """When a task ran in its lane; `num_bytes` is what it moved, 0 for computing.
+    """When a task ran; `num_bytes` is what it moved, 0 for computing.
 
     A tuple, as the executor makes one between any two tasks of a lane.
     """
 
     id: TaskId
-    lane: Lane
     start_s: float
     end_s: float
-    phase: Phase = Phase.DECODE
     batch: int = 0
     num_bytes: int = 0
+
+    @property
+    def lane(self) -> Lane:
+        """The lane that the task ran in."""
+        return self.id.act.lane
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the task belongs to."""
+        return self.id.act.phase
 
     @property
     def seconds(self) -> float:
@@ -80,11 +89,11 @@ class Trace:
         makespan_s = self.makespan_s
         return {lane: busy_s / makespan_s for lane, busy_s in self.busy_s().items()}
 
-    def seconds_by_kind(self) -> dict[TaskKind, float]:
-        """Total seconds of each kind of task."""
-        totals: dict[TaskKind, float] = defaultdict(float)
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Total seconds of each kind of task, by its name."""
+        totals: dict[str, float] = defaultdict(float)
         for span in self.spans:
-            totals[span.id.kind] += span.seconds
+            totals[span.id.act.name] += span.seconds
         return dict(totals)
 
 
@@ -108,7 +117,7 @@ def lane_chart(trace: Trace, *, width: int = 100, max_spans: int = 4000) -> str:
             for cell in range(first, last + 1):
                 left_s, right_s = start_s + cell * cell_s, start_s + (cell + 1) * cell_s
                 overlap_s = min(span.end_s, right_s) - max(span.start_s, left_s)
-                cells[cell][span.id.kind.value] += max(overlap_s, 0.0)
+                cells[cell][span.id.act.letter] += max(overlap_s, 0.0)
         if any(cells):
             text = "".join(_busiest(cell, cell_s) for cell in cells)
             rows.append(f"{lane.value:>5} │{text}│")
@@ -143,9 +152,9 @@ def chrome_events(spans: Iterable[Span], *, process: str = "measured", pid: int 
             "ts": round(span.start_s * 1e6, 3),
             "dur": round(span.seconds * 1e6, 3),
             "args": {
-                "kind": span.id.kind.name,
+                "kind": span.id.act.name,
                 "layer": span.id.layer,
-                "micro_batch": span.id.micro_batch,
+                "micro_batch": span.id.index,
                 "step": span.id.step,
                 "batch": span.batch,
                 "num_bytes": span.num_bytes,
@@ -204,11 +213,9 @@ class _Event(msgspec.Struct):
 def _span(event: _Event) -> Span:
     args = event.args
     return Span(
-        TaskId(TaskKind[args.kind], args.layer, args.micro_batch, args.step),
-        _LANES[event.tid],
+        TaskId(act_named(event.cat, args.kind, _LANES[event.tid]), args.layer, args.micro_batch, args.step),
         event.ts / 1e6,
         (event.ts + event.dur) / 1e6,
-        event.cat,
         args.batch,
         args.num_bytes,
     )

@@ -44,8 +44,6 @@ _SECONDS_PER_UNIT: Final = {
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµμ]*)")
 _BITS: Final = re.compile(r"[KMGT]i?(?:b|bits?)", re.ASCII)  # `Gb`: with a small b, they are bits
 
-DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 def parse_bytes(text: str, where: str = "size") -> int:
     """Read `16GB`, `15.5GiB` or `512B`; returns bytes.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
+from hrm.acts import NAMES
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.decoding import read_json
 from hrm.errors import PolicyError, ProfileError, TraceError
@@ -16,7 +17,7 @@ from hrm.parallel import part_for
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, check_policy_file
 from hrm.strict import decode_strictly
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.tasks import Lane, Phase
 from hrm.workload import Workload
 
 RUN_SCHEMA: Final = 1
@@ -146,9 +147,7 @@ class Prediction:
     """Predicted seconds of the batches that a run had, by phase, kind and lane."""
 
     phase_s: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
-    kind_s: dict[tuple[Phase, TaskKind], float] = field(
-        default_factory=lambda: defaultdict[tuple[Phase, TaskKind], float](float)
-    )
+    kind_s: dict[tuple[Phase, str], float] = field(default_factory=lambda: defaultdict[tuple[Phase, str], float](float))
     lane_s: dict[tuple[Phase, Lane], float] = field(
         default_factory=lambda: defaultdict[tuple[Phase, Lane], float](float)
     )
@@ -161,7 +160,7 @@ class Validation:
     run: RunRecord
     tokens_per_s: Comparison
     phase_tokens_per_s: dict[Phase, Comparison]
-    kind_s: dict[tuple[Phase, TaskKind], Comparison]
+    kind_s: dict[tuple[Phase, str], Comparison]
     lane_s: dict[tuple[Phase, Lane], Comparison]
 
     def to_json(self) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class Validation:
             "tokens_per_s": self.tokens_per_s.to_json(),
             "phase_tokens_per_s": {phase.value: both.to_json() for phase, both in self.phase_tokens_per_s.items()},
             "lane_s": _by_phase({(p, lane.value): c for (p, lane), c in self.lane_s.items()}),
-            "kind_s": _by_phase({(p, kind.name): c for (p, kind), c in self.kind_s.items()}),
+            "kind_s": _by_phase(self.kind_s),
             "memory": self.run.memory,
         }
 
@@ -213,7 +212,7 @@ def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
     for phase, of_phase in record.phases.items():
         for where, given, known in (
             ("phases", [phase], names["phases"]),
-            (f"phases.{phase}.kinds", of_phase.kinds, TaskKind.__members__),
+            (f"phases.{phase}.kinds", of_phase.kinds, NAMES),
             (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
         ):
             for name in given:
@@ -265,9 +264,7 @@ def validate(run: RunRecord) -> Validation:
         tokens_per_s=rate(totals.generated_tokens, sum(measured_s.values()), sum(predicted.phase_s.values())),
         phase_tokens_per_s={phase: rate(tokens[phase], measured_s[phase], predicted.phase_s[phase]) for phase in Phase},
         kind_s={
-            (phase, TaskKind[name]): Comparison(
-                measured=kind.seconds, predicted=predicted.kind_s[phase, TaskKind[name]]
-            )
+            (phase, name): Comparison(measured=kind.seconds, predicted=predicted.kind_s[phase, name])
             for phase, record in records.items()
             for name, kind in record.kinds.items()
         },
@@ -285,7 +282,7 @@ def predict_run(run: RunRecord) -> Prediction:
     profile = paced(plan.profile, run.accelerator)
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
     runtime = runtime_with(run.accelerator.pageable, profile)
-    costs = Costs(*part_for(policy, plan.model, profile), policy.dtype, runtime)
+    costs = Costs(*part_for(policy, plan.model, profile), policy.formats, runtime)
     prediction = Prediction()
     alike = Counter((batch.requests, batch.decode_steps) for batch in run.batches)
     for (requests, decode_steps), count in alike.items():

@@ -8,8 +8,9 @@ from typing import Final, final
 import torch
 
 from executor.backends.base import AbstractBackend, Copy
+from hrm.acts import ACTS
 from hrm.contract.pacing import Waits
-from hrm.tasks import Device, Lane, TaskId, TaskKind
+from hrm.tasks import Act, Device, Lane, TaskId
 
 _SPIN_S: Final = 100e-6  # the end of a wait is spun through: sleeping is not that precise
 _give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # Linux sleeps 50 us at the least
@@ -39,19 +40,17 @@ class NullBackend(AbstractBackend):
 
 
 def null_handlers(
-    seconds_of: Callable[[TaskId], float],
-    lane_of: Callable[[TaskId], Lane],
-    sleep_for: Callable[[float], object] = time.sleep,
-) -> dict[TaskKind, Callable[[TaskId], int]]:
+    seconds_of: Callable[[TaskId], float], sleep_for: Callable[[float], object] = time.sleep
+) -> dict[Act, Callable[[TaskId], int]]:
     """Handlers that sleep for `seconds_of(task)`, precise on average over each lane's tasks."""
     paces = {lane: Pace(sleep_for) for lane in Lane}
 
     def sleep(task_id: TaskId) -> int:
         start_s = time.perf_counter()
-        paces[lane_of(task_id)].wait(start_s, seconds_of(task_id))
+        paces[task_id.act.lane].wait(start_s, seconds_of(task_id))
         return 0
 
-    return dict.fromkeys(TaskKind, sleep)
+    return {act: sleep for acts in ACTS.values() for act in acts}
 
 
 @final

@@ -125,19 +125,18 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         raise JobError(
             "--accelerator", asked.name, "does no work, so there is nothing to measure", "give --profile or --policy"
         )
-    from hrm.profiling.machine import profile_machine
+    from hrm.profiling.machine import ProfileOptions, profile_machine
 
     emulate = bandwidth is not None or (memory is not None and not torch.cuda.is_available())
     name = "emulated" if asked.name == "auto" and emulate else asked.name
-    return in_thread_of_its_own(
-        lambda: profile_machine(
-            name,
-            gpu_memory_bytes=memory,
-            link_bandwidth_bytes_per_s=bandwidth,
-            quick=True,
-            model=spec,
-            dtypes=("bfloat16",),
-            command="executor bench",
-            kernels=host_kernels(),
-        )
+    wanted = ProfileOptions(
+        name,
+        gpu_memory_bytes=memory,
+        link_bandwidth_bytes_per_s=bandwidth,
+        quick=True,
+        model=spec,
+        dtypes=("bfloat16",),
+        command="executor bench",
+        kernels=host_kernels(),
     )
+    return in_thread_of_its_own(lambda: profile_machine(wanted))

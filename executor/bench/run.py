@@ -19,12 +19,13 @@ from executor.generate import Generator, NullGenerator
 from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
 from executor.job.report import Totals, accelerator_json, memory_json, model_json, run_json
 from executor.sampling import SamplingParams
+from hrm.acts.decode import CPU_EXPERTS
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-from hrm.tasks import Device, Lane, Phase, TaskKind
+from hrm.tasks import Device, Lane, Phase
 from hrm.validate import PhaseRecord, RunRecord, runtime_with, validate
 
 
@@ -292,13 +293,13 @@ class BenchRun:
         """Keys and values a second of the micro-batches that attend on the CPU; None without."""
         policy, spec = self._generator.policy, self.bench.spec
         in_lane = decode.lanes.get(Lane.CPU.value)
-        experts = decode.kinds.get(TaskKind.CPU_EXPERTS.name)
+        experts = decode.kinds.get(CPU_EXPERTS.name)
         if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or in_lane is None:
             return None
         attended = 0
         for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
-        read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.dtype)
+        read = attended * spec.num_layers * spec.kv_bytes_per_token_layer(policy.formats.kv_cache)
         seconds = in_lane.busy_s - (experts.seconds if experts else 0.0)
         return read * (1 - policy.kv_share_on_gpu) / seconds

@@ -17,7 +17,8 @@ import click
 
 from executor.demo import MODEL_DIR, PROMPTS
 from executor.job.tokenizer import TextTokenizer
-from hrm.tasks import Phase, TaskKind
+from hrm.acts.decode import POST_ATTENTION
+from hrm.tasks import Phase
 from hrm.trace import Trace, lane_chart, read_chrome_trace
 
 GPU_MEMORY: Final = "5MB"  # the weights are 11.4 MB
@@ -71,7 +72,7 @@ def two_layers(trace: Trace, *, step: int, layer: int) -> Trace:
         max(
             span.end_s
             for span in decode
-            if span.id.kind is TaskKind.POST_ATTENTION and (span.id.step, span.id.layer) == (step, which)
+            if span.id.act is POST_ATTENTION and (span.id.step, span.id.layer) == (step, which)
         )
         for which in (layer - 1, layer, layer + 1)
     )

@@ -28,10 +28,11 @@ from executor.model import (
     run_experts,
 )
 from executor.weight_pages import LayerWeights
+from hrm.acts import decode
 from hrm.contract.rows import NUMBERS_PER_REQUEST
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
-from hrm.tasks import Lane, TaskId, TaskKind
+from hrm.tasks import Act, Lane, TaskId
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +54,33 @@ class DecodeHandlers:
         pipeline: Pipeline,
         memory: RunMemory,
         state: BatchState,
-    ) -> dict[TaskKind, Handler]:
-        """The handler of every kind that occurs in decode."""
+    ) -> dict[Act, Handler]:
+        """The handler of every act that occurs in decode."""
         spec = arch.spec
         streaming = tuple(j for j in range(pipeline.num_micro_batches) if pipeline.streams_kv(j))
         handlers = DecodeHandlers(backend, arch, pipeline, memory, state, streaming)
-        size = getattr(torch, policy.dtype).itemsize
-        streamed = [policy.decode_streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
+        elements_in = policy.formats.weights.elements_in
+        streamed = [elements_in(policy.decode_streamed_bytes(spec, i)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
-            TaskKind.EMBED: handlers.embed,
-            TaskKind.PRE_ATTENTION: handlers.pre_attention,
-            TaskKind.OFFLOAD_QKV: handlers.offload_qkv,
-            TaskKind.LOAD_KV: handlers.load_kv,
-            TaskKind.STORE_KV: handlers.store_kv,
-            TaskKind.ATTENTION: handlers.attention,
-            TaskKind.LOAD_HIDDEN: handlers.load_hidden,
-            TaskKind.POST_ATTENTION: handlers.post_attention,
-            TaskKind.OFFLOAD_TOKENS: handlers.offload_tokens,
-            TaskKind.CPU_EXPERTS: handlers.cpu_experts,
-            TaskKind.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
+            decode.EMBED: handlers.embed,
+            decode.PRE_ATTENTION: handlers.pre_attention,
+            decode.OFFLOAD_QKV: handlers.offload_qkv,
+            decode.LOAD_KV: handlers.load_kv,
+            decode.STORE_KV: handlers.store_kv,
+            decode.ATTENTION: handlers.attention,
+            decode.CPU_ATTENTION: handlers.attention,
+            decode.LOAD_HIDDEN: handlers.load_hidden,
+            decode.POST_ATTENTION: handlers.post_attention,
+            decode.OFFLOAD_TOKENS: handlers.offload_tokens,
+            decode.CPU_EXPERTS: handlers.cpu_experts,
+            decode.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
         }
         return {
-            TaskKind.STAGE_PAGE: pages.stage,
-            TaskKind.LOAD_PAGE: pages.load,
-            TaskKind.SAMPLE: handlers.sample,
-            **{kind: handlers.on_rows(work) for kind, work in of_rows.items()},
+            decode.STAGE_PAGE: pages.stage,
+            decode.LOAD_PAGE: pages.load,
+            decode.SAMPLE: handlers.sample,
+            **{act: handlers.on_rows(work) for act, work in of_rows.items()},
         }
 
     def on_rows(self, work: Callable[[TaskId, Rows, slice], int]) -> Handler:
@@ -86,10 +88,10 @@ class DecodeHandlers:
         state = self.state
 
         def handle(x: TaskId) -> int:
-            rows = state.rows(x.micro_batch, x.step)
+            rows = state.rows(x.index, x.step)
             if not rows.sequences:
                 return 0
-            first = state.first_rows[x.micro_batch]
+            first = state.first_rows[x.index]
             return work(x, rows, slice(first, first + len(rows.sequences)))
 
         return handle
@@ -123,7 +125,7 @@ class DecodeHandlers:
 
     def load_kv(self, x: TaskId, rows: Rows, _: slice) -> int:
         """The part in use of a layer's cache to a buffer on the GPU."""
-        source, target = self.memory.caches.of(x.micro_batch, x.layer), self._kv_buffer(x)
+        source, target = self.memory.caches.of(x.index, x.layer), self._kv_buffer(x)
         copies: list[tuple[Tensor, Tensor]] = []
         for sequence, start in zip(rows.sequences, rows.starts, strict=True):
             # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
@@ -142,17 +144,17 @@ class DecodeHandlers:
             copies = [(host_RX, gpu_RX)]
         moved = self.backend.transfer(Lane.D2H, copies)
         self.backend.synchronise()  # the host is who appends them
-        append_kv(self.memory.caches.of(x.micro_batch, x.layer), host_RX, rows.cache_rows)
+        append_kv(self.memory.caches.of(x.index, x.layer), host_RX, rows.cache_rows)
         return moved
 
     def attention(self, x: TaskId, rows: Rows, span: slice) -> int:
         """Append the new tokens to the cache and attend to it, on the device it is used on."""
-        on_cpu = self.pipeline.attention_on_cpu(x.micro_batch)
+        on_cpu = x.act is decode.CPU_ATTENTION
         level = self.memory.host if on_cpu else self.memory.gpu
-        if self.pipeline.streams_kv(x.micro_batch):
+        if self.pipeline.streams_kv(x.index):
             cache = self._kv_buffer(x)
         else:
-            cache = self.memory.caches.of(x.micro_batch, x.layer)
+            cache = self.memory.caches.of(x.index, x.layer)
         qkv_RX, out_RQ = level.qkv_NX[span], level.attention_NQ[span]
         kernels = self.backend.gpu_kernels
         if on_cpu or kernels is None:
@@ -226,7 +228,7 @@ class DecodeHandlers:
     def sample(self, x: TaskId) -> int:
         """Choose the next tokens and set up the next step's rows, even if there are none."""
         self.on_rows(self._sample)(x)
-        self.state.set_rows(x.micro_batch, x.step + 1)
+        self.state.set_rows(x.index, x.step + 1)
         return 0
 
     def _sample(self, x: TaskId, rows: Rows, span: slice) -> int:
@@ -245,7 +247,7 @@ class DecodeHandlers:
 
     def _kv_buffer(self, x: TaskId) -> Tensor:
         layers = x.step * self.pipeline.num_layers + x.layer
-        load_index = layers * len(self.streaming_kv) + self.streaming_kv.index(x.micro_batch)
+        load_index = layers * len(self.streaming_kv) + self.streaming_kv.index(x.index)
         return self.memory.caches.buffer(load_index)
 
     def _weights(self, x: TaskId) -> LayerWeights:

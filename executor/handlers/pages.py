@@ -50,8 +50,8 @@ class PageHandlers:
         return self._backend.transfer(Lane.H2D, [(self._weights.in_slot(index, page), source)])
 
     def _page(self, x: TaskId) -> slice:
-        return page_slice(self._streamed[x.layer], self._pipeline.num_pages, x.micro_batch)
+        return page_slice(self._streamed[x.layer], self._pipeline.num_pages, x.index)
 
     def _pinned(self, x: TaskId, page: slice) -> Tensor:
         index = self._pipeline.load_index(x.step, x.layer)
-        return self._weights.staged(index * self._pipeline.num_pages + x.micro_batch, page)
+        return self._weights.staged(index * self._pipeline.num_pages + x.index, page)

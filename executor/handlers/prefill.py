@@ -17,12 +17,13 @@ from executor.handlers.state import BatchState, sample
 from executor.lanes import Handler
 from executor.model import Architecture, post_attention, pre_attention, prefill_attention
 from executor.weight_pages import LayerWeights
+from hrm.acts import prefill
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_TOKEN
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
-from hrm.tasks import Lane, TaskId, TaskKind
+from hrm.tasks import Act, Lane, TaskId
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class PrefillHandlers:
         memory: RunMemory,
         state: BatchState,
         chunks: tuple[Chunk, ...],
-    ) -> dict[TaskKind, Handler]:
-        """The handler of every kind that occurs in prefill."""
+    ) -> dict[Act, Handler]:
+        """The handler of every act that occurs in prefill."""
         tokens = [torch.tensor([token for part in chunk.parts for token in part.tokens]) for chunk in chunks]
         positions = [torch.cat([torch.arange(part.start, part.end) for part in chunk.parts]) for chunk in chunks]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
@@ -58,18 +59,18 @@ class PrefillHandlers:
         if not backend.shares_memory:
             handlers.write_numbers()
         spec = arch.spec
-        size = getattr(torch, policy.dtype).itemsize
-        streamed = [policy.streamed_bytes(spec, i) // size for i in range(spec.num_layers)]
+        elements_in = policy.formats.weights.elements_in
+        streamed = [elements_in(policy.streamed_bytes(spec, i)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
         return {
-            TaskKind.STAGE_PAGE: pages.stage,
-            TaskKind.LOAD_PAGE: pages.load,
-            TaskKind.EMBED: handlers.embed,
-            TaskKind.LOAD_HIDDEN: handlers.load_hidden,
-            TaskKind.PREFILL_LAYER: handlers.layer,
-            TaskKind.STORE_KV: handlers.store_kv,
-            TaskKind.STORE_HIDDEN: handlers.store_hidden,
-            TaskKind.SAMPLE: handlers.sample,
+            prefill.STAGE_PAGE: pages.stage,
+            prefill.LOAD_PAGE: pages.load,
+            prefill.EMBED: handlers.embed,
+            prefill.LOAD_HIDDEN: handlers.load_hidden,
+            prefill.PREFILL_LAYER: handlers.layer,
+            prefill.STORE_KV: handlers.store_kv,
+            prefill.STORE_HIDDEN: handlers.store_hidden,
+            prefill.SAMPLE: handlers.sample,
         }
 
     def write_numbers(self) -> None:
@@ -81,14 +82,14 @@ class PrefillHandlers:
 
     def embed(self, x: TaskId) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
-        torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.micro_batch], out=self._host(x))
+        torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.index], out=self._host(x))
         return self.load_hidden(x)
 
     def load_hidden(self, x: TaskId) -> int:
         """Move a chunk's hidden states to the GPU."""
         copies = [(self._hidden(x), self._host(x))]
         if not self.backend.shares_memory:
-            copies.append((self._numbers(x), self._host_numbers(x.micro_batch)))
+            copies.append((self._numbers(x), self._host_numbers(x.index)))
         return self.backend.transfer(Lane.H2D, copies)
 
     def store_hidden(self, x: TaskId) -> int:
@@ -102,14 +103,14 @@ class PrefillHandlers:
         that is sampled from.
         """
         arch, spec, workspace = self.arch, self.arch.spec, self.memory.workspace
-        chunk = self.chunks[x.micro_batch]
+        chunk = self.chunks[x.index]
         hidden_TD = self._hidden(x)
         weights = self._weights(x)
         workspace.reset()
         width = spec.query_size + 2 * spec.kv_size
         qkv_TX = workspace.take((chunk.num_tokens, width), hidden_TD.dtype)
         kernels = self.backend.gpu_kernels
-        positions, ends = self.positions[x.micro_batch], None
+        positions, ends = self.positions[x.index], None
         if kernels is not None:
             positions, ends = _number_views(self._numbers(x), chunk)
         pre_attention(arch, hidden_TD, weights.dense, positions, qkv_TX, workspace)
@@ -150,14 +151,14 @@ class PrefillHandlers:
         buffer = self._kv_buffer(x)
         copies = [
             (self._cache(part, x.layer)[part.start :], buffer[part.first : part.last])
-            for part in self.chunks[x.micro_batch].parts
+            for part in self.chunks[x.index].parts
             if not self.kv_on_gpu[part.micro_batch]
         ]
         return self.backend.transfer(Lane.D2H, copies)
 
     def sample(self, x: TaskId) -> int:
         """Choose the first token of each prompt that ends in a chunk, at most μ at once."""
-        parts = [part for part in self.chunks[x.micro_batch].parts if part.ends]
+        parts = [part for part in self.chunks[x.index].parts if part.ends]
         hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
         last_R = self._last_tokens(x)
         for first in range(0, len(parts), most):
@@ -171,7 +172,7 @@ class PrefillHandlers:
 
         Only the last part of a chunk may be of a prompt that goes on in the next.
         """
-        chunk = self.chunks[x.micro_batch]
+        chunk = self.chunks[x.index]
         last_tokens = [part.last - 1 for part in chunk.parts if part.ends]
         if self.backend.shares_memory:
             return torch.tensor(last_tokens, dtype=torch.int64)
@@ -191,11 +192,11 @@ class PrefillHandlers:
         return None if is_whole else self.memory.prefill.prefix_C2Gd[: part.end]
 
     def _buffer_index(self, x: TaskId) -> int:
-        return (x.layer * len(self.chunks) + x.micro_batch) % BUFFERS
+        return (x.layer * len(self.chunks) + x.index) % BUFFERS
 
     def _numbers(self, x: TaskId) -> Tensor:
         """A chunk's numbers on the GPU; they come with its hidden states."""
-        count = _num_numbers(self.chunks[x.micro_batch])
+        count = _num_numbers(self.chunks[x.index])
         return self.memory.prefill.numbers_BT[self._buffer_index(x), :count]
 
     def _host_numbers(self, index: int) -> Tensor:
@@ -204,15 +205,15 @@ class PrefillHandlers:
         return self.memory.prefill.host_numbers[start : start + _num_numbers(chunk)]
 
     def _hidden(self, x: TaskId) -> Tensor:
-        num_tokens = self.chunks[x.micro_batch].num_tokens
+        num_tokens = self.chunks[x.index].num_tokens
         return self.memory.prefill.hidden_BTD[self._buffer_index(x), :num_tokens]
 
     def _kv_buffer(self, x: TaskId) -> Tensor:
-        num_tokens = self.chunks[x.micro_batch].num_tokens
+        num_tokens = self.chunks[x.index].num_tokens
         return self.memory.prefill.kv_BT2Gd[self._buffer_index(x), :num_tokens]
 
     def _host(self, x: TaskId) -> Tensor:
-        chunk = self.chunks[x.micro_batch]
+        chunk = self.chunks[x.index]
         return self.memory.prefill.host_TD[chunk.offset : chunk.offset + chunk.num_tokens]
 
     def _weights(self, x: TaskId) -> LayerWeights:

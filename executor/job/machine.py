@@ -8,6 +8,7 @@ from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, m
 from executor.batching import Batch
 from executor.errors import RunError
 from executor.generate import Planned
+from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
@@ -74,11 +75,24 @@ def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
         )
 
 
+def check_formats(policy: Policy) -> None:
+    """Raise PolicyError unless weights, KV cache and compute have one format, which is all that runs."""
+    for name, chosen in (("weight_format", policy.weight_format), ("kv_format", policy.kv_format)):
+        if chosen != policy.dtype:
+            raise PolicyError(
+                f"policy: {name}",
+                chosen,
+                f"must be the dtype that is computed in, {policy.dtype}",
+                f"solve the policy again with hrm search --dtype {policy.dtype}",
+            )
+
+
 def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy) -> Prepared:
     """The memory plan against the budgets, and the backend; before anything large is touched.
 
     Raises PolicyError if the policy does not fit and RunError if the accelerator cannot be had.
     """
+    check_formats(policy)
     profile = policy_file.profile
     name = accelerator_for(options.name, profile)
     machine = emulated_machine(options, policy_file)
@@ -169,7 +183,7 @@ def predicted_seconds(
     policy_file: PolicyFile, policy: Policy
 ) -> Callable[[Pipeline, Batch], Callable[[TaskId], float]]:
     """How long the tasks of a batch's pipeline should take, by the policy file's machine."""
-    costs = Costs(policy_file.model, policy_file.profile, policy.dtype)
+    costs = Costs(policy_file.model, policy_file.profile, policy.formats)
 
     def seconds_of(pipeline: Pipeline, batch: Batch) -> Callable[[TaskId], float]:
         placed = [placed for micro_batch in batch.micro_batches for placed in micro_batch.placed]
@@ -228,5 +242,5 @@ def _rate(value: float) -> Rate:
 
 
 def _link(source: str, target: str, bandwidth: float) -> Link:
-    latency = Figure(value=10e-6, source=Source.ASSUMED, note="emulated link")
+    latency = Figure(value=EMULATED_LATENCY_S, source=Source.ASSUMED, note="emulated link")
     return Link(source=source, target=target, latency_s=latency, bandwidth_bytes_per_s=_rate(bandwidth))

@@ -18,7 +18,7 @@ from hrm.memory import MemoryPlan
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Spread
 from hrm.policy_file import PolicyFile
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.tasks import Lane, Phase
 
 SCHEMA: Final = 1
 MAX_BATCHES: Final = 1000  # listed one by one in run.json
@@ -30,7 +30,7 @@ class PhaseTotals:
     """One phase over all batches."""
 
     seconds: float = 0.0
-    by_kind: dict[TaskKind, KindTotal] = field(default_factory=dict[TaskKind, KindTotal])
+    by_kind: dict[str, KindTotal] = field(default_factory=dict[str, KindTotal])
     busy_s: dict[Lane, float] = field(default_factory=dict[Lane, float])
     moved_bytes: dict[Lane, int] = field(default_factory=dict[Lane, int])
     step_s: list[float] = field(default_factory=list[float])
@@ -51,8 +51,8 @@ class PhaseTotals:
             "seconds": self.seconds,
             "step_s": asdict(Spread.of(self.step_s)),
             "kinds": {
-                kind.name: {"count": total.count, "seconds": total.seconds, "num_bytes": total.num_bytes}
-                for kind, total in self.by_kind.items()
+                name: {"count": total.count, "seconds": total.seconds, "num_bytes": total.num_bytes}
+                for name, total in self.by_kind.items()
             },
             "lanes": {
                 lane.value: {

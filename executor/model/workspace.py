@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-ALIGNMENT_BYTES = 64
+from hrm.contract.temporaries import ALIGNMENT_BYTES
 
 
 @final

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from hrm.analysis.machines import row_by_gpus
 from hrm.analysis.rows import OnPoint, search_row, searched, table
+from hrm.formats import FORMATS
 from hrm.scaling import Resource, resource_value, with_resource
 from hrm.search import Space, search
 
@@ -29,7 +30,7 @@ def front_of_cpu_memory(
     profile = space.profile
     if values is None:
         most = resource_value(profile, Resource.CPU_MEMORY)
-        weights = space.spec.total_layer_bytes(space.dtype) - profile.top.usable_bytes
+        weights = space.spec.total_layer_bytes(FORMATS[space.dtype]) - profile.top.usable_bytes
         least = min(max(weights, LEAST_SHARE * most), 0.9 * most)
         values = [least + (most - least) * i / (POINTS - 1) for i in range(POINTS)]
     sizes = [round(value) for value in values]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from hrm.cli.console import console, plain_table
-from hrm.hardware import NOISY_SPREAD, Contention, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate
+from hrm.hardware import NOISY_SPREAD, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -20,8 +20,6 @@ def print_profile(profile: HardwareProfile) -> None:
     _print_levels(profile.levels, profile.disk)
     if profile.links:
         _print_links(profile.links)
-    if profile.contention:
-        _print_contention(profile.contention)
     if any(figure.p20 is not None for figure in figures_of(profile).values()):
         console.print(f"[dim]spread: from the 20th to the 80th percentile; ! marks more than {NOISY_SPREAD:.0%}[/]")
     for key, value in profile.environment.items():
@@ -93,26 +91,6 @@ def _table(first: str, value: str, second: str = "") -> Table:
     """A table of rates with the columns that all of them have."""
     columns = [first, *([second] if second else [])]
     return plain_table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source")
-
-
-def _print_contention(contention: Sequence[Contention]) -> None:
-    """What each kind of work keeps of its speed beside each other kind, and beside all of them."""
-    works = list(dict.fromkeys(entry.work for entry in contention))
-    columns = list(dict.fromkeys(name for name in works))
-    kept = {(entry.work, entry.beside): entry.kept for entry in contention}
-    several = any(len(beside) > 1 for _, beside in kept)
-    table = plain_table("keeps", *(f"beside {name}" for name in columns), *(["beside all"] if several else []))
-    for work in works:
-        cells = [_share(kept.get((work, (name,)))) for name in columns]
-        if several:
-            of_all = [figure for (who, beside), figure in kept.items() if who == work and len(beside) > 1]
-            cells.append(_share(of_all[0] if of_all else None))
-        table.add_row(work, *cells)
-    console.print(table)
-
-
-def _share(figure: Figure | None) -> str:
-    return "–" if figure is None else f"{figure.value:.0%}"
 
 
 def _add_rate(table: Table, head: tuple[str, ...], rate: Rate, show: Show, unit: str = "") -> None:

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import json_option
+from hrm.formats import FORMATS
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind, ModelSpec, load_model
-from hrm.units import DTYPE_BYTES, format_bytes, format_count
+from hrm.units import format_bytes, format_count
 
-DTYPE: Final = "bfloat16"
+STORED: Final = FORMATS["bfloat16"]  # what the bytes that are shown are in
 
 
 @click.command()
@@ -32,31 +33,30 @@ def models(name: str | None, as_json: bool) -> None:
 
 def model_json(spec: ModelSpec) -> dict[str, Any]:
     """A model's dimensions and all that follows from them; bytes are those of `dtype`."""
-    size = DTYPE_BYTES[DTYPE]
     return {
         **{name: getattr(spec, name) for name in ModelSpec.__dataclass_fields__},
         "parameters": spec.parameters,
         "active_parameters": spec.active_parameters,
         "expert_layers": spec.num_expert_layers,
-        "dtype": DTYPE,
-        "weight_bytes": spec.parameters * size,
-        "layer_bytes": spec.layer_bytes(DTYPE),
-        "total_layer_bytes": spec.total_layer_bytes(DTYPE),
-        "expert_bytes": spec.expert_parameters * size,
-        "embedding_bytes": spec.embedding_parameters * size,
-        "head_bytes": spec.head_parameters * size,
+        "dtype": STORED.name,
+        "weight_bytes": STORED.bytes_of(spec.parameters),
+        "layer_bytes": spec.layer_bytes(STORED),
+        "total_layer_bytes": spec.total_layer_bytes(STORED),
+        "expert_bytes": STORED.bytes_of(spec.expert_parameters),
+        "embedding_bytes": STORED.bytes_of(spec.embedding_parameters),
+        "head_bytes": STORED.bytes_of(spec.head_parameters),
         "kv_elements": spec.kv_elements,
-        "kv_bytes_per_token": spec.kv_bytes_per_token(DTYPE),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(STORED),
         "kv_bytes_per_token_beyond_windows": _kv_bytes_beyond_windows(spec),
         "layer_kinds": [
             {
                 "layers": count,
                 "has_experts": kind.has_experts,
                 "window": kind.window,
-                "layer_bytes": spec.layer_bytes_of(kind, DTYPE),
-                "dense_bytes": spec.dense_parameters_of(kind) * size,
+                "layer_bytes": spec.layer_bytes_of(kind, STORED),
+                "dense_bytes": STORED.bytes_of(spec.dense_parameters_of(kind)),
                 "num_experts": spec.num_experts_of(kind),
-                "kv_bytes_per_token": spec.kv_bytes_per_token_layer(DTYPE),
+                "kv_bytes_per_token": spec.kv_bytes_per_token_layer(STORED),
             }
             for kind, count in spec.layer_kinds().items()
         ],
@@ -66,7 +66,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
 def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
     """What one more token adds to the cache of a context that is longer than every window."""
     unlimited = sum(count for kind, count in spec.layer_kinds().items() if not kind.window)
-    return unlimited * spec.kv_bytes_per_token_layer(DTYPE)
+    return unlimited * spec.kv_bytes_per_token_layer(STORED)
 
 
 def _print_list(specs: list[ModelSpec]) -> None:
@@ -80,9 +80,9 @@ def _print_list(specs: list[ModelSpec]) -> None:
             format_count(spec.active_parameters),
             str(spec.num_layers),
             _experts(spec),
-            format_bytes(spec.layer_bytes(DTYPE)),
-            format_bytes(spec.expert_parameters * DTYPE_BYTES[DTYPE]),
-            format_bytes(spec.kv_bytes_per_token(DTYPE)),
+            format_bytes(spec.layer_bytes(STORED)),
+            format_bytes(STORED.bytes_of(spec.expert_parameters)),
+            format_bytes(spec.kv_bytes_per_token(STORED)),
         )
     console.print(table)
     console.print(
@@ -96,23 +96,22 @@ def _experts(spec: ModelSpec) -> str:
 
 
 def _print_model(spec: ModelSpec) -> None:
-    size = DTYPE_BYTES[DTYPE]
     console.print(f"[bold]{escape(spec.name)}[/] ({spec.family})")
     table = Table(box=None, pad_edge=False, show_header=False)
     share = spec.active_parameters / spec.parameters
     rows = {
         "parameters": f"{format_count(spec.parameters)} ({spec.parameters:,})",
         "active": f"{format_count(spec.active_parameters)} a token, {share:.0%}",
-        "weights": f"{format_bytes(spec.parameters * size)} in {DTYPE}{_published(spec)}",
+        "weights": f"{format_bytes(STORED.bytes_of(spec.parameters))} in {STORED.name}{_published(spec)}",
         "experts": f"{spec.experts_per_token} of {spec.num_experts} a token,"
-        f" {format_bytes(spec.expert_parameters * size)} each"
+        f" {format_bytes(STORED.bytes_of(spec.expert_parameters))} each"
         f" ({spec.hidden_size} x {spec.intermediate_size}){_shared(spec)}",
         "attention": _attention(spec),
         "embedding": f"{spec.vocab_size} tokens x {spec.hidden_size}"
-        f" ({format_bytes(spec.embedding_parameters * size)}), "
+        f" ({format_bytes(STORED.bytes_of(spec.embedding_parameters))}), "
         + ("tied to the LM head" if spec.tied_embeddings else "and an LM head beside it"),
-        "KV cache": f"{format_bytes(spec.kv_bytes_per_token(DTYPE))} a token in all layers,"
-        f" {format_bytes(spec.kv_bytes_per_token_layer(DTYPE))} in each",
+        "KV cache": f"{format_bytes(spec.kv_bytes_per_token(STORED))} a token in all layers,"
+        f" {format_bytes(spec.kv_bytes_per_token_layer(STORED))} in each",
         "": _windows(spec),
     }
     for name, text in rows.items():
@@ -132,7 +131,7 @@ def _published(spec: ModelSpec) -> str:
 def _shared(spec: ModelSpec) -> str:
     if not spec.shared_intermediate_size:
         return ""
-    shared = format_bytes(spec.shared_parameters * DTYPE_BYTES[DTYPE])
+    shared = format_bytes(STORED.bytes_of(spec.shared_parameters))
     return f"; shared: {shared} ({spec.hidden_size} x {spec.shared_intermediate_size})"
 
 
@@ -162,22 +161,21 @@ def _windows(spec: ModelSpec) -> str:
 
 
 def _print_layers(spec: ModelSpec) -> None:
-    size = DTYPE_BYTES[DTYPE]
     table = plain_table("layers", "count", "bytes each", "outside experts", "routed experts", "attend to", right_from=1)
     for kind, count in spec.layer_kinds().items():
-        table.add_row(*_layer_row(spec, kind, count, size))
-    table.add_row("all", str(spec.num_layers), format_bytes(spec.total_layer_bytes(DTYPE)))
+        table.add_row(*_layer_row(spec, kind, count))
+    table.add_row("all", str(spec.num_layers), format_bytes(spec.total_layer_bytes(STORED)))
     console.print(table)
 
 
-def _layer_row(spec: ModelSpec, kind: LayerKind, count: int, size: int) -> tuple[str, ...]:
+def _layer_row(spec: ModelSpec, kind: LayerKind, count: int) -> tuple[str, ...]:
     num_experts = spec.num_experts_of(kind)
-    experts = format_bytes(num_experts * spec.expert_parameters * size)
+    experts = format_bytes(STORED.bytes_of(num_experts, spec.expert_parameters))
     return (
         "with experts" if kind.has_experts else "dense FFN",
         str(count),
-        format_bytes(spec.layer_bytes_of(kind, DTYPE)),
-        format_bytes(spec.dense_parameters_of(kind) * size),
+        format_bytes(spec.layer_bytes_of(kind, STORED)),
+        format_bytes(STORED.bytes_of(spec.dense_parameters_of(kind))),
         f"{num_experts}: {experts}" if num_experts else "none",
         f"{kind.window} tokens" if kind.window else "all tokens",
     )

@@ -11,6 +11,7 @@ import click
 from hrm.cli.machine_choice import MachineChoice, machines_options
 from hrm.cli.params import Command, enum_option, policy_option, together
 from hrm.errors import PolicyError, WorkloadError
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
@@ -18,7 +19,7 @@ from hrm.model_spec import ModelSpec, load_model
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
 from hrm.routing import with_measured_routing
-from hrm.units import DTYPE_BYTES, parse_seconds
+from hrm.units import parse_seconds
 from hrm.workload import Workload, named_workload
 
 
@@ -142,7 +143,7 @@ model_options = together(
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", *DTYPE_BYTES]),
+        type=click.Choice(["auto", *FORMATS]),
         default="auto",
         show_default=True,
         help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",

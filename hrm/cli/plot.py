@@ -15,11 +15,11 @@ from hrm.cli.program import CommandGroup
 from hrm.cli.tables import csv_option, searching, tell_written, write_csv
 from hrm.cli.texts import machine_text
 from hrm.errors import HrmError, PolicyError
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
 from hrm.tasks import Phase
-from hrm.units import DTYPE_BYTES
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plot() -> None:
 @click.option(
     "--dtype",
     "dtypes",
-    type=click.Choice(["auto", *DTYPE_BYTES]),
+    type=click.Choice(["auto", *FORMATS]),
     multiple=True,
     default=["auto"],
     show_default=True,

@@ -13,9 +13,10 @@ from hrm.cli.program import Interrupted
 from hrm.contract.openmp import spin_briefly
 from hrm.errors import ProfileError
 from hrm.files import is_stream
+from hrm.formats import FORMATS
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
-from hrm.units import DTYPE_BYTES, counted, parse_bandwidth, parse_bytes
+from hrm.units import counted, parse_bandwidth, parse_bytes
 
 if TYPE_CHECKING:
     from hrm.profiling import ProfilingInterrupted
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     "dtypes",
-    type=click.Choice(list(DTYPE_BYTES)),
+    type=click.Choice(list(FORMATS)),
     multiple=True,
     help="Measure GEMMs in this dtype, and attention in the first [default: bfloat16, float16 and "
     "float32]; repeat it for more.",
@@ -80,7 +81,7 @@ def profile(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hrm.contract.host_kernels import installed_kernels
-    from hrm.profiling import ProfilingInterrupted, partial_path, profile_machine
+    from hrm.profiling import ProfileOptions, ProfilingInterrupted, partial_path, profile_machine
     from hrm.profiling.machine import DTYPES
 
     spin_briefly()
@@ -114,21 +115,23 @@ def profile(
 
     try:
         measured = profile_machine(
-            accelerator,
-            gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-            link_bandwidth_bytes_per_s=(
-                parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
+            ProfileOptions(
+                accelerator,
+                gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
+                link_bandwidth_bytes_per_s=(
+                    parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
+                ),
+                quick=quick,
+                dtypes=dtypes or DTYPES,
+                model=load_model(model) if model else None,
+                disk=disk or _folder_of_interest(model, out),
+                kernels=installed_kernels(),
+                partial=partial,
+                resume=resume,
+                command=shlex.join(["hrm", *sys.argv[1:]]),
             ),
-            quick=quick,
-            dtypes=dtypes or DTYPES,
-            model=load_model(model) if model else None,
-            disk=disk or _folder_of_interest(model, out),
-            partial=partial,
-            resume=resume,
             save=lambda whole: save_profile(out, whole),
             progress=progress,
-            command=shlex.join(["hrm", *sys.argv[1:]]),
-            kernels=installed_kernels(),
         )
     except ProfilingInterrupted as interrupted:
         if bar.live.is_started:

@@ -113,9 +113,9 @@ def _turning_points(estimate: Estimate, workload: Workload) -> dict[str, Turning
     policy = estimate.policy
     context = workload.prompt_len + workload.gen_len / 2
     return {
-        "attention": attention_turning_points(profile, spec, policy.dtype, context=context),
+        "attention": attention_turning_points(profile, spec, policy.formats, context=context),
         "ffn": ffn_turning_points(
-            profile, spec, policy.dtype, batch_size=policy.batch_size, micro_batch_size=policy.micro_batch_size
+            profile, spec, policy.formats, batch_size=policy.batch_size, micro_batch_size=policy.micro_batch_size
         ),
     }
 

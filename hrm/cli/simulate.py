@@ -6,6 +6,7 @@ from typing import Final
 
 import click
 
+from hrm.acts import NAMES
 from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.options import plan_options
 from hrm.cli.params import OUT_FILE, json_option, phase_option
@@ -14,7 +15,7 @@ from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import decode_work, prefill_work, simulate_work, with_batch_size
 from hrm.policy_file import PolicyFile
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.tasks import Lane, Phase
 from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import counted, format_seconds
 
@@ -47,7 +48,7 @@ def simulate(
                 "makespan_s": simulated.makespan_s,
                 "busy_s": {lane.value: s for lane, s in simulated.busy_s().items()},
                 "utilisation": {lane.value: s for lane, s in simulated.utilisation().items()},
-                "seconds_by_kind": {k.name: s for k, s in simulated.seconds_by_kind().items()},
+                "seconds_by_kind": simulated.seconds_by_kind(),
                 "lanes": {lane.value: lane_text(simulated, lane, None) for lane in Lane},
             }
         )
@@ -66,7 +67,7 @@ def simulate(
         if text:
             console.print(f"{lane.value:>5}  {text}")
     console.print(f"\n{lane_chart(shown, width=width)}\n")
-    letters = ", ".join(f"{k.value} {k.name.lower().replace('_', ' ')}" for k in TaskKind)
+    letters = ", ".join(f"{letter} {name.lower().replace('_', ' ')}" for name, letter in NAMES.items())
     console.print(f"[dim]{letters}[/]\n")
     table = plain_table("lane", "busy", "share")
     shares = simulated.utilisation()
@@ -90,7 +91,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
     """
     requests = plan.workload.requests_or(plan.policy.batch_size)
     policy = with_batch_size(plan.policy, min(plan.policy.batch_size, requests))
-    costs = Costs(*plan.part, policy.dtype)
+    costs = Costs(*plan.part, policy.formats)
     if phase is Phase.PREFILL:
         tokens = policy.batch_size * plan.workload.prompt_len
         _check_length(ceil(tokens / policy.prefill_chunk_tokens), "chunk", costs.spec.num_layers)

@@ -82,7 +82,7 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
     if phase is Phase.DECODE:
         first, measured = measured_steps(folder, measured, steps)
         context = run.workload.prompt_len + first + 1 + steps / 2
-        costs = Costs(*plan.part, plan.policy.dtype)
+        costs = Costs(*plan.part, plan.policy.formats)
         # One step more on either side: as in the run, the step before them loads their first
         # weights, and they load those of the step after them.
         count = min(steps + 2, run.batches[0].decode_steps)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from hrm.acts import NAMES
 from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import json_option
 from hrm.tasks import Phase
@@ -47,8 +48,8 @@ def print_validation(validation: Validation) -> None:
                 _add(table, f"  lane {lane.value}", comparison, format_seconds)
         for (p, kind), comparison in validation.kind_s.items():
             if p is phase:
-                name = kind.name.lower().replace("_", " ")
-                _add(table, f"    {kind.value} {name}", comparison, format_seconds)
+                name = kind.lower().replace("_", " ")
+                _add(table, f"    {NAMES[kind]} {name}", comparison, format_seconds)
     console.print(table)
     console.print()
     memory = plain_table("memory", "peak", "planned", "capacity")

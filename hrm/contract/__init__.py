@@ -1,5 +1,7 @@
 """What the planner knows of how the executor works inside; the executor takes it from here too.
 
+Tests of the same names in `tests/executor/contract` compare it with what runs.
+
 `rings` says how many turns each ring of buffers has, `rows` what numbers lie beside hidden states
 and in what blocks the KV cache is kept, `temporaries` how much memory a layer needs while it is
 computed, and `launches` how many operators a task issues. `lane_threads`, `openmp` and `cublas` say

@@ -12,8 +12,7 @@ from typing import Final, final
 SPIN_S: Final = 80e-6  # the end of a wait is spun: sleeping overshoots by about this much
 BACK_TO_BACK_S: Final = 200e-6  # a gap this short is the issuing thread's, not the link's
 CATCH_UP_S: Final = 5e-3  # how far behind its schedule the link may be and still catch up
-
-
+EMULATED_LATENCY_S: Final = 20e-6  # of a transfer, where no machine says otherwise
 LONGEST_SLEEP_S: Final = 0.1  # after which who waits looks whether there is a reason to go on
 
 

@@ -3,18 +3,19 @@
 from typing import Final
 
 from hrm.contract.rows import ROUTING_BYTES
+from hrm.formats import Format
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum
-from hrm.units import DTYPE_BYTES
 
-WORKSPACE_ROUNDING_BYTES: Final = 1024  # temporaries start at multiples of 64 bytes
+ALIGNMENT_BYTES: Final = 64  # temporaries start at multiples of this
+WORKSPACE_ROUNDING_BYTES: Final = 16 * ALIGNMENT_BYTES  # as so many at most are there at once
 # Tokens of a later part of a prompt that a CPU attends with at once: more would compute much of the
 # future, fewer are slow.
 MASK_BLOCK_TOKENS: Final = 128
 
 
 def workspace_bytes(
-    spec: ModelSpec, num_tokens: Number, dtype: str, *, ranks: int = 1, longest_tokens: Number = 0
+    spec: ModelSpec, num_tokens: Number, compute: Format, *, ranks: int = 1, longest_tokens: Number = 0
 ) -> Number:
     """Temporaries of one layer over `num_tokens` tokens, whichever expert they all go to.
 
@@ -27,7 +28,7 @@ def workspace_bytes(
     second attention output of a part of a split prompt lies a line of its mask; `longest_tokens`
     bounds what such a prompt has so far.
     """
-    size = DTYPE_BYTES[dtype]
+    size = compute.bytes_of(1)
     queries, output, head = spec.query_size, spec.attention_output_size, spec.head_dim
     hidden = ranks * spec.hidden_size
     inner = max(spec.intermediate_size, spec.shared_intermediate_size, spec.dense_intermediate_size)

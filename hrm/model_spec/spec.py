@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any, Final
 
 from hrm.errors import ModelError
+from hrm.formats import Format
 from hrm.model_spec.latent import LatentAttention
 from hrm.numeric import Number, minimum
-from hrm.units import DTYPE_BYTES
 
 # Beyond these a number is a mistake; below, 64-bit integers count any plan's bytes.
 MOST_LAYERS: Final = 10**4
@@ -352,27 +352,27 @@ class ModelSpec:
         replaced = self.router_parameters + self.shared_parameters
         return self.dense_parameters - replaced + self.dense_ffn_parameters
 
-    def layer_bytes_of(self, kind: LayerKind, dtype: str) -> int:
+    def layer_bytes_of(self, kind: LayerKind, weights: Format) -> int:
         """Weight bytes of a layer of that kind."""
         experts = self.num_experts_of(kind) * self.expert_parameters
-        return (self.dense_parameters_of(kind) + experts) * DTYPE_BYTES[dtype]
+        return weights.bytes_of(self.dense_parameters_of(kind) + experts)
 
-    def layer_bytes(self, dtype: str) -> int:
+    def layer_bytes(self, weights: Format) -> int:
         """Weight bytes of one layer with experts."""
-        return self.layer_bytes_of(LayerKind(), dtype)
+        return self.layer_bytes_of(LayerKind(), weights)
 
-    def total_layer_bytes(self, dtype: str) -> int:
+    def total_layer_bytes(self, weights: Format) -> int:
         """Weight bytes of all layers together."""
-        dense = self.num_dense_layers * self.layer_bytes_of(LayerKind(has_experts=False), dtype)
-        return dense + self.num_expert_layers * self.layer_bytes(dtype)
+        dense = self.num_dense_layers * self.layer_bytes_of(LayerKind(has_experts=False), weights)
+        return dense + self.num_expert_layers * self.layer_bytes(weights)
 
-    def kv_bytes_per_token_layer(self, dtype: str) -> int:
+    def kv_bytes_per_token_layer(self, cache: Format) -> int:
         """KV cache bytes of one token in one layer."""
-        return self.kv_elements * DTYPE_BYTES[dtype]
+        return cache.bytes_of(self.kv_elements)
 
-    def kv_bytes_per_token(self, dtype: str) -> int:
+    def kv_bytes_per_token(self, cache: Format) -> int:
         """KV cache bytes of one token in all layers, those included whose window it may leave."""
-        return self.num_layers * self.kv_bytes_per_token_layer(dtype)
+        return self.num_layers * self.kv_bytes_per_token_layer(cache)
 
     # -- the whole ----------------------------------------------------------------------------
 

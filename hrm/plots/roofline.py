@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile, Source
 from hrm.model_spec import ModelSpec
 from hrm.plots import style
 from hrm.plots.labels import Labels, Spot
 from hrm.plots.panels import KV, Panel, panels_of
 from hrm.plots.roofs import SAME, Evidence, Role
-from hrm.units import DTYPE_BYTES, format_bandwidth, format_flops
+from hrm.units import format_bandwidth, format_flops
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +131,7 @@ def _draw_curves(axes: Any, panel: Panel) -> None:
         return
     for ceiling in panel.ceilings:
         if ceiling.curve_is_known:
-            xs = [2 * tokens / DTYPE_BYTES[ceiling.dtype] for tokens, _ in ceiling.curve]
+            xs = [2 * tokens / FORMATS[ceiling.dtype].bytes_of(1) for tokens, _ in ceiling.curve]
             axes.plot(
                 xs,
                 [rate for _, rate in ceiling.curve],

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.model_spec import ModelSpec
 from hrm.operators import decode_attention, experts
@@ -172,10 +173,10 @@ def attention_marks(
         groups: list[tuple[list[int], Mark]] = []
         for context in sorted(set(contexts)):
             if profile.has_accelerator:
-                points = attention_turning_points(profile, spec, dtype, context=context)
+                points = attention_turning_points(profile, spec, Formats.of(dtype), context=context)
                 mark = _mark(profile, points, dtype)
             else:
-                operator = decode_attention(spec, dtype, 1, context, spec.widest_kind)
+                operator = decode_attention(spec, Formats.of(dtype), 1, context, spec.widest_kind)
                 mark = _mark_alone(profile, dtype, operator.intensity, None, reads_kv=True)
             for members, other in groups:
                 if abs(mark.intensity / other.intensity - 1) < SAME:
@@ -208,11 +209,11 @@ def ffn_marks(
         for size in sorted(set(batch_sizes)):
             if profile.has_accelerator:
                 points = ffn_turning_points(
-                    profile, spec, dtype, batch_size=size, micro_batch_size=min(micro_batch_size, size)
+                    profile, spec, Formats.of(dtype), batch_size=size, micro_batch_size=min(micro_batch_size, size)
                 )
                 mark = _mark(profile, points, dtype)
             else:
-                operator = experts(spec, dtype, size, spec.num_experts)
+                operator = experts(spec, Formats.of(dtype), size, spec.num_experts)
                 rows = operator.kernels[0].rows
                 mark = _mark_alone(profile, dtype, operator.intensity, rows, reads_kv=False)
             marks.append(replace(mark, label=_short(size)))

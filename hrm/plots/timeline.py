@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
+from hrm.acts import decode, prefill
 from hrm.errors import TraceError
 from hrm.plots import style
 from hrm.plots.labels import Labels, Spot
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.tasks import Act, Lane, Phase
 from hrm.trace import Span, Trace
 from hrm.units import format_seconds
 
@@ -34,32 +35,37 @@ class TaskLook:
 
 # Within a lane, kinds differ in how light they are or in their hatch, and so survive greyscale.
 LOOKS: Final = {
-    TaskKind.LOAD_PAGE: TaskLook("weight page in", style.SKY),
-    TaskKind.STAGE_PAGE: TaskLook("weight page to pinned memory", style.SKY, "////"),
-    TaskKind.LOAD_HIDDEN: TaskLook("hidden states in", style.BLACK, line=style.BLACK),
-    TaskKind.LOAD_KV: TaskLook("KV cache in", style.YELLOW, "....", style.GREY),
-    TaskKind.LOAD_EXPERT_OUTPUT: TaskLook("experts' output in", style.RED, "||||"),
-    TaskKind.EMBED: TaskLook("embeddings in", style.GREY),
-    TaskKind.PRE_ATTENTION: TaskLook("projections", style.GREEN, "////"),
-    TaskKind.ATTENTION: TaskLook("attention", style.ORANGE),
-    TaskKind.POST_ATTENTION: TaskLook("rest of the layer, with experts", style.BLUE),
-    TaskKind.PREFILL_LAYER: TaskLook("prefill of a layer", style.BLUE),
-    TaskKind.CPU_EXPERTS: TaskLook("experts on the CPU", style.RED, "xxxx"),
-    TaskKind.SAMPLE: TaskLook("LM head, next token", style.PURPLE, "...."),
-    TaskKind.OFFLOAD_QKV: TaskLook("queries, keys, values out", style.BLACK, line=style.BLACK),
-    TaskKind.OFFLOAD_TOKENS: TaskLook("tokens out", style.RED, "||||"),
-    TaskKind.STORE_KV: TaskLook("new keys, values out", style.YELLOW, "....", style.GREY),
-    TaskKind.STORE_HIDDEN: TaskLook("hidden states out", style.GREY),
+    "LOAD_PAGE": TaskLook("weight page in", style.SKY),
+    "STAGE_PAGE": TaskLook("weight page to pinned memory", style.SKY, "////"),
+    "LOAD_HIDDEN": TaskLook("hidden states in", style.BLACK, line=style.BLACK),
+    "LOAD_KV": TaskLook("KV cache in", style.YELLOW, "....", style.GREY),
+    "LOAD_EXPERT_OUTPUT": TaskLook("experts' output in", style.RED, "||||"),
+    "EMBED": TaskLook("embeddings in", style.GREY),
+    "PRE_ATTENTION": TaskLook("projections", style.GREEN, "////"),
+    "ATTENTION": TaskLook("attention", style.ORANGE),
+    "POST_ATTENTION": TaskLook("rest of the layer, with experts", style.BLUE),
+    "PREFILL_LAYER": TaskLook("prefill of a layer", style.BLUE),
+    "CPU_EXPERTS": TaskLook("experts on the CPU", style.RED, "xxxx"),
+    "SAMPLE": TaskLook("LM head, next token", style.PURPLE, "...."),
+    "OFFLOAD_QKV": TaskLook("queries, keys, values out", style.BLACK, line=style.BLACK),
+    "OFFLOAD_TOKENS": TaskLook("tokens out", style.RED, "||||"),
+    "STORE_KV": TaskLook("new keys, values out", style.YELLOW, "....", style.GREY),
+    "STORE_HIDDEN": TaskLook("hidden states out", style.GREY),
 }
 # What ends a layer in either phase: with experts on the CPU, their output comes last.
-_ENDS: Final = {TaskKind.POST_ATTENTION, TaskKind.LOAD_EXPERT_OUTPUT, TaskKind.PREFILL_LAYER}
+_ENDS: Final = {decode.POST_ATTENTION, decode.LOAD_EXPERT_OUTPUT, prefill.PREFILL_LAYER}
+
+
+def look_of(name: str) -> TaskLook:
+    """How tasks of that name are drawn; grey and under their own name if nobody chose a look for them."""
+    return LOOKS.get(name) or TaskLook(name.lower().replace("_", " "), style.GREY, "////")
 
 
 def layer_ends(trace: Trace) -> dict[tuple[int, int], float]:
     """When every (step, layer) had been computed, in seconds of the trace's clock."""
     ends: dict[tuple[int, int], float] = defaultdict(float)
     for span in trace.spans:
-        if span.id.kind in _ENDS:
+        if span.id.act in _ENDS:
             where = (span.id.step, span.id.layer)
             ends[where] = max(ends[where], span.end_s)
     return dict(ends)
@@ -69,7 +75,7 @@ def step_ends(trace: Trace) -> dict[int, float]:
     """When every step's last token had been chosen."""
     ends: dict[int, float] = defaultdict(float)
     for span in trace.spans:
-        if span.id.kind is TaskKind.SAMPLE:
+        if span.id.act.ends_step:
             ends[span.id.step] = max(ends[span.id.step], span.end_s)
     return dict(ends)
 
@@ -125,7 +131,7 @@ def plot_timeline(traces: Mapping[str, Trace], path: Path | None = None, *, titl
             axes.set_title(f"{name}: {format_seconds(trace.makespan_s)}", pad=13)
         all_axes[-1].set_xlim(0, longest_s * factor)
         all_axes[-1].set_xlabel(unit)
-        _legend(figure, {span.id.kind for trace in traces.values() for span in trace.spans})
+        _legend(figure, {span.id.act.name: span.id.act.letter for trace in traces.values() for span in trace.spans})
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes, trace in zip(all_axes, traces.values(), strict=True):
@@ -139,12 +145,12 @@ def _draw(axes: Any, trace: Trace, lanes: list[Lane], factor: float, *, thin_s: 
     start_s = min(span.start_s for span in trace.spans)
     shares = trace.utilisation()
     for row, lane in enumerate(lanes):
-        by_kind: dict[TaskKind, list[Span]] = defaultdict(list)
+        by_act: dict[Act, list[Span]] = defaultdict(list)
         for span in trace.spans:
             if span.lane is lane:
-                by_kind[span.id.kind].append(span)
-        for kind, spans in by_kind.items():
-            look = LOOKS[kind]
+                by_act[span.id.act].append(span)
+        for act, spans in by_act.items():
+            look = look_of(act.name)
             # An edge would draw a short task longer than it is, and a lane of many as always busy;
             # a hatch would not be seen.
             thin = median(span.seconds for span in spans) < thin_s
@@ -156,7 +162,7 @@ def _draw(axes: Any, trace: Trace, lanes: list[Lane], factor: float, *, thin_s: 
                 edgecolor=look.line,
                 hatch="" if thin else look.hatch,
                 snap=False,
-                gid=f"{lane} {kind.name}",
+                gid=f"{lane} {act.name}",
             )
         axes.text(
             1.01,
@@ -222,18 +228,18 @@ def _label_bars(labels: Labels, trace: Trace, lanes: list[Lane], factor: float) 
     axes = labels.axes
     points_wide = {span: _points(labels, span.seconds * factor) for span in trace.spans}
     roomy = [span for span, points in points_wide.items() if points > 10][:MAX_LETTERED]
-    named: dict[tuple[Lane, TaskKind], list[bool]] = defaultdict(list)
+    named: dict[Act, list[bool]] = defaultdict(list)
     for span in roomy:
         fits = points_wide[span] > 5.5 * len(str(span.id._replace(step=0))) + 4
-        named[span.lane, span.id.kind].append(fits)
+        named[span.id.act].append(fits)
     for span in roomy:
-        fits = named[span.lane, span.id.kind]
-        letter = span.id.kind.value
+        fits = named[span.id.act]
+        letter = span.id.act.letter
         if sum(fits) > len(fits) / 2:  # of one kind, all or none are named in full
             letter = str(span.id._replace(step=0))
             if points_wide[span] <= 5.5 * len(letter) + 4:
                 continue
-        look = LOOKS[span.id.kind]
+        look = look_of(span.id.act.name)
         dark = style.luminance(to_hex(look.colour)) < 0.3
         middle = ((span.start_s + span.end_s) / 2 - start_s) * factor
         behind = {"facecolor": look.colour, "edgecolor": "none", "pad": 0.6} if look.hatch else None
@@ -256,7 +262,7 @@ def _points(labels: Labels, width: float) -> float:
     return float(right - left) / labels.pixels(1)
 
 
-def _legend(figure: Any, kinds: set[TaskKind]) -> None:
+def _legend(figure: Any, letters: dict[str, str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [
@@ -265,9 +271,9 @@ def _legend(figure: Any, kinds: set[TaskKind]) -> None:
             edgecolor=look.line,
             hatch=look.hatch,
             linewidth=0.3,
-            label=f"{kind.value}  {look.words}",
+            label=f"{letters[name]}  {look.words}",
         )
-        for kind, look in LOOKS.items()
-        if kind in kinds
+        for name in sorted(letters, key=[*LOOKS, *sorted(letters)].index)
+        for look in [look_of(name)]
     ]
     style.put_legend(figure, handles)

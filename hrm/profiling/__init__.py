@@ -7,6 +7,12 @@ timed and what a line through it says, `passes` how several measurements become 
 it all. The benchmarks import torch, this file does not.
 """
 
-from hrm.profiling.machine import EMULATED_LINK_BYTES_PER_S, ProfilingInterrupted, partial_path, profile_machine
+from hrm.profiling.machine import (
+    EMULATED_LINK_BYTES_PER_S,
+    ProfileOptions,
+    ProfilingInterrupted,
+    partial_path,
+    profile_machine,
+)
 
-__all__ = ["EMULATED_LINK_BYTES_PER_S", "ProfilingInterrupted", "partial_path", "profile_machine"]
+__all__ = ["EMULATED_LINK_BYTES_PER_S", "ProfileOptions", "ProfilingInterrupted", "partial_path", "profile_machine"]

@@ -1,26 +1,19 @@
-"""What kinds of work that share the host's memory take from one another when they run at once.
-
-Every worker runs alone, in the asked-for groups and again, round after round, so that a share is
-that of two rates measured within a second or so. Threads that happen to share a core keep less,
-and which do is drawn anew with every round's threads: shares are means, as over a long run.
-"""
+"""What all that use the host's memory at once get of it together."""
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
 from typing import Final
 
-from hrm.hardware import Contention, Figure, Rate
+from hrm.hardware import Figure, Rate
 from hrm.profiling.timing import Call, measured
 
 MAX_ROUNDS: Final = 9
 WINDOW_S: Final = 0.05  # shorter windows say little of threads that take turns
 
 Enter = Callable[[], object]
-Group = tuple[str, ...]
 Rates = dict[str, float]  # calls a second of each worker
 
 
@@ -36,51 +29,18 @@ class Worker:
     host_bytes: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
-    """What each kind of work keeps, and the bytes a second of all at once.
+def bytes_together(workers: Mapping[str, Worker], *, budget_s: float) -> Figure:
+    """Bytes a second that all workers at once read and write of the host's memory.
 
-    `together_bytes_per_s` is that of the largest group.
+    They run round after round: threads that happen to share a core get less, and which do is drawn
+    anew with every round's threads.
     """
-
-    kept: tuple[Contention, ...]
-    together_bytes_per_s: Figure
-
-
-def every_pair_and_all(names: Sequence[str]) -> list[Group]:
-    """Groups of two, and one of all of them if they are more."""
-    pairs = list(combinations(names, 2))
-    return [*pairs, tuple(names)] if len(names) > 2 else pairs
-
-
-def measure_contention(workers: Mapping[str, Worker], groups: Sequence[Group], *, budget_s: float) -> SharedMemory:
-    """What each worker keeps of its rate alone in each of the groups that it is in."""
-    used = sorted({name for group in groups for name in group}, key=list(workers).index)
-    turns: list[Group] = [*((name,) for name in used), *groups]
-    rounds = max(1, min(MAX_ROUNDS, int(budget_s / (len(turns) * WINDOW_S))))
-    window_s = budget_s / (len(turns) * rounds)
-    taken: list[dict[Group, Rates]] = [
-        {group: run_together({name: workers[name] for name in group}, window_s) for group in turns}
-        for _ in range(rounds)
-    ]
-    return shared_memory(workers, groups, taken)
-
-
-def shared_memory(
-    workers: Mapping[str, Worker], groups: Sequence[Group], rounds: Sequence[Mapping[Group, Rates]]
-) -> SharedMemory:
-    """Shares and sums of the rates of every round, each worker alone among them."""
-    kept: list[Contention] = []
-    for group in groups:
-        for name in group:
-            shares = [rates[group][name] / rates[name,][name] for rates in rounds]
-            beside = tuple(other for other in group if other != name)
-            figure = measured(fmean(shares), shares)
-            kept.append(Contention(work=name, beside=beside, kept=figure))
-    largest = max(groups, key=len)
-    totals = [sum(rates[largest][name] * workers[name].host_bytes for name in largest) for rates in rounds]
-    note = f"{', '.join(largest)} at once, each byte read or written counted"
-    return SharedMemory(tuple(kept), measured(fmean(totals), totals, note))
+    rounds = max(1, min(MAX_ROUNDS, int(budget_s / WINDOW_S)))
+    totals: list[float] = []
+    for _ in range(rounds):
+        rates = run_together(workers, budget_s / rounds)
+        totals.append(sum(rates[name] * worker.host_bytes for name, worker in workers.items()))
+    return measured(fmean(totals), totals, f"{', '.join(workers)} at once, each byte read or written counted")
 
 
 def shared_roof(together: Figure, read: Rate) -> Rate | None:

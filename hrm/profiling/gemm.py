@@ -10,10 +10,11 @@ from typing import Final, final
 import torch
 
 from hrm.contract.host_kernels import HostKernels
+from hrm.formats import FORMATS
 from hrm.hardware import Rate
 from hrm.model_spec import ModelSpec
 from hrm.profiling.timing import Call, Sampler, Timing, significant, summarise, time_each
-from hrm.units import DTYPE_BYTES, MIB
+from hrm.units import MIB
 
 QUICK_TOKENS: Final = (1, 4, 16, 64, 256)
 FULL_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -75,8 +76,7 @@ def gemm_rate(
     squares = QUICK_SQUARES if quick else FULL_SQUARES
     if device != "cpu":
         squares = tuple(8 * side for side in squares)
-    item = DTYPE_BYTES[dtype]
-    squares = tuple(side for side in squares if 3 * side * side * item <= most_bytes)
+    squares = tuple(side for side in squares if FORMATS[dtype].bytes_of(3, side, side) <= most_bytes)
     pools = {shape: _Pool(dtype, shape, device) for shape in shapes}
     calls: dict[tuple[int, GemmShape], Call] = {
         (count, shape): pools[shape].multiply(count, kernels) for count in tokens for shape in shapes
@@ -119,7 +119,7 @@ class _Pool:
     def __init__(self, dtype: str, shape: GemmShape, device: str) -> None:
         self.kind: torch.dtype = getattr(torch, dtype)
         self.shape, self.device = shape, device
-        size = shape.inputs * shape.outputs * DTYPE_BYTES[dtype]
+        size = FORMATS[dtype].bytes_of(shape.inputs, shape.outputs)
         copies = max(1, min(MAX_POOL, POOL_BYTES // size))
         first = torch.randn(shape.outputs, shape.inputs, device=device).to(self.kind)
         self.weights = cycle([first, *(first.clone() for _ in range(copies - 1))])

@@ -9,12 +9,13 @@ seconds and within minutes alike (1/f noise), so the medians of two runs differ 
 passes do, however many passes there are. Spreads are as wide as that takes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from math import exp, log
 from statistics import median
 from typing import Any, Final, TypeVar, cast
 
+from hrm.figures import with_figures
 from hrm.hardware import NOISY_SPREAD, Figure, Source
 from hrm.profiling.timing import Timing, middle_and_ends, significant
 
@@ -145,27 +146,11 @@ def _curve(curves: Sequence[tuple[tuple[float, float], ...]]) -> tuple[tuple[tup
 
 def flag_noisy(node: T) -> T:
     """The same profile, or part of one, with notes that say which figures spread by over 8 %."""
-    return cast("T", _with_figures(node, _flagged))
+    return with_figures(node, _flagged)
 
 
-def _flagged(figure: Figure) -> Figure:
+def _flagged(_: str, figure: Figure) -> Figure:
     if not figure.is_noisy:
         return figure
     noisy = f"noisy: {figure.spread:.0%} between the 20th and 80th percentile"
     return replace(figure, note="; ".join(filter(None, (figure.note, noisy))))
-
-
-def _with_figures(node: Any, change: Callable[[Figure], Figure]) -> Any:
-    match node:
-        case Figure():
-            return change(node)
-        case dict():
-            items = cast("dict[Any, Any]", node).items()
-            return {key: _with_figures(part, change) for key, part in items}
-        case tuple():
-            return tuple(_with_figures(part, change) for part in cast("tuple[Any, ...]", node))
-        case _ if is_dataclass(node) and not isinstance(node, type):
-            parts = {item.name: getattr(node, item.name) for item in fields(node)}
-            return replace(node, **{name: _with_figures(part, change) for name, part in parts.items()})
-        case _:
-            return node

@@ -7,6 +7,7 @@ from typing import TypeVar
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
 from hrm.estimate import Estimate, estimate
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile
 from hrm.model_spec import load_model
@@ -99,7 +100,7 @@ def closed_form(run: PublishedRun, profile: HardwareProfile) -> ClosedForm:
     spec, implementation = load_model(run.model), IMPLEMENTATIONS[run.system]
     policy = policy_of(run, spec)
     prefill_s, decode_s = batch_seconds(
-        Costs(spec, profile, DTYPE, implementation.runtime),
+        Costs(spec, profile, Formats.of(DTYPE), implementation.runtime),
         Point.of_policy(policy, spec),
         policy.schedule,
         run.workload,

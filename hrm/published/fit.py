@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Final, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
 
+from hrm.figures import with_figures
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Source
 from hrm.machines import load_profile
 from hrm.published.compare import closed_form, machine_name
@@ -14,7 +15,7 @@ FITTED_SETUPS: Final = ("S1", "S2")
 START_FACTOR: Final = 0.7  # so that what is found owes nothing to what is shipped
 FACTORS: Final = (0.4, 1.28)  # of what is shipped; more is above the data sheet of a link
 
-_T = TypeVar("_T")
+_Part = TypeVar("_Part", MemoryLevel, Link)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +38,13 @@ def fitted_figures(profile: HardwareProfile) -> dict[str, Figure]:
             found[where] = figure
         return figure
 
-    _map_figures(profile, "", record)
+    _map_figures(profile, record)
     return found
 
 
 def scaled(profile: HardwareProfile, factors: dict[str, float]) -> HardwareProfile:
     """The machine with figures, by where they stand, times a factor; curves keep their shape."""
-
-    def scale(where: str, figure: Figure) -> Figure:
-        factor = factors.get(where, 1.0)
-        curve = tuple((size, value * factor) for size, value in figure.curve)
-        return replace(figure, value=figure.value * factor, curve=curve)
-
-    return _map_figures(profile, "", scale)
+    return _map_figures(profile, lambda where, figure: figure.times(factors.get(where, 1.0)))
 
 
 def fit(setup: str) -> list[FittedFigure]:
@@ -85,34 +80,12 @@ def fit(setup: str) -> list[FittedFigure]:
     ]
 
 
-def _map_figures(node: _T, where: str, change: Callable[[str, Figure], Figure]) -> _T:
-    """The same data with every figure changed; `where` leads to it, fields joined by dots."""
-    mapped: Any = node
-    match node:
-        case Figure():
-            mapped = change(where.removesuffix(".achieved"), node)
-        case dict():
-            items = cast("dict[str, Any]", node).items()
-            mapped = {key: _map_figures(value, f"{where}.{key}", change) for key, value in items}
-        case tuple():
-            parts = cast("tuple[Any, ...]", node)
-            mapped = tuple(_map_figures(part, _name(part), change) for part in parts)
-        case _ if is_dataclass(node) and not isinstance(node, type):
-            changed = {
-                item.name: _map_figures(getattr(node, item.name), f"{where}.{item.name}", change)
-                for item in fields(node)
-            }
-            mapped = replace(node, **changed)
-        case _:
-            pass
-    return mapped
+def _map_figures(profile: HardwareProfile, change: Callable[[str, Figure], Figure]) -> HardwareProfile:
+    def changed(part: _Part, name: str) -> _Part:
+        return with_figures(part, lambda where, figure: change(where.removesuffix(".achieved"), figure), name)
 
-
-def _name(part: object) -> str:
-    match part:
-        case MemoryLevel():
-            return part.name
-        case Link():
-            return f"{part.source}->{part.target} {part.kind}"
-        case _:
-            return type(part).__name__.lower()
+    return replace(
+        profile,
+        levels=tuple(changed(level, level.name) for level in profile.levels),
+        links=tuple(changed(link, f"{link.source}->{link.target} {link.kind}") for link in profile.links),
+    )

@@ -13,13 +13,14 @@ from typing import Final
 
 from hrm import operators
 from hrm.closed_form import Point
+from hrm.formats import Formats
 from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
 from hrm.machines import assemble, load_gpu, load_host, load_profile
 from hrm.model_spec import ModelSpec, load_model
 from hrm.published.compare import ClosedForm, ComparedRun, closed_form, compare, machine_name
 from hrm.published.data import GENERATED, SEVERAL_GPUS, PublishedRun
 from hrm.published.systems import DTYPE
-from hrm.units import DTYPE_BYTES, GIB
+from hrm.units import GIB
 
 NUM_GPUS: Final = {"S6": 2, "S7": 4, "S8": 2, "S9": 4}
 PAIRS: Final = (("S6", "S7"), ("S8", "S9"))
@@ -31,6 +32,7 @@ HOST_BYTES: Final = 416 * GIB
 GPU_SHARE: Final = 0.86
 HOST_SHARE: Final = 0.8
 TEMPORARIES_MARGIN: Final = 1.2
+_FORMATS: Final = Formats.of(DTYPE)
 
 
 def machine_of(setup: str, *, shared_links: bool = False) -> HardwareProfile:
@@ -79,16 +81,16 @@ def batch_limit(run: PublishedRun) -> BatchLimit:
     stays on a GPU.
     """
     spec, gpus, prompt = load_model(run.model), NUM_GPUS[run.setup], run.workload.prompt_len
-    experts = spec.num_experts * spec.expert_parameters * DTYPE_BYTES[DTYPE]
-    hidden = gpus * prompt * spec.hidden_size * DTYPE_BYTES[DTYPE]
+    experts = _FORMATS.weights.bytes_of(spec.num_experts, spec.expert_parameters)
+    hidden = _FORMATS.compute.bytes_of(gpus * prompt, spec.hidden_size)
     on_gpu = (
-        spec.num_layers * (spec.qkv_parameters + spec.output_parameters) * DTYPE_BYTES[DTYPE]
+        _FORMATS.weights.bytes_of(spec.num_layers, spec.qkv_parameters + spec.output_parameters)
         + 2 * experts
         + run.micro_batch_size * (2 * hidden + _temporaries(spec, gpus, prompt))
-        + 2 * run.micro_batch_size * prompt * spec.kv_bytes_per_token_layer(DTYPE)
+        + 2 * run.micro_batch_size * prompt * spec.kv_bytes_per_token_layer(_FORMATS.kv_cache)
     )
     on_host = (spec.num_layers + 2) * experts
-    cache = run.workload.mean_context_len * spec.kv_bytes_per_token(DTYPE)
+    cache = run.workload.mean_context_len * spec.kv_bytes_per_token(_FORMATS.kv_cache)
     limits = {
         "GPU memory": (GPU_SHARE * gpus * CARD_BYTES - on_gpu) / hidden,
         "host memory": (HOST_SHARE * HOST_BYTES - on_host) / (cache + hidden),
@@ -102,7 +104,7 @@ def _temporaries(spec: ModelSpec, gpus: int, prompt: float) -> float:
     """Bytes of a prompt's routed tokens in the fused expert kernel."""
     routed = prompt * spec.experts_per_token
     elements = routed * (gpus * spec.hidden_size + 3 * spec.intermediate_size)
-    return TEMPORARIES_MARGIN * elements * DTYPE_BYTES[DTYPE]
+    return TEMPORARIES_MARGIN * _FORMATS.compute.bytes_of(elements)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +202,9 @@ def measured_step(comparison: ComparedRun) -> MeasuredStep:
     run, policy = comparison.run, comparison.predicted.policy
     spec, workload, gpus = load_model(run.model), run.workload, NUM_GPUS[run.setup]
     seconds = (run.seconds - comparison.predicted.prefill.seconds) / workload.decode_steps
-    weights = spec.num_layers * Point.of_policy(policy, spec).decode_streamed_bytes(spec, DTYPE)
+    weights = spec.num_layers * Point.of_policy(policy, spec).decode_streamed_bytes(spec, _FORMATS.weights)
     context = workload.prompt_len + (1 + workload.decode_steps) / 2
-    cache = spec.num_layers * operators.kv_bytes(spec, DTYPE, run.batch_size * context)
+    cache = spec.num_layers * operators.kv_bytes(spec, _FORMATS, run.batch_size * context)
     return MeasuredStep(
         seconds=seconds, weights_bytes_per_s=weights / gpus / seconds, cache_bytes_per_s=cache / gpus / seconds
     )

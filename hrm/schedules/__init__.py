@@ -6,7 +6,9 @@ from typing import Final
 
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import orders
+from hrm.schedules import bounds, orders
+from hrm.schedules.bounds import StepWork, Terms
+from hrm.schedules.hazards import with_waits
 from hrm.schedules.pipeline import Pipeline
 from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
@@ -14,6 +16,7 @@ __all__ = [
     "SCHEDULES",
     "Pipeline",
     "Schedule",
+    "StepWork",
     "decode_pipeline",
     "graph",
     "iter_tasks",
@@ -24,13 +27,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A decode order, whether it pages a layer's weights, and what the system it is from fixes.
+    """A decode order with its own lower bounds, whether it pages weights, and what the system it is from fixes.
 
-    `attention`, `ffn`, `single_micro_batch` and `kv_on_gpu` bound the search, not the executor:
-    any policy can be run in any order.
+    `terms` are seconds that a step takes at least in this order, beside the work of each lane. `attention`, `ffn`,
+    `single_micro_batch` and `kv_on_gpu` bound the search, not the executor: any policy can be run in any order.
     """
 
     order: Callable[[Pipeline], Iterator[TaskId]]
+    terms: Callable[[StepWork], Terms]
     paged: bool = False
     attention: Device | None = None
     ffn: Device | None = None
@@ -39,12 +43,17 @@ class Schedule:
 
 
 SCHEDULES: Final = {
-    ScheduleName.CGOPIPE: Schedule(orders.cgopipe, paged=True),
-    ScheduleName.FLEXGEN: Schedule(orders.flexgen, attention=Device.GPU, ffn=Device.GPU),
-    ScheduleName.FLEXGEN_C: Schedule(orders.flexgen, attention=Device.CPU, ffn=Device.GPU),
-    ScheduleName.FASTDECODE: Schedule(orders.cgopipe, attention=Device.CPU, ffn=Device.GPU),
+    ScheduleName.CGOPIPE: Schedule(orders.cgopipe, bounds.cgopipe, paged=True),
+    ScheduleName.FLEXGEN: Schedule(orders.flexgen, bounds.flexgen, attention=Device.GPU, ffn=Device.GPU),
+    ScheduleName.FLEXGEN_C: Schedule(orders.flexgen, bounds.flexgen, attention=Device.CPU, ffn=Device.GPU),
+    ScheduleName.FASTDECODE: Schedule(orders.cgopipe, bounds.fastdecode, attention=Device.CPU, ffn=Device.GPU),
     ScheduleName.DEEPSPEED: Schedule(
-        orders.deepspeed, attention=Device.GPU, ffn=Device.GPU, single_micro_batch=True, kv_on_gpu=True
+        orders.deepspeed,
+        bounds.deepspeed,
+        attention=Device.GPU,
+        ffn=Device.GPU,
+        single_micro_batch=True,
+        kv_on_gpu=True,
     ),
 }
 
@@ -82,7 +91,7 @@ def iter_tasks(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[Task]:
     """
     prefill = pipeline.phase is Phase.PREFILL
     order = orders.prefill if prefill else SCHEDULES[schedule].order
-    yield from pipeline.tasks(order(pipeline))
+    yield from with_waits(pipeline, order(pipeline))
 
 
 def graph(pipeline: Pipeline, schedule: ScheduleName) -> TaskGraph:

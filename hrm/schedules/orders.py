@@ -5,8 +5,9 @@ Decode orders follow MoE-Lightning's Fig. 6 and Algorithm 1 (arXiv 2411.11217, Â
 
 from collections.abc import Iterator
 
+from hrm.acts import prefill as acts
 from hrm.schedules.pipeline import Pipeline
-from hrm.tasks import TaskId, TaskKind
+from hrm.tasks import TaskId
 
 LOOKAHEAD = 2  # micro-batches that CPU attention is launched ahead (Algorithm 1)
 
@@ -19,13 +20,13 @@ def prefill(p: Pipeline) -> Iterator[TaskId]:
     yield from p.load_pages((0, 0))
     for i in range(p.num_layers):
         for g in range(p.num_micro_batches):
-            yield TaskId(TaskKind.EMBED if i == 0 else TaskKind.LOAD_HIDDEN, i, g)
+            yield TaskId(acts.EMBED if i == 0 else acts.LOAD_HIDDEN, i, g)
             yield from p.load_pages(p.next_layer(0, i), *p.page_slice(g))
-            yield TaskId(TaskKind.PREFILL_LAYER, i, g)
+            yield TaskId(acts.PREFILL_LAYER, i, g)
             if not p.kv_on_gpu[g]:
-                yield TaskId(TaskKind.STORE_KV, i, g)
+                yield TaskId(acts.STORE_KV, i, g)
             last = i == p.num_layers - 1
-            yield TaskId(TaskKind.SAMPLE if last else TaskKind.STORE_HIDDEN, i, g)
+            yield TaskId(acts.SAMPLE if last else acts.STORE_HIDDEN, i, g)
 
 
 def cgopipe(p: Pipeline) -> Iterator[TaskId]:

@@ -82,7 +82,7 @@ class Bounder:
     def __init__(self, space: Space) -> None:
         self.space, self.spec = space, space.spec
         self.room = Room(space)
-        self.costs = Costs(space.spec, smoothed(space.profile), space.dtype)
+        self.costs = Costs(space.spec, smoothed(space.profile), space.formats)
         self.requests = space.workload.num_requests
 
     def everything(self) -> Regions:

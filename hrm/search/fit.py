@@ -16,7 +16,6 @@ from hrm.model_spec import LayerKind
 from hrm.numeric import Number
 from hrm.schedules import SCHEDULES
 from hrm.search.space import Kind, Space
-from hrm.units import DTYPE_BYTES
 
 Ints = NDArray[np.int64]
 
@@ -30,25 +29,25 @@ class Weights:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
-        return self.space.spec.expert_parameters * DTYPE_BYTES[self.space.dtype]
+        return self.space.formats.weights.bytes_of(self.space.spec.expert_parameters)
 
     def resident(self, dense: Number, experts: Number) -> Number:
         """Bytes that stay on the GPU with so many resident experts in all."""
-        spec, size = self.space.spec, DTYPE_BYTES[self.space.dtype]
+        spec, weights = self.space.spec, self.space.formats.weights
         kinds = spec.layer_kinds().items()
         of_all = sum(count * spec.dense_parameters_of(kind) for kind, count in kinds)
-        return dense * (of_all * size) + experts * self.expert_bytes
+        return dense * weights.bytes_of(of_all) + experts * self.expert_bytes
 
     def streamed(self, dense: Number, experts: Number) -> Number:
         """Bytes that do not, over all layers."""
-        return self.space.spec.total_layer_bytes(self.space.dtype) - self.resident(dense, experts)
+        return self.space.spec.total_layer_bytes(self.space.formats.weights) - self.resident(dense, experts)
 
     def largest_streamed(self, dense: Number, of_every_layer: Number) -> tuple[Number, Number]:
         """Streamed bytes of a layer with experts, so many of them resident, and of one without."""
-        spec, size = self.space.spec, DTYPE_BYTES[self.space.dtype]
+        spec, weights = self.space.spec, self.space.formats.weights
         experts = (spec.num_experts - of_every_layer) * self.expert_bytes
         plain = spec.dense_parameters_of(LayerKind(has_experts=False)) * (spec.num_dense_layers > 0)
-        return ((1 - dense) * (spec.dense_parameters * size) + experts, (1 - dense) * (plain * size))
+        return ((1 - dense) * weights.bytes_of(spec.dense_parameters) + experts, (1 - dense) * weights.bytes_of(plain))
 
 
 def gpu_needed(
@@ -58,7 +57,7 @@ def gpu_needed(
     on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
     purposes = gpu_purposes(
         space.spec,
-        space.dtype,
+        space.formats,
         batch_size=numbers["batch_size"],
         micro_batch_size=numbers["micro_batch_size"],
         kv_tokens=numbers["kv_tokens"],
@@ -85,7 +84,7 @@ def cpu_needed(
     on_gpu, n = numbers["gpu_kv_micro_batches"], numbers["num_micro_batches"]
     purposes = cpu_purposes(
         space.spec,
-        space.dtype,
+        space.formats,
         batch_size=numbers["batch_size"],
         micro_batch_size=numbers["micro_batch_size"],
         kv_tokens=numbers["kv_tokens"],
@@ -96,7 +95,7 @@ def cpu_needed(
         staging_bytes=space.staging * STAGING_PAGES * page_bytes,
         latent_up_bytes=latent_up_bytes(
             space.spec,
-            space.dtype,
+            space.formats.weights,
             cpu_attention=(1 - kind.gpu_attention) * (on_gpu < n),
             resident_dense=numbers["resident_dense"],
         ),
@@ -139,7 +138,7 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: In
     largest = np.maximum(*weights.largest_streamed(dense, total // space.spec.num_expert_layers))
     gpu = gpu_needed(space, kind, numbers, max_streamed_bytes=largest, resident_bytes=weights.resident(dense, total))
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
-    size = DTYPE_BYTES[space.dtype]
+    size = space.formats.weights.bytes_of(1)
     cpu, pinned = cpu_needed(
         space,
         kind,

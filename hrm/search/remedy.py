@@ -12,6 +12,7 @@ import numpy as np
 
 from hrm.errors import HrmError
 from hrm.estimate import Estimate
+from hrm.formats import FORMATS
 from hrm.latency import NO_LIMITS
 from hrm.machines import compose, with_memory
 from hrm.memory import MemoryPlan, plan_memory
@@ -21,15 +22,7 @@ from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import chunk_ranges
 from hrm.search.space import KvPlace, Space
 from hrm.search.ways import space_of_part
-from hrm.units import (
-    DTYPE_BYTES,
-    at_least_bytes,
-    at_least_seconds,
-    format_bytes,
-    format_seconds,
-    parse_bytes,
-    parse_seconds,
-)
+from hrm.units import at_least_bytes, at_least_seconds, format_bytes, format_seconds, parse_bytes, parse_seconds
 
 MOST_BYTES: Final = 2**50  # of a memory, that are tried
 COUNTS: Final = (2, 3, 4, 6, 8, 16)  # of GPUs, that are tried
@@ -106,7 +99,7 @@ def _remedies(space: Space) -> Iterator[str]:
     yield host
     if profile.has_accelerator and not host:
         yield _both_memories(space, gpu)
-    if DTYPE_BYTES[space.dtype] > DTYPE_BYTES[profile.default_dtype]:
+    if FORMATS[space.dtype].bytes_of(1) > FORMATS[profile.default_dtype].bytes_of(1):
         smaller = replace(space, dtype=profile.default_dtype)
         yield f"--dtype {smaller.dtype}" if fits_somehow(smaller) else ""
     yield _more_gpus(space)

@@ -11,7 +11,6 @@ from hrm.model_spec import LayerKind
 from hrm.policy import kv_tokens_for, prefix_tokens_for
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.space import Space
-from hrm.units import DTYPE_BYTES
 
 
 class Room:
@@ -19,7 +18,7 @@ class Room:
 
     def __init__(self, space: Space) -> None:
         self.space, self.spec = space, space.spec
-        self.size = DTYPE_BYTES[space.dtype]
+        self.size = space.formats.weights.bytes_of(1)
         self.expert_bytes = self.spec.expert_parameters * self.size
         self.layers = self.spec.num_expert_layers
         kinds = self.spec.layer_kinds().items()
@@ -55,7 +54,7 @@ class Room:
         some_on_host = (regions.high[KV] < 1).astype(float)
         return gpu_purposes(
             spec,
-            self.space.dtype,
+            self.space.formats,
             **self._numbers(regions, at),
             streams_kv=regions.gpu_attention * some_on_host,
             ffn_on_cpu=1 - regions.gpu_ffn,
@@ -73,18 +72,21 @@ class Room:
 
     def _cpu(self, regions: Regions, at: Floats) -> dict[str, Floats]:
         """Bytes at the host's level by purpose at a corner, the layers' weights apart."""
-        spec, dtype = self.spec, self.space.dtype
+        spec, formats = self.spec, self.space.formats
         some_on_host = (regions.high[KV] < 1).astype(float)
         return cpu_purposes(
             spec,
-            dtype,
+            formats,
             **{k: v for k, v in self._numbers(regions, at).items() if k != "chunk_tokens"},
             num_micro_batches=at[NUMBER],
             ffn_on_cpu=1 - regions.gpu_ffn,
             streamed_bytes=0,
             staging_bytes=0,
             latent_up_bytes=latent_up_bytes(
-                spec, dtype, cpu_attention=(1 - regions.gpu_attention) * some_on_host, resident_dense=regions.dense
+                spec,
+                formats.weights,
+                cpu_attention=(1 - regions.gpu_attention) * some_on_host,
+                resident_dense=regions.dense,
             ),
             batches=self.space.profile.num_stages,
         )

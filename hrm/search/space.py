@@ -6,6 +6,7 @@ from enum import IntEnum
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
@@ -67,9 +68,14 @@ class Space:
     slack: tuple[float, float] = (1.0, 1.0)
 
     @property
+    def formats(self) -> Formats:
+        """Weights, KV cache and compute of all its policies: the dtype."""
+        return Formats.of(self.dtype)
+
+    @property
     def costs(self) -> Costs:
         """What tasks cost."""
-        return Costs(self.spec, self.profile, self.dtype)
+        return Costs(self.spec, self.profile, self.formats)
 
     def predicted(self, policy: Policy) -> Estimate:
         """What a policy of the space does, simulated."""

@@ -23,8 +23,8 @@ from executor.job.machine import AcceleratorOptions
 from executor.model.host_kernels import host_kernels
 from hrm.machines import save_profile
 from hrm.model_spec import load_model
-from hrm.profiling.machine import profile_machine
-from hrm.tasks import Lane, Phase, TaskKind
+from hrm.profiling.machine import ProfileOptions, profile_machine
+from hrm.tasks import Lane, Phase
 from hrm.units import format_bytes, format_seconds
 from tests.bench.machine import circumstances
 from tests.bench.reference_checkpoint import reference_checkpoint
@@ -112,9 +112,8 @@ def theirs(folder) -> Theirs:
 def profile(folder, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("profile") / "machine.yaml"
     spec = load_model(str(folder))
-    measured = in_thread_of_its_own(
-        lambda: profile_machine("cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels())
-    )
+    options = ProfileOptions("cpu", quick=True, model=spec, dtypes=("bfloat16",), kernels=host_kernels())
+    measured = in_thread_of_its_own(lambda: profile_machine(options))
     save_profile(path, measured)
     return str(path)
 
@@ -191,7 +190,7 @@ def where_the_time_goes(row: BenchRow) -> None:
         busy_s = validation.lane_s[phase, Lane.GPU].measured
         for (of_phase, kind), both in validation.kind_s.items():
             if of_phase is phase and both.measured > 0.001 * phase_s:
-                name = TaskKind(kind).name.lower().replace("_", " ")
+                name = kind.lower().replace("_", " ")
                 print(
                     f"    {name:<20}{both.measured / phase_s:>6.1%}  {both.measured:>8.3f} s "
                     f"({both.predicted:.3f} s predicted)"

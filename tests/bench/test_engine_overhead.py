@@ -20,7 +20,7 @@ from hrm.model_spec import load_model
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks
 from hrm.simulate import simulate
-from hrm.tasks import Device, Phase, Task, TaskId
+from hrm.tasks import Device, Task, TaskId
 from tests.bench.machine import circumstances
 
 SPEC = replace(load_model("mixtral-8x7b"), num_layers=16)
@@ -38,9 +38,9 @@ ONE_LEVEL = replace(TWO_LEVELS, attention=Device.GPU, resident_experts=(8,) * 16
 
 def steps_s(engine: Engine, pipeline: Pipeline, seconds_of: Callable[[TaskId], float]) -> tuple[float, float]:
     """Wall-clock seconds of a decode step, and of its simulation from the measured durations."""
-    handlers = null_handlers(seconds_of, pipeline.lane)
+    handlers = null_handlers(seconds_of)
     tasks = iter_tasks(pipeline, ScheduleName.CGOPIPE)
-    result = engine.run(tasks, handlers, phase=Phase.DECODE)
+    result = engine.run(tasks, handlers)
     measured_s = {span.id: span.seconds for span in result.spans}
     tasks = iter_tasks(pipeline, ScheduleName.CGOPIPE)
     return result.seconds / STEPS, simulate(tasks, measured_s.__getitem__).makespan_s / STEPS
@@ -49,7 +49,7 @@ def steps_s(engine: Engine, pipeline: Pipeline, seconds_of: Callable[[TaskId], f
 def processor_s(tasks: Iterable[Task], engine: Engine) -> tuple[float, int]:
     """Processor seconds a step of tasks that do nothing, in all threads, and its tasks."""
     listed = list(tasks)
-    handlers = dict.fromkeys({task.id.kind for task in listed}, lambda _: 0)
+    handlers = dict.fromkeys({task.id.act for task in listed}, lambda _: 0)
     start_s = time.process_time()
     engine.run(iter(listed), handlers, kept_steps=0)
     return (time.process_time() - start_s) / STEPS, len(listed) // STEPS

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from hrm.schedules import Pipeline
-from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from hrm.tasks import Lane, Phase, Task, TaskId
 from hrm.trace import Trace
 
-K = TaskKind
 Buffer = tuple[str, *tuple[int, ...]]
 Part = tuple[Buffer, int, int]  # a buffer, the version of its content, and a part of that
 
@@ -53,11 +52,11 @@ def _pages(p: Pipeline, slot: tuple[Buffer, int], pages: int) -> list[Part]:
 
 
 def _page_use(x: TaskId, slots: _Turns, ring: _Turns, *, staging: bool) -> Use:
-    staged = (*ring(x.step, x.layer, x.micro_batch), 0) if staging else None
-    if x.kind is K.STAGE_PAGE:
+    staged = (*ring(x.step, x.layer, x.index), 0) if staging else None
+    if x.act.name == "STAGE_PAGE":
         assert staged is not None
         return Use(writes=[staged])
-    return Use(reads=[staged] if staged else [], writes=[(*slots(x.step, x.layer), x.micro_batch)])
+    return Use(reads=[staged] if staged else [], writes=[(*slots(x.step, x.layer), x.index)])
 
 
 def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, Use]]:
@@ -65,7 +64,7 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
     layers = p.num_layers
     for task in tasks:
         x = task.id
-        t, i, j = x.step, x.layer, x.micro_batch
+        t, i, j = x.step, x.layer, x.index
         at = t * layers + i
 
         def each(name: str, version: int = at, micro_batch: int = j) -> Part:
@@ -73,42 +72,42 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
 
         hidden = each("hidden", t * (layers + 1) + i)
         hidden_after = each("hidden", t * (layers + 1) + i + 1)
-        match x.kind:
-            case K.EMBED:
+        match x.act.name:
+            case "EMBED":
                 use = Use([each("token", t)], [hidden])
-            case K.PRE_ATTENTION:
+            case "PRE_ATTENTION":
                 use = Use([hidden], [each("qkv")])
                 if i > 0 and p.cpu_experts[i - 1]:
                     use.reads.append(each("expert_output", at - 1))
                 if p.streamed[i]:
                     use.reads += _pages(p, slots(t, i), p.dense_pages)
-            case K.OFFLOAD_QKV:
+            case "OFFLOAD_QKV":
                 use = Use([each("qkv")], [each("host_qkv")])
-            case K.STORE_KV:
+            case "STORE_KV":
                 use = Use([each("qkv")], [(("host_kv", i, j), t + 1, 0)])
-            case K.LOAD_KV:
+            case "LOAD_KV":
                 use = Use([(("host_kv", i, j), t, 0)], [(*kv(t, i, j), 0)])
-            case K.ATTENTION if task.lane is Lane.CPU:
+            case "ATTENTION" if task.lane is Lane.CPU:
                 use = Use([each("host_qkv")], [each("host_output")])
-            case K.ATTENTION:
+            case "ATTENTION":
                 use = Use([each("qkv")], [each("output")])
                 if not p.kv_on_gpu[j]:
                     use.reads.append((*kv(t, i, j), 0))
-            case K.LOAD_HIDDEN:
+            case "LOAD_HIDDEN":
                 use = Use([each("host_output")], [each("output")])
-            case K.POST_ATTENTION:
+            case "POST_ATTENTION":
                 use = Use([each("output"), hidden], [hidden_after])
                 if p.cpu_experts[i]:
                     use.writes.append(each("tokens"))
                 if p.streamed[i]:
                     use.reads += _pages(p, slots(t, i), p.num_pages)
-            case K.OFFLOAD_TOKENS:
+            case "OFFLOAD_TOKENS":
                 use = Use([each("tokens")], [each("host_tokens")])
-            case K.CPU_EXPERTS:
+            case "CPU_EXPERTS":
                 use = Use([each("host_tokens")], [each("host_expert_output")])
-            case K.LOAD_EXPERT_OUTPUT:
+            case "LOAD_EXPERT_OUTPUT":
                 use = Use([each("host_expert_output")], [each("expert_output")])
-            case K.SAMPLE:
+            case "SAMPLE":
                 use = Use([hidden_after], [each("token", t + 1)])
                 if p.cpu_experts[i]:
                     use.reads.append(each("expert_output"))
@@ -121,8 +120,8 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
     slots, ring, chunk = _Turns("slot", TWO), _Turns("ring", RING), _Turns("prefill_hidden", TWO)
     for task in tasks:
         x = task.id
-        i, g = x.layer, x.micro_batch
-        if x.kind in {K.LOAD_PAGE, K.STAGE_PAGE}:
+        i, g = x.layer, x.index
+        if x.act.name in {"LOAD_PAGE", "STAGE_PAGE"}:
             yield x, _page_use(x, slots, ring, staging=p.staging)
             continue
         buffer, number = chunk(i, g)
@@ -131,24 +130,24 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
         on_host: Buffer = ("host_hidden", g)
         # At worst a prompt goes on from every chunk to the next, and each part reads those before.
         prefix, so_far = ("prefix",), i * p.num_micro_batches + g
-        match x.kind:
-            case K.EMBED:
+        match x.act.name:
+            case "EMBED":
                 use = Use(writes=[before])
-            case K.LOAD_HIDDEN:
+            case "LOAD_HIDDEN":
                 use = Use([(on_host, i, 0)], [before])
-            case K.PREFILL_LAYER:
+            case "PREFILL_LAYER":
                 use = Use([before], [after] if p.kv_on_gpu[g] else [after, kv])
                 use.writes.append((prefix, so_far, 0))
                 if g > 0:
                     use.reads.append((prefix, so_far - 1, 0))
                 if p.streamed[i]:
                     use.reads += _pages(p, slots(0, i), p.num_pages)
-            case K.STORE_KV:
+            case "STORE_KV":
                 use = Use([kv], [(("host_kv", i, g), 1, 0)])
-            case K.STORE_HIDDEN:
+            case "STORE_HIDDEN":
                 use = Use([after], [(on_host, i + 1, 0)])
             case _:
-                assert x.kind is K.SAMPLE
+                assert x.act.name == "SAMPLE"
                 use = Use([after])
         yield x, use
 

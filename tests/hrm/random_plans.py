@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
@@ -47,7 +48,7 @@ def random_case(rng: Random) -> Case:
     spec = BUILT_IN_MODELS[rng.choice(sorted(BUILT_IN_MODELS))]
     gpus = rng.choice([1, 1, 1, 2, 4, 8])
     profile = compose(f"{gpus}x{rng.choice(GPUS)}", host="generic-server")
-    weights = spec.total_layer_bytes(profile.default_dtype)
+    weights = spec.total_layer_bytes(FORMATS[profile.default_dtype])
     gpu = rng.choice([1.0, 1.0, 2 ** rng.uniform(-2, 2)]) * profile.top.capacity_bytes.value / gpus
     host = max(weights * 2 ** rng.uniform(-3, 3), 8e9)
     profile = with_memory(profile, gpu_memory_bytes=round(gpu), cpu_memory_bytes=round(host))

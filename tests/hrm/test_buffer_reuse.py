@@ -71,7 +71,7 @@ def test_every_kind_of_reuse_edge_is_needed(buffer):
         bare = without_edges(tasks, used, buffer)
         found = violations(used, with_random_durations(bare, Random(seed)))
         if found:
-            assert all(text.startswith(f"{buffer}:") for text in found)
+            assert any(text.startswith(f"{buffer}:") for text in found)
             return
     pytest.fail(f"nothing overwrites a {buffer} without these edges")
 

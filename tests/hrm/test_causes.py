@@ -14,6 +14,7 @@ from hrm.cli import main
 from hrm.contract import launches
 from hrm.costs import Runtime
 from hrm.estimate import Estimate, estimate
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.launches import launches_of
 from hrm.machines import compose
@@ -273,7 +274,7 @@ def test_a_plan_that_launches_do_not_limit_says_nothing_of_them():
 def test_launches_cost_as_much_fused_only_where_kernels_are():
     spec, kind = tiny_spec(), LayerKind()
     for fused in (False, True):
-        operator = operators.post_attention(spec, "bfloat16", 4, spec.num_experts, kind)
+        operator = operators.post_attention(spec, Formats.of("bfloat16"), 4, spec.num_experts, kind)
         profile = machine(launch_s=1.0, gpu_flops=1e17, gpu_read=1e17)
         seconds = replace(on_gpu(spec, profile, WORKLOAD).costs, runtime=Runtime(fused_kernels=fused)).post_attention(
             4, spec.num_experts, kind

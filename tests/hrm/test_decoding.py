@@ -212,7 +212,7 @@ def _leaves(node, path=""):
 
 
 def test_a_wrong_type_is_told_at_its_path_in_every_structure(tmp_path):
-    from hrm.hardware import Contention, Disk
+    from hrm.hardware import Disk
     from hrm.strict import decode_strictly
     from hrm.validate import RunRecord
     from tests.fuzz.targets_hrm import a_run, plain
@@ -227,7 +227,6 @@ def test_a_wrong_type_is_told_at_its_path_in_every_structure(tmp_path):
             "read_bytes_per_s": plain(rate(1e12, ((1.0, 2.0), (2.0, 3.0)))),
         }
     ]
-    run["policy_file"]["profile"]["contention"] = [plain(Contention(work="gemm", beside=("h2d",), kept=figure(0.5)))]
     run["policy_file"]["profile"]["disk"] = plain(
         Disk(path="/", capacity_bytes=figure(1e9), read_bytes_per_s=rate(1e9))
     )

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from hrm.closed_form import DecodeStep, Point, batch_seconds, prefill_lanes
+from hrm.closed_form import DecodeStep, Point, batch_seconds, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import (
@@ -20,6 +20,7 @@ from hrm.estimate import (
     step_seconds,
     with_batch_size,
 )
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -87,17 +88,17 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
         rng = Random(100 + seed)
         spec = random_varied_spec(rng)
         policy, profile = random_policy(rng, spec, schedule), random_machine(rng, latency_s=0.0)
-        costs = Costs(spec, profile, "bfloat16")
+        costs = Costs(spec, profile, Formats.of("bfloat16"))
         work = replace(decode_work(costs, policy, 45.0, num_steps=1), stretch=1.0)
         trace = simulate_work(work)
-        lanes, _ = DecodeStep.of_point(costs, Point.of_policy(policy, spec), schedule).lanes(45.0)
+        lanes = DecodeStep.of_point(costs, Point.of_policy(policy, spec), schedule).seconds(45.0).lanes
         for lane, seconds in trace.busy_s().items():
             # Tasks move whole bytes and, in some layers, an expert more than in others.
             assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
         whole = replace(policy, prefill_chunk_tokens=10**9)
         trace = simulate_work(replace(prefill_work(costs, whole, WORKLOAD), stretch=1.0))
         kv_is_whole = policy.gpu_kv_micro_batches in {0, policy.num_micro_batches}
-        lanes, _ = prefill_lanes(costs, Point.of_policy(whole, spec), WORKLOAD)
+        lanes = whole_prefill(costs, Point.of_policy(whole, spec), WORKLOAD).lanes
         for lane, seconds in trace.busy_s().items():
             if lane is not Lane.D2H or kv_is_whole:
                 assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane, policy)
@@ -124,7 +125,7 @@ def test_time_carried_on_from_few_layers_is_that_of_all_layers(monkeypatch, sche
             prefill_chunk_tokens=4096,
             dtype="float16",
         )
-        costs = Costs(spec, profile, "float16")
+        costs = Costs(spec, profile, Formats.of("float16"))
         workload = Workload(name="test", prompt_len=77, max_prompt_len=418, gen_len=64)
         quick = step_seconds(costs, policy, 150), prefill_seconds(costs, policy, workload)
         with monkeypatch.context() as patch:
@@ -139,7 +140,7 @@ def test_time_of_few_micro_batches_that_stand_for_many_is_that_of_all(monkeypatc
     module, spec, rng, n = sys.modules[step_seconds.__module__], tiny_spec(), Random(5), 120
     for seed in range(6):
         latency_s = 0.05 if seed % 2 else 0.0
-        costs = Costs(spec, random_machine(rng, latency_s=latency_s), "bfloat16")
+        costs = Costs(spec, random_machine(rng, latency_s=latency_s), Formats.of("bfloat16"))
         policy = random_policy(rng, spec, schedule)
         policy = replace(
             policy, batch_size=policy.micro_batch_size * n, gpu_kv_micro_batches=rng.choice([0, n // 2, n])
@@ -173,7 +174,7 @@ def test_a_step_in_the_steady_state_takes_as_long_as_a_late_one_of_many():
     for schedule in ScheduleName:
         for seed in range(10):
             policy = random_policy(Random(seed), spec, schedule)
-            costs = Costs(spec, profile, "bfloat16")
+            costs = Costs(spec, profile, Formats.of("bfloat16"))
             trace = simulate_work(decode_work(costs, policy, 50.0, num_steps=12))
             ends = [max(s.end_s for s in trace.spans if s.id.step == t) for t in range(12)]
             late = (ends[9] - ends[3]) / 6  # the last steps have fewer weights left to load
@@ -218,7 +219,7 @@ def test_a_link_bound_step_takes_the_time_of_its_weights():
         kv_tokens_per_micro_batch=1600,
         prefill_chunk_tokens=512,
     )
-    costs = Costs(spec, profile, "bfloat16")
+    costs = Costs(spec, profile, Formats.of("bfloat16"))
     weights_s = 32 * 6 * 3 * 4096 * 14336 * 2 / 10e9
     hidden_s = 64 * (32 + 1) * 4096 * 2 / 10e9  # attention outputs of 32 layers, and embeddings
     assert step_seconds(costs, policy, 100) == pytest.approx(weights_s + hidden_s, rel=1e-3)
@@ -243,7 +244,7 @@ def test_the_closed_form_takes_no_longer_than_the_simulation(schedule):
         policy = policy_of_system(policy)
         if flexgen:
             policy = replace(policy, resident_experts=(0,) * 6)
-        costs = Costs(spec, profile, policy.dtype)
+        costs = Costs(spec, profile, policy.formats)
         point = Point.of_policy(policy, spec)
         predicted = estimate(spec, policy, profile, workload)
         prefill_s, decode_s = batch_seconds(costs, point, schedule, workload)
@@ -274,7 +275,7 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
     spec = tiny_spec(num_experts=7, experts_per_token=3)
     profiles = [compose("1xT4"), machine(latency_s=1e-5, launch_s=1e-6)]
     for profile, staging in ((profiles[0], 0), (profiles[1], 1)):
-        costs = Costs(spec, profile, "bfloat16")
+        costs = Costs(spec, profile, Formats.of("bfloat16"))
         points = [
             replace(Point.of_policy(random_policy(rng, spec, schedule), spec), staging=staging) for _ in range(60)
         ]

@@ -97,6 +97,14 @@ def test_saved_profile_loads_to_an_equal_one(tmp_path_factory, profile):
     assert [file.name for file in path.parent.iterdir()] == ["machine.yaml"]
 
 
+def test_a_file_of_before_loads_without_what_no_plan_asks_for(tmp_path):
+    path, profile = tmp_path / "before.yaml", compose("T4")
+    save_profile(path, profile)
+    kept = "{value: 0.5, source: measured}"
+    path.write_text(f"{path.read_text()}contention:\n- {{work: staging, beside: [h2d], kept: {kept}}}\n")
+    assert load_profile(path) == profile
+
+
 @pytest.mark.parametrize("text", ["no", "1e5", "a: b", "- x", '"', "\\", "ü €\n\t", "~", " x ", ""])
 def test_awkward_texts_survive(tmp_path, text):
     profile = replace(compose("T4"), environment={text: text * 3})

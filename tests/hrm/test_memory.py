@@ -1,5 +1,6 @@
 """Bytes by purpose, counted again as the tensors that are held."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from hrm.contract.temporaries import workspace_bytes
 from hrm.errors import PolicyError
+from hrm.formats import FORMATS
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
@@ -14,6 +16,7 @@ from hrm.tasks import Device
 from tests.hrm.support import machine, random_spec, tiny_spec
 
 SIZE = 2  # bytes of a bfloat16
+SIZES = {"float32": 4, "bfloat16": SIZE, "float16": 2}
 
 
 def a_policy(rng: Random, spec: ModelSpec) -> Policy:
@@ -35,7 +38,8 @@ def a_policy(rng: Random, spec: ModelSpec) -> Policy:
 
 
 def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]:
-    """Elements of every tensor held, by purpose, for the GPU and for the host."""
+    """Bytes of every tensor held, by purpose, for the GPU and for the host."""
+    of_weights, of_kv, size = (SIZES[name] for name in (p.weight_format, p.kv_format, p.dtype))
     heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     hidden = spec.hidden_size
     expert = 3 * hidden * spec.intermediate_size
@@ -54,26 +58,26 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     cache = p.kv_tokens_per_micro_batch * 2 * kv
     moves_kv = p.attention is Device.GPU and kv_on_gpu < n
     cpu_experts = p.ffn is Device.CPU and on_host > 0
-    request = (hidden + (heads + 2 * kv) + heads) * SIZE
+    request = (hidden + heads + heads) * size + 2 * kv * of_kv
     request += 3 * 8 + 4 * 4  # int64 and int32 that tell a GPU where it is
-    request += (2 * hidden * SIZE + 12 * spec.experts_per_token) * cpu_experts
+    request += (2 * hidden * size + 12 * spec.experts_per_token) * cpu_experts
     pages = n if p.schedule is ScheduleName.CGOPIPE else 1
     gpu = {
-        "resident_weights": (on_gpu + spec.vocab_size * hidden + hidden) * SIZE,
-        "weight_slots": 2 * largest * SIZE,
-        "kv_cache": kv_on_gpu * spec.num_layers * cache * SIZE,
-        "kv_buffers": 2 * cache * SIZE * moves_kv,
+        "resident_weights": (on_gpu + spec.vocab_size * hidden + hidden) * of_weights,
+        "weight_slots": 2 * largest * of_weights,
+        "kv_cache": kv_on_gpu * spec.num_layers * cache * of_kv,
+        "kv_buffers": 2 * cache * of_kv * moves_kv,
         "exchange": p.batch_size * request,
-        "prefill_buffers": 2 * p.prefill_chunk_tokens * ((hidden + 2 * kv) * SIZE + 2 * 8),
-        "prefix_buffer": p.prefix_buffer_tokens * 2 * kv * SIZE,
-        "logits": p.micro_batch_size * spec.vocab_size * (4 + SIZE),
+        "prefill_buffers": 2 * p.prefill_chunk_tokens * (hidden * size + 2 * kv * of_kv + 2 * 8),
+        "prefix_buffer": p.prefix_buffer_tokens * 2 * kv * of_kv,
+        "logits": p.micro_batch_size * spec.vocab_size * (4 + size),
     }
     cpu = {
-        "weights": (on_host + spec.vocab_size * hidden) * SIZE,
-        "staging": 4 * -(-largest // pages) * SIZE * p.staging,
-        "kv_cache": (n - kv_on_gpu) * spec.num_layers * cache * SIZE,
+        "weights": (on_host + spec.vocab_size * hidden) * of_weights,
+        "staging": 4 * -(-largest // pages) * of_weights * p.staging,
+        "kv_cache": (n - kv_on_gpu) * spec.num_layers * cache * of_kv,
         "exchange": p.batch_size * request,
-        "prefill_hidden": n * p.kv_tokens_per_micro_batch * (hidden * SIZE + 2 * 8),
+        "prefill_hidden": n * p.kv_tokens_per_micro_batch * (hidden * size + 2 * 8),
     }
     return gpu, cpu
 
@@ -82,7 +86,8 @@ def test_purposes_are_the_tensors_that_are_held():
     for seed in range(200):
         rng = Random(seed)
         spec = random_spec(rng)
-        policy = a_policy(rng, spec)
+        formats = {name: rng.choice(list(SIZES)) for name in ("dtype", "weight_format", "kv_format")}
+        policy = replace(a_policy(rng, spec), **formats)
         for planned, tensors in zip(purposes(spec, policy), counted(spec, policy), strict=True):
             assert {**planned, "workspace": 0} == {**tensors, "workspace": 0}, (seed, policy)
 
@@ -93,7 +98,7 @@ def test_the_workspace_holds_the_tensors_of_one_layer():
         at_once = tokens * SIZE * (2 * 64 + 2 * 32)  # queries and output, keys and values
         expert = tokens * SIZE * (3 * 64 + 2 * 96)
         needed = at_once + expert
-        assert needed <= workspace_bytes(spec, tokens, "bfloat16") <= 1.3 * needed + 1024
+        assert needed <= workspace_bytes(spec, tokens, FORMATS["bfloat16"]) <= 1.3 * needed + 1024
     slim = Policy(
         batch_size=4,
         micro_batch_size=4,
@@ -103,7 +108,7 @@ def test_the_workspace_holds_the_tensors_of_one_layer():
     )
     gpu, cpu = purposes(spec, slim)
     counts = 8 * spec.num_layers * spec.num_experts
-    assert gpu["workspace"] == workspace_bytes(spec, 4, "bfloat16") + counts
+    assert gpu["workspace"] == workspace_bytes(spec, 4, FORMATS["bfloat16"]) + counts
     assert cpu["workspace"] == 0
 
 

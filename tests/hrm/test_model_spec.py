@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrm.errors import ModelError, ProfileError
+from hrm.formats import FORMATS
 from hrm.model_spec import BUILT_IN_MODELS, LatentAttention, LayerKind, ModelSpec
 from hrm.strict import decode_strictly
 from tests.hrm.support import tiny_spec
@@ -75,7 +76,7 @@ def test_parameters_are_those_of_the_tensors():
     ] + [(256, 64), (256, 64), (64,)]
     sizes = [rows[0] * (rows[1] if len(rows) > 1 else 1) for rows in shapes]
     assert spec.parameters == sum(sizes)
-    assert spec.kv_bytes_per_token("float32") == 3 * 2 * (2 * 24) * 4
+    assert spec.kv_bytes_per_token(FORMATS["float32"]) == 3 * 2 * (2 * 24) * 4
     assert spec.parameters - replace(spec, tied_embeddings=True).parameters == 256 * 64
 
 
@@ -89,8 +90,8 @@ def test_the_whole_is_the_sum_of_its_layers(spec):
     kinds = spec.layer_kinds()
     assert kinds == Counter(spec.layer_kind(layer) for layer in range(spec.num_layers))
     assert sum(count for kind, count in kinds.items() if kind.has_experts) == spec.num_expert_layers
-    in_layers = sum(count * spec.layer_bytes_of(kind, "float16") for kind, count in kinds.items())
-    assert spec.total_layer_bytes("float16") == in_layers
+    in_layers = sum(count * spec.layer_bytes_of(kind, FORMATS["float16"]) for kind, count in kinds.items())
+    assert spec.total_layer_bytes(FORMATS["float16"]) == in_layers
     outside = spec.parameters - in_layers // 2
     assert outside == spec.head_parameters + (not spec.tied_embeddings) * spec.embedding_parameters
     touched = sum(
@@ -102,7 +103,7 @@ def test_the_whole_is_the_sum_of_its_layers(spec):
         for kind, count in kinds.items()
     )
     assert spec.active_parameters == touched + outside
-    assert spec.layer_bytes("float16") == spec.layer_bytes_of(LayerKind(), "float16")
+    assert spec.layer_bytes(FORMATS["float16"]) == spec.layer_bytes_of(LayerKind(), FORMATS["float16"])
     assert spec.dense_parameters == spec.dense_parameters_of(LayerKind())
 
 
@@ -132,8 +133,8 @@ def test_a_layer_counts_each_of_its_tensors_once():
     assert EVERYTHING.dense_parameters_of(dense) == count(attention + dense_ffn)
     assert EVERYTHING.dense_parameters_of(sparse) == count(attention + moe)
     assert EVERYTHING.expert_parameters == count(expert)
-    assert EVERYTHING.layer_bytes_of(dense, "float32") == 4 * count(attention + dense_ffn)
-    assert EVERYTHING.layer_bytes("float32") == 4 * count(attention + moe + 4 * expert)
+    assert EVERYTHING.layer_bytes_of(dense, FORMATS["float32"]) == 4 * count(attention + dense_ffn)
+    assert EVERYTHING.layer_bytes(FORMATS["float32"]) == 4 * count(attention + moe + 4 * expert)
     assert EVERYTHING.head_parameters == count([(256, hidden), (hidden,), (2,)])
     parts = EVERYTHING.qkv_parameters, EVERYTHING.latent_up_parameters, EVERYTHING.output_parameters
     assert parts == (count(attention[:5]), count(attention[5:6]), count(attention[6:7]))
@@ -143,7 +144,7 @@ def test_a_layer_counts_each_of_its_tensors_once():
 
 def test_the_cache_of_deepseek_v3_is_as_published():
     spec = BUILT_IN_MODELS["deepseek-v3"]
-    assert spec.kv_bytes_per_token("bfloat16") == 70_272  # arXiv 2505.09343, table 1
+    assert spec.kv_bytes_per_token(FORMATS["bfloat16"]) == 70_272  # arXiv 2505.09343, table 1
     assert (spec.query_size, spec.attention_output_size) == (128 * 192, 128 * 128)
 
 

@@ -14,6 +14,7 @@ import yaml
 from hrm.catalog import find_file, list_files, profile_folder, spelled
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile, Source, check_figures
 from hrm.machines import compose, load_gpu, load_host, load_profile, one_part, with_memory, without_gpus
 from hrm.memory import plan_memory, purposes
@@ -250,13 +251,13 @@ def test_every_machine_of_the_catalog_plans_the_models_that_it_can_hold(first):
         dtype = profile.default_dtype
         best = search(Space(spec, profile, SHORT, dtype=dtype), runner_ups=0).best
         levels = {level.name: level.usable_bytes for level in (profile.top, profile.host)}
-        room, layer = sum(levels.values()), spec.layer_bytes(dtype)
+        room, layer = sum(levels.values()), spec.layer_bytes(FORMATS[dtype])
         if best is None:
-            assert spec.total_layer_bytes(dtype) > 0.9 * room or (
+            assert spec.total_layer_bytes(FORMATS[dtype]) > 0.9 * room or (
                 profile.has_accelerator and 2 * layer > 0.9 * profile.top.usable_bytes
             )
         else:
-            assert spec.total_layer_bytes(dtype) <= room
+            assert spec.total_layer_bytes(FORMATS[dtype]) <= room
             assert best.tokens_per_s > 0
 
 
@@ -288,7 +289,7 @@ def test_a_host_alone_is_a_machine_on_which_the_cpu_does_everything(hrm):
     assert list(plan["memory"]) == ["cpu"]
     assert plan["memory"]["cpu"]["capacity_bytes"] == host.level.usable_bytes
     spec = load_model("mixtral-8x7b")
-    read_s = spec.total_layer_bytes("bfloat16") / host.level.read_bytes_per_s.at()
+    read_s = spec.total_layer_bytes(FORMATS["bfloat16"]) / host.level.read_bytes_per_s.at()
     assert plan["predicted"]["decode_s"] >= 127 * read_s
     code, out, _ = hrm("search", "--model", "mixtral-8x7b", "--host", "generic-server")
     assert code == 0
@@ -328,7 +329,7 @@ def test_unified_memory_is_as_fast_as_it_is_read():
     spec, profile = load_model("qwen3-30b-a3b"), load_profile("GB10")
     best = search(Space(spec, profile, replace(SHORT, gen_len=65, num_requests=4096))).require()
     steps = 64 * best.num_batches
-    read_s = spec.total_layer_bytes("bfloat16") / profile.top.read_bytes_per_s.at()
+    read_s = spec.total_layer_bytes(FORMATS["bfloat16"]) / profile.top.read_bytes_per_s.at()
     assert best.decode.seconds >= steps * read_s
 
 
@@ -400,7 +401,7 @@ def test_more_that_can_be_pinned_never_gives_less(seed):
     rng = Random(seed)
     spec = random_spec(rng)
     profile = small_machine(rng, spec)
-    capacity = figure(2 * spec.total_layer_bytes("bfloat16") + 2e6)
+    capacity = figure(2 * spec.total_layer_bytes(FORMATS["bfloat16"]) + 2e6)
     profile = replace(profile, levels=(profile.top, replace(profile.host, capacity_bytes=capacity)))
     workload = replace(SHORT, num_requests=rng.choice([6, 12]))
     everything = profile.host.usable_bytes
@@ -424,7 +425,7 @@ def best_by_brute_force(seed: int) -> tuple[ModelSpec, HardwareProfile, Workload
     """A small problem and the greatest closed form of any of its integers, staged or not."""
     rng = Random(20 + seed)
     spec = replace(random_spec(rng), num_layers=3, num_experts=2, experts_per_token=1)
-    weights = spec.total_layer_bytes("bfloat16")
+    weights = spec.total_layer_bytes(FORMATS["bfloat16"])
     profile = pinning(small_machine(rng, spec), rng.uniform(0.2, 0.7) * weights)
     workload, best = replace(SHORT, gen_len=12, num_requests=4), 0.0
     for staging in (False, True):

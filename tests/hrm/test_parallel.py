@@ -10,6 +10,7 @@ from hrm.analysis import plan_row
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate, with_batch_size
+from hrm.formats import FORMATS, Formats
 from hrm.machines import compose, one_part
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -58,24 +59,24 @@ def ring_all_reduce_s(num_gpus: int, num_bytes: float, latency_s: float, bytes_p
 def test_all_reduce_takes_as_long_as_a_ring(num_gpus):
     spec = tiny_spec(hidden_size=96)
     profile = machine(num_gpus=num_gpus, peer=3e9, latency_s=1e-5)
-    seconds = Costs(spec, profile, "bfloat16").all_reduce(50)
+    seconds = Costs(spec, profile, Formats.of("bfloat16")).all_reduce(50)
     assert seconds == pytest.approx(ring_all_reduce_s(num_gpus, 50 * 96 * 2, 1e-5, 3e9))
 
 
 def test_one_gpu_reduces_nothing():
-    assert Costs(tiny_spec(), machine(), "bfloat16").all_reduce(50) == 0
+    assert Costs(tiny_spec(), machine(), Formats.of("bfloat16")).all_reduce(50) == 0
 
 
 def test_a_layer_reduces_twice_and_what_every_gpu_needs_crosses_every_link():
     spec, one, four = tiny_spec(), machine(), machine(num_gpus=4, peer=3e9)
-    alone, together = (Costs(spec, profile, "bfloat16") for profile in (one, four))
+    alone, together = (Costs(spec, profile, Formats.of("bfloat16")) for profile in (one, four))
     kind = spec.layer_kind(0)
     for task in (
         lambda costs: costs.post_attention(20, spec.num_experts, kind),
         lambda costs: costs.prefill_layer(20, 10, kind),
     ):
         assert task(together) - task(alone) == pytest.approx(2 * together.all_reduce(20))
-    hidden = operators.hidden_bytes(spec, "bfloat16", 20)
+    hidden = operators.hidden_bytes(spec, Formats.of("bfloat16"), 20)
     assert together.h2d_to_all(hidden) == pytest.approx(4 * alone.h2d(hidden))
     assert together.h2d(hidden) == pytest.approx(alone.h2d(hidden))
 
@@ -153,7 +154,7 @@ def test_an_endless_pipeline_is_as_fast_as_one_part_with_its_layers():
     assert (part.num_layers, one.num_gpus) == (8, 1)
     assert part.expert_parameters == spec.expert_parameters
     policy = a_policy(Random(3), part, Parallelism.PIPELINE)
-    policy = replace(policy, dtype="float16")
+    policy = replace(policy, dtype="float16", weight_format="", kv_format="")
     whole = estimate(spec, policy, profile, WORKLOAD)
     alone = estimate(part, replace(policy, parallelism=Parallelism.TENSOR), one, WORKLOAD)
     assert whole.tokens_per_s == alone.tokens_per_s
@@ -199,7 +200,7 @@ def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planne
     ranges = stage_layers(spec.num_layers, stages)
     assert [layer for layers in ranges for layer in layers] == list(range(spec.num_layers))
     specs = [stage_of(spec, layers) for layers in ranges]
-    held = sum(stage.total_layer_bytes("bfloat16") for stage in specs)
+    held = sum(stage.total_layer_bytes(FORMATS["bfloat16"]) for stage in specs)
     ends = 2 * (spec.head_parameters + spec.embedding_parameters * (not spec.tied_embeddings))
     assert held + ends == 2 * spec.parameters
     planned, profile = longest_stage(spec, stages), one_part(compose(f"{stages}xH100"))
@@ -207,7 +208,7 @@ def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planne
         policy = random_stage_policy(rng, planned)
         assert 0 <= policy.weight_share_on_gpu(planned) <= 1
         most = [sum(level.values()) for level in purposes(planned, policy, batches=stages)]
-        costs = Costs(planned, profile, "bfloat16")
+        costs = Costs(planned, profile, Formats.of("bfloat16"))
         longest = job_work(costs, [Turn(policy, 1.0)], WORKLOAD)
         for stage in specs:
             counts = zip(policy.resident_experts, range(stage.num_layers), strict=False)
@@ -220,7 +221,7 @@ def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planne
             assert 0 <= own.weight_share_on_gpu(stage) <= 1
             needed = [sum(level.values()) for level in purposes(stage, own, batches=stages)]
             assert all(need <= there for need, there in zip(needed, most, strict=True))
-            work = job_work(Costs(stage, profile, "bfloat16"), [Turn(own, 1.0)], WORKLOAD)
+            work = job_work(Costs(stage, profile, Formats.of("bfloat16")), [Turn(own, 1.0)], WORKLOAD)
             for phase, of_longest in zip(work, longest, strict=True):
                 assert phase.in_order_s <= of_longest.in_order_s * (1 + 1e-9)
 
@@ -254,7 +255,7 @@ def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
         policy, part = way.best.policy, way.best.part.spec
         assert part.num_layers == len(policy.resident_experts)
         streamed = sum(policy.streamed_bytes(part, layer) for layer in range(part.num_layers))
-        share = 1 - streamed / part.total_layer_bytes(policy.dtype)
+        share = 1 - streamed / part.total_layer_bytes(policy.formats.weights)
         assert 0 <= share <= 1
         assert way.best.weight_share_on_gpu == way.best.paper_tuple[4] == pytest.approx(share)
         assert plan_row(replace(result, best=way.best))["weight_share_on_gpu"] == share

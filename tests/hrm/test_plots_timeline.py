@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from hrm.acts import NAMES
+from hrm.acts.decode import LOAD_PAGE
 from hrm.cli.timelines import fitting_all, in_order, of_run, of_schedules
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, prefill_work, simulate_work
+from hrm.formats import Formats
 from hrm.memory import plan_memory
 from hrm.plots import plot_timeline, style, window
 from hrm.plots.timeline import LOOKS, layer_ends, step_ends
@@ -22,7 +25,7 @@ from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import PolicyFile, profile_hash
 from hrm.schedules import iter_tasks
 from hrm.simulate import simulate
-from hrm.tasks import Device, Lane, Phase, TaskId, TaskKind
+from hrm.tasks import Device, Lane, Phase, TaskId
 from hrm.trace import Span, Trace, write_chrome_trace
 from hrm.units import GB
 from hrm.validate import RUN_SCHEMA, AcceleratorRecord, BatchRecord, RunRecord, TotalsRecord, WorkloadRecord
@@ -51,12 +54,12 @@ def slow_machine():
 
 
 def decode(steps: int = 2, **changes) -> Trace:
-    costs = Costs(SPEC, slow_machine(), "bfloat16")
+    costs = Costs(SPEC, slow_machine(), Formats.of("bfloat16"))
     return simulate_work(decode_work(costs, policy(**changes), 36, num_steps=steps))
 
 
 def prefill() -> Trace:
-    return simulate_work(prefill_work(Costs(SPEC, slow_machine(), "bfloat16"), policy(), WORKLOAD))
+    return simulate_work(prefill_work(Costs(SPEC, slow_machine(), Formats.of("bfloat16")), policy(), WORKLOAD))
 
 
 def bars(axes) -> dict[str, list[tuple[float, float]]]:
@@ -71,7 +74,7 @@ def bars(axes) -> dict[str, list[tuple[float, float]]]:
 
 def test_tasks_too_short_to_see_leave_as_much_ink_as_their_lane_is_busy():
     loads = [
-        Span(TaskId(TaskKind.LOAD_PAGE, 0, i), Lane.H2D, i * 1e-3, (i + share) * 1e-3)
+        Span(TaskId(LOAD_PAGE, 0, i), i * 1e-3, (i + share) * 1e-3)
         for i, share in enumerate(Random(0).uniform(0.05, 0.35) for _ in range(3000))
     ]
     trace = Trace(tuple(loads))
@@ -80,7 +83,7 @@ def test_tasks_too_short_to_see_leave_as_much_ink_as_their_lane_is_busy():
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255  # pyright: ignore[reportAttributeAccessIssue]
     box = figure.axes[0].bbox
     row = pixels[round(len(pixels) - (box.y0 + box.y1) / 2), round(box.x0) + 5 : round(box.x1) - 5]
-    blank = 1 - np.array(to_rgb(LOOKS[TaskKind.LOAD_PAGE].colour))
+    blank = 1 - np.array(to_rgb(LOOKS["LOAD_PAGE"].colour))
     ink = (1 - row) @ blank / (blank @ blank)
     assert ink.mean() == pytest.approx(trace.utilisation()[Lane.H2D], rel=0.1)
 
@@ -94,7 +97,7 @@ def test_every_span_is_a_bar_and_the_shares_are_the_lanes(trace):
     expected: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for span in trace.spans:
         ends = (span.start_s * factor, span.end_s * factor)
-        expected[f"{span.lane} {span.id.kind.name}"].append(ends)
+        expected[f"{span.lane} {span.id.act.name}"].append(ends)
     assert drawn.keys() == expected.keys()
     for name, ends in expected.items():
         for one, other in zip(sorted(drawn[name]), sorted(ends), strict=True):
@@ -111,12 +114,12 @@ def test_boundaries_are_where_the_last_task_of_a_layer_or_step_ends():
     (axes,) = plot_timeline({"": trace}).axes
     factor = 1.0 if axes.get_xlabel() == "s" else 1e3
     for gid, kind, key in (
-        ("layer end", TaskKind.LOAD_EXPERT_OUTPUT, lambda task: (task.step, task.layer)),
-        ("step end", TaskKind.SAMPLE, lambda task: task.step),
+        ("layer end", "LOAD_EXPERT_OUTPUT", lambda task: (task.step, task.layer)),
+        ("step end", "SAMPLE", lambda task: task.step),
     ):
         ends: dict[object, float] = defaultdict(float)
         for span in trace.spans:
-            if span.id.kind is kind:
+            if span.id.act.name == kind:
                 ends[key(span.id)] = max(ends[key(span.id)], span.end_s * factor)
         lines = sorted(line.get_xdata()[0] for line in named(axes, gid))
         assert lines == pytest.approx(sorted(ends.values()))
@@ -146,19 +149,19 @@ def test_traces_stand_under_one_another_on_one_axis_with_the_same_lanes_and_look
 
 def test_kinds_that_share_a_lane_can_be_told_apart_without_colour():
     """Over all schedules, phases, devices and staging: lightness or hatch differ in a lane."""
-    together: dict[tuple[Lane, Phase], set[TaskKind]] = defaultdict(set)
+    together: dict[tuple[Lane, Phase], set[str]] = defaultdict(set)
     for seed in range(150):
         rng = Random(seed)
         pipeline = random_pipeline(rng)
         trace = simulate(iter_tasks(pipeline, rng.choice(list(ScheduleName))), lambda _: 1.0)
         for span in trace.spans:
-            together[span.lane, pipeline.phase].add(span.id.kind)
-    assert {kind for kinds in together.values() for kind in kinds} == set(LOOKS) == set(TaskKind)
+            together[span.lane, pipeline.phase].add(span.id.act.name)
+    assert {kind for kinds in together.values() for kind in kinds} == set(LOOKS) == set(NAMES)
     for kinds in together.values():
         for one, other in combinations(kinds, 2):
             light = abs(lightness(LOOKS[one].colour) - lightness(LOOKS[other].colour))
             assert light > 12 or LOOKS[one].hatch != LOOKS[other].hatch, (one, other)
-    pages, hidden = LOOKS[TaskKind.LOAD_PAGE], LOOKS[TaskKind.LOAD_HIDDEN]
+    pages, hidden = LOOKS["LOAD_PAGE"], LOOKS["LOAD_HIDDEN"]
     assert lightness(pages.colour) - lightness(hidden.colour) > 50
 
 
@@ -183,7 +186,7 @@ def test_names_stand_inside_the_bars_that_they_name():
     letters = [text for text in texts(picture) if text.get_gid() == "task"]
     assert len(letters) > 5
     lanes = [label.get_text() for label in axes.get_yticklabels()]
-    kinds = {kind.value: kind.name for kind in TaskKind}
+    kinds = {letter: name for name, letter in NAMES.items()}
     for text in letters:
         x, row = text.get_position()
         name = f"{lanes[round(row)]} {kinds[text.get_text()[0]]}"
@@ -252,12 +255,12 @@ def plan(gpu_bytes: float = 1 * GB, **changes) -> PolicyFile:
 
 
 def test_schedules_are_compared_on_one_policy_with_attention_where_each_has_it():
-    names = ("cgopipe", "flexgen", "flexgen-c")
+    names = (ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C)
     title, traces = of_schedules(plan(), names, Phase.DECODE, 2, searched=False)
     assert "tiny on test machine: 4 micro-batches of 16" in title
     assert [name.partition(",")[0] for name in traces] == list(names)
     on_cpu = {
-        name.partition(",")[0]: any(s.id.kind is TaskKind.ATTENTION and s.lane is Lane.CPU for s in trace.spans)
+        name.partition(",")[0]: any(s.id.act.name == "ATTENTION" and s.lane is Lane.CPU for s in trace.spans)
         for name, trace in traces.items()
     }
     assert on_cpu == {"cgopipe": True, "flexgen": False, "flexgen-c": True}
@@ -287,7 +290,7 @@ def test_a_policy_of_a_pipeline_stage_gives_up_residents_of_its_own_layers():
     chosen = fitting_all(stage, [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN])
     assert chosen.resident_experts == (0, 0)  # nothing fits so little memory, whatever is given up
     roomy = replace(stage, profile=machine(num_gpus=2))
-    _, traces = of_schedules(roomy, ("cgopipe", "flexgen"), Phase.DECODE, 1, searched=True)
+    _, traces = of_schedules(roomy, (ScheduleName.CGOPIPE, ScheduleName.FLEXGEN), Phase.DECODE, 1, searched=True)
     for trace in traces.values():
         assert {span.id.layer for span in trace.spans} == {0, 1}
 
@@ -296,7 +299,7 @@ def test_a_policy_of_a_pipeline_stage_gives_up_residents_of_its_own_layers():
 def run(tmp_path) -> Path:
     """A run directory whose measured trace is a simulation of twice the time, seconds later."""
     plain = plan()
-    costs = Costs(SPEC, plain.profile, "bfloat16")
+    costs = Costs(SPEC, plain.profile, Formats.of("bfloat16"))
     spans: list[Span] = []
     start_s = 3.0
     for work in (prefill_work(costs, plain.policy, WORKLOAD), decode_work(costs, plain.policy, 33, num_steps=4)):

@@ -5,17 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.errors import PolicyError, TraceError
 from hrm.estimate import estimate
+from hrm.formats import FORMATS
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import load_policy_file, policy_file_of, profile_hash, save_policy_file
-from hrm.tasks import Device, Lane, Phase, TaskId, TaskKind
+from hrm.tasks import Device, Lane, TaskId
 from hrm.trace import Span, Trace, lane_chart, read_chrome_trace, write_chrome_trace
 from hrm.workload import Workload
+from tests.contracts.tasks import EVERY_ACT, act
 from tests.hrm.support import machine, tiny_spec
 
 WORKLOAD = Workload(name="test", prompt_len=12.5, max_prompt_len=20, gen_len=4, num_requests=40)
@@ -37,7 +40,9 @@ def policies(draw: st.DrawFn) -> Policy:
         kv_tokens_per_micro_batch=16 * draw(st.integers(1, 1000)),
         prefill_chunk_tokens=draw(st.integers(1, 10**6)),
         staging=draw(st.booleans()),
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        dtype=draw(st.sampled_from(list(FORMATS))),
+        weight_format=draw(st.sampled_from(["", *FORMATS])),
+        kv_format=draw(st.sampled_from(["", *FORMATS])),
     )
 
 
@@ -65,6 +70,14 @@ def test_a_policy_file_reads_back_as_it_was_written(folder, policy):
     save_policy_file(folder / "policy.json", content)
     assert load_policy_file(folder / "policy.json") == content
     assert [path.name for path in folder.iterdir()] == ["policy.json"], "nothing partial is left"
+
+
+def test_a_policy_file_from_before_formats_were_told_apart_has_its_dtype_for_all(folder):
+    content = policy_file_of(replace(PREDICTED, policy=A_POLICY), SPEC, MACHINE, WORKLOAD)
+    plain = json.loads(msgspec.json.encode(content))
+    del plain["policy"]["weight_format"], plain["policy"]["kv_format"]
+    (folder / "old.json").write_text(json.dumps(plain))
+    assert load_policy_file(folder / "old.json") == content
 
 
 def test_a_policy_file_carries_budgets_machine_and_prediction():
@@ -182,17 +195,14 @@ def test_the_papers_tuple_follows_from_the_policy():
 
 def random_trace(seed: int) -> Trace:
     rng = Random(seed)
-    kinds, lanes, phases = list(TaskKind), list(Lane), list(Phase)
     spans: list[Span] = []
     for number in range(rng.randint(0, 40)):
         start = rng.uniform(0, 5)
         spans.append(
             Span(
-                TaskId(rng.choice(kinds), rng.randint(0, 9), number, rng.randint(0, 3)),
-                rng.choice(lanes),
+                TaskId(rng.choice(EVERY_ACT), rng.randint(0, 9), number, rng.randint(0, 3)),
                 start,
                 start + rng.uniform(0, 1),
-                rng.choice(phases),
                 rng.randint(0, 2),
                 rng.randint(0, 10**9),
             )
@@ -230,9 +240,10 @@ def test_what_is_no_trace_is_refused(tmp_path, text):
 
 
 def test_the_chart_shows_what_each_lane_did_when():
-    def span(letter: str, lane: Lane, start: float, end: float) -> Span:
-        return Span(TaskId(TaskKind(letter), 0, 0), lane, start, end)
-
-    spans = (span("A", Lane.GPU, 0, 2), span("B", Lane.CPU, 2, 8), span("C", Lane.GPU, 8, 10))
+    spans = (
+        Span(TaskId(act("PRE_ATTENTION"), 0, 0), 0, 2),
+        Span(TaskId(act("ATTENTION", Lane.CPU), 0, 0), 2, 8),
+        Span(TaskId(act("POST_ATTENTION"), 0, 0), 8, 10),
+    )
     assert lane_chart(Trace(spans), width=10) == "  GPU │AA······CC│\n  CPU │··BBBBBB··│"
     assert lane_chart(Trace(())) == ""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hrm.hardware import Cache, Contention, Disk, Figure, HardwareProfile, MemoryLevel, Rate, Source
+from hrm.hardware import Cache, Disk, Figure, HardwareProfile, MemoryLevel, Rate, Source
 from hrm.machines import compose, save_profile
 from hrm.profile_diff import FigureDiff, Verdict, diff_profiles, figures_of
 from tests.hrm.profiling.fakes import figures_of as figures_found_otherwise
@@ -31,10 +31,6 @@ def full_machine() -> HardwareProfile:
         profile,
         levels=(profile.top, host),
         disk=Disk(path="/", capacity_bytes=figure, read_bytes_per_s=Rate(achieved=figure)),
-        contention=(
-            Contention(work="staging", beside=("h2d",), kept=figure),
-            Contention(work="staging", beside=("h2d", "attention"), kept=figure),
-        ),
     )
 
 
@@ -58,7 +54,6 @@ def test_names_can_be_read():
         "cpu->gpu pinned.bandwidth_bytes_per_s.achieved",
         "cpu->gpu pinned.latency_s",
         "disk.read_bytes_per_s.achieved",
-        "staging beside h2d and attention.kept",
     } <= set(names)
 
 

@@ -7,6 +7,7 @@ import pytest
 from hrm.catalog import profile_folder
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs, Runtime
+from hrm.formats import Formats
 from hrm.machines import dump_profile, load_profile
 from hrm.model_spec import load_model
 from hrm.operators import experts, kv_bytes
@@ -27,6 +28,7 @@ from hrm.roofline import kernel_seconds
 from hrm.schedules import SCHEDULES
 
 SPEC = load_model("mixtral-8x7b")
+FLOAT16 = Formats.of("float16")
 MACHINES = {setup: load_profile(machine_name(setup)) for setup in FITTED_SETUPS}
 SIMULATED = [run for run in TABLE_4 if run.setup == "S2"]  # enough to lay beside the closed form
 
@@ -116,14 +118,14 @@ def test_a_fitted_curve_has_one_free_number(setup):
 @pytest.mark.parametrize("mu", [32, 64, 128, 256])
 def test_the_l4_takes_as_long_for_a_layers_experts_as_published(mu):
     """MoE-Lightning's Fig. 9: 12.2 to 13.0 ms for 32 to 256 tokens."""
-    (kernel,) = experts(SPEC, "float16", mu, SPEC.num_experts).kernels
+    (kernel,) = experts(SPEC, FLOAT16, mu, SPEC.num_experts).kernels
     seconds = kernel_seconds(kernel, MACHINES["S2"].top, "float16")
     assert seconds == pytest.approx(0.0125, rel=0.05)
 
 
 def test_cpu_attention_and_link_of_the_l4_host_are_as_published():
     """MoE-Lightning's Fig. 9: 64 requests with 512 tokens, cache moved and attended over."""
-    cache = kv_bytes(SPEC, "float16", 64 * 512)
+    cache = kv_bytes(SPEC, FLOAT16, 64 * 512)
     assert MACHINES["S2"].h2d.seconds(cache) == pytest.approx(0.0109, rel=0.02)
     assert cache / MACHINES["S2"].host.attention_bytes_per_s == pytest.approx(0.00298, rel=0.02)
 
@@ -145,7 +147,7 @@ def test_flexgens_reasons_are_what_brings_it_down():
 
     def plain(run):
         policy = policy_of(run, SPEC)
-        costs = Costs(SPEC, MACHINES[run.setup], "float16", Runtime(whole_last_layer=True))
+        costs = Costs(SPEC, MACHINES[run.setup], FLOAT16, Runtime(whole_last_layer=True))
         seconds = batch_seconds(costs, Point.of_policy(policy, SPEC), policy.schedule, run.workload)
         return run.batch_size * run.workload.gen_len / sum(seconds)
 

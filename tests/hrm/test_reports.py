@@ -23,7 +23,7 @@ from hrm.search import Outcome, Space, search
 from hrm.search.choose import TIE
 from hrm.search.exhaustive import grids
 from hrm.strict import decode_strictly
-from hrm.tasks import Device, TaskKind
+from hrm.tasks import Device
 from hrm.units import GB, parse_bytes
 from hrm.workload import WORKLOADS
 from tests.hrm.support import machine, tiny_spec
@@ -175,9 +175,9 @@ def test_first_tokens_come_when_the_simulation_of_prefill_has_them():
         spec, profile = BUILT_IN_MODELS[name], compose("1xL4")
         asked = replace(WORKLOADS[workload], num_requests=60)
         best = search(Space(spec, profile, asked)).require()
-        costs = Costs(spec, profile, best.policy.dtype)
+        costs = Costs(spec, profile, best.policy.formats)
         spans = simulate_work(prefill_work(costs, best.policy, asked)).spans
-        ends = [span.end_s for span in spans if span.id.kind is TaskKind.SAMPLE]
+        ends = [span.end_s for span in spans if span.id.act.ends_step]
         assert best.num_batches == 1
         assert best.latency.last_ttft_s == pytest.approx(max(ends), rel=0.01)
         assert best.latency.mean_ttft_s == pytest.approx(sum(ends) / len(ends), rel=0.02)

@@ -8,6 +8,7 @@ import pytest
 from hrm import operators
 from hrm.contract import launches
 from hrm.costs import Costs
+from hrm.formats import Formats
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind
 from hrm.operators import Kernel, Operator
@@ -62,7 +63,7 @@ def test_turning_points_solve_their_equations_on_random_machines():
 
 def test_attention_of_mixtral_on_an_l4_lies_left_of_p1():
     """MoE-Lightning's Fig. 4: so it is faster on the CPU."""
-    points = attention_turning_points(compose("1xL4"), MIXTRAL, "float16", context=512)
+    points = attention_turning_points(compose("1xL4"), MIXTRAL, Formats.of("float16"), context=512)
     # Four query heads share a KV head: 4·32·128 FLOPs a token over 2·2·8·128 bytes.
     assert points.intensity == points.gpu_intensity == 4.0
     assert points.intensity < points.p1 < points.p2
@@ -71,7 +72,7 @@ def test_attention_of_mixtral_on_an_l4_lies_left_of_p1():
 def test_the_ffn_of_mixtral_on_an_l4_turns_with_the_batch_size():
     """Fig. 5, micro-batches of 128: small batches are limited by the link, 16k are not."""
     points = [
-        ffn_turning_points(compose("1xL4"), MIXTRAL, "float16", batch_size=b, micro_batch_size=128)
+        ffn_turning_points(compose("1xL4"), MIXTRAL, Formats.of("float16"), batch_size=b, micro_batch_size=128)
         for b in (128, 1024, 16384)
     ]
     # 2 experts of 8 for each token, 2 FLOPs a parameter of 2 bytes: batch / 4.
@@ -96,7 +97,7 @@ def test_kernels_run_one_after_the_other_and_every_launch_costs():
 def test_fused_experts_cost_one_launch():
     level = machine(launch_s=1e-3).host
     grouped = replace(level, processor=replace(level.processor, fuses_operators=True))
-    operator = operators.experts(MIXTRAL, "bfloat16", 1, MIXTRAL.num_experts)
+    operator = operators.experts(MIXTRAL, Formats.of("bfloat16"), 1, MIXTRAL.num_experts)
     loop_s = operator_seconds(operator, level, "bfloat16")
     one_s = operator_seconds(operator, grouped, "bfloat16")
     hit = MIXTRAL.experts_hit(1)
@@ -105,46 +106,46 @@ def test_fused_experts_cost_one_launch():
 
 
 def test_decode_attention_is_qk_and_pv_over_the_cache_read_once():
-    attention = operators.decode_attention(MIXTRAL, "bfloat16", 3, 1000, LayerKind())
+    attention = operators.decode_attention(MIXTRAL, Formats.of("bfloat16"), 3, 1000, LayerKind())
     qk = pv = 2 * 3 * 1000 * 32 * 128
     assert attention.flops == qk + pv
     assert attention.num_bytes == 3 * 1000 * 2 * 8 * 128 * 2
     profile = machine(cpu_read=50e9, cpu_flops=1e12)
-    seconds = Costs(MIXTRAL, profile, "bfloat16").attention(Device.CPU, 3, 1000, LayerKind())
+    seconds = Costs(MIXTRAL, profile, Formats.of("bfloat16")).attention(Device.CPU, 3, 1000, LayerKind())
     assert seconds == pytest.approx(attention.num_bytes / 50e9)
 
 
 def test_gemms_count_two_flops_a_multiply_add_and_weights_once():
-    kernel = operators.linear(16, 100, 30, "float32")
+    kernel = operators.linear(16, 100, 30, Formats.of("float32"))
     assert kernel.flops == 2 * 16 * 100 * 30
     assert kernel.num_bytes == 4 * (100 * 30 + 16 * 100 + 16 * 30)
-    (qkv,) = operators.pre_attention(MIXTRAL, "bfloat16", 7).kernels
+    (qkv,) = operators.pre_attention(MIXTRAL, Formats.of("bfloat16"), 7).kernels
     assert qkv.flops == 2 * 7 * 4096 * (32 + 8 + 8) * 128
 
 
 def test_experts_count_the_tokens_routed_to_them_and_the_weights_that_are_hit():
     spec = tiny_spec(num_experts=4, experts_per_token=2)
-    (ffn,) = operators.experts(spec, "bfloat16", 1000, 4).kernels
+    (ffn,) = operators.experts(spec, Formats.of("bfloat16"), 1000, 4).kernels
     assert ffn.flops == 2 * (1000 * 2) * 3 * 64 * 96
     assert ffn.rows == pytest.approx(500)
     weights = 4 * 3 * 64 * 96 * 2
     activations = 2000 * (2 * 64 + 3 * 96) * 2
     assert ffn.num_bytes == pytest.approx(weights + activations)
-    half = operators.experts(spec, "bfloat16", 1000, 2)
+    half = operators.experts(spec, Formats.of("bfloat16"), 1000, 2)
     assert half.flops == ffn.flops / 2
-    one_token = operators.experts(spec, "bfloat16", 1, 4).kernels[0]
+    one_token = operators.experts(spec, Formats.of("bfloat16"), 1, 4).kernels[0]
     assert one_token.flops == 2 * 2 * 3 * 64 * 96
 
 
 def test_transfers_move_what_their_tensors_hold():
     size, m = 2, 5
-    assert operators.hidden_bytes(MIXTRAL, "bfloat16", m) == m * 4096 * size
-    assert operators.qkv_bytes(MIXTRAL, "bfloat16", m) == m * (32 + 2 * 8) * 128 * size
-    assert operators.attention_output_bytes(MIXTRAL, "bfloat16", m) == m * 32 * 128 * size
-    assert operators.kv_bytes(MIXTRAL, "bfloat16", m) == m * 2 * 8 * 128 * size
+    assert operators.hidden_bytes(MIXTRAL, Formats.of("bfloat16"), m) == m * 4096 * size
+    assert operators.qkv_bytes(MIXTRAL, Formats.of("bfloat16"), m) == m * (32 + 2 * 8) * 128 * size
+    assert operators.attention_output_bytes(MIXTRAL, Formats.of("bfloat16"), m) == m * 32 * 128 * size
+    assert operators.kv_bytes(MIXTRAL, Formats.of("bfloat16"), m) == m * 2 * 8 * 128 * size
     # Of each routed expert an 8-byte index and a 4-byte weight.
-    assert operators.routed_token_bytes(MIXTRAL, "bfloat16", m) == m * (4096 * size + 2 * (8 + 4))
+    assert operators.routed_token_bytes(MIXTRAL, Formats.of("bfloat16"), m) == m * (4096 * size + 2 * (8 + 4))
     profile = machine(link=10e9, latency_s=1e-5)
-    costs = Costs(MIXTRAL, profile, "bfloat16")
+    costs = Costs(MIXTRAL, profile, Formats.of("bfloat16"))
     assert costs.h2d(1e9, 4) == pytest.approx(0.1 + 4e-5)
     assert costs.h2d(0, 4) == 0

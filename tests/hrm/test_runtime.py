@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from hrm.closed_form import DecodeStep, Point, prefill_lanes
+from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs, Runtime
 from hrm.errors import ProfileError
 from hrm.estimate import estimate
+from hrm.formats import FORMATS, Formats
 from hrm.operators import decode_attention, kv_bytes
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device, Lane
@@ -40,15 +41,15 @@ def policy(attention: Device) -> Policy:
 
 
 def decode_lanes(runtime: Runtime, attention: Device) -> dict[Lane, float]:
-    costs = Costs(SPEC, with_pageable_link(), "bfloat16", runtime)
+    costs = Costs(SPEC, with_pageable_link(), Formats.of("bfloat16"), runtime)
     plan = policy(attention)
     step = DecodeStep.of_point(costs, Point.of_policy(plan, SPEC), plan.schedule)
-    return step.lanes(50)[0]
+    return step.seconds(50).lanes
 
 
 def test_weights_and_cache_cross_the_links_that_the_runtime_names():
-    weights = SPEC.total_layer_bytes("bfloat16")
-    cache = SPEC.num_layers * PAIR * kv_bytes(SPEC, "bfloat16", 8 * 50)
+    weights = SPEC.total_layer_bytes(FORMATS["bfloat16"])
+    cache = SPEC.num_layers * PAIR * kv_bytes(SPEC, Formats.of("bfloat16"), 8 * 50)
     pinned = decode_lanes(Runtime(), Device.GPU)[Lane.H2D]
     slow_weights = decode_lanes(Runtime(weights_link="pageable"), Device.GPU)[Lane.H2D]
     slow_cache = decode_lanes(Runtime(kv_link="pageable"), Device.GPU)[Lane.H2D]
@@ -59,11 +60,12 @@ def test_weights_and_cache_cross_the_links_that_the_runtime_names():
 
 def test_prefill_loads_its_weights_over_the_same_link():
     point = Point.of_policy(policy(Device.GPU), SPEC)
+    formats = Formats.of("bfloat16")
     pinned, pageable = (
-        prefill_lanes(Costs(SPEC, with_pageable_link(), "bfloat16", runtime), point, WORKLOAD)[0][Lane.H2D]
+        whole_prefill(Costs(SPEC, with_pageable_link(), formats, runtime), point, WORKLOAD).lanes[Lane.H2D]
         for runtime in (Runtime(), Runtime(weights_link="pageable"))
     )
-    weights = SPEC.total_layer_bytes("bfloat16")
+    weights = SPEC.total_layer_bytes(FORMATS["bfloat16"])
     assert pageable - pinned == pytest.approx(weights * (1 / PAGEABLE - 1 / PINNED))
 
 
@@ -91,7 +93,7 @@ def test_more_passes_move_more_bytes_on_the_cpu_only():
         [decode_lanes(runtime, device) for runtime in (Runtime(), many)] for device in (Device.CPU, Device.GPU)
     )
     assert on_gpu[0] == on_gpu[1]
-    kernel = decode_attention(SPEC, "bfloat16", 8, 50, SPEC.layer_kind(0)).kernels[0]
+    kernel = decode_attention(SPEC, Formats.of("bfloat16"), 8, 50, SPEC.layer_kind(0)).kernels[0]
     read = with_pageable_link().host.attention_bytes_per_s
     extra = SPEC.num_layers * PAIR * 20 * kernel.num_bytes / read
     assert on_cpu[1][Lane.CPU] - on_cpu[0][Lane.CPU] == pytest.approx(extra)
@@ -106,8 +108,8 @@ def test_the_last_layer_of_prefill_goes_on_with_the_ends_of_prompts(prompt_len):
     profile = machine(gpu_flops=flops, gpu_read=1e18)
 
     def gpu_s(runtime):
-        costs = Costs(SPEC, profile, "bfloat16", runtime)
-        lanes, _ = prefill_lanes(costs, Point.of_policy(plan, SPEC), workload)
+        costs = Costs(SPEC, profile, Formats.of("bfloat16"), runtime)
+        lanes = whole_prefill(costs, Point.of_policy(plan, SPEC), workload).lanes
         return lanes[Lane.GPU]
 
     a_token = 2 * (

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from hrm.acts import NAMES
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, Pipeline, decode_pipeline, graph, iter_tasks, prefill_pipeline
-from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId, TaskKind
+from hrm.tasks import Device, Lane, Phase, Task, TaskGraph, TaskId
+from tests.contracts.tasks import act
 from tests.hrm.support import tiny_spec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -156,6 +158,9 @@ def wide_grid() -> Iterator[Pipeline]:
                     )
 
 
+NAME_OF = {letter: name for name, letter in NAMES.items()}
+
+
 def tasks_due(p: Pipeline) -> set[TaskId]:
     """Every task that the pipeline needs, counted without any order in mind."""
     due: set[TaskId] = set()
@@ -164,10 +169,12 @@ def tasks_due(p: Pipeline) -> set[TaskId]:
         moved = p.attention is Device.GPU and not p.kv_on_gpu[j]
         letters = "ABC" + "QH" * on_cpu + "KV" * moved + "XFY" * p.cpu_experts[i]
         letters += "E" * (i == 0) + "L" * (i == p.num_layers - 1)
-        due |= {TaskId(TaskKind(letter), i, j, t) for letter in letters}
+        due |= {
+            TaskId(act(NAME_OF[letter], Lane.CPU if letter == "B" and on_cpu else None), i, j, t) for letter in letters
+        }
     for t, i, page in product(range(p.num_steps), range(p.num_layers), range(p.num_pages)):
         if p.streamed[i]:
-            due |= {TaskId(TaskKind(letter), i, page, t) for letter in "W" + "S" * p.staging}
+            due |= {TaskId(act(NAME_OF[letter]), i, page, t) for letter in "W" + "S" * p.staging}
     return due
 
 
@@ -192,12 +199,8 @@ def test_lazy_tasks_are_those_of_the_graph(schedule):
 
 
 def test_the_graph_refuses_a_task_listed_twice_or_one_that_waits_for_a_later_one():
-    first, second = (TaskId(TaskKind.PRE_ATTENTION, 0, j) for j in range(2))
-    for tasks in (
-        (Task(first, Lane.GPU), Task(first, Lane.GPU)),
-        (Task(first, Lane.GPU, (second,)), Task(second, Lane.GPU)),
-        (Task(first, Lane.GPU, (first,)),),
-    ):
+    first, second = (TaskId(act("PRE_ATTENTION"), 0, j) for j in range(2))
+    for tasks in ((Task(first), Task(first)), (Task(first, (second,)), Task(second)), (Task(first, (first,)),)):
         with pytest.raises(AssertionError, match=r"A0\.[01]"):
             TaskGraph(tasks)
 

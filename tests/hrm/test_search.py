@@ -10,6 +10,7 @@ import pytest
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
 from hrm.errors import PolicyError
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
@@ -32,7 +33,7 @@ WORKLOAD = Workload(name="test", prompt_len=30, max_prompt_len=50, gen_len=12, n
 
 def small_machine(rng: Random, spec: ModelSpec, *, num_gpus: int = 1) -> HardwareProfile:
     """GPU memory for some of the weights, and rates near one another."""
-    layer = spec.layer_bytes("bfloat16")
+    layer = spec.layer_bytes(FORMATS["bfloat16"])
     return machine(
         gpu_bytes=2e5 + layer * rng.uniform(2, spec.num_layers + 3),
         cpu_bytes=rng.choice([1e9, layer * spec.num_layers + 6e5]),
@@ -57,7 +58,7 @@ def fits(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> bool:
 
 def job_score(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload) -> float:
     """Closed-form tokens a second of a whole job of full batches."""
-    costs = Costs(spec, profile, policy.dtype)
+    costs = Costs(spec, profile, policy.formats)
     seconds = sum(batch_seconds(costs, Point.of_policy(policy, spec), policy.schedule, workload))
     assert workload.num_requests is not None
     batches = -(-workload.num_requests // policy.batch_size)

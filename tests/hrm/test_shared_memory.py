@@ -6,26 +6,27 @@ from random import Random
 import pytest
 
 from hrm.causes import Cause
-from hrm.closed_form import DecodeStep, Point, prefill_lanes
+from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs
 from hrm.estimate import decode_work, estimate, prefill_work, simulate_work, step_seconds
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
-from hrm.tasks import Device, Phase, TaskKind
+from hrm.tasks import Device, Phase
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_varied_spec, tiny_spec
 
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 LINK_KINDS = {
-    TaskKind.EMBED,
-    TaskKind.OFFLOAD_QKV,
-    TaskKind.LOAD_KV,
-    TaskKind.STORE_KV,
-    TaskKind.LOAD_HIDDEN,
-    TaskKind.OFFLOAD_TOKENS,
-    TaskKind.LOAD_EXPERT_OUTPUT,
-    TaskKind.LOAD_PAGE,
-    TaskKind.STORE_HIDDEN,
+    "EMBED",
+    "OFFLOAD_QKV",
+    "LOAD_KV",
+    "STORE_KV",
+    "LOAD_HIDDEN",
+    "OFFLOAD_TOKENS",
+    "LOAD_EXPERT_OUTPUT",
+    "LOAD_PAGE",
+    "STORE_HIDDEN",
 }
 
 
@@ -51,15 +52,15 @@ def accesses(work, profile: HardwareProfile) -> float:
     spec, m = work.costs.spec, work.tokens
     total = 0.0
     for span in simulate_work(work).spans:
-        kind, num_bytes = span.id.kind, work.num_bytes(span.id)
+        kind, num_bytes = span.id.act.name, work.num_bytes(span.id)
         if kind in LINK_KINDS:
             total += num_bytes * (2 if profile.accelerator == "emulated" else 1)
-        elif kind is TaskKind.STAGE_PAGE:
+        elif kind == "STAGE_PAGE":
             total += 2 * num_bytes
-        elif kind is TaskKind.ATTENTION and span.lane.value == "CPU":
+        elif kind == "ATTENTION" and span.lane.value == "CPU":
             window = spec.layer_kind(span.id.layer).window or 10**9
             total += m * min(work.context, window) * spec.kv_elements * 2
-        elif kind is TaskKind.CPU_EXPERTS:
+        elif kind == "CPU_EXPERTS":
             total += spec.experts_hit(m) * spec.expert_parameters * 2
     return total
 
@@ -70,13 +71,13 @@ def test_bytes_on_the_hosts_memory_are_those_of_the_tasks(accelerator):
         rng = Random(seed)
         spec = random_varied_spec(rng)
         profile = replace(machine(shared=1e9), accelerator=accelerator)
-        policy, costs = a_policy(rng, spec), Costs(spec, profile, "bfloat16")
+        policy, costs = a_policy(rng, spec), Costs(spec, profile, Formats.of("bfloat16"))
         point = Point.of_policy(policy, spec)
         work = decode_work(costs, policy, 45.0, num_steps=1)
-        _, seconds = DecodeStep.of_point(costs, point, policy.schedule).lanes(45.0)
+        seconds = DecodeStep.of_point(costs, point, policy.schedule).seconds(45.0).host_memory_s
         assert seconds * 1e9 == pytest.approx(accesses(work, profile), rel=3e-3), seed
         work = prefill_work(costs, policy, WORKLOAD)
-        _, seconds = prefill_lanes(costs, point, WORKLOAD)
+        seconds = whole_prefill(costs, point, WORKLOAD).host_memory_s
         assert work.pipeline.phase is Phase.PREFILL
         assert seconds * 1e9 == pytest.approx(accesses(work, profile), rel=3e-3), seed
 
@@ -89,9 +90,9 @@ def test_a_step_is_as_long_as_the_hosts_memory_needs_where_that_is_the_limit():
     plentiful, scarce = machine(shared=1e15), machine(shared=2e8)
     steps = {}
     for name, profile in (("plentiful", plentiful), ("scarce", scarce)):
-        costs = Costs(spec, profile, "bfloat16")
+        costs = Costs(spec, profile, Formats.of("bfloat16"))
         step = DecodeStep.of_point(costs, Point.of_policy(policy, spec), policy.schedule)
-        steps[name] = step_seconds(costs, policy, 45.0), *step.lanes(45.0)
+        steps[name] = step_seconds(costs, policy, 45.0), *step.seconds(45.0).of_lanes
     simulated_s, lanes, needed_s = steps["scarce"]
     assert needed_s > 2 * max(lanes.values())
     assert simulated_s == pytest.approx(needed_s, rel=0.05)

@@ -5,10 +5,12 @@ from random import Random
 
 import pytest
 
+from hrm.acts import NAMES
 from hrm.policy import ScheduleName
 from hrm.schedules import graph
 from hrm.simulate import end_times, in_order, simulate
-from hrm.tasks import Lane, Phase, Task, TaskGraph, TaskId, TaskKind
+from hrm.tasks import Lane, Phase, Task, TaskGraph, TaskId
+from tests.contracts.tasks import a_task, act
 from tests.hrm.support import random_pipeline
 
 
@@ -19,7 +21,7 @@ def random_graph(rng: Random) -> tuple[Task, ...]:
     for number in range(rng.randint(1, 60)):
         count = min(len(tasks), rng.choice([0, 0, 1, 1, 2, 5]))
         after = tuple(task.id for task in rng.sample(tasks, count))
-        tasks.append(Task(TaskId(rng.choice(list(TaskKind)), number, 0), rng.choice(lanes), after))
+        tasks.append(a_task(rng.choice(list(NAMES)), number, lane=rng.choice(lanes), after=after))
     return TaskGraph(tuple(tasks)).tasks
 
 
@@ -105,25 +107,25 @@ def test_end_times_by_position_are_those_of_the_spans(make):
     for seed in range(100):
         rng = Random(seed)
         tasks = make(rng)
-        of_kind = {kind: float(rng.choice([0, 1, 2, 10])) for kind in TaskKind}
-        order = in_order(tasks, lambda task: task.kind)
-        assert len(order.distinct) == len({task.id.kind for task in tasks})
-        ends = end_times(order, [of_kind[task.kind] for task in order.distinct])
-        spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.kind]).spans
+        of_kind = {name: float(rng.choice([0, 1, 2, 10])) for name in NAMES}
+        order = in_order(tasks, lambda task: task.act.name)
+        assert len(order.distinct) == len({task.id.act.name for task in tasks})
+        ends = end_times(order, [of_kind[task.act.name] for task in order.distinct])
+        spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.act.name]).spans
         assert ends == [span.end_s for span in spans]
-        sampled = [(i, t.id.step) for i, t in enumerate(tasks) if t.id.kind is TaskKind.SAMPLE]
+        sampled = [(i, t.id.step) for i, t in enumerate(tasks) if t.id.act.name == "SAMPLE"]
         assert list(order.samples) == sampled
 
 
 def test_spans_carry_phase_and_bytes():
-    task = Task(TaskId(TaskKind.LOAD_PAGE, 3, 1), Lane.H2D)
-    (span,) = simulate([task], lambda _: 2.0, phase=Phase.PREFILL, bytes_of=lambda x: x.layer * 7).spans
+    task = Task(TaskId(act("LOAD_PAGE", phase=Phase.PREFILL), 3, 1))
+    (span,) = simulate([task], lambda _: 2.0, bytes_of=lambda x: x.layer * 7).spans
     assert (span.phase, span.num_bytes, span.seconds) == (Phase.PREFILL, 21, 2.0)
 
 
 def test_utilisation_is_the_busy_share_of_the_makespan():
-    first = Task(TaskId(TaskKind.ATTENTION, 0, 0), Lane.CPU)
-    second = Task(TaskId(TaskKind.LOAD_HIDDEN, 0, 0), Lane.H2D, (first.id,))
+    first = a_task("ATTENTION", lane=Lane.CPU)
+    second = a_task("LOAD_HIDDEN", after=(first.id,))
     trace = simulate([first, second], lambda x: 3.0 if x == first.id else 1.0)
     assert trace.makespan_s == 4
     assert trace.utilisation() == {Lane.CPU: 0.75, Lane.H2D: 0.25}

@@ -14,6 +14,7 @@ import pytest
 from hrm.cli.report import print_plan
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
+from hrm.formats import FORMATS
 from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
 from hrm.policy import ScheduleName
@@ -42,7 +43,7 @@ def a_space(seed: int) -> Space:
     """A random model, machine and workload, with sizes small enough to be searched whole."""
     rng = Random(seed)
     spec = random_spec(rng) if seed % 2 else random_varied_spec(rng)
-    weights = spec.total_layer_bytes("bfloat16")
+    weights = spec.total_layer_bytes(FORMATS["bfloat16"])
     profile = machine(
         gpu_bytes=weights * rng.uniform(0.3, 1.3) + rng.uniform(0.2, 4) * MB,
         cpu_bytes=weights * rng.uniform(0.9, 2) + rng.uniform(1, 20) * MB,

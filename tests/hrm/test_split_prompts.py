@@ -7,10 +7,11 @@ from random import Random
 import pytest
 
 from hrm import operators
-from hrm.closed_form import Point, prefill_lanes
+from hrm.closed_form import Point, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate, prefill_seconds, prefill_work, simulate_work
+from hrm.formats import Formats
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory, prefix_bytes_per_token
 from hrm.model_spec import BUILT_IN_MODELS, LayerKind
@@ -31,8 +32,8 @@ def test_attention_of_a_split_prompt_is_counted_part_by_part(parts):
     """Every token sees half of its own part, as a causal one does, and all earlier parts."""
     spec, length = tiny_spec(), 2400
     part = length // parts
-    chunks = [operators.prefill_attention(spec, "bfloat16", part, length, KIND)] * parts
-    whole = operators.prefill_attention(spec, "bfloat16", length, length, KIND)
+    chunks = [operators.prefill_attention(spec, Formats.of("bfloat16"), part, length, KIND)] * parts
+    whole = operators.prefill_attention(spec, Formats.of("bfloat16"), length, length, KIND)
     flops = num_bytes = 0.0
     for number in range(parts):
         seen = number * part + part / 2
@@ -50,8 +51,8 @@ def test_attention_of_a_split_prompt_is_counted_part_by_part(parts):
 def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
     spec = BUILT_IN_MODELS["deepseek-v2"]
     of_token = (spec.query_size + spec.attention_output_size) * 2
-    assert prefix_bytes_per_token(spec, "bfloat16", ranks=8) == of_token
-    whole, halves = (operators.prefill_attention(spec, "bfloat16", n, 1000, KIND) for n in (1000, 500))
+    assert prefix_bytes_per_token(spec, Formats.of("bfloat16"), ranks=8) == of_token
+    whole, halves = (operators.prefill_attention(spec, Formats.of("bfloat16"), n, 1000, KIND) for n in (1000, 500))
     more = 2 * halves.kernels[2].num_bytes - whole.kernels[2].num_bytes
     assert more == pytest.approx(500 * of_token), "the second half reads the first once more"
     assert prefix_tokens_for(spec, 1000, 500, cpu_attention=0) == 1000
@@ -76,13 +77,13 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(chunk):
     for seed in range(10):
         spec = random_spec(Random(seed))
         profile = machine(link=1e8, launch_s=1e-6)
-        costs = Costs(spec, profile, "bfloat16")
+        costs = Costs(spec, profile, Formats.of("bfloat16"))
         policy = a_policy(
             spec, prefill_chunk_tokens=chunk, prefix_buffer_tokens=320, resident_experts=(0,) * spec.num_layers
         )
         work = replace(prefill_work(costs, policy, workload), stretch=1.0)
         assert work.pipeline.num_micro_batches == 12 * 320 // chunk
-        lanes, _ = prefill_lanes(costs, Point.of_policy(policy, spec), workload)
+        lanes = whole_prefill(costs, Point.of_policy(policy, spec), workload).lanes
         for lane, seconds in simulate_work(work).busy_s().items():
             assert lanes[lane] == pytest.approx(seconds, rel=2e-3), (seed, lane)
         predicted = estimate(spec, policy, profile, workload)
@@ -92,7 +93,7 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(chunk):
 def test_prefill_in_parts_takes_the_seconds_that_it_took():
     """Golden: Mixtral 8x7B on a T4, 8 prompts of 4000 tokens, in chunks of 8000 to 500 tokens."""
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4")
-    costs = Costs(spec, profile, "float16")
+    costs = Costs(spec, profile, Formats.of("float16"))
     workload = replace(LONG, max_prompt_len=4000)
     seconds = {}
     for chunk in (8000, 4000, 2000, 1000, 500):

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
-from hrm.hardware import CPU, GPU, HardwareProfile, Rate
+from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Rate
 from hrm.profiling.machine.gpu_level import FACTS, MEMORY, GpuMemory, gpu_environment, gpu_level, memory_of
 from hrm.profiling.machine.gpu_links import add_links, links_of
 from hrm.profiling.machine.host import (
@@ -29,7 +29,6 @@ from hrm.tasks import Lane
 from hrm.units import GIB, MIB
 
 if TYPE_CHECKING:
-    from hrm.profiling.contention import SharedMemory
     from hrm.profiling.gpu import AbstractGpu
     from hrm.profiling.nvml import GpuFacts
     from hrm.profiling.settle import Settling
@@ -39,20 +38,20 @@ FULL_TRANSFER: Final = 512 * MIB
 CONTENTION_TRANSFER: Final = 32 * MIB
 SETTLING: Final = "gpu under load"
 EQUAL: Final = "gpus compared"
-CONTENTION: Final = "contention"
+ALL_AT_ONCE: Final = "host memory, all at once"
 UNEQUAL: Final = 0.90  # a GPU below this share of the first is named, and plans wait for it
 
 
-def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int | None) -> HardwareProfile:
+def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"]) -> HardwareProfile:
     """The GPUs, the host and the links between them.
 
     Several GPUs are one level: the first is measured, the others are compared with it, and links
-    are measured one by one and all at once. `gpu_memory_bytes` caps what they hold together.
+    are measured one by one and all at once. What they hold together may be capped by an option.
     """
-    from hrm.profiling.contention import SharedMemory, shared_roof
+    from hrm.profiling.contention import shared_roof
 
     busy = [warning for gpu in gpus for warning in gpu.busy_before()]
-    memory = memory_of(gpus, gpu_memory_bytes)
+    memory = memory_of(gpus, run.options.gpu_memory_bytes)
     _add_gpu(run, gpus[0], memory)
     if len(gpus) > 1:
         _add_comparison(run, gpus)
@@ -60,42 +59,30 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
     add_processor(run, CPU, cpu_threads)
     add_host_memory(run, [cpu_threads])
     of_host = run.host.usable_ram_bytes // MOST_SHARE // len(gpus)
-    most = QUICK_TRANSFER if run.quick else FULL_TRANSFER
+    most = QUICK_TRANSFER if run.options.quick else FULL_TRANSFER
     largest = min(most, memory.free_bytes // 4, of_host)
     planned, alone = add_links(run, gpus, largest)
     _add_facts(run, gpus)
     add_staging(run, _threads(run, Lane.STAGE), gpus[0].pinned)
-    run.steps.add(CONTENTION, 8, lambda seconds: _contention(run, gpus, largest, seconds), SharedMemory)
+    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, gpus, largest, seconds), Figure)
     add_disk(run)
     results = run.steps.run()
 
     facts: tuple[GpuFacts, ...] = results[FACTS]
     settling: Settling = results[SETTLING]
-    shared: SharedMemory = results[CONTENTION]
     slowest = min(results[EQUAL]) / results[EQUAL][0] if len(gpus) > 1 else 1.0
-    links, warnings = links_of(results, planned, alone, facts, len(gpus))
-    if slowest < UNEQUAL:
-        index = results[EQUAL].index(min(results[EQUAL]))
-        warnings.append(f"gpu{index} reaches {slowest:.0%} of gpu0; plans wait for the slowest")
-    if len({gpu.name for gpu in gpus}) > 1:
-        warnings.append(f"the GPUs differ: {', '.join(gpu.name for gpu in gpus)}")
-    if any(gpu.shares_memory for gpu in gpus):
-        warnings.append(
-            "GPU and CPU share one memory, which these levels count twice: plan with --gpu-memory"
-            " and --cpu-memory that add up to it, or with unified memory of the catalog"
-        )
-    warnings += settling.warnings("gpu0")
-    warnings += [f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings]
+    links, of_links = links_of(results, planned, alone, facts, len(gpus))
+    warnings = [*busy, *of_links, *_warnings(results, gpus, slowest)]
     disk, host_lines = host_facts_of(results)
     level = host_level(results, run, CPU, cpu_threads, *ram_of(run.host))
     host = replace(
         level,
         pinnable_bytes=pinnable_of(run.host),
         caches=results[CACHES],
-        shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, level.read_bytes_per_s),
+        shared_bytes_per_s=shared_roof(results[ALL_AT_ONCE], level.read_bytes_per_s),
     )
     factor = len(gpus) * (slowest if slowest < UNEQUAL else 1.0)
-    capped = gpu_memory_bytes is not None
+    capped = run.options.gpu_memory_bytes is not None
     count = f"{len(gpus)}x " if len(gpus) > 1 else ""
     return HardwareProfile(
         name=f"{count}{gpus[0].name} in {run.host.cpu_name}, {run.threads} cores",
@@ -104,9 +91,27 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"], gpu_memory_bytes: int 
         levels=(gpu_level(results, run, gpus, memory, factor, capped=capped), host),
         links=(*links, results[STAGING]),
         disk=disk,
-        contention=shared.kept,
-        environment={**gpu_environment(gpus, facts, settling), **host_lines, "warnings": "; ".join([*busy, *warnings])},
+        environment={**gpu_environment(gpus, facts, settling), **host_lines, "warnings": "; ".join(warnings)},
     )
+
+
+def _warnings(results: dict[str, Any], gpus: Sequence["AbstractGpu"], slowest: float) -> list[str]:
+    """What a reader must know of GPUs, the slowest of which reaches such a share of the first."""
+    found: list[str] = []
+    if slowest < UNEQUAL:
+        index = results[EQUAL].index(min(results[EQUAL]))
+        found.append(f"gpu{index} reaches {slowest:.0%} of gpu0; plans wait for the slowest")
+    if len({gpu.name for gpu in gpus}) > 1:
+        found.append(f"the GPUs differ: {', '.join(gpu.name for gpu in gpus)}")
+    if any(gpu.shares_memory for gpu in gpus):
+        found.append(
+            "GPU and CPU share one memory, which these levels count twice: plan with --gpu-memory"
+            " and --cpu-memory that add up to it, or with unified memory of the catalog"
+        )
+    settling: Settling = results[SETTLING]
+    facts: tuple[GpuFacts, ...] = results[FACTS]
+    of_gpus = [f"gpu{index}: {text}" for index, told in enumerate(facts) for text in told.warnings]
+    return [*found, *settling.warnings("gpu0"), *of_gpus]
 
 
 def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
@@ -124,7 +129,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
     run.steps.add(
         launch_step(GPU), 1, lambda seconds: launch_latency(device=device, budget_s=seconds, sampler=sampler), Timing
     )
-    shapes, note = model_shapes(run.model, quick=run.quick, scale_down=memory.free_bytes < 16 * GIB)
+    shapes, note = model_shapes(run.options.model, quick=run.options.quick, scale_down=memory.free_bytes < 16 * GIB)
     for dtype in run.dtypes:
 
         def gemm(seconds: float, dtype: str = dtype) -> Rate | None:
@@ -134,7 +139,7 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
                     dtype,
                     shapes=shapes,
                     shapes_note=note,
-                    quick=run.quick,
+                    quick=run.options.quick,
                     budget_s=seconds,
                     launch_s=0.0,
                     device=device,
@@ -152,8 +157,8 @@ def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
         2,
         lambda seconds: attention_rate(
             run.dtypes[0],
-            heads=Heads.of(run.model),
-            quick=run.quick,
+            heads=Heads.of(run.options.model),
+            quick=run.options.quick,
             budget_s=seconds,
             most_bytes=memory.free_bytes // MOST_SHARE,
             device=device,
@@ -202,34 +207,27 @@ def _threads(run: Run, lane: Lane) -> int:
     return lane_threads("cuda", lane, run.threads)
 
 
-def _contention(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float) -> "SharedMemory":
-    """What CPU attention, staging and both directions of the links take from one another."""
+def _all_at_once(run: Run, gpus: Sequence["AbstractGpu"], largest: int, seconds: float) -> Figure:
+    """CPU attention, staging and the links to the GPUs at once."""
     import torch
 
-    from hrm.profiling.contention import Worker, every_pair_and_all, measure_contention
+    from hrm.profiling.contention import Worker, bytes_together
     from hrm.profiling.gpu_link import gpu_transfer
 
     size = min(CONTENTION_TRANSFER, largest)
 
-    def link(*, to_device: bool) -> Worker:
-        queued = [
-            gpu.queued(gpu_transfer([gpu], to_device=to_device, pinned=True, largest_bytes=size)(size)) for gpu in gpus
-        ]
+    queued = [gpu.queued(gpu_transfer([gpu], to_device=True, pinned=True, largest_bytes=size)(size)) for gpu in gpus]
 
-        def call() -> None:
-            for one in queued:
-                one.run()
-            for one in queued:
-                one.wait()
-
-        return Worker(call, lambda: torch.set_num_threads(1), float(size * len(gpus)))
+    def transfers() -> None:
+        for one in queued:
+            one.run()
+        for one in queued:
+            one.wait()
 
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, size, _threads(run, Lane.STAGE), gpus[0].pinned),
-        "h2d": link(to_device=True),
-        "d2h": link(to_device=False),
+        "h2d": Worker(transfers, lambda: torch.set_num_threads(1), float(size * len(gpus))),
     }
-    groups = [*every_pair_and_all(("attention", "staging", "h2d")), ("h2d", "d2h")]
     with torch.inference_mode():
-        return measure_contention(workers, groups, budget_s=seconds)
+        return bytes_together(workers, budget_s=seconds)

@@ -1,10 +1,10 @@
 """A machine whose accelerator is emulated on its CPU."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
-from hrm.contract.pacing import PacedCopy
+from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Source
 from hrm.profiling.machine.host import (
     CACHES,
@@ -23,57 +23,69 @@ from hrm.tasks import Lane
 from hrm.units import GB, GIB, KIB, MIB, counted, format_bandwidth
 
 if TYPE_CHECKING:
-    from hrm.profiling.contention import SharedMemory
     from hrm.profiling.timing import Timing
 
 EMULATED_LINK_BYTES_PER_S: Final = 2.0 * GB
-EMULATED_LATENCY_S: Final = 20e-6
 EMULATED_GPU_BYTES: Final = GIB
 SMALLEST_ARENA: Final = 4 * KIB
 LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
 STAGED_BYTES: Final = MIB
 CONTENTION_TRANSFER_S: Final = 0.005
 BOTH_BUSY: Final = "launch latency with both lanes busy"
-CONTENTION: Final = "contention"
+ALL_AT_ONCE: Final = "host memory, all at once"
 
 
-def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProfile:
-    """Half of the cores as the GPU, the rest as the CPU, and links paced to `bandwidth`."""
-    from hrm.profiling.contention import SharedMemory, shared_roof
-    from hrm.profiling.launch import launch_latency_beside_another
-    from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
-    from hrm.profiling.timing import Timing
+def profile_emulated(run: Run) -> HardwareProfile:
+    """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth."""
+    from hrm.profiling.contention import shared_roof
 
-    cores = run.threads
+    gpu_bytes = run.options.gpu_memory_bytes
+    if gpu_bytes is None:
+        gpu_bytes = min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = ram_of(run.host, gpu_bytes)
+    results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
+    gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
+    none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
+    gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none)
+    cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve)
+    disk, facts = host_facts_of(results)
+    return HardwareProfile(
+        name=f"emulated accelerator on {run.host.cpu_name}, {run.threads} cores",
+        accelerator="emulated",
+        levels=(
+            _with_launch_latency(gpu, results[BOTH_BUSY]),
+            replace(
+                _with_launch_latency(cpu, results[BOTH_BUSY]),
+                caches=results[CACHES],
+                shared_bytes_per_s=shared_roof(results[ALL_AT_ONCE], cpu.read_bytes_per_s),
+            ),
+        ),
+        links=(results[f"link {CPU} to {GPU}"], results[f"link {GPU} to {CPU}"], results[STAGING]),
+        disk=disk,
+        environment={
+            "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, cpu {counted(cpu_threads, 'thread')}",
+            **facts,
+        },
+    )
+
+
+def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> dict[str, Any]:
+    """What all steps found; levels of equally many threads are the same cores and measured once."""
+    from hrm.profiling.launch import launch_latency_beside_another
+    from hrm.profiling.timing import Timing
+
     add_processor(run, GPU, gpu_threads)
     if cpu_threads != gpu_threads:
         add_processor(run, CPU, cpu_threads)
     add_host_memory(run, [gpu_threads, cpu_threads])
-    most = (16 if run.quick else 256) * MIB
+    bandwidth = run.options.link_bandwidth_bytes_per_s
+    if bandwidth is None:
+        bandwidth = EMULATED_LINK_BYTES_PER_S
+    most = (16 if run.options.quick else 256) * MIB
     arena = max(SMALLEST_ARENA, min(gpu_bytes, most, int(bandwidth * LONGEST_TRANSFER_S)))
-    stated = Figure(
-        value=bandwidth,
-        source=Source.ASSUMED,
-        note=f"stated: the emulated link is paced to {format_bandwidth(bandwidth)}",
-    )
     for source, target in ((CPU, GPU), (GPU, CPU)):
-
-        def transfers(seconds: float, source: str = source, target: str = target) -> Link:
-            with torch_threads(1):
-                link = measure_link(
-                    source,
-                    target,
-                    paced_transfer(_pace(bandwidth), arena),
-                    sizes=transfer_sizes(arena, quick=run.quick),
-                    budget_s=seconds,
-                    note="emulated",
-                    datasheet=stated,
-                )
-            return _at_most(link, bandwidth)
-
-        run.steps.add(f"link {source} to {target}", 2, transfers, Link)
+        _add_link(run, source, target, arena, bandwidth)
     add_staging(run, _threads(run, Lane.STAGE))
     run.steps.add(
         BOTH_BUSY,
@@ -81,38 +93,38 @@ def profile_emulated(run: Run, gpu_bytes: int, bandwidth: float) -> HardwareProf
         lambda seconds: launch_latency_beside_another(budget_s=seconds, threads=(gpu_threads, cpu_threads)),
         Timing,
     )
-    run.steps.add(CONTENTION, 16, lambda seconds: _contention(run, seconds, arena, bandwidth), SharedMemory)
+    run.steps.add(ALL_AT_ONCE, 2, lambda seconds: _all_at_once(run, seconds, arena, bandwidth), Figure)
     add_disk(run)
     results = run.steps.run()
-    if cpu_threads == gpu_threads:  # the same cores by another name
-        results |= {
-            f"{CPU}{name.removeprefix(GPU)}": found for name, found in results.items() if name.startswith(f"{GPU} ")
-        }
-    gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
-    none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
-    gpu = host_level(results, run, GPU, gpu_threads, gpu_capacity, none)
-    cpu = host_level(results, run, CPU, cpu_threads, capacity, reserve)
-    shared: SharedMemory = results[CONTENTION]
-    disk, facts = host_facts_of(results)
-    return HardwareProfile(
-        name=f"emulated accelerator on {run.host.cpu_name}, {cores} cores",
-        accelerator="emulated",
-        levels=(
-            _with_launch_latency(gpu, results[BOTH_BUSY]),
-            replace(
-                _with_launch_latency(cpu, results[BOTH_BUSY]),
-                caches=results[CACHES],
-                shared_bytes_per_s=shared_roof(shared.together_bytes_per_s, cpu.read_bytes_per_s),
-            ),
-        ),
-        links=(results[f"link {CPU} to {GPU}"], results[f"link {GPU} to {CPU}"], results[STAGING]),
-        disk=disk,
-        contention=shared.kept,
-        environment={
-            "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, cpu {counted(cpu_threads, 'thread')}",
-            **facts,
-        },
+    if cpu_threads != gpu_threads:
+        return results
+    of_gpu = {name.removeprefix(GPU): found for name, found in results.items() if name.startswith(f"{GPU} ")}
+    return results | {f"{CPU}{name}": found for name, found in of_gpu.items()}
+
+
+def _add_link(run: Run, source: str, target: str, arena: int, bandwidth: float) -> None:
+    from hrm.profiling.link import measure_link, paced_transfer, transfer_sizes
+
+    stated = Figure(
+        value=bandwidth,
+        source=Source.ASSUMED,
+        note=f"stated: the emulated link is paced to {format_bandwidth(bandwidth)}",
     )
+
+    def transfers(seconds: float) -> Link:
+        with torch_threads(1):
+            link = measure_link(
+                source,
+                target,
+                paced_transfer(_pace(bandwidth), arena),
+                sizes=transfer_sizes(arena, quick=run.options.quick),
+                budget_s=seconds,
+                note="emulated",
+                datasheet=stated,
+            )
+        return _at_most(link, bandwidth)
+
+    run.steps.add(f"link {source} to {target}", 2, transfers, Link)
 
 
 def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
@@ -144,15 +156,15 @@ def _threads(run: Run, lane: Lane) -> int:
     return lane_threads("emulated", lane, run.threads)
 
 
-def _contention(run: Run, seconds: float, arena: int, bandwidth: float) -> "SharedMemory":
-    """What the lanes take from one another; both directions of the link are a pair too.
+def _all_at_once(run: Run, seconds: float, arena: int, bandwidth: float) -> Figure:
+    """Attention, staging, the link and GEMMs at once.
 
     A paced transfer reads and writes the host's memory, as the GPU's arena lies there too; GEMMs
     stay in the caches.
     """
     import torch
 
-    from hrm.profiling.contention import Worker, every_pair_and_all, measure_contention
+    from hrm.profiling.contention import Worker, bytes_together
     from hrm.profiling.link import paced_transfer
 
     dtype: torch.dtype = getattr(torch, run.dtypes[0])
@@ -160,21 +172,14 @@ def _contention(run: Run, seconds: float, arena: int, bandwidth: float) -> "Shar
     out = torch.empty(64, 1024, dtype=dtype)
     size = max(SMALLEST_ARENA, min(arena, MIB, int(bandwidth * CONTENTION_TRANSFER_S)))
 
-    def link() -> Worker:
-        copies = paced_transfer(_pace(bandwidth), size)(size)
-        return Worker(copies, lambda: torch.set_num_threads(1), 2.0 * size)
-
     def gemm() -> object:
         return torch.mm(x, weight, out=out)
 
     workers = {
         "attention": attention_worker(run, _threads(run, Lane.CPU)),
         "staging": staging_worker(run, STAGED_BYTES, _threads(run, Lane.STAGE)),
-        "h2d": link(),
+        "h2d": Worker(paced_transfer(_pace(bandwidth), size)(size), lambda: torch.set_num_threads(1), 2.0 * size),
         "gemm": Worker(gemm, lambda: torch.set_num_threads(_threads(run, Lane.GPU))),
-        "d2h": link(),
     }
-    lanes = ("attention", "staging", "h2d", "gemm")
-    groups = [*every_pair_and_all(lanes), ("h2d", "d2h")]
     with torch.inference_mode():
-        return measure_contention(workers, groups, budget_s=seconds)
+        return bytes_together(workers, budget_s=seconds)

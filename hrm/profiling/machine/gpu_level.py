@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hrm.errors import ProfileError
 from hrm.hardware import GPU, Figure, MemoryLevel, Rate, Source
 from hrm.machines import load_gpu
-from hrm.profiling.machine.levels import each_figure, processor_of, scaled
+from hrm.profiling.machine.levels import processor_of
 from hrm.profiling.machine.run import Run
 from hrm.units import MIB
 
@@ -85,8 +85,8 @@ def gpu_level(
         known = sheet.datasheet if sheet else None
         if count == 1:
             return replace(rate, datasheet=known)
-        paper = None if known is None else scaled(known, count, f"times {count}")
-        return replace(each_figure(rate, lambda x: scaled(x, factor, note)), datasheet=paper)
+        paper = None if known is None else known.times(count, note=f"times {count}")
+        return replace(rate.each(lambda x: x.times(factor, note=note, source=Source.DERIVED)), datasheet=paper)
 
     attention = processor.attention_bytes_per_s
     return MemoryLevel(

@@ -41,7 +41,7 @@ def add_links(run: Run, gpus: Sequence["AbstractGpu"], largest: int) -> tuple[li
             for to_device in (True, False)
         ]
         neighbours = [(i, (i + 1) % len(gpus)) for i in range(len(gpus))]
-        pairs = neighbours if run.quick else list(permutations(range(len(gpus)), 2))
+        pairs = neighbours if run.options.quick else list(permutations(range(len(gpus)), 2))
         of_peer = min(largest, PEER_TRANSFER)
         alone += [_add_peer(run, gpus, pair, of_peer, len(pairs)) for pair in pairs]
     return planned, alone
@@ -66,7 +66,7 @@ def _add_link(
             source,
             target,
             transfer,
-            sizes=transfer_sizes(most, quick=run.quick),
+            sizes=transfer_sizes(most, quick=run.options.quick),
             budget_s=seconds,
             kind=kind,
             note=f"all {len(gpus)} GPUs at once, each its share" if several else note,
@@ -90,7 +90,7 @@ def _add_peer(run: Run, gpus: Sequence["AbstractGpu"], pair: tuple[int, int], la
             f"{GPU}{pair[0]}",
             f"{GPU}{pair[1]}",
             peer_transfer(source, target, largest),
-            sizes=transfer_sizes(largest, quick=run.quick),
+            sizes=transfer_sizes(largest, quick=run.options.quick),
             budget_s=seconds,
             kind="peer",
             note="straight" if straight else "through the host's memory",

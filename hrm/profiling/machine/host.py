@@ -59,7 +59,7 @@ def add_processor(run: Run, level: str, threads: int) -> None:
             return launch_latency(budget_s=seconds)
 
     run.steps.add(launch_step(level), 1, launch, Timing)
-    shapes, note = model_shapes(run.model, quick=run.quick)
+    shapes, note = model_shapes(run.options.model, quick=run.options.quick)
     for dtype in run.dtypes:
 
         def gemm(seconds: float, dtype: str = dtype) -> Rate:
@@ -68,10 +68,10 @@ def add_processor(run: Run, level: str, threads: int) -> None:
                     dtype,
                     shapes=shapes,
                     shapes_note=note,
-                    quick=run.quick,
+                    quick=run.options.quick,
                     budget_s=seconds,
                     launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
-                    kernels=run.kernels,
+                    kernels=run.options.kernels,
                 )
 
         run.steps.add(gemm_step(level, dtype), 4, gemm, Rate)
@@ -80,11 +80,11 @@ def add_processor(run: Run, level: str, threads: int) -> None:
         with torch_threads(threads):
             return attention_rate(
                 run.dtypes[0],
-                heads=Heads.of(run.model),
-                quick=run.quick,
+                heads=Heads.of(run.options.model),
+                quick=run.options.quick,
                 budget_s=seconds,
                 most_bytes=run.host.usable_ram_bytes // MOST_SHARE,
-                kernels=run.kernels,
+                kernels=run.options.kernels,
             )
 
     run.steps.add(attention_step(level), 3, attention, Rate)
@@ -100,10 +100,10 @@ def add_host_memory(run: Run, threads: Sequence[int]) -> None:
     cores, cache = host.usable_cores, host.last_level_cache_bytes
     sweep = {1, *threads, cores}
     doubled = 2
-    while not run.quick and doubled < cores:
+    while not run.options.quick and doubled < cores:
         sweep.add(doubled)
         doubled *= 2
-    size = array_bytes(cache, host.usable_ram_bytes, quick=run.quick)
+    size = array_bytes(cache, host.usable_ram_bytes, quick=run.options.quick)
     run.steps.add(
         MEMORY,
         5,
@@ -113,12 +113,14 @@ def add_host_memory(run: Run, threads: Sequence[int]) -> None:
     run.steps.add(
         CACHES,
         3,
-        lambda seconds: measure_caches(host.caches, threads=host.compute_threads, budget_s=seconds, quick=run.quick),
+        lambda seconds: measure_caches(
+            host.caches, threads=host.compute_threads, budget_s=seconds, quick=run.options.quick
+        ),
         tuple[Cache, ...],
     )
     nodes = topology.numa_nodes(topology.allowed_cpus())
     if len(nodes) > 1:
-        node_bytes = array_bytes(0, host.usable_ram_bytes // len(nodes), quick=run.quick)
+        node_bytes = array_bytes(0, host.usable_ram_bytes // len(nodes), quick=run.options.quick)
         run.steps.add(
             NUMA,
             2 * len(nodes),
@@ -143,7 +145,7 @@ def add_staging(run: Run, threads: int, pinned: "Callable[[int], torch.Tensor] |
                 CPU,
                 _staging_transfer(run, largest, pinned),
                 kind="staging",
-                sizes=transfer_sizes(largest, quick=run.quick),
+                sizes=transfer_sizes(largest, quick=run.options.quick),
                 budget_s=seconds,
                 note=counted(threads, "thread") + ("" if pinned else "; nothing is pinned here"),
             )
@@ -152,7 +154,7 @@ def add_staging(run: Run, threads: int, pinned: "Callable[[int], torch.Tensor] |
 
 
 def _largest_staged(run: Run) -> int:
-    most = (16 if run.quick else 256) * MIB
+    most = (16 if run.options.quick else 256) * MIB
     return max(MIB, min(most, run.host.usable_ram_bytes // MOST_SHARE))
 
 
@@ -164,24 +166,24 @@ def _staging_transfer(run: Run, largest: int, pinned: "Callable[[int], torch.Ten
     from hrm.profiling.memory import array_bytes
 
     host = run.host
-    beyond = array_bytes(host.last_level_cache_bytes, host.usable_ram_bytes, quick=run.quick)
-    source = max(largest, min(beyond, QUICK_SOURCE_BYTES) if run.quick else beyond)
+    beyond = array_bytes(host.last_level_cache_bytes, host.usable_ram_bytes, quick=run.options.quick)
+    source = max(largest, min(beyond, QUICK_SOURCE_BYTES) if run.options.quick else beyond)
     target = pinned(largest) if pinned else torch.zeros(largest, dtype=torch.uint8)
-    if run.kernels is None:
+    if run.options.kernels is None:
         return host_transfer(source, target)
-    return host_transfer(source, target, run.kernels.stage)
+    return host_transfer(source, target, run.options.kernels.stage)
 
 
 def add_disk(run: Run) -> None:
     """The disk under a folder, if one is to be measured."""
-    folder = run.disk
+    folder = run.options.disk
     if folder is None:
         return
     from hrm.profiling.disk import DiskError, measure_disk
 
     def disk(seconds: float) -> DiskFound:
         try:
-            return DiskFound(measure_disk(folder, budget_s=seconds, quick=run.quick))
+            return DiskFound(measure_disk(folder, budget_s=seconds, quick=run.options.quick))
         except DiskError as error:
             return DiskFound(why_not=str(error))
 
@@ -200,20 +202,20 @@ def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]
 
 
 def attention_worker(run: Run, threads: int) -> "Worker":
-    """Decode attention as a lane does it, for contention; its bytes are the KV cache's."""
+    """Decode attention as a lane does it; its bytes are the KV cache's."""
     import torch
 
     from hrm.profiling.attention import QUICK_BYTES, Heads, KvCache, attention_call, kernels_call
     from hrm.profiling.contention import Worker
 
     most = min(QUICK_BYTES, run.host.usable_ram_bytes // MOST_SHARE)
-    cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.model), most, "cpu")
+    cache = KvCache(getattr(torch, run.dtypes[0]), Heads.of(run.options.model), most, "cpu")
     context = 512
     requests = min(16, cache.tokens // context)
-    if run.kernels is None:
+    if run.options.kernels is None:
         call = attention_call(cache, requests, context)
     else:
-        call = kernels_call(run.kernels, cache, requests, context)
+        call = kernels_call(run.options.kernels, cache, requests, context)
     host_bytes = requests * context * cache.token_bytes
     return Worker(call, lambda: torch.set_num_threads(threads), host_bytes)
 

@@ -1,7 +1,5 @@
 """Memory levels put together from what was measured."""
 
-from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.launches import ATTENTION_LAUNCHES_PER_REQUEST
@@ -31,8 +29,8 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
             dtype: rate for dtype in run.dtypes if (rate := results[gemm_step(level, dtype)]) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
-        attention_request_s=None if run.kernels else request_latency(launch),
-        fuses_operators=run.kernels is not None and run.kernels.fuses_operators,
+        attention_request_s=None if run.options.kernels else request_latency(launch),
+        fuses_operators=run.options.kernels is not None and run.options.kernels.fuses_operators,
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
 
@@ -103,24 +101,4 @@ def pinnable_of(host: HostFacts) -> Figure | None:
         value=PINNED_BY_WSL * host.usable_ram_bytes,
         source=Source.ASSUMED,
         note=f"{PINNED_BY_WSL:.0%} of RAM: WSL pins a part of it, which was not measured",
-    )
-
-
-def scaled(figure: Figure, factor: float, note: str) -> Figure:
-    """A figure of one GPU as that of several that work side by side."""
-    return replace(
-        figure,
-        value=figure.value * factor,
-        source=Source.DERIVED if figure.source is Source.MEASURED else figure.source,
-        note=f"{figure.note}; {note}" if figure.note else note,
-        curve=tuple((size, value * factor) for size, value in figure.curve),
-        p20=None if figure.p20 is None else figure.p20 * factor,
-        p80=None if figure.p80 is None else figure.p80 * factor,
-    )
-
-
-def each_figure(rate: Rate, change: Callable[[Figure], Figure]) -> Rate:
-    """The rate with each of its figures changed."""
-    return Rate(
-        **{item.name: change(figure) for item in fields(rate) if (figure := getattr(rate, item.name)) is not None}
     )

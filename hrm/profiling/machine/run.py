@@ -3,29 +3,25 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from hrm.contract.host_kernels import HostKernels
-from hrm.model_spec import ModelSpec
 from hrm.profiling.environment import HostFacts
+from hrm.profiling.machine.options import ProfileOptions
 from hrm.profiling.machine.steps import Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The host, what is asked for, and the steps; `threads` is how many torch computes with.
-
-    `kernels` compute on the host; torch does if there are none.
-    """
+    """The host, what is asked for, and the steps; `threads` is how many torch computes with."""
 
     host: HostFacts
     threads: int
-    quick: bool
-    model: ModelSpec | None
-    dtypes: tuple[str, ...]
-    disk: Path | None
+    options: ProfileOptions
     steps: Steps
-    kernels: HostKernels | None = None
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those that are measured, each once."""
+        return tuple(dict.fromkeys(self.options.dtypes))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hrm.errors import HrmError
 from hrm.hardware import Figure
 from hrm.machines import save_profile
 from hrm.profile_diff import figures_of
-from hrm.profiling import profile_machine
+from hrm.profiling import ProfileOptions, profile_machine
 from tests.bench.suite.record import Record
 from tests.bench.suite.setting import Setting
 
@@ -30,16 +30,18 @@ def profile(setting: Setting) -> None:
     caps = setting.scale.gpu_memory_bytes
     setting.results.mkdir(parents=True, exist_ok=True)
     measured = profile_machine(
-        setting.accelerator,
-        gpu_memory_bytes=max(caps.values()) if setting.emulated else None,
-        link_bandwidth_bytes_per_s=setting.link_bytes_per_s,
-        model=setting.scale.spec,
-        dtypes=("bfloat16", "float16"),
-        quick=setting.emulated,
+        ProfileOptions(
+            setting.accelerator,
+            gpu_memory_bytes=max(caps.values()) if setting.emulated else None,
+            link_bandwidth_bytes_per_s=setting.link_bytes_per_s,
+            model=setting.scale.spec,
+            dtypes=("bfloat16", "float16"),
+            quick=setting.emulated,
+            command=setting.command,
+            budget_s=min(setting.scale.profile_s, setting.left_s()),
+            kernels=host_kernels(),
+        ),
         progress=lambda done_s, total_s, what: print(f"  {what} ({done_s:.0f} of about {total_s:.0f} s)", flush=True),
-        command=setting.command,
-        budget_s=min(setting.scale.profile_s, setting.left_s()),
-        kernels=host_kernels(),
     )
     save_profile(setting.profile_path, measured)
     record.put("environment", measured.environment)

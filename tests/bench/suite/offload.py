@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from executor.backends.base import host_memory
 from executor.checkpoint import RandomWeights
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Spread
@@ -145,7 +146,7 @@ class OtherSide:
         self.gpu_memory_bytes = gpu_memory_bytes
         self.dtype: torch.dtype = getattr(torch, profile.default_dtype)
         self.device = torch.device("cpu" if setting.emulated else setting.accelerator)
-        self.layer_bytes = spec.layer_bytes(profile.default_dtype)
+        self.layer_bytes = spec.layer_bytes(FORMATS[profile.default_dtype])
         needed = spec.parameters * self.dtype.itemsize
         shared = needed > HOST_SHARE * available_ram_bytes()
         self.weights = "layers share one set of experts" if shared else "each layer has its own"

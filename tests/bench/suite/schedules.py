@@ -18,6 +18,7 @@ import msgspec
 from executor.bench import Bench, BenchOptions, BenchRun
 from executor.job.machine import AcceleratorOptions
 from hrm.estimate import Estimate
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import ModelSpec
@@ -63,7 +64,7 @@ def machine_of(setting: Setting, cap: str) -> Machine:
     spec, dtype = scale.spec, profile.default_dtype
     room = WEIGHT_SHARE * (profile.host.usable_bytes + profile.top.usable_bytes)
     layers = spec.num_layers
-    while layers > 1 and replace(spec, num_layers=layers).total_layer_bytes(dtype) > room:
+    while layers > 1 and replace(spec, num_layers=layers).total_layer_bytes(FORMATS[dtype]) > room:
         layers -= 1
     options = AcceleratorOptions(name=setting.accelerator, gpu_memory_bytes=gpu_bytes)
     return Machine(profile, replace(spec, num_layers=layers), options)

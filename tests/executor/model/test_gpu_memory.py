@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from executor.model import GpuKernels, Workspace, dense_views, expert_stack, number_views, post_attention, pre_attention
 from executor.model.gpu import grouped_gemm
 from hrm.contract.temporaries import workspace_bytes
+from hrm.formats import FORMATS
 from hrm.model_spec import load_model
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
@@ -86,7 +87,7 @@ def test_prefill_of_a_whole_chunk(name, kernels):
     arch = small(name)
     spec = arch.spec
     dense, stacks = weights(spec)
-    planned = workspace_bytes(spec, TOKENS, "bfloat16")
+    planned = workspace_bytes(spec, TOKENS, FORMATS["bfloat16"])
     workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
     hidden = torch.randn(TOKENS, spec.hidden_size).to(DTYPE)
     lengths = [TOKENS // 4] * 4
@@ -111,7 +112,7 @@ def test_decode_of_a_micro_batch(name, kernels, requests):
     arch = small(name)
     spec = arch.spec
     dense, stacks = weights(spec)
-    planned = workspace_bytes(spec, TOKENS, "bfloat16")
+    planned = workspace_bytes(spec, TOKENS, FORMATS["bfloat16"])
     workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
     hidden = torch.randn(requests, spec.hidden_size).to(DTYPE)
     qkv = torch.randn(requests, spec.query_size + 2 * spec.kv_size).to(DTYPE)

@@ -30,6 +30,7 @@ from executor.model import (
 from executor.model.norm import normed
 from hrm.contract.rows import LOGIT_BYTES
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS, workspace_bytes
+from hrm.formats import FORMATS
 from tests.executor.model.tolerances import DTYPES, assert_same, name_of
 from tests.executor.tiny_models import tiny_arch
 
@@ -58,7 +59,7 @@ def big_workspace():
 
 
 def planned_workspace(arch, num_tokens, dtype):
-    num_bytes = workspace_bytes(arch.spec, num_tokens, name_of(dtype))
+    num_bytes = workspace_bytes(arch.spec, num_tokens, FORMATS[name_of(dtype)])
     return Workspace(torch.empty(num_bytes, dtype=torch.uint8))
 
 
@@ -225,7 +226,7 @@ def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
 def test_the_line_of_a_mask_fits_the_planned_workspace(prefix, tokens):
     arch = tiny_arch()
     spec = arch.spec
-    planned = workspace_bytes(spec, tokens, "float32", longest_tokens=prefix + tokens)
+    planned = workspace_bytes(spec, tokens, FORMATS["float32"], longest_tokens=prefix + tokens)
     workspace = Workspace(torch.empty(planned, dtype=torch.uint8))
     width = spec.query_size + 2 * spec.kv_size
     qkv = workspace.take((tokens, width), torch.float32).normal_()
@@ -385,7 +386,7 @@ def test_plan_covers_the_temporaries_of_a_layer(arch, num_tokens, dtype, same_ex
         routing.experts_TK.copy_(torch.arange(spec.experts_per_token))
     out = workspace.take((num_tokens, spec.hidden_size), dtype).zero_()
     run_experts(x, routing, enumerate(experts), out, workspace)
-    assert workspace.high_water_bytes <= workspace_bytes(spec, num_tokens, name_of(dtype))
+    assert workspace.high_water_bytes <= workspace_bytes(spec, num_tokens, FORMATS[name_of(dtype)])
 
 
 def test_plan_is_no_more_than_needed():
@@ -403,15 +404,15 @@ def test_plan_is_no_more_than_needed():
 
 def test_planned_workspace_takes_arrays():
     spec = ARCHS["dbrx"].spec
-    planned = workspace_bytes(spec, np.array([1, 8]), "bfloat16")
-    assert planned.tolist() == [workspace_bytes(spec, n, "bfloat16") for n in (1, 8)]
+    planned = workspace_bytes(spec, np.array([1, 8]), FORMATS["bfloat16"])
+    assert planned.tolist() == [workspace_bytes(spec, n, FORMATS["bfloat16"]) for n in (1, 8)]
 
 
 @settings(max_examples=40, deadline=None)
 @given(arch=archs, vocab=st.integers(1, 90), num_requests=st.integers(1, 20), dtype=st.sampled_from(DTYPES))
 def test_plan_covers_the_logits(arch, vocab, num_requests, dtype):
     hidden = arch.spec.hidden_size
-    planned = workspace_bytes(arch.spec, num_requests, name_of(dtype))
+    planned = workspace_bytes(arch.spec, num_requests, FORMATS[name_of(dtype)])
     planned += num_requests * vocab * (LOGIT_BYTES + dtype.itemsize)
     workspace = Workspace(torch.empty(planned, dtype=torch.uint8))
     states, head = torch.randn(num_requests, hidden), torch.randn(vocab, hidden)

@@ -18,6 +18,7 @@ from executor.model import (
 )
 from executor.sampling import SamplingParams, choose
 from hrm.contract.temporaries import workspace_bytes
+from hrm.formats import FORMATS
 from tests.executor.tiny_models import DBRX, random_prompts, tiny_arch, transformers_greedy, transformers_logits
 
 NEW_TOKENS = 12
@@ -39,7 +40,7 @@ def generate(model, prompts, max_tokens, dtype=torch.float32):
     room = [size + max_tokens for size in sizes]
     starts = [sum(room[:r]) for r in range(len(prompts))]
     cache_LC2Gd = torch.full((spec.num_layers, sum(room), 2, spec.num_kv_heads, spec.head_dim), torch.nan, dtype=dtype)
-    num_bytes = workspace_bytes(spec, sum(sizes), str(dtype).removeprefix("torch."))
+    num_bytes = workspace_bytes(spec, sum(sizes), FORMATS[str(dtype).removeprefix("torch.")])
     workspace = Workspace(torch.empty(num_bytes, dtype=torch.uint8))
     head_workspace = Workspace(torch.empty(10**6, dtype=torch.uint8))
     last = torch.tensor(sizes).cumsum(0) - 1

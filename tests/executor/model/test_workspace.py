@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from executor.model.workspace import ALIGNMENT_BYTES, Workspace
+from executor.model.workspace import Workspace
+from hrm.contract.temporaries import ALIGNMENT_BYTES
 
 
 def workspace_of(num_bytes):

@@ -6,7 +6,7 @@ import torch
 from executor import native
 from executor.model.host_kernels import host_kernels
 from hrm.contract.host_kernels import installed_kernels
-from hrm.profiling.machine import profile_machine
+from hrm.profiling.machine import ProfileOptions, profile_machine
 from tests.executor.native.support import PATHS
 
 
@@ -26,7 +26,7 @@ def test_a_profile_is_of_the_kernels(path):
     with native.using(native.Kernels(path)):
         kernels = host_kernels()
         assert kernels is not None
-        profile = profile_machine("cpu", quick=True, dtypes=("float32",), budget_s=0.2, kernels=kernels)
+        profile = profile_machine(ProfileOptions("cpu", quick=True, dtypes=("float32",), budget_s=0.2, kernels=kernels))
     processor = profile.levels[0].processor
     assert processor.attention_request_s is None  # a batch is one call
     assert processor.fuses_operators  # so are a layer's experts (test_launches)

@@ -137,10 +137,10 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
 
 
 def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
-    asked = {}
+    found = []
 
-    def measure(accelerator, **options):
-        asked.update(options, accelerator=accelerator)
+    def measure(options):
+        found.append(options)
         return machine()
 
     monkeypatch.setattr("hrm.profiling.machine.profile_machine", measure)
@@ -160,10 +160,11 @@ def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
             *LENGTHS,
         ]
     )
-    assert asked["accelerator"] == "emulated"
-    assert asked["quick"]
-    assert asked["model"] == shape
-    assert asked["gpu_memory_bytes"] == asked["link_bandwidth_bytes_per_s"] == 1e9
+    (asked,) = found
+    assert asked.accelerator == "emulated"
+    assert asked.quick
+    assert asked.model == shape
+    assert asked.gpu_memory_bytes == asked.link_bandwidth_bytes_per_s == 1e9
     text = capsys.readouterr().out
     for word in ("flexgen ", "tokens/s, decode", "predicted", "lane GPU", "planned"):
         assert word in text

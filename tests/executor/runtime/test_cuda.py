@@ -37,7 +37,9 @@ class TestOnACard:
     @pytest.mark.parametrize("name", ["kv on the gpu", "both on the cpu", "kv split, gpu"])
     def test_bfloat16_is_about_as_on_the_cpu(self, tiny_folders, name):
         folder = tiny_folders["wide heads"]
-        policy = replace(policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name]), dtype="bfloat16")
+        policy = replace(
+            policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name]), dtype="bfloat16", weight_format="", kv_format=""
+        )
         firsts = []
         for accelerator in ("cuda:0", "cpu"):
             with generator(folder, policy, backend=make_backend(accelerator, None)) as made:

@@ -14,11 +14,13 @@ import pytest
 
 from executor.backends.null import null_handlers
 from executor.engine import LOOKAHEAD, Engine, TaskFailedError
+from hrm.acts import NAMES
 from hrm.contract.pacing import PacedCopy, Waits
 from hrm.policy import ScheduleName
 from hrm.schedules import Pipeline, iter_tasks
 from hrm.simulate import simulate
-from hrm.tasks import Device, Lane, Phase, Task, TaskId, TaskKind
+from hrm.tasks import Device, Lane, Phase, Task, TaskId
+from tests.contracts.tasks import a_task, act
 
 CPU_DECODE = Pipeline(
     num_layers=3,
@@ -41,7 +43,7 @@ def no_setup(lane: Lane) -> None:
 
 
 def seconds_of(task: TaskId) -> float:
-    return {TaskKind.ATTENTION: 2e-3, TaskKind.POST_ATTENTION: 1.5e-3}.get(task.kind, 5e-4)
+    return {act("ATTENTION"): 2e-3, act("POST_ATTENTION"): 1.5e-3}.get(task.act, 5e-4)
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def within(seconds: float, work):
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
 def test_null_run_keeps_order_and_edges_and_sleeps_as_long_as_simulated(engine, pipeline, schedule):
     tasks = list(iter_tasks(pipeline, schedule))
-    result = engine.run(tasks, null_handlers(seconds_of, pipeline.lane), phase=pipeline.phase)
+    result = engine.run(tasks, null_handlers(seconds_of))
     spans = {span.id: span for span in result.spans}
     assert spans.keys() == {task.id for task in tasks}
     order = defaultdict(list)
@@ -82,34 +84,34 @@ def test_null_run_keeps_order_and_edges_and_sleeps_as_long_as_simulated(engine, 
         ran = sorted((s for s in result.spans if s.lane is lane), key=lambda s: s.start_s)
         assert [span.id for span in ran] == issued
         assert all(a.end_s <= b.start_s for a, b in pairwise(ran))
-    simulated = simulate(tasks, seconds_of, phase=pipeline.phase)
+    simulated = simulate(tasks, seconds_of)
     assert result.seconds >= 0.97 * simulated.makespan_s
     assert sum(total.count for total in result.by_kind.values()) == len(tasks)
 
 
-@pytest.mark.parametrize("kind", TaskKind)
-def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, kind):
+@pytest.mark.parametrize("name", NAMES)
+def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, name):
     pipeline = next(
-        p for p in PIPELINES.values() if any(task.id.kind is kind for task in iter_tasks(p, ScheduleName.CGOPIPE))
+        p for p in PIPELINES.values() if any(task.id.act.name == name for task in iter_tasks(p, ScheduleName.CGOPIPE))
     )
-    handlers = null_handlers(seconds_of, pipeline.lane)
+    handlers = null_handlers(seconds_of)
 
     def fail(task: TaskId) -> int:
         raise OSError(f"injected into {task}")
 
-    handlers[kind] = fail
+    handlers = {act: fail if act.name == name else handler for act, handler in handlers.items()}
     tasks = iter_tasks(replace(pipeline, num_steps=pipeline.num_steps), ScheduleName.CGOPIPE)
     error = within(20, lambda: engine.run(tasks, handlers))
     assert isinstance(error, TaskFailedError)
-    assert error.task.id.kind is kind
+    assert error.task.id.act.name == name
     assert str(error.task.id) in str(error)
     assert f"lane {error.task.lane}" in str(error)
     assert "injected" in str(error)
     row = next(r for r in error.chart.splitlines() if r.strip().startswith(error.task.lane.value))
     assert "!" in row
     # The engine can be used again, so no lane is stuck.
-    again = within(20, lambda: engine.run([Task(TaskId(kind, 0, 0), Lane.GPU)], {kind: lambda _: 0}))
-    assert again.by_kind[kind].count == 1
+    again = within(20, lambda: engine.run([a_task(name)], {act(name): lambda _: 0}))
+    assert again.by_kind[name].count == 1
 
 
 def test_lanes_stop_at_once_after_a_failure(engine):
@@ -121,33 +123,31 @@ def test_lanes_stop_at_once_after_a_failure(engine):
         ran.append(task)
         return 0
 
-    first = TaskId(TaskKind.LOAD_PAGE, 0, 0)
-    others = [Task(TaskId(TaskKind.LOAD_PAGE, i, 0), Lane.GPU, (first,)) for i in range(1, 5000)]
+    first = TaskId(act("LOAD_PAGE"), 0, 0)
+    others = [a_task("LOAD_PAGE", i, 0, lane=Lane.GPU, after=(first,)) for i in range(1, 5000)]
     with pytest.raises(TaskFailedError):
-        engine.run([Task(first, Lane.H2D), *others], {TaskKind.LOAD_PAGE: handle})
+        engine.run([Task(first), *others], {act("LOAD_PAGE"): handle, act("LOAD_PAGE", Lane.GPU): handle})
     assert ran == []
 
 
 def test_error_while_the_graph_is_made_ends_the_run(engine):
     def tasks():
-        yield Task(TaskId(TaskKind.EMBED, 0, 0), Lane.H2D)
+        yield a_task("EMBED", 0, 0, lane=Lane.H2D)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        engine.run(tasks(), {TaskKind.EMBED: lambda _: 0})
+        engine.run(tasks(), {act("EMBED"): lambda _: 0})
 
 
 @pytest.mark.parametrize("delay_s", [0.02, 0.2])
 def test_ctrl_c_ends_the_run(no_collection, delay_s):
-    graph = (
-        Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1))
-    )
+    graph = (a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(LOOKAHEAD * (100 if delay_s > 0.1 else 1)))
     timer = threading.Timer(delay_s, _thread.interrupt_main)
     with Engine(no_setup) as engine:
         timer.start()
         started_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            engine.run(graph, {TaskKind.SAMPLE: lambda _: time.sleep(5e-3) or 0})
+            engine.run(graph, {act("SAMPLE"): lambda _: time.sleep(5e-3) or 0})
         assert time.monotonic() - started_s < 5
     timer.join()
 
@@ -167,28 +167,28 @@ def slow_transfer(waits):
 
 
 def slow_task(waits):
-    return null_handlers(lambda _: DAYS, lambda _: Lane.H2D, waits.sleep)[TaskKind.LOAD_PAGE]
+    return null_handlers(lambda _: DAYS, waits.sleep)[act("LOAD_PAGE")]
 
 
 @pytest.mark.parametrize("slow", [slow_transfer, slow_task])
 def test_ctrl_c_does_not_wait_for_a_transfer_under_way(no_collection, slow):
     waits = Waits()
-    page = Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D)
+    page = a_task("LOAD_PAGE", 0, 0, lane=Lane.H2D)
     # A signal, unlike `_thread.interrupt_main`, also wakes who waits for a lock.
     timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
     with Engine(no_setup, waits=waits) as engine:
         timer.start()
         started_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            engine.run([page], {TaskKind.LOAD_PAGE: slow(waits)})
+            engine.run([page], {act("LOAD_PAGE"): slow(waits)})
         assert time.monotonic() - started_s < 5
-        assert engine.run([page], {TaskKind.LOAD_PAGE: lambda _: 7}).moved_bytes == {Lane.H2D: 7}
+        assert engine.run([page], {act("LOAD_PAGE"): lambda _: 7}).moved_bytes == {Lane.H2D: 7}
     timer.join()
 
 
 def test_a_failure_does_not_wait_for_a_transfer_under_way():
     waits = Waits()
-    tasks = [Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D), Task(TaskId(TaskKind.SAMPLE, 0, 0), Lane.GPU)]
+    tasks = [a_task("LOAD_PAGE", 0, 0, lane=Lane.H2D), a_task("SAMPLE", 0, 0, lane=Lane.GPU)]
 
     def fail(_: TaskId) -> int:
         time.sleep(0.1)
@@ -196,7 +196,7 @@ def test_a_failure_does_not_wait_for_a_transfer_under_way():
 
     def run():
         with Engine(no_setup, waits=waits) as engine:
-            engine.run(tasks, {TaskKind.LOAD_PAGE: slow_transfer(waits), TaskKind.SAMPLE: fail})
+            engine.run(tasks, {act("LOAD_PAGE"): slow_transfer(waits), act("SAMPLE"): fail})
 
     error = within(20, run)
     assert isinstance(error, TaskFailedError)
@@ -211,14 +211,14 @@ def test_long_graph_is_never_held(engine):
         for step in range(5000):
             made += 1
             most = max(most, made - ended)
-            yield Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU)
+            yield a_task("SAMPLE", 0, 0, step, lane=Lane.GPU)
 
     def handle(_: TaskId) -> int:
         nonlocal ended
         ended += 1
         return 0
 
-    engine.run(tasks(), {TaskKind.SAMPLE: handle})
+    engine.run(tasks(), {act("SAMPLE"): handle})
     assert ended == 5000
     assert most <= LOOKAHEAD + 2
 
@@ -231,25 +231,25 @@ def test_finished_ends_a_run_early(engine):
         count += 1
         return 0
 
-    tasks = (Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(10**6))
-    engine.run(tasks, {TaskKind.SAMPLE: handle}, finished=lambda: count >= 100)
+    tasks = (a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(10**6))
+    engine.run(tasks, {act("SAMPLE"): handle}, finished=lambda: count >= 100)
     assert 100 <= count <= 100 + LOOKAHEAD
 
 
 def test_only_the_first_steps_are_kept_but_all_are_counted(engine):
-    tasks = [Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(10)]
-    result = engine.run(tasks, {TaskKind.SAMPLE: lambda _: 3}, kept_steps=4)
+    tasks = [a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(10)]
+    result = engine.run(tasks, {act("SAMPLE"): lambda _: 3}, kept_steps=4)
     assert [span.id.step for span in result.spans] == [0, 1, 2, 3]
     assert result.spans_left_out == 6
-    assert result.by_kind[TaskKind.SAMPLE].num_bytes == 30
+    assert result.by_kind["SAMPLE"].num_bytes == 30
 
 
 def test_steps_take_the_whole_time_and_bytes_are_counted_by_lane(engine):
     pipeline = replace(CPU_DECODE, num_steps=4)
-    handlers = null_handlers(seconds_of, pipeline.lane)
-    moved = {TaskKind.LOAD_PAGE: 100, TaskKind.OFFLOAD_QKV: 7}
+    handlers = null_handlers(seconds_of)
+    moved = {act("LOAD_PAGE"): 100, act("OFFLOAD_QKV"): 7}
     counted = {
-        kind: (lambda task, handler=handler: handler(task) or moved.get(task.kind, 0))
+        kind: (lambda task, handler=handler: handler(task) or moved.get(task.act, 0))
         for kind, handler in handlers.items()
     }
     result = engine.run(iter_tasks(pipeline, ScheduleName.CGOPIPE), counted)
@@ -257,7 +257,7 @@ def test_steps_take_the_whole_time_and_bytes_are_counted_by_lane(engine):
     assert min(result.step_s) > 0
     assert result.start_s + sum(result.step_s) <= result.end_s
     assert sum(result.step_s) == pytest.approx(result.seconds, rel=0.05)
-    loads, offloads = (result.by_kind[kind].count for kind in moved)
+    loads, offloads = (result.by_kind[act.name].count for act in moved)
     assert result.moved_bytes == {Lane.H2D: 100 * loads, Lane.D2H: 7 * offloads}
 
 

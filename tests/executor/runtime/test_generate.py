@@ -10,11 +10,13 @@ from executor.engine import TaskFailedError
 from executor.families import family_for
 from executor.handlers import DecodeHandlers, PrefillHandlers
 from executor.model import reference
+from hrm.acts import NAMES
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
 from hrm.schedules import decode_pipeline
-from hrm.tasks import TaskId, TaskKind
+from hrm.tasks import TaskId
+from tests.contracts.tasks import act
 from tests.executor.runtime.support import (
     CPU,
     GPU,
@@ -121,34 +123,32 @@ def test_no_weight_slot_is_overwritten_while_it_is_read(folder, arch, choices, s
     loads, reads = {}, {}
     for span in result.decode.spans:
         index = pipeline.load_index(span.id.step, span.id.layer)
-        if span.id.kind is TaskKind.LOAD_PAGE:
+        if span.id.act.name == "LOAD_PAGE":
             loads.setdefault(index, []).append(span)
-        elif span.id.kind in {TaskKind.PRE_ATTENTION, TaskKind.POST_ATTENTION}:
+        elif span.id.act in {act("PRE_ATTENTION"), act("POST_ATTENTION")}:
             reads.setdefault(index, []).append(span)
     assert loads.keys() == reads.keys()
     for index, spans in loads.items():
         before = reads[index - WEIGHT_SLOTS] if index >= WEIGHT_SLOTS else []
         first_s = min(span.start_s for span in spans)
         assert all(reader.end_s <= first_s for reader in before)
-        posts = [s for s in reads[index] if s.id.kind is TaskKind.POST_ATTENTION]
+        posts = [s for s in reads[index] if s.id.act.name == "POST_ATTENTION"]
         assert max(span.end_s for span in spans) <= min(span.start_s for span in posts)
 
 
-@pytest.mark.parametrize("kind", TaskKind)
-def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, kind, monkeypatch):
-    on_gpu = kind is TaskKind.LOAD_KV
+@pytest.mark.parametrize("name", NAMES)
+def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, name, monkeypatch):
+    on_gpu = name == "LOAD_KV"
     policy = make_policy(arch.spec.num_layers, **(GPU_POLICY if on_gpu else CPU_POLICY))
 
     def broken(make):
         def made(*arguments, **keywords):
             handlers = make(*arguments, **keywords)
-            if kind in handlers:
 
-                def fail(task: TaskId) -> int:
-                    raise RuntimeError(f"injected into {task}")
+            def fail(task: TaskId) -> int:
+                raise RuntimeError(f"injected into {task}")
 
-                handlers[kind] = fail
-            return handlers
+            return {act: fail if act.name == name else handler for act, handler in handlers.items()}
 
         return made
 
@@ -158,7 +158,7 @@ def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, kind, monkeypat
         (batch,) = Batcher(iter(requests(PROMPTS, max_tokens=4)), policy)
         with pytest.raises(TaskFailedError, match="injected") as failure:
             made.generate(batch)
-    assert failure.value.task.id.kind is kind
+    assert failure.value.task.id.act.name == name
     assert "!" in failure.value.chart
 
 
@@ -184,7 +184,7 @@ def test_trace_is_bounded_and_totals_are_not(folder, arch):
     kept = len(result.prefill.spans) + len(result.decode.spans)
     assert 0 < kept <= 600
     assert result.decode.spans_left_out > 0
-    samples = result.decode.by_kind[TaskKind.SAMPLE]
+    samples = result.decode.by_kind["SAMPLE"]
     assert samples.count == 9 * policy.num_micro_batches
 
 

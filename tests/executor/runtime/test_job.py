@@ -17,8 +17,9 @@ from executor.job import JobOptions, JobProgress, run_job
 from executor.job.identity import JOB_JSON
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
 from hrm.policy_file import load_policy_file, save_policy_file
-from hrm.tasks import Phase, TaskKind
+from hrm.tasks import Phase
 from hrm.trace import read_chrome_trace
+from tests.contracts.tasks import act
 from tests.executor.runtime.jobs import PROFILE, PROMPTS, exit_code, line, refused, tokens_of
 from tests.executor.runtime.support import GPU, make_policy
 from tests.executor.tiny_models import transformers_greedy
@@ -57,9 +58,9 @@ def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
     for phase in Phase:
         kinds = content["phases"][phase.value]["kinds"]
         measured = trace.of_phase(phase).seconds_by_kind()
-        assert {kind.name for kind in measured} == kinds.keys()
+        assert set(measured) == kinds.keys()
         for kind, seconds in measured.items():
-            assert kinds[kind.name]["seconds"] == pytest.approx(seconds, rel=1e-3, abs=1e-4)
+            assert kinds[kind]["seconds"] == pytest.approx(seconds, rel=1e-3, abs=1e-4)
         assert content["phases"][phase.value]["lanes"]["H2D"]["busy_share"] <= 1
 
 
@@ -249,7 +250,7 @@ def broken_after(steps: int, error: type[BaseException], monkeypatch) -> None:
             def fail(task) -> int:
                 raise error(f"injected into {task}")
 
-            handlers[TaskKind.ATTENTION] = fail
+            handlers[act("ATTENTION")] = fail
         return handlers
 
     monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
@@ -283,13 +284,13 @@ def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatc
         handlers = make(*arguments, **keywords)
         batches.append(1)
         if len(batches) == 2:
-            embed = handlers[TaskKind.EMBED]
+            embed = handlers[act("EMBED")]
 
             def interrupt(task) -> int:
                 _thread.interrupt_main()
                 return embed(task)
 
-            handlers[TaskKind.EMBED] = interrupt
+            handlers[act("EMBED")] = interrupt
         return handlers
 
     monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))

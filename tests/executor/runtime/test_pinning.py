@@ -12,6 +12,7 @@ from executor.errors import RunError
 from executor.generate import Planned
 from executor.handlers import HostArenas
 from executor.job import machine as job_machine
+from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.memory import MemoryPlan, plan_memory, purposes
@@ -203,7 +204,7 @@ def test_run_reports_what_was_run(folder, policy_file, short, tmp_path, capsys):
     assert run.predicted["tokens_per_s"] == predicted.tokens_per_s
     prediction = predict_run(record)
     for (phase, kind), seconds in prediction.kind_s.items():
-        assert (seconds > 0) == (kind.name in content["phases"][phase.value]["kinds"]), kind
+        assert (seconds > 0) == (kind in content["phases"][phase.value]["kinds"]), kind
 
 
 def test_bench_predicts_what_it_runs_and_says_so_once(folder, policy_file, short):
@@ -232,6 +233,15 @@ def test_without_room_for_the_ring_or_figures_of_it_there_is_no_staging(policy_f
     assert job_machine.prepare(options, tight, policy).staged is None
     unknown = replace(policy_file.profile, links=policy_file.profile.links[:2])
     assert job_machine.prepare(options, replace(policy_file, profile=unknown), policy).staged is None
+
+
+@pytest.mark.parametrize("name", ["weight_format", "kv_format"])
+def test_what_has_formats_of_its_own_is_planned_and_not_run(policy_file, name):
+    policy = replace(policy_file.policy, **{name: "float16"})
+    dtype = policy.dtype
+    refusal = f"policy: {name} is 'float16': must be the dtype .* {dtype}; .* hrm search --dtype {dtype}"
+    with pytest.raises(PolicyError, match=refusal):
+        job_machine.prepare(job_machine.AcceleratorOptions(), policy_file, policy)
 
 
 def test_pageable_caches_cross_the_pageable_link_if_that_was_measured():

@@ -21,7 +21,8 @@ from executor.job.machine import AcceleratorOptions
 from executor.job.progress import Forecast, PhaseProgress
 from executor.job.survey import Lengths
 from executor.sampling import SamplingParams
-from hrm.tasks import Lane, Phase, Task, TaskId, TaskKind
+from hrm.tasks import Lane, Phase, TaskId
+from tests.contracts.tasks import a_task, act
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.jobs import PROMPTS, line, write_lines
 from tests.executor.runtime.support import architecture, make_policy
@@ -168,7 +169,7 @@ def watch(monkeypatch, look) -> None:
 
             return handle
 
-        kinds = (TaskKind.PREFILL_LAYER, TaskKind.SAMPLE)
+        kinds = (act("PREFILL_LAYER"), act("SAMPLE"))
         wrapped = {k: looking(h) if k in kinds else h for k, h in handlers.items()}
         return run(self, tasks, wrapped, **options)
 
@@ -189,9 +190,9 @@ def test_task_under_way_counts_as_busy(on_device):
         device.queue(wait)
         return 0
 
-    task = Task(TaskId(TaskKind.LOAD_PAGE, 0, 0), Lane.H2D)
+    task = a_task("LOAD_PAGE", 0, 0, lane=Lane.H2D)
     with Engine(lambda _: None, streams) as engine:
-        runner = threading.Thread(target=lambda: engine.run([task], {TaskKind.LOAD_PAGE: handle}))
+        runner = threading.Thread(target=lambda: engine.run([task], {act("LOAD_PAGE"): handle}))
         runner.start()
         assert begun.wait(30)
         before_s = engine.busy_now_s[Lane.H2D]
@@ -204,6 +205,6 @@ def test_task_under_way_counts_as_busy(on_device):
         whole_s = engine.busy_now_s[Lane.H2D]
         assert whole_s == pytest.approx(engine.result().busy_s[Lane.H2D])
         assert whole_s > 0.02
-        engine.run([task], {TaskKind.LOAD_PAGE: lambda _: 0})
+        engine.run([task], {act("LOAD_PAGE"): lambda _: 0})
         assert engine.busy_now_s[Lane.H2D] >= whole_s  # another phase counts on
     device.close()

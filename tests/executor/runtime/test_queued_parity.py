@@ -148,7 +148,7 @@ def test_with_grouped_gemms_only_choosing_tokens_waits(folder, device, name):
     """They take bfloat16 alone, in which single tokens may differ; that they are right is shown in
     test_gpu."""
     policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name])
-    low = replace(policy, dtype="bfloat16")
+    low = replace(policy, dtype="bfloat16", weight_format="", kv_format="")
     ours = late_tokens(folder, low, device, "fast", max_tokens=1)
     assert places_of_waits() <= ALLOWED
     with generator(folder, low) as made:

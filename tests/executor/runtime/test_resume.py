@@ -16,7 +16,7 @@ from executor.handlers import DecodeHandlers
 from executor.job.identity import JOB_JSON
 from executor.job.outputs import OUTPUTS
 from hrm.policy_file import load_policy_file, save_policy_file
-from hrm.tasks import TaskKind
+from tests.contracts.tasks import act
 from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refused
 from tests.executor.tiny_models import save_tiny
 
@@ -122,7 +122,7 @@ def other_end_of_text(folder, tmp_path, policy_path):
 def other_dtype(folder, tmp_path, policy_path):
     del folder, tmp_path
     content = load_policy_file(policy_path)
-    policy = replace(content.policy, dtype="bfloat16")
+    policy = replace(content.policy, dtype="bfloat16", weight_format="", kv_format="")
     save_policy_file(policy_path, replace(content, policy=policy))
     return []
 
@@ -253,11 +253,11 @@ def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
 
     def made(*arguments, **keywords):
         handlers = make(*arguments, **keywords)
-        sample = handlers[TaskKind.SAMPLE]
+        sample = handlers[act("SAMPLE")]
 
         def watched(task) -> int:
             moved = sample(task)
-            if task.micro_batch == 1 and task.step not in seen:
+            if task.index == 1 and task.step not in seen:
                 ended = sum(item["body"]["max_tokens"] <= task.step + 2 for item in lines)
                 deadline_s = time.monotonic() + 30
                 while len(outputs(tmp_path / "run")) < ended and time.monotonic() < deadline_s:
@@ -265,7 +265,7 @@ def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
                 seen[task.step] = len(outputs(tmp_path / "run"))
             return moved
 
-        return {**handlers, TaskKind.SAMPLE: watched}
+        return {**handlers, act("SAMPLE"): watched}
 
     monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
     lines = [line(f"r{i}", PROMPTS[i], max_tokens=2 + i, ignore_eos=True) for i in range(4)]

@@ -9,7 +9,8 @@ from executor.engine import LOOKAHEAD, SYNCHRONISE, Engine, TaskFailedError
 from executor.lanes import QUEUED_TASKS
 from hrm.policy import ScheduleName
 from hrm.schedules import iter_tasks
-from hrm.tasks import Lane, Task, TaskId, TaskKind
+from hrm.tasks import Lane, Task, TaskId
+from tests.contracts.tasks import EVERY_ACT, a_task, act
 from tests.executor.runtime.fake_device import DeviceError, FakeDevice
 from tests.executor.runtime.test_engine import CPU_DECODE, GPU_DECODE, PREFILL, no_setup
 
@@ -42,7 +43,7 @@ def queueing(device, work):
         device.queue(lambda: work(task))
         return 1
 
-    return dict.fromkeys(TaskKind, handle)
+    return dict.fromkeys((*EVERY_ACT, act("SAMPLE", Lane.CPU)), handle)
 
 
 @pytest.mark.parametrize("schedule", ScheduleName)
@@ -58,7 +59,7 @@ def test_every_edge_is_kept_on_the_device(engine, device, pipeline, schedule):
         time.sleep(1e-4)
         done.add(task)
 
-    result = engine.run(tasks, queueing(device, work), phase=pipeline.phase)
+    result = engine.run(tasks, queueing(device, work))
     assert early == []
     assert done == after.keys(), "nothing is at work any more when a run returns"
     spans = {span.id: span for span in result.spans}
@@ -72,8 +73,9 @@ def test_every_edge_is_kept_on_the_device(engine, device, pipeline, schedule):
 
 
 def test_waits_are_those_of_the_edges_between_streams(engine, device):
-    a, b, c, d = (TaskId(TaskKind.LOAD_PAGE, i, 0) for i in range(4))
-    tasks = [Task(a, Lane.H2D), Task(b, Lane.H2D, (a,)), Task(c, Lane.GPU, (a, b)), Task(d, Lane.D2H)]
+    names = ("LOAD_PAGE", "LOAD_PAGE", "PRE_ATTENTION", "OFFLOAD_QKV")
+    a, b, c, d = (TaskId(act(name), i, 0) for i, name in enumerate(names))
+    tasks = [Task(a), Task(b, (a,)), Task(c, (a, b)), Task(d)]
     engine.run(tasks, queueing(device, lambda _: None))
     gpu, h2d, d2h = device.streams
     assert len(gpu.waited) == 2
@@ -91,8 +93,8 @@ def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
         device.queue(lambda: gate.wait(30) and None)
         return 0
 
-    tasks = [Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.GPU) for step in range(100)]
-    runner = threading.Thread(target=lambda: engine.run(tasks, {TaskKind.SAMPLE: handle}), daemon=True)
+    tasks = [a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(100)]
+    runner = threading.Thread(target=lambda: engine.run(tasks, {act("SAMPLE"): handle}), daemon=True)
     runner.start()
     time.sleep(0.2)
     before = queued
@@ -105,7 +107,7 @@ def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
 def test_an_edge_to_a_task_long_past_is_kept(engine, device):
     """The engine forgets what is done: on a device that is not what was queued."""
     gate, order = threading.Event(), []
-    first, last = TaskId(TaskKind.LOAD_PAGE, 0, 0), TaskId(TaskKind.PRE_ATTENTION, 0, 0)
+    first, last = TaskId(act("LOAD_PAGE"), 0, 0), TaskId(act("PRE_ATTENTION"), 0, 0)
 
     def work(task: TaskId) -> None:
         if task == first:
@@ -113,10 +115,10 @@ def test_an_edge_to_a_task_long_past_is_kept(engine, device):
         order.append(task)
 
     def tasks():
-        yield Task(first, Lane.H2D)
+        yield Task(first)
         for step in range(LOOKAHEAD + 50):
-            yield Task(TaskId(TaskKind.SAMPLE, 0, 0, step), Lane.CPU)
-        yield Task(last, Lane.GPU, (first,))
+            yield a_task("SAMPLE", 0, 0, step, lane=Lane.CPU)
+        yield Task(last, (first,))
 
     timer = threading.Timer(0.3, gate.set)
     timer.start()
@@ -132,11 +134,11 @@ def failing(task: TaskId, at: TaskId) -> None:
 
 @pytest.mark.parametrize("lane", [Lane.GPU, Lane.CPU])
 def test_late_error_names_the_first_task_that_may_have_failed(engine, device, lane):
-    bad = TaskId(TaskKind.POST_ATTENTION, 3, 0)
-    ids = [TaskId(TaskKind.POST_ATTENTION, layer, 0) for layer in range(40)]
-    tasks = [Task(one, Lane.GPU) for one in ids]
+    bad = TaskId(act("POST_ATTENTION"), 3, 0)
+    ids = [TaskId(act("POST_ATTENTION"), layer, 0) for layer in range(40)]
+    tasks = [Task(one) for one in ids]
     if lane is Lane.CPU:  # the host is the one to find out
-        tasks.insert(4, Task(TaskId(TaskKind.ATTENTION, 0, 0), Lane.CPU, (bad,)))
+        tasks.insert(4, a_task("ATTENTION", 0, 0, lane=Lane.CPU, after=(bad,)))
     with pytest.raises(TaskFailedError, match="device error") as failed:
         engine.run(tasks, queueing(device, lambda task: failing(task, bad)))
     assert failed.value.task.id.layer <= 3
@@ -149,8 +151,8 @@ def test_late_error_names_the_first_task_that_may_have_failed(engine, device, la
 
 def test_synchronising_names_it_exactly(device, monkeypatch):
     monkeypatch.setenv(SYNCHRONISE, "1")
-    bad = TaskId(TaskKind.POST_ATTENTION, 3, 0)
-    tasks = [Task(TaskId(TaskKind.POST_ATTENTION, layer, 0), Lane.GPU) for layer in range(40)]
+    bad = TaskId(act("POST_ATTENTION"), 3, 0)
+    tasks = [a_task("POST_ATTENTION", layer, 0, lane=Lane.GPU) for layer in range(40)]
     streams = {lane: device.stream() for lane in DEVICE_LANES}
     with Engine(no_setup, streams, is_of_device) as engine, pytest.raises(TaskFailedError) as failed:
         engine.run(tasks, queueing(device, lambda task: failing(task, bad)))
@@ -165,16 +167,16 @@ def test_an_error_of_the_host_is_of_its_own_task(engine, device):
         device.queue(lambda: time.sleep(1e-3))
         return 0
 
-    tasks = [Task(TaskId(TaskKind.PRE_ATTENTION, layer, 0), Lane.GPU) for layer in range(9)]
+    tasks = [a_task("PRE_ATTENTION", layer, 0, lane=Lane.GPU) for layer in range(9)]
     with pytest.raises(TaskFailedError, match="a shape") as failed:
-        engine.run(tasks, {TaskKind.PRE_ATTENTION: fail})
+        engine.run(tasks, {act("PRE_ATTENTION"): fail})
     assert failed.value.task.id.layer == 5
     again = engine.run(tasks, queueing(device, lambda _: None))
-    assert again.by_kind[TaskKind.PRE_ATTENTION].count == 9
+    assert again.by_kind["PRE_ATTENTION"].count == 9
 
 
 def test_times_are_the_devices(engine, device):
-    tasks = [Task(TaskId(TaskKind.PRE_ATTENTION, layer, 0), Lane.GPU) for layer in range(20)]
+    tasks = [a_task("PRE_ATTENTION", layer, 0, lane=Lane.GPU) for layer in range(20)]
     started_s = time.perf_counter()
     result = engine.run(tasks, queueing(device, lambda _: time.sleep(3e-3)))
     taken_s = time.perf_counter() - started_s

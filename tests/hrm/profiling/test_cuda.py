@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from hrm.catalog import list_files
 from hrm.contract.cublas import WORKSPACES, cap_workspaces
 from hrm.errors import ProfileError
-from hrm.hardware import HardwareProfile, Source
+from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
-from hrm.profiling import profile_machine
+from hrm.profiling import ProfileOptions, profile_machine
 from hrm.profiling.gemm import gemm_rate
 from hrm.profiling.gpu import CudaGpu, together
 from hrm.profiling.gpu_link import gpu_transfer, peer_transfer
@@ -29,14 +29,14 @@ from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevic
 from tests.hrm.profiling.fakes import TINY, Clock, FakeGpu, figures_of, small_sizes
 
 
-def measure(gpus, *, patch, dtypes=("float32",), **changes) -> HardwareProfile:
+def measure(gpus, *, patch, dtypes=("float32",), progress=None, **changes) -> HardwareProfile:
     """A profile with these GPUs in the place of CUDA's."""
     machine = "hrm.profiling.machine"
     indices = tuple(range(len(gpus)))
     patch.setattr(f"{machine}._resolve", lambda _: ("cuda", indices))
     patch.setattr(f"{machine}._gpus", lambda _: list(gpus))
     options = {"quick": True, "model": TINY, "dtypes": dtypes, "budget_s": 0.5}
-    return profile_machine("cuda:all", **(options | changes))
+    return profile_machine(ProfileOptions("cuda:all", **(options | changes)), progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -154,23 +154,6 @@ def test_one_gpu_tells_who_else_uses_it(one):
     warnings = one.environment["warnings"]
     assert "the card was busy 37% of the time" in warnings
     assert "gpu0: others use the card: 1 process" in warnings
-
-
-def test_contention_is_of_attention_staging_and_links(one):
-    found = {(entry.work, entry.beside) for entry in one.contention}
-    assert found == {
-        ("attention", ("staging",)),
-        ("staging", ("attention",)),
-        ("attention", ("h2d",)),
-        ("h2d", ("attention",)),
-        ("staging", ("h2d",)),
-        ("h2d", ("staging",)),
-        ("attention", ("staging", "h2d")),
-        ("staging", ("attention", "h2d")),
-        ("h2d", ("attention", "staging")),
-        ("h2d", ("d2h",)),
-        ("d2h", ("h2d",)),
-    }
 
 
 def test_its_rates_were_measured(one):
@@ -298,10 +281,16 @@ def test_it_goes_on_after_an_interruption(tmp_path):
             def interrupt(*_args, **_kwargs):
                 raise KeyboardInterrupt
 
-            stop.setattr("hrm.profiling.contention.measure_contention", interrupt)
-            with pytest.raises(Exception, match="not measured: contention"):
+            stop.setattr("hrm.profiling.contention.bytes_together", interrupt)
+            with pytest.raises(Exception, match="not measured: host memory, all at once"):
                 measure([FakeGpu(0), FakeGpu(1)], patch=patch, partial=path)
-        ran = []
+        ran, at_once = [], []
+
+        def bytes_together(workers, *, budget_s):
+            at_once.append(list(workers))
+            return Figure(value=1e15, source=Source.MEASURED)
+
+        patch.setattr("hrm.profiling.contention.bytes_together", bytes_together)
         profile = measure(
             [FakeGpu(0), FakeGpu(1)],
             patch=patch,
@@ -309,10 +298,12 @@ def test_it_goes_on_after_an_interruption(tmp_path):
             resume=True,
             progress=lambda _done, _total, text: ran.append(text),
         )
-    assert ran[0] == "contention (1 of 3)"
-    assert ran[-2:] == ["contention (3 of 3)", "done"]
+    assert ran[0] == "host memory, all at once (1 of 3)"
+    assert ran[-2:] == ["host memory, all at once (3 of 3)", "done"]
     assert not any("(1 of 3)" in text or text == "gpu under load" for text in ran[1:])
-    assert profile.contention
+    assert at_once == [["attention", "staging", "h2d"]] * 3
+    assert profile.host.shared_bytes_per_s is not None
+    assert profile.host.shared_bytes_per_s.at() == 1e15
     assert profile.environment["resumed"].startswith("23 of 68 measurements are of ")
 
 

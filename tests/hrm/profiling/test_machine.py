@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from hrm.contract.host_kernels import HostKernels
+from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.errors import ProfileError
 from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
 from hrm.model_spec import BUILT_IN_MODELS
-from hrm.profiling import ProfilingInterrupted, profile_machine
+from hrm.profiling import ProfileOptions, ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
 from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
-from hrm.profiling.machine.emulated import EMULATED_LATENCY_S
 from hrm.profiling.machine.host import attention_worker, staging_worker
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
@@ -40,16 +40,18 @@ def told() -> list[tuple[float, float, str]]:
 def emulated(told, tmp_path_factory) -> HardwareProfile:
     with small_sizes():
         return profile_machine(
-            "emulated",
-            gpu_memory_bytes=4 * MIB,
-            link_bandwidth_bytes_per_s=1e9,
-            quick=True,
-            model=TINY,
-            dtypes=("bfloat16", "float32"),
-            disk=tmp_path_factory.mktemp("disk"),
+            ProfileOptions(
+                "emulated",
+                gpu_memory_bytes=4 * MIB,
+                link_bandwidth_bytes_per_s=1e9,
+                quick=True,
+                model=TINY,
+                dtypes=("bfloat16", "float32"),
+                disk=tmp_path_factory.mktemp("disk"),
+                command="hrm profile",
+                budget_s=2.0,
+            ),
             progress=lambda done, total, text: told.append((done, total, text)),
-            command="hrm profile",
-            budget_s=2.0,
         )
 
 
@@ -107,14 +109,7 @@ def test_its_figures_make_sense(emulated):
         assert "shapes of tiny" in gemm.planned.note
 
 
-def test_its_lanes_contend(emulated):
-    lanes = {"attention", "staging", "h2d", "gemm"}
-    kept = {(entry.work, entry.beside) for entry in emulated.contention}
-    alone = {(a, (b,)) for a in lanes for b in lanes if a != b}
-    assert alone <= kept
-    assert {("h2d", ("d2h",)), ("d2h", ("h2d",))} <= kept
-    beside_all = {entry.work: set(entry.beside) for entry in emulated.contention if len(entry.beside) > 1}
-    assert beside_all == {lane: lanes - {lane} for lane in lanes}
+def test_all_its_lanes_at_once_get_more_than_can_be_read_or_are_no_roof(emulated):
     shared = emulated.host.shared_bytes_per_s
     assert shared is None or shared.at() >= emulated.host.read_bytes_per_s.at()
 
@@ -135,13 +130,15 @@ def test_progress_runs_to_the_end(emulated, told):
 def test_slow_links_are_swept_over_small_transfers():
     """At 1 MB/s a transfer of the arena would take seconds, and samples of it minutes."""
     profile = profile_machine(
-        "emulated",
-        gpu_memory_bytes=64 * MIB,
-        link_bandwidth_bytes_per_s=1e6,
-        quick=True,
-        model=TINY,
-        dtypes=("float32",),
-        budget_s=0.5,
+        ProfileOptions(
+            "emulated",
+            gpu_memory_bytes=64 * MIB,
+            link_bandwidth_bytes_per_s=1e6,
+            quick=True,
+            model=TINY,
+            dtypes=("float32",),
+            budget_s=0.5,
+        )
     )
     assert profile.h2d.bandwidth_bytes_per_s.at() <= 1e6
     assert "4.10 kB to 32.8 kB" in profile.h2d.bandwidth_bytes_per_s.planned.note
@@ -150,19 +147,19 @@ def test_slow_links_are_swept_over_small_transfers():
 
 def test_cpu_profile_has_one_level():
     before = torch.get_num_threads()
-    profile = profile_machine("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.5)
+    profile = profile_machine(ProfileOptions("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.5))
     assert torch.get_num_threads() == before
     assert profile.accelerator == "cpu"
     assert not profile.has_accelerator
     assert profile.top.name == "cpu"
     assert profile.top.caches
-    assert profile.links == profile.contention == ()
+    assert profile.links == ()
     assert profile.disk is None
 
 
 def test_threads_are_no_more_than_torch_was_told(monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    profile = profile_machine("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1)
+    profile = profile_machine(ProfileOptions("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1))
     assert profile.top.processor.cores == 1
     assert profile.environment["threads"].startswith("1 of torch's")
 
@@ -170,12 +167,14 @@ def test_threads_are_no_more_than_torch_was_told(monkeypatch):
 def test_nodes_are_compared_where_there_are_several(monkeypatch):
     cpus = host_facts().threads
     monkeypatch.setattr("hrm.profiling.topology.numa_nodes", lambda _: {0: frozenset(range(cpus)), 1: frozenset([0])})
-    profile = profile_machine("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1)
+    profile = profile_machine(ProfileOptions("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1))
     assert "cores of node 1 read that of node 0 at" in profile.environment["numa"]
 
 
 def test_a_disk_that_cannot_be_measured_is_named_and_the_rest_is_kept(tmp_path):
-    profile = profile_machine("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1, disk=tmp_path / "none")
+    profile = profile_machine(
+        ProfileOptions("cpu", quick=True, model=TINY, dtypes=("float32",), budget_s=0.1, disk=tmp_path / "none")
+    )
     assert profile.disk is None
     assert profile.environment["disk"].startswith("not measured: ")
     assert "No such file" in profile.environment["disk"]
@@ -198,10 +197,7 @@ def measure(partial, *, resume=False, stop=None, dtypes=("float32", "bfloat16"),
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrm.profiling.gemm.gemm_rate", gemm)
         profile = profile_machine(
-            "cpu",
-            **(options | changes),
-            partial=partial,
-            resume=resume,
+            ProfileOptions("cpu", **(options | changes), partial=partial, resume=resume),
             progress=lambda _done, _total, text: ran.append(text),
         )
     return profile, ran
@@ -248,7 +244,7 @@ def test_other_options_do_not_go_on(tmp_path, changes, message):
 def test_a_mistake_in_the_options_leaves_no_file(tmp_path):
     partial = tmp_path / "partial"
     with pytest.raises(ProfileError):
-        profile_machine("emulated", gpu_memory_bytes=2**60, partial=partial)
+        profile_machine(ProfileOptions("emulated", gpu_memory_bytes=2**60, partial=partial))
     assert not partial.exists()
 
 
@@ -269,7 +265,7 @@ def test_a_mistake_in_the_options_leaves_no_file(tmp_path):
 )
 def test_bad_requests(arguments, message):
     with pytest.raises(ProfileError, match=message):
-        profile_machine(**arguments)
+        profile_machine(ProfileOptions(**arguments))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+"""The kinds of task that there are, one file for each phase and one for the pages of weights of both.
+
+An act is added as a value of `Act` in the tuple of its phase, and issued by an order of `hrm.schedules`. What it waits
+for, which lane it is busy in, and what that adds to the closed form and to the simulation follow from it.
+"""
+
+from typing import Final
+
+from hrm.acts import decode, prefill
+from hrm.acts.load import Counts, Load
+from hrm.tasks import Act, Lane, Phase
+
+__all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "decode", "prefill"]
+
+ACTS: Final = {Phase.PREFILL: prefill.ALL, Phase.DECODE: decode.ALL}
+# What each kind of task is called in files and legends: acts that differ by phase or lane only share one letter.
+NAMES: Final = {act.name: act.letter for act in (*decode.ALL, *prefill.ALL)}
+
+
+def act_named(phase: Phase, name: str, lane: Lane) -> Act:
+    """The act that files call so; attention goes by one name in either lane. KeyError if there is none."""
+    for act in ACTS[phase]:
+        if act.name == name and act.lane is lane:
+            return act
+    raise KeyError(name)

@@ -1,0 +1,283 @@
+"""The acts of decode: one new token for every request of a batch that goes on."""
+
+from typing import TYPE_CHECKING, Final
+
+from hrm import operators
+from hrm.acts.load import Counts, Load
+from hrm.acts.pages import page_acts, pages_up_to
+from hrm.contract.rings import BUFFERS
+from hrm.numeric import Number
+from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
+
+if TYPE_CHECKING:
+    from hrm.schedules.pipeline import Pipeline
+
+KV_BUFFERS: Final = Buffer("KV buffers", Device.GPU, BUFFERS)
+HOST_KV: Final = Buffer("KV cache on the host", Device.CPU, grows=True)
+TOKEN: Final = Buffer("last tokens", Device.CPU)
+# Each of the rest has a place for every micro-batch.
+HIDDEN: Final = Buffer("hidden states", Device.GPU)
+QKV: Final = Buffer("queries, keys and values", Device.GPU)
+HOST_QKV: Final = Buffer("queries, keys and values on the host", Device.CPU)
+OUTPUT: Final = Buffer("attention output", Device.GPU)
+HOST_OUTPUT: Final = Buffer("attention output on the host", Device.CPU)
+ROUTED: Final = Buffer("routed tokens", Device.GPU)
+HOST_ROUTED: Final = Buffer("routed tokens on the host", Device.CPU)
+EXPERT_OUTPUT: Final = Buffer("experts' output", Device.GPU)
+HOST_EXPERT_OUTPUT: Final = Buffer("experts' output on the host", Device.CPU)
+
+
+def _at(p: "Pipeline", x: TaskId) -> int:
+    """The version of what is made anew in every layer of every step."""
+    return x.step * p.num_layers + x.layer
+
+
+def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0) -> Part:
+    """Hidden states before a layer, or after it."""
+    return (HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + after, 0)
+
+
+def _kv_buffer(p: "Pipeline", x: TaskId) -> Part:
+    load = p.kv_load_index(x.step, x.layer, x.index)
+    return (KV_BUFFERS, load % BUFFERS, load, 0)
+
+
+def _handed_on(source: Buffer, target: Buffer, p: "Pipeline", x: TaskId) -> Touch:
+    at = x.step * p.num_layers + x.layer
+    return (((source, x.index, at, 0),), ((target, x.index, at, 0),))
+
+
+def _pre_attention(p: "Pipeline", x: TaskId) -> Touch:
+    reads = (_hidden(p, x), *pages_up_to(p, x, p.dense_pages))
+    if x.layer > 0 and p.cpu_experts[x.layer - 1]:
+        reads = (*reads, (EXPERT_OUTPUT, x.index, _at(p, x) - 1, 0))
+    return (reads, ((QKV, x.index, _at(p, x), 0),))
+
+
+def _attention_on_gpu(p: "Pipeline", x: TaskId) -> Touch:
+    read = (QKV, x.index, _at(p, x), 0)
+    reads = (read, _kv_buffer(p, x)) if p.streams_kv(x.index) else (read,)
+    return (reads, ((OUTPUT, x.index, _at(p, x), 0),))
+
+
+def _post_attention(p: "Pipeline", x: TaskId) -> Touch:
+    reads = ((OUTPUT, x.index, _at(p, x), 0), _hidden(p, x), *pages_up_to(p, x, p.num_pages))
+    writes = (_hidden(p, x, after=1),)
+    if p.cpu_experts[x.layer]:
+        writes = (*writes, (ROUTED, x.index, _at(p, x), 0))
+    return (reads, writes)
+
+
+def _sample(p: "Pipeline", x: TaskId) -> Touch:
+    reads = (_hidden(p, x, after=1),)
+    if p.cpu_experts[x.layer]:
+        reads = (*reads, (EXPERT_OUTPUT, x.index, _at(p, x), 0))
+    return (reads, ((TOKEN, x.index, x.step + 1, 0),))
+
+
+def _each(c: Counts) -> Number:
+    return c.pieces
+
+
+def _in_each_layer(c: Counts) -> Number:
+    return c.layers * c.pieces
+
+
+def _if_attended_on_cpu(c: Counts) -> Number:
+    return c.layers * c.pieces * c.cpu_attention
+
+
+def _if_streamed(c: Counts) -> Number:
+    return c.layers * c.pieces * c.streams_kv
+
+
+def _if_experts_on_cpu(c: Counts) -> Number:
+    return c.layers * c.pieces * c.cpu_experts
+
+
+def _hidden_bytes(x: Load) -> Number:
+    return operators.hidden_bytes(x.spec, x.formats, x.tokens)
+
+
+def _cache_bytes(x: Load) -> Number:
+    return operators.kv_bytes(x.spec, x.formats, x.tokens * x.spec.context_in(x.kind, x.context))
+
+
+def _expert_bytes(x: Load) -> Number:
+    """Weights of the CPU's experts that tokens are expected to reach."""
+    reached = x.spec.experts_hit(x.tokens) / x.spec.num_experts * x.cpu_experts
+    return reached * x.costs.expert_bytes
+
+
+STAGE_PAGE, LOAD_PAGE = page_acts(Phase.DECODE)
+EMBED: Final = Act(
+    letter="E",
+    name="EMBED",
+    words="token embeddings gathered on the host and moved to the GPU",
+    phase=Phase.DECODE,
+    lane=Lane.H2D,
+    touches=lambda p, x: (((TOKEN, x.index, x.step, 0),), (_hidden(p, x),)),
+    count=_each,
+    moves=_hidden_bytes,
+    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+)
+PRE_ATTENTION: Final = Act(
+    letter="A",
+    name="PRE_ATTENTION",
+    words="norm, query, key and value projections, rotary embedding",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=_pre_attention,
+    count=_in_each_layer,
+    seconds=lambda x, _: x.costs.pre_attention(x.tokens),
+    chained=True,
+)
+OFFLOAD_QKV: Final = Act(
+    letter="Q",
+    name="OFFLOAD_QKV",
+    words="queries, keys and values of the new tokens to the host",
+    phase=Phase.DECODE,
+    lane=Lane.D2H,
+    touches=lambda p, x: _handed_on(QKV, HOST_QKV, p, x),
+    count=_if_attended_on_cpu,
+    moves=lambda x: operators.qkv_bytes(x.spec, x.formats, x.tokens),
+    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
+    chained=True,
+)
+LOAD_KV: Final = Act(
+    letter="K",
+    name="LOAD_KV",
+    words="a micro-batch's KV cache of one layer to the GPU",
+    phase=Phase.DECODE,
+    lane=Lane.H2D,
+    touches=lambda p, x: (((HOST_KV, (x.layer, x.index), x.step, 0),), (_kv_buffer(p, x),)),
+    count=_if_streamed,
+    moves=_cache_bytes,
+    seconds=lambda x, num_bytes: x.costs.load_kv(num_bytes),
+    attends=True,
+)
+STORE_KV: Final = Act(
+    letter="V",
+    name="STORE_KV",
+    words="new keys and values to the host",
+    phase=Phase.DECODE,
+    lane=Lane.D2H,
+    touches=lambda p, x: (((QKV, x.index, _at(p, x), 0),), ((HOST_KV, (x.layer, x.index), x.step + 1, 0),)),
+    count=_if_streamed,
+    moves=lambda x: operators.kv_bytes(x.spec, x.formats, x.tokens),
+    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
+    chained=True,
+)
+ATTENTION: Final = Act(
+    letter="B",
+    name="ATTENTION",
+    words="attention over the KV cache, on either device",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=_attention_on_gpu,
+    count=lambda c: c.layers * c.pieces * (1 - c.cpu_attention),
+    seconds=lambda x, _: x.costs.attention(Device.GPU, x.tokens, x.context, x.kind),
+    attends=True,
+    chained=True,
+)
+CPU_ATTENTION: Final = Act(
+    letter="B",
+    name="ATTENTION",
+    words="attention over the KV cache, on either device",
+    phase=Phase.DECODE,
+    lane=Lane.CPU,
+    touches=lambda p, x: _handed_on(HOST_QKV, HOST_OUTPUT, p, x),
+    count=_if_attended_on_cpu,
+    seconds=lambda x, _: x.costs.attention(Device.CPU, x.tokens, x.context, x.kind),
+    host_bytes=lambda x: x.costs.runtime.attention_passes * _cache_bytes(x),
+    attends=True,
+    chained=True,
+)
+LOAD_HIDDEN: Final = Act(
+    letter="H",
+    name="LOAD_HIDDEN",
+    words="attention output (decode) or hidden states (prefill) to the GPU",
+    phase=Phase.DECODE,
+    lane=Lane.H2D,
+    touches=lambda p, x: _handed_on(HOST_OUTPUT, OUTPUT, p, x),
+    count=_if_attended_on_cpu,
+    moves=lambda x: operators.attention_output_bytes(x.spec, x.formats, x.tokens),
+    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
+    chained=True,
+)
+POST_ATTENTION: Final = Act(
+    letter="C",
+    name="POST_ATTENTION",
+    words="output projection, norm, router, and the experts on the GPU",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=_post_attention,
+    count=_in_each_layer,
+    seconds=lambda x, _: x.costs.post_attention(x.tokens, x.gpu_experts, x.kind),
+    by_ffn=True,
+    chained=True,
+)
+OFFLOAD_TOKENS: Final = Act(
+    letter="X",
+    name="OFFLOAD_TOKENS",
+    words="normed tokens and their routing to the host",
+    phase=Phase.DECODE,
+    lane=Lane.D2H,
+    touches=lambda p, x: _handed_on(ROUTED, HOST_ROUTED, p, x),
+    count=_if_experts_on_cpu,
+    moves=lambda x: operators.routed_token_bytes(x.spec, x.formats, x.tokens),
+    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
+    chained=True,
+)
+CPU_EXPERTS: Final = Act(
+    letter="F",
+    name="CPU_EXPERTS",
+    words="experts that stay on the host, computed there",
+    phase=Phase.DECODE,
+    lane=Lane.CPU,
+    touches=lambda p, x: _handed_on(HOST_ROUTED, HOST_EXPERT_OUTPUT, p, x),
+    count=_if_experts_on_cpu,
+    seconds=lambda x, _: x.costs.cpu_experts(x.tokens, x.cpu_experts),
+    host_bytes=_expert_bytes,
+    chained=True,
+)
+LOAD_EXPERT_OUTPUT: Final = Act(
+    letter="Y",
+    name="LOAD_EXPERT_OUTPUT",
+    words="their output to the GPU",
+    phase=Phase.DECODE,
+    lane=Lane.H2D,
+    touches=lambda p, x: _handed_on(HOST_EXPERT_OUTPUT, EXPERT_OUTPUT, p, x),
+    count=_if_experts_on_cpu,
+    moves=_hidden_bytes,
+    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    chained=True,
+)
+SAMPLE: Final = Act(
+    letter="L",
+    name="SAMPLE",
+    words="final norm, LM head, and the choice of the next token",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=_sample,
+    count=_each,
+    seconds=lambda x, _: x.costs.sample(x.tokens),
+    ends_step=True,
+)
+ALL: Final = (
+    EMBED,
+    PRE_ATTENTION,
+    OFFLOAD_QKV,
+    LOAD_KV,
+    STORE_KV,
+    ATTENTION,
+    CPU_ATTENTION,
+    LOAD_HIDDEN,
+    POST_ATTENTION,
+    OFFLOAD_TOKENS,
+    CPU_EXPERTS,
+    LOAD_EXPERT_OUTPUT,
+    LOAD_PAGE,
+    STAGE_PAGE,
+    SAMPLE,
+)

@@ -1,0 +1,72 @@
+"""What acts are asked about: how many tasks a phase has, and what one of them has to do."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hrm.formats import Formats
+from hrm.model_spec import LayerKind, ModelSpec
+from hrm.numeric import Number
+
+if TYPE_CHECKING:
+    from hrm.costs import Costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What decides how many tasks a decode step, or the whole of prefill, has; for one policy or a grid of them.
+
+    `pieces` is the number of micro-batches, or of chunks in prefill, and `pages` those of a layer. The rest are shares:
+    of the micro-batches attended on the CPU and those whose cache streams to the GPU, of the layers with experts on the
+    CPU, and 1 if weights are staged.
+    """
+
+    layers: int
+    pieces: Number
+    pages: Number
+    cpu_attention: Number = 0
+    streams_kv: Number = 0
+    cpu_experts: Number = 0
+    staging: Number = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a task of one layer has to do; numbers, or arrays for a grid of policies.
+
+    In decode, `tokens` is the mean number of active requests in a micro-batch and `context` their mean context. In
+    prefill, `tokens` is prompt tokens in a chunk, `context` the mean prompt length, `requests` the prompts that end in
+    a chunk and `stored_share` the part of the keys and values that goes to the host. `kind` is the layer's and
+    `is_last` says that it is the model's last, and
+    `has_last` that the last is told apart. Of its experts `gpu_experts` are computed on the GPU and `cpu_experts`
+    on the CPU; `page_bytes` is what one page of its weights holds.
+    """
+
+    costs: "Costs"
+    kind: LayerKind
+    tokens: Number
+    context: Number
+    is_last: bool = False
+    has_last: bool = False
+    requests: Number = 0
+    stored_share: Number = 1
+    gpu_experts: Number = 0
+    cpu_experts: Number = 0
+    page_bytes: Number = 0
+    known: dict[Hashable, Number] = field(default_factory=dict[Hashable, Number])
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's dimensions."""
+        return self.costs.spec
+
+    @property
+    def formats(self) -> Formats:
+        """What weights, caches and hidden states are stored in."""
+        return self.costs.formats
+
+    def once(self, key: Hashable, work_out: Callable[[], Number]) -> Number:
+        """A number that is the same for all layers that the key does not tell apart, worked out for the first."""
+        if key not in self.known:
+            self.known[key] = work_out()
+        return self.known[key]

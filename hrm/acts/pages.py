@@ -1,0 +1,73 @@
+"""Weights on their way to the GPU, page by page; the same in both phases."""
+
+from typing import TYPE_CHECKING
+
+from hrm.acts.load import Counts, Load
+from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
+from hrm.numeric import Number
+from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
+
+if TYPE_CHECKING:
+    from hrm.schedules.pipeline import Pipeline
+
+WEIGHTS = Buffer("weight slots", Device.GPU, WEIGHT_SLOTS)
+STAGING = Buffer("staging pages", Device.CPU, STAGING_PAGES)
+
+
+def pages_up_to(p: "Pipeline", x: TaskId, count: int) -> tuple[Part, ...]:
+    """What a task reads that needs the first `count` pages of its layer; nothing if the layer streams none."""
+    if not count or not p.streamed[x.layer]:
+        return ()
+    load = p.load_index(x.step, x.layer)
+    return ((WEIGHTS, load % WEIGHT_SLOTS, load, count - 1),)
+
+
+def _staged(p: "Pipeline", x: TaskId) -> Part:
+    number = p.load_index(x.step, x.layer) * p.num_pages + x.index
+    return (STAGING, number % STAGING_PAGES, number, 0)
+
+
+def _load_touches(p: "Pipeline", x: TaskId) -> Touch:
+    load = p.load_index(x.step, x.layer)
+    slot = (WEIGHTS, load % WEIGHT_SLOTS, load, x.index)
+    return ((_staged(p, x),) if p.staging else (), (slot,))
+
+
+def _page_bytes(x: Load) -> Number:
+    return x.page_bytes
+
+
+def _num_pages(c: Counts) -> Number:
+    return c.layers * c.pages
+
+
+def _num_staged(c: Counts) -> Number:
+    return c.layers * c.pages * c.staging
+
+
+def page_acts(phase: Phase) -> tuple[Act, Act]:
+    """STAGE_PAGE and LOAD_PAGE of a phase."""
+    stage = Act(
+        letter="S",
+        name="STAGE_PAGE",
+        words="one page of weights from pageable to pinned host memory",
+        phase=phase,
+        lane=Lane.STAGE,
+        touches=lambda p, x: ((), (_staged(p, x),)),
+        count=_num_staged,
+        moves=_page_bytes,
+        seconds=lambda x, num_bytes: x.costs.stage(num_bytes),
+        host_bytes=lambda x: 2 * x.page_bytes,  # read and written
+    )
+    load = Act(
+        letter="W",
+        name="LOAD_PAGE",
+        words="one page of a layer's weights to the GPU",
+        phase=phase,
+        lane=Lane.H2D,
+        touches=_load_touches,
+        count=_num_pages,
+        moves=_page_bytes,
+        seconds=lambda x, num_bytes: x.costs.load_weights(num_bytes),
+    )
+    return stage, load

@@ -1,0 +1,70 @@
+"""How many turns each ring of buffers really has: where tasks put what they move, in a real run."""
+
+import threading
+
+import pytest
+
+from executor.backends import make_backend
+from executor.batching import Batcher
+from executor.handlers import DecodeHandlers, PrefillHandlers
+from hrm.contract.rings import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
+from tests.executor.runtime.support import GPU, architecture, generator, make_policy, requests
+from tests.executor.tiny_models import random_prompts
+
+GEN_LEN = 4
+
+
+@pytest.fixture(scope="module")
+def targets(tiny_folders):
+    """Addresses that each kind of task moves something to first, in the order in which it ran, by phase."""
+    backend, found, now = make_backend("cpu", None), {}, threading.local()
+    transfer = backend.transfer
+
+    def recording(lane, copies):
+        x = now.task
+        found.setdefault((x.phase, x.act.name), []).append((x, copies[0][0].data_ptr()))
+        return transfer(lane, copies)
+
+    def told(handler):
+        def handle(x):
+            now.task = x
+            return handler(x)
+
+        return handle
+
+    arch = architecture(tiny_folders["wide heads"])
+    policy = make_policy(arch.spec.num_layers, attention=GPU, resident=1, resident_dense=False, staging=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "transfer", recording)
+        for handlers in (PrefillHandlers, DecodeHandlers):
+
+            def make(*parts, make=handlers.make):
+                return {act: told(handler) for act, handler in make(*parts).items()}
+
+            patch.setattr(handlers, "make", make)
+        prompts = random_prompts(policy.batch_size, seed=3)
+        with generator(tiny_folders["wide heads"], policy, backend=backend) as made:
+            (batch,) = Batcher(iter(requests(prompts, max_tokens=GEN_LEN, ignore_eos=True)), policy)
+            made.generate(batch)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("phase", "kind", "turns"),
+    [
+        ("prefill", "LOAD_PAGE", WEIGHT_SLOTS),
+        ("decode", "LOAD_PAGE", WEIGHT_SLOTS),
+        ("prefill", "STAGE_PAGE", STAGING_PAGES),
+        ("decode", "STAGE_PAGE", STAGING_PAGES),
+        ("prefill", "LOAD_HIDDEN", BUFFERS),
+        ("decode", "LOAD_KV", BUFFERS),
+    ],
+)
+def test_a_ring_has_as_many_turns_as_is_planned(targets, phase, kind, turns):
+    moved = targets[phase, kind]
+    if kind == "LOAD_PAGE":  # one page of every layer: pages of a layer lie beside one another
+        moved = [(x, address) for x, address in moved if x.index == 0]
+    addresses = [address for _, address in moved]
+    assert len(addresses) > turns
+    assert len(set(addresses[:turns])) == turns
+    assert addresses[turns:] == addresses[:-turns]

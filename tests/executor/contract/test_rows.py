@@ -1,0 +1,77 @@
+"""What really lies in memory for each request and token, and that it fills what is planned."""
+
+import pytest
+import torch
+
+from executor.handlers.memory import Exchange, PrefillBuffers
+from executor.model import GpuKernels, Workspace, expert_stack, logits
+from executor.model.experts import route
+from hrm.contract.rings import BUFFERS
+from hrm.contract.rows import COUNT_BYTES, LOGIT_BYTES, ROUTING_BYTES
+from hrm.formats import Formats
+from hrm.memory import exchange_bytes_per_request, gpu_purposes
+from tests.executor.tiny_models import tiny_arch
+
+ALIGNED_BYTES = 16  # flash attention reads so many at a time
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ffn_on_cpu", [False, True])
+@pytest.mark.parametrize("num_requests", [1, 3, 8, 17])
+def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dtype):
+    spec = tiny_arch(hidden_size=24, experts_per_token=3).spec
+    planned = num_requests * exchange_bytes_per_request(spec, Formats.of(dtype), ffn_on_cpu=ffn_on_cpu)
+    memory = torch.zeros(planned, dtype=torch.uint8)
+    made = Exchange(spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
+    for rows in (made.hidden_ND, made.qkv_NX, made.attention_NQ, made.routed_ND):
+        assert rows.data_ptr() % ALIGNED_BYTES == 0
+    assert_filled(list(vars(made).values()), planned)
+
+
+def assert_filled(parts: list[torch.Tensor], planned: int) -> None:
+    """The parts do not overlap and are all of what is planned."""
+    assert sum(part.nbytes for part in parts) == planned
+    for value, part in enumerate(parts):
+        part.fill_(value)
+    assert all(part.eq(value).all() for value, part in enumerate(parts))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_fill_what_is_planned(dtype):
+    spec, tokens = tiny_arch(hidden_size=24).spec, 6
+    sizes = gpu_purposes(
+        spec,
+        Formats.of(dtype),
+        batch_size=4,
+        micro_batch_size=2,
+        kv_tokens=32,
+        chunk_tokens=tokens,
+        gpu_kv_micro_batches=0,
+        streams_kv=0,
+        ffn_on_cpu=0,
+        resident_bytes=0,
+        max_streamed_bytes=0,
+        prefix_tokens=5,
+    )
+    gpu, prefix = (torch.zeros(sizes[name], dtype=torch.uint8) for name in ("prefill_buffers", "prefix_buffer"))
+    host = torch.zeros(0, dtype=torch.uint8)
+    made = PrefillBuffers(spec, getattr(torch, dtype), gpu=gpu, host=host, prefix=prefix, chunk_tokens=tokens)
+    assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_BT2Gd], len(gpu))
+    assert_filled([made.prefix_C2Gd], len(prefix))
+    assert {len(made.numbers_BT), len(made.hidden_BTD), len(made.kv_BT2Gd)} == {BUFFERS}
+    assert {part.shape[1] for part in (made.hidden_BTD, made.kv_BT2Gd)} == {tokens}
+    assert len(made.prefix_C2Gd) == 5
+
+
+def test_numbers_are_as_wide_as_those_of_the_model_code():
+    arch = tiny_arch()
+    spec, workspace = arch.spec, Workspace(torch.empty(100_000, dtype=torch.uint8))
+    x = torch.randn(7, spec.hidden_size)
+    routing = route(arch, x, torch.randn(spec.num_experts, spec.hidden_size))
+    assert routing.experts_TK.itemsize + routing.weights_TK.itemsize == ROUTING_BYTES
+    stack = expert_stack(spec, torch.randn(spec.num_experts * spec.expert_parameters), 0)
+    counts = GpuKernels().run_experts(x, routing, [stack], x.clone(), rows_at_once=7, num_experts=spec.num_experts)
+    assert counts.nbytes == COUNT_BYTES * spec.num_experts
+    head = torch.randn(spec.vocab_size, spec.hidden_size)
+    found = logits(arch, x, torch.ones(spec.hidden_size), head, workspace)
+    assert found.nbytes == LOGIT_BYTES * found.numel()
