@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from hrm import operators
+from hrm.analysis import plan_row
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
@@ -17,7 +18,6 @@ from hrm.parallel import longest_stage, part_of, pipeline_obstacle, stage_layers
 from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import Space, search
-from hrm.sweep import plan_row
 from hrm.tasks import Device
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
