@@ -6,6 +6,7 @@ from random import Random
 import pytest
 
 from hrm import operators
+from hrm.acts import Load
 from hrm.analysis import plan_row
 from hrm.costs import Costs
 from hrm.errors import PolicyError
@@ -73,7 +74,9 @@ def test_a_layer_reduces_twice_and_what_every_gpu_needs_crosses_every_link():
     kind = spec.layer_kind(0)
     for task in (
         lambda costs: costs.post_attention(20, spec.num_experts, kind),
-        lambda costs: costs.prefill_layer(20, 10, kind),
+        lambda costs: costs.prefill_layer(
+            Load(costs=costs, kind=kind, tokens=20, context=10, gpu_experts=spec.num_experts)
+        ),
     ):
         assert task(together) - task(alone) == pytest.approx(2 * together.all_reduce(20))
     hidden = operators.hidden_bytes(spec, Formats.of("bfloat16"), 20)
