@@ -100,14 +100,8 @@ class Estimate:
 
     @property
     def paper_tuple(self) -> PaperTuple:
-        """(N, μ, A_g, F_g, r_w, r_c) of MoE-Lightning, arXiv 2411.11217, §4.2."""
+        """The policy in the paper's six numbers."""
         return self.policy.paper_tuple(self.part.spec)
-
-    @property
-    def paper_text(self) -> str:
-        """The paper's six numbers, as they are printed."""
-        n, mu, a_g, f_g, r_w, r_c = self.paper_tuple
-        return f"({n}, {mu}, {a_g}, {f_g}, {r_w:.3f}, {r_c:.3f})"
 
     @property
     def weight_share_on_gpu(self) -> float:
@@ -149,7 +143,7 @@ def estimate(
     """
     part = part_for(policy, spec, profile)
     costs = Costs(part.spec, part.profile, policy.formats, runtime)
-    requests = workload.num_requests or policy.batch_size
+    requests = workload.requests_or(policy.batch_size)
     turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
     if workload.num_requests is not None:
         pipeline = policy.parallelism is Parallelism.PIPELINE

@@ -3,11 +3,10 @@
 A name may stand for anything: a pipe that nobody writes to, a device without end, a link to a file
 of somebody else's, a file of many gigabytes. `read_regular` takes plain files of a bounded size and
 refuses the rest by name. `write_whole` leaves a file as it was or as it should be and nothing in
-between, and `open_locked` keeps a second process away from a file.
+between.
 """
 
 import errno
-import fcntl
 import os
 import secrets
 import stat
@@ -199,7 +198,7 @@ class NewFile:
         self._temporary = self.path.with_name(f".hrm-{secrets.token_hex(12)}.tmp")
         self._handle = -1
         try:
-            self._handle = _open_ours(self._temporary, os.O_WRONLY | os.O_EXCL)
+            self._handle = open_plain(self._temporary, os.O_WRONLY | os.O_EXCL)
             if old is not None:
                 with suppress(PermissionError):  # file systems without permissions
                     os.fchmod(self._handle, old.st_mode & 0o777)
@@ -269,7 +268,7 @@ def create_anew(path: Path) -> None:
     Raises OSError if it cannot be made, or a folder has the name.
     """
     path.unlink(missing_ok=True)
-    os.close(_open_ours(path, os.O_WRONLY | os.O_EXCL))
+    os.close(open_plain(path, os.O_WRONLY | os.O_EXCL))
 
 
 @contextmanager
@@ -289,55 +288,14 @@ def open_append(path: Path) -> FileIO:
     OSError if it cannot be, or is a link or no plain file.
     """
     replaceable(path)
-    return FileIO(_open_ours(path, os.O_WRONLY | os.O_APPEND), "ab")
+    return FileIO(open_plain(path, os.O_WRONLY | os.O_APPEND), "ab")
 
 
-def open_locked(path: Path) -> FileIO:
-    """A plain file opened to read and write, and locked against every other process that does so.
+def open_plain(path: Path, flags: int) -> int:
+    """A handle of a plain file, made if it is missing; links are not followed.
 
-    It is unbuffered, is made if it is missing, and what it holds stays. The lock ends with the file
-    or with the process, however that ends. Raises BlockingIOError if the file is locked, whose
-    `strerror` names the other process if it can be told, and OSError if it cannot be opened, or is
-    a link or no plain file.
+    Raises OSError if it is of another kind.
     """
-    while True:
-        replaceable(path)
-        file = FileIO(_open_ours(path, os.O_RDWR), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, file):
-                return file
-        except BlockingIOError as error:
-            holder = _lock_holder(os.fstat(file.fileno()))
-            file.close()
-            who = "another process" if holder is None else f"process {holder}"
-            raise BlockingIOError(error.errno, f"in use by {who}") from error
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # who held the lock has removed the file meanwhile: there is a new one
-
-
-def _is_at(path: Path, file: FileIO) -> bool:
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _lock_holder(status: os.stat_result) -> int | None:
-    """The process that holds a lock on a file, as Linux tells; None if it does not."""
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with suppress(OSError):
-        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
-            words = line.split()
-            if device in words and "FLOCK" in words and (number := words[4]).isdecimal():
-                return int(number) or None
-    return None
-
-
-def _open_ours(path: Path, flags: int) -> int:
-    """A handle of a plain file, made if it is missing; links are not followed."""
     common = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags | common, 0o666)
     try:

@@ -2,13 +2,13 @@
 
 One principle says where work runs: data that lies on the GPU is used on the GPU, and `attention`
 and `ffn` say where the data that stays on the host is used. The numbers are integers that are
-executed as they stand; the paper's six-tuple (N, μ, A_g, F_g, r_w, r_c) is derived from them.
+executed as they stand; the paper's six numbers are derived from them.
 """
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import ceil
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
@@ -18,7 +18,22 @@ from hrm.numeric import Number
 from hrm.placement import Place, Placement, caches_at
 from hrm.tasks import Device, Phase
 
-PaperTuple = tuple[int, int, int, int, float, float]
+PAPER_SYMBOLS: Final = "(N, μ, A_g, F_g, r_w, r_c)"
+
+
+class PaperTuple(NamedTuple):
+    """A policy in the symbols of MoE-Lightning, arXiv 2411.11217, §4.2."""
+
+    N: int
+    mu: int
+    A_g: int
+    F_g: int
+    r_w: float
+    r_c: float
+
+    def __str__(self) -> str:
+        """The six numbers as they are printed, in the order of `PAPER_SYMBOLS`."""
+        return f"({self.N}, {self.mu}, {self.A_g}, {self.F_g}, {self.r_w:.3f}, {self.r_c:.3f})"
 
 
 _ADDED: Final[set[str]] = set()
@@ -252,8 +267,8 @@ class Policy:
         return self.gpu_kv_micro_batches / self.num_micro_batches
 
     def paper_tuple(self, spec: ModelSpec) -> PaperTuple:
-        """(N, μ, A_g, F_g, r_w, r_c) of MoE-Lightning, arXiv 2411.11217, §4.2."""
-        return (
+        """The policy in the paper's six numbers."""
+        return PaperTuple(
             self.batch_size,
             self.micro_batch_size,
             int(self.attention is Device.GPU),

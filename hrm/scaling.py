@@ -15,7 +15,16 @@ from enum import StrEnum
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import with_memory
-from hrm.units import format_bandwidth, format_bytes, format_flops, format_seconds
+from hrm.units import (
+    format_bandwidth,
+    format_bytes,
+    format_flops,
+    format_seconds,
+    parse_bandwidth,
+    parse_bytes,
+    parse_flops,
+    parse_seconds,
+)
 
 
 class Resource(StrEnum):
@@ -64,6 +73,14 @@ class Resource(StrEnum):
         if self.is_memory:
             return f"{name}_bytes"
         return f"{name}_bytes_per_s" if self.is_bandwidth else f"{name}_per_s"
+
+    def read(self, text: str, where: str) -> float:
+        """An amount of it as people write it: `64GB`, `12GB/s`, `65TFLOP/s`, `5us`; UnitError naming `where`."""
+        if self.is_memory:
+            return float(parse_bytes(text, where))
+        if self.is_latency:
+            return parse_seconds(text, where, zero=True)
+        return parse_bandwidth(text, where) if self.is_bandwidth else parse_flops(text, where)
 
     def show(self, amount: float) -> str:
         """So much of it, with its unit: `24.0 GB/s`."""

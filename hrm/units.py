@@ -18,8 +18,6 @@ MIB: Final = 2**20
 GIB: Final = 2**30
 TIB: Final = 2**40
 
-TERA: Final = 10**12
-
 _BYTES_PER_UNIT: Final = {
     "B": 1,
     "KB": KB,

@@ -85,6 +85,10 @@ class Workload:
         quantiles = ((index + 0.5) / count for index in range(count))
         return [max(1, round(self.max_prompt_len * shape(share))) for share in quantiles]
 
+    def requests_or(self, batch_size: int) -> int:
+        """Requests of the whole job, or of one batch where the job has no end."""
+        return batch_size if self.num_requests is None else self.num_requests
+
     @property
     def generated_tokens(self) -> float:
         """Tokens that a request generates on average."""

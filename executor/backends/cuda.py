@@ -100,7 +100,7 @@ class CudaBackend(AbstractBackend):
                 f"{self.gpu_name} has {format_bytes(total_bytes)}",
                 "lower it",
             )
-        capped = f", {format_bytes(gpu_memory_bytes)} of it used" if gpu_memory_bytes else ""
+        capped = f", {format_bytes(gpu_memory_bytes)} of it used" if gpu_memory_bytes is not None else ""
         self.description = f"cuda:{index}, {self.gpu_name}{capped}"
         self._streams = {lane: CudaStream(self._device) for lane in (Lane.GPU, Lane.H2D, Lane.D2H)}
         self.streams: Mapping[Lane, AbstractStream] = self._streams

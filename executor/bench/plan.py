@@ -128,7 +128,7 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         )
     from hrm.profiling.machine import ProfileOptions, profile_machine
 
-    emulate = bandwidth or (memory and not torch.cuda.is_available())
+    emulate = bandwidth is not None or (memory is not None and not torch.cuda.is_available())
     name = "emulated" if asked.name == "auto" and emulate else asked.name
     wanted = ProfileOptions(
         name,

@@ -5,13 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from executor.cli.options import accelerator_arguments, accelerator_options
-from hrm.errors import PolicyError
+from executor.cli.options import accelerator_options
+from hrm.cli.params import json_option, policy_option
+from hrm.errors import PolicyError, closest
 from hrm.policy import ScheduleName
 from hrm.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from executor.bench import Bench, BenchRow
+    from executor.job.machine import AcceleratorOptions
+
+
+def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> tuple[ScheduleName, ...] | None:
+    """Schedules by their names between commas; PolicyError for a name of none, or for no name."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names or [text]:
+        if name not in set(ScheduleName):
+            near = closest(name, ScheduleName)
+            remedy = f"did you mean {near}?" if near else "correct it"
+            raise PolicyError(option.opts[0], name, f"must be one of {', '.join(ScheduleName)}", remedy)
+    return tuple(map(ScheduleName, names))
 
 
 @click.command()
@@ -22,11 +37,7 @@ if TYPE_CHECKING:
     help="A checkpoint folder, or a built-in name, which gets random weights.",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Only so many layers of the model.")
-@click.option(
-    "--policy",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A policy file (hrm search --out); without one, a policy is searched for.",
-)
+@policy_option
 @click.option(
     "--profile",
     metavar="FILE-or-NAME",
@@ -35,6 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--schedules",
     metavar="A,B,…",
+    callback=_schedules,
     help="Schedules to compare with the first [default: "
     f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
 )
@@ -48,24 +60,22 @@ if TYPE_CHECKING:
 @click.option("--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")
-@accelerator_arguments
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@accelerator_options
+@json_option
 def bench(
     *,
     model: str,
     layers: int | None,
     policy: Path | None,
     profile: str | None,
-    schedules: str | None,
+    schedules: tuple[ScheduleName, ...] | None,
     prompt_len: int | None,
     max_prompt_len: int | None,
     gen_len: int | None,
     requests: int | None,
     repeats: int,
     seed: int,
-    accelerator: str,
-    gpu_memory: str | None,
-    link_bandwidth: str | None,
+    accelerator: "AcceleratorOptions",
     as_json: bool,
 ) -> None:
     """Run a policy on prompts of random tokens, under several schedules, and compare them.
@@ -79,18 +89,18 @@ def bench(
         policy=policy,
         profile=profile,
         num_layers=layers,
-        schedules=None if schedules is None else parse_schedules(schedules),
+        schedules=schedules,
         prompt_len=prompt_len,
         max_prompt_len=max_prompt_len,
         gen_len=gen_len,
         num_requests=requests,
         repeats=repeats,
         seed=seed,
-        accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
+        accelerator=accelerator,
     )
     with Bench(options, tell=lambda line: click.echo(line, err=True)) as ready:
         if as_json:
-            from hrm.cli.report import print_json
+            from hrm.cli.console import print_json
 
             rows = [ready.row(schedule).to_json() for schedule in ready.schedules]
             print_json({**plan_json(ready), "repeats": repeats, "rows": rows})
@@ -104,15 +114,6 @@ def bench(
 
     click.echo()
     print_validation(shown[0].validation)
-
-
-def parse_schedules(text: str) -> tuple[ScheduleName, ...]:
-    """Names between commas; PolicyError for one that is no schedule, or for none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names or [text]:
-        if name not in set(ScheduleName):
-            raise PolicyError("--schedules", name, f"must be of {', '.join(ScheduleName)}", "correct it")
-    return tuple(ScheduleName(name) for name in names)
 
 
 def headline(bench: "Bench", repeats: int) -> str:

@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, progress: "JobProgress") -> None:
         self._progress = progress
-        self._started_s: float | None = None  # when the weights were there
+        self._started_s: float | None = None  # once the weights were loaded
         self._looked_s = 0.0
         self._busy_s: dict[Lane, float] = {}
         self._shares: dict[Lane, float] = {}
@@ -72,7 +72,7 @@ def format_countdown(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    """Tell the user a line, if standard error still has a reader: no job ends for want of one."""
+    """Print a line on standard error; a job goes on if nobody can read it any more."""
     with suppress(OSError):
         click.echo(line, err=True)
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from executor.cli.options import accelerator_arguments, accelerator_options
+from executor.cli.options import accelerator_options
+from hrm.cli.params import enum_option
 from hrm.policy import ScheduleName
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from executor.job.machine import AcceleratorOptions
     from hrm.run_record import RunRecord
 
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -22,12 +24,8 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
 @click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
 @click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
-@accelerator_arguments
-@click.option(
-    "--schedule",
-    type=click.Choice([name.value for name in ScheduleName]),
-    help="Run the policy in this order [default: the policy's].",
-)
+@accelerator_options
+@enum_option("--schedule", kind=ScheduleName, help="Run the policy in this order [default: the policy's].")
 @click.option("--seed", default=0, show_default=True, help="For requests without one.")
 @click.option(
     "--max-requests",
@@ -42,10 +40,8 @@ def run(
     policy: Path,
     input_: Path,
     output_dir: Path,
-    accelerator: str,
-    gpu_memory: str | None,
-    link_bandwidth: str | None,
-    schedule: str | None,
+    accelerator: "AcceleratorOptions",
+    schedule: ScheduleName | None,
     seed: int,
     max_requests: int | None,
     resume: bool,
@@ -75,8 +71,8 @@ def run(
         policy=policy,
         input=input_,
         output_dir=output_dir,
-        accelerator=accelerator_options(accelerator, gpu_memory, link_bandwidth),
-        schedule=ScheduleName(schedule) if schedule else None,
+        accelerator=accelerator,
+        schedule=schedule,
         seed=seed,
         max_requests=max_requests,
         resume=resume,

@@ -226,16 +226,16 @@ def emulated_machine(options: AcceleratorOptions, policy_file: PolicyFile) -> Em
     profile = policy_file.profile
     bandwidth = options.link_bytes_per_s
     if profile.has_accelerator:
-        memory = options.gpu_memory_bytes or policy_file.memory_budget_bytes.get(
-            profile.top.name, profile.top.usable_bytes
-        )
+        memory = options.gpu_memory_bytes
+        if memory is None:
+            memory = policy_file.memory_budget_bytes.get(profile.top.name, profile.top.usable_bytes)
         h2d, d2h = profile.h2d, profile.d2h
-    elif options.name == "emulated" and options.gpu_memory_bytes and bandwidth:
+    elif options.name == "emulated" and options.gpu_memory_bytes is not None and bandwidth is not None:
         memory = options.gpu_memory_bytes
         h2d, d2h = (_link(*ends, bandwidth) for ends in (("cpu", "gpu"), ("gpu", "cpu")))
     else:
         return None
-    if bandwidth:
+    if bandwidth is not None:
         h2d, d2h = (replace(link, bandwidth_bytes_per_s=_rate(bandwidth)) for link in (h2d, d2h))
     return EmulatedMachine(gpu_memory_bytes=memory, h2d=h2d, d2h=d2h)
 

@@ -13,7 +13,8 @@ from executor.errors import JobError
 from executor.job.requests import Rejected
 from executor.job.tokenizer import TextTokenizer
 from hrm.decoding import decode_json
-from hrm.files import NewFile, closing_on_error, open_append, open_locked, open_regular, replaceable, write_all
+from hrm.files import NewFile, closing_on_error, open_append, open_regular, replaceable, write_all
+from hrm.locks import open_locked
 
 if TYPE_CHECKING:
     from io import FileIO

@@ -53,4 +53,5 @@ class Architecture:
     @property
     def most_positions(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return min(self.max_position_embeddings, self.window or self.max_position_embeddings)
+        most = self.max_position_embeddings
+        return most if self.window is None else min(most, self.window)

@@ -1,49 +1,20 @@
-"""Where which kind of policy is best: a map over two swept resources.
+"""Where which kind of policy is best: a map over two axes.
 
 MoE-Lightning, arXiv 2411.11217, Fig. 10: a faster link and a faster host, and what then pays.
 """
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from hrm.analysis.axis import Axis
 from hrm.analysis.rows import OnPoint, search_row, searched, table
 from hrm.estimate import Estimate
-from hrm.hardware import HardwareProfile
-from hrm.scaling import Resource, scale, with_resource
 from hrm.search import Space
 from hrm.tasks import Device
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# What belongs to one piece of hardware and is scaled together, by a factor.
-WHOLE: Final = {
-    "cpu": (Resource.CPU_MEMORY, Resource.CPU_BANDWIDTH, Resource.CPU_FLOPS),
-    "gpu": (Resource.GPU_MEMORY, Resource.GPU_BANDWIDTH, Resource.GPU_FLOPS),
-    "link": (Resource.H2D_BANDWIDTH, Resource.D2H_BANDWIDTH),
-}
 ALL: Final = 0.999
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One side of a map: a resource at `points`, or a whole piece (`cpu`) times factors."""
-
-    what: Resource | str
-    points: tuple[float, ...]
-
-    @property
-    def column(self) -> str:
-        """Its name in the table: `h2d_bandwidth_bytes_per_s`, `cpu_factor`."""
-        return self.what.column if isinstance(self.what, Resource) else f"{self.what}_factor"
-
-    def at(self, profile: HardwareProfile, value: float, *, dtype: str) -> HardwareProfile:
-        """The machine with this much of it."""
-        if isinstance(self.what, Resource):
-            return with_resource(profile, self.what, value, dtype=dtype)
-        for resource in WHOLE[self.what]:
-            profile = scale(profile, resource, value)
-        return profile
 
 
 def policy_map(space: Space, *, x: Axis, y: Axis, on_point: OnPoint = None) -> "pd.DataFrame":
@@ -53,13 +24,9 @@ def policy_map(space: Space, *, x: Axis, y: Axis, on_point: OnPoint = None) -> "
     missing where no policy fits. `weights_offloaded` and `kv_offloaded` are shares.
     """
     cells = [(x_value, y_value) for y_value in y.points for x_value in x.points]
-
-    def at(cell: tuple[float, float]) -> Space:
-        machine = y.at(space.profile, cell[1], dtype=space.dtype)
-        return replace(space, profile=x.at(machine, cell[0], dtype=space.dtype))
-
+    spaces = (x.at(y.at(space, y_value), x_value) for x_value, y_value in cells)
     rows: list[dict[str, Any]] = []
-    for (x_value, y_value), (one, result) in zip(cells, searched(map(at, cells), on_point), strict=True):
+    for (x_value, y_value), (one, result) in zip(cells, searched(spaces, on_point), strict=True):
         row, best = search_row(result, one.profile), result.best
         rows.append(
             {

@@ -5,12 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 from hrm.hardware import HardwareProfile
 from hrm.search import SearchResult, Space, search
-from hrm.sweep import PLAN_COLUMNS, plan_row
 
 if TYPE_CHECKING:
     import pandas as pd
 
 OnPoint = Callable[[], object] | None
+PLAN_COLUMNS = (
+    "tokens_per_s",
+    "bound_tokens_per_s",
+    "batch_s",
+    "ttft_s",
+    "time_per_output_token_s",
+    "batch_size",
+    "micro_batch_size",
+    "num_micro_batches",
+    "attention",
+    "ffn",
+    "weight_share_on_gpu",
+    "kv_share_on_gpu",
+    "bottleneck",
+    "prefill_bottleneck",
+    "decode_bottleneck",
+    "gpu_planned_bytes",
+    "cpu_planned_bytes",
+    "reason",
+)
 COLUMNS = ("parallelism", "policy", *PLAN_COLUMNS)
 
 
@@ -22,13 +41,48 @@ def searched(spaces: Iterable[Space], on_point: OnPoint) -> Iterator[tuple[Space
             on_point()
 
 
+def plan_row(result: SearchResult) -> dict[str, Any]:
+    """A search's best policy as one row of a table: exactly `PLAN_COLUMNS`.
+
+    `batch_s` are seconds of one batch, prefill and decode, `ttft_s` those to the last of its first
+    tokens, and `time_per_output_token_s` those of a decode step. A bottleneck is what limits (a
+    `hrm.causes.Cause`). What is of decode is None where prefill generates all there is; without a
+    policy, so is everything but `reason`. None is missing in a table.
+    """
+    row: dict[str, Any] = dict.fromkeys(PLAN_COLUMNS)
+    if result.best is None:
+        return {**row, "reason": result.outcome.value}
+    best, policy = result.best, result.best.policy
+    return {
+        **row,
+        "tokens_per_s": best.tokens_per_s,
+        "bound_tokens_per_s": best.bound_tokens_per_s,
+        "batch_s": best.seconds / best.num_batches,
+        "ttft_s": best.latency.last_ttft_s,
+        "time_per_output_token_s": best.latency.tpot_s,
+        "batch_size": policy.batch_size,
+        "micro_batch_size": policy.micro_batch_size,
+        "num_micro_batches": policy.num_micro_batches,
+        "attention": policy.attention.value,
+        "ffn": policy.ffn.value,
+        "weight_share_on_gpu": best.weight_share_on_gpu,
+        "kv_share_on_gpu": policy.kv_share_on_gpu,
+        "bottleneck": best.limits.job.cause.value,
+        "prefill_bottleneck": best.limits.prefill.cause.value,
+        "decode_bottleneck": best.limits.decode.cause.value if best.decode.seconds else None,
+        "gpu_planned_bytes": best.memory.gpu.planned_bytes,
+        "cpu_planned_bytes": best.memory.cpu.planned_bytes,
+        "reason": "",
+    }
+
+
 def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]:
     """A search as a row: `PLAN_COLUMNS`, the policy's six numbers and how GPUs share the work."""
     best = result.best
     several = best is not None and profile.num_gpus > 1
     return {
         "parallelism": best.policy.parallelism.value if best is not None and several else None,
-        "policy": None if best is None else best.paper_text,
+        "policy": None if best is None else str(best.paper_tuple),
         **plan_row(result),
     }
 

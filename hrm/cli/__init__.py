@@ -14,7 +14,7 @@ _COMMANDS = {
     "estimate": ("hrm.cli.plan", "Predict what one given policy will do."),
     "simulate": ("hrm.cli.simulate", "Draw what each lane does under a policy; write a Chrome trace."),
     "plot": ("hrm.cli.plot", "Draw the machine's roofline or a policy's timeline as a picture."),
-    "paper": ("hrm.cli.paper", "Predict published runs and lay them beside what was measured."),
+    "paper": ("hrm.published.command", "Predict published runs and lay them beside what was measured."),
     "validate": ("hrm.cli.validate", "Lay a run's measurements beside the prediction."),
 }
 

@@ -1,118 +1,93 @@
 """`hrm whatif` and `hrm map`: which upgrade pays, and where which kind of policy is best."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from hrm.analysis.regions import WHOLE, Axis, policy_map
+from hrm.analysis.axis import SWEPT, Axis, Length, Whole
+from hrm.analysis.regions import policy_map
 from hrm.analysis.what_if import what_if
 from hrm.causes import Cause
-from hrm.cli.options import ChosenModel, machine_options, model_options, workload_options
-from hrm.cli.report import console
-from hrm.cli.tables import (
-    csv_option,
-    plot_option,
-    print_frame,
-    print_rows,
-    records,
-    searching,
-    show_change,
-    tell_written,
-    write_csv,
-)
-from hrm.cli.texts import given_text
+from hrm.cli.console import console
+from hrm.cli.machine_choice import machine_options
+from hrm.cli.options import ChosenModel, model_options, workload_options
+from hrm.cli.params import schedule_option
+from hrm.cli.tables import TableOutput, print_frame, records, searching, show_change, table_output_options
+from hrm.cli.texts import given_text, machine_text
 from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
-from hrm.policy import ScheduleName
+from hrm.policy import PAPER_SYMBOLS, ScheduleName
 from hrm.scaling import Resource, resource_value, resources
 from hrm.search import Space
-from hrm.sweep import between, parse_swept
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_schedule = click.option(
-    "--schedule",
-    type=click.Choice([name.value for name in ScheduleName]),
-    default="cgopipe",
-    show_default=True,
-    help="The order in which tasks are issued.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-NOTHING: Final = 0.001  # a change of throughput below this is none
+NOTHING: Final = 0.001  # a throughput that changes by less counts as unchanged
 MOST_POINTS: Final = 100
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload, dtype: str) -> str:
-    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
+def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload) -> str:
     given = f", {text}" if (text := given_text(profile)) else ""
-    return f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}{given}"
+    return f"{model.spec.name}, {model.dtype_on(profile)}, on {machine_text(profile)}, {workload.name}{given}"
 
 
 @click.command()
 @machine_options
 @model_options
 @workload_options
-@_schedule
+@schedule_option
 @click.option("--percent", type=float, default=10.0, show_default=True, help="How much more of each resource.")
-@_json
-@csv_option
-@plot_option
+@table_output_options
 def whatif(
     profile: HardwareProfile,
     model: ChosenModel,
-    dtype: str,
     workload: Workload,
-    schedule: str,
+    schedule: ScheduleName,
     percent: float,
-    as_json: bool,
-    csv: Path | None,
-    plot: Path | None,
+    output: TableOutput,
 ) -> None:
     """What some more of each resource does to the best policy: which upgrade pays.
 
-    Of latencies, and of the time that tasks wait for one another, it is less.
+    Latencies, and the time that tasks wait for one another, become shorter instead.
     """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
+    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
     with searching(len(resources(profile))) as on_point:
-        space = Space(model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule))
         frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
-    about = _about(model, profile, workload, dtype)
-    _write(frame, csv, plot, lambda path: _draw_what_if(frame, path, about))
-    if as_json:
-        print_rows(frame, about=about, percent=percent)
-        return
-    console.print(f"[bold]{about}[/]\n")
-    print_frame(
-        frame,
-        (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
-        lambda row: [
-            _what(row["resource"], percent),
-            _now(profile, row["resource"], dtype),
-            show_change(row["change"]),
-            show_change(row["same_policy_change"]),
-        ],
-        plan=("(N, μ, A_g, F_g, r_w, r_c)", "decode limit"),
-    )
-    console.print(f"\n{_what_pays(frame, percent)}")
-    tell_written(csv, plot)
+    about = _about(model, profile, workload)
+
+    def print_text() -> None:
+        print_frame(
+            frame,
+            (f"{percent:+g} % of", "now", "tokens/s", "same policy"),
+            lambda row: [
+                _what(row["resource"], percent),
+                _now(profile, row["resource"], space.dtype),
+                show_change(row["change"]),
+                show_change(row["same_policy_change"]),
+            ],
+            plan=(PAPER_SYMBOLS, "decode limit"),
+        )
+        console.print(f"\n{_what_pays(frame, percent)}")
+
+    output.show(frame, about, print_text, lambda path: _draw_what_if(frame, path, about), percent=percent)
 
 
 def _what(resource: str, percent: float) -> str:
-    """A row's name: of what takes time there is less where there is more of all else."""
+    """A row's name; where there is more of everything, there is `less` of a latency or of waiting."""
     if resource != Cause.WAITING.value and not Resource(resource).is_latency:
         return resource
     return f"{'less' if percent > 0 else 'more'} {resource}"
 
 
 def _now(profile: HardwareProfile, resource: str, dtype: str) -> str:
-    """How much of it there is; waiting is no resource."""
+    """How much of the resource the machine has; a dash for waiting, which is none."""
     if resource == Cause.WAITING.value:
         return "–"
     named = Resource(resource)
@@ -136,66 +111,59 @@ def _what_pays(frame: "pd.DataFrame", percent: float) -> str:
 @machine_options
 @model_options
 @workload_options
-@_schedule
+@schedule_option
 @click.option(
     "--x",
     "x_text",
     required=True,
     metavar="WHAT=FROM:TO:POINTS",
-    help=f"A resource, or {', '.join(WHOLE)} times factors: cpu=1:10:8.",
+    help=f"A resource, {', '.join(Whole)} times factors (cpu=1:10:8), {' or '.join(Length)}.",
 )
 @click.option("--y", "y_text", required=True, metavar="WHAT=FROM:TO:POINTS", help="The same.")
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
-@_json
-@csv_option
-@plot_option
+@table_output_options
 def map_command(
     profile: HardwareProfile,
     model: ChosenModel,
-    dtype: str,
     workload: Workload,
-    schedule: str,
+    schedule: ScheduleName,
     x_text: str,
     y_text: str,
     log: bool,
-    as_json: bool,
-    csv: Path | None,
-    plot: Path | None,
+    output: TableOutput,
 ) -> None:
-    """Which kind of policy is best where, over two swept resources."""
+    """Which kind of policy is best where, over two axes that are swept."""
     x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
     if x.column == y.column:
-        raise HrmError("--y", y_text, "must be another resource than --x", "sweep two of them")
+        raise HrmError("--y", y_text, "must be another than --x", "sweep two of them")
+    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
     with searching(len(x.points) * len(y.points)) as on_point:
-        space = Space(model.spec, profile, workload, dtype=dtype, schedule=ScheduleName(schedule))
         frame = policy_map(space, x=x, y=y, on_point=on_point)
-    about = _about(model, profile, workload, dtype)
-    _write(frame, csv, plot, lambda path: _draw_map(frame, path, x, y, about))
-    if as_json:
-        print_rows(frame, about=about, x=x.column, y=y.column)
-        return
-    console.print(f"[bold]{about}[/]\n")
-    console.print(map_text(frame, x, y), highlight=False)
-    tell_written(csv, plot)
+    about = _about(model, profile, workload)
+    output.show(
+        frame,
+        about,
+        lambda: console.print(map_text(frame, x, y), highlight=False),
+        lambda path: _draw_map(frame, path, x, y, about),
+        x=x.column,
+        y=y.column,
+    )
 
 
 def _axis(text: str, flag: str, *, log: bool) -> Axis:
     """`h2d-bandwidth=100GB/s:500GB/s:9` or `cpu=1:10:8`; HrmError for another form."""
     name, _, span = text.partition("=")
     parts = span.split(":")
-    names = [*Resource, *WHOLE]
-    if name not in names or len(parts) != 3 or not parts[2].isdecimal():
+    what = SWEPT.get(name)
+    if what is None or len(parts) != 3 or not parts[2].isdecimal():
         raise HrmError(
             flag,
             text,
-            f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(names)}",
-            "write it like h2d-bandwidth=100GB/s:500GB/s:9",
+            f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(SWEPT)}",
+            "write it like h2d-bandwidth=100GB/s:500GB/s:9 or cpu=1:10:8",
         )
-    what = Resource(name) if name in Resource.__members__.values() else name
-    first, last = (_end(what, part, flag) for part in parts[:2])
-    # Factors are spaced as rates are: they need not be whole.
-    spaced_as = what if isinstance(what, Resource) else Resource.CPU_FLOPS
-    # Before it is read as a number: of thousands of digits, none is made.
+    first, last = (what.read(part, f"{flag} {what}") for part in parts[:2])
+    # Checked as text first: Python reads no number of thousands of digits.
     if len(parts[2]) > len(str(MOST_POINTS)) or int(parts[2]) > MOST_POINTS:
         raise HrmError(
             f"{flag} {name}: points",
@@ -203,17 +171,7 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
             f"must be at most {MOST_POINTS}",
             "ask for fewer: each is a row of searches",
         )
-    count = int(parts[2])
-    return Axis(what, tuple(between(spaced_as, first, last, count, logarithmic=log)))
-
-
-def _end(what: Resource | str, text: str, flag: str) -> float:
-    if isinstance(what, Resource):
-        return parse_swept(what, text, f"{flag} {what}")
-    try:
-        return float(text)
-    except ValueError:
-        raise HrmError(f"{flag} {what}", text, "must be a factor", f"write it like {what}=1:10:8") from None
+    return Axis.between(what, first, last, int(parts[2]), logarithmic=log)
 
 
 def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
@@ -227,8 +185,8 @@ def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
             region = cells[x_value, y_value]["region"]
             known = isinstance(region, str)
             letters.append(regions.setdefault(region, LETTERS[len(regions) % len(LETTERS)]) if known else "·")
-        rows.append(f"{_axis_value(y, y_value):>12} │ {'  '.join(letters)}")
-    left, right = _axis_value(x, x.points[0]), _axis_value(x, x.points[-1])
+        rows.append(f"{y.what.show(y_value):>12} │ {'  '.join(letters)}")
+    left, right = x.what.show(x.points[0]), x.what.show(x.points[-1])
     width = 3 * len(x.points) - 2
     axis = f"{left}{right:>{max(width - len(left), len(right) + 1)}}"
     legend = [f"  {letter}  {region}" for region, letter in regions.items()]
@@ -246,19 +204,9 @@ def map_text(frame: "pd.DataFrame", x: Axis, y: Axis) -> str:
 
 
 def _axis_name(axis: Axis) -> str:
-    if isinstance(axis.what, Resource):
-        return axis.what.value
-    return f"{axis.what} ({', '.join(resource.value for resource in WHOLE[axis.what])}) times"
-
-
-def _axis_value(axis: Axis, value: float) -> str:
-    return axis.what.show(value) if isinstance(axis.what, Resource) else f"{value:.3g}"
-
-
-def _write(frame: "pd.DataFrame", csv: Path | None, plot: Path | None, draw: Callable[[Path], None]) -> None:
-    write_csv(frame, csv)
-    if plot is not None:
-        draw(plot)
+    if isinstance(axis.what, Whole):
+        return f"{axis.what} ({', '.join(axis.what.resources)}) times"
+    return axis.what.value
 
 
 def _draw_what_if(frame: "pd.DataFrame", path: Path, title: str) -> None:

@@ -5,10 +5,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hrm.cli.options import MachineChoice
-from hrm.cli.report import console
-from hrm.cli.tables import print_frame, print_rows, records, searching, seconds_or_dash, tell_written, write_csv
-from hrm.cli.texts import given_text
+from hrm.cli.console import console
+from hrm.cli.machine_choice import MachineChoice
+from hrm.cli.tables import TableOutput, print_frame, records, searching, seconds_or_dash
+from hrm.cli.texts import given_text, machine_text
 from hrm.errors import PolicyError, ProfileError
 from hrm.hardware import HardwareProfile
 from hrm.scaling import given_resources, resources, with_resource
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hrm.analysis.rows import OnPoint
 
-COUNTS: Final = (1, 2, 4, 8, 16)  # of GPUs on their front
+COUNTS: Final = (1, 2, 4, 8, 16)  # of GPUs that --pareto gpus tries
 
 
 class Front(StrEnum):
@@ -45,29 +45,23 @@ class Compared:
         return f"{first.spec.name} {where}, {first.workload.name}{given}"
 
 
-def show_machines(compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None) -> None:
+def show_machines(compared: Compared, output: TableOutput) -> None:
     """The best policy on every machine, the fastest first."""
     from hrm.analysis import compare_machines
 
-    if plot is not None:
-        raise PolicyError("--plot", str(plot), "goes with --pareto", "leave it out: machines come as a table")
+    if output.plot is not None:
+        raise PolicyError("--plot", str(output.plot), "goes with --pareto", "leave it out: machines come as a table")
     with searching(len(compared.spaces)) as on_point:
         frame = compare_machines(compared.spaces, on_point=on_point)
-    write_csv(frame, csv)
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [row["machine"], "–" if row["reason"] else f"{row['tokens_per_s_a_gpu']:.4g}"]
+
     about = compared.about(f"on {len(compared.spaces)} machines")
-    if as_json:
-        print_rows(frame, about=about)
-        return
-    console.print(f"[bold]{about}[/]\n")
-    print_frame(
-        frame,
-        ("machine", "a GPU"),
-        lambda row: [row["machine"], "–" if row["reason"] else f"{row['tokens_per_s_a_gpu']:.4g}"],
-    )
-    tell_written(csv)
+    output.show(frame, about, lambda: print_frame(frame, ("machine", "a GPU"), cells))
 
 
-def show_front(front: Front, compared: Compared, *, as_json: bool, csv: Path | None, plot: Path | None) -> None:
+def show_front(front: Front, compared: Compared, output: TableOutput) -> None:
     """What throughput costs, on one machine or (GPUs) on a family of them."""
     if len(compared.spaces) > 1:
         raise ProfileError(
@@ -77,23 +71,17 @@ def show_front(front: Front, compared: Compared, *, as_json: bool, csv: Path | N
             "name one: --pareto gpus changes how many GPUs it has",
         )
     space = compared.spaces[0]
-    machine = space.profile
     with searching(None) as on_point:
         frame, cost = _frame(front, space, compared.choice, on_point)
-    write_csv(frame, csv)
-    of = " (catalog figures)" if machine.accelerator == "catalog" else ""
-    on_machine = compared.about(f"on {machine.name}{of}")
-    about = f"{on_machine}: throughput against {front.value}"
-    if plot is not None:
+    on_machine = compared.about(f"on {machine_text(space.profile)}")
+
+    def draw(path: Path) -> None:
         from hrm.plots.pareto import plot_pareto
 
-        plot_pareto(frame[frame["reason"] == ""], plot, x=cost, title=on_machine)
-    if as_json:
-        print_rows(frame, about=about, cost=cost)
-        return
-    console.print(f"[bold]{about}[/]\n")
-    _print_front(front, frame, cost)
-    tell_written(csv, plot)
+        plot_pareto(frame[frame["reason"] == ""], path, x=cost, title=on_machine)
+
+    about = f"{on_machine}: throughput against {front.value}"
+    output.show(frame, about, lambda: _print_front(front, frame, cost), draw, cost=cost)
 
 
 def _frame(front: Front, space: Space, choice: MachineChoice, on_point: "OnPoint") -> "tuple[pd.DataFrame, str]":

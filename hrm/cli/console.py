@@ -4,7 +4,9 @@ import re
 import sys
 from typing import Any, Final
 
+import msgspec
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 _STYLES: Final = {"bold", "dim", "italic", "red", "green", "yellow", "cyan", "default"}
@@ -49,6 +51,19 @@ def _shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def plain_table(*headers: str | Column, right_from: int | None = None) -> Table:
+    """A table without lines, whose columns are aligned right from the one of this number on."""
+    table = Table(*headers, box=None, pad_edge=False)
+    for column in table.columns[right_from:] if right_from is not None else ():
+        column.justify = "right"
+    return table
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object and nothing else."""
+    print(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
 
 
 # Tables keep their columns when the output goes to a file or a pipe.

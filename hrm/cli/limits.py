@@ -1,4 +1,4 @@
-"""What a plan says of its limits, and of launches where they are one."""
+"""How a report tells what limits a plan, and what launches cost where they limit it."""
 
 from typing import Any
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from hrm.cli.report import console
+from hrm.cli.console import console, plain_table
 from hrm.hardware import NOISY_SPREAD, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
@@ -88,9 +88,9 @@ def _print_links(links: Sequence[Link]) -> None:
 
 
 def _table(first: str, value: str, second: str = "") -> Table:
-    """A table of rates; all of them read from left to right like this."""
+    """A table of rates with the columns that all of them have."""
     columns = [first, *([second] if second else [])]
-    return Table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source", box=None, pad_edge=False)
+    return plain_table(*columns, "data sheet", "ceiling", value, "spread", "curve over", "source")
 
 
 def _add_rate(table: Table, head: tuple[str, ...], rate: Rate, show: Show, unit: str = "") -> None:

@@ -7,7 +7,8 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from hrm.cli.report import console, print_json
+from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.params import json_option
 from hrm.formats import FORMATS, Formats
 from hrm.layers import Layer
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
@@ -19,7 +20,7 @@ _FORMATS: Final = Formats.of(STORED.name)
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 def models(name: str | None, as_json: bool) -> None:
     """List the built-in models, or show NAME (built-in, folder or config.json) in detail."""
     spec = load_model(name) if name else None
@@ -80,20 +81,9 @@ def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
 
 
 def _print_list(specs: list[ModelSpec]) -> None:
-    table = Table(
-        "model",
-        "parameters",
-        "active",
-        "layers",
-        "experts",
-        "a layer",
-        "an expert",
-        "KV a token",
-        box=None,
-        pad_edge=False,
+    table = plain_table(
+        "model", "parameters", "active", "layers", "experts", "a layer", "an expert", "KV a token", right_from=1
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
     for spec in specs:
         table.add_row(
             spec.name,
@@ -187,11 +177,7 @@ def _windows(spec: ModelSpec) -> str:
 
 
 def _print_layers(spec: ModelSpec) -> None:
-    table = Table(
-        "layers", "count", "bytes each", "outside experts", "routed experts", "attend to", box=None, pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = plain_table("layers", "count", "bytes each", "outside experts", "routed experts", "attend to", right_from=1)
     for kind, count in spec.layer_kinds().items():
         table.add_row(*_layer_row(spec, kind, count))
     table.add_row("all", str(spec.num_layers), format_bytes(spec.total_layer_bytes(STORED)))

@@ -1,22 +1,24 @@
 """`hrm plot`: pictures of a machine, of a plan, of a run, and of plans over a swept number."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from rich.table import Table
 
-from hrm.cli.options import ChosenModel, machine_options, model_options, plan_sources, resolve_plan, workload_options
-from hrm.cli.out_file import OUT_FILE
-from hrm.cli.report import console
-from hrm.cli.tables import tell_written, write_csv
-from hrm.errors import PolicyError
+from hrm.analysis.axis import SWEPT, Axis, Swept
+from hrm.analysis.sweep import sweep as search_all
+from hrm.cli.console import console, plain_table
+from hrm.cli.machine_choice import machine_options
+from hrm.cli.options import ChosenModel, PlanSource, model_options, plan_source_options, workload_options
+from hrm.cli.params import OUT_FILE, enum_option, phase_option
+from hrm.cli.program import CommandGroup
+from hrm.cli.tables import csv_option, searching, tell_written, write_csv
+from hrm.cli.texts import machine_text
+from hrm.errors import HrmError, PolicyError
 from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
-from hrm.scaling import Resource, resource_value
-from hrm.sweep import Length, Swept, between, parse_swept, swept
 from hrm.tasks import Phase
 from hrm.workload import Workload
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 _out = click.option("--out", "-o", type=OUT_FILE, required=True, help="PNG, SVG or PDF, by its ending.")
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def plot() -> None:
     """Draw a machine's roofline, what the lanes do under a policy, or a sweep, as a picture."""
 
@@ -88,20 +90,20 @@ def roofline(
 
 
 @plot.command()
-@click.option(
+@enum_option(
     "--schedule",
     "schedules",
-    type=click.Choice([name.value for name in ScheduleName]),
+    kind=ScheduleName,
     multiple=True,
     help="Run the policy in this order [default: the policy's, or cgopipe]; repeat it to compare.",
 )
-@plan_sources
+@plan_source_options
 @click.option(
     "--run",
     type=click.Path(path_type=Path, file_okay=False),
     help="Draw this run's first batch above what was predicted for it.",
 )
-@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True)
+@phase_option
 @click.option("--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps.")
 @click.option(
     "--from-layer",
@@ -113,16 +115,14 @@ def roofline(
 @click.option("--layers", type=click.IntRange(1), help="Draw this many layers of the first step [default: all steps].")
 @_out
 def timeline(
-    schedules: tuple[str, ...],
+    source: PlanSource,
+    schedules: tuple[ScheduleName, ...],
     run: Path | None,
-    phase: str,
+    phase: Phase,
     steps: int,
     from_layer: int,
     layers: int | None,
     out: Path,
-    policy: Path | None,
-    model: str | None,
-    **sources: Any,
 ) -> None:
     """Lanes over time as predicted, for one schedule or several, and as a run measured them."""
     from hrm.cli.timelines import of_run, of_schedules
@@ -131,18 +131,17 @@ def timeline(
 
     style.check_path(out)
     if run is not None:
-        if any((policy, model, schedules, *sources.values())):
+        if schedules or source.is_given:
             raise PolicyError(
                 "--run",
                 str(run),
                 "holds its own policy, machine and workload",
                 "leave the other options out, or draw them without --run",
             )
-        title, traces = of_run(run, Phase(phase), steps)
+        title, traces = of_run(run, phase, steps)
     else:
-        first = schedules[0] if schedules else None
-        plan = resolve_plan(policy=policy, model=model, schedule=first, **sources)
-        title, traces = of_schedules(plan, schedules, Phase(phase), steps, searched=policy is None)
+        plan = source.plan(schedules[0] if schedules else None)
+        title, traces = of_schedules(plan, schedules, phase, steps, searched=source.policy is None)
     if layers is not None or from_layer:
         last = None if layers is None else from_layer + layers - 1
         traces = {name: window(t, first=from_layer, last=last) for name, t in traces.items()}
@@ -157,103 +156,75 @@ def timeline(
 @click.option(
     "--vary",
     required=True,
-    metavar="|".join([*Resource, *Length]),
-    help="What is swept: a resource of the machine, or a length of the workload.",
+    metavar="|".join(SWEPT),
+    help="What is swept: a resource of the machine, all of a piece of it by factors, or a length of the workload.",
 )
 @click.option("--from", "low", required=True, metavar="64GB", help="Where the sweep begins.")
 @click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
 @click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True)
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
-@click.option(
+@enum_option(
     "--schedule",
     "schedules",
-    type=click.Choice([name.value for name in ScheduleName]),
+    kind=ScheduleName,
     multiple=True,
     default=["cgopipe"],
     show_default=True,
     help="Repeat it to compare.",
 )
-@click.option("--csv", type=OUT_FILE, help="Write the points as a table too.")
+@csv_option
 @_out
 def sweep(
     profile: HardwareProfile,
     model: ChosenModel,
-    dtype: str,
     workload: Workload,
     vary: str,
     low: str,
     high: str,
     points: int,
     log: bool,
-    schedules: tuple[str, ...],
+    schedules: tuple[ScheduleName, ...],
     csv: Path | None,
     out: Path,
 ) -> None:
-    """Throughput of the best policy against one resource of the machine, or one length."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    """Throughput of the best policy against what is swept."""
     from hrm.plots import style
     from hrm.plots.sweep import plot_sweep
     from hrm.search import Space
-    from hrm.sweep import sweep as search_all
 
     style.check_path(out)
-    what = swept(vary)
-    values = between(what, parse_swept(what, low, "--from"), parse_swept(what, high, "--to"), points, logarithmic=log)
-    names = [ScheduleName(name) for name in dict.fromkeys(schedules)]
-    here = _here(what, profile, workload, dtype)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task("searching", total=len(values) * len(names))
-        frame = search_all(
-            Space(model.spec, profile, workload, dtype=dtype),
-            vary=what,
-            values=values,
-            schedules=names,
-            on_point=lambda: bar.advance(shown),
-        )
+    what = _swept(vary)
+    axis = Axis.between(what, what.read(low, "--from"), what.read(high, "--to"), points, logarithmic=log)
+    names, dtype = list(dict.fromkeys(schedules)), model.dtype_on(profile)
+    space = Space(model.spec, profile, workload, dtype=dtype)
+    here = axis.now(space)
+    with searching(len(axis.points) * len(names)) as on_point:
+        frame = search_all(space, axis, schedules=names, on_point=on_point)
     write_csv(frame, csv)
-    of = " (catalog figures)" if profile.accelerator == "catalog" else ""
     plot_sweep(
         frame,
         out,
-        x=what.column,
-        here=here if values[0] <= here <= values[-1] else None,
-        title=f"{model.spec.name}, {dtype}, on {profile.name}{of}, {workload.name}",
+        x=axis.column,
+        here=here if axis.points[0] <= here <= axis.points[-1] else None,
+        title=f"{model.spec.name}, {dtype}, on {machine_text(profile)}, {workload.name}",
     )
     _print_sweep(frame, what)
     tell_written(csv, out)
 
 
-def _here(what: Swept, profile: HardwareProfile, workload: Workload, dtype: str) -> float:
-    """What the machine or the workload has of what is swept."""
-    match what:
-        case Resource():
-            return resource_value(profile, what, dtype=dtype)
-        case Length.PROMPT_LEN:
-            return workload.prompt_len
-        case Length.GEN_LEN:
-            return float(workload.gen_len)
+def _swept(name: str) -> Swept:
+    """What is swept by that name; HrmError listing the names if there is none."""
+    if name not in SWEPT:
+        raise HrmError("--vary", name, f"must be one of {', '.join(SWEPT)}", "choose one of them")
+    return SWEPT[name]
 
 
 def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
-    table = Table(
-        "schedule",
-        what.value,
-        "tokens/s",
-        "bound",
-        "N",
-        "μ",
-        "attention",
-        "FFN",
-        "r_w",
-        "r_c",
-        "bottleneck",
-        box=None,
-        pad_edge=False,
+    table = plain_table(
+        "schedule", what.value, "tokens/s", "bound", "N", "μ", "attention", "FFN", "r_w", "r_c", "bottleneck"
     )
     for row in frame.to_dict("records"):
-        value = _shown(what, float(row[what.column]))
+        value = what.show(float(row[what.column]))
         if row["reason"]:
             table.add_row(row["schedule"], value, *["–"] * 8, "no policy fits")
             continue
@@ -271,7 +242,3 @@ def _print_sweep(frame: "pd.DataFrame", what: Swept) -> None:
             row["bottleneck"],
         )
     console.print(table)
-
-
-def _shown(what: Swept, value: float) -> str:
-    return f"{value:g}" if isinstance(what, Length) else what.show(value)

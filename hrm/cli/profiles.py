@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.table import Column, Table
+from rich.table import Column
 
 from hrm.catalog import Part, list_files
+from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.machine_table import print_card, print_host, print_profile
-from hrm.cli.report import console, print_json
+from hrm.cli.params import json_option
 from hrm.errors import ProfileError
 from hrm.hardware import NOISY_SPREAD, GpuCard, HardwareProfile, Host
 from hrm.machines import compose, dump_profile, load_any, without_gpus
@@ -18,13 +19,13 @@ from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
 DIFF = "diff"
-TOLD_CHANGE = 0.10  # of which diff says in how many figures it would be told
+TOLD_CHANGE = 0.10  # diff says in how many figures it would notice a change of this size
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME | diff A B]")
 @click.option("--all", "show_all", is_flag=True, help="diff: list what is within the spreads too.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 @click.option(
     "--yaml/--table",
     "as_yaml",
@@ -141,7 +142,7 @@ def _print_figures(diff: ProfileDiff, *, show_all: bool) -> None:
     shown = [x for x in diff.different if show_all or x.verdict is not Verdict.WITHIN]
     if not shown:
         return
-    table = Table(Column("figure", no_wrap=True), "A", "B", "change", "on its curve", "", box=None, pad_edge=False)
+    table = plain_table(Column("figure", no_wrap=True), "A", "B", "change", "on its curve", "")
     for figure in shown:
         show = _format_of(figure.name)
         size, change = figure.curve_change

@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from hrm.errors import HrmError, one_line
+from hrm.errors import HrmError, closest, one_line
 
 
 class Interrupted(click.Abort):
@@ -27,7 +27,31 @@ class _ReaderGone(Exception):  # noqa: N818 - no error: somebody has seen enough
     """A pipe that is written to was closed at its other end; click would exit with 1."""
 
 
-class LazyGroup(click.Group):
+class CommandGroup(click.Group):
+    """Commands that tell a mistake with the command it was made in and the word that was perhaps meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is called; HrmError if there is none of that name."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = closest(name, self.list_commands(ctx))
+            remedy = f"did you mean {near}?" if near else f"see {ctx.command_path} --help"
+            raise HrmError(name, "<unknown>", f"is no command of {ctx.command_path}", remedy)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """What the command returns."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if error.ctx is None:  # click does not say whose option lacks a value
+                error.ctx = click.Context(self, parent=ctx, info_name=ctx.invoked_subcommand)
+            raise
+
+
+class LazyGroup(CommandGroup):
     """Commands whose modules are imported when they are called, so that --help stays quick.
 
     `lazily` maps each to its module and the line that --help has for it.
@@ -64,7 +88,7 @@ class LazyGroup(click.Group):
         """What the command returns, when all that it prints is out."""
         with _telling_of_readers():
             result = super().invoke(ctx)
-            sys.stdout.flush()  # or what is left in it would fail when nothing can be said of it
+            sys.stdout.flush()  # else the rest would fail at exit, where no error can be told
             return result
 
 
@@ -74,7 +98,7 @@ def _telling_of_readers() -> Generator[None]:
         yield
     except BrokenPipeError as error:
         raise _ReaderGone from error
-    except SystemExit as error:  # what rich makes of it
+    except SystemExit as error:  # rich makes this of a broken pipe
         if isinstance(error.__context__, BrokenPipeError):
             raise _ReaderGone from error
         raise
@@ -133,7 +157,7 @@ def _signals_as_ctrl_c() -> Generator[Callable[[], int]]:
         raise KeyboardInterrupt
 
     before: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # outside of the main thread there are no signals to hear
+    with suppress(ValueError):  # only the main thread can handle signals
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, interrupt)
@@ -145,7 +169,7 @@ def _signals_as_ctrl_c() -> Generator[Callable[[], int]]:
 
 
 def _open_standard_streams() -> None:
-    """Give standard streams that were closed to nobody, or files that are opened take their place.
+    """Connect standard streams that were closed to /dev/null, or files opened later take their place.
 
     `hrm models >&-` then prints to nowhere instead of into whatever is opened first.
     """
@@ -159,7 +183,7 @@ def _open_standard_streams() -> None:
 
 
 def _forget_output() -> None:
-    """Let what is still to be printed go nowhere, so that Python's exit does not fail on it."""
+    """Discard what is still to be printed, so that Python does not fail on it at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
@@ -186,16 +210,36 @@ def usage_mistake(error: click.UsageError, program: str) -> HrmError:
             name = parameter_name(error.param)
             return HrmError(name or command, "<missing>", "must be given", remedy)
         case click.BadParameter():
-            said = " ".join(error.message.split())
-            refused = _REFUSED.fullmatch(said)
-            value, rule = refused.groups() if refused else ("<refused>", said.rstrip("."))
-            return HrmError(parameter_name(error.param) or command, value, rule, remedy)
+            return _bad_value(error, command, remedy)
+        case click.BadOptionUsage() if "does not take" in error.message:
+            return HrmError(error.option_name, "<given a value>", "takes none", remedy)
         case click.BadOptionUsage():
-            said = error.message.rstrip(".")
-            return HrmError(error.option_name, "<incomplete>", said[:1].lower() + said[1:], remedy)
+            return HrmError(error.option_name, "<incomplete>", "needs a value", remedy)
         case _:
             said = " ".join(error.format_message().split()).rstrip(".")
             return HrmError(command, "<misused>", said[:1].lower() + said[1:], remedy)
+
+
+def _bad_value(error: click.BadParameter, command: str, remedy: str) -> HrmError:
+    """A value that its option does not take, and what it does take."""
+    said = " ".join(error.message.split())
+    refused = _REFUSED.fullmatch(said)
+    value, rule = refused.groups() if refused else ("<refused>", said.rstrip("."))
+    match error.param.type if error.param is not None else None:
+        case click.Choice() as kind:
+            choices = [str(choice) for choice in kind.choices]
+            rule, near = f"must be one of {', '.join(choices)}", closest(value, choices)
+            remedy = f"did you mean {near}?" if near else remedy
+        case click.IntRange(min=least, max=most):
+            ends = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+            rule = f"must be a whole number of {' and '.join(ends)}"
+        case click.types.IntParamType():
+            rule = "must be a whole number"
+        case click.types.FloatParamType():
+            rule = "must be a number"
+        case _:
+            pass
+    return HrmError(parameter_name(error.param) or command, value, rule, remedy)
 
 
 def parameter_name(parameter: click.Parameter | None) -> str:

@@ -4,18 +4,15 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import msgspec
-from rich.table import Table
-
 from hrm.causes import Limit
-from hrm.cli.console import console
+from hrm.cli.console import console, plain_table
 from hrm.cli.limits import launches_json, launches_text, limits_json
 from hrm.cli.texts import given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
-from hrm.policy import Parallelism, Policy, experts_of_layers
+from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy, experts_of_layers
 from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import given_resources
@@ -25,16 +22,10 @@ from hrm.units import counted, format_bytes, format_count, format_seconds
 from hrm.workload import Workload
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON object and nothing else."""
-    print(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
-
-
 def policy_json(estimate: Estimate) -> dict[str, Any]:
-    """The policy's fields and the paper's six-tuple."""
+    """The policy's fields and the paper's six numbers."""
     policy = estimate.policy
-    n, mu, a_g, f_g, r_w, r_c = estimate.paper_tuple
-    six = {"N": n, "mu": mu, "A_g": a_g, "F_g": f_g, "r_w": r_w, "r_c": r_c}
+    six = estimate.paper_tuple._asdict()
     fields = {name: getattr(policy, name) for name in Policy.__dataclass_fields__}
     return {**fields, "num_micro_batches": policy.num_micro_batches, "paper_tuple": six}
 
@@ -173,9 +164,7 @@ def _kind_of_machine(profile: HardwareProfile) -> str:
 
 def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profile: HardwareProfile) -> None:
     policy = estimate.policy
-    console.print(
-        f"[bold]policy[/]  (N, μ, A_g, F_g, r_w, r_c) = {estimate.paper_text}, schedule {policy.schedule.value}"
-    )
+    console.print(f"[bold]policy[/]  {PAPER_SYMBOLS} = {estimate.paper_tuple}, schedule {policy.schedule.value}")
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
     if policy.parallelism is Parallelism.PIPELINE:
@@ -264,7 +253,7 @@ def _lane_shares(phase: PhaseEstimate) -> str:
 def _print_memory(estimate: Estimate) -> None:
     of_stage = estimate.policy.parallelism is Parallelism.PIPELINE
     name = "memory of a stage" if of_stage else "memory"
-    table = Table(name, "planned", "capacity", "share", "for", box=None, pad_edge=False)
+    table = plain_table(name, "planned", "capacity", "share", "for")
     for plan in estimate.memory.levels:
         largest = sorted(plan.purposes.items(), key=lambda item: -item[1])
         parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in largest[:4]]
@@ -288,7 +277,7 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
         "attention": policy.kv_share_on_gpu,
         "ffn": float(policy.resident_experts == experts_of_layers(estimate.part.spec)),
     }
-    table = Table("turning points", "intensity", "P1", "P2", "balance", "", box=None, pad_edge=False)
+    table = plain_table("turning points", "intensity", "P1", "P2", "balance", "")
     for name, point in points.items():
         numbers = (point.intensity, point.p1, point.p2, point.balance)
         verdict = "all of its data lies on the GPU" if shares[name] == 1 else point.verdict
@@ -300,11 +289,11 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
 def _print_search(search: SearchResult) -> None:
     if search.runner_ups:
         phase, _ = _last_limit(search.runner_ups[0])
-        table = Table(
-            "runner-up (N, μ, A_g, F_g, r_w, r_c)", "tokens/s", f"{phase} limited by", box=None, pad_edge=False
-        )
+        table = plain_table(f"runner-up {PAPER_SYMBOLS}", "tokens/s", f"{phase} limited by")
         for estimate in search.runner_ups:
-            table.add_row(estimate.paper_text, f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value)
+            table.add_row(
+                str(estimate.paper_tuple), f"{estimate.tokens_per_s:.4g}", _last_limit(estimate)[1].cause.value
+            )
         console.print(table)
     console.print(
         f"[dim]{search.solver} search: {search.evaluations:,} {search.evaluates}, "
@@ -317,7 +306,7 @@ def _print_ways(search: SearchResult) -> None:
     if not search.ways or search.best is None:
         return
     chosen = search.best.policy.parallelism
-    table = Table("several GPUs", "tokens/s", "why", box=None, pad_edge=False)
+    table = plain_table("several GPUs", "tokens/s", "why")
     for way in sorted(search.ways, key=lambda way: way.parallelism is not chosen):
         name = f"{way.parallelism.value} parallel{' (chosen)' if way.parallelism is chosen else ''}"
         if way.best is None:
@@ -330,7 +319,7 @@ def _print_ways(search: SearchResult) -> None:
 
 
 def _last_limit(best: Estimate) -> tuple[str, Limit]:
-    """What limits decode, or prefill where that generates all there is."""
+    """What limits decode, or prefill where that generates the only token."""
     if best.decode.seconds:
         return "decode", best.limits.decode
     return "prefill", best.limits.prefill

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Final
 
 import click
-from rich.table import Table
 
 from hrm.acts import NAMES
+from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.options import plan_options
-from hrm.cli.out_file import OUT_FILE
-from hrm.cli.report import console, print_json
+from hrm.cli.params import OUT_FILE, json_option, phase_option
 from hrm.cli.texts import given_text
 from hrm.costs import Costs
 from hrm.errors import PolicyError
@@ -21,31 +20,31 @@ from hrm.trace import Trace, lane_chart, write_chrome_trace
 from hrm.units import counted, format_seconds
 
 TEXT_TASKS = 24
-MOST_PARTS: Final = 30_000  # micro-batches, or chunks, times layers and steps
+MOST_PARTS: Final = 30_000  # that are drawn: micro-batches or chunks, times layers and steps
 
 
 @click.command()
 @plan_options
-@click.option("--phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True)
+@phase_option
 @click.option(
     "--steps", type=click.IntRange(1, 64), default=2, show_default=True, help="Decode steps to simulate, joined."
 )
 @click.option("--layers", type=click.IntRange(1), help="Draw only up to this layer [default: all].")
 @click.option("--width", type=click.IntRange(20, 400), default=100, show_default=True, help="Columns of the chart.")
 @click.option("--trace", type=OUT_FILE, help="Write a Chrome trace (open it in ui.perfetto.dev).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 def simulate(
-    plan: PolicyFile, phase: str, steps: int, layers: int | None, width: int, trace: Path | None, as_json: bool
+    plan: PolicyFile, phase: Phase, steps: int, layers: int | None, width: int, trace: Path | None, as_json: bool
 ) -> None:
     """Walk a policy's task graph in virtual time and draw what each lane does."""
-    simulated = simulate_plan(plan, Phase(phase), num_steps=steps)
+    simulated = simulate_plan(plan, phase, num_steps=steps)
     if trace is not None:
         write_chrome_trace(trace, predicted=simulated)
     shown = simulated if layers is None else simulated.up_to_layer(layers)
     if as_json:
         print_json(
             {
-                "phase": phase,
+                "phase": phase.value,
                 "makespan_s": simulated.makespan_s,
                 "busy_s": {lane.value: s for lane, s in simulated.busy_s().items()},
                 "utilisation": {lane.value: s for lane, s in simulated.utilisation().items()},
@@ -54,7 +53,7 @@ def simulate(
             }
         )
         return
-    what = counted(steps, "decode step") if phase == "decode" else "prefill of one batch"
+    what = counted(steps, "decode step") if phase is Phase.DECODE else "prefill of one batch"
     console.print(
         f"[bold]{plan.model.name}[/] on [bold]{plan.profile.name}[/], "
         f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated"
@@ -70,7 +69,7 @@ def simulate(
     console.print(f"\n{lane_chart(shown, width=width)}\n")
     letters = ", ".join(f"{letter} {name.lower().replace('_', ' ')}" for name, letter in NAMES.items())
     console.print(f"[dim]{letters}[/]\n")
-    table = Table("lane", "busy", "share", box=None, pad_edge=False)
+    table = plain_table("lane", "busy", "share")
     shares = simulated.utilisation()
     for lane, busy_s in simulated.busy_s().items():
         table.add_row(lane.value, format_seconds(busy_s), f"{shares[lane]:.1%}")
@@ -90,7 +89,7 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
 
     Raises PolicyError if that has more tasks than can be drawn.
     """
-    requests = plan.workload.num_requests or plan.policy.batch_size
+    requests = plan.workload.requests_or(plan.policy.batch_size)
     policy = plan.policy.for_batch(requests)
     costs = Costs(*plan.part, policy.formats)
     if phase is Phase.PREFILL:

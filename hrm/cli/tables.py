@@ -3,23 +3,59 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from hrm.cli.out_file import OUT_FILE
-from hrm.cli.report import console, print_json
+from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.files import write_whole
+from hrm.policy import PAPER_SYMBOLS
 from hrm.units import format_seconds
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
+@dataclass(frozen=True, slots=True)
+class TableOutput:
+    """Where a table goes: printed, or as one JSON object, and into files."""
+
+    as_json: bool
+    csv: Path | None
+    plot: Path | None
+
+    def show(
+        self,
+        frame: "pd.DataFrame",
+        about: str,
+        print_text: Callable[[], object],
+        draw: Callable[[Path], object] = lambda _: None,
+        **facts: Any,
+    ) -> None:
+        """Write the table and draw it as asked, and print it by `print_text`, or with `facts` as JSON."""
+        write_csv(frame, self.csv)
+        if self.plot is not None:
+            draw(self.plot)
+        if self.as_json:
+            print_rows(frame, about=about, **facts)
+            return
+        console.print(f"[bold]{about}[/]\n")
+        print_text()
+        tell_written(self.csv, self.plot)
+
+
 csv_option = click.option("--csv", type=OUT_FILE, help="Write the table here too.")
-plot_option = click.option("--plot", type=OUT_FILE, help="Draw it too: PNG, SVG or PDF, by its ending.")
+table_output_options = together(
+    "output",
+    TableOutput,
+    json_option,
+    csv_option,
+    click.option("--plot", type=OUT_FILE, help="Draw it too: PNG, SVG or PDF, by its ending."),
+)
 
 
 @contextmanager
@@ -59,12 +95,12 @@ def show_change(change: float) -> str:
     return "–" if math.isnan(change) else f"{change:+.1%}"
 
 
-# What may be told of a plan in a table: its heading, and its cell for a row.
+# Columns that tell of a plan: the heading, and what makes the cell of a row.
 PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:.4g}",
     "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
     "parallel": lambda row: row["parallelism"] if isinstance(row["parallelism"], str) else "–",
-    "(N, μ, A_g, F_g, r_w, r_c)": lambda row: row["policy"],
+    PAPER_SYMBOLS: lambda row: row["policy"],
     "decode limit": lambda row: row["decode_bottleneck"],
 }
 
@@ -81,13 +117,13 @@ def print_frame(
     """
     several = frame["parallelism"].notna().any()
     told = [heading for heading in plan if heading != "parallel" or several]
-    table = Table(*headings, box=None, pad_edge=False)
+    table = plain_table(*headings)
     for heading in told:
         table.add_column(heading, no_wrap=True)
     for row in records(frame):
         if row["reason"]:
             reason = [""] * (len(told) - 1)
-            policy = told.index("(N, μ, A_g, F_g, r_w, r_c)")
+            policy = told.index(PAPER_SYMBOLS)
             reason.insert(policy, row["reason"])
             table.add_row(*cells(row), *reason)
         else:

@@ -11,6 +11,11 @@ from hrm.scaling import given_resources
 from hrm.units import format_seconds
 
 
+def machine_text(profile: HardwareProfile) -> str:
+    """A machine's name, with a word where nothing of it was measured."""
+    return f"{profile.name} (catalog figures)" if profile.accelerator == "catalog" else profile.name
+
+
 def given_text(profile: HardwareProfile) -> str:
     """What the user gave of the machine, on the command line; empty if nothing."""
     given = given_resources(profile).items()

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hrm.cli.simulate import simulate_plan
+from hrm.cli.texts import machine_text
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.estimate import decode_work, simulate_work
@@ -19,19 +20,18 @@ from hrm.units import counted
 
 
 def of_schedules(
-    plan: PolicyFile, schedules: tuple[str, ...], phase: Phase, steps: int, *, searched: bool
+    plan: PolicyFile, schedules: tuple[ScheduleName, ...], phase: Phase, steps: int, *, searched: bool
 ) -> tuple[str, dict[str, Trace]]:
     """The same policy in the order of every schedule, with attention where the schedule has it."""
-    names = [ScheduleName(name) for name in schedules] or [plan.policy.schedule]
+    names = list(schedules) or [plan.policy.schedule]
     if searched:
         plan = replace(plan, policy=fitting_all(plan, names))
     plans = {name.value: replace(plan, policy=in_order(plan.policy, name)) for name in names}
     for other in plans.values():
         plan_memory(plan.model, other.policy, plan.profile).check_fits()
     policy = plan.policy
-    of = " (catalog figures)" if plan.profile.accelerator == "catalog" else ""
     parts = counted(policy.num_micro_batches, "micro-batch")
-    title = f"{plan.model.name} on {plan.profile.name}{of}: {parts} of {policy.micro_batch_size}"
+    title = f"{plan.model.name} on {machine_text(plan.profile)}: {parts} of {policy.micro_batch_size}"
     traces = {
         f"{name}, attention on the {other.policy.attention.value.upper()}, predicted": simulate_plan(
             other, phase, num_steps=steps
@@ -81,8 +81,8 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
         first, measured = measured_steps(folder, measured, steps)
         context = run.workload.prompt_len + first + 1 + steps / 2
         costs = Costs(*plan.part, plan.policy.formats)
-        # As in the run, the step before them loads their first weights, and they load those of
-        # the step after them.
+        # One step more on either side: as in the run, the step before them loads their first
+        # weights, and they load those of the step after them.
         count = min(steps + 2, run.batches[0].decode_steps)
         predicted = simulate_work(decode_work(costs, plan.policy, context, num_steps=count))
         _, predicted = measured_steps(folder, predicted, steps)

@@ -7,7 +7,8 @@ import click
 from rich.table import Table
 
 from hrm.acts import NAMES
-from hrm.cli.report import console, print_json
+from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.params import json_option
 from hrm.run_record import read_run
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
@@ -17,7 +18,7 @@ from hrm.validate import validate as compare
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 def validate(run: Path, as_json: bool) -> None:
     """Lay what RUN (an output directory of executor run) measured beside the prediction."""
     validation = compare(read_run(run))
@@ -35,7 +36,7 @@ def print_validation(validation: Validation) -> None:
         f"{run.schedule}, {run.totals.requests} requests in {counted(len(run.batches), 'batch')} "
         f"({run.outcome})\n"
     )
-    table = Table("", "measured", "predicted", "error", box=None, pad_edge=False)
+    table = plain_table("", "measured", "predicted", "error")
     _add(table, "[bold]tokens/s, whole job[/]", validation.tokens_per_s, _rate)
     for phase, comparison in validation.phase_tokens_per_s.items():
         word = "prompt tokens/s, prefill" if phase is Phase.PREFILL else "tokens/s, decode"
@@ -52,7 +53,7 @@ def print_validation(validation: Validation) -> None:
                 _add(table, f"    {NAMES[kind]} {name}", comparison, format_seconds)
     console.print(table)
     console.print()
-    memory = Table("memory", "peak", "planned", "capacity", box=None, pad_edge=False)
+    memory = plain_table("memory", "peak", "planned", "capacity")
     for name, level in run.memory.items():
         memory.add_row(
             name,

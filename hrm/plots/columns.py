@@ -36,14 +36,14 @@ _UNITS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class AxisText:
     """What to write at an axis, and what its column's values are divided by."""
 
     label: str
     unit_size: float
 
 
-def axis_of(name: str, values: Any) -> Axis:
+def axis_of(name: str, values: Any) -> AxisText:
     """The axis of a column; the unit is the greatest in which half of the values are 1 or more."""
     import numpy as np
 
@@ -56,10 +56,10 @@ def axis_of(name: str, values: Any) -> Axis:
             words = _spelled(name.removesuffix(ending))
             if ending == "_flops_per_s":
                 words += " compute"
-            return Axis(f"{words} ({unit})", size)
+            return AxisText(f"{words} ({unit})", size)
     if name in _TOKENS:
-        return Axis(f"{_spelled(name)} (tokens)", 1.0)
-    return Axis(_NAMES.get(name) or _spelled(name), 1.0)
+        return AxisText(f"{_spelled(name)} (tokens)", 1.0)
+    return AxisText(_NAMES.get(name) or _spelled(name), 1.0)
 
 
 def _spelled(name: str) -> str:

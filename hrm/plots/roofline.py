@@ -10,7 +10,7 @@ from hrm.model_spec import ModelSpec
 from hrm.plots import style
 from hrm.plots.labels import Labels, Spot
 from hrm.plots.panels import KV, Panel, panels_of
-from hrm.plots.roofs import SAME, Kind, Role
+from hrm.plots.roofs import SAME, Evidence, Role
 from hrm.units import format_bandwidth, format_flops
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ _COLOURS: Final = {
     Role.DISK: style.PURPLE,
     Role.CACHE: style.LIGHT,
 }
-_LINES: Final = {Kind.ACHIEVED: "-", Kind.CEILING: "--", Kind.DATASHEET: ":"}
-_WORDS: Final = {Kind.ACHIEVED: "achieved", Kind.CEILING: "ceiling", Kind.DATASHEET: "data sheet"}
+_LINES: Final = {Evidence.ACHIEVED: "-", Evidence.CEILING: "--", Evidence.DATASHEET: ":"}
+_WORDS: Final = {Evidence.ACHIEVED: "achieved", Evidence.CEILING: "ceiling", Evidence.DATASHEET: "data sheet"}
 _MACHINES: Final = {
     "catalog": "catalog figures, not measured",
     "emulated": "emulated accelerator, measured",
@@ -93,29 +93,29 @@ def _draw(axes: Any, panel: Panel) -> None:
     # Host and GPU may be the same processor: the thinner line is then seen on the thicker one.
     thick = {Role.GPU: 2.6, Role.CPU: 1.3, Role.LINK: 1.6, Role.DISK: 1.3, Role.CACHE: 1.0}
     for slope in panel.slopes:
-        for kind, rate in slope.bytes_per_s.items():
-            ridge = slope.limit(kind) / rate
-            width = thick[slope.role] if kind is slope.planned else 0.8
+        for evidence, rate in slope.bytes_per_s.items():
+            ridge = slope.limit(evidence) / rate
+            width = thick[slope.role] if evidence is slope.planned else 0.8
             width = min(width, 1.0) if slope.aside else width
             left = min(panel.xs[0], ridge / 2)
             axes.plot(
                 [left, ridge],
                 [left * rate, ridge * rate],
-                _LINES[kind],
+                _LINES[evidence],
                 linewidth=width,
                 color=_COLOURS[slope.role],
-                gid=f"slope {slope.name} {kind}",
+                gid=f"slope {slope.name} {evidence}",
             )
     for ceiling in panel.ceilings:
-        for kind, rate in ceiling.flops_per_s.items():
-            width = thick[ceiling.role] if kind is ceiling.planned else 0.8
+        for evidence, rate in ceiling.flops_per_s.items():
+            width = thick[ceiling.role] if evidence is ceiling.planned else 0.8
             axes.plot(
-                [rate / ceiling.memory(kind), max(panel.xs[1], rate / ceiling.memory(kind))],
+                [rate / ceiling.memory(evidence), max(panel.xs[1], rate / ceiling.memory(evidence))],
                 [rate, rate],
-                _LINES[kind],
+                _LINES[evidence],
                 linewidth=width,
                 color=_COLOURS[ceiling.role],
-                gid=f"compute {ceiling.name} {kind}",
+                gid=f"compute {ceiling.name} {evidence}",
             )
     _draw_curves(axes, panel)
     _draw_marks(axes, panel)
@@ -291,14 +291,14 @@ def _grouped(found: list[tuple[str, Any, float]]) -> list[tuple[str, Any]]:
     return named
 
 
-def _with_others(text: str, rates: dict[Kind, float], show: Callable[[float], str]) -> list[str]:
+def _with_others(text: str, rates: dict[Evidence, float], show: Callable[[float], str]) -> list[str]:
     """The label with the rates that are not planned with in brackets, and without them."""
-    planned = next(kind for kind in Kind if kind in rates)
+    planned = next(evidence for evidence in Evidence if evidence in rates)
     unit = show(rates[planned]).partition(" ")[2]
     others = [
-        f"{_WORDS[kind]} {show(rates[kind]).removesuffix(' ' + unit)}"
-        for kind in Kind
-        if kind in rates and abs(rates[kind] / rates[planned] - 1) > SAME
+        f"{_WORDS[evidence]} {show(rates[evidence]).removesuffix(' ' + unit)}"
+        for evidence in Evidence
+        if evidence in rates and abs(rates[evidence] / rates[planned] - 1) > SAME
     ]
     return [f"{text} ({', '.join(others)})", text] if others else [text]
 
@@ -312,9 +312,9 @@ def _legend(figure: Any, panels: list[Panel]) -> None:
     rates = [s.bytes_per_s for p in panels for s in p.slopes]
     rates += [c.flops_per_s for p in panels for c in p.ceilings]
     handles = [
-        entry(_WORDS[kind] + (" (plans use it)" if kind is Kind.ACHIEVED else ""), _LINES[kind])
-        for kind in Kind
-        if any(kind in of_one for of_one in rates)
+        entry(_WORDS[evidence] + (" (plans use it)" if evidence is Evidence.ACHIEVED else ""), _LINES[evidence])
+        for evidence in Evidence
+        if any(evidence in of_one for of_one in rates)
     ]
     curves = {c.source for p in panels for c in p.ceilings if c.curve_is_known}
     if curves:

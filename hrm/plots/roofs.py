@@ -12,7 +12,7 @@ from hrm.roofline import TurningPoints, attainable_flops_per_s, attention_turnin
 SAME: Final = 0.01  # figures that differ by less are drawn and named as one
 
 
-class Kind(StrEnum):
+class Evidence(StrEnum):
     """How a rate is known."""
 
     ACHIEVED = "achieved"
@@ -39,18 +39,18 @@ class Slope:
 
     name: str
     role: Role
-    bytes_per_s: dict[Kind, float]
-    limit_flops_per_s: dict[Kind, float]
+    bytes_per_s: dict[Evidence, float]
+    limit_flops_per_s: dict[Evidence, float]
     aside: bool = False
 
     @property
-    def planned(self) -> Kind:
+    def planned(self) -> Evidence:
         """Which of the rates plans are made with."""
-        return next(kind for kind in Kind if kind in self.bytes_per_s)
+        return next(evidence for evidence in Evidence if evidence in self.bytes_per_s)
 
-    def limit(self, kind: Kind) -> float:
-        """Compute of that kind, or else the next that is known."""
-        return next(self.limit_flops_per_s[k] for k in (kind, *Kind) if k in self.limit_flops_per_s)
+    def limit(self, evidence: Evidence) -> float:
+        """Compute on that evidence, or else the next that is known."""
+        return next(self.limit_flops_per_s[k] for k in (evidence, *Evidence) if k in self.limit_flops_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,24 +60,24 @@ class Ceiling:
     name: str
     role: Role
     dtype: str
-    flops_per_s: dict[Kind, float]
+    flops_per_s: dict[Evidence, float]
     curve: tuple[tuple[float, float], ...]
     source: Source
-    memory_bytes_per_s: dict[Kind, float]
+    memory_bytes_per_s: dict[Evidence, float]
 
     @property
-    def planned(self) -> Kind:
+    def planned(self) -> Evidence:
         """Which of the rates plans are made with."""
-        return next(kind for kind in Kind if kind in self.flops_per_s)
+        return next(evidence for evidence in Evidence if evidence in self.flops_per_s)
 
     @property
     def curve_is_known(self) -> bool:
         """Whether somebody found, and did not only assume, how the rate bends over tokens."""
         return bool(self.curve) and self.source is not Source.ASSUMED
 
-    def memory(self, kind: Kind) -> float:
-        """Bandwidth of that kind, or else the next that is known."""
-        return next(self.memory_bytes_per_s[k] for k in (kind, *Kind) if k in self.memory_bytes_per_s)
+    def memory(self, evidence: Evidence) -> float:
+        """Bandwidth on that evidence, or else the next that is known."""
+        return next(self.memory_bytes_per_s[k] for k in (evidence, *Evidence) if k in self.memory_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +107,8 @@ def slopes(profile: HardwareProfile, dtypes: tuple[str, ...], *, of_kv: bool) ->
         name = f"{role} memory"
         if of_kv and level.processor.attention_bytes_per_s is not None:
             # What memory gives at best is the ceiling of a kernel that only reads it.
-            memory[Kind.CEILING] = level.read_bytes_per_s.planned.value
-            memory[Kind.ACHIEVED] = level.attention_bytes_per_s
+            memory[Evidence.CEILING] = level.read_bytes_per_s.planned.value
+            memory[Evidence.ACHIEVED] = level.attention_bytes_per_s
             name = f"{role} attention"
         found.append(Slope(name=name, role=role, bytes_per_s=memory, limit_flops_per_s=limit))
         found += [
@@ -154,7 +154,7 @@ def ceilings(profile: HardwareProfile, dtypes: tuple[str, ...]) -> list[Ceiling]
                     name=f"{role} {dtype}",
                     role=role,
                     dtype=dtype,
-                    flops_per_s=_known(rate) if rate else {Kind.ACHIEVED: plain},
+                    flops_per_s=_known(rate) if rate else {Evidence.ACHIEVED: plain},
                     curve=rate.planned.curve if rate else (),
                     source=rate.planned.source if rate else Source.DERIVED,
                     memory_bytes_per_s=_known(level.read_bytes_per_s),
@@ -256,16 +256,16 @@ def _brings_host_data(profile: HardwareProfile, link: Link) -> bool:
     return (towards and link.kind != "peer") or link.kind == "staging"
 
 
-def _known(rate: Rate) -> dict[Kind, float]:
-    figures = {kind: getattr(rate, kind.value) for kind in Kind}
-    return {kind: figure.value for kind, figure in figures.items() if figure is not None}
+def _known(rate: Rate) -> dict[Evidence, float]:
+    figures = {evidence: getattr(rate, evidence.value) for evidence in Evidence}
+    return {evidence: figure.value for evidence, figure in figures.items() if figure is not None}
 
 
-def _limits(level: MemoryLevel, dtypes: tuple[str, ...]) -> dict[Kind, float]:
-    """The highest GEMM rate of each kind over the dtypes."""
-    limits = {Kind.ACHIEVED: max(level.processor.flops_per_s(dtype) for dtype in dtypes)}
+def _limits(level: MemoryLevel, dtypes: tuple[str, ...]) -> dict[Evidence, float]:
+    """The highest GEMM rate on every evidence over the dtypes."""
+    limits = {Evidence.ACHIEVED: max(level.processor.flops_per_s(dtype) for dtype in dtypes)}
     for dtype in dtypes:
         rate = level.processor.compute_flops_per_s.get(dtype)
-        for kind, value in (_known(rate) if rate else {}).items():
-            limits[kind] = max(limits.get(kind, 0.0), value)
+        for evidence, value in (_known(rate) if rate else {}).items():
+            limits[evidence] = max(limits.get(evidence, 0.0), value)
     return limits

@@ -28,7 +28,7 @@ def plot_sweep(
 ) -> "Figure":
     """Draw `y` over `x`, one line a `group`, and the batch size under it.
 
-    The table is `hrm.sweep.sweep`'s: `x` is the swept column, `bottleneck` decides the markers,
+    The table is `hrm.analysis.sweep`'s: `x` is the swept column, `bottleneck` decides the markers,
     `bound_<y>` is drawn dotted, and rows without `y` do not fit (crosses on the axis); of these
     columns and `batch_size`, those that are missing are not drawn. `here` marks a value of `x`.
     Returns the figure, also written to `path` if there is one (HrmError if it cannot be).

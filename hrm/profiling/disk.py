@@ -55,7 +55,8 @@ def measure_disk(folder: Path, *, budget_s: float, quick: bool, num_bytes: int |
 
     Raises DiskError if the folder cannot be read or written to, or the disk is full.
     """
-    wanted = num_bytes or (QUICK_BYTES if quick else FULL_BYTES)
+    usual = QUICK_BYTES if quick else FULL_BYTES
+    wanted = usual if num_bytes is None else num_bytes
     start_s = time.monotonic()
     try:
         usage = shutil.disk_usage(folder)

@@ -43,7 +43,7 @@ class HostFacts:
     @property
     def usable_ram_bytes(self) -> int:
         """RAM, or the cgroup's limit if that is less."""
-        return min(self.ram_bytes, self.ram_limit_bytes or self.ram_bytes)
+        return self.ram_bytes if self.ram_limit_bytes is None else min(self.ram_bytes, self.ram_limit_bytes)
 
     @property
     def compute_threads(self) -> int:

@@ -27,20 +27,28 @@ class Settling:
     slowed_by: tuple[str, ...] = ()
 
     @property
+    def clocks_mhz(self) -> tuple[float, float] | None:
+        """The highest and the settled clock; None where they cannot be read, which may be told as 0."""
+        peak, settled = self.peak_mhz, self.settled_mhz
+        return None if peak is None or settled is None or min(peak, settled) <= 0 else (peak, settled)
+
+    @property
     def drop(self) -> float:
         """Share by which the clock fell under load, or the rate where no clock can be read."""
-        clock = 0.0
-        if self.peak_mhz and self.settled_mhz:
-            clock = 1 - self.settled_mhz / self.peak_mhz
-        return max(clock, 1 - self.settled_flops_per_s / self.peak_flops_per_s)
+        rate = 1 - self.settled_flops_per_s / self.peak_flops_per_s
+        if self.clocks_mhz is None:
+            return max(0.0, rate)
+        peak, settled = self.clocks_mhz
+        return max(1 - settled / peak, rate)
 
     def warnings(self, name: str) -> list[str]:
         """That the GPU throttles, if it does."""
         if self.drop <= THROTTLED:
             return []
         clocks = ""
-        if self.peak_mhz and self.settled_mhz:
-            clocks = f" (clock {self.peak_mhz:.0f} to {self.settled_mhz:.0f} MHz)"
+        if self.clocks_mhz is not None:
+            peak, settled = self.clocks_mhz
+            clocks = f" (clock {peak:.0f} to {settled:.0f} MHz)"
         why = f", by {' and '.join(self.slowed_by)}" if self.slowed_by else ""
         told = f"{name} throttles: it got {self.drop:.0%} slower under load{clocks}{why}"
         return [f"{told}; the figures are those after it slowed down"]
@@ -50,7 +58,7 @@ def settle(
     gpu: AbstractGpu, *, seconds: float, side: int | None = None, clock: Callable[[], float] = time.perf_counter
 ) -> Settling:
     """Multiply large random matrices for so long, and see what clock and rate do meanwhile."""
-    side = side or SIDE
+    side = SIDE if side is None else side
     idle_mhz = gpu.clock_mhz()
     kind = torch.float16 if gpu.device != "cpu" else torch.float32
     x = torch.randn(side, side, device=gpu.device).to(kind)

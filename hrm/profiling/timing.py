@@ -130,7 +130,7 @@ def middle_and_ends(values: Sequence[float]) -> tuple[float, float, float]:
     return cuts[4], cuts[1], cuts[7]
 
 
-def measured(value: float, spread: Sequence[float], note: str = "", samples: int = 0) -> Figure:
+def measured(value: float, spread: Sequence[float], note: str = "", samples: int | None = None) -> Figure:
     """A measured figure whose 20th and 80th percentile are those of repeated measurements."""
     _, low, high = middle_and_ends([*spread, value])
     low, high = min(low, value), max(high, value)
@@ -138,7 +138,7 @@ def measured(value: float, spread: Sequence[float], note: str = "", samples: int
         value=significant(value),
         source=Source.MEASURED,
         note=note,
-        samples=samples or len(spread),
+        samples=len(spread) if samples is None else samples,
         p20=significant(low),
         p80=significant(high),
     )

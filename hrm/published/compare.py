@@ -1,7 +1,8 @@
 """Predicted beside measured for published runs, their errors and their order."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
@@ -10,8 +11,11 @@ from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile
 from hrm.model_spec import load_model
-from hrm.published.data import TABLE_4, Run, System
+from hrm.published.data import TABLE_4, PublishedRun, System
 from hrm.published.systems import DTYPE, IMPLEMENTATIONS, policy_of
+
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key")
 
 
 def machine_name(setup: str) -> str:
@@ -20,10 +24,10 @@ def machine_name(setup: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparedRun:
     """A published run and what is predicted for it."""
 
-    run: Run
+    run: PublishedRun
     predicted: Estimate
 
     @property
@@ -54,10 +58,12 @@ class Accuracy:
     worst_column: str
 
 
-def compare(runs: Iterable[Run] = TABLE_4, machines: dict[str, HardwareProfile] | None = None) -> list[Comparison]:
+def compare(
+    runs: Iterable[PublishedRun] = TABLE_4, machines: dict[str, HardwareProfile] | None = None
+) -> list[ComparedRun]:
     """Predict published runs on their machines, by setup; paper-s1 and paper-s2 by default."""
     machines = {} if machines is None else dict(machines)
-    found: list[Comparison] = []
+    found: list[ComparedRun] = []
     for run in runs:
         if run.setup not in machines:
             machines[run.setup] = load_profile(machine_name(run.setup))
@@ -65,7 +71,7 @@ def compare(runs: Iterable[Run] = TABLE_4, machines: dict[str, HardwareProfile] 
         predicted = estimate(
             spec, policy_of(run, spec), machines[run.setup], run.workload, runtime=IMPLEMENTATIONS[run.system].runtime
         )
-        found.append(Comparison(run, predicted))
+        found.append(ComparedRun(run, predicted))
     return found
 
 
@@ -73,7 +79,7 @@ def compare(runs: Iterable[Run] = TABLE_4, machines: dict[str, HardwareProfile] 
 class ClosedForm:
     """What is predicted for a run without simulating it: about 1 % more, and far quicker."""
 
-    run: Run
+    run: PublishedRun
     prefill_s: float
     decode_s: float
 
@@ -89,7 +95,7 @@ class ClosedForm:
         return self.decode_s / self.run.workload.decode_steps
 
 
-def closed_form(run: Run, profile: HardwareProfile) -> ClosedForm:
+def closed_form(run: PublishedRun, profile: HardwareProfile) -> ClosedForm:
     """Predict a published run on a machine in closed form."""
     spec, implementation = load_model(run.model), IMPLEMENTATIONS[run.system]
     policy = policy_of(run, spec)
@@ -102,30 +108,33 @@ def closed_form(run: Run, profile: HardwareProfile) -> ClosedForm:
     return ClosedForm(run, prefill_s, decode_s)
 
 
-def accuracy(comparisons: Sequence[Comparison]) -> Accuracy:
+def accuracy(comparisons: Sequence[ComparedRun]) -> Accuracy:
     """Mean and worst error."""
     worst = max(comparisons, key=lambda comparison: abs(comparison.error))
     total = sum(abs(comparison.error) for comparison in comparisons)
     return Accuracy(len(comparisons), total / len(comparisons), worst.error, worst.run.column)
 
 
-def accuracy_by_system(comparisons: Iterable[Comparison]) -> dict[System, Accuracy]:
+def accuracy_by_system(comparisons: Iterable[ComparedRun]) -> dict[System, Accuracy]:
     """Mean and worst error of each system."""
-    of_system: dict[System, list[Comparison]] = {}
-    for comparison in comparisons:
-        of_system.setdefault(comparison.run.system, []).append(comparison)
+    of_system = grouped(comparisons, lambda comparison: comparison.run.system)
     return {system: accuracy(its) for system, its in of_system.items()}
 
 
-def by_column(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+def by_column(comparisons: Iterable[ComparedRun]) -> dict[str, list[ComparedRun]]:
     """Comparisons of one workload on one setup together, in the order given."""
-    columns: dict[str, list[Comparison]] = {}
-    for comparison in comparisons:
-        columns.setdefault(comparison.run.column, []).append(comparison)
-    return columns
+    return grouped(comparisons, lambda comparison: comparison.run.column)
 
 
-def order_as_published(column: Sequence[Comparison]) -> bool:
+def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Those of one key together, in the order given."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def order_as_published(column: Sequence[ComparedRun]) -> bool:
     """Whether the systems of a column come out in the order in which they were measured."""
 
     def order(tokens_per_s: list[float]) -> list[int]:

@@ -23,7 +23,7 @@ class System(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class PublishedRun:
     """One published throughput with the batch that it was measured on; weights are float16."""
 
     system: System
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def column(self) -> str:
-        """What a run is compared within: its workload and its setup."""
+        """The column of the paper's table that the run stands in: its workload and its setup."""
         return f"{self.workload.name} on {self.setup}"
 
 
@@ -73,7 +73,7 @@ _TABLE_4: Final = {
 _COLUMNS: Final = ((_REASONING, "S1"), (_REASONING, "S2"), (_SUMMARIZATION, "S1"), (_SUMMARIZATION, "S2"))
 
 TABLE_4: Final = tuple(
-    Run(
+    PublishedRun(
         system=system,
         setup=setup,
         workload=workload,
@@ -112,7 +112,7 @@ def _mtbench(generated: int, *, pad: bool) -> Workload:
 
 
 MTBENCH: Final = tuple(
-    Run(
+    PublishedRun(
         system=system,
         setup=setup,
         workload=_mtbench(generated, pad=True),
@@ -124,7 +124,7 @@ MTBENCH: Final = tuple(
     for generated, (tokens_per_s, micro_batch_size, batch_size) in zip(GENERATED, runs, strict=True)
 )
 SEVERAL_GPUS: Final = tuple(
-    Run(
+    PublishedRun(
         system=System.MOE_LIGHTNING,
         setup=setup,
         model="mixtral-8x22b" if setup in {"S6", "S7"} else "dbrx",

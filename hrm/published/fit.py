@@ -20,8 +20,9 @@ _Part = TypeVar("_Part", MemoryLevel, Link)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedFigure:
-    """A fitted figure: where it stands, what the profile says, and what a new fit finds."""
+    """A fitted figure: its machine, where it stands there, what is shipped, and what a new fit finds."""
 
+    machine: str
     where: str
     shipped: float
     found: float
@@ -68,7 +69,13 @@ def fit(setup: str) -> list[FittedFigure]:
         log_errors, [math.log(START_FACTOR)] * len(figures), bounds=(least, most), diff_step=[1e-4] * len(figures)
     )
     return [
-        FittedFigure(where=where, shipped=figure.value, found=figure.value * math.exp(log_factor), note=figure.note)
+        FittedFigure(
+            machine=machine_name(setup),
+            where=where,
+            shipped=figure.value,
+            found=figure.value * math.exp(log_factor),
+            note=figure.note,
+        )
         for (where, figure), log_factor in zip(figures.items(), solution.x, strict=True)
     ]
 

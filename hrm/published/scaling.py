@@ -16,8 +16,8 @@ from hrm.formats import Formats
 from hrm.hardware import Figure, HardwareProfile, Host, Link, Rate, Source
 from hrm.machines import assemble, load_gpu, load_host, load_profile
 from hrm.model_spec import ModelSpec, load_model
-from hrm.published.compare import ClosedForm, Comparison, closed_form, compare, machine_name
-from hrm.published.data import GENERATED, SEVERAL_GPUS, Run
+from hrm.published.compare import ClosedForm, ComparedRun, closed_form, compare, machine_name
+from hrm.published.data import GENERATED, SEVERAL_GPUS, PublishedRun
 from hrm.published.systems import DTYPE
 from hrm.tasks import Phase
 from hrm.units import GIB
@@ -71,7 +71,7 @@ class BatchLimit:
     level: str
 
 
-def batch_limit(run: Run) -> BatchLimit:
+def batch_limit(run: PublishedRun) -> BatchLimit:
     """The batch that MoE-Lightning's memory rule allows at the run's micro-batch size.
 
     As read in its artifact, in our words. On the GPUs: all projections, two slots of a layer's
@@ -115,8 +115,8 @@ class Scaling:
     `shared_two` and `shared_four` are what would be predicted if two cards shared one link.
     """
 
-    two: Comparison
-    four: Comparison
+    two: ComparedRun
+    four: ComparedRun
     shared_two: ClosedForm
     shared_four: ClosedForm
 
@@ -198,7 +198,7 @@ class MeasuredStep:
     cache_bytes_per_s: float
 
 
-def measured_step(comparison: Comparison) -> MeasuredStep:
+def measured_step(comparison: ComparedRun) -> MeasuredStep:
     """The decode step that a run's measured time leaves, and what it would ask of each GPU."""
     run, policy = comparison.run, comparison.predicted.policy
     spec, workload, gpus = load_model(run.model), run.workload, NUM_GPUS[run.setup]
@@ -211,13 +211,13 @@ def measured_step(comparison: Comparison) -> MeasuredStep:
     )
 
 
-def gpu_memory_left_bytes(comparison: Comparison) -> float:
+def gpu_memory_left_bytes(comparison: ComparedRun) -> float:
     """Bytes of one GPU that hrm's formulas leave free in a published run."""
     gpu = comparison.predicted.memory.gpu
     return (gpu.capacity_bytes - gpu.planned_bytes) / NUM_GPUS[comparison.run.setup]
 
 
-def published_steps_s(runs: Sequence[Run]) -> list[float]:
+def published_steps_s(runs: Sequence[PublishedRun]) -> list[float]:
     """Seconds of a decode step between published runs of one batch that generate ever more.
 
     Empty if their batches differ.

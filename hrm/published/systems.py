@@ -12,7 +12,7 @@ from typing import Final
 from hrm.costs import Runtime
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
-from hrm.published.data import Run, System
+from hrm.published.data import PublishedRun, System
 from hrm.tasks import Device
 
 DTYPE: Final = "float16"
@@ -80,7 +80,7 @@ IMPLEMENTATIONS: Final = {
 }
 
 
-def policy_of(run: Run, spec: ModelSpec) -> Policy:
+def policy_of(run: PublishedRun, spec: ModelSpec) -> Policy:
     """The policy that a published run executed; a micro-batch is prefilled in one piece."""
     system, workload = IMPLEMENTATIONS[run.system], run.workload
     number = -(-run.batch_size // run.micro_batch_size)

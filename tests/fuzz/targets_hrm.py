@@ -12,9 +12,9 @@ import msgspec
 
 from hrm.catalog import profile_folder
 from hrm.cli.analysis import _axis
+from hrm.cli.machine_choice import MachineChoice
 from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.models import _print_model, model_json
-from hrm.cli.options import MachineChoice
 from hrm.cli.profiles import profiles as profiles_command
 from hrm.cli.validate import print_validation
 from hrm.decoding import read_yaml

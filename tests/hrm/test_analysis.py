@@ -11,6 +11,7 @@ import pytest
 
 from hrm.analysis import (
     Axis,
+    Whole,
     compare_machines,
     front_of_cpu_memory,
     front_of_gpus,
@@ -116,7 +117,7 @@ def test_front_of_gpus_counts_each_of_them():
 
 def test_a_map_is_a_search_in_every_cell():
     x = Axis(Resource.H2D_BANDWIDTH, (1e8, 1e10))
-    y = Axis("cpu", (0.01, 3.0))
+    y = Axis(Whole.CPU, (0.01, 3.0))
     frame = policy_map(Space(SPEC, small(), WORKLOAD), x=x, y=y)
     assert len(frame) == 4
     for row in frame.to_dict("records"):

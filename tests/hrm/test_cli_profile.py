@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from hrm.files import open_locked
+from hrm.locks import open_locked
 from hrm.machines import load_profile
 from tests.hrm.profiling.fakes import small_sizes
 

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from hrm.errors import HrmError, PolicyError, ProfileError
-from hrm.files import check_writable, create_anew, open_append, open_locked, read_regular, write_whole, writing
+from hrm.files import check_writable, create_anew, open_append, read_regular, write_whole, writing
+from hrm.locks import open_locked
 
 
 def test_a_plain_file_is_read_whole(tmp_path):
@@ -279,7 +280,7 @@ def test_concurrent_writers_and_kill_9_leave_one_whole_content(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from hrm.files import open_locked
+from hrm.locks import open_locked
 file = open_locked(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

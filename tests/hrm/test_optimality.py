@@ -36,7 +36,7 @@ def _quick_bounds(monkeypatch):
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
     machine = profile or case.profile
-    return search(Space(case.spec, machine, case.workload, dtype=case.dtype), **options)
+    return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options))
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ from functools import cache, partial
 
 import pytest
 
-from hrm.cli import paper as command
-from hrm.cli import paper_report
+from hrm.published import command, report
 from hrm.published.compare import compare
 from hrm.published.data import MTBENCH, SEVERAL_GPUS, TABLE_4
 from hrm.published.scaling import PAIRS, Scaling, closed_form, machine_of
@@ -61,7 +60,7 @@ def test_help_names_its_parts(hrm):
 def test_every_part_is_readable_in_a_hundred_columns(hrm, part):
     code, out, err = hrm(*part)
     assert (code, err) == (0, "")
-    assert max(len(line.rstrip()) for line in out.splitlines()) <= paper_report.WIDTH
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= report.WIDTH
 
 
 def test_table_shows_each_run_with_its_error_limits_and_what_was_fitted(hrm):
@@ -97,7 +96,7 @@ def test_table_shows_each_run_with_its_error_limits_and_what_was_fitted(hrm):
 
 
 def test_a_changed_order_is_said(hrm, monkeypatch):
-    monkeypatch.setattr(paper_report, "order_as_published", lambda column: len(column) != 4)
+    monkeypatch.setattr(report, "order_as_published", lambda column: len(column) != 4)
     _, out, _ = hrm()
     assert "not as published in reasoning on S2, summarization on S2" in out
 

@@ -7,6 +7,7 @@ import pytest
 
 from hrm import operators
 from hrm.acts import Load
+from hrm.analysis import plan_row
 from hrm.buffers import Purpose
 from hrm.costs import Costs
 from hrm.errors import PolicyError
@@ -19,7 +20,6 @@ from hrm.parallel import longest_stage, part_of, pipeline_obstacle, stage_layers
 from hrm.phase_work import Turn, job_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import Space, search
-from hrm.sweep import plan_row
 from hrm.tasks import Device, Phase
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_dimensions, tiny_spec

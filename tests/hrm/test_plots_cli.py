@@ -116,7 +116,7 @@ def test_ctrl_c_ends_a_sweep_with_130_and_leaves_no_file(hrm, tmp_path, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hrm.sweep.search", interrupted)
+    monkeypatch.setattr("hrm.analysis.rows.search", interrupted)
     code, out, err = hrm(
         "plot",
         "sweep",
@@ -153,6 +153,7 @@ SWEEP = ["sweep", *T4, "--out", "a.png"]
         (["timeline", "--out", "a.png"], "--policy and --model is <neither>"),
         (["timeline", *T4, "--layers", "99", "--out", "a.png"], "must lie within the 32 layers"),
         (["timeline", "--run", ".", "--schedule", "flexgen", "--out", "a.png"], "holds its own"),
+        (["timeline", "--run", ".", "--gen-len", "0", "--out", "a.png"], "holds its own"),
         (["timeline", "--run", ".", "--out", "a.png"], "must be a run.json"),
         ([*SWEEP, "--vary", "colour", "--from", "1", "--to", "2"], "--vary is 'colour'"),
         ([*SWEEP, "--vary", "cpu-memory", "--from", "2GB", "--to", "1GB"], "greater one"),

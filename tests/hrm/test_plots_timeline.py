@@ -255,7 +255,7 @@ def plan(gpu_bytes: float = 1 * GB, **changes) -> PolicyFile:
 
 
 def test_schedules_are_compared_on_one_policy_with_attention_where_each_has_it():
-    names = ("cgopipe", "flexgen", "flexgen-c")
+    names = (ScheduleName.CGOPIPE, ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C)
     title, traces = of_schedules(plan(), names, Phase.DECODE, 2, searched=False)
     assert "tiny on test machine: 4 micro-batches of 16" in title
     assert [name.partition(",")[0] for name in traces] == list(names)
@@ -290,7 +290,7 @@ def test_a_policy_of_a_pipeline_stage_gives_up_residents_of_its_own_layers():
     chosen = fitting_all(stage, [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN])
     assert chosen.resident_experts == (0, 0)  # nothing fits so little memory, whatever is given up
     roomy = replace(stage, profile=machine(num_gpus=2))
-    _, traces = of_schedules(roomy, ("cgopipe", "flexgen"), Phase.DECODE, 1, searched=True)
+    _, traces = of_schedules(roomy, (ScheduleName.CGOPIPE, ScheduleName.FLEXGEN), Phase.DECODE, 1, searched=True)
     for trace in traces.values():
         assert {span.id.layer for span in trace.spans} == {0, 1}
 

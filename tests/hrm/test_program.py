@@ -1,13 +1,19 @@
 """Both programs as the shell sees them: exit codes, closed pipes, closed outputs, signals."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
+
+from hrm.cli.program import parameter_name
 
 PROGRAMS = ("hrm", "executor")
 
@@ -104,6 +110,88 @@ def test_both_programs_tell_a_mistake_in_the_arguments_alike(program):
     assert code == 2
     assert err.startswith(f"error: --foo is <unknown>: is no option of {program} {command}; ")
     assert err.count("\n") == 1
+
+
+def commands_under(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command of a program with the words that call it."""
+    yield path, group
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands_under(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = {
+    " ".join(path): command
+    for program in PROGRAMS
+    for path, command in commands_under(import_module(f"{program}.cli").cli, program)
+}
+MISTAKE = re.compile(r"error: (?P<where>.+?) is (?P<value>'.*?'|<.+?>): (?P<rule>.+); (?P<remedy>.+)\n")
+
+
+def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, str]]:
+    """Arguments, then what must be said of them: where, which value, and a part of the rule."""
+    yield ["--nothing-like-it"], "--nothing-like-it", "<unknown>", "is no option of"
+    if isinstance(command, click.Group):
+        yield ["zzz"], "zzz", "<unknown>", "is no command of"
+    elif required := [each for each in command.params if each.required]:
+        yield [], parameter_name(required[0]), "<missing>", "must be given"
+    for option in command.params:
+        if not isinstance(option, click.Option):
+            continue
+        flag = parameter_name(option)
+        if option.is_flag:
+            yield [f"{flag}=x"], flag, "<given a value>", "takes none"
+            continue
+        if option.type.name != "text" or option.required:  # --kv-on-gpu may stand alone
+            yield [flag], flag, "<incomplete>", "needs a value"
+        match option.type:
+            case click.Choice():
+                yield [flag, "zzz"], flag, "'zzz'", "must be one of "
+            case click.IntRange(min=int(least)):
+                yield [flag, str(least - 1)], flag, f"'{least - 1}'", f"must be a whole number of at least {least}"
+            case click.types.IntParamType():
+                yield [flag, "1.5"], flag, "'1.5'", "must be a whole number"
+            case click.types.FloatParamType():
+                yield [flag, "zzz"], flag, "'zzz'", "must be a number"
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, path):
+    program, *words = path.split()
+    for args, where, value, rule in mistakes_in(COMMANDS[path]):
+        with pytest.raises(SystemExit) as stop:
+            import_module(f"{program}.cli").main([*words, *args])
+        out, err = capsys.readouterr()
+        said = MISTAKE.fullmatch(err)
+        assert (stop.value.code, out) == (2, ""), args
+        assert said is not None, err
+        assert (said["where"], said["value"]) == (where, value), err
+        assert rule in said["rule"], err
+        assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith("did you mean "), err
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        ("hrm serch", "search"),
+        ("executor bnech", "bench"),
+        ("hrm plot rofline", "roofline"),
+        ("hrm search --modle x", "--model"),
+        ("executor run --polcy x", "--policy"),
+        ("hrm estimate --schedule fastdecod", "fastdecode"),
+        ("executor run --schedule fastdecod", "fastdecode"),
+        ("executor bench --model dbrx --schedules cgopipe,fastdecod", "fastdecode"),
+    ],
+)
+def test_what_is_nearest_to_a_wrong_word_is_named(capsys, words, near):
+    program, *args = words.split()
+    with pytest.raises(SystemExit):
+        import_module(f"{program}.cli").main(args)
+    assert capsys.readouterr().err.endswith(f"; did you mean {near}?\n")
 
 
 def is_waiting(pid) -> bool:

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
+from hrm.analysis import SWEPT, Axis, Length, Whole, sweep
 from hrm.errors import HrmError, ProfileError
 from hrm.machines import with_memory
 from hrm.policy import ScheduleName
-from hrm.scaling import Resource, scale
+from hrm.scaling import Resource, resource_value, resources, scale
 from hrm.search import Space, search
-from hrm.sweep import Length, between, parse_swept, sweep, swept
 from hrm.tasks import Device
 from hrm.units import MB, UnitError
 from hrm.workload import Workload
@@ -27,7 +27,7 @@ PROFILE = machine(gpu_bytes=0.8 * MB, cpu_bytes=40 * MB, link=1e8)
 def test_every_row_is_the_search_for_its_machine():
     memories = [0.05 * MB, 2 * MB, 40 * MB]
     schedules = [ScheduleName.CGOPIPE, ScheduleName.FLEXGEN]
-    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Resource.CPU_MEMORY, values=memories, schedules=schedules)
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), Axis(Resource.CPU_MEMORY, tuple(memories)), schedules=schedules)
     assert list(frame.schedule) == ["cgopipe"] * 3 + ["flexgen"] * 3
     assert list(frame.cpu_memory_bytes) == memories * 2
     for _, row in frame.iterrows():
@@ -64,7 +64,7 @@ def test_every_row_is_the_search_for_its_machine():
 @pytest.mark.parametrize("resource", [Resource.H2D_BANDWIDTH, Resource.GPU_FLOPS])
 def test_more_of_a_rate_never_costs_throughput(resource):
     now = {"h2d-bandwidth": 1e8, "gpu-flops": 50e12}[resource]
-    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=resource, values=[now / 50, now / 4, now, 4 * now])
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), Axis(resource, (now / 50, now / 4, now, 4 * now)))
     rates = list(frame.tokens_per_s)
     assert all(b >= 0.99 * a for a, b in pairwise(rates)), rates
     assert frame[resource.column].tolist() == [now / 50, now / 4, now, 4 * now]
@@ -73,11 +73,11 @@ def test_more_of_a_rate_never_costs_throughput(resource):
 
 
 def test_lengths_are_swept_with_the_spread_of_the_workload():
-    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Length.PROMPT_LEN, values=[16, 48])
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), Axis(Length.PROMPT_LEN, (16, 48)))
     for value, rate in zip((16, 48), frame.tokens_per_s, strict=True):
         asked = replace(WORKLOAD, prompt_len=value, max_prompt_len=3 * value)
         assert rate == search(Space(SPEC, PROFILE, asked)).require().tokens_per_s
-    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Length.GEN_LEN, values=[4, 16])
+    frame = sweep(Space(SPEC, PROFILE, WORKLOAD), Axis(Length.GEN_LEN, (4, 16)))
     single = search(Space(SPEC, PROFILE, replace(WORKLOAD, gen_len=16))).require()
     assert frame.tokens_per_s[1] == single.tokens_per_s
     assert "gen_len" in frame.columns
@@ -87,8 +87,7 @@ def test_options_go_to_the_search_and_every_point_is_told():
     told: list[int] = []
     frame = sweep(
         Space(SPEC, PROFILE, WORKLOAD, attention=Device.GPU),
-        vary=Resource.CPU_BANDWIDTH,
-        values=[5e10, 1e11],
+        Axis(Resource.CPU_BANDWIDTH, (5e10, 1e11)),
         on_point=lambda: told.append(len(told)),
     )
     assert list(frame.attention) == ["gpu", "gpu"]
@@ -98,32 +97,48 @@ def test_options_go_to_the_search_and_every_point_is_told():
 
 def test_what_the_machine_lacks_cannot_be_swept():
     with pytest.raises(ProfileError, match="has no link between GPUs"):
-        sweep(Space(SPEC, PROFILE, WORKLOAD), vary=Resource.PEER_BANDWIDTH, values=[1e9])
+        sweep(Space(SPEC, PROFILE, WORKLOAD), Axis(Resource.PEER_BANDWIDTH, (1e9,)))
 
 
-def test_names_and_values_are_read_as_people_write_them():
-    assert swept("gpu-memory") is Resource.GPU_MEMORY
-    assert swept("gen-len") is Length.GEN_LEN
-    with pytest.raises(HrmError, match="--vary is 'colour': must be one of gpu-memory, "):
-        swept("colour")
+def test_values_are_read_as_people_write_them():
     for name, text, value in (
         ("cpu-memory", "64GB", 64e9),
         ("h2d-bandwidth", "12 GB/s", 12e9),
         ("gpu-flops", "65TFLOP/s", 65e12),
         ("prompt-len", "512", 512),
+        ("cpu", "1.5", 1.5),
     ):
-        assert parse_swept(swept(name), text, "--from") == value
+        assert SWEPT[name].read(text, "--from") == value
     with pytest.raises(UnitError, match="--to is '12XB'"):
-        parse_swept(Resource.CPU_MEMORY, "12XB", "--to")
+        Resource.CPU_MEMORY.read("12XB", "--to")
+    with pytest.raises(HrmError, match="--to is 'much': must be a factor"):
+        Whole.CPU.read("much", "--to")
     for text in ("", "0", "1.5", "-3", "²"):
         with pytest.raises(HrmError, match=r"--to is .*: must be a positive number of tokens"):
-            parse_swept(Length.GEN_LEN, text, "--to")
+            Length.GEN_LEN.read(text, "--to")
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_space_at_what_it_has_now_is_as_it_is(name):
+    space = Space(SPEC, PROFILE, WORKLOAD)
+    if "peer" in name:
+        return
+    axis = Axis(SWEPT[name], ())
+    same = axis.at(space, axis.now(space))
+    assert same.workload == WORKLOAD
+    for resource in resources(PROFILE):
+        assert resource_value(same.profile, resource) == pytest.approx(resource_value(PROFILE, resource))
+    value = max(2 * axis.now(space), 1e-6)
+    more = axis.at(space, value)
+    assert more != space
+    assert axis.now(more) == pytest.approx(1.0 if isinstance(axis.what, Whole) else value)
 
 
 def test_points_lie_evenly_between_the_ends():
-    assert between(Resource.CPU_MEMORY, 64e9, 512e9, 8) == [64e9 * n for n in range(1, 9)]
-    assert between(Resource.H2D_BANDWIDTH, 1e9, 16e9, 5, logarithmic=True) == pytest.approx([1e9, 2e9, 4e9, 8e9, 16e9])
-    assert between(Length.GEN_LEN, 16, 20, 9) == [16, 17, 18, 19, 20], "whole, and each once"
+    assert Axis.between(Resource.CPU_MEMORY, 64e9, 512e9, 8).points == tuple(64e9 * n for n in range(1, 9))
+    rates = Axis.between(Resource.H2D_BANDWIDTH, 1e9, 16e9, 5, logarithmic=True).points
+    assert rates == pytest.approx((1e9, 2e9, 4e9, 8e9, 16e9))
+    assert Axis.between(Length.GEN_LEN, 16, 20, 9).points == (16, 17, 18, 19, 20), "whole, and each once"
     for low, high, count in ((2, 1, 3), (1, 1, 3), (0, 1, 3), (1, 2, 1), (1, math.inf, 3)):
         with pytest.raises(HrmError, match="two or more points"):
-            between(Resource.H2D_BANDWIDTH, low, high, count)
+            Axis.between(Resource.H2D_BANDWIDTH, low, high, count)

@@ -75,7 +75,7 @@ def predict(entry: Entry) -> Figures:
     policy = found.best.policy
     return {
         "outcome": found.outcome.value,
-        "policy": f"{found.best.paper_text} {policy.parallelism.value} {sum(policy.resident_experts)} experts stay, "
+        "policy": f"{found.best.paper_tuple} {policy.parallelism.value} {sum(policy.resident_experts)} experts stay, "
         f"chunks of {policy.prefill_chunk_tokens}, staging {policy.staging}",
         "searched bound tokens/s": found.bound_tokens_per_s,
         **_figures(found.best),

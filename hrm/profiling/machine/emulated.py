@@ -39,7 +39,9 @@ def profile_emulated(run: Run) -> HardwareProfile:
     """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth."""
     from hrm.profiling.contention import shared_roof
 
-    gpu_bytes = run.options.gpu_memory_bytes or min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
+    gpu_bytes = run.options.gpu_memory_bytes
+    if gpu_bytes is None:
+        gpu_bytes = min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = ram_of(run.host, gpu_bytes)
     results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
@@ -77,7 +79,9 @@ def _measured(run: Run, gpu_bytes: int, gpu_threads: int, cpu_threads: int) -> d
     if cpu_threads != gpu_threads:
         add_processor(run, CPU, cpu_threads)
     add_host_memory(run, [gpu_threads, cpu_threads])
-    bandwidth = run.options.link_bandwidth_bytes_per_s or EMULATED_LINK_BYTES_PER_S
+    bandwidth = run.options.link_bandwidth_bytes_per_s
+    if bandwidth is None:
+        bandwidth = EMULATED_LINK_BYTES_PER_S
     most = (16 if run.options.quick else 256) * MIB
     arena = max(SMALLEST_ARENA, min(gpu_bytes, most, int(bandwidth * LONGEST_TRANSFER_S)))
     for source, target in ((CPU, GPU), (GPU, CPU)):
@@ -144,7 +148,7 @@ def _at_most(link: Link, bandwidth: float) -> Link:
     rate, found = link.bandwidth_bytes_per_s, link.bandwidth_bytes_per_s.planned
     if found.value <= bandwidth:
         return link
-    capped = replace(found, value=bandwidth, p20=min(found.p20 or bandwidth, bandwidth))
+    capped = replace(found, value=bandwidth, p20=bandwidth if found.p20 is None else min(found.p20, bandwidth))
     return replace(link, bandwidth_bytes_per_s=replace(rate, achieved=capped))
 
 

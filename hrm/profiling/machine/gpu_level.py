@@ -62,7 +62,7 @@ def memory_of(gpus: Sequence["AbstractGpu"], asked_bytes: int | None) -> GpuMemo
             f"{' and '.join(gpu.device for gpu in gpus)} have {total * len(gpus)} bytes",
             "ask for less",
         )
-    return GpuMemory(free, total, (asked_bytes or total * len(gpus)) // len(gpus))
+    return GpuMemory(free, total, total if asked_bytes is None else asked_bytes // len(gpus))
 
 
 def gpu_level(

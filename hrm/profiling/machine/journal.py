@@ -14,7 +14,8 @@ import msgspec
 
 from hrm.decoding import Malformed, decode_json
 from hrm.errors import ProfileError
-from hrm.files import open_locked, write_all
+from hrm.files import write_all
+from hrm.locks import open_locked
 
 SUFFIX: Final = ".partial"
 

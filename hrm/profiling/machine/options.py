@@ -85,11 +85,15 @@ class ProfileOptions:
         """Those that must be the same for a measurement to go on, as texts."""
         return {
             "accelerator": accelerator,
-            "--gpu-memory": str(self.gpu_memory_bytes or "not given"),
-            "--link-bandwidth": str(self.link_bandwidth_bytes_per_s or "not given"),
-            "--disk": str(self.disk or "not given"),
+            "--gpu-memory": _told(self.gpu_memory_bytes),
+            "--link-bandwidth": _told(self.link_bandwidth_bytes_per_s),
+            "--disk": _told(self.disk),
             "--dtype": ", ".join(self.dtypes),
             "mode": self.mode,
             "model": repr(self.model) if self.model else "not given",
             "kernels": self.kernels_name,
         }
+
+
+def _told(option: object) -> str:
+    return "not given" if option is None else str(option)

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from executor.bench import Bench, BenchOptions
+from executor.bench.plan import solved
 from executor.cli import main
 from executor.families import FAMILIES
 from executor.job.machine import AcceleratorOptions
+from hrm.errors import WorkloadError
 from hrm.hardware import Link
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
@@ -187,6 +189,13 @@ def test_runs_in_two_orders_share_a_generator_and_each_keeps_its_own(folder, pol
             assert loads == pages * 4 * bench.spec.num_layers, "a step's pages, in 4 steps after the first token"
         assert (paged.policy.schedule, paged.row().schedule) == (ScheduleName.CGOPIPE, "cgopipe")
         assert (whole.policy.schedule, whole.row().schedule) == (ScheduleName.FLEXGEN, "flexgen")
+
+
+@pytest.mark.parametrize("field", ["num_requests", "prompt_len", "gen_len"])
+def test_zero_is_refused_and_not_taken_for_the_usual_number(field):
+    spec = BUILT_IN_MODELS["mixtral-8x7b"]
+    with pytest.raises(WorkloadError, match=f"{field} is 0"):
+        solved(replace(BenchOptions(model=spec), **{field: 0}), spec)
 
 
 @pytest.mark.parametrize("layers", [None, 1])

@@ -9,13 +9,12 @@ from typing import Any
 
 import click
 
-from hrm.cli.out_file import OUT_FILE
-from hrm.cli.paper_report import FigureOfMachine, print_comparisons, print_fits, print_scaling
-from hrm.cli.report import print_json
+from hrm.cli.console import print_json
+from hrm.cli.params import OUT_FILE, json_option
 from hrm.errors import HrmError
 from hrm.machines import load_profile
 from hrm.published.compare import (
-    Comparison,
+    ComparedRun,
     accuracy,
     accuracy_by_system,
     by_column,
@@ -25,6 +24,7 @@ from hrm.published.compare import (
 )
 from hrm.published.data import MTBENCH, TABLE_4
 from hrm.published.fit import FITTED_SETUPS, fit, fitted_figures
+from hrm.published.report import print_comparisons, print_fits, print_scaling
 from hrm.published.scaling import Scaling, batch_limit, compare_scaling, gpu_memory_left_bytes, measured_step
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 @click.option("--held-out", is_flag=True, help="MTBench (Fig. 7): nothing is fitted on these runs.")
 @click.option("--scaling", is_flag=True, help="From two T4s to four, with larger models.")
 @click.option("--fit", "refit", is_flag=True, help="Fit the fitted figures again and print them.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print rows separated by commas instead.")
 @click.option("--plot", type=OUT_FILE, help="Draw predicted over measured: PNG, SVG or PDF, by its ending.")
 def paper(held_out: bool, scaling: bool, refit: bool, as_json: bool, as_csv: bool, plot: Path | None) -> None:
@@ -47,8 +47,8 @@ def paper(held_out: bool, scaling: bool, refit: bool, as_json: bool, as_csv: boo
     if refit:
         if plot is not None:
             raise HrmError("--plot", str(plot), "draws runs, not fits", "leave out --fit")
-        figures = [FigureOfMachine(machine_name(setup), figure) for setup in FITTED_SETUPS for figure in fit(setup)]
-        rows = [{"machine": each.machine, **asdict(each.figure)} for each in figures]
+        figures = [figure for setup in FITTED_SETUPS for figure in fit(setup)]
+        rows = [asdict(figure) for figure in figures]
         if not _print_for_scripts({"figures": rows}, rows, as_json=as_json, as_csv=as_csv):
             print_fits(figures)
     elif scaling:
@@ -78,8 +78,8 @@ def _only_one(options: dict[str, bool]) -> None:
         raise HrmError(" and ".join(given), "<together>", "one at a time can be asked for", "leave one out")
 
 
-def _draw(comparisons: Sequence[Comparison], path: Path, name: str) -> None:
-    from hrm.plots.published import plot_published
+def _draw(comparisons: Sequence[ComparedRun], path: Path, name: str) -> None:
+    from hrm.published.picture import plot_published
 
     plot_published(comparisons, path, title=f"MoE-Lightning, {name}: predicted over measured")
     click.echo(f"written to {path}")
@@ -96,7 +96,7 @@ def _print_for_scripts(content: Row, rows: list[Row], *, as_json: bool, as_csv: 
     return as_json or as_csv
 
 
-def _cell(comparison: Comparison) -> Row:
+def _cell(comparison: ComparedRun) -> Row:
     run, predicted = comparison.run, comparison.predicted
     return {
         "system": run.system.value,
@@ -119,7 +119,7 @@ def _cell(comparison: Comparison) -> Row:
     }
 
 
-def _content(comparisons: Sequence[Comparison], rows: list[Row]) -> Row:
+def _content(comparisons: Sequence[ComparedRun], rows: list[Row]) -> Row:
     machines = {machine_name(comparison.run.setup) for comparison in comparisons}
     return {
         "cells": rows,

@@ -2,19 +2,19 @@
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from rich.table import Table
 
-from hrm.cli.report import console
+from hrm.cli.console import console
 from hrm.machines import load_profile
 from hrm.published.compare import (
     Accuracy,
-    Comparison,
+    ComparedRun,
     accuracy,
     accuracy_by_system,
     by_column,
+    grouped,
     machine_name,
     order_as_published,
 )
@@ -35,15 +35,7 @@ from hrm.units import format_bandwidth, format_bytes, format_flops
 WIDTH: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class FigureOfMachine:
-    """A fitted figure with the name of its machine."""
-
-    machine: str
-    figure: FittedFigure
-
-
-def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
+def print_comparisons(comparisons: Sequence[ComparedRun], name: str) -> None:
     """The runs by column, then errors, fitted figures, order and what does not fit."""
     console.print(f"[bold]MoE-Lightning, {name}[/]: tokens/s predicted and measured")
     console.print("[dim]all prompts are padded to the longest; weights and cache are float16[/]")
@@ -63,7 +55,7 @@ def print_comparisons(comparisons: Sequence[Comparison], name: str) -> None:
     _print_excess(comparisons)
 
 
-def _table(comparisons: Sequence[Comparison]) -> Table:
+def _table(comparisons: Sequence[ComparedRun]) -> Table:
     table = _new_table(
         "", "μ, N/μ", "predicted", "measured", "error", "prefill", "limited by", "step", "limited by", left=(0, 6, 8)
     )
@@ -93,7 +85,7 @@ def _new_table(*headers: str, left: Iterable[int] = (0,)) -> Table:
     return table
 
 
-def _print_order(columns: dict[str, list[Comparison]]) -> None:
+def _print_order(columns: dict[str, list[ComparedRun]]) -> None:
     wrong = [name for name, column in columns.items() if not order_as_published(column)]
     if wrong:
         _say(f"order of the systems: not as published in {', '.join(wrong)}")
@@ -102,7 +94,7 @@ def _print_order(columns: dict[str, list[Comparison]]) -> None:
     console.print()
 
 
-def _accuracy_table(comparisons: Sequence[Comparison]) -> Table:
+def _accuracy_table(comparisons: Sequence[ComparedRun]) -> Table:
     table = _new_table("system", "runs", "mean |error|", "worst", "in", left=(0, 4))
     named: dict[str, Accuracy] = {system.value: its for system, its in accuracy_by_system(comparisons).items()}
     for name, its in {**named, "all": accuracy(comparisons)}.items():
@@ -121,7 +113,7 @@ def _print_fitted(setups: Sequence[str]) -> None:
     console.print()
 
 
-def _print_excess(comparisons: Sequence[Comparison]) -> None:
+def _print_excess(comparisons: Sequence[ComparedRun]) -> None:
     for comparison in comparisons:
         for level, size in comparison.memory_excess_bytes.items():
             _say(
@@ -143,13 +135,12 @@ def _quantity(where: str, value: float) -> str:
     return format_flops(value) if "flops" in where else format_bandwidth(value)
 
 
-def print_fits(figures: Sequence[FigureOfMachine]) -> None:
+def print_fits(figures: Sequence[FittedFigure]) -> None:
     """What a new fit finds beside what is shipped."""
     table = _new_table("machine", "figure", "shipped", "found", "differs by", left=(0, 1))
-    for each in figures:
-        figure = each.figure
+    for figure in figures:
         table.add_row(
-            each.machine,
+            figure.machine,
             readable(figure.where),
             _quantity(figure.where, figure.shipped),
             _quantity(figure.where, figure.found),
@@ -168,52 +159,41 @@ def print_scaling(scalings: Sequence[Scaling]) -> None:
     _say("T4 and CPU attention as in paper-s1; nothing is fitted on these runs")
     console.print()
     table = _new_table(
-        "generated",
-        "N on 2",
-        "on 4",
-        "predicted 2",
-        "4",
-        "measured 2",
-        "4",
-        "predicted",
-        "measured",
-        "shared links",
-        left=(0,),
+        *("generated", "N on 2", "on 4", "predicted 2", "4", "measured 2", "4", "predicted", "measured", "shared links")
     )
-    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+    by_model = grouped(scalings, lambda scaling: scaling.two.run.model)
+    for model, of_model in by_model.items():
         table.add_row(f"[bold]{model}[/]")
-        for scaling in scalings:
-            if scaling.two.run.model == model:
-                table.add_row(*_scaling_cells(scaling))
+        for scaling in of_model:
+            table.add_row(*_scaling_cells(scaling))
     console.print(table)
     console.print("[dim]shared links: if two cards had the bandwidth of one link[/]\n")
-    console.print(_steps_table(scalings))
+    console.print(_steps_table(by_model))
     console.print(
         "[dim]measured: what the run's time leaves for a step if prefill took as predicted; a link,"
         " a process:\nthe weights that each card's link, or the cache that each card's process on"
         " the CPU, would move a\nsecond if it alone filled that step; left: of a card's memory, by"
         " hrm's formulas[/]"
     )
-    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+    for model, of_model in by_model.items():
         console.print()
-        _explain(model, [scaling for scaling in scalings if scaling.two.run.model == model])
+        _explain(model, of_model)
 
 
-def _steps_table(scalings: Sequence[Scaling]) -> Table:
+def _steps_table(by_model: dict[str, list[Scaling]]) -> Table:
     """Decode steps on two and four GPUs: predicted, what limits them, and what was measured."""
     table = _new_table(
         "generated", "GPUs", "step", "limited by", "measured", "a link", "a process", "left", left=(0, 3)
     )
-    for model in dict.fromkeys(scaling.two.run.model for scaling in scalings):
+    for model, scalings in by_model.items():
         table.add_row(f"[bold]{model}[/]")
         for scaling in scalings:
-            if scaling.two.run.model == model:
-                for comparison in (scaling.two, scaling.four):
-                    table.add_row(*_step_cells(comparison))
+            for comparison in (scaling.two, scaling.four):
+                table.add_row(*_step_cells(comparison))
     return table
 
 
-def _step_cells(comparison: Comparison) -> list[str]:
+def _step_cells(comparison: ComparedRun) -> list[str]:
     measured = measured_step(comparison)
     return [
         f"  {comparison.run.workload.gen_len}",

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from hrm.plots import style
-from hrm.published.compare import Comparison
+from hrm.published.compare import ComparedRun
 from hrm.published.data import System
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _COLOURS: Final = {
     System.MOE_LIGHTNING: style.BLUE,
@@ -18,23 +15,23 @@ _COLOURS: Final = {
     System.DEEPSPEED: style.RED,
 }
 _MARKERS: Final = "osD^v<>P"
-BAND: Final = 1.25  # either way, shaded
+BAND: Final = 1.25  # factor above and below the diagonal that is shaded
 
 
-def plot_published(comparisons: Sequence[Comparison], path: Path | None = None, *, title: str = "") -> "Figure":
+def plot_published(comparisons: Sequence[ComparedRun], path: Path, *, title: str) -> None:
     """One point a run on logarithmic axes: a colour a system, a marker a workload and setup.
 
     On the diagonal the prediction is what was measured; within the band it is less than 25 % off.
-    Returns the figure, also written to `path` if there is one (HrmError if it cannot be).
+    Raises HrmError if the picture cannot be written.
     """
     style.check_path(path)
     with style.look():
         figure = style.new_figure(5.4)
         _draw(figure.subplots(), comparisons, title)
-        return style.finish(figure, path)
+        style.finish(figure, path)
 
 
-def _draw(axes: Any, comparisons: Sequence[Comparison], title: str) -> None:
+def _draw(axes: Any, comparisons: Sequence[ComparedRun], title: str) -> None:
     measured = [comparison.run.tokens_per_s for comparison in comparisons]
     ends = [0.6 * min(measured), 1.7 * max(measured)]
     axes.plot(ends, ends, color=style.GREY, linewidth=1)

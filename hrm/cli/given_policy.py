@@ -1,0 +1,179 @@
+"""The policy that options give number by number, and the nearest one that fits if it does not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import click
+
+from hrm.cli.params import enum_option, schedule_option, staging_option, together
+from hrm.errors import PolicyError
+from hrm.hardware import HardwareProfile
+from hrm.memory import MemoryPlan, plan_memory
+from hrm.model_spec import ModelSpec
+from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, prefix_tokens_for
+from hrm.tasks import Device
+from hrm.workload import Workload
+
+PREFILL_CHUNK_TOKENS = 4096  # unless --prefill-chunk says it, a batch has fewer or one prompt has more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenPolicy:
+    """What the options say of a policy, as they were written."""
+
+    micro_batch_size: int
+    num_micro_batches: int
+    attention: Device
+    ffn: Device
+    resident_experts: str
+    resident_dense: bool
+    kv_on_gpu: str
+    prefill_chunk: int | None
+    schedule: ScheduleName
+    staging: bool
+
+    def policy(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str) -> Policy:
+        """The policy for a model; on a machine of one level everything lies and is computed there."""
+        two_levels = profile.has_accelerator
+        batch_size = self.micro_batch_size * self.num_micro_batches
+        if workload.num_requests is not None:
+            batch_size = max(min(batch_size, workload.num_requests), self.micro_batch_size)
+        num_micro_batches = -(-batch_size // self.micro_batch_size)
+        on_gpu = round(_share(self.kv_on_gpu) * num_micro_batches) if two_levels else num_micro_batches
+        attention = self.attention if two_levels else Device.GPU
+        longest, chunk = workload.max_prompt_len, self.prefill_chunk
+        if chunk is None:
+            chunk = max(longest, min(round(batch_size * workload.prompt_len), PREFILL_CHUNK_TOKENS))
+        cpu_attention = attention is Device.CPU and on_gpu < num_micro_batches
+        policy = Policy(
+            schedule=self.schedule,
+            batch_size=batch_size,
+            micro_batch_size=self.micro_batch_size,
+            attention=attention,
+            ffn=self.ffn if two_levels else Device.GPU,
+            resident_experts=_resident_experts(self.resident_experts, spec) if two_levels else experts_of_layers(spec),
+            resident_dense=self.resident_dense or not two_levels,
+            gpu_kv_micro_batches=on_gpu,
+            kv_tokens_per_micro_batch=kv_tokens_for(
+                self.micro_batch_size, workload.mean_context_len, workload.max_context_len
+            ),
+            prefill_chunk_tokens=chunk,
+            prefix_buffer_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=int(cpu_attention)),
+            staging=self.staging,
+            dtype=dtype,
+        )
+        policy.check_model(spec)
+        return policy
+
+    def fitting(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str) -> Policy:
+        """The policy for a model; PolicyError if it does not fit the machine, with what would."""
+
+        def plan(given: GivenPolicy) -> MemoryPlan:
+            return plan_memory(spec, given.policy(spec, profile, workload, dtype=dtype), profile)
+
+        policy = self.policy(spec, profile, workload, dtype=dtype)
+        if not plan(self).fits:
+            may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
+            remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)
+            plan(self).check_fits(remedy=remedy)
+        return policy
+
+
+_positive = click.IntRange(min=1)
+given_policy_options = together(
+    "given",
+    GivenPolicy,
+    click.option("--micro-batch-size", "-u", type=_positive, required=True, help="Requests a micro-batch."),
+    click.option("--num-micro-batches", "-n", type=_positive, required=True, help="Micro-batches a batch."),
+    enum_option("--attention", kind=Device, default="cpu", show_default=True),
+    enum_option("--ffn", kind=Device, default="gpu", show_default=True),
+    click.option(
+        "--resident-experts",
+        default="0",
+        show_default=True,
+        metavar="COUNT[,COUNT…]",
+        help="Experts of every layer that stay on the GPU: one count, or one for each layer. Layers "
+        "without experts have none.",
+    ),
+    click.option(
+        "--resident-dense/--stream-dense",
+        default=True,
+        show_default=True,
+        help="Whether projections, norms and routers stay on the GPU.",
+    ),
+    click.option(
+        "--kv-on-gpu",
+        is_flag=False,
+        flag_value="1",
+        default="0",
+        show_default=True,
+        metavar="[SHARE]",
+        help="Share of the KV cache that lives on the GPU; all without a number.",
+    ),
+    click.option("--prefill-chunk", type=int, help="Prompt tokens prefilled at a time; longer prompts are split."),
+    schedule_option,
+    staging_option,
+)
+
+
+def _smaller(given: GivenPolicy, fits: Callable[[GivenPolicy], bool], *, without_experts: bool) -> str:
+    """The options of the largest batch that fits, in smaller or fewer micro-batches; or empty.
+
+    Resident experts are given up only if nothing fits beside them.
+    """
+    kept = [(given, "")]
+    if without_experts:
+        kept.append((replace(given, resident_experts="0"), " --resident-experts 0"))
+    for changed, options in kept:
+        size = _largest(changed.micro_batch_size, lambda u, of=changed: fits(replace(of, micro_batch_size=u)))
+        number = _largest(changed.num_micro_batches, lambda n, of=changed: fits(replace(of, num_micro_batches=n)))
+        if size == changed.micro_batch_size:
+            return options.strip()
+        if number * given.micro_batch_size > size * given.num_micro_batches:
+            return f"-n {number}{options}"
+        if size:
+            return f"-u {size}{options}"
+    last, options = kept[-1]
+    least = replace(last, num_micro_batches=1)
+    size = _largest(given.micro_batch_size, lambda u: fits(replace(least, micro_batch_size=u)))
+    return f"-u {size} -n 1{options}" if size else ""
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits if all smaller ones do; 0 if 1 does not."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _resident_experts(text: str, spec: ModelSpec) -> tuple[int, ...]:
+    """Resident experts of every layer; one count is that of every layer which has experts."""
+    there_are = experts_of_layers(spec)
+    remedy = f"give one count, or one for each of the {spec.num_layers} layers"
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PolicyError("--resident-experts", text, "must be integers separated by commas", remedy) from None
+    if len(counts) == 1 and 0 <= counts[0] <= spec.num_experts:
+        return tuple(min(counts[0], most) for most in there_are)
+    if len(counts) != spec.num_layers or not 0 <= min(counts) <= max(counts) <= spec.num_experts:
+        rule = f"must be counts of at most the {spec.num_experts} experts of {spec.name}"
+        raise PolicyError("--resident-experts", text, rule, remedy)
+    for layer, (count, most) in enumerate(zip(counts, there_are, strict=True)):
+        if count > most:
+            raise PolicyError(
+                f"--resident-experts of layer {layer}", count, "the layer has no experts", "give 0 for it"
+            )
+    return counts
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise PolicyError("--kv-on-gpu", text, "must be a share between 0 and 1", "give 0.5, or no number for all")
+    return share
