@@ -37,6 +37,6 @@ class KvCaches:
         """One layer of a micro-batch's cache where it lives, (C, 2, G, d)."""
         return self._of_micro_batch[micro_batch][layer]
 
-    def buffer(self, load_index: int) -> Tensor:
-        """The buffer on the GPU that the load of that index fills, (C, 2, G, d)."""
-        return self._buffers_BC2Gd[load_index % BUFFERS]
+    def buffer(self, slot: int) -> Tensor:
+        """One of the buffers on the GPU, (C, 2, G, d)."""
+        return self._buffers_BC2Gd[slot]

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Final, final
 from executor.backends.streams import AbstractMark, AbstractStream
 from hrm.contract.pacing import Waits
 from hrm.run_record import KindTotal
-from hrm.tasks import Act, Lane, Task, TaskId
+from hrm.tasks import Act, Lane, Task
 from hrm.trace import Span
 
 if TYPE_CHECKING:
     from _thread import LockType
 
-Handler = Callable[[TaskId], int]  # runs a task; returns the bytes that it moved
+Handler = Callable[[Task], int]  # runs a task; returns the bytes that it moved
 
 RECENT_SPANS: Final = 48  # a lane's last spans, kept for the chart of a failure
 QUEUED_TASKS: Final = 8  # that a stream may be behind its lane: a driver holds about 1000 kernels
@@ -260,7 +260,7 @@ class LaneWorker:
         if not run.stopped:
             start_s = self._since_s = perf_counter()
             try:
-                num_bytes = run.handlers[task.id.act](task.id)
+                num_bytes = run.handlers[task.id.act](task)
             except BaseException as error:  # noqa: BLE001 - reported by the main thread
                 self._since_s = None
                 run.fail(task, error, start_s)
@@ -281,7 +281,7 @@ class LaneWorker:
                 if other.mark is not None and other.task.lane is not self._lane:
                     stream.wait(other.mark)
             start = stream.mark()
-            num_bytes = run.handlers[task.id.act](task.id)
+            num_bytes = run.handlers[task.id.act](task)
             end = stream.mark()
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
             self._since_s = None

@@ -104,22 +104,22 @@ class WeightPages:
             for expert, flat in enumerate(chain.from_iterable(parts)):
                 family.load(source, spec, tensors, flat, index, expert)
 
-    def layer(self, layer: int, load_index: int) -> LayerWeights:
-        """The layer's weights, its streamed ones in the slot of its `load_index`."""
-        return self._layers[layer][load_index % WEIGHT_SLOTS]
+    def layer(self, layer: int, slot: int) -> LayerWeights:
+        """The layer's weights, its streamed ones in that slot."""
+        return self._layers[layer][slot]
 
     def on_host(self, layer: int, page: slice) -> Tensor:
         """One page where it lies in host memory."""
         return self._streamed[layer][page]
 
-    def in_slot(self, load_index: int, page: slice) -> Tensor:
+    def in_slot(self, slot: int, page: slice) -> Tensor:
         """Where that page goes on the GPU."""
-        return self._slots[load_index % WEIGHT_SLOTS][page]
+        return self._slots[slot][page]
 
-    def staged(self, pages_before: int, page: slice) -> Tensor:
-        """Where that page goes on its way; `pages_before` counts all pages staged earlier."""
+    def staged(self, slot: int, page: slice) -> Tensor:
+        """Where that page goes on its way: one of the pinned pages."""
         room = len(self._staging) // STAGING_PAGES
-        start = pages_before % STAGING_PAGES * room
+        start = slot * room
         assert page.stop - page.start <= room, (page, room)
         return self._staging[start : start + page.stop - page.start]
 

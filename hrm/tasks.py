@@ -128,6 +128,15 @@ class Task(NamedTuple):
         """The lane that the task runs in."""
         return self.id.act.lane
 
+    def slot(self, buffer: Buffer) -> int:
+        """The turn of the buffer that the task reads or writes; 0 if it does neither."""
+        for parts in self.touch:
+            for touched, slot, _, _ in parts:
+                if touched is buffer:
+                    assert isinstance(slot, int), buffer.name
+                    return slot
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class TaskGraph:

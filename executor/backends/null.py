@@ -10,7 +10,7 @@ import torch
 from executor.backends.base import AbstractBackend, Copy
 from hrm.acts import ACTS
 from hrm.contract.pacing import Waits
-from hrm.tasks import Act, Device, Lane, TaskId
+from hrm.tasks import Act, Device, Lane, Task, TaskId
 
 _SPIN_S: Final = 100e-6  # the end of a wait is spun through: sleeping is not that precise
 _give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # Linux sleeps 50 us at the least
@@ -41,13 +41,13 @@ class NullBackend(AbstractBackend):
 
 def null_handlers(
     seconds_of: Callable[[TaskId], float], sleep_for: Callable[[float], object] = time.sleep
-) -> dict[Act, Callable[[TaskId], int]]:
+) -> dict[Act, Callable[[Task], int]]:
     """Handlers that sleep for `seconds_of(task)`, precise on average over each lane's tasks."""
     paces = {lane: Pace(sleep_for) for lane in Lane}
 
-    def sleep(task_id: TaskId) -> int:
+    def sleep(task: Task) -> int:
         start_s = time.perf_counter()
-        paces[task_id.act.lane].wait(start_s, seconds_of(task_id))
+        paces[task.lane].wait(start_s, seconds_of(task.id))
         return 0
 
     return {act: sleep for acts in ACTS.values() for act in acts}

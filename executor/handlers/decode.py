@@ -28,10 +28,11 @@ from executor.model import (
 )
 from executor.weight_pages import LayerWeights
 from hrm.acts import decode
+from hrm.acts.pages import WEIGHTS
 from hrm.contract.rows import NUMBERS_PER_REQUEST
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
-from hrm.tasks import Act, Lane, Phase, TaskId
+from hrm.tasks import Act, Lane, Phase, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,6 @@ class DecodeHandlers:
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
-    streaming_kv: tuple[int, ...]
 
     @staticmethod
     def make(
@@ -56,8 +56,7 @@ class DecodeHandlers:
     ) -> dict[Act, Handler]:
         """The handler of every act that occurs in decode."""
         spec = arch.spec
-        streaming = tuple(j for j in range(pipeline.num_micro_batches) if pipeline.streams_kv(j))
-        handlers = DecodeHandlers(backend, arch, pipeline, memory, state, streaming)
+        handlers = DecodeHandlers(backend, arch, pipeline, memory, state)
         elements_in = policy.formats.weights.elements_in
         streamed = [elements_in(policy.streamed_bytes(spec, i, Phase.DECODE)) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
@@ -82,20 +81,20 @@ class DecodeHandlers:
             **{act: handlers.on_rows(work) for act, work in of_rows.items()},
         }
 
-    def on_rows(self, work: Callable[[TaskId, Rows, slice], int]) -> Handler:
+    def on_rows(self, work: Callable[[Task, Rows, slice], int]) -> Handler:
         """A handler that calls `work` with the requests that go on, and their rows, if any do."""
         state = self.state
 
-        def handle(x: TaskId) -> int:
-            rows = state.rows(x.index, x.step)
+        def handle(x: Task) -> int:
+            rows = state.rows(x.id.index, x.id.step)
             if not rows.sequences:
                 return 0
-            first = state.first_rows[x.index]
+            first = state.first_rows[x.id.index]
             return work(x, rows, slice(first, first + len(rows.sequences)))
 
         return handle
 
-    def embed(self, _: TaskId, rows: Rows, span: slice) -> int:
+    def embed(self, _: Task, rows: Rows, span: slice) -> int:
         """Gather the last tokens' embeddings on the host and move them to the GPU."""
         host, gpu = self.memory.host, self.memory.gpu
         host_RD = host.hidden_ND[span]
@@ -104,34 +103,34 @@ class DecodeHandlers:
         numbers = self.backend.gpu_kernels.sent(rows.numbers, host.numbers[place], gpu.numbers[place])
         return self.backend.transfer(Lane.H2D, [(gpu.hidden_ND[span], host_RD), *numbers])
 
-    def pre_attention(self, x: TaskId, rows: Rows, span: slice) -> int:
+    def pre_attention(self, x: Task, rows: Rows, span: slice) -> int:
         """Queries, keys and values of the new tokens."""
         gpu, workspace = self.memory.gpu, self.memory.workspace
-        if x.layer > 0:
-            self._add_cpu_experts(x.layer - 1, span)
+        if x.id.layer > 0:
+            self._add_cpu_experts(x.id.layer - 1, span)
         workspace.reset()
         positions_R = self._numbers(rows, span).positions_R
         weights = self._weights(x).dense.attention
         pre_attention(self.arch, gpu.hidden_ND[span], weights, positions_R, gpu.qkv_NX[span], workspace)
         return 0
 
-    def offload_qkv(self, _: TaskId, __: Rows, span: slice) -> int:
+    def offload_qkv(self, _: Task, __: Rows, span: slice) -> int:
         """Queries, keys and values to the host."""
         copies = [(self.memory.host.qkv_NX[span], self.memory.gpu.qkv_NX[span])]
         return self.backend.transfer(Lane.D2H, copies)
 
-    def load_kv(self, x: TaskId, rows: Rows, _: slice) -> int:
+    def load_kv(self, x: Task, rows: Rows, _: slice) -> int:
         """The part in use of a layer's cache to a buffer on the GPU."""
-        source, target = self.memory.caches.of(x.index, x.layer), self._kv_buffer(x)
+        source, target = self.memory.caches.of(x.id.index, x.id.layer), self._kv_buffer(x)
         copies: list[tuple[Tensor, Tensor]] = []
         for sequence, start in zip(rows.sequences, rows.numbers.starts, strict=True):
             # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
             # many tokens the cache holds.
-            used = len(sequence.placed.request.prompt) + x.step
+            used = len(sequence.placed.request.prompt) + x.id.step
             copies.append((target.narrow(0, start, used), source.narrow(0, start, used)))
         return self.backend.transfer(Lane.H2D, copies)
 
-    def store_kv(self, x: TaskId, rows: Rows, span: slice) -> int:
+    def store_kv(self, x: Task, rows: Rows, span: slice) -> int:
         """New keys and values to the cache on the host."""
         host_RX = self.memory.host.qkv_NX[span]
         # A device copies what is contiguous, so whole rows.
@@ -139,31 +138,31 @@ class DecodeHandlers:
         copies = [(host_RX[:, first:], self.memory.gpu.qkv_NX[span, first:])]
         moved = self.backend.transfer(Lane.D2H, copies)
         self.backend.synchronise()  # the host is who appends them
-        append_kv(self.memory.caches.of(x.index, x.layer), host_RX, rows.numbers.cache_rows_R)
+        append_kv(self.memory.caches.of(x.id.index, x.id.layer), host_RX, rows.numbers.cache_rows_R)
         return moved
 
-    def attention(self, x: TaskId, rows: Rows, span: slice) -> int:
+    def attention(self, x: Task, rows: Rows, span: slice) -> int:
         """Append the new tokens to the cache and attend to it, on the device it is used on."""
-        if x.act is decode.CPU_ATTENTION:
+        if x.id.act is decode.CPU_ATTENTION:
             level, kernels, numbers = self.memory.host, CpuKernels(), rows.numbers
         else:
             level, kernels, numbers = self.memory.gpu, self.backend.gpu_kernels, self._numbers(rows, span)
-        if self.pipeline.streams_kv(x.index):
+        if self.pipeline.streams_kv(x.id.index):
             cache = self._kv_buffer(x)
         else:
-            cache = self.memory.caches.of(x.index, x.layer)
+            cache = self.memory.caches.of(x.id.index, x.id.layer)
         qkv_RX, out_RQ = level.qkv_NX[span], level.attention_NQ[span]
         append_kv(cache, qkv_RX, numbers.cache_rows_R)
         spare_bytes = self.memory.workspace.capacity_bytes // 2
         kernels.decode_attention(self.arch, qkv_RX, cache, numbers, out_RQ, spare_bytes=spare_bytes)
         return 0
 
-    def load_hidden(self, _: TaskId, __: Rows, span: slice) -> int:
+    def load_hidden(self, _: Task, __: Rows, span: slice) -> int:
         """The attention output to the GPU."""
         copies = [(self.memory.gpu.attention_NQ[span], self.memory.host.attention_NQ[span])]
         return self.backend.transfer(Lane.H2D, copies)
 
-    def post_attention(self, x: TaskId, _: Rows, span: slice) -> int:
+    def post_attention(self, x: Task, _: Rows, span: slice) -> int:
         """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
         gpu, workspace = self.memory.gpu, self.memory.workspace
         weights = self._weights(x)
@@ -175,7 +174,7 @@ class DecodeHandlers:
             return 0
         x_RD, routing = post_attention(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
         experts = weights.experts
-        if self.pipeline.cpu_experts[x.layer]:
+        if self.pipeline.cpu_experts[x.id.layer]:
             experts = weights.on_gpu
             gpu.routed_ND[span] = x_RD
             gpu.weights_NK[span] = routing.weights_TK
@@ -190,11 +189,11 @@ class DecodeHandlers:
                 rows_at_once=self.memory.tokens_at_once,
                 num_experts=self.arch.spec.num_experts,
             )
-            if not self.pipeline.cpu_experts[x.layer]:
-                self.state.count_routed(x.layer, counts)
+            if not self.pipeline.cpu_experts[x.id.layer]:
+                self.state.count_routed(x.id.layer, counts)
         return 0
 
-    def offload_tokens(self, _: TaskId, __: Rows, span: slice) -> int:
+    def offload_tokens(self, _: Task, __: Rows, span: slice) -> int:
         """Normed tokens and their routing to the host."""
         host, gpu = self.memory.host, self.memory.gpu
         copies = [
@@ -204,31 +203,31 @@ class DecodeHandlers:
         ]
         return self.backend.transfer(Lane.D2H, copies)
 
-    def cpu_experts(self, x: TaskId, _: Rows, span: slice) -> int:
+    def cpu_experts(self, x: Task, _: Rows, span: slice) -> int:
         """The experts that stay on the host, computed there."""
         host, workspace = self.memory.host, self.memory.host_workspace
         output_RD = host.expert_output_ND[span].zero_()
         routing = Routing(host.weights_NK[span], host.experts_NK[span])
         workspace.reset()
-        experts = self.memory.weights.host_experts[x.layer]
+        experts = self.memory.weights.host_experts[x.id.layer]
         counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace)
-        self.state.count_routed(x.layer, counts)
+        self.state.count_routed(x.id.layer, counts)
         return 0
 
-    def load_expert_output(self, _: TaskId, __: Rows, span: slice) -> int:
+    def load_expert_output(self, _: Task, __: Rows, span: slice) -> int:
         """Their output to the GPU; whatever comes next there adds it to the hidden states."""
         host, gpu = self.memory.host, self.memory.gpu
         copies = [(gpu.expert_output_ND[span], host.expert_output_ND[span])]
         return self.backend.transfer(Lane.H2D, copies)
 
-    def sample(self, x: TaskId) -> int:
+    def sample(self, x: Task) -> int:
         """Choose the next tokens and set up the next step's rows, even if there are none."""
         self.on_rows(self._sample)(x)
-        self.state.set_rows(x.index, x.step + 1)
+        self.state.set_rows(x.id.index, x.id.step + 1)
         return 0
 
-    def _sample(self, x: TaskId, rows: Rows, span: slice) -> int:
-        self._add_cpu_experts(x.layer, span)
+    def _sample(self, x: Task, rows: Rows, span: slice) -> int:
+        self._add_cpu_experts(x.id.layer, span)
         hidden_RD = self.memory.gpu.hidden_ND[span]
         sample(self.arch, self.memory, self.state, hidden_RD, rows.sequences)
         return 0
@@ -241,13 +240,11 @@ class DecodeHandlers:
         """The numbers of the requests that go on, on the GPU since the step's EMBED."""
         return self.backend.gpu_kernels.numbers(rows.numbers, self.memory.gpu.numbers[_numbers_of(span)])
 
-    def _kv_buffer(self, x: TaskId) -> Tensor:
-        layers = x.step * self.pipeline.num_layers + x.layer
-        load_index = layers * len(self.streaming_kv) + self.streaming_kv.index(x.index)
-        return self.memory.caches.buffer(load_index)
+    def _kv_buffer(self, x: Task) -> Tensor:
+        return self.memory.caches.buffer(x.slot(decode.KV_BUFFERS))
 
-    def _weights(self, x: TaskId) -> LayerWeights:
-        return self.memory.weights.layer(x.layer, self.pipeline.load_index(x.step, x.layer))
+    def _weights(self, x: Task) -> LayerWeights:
+        return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))
 
 
 def _numbers_of(span: slice) -> slice:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.weight_pages import WeightPages, page_slice
+from hrm.acts.pages import STAGING, WEIGHTS
 from hrm.schedules import Pipeline
-from hrm.tasks import Lane, TaskId
+from hrm.tasks import Lane, Task
 
 
 @final
@@ -29,15 +30,15 @@ class PageHandlers:
         self._backend, self._weights, self._pipeline = backend, weights, pipeline
         self._streamed, self._idle = streamed, idle
 
-    def stage(self, x: TaskId) -> int:
+    def stage(self, x: Task) -> int:
         """STAGE_PAGE: copy a page into pinned memory."""
         if self._idle():
             return 0
         page = self._page(x)
-        source = self._weights.on_host(x.layer, page)
+        source = self._weights.on_host(x.id.layer, page)
         return self._backend.transfer(Lane.STAGE, [(self._pinned(x, page), source)])
 
-    def load(self, x: TaskId) -> int:
+    def load(self, x: Task) -> int:
         """LOAD_PAGE: move a page into its slot on the GPU."""
         if self._idle():
             return 0
@@ -45,13 +46,11 @@ class PageHandlers:
         if self._pipeline.staging:
             source = self._pinned(x, page)
         else:
-            source = self._weights.on_host(x.layer, page)
-        index = self._pipeline.load_index(x.step, x.layer)
-        return self._backend.transfer(Lane.H2D, [(self._weights.in_slot(index, page), source)])
+            source = self._weights.on_host(x.id.layer, page)
+        return self._backend.transfer(Lane.H2D, [(self._weights.in_slot(x.slot(WEIGHTS), page), source)])
 
-    def _page(self, x: TaskId) -> slice:
-        return page_slice(self._streamed[x.layer], self._pipeline.num_pages, x.index)
+    def _page(self, x: Task) -> slice:
+        return page_slice(self._streamed[x.id.layer], self._pipeline.num_pages, x.id.index)
 
-    def _pinned(self, x: TaskId, page: slice) -> Tensor:
-        index = self._pipeline.load_index(x.step, x.layer)
-        return self._weights.staged(index * self._pipeline.num_pages + x.index, page)
+    def _pinned(self, x: Task, page: slice) -> Tensor:
+        return self._weights.staged(x.slot(STAGING), page)

@@ -17,11 +17,11 @@ from executor.lanes import Handler
 from executor.model import Architecture, PromptNumbers, feed_forward, post_attention, pre_attention, to_cache
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
-from hrm.contract.rings import BUFFERS
+from hrm.acts.pages import WEIGHTS
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
-from hrm.tasks import Act, Lane, Phase, TaskId
+from hrm.tasks import Act, Lane, Phase, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +76,30 @@ class PrefillHandlers:
             prefill.SAMPLE: handlers.sample,
         }
 
-    def embed(self, x: TaskId) -> int:
+    def embed(self, x: Task) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
-        torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.index], out=self._host(x))
+        torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.id.index], out=self._host(x))
         return self.load_hidden(x)
 
-    def load_hidden(self, x: TaskId) -> int:
+    def load_hidden(self, x: Task) -> int:
         """Move a chunk's hidden states to the GPU, and its numbers with them."""
-        numbers = self.numbers[x.index].flat
-        sent = self.memory.prefill.numbers_BT[self._buffer_index(x), : len(numbers)]
+        numbers = self.numbers[x.id.index].flat
+        sent = self.memory.prefill.numbers_BT[x.slot(prefill.HIDDEN), : len(numbers)]
         copies = [(self._hidden(x), self._host(x)), *self.backend.gpu_kernels.copies(numbers, sent)]
         return self.backend.transfer(Lane.H2D, copies)
 
-    def store_hidden(self, x: TaskId) -> int:
+    def store_hidden(self, x: Task) -> int:
         """Move a chunk's hidden states to the host."""
         return self.backend.transfer(Lane.D2H, [(self._host(x), self._hidden(x))])
 
-    def layer(self, x: TaskId) -> int:
+    def layer(self, x: Task) -> int:
         """Compute one layer over a chunk; keys and values go to their cache or the buffer.
 
         After attention the last layer goes on with the last tokens of prompts only, which are all
         that is sampled from.
         """
         arch, spec, workspace = self.arch, self.arch.spec, self.memory.workspace
-        chunk = self.chunks[x.index]
+        chunk = self.chunks[x.id.index]
         hidden_TD = self._hidden(x)
         weights = self._weights(x)
         workspace.reset()
@@ -110,10 +110,10 @@ class PrefillHandlers:
         if not all(self.kv_on_gpu):
             self._kv_buffer(x).copy_(to_cache(mixer, qkv_TX))
         attention_TQ = workspace.take((chunk.num_tokens, mixer.returned_elements), hidden_TD.dtype)
-        kept = [self._kept(part, x.layer) for part in chunk.parts]
+        kept = [self._kept(part, x.id.layer) for part in chunk.parts]
         self.backend.gpu_kernels.prefill_attention(arch, qkv_TX, prompts, kept, attention_TQ, workspace)
         num_ending = sum(part.ends for part in chunk.parts)
-        is_last = x.layer == spec.num_layers - 1
+        is_last = x.id.layer == spec.num_layers - 1
         if not is_last or not skips_in_last_layer(num_ending, chunk.num_tokens):
             self._after_attention(x, hidden_TD, attention_TQ, weights)
         elif num_ending:
@@ -126,7 +126,7 @@ class PrefillHandlers:
             hidden_TD.index_copy_(0, last_R, hidden_RD)
         return 0
 
-    def _after_attention(self, x: TaskId, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights) -> None:
+    def _after_attention(self, x: Task, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights) -> None:
         """The rest of a layer, for all of a chunk's tokens or some."""
         if not weights.has_experts:
             feed_forward(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
@@ -141,21 +141,21 @@ class PrefillHandlers:
             rows_at_once=self.memory.tokens_at_once,
             num_experts=self.arch.spec.num_experts,
         )
-        self.state.count_routed(x.layer, counts)
+        self.state.count_routed(x.id.layer, counts)
 
-    def store_kv(self, x: TaskId) -> int:
+    def store_kv(self, x: Task) -> int:
         """Move new keys and values to those caches that live on the host."""
         buffer = self._kv_buffer(x)
         copies = [
-            (self._cache(part, x.layer)[part.start :], buffer[part.first : part.last])
-            for part in self.chunks[x.index].parts
+            (self._cache(part, x.id.layer)[part.start :], buffer[part.first : part.last])
+            for part in self.chunks[x.id.index].parts
             if not self.kv_on_gpu[part.micro_batch]
         ]
         return self.backend.transfer(Lane.D2H, copies)
 
-    def sample(self, x: TaskId) -> int:
+    def sample(self, x: Task) -> int:
         """Choose the first token of each prompt that ends in a chunk, at most μ at once."""
-        parts = [part for part in self.chunks[x.index].parts if part.ends]
+        parts = [part for part in self.chunks[x.id.index].parts if part.ends]
         hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
         last_R = self._last_tokens(x)
         for first in range(0, len(parts), most):
@@ -164,12 +164,12 @@ class PrefillHandlers:
             sample(self.arch, self.memory, self.state, hidden_TD[last_R[piece]], sequences)
         return 0
 
-    def _last_tokens(self, x: TaskId) -> Tensor:
+    def _last_tokens(self, x: Task) -> Tensor:
         """Where each prompt that ends in a chunk has its last token, on the GPU's level.
 
         Only the last part of a chunk may be of a prompt that goes on in the next.
         """
-        num_ending = sum(part.ends for part in self.chunks[x.index].parts)
+        num_ending = sum(part.ends for part in self.chunks[x.id.index].parts)
         return self._numbers(x).ends[1 : 1 + num_ending] - 1
 
     def _cache(self, part: ChunkPart, layer: int) -> Tensor:
@@ -184,25 +184,22 @@ class PrefillHandlers:
         is_whole = part.start == 0 and part.ends
         return None if is_whole else self.memory.prefill.prefix_C2Gd[: part.end]
 
-    def _buffer_index(self, x: TaskId) -> int:
-        return (x.layer * len(self.chunks) + x.index) % BUFFERS
-
-    def _numbers(self, x: TaskId) -> PromptNumbers:
+    def _numbers(self, x: Task) -> PromptNumbers:
         """A chunk's numbers, on the GPU since its hidden states came."""
-        sent = self.memory.prefill.numbers_BT[self._buffer_index(x)]
-        return self.backend.gpu_kernels.numbers(self.numbers[x.index], sent)
+        sent = self.memory.prefill.numbers_BT[x.slot(prefill.HIDDEN)]
+        return self.backend.gpu_kernels.numbers(self.numbers[x.id.index], sent)
 
-    def _hidden(self, x: TaskId) -> Tensor:
-        num_tokens = self.chunks[x.index].num_tokens
-        return self.memory.prefill.hidden_BTD[self._buffer_index(x), :num_tokens]
+    def _hidden(self, x: Task) -> Tensor:
+        num_tokens = self.chunks[x.id.index].num_tokens
+        return self.memory.prefill.hidden_BTD[x.slot(prefill.HIDDEN), :num_tokens]
 
-    def _kv_buffer(self, x: TaskId) -> Tensor:
-        num_tokens = self.chunks[x.index].num_tokens
-        return self.memory.prefill.kv_BT2Gd[self._buffer_index(x), :num_tokens]
+    def _kv_buffer(self, x: Task) -> Tensor:
+        num_tokens = self.chunks[x.id.index].num_tokens
+        return self.memory.prefill.kv_BT2Gd[x.slot(prefill.KV), :num_tokens]
 
-    def _host(self, x: TaskId) -> Tensor:
-        chunk = self.chunks[x.index]
+    def _host(self, x: Task) -> Tensor:
+        chunk = self.chunks[x.id.index]
         return self.memory.prefill.host_TD[chunk.offset : chunk.offset + chunk.num_tokens]
 
-    def _weights(self, x: TaskId) -> LayerWeights:
-        return self.memory.weights.layer(x.layer, self.pipeline.load_index(0, x.layer))
+    def _weights(self, x: Task) -> LayerWeights:
+        return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))

@@ -27,7 +27,7 @@ def targets(tiny_folders):
 
     def told(handler):
         def handle(x):
-            now.task = x
+            now.task = x.id
             return handler(x)
 
         return handle

@@ -97,8 +97,8 @@ def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, name):
     )
     handlers = null_handlers(seconds_of)
 
-    def fail(task: TaskId) -> int:
-        raise OSError(f"injected into {task}")
+    def fail(task: Task) -> int:
+        raise OSError(f"injected into {task.id}")
 
     handlers = {act: fail if act.name == name else handler for act, handler in handlers.items()}
     tasks = iter_tasks(replace(pipeline, num_steps=pipeline.num_steps), ScheduleName.CGOPIPE)
@@ -118,10 +118,10 @@ def test_failure_in_any_kind_of_task_stops_the_run_and_names_it(engine, name):
 def test_lanes_stop_at_once_after_a_failure(engine):
     ran: list[TaskId] = []
 
-    def handle(task: TaskId) -> int:
-        if task.layer == 0:
+    def handle(task: Task) -> int:
+        if task.id.layer == 0:
             raise ValueError("first")
-        ran.append(task)
+        ran.append(task.id)
         return 0
 
     first = TaskId(act("LOAD_PAGE"), 0, 0)
@@ -144,10 +144,10 @@ def test_error_while_the_graph_is_made_ends_the_run(engine):
 def test_ctrl_c_ends_the_run(engine, no_collection, at, length):
     ran = 0
 
-    def handle(task: TaskId) -> int:
+    def handle(task: Task) -> int:
         nonlocal ran
         ran += 1
-        if task.step == at:
+        if task.id.step == at:
             _thread.interrupt_main()
         time.sleep(5e-3)
         return 0
@@ -165,7 +165,7 @@ def slow_transfer(waits):
     """A handler that moves a byte over a link that takes days for it."""
     link = PacedCopy(latency_s=0.0, bandwidth_bytes_per_s=1 / DAYS, sleep=waits.sleep)
 
-    def handle(_: TaskId) -> int:
+    def handle(_: Task) -> int:
         link.run(lambda: None, 1)
         return 1
 
@@ -183,7 +183,7 @@ def test_ctrl_c_does_not_wait_for_a_transfer_under_way(no_collection, slow):
     # A signal, unlike `_thread.interrupt_main`, also wakes who waits for a lock.
     timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT])
 
-    def handle(task: TaskId) -> int:
+    def handle(task: Task) -> int:
         timer.start()
         return slow(waits)(task)
 
@@ -198,11 +198,11 @@ def test_a_failure_does_not_wait_for_a_transfer_under_way():
     waits, under_way = Waits(), threading.Event()
     tasks = [a_task("LOAD_PAGE", 0, 0, lane=Lane.H2D), a_task("SAMPLE", 0, 0, lane=Lane.GPU)]
 
-    def load(task: TaskId) -> int:
+    def load(task: Task) -> int:
         under_way.set()
         return slow_transfer(waits)(task)
 
-    def fail(_: TaskId) -> int:
+    def fail(_: Task) -> int:
         assert under_way.wait(20)
         raise ZeroDivisionError
 
@@ -226,7 +226,7 @@ def test_long_graph_is_never_held(engine):
             most = max(most, made - ended)
             yield a_task("SAMPLE", 0, 0, step, lane=Lane.GPU)
 
-    def handle(_: TaskId) -> int:
+    def handle(_: Task) -> int:
         nonlocal ended
         ended += 1
         return 0
@@ -239,7 +239,7 @@ def test_long_graph_is_never_held(engine):
 def test_finished_ends_a_run_early(engine):
     count = 0
 
-    def handle(_: TaskId) -> int:
+    def handle(_: Task) -> int:
         nonlocal count
         count += 1
         return 0
@@ -262,7 +262,7 @@ def test_steps_take_the_whole_time_and_bytes_are_counted_by_lane(engine):
     handlers = null_handlers(seconds_of)
     moved = {act("LOAD_PAGE"): 100, act("OFFLOAD_QKV"): 7}
     counted = {
-        kind: (lambda task, handler=handler: handler(task) or moved.get(task.act, 0))
+        kind: (lambda task, handler=handler: handler(task) or moved.get(task.id.act, 0))
         for kind, handler in handlers.items()
     }
     result = engine.run(iter_tasks(pipeline, ScheduleName.CGOPIPE), counted)

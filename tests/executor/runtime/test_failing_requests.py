@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from executor.guard import is_of_one_request
 from executor.handlers import PrefillHandlers
 from executor.job.tokenizer import TextTokenizer
+from hrm.tasks import Phase
 from tests.contracts.tasks import act
 from tests.executor.runtime.jobs import PROMPTS, line, tokens_of
 from tests.executor.tiny_models import poisoned_copy, transformers_greedy
@@ -177,7 +178,7 @@ def test_failure_of_the_device_still_ends_the_run(run, monkeypatch):
         def fail(_) -> int:
             raise torch.OutOfMemoryError
 
-        return {**handlers, act("SAMPLE"): fail}
+        return {**handlers, act("SAMPLE", phase=Phase.PREFILL): fail}
 
     monkeypatch.setattr(PrefillHandlers, "make", staticmethod(made))
     captured, done = run(LINES, "--quiet", code=1)

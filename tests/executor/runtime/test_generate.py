@@ -15,7 +15,7 @@ from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.memory import purposes
 from hrm.policy import ScheduleName
 from hrm.schedules import decode_pipeline
-from hrm.tasks import TaskId
+from hrm.tasks import Task
 from tests.contracts.tasks import act
 from tests.executor import reference
 from tests.executor.runtime.support import (
@@ -141,8 +141,8 @@ def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, name, monkeypat
         def made(*arguments, **keywords):
             handlers = make(*arguments, **keywords)
 
-            def fail(task: TaskId) -> int:
-                raise RuntimeError(f"injected into {task}")
+            def fail(task: Task) -> int:
+                raise RuntimeError(f"injected into {task.id}")
 
             return {act: fail if act.name == name else handler for act, handler in handlers.items()}
 

@@ -21,7 +21,7 @@ from executor.job.machine import AcceleratorOptions
 from executor.job.progress import Forecast, PhaseProgress
 from executor.job.survey import Lengths
 from executor.sampling import SamplingParams
-from hrm.tasks import Lane, Phase, TaskId
+from hrm.tasks import Lane, Phase, Task, TaskId
 from tests.contracts.tasks import a_task, act
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.jobs import PROMPTS, line, write_lines
@@ -158,8 +158,8 @@ def watch(monkeypatch, look) -> None:
 
     def watched(self, tasks, handlers, **options):
         def looking(handler):
-            def handle(task: TaskId) -> int:
-                look(task)
+            def handle(task: Task) -> int:
+                look(task.id)
                 return handler(task)
 
             return handle
@@ -181,7 +181,7 @@ def test_task_under_way_counts_as_busy(on_device):
         begun.set()
         assert go_on.wait(30)
 
-    def handle(_: TaskId) -> int:
+    def handle(_: Task) -> int:
         device.queue(wait)
         return 0
 

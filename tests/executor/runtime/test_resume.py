@@ -241,12 +241,12 @@ def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
 
         def watched(task) -> int:
             moved = sample(task)
-            if task.index == 1 and task.step not in seen:
-                ended = sum(item["body"]["max_tokens"] <= task.step + 2 for item in lines)
+            if task.id.index == 1 and task.id.step not in seen:
+                ended = sum(item["body"]["max_tokens"] <= task.id.step + 2 for item in lines)
                 deadline_s = time.monotonic() + 30
                 while len(outputs(tmp_path / "run")) < ended and time.monotonic() < deadline_s:
                     time.sleep(0.01)
-                seen[task.step] = len(outputs(tmp_path / "run"))
+                seen[task.id.step] = len(outputs(tmp_path / "run"))
             return moved
 
         return {**handlers, act("SAMPLE"): watched}

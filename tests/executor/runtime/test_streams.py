@@ -48,8 +48,8 @@ def engine(device):
 def queueing(device, work):
     """Handlers whose work a device's stream does later, and a host's lane at once."""
 
-    def handle(task: TaskId) -> int:
-        device.queue(lambda: work(task))
+    def handle(task: Task) -> int:
+        device.queue(lambda: work(task.id))
         return 1
 
     return dict.fromkeys((*EVERY_ACT, act("SAMPLE", Lane.CPU)), handle)
@@ -97,7 +97,7 @@ def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
     full, beyond = threading.Event(), threading.Event()
     queued = 0
 
-    def handle(_: TaskId) -> int:
+    def handle(_: Task) -> int:
         nonlocal queued
         queued += 1
         if queued == 1:
@@ -175,8 +175,8 @@ def test_synchronising_names_it_exactly(device, monkeypatch):
 
 
 def test_an_error_of_the_host_is_of_its_own_task(engine, device):
-    def fail(task: TaskId) -> int:
-        if task.layer == 5:
+    def fail(task: Task) -> int:
+        if task.id.layer == 5:
             raise ValueError("a shape")
         device.queue(lambda: time.sleep(1e-3))
         return 0
