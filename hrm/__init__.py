@@ -22,13 +22,14 @@ Importing hrm loads no torch, matplotlib or optuna; the parts that need them do 
 from hrm.causes import Cause
 from hrm.costs import Costs
 from hrm.errors import HrmError
-from hrm.estimate import Estimate, decode_work, estimate, prefill_work, simulate_work
+from hrm.estimate import Estimate, estimate
 from hrm.formats import Format, Formats
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.layers import Layer
 from hrm.machines import compose, load_profile, save_profile, with_memory
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, Dimensions, ModelSpec, load_model
+from hrm.phases import decode_work, prefill_work, simulate_work
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, save_policy_file
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from hrm.buffers import Purpose
 from hrm.costs import EXECUTOR, Costs, Runtime
-from hrm.estimate import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.hardware import HardwareProfile
 from hrm.parallel import part_for
+from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName
 from hrm.run_record import RunRecord, WorkloadRecord
 from hrm.scaling import paced

@@ -13,7 +13,7 @@ from hrm.cli.params import OUT_FILE, json_option, phase_option
 from hrm.cli.texts import given_text
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import decode_work, prefill_work, simulate_work
+from hrm.phases import decode_work, prefill_work, simulate_work
 from hrm.policy_file import PolicyFile
 from hrm.tasks import Lane, Phase
 from hrm.trace import Trace, lane_chart, write_chrome_trace

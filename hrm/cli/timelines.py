@@ -7,8 +7,8 @@ from hrm.cli.simulate import simulate_plan
 from hrm.cli.texts import machine_text
 from hrm.costs import Costs
 from hrm.errors import TraceError
-from hrm.estimate import decode_work, simulate_work
 from hrm.memory import plan_memory
+from hrm.phases import decode_work, simulate_work
 from hrm.policy import Policy, ScheduleName, spread_experts
 from hrm.policy_file import PolicyFile
 from hrm.run_record import RunRecord, read_run

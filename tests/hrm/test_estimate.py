@@ -11,11 +11,12 @@ import pytest
 from hrm.closed_form import DecodeStep, Point, batch_seconds, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import decode_work, estimate, prefill_seconds, prefill_work, simulate_work, step_seconds
+from hrm.estimate import estimate
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
+from hrm.phases import decode_work, prefill_seconds, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.schedules import SCHEDULES, pages_of
 from hrm.tasks import Device, Lane

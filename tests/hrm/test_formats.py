@@ -8,9 +8,9 @@ import torch
 
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
-from hrm.estimate import decode_work, prefill_work
 from hrm.formats import FORMATS, Formats
 from hrm.model_spec import ModelSpec
+from hrm.phases import decode_work, prefill_work
 from hrm.policy import Policy
 from hrm.schedules import iter_tasks
 from hrm.tasks import Phase

@@ -11,7 +11,8 @@ import pytest
 from hrm.acts import ACTS, act_named, decode
 from hrm.closed_form import DecodeStep, Point
 from hrm.costs import Costs
-from hrm.estimate import decode_work, estimate, simulate_work
+from hrm.estimate import estimate
+from hrm.phases import decode_work, simulate_work
 from hrm.plots.timeline import plot_timeline
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, Pipeline, Schedule, StepWork, add_schedule, decode_pipeline, graph, iter_tasks

@@ -16,9 +16,9 @@ from hrm.acts.decode import LOAD_PAGE
 from hrm.cli.timelines import fitting_all, in_order, of_run, of_schedules
 from hrm.costs import Costs
 from hrm.errors import TraceError
-from hrm.estimate import decode_work, prefill_work, simulate_work
 from hrm.formats import Formats
 from hrm.memory import plan_memory
+from hrm.phases import decode_work, prefill_work, simulate_work
 from hrm.plots import plot_timeline, style, window
 from hrm.plots.timeline import LOOKS, layer_ends, step_ends
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for

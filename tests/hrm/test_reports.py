@@ -12,11 +12,12 @@ import yaml
 from hrm.causes import Cause
 from hrm.cli.texts import EXECUTED_FAMILIES
 from hrm.costs import Costs
-from hrm.estimate import estimate, prefill_work, simulate_work
+from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Rate, Source
 from hrm.latency import LatencyLimits
 from hrm.machines import compose, dump_profile, save_profile
 from hrm.model_spec import BUILT_IN_MODELS
+from hrm.phases import prefill_work, simulate_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
 from hrm.ranges import throughput_range
 from hrm.search import Outcome, Space, search

@@ -8,9 +8,10 @@ import pytest
 from hrm.causes import Cause
 from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs
-from hrm.estimate import decode_work, estimate, prefill_work, simulate_work, step_seconds
+from hrm.estimate import estimate
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
+from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device, Phase
 from hrm.workload import Workload

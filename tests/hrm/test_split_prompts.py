@@ -11,11 +11,12 @@ from hrm.buffers import Purpose, prefix_bytes_per_token
 from hrm.closed_form import Point, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import estimate, prefill_seconds, prefill_work, simulate_work
+from hrm.estimate import estimate
 from hrm.formats import Formats
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS
+from hrm.phases import prefill_seconds, prefill_work, simulate_work
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.search import Space, lattice, search, solver_named

@@ -10,9 +10,9 @@ from executor.batching import pack
 from executor.generate import AbstractGenerator, BatchResult, NullGenerator, Planned
 from executor.job.machine import predicted_seconds
 from hrm.costs import Costs
-from hrm.estimate import decode_work, prefill_work
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
+from hrm.phases import decode_work, prefill_work
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, profile_hash
 from hrm.schedules import iter_tasks

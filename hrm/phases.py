@@ -1,0 +1,215 @@
+"""The tasks of a phase with their bytes and seconds, and how long the phase takes when they are simulated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate
+from math import ceil, inf
+from typing import Final
+
+from hrm.acts import decode, prefill
+from hrm.closed_form import DecodeStep, PhaseSeconds, Point, whole_prefill
+from hrm.costs import Costs, LayerMix, TaskWork
+from hrm.policy import Policy, ScheduleName
+from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.simulate import Order, end_times, in_order, simulate
+from hrm.tasks import Act, Lane, TaskId
+from hrm.trace import Trace
+from hrm.workload import Workload
+
+# Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
+MAX_TASKS: Final = 3000
+MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
+MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
+_TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
+_PAGES: Final = frozenset({decode.LOAD_PAGE, decode.STAGE_PAGE, prefill.LOAD_PAGE, prefill.STAGE_PAGE})
+STEADY_STEPS: Final = 3
+
+
+def decode_work(
+    costs: Costs,
+    policy: Policy,
+    context: float,
+    *,
+    num_steps: int,
+    tokens: float | None = None,
+    shape: Policy | None = None,
+) -> TaskWork:
+    """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
+
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are. The
+    tasks are those of `shape`, if it is given: the same policy over fewer micro-batches.
+    """
+    whole = policy.batch_size / policy.num_micro_batches
+    tokens = whole if tokens is None else tokens
+    point = Point.of_policy(policy, costs.spec)
+    step = DecodeStep.of_point(costs, point, policy.schedule, tokens / whole)
+    return TaskWork(
+        costs=costs,
+        policy=policy,
+        pipeline=decode_pipeline(costs.spec, shape or policy, num_steps=num_steps),
+        tokens=tokens,
+        context=context,
+        stretch=_stretch(step.seconds(context)),
+    )
+
+
+def prefill_work(
+    costs: Costs, policy: Policy, workload: Workload, *, shape: Policy | None = None, max_chunks: float = inf
+) -> TaskWork:
+    """Bytes and seconds of the tasks of one batch's prefill.
+
+    The tasks are those of `shape`, if it is given, and of at most `max_chunks` chunks; each chunk
+    is of as many tokens as if there were all of them.
+    """
+    tokens = policy.batch_size * workload.prompt_len
+    num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
+    point = Point.of_policy(policy, costs.spec)
+    return TaskWork(
+        costs=costs,
+        policy=policy,
+        pipeline=prefill_pipeline(costs.spec, shape or policy, num_chunks=int(min(num_chunks, max_chunks))),
+        tokens=tokens / num_chunks,
+        context=workload.prompt_len,
+        requests_per_chunk=policy.batch_size / num_chunks,
+        stretch=_stretch(whole_prefill(costs, point, workload)),
+    )
+
+
+def _stretch(seconds: PhaseSeconds) -> float:
+    """How much longer work on the host's memory takes because all of it wants more than there is.
+
+    Only as far as the memory is what limits the phase: until then, work can give way in turn.
+    """
+    lanes, host_memory_s = seconds.of_lanes
+    if host_memory_s <= max(lanes.values()):
+        return 1.0
+    using = max(seconds for lane, seconds in lanes.items() if lane is not Lane.GPU)
+    return host_memory_s / using if using else 1.0
+
+
+def simulate_work(work: TaskWork) -> Trace:
+    """The trace of a phase whose tasks take their predicted seconds."""
+    tasks = iter_tasks(work.pipeline, work.policy.schedule)
+    return simulate(tasks, work.seconds_of())
+
+
+def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
+    """Simulated seconds of one decode step in the steady state, at a mean context.
+
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are. Of
+    very many micro-batches, each that is simulated stands for several.
+    """
+    shape, in_one, pages_in_one = _simulated_shape(policy)
+
+    def seconds(work: TaskWork) -> float:
+        order, end_s = _walked(work, in_one, pages_in_one)
+        ends = [0.0] * STEADY_STEPS
+        for position, step in order.samples:
+            ends[step] = max(ends[step], end_s[position])
+        # The last step loads no weights for another, so the step before it is the steady one.
+        return ends[-2] - ends[-3]
+
+    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS, tokens=tokens, shape=shape)
+    parts = max(shape.num_micro_batches, work.pipeline.num_pages)
+    return _over_layers(work, 8 * STEADY_STEPS * parts, seconds)
+
+
+def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
+    """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
+    shape, _, pages_in_one = _simulated_shape(policy)
+    affordable = MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK)
+    work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable)
+    chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
+    in_one = chunks / work.pipeline.num_micro_batches
+    tasks_a_layer = _TASKS_A_CHUNK * work.pipeline.num_micro_batches
+    return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
+
+
+def _simulated_shape(policy: Policy) -> tuple[Policy, float, float]:
+    """The policy over what is simulated of many micro-batches and pages, and how many each of both stands for.
+
+    This is no smaller batch: the few stand for all, so as large a share of their caches is on the GPU.
+    """
+    number, pages = policy.num_micro_batches, policy.num_weight_pages
+    few, few_pages = min(number, MAX_MICRO_BATCHES), min(pages, MAX_MICRO_BATCHES)
+    if (few, few_pages) == (number, pages):
+        return policy, 1.0, 1.0
+    shape = replace(
+        policy,
+        batch_size=min(policy.batch_size, few * policy.micro_batch_size),
+        gpu_kv_micro_batches=policy.gpu_kv_micro_batches * few // number,
+        weight_pages=few_pages,
+    )
+    return shape, number / few, pages / few_pages
+
+
+def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, list[float]]:
+    """The order of a phase's tasks and when each ends; quicker than `simulate_work`.
+
+    A micro-batch or chunk of the work stands for `in_one` of them, and so takes that much longer; a
+    page of weights for `pages_in_one` smaller ones, if there are several.
+    """
+    pipeline = work.pipeline
+    pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
+    order = _order(pipeline, work.policy.schedule)
+    pages = round(pipeline.num_pages * pages_in_one)
+    seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
+    seconds = [seconds_of(task_id) * (pages_in_one if task_id.act in _PAGES else in_one) for task_id in order.distinct]
+    return order, end_times(order, seconds)
+
+
+@lru_cache(maxsize=32)  # contexts, and costs of what limits, differ in durations only
+def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
+    def alike(task: TaskId) -> tuple[Act, int]:
+        return task.act, task.layer
+
+    return in_order(iter_tasks(pipeline, schedule), alike)
+
+
+def _over_layers(work: TaskWork, tasks_a_layer: int, seconds: Callable[[TaskWork], float]) -> float:
+    """`seconds` of the whole work, from two shortened forms of it if it is long."""
+    layers = work.pipeline.num_layers
+    many = max(MIN_LAYERS, MAX_TASKS // tasks_a_layer)
+    if layers <= many:
+        return seconds(work)
+    few = many // 2
+    seconds_few, seconds_many = seconds(_cut(work, few)), seconds(_cut(work, many))
+    return seconds_many + (seconds_many - seconds_few) * (layers - many) / (many - few)
+
+
+def _cut(work: TaskWork, layers: int) -> TaskWork:
+    """The same work over fewer layers, each of which stands for equally many of the whole."""
+    pipeline = work.pipeline
+    span = pipeline.num_layers / layers
+
+    def shares(of_each: Sequence[float]) -> tuple[float, ...]:
+        """Means over the layers that each cut layer stands for, parts of a layer included."""
+        ends = [0.0, *accumulate(of_each)]
+
+        def total(position: float) -> float:
+            whole = min(int(position), len(of_each) - 1)
+            return ends[whole] + (position - whole) * of_each[whole]
+
+        return tuple((total((i + 1) * span) - total(i * span)) / span for i in range(layers))
+
+    def mix(first: float, last: float) -> LayerMix:
+        """Shares of the kinds of layer between two positions."""
+        kinds = dict.fromkeys(work.costs.spec.layers[int(first) : ceil(last - 1e-9)], 0.0)
+        for layer in range(int(first), ceil(last - 1e-9)):
+            part = min(layer + 1, last) - max(layer, first)
+            kinds[work.costs.spec.layer_kind(layer)] += part / (last - first)
+        return tuple(kinds.items())
+
+    mixes = tuple(mix(i * span, (i + 1) * span) for i in range(layers))
+    return replace(
+        work,
+        mean_residents=shares(work.resident_experts),
+        layer_mixes=mixes if len(work.costs.spec.layer_kinds()) > 1 else (),
+        pipeline=replace(
+            pipeline,
+            num_layers=layers,
+            streamed=tuple(share > 1e-9 for share in shares(pipeline.streamed)),
+            cpu_experts=tuple(share > 1e-9 for share in shares(pipeline.cpu_experts)),
+        ),
+    )
