@@ -8,13 +8,13 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import pytest
 
 from executor.backends.null import null_handlers
 from executor.engine import LOOKAHEAD, Engine, TaskFailedError
-from hrm.acts import NAMES
+from hrm.acts import ACTS, NAMES
 from hrm.contract.pacing import PacedCopy, Waits
 from hrm.policy import ScheduleName
 from hrm.schedules import Pipeline, iter_tasks
@@ -281,3 +281,26 @@ def test_full_collections_pass_over_what_was_there_until_the_lanes_end():
         made = [[]]
         assert any(one is made for one in gc.get_objects())
     assert any(one is there for one in gc.get_objects())
+
+
+def test_one_run_may_mix_tasks_of_both_phases(engine):
+    """A handler is looked up by its act, so the same kind of task does other work in the other phase."""
+    graphs = [list(iter_tasks(pipeline, ScheduleName.CGOPIPE)) for pipeline in (PREFILL, CPU_DECODE)]
+    mixed = [task for pair in zip_longest(*graphs) for task in pair if task is not None]
+    done: dict[Phase, set[TaskId]] = {phase: set() for phase in Phase}
+
+    def of(phase: Phase):
+        def handle(task: Task) -> int:
+            done[phase].add(task.id)
+            return 1
+
+        return handle
+
+    handlers = {act: of(phase) for phase, acts in ACTS.items() for act in acts}
+    result = engine.run(mixed, handlers)
+    assert done == {Phase.PREFILL: {task.id for task in graphs[0]}, Phase.DECODE: {task.id for task in graphs[1]}}
+    spans = {span.id: span for span in result.spans}
+    for task in mixed:
+        assert spans[task.id].phase is task.id.phase
+        assert all(spans[other].end_s <= spans[task.id].start_s for other in task.after)
+    assert [span.id for span in simulate(mixed, lambda _: 1.0).spans] == [task.id for task in mixed]
