@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any, Final, final
 
 from torch import Tensor
@@ -92,8 +91,8 @@ class Family:
     def expected_tensors(self, arch: Architecture, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint has.
 
-        What may be stored in several ways is as in `stored`, the names that a checkpoint has. If one of these lacks a
-        layer's tensor, it is the last layer that is told: a config may ask for any number more.
+        What may be stored in several ways is as in `stored`, the names that a checkpoint has. If one of these lacks an
+        expert's tensors, those are the last that are told: a config may ask for any number more.
         """
         spec = arch.spec
         shapes: dict[str, tuple[int, ...]] = {}
@@ -103,10 +102,11 @@ class Family:
         for index, layer in enumerate(spec.layers):
             for tensor in dense_tensors(layer):
                 shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index)}
-            for expert, tensor in product(range(layer.num_experts), expert_tensors(layer)):
-                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
-            if stored and not shapes.keys() <= stored_names:
-                break
+            for expert in range(layer.num_experts):
+                for tensor in expert_tensors(layer):
+                    shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
+                if stored and next(reversed(shapes)) not in stored_names:
+                    return shapes
         return shapes
 
     def load(

@@ -135,6 +135,20 @@ def test_expected_tensors_add_up_to_the_parameters(name):
     assert sum(torch.Size(shape).numel() for shape in shapes) == spec.parameters
 
 
+def test_no_more_tensors_are_expected_than_tell_that_some_are_missing(tiny_folder):
+    """A config may ask for a hundred million experts, of which its checkpoint has four."""
+    config, stored = config_of(tiny_folder), load_file(tiny_folder / "model.safetensors")
+    count = "num_local_experts" if "num_local_experts" in config else None
+    asked = (
+        {**config, count: 10**8}
+        if count
+        else {**config, "ffn_config": {**config["ffn_config"], "moe_num_experts": 10**8}}
+    )
+    arch = architecture(asked)
+    expected = FAMILIES[arch.spec.family].expected_tensors(arch, stored.keys())
+    assert len(expected) <= len(stored) + 3
+
+
 def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
     with Checkpoint.open(tiny_folder) as checkpoint:
         family = family_for(checkpoint.config, "config.json")
