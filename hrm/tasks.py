@@ -51,9 +51,12 @@ class Buffer:
     """
 
     name: str
-    device: Device
     turns: int = 0
     grows: bool = False
+
+    def turn(self, number: int, piece: int = 0) -> "Part":
+        """A piece of what comes into a buffer used in turns as so many were before."""
+        return (self, number % self.turns, number, piece)
 
 
 # A piece of one version of what lies in a slot of a buffer: buffer, slot, version, piece. A slot is a number, or two

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import Counts, Load
+from hrm.acts.load import Counts, Load, each, hidden_bytes, in_each_layer
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -12,19 +12,19 @@ from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
 
-KV_BUFFERS: Final = Buffer("KV buffers", Device.GPU, BUFFERS)
-HOST_KV: Final = Buffer("KV cache on the host", Device.CPU, grows=True)
-TOKEN: Final = Buffer("last tokens", Device.CPU)
+KV_BUFFERS: Final = Buffer("KV buffers", BUFFERS)
+HOST_KV: Final = Buffer("KV cache on the host", grows=True)
+TOKEN: Final = Buffer("last tokens")
 # Each of the rest has a place for every micro-batch.
-HIDDEN: Final = Buffer("hidden states", Device.GPU)
-QKV: Final = Buffer("queries, keys and values", Device.GPU)
-HOST_QKV: Final = Buffer("queries, keys and values on the host", Device.CPU)
-OUTPUT: Final = Buffer("attention output", Device.GPU)
-HOST_OUTPUT: Final = Buffer("attention output on the host", Device.CPU)
-ROUTED: Final = Buffer("routed tokens", Device.GPU)
-HOST_ROUTED: Final = Buffer("routed tokens on the host", Device.CPU)
-EXPERT_OUTPUT: Final = Buffer("experts' output", Device.GPU)
-HOST_EXPERT_OUTPUT: Final = Buffer("experts' output on the host", Device.CPU)
+HIDDEN: Final = Buffer("hidden states")
+QKV: Final = Buffer("queries, keys and values")
+HOST_QKV: Final = Buffer("queries, keys and values on the host")
+OUTPUT: Final = Buffer("attention output")
+HOST_OUTPUT: Final = Buffer("attention output on the host")
+ROUTED: Final = Buffer("routed tokens")
+HOST_ROUTED: Final = Buffer("routed tokens on the host")
+EXPERT_OUTPUT: Final = Buffer("experts' output")
+HOST_EXPERT_OUTPUT: Final = Buffer("experts' output on the host")
 
 
 def _at(p: "Pipeline", x: TaskId) -> int:
@@ -38,12 +38,11 @@ def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0) -> Part:
 
 
 def _kv_buffer(p: "Pipeline", x: TaskId) -> Part:
-    load = p.kv_load_index(x.step, x.layer, x.index)
-    return (KV_BUFFERS, load % BUFFERS, load, 0)
+    return KV_BUFFERS.turn(p.kv_load_index(x.step, x.layer, x.index))
 
 
 def _handed_on(source: Buffer, target: Buffer, p: "Pipeline", x: TaskId) -> Touch:
-    at = x.step * p.num_layers + x.layer
+    at = _at(p, x)
     return (((source, x.index, at, 0),), ((target, x.index, at, 0),))
 
 
@@ -75,28 +74,16 @@ def _sample(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, ((TOKEN, x.index, x.step + 1, 0),))
 
 
-def _each(c: Counts) -> Number:
-    return c.pieces
-
-
-def _in_each_layer(c: Counts) -> Number:
-    return c.layers * c.pieces
-
-
 def _if_attended_on_cpu(c: Counts) -> Number:
-    return c.layers * c.pieces * c.cpu_attention
+    return in_each_layer(c) * c.cpu_attention
 
 
 def _if_streamed(c: Counts) -> Number:
-    return c.layers * c.pieces * c.streams_kv
+    return in_each_layer(c) * c.streams_kv
 
 
 def _if_experts_on_cpu(c: Counts) -> Number:
-    return c.layers * c.pieces * c.cpu_experts
-
-
-def _hidden_bytes(x: Load) -> Number:
-    return operators.hidden_bytes(x.spec, x.formats, x.tokens)
+    return in_each_layer(c) * c.cpu_experts
 
 
 def _cache_bytes(x: Load) -> Number:
@@ -122,8 +109,8 @@ EMBED: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.H2D,
     touches=lambda p, x: (((TOKEN, x.index, x.step, 0),), (_hidden(p, x),)),
-    count=_each,
-    moves=_hidden_bytes,
+    count=each,
+    moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
 )
 PRE_ATTENTION: Final = Act(
@@ -133,7 +120,7 @@ PRE_ATTENTION: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.GPU,
     touches=_pre_attention,
-    count=_in_each_layer,
+    count=in_each_layer,
     seconds=lambda x, _: x.costs.pre_attention(x.tokens, x.kind),
     chained=True,
 )
@@ -180,7 +167,7 @@ ATTENTION: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.GPU,
     touches=_attention_on_gpu,
-    count=lambda c: c.layers * c.pieces * (1 - c.cpu_attention),
+    count=lambda c: in_each_layer(c) * (1 - c.cpu_attention),
     seconds=lambda x, _: x.costs.attention(Device.GPU, x.tokens, x.context, x.kind),
     attends=True,
     chained=True,
@@ -217,7 +204,7 @@ POST_ATTENTION: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.GPU,
     touches=_post_attention,
-    count=_in_each_layer,
+    count=in_each_layer,
     seconds=lambda x, _: x.costs.post_attention(x.tokens, x.gpu_experts, x.kind),
     by_ffn=True,
     chained=True,
@@ -254,7 +241,7 @@ LOAD_EXPERT_OUTPUT: Final = Act(
     lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_EXPERT_OUTPUT, EXPERT_OUTPUT, p, x),
     count=_if_experts_on_cpu,
-    moves=_hidden_bytes,
+    moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
     chained=True,
 )
@@ -265,7 +252,7 @@ SAMPLE: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.GPU,
     touches=_sample,
-    count=_each,
+    count=each,
     seconds=lambda x, _: x.costs.sample(x.tokens),
     ends_step=True,
 )

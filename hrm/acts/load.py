@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hrm import operators
 from hrm.formats import Formats
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
@@ -71,3 +72,18 @@ class Load:
         if key not in self.known:
             self.known[key] = work_out()
         return self.known[key]
+
+
+def each(c: Counts) -> Number:
+    """One task for every micro-batch or chunk."""
+    return c.pieces
+
+
+def in_each_layer(c: Counts) -> Number:
+    """One task for every micro-batch or chunk in every layer."""
+    return c.layers * c.pieces
+
+
+def hidden_bytes(x: Load) -> Number:
+    """Hidden states of a task's tokens."""
+    return operators.hidden_bytes(x.spec, x.formats, x.tokens)

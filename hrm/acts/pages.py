@@ -5,31 +5,28 @@ from typing import TYPE_CHECKING
 from hrm.acts.load import Counts, Load
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
 
-WEIGHTS = Buffer("weight slots", Device.GPU, WEIGHT_SLOTS)
-STAGING = Buffer("staging pages", Device.CPU, STAGING_PAGES)
+WEIGHTS = Buffer("weight slots", WEIGHT_SLOTS)
+STAGING = Buffer("staging pages", STAGING_PAGES)
 
 
 def pages_up_to(p: "Pipeline", x: TaskId, count: int) -> tuple[Part, ...]:
     """What a task reads that needs the first `count` pages of its layer; nothing if the layer streams none."""
     if not count or not p.streamed[x.layer]:
         return ()
-    load = p.load_index(x.step, x.layer)
-    return ((WEIGHTS, load % WEIGHT_SLOTS, load, count - 1),)
+    return (WEIGHTS.turn(p.load_index(x.step, x.layer), count - 1),)
 
 
 def _staged(p: "Pipeline", x: TaskId) -> Part:
-    number = p.load_index(x.step, x.layer) * p.num_pages + x.index
-    return (STAGING, number % STAGING_PAGES, number, 0)
+    return STAGING.turn(p.load_index(x.step, x.layer) * p.num_pages + x.index)
 
 
 def _load_touches(p: "Pipeline", x: TaskId) -> Touch:
-    load = p.load_index(x.step, x.layer)
-    slot = (WEIGHTS, load % WEIGHT_SLOTS, load, x.index)
+    slot = WEIGHTS.turn(p.load_index(x.step, x.layer), x.index)
     return ((_staged(p, x),) if p.staging else (), (slot,))
 
 

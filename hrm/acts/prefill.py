@@ -2,21 +2,20 @@
 
 from typing import TYPE_CHECKING, Final
 
-from hrm import operators
-from hrm.acts.load import Counts, Load
+from hrm.acts.load import Counts, each, hidden_bytes, in_each_layer
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
-from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
+from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
     from hrm.schedules.pipeline import Pipeline
 
-HIDDEN: Final = Buffer("hidden states of a chunk", Device.GPU, BUFFERS)
-KV: Final = Buffer("keys and values of a chunk", Device.GPU, BUFFERS)
-PREFIX: Final = Buffer("keys and values of a split prompt", Device.GPU)
-HOST_HIDDEN: Final = Buffer("hidden states of a chunk on the host", Device.CPU)
-HOST_KV: Final = Buffer("KV cache on the host", Device.CPU, grows=True)
+HIDDEN: Final = Buffer("hidden states of a chunk", BUFFERS)
+KV: Final = Buffer("keys and values of a chunk", BUFFERS)
+PREFIX: Final = Buffer("keys and values of a split prompt")
+HOST_HIDDEN: Final = Buffer("hidden states of a chunk on the host")
+HOST_KV: Final = Buffer("KV cache on the host", grows=True)
 BEFORE, AFTER = 0, 1  # a layer: pieces of what lies in HIDDEN
 
 
@@ -25,13 +24,11 @@ def _turn(p: "Pipeline", x: TaskId) -> int:
 
 
 def _hidden(p: "Pipeline", x: TaskId, piece: int) -> Part:
-    turn = _turn(p, x)
-    return (HIDDEN, turn % BUFFERS, turn, piece)
+    return HIDDEN.turn(_turn(p, x), piece)
 
 
 def _kv(p: "Pipeline", x: TaskId) -> Part:
-    turn = _turn(p, x)
-    return (KV, turn % BUFFERS, turn, 0)
+    return KV.turn(_turn(p, x))
 
 
 def _layer(p: "Pipeline", x: TaskId) -> Touch:
@@ -45,20 +42,8 @@ def _layer(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, (_hidden(p, x, AFTER), kept, _kv(p, x)))
 
 
-def _each(c: Counts) -> Number:
-    return c.pieces
-
-
-def _in_each_layer(c: Counts) -> Number:
-    return c.layers * c.pieces
-
-
 def _between_layers(c: Counts) -> Number:
     return (c.layers - 1) * c.pieces
-
-
-def _hidden_bytes(x: Load) -> Number:
-    return operators.hidden_bytes(x.spec, x.formats, x.tokens)
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.PREFILL)
@@ -69,8 +54,8 @@ EMBED: Final = Act(
     phase=Phase.PREFILL,
     lane=Lane.H2D,
     touches=lambda p, x: ((), (_hidden(p, x, BEFORE),)),
-    count=_each,
-    moves=_hidden_bytes,
+    count=each,
+    moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
     chained=True,
 )
@@ -82,7 +67,7 @@ LOAD_HIDDEN: Final = Act(
     lane=Lane.H2D,
     touches=lambda p, x: (((HOST_HIDDEN, x.index, x.layer, 0),), (_hidden(p, x, BEFORE),)),
     count=_between_layers,
-    moves=_hidden_bytes,
+    moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
     chained=True,
 )
@@ -93,7 +78,7 @@ PREFILL_LAYER: Final = Act(
     phase=Phase.PREFILL,
     lane=Lane.GPU,
     touches=_layer,
-    count=_in_each_layer,
+    count=in_each_layer,
     seconds=lambda x, _: x.costs.prefill_layer(x),
     attends=True,
     by_ffn=True,
@@ -106,7 +91,7 @@ STORE_KV: Final = Act(
     phase=Phase.PREFILL,
     lane=Lane.D2H,
     touches=lambda p, x: ((_kv(p, x),), ((HOST_KV, (x.layer, x.index), 1, 0),)),
-    count=_in_each_layer,
+    count=in_each_layer,
     moves=lambda x: x.stored_share * x.kind.mixer.cache_bytes(x.formats, x.tokens / x.context, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
 )
@@ -118,7 +103,7 @@ STORE_HIDDEN: Final = Act(
     lane=Lane.D2H,
     touches=lambda p, x: ((_hidden(p, x, AFTER),), ((HOST_HIDDEN, x.index, x.layer + 1, 0),)),
     count=_between_layers,
-    moves=_hidden_bytes,
+    moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
 )
@@ -129,7 +114,7 @@ SAMPLE: Final = Act(
     phase=Phase.PREFILL,
     lane=Lane.GPU,
     touches=lambda p, x: ((_hidden(p, x, AFTER),), ()),
-    count=_each,
+    count=each,
     seconds=lambda x, _: x.costs.first_tokens(x.requests),
     chained=True,
     ends_step=True,
