@@ -96,16 +96,18 @@ class Family:
         """
         spec = arch.spec
         shapes: dict[str, tuple[int, ...]] = {}
-        stored_names = set(stored)
         for tensor in (*embedding_tensors(spec), *head_tensors(spec)):
             shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored)}
         for index, layer in enumerate(spec.layers):
             for tensor in dense_tensors(layer):
                 shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index)}
             for expert in range(layer.num_experts):
+                known = len(shapes)
                 for tensor in expert_tensors(layer):
                     shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
-                if stored and next(reversed(shapes)) not in stored_names:
+                if len(shapes) == known:  # all experts lie in the same tensors
+                    break
+                if stored and next(reversed(shapes)) not in stored:
                     return shapes
         return shapes
 
