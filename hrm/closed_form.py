@@ -98,32 +98,20 @@ class Point:
 
 
 class PhaseSeconds(NamedTuple):
-    """Seconds of a decode step or of prefill: of the tasks of each act, of the host's memory, and as a chain.
+    """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
 
     A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
     """
 
     acts: dict[Act, Number]
+    lanes: dict[Lane, Number]
     host_memory_s: Number
     chain_s: Number
-
-    @property
-    def lanes(self) -> dict[Lane, Number]:
-        """Seconds of work in each lane."""
-        lanes: dict[Lane, Number] = dict.fromkeys(Lane, 0.0)
-        for act, seconds in self.acts.items():
-            lanes[act.lane] = lanes[act.lane] + seconds
-        return lanes
 
     @property
     def terms(self) -> tuple[Number, ...]:
         """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
         return (*self.lanes.values(), self.host_memory_s, self.chain_s)
-
-    @property
-    def of_lanes(self) -> tuple[dict[Lane, Number], Number]:
-        """Seconds of work in each lane, and those that host memory needs."""
-        return self.lanes, self.host_memory_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +153,11 @@ class _Work:
     def in_all(self, costs: Costs, under_way: Number) -> PhaseSeconds:
         """The seconds, with so many micro-batches or chunks under way at once."""
         host_memory_s = costs.host_memory(moved_bytes=self.moved_bytes, read_bytes=self.host_bytes)
+        lanes: dict[Lane, Number] = dict.fromkeys(Lane, 0.0)
+        for act, seconds in self.seconds.items():
+            lanes[act.lane] = lanes[act.lane] + seconds
         chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
-        return PhaseSeconds(self.seconds, host_memory_s, chain_s)
+        return PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s)
 
 
 def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:

@@ -38,7 +38,7 @@ class PhaseWork:
     @staticmethod
     def of(seconds: PhaseSeconds, *, in_order_s: float, all_reduce_s: float) -> "PhaseWork":
         """The work in its seconds in closed form."""
-        lanes, host_memory_s = seconds.of_lanes
+        lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
         return PhaseWork(
             bound_s=max(*lanes.values(), host_memory_s),
             in_order_s=in_order_s,

@@ -81,7 +81,7 @@ def _stretch(seconds: PhaseSeconds) -> float:
 
     Only as far as the memory is what limits the phase: until then, work can give way in turn.
     """
-    lanes, host_memory_s = seconds.of_lanes
+    lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
     if host_memory_s <= max(lanes.values()):
         return 1.0
     using = max(seconds for lane, seconds in lanes.items() if lane is not Lane.GPU)

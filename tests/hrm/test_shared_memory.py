@@ -94,7 +94,8 @@ def test_a_step_is_as_long_as_the_hosts_memory_needs_where_that_is_the_limit():
     for name, profile in (("plentiful", plentiful), ("scarce", scarce)):
         costs = Costs(spec, profile, Formats.of("bfloat16"))
         step = DecodeStep.of_point(costs, Point.of_policy(policy, spec), policy.schedule)
-        steps[name] = step_seconds(costs, policy, 45.0), *step.seconds(45.0).of_lanes
+        bound = step.seconds(45.0)
+        steps[name] = step_seconds(costs, policy, 45.0), bound.lanes, bound.host_memory_s
     simulated_s, lanes, needed_s = steps["scarce"]
     assert needed_s > 2 * max(lanes.values())
     assert simulated_s == pytest.approx(needed_s, rel=0.05)
