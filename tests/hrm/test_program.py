@@ -16,6 +16,7 @@ import pytest
 from hrm.cli.program import parameter_name
 
 PROGRAMS = ("hrm", "executor")
+ESTIMATE = ["estimate", "--model", "mixtral-8x7b", "--gpus", "1xT4", "-u", "8", "-n", "8"]
 
 
 def started(program, *args, **options):
@@ -37,7 +38,7 @@ def ended(process) -> tuple[int, str]:
         ("hrm", ["--help"]),
         ("hrm", ["paper", "--csv"]),
         ("hrm", ["models", "--json"]),
-        ("hrm", ["estimate", "--model", "mixtral-8x7b", "--gpus", "1xT4", "-u", "8", "-n", "8"]),
+        ("hrm", ESTIMATE),
         ("executor", ["--help"]),
         ("executor", ["run", "--help"]),
     ],
@@ -66,26 +67,7 @@ def test_a_closed_output_is_no_mistake(program, args):
 def test_with_its_output_closed_nothing_is_printed_into_a_file(tmp_path):
     policy = tmp_path / "policy.json"
     process = subprocess.run(
-        [
-            "sh",
-            "-c",
-            'exec "$@" >&- 2>&-',
-            "sh",
-            sys.executable,
-            "-m",
-            "hrm.cli",
-            "estimate",
-            "--model",
-            "mixtral-8x7b",
-            "--gpus",
-            "1xT4",
-            "-u",
-            "8",
-            "-n",
-            "8",
-            "--out",
-            policy,
-        ],
+        ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "hrm.cli", *ESTIMATE, "--out", policy],
         check=False,
         timeout=60,
     )
@@ -208,21 +190,7 @@ def is_waiting(pid) -> bool:
 def test_signals_end_a_command_in_good_order(tmp_path, number, code):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)  # nobody reads it: the command waits to write
-    process = started(
-        "hrm",
-        "estimate",
-        "--model",
-        "mixtral-8x7b",
-        "--gpus",
-        "1xT4",
-        "-u",
-        "8",
-        "-n",
-        "8",
-        "--out",
-        pipe,
-        stdout=subprocess.DEVNULL,
-    )
+    process = started("hrm", *ESTIMATE, "--out", pipe, stdout=subprocess.DEVNULL)
     time.sleep(0.2)
     while not is_waiting(process.pid) and process.poll() is None:
         time.sleep(0.05)
