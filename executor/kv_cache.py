@@ -1,42 +1,66 @@
-"""KV caches: one tensor a micro-batch, on the GPU's or the host's level, cut into whole blocks.
+"""KV caches: one for each micro-batch, on the GPU's or the host's level, layer after layer.
 
-L layers, C tokens of a micro-batch's cache, G kv heads, d head_dim. A request owns consecutive
-blocks of KV_BLOCK_TOKENS tokens, enough for its prompt and all that it may generate.
+A request owns consecutive rows of a layer's cache: of one in which every token has its own, whole
+blocks of KV_BLOCK_TOKENS, enough for its prompt and all that it may generate.
+
+L layers, C rows of a micro-batch's cache, W elements of a row.
 """
 
 from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
+from hrm.buffers import cache_bytes_in
 from hrm.contract.rings import BUFFERS
+from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 
 
 @final
 class KvCaches:
-    """The caches of a batch; `gpu`, `host` and `buffers` are flat tensors of the run's dtype."""
+    """The caches of a batch; `gpu`, `host` and `buffers` are flat tensors of bytes."""
 
     def __init__(self, spec: ModelSpec, policy: Policy, *, gpu: Tensor, host: Tensor, buffers: Tensor) -> None:
-        token = spec.attention.cached_shape
-        tokens = policy.kv_tokens_per_micro_batch
         on_gpu = policy.gpu_kv_micro_batches
-        on_host = policy.num_micro_batches - on_gpu
-        self._gpu_xLC2Gd = gpu.view(on_gpu, spec.num_layers, tokens, *token)
-        self._host_xLC2Gd = host.view(on_host, spec.num_layers, tokens, *token)
-        self._buffers_BC2Gd = buffers.view(BUFFERS if len(buffers) else 0, tokens, *token)
-        self._of_micro_batch: list[Tensor] = []
+        self._spec, self._policy = spec, policy
+        size, tokens = policy.micro_batch_size, policy.kv_tokens_per_micro_batch
+        self._sizes = [cache_bytes_in(layer, policy.formats, size, tokens) for layer in spec.layers]
+        self._gpu = self._layers_of(gpu, on_gpu)
+        self._host = self._layers_of(host, policy.num_micro_batches - on_gpu)
+        self._buffers = buffers.view(BUFFERS, -1)
+        self._of_micro_batch: list[list[Tensor]] = []
+
+    def _layers_of(self, flat: Tensor, count: int) -> list[list[Tensor]]:
+        """The layers' caches of so many micro-batches."""
+        return [
+            [
+                cache_rows(layer, self._policy, part)
+                for layer, part in zip(self._spec.layers, cache.split(self._sizes), strict=True)
+            ]
+            for cache in flat.view(count, sum(self._sizes))
+        ]
 
     def assign(self, on_gpu: Sequence[bool]) -> None:
         """Give each micro-batch of a batch its cache on the level that it asks for."""
-        gpu, host = iter(self._gpu_xLC2Gd), iter(self._host_xLC2Gd)
+        gpu, host = iter(self._gpu), iter(self._host)
         self._of_micro_batch = [next(gpu if here else host) for here in on_gpu]
 
     def of(self, micro_batch: int, layer: int) -> Tensor:
-        """One layer of a micro-batch's cache where it lives, (C, 2, G, d)."""
+        """One layer of a micro-batch's cache where it lives, (C, W)."""
         return self._of_micro_batch[micro_batch][layer]
 
-    def buffer(self, slot: int) -> Tensor:
-        """One of the buffers on the GPU, (C, 2, G, d)."""
-        return self._buffers_BC2Gd[slot]
+    def buffer(self, slot: int, layer: int) -> Tensor:
+        """One of the buffers on the GPU, for that layer, (C, W)."""
+        return cache_rows(self._spec.layers[layer], self._policy, self._buffers[slot][: self._sizes[layer]])
+
+
+def cache_rows(layer: Layer, policy: Policy, memory: Tensor) -> Tensor:
+    """Memory for a layer's cache as rows: a token's in the run's dtype, or bytes of a state."""
+    if not layer.mixer.cached_elements:
+        return memory.view(-1, layer.mixer.state_bytes(policy.formats))
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    row_bytes = layer.mixer.cached_elements * dtype.itemsize
+    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, layer.mixer.cached_elements)

@@ -6,9 +6,9 @@ slots. The page table is made of views, one set for each place where a layer can
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -29,7 +29,9 @@ from executor.model import (
 )
 from executor.model.layout import num_elements
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
+from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
+from hrm.placement import Place
 from hrm.policy import Policy
 from hrm.tasks import Phase
 
@@ -70,6 +72,9 @@ class WeightPages:
         self._dense: list[Tensor] = []
         self._experts: list[list[Tensor]] = []
         self.host_experts: list[NumberedExperts] = []
+        self.host_mixers: list[Any] = []
+        self._for_cpu_attention: list[tuple[Tensor, Tensor]] = []
+        cpu_attends = policy.kv_caches_at(Place.HOST) > 0
         for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
             num_dense = num_elements(dense_tensors(layer))
             streamed_dense = 0 if policy.resident_dense else num_dense
@@ -88,9 +93,22 @@ class WeightPages:
                 in_slot = experts_in(layer, slot[streamed_dense : len(streamed)], count)
                 places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
             self._layers.append(tuple(places))
+            if streamed_dense:
+                self.host_mixers.append(dense_views(layer, streamed[:streamed_dense]).mixer)
+            elif cpu_attends:
+                self.host_mixers.append(self._copied(layer, places[0].dense.mixer, host_parts))
         self._head = resident_parts.take(spec.head_parameters)
         self.head: HeadWeights = head_views(spec, self._head)
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
+
+    def _copied(self, layer: Layer, mixer: Any, host: "_Cursor") -> Any:
+        """Weights on the GPU, but for what attention on the CPU reads, which has a place there too."""
+        here: dict[str, Tensor] = {}
+        for tensor in layer.mixer.tensors:
+            if tensor.name in layer.mixer.host_tensors:
+                here[tensor.name] = host.take(tensor.parameters).view(tensor.shape)
+                self._for_cpu_attention.append((here[tensor.name], getattr(mixer, tensor.name)))
+        return replace(mixer, **here)
 
     def load(self, source: WeightSource, family: Family) -> None:
         """Read every weight once, straight to where it stays."""
@@ -103,6 +121,8 @@ class WeightPages:
             parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
             for expert, flat in enumerate(chain.from_iterable(parts)):
                 family.load(source, spec, tensors, flat, index, expert)
+        for here, there in self._for_cpu_attention:
+            here.copy_(there)
 
     def layer(self, layer: int, slot: int) -> LayerWeights:
         """The layer's weights, its streamed ones in that slot."""

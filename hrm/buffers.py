@@ -18,6 +18,7 @@ from hrm.contract.rows import (
     TOKEN_NUMBER_BYTES,
 )
 from hrm.formats import Format, Formats
+from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.model_spec.workspace import workspace_bytes
 from hrm.numeric import Number, maximum, minimum
@@ -139,6 +140,7 @@ class Needs:
             spec, self.formats, ending, self.chunk_tokens, ranks=ranks
         )
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts, ranks=ranks)
+        request = request + held_bytes_per_request(spec, self.formats)
         at_once = maximum(self.micro_batch_size, self.chunk_tokens)
         workspace = workspace_bytes(spec, at_once, compute, ranks=ranks, longest_tokens=self.kv_tokens)
         rows = (
@@ -194,7 +196,17 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     sent = max(mixer.sent_bytes(formats) for mixer in mixers)
     computed = formats.compute.bytes_of(hidden + max(mixer.returned_elements for mixer in mixers))
     routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
-    return computed + sent + ffn_on_cpu * routed + REQUEST_NUMBER_BYTES
+    return computed + sent + ffn_on_cpu * routed + num_reaches(spec) * REQUEST_NUMBER_BYTES
+
+
+def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
+    """What of a request waits on the GPU while attention is computed."""
+    return formats.compute.bytes_of(max(kind.mixer.held_elements for kind in spec.layer_kinds()))
+
+
+def num_reaches(spec: ModelSpec) -> int:
+    """In how many ways the rows of caches are filled: each has numbers of its own."""
+    return len({kind.mixer.kept_rows for kind in spec.layer_kinds()})
 
 
 def cache_bytes(
@@ -207,12 +219,17 @@ def cache_bytes(
     """
     total = 0 * kv_tokens
     for kind, layers in spec.layer_kinds().items():
-        held = kv_tokens
-        if kind.window:
-            held = minimum(kv_tokens, micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
         copies = layers * kind.mixer.cache_copies(ranks)
-        total = total + copies * kind.mixer.cache_bytes(formats, micro_batch_size, held)
+        total = total + copies * cache_bytes_in(kind, formats, micro_batch_size, kv_tokens)
     return total
+
+
+def cache_bytes_in(kind: Layer, formats: Formats, micro_batch_size: Number, kv_tokens: Number) -> Number:
+    """The same in one layer."""
+    held = kv_tokens
+    if kind.window:
+        held = minimum(kv_tokens, micro_batch_size * (kind.window + KV_BLOCK_TOKENS))
+    return kind.mixer.cache_bytes(formats, micro_batch_size, held)
 
 
 def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, tokens: Number, *, ranks: int = 1) -> Number:

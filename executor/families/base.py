@@ -7,10 +7,10 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
-from executor.model.architecture import Architecture
+from executor.model import Architecture
 from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors, views
 from hrm.errors import ModelError
-from hrm.layers import TensorSpec
+from hrm.layers import GroupedQueryAttention, Layer, TensorSpec
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
 
 SILU: Final = ("silu", "swish")
@@ -69,11 +69,11 @@ class Family:
         """Read a config; ModelError naming `where` and the key if it asks for what we lack."""
         keys = decoder_keys(config, where)
         spec = read_spec(keys)
-        if spec.head_dim % 2:
-            raise ModelError(
-                f"{where}: head_dim", spec.head_dim, "must be even for the rotary embedding", "check the config.json"
-            )
-        return self._architecture(keys, spec)
+        try:
+            return self._architecture(keys, spec)
+        except ModelError as error:  # of a block, which does not know where its sizes are from
+            where = error.where if error.where.startswith(where) else f"{where}: {error.where}"
+            raise ModelError(where, error.value, error.rule, error.remedy) from error
 
     def published_architecture(self, spec: ModelSpec) -> Architecture:
         """The family's published model at any dimensions, for runs without a checkpoint."""
@@ -161,6 +161,17 @@ class Family:
         if not tied or name not in {"embedding", "lm_head"}:
             return self.outside[name]
         return next((each for each in (self.outside[name], head) if each in stored), embedding)
+
+
+def grouped_query(layer: Layer) -> GroupedQueryAttention:
+    """The attention of a layer, whose heads are rotated.
+
+    Raises ModelError if they cannot be.
+    """
+    block = layer.mixer
+    assert isinstance(block, GroupedQueryAttention), block
+    block.require(block.head_dim % 2 == 0, "head_dim", "must be even for the rotary embedding")
+    return block
 
 
 def rope_theta(keys: Keys, default: float) -> float:

@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from executor.families.base import SILU, Family, Stored, rope_theta
-from executor.model.architecture import Architecture, Norm, Router
+from executor.families.base import SILU, Family, Stored, grouped_query, rope_theta
+from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, NormKind, Rotary, Router
+from hrm.layers import Layer
 from hrm.model_spec import Keys, ModelSpec
 
 LAYER_NORM_EPS: Final = 1e-5  # torch's default, which the published code relies on
@@ -16,14 +17,21 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
         ffn.section("ffn_act_fn").word("name", SILU, default="silu")
     else:
         ffn.word("ffn_act_fn", SILU, default="silu")
-    return Architecture(
-        spec=spec,
-        norm=Norm.LAYER,
-        norm_eps=LAYER_NORM_EPS,
-        rope_theta=rope_theta(keys, default=10_000.0),
-        clip_qkv=None if attention.get(CLIP) is None else attention.number(CLIP),
-        router=Router(norm=None if ffn.is_null(ROUTER_NORM) else ffn.number(ROUTER_NORM, default=1.0)),
-        max_position_embeddings=int(keys.number("max_seq_len", default=2048)),
+    norm = Norm(kind=NormKind.LAYER, eps=LAYER_NORM_EPS)
+    theta = rope_theta(keys, default=10_000.0)
+    clip = None if attention.get(CLIP) is None else attention.number(CLIP)
+    router = Router(norm=None if ffn.is_null(ROUTER_NORM) else ffn.number(ROUTER_NORM, default=1.0))
+
+    def maths(layer: Layer) -> LayerMaths:
+        block = grouped_query(layer)
+        rotary = Rotary.plain(block.head_dim, theta)
+        return LayerMaths(
+            mixer=GroupedQuery(block=block, norm=norm, rotary=rotary, clip=clip),
+            ffn=FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token),
+        )
+
+    return Architecture.of(
+        spec, maths, final_norm=norm, max_position_embeddings=int(keys.number("max_seq_len", default=2048))
     )
 
 

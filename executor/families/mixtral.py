@@ -5,18 +5,28 @@ Or as transformers 5 names its own parameters, with all experts of a layer in tw
 
 from typing import Final
 
-from executor.families.base import SILU, Family, rope_theta
-from executor.model.architecture import Architecture, Norm
+from executor.families.base import SILU, Family, grouped_query, rope_theta
+from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Rotary
+from hrm.layers import Layer
 from hrm.model_spec import Keys, ModelSpec
 
 
 def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     keys.word("hidden_act", SILU, default="silu")
-    return Architecture(
-        spec=spec,
-        norm=Norm.RMS,
-        norm_eps=keys.number("rms_norm_eps", default=1e-5),
-        rope_theta=rope_theta(keys, default=1e6),
+    norm = Norm(eps=keys.number("rms_norm_eps", default=1e-5))
+    theta = rope_theta(keys, default=1e6)
+    ffn = FeedForward(norm=norm, experts_per_token=spec.experts_per_token)
+
+    def maths(layer: Layer) -> LayerMaths:
+        block = grouped_query(layer)
+        return LayerMaths(
+            mixer=GroupedQuery(block=block, norm=norm, rotary=Rotary.plain(block.head_dim, theta)), ffn=ffn
+        )
+
+    return Architecture.of(
+        spec,
+        maths,
+        final_norm=norm,
         max_position_embeddings=int(keys.number("max_position_embeddings", default=131_072)),
     )
 

@@ -1,7 +1,6 @@
 """Tasks of decode: one new token for every request that goes on.
 
-R requests, D hidden, Q = heads*head_dim, X = Q+2KV; N rows of a batch's buffers, K experts per
-token.
+R requests, D hidden, N rows of a batch's buffers, K experts per token.
 """
 
 from collections.abc import Callable
@@ -11,21 +10,11 @@ import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
-from executor.handlers.memory import RunMemory
+from executor.handlers.memory import Exchange, RunMemory, narrow
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, Rows, sample
 from executor.lanes import Handler
-from executor.model import (
-    Architecture,
-    CpuKernels,
-    Routing,
-    RowNumbers,
-    append_kv,
-    feed_forward,
-    post_attention,
-    pre_attention,
-    run_experts,
-)
+from executor.model import Architecture, CpuKernels, Mixer, Routing, RowNumbers, run_experts
 from executor.weight_pages import LayerWeights
 from hrm.acts import decode
 from hrm.acts.pages import WEIGHTS
@@ -99,80 +88,90 @@ class DecodeHandlers:
         host, gpu = self.memory.host, self.memory.gpu
         host_RD = host.hidden_ND[span]
         torch.index_select(self.memory.weights.embedding, 0, rows.tokens, out=host_RD)
-        place = _numbers_of(span)
-        numbers = self.backend.gpu_kernels.sent(rows.numbers, host.numbers[place], gpu.numbers[place])
-        return self.backend.transfer(Lane.H2D, [(gpu.hidden_ND[span], host_RD), *numbers])
+        place, copies = _numbers_of(span), [(gpu.hidden_ND[span], host_RD)]
+        for numbers, here, there in zip(rows.numbers.values(), host.numbers, gpu.numbers, strict=True):
+            copies += self.backend.gpu_kernels.sent(numbers, here[place], there[place])
+        return self.backend.transfer(Lane.H2D, copies)
 
     def pre_attention(self, x: Task, rows: Rows, span: slice) -> int:
         """Queries, keys and values of the new tokens."""
-        gpu, workspace = self.memory.gpu, self.memory.workspace
+        gpu, workspace, mixer = self.memory.gpu, self.memory.workspace, self._mixer(x)
         if x.id.layer > 0:
             self._add_cpu_experts(x.id.layer - 1, span)
         workspace.reset()
-        positions_R = self._numbers(rows, span).positions_R
-        weights = self._weights(x).dense.attention
-        pre_attention(self.arch, gpu.hidden_ND[span], weights, positions_R, gpu.qkv_NX[span], workspace)
+        positions_R = self._numbers(mixer, rows, span).positions_R
+        weights = self._weights(x).dense.mixer
+        held_RS = narrow(gpu.held_NS, span, mixer.block.held_elements)
+        mixer.project(gpu.hidden_ND[span], weights, positions_R, self._rows(gpu, x, span), held_RS, workspace)
         return 0
 
-    def offload_qkv(self, _: Task, __: Rows, span: slice) -> int:
+    def offload_qkv(self, x: Task, _: Rows, span: slice) -> int:
         """Queries, keys and values to the host."""
-        copies = [(self.memory.host.qkv_NX[span], self.memory.gpu.qkv_NX[span])]
+        copies = [(self._rows(self.memory.host, x, span), self._rows(self.memory.gpu, x, span))]
         return self.backend.transfer(Lane.D2H, copies)
 
     def load_kv(self, x: Task, rows: Rows, _: slice) -> int:
         """The part in use of a layer's cache to a buffer on the GPU."""
         source, target = self.memory.caches.of(x.id.index, x.id.layer), self._kv_buffer(x)
+        reach = self._mixer(x).reach
         copies: list[tuple[Tensor, Tensor]] = []
-        for sequence, start in zip(rows.sequences, rows.numbers.starts, strict=True):
+        for sequence, start in zip(rows.sequences, rows.numbers[reach].starts, strict=True):
             # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
             # many tokens the cache holds.
-            used = len(sequence.placed.request.prompt) + x.id.step
+            used = reach.capacity(len(sequence.placed.request.prompt) + x.id.step)
             copies.append((target.narrow(0, start, used), source.narrow(0, start, used)))
         return self.backend.transfer(Lane.H2D, copies)
 
     def store_kv(self, x: Task, rows: Rows, span: slice) -> int:
         """New keys and values to the cache on the host."""
-        host_RX = self.memory.host.qkv_NX[span]
+        mixer, host_RX, gpu_RX = (
+            self._mixer(x),
+            *(self._rows(at, x, span) for at in (self.memory.host, self.memory.gpu)),
+        )
         # A device copies what is contiguous, so whole rows.
-        first = -self.arch.spec.attention.cached_elements if self.backend.gpu_kernels.shares_memory else 0
-        copies = [(host_RX[:, first:], self.memory.gpu.qkv_NX[span, first:])]
-        moved = self.backend.transfer(Lane.D2H, copies)
+        first = -mixer.block.cached_elements if self.backend.gpu_kernels.shares_memory else 0
+        moved = self.backend.transfer(Lane.D2H, [(host_RX[:, first:], gpu_RX[:, first:])])
         self.backend.synchronise()  # the host is who appends them
-        append_kv(self.memory.caches.of(x.id.index, x.id.layer), host_RX, rows.numbers.cache_rows_R)
+        cache = self.memory.caches.of(x.id.index, x.id.layer)
+        mixer.append(cache, host_RX, rows.numbers[mixer.reach].cache_rows_R)
         return moved
 
     def attention(self, x: Task, rows: Rows, span: slice) -> int:
         """Append the new tokens to the cache and attend to it, on the device it is used on."""
+        mixer = self._mixer(x)
         if x.id.act is decode.CPU_ATTENTION:
-            level, kernels, numbers = self.memory.host, CpuKernels(), rows.numbers
+            level, kernels, numbers = self.memory.host, CpuKernels(), rows.numbers[mixer.reach]
+            weights = self.memory.weights.host_mixers[x.id.layer]
         else:
-            level, kernels, numbers = self.memory.gpu, self.backend.gpu_kernels, self._numbers(rows, span)
+            level, kernels, numbers = self.memory.gpu, self.backend.gpu_kernels, self._numbers(mixer, rows, span)
+            weights = self._weights(x).dense.mixer
         if self.pipeline.streams_kv(x.id.index):
             cache = self._kv_buffer(x)
         else:
             cache = self.memory.caches.of(x.id.index, x.id.layer)
-        qkv_RX, out_RQ = level.qkv_NX[span], level.attention_NQ[span]
-        append_kv(cache, qkv_RX, numbers.cache_rows_R)
+        row_RX, out_RO = self._rows(level, x, span), self._outputs(level, x, span)
+        mixer.append(cache, row_RX, numbers.cache_rows_R)
         spare_bytes = self.memory.workspace.capacity_bytes // 2
-        kernels.decode_attention(self.arch, qkv_RX, cache, numbers, out_RQ, spare_bytes=spare_bytes)
+        mixer.decode(kernels, row_RX, weights, cache, numbers, out_RO, spare_bytes=spare_bytes)
         return 0
 
-    def load_hidden(self, _: Task, __: Rows, span: slice) -> int:
+    def load_hidden(self, x: Task, _: Rows, span: slice) -> int:
         """The attention output to the GPU."""
-        copies = [(self.memory.gpu.attention_NQ[span], self.memory.host.attention_NQ[span])]
+        copies = [(self._outputs(self.memory.gpu, x, span), self._outputs(self.memory.host, x, span))]
         return self.backend.transfer(Lane.H2D, copies)
 
     def post_attention(self, x: Task, _: Rows, span: slice) -> int:
         """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
         gpu, workspace = self.memory.gpu, self.memory.workspace
-        weights = self._weights(x)
-        hidden_RD = gpu.hidden_ND[span]
+        weights, maths = self._weights(x), self.arch.layers[x.id.layer]
+        hidden_RD, ffn = gpu.hidden_ND[span], maths.ffn
         workspace.reset()
-        attention_RQ = gpu.attention_NQ[span]
+        held_RS = narrow(gpu.held_NS, span, maths.mixer.block.held_elements)
+        maths.mixer.finish(self._outputs(gpu, x, span), held_RS, weights.dense.mixer, hidden_RD, workspace)
         if not weights.has_experts:
-            feed_forward(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
+            ffn.whole(hidden_RD, weights.dense.ffn, workspace)
             return 0
-        x_RD, routing = post_attention(self.arch, hidden_RD, attention_RQ, weights.dense, workspace)
+        x_RD, routing = ffn.before_experts(hidden_RD, weights.dense.ffn, workspace)
         experts = weights.experts
         if self.pipeline.cpu_experts[x.id.layer]:
             experts = weights.on_gpu
@@ -188,6 +187,7 @@ class DecodeHandlers:
                 workspace,
                 rows_at_once=self.memory.tokens_at_once,
                 num_experts=self.arch.spec.num_experts,
+                activation=ffn.activation,
             )
             if not self.pipeline.cpu_experts[x.id.layer]:
                 self.state.count_routed(x.id.layer, counts)
@@ -210,7 +210,8 @@ class DecodeHandlers:
         routing = Routing(host.weights_NK[span], host.experts_NK[span])
         workspace.reset()
         experts = self.memory.weights.host_experts[x.id.layer]
-        counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace)
+        activation = self.arch.layers[x.id.layer].ffn.activation
+        counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace, activation=activation)
         self.state.count_routed(x.id.layer, counts)
         return 0
 
@@ -236,12 +237,23 @@ class DecodeHandlers:
         if self.pipeline.cpu_experts[layer]:
             self.memory.gpu.hidden_ND[span] += self.memory.gpu.expert_output_ND[span]
 
-    def _numbers(self, rows: Rows, span: slice) -> RowNumbers:
+    def _mixer(self, x: Task) -> Mixer:
+        return self.arch.layers[x.id.layer].mixer
+
+    def _rows(self, level: Exchange, x: Task, span: slice) -> Tensor:
+        """What the layer's attention is computed from."""
+        return narrow(level.rows_NX, span, self._mixer(x).block.sent_elements)
+
+    def _outputs(self, level: Exchange, x: Task, span: slice) -> Tensor:
+        return narrow(level.attention_NO, span, self._mixer(x).block.returned_elements)
+
+    def _numbers(self, mixer: Mixer, rows: Rows, span: slice) -> RowNumbers:
         """The numbers of the requests that go on, on the GPU since the step's EMBED."""
-        return self.backend.gpu_kernels.numbers(rows.numbers, self.memory.gpu.numbers[_numbers_of(span)])
+        sent = self.memory.gpu.numbers[list(rows.numbers).index(mixer.reach)]
+        return self.backend.gpu_kernels.numbers(rows.numbers[mixer.reach], sent[_numbers_of(span)])
 
     def _kv_buffer(self, x: Task) -> Tensor:
-        return self.memory.caches.buffer(x.slot(decode.KV_BUFFERS))
+        return self.memory.caches.buffer(x.slot(decode.KV_BUFFERS), x.id.layer)
 
     def _weights(self, x: Task) -> LayerWeights:
         return self.memory.weights.layer(x.id.layer, x.slot(WEIGHTS))

@@ -1,7 +1,7 @@
 """All memory of a run, each purpose as large as hrm.memory planned it.
 
-N requests in a batch, T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, K experts per token,
-G kv heads, d head_dim, B buffers.
+N requests in a batch, T tokens, D hidden, K experts per token, B buffers; of a token X elements of a
+row between projections and attention, O of attention's output, S of what waits for it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
-from hrm.buffers import Purpose, by_purpose
+from hrm.buffers import Purpose, by_purpose, num_reaches
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, TOKEN_NUMBER_BYTES
 from hrm.model_spec import ModelSpec
@@ -26,13 +26,23 @@ from hrm.tasks import Device
 class Exchange:
     """One level's decode buffers: a row per request, with all that moves between the levels.
 
-    `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts.
-    `numbers` are NUMBERS_PER_REQUEST for each request; see executor.model.numbers.
+    `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts, and
+    `held` only on the GPU. What layers of different kinds have of different widths is found by
+    `narrow`. `numbers` are NUMBERS_PER_REQUEST for each request, once for each reach of the model;
+    see executor.model.numbers.
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor, *, num_requests: int, ffn_on_cpu: bool
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        memory: Tensor,
+        *,
+        num_requests: int,
+        ffn_on_cpu: bool,
+        holds: bool = False,
     ) -> None:
+        mixers = [kind.mixer for kind in spec.layer_kinds()]
         start = 0
 
         def rows(width: int, of: torch.dtype) -> Tensor:
@@ -44,20 +54,32 @@ class Exchange:
         routed = int(ffn_on_cpu)
         # First what kernels read 16 bytes at a time: its rows are multiples of that.
         self.hidden_ND = rows(spec.hidden_size, dtype)
-        self.qkv_NX = rows(spec.attention.projected_size, dtype)
-        self.attention_NQ = rows(spec.attention.returned_elements, dtype)
+        self.rows_NX = rows(max(mixer.sent_elements for mixer in mixers), dtype)
+        self.attention_NO = rows(max(mixer.returned_elements for mixer in mixers), dtype)
+        self.held_NS = rows(holds * max(mixer.held_elements for mixer in mixers), dtype)
         self.routed_ND = rows(routed * spec.hidden_size, dtype)
         self.expert_output_ND = rows(routed * spec.hidden_size, dtype)
-        self.numbers = rows(NUMBERS_PER_REQUEST, torch.int64).flatten()
+        reaches = num_reaches(spec)
+        self.numbers = rows(reaches * NUMBERS_PER_REQUEST, torch.int64).view(reaches, -1)
         self.experts_NK = rows(routed * spec.experts_per_token, torch.int64)
         self.weights_NK = rows(routed * spec.experts_per_token, torch.float32)
+
+
+def narrow(buffer_NW: Tensor, span: slice, width: int) -> Tensor:
+    """The rows of `span`, which is within one micro-batch's, with fewer elements each.
+
+    They lie one after the other from where the micro-batch's begin.
+    """
+    count, widest = span.stop - span.start, buffer_NW.shape[1]
+    return buffer_NW.as_strided((count, width), (width, 1), buffer_NW.storage_offset() + span.start * widest)
 
 
 @final
 class PrefillBuffers:
     """Chunks on the GPU, one in use and one in transfer, and all hidden states on the host.
 
-    `prefix_C2Gd` keeps one layer's keys and values of a prompt that is split, until its last part.
+    `prefix` keeps of one layer what a prompt that is split needs of its earlier parts, until its last
+    one. It and `kv` are bytes, of which `executor.kv_cache.cache_rows` makes a layer's rows.
     """
 
     def __init__(
@@ -65,11 +87,10 @@ class PrefillBuffers:
     ) -> None:
         numbers = TOKEN_NUMBER_BYTES * BUFFERS * chunk_tokens
         self.numbers_BT = gpu[:numbers].view(torch.int64).view(BUFFERS, -1)
-        elements = gpu[numbers:].view(dtype)
-        hidden = BUFFERS * chunk_tokens * spec.hidden_size
-        self.hidden_BTD = elements[:hidden].view(BUFFERS, chunk_tokens, spec.hidden_size)
-        self.kv_BT2Gd = elements[hidden:].view(BUFFERS, chunk_tokens, *spec.attention.cached_shape)
-        self.prefix_C2Gd = prefix.view(dtype).view(-1, *spec.attention.cached_shape)
+        hidden = numbers + BUFFERS * chunk_tokens * spec.hidden_size * dtype.itemsize
+        self.hidden_BTD = gpu[numbers:hidden].view(dtype).view(BUFFERS, chunk_tokens, spec.hidden_size)
+        self.kv_B = gpu[hidden:].view(BUFFERS, -1)
+        self.prefix = prefix
         tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
         self.host_numbers_T2 = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64).view(-1, NUMBERS_PER_TOKEN)
         elements = host[TOKEN_NUMBER_BYTES * tokens :].view(dtype)
@@ -114,23 +135,17 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
         staging=host.memory[Purpose.STAGING].view(dtype),
     )
     kv_buffers = take(Purpose.KV_BUFFERS)
-    caches = KvCaches(
-        spec,
-        policy,
-        gpu=take(Purpose.KV_CACHE).view(dtype),
-        host=host.memory[Purpose.KV_CACHE].view(dtype),
-        buffers=kv_buffers.view(dtype),
-    )
+    caches = KvCaches(spec, policy, gpu=take(Purpose.KV_CACHE), host=host.memory[Purpose.KV_CACHE], buffers=kv_buffers)
 
-    def exchange(memory: Tensor) -> Exchange:
+    def exchange(memory: Tensor, *, holds: bool) -> Exchange:
         ffn_on_cpu = len(host.memory[Purpose.WORKSPACE]) > 0
-        return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu)
+        return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu, holds=holds)
 
     return RunMemory(
         weights=weights,
         caches=caches,
-        gpu=exchange(take(Purpose.EXCHANGE)),
-        host=exchange(host.memory[Purpose.EXCHANGE]),
+        gpu=exchange(take(Purpose.EXCHANGE), holds=True),
+        host=exchange(host.memory[Purpose.EXCHANGE], holds=False),
         prefill=PrefillBuffers(
             spec,
             dtype,

@@ -1,6 +1,6 @@
 """Tasks of prefill: chunks of prompts, all computed on the GPU.
 
-T tokens, D hidden, Q = heads*head_dim, X = Q+2KV, G kv heads, d head_dim.
+T tokens, D hidden; X elements of a row between projections and attention, O of attention's output.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from executor.batching import Chunk, ChunkPart
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
+from executor.kv_cache import cache_rows
 from executor.lanes import Handler
-from executor.model import Architecture, PromptNumbers, feed_forward, post_attention, pre_attention, to_cache
+from executor.model import Architecture, Mixer, PromptNumbers
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.acts.pages import WEIGHTS
@@ -98,40 +99,65 @@ class PrefillHandlers:
         After attention the last layer goes on with the last tokens of prompts only, which are all
         that is sampled from.
         """
-        arch, spec, workspace = self.arch, self.arch.spec, self.memory.workspace
-        chunk = self.chunks[x.id.index]
-        hidden_TD = self._hidden(x)
-        weights = self._weights(x)
+        workspace, mixer = self.memory.workspace, self._mixer(x)
+        chunk, hidden_TD, weights = self.chunks[x.id.index], self._hidden(x), self._weights(x)
         workspace.reset()
-        mixer = spec.attention
-        qkv_TX = workspace.take((chunk.num_tokens, mixer.projected_size), hidden_TD.dtype)
+
+        def take(width: int, tokens: int = chunk.num_tokens) -> Tensor:
+            return workspace.take((tokens, width), hidden_TD.dtype)
+
+        row_TX, held_TS = take(mixer.block.sent_elements), take(mixer.block.held_elements)
         prompts = self._numbers(x)
-        pre_attention(arch, hidden_TD, weights.dense.attention, prompts.positions_T, qkv_TX, workspace)
+        mixer.project(hidden_TD, weights.dense.mixer, prompts.positions_T, row_TX, held_TS, workspace)
         if not all(self.kv_on_gpu):
-            self._kv_buffer(x).copy_(to_cache(mixer, qkv_TX))
-        attention_TQ = workspace.take((chunk.num_tokens, mixer.returned_elements), hidden_TD.dtype)
+            self._kv_buffer(x).copy_(mixer.cached(row_TX))
+        attention_TO = take(mixer.block.returned_elements)
         kept = [self._kept(part, x.id.layer) for part in chunk.parts]
-        self.backend.gpu_kernels.prefill_attention(arch, qkv_TX, prompts, kept, attention_TQ, workspace)
+        mixer.prefill(self.backend.gpu_kernels, row_TX, weights.dense.mixer, prompts, kept, attention_TO, workspace)
+        self._keep_in_turn(x, row_TX)
         num_ending = sum(part.ends for part in chunk.parts)
-        is_last = x.id.layer == spec.num_layers - 1
+        is_last = x.id.layer == len(self.arch.layers) - 1
         if not is_last or not skips_in_last_layer(num_ending, chunk.num_tokens):
-            self._after_attention(x, hidden_TD, attention_TQ, weights)
+            self._after_attention(x, hidden_TD, attention_TO, held_TS, weights)
         elif num_ending:
             last_R = self._last_tokens(x).long()
-            hidden_RD = workspace.take((num_ending, spec.hidden_size), hidden_TD.dtype)
-            attention_RQ = workspace.take((num_ending, mixer.returned_elements), hidden_TD.dtype)
-            torch.index_select(hidden_TD, 0, last_R, out=hidden_RD)
-            torch.index_select(attention_TQ, 0, last_R, out=attention_RQ)
-            self._after_attention(x, hidden_RD, attention_RQ, weights)
+            hidden_RD, attention_RO, held_RS = (
+                torch.index_select(part, 0, last_R, out=take(part.shape[1], num_ending))
+                for part in (hidden_TD, attention_TO, held_TS)
+            )
+            self._after_attention(x, hidden_RD, attention_RO, held_RS, weights)
             hidden_TD.index_copy_(0, last_R, hidden_RD)
         return 0
 
-    def _after_attention(self, x: Task, hidden_TD: Tensor, attention_TQ: Tensor, weights: LayerWeights) -> None:
-        """The rest of a layer, for all of a chunk's tokens or some."""
-        if not weights.has_experts:
-            feed_forward(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
+    def _keep_in_turn(self, x: Task, row_TX: Tensor) -> None:
+        """Write to the GPU's caches what attention, which needs tokens in their order, did not."""
+        mixer = self._mixer(x)
+        if not mixer.reach.rows or not mixer.block.cached_elements:
             return
-        x_TD, routing = post_attention(self.arch, hidden_TD, attention_TQ, weights.dense, self.memory.workspace)
+        for part in self.chunks[x.id.index].parts:
+            if self.kv_on_gpu[part.micro_batch]:
+                for target, source in self._in_turn(x, part, mixer.cached(row_TX)):
+                    target.copy_(source)
+
+    def _in_turn(self, x: Task, part: ChunkPart, rows_TW: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Where those rows of a chunk that a part's cache keeps go, and the rows themselves."""
+        reach = self._mixer(x).reach
+        cache, start = self.memory.caches.of(part.micro_batch, x.id.layer), self.state.cache_start(part.placed, reach)
+        return [
+            (cache.narrow(0, start + row, count), rows_TW.narrow(0, part.first + token - part.start, count))
+            for token, row, count in reach.spans(part.start, part.end)
+        ]
+
+    def _after_attention(
+        self, x: Task, hidden_TD: Tensor, attention_TO: Tensor, held_TS: Tensor, weights: LayerWeights
+    ) -> None:
+        """The rest of a layer, for all of a chunk's tokens or some."""
+        maths, workspace = self.arch.layers[x.id.layer], self.memory.workspace
+        maths.mixer.finish(attention_TO, held_TS, weights.dense.mixer, hidden_TD, workspace)
+        if not weights.has_experts:
+            maths.ffn.whole(hidden_TD, weights.dense.ffn, workspace)
+            return
+        x_TD, routing = maths.ffn.before_experts(hidden_TD, weights.dense.ffn, workspace)
         counts = self.backend.gpu_kernels.run_experts(
             x_TD,
             routing,
@@ -140,6 +166,7 @@ class PrefillHandlers:
             self.memory.workspace,
             rows_at_once=self.memory.tokens_at_once,
             num_experts=self.arch.spec.num_experts,
+            activation=maths.ffn.activation,
         )
         self.state.count_routed(x.id.layer, counts)
 
@@ -147,9 +174,10 @@ class PrefillHandlers:
         """Move new keys and values to those caches that live on the host."""
         buffer = self._kv_buffer(x)
         copies = [
-            (self._cache(part, x.id.layer)[part.start :], buffer[part.first : part.last])
+            copy
             for part in self.chunks[x.id.index].parts
             if not self.kv_on_gpu[part.micro_batch]
+            for copy in self._in_turn(x, part, buffer)
         ]
         return self.backend.transfer(Lane.D2H, copies)
 
@@ -174,15 +202,22 @@ class PrefillHandlers:
 
     def _cache(self, part: ChunkPart, layer: int) -> Tensor:
         """The prompt's part of its micro-batch's cache, as far as the end of the part."""
-        start = part.placed.start
+        start = self.state.cache_start(part.placed, self.arch.layers[layer].mixer.reach)
         return self.memory.caches.of(part.micro_batch, layer)[start : start + part.end]
 
     def _kept(self, part: ChunkPart, layer: int) -> Tensor | None:
-        """Where the GPU keeps a prompt's keys and values up to the end of the part, if it does."""
-        if self.kv_on_gpu[part.micro_batch]:
+        """Where the GPU keeps a prompt's keys and values up to the end of the part, if it does.
+
+        A cache in which every token has its own row is such a place.
+        """
+        if self.kv_on_gpu[part.micro_batch] and not self.arch.layers[layer].mixer.reach.rows:
             return self._cache(part, layer)
-        is_whole = part.start == 0 and part.ends
-        return None if is_whole else self.memory.prefill.prefix_C2Gd[: part.end]
+        if part.start == 0 and part.ends:
+            return None
+        return cache_rows(self.arch.spec.layers[layer], self.policy, self.memory.prefill.prefix)[: part.end]
+
+    def _mixer(self, x: Task) -> Mixer:
+        return self.arch.layers[x.id.layer].mixer
 
     def _numbers(self, x: Task) -> PromptNumbers:
         """A chunk's numbers, on the GPU since its hidden states came."""
@@ -195,7 +230,8 @@ class PrefillHandlers:
 
     def _kv_buffer(self, x: Task) -> Tensor:
         num_tokens = self.chunks[x.id.index].num_tokens
-        return self.memory.prefill.kv_BT2Gd[x.slot(prefill.KV), :num_tokens]
+        buffer = self.memory.prefill.kv_B[x.slot(prefill.KV)]
+        return cache_rows(self.arch.spec.layers[x.id.layer], self.policy, buffer)[:num_tokens]
 
     def _host(self, x: Task) -> Tensor:
         chunk = self.chunks[x.id.index]

@@ -3,7 +3,7 @@
 R requests, D hidden, V vocab.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, final
@@ -15,7 +15,7 @@ from executor.batching import Batch, Placed
 from executor.errors import RunError
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
-from executor.model import Architecture, RowNumbers, logits
+from executor.model import Architecture, Reach, RowNumbers, logits
 from executor.sampling import NO_TOKEN, choose, log_probabilities
 
 STOP: Final = "stop"
@@ -43,23 +43,27 @@ class Rows:
 
     sequences: tuple[Generated, ...]
     tokens: Tensor
-    numbers: RowNumbers
+    numbers: Mapping[Reach, RowNumbers]
 
     @staticmethod
-    def of(sequences: Sequence[Generated]) -> "Rows":
-        """The rows of the step after the tokens that the sequences have."""
-        starts = [sequence.placed.start for sequence in sequences]
-        lengths = [len(s.placed.request.prompt) + len(s.tokens) for s in sequences]
-        return Rows(
-            tuple(sequences),
-            torch.tensor([sequence.tokens[-1] for sequence in sequences], dtype=torch.int64),
-            RowNumbers(
-                torch.tensor([length - 1 for length in lengths], dtype=torch.int64),
-                torch.tensor([start + n - 1 for start, n in zip(starts, lengths, strict=True)], dtype=torch.int64),
-                starts,
-                lengths,
-            ),
-        )
+    def of(sequences: Sequence[Generated], starts: Mapping[Reach, Sequence[int]]) -> "Rows":
+        """The rows of the step after the tokens that the sequences have.
+
+        `starts` are the first rows of their parts of a cache.
+        """
+        tokens = [len(s.placed.request.prompt) + len(s.tokens) for s in sequences]
+        positions_R = torch.tensor([count - 1 for count in tokens], dtype=torch.int64)
+        numbers = {
+            reach: RowNumbers(
+                positions_R,
+                torch.tensor([at + reach.row(n - 1) for at, n in zip(of, tokens, strict=True)], dtype=torch.int64),
+                of,
+                [reach.length(count) for count in tokens] if reach.rows else tokens,
+            )
+            for reach, of in starts.items()
+        }
+        last_tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], dtype=torch.int64)
+        return Rows(tuple(sequences), last_tokens, numbers)
 
 
 class EndOfText(Protocol):
@@ -103,8 +107,9 @@ class BatchState:
             self.first_rows.append(first)
             first += len(members)
         self.by_placed = {id(s.placed): s for members in self.sequences for s in members}
+        self._cache_starts = {reach: _starts(batch, reach) for reach in arch.reaches}
         # Two versions: STORE_KV of a step may still run when SAMPLE makes the next step's rows.
-        nothing = Rows.of([])
+        nothing = Rows.of([], {reach: [] for reach in arch.reaches})
         self._rows: list[list[Rows]] = [[nothing, nothing] for _ in self.sequences]
 
     @property
@@ -200,7 +205,23 @@ class BatchState:
     def set_rows(self, micro_batch: int, step: int) -> None:
         """Set up the rows of a step from the requests that go on."""
         going_on = [s for s in self.sequences[micro_batch] if s.finish_reason is None]
-        self._rows[micro_batch][step % 2] = Rows.of(going_on)
+        starts = {reach: [of[id(s.placed)] for s in going_on] for reach, of in self._cache_starts.items()}
+        self._rows[micro_batch][step % 2] = Rows.of(going_on, starts)
+
+    def cache_start(self, placed: Placed, reach: Reach) -> int:
+        """The first row of a request's part of its micro-batch's cache, in layers of that reach."""
+        return self._cache_starts[reach][id(placed)]
+
+
+def _starts(batch: Batch, reach: Reach) -> dict[int, int]:
+    """Each request's first row, by the identity of its `Placed`."""
+    starts: dict[int, int] = {}
+    for micro_batch in batch.micro_batches:
+        start = 0
+        for placed in micro_batch.placed:
+            starts[id(placed)] = start
+            start += reach.capacity(placed.request.kv_tokens)
+    return starts
 
 
 def sample(
@@ -209,7 +230,7 @@ def sample(
     """Choose and append the next token of each sequence, from its last hidden state."""
     workspace, head = memory.sampling_workspace, memory.weights.head
     workspace.reset()
-    logits_RV = logits(arch, hidden_RD, head.final_norm, head.lm_head, workspace)
+    logits_RV = logits(arch.final_norm, hidden_RD, head, workspace)
     params = [sequence.placed.request.params for sequence in sequences]
     steps = [len(sequence.tokens) for sequence in sequences]
     spare_bytes = workspace.capacity_bytes // 2

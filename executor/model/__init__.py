@@ -1,15 +1,17 @@
-"""The maths of a model: pure functions on tensors of any device, ignorant of any schedule.
+"""The maths of a model: functions on tensors of any device, ignorant of any schedule.
 
-A layer is `pre_attention`, then `prefill_attention` or `append_kv` and `decode_attention`, then
-`post_attention` and `run_experts`, or `feed_forward` if it has no experts; `logits` ends the model.
-Weights come as views made by `layout`, temporaries from a `Workspace`.
+An `Architecture` has the maths of each layer: its mixer (`project`, attention by `prefill` or
+`append` and `decode`, `finish`), and its `ffn` (`whole`, or `before_experts` and `run_experts` of the
+level's kernels). `logits` ends the model. Weights come as views made by `layout`, temporaries from a
+`Workspace`.
 """
 
-from executor.model.architecture import Architecture, Norm, Router, Scores
-from executor.model.attention import append_kv, decode_attention, pre_attention, prefill_attention, to_cache
-from executor.model.experts import Routing, logits, post_attention, run_experts
-from executor.model.feed_forward import feed_forward
+from executor.model.architecture import Architecture, LayerMaths
+from executor.model.attention import decode_attention, prefill_attention
+from executor.model.experts import run_experts
+from executor.model.feed_forward import Activation, FeedForward, Router, Routing, Scores
 from executor.model.gpu import GpuKernels
+from executor.model.head import logits
 from executor.model.kernels import AbstractKernels, CpuKernels
 from executor.model.layout import (
     AttentionWeights,
@@ -29,11 +31,15 @@ from executor.model.layout import (
     head_tensors,
     head_views,
 )
-from executor.model.numbers import PromptNumbers, RowNumbers
+from executor.model.mixers import GroupedQuery, Mixer
+from executor.model.norm import Norm, NormKind, normed
+from executor.model.numbers import PromptNumbers, Reach, RowNumbers
+from executor.model.rotary import Rotary
 from executor.model.workspace import Workspace
 
 __all__ = [
     "AbstractKernels",
+    "Activation",
     "Architecture",
     "AttentionWeights",
     "CpuKernels",
@@ -41,18 +47,24 @@ __all__ = [
     "ExpertStack",
     "ExpertWeights",
     "Experts",
+    "FeedForward",
     "FfnWeights",
     "GpuKernels",
+    "GroupedQuery",
     "HeadWeights",
+    "LayerMaths",
+    "Mixer",
     "Norm",
+    "NormKind",
     "PromptNumbers",
+    "Reach",
+    "Rotary",
     "Router",
     "RouterWeights",
     "Routing",
     "RowNumbers",
     "Scores",
     "Workspace",
-    "append_kv",
     "decode_attention",
     "dense_tensors",
     "dense_views",
@@ -60,13 +72,10 @@ __all__ = [
     "expert_tensors",
     "expert_views",
     "experts_in",
-    "feed_forward",
     "head_tensors",
     "head_views",
     "logits",
-    "post_attention",
-    "pre_attention",
+    "normed",
     "prefill_attention",
     "run_experts",
-    "to_cache",
 ]

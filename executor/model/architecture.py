@@ -1,54 +1,52 @@
 """What the maths must know of a model besides its dimensions; made by `executor.families`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import cache
+from typing import Any
 
+from executor.model.feed_forward import FeedForward
+from executor.model.mixers import Mixer
+from executor.model.norm import PLAIN, Norm
+from executor.model.numbers import Reach
+from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 
 
-class Norm(StrEnum):
-    """How hidden states are normalised; neither form has a bias."""
-
-    RMS = "rms"
-    LAYER = "layer"
-
-
-class Scores(StrEnum):
-    """What a router makes of its logits: probabilities of one choice, or of each expert by itself."""
-
-    SOFTMAX = "softmax"
-    SIGMOID = "sigmoid"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Router:
-    """How experts are chosen: those with the greatest scores, which become a token's weights.
+class LayerMaths:
+    """The maths of one layer."""
 
-    The weights are divided by their `norm`-norm (1 makes them sum to one; None leaves them alone).
-    """
-
-    scores: Scores = Scores.SOFTMAX
-    norm: float | None = 1.0
+    mixer: Mixer
+    ffn: FeedForward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A decoder with grouped-query attention, rotary embedding and routed gated-SiLU experts.
+    """A decoder: the maths of its layers, and of what comes after them.
 
-    `clip_qkv` bounds queries, keys and values before the rotary embedding. `window` is how far
-    attention reaches back; no request may have more tokens, for windows are not computed.
+    `window` is how far attention reaches back; no request may have more tokens, for windows are not
+    computed.
     """
 
     spec: ModelSpec
-    norm: Norm = Norm.RMS
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    clip_qkv: float | None = None
-    router: Router = Router()
+    layers: tuple[LayerMaths, ...]
+    final_norm: Norm = PLAIN
     max_position_embeddings: int = 4096
     window: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(spec: ModelSpec, maths: Callable[[Layer], LayerMaths], **others: Any) -> "Architecture":
+        """The architecture with the maths of each layer, which follows from the layer alone."""
+        of_kind = cache(maths)
+        return Architecture(spec=spec, layers=tuple(of_kind(layer) for layer in spec.layers), **others)
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """Those of all layers, each once."""
+        return tuple(dict.fromkeys(layer.mixer.reach for layer in self.layers))
 
     @property
     def most_positions(self) -> int:

@@ -1,4 +1,4 @@
-"""Attention over the KV cache, and what comes before it.
+"""Grouped-query attention over the KV cache.
 
 T tokens, D hidden, H heads, G kv heads, d head_dim, Q = H*d, KV = G*d, X = Q+2KV, R requests,
 C tokens of a cache. Queries, keys and values of a token lie in one row of X elements; one token of
@@ -6,7 +6,7 @@ a cache holds its keys and then its values, (2, G, d).
 """
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Final
 
 import torch
@@ -14,10 +14,6 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from executor.model.architecture import Architecture
-from executor.model.layout import AttentionWeights
-from executor.model.linear import project
-from executor.model.norm import normed
 from executor.model.workspace import Workspace
 from executor.native import has_amx, kernels, paths
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
@@ -26,28 +22,8 @@ from hrm.layers import GroupedQueryAttention
 NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured on Zen 4
 
 
-def pre_attention(
-    arch: Architecture,
-    x_TD: Tensor,
-    weights: AttentionWeights,
-    positions_T: Tensor,
-    qkv_out_TX: Tensor,
-    workspace: Workspace,
-) -> None:
-    """Write queries, keys and values of the normed `x_TD`, rotated to their positions.
-
-    `positions_T` are integers from 0, on the device of the other tensors.
-    """
-    mark = workspace.mark()
-    project(normed(arch, x_TD, weights.attention_norm, workspace), weights.qkv, qkv_out_TX)
-    workspace.release(mark)
-    if arch.clip_qkv is not None:
-        qkv_out_TX.clamp_(-arch.clip_qkv, arch.clip_qkv)
-    _rotate(arch, qkv_out_TX, positions_T, workspace)
-
-
 def prefill_attention(
-    arch: Architecture,
+    block: GroupedQueryAttention,
     qkv_TX: Tensor,
     lengths: Sequence[int],
     caches_C2Gd: Sequence[Tensor | None],
@@ -61,18 +37,17 @@ def prefill_attention(
     On the CPU the native kernel attends over caches up to `NATIVE_CONTEXT`, as to one more request
     with each token; torch does all else, and allocates one prompt's output besides.
     """
-    spec = arch.spec
-    heads, kv_heads = spec.num_heads, spec.num_kv_heads
+    heads, kv_heads = block.num_heads, block.num_kv_heads
     sizes = (heads, kv_heads, kv_heads)
-    out_THd = out_TQ.view(-1, heads, spec.head_dim)
-    qkv_TXd = qkv_TX.view(len(qkv_TX), -1, spec.head_dim)
+    out_THd = out_TQ.view(-1, heads, block.head_dim)
+    qkv_TXd = qkv_TX.view(len(qkv_TX), -1, block.head_dim)
     start = 0
     for length, cache_C2Gd in zip(lengths, caches_C2Gd, strict=True):
         prompt = slice(start, start + length)
         q_THd, k_TGd, v_TGd = qkv_TXd[prompt].split(sizes, dim=1)
         start += length
         if cache_C2Gd is not None:
-            cache_C2Gd[-length:].view(length, -1, spec.head_dim).copy_(qkv_TXd[prompt, heads:])
+            cache_C2Gd[-length:].view(length, -1, block.head_dim).copy_(qkv_TXd[prompt, heads:])
             if _attended_natively(qkv_TX[prompt], cache_C2Gd, out_TQ[prompt]):
                 continue
             if len(cache_C2Gd) > length:
@@ -157,19 +132,8 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, 
     workspace.release(mark)
 
 
-def to_cache(attention: GroupedQueryAttention, qkv_TX: Tensor) -> Tensor:
-    """The part of the tokens' rows that a cache takes, (T, 2, G, d)."""
-    return qkv_TX[:, -attention.cached_elements :].unflatten(1, attention.cached_shape)
-
-
-def append_kv(cache_C2Gd: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:
-    """Write the tokens' keys and values at the cache's `rows_T` (int64, on the cache's device)."""
-    cache = cache_C2Gd.view(len(cache_C2Gd), -1)
-    cache.index_copy_(0, rows_T, qkv_TX[:, -cache.shape[1] :])
-
-
 def decode_attention(
-    arch: Architecture,
+    block: GroupedQueryAttention,
     qkv_RX: Tensor,
     cache_C2Gd: Tensor,
     starts: Sequence[int],
@@ -188,45 +152,10 @@ def decode_attention(
         native.decode_attention(qkv_RX, cache_C2Gd, starts, lengths, out_RQ)
         return
     kv_heads, head_dim = cache_C2Gd.shape[2:]
-    grouped = (len(qkv_RX), 1, kv_heads, arch.spec.num_heads // kv_heads, head_dim)
-    queries = qkv_RX[:, : arch.spec.query_size].view(grouped).unbind()
+    grouped = (len(qkv_RX), 1, kv_heads, block.num_heads // kv_heads, head_dim)
+    queries = qkv_RX[:, : block.query_size].view(grouped).unbind()
     outputs = out_RQ.view(grouped).unbind()
     keys_1GCd, values_1GCd = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()
     for query, out, start, length in zip(queries, outputs, starts, lengths, strict=True):
         k, v = keys_1GCd.narrow(2, start, length), values_1GCd.narrow(2, start, length)
         out.copy_(scaled_dot_product_attention(query, k, v))
-
-
-def _rotate(arch: Architecture, qkv_TX: Tensor, positions_T: Tensor, workspace: Workspace) -> None:
-    """Rotary embedding of queries and keys in place: element i turns with element i + d/2."""
-    spec = arch.spec
-    tokens, half = len(qkv_TX), spec.head_dim // 2
-    rotated = spec.num_heads + spec.num_kv_heads
-    frequencies_h = inverse_frequencies(spec.head_dim, arch.rope_theta, qkv_TX.device)
-    native = kernels()
-    if native is not None and native.takes_rotation(qkv_TX, positions_T):
-        native.rotate(qkv_TX, rotated, positions_T, frequencies_h)
-        return
-    mark = workspace.mark()
-    angles_T1h = workspace.take((tokens, 1, half), torch.float32)
-    cos_T1h = workspace.take((tokens, 1, half), torch.float32)
-    torch.mul(positions_T.view(-1, 1, 1), frequencies_h, out=angles_T1h)
-    torch.cos(angles_T1h, out=cos_T1h)
-    sin_T1h = angles_T1h.sin_()
-    if qkv_TX.dtype is not torch.float32:
-        cos_T1h = workspace.take(cos_T1h.shape, qkv_TX.dtype).copy_(cos_T1h)
-        sin_T1h = workspace.take(sin_T1h.shape, qkv_TX.dtype).copy_(sin_T1h)
-    qk = qkv_TX[:, : rotated * 2 * half].view(tokens, rotated, 2 * half)
-    first, second = qk[..., :half], qk[..., half:]
-    first_sin = workspace.take((tokens, rotated, half), qkv_TX.dtype)
-    torch.mul(first, sin_T1h, out=first_sin)
-    first.mul_(cos_T1h).addcmul_(second, sin_T1h, value=-1)
-    second.mul_(cos_T1h).add_(first_sin)
-    workspace.release(mark)
-
-
-@lru_cache(maxsize=8)
-def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Radians per position of the head_dim/2 rotations, float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return (1.0 / theta**exponents).to(device)

@@ -1,29 +1,137 @@
-"""What comes after attention in a layer without experts: one FFN that every token goes through.
+"""What comes after attention in every token by itself: the norm, the router, and FFNs that all go through.
 
-T tokens, D hidden, Q = heads*head_dim, I intermediate.
+T tokens, D hidden, E experts, K experts per token, I intermediate.
 """
 
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import final
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from executor.model.architecture import Architecture
-from executor.model.layout import DenseWeights, FfnWeights
+from executor.model.layout import FfnWeights, RouterWeights
 from executor.model.linear import add_projected, project
-from executor.model.norm import normed
+from executor.model.norm import PLAIN, Norm, normed
 from executor.model.workspace import Workspace
 
 
-def feed_forward(
-    arch: Architecture, hidden_TD: Tensor, attention_TQ: Tensor, dense: DenseWeights, workspace: Workspace
-) -> None:
-    """Add the projected attention to `hidden_TD`, in place, and then the output of its FFN."""
-    weights = dense.ffn
-    assert isinstance(weights, FfnWeights), weights
-    add_projected(attention_TQ, dense.attention.output, hidden_TD)
-    mark = workspace.mark()
-    x_TD = normed(arch, hidden_TD, weights.ffn_norm, workspace)
-    gate_up_T2I = workspace.take((len(x_TD), len(weights.dense_w13)), x_TD.dtype)
-    gate_TI, up_TI = project(x_TD, weights.dense_w13, gate_up_T2I).chunk(2, dim=1)
-    functional.silu(gate_TI, inplace=True).mul_(up_TI)
-    add_projected(gate_TI, weights.dense_w2, hidden_TD)
-    workspace.release(mark)
+class Activation(StrEnum):
+    """What a gate goes through before it scales the other half."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+class Scores(StrEnum):
+    """What a router makes of its logits: probabilities of one choice, or of each expert by itself."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """How experts are chosen: those with the greatest scores, which become a token's weights.
+
+    A correction, where weights have one, is added to scores for the choice only. Of `groups` of
+    experts, one after the other, only `chosen_groups` are chosen from: those whose `best_of_group`
+    greatest scores have the greatest sum. The weights are divided by their `norm`-norm (1 makes them
+    sum to one; None leaves them alone), and then multiplied by `scale`.
+    """
+
+    scores: Scores = Scores.SOFTMAX
+    norm: float | None = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    best_of_group: int = 1
+    scale: float = 1.0
+
+    def restricted(self, scores_TE: Tensor) -> Tensor:
+        """Scores with nought where a group is not chosen from."""
+        if self.chosen_groups == self.groups:
+            return scores_TE
+        scores_TGe = scores_TE.unflatten(1, (self.groups, -1))
+        of_group_TG = scores_TGe.topk(self.best_of_group).values.sum(-1)
+        chosen_Tg = of_group_TG.topk(self.chosen_groups, sorted=False).indices
+        excluded_TG = torch.ones_like(of_group_TG, dtype=torch.bool).scatter_(1, chosen_Tg, value=False)
+        return scores_TGe.masked_fill(excluded_TG.unsqueeze(-1), 0).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each token goes to, each expert at most once, and their weights."""
+
+    weights_TK: Tensor  # noqa: N815 - float32
+    experts_TK: Tensor  # noqa: N815 - int64
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedForward:
+    """The maths of a layer after attention, with the options of a family."""
+
+    experts_per_token: int = 1
+    norm: Norm = PLAIN
+    router: Router = Router()
+    activation: Activation = Activation.SILU
+
+    def whole(self, hidden_TD: Tensor, weights: FfnWeights, workspace: Workspace) -> None:
+        """Add the output of an FFN that every token goes through, in a layer without experts."""
+        mark = workspace.mark()
+        x_TD = normed(self.norm, hidden_TD, weights.ffn_norm, workspace, weights.ffn_norm_bias)
+        self._through(x_TD, weights.dense_w13, weights.dense_w2, hidden_TD, workspace)
+        workspace.release(mark)
+
+    def before_experts(self, hidden_TD: Tensor, weights: RouterWeights, workspace: Workspace) -> tuple[Tensor, Routing]:
+        """Add the output of shared experts, and route to the others.
+
+        Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
+        """
+        x_TD = normed(self.norm, hidden_TD, weights.ffn_norm, workspace, weights.ffn_norm_bias)
+        if weights.shared_w13 is not None:
+            assert weights.shared_w2 is not None
+            mark = workspace.mark()
+            if weights.shared_gate is None:
+                self._through(x_TD, weights.shared_w13, weights.shared_w2, hidden_TD, workspace)
+            else:
+                output_TD = workspace.take(x_TD.shape, x_TD.dtype).zero_()
+                self._through(x_TD, weights.shared_w13, weights.shared_w2, output_TD, workspace)
+                hidden_TD.addcmul_(output_TD, (x_TD @ weights.shared_gate).sigmoid_().unsqueeze(1))
+            workspace.release(mark)
+        return x_TD, self.route(x_TD, weights)
+
+    def route(self, x_TD: Tensor, weights: RouterWeights) -> Routing:
+        """The experts of greatest score for each token, and their normalised scores."""
+        router = self.router
+        logits_TE = project(x_TD, weights.router, x_TD.new_empty(len(x_TD), len(weights.router)))
+        if weights.router_bias is not None:
+            logits_TE += weights.router_bias
+        if router.scores is Scores.SIGMOID:
+            scores_TE = logits_TE.float().sigmoid_()
+        else:
+            scores_TE = logits_TE.softmax(-1, dtype=torch.float32)
+        if weights.score_correction is None:
+            weights_TK, experts_TK = router.restricted(scores_TE).topk(self.experts_per_token)
+        else:
+            corrected_TE = router.restricted(scores_TE + weights.score_correction)
+            experts_TK = corrected_TE.topk(self.experts_per_token).indices
+            weights_TK = scores_TE.gather(1, experts_TK)
+        if router.norm is not None:
+            weights_TK /= torch.linalg.vector_norm(weights_TK, router.norm, dim=-1, keepdim=True)
+        if router.scale != 1:
+            weights_TK *= router.scale
+        return Routing(weights_TK, experts_TK)
+
+    def _through(self, x_TD: Tensor, w13: Tensor, w2: Tensor, out_TD: Tensor, workspace: Workspace) -> None:
+        gate_up_T2I = workspace.take((len(x_TD), len(w13)), x_TD.dtype)
+        add_projected(activate(self.activation, project(x_TD, w13, gate_up_T2I)), w2, out_TD)
+
+
+def activate(activation: Activation, gate_up_n2I: Tensor) -> Tensor:
+    """The gate through the activation times the other half, where the gate was."""
+    gate_nI, up_nI = gate_up_n2I.chunk(2, dim=1)
+    if activation is Activation.GELU_TANH:
+        return gate_nI.copy_(functional.gelu(gate_nI, approximate="tanh")).mul_(up_nI)
+    return functional.silu(gate_nI, inplace=True).mul_(up_nI)

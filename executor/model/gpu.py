@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from executor.model.architecture import Architecture
 from executor.model.attention import prefill_attention
-from executor.model.experts import Routing
+from executor.model.feed_forward import Activation, Routing, activate
 from executor.model.kernels import AbstractKernels
 from executor.model.layout import Experts, ExpertStack
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
+from hrm.layers import GroupedQueryAttention
 
 FLASH_DTYPES: Final = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM: Final = 256  # at most, in steps of 8
@@ -45,7 +45,7 @@ class GpuKernels(AbstractKernels):
 
     def decode_attention(
         self,
-        arch: Architecture,
+        block: GroupedQueryAttention,
         qkv_RX: Tensor,
         cache_C2Gd: Tensor,
         rows: RowNumbers,
@@ -58,11 +58,11 @@ class GpuKernels(AbstractKernels):
         Without flash attention the caches of as many requests as fit `spare_bytes` are gathered at
         a time.
         """
-        spec, numbers, longest = arch.spec, rows.views, max(rows.lengths)
+        numbers, longest = rows.views, max(rows.lengths)
         assert numbers is not None, "the numbers were not sent to the device"
         keys_CGd, values_CGd = cache_C2Gd.unbind(1)
-        query_RHd = qkv_RX[:, : spec.query_size].view(-1, spec.num_heads, spec.head_dim)
-        if self.flash is not None and _takes_flash(cache_C2Gd.dtype, spec.head_dim):
+        query_RHd = qkv_RX[:, : block.query_size].view(-1, block.num_heads, block.head_dim)
+        if self.flash is not None and _takes_flash(cache_C2Gd.dtype, block.head_dim):
             out_RHd = self.flash(
                 query_RHd,
                 keys_CGd,
@@ -78,8 +78,8 @@ class GpuKernels(AbstractKernels):
             )[0]
             out_RQ.copy_(out_RHd.reshape(out_RQ.shape))
             return
-        group = spec.num_heads // spec.num_kv_heads
-        token_bytes = spec.attention.cached_elements * cache_C2Gd.itemsize
+        group = block.num_heads // block.num_kv_heads
+        token_bytes = block.cached_elements * cache_C2Gd.itemsize
         at_once = max(1, spare_bytes // (2 * longest * token_bytes))
         for first in range(0, len(query_RHd), at_once):
             some = slice(first, first + at_once)
@@ -87,7 +87,7 @@ class GpuKernels(AbstractKernels):
             lengths_r1 = numbers.lengths_R[some].unsqueeze(1)
             tokens_1L = torch.arange(longest, device=cache_C2Gd.device).unsqueeze(0)
             rows_rL = starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1)
-            grouped = query_RHd[some].view(-1, spec.num_kv_heads, group, spec.head_dim)
+            grouped = query_RHd[some].view(-1, block.num_kv_heads, group, block.head_dim)
             context = scaled_dot_product_attention(
                 grouped,
                 keys_CGd[rows_rL].transpose(1, 2),
@@ -98,7 +98,7 @@ class GpuKernels(AbstractKernels):
 
     def prefill_attention(
         self,
-        arch: Architecture,
+        block: GroupedQueryAttention,
         qkv_TX: Tensor,
         prompts: PromptNumbers,
         caches_C2Gd: Sequence[Tensor | None],
@@ -111,15 +111,15 @@ class GpuKernels(AbstractKernels):
         lie in the same memory.
         """
         lengths, ends = prompts.lengths, prompts.ends
-        heads, groups = arch.spec.num_heads, arch.spec.num_kv_heads
-        head_dim = arch.spec.head_dim
+        heads, groups = block.num_heads, block.num_kv_heads
+        head_dim = block.head_dim
         cache = caches_C2Gd[0]
         after_prefix = int(cache is not None and len(cache) > lengths[0])
         first = sum(lengths[:after_prefix])
         if self.flash is None or not _takes_flash(qkv_TX.dtype, head_dim):
             if after_prefix:
-                prefill_attention(arch, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace)
-            _attend_one_by_one(arch, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:])
+                prefill_attention(block, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace)
+            _attend_one_by_one(block, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:])
         else:
             q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
             if len(lengths) > after_prefix:
@@ -150,17 +150,25 @@ class GpuKernels(AbstractKernels):
         *,
         rows_at_once: int,
         num_experts: int,
+        activation: Activation = Activation.SILU,
     ) -> Tensor:
         """Stack by stack; the counts are on the device."""
         if len(x_TD):
             for stack in experts.stacks:
-                self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts)
+                self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts, activation)
         experts_N = routing.experts_TK.flatten()
         counts = experts_N.new_zeros(num_experts)
         return counts.scatter_add_(0, experts_N, experts_N.new_ones(1).expand_as(experts_N))
 
     def _run_stack(
-        self, x_TD: Tensor, routing: Routing, stack: ExpertStack, out_TD: Tensor, rows_at_once: int, num_experts: int
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        stack: ExpertStack,
+        out_TD: Tensor,
+        rows_at_once: int,
+        num_experts: int,
+        activation: Activation,
     ) -> None:
         per_token = routing.experts_TK.shape[1]
         # The stack's own experts come first, whichever they are.
@@ -179,7 +187,7 @@ class GpuKernels(AbstractKernels):
         places_N[order_N] = torch.arange(len(order_N), device=x_TD.device)
         if ends is None and (2 * num_rows <= rows_at_once or per_token == 1):
             # Room for all at once.
-            y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped)
+            y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped, activation)
             _mask_others(y_ND.mul_(weights_N1), ends_E, count, num_experts)
             out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
             return
@@ -188,7 +196,7 @@ class GpuKernels(AbstractKernels):
             size = piece.stop - first
             ends_here = (ends_E - first).clamp_(0, size)
             on_host = None if ends is None else [min(max(e - first, 0), size) for e in ends]
-            y_nD = self._outputs(x_TD, tokens_N[piece], stack, ends_here, on_host, grouped)
+            y_nD = self._outputs(x_TD, tokens_N[piece], stack, ends_here, on_host, grouped, activation)
             y_nD.mul_(weights_N1[piece])
             if on_host is None:
                 _mask_others(y_nD, ends_here, count, num_experts)
@@ -203,15 +211,17 @@ class GpuKernels(AbstractKernels):
         ends_E: Tensor,
         ends: list[int] | None,
         grouped: Callable[..., Tensor] | None,
+        activation: Activation,
     ) -> Tensor:
         """The experts' outputs of rows sorted by expert; whatever it may be in rows of others."""
         x_nD = x_TD.index_select(0, tokens_n)
         if grouped is not None:
             gate_up_n2I = grouped(x_nD, stack.w13_E2ID.transpose(-2, -1), offs=ends_E)
             del x_nD
-            gate_nI, up_nI = gate_up_n2I.chunk(2, dim=1)
-            functional.silu(gate_nI, inplace=True).mul_(up_nI)
-            return grouped(gate_nI, stack.w2_EDI.transpose(-2, -1), offs=ends_E)
+            _add_bias(gate_up_n2I, stack.w13_bias_E2I, ends_E)
+            y_nD = grouped(activate(activation, gate_up_n2I), stack.w2_EDI.transpose(-2, -1), offs=ends_E)
+            _add_bias(y_nD, stack.w2_bias_ED, ends_E)
+            return y_nD
         assert ends is not None
         gate_up_n2I = x_nD.new_empty(len(x_nD), stack.w13_E2ID.shape[1])
         start = 0
@@ -219,10 +229,12 @@ class GpuKernels(AbstractKernels):
             if end > start:
                 rows = slice(start, end)
                 torch.mm(x_nD[rows], stack.w13_E2ID[expert].T, out=gate_up_n2I[rows])
-                gate_nI, up_nI = gate_up_n2I[rows].chunk(2, dim=1)
-                functional.silu(gate_nI, inplace=True).mul_(up_nI)
+                if stack.w13_bias_E2I is not None:
+                    gate_up_n2I[rows] += stack.w13_bias_E2I[expert]
+                gate_nI = activate(activation, gate_up_n2I[rows])
                 torch.mm(gate_nI, stack.w2_EDI[expert].T, out=x_nD[rows])  # done with as input
             start = end
+        _add_bias(x_nD, stack.w2_bias_ED, ends_E)
         return x_nD
 
 
@@ -236,13 +248,12 @@ def _fill(caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequenc
         start += length
 
 
-def _attend_one_by_one(arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor) -> None:
+def _attend_one_by_one(block: GroupedQueryAttention, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor) -> None:
     """Prompt by prompt, the query heads that share a KV head as a batch of their own.
 
     So keys and values are broadcast, not copied, and every kernel of torch's takes that.
     """
-    spec = arch.spec
-    groups, heads, head_dim = spec.num_kv_heads, spec.num_heads, spec.head_dim
+    groups, heads, head_dim = block.num_kv_heads, block.num_heads, block.head_dim
     start = 0
     for length in lengths:
         rows = qkv_TX[start : start + length]
@@ -257,6 +268,14 @@ def _attend_one_by_one(arch: Architecture, qkv_TX: Tensor, lengths: Sequence[int
 
 def _takes_flash(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in FLASH_DTYPES and head_dim % 8 == 0 and head_dim <= FLASH_HEAD_DIM
+
+
+def _add_bias(rows_nW: Tensor, bias_EW: Tensor | None, ends_E: Tensor) -> None:
+    """Add to rows sorted by expert, up to `ends_E`, the bias of each one's expert."""
+    if bias_EW is not None:
+        places_n = torch.arange(len(rows_nW), device=rows_nW.device, dtype=ends_E.dtype)
+        experts_n = torch.searchsorted(ends_E, places_n, right=True).clamp_(max=len(bias_EW) - 1)
+        rows_nW += bias_EW[experts_n]
 
 
 def grouped_gemm() -> Callable[..., Tensor]:

@@ -10,12 +10,13 @@ from typing import ClassVar, TypeVar, final
 
 from torch import Tensor
 
-from executor.model.architecture import Architecture
 from executor.model.attention import decode_attention, prefill_attention
-from executor.model.experts import Routing, run_experts
+from executor.model.experts import run_experts
+from executor.model.feed_forward import Activation, Routing
 from executor.model.layout import Experts
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
+from hrm.layers import GroupedQueryAttention
 
 N = TypeVar("N", RowNumbers, PromptNumbers)
 
@@ -48,7 +49,7 @@ class AbstractKernels(ABC):
     @abstractmethod
     def decode_attention(
         self,
-        arch: Architecture,
+        block: GroupedQueryAttention,
         qkv_RX: Tensor,
         cache_C2Gd: Tensor,
         rows: RowNumbers,
@@ -64,7 +65,7 @@ class AbstractKernels(ABC):
     @abstractmethod
     def prefill_attention(
         self,
-        arch: Architecture,
+        block: GroupedQueryAttention,
         qkv_TX: Tensor,
         prompts: PromptNumbers,
         caches_C2Gd: Sequence[Tensor | None],
@@ -88,6 +89,7 @@ class AbstractKernels(ABC):
         *,
         rows_at_once: int,
         num_experts: int,
+        activation: Activation = Activation.SILU,
     ) -> Sequence[int] | Tensor:
         """Add to `out_TD` the weighted output of exactly the `experts` given.
 
@@ -104,7 +106,7 @@ class CpuKernels(AbstractKernels):
 
     def decode_attention(
         self,
-        arch: Architecture,
+        block: GroupedQueryAttention,
         qkv_RX: Tensor,
         cache_C2Gd: Tensor,
         rows: RowNumbers,
@@ -113,11 +115,11 @@ class CpuKernels(AbstractKernels):
         spare_bytes: int,  # noqa: ARG002
     ) -> None:
         """Request by request, so that nothing is taken."""
-        decode_attention(arch, qkv_RX, cache_C2Gd, rows.starts, rows.lengths, out_RQ)
+        decode_attention(block, qkv_RX, cache_C2Gd, rows.starts, rows.lengths, out_RQ)
 
     def prefill_attention(
         self,
-        arch: Architecture,
+        block: GroupedQueryAttention,
         qkv_TX: Tensor,
         prompts: PromptNumbers,
         caches_C2Gd: Sequence[Tensor | None],
@@ -125,7 +127,7 @@ class CpuKernels(AbstractKernels):
         workspace: Workspace,
     ) -> None:
         """Prompt by prompt."""
-        prefill_attention(arch, qkv_TX, prompts.lengths, caches_C2Gd, out_TQ, workspace)
+        prefill_attention(block, qkv_TX, prompts.lengths, caches_C2Gd, out_TQ, workspace)
 
     def run_experts(
         self,
@@ -137,6 +139,7 @@ class CpuKernels(AbstractKernels):
         *,
         rows_at_once: int,  # noqa: ARG002
         num_experts: int,  # noqa: ARG002
+        activation: Activation = Activation.SILU,
     ) -> Sequence[int]:
         """Expert by expert; it counts up to the last expert that any token goes to."""
-        return run_experts(x_TD, routing, experts.each, out_TD, workspace)
+        return run_experts(x_TD, routing, experts.each, out_TD, workspace, activation=activation)

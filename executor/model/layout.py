@@ -8,10 +8,11 @@ without padding. The blocks of a layer tell theirs: those of the dense part, and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from torch import Tensor
 
-from hrm.layers import Block, Layer, TensorSpec, Unit
+from hrm.layers import Block, DenseFfn, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit
 from hrm.model_spec import ModelSpec
 
 Tensors = tuple[TensorSpec, ...]
@@ -19,19 +20,34 @@ Tensors = tuple[TensorSpec, ...]
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
-    """Grouped-query attention; `qkv` maps to queries, keys and values one after the other."""
+    """Grouped-query attention; `qkv` maps to queries, a gate if there is one, keys and values.
+
+    Norms of queries and keys are as long as a head, or as all of them.
+    """
 
     attention_norm: Tensor  # (D)
     qkv: Tensor  # (Q+2KV, D)
     output: Tensor  # (D, Q)
+    attention_norm_bias: Tensor | None = None  # (D)
+    qkv_bias: Tensor | None = None  # (Q+2KV)
+    gate_bias: Tensor | None = None  # (Q)
+    output_bias: Tensor | None = None  # (D)
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RouterWeights:
-    """What comes before routed experts."""
+    """What comes before routed experts, and the shared ones, which every token goes through."""
 
     ffn_norm: Tensor  # (D)
     router: Tensor  # (E, D)
+    ffn_norm_bias: Tensor | None = None  # (D)
+    router_bias: Tensor | None = None  # (E)
+    score_correction: Tensor | None = None  # (E)
+    shared_gate: Tensor | None = None  # (D)
+    shared_w13: Tensor | None = None  # (2I, D)
+    shared_w2: Tensor | None = None  # (D, I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +57,23 @@ class FfnWeights:
     ffn_norm: Tensor  # (D)
     dense_w13: Tensor  # (2I, D)
     dense_w2: Tensor  # (D, I)
+    ffn_norm_bias: Tensor | None = None  # (D)
+
+
+# What the tensors of a kind of block are in the executor; a new kind of block needs a row here.
+WEIGHTS_OF: Final[dict[type[Block], type[Any]]] = {
+    GroupedQueryAttention: AttentionWeights,
+    RoutedExperts: RouterWeights,
+    DenseFfn: FfnWeights,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """A layer's weights outside routed experts, block by block."""
+    """A layer's weights outside routed experts, block by block: those of `WEIGHTS_OF`."""
 
-    attention: AttentionWeights
-    ffn: RouterWeights | FfnWeights
+    mixer: Any
+    ffn: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +82,8 @@ class ExpertWeights:
 
     w13: Tensor  # (2I, D)
     w2: Tensor  # (D, I)
+    w13_bias: Tensor | None = None  # (2I)
+    w2_bias: Tensor | None = None  # (D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +93,8 @@ class ExpertStack:
     first: int
     w13_E2ID: Tensor  # noqa: N815
     w2_EDI: Tensor  # noqa: N815
+    w13_bias_E2I: Tensor | None = None  # noqa: N815
+    w2_bias_ED: Tensor | None = None  # noqa: N815
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +153,9 @@ def views(tensors: Tensors, flat: Tensor) -> dict[str, Tensor]:
 
 def dense_views(layer: Layer, flat: Tensor) -> DenseWeights:
     """The dense part of a layer that lies in `flat`."""
-    attention, ffn = (dense_tensors(block) for block in layer.blocks)
-    of_attention, of_ffn = flat.split((num_elements(attention), num_elements(ffn)))
-    kind = RouterWeights if layer.has_experts else FfnWeights
-    return DenseWeights(AttentionWeights(**views(attention, of_attention)), kind(**views(ffn, of_ffn)))
+    tensors = [dense_tensors(block) for block in layer.blocks]
+    parts = zip(layer.blocks, tensors, flat.split([num_elements(each) for each in tensors]), strict=True)
+    return DenseWeights(*(WEIGHTS_OF[type(block)](**views(each, part)) for block, each, part in parts))
 
 
 def expert_views(layer: Layer, flat: Tensor) -> ExpertWeights:

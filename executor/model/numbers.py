@@ -15,6 +15,48 @@ from hrm.contract.rows import NUMBERS_PER_REQUEST
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """Which rows of its part of a cache a request's tokens have.
+
+    Every token has its own, or if `rows` is not 0 so many are filled in turn: with the last tokens,
+    or if `chunked` with those of the chunk of so many that is under way.
+    """
+
+    rows: int = 0
+    chunked: bool = False
+
+    def capacity(self, tokens: int) -> int:
+        """Rows that a request of at most so many tokens needs."""
+        return min(tokens, self.rows) if self.rows else tokens
+
+    def row(self, position: int) -> int:
+        """The row of the token at that position."""
+        return position % self.rows if self.rows else position
+
+    def length(self, tokens: int) -> int:
+        """Rows that the last of so many tokens attends to, its own included."""
+        if self.chunked:
+            return (tokens - 1) % self.rows + 1
+        return self.capacity(tokens)
+
+    def spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Where the tokens from `start` to `end` that are still needed go.
+
+        As (first token, first row, count), each of consecutive rows.
+        """
+        if not self.rows:
+            return [(start, start, end - start)]
+        spans: list[tuple[int, int, int]] = []
+        token = max(start, end - self.rows)
+        while token < end:
+            row = token % self.rows
+            count = min(self.rows - row, end - token)
+            spans.append((token, row, count))
+            token += count
+        return spans
+
+
+@dataclass(frozen=True, slots=True)
 class RowViews:
     """The numbers of R requests in memory that a device reads."""
 

@@ -124,6 +124,16 @@ class Mixer(Block):
     def state_bytes(self, formats: Formats) -> int:
         """Bytes that this layer keeps of each sequence, however long; written anew at every step."""
 
+    @property
+    @abstractmethod
+    def sent_elements(self) -> int:
+        """Elements of a token between the projections and attention, those that are cached included."""
+
+    @property
+    def held_elements(self) -> int:
+        """Elements of a token that wait on the GPU for attention's output: a gate of it."""
+        return 0
+
     @abstractmethod
     def sent_bytes(self, formats: Formats) -> int:
         """Bytes of a new token that attention on the CPU needs."""
@@ -138,9 +148,19 @@ class Mixer(Block):
         return formats.compute.bytes_of(self.returned_elements)
 
     @property
-    @abstractmethod
+    def host_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that attention itself reads: on the CPU it needs them there."""
+        return ()
+
+    @cached_property
     def host_parameters(self) -> int:
         """Parameters that attention on the CPU needs there, though they are resident on the GPU."""
+        return sum(tensor.parameters for tensor in self.tensors if tensor.name in self.host_tensors)
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of a layer's cache that a sequence fills at most, in turn; 0 if every token has its own."""
+        return self.window
 
     @property
     @abstractmethod

@@ -97,14 +97,29 @@ class GatedDeltaNet(Mixer):
         convolution = formats.kv_cache.bytes_of(self.convolved_elements, self.conv_kernel - 1)
         return STATE_BYTES * self.state_elements + convolution
 
-    def sent_bytes(self, formats: Formats) -> int:
+    @property
+    def sent_elements(self) -> int:
         """All that is projected but the output's gate."""
-        return formats.compute.bytes_of(self.projected_size - self.returned_elements)
+        return self.projected_size - self.held_elements
 
     @property
-    def host_parameters(self) -> int:
+    def held_elements(self) -> int:
+        """The output's gate."""
+        return self.returned_elements
+
+    def sent_bytes(self, formats: Formats) -> int:
+        """All that is projected but the output's gate."""
+        return formats.compute.bytes_of(self.sent_elements)
+
+    @property
+    def host_tensors(self) -> tuple[str, ...]:
         """The convolution with decays and their biases."""
-        return self.convolved_elements * self.conv_kernel + 2 * self.num_value_heads
+        return "convolution", "decay", "step_bias"
+
+    @property
+    def kept_rows(self) -> int:
+        """One: the state."""
+        return 1
 
     @property
     def cache_heads(self) -> int:

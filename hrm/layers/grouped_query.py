@@ -66,6 +66,11 @@ class GroupedQueryAttention(SoftmaxAttention):
         return self.query_size
 
     @property
+    def held_elements(self) -> int:
+        """The gate, if there is one."""
+        return self.output_gate * self.query_size
+
+    @property
     def projected_size(self) -> int:
         """Elements of one token's queries, gate, keys and values."""
         return (1 + self.output_gate) * self.query_size + self.cached_elements
@@ -92,9 +97,9 @@ class GroupedQueryAttention(SoftmaxAttention):
         return 4 * self.query_size
 
     @property
-    def host_parameters(self) -> int:
-        """None: attention itself has no weights."""
-        return 0
+    def host_tensors(self) -> tuple[str, ...]:
+        """What a head's softmax sums up beside the scores of tokens, where there is such."""
+        return ("sinks",)
 
     @property
     def cache_heads(self) -> int:
@@ -107,10 +112,11 @@ class GroupedQueryAttention(SoftmaxAttention):
         return self.projected_size + self.query_size
 
     def temporary_bytes(self, compute: Format) -> int:
-        """What the rotary embedding needs, and a second attention output."""
+        """What the rotary embedding or a norm of heads needs, and a second attention output."""
         rotated = compute.bytes_of(self.query_size + self.kv_size) // 2
         rotary = rotated + 4 * self.head_dim + compute.bytes_of(self.head_dim)
-        return max(rotary, compute.bytes_of(self.query_size))
+        normed = 4 * (self.query_size + self.num_heads) if any(name == "query_norm" for name, _ in self.vectors) else 0
+        return max(rotary, normed, compute.bytes_of(self.query_size))
 
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Keys and values as they lie in the cache."""
@@ -122,8 +128,8 @@ class GroupedQueryAttention(SoftmaxAttention):
 
     @property
     def prefix_in_cache(self) -> bool:
-        """Keys and values are needed as they are cached."""
-        return True
+        """Keys and values are needed as they are cached, but in a window in their order."""
+        return not self.window
 
     def obstacle_to(self, ranks: int) -> str:
         """Heads are divided."""

@@ -101,9 +101,14 @@ class LatentAttention(SoftmaxAttention):
         return sum(tensor.parameters for tensor in self.tensors if tensor.name in names)
 
     @property
-    def host_parameters(self) -> int:
+    def host_tensors(self) -> tuple[str, ...]:
         """What projects cached vectors up, for it is applied to queries and outputs there."""
-        return self.kv_rank * self.num_heads * (self.nope_head_dim + self.value_head_dim)
+        return ("kv_up",)
+
+    @property
+    def up_parameters(self) -> int:
+        """Parameters of what projects cached vectors up to keys and values of all heads."""
+        return self.host_parameters
 
     @property
     def flops_per_context_token(self) -> int:

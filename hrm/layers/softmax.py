@@ -45,6 +45,11 @@ class SoftmaxAttention(Mixer):
         """Parameters of the output projection."""
         return self.returned_elements * self.hidden_size
 
+    @property
+    def up_parameters(self) -> int:
+        """Parameters between what is cached and the keys and values of the heads."""
+        return 0
+
     @abstractmethod
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Bytes that a later part of a split prompt reads of each earlier token."""
@@ -52,6 +57,11 @@ class SoftmaxAttention(Mixer):
     def state_bytes(self, formats: Formats) -> int:  # noqa: ARG002 - others need it
         """None: all that is cached is of tokens."""
         return 0
+
+    @property
+    def sent_elements(self) -> int:
+        """Queries, and what is cached."""
+        return self.query_size + self.cached_elements
 
     def sent_bytes(self, formats: Formats) -> int:
         """Queries, and what is cached."""
@@ -106,5 +116,5 @@ class SoftmaxAttention(Mixer):
         return Operator((linear(tokens, self.returned_elements, self.hidden_size, formats),)) + FINISHING
 
     def _projected_up(self, formats: Formats, tokens: Number, touched: int) -> tuple[Kernel, ...]:
-        up = self.host_parameters
+        up = self.up_parameters
         return (gemms(tokens, up, touched, formats),) if up else ()

@@ -129,7 +129,7 @@ def test_attention(timer, memory):
 
                     def work(arch=arch, cache=cache, qkv=qkv, out=out, starts=starts, lengths=lengths):
                         for places in starts:
-                            decode_attention(arch, qkv, cache, places, lengths, out)
+                            decode_attention(arch.spec.attention, qkv, cache, places, lengths, out)
 
                     num_bytes = calls * batch * context * token_bytes
                     label = f"{heads}/{kv_heads}x{head_dim} {str(dtype)[6:]} {batch} x {context}"
@@ -137,7 +137,7 @@ def test_attention(timer, memory):
             context = CACHED_BYTES // token_bytes
 
             def again(arch=arch, cache=cache, qkv=qkv, out=out, context=context):
-                decode_attention(arch, qkv, cache, [0] * len(qkv), [context] * len(qkv), out)
+                decode_attention(arch.spec.attention, qkv, cache, [0] * len(qkv), [context] * len(qkv), out)
 
             label = f"{heads}/{kv_heads}x{head_dim} {str(dtype)[6:]} over one that is cached"
             compare(timer, memory, len(qkv) * context * token_bytes, again, label)

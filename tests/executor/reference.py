@@ -11,7 +11,7 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.families import Family
-from executor.model.architecture import Architecture, Norm, Scores
+from executor.model import Architecture, FeedForward, GroupedQuery, Norm, NormKind, Rotary, Scores
 from executor.model.layout import (
     AttentionWeights,
     DenseWeights,
@@ -59,19 +59,20 @@ def load(family: Family, source: WeightSource, arch: Architecture) -> ReferenceM
 
 def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:
     """Logits (T, V) of the token after each of one prompt's tokens."""
-    arch = model.arch
-    hidden_TD = model.embedding[tokens]
-    for dense, experts in model.layers:
-        mixer, positions_T = dense.attention, torch.arange(len(tokens))
-        q, k, v = queries_keys_values(arch, norm(arch, hidden_TD, mixer.attention_norm), mixer, positions_T)
-        hidden_TD = hidden_TD + attention(q, k, v) @ mixer.output.T
-        x_TD = norm(arch, hidden_TD, dense.ffn.ffn_norm)
+    hidden_TD, positions_T = model.embedding[tokens], torch.arange(len(tokens))
+    for (dense, experts), maths in zip(model.layers, model.arch.layers, strict=True):
+        mixer, ffn_maths = maths.mixer, maths.ffn
+        assert isinstance(mixer, GroupedQuery)
+        x_TD = norm(mixer.norm, hidden_TD, dense.mixer.attention_norm)
+        q, k, v = queries_keys_values(mixer, x_TD, dense.mixer, positions_T)
+        hidden_TD = hidden_TD + attention(q, k, v) @ dense.mixer.output.T
+        x_TD = norm(ffn_maths.norm, hidden_TD, dense.ffn.ffn_norm)
         if isinstance(dense.ffn, FfnWeights):
             hidden_TD = hidden_TD + ffn(x_TD, dense.ffn.dense_w13, dense.ffn.dense_w2)
             continue
-        weights_TK, experts_TK = route(arch, x_TD, dense.ffn.router)
+        weights_TK, experts_TK = route(ffn_maths, x_TD, dense.ffn.router)
         hidden_TD = hidden_TD + moe(x_TD, weights_TK, experts_TK, enumerate(experts))
-    return norm(arch, hidden_TD, model.head.final_norm) @ model.head.lm_head.T
+    return norm(model.arch.final_norm, hidden_TD, model.head.final_norm) @ model.head.lm_head.T
 
 
 def greedy(model: ReferenceModel, prompt: list[int], max_tokens: int) -> list[int]:
@@ -84,30 +85,31 @@ def greedy(model: ReferenceModel, prompt: list[int], max_tokens: int) -> list[in
     return tokens[len(prompt) :]
 
 
-def norm(arch: Architecture, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+def norm(norm: Norm, x_TD: Tensor, weight_D: Tensor) -> Tensor:
     """Each row divided by its root mean square, for LAYER after subtracting its mean."""
-    if arch.norm is Norm.LAYER:
+    if norm.kind is NormKind.LAYER:
         x_TD = x_TD - x_TD.mean(-1, keepdim=True)
-    return x_TD / (x_TD.pow(2).mean(-1, keepdim=True) + arch.norm_eps).sqrt() * weight_D
+    return x_TD / (x_TD.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weight_D
 
 
 def queries_keys_values(
-    arch: Architecture, x_TD: Tensor, weights: AttentionWeights, positions_T: Tensor
+    mixer: GroupedQuery, x_TD: Tensor, weights: AttentionWeights, positions_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries (T, H, d), rotated keys (T, G, d) and values (T, G, d)."""
-    spec = arch.spec
+    block, rotary = mixer.block, mixer.rotary
+    assert rotary is not None
     qkv = x_TD @ weights.qkv.T
-    if arch.clip_qkv is not None:
-        qkv = qkv.clamp(-arch.clip_qkv, arch.clip_qkv)
-    sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
-    q, k, v = qkv.view(len(x_TD), -1, spec.head_dim).split(sizes, dim=1)
-    return rotate(arch, q, positions_T), rotate(arch, k, positions_T), v
+    if mixer.clip is not None:
+        qkv = qkv.clamp(-mixer.clip, mixer.clip)
+    sizes = [block.num_heads, block.num_kv_heads, block.num_kv_heads]
+    q, k, v = qkv.view(len(x_TD), -1, block.head_dim).split(sizes, dim=1)
+    return rotate(rotary, q, positions_T), rotate(rotary, k, positions_T), v
 
 
-def rotate(arch: Architecture, x_THd: Tensor, positions_T: Tensor) -> Tensor:
-    """Elements i and i + d/2 turned together by position * theta^(-2i/d)."""
+def rotate(rotary: Rotary, x_THd: Tensor, positions_T: Tensor) -> Tensor:
+    """Elements i and i + d/2 turned together by the position's angles."""
     half = x_THd.shape[-1] // 2
-    angles = positions_T[:, None] * arch.rope_theta ** (-torch.arange(half) / half)
+    angles = positions_T[:, None] * torch.tensor(rotary.frequencies)
     turned = torch.polar(torch.ones_like(angles), angles)[:, None]
     out = torch.complex(x_THd[..., :half], x_THd[..., half:]) * turned
     return torch.cat([out.real, out.imag], dim=-1)
@@ -123,15 +125,15 @@ def attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
-def route(arch: Architecture, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
+def route(ffn: FeedForward, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and indices (T, K) of the experts that each token goes to."""
     logits = x_TD @ router_ED.T
-    scores = 1 / (1 + (-logits).exp()) if arch.router.scores is Scores.SIGMOID else logits.softmax(-1)
+    scores = 1 / (1 + (-logits).exp()) if ffn.router.scores is Scores.SIGMOID else logits.softmax(-1)
     weights, experts = scores.sort(dim=-1, descending=True)
-    chosen = arch.spec.experts_per_token
+    chosen = ffn.experts_per_token
     weights, experts = weights[:, :chosen], experts[:, :chosen]
-    if arch.router.norm is not None:
-        order = arch.router.norm
+    if ffn.router.norm is not None:
+        order = ffn.router.norm
         weights = weights / weights.pow(order).sum(-1, keepdim=True).pow(1 / order)
     return weights, experts
 

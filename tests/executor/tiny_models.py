@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import torch
 
-from executor.model.architecture import Architecture, Norm
+from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, NormKind, Rotary, Router
+from hrm.layers import GroupedQueryAttention, Layer
 from hrm.model_spec import Dimensions
 
 MIXTRALS: Final[dict[str, dict[str, Any]]] = {
@@ -130,8 +131,26 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def tiny_arch(norm: Norm = Norm.RMS, **changes: Any) -> Architecture:
-    """An architecture of tiny dimensions, changed as asked (fields of either class)."""
+def tiny_arch(
+    kind: NormKind = NormKind.RMS,
+    *,
+    router: Router | None = None,
+    clip: float | None = None,
+    rope_theta: float = 10_000.0,
+    **changes: Any,
+) -> Architecture:
+    """An architecture of tiny dimensions, changed as asked (fields of it or of `Dimensions`)."""
+    norm = Norm(kind=kind)
+
+    def maths(layer: Layer) -> LayerMaths:
+        block = layer.mixer
+        assert isinstance(block, GroupedQueryAttention)
+        rotary = Rotary.plain(block.head_dim, rope_theta)
+        return LayerMaths(
+            mixer=GroupedQuery(block=block, norm=norm, rotary=rotary, clip=clip),
+            ffn=FeedForward(norm=norm, router=router or Router(), experts_per_token=layer.experts[0].experts_per_token),
+        )
+
     sizes: dict[str, Any] = {
         "name": "tiny",
         "family": "mixtral",
@@ -146,4 +165,4 @@ def tiny_arch(norm: Norm = Norm.RMS, **changes: Any) -> Architecture:
         "vocab_size": 50,
     }
     of_spec = {key: changes.pop(key) for key in list(changes) if key in sizes}
-    return Architecture(spec=Dimensions(**{**sizes, **of_spec}).spec, norm=norm, **changes)
+    return Architecture.of(Dimensions(**{**sizes, **of_spec}).spec, maths, final_norm=norm, **changes)

@@ -182,7 +182,8 @@ class ShortConvolution(Mixer):
         )
 
     returned_elements = property(lambda self: self.hidden_size)
-    host_parameters = property(lambda self: self.hidden_size * self.kernel)
+    sent_elements = property(lambda self: 3 * self.hidden_size)
+    host_tensors = ("convolution",)
     kept_elements = property(lambda self: 4 * self.hidden_size)
 
     def state_bytes(self, formats):

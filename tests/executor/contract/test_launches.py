@@ -10,20 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor import native
-from executor.model import (
-    Workspace,
-    append_kv,
-    decode_attention,
-    dense_views,
-    expert_views,
-    logits,
-    post_attention,
-    pre_attention,
-    run_experts,
-)
-from executor.model.experts import route
+from executor.model import HeadWeights, Workspace, decode_attention, dense_views, expert_views, logits, run_experts
+from executor.model.mixers.grouped_query import append_kv
 from executor.sampling import SamplingParams, choose
 from hrm.contract import launches as planned
+from tests.executor.model.steps import post_attention, pre_attention, route
 from tests.executor.tiny_models import tiny_arch
 
 ARCH = tiny_arch()
@@ -79,7 +70,7 @@ def near(constant):
 def test_pre_attention(dense):
     qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
     positions = torch.arange(REQUESTS)
-    count, _ = launches(pre_attention, ARCH, rows(SPEC.hidden_size), dense.attention, positions, qkv, workspace())
+    count, _ = launches(pre_attention, ARCH, rows(SPEC.hidden_size), dense, positions, qkv, workspace())
     assert count == near(planned.PRE_ATTENTION_LAUNCHES)
 
 
@@ -89,7 +80,7 @@ def test_fused_operators(dense):
     qkv = rows(SPEC.query_size + 2 * SPEC.kv_size)
     hidden, attention = rows(SPEC.hidden_size), rows(SPEC.query_size)
     with native.using(native.Kernels(native.paths()[0])):
-        before, _ = launches(pre_attention, ARCH, hidden, dense.attention, torch.arange(REQUESTS), qkv, workspace())
+        before, _ = launches(pre_attention, ARCH, hidden, dense, torch.arange(REQUESTS), qkv, workspace())
         after, _ = launches(post_attention, ARCH, hidden, attention, dense, workspace())
     assert before + 3 == planned.FUSED_PRE_ATTENTION_LAUNCHES
     assert after + 3 == planned.FUSED_POST_ATTENTION_LAUNCHES
@@ -101,7 +92,7 @@ def test_decode_attention():
 
     def work(qkv, out, rows, starts):
         append_kv(cache, qkv, rows)
-        decode_attention(ARCH, qkv, cache, starts, [8] * len(qkv), out)
+        decode_attention(SPEC.attention, qkv, cache, starts, [8] * len(qkv), out)
 
     def count(n):
         starts = [16 * r for r in range(n)]
@@ -147,7 +138,7 @@ def test_native_kernels_issue_no_operators_of_their_own(dense):
     ]
 
     def attend():
-        decode_attention(ARCH, qkv, cache, starts, [8] * REQUESTS, out)
+        decode_attention(SPEC.attention, qkv, cache, starts, [8] * REQUESTS, out)
 
     def feed_forward():
         here.reset()
@@ -166,6 +157,6 @@ def test_sample():
 
     def work():
         here.reset()
-        choose(logits(ARCH, hidden, weight, head, here), params, [0] * REQUESTS)
+        choose(logits(ARCH.final_norm, hidden, HeadWeights(weight, head), here), params, [0] * REQUESTS)
 
     assert launches(work)[0] == near(planned.SAMPLE_LAUNCHES)

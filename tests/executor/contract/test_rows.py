@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from executor.handlers.memory import Exchange, PrefillBuffers
-from executor.model import GpuKernels, Workspace, experts_in, logits
-from executor.model.experts import route
+from executor.kv_cache import cache_rows
+from executor.model import GpuKernels, HeadWeights, Workspace, experts_in, logits
 from hrm.buffers import Purpose, exchange_bytes_per_request
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import COUNT_BYTES, LOGIT_BYTES, ROUTING_BYTES
 from hrm.formats import Formats
 from hrm.memory import purposes
 from hrm.policy import Policy
+from tests.executor.model.steps import route
 from tests.executor.tiny_models import tiny_arch
 
 ALIGNED_BYTES = 16  # flash attention reads so many at a time
@@ -25,7 +26,7 @@ def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dty
     planned = num_requests * exchange_bytes_per_request(spec, Formats.of(dtype), ffn_on_cpu=ffn_on_cpu)
     memory = torch.zeros(planned, dtype=torch.uint8)
     made = Exchange(spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
-    for rows in (made.hidden_ND, made.qkv_NX, made.attention_NQ, made.routed_ND):
+    for rows in (made.hidden_ND, made.rows_NX, made.attention_NO, made.routed_ND):
         assert rows.data_ptr() % ALIGNED_BYTES == 0
     assert_filled(list(vars(made).values()), planned)
 
@@ -56,11 +57,11 @@ def test_chunks_fill_what_is_planned(dtype):
     )
     host = torch.zeros(0, dtype=torch.uint8)
     made = PrefillBuffers(spec, getattr(torch, dtype), gpu=gpu, host=host, prefix=prefix, chunk_tokens=tokens)
-    assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_BT2Gd], len(gpu))
-    assert_filled([made.prefix_C2Gd], len(prefix))
-    assert {len(made.numbers_BT), len(made.hidden_BTD), len(made.kv_BT2Gd)} == {BUFFERS}
-    assert {part.shape[1] for part in (made.hidden_BTD, made.kv_BT2Gd)} == {tokens}
-    assert len(made.prefix_C2Gd) == 5
+    assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_B], len(gpu))
+    assert_filled([made.prefix], len(prefix))
+    assert {len(made.numbers_BT), len(made.hidden_BTD), len(made.kv_B)} == {BUFFERS}
+    assert made.hidden_BTD.shape[1] == tokens
+    assert [len(cache_rows(spec.layers[0], policy, part)) for part in (*made.kv_B, made.prefix)] == [tokens, tokens, 5]
 
 
 def test_numbers_are_as_wide_as_those_of_the_model_code():
@@ -74,5 +75,5 @@ def test_numbers_are_as_wide_as_those_of_the_model_code():
     counts = GpuKernels().run_experts(x, routing, experts, x.clone(), workspace, rows_at_once=7, num_experts=count)
     assert counts.nbytes == COUNT_BYTES * count
     head = torch.randn(spec.vocab_size, spec.hidden_size)
-    found = logits(arch, x, torch.ones(spec.hidden_size), head, workspace)
+    found = logits(arch.final_norm, x, HeadWeights(torch.ones(spec.hidden_size), head), workspace)
     assert found.nbytes == LOGIT_BYTES * found.numel()

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
-from executor.model import Norm, Router
+from executor.model import GroupedQuery, Norm, NormKind, Router
 from executor.model.layout import dense_tensors, embedding_tensors, expert_tensors, head_tensors
 from hrm.errors import ModelError
 from hrm.model_spec import BUILT_IN_MODELS
@@ -40,26 +40,40 @@ def refused(config, *parts):
 
 def test_mixtral_config(mixtral):
     arch = architecture(mixtral)
-    assert (arch.norm, arch.norm_eps, arch.rope_theta) == (Norm.RMS, 1e-5, 10_000.0)
-    assert (arch.clip_qkv, arch.router, arch.max_position_embeddings) == (None, Router(norm=1.0), 256)
+    assert arch.final_norm == Norm(kind=NormKind.RMS, eps=1e-5)
+    (maths,) = set(arch.layers)
+    assert isinstance(maths.mixer, GroupedQuery)
+    assert (maths.mixer.norm, maths.ffn.norm) == (arch.final_norm, arch.final_norm)
+    assert (maths.mixer.clip, maths.ffn.router, arch.max_position_embeddings) == (None, Router(norm=1.0), 256)
+    assert theta_of(arch) == pytest.approx(10_000.0)
     assert (arch.bos_token_id, arch.eos_token_ids) == (1, (2,))
 
 
 def test_dbrx_config(dbrx):
     arch = architecture(dbrx)
-    assert (arch.norm, arch.norm_eps, arch.rope_theta) == (Norm.LAYER, 1e-5, 10_000.0)
-    assert (arch.clip_qkv, arch.router, arch.max_position_embeddings) == (0.7, Router(norm=2.0), 256)
+    assert arch.final_norm == Norm(kind=NormKind.LAYER, eps=1e-5)
+    (maths,) = set(arch.layers)
+    assert isinstance(maths.mixer, GroupedQuery)
+    assert (maths.mixer.norm, maths.ffn.norm) == (arch.final_norm, arch.final_norm)
+    assert (maths.mixer.clip, maths.ffn.router, arch.max_position_embeddings) == (0.7, Router(norm=2.0), 256)
+    assert theta_of(arch) == pytest.approx(10_000.0)
     dbrx["ffn_config"]["moe_normalize_expert_weights"] = None
-    assert architecture(dbrx).router.norm is None
+    assert architecture(dbrx).layers[0].ffn.router.norm is None
+
+
+def theta_of(arch):
+    """The base of which the second of n frequencies is the power -1/n."""
+    frequencies = arch.layers[0].mixer.rotary.frequencies
+    return frequencies[1] ** -len(frequencies)
 
 
 def test_rope_theta_where_published_configs_have_it(mixtral, dbrx):
     del mixtral["rope_parameters"]
-    assert architecture(mixtral).rope_theta == 1e6
-    assert architecture({**mixtral, "rope_theta": 5e4, "rope_scaling": None}).rope_theta == 5e4
+    assert theta_of(architecture(mixtral)) == pytest.approx(1e6)
+    assert theta_of(architecture({**mixtral, "rope_theta": 5e4, "rope_scaling": None})) == pytest.approx(5e4)
     del dbrx["rope_parameters"]
     dbrx["attn_config"]["rope_theta"] = 5e5
-    assert architecture(dbrx).rope_theta == 5e5
+    assert theta_of(architecture(dbrx)) == pytest.approx(5e5)
 
 
 @pytest.mark.parametrize(

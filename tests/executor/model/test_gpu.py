@@ -16,9 +16,9 @@ from executor.model import (
     prefill_attention,
     run_experts,
 )
-from executor.model.experts import route
 from executor.model.gpu import grouped_gemm
 from executor.model.numbers import RowViews
+from tests.executor.model.steps import route
 from tests.executor.model.tolerances import assert_same, name_of
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 from tests.executor.runtime.queued_backend import flash
@@ -72,8 +72,10 @@ def test_decode_attention(kernels, dtype, spare_bytes):
     there, rows = torch.full((20,), -1), RowNumbers(torch.arange(4), torch.arange(4), starts, lengths)
     rows.write(there)
     got, wanted = (torch.full((4, spec.query_size), torch.nan, dtype=dtype) for _ in range(2))
-    kernels.decode_attention(arch, qkv, cache, kernels.numbers(rows, there), got, spare_bytes=spare_bytes)
-    decode_attention(arch, qkv, cache, starts, lengths, wanted)
+    kernels.decode_attention(
+        arch.spec.attention, qkv, cache, kernels.numbers(rows, there), got, spare_bytes=spare_bytes
+    )
+    decode_attention(arch.spec.attention, qkv, cache, starts, lengths, wanted)
     assert_same(got, wanted)
 
 
@@ -99,8 +101,8 @@ def test_prefill_attention(kernels, dtype, heads, lengths, earlier):
     caches[0] = torch.randn(lengths[0] + earlier, 2, heads[1], 8).to(dtype)
     ours = [cache.clone() for cache in caches[:-1]] + [caches[-1].clone() if earlier else None]
     theirs = [cache.clone() for cache in caches[:-1]] + [caches[-1].clone() if earlier else None]
-    kernels.prefill_attention(arch, qkv, prompts(lengths), ours, got, workspace())
-    prefill_attention(arch, qkv, lengths, theirs, wanted, workspace())
+    kernels.prefill_attention(arch.spec.attention, qkv, prompts(lengths), ours, got, workspace())
+    prefill_attention(arch.spec.attention, qkv, lengths, theirs, wanted, workspace())
     assert_same(got, wanted)
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine is None) == (other is None)
@@ -118,7 +120,7 @@ def test_a_prompt_takes_over_the_buffer_of_one_that_ends(kernels, dtype, others)
     def attended(attend, prompts):
         buffer, out = prefix.clone(), torch.full((len(qkv), 4 * 8), torch.nan, dtype=dtype)
         caches = [buffer, *[None] * len(others[1:]), buffer[: lengths[-1]]]
-        attend(arch, qkv, prompts, caches, out, workspace())
+        attend(arch.spec.attention, qkv, prompts, caches, out, workspace())
         return out, buffer
 
     got, left = attended(kernels.prefill_attention, prompts(lengths))
@@ -144,10 +146,10 @@ def test_plain_kernels_are_asked_for_what_every_gpu_has(dtype, monkeypatch):
     ours = [DeviceTensor(cache.clone()), None]
     with WithDevice():
         there = prompts(lengths).at(DeviceTensor(prompts(lengths).flat))
-        GpuKernels().prefill_attention(arch, DeviceTensor(qkv.clone()), there, ours, got, workspace())
+        GpuKernels().prefill_attention(arch.spec.attention, DeviceTensor(qkv.clone()), there, ours, got, workspace())
     assert asked == [(True, {"attn_mask"}), (True, {"is_causal"})]
     monkeypatch.undo()
-    prefill_attention(arch, qkv, lengths, [cache, None], wanted, workspace())
+    prefill_attention(arch.spec.attention, qkv, lengths, [cache, None], wanted, workspace())
     assert_same(got.cpu(), wanted)
 
 

@@ -6,20 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from executor.model import (
-    GpuKernels,
-    PromptNumbers,
-    RowNumbers,
-    Workspace,
-    dense_views,
-    experts_in,
-    post_attention,
-    pre_attention,
-)
+from executor.model import GpuKernels, PromptNumbers, RowNumbers, Workspace, dense_views, experts_in
 from executor.model.gpu import grouped_gemm
 from hrm.formats import FORMATS
 from hrm.model_spec import load_model
 from hrm.model_spec.workspace import workspace_bytes
+from tests.executor.model.steps import post_attention, pre_attention
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
 
@@ -103,9 +95,9 @@ def test_prefill_of_a_whole_chunk(name, kernels):
     with torch.no_grad(), LiveBytes() as live:
         width = spec.query_size + 2 * spec.kv_size
         qkv = workspace.take((TOKENS, width), DTYPE)
-        pre_attention(arch, hidden, dense.attention, prompts.positions_T, qkv, workspace)
+        pre_attention(arch, hidden, dense, prompts.positions_T, qkv, workspace)
         attended = workspace.take((TOKENS, spec.query_size), DTYPE)
-        kernels.prefill_attention(arch, qkv, prompts, [None] * 4, attended, workspace)
+        kernels.prefill_attention(arch.spec.attention, qkv, prompts, [None] * 4, attended, workspace)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
         kernels.run_experts(x, routing, experts, hidden, workspace, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned
@@ -130,8 +122,8 @@ def test_decode_of_a_micro_batch(name, kernels, requests):
     rows.write(there)
     rows = rows.at(there)
     with torch.no_grad(), LiveBytes() as live:
-        pre_attention(arch, hidden, dense.attention, rows.positions_R, qkv, workspace)
-        kernels.decode_attention(arch, qkv, cache, rows, attended, spare_bytes=planned // 2)
+        pre_attention(arch, hidden, dense, rows.positions_R, qkv, workspace)
+        kernels.decode_attention(arch.spec.attention, qkv, cache, rows, attended, spare_bytes=planned // 2)
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
         kernels.run_experts(x, routing, experts, hidden, workspace, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned

@@ -12,42 +12,42 @@ from torch.profiler import ProfilerActivity, profile
 
 from executor import native
 from executor.model import (
-    Norm,
+    HeadWeights,
+    NormKind,
     Router,
     Routing,
     Scores,
     Workspace,
-    append_kv,
     attention,
     decode_attention,
     dense_views,
     expert_views,
     logits,
-    post_attention,
-    pre_attention,
+    normed,
     prefill_attention,
     run_experts,
 )
-from executor.model.norm import normed
+from executor.model.mixers.grouped_query import append_kv
 from hrm.contract.rows import LOGIT_BYTES
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.formats import FORMATS
 from hrm.model_spec.workspace import workspace_bytes
 from tests.executor import reference
+from tests.executor.model.steps import post_attention, pre_attention
 from tests.executor.model.tolerances import DTYPES, assert_same, name_of
 from tests.executor.tiny_models import tiny_arch
 
 ARCHS = {
     "mixtral": tiny_arch(),
     "one kv head": tiny_arch(num_kv_heads=1, head_dim=12),
-    "dbrx": tiny_arch(Norm.LAYER, clip_qkv=0.5, router=Router(norm=2.0), rope_theta=5e5),
+    "dbrx": tiny_arch(NormKind.LAYER, clip=0.5, router=Router(norm=2.0), rope_theta=5e5),
     "weights as they are": tiny_arch(router=Router(norm=None), experts_per_token=4),
     "sigmoid": tiny_arch(router=Router(scores=Scores.SIGMOID)),
 }
 
 archs = st.builds(
     tiny_arch,
-    st.sampled_from(Norm),
+    st.sampled_from(NormKind),
     hidden_size=st.integers(1, 40),
     intermediate_size=st.integers(1, 40),
     num_heads=st.sampled_from([4, 8]),
@@ -81,8 +81,8 @@ def random_experts(arch, dtype=torch.float32):
 
 
 def as_float(weights: Any) -> Any:
-    if isinstance(weights, torch.Tensor):
-        return weights.float()
+    if weights is None or isinstance(weights, torch.Tensor):
+        return weights if weights is None else weights.float()
     return type(weights)(**{name: as_float(getattr(weights, name)) for name in weights.__dataclass_fields__})
 
 
@@ -106,8 +106,8 @@ def arch(request):
 def test_norm(arch, dtype):
     x, weight = (torch.randn(7, 16) * 3 + 1).to(dtype), torch.rand(16).to(dtype)
     before = x.clone()
-    fast = normed(arch, x, weight, big_workspace())
-    assert_same(fast, reference.norm(arch, x.float(), weight.float()))
+    fast = normed(arch.final_norm, x, weight, big_workspace())
+    assert_same(fast, reference.norm(arch.final_norm, x.float(), weight.float()))
     assert torch.equal(x, before)
 
 
@@ -116,10 +116,10 @@ def test_pre_attention(arch, dtype):
     spec, dense = arch.spec, random_dense(arch, dtype)
     x, positions = torch.randn(9, 16).to(dtype), torch.tensor([0, 1, 2, 0, 1, 63, 64, 700, 4095])
     qkv = torch.empty(9, spec.query_size + 2 * spec.kv_size, dtype=dtype)
-    pre_attention(arch, x, dense.attention, positions, qkv, big_workspace())
-    slow = as_float(dense.attention)
-    x_normed = reference.norm(arch, x.float(), slow.attention_norm)
-    parts = reference.queries_keys_values(arch, x_normed, slow, positions)
+    pre_attention(arch, x, dense, positions, qkv, big_workspace())
+    slow = as_float(dense.mixer)
+    x_normed = reference.norm(arch.final_norm, x.float(), slow.attention_norm)
+    parts = reference.queries_keys_values(arch.layers[0].mixer, x_normed, slow, positions)
     exact = torch.cat([part.flatten(1) for part in parts], dim=1)
     if dtype is torch.float32:
         exact_enough = 3e-4  # float32 angles at position 4095
@@ -129,10 +129,10 @@ def test_pre_attention(arch, dtype):
 
 
 def test_clip_bounds_queries_keys_and_values():
-    arch = tiny_arch(clip_qkv=0.1)
+    arch = tiny_arch(clip=0.1)
     qkv = torch.empty(3, 64)
     dense = random_dense(arch)
-    pre_attention(arch, torch.randn(3, 16) * 9, dense.attention, torch.zeros(3).long(), qkv, big_workspace())
+    pre_attention(arch, torch.randn(3, 16) * 9, dense, torch.zeros(3).long(), qkv, big_workspace())
     assert qkv.abs().max().item() == pytest.approx(0.1)
 
 
@@ -141,7 +141,7 @@ def test_prefill_attention(arch, dtype):
     spec, lengths = arch.spec, [5, 1, 33, 2]
     qkv = torch.randn(sum(lengths), spec.query_size + 2 * spec.kv_size).to(dtype)
     out = torch.empty(sum(lengths), spec.query_size, dtype=dtype)
-    prefill_attention(arch, qkv, lengths, [None] * 4, out, big_workspace())
+    prefill_attention(arch.spec.attention, qkv, lengths, [None] * 4, out, big_workspace())
     exact = [reference.attention(*split_heads(arch, part.float())) for part in qkv.split(lengths)]
     assert_same(out, torch.cat(exact))
 
@@ -172,7 +172,7 @@ def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, form, dtype, 
             chunk, lengths = torch.cat([qkv[first:last], other]), [last - first, 5]
             out = torch.empty(len(chunk), spec.query_size, dtype=dtype)
             kept = [cache[1 : last + 1], None]
-            prefill_attention(arch, chunk, lengths, kept, out, big_workspace())
+            prefill_attention(arch.spec.attention, chunk, lengths, kept, out, big_workspace())
             assert_same(out, torch.cat([exact[first:last], exact_other]))
     assert torch.equal(cache[1:301].flatten(1), qkv[:, spec.query_size :])
     assert (cache[[0, 301]] == torch.tensor(1e4).to(dtype)).all()
@@ -194,9 +194,9 @@ def test_long_contexts_are_torchs(monkeypatch):
     for context in (attention.NATIVE_CONTEXT, attention.NATIVE_CONTEXT + 1):
         qkv, cache = torch.randn(7, width), torch.randn(context, 2, 2, 8)
         out, exact = torch.empty(2, 7, arch.spec.query_size)
-        prefill_attention(arch, qkv, [7], [cache], out, big_workspace())
+        prefill_attention(arch.spec.attention, qkv, [7], [cache], out, big_workspace())
         with native.using(None):
-            prefill_attention(arch, qkv, [7], [cache], exact, big_workspace())
+            prefill_attention(arch.spec.attention, qkv, [7], [cache], exact, big_workspace())
         assert_same(out, exact)
     by_us = native.kernels() is not None and native.paths()[:-1]
     assert seen == ([attention.NATIVE_CONTEXT] if by_us else [])
@@ -215,7 +215,7 @@ def test_attention_after_a_prefix_takes_no_more_than_was_planned(prefix):
 
     def work(kept):
         with native.using(None):
-            prefill_attention(arch, qkv, [tokens], [kept], out, workspace)
+            prefill_attention(arch.spec.attention, qkv, [tokens], [kept], out, workspace)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -241,7 +241,7 @@ def test_the_line_of_a_mask_fits_the_planned_workspace(prefix, tokens):
     cache = torch.randn(prefix + tokens, 2, spec.num_kv_heads, spec.head_dim)
     held = workspace.mark()
     with native.using(None):
-        prefill_attention(arch, qkv, [tokens], [cache], out, workspace)
+        prefill_attention(arch.spec.attention, qkv, [tokens], [cache], out, workspace)
     assert workspace.mark() == held
     assert workspace.high_water_bytes + out.nbytes <= planned, "torch has a second output"
 
@@ -284,11 +284,11 @@ def test_decode_attention_is_the_last_row_of_full_attention(arch, lengths, gaps,
         append_kv(cache, qkv, start + torch.arange(len(qkv)))
     newest = torch.stack([qkv[-1] for qkv in tokens])
     out = torch.empty(len(lengths), spec.query_size, dtype=dtype)
-    decode_attention(arch, newest, cache, starts, lengths, out)
+    decode_attention(arch.spec.attention, newest, cache, starts, lengths, out)
     exact = [reference.attention(*split_heads(arch, qkv.float()))[-1] for qkv in tokens]
     assert_same(out, torch.stack(exact))
     alone = torch.empty_like(out[:1])
-    decode_attention(arch, newest[:1], cache, starts[:1], lengths[:1], alone)
+    decode_attention(arch.spec.attention, newest[:1], cache, starts[:1], lengths[:1], alone)
     assert torch.equal(alone[0], out[0])
 
 
@@ -307,11 +307,11 @@ def test_post_attention(arch, dtype):
     hidden = torch.randn(9, 16).to(dtype)
     attended = torch.randn(9, arch.spec.query_size).to(dtype)
     slow = as_float(dense)
-    exact_hidden = hidden.float() + attended.float() @ slow.attention.output.T
+    exact_hidden = hidden.float() + attended.float() @ slow.mixer.output.T
     x, routing = post_attention(arch, hidden, attended, dense, big_workspace())
     assert_same(hidden, exact_hidden)
-    assert_same(x, reference.norm(arch, hidden.float(), slow.ffn.ffn_norm))
-    weights, experts = reference.route(arch, x.float(), slow.ffn.router)
+    assert_same(x, reference.norm(arch.final_norm, hidden.float(), slow.ffn.ffn_norm))
+    weights, experts = reference.route(arch.layers[0].ffn, x.float(), slow.ffn.router)
     assert routing.weights_TK.dtype is torch.float32
     assert routing.experts_TK.dtype is torch.int64
     torch.testing.assert_close(routing.weights_TK, weights, rtol=0, atol=2e-2)
@@ -357,9 +357,9 @@ def test_logits(arch, dtype):
     hidden = torch.randn(5, 16).to(dtype)
     norm, head = torch.rand(16).to(dtype), torch.randn(50, 16).to(dtype)
     before = hidden.clone()
-    out = logits(arch, hidden, norm, head, big_workspace())
+    out = logits(arch.final_norm, hidden, HeadWeights(norm, head), big_workspace())
     assert out.dtype is torch.float32
-    assert_same(out.to(dtype), reference.norm(arch, hidden.float(), norm.float()) @ head.float().T)
+    assert_same(out.to(dtype), reference.norm(arch.final_norm, hidden.float(), norm.float()) @ head.float().T)
     assert torch.equal(hidden, before)
 
 
@@ -378,14 +378,14 @@ def test_plan_covers_the_temporaries_of_a_layer(arch, num_tokens, dtype, same_ex
     hidden = torch.randn(num_tokens, spec.hidden_size).to(dtype)
     qkv = workspace.take((num_tokens, spec.query_size + 2 * spec.kv_size), dtype)
     attended = workspace.take((num_tokens, spec.query_size), dtype)
-    pre_attention(arch, hidden, dense.attention, torch.arange(num_tokens), qkv, workspace)
+    pre_attention(arch, hidden, dense, torch.arange(num_tokens), qkv, workspace)
     if prefill:
-        prefill_attention(arch, qkv, [num_tokens], [None], attended, workspace)
+        prefill_attention(arch.spec.attention, qkv, [num_tokens], [None], attended, workspace)
         by_torch = attended.numel() * dtype.itemsize
     else:
         cache = torch.randn(num_tokens, 2, spec.num_kv_heads, spec.head_dim).to(dtype)
         ones = [1] * num_tokens
-        decode_attention(arch, qkv, cache, range(num_tokens), ones, attended)
+        decode_attention(arch.spec.attention, qkv, cache, range(num_tokens), ones, attended)
         by_torch = 0
     assert workspace.mark() + by_torch <= workspace.capacity_bytes
     x, routing = post_attention(arch, hidden, attended, dense, workspace)
@@ -423,5 +423,5 @@ def test_plan_covers_the_logits(arch, vocab, num_requests, dtype):
     planned += num_requests * vocab * (LOGIT_BYTES + dtype.itemsize)
     workspace = Workspace(torch.empty(planned, dtype=torch.uint8))
     states, head = torch.randn(num_requests, hidden), torch.randn(vocab, hidden)
-    logits(arch, states.to(dtype), torch.ones(hidden, dtype=dtype), head.to(dtype), workspace)
+    logits(arch.final_norm, states.to(dtype), HeadWeights(torch.ones(hidden, dtype=dtype), head.to(dtype)), workspace)
     assert workspace.high_water_bytes <= planned

@@ -14,7 +14,8 @@ def tensors_of(weights):
     """All tensors, those of its blocks included."""
     for name in weights.__dataclass_fields__:
         value = getattr(weights, name)
-        yield from [value] if isinstance(value, torch.Tensor) else tensors_of(value)
+        if value is not None:
+            yield from [value] if isinstance(value, torch.Tensor) else tensors_of(value)
 
 
 @pytest.mark.parametrize(

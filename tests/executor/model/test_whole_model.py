@@ -5,21 +5,14 @@ import torch
 
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
-from executor.model import (
-    Workspace,
-    append_kv,
-    decode_attention,
-    logits,
-    post_attention,
-    pre_attention,
-    prefill_attention,
-    run_experts,
-)
+from executor.model import Workspace, decode_attention, logits, prefill_attention, run_experts
+from executor.model.mixers.grouped_query import append_kv
 from executor.random_weights import RandomWeights
 from executor.sampling import SamplingParams, choose
 from hrm.formats import FORMATS
 from hrm.model_spec.workspace import workspace_bytes
 from tests.executor import reference
+from tests.executor.model.steps import post_attention, pre_attention
 from tests.executor.tiny_models import DBRX, random_prompts, tiny_arch, transformers_greedy, transformers_logits
 
 NEW_TOKENS = 12
@@ -55,20 +48,20 @@ def generate(model, prompts, max_tokens, dtype=torch.float32):
             cache = cache_LC2Gd[layer]
             qkv = workspace.take((len(fed), spec.query_size + 2 * spec.kv_size), dtype)
             attended = workspace.take((len(fed), spec.query_size), dtype)
-            pre_attention(arch, hidden, dense.attention, positions, qkv, workspace)
+            pre_attention(arch, hidden, dense, positions, qkv, workspace)
             append_kv(cache, qkv, rows)
             if step:
                 lengths = [size + step for size in sizes]
-                decode_attention(arch, qkv, cache, starts, lengths, attended)
+                decode_attention(arch.spec.attention, qkv, cache, starts, lengths, attended)
             else:
-                prefill_attention(arch, qkv, sizes, [None] * len(sizes), attended, workspace)
+                prefill_attention(arch.spec.attention, qkv, sizes, [None] * len(sizes), attended, workspace)
             x, routing = post_attention(arch, hidden, attended, dense, workspace)
             run_experts(x, routing, enumerate(experts), hidden, workspace)
             workspace.reset()
         if not step:
             hidden = hidden[last]
         head_workspace.reset()
-        scores = logits(arch, hidden, model.head.final_norm, model.head.lm_head, head_workspace)
+        scores = logits(arch.final_norm, hidden, model.head, head_workspace)
         chosen = choose(scores, [GREEDY] * len(prompts), [step] * len(prompts))
         for tokens, token in zip(out, chosen, strict=True):
             tokens.append(token)

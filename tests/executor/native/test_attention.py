@@ -28,7 +28,9 @@ class Case:
         qkv = self.qkv[requests]
         out = torch.full((len(qkv), self.arch.spec.query_size), 7.0, dtype=qkv.dtype)
         with native.using(kernels):
-            decode_attention(self.arch, qkv, self.cache, self.starts[requests], self.lengths[requests], out)
+            decode_attention(
+                self.arch.spec.attention, qkv, self.cache, self.starts[requests], self.lengths[requests], out
+            )
         return out
 
     def exact(self):

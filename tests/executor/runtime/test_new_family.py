@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from executor.backends import make_backend
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES
-from executor.families.base import Family, Stored, rope_theta
+from executor.families.base import Family, Stored
 from executor.families.mixtral import MIXTRAL
 from executor.generate import Generator, Planned
 from executor.model import Architecture
@@ -35,7 +35,7 @@ OTHER = Family(
         "w13": Stored(("experts.in",), transposed=True),
         "w2": Stored(("experts.out",), flat=True),
     },
-    options=lambda keys, spec: Architecture(spec=spec, rope_theta=rope_theta(keys, 1.0), max_position_embeddings=256),
+    options=MIXTRAL.options,
     published={},
 )
 
@@ -102,7 +102,10 @@ def test_layers_of_two_kinds_give_the_tokens_of_the_reference(choices, schedule)
     arch = tiny_arch(num_layers=4, hidden_size=32, num_experts=8, vocab_size=97, max_position_embeddings=256)
     ffn = DenseFfn(hidden_size=32, intermediate_size=56)
     layers = [replace(layer, ffn=(ffn,)) if index in {0, 2} else layer for index, layer in enumerate(arch.spec.layers)]
-    arch = replace(arch, spec=arch.spec.with_layers(layers), eos_token_ids=(2,))
+    (maths,) = set(arch.layers)
+    arch = Architecture.of(
+        arch.spec.with_layers(layers), lambda _: maths, max_position_embeddings=256, eos_token_ids=(2,)
+    )
     policy = make_policy(4, schedule=schedule, **{k: v for k, v in choices.items() if k != "resident"})
     policy = replace(policy, resident_experts=choices.get("resident", (0,) * 4))
     plan = Planned(policy, plan_memory(arch.spec, policy, machine()))

@@ -35,7 +35,7 @@ ALLOWED = {
     ("executor.sampling", "choose"),
     ("executor.sampling", "_sample"),
     ("executor.handlers.state", "routed"),
-    ("executor.model.attention", "inverse_frequencies"),
+    ("executor.model.rotary", "on_device"),
 }
 WITHOUT_GROUPED_GEMM = {("executor.model.gpu", "_run_stack")}
 

@@ -5,8 +5,7 @@ import pytest
 from executor.batching import Batcher, chunks, pack
 from executor.errors import JobError
 from executor.generate import check_request
-from executor.handlers import prefill
-from executor.model import kernels
+from executor.model import FeedForward, kernels
 from hrm.memory import purposes
 from tests.executor.runtime.support import (
     CPU,
@@ -87,7 +86,7 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
     policy = policy_of(arch, "host", 13)
     with generator(folder, policy) as made:
         clean = tokens_of(made, max_tokens=3)
-        made.memory.prefill.prefix_C2Gd.fill_(float("nan"))
+        made.memory.prefill.prefix.fill_(255)  # NaN in any format
         assert tokens_of(made, max_tokens=3) == clean
     seen = []
     attend = kernels.prefill_attention
@@ -119,13 +118,13 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
 def test_the_last_layer_goes_on_with_the_ends_of_prompts(folder, arch, monkeypatch):
     """After attention; with all tokens if many are ends. Results are other tests'."""
     seen = []
-    after = prefill.post_attention
+    after = FeedForward.before_experts
 
-    def record(arch, hidden, *rest):
+    def record(self, hidden, *rest):
         seen.append(len(hidden))
-        return after(arch, hidden, *rest)
+        return after(self, hidden, *rest)
 
-    monkeypatch.setattr(prefill, "post_attention", record)
+    monkeypatch.setattr(FeedForward, "before_experts", record)
     with generator(folder, policy_of(arch, "host", 13)) as made:
         tokens_of(made, max_tokens=1)
     # Of the chunks above, in order; in six none ends, and the tenth has three ends of six tokens.

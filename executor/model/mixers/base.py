@@ -1,0 +1,92 @@
+"""What a layer's mixer computes, wherever it is computed.
+
+T tokens, D hidden, R requests, C rows of a cache, X elements of a row between the steps, S of what
+waits, O of the output.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from executor.model.numbers import PromptNumbers, Reach, RowNumbers
+from executor.model.workspace import Workspace
+from hrm import layers
+
+if TYPE_CHECKING:
+    from executor.model.kernels import AbstractKernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixer(ABC):
+    """The maths of one kind of mixer, with the options of a family.
+
+    A token goes through `project`, attention over what is cached, and `finish`. Between them it is a
+    row of `block.sent_elements`, which may be sent to the host and ends with what is cached of it;
+    `block.held_elements` besides wait where they were computed. Weights are `executor.model.layout`'s
+    for the block.
+    """
+
+    block: layers.Mixer
+
+    @property
+    def reach(self) -> Reach:
+        """Which rows of a cache tokens have."""
+        return Reach(self.block.kept_rows)
+
+    @abstractmethod
+    def project(
+        self, x_TD: Tensor, weights: Any, positions_T: Tensor, row_TX: Tensor, held_TS: Tensor, workspace: Workspace
+    ) -> None:
+        """Write the rows of hidden states, and what waits of them.
+
+        `positions_T` are integers from 0, on the device of the other tensors.
+        """
+
+    @abstractmethod
+    def append(self, cache_C: Tensor, row_RX: Tensor, rows_R: Tensor) -> None:
+        """Write what is cached of new tokens at the cache's `rows_R` (int64, on the cache's device)."""
+
+    @abstractmethod
+    def decode(
+        self,
+        kernels: "AbstractKernels",
+        row_RX: Tensor,
+        weights: Any,
+        cache_C: Tensor,
+        numbers: RowNumbers,
+        out_RO: Tensor,
+        *,
+        spare_bytes: int,
+    ) -> None:
+        """Attention of one new token per request over its own part of the cache, itself included.
+
+        At most about `spare_bytes` are taken besides.
+        """
+
+    @abstractmethod
+    def prefill(
+        self,
+        kernels: "AbstractKernels",
+        row_TX: Tensor,
+        weights: Any,
+        prompts: PromptNumbers,
+        caches_C: Sequence[Tensor | None],
+        out_TO: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """Causal attention within each of the prompts that lie one after the other in `row_TX`.
+
+        Where a prompt has a cache, its tokens are written to the cache's last rows. The first
+        prompt's may have more, which are its earlier tokens and are attended over as well.
+        """
+
+    @abstractmethod
+    def finish(self, out_TO: Tensor, held_TS: Tensor, weights: Any, hidden_TD: Tensor, workspace: Workspace) -> None:
+        """Add the projected output of attention to hidden states, in place."""
+
+    def cached(self, row_TX: Tensor) -> Tensor:
+        """The part of the rows that a cache takes."""
+        return row_TX[:, -self.block.cached_elements :]

@@ -1,0 +1,135 @@
+"""Grouped-query attention: projections, norms of heads, rotary embedding, gate and output.
+
+T tokens, D hidden, H heads, G kv heads, d head_dim, Q = H*d, KV = G*d, X = Q+2KV, R requests, C rows
+of a cache. A row has queries, keys and values one after the other; a token of a cache its keys and
+then its values, (2, G, d).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from torch import Tensor
+
+from executor.model.layout import AttentionWeights
+from executor.model.linear import add_projected, project
+from executor.model.mixers.base import Mixer
+from executor.model.norm import PLAIN, Norm, norm_into, normed
+from executor.model.numbers import PromptNumbers, RowNumbers
+from executor.model.rotary import Rotary
+from executor.model.workspace import Workspace
+from hrm.layers import GroupedQueryAttention
+
+if TYPE_CHECKING:
+    from executor.model.kernels import AbstractKernels
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedQuery(Mixer):
+    """Grouped-query attention.
+
+    `clip` bounds queries, keys and values before the rotary embedding. `head_norm` is of queries and
+    keys before it, over each head or, if its weights are that long, over all together.
+    """
+
+    block: GroupedQueryAttention
+    norm: Norm = PLAIN
+    rotary: Rotary | None = None
+    clip: float | None = None
+    head_norm: Norm | None = None
+
+    def project(
+        self,
+        x_TD: Tensor,
+        weights: AttentionWeights,
+        positions_T: Tensor,
+        row_TX: Tensor,
+        held_TS: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """Queries, keys and values, rotated to their positions; the gate of the output waits."""
+        block, mark = self.block, workspace.mark()
+        hidden_TD = normed(self.norm, x_TD, weights.attention_norm, workspace, weights.attention_norm_bias)
+        if block.output_gate:
+            gate = slice(block.query_size, 2 * block.query_size)
+            project(hidden_TD, weights.qkv[: gate.start], row_TX[:, : gate.start])
+            project(hidden_TD, weights.qkv[gate], held_TS)
+            project(hidden_TD, weights.qkv[gate.stop :], row_TX[:, gate.start :])
+        else:
+            project(hidden_TD, weights.qkv, row_TX)
+        workspace.release(mark)
+        if weights.qkv_bias is not None:
+            row_TX.add_(weights.qkv_bias)
+        if weights.gate_bias is not None:
+            held_TS.add_(weights.gate_bias)
+        if self.clip is not None:
+            row_TX.clamp_(-self.clip, self.clip)
+        self._norm_heads(row_TX, weights, workspace)
+        if self.rotary is not None:
+            self.rotary.turn(row_TX, block.num_heads + block.num_kv_heads, block.head_dim, positions_T, workspace)
+
+    def _norm_heads(self, row_TX: Tensor, weights: AttentionWeights, workspace: Workspace) -> None:
+        if self.head_norm is None:
+            return
+        assert weights.query_norm is not None
+        assert weights.key_norm is not None
+        queries, keys = row_TX.split((self.block.query_size, 2 * self.block.kv_size), dim=1)
+        for part, weight in ((queries, weights.query_norm), (keys[:, : self.block.kv_size], weights.key_norm)):
+            heads = part.unflatten(1, (-1, len(weight))) if len(weight) < part.shape[1] else part
+            norm_into(self.head_norm, heads, weight, heads, workspace)
+
+    def append(self, cache_C: Tensor, row_RX: Tensor, rows_R: Tensor) -> None:
+        """Keys and values."""
+        append_kv(cache_C, row_RX, rows_R)
+
+    def decode(
+        self,
+        kernels: "AbstractKernels",
+        row_RX: Tensor,
+        weights: AttentionWeights,  # noqa: ARG002 - others need them
+        cache_C: Tensor,
+        numbers: RowNumbers,
+        out_RO: Tensor,
+        *,
+        spare_bytes: int,
+    ) -> None:
+        """As the level's kernels do it."""
+        cache_C2Gd = cache_C.view(-1, *self.block.cached_shape)
+        kernels.decode_attention(self.block, row_RX, cache_C2Gd, numbers, out_RO, spare_bytes=spare_bytes)
+
+    def prefill(
+        self,
+        kernels: "AbstractKernels",
+        row_TX: Tensor,
+        weights: AttentionWeights,  # noqa: ARG002 - others need them
+        prompts: PromptNumbers,
+        caches_C: Sequence[Tensor | None],
+        out_TO: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """As the level's kernels do it."""
+        shape = self.block.cached_shape
+        caches_C2Gd = [None if cache is None else cache.view(-1, *shape) for cache in caches_C]
+        kernels.prefill_attention(self.block, row_TX, prompts, caches_C2Gd, out_TO, workspace)
+
+    def finish(
+        self,
+        out_TO: Tensor,
+        held_TS: Tensor,
+        weights: AttentionWeights,
+        hidden_TD: Tensor,
+        workspace: Workspace,  # noqa: ARG002 - others need it
+    ) -> None:
+        """The gate scales attention's output, in place, before it is projected."""
+        if self.block.output_gate:
+            out_TO.mul_(held_TS.sigmoid_())
+        add_projected(out_TO, weights.output, hidden_TD)
+        if weights.output_bias is not None:
+            hidden_TD.add_(weights.output_bias)
+
+
+def append_kv(cache_C: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:
+    """Write the tokens' keys and values at the cache's `rows_T` (int64, on the cache's device)."""
+    cache = cache_C.flatten(1)
+    cache.index_copy_(0, rows_T, qkv_TX[:, -cache.shape[1] :])
