@@ -8,13 +8,21 @@ can say is refused, naming the key. Layers that predict further tokens do not co
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from hrm.errors import ModelError, closest
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import EXPERTS, EXPERTS_PER_TOKEN
 from hrm.model_spec.readers import grouped, latent, qwen, windows
 from hrm.model_spec.spec import ModelSpec
+
+
+class FamilyReader(NamedTuple):
+    """How a family's configs are read, and which models people know of it."""
+
+    read: Callable[[Keys], ModelSpec]
+    models: str
+
 
 _KNOWN: Final = "must be a family that hrm models lists"
 
@@ -37,7 +45,7 @@ def read_spec(keys: Keys) -> ModelSpec:
     path = Path(keys.file)
     name = path.parent.name if path.name == "config.json" else path.stem
     try:
-        spec = reader(keys)
+        spec = reader.read(keys)
     except ModelError as error:  # of a block, which does not know where its sizes are from
         where = error.where if error.where.startswith(keys.where) else f"{keys.where}: {error.where}"
         raise ModelError(where, error.value, error.rule, error.remedy) from error
@@ -93,25 +101,25 @@ def _published_dtype(keys: Keys) -> str:
     return {"mxfp4": "mxfp4 experts"}.get(method, method)
 
 
-FAMILY_READERS: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
-    "mixtral": grouped.read_mixtral,
-    "dbrx": grouped.read_dbrx,
-    "qwen2_moe": qwen.read_qwen2,
-    "qwen3_moe": qwen.read_qwen3,
-    "qwen3_vl_moe_text": qwen.read_qwen3_vl,
-    "qwen3_next": qwen.read_qwen3_next,
-    "qwen3_5_moe_text": qwen.read_qwen3_5,
-    "deepseek_v2": latent.read_deepseek_v2,
-    "deepseek_v3": latent.read_deepseek_v3,
-    "kimi_k2": latent.read_deepseek_v3,
-    "glm4_moe_lite": latent.read_glm4_lite,
-    "gpt_oss": windows.read_gpt_oss,
-    "llama4_text": windows.read_llama4,
-    "gemma4_text": windows.read_gemma4,
-    "glm4_moe": grouped.read_glm4,
-    "minimax_m2": grouped.read_minimax_m2,
-    "phimoe": grouped.read_phimoe,
-    "granitemoe": grouped.read_granite,
-    "ernie4_5_moe": grouped.read_ernie4_5,
-    "olmoe": grouped.read_olmoe,
+FAMILY_READERS: Final[dict[str, FamilyReader]] = {
+    "mixtral": FamilyReader(grouped.read_mixtral, "Mixtral 8x7B and 8x22B"),
+    "dbrx": FamilyReader(grouped.read_dbrx, "DBRX"),
+    "qwen2_moe": FamilyReader(qwen.read_qwen2, "Qwen1.5-MoE, Qwen2-57B-A14B"),
+    "qwen3_moe": FamilyReader(qwen.read_qwen3, "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder"),
+    "qwen3_vl_moe_text": FamilyReader(qwen.read_qwen3_vl, "Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B (text)"),
+    "qwen3_next": FamilyReader(qwen.read_qwen3_next, "Qwen3-Next-80B-A3B, Qwen3-Coder-Next"),
+    "qwen3_5_moe_text": FamilyReader(qwen.read_qwen3_5, "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B (text)"),
+    "deepseek_v2": FamilyReader(latent.read_deepseek_v2, "DeepSeek-V2, V2-Lite, V2.5"),
+    "deepseek_v3": FamilyReader(latent.read_deepseek_v3, "DeepSeek-V3, V3.1, R1"),
+    "kimi_k2": FamilyReader(latent.read_deepseek_v3, "Kimi-K2, K2-Thinking, K2.5 (text)"),
+    "glm4_moe_lite": FamilyReader(latent.read_glm4_lite, "GLM-4.7-Flash"),
+    "glm4_moe": FamilyReader(grouped.read_glm4, "GLM-4.5, 4.5-Air, 4.6, 4.7"),
+    "gpt_oss": FamilyReader(windows.read_gpt_oss, "gpt-oss-20b and 120b"),
+    "llama4_text": FamilyReader(windows.read_llama4, "Llama-4-Scout and Maverick (text)"),
+    "gemma4_text": FamilyReader(windows.read_gemma4, "Gemma-4-26B-A4B (text)"),
+    "minimax_m2": FamilyReader(grouped.read_minimax_m2, "MiniMax-M2, M2.1, M2.5"),
+    "phimoe": FamilyReader(grouped.read_phimoe, "Phi-3.5-MoE"),
+    "granitemoe": FamilyReader(grouped.read_granite, "Granite-3.0 and 3.1, 1B-A400M and 3B-A800M"),
+    "ernie4_5_moe": FamilyReader(grouped.read_ernie4_5, "ERNIE-4.5-21B-A3B, 300B-A47B"),
+    "olmoe": FamilyReader(grouped.read_olmoe, "OLMoE-1B-7B"),
 }
