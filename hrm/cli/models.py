@@ -9,9 +9,11 @@ from rich.table import Table
 
 from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import json_option
+from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.formats import FORMATS, Formats
 from hrm.layers import Layer
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
+from hrm.model_spec.families import FAMILY_READERS
 from hrm.units import format_bytes, format_count
 
 STORED: Final = FORMATS["bfloat16"]  # what the bytes that are shown are in
@@ -22,13 +24,14 @@ _FORMATS: Final = Formats.of(STORED.name)
 @click.argument("name", required=False)
 @json_option
 def models(name: str | None, as_json: bool) -> None:
-    """List the built-in models, or show NAME (built-in, folder or config.json) in detail."""
+    """List the built-in models and all families, or show NAME (built-in, folder or config.json) in detail."""
     spec = load_model(name) if name else None
     if as_json:
         every = {known.name: model_json(known) for known in BUILT_IN_MODELS.values()}
         print_json(every if spec is None else model_json(spec))
     elif spec is None:
         _print_list(list(BUILT_IN_MODELS.values()))
+        _print_families()
     else:
         _print_model(spec)
 
@@ -38,6 +41,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "family": spec.family,
+        "runs": spec.family in EXECUTED_FAMILIES,
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
@@ -101,6 +105,17 @@ def _print_list(specs: list[ModelSpec]) -> None:
     )
 
 
+def _print_families() -> None:
+    table = plain_table("family", "plans", "runs", "models")
+    for family, reader in FAMILY_READERS.items():
+        table.add_row(family, "yes", "yes" if family in EXECUTED_FAMILIES else "no", reader.models)
+    console.print()
+    console.print(table)
+    console.print(
+        "[dim]Families by the model_type of a config.json: hrm plans any model of theirs, executor run runs some.[/]"
+    )
+
+
 def _experts(spec: ModelSpec) -> str:
     shared = " + shared" if spec.experts.shared_intermediate_size else ""
     return f"{spec.experts_per_token} of {spec.num_experts}{shared}"
@@ -123,6 +138,7 @@ def _print_model(spec: ModelSpec) -> None:
         + ("tied to the LM head" if spec.tied_embeddings else "and an LM head beside it"),
         "KV cache": _cache(spec),
         "": _windows(spec),
+        "runs": _runs(spec),
     }
     for name, text in rows.items():
         if text:
@@ -130,6 +146,10 @@ def _print_model(spec: ModelSpec) -> None:
     console.print(table)
     console.print()
     _print_layers(spec)
+
+
+def _runs(spec: ModelSpec) -> str:
+    return "with executor run" if spec.family in EXECUTED_FAMILIES else "no: planned only"
 
 
 def _published(spec: ModelSpec) -> str:

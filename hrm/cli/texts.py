@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Final
 
+from rich.markup import escape
+
+from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
 from hrm.model_spec import ModelSpec
 from hrm.ranges import ASSUMED_SHARE, ThroughputRange
 from hrm.scaling import given_resources
 from hrm.units import format_seconds
+
+RUN_FROM: Final = "bfloat16, float16 or float32"  # what checkpoints that are run may hold
 
 
 def machine_text(profile: HardwareProfile) -> str:
@@ -48,27 +53,29 @@ def latency_text(latency: Latency) -> str:
     return f"{told}; then a token every {format_seconds(latency.tpot_s)}"
 
 
-EXECUTED_FAMILIES: Final = ("mixtral", "dbrx")  # a test compares them with the executor's
-
-
 def run_text(model: str, out: Path | None, *, spec: ModelSpec, profile: HardwareProfile) -> str:
-    """The command that runs the policy and what is missing for it, or why nothing runs it.
+    """The command that runs the policy and what is missing for it, or why nothing runs it and what does.
 
     `model` is the model as it was given, and `out` the policy file that was written, if one was.
     """
-    if obstacle := _obstacle_to_run(spec, profile):
+    is_folder = Path(model).is_dir()
+    if obstacle := _obstacle_to_run(spec, profile, has_weights=is_folder):
         return f"[dim]a prediction only: {obstacle}[/]"
     path = out if out is not None else Path("policy.json")
-    folder = model if Path(model).is_dir() else "FOLDER-WITH-WEIGHTS"
-    hint = "" if out is not None else "   [dim](after adding --out policy.json here)[/]"
+    hints: list[str] = [] if out is not None else ["adding --out policy.json here"]
+    if spec.published_dtype:
+        hints.append(f"converting the published weights ({escape(spec.published_dtype)}) to {RUN_FROM}")
+    hint = f"   [dim](after {' and '.join(hints)})[/]" if hints else ""
+    folder = escape(model) if is_folder else "FOLDER-WITH-WEIGHTS"
     return f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl --output-dir run/{hint}"
 
 
-def _obstacle_to_run(spec: ModelSpec, profile: HardwareProfile) -> str:
-    """Why the executor does not run such a policy; empty if it does."""
+def _obstacle_to_run(spec: ModelSpec, profile: HardwareProfile, *, has_weights: bool) -> str:
+    """Why the executor does not run such a policy, and what to do instead; empty if it does."""
     if spec.family not in EXECUTED_FAMILIES:
-        known = " and ".join(EXECUTED_FAMILIES)
-        return f"executor run knows models of the families {known}, and this is {spec.family}"
+        return f"executor run does not know the family {spec.family}; hrm models lists those that it runs"
     if profile.num_gpus > 1:
-        return f"executor run drives one GPU, and this plan has {profile.num_gpus}"
+        return f"executor run drives one GPU, and this plan has {profile.num_gpus}; search with one"
+    if has_weights and spec.published_dtype:
+        return f"executor run reads no {escape(spec.published_dtype)} weights; convert them to {RUN_FROM}"
     return ""

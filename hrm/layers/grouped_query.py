@@ -14,7 +14,8 @@ class GroupedQueryAttention(SoftmaxAttention):
     """Query heads that share fewer key and value heads.
 
     With `output_gate` queries are projected twice as wide: a sigmoid of the other half, which stays
-    where it is computed, scales the attention output (Qwen3-Next).
+    where it is computed, scales the attention output (Qwen3-Next). With `values_from_keys` one
+    projection gives both keys and values, which then differ by their norms and rotation (Gemma-4).
     """
 
     hidden_size: int
@@ -23,6 +24,7 @@ class GroupedQueryAttention(SoftmaxAttention):
     head_dim: int
     window: int = 0
     output_gate: bool = False
+    values_from_keys: bool = False
     vectors: Vectors = ()
     block: Literal["grouped_query_attention"] = "grouped_query_attention"
 
@@ -72,8 +74,12 @@ class GroupedQueryAttention(SoftmaxAttention):
 
     @property
     def projected_size(self) -> int:
-        """Elements of one token's queries, gate, keys and values."""
-        return (1 + self.output_gate) * self.query_size + self.cached_elements
+        """Elements of one token's queries, gate, keys and values, as the projections give them."""
+        return sum(self._projected_parts)
+
+    @property
+    def _projected_parts(self) -> tuple[int, ...]:
+        return (*(1 + self.output_gate) * (self.query_size,), *(2 - self.values_from_keys) * (self.kv_size,))
 
     @property
     def projection_parameters(self) -> int:
@@ -83,7 +89,7 @@ class GroupedQueryAttention(SoftmaxAttention):
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The norm, one matrix to queries, gate, keys and values, and the output projection."""
-        parts = (*(1 + self.output_gate) * (self.query_size,), self.kv_size, self.kv_size)
+        parts = self._projected_parts
         return (
             TensorSpec("attention_norm", (self.hidden_size,), Unit.MIXER),
             TensorSpec("qkv", (sum(parts), self.hidden_size), Unit.MIXER, 0, parts),
@@ -109,7 +115,7 @@ class GroupedQueryAttention(SoftmaxAttention):
     @property
     def kept_elements(self) -> int:
         """Queries, gate, keys, values and attention output."""
-        return self.projected_size + self.query_size
+        return (2 + self.output_gate) * self.query_size + self.cached_elements
 
     def temporary_bytes(self, compute: Format) -> int:
         """What the rotary embedding or a norm of heads needs, and a second attention output."""

@@ -8,8 +8,16 @@ from hrm.layers import LARGEST_SIZE, DenseFfn, GroupedQueryAttention, Layer, Mix
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.spec import MOST_LAYERS, ModelSpec
 
-EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
-EXPERTS_PER_TOKEN: Final = ("num_experts_per_tok", "experts_per_token", "moe_top_k")
+EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN: Final = (
+    "num_experts_per_tok",
+    "experts_per_token",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
 LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 FULL, SLIDING, CHUNKED, LINEAR = LAYER_TYPES
 
@@ -34,6 +42,17 @@ def grouped_query(keys: Keys, *, biases: bool = False, output_bias: bool = False
     return attention.with_vectors(qkv_bias=of_qkv, output_bias=output_bias * hidden_size)
 
 
+def biased_attention(keys: Keys, key: str = "attention_bias") -> GroupedQueryAttention:
+    """Attention with biases of all its projections, or of none, as the key says."""
+    has_biases = keys.truth(key)
+    return grouped_query(keys, biases=has_biases, output_bias=has_biases)
+
+
+def with_head_norms(attention: GroupedQueryAttention) -> GroupedQueryAttention:
+    """The same with a norm of every query head and one of every key head."""
+    return attention.with_vectors(query_norm=attention.head_dim, key_norm=attention.head_dim)
+
+
 def whole_head(keys: Keys, heads: str, hidden_size: int) -> int:
     """The width of a head where all together are as wide as the hidden state."""
     count = keys.integer(heads)
@@ -53,6 +72,18 @@ def routed_experts(keys: Keys, size: str, experts: str, **options: Any) -> Route
     )
 
 
+def first_dense_experts(keys: Keys, *, corrected: bool) -> RoutedExperts:
+    """Experts by DeepSeek's keys, and corrections of their scores."""
+    shared = keys.integer("n_shared_experts", at_least=0) * keys.integer("moe_intermediate_size")
+    experts = routed_experts(keys, "moe_intermediate_size", "n_routed_experts", shared_intermediate_size=shared)
+    return experts.with_vectors(score_correction=experts.num_experts) if corrected else experts
+
+
+def first_dense(keys: Keys) -> range:
+    """The dense layers, which are the first ones, by DeepSeek's key."""
+    return range(keys.integer("first_k_dense_replace", at_least=0))
+
+
 def model(
     keys: Keys,
     mixers: Mixer | Sequence[Mixer],
@@ -60,16 +91,19 @@ def model(
     *,
     dense_layers: Collection[int] = (),
     dense_size: str = "intermediate_size",
+    dense_biases: bool = False,
     other_head_parameters: int = 0,
 ) -> ModelSpec:
     """A model with these mixers, of every layer or of each, and experts in all but the dense layers.
 
-    `dense_size` is the key of a dense layer's width.
+    `dense_size` is the key of a dense layer's width, and `dense_biases` whether its matrices have biases.
     """
     each = [mixers] * num_layers(keys) if isinstance(mixers, Mixer) else mixers
     of_dense = ()
     if any(layer in dense_layers for layer in range(len(each))):
-        of_dense = (DenseFfn(hidden_size=experts.hidden_size, intermediate_size=keys.integer(dense_size)),)
+        dense = DenseFfn(hidden_size=experts.hidden_size, intermediate_size=keys.integer(dense_size))
+        biases = {"dense_w13_bias": 2 * dense.intermediate_size, "dense_w2_bias": dense.hidden_size}
+        of_dense = (dense.with_vectors(**biases) if dense_biases else dense,)
     layers = [
         Layer(mixer=mixer, ffn=of_dense if layer in dense_layers else (experts,)) for layer, mixer in enumerate(each)
     ]

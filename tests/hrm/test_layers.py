@@ -16,7 +16,7 @@ from hrm.layers import GatedDeltaNet, Layer, Mixer, Operator, TensorSpec, Unit, 
 from hrm.memory import purposes
 from hrm.model_spec import ModelSpec, spec_from_hf_config
 from hrm.model_spec.decoder import grouped_query, model, routed_experts
-from hrm.model_spec.families import FAMILY_READERS
+from hrm.model_spec.families import FAMILY_READERS, FamilyReader
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.search import Space, search
 from hrm.workload import Workload
@@ -237,7 +237,7 @@ LFM = {
 
 
 def test_a_family_and_a_block_from_outside_are_read_planned_and_kept_in_a_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(FAMILY_READERS, "some_lfm", read_lfm)
+    monkeypatch.setitem(FAMILY_READERS, "some_lfm", FamilyReader(read_lfm, "Some LFM"))
     spec = spec_from_hf_config(LFM, "lfm/config.json")
     short, full = 64 + 3 * 64 * 64 + 3 * 64 + 64 * 64, 64 + 2 * 64 * 64 + 2 * 32 * 64
     experts, dense = 64 + 4 * 64 + 4 * 3 * 64 * 32, 64 + 3 * 64 * 96

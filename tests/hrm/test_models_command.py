@@ -5,8 +5,10 @@ import json
 import pytest
 
 from hrm.cli import main
+from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.formats import FORMATS
 from hrm.model_spec import BUILT_IN_MODELS
+from hrm.model_spec.families import FAMILY_READERS
 from hrm.units import format_bytes
 from tests.hrm.published_configs import PUBLISHED
 
@@ -19,6 +21,7 @@ experts     8 of 256 a token, 88.1 MB each (7168 x 2048); shared: 88.1 MB (7168 
 attention   latent: 128 heads of 128 + 64 rotary, values 128; cached 512 + 64; queries through 1536
 embedding   129280 tokens x 7168 (1.85 GB), and an LM head beside it
 KV cache    70.3 kB a token in all layers, 1.15 kB in each
+runs        no: planned only
 
 layers        count  bytes each  outside experts  routed experts   attend to
 dense FFN         3     1.17 GB          1.17 GB            none  all tokens
@@ -42,7 +45,8 @@ def models(capsys):
 
 def test_the_list_has_a_row_for_every_model_and_fits_a_narrow_terminal(models):
     lines = models().splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == list(BUILT_IN_MODELS)
+    blank = lines.index("")
+    assert [line.split()[0] for line in lines[1 : blank - 1]] == list(BUILT_IN_MODELS)
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if line.startswith("glm"))
     assert row.split() == [
@@ -64,6 +68,16 @@ def test_the_list_has_a_row_for_every_model_and_fits_a_narrow_terminal(models):
         "188",
         "kB",
     ]
+
+
+def test_the_list_says_of_every_family_whether_it_is_planned_and_run(models):
+    lines = models().splitlines()
+    rows = [line.split()[:3] for line in lines[lines.index("") + 2 : -1]]
+    said = {family: (plans, runs) for family, plans, runs in rows}
+    assert list(said) == list(FAMILY_READERS)
+    assert {runs for _, runs in said.values()} == {"yes", "no"}
+    for family, (plans, runs) in said.items():
+        assert (plans, runs) == ("yes", "yes" if family in EXECUTED_FAMILIES else "no")
 
 
 def test_a_model_is_shown_with_its_kinds_of_layers(models):

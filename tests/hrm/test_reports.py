@@ -4,13 +4,14 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 import yaml
 
 from hrm.causes import Cause
-from hrm.cli.texts import EXECUTED_FAMILIES
+from hrm.cli.texts import run_text
 from hrm.costs import Costs
 from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Rate, Source
@@ -368,14 +369,11 @@ def test_reports_tell_the_range_and_what_it_comes_from(hrm, hrm_json):
 
 
 def test_only_what_the_executor_has_is_said_to_run(hrm):
-    from executor.families import FAMILIES
-
-    assert set(EXECUTED_FAMILIES) == set(FAMILIES)
     lengths = ["--prompt-len", "64", "--gen-len", "8", "--requests", "8"]
     for model, gpus, reason in (
         ("mixtral-8x7b", "1xT4", ""),
-        ("olmoe-1b-7b", "1xT4", "this is olmoe"),
-        ("dbrx", "4xT4", "drives one GPU, and this plan has 4"),
+        ("olmoe-1b-7b", "1xT4", "does not know the family olmoe; hrm models lists"),
+        ("dbrx", "4xT4", "drives one GPU, and this plan has 4; search with one"),
     ):
         sizes = ["-u", "1", "-n", "1", "--attention", "gpu"]
         code, out, _ = hrm("estimate", "--model", model, "--gpus", gpus, *lengths, *sizes)
@@ -383,6 +381,18 @@ def test_only_what_the_executor_has_is_said_to_run(hrm):
         assert ("executor run --model" in out) == (not reason)
         assert ("a prediction only: executor run" in out) == bool(reason)
         assert reason in out
+
+
+def test_weights_that_are_published_quantised_are_converted_before_they_are_run(tmp_path):
+    stored = replace(BUILT_IN_MODELS["mixtral-8x7b"], published_dtype="fp8")
+    profile = compose("1xT4")
+    by_name = run_text("mixtral-8x7b", Path("p.json"), spec=stored, profile=profile)
+    assert "FOLDER-WITH-WEIGHTS --policy p.json" in by_name
+    assert "(after converting the published weights (fp8) to bfloat16, float16 or float32)" in by_name
+    in_folder = run_text(str(tmp_path), None, spec=stored, profile=profile)
+    assert "a prediction only: executor run reads no fp8 weights; convert them to bfloat16" in in_folder
+    plain = run_text(str(tmp_path), None, spec=BUILT_IN_MODELS["mixtral-8x7b"], profile=profile)
+    assert f"executor run --model {tmp_path} --policy policy.json" in plain
 
 
 def test_one_count_of_residents_is_that_of_every_layer_with_experts(hrm, hrm_json, refused):

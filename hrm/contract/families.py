@@ -1,0 +1,5 @@
+"""Which families the executor runs, by the `model_type` of their config's text part."""
+
+from typing import Final
+
+EXECUTED_FAMILIES: Final = ("mixtral", "dbrx")
