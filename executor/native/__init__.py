@@ -7,8 +7,7 @@ EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many thread
 in the calling one, and without the interpreter's lock. No request's result depends on what else is
 computed with it, nor on the number of threads.
 
-R requests, C tokens of a cache, G kv heads, d head_dim, Q = heads*head_dim, X = Q+2KV; T tokens,
-D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
+T tokens, D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
 """
 
 import os
@@ -16,70 +15,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from executor.errors import RunError
+from executor.native.compiled import DTYPES, module
+from executor.native.mixers import MixerKernels
 from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
 
-_DTYPES: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_HEAD_DIM_UNIT: Final = 8
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
-    """The kernels by one path, such as avx512-bf16."""
-
-    path: str
-
-    def takes_attention(self, queries: Tensor, cache_C2Gd: Tensor, out: Tensor) -> bool:
-        """Whether `decode_attention` can compute this; it is torch's otherwise."""
-        return (
-            cache_C2Gd.is_cpu
-            and cache_C2Gd.dtype in _DTYPES
-            and queries.dtype is out.dtype is cache_C2Gd.dtype
-            and cache_C2Gd.shape[-1] % _HEAD_DIM_UNIT == 0
-            and cache_C2Gd.is_contiguous()
-            and queries.stride(-1) == out.stride(-1) == 1
-        )
-
-    def decode_attention(
-        self, qkv_RX: Tensor, cache_C2Gd: Tensor, starts: Sequence[int], lengths: Sequence[int], out_RQ: Tensor
-    ) -> None:
-        """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
-
-        Each row of `qkv_RX` begins with the request's queries. Logits and sums are float32.
-        """
-        _, _, kv_heads, head_dim = cache_C2Gd.shape
-        size = cache_C2Gd.itemsize
-        _module().decode_attention(
-            path=self.path,
-            dtype=_DTYPES[cache_C2Gd.dtype],
-            heads=out_RQ.shape[1] // head_dim,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            queries=qkv_RX.data_ptr(),
-            query_stride=qkv_RX.stride(0) * size,
-            cache=cache_C2Gd.data_ptr(),
-            cache_tokens=len(cache_C2Gd),
-            out=out_RQ.data_ptr(),
-            out_stride=out_RQ.stride(0) * size,
-            starts=starts,
-            lengths=lengths,
-            threads=torch.get_num_threads(),
-        )
+class Kernels(MixerKernels):
+    """All kernels by one path: those that mix tokens, and those below, which do not."""
 
     def takes_experts(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor) -> bool:
         """Whether `run_experts` can compute this; it is torch's otherwise."""
         return (
             x_TD.is_cpu
-            and x_TD.dtype in _DTYPES
+            and x_TD.dtype in DTYPES
             and out_TD.dtype is x_TD.dtype
             and weights_TK.dtype is torch.float32
             and weights_TK.is_contiguous()
@@ -106,9 +65,9 @@ class Kernels:
         to each expert, up to the last that any is, and the positions in `experts` of those left
         out.
         """
-        return _module().run_experts(
+        return module().run_experts(
             path=self.path,
-            dtype=_DTYPES[x_TD.dtype],
+            dtype=DTYPES[x_TD.dtype],
             hidden=x_TD.shape[1],
             intermediate=experts[0][2].shape[1],
             num_tokens=len(x_TD),
@@ -131,7 +90,7 @@ class Kernels:
     @staticmethod
     def activation_floats(intermediate: int) -> int:
         """Float32 elements that `run_experts` needs for the activations of a token of an expert."""
-        return _module().activation_floats(intermediate)
+        return module().activation_floats(intermediate)
 
     def takes_linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> bool:
         """Whether `linear` can compute this; it is torch's otherwise."""
@@ -139,9 +98,9 @@ class Kernels:
 
     def linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> None:
         """`out = x @ weight.T`, or added to what `out_TN` holds; float32 sums, rounded once."""
-        _module().linear(
+        module().linear(
             path=self.path,
-            dtype=_DTYPES[x_TW.dtype],
+            dtype=DTYPES[x_TW.dtype],
             tokens=len(x_TW),
             width=x_TW.shape[1],
             rows=len(weight_NW),
@@ -160,9 +119,9 @@ class Kernels:
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
         """`x / sqrt(mean(x²) + epsilon)`, rounded, times the weight; sums are float32."""
-        _module().rms_norm(
+        module().rms_norm(
             path=self.path,
-            dtype=_DTYPES[x_TD.dtype],
+            dtype=DTYPES[x_TD.dtype],
             tokens=len(x_TD),
             width=x_TD.shape[1],
             x=x_TD.data_ptr(),
@@ -178,7 +137,7 @@ class Kernels:
         """Whether `rotate` can compute this; it is torch's otherwise."""
         return (
             rows_TX.is_cpu
-            and rows_TX.dtype in _DTYPES
+            and rows_TX.dtype in DTYPES
             and rows_TX.stride(-1) == 1
             and positions_T.dtype is torch.int64
             and positions_T.is_contiguous()
@@ -190,9 +149,9 @@ class Kernels:
         `frequencies_h`, float32, are half as many as a head has elements: element i turns with
         element i + head_dim/2, by the row's position times frequency i.
         """
-        _module().rotate(
+        module().rotate(
             path=self.path,
-            dtype=_DTYPES[rows_TX.dtype],
+            dtype=DTYPES[rows_TX.dtype],
             tokens=len(rows_TX),
             heads=heads,
             head_dim=2 * len(frequencies_h),
@@ -217,7 +176,7 @@ class Kernels:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy to other memory past the caches, so that what is written is not read first."""
-        _module().copy(
+        module().copy(
             path=self.path,
             to_address=target.data_ptr(),
             from_address=source.data_ptr(),
@@ -227,7 +186,7 @@ class Kernels:
 
     def read(self, memory: Tensor) -> None:
         """Read all of `memory` and do nothing with it: the roof of everything above."""
-        _module().read(
+        module().read(
             path=self.path, from_address=memory.data_ptr(), num_bytes=memory.nbytes, threads=torch.get_num_threads()
         )
 
@@ -236,38 +195,29 @@ def _takes_rows(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether rows of `x` can be turned into rows of `out` by a weight."""
     return (
         x.is_cpu
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and weight.dtype is out.dtype is x.dtype
         and weight.is_contiguous()
         and x.stride(-1) == out.stride(-1) == 1
     )
 
 
-@cache
-def _module() -> Any:
-    """The compiled module, or None where it was not built."""
-    try:
-        return import_module("executor.native._kernels")
-    except ModuleNotFoundError:
-        return None
-
-
 def paths() -> list[str]:
     """The paths that this processor can take, the fastest first; none if nothing was built."""
-    module = _module()
-    return module.paths() if module else []
+    compiled = module()
+    return compiled.paths() if compiled else []
 
 
 @cache
 def has_amx() -> bool:
     """Whether the processor multiplies bfloat16 in tiles, as torch then does and we do not."""
-    return bool(_module() and _module().has_amx())
+    return bool(module() and module().has_amx())
 
 
 @cache
 def is_intel() -> bool:
     """Whether Intel made the processor: its MKL, which torch calls, chooses its kernels by that."""
-    return bool(_module() and _module().is_intel())
+    return bool(module() and module().is_intel())
 
 
 @cache

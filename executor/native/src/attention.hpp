@@ -187,12 +187,26 @@ struct Columns<Bf16> {
 };
 #endif
 
+// Let no logit be greater than a cap, which the scale that comes after is: they become
+// tanh(x) = 1 - 2 / (e^2x + 1) of the scaled ones. What is infinite is not a number after it.
+inline void cap(const Heads& shape, const TokenTile& tile) {
+    const Floats scale = splat(shape.capped_scale), one = splat(1.0f), two = splat(2.0f);
+    const int64_t count = tile.tokens * padded_heads(shape);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats logits = widen(tile.scores + i);
+        const Floats power = power_of_two(multiply(logits, scale));
+        const Floats capped = subtract(one, divide(two, add(power, one)));
+        store(tile.scores + i, multiply_add(logits, zeros(), capped));
+    }
+}
+
 // Turn logits into weights relative to the greatest logits so far, a vector of heads at a time.
 template <typename T>
 void weigh(const Heads& shape, const TokenTile& tile, const State& state) {
     constexpr int TOKENS = Columns<T>::TOKENS;
     const int64_t heads = padded_heads(shape);
     const Floats scale = splat(shape.scale);
+    if (shape.capped_scale != 0.0f) cap(shape, tile);
     for (int64_t h = 0; h < heads; h += LANES) {
         float* scores = tile.scores + h;
         // Zero, unless a logit is infinite or not a number: then the result must not be one either.
@@ -357,6 +371,15 @@ inline void merge_states(const Heads& shape, float* earlier, const float* later)
     }
 }
 
+// A head's sum of weights, its sink's among them.
+inline Floats total_weight(const Heads& shape, const State& state, int64_t head) {
+    const Floats total = splat(state.sums[head]);
+    if (shape.sinks == nullptr) return total;
+    const Floats sink = splat(shape.sinks[head]), log2_e = splat(1.44269504f);
+    const Floats logit = subtract(multiply(sink, log2_e), splat(state.greatest[head]));
+    return add(total, multiply_add(sink, zeros(), power_of_two(logit)));  // if it is a number
+}
+
 template <typename T>
 void finish(const Heads& shape, const float* state_memory, void* out_row) {
     using C = Columns<T>;
@@ -364,7 +387,7 @@ void finish(const Heads& shape, const float* state_memory, void* out_row) {
     T* out = static_cast<T*>(out_row);
     for (int64_t h = 0; h < shape.heads; ++h, out += shape.head_dim) {
         const float* values = state.values + h * shape.padded_dim;
-        const Floats total = splat(state.sums[h]);
+        const Floats total = total_weight(shape, state, h);
         for (int64_t i = 0; i < shape.head_dim; i += C::WIDTH) {
             Floats vectors[C::VECTORS];
             for (int v = 0; v < C::VECTORS; ++v) {

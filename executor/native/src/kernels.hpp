@@ -25,6 +25,8 @@ struct Heads {
     int64_t token_elements;  // 2 * kv_heads * head_dim
     int64_t tile_tokens;     // computed at a time, a multiple of TILE_UNIT
     float scale;             // of the logits, log2(e) included: weights are powers of two
+    float capped_scale;      // of them before a tanh, 2 log2(e) included; 0: there is no tanh
+    const float* sinks;      // of each head a logit that has no value, or null
 };
 
 // What is one float a head is padded to whole vectors of them.

@@ -112,8 +112,8 @@ NB_MODULE(_kernels, module) {
     module.def(
         "decode_attention",
         [](const std::string& path, const std::string& dtype, int64_t heads, int64_t kv_heads,
-           int64_t head_dim, uintptr_t queries, int64_t query_stride, uintptr_t cache,
-           int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
+           int64_t head_dim, double scale, double softcap, uintptr_t sinks, uintptr_t queries,
+           int64_t query_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
            std::vector<int64_t> lengths, int threads) {
             require(starts.size() == lengths.size(), "as many starts as lengths");
             for (size_t r = 0; r < starts.size(); ++r) {
@@ -121,8 +121,8 @@ NB_MODULE(_kernels, module) {
                         "requests lie within the cache");
             }
             const native::AttentionCall call{
-                dtype_named(dtype), heads, kv_heads, head_dim, at<const char>(queries),
-                query_stride, at<const char>(cache), at<char>(out), out_stride,
+                dtype_named(dtype), heads, kv_heads, head_dim, scale, softcap,
+                at<const float>(sinks), at<const char>(queries), query_stride, at<const char>(cache), at<char>(out), out_stride,
                 std::move(starts), std::move(lengths),
             };
             const native::Path& chosen = path_named(path);
@@ -130,7 +130,7 @@ NB_MODULE(_kernels, module) {
             native::decode_attention(chosen, call, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("kv_heads"),
-        nb::arg("head_dim"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
+        nb::arg("head_dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
         nb::arg("cache_tokens"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"), nb::arg("lengths"),
         nb::arg("threads"));
 

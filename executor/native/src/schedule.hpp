@@ -14,6 +14,8 @@ namespace native {
 struct AttentionCall {
     Dtype dtype;
     int64_t heads, kv_heads, head_dim;
+    double scale, softcap;  // of the logits; softcap * tanh(scaled / softcap), unless it is 0
+    const float* sinks;    // of each head, or null
     const char* queries;   // a row per request, row strides in bytes
     int64_t query_stride;
     const char* cache;     // (tokens, 2, kv_heads, head_dim)
