@@ -143,18 +143,35 @@ class Kernels(MixerKernels):
             and positions_T.is_contiguous()
         )
 
-    def rotate(self, rows_TX: Tensor, heads: int, positions_T: Tensor, frequencies_h: Tensor) -> None:
+    def rotate(
+        self,
+        rows_TX: Tensor,
+        heads: int,
+        positions_T: Tensor,
+        frequencies_h: Tensor,
+        *,
+        head_dim: int | None = None,
+        interleaved: bool = False,
+        magnitude: float = 1.0,
+    ) -> None:
         """Turn the first `heads` heads of each row in place, in float32 and rounded once.
 
-        `frequencies_h`, float32, are half as many as a head has elements: element i turns with
-        element i + head_dim/2, by the row's position times frequency i.
+        Pair i of a head turns by the row's position times `frequencies_h[i]`, float32 and one after
+        the other. `head_dim` elements lie from head to head, if not twice as many as there are
+        pairs; what comes after the pairs stays. `interleaved` pairs are elements 2i and 2i+1, others
+        elements i and i + pairs. What has turned is multiplied by `magnitude`. Rows may lie apart and
+        begin anywhere: where what turns comes last, `rows_TX` begins with the first head's.
         """
+        pairs = len(frequencies_h)
         module().rotate(
             path=self.path,
             dtype=DTYPES[rows_TX.dtype],
             tokens=len(rows_TX),
             heads=heads,
-            head_dim=2 * len(frequencies_h),
+            head_dim=2 * pairs if head_dim is None else head_dim,
+            pairs=pairs,
+            interleaved=interleaved,
+            magnitude=magnitude,
             rows=rows_TX.data_ptr(),
             stride=rows_TX.stride(0),
             positions=positions_T.data_ptr(),

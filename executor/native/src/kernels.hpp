@@ -85,13 +85,16 @@ struct RmsNorm {
     int64_t out_stride;
 };
 
-// The first `heads` heads of each of `tokens` rows, turned by positions times frequencies.
+// The first 2 * pairs elements of the first `heads` heads of each of `tokens` rows, turned by positions
+// times frequencies: each with the one that follows it if `interleaved`, else with the one `pairs` on.
 struct Rotation {
-    int64_t tokens, heads, head_dim;
+    int64_t tokens, heads, head_dim, pairs;
+    bool interleaved;
+    float magnitude;  // that what was turned is multiplied by
     void* rows;
     int64_t stride;  // elements
     const int64_t* positions;
-    const float* frequencies;  // head_dim / 2 of them
+    const float* frequencies;  // of each pair
 };
 
 constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
@@ -118,7 +121,7 @@ struct Path {
         int64_t last, int64_t next);
     // Likewise columns [first, last) of one product.
     void (*linear[NUM_DTYPES])(const Linear&, int64_t first, int64_t last, int64_t next);
-    // Rows [first, last) of them; `scratch` has room for head_dim floats.
+    // Rows [first, last) of them; `scratch` has room for 2 * pairs floats.
     void (*rms_norm[NUM_DTYPES])(const RmsNorm&, int64_t first, int64_t last);
     void (*rotate[NUM_DTYPES])(const Rotation&, int64_t first, int64_t last, float* scratch);
     // Read whole cache lines and return something of all of them.

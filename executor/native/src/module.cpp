@@ -197,17 +197,19 @@ NB_MODULE(_kernels, module) {
     module.def(
         "rotate",
         [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t heads,
-           int64_t head_dim, uintptr_t rows, int64_t stride, uintptr_t positions,
-           uintptr_t frequencies, int threads) {
+           int64_t head_dim, int64_t pairs, bool interleaved, float magnitude, uintptr_t rows,
+           int64_t stride, uintptr_t positions, uintptr_t frequencies, int threads) {
+            require(2 * pairs <= head_dim, "pairs lie within a head");
             const native::Rotation shape{
-                tokens, heads, head_dim, at<void>(rows), stride, at<const int64_t>(positions),
-                at<const float>(frequencies),
+                tokens, heads, head_dim, pairs, interleaved, magnitude, at<void>(rows), stride,
+                at<const int64_t>(positions), at<const float>(frequencies),
             };
             compute(native::rotate, path, dtype, shape, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("heads"),
-        nb::arg("head_dim"), nb::arg("rows"), nb::arg("stride"), nb::arg("positions"),
-        nb::arg("frequencies"), nb::arg("threads"));
+        nb::arg("head_dim"), nb::arg("pairs"), nb::arg("interleaved"), nb::arg("magnitude"),
+        nb::arg("rows"), nb::arg("stride"), nb::arg("positions"), nb::arg("frequencies"),
+        nb::arg("threads"));
 
     module.def(
         "copy",

@@ -132,9 +132,9 @@ void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads) 
 }
 
 void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads) {
-    const int64_t row_bytes = shape.heads * shape.head_dim * element_size(dtype);
+    const int64_t row_bytes = shape.heads * 2 * shape.pairs * element_size(dtype);
     run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
-        path.rotate[dtype](shape, first, last, scratch(shape.head_dim));
+        path.rotate[dtype](shape, first, last, scratch(2 * shape.pairs));
     });
 }
 
