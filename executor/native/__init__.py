@@ -14,7 +14,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
+from math import inf
 from typing import Final
 
 import torch
@@ -28,6 +30,14 @@ from hrm.units import MIB
 VARIABLE: Final = "EXECUTOR_NATIVE"
 
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
+
+
+class Activation(IntEnum):
+    """What an expert makes of its gate and up projections, numbered as in `kernels.hpp`."""
+
+    SILU = 0  # silu(gate) * up
+    GELU_TANH = 1  # gelu(gate) * up, with the tanh that approximates it
+    CLAMPED = 2  # (up + 1) * gate * sigmoid(1.702 * gate), gates clamped from above, ups to ± limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +66,15 @@ class Kernels(MixerKernels):
         scratch: Tensor,
         *,
         max_tokens: int,
+        activation: Activation = Activation.SILU,
+        limit: float = inf,
+        biases: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[list[int], list[int]]:
         """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
+
+        w13 (2I, D) are the gate's rows and then the up projection's, w2 is (D, I), and `biases`, if
+        there are any, are as many pairs (2I), (D) of the same dtype; all lie without gaps. `limit`
+        is of `Activation.CLAMPED`. The sums are float32, the activations are rounded once.
 
         `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
         an expert; as many experts as it has room for are computed together. Those of more tokens
@@ -83,6 +100,10 @@ class Kernels(MixerKernels):
             indices=[index for index, _, _ in experts],
             w13=[w13.data_ptr() for _, w13, _ in experts],
             w2=[w2.data_ptr() for _, _, w2 in experts],
+            bias13=[bias13.data_ptr() for bias13, _ in biases],
+            bias2=[bias2.data_ptr() for _, bias2 in biases],
+            activation=activation,
+            limit=limit,
             max_tokens=max_tokens,
             threads=torch.get_num_threads(),
         )

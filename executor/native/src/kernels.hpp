@@ -49,16 +49,23 @@ static inline int64_t scratch_floats(const Heads& shape) {
 struct ExpertGroup {
     const void* w13;        // (2 * intermediate, hidden)
     const void* w2;         // (hidden, intermediate)
+    const void *bias13, *bias2;  // (2 * intermediate) and (hidden), or null
     const int32_t* tokens;
     const float* weights;   // by which each token's output is multiplied
     int64_t count, first_row;
 };
 
+// How gate and up become an activation: gate * sigmoid(slope * gate) * up with a slope of 1, or one
+// that depends on the gate so that it is GELU by its tanh, or up + 1 instead of up and both clamped.
+enum Activation { SILU, GELU_TANH, CLAMPED, NUM_ACTIVATIONS };
+
 struct Experts {
     int64_t hidden, intermediate;
+    Activation activation;
+    float limit;                // of the clamped ones: of gates above, of ups on both sides
     const void* x;              // inputs, rows of x_stride elements
     int64_t x_stride;
-    float* activations;         // silu(gate) * up as the path prepares it
+    float* activations;         // as the path prepares it
     int64_t activation_stride;  // at least intermediate rounded up to ACCUMULATOR_UNIT
     void* out;                  // rows of out_stride elements, added to
     int64_t out_stride;

@@ -66,8 +66,11 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
 
     const int64_t stride = activation_floats(call.intermediate);
     Experts shape{
-        call.hidden, call.intermediate, call.x, call.x_stride / size, call.scratch, stride,
+        call.hidden, call.intermediate, call.activation, call.limit, call.x, call.x_stride / size, call.scratch, stride,
         call.out, call.out_stride / size,
+    };
+    const auto bias = [](const std::vector<uintptr_t>& biases, size_t i) {
+        return biases.empty() ? nullptr : reinterpret_cast<const void*>(biases[i]);
     };
     const int64_t room = call.scratch_floats / stride;
     std::vector<int64_t> left_out;
@@ -109,6 +112,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         if (rows + count > room) run_groups();
         groups.push_back({
             reinterpret_cast<const void*>(call.w13[i]), reinterpret_cast<const void*>(call.w2[i]),
+            bias(call.bias13, i), bias(call.bias2, i),
             tokens.data() + starts[expert], weights.data() + starts[expert], count, rows,
         });
         rows += count;

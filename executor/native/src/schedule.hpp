@@ -39,6 +39,9 @@ struct ExpertsCall {
     int64_t scratch_floats;
     std::vector<int64_t> indices;          // of the experts given
     std::vector<uintptr_t> w13, w2;        // where their weights lie
+    std::vector<uintptr_t> bias13, bias2;  // and their biases; empty if they have none
+    Activation activation;
+    float limit;                           // of a clamped activation
     int64_t max_tokens;                    // of one expert; those with more are left out
 };
 
