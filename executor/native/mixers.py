@@ -1,6 +1,7 @@
-"""What mixes a request's tokens: attention over its cache.
+"""What mixes a request's tokens: attention over its cache, and latent attention.
 
-R requests, C tokens of a cache, H heads, G kv heads, d head_dim, Q = H*d.
+R requests, C tokens of a cache, H heads, G kv heads, d head_dim, Q = H*d. Of latent attention: n and p
+elements of a head's query without and with rotation, v of its value, L of a token in the cache.
 """
 
 from collections.abc import Sequence
@@ -72,6 +73,67 @@ class MixerKernels:
             cache_tokens=len(cache_C2Gd),
             out=out_RQ.data_ptr(),
             out_stride=out_RQ.stride(0) * size,
+            starts=starts,
+            lengths=lengths,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_latent(self, q_nope: Tensor, q_rope: Tensor, cache_CL: Tensor, kv_up: Tensor, out_RHv: Tensor) -> bool:
+        """Whether `latent_attention` can compute this; it is torch's otherwise."""
+        return (
+            cache_CL.is_cpu
+            and cache_CL.dtype in DTYPES
+            and q_nope.dtype is q_rope.dtype is kv_up.dtype is out_RHv.dtype is cache_CL.dtype
+            and cache_CL.is_contiguous()
+            and kv_up.is_contiguous()
+            and q_nope.stride(-1) == q_rope.stride(-1) == out_RHv.stride(-1) == 1
+            and out_RHv.stride(1) == out_RHv.shape[2]
+        )
+
+    def latent_attention(
+        self,
+        q_nope_RHn: Tensor,
+        q_rope_RHp: Tensor,
+        cache_CL: Tensor,
+        kv_up: Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        scale: float,
+        out_RHv: Tensor,
+    ) -> None:
+        """Latent attention of one new token per request over `lengths[r]` rows from `starts[r]` on.
+
+        A row of `cache_CL` is a token's compressed vector of `rank` elements and then its rotary key
+        of p, L = rank + p in all. `kv_up`, (H, n + v, rank) or the same rows as one matrix, projects
+        the compressed vector to each head's key and then to its value. It is applied to the queries
+        and to the outputs instead (arXiv 2405.04434, §2.1.2), which are rounded between the steps.
+        Requests, and heads of the queries, may lie apart: `q[..., :n]` and `q[..., n:]` will do.
+        """
+        requests, heads, nope = q_nope_RHn.shape
+        rope, value_dim = q_rope_RHp.shape[2], out_RHv.shape[2]
+        rank = cache_CL.shape[1] - rope
+        assert kv_up.numel() == heads * (nope + value_dim) * rank, (kv_up.shape, q_nope_RHn.shape, out_RHv.shape)
+        assert requests == len(q_rope_RHp) == len(out_RHv) == len(lengths), (requests, len(lengths))
+        module().latent_attention(
+            path=self.path,
+            dtype=DTYPES[cache_CL.dtype],
+            heads=heads,
+            nope=nope,
+            rope=rope,
+            rank=rank,
+            value_dim=value_dim,
+            scale=scale,
+            q_nope=q_nope_RHn.data_ptr(),
+            nope_stride=q_nope_RHn.stride(0),
+            nope_head_stride=q_nope_RHn.stride(1),
+            q_rope=q_rope_RHp.data_ptr(),
+            rope_stride=q_rope_RHp.stride(0),
+            rope_head_stride=q_rope_RHp.stride(1),
+            cache=cache_CL.data_ptr(),
+            cache_tokens=len(cache_CL),
+            kv_up=kv_up.data_ptr(),
+            out=out_RHv.data_ptr(),
+            out_stride=out_RHv.stride(0),
             starts=starts,
             lengths=lengths,
             threads=torch.get_num_threads(),

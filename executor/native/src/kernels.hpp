@@ -44,6 +44,35 @@ static inline int64_t scratch_floats(const Heads& shape) {
     return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * padded_heads(shape);
 }
 
+// Latent attention of `requests` new tokens, before and after it goes over the cache.
+struct Latent {
+    int64_t requests, heads, nope, rope, rank, value_dim;
+    const void* q_nope;      // of each head `nope` elements
+    int64_t nope_stride, nope_head_stride;  // elements from request to request, from head to head
+    const void* q_rope;      // likewise `rope`
+    int64_t rope_stride, rope_head_stride;
+    const void* kv_up;       // (heads, nope + value_dim, rank)
+    void* absorbed;          // (requests, heads, rank + rope)
+};
+
+static inline int64_t padded_rank(const Latent& shape) {
+    return rounded_up(shape.rank, ACCUMULATOR_UNIT);
+}
+
+// Floats of scratch to absorb one head's queries: factors, weights and sums of every request.
+static inline int64_t absorbing_floats(const Latent& shape) {
+    const int64_t padded = rounded_up(shape.requests, 16);
+    return (1 + rounded_up(shape.nope, 2)) * padded + shape.requests * padded_rank(shape);
+}
+
+// Floats of scratch to attend: every head's factor, scores and query, and a tile of the cache or some
+// queries, widened.
+static inline int64_t latent_floats(const Heads& shape) {
+    const int64_t padded_token = rounded_up(shape.token_elements, ACCUMULATOR_UNIT);
+    const int64_t tokens = shape.tile_tokens < 16 ? 16 : shape.tile_tokens;
+    return padded_heads(shape) * (1 + shape.tile_tokens + padded_token) + tokens * padded_token;
+}
+
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after
 // the gate, the activation row `first_row + t`.
 struct ExpertGroup {
@@ -113,6 +142,12 @@ struct Path {
     void (*attend[NUM_DTYPES])(
         const Heads&, const void* query, const void* cache, int64_t tokens, const void* next,
         float* state, float* scratch);
+    // Likewise of absorbed queries over a cache that all heads share.
+    void (*attend_latent[NUM_DTYPES])(
+        const Heads&, const void* queries, const void* cache, int64_t tokens, const void* next,
+        float* state, float* scratch);
+    // The absorbed queries of one head of all requests; `next` will probably be read next, or is null.
+    void (*absorb[NUM_DTYPES])(const Latent&, int64_t head, const void* next, float* scratch);
     // Take the later tokens' softmax into an earlier one's.
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.

@@ -80,6 +80,15 @@ void require(bool holds, const char* rule) {
     if (!holds) throw std::out_of_range(rule);
 }
 
+void require_within(
+    const std::vector<int64_t>& starts, const std::vector<int64_t>& lengths, int64_t tokens) {
+    require(starts.size() == lengths.size(), "as many starts as lengths");
+    for (size_t r = 0; r < starts.size(); ++r) {
+        require(lengths[r] > 0 && starts[r] >= 0 && starts[r] + lengths[r] <= tokens,
+                "requests lie within the cache");
+    }
+}
+
 // Compute what a shape says, without the interpreter's lock.
 template <typename Shape>
 void compute(
@@ -115,11 +124,7 @@ NB_MODULE(_kernels, module) {
            int64_t head_dim, double scale, double softcap, uintptr_t sinks, uintptr_t queries,
            int64_t query_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
            std::vector<int64_t> lengths, int threads) {
-            require(starts.size() == lengths.size(), "as many starts as lengths");
-            for (size_t r = 0; r < starts.size(); ++r) {
-                require(lengths[r] > 0 && starts[r] >= 0 && starts[r] + lengths[r] <= cache_tokens,
-                        "requests lie within the cache");
-            }
+            require_within(starts, lengths, cache_tokens);
             const native::AttentionCall call{
                 dtype_named(dtype), heads, kv_heads, head_dim, scale, softcap,
                 at<const float>(sinks), at<const char>(queries), query_stride, at<const char>(cache), at<char>(out), out_stride,
@@ -133,6 +138,35 @@ NB_MODULE(_kernels, module) {
         nb::arg("head_dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
         nb::arg("cache_tokens"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"), nb::arg("lengths"),
         nb::arg("threads"));
+
+    module.def(
+        "latent_attention",
+        [](const std::string& path, const std::string& dtype, int64_t heads, int64_t nope,
+           int64_t rope, int64_t rank, int64_t value_dim, double scale, uintptr_t q_nope,
+           int64_t nope_stride, int64_t nope_head_stride, uintptr_t q_rope, int64_t rope_stride,
+           int64_t rope_head_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t kv_up,
+           uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
+           std::vector<int64_t> lengths, int threads) {
+            require_within(starts, lengths, cache_tokens);
+            const native::Latent shape{
+                static_cast<int64_t>(lengths.size()), heads, nope, rope, rank, value_dim,
+                at<const void>(q_nope), nope_stride, nope_head_stride, at<const void>(q_rope),
+                rope_stride, rope_head_stride, at<const void>(kv_up), nullptr,
+            };
+            const native::LatentCall call{
+                dtype_named(dtype), shape, scale, at<const char>(cache), at<char>(out), out_stride,
+                std::move(starts), std::move(lengths),
+            };
+            const native::Path& chosen = path_named(path);
+            nb::gil_scoped_release released;
+            native::latent_attention(chosen, call, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("nope"),
+        nb::arg("rope"), nb::arg("rank"), nb::arg("value_dim"), nb::arg("scale"),
+        nb::arg("q_nope"), nb::arg("nope_stride"), nb::arg("nope_head_stride"), nb::arg("q_rope"),
+        nb::arg("rope_stride"), nb::arg("rope_head_stride"), nb::arg("cache"),
+        nb::arg("cache_tokens"), nb::arg("kv_up"), nb::arg("out"), nb::arg("out_stride"),
+        nb::arg("starts"), nb::arg("lengths"), nb::arg("threads"));
 
     module.def("activation_floats", native::activation_floats, nb::arg("intermediate"));
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "kernels.hpp"
 #include "threads.hpp"
@@ -15,20 +15,22 @@ constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner tha
 
 inline int64_t element_size(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-// Floats that begin with a cache line: vectors that straddle two take twice as long to load.
+// Floats, as yet unwritten, that begin with a cache line: vectors that straddle two take twice as long to load.
 class Floats {
   public:
-    explicit Floats(int64_t count = 0) : memory_(static_cast<size_t>(count + LINE)) {}
+    explicit Floats(int64_t count = 0)
+        : count_(count), memory_(new float[static_cast<size_t>(count + LINE)]) {}
 
     float* data() {
-        const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-        return memory_.data() + (-address / sizeof(float)) % LINE;
+        const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+        return memory_.get() + (-address / sizeof(float)) % LINE;
     }
-    int64_t count() const { return static_cast<int64_t>(memory_.size()) - LINE; }
+    int64_t count() const { return count_; }
 
   private:
     static constexpr int64_t LINE = 64 / sizeof(float);
-    std::vector<float> memory_;
+    int64_t count_;
+    std::unique_ptr<float[]> memory_;
 };
 
 // Scratch of the calling thread, kept between calls.

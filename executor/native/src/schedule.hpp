@@ -26,6 +26,18 @@ struct AttentionCall {
 
 void decode_attention(const Path& path, const AttentionCall& call, int threads);
 
+struct LatentCall {
+    Dtype dtype;
+    Latent shape;            // of the first request on
+    double scale;
+    const char* cache;       // (tokens, rank + rope)
+    char* out;               // (requests, heads, value_dim)
+    int64_t out_stride;      // elements
+    std::vector<int64_t> starts, lengths;
+};
+
+void latent_attention(const Path& path, const LatentCall& call, int threads);
+
 struct ExpertsCall {
     Dtype dtype;
     int64_t hidden, intermediate, num_tokens, experts_per_token;

@@ -13,11 +13,15 @@ constexpr int64_t MAX_TILE_TOKENS = 128;
 constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
 constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
 
+constexpr int64_t LATENT_TILE_TOKENS = 120;       // long enough that few sums are loaded and stored
+constexpr int64_t LATENT_SPLIT_BYTES = 1 << 20;   // each split has its queries turned anew
+constexpr int64_t LATENT_REQUESTS = 64;           // at once: bounds what is held between the steps
+
 // Requests that attend to stretches of a cache of rows of `token_bytes`.
 struct Requests {
     const Heads& shape;
     const char* cache;
-    int64_t token_bytes;
+    int64_t token_bytes, split_bytes;
     const std::vector<int64_t>&starts, &lengths;
 
     int64_t count() const { return static_cast<int64_t>(lengths.size()); }
@@ -27,7 +31,7 @@ struct Requests {
     }
 
     int64_t split_tokens(int64_t request) const {
-        const int64_t bytes = (SPLIT_BYTES + token_bytes - 1) / token_bytes;
+        const int64_t bytes = (split_bytes + token_bytes - 1) / token_bytes;
         const int64_t share = (lengths[request] + MAX_SPLITS - 1) / MAX_SPLITS;
         return rounded_up(std::max(bytes, share), shape.tile_tokens);
     }
@@ -118,7 +122,7 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
         static_cast<float>(is_capped ? 2.0 * LOG2_E * call.scale / call.softcap : 0.0),
         call.sinks,
     };
-    const Requests requests{shape, call.cache, token_bytes, call.starts, call.lengths};
+    const Requests requests{shape, call.cache, token_bytes, SPLIT_BYTES, call.starts, call.lengths};
     threads = threads_for(threads, requests.total_bytes());
     attend_in_splits(
         path, requests, scratch_floats(shape), threads,
@@ -130,6 +134,80 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
         [&](int64_t request, const float* state) {
             path.finish[call.dtype](shape, state, call.out + request * call.out_stride);
         });
+}
+
+namespace {
+
+// One block of requests: queries are absorbed, contexts summed, and values projected from these.
+void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
+    const Latent& block = call.shape;
+    const int64_t size = element_size(call.dtype), dim = block.rank + block.rope;
+    const int64_t up_rows = block.nope + block.value_dim;
+    const Heads shape{
+        block.heads, 1, block.rank, padded_rank(block), dim, LATENT_TILE_TOKENS,
+        static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr,
+    };
+    const Requests requests{
+        shape, call.cache, dim * size, LATENT_SPLIT_BYTES, call.starts, call.lengths};
+    const char* const kv_up = static_cast<const char*>(block.kv_up);
+    const auto up_row = [&](int64_t head, int64_t row) {
+        return kv_up + (head * up_rows + row) * block.rank * size;
+    };
+    Helpers& helpers = Helpers::mine();
+    const int all = threads_for(threads, block.heads * up_rows * block.rank * size);
+    helpers.run(all, block.heads, [&](int64_t head) {
+        const int64_t next = helpers.upcoming();
+        const char* const following = next < 0 ? nullptr : up_row(next, 0);
+        path.absorb[call.dtype](block, head, following, scratch(absorbing_floats(block)));
+    });
+    Floats contexts(block.requests * block.heads * block.rank * size / 4 + 1);
+    char* const context = reinterpret_cast<char*>(contexts.data());
+    const int64_t query_bytes = block.heads * dim * size, context_bytes = block.heads * block.rank * size;
+    const int of = threads_for(threads, requests.total_bytes() * (1 + block.heads / 8));
+    attend_in_splits(
+        path, requests, latent_floats(shape), of,
+        [&](int64_t request, const char* cache, int64_t tokens, const void* next, float* state,
+            float* temporary) {
+            const char* query = static_cast<const char*>(block.absorbed) + request * query_bytes;
+            path.attend_latent[call.dtype](shape, query, cache, tokens, next, state, temporary);
+        },
+        [&](int64_t request, const float* state) {
+            path.finish[call.dtype](shape, state, context + request * context_bytes);
+        });
+    helpers.run(all, block.heads, [&](int64_t head) {
+        const Linear values{
+            block.requests, block.rank, block.value_dim, context + head * block.rank * size,
+            up_row(head, block.nope), block.heads * block.rank,
+            call.out + head * block.value_dim * size, call.out_stride, false,
+        };
+        for (int64_t first = 0; first < block.value_dim; first += COLUMNS) {
+            const int64_t last = std::min<int64_t>(first + COLUMNS, block.value_dim);
+            const bool is_next_whole = last + COLUMNS <= block.value_dim;
+            path.linear[call.dtype](values, first, last, is_next_whole ? last : -1);
+        }
+    });
+}
+
+}  // namespace
+
+void latent_attention(const Path& path, const LatentCall& call, int threads) {
+    const int64_t requests = static_cast<int64_t>(call.lengths.size());
+    const int64_t size = element_size(call.dtype), most = std::min(requests, LATENT_REQUESTS);
+    const int64_t dim = call.shape.rank + call.shape.rope;
+    Floats absorbed(most * call.shape.heads * dim * size / 4 + 1);
+    for (int64_t first = 0; first < requests; first += LATENT_REQUESTS) {
+        const int64_t last = std::min(first + LATENT_REQUESTS, requests);
+        LatentCall block = call;
+        Latent& shape = block.shape;
+        shape.requests = last - first;
+        shape.q_nope = static_cast<const char*>(shape.q_nope) + first * shape.nope_stride * size;
+        shape.q_rope = static_cast<const char*>(shape.q_rope) + first * shape.rope_stride * size;
+        shape.absorbed = absorbed.data();
+        block.out += first * call.out_stride * size;
+        block.starts.assign(call.starts.begin() + first, call.starts.begin() + last);
+        block.lengths.assign(call.lengths.begin() + first, call.lengths.begin() + last);
+        attend_to_latents(path, block, threads);
+    }
 }
 
 }  // namespace native
