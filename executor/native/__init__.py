@@ -7,79 +7,48 @@ EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many thread
 in the calling one, and without the interpreter's lock. No request's result depends on what else is
 computed with it, nor on the number of threads.
 
-R requests, C tokens of a cache, G kv heads, d head_dim, Q = heads*head_dim, X = Q+2KV; T tokens,
-D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
+T tokens, D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
-from importlib import import_module
-from typing import Any, Final
+from math import inf
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from executor.errors import RunError
+from executor.native.compiled import DTYPES, module
+from executor.native.mixers import MixerKernels
 from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
 
-_DTYPES: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_HEAD_DIM_UNIT: Final = 8
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 
 
+class Activation(IntEnum):
+    """What an expert makes of its gate and up projections, numbered as in `kernels.hpp`."""
+
+    SILU = 0  # silu(gate) * up
+    GELU_TANH = 1  # gelu(gate) * up, with the tanh that approximates it
+    CLAMPED = 2  # (up + 1) * gate * sigmoid(1.702 * gate), gates clamped from above, ups to ± limit
+
+
 @dataclass(frozen=True, slots=True)
-class Kernels:
-    """The kernels by one path, such as avx512-bf16."""
-
-    path: str
-
-    def takes_attention(self, queries: Tensor, cache_C2Gd: Tensor, out: Tensor) -> bool:
-        """Whether `decode_attention` can compute this; it is torch's otherwise."""
-        return (
-            cache_C2Gd.is_cpu
-            and cache_C2Gd.dtype in _DTYPES
-            and queries.dtype is out.dtype is cache_C2Gd.dtype
-            and cache_C2Gd.shape[-1] % _HEAD_DIM_UNIT == 0
-            and cache_C2Gd.is_contiguous()
-            and queries.stride(-1) == out.stride(-1) == 1
-        )
-
-    def decode_attention(
-        self, qkv_RX: Tensor, cache_C2Gd: Tensor, starts: Sequence[int], lengths: Sequence[int], out_RQ: Tensor
-    ) -> None:
-        """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
-
-        Each row of `qkv_RX` begins with the request's queries. Logits and sums are float32.
-        """
-        _, _, kv_heads, head_dim = cache_C2Gd.shape
-        size = cache_C2Gd.itemsize
-        _module().decode_attention(
-            path=self.path,
-            dtype=_DTYPES[cache_C2Gd.dtype],
-            heads=out_RQ.shape[1] // head_dim,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            queries=qkv_RX.data_ptr(),
-            query_stride=qkv_RX.stride(0) * size,
-            cache=cache_C2Gd.data_ptr(),
-            cache_tokens=len(cache_C2Gd),
-            out=out_RQ.data_ptr(),
-            out_stride=out_RQ.stride(0) * size,
-            starts=starts,
-            lengths=lengths,
-            threads=torch.get_num_threads(),
-        )
+class Kernels(MixerKernels):
+    """All kernels by one path: those that mix tokens, and those below, which do not."""
 
     def takes_experts(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor) -> bool:
         """Whether `run_experts` can compute this; it is torch's otherwise."""
         return (
             x_TD.is_cpu
-            and x_TD.dtype in _DTYPES
+            and x_TD.dtype in DTYPES
             and out_TD.dtype is x_TD.dtype
             and weights_TK.dtype is torch.float32
             and weights_TK.is_contiguous()
@@ -97,8 +66,15 @@ class Kernels:
         scratch: Tensor,
         *,
         max_tokens: int,
+        activation: Activation = Activation.SILU,
+        limit: float = inf,
+        biases: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[list[int], list[int]]:
         """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
+
+        w13 (2I, D) are the gate's rows and then the up projection's, w2 is (D, I), and `biases`, if
+        there are any, are as many pairs (2I), (D) of the same dtype; all lie without gaps. `limit`
+        is of `Activation.CLAMPED`. The sums are float32, the activations are rounded once.
 
         `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
         an expert; as many experts as it has room for are computed together. Those of more tokens
@@ -106,9 +82,9 @@ class Kernels:
         to each expert, up to the last that any is, and the positions in `experts` of those left
         out.
         """
-        return _module().run_experts(
+        return module().run_experts(
             path=self.path,
-            dtype=_DTYPES[x_TD.dtype],
+            dtype=DTYPES[x_TD.dtype],
             hidden=x_TD.shape[1],
             intermediate=experts[0][2].shape[1],
             num_tokens=len(x_TD),
@@ -124,6 +100,10 @@ class Kernels:
             indices=[index for index, _, _ in experts],
             w13=[w13.data_ptr() for _, w13, _ in experts],
             w2=[w2.data_ptr() for _, _, w2 in experts],
+            bias13=[bias13.data_ptr() for bias13, _ in biases],
+            bias2=[bias2.data_ptr() for _, bias2 in biases],
+            activation=activation,
+            limit=limit,
             max_tokens=max_tokens,
             threads=torch.get_num_threads(),
         )
@@ -131,7 +111,7 @@ class Kernels:
     @staticmethod
     def activation_floats(intermediate: int) -> int:
         """Float32 elements that `run_experts` needs for the activations of a token of an expert."""
-        return _module().activation_floats(intermediate)
+        return module().activation_floats(intermediate)
 
     def takes_linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> bool:
         """Whether `linear` can compute this; it is torch's otherwise."""
@@ -139,9 +119,9 @@ class Kernels:
 
     def linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> None:
         """`out = x @ weight.T`, or added to what `out_TN` holds; float32 sums, rounded once."""
-        _module().linear(
+        module().linear(
             path=self.path,
-            dtype=_DTYPES[x_TW.dtype],
+            dtype=DTYPES[x_TW.dtype],
             tokens=len(x_TW),
             width=x_TW.shape[1],
             rows=len(weight_NW),
@@ -160,9 +140,9 @@ class Kernels:
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
         """`x / sqrt(mean(x²) + epsilon)`, rounded, times the weight; sums are float32."""
-        _module().rms_norm(
+        module().rms_norm(
             path=self.path,
-            dtype=_DTYPES[x_TD.dtype],
+            dtype=DTYPES[x_TD.dtype],
             tokens=len(x_TD),
             width=x_TD.shape[1],
             x=x_TD.data_ptr(),
@@ -178,24 +158,41 @@ class Kernels:
         """Whether `rotate` can compute this; it is torch's otherwise."""
         return (
             rows_TX.is_cpu
-            and rows_TX.dtype in _DTYPES
+            and rows_TX.dtype in DTYPES
             and rows_TX.stride(-1) == 1
             and positions_T.dtype is torch.int64
             and positions_T.is_contiguous()
         )
 
-    def rotate(self, rows_TX: Tensor, heads: int, positions_T: Tensor, frequencies_h: Tensor) -> None:
+    def rotate(
+        self,
+        rows_TX: Tensor,
+        heads: int,
+        positions_T: Tensor,
+        frequencies_h: Tensor,
+        *,
+        head_dim: int | None = None,
+        interleaved: bool = False,
+        magnitude: float = 1.0,
+    ) -> None:
         """Turn the first `heads` heads of each row in place, in float32 and rounded once.
 
-        `frequencies_h`, float32, are half as many as a head has elements: element i turns with
-        element i + head_dim/2, by the row's position times frequency i.
+        Pair i of a head turns by the row's position times `frequencies_h[i]`, float32 and one after
+        the other. `head_dim` elements lie from head to head, if not twice as many as there are
+        pairs; what comes after the pairs stays. `interleaved` pairs are elements 2i and 2i+1, others
+        elements i and i + pairs. What has turned is multiplied by `magnitude`. Rows may lie apart and
+        begin anywhere: where what turns comes last, `rows_TX` begins with the first head's.
         """
-        _module().rotate(
+        pairs = len(frequencies_h)
+        module().rotate(
             path=self.path,
-            dtype=_DTYPES[rows_TX.dtype],
+            dtype=DTYPES[rows_TX.dtype],
             tokens=len(rows_TX),
             heads=heads,
-            head_dim=2 * len(frequencies_h),
+            head_dim=2 * pairs if head_dim is None else head_dim,
+            pairs=pairs,
+            interleaved=interleaved,
+            magnitude=magnitude,
             rows=rows_TX.data_ptr(),
             stride=rows_TX.stride(0),
             positions=positions_T.data_ptr(),
@@ -217,7 +214,7 @@ class Kernels:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy to other memory past the caches, so that what is written is not read first."""
-        _module().copy(
+        module().copy(
             path=self.path,
             to_address=target.data_ptr(),
             from_address=source.data_ptr(),
@@ -227,7 +224,7 @@ class Kernels:
 
     def read(self, memory: Tensor) -> None:
         """Read all of `memory` and do nothing with it: the roof of everything above."""
-        _module().read(
+        module().read(
             path=self.path, from_address=memory.data_ptr(), num_bytes=memory.nbytes, threads=torch.get_num_threads()
         )
 
@@ -236,38 +233,29 @@ def _takes_rows(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether rows of `x` can be turned into rows of `out` by a weight."""
     return (
         x.is_cpu
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and weight.dtype is out.dtype is x.dtype
         and weight.is_contiguous()
         and x.stride(-1) == out.stride(-1) == 1
     )
 
 
-@cache
-def _module() -> Any:
-    """The compiled module, or None where it was not built."""
-    try:
-        return import_module("executor.native._kernels")
-    except ModuleNotFoundError:
-        return None
-
-
 def paths() -> list[str]:
     """The paths that this processor can take, the fastest first; none if nothing was built."""
-    module = _module()
-    return module.paths() if module else []
+    compiled = module()
+    return compiled.paths() if compiled else []
 
 
 @cache
 def has_amx() -> bool:
     """Whether the processor multiplies bfloat16 in tiles, as torch then does and we do not."""
-    return bool(_module() and _module().has_amx())
+    return bool(module() and module().has_amx())
 
 
 @cache
 def is_intel() -> bool:
     """Whether Intel made the processor: its MKL, which torch calls, chooses its kernels by that."""
-    return bool(_module() and _module().is_intel())
+    return bool(module() and module().is_intel())
 
 
 @cache

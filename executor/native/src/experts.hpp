@@ -8,13 +8,37 @@ namespace {
 using native::ExpertGroup;
 using native::Experts;
 
-// silu(gate) * up of the first `columns` columns, left in `gate`.
-inline void activate(float* gate, const float* up) {
-    for (int64_t c = 0; c < COLUMNS; c += LANES) {
-        const Floats g = widen(gate + c), u = widen(up + c);
-        const Floats decay = power_of_two(multiply(g, splat(-1.44269504f)));
-        store(gate + c, multiply(divide(g, add(splat(1.0f), decay)), u));
+// gate * sigmoid(linear * gate + cubic * gate^3) * (up + shift), with both clamped to `limit` before.
+struct Curve {
+    float linear, cubic, shift, limit;
+
+    static Curve of(const Experts& shape) {
+        constexpr float ANY = __builtin_inff();
+        if (shape.activation == native::SILU) return {1.0f, 0.0f, 0.0f, ANY};
+        if (shape.activation == native::CLAMPED) return {1.702f, 0.0f, 1.0f, shape.limit};
+        // (1 + tanh(x)) / 2 is sigmoid(2x), and this is 2 sqrt(2 / pi) (gate + 0.044715 gate^3).
+        return {1.59576912f, 0.0713548163f, 0.0f, ANY};
     }
+
+    // Of COLUMNS columns, left in `gate`.
+    void activate(float* gate, const float* up) const {
+        const Floats one = splat(1.0f), most = splat(limit), least = splat(-limit);
+        for (int64_t c = 0; c < COLUMNS; c += LANES) {
+            // What is not a number comes second: then it stays.
+            const Floats g = lesser(most, widen(gate + c));
+            const Floats u = greater(least, lesser(most, widen(up + c)));
+            Floats slope = splat(linear);
+            if (cubic != 0.0f) slope = multiply_add(multiply(g, g), splat(cubic), slope);
+            const Floats decay = power_of_two(multiply(multiply(g, slope), splat(-1.44269504f)));
+            const Floats activated = divide(g, add(one, decay));
+            store(gate + c, multiply(activated, add(u, splat(shift))));
+        }
+    }
+};
+
+template <typename T>
+void add_bias(float* products, const T* bias, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) products[c] += widened(bias[c]);
 }
 
 template <typename T>
@@ -24,6 +48,8 @@ void gate(
     const int64_t hidden = shape.hidden, up_rows = shape.intermediate * hidden;
     const T* x = static_cast<const T*>(shape.x);
     const T* gates = static_cast<const T*>(group.w13) + first * hidden;
+    const T* bias = static_cast<const T*>(group.bias13);
+    const Curve curve = Curve::of(shape);
     for (int64_t t = 0; t < group.count;) {
         const int tokens = at_once(group.count - t);
         const T* rows[BLOCK_TOKENS];
@@ -37,8 +63,12 @@ void gate(
         };
         multiply(both, last - first, hidden, inputs, tokens);
         for (int i = 0; i < tokens; ++i) {
-            float* products = gated + i * COLUMNS;
-            activate(products, up + i * COLUMNS);
+            float *products = gated + i * COLUMNS, *ups = up + i * COLUMNS;
+            if (bias) {
+                add_bias(products, bias + first, last - first);
+                add_bias(ups, bias + shape.intermediate + first, last - first);
+            }
+            curve.activate(products, ups);
             T narrowed[COLUMNS];
             for (int64_t c = 0; c < last - first; ++c) narrow(products[c], narrowed + c);
             float* row = shape.activations + (group.first_row + t + i) * shape.activation_stride;
@@ -75,6 +105,10 @@ void project(
             const Rows<T> all[] = {{rows_of(e, first), is_last ? following : nullptr, products}};
             multiply(all, last - first, intermediate, inputs, tokens);
             for (int i = 0; i < tokens; ++i) {
+                if (group.bias2) {
+                    const T* bias = static_cast<const T*>(group.bias2) + first;
+                    add_bias(products + i * COLUMNS, bias, last - first);
+                }
                 T* row = out + group.tokens[t + i] * shape.out_stride;
                 const float weight = group.weights[t + i];
                 for (int64_t c = 0; c < last - first; ++c) {

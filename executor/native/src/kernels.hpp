@@ -25,6 +25,8 @@ struct Heads {
     int64_t token_elements;  // 2 * kv_heads * head_dim
     int64_t tile_tokens;     // computed at a time, a multiple of TILE_UNIT
     float scale;             // of the logits, log2(e) included: weights are powers of two
+    float capped_scale;      // of them before a tanh, 2 log2(e) included; 0: there is no tanh
+    const float* sinks;      // of each head a logit that has no value, or null
 };
 
 // What is one float a head is padded to whole vectors of them.
@@ -42,21 +44,57 @@ static inline int64_t scratch_floats(const Heads& shape) {
     return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * padded_heads(shape);
 }
 
+// Latent attention of `requests` new tokens, before and after it goes over the cache.
+struct Latent {
+    int64_t requests, heads, nope, rope, rank, value_dim;
+    const void* q_nope;      // of each head `nope` elements
+    int64_t nope_stride, nope_head_stride;  // elements from request to request, from head to head
+    const void* q_rope;      // likewise `rope`
+    int64_t rope_stride, rope_head_stride;
+    const void* kv_up;       // (heads, nope + value_dim, rank)
+    void* absorbed;          // (requests, heads, rank + rope)
+};
+
+static inline int64_t padded_rank(const Latent& shape) {
+    return rounded_up(shape.rank, ACCUMULATOR_UNIT);
+}
+
+// Floats of scratch to absorb one head's queries: factors, weights and sums of every request.
+static inline int64_t absorbing_floats(const Latent& shape) {
+    const int64_t padded = rounded_up(shape.requests, 16);
+    return (1 + rounded_up(shape.nope, 2)) * padded + shape.requests * padded_rank(shape);
+}
+
+// Floats of scratch to attend: every head's factor, scores and query, and a tile of the cache or some
+// queries, widened.
+static inline int64_t latent_floats(const Heads& shape) {
+    const int64_t padded_token = rounded_up(shape.token_elements, ACCUMULATOR_UNIT);
+    const int64_t tokens = shape.tile_tokens < 16 ? 16 : shape.tile_tokens;
+    return padded_heads(shape) * (1 + shape.tile_tokens + padded_token) + tokens * padded_token;
+}
+
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after
 // the gate, the activation row `first_row + t`.
 struct ExpertGroup {
     const void* w13;        // (2 * intermediate, hidden)
     const void* w2;         // (hidden, intermediate)
+    const void *bias13, *bias2;  // (2 * intermediate) and (hidden), or null
     const int32_t* tokens;
     const float* weights;   // by which each token's output is multiplied
     int64_t count, first_row;
 };
 
+// How gate and up become an activation: gate * sigmoid(slope * gate) * up with a slope of 1, or one
+// that depends on the gate so that it is GELU by its tanh, or up + 1 instead of up and both clamped.
+enum Activation { SILU, GELU_TANH, CLAMPED, NUM_ACTIVATIONS };
+
 struct Experts {
     int64_t hidden, intermediate;
+    Activation activation;
+    float limit;                // of the clamped ones: of gates above, of ups on both sides
     const void* x;              // inputs, rows of x_stride elements
     int64_t x_stride;
-    float* activations;         // silu(gate) * up as the path prepares it
+    float* activations;         // as the path prepares it
     int64_t activation_stride;  // at least intermediate rounded up to ACCUMULATOR_UNIT
     void* out;                  // rows of out_stride elements, added to
     int64_t out_stride;
@@ -83,13 +121,16 @@ struct RmsNorm {
     int64_t out_stride;
 };
 
-// The first `heads` heads of each of `tokens` rows, turned by positions times frequencies.
+// The first 2 * pairs elements of the first `heads` heads of each of `tokens` rows, turned by positions
+// times frequencies: each with the one that follows it if `interleaved`, else with the one `pairs` on.
 struct Rotation {
-    int64_t tokens, heads, head_dim;
+    int64_t tokens, heads, head_dim, pairs;
+    bool interleaved;
+    float magnitude;  // that what was turned is multiplied by
     void* rows;
     int64_t stride;  // elements
     const int64_t* positions;
-    const float* frequencies;  // head_dim / 2 of them
+    const float* frequencies;  // of each pair
 };
 
 constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
@@ -101,6 +142,12 @@ struct Path {
     void (*attend[NUM_DTYPES])(
         const Heads&, const void* query, const void* cache, int64_t tokens, const void* next,
         float* state, float* scratch);
+    // Likewise of absorbed queries over a cache that all heads share.
+    void (*attend_latent[NUM_DTYPES])(
+        const Heads&, const void* queries, const void* cache, int64_t tokens, const void* next,
+        float* state, float* scratch);
+    // The absorbed queries of one head of all requests; `next` will probably be read next, or is null.
+    void (*absorb[NUM_DTYPES])(const Latent&, int64_t head, const void* next, float* scratch);
     // Take the later tokens' softmax into an earlier one's.
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.
@@ -116,7 +163,7 @@ struct Path {
         int64_t last, int64_t next);
     // Likewise columns [first, last) of one product.
     void (*linear[NUM_DTYPES])(const Linear&, int64_t first, int64_t last, int64_t next);
-    // Rows [first, last) of them; `scratch` has room for head_dim floats.
+    // Rows [first, last) of them; `scratch` has room for 2 * pairs floats.
     void (*rms_norm[NUM_DTYPES])(const RmsNorm&, int64_t first, int64_t last);
     void (*rotate[NUM_DTYPES])(const Rotation&, int64_t first, int64_t last, float* scratch);
     // Read whole cache lines and return something of all of them.

@@ -80,6 +80,15 @@ void require(bool holds, const char* rule) {
     if (!holds) throw std::out_of_range(rule);
 }
 
+void require_within(
+    const std::vector<int64_t>& starts, const std::vector<int64_t>& lengths, int64_t tokens) {
+    require(starts.size() == lengths.size(), "as many starts as lengths");
+    for (size_t r = 0; r < starts.size(); ++r) {
+        require(lengths[r] > 0 && starts[r] >= 0 && starts[r] + lengths[r] <= tokens,
+                "requests lie within the cache");
+    }
+}
+
 // Compute what a shape says, without the interpreter's lock.
 template <typename Shape>
 void compute(
@@ -112,17 +121,13 @@ NB_MODULE(_kernels, module) {
     module.def(
         "decode_attention",
         [](const std::string& path, const std::string& dtype, int64_t heads, int64_t kv_heads,
-           int64_t head_dim, uintptr_t queries, int64_t query_stride, uintptr_t cache,
-           int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
+           int64_t head_dim, double scale, double softcap, uintptr_t sinks, uintptr_t queries,
+           int64_t query_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
            std::vector<int64_t> lengths, int threads) {
-            require(starts.size() == lengths.size(), "as many starts as lengths");
-            for (size_t r = 0; r < starts.size(); ++r) {
-                require(lengths[r] > 0 && starts[r] >= 0 && starts[r] + lengths[r] <= cache_tokens,
-                        "requests lie within the cache");
-            }
+            require_within(starts, lengths, cache_tokens);
             const native::AttentionCall call{
-                dtype_named(dtype), heads, kv_heads, head_dim, at<const char>(queries),
-                query_stride, at<const char>(cache), at<char>(out), out_stride,
+                dtype_named(dtype), heads, kv_heads, head_dim, scale, softcap,
+                at<const float>(sinks), at<const char>(queries), query_stride, at<const char>(cache), at<char>(out), out_stride,
                 std::move(starts), std::move(lengths),
             };
             const native::Path& chosen = path_named(path);
@@ -130,9 +135,38 @@ NB_MODULE(_kernels, module) {
             native::decode_attention(chosen, call, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("kv_heads"),
-        nb::arg("head_dim"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
+        nb::arg("head_dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
         nb::arg("cache_tokens"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"), nb::arg("lengths"),
         nb::arg("threads"));
+
+    module.def(
+        "latent_attention",
+        [](const std::string& path, const std::string& dtype, int64_t heads, int64_t nope,
+           int64_t rope, int64_t rank, int64_t value_dim, double scale, uintptr_t q_nope,
+           int64_t nope_stride, int64_t nope_head_stride, uintptr_t q_rope, int64_t rope_stride,
+           int64_t rope_head_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t kv_up,
+           uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
+           std::vector<int64_t> lengths, int threads) {
+            require_within(starts, lengths, cache_tokens);
+            const native::Latent shape{
+                static_cast<int64_t>(lengths.size()), heads, nope, rope, rank, value_dim,
+                at<const void>(q_nope), nope_stride, nope_head_stride, at<const void>(q_rope),
+                rope_stride, rope_head_stride, at<const void>(kv_up), nullptr,
+            };
+            const native::LatentCall call{
+                dtype_named(dtype), shape, scale, at<const char>(cache), at<char>(out), out_stride,
+                std::move(starts), std::move(lengths),
+            };
+            const native::Path& chosen = path_named(path);
+            nb::gil_scoped_release released;
+            native::latent_attention(chosen, call, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("nope"),
+        nb::arg("rope"), nb::arg("rank"), nb::arg("value_dim"), nb::arg("scale"),
+        nb::arg("q_nope"), nb::arg("nope_stride"), nb::arg("nope_head_stride"), nb::arg("q_rope"),
+        nb::arg("rope_stride"), nb::arg("rope_head_stride"), nb::arg("cache"),
+        nb::arg("cache_tokens"), nb::arg("kv_up"), nb::arg("out"), nb::arg("out_stride"),
+        nb::arg("starts"), nb::arg("lengths"), nb::arg("threads"));
 
     module.def("activation_floats", native::activation_floats, nb::arg("intermediate"));
 
@@ -142,8 +176,13 @@ NB_MODULE(_kernels, module) {
            int64_t num_tokens, int64_t experts_per_token, uintptr_t x, int64_t x_stride,
            uintptr_t experts, uintptr_t weights, uintptr_t out, int64_t out_stride,
            uintptr_t scratch, int64_t scratch_floats, std::vector<int64_t> indices,
-           std::vector<uintptr_t> w13, std::vector<uintptr_t> w2, int64_t max_tokens, int threads) {
+           std::vector<uintptr_t> w13, std::vector<uintptr_t> w2, std::vector<uintptr_t> bias13,
+           std::vector<uintptr_t> bias2, int activation, float limit, int64_t max_tokens,
+           int threads) {
             require(indices.size() == w13.size() && w13.size() == w2.size(), "weights of each");
+            require(bias13.size() == bias2.size(), "both biases or none");
+            require(bias2.empty() || bias2.size() == w2.size(), "biases of each");
+            require(activation >= 0 && activation < native::NUM_ACTIVATIONS, "a known activation");
             for (int64_t index : indices) require(index >= 0, "experts count from 0");
             for (int64_t i = 0; i < num_tokens * experts_per_token; ++i) {
                 require(at<const int64_t>(experts)[i] >= 0, "experts count from 0");
@@ -152,7 +191,8 @@ NB_MODULE(_kernels, module) {
                 dtype_named(dtype), hidden, intermediate, num_tokens, experts_per_token,
                 at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
                 at<char>(out), out_stride, at<float>(scratch), scratch_floats,
-                std::move(indices), std::move(w13), std::move(w2), max_tokens,
+                std::move(indices), std::move(w13), std::move(w2), std::move(bias13),
+                std::move(bias2), static_cast<native::Activation>(activation), limit, max_tokens,
             };
             const native::Path& chosen = path_named(path);
             nb::gil_scoped_release released;
@@ -162,7 +202,8 @@ NB_MODULE(_kernels, module) {
         nb::arg("intermediate"), nb::arg("num_tokens"), nb::arg("experts_per_token"), nb::arg("x"),
         nb::arg("x_stride"), nb::arg("experts"), nb::arg("weights"), nb::arg("out"),
         nb::arg("out_stride"), nb::arg("scratch"), nb::arg("scratch_floats"), nb::arg("indices"),
-        nb::arg("w13"), nb::arg("w2"), nb::arg("max_tokens"), nb::arg("threads"));
+        nb::arg("w13"), nb::arg("w2"), nb::arg("bias13"), nb::arg("bias2"), nb::arg("activation"),
+        nb::arg("limit"), nb::arg("max_tokens"), nb::arg("threads"));
 
     module.def(
         "linear",
@@ -197,17 +238,19 @@ NB_MODULE(_kernels, module) {
     module.def(
         "rotate",
         [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t heads,
-           int64_t head_dim, uintptr_t rows, int64_t stride, uintptr_t positions,
-           uintptr_t frequencies, int threads) {
+           int64_t head_dim, int64_t pairs, bool interleaved, float magnitude, uintptr_t rows,
+           int64_t stride, uintptr_t positions, uintptr_t frequencies, int threads) {
+            require(2 * pairs <= head_dim, "pairs lie within a head");
             const native::Rotation shape{
-                tokens, heads, head_dim, at<void>(rows), stride, at<const int64_t>(positions),
-                at<const float>(frequencies),
+                tokens, heads, head_dim, pairs, interleaved, magnitude, at<void>(rows), stride,
+                at<const int64_t>(positions), at<const float>(frequencies),
             };
             compute(native::rotate, path, dtype, shape, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("heads"),
-        nb::arg("head_dim"), nb::arg("rows"), nb::arg("stride"), nb::arg("positions"),
-        nb::arg("frequencies"), nb::arg("threads"));
+        nb::arg("head_dim"), nb::arg("pairs"), nb::arg("interleaved"), nb::arg("magnitude"),
+        nb::arg("rows"), nb::arg("stride"), nb::arg("positions"), nb::arg("frequencies"),
+        nb::arg("threads"));
 
     module.def(
         "copy",

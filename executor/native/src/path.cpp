@@ -1,6 +1,7 @@
 // One path: compiled once for each set of instructions, which its flags and a PATH_ name say.
 #include "attention.hpp"
 #include "experts.hpp"
+#include "latent.hpp"
 #include "rows.hpp"
 
 namespace {
@@ -68,6 +69,8 @@ namespace native {
 const Path PATH = {
     PATH_NAME,
     {attend<Bf16>, attend<Fp16>, attend<float>},
+    {attend_latent<Bf16>, attend_latent<Fp16>, attend_latent<float>},
+    {absorb<Bf16>, absorb<Fp16>, absorb<float>},
     merge_states,
     {finish<Bf16>, finish<Fp16>, finish<float>},
     {gate<Bf16>, gate<Fp16>, gate<float>},

@@ -53,23 +53,34 @@ void rms_norm(const RmsNorm& shape, int64_t first, int64_t last) {
     }
 }
 
-// Heads of rows [first, last) in place: element i of a head turns with element i + head_dim / 2.
+// Turn pairs of elements, `apart` from one another, whose firsts are STEP apart.
+template <typename T, int STEP>
+void turn(T* head, int64_t pairs, int64_t apart, const float* cosines, const float* sines) {
+    for (int64_t i = 0; i < pairs; ++i) {
+        T *const first = head + i * STEP, *const second = first + apart;
+        const float a = widened(*first), b = widened(*second);
+        narrow(a * cosines[i] - b * sines[i], first);
+        narrow(b * cosines[i] + a * sines[i], second);
+    }
+}
+
+// Heads of rows [first, last) in place.
 template <typename T>
 void rotate(const Rotation& shape, int64_t first, int64_t last, float* scratch) {
-    const int64_t half = shape.head_dim / 2;
-    float *cosines = scratch, *sines = scratch + half;
+    const int64_t pairs = shape.pairs;
+    float *cosines = scratch, *sines = scratch + pairs;
     for (int64_t t = first; t < last; ++t) {
-        for (int64_t i = 0; i < half; ++i) {
+        for (int64_t i = 0; i < pairs; ++i) {
             const float angle = static_cast<float>(shape.positions[t]) * shape.frequencies[i];
-            cosines[i] = cosf(angle);
-            sines[i] = sinf(angle);
+            cosines[i] = cosf(angle) * shape.magnitude;
+            sines[i] = sinf(angle) * shape.magnitude;
         }
         T* head = static_cast<T*>(shape.rows) + t * shape.stride;
         for (int64_t h = 0; h < shape.heads; ++h, head += shape.head_dim) {
-            for (int64_t i = 0; i < half; ++i) {
-                const float a = widened(head[i]), b = widened(head[i + half]);
-                narrow(a * cosines[i] - b * sines[i], head + i);
-                narrow(b * cosines[i] + a * sines[i], head + i + half);
+            if (shape.interleaved) {
+                turn<T, 2>(head, pairs, 1, cosines, sines);
+            } else {
+                turn<T, 1>(head, pairs, pairs, cosines, sines);
             }
         }
     }

@@ -1,49 +1,17 @@
 #include "schedule.hpp"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 
-#include "threads.hpp"
+#include "pieces.hpp"
 
 namespace native {
 namespace {
 
-int64_t element_size(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
-constexpr double LOG2_E = 1.4426950408889634;
-
-constexpr int64_t TILE_BYTES = 16 << 10;    // of the cache: more come slower from the memory
-constexpr int64_t MAX_TILE_TOKENS = 128;
-constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
-constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
-constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner than a thread wakes
 constexpr int64_t MEMORY_BOUND_TOKENS = 8;  // weights take as long to multiply by so many as to read
 constexpr int64_t ROWS = 8;                // that are normed or rotated by a thread at a time
 constexpr int64_t READ_BYTES = 2 << 20;
 constexpr int64_t COPY_BYTES = 1 << 20;
-
-// Floats that begin with a cache line: vectors that straddle two take twice as long to load.
-class Floats {
-  public:
-    explicit Floats(int64_t count = 0) : memory_(static_cast<size_t>(count + LINE)) {}
-
-    float* data() {
-        const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-        return memory_.data() + (-address / sizeof(float)) % LINE;
-    }
-    int64_t count() const { return static_cast<int64_t>(memory_.size()) - LINE; }
-
-  private:
-    static constexpr int64_t LINE = 64 / sizeof(float);
-    std::vector<float> memory_;
-};
-
-// Scratch of the calling thread, kept between calls.
-float* scratch(int64_t count) {
-    thread_local Floats memory;
-    if (memory.count() < count) memory = Floats(count);
-    return memory.data();
-}
 
 // Call work(first, last, next) for every COLUMNS columns of all; `next` are those that the same
 // thread probably takes next, or negative.
@@ -56,10 +24,6 @@ void run_columns(int64_t columns, int threads, const Work& work) {
     });
 }
 
-int threads_for(int threads, int64_t num_bytes) {
-    return static_cast<int>(std::min<int64_t>(threads, 1 + num_bytes / BYTES_PER_THREAD));
-}
-
 // Call work(first, last) for a few rows of all at a time.
 template <typename Work>
 void run_rows(int64_t rows, int64_t row_bytes, int threads, const Work& work) {
@@ -70,87 +34,6 @@ void run_rows(int64_t rows, int64_t row_bytes, int threads, const Work& work) {
 }
 
 }  // namespace
-
-void decode_attention(const Path& path, const AttentionCall& call, int threads) {
-    const int64_t token_elements = 2 * call.kv_heads * call.head_dim;
-    const int64_t token_bytes = token_elements * element_size(call.dtype);
-    const Heads shape{
-        call.heads, call.kv_heads, call.head_dim, rounded_up(call.head_dim, ACCUMULATOR_UNIT),
-        token_elements,
-        std::clamp(
-            TILE_BYTES / token_bytes / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS),
-        static_cast<float>(LOG2_E / std::sqrt(static_cast<double>(call.head_dim))),
-    };
-
-    const auto split_tokens = [&](int64_t length) {
-        const int64_t tokens = std::max(
-            (SPLIT_BYTES + token_bytes - 1) / token_bytes, (length + MAX_SPLITS - 1) / MAX_SPLITS);
-        return rounded_up(tokens, shape.tile_tokens);
-    };
-    const auto cache_at = [&](int64_t request, int64_t token) {
-        return call.cache + (call.starts[request] + token) * token_bytes;
-    };
-    const auto attend_split = [&](int64_t request, int64_t first, const void* next, float* state,
-                                  float* temporary) {
-        const int64_t length = call.lengths[request];
-        path.attend[call.dtype](
-            shape, call.queries + request * call.query_stride, cache_at(request, first),
-            std::min(split_tokens(length), length - first), next, state, temporary);
-    };
-    const auto finish = [&](int64_t request, const float* state) {
-        path.finish[call.dtype](shape, state, call.out + request * call.out_stride);
-    };
-
-    const int64_t requests = static_cast<int64_t>(call.lengths.size());
-    const int64_t state_size = state_floats(shape);
-    const int64_t room = scratch_floats(shape);
-    int64_t tokens = 0;
-    for (int64_t length : call.lengths) tokens += length;
-    threads = threads_for(threads, tokens * token_bytes);
-
-    Helpers& helpers = Helpers::mine();
-    if (threads == 1 || requests >= 8 * threads) {
-        helpers.run(threads, requests, [&](int64_t request) {
-            float* state = scratch(2 * state_size + room);
-            float *later = state + state_size, *temporary = later + state_size;
-            const int64_t length = call.lengths[request], step = split_tokens(length);
-            for (int64_t first = 0; first < length; first += step) {
-                const int64_t upcoming = helpers.upcoming();
-                const void* const next = first + step < length ? cache_at(request, first + step)
-                                         : upcoming < 0        ? nullptr
-                                                               : cache_at(upcoming, 0);
-                attend_split(request, first, next, first == 0 ? state : later, temporary);
-                if (first > 0) path.merge(shape, state, later);
-            }
-            finish(request, state);
-        });
-        return;
-    }
-    // Too few requests to share them out evenly: their splits are.
-    std::vector<std::pair<int64_t, int64_t>> splits;
-    for (int64_t request = 0; request < requests; ++request) {
-        const int64_t length = call.lengths[request], step = split_tokens(length);
-        for (int64_t first = 0; first < length; first += step) splits.emplace_back(request, first);
-    }
-    const int64_t count = static_cast<int64_t>(splits.size());
-    Floats states(count * state_size);
-    float* const all_states = states.data();
-    helpers.run(threads, count, [&](int64_t i) {
-        const auto [request, first] = splits[i];
-        const int64_t upcoming = helpers.upcoming();
-        const void* const next =
-            upcoming < 0 ? nullptr : cache_at(splits[upcoming].first, splits[upcoming].second);
-        attend_split(request, first, next, all_states + i * state_size, scratch(room));
-    });
-    for (int64_t i = 0; i < count;) {
-        const int64_t request = splits[i].first;
-        float* state = all_states + i * state_size;
-        for (++i; i < count && splits[i].first == request; ++i) {
-            path.merge(shape, state, all_states + i * state_size);
-        }
-        finish(request, state);
-    }
-}
 
 int64_t activation_floats(int64_t intermediate) {
     // Rows a multiple of SAME_LINES apart would drive one another out of a core's first cache.
@@ -183,8 +66,11 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
 
     const int64_t stride = activation_floats(call.intermediate);
     Experts shape{
-        call.hidden, call.intermediate, call.x, call.x_stride / size, call.scratch, stride,
+        call.hidden, call.intermediate, call.activation, call.limit, call.x, call.x_stride / size, call.scratch, stride,
         call.out, call.out_stride / size,
+    };
+    const auto bias = [](const std::vector<uintptr_t>& biases, size_t i) {
+        return biases.empty() ? nullptr : reinterpret_cast<const void*>(biases[i]);
     };
     const int64_t room = call.scratch_floats / stride;
     std::vector<int64_t> left_out;
@@ -226,6 +112,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         if (rows + count > room) run_groups();
         groups.push_back({
             reinterpret_cast<const void*>(call.w13[i]), reinterpret_cast<const void*>(call.w2[i]),
+            bias(call.bias13, i), bias(call.bias2, i),
             tokens.data() + starts[expert], weights.data() + starts[expert], count, rows,
         });
         rows += count;
@@ -249,9 +136,9 @@ void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads) 
 }
 
 void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads) {
-    const int64_t row_bytes = shape.heads * shape.head_dim * element_size(dtype);
+    const int64_t row_bytes = shape.heads * 2 * shape.pairs * element_size(dtype);
     run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
-        path.rotate[dtype](shape, first, last, scratch(shape.head_dim));
+        path.rotate[dtype](shape, first, last, scratch(2 * shape.pairs));
     });
 }
 

@@ -14,6 +14,8 @@ namespace native {
 struct AttentionCall {
     Dtype dtype;
     int64_t heads, kv_heads, head_dim;
+    double scale, softcap;  // of the logits; softcap * tanh(scaled / softcap), unless it is 0
+    const float* sinks;    // of each head, or null
     const char* queries;   // a row per request, row strides in bytes
     int64_t query_stride;
     const char* cache;     // (tokens, 2, kv_heads, head_dim)
@@ -23,6 +25,18 @@ struct AttentionCall {
 };
 
 void decode_attention(const Path& path, const AttentionCall& call, int threads);
+
+struct LatentCall {
+    Dtype dtype;
+    Latent shape;            // of the first request on
+    double scale;
+    const char* cache;       // (tokens, rank + rope)
+    char* out;               // (requests, heads, value_dim)
+    int64_t out_stride;      // elements
+    std::vector<int64_t> starts, lengths;
+};
+
+void latent_attention(const Path& path, const LatentCall& call, int threads);
 
 struct ExpertsCall {
     Dtype dtype;
@@ -37,6 +51,9 @@ struct ExpertsCall {
     int64_t scratch_floats;
     std::vector<int64_t> indices;          // of the experts given
     std::vector<uintptr_t> w13, w2;        // where their weights lie
+    std::vector<uintptr_t> bias13, bias2;  // and their biases; empty if they have none
+    Activation activation;
+    float limit;                           // of a clamped activation
     int64_t max_tokens;                    // of one expert; those with more are left out
 };
 

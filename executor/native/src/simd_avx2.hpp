@@ -23,6 +23,7 @@ inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats lesser(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 
 inline Floats widen(const float* from) { return _mm256_loadu_ps(from); }
 

@@ -23,6 +23,7 @@ inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats lesser(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 
 inline Floats widen(const float* from) { return _mm512_loadu_ps(from); }
 

@@ -29,6 +29,7 @@ inline Floats divide(Floats a, Floats b) { return a / b; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
 inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
 
 inline Floats widen(const float* from) {
     Floats values;

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from executor import native
 from executor.model import ExpertWeights, Routing, Workspace, experts, run_experts
+from executor.native import Activation
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
 
@@ -59,6 +61,65 @@ def test_equals_torch(path, dtype, data):
     if len(x):
         assert_same(out, exact)
     assert counts == exact_counts
+
+
+def exact(activation, limit, x, routing, weights, biases):
+    """Token by token in float64, every activation as its models' code has it."""
+    out = torch.ones(x.shape, dtype=torch.float64)
+    for t, row in enumerate(x.double()):
+        for weight, index in zip(routing.weights_TK[t], routing.experts_TK[t].tolist(), strict=True):
+            w13, w2, (bias13, bias2) = weights[index].w13, weights[index].w2, biases[index]
+            gate, up = (w13.double() @ row + bias13.double()).chunk(2)
+            if activation is Activation.CLAMPED:
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                activated = (up + 1) * gate * torch.sigmoid(gate * 1.702)
+            elif activation is Activation.GELU_TANH:
+                activated = functional.gelu(gate, approximate="tanh") * up
+            else:
+                activated = functional.silu(gate) * up
+            out[t] += weight * (w2.double() @ activated + bias2.double())
+    return out.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("has_biases", [True, False])
+def test_activations_and_biases(path, dtype, activation, has_biases):
+    x, routing, weights = make(dtype, tokens=9, hidden=70, intermediate=100, num_experts=4, per_token=2)
+    x *= 3
+    size = 1.0 if has_biases else 0.0
+    biases = [((torch.randn(200) * size).to(dtype), (torch.randn(70) * size).to(dtype)) for _ in weights]
+    out = torch.ones_like(x)
+    counts, left_out = native.Kernels(path).run_experts(
+        x,
+        routing.weights_TK,
+        routing.experts_TK,
+        [(index, each.w13, each.w2) for index, each in enumerate(weights)],
+        out,
+        torch.empty(18 * 128),
+        max_tokens=9,
+        activation=activation,
+        limit=2.0,
+        biases=biases if has_biases else (),
+    )
+    assert sum(counts) == 18
+    assert not left_out
+    assert_same(out, exact(activation, 2.0, x, routing, weights, biases))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("activation", Activation)
+def test_no_activation_hides_what_is_not_a_number(path, activation):
+    x, routing, weights = make(torch.float32, tokens=2, hidden=16, intermediate=32, num_experts=1, per_token=1)
+    x[1, 3] = torch.nan
+    out = torch.zeros_like(x)
+    listed = [(0, weights[0].w13, weights[0].w2)]
+    native.Kernels(path).run_experts(
+        x, routing.weights_TK, routing.experts_TK, listed, out, torch.empty(64), max_tokens=2, activation=activation
+    )
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

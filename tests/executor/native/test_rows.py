@@ -63,6 +63,44 @@ def test_rotation(path, dtype, tokens, heads, half, seed):
     assert torch.equal(whole[:, -4:], before[:, -4:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 4),
+    pairs=st.integers(1, 40),
+    rest=st.integers(0, 9),
+    interleaved=st.booleans(),
+    magnitude=st.sampled_from([1.0, 0.4, 1.3]),
+    seed=st.integers(0, 2**32),
+)
+def test_rotation_of_a_part_of_each_head(path, dtype, heads, pairs, rest, interleaved, magnitude, seed):
+    """Pairs are complex numbers; `rest` elements of each head come before them, as many again after."""
+    torch.manual_seed(seed)
+    tokens, head_dim = 6, 2 * pairs + 2 * rest
+    rows = torch.randn(tokens, heads * head_dim).to(dtype)
+    before, positions = rows.clone().view(tokens, heads, head_dim), torch.randint(0, 32_768, (tokens,))
+    frequencies = 1e4 ** -(torch.arange(pairs) / pairs)
+    how = {"head_dim": head_dim, "interleaved": interleaved, "magnitude": magnitude}
+    native.Kernels(path).rotate(rows[:, rest:], heads, positions, frequencies, **how)
+    part = before[..., rest : rest + 2 * pairs].double()
+    paired = part.unflatten(2, (pairs, 2) if interleaved else (2, pairs))
+    first, second = paired.unbind(3 if interleaved else 2)
+    angles = (positions.view(-1, 1, 1) * frequencies).double()
+    turned = torch.complex(first, second) * torch.polar(torch.full_like(angles, magnitude), angles)
+    together = torch.stack([turned.real, turned.imag], 3 if interleaved else 2).flatten(2)
+    after = rows.view(tokens, heads, head_dim)
+    assert_rounded(after[..., rest : rest + 2 * pairs], together)
+    assert torch.equal(after[..., :rest], before[..., :rest])
+    assert torch.equal(after[..., rest + 2 * pairs :], before[..., rest + 2 * pairs :])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_more_pairs_than_a_head_has_are_refused(path):
+    with pytest.raises(IndexError, match="within a head"):
+        native.Kernels(path).rotate(torch.rand(2, 8), 1, torch.arange(2), torch.rand(5), head_dim=8)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_no_tokens_are_no_work(path):
     kernels, none = native.Kernels(path), torch.empty(0, 8)

@@ -1,0 +1,145 @@
+"""What mixes a request's tokens: attention over its cache, and latent attention.
+
+R requests, C tokens of a cache, H heads, G kv heads, d head_dim, Q = H*d. Of latent attention: n and p
+elements of a head's query without and with rotation, v of its value, L of a token in the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from executor.native.compiled import DTYPES, module
+
+_HEAD_DIM_UNIT: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MixerKernels:
+    """The kernels by one path, such as avx512-bf16."""
+
+    path: str
+
+    def takes_attention(self, queries: Tensor, cache_C2Gd: Tensor, out: Tensor, sinks_H: Tensor | None = None) -> bool:
+        """Whether `decode_attention` can compute this; it is torch's otherwise."""
+        return (
+            cache_C2Gd.is_cpu
+            and cache_C2Gd.dtype in DTYPES
+            and queries.dtype is out.dtype is cache_C2Gd.dtype
+            and cache_C2Gd.shape[-1] % _HEAD_DIM_UNIT == 0
+            and cache_C2Gd.is_contiguous()
+            and queries.stride(-1) == out.stride(-1) == 1
+            and (sinks_H is None or _is_float_vector(sinks_H))
+        )
+
+    def decode_attention(
+        self,
+        queries_RX: Tensor,
+        cache_C2Gd: Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        out_RQ: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+    ) -> None:
+        """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
+
+        Each row of `queries_RX` begins with the request's queries; rows of it and of `out_RQ` may lie
+        apart. The logits are scaled, by 1/sqrt(d) unless `scale` says else; a `softcap` makes them
+        `softcap * tanh(logit / softcap)`. `sinks_H`, float32, are one more logit of each head, which
+        has no value. Logits and sums are float32. Requests may attend to the same tokens, so those of
+        a prompt can each be one, whose stretch begins where its window does and ends with itself.
+        """
+        _, _, kv_heads, head_dim = cache_C2Gd.shape
+        size = cache_C2Gd.itemsize
+        heads = out_RQ.shape[1] // head_dim
+        assert sinks_H is None or len(sinks_H) == heads, (sinks_H, heads)
+        module().decode_attention(
+            path=self.path,
+            dtype=DTYPES[cache_C2Gd.dtype],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks=0 if sinks_H is None else sinks_H.data_ptr(),
+            queries=queries_RX.data_ptr(),
+            query_stride=queries_RX.stride(0) * size,
+            cache=cache_C2Gd.data_ptr(),
+            cache_tokens=len(cache_C2Gd),
+            out=out_RQ.data_ptr(),
+            out_stride=out_RQ.stride(0) * size,
+            starts=starts,
+            lengths=lengths,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_latent(self, q_nope: Tensor, q_rope: Tensor, cache_CL: Tensor, kv_up: Tensor, out_RHv: Tensor) -> bool:
+        """Whether `latent_attention` can compute this; it is torch's otherwise."""
+        return (
+            cache_CL.is_cpu
+            and cache_CL.dtype in DTYPES
+            and q_nope.dtype is q_rope.dtype is kv_up.dtype is out_RHv.dtype is cache_CL.dtype
+            and cache_CL.is_contiguous()
+            and kv_up.is_contiguous()
+            and q_nope.stride(-1) == q_rope.stride(-1) == out_RHv.stride(-1) == 1
+            and out_RHv.stride(1) == out_RHv.shape[2]
+        )
+
+    def latent_attention(
+        self,
+        q_nope_RHn: Tensor,
+        q_rope_RHp: Tensor,
+        cache_CL: Tensor,
+        kv_up: Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        scale: float,
+        out_RHv: Tensor,
+    ) -> None:
+        """Latent attention of one new token per request over `lengths[r]` rows from `starts[r]` on.
+
+        A row of `cache_CL` is a token's compressed vector of `rank` elements and then its rotary key
+        of p, L = rank + p in all. `kv_up`, (H, n + v, rank) or the same rows as one matrix, projects
+        the compressed vector to each head's key and then to its value. It is applied to the queries
+        and to the outputs instead (arXiv 2405.04434, §2.1.2), which are rounded between the steps.
+        Requests, and heads of the queries, may lie apart: `q[..., :n]` and `q[..., n:]` will do.
+        """
+        requests, heads, nope = q_nope_RHn.shape
+        rope, value_dim = q_rope_RHp.shape[2], out_RHv.shape[2]
+        rank = cache_CL.shape[1] - rope
+        assert kv_up.numel() == heads * (nope + value_dim) * rank, (kv_up.shape, q_nope_RHn.shape, out_RHv.shape)
+        assert requests == len(q_rope_RHp) == len(out_RHv) == len(lengths), (requests, len(lengths))
+        module().latent_attention(
+            path=self.path,
+            dtype=DTYPES[cache_CL.dtype],
+            heads=heads,
+            nope=nope,
+            rope=rope,
+            rank=rank,
+            value_dim=value_dim,
+            scale=scale,
+            q_nope=q_nope_RHn.data_ptr(),
+            nope_stride=q_nope_RHn.stride(0),
+            nope_head_stride=q_nope_RHn.stride(1),
+            q_rope=q_rope_RHp.data_ptr(),
+            rope_stride=q_rope_RHp.stride(0),
+            rope_head_stride=q_rope_RHp.stride(1),
+            cache=cache_CL.data_ptr(),
+            cache_tokens=len(cache_CL),
+            kv_up=kv_up.data_ptr(),
+            out=out_RHv.data_ptr(),
+            out_stride=out_RHv.stride(0),
+            starts=starts,
+            lengths=lengths,
+            threads=torch.get_num_threads(),
+        )
+
+
+def _is_float_vector(vector: Tensor) -> bool:
+    """Whether it is of float32, one after the other in the host's memory."""
+    return vector.is_cpu and vector.dtype is torch.float32 and vector.is_contiguous()

@@ -1,0 +1,213 @@
+// Attention over stretches of a cache, however many requests there are.
+#include <algorithm>
+#include <utility>
+
+#include "pieces.hpp"
+#include "schedule.hpp"
+
+namespace native {
+namespace {
+
+constexpr int64_t TILE_BYTES = 16 << 10;     // of the cache: more come slower from the memory
+constexpr int64_t MAX_TILE_TOKENS = 128;
+constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
+constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
+
+constexpr int64_t LATENT_TILE_TOKENS = 120;       // long enough that few sums are loaded and stored
+constexpr int64_t LATENT_SPLIT_BYTES = 1 << 20;   // each split has its queries turned anew
+constexpr int64_t LATENT_REQUESTS = 64;           // at once: bounds what is held between the steps
+
+// Requests that attend to stretches of a cache of rows of `token_bytes`.
+struct Requests {
+    const Heads& shape;
+    const char* cache;
+    int64_t token_bytes, split_bytes;
+    const std::vector<int64_t>&starts, &lengths;
+
+    int64_t count() const { return static_cast<int64_t>(lengths.size()); }
+
+    const char* cache_at(int64_t request, int64_t token) const {
+        return cache + (starts[request] + token) * token_bytes;
+    }
+
+    int64_t split_tokens(int64_t request) const {
+        const int64_t bytes = (split_bytes + token_bytes - 1) / token_bytes;
+        const int64_t share = (lengths[request] + MAX_SPLITS - 1) / MAX_SPLITS;
+        return rounded_up(std::max(bytes, share), shape.tile_tokens);
+    }
+
+    int64_t total_bytes() const {
+        int64_t tokens = 0;
+        for (int64_t length : lengths) tokens += length;
+        return tokens * token_bytes;
+    }
+};
+
+// Call attend(request, cache, tokens, next, state, temporary) for the splits of all requests, merge
+// those of one request in their order, and call finish(request, state). `temporary` has room for
+// `room` floats; what begins at `next`, if it is not null, is probably attended to next.
+template <typename Attend, typename Finish>
+void attend_in_splits(
+    const Path& path, const Requests& requests, int64_t room, int threads, const Attend& attend,
+    const Finish& finish) {
+    const Heads& shape = requests.shape;
+    const int64_t state_size = state_floats(shape);
+    const auto attend_split = [&](int64_t request, int64_t first, const void* next, float* state,
+                                  float* temporary) {
+        const int64_t rest = requests.lengths[request] - first;
+        const int64_t tokens = std::min(requests.split_tokens(request), rest);
+        attend(request, requests.cache_at(request, first), tokens, next, state, temporary);
+    };
+    Helpers& helpers = Helpers::mine();
+    if (threads == 1 || requests.count() >= 8 * threads) {
+        helpers.run(threads, requests.count(), [&](int64_t request) {
+            float* state = scratch(2 * state_size + room);
+            float *later = state + state_size, *temporary = later + state_size;
+            const int64_t length = requests.lengths[request], step = requests.split_tokens(request);
+            for (int64_t first = 0; first < length; first += step) {
+                const int64_t upcoming = helpers.upcoming();
+                const void* const next =
+                    first + step < length ? requests.cache_at(request, first + step)
+                    : upcoming < 0        ? nullptr
+                                          : requests.cache_at(upcoming, 0);
+                attend_split(request, first, next, first == 0 ? state : later, temporary);
+                if (first > 0) path.merge(shape, state, later);
+            }
+            finish(request, state);
+        });
+        return;
+    }
+    // Too few requests to share them out evenly: their splits are.
+    std::vector<std::pair<int64_t, int64_t>> splits;
+    std::vector<int64_t> firsts;  // among the splits, of each request
+    for (int64_t request = 0; request < requests.count(); ++request) {
+        const int64_t length = requests.lengths[request], step = requests.split_tokens(request);
+        firsts.push_back(static_cast<int64_t>(splits.size()));
+        for (int64_t first = 0; first < length; first += step) splits.emplace_back(request, first);
+    }
+    const int64_t count = static_cast<int64_t>(splits.size());
+    firsts.push_back(count);
+    Floats states(count * state_size);
+    float* const all_states = states.data();
+    helpers.run(threads, count, [&](int64_t i) {
+        const auto [request, first] = splits[i];
+        const int64_t upcoming = helpers.upcoming();
+        const void* const next =
+            upcoming < 0 ? nullptr
+                         : requests.cache_at(splits[upcoming].first, splits[upcoming].second);
+        attend_split(request, first, next, all_states + i * state_size, scratch(room));
+    });
+    const int64_t state_bytes = count * state_size * static_cast<int64_t>(sizeof(float));
+    helpers.run(threads_for(threads, state_bytes), requests.count(), [&](int64_t request) {
+        float* state = all_states + firsts[request] * state_size;
+        for (int64_t i = firsts[request] + 1; i < firsts[request + 1]; ++i) {
+            path.merge(shape, state, all_states + i * state_size);
+        }
+        finish(request, state);
+    });
+}
+
+}  // namespace
+
+void decode_attention(const Path& path, const AttentionCall& call, int threads) {
+    const int64_t token_elements = 2 * call.kv_heads * call.head_dim;
+    const int64_t token_bytes = token_elements * element_size(call.dtype);
+    const bool is_capped = call.softcap > 0.0;
+    const Heads shape{
+        call.heads, call.kv_heads, call.head_dim, rounded_up(call.head_dim, ACCUMULATOR_UNIT),
+        token_elements,
+        std::clamp(
+            TILE_BYTES / token_bytes / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS),
+        static_cast<float>(LOG2_E * (is_capped ? call.softcap : call.scale)),
+        static_cast<float>(is_capped ? 2.0 * LOG2_E * call.scale / call.softcap : 0.0),
+        call.sinks,
+    };
+    const Requests requests{shape, call.cache, token_bytes, SPLIT_BYTES, call.starts, call.lengths};
+    threads = threads_for(threads, requests.total_bytes());
+    attend_in_splits(
+        path, requests, scratch_floats(shape), threads,
+        [&](int64_t request, const char* cache, int64_t tokens, const void* next, float* state,
+            float* temporary) {
+            const char* query = call.queries + request * call.query_stride;
+            path.attend[call.dtype](shape, query, cache, tokens, next, state, temporary);
+        },
+        [&](int64_t request, const float* state) {
+            path.finish[call.dtype](shape, state, call.out + request * call.out_stride);
+        });
+}
+
+namespace {
+
+// One block of requests: queries are absorbed, contexts summed, and values projected from these.
+void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
+    const Latent& block = call.shape;
+    const int64_t size = element_size(call.dtype), dim = block.rank + block.rope;
+    const int64_t up_rows = block.nope + block.value_dim;
+    const Heads shape{
+        block.heads, 1, block.rank, padded_rank(block), dim, LATENT_TILE_TOKENS,
+        static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr,
+    };
+    const Requests requests{
+        shape, call.cache, dim * size, LATENT_SPLIT_BYTES, call.starts, call.lengths};
+    const char* const kv_up = static_cast<const char*>(block.kv_up);
+    const auto up_row = [&](int64_t head, int64_t row) {
+        return kv_up + (head * up_rows + row) * block.rank * size;
+    };
+    Helpers& helpers = Helpers::mine();
+    const int all = threads_for(threads, block.heads * up_rows * block.rank * size);
+    helpers.run(all, block.heads, [&](int64_t head) {
+        const int64_t next = helpers.upcoming();
+        const char* const following = next < 0 ? nullptr : up_row(next, 0);
+        path.absorb[call.dtype](block, head, following, scratch(absorbing_floats(block)));
+    });
+    Floats contexts(block.requests * block.heads * block.rank * size / 4 + 1);
+    char* const context = reinterpret_cast<char*>(contexts.data());
+    const int64_t query_bytes = block.heads * dim * size, context_bytes = block.heads * block.rank * size;
+    const int of = threads_for(threads, requests.total_bytes() * (1 + block.heads / 8));
+    attend_in_splits(
+        path, requests, latent_floats(shape), of,
+        [&](int64_t request, const char* cache, int64_t tokens, const void* next, float* state,
+            float* temporary) {
+            const char* query = static_cast<const char*>(block.absorbed) + request * query_bytes;
+            path.attend_latent[call.dtype](shape, query, cache, tokens, next, state, temporary);
+        },
+        [&](int64_t request, const float* state) {
+            path.finish[call.dtype](shape, state, context + request * context_bytes);
+        });
+    helpers.run(all, block.heads, [&](int64_t head) {
+        const Linear values{
+            block.requests, block.rank, block.value_dim, context + head * block.rank * size,
+            up_row(head, block.nope), block.heads * block.rank,
+            call.out + head * block.value_dim * size, call.out_stride, false,
+        };
+        for (int64_t first = 0; first < block.value_dim; first += COLUMNS) {
+            const int64_t last = std::min<int64_t>(first + COLUMNS, block.value_dim);
+            const bool is_next_whole = last + COLUMNS <= block.value_dim;
+            path.linear[call.dtype](values, first, last, is_next_whole ? last : -1);
+        }
+    });
+}
+
+}  // namespace
+
+void latent_attention(const Path& path, const LatentCall& call, int threads) {
+    const int64_t requests = static_cast<int64_t>(call.lengths.size());
+    const int64_t size = element_size(call.dtype), most = std::min(requests, LATENT_REQUESTS);
+    const int64_t dim = call.shape.rank + call.shape.rope;
+    Floats absorbed(most * call.shape.heads * dim * size / 4 + 1);
+    for (int64_t first = 0; first < requests; first += LATENT_REQUESTS) {
+        const int64_t last = std::min(first + LATENT_REQUESTS, requests);
+        LatentCall block = call;
+        Latent& shape = block.shape;
+        shape.requests = last - first;
+        shape.q_nope = static_cast<const char*>(shape.q_nope) + first * shape.nope_stride * size;
+        shape.q_rope = static_cast<const char*>(shape.q_rope) + first * shape.rope_stride * size;
+        shape.absorbed = absorbed.data();
+        block.out += first * call.out_stride * size;
+        block.starts.assign(call.starts.begin() + first, call.starts.begin() + last);
+        block.lengths.assign(call.lengths.begin() + first, call.lengths.begin() + last);
+        attend_to_latents(path, block, threads);
+    }
+}
+
+}  // namespace native

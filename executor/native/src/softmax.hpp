@@ -1,0 +1,279 @@
+// A softmax in progress over the tokens of a cache: weights of a tile's tokens, weighted sums of their
+// values, and what becomes of both in the end. Sums are float32.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using native::Heads;
+using native::padded_heads;
+
+// Fetches memory in the order of its addresses, as much whenever it is asked to as is then read.
+struct Fetcher {
+    const char *next, *until;
+
+    explicit Fetcher(const void* from) : next(static_cast<const char*>(from)), until(next) {}
+
+    void fetch(int64_t num_bytes) {
+        if (next == nullptr) return;
+        until += num_bytes;
+        for (; next < until; next += 64) prefetch(next);
+    }
+};
+
+// Where the parts of a softmax in progress lie. The greatest logits and the sums are one float a
+// head, and some more up to a whole vector.
+struct State {
+    float *values, *greatest, *sums;
+
+    State(const Heads& shape, float* state)
+        : values(state),
+          greatest(state + shape.heads * shape.padded_dim),
+          sums(greatest + padded_heads(shape)) {}
+};
+
+inline void begin(const Heads& shape, const State& state) {
+    for (int64_t i = 0; i < shape.heads * shape.padded_dim; ++i) state.values[i] = 0.0f;
+    for (int64_t h = 0; h < padded_heads(shape); ++h) {
+        state.greatest[h] = -__builtin_inff();
+        state.sums[h] = 0.0f;
+    }
+}
+
+// Tokens that are computed together. Each has a row of padded_heads scores: every head's logit,
+// then its weight as `Columns` takes it.
+struct TokenTile {
+    int64_t tokens;
+    float* scores;
+    float* factors;  // by which what each head summed before is multiplied
+    Fetcher& fetcher;
+    int64_t parts;   // of the heads that share keys and values: each reads them again
+};
+
+// How values are added up: WIDTH columns at a time, VECTORS sums of them a head, TOKENS at once.
+template <typename T>
+struct Columns {
+    static constexpr int WIDTH = Pack<T>::WIDTH, VECTORS = Pack<T>::VECTORS, TOKENS = 1;
+
+    // Put a vector of heads' weights of TOKENS tokens where `add` finds them; returns their sums.
+    static Floats put(float* scores, const Floats (&weights)[TOKENS]) {
+        store(scores, weights[0]);
+        return weights[0];
+    }
+
+    // Add `weight * value` of the tokens at `row` and `next`, for NUM heads and COUNT * WIDTH columns.
+    template <int NUM, int COUNT, typename Load>
+    static void add(
+        Floats (&sums)[NUM][COUNT * VECTORS], const T* row, const T*, const float* weights,
+        Load load) {
+        Floats values[COUNT * VECTORS];
+        UNROLL
+        for (int c = 0; c < COUNT; ++c) {
+            const T* from = load(row + c * WIDTH);
+            values[c * VECTORS] = Pack<T>::template vector<0>(from);
+            if constexpr (VECTORS == 2) values[c * 2 + 1] = Pack<T>::template vector<1>(from);
+        }
+        UNROLL
+        for (int h = 0; h < NUM; ++h) {
+            const Floats weight = splat(weights[h]);
+            UNROLL
+            for (int c = 0; c < COUNT * VECTORS; ++c) {
+                sums[h][c] = multiply_add(weight, values[c], sums[h][c]);
+            }
+        }
+    }
+
+    static void put_in_order(Floats (&sums)[VECTORS]) { Pack<T>::put_in_order(sums); }
+};
+
+#ifdef PATH_AVX512_BF16
+// Two tokens at a time: the values of both side by side, and so their weights.
+template <>
+struct Columns<Bf16> {
+    static constexpr int WIDTH = 2 * LANES, VECTORS = 2, TOKENS = 2;
+
+    static Floats put(float* scores, const Floats (&weights)[TOKENS]) {
+        const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weights[0]));
+        const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weights[1]));
+        const __m512i high = _mm512_slli_epi32(second, 16);
+        _mm512_storeu_si512(scores, _mm512_or_si512(first, high));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)) + _mm512_castsi512_ps(high);
+    }
+
+    template <int NUM, int COUNT, typename Load>
+    static void add(
+        Floats (&sums)[NUM][COUNT * VECTORS], const Bf16* row, const Bf16* next,
+        const float* weights, Load load) {
+        __m512bh values[COUNT * VECTORS];
+        UNROLL
+        for (int c = 0; c < COUNT; ++c) {
+            const __m512i a = _mm512_loadu_si512(load(row + c * WIDTH));
+            const __m512i b = _mm512_loadu_si512(load(next + c * WIDTH));
+            values[2 * c] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+            values[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+        }
+        UNROLL
+        for (int h = 0; h < NUM; ++h) {
+            const __m512bh both = (__m512bh)splat(weights[h]);
+            UNROLL
+            for (int c = 0; c < COUNT * VECTORS; ++c) {
+                sums[h][c] = _mm512_dpbf16_ps(sums[h][c], values[c], both);
+            }
+        }
+    }
+
+    static void put_in_order(Floats (&pair)[VECTORS]) {
+        const __m512i first = _mm512_setr_epi32(
+            0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        const Floats low = _mm512_permutex2var_ps(pair[0], first, pair[1]);
+        pair[1] = _mm512_permutex2var_ps(pair[0], second, pair[1]);
+        pair[0] = low;
+    }
+};
+#endif
+
+// Let no logit be greater than a cap, which the scale that comes after is: they become
+// tanh(x) = 1 - 2 / (e^2x + 1) of the scaled ones. What is infinite is not a number after it.
+inline void cap(const Heads& shape, const TokenTile& tile) {
+    const Floats scale = splat(shape.capped_scale), one = splat(1.0f), two = splat(2.0f);
+    const int64_t count = tile.tokens * padded_heads(shape);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats logits = widen(tile.scores + i);
+        const Floats power = power_of_two(multiply(logits, scale));
+        const Floats capped = subtract(one, divide(two, add(power, one)));
+        store(tile.scores + i, multiply_add(logits, zeros(), capped));
+    }
+}
+
+// Turn logits into weights relative to the greatest logits so far, a vector of heads at a time.
+template <typename T>
+void weigh(const Heads& shape, const TokenTile& tile, const State& state) {
+    constexpr int TOKENS = Columns<T>::TOKENS;
+    const int64_t heads = padded_heads(shape);
+    const Floats scale = splat(shape.scale);
+    if (shape.capped_scale != 0.0f) cap(shape, tile);
+    for (int64_t h = 0; h < heads; h += LANES) {
+        float* scores = tile.scores + h;
+        // Zero, unless a logit is infinite or not a number: then the result must not be one either.
+        Floats most = widen(scores), doubt = multiply(most, zeros());
+        for (int64_t t = 1; t < tile.tokens; ++t) {
+            const Floats logits = widen(scores + t * heads);
+            most = greater(most, logits);
+            doubt = multiply_add(logits, zeros(), doubt);
+        }
+        const Floats before = widen(state.greatest + h);
+        const Floats greatest = greater(multiply(most, scale), before);
+        const Floats factors = power_of_two(subtract(before, greatest));
+        Floats sums = multiply_add(widen(state.sums + h), factors, doubt);
+        for (int64_t t = 0; t < tile.tokens; t += TOKENS, scores += TOKENS * heads) {
+            Floats weights[TOKENS];
+            UNROLL
+            for (int next = 0; next < TOKENS; ++next) {
+                const Floats logits = multiply(widen(scores + next * heads), scale);
+                weights[next] = t + next < tile.tokens ? power_of_two(subtract(logits, greatest))
+                                                       : zeros();
+            }
+            sums = add(sums, Columns<T>::put(scores, weights));
+        }
+        store(state.greatest + h, greatest);
+        store(state.sums + h, sums);
+        store(tile.factors + h, factors);
+    }
+}
+
+// sums[head][column] = factor[head] * sums + sum over tokens of weight * value, for NUM heads from
+// `head` on and COUNT times WIDTH columns from `column` on.
+template <typename T, int NUM, int COUNT, typename Load>
+void add_columns(
+    const Heads& shape, const TokenTile& tile, const T* values, float* summed, int64_t head,
+    int64_t column, Load load) {
+    using C = Columns<T>;
+    constexpr int VECTORS = COUNT * C::VECTORS;
+    summed += head * shape.padded_dim + column;
+    Floats sums[NUM][VECTORS];
+    UNROLL
+    for (int h = 0; h < NUM; ++h) {
+        const Floats factor = splat(tile.factors[head + h]);
+        UNROLL
+        for (int v = 0; v < VECTORS; ++v) {
+            sums[h][v] = multiply(widen(summed + h * shape.padded_dim + v * LANES), factor);
+        }
+    }
+    const int64_t stride = shape.token_elements;
+    const T* row = values + column;
+    const T* const last = row + (tile.tokens - 1) * stride;
+    const float* weights = tile.scores + head;
+    for (; row + (C::TOKENS - 1) * stride <= last; row += C::TOKENS * stride) {
+        C::template add<NUM, COUNT>(sums, row, row + stride, weights, load);
+        weights += C::TOKENS * padded_heads(shape);
+    }
+    if (row <= last) C::template add<NUM, COUNT>(sums, row, row, weights, load);  // once it weighs 0
+    constexpr int64_t ROW_BYTES = COUNT * C::WIDTH * sizeof(T);
+    tile.fetcher.fetch(tile.tokens * ROW_BYTES / tile.parts);
+    UNROLL
+    for (int h = 0; h < NUM; ++h) {
+        UNROLL
+        for (int v = 0; v < VECTORS; ++v) {
+            store(summed + h * shape.padded_dim + v * LANES, sums[h][v]);
+        }
+    }
+}
+
+inline void merge_states(const Heads& shape, float* earlier, const float* later) {
+    const State into(shape, earlier), from(shape, const_cast<float*>(later));
+    const int64_t padded = shape.padded_dim;
+    for (int64_t h = 0; h < shape.heads; ++h) {
+        const float a = into.greatest[h], b = from.greatest[h], most = a > b ? a : b;
+        float factors[2 * LANES];
+        const Floats keep = power_of_two(splat(a - most)), take = power_of_two(splat(b - most));
+        store(factors, keep);
+        store(factors + LANES, take);
+        into.greatest[h] = most;
+        into.sums[h] = into.sums[h] * factors[0] + from.sums[h] * factors[LANES];
+        for (int64_t i = h * padded; i < (h + 1) * padded; i += LANES) {
+            const Floats kept = multiply(widen(into.values + i), keep);
+            store(into.values + i, multiply_add(widen(from.values + i), take, kept));
+        }
+    }
+}
+
+// A head's sum of weights, its sink's among them.
+inline Floats total_weight(const Heads& shape, const State& state, int64_t head) {
+    const Floats total = splat(state.sums[head]);
+    if (shape.sinks == nullptr) return total;
+    const Floats sink = splat(shape.sinks[head]), log2_e = splat(1.44269504f);
+    const Floats logit = subtract(multiply(sink, log2_e), splat(state.greatest[head]));
+    return add(total, multiply_add(sink, zeros(), power_of_two(logit)));  // if it is a number
+}
+
+// Sums of values, as `add_columns` leaves them, over a total.
+template <typename T>
+void put_means(const float* values, Floats total, int64_t count, T* out) {
+    using C = Columns<T>;
+    for (int64_t i = 0; i < count; i += C::WIDTH) {
+        Floats vectors[C::VECTORS];
+        for (int v = 0; v < C::VECTORS; ++v) {
+            vectors[v] = divide(widen(values + i + v * LANES), total);
+        }
+        C::put_in_order(vectors);
+        float means[C::WIDTH];
+        for (int v = 0; v < C::VECTORS; ++v) store(means + v * LANES, vectors[v]);
+        const int64_t rest = count - i, together = rest < C::WIDTH ? rest : C::WIDTH;
+        for (int64_t c = 0; c < together; ++c) narrow(means[c], out + i + c);
+    }
+}
+
+template <typename T>
+void finish(const Heads& shape, const float* state_memory, void* out_row) {
+    const State state(shape, const_cast<float*>(state_memory));
+    T* out = static_cast<T*>(out_row);
+    for (int64_t h = 0; h < shape.heads; ++h, out += shape.head_dim) {
+        const float* values = state.values + h * shape.padded_dim;
+        put_means(values, total_weight(shape, state, h), shape.head_dim, out);
+    }
+}
+
+}  // namespace
