@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from executor.families.base import SILU, Family, Stored, rope_theta
+from executor.families.base import SILU, Family, rope_theta
+from executor.families.stored import Stored
 from executor.model.architecture import Architecture, Norm, Router
 from hrm.model_spec import Keys, ModelSpec
 

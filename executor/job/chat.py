@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from executor.checkpoint import DOWNLOAD_AGAIN
+from executor.checkpoint_files import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
 from executor.guard import told_as
 from hrm.decoding import read_json_object, read_text

@@ -10,7 +10,8 @@ from typing import Any, Final, final
 
 import msgspec
 
-from executor.checkpoint import DOWNLOAD_AGAIN, Checkpoint
+from executor.checkpoint import Checkpoint
+from executor.checkpoint_files import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
 from executor.job.chat import TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
 from hrm.decoding import read_json

@@ -7,7 +7,7 @@ from typing import Final, final
 
 from tokenizers import Tokenizer
 
-from executor.checkpoint import DOWNLOAD_AGAIN
+from executor.checkpoint_files import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError
 from executor.guard import told_as
 from hrm.files import read_regular
