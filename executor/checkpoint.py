@@ -1,28 +1,20 @@
-"""Reads weights out of safetensors files, memory-mapped and never unpickled."""
+"""Reads weights out of safetensors files, never unpickled."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, final
 
+import torch
 from torch import Tensor
 
-from executor.checkpoint_files import (
-    CONFIG_FILE,
-    DOWNLOAD_AGAIN,
-    INDEX_FILE,
-    index_file,
-    indexed_files,
-    open_safetensors,
-    read_object,
-    unindexed_files,
-)
+from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
 from executor.checkpoint_names import LAYER_NUMBER, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless
 from executor.errors import CheckpointError
+from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, SafetensorsFile, StoredTensor
 
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
-DTYPES: Final = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FLOATS: Final = "float64, float32, bfloat16, float16"
 NAMES_TOLD: Final = 3  # of tensors that are missing or too many
 
 
@@ -58,7 +50,7 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path]) -> None:
         self.folder, self.config = folder, config
         self._file_of = file_of
-        self._open_files: dict[Path, Any] = {}
+        self._open_files: dict[Path, SafetensorsFile] = {}
         self._renamed: dict[str, str] = {}  # stored names by those that they have here
 
     @classmethod
@@ -95,7 +87,9 @@ class Checkpoint:
         return checkpoint
 
     def close(self) -> None:
-        """Unmap the files; tensors handed out stay valid."""
+        """Close the files."""
+        for file in self._open_files.values():
+            file.close()
         self._open_files.clear()
 
     def __enter__(self) -> Self:
@@ -129,21 +123,18 @@ class Checkpoint:
         self._check_not_quantised()
         self._check_there(expected)
         for name, shape in expected.items():
-            part = self._slice(name)
+            part = self._told(name)
             where = f"{self._file_of[name]}: {self._stored_name(name)}"
-            if _without_ones(part.get_shape()) != _without_ones(shape):
+            if _without_ones(part.shape) != _without_ones(shape):
                 raise CheckpointError(
                     where,
-                    f"<shape {tuple(part.get_shape())}>",
+                    f"<shape {part.shape}>",
                     f"must have the shape {shape} that {CONFIG_FILE} leads to",
                     "use the config.json that belongs to these weights",
                 )
-            if part.get_dtype() not in DTYPES:
+            if part.dtype not in DTYPES:
                 raise CheckpointError(
-                    where,
-                    f"<dtype {part.get_dtype()}>",
-                    f"must be one of {', '.join(DTYPES.values())}",
-                    "use an unquantised checkpoint",
+                    where, f"<dtype {part.dtype}>", f"must be one of {FLOATS}", "use an unquantised checkpoint"
                 )
         self._check_no_others(expected)
 
@@ -178,23 +169,18 @@ class Checkpoint:
         return max((count for count in told if type(count) is int), default=0)
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor as stored, mapped from its file."""
-        return self._slice(name)[:]
+        """The whole tensor as stored."""
+        told = self._told(name)
+        out = torch.empty(told.shape, dtype=DTYPES[told.dtype])
+        self.read_into(name, out.view(-1))
+        return out
 
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """Fill `out` with rows of the tensor; see WeightSource."""
-        stored = self._slice(name)
-        row = out[0].numel()
-        shape = stored.get_shape()
-        per_item = prod(shape[1:])
-        first = first_row * row
-        end = first + out.numel()
-        items = stored[first // per_item : -(-end // per_item)].flatten()
-        start = first % per_item
-        out.copy_(items[start : start + out.numel()].view(out.shape))
+        """Fill `out` with rows of the tensor; see WeightSource. Several threads may read at once."""
+        self._file(self._file_of[name]).read_into(self._stored_name(name), out, first_row)
 
-    def _slice(self, name: str) -> Any:
-        return self._file(self._file_of[name]).get_slice(self._stored_name(name))
+    def _told(self, name: str) -> StoredTensor:
+        return self._file(self._file_of[name]).tensors[self._stored_name(name)]
 
     def _stored_name(self, name: str) -> str:
         return self._renamed.get(name, name)
@@ -206,14 +192,14 @@ class Checkpoint:
             return "these were saved without the LM head around them: save the whole model"
         return "download all files of the checkpoint, or use the config.json of these weights"
 
-    def _file(self, path: Path) -> Any:
+    def _file(self, path: Path) -> SafetensorsFile:
         if path not in self._open_files:
-            self._open_files[path] = open_safetensors(path)
+            self._open_files[path] = SafetensorsFile(path)
         return self._open_files[path]
 
     def _add_files(self, paths: Iterable[Path]) -> None:
         for path in paths:
-            for name in self._file(path).keys():  # noqa: SIM118 - no dictionary
+            for name in self._file(path).tensors:
                 if name in self._file_of:
                     raise CheckpointError(
                         f"{path}: {name}",
@@ -224,9 +210,8 @@ class Checkpoint:
                 self._file_of[name] = path
 
     def _check_indexed_names(self, index_name: str) -> None:
-        names_in = {path: set(self._file(path).keys()) for path in set(self._file_of.values())}
         for name, path in self._file_of.items():
-            if name not in names_in[path]:
+            if name not in self._file(path).tensors:
                 raise CheckpointError(
                     f"{path}: {name}",
                     "<missing>",
@@ -250,7 +235,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{path}: {name}",
                     "<part of a quantised matrix>",
-                    f"must not be there: quantised weights are not read, only {', '.join(DTYPES.values())}",
+                    f"must not be there: quantised weights are not read, only {FLOATS}",
                     "use an unquantised checkpoint",
                 )
 

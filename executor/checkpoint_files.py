@@ -1,22 +1,17 @@
 """The files of a checkpoint: which there are, and that each is what its name says."""
 
 import re
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
-
 from executor.errors import CheckpointError
+from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json_object
-from hrm.files import open_regular
 
 CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
 PICKLE_SUFFIXES: Final = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-DOWNLOAD_AGAIN: Final = "download the file again"
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -120,31 +115,3 @@ def _check_shards(folder: Path, paths: list[Path]) -> None:
                 "must all be there",
                 "download all files of the checkpoint",
             )
-
-
-def open_safetensors(path: Path) -> Any:
-    """The file mapped, its header read; CheckpointError if it is not a whole safetensors file."""
-    what = "a readable safetensors file"
-    remedy = "download all files of the checkpoint"
-    open_regular(path, what, CheckpointError, remedy=remedy).close()  # a pipe would be waited for
-    try:
-        return safe_open(path, framework="pt")
-    except OSError as error:
-        raise CheckpointError(str(path), f"<{error.strerror or error}>", f"must be {what}", remedy) from error
-    except SafetensorError as error:
-        start = b""
-        with suppress(OSError), path.open("rb") as file:
-            start = file.read(4)
-        if start.startswith(PICKLE_STARTS):
-            raise CheckpointError(
-                str(path),
-                "<a pickle>",
-                "must be safetensors; pickles can run code and are not read",
-                "download the safetensors file or convert the checkpoint to it",
-            ) from error
-        raise CheckpointError(
-            str(path),
-            f"<{path.stat().st_size} bytes, {error}>",
-            "must be a whole safetensors file (this one is truncated or damaged)",
-            DOWNLOAD_AGAIN,
-        ) from error

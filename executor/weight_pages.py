@@ -14,6 +14,7 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.families import Family
+from executor.loading import Loading, Place, fill
 from executor.model import (
     DenseWeights,
     Experts,
@@ -92,17 +93,25 @@ class WeightPages:
         self.head: HeadWeights = head_views(spec, self._head)
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
 
-    def load(self, source: WeightSource, family: Family) -> None:
-        """Read every weight once, straight to where it stays."""
+    def load(self, source: WeightSource, family: Family, loading: Loading | None = None) -> None:
+        """Read every weight once, straight to where it stays; `loading` tells how far that is."""
         spec = self._spec
-        family.load(source, spec, embedding_tensors(spec), self.embedding.view(-1))
-        family.load(source, spec, head_tensors(spec), self._head)
+
+        def read(place: Place) -> None:
+            family.load(source, spec, place.tensors, place.flat, place.layer, place.expert)
+
+        fill(self._places(), read, loading or Loading())
+
+    def _places(self) -> list[Place]:
+        spec = self._spec
+        places = [Place(embedding_tensors(spec), self.embedding.view(-1)), Place(head_tensors(spec), self._head)]
         for index, layer in enumerate(spec.layers):
-            family.load(source, spec, dense_tensors(layer), self._dense[index], index)
+            places.append(Place(dense_tensors(layer), self._dense[index], index))
             tensors = expert_tensors(layer)
             parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
-            for expert, flat in enumerate(chain.from_iterable(parts)):
-                family.load(source, spec, tensors, flat, index, expert)
+            experts = enumerate(chain.from_iterable(parts))
+            places += [Place(tensors, flat, index, expert) for expert, flat in experts]
+        return places
 
     def layer(self, layer: int, slot: int) -> LayerWeights:
         """The layer's weights, its streamed ones in that slot."""

@@ -11,9 +11,9 @@ from typing import Any, Final, final
 import msgspec
 
 from executor.checkpoint import Checkpoint
-from executor.checkpoint_files import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
 from executor.job.chat import TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
+from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json
 from hrm.files import open_regular, read_regular
 

@@ -55,7 +55,8 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("shard", ["50GB", "60KB"])
 def test_experts_saved_as_one_tensor(name, shard, tmp_path):
     save_tiny(name, tmp_path, save_original_format=False, max_shard_size=shard)
-    names = json.dumps(list(Checkpoint.open(tmp_path).names))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        names = json.dumps(list(checkpoint.names))
     assert ("mlp.experts.gate_up_proj" in names) == (name != DBRX)
     check_same_logits(tmp_path)
 
