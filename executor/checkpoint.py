@@ -1,42 +1,21 @@
-"""Reads weights out of safetensors files, memory-mapped and never unpickled."""
+"""Reads weights out of safetensors files, never unpickled."""
 
-import re
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, final
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
+from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
+from executor.checkpoint_names import LAYER_NUMBER, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless
 from executor.errors import CheckpointError
-from hrm.decoding import read_json_object
-from hrm.files import open_regular
+from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, SafetensorsFile, StoredTensor
 
-CONFIG_FILE: Final = "config.json"
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
-INDEX_FILE: Final = "model.safetensors.index.json"
-SINGLE_FILE: Final = "model.safetensors"
-PICKLE_SUFFIXES: Final = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-DTYPES: Final = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Buffers that follow from the config; old checkpoints carry them along.
-IGNORED_SUFFIXES: Final = (
-    ".rotary_emb.inv_freq",
-    ".rotary_emb.original_inv_freq",
-    ".rotary_emb.cos_cached",
-    ".rotary_emb.sin_cached",
-    ".rope.freqs",
-)
-# What the parts of a quantised matrix are called, by the tools that write them.
-QUANTISED_NAMES: Final = re.compile(
-    r"\.(?P<part>qweight|qzeros|g_idx|scales|biases|weight_packed|weight_scale|weight_scale_inv"
-    r"|weight_scale_2|weight_zero_point|input_scale|k_scale|v_scale|absmax|quant_map|SCB"
-    r"|\w+_blocks|\w+_scales)$|\.(?P<state>quant_state\.\w+)$"
-)
-
-DOWNLOAD_AGAIN: Final = "download the file again"
+FLOATS: Final = "float64, float32, bfloat16, float16"
+NAMES_TOLD: Final = 3  # of tensors that are missing or too many
 
 
 class WeightSource(Protocol):
@@ -53,8 +32,8 @@ class WeightSource(Protocol):
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """Fill `out` with the tensor's rows from `first_row`, converted to the dtype of `out`.
 
-        A tensor of several matrices has the rows of one after those of the other; `out` lies
-        within one of them.
+        Whatever axes it is stored with, its rows here are as long as those of `out`, one after the
+        other: of a stack of matrices first all of one, of a stack of vectors single elements.
         """
         ...
 
@@ -63,14 +42,16 @@ class WeightSource(Protocol):
 class Checkpoint:
     """A folder with a config.json and safetensors files, open for reading.
 
-    `config` is config.json's object, its end-of-sequence and other token ids overridden by
+    The text part of a multimodal model has the names that it has on its own. `config` is
+    config.json's object, its end-of-sequence and other token ids overridden by
     generation_config.json where that has them.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path]) -> None:
         self.folder, self.config = folder, config
         self._file_of = file_of
-        self._open_files: dict[Path, Any] = {}
+        self._open_files: dict[Path, SafetensorsFile] = {}
+        self._renamed: dict[str, str] = {}  # stored names by those that they have here
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -84,28 +65,31 @@ class Checkpoint:
             raise CheckpointError(
                 "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
             )
-        config = _read_object(folder / CONFIG_FILE, "download the model's config.json too")
+        config = read_object(folder / CONFIG_FILE, "download the model's config.json too")
         generation_path = folder / GENERATION_CONFIG_FILE
         if generation_path.exists():
-            generation = _read_object(generation_path, DOWNLOAD_AGAIN)
+            generation = read_object(generation_path, DOWNLOAD_AGAIN)
             for key in ("bos_token_id", "eos_token_id"):
                 if generation.get(key) is not None:
                     config[key] = generation[key]
-        index_path = _index_file(folder)
-        indexed = _indexed_files(index_path) if index_path is not None else {}
+        index_path = index_file(folder)
+        indexed = indexed_files(index_path) if index_path is not None else {}
         checkpoint = cls(folder, config, indexed)
         try:
             if index_path is None:
-                checkpoint._add_files(_unindexed_files(folder))
+                checkpoint._add_files(unindexed_files(folder))
             else:
                 checkpoint._check_indexed_names(index_path.name)
+            checkpoint._name_text_part()
         except CheckpointError:
             checkpoint.close()
             raise
         return checkpoint
 
     def close(self) -> None:
-        """Unmap the files; tensors handed out stay valid."""
+        """Close the files."""
+        for file in self._open_files.values():
+            file.close()
         self._open_files.clear()
 
     def __enter__(self) -> Self:
@@ -132,64 +116,74 @@ class Checkpoint:
         return sorted(set(self._file_of.values()))
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless it holds the expected float tensors and no others.
+        """Raise CheckpointError unless it holds the expected float tensors and no others that matter.
 
-        Reads headers only.
+        Axes of one element make no difference. Reads headers only.
         """
         self._check_not_quantised()
+        self._check_there(expected)
         for name, shape in expected.items():
-            part = self._slice(name)
-            where = f"{self._file_of[name]}: {name}"
-            if tuple(part.get_shape()) != shape:
+            part = self._told(name)
+            where = f"{self._file_of[name]}: {self._stored_name(name)}"
+            if _without_ones(part.shape) != _without_ones(shape):
                 raise CheckpointError(
                     where,
-                    f"<shape {tuple(part.get_shape())}>",
+                    f"<shape {part.shape}>",
                     f"must have the shape {shape} that {CONFIG_FILE} leads to",
                     "use the config.json that belongs to these weights",
                 )
-            if part.get_dtype() not in DTYPES:
+            if part.dtype not in DTYPES:
                 raise CheckpointError(
-                    where,
-                    f"<dtype {part.get_dtype()}>",
-                    f"must be one of {', '.join(DTYPES.values())}",
-                    "use an unquantised checkpoint",
+                    where, f"<dtype {part.dtype}>", f"must be one of {FLOATS}", "use an unquantised checkpoint"
                 )
-        for name in self._file_of.keys() - expected.keys():
-            if not name.endswith(IGNORED_SUFFIXES):
-                raise CheckpointError(
-                    f"{self._file_of[name]}: {name}",
-                    "<a tensor>",
-                    f"must be one that a {self.config.get('model_type')} model of this {CONFIG_FILE} has",
-                    "use a checkpoint of a supported architecture",
-                )
+        self._check_no_others(expected)
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor as stored, mapped from its file; CheckpointError if it is missing."""
-        return self._slice(name)[:]
-
-    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """Fill `out` with the tensor's rows from `first_row`, converted to the dtype of `out`.
-
-        A tensor of several matrices has the rows of one after those of the other; `out` lies
-        within one of them.
-        """
-        stored, matrix = self._slice(name), ()
-        if len(shape := stored.get_shape()) > 2:
-            matrix, first_row = (first_row // shape[1],), first_row % shape[1]
-        rows = stored[(*matrix, slice(first_row, first_row + out.shape[0]))]
-        assert rows.shape == out.shape, (name, rows.shape, out.shape)
-        out.copy_(rows)
-
-    def _slice(self, name: str) -> Any:
-        path = self._file_of.get(name)
-        if path is None:
+    def _check_there(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        missing = [name for name in expected if name not in self._file_of]
+        if missing:
             raise CheckpointError(
-                f"{self.folder}: {name}",
-                "<missing>",
+                f"{self.folder}: {missing[0]}",
+                f"<missing{_and_others(missing)}>",
                 "must be among the tensors of the safetensors files",
                 self._remedy_if_missing(),
             )
-        return self._file(path).get_slice(name)
+
+    def _check_no_others(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError naming tensors that the model should have used, for all we know."""
+        numbers = [int(found[1]) for name in expected if (found := LAYER_NUMBER.search(name))]
+        num_layers = max(numbers, default=-1) + 1
+        beyond = range(num_layers, num_layers + self._layers_ahead())
+        others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, beyond))
+        if others:
+            raise CheckpointError(
+                f"{self._file_of[others[0]]}: {self._stored_name(others[0])}",
+                f"<not used{_and_others([self._stored_name(name) for name in others])}>",
+                f"must be tensors that a {self.config.get('model_type')} model of this {CONFIG_FILE} has",
+                "use a checkpoint of a supported architecture, with its own config.json",
+            )
+
+    def _layers_ahead(self) -> int:
+        """How many layers after the last one predict tokens further ahead, as the config says."""
+        sections = (self.config, *(part for part in self.config.values() if isinstance(part, dict)))
+        told = (section.get("num_nextn_predict_layers") for section in sections)
+        return max((count for count in told if type(count) is int), default=0)
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor as stored."""
+        told = self._told(name)
+        out = torch.empty(told.shape, dtype=DTYPES[told.dtype])
+        self.read_into(name, out.view(-1))
+        return out
+
+    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """Fill `out` with rows of the tensor; see WeightSource. Several threads may read at once."""
+        self._file(self._file_of[name]).read_into(self._stored_name(name), out, first_row)
+
+    def _told(self, name: str) -> StoredTensor:
+        return self._file(self._file_of[name]).tensors[self._stored_name(name)]
+
+    def _stored_name(self, name: str) -> str:
+        return self._renamed.get(name, name)
 
     def _remedy_if_missing(self) -> str:
         if "tok_embeddings.weight" in self._file_of:
@@ -198,14 +192,14 @@ class Checkpoint:
             return "these were saved without the LM head around them: save the whole model"
         return "download all files of the checkpoint, or use the config.json of these weights"
 
-    def _file(self, path: Path) -> Any:
+    def _file(self, path: Path) -> SafetensorsFile:
         if path not in self._open_files:
-            self._open_files[path] = _open_safetensors(path)
+            self._open_files[path] = SafetensorsFile(path)
         return self._open_files[path]
 
     def _add_files(self, paths: Iterable[Path]) -> None:
         for path in paths:
-            for name in self._file(path).keys():  # noqa: SIM118 - no dictionary
+            for name in self._file(path).tensors:
                 if name in self._file_of:
                     raise CheckpointError(
                         f"{path}: {name}",
@@ -216,15 +210,23 @@ class Checkpoint:
                 self._file_of[name] = path
 
     def _check_indexed_names(self, index_name: str) -> None:
-        names_in = {path: set(self._file(path).keys()) for path in set(self._file_of.values())}
         for name, path in self._file_of.items():
-            if name not in names_in[path]:
+            if name not in self._file(path).tensors:
                 raise CheckpointError(
                     f"{path}: {name}",
                     "<missing>",
                     f"must be there as {index_name} says",
                     "download the file and the index again",
                 )
+
+    def _name_text_part(self) -> None:
+        """Call the text part of a multimodal model as if it were on its own."""
+        for prefix, plain in TEXT_PREFIXES:
+            for name in [name for name in self._file_of if name.startswith(prefix)]:
+                new = plain + name.removeprefix(prefix)
+                if new not in self._file_of:
+                    self._file_of[new] = self._file_of.pop(name)
+                    self._renamed[new] = self._renamed.pop(name, name)
 
     def _check_not_quantised(self) -> None:
         for name, path in self._file_of.items():
@@ -233,134 +235,16 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{path}: {name}",
                     "<part of a quantised matrix>",
-                    f"must not be there: quantised weights are not read, only {', '.join(DTYPES.values())}",
+                    f"must not be there: quantised weights are not read, only {FLOATS}",
                     "use an unquantised checkpoint",
                 )
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, Any]:
-    return read_json_object(path, "a readable JSON file", CheckpointError, remedy=remedy)
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
-def _indexed_files(index_path: Path) -> dict[str, Path]:
-    weight_map = _read_object(index_path, DOWNLOAD_AGAIN).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{index_path}: weight_map",
-            "<missing>" if weight_map is None else weight_map,
-            "must map names of tensors to names of files",
-            DOWNLOAD_AGAIN,
-        )
-    for name, file in weight_map.items():
-        relative = PurePosixPath(file) if isinstance(file, str) else None
-        if (
-            relative is None
-            or relative.suffix != ".safetensors"
-            or relative.is_absolute()
-            or ".." in relative.parts
-            or "\\" in str(relative)
-            or not file.isprintable()
-        ):
-            raise CheckpointError(
-                f"{index_path}: weight_map: {name}",
-                file,
-                "must be a safetensors file inside the checkpoint's folder",
-                "use an index that you trust",
-            )
-    return {name: index_path.parent / file for name, file in weight_map.items()}
-
-
-def _index_file(folder: Path) -> Path | None:
-    """The index of a sharded checkpoint; None if its one file or its shards are read without.
-
-    As in transformers, `model.safetensors` counts before an index.
-    """
-    if (folder / SINGLE_FILE).exists():
-        return None
-    path = folder / INDEX_FILE
-    others = sorted(folder.glob("*.safetensors.index.json"))
-    if path.exists() or not others:
-        return path if path.exists() else None
-    if len(others) > 1:
-        raise CheckpointError(
-            f"{folder}: weights",
-            f"<{', '.join(other.name for other in others)}>",
-            f"must have one index, best named {INDEX_FILE}",
-            "keep the one that is meant",
-        )
-    return others[0]
-
-
-def _unindexed_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint without an index, whatever they are called."""
-    path = folder / SINGLE_FILE
-    if path.exists():
-        return [path]
-    paths = sorted(folder.glob("*.safetensors"))
-    # Mistral's releases have all weights a second time, under names of their own.
-    paths = [path for path in paths if not path.name.startswith("consolidated")] or paths
-    if paths:
-        _check_shards(folder, paths)
-        return paths
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: weights",
-            pickles[0],
-            "must be safetensors; pickles can run code and are not read",
-            "download the safetensors files or convert the checkpoint to them",
-        )
-    raise CheckpointError(
-        f"{folder}: weights",
-        "<missing>",
-        f"must be in {SINGLE_FILE}, or in files that {INDEX_FILE} lists",
-        "download the safetensors files and their index",
-    )
-
-
-def _check_shards(folder: Path, paths: list[Path]) -> None:
-    """Refuse an adapter in place of a model, and shards of which some are missing."""
-    if paths[0].name.startswith("adapter_"):
-        raise CheckpointError(
-            f"{folder}: weights",
-            paths[0].name,
-            "must be a whole model's, not an adapter's alone",
-            "merge the adapter into its model first",
-        )
-    counts = {found[1] for path in paths if (found := re.search(r"-of-(\d+)\.", path.name))}
-    for count in counts:
-        there = sum(f"-of-{count}." in path.name for path in paths)
-        if there != int(count):
-            raise CheckpointError(
-                f"{folder}: weights",
-                f"<{there} of {int(count)} shards>",
-                "must all be there",
-                "download all files of the checkpoint",
-            )
-
-
-def _open_safetensors(path: Path) -> Any:
-    what = "a readable safetensors file"
-    remedy = "download all files of the checkpoint"
-    open_regular(path, what, CheckpointError, remedy=remedy).close()  # a pipe would be waited for
-    try:
-        return safe_open(path, framework="pt")
-    except OSError as error:
-        raise CheckpointError(str(path), f"<{error.strerror or error}>", f"must be {what}", remedy) from error
-    except SafetensorError as error:
-        start = b""
-        with suppress(OSError), path.open("rb") as file:
-            start = file.read(4)
-        if start.startswith(PICKLE_STARTS):
-            raise CheckpointError(
-                str(path),
-                "<a pickle>",
-                "must be safetensors; pickles can run code and are not read",
-                "download the safetensors file or convert the checkpoint to it",
-            ) from error
-        raise CheckpointError(
-            str(path),
-            f"<{path.stat().st_size} bytes, {error}>",
-            "must be a whole safetensors file (this one is truncated or damaged)",
-            DOWNLOAD_AGAIN,
-        ) from error
+def _and_others(names: Sequence[str]) -> str:
+    """A few of the names after the first."""
+    told, more = ", ".join(names[1:NAMES_TOLD]), len(names) - NAMES_TOLD
+    return f", as are {told}{f' and {more} more' if more > 0 else ''}" if told else ""

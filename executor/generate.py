@@ -27,6 +27,7 @@ from executor.handlers import (
     allocate,
 )
 from executor.live import LiveBatch
+from executor.loading import Loading
 from executor.model import Architecture
 from executor.native import kernels
 from hrm.buffers import Purpose
@@ -207,7 +208,8 @@ class Generator(AbstractGenerator):
     """Runs batches on real weights.
 
     Memory is allocated once, as planned, and weights are loaded into it once. If the system does
-    not pin as much as a policy needs that stages no weights, `staged` is run, which does.
+    not pin as much as a policy needs that stages no weights, `staged` is run, which does. Meanwhile
+    `loading` tells how far that is.
     """
 
     def __init__(
@@ -220,6 +222,7 @@ class Generator(AbstractGenerator):
         source: WeightSource,
         staged: Planned | None = None,
         stops: EndOfText | None = None,
+        loading: Loading | None = None,
         max_spans: int = MAX_SPANS,
     ) -> None:
         start_s = time.perf_counter()
@@ -235,7 +238,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family)
+            memory.weights.load(source, family, loading)
             backend.ready()
             return host, memory
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.families import Family
+from executor.loading import Loading, Target, fill
 from executor.model import (
     DenseWeights,
     Experts,
@@ -110,19 +111,27 @@ class WeightPages:
                 self._for_cpu_attention.append((here[tensor.name], getattr(mixer, tensor.name)))
         return replace(mixer, **here)
 
-    def load(self, source: WeightSource, family: Family) -> None:
-        """Read every weight once, straight to where it stays."""
+    def load(self, source: WeightSource, family: Family, loading: Loading | None = None) -> None:
+        """Read every weight once, straight to where it stays; `loading` tells how far that is."""
         spec = self._spec
-        family.load(source, spec, embedding_tensors(spec), self.embedding.view(-1))
-        family.load(source, spec, head_tensors(spec), self._head)
-        for index, layer in enumerate(spec.layers):
-            family.load(source, spec, dense_tensors(layer), self._dense[index], index)
-            tensors = expert_tensors(layer)
-            parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
-            for expert, flat in enumerate(chain.from_iterable(parts)):
-                family.load(source, spec, tensors, flat, index, expert)
+
+        def read(place: Target) -> None:
+            family.load(source, spec, place.tensors, place.flat, place.layer, place.expert)
+
+        fill(self._places(), read, loading or Loading())
         for here, there in self._for_cpu_attention:
             here.copy_(there)
+
+    def _places(self) -> list[Target]:
+        spec = self._spec
+        places = [Target(embedding_tensors(spec), self.embedding.view(-1)), Target(head_tensors(spec), self._head)]
+        for index, layer in enumerate(spec.layers):
+            places.append(Target(dense_tensors(layer), self._dense[index], index))
+            tensors = expert_tensors(layer)
+            parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
+            experts = enumerate(chain.from_iterable(parts))
+            places += [Target(tensors, flat, index, expert) for expert, flat in experts]
+        return places
 
     def layer(self, layer: int, slot: int) -> LayerWeights:
         """The layer's weights, its streamed ones in that slot."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from hrm.units import format_bytes
+
 if TYPE_CHECKING:
     from executor.job import JobProgress
     from hrm.tasks import Lane
@@ -24,6 +26,7 @@ class Meter:
     def __init__(self, progress: "JobProgress") -> None:
         self._progress = progress
         self._started_s: float | None = None  # once the weights were loaded
+        self._loading_s: float | None = None  # when that began
         self._looked_s = 0.0
         self._busy_s: dict[Lane, float] = {}
         self._shares: dict[Lane, float] = {}
@@ -39,7 +42,7 @@ class Meter:
         if progress.total_requests:
             parts.append(f"{progress.done_requests}/{progress.total_requests} requests")
         if progress.generator is None:
-            return " · ".join(parts)
+            return " · ".join([*parts, *self._loaded(now_s)])
         if self._started_s is None:
             self._started_s = self._looked_s = now_s
         elapsed_s = max(now_s - self._started_s, 1e-9)
@@ -51,6 +54,28 @@ class Meter:
         self._look(now_s)
         busy = " ".join(f"{lane} {share:.0%}" for lane, share in self._shares.items())
         return " · ".join([*parts, f"busy: {busy}"] if busy else parts)
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1: how much of the weights is loaded, and then how much of the job is done."""
+        loading = self._progress.loading
+        if self._progress.generator is None and loading.total_bytes:
+            return loading.done_bytes / loading.total_bytes
+        return self._progress.share_done
+
+    def _loaded(self, now_s: float) -> list[str]:
+        """Bytes of weights that are loaded, a second, and the time left."""
+        loading = self._progress.loading
+        if not loading.total_bytes:
+            return []
+        if self._loading_s is None:
+            self._loading_s = now_s
+        rate = loading.done_bytes / max(now_s - self._loading_s, 1.0)
+        parts = [f"{format_bytes(loading.done_bytes)} of {format_bytes(loading.total_bytes)}"]
+        if rate:
+            left_s = (loading.total_bytes - loading.done_bytes) / rate
+            parts += [f"{format_bytes(rate)}/s", f"{format_countdown(left_s)} left"]
+        return parts
 
     def _look(self, now_s: float) -> None:
         passed_s = now_s - self._looked_s
@@ -101,7 +126,7 @@ def _bar(progress: "JobProgress") -> Iterator[None]:
     meter = Meter(progress)
 
     def render() -> Group:
-        bar = ProgressBar(total=1.0, completed=progress.share_done, width=BAR_WIDTH)
+        bar = ProgressBar(total=1.0, completed=meter.share, width=BAR_WIDTH)
         return Group(Padding(bar, 0), Text(meter.text(), no_wrap=True, overflow="ellipsis"))
 
     live = Live(console=Console(stderr=True), get_renderable=render, refresh_per_second=4, transient=True)

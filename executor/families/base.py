@@ -7,43 +7,16 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
+from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture
-from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors, views
+from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors
 from hrm.errors import ModelError
-from hrm.layers import GroupedQueryAttention, Layer, TensorSpec
+from hrm.layers import Block, GroupedQueryAttention, Layer
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
 
 SILU: Final = ("silu", "swish")
 ROPE_SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
 OTHER_MODEL: Final = "use a model of a supported architecture"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """How a checkpoint keeps a tensor of ours, or one of each expert.
-
-    Several `names` have its rows one after the other. A name without {expert} has all experts'
-    matrices, as a tensor of three axes or, if `flat`, one below the other. Matrices may be stored
-    `transposed`.
-    """
-
-    names: tuple[str, ...]
-    transposed: bool = False
-    flat: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stored tensor, and the `rows` of ours that it has from its `first_row` on."""
-
-    name: str
-    shape: tuple[int, ...]
-    first_row: int
-    rows: slice
-    transposed: bool
-
-
-Names = Mapping[str, str | tuple[str, ...] | Stored]
 
 
 @final
@@ -53,15 +26,17 @@ class Family:
 
     `outside` names those outside the layers, and `names` those of a layer, each behind `layer`, where
     {layer} and {expert} are numbers. Several names have the rows of a tensor one after the other;
-    what is stored in yet another way is `Stored`. `otherwise` has names that count where a checkpoint
-    has them. `options` reads from a config what the maths must know, and refuses what we lack;
-    `published` is what it finds in the config of the family's best known model.
+    what is stored in yet another way is `Stored`. In blocks of a class, what `kinds` has for it
+    counts before that. Each of `otherwise` has names that count where a checkpoint has them.
+    `options` reads from a config what the maths must know, and refuses what we lack; `published` is
+    what it finds in the config of the family's best known model.
     """
 
     outside: Mapping[str, str]
     layer: str
     names: Names
-    otherwise: Names = field(default_factory=dict[str, str])
+    kinds: Mapping[type[Block], Names] = field(default_factory=dict[type[Block], Names])
+    otherwise: tuple[Names, ...] = ()
     options: Callable[[Keys, ModelSpec], Architecture]
     published: Mapping[str, Any]
 
@@ -96,15 +71,17 @@ class Family:
         """
         spec = arch.spec
         shapes: dict[str, tuple[int, ...]] = {}
-        for tensor in (*embedding_tensors(spec), *head_tensors(spec)):
-            shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored)}
+
+        def add(tensors: Tensors, layer: int = 0, expert: int | None = None) -> None:
+            for joined in self._joined(tensors, spec, stored, layer, expert):
+                shapes.update((piece.name, piece.shape) for piece in joined.pieces)
+
+        add((*embedding_tensors(spec), *head_tensors(spec)))
         for index, layer in enumerate(spec.layers):
-            for tensor in dense_tensors(layer):
-                shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index)}
+            add(dense_tensors(layer), index)
             for expert in range(layer.num_experts):
                 known = len(shapes)
-                for tensor in expert_tensors(layer):
-                    shapes |= {piece.name: piece.shape for piece in self._pieces(tensor, spec, stored, index, expert)}
+                add(expert_tensors(layer), index, expert)
                 if len(shapes) == known:  # all experts lie in the same tensors
                     break
                 if stored and next(reversed(shapes)) not in stored:
@@ -121,39 +98,30 @@ class Family:
         expert: int | None = None,
     ) -> None:
         """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside."""
-        for tensor, ours in zip(tensors, views(tensors, flat).values(), strict=True):
-            for piece in self._pieces(tensor, spec, source.names, layer, expert):
-                rows = ours[piece.rows]
-                source.read_into(piece.name, rows.T if piece.transposed else rows, piece.first_row)
+        parts = flat.split([tensor.parameters for tensor in tensors])
+        for joined, part in zip(self._joined(tensors, spec, source.names, layer, expert), parts, strict=True):
+            joined.read(source, part.view(joined.tensor.shape))
 
-    def _pieces(
-        self, tensor: TensorSpec, spec: ModelSpec, stored: Collection[str], layer: int = 0, expert: int | None = None
-    ) -> Iterator[Piece]:
-        """The stored tensors that have one of ours; `expert` says whose, if it is one of each expert."""
-        how = self._how(tensor.name, spec, stored, layer, expert)
-        sizes, end = tensor.parts if len(how.names) > 1 else tensor.shape[:1], 0
-        for name, size in zip(how.names, sizes, strict=True):
-            start, end = end, end + size
-            shape = (size, *tensor.shape[1:])
-            shape, first_row = shape[::-1] if how.transposed else shape, 0
-            if expert is not None and "{expert}" not in name:
-                first_row, count = expert * shape[0], spec.num_experts
-                shape = (count * shape[0], *shape[1:]) if how.flat else (count, *shape)
-            theirs = name.format(layer=layer, expert=expert)
-            yield Piece(theirs, shape, first_row, slice(start, end), how.transposed)
-
-    def _how(self, name: str, spec: ModelSpec, stored: Collection[str], layer: int, expert: int | None) -> Stored:
-        if name in self.outside:
-            return Stored((self._outside(name, stored, tied=spec.tied_embeddings),))
-        for names in (self.otherwise, self.names):
-            how = names.get(name)
-            if how is None:
+    def _joined(
+        self, tensors: Tensors, spec: ModelSpec, stored: Collection[str], layer: int, expert: int | None
+    ) -> Iterator[Joined]:
+        """How tensors are stored that are outside the layers, or of one and in the order of its blocks."""
+        of_layer = iter([(block, tensor) for block in spec.layers[layer].blocks for tensor in block.tensors])
+        for tensor in tensors:
+            if tensor.name in self.outside:
+                name = self._outside(tensor.name, stored, tied=spec.tied_embeddings)
+                yield Joined.of(tensor, Stored((name,)), None, layer, expert)
                 continue
-            how = how if isinstance(how, Stored) else Stored((how,) if isinstance(how, str) else how)
-            how = replace(how, names=tuple(self.layer + each for each in how.names))
-            if names is self.names or how.names[0].format(layer=layer, expert=expert) in stored:
+            block = next(block for block, other in of_layer if other == tensor)
+            yield Joined.of(tensor, self._how(tensor.name, block, stored, layer, expert), block, layer, expert)
+
+    def _how(self, name: str, block: Block, stored: Collection[str], layer: int, expert: int | None) -> Stored:
+        for names in self.otherwise:
+            how = stored_as(names, name, self.layer)
+            if how is not None and is_stored(how, stored, layer, expert):
                 return how
-        raise AssertionError(name)
+        ours = (stored_as(names, name, self.layer) for names in (self.kinds.get(type(block), {}), self.names))
+        return next(how for how in ours if how is not None)
 
     def _outside(self, name: str, stored: Collection[str], *, tied: bool) -> str:
         """Tied, either may be stored alone; a stored head counts, as in transformers."""

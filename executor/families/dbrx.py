@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from executor.families.base import SILU, Family, Stored, grouped_query, rope_theta
+from executor.families.base import SILU, Family, grouped_query, rope_theta
+from executor.families.stored import Stored
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, NormKind, Rotary, Router
 from hrm.layers import Layer
 from hrm.model_spec import Keys, ModelSpec

@@ -43,7 +43,7 @@ MIXTRAL: Final = Family(
         "w13": ("block_sparse_moe.experts.{expert}.w1.weight", "block_sparse_moe.experts.{expert}.w3.weight"),
         "w2": "block_sparse_moe.experts.{expert}.w2.weight",
     },
-    otherwise={"router": "mlp.gate.weight", "w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"},
+    otherwise=({"router": "mlp.gate.weight", "w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"},),
     options=_options,
     published={
         "rms_norm_eps": 1e-5,

@@ -187,7 +187,7 @@ class DecodeHandlers:
                 workspace,
                 rows_at_once=self.memory.tokens_at_once,
                 num_experts=self.arch.spec.num_experts,
-                activation=ffn.activation,
+                glu=ffn.glu,
             )
             if not self.pipeline.cpu_experts[x.id.layer]:
                 self.state.count_routed(x.id.layer, counts)
@@ -210,8 +210,8 @@ class DecodeHandlers:
         routing = Routing(host.weights_NK[span], host.experts_NK[span])
         workspace.reset()
         experts = self.memory.weights.host_experts[x.id.layer]
-        activation = self.arch.layers[x.id.layer].ffn.activation
-        counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace, activation=activation)
+        glu = self.arch.layers[x.id.layer].ffn.glu
+        counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace, glu=glu)
         self.state.count_routed(x.id.layer, counts)
         return 0
 

@@ -166,7 +166,7 @@ class PrefillHandlers:
             self.memory.workspace,
             rows_at_once=self.memory.tokens_at_once,
             num_experts=self.arch.spec.num_experts,
-            activation=maths.ffn.activation,
+            glu=maths.ffn.glu,
         )
         self.state.count_routed(x.id.layer, counts)
 

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError, JobError
 from executor.guard import told_as
+from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json_object, read_text
 
 if TYPE_CHECKING:

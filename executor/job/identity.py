@@ -10,9 +10,10 @@ from typing import Any, Final, final
 
 import msgspec
 
-from executor.checkpoint import DOWNLOAD_AGAIN, Checkpoint
+from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError, JobError
 from executor.job.chat import TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
+from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json
 from hrm.files import open_regular, read_regular
 

@@ -7,6 +7,7 @@ from typing import Final, final
 from executor.batching import Batch
 from executor.generate import AbstractGenerator, BatchResult
 from executor.job.survey import Lengths
+from executor.loading import Loading
 from hrm.errors import HrmError
 from hrm.estimate import estimate
 from hrm.policy import Policy
@@ -81,6 +82,7 @@ class JobProgress:
 
     `ended_requests` are those of finished batches and rejected ones, `earlier_requests` those that
     earlier runs answered. `wanted` and `forecast` are of what is left of the job when it starts.
+    `loading` is of its weights, before there is a generator.
     """
 
     stage: str = "reading"
@@ -90,6 +92,7 @@ class JobProgress:
     wanted: Lengths = field(default_factory=Lengths)
     forecast: Forecast | None = None
     generator: AbstractGenerator | None = field(default=None, repr=False)
+    loading: Loading = field(default_factory=Loading)
     tell: Callable[[str], object] = field(default=lambda _: None, repr=False)
     _past: Lengths = field(default_factory=Lengths, repr=False)
     _past_s: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))

@@ -37,6 +37,7 @@ from executor.job.room import AnswerRoom
 from executor.job.survey import SHOWN_REASONS, Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
+from executor.loading import Loading
 from executor.model import Architecture
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
@@ -185,7 +186,7 @@ class _Job:
     def run(self, progress: JobProgress, family: Family, source: WeightSource) -> RunRecord:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
-        generator = self._generator(family, source)
+        generator = self._generator(family, source, progress.loading)
         self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
         if generator.notice:
             progress.tell(generator.notice)
@@ -235,13 +236,20 @@ class _Job:
             "put right what they say and use --resume",
         )
 
-    def _generator(self, family: Family, source: WeightSource) -> AbstractGenerator:
+    def _generator(self, family: Family, source: WeightSource, loading: Loading) -> AbstractGenerator:
         backend, planned = self._prepared.backend, self._prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self._policy_file, planned.policy)
             return NullGenerator(backend, self._arch, planned, seconds_of)
         return Generator(
-            backend, self._arch, planned, family=family, source=source, staged=self._prepared.staged, stops=self._stops
+            backend,
+            self._arch,
+            planned,
+            family=family,
+            source=source,
+            staged=self._prepared.staged,
+            stops=self._stops,
+            loading=loading,
         )
 
     def _judged(self) -> Iterator[Request | Rejected]:

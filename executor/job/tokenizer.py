@@ -7,9 +7,9 @@ from typing import Final, final
 
 from tokenizers import Tokenizer
 
-from executor.checkpoint import DOWNLOAD_AGAIN
 from executor.errors import CheckpointError
 from executor.guard import told_as
+from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.files import read_regular
 
 TOKENIZER_FILE: Final = "tokenizer.json"

@@ -9,7 +9,7 @@ level's kernels). `logits` ends the model. Weights come as views made by `layout
 from executor.model.architecture import Architecture, LayerMaths
 from executor.model.attention import decode_attention, prefill_attention
 from executor.model.experts import run_experts
-from executor.model.feed_forward import Activation, FeedForward, Router, Routing, Scores
+from executor.model.feed_forward import Activation, FeedForward, Glu, Router, Routing, Scores
 from executor.model.gpu import GpuKernels
 from executor.model.head import logits
 from executor.model.kernels import AbstractKernels, CpuKernels
@@ -49,6 +49,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "FfnWeights",
+    "Glu",
     "GpuKernels",
     "GroupedQuery",
     "HeadWeights",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from executor.model.feed_forward import Activation, Routing, activate
+from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.layout import ExpertWeights
 from executor.model.linear import max_native_tokens
 from executor.model.workspace import Workspace
@@ -22,7 +22,7 @@ def run_experts(
     out_TD: Tensor,
     workspace: Workspace,
     *,
-    activation: Activation = Activation.SILU,
+    glu: Glu = SILU,
 ) -> list[int]:
     """Add to `out_TD` the weighted output of exactly the `experts` given, as (index, weights).
 
@@ -33,17 +33,13 @@ def run_experts(
     """
     native, given = kernels(), list(experts)
     if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
-        return _run_in_torch(x_TD, routing, given, out_TD, workspace, activation)
-    if not given or not len(x_TD) or not _is_native(activation, given[0][1]):
-        return _run_in_torch(x_TD, routing, given, out_TD, workspace, activation)
-    counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace)
+        return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
+    if not given or not len(x_TD):
+        return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
+    counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace, glu)
     if left_out:
-        _run_in_torch(x_TD, routing, [given[i] for i in left_out], out_TD, workspace, activation)
+        _run_in_torch(x_TD, routing, [given[i] for i in left_out], out_TD, workspace, glu)
     return counts
-
-
-def _is_native(activation: Activation, expert: ExpertWeights) -> bool:
-    return activation is Activation.SILU and expert.w13_bias is None
 
 
 def _run_natively(
@@ -53,6 +49,7 @@ def _run_natively(
     experts: list[tuple[int, ExpertWeights]],
     out_TD: Tensor,
     workspace: Workspace,
+    glu: Glu,
 ) -> tuple[list[int], list[int]]:
     tokens, hidden = x_TD.shape
     intermediate = experts[0][1].w2.shape[1]
@@ -68,6 +65,9 @@ def _run_natively(
         out_TD,
         workspace.take((min(planned, enough),), torch.float32),
         max_tokens=max_native_tokens(x_TD.dtype),
+        activation=glu.activation,
+        limit=glu.limit,
+        biases=[(w.w13_bias, w.w2_bias) for _, w in experts if w.w13_bias is not None and w.w2_bias is not None],
     )
     workspace.release(mark)
     return done
@@ -79,7 +79,7 @@ def _run_in_torch(
     experts: Iterable[tuple[int, ExpertWeights]],
     out_TD: Tensor,
     workspace: Workspace,
-    activation: Activation,
+    glu: Glu,
 ) -> list[int]:
     experts_per_token = routing.experts_TK.shape[1]
     sorted_experts, order = routing.experts_TK.flatten().sort(stable=True)
@@ -105,7 +105,7 @@ def _run_in_torch(
         torch.mm(x_nD, expert.w13.T, out=gate_up_n2I)
         if expert.w13_bias is not None:
             gate_up_n2I += expert.w13_bias
-        torch.mm(activate(activation, gate_up_n2I), expert.w2.T, out=x_nD)
+        torch.mm(glu.apply(gate_up_n2I), expert.w2.T, out=x_nD)
         if expert.w2_bias is not None:
             x_nD += expert.w2_bias
         out_TD.index_add_(0, rows, x_nD.mul_(weights[routed]))

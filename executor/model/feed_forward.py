@@ -5,7 +5,8 @@ T tokens, D hidden, E experts, K experts per token, I intermediate.
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import final
+from math import inf
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -15,13 +16,29 @@ from executor.model.layout import FfnWeights, RouterWeights
 from executor.model.linear import add_projected, project
 from executor.model.norm import PLAIN, Norm, normed
 from executor.model.workspace import Workspace
+from executor.native import Activation
 
 
-class Activation(StrEnum):
-    """What a gate goes through before it scales the other half."""
+@dataclass(frozen=True, slots=True)
+class Glu:
+    """What an FFN makes of its gate and up projections; `limit` is of `Activation.CLAMPED`."""
 
-    SILU = "silu"
-    GELU_TANH = "gelu_tanh"
+    activation: Activation = Activation.SILU
+    limit: float = inf
+
+    def apply(self, gate_up_n2I: Tensor) -> Tensor:
+        """The gate through the activation times the other half, where the gate was."""
+        gate_nI, up_nI = gate_up_n2I.chunk(2, dim=1)
+        if self.activation is Activation.SILU:
+            return functional.silu(gate_nI, inplace=True).mul_(up_nI)
+        if self.activation is Activation.GELU_TANH:
+            return gate_nI.copy_(functional.gelu(gate_nI, approximate="tanh")).mul_(up_nI)
+        gate_nI.clamp_(max=self.limit)
+        up_nI.clamp_(-self.limit, self.limit).add_(1)
+        return gate_nI.mul_(torch.sigmoid(gate_nI * 1.702)).mul_(up_nI)
+
+
+SILU: Final = Glu()
 
 
 class Scores(StrEnum):
@@ -75,7 +92,7 @@ class FeedForward:
     experts_per_token: int = 1
     norm: Norm = PLAIN
     router: Router = Router()
-    activation: Activation = Activation.SILU
+    glu: Glu = SILU
 
     def whole(self, hidden_TD: Tensor, weights: FfnWeights, workspace: Workspace) -> None:
         """Add the output of an FFN that every token goes through, in a layer without experts."""
@@ -126,12 +143,4 @@ class FeedForward:
 
     def _through(self, x_TD: Tensor, w13: Tensor, w2: Tensor, out_TD: Tensor, workspace: Workspace) -> None:
         gate_up_T2I = workspace.take((len(x_TD), len(w13)), x_TD.dtype)
-        add_projected(activate(self.activation, project(x_TD, w13, gate_up_T2I)), w2, out_TD)
-
-
-def activate(activation: Activation, gate_up_n2I: Tensor) -> Tensor:
-    """The gate through the activation times the other half, where the gate was."""
-    gate_nI, up_nI = gate_up_n2I.chunk(2, dim=1)
-    if activation is Activation.GELU_TANH:
-        return gate_nI.copy_(functional.gelu(gate_nI, approximate="tanh")).mul_(up_nI)
-    return functional.silu(gate_nI, inplace=True).mul_(up_nI)
+        add_projected(self.glu.apply(project(x_TD, w13, gate_up_T2I)), w2, out_TD)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.attention import prefill_attention
-from executor.model.feed_forward import Activation, Routing, activate
+from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.kernels import AbstractKernels
 from executor.model.layout import Experts, ExpertStack
 from executor.model.numbers import PromptNumbers, RowNumbers
@@ -150,12 +150,12 @@ class GpuKernels(AbstractKernels):
         *,
         rows_at_once: int,
         num_experts: int,
-        activation: Activation = Activation.SILU,
+        glu: Glu = SILU,
     ) -> Tensor:
         """Stack by stack; the counts are on the device."""
         if len(x_TD):
             for stack in experts.stacks:
-                self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts, activation)
+                self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts, glu)
         experts_N = routing.experts_TK.flatten()
         counts = experts_N.new_zeros(num_experts)
         return counts.scatter_add_(0, experts_N, experts_N.new_ones(1).expand_as(experts_N))
@@ -168,7 +168,7 @@ class GpuKernels(AbstractKernels):
         out_TD: Tensor,
         rows_at_once: int,
         num_experts: int,
-        activation: Activation,
+        glu: Glu,
     ) -> None:
         per_token = routing.experts_TK.shape[1]
         # The stack's own experts come first, whichever they are.
@@ -187,7 +187,7 @@ class GpuKernels(AbstractKernels):
         places_N[order_N] = torch.arange(len(order_N), device=x_TD.device)
         if ends is None and (2 * num_rows <= rows_at_once or per_token == 1):
             # Room for all at once.
-            y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped, activation)
+            y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped, glu)
             _mask_others(y_ND.mul_(weights_N1), ends_E, count, num_experts)
             out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
             return
@@ -196,7 +196,7 @@ class GpuKernels(AbstractKernels):
             size = piece.stop - first
             ends_here = (ends_E - first).clamp_(0, size)
             on_host = None if ends is None else [min(max(e - first, 0), size) for e in ends]
-            y_nD = self._outputs(x_TD, tokens_N[piece], stack, ends_here, on_host, grouped, activation)
+            y_nD = self._outputs(x_TD, tokens_N[piece], stack, ends_here, on_host, grouped, glu)
             y_nD.mul_(weights_N1[piece])
             if on_host is None:
                 _mask_others(y_nD, ends_here, count, num_experts)
@@ -211,7 +211,7 @@ class GpuKernels(AbstractKernels):
         ends_E: Tensor,
         ends: list[int] | None,
         grouped: Callable[..., Tensor] | None,
-        activation: Activation,
+        glu: Glu,
     ) -> Tensor:
         """The experts' outputs of rows sorted by expert; whatever it may be in rows of others."""
         x_nD = x_TD.index_select(0, tokens_n)
@@ -219,7 +219,7 @@ class GpuKernels(AbstractKernels):
             gate_up_n2I = grouped(x_nD, stack.w13_E2ID.transpose(-2, -1), offs=ends_E)
             del x_nD
             _add_bias(gate_up_n2I, stack.w13_bias_E2I, ends_E)
-            y_nD = grouped(activate(activation, gate_up_n2I), stack.w2_EDI.transpose(-2, -1), offs=ends_E)
+            y_nD = grouped(glu.apply(gate_up_n2I), stack.w2_EDI.transpose(-2, -1), offs=ends_E)
             _add_bias(y_nD, stack.w2_bias_ED, ends_E)
             return y_nD
         assert ends is not None
@@ -231,7 +231,7 @@ class GpuKernels(AbstractKernels):
                 torch.mm(x_nD[rows], stack.w13_E2ID[expert].T, out=gate_up_n2I[rows])
                 if stack.w13_bias_E2I is not None:
                     gate_up_n2I[rows] += stack.w13_bias_E2I[expert]
-                gate_nI = activate(activation, gate_up_n2I[rows])
+                gate_nI = glu.apply(gate_up_n2I[rows])
                 torch.mm(gate_nI, stack.w2_EDI[expert].T, out=x_nD[rows])  # done with as input
             start = end
         _add_bias(x_nD, stack.w2_bias_ED, ends_E)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from executor.model.attention import decode_attention, prefill_attention
 from executor.model.experts import run_experts
-from executor.model.feed_forward import Activation, Routing
+from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.layout import Experts
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
@@ -89,7 +89,7 @@ class AbstractKernels(ABC):
         *,
         rows_at_once: int,
         num_experts: int,
-        activation: Activation = Activation.SILU,
+        glu: Glu = SILU,
     ) -> Sequence[int] | Tensor:
         """Add to `out_TD` the weighted output of exactly the `experts` given.
 
@@ -139,7 +139,7 @@ class CpuKernels(AbstractKernels):
         *,
         rows_at_once: int,  # noqa: ARG002
         num_experts: int,  # noqa: ARG002
-        activation: Activation = Activation.SILU,
+        glu: Glu = SILU,
     ) -> Sequence[int]:
         """Expert by expert; it counts up to the last expert that any token goes to."""
-        return run_experts(x_TD, routing, experts.each, out_TD, workspace, activation=activation)
+        return run_experts(x_TD, routing, experts.each, out_TD, workspace, glu=glu)

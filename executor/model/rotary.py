@@ -35,14 +35,16 @@ class Rotary:
         tokens, half = len(x_TW), len(self.frequencies)
         frequencies_h = on_device(self.frequencies, x_TW.device)
         native = kernels()
-        if (
-            native is not None
-            and 2 * half == head_dim
-            and not self.interleaved
-            and self.magnitude == 1
-            and native.takes_rotation(x_TW, positions_T)
-        ):
-            native.rotate(x_TW, num_heads, positions_T, frequencies_h)
+        if native is not None and native.takes_rotation(x_TW, positions_T):
+            native.rotate(
+                x_TW,
+                num_heads,
+                positions_T,
+                frequencies_h,
+                head_dim=head_dim,
+                interleaved=self.interleaved,
+                magnitude=self.magnitude,
+            )
             return
         mark = workspace.mark()
         angles_T1h = workspace.take((tokens, 1, half), torch.float32)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
-from executor.checkpoint import CONFIG_FILE, INDEX_FILE
+from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE
 from executor.families import FAMILIES
 from executor.random_weights import RandomWeights
 from hrm.model_spec import ModelSpec, spec_from_hf_config

@@ -55,7 +55,8 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("shard", ["50GB", "60KB"])
 def test_experts_saved_as_one_tensor(name, shard, tmp_path):
     save_tiny(name, tmp_path, save_original_format=False, max_shard_size=shard)
-    names = json.dumps(list(Checkpoint.open(tmp_path).names))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        names = json.dumps(list(checkpoint.names))
     assert ("mlp.experts.gate_up_proj" in names) == (name != DBRX)
     check_same_logits(tmp_path)
 
@@ -94,6 +95,7 @@ BUFFERS = (
     "model.rotary_emb.inv_freq",
     "model.layers.0.self_attn.rotary_emb.inv_freq",
     "model.layers.1.self_attn.rotary_emb.cos_cached",
+    "model.layers.1.self_attn.masked_bias",
 )
 
 
@@ -101,6 +103,60 @@ def test_harmless_buffers_are_ignored(copy):
     folder = copy("wide heads")
     rewrite(folder, lambda t: {**t, **{name: torch.ones(3) for name in BUFFERS}})
     check_same_logits(folder)
+
+
+@pytest.mark.parametrize(
+    ("inner", "head"),
+    [
+        ("model.language_model.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+        ("thinker.model.", "thinker.lm_head."),
+    ],
+)
+def test_text_part_of_a_multimodal_model(copy, inner, head):
+    folder = copy("wide heads")
+    before = reference.forward(loaded(folder), PROMPT)
+    others = {
+        "model.visual.blocks.0.weight": 1,
+        "vision_tower.a": 1,
+        "model.audio_tower.layers.9.w": 1,
+        "mtp.fc.weight": 1,
+    }
+
+    def renamed(name):
+        return (
+            inner + name.removeprefix("model.") if name.startswith("model.") else head + name.removeprefix("lm_head.")
+        )
+
+    rewrite(
+        folder,
+        lambda t: {renamed(k): v for k, v in t.items()} | {name: torch.ones(size) for name, size in others.items()},
+    )
+    assert torch.equal(reference.forward(loaded(folder), PROMPT), before)
+    wrong = f"{inner}layers.0.input_layernorm.weight"
+    rewrite(folder, lambda t: t | {wrong: torch.ones(31)})
+    refused(folder, wrong, "(31,)")
+
+
+def test_layers_that_predict_further_ahead_are_left_out_as_the_config_says(copy):
+    folder = copy("wide heads")
+    before = reference.forward(loaded(folder), PROMPT)
+    beyond = "model.layers.3.eh_proj.weight"
+    rewrite(folder, lambda t: t | {beyond: torch.ones(3)})
+    refused(folder, beyond, "not used")
+    edit_json(folder / "config.json", num_nextn_predict_layers=1)
+    assert torch.equal(reference.forward(loaded(folder), PROMPT), before)
+    rewrite(folder, lambda t: t | {"model.layers.4.eh_proj.weight": torch.ones(3)})
+    refused(folder, "model.layers.4.eh_proj.weight", "not used")
+
+
+def test_some_of_many_wrong_names_are_told(copy):
+    folder = copy("wide heads")
+    rewrite(folder, lambda t: t | {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(3) for i in range(3)})
+    rewrite(folder, lambda t: t | {f"model.layers.{i}.self_attn.k_proj.bias": torch.ones(3) for i in range(3)})
+    refused(folder, "model.layers.0.self_attn.k_proj.bias is <not used, as are", "0.self_attn.q_proj.bias", "3 more>")
+    rewrite(folder, lambda t: {name: tensor for name, tensor in t.items() if ".layers.2." not in name})
+    refused(folder, "model.layers.2.input_layernorm.weight is <missing, as are ", " more>")
 
 
 def test_mixed_and_double_precision(copy):

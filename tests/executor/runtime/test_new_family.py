@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from executor.backends import make_backend
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES
-from executor.families.base import Family, Stored
+from executor.families.base import Family
 from executor.families.mixtral import MIXTRAL
+from executor.families.stored import Stored
 from executor.generate import Generator, Planned
 from executor.model import Architecture
 from executor.random_weights import RandomWeights

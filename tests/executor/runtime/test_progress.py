@@ -20,6 +20,7 @@ from executor.job import JobOptions, JobProgress, run_job
 from executor.job.machine import AcceleratorOptions
 from executor.job.progress import Forecast, PhaseProgress
 from executor.job.survey import Lengths
+from executor.loading import Loading
 from executor.sampling import SamplingParams
 from hrm.tasks import Lane, Phase, Task, TaskId
 from tests.contracts.tasks import a_task, act
@@ -46,13 +47,21 @@ def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
         left_s=None,
         share_of_batch=0.0,
         busy_s={},
+        loading=Loading(),
+        share_done=0.5,
     )
     meter = Meter(job)
     assert meter.text() == "loading weights · 4/20 requests"
+    job.loading.total_bytes = 100 * 10**9
+    assert meter.text() == "loading weights · 4/20 requests · 0 B of 100 GB"
+    clock.s, job.loading.done_bytes = 50.0, 25 * 10**9
+    assert meter.text() == "loading weights · 4/20 requests · 25.0 GB of 100 GB · 500 MB/s · 2:30 left"
+    assert meter.share == 0.25
     clock.s = 100.0  # loading does not count
     job.stage, job.generator, job.phase = "batch 1", object(), Phase.PREFILL
     job.left_s, job.share_of_batch = 52.0, 0.25
     assert meter.text() == "batch 1, prefill 25% · 4/20 requests · 0:52 left"
+    assert meter.share == 0.5
     clock.s, job.done_requests, job.generated_tokens = 110.0, 8, 50
     job.phase, job.left_s, job.busy_s = Phase.DECODE, 30.0, {Lane.GPU: 5.0, Lane.H2D: 9.0}
     assert meter.text() == "batch 1, decode 25% · 8/20 requests · 5 tokens/s · 0:30 left · busy: GPU 50% H2D 90%"

@@ -31,7 +31,7 @@ SOME = (
 FEW_TOKENS = 4
 # Where the host may wait for the device: loading, what is needed to go on, and a table made once.
 ALLOWED = {
-    ("executor.checkpoint", "read_into"),
+    ("executor.safetensors_file", "read_into"),
     ("executor.sampling", "choose"),
     ("executor.sampling", "_sample"),
     ("executor.handlers.state", "routed"),

@@ -1,0 +1,35 @@
+"""Names of stored tensors: what a text model has under others, and what it does not need."""
+
+import re
+from typing import Final
+
+# Buffers that follow from the config; old checkpoints carry them along.
+IGNORED_SUFFIXES: Final = (
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+    ".rope.freqs",
+    ".masked_bias",
+)
+# What a multimodal model has its text part's names behind, and what those begin with on their own.
+TEXT_PREFIXES: Final = (("model.language_model.", "model."), ("language_model.", ""), ("thinker.", ""))
+# Parts that text does not pass through: pictures and sounds, and predictors of tokens further ahead.
+OTHER_PARTS: Final = re.compile(
+    r"(model\.)?((visual|vision|audio|image|multi_modal|mm|embed_vision|embed_audio|patch_merger)(_\w+)?"
+    r"|talker|code2wav|token2wav|mtp(_\w+)?)(\.|$)"
+)
+LAYER_NUMBER: Final = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
+# What the parts of a quantised matrix are called, by the tools that write them.
+QUANTISED_NAMES: Final = re.compile(
+    r"\.(?P<part>qweight|qzeros|g_idx|scales|biases|weight_packed|weight_scale|weight_scale_inv"
+    r"|weight_scale_2|weight_zero_point|input_scale|k_scale|v_scale|absmax|quant_map|SCB"
+    r"|\w+_blocks|\w+_scales)$|\.(?P<state>quant_state\.\w+)$"
+)
+
+
+def is_harmless(name: str, beyond: range) -> bool:
+    """Whether text comes out the same without that tensor; `beyond` are layers that predict further ahead."""
+    number = LAYER_NUMBER.search(name)
+    is_beyond = number is not None and int(number[1]) in beyond
+    return is_beyond or name.endswith(IGNORED_SUFFIXES) or OTHER_PARTS.match(name) is not None

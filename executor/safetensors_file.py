@@ -1,0 +1,126 @@
+"""One safetensors file: where its tensors lie in it, and their bytes, each read straight to its place."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from executor.errors import CheckpointError
+from hrm.decoding import Malformed, decode_json
+from hrm.files import open_regular
+from hrm.units import MIB
+
+DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DOWNLOAD_AGAIN: Final = "download the file again"
+PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+LENGTH_BYTES: Final = 8  # of the header, before it
+PART_BYTES: Final = 16 * MIB  # that are read at once of what cannot be read in place
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a file, as its header tells it; `start` is where its numbers begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@final
+class SafetensorsFile:
+    """A file open for reading, its header read; CheckpointError if it is not a whole safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _check(path)
+        self._file = open_regular(path, "a readable safetensors file", CheckpointError, remedy=DOWNLOAD_AGAIN)
+        self.tensors = self._header()
+
+    def close(self) -> None:
+        """Nothing is read any more."""
+        self._file.close()
+
+    def _header(self) -> dict[str, StoredTensor]:
+        length = int.from_bytes(self._file.read(LENGTH_BYTES), "little")
+        try:
+            header: dict[str, Any] = decode_json(self._file.read(length))  # an object, as was checked
+        except Malformed as error:
+            self.close()
+            raise CheckpointError(str(self.path), f"<{error}>", "must have a whole header", DOWNLOAD_AGAIN) from error
+        header.pop("__metadata__", None)
+        first = LENGTH_BYTES + length
+        return {
+            name: StoredTensor(told["dtype"], tuple(told["shape"]), first + told["data_offsets"][0])
+            for name, told in header.items()
+        }
+
+    def read_into(self, name: str, out: Tensor, first_row: int) -> None:
+        """Fill `out` with rows of a tensor, converted to its dtype; rows are as long as those of `out`."""
+        told = self.tensors[name]
+        dtype, row = DTYPES[told.dtype], prod(out.shape[1:])
+        assert (first_row + len(out)) * row <= prod(told.shape), (name, told, out.shape, first_row)
+        start = told.start + first_row * row * dtype.itemsize
+        if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
+            self._read(start, out)
+            return
+        if not out.is_contiguous():  # copies of transposed matrices are fast only if they are whole
+            part = self._part(start, out, dtype).to(out.dtype)
+            out.T.copy_(part.T)
+            return
+        some = max(PART_BYTES // (row * dtype.itemsize), 1)
+        for rows in out.split(some):
+            rows.copy_(self._part(start, rows, dtype))
+            start += rows.numel() * dtype.itemsize
+
+    def _part(self, start: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        part = torch.empty(like.shape, dtype=dtype)
+        self._read(start, part)
+        return part
+
+    def _read(self, start: int, out: Tensor) -> None:
+        """Fill a contiguous tensor with the file's bytes from `start` on."""
+        if not out.numel():
+            return
+        left = out.view(-1).view(torch.uint8).numpy().data
+        while left:
+            try:
+                count = os.preadv(self._file.fileno(), [left], start)
+            except OSError as error:
+                rule, told = "must be readable to its end", f"<{error.strerror or error}>"
+                raise CheckpointError(str(self.path), told, rule, "check the disk") from error
+            if not count:
+                raise CheckpointError(str(self.path), "<cut short>", "must not change while it is read", DOWNLOAD_AGAIN)
+            left, start = left[count:], start + count
+
+
+def _check(path: Path) -> None:
+    """Raise CheckpointError unless the file is what its name says."""
+    what, remedy = "a readable safetensors file", "download all files of the checkpoint"
+    open_regular(path, what, CheckpointError, remedy=remedy).close()  # a pipe would be waited for
+    try:
+        safe_open(path, framework="pt")
+    except OSError as error:
+        raise CheckpointError(str(path), f"<{error.strerror or error}>", f"must be {what}", remedy) from error
+    except SafetensorError as error:
+        start = b""
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(4)
+        if start.startswith(PICKLE_STARTS):
+            raise CheckpointError(
+                str(path),
+                "<a pickle>",
+                "must be safetensors; pickles can run code and are not read",
+                "download the safetensors file or convert the checkpoint to it",
+            ) from error
+        raise CheckpointError(
+            str(path),
+            f"<{path.stat().st_size} bytes, {error}>",
+            "must be a whole safetensors file (this one is truncated or damaged)",
+            DOWNLOAD_AGAIN,
+        ) from error
