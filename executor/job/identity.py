@@ -13,6 +13,7 @@ import msgspec
 from executor.checkpoint import DOWNLOAD_AGAIN, Checkpoint
 from executor.errors import CheckpointError, JobError
 from executor.job.chat import PROCESSOR_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
+from executor.job.sampling_defaults import OPENAI, SamplingDefaults
 from executor.job.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from executor.job.tokenizer_config import ADDED_FILE, CONFIG_FILE, MAP_FILE
 from hrm.decoding import read_json
@@ -29,6 +30,7 @@ _MEANING: Final = {  # the option that decides a field, and what it is called th
     "text": ("--model", "tokenizer or chat template"),
     "dtype": ("--policy", "dtype"),
     "seed": ("--seed", "seed"),
+    "sampling": ("--sampling-defaults", "what requests do not say"),
     "computed": ("--accelerator", "kind of accelerator"),
 }
 
@@ -38,7 +40,7 @@ _MEANING: Final = {  # the option that decides a field, and what it is called th
 class Identity:
     """What every answer depends on besides its request, as short hashes where it is long.
 
-    `computed` is False if the accelerator only sleeps.
+    `computed` is False if the accelerator only sleeps. `sampling` is what requests that do not say get.
     """
 
     schema: int = SCHEMA
@@ -48,9 +50,10 @@ class Identity:
     dtype: str
     seed: int
     computed: bool
+    sampling: str = OPENAI
 
     @staticmethod
-    def of(checkpoint: Checkpoint, *, dtype: str, seed: int, computed: bool) -> "Identity":
+    def of(checkpoint: Checkpoint, *, dtype: str, seed: int, computed: bool, sampling: SamplingDefaults) -> "Identity":
         """Of a job to come. Weights are compared by samples, so that none are read in full."""
         config = json.dumps(checkpoint.config, sort_keys=True).encode()
         folder = checkpoint.folder
@@ -61,6 +64,7 @@ class Identity:
             dtype=dtype,
             seed=seed,
             computed=computed,
+            sampling=str(sampling),
         )
 
     @staticmethod
@@ -89,7 +93,7 @@ class Identity:
             if now == then or field.name not in _MEANING:
                 continue
             option, word = _MEANING[field.name]
-            is_plain = field.name in {"dtype", "seed"}
+            is_plain = field.name in {"dtype", "seed", "sampling"}
             raise JobError(
                 f"{option}: {word}",
                 now if is_plain else "<another>",

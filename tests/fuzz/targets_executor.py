@@ -25,6 +25,7 @@ from executor.job.input_file import check_input
 from executor.job.outputs import RunDirectory, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
+from executor.job.sampling_defaults import SamplingDefaults
 from tests.fuzz.mutations import as_json, as_lines
 from tests.fuzz.targets import Target, written
 from tests.fuzz.targets_hrm import check_message
@@ -300,6 +301,7 @@ def use_generation_config(content: bytes, folder: Path) -> None:
     copy_checkpoint(folder)
     written(folder, "generation_config.json", content)
     opened(folder)
+    str(SamplingDefaults.of("model", folder).left_out_notice)
 
 
 @cache
@@ -343,7 +345,7 @@ EXECUTOR_TARGETS: Final = (
     Target(name="model-config", bases=lambda: [MIXTRAL, DBRX], use=use_model_config),
     Target(
         name="generation-config",
-        bases=lambda: [{"eos_token_id": [2, 3], "bos_token_id": 1}],
+        bases=lambda: [{"eos_token_id": [2, 3], "bos_token_id": 1, "temperature": 0.7, "top_k": 20, "do_sample": True}],
         use=use_generation_config,
         share=0.5,
     ),
