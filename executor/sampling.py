@@ -22,8 +22,10 @@ SAMPLED_BYTES: Final = 72  # of a logit, while its request is sampled: float64, 
 class SamplingParams:
     """How a request is continued; temperature 0 takes the most probable token.
 
-    `top_p` keeps the fewest most probable tokens that together reach that probability. Equal seeds
-    give equal choices. `stop` are texts, and `stop_token_ids` tokens, that end the request. With
+    `top_k` keeps so many of the most probable tokens, all if it is 0 or -1; `top_p` the fewest of
+    these that together reach that share of their probability; `min_p` of these such as are at least
+    that many times as probable as the first (the order of transformers). Equal seeds give equal
+    choices. `stop` are texts, and `stop_token_ids` tokens, that end the request. With
     `logprobs` the log probabilities of the chosen tokens are told, by the model's own distribution,
     whatever the temperature.
     """
@@ -31,6 +33,8 @@ class SamplingParams:
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -43,6 +47,8 @@ class SamplingParams:
             ("max_tokens", _is_integer(self.max_tokens) and self.max_tokens >= 1, "be an integer of at least 1"),
             ("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 2, "be a number from 0 to 2"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "be a number greater than 0 and at most 1"),
+            ("top_k", _is_integer(self.top_k) and self.top_k >= -1, "be an integer of at least -1"),
+            ("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "be a number from 0 to 1"),
             ("seed", _is_integer(self.seed), "be an integer"),
             ("stop", _all(self.stop, str) and all(self.stop), "be texts that are not empty"),
             ("stop_token_ids", _all(self.stop_token_ids, int), "be token ids"),
@@ -109,16 +115,22 @@ def uniform(seed: int, step: int) -> float:
 
 
 def _sample(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
-    """Invert the distribution function of the tokens kept, ordered by probability."""
+    """Invert the distribution function of the tokens kept, which are the first ones by probability."""
     column = {"dtype": torch.float64, "device": logits_RV.device}
     temperature_R1 = torch.tensor([[one.temperature] for one in params], **column)
     top_p_R1 = torch.tensor([[one.top_p] for one in params], **column)
+    min_p_R1 = torch.tensor([[one.min_p] for one in params], **column)
+    vocab = logits_RV.shape[1]
+    most = [min(one.top_k, vocab) if one.top_k > 0 else vocab for one in params]
+    most_R1 = torch.tensor([[count] for count in most], device=logits_RV.device)
     uniform_R1 = torch.tensor([[uniform(one.seed, step)] for one, step in zip(params, steps, strict=True)], **column)
     sorted_RV, tokens_RV = logits_RV.double().sort(dim=-1, descending=True, stable=True)
     probabilities_RV = ((sorted_RV - sorted_RV[:, :1]) / temperature_R1).softmax(dim=-1)
     reached_RV = probabilities_RV.cumsum(dim=-1)
-    last_R1 = (reached_RV < top_p_R1).sum(dim=-1, keepdim=True)
-    last_R1 = last_R1.clamp_(max=logits_RV.shape[1] - 1)
+    mass_R1 = torch.where(most_R1 < vocab, reached_RV.gather(1, most_R1 - 1), 1.0)
+    last_R1 = (reached_RV < top_p_R1 * mass_R1).sum(dim=-1, keepdim=True)
+    likely_R1 = (probabilities_RV >= min_p_R1 * probabilities_RV[:, :1]).sum(dim=-1, keepdim=True)
+    last_R1 = torch.minimum(torch.minimum(last_R1, most_R1 - 1), likely_R1 - 1)
     target_R1 = uniform_R1 * reached_RV.gather(1, last_R1)
     chosen_R1 = torch.searchsorted(reached_RV, target_R1, right=True)
     return tokens_RV.gather(1, torch.minimum(chosen_R1, last_R1)).flatten().tolist()

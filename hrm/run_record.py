@@ -160,7 +160,8 @@ class RunRecord:
     """All of a run.json; what runs of earlier versions may lack has a default.
 
     `policy_file` is what was run but for its order, which is `schedule`. If that is not quite what
-    was given, `notice` says why. `routed_tokens[i][e]` counts what layer i sent to expert e.
+    was given, `notice` says why. `sampling_defaults` are what requests got that did not say, those of
+    OpenAI's API left out. `routed_tokens[i][e]` counts what layer i sent to expert e.
     """
 
     schema: int = RUN_SCHEMA
@@ -172,6 +173,7 @@ class RunRecord:
     accelerator: AcceleratorRecord
     schedule: str
     model: ModelRecord | None = None
+    sampling_defaults: dict[str, float] = field(default_factory=dict[str, float])
     totals: TotalsRecord
     workload: WorkloadRecord
     phases: dict[str, PhaseRecord]

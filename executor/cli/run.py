@@ -13,6 +13,7 @@ from hrm.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from executor.job.machine import AcceleratorOptions
+    from executor.job.sampling_defaults import SamplingSource
     from hrm.run_record import RunRecord
 
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -27,6 +28,13 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @accelerator_options
 @enum_option("--schedule", kind=ScheduleName, help="Run the policy in this order [default: the policy's].")
 @click.option("--seed", default=0, show_default=True, help="For requests without one.")
+@click.option(
+    "--sampling-defaults",
+    type=click.Choice(["model", "openai"]),
+    default="model",
+    show_default=True,
+    help="What requests that do not say are sampled with: the model's generation_config.json, or temperature 1.",
+)
 @click.option(
     "--max-requests",
     type=click.IntRange(min=1),
@@ -43,6 +51,7 @@ def run(
     accelerator: "AcceleratorOptions",
     schedule: ScheduleName | None,
     seed: int,
+    sampling_defaults: "SamplingSource",
     max_requests: int | None,
     resume: bool,
     quiet: bool,
@@ -52,6 +61,9 @@ def run(
     Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
     wrong, gets a line with its error and the others run. run.json says what was done and how fast;
     trace.json opens in Perfetto.
+
+    Temperature, top_p, top_k and min_p that a request does not give are those of the model's
+    generation_config.json, if it has any.
 
     A chat without max_tokens gets as many tokens as its share of the policy's cache leaves beside
     the prompt, but no fewer than the --gen-len of the policy; a completion gets 16.
@@ -74,6 +86,7 @@ def run(
         accelerator=accelerator,
         schedule=schedule,
         seed=seed,
+        sampling_defaults=sampling_defaults,
         max_requests=max_requests,
         resume=resume,
     )
@@ -87,12 +100,14 @@ def run(
 def summary(record: "RunRecord", output_dir: Path) -> str:
     """What a run did, in a few lines."""
     totals = record.totals
+    sampling = ", ".join(f"{name} {value:g}" for name, value in record.sampling_defaults.items())
     lines = [
         f"accelerator  {record.accelerator.description}",
         f"CPU kernels  {record.accelerator.cpu_kernels}",
         f"requests     {totals.requests} in {counted(totals.batches, 'batch')}"
         + (f", {totals.rejected_requests} rejected" if totals.rejected_requests else "")
         + (f", {totals.failed_requests} failed" if totals.failed_requests else ""),
+        *([f"sampling     {sampling} where requests do not say"] if sampling else []),
         f"tokens       {totals.prompt_tokens} prompt, {totals.generated_tokens} generated",
         f"throughput   {totals.tokens_per_s:.1f} tokens/s generated over prefill and decode",
     ]

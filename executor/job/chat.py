@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from executor.errors import CheckpointError, JobError
 from executor.guard import told_as
+from executor.job.tokenizer_config import TokenizerConfig, read_settings
 from executor.safetensors_file import DOWNLOAD_AGAIN
-from hrm.decoding import read_json_object, read_text
+from hrm.decoding import read_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 TEMPLATE_FILE: Final = "chat_template.jinja"
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
 TEMPLATES: Final = "*.jinja"  # in that folder
+PROCESSOR_FILE: Final = "chat_template.json"
 DEFAULT: Final = "default"
-SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # The names that a message's reasoning is passed under; the first is what templates read.
 REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 OWN_VARIABLES: Final = ("messages", "tools", "documents", "add_generation_prompt")
@@ -48,10 +49,11 @@ class ChatTemplate:
     def of_checkpoint(folder: Path) -> "ChatTemplate | None":
         """The template of the files beside a tokenizer; None if there is none.
 
-        Files of templates count before tokenizer_config.json, and among several named ones the
-        one named default. Raises CheckpointError if a file cannot be read, or none is the default.
+        Files of templates count before tokenizer_config.json and that before chat_template.json, and
+        among several named ones the one named default. Raises CheckpointError if a file cannot be
+        read, or none is the default.
         """
-        config = _read_config(folder / "tokenizer_config.json")
+        config = TokenizerConfig.of_checkpoint(folder)
         path, named = _templates(folder, config)
         if not named:
             return None
@@ -63,7 +65,7 @@ class ChatTemplate:
                 f"must have one named {DEFAULT}",
                 f"add it as {TEMPLATE_FILE}",
             )
-        return ChatTemplate(source, _special_tokens(folder, config), path)
+        return ChatTemplate(source, config.special_tokens, path)
 
     def render(self, messages: list[Any], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt that asks for the assistant's next message.
@@ -162,7 +164,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 # -- files ------------------------------------------------------------------------------------
 
 
-def _templates(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, str]]:
+def _templates(folder: Path, config: TokenizerConfig) -> tuple[Path, dict[str, str]]:
     """Where the templates are, and their texts by name."""
     path = folder / TEMPLATE_FILE
     named = {DEFAULT: _read_text(path)} if path.exists() else {}
@@ -170,48 +172,31 @@ def _templates(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, st
     named |= {other.stem: _read_text(other) for other in others}
     if named:
         return (path if DEFAULT in named else others[0]), named
-    path, source = folder / "tokenizer_config.json", config.get("chat_template")
-    if isinstance(source, list):
-        named = {
-            item["name"]: item["template"]
-            for item in source
-            if isinstance(item, dict) and {"name", "template"} <= item.keys()
-        }
-    elif source is not None:
-        named = {DEFAULT: source}
-    for template in named.values():
-        if not isinstance(template, str):
-            raise CheckpointError(
-                f"{path}: chat_template",
-                f"<{type(template).__name__}>",
-                "must be a text, or a list of named ones",
-                "download the file again",
-            )
+    path, source = config.path, config.settings.get("chat_template")
+    if source is None:  # what processors of pictures were saved with before there were files of templates
+        path = folder / PROCESSOR_FILE
+        source = read_settings(path).get("chat_template")
+    named = _named(source)
+    if not all(isinstance(template, str) for template in named.values()):
+        raise CheckpointError(
+            f"{path}: chat_template", "<malformed>", "must be a text, or a list of named ones", DOWNLOAD_AGAIN
+        )
     return path, named
 
 
-def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name; special_tokens_map.json counts for old tokenizers only."""
-    if "added_tokens_decoder" not in config:
-        config = {**config, **_read_config(folder / "special_tokens_map.json")}
-    tokens: dict[str, str] = {}
-    for key in SPECIAL_TOKENS:
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            tokens[key] = value
-    return tokens
+def _named(source: Any) -> dict[Any, Any]:
+    """The templates by name that a file gives as a list, or as one without a name."""
+    if isinstance(source, list):
+        return {
+            item["name"]: item["template"]
+            for item in source
+            if isinstance(item, dict) and isinstance(item.get("name"), str) and "template" in item
+        }
+    return {} if source is None else {DEFAULT: source}
 
 
 def _read_text(path: Path) -> str:
     return read_text(path, "a readable UTF-8 text", CheckpointError, remedy=DOWNLOAD_AGAIN)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if there is no such file."""
-    if not path.exists():
-        return {}
-    return read_json_object(path, "a readable JSON file", CheckpointError, remedy=DOWNLOAD_AGAIN)
 
 
 # -- the environment --------------------------------------------------------------------------

@@ -21,6 +21,8 @@ _SAMPLING: Final = {
     "max_completion_tokens",
     "temperature",
     "top_p",
+    "top_k",
+    "min_p",
     "seed",
     "stop",
     "ignore_eos",
@@ -32,7 +34,7 @@ _HONOURED: Final = {
 }
 # The value of `logprobs` that asks for those of the chosen tokens and no others.
 CHOSEN_ALONE: Final = {COMPLETIONS: 0, CHAT: True}
-_INTEGERS: Final = {"max_tokens", "max_completion_tokens", "seed", "stop_token_ids", "prompt"}
+_INTEGERS: Final = {"top_k", "max_tokens", "max_completion_tokens", "seed", "stop_token_ids", "prompt"}
 
 # For bookkeeping, caches and scheduling: no answer depends on them.
 _IGNORED: Final = {
@@ -79,8 +81,6 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "response_format": ({"type": "text"},),
     "verbosity": ("medium",),
     # which tokens may come
-    "top_k": (-1, 0),
-    "min_p": (0,),
     "top_a": (0,),
     "typical_p": (1,),
     "min_tokens": (0,),
@@ -124,7 +124,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "thinking_token_budget": (),
 }
 # With temperature 0 the most probable token is taken, whatever these say of the others.
-_OF_CHANCE: Final = {"top_k", "min_p", "typical_p", "top_a"}
+_OF_CHANCE: Final = {"typical_p", "top_a"}
 
 
 def checked_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
@@ -157,8 +157,10 @@ def needed(fields: Mapping[str, Any], key: str) -> Any:
     return fields[key]
 
 
-def sampling_params(fields: Mapping[str, Any], default_seed: int) -> SamplingParams:
-    """The sampling parameters of checked fields, by OpenAI's names and defaults."""
+def sampling_params(
+    fields: Mapping[str, Any], default_seed: int, defaults: Mapping[str, float] | None = None
+) -> SamplingParams:
+    """The sampling parameters of checked fields; `defaults` count before OpenAI's."""
     values = {key: fields[key] for key in (_SAMPLING | {"logprobs"}) & fields.keys()}
     if "max_completion_tokens" in values:
         values["max_tokens"] = values.pop("max_completion_tokens")
@@ -167,7 +169,7 @@ def sampling_params(fields: Mapping[str, Any], default_seed: int) -> SamplingPar
         values["stop"] = (stop,) if isinstance(stop, str) else _tuple(stop, "stop")
     if "stop_token_ids" in values:
         values["stop_token_ids"] = _tuple(values["stop_token_ids"], "stop_token_ids")
-    return SamplingParams(**{"seed": default_seed, **values})
+    return SamplingParams(**{"seed": default_seed, **(defaults or {}), **values})
 
 
 def truth(fields: Mapping[str, Any], key: str, *, default: bool) -> bool:
@@ -202,7 +204,7 @@ def _changes_nothing(key: str, value: Any) -> bool:
 def _leaves_the_first(key: str, value: Any) -> bool:
     """Whether the most probable token is always among those that the field leaves."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return key in _OF_CHANCE and number and (value >= -1 if key == "top_k" else 0 <= value <= 1)
+    return key in _OF_CHANCE and number and 0 <= value <= 1
 
 
 def _as_integers(value: Any) -> Any:

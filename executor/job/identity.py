@@ -12,14 +12,17 @@ import msgspec
 
 from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError, JobError
-from executor.job.chat import TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
+from executor.job.chat import PROCESSOR_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER, TEMPLATES
+from executor.job.sampling_defaults import OPENAI, SamplingDefaults
+from executor.job.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from executor.job.tokenizer_config import ADDED_FILE, CONFIG_FILE, MAP_FILE
 from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json
 from hrm.files import open_regular, read_regular
 
 JOB_JSON: Final = "job.json"
 SCHEMA: Final = 1
-TEXT_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE)
+TEXT_FILES: Final = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE)
 _SAMPLES: Final = 16  # of a file of weights that are compared, spread over all of it
 _SAMPLE_BYTES: Final = 4096
 _MEANING: Final = {  # the option that decides a field, and what it is called there
@@ -28,6 +31,7 @@ _MEANING: Final = {  # the option that decides a field, and what it is called th
     "text": ("--model", "tokenizer or chat template"),
     "dtype": ("--policy", "dtype"),
     "seed": ("--seed", "seed"),
+    "sampling": ("--sampling-defaults", "what requests do not say"),
     "computed": ("--accelerator", "kind of accelerator"),
 }
 
@@ -37,7 +41,7 @@ _MEANING: Final = {  # the option that decides a field, and what it is called th
 class Identity:
     """What every answer depends on besides its request, as short hashes where it is long.
 
-    `computed` is False if the accelerator only sleeps.
+    `computed` is False if the accelerator only sleeps. `sampling` is what requests that do not say get.
     """
 
     schema: int = SCHEMA
@@ -47,21 +51,21 @@ class Identity:
     dtype: str
     seed: int
     computed: bool
+    sampling: str = OPENAI
 
     @staticmethod
-    def of(checkpoint: Checkpoint, *, dtype: str, seed: int, computed: bool) -> "Identity":
+    def of(checkpoint: Checkpoint, *, dtype: str, seed: int, computed: bool, sampling: SamplingDefaults) -> "Identity":
         """Of a job to come. Weights are compared by samples, so that none are read in full."""
         config = json.dumps(checkpoint.config, sort_keys=True).encode()
         folder = checkpoint.folder
-        templates = sorted((folder / TEMPLATE_FOLDER).glob(TEMPLATES))
-        text = [*(folder / name for name in TEXT_FILES), *templates]
         return Identity(
             weights=_digest(_samples(path) for path in checkpoint.weight_files),
             config=_digest([config]),
-            text=_digest(part for path in text for part in (path.name.encode(), _content(path))),
+            text=_digest(part for path in _text_files(folder) for part in (path.name.encode(), _content(path))),
             dtype=dtype,
             seed=seed,
             computed=computed,
+            sampling=str(sampling),
         )
 
     @staticmethod
@@ -90,7 +94,7 @@ class Identity:
             if now == then or field.name not in _MEANING:
                 continue
             option, word = _MEANING[field.name]
-            is_plain = field.name in {"dtype", "seed"}
+            is_plain = field.name in {"dtype", "seed", "sampling"}
             raise JobError(
                 f"{option}: {word}",
                 now if is_plain else "<another>",
@@ -113,6 +117,15 @@ def _samples(path: Path) -> bytes:
             file.seek(max(size - _SAMPLE_BYTES, 0) * index // (_SAMPLES - 1))
             parts.append(file.read(_SAMPLE_BYTES))
     return b"".join(parts)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The files that decide what texts and messages are as tokens, also such as are missing."""
+    names = list(TEXT_FILES)
+    if not (folder / TOKENIZER_FILE).exists():
+        names += [name for name in (SENTENCEPIECE_FILE, ADDED_FILE) if (folder / name).exists()]
+    names += [PROCESSOR_FILE] if (folder / PROCESSOR_FILE).exists() else []
+    return [*(folder / name for name in names), *sorted((folder / TEMPLATE_FOLDER).glob(TEMPLATES))]
 
 
 def _content(path: Path) -> bytes:

@@ -223,6 +223,7 @@ def run_record(
     message: str | None = None,
     schedule: ScheduleName | None = None,
     num_spans: int = 0,
+    sampling_defaults: Mapping[str, float] | None = None,
 ) -> RunRecord:
     """All that is known of a generator's run under its own schedule or another.
 
@@ -241,6 +242,7 @@ def run_record(
         model=ModelRecord(
             name=spec.name, folder=weights, family=spec.family, parameters=spec.parameters, dtype=policy.dtype
         ),
+        sampling_defaults=dict(sampling_defaults or {}),
         totals=totals.record(generator.load_s),
         workload=totals.workload,
         phases={phase.value: totals.phases[phase].record for phase in Phase},

@@ -15,7 +15,9 @@ from executor.job.fields import CHAT, COMPLETIONS, URLS, checked_fields, needed,
 from executor.job.identity import digest_of_line
 from executor.job.input_file import MAX_LINE_BYTES, lines_in, open_input
 from executor.job.room import AnswerRoom
+from executor.job.sampling_defaults import SamplingDefaults
 from executor.job.tokenizer import TextTokenizer, missing_tokenizer
+from executor.job.tokenizer_config import TokenizerConfig
 from executor.sampling import SamplingParams
 from hrm.decoding import Malformed, decode_json
 from hrm.errors import HrmError
@@ -60,14 +62,31 @@ def lines_of(path: Path) -> Iterator[Line]:
 class LineReader:
     """Turns lines into requests for the model whose checkpoint is in `folder`.
 
-    `seed` is the job's, for requests without one. `tell` is called, once, with what the user should
-    know. Raises CheckpointError if the folder's tokenizer cannot be read.
+    `seed` and `defaults` are for requests that do not say. `tell` is called with what the user should
+    know of them, once each. Raises CheckpointError if the folder's tokenizer cannot be read.
     """
 
-    def __init__(self, folder: Path, room: AnswerRoom, seed: int = 0, tell: Callable[[str], object] = print) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        room: AnswerRoom,
+        seed: int = 0,
+        tell: Callable[[str], object] = print,
+        defaults: SamplingDefaults | None = None,
+    ) -> None:
         self.tokenizer = TextTokenizer.of_checkpoint(folder)
         self._folder, self._room, self._seed, self._tell = folder, room, seed, tell
-        self._has_told = False
+        self.defaults = defaults or SamplingDefaults()
+        self._told = set[str]()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The token that ends a text by the tokenizer's settings, which config.json may not name."""
+        if self.tokenizer is None:
+            return ()
+        end = TokenizerConfig.of_checkpoint(self._folder).special_tokens.get("eos_token")
+        number = None if end is None else self.tokenizer.id_of(end)
+        return () if number is None else (number,)
 
     def read(
         self, path: Path, answered: Container[str] = (), names: Mapping[int, str] | None = None
@@ -110,16 +129,24 @@ class LineReader:
         if url not in URLS:
             raise JobError("url", url, f"must be {' or '.join(URLS)}", "correct it")
         fields = checked_fields(_object(line.get("body"), "body"), url)
-        params = self._with_special_stops(sampling_params(fields, self._seed ^ crc32(name.encode())))
+        params = sampling_params(fields, self._seed ^ crc32(name.encode()), self.defaults.values)
+        params = self._with_special_stops(params)
+        if self.defaults.decides(fields):
+            self._tell_once(self.defaults.notice)
+        if self.defaults.left_out:
+            self._tell_once(self.defaults.left_out_notice)
         chat = url == CHAT
         prompt = self._chat(fields) if chat else self._prompt(fields)
         open_ended = chat and not fields.keys() & {"max_tokens", "max_completion_tokens"}
         if open_ended:
-            if not self._has_told:
-                self._has_told = True
-                self._tell(self._room.notice)
+            self._tell_once(self._room.notice)
             params = replace(params, max_tokens=self._room.max_tokens(len(prompt)))
         return Request(name, prompt, params, chat=chat, open_ended=open_ended, digest=digest)
+
+    def _tell_once(self, notice: str) -> None:
+        if notice not in self._told:
+            self._told.add(notice)
+            self._tell(notice)
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """A stop text that is a special token stops at its id, which decodes to no text."""

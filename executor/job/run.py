@@ -34,6 +34,7 @@ from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, run_record
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
+from executor.job.sampling_defaults import SamplingDefaults, SamplingSource
 from executor.job.survey import SHOWN_REASONS, Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
@@ -59,6 +60,7 @@ class JobOptions:
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
     schedule: ScheduleName | None = None
     seed: int = 0
+    sampling_defaults: SamplingSource = "model"
     max_requests: int | None = None
     resume: bool = False
 
@@ -84,9 +86,15 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         prepared = prepare(options.accelerator, policy_file, policy)
         room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.most_positions)
-        reader = LineReader(options.model, room, options.seed, progress.tell)
+        defaults = SamplingDefaults.of(options.sampling_defaults, checkpoint.folder)
+        reader = LineReader(checkpoint.folder, room, options.seed, progress.tell, defaults)
+        arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
         identity = Identity.of(
-            checkpoint, dtype=policy.dtype, seed=options.seed, computed=prepared.backend.name != "null"
+            checkpoint,
+            dtype=policy.dtype,
+            seed=options.seed,
+            computed=prepared.backend.name != "null",
+            sampling=defaults,
         )
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
             job = _Job(options, policy_file, arch, prepared, reader, directory)
@@ -332,6 +340,7 @@ class _Job:
             outcome=outcome,
             message=message,
             num_spans=self._trace.num_spans,
+            sampling_defaults=self._reader.defaults.values,
         )
         self._directory.write(RUN_JSON, json.dumps(msgspec.to_builtins(record), indent=2) + "\n")
         return record

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Final
 
-from jinja2 import nodes
+from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -41,6 +41,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
         self.globals["range"] = self.count
         self.begin()
+
+    def from_string(self, source: Any, *args: Any, **options: Any) -> Template:
+        """The template of a text; SecurityError if it is longer than any that is meant to be one."""
+        if len(source) > MAX_SOURCE:
+            raise SecurityError(f"a template has at most {MAX_SOURCE:,} characters, not {len(source):,}")
+        return super().from_string(source, *args, **options)
 
     def begin(self) -> None:
         """Forget what was counted so far."""

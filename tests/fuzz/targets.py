@@ -59,6 +59,8 @@ NAMES_OF_EXECUTOR: Final = (
     "resume",
     "job",
     "tokenizer",
+    "sentencepiece",
+    "added-tokens",
     "tokenizer-config",
     "template",
     "named-template",

@@ -25,6 +25,7 @@ from executor.job.input_file import check_input
 from executor.job.outputs import RunDirectory, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
+from executor.job.sampling_defaults import SamplingDefaults
 from tests.fuzz.mutations import as_json, as_lines
 from tests.fuzz.targets import Target, written
 from tests.fuzz.targets_hrm import check_message
@@ -40,6 +41,8 @@ MESSAGES: Final = [{"role": "user", "content": "Who's <b>é?"}, {"role": "assist
 PARTS: Final = [{"role": "user", "content": [{"type": "text", "text": "Who?"}, "and why"], "reasoning": "so"}]
 ROOM: Final = AnswerRoom(share_tokens=64, gen_len=8, most_tokens=64)
 CONFIG: Final = {"chat_template": TEMPLATE, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+
+ADDED: Final = {"add_bos_token": True, "legacy": False, "added_tokens_decoder": {"9": {"content": "<x>"}}}
 
 
 # -- tokenizers and templates -----------------------------------------------------------------
@@ -100,6 +103,33 @@ def use_tokenizer(content: bytes, folder: Path) -> None:
     written(folder, "tokenizer.json", content)
     lines = [a_line(text, stop=["hi"]) for text in ("", "hi user", "é\n" * 50, " " * 1000)]
     list(read_all(folder, written(folder, "prompts.jsonl", as_lines(lines))))
+
+
+def a_sentencepiece() -> bytes:
+    """A model of SentencePiece, byte by byte: some pieces of each kind, and what is done with spaces."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("h", 1), ("i", 1), ("hi", 1), ("▁", 1), ("<0x0A>", 6), ("[u]", 4)]
+    written_pieces = [
+        field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -float(index)) + bytes([3 << 3, kind]))
+        for index, (text, kind) in enumerate(pieces)
+    ]
+    trainer = bytes([3 << 3, 2]) + b"\x98\x02\x01"  # BPE, bytes for what is unknown
+    return b"".join([*written_pieces, field(2, trainer), field(3, bytes([3 << 3, 1, 4 << 3, 0]))])
+
+
+def use_sentencepiece(content: bytes, folder: Path) -> None:
+    copy_checkpoint(folder)
+    written(folder, "tokenizer.model", content)
+    lines = [a_line(text, stop=["hi"]) for text in ("", "hi [u]user", "é\n" * 50, " " * 1000)]
+    list(read_all(folder, written(folder, "prompts.jsonl", as_lines(lines))))
+
+
+def use_added_tokens(content: bytes, folder: Path) -> None:
+    written(folder, "tokenizer_config.json", content)
+    use_sentencepiece(a_sentencepiece(), folder)
 
 
 def use_template(content: bytes, folder: Path) -> None:
@@ -271,6 +301,7 @@ def use_generation_config(content: bytes, folder: Path) -> None:
     copy_checkpoint(folder)
     written(folder, "generation_config.json", content)
     opened(folder)
+    str(SamplingDefaults.of("model", folder).left_out_notice)
 
 
 @cache
@@ -297,6 +328,8 @@ EXECUTOR_TARGETS: Final = (
     Target(name="requests", bases=some_requests, use=use_requests, dump=as_lines, share=2),
     Target(name="resume", bases=some_outputs, use=use_resume, dump=as_lines),
     Target(name="tokenizer", bases=some_tokenizers, use=use_tokenizer),
+    Target(name="sentencepiece", bases=lambda: [a_sentencepiece()], use=use_sentencepiece, has_values=False, share=0.5),
+    Target(name="added-tokens", bases=lambda: [{**CONFIG, **ADDED}], use=use_added_tokens, share=0.5),
     Target(name="tokenizer-config", bases=lambda: [CONFIG], use=use_tokenizer_config),
     Target(name="template", bases=lambda: [TEMPLATE.encode()], use=use_template, has_values=False, share=2),
     Target(
@@ -312,7 +345,7 @@ EXECUTOR_TARGETS: Final = (
     Target(name="model-config", bases=lambda: [MIXTRAL, DBRX], use=use_model_config),
     Target(
         name="generation-config",
-        bases=lambda: [{"eos_token_id": [2, 3], "bos_token_id": 1}],
+        bases=lambda: [{"eos_token_id": [2, 3], "bos_token_id": 1, "temperature": 0.7, "top_k": 20, "do_sample": True}],
         use=use_generation_config,
         share=0.5,
     ),

@@ -15,7 +15,12 @@ scores = st.lists(
     st.floats(-30, 30, width=32) | st.sampled_from([0.0, 1.0, -math.inf]), min_size=1, max_size=20
 ).filter(lambda row: max(row) > -math.inf)
 sampled = st.builds(
-    SamplingParams, temperature=st.floats(0.01, 2), top_p=st.floats(0.01, 1), seed=st.integers(-(2**70), 2**70)
+    SamplingParams,
+    temperature=st.floats(0.01, 2),
+    top_p=st.floats(0.01, 1),
+    top_k=st.sampled_from([-1, 0, 1, 2, 5, 30]),
+    min_p=st.just(0.0) | st.floats(0, 1),
+    seed=st.integers(-(2**70), 2**70),
 )
 
 
@@ -24,9 +29,11 @@ def slow_choice(row, params, step):
     top = max(row)
     weights = [math.exp((score - top) / params.temperature) for score in row]
     ranked = sorted(range(len(row)), key=lambda token: -row[token])
+    ranked = ranked[: params.top_k] if params.top_k > 0 else ranked
+    whole = sum(weights[token] for token in ranked) / sum(weights) if params.top_k > 0 else 1.0
     kept, mass = [], 0.0
     for token in ranked:
-        if mass >= params.top_p:
+        if mass >= params.top_p * whole or weights[token] < params.min_p:
             break
         kept.append(token)
         mass += weights[token] / sum(weights)
@@ -61,8 +68,31 @@ def test_sampling_follows_the_slow_definition(row, params, step):
     if chosen != token:  # only rounding at a boundary may differ
         ranked = sorted(range(len(row)), key=lambda t: -row[t])
         assert abs(ranked.index(chosen) - ranked.index(token)) == 1
-        wider = replace(params, top_p=min(params.top_p * (1 + 1e-9), 1.0))
+        wider = replace(params, top_p=min(params.top_p * (1 + 1e-9), 1.0), min_p=params.min_p * (1 - 1e-9))
         assert chosen in kept or chosen in slow_choice(row, wider, step)[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=st.lists(st.integers(-400, 400), min_size=1, max_size=12, unique=True), params=sampled)
+def test_the_tokens_kept_are_those_of_transformers(row, params):
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    left = torch.tensor([[score / 100 for score in row]], dtype=torch.float64)
+    warpers = [
+        TemperatureLogitsWarper(params.temperature),
+        TopPLogitsWarper(params.top_p),
+        MinPLogitsWarper(params.min_p),
+    ]
+    if params.top_k > 0:
+        warpers.insert(1, TopKLogitsWarper(params.top_k))
+    for warper in warpers:
+        left = warper(None, left)
+    kept = set(left[0].isfinite().nonzero().flatten().tolist())
+    logits = torch.tensor([[score / 100 for score in row]] * 40)
+    chosen = set(choose(logits, [replace(params, seed=seed) for seed in range(40)], [0] * 40))
+    assert chosen <= kept
+    probabilities = left.softmax(-1)[0]
+    assert all(token in chosen for token in kept if probabilities[token] > 0.5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,13 +120,23 @@ def test_equal_seeds_give_equal_tokens_and_others_do_not():
     assert len(set(tokens[0])) > 4
 
 
-def test_frequencies_are_the_probabilities():
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, (0.5, 0.3, 0.2)),
+        ({"top_p": 0.7}, (0.625, 0.375, 0.0)),
+        ({"top_k": 2}, (0.625, 0.375, 0.0)),
+        ({"top_k": 2, "top_p": 0.62}, (1.0, 0.0, 0.0)),  # of the two that are left
+        ({"min_p": 0.5}, (0.625, 0.375, 0.0)),
+        ({"min_p": 0.5, "top_k": 1}, (1.0, 0.0, 0.0)),
+    ],
+)
+def test_frequencies_are_the_probabilities(limits, expected):
     row, count = [math.log(p) for p in (0.5, 0.3, 0.2)], 4000
     logits = torch.tensor([row]).expand(count, 3)
-    for top_p, expected in ((1.0, (0.5, 0.3, 0.2)), (0.7, (0.625, 0.375, 0.0))):
-        params = [SamplingParams(seed=s, top_p=top_p) for s in range(count)]
-        chosen = torch.tensor(choose(logits, params, [3] * count)).bincount(minlength=3)
-        assert (chosen / count).tolist() == pytest.approx(expected, abs=0.03)
+    params = [SamplingParams(seed=s, **limits) for s in range(count)]
+    chosen = torch.tensor(choose(logits, params, [3] * count)).bincount(minlength=3)
+    assert (chosen / count).tolist() == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
@@ -146,6 +186,10 @@ def test_the_host_waits_once_for_greedy_tokens_and_their_check():
         ("max_tokens", 1.5),
         ("max_tokens", True),
         ("temperature", -0.1),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", 1.1),
+        ("min_p", False),
         ("temperature", math.nan),
         ("temperature", 2.5),
         ("temperature", "hot"),

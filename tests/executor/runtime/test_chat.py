@@ -8,6 +8,7 @@ import pytest
 
 from executor.errors import CheckpointError, JobError
 from executor.job.chat import ChatTemplate
+from executor.job.template_sandbox import MAX_SOURCE
 from tests.executor.tiny_models import edit_json
 
 DATA = Path(__file__).parents[1] / "data"
@@ -57,6 +58,8 @@ TEMPLATES = {
     "{% for m in messages %}{{ say(m) }}{% endfor %}",
     "undefined key": "{{ messages[0].name }}|{{ messages[0]['tool_calls'] is defined }}",
 }
+# What the templates of whole families do, in words of our own.
+FAMILIES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DATA / "templates").glob("*.jinja"))}
 # What must fail on both sides.
 BROKEN = {
     "raises": "{{ raise_exception('not so') }}",
@@ -76,6 +79,28 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "no content": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": None, "thinking": "1 + 1"}],
 }
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": [1, "é"], "b": "two"}}}
+LONGER: dict[str, list[dict[str, Any]]] = {
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi.\n"}],
+    "thoughts": [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "<mind>\nso\n</mind>\n\nTwo"},
+        {"role": "user", "content": "Three"},
+        {"role": "assistant", "content": "Four", "reasoning_content": "\nthus\n"},
+    ],
+    "calls": [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": '{"sum": 3}'},
+        {"role": "tool", "content": "4"},
+        {"role": "user", "content": "And?"},
+    ],
+}
+VARIABLES: list[dict[str, Any]] = [
+    {},
+    {"enable_thinking": False, "thinking": True, "effort": "high", "add_generation_prompt": False},
+    {"documents": [{"doc_id": 7, "text": "é <b>"}, {"title": "t"}]},
+]
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "config alone": {
         "tokenizer_config.json": {
@@ -175,6 +200,33 @@ def test_renders_as_transformers(name, configured):
             assert ours(folder, messages) == expected
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_families_do_renders_as_in_transformers(name, configured):
+    folder, tokenizer = configured
+    edit_json(folder / "tokenizer_config.json", chat_template=FAMILIES[name])
+    rendered = 0
+    for messages in (CONVERSATIONS | LONGER).values():
+        for given in VARIABLES:
+            variables = {"add_generation_prompt": True, **given}
+            # Thoughts pass under every name that a template may read them by.
+            thoughts = (message.get("reasoning_content") for message in messages)
+            said = [
+                {**message, **({"thinking": thought} if thought is not None else {})}
+                for message, thought in zip(messages, thoughts, strict=True)
+            ]
+            try:
+                expected = tokenizer.apply_chat_template(
+                    said, chat_template=FAMILIES[name], tokenize=False, **variables
+                )
+            except Exception:  # noqa: BLE001 - as above
+                with pytest.raises(JobError):
+                    ours(folder, messages, **variables)
+            else:
+                assert ours(folder, messages, **variables) == expected
+                rendered += 1
+    assert rendered >= 9
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_fails_as_in_transformers(name, tmp_path):
     folder = write_model(tmp_path, template=BROKEN[name])
@@ -229,6 +281,20 @@ def test_templates_without_a_default_are_refused(tmp_path):
 def test_malformed_template_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
+        ours(tmp_path, CONVERSATIONS["one"])
+
+
+def test_template_of_a_processor_counts_where_there_is_no_other(tmp_path):
+    folder = write_model(tmp_path)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "[{{ messages[0].content }}]"}))
+    assert ours(folder, [{"role": "user", "content": "hi"}]) == "[hi]"
+    edit_json(folder / "tokenizer_config.json", chat_template="config")
+    assert ours(folder, CONVERSATIONS["one"]) == theirs(folder, CONVERSATIONS["one"]) == "config"
+
+
+def test_template_without_bounds_is_refused(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("x" * (MAX_SOURCE + 1))
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja.*1,000,000 characters"):
         ours(tmp_path, CONVERSATIONS["one"])
 
 

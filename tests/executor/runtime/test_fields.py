@@ -16,8 +16,6 @@ NEUTRAL = {
     "best_of": [1],
     "stream": [False],
     "stream_options": [{"include_usage": 1}],
-    "top_k": [-1, 0, None],
-    "min_p": [0, 0.0],
     "repetition_penalty": [1, 1.0],
     "presence_penalty": [0, 0.0],
     "frequency_penalty": [0],
@@ -67,8 +65,6 @@ ASKS_FOR_MORE = {
     "n": [2, True],
     "best_of": [3],
     "stream": [True, 0],
-    "top_k": [40, True],
-    "min_p": [0.1],
     "repetition_penalty": [1.1, True],
     "presence_penalty": [0.5, False],
     "logit_bias": [{"5": -1}],
@@ -110,7 +106,7 @@ def test_what_is_not_done_is_refused_by_name(url, key, value):
         checked_fields({key: value}, url)
 
 
-@pytest.mark.parametrize(("key", "value"), [("top_k", 40), ("top_k", 1), ("min_p", 0.3), ("typical_p", 0.9)])
+@pytest.mark.parametrize(("key", "value"), [("typical_p", 0.9), ("top_a", 0.3)])
 def test_what_leaves_the_most_probable_token_passes_where_it_is_taken(key, value):
     assert checked_fields({key: value, "temperature": 0}, CHAT) == {"temperature": 0}
     for temperature in (0.5, None, False):
@@ -118,10 +114,21 @@ def test_what_leaves_the_most_probable_token_passes_where_it_is_taken(key, value
             checked_fields({key: value, "temperature": temperature}, CHAT)
 
 
-@pytest.mark.parametrize(("key", "value"), [("top_k", -7), ("min_p", 2), ("min_p", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("typical_p", 2), ("top_k", -7), ("top_k", True), ("min_p", 2), ("min_p", True)]
+)
 def test_nonsense_is_refused_though_it_changed_nothing(key, value):
     with pytest.raises(JobError, match=key):
-        checked_fields({key: value, "temperature": 0}, COMPLETIONS)
+        sampling_params(checked_fields({key: value, "temperature": 0}, COMPLETIONS), 0)
+
+
+def test_what_a_request_gives_counts_before_the_models_defaults():
+    defaults = {"temperature": 0.6, "top_k": 20, "min_p": 0.1}
+    given = checked_fields({"top_k": 5.0, "temperature": None, "min_p": 0}, CHAT)
+    params = sampling_params(given, 0, defaults)
+    assert (params.temperature, params.top_k, params.min_p, params.top_p) == (0.6, 5, 0, 1)
+    for off in (-1, 0):
+        assert sampling_params(checked_fields({"top_k": off}, CHAT), 0, defaults).top_k == off
 
 
 def test_a_field_of_the_other_url_is_told():
@@ -160,6 +167,8 @@ def test_null_is_absent_for_every_field_that_is_honoured():
         "max_completion_tokens",
         "temperature",
         "top_p",
+        "top_k",
+        "min_p",
         "seed",
         "stop",
         "ignore_eos",

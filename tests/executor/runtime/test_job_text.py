@@ -209,9 +209,9 @@ def test_no_answer_is_no_success(run, folder, tmp_path):
 
 
 def test_folder_without_a_tokenizer(run, no_weights, folder):
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
     captured, _ = run([line("a", "w3"), chat("b", "w3")], code=2)
-    refused(captured, "tokenizer.json", "tokenizer.model", "AutoTokenizer")
+    refused(captured, "tokenizer.json", "tekken.json", "AutoTokenizer")
 
 
 def test_folder_with_a_broken_tokenizer(run, no_weights, folder, tmp_path):

@@ -150,10 +150,10 @@ def test_tokenizer_of_a_folder(folder):
         TextTokenizer.of_checkpoint(folder)
     path.unlink()
     assert TextTokenizer.of_checkpoint(folder) is None
-    (folder / "tokenizer.model").touch()
+    (folder / "tekken.json").touch()
     item = read(folder, body={"prompt": "hi"})
     assert isinstance(item, Rejected)
-    for part in ("tokenizer.json", "tokenizer.model", "AutoTokenizer", "token ids"):
+    for part in ("tokenizer.json", "tekken.json", "AutoTokenizer", "token ids"):
         assert part in item.message
 
 
