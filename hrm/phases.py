@@ -11,7 +11,7 @@ from hrm.acts import decode, prefill
 from hrm.closed_form import DecodeStep, PhaseSeconds, Point, whole_prefill
 from hrm.costs import Costs, LayerMix, TaskWork
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
 from hrm.tasks import Act, Lane, TaskId
 from hrm.trace import Trace
@@ -164,7 +164,7 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     def alike(task: TaskId) -> tuple[Act, int]:
         return task.act, task.layer
 
-    return in_order(iter_tasks(pipeline, schedule), alike)
+    return in_order(iter_positions(pipeline, schedule), alike)
 
 
 def _over_layers(work: TaskWork, tasks_a_layer: int, seconds: Callable[[TaskWork], float]) -> float:
