@@ -113,6 +113,17 @@ class PhaseSeconds(NamedTuple):
         """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
         return (*self.lanes.values(), self.host_memory_s, self.chain_s)
 
+    @property
+    def stretch(self) -> float:
+        """How much longer work on the host's memory takes because all of it wants more than there is.
+
+        Only as far as the memory is what limits the phase: until then, work can give way in turn.
+        """
+        if self.host_memory_s <= max(self.lanes.values()):
+            return 1.0
+        using = max(seconds for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
+        return self.host_memory_s / using if using else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Work:

@@ -231,7 +231,7 @@ class TaskWork:
 
     def num_bytes(self, task: TaskId) -> int:
         """Bytes that the task moves; 0 if it computes."""
-        return round(sum(share * task.act.moves(load) for share, load in self._loads(task.layer)))
+        return _moved_bytes(task.act, self._loads(task.layer))
 
     def _loads(self, layer: int) -> list[tuple[float, Load]]:
         """What tasks of a layer have to do in each kind of layer that it stands for, with its share."""
@@ -263,19 +263,26 @@ class TaskWork:
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        alike: dict[tuple[float, LayerMix, bool], dict[Act, float]] = {}
+        alike: dict[tuple[float, LayerMix, bool], tuple[list[tuple[float, Load]], dict[Act, float]]] = {}
         last = self.pipeline.num_layers - 1
-        known = [
-            alike.setdefault((self.resident_experts[layer], self.layer_mix(layer), layer == last), {})
-            for layer in range(last + 1)
-        ]
+        known: list[tuple[list[tuple[float, Load]], dict[Act, float]]] = []
+        for layer, resident in enumerate(self.resident_experts):
+            form = resident, self.layer_mix(layer), layer == last
+            if form not in alike:
+                alike[form] = self._loads(layer), {}
+            known.append(alike[form])
 
         def seconds(task: TaskId) -> float:
-            of_layer, act = known[task.layer], task.act
+            loads, of_layer = known[task.layer]
+            act = task.act
             if act not in of_layer:
-                num_bytes = self.num_bytes(task)
-                whole = sum(share * act.seconds(load, num_bytes) for share, load in self._loads(task.layer))
+                num_bytes = _moved_bytes(act, loads)
+                whole = sum(share * act.seconds(load, num_bytes) for share, load in loads)
                 of_layer[act] = whole if act.lane is Lane.GPU else whole * self.stretch
             return of_layer[act]
 
         return seconds
+
+
+def _moved_bytes(act: Act, loads: list[tuple[float, Load]]) -> int:
+    return round(sum(share * act.moves(load) for share, load in loads))
