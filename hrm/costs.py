@@ -96,7 +96,7 @@ class Costs:
 
     def prefill_layer(self, x: Load) -> Number:
         """One layer of prefill over a chunk on the GPU."""
-        before = self._up_to_attention(x.tokens, x.context, x.kind)
+        before = x.once((x.kind, "before"), lambda: self._up_to_attention(x.tokens, x.context, x.kind))
         if x.is_last and self.skips_in_last_layer(x.context):
             return before + self._after_ends(x.tokens / x.context, x.kind)
         alike = x.kind.without_window
@@ -117,7 +117,7 @@ class Costs:
         """
         gpus = self.profile.num_gpus
         if gpus == 1:
-            return 0 * tokens
+            return 0.0
         link = self.profile.peer
         part = operators.hidden_bytes(self.spec, self.formats, tokens) / gpus
         return 2 * (gpus - 1) * link.seconds(part)
@@ -161,7 +161,8 @@ class Costs:
 
     def _on(self, device: Device, operator: Operator) -> Number:
         seconds = self._seconds(operator, self.level(device))
-        return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+        synchronises = device is Device.GPU and self.runtime.synchronise_s > 0
+        return seconds + self.runtime.synchronise_s if synchronises else seconds
 
     def _seconds(self, operator: Operator, level: MemoryLevel) -> Number:
         return operator_seconds(operator, level, self.formats.compute.name, fused=self.runtime.fused_kernels)
