@@ -113,6 +113,17 @@ class PhaseSeconds(NamedTuple):
         """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
         return (*self.lanes.values(), self.host_memory_s, self.chain_s)
 
+    @property
+    def stretch(self) -> float:
+        """How much longer work on the host's memory takes because all of it wants more than there is.
+
+        Only as far as the memory is what limits the phase: until then, work can give way in turn.
+        """
+        if self.host_memory_s <= max(self.lanes.values()):
+            return 1.0
+        using = max(seconds for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
+        return self.host_memory_s / using if using else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Work:
@@ -127,11 +138,15 @@ class _Work:
         """Every act's tasks, each as a mean over the layers."""
         seconds: dict[Act, Number] = {}
         moved_bytes = host_bytes = 0
+        loads_of: dict[tuple[bool, bool], list[tuple[float, Load]]] = {}
         for act in acts:
             count = act.count(counts)
             if is_zero(count):
                 continue
-            loads = _loads(load, act)
+            told_apart = act.attends, act.by_ffn
+            if told_apart not in loads_of:
+                loads_of[told_apart] = _loads(load, act)
+            loads = loads_of[told_apart]
             if len(loads) == 1:
                 of_all, num_bytes, on_host = _task(act, loads[0][1])
             else:
@@ -140,7 +155,7 @@ class _Work:
             seconds[act] = count * of_all
             if act.lane in _LINKS:
                 moved_bytes = moved_bytes + count * num_bytes
-            if act.lane is not Lane.GPU:
+            if act.lane is not Lane.GPU and not is_zero(on_host):
                 host_bytes = host_bytes + count * on_host
         return _Work(seconds, moved_bytes, host_bytes)
 

@@ -96,7 +96,7 @@ class Costs:
 
     def prefill_layer(self, x: Load) -> Number:
         """One layer of prefill over a chunk on the GPU."""
-        before = self._up_to_attention(x.tokens, x.context, x.kind)
+        before = x.once((x.kind, "before"), lambda: self._up_to_attention(x.tokens, x.context, x.kind))
         if x.is_last and self.skips_in_last_layer(x.context):
             return before + self._after_ends(x.tokens / x.context, x.kind)
         alike = x.kind.without_window
@@ -117,7 +117,7 @@ class Costs:
         """
         gpus = self.profile.num_gpus
         if gpus == 1:
-            return 0 * tokens
+            return 0.0
         link = self.profile.peer
         part = operators.hidden_bytes(self.spec, self.formats, tokens) / gpus
         return 2 * (gpus - 1) * link.seconds(part)
@@ -161,7 +161,8 @@ class Costs:
 
     def _on(self, device: Device, operator: Operator) -> Number:
         seconds = self._seconds(operator, self.level(device))
-        return seconds + self.runtime.synchronise_s if device is Device.GPU else seconds
+        synchronises = device is Device.GPU and self.runtime.synchronise_s > 0
+        return seconds + self.runtime.synchronise_s if synchronises else seconds
 
     def _seconds(self, operator: Operator, level: MemoryLevel) -> Number:
         return operator_seconds(operator, level, self.formats.compute.name, fused=self.runtime.fused_kernels)
@@ -231,7 +232,7 @@ class TaskWork:
 
     def num_bytes(self, task: TaskId) -> int:
         """Bytes that the task moves; 0 if it computes."""
-        return round(sum(share * task.act.moves(load) for share, load in self._loads(task.layer)))
+        return _moved_bytes(task.act, self._loads(task.layer))
 
     def _loads(self, layer: int) -> list[tuple[float, Load]]:
         """What tasks of a layer have to do in each kind of layer that it stands for, with its share."""
@@ -263,19 +264,26 @@ class TaskWork:
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        alike: dict[tuple[float, LayerMix, bool], dict[Act, float]] = {}
+        alike: dict[tuple[float, LayerMix, bool], tuple[list[tuple[float, Load]], dict[Act, float]]] = {}
         last = self.pipeline.num_layers - 1
-        known = [
-            alike.setdefault((self.resident_experts[layer], self.layer_mix(layer), layer == last), {})
-            for layer in range(last + 1)
-        ]
+        known: list[tuple[list[tuple[float, Load]], dict[Act, float]]] = []
+        for layer, resident in enumerate(self.resident_experts):
+            form = resident, self.layer_mix(layer), layer == last
+            if form not in alike:
+                alike[form] = self._loads(layer), {}
+            known.append(alike[form])
 
         def seconds(task: TaskId) -> float:
-            of_layer, act = known[task.layer], task.act
+            loads, of_layer = known[task.layer]
+            act = task.act
             if act not in of_layer:
-                num_bytes = self.num_bytes(task)
-                whole = sum(share * act.seconds(load, num_bytes) for share, load in self._loads(task.layer))
+                num_bytes = _moved_bytes(act, loads)
+                whole = sum(share * act.seconds(load, num_bytes) for share, load in loads)
                 of_layer[act] = whole if act.lane is Lane.GPU else whole * self.stretch
             return of_layer[act]
 
         return seconds
+
+
+def _moved_bytes(act: Act, loads: list[tuple[float, Load]]) -> int:
+    return round(sum(share * act.moves(load) for share, load in loads))

@@ -13,7 +13,7 @@ from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, part_for
 from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
-from hrm.phases import prefill_seconds, step_seconds
+from hrm.phases import prefill_seconds, steps_seconds
 from hrm.policy import PaperTuple, Parallelism, Policy
 from hrm.tasks import Lane
 from hrm.workload import Workload
@@ -183,16 +183,15 @@ def _turns(policy: Policy, requests: int, num_stages: int) -> tuple[Turn, ...]:
 def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
     """Both phases of one batch."""
     active = workload.active_share * policy.batch_size / policy.num_micro_batches
-    decodes: list[tuple[float, PhaseWork]] = []
-    decode_s = 0.0
-    for context, steps, work in decode_steps(costs, policy, workload):
-        simulated_s = step_seconds(costs, policy, context, tokens=active)
-        # A model of one layer is not yet in its steady state when the steps are taken.
-        decode_s += steps * max(work.bound_s, simulated_s)
-        decodes.append((steps, work))
+    steps = decode_steps(costs, policy, workload)
+    simulated_s = steps_seconds(costs, policy, {step.context: step.work.stretch for step in steps}, tokens=active)
+    # A model of one layer is not yet in its steady state when the steps are taken.
+    decode_s = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
+    prefill = prefill_phase(costs, policy, workload)
+    prefill_s = prefill_seconds(costs, policy, workload, stretch=prefill.stretch)
     return (
-        PhaseEstimate(seconds=prefill_seconds(costs, policy, workload), work=prefill_phase(costs, policy, workload)),
-        PhaseEstimate(seconds=decode_s, work=PhaseWork.total(decodes)),
+        PhaseEstimate(seconds=prefill_s, work=prefill),
+        PhaseEstimate(seconds=decode_s, work=PhaseWork.total((step.steps, step.work) for step in steps)),
     )
 
 

@@ -5,6 +5,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Final, TypeVar, cast
 
 from hrm.errors import ProfileError
@@ -79,16 +81,12 @@ class Figure:
         """
         if size is None or not self.curve:
             return self.value
-        sizes = [point[0] for point in self.curve]
         if not isinstance(size, (int, float)):
-            import numpy as np
-
-            values = [point[1] for point in self.curve]
-            return np.interp(np.log(size), np.log(sizes), values)  # pyright: ignore[reportUnknownVariableType]
-        right = bisect_left(sizes, size)
+            return _interpolator(self.curve)(size)
+        right = bisect_left(self.curve, size, key=itemgetter(0))
         if right == 0:
             return self.curve[0][1]
-        if right == len(sizes):
+        if right == len(self.curve):
             return self.curve[-1][1]
         (size_0, value_0), (size_1, value_1) = self.curve[right - 1], self.curve[right]
         share = math.log(size / size_0) / math.log(size_1 / size_0)
@@ -117,6 +115,19 @@ class Rate:
     def each(self, change: Callable[[Figure], Figure]) -> "Rate":
         """The rate with each of its figures changed."""
         return with_figures(self, lambda _, figure: change(figure))
+
+
+@lru_cache(maxsize=256)
+def _interpolator(curve: tuple[tuple[float, float], ...]) -> Callable[[Number], Number]:
+    """Values of a curve at arrays of sizes."""
+    import numpy as np
+
+    log_sizes, values = np.log([size for size, _ in curve]), np.array([value for _, value in curve])
+
+    def values_at(sizes: Number) -> Number:
+        return np.interp(np.log(sizes), log_sizes, values)  # pyright: ignore[reportUnknownVariableType]
+
+    return values_at
 
 
 def with_figures(node: _T, change: Callable[[str, Figure], Figure], where: str = "") -> _T:

@@ -148,9 +148,10 @@ class Link:
 
     def seconds(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
         """Time to move `num_bytes` in `num_transfers` pieces; nothing to move takes no time."""
-        pieces = maximum(num_transfers, 1)
-        bandwidth = self.bandwidth_bytes_per_s.at(maximum(num_bytes / pieces, 1))
-        return (num_bytes > 0) * num_transfers * self.latency_s.value + num_bytes / bandwidth
+        bandwidth = self.bandwidth_bytes_per_s.planned.value
+        if self.bandwidth_bytes_per_s.planned.curve:
+            bandwidth = self.bandwidth_bytes_per_s.at(maximum(num_bytes / maximum(num_transfers, 1), 1))
+        return (num_bytes > 0) * (num_transfers * self.latency_s.value) + num_bytes / bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Arithmetic for one policy (plain numbers) and for a whole grid of them (NumPy arrays)."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -52,6 +53,15 @@ def minimum(*values: Number) -> Number:
     return reduce(np.minimum, values)
 
 
+def power(base: float, exponent: Number) -> Number:
+    """`base` raised elementwise; NumPy's own takes twenty times as long where the result is next to nothing."""
+    if isinstance(exponent, (int, float)) or base <= 0:
+        return base**exponent
+    import numpy as np
+
+    return np.exp(math.log(base) * exponent)
+
+
 def where(condition: Number, if_true: Number, if_false: Number) -> Number:
     """Elementwise choice; `condition` is 0 or 1."""
     if isinstance(condition, (bool, int)):
@@ -61,4 +71,6 @@ def where(condition: Number, if_true: Number, if_false: Number) -> Number:
 
 def is_zero(value: Number) -> bool:
     """Whether a number is 0, or all of an array."""
-    return value == 0 if isinstance(value, (int, float)) else not value.any()
+    if isinstance(value, (int, float)):
+        return value == 0
+    return not (value.size and value.flat[0]) and not value.any()  # mostly the first says it

@@ -18,7 +18,7 @@ def sample(spec: ModelSpec, formats: Formats, m: Number) -> Operator:
 
 def hidden_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
     """Hidden states of that many tokens."""
-    return formats.compute.bytes_of(tokens, spec.hidden_size)
+    return formats.compute.bytes_of(spec.hidden_size, tokens)
 
 
 def routed_token_bytes(spec: ModelSpec, formats: Formats, m: Number) -> Number:

@@ -27,6 +27,7 @@ class PhaseWork:
     `host_memory_s` is what the host's memory needs to serve all of them, and `all_reduce_s` the
     part of the GPUs' time in which they exchange sums. `bound_s` is the longest of them all, and
     `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
+    Where the host's memory is the longest, tasks that use it take `stretch` times their seconds.
     """
 
     bound_s: float = 0.0
@@ -34,6 +35,7 @@ class PhaseWork:
     lane_s: dict[Lane, float]
     host_memory_s: float = 0.0
     all_reduce_s: float = 0.0
+    stretch: float = 1.0
 
     @staticmethod
     def of(seconds: PhaseSeconds, *, in_order_s: float, all_reduce_s: float) -> "PhaseWork":
@@ -45,6 +47,7 @@ class PhaseWork:
             lane_s=lanes,
             host_memory_s=host_memory_s,
             all_reduce_s=all_reduce_s,
+            stretch=seconds.stretch,
         )
 
     @property

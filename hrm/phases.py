@@ -1,6 +1,6 @@
 """The tasks of a phase with their bytes and seconds, and how long the phase takes when they are simulated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -8,12 +8,12 @@ from math import ceil, inf
 from typing import Final
 
 from hrm.acts import decode, prefill
-from hrm.closed_form import DecodeStep, PhaseSeconds, Point, whole_prefill
+from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs, LayerMix, TaskWork
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
-from hrm.tasks import Act, Lane, TaskId
+from hrm.tasks import Act, TaskId
 from hrm.trace import Trace
 from hrm.workload import Workload
 
@@ -34,37 +34,47 @@ def decode_work(
     num_steps: int,
     tokens: float | None = None,
     shape: Policy | None = None,
+    stretch: float | None = None,
 ) -> TaskWork:
     """Bytes and seconds of the tasks of `num_steps` decode steps at a mean context.
 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are. The
-    tasks are those of `shape`, if it is given: the same policy over fewer micro-batches.
+    tasks are those of `shape`, if it is given: the same policy over fewer micro-batches. `stretch`
+    is worked out unless it is known.
     """
     whole = policy.batch_size / policy.num_micro_batches
     tokens = whole if tokens is None else tokens
-    point = Point.of_policy(policy, costs.spec)
-    step = DecodeStep.of_point(costs, point, policy.schedule, tokens / whole)
+    if stretch is None:
+        point = Point.of_policy(policy, costs.spec)
+        stretch = DecodeStep.of_point(costs, point, policy.schedule, tokens / whole).seconds(context).stretch
     return TaskWork(
         costs=costs,
         policy=policy,
         pipeline=decode_pipeline(costs.spec, shape or policy, num_steps=num_steps),
         tokens=tokens,
         context=context,
-        stretch=_stretch(step.seconds(context)),
+        stretch=stretch,
     )
 
 
 def prefill_work(
-    costs: Costs, policy: Policy, workload: Workload, *, shape: Policy | None = None, max_chunks: float = inf
+    costs: Costs,
+    policy: Policy,
+    workload: Workload,
+    *,
+    shape: Policy | None = None,
+    max_chunks: float = inf,
+    stretch: float | None = None,
 ) -> TaskWork:
     """Bytes and seconds of the tasks of one batch's prefill.
 
     The tasks are those of `shape`, if it is given, and of at most `max_chunks` chunks; each chunk
-    is of as many tokens as if there were all of them.
+    is of as many tokens as if there were all of them. `stretch` is worked out unless it is known.
     """
     tokens = policy.batch_size * workload.prompt_len
     num_chunks = ceil(tokens / policy.prefill_chunk_tokens)
-    point = Point.of_policy(policy, costs.spec)
+    if stretch is None:
+        stretch = whole_prefill(costs, Point.of_policy(policy, costs.spec), workload).stretch
     return TaskWork(
         costs=costs,
         policy=policy,
@@ -72,20 +82,8 @@ def prefill_work(
         tokens=tokens / num_chunks,
         context=workload.prompt_len,
         requests_per_chunk=policy.batch_size / num_chunks,
-        stretch=_stretch(whole_prefill(costs, point, workload)),
+        stretch=stretch,
     )
-
-
-def _stretch(seconds: PhaseSeconds) -> float:
-    """How much longer work on the host's memory takes because all of it wants more than there is.
-
-    Only as far as the memory is what limits the phase: until then, work can give way in turn.
-    """
-    lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
-    if host_memory_s <= max(lanes.values()):
-        return 1.0
-    using = max(seconds for lane, seconds in lanes.items() if lane is not Lane.GPU)
-    return host_memory_s / using if using else 1.0
 
 
 def simulate_work(work: TaskWork) -> Trace:
@@ -97,8 +95,18 @@ def simulate_work(work: TaskWork) -> Trace:
 def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float | None = None) -> float:
     """Simulated seconds of one decode step in the steady state, at a mean context.
 
-    `tokens` is the mean number of active requests in a micro-batch; by default they all are. Of
-    very many micro-batches, each that is simulated stands for several.
+    `tokens` is the mean number of active requests in a micro-batch; by default they all are.
+    """
+    stretch = decode_work(costs, policy, context, num_steps=1, tokens=tokens).stretch
+    return steps_seconds(costs, policy, {context: stretch}, tokens=tokens)[0]
+
+
+def steps_seconds(
+    costs: Costs, policy: Policy, stretches: Mapping[float, float], *, tokens: float | None = None
+) -> list[float]:
+    """The same at each of some mean contexts, for which it is known how far tasks are stretched.
+
+    Of very many micro-batches, each that is simulated stands for several.
     """
     shape, in_one, pages_in_one = _simulated_shape(policy)
 
@@ -110,16 +118,20 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
         # The last step loads no weights for another, so the step before it is the steady one.
         return ends[-2] - ends[-3]
 
-    work = decode_work(costs, policy, context, num_steps=STEADY_STEPS, tokens=tokens, shape=shape)
-    parts = max(shape.num_micro_batches, work.pipeline.num_pages)
-    return _over_layers(work, 8 * STEADY_STEPS * parts, seconds)
+    first = next(iter(stretches), 0.0)
+    work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=1.0)
+    tasks_a_layer = 8 * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
+    return [
+        _over_layers(replace(work, context=context, stretch=stretch), tasks_a_layer, seconds)
+        for context, stretch in stretches.items()
+    ]
 
 
-def prefill_seconds(costs: Costs, policy: Policy, workload: Workload) -> float:
+def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: float | None = None) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
     affordable = MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK)
-    work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable)
+    work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
     in_one = chunks / work.pipeline.num_micro_batches
     tasks_a_layer = _TASKS_A_CHUNK * work.pipeline.num_micro_batches
@@ -164,7 +176,7 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     def alike(task: TaskId) -> tuple[Act, int]:
         return task.act, task.layer
 
-    return in_order(iter_tasks(pipeline, schedule), alike)
+    return in_order(iter_positions(pipeline, schedule), alike)
 
 
 def _over_layers(work: TaskWork, tasks_a_layer: int, seconds: Callable[[TaskWork], float]) -> float:

@@ -52,7 +52,7 @@ class Placement:
                 dense, experts = (1 - self.resident_dense) * dense, (1 - self.cpu_experts) * others
             case Place.HOST:
                 dense, experts = 0, self.cpu_experts * others
-        return self.weights.bytes_of(dense) + self.weights.bytes_of(experts, spec.expert_parameters)
+        return self.weights.bytes_of(dense) + self.weights.bytes_of(spec.expert_parameters, experts)
 
     def bytes_in_all(self, place: Place, resident_experts: Number) -> Number:
         """Bytes at a place of all the model's layers, which have so many resident experts together."""

@@ -247,6 +247,13 @@ class Policy:
             cpu_experts=int(self.ffn is Device.CPU and phase is Phase.DECODE),
         )
 
+    def streamed(self, spec: ModelSpec, phase: Phase) -> tuple[bool, ...]:
+        """Of each layer, whether weights are loaded before it runs."""
+        forms = list(zip(spec.layers, self.resident_experts, strict=True))
+        layers = {form: layer for layer, form in enumerate(forms)}
+        streams = {form: self.streamed_bytes(spec, layer, phase) > 0 for form, layer in layers.items()}
+        return tuple(streams[form] for form in forms)
+
     def streamed_bytes(self, spec: ModelSpec, layer: int, phase: Phase) -> int:
         """Weight bytes of a layer that are loaded before it runs: in prefill all that do not stay on the GPU."""
         one = ((spec.layer_kind(layer), 1),)

@@ -35,36 +35,33 @@ class Order:
     `distinct[alike[i]]`. `samples` are the positions of tasks that end a step, with their step.
     """
 
-    lanes: tuple[int, ...]
-    waits: tuple[tuple[int, ...], ...]
-    alike: tuple[int, ...]
-    distinct: tuple[TaskId, ...]
-    samples: tuple[tuple[int, int], ...]
+    lanes: Sequence[int]
+    waits: Sequence[Sequence[int]]
+    alike: Sequence[int]
+    distinct: Sequence[TaskId]
+    samples: Sequence[tuple[int, int]]
 
 
-def in_order(tasks: Iterable[Task], alike: Callable[[TaskId], Hashable]) -> Order:
-    """The order of the tasks; those with equal `alike` take equally long."""
+def in_order(tasks: Iterable[tuple[TaskId, Sequence[int]]], alike: Callable[[TaskId], Hashable]) -> Order:
+    """The order of tasks, each with the positions of what it waits for; those with equal `alike` take equally long."""
     number_of_lane = {lane: number for number, lane in enumerate(Lane)}
-    positions: dict[TaskId, int] = {}
     lanes: list[int] = []
-    waits: list[tuple[int, ...]] = []
+    waits: list[Sequence[int]] = []
     classes: list[int] = []
     first_of: dict[Hashable, int] = {}
     distinct: list[TaskId] = []
     samples: list[tuple[int, int]] = []
-    for position, task in enumerate(tasks):
-        task_id = task.id
-        waits.append(tuple([positions[other] for other in task.after]))
-        positions[task_id] = position
-        lanes.append(number_of_lane[task.lane])
-        key = alike(task_id)
-        number = first_of.setdefault(key, len(distinct))
+    for position, (task_id, waits_for) in enumerate(tasks):
+        act = task_id.act
+        waits.append(waits_for)
+        lanes.append(number_of_lane[act.lane])
+        number = first_of.setdefault(alike(task_id), len(distinct))
         if number == len(distinct):
             distinct.append(task_id)
         classes.append(number)
-        if task_id.act.ends_step:
+        if act.ends_step:
             samples.append((position, task_id.step))
-    return Order(tuple(lanes), tuple(waits), tuple(classes), tuple(distinct), tuple(samples))
+    return Order(lanes, waits, classes, distinct, samples)
 
 
 def end_times(order: Order, seconds: Sequence[float]) -> list[float]:

@@ -30,6 +30,11 @@ class Counts:
     streams_kv: Number = 0
     cpu_experts: Number = 0
     staging: Number = 0
+    in_layers: Number = field(init=False)  # pieces in all layers
+
+    def __post_init__(self) -> None:
+        """Work out once what most acts ask for."""
+        object.__setattr__(self, "in_layers", self.layers * self.pieces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +86,7 @@ def each(c: Counts) -> Number:
 
 def in_each_layer(c: Counts) -> Number:
     """One task for every micro-batch or chunk in every layer."""
-    return c.layers * c.pieces
+    return c.in_layers
 
 
 def hidden_bytes(x: Load) -> Number:

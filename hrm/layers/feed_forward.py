@@ -9,7 +9,7 @@ from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
 from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.work import Kernel, Operator, gemms, linear
-from hrm.numeric import Number, maximum, minimum
+from hrm.numeric import Number, maximum, minimum, power
 
 
 def matrices(name: str, hidden: int, inner: int, unit: Unit, *, gated: bool = True) -> tuple[TensorSpec, ...]:
@@ -133,7 +133,7 @@ class RoutedExperts(FeedForward):
         Tokens are routed independently, uniformly or with the measured frequencies.
         """
         if not self.frequencies:
-            miss = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+            miss = power(1 - self.experts_per_token / self.num_experts, num_tokens)
             return self.num_experts * (1 - miss)
         if isinstance(num_tokens, (int, float)):
             return sum(1 - (1 - share) ** num_tokens for share in self.frequencies)
@@ -152,12 +152,13 @@ class RoutedExperts(FeedForward):
 
     def run(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
         """What falls on `num_experts` of the experts."""
-        hit = num_experts * self.hit(tokens) / self.num_experts
-        routed = tokens * self.experts_per_token * num_experts / self.num_experts
+        share = num_experts / self.num_experts
+        hit = share * self.hit(tokens)
+        routed = share * self.experts_per_token * tokens
         kernel = Kernel(
-            2 * routed * self.expert_parameters,
-            formats.weights.bytes_of(hit, self.expert_parameters)
-            + formats.compute.bytes_of(routed, 2 * self.hidden_size + 3 * self.intermediate_size),
+            2 * self.expert_parameters * routed,
+            formats.weights.bytes_of(self.expert_parameters, hit)
+            + formats.compute.bytes_of(2 * self.hidden_size + 3 * self.intermediate_size, routed),
             maximum(routed / maximum(hit, 1e-9), 1.0),
         )
         # As a mean over layers, less than one expert means that some layers have none.

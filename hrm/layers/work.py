@@ -71,8 +71,8 @@ class Operator:
 
 def gemms(rows: Number, parameters: int, touched: Number, formats: Formats) -> Kernel:
     """GEMMs of `rows` tokens with so many weights; `touched` elements of a token go in and out."""
-    num_bytes = formats.weights.bytes_of(parameters) + formats.compute.bytes_of(rows, touched)
-    return Kernel(2 * rows * parameters, num_bytes, rows)
+    num_bytes = formats.weights.bytes_of(parameters) + formats.compute.bytes_of(touched, rows)
+    return Kernel(2 * parameters * rows, num_bytes, rows)
 
 
 def linear(rows: Number, inputs: int, outputs: int, formats: Formats) -> Kernel:

@@ -9,7 +9,7 @@ from hrm.placement import Place
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import bounds, orders
 from hrm.schedules.bounds import StepWork, Terms
-from hrm.schedules.hazards import with_waits
+from hrm.schedules.hazards import with_positions, with_waits
 from hrm.schedules.pipeline import Pipeline
 from hrm.tasks import Device, Phase, Task, TaskGraph, TaskId
 
@@ -21,6 +21,7 @@ __all__ = [
     "add_schedule",
     "decode_pipeline",
     "graph",
+    "iter_positions",
     "iter_tasks",
     "pages_of",
     "prefill_pipeline",
@@ -100,9 +101,17 @@ def iter_tasks(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[Task]:
 
     `graph` asserts that the order is topological; consumers of this find out by a missing key.
     """
+    return with_waits(pipeline, _order(pipeline, schedule))
+
+
+def iter_positions(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[tuple[TaskId, tuple[int, ...]]]:
+    """The same tasks with the positions of what they wait for, to be simulated: quicker."""
+    return with_positions(pipeline, _order(pipeline, schedule))
+
+
+def _order(pipeline: Pipeline, schedule: ScheduleName) -> Iterator[TaskId]:
     prefill = pipeline.phase is Phase.PREFILL
-    order = orders.prefill if prefill else SCHEDULES[schedule].order
-    yield from with_waits(pipeline, order(pipeline))
+    return (orders.prefill if prefill else SCHEDULES[schedule].order)(pipeline)
 
 
 def graph(pipeline: Pipeline, schedule: ScheduleName) -> TaskGraph:

@@ -10,10 +10,11 @@ from operator import itemgetter
 from typing import Any
 
 from hrm.schedules.pipeline import Pipeline
-from hrm.tasks import Lane, Task, TaskId
+from hrm.tasks import Lane, Task, TaskId, Touch
 
 _NUMBER_OF = {lane: number for number, lane in enumerate(Lane)}
-# A task as later ones see it: its position, lane and name, and the last position of each lane that ends before it does.
+# A task as later ones see it: its position, lane and name, and the last position of each lane that ends before
+# it does.
 _Issued = list[Any]
 
 
@@ -37,32 +38,10 @@ class _Slot:
 
 def with_waits(pipeline: Pipeline, order: Iterable[TaskId]) -> Iterator[Task]:
     """The tasks of an order with what each waits for, one by one: a long job never holds them all."""
-    slots: dict[object, _Slot] = {}
     ended_in = [[-1] * len(Lane) for _ in Lane]  # of each lane after its last task
-    for position, task_id in enumerate(order):
-        act = task_id.act
-        lane = _NUMBER_OF[act.lane]
-        issued: _Issued = [position, lane, task_id, ended_in[lane]]
-        touch = act.touches(pipeline, task_id)
-        before: list[_Issued] = []
-        for buffer, at, version, piece in touch[0]:
-            slot = slots.get((buffer, at))
-            if slot is None:
-                slot = slots[buffer, at] = _Slot(version)
-            elif slot.version != version:
-                slot.turn_to(version)
-            elif piece in slot.writers and slot.writers[piece][1] != lane:
-                before.append(slot.writers[piece])
-            slot.users[lane] = issued
-        for buffer, at, version, piece in touch[1]:
-            slot = slots.get((buffer, at))
-            if slot is None:
-                slot = slots[buffer, at] = _Slot(version)
-            elif slot.version != version:
-                slot.turn_to(version)
-            if slot.users_before and not buffer.grows:
-                before += slot.users_before.values()
-            slot.writers[piece] = slot.users[lane] = issued
+    for issued, touch, before in _issued(pipeline, order):
+        lane: int
+        position, lane, task_id, _ = issued
         ended = ended_in[lane]
         after: list[TaskId] = []
         if len(before) > 1:
@@ -74,3 +53,43 @@ def with_waits(pipeline: Pipeline, order: Iterable[TaskId]) -> Iterator[Task]:
         ended_in[lane] = issued[3] = ended = ended.copy()
         ended[lane] = position
         yield Task(task_id, tuple(after), touch)
+
+
+def with_positions(pipeline: Pipeline, order: Iterable[TaskId]) -> Iterator[tuple[TaskId, tuple[int, ...]]]:
+    """The tasks of an order with the positions of what each waits for, one by one.
+
+    Quicker than `with_waits`, as waits that others bring about already are among them.
+    """
+    for issued, _, before in _issued(pipeline, order):
+        lane = issued[1]
+        yield issued[2], tuple([other[0] for other in before if other[1] != lane])
+
+
+def _issued(pipeline: Pipeline, order: Iterable[TaskId]) -> Iterator[tuple[_Issued, Touch, list[_Issued]]]:
+    """Every task with what it touches and those that must end before it, some of them more than once."""
+    slots: dict[object, _Slot] = {}
+    for position, task_id in enumerate(order):
+        act = task_id.act
+        lane = _NUMBER_OF[act.lane]
+        issued: _Issued = [position, lane, task_id, None]
+        touch = act.touches(pipeline, task_id)
+        before: list[_Issued] = []
+        for buffer, at, version, piece in touch[0]:
+            slot = slots.get((buffer, at))
+            if slot is None:
+                slot = slots[buffer, at] = _Slot(version)
+            elif slot.version != version:
+                slot.turn_to(version)
+            elif piece in slot.writers:
+                before.append(slot.writers[piece])
+            slot.users[lane] = issued
+        for buffer, at, version, piece in touch[1]:
+            slot = slots.get((buffer, at))
+            if slot is None:
+                slot = slots[buffer, at] = _Slot(version)
+            elif slot.version != version:
+                slot.turn_to(version)
+            if slot.users_before and not buffer.grows:
+                before += slot.users_before.values()
+            slot.writers[piece] = slot.users[lane] = issued
+        yield issued, touch, before

@@ -18,10 +18,11 @@ def prefill(p: Pipeline) -> Iterator[TaskId]:
     A layer's chunks run in order, as the parts of a split prompt need.
     """
     yield from p.load_pages((0, 0))
+    pages = [p.page_slice(g) for g in range(p.num_micro_batches)]
     for i in range(p.num_layers):
         for g in range(p.num_micro_batches):
             yield TaskId(acts.EMBED if i == 0 else acts.LOAD_HIDDEN, i, g)
-            yield from p.load_pages(p.next_layer(0, i), *p.page_slice(g))
+            yield from p.load_pages(p.next_layer(0, i), *pages[g])
             yield TaskId(acts.PREFILL_LAYER, i, g)
             if not p.kv_on_gpu[g]:
                 yield TaskId(acts.STORE_KV, i, g)
@@ -54,6 +55,7 @@ def cgopipe(p: Pipeline) -> Iterator[TaskId]:
             t, i, j = position // (layers * n), position // n % layers, position % n
             yield from p.finish_layer(t, i, j)
 
+    pages = [p.page_slice(j, lookahead=lookahead) if p.num_pages > 1 else (0, int(j == 0)) for j in range(n)]
     yield from p.load_pages((0, 0))
     for position in range(lookahead):
         yield from enter(position)
@@ -61,8 +63,7 @@ def cgopipe(p: Pipeline) -> Iterator[TaskId]:
         if position < total:
             t, i, j = position // (layers * n), position // n % layers, position % n
             yield from p.load_hidden(t, i, j)
-            pages = p.page_slice(j, lookahead=lookahead) if p.num_pages > 1 else (0, j == 0)
-            yield from p.load_pages(p.next_layer(t, i), *pages)
+            yield from p.load_pages(p.next_layer(t, i), *pages[j])
             yield from p.after_attention(t, i, j)
         yield from leave(position - lag)
         if position < total:

@@ -50,7 +50,7 @@ class Pipeline:
             num_steps=num_steps,
             attention=policy.attention,
             kv_on_gpu=tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches)),
-            streamed=tuple(policy.streamed_bytes(spec, i, Phase.DECODE) > 0 for i in range(spec.num_layers)),
+            streamed=policy.streamed(spec, Phase.DECODE),
             cpu_experts=tuple(
                 on_cpu and count < spec.layers[i].num_experts for i, count in enumerate(policy.resident_experts)
             ),
@@ -66,7 +66,7 @@ class Pipeline:
             num_layers=spec.num_layers,
             num_micro_batches=num_chunks,
             kv_on_gpu=(policy.gpu_kv_micro_batches == policy.num_micro_batches,) * num_chunks,
-            streamed=tuple(policy.streamed_bytes(spec, i, Phase.PREFILL) > 0 for i in range(spec.num_layers)),
+            streamed=policy.streamed(spec, Phase.PREFILL),
             cpu_experts=(False,) * spec.num_layers,
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,

@@ -7,8 +7,8 @@ from random import Random
 import pytest
 
 from hrm.policy import ScheduleName
-from hrm.schedules import Pipeline, iter_tasks
-from hrm.simulate import simulate
+from hrm.schedules import Pipeline, iter_positions, iter_tasks
+from hrm.simulate import end_times, in_order, simulate
 from hrm.tasks import Device, Lane, Task, TaskId
 from tests.hrm.edges_by_hand import ByHand
 from tests.hrm.support import random_pipeline
@@ -41,6 +41,17 @@ def test_every_task_ends_when_it_does_with_edges_by_hand(cases):
         seconds = {task.id: rng.expovariate(1) ** 2 + 1e-9 for task in tasks}
         ends, expected = ([s.end_s for s in simulate(each, seconds.__getitem__).spans] for each in (tasks, oracle))
         assert ends == expected, seed
+
+
+def test_positions_waited_for_make_tasks_end_when_edges_do():
+    for seed in range(200):
+        rng = Random(seed)
+        pipeline, schedule = random_pipeline(rng), rng.choice(list(ScheduleName))
+        seconds = [rng.expovariate(1) ** 2 for _ in iter_tasks(pipeline, schedule)]
+        order = in_order(iter_positions(pipeline, schedule), lambda task: task)
+        of_task = dict(zip(order.distinct, seconds, strict=True))
+        spans = simulate(iter_tasks(pipeline, schedule), of_task.__getitem__).spans
+        assert end_times(order, seconds) == [span.end_s for span in spans], seed
 
 
 def test_lanes_wait_for_one_another_no_more_often_than_with_edges_by_hand(cases):

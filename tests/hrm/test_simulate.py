@@ -108,7 +108,9 @@ def test_end_times_by_position_are_those_of_the_spans(make):
         rng = Random(seed)
         tasks = make(rng)
         of_kind = {name: float(rng.choice([0, 1, 2, 10])) for name in NAMES}
-        order = in_order(tasks, lambda task: task.act.name)
+        position = {task.id: number for number, task in enumerate(tasks)}
+        waits = [(task.id, [position[other] for other in task.after]) for task in tasks]
+        order = in_order(waits, lambda task: task.act.name)
         assert len(order.distinct) == len({task.id.act.name for task in tasks})
         ends = end_times(order, [of_kind[task.act.name] for task in order.distinct])
         spans = simulate(tasks, lambda task, of_kind=of_kind: of_kind[task.act.name]).spans
