@@ -85,9 +85,10 @@ class TotalsRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRecord:
-    """One batch of a run."""
+    """One batch of a run, or `count` of them that were alike, whose seconds are added up."""
 
     requests: int
+    count: int = 1
     micro_batch_sizes: tuple[int, ...] = ()
     chunks: int = 0
     decode_steps: int
@@ -229,6 +230,8 @@ def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
     for index, batch in enumerate(record.batches):
         if batch.requests < 1:
             yield f"batches[{index}].requests", batch.requests, "must be at least 1"
+        if batch.count < 1:
+            yield f"batches[{index}].count", batch.count, "must be at least 1"
     measured = {item.name: getattr(record, item.name) for item in fields(record)}
     del measured["policy_file"], measured["schema"]
     for where, value in _numbers(measured, ""):

@@ -125,7 +125,9 @@ def predict_run(run: RunRecord) -> Prediction:
     runtime = runtime_with(run.accelerator.pageable, profile)
     costs = Costs(*part_for(policy, plan.model, profile), policy.formats, runtime)
     prediction = Prediction()
-    alike = Counter((batch.requests, batch.decode_steps) for batch in run.batches)
+    alike = Counter[tuple[int, int]]()
+    for batch in run.batches:
+        alike[batch.requests, batch.decode_steps] += batch.count
     for (requests, decode_steps), count in alike.items():
         _add_batch(prediction, costs, policy, run.workload, requests, decode_steps, count)
     return prediction

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
@@ -31,7 +31,7 @@ from hrm.run_record import (
 )
 from hrm.tasks import Lane, Phase
 
-MAX_BATCHES: Final = 1000  # listed one by one in run.json
+MAX_BATCHES: Final = 1000  # listed one by one in run.json; of further ones so many kinds
 MAX_STEPS: Final = 10_000  # whose median is told
 
 
@@ -85,6 +85,7 @@ class Totals:
     asked_tokens: int = 0
     phases: dict[Phase, PhaseTotals] = field(default_factory=lambda: {phase: PhaseTotals() for phase in Phase})
     batches: list[BatchRecord] = field(default_factory=list[BatchRecord])
+    further: list[BatchRecord] = field(default_factory=list[BatchRecord])
     num_batches: int = 0
     routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
     spans_left_out: int = 0
@@ -109,20 +110,38 @@ class Totals:
         self.num_batches += 1
         self._add_routed(result.routed_tokens)
         decode_steps = max(generated) - 1
-        if len(self.batches) < MAX_BATCHES:
-            self.batches.append(
-                BatchRecord(
-                    requests=len(answered),
-                    micro_batch_sizes=result.micro_batch_sizes,
-                    chunks=result.num_chunks,
-                    decode_steps=decode_steps,
-                    prefill_s=result.prefill.seconds,
-                    decode_s=result.decode.seconds if result.decode else 0.0,
-                )
+        self._add_batch(
+            BatchRecord(
+                requests=len(answered),
+                micro_batch_sizes=result.micro_batch_sizes,
+                chunks=result.num_chunks,
+                decode_steps=decode_steps,
+                prefill_s=result.prefill.seconds,
+                decode_s=result.decode.seconds if result.decode else 0.0,
             )
+        )
         self.phases[Phase.PREFILL].add(result.prefill, 1)
         if result.decode is not None:
             self.phases[Phase.DECODE].add(result.decode, decode_steps)
+
+    def _add_batch(self, batch: BatchRecord) -> None:
+        """List a batch, or count it with the one most alike when there are many."""
+        if len(self.batches) < MAX_BATCHES:
+            self.batches.append(batch)
+            return
+
+        def distance(index: int) -> tuple[int, int]:
+            other = self.further[index]
+            return abs(other.requests - batch.requests), abs(other.decode_steps - batch.decode_steps)
+
+        nearest = min(range(len(self.further)), key=distance, default=None)
+        if nearest is None or (distance(nearest) != (0, 0) and len(self.further) < MAX_BATCHES):
+            self.further.append(batch)
+            return
+        one = self.further[nearest]
+        self.further[nearest] = replace(
+            one, count=one.count + 1, prefill_s=one.prefill_s + batch.prefill_s, decode_s=one.decode_s + batch.decode_s
+        )
 
     def _add_routed(self, counts: Sequence[Sequence[int]]) -> None:
         if not self.routed_tokens:
@@ -247,7 +266,7 @@ def run_record(
         workload=totals.workload,
         phases={phase.value: totals.phases[phase].record for phase in Phase},
         memory=memory_record(generator.plan, generator.peak_bytes),
-        batches=totals.batches,
+        batches=totals.batches + totals.further,
         routed_tokens=totals.routed_tokens,
         trace=TraceRecord(spans=num_spans, spans_left_out=totals.spans_left_out),
         versions=versions(),

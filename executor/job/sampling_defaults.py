@@ -52,6 +52,7 @@ class SamplingDefaults:
             where = f"{path}: {error.where.removeprefix('body: ')}"
             raise CheckpointError(where, error.value, error.rule, DOWNLOAD_AGAIN) from error
         plain = SamplingParams()
+        given |= {"top_k": max(given["top_k"], 0)} if "top_k" in given else {}  # -1 means all, too
         values = {key: value for key, value in given.items() if value != getattr(plain, key)}
         left_out = {
             key: settings[key]

@@ -31,10 +31,10 @@ def validate(run: Path, as_json: bool) -> None:
 def print_validation(validation: Validation) -> None:
     """Print the comparison for people."""
     run = validation.run
+    batches = counted(sum(batch.count for batch in run.batches), "batch")
     console.print(
         f"[bold]{run.policy_file.model.name}[/] on {run.accelerator.description}, "
-        f"{run.schedule}, {run.totals.requests} requests in {counted(len(run.batches), 'batch')} "
-        f"({run.outcome})\n"
+        f"{run.schedule}, {run.totals.requests} requests in {batches} ({run.outcome})\n"
     )
     table = plain_table("", "measured", "predicted", "error")
     _add(table, "[bold]tokens/s, whole job[/]", validation.tokens_per_s, _rate)

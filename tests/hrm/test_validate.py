@@ -70,3 +70,16 @@ def test_what_a_record_lacks_was_not_done(folder):
     assert record.phase(Phase.DECODE).lane(Lane.CPU) == LaneRecord(busy_s=0)
     predicted = {row for row, both in validate(bare).kind_s.items() if both.predicted}
     assert predicted == {row for row, seconds in predict_run(bare).kind_s.items() if seconds}
+
+
+def test_batches_that_are_counted_together_are_predicted_each(folder):
+    record = read_run(folder)
+    (batch,) = record.batches[:1]
+    other = replace(batch, decode_steps=batch.decode_steps + 1)
+    one_by_one = predict_run(replace(record, batches=[batch, other, batch, batch]))
+    together = predict_run(replace(record, batches=[replace(batch, count=3), other]))
+    assert together.phase_s == pytest.approx(one_by_one.phase_s)
+    assert together.kind_s == pytest.approx(one_by_one.kind_s)
+    assert together.phase_s[Phase.PREFILL] == pytest.approx(
+        4 * predict_run(replace(record, batches=[batch])).phase_s[Phase.PREFILL]
+    )

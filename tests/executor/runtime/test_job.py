@@ -17,8 +17,10 @@ from executor.job import JobOptions, JobProgress, run_job
 from executor.job.identity import JOB_JSON
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
 from hrm.policy_file import load_policy_file, save_policy_file
+from hrm.run_record import read_run
 from hrm.tasks import Phase
 from hrm.trace import read_chrome_trace
+from hrm.validate import predict_run
 from tests.contracts.tasks import act
 from tests.executor.runtime.jobs import PROFILE, PROMPTS, exit_code, line, refused, run_words, tokens_of
 from tests.executor.runtime.support import GPU, make_policy
@@ -57,6 +59,20 @@ def test_job_writes_openai_lines_run_json_and_a_trace(run, folder, tmp_path):
         for kind, seconds in measured.items():
             assert kinds[kind]["seconds"] == pytest.approx(seconds, rel=1e-3, abs=1e-4)
         assert content["phases"][phase.value]["lanes"]["H2D"]["busy_share"] <= 1
+
+
+def test_every_batch_is_counted_when_there_are_too_many_to_list(run, monkeypatch, tmp_path):
+    """So that what was measured of all is laid beside a prediction of all."""
+    lines = [line(f"r{i}", PROMPTS[0], ignore_eos=True) for i in range(23)]
+    arguments = ["--accelerator", "null", "--quiet"]
+    run(lines, *arguments, output="listed")
+    monkeypatch.setattr("executor.job.report.MAX_BATCHES", 2)
+    run(lines, *arguments, output="counted")
+    listed, counted = (read_run(tmp_path / name) for name in ("listed", "counted"))
+    assert [(batch.requests, batch.count) for batch in listed.batches] == [(4, 1)] * 5 + [(3, 1)]
+    assert [(batch.requests, batch.count) for batch in counted.batches] == [(4, 1), (4, 1), (4, 3), (3, 1)]
+    assert sum(batch.prefill_s for batch in counted.batches) == pytest.approx(counted.totals.prefill_s)
+    assert predict_run(counted).phase_s == pytest.approx(predict_run(listed).phase_s)
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "emulated", "null"])

@@ -27,6 +27,7 @@ def defaults_of(tmp_path, settings) -> SamplingDefaults:
         ({"do_sample": True}, {}, {}),
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.8}, {"temperature": 0}, {}),
         ({"temperature": 1.0, "top_p": 1, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}, {}, {}),
+        ({"top_k": -1}, {}, {}),
         ({"temperature": 0.6, "min_p": 0.05}, {"temperature": 0.6, "min_p": 0.05}, {}),
         (SETTINGS, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}, {"repetition_penalty": 1.05}),
     ],
