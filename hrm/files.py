@@ -8,6 +8,7 @@ between.
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Generator
@@ -22,6 +23,7 @@ from hrm.units import MIB, format_bytes
 
 MAX_TEXT_BYTES: Final = 64 * MIB  # far more than any settings, config or policy file holds
 
+_RANDOM_BYTES: Final = 12  # in the names of files under way
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -186,16 +188,17 @@ def check_writable(
 class NewFile:
     """What a file will hold, under a name of its own beside it until `commit`; a context manager.
 
-    All methods raise OSError, whose `strerror` says why in words.
+    All methods raise OSError, whose `strerror` says why in words. If the process is killed, what was
+    written stays under that name; `mark` is a word in it for `remove_unfinished`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, mark: str = "") -> None:
         self.path = Path(path)
         self._committed = False
         old = replaceable(self.path)
         # Nobody else has this name, so that it may be removed whatever happens from here on; it is
         # short, since the target's own may be as long as names may be.
-        self._temporary = self.path.with_name(f".hrm-{secrets.token_hex(12)}.tmp")
+        self._temporary = self.path.with_name(f".hrm-{mark}{secrets.token_hex(_RANDOM_BYTES)}.tmp")
         self._handle = -1
         try:
             self._handle = open_plain(self._temporary, os.O_WRONLY | os.O_EXCL)
@@ -230,6 +233,18 @@ class NewFile:
             os.close(handle)
         if not self._committed:
             self._temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, mark: str) -> None:
+    """Remove what writers of files with that mark left when they were killed.
+
+    Only for who knows that none of them is at work in the folder. Raises OSError if it cannot be read.
+    """
+    name = re.compile(rf"\.hrm-{re.escape(mark)}[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.tmp")
+    with os.scandir(folder) as entries:
+        left = [Path(entry) for entry in entries if name.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+    for path in left:
+        path.unlink(missing_ok=True)
 
 
 def replace_durably(new: Path, path: Path) -> None:

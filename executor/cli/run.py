@@ -93,7 +93,7 @@ def run(
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
         record = run_job(options, progress)
-    if not quiet:
+    if record is not None and not quiet:
         click.echo(summary(record, output_dir))
 
 

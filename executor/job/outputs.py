@@ -13,7 +13,7 @@ from executor.errors import JobError
 from executor.job.requests import Rejected
 from executor.job.tokenizer import TextTokenizer
 from hrm.decoding import decode_json
-from hrm.files import NewFile, closing_on_error, open_append, open_regular, replaceable, write_all
+from hrm.files import NewFile, closing_on_error, open_append, open_regular, remove_unfinished, replaceable, write_all
 from hrm.locks import open_locked
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OUTPUTS: Final = "outputs.jsonl"
 LOCK: Final = ".lock"
+MARK: Final = "run"  # of files under way that are written by who holds the lock
 
 
 @final
@@ -56,7 +57,7 @@ class RunDirectory:
             with closing_on_error(self._lock):
                 replaceable(self._outputs)  # first: it may be a link or a pipe
                 if resume:
-                    self.answered = dict(self._finished())
+                    self.answered = self._answers()
                 else:
                     self._refuse_outputs()
         except OSError as error:
@@ -89,8 +90,11 @@ class RunDirectory:
         """Make the outputs ready for more: all answers stay, a line cut short and errors go.
 
         The errors' requests are run again and get a line anew, so that each has one in the end.
+        Files that a run which was killed had half written go too: their names are those of writers
+        that hold the directory's lock, and that is ours.
         """
         try:
+            remove_unfinished(self.path, MARK)
             if self._error_lines:
                 self._copy_answers()
             self._file = open_append(self._outputs)
@@ -100,7 +104,7 @@ class RunDirectory:
             raise _not_written(self._outputs, error) from error
 
     def _copy_answers(self) -> None:
-        with self._reading() as before, NewFile(self._outputs) as after:
+        with self._reading() as before, NewFile(self._outputs, MARK) as after:
             for number, raw in enumerate(before, start=1):
                 if raw.endswith(b"\n") and number not in self._error_lines:
                     after.write(raw)
@@ -129,14 +133,32 @@ class RunDirectory:
     def write(self, name: str, content: str | bytes) -> None:
         """Write the file `name`, whole or not at all; JobError if it cannot be."""
         try:
-            with NewFile(self.path / name) as new:
+            with NewFile(self.path / name, MARK) as new:
                 new.write(content.encode() if isinstance(content, str) else content)
                 new.commit()
         except OSError as error:
             raise _not_written(self.path / name, error) from error
 
-    def _finished(self) -> Iterator[tuple[str, str | None]]:
-        """Names and digests of the requests answered so far, whatever a crash left behind them."""
+    def _answers(self) -> dict[str, str | None]:
+        """Digests of the requests answered so far, by name.
+
+        No run answers a request twice, so two answers were put together by hand, and which of them
+        counts is not ours to choose: JobError.
+        """
+        digests: dict[str, str | None] = {}
+        for number, name, digest in self._finished():
+            if name in digests:
+                raise JobError(
+                    f"{self._outputs}: line {number}: custom_id",
+                    name,
+                    "must have one answer, and has another in a line before",
+                    "remove the line that does not count, or choose another --output-dir",
+                )
+            digests[name] = digest
+        return digests
+
+    def _finished(self) -> Iterator[tuple[int, str, str | None]]:
+        """Line, name and digest of the requests answered so far, whatever a crash left behind them."""
         if not self._outputs.exists():
             return
         with self._reading() as file:
@@ -150,7 +172,7 @@ class RunDirectory:
                     if response is None:
                         self._error_lines.add(number)
                     else:
-                        yield name, _digest_in(_text(response["request_id"]), name)
+                        yield number, name, _digest_in(_text(response["request_id"]), name)
                 except (ValueError, KeyError, TypeError) as error:
                     raise JobError(
                         f"{self._outputs}: line {number}",

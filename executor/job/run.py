@@ -65,8 +65,8 @@ class JobOptions:
     resume: bool = False
 
 
-def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunRecord:
-    """Run a job to its end; returns what run.json then holds.
+def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunRecord | None:
+    """Run a job to its end; returns what run.json then holds, None if nothing was left to be run.
 
     Raises an HrmError for anything wrong with the input before a weight is read, TaskFailedError
     if a task fails and KeyboardInterrupt on Ctrl-C, both after writing what is finished. What costs
@@ -98,7 +98,8 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
         )
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
             job = _Job(options, policy_file, arch, prepared, reader, directory)
-            job.prepare(progress, identity)
+            if not job.prepare(progress, identity):
+                return None
             return job.run(progress, family, checkpoint)
 
 
@@ -125,10 +126,11 @@ class _Job:
         self._untold: dict[str, str] = {}  # why a completion has no text, by its request's name
         self._started = datetime.now(UTC)
 
-    def prepare(self, progress: JobProgress, identity: Identity) -> None:
+    def prepare(self, progress: JobProgress, identity: Identity) -> bool:
         """Check that the directory's answers are this job's, survey the input, and begin.
 
-        JobError if they are not; until then nothing in the directory has changed.
+        JobError if they are not; until then nothing in the directory has changed. Returns whether
+        anything is left to be run; if not, what there is to be written is written.
         """
         options, directory, arch = self._options, self._directory, self._arch
         begun_path = directory.path / JOB_JSON
@@ -169,20 +171,27 @@ class _Job:
         )
         if told is not None:
             progress.tell(told)
-        self._check_some_run()
+        if not wanted.requests:
+            self._end_without_a_run(progress)
+        return wanted.requests > 0
 
-    def _check_some_run(self) -> None:
-        """Raise JobError with the first reasons if nothing can be run, and nothing ever was.
+    def _end_without_a_run(self, progress: JobProgress) -> None:
+        """Write why lines were rejected; JobError with the first reasons if nothing was ever answered.
 
-        So it is told before weights are loaded, and after writing why each line was rejected.
+        So it is told before weights are loaded. run.json keeps what an earlier run measured.
         """
         found, directory = self._survey, self._directory
-        if found.to_run.requests or directory.answered or not found.rejected:
-            return
         for item in self._judged():
             assert isinstance(item, Rejected), "as surveyed"
             directory.append(rejected_line(item))
         directory.sync()
+        if directory.answered:
+            rejected = f", and {found.rejected} were rejected" if found.rejected else ""
+            progress.tell(
+                f"nothing is left to be run: {counted(len(directory.answered), 'request')} of"
+                f" {directory.path / OUTPUTS} had been answered{rejected}"
+            )
+            return
         reasons = " | ".join(map(_brief, found.reasons))
         raise JobError(
             f"--input: {self._options.input}",

@@ -52,6 +52,7 @@ def job(folder, tmp_path):
         record = run_job(options)
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
+        assert record is not None
         assert record.totals.requests == count
         trace = read_chrome_trace(options.output_dir / "trace.json")
         assert record.trace is not None

@@ -216,6 +216,51 @@ def test_broken_outputs_are_told_and_left_alone(run, folder, policy_path, tmp_pa
     assert files_in(tmp_path / "run") == before
 
 
+def test_two_answers_to_a_request_are_refused(run, folder, policy_path, tmp_path, capsys):
+    run(LINES[:2])
+    path = tmp_path / "run" / OUTPUTS
+    first, *_ = path.read_bytes().splitlines(keepends=True)
+    name = json.loads(first)["custom_id"]
+    path.write_bytes(path.read_bytes() + first)
+    before = files_in(tmp_path / "run")
+    assert exit_code(resumed(folder, policy_path, tmp_path)) == 2
+    refused(capsys.readouterr(), f"{OUTPUTS}: line 3", name, "one answer", "remove the line")
+    assert files_in(tmp_path / "run") == before
+    path.write_bytes(b"".join(before[OUTPUTS].splitlines(keepends=True)[1:]))
+    assert exit_code(resumed(folder, policy_path, tmp_path)) == 0
+
+
+def test_nothing_left_to_be_run_loads_no_weights_and_keeps_what_was_measured(run, tmp_path, monkeypatch):
+    lines = [*LINES[:2], line("bad", [])]
+    _, first = run(lines)
+    before = files_in(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("executor.job.run.Generator", None)
+        captured, done = run(lines, "--resume")
+    assert "nothing is left to be run: 2 requests" in captured.err
+    assert "1 were rejected" in captured.err
+    assert not captured.out
+    assert done == first
+    assert {**files_in(tmp_path / "run"), OUTPUTS: b""} == {**before, OUTPUTS: b""}
+    _, done = run([*lines, LINES[2]], "--resume")
+    assert done["r2"]["error"] is None
+
+
+def test_what_a_killed_run_had_half_written_goes_and_nothing_else(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # as if the process had ended while it wrote
+        patch.setattr("hrm.files.NewFile.discard", lambda _: None)
+        patch.setattr("hrm.files.NewFile.commit", lambda _: None)
+        run(LINES[:2])
+    folder = tmp_path / "run"
+    left = {path for path in folder.iterdir() if path.suffix == ".tmp"}
+    assert left
+    others = {folder / ".hrm-0123456789abcdef01234567.tmp", folder / ".hrm-runs.tmp", folder / "mine.tmp"}
+    for path in others:  # a policy file that `hrm search` is writing there, and files of the user's own
+        path.touch()
+    run(LINES[:2], "--resume")
+    assert {path for path in folder.iterdir() if path.suffix == ".tmp"} == others
+
+
 def test_answers_do_not_depend_on_where_a_job_was_cut(run, tmp_path):
     _, whole = run(LINES)
     cuts = random.Random(5)
