@@ -88,12 +88,6 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
             "shorten the prompt or lower max_tokens",
         ),
         (
-            arch.window is None or length + new <= arch.window,
-            f"<{length} tokens, {new} to generate>",
-            f"must stay within the {arch.window} tokens of the model's sliding attention window",
-            "shorten the prompt or lower max_tokens: windows are not computed",
-        ),
-        (
             length == 0 or 0 <= min(request.prompt) <= max(request.prompt) < arch.spec.vocab_size,
             f"<token ids up to {max(request.prompt, default=0)}>",
             f"must hold token ids from 0 to {arch.spec.vocab_size - 1}",

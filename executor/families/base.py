@@ -55,10 +55,8 @@ class Family:
         return self._architecture(Keys(dict(self.published), f"--model {spec.name}"), spec)
 
     def _architecture(self, keys: Keys, spec: ModelSpec) -> Architecture:
-        """With whole attention in every layer: a window only bounds what a request may reach."""
         return replace(
-            self.options(keys, spec.without_windows),
-            window=min((layer.window for layer in spec.layers if layer.window), default=None),
+            self.options(keys, spec),
             bos_token_id=next(iter(keys.token_ids("bos_token_id")), None),
             eos_token_ids=keys.token_ids("eos_token_id"),
         )

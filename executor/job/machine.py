@@ -44,8 +44,7 @@ class Prepared:
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
     """Raise PolicyError if the policy is for a model of other dimensions, or for a stage of it."""
     check_whole(policy_file, path)
-    # Requests reach no windows, and caches are made without.
-    solved_for = replace(policy_file.model.without_windows, name=spec.name)
+    solved_for = replace(policy_file.model, name=spec.name)
     if solved_for != spec:
         where, planned, there_is = _difference(solved_for, spec, "model")
         raise PolicyError(

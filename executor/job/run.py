@@ -74,7 +74,6 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
-    policy_file = replace(policy_file, model=policy_file.model.without_windows)
     policy = policy_file.policy
     if options.schedule is not None:
         policy = replace(policy, schedule=options.schedule)
@@ -85,7 +84,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
         check_model(arch.spec, policy_file, options.policy)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         prepared = prepare(options.accelerator, policy_file, policy)
-        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.most_positions)
+        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.max_position_embeddings)
         defaults = SamplingDefaults.of(options.sampling_defaults, checkpoint.folder)
         reader = LineReader(checkpoint.folder, room, options.seed, progress.tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
@@ -149,7 +148,7 @@ class _Job:
             directory.path,
             is_more=lambda request: asks_for_more(request, self._policy_file.workload, self._policy_file.policy),
             check=lambda request: check_request(request, arch, self._prepared.planned.policy),
-            fits_model=lambda request: len(request.prompt) + request.params.max_tokens <= arch.most_positions,
+            fits_model=lambda request: len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings,
             solved_for=self._policy_file.workload.gen_len,
             most=options.max_requests,
         )

@@ -23,17 +23,12 @@ class LayerMaths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A decoder: the maths of its layers, and of what comes after them.
-
-    `window` is how far attention reaches back; no request may have more tokens, for windows are not
-    computed.
-    """
+    """A decoder: the maths of its layers, and of what comes after them."""
 
     spec: ModelSpec
     layers: tuple[LayerMaths, ...]
     final_norm: Norm = PLAIN
     max_position_embeddings: int = 4096
-    window: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -47,9 +42,3 @@ class Architecture:
     def reaches(self) -> tuple[Reach, ...]:
         """Those of all layers, each once."""
         return tuple(dict.fromkeys(layer.mixer.reach for layer in self.layers))
-
-    @property
-    def most_positions(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
-        most = self.max_position_embeddings
-        return most if self.window is None else min(most, self.window)

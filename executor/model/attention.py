@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from executor.model.softmax import PLAIN, Softmax, attend, attended
 from executor.model.workspace import Workspace
 from executor.native import has_amx, kernels, paths
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
@@ -29,6 +30,7 @@ def prefill_attention(
     caches_C2Gd: Sequence[Tensor | None],
     out_TQ: Tensor,
     workspace: Workspace,
+    softmax: Softmax = PLAIN,
 ) -> None:
     """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
@@ -48,31 +50,44 @@ def prefill_attention(
         start += length
         if cache_C2Gd is not None:
             cache_C2Gd[-length:].view(length, -1, block.head_dim).copy_(qkv_TXd[prompt, heads:])
-            if _attended_natively(qkv_TX[prompt], cache_C2Gd, out_TQ[prompt]):
+            if _attended_natively(qkv_TX[prompt], cache_C2Gd, out_TQ[prompt], softmax):
                 continue
-            if len(cache_C2Gd) > length:
-                if q_THd.device.type == "cpu":
-                    _after_prefix_in_blocks(q_THd, cache_C2Gd, out_THd[prompt], workspace)
-                else:
-                    _after_prefix(q_THd, cache_C2Gd, out_THd[prompt])
-                continue
+        k_LGd, v_LGd = (k_TGd, v_TGd) if cache_C2Gd is None else cache_C2Gd.unbind(1)
+        if not softmax.is_plain(len(k_LGd)):
+            attend(q_THd, k_LGd, v_LGd, out_THd[prompt], softmax)
+            continue
+        if cache_C2Gd is not None and len(cache_C2Gd) > length:
+            if q_THd.device.type == "cpu":
+                _after_prefix_in_blocks(q_THd, cache_C2Gd, out_THd[prompt], workspace, softmax.scale)
+            else:
+                _after_prefix(q_THd, cache_C2Gd, out_THd[prompt], softmax.scale)
+            continue
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
-        context = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        context = scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=heads != kv_heads, scale=softmax.scale
+        )
         out_THd[prompt].copy_(context[0].transpose(0, 1))
     assert start == len(qkv_TX), (start, qkv_TX.shape)
 
 
-def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor) -> bool:
+def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor, softmax: Softmax) -> bool:
     """Causal attention of a cache's last tokens if the native kernel is to do it, else False."""
     native, context = kernels(), len(cache_C2Gd)
     if native is None or not native.takes_attention(qkv_TX, cache_C2Gd, out_TQ):
         return False
     if context > _max_native_context(cache_C2Gd.dtype):
         return False
-    tokens = len(qkv_TX)
-    ends = range(context - tokens + 1, context + 1)
-    native.decode_attention(qkv_TX, cache_C2Gd, [0] * tokens, ends, out_TQ)
+    ends = range(context - len(qkv_TX) + 1, context + 1)
+    starts = [softmax.first_seen(end - 1) for end in ends]
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    native.decode_attention(
+        qkv_TX, cache_C2Gd, starts, lengths, out_TQ, scale=softmax.scale, sinks_H=_float(softmax.sinks_H)
+    )
     return True
+
+
+def _float(sinks_H: Tensor | None) -> Tensor | None:
+    return None if sinks_H is None else sinks_H.float()
 
 
 @cache
@@ -84,7 +99,7 @@ def _max_native_context(dtype: torch.dtype) -> int:
     return NATIVE_CONTEXT
 
 
-def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
+def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, scale: float | None) -> None:
     """Causal attention of a cache's last tokens; where kernels know it, no mask is ever made.
 
     Query heads that share a KV head are a batch of their own, for which it is broadcast: told that
@@ -96,12 +111,14 @@ def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor) -> None:
     grouped = (2, kv_heads, heads // kv_heads, length, head_dim)
     k, v = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(2).expand(grouped).unbind()
     context = scaled_dot_product_attention(
-        q_THd.view(split).permute(1, 2, 0, 3), k, v, attn_mask=causal_lower_right(tokens, length)
+        q_THd.view(split).permute(1, 2, 0, 3), k, v, attn_mask=causal_lower_right(tokens, length), scale=scale
     )
     out_THd.view(split).copy_(context.permute(2, 0, 1, 3))
 
 
-def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, workspace: Workspace) -> None:
+def _after_prefix_in_blocks(
+    q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, workspace: Workspace, scale: float | None
+) -> None:
     """The same on the CPU, where a causal mask has to start with the cache's first token.
 
     With a block's queries in reverse, each row of the mask is the one before moved by an element,
@@ -126,6 +143,7 @@ def _after_prefix_in_blocks(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, 
             k[:, :, :seen],
             v[:, :, :seen],
             attn_mask=line[unseen:].as_strided((last - first, seen), (1, 1)),
+            scale=scale,
         )
         context_THd = context_GhTd.flatten(0, 1).transpose(0, 1)
         torch.index_select(context_THd, 0, reverse, out=block_THd)
@@ -139,6 +157,7 @@ def decode_attention(
     starts: Sequence[int],
     lengths: Sequence[int],
     out_RQ: Tensor,
+    softmax: Softmax = PLAIN,
 ) -> None:
     """Attention of one new token per request over its own part of the cache, in place.
 
@@ -149,7 +168,15 @@ def decode_attention(
     """
     native = kernels()
     if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ):
-        native.decode_attention(qkv_RX, cache_C2Gd, starts, lengths, out_RQ)
+        native.decode_attention(
+            qkv_RX, cache_C2Gd, starts, lengths, out_RQ, scale=softmax.scale, sinks_H=_float(softmax.sinks_H)
+        )
+        return
+    if softmax.sinks_H is not None:
+        queries_R1Hd = qkv_RX[:, : block.query_size].view(-1, 1, block.num_heads, block.head_dim)
+        for query, out, start, length in zip(queries_R1Hd, out_RQ, starts, lengths, strict=True):
+            k_LGd, v_LGd = cache_C2Gd[start : start + length].unbind(1)
+            out.copy_(attended(query, k_LGd, v_LGd, None, softmax).flatten())
         return
     kv_heads, head_dim = cache_C2Gd.shape[2:]
     grouped = (len(qkv_RX), 1, kv_heads, block.num_heads // kv_heads, head_dim)
@@ -158,4 +185,4 @@ def decode_attention(
     keys_1GCd, values_1GCd = cache_C2Gd.permute(1, 2, 0, 3).unsqueeze(1).unbind()
     for query, out, start, length in zip(queries, outputs, starts, lengths, strict=True):
         k, v = keys_1GCd.narrow(2, start, length), values_1GCd.narrow(2, start, length)
-        out.copy_(scaled_dot_product_attention(query, k, v))
+        out.copy_(scaled_dot_product_attention(query, k, v, scale=softmax.scale))

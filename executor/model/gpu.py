@@ -22,6 +22,7 @@ from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.kernels import AbstractKernels
 from executor.model.layout import Experts, ExpertStack
 from executor.model.numbers import PromptNumbers, RowNumbers
+from executor.model.softmax import PLAIN, Softmax, attend
 from executor.model.workspace import Workspace
 from hrm.layers import GroupedQueryAttention
 
@@ -52,6 +53,7 @@ class GpuKernels(AbstractKernels):
         out_RQ: Tensor,
         *,
         spare_bytes: int,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Attention of one new token per request over its own part of the cache.
 
@@ -63,7 +65,7 @@ class GpuKernels(AbstractKernels):
         keys_CGd, values_CGd = cache_C2Gd.unbind(1)
         query_RHd = qkv_RX[:, : block.query_size].view(-1, block.num_heads, block.head_dim)
         if self.flash is not None and _takes_flash(cache_C2Gd.dtype, block.head_dim):
-            out_RHd = self.flash(
+            out_RHd, lse_HR = self.flash(
                 query_RHd,
                 keys_CGd,
                 values_CGd,
@@ -75,8 +77,9 @@ class GpuKernels(AbstractKernels):
                 False,
                 False,
                 seqused_k=numbers.lengths_R,
-            )[0]
-            out_RQ.copy_(out_RHd.reshape(out_RQ.shape))
+                scale=softmax.scale,
+            )[:2]
+            out_RQ.copy_(_damped(softmax, out_RHd, lse_HR).reshape(out_RQ.shape))
             return
         group = block.num_heads // block.num_kv_heads
         token_bytes = block.cached_elements * cache_C2Gd.itemsize
@@ -88,12 +91,9 @@ class GpuKernels(AbstractKernels):
             tokens_1L = torch.arange(longest, device=cache_C2Gd.device).unsqueeze(0)
             rows_rL = starts_r1 + torch.minimum(tokens_1L, lengths_r1 - 1)
             grouped = query_RHd[some].view(-1, block.num_kv_heads, group, block.head_dim)
-            context = scaled_dot_product_attention(
-                grouped,
-                keys_CGd[rows_rL].transpose(1, 2),
-                values_CGd[rows_rL].transpose(1, 2),
-                attn_mask=(tokens_1L < lengths_r1)[:, None, None, :],
-            )
+            keys, values = (part[rows_rL].transpose(1, 2) for part in (keys_CGd, values_CGd))
+            seen = (tokens_1L < lengths_r1)[:, None, None, :]
+            context = _with_sinks(grouped, keys, values, seen, softmax)
             out_RQ[some].copy_(context.reshape(-1, out_RQ.shape[1]))
 
     def prefill_attention(
@@ -104,6 +104,7 @@ class GpuKernels(AbstractKernels):
         caches_C2Gd: Sequence[Tensor | None],
         out_TQ: Tensor,
         workspace: Workspace,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
@@ -116,27 +117,32 @@ class GpuKernels(AbstractKernels):
         cache = caches_C2Gd[0]
         after_prefix = int(cache is not None and len(cache) > lengths[0])
         first = sum(lengths[:after_prefix])
-        if self.flash is None or not _takes_flash(qkv_TX.dtype, head_dim):
+        if self.flash is None or not _takes_flash(qkv_TX.dtype, head_dim) or softmax.reach.chunked:
             if after_prefix:
-                prefill_attention(block, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace)
-            _attend_one_by_one(block, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:])
+                prefill_attention(
+                    block, qkv_TX[:first], lengths[:1], caches_C2Gd[:1], out_TQ[:first], workspace, softmax
+                )
+            _attend_one_by_one(block, qkv_TX[first:], lengths[after_prefix:], out_TQ[first:], softmax)
         else:
             q, k, v = qkv_TX.view(len(qkv_TX), -1, head_dim).split((heads, groups, groups), dim=1)
+            how = {"scale": softmax.scale}
+            if softmax.reach.rows:
+                how |= {"window_size_left": softmax.reach.rows - 1, "window_size_right": 0}
             if len(lengths) > after_prefix:
                 # Of single tokens the kernel reads its queries without looking where they are.
                 longest = max(lengths[after_prefix:])
                 whole = ends[1:] - ends[1] if after_prefix else ends
-                out_THd = self.flash(q[first:], k[first:], v[first:], whole, whole, longest, longest, 0.0, True, False)[
-                    0
-                ]
-                out_TQ[first:].copy_(out_THd.reshape(len(out_THd), -1))
+                parts = (q[first:], k[first:], v[first:])
+                out_THd, lse_HT = self.flash(*parts, whole, whole, longest, longest, 0.0, True, False, **how)[:2]
+                out_TQ[first:].copy_(_damped(softmax, out_THd, lse_HT).reshape(len(out_THd), -1))
             if cache is not None and after_prefix:
                 total = len(cache)
                 _fill(caches_C2Gd[:1], qkv_TX[:first], lengths[:1], heads)
                 keys, values = cache.unbind(1)
                 rows = torch.arange(0, 2 * total, total, dtype=torch.int32, device=cache.device)
-                out_LHd = self.flash(q[:first], keys, values, ends[:2], rows, first, total, 0.0, True, False)[0]
-                out_TQ[:first].copy_(out_LHd.reshape(first, -1))
+                parts = (q[:first], keys, values)
+                out_LHd, lse_HL = self.flash(*parts, ends[:2], rows, first, total, 0.0, True, False, **how)[:2]
+                out_TQ[:first].copy_(_damped(softmax, out_LHd, lse_HL).reshape(first, -1))
         # Only now: another prompt's cache may lie where the first one's did.
         _fill(caches_C2Gd[after_prefix:], qkv_TX[first:], lengths[after_prefix:], heads)
 
@@ -248,7 +254,28 @@ def _fill(caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequenc
         start += length
 
 
-def _attend_one_by_one(block: GroupedQueryAttention, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor) -> None:
+def _damped(softmax: Softmax, out_THd: Tensor, lse_HT: Tensor) -> Tensor:
+    """What flash attention tells, with sinks."""
+    if softmax.sinks_H is None:
+        return out_THd
+    return softmax.damped(out_THd.permute(1, 0, 2).unsqueeze(1), lse_HT.unsqueeze(1)).squeeze(1).permute(1, 0, 2)
+
+
+def _with_sinks(q_rGhd: Tensor, k_rGLd: Tensor, v_rGLd: Tensor, seen_r11L: Tensor, softmax: Softmax) -> Tensor:
+    """Attention of one query of each head; with sinks their logits are few enough to be kept."""
+    if softmax.sinks_H is None:
+        return scaled_dot_product_attention(q_rGhd, k_rGLd, v_rGLd, attn_mask=seen_r11L, scale=softmax.scale)
+    scale = q_rGhd.shape[-1] ** -0.5 if softmax.scale is None else softmax.scale
+    logits = torch.matmul(q_rGhd, k_rGLd.transpose(-1, -2)).float().mul_(scale)
+    logits = logits.masked_fill_(seen_r11L.logical_not(), -torch.inf)
+    sinks = softmax.sinks_H.float().view(1, *q_rGhd.shape[1:3], 1).expand(len(logits), -1, -1, -1)
+    weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+    return torch.matmul(weights.to(v_rGLd.dtype), v_rGLd)
+
+
+def _attend_one_by_one(
+    block: GroupedQueryAttention, qkv_TX: Tensor, lengths: Sequence[int], out_TQ: Tensor, softmax: Softmax
+) -> None:
     """Prompt by prompt, the query heads that share a KV head as a batch of their own.
 
     So keys and values are broadcast, not copied, and every kernel of torch's takes that.
@@ -258,12 +285,15 @@ def _attend_one_by_one(block: GroupedQueryAttention, qkv_TX: Tensor, lengths: Se
     for length in lengths:
         rows = qkv_TX[start : start + length]
         q, k, v = rows.view(length, -1, head_dim).split((heads, groups, groups), dim=1)
+        out = out_TQ[start : start + length]
+        start += length
+        if not softmax.is_plain(length):
+            attend(q, k, v, out.view(length, heads, head_dim), softmax)
+            continue
         q_GgLd = q.view(length, groups, -1, head_dim).permute(1, 2, 0, 3)
         k_GgLd, v_GgLd = (x.permute(1, 0, 2).unsqueeze(1).expand(-1, heads // groups, -1, -1) for x in (k, v))
-        context = scaled_dot_product_attention(q_GgLd, k_GgLd, v_GgLd, is_causal=True)
-        out = out_TQ[start : start + length].view(length, groups, -1, head_dim)
-        out.copy_(context.permute(2, 0, 1, 3))
-        start += length
+        context = scaled_dot_product_attention(q_GgLd, k_GgLd, v_GgLd, is_causal=True, scale=softmax.scale)
+        out.view(length, groups, -1, head_dim).copy_(context.permute(2, 0, 1, 3))
 
 
 def _takes_flash(dtype: torch.dtype, head_dim: int) -> bool:

@@ -15,6 +15,7 @@ from executor.model.experts import run_experts
 from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.layout import Experts
 from executor.model.numbers import PromptNumbers, RowNumbers
+from executor.model.softmax import PLAIN, Softmax
 from executor.model.workspace import Workspace
 from hrm.layers import GroupedQueryAttention
 
@@ -56,6 +57,7 @@ class AbstractKernels(ABC):
         out_RQ: Tensor,
         *,
         spare_bytes: int,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Attention of one new token per request over its own part of the cache.
 
@@ -71,6 +73,7 @@ class AbstractKernels(ABC):
         caches_C2Gd: Sequence[Tensor | None],
         out_TQ: Tensor,
         workspace: Workspace,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Causal attention within each of the prompts that lie one after the other in `qkv_TX`.
 
@@ -113,9 +116,10 @@ class CpuKernels(AbstractKernels):
         out_RQ: Tensor,
         *,
         spare_bytes: int,  # noqa: ARG002
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Request by request, so that nothing is taken."""
-        decode_attention(block, qkv_RX, cache_C2Gd, rows.starts, rows.lengths, out_RQ)
+        decode_attention(block, qkv_RX, cache_C2Gd, rows.starts, rows.lengths, out_RQ, softmax)
 
     def prefill_attention(
         self,
@@ -125,9 +129,10 @@ class CpuKernels(AbstractKernels):
         caches_C2Gd: Sequence[Tensor | None],
         out_TQ: Tensor,
         workspace: Workspace,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Prompt by prompt."""
-        prefill_attention(block, qkv_TX, prompts.lengths, caches_C2Gd, out_TQ, workspace)
+        prefill_attention(block, qkv_TX, prompts.lengths, caches_C2Gd, out_TQ, workspace, softmax)
 
     def run_experts(
         self,

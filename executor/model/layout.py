@@ -34,6 +34,7 @@ class AttentionWeights:
     output_bias: Tensor | None = None  # (D)
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    sinks: Tensor | None = None  # (H)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from executor.model.layout import AttentionWeights
 from executor.model.linear import add_projected, project
 from executor.model.mixers.base import Mixer
 from executor.model.norm import PLAIN, Norm, norm_into, normed
-from executor.model.numbers import PromptNumbers, RowNumbers
+from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
+from executor.model.softmax import Softmax
 from executor.model.workspace import Workspace
 from hrm.layers import GroupedQueryAttention
 
@@ -30,7 +31,9 @@ class GroupedQuery(Mixer):
     """Grouped-query attention.
 
     `clip` bounds queries, keys and values before the rotary embedding. `head_norm` is of queries and
-    keys before it, over each head or, if its weights are that long, over all together.
+    keys before it, over each head or, if its weights are that long, over all together. Scores are
+    products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention starts
+    anew after so many tokens.
     """
 
     block: GroupedQueryAttention
@@ -38,6 +41,16 @@ class GroupedQuery(Mixer):
     rotary: Rotary | None = None
     clip: float | None = None
     head_norm: Norm | None = None
+    scale: float | None = None
+    chunked: bool = False
+
+    @property
+    def reach(self) -> Reach:
+        """A window, if there is one."""
+        return Reach(self.block.window, chunked=self.chunked and self.block.window > 0)
+
+    def _softmax(self, weights: AttentionWeights) -> Softmax:
+        return Softmax(self.scale, weights.sinks, self.reach)
 
     def project(
         self,
@@ -87,7 +100,7 @@ class GroupedQuery(Mixer):
         self,
         kernels: "AbstractKernels",
         row_RX: Tensor,
-        weights: AttentionWeights,  # noqa: ARG002 - others need them
+        weights: AttentionWeights,
         cache_C: Tensor,
         numbers: RowNumbers,
         out_RO: Tensor,
@@ -96,13 +109,16 @@ class GroupedQuery(Mixer):
     ) -> None:
         """As the level's kernels do it."""
         cache_C2Gd = cache_C.view(-1, *self.block.cached_shape)
-        kernels.decode_attention(self.block, row_RX, cache_C2Gd, numbers, out_RO, spare_bytes=spare_bytes)
+        softmax = self._softmax(weights)
+        kernels.decode_attention(
+            self.block, row_RX, cache_C2Gd, numbers, out_RO, spare_bytes=spare_bytes, softmax=softmax
+        )
 
     def prefill(
         self,
         kernels: "AbstractKernels",
         row_TX: Tensor,
-        weights: AttentionWeights,  # noqa: ARG002 - others need them
+        weights: AttentionWeights,
         prompts: PromptNumbers,
         caches_C: Sequence[Tensor | None],
         out_TO: Tensor,
@@ -111,7 +127,8 @@ class GroupedQuery(Mixer):
         """As the level's kernels do it."""
         shape = self.block.cached_shape
         caches_C2Gd = [None if cache is None else cache.view(-1, *shape) for cache in caches_C]
-        kernels.prefill_attention(self.block, row_TX, prompts, caches_C2Gd, out_TO, workspace)
+        softmax = self._softmax(weights)
+        kernels.prefill_attention(self.block, row_TX, prompts, caches_C2Gd, out_TO, workspace, softmax)
 
     def finish(
         self,

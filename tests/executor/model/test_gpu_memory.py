@@ -28,9 +28,11 @@ def counted_flash(query, key, value, cum_q, cum_k, max_q, *rest, **named):
     copies = 2 if max_q == 1 and query.shape[1] > key.shape[1] else 0
     copied = [torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(copies)]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    of_logits = torch.empty(query.shape[:2], dtype=torch.float32)
+    of_logits = torch.empty((query.shape[1], len(query)), dtype=torch.float32)
     with _disable_current_modes():
-        out.copy_(flash(query, key, value, cum_q, cum_k, max_q, *rest, **named)[0])
+        found, sums = flash(query, key, value, cum_q, cum_k, max_q, *rest, **named)
+        out.copy_(found)
+        of_logits.copy_(sums)
     del copied
     return out, of_logits
 

@@ -132,8 +132,11 @@ def flash(
     causal: bool,
     debug: bool,
     *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     seqused_k: Tensor | None = None,
-) -> tuple[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What aten's _flash_attention_forward computes, slowly; the checks are those of its kernel."""
     assert cum_q.dtype == cum_k.dtype == torch.int32
     assert len(cum_q) == len(cum_k)
@@ -148,6 +151,7 @@ def flash(
     assert not dropout
     assert not debug
     out = torch.empty_like(query, memory_format=torch.contiguous_format).fill_(torch.nan)
+    of_logits = torch.empty(query.shape[1], len(query))
     group = query.shape[1] // key.shape[1]
     for r in range(len(cum_q) - 1):
         rows = slice(int(cum_q[r]), int(cum_q[r + 1]))
@@ -167,12 +171,16 @@ def flash(
                 value[start:end].repeat_interleave(group, 1),
             )
         )
-        scores = q @ k.transpose(1, 2) / query.shape[-1] ** 0.5
+        scores = q @ k.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if causal:
             later = scores.shape[2] - scores.shape[1]  # the last query sees all keys
             scores += torch.full(scores.shape[1:], -torch.inf).triu(1 + later)
+            if window_size_left is not None:
+                assert window_size_right == 0
+                scores += torch.full(scores.shape[1:], -torch.inf).tril(later - window_size_left - 1)
+        of_logits[:, rows] = scores.logsumexp(-1)
         out[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
-    return (out,)
+    return out, of_logits
 
 
 def kernels_named(name: str) -> GpuKernels:

@@ -1,0 +1,69 @@
+"""gpt-oss: attention sinks, every other layer within a window, biases everywhere, clamped experts."""
+
+from typing import Final
+
+from executor.families.base import Family, grouped_query, rope_theta
+from executor.families.stored import Stored, interleaved
+from executor.model import (
+    Activation,
+    Architecture,
+    FeedForward,
+    Glu,
+    GroupedQuery,
+    LayerMaths,
+    Norm,
+    Rotary,
+)
+from hrm.layers import Layer
+from hrm.model_spec import Keys, ModelSpec
+
+ALPHA: Final = 1.702  # of the clamped gate, which kernels have built in
+
+
+def _options(keys: Keys, spec: ModelSpec) -> Architecture:
+    keys.word("hidden_act", ("silu", "swish"), default="silu")
+    if keys.number("swiglu_alpha", default=ALPHA) != ALPHA:
+        raise keys.refusal("swiglu_alpha", f"must be {ALPHA}", "use a model of a supported architecture")
+    norm = Norm(eps=keys.number("rms_norm_eps", default=1e-5))
+    glu = Glu(Activation.CLAMPED, keys.number("swiglu_limit", default=7.0))
+    ffn = FeedForward(norm=norm, experts_per_token=spec.experts_per_token, glu=glu)
+    rotary = Rotary.plain(grouped_query(spec.layers[0]).head_dim, rope_theta(keys, default=150_000.0))
+
+    def maths(layer: Layer) -> LayerMaths:
+        return LayerMaths(mixer=GroupedQuery(block=grouped_query(layer), norm=norm, rotary=rotary), ffn=ffn)
+
+    return Architecture.of(
+        spec,
+        maths,
+        final_norm=norm,
+        max_position_embeddings=int(keys.number("max_position_embeddings", default=131_072)),
+    )
+
+
+GPT_OSS: Final = Family(
+    outside={"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"},
+    layer="model.layers.{layer}.",
+    names={
+        "attention_norm": "input_layernorm.weight",
+        "qkv": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+        "qkv_bias": tuple(f"self_attn.{name}_proj.bias" for name in "qkv"),
+        "output": "self_attn.o_proj.weight",
+        "output_bias": "self_attn.o_proj.bias",
+        "sinks": "self_attn.sinks",
+        "ffn_norm": "post_attention_layernorm.weight",
+        "router": "mlp.router.weight",
+        "router_bias": "mlp.router.bias",
+        "w13": Stored(("mlp.experts.gate_up_proj",), transposed=True, rows=interleaved),
+        "w13_bias": Stored(("mlp.experts.gate_up_proj_bias",), rows=interleaved),
+        "w2": Stored(("mlp.experts.down_proj",), transposed=True),
+        "w2_bias": "mlp.experts.down_proj_bias",
+    },
+    options=_options,
+    published={
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131_072,
+        "bos_token_id": 199_998,
+        "eos_token_id": 200_002,
+        "swiglu_limit": 7.0,
+    },
+)
