@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from executor.families.base import Family
 from executor.families.dbrx import DBRX
+from executor.families.gpt_oss import GPT_OSS
 from executor.families.mixtral import MIXTRAL
 from executor.families.qwen import QWEN3
 from executor.model.architecture import Architecture
@@ -13,7 +14,7 @@ from hrm.model_spec import decoder_keys
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 
-FAMILIES: Final[dict[str, Family]] = {"mixtral": MIXTRAL, "dbrx": DBRX, "qwen3_moe": QWEN3}
+FAMILIES: Final[dict[str, Family]] = {"mixtral": MIXTRAL, "dbrx": DBRX, "qwen3_moe": QWEN3, "gpt_oss": GPT_OSS}
 
 
 def family_for(config: dict[str, Any], where: str) -> Family:

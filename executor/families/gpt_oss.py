@@ -3,17 +3,9 @@
 from typing import Final
 
 from executor.families.base import Family, grouped_query, rope_theta
+from executor.families.names import ATTENTION, LAYER, OUTSIDE
 from executor.families.stored import Stored, interleaved
-from executor.model import (
-    Activation,
-    Architecture,
-    FeedForward,
-    Glu,
-    GroupedQuery,
-    LayerMaths,
-    Norm,
-    Rotary,
-)
+from executor.model import Activation, Architecture, FeedForward, Glu, GroupedQuery, LayerMaths, Norm, Rotary
 from hrm.layers import Layer
 from hrm.model_spec import Keys, ModelSpec
 
@@ -41,16 +33,11 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 GPT_OSS: Final = Family(
-    outside={"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"},
-    layer="model.layers.{layer}.",
+    outside=OUTSIDE,
+    layer=LAYER,
     names={
-        "attention_norm": "input_layernorm.weight",
-        "qkv": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
-        "qkv_bias": tuple(f"self_attn.{name}_proj.bias" for name in "qkv"),
-        "output": "self_attn.o_proj.weight",
-        "output_bias": "self_attn.o_proj.bias",
+        **ATTENTION,
         "sinks": "self_attn.sinks",
-        "ffn_norm": "post_attention_layernorm.weight",
         "router": "mlp.router.weight",
         "router_bias": "mlp.router.bias",
         "w13": Stored(("mlp.experts.gate_up_proj",), transposed=True, rows=interleaved),
@@ -61,6 +48,7 @@ GPT_OSS: Final = Family(
     options=_options,
     published={
         "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
         "max_position_embeddings": 131_072,
         "bos_token_id": 199_998,
         "eos_token_id": 200_002,

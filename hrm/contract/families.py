@@ -2,4 +2,4 @@
 
 from typing import Final
 
-EXECUTED_FAMILIES: Final = ("mixtral", "dbrx", "qwen3_moe")
+EXECUTED_FAMILIES: Final = ("mixtral", "dbrx", "qwen3_moe", "gpt_oss")

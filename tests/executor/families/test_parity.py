@@ -14,12 +14,13 @@ from executor.families import FAMILIES, family_for
 from hrm.policy import ScheduleName
 from tests.executor.families.grouped import GROUPED
 from tests.executor.families.tiny import Tiny, save
+from tests.executor.families.windowed import WINDOWED
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests
 from tests.executor.tiny_models import random_prompts
 
-FAMILIES_UNDER_TEST = {**GROUPED}
+FAMILIES_UNDER_TEST = {**GROUPED, **WINDOWED}
 ELSEWHERE = {"mixtral", "dbrx"}  # the runtime's own parity tests run these
 
 ALL = 1000

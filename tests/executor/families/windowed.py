@@ -1,0 +1,16 @@
+"""Tiny models that attend within windows or chunks, or to sinks."""
+
+from tests.executor.families.tiny import causal
+
+WINDOWED = {
+    "gpt_oss": causal(
+        "gpt_oss",
+        head_dim=16,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        sliding_window=7,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    ),
+    "mixtral with windows": causal("mixtral", sliding_window=9, num_local_experts=4),
+}
