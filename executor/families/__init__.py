@@ -6,27 +6,29 @@ from typing import Any, Final
 from executor.families.base import Family
 from executor.families.dbrx import DBRX
 from executor.families.mixtral import MIXTRAL
+from executor.families.qwen import QWEN3
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
+from hrm.model_spec import decoder_keys
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 
-FAMILIES: Final[dict[str, Family]] = {"mixtral": MIXTRAL, "dbrx": DBRX}
+FAMILIES: Final[dict[str, Family]] = {"mixtral": MIXTRAL, "dbrx": DBRX, "qwen3_moe": QWEN3}
 
 
 def family_for(config: dict[str, Any], where: str) -> Family:
-    """The family of a config by its `model_type`.
+    """The family of a config by its `model_type`, or by that of its text part.
 
     Raises ModelError naming `where` if it is unknown, or if the weights are quantised.
     """
-    name = config.get("model_type")
+    name = decoder_keys(config, where).get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
             f"{where}: model_type",
             "<missing>" if name is None else name,
             f"must be one of {', '.join(FAMILIES)}",
-            "use a Mixtral- or DBRX-shaped model",
+            "use a model of one of these: hrm models lists them",
         )
     _check_not_quantised(config, where)
     return family

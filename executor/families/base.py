@@ -8,7 +8,7 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
-from executor.model import Architecture
+from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Rotary, Router
 from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors
 from hrm.errors import ModelError
 from hrm.layers import Block, GroupedQueryAttention, Layer
@@ -16,6 +16,7 @@ from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
 
 SILU: Final = ("silu", "swish")
 ROPE_SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
+PLAIN_ROUTER: Final = Router()
 OTHER_MODEL: Final = "use a model of a supported architecture"
 
 
@@ -129,6 +130,27 @@ class Family:
         if not tied or name not in {"embedding", "lm_head"}:
             return self.outside[name]
         return next((each for each in (self.outside[name], head) if each in stored), embedding)
+
+
+def decoder(
+    spec: ModelSpec,
+    *,
+    norm: Norm,
+    rotary: Callable[[GroupedQueryAttention], Rotary],
+    router: Router = PLAIN_ROUTER,
+    head_norm: Norm | None = None,
+    clip: float | None = None,
+    max_position_embeddings: int,
+) -> Architecture:
+    """Grouped-query attention and the same FFN in every layer, with one norm before each and at the end."""
+    ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
+
+    def maths(layer: Layer) -> LayerMaths:
+        block = grouped_query(layer)
+        mixer = GroupedQuery(block=block, norm=norm, rotary=rotary(block), clip=clip, head_norm=head_norm)
+        return LayerMaths(mixer=mixer, ffn=ffn)
+
+    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=max_position_embeddings)
 
 
 def grouped_query(layer: Layer) -> GroupedQueryAttention:

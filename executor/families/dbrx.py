@@ -2,10 +2,9 @@
 
 from typing import Final
 
-from executor.families.base import SILU, Family, grouped_query, rope_theta
+from executor.families.base import SILU, Family, decoder, rope_theta
 from executor.families.stored import Stored
-from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, NormKind, Rotary, Router
-from hrm.layers import Layer
+from executor.model import Architecture, Norm, NormKind, Rotary, Router
 from hrm.model_spec import Keys, ModelSpec
 
 LAYER_NORM_EPS: Final = 1e-5  # torch's default, which the published code relies on
@@ -22,17 +21,13 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     theta = rope_theta(keys, default=10_000.0)
     clip = None if attention.get(CLIP) is None else attention.number(CLIP)
     router = Router(norm=None if ffn.is_null(ROUTER_NORM) else ffn.number(ROUTER_NORM, default=1.0))
-
-    def maths(layer: Layer) -> LayerMaths:
-        block = grouped_query(layer)
-        rotary = Rotary.plain(block.head_dim, theta)
-        return LayerMaths(
-            mixer=GroupedQuery(block=block, norm=norm, rotary=rotary, clip=clip),
-            ffn=FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token),
-        )
-
-    return Architecture.of(
-        spec, maths, final_norm=norm, max_position_embeddings=int(keys.number("max_seq_len", default=2048))
+    return decoder(
+        spec,
+        norm=norm,
+        rotary=lambda block: Rotary.plain(block.head_dim, theta),
+        router=router,
+        clip=clip,
+        max_position_embeddings=int(keys.number("max_seq_len", default=2048)),
     )
 
 

@@ -2,4 +2,4 @@
 
 from typing import Final
 
-EXECUTED_FAMILIES: Final = ("mixtral", "dbrx")
+EXECUTED_FAMILIES: Final = ("mixtral", "dbrx", "qwen3_moe")

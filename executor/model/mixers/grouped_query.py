@@ -70,10 +70,9 @@ class GroupedQuery(Mixer):
             self.rotary.turn(row_TX, block.num_heads + block.num_kv_heads, block.head_dim, positions_T, workspace)
 
     def _norm_heads(self, row_TX: Tensor, weights: AttentionWeights, workspace: Workspace) -> None:
-        if self.head_norm is None:
+        if weights.query_norm is None or weights.key_norm is None:
             return
-        assert weights.query_norm is not None
-        assert weights.key_norm is not None
+        assert self.head_norm is not None, "the family does not say how heads are normed"
         queries, keys = row_TX.split((self.block.query_size, 2 * self.block.kv_size), dim=1)
         for part, weight in ((queries, weights.query_norm), (keys[:, : self.block.kv_size], weights.key_norm)):
             heads = part.unflatten(1, (-1, len(weight))) if len(weight) < part.shape[1] else part

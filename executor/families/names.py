@@ -1,0 +1,41 @@
+"""What most checkpoints of transformers call their tensors; families take these and add what differs.
+
+Names of tensors that a family lacks do no harm: only those that its blocks have are looked up.
+"""
+
+from typing import Final
+
+from executor.families.stored import Names
+
+OUTSIDE: Final = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+LAYER: Final = "model.layers.{layer}."
+
+ATTENTION: Final[Names] = {
+    "attention_norm": "input_layernorm.weight",
+    "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "query_norm": "self_attn.q_norm.weight",
+    "key_norm": "self_attn.k_norm.weight",
+    "output": "self_attn.o_proj.weight",
+    "output_bias": "self_attn.o_proj.bias",
+    "ffn_norm": "post_attention_layernorm.weight",
+}
+# Experts by Mixtral's names, and by those that most others have.
+W1_W2_W3: Final[Names] = {
+    "router": "block_sparse_moe.gate.weight",
+    "w13": ("block_sparse_moe.experts.{expert}.w1.weight", "block_sparse_moe.experts.{expert}.w3.weight"),
+    "w2": "block_sparse_moe.experts.{expert}.w2.weight",
+}
+GATE_UP_DOWN: Final[Names] = {
+    "router": "mlp.gate.weight",
+    "w13": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+    "w2": "mlp.experts.{expert}.down_proj.weight",
+    "dense_w13": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "dense_w2": "mlp.down_proj.weight",
+}
+# As transformers 5 names its own parameters, with all experts of a layer in two tensors.
+FUSED: Final[Names] = {"router": "mlp.gate.weight", "w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"}

@@ -1,0 +1,109 @@
+"""Every family that is run gives the tokens of transformers, however the work is divided.
+
+A family joins by a row in a table like GROUPED: its name, with other words behind it if there are several
+rows, and a function that makes a tiny model of it.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from executor.checkpoint import Checkpoint
+from executor.families import FAMILIES, family_for
+from hrm.policy import ScheduleName
+from tests.executor.families.grouped import GROUPED
+from tests.executor.families.tiny import Tiny, save
+from tests.executor.runtime.fake_device import FakeDevice
+from tests.executor.runtime.queued_backend import LateBackend, kernels_named
+from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests
+from tests.executor.tiny_models import random_prompts
+
+FAMILIES_UNDER_TEST = {**GROUPED}
+ELSEWHERE = {"mixtral", "dbrx"}  # the runtime's own parity tests run these
+
+ALL = 1000
+MAX_TOKENS = 5
+NUM_PROMPTS = 12
+POLICIES = {
+    "attention on the cpu": {"attention": CPU, "resident": 1},
+    "attention on the gpu": {"attention": GPU, "schedule": ScheduleName.DEEPSPEED, "resident_dense": False},
+    "experts on the cpu": {"attention": CPU, "ffn": CPU, "schedule": ScheduleName.FLEXGEN},
+    "kv split": {"attention": GPU, "gpu_kv_micro_batches": 1, "resident": 2},
+    "all resident": {"attention": GPU, "resident": ALL, "gpu_kv_micro_batches": 3},
+    "split prompts": {"attention": CPU, "prefill_chunk_tokens": 9, "prefix_buffer_tokens": 40},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
+def tiny(request, tmp_path_factory) -> Tiny:
+    return save(FAMILIES_UNDER_TEST[request.param], tmp_path_factory.mktemp("families") / request.param)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return random_prompts(NUM_PROMPTS, vocab=tiny.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, prompts):
+    return {f"request-{i}": tiny.greedy(prompt, MAX_TOKENS) for i, prompt in enumerate(prompts)}
+
+
+def policy_of(tiny, name):
+    choices, layers = dict(POLICIES[name]), architecture(tiny.folder).spec.layers
+    most = choices.pop("resident", 0)
+    resident = tuple(min(most, layer.num_experts) for layer in layers)
+    return make_policy(len(layers), batch_size=NUM_PROMPTS, resident_experts=resident, **choices)
+
+
+def greedy_tokens(tiny, prompts, policy, **how):
+    with generator(tiny.folder, policy, **how) as made:
+        done = generate(made, requests(prompts, max_tokens=MAX_TOKENS, ignore_eos=True))
+    return {name: completion.tokens for name, completion in done.items()}
+
+
+def test_every_family_that_is_run_is_here():
+    assert {*(name.split()[0] for name in FAMILIES_UNDER_TEST), *ELSEWHERE} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_greedy_tokens_equal_those_of_transformers(tiny, prompts, expected, name):
+    assert greedy_tokens(tiny, prompts, policy_of(tiny, name)) == expected
+
+
+def test_greedy_tokens_on_a_device(tiny, prompts, expected):
+    """Whose tensors are as strict as CUDA's, and whose copies are late."""
+    device, few = FakeDevice(late_s=1e-3), 4
+    backend, policy = LateBackend(device, kernels_named("plain")), replace(policy_of(tiny, "kv split"), batch_size=few)
+    policy = replace(policy, micro_batch_size=2)
+    try:
+        ours = greedy_tokens(tiny, prompts[:few], policy, backend=backend)
+        assert ours == dict(list(expected.items())[:few])
+    finally:
+        device.close()
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 0.25)])
+def test_log_probabilities_are_near_those_of_transformers(tiny, prompts, dtype, within):
+    policy = replace(policy_of(tiny, "attention on the cpu"), dtype=dtype, weight_format="", kv_format="")
+    with generator(tiny.folder, policy) as made:
+        done = generate(made, requests(prompts, max_tokens=1, ignore_eos=True, logprobs=True))
+    ours, theirs = [], []
+    for i, prompt in enumerate(prompts):
+        completion = done[f"request-{i}"]
+        ours.append(completion.logprobs[0])
+        theirs.append(tiny.log_probabilities(prompt)[completion.tokens[0]])
+    # Rounding may send a token to another expert now and then, so most count, not the worst.
+    far = (torch.tensor(ours) - torch.stack(theirs)).abs()
+    assert far.median() < within
+    assert dtype == "bfloat16" or far.max() < within
+
+
+def test_saved_names_are_those_that_are_expected(tiny):
+    with Checkpoint.open(tiny.folder) as checkpoint:
+        family = family_for(checkpoint.config, checkpoint.config_path)
+        arch = family.architecture(checkpoint.config, checkpoint.config_path)
+        expected = family.expected_tensors(arch, checkpoint.names)
+        checkpoint.check(expected)
+    assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.spec.parameters
