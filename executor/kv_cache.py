@@ -59,8 +59,7 @@ class KvCaches:
 
 def cache_rows(layer: Layer, policy: Policy, memory: Tensor) -> Tensor:
     """Memory for a layer's cache as rows: a token's in the run's dtype, or bytes of a state."""
-    if not layer.mixer.cached_elements:
-        return memory.view(-1, layer.mixer.state_bytes(policy.formats))
-    dtype: torch.dtype = getattr(torch, policy.dtype)
-    row_bytes = layer.mixer.cached_elements * dtype.itemsize
-    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, layer.mixer.cached_elements)
+    elements = layer.mixer.cached_elements
+    dtype: torch.dtype = getattr(torch, policy.dtype) if elements else torch.uint8
+    row_bytes = elements * dtype.itemsize or layer.mixer.state_bytes(policy.formats)
+    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)

@@ -150,7 +150,7 @@ class Needs:
             (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, of_layer),
             (Purpose.EXCHANGE, self.batch_size, request),
             (Purpose.PREFILL_BUFFERS, BUFFERS, chunk),
-            (Purpose.PREFIX_BUFFER, self.prefix_tokens, prefix_bytes_per_token(spec, self.formats, ranks=ranks)),
+            (Purpose.PREFIX_BUFFER, 1, prefix_bytes(spec, self.formats, self.prefix_tokens, ranks=ranks)),
             (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.num_experts),
             (Purpose.LOGITS, self.micro_batch_size, spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size)),
         )
@@ -241,6 +241,9 @@ def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, token
     return maximum(*each)
 
 
-def prefix_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> int:
-    """Bytes that a split prompt keeps on the GPU for each token of earlier parts, in any layer."""
-    return max(kind.mixer.prefix_bytes(formats, ranks) for kind in spec.layer_kinds())
+def prefix_bytes(spec: ModelSpec, formats: Formats, tokens: Number, *, ranks: int = 1) -> Number:
+    """Bytes that a split prompt of so many tokens keeps on the GPU of earlier parts, in any layer; 0 of none."""
+    mixers = [kind.mixer for kind in spec.layer_kinds()]
+    state = max(mixer.cache_copies(ranks) * mixer.state_bytes(formats) for mixer in mixers)
+    of_token = max(mixer.prefix_bytes(formats, ranks) for mixer in mixers)
+    return maximum(tokens * of_token, minimum(tokens, 1) * state) if state else tokens * of_token

@@ -14,7 +14,13 @@ from hrm.model_spec import decoder_keys
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 
-FAMILIES: Final[dict[str, Family]] = {"mixtral": MIXTRAL, "dbrx": DBRX, "qwen3_moe": QWEN3, "gpt_oss": GPT_OSS}
+FAMILIES: Final[dict[str, Family]] = {
+    "mixtral": MIXTRAL,
+    "dbrx": DBRX,
+    "qwen3_moe": QWEN3,
+    # with windows, chunks or sinks
+    "gpt_oss": GPT_OSS,
+}
 
 
 def family_for(config: dict[str, Any], where: str) -> Family:

@@ -123,11 +123,15 @@ class DecodeHandlers:
         return self.backend.transfer(Lane.H2D, copies)
 
     def store_kv(self, x: Task, rows: Rows, span: slice) -> int:
-        """New keys and values to the cache on the host."""
-        mixer, host_RX, gpu_RX = (
-            self._mixer(x),
-            *(self._rows(at, x, span) for at in (self.memory.host, self.memory.gpu)),
-        )
+        """New keys and values to the cache on the host, or what attention made of states."""
+        mixer = self._mixer(x)
+        if mixer.has_state:
+            source, target = self._kv_buffer(x), self.memory.caches.of(x.id.index, x.id.layer)
+            starts = rows.numbers[mixer.reach].starts
+            return self.backend.transfer(
+                Lane.D2H, [(target.narrow(0, start, 1), source.narrow(0, start, 1)) for start in starts]
+            )
+        host_RX, gpu_RX = (self._rows(at, x, span) for at in (self.memory.host, self.memory.gpu))
         # A device copies what is contiguous, so whole rows.
         first = -mixer.block.cached_elements if self.backend.gpu_kernels.shares_memory else 0
         moved = self.backend.transfer(Lane.D2H, [(host_RX[:, first:], gpu_RX[:, first:])])

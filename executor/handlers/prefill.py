@@ -109,10 +109,13 @@ class PrefillHandlers:
         row_TX, held_TS = take(mixer.block.sent_elements), take(mixer.block.held_elements)
         prompts = self._numbers(x)
         mixer.project(hidden_TD, weights.dense.mixer, prompts.positions_T, row_TX, held_TS, workspace)
-        if not all(self.kv_on_gpu):
-            self._kv_buffer(x).copy_(mixer.cached(row_TX))
         attention_TO = take(mixer.block.returned_elements)
-        kept = [self._kept(part, x.id.layer) for part in chunk.parts]
+        if mixer.has_state:
+            kept = [self._state(x, index) for index in range(len(chunk.parts))]
+        else:
+            kept = [self._kept(part, x.id.layer) for part in chunk.parts]
+            if not all(self.kv_on_gpu):
+                self._kv_buffer(x, chunk.num_tokens).copy_(mixer.cached(row_TX))
         mixer.prefill(self.backend.gpu_kernels, row_TX, weights.dense.mixer, prompts, kept, attention_TO, workspace)
         self._keep_in_turn(x, row_TX)
         num_ending = sum(part.ends for part in chunk.parts)
@@ -132,7 +135,7 @@ class PrefillHandlers:
     def _keep_in_turn(self, x: Task, row_TX: Tensor) -> None:
         """Write to the GPU's caches what attention, which needs tokens in their order, did not."""
         mixer = self._mixer(x)
-        if not mixer.reach.rows or not mixer.block.cached_elements:
+        if not mixer.reach.rows or mixer.has_state:
             return
         for part in self.chunks[x.id.index].parts:
             if self.kv_on_gpu[part.micro_batch]:
@@ -171,14 +174,17 @@ class PrefillHandlers:
         self.state.count_routed(x.id.layer, counts)
 
     def store_kv(self, x: Task) -> int:
-        """Move new keys and values to those caches that live on the host."""
-        buffer = self._kv_buffer(x)
-        copies = [
-            copy
-            for part in self.chunks[x.id.index].parts
-            if not self.kv_on_gpu[part.micro_batch]
-            for copy in self._in_turn(x, part, buffer)
-        ]
+        """Move new keys and values, or states of prompts that end, to those caches that live on the host."""
+        chunk, has_state = self.chunks[x.id.index], self._mixer(x).has_state
+        buffer = self._kv_buffer(x, len(chunk.parts) if has_state else chunk.num_tokens)
+        copies: list[tuple[Tensor, Tensor]] = []
+        for index, part in enumerate(chunk.parts):
+            if self.kv_on_gpu[part.micro_batch]:
+                continue
+            if not has_state:
+                copies += self._in_turn(x, part, buffer)
+            elif part.ends:
+                copies.append((self._cache_of_state(x, part), buffer.narrow(0, index, 1)))
         return self.backend.transfer(Lane.D2H, copies)
 
     def sample(self, x: Task) -> int:
@@ -216,6 +222,29 @@ class PrefillHandlers:
             return None
         return cache_rows(self.arch.spec.layers[layer], self.policy, self.memory.prefill.prefix)[: part.end]
 
+    def _state(self, x: Task, index: int) -> Tensor:
+        """Where a part of a prompt finds the state before it and leaves that after it, zeros before the first.
+
+        That is its cache on the GPU; else the buffer, by whose rows the states of prompts that end go to
+        the host; or until then where a split prompt's earlier parts are kept. One that ends leaves that
+        place, for another may begin there in the same chunk.
+        """
+        part, on_gpu = self.chunks[x.id.index].parts[index], self.kv_on_gpu
+        kept = cache_rows(self.arch.spec.layers[x.id.layer], self.policy, self.memory.prefill.prefix)[:1]
+        if on_gpu[part.micro_batch]:
+            kept = state = self._cache_of_state(x, part)
+        else:
+            state = self._kv_buffer(x, index + 1)[index:] if part.ends else kept
+        if not part.start:
+            state.zero_()
+        elif state is not kept:
+            state.copy_(kept)
+        return state
+
+    def _cache_of_state(self, x: Task, part: ChunkPart) -> Tensor:
+        start = self.state.cache_start(part.placed, self._mixer(x).reach)
+        return self.memory.caches.of(part.micro_batch, x.id.layer).narrow(0, start, 1)
+
     def _mixer(self, x: Task) -> Mixer:
         return self.arch.layers[x.id.layer].mixer
 
@@ -228,10 +257,9 @@ class PrefillHandlers:
         num_tokens = self.chunks[x.id.index].num_tokens
         return self.memory.prefill.hidden_BTD[x.slot(prefill.HIDDEN), :num_tokens]
 
-    def _kv_buffer(self, x: Task) -> Tensor:
-        num_tokens = self.chunks[x.id.index].num_tokens
+    def _kv_buffer(self, x: Task, num_rows: int) -> Tensor:
         buffer = self.memory.prefill.kv_B[x.slot(prefill.KV)]
-        return cache_rows(self.arch.spec.layers[x.id.layer], self.policy, buffer)[:num_tokens]
+        return cache_rows(self.arch.spec.layers[x.id.layer], self.policy, buffer)[:num_rows]
 
     def _host(self, x: Task) -> Tensor:
         chunk = self.chunks[x.id.index]

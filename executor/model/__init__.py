@@ -31,7 +31,7 @@ from executor.model.layout import (
     head_tensors,
     head_views,
 )
-from executor.model.mixers import GroupedQuery, Mixer
+from executor.model.mixers import GatedDelta, GroupedQuery, Mixer
 from executor.model.norm import Norm, NormKind, normed
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
@@ -49,6 +49,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "FfnWeights",
+    "GatedDelta",
     "Glu",
     "GpuKernels",
     "GroupedQuery",

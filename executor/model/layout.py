@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from hrm.layers import Block, DenseFfn, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit
+from hrm.layers import Block, DenseFfn, GatedDeltaNet, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit
 from hrm.model_spec import ModelSpec
 
 Tensors = tuple[TensorSpec, ...]
@@ -35,6 +35,23 @@ class AttentionWeights:
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     sinks: Tensor | None = None  # (H)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaWeights:
+    """The gated delta rule; `projections` map to queries, keys, values, gate, decays and steps.
+
+    X elements of queries, keys and values are convolved over k tokens; H value heads of v elements.
+    `decay` is the logarithm of each head's rate.
+    """
+
+    attention_norm: Tensor  # (D)
+    projections: Tensor  # (X+H*v+2H, D)
+    convolution: Tensor  # (X, k)
+    decay: Tensor  # (H)
+    step_bias: Tensor  # (H)
+    output_norm: Tensor  # (v)
+    output: Tensor  # (D, H*v)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +81,7 @@ class FfnWeights:
 # What the tensors of a kind of block are in the executor; a new kind of block needs a row here.
 WEIGHTS_OF: Final[dict[type[Block], type[Any]]] = {
     GroupedQueryAttention: AttentionWeights,
+    GatedDeltaNet: GatedDeltaWeights,
     RoutedExperts: RouterWeights,
     DenseFfn: FfnWeights,
 }

@@ -25,6 +25,7 @@ ROUTED: Final = Buffer("routed tokens")
 HOST_ROUTED: Final = Buffer("routed tokens on the host")
 EXPERT_OUTPUT: Final = Buffer("experts' output")
 HOST_EXPERT_OUTPUT: Final = Buffer("experts' output on the host")
+LOADED, STEPPED = 0, 1  # pieces of what lies in KV_BUFFERS: the cache, and the states in it after the new token
 
 
 def _at(p: "Pipeline", x: TaskId) -> int:
@@ -37,8 +38,8 @@ def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0) -> Part:
     return (HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + after, 0)
 
 
-def _kv_buffer(p: "Pipeline", x: TaskId) -> Part:
-    return KV_BUFFERS.turn(p.kv_load_index(x.step, x.layer, x.index))
+def _kv_buffer(p: "Pipeline", x: TaskId, piece: int = LOADED) -> Part:
+    return KV_BUFFERS.turn(p.kv_load_index(x.step, x.layer, x.index), piece)
 
 
 def _handed_on(source: Buffer, target: Buffer, p: "Pipeline", x: TaskId) -> Touch:
@@ -54,9 +55,19 @@ def _pre_attention(p: "Pipeline", x: TaskId) -> Touch:
 
 
 def _attention_on_gpu(p: "Pipeline", x: TaskId) -> Touch:
-    read = (QKV, x.index, _at(p, x), 0)
-    reads = (read, _kv_buffer(p, x)) if p.streams_kv(x.index) else (read,)
-    return (reads, ((OUTPUT, x.index, _at(p, x), 0),))
+    reads, written = ((QKV, x.index, _at(p, x), 0),), (OUTPUT, x.index, _at(p, x), 0)
+    if p.attends_with_weights(x.layer):
+        reads = (*reads, *pages_up_to(p, x, p.dense_pages))
+    if not p.streams_kv(x.index):
+        return (reads, (written,))
+    states = (_kv_buffer(p, x, STEPPED),) if p.has_state(x.layer) else ()
+    return ((*reads, _kv_buffer(p, x)), (written, *states))
+
+
+def _store_kv(p: "Pipeline", x: TaskId) -> Touch:
+    """A new token's keys and values, or the whole state that attention has made of the one before."""
+    stored = _kv_buffer(p, x, STEPPED) if p.has_state(x.layer) else (QKV, x.index, _at(p, x), 0)
+    return ((stored,), ((HOST_KV, (x.layer, x.index), x.step + 1, 0),))
 
 
 def _post_attention(p: "Pipeline", x: TaskId) -> Touch:
@@ -154,7 +165,7 @@ STORE_KV: Final = Act(
     words="new keys and values to the host",
     phase=Phase.DECODE,
     lane=Lane.D2H,
-    touches=lambda p, x: (((QKV, x.index, _at(p, x), 0),), ((HOST_KV, (x.layer, x.index), x.step + 1, 0),)),
+    touches=_store_kv,
     count=_if_streamed,
     moves=lambda x: x.kind.mixer.cache_bytes(x.formats, x.tokens, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),

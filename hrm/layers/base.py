@@ -196,6 +196,11 @@ class Mixer(Block):
     def temporary_bytes(self, compute: Format) -> int:
         """Bytes of a token that are needed for a while beside those that stay."""
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that prefill needs for a while for tokens that are computed at once, of however many."""
+        return 0
+
     @abstractmethod
     def prefix_bytes(self, formats: Formats, ranks: int) -> int:
         """Bytes that a split prompt keeps on the GPUs for each token of earlier parts."""

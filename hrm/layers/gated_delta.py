@@ -11,7 +11,7 @@ from hrm.layers.work import Kernel, Operator, gemms, linear
 from hrm.numeric import Number, minimum
 
 STATE_BYTES: Final = 4  # the recurrent state is float32 whatever the dtype
-CHUNK_TOKENS: Final = 64  # that prefill computes at once, as products of matrices
+BLOCK_TOKENS: Final = 64  # that prefill computes at once, as products of matrices
 
 
 @final
@@ -65,15 +65,20 @@ class GatedDeltaNet(Mixer):
     @property
     def projected_size(self) -> int:
         """Queries, keys, values, the output's gate, and decay and step of every value head."""
-        return self.convolved_elements + self.returned_elements + 2 * self.num_value_heads
+        return sum(self.projected_parts)
+
+    @property
+    def projected_parts(self) -> tuple[int, int, int, int]:
+        """Elements of what is convolved, the gate, decays and steps."""
+        return self.convolved_elements, self.returned_elements, self.num_value_heads, self.num_value_heads
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Norms, one matrix to all that is projected, the convolution, decays and the output."""
-        heads, hidden = self.num_value_heads, self.hidden_size
+        heads, hidden, parts = self.num_value_heads, self.hidden_size, self.projected_parts
         return (
             TensorSpec("attention_norm", (hidden,), Unit.MIXER),
-            TensorSpec("projections", (self.projected_size, hidden), Unit.MIXER, 0),
+            TensorSpec("projections", (sum(parts), hidden), Unit.MIXER, 0, parts),
             TensorSpec("convolution", (self.convolved_elements, self.conv_kernel), Unit.MIXER, 0),
             TensorSpec("decay", (heads,), Unit.MIXER, 0),
             TensorSpec("step_bias", (heads,), Unit.MIXER, 0),
@@ -93,9 +98,9 @@ class GatedDeltaNet(Mixer):
         return self.returned_elements * self.key_head_dim
 
     def state_bytes(self, formats: Formats) -> int:
-        """The recurrent state, and the tokens that the convolution still needs."""
+        """The recurrent state, and the tokens that the convolution still needs: whole float32 numbers."""
         convolution = formats.kv_cache.bytes_of(self.convolved_elements, self.conv_kernel - 1)
-        return STATE_BYTES * self.state_elements + convolution
+        return STATE_BYTES * (self.state_elements + -(-convolution // STATE_BYTES))
 
     @property
     def sent_elements(self) -> int:
@@ -144,7 +149,7 @@ class GatedDeltaNet(Mixer):
         return Operator((kernel,), ATTENTION_LAUNCHES_PER_TASK, requests)
 
     def prefill(self, formats: Formats, tokens: Number, prompt_len: Number) -> Operator:
-        """All up to the output over a chunk, in blocks of CHUNK_TOKENS (arXiv 2412.06464, §3.3).
+        """All up to the output over a chunk, in blocks of BLOCK_TOKENS (arXiv 2412.06464, §3.3).
 
         For each token of a block, products with the others take 2 FLOPs an element: keys with keys,
         queries with keys, and both sides of the triangular system with keys, values and values
@@ -152,7 +157,7 @@ class GatedDeltaNet(Mixer):
         """
         before = self.project(formats, tokens)
         heads, key, value = self.num_value_heads, self.key_head_dim, self.value_head_dim
-        block = minimum(prompt_len, CHUNK_TOKENS)
+        block = minimum(prompt_len, BLOCK_TOKENS)
         flops = 2 * heads * (block * (3 * key + 2 * value) + 3 * key * value)
         convolution = 2 * self.conv_kernel * self.convolved_elements
         touched = formats.compute.bytes_of(2 * self.convolved_elements + self.returned_elements)
@@ -171,10 +176,20 @@ class GatedDeltaNet(Mixer):
         return self.projected_size + self.returned_elements
 
     def temporary_bytes(self, compute: Format) -> int:
-        """In float32: queries, keys and values of every value head, outputs, and a block's products."""
-        heads, products = self.num_value_heads, 2 * CHUNK_TOKENS
-        float32 = STATE_BYTES * heads * (2 * self.key_head_dim + 2 * self.value_head_dim + products)
-        return max(float32, compute.bytes_of(self.returned_elements))
+        """The output's float32 copy for its norm, or a second output."""
+        copy = STATE_BYTES * (self.returned_elements + self.num_value_heads)
+        return max(copy, compute.bytes_of(self.returned_elements))
+
+    @property
+    def block_bytes(self) -> int:
+        """In float32: what is convolved, before and after; and of every value head the rest.
+
+        That is queries, keys, values, what the state held for them and the outputs, three products of
+        all tokens, decays and steps, and a copy for the solver of triangular systems.
+        """
+        convolved = 2 * (BLOCK_TOKENS + self.conv_kernel) * self.convolved_elements
+        of_token = 2 * self.key_head_dim + 4 * self.value_head_dim + 4 * BLOCK_TOKENS + 16
+        return STATE_BYTES * (convolved + self.num_value_heads * BLOCK_TOKENS * of_token)
 
     def prefix_bytes(self, formats: Formats, ranks: int) -> int:  # noqa: ARG002 - others need it
         """None: what earlier parts leave is the state."""

@@ -16,7 +16,8 @@ def workspace_bytes(
     output, the routing with its sorted form, and the gathered input and both halves of the gated
     activation of the widest FFN. Of these, `ranks` GPUs in tensor parallel divide all but what is
     as wide as the hidden state. Beside the second attention output of a part of a split prompt lies
-    a line of its mask; `longest_tokens` bounds what such a prompt has so far.
+    a line of its mask; `longest_tokens` bounds what such a prompt has so far. Linear attention needs
+    its temporaries for one block of tokens only.
     """
     size, hidden = compute.bytes_of(1), ranks * spec.hidden_size
     mixers = [kind.mixer for kind in spec.layer_kinds()]
@@ -30,5 +31,6 @@ def workspace_bytes(
     kept = max(mixer.kept_elements for mixer in mixers)
     output = max(mixer.returned_elements for mixer in mixers)
     mask_line = size * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
-    temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line)
+    block = max(mixer.block_bytes for mixer in mixers)
+    temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line, block)
     return num_tokens * size * kept + temporaries + WORKSPACE_ROUNDING_BYTES

@@ -21,7 +21,9 @@ class Pipeline:
     """The shape of one phase: all that decides which tasks there are.
 
     `kv_on_gpu[j]` says whether micro-batch j's KV cache lives on the GPU, `streamed[i]` whether
-    layer i has weights to load, `cpu_experts[i]` whether some of its experts run on the CPU. A
+    layer i has weights to load, `cpu_experts[i]` whether some of its experts run on the CPU, and
+    `states[i]`, if any layer's, whether its cache is a state that each token makes anew. Of
+    `attention_weights[i]` likewise, whether attention itself reads some of the layer's weights. A
     layer's weights move in `num_pages` pages, the first `dense_pages` of which hold projections
     (0 if those are resident). In prefill `num_micro_batches` counts chunks of prompts. Parts of a
     split prompt lie in successive chunks, and each leaves its keys and values on the GPU to the
@@ -36,6 +38,8 @@ class Pipeline:
     kv_on_gpu: tuple[bool, ...] = ()
     streamed: tuple[bool, ...] = ()
     cpu_experts: tuple[bool, ...] = ()
+    states: tuple[bool, ...] = ()
+    attention_weights: tuple[bool, ...] = ()
     num_pages: int = 1
     dense_pages: int = 0
     staging: bool = False
@@ -54,6 +58,8 @@ class Pipeline:
             cpu_experts=tuple(
                 on_cpu and count < spec.layers[i].num_experts for i, count in enumerate(policy.resident_experts)
             ),
+            states=tuple(layer.mixer.state_bytes(policy.formats) > 0 for layer in spec.layers),
+            attention_weights=tuple(layer.mixer.host_parameters > 0 for layer in spec.layers),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,
         )
@@ -86,6 +92,14 @@ class Pipeline:
     def streams_kv(self, j: int) -> bool:
         """Whether micro-batch j's cache moves to the GPU layer by layer."""
         return self.attention is Device.GPU and not self.kv_on_gpu[j]
+
+    def has_state(self, i: int) -> bool:
+        """Whether layer i keeps a state of each sequence."""
+        return bool(self.states) and self.states[i]
+
+    def attends_with_weights(self, i: int) -> bool:
+        """Whether attention of layer i reads weights: those are in the slot since its projections."""
+        return bool(self.attention_weights) and self.attention_weights[i]
 
     def next_layer(self, t: int, i: int) -> tuple[int, int] | None:
         """(step, layer) after layer i of step t; None after the last."""
@@ -159,9 +173,11 @@ class Pipeline:
             yield TaskId(decode.OFFLOAD_QKV, i, j, t)
             yield TaskId(decode.CPU_ATTENTION, i, j, t)
             return
-        if self.streams_kv(j):
-            yield TaskId(decode.STORE_KV, i, j, t)
-        yield TaskId(decode.ATTENTION, i, j, t)
+        acts = [decode.ATTENTION]
+        if self.streams_kv(j):  # new keys and values are there before attention, a new state is not
+            acts.insert(self.has_state(i), decode.STORE_KV)
+        for act in acts:
+            yield TaskId(act, i, j, t)
 
     def load_hidden(self, t: int, i: int, j: int) -> Iterator[TaskId]:
         """Move the attention output to the GPU, if it was made on the CPU."""

@@ -62,6 +62,10 @@ def _page_use(x: TaskId, slots: _Turns, ring: _Turns, *, staging: bool) -> Use:
 def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, Use]]:
     slots, ring, kv = _Turns("slot", TWO), _Turns("ring", RING), _Turns("kv_buffer", TWO)
     layers = p.num_layers
+
+    def has_state(layer: int) -> bool:
+        return any(p.states) and p.states[layer]
+
     for task in tasks:
         x = task.id
         t, i, j = x.step, x.layer, x.index
@@ -84,7 +88,8 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
             case "OFFLOAD_QKV":
                 use = Use([each("qkv")], [each("host_qkv")])
             case "STORE_KV":
-                use = Use([each("qkv")], [(("host_kv", i, j), t + 1, 0)])
+                stored = (*kv(t, i, j), 1) if has_state(i) else each("qkv")
+                use = Use([stored], [(("host_kv", i, j), t + 1, 0)])
             case "LOAD_KV":
                 use = Use([(("host_kv", i, j), t, 0)], [(*kv(t, i, j), 0)])
             case "ATTENTION" if task.lane is Lane.CPU:
@@ -93,6 +98,8 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
                 use = Use([each("qkv")], [each("output")])
                 if not p.kv_on_gpu[j]:
                     use.reads.append((*kv(t, i, j), 0))
+                    if has_state(i):
+                        use.writes.append((*kv(t, i, j), 1))
             case "LOAD_HIDDEN":
                 use = Use([each("host_output")], [each("output")])
             case "POST_ATTENTION":

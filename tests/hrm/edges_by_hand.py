@@ -40,13 +40,15 @@ class ByHand:
                     yield TaskId(decode.EMBED, 0, j, t)
                 else:
                     yield from self._layer_done(t, i - 1, j)
-                if self.pipeline.streams_kv(j) and (t, i) > (0, 0):  # its new keys and values must be gone
-                    step, layer = divmod(t * self.pipeline.num_layers + i - 1, self.pipeline.num_layers)
-                    yield TaskId(decode.STORE_KV, layer, j, step)
+                step, layer = divmod(t * self.pipeline.num_layers + i - 1, self.pipeline.num_layers)
+                if self.pipeline.streams_kv(j) and step >= 0 and not self._has_state(layer):
+                    yield TaskId(decode.STORE_KV, layer, j, step)  # its new keys and values must be gone
                 if self.pipeline.streamed[i] and self.pipeline.dense_pages:
                     yield TaskId(decode.LOAD_PAGE, i, self.pipeline.dense_pages - 1, t)
-            case decode.OFFLOAD_QKV | decode.STORE_KV:
+            case decode.OFFLOAD_QKV:
                 yield TaskId(decode.PRE_ATTENTION, i, j, t)
+            case decode.STORE_KV:
+                yield TaskId(decode.ATTENTION if self._has_state(i) else decode.PRE_ATTENTION, i, j, t)
             case decode.LOAD_KV:
                 yield from self._kv_load_waits(t, i, j)
             case decode.CPU_ATTENTION:
@@ -86,8 +88,13 @@ class ByHand:
             position, index = divmod(loads_before - BUFFERS, len(streaming))
             step, layer = divmod(position, self.pipeline.num_layers)
             yield TaskId(decode.ATTENTION, layer, streaming[index], step)
+            if self._has_state(layer):
+                yield TaskId(decode.STORE_KV, layer, streaming[index], step)
         if t > 0:
             yield TaskId(decode.STORE_KV, i, j, t - 1)
+
+    def _has_state(self, layer: int) -> bool:
+        return any(self.pipeline.states) and self.pipeline.states[layer]
 
     @property
     def _streaming(self) -> tuple[int, ...]:

@@ -166,4 +166,5 @@ def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:
         num_pages=num_pages,
         dense_pages=rng.randint(0, num_pages),
         staging=rng.random() < 0.5,
+        states=() if prefill else some(layers, rng.choice([0.0, 0.5, 1.0])),
     )

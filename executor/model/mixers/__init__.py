@@ -1,6 +1,7 @@
 """The maths of mixers, in which tokens see one another: one file for each kind of block."""
 
 from executor.model.mixers.base import Mixer
+from executor.model.mixers.gated_delta import GatedDelta
 from executor.model.mixers.grouped_query import GroupedQuery
 
-__all__ = ["GroupedQuery", "Mixer"]
+__all__ = ["GatedDelta", "GroupedQuery", "Mixer"]

@@ -32,6 +32,11 @@ class Mixer(ABC):
     block: layers.Mixer
 
     @property
+    def has_state(self) -> bool:
+        """Whether its cache is a state that each token makes anew, and no row of any token."""
+        return not self.block.cached_elements
+
+    @property
     def reach(self) -> Reach:
         """Which rows of a cache tokens have."""
         return Reach(self.block.kept_rows)
@@ -80,7 +85,9 @@ class Mixer(ABC):
         """Causal attention within each of the prompts that lie one after the other in `row_TX`.
 
         Where a prompt has a cache, its tokens are written to the cache's last rows. The first
-        prompt's may have more, which are its earlier tokens and are attended over as well.
+        prompt's may have more, which are its earlier tokens and are attended over as well. A cache
+        that is a state, of one row, is what the earlier tokens left of zeros, and becomes what these
+        leave of it.
         """
 
     @abstractmethod
@@ -89,4 +96,4 @@ class Mixer(ABC):
 
     def cached(self, row_TX: Tensor) -> Tensor:
         """The part of the rows that a cache takes."""
-        return row_TX[:, -self.block.cached_elements :]
+        return row_TX[:, row_TX.shape[1] - self.block.cached_elements :]
