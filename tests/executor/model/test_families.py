@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
-from executor.model import GroupedQuery, Norm, NormKind, Router
+from executor.model import GroupedQuery, Norm, NormKind, Reach, Router
 from executor.model.layout import dense_tensors, embedding_tensors, expert_tensors, head_tensors
 from hrm.errors import ModelError
 from hrm.model_spec import BUILT_IN_MODELS
@@ -129,8 +129,8 @@ def test_dbrx_heads_must_divide_its_width(dbrx):
 
 
 def test_window_over_all_positions_is_no_window(mixtral):
-    assert architecture({**mixtral, "sliding_window": 256}).window is None
-    assert architecture({**mixtral, "sliding_window": 255}).window == 255
+    assert architecture({**mixtral, "sliding_window": 256}).reaches == (Reach(),)
+    assert architecture({**mixtral, "sliding_window": 255}).reaches == (Reach(255),)
 
 
 def test_expected_tensors_are_exactly_those_saved(tiny_folder):

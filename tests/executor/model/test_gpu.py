@@ -147,7 +147,7 @@ def test_plain_kernels_are_asked_for_what_every_gpu_has(dtype, monkeypatch):
     with WithDevice():
         there = prompts(lengths).at(DeviceTensor(prompts(lengths).flat))
         GpuKernels().prefill_attention(arch.spec.attention, DeviceTensor(qkv.clone()), there, ours, got, workspace())
-    assert asked == [(True, {"attn_mask"}), (True, {"is_causal"})]
+    assert asked == [(True, {"attn_mask", "scale"}), (True, {"is_causal", "scale"})]
     monkeypatch.undo()
     prefill_attention(arch.spec.attention, qkv, lengths, [cache, None], wanted, workspace())
     assert_same(got.cpu(), wanted)

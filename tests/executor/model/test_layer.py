@@ -166,7 +166,9 @@ def test_a_prompt_in_parts_is_attended_over_as_a_whole(arch, cuts, form, dtype, 
     with native.using(kernels), pytest.MonkeyPatch.context() as patch:
         if form == "by one mask":
             patch.setattr(
-                attention, "_after_prefix_in_blocks", lambda q, cache, out, _: attention._after_prefix(q, cache, out)
+                attention,
+                "_after_prefix_in_blocks",
+                lambda q, cache, out, _, scale: attention._after_prefix(q, cache, out, scale),
             )
         for first, last in pairwise([0, *cuts, 300]):
             chunk, lengths = torch.cat([qkv[first:last], other]), [last - first, 5]
@@ -186,9 +188,9 @@ def test_long_contexts_are_torchs(monkeypatch):
     monkeypatch.setattr(
         native.Kernels,
         "decode_attention",
-        lambda self, qkv, cache, starts, lengths, out: (
+        lambda self, qkv, cache, starts, lengths, out, **how: (
             seen.append(len(cache)),
-            attend(self, qkv, cache, starts, lengths, out),
+            attend(self, qkv, cache, starts, lengths, out, **how),
         ),
     )
     for context in (attention.NATIVE_CONTEXT, attention.NATIVE_CONTEXT + 1):
