@@ -24,7 +24,8 @@ struct Tile {
     int64_t length;       // of the stretch
     const T* ahead;       // rows of a stretch that comes next, to be fetched now
     const float* const* tokens;  // the stretch of each, prepared
-    float* results;       // of each token with each row, tokens COLUMNS apart
+    float* results;       // of each token with each row
+    int64_t apart;        // from one token's results to the next one's
 };
 
 // results[token][row] += row . token over the stretch, fetching FETCH rows ahead. Each is summed in
@@ -75,7 +76,7 @@ __attribute__((noinline)) void multiply_tile(const Tile<T>& tile) {
         step(i, [&](int r) { return rows[r].elements; });
     }
     UNROLL
-    for (int t = 0; t < TOKENS; ++t) add_sums<ROWS>(sums[t], tile.results + t * COLUMNS);
+    for (int t = 0; t < TOKENS; ++t) add_sums<ROWS>(sums[t], tile.results + t * tile.apart);
 }
 
 template <typename T, int ROWS, int FETCH, int TOKENS = GEMM_TOKENS>
@@ -177,7 +178,7 @@ void multiply(
                     const Tile<T> work = {
                         set.first + row * width + start, width, length,
                         next + (row + (together == 1 ? 0 : fetched)) * width,
-                        stretches, set.results + token * COLUMNS + row,
+                        stretches, set.results + token * COLUMNS + row, COLUMNS,
                     };
                     multiply_rows(work, together, count, next ? fetch : 0);
                     row += together;

@@ -65,12 +65,11 @@ static inline int64_t absorbing_floats(const Latent& shape) {
     return (1 + rounded_up(shape.nope, 2)) * padded + shape.requests * padded_rank(shape);
 }
 
-// Floats of scratch to attend: every head's factor, scores and query, and a tile of the cache or some
-// queries, widened.
+// Floats of scratch to attend: every head's factor and scores, and some rows of the cache, widened.
 static inline int64_t latent_floats(const Heads& shape) {
-    const int64_t padded_token = rounded_up(shape.token_elements, ACCUMULATOR_UNIT);
-    const int64_t tokens = shape.tile_tokens < 16 ? 16 : shape.tile_tokens;
-    return padded_heads(shape) * (1 + shape.tile_tokens + padded_token) + tokens * padded_token;
+    constexpr int64_t ROWS = 8;
+    return padded_heads(shape) * (1 + shape.tile_tokens) +
+           ROWS * rounded_up(shape.token_elements, ACCUMULATOR_UNIT);
 }
 
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after

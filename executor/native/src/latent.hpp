@@ -2,14 +2,12 @@
 // elements are every head's value. So each tile of the cache is a factor of two products of matrices.
 #pragma once
 
+#include "gemm.hpp"
 #include "softmax.hpp"
 
 namespace {
 
 using native::Latent;
-
-constexpr int SCORE_VECTORS = GEMM_ROWS;  // of heads, whose logits are summed together
-constexpr int64_t SCORE_HEADS = SCORE_VECTORS * LANES;
 
 // Call work<NUM>(row) for rows [row, end), MOST of them at a time and then fewer.
 template <int MOST, typename Work>
@@ -86,93 +84,36 @@ void absorb(const Latent& shape, int64_t head, const void* following, float* scr
     }
 }
 
-// Elements of a row as the dot products take them: a float each, or two bfloat16 in one.
-template <typename T>
-int64_t units_of(int64_t elements) {
-    const int64_t padded = native::rounded_up(elements, Dot<T>::STEP);
-    return Dot<T>::IN_PLACE ? padded * static_cast<int64_t>(sizeof(T) / 2) / 2 : padded;
-}
-
-// Every unit of all heads' queries side by side, SCORE_HEADS heads at a time and zeros for those
-// that are missing from the last vector.
-template <typename T>
-void put_side_by_side(const Heads& shape, const T* query, float* target, float* row_memory) {
-    const int64_t dim = shape.token_elements, units = units_of<T>(dim);
-    for (int64_t first = 0; first < padded_heads(shape); first += LANES) {
-        for (int64_t h = 0; h < LANES; ++h) {
-            float* const row = row_memory + h * units;
-            if (first + h < shape.heads) {
-                Dot<T>::prepare(query + (first + h) * dim, dim, row);
-            } else {
-                std::memset(row, 0, units * sizeof(float));
-            }
-        }
-        const int64_t block = first / SCORE_HEADS * SCORE_HEADS;
-        const int64_t rest = padded_heads(shape) - block;
-        const int64_t width = rest < SCORE_HEADS ? rest : SCORE_HEADS;
-        float* to = target + block * units + first - block;
-        for (int64_t u = 0; u < units; ++u, to += width) {
-            UNROLL
-            for (int h = 0; h < LANES; ++h) to[h] = row_memory[h * units + u];
-        }
-    }
-}
-
-// Logits of VECTORS vectors of heads for TOKENS tokens, whose rows are `stride` floats apart, of which
-// `count` are there.
-template <typename T, int VECTORS, int TOKENS>
-void score(
-    const float* queries, int64_t units, const float* rows, int64_t stride, int count,
-    float* scores, int64_t score_stride) {
-    using D = Dot<T>;
-    const float* tokens[TOKENS];
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) tokens[t] = rows + (t < count ? t : count - 1) * stride;
-    Floats sums[TOKENS][VECTORS];
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) {
-        UNROLL
-        for (int v = 0; v < VECTORS; ++v) sums[t][v] = zeros();
-    }
-    for (int64_t u = 0; u < units; ++u, queries += VECTORS * LANES) {
-        typename D::Operand q[VECTORS];
-        UNROLL
-        for (int v = 0; v < VECTORS; ++v) q[v] = (typename D::Operand)widen(queries + v * LANES);
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            const auto x = (typename D::Operand)splat(tokens[t][u]);
-            UNROLL
-            for (int v = 0; v < VECTORS; ++v) sums[t][v] = D::step(sums[t][v], q[v], x);
-        }
-    }
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) {
-        if (t == count) return;
-        UNROLL
-        for (int v = 0; v < VECTORS; ++v) {
-            store(scores + t * score_stride + v * LANES, sums[t][v]);
-        }
-    }
-}
-
-// Logits of all heads for a tile's tokens.
+// Logits of all heads, whose queries are the rows of a matrix, for a tile's tokens. `room` is for
+// GEMM_TOKENS rows of the cache. Half of what comes next is fetched meanwhile, and half with the values.
 template <typename T>
 void add_shared_scores(
-    const Heads& shape, const TokenTile& tile, const float* rows, int64_t stride,
-    const float* queries) {
-    const int64_t units = units_of<T>(shape.token_elements), padded = padded_heads(shape);
-    in_blocks<SCORE_VECTORS>(0, padded / LANES, [&]<int VECTORS>(int64_t vector) {
-        constexpr int MOST = GEMM_ROWS * GEMM_TOKENS / VECTORS;
-        constexpr int TOKENS = MOST < 8 ? MOST : 8;
-        const int64_t head = vector * LANES;
-        for (int64_t t = 0; t < tile.tokens; t += TOKENS) {
-            const int64_t rest = tile.tokens - t;
-            const int count = static_cast<int>(rest < TOKENS ? rest : TOKENS);
-            score<T, VECTORS, TOKENS>(
-                queries + head * units, units, rows + t * stride, stride, count,
-                tile.scores + t * padded + head, padded);
+    const Heads& shape, const TokenTile& tile, const T* queries, const T* rows, float* room) {
+    const int64_t dim = shape.token_elements, padded = padded_heads(shape);
+    const int64_t padded_dim = native::rounded_up(dim, native::ACCUMULATOR_UNIT);
+    const bool in_place = Dot<T>::IN_PLACE && dim % Dot<T>::STEP == 0;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+    std::memset(tile.scores, 0, tile.tokens * padded * sizeof(float));
+    for (int64_t first = 0; first < tile.tokens; first += GEMM_TOKENS) {
+        const int64_t rest = tile.tokens - first;
+        const int count = static_cast<int>(rest < GEMM_TOKENS ? rest : GEMM_TOKENS);
+        const float* tokens[GEMM_TOKENS];
+        for (int t = 0; t < count; ++t) {
+            const T* const row = rows + (first + t) * dim;
+            tokens[t] = in_place ? reinterpret_cast<const float*>(row) : room + t * padded_dim;
+            if (!in_place) Dot<T>::prepare(row, dim, room + t * padded_dim);
         }
-    });
+        for (int64_t head = 0; head < shape.heads;) {
+            const int together = head + GEMM_ROWS <= shape.heads ? GEMM_ROWS : 1;
+            const Tile<T> work = {
+                queries + head * dim, dim, dim, nullptr, tokens,
+                tile.scores + first * padded + head, padded,
+            };
+            multiply_rows(work, together, count, 0);
+            tile.fetcher.fetch(count * row_bytes * together / (2 * shape.heads));
+            head += together;
+        }
+    }
 }
 
 // As `attend`, with the heads' absorbed queries one after the other at `query_rows`.
@@ -182,28 +123,17 @@ void attend_latent(
     const void* following, float* state_memory, float* scratch) {
     const T* cache = static_cast<const T*>(first_token);
     const State state(shape, state_memory);
-    const int64_t padded = padded_heads(shape), dim = shape.token_elements;
-    const int64_t units = units_of<T>(dim);
     begin(shape, state);
     float* const factors = scratch;
-    float* const scores = factors + padded;
-    float* const queries = scores + shape.tile_tokens * padded;
-    float* const prepared = queries + padded * units;
-    put_side_by_side<T>(shape, static_cast<const T*>(query_rows), queries, prepared);
-    const bool in_place = Dot<T>::IN_PLACE && dim % Dot<T>::STEP == 0;
+    float* const scores = factors + padded_heads(shape);
+    float* const room = scores + shape.tile_tokens * padded_heads(shape);
     for (int64_t start = 0; start < tokens; start += shape.tile_tokens) {
-        const T* const rows = cache + start * dim;
+        const T* const rows = cache + start * shape.token_elements;
         const int64_t rest = tokens - start, most = shape.tile_tokens;
-        Fetcher fetcher(rest > most ? rows + most * dim : following);
+        Fetcher fetcher(rest > most ? rows + most * shape.token_elements : following);
         const TokenTile tile = {
-            rest < most ? rest : most, scores, factors, fetcher, num_blocks(shape.heads)};
-        if (!in_place) {
-            for (int64_t t = 0; t < tile.tokens; ++t) {
-                Dot<T>::prepare(rows + t * dim, dim, prepared + t * units);
-            }
-        }
-        const float* const keys = in_place ? reinterpret_cast<const float*>(rows) : prepared;
-        add_shared_scores<T>(shape, tile, keys, units, queries);
+            rest < most ? rest : most, scores, factors, fetcher, 2 * num_blocks(shape.heads)};
+        add_shared_scores(shape, tile, static_cast<const T*>(query_rows), rows, room);
         weigh<T>(shape, tile, state);
         add_shared_values(shape, tile, rows, state.values);
     }

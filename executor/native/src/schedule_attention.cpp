@@ -175,6 +175,7 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
             path.finish[call.dtype](shape, state, context + request * context_bytes);
         });
     helpers.run(all, block.heads, [&](int64_t head) {
+        const int64_t upcoming = helpers.upcoming();
         const Linear values{
             block.requests, block.rank, block.value_dim, context + head * block.rank * size,
             up_row(head, block.nope), block.heads * block.rank,
@@ -182,8 +183,11 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
         };
         for (int64_t first = 0; first < block.value_dim; first += COLUMNS) {
             const int64_t last = std::min<int64_t>(first + COLUMNS, block.value_dim);
-            const bool is_next_whole = last + COLUMNS <= block.value_dim;
-            path.linear[call.dtype](values, first, last, is_next_whole ? last : -1);
+            // What is fetched meanwhile, as many rows, may be the next head's.
+            const bool is_in_head = last + COLUMNS <= block.value_dim;
+            const bool is_in_next = block.value_dim >= COLUMNS && upcoming >= 0;
+            const int64_t next = is_in_head ? last : is_in_next ? (upcoming - head) * up_rows : -1;
+            path.linear[call.dtype](values, first, last, next);
         }
     });
 }
