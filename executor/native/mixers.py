@@ -1,7 +1,8 @@
-"""What mixes a request's tokens: attention over its cache, and latent attention.
+"""What mixes a request's tokens: attention, latent attention, and the gated delta rule.
 
 R requests, C tokens of a cache, H heads, G kv heads, d head_dim, Q = H*d. Of latent attention: n and p
 elements of a head's query without and with rotation, v of its value, L of a token in the cache.
+Of the delta rule: H value heads, X channels of the convolution, k its kernel.
 """
 
 from collections.abc import Sequence
@@ -136,6 +137,95 @@ class MixerKernels:
             out_stride=out_RHv.stride(0),
             starts=starts,
             lengths=lengths,
+            threads=torch.get_num_threads(),
+        )
+
+    def takes_gated_delta(
+        self,
+        qkv_RX: Tensor,
+        convolution_Xk: Tensor,
+        conv_states: Tensor,
+        states: Tensor,
+        a_RH: Tensor,
+        b_RH: Tensor,
+        log_rate_H: Tensor,
+        step_bias_H: Tensor,
+        out_RV: Tensor,
+    ) -> bool:
+        """Whether `gated_delta_step` can compute this; it is torch's otherwise."""
+        rows = (qkv_RX, a_RH, b_RH, out_RV)
+        return (
+            states.is_cpu
+            and states.dtype is torch.float32
+            and states[:1].is_contiguous()
+            and conv_states[:1].is_contiguous()
+            and convolution_Xk.is_contiguous()
+            and qkv_RX.dtype in DTYPES
+            and all(each.dtype is qkv_RX.dtype for each in (*rows, convolution_Xk, conv_states))
+            and all(each.stride(-1) == 1 for each in rows)
+            and _is_float_vector(log_rate_H)
+            and _is_float_vector(step_bias_H)
+        )
+
+    def gated_delta_step(
+        self,
+        qkv_RX: Tensor,
+        convolution_Xk: Tensor,
+        conv_states: Tensor,
+        states: Tensor,
+        a_RH: Tensor,
+        b_RH: Tensor,
+        log_rate_H: Tensor,
+        step_bias_H: Tensor,
+        rows: Sequence[int],
+        out_RV: Tensor,
+    ) -> None:
+        """One new token of each request through the gated delta rule (arXiv 2412.06464), in place.
+
+        `states`, float32, are rows (H, key_dim, value_dim) of H value heads, and `conv_states` rows
+        (k - 1, X) of the tokens before, the earliest first: request r's are row `rows[r]` of both, and
+        rows may lie apart. X are the queries and keys of all key heads and the values of all value
+        heads; several value heads in a row share a key head. They are convolved with `convolution_Xk`,
+        the newest token's weight last, go through SiLU, and queries and keys are normed (epsilon
+        1e-6). A head's state decays by `exp(-exp(log_rate) * softplus(a + step_bias))`, with both
+        float32, and `sigmoid(b)` of what it differs by from the value is added for the key. `out_RV`,
+        V = H * value_dim, is what it then holds for the query over sqrt(key_dim). All is float32 but
+        what is given, kept of the convolution and returned.
+        """
+        num_states, value_heads, key_dim, value_dim = states.shape
+        channels, kernel = convolution_Xk.shape
+        key_heads = (channels - value_heads * value_dim) // (2 * key_dim)
+        assert 2 * key_heads * key_dim + value_heads * value_dim == channels, (convolution_Xk.shape, states.shape)
+        assert value_heads % key_heads == 0, (key_heads, value_heads)
+        assert conv_states.shape == (num_states, kernel - 1, channels), conv_states.shape
+        assert qkv_RX.shape == (len(rows), channels), (qkv_RX.shape, len(rows))
+        assert out_RV.shape == (len(rows), value_heads * value_dim), (out_RV.shape, len(rows))
+        module().gated_delta_step(
+            path=self.path,
+            dtype=DTYPES[qkv_RX.dtype],
+            key_heads=key_heads,
+            value_heads=value_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            channels=channels,
+            conv_tokens=kernel - 1,
+            qkv=qkv_RX.data_ptr(),
+            qkv_stride=qkv_RX.stride(0),
+            convolution=convolution_Xk.data_ptr(),
+            conv_states=conv_states.data_ptr(),
+            conv_state_stride=conv_states.stride(0),
+            states=states.data_ptr(),
+            state_stride=states.stride(0),
+            num_states=num_states,
+            a=a_RH.data_ptr(),
+            a_stride=a_RH.stride(0),
+            b=b_RH.data_ptr(),
+            b_stride=b_RH.stride(0),
+            log_rate=log_rate_H.data_ptr(),
+            step_bias=step_bias_H.data_ptr(),
+            rows=rows,
+            out=out_RV.data_ptr(),
+            out_stride=out_RV.stride(0),
             threads=torch.get_num_threads(),
         )
 

@@ -72,6 +72,38 @@ static inline int64_t latent_floats(const Heads& shape) {
            ROWS * rounded_up(shape.token_elements, ACCUMULATOR_UNIT);
 }
 
+// One new token of each of `requests`, whose states are rows of theirs. Queries and keys of all key
+// heads and values of all value heads are the `channels` of a convolution; a key head has as many
+// value heads as any other, one after the other.
+struct GatedDelta {
+    int64_t requests, key_heads, value_heads, key_dim, value_dim, channels;
+    int64_t conv_tokens;         // before the new one, that the convolution goes over
+    const void* qkv;             // rows of `channels`; strides are of elements
+    int64_t qkv_stride;
+    const void* convolution;     // (channels, conv_tokens + 1), the newest token's last
+    void* conv_states;           // rows of (conv_tokens, channels), the earliest token first
+    int64_t conv_state_stride;
+    float* states;               // rows of (value_heads, key_dim, value_dim)
+    int64_t state_stride;
+    const void *a, *b;           // rows of `value_heads`: before softplus and before sigmoid
+    int64_t a_stride, b_stride;
+    const float *log_rate, *step_bias;  // of each value head
+    const int64_t* rows;         // of the states, of each request
+    void* out;                   // rows of (value_heads, value_dim)
+    int64_t out_stride;
+};
+
+// Floats for the channels of one key head, its query, key and values each whole vectors.
+static inline int64_t delta_room(const GatedDelta& shape) {
+    const int64_t values = shape.value_heads / shape.key_heads * shape.value_dim;
+    return 2 * rounded_up(shape.key_dim, 16) + rounded_up(values, 16);
+}
+
+// Floats of scratch for them, for outputs and for the convolution's weights.
+static inline int64_t delta_floats(const GatedDelta& shape) {
+    return (3 + shape.conv_tokens) * delta_room(shape);
+}
+
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after
 // the gate, the activation row `first_row + t`.
 struct ExpertGroup {
@@ -147,6 +179,10 @@ struct Path {
         float* state, float* scratch);
     // The absorbed queries of one head of all requests; `next` will probably be read next, or is null.
     void (*absorb[NUM_DTYPES])(const Latent&, int64_t head, const void* next, float* scratch);
+    // One key head of requests [first, last); `next` is the state that probably comes next, or null.
+    void (*delta_step[NUM_DTYPES])(
+        const GatedDelta&, int64_t head, int64_t first, int64_t last, const void* next,
+        float* scratch);
     // Take the later tokens' softmax into an earlier one's.
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.

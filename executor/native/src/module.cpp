@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -167,6 +168,39 @@ NB_MODULE(_kernels, module) {
         nb::arg("rope_stride"), nb::arg("rope_head_stride"), nb::arg("cache"),
         nb::arg("cache_tokens"), nb::arg("kv_up"), nb::arg("out"), nb::arg("out_stride"),
         nb::arg("starts"), nb::arg("lengths"), nb::arg("threads"));
+
+    module.def(
+        "gated_delta_step",
+        [](const std::string& path, const std::string& dtype, int64_t key_heads,
+           int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t channels,
+           int64_t conv_tokens, uintptr_t qkv, int64_t qkv_stride, uintptr_t convolution,
+           uintptr_t conv_states, int64_t conv_state_stride, uintptr_t states,
+           int64_t state_stride, int64_t num_states, uintptr_t a, int64_t a_stride, uintptr_t b,
+           int64_t b_stride, uintptr_t log_rate, uintptr_t step_bias,
+           const std::vector<int64_t>& rows, uintptr_t out, int64_t out_stride, int threads) {
+            std::vector<int64_t> sorted = rows;
+            std::sort(sorted.begin(), sorted.end());
+            const bool are_own = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
+            require(are_own, "each request has a state of its own");
+            require(rows.empty() || (sorted.front() >= 0 && sorted.back() < num_states),
+                    "requests' states are among those given");
+            const native::GatedDelta shape{
+                static_cast<int64_t>(rows.size()), key_heads, value_heads, key_dim, value_dim,
+                channels, conv_tokens, at<const void>(qkv), qkv_stride, at<const void>(convolution),
+                at<void>(conv_states), conv_state_stride, at<float>(states), state_stride,
+                at<const void>(a), at<const void>(b), a_stride, b_stride,
+                at<const float>(log_rate), at<const float>(step_bias), rows.data(), at<void>(out),
+                out_stride,
+            };
+            compute(native::gated_delta_step, path, dtype, shape, threads);
+        },
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("key_heads"),
+        nb::arg("value_heads"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("channels"),
+        nb::arg("conv_tokens"), nb::arg("qkv"), nb::arg("qkv_stride"), nb::arg("convolution"),
+        nb::arg("conv_states"), nb::arg("conv_state_stride"), nb::arg("states"),
+        nb::arg("state_stride"), nb::arg("num_states"), nb::arg("a"), nb::arg("a_stride"),
+        nb::arg("b"), nb::arg("b_stride"), nb::arg("log_rate"), nb::arg("step_bias"),
+        nb::arg("rows"), nb::arg("out"), nb::arg("out_stride"), nb::arg("threads"));
 
     module.def("activation_floats", native::activation_floats, nb::arg("intermediate"));
 

@@ -1,5 +1,6 @@
 // One path: compiled once for each set of instructions, which its flags and a PATH_ name say.
 #include "attention.hpp"
+#include "delta.hpp"
 #include "experts.hpp"
 #include "latent.hpp"
 #include "rows.hpp"
@@ -71,6 +72,7 @@ const Path PATH = {
     {attend<Bf16>, attend<Fp16>, attend<float>},
     {attend_latent<Bf16>, attend_latent<Fp16>, attend_latent<float>},
     {absorb<Bf16>, absorb<Fp16>, absorb<float>},
+    {delta_step<Bf16>, delta_step<Fp16>, delta_step<float>},
     merge_states,
     {finish<Bf16>, finish<Fp16>, finish<float>},
     {gate<Bf16>, gate<Fp16>, gate<float>},

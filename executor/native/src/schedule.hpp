@@ -38,6 +38,8 @@ struct LatentCall {
 
 void latent_attention(const Path& path, const LatentCall& call, int threads);
 
+void gated_delta_step(const Path& path, Dtype dtype, const GatedDelta& shape, int threads);
+
 struct ExpertsCall {
     Dtype dtype;
     int64_t hidden, intermediate, num_tokens, experts_per_token;

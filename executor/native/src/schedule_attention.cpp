@@ -1,4 +1,4 @@
-// Attention over stretches of a cache, however many requests there are.
+// Attention over stretches of a cache, however many requests there are, and the gated delta rule.
 #include <algorithm>
 #include <utility>
 
@@ -16,6 +16,8 @@ constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what part
 constexpr int64_t LATENT_TILE_TOKENS = 120;       // long enough that few sums are loaded and stored
 constexpr int64_t LATENT_SPLIT_BYTES = 1 << 20;   // each split has its queries turned anew
 constexpr int64_t LATENT_REQUESTS = 64;           // at once: bounds what is held between the steps
+
+constexpr int64_t DELTA_REQUESTS = 8;  // that a head steps together: its convolution is widened once
 
 // Requests that attend to stretches of a cache of rows of `token_bytes`.
 struct Requests {
@@ -212,6 +214,24 @@ void latent_attention(const Path& path, const LatentCall& call, int threads) {
         block.lengths.assign(call.lengths.begin() + first, call.lengths.begin() + last);
         attend_to_latents(path, block, threads);
     }
+}
+
+void gated_delta_step(const Path& path, Dtype dtype, const GatedDelta& shape, int threads) {
+    const int64_t chunks = (shape.requests + DELTA_REQUESTS - 1) / DELTA_REQUESTS;
+    const int64_t head_elements = shape.value_heads / shape.key_heads * shape.key_dim * shape.value_dim;
+    const auto first_of = [&](int64_t piece) { return piece / shape.key_heads * DELTA_REQUESTS; };
+    const int64_t num_bytes = 4 * shape.requests * shape.key_heads * head_elements;
+    Helpers& helpers = Helpers::mine();
+    helpers.run(threads_for(threads, num_bytes), chunks * shape.key_heads, [&](int64_t piece) {
+        const int64_t first = first_of(piece), last = std::min(first + DELTA_REQUESTS, shape.requests);
+        const int64_t head = piece % shape.key_heads, upcoming = helpers.upcoming();
+        const float* following = nullptr;
+        if (upcoming >= 0) {
+            following = shape.states + shape.rows[first_of(upcoming)] * shape.state_stride +
+                        upcoming % shape.key_heads * head_elements;
+        }
+        path.delta_step[dtype](shape, head, first, last, following, scratch(delta_floats(shape)));
+    });
 }
 
 }  // namespace native

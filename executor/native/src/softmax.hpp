@@ -2,6 +2,7 @@
 // values, and what becomes of both in the end. Sums are float32.
 #pragma once
 
+#include "fetcher.hpp"
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -9,19 +10,6 @@ namespace {
 
 using native::Heads;
 using native::padded_heads;
-
-// Fetches memory in the order of its addresses, as much whenever it is asked to as is then read.
-struct Fetcher {
-    const char *next, *until;
-
-    explicit Fetcher(const void* from) : next(static_cast<const char*>(from)), until(next) {}
-
-    void fetch(int64_t num_bytes) {
-        if (next == nullptr) return;
-        until += num_bytes;
-        for (; next < until; next += 64) prefetch(next);
-    }
-};
 
 // Where the parts of a softmax in progress lie. The greatest logits and the sums are one float a
 // head, and some more up to a whole vector.
