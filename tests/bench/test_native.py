@@ -17,7 +17,7 @@ import torch
 from executor import native
 from executor.backends.base import host_memory, stage
 from executor.model import ExpertWeights, Routing, Workspace, decode_attention, experts, run_experts
-from executor.native import Kernels
+from executor.native import Activation, Kernels
 from hrm.contract.rings import STAGING_PAGES
 from hrm.profiling.environment import usable_cores
 from hrm.units import MIB, format_bytes
@@ -95,6 +95,29 @@ def roof(timer, memory):
     return memory.nbytes / timer.best_s(lambda: fastest().read(memory))
 
 
+def products_roof(timer, dtype):
+    """FLOPs per second of matrices that are in caches, by us or by torch, whichever is faster."""
+    x, weight, out = (torch.randn(rows, 1024).to(dtype) for rows in (1536, 1024, 1536))
+    seconds = min(
+        timer.best_s(lambda: fastest().linear(x, weight, out, add=False)),
+        timer.best_s(lambda: torch.mm(x, weight.T, out=out)),
+    )
+    return 2 * x.numel() * len(weight) / seconds
+
+
+def scaling_roof(timer, memory):
+    """Bytes per second, read and written, of scaling float32 where it lies."""
+    numbers = memory.view(torch.float32)
+    return 2 * memory.nbytes / timer.best_s(lambda: numbers.mul_(1.0))
+
+
+def show(seconds, label, **roof_seconds):
+    """By which roof work is limited, and which share of it was reached."""
+    limit = max(roof_seconds, key=lambda name: roof_seconds[name])
+    share = roof_seconds[limit] / seconds
+    print(f"  {label:<42} {seconds * 1e3:8.3f} ms, {share:4.0%} of the roof of {limit}")
+
+
 def compare(timer, memory, num_bytes, work, label):
     speeds = []
     for kernels in (fastest(), None):
@@ -166,6 +189,126 @@ def test_experts(timer, memory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(experts, "max_native_tokens", lambda _: 1 << 30)
                 compare(timer, memory, num_bytes, work, f"{str(dtype)[6:]}, {rows} rows an expert")
+
+
+def test_attention_with_options(timer, memory):
+    """gpt-oss's windows with sinks, and heads of 512 with a cap: each call attends to the next rows."""
+    print(heading(timer, "decode attention with options, bfloat16"))
+    options = (
+        ("64/8x64 with sinks over 128", 64, 8, 64, 128, {"sinks_H": torch.randn(64)}),
+        ("64/8x64 with sinks over 4096", 64, 8, 64, 4096, {"sinks_H": torch.randn(64)}),
+        ("16/2x512 over 1024", 16, 2, 512, 1024, {}),
+        ("16/2x512 capped over 1024", 16, 2, 512, 1024, {"softcap": 30.0}),
+    )
+    for label, heads, kv_heads, head_dim, context, how in options:
+        cache = memory.view(torch.bfloat16).view(-1, 2, kv_heads, head_dim)
+        batch, places = 32, len(cache) // context
+        queries = torch.randn(batch, heads * head_dim).bfloat16()
+        out = torch.empty_like(queries)
+        calls = [[context * (c + r) for r in range(batch)] for c in range(0, places - batch + 1, batch)]
+
+        def work(queries=queries, cache=cache, calls=calls, context=context, out=out, how=how):
+            for starts in calls:
+                fastest().decode_attention(queries, cache, starts, [context] * len(starts), out, **how)
+
+        seconds = timer.best_s(work)
+        num_bytes = len(calls) * batch * context * cache[0].nbytes
+        flops = 2 * len(calls) * batch * context * heads * 2 * head_dim
+        reading, products = roof(timer, memory), products_roof(timer, torch.bfloat16)
+        show(seconds, label, memory=num_bytes / reading, products=flops / products)
+
+
+def test_latent_attention(timer, memory):
+    """DeepSeek-V3's, DeepSeek-V2-Lite's and GLM-4.7-Flash's heads."""
+    print(heading(timer, "latent attention"))
+    cases = [(heads, torch.bfloat16) for heads in ((128, 128, 128), (16, 128, 128), (20, 192, 256))]
+    cases += [((16, 128, 128), dtype) for dtype in DTYPES[1:]]
+    rank, rope = 512, 64
+    for (heads, nope, value_dim), dtype in cases:
+        kv_up = filled(dtype, heads, nope + value_dim, rank)
+        for batch, context in ((1, 4096), (8, 1024), (32, 1024)):
+            cache = filled(dtype, batch * context, rank + rope)
+            queries = torch.randn(batch, heads, nope + rope).to(dtype)
+            out = torch.empty(batch, heads, value_dim, dtype=dtype)
+            starts, lengths = [r * context for r in range(batch)], [context] * batch
+
+            def work(queries=queries, nope=nope, cache=cache, kv_up=kv_up, starts=starts, lengths=lengths, out=out):
+                parts = queries[..., :nope], queries[..., nope:]
+                fastest().latent_attention(*parts, cache, kv_up, starts, lengths, 0.1, out)
+
+            seconds = timer.best_s(work)
+            flops = 2 * batch * heads * (rank * (nope + value_dim) + context * (2 * rank + rope))
+            num_bytes = cache.nbytes + kv_up.nbytes
+            reading, products = roof(timer, memory), products_roof(timer, dtype)
+            label = f"{heads} heads, {str(dtype)[6:]} {batch} x {context}"
+            show(seconds, label, memory=num_bytes / reading, products=flops / products)
+
+
+def test_gated_delta(timer, memory):
+    """Qwen3-Next's heads, and Qwen3.5-397B's; each call steps the next requests of many."""
+    print(heading(timer, "gated delta rule"))
+    key_heads, dim, kernel = 16, 128, 4
+    for value_heads in (32, 64):
+        states = memory.view(torch.float32).zero_().view(-1, value_heads, dim, dim)
+        channels = (2 * key_heads + value_heads) * dim
+        conv_states = torch.zeros(len(states), kernel - 1, channels).bfloat16()
+        convolution = torch.randn(channels, kernel).bfloat16()
+        for batch in (1, 8, 32):
+            qkv, gates = torch.randn(batch, channels).bfloat16(), torch.randn(batch, value_heads).bfloat16()
+            numbers, out = torch.randn(value_heads), torch.empty(batch, value_heads * dim).bfloat16()
+            before = qkv, convolution, conv_states, states, gates, gates, numbers, numbers
+            calls = [list(range(first, first + batch)) for first in range(0, len(states), batch)]
+
+            def work(before=before, calls=calls, out=out):
+                for rows in calls:
+                    fastest().gated_delta_step(*before, rows, out)
+
+            seconds = timer.best_s(work)
+            num_bytes = 2 * (states.nbytes + conv_states.nbytes)
+            label = f"{key_heads}/{value_heads} heads, batch {batch}"
+            show(seconds, label, scaling=num_bytes / scaling_roof(timer, memory))
+
+
+def test_experts_with_options(timer, memory):
+    """gpt-oss's experts: biases and the clamped activation; and GELU."""
+    print(heading(timer, "experts with options, bfloat16"))
+    size, num_experts = 2880, 4
+    weights = [
+        (i, filled(torch.bfloat16, 2 * size, size), filled(torch.bfloat16, size, size)) for i in range(num_experts)
+    ]
+    biases = [(torch.randn(2 * size).bfloat16(), torch.randn(size).bfloat16()) for _ in weights]
+    for rows in (1, 8):
+        x, out = torch.randn(rows * num_experts, size).bfloat16(), torch.zeros(rows * num_experts, size).bfloat16()
+        chosen = (torch.arange(len(x)) % num_experts).view(-1, 1)
+        scratch = torch.empty(len(x) * fastest().activation_floats(size))
+        for activation in Activation:
+            how = {"activation": activation, "limit": 7.0, "biases": biases}
+
+            def work(x=x, chosen=chosen, out=out, scratch=scratch, how=how):
+                ones = torch.ones(len(x), 1)
+                fastest().run_experts(x, ones, chosen, weights, out, scratch, max_tokens=len(x), **how)
+
+            seconds = timer.best_s(work)
+            num_bytes = sum(w13.nbytes + w2.nbytes for _, w13, w2 in weights)
+            reading, products = roof(timer, memory), products_roof(timer, torch.bfloat16)
+            label = f"{activation.name.lower()} and biases, {rows} rows an expert"
+            show(seconds, label, memory=num_bytes / reading, products=rows * num_bytes / products)
+
+
+def test_rotation(timer, memory):
+    """Of halves of heads of 128; the roof is scaling as many rows where they lie."""
+    print(heading(timer, "rotations of a part, bfloat16"))
+    heads, head_dim = 36, 128
+    rows = memory.view(torch.bfloat16)[: 8192 * heads * head_dim].view(-1, heads * head_dim)
+    positions, frequencies = torch.arange(len(rows)), 1e4 ** -(torch.arange(32) / 32)
+    for interleaved in (False, True):
+        how = {"head_dim": head_dim, "interleaved": interleaved}
+
+        def work(how=how):
+            fastest().rotate(rows, heads, positions, frequencies, **how)
+
+        label = "interleaved pairs" if interleaved else "pairs that lie apart"
+        show(timer.best_s(work), label, scaling=2 * rows.nbytes / scaling_roof(timer, memory))
 
 
 def test_staging(timer, memory):
