@@ -18,8 +18,12 @@ from hrm.layers.base import (
 from hrm.layers.feed_forward import DenseFfn, RoutedExperts
 from hrm.layers.gated_delta import GatedDeltaNet
 from hrm.layers.grouped_query import GroupedQueryAttention
+from hrm.layers.indexer import Indexer
+from hrm.layers.kimi_delta import KimiDelta
 from hrm.layers.latent import LatentAttention
 from hrm.layers.layer import Layer
+from hrm.layers.mamba import Mamba, Mamba2
+from hrm.layers.recurrent import RecurrentMixer
 from hrm.layers.softmax import SoftmaxAttention
 from hrm.layers.work import Kernel, Operator, gemms, linear
 
@@ -31,11 +35,16 @@ __all__ = [
     "FeedForward",
     "GatedDeltaNet",
     "GroupedQueryAttention",
+    "Indexer",
     "Kernel",
+    "KimiDelta",
     "LatentAttention",
     "Layer",
+    "Mamba",
+    "Mamba2",
     "Mixer",
     "Operator",
+    "RecurrentMixer",
     "RoutedExperts",
     "SoftmaxAttention",
     "TensorSpec",

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from hrm.errors import ModelError, closest
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import EXPERTS, EXPERTS_PER_TOKEN
-from hrm.model_spec.readers import grouped, latent, qwen, windows
+from hrm.model_spec.readers import grouped, hybrid, latent, qwen, windows
 from hrm.model_spec.spec import ModelSpec
 
 
@@ -121,5 +121,19 @@ FAMILY_READERS: Final[dict[str, FamilyReader]] = {
     "phimoe": FamilyReader(grouped.read_phimoe, "Phi-3.5-MoE"),
     "granitemoe": FamilyReader(grouped.read_granite, "Granite-3.0 and 3.1, 1B-A400M and 3B-A800M"),
     "ernie4_5_moe": FamilyReader(grouped.read_ernie4_5, "ERNIE-4.5-21B-A3B, 300B-A47B"),
+    "deepseek_v32": FamilyReader(latent.read_deepseek_v32, "DeepSeek-V3.2"),
+    "glm_moe_dsa": FamilyReader(latent.read_glm5, "GLM-5, GLM-5.1"),
+    "longcat_flash": FamilyReader(latent.read_longcat, "LongCat-Flash"),
+    "nemotron_h": FamilyReader(hybrid.read_nemotron_h, "Nemotron-3-Nano-30B-A3B, Nemotron-3-Super"),
+    "jamba": FamilyReader(hybrid.read_jamba, "Jamba-v0.1, Jamba-1.5"),
+    "kimi_linear": FamilyReader(hybrid.read_kimi_linear, "Kimi-Linear-48B-A3B, Kimi-K3 (text)"),
+    "bailing_hybrid": FamilyReader(hybrid.read_bailing_hybrid, "Ling-2.5, Ring-2.5"),
+    "dots1": FamilyReader(grouped.read_dots, "dots.llm1"),
+    "hunyuan_v1_moe": FamilyReader(grouped.read_hunyuan, "Hunyuan-A13B"),
+    "bailing_moe": FamilyReader(grouped.read_bailing, "Ling-lite, Ling-mini-2.0, Ling-flash-2.0, Ring"),
+    "bailing_moe_v2": FamilyReader(grouped.read_bailing, "the same, as their configs name them"),
+    "mimo_v2_flash": FamilyReader(windows.read_mimo_v2, "MiMo-V2-Flash"),
+    "step3p5": FamilyReader(windows.read_step, "Step-3.5-Flash"),
+    "step3p7": FamilyReader(windows.read_step, "Step-3.7-Flash (text)"),
     "olmoe": FamilyReader(grouped.read_olmoe, "OLMoE-1B-7B"),
 }

