@@ -15,6 +15,7 @@ from hrm.layers.base import (
     Vectors,
     check_size,
 )
+from hrm.layers.compressed import CompressedAttention
 from hrm.layers.feed_forward import DenseFfn, RoutedExperts
 from hrm.layers.gated_delta import GatedDeltaNet
 from hrm.layers.grouped_query import GroupedQueryAttention
@@ -31,6 +32,7 @@ __all__ = [
     "LARGEST_MODEL",
     "LARGEST_SIZE",
     "Block",
+    "CompressedAttention",
     "DenseFfn",
     "FeedForward",
     "GatedDeltaNet",

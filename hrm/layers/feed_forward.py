@@ -8,6 +8,7 @@ from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
 from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
 from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.hyper_connection import mix_streams, stream_tensors
 from hrm.layers.work import Kernel, Operator, gemms, linear
 from hrm.numeric import Number, maximum, minimum, power
 
@@ -78,7 +79,7 @@ class RoutedExperts(FeedForward):
 
     With a `latent_size` routed experts work on so many elements, to which one matrix projects a token
     down and from which another projects what they return up. Of what tokens choose, `zero_experts`
-    more return the token itself and cost nothing.
+    more return the token itself and cost nothing. The hidden state has `streams`.
     """
 
     hidden_size: int
@@ -89,6 +90,7 @@ class RoutedExperts(FeedForward):
     gated: bool = True
     latent_size: int = 0
     zero_experts: int = 0
+    streams: int = 1
     vectors: Vectors = ()
     expert_vectors: Vectors = ()
     frequencies: tuple[float, ...] = field(default=(), compare=False)
@@ -96,7 +98,7 @@ class RoutedExperts(FeedForward):
 
     def __post_init__(self) -> None:
         """Reject impossible dimensions (ModelError)."""
-        self.check_sizes("hidden_size", "num_experts", "experts_per_token", "intermediate_size")
+        self.check_sizes("hidden_size", "num_experts", "experts_per_token", "intermediate_size", "streams")
         self.check_sizes("shared_intermediate_size", "latent_size", "zero_experts", at_least=0)
         count, frequencies = self.num_experts, self.frequencies
         self.require(self.experts_per_token <= count, "experts_per_token", f"must be at most num_experts {count}")
@@ -119,6 +121,7 @@ class RoutedExperts(FeedForward):
             *vector_tensors(self.vectors, Unit.FFN),
             *((down, up) if latent else ()),
             *(matrices("shared_", hidden, shared, Unit.FFN, gated=self.gated) if shared else ()),
+            *stream_tensors("ffn", self.streams, hidden, Unit.FFN),
             *matrices("", self.expert_hidden_size, self.intermediate_size, Unit.EXPERT, gated=self.gated),
             *vector_tensors(self.expert_vectors, Unit.EXPERT),
         )
@@ -163,6 +166,7 @@ class RoutedExperts(FeedForward):
     def dense(self, formats: Formats, tokens: Number) -> Operator:
         """The router, the shared experts, and the projections down and up around the routed ones."""
         router = Operator((linear(tokens, self.hidden_size, self.num_experts + self.zero_experts, formats),))
+        router += mix_streams(self.streams, self.hidden_size, formats, tokens)
         if self.latent_size:
             router += Operator(2 * (linear(tokens, self.hidden_size, self.latent_size, formats),), 2)
         if not self.shared_intermediate_size:

@@ -59,6 +59,11 @@ class SoftmaxAttention(Mixer):
         """Tokens that attention sees of those that it reaches."""
         return self.reach(context)
 
+    def mean_seen(self, prompt_len: Number) -> Number:
+        """The same as a mean over the tokens of a prompt."""
+        capped = self.seen(prompt_len)
+        return capped - capped * capped / (2 * prompt_len)
+
     def choose(self, formats: Formats, tokens: Number, context: Number) -> tuple[Kernel, ...]:  # noqa: ARG002
         """What finds out, for each of so many tokens, which ones of its context attention sees."""
         return ()
@@ -108,8 +113,7 @@ class SoftmaxAttention(Mixer):
         values of earlier parts, which each later part reads again.
         """
         before = self.project(formats, tokens)
-        capped = self.seen(prompt_len)
-        mean_context = capped - capped * capped / (2 * prompt_len)
+        mean_context = self.mean_seen(prompt_len)
         expanded = self.query_size + self.returned_elements
         part = minimum(prompt_len, tokens)
         prefix = self.seen((prompt_len - part) / 2)  # as a mean over the parts

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from hrm.errors import ModelError, closest
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import EXPERTS, EXPERTS_PER_TOKEN
-from hrm.model_spec.readers import grouped, hybrid, latent, qwen, windows
+from hrm.model_spec.readers import compressed, grouped, hybrid, latent, qwen, windows
 from hrm.model_spec.spec import ModelSpec
 
 
@@ -122,6 +122,7 @@ FAMILY_READERS: Final[dict[str, FamilyReader]] = {
     "granitemoe": FamilyReader(grouped.read_granite, "Granite-3.0 and 3.1, 1B-A400M and 3B-A800M"),
     "ernie4_5_moe": FamilyReader(grouped.read_ernie4_5, "ERNIE-4.5-21B-A3B, 300B-A47B"),
     "deepseek_v32": FamilyReader(latent.read_deepseek_v32, "DeepSeek-V3.2"),
+    "deepseek_v4": FamilyReader(compressed.read_deepseek_v4, "DeepSeek-V4-Flash, V4-Pro"),
     "glm_moe_dsa": FamilyReader(latent.read_glm5, "GLM-5, GLM-5.1"),
     "longcat_flash": FamilyReader(latent.read_longcat, "LongCat-Flash"),
     "nemotron_h": FamilyReader(hybrid.read_nemotron_h, "Nemotron-3-Nano-30B-A3B, Nemotron-3-Super"),

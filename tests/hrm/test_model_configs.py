@@ -135,6 +135,26 @@ SMALL_ERNIE = {
     "moe_num_shared_experts": 2,
 }
 SMALL_SPARSE = {**SMALL_DEEPSEEK, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+SMALL_V4 = {
+    **{key: value for key, value in SMALL.items() if key != "intermediate_size"},
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 1,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "q_lora_rank": 10,
+    "o_groups": 2,
+    "o_lora_rank": 6,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 4,
+    "sliding_window": 8,
+    "compress_ratios": [0, 4, 128, 4, 128, 0],
+    "num_hash_layers": 2,
+    "hc_mult": 3,
+    "pad_token_id": 0,
+}
 SMALL_LONGCAT = {
     **{key: value for key, value in SMALL_DEEPSEEK.items() if key not in {"num_hidden_layers", "intermediate_size"}},
     "num_layers": 2,
@@ -230,6 +250,8 @@ VARIANTS = [
     ("deepseek_v32", SMALL_SPARSE, {}),
     ("glm_moe_dsa", SMALL_SPARSE, {"attention_bias": True, "indexer_types": ["full", "shared", "full", "shared"]}),
     ("glm_moe_dsa", SMALL_SPARSE, {"index_topk_freq": 2, "index_skip_topk_offset": 1}),
+    ("deepseek_v4", SMALL_V4, {}),
+    ("deepseek_v4", SMALL_V4, {"compress_ratios": None, "num_hash_layers": 0}),
     ("longcat_flash", SMALL_LONGCAT, {"attention_bias": True}),
     ("nemotron_h", SMALL_NEMOTRON, {}),
     ("nemotron_h", SMALL_NEMOTRON, {"moe_latent_size": 16, "mlp_bias": True, "use_bias": True, "use_conv_bias": False}),

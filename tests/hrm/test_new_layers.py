@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hrm.formats import Formats
-from hrm.layers import Indexer, KimiDelta, LatentAttention, Layer, Mamba, Mamba2, RecurrentMixer
+from hrm.layers import CompressedAttention, Indexer, KimiDelta, LatentAttention, Layer, Mamba, Mamba2, RecurrentMixer
 from hrm.model_spec import spec_from_hf_config
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.search import Space, search
@@ -23,6 +23,20 @@ LATENT = LatentAttention(
 )
 SPARSE = replace(LATENT, indexer=Indexer(num_heads=4, head_dim=8, top_k=16))
 SHARED = replace(SPARSE, indexer=Indexer(num_heads=4, head_dim=8, top_k=16, shared=True))
+
+HEAVY = CompressedAttention(
+    hidden_size=64,
+    num_heads=4,
+    head_dim=16,
+    query_rank=20,
+    output_groups=2,
+    output_rank=12,
+    rate=128,
+    local_window=32,
+    streams=4,
+)
+CHOSEN = replace(HEAVY, rate=4, indexer=Indexer(num_heads=4, head_dim=8, top_k=16))
+LOCAL = replace(HEAVY, rate=0, local_window=0, window=32)
 
 
 def cache_of(given, tokens):
@@ -101,9 +115,19 @@ def test_the_rule_of_mamba_2_written_out_has_the_flops_of_a_step():
     assert MAMBA2.attend(BF16, 3, 50.0).flops == 3 * (decay + enter + read + convolution)
 
 
-@pytest.mark.parametrize(
-    "mixer", [MAMBA, MAMBA2, DELTA, SPARSE, SHARED], ids=["mamba", "mamba2", "delta", "indexer", "shared indexer"]
-)
+PLANNED = {
+    "mamba": MAMBA,
+    "mamba2": MAMBA2,
+    "delta": DELTA,
+    "indexer": SPARSE,
+    "shared indexer": SHARED,
+    "compressed": HEAVY,
+    "chosen": CHOSEN,
+    "local": LOCAL,
+}
+
+
+@pytest.mark.parametrize("mixer", PLANNED.values(), ids=PLANNED)
 def test_new_layers_are_planned_and_kept_in_a_file(tmp_path, mixer):
     plain = tiny_spec(num_layers=4, shared_intermediate_size=24)
     alone = Layer(mixer=mixer, ffn=())  # as where Nemotron-H has two mixers in a row
@@ -116,6 +140,37 @@ def test_new_layers_are_planned_and_kept_in_a_file(tmp_path, mixer):
     assert 0 < predicted.tokens_per_s <= predicted.bound_tokens_per_s * (1 + 1e-9)
     save_policy_file(tmp_path / "policy.json", policy_file_of(predicted, spec, profile, workload))
     assert load_policy_file(tmp_path / "policy.json").model == spec
+
+
+def test_compressed_attention_sees_the_newest_tokens_and_keys_of_all_others():
+    assert [LOCAL.seen(n) for n in (10, 1000)] == [10, 32]
+    assert HEAVY.seen(1280) == 32 + 10
+    assert [CHOSEN.seen(n) for n in (40, 6400)] == [32 + 10, 32 + 16]
+    for mixer in (LOCAL, HEAVY, CHOSEN):
+        mean = sum(mixer.seen(n + 0.5) for n in range(1000)) / 1000
+        assert mixer.mean_seen(1000.0) == pytest.approx(mean, rel=0.01)
+    scores, attention = CHOSEN.attend(BF16, 1, 6400.0).kernels[-2:]
+    assert attention.num_bytes == (32 + 16) * 16 * 2
+    assert scores.num_bytes == 1600 * 8 * 2
+    # A token grows the cache by its share of a key, and a sequence has the newest tokens whole.
+    assert (LOCAL.cached_elements, HEAVY.cached_elements, CHOSEN.cached_elements) == (16, 1, 6)
+    assert HEAVY.state_bytes(BF16) == 2 * (32 * 16 + 2 * 128 * 16)
+
+
+def test_residual_streams_widen_what_goes_from_layer_to_layer():
+    plain = tiny_spec()
+    one, four = (
+        plain.with_layers(
+            Layer(mixer=replace(LOCAL, streams=n), ffn=(replace(plain.experts, streams=n),)) for _ in range(4)
+        )
+        for n in (1, 4)
+    )
+    assert (one.residual_size, four.residual_size) == (64, 256)
+    weights = (2 + 4) * 4
+    assert four.parameters - one.parameters == 4 * 2 * (weights * 4 * 64 + weights + 3)
+    extra = four.layers[0].mixer.project(BF16, 7).flops - one.layers[0].mixer.project(BF16, 7).flops
+    # into the weights; then the streams into one, into one another, and the output into each
+    assert extra == 7 * 2 * (weights * 4 * 64 + 4 * 64 + 4 * 4 * 64 + 4 * 64)
 
 
 def test_experts_that_return_their_token_are_chosen_and_cost_nothing():
