@@ -11,8 +11,8 @@ from hrm.model_spec import spec_from_hf_config
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.search import Space, search
 from hrm.workload import Workload
+from tests.hrm.small_configs import SMALL_JAMBA, SMALL_KIMI, SMALL_NEMOTRON, SMALL_SPARSE, transformers_config
 from tests.hrm.support import machine, tiny_spec
-from tests.hrm.test_model_configs import SMALL_JAMBA, SMALL_KIMI, SMALL_NEMOTRON, SMALL_SPARSE, transformers_config
 
 BF16 = Formats.of("bfloat16")
 MAMBA = Mamba(hidden_size=64, inner_size=128, state_size=8, step_rank=4)

@@ -116,7 +116,7 @@ def read_jamba(keys: Keys) -> ModelSpec:
 
 def _jamba_mamba(keys: Keys) -> Mamba:
     hidden = keys.integer("hidden_size")
-    automatic = keys.get("mamba_dt_rank") in {None, "auto"}
+    automatic = keys.get("mamba_dt_rank") in (None, "auto")
     mamba = Mamba(
         hidden_size=hidden,
         inner_size=keys.integer("mamba_expand", default=2) * hidden,
