@@ -183,7 +183,7 @@ class ShortConvolution(Mixer):
 
     returned_elements = property(lambda self: self.hidden_size)
     sent_elements = property(lambda self: 3 * self.hidden_size)
-    host_tensors = ("convolution",)
+    host_tensors = property(lambda self: ("convolution",))
     kept_elements = property(lambda self: 4 * self.hidden_size)
 
     def state_bytes(self, formats):
