@@ -153,7 +153,7 @@ class RoutedExperts(FeedForward):
         Tokens are routed independently, uniformly or with the measured frequencies.
         """
         if not self.frequencies:
-            miss = power(1 - self._computed_per_token / self.num_experts, num_tokens)
+            miss = power(1 - self.computed_per_token / self.num_experts, num_tokens)
             return self.num_experts * (1 - miss)
         if isinstance(num_tokens, (int, float)):
             return sum(1 - (1 - share) ** num_tokens for share in self.frequencies)
@@ -174,7 +174,7 @@ class RoutedExperts(FeedForward):
         return router + through(tokens, self.hidden_size, self.shared_intermediate_size, formats, gated=self.gated)
 
     @property
-    def _computed_per_token(self) -> float:
+    def computed_per_token(self) -> float:
         """Of the experts that a token goes to, those that compute anything, on average."""
         if not self.zero_experts:
             return self.experts_per_token
@@ -184,7 +184,7 @@ class RoutedExperts(FeedForward):
         """What falls on `num_experts` of the experts."""
         share = num_experts / self.num_experts
         hit = share * self.hit(tokens)
-        routed = share * self._computed_per_token * tokens
+        routed = share * self.computed_per_token * tokens
         kernel = Kernel(
             2 * self.expert_parameters * routed,
             formats.weights.bytes_of(self.expert_parameters, hit)

@@ -61,6 +61,24 @@ def test_layers_reach_back_as_far_as_in_transformers(model_type, sizes, changes)
 
 # Of these transformers knows no model: what their makers say, in billions.
 ADVERTISED = {"Ling-mini-2.0": 16.26}
+# It keeps matrices of LongCat's experts that compute nothing.
+LONGCAT = {
+    "model_type": "longcat_flash",
+    "vocab_size": 131072,
+    "hidden_size": 6144,
+    "num_layers": 28,
+    "num_attention_heads": 64,
+    "ffn_hidden_size": 12288,
+    "expert_ffn_hidden_size": 2048,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_topk": 12,
+    "n_routed_experts": 512,
+    "zero_expert_num": 256,
+}
 STORED = {
     "DeepSeek-V3.2": "fp8",
     "DeepSeek-V4-Flash": "fp8, fp4 experts",
@@ -97,6 +115,13 @@ def test_a_published_model_has_the_parameters_that_transformers_stores(name):
 @pytest.mark.parametrize("name", ADVERTISED)
 def test_a_published_model_that_transformers_lacks_has_the_parameters_that_are_advertised(name):
     assert round(read(PUBLISHED[name]).parameters / 1e9, 2) == ADVERTISED[name]
+
+
+def test_longcat_has_the_parameters_that_are_advertised():
+    spec = read(LONGCAT)
+    assert int(spec.parameters / 1e9) == 560
+    assert 18.6e9 < spec.active_parameters - spec.embedding_parameters < 31.3e9
+    assert round((spec.active_parameters - spec.embedding_parameters) / 1e9) == 27
 
 
 def test_kimi_k3_without_what_only_it_has_is_as_transformers_builds_it():

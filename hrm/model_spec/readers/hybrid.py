@@ -173,7 +173,7 @@ def _kimi_delta(keys: Keys, num_heads: int, head_dim: int, conv_kernel: int) -> 
 
 
 def read_bailing_hybrid(keys: Keys) -> ModelSpec:
-    """Ling and Ring from 2.5 on: five layers of Kimi delta attention to one of latent attention."""
+    """Ling-3.0: five layers of Kimi delta attention to one of latent attention."""
     heads = keys.integer("num_attention_heads")
     delta = _kimi_delta(
         keys, heads, keys.integer("head_dim", default=128), keys.integer("short_conv_kernel_size", default=4)
