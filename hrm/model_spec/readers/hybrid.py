@@ -105,7 +105,10 @@ def _nemotron_dense(keys: Keys) -> DenseFfn:
 def read_jamba(keys: Keys) -> ModelSpec:
     """Jamba: one of eight layers with attention, the others with Mamba, and every second one with experts."""
     every = range(num_layers(keys))
-    period, offset = keys.integer("attn_layer_period", default=8), keys.integer("attn_layer_offset", default=4)
+    period, offset = (
+        keys.integer("attn_layer_period", default=8),
+        keys.integer("attn_layer_offset", default=4, at_least=0),
+    )
     attention, mamba = grouped_query(keys), _jamba_mamba(keys)
     mixers: list[Mixer] = [attention if layer % period == offset else mamba for layer in every]
     period = keys.integer("expert_layer_period", default=2)
