@@ -155,7 +155,9 @@ def _gemma4_whole(keys: Keys, layer: int, local: GroupedQueryAttention) -> Group
         head_dim = keys.integer("global_head_dim", default=512)
         kv_heads = keys.integer("num_global_key_value_heads", default=local.num_kv_heads) if shared else None
     else:
-        own = keys.section("per_layer_config").section(str(layer))
+        each = keys.section("per_layer_config")
+        padded = str(layer).zfill(len(str(num_layers(keys) - 1)))  # so that they sort
+        own = each.section(padded if each.get(str(layer)) is None else str(layer))
         head_dim = own.integer("head_dim")
         kv_heads = own.integer("num_key_value_heads", default=local.num_kv_heads)
     kv_heads = local.num_kv_heads if kv_heads is None else kv_heads
