@@ -227,8 +227,8 @@ class CompressedAttention(SoftmaxAttention):
 
     @property
     def prefix_in_cache(self) -> bool:
-        """Keys are needed as they are cached."""
-        return True
+        """Keys are needed as they are cached, but in a window in their order."""
+        return not self.window
 
     def obstacle_to(self, ranks: int) -> str:
         """Groups of heads are divided."""
