@@ -135,7 +135,7 @@ class Needs:
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
         of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
         ending = minimum(self.batch_size, self.chunk_tokens)  # prompts that may end in a chunk, however short
-        token = compute.bytes_of(ranks, spec.hidden_size) + TOKEN_NUMBER_BYTES
+        token = compute.bytes_of(ranks, spec.residual_size) + TOKEN_NUMBER_BYTES
         chunk = self.chunk_tokens * token + layer_cache_bytes(
             spec, self.formats, ending, self.chunk_tokens, ranks=ranks
         )
@@ -164,7 +164,7 @@ class Needs:
         """
         spec, compute, weights = self.spec, self.formats.compute, self.formats.weights
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
-        token = compute.bytes_of(spec.hidden_size) + TOKEN_NUMBER_BYTES
+        token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
         held_twice = self.cpu_attention * self.resident_dense
         latent_up = held_twice * weights.bytes_of(sum(layer.mixer.host_parameters for layer in spec.layers))
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
@@ -194,7 +194,8 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     hidden = ranks * spec.hidden_size
     mixers = [kind.mixer for kind in spec.layer_kinds()]
     sent = max(mixer.sent_bytes(formats) for mixer in mixers)
-    computed = formats.compute.bytes_of(hidden + max(mixer.returned_elements for mixer in mixers))
+    residual = ranks * spec.residual_size
+    computed = formats.compute.bytes_of(residual + max(mixer.returned_elements for mixer in mixers))
     routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
     return computed + sent + ffn_on_cpu * routed + num_reaches(spec) * REQUEST_NUMBER_BYTES
 

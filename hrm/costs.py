@@ -111,7 +111,7 @@ class Costs:
         return not whole and skips_in_last_layer(1, prompt_len)
 
     def all_reduce(self, tokens: Number) -> Number:
-        """Sum of the GPUs' hidden states of so many tokens, in a ring; nothing for one GPU.
+        """Sum of the GPUs' outputs of a block for so many tokens, in a ring; nothing for one GPU.
 
         2·(g - 1) steps, each moving a g-th of the bytes over every GPU's link at once.
         """
@@ -119,7 +119,7 @@ class Costs:
         if gpus == 1:
             return 0.0
         link = self.profile.peer
-        part = operators.hidden_bytes(self.spec, self.formats, tokens) / gpus
+        part = self.formats.compute.bytes_of(tokens, self.spec.hidden_size) / gpus
         return 2 * (gpus - 1) * link.seconds(part)
 
     def h2d(self, num_bytes: Number, num_transfers: Number = 1) -> Number:

@@ -18,9 +18,9 @@ def sample(spec: ModelSpec, formats: Formats, m: Number) -> Operator:
 
 def hidden_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
     """Hidden states of that many tokens."""
-    return formats.compute.bytes_of(spec.hidden_size, tokens)
+    return formats.compute.bytes_of(spec.residual_size, tokens)
 
 
 def routed_token_bytes(spec: ModelSpec, formats: Formats, m: Number) -> Number:
     """Normed hidden states of m tokens with their routing."""
-    return hidden_bytes(spec, formats, m) + m * spec.experts_per_token * ROUTING_BYTES
+    return formats.compute.bytes_of(m, spec.hidden_size) + m * spec.experts_per_token * ROUTING_BYTES

@@ -11,6 +11,7 @@ from executor.families.qwen import QWEN3
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
 from hrm.model_spec import decoder_keys
+from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 
@@ -39,9 +40,6 @@ def family_for(config: dict[str, Any], where: str) -> Family:
         )
     _check_not_quantised(config, where)
     return family
-
-
-QUANTISATION_KEYS: Final = ("quantization_config", "quantization", "compression_config")
 
 
 def _check_not_quantised(config: Mapping[str, Any], where: str) -> None:

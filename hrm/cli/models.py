@@ -131,7 +131,7 @@ def _print_model(spec: ModelSpec) -> None:
         "weights": f"{format_bytes(STORED.bytes_of(spec.parameters))} in {STORED.name}{_published(spec)}",
         "experts": f"{spec.experts_per_token} of {spec.num_experts} a token,"
         f" {format_bytes(STORED.bytes_of(spec.expert_parameters))} each"
-        f" ({spec.hidden_size} x {spec.intermediate_size}){_shared(spec)}",
+        f" ({spec.experts.expert_hidden_size} x {spec.intermediate_size}){_shared(spec)}",
         **_attention(spec),
         "embedding": f"{spec.vocab_size} tokens x {spec.hidden_size}"
         f" ({format_bytes(STORED.bytes_of(spec.embedding_parameters))}), "
@@ -209,7 +209,7 @@ def _layer_row(spec: ModelSpec, kind: Layer, count: int) -> tuple[str, ...]:
     state = kind.mixer.state_bytes(_FORMATS)
     reaches = f"{kind.window} tokens" if kind.window else "all tokens"
     return (
-        "with experts" if kind.has_experts else "dense FFN",
+        "with experts" if kind.has_experts else "dense FFN" if kind.ffn else "no FFN",
         str(count),
         format_bytes(STORED.bytes_of(kind.parameters)),
         format_bytes(STORED.bytes_of(kind.dense_parameters)),

@@ -15,11 +15,16 @@ from hrm.layers.base import (
     Vectors,
     check_size,
 )
+from hrm.layers.compressed import CompressedAttention
 from hrm.layers.feed_forward import DenseFfn, RoutedExperts
 from hrm.layers.gated_delta import GatedDeltaNet
 from hrm.layers.grouped_query import GroupedQueryAttention
+from hrm.layers.indexer import Indexer
+from hrm.layers.kimi_delta import KimiDelta
 from hrm.layers.latent import LatentAttention
 from hrm.layers.layer import Layer
+from hrm.layers.mamba import Mamba, Mamba2
+from hrm.layers.recurrent import RecurrentMixer
 from hrm.layers.softmax import SoftmaxAttention
 from hrm.layers.work import Kernel, Operator, gemms, linear
 
@@ -27,15 +32,21 @@ __all__ = [
     "LARGEST_MODEL",
     "LARGEST_SIZE",
     "Block",
+    "CompressedAttention",
     "DenseFfn",
     "FeedForward",
     "GatedDeltaNet",
     "GroupedQueryAttention",
+    "Indexer",
     "Kernel",
+    "KimiDelta",
     "LatentAttention",
     "Layer",
+    "Mamba",
+    "Mamba2",
     "Mixer",
     "Operator",
+    "RecurrentMixer",
     "RoutedExperts",
     "SoftmaxAttention",
     "TensorSpec",

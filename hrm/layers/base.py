@@ -105,10 +105,11 @@ class Mixer(Block):
 
     It is computed in three tasks: projections before, attention itself with what is cached, on
     either processor, and an output projection after. `window` is how many tokens attention reaches
-    back at most, 0 for all.
+    back at most, 0 for all, and `streams` how many residual streams a hidden state has.
     """
 
     window: int = 0
+    streams: int = 1
 
     @property
     @abstractmethod

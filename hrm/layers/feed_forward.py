@@ -8,6 +8,7 @@ from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
 from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
 from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.hyper_connection import mix_streams, stream_tensors
 from hrm.layers.work import Kernel, Operator, gemms, linear
 from hrm.numeric import Number, maximum, minimum, power
 
@@ -75,6 +76,10 @@ class RoutedExperts(FeedForward):
     beside the router's matrix, `expert_vectors` in every expert. `frequencies` are the shares of
     tokens that go to the experts, from the most favoured to the least, as measured; empty for
     uniform routing. A layer may have several such blocks: experts of several classes.
+
+    With a `latent_size` routed experts work on so many elements, to which one matrix projects a token
+    down and from which another projects what they return up. Of what tokens choose, `zero_experts`
+    more return the token itself and cost nothing. The hidden state has `streams`.
     """
 
     hidden_size: int
@@ -83,6 +88,9 @@ class RoutedExperts(FeedForward):
     intermediate_size: int
     shared_intermediate_size: int = 0
     gated: bool = True
+    latent_size: int = 0
+    zero_experts: int = 0
+    streams: int = 1
     vectors: Vectors = ()
     expert_vectors: Vectors = ()
     frequencies: tuple[float, ...] = field(default=(), compare=False)
@@ -90,8 +98,8 @@ class RoutedExperts(FeedForward):
 
     def __post_init__(self) -> None:
         """Reject impossible dimensions (ModelError)."""
-        self.check_sizes("hidden_size", "num_experts", "experts_per_token", "intermediate_size")
-        self.check_sizes("shared_intermediate_size", at_least=0)
+        self.check_sizes("hidden_size", "num_experts", "experts_per_token", "intermediate_size", "streams")
+        self.check_sizes("shared_intermediate_size", "latent_size", "zero_experts", at_least=0)
         count, frequencies = self.num_experts, self.frequencies
         self.require(self.experts_per_token <= count, "experts_per_token", f"must be at most num_experts {count}")
         shares = not frequencies or (len(frequencies) == count and 0 <= min(frequencies) <= max(frequencies) <= 1)
@@ -102,15 +110,26 @@ class RoutedExperts(FeedForward):
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The norm, the router, the shared experts' matrices, and those of one routed expert."""
-        hidden, shared = self.hidden_size, self.shared_intermediate_size
+        hidden, shared, latent = self.hidden_size, self.shared_intermediate_size, self.latent_size
+        down, up = (
+            TensorSpec("latent_down", (latent, hidden), Unit.FFN),
+            TensorSpec("latent_up", (hidden, latent), Unit.FFN),
+        )
         return (
             TensorSpec("ffn_norm", (hidden,), Unit.FFN),
-            TensorSpec("router", (self.num_experts, hidden), Unit.FFN),
+            TensorSpec("router", (self.num_experts + self.zero_experts, hidden), Unit.FFN),
             *vector_tensors(self.vectors, Unit.FFN),
+            *((down, up) if latent else ()),
             *(matrices("shared_", hidden, shared, Unit.FFN, gated=self.gated) if shared else ()),
-            *matrices("", hidden, self.intermediate_size, Unit.EXPERT, gated=self.gated),
+            *stream_tensors("ffn", self.streams, hidden, Unit.FFN),
+            *matrices("", self.expert_hidden_size, self.intermediate_size, Unit.EXPERT, gated=self.gated),
             *vector_tensors(self.expert_vectors, Unit.EXPERT),
         )
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Elements that an expert is given of a token, and returns."""
+        return self.latent_size or self.hidden_size
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -124,7 +143,8 @@ class RoutedExperts(FeedForward):
 
     def routing_bytes(self, compute: Format) -> int:
         """Logits and probabilities of all experts, and the chosen ones with their sorted form."""
-        scores = compute.bytes_of(self.num_experts) + 8 * self.num_experts
+        choices = self.num_experts + self.zero_experts
+        scores = compute.bytes_of(choices) + 8 * choices
         return scores + (ROUTING_BYTES + 36) * self.experts_per_token
 
     def hit(self, num_tokens: Number) -> Number:
@@ -133,7 +153,7 @@ class RoutedExperts(FeedForward):
         Tokens are routed independently, uniformly or with the measured frequencies.
         """
         if not self.frequencies:
-            miss = power(1 - self.experts_per_token / self.num_experts, num_tokens)
+            miss = power(1 - self.computed_per_token / self.num_experts, num_tokens)
             return self.num_experts * (1 - miss)
         if isinstance(num_tokens, (int, float)):
             return sum(1 - (1 - share) ** num_tokens for share in self.frequencies)
@@ -144,21 +164,31 @@ class RoutedExperts(FeedForward):
         return (self.num_experts - misses.sum(0))[of_each].reshape(np.shape(num_tokens))
 
     def dense(self, formats: Formats, tokens: Number) -> Operator:
-        """The router and the shared experts."""
-        router = Operator((linear(tokens, self.hidden_size, self.num_experts, formats),))
+        """The router, the shared experts, and the projections down and up around the routed ones."""
+        router = Operator((linear(tokens, self.hidden_size, self.num_experts + self.zero_experts, formats),))
+        router += mix_streams(self.streams, self.hidden_size, formats, tokens)
+        if self.latent_size:
+            router += Operator(2 * (linear(tokens, self.hidden_size, self.latent_size, formats),), 2)
         if not self.shared_intermediate_size:
             return router
         return router + through(tokens, self.hidden_size, self.shared_intermediate_size, formats, gated=self.gated)
+
+    @property
+    def computed_per_token(self) -> float:
+        """Of the experts that a token goes to, those that compute anything, on average."""
+        if not self.zero_experts:
+            return self.experts_per_token
+        return self.experts_per_token * self.num_experts / (self.num_experts + self.zero_experts)
 
     def run(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
         """What falls on `num_experts` of the experts."""
         share = num_experts / self.num_experts
         hit = share * self.hit(tokens)
-        routed = share * self.experts_per_token * tokens
+        routed = share * self.computed_per_token * tokens
         kernel = Kernel(
             2 * self.expert_parameters * routed,
             formats.weights.bytes_of(self.expert_parameters, hit)
-            + formats.compute.bytes_of(2 * self.hidden_size + 3 * self.intermediate_size, routed),
+            + formats.compute.bytes_of(2 * self.expert_hidden_size + 3 * self.intermediate_size, routed),
             maximum(routed / maximum(hit, 1e-9), 1.0),
         )
         # As a mean over layers, less than one expert means that some layers have none.

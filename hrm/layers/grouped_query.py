@@ -16,6 +16,7 @@ class GroupedQueryAttention(SoftmaxAttention):
     With `output_gate` queries are projected twice as wide: a sigmoid of the other half, which stays
     where it is computed, scales the attention output (Qwen3-Next). With `values_from_keys` one
     projection gives both keys and values, which then differ by their norms and rotation (Gemma-4).
+    Heads of values have `value_head_dim` elements, or as many as those of keys if it is 0 (MiMo-V2).
     """
 
     hidden_size: int
@@ -25,13 +26,14 @@ class GroupedQueryAttention(SoftmaxAttention):
     window: int = 0
     output_gate: bool = False
     values_from_keys: bool = False
+    value_head_dim: int = 0
     vectors: Vectors = ()
     block: Literal["grouped_query_attention"] = "grouped_query_attention"
 
     def __post_init__(self) -> None:
         """Reject impossible dimensions (ModelError)."""
         self.check_sizes("hidden_size", "num_heads", "num_kv_heads", "head_dim")
-        self.check_sizes("window", at_least=0)
+        self.check_sizes("window", "value_head_dim", at_least=0)
         self.require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads {self.num_heads}")
         check_vectors("vectors", self.vectors)
 
@@ -49,8 +51,13 @@ class GroupedQueryAttention(SoftmaxAttention):
 
     @property
     def kv_size(self) -> int:
-        """Elements of one token's keys, or values."""
+        """Elements of one token's keys."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Elements of one token's values."""
+        return self.num_kv_heads * (self.value_head_dim or self.head_dim)
 
     @property
     def cached_shape(self) -> tuple[int, int, int]:
@@ -60,12 +67,12 @@ class GroupedQueryAttention(SoftmaxAttention):
     @property
     def cached_elements(self) -> int:
         """Keys and values."""
-        return 2 * self.kv_size
+        return self.kv_size + self.value_size
 
     @property
     def returned_elements(self) -> int:
-        """As many as queries have."""
-        return self.query_size
+        """A value for every query head."""
+        return self.num_heads * (self.value_head_dim or self.head_dim)
 
     @property
     def held_elements(self) -> int:
@@ -79,7 +86,8 @@ class GroupedQueryAttention(SoftmaxAttention):
 
     @property
     def _projected_parts(self) -> tuple[int, ...]:
-        return (*(1 + self.output_gate) * (self.query_size,), *(2 - self.values_from_keys) * (self.kv_size,))
+        values = () if self.values_from_keys else (self.value_size,)
+        return (*(1 + self.output_gate) * (self.query_size,), self.kv_size, *values)
 
     @property
     def projection_parameters(self) -> int:
@@ -93,14 +101,14 @@ class GroupedQueryAttention(SoftmaxAttention):
         return (
             TensorSpec("attention_norm", (self.hidden_size,), Unit.MIXER),
             TensorSpec("qkv", (sum(parts), self.hidden_size), Unit.MIXER, 0, parts),
-            TensorSpec("output", (self.hidden_size, self.query_size), Unit.MIXER, 1),
+            TensorSpec("output", (self.hidden_size, self.returned_elements), Unit.MIXER, 1),
             *vector_tensors(self.vectors, Unit.MIXER),
         )
 
     @property
     def flops_per_context_token(self) -> int:
-        """Two products, of 2 FLOPs for each element of the queries."""
-        return 4 * self.query_size
+        """Two products, of 2 FLOPs for each element of the queries and of the output."""
+        return 2 * (self.query_size + self.returned_elements)
 
     @property
     def host_tensors(self) -> tuple[str, ...]:
@@ -115,14 +123,14 @@ class GroupedQueryAttention(SoftmaxAttention):
     @property
     def kept_elements(self) -> int:
         """Queries, gate, keys, values and attention output."""
-        return (2 + self.output_gate) * self.query_size + self.cached_elements
+        return (1 + self.output_gate) * self.query_size + self.cached_elements + self.returned_elements
 
     def temporary_bytes(self, compute: Format) -> int:
         """What the rotary embedding or a norm of heads needs, and a second attention output."""
         rotated = compute.bytes_of(self.query_size + self.kv_size) // 2
         rotary = rotated + 4 * self.head_dim + compute.bytes_of(self.head_dim)
         normed = 4 * (self.query_size + self.num_heads) if any(name == "query_norm" for name, _ in self.vectors) else 0
-        return max(rotary, normed, compute.bytes_of(self.query_size))
+        return max(rotary, normed, compute.bytes_of(self.returned_elements))
 
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Keys and values as they lie in the cache."""

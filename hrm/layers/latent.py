@@ -5,7 +5,10 @@ from typing import Literal, final
 
 from hrm.formats import Format, Formats
 from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.indexer import Indexer
 from hrm.layers.softmax import SoftmaxAttention
+from hrm.layers.work import Kernel
+from hrm.numeric import Number
 
 
 @final
@@ -21,6 +24,9 @@ class LatentAttention(SoftmaxAttention):
     In decode the projections up are absorbed (§2.1.2): applied to the new token's queries and
     outputs instead of the cache, so that every head scores the cached elements and sums the
     compressed ones. Prefill expands the cache to keys and values of all heads.
+
+    With an `indexer` attention sees the tokens that this chooses only (DeepSeek-V3.2, arXiv
+    2512.02556). With `output_gate` a sigmoid of a projection as wide scales the output (Kimi-K3).
     """
 
     hidden_size: int
@@ -31,6 +37,8 @@ class LatentAttention(SoftmaxAttention):
     value_head_dim: int
     query_rank: int = 0
     window: int = 0
+    output_gate: bool = False
+    indexer: Indexer | None = None
     vectors: Vectors = ()
     block: Literal["latent_attention"] = "latent_attention"
 
@@ -39,6 +47,8 @@ class LatentAttention(SoftmaxAttention):
         self.check_sizes("hidden_size", "num_heads", "kv_rank", "rope_head_dim", "nope_head_dim", "value_head_dim")
         self.check_sizes("query_rank", "window", at_least=0)
         check_vectors("vectors", self.vectors)
+        ranked = self.indexer is None or self.indexer.shared or self.query_rank > 0
+        self.require(ranked, "query_rank", "must be there for an indexer, whose queries are made of it")
 
     @property
     def words(self) -> str:
@@ -47,7 +57,7 @@ class LatentAttention(SoftmaxAttention):
         return (
             f"latent: {self.num_heads} heads of {self.nope_head_dim} + {self.rope_head_dim} rotary,"
             f" values {self.value_head_dim}; cached {self.kv_rank} + {self.rope_head_dim};"
-            f" {queries}"
+            f" {queries}{', gated' if self.output_gate else ''}" + (f"; {self.indexer.words}" if self.indexer else "")
         )
 
     @property
@@ -61,9 +71,40 @@ class LatentAttention(SoftmaxAttention):
         return self.num_heads * self.head_dim
 
     @property
-    def cached_elements(self) -> int:
+    def attended_elements(self) -> int:
         """The compressed vector and the rotary key."""
         return self.kv_rank + self.rope_head_dim
+
+    @property
+    def cached_elements(self) -> int:
+        """These, and the key of an indexer."""
+        return self.attended_elements + (self.indexer.cached_elements if self.indexer else 0)
+
+    @property
+    def held_elements(self) -> int:
+        """The gate, if there is one."""
+        return self.output_gate * self.returned_elements
+
+    @property
+    def sent_elements(self) -> int:
+        """Queries, those of an indexer, and what is cached."""
+        return super().sent_elements + (self.indexer.query_size if self.indexer else 0)
+
+    def seen(self, context: Number) -> Number:
+        """The tokens that an indexer chooses, or all."""
+        reached = self.reach(context)
+        return self.indexer.chosen(reached) if self.indexer else reached
+
+    def choose(self, formats: Formats, tokens: Number, context: Number) -> tuple[Kernel, ...]:
+        """The scores of an indexer."""
+        return self.indexer.score(formats, tokens, context) if self.indexer else ()
+
+    def attended_bytes(self, formats: Formats, requests: Number, context: Number) -> Number:
+        """The keys of an indexer, and of the tokens that it chooses the rest."""
+        if not self.indexer:
+            return super().attended_bytes(formats, requests, context)
+        chosen = self.seen(context) * formats.kv_cache.bytes_of(self.attended_elements)
+        return requests * (chosen + context * formats.kv_cache.bytes_of(self.indexer.cached_elements))
 
     @property
     def returned_elements(self) -> int:
@@ -87,17 +128,20 @@ class LatentAttention(SoftmaxAttention):
         return (
             TensorSpec("attention_norm", (hidden,), Unit.MIXER),
             *queries,
-            TensorSpec("kv_down", (self.cached_elements, hidden), Unit.MIXER),
+            TensorSpec("kv_down", (self.attended_elements, hidden), Unit.MIXER),
             TensorSpec("kv_norm", (self.kv_rank,), Unit.MIXER),
             TensorSpec("kv_up", (up_size, self.kv_rank), Unit.MIXER, 0),
             TensorSpec("output", (hidden, self.returned_elements), Unit.MIXER, 1),
+            *((TensorSpec("gate", (self.returned_elements, hidden), Unit.MIXER, 0),) if self.output_gate else ()),
+            *(self.indexer.tensors(hidden, rank) if self.indexer else ()),
             *vector_tensors(self.vectors, Unit.MIXER),
         )
 
     @property
     def projection_parameters(self) -> int:
         """Parameters of the projections to queries and to what is cached, with norms between."""
-        names = {"query", "query_down", "query_norm", "query_up", "kv_down", "kv_norm"}
+        names = {"query", "query_down", "query_norm", "query_up", "kv_down", "kv_norm", "gate"}
+        names |= {"index_query", "index_key", "index_weights"}
         return sum(tensor.parameters for tensor in self.tensors if tensor.name in names)
 
     @property
@@ -113,7 +157,7 @@ class LatentAttention(SoftmaxAttention):
     @property
     def flops_per_context_token(self) -> int:
         """FLOPs over one cached token in the absorbed form."""
-        return 2 * self.num_heads * (self.cached_elements + self.kv_rank)
+        return 2 * self.num_heads * (self.attended_elements + self.kv_rank)
 
     @property
     def cache_heads(self) -> int:
@@ -127,8 +171,8 @@ class LatentAttention(SoftmaxAttention):
 
     @property
     def kept_elements(self) -> int:
-        """Queries, the cached vector, attention output, and the keys and values expanded from it."""
-        return self.query_size + self.cached_elements + self.returned_elements + self.expanded_elements
+        """Queries, gate, the cached vector, attention output, and the keys and values expanded from it."""
+        return self.sent_elements + self.held_elements + self.returned_elements + self.expanded_elements
 
     def temporary_bytes(self, compute: Format) -> int:
         """What the rotary embedding needs, and a second attention output."""

@@ -78,8 +78,9 @@ class Layer:
 
     @cached_property
     def active_parameters(self) -> int:
-        """Parameters that one token touches."""
-        return self.dense_parameters + sum(block.experts_per_token * block.expert_parameters for block in self.experts)
+        """Parameters that one token touches, on average if some experts compute nothing."""
+        routed = sum(block.computed_per_token * block.expert_parameters for block in self.experts)
+        return self.dense_parameters + round(routed)
 
     @property
     def window(self) -> int:

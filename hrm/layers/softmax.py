@@ -50,6 +50,24 @@ class SoftmaxAttention(Mixer):
         """Parameters between what is cached and the keys and values of the heads."""
         return 0
 
+    @property
+    def attended_elements(self) -> int:
+        """Elements that attention reads of a cached token that it sees."""
+        return self.cached_elements
+
+    def seen(self, context: Number) -> Number:
+        """Tokens that attention sees of those that it reaches."""
+        return self.reach(context)
+
+    def mean_seen(self, prompt_len: Number) -> Number:
+        """The same as a mean over the tokens of a prompt."""
+        capped = self.seen(prompt_len)
+        return capped - capped * capped / (2 * prompt_len)
+
+    def choose(self, formats: Formats, tokens: Number, context: Number) -> tuple[Kernel, ...]:  # noqa: ARG002
+        """What finds out, for each of so many tokens, which ones of its context attention sees."""
+        return ()
+
     @abstractmethod
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Bytes that a later part of a split prompt reads of each earlier token."""
@@ -77,17 +95,16 @@ class SoftmaxAttention(Mixer):
 
         What projects a cached vector up is applied to queries and outputs instead.
         """
-        seen = self.reach(context)
+        seen = self.seen(context)
         kernel = Kernel(
             requests * seen * self.flops_per_context_token,
-            requests * seen * formats.kv_cache.bytes_of(self.cached_elements),
+            requests * seen * formats.kv_cache.bytes_of(self.attended_elements),
             requests,
             reads_kv=True,
         )
         touched = self.query_size + self.returned_elements
-        return Operator(
-            (*self._projected_up(formats, requests, touched), kernel), ATTENTION_LAUNCHES_PER_TASK, requests
-        )
+        kernels = (*self._projected_up(formats, requests, touched), *self.choose(formats, requests, context), kernel)
+        return Operator(kernels, ATTENTION_LAUNCHES_PER_TASK, requests)
 
     def prefill(self, formats: Formats, tokens: Number, prompt_len: Number) -> Operator:
         """All up to causal attention over a chunk.
@@ -96,11 +113,10 @@ class SoftmaxAttention(Mixer):
         values of earlier parts, which each later part reads again.
         """
         before = self.project(formats, tokens)
-        capped = self.reach(prompt_len)
-        mean_context = capped - capped * capped / (2 * prompt_len)
+        mean_context = self.mean_seen(prompt_len)
         expanded = self.query_size + self.returned_elements
         part = minimum(prompt_len, tokens)
-        prefix = self.reach((prompt_len - part) / 2)  # as a mean over the parts
+        prefix = self.seen((prompt_len - part) / 2)  # as a mean over the parts
         read = formats.compute.bytes_of(expanded + self.cached_elements)
         attention = Kernel(
             2 * tokens * mean_context * expanded,
@@ -108,7 +124,7 @@ class SoftmaxAttention(Mixer):
             part,
         )
         up = self._projected_up(formats, tokens, self.cached_elements + expanded)
-        kernels = (*up, *before.kernels, attention)
+        kernels = (*up, *before.kernels, *self.choose(formats, tokens, prompt_len / 2), attention)
         return Operator(kernels, before.launches, tokens / part, before.unfused_launches)
 
     def finish(self, formats: Formats, tokens: Number) -> Operator:

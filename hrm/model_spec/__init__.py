@@ -1,8 +1,9 @@
 """What is run: a model by its layers, from a name, a folder or a `config.json`.
 
 `spec` has the layers and what follows from them, `dimensions` tells plain models in fewer words,
-`built_in` has the models known by name, and `families` reads a published config.json of any of them,
-by its `model_type`. `workspace` is what computing a layer takes for a while.
+`built_in` has the models known by name, and `families` reads a published config.json of any of them
+by its `model_type`, with the functions of `readers`, which share what is in `decoder`, and
+`published_dtype`. `workspace` is what computing a layer takes for a while.
 """
 
 from pathlib import Path

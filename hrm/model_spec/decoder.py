@@ -1,6 +1,6 @@
 """What the readers of config.json files share: the blocks of a decoder, and which layer has which."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ EXPERTS_PER_TOKEN: Final = (
     "moe_k",
     "top_k_experts",
 )
+SHARED_EXPERTS: Final = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 LAYER_TYPES: Final = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 FULL, SLIDING, CHUNKED, LINEAR = LAYER_TYPES
 
@@ -74,7 +75,7 @@ def routed_experts(keys: Keys, size: str, experts: str, **options: Any) -> Route
 
 def first_dense_experts(keys: Keys, *, corrected: bool) -> RoutedExperts:
     """Experts by DeepSeek's keys, and corrections of their scores."""
-    shared = keys.integer("n_shared_experts", at_least=0) * keys.integer("moe_intermediate_size")
+    shared = keys.integer(*SHARED_EXPERTS, at_least=0) * keys.integer("moe_intermediate_size")
     experts = routed_experts(keys, "moe_intermediate_size", "n_routed_experts", shared_intermediate_size=shared)
     return experts.with_vectors(score_correction=experts.num_experts) if corrected else experts
 
@@ -107,6 +108,11 @@ def model(
     layers = [
         Layer(mixer=mixer, ffn=of_dense if layer in dense_layers else (experts,)) for layer, mixer in enumerate(each)
     ]
+    return of_layers(keys, layers, other_head_parameters=other_head_parameters)
+
+
+def of_layers(keys: Keys, layers: Iterable[Layer], *, other_head_parameters: int = 0) -> ModelSpec:
+    """A model with these layers."""
     return ModelSpec.of_layers(
         layers,
         name=keys.where,  # for messages, until the spec has its own
@@ -115,6 +121,19 @@ def model(
         tied_embeddings=keys.truth("tie_word_embeddings"),
         other_head_parameters=other_head_parameters,
     )
+
+
+def alike(keys: Keys, *names: str) -> Keys:
+    """The same with one number in place of each of these lists, which have one for every layer."""
+    numbers: dict[str, int] = {}
+    for name in names:
+        if not isinstance(keys.get(name), list):
+            continue
+        given = set(keys.integers(name))
+        if len(given) != 1:
+            raise keys.refusal(name, "must be the same in all layers, for a plan to count experts of one class")
+        numbers[name] = given.pop()
+    return replace(keys, values={**keys.values, **numbers})
 
 
 def interleaved(keys: Keys, key: str) -> set[int]:

@@ -5,15 +5,16 @@ holds where a key is missing. Sizes must be given; what a config asks for beyond
 can say is refused, naming the key. Layers that predict further tokens do not count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from hrm.errors import ModelError, closest
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import EXPERTS, EXPERTS_PER_TOKEN
-from hrm.model_spec.readers import grouped, latent, qwen, windows
+from hrm.model_spec.published_dtype import QUANTISATION_KEYS, published_dtype
+from hrm.model_spec.readers import compressed, grouped, hybrid, latent, qwen, windows
 from hrm.model_spec.spec import ModelSpec
 
 
@@ -24,6 +25,9 @@ class FamilyReader(NamedTuple):
     models: str
 
 
+# What configs of multimodal models call their text part, and its family where they leave that out.
+_TEXT_PARTS: Final = ("text_config", "llm_config", "language_config", "thinker_config")
+_UNNAMED_TEXT: Final = {"kimi_k25": "deepseek_v3"}
 _KNOWN: Final = "must be a family that hrm models lists"
 
 
@@ -49,17 +53,18 @@ def read_spec(keys: Keys) -> ModelSpec:
     except ModelError as error:  # of a block, which does not know where its sizes are from
         where = error.where if error.where.startswith(keys.where) else f"{keys.where}: {error.where}"
         raise ModelError(where, error.value, error.rule, error.remedy) from error
-    return replace(spec, name=name or str(family), family=str(family), published_dtype=_published_dtype(keys))
+    return replace(spec, name=name or str(family), family=str(family), published_dtype=published_dtype(keys))
 
 
 def decoder_keys(config: dict[str, Any], where: str) -> Keys:
     """The keys of a config, or of the text part within that of a multimodal model."""
     keys = Keys(config, where)
-    outer = keys.get("model_type")
-    if (isinstance(outer, str) and outer in FAMILY_READERS) or keys.get("text_config") is None:
-        return keys
-    text = keys.section("text_config").within(keys, "tie_word_embeddings", "quantization_config")
-    return text.with_defaults(model_type=f"{outer}_text")
+    while (part := next((name for name in _TEXT_PARTS if keys.get(name)), None)) is not None:
+        outer = keys.get("model_type")
+        family = outer if isinstance(outer, str) and outer in FAMILY_READERS else f"{outer}_text"
+        text = keys.section(part).within(keys, "tie_word_embeddings", *QUANTISATION_KEYS)
+        keys = text.with_defaults(model_type=_UNNAMED_TEXT.get(str(outer), family))
+    return keys
 
 
 def _unknown_architecture(keys: Keys) -> ModelError:
@@ -67,7 +72,7 @@ def _unknown_architecture(keys: Keys) -> ModelError:
     family = keys.get("model_type")
     close = closest(family, FAMILY_READERS) if isinstance(family, str) else None
     meant = f"did you mean {close}? otherwise " if close else ""
-    telling = [key for key, value in keys.values.items() if value and _tells_of_experts(key)]
+    telling = list(_telling_of_experts(keys.values))
     if not telling:
         rule = "no key tells of experts, and hrm plans mixture-of-experts models only"
         return keys.refusal("model_type", f"{_KNOWN}; {rule}", f"{meant}see hrm models")
@@ -87,18 +92,14 @@ def _unknown_architecture(keys: Keys) -> ModelError:
     return keys.refusal("model_type", f"{_KNOWN}; {found}", f"{meant}add a reader to hrm/model_spec/readers")
 
 
-def _tells_of_experts(key: str) -> bool:
-    return "expert" in key or "moe" in key
-
-
-def _published_dtype(keys: Keys) -> str:
-    """How the weights are quantised; empty if they are not."""
-    if keys.get("quantization_config") is None:
-        return ""
-    method = keys.section("quantization_config").get("quant_method")
-    if not isinstance(method, str) or not method.isprintable():
-        return "quantised"
-    return {"mxfp4": "mxfp4 experts"}.get(method, method)
+def _telling_of_experts(values: dict[str, Any]) -> Iterator[str]:
+    """Keys that tell of experts, also of objects within."""
+    for key, value in values.items():
+        if value and ("expert" in key or "moe" in key):
+            yield key
+        elif isinstance(value, dict):
+            within = cast("dict[str, Any]", value)
+            yield from (f"{key}.{inner}" for inner in _telling_of_experts(within))
 
 
 FAMILY_READERS: Final[dict[str, FamilyReader]] = {
@@ -107,6 +108,7 @@ FAMILY_READERS: Final[dict[str, FamilyReader]] = {
     "qwen2_moe": FamilyReader(qwen.read_qwen2, "Qwen1.5-MoE, Qwen2-57B-A14B"),
     "qwen3_moe": FamilyReader(qwen.read_qwen3, "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder"),
     "qwen3_vl_moe_text": FamilyReader(qwen.read_qwen3_vl, "Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B (text)"),
+    "qwen3_omni_moe_text": FamilyReader(qwen.read_qwen3, "Qwen3-Omni-30B-A3B (text of the thinker)"),
     "qwen3_next": FamilyReader(qwen.read_qwen3_next, "Qwen3-Next-80B-A3B, Qwen3-Coder-Next"),
     "qwen3_5_moe_text": FamilyReader(qwen.read_qwen3_5, "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B (text)"),
     "deepseek_v2": FamilyReader(latent.read_deepseek_v2, "DeepSeek-V2, V2-Lite, V2.5"),
@@ -121,5 +123,20 @@ FAMILY_READERS: Final[dict[str, FamilyReader]] = {
     "phimoe": FamilyReader(grouped.read_phimoe, "Phi-3.5-MoE"),
     "granitemoe": FamilyReader(grouped.read_granite, "Granite-3.0 and 3.1, 1B-A400M and 3B-A800M"),
     "ernie4_5_moe": FamilyReader(grouped.read_ernie4_5, "ERNIE-4.5-21B-A3B, 300B-A47B"),
+    "deepseek_v32": FamilyReader(latent.read_deepseek_v32, "DeepSeek-V3.2"),
+    "deepseek_v4": FamilyReader(compressed.read_deepseek_v4, "DeepSeek-V4-Flash, V4-Pro"),
+    "glm_moe_dsa": FamilyReader(latent.read_glm5, "GLM-5"),
+    "longcat_flash": FamilyReader(latent.read_longcat, "LongCat-Flash"),
+    "nemotron_h": FamilyReader(hybrid.read_nemotron_h, "Nemotron-3-Nano-30B-A3B, Nemotron-3-Super"),
+    "jamba": FamilyReader(hybrid.read_jamba, "Jamba-v0.1, Jamba-1.5"),
+    "kimi_linear": FamilyReader(hybrid.read_kimi_linear, "Kimi-Linear-48B-A3B, Kimi-K3 (text)"),
+    "bailing_hybrid": FamilyReader(hybrid.read_bailing_hybrid, "Ling-3.0-Flash"),
+    "dots1": FamilyReader(grouped.read_dots, "dots.llm1"),
+    "hunyuan_v1_moe": FamilyReader(grouped.read_hunyuan, "Hunyuan-A13B"),
+    "bailing_moe": FamilyReader(grouped.read_bailing, "Ling-lite, Ling-mini-2.0, Ling-flash-2.0, Ring"),
+    "bailing_moe_v2": FamilyReader(grouped.read_bailing, "the same, as their configs name them"),
+    "mimo_v2_flash": FamilyReader(windows.read_mimo_v2, "MiMo-V2-Flash"),
+    "step3p5": FamilyReader(windows.read_step, "Step-3.5-Flash"),
+    "step3p7": FamilyReader(windows.read_step, "Step-3.7-Flash (text)"),
     "olmoe": FamilyReader(grouped.read_olmoe, "OLMoE-1B-7B"),
 }

@@ -100,6 +100,11 @@ class ModelSpec:
         return self.kinds[0].hidden_size
 
     @cached_property
+    def residual_size(self) -> int:
+        """Elements of a token's hidden state between layers, in all its streams."""
+        return self.hidden_size * max(kind.mixer.streams for kind in self.kinds)
+
+    @cached_property
     def num_expert_layers(self) -> int:
         """Layers with routed experts."""
         return sum(layer.has_experts for layer in self.layers)

@@ -24,7 +24,7 @@ def workspace_bytes(
     inner = max(block.inner_size for kind in spec.layer_kinds() for block in kind.ffn)
     routing = max((block.routing_bytes(compute) for kind in spec.layer_kinds() for block in kind.experts), default=0)
     stages = (
-        size * hidden + 4 * hidden + 4 * ranks,
+        size * hidden + 4 * ranks * (spec.residual_size + 1),
         max(mixer.temporary_bytes(compute) for mixer in mixers),
         size * (3 * hidden + 2 * max(inner, spec.least_inner_size)) + ranks * routing,
     )

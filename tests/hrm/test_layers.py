@@ -20,8 +20,8 @@ from hrm.model_spec.families import FAMILY_READERS, FamilyReader
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.search import Space, search
 from hrm.workload import Workload
+from tests.hrm.small_configs import SMALL_NEXT
 from tests.hrm.support import gated_delta, machine, random_varied_spec, tiny_spec
-from tests.hrm.test_model_configs import SMALL_NEXT
 
 BF16, FLOAT32 = Formats.of("bfloat16"), Formats.of("float32")
 
@@ -183,7 +183,7 @@ class ShortConvolution(Mixer):
 
     returned_elements = property(lambda self: self.hidden_size)
     sent_elements = property(lambda self: 3 * self.hidden_size)
-    host_tensors = ("convolution",)
+    host_tensors = property(lambda self: ("convolution",))
     kept_elements = property(lambda self: 4 * self.hidden_size)
 
     def state_bytes(self, formats):

@@ -3,46 +3,17 @@
 import json
 
 import pytest
-import torch
 
 from hrm.errors import ModelError
 from hrm.model_spec import BUILT_IN_MODELS, Keys, load_model, spec_from_hf_config
-from hrm.model_spec.families import FAMILY_READERS
 from tests.hrm.published_configs import PUBLISHED, changed, decoder_keys, without
+from tests.hrm.small_configs import stored_elements, transformers_config
 
 MIXTRAL, DBRX = PUBLISHED["mixtral-8x7b"], PUBLISHED["dbrx"]
 
 
 def read(config, where="x"):
     return spec_from_hf_config(config, where)
-
-
-def transformers_config(config):
-    """The same as transformers' own configuration, which knows Kimi K2 as a DeepSeek-V3."""
-    from transformers import AutoConfig
-
-    keys = {**decoder_keys(config)}
-    keys.pop("quantization_config", None)
-    model_type = keys.pop("model_type")
-    return AutoConfig.for_model("deepseek_v3" if model_type == "kimi_k2" else model_type, **keys)
-
-
-def stored_elements(config):
-    """Elements of all that a checkpoint of this configuration stores; ties count once."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    headless = config.model_type == "qwen3_vl_moe_text"  # transformers has a head for the whole model only
-    with torch.device("meta"):
-        model = (AutoModel if headless else AutoModelForCausalLM).from_config(config)
-    tensors = model.state_dict(keep_vars=True).values()
-    head = config.vocab_size * config.hidden_size if headless and not config.tie_word_embeddings else 0
-    return head + sum({id(tensor): tensor.numel() for tensor in tensors}.values())
-
-
-def test_every_family_has_a_published_model():
-    assert set(PUBLISHED) == set(BUILT_IN_MODELS)
-    tried = {BUILT_IN_MODELS[name].family for name in NEEDED} | {model_type for model_type, *_ in VARIANTS}
-    assert tried == set(FAMILY_READERS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -61,168 +32,6 @@ def test_transformers_builds_the_same_model(name):
     assert stored_elements(config) == BUILT_IN_MODELS[name].parameters
     plain = {**config.to_dict(), "model_type": decoder_keys(PUBLISHED[name])["model_type"]}
     assert read(plain, f"{name}/config.json") == BUILT_IN_MODELS[name]
-
-
-# Small models of every family, changed in what decides how many parameters there are.
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 4,
-    "vocab_size": 40,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-}
-SMALL_GQA = {**SMALL, "num_key_value_heads": 2}
-SMALL_DEEPSEEK = {
-    **SMALL,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 4,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 10,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_group": 1,
-    "topk_group": 1,
-}
-SMALL_QWEN = {**SMALL_GQA, "moe_intermediate_size": 20, "num_experts": 4}
-SMALL_QWEN2 = {**SMALL_QWEN, "shared_expert_intermediate_size": 28}
-SMALL_NEXT = {
-    **SMALL_QWEN2,
-    "head_dim": 12,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 10,
-    "linear_conv_kernel_dim": 3,
-}
-SMALL_LLAMA4 = {**SMALL_GQA, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
-SMALL_GLM = {
-    **SMALL_GQA,
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 4,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 2,
-}
-SMALL_LOCAL = {**SMALL_GQA, "num_local_experts": 4}
-SMALL_GEMMA4 = {
-    **{key: value for key, value in SMALL_GQA.items() if key != "num_experts_per_tok"},
-    "enable_moe_block": True,
-    "top_k_experts": 2,
-    "num_experts": 4,
-    "moe_intermediate_size": 20,
-    "hidden_size_per_layer_input": 0,
-    "head_dim": 12,
-    "global_head_dim": 16,
-    "sliding_window": 8,
-}
-SMALL_ERNIE = {
-    **{key: value for key, value in SMALL_GQA.items() if key != "num_experts_per_tok"},
-    "moe_k": 2,
-    "moe_num_experts": 4,
-    "moe_intermediate_size": 20,
-    "moe_num_shared_experts": 2,
-}
-VARIANTS = [
-    ("mixtral", SMALL_LOCAL, {}),
-    ("mixtral", SMALL_LOCAL, {"head_dim": 12, "tie_word_embeddings": True}),
-    ("qwen2_moe", SMALL_QWEN2, {}),
-    ("qwen2_moe", SMALL_QWEN2, {"qkv_bias": False, "tie_word_embeddings": True, "head_dim": 12}),
-    ("qwen3_moe", SMALL_QWEN, {"attention_bias": True, "head_dim": 12}),
-    ("qwen3_moe", SMALL_QWEN, {"mlp_only_layers": [0, 1, 9]}),
-    ("qwen3_moe", SMALL_QWEN, {"mlp_only_layers": [1], "decoder_sparse_step": 2}),
-    ("qwen3_next", SMALL_NEXT, {}),
-    ("qwen3_next", SMALL_NEXT, {"attention_bias": True, "mlp_only_layers": [2], "full_attention_interval": 2}),
-    ("qwen3_next", SMALL_NEXT, {"layer_types": ["full_attention", *3 * ["linear_attention"]]}),
-    ("deepseek_v2", SMALL_DEEPSEEK, {}),
-    ("deepseek_v2", SMALL_DEEPSEEK, {"q_lora_rank": None, "attention_bias": True}),
-    ("deepseek_v3", SMALL_DEEPSEEK, {"attention_bias": True}),
-    ("deepseek_v3", SMALL_DEEPSEEK, {"n_shared_experts": 3, "first_k_dense_replace": 0}),
-    ("deepseek_v3", SMALL_DEEPSEEK, {"q_lora_rank": None, "tie_word_embeddings": True}),
-    ("gpt_oss", {**SMALL_LOCAL, "sliding_window": 8}, {}),
-    ("gpt_oss", {**SMALL_LOCAL, "sliding_window": 8}, {"attention_bias": False, "head_dim": 12}),
-    ("llama4_text", SMALL_LLAMA4, {}),
-    ("llama4_text", SMALL_LLAMA4, {"attention_bias": True, "moe_layers": [2, 3]}),
-    ("llama4_text", SMALL_LLAMA4, {"interleave_moe_layer_step": 2}),
-    ("llama4_text", SMALL_LLAMA4, {"moe_layers": [0, 3]}),
-    ("glm4_moe", SMALL_GLM, {}),
-    ("glm4_moe", SMALL_GLM, {"attention_bias": True, "use_qk_norm": True, "head_dim": 12}),
-    ("phimoe", SMALL_LOCAL, {}),
-    ("phimoe", SMALL_LOCAL, {"attention_bias": True, "lm_head_bias": True, "head_dim": 12}),
-    ("olmoe", {**SMALL_GQA, "num_experts": 4}, {}),
-    ("olmoe", {**SMALL_GQA, "num_experts": 4}, {"attention_bias": True}),
-    ("qwen3_vl_moe_text", SMALL_QWEN, {"mlp_only_layers": [1]}),
-    ("qwen3_5_moe_text", SMALL_NEXT, {"attention_bias": True}),
-    ("glm4_moe_lite", SMALL_DEEPSEEK, {}),
-    ("glm4_moe_lite", SMALL_DEEPSEEK, {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]}),
-    ("minimax_m2", {**SMALL_LOCAL, "head_dim": 12}, {}),
-    ("gemma4_text", SMALL_GEMMA4, {}),
-    ("gemma4_text", SMALL_GEMMA4, {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True}),
-    ("gemma4_text", SMALL_GEMMA4, {"tie_word_embeddings": False, "layer_types": 4 * ["sliding_attention"]}),
-    ("granitemoe", SMALL_LOCAL, {}),
-    ("granitemoe", SMALL_LOCAL, {"attention_bias": True, "tie_word_embeddings": True}),
-    ("ernie4_5_moe", SMALL_ERNIE, {}),
-    ("ernie4_5_moe", SMALL_ERNIE, {"use_bias": True, "tie_word_embeddings": False, "moe_layer_end_index": 2}),
-    ("ernie4_5_moe", SMALL_ERNIE, {"use_bias": True, "moe_num_shared_experts": 0, "moe_layer_interval": 2}),
-]
-
-
-@pytest.mark.parametrize(("model_type", "sizes", "changes"), VARIANTS)
-def test_small_models_have_the_parameters_that_transformers_stores(model_type, sizes, changes):
-    given = {"model_type": model_type, **sizes, **changes}
-    config = transformers_config(given)
-    spec = read(given)
-    assert spec.parameters == stored_elements(config)
-    assert read(config.to_dict()) == spec
-
-
-WINDOWED = [
-    ("mixtral", SMALL_LOCAL, {"sliding_window": 8}),
-    ("mixtral", SMALL_LOCAL, {"sliding_window": 64}),
-    ("phimoe", SMALL_LOCAL, {"sliding_window": 8}),
-    ("qwen3_moe", SMALL_QWEN, {"sliding_window": 8, "use_sliding_window": True}),
-    ("qwen3_moe", SMALL_QWEN, {"sliding_window": 8}),
-    ("qwen2_moe", SMALL_QWEN2, {"sliding_window": 8, "use_sliding_window": True}),
-    ("qwen2_moe", SMALL_QWEN2, {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}),
-    ("qwen2_moe", SMALL_QWEN2, {"sliding_window": 8, "use_sliding_window": False}),
-    ("gpt_oss", SMALL_LOCAL, {"sliding_window": 8, "head_dim": 8}),
-    (
-        "gpt_oss",
-        SMALL_LOCAL,
-        {
-            "sliding_window": 8,
-            "head_dim": 8,
-            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
-        },
-    ),
-    ("llama4_text", SMALL_LLAMA4, {"head_dim": 8}),
-    ("llama4_text", SMALL_LLAMA4, {"head_dim": 8, "no_rope_layers": [0, 1, 1, 0]}),
-    ("llama4_text", SMALL_LLAMA4, {"head_dim": 8, "no_rope_layer_interval": 2}),
-    ("olmoe", {**SMALL_GQA, "num_experts": 4}, {}),
-    ("deepseek_v3", SMALL_DEEPSEEK, {}),
-    ("gemma4_text", SMALL_GEMMA4, {}),
-]
-
-
-@pytest.mark.parametrize(("model_type", "sizes", "changes"), WINDOWED)
-def test_layers_reach_back_as_far_as_in_transformers(model_type, sizes, changes):
-    from transformers import AutoModelForCausalLM
-
-    given = {"model_type": model_type, **sizes, **changes}
-    config = transformers_config(given)
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    tokens = torch.arange(1, 17)[None]  # the last of two chunks of 8
-    with torch.inference_mode():
-        attentions = model(tokens, output_attentions=True).attentions
-    reached = [int((weights[0, 0, -1] > 0).sum()) for weights in attentions]
-    spec = read(given)
-    assert reached == [layer.mixer.reach(16) for layer in spec.layers]
 
 
 # -- other spellings of the same --------------------------------------------------------------
@@ -270,7 +79,17 @@ def test_the_text_part_of_a_multimodal_model_is_read():
 
 @pytest.mark.parametrize(
     ("quantization", "shown"),
-    [(None, ""), ({"quant_method": "fp8"}, "fp8"), ({"bits": 4}, "quantised"), ({"quant_method": "a\nb"}, "quantised")],
+    [
+        (None, ""),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"bits": 4}, "4-bit"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq 4-bit"),
+        ({"quant_method": "a\nb"}, "quantised"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4}}}},
+            "compressed-tensors",
+        ),
+    ],
 )
 def test_how_weights_are_quantised_is_only_noted(quantization, shown):
     spec = read({**MIXTRAL, "quantization_config": quantization}, "mixtral-8x7b/config.json")

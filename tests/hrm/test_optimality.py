@@ -54,7 +54,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
             rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
             assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
             found += 1
-    assert found > A_GROUP
+    assert found > A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
 
 
 @pytest.mark.parametrize("seed", range(12))

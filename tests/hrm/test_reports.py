@@ -28,6 +28,7 @@ from hrm.strict import decode_strictly
 from hrm.tasks import Device
 from hrm.units import GB, parse_bytes
 from hrm.workload import WORKLOADS
+from tests.hrm.small_configs import SMALL_JAMBA
 from tests.hrm.support import machine, tiny_spec
 
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
@@ -368,11 +369,13 @@ def test_reports_tell_the_range_and_what_it_comes_from(hrm, hrm_json):
 # ------------------------------------------------------------------------- what can be done
 
 
-def test_only_what_the_executor_has_is_said_to_run(hrm):
+def test_only_what_the_executor_has_is_said_to_run(hrm, tmp_path):
+    planned_only = tmp_path / "config.json"
+    planned_only.write_text(json.dumps({"model_type": "jamba", **SMALL_JAMBA}))
     lengths = ["--prompt-len", "64", "--gen-len", "8", "--requests", "8"]
     for model, gpus, reason in (
         ("mixtral-8x7b", "1xT4", ""),
-        ("olmoe-1b-7b", "1xT4", "does not know the family olmoe; hrm models lists"),
+        (str(planned_only), "1xT4", "does not know the family jamba; hrm models lists"),
         ("dbrx", "4xT4", "drives one GPU, and this plan has 4; search with one"),
     ):
         sizes = ["-u", "1", "-n", "1", "--attention", "gpu"]

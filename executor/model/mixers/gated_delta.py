@@ -22,7 +22,7 @@ from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.workspace import Workspace
 from executor.native import kernels as native_kernels
 from hrm.layers import GatedDeltaNet
-from hrm.layers.gated_delta import BLOCK_TOKENS, STATE_BYTES
+from hrm.layers.recurrent import STATE_BYTES
 
 if TYPE_CHECKING:
     from executor.model.kernels import AbstractKernels
@@ -104,11 +104,12 @@ class GatedDelta(Mixer):
     ) -> None:
         """Prompt by prompt, block by block: a prompt's cache is its state, which it goes on from."""
         ends = [*torch.tensor(prompts.lengths).cumsum(0).tolist()]
+        block_tokens = self.block.chunk_tokens
         for length, end, cache_1 in zip(prompts.lengths, ends, caches_C, strict=True):
             assert cache_1 is not None, "a state has to begin and to stay somewhere"
             states_1Hkv, tails_1tX = self._states(cache_1, row_TX.dtype)
-            for first in range(end - length, end, BLOCK_TOKENS):
-                some, mark = slice(first, min(first + BLOCK_TOKENS, end)), workspace.mark()
+            for first in range(end - length, end, block_tokens):
+                some, mark = slice(first, min(first + block_tokens, end)), workspace.mark()
                 self._block(row_TX[some], weights, states_1Hkv[0], tails_1tX[0], out_TO[some], workspace)
                 workspace.release(mark)
 

@@ -3,6 +3,9 @@
 from hrm.layers import GroupedQueryAttention, RoutedExperts
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import (
+    FULL,
+    SLIDING,
+    alike,
     biased_attention,
     first_dense,
     first_dense_experts,
@@ -101,6 +104,34 @@ def read_ernie4_5(keys: Keys) -> ModelSpec:
         dense_biases=has_biases,
         other_head_parameters=has_biases * keys.integer("vocab_size"),
     )
+
+
+def read_dots(keys: Keys) -> ModelSpec:
+    """dots.llm1: as GLM-4.5 with norms of heads, and windows in the last layers if it has any."""
+    attention = with_head_norms(biased_attention(keys.with_defaults(num_key_value_heads=None)))
+    limited = keys.integer("max_window_layers", default=62, at_least=0)
+    used = keys.get("sliding_window") is not None
+    mixers = windowed(keys, attention, lambda layer: SLIDING if used and layer >= limited else FULL)
+    dense = range(keys.integer("first_k_dense_replace", default=0, at_least=0))
+    return model(keys, mixers, first_dense_experts(keys, corrected=True), dense_layers=dense)
+
+
+def read_hunyuan(keys: Keys) -> ModelSpec:
+    """Hunyuan-A13B, whose config has a number for every layer where one would do."""
+    keys = alike(keys.with_defaults(num_key_value_heads=None), "moe_intermediate_size", "moe_topk", "num_shared_expert")
+    size = "intermediate_size" if keys.get("moe_intermediate_size") is None else "moe_intermediate_size"
+    shared = keys.integer("num_shared_expert", default=1, at_least=0) * keys.integer(size)
+    experts = routed_experts(keys, size, "num_experts", shared_intermediate_size=shared)
+    return model(keys, with_head_norms(biased_attention(keys)), experts)
+
+
+def read_bailing(keys: Keys) -> ModelSpec:
+    """Ling and Ring up to 2.0: as GLM-4.5, corrected in groups of experts only."""
+    attention = grouped_query(keys, biases=keys.truth("use_qkv_bias"), output_bias=keys.truth("use_bias"))
+    if keys.truth("use_qk_norm"):
+        attention = with_head_norms(attention)
+    experts = first_dense_experts(keys, corrected=keys.get("n_group") is not None)
+    return model(keys, attention, experts, dense_layers=first_dense(keys))
 
 
 def _ernie_dense_layers(keys: Keys) -> set[int]:

@@ -1,11 +1,20 @@
 """DeepSeek and its kin: latent attention, and experts after dense layers at the start."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from hrm.layers import LatentAttention
+from hrm.layers import DenseFfn, Indexer, LatentAttention, Layer
 from hrm.model_spec.config_file import Keys
-from hrm.model_spec.decoder import first_dense, first_dense_experts, model, num_layers, require_whole_attention
-from hrm.model_spec.spec import ModelSpec
+from hrm.model_spec.decoder import (
+    first_dense,
+    first_dense_experts,
+    model,
+    num_layers,
+    of_layers,
+    require_whole_attention,
+    routed_experts,
+)
+from hrm.model_spec.spec import MOST_LAYERS, ModelSpec
 
 
 def read_deepseek_v2(keys: Keys) -> ModelSpec:
@@ -21,6 +30,57 @@ def read_deepseek_v3(keys: Keys) -> ModelSpec:
 def read_glm4_lite(keys: Keys) -> ModelSpec:
     """GLM-4.7-Flash: as DeepSeek-V3, with dense layers where its list has them, or else the first."""
     return _deepseek(keys, corrected=True, dense_layers=dense_by_list(keys, default_first=1))
+
+
+def read_deepseek_v32(keys: Keys) -> ModelSpec:
+    """DeepSeek-V3.2: as DeepSeek-V3, with an indexer in every layer."""
+    return _indexed(keys, [False] * num_layers(keys))
+
+
+def read_glm5(keys: Keys) -> ModelSpec:
+    """GLM-5: as DeepSeek-V3.2, where some layers may use what an earlier one's indexer chose."""
+    keys = keys.with_defaults(index_topk=2048, index_head_dim=128, index_n_heads=32)
+    types, count = keys.words("indexer_types", ("full", "shared")), num_layers(keys)
+    pattern = keys.get("index_topk_pattern")
+    if not types and isinstance(pattern, str) and set(pattern) <= {"F", "S"}:
+        types = tuple("full" if letter == "F" else "shared" for letter in pattern)
+    if types and len(types) != count:
+        raise keys.refusal("indexer_types", f"must have one of the {count} layers each")
+    every = keys.integer("index_topk_freq", default=1)
+    offset = keys.integer("index_skip_topk_offset", default=2, at_least=0)
+    by_rule = (max(layer - offset + 1, 0) % every > 0 for layer in range(count))
+    return _indexed(keys, [kind == "shared" for kind in types] or list(by_rule))
+
+
+def _indexed(keys: Keys, is_shared: Sequence[bool]) -> ModelSpec:
+    latent = latent_attention(keys)
+    indexer = Indexer(
+        num_heads=keys.integer("index_n_heads"),
+        head_dim=keys.integer("index_head_dim"),
+        top_k=keys.integer("index_topk"),
+    )
+    mixers = [replace(latent, indexer=replace(indexer, shared=shared)) for shared in is_shared]
+    experts = first_dense_experts(keys, corrected=True)
+    return model(keys, mixers, experts, dense_layers=dense_by_list(keys, default_first=3))
+
+
+def read_longcat(keys: Keys) -> ModelSpec:
+    """LongCat-Flash: of two layers with a dense FFN each, the first has experts beside it.
+
+    The config counts both as one. Some of the experts return the token itself.
+    """
+    width = keys.integer("ffn_hidden_size")
+    experts = routed_experts(
+        keys,
+        "expert_ffn_hidden_size",
+        "n_routed_experts",
+        shared_intermediate_size=width,
+        zero_experts=keys.integer("zero_expert_num", default=0, at_least=0),
+    )
+    experts = experts.with_vectors(score_correction=experts.num_experts + experts.zero_experts)
+    latent, dense = latent_attention(keys), DenseFfn(hidden_size=experts.hidden_size, intermediate_size=width)
+    pairs = keys.integer("num_layers", at_most=MOST_LAYERS // 2)
+    return of_layers(keys, [Layer(mixer=latent, ffn=(ffn,)) for _ in range(pairs) for ffn in (experts, dense)])
 
 
 def dense_by_list(keys: Keys, default_first: int) -> Collection[int]:

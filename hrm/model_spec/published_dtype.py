@@ -1,0 +1,50 @@
+"""How published weights are stored, by what their config says of quantisation."""
+
+from typing import Any, Final, cast
+
+from hrm.model_spec.config_file import Keys
+
+# Where configs say so: transformers', MLX's, and an older one.
+QUANTISATION_KEYS: Final = ("quantization_config", "quantization", "compression_config")
+_SHOWN: Final = 40  # characters of a method's name
+
+
+def published_dtype(keys: Keys) -> str:
+    """How the weights are quantised; empty if they are not."""
+    name = next((key for key in QUANTISATION_KEYS if keys.get(key)), None)
+    if name is None:
+        return ""
+    given = keys.section(name)
+    told = _by_groups(given) or _by_method(given)
+    experts = keys.get("expert_dtype")
+    return f"{told}, {experts} experts" if experts in ("fp4", "fp8") else told
+
+
+def _by_method(given: Keys) -> str:
+    method = _word(given.get("quant_algo")).lower() or _word(given.get("quant_method"))
+    if method == "mxfp4":
+        return "mxfp4 experts"
+    bits = given.get("bits")
+    told = f"{bits}-bit" if isinstance(bits, int) and 0 < bits <= 16 else ""
+    return f"{method} {told}".strip() or "quantised"
+
+
+def _by_groups(given: Keys) -> str:
+    """Of compressed-tensors: the weights of the first group, by type and bits."""
+    groups: Any = given.get("config_groups")
+    if _word(given.get("quant_method")) != "compressed-tensors" or not isinstance(groups, dict):
+        return ""
+    first: Any = next(iter(cast("dict[str, Any]", groups).values()), None)
+    weights: Any = cast("dict[str, Any]", first).get("weights") if isinstance(first, dict) else None
+    if not isinstance(weights, dict):
+        return ""
+    sizes = cast("dict[str, Any]", weights)
+    bits, kind = sizes.get("num_bits"), {"int": "int", "float": "fp"}.get(_word(sizes.get("type")))
+    if not kind or not isinstance(bits, int) or not 0 < bits <= 16:
+        return ""
+    prefix = "mx" if _word(given.get("format")).startswith("mx") else ""
+    return f"{prefix}{kind}{bits}"
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= _SHOWN else ""
