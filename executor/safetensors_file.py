@@ -70,18 +70,17 @@ class SafetensorsFile:
             self._read(start, out)
             return
         if not out.is_contiguous():  # copies of transposed matrices are fast only if they are whole
-            part = self._part(start, out, dtype).to(out.dtype)
-            out.T.copy_(part.T)
+            whole = torch.empty(out.shape, dtype=dtype)
+            self._read(start, whole)
+            out.T.copy_(whole.to(out.dtype).T)
             return
         some = max(PART_BYTES // (row * dtype.itemsize), 1)
+        room = torch.empty((min(some, len(out)), *out.shape[1:]), dtype=dtype)
         for rows in out.split(some):
-            rows.copy_(self._part(start, rows, dtype))
-            start += rows.numel() * dtype.itemsize
-
-    def _part(self, start: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        part = torch.empty(like.shape, dtype=dtype)
-        self._read(start, part)
-        return part
+            part = room[: len(rows)]
+            self._read(start, part)
+            rows.copy_(part)
+            start += part.nbytes
 
     def _read(self, start: int, out: Tensor) -> None:
         """Fill a contiguous tensor with the file's bytes from `start` on."""
