@@ -47,15 +47,15 @@ class Checkpoint:
     generation_config.json where that has them.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path]) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path], name: str = "") -> None:
+        self.folder, self.config, self._name = folder, config, name
         self._file_of = file_of
         self._open_files: dict[Path, SafetensorsFile] = {}
         self._renamed: dict[str, str] = {}  # stored names by those that they have here
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Open the checkpoint in `folder`, reading headers only.
+    def open(cls, folder: str | Path, name: str = "") -> Self:
+        """Open the checkpoint in `folder`, reading headers only. Messages have its `name`, if it has one.
 
         Raises CheckpointError if it is no folder, lacks its config or safetensors, holds a file
         that is not what its name says, or has an index that leads out of the folder.
@@ -65,16 +65,10 @@ class Checkpoint:
             raise CheckpointError(
                 "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
             )
-        config = read_object(folder / CONFIG_FILE, "download the model's config.json too")
-        generation_path = folder / GENERATION_CONFIG_FILE
-        if generation_path.exists():
-            generation = read_object(generation_path, DOWNLOAD_AGAIN)
-            for key in ("bos_token_id", "eos_token_id"):
-                if generation.get(key) is not None:
-                    config[key] = generation[key]
+        config = read_config(folder)
         index_path = index_file(folder)
         indexed = indexed_files(index_path) if index_path is not None else {}
-        checkpoint = cls(folder, config, indexed)
+        checkpoint = cls(folder, config, indexed, name)
         try:
             if index_path is None:
                 checkpoint._add_files(unindexed_files(folder))
@@ -107,8 +101,8 @@ class Checkpoint:
 
     @property
     def config_path(self) -> str:
-        """Where the config was read, for messages."""
-        return str(self.folder / CONFIG_FILE)
+        """Where the config was read, for messages; models are named after its folder."""
+        return f"{self._name.partition('@')[0]}/{CONFIG_FILE}" if self._name else str(self.folder / CONFIG_FILE)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -238,6 +232,18 @@ class Checkpoint:
                     f"must not be there: quantised weights are not read, only {FLOATS}",
                     "use an unquantised checkpoint",
                 )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint with the token ids of its generation_config.json; CheckpointError if there is none."""
+    config = read_object(folder / CONFIG_FILE, "download the model's config.json too")
+    generation_path = folder / GENERATION_CONFIG_FILE
+    if generation_path.exists():
+        generation = read_object(generation_path, DOWNLOAD_AGAIN)
+        for key in ("bos_token_id", "eos_token_id"):
+            if generation.get(key) is not None:
+                config[key] = generation[key]
+    return config
 
 
 def _without_ones(shape: Iterable[int]) -> list[int]:

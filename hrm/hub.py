@@ -1,0 +1,126 @@
+# pyright: basic
+"""Models on the Hugging Face Hub: what names one, and its files in the Hub's own cache.
+
+Cache, token, endpoint and offline mode are those of huggingface_hub, by its environment variables.
+What was cut short goes on where it ended.
+"""
+
+import errno
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from hrm.errors import ModelError
+
+CONFIG_FILE: Final = "config.json"
+_NAMED: Final = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_NO_NAMES: Final = (".json", ".yaml", ".safetensors")  # files that are not there, rather
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A repository of the Hub, at a branch, tag or commit: main if `revision` is None."""
+
+    repository: str
+    revision: str | None = None
+
+    @classmethod
+    def named(cls, text: str) -> Self | None:
+        """The model that `org/name` or `org/name@revision` names; None if the text is no such name."""
+        found = _NAMED.fullmatch(text)
+        if found is None or found["repository"].endswith(_NO_NAMES):
+            return None
+        return cls(found["repository"], found["revision"])
+
+    def __str__(self) -> str:
+        """As users name it."""
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+    @property
+    def config_name(self) -> str:
+        """What its config is called in messages; a spec that is read from it is named as the model is."""
+        return f"{self.repository}/{CONFIG_FILE}"
+
+    def config(self) -> Path:
+        """Its config.json, fetched unless it is in the cache; ModelError if it cannot be had."""
+        from huggingface_hub import hf_hub_download
+
+        with self._told_in_a_line(), _without_bars(quiet=True):
+            return Path(hf_hub_download(self.repository, CONFIG_FILE, revision=self.revision))
+
+    def fetch(
+        self, wanted: Sequence[str], *, ignored: Sequence[str] = (), commit: str | None = None, quiet: bool = False
+    ) -> Path:
+        """The folder of its files with names like those wanted, fetched unless they are in the cache.
+
+        In patterns `*` stands for slashes too. The folder is named after the commit, of which more can
+        be asked for. Without `quiet` progress is shown on a terminal. Raises ModelError if they cannot
+        be had.
+        """
+        from huggingface_hub import snapshot_download
+
+        with self._told_in_a_line(), _without_bars(quiet=quiet):
+            folder = snapshot_download(
+                self.repository,
+                revision=commit or self.revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(ignored),
+            )
+        return Path(folder)
+
+    @contextmanager
+    def _told_in_a_line(self) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise ModelError("--model", str(self), *_told(error, self)) from error
+
+
+@contextmanager
+def _without_bars(*, quiet: bool) -> Generator[None]:
+    """Have no progress shown if `quiet`, and no notices of the Hub's library in any case."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    level, shown = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if quiet and shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if quiet and shown:
+            enable_progress_bars()
+
+
+def _told(error: Exception, model: HubModel) -> tuple[str, str]:
+    """The rule that was broken when the Hub was asked, and the remedy."""
+    from huggingface_hub import constants, errors
+
+    cache = constants.HF_HUB_CACHE
+    match error:
+        case errors.GatedRepoError():
+            return "must be one that you have access to, and it is gated", (
+                f"ask for access on {constants.ENDPOINT}/{model.repository}, and log in with hf auth login or HF_TOKEN"
+            )
+        case errors.RepositoryNotFoundError():
+            return "must be a folder here, or a model on the Hub that you may read", (
+                "check the name; for a private one log in with hf auth login or HF_TOKEN"
+            )
+        case errors.RevisionNotFoundError():
+            return "must name a branch, tag or commit after the @", "check the revision"
+        case errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
+            return f"must be in {cache}, as HF_HUB_OFFLINE is set", "unset it, or name a folder"
+        case errors.LocalEntryNotFoundError():
+            return f"must be in {cache}, as the Hub does not answer", "check the network, or name a folder"
+        case errors.EntryNotFoundError():
+            return f"must have a {CONFIG_FILE} on the Hub", "use the repository that has the model's safetensors files"
+        case errors.HFValidationError():
+            return "must be a name that the Hub allows", "check the name"
+        case OSError(errno=errno.ENOSPC):
+            return f"must fit the disk of {cache}", "free some of it or set HF_HOME elsewhere; what is there is kept"
+        case _:
+            return f"must come whole from the Hub, which failed: {error}", "try again: it goes on where it ended"
