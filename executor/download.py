@@ -10,7 +10,7 @@ from executor.checkpoint_files import INDEX_FILE, indexed_files
 from executor.families import family_for
 from hrm.errors import ModelError
 from hrm.files import is_folder
-from hrm.hub import HubModel
+from hrm.hub import HubModel, Progress
 
 # What is not weights: some are of tokenizers that are not read, which is told better with them there.
 SMALL_FILES: Final = (
@@ -39,11 +39,11 @@ class Located:
     name: str = ""
 
 
-def locate(model: str | Path, revision: str | None = None, *, quiet: bool = True) -> Located:
+def locate(model: str | Path, revision: str | None = None, progress: Progress | None = None) -> Located:
     """The folder that is named, or that of a model on the Hub once all that is needed is there.
 
-    Of a model that cannot be run no weights are fetched: ModelError says why. Without `quiet` the
-    progress is shown on a terminal.
+    Of a model that cannot be run no weights are fetched: ModelError says why. `progress` is as for
+    HubModel.fetch.
     """
     asked = None if isinstance(model, Path) or is_folder(Path(model)) else HubModel.named(model)
     if revision is not None:
@@ -53,14 +53,18 @@ def locate(model: str | Path, revision: str | None = None, *, quiet: bool = True
         asked = HubModel(asked.repository, revision)
     if asked is None:
         return Located(Path(model))
-    folder = asked.fetch(SMALL_FILES, quiet=quiet)
+    folder = asked.fetch(SMALL_FILES, progress=_untold)
     config = read_config(folder)
     family_for(config, asked.config_name).architecture(config, asked.config_name)
     index = folder / INDEX_FILE
     if index.exists():
         root = index.parent
         shards = {escape(file.relative_to(root).as_posix()) for file in indexed_files(index).values()}
-        asked.fetch(sorted(shards), commit=folder.name, quiet=quiet)
+        asked.fetch(sorted(shards), commit=folder.name, progress=progress)
     else:
-        asked.fetch(WEIGHTS, ignored=NO_WEIGHTS, commit=folder.name, quiet=quiet)
+        asked.fetch(WEIGHTS, ignored=NO_WEIGHTS, commit=folder.name, progress=progress)
     return Located(folder, str(asked))
+
+
+def _untold(_done: int, _total: int) -> None:
+    """Of small files it would be noise."""

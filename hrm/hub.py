@@ -7,17 +7,19 @@ What was cut short goes on where it ended.
 
 import errno
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from hrm.errors import ModelError
 
 CONFIG_FILE: Final = "config.json"
 _NAMED: Final = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _NO_NAMES: Final = (".json", ".yaml", ".safetensors")  # files that are not there, rather
+
+Progress = Callable[[int, int], object]  # of bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +50,33 @@ class HubModel:
         """Its config.json, fetched unless it is in the cache; ModelError if it cannot be had."""
         from huggingface_hub import hf_hub_download
 
-        with self._told_in_a_line(), _without_bars(quiet=True):
+        with self._told_in_a_line(), _without_bars():
             return Path(hf_hub_download(self.repository, CONFIG_FILE, revision=self.revision))
 
     def fetch(
-        self, wanted: Sequence[str], *, ignored: Sequence[str] = (), commit: str | None = None, quiet: bool = False
+        self,
+        wanted: Sequence[str],
+        *,
+        ignored: Sequence[str] = (),
+        commit: str | None = None,
+        progress: Progress | None = None,
     ) -> Path:
         """The folder of its files with names like those wanted, fetched unless they are in the cache.
 
         In patterns `*` stands for slashes too. The folder is named after the commit, of which more can
-        be asked for. Without `quiet` progress is shown on a terminal. Raises ModelError if they cannot
+        be asked for. `progress` is called with the bytes that are there and those of all that is
+        fetched; without it the Hub's library shows them on a terminal. Raises ModelError if they cannot
         be had.
         """
         from huggingface_hub import snapshot_download
 
-        with self._told_in_a_line(), _without_bars(quiet=quiet):
+        with self._told_in_a_line(), _without_notices():
             folder = snapshot_download(
                 self.repository,
                 revision=commit or self.revision,
                 allow_patterns=list(wanted),
                 ignore_patterns=list(ignored),
+                tqdm_class=None if progress is None else _counting(progress),
             )
         return Path(folder)
 
@@ -80,20 +89,57 @@ class HubModel:
 
 
 @contextmanager
-def _without_bars(*, quiet: bool) -> Generator[None]:
-    """Have no progress shown if `quiet`, and no notices of the Hub's library in any case."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+def _without_notices() -> Generator[None]:
+    """Have the Hub's library say nothing but errors."""
+    from huggingface_hub.utils import logging
 
-    level, shown = logging.get_verbosity(), not are_progress_bars_disabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    if quiet and shown:
-        disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if quiet and shown:
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Have the Hub's library show no progress either."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with _without_notices():
+            yield
+    finally:
+        if shown:
             enable_progress_bars()
+
+
+def _counting(progress: Progress) -> Any:
+    """A kind of progress bar that is not shown but told; of several for one download the furthest counts."""
+    from huggingface_hub.utils import tqdm
+
+    bars: list[Any] = []
+
+    class Counting(tqdm):
+        format_dict: Any = {}  # noqa: RUF012 - a bar that is not shown has no rate
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+            self.done = options.get("initial") or 0
+            if options.get("unit") == "B":
+                bars.append(self)
+
+        def update(self, n: float | None = 1) -> None:
+            self.done += n or 0
+            if bars:
+                progress(max(bar.done for bar in bars), max(bar.total or 0 for bar in bars))
+
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:  # noqa: FBT001, FBT002
+            """Nothing is shown."""
+
+    return Counting
 
 
 def _told(error: Exception, model: HubModel) -> tuple[str, str]:

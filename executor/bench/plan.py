@@ -67,7 +67,7 @@ def model_of(options: BenchOptions, stack: ExitStack) -> tuple[Family, WeightSou
         arch = family.published_architecture(spec)
         source: WeightSource = RandomWeights(options.seed)
     else:
-        located = locate(model, quiet=False)
+        located = locate(model)
         checkpoint = stack.enter_context(Checkpoint.open(located.folder, located.name))
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)

@@ -89,22 +89,22 @@ def run(
     from executor.download import locate
     from executor.job import JobOptions, JobProgress, run_job
 
-    located = locate(model, revision, quiet=quiet)
-    options = JobOptions(
-        model=located.folder,
-        model_name=located.name,
-        policy=policy,
-        input=input_,
-        output_dir=output_dir,
-        accelerator=accelerator,
-        schedule=schedule,
-        seed=seed,
-        sampling_defaults=sampling_defaults,
-        max_requests=max_requests,
-        resume=resume,
-    )
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
+        located = locate(model, revision, progress.fetched)
+        options = JobOptions(
+            model=located.folder,
+            model_name=located.name,
+            policy=policy,
+            input=input_,
+            output_dir=output_dir,
+            accelerator=accelerator,
+            schedule=schedule,
+            seed=seed,
+            sampling_defaults=sampling_defaults,
+            max_requests=max_requests,
+            resume=resume,
+        )
         record = run_job(options, progress)
     if record is not None and not quiet:
         click.echo(summary(record, output_dir))

@@ -45,8 +45,12 @@ def opened(located):
 
 
 def test_what_is_needed_is_fetched_once(hub, monkeypatch):
-    located = locate(NAME)
+    told: list[tuple[int, int]] = []
+    located = locate(NAME, progress=lambda *bytes_of: told.append(bytes_of))
     assert located.name == NAME
+    weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
+    assert told[-1] == (weights, weights)
+    assert sorted(told) == told
     assert opened(located).spec.name == "tiny-mixtral"
     theirs = {file.relative_to(hub.repositories[NAME]).as_posix() for file in hub.repositories[NAME].rglob("*.*")}
     assert hub.names == theirs - set(UNWANTED)
