@@ -1,12 +1,15 @@
 """Checkpoints from the Hub: all that a run needs and nothing else, fetched once, in as many tries as it takes."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 from huggingface_hub import constants
 
+from executor.bench.plan import BenchOptions, model_of
 from executor.checkpoint import Checkpoint
 from executor.download import locate
+from executor.errors import CheckpointError
 from executor.families import family_for
 from hrm.errors import ModelError
 from tests.contracts.fake_hub import fake_hub
@@ -84,8 +87,15 @@ def test_a_snapshot_without_its_weights_offline(hub, monkeypatch):
 
     load_model(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises((ModelError, ValueError), match=r"HF_HUB_OFFLINE|<missing>|No such file"):
+    with pytest.raises(CheckpointError, match=r"weights is <missing>: must be in model\.safetensors"):
         opened(locate(NAME))
+
+
+def test_a_benchmark_of_a_model_on_the_hub(hub):
+    with ExitStack() as stack:
+        _, source, arch = model_of(BenchOptions(model=NAME, num_layers=2), stack)
+        assert (arch.spec.name, arch.spec.num_layers) == ("tiny-mixtral", 2)
+        assert "model.embed_tokens.weight" in source.names
 
 
 def test_revision_goes_with_names_on_the_hub(hub, tmp_path):
