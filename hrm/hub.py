@@ -8,10 +8,12 @@ What was cut short goes on where it ended.
 import errno
 import re
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from threading import Event, Thread
+from typing import Any, Final, Self, TypeVar
 
 from hrm.errors import ModelError
 
@@ -19,6 +21,7 @@ CONFIG_FILE: Final = "config.json"
 _NAMED: Final = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _NO_NAMES: Final = (".json", ".yaml", ".safetensors")  # files that are not there, rather
 
+T = TypeVar("T")
 Progress = Callable[[int, int], object]  # of bytes
 
 
@@ -70,15 +73,19 @@ class HubModel:
         """
         from huggingface_hub import snapshot_download
 
-        with self._told_in_a_line(), _without_notices():
-            folder = snapshot_download(
+        stop = Event()
+
+        def work() -> str:
+            return snapshot_download(
                 self.repository,
                 revision=commit or self.revision,
                 allow_patterns=list(wanted),
                 ignore_patterns=list(ignored),
-                tqdm_class=None if progress is None else _counting(progress),
+                tqdm_class=None if progress is None else _counting(progress, stop),
             )
-        return Path(folder)
+
+        with self._told_in_a_line(), _without_notices():
+            return Path(_interruptible(work, stop))
 
     @contextmanager
     def _told_in_a_line(self) -> Generator[None]:
@@ -116,8 +123,32 @@ def _without_bars() -> Generator[None]:
             enable_progress_bars()
 
 
-def _counting(progress: Progress) -> Any:
-    """A kind of progress bar that is not shown but told; of several for one download the furthest counts."""
+def _interruptible(work: Callable[[], T], stop: Event) -> T:
+    """What `work` returns or raises; Ctrl-C ends the wait for it, and sets `stop`.
+
+    By itself the Hub's library would end all files under way first.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            done.set_exception(error)
+
+    Thread(target=run, name="fetching", daemon=True).start()
+    try:
+        return done.result()
+    except KeyboardInterrupt:
+        stop.set()
+        raise
+
+
+def _counting(progress: Progress, stop: Event) -> Any:
+    """A kind of progress bar that is not shown but told; of several for one download the furthest counts.
+
+    Once `stop` is set it ends what it counts.
+    """
     from huggingface_hub.utils import tqdm
 
     bars: list[Any] = []
@@ -132,6 +163,8 @@ def _counting(progress: Progress) -> Any:
                 bars.append(self)
 
         def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise InterruptedError
             self.done += n or 0
             if bars:
                 progress(max(bar.done for bar in bars), max(bar.total or 0 for bar in bars))

@@ -1,6 +1,9 @@
 """Checkpoints from the Hub: all that a run needs and nothing else, fetched once, in as many tries as it takes."""
 
 import json
+import os
+import signal
+import threading
 from contextlib import ExitStack
 
 import pytest
@@ -70,6 +73,25 @@ def test_what_was_cut_short_goes_on_where_it_ended(hub, monkeypatch):
     opened(locate(NAME))
     assert hub.broken
     assert {(name, 10_000) for name in hub.broken} <= set(hub.fetched)
+
+
+def test_an_interrupt_does_not_wait_for_the_files_under_way(hub, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    ended = threading.Event()
+    held: list[int] = []
+
+    def progress(done_bytes, _):
+        if not ended.is_set():
+            held.append(done_bytes)
+            if len(held) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert ended.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        locate(NAME, progress=progress)
+    ended.set()
+    assert held
+    opened(locate(NAME))  # what is left is fetched now
 
 
 def test_weights_that_cannot_be_run_are_not_fetched(hub):
