@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
-from executor.checkpoint_names import LAYER_NUMBER, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless
+from executor.checkpoint_names import AHEAD_SUFFIX, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless, layer_number
 from executor.errors import CheckpointError
 from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, SafetensorsFile, StoredTensor
 
@@ -144,10 +144,8 @@ class Checkpoint:
 
     def _check_no_others(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError naming tensors that the model should have used, for all we know."""
-        numbers = [int(found[1]) for name in expected if (found := LAYER_NUMBER.search(name))]
-        num_layers = max(numbers, default=-1) + 1
-        beyond = range(num_layers, num_layers + self._layers_ahead())
-        others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, beyond))
+        ahead = self._layers_ahead(expected)
+        others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, ahead))
         if others:
             raise CheckpointError(
                 f"{self._file_of[others[0]]}: {self._stored_name(others[0])}",
@@ -156,11 +154,15 @@ class Checkpoint:
                 "use a checkpoint of a supported architecture, with its own config.json",
             )
 
-    def _layers_ahead(self) -> int:
-        """How many layers after the last one predict tokens further ahead, as the config says."""
+    def _layers_ahead(self, expected: Iterable[str]) -> set[int]:
+        """Layers after the last one that predict tokens further ahead, as the config says or their tensors."""
+        num_layers = max((number for name in expected if (number := layer_number(name)) is not None), default=-1) + 1
         sections = (self.config, *(part for part in self.config.values() if isinstance(part, dict)))
         told = (section.get("num_nextn_predict_layers") for section in sections)
-        return max((count for count in told if type(count) is int), default=0)
+        count = max((count for count in told if type(count) is int), default=0)
+        ahead = {layer_number(name) for name in self._file_of if name.endswith(AHEAD_SUFFIX)}
+        numbers = {number for name in self._file_of if (number := layer_number(name)) is not None}
+        return {n for n in numbers if n >= num_layers and (n < num_layers + count or n in ahead)}
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as stored."""
