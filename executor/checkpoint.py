@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
-from executor.checkpoint_names import LAYER_NUMBER, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless
+from executor.checkpoint_names import AHEAD_SUFFIX, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless, layer_number
 from executor.errors import CheckpointError
 from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, SafetensorsFile, StoredTensor
 
@@ -47,15 +47,15 @@ class Checkpoint:
     generation_config.json where that has them.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path]) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path], name: str = "") -> None:
+        self.folder, self.config, self._name = folder, config, name
         self._file_of = file_of
         self._open_files: dict[Path, SafetensorsFile] = {}
         self._renamed: dict[str, str] = {}  # stored names by those that they have here
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Open the checkpoint in `folder`, reading headers only.
+    def open(cls, folder: str | Path, name: str = "") -> Self:
+        """Open the checkpoint in `folder`, reading headers only. Messages have its `name`, if it has one.
 
         Raises CheckpointError if it is no folder, lacks its config or safetensors, holds a file
         that is not what its name says, or has an index that leads out of the folder.
@@ -65,16 +65,10 @@ class Checkpoint:
             raise CheckpointError(
                 "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
             )
-        config = read_object(folder / CONFIG_FILE, "download the model's config.json too")
-        generation_path = folder / GENERATION_CONFIG_FILE
-        if generation_path.exists():
-            generation = read_object(generation_path, DOWNLOAD_AGAIN)
-            for key in ("bos_token_id", "eos_token_id"):
-                if generation.get(key) is not None:
-                    config[key] = generation[key]
+        config = read_config(folder)
         index_path = index_file(folder)
         indexed = indexed_files(index_path) if index_path is not None else {}
-        checkpoint = cls(folder, config, indexed)
+        checkpoint = cls(folder, config, indexed, name)
         try:
             if index_path is None:
                 checkpoint._add_files(unindexed_files(folder))
@@ -107,8 +101,8 @@ class Checkpoint:
 
     @property
     def config_path(self) -> str:
-        """Where the config was read, for messages."""
-        return str(self.folder / CONFIG_FILE)
+        """Where the config was read, for messages; models are named after its folder."""
+        return f"{self._name.partition('@')[0]}/{CONFIG_FILE}" if self._name else str(self.folder / CONFIG_FILE)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -150,10 +144,8 @@ class Checkpoint:
 
     def _check_no_others(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError naming tensors that the model should have used, for all we know."""
-        numbers = [int(found[1]) for name in expected if (found := LAYER_NUMBER.search(name))]
-        num_layers = max(numbers, default=-1) + 1
-        beyond = range(num_layers, num_layers + self._layers_ahead())
-        others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, beyond))
+        ahead = self._layers_ahead(expected)
+        others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, ahead))
         if others:
             raise CheckpointError(
                 f"{self._file_of[others[0]]}: {self._stored_name(others[0])}",
@@ -162,11 +154,15 @@ class Checkpoint:
                 "use a checkpoint of a supported architecture, with its own config.json",
             )
 
-    def _layers_ahead(self) -> int:
-        """How many layers after the last one predict tokens further ahead, as the config says."""
+    def _layers_ahead(self, expected: Iterable[str]) -> set[int]:
+        """Layers after the last one that predict tokens further ahead, as the config says or their tensors."""
+        num_layers = max((number for name in expected if (number := layer_number(name)) is not None), default=-1) + 1
         sections = (self.config, *(part for part in self.config.values() if isinstance(part, dict)))
         told = (section.get("num_nextn_predict_layers") for section in sections)
-        return max((count for count in told if type(count) is int), default=0)
+        count = max((count for count in told if type(count) is int), default=0)
+        ahead = {layer_number(name) for name in self._file_of if name.endswith(AHEAD_SUFFIX)}
+        numbers = {number for name in self._file_of if (number := layer_number(name)) is not None}
+        return {n for n in numbers if n >= num_layers and (n < num_layers + count or n in ahead)}
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as stored."""
@@ -238,6 +234,18 @@ class Checkpoint:
                     f"must not be there: quantised weights are not read, only {FLOATS}",
                     "use an unquantised checkpoint",
                 )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint with the token ids of its generation_config.json; CheckpointError if there is none."""
+    config = read_object(folder / CONFIG_FILE, "download the model's config.json too")
+    generation_path = folder / GENERATION_CONFIG_FILE
+    if generation_path.exists():
+        generation = read_object(generation_path, DOWNLOAD_AGAIN)
+        for key in ("bos_token_id", "eos_token_id"):
+            if generation.get(key) is not None:
+                config[key] = generation[key]
+    return config
 
 
 def _without_ones(shape: Iterable[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """Names of stored tensors: what a text model has under others, and what it does not need."""
 
 import re
+from collections.abc import Container
 from typing import Final
 
 # Buffers that follow from the config; old checkpoints carry them along.
@@ -19,6 +20,7 @@ OTHER_PARTS: Final = re.compile(
     r"(model\.)?((visual|vision|audio|image|multi_modal|mm|embed_vision|embed_audio|patch_merger)(_\w+)?"
     r"|talker|code2wav|token2wav|mtp(_\w+)?)(\.|$)"
 )
+AHEAD_SUFFIX: Final = ".eh_proj.weight"  # joins a token and a hidden state, in layers that predict further ahead
 LAYER_NUMBER: Final = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 # What the parts of a quantised matrix are called, by the tools that write them.
 QUANTISED_NAMES: Final = re.compile(
@@ -28,8 +30,12 @@ QUANTISED_NAMES: Final = re.compile(
 )
 
 
-def is_harmless(name: str, beyond: range) -> bool:
-    """Whether text comes out the same without that tensor; `beyond` are layers that predict further ahead."""
-    number = LAYER_NUMBER.search(name)
-    is_beyond = number is not None and int(number[1]) in beyond
-    return is_beyond or name.endswith(IGNORED_SUFFIXES) or OTHER_PARTS.match(name) is not None
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor is of; None if it is of none."""
+    found = LAYER_NUMBER.search(name)
+    return int(found[1]) if found is not None else None
+
+
+def is_harmless(name: str, ahead: Container[int | None]) -> bool:
+    """Whether text comes out the same without that tensor; `ahead` are layers that predict further ahead."""
+    return layer_number(name) in ahead or name.endswith(IGNORED_SUFFIXES) or OTHER_PARTS.match(name) is not None

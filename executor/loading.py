@@ -14,10 +14,14 @@ READERS: Final = 4  # so many reads under way keep an NVMe disk busy
 
 @dataclass(slots=True)
 class Loading:
-    """Bytes of weights that are in their places, of all; read by live displays in another thread."""
+    """Bytes of weights that are here or in their places, of all; read by live displays in another thread."""
 
     total_bytes: int = 0
     done_bytes: int = 0
+
+    def set(self, done_bytes: int, total_bytes: int) -> None:
+        """Have it be so far."""
+        self.done_bytes, self.total_bytes = done_bytes, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Target:
 
 def fill(places: Sequence[Target], read: Callable[[Target], None], loading: Loading) -> None:
     """Have each of the places read by one of READERS threads; raises what the first to fail does."""
-    loading.total_bytes = sum(place.flat.nbytes for place in places)
+    loading.set(0, sum(place.flat.nbytes for place in places))
     left, lock = iter(places), Lock()
     failures: list[BaseException] = []
 

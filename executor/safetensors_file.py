@@ -21,6 +21,7 @@ DOWNLOAD_AGAIN: Final = "download the file again"
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LENGTH_BYTES: Final = 8  # of the header, before it
 PART_BYTES: Final = 16 * MIB  # that are read at once of what cannot be read in place
+STRIP_ROWS: Final = 64  # of a matrix that are transposed at once: as much as the caches hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +70,18 @@ class SafetensorsFile:
         if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
             self._read(start, out)
             return
-        if not out.is_contiguous():  # copies of transposed matrices are fast only if they are whole
-            part = self._part(start, out, dtype).to(out.dtype)
-            out.T.copy_(part.T)
-            return
         some = max(PART_BYTES // (row * dtype.itemsize), 1)
+        room = torch.empty((min(some, len(out)), *out.shape[1:]), dtype=dtype)
         for rows in out.split(some):
-            rows.copy_(self._part(start, rows, dtype))
-            start += rows.numel() * dtype.itemsize
-
-    def _part(self, start: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        part = torch.empty(like.shape, dtype=dtype)
-        self._read(start, part)
-        return part
+            part = room[: len(rows)]
+            self._read(start, part)
+            start += part.nbytes
+            if rows.is_contiguous():
+                rows.copy_(part)
+                continue
+            strips = STRIP_ROWS if out.device.type == "cpu" else len(rows)
+            for strip, stored in zip(rows.split(strips), part.split(strips), strict=True):
+                strip.T.copy_(stored.T.contiguous())  # what torch transposes fast is of this form
 
     def _read(self, start: int, out: Tensor) -> None:
         """Fill a contiguous tensor with the file's bytes from `start` on."""

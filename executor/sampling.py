@@ -127,7 +127,7 @@ def _sample(logits_RV: Tensor, params: Sequence[SamplingParams], steps: Sequence
     sorted_RV, tokens_RV = logits_RV.double().sort(dim=-1, descending=True, stable=True)
     probabilities_RV = ((sorted_RV - sorted_RV[:, :1]) / temperature_R1).softmax(dim=-1)
     reached_RV = probabilities_RV.cumsum(dim=-1)
-    mass_R1 = torch.where(most_R1 < vocab, reached_RV.gather(1, most_R1 - 1), 1.0)
+    mass_R1 = reached_RV.gather(1, most_R1 - 1).masked_fill(most_R1 >= vocab, 1.0)
     last_R1 = (reached_RV < top_p_R1 * mass_R1).sum(dim=-1, keepdim=True)
     likely_R1 = (probabilities_RV >= min_p_R1 * probabilities_RV[:, :1]).sum(dim=-1, keepdim=True)
     last_R1 = torch.minimum(torch.minimum(last_R1, most_R1 - 1), likely_R1 - 1)

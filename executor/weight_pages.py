@@ -118,13 +118,20 @@ class WeightPages:
         def read(place: Target) -> None:
             family.load(source, spec, place.tensors, place.flat, place.layer, place.expert)
 
-        fill(self._places(), read, loading or Loading())
+        one_head = family.has_one_head(spec, source.names)
+        fill(self._places(one_head=one_head), read, loading or Loading())
+        if one_head:
+            self.head.lm_head.copy_(self.embedding)
         for here, there in self._for_cpu_attention:
             here.copy_(there)
 
-    def _places(self) -> list[Target]:
+    def _places(self, *, one_head: bool) -> list[Target]:
         spec = self._spec
-        places = [Target(embedding_tensors(spec), self.embedding.view(-1)), Target(head_tensors(spec), self._head)]
+        head = head_tensors(spec)[: 1 if one_head else None]
+        places = [
+            Target(embedding_tensors(spec), self.embedding.view(-1)),
+            Target(head, self._head[: num_elements(head)]),
+        ]
         for index, layer in enumerate(spec.layers):
             places.append(Target(dense_tensors(layer), self._dense[index], index))
             tensors = expert_tensors(layer)

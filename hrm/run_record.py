@@ -128,7 +128,7 @@ class AcceleratorRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
-    """What was run, and where its weights came from: a folder, or a name if they are random."""
+    """What was run, and where its weights came from: a folder, or a name if they are random or from the Hub."""
 
     name: str
     folder: str

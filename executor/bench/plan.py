@@ -10,6 +10,7 @@ import torch
 
 from executor.backends import in_thread_of_its_own
 from executor.checkpoint import Checkpoint, WeightSource
+from executor.download import locate
 from executor.errors import JobError
 from executor.families import Family, family_for
 from executor.job.machine import AcceleratorOptions
@@ -33,7 +34,7 @@ NUM_REQUESTS: Final = 32
 class BenchOptions:
     """What `executor bench` is told.
 
-    The `model` is a checkpoint's folder, or a built-in name or any shape, which get random weights.
+    The `model` is a checkpoint's folder, one on the Hub, or a built-in name or any shape, which get random weights.
     Without a `policy` one is searched for, on the machine of `profile` (a file or a catalog name)
     or, if that is None, on this one, measured quickly. Prompts have `prompt_len` tokens each, or on
     average if `max_prompt_len` is greater. Lengths of None are the policy's workload's, or this
@@ -66,7 +67,8 @@ def model_of(options: BenchOptions, stack: ExitStack) -> tuple[Family, WeightSou
         arch = family.published_architecture(spec)
         source: WeightSource = RandomWeights(options.seed)
     else:
-        checkpoint = stack.enter_context(Checkpoint.open(model))
+        located = locate(model)
+        checkpoint = stack.enter_context(Checkpoint.open(located.folder, located.name))
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))

@@ -34,7 +34,7 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     "--model",
     required=True,
     metavar="NAME-or-PATH",
-    help="A checkpoint folder, or a built-in name, which gets random weights.",
+    help="A checkpoint folder, org/name on the Hub, or a built-in name, which gets random weights.",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Only so many layers of the model.")
 @policy_option

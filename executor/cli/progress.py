@@ -26,7 +26,8 @@ class Meter:
     def __init__(self, progress: "JobProgress") -> None:
         self._progress = progress
         self._started_s: float | None = None  # once the weights were loaded
-        self._loading_s: float | None = None  # when that began
+        self._loading = ""  # the stage in which bytes are fetched or loaded, since when, and how many were there
+        self._loading_s, self._loaded_bytes = 0.0, 0
         self._looked_s = 0.0
         self._busy_s: dict[Lane, float] = {}
         self._shares: dict[Lane, float] = {}
@@ -64,13 +65,13 @@ class Meter:
         return self._progress.share_done
 
     def _loaded(self, now_s: float) -> list[str]:
-        """Bytes of weights that are loaded, a second, and the time left."""
+        """Bytes of weights that are fetched or loaded, a second, and the time left."""
         loading = self._progress.loading
         if not loading.total_bytes:
             return []
-        if self._loading_s is None:
-            self._loading_s = now_s
-        rate = loading.done_bytes / max(now_s - self._loading_s, 1.0)
+        if self._loading != self._progress.stage:
+            self._loading, self._loading_s, self._loaded_bytes = self._progress.stage, now_s, loading.done_bytes
+        rate = (loading.done_bytes - self._loaded_bytes) / max(now_s - self._loading_s, 1.0)
         parts = [f"{format_bytes(loading.done_bytes)} of {format_bytes(loading.total_bytes)}"]
         if rate:
             left_s = (loading.total_bytes - loading.done_bytes) / rate

@@ -21,7 +21,13 @@ _file = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
-@click.option("--model", required=True, type=_folder, help="A checkpoint folder (safetensors).")
+@click.option(
+    "--model",
+    required=True,
+    metavar="FOLDER-or-HUB-ID",
+    help="A checkpoint folder (safetensors), or org/name[@revision] on the Hugging Face Hub.",
+)
+@click.option("--revision", metavar="REV", help="The branch, tag or commit on the Hub [default: main].")
 @click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
 @click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
 @click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
@@ -44,7 +50,8 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
     *,
-    model: Path,
+    model: str,
+    revision: str | None,
     policy: Path,
     input_: Path,
     output_dir: Path,
@@ -71,27 +78,33 @@ def run(
     --resume goes on where a run was cut short, with what is not answered yet, errors included: they
     are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 
+    Of a model on the Hub only what is needed is fetched, once, into the Hub's own cache, as HF_HOME,
+    HF_TOKEN and HF_HUB_OFFLINE say.
+
     EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
     avx2 (say) takes the native kernels for those instructions. EXECUTOR_SYNCHRONISE=1 waits for
     every task on a GPU, so that an error names the task that it is of.
     """
     from executor.cli.progress import live_progress, say
+    from executor.download import locate
     from executor.job import JobOptions, JobProgress, run_job
 
-    options = JobOptions(
-        model=model,
-        policy=policy,
-        input=input_,
-        output_dir=output_dir,
-        accelerator=accelerator,
-        schedule=schedule,
-        seed=seed,
-        sampling_defaults=sampling_defaults,
-        max_requests=max_requests,
-        resume=resume,
-    )
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
+        located = locate(model, revision, progress.fetched)
+        options = JobOptions(
+            model=located.folder,
+            model_name=located.name,
+            policy=policy,
+            input=input_,
+            output_dir=output_dir,
+            accelerator=accelerator,
+            schedule=schedule,
+            seed=seed,
+            sampling_defaults=sampling_defaults,
+            max_requests=max_requests,
+            resume=resume,
+        )
         record = run_job(options, progress)
     if record is not None and not quiet:
         click.echo(summary(record, output_dir))

@@ -101,6 +101,11 @@ class Family:
         for joined, part in zip(self._joined(tensors, spec, source.names, layer, expert), parts, strict=True):
             joined.read(source, part.view(joined.tensor.shape))
 
+    def has_one_head(self, spec: ModelSpec, stored: Collection[str]) -> bool:
+        """Whether head and embedding are the same stored tensor."""
+        head, embedding = (self._outside(name, stored, tied=spec.tied_embeddings) for name in ("lm_head", "embedding"))
+        return head == embedding
+
     def _joined(
         self, tensors: Tensors, spec: ModelSpec, stored: Collection[str], layer: int, expert: int | None
     ) -> Iterator[Joined]:

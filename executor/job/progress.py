@@ -82,7 +82,7 @@ class JobProgress:
 
     `ended_requests` are those of finished batches and rejected ones, `earlier_requests` those that
     earlier runs answered. `wanted` and `forecast` are of what is left of the job when it starts.
-    `loading` is of its weights, before there is a generator.
+    `loading` is of its weights, fetched and then loaded, before there is a generator.
     """
 
     stage: str = "reading"
@@ -98,6 +98,11 @@ class JobProgress:
     _past_s: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(Phase, 0.0))
     _past_generated: int = 0
     _batch: Lengths = field(default_factory=Lengths, repr=False)
+
+    def fetched(self, done_bytes: int, total_bytes: int) -> None:
+        """So much of a model is here; then comes the job itself."""
+        self.stage = "fetching" if done_bytes < total_bytes else "reading"
+        self.loading.set(done_bytes, total_bytes if done_bytes < total_bytes else 0)
 
     def begin_batch(self, batch: Batch) -> None:
         """Count a batch as under way."""

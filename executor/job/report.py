@@ -246,7 +246,7 @@ def run_record(
 ) -> RunRecord:
     """All that is known of a generator's run under its own schedule or another.
 
-    `weights` is the folder that they came from, or the model's name if they are random. `num_spans`
+    `weights` is the folder that they came from, or the model's name if they are random or from the Hub. `num_spans`
     are in the trace beside run.json.
     """
     spec, policy = generator.arch.spec, generator.policy

@@ -51,9 +51,10 @@ TRACE_JSON: Final = "trace.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What `executor run` is told."""
+    """What `executor run` is told; `model_name` is how the model is called, if not by its folder."""
 
     model: Path
+    model_name: str = ""
     policy: Path
     input: Path
     output_dir: Path
@@ -78,7 +79,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
     if options.schedule is not None:
         policy = replace(policy, schedule=options.schedule)
     check_input(options.input)
-    with Checkpoint.open(options.model) as checkpoint:
+    with Checkpoint.open(options.model, options.model_name) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         check_model(arch.spec, policy_file, options.policy)
@@ -162,7 +163,7 @@ class _Job:
         told = advice(
             self._survey,
             self._policy_file,
-            model=options.model,
+            model=options.model_name or str(options.model),
             policy=options.policy,
             input_=options.input,
             directory=directory.path,
@@ -343,7 +344,7 @@ class _Job:
             generator,
             self._policy_file,
             self._totals,
-            weights=str(self._options.model),
+            weights=self._options.model_name or str(self._options.model),
             started=self._started,
             outcome=outcome,
             message=message,

@@ -139,7 +139,7 @@ model_options = together(
         "--model",
         required=True,
         metavar="NAME-or-PATH",
-        help="A built-in name (hrm models), a checkpoint folder, or a config.json.",
+        help="A built-in name (hrm models), a checkpoint folder, a config.json, or org/name[@revision] on the Hub.",
     ),
     click.option(
         "--dtype",

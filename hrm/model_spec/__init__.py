@@ -1,4 +1,4 @@
-"""What is run: a model by its layers, from a name, a folder or a `config.json`.
+"""What is run: a model by its layers, from a name, a folder, a `config.json` or the Hub.
 
 `spec` has the layers and what follows from them, `dimensions` tells plain models in fewer words,
 `built_in` has the models known by name, and `families` reads a published config.json of any of them
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hrm.errors import ModelError, closest
 from hrm.files import is_file, is_folder
+from hrm.hub import HubModel
 from hrm.model_spec.built_in import BUILT_IN_MODELS
 from hrm.model_spec.config_file import Keys, read_config
 from hrm.model_spec.dimensions import Dimensions
@@ -30,20 +31,24 @@ __all__ = [
 
 
 def load_model(model: str) -> ModelSpec:
-    """Resolve a built-in name, a checkpoint folder or a `config.json` path.
+    """Resolve a built-in name, a checkpoint folder, a `config.json` path or `org/name[@revision]` on the Hub.
 
-    Raises ModelError if it is none of them or the config cannot be used.
+    Of a model on the Hub its config.json alone is fetched. Raises ModelError if it is none of them or
+    the config cannot be used.
     """
     if model in BUILT_IN_MODELS:
         return BUILT_IN_MODELS[model]
     path = Path(model)
     path = path / "config.json" if is_folder(path) else path
+    on_hub = None if is_file(path) else HubModel.named(model)
+    if on_hub is not None:
+        return spec_from_hf_config(read_config(on_hub.config()), on_hub.config_name)
     if not is_file(path):
         close = closest(model, BUILT_IN_MODELS)
         raise ModelError(
             "--model",
             model,
-            f"must be one of {', '.join(BUILT_IN_MODELS)}, or a config.json or its folder",
+            f"must be one of {', '.join(BUILT_IN_MODELS)}, a config.json or its folder, or org/name on the Hub",
             f"did you mean {close}?" if close else "see hrm models",
         )
     return spec_from_hf_config(read_config(path), str(path))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "matplotlib", "optuna", "scipy", "pandas"}
+HEAVY = {"torch", "matplotlib", "optuna", "scipy", "pandas", "huggingface_hub"}
 
 
 def modules_loaded_by(statement: str) -> set[str]:

@@ -138,16 +138,18 @@ def test_text_part_of_a_multimodal_model(copy, inner, head):
     refused(folder, wrong, "(31,)")
 
 
-def test_layers_that_predict_further_ahead_are_left_out_as_the_config_says(copy):
+def test_layers_that_predict_further_ahead_are_left_out(copy):
+    """As many as the config says, or those with a matrix that no other layer has."""
     folder = copy("wide heads")
     before = reference.forward(loaded(folder), PROMPT)
-    beyond = "model.layers.3.eh_proj.weight"
-    rewrite(folder, lambda t: t | {beyond: torch.ones(3)})
-    refused(folder, beyond, "not used")
+    rewrite(folder, lambda t: t | {"model.layers.3.mlp.gate.weight": torch.ones(3)})
+    refused(folder, "model.layers.3.mlp.gate.weight", "not used")
     edit_json(folder / "config.json", num_nextn_predict_layers=1)
     assert torch.equal(reference.forward(loaded(folder), PROMPT), before)
+    rewrite(folder, lambda t: t | {"model.layers.4.mlp.gate.weight": torch.ones(3)})
+    refused(folder, "model.layers.4.mlp.gate.weight", "not used")
     rewrite(folder, lambda t: t | {"model.layers.4.eh_proj.weight": torch.ones(3)})
-    refused(folder, "model.layers.4.eh_proj.weight", "not used")
+    assert torch.equal(reference.forward(loaded(folder), PROMPT), before)
 
 
 def test_some_of_many_wrong_names_are_told(copy):

@@ -74,6 +74,18 @@ def test_countdown(seconds, text):
     assert format_countdown(seconds) == text
 
 
+def test_text_of_a_model_that_is_fetched_and_then_read(clock):
+    progress = JobProgress()
+    meter = Meter(progress)
+    for clock.s, done, said in (
+        (0.0, 10**9, "fetching · 1.00 GB of 4.00 GB"),
+        (10.0, 2 * 10**9, "fetching · 2.00 GB of 4.00 GB · 100 MB/s · 0:20 left"),
+        (30.0, 4 * 10**9, "reading"),
+    ):
+        progress.fetched(done, 4 * 10**9)
+        assert meter.text() == said
+
+
 @given(predicted_s=st.floats(1, 1e6), slower=st.floats(0.05, 20), shares=st.tuples(*[st.floats(0, 1)] * 2))
 def test_time_left_goes_from_the_prediction_to_what_is_measured(predicted_s, slower, shares):
     """A phase that really takes `slower` times as long as predicted."""

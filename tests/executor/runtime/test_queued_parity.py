@@ -32,6 +32,8 @@ FEW_TOKENS = 4
 # Where the host may wait for the device: loading, what is needed to go on, and a table made once.
 ALLOWED = {
     ("executor.safetensors_file", "read_into"),
+    ("executor.families.stored", "read"),
+    ("executor.weight_pages", "load"),
     ("executor.sampling", "choose"),
     ("executor.sampling", "_sample"),
     ("executor.handlers.state", "routed"),
