@@ -21,7 +21,7 @@ from hrm.run_record import KindTotal
 from hrm.tasks import Act, Lane, Task, TaskId
 from hrm.trace import Span, Trace, lane_chart
 
-LOOKAHEAD: Final = 1024  # tasks that are submitted before the oldest of them has ended
+MOST_PENDING: Final = 1024  # tasks that are submitted before the oldest of them has ended
 BURST: Final = 16  # of them that are submitted at a time: lanes need the interpreter's lock too
 _BREATH_S: Final = 1e-6  # between bursts; any sleep, however short, lets the others go first
 SYNCHRONISE: Final = "EXECUTOR_SYNCHRONISE"
@@ -200,7 +200,7 @@ class Engine:
         tickets: dict[TaskId, Ticket] = {}  # of tasks that may not have ended
         for number, task in enumerate(tasks):
             if number % BURST == 0:
-                if len(pending) >= LOOKAHEAD:
+                if len(pending) >= MOST_PENDING:
                     self._forget_oldest(run, pending, tickets)
                 sleep(_BREATH_S)
             if run.stopped or finished():

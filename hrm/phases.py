@@ -171,12 +171,23 @@ def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, 
     return order, end_times(order, seconds)
 
 
-@lru_cache(maxsize=32)  # contexts, and costs of what limits, differ in durations only
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
+    """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
+    tasks_a_layer = 8 * pipeline.num_steps * max(pipeline.num_micro_batches, pipeline.num_pages)
+    is_short = pipeline.num_layers * tasks_a_layer <= 2 * MAX_TASKS
+    return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
+
+
+def _new_order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     def alike(task: TaskId) -> tuple[Act, int]:
         return task.act, task.layer
 
     return in_order(iter_positions(pipeline, schedule), alike)
+
+
+# A hundred megabytes at most, and two of each phase of one policy.
+_short_order = lru_cache(maxsize=128)(_new_order)
+_long_order = lru_cache(maxsize=4)(_new_order)
 
 
 def _over_layers(work: TaskWork, tasks_a_layer: int, seconds: Callable[[TaskWork], float]) -> float:

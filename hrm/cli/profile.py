@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,9 +79,6 @@ def profile(
     there was. On Ctrl-C, what was measured is kept in a file beside --out for --resume; a profile
     that is not whole is never written.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from hrm.contract.host_kernels import installed_kernels
     from hrm.profiling import ProfileOptions, ProfilingInterrupted, partial_path, profile_machine
     from hrm.profiling.machine import DTYPES
@@ -90,7 +89,40 @@ def profile(
     partial = None if is_stream(out) else partial_path(out)  # nothing lies beside a pipe
     if partial is not None:
         _tell_of(partial, resume=resume)
-    # Drawn between measurements only: a bar that moves by itself would disturb them.
+    options = ProfileOptions(
+        accelerator,
+        gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
+        link_bandwidth_bytes_per_s=parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None,
+        quick=quick,
+        dtypes=dtypes or DTYPES,
+        model=load_model(model) if model else None,
+        disk=disk or _folder_of_interest(model, out),
+        kernels=installed_kernels(),
+        partial=partial,
+        resume=resume,
+        command=shlex.join(["hrm", *sys.argv[1:]]),
+    )
+    try:
+        with _progress() as progress:
+            measured = profile_machine(options, save=lambda whole: save_profile(out, whole), progress=progress)
+    except ProfilingInterrupted as interrupted:
+        raise Interrupted(_interrupted(interrupted, partial, resume=resume)) from interrupted
+    from hrm.cli.machine_table import print_profile
+
+    print_profile(measured)
+    console.print(f"\nwritten to {out}")
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[float, float, str], None]]:
+    """A bar of the seconds done and those in all, drawn when it is told of them.
+
+    That is between measurements only: one that moves by itself would disturb them. It is there from the first
+    measurement on, so that a mistake in the options shows none.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,49 +133,17 @@ def profile(
     )
     shown = bar.add_task("measuring", total=1.0, left="")
 
-    def progress(done_s: float, total_s: float, text: str) -> None:
-        left_s = max(total_s - done_s, 0.0)
-        bar.start()  # with the first measurement: a mistake in the options shows no bar
-        bar.update(
-            shown,
-            completed=done_s,
-            total=max(total_s, 1e-9),
-            description=text,
-            left=f"about {left_s:.0f} s left",
-            refresh=True,
-        )
+    def draw(done_s: float, total_s: float, text: str) -> None:
+        bar.start()
+        left = f"about {max(total_s - done_s, 0.0):.0f} s left"
+        total_s = max(total_s, 1e-9)
+        bar.update(shown, completed=done_s, total=total_s, description=text, left=left, refresh=True)
 
     try:
-        measured = profile_machine(
-            ProfileOptions(
-                accelerator,
-                gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
-                link_bandwidth_bytes_per_s=(
-                    parse_bandwidth(link_bandwidth, "--link-bandwidth") if link_bandwidth else None
-                ),
-                quick=quick,
-                dtypes=dtypes or DTYPES,
-                model=load_model(model) if model else None,
-                disk=disk or _folder_of_interest(model, out),
-                kernels=installed_kernels(),
-                partial=partial,
-                resume=resume,
-                command=shlex.join(["hrm", *sys.argv[1:]]),
-            ),
-            save=lambda whole: save_profile(out, whole),
-            progress=progress,
-        )
-    except ProfilingInterrupted as interrupted:
-        if bar.live.is_started:
-            bar.stop()
-        raise Interrupted(_interrupted(interrupted, partial, resume=resume)) from interrupted
+        yield draw
     finally:
         if bar.live.is_started:
             bar.stop()
-    from hrm.cli.machine_table import print_profile
-
-    print_profile(measured)
-    console.print(f"\nwritten to {out}")
 
 
 def _tell_of(partial: Path, *, resume: bool) -> None:

@@ -25,6 +25,7 @@ from hrm.closed_form import Point, batch_terms
 from hrm.costs import Costs
 from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES
+from hrm.schedules.orders import LOOKAHEAD
 from hrm.search.regions import CHUNK, KV, NUMBER, RESIDENT, SIZE, Floats, Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.room import Room
@@ -36,7 +37,7 @@ BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long 
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 1024  # regions that are halved at once
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
-_IN_FLIGHT: Final = 3  # micro-batches, at most
+_IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
 _CHAIN: Final = 6  # the place of their chain among the terms of a decode step
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
 _ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}

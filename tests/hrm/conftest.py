@@ -5,6 +5,16 @@ import json
 import pytest
 
 from hrm.cli import main
+from hrm.search import bound
+
+REGIONS = 6000
+
+
+@pytest.fixture
+def quick_bounds(monkeypatch):
+    """Bounds of fewer regions, for tests of many searches: any number of regions gives a bound."""
+    monkeypatch.setattr(bound, "BUDGET", REGIONS)
+    monkeypatch.setattr(bound, "LARGEST_BUDGET", REGIONS)
 
 
 @pytest.fixture

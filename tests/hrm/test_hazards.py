@@ -13,7 +13,7 @@ from hrm.tasks import Device, Lane, Task, TaskId
 from tests.hrm.edges_by_hand import ByHand
 from tests.hrm.support import random_pipeline
 
-CASES = 3000
+CASES = 1000
 
 
 def by_hand(pipeline: Pipeline, tasks: Iterable[Task]) -> tuple[Task, ...]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm.catalog import list_files, profile_folder
@@ -89,6 +89,7 @@ profiles = st.builds(
 # ------------------------------------------------------------------------------ round trips
 
 
+@settings(max_examples=30)
 @given(profile=profiles)
 def test_saved_profile_loads_to_an_equal_one(tmp_path_factory, profile):
     path = tmp_path_factory.mktemp("round-trip") / "machine.yaml"

@@ -14,7 +14,7 @@ from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy import Policy, ScheduleName, experts_of_layers
 from hrm.scaling import Resource, resources, scale, with_resource
-from hrm.search import Outcome, SearchResult, Space, bound, search, solver_named
+from hrm.search import Outcome, SearchResult, Space, search, solver_named
 from hrm.search.bound import Bounder
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
@@ -25,13 +25,9 @@ from hrm.workload import WORKLOADS, Workload
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import machine, rate
 
-GROUPS, A_GROUP = 30, 10
-REGIONS = 6000  # that a bound looks at here: any number of them gives one
+pytestmark = pytest.mark.usefixtures("quick_bounds")
 
-
-@pytest.fixture(autouse=True)
-def _quick_bounds(monkeypatch):
-    monkeypatch.setattr(bound, "LARGEST_BUDGET", REGIONS)
+GROUPS, A_GROUP = 12, 10
 
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
@@ -49,7 +45,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
         result = searched(case)
         assert (result.outcome is Outcome.OPTIMAL) == (result.best is not None and result.gap <= OPTIMAL_GAP)
         best = None if result.best is None else result.best.policy
-        for policy in random_policies(rng, case, best, count=4):
+        for policy in random_policies(rng, case, best, count=8):
             assert result.best is not None, f"seed {seed}: {case}: {policy} fits"
             rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
             assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}: {policy}"

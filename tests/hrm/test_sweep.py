@@ -18,6 +18,8 @@ from hrm.units import MB, UnitError
 from hrm.workload import Workload
 from tests.hrm.support import machine, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 SPEC = tiny_spec()
 WORKLOAD = Workload(name="test", prompt_len=32, max_prompt_len=96, gen_len=8, num_requests=40)
 PROFILE = machine(gpu_bytes=0.8 * MB, cpu_bytes=40 * MB, link=1e8)

@@ -13,7 +13,7 @@ from itertools import pairwise, zip_longest
 import pytest
 
 from executor.backends.null import null_handlers
-from executor.engine import LOOKAHEAD, Engine, TaskFailedError
+from executor.engine import MOST_PENDING, Engine, TaskFailedError
 from hrm.acts import ACTS, NAMES
 from hrm.contract.pacing import PacedCopy, Waits
 from hrm.policy import ScheduleName
@@ -140,7 +140,7 @@ def test_error_while_the_graph_is_made_ends_the_run(engine):
         engine.run(tasks(), {act("EMBED"): lambda _: 0})
 
 
-@pytest.mark.parametrize(("at", "length"), [(4, LOOKAHEAD), (40, 100 * LOOKAHEAD)], ids=["draining", "feeding"])
+@pytest.mark.parametrize(("at", "length"), [(4, MOST_PENDING), (40, 100 * MOST_PENDING)], ids=["draining", "feeding"])
 def test_ctrl_c_ends_the_run(engine, no_collection, at, length):
     ran = 0
 
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_the_run(engine, no_collection, at, length):
     graph = (a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(length))
     with pytest.raises(KeyboardInterrupt):
         engine.run(graph, {act("SAMPLE"): handle})
-    assert at < ran < LOOKAHEAD
+    assert at < ran < MOST_PENDING
 
 
 DAYS = 1e6
@@ -233,7 +233,7 @@ def test_long_graph_is_never_held(engine):
 
     engine.run(tasks(), {act("SAMPLE"): handle})
     assert ended == 5000
-    assert most <= LOOKAHEAD + 2
+    assert most <= MOST_PENDING + 2
 
 
 def test_finished_ends_a_run_early(engine):
@@ -246,7 +246,7 @@ def test_finished_ends_a_run_early(engine):
 
     tasks = (a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(10**6))
     engine.run(tasks, {act("SAMPLE"): handle}, finished=lambda: count >= 100)
-    assert 100 <= count <= 100 + LOOKAHEAD
+    assert 100 <= count <= 100 + MOST_PENDING
 
 
 def test_only_the_first_steps_are_kept_but_all_are_counted(engine):

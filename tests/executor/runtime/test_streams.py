@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from executor.engine import LOOKAHEAD, SYNCHRONISE, Engine, TaskFailedError
+from executor.engine import MOST_PENDING, SYNCHRONISE, Engine, TaskFailedError
 from executor.lanes import QUEUED_TASKS
 from hrm.policy import ScheduleName
 from hrm.schedules import iter_tasks
@@ -130,7 +130,7 @@ def test_an_edge_to_a_task_long_past_is_kept(engine, device):
 
     def tasks():
         yield Task(first)
-        for step in range(LOOKAHEAD + 50):
+        for step in range(MOST_PENDING + 50):
             yield a_task("SAMPLE", 0, 0, step, lane=Lane.CPU)
         yield Task(last, (first,))
 

@@ -1,4 +1,4 @@
-"""Python runs this first where it is on the path: a command that profiles a machine is then done in a second."""
+"""Python runs this first where it is on the path: profiling a machine is then done in a second, bounds are quick."""
 
 import sys
 
@@ -6,3 +6,8 @@ if "profile" in sys.orig_argv:
     from tests.hrm.profiling.fakes import small_sizes
 
     small_sizes().__enter__().setattr("hrm.profiling.machine.PASSES", 1)
+elif any("ipykernel" in word for word in sys.orig_argv):
+    from hrm.search import bound
+
+    for name in ("BUDGET", "LARGEST_BUDGET"):
+        setattr(bound, name, 2000)
