@@ -1,8 +1,9 @@
 """Weights: what stays on the GPU, what streams to it page by page, and where each piece is found.
 
-A layer's streamed weights lie contiguously in host memory, its dense part first if that streams,
-then the experts that do not stay; a page is a slice of them. On the GPU they land in one of two
-slots. The page table is made of views, one set for each place where a layer can lie.
+A layer's other weights lie contiguously in host memory, its dense part first if that streams, then
+the experts that do not stay; a page is a slice of them. On the GPU they land in one of two slots,
+without the experts if the CPU computes these in both phases. The page table is made of views, one
+set for each place where a layer can lie.
 """
 
 from collections.abc import Sequence
@@ -43,8 +44,8 @@ NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 class LayerWeights:
     """A layer as its tasks find it while it lies in one slot.
 
-    `on_gpu` are the experts there from the start, `experts` those and the ones in the slot, if it has
-    any.
+    `on_gpu` are the experts there from the start, `experts` those and the ones in the slot, if any
+    come there.
     """
 
     dense: DenseWeights
@@ -58,7 +59,7 @@ class WeightPages:
     """The page table and the memory behind it, which is handed in as flat tensors of the dtype.
 
     `resident` holds what stays on the GPU and the head, `slots` two layers' streamed weights,
-    `host` all that streams and the token embedding, and `staging` the pinned pages.
+    `host` all that does not stay on the GPU and the token embedding, and `staging` the pinned pages.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class WeightPages:
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         self._slots = slots.view(WEIGHT_SLOTS, -1)
         self._staging = staging
-        self._streamed: list[Tensor] = []
+        self._on_host: list[Tensor] = []
         self._layers: list[tuple[LayerWeights, ...]] = []
         self._dense: list[Tensor] = []
         self._experts: list[list[Tensor]] = []
@@ -79,23 +80,24 @@ class WeightPages:
         for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
             num_dense = num_elements(dense_tensors(layer))
             streamed_dense = 0 if policy.resident_dense else num_dense
-            streamed_bytes = policy.streamed_bytes(spec, index, Phase.PREFILL)
-            streamed = host_parts.take(policy.formats.weights.elements_in(streamed_bytes))
+            elements_in = policy.formats.weights.elements_in
+            on_host = host_parts.take(elements_in(policy.host_bytes(spec, index)))
+            num_streamed = elements_in(policy.streamed_bytes(spec, index, Phase.PREFILL))
             resident_dense = resident_parts.take(num_dense - streamed_dense)
             resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer)))
             fixed = experts_in(layer, resident_experts, 0)
-            self._streamed.append(streamed)
-            self._dense.append(streamed[:streamed_dense] if streamed_dense else resident_dense)
-            self._experts.append([resident_experts, streamed[streamed_dense:]])
-            self.host_experts.append(experts_in(layer, streamed[streamed_dense:], count).each)
+            self._on_host.append(on_host)
+            self._dense.append(on_host[:streamed_dense] if streamed_dense else resident_dense)
+            self._experts.append([resident_experts, on_host[streamed_dense:]])
+            self.host_experts.append(experts_in(layer, on_host[streamed_dense:], count).each)
             places: list[LayerWeights] = []
             for slot in self._slots:
                 dense = dense_views(layer, slot[:streamed_dense] if streamed_dense else resident_dense)
-                in_slot = experts_in(layer, slot[streamed_dense : len(streamed)], count)
+                in_slot = experts_in(layer, slot[streamed_dense:num_streamed], count)
                 places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
             self._layers.append(tuple(places))
             if streamed_dense:
-                self.host_mixers.append(dense_views(layer, streamed[:streamed_dense]).mixer)
+                self.host_mixers.append(dense_views(layer, on_host[:streamed_dense]).mixer)
             elif cpu_attends:
                 self.host_mixers.append(self._copied(layer, places[0].dense.mixer, host_parts))
         self._head = resident_parts.take(spec.head_parameters)
@@ -146,7 +148,7 @@ class WeightPages:
 
     def on_host(self, layer: int, page: slice) -> Tensor:
         """One page where it lies in host memory."""
-        return self._streamed[layer][page]
+        return self._on_host[layer][page]
 
     def in_slot(self, slot: int, page: slice) -> Tensor:
         """Where that page goes on the GPU."""

@@ -70,9 +70,10 @@ class Needs:
     """What buffers depend on, of one policy or, with arrays for numbers, of many.
 
     `kv_tokens` is the cache of one micro-batch in tokens. Truths are 0 or 1: `streams_kv` and
-    `cpu_attention` say whether any cache is streamed, or attended over on the host. Of the layers'
-    weights, `resident_bytes` stay on the GPU and `streamed_bytes` do not, at most
-    `largest_streamed_bytes` of one layer, which move through `staging_slots` of `page_bytes`.
+    `cpu_attention` say whether any cache is streamed, or attended over on the host, `cpu_experts` and
+    `cpu_prefill_experts` whether the CPU computes experts in decode, or in prefill. Of the layers'
+    weights, `resident_bytes` stay on the GPU and `host_bytes` do not, at most
+    `largest_streamed_bytes` of one layer stream, and move through `staging_slots` of `page_bytes`.
 
     The GPU's level is all GPUs together: `ranks` of them in tensor parallel hold the hidden states
     each, and the cache more than once if it has fewer heads than there are GPUs. A stage of a
@@ -91,9 +92,10 @@ class Needs:
     streams_kv: Number
     cpu_attention: Number
     cpu_experts: Number
+    cpu_prefill_experts: Number
     resident_dense: Number
     resident_bytes: Number = 0
-    streamed_bytes: Number = 0
+    host_bytes: Number = 0
     largest_streamed_bytes: Number = 0
     staging_slots: Number = 0
     page_bytes: Number = 0
@@ -103,8 +105,10 @@ class Needs:
     @staticmethod
     def of_policy(spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1) -> "Needs":
         """What the buffers of one policy depend on."""
-        streamed = [policy.streamed_bytes(spec, layer, Phase.PREFILL) for layer in range(spec.num_layers)]
-        weights = policy.formats.weights
+        layers, weights = range(spec.num_layers), policy.formats.weights
+        on_host = sum(policy.host_bytes(spec, layer) for layer in layers)
+        # Prefill streams all that decode does.
+        largest = max(policy.streamed_bytes(spec, layer, Phase.PREFILL) for layer in layers)
         return Needs(
             spec=spec,
             formats=policy.formats,
@@ -117,13 +121,14 @@ class Needs:
             prefix_tokens=policy.prefix_buffer_tokens,
             streams_kv=int(policy.streams_kv),
             cpu_attention=int(policy.kv_caches_at(Place.HOST) > 0),
-            cpu_experts=int(policy.ffn is Device.CPU and max(streamed) > 0),
+            cpu_experts=int(policy.ffn is Device.CPU and on_host > 0),
+            cpu_prefill_experts=int(policy.prefill_ffn is Device.CPU and on_host > 0),
             resident_dense=int(policy.resident_dense),
-            resident_bytes=spec.total_layer_bytes(weights) - sum(streamed),
-            streamed_bytes=sum(streamed),
-            largest_streamed_bytes=max(streamed),
+            resident_bytes=spec.total_layer_bytes(weights) - on_host,
+            host_bytes=on_host,
+            largest_streamed_bytes=largest,
             staging_slots=STAGING_PAGES * policy.staging,
-            page_bytes=page_bytes(weights, max(streamed), pages_of(policy)),
+            page_bytes=page_bytes(weights, largest, pages_of(policy)),
             ranks=ranks,
             batches=batches,
         )
@@ -136,7 +141,8 @@ class Needs:
         of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
         ending = minimum(self.batch_size, self.chunk_tokens)  # prompts that may end in a chunk, however short
         token = compute.bytes_of(ranks, spec.residual_size) + TOKEN_NUMBER_BYTES
-        chunk = self.chunk_tokens * token + layer_cache_bytes(
+        routed = self.cpu_prefill_experts * routed_bytes_per_token(spec, self.formats, ranks=ranks)
+        chunk = self.chunk_tokens * (token + routed) + layer_cache_bytes(
             spec, self.formats, ending, self.chunk_tokens, ranks=ranks
         )
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts, ranks=ranks)
@@ -169,13 +175,17 @@ class Needs:
         latent_up = held_twice * weights.bytes_of(sum(layer.mixer.host_parameters for layer in spec.layers))
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
+        in_chunk = self.cpu_prefill_experts * self.chunk_tokens
+        routed = in_chunk * routed_bytes_per_token(spec, self.formats)
+        at_once = maximum(self.micro_batch_size, in_chunk)
         rows = (
-            (Purpose.WEIGHTS, 1, self.streamed_bytes + weights.bytes_of(spec.embedding_parameters) + latent_up),
+            (Purpose.WEIGHTS, 1, self.host_bytes + weights.bytes_of(spec.embedding_parameters) + latent_up),
             (Purpose.STAGING, self.staging_slots, self.page_bytes),
             (Purpose.KV_CACHE, self.batches * off_gpu, cached),
             (Purpose.EXCHANGE, self.batch_size, request),
+            (Purpose.PREFILL_BUFFERS, BUFFERS, routed),
             (Purpose.PREFILL_HIDDEN, self.num_micro_batches, self.kv_tokens * token),
-            (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, self.micro_batch_size, compute)),
+            (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, at_once, compute)),
         )
         return tuple(Buffer(purpose, Device.CPU, turns, size) for purpose, turns, size in rows)
 
@@ -208,6 +218,11 @@ def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
 def num_reaches(spec: ModelSpec) -> int:
     """In how many ways the rows of caches are filled: each has numbers of its own."""
     return len({kind.mixer.kept_rows for kind in spec.layer_kinds()})
+
+
+def routed_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> Number:
+    """A token of a chunk on its way to the CPU's experts: its normed hidden state and its routing."""
+    return formats.compute.bytes_of(ranks, spec.hidden_size) + ROUTING_BYTES * spec.experts_per_token
 
 
 def cache_bytes(

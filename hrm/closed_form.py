@@ -5,24 +5,24 @@ projection counted. Fields of a point may be numbers or NumPy arrays: the search
 grid of policies with the same lines that estimate one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Final
 
 from hrm.acts import Counts, Load, decode, prefill
 from hrm.costs import Costs
 from hrm.formats import Format
+from hrm.lane_work import LaneWork, PhaseSeconds
 from hrm.model_spec import ModelSpec
-from hrm.numeric import Number, is_zero, maximum, minimum, where
+from hrm.numeric import Number, maximum, minimum, where
 from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Act, Device, Lane, Phase
+from hrm.tasks import Device, Phase
 from hrm.workload import Workload
 
-_LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
 # Places in a stretch of contexts, and the share of its steps that each stands for.
 _SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
 
@@ -32,7 +32,9 @@ class Point:
     """A policy, or a grid of them, in the numbers that the closed form needs.
 
     `resident_experts` is the mean over the layers with experts, and `host_expert_layers` the share
-    of all layers that have experts which are not resident. Truths are 0 or 1. Prompts are prefilled
+    of all layers that have experts which are not resident; `last_on_host` says whether the last
+    layer is one of them, which has `last_residents`. Where means hide how experts are spread, the
+    others have at most `fewer_residents` less than they seem to. Truths are 0 or 1. Prompts are prefilled
     in whole chunks of equal size, but with `parts_of_chunks` their number may be any fraction.
     """
 
@@ -41,12 +43,16 @@ class Point:
     num_weight_pages: Number
     gpu_attention: Number
     gpu_ffn: Number
+    gpu_prefill_ffn: Number
     gpu_kv_micro_batches: Number
     resident_experts: Number
     host_expert_layers: Number
+    last_on_host: Number
+    last_residents: Number
     resident_dense: Number
     chunk_tokens: Number
     staging: int = 0
+    fewer_residents: Number = 0
     parts_of_chunks: bool = False
 
     def chunks(self, workload: Workload) -> tuple[Number, Number]:
@@ -71,9 +77,12 @@ class Point:
             num_weight_pages=policy.num_weight_pages,
             gpu_attention=int(policy.attention is Device.GPU),
             gpu_ffn=int(policy.ffn is Device.GPU),
+            gpu_prefill_ffn=int(policy.prefill_ffn is Device.GPU),
             gpu_kv_micro_batches=policy.gpu_kv_micro_batches,
             resident_experts=sum(policy.resident_experts) / max(spec.num_expert_layers, 1),
             host_expert_layers=some_on_host / layers,
+            last_on_host=int(policy.resident_experts[-1] < spec.layers[-1].num_experts),
+            last_residents=policy.resident_experts[-1],
             resident_dense=int(policy.resident_dense),
             chunk_tokens=policy.prefill_chunk_tokens,
             staging=int(policy.staging),
@@ -85,116 +94,21 @@ class Point:
             spec=spec,
             weights=weights,
             resident_dense=self.resident_dense,
-            cpu_experts=1 - self.gpu_ffn if phase is Phase.DECODE else 0,
+            cpu_experts=1 - (self.gpu_ffn if phase is Phase.DECODE else self.gpu_prefill_ffn),
         )
         resident = spec.num_expert_layers * self.resident_experts
         return placement.bytes_in_all(Place.STREAMED, resident) / spec.num_layers
+
+    def host_experts(self, spec: ModelSpec) -> Number:
+        """Experts on the host, as a mean over the layers that have some."""
+        in_all = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - self.resident_experts)
+        return in_all / maximum(self.host_expert_layers, 1e-9)
 
     def kv_share_at(self, place: Place) -> Number:
         """Which share of the micro-batches has its KV cache at a place."""
         number = self.num_micro_batches
         held = caches_at(place, number=number, on_gpu=self.gpu_kv_micro_batches, gpu_attention=self.gpu_attention)
         return held / number
-
-
-class PhaseSeconds(NamedTuple):
-    """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
-
-    A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
-    """
-
-    acts: dict[Act, Number]
-    lanes: dict[Lane, Number]
-    host_memory_s: Number
-    chain_s: Number
-
-    @property
-    def terms(self) -> tuple[Number, ...]:
-        """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
-        return (*self.lanes.values(), self.host_memory_s, self.chain_s)
-
-    @property
-    def stretch(self) -> float:
-        """How much longer work on the host's memory takes because all of it wants more than there is.
-
-        Only as far as the memory is what limits the phase: until then, work can give way in turn.
-        """
-        if self.host_memory_s <= max(self.lanes.values()):
-            return 1.0
-        using = max(seconds for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
-        return self.host_memory_s / using if using else 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What all tasks of some acts take and move: seconds by act, bytes over the links, and the CPU's own accesses."""
-
-    seconds: dict[Act, Number]
-    moved_bytes: Number = 0
-    host_bytes: Number = 0
-
-    @staticmethod
-    def of(acts: Iterable[Act], counts: Counts, load: Load) -> "_Work":
-        """Every act's tasks, each as a mean over the layers."""
-        seconds: dict[Act, Number] = {}
-        moved_bytes = host_bytes = 0
-        loads_of: dict[tuple[bool, bool], list[tuple[float, Load]]] = {}
-        for act in acts:
-            count = act.count(counts)
-            if is_zero(count):
-                continue
-            told_apart = act.attends, act.by_ffn
-            if told_apart not in loads_of:
-                loads_of[told_apart] = _loads(load, act)
-            loads = loads_of[told_apart]
-            if len(loads) == 1:
-                of_all, num_bytes, on_host = _task(act, loads[0][1])
-            else:
-                tasks = [(share, _task(act, each)) for share, each in loads]
-                of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
-            seconds[act] = count * of_all
-            if act.lane in _LINKS:
-                moved_bytes = moved_bytes + count * num_bytes
-            if act.lane is not Lane.GPU and not is_zero(on_host):
-                host_bytes = host_bytes + count * on_host
-        return _Work(seconds, moved_bytes, host_bytes)
-
-    def __add__(self, other: "_Work") -> "_Work":
-        """Of both, which have no act in common."""
-        return _Work(
-            {**self.seconds, **other.seconds}, self.moved_bytes + other.moved_bytes, self.host_bytes + other.host_bytes
-        )
-
-    def in_all(self, costs: Costs, under_way: Number) -> PhaseSeconds:
-        """The seconds, with so many micro-batches or chunks under way at once."""
-        host_memory_s = costs.host_memory(moved_bytes=self.moved_bytes, read_bytes=self.host_bytes)
-        lanes: dict[Lane, Number] = dict.fromkeys(Lane, 0.0)
-        for act, seconds in self.seconds.items():
-            lanes[act.lane] = lanes[act.lane] + seconds
-        chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
-        return PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s)
-
-
-def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:
-    """Seconds of one task, bytes that it moves, and the CPU's accesses to the host's memory."""
-    num_bytes = act.moves(load)
-    return act.seconds(load, num_bytes), num_bytes, act.host_bytes(load)
-
-
-def _loads(load: Load, act: Act) -> list[tuple[float, Load]]:
-    """The loads of the layers that the act tells apart, each with its share of the layers."""
-    spec = load.spec
-    kinds = spec.alike(by_window=act.attends, by_ffn=act.by_ffn)
-    shares = {(kind, False): count / spec.num_layers for kind, count in kinds.items()}
-    if load.has_last and act.by_ffn:
-        last = spec.layer_kind(spec.num_layers - 1)
-        shares[last, False] -= 1 / spec.num_layers
-        shares[last, True] = 1 / spec.num_layers
-    if len(shares) == 1:
-        return [(1.0, replace(load, kind=next(iter(shares))[0]))]
-    return [
-        (share, replace(load, kind=kind, is_last=is_last)) for (kind, is_last), share in shares.items() if share > 1e-12
-    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,14 +119,13 @@ class DecodeStep:
     schedule: ScheduleName
     counts: Counts
     load: Load
-    fixed: _Work
+    fixed: LaneWork
 
     @staticmethod
     def of_point(costs: Costs, point: Point, schedule: ScheduleName, active_share: float = 1.0) -> "DecodeStep":
         """The step of a point in which that share of the requests is still generating."""
         spec = costs.spec
         n = point.num_micro_batches
-        on_host = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - point.resident_experts)
         pages = point.num_weight_pages if SCHEDULES[schedule].paged else 1
         counts = Counts(
             layers=spec.num_layers,
@@ -229,10 +142,10 @@ class DecodeStep:
             tokens=active_share * point.batch_size / n,
             context=0,
             gpu_experts=where(point.gpu_ffn, spec.num_experts, point.resident_experts),
-            cpu_experts=on_host / maximum(point.host_expert_layers, 1e-9),
+            cpu_experts=point.host_experts(spec),
             page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.DECODE) / pages,
         )
-        fixed = _Work.of((act for act in decode.ALL if not act.attends), counts, load)
+        fixed = LaneWork.of((act for act in decode.ALL if not act.attends), counts, load)
         return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
 
     @property
@@ -243,7 +156,7 @@ class DecodeStep:
     def seconds(self, context: Number) -> PhaseSeconds:
         """Seconds of the step over a mean context."""
         attending = (act for act in decode.ALL if act.attends)
-        work = self.fixed + _Work.of(attending, self.counts, replace(self.load, context=context))
+        work = self.fixed + LaneWork.of(attending, self.counts, replace(self.load, context=context))
         in_flight = minimum(self.counts.pieces, LOOKAHEAD + (work.seconds.get(decode.CPU_EXPERTS, 0.0) > 0))
         return work.in_all(self.costs, in_flight)
 
@@ -267,7 +180,8 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
     """What prefill takes at least, for several reasons; the longest is its time.
 
     The last is the chain of every chunk's tasks in a layer: its hidden states come, are computed on
-    and go, in buffers for two chunks. A chunk that is the only one overlaps with nothing.
+    and go, in buffers for two chunks, and two more may be with the CPU's experts. A chunk that is the
+    only one overlaps with nothing.
     """
     return whole_prefill(costs, point, workload).terms
 
@@ -275,19 +189,53 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
 def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSeconds:
     """The work of the prefill of one batch."""
     chunks, chunk = point.chunks(workload)
-    counts = Counts(layers=costs.spec.num_layers, pieces=chunks, pages=1, staging=point.staging)
+    spec, cpu_ffn = costs.spec, 1 - point.gpu_prefill_ffn
+    counts = Counts(
+        layers=spec.num_layers,
+        pieces=chunks,
+        pages=1,
+        cpu_experts=cpu_ffn * point.host_expert_layers,
+        last_cpu_experts=cpu_ffn * point.last_on_host,
+        staging=point.staging,
+    )
     load = Load(
         costs=costs,
-        kind=costs.spec.layers[0],
+        kind=spec.layers[0],
         tokens=chunk,
         context=workload.prompt_len,
-        has_last=costs.skips_in_last_layer(workload.prompt_len),
         requests=point.batch_size / chunks,
         stored_share=1 - point.kv_share_at(Place.GPU),
-        gpu_experts=costs.spec.num_experts,
-        page_bytes=point.streamed_bytes(costs.spec, costs.formats.weights, Phase.PREFILL),
+        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, point.resident_experts),
+        cpu_experts=point.host_experts(spec),
+        page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.PREFILL),
     )
-    return _Work.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1))
+    if costs.skips_in_last_layer(workload.prompt_len):
+        load = _with_last(load, point)
+    with_cpu = (counts.cpu_experts > 0) * ((chunks > 2) + 1 * (chunks > 3))
+    return LaneWork.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
+
+
+def _with_last(load: Load, point: Point) -> Load:
+    """The load of all layers but the last, with that of the last, which goes on with fewer tokens."""
+    spec = load.spec
+    has_experts = int(spec.layers[-1].has_experts)
+    others = spec.num_expert_layers - has_experts
+    resident = spec.num_expert_layers * point.resident_experts - point.last_residents
+    some_on_host = spec.num_layers * point.host_expert_layers - point.last_on_host
+    on_host = has_experts * spec.num_experts - point.last_residents
+    each = maximum(resident / max(others, 1) - point.fewer_residents, 0)
+    last = replace(
+        load,
+        is_last=True,
+        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, point.last_residents),
+        cpu_experts=on_host / maximum(point.last_on_host, 1e-9),
+    )
+    return replace(
+        load,
+        last=last,
+        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, each),
+        cpu_experts=(others * spec.num_experts - resident) / maximum(some_on_host, 1e-9),
+    )
 
 
 def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Number:

@@ -16,7 +16,7 @@ from hrm.placement import Place
 from hrm.policy import Policy
 from hrm.roofline import operator_seconds
 from hrm.schedules import Pipeline
-from hrm.tasks import Act, Device, Lane, Phase, TaskId
+from hrm.tasks import Act, Device, Lane, TaskId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +95,24 @@ class Costs:
         return minimum(requests, 1) * self.sample(maximum(requests, 1))
 
     def prefill_layer(self, x: Load) -> Number:
-        """One layer of prefill over a chunk on the GPU."""
+        """One layer of prefill over a chunk on the GPU, with `gpu_experts` of the experts."""
         before = x.once((x.kind, "before"), lambda: self._up_to_attention(x.tokens, x.context, x.kind))
-        if x.is_last and self.skips_in_last_layer(x.context):
-            return before + self._after_ends(x.tokens / x.context, x.kind)
         alike = x.kind.without_window
-        return before + x.once(alike, lambda: self._after_attention(x.tokens, x.gpu_experts, alike))
+
+        def rest(tokens: Number) -> Number:
+            return self._after_attention(tokens, x.gpu_experts, alike)
+
+        return before + (self.going_on(x, rest) if x.is_last else x.once(alike, lambda: rest(x.tokens)))
+
+    def going_on(self, x: Load, work: Callable[[Number], Number]) -> Number:
+        """`work` over the tokens of a chunk that a layer goes on with after attention, as a mean over chunks.
+
+        In the last layer they may be the ends of prompts only, as in `first_tokens`.
+        """
+        if not (x.is_last and self.skips_in_last_layer(x.context)):
+            return work(x.tokens)
+        ends = x.tokens / x.context
+        return minimum(ends, 1) * work(maximum(ends, 1))
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
         """Whether prefill's last layer goes on after attention with the ends of prompts only.
@@ -172,11 +184,6 @@ class Costs:
         operator = kind.mixer.prefill(self.formats, tokens, prompt_len)
         return self._on(Device.GPU, operator)
 
-    def _after_ends(self, requests: Number, kind: Layer) -> Number:
-        """The rest of a layer for the last tokens of so many prompts, as `first_tokens` of them."""
-        rest = self._after_attention(maximum(requests, 1), self.spec.num_experts, kind)
-        return minimum(requests, 1) * rest
-
     def _after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
         operator = kind.after_attention(self.formats, m, gpu_experts)
         return self._seconds(operator, self.profile.top) + 2 * self.all_reduce(m)
@@ -238,7 +245,7 @@ class TaskWork:
         """What tasks of a layer have to do in each kind of layer that it stands for, with its share."""
         spec, resident = self.costs.spec, self.resident_experts[layer]
         page_bytes = self._streamed_bytes(layer) / self.pipeline.num_pages
-        on_cpu = self.policy.ffn is Device.CPU and self.pipeline.phase is Phase.DECODE
+        on_cpu = self.policy.ffn_in(self.pipeline.phase) is Device.CPU
         return [
             (
                 share,

@@ -15,7 +15,7 @@ from hrm.policy import Policy
 from hrm.units import at_least_bytes, format_bytes
 
 # Purposes of the host's memory that cross the link, in the order in which they are pinned.
-ALWAYS_PINNED: Final = (Purpose.STAGING, Purpose.EXCHANGE)  # small, and in every layer's way
+ALWAYS_PINNED: Final = (Purpose.STAGING, Purpose.EXCHANGE, Purpose.PREFILL_BUFFERS)  # small, and in every layer's way
 PINNED_IF_THERE_IS_ROOM: Final = (Purpose.PREFILL_HIDDEN, Purpose.KV_CACHE)
 PINNED: Final = "pinned"  # the part of the host's memory that devices read and write themselves
 

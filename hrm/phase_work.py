@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from hrm.closed_form import DecodeStep, PhaseSeconds, Point, prefill_all_reduce_s, sampled_contexts, whole_prefill
+from hrm.closed_form import DecodeStep, Point, prefill_all_reduce_s, sampled_contexts, whole_prefill
 from hrm.costs import Costs
+from hrm.lane_work import PhaseSeconds
 from hrm.policy import Policy
 from hrm.tasks import Lane
 from hrm.workload import Workload

@@ -84,6 +84,8 @@ class Policy:
     chunks of at most `prefill_chunk_tokens`. A longer prompt is split over chunks, and its keys and
     values stay on the GPU until its last part: in its cache if that is there, else in the buffers
     through which attention on the GPU streams the cache, else in one of `prefix_buffer_tokens`.
+    Where `ffn` is the CPU, `prefill_ffn` says whether the experts that are not resident are computed
+    there in prefill too, or move to the GPU for it.
     With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
     make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
     and `kv_format` are it too where a policy is made without them.
@@ -96,6 +98,7 @@ class Policy:
     micro_batch_size: int
     attention: Device = Device.CPU
     ffn: Device = Device.GPU
+    prefill_ffn: Device = Device.GPU
     resident_experts: tuple[int, ...]
     resident_dense: bool = True
     gpu_kv_micro_batches: int = 0
@@ -120,6 +123,12 @@ class Policy:
                 self.batch_size,
                 self.batch_size >= self.micro_batch_size,
                 f"be at least micro_batch_size {self.micro_batch_size}",
+            ),
+            (
+                "prefill_ffn",
+                self.prefill_ffn.value,
+                self.ffn is Device.CPU or self.prefill_ffn is Device.GPU,
+                "be gpu where ffn is gpu",
             ),
             (
                 "gpu_kv_micro_batches",
@@ -238,13 +247,17 @@ class Policy:
             gpu_attention=int(self.attention is Device.GPU),
         )
 
+    def ffn_in(self, phase: Phase) -> Device:
+        """Where the experts that are not resident are computed in a phase."""
+        return self.prefill_ffn if phase is Phase.PREFILL else self.ffn
+
     def placement(self, spec: ModelSpec, phase: Phase) -> Placement:
-        """Where the weights of its layers are in a phase; in prefill the GPU computes all experts."""
+        """Where the weights of its layers are in a phase."""
         return Placement(
             spec=spec,
             weights=self.formats.weights,
             resident_dense=int(self.resident_dense),
-            cpu_experts=int(self.ffn is Device.CPU and phase is Phase.DECODE),
+            cpu_experts=int(self.ffn_in(phase) is Device.CPU),
         )
 
     def streamed(self, spec: ModelSpec, phase: Phase) -> tuple[bool, ...]:
@@ -255,9 +268,15 @@ class Policy:
         return tuple(streams[form] for form in forms)
 
     def streamed_bytes(self, spec: ModelSpec, layer: int, phase: Phase) -> int:
-        """Weight bytes of a layer that are loaded before it runs: in prefill all that do not stay on the GPU."""
+        """Weight bytes of a layer that are loaded before it runs."""
         one = ((spec.layer_kind(layer), 1),)
         return self.placement(spec, phase).bytes_at(Place.STREAMED, one, self.resident_experts[layer])
+
+    def host_bytes(self, spec: ModelSpec, layer: int) -> int:
+        """Weight bytes of a layer that lie on the host: all that do not stay on the GPU."""
+        one, placement = ((spec.layer_kind(layer), 1),), self.placement(spec, Phase.DECODE)
+        places = (Place.STREAMED, Place.HOST)
+        return sum(placement.bytes_at(place, one, self.resident_experts[layer]) for place in places)
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:
         """The paper's r_w: share of the layers' weight bytes that lives on the GPU.
@@ -265,8 +284,9 @@ class Policy:
         `spec` is that of the part that the policy is for: of a stage in pipeline parallel.
         """
         assert len(self.resident_experts) == spec.num_layers, "a policy is told of its own part"
-        streamed = self.placement(spec, Phase.PREFILL).bytes_in_all(Place.STREAMED, sum(self.resident_experts))
-        return 1 - streamed / spec.total_layer_bytes(self.formats.weights)
+        held = self.placement(spec, Phase.DECODE).bytes_in_all(Place.GPU, sum(self.resident_experts))
+        total = spec.total_layer_bytes(self.formats.weights)
+        return 1 - (total - held) / total
 
     @property
     def kv_share_on_gpu(self) -> float:

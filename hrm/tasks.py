@@ -75,7 +75,8 @@ class Act:
     of buffers, from which edges follow, and there are `count` of them in a decode step or in the whole of prefill. A
     task `moves` bytes over its lane's link and takes `seconds`, given those bytes; `host_bytes` are what the CPU reads
     and writes in the host's memory meanwhile. What `attends` depends on the context and on the layer's window, what is
-    `by_ffn` on whether the layer has experts.
+    `by_ffn` on whether the layer has experts. Only layers with experts on the CPU have tasks `of_cpu_experts`, and only
+    the model's last one those `of_last`.
     `chained` tasks are those that every micro-batch or chunk goes through in turn. `ends_step` marks the act that
     chooses tokens.
     """
@@ -92,6 +93,8 @@ class Act:
     host_bytes: "Callable[[Load], Number]" = lambda _: 0
     attends: bool = False
     by_ffn: bool = False
+    of_cpu_experts: bool = False
+    of_last: bool = False
     chained: bool = False
     ends_step: bool = False
 

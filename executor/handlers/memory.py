@@ -17,7 +17,7 @@ from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
 from hrm.buffers import Purpose, by_purpose, num_reaches
 from hrm.contract.rings import BUFFERS
-from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, TOKEN_NUMBER_BYTES
+from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, ROUTING_BYTES, TOKEN_NUMBER_BYTES
 from hrm.model_spec import ModelSpec
 from hrm.tasks import Device
 
@@ -75,6 +75,25 @@ def narrow(buffer_NW: Tensor, span: slice, width: int) -> Tensor:
 
 
 @final
+class RoutedTokens:
+    """One level's buffers of chunks on their way to the CPU's experts, if it computes any in prefill."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor) -> None:
+        width, chosen = spec.hidden_size * dtype.itemsize, spec.experts_per_token
+        tokens = len(memory) // (BUFFERS * (width + ROUTING_BYTES * chosen))
+        of_tokens, of_weights, of_experts = memory.split(
+            [BUFFERS * tokens * each for each in (width, 4 * chosen, 8 * chosen)]
+        )
+        self._tokens_BTD = of_tokens.view(dtype).view(BUFFERS, tokens, spec.hidden_size)
+        self._weights_BTK = of_weights.view(torch.float32).view(BUFFERS, tokens, chosen)
+        self._experts_BTK = of_experts.view(torch.int64).view(BUFFERS, tokens, chosen)
+
+    def of(self, slot: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """So many tokens in one of the buffers: their normed hidden states, and their experts' weights and numbers."""
+        return self._tokens_BTD[slot, :count], self._weights_BTK[slot, :count], self._experts_BTK[slot, :count]
+
+
+@final
 class PrefillBuffers:
     """Chunks on the GPU, one in use and one in transfer, and all hidden states on the host.
 
@@ -83,13 +102,24 @@ class PrefillBuffers:
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, *, gpu: Tensor, host: Tensor, prefix: Tensor, chunk_tokens: int
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        *,
+        gpu: Tensor,
+        host: Tensor,
+        host_routed: Tensor,
+        prefix: Tensor,
+        chunk_tokens: int,
     ) -> None:
         numbers = TOKEN_NUMBER_BYTES * BUFFERS * chunk_tokens
         self.numbers_BT = gpu[:numbers].view(torch.int64).view(BUFFERS, -1)
         hidden = numbers + BUFFERS * chunk_tokens * spec.hidden_size * dtype.itemsize
         self.hidden_BTD = gpu[numbers:hidden].view(dtype).view(BUFFERS, chunk_tokens, spec.hidden_size)
-        self.kv_B = gpu[hidden:].view(BUFFERS, -1)
+        routed = len(gpu) - len(host_routed)
+        self.kv_B = gpu[hidden:routed].view(BUFFERS, -1)
+        self.routed = RoutedTokens(spec, dtype, gpu[routed:])
+        self.host_routed = RoutedTokens(spec, dtype, host_routed)
         self.prefix = prefix
         tokens = len(host) // (spec.hidden_size * dtype.itemsize + TOKEN_NUMBER_BYTES)
         self.host_numbers_T2 = host[: TOKEN_NUMBER_BYTES * tokens].view(torch.int64).view(-1, NUMBERS_PER_TOKEN)
@@ -151,6 +181,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
             dtype,
             gpu=take(Purpose.PREFILL_BUFFERS),
             host=host.memory[Purpose.PREFILL_HIDDEN],
+            host_routed=host.memory[Purpose.PREFILL_BUFFERS],
             # Decode's KV buffers are as long as any prompt, and idle until then.
             prefix=kv_buffers[: len(kv_buffers) // BUFFERS] if len(kv_buffers) else take(Purpose.PREFIX_BUFFER),
             chunk_tokens=policy.prefill_chunk_tokens,

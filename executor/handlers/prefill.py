@@ -1,4 +1,4 @@
-"""Tasks of prefill: chunks of prompts, all computed on the GPU.
+"""Tasks of prefill: chunks of prompts, computed on the GPU but for experts that may stay on the host.
 
 T tokens, D hidden; X elements of a row between projections and attention, O of attention's output.
 """
@@ -15,7 +15,7 @@ from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.kv_cache import cache_rows
 from executor.lanes import Handler
-from executor.model import Architecture, Mixer, PromptNumbers
+from executor.model import Architecture, Mixer, PromptNumbers, Routing, run_experts
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.acts.pages import WEIGHTS
@@ -27,7 +27,7 @@ from hrm.tasks import Act, Lane, Phase, Task
 
 @dataclass(frozen=True, slots=True)
 class PrefillHandlers:
-    """Tasks of prefill: chunks of prompts, all computed on the GPU."""
+    """Tasks of prefill: chunks of prompts."""
 
     backend: AbstractBackend
     arch: Architecture
@@ -73,7 +73,10 @@ class PrefillHandlers:
             prefill.LOAD_HIDDEN: handlers.load_hidden,
             prefill.PREFILL_LAYER: handlers.layer,
             prefill.STORE_KV: handlers.store_kv,
+            prefill.OFFLOAD_TOKENS: handlers.offload_tokens,
             prefill.STORE_HIDDEN: handlers.store_hidden,
+            prefill.CPU_EXPERTS: handlers.cpu_experts,
+            prefill.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
             prefill.SAMPLE: handlers.sample,
         }
 
@@ -118,11 +121,9 @@ class PrefillHandlers:
                 self._kv_buffer(x, chunk.num_tokens).copy_(mixer.cached(row_TX))
         mixer.prefill(self.backend.gpu_kernels, row_TX, weights.dense.mixer, prompts, kept, attention_TO, workspace)
         self._keep_in_turn(x, row_TX)
-        num_ending = sum(part.ends for part in chunk.parts)
-        is_last = x.id.layer == len(self.arch.layers) - 1
-        if not is_last or not skips_in_last_layer(num_ending, chunk.num_tokens):
+        if not self._skips(x):
             self._after_attention(x, hidden_TD, attention_TO, held_TS, weights)
-        elif num_ending:
+        elif num_ending := self._num_going_on(x):
             last_R = self._last_tokens(x).long()
             hidden_RD, attention_RO, held_RS = (
                 torch.index_select(part, 0, last_R, out=take(part.shape[1], num_ending))
@@ -131,6 +132,17 @@ class PrefillHandlers:
             self._after_attention(x, hidden_RD, attention_RO, held_RS, weights)
             hidden_TD.index_copy_(0, last_R, hidden_RD)
         return 0
+
+    def _skips(self, x: Task) -> bool:
+        """Whether the layer goes on after attention with the chunk's last tokens of prompts only."""
+        chunk = self.chunks[x.id.index]
+        is_last = x.id.layer == len(self.arch.layers) - 1
+        return is_last and skips_in_last_layer(sum(part.ends for part in chunk.parts), chunk.num_tokens)
+
+    def _num_going_on(self, x: Task) -> int:
+        """With how many tokens the layer goes on after attention."""
+        chunk = self.chunks[x.id.index]
+        return sum(part.ends for part in chunk.parts) if self._skips(x) else chunk.num_tokens
 
     def _keep_in_turn(self, x: Task, row_TX: Tensor) -> None:
         """Write to the GPU's caches what attention, which needs tokens in their order, did not."""
@@ -161,17 +173,50 @@ class PrefillHandlers:
             maths.ffn.whole(hidden_TD, weights.dense.ffn, workspace)
             return
         x_TD, routing = maths.ffn.before_experts(hidden_TD, weights.dense.ffn, workspace)
+        experts, on_cpu = weights.experts, self.pipeline.cpu_experts[x.id.layer]
+        if on_cpu:
+            experts = weights.on_gpu
+            for kept, made in zip(self._routed(x), (x_TD, routing.weights_TK, routing.experts_TK), strict=True):
+                kept.copy_(made)
+        if not experts.each:
+            return
         counts = self.backend.gpu_kernels.run_experts(
             x_TD,
             routing,
-            weights.experts,
+            experts,
             hidden_TD,
             self.memory.workspace,
             rows_at_once=self.memory.tokens_at_once,
             num_experts=self.arch.spec.num_experts,
             glu=maths.ffn.glu,
         )
-        self.state.count_routed(x.id.layer, counts)
+        if not on_cpu:
+            self.state.count_routed(x.id.layer, counts)
+
+    def offload_tokens(self, x: Task) -> int:
+        """Normed tokens and their routing to the host."""
+        return self.backend.transfer(Lane.D2H, list(zip(self._host_routed(x), self._routed(x), strict=True)))
+
+    def cpu_experts(self, x: Task) -> int:
+        """The experts that stay on the host, computed there.
+
+        Their output is added to the chunk's hidden states, which are there between layers; after the
+        last one it is alone.
+        """
+        tokens_TD, weights_TK, experts_TK = self._host_routed(x)
+        output_TD, workspace, layer = self._host(x)[: len(tokens_TD)], self.memory.host_workspace, x.id.layer
+        if layer == len(self.arch.layers) - 1:
+            output_TD.zero_()
+        workspace.reset()
+        experts, glu = self.memory.weights.host_experts[layer], self.arch.layers[layer].ffn.glu
+        counts = run_experts(tokens_TD, Routing(weights_TK, experts_TK), experts, output_TD, workspace, glu=glu)
+        self.state.count_routed(layer, counts)
+        return 0
+
+    def load_expert_output(self, x: Task) -> int:
+        """Their output after the last layer to the GPU, where their input was."""
+        output_TD, _, _ = self._routed(x)
+        return self.backend.transfer(Lane.H2D, [(output_TD, self._host(x)[: len(output_TD)])])
 
     def store_kv(self, x: Task) -> int:
         """Move new keys and values, or states of prompts that end, to those caches that live on the host."""
@@ -195,7 +240,11 @@ class PrefillHandlers:
         for first in range(0, len(parts), most):
             piece = slice(first, first + most)
             sequences = [self.state.by_placed[id(part.placed)] for part in parts[piece]]
-            sample(self.arch, self.memory, self.state, hidden_TD[last_R[piece]], sequences)
+            hidden_RD = hidden_TD[last_R[piece]]
+            if self.pipeline.cpu_experts[x.id.layer]:
+                output_TD, _, _ = self._routed(x)
+                hidden_RD += output_TD[piece] if self._skips(x) else output_TD[last_R[piece]]
+            sample(self.arch, self.memory, self.state, hidden_RD, sequences)
         return 0
 
     def _last_tokens(self, x: Task) -> Tensor:
@@ -256,6 +305,13 @@ class PrefillHandlers:
     def _hidden(self, x: Task) -> Tensor:
         num_tokens = self.chunks[x.id.index].num_tokens
         return self.memory.prefill.hidden_BTD[x.slot(prefill.HIDDEN), :num_tokens]
+
+    def _routed(self, x: Task) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes to the CPU's experts, or comes back, on the GPU."""
+        return self.memory.prefill.routed.of(x.slot(prefill.ROUTED), self._num_going_on(x))
+
+    def _host_routed(self, x: Task) -> tuple[Tensor, Tensor, Tensor]:
+        return self.memory.prefill.host_routed.of(x.slot(prefill.HOST_ROUTED), self._num_going_on(x))
 
     def _kv_buffer(self, x: Task, num_rows: int) -> Tensor:
         buffer = self.memory.prefill.kv_B[x.slot(prefill.KV)]

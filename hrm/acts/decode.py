@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import Counts, Load, each, hidden_bytes, in_each_layer
+from hrm.acts.load import Counts, Load, each, hidden_bytes, if_experts_on_cpu, in_each_layer, reached_expert_bytes
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -93,10 +93,6 @@ def _if_streamed(c: Counts) -> Number:
     return in_each_layer(c) * c.streams_kv
 
 
-def _if_experts_on_cpu(c: Counts) -> Number:
-    return in_each_layer(c) * c.cpu_experts
-
-
 def _cache_bytes(x: Load) -> Number:
     return x.kind.mixer.reached_bytes(x.formats, x.tokens, x.context)
 
@@ -104,12 +100,6 @@ def _cache_bytes(x: Load) -> Number:
 def _attended_bytes(x: Load) -> Number:
     attended = x.kind.mixer.attended_bytes(x.formats, x.tokens, x.context)
     return x.costs.runtime.attention_passes * attended
-
-
-def _expert_bytes(x: Load) -> Number:
-    """Weights of the CPU's experts that tokens are expected to reach."""
-    reached = x.spec.experts_hit(x.tokens) / x.spec.num_experts * x.cpu_experts
-    return reached * x.costs.expert_bytes
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.DECODE)
@@ -227,7 +217,7 @@ OFFLOAD_TOKENS: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.D2H,
     touches=lambda p, x: _handed_on(ROUTED, HOST_ROUTED, p, x),
-    count=_if_experts_on_cpu,
+    count=if_experts_on_cpu,
     moves=lambda x: operators.routed_token_bytes(x.spec, x.formats, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
     chained=True,
@@ -239,9 +229,9 @@ CPU_EXPERTS: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.CPU,
     touches=lambda p, x: _handed_on(HOST_ROUTED, HOST_EXPERT_OUTPUT, p, x),
-    count=_if_experts_on_cpu,
+    count=if_experts_on_cpu,
     seconds=lambda x, _: x.costs.cpu_experts(x.tokens, x.cpu_experts),
-    host_bytes=_expert_bytes,
+    host_bytes=lambda x: reached_expert_bytes(x, x.tokens),
     chained=True,
 )
 LOAD_EXPERT_OUTPUT: Final = Act(
@@ -251,7 +241,7 @@ LOAD_EXPERT_OUTPUT: Final = Act(
     phase=Phase.DECODE,
     lane=Lane.H2D,
     touches=lambda p, x: _handed_on(HOST_EXPERT_OUTPUT, EXPERT_OUTPUT, p, x),
-    count=_if_experts_on_cpu,
+    count=if_experts_on_cpu,
     moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
     chained=True,

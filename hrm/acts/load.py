@@ -20,7 +20,7 @@ class Counts:
 
     `pieces` is the number of micro-batches, or of chunks in prefill, and `pages` those of a layer. The rest are shares:
     of the micro-batches attended on the CPU and those whose cache streams to the GPU, of the layers with experts on the
-    CPU, and 1 if weights are staged.
+    CPU, of those one that the last layer is among them, and 1 if weights are staged.
     """
 
     layers: int
@@ -29,6 +29,7 @@ class Counts:
     cpu_attention: Number = 0
     streams_kv: Number = 0
     cpu_experts: Number = 0
+    last_cpu_experts: Number = 0
     staging: Number = 0
     in_layers: Number = field(init=False)  # pieces in all layers
 
@@ -44,9 +45,9 @@ class Load:
     In decode, `tokens` is the mean number of active requests in a micro-batch and `context` their mean context. In
     prefill, `tokens` is prompt tokens in a chunk, `context` the mean prompt length, `requests` the prompts that end in
     a chunk and `stored_share` the part of the keys and values that goes to the host. `kind` is the layer's and
-    `is_last` says that it is the model's last, and
-    `has_last` that the last is told apart. Of its experts `gpu_experts` are computed on the GPU and `cpu_experts`
-    on the CPU; `page_bytes` is what one page of its weights holds.
+    `is_last` says that it is the model's last; `last` is what that one has to do, if it is told apart. Of its experts
+    `gpu_experts` are computed on the GPU and `cpu_experts` on the CPU; `page_bytes` is what one page of its weights
+    holds.
     """
 
     costs: "Costs"
@@ -54,7 +55,7 @@ class Load:
     tokens: Number
     context: Number
     is_last: bool = False
-    has_last: bool = False
+    last: "Load | None" = None
     requests: Number = 0
     stored_share: Number = 1
     gpu_experts: Number = 0
@@ -87,6 +88,17 @@ def each(c: Counts) -> Number:
 def in_each_layer(c: Counts) -> Number:
     """One task for every micro-batch or chunk in every layer."""
     return c.in_layers
+
+
+def if_experts_on_cpu(c: Counts) -> Number:
+    """One task for every micro-batch or chunk in every layer with experts on the CPU."""
+    return in_each_layer(c) * c.cpu_experts
+
+
+def reached_expert_bytes(x: Load, tokens: Number) -> Number:
+    """Weights of the CPU's experts that so many tokens are expected to reach."""
+    reached = x.spec.experts_hit(tokens) / x.spec.num_experts * x.cpu_experts
+    return reached * x.costs.expert_bytes
 
 
 def hidden_bytes(x: Load) -> Number:

@@ -1,8 +1,13 @@
-"""The acts of prefill: chunks of prompts, all computed on the GPU."""
+"""The acts of prefill: chunks of prompts, computed on the GPU but for experts that may stay on the host.
+
+The CPU adds its experts' output to the hidden states where these wait on the host between two layers. After the last
+layer, when they do not go there, its output comes to the GPU instead.
+"""
 
 from typing import TYPE_CHECKING, Final
 
-from hrm.acts.load import Counts, each, hidden_bytes, in_each_layer
+from hrm import operators
+from hrm.acts.load import Counts, each, hidden_bytes, if_experts_on_cpu, in_each_layer, reached_expert_bytes
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -16,7 +21,10 @@ KV: Final = Buffer("keys and values of a chunk", BUFFERS)
 PREFIX: Final = Buffer("keys and values of a split prompt")
 HOST_HIDDEN: Final = Buffer("hidden states of a chunk on the host")
 HOST_KV: Final = Buffer("KV cache on the host", grows=True)
-BEFORE, AFTER = 0, 1  # a layer: pieces of what lies in HIDDEN
+ROUTED: Final = Buffer("routed tokens of a chunk", BUFFERS)
+HOST_ROUTED: Final = Buffer("routed tokens of a chunk on the host", BUFFERS)
+BEFORE, AFTER = 0, 1  # a layer, or the CPU's experts: pieces of what lies in HIDDEN and HOST_HIDDEN
+TOKENS, OUTPUT = 0, 1  # pieces of what lies in ROUTED
 
 
 def _turn(p: "Pipeline", x: TaskId) -> int:
@@ -31,19 +39,49 @@ def _kv(p: "Pipeline", x: TaskId) -> Part:
     return KV.turn(_turn(p, x))
 
 
+def _routed(p: "Pipeline", x: TaskId, piece: int) -> Part:
+    return ROUTED.turn(_turn(p, x), piece)
+
+
+def _host_hidden(p: "Pipeline", x: TaskId) -> Part:
+    """Hidden states before a layer, on the host."""
+    return (HOST_HIDDEN, x.index, x.layer, AFTER if p.cpu_experts[x.layer - 1] else BEFORE)
+
+
 def _layer(p: "Pipeline", x: TaskId) -> Touch:
     turn = _turn(p, x)
     # At worst a prompt goes on from every chunk to the next, and each part of it reads those before.
     prefix = ((PREFIX, 0, turn - 1, 0),) if x.index else ()
-    kept = (PREFIX, 0, turn, 0)
     reads = (_hidden(p, x, BEFORE), *pages_up_to(p, x, p.num_pages), *prefix)
-    if p.kv_on_gpu[x.index]:
-        return (reads, (_hidden(p, x, AFTER), kept))
-    return (reads, (_hidden(p, x, AFTER), kept, _kv(p, x)))
+    writes = (_hidden(p, x, AFTER), (PREFIX, 0, turn, 0))
+    if not p.kv_on_gpu[x.index]:
+        writes = (*writes, _kv(p, x))
+    if p.cpu_experts[x.layer]:
+        writes = (*writes, _routed(p, x, TOKENS))
+    return (reads, writes)
+
+
+def _cpu_experts(p: "Pipeline", x: TaskId) -> Touch:
+    added = (HOST_HIDDEN, x.index, x.layer + 1)
+    reads = (HOST_ROUTED.turn(_turn(p, x)),)
+    if x.layer < p.num_layers - 1:
+        reads = (*reads, (*added, BEFORE))
+    return (reads, ((*added, AFTER),))
+
+
+def _sample(p: "Pipeline", x: TaskId) -> Touch:
+    reads = (_hidden(p, x, AFTER),)
+    if p.cpu_experts[x.layer]:
+        reads = (*reads, _routed(p, x, OUTPUT))
+    return (reads, ())
 
 
 def _between_layers(c: Counts) -> Number:
     return (c.layers - 1) * c.pieces
+
+
+def _if_last_on_cpu(c: Counts) -> Number:
+    return c.pieces * (c.last_cpu_experts >= 1)
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.PREFILL)
@@ -65,7 +103,7 @@ LOAD_HIDDEN: Final = Act(
     words="attention output (decode) or hidden states (prefill) to the GPU",
     phase=Phase.PREFILL,
     lane=Lane.H2D,
-    touches=lambda p, x: (((HOST_HIDDEN, x.index, x.layer, 0),), (_hidden(p, x, BEFORE),)),
+    touches=lambda p, x: ((_host_hidden(p, x),), (_hidden(p, x, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
@@ -74,7 +112,7 @@ LOAD_HIDDEN: Final = Act(
 PREFILL_LAYER: Final = Act(
     letter="P",
     name="PREFILL_LAYER",
-    words="one whole layer over a chunk of prompts",
+    words="one layer over a chunk of prompts, but for experts on the CPU",
     phase=Phase.PREFILL,
     lane=Lane.GPU,
     touches=_layer,
@@ -101,10 +139,49 @@ STORE_HIDDEN: Final = Act(
     words="hidden states of a chunk of prompts to the host",
     phase=Phase.PREFILL,
     lane=Lane.D2H,
-    touches=lambda p, x: ((_hidden(p, x, AFTER),), ((HOST_HIDDEN, x.index, x.layer + 1, 0),)),
+    touches=lambda p, x: ((_hidden(p, x, AFTER),), ((HOST_HIDDEN, x.index, x.layer + 1, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
+    chained=True,
+)
+OFFLOAD_TOKENS: Final = Act(
+    letter="X",
+    name="OFFLOAD_TOKENS",
+    words="normed tokens and their routing to the host",
+    phase=Phase.PREFILL,
+    lane=Lane.D2H,
+    touches=lambda p, x: ((_routed(p, x, TOKENS),), (HOST_ROUTED.turn(_turn(p, x)),)),
+    count=if_experts_on_cpu,
+    moves=lambda x: x.costs.going_on(x, lambda tokens: operators.routed_token_bytes(x.spec, x.formats, tokens)),
+    seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
+    of_cpu_experts=True,
+    chained=True,
+)
+CPU_EXPERTS: Final = Act(
+    letter="F",
+    name="CPU_EXPERTS",
+    words="experts that stay on the host, computed there",
+    phase=Phase.PREFILL,
+    lane=Lane.CPU,
+    touches=_cpu_experts,
+    count=if_experts_on_cpu,
+    seconds=lambda x, _: x.costs.going_on(x, lambda tokens: x.costs.cpu_experts(tokens, x.cpu_experts)),
+    host_bytes=lambda x: x.costs.going_on(x, lambda tokens: reached_expert_bytes(x, tokens)),
+    of_cpu_experts=True,
+    chained=True,
+)
+LOAD_EXPERT_OUTPUT: Final = Act(
+    letter="Y",
+    name="LOAD_EXPERT_OUTPUT",
+    words="their output to the GPU",
+    phase=Phase.PREFILL,
+    lane=Lane.H2D,
+    touches=lambda p, x: (((HOST_HIDDEN, x.index, x.layer + 1, AFTER),), (_routed(p, x, OUTPUT),)),
+    count=_if_last_on_cpu,
+    moves=lambda x: x.costs.going_on(x, lambda tokens: operators.hidden_bytes(x.spec, x.formats, tokens)),
+    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    of_last=True,
     chained=True,
 )
 SAMPLE: Final = Act(
@@ -113,10 +190,22 @@ SAMPLE: Final = Act(
     words="final norm, LM head, and the choice of the next token",
     phase=Phase.PREFILL,
     lane=Lane.GPU,
-    touches=lambda p, x: ((_hidden(p, x, AFTER),), ()),
+    touches=_sample,
     count=each,
     seconds=lambda x, _: x.costs.first_tokens(x.requests),
     chained=True,
     ends_step=True,
 )
-ALL: Final = (EMBED, LOAD_HIDDEN, PREFILL_LAYER, STORE_KV, STORE_HIDDEN, LOAD_PAGE, STAGE_PAGE, SAMPLE)
+ALL: Final = (
+    EMBED,
+    LOAD_HIDDEN,
+    PREFILL_LAYER,
+    STORE_KV,
+    OFFLOAD_TOKENS,
+    STORE_HIDDEN,
+    CPU_EXPERTS,
+    LOAD_EXPERT_OUTPUT,
+    LOAD_PAGE,
+    STAGE_PAGE,
+    SAMPLE,
+)

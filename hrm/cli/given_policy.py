@@ -25,6 +25,7 @@ class GivenPolicy:
     num_micro_batches: int
     attention: Device
     ffn: Device
+    prefill_ffn: Device
     resident_experts: str
     resident_dense: bool
     kv_on_gpu: str
@@ -51,6 +52,7 @@ class GivenPolicy:
             micro_batch_size=self.micro_batch_size,
             attention=attention,
             ffn=self.ffn if two_levels else Device.GPU,
+            prefill_ffn=self.prefill_ffn if two_levels else Device.GPU,
             resident_experts=_resident_experts(self.resident_experts, spec) if two_levels else experts_of_layers(spec),
             resident_dense=self.resident_dense or not two_levels,
             gpu_kv_micro_batches=on_gpu,
@@ -87,6 +89,13 @@ given_policy_options = together(
     click.option("--num-micro-batches", "-n", type=_positive, required=True, help="Micro-batches a batch."),
     enum_option("--attention", kind=Device, default="cpu", show_default=True),
     enum_option("--ffn", kind=Device, default="gpu", show_default=True),
+    enum_option(
+        "--prefill-ffn",
+        kind=Device,
+        default="gpu",
+        show_default=True,
+        help="Where prefill computes the experts that are not resident; the CPU only if --ffn says so too.",
+    ),
     click.option(
         "--resident-experts",
         default="0",

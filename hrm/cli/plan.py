@@ -41,6 +41,7 @@ class Wanted:
     staging: bool
     attention: Device | None
     ffn: Device | None
+    prefill_ffn: Device | None
 
 
 def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int | None) -> Solver:
@@ -61,6 +62,7 @@ def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int |
     staging_option,
     enum_option("--attention", kind=Device, help="Only policies with attention there."),
     enum_option("--ffn", kind=Device, help="Only policies with the experts there."),
+    enum_option("--prefill-ffn", kind=Device, help="Only policies with the experts there in prefill."),
 )
 @together(
     "solver",
@@ -111,6 +113,7 @@ def search(
             staging=wanted.staging,
             attention=wanted.attention,
             ffn=wanted.ffn,
+            prefill_ffn=wanted.prefill_ffn,
             limits=limits,
         )
         for profile in choice.machines()

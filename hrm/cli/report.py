@@ -180,8 +180,9 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
         return
     console.print(f"  attention on the {_word(policy.attention)}; {_kv_cache(policy)}")
     dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
+    too = ", in prefill too" if policy.prefill_ffn is Device.CPU else ""
     console.print(
-        f"  experts on the {_word(policy.ffn)}; {_residents(estimate, spec)} stay on the GPU, "
+        f"  experts on the {_word(policy.ffn)}{too}; {_residents(estimate, spec)} stay on the GPU, "
         f"{dense}{', staged through pinned memory' if policy.staging else ''}"
     )
     _print_chunks(policy, workload)

@@ -53,7 +53,7 @@ LOOKS: Final = {
     "STORE_HIDDEN": TaskLook("hidden states out", style.GREY),
 }
 # What ends a layer in either phase: with experts on the CPU, their output comes last.
-_ENDS: Final = {decode.POST_ATTENTION, decode.LOAD_EXPERT_OUTPUT, prefill.PREFILL_LAYER}
+_ENDS: Final = {decode.POST_ATTENTION, decode.LOAD_EXPERT_OUTPUT, prefill.PREFILL_LAYER, prefill.CPU_EXPERTS}
 
 
 def look_of(name: str) -> TaskLook:

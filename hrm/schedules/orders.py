@@ -15,19 +15,30 @@ LOOKAHEAD = 2  # micro-batches that CPU attention is launched ahead (Algorithm 1
 def prefill(p: Pipeline) -> Iterator[TaskId]:
     """Layer by layer, chunk by chunk; the next layer's pages spread between the chunks.
 
-    A layer's chunks run in order, as the parts of a split prompt need.
+    A layer's chunks run in order, as the parts of a split prompt need. In the last layer a result
+    from the CPU's experts is fetched one chunk later, behind the next hidden load.
     """
+    n = p.num_micro_batches
+    lag = int(p.cpu_experts[-1] and n > 1)
     yield from p.load_pages((0, 0))
-    pages = [p.page_slice(g) for g in range(p.num_micro_batches)]
+    pages = [p.page_slice(g) for g in range(n)]
     for i in range(p.num_layers):
-        for g in range(p.num_micro_batches):
+        for g in range(n):
             yield TaskId(acts.EMBED if i == 0 else acts.LOAD_HIDDEN, i, g)
             yield from p.load_pages(p.next_layer(0, i), *pages[g])
             yield TaskId(acts.PREFILL_LAYER, i, g)
             if not p.kv_on_gpu[g]:
                 yield TaskId(acts.STORE_KV, i, g)
-            last = i == p.num_layers - 1
-            yield TaskId(acts.SAMPLE if last else acts.STORE_HIDDEN, i, g)
+            if p.cpu_experts[i]:
+                yield TaskId(acts.OFFLOAD_TOKENS, i, g)
+            if i < p.num_layers - 1:
+                yield TaskId(acts.STORE_HIDDEN, i, g)
+            if p.cpu_experts[i]:
+                yield TaskId(acts.CPU_EXPERTS, i, g)
+            if i == p.num_layers - 1 and g >= lag:
+                yield from p.end_prefill(g - lag)
+    if lag:
+        yield from p.end_prefill(n - 1)
 
 
 def cgopipe(p: Pipeline) -> Iterator[TaskId]:

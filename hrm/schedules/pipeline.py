@@ -47,7 +47,6 @@ class Pipeline:
     @staticmethod
     def of_policy(spec: ModelSpec, policy: Policy, *, num_steps: int = 1) -> "Pipeline":
         """The decode pipeline of a policy; the schedule sets the number of pages."""
-        on_cpu = policy.ffn is Device.CPU
         return Pipeline(
             num_layers=spec.num_layers,
             num_micro_batches=policy.num_micro_batches,
@@ -55,9 +54,7 @@ class Pipeline:
             attention=policy.attention,
             kv_on_gpu=tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches)),
             streamed=policy.streamed(spec, Phase.DECODE),
-            cpu_experts=tuple(
-                on_cpu and count < spec.layers[i].num_experts for i, count in enumerate(policy.resident_experts)
-            ),
+            cpu_experts=_experts_on_cpu(spec, policy, Phase.DECODE),
             states=tuple(layer.mixer.state_bytes(policy.formats) > 0 for layer in spec.layers),
             attention_weights=tuple(layer.mixer.host_parameters > 0 for layer in spec.layers),
             dense_pages=0 if policy.resident_dense else 1,
@@ -66,14 +63,14 @@ class Pipeline:
 
     @staticmethod
     def of_prefill(spec: ModelSpec, policy: Policy, *, num_chunks: int) -> "Pipeline":
-        """The prefill pipeline of a policy: everything is computed on the GPU."""
+        """The prefill pipeline of a policy."""
         return Pipeline(
             phase=Phase.PREFILL,
             num_layers=spec.num_layers,
             num_micro_batches=num_chunks,
             kv_on_gpu=(policy.gpu_kv_micro_batches == policy.num_micro_batches,) * num_chunks,
             streamed=policy.streamed(spec, Phase.PREFILL),
-            cpu_experts=(False,) * spec.num_layers,
+            cpu_experts=_experts_on_cpu(spec, policy, Phase.PREFILL),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,
         )
@@ -197,3 +194,18 @@ class Pipeline:
             yield TaskId(decode.LOAD_EXPERT_OUTPUT, i, j, t)
         if i == self.num_layers - 1:
             yield TaskId(decode.SAMPLE, i, j, t)
+
+    def end_prefill(self, g: int) -> Iterator[TaskId]:
+        """After the last layer of a chunk: bring back the CPU experts' output, choose the first tokens."""
+        last = self.num_layers - 1
+        if self.cpu_experts[last]:
+            yield TaskId(prefill.LOAD_EXPERT_OUTPUT, last, g)
+        yield TaskId(prefill.SAMPLE, last, g)
+
+
+def _experts_on_cpu(spec: ModelSpec, policy: Policy, phase: Phase) -> tuple[bool, ...]:
+    """Whether each layer has experts that the CPU computes in a phase."""
+    on_cpu = policy.ffn_in(phase) is Device.CPU
+    return tuple(
+        on_cpu and count < layer.num_experts for layer, count in zip(spec.layers, policy.resident_experts, strict=True)
+    )

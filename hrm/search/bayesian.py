@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import optuna
 
 LOCAL: Final = 4  # of so many trials one is what the estimator proposes
-ENCODING: Final = 3  # of parameters; a study of another one is never resumed
+ENCODING: Final = 4  # of parameters; a study of another one is never resumed
 BOUND_MARGIN: Final = 1.05  # the bound leaves out, as a rule by far less, what may be quicker
 _ATTEMPTS: Final = 30  # to change a policy into one that was not tried and may win
 _PROMISING: Final = 10  # of which the one with the highest closed form is tried
@@ -151,6 +151,7 @@ class Trying:
             and all(isinstance(x, (int, float)) and 0 <= x < math.inf for x in values)
             and (given.get("kind") in self.decoder.kinds)
             and (given.get("dense") in self.decoder.dense)
+            and (given.get("prefill") in self.decoder.prefill)
         )
 
     def best_tokens_per_s(self) -> float:
@@ -209,7 +210,7 @@ class Trying:
         return self._known[policy]
 
     def _parameters(self, trial: "optuna.trial.FrozenTrial") -> Parameters:
-        return {"kv": 0.5, "residents": 1.0, **trial.params}
+        return {"kv": 0.5, "residents": 1.0, "prefill": self.decoder.prefill[0], **trial.params}
 
     def _simulate(self, policy: Policy) -> Estimate:
         if policy not in self.simulated:
@@ -229,6 +230,7 @@ def _asked(decoder: Decoder, trial: "optuna.Trial") -> Parameters:
         "residents": 1.0 if kind.gpu_ffn else trial.suggest_float("residents", 0, 1),
         "chunk": trial.suggest_float("chunk", 0, 1),
         "dense": trial.suggest_categorical("dense", decoder.dense),
+        "prefill": decoder.prefill[0] if kind.gpu_ffn else trial.suggest_categorical("prefill", decoder.prefill),
     }
 
 

@@ -38,7 +38,7 @@ LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called o
 ROUND: Final = 1024  # regions that are halved at once
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
-_CHAIN: Final = 6  # the place of their chain among the terms of a decode step
+_CHAIN: Final = 6  # the place of their chain, or that of chunks, among the terms of a phase
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
 _ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}
 PhaseTerms = list[tuple[float, list[Floats]]]
@@ -105,9 +105,12 @@ class Bounder:
                 # With all experts resident it is one whether the others would run here or there.
                 resident = spec.num_experts if one_level else 0
                 least = 0.0 if ffn else 1.0 / spec.num_expert_layers
-                ways.append((attention, ffn, dense, resident, spec.num_experts - least))
+                ways += [
+                    (attention, ffn, prefill, dense, resident, spec.num_experts - least)
+                    for prefill in space.prefill_devices(ffn)
+                ]
                 if (attention, 1) not in space.devices():
-                    ways.append((attention, 1, dense, spec.num_experts, spec.num_experts))
+                    ways.append((attention, 1, 1, dense, spec.num_experts, spec.num_experts))
         ways = [(*way, one_chunk) for way in ways for one_chunk in (0, 1)]
         columns = np.array(ways, dtype=float).T
         ones = np.ones(len(ways))
@@ -115,10 +118,11 @@ class Bounder:
         return Regions(
             gpu_attention=columns[0],
             gpu_ffn=columns[1],
-            dense=columns[2],
-            one_chunk=columns[5],
-            low=np.stack([ones, ones, kv_low * ones, columns[3], ones]),
-            high=np.stack([most * ones, number * ones, ones, columns[4], chunk * ones]),
+            gpu_prefill=columns[2],
+            dense=columns[3],
+            one_chunk=columns[6],
+            low=np.stack([ones, ones, kv_low * ones, columns[4], ones]),
+            high=np.stack([most * ones, number * ones, ones, columns[5], chunk * ones]),
         )
 
     def bounded(self, regions: Regions) -> tuple[Regions, Floats]:
@@ -211,16 +215,20 @@ class Bounder:
         resident = np.clip(resident, 0.0, spec.num_experts)
         # The fewest layers that can hold what is not resident.
         on_host = (spec.num_experts - resident) / spec.num_experts * spec.num_expert_layers / spec.num_layers
-        ffn = every(regions.gpu_ffn)
+        ffn, last = every(regions.gpu_ffn), int(spec.layers[-1].has_experts)
         point = Point(
             batch_size=every(size * number),
             num_micro_batches=every(number),
             num_weight_pages=every(number),
             gpu_attention=every(regions.gpu_attention),
             gpu_ffn=ffn,
+            gpu_prefill_ffn=every(regions.gpu_prefill),
             gpu_kv_micro_batches=kv * every(number),
             resident_experts=resident,
             host_expert_layers=on_host,
+            last_on_host=last * (spec.num_experts - resident) / spec.num_experts,
+            last_residents=last * resident,
+            fewer_residents=last / max(spec.num_expert_layers - 1, 1),  # it may have one more than the mean
             resident_dense=every(regions.dense),
             chunk_tokens=every(self._longest_chunk(regions, size * number, least_chunks)),
             staging=int(self.space.staging),
@@ -228,10 +236,13 @@ class Bounder:
         )
         all_terms = self.space.schedule in _ALL_TERMS
         schedule = self.space.schedule if all_terms else ScheduleName.CGOPIPE
-        return [
+        found = [
             (weight, [np.broadcast_to(term, count * len(regions)).reshape(count, -1).min(axis=0) for term in terms])
             for weight, terms in batch_terms(self.costs, point, schedule, self.space.workload)
         ]
+        # Of many chunks so many are under way with the CPU's experts that their chain says no more than the lanes do.
+        found[0][1][_CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
+        return found
 
     def _longest_chunk(self, regions: Regions, batch: Floats, least_chunks: int) -> Floats:
         """Tokens that are prefilled at once: all prompts, or their part if there are several chunks."""

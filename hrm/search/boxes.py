@@ -225,10 +225,11 @@ class Bounder:
 
         def needed(experts: Ints, on_gpu: Ints, of_every_layer: int) -> Floats:
             there = {**numbers, "gpu_kv_micro_batches": on_gpu}
-            resident, streamed = weights.resident(dense, experts), weights.streamed(dense, experts)
+            resident, on_host = weights.resident(dense, experts), weights.on_host(dense, experts)
             rows = np.zeros((2, 3, len(grid)))
-            for row, largest in zip(rows, weights.largest_streamed(dense, of_every_layer), strict=True):
-                host = host_purposes(space, grid.kind, there, streamed_bytes=streamed, page_bytes=largest / pages)
+            of_layers = weights.largest_streamed(dense, of_every_layer, grid.gpu_prefill_ffn)
+            for row, largest in zip(rows, of_layers, strict=True):
+                host = host_purposes(space, grid.kind, there, host_bytes=on_host, page_bytes=largest / pages)
                 row[0] = gpu_needed(space, grid.kind, there, resident_bytes=resident, max_streamed_bytes=largest)
                 row[1], row[2] = sum(host.values()), pinned_needed(space, grid.kind, there, host)
             return rows

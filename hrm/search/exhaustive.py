@@ -12,7 +12,7 @@ from hrm.search.constraints import meets
 from hrm.search.fit import Ints
 from hrm.search.grid import Grid, make_grid
 from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, coarse, counted_up, whole
-from hrm.search.scores import scores
+from hrm.search.scores import scored
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Kind, Space
 
@@ -68,8 +68,8 @@ class GridOfKind:
         """The best candidates, each of another form, the integers around tried if they may be above.
 
         A simulation may prefer what the closed form does not tell apart: half of them differ in
-        their number of micro-batches, the others in chunks and in where projections lie. Of equals,
-        the one with the fewest micro-batches is better.
+        their number of micro-batches, the others in chunks, in where projections lie and in where
+        prefill computes experts. Of equals, the one with the fewest micro-batches is better.
         """
         if self.ceiling() > above:
             self._refine()
@@ -95,7 +95,7 @@ class GridOfKind:
         grid = grid.take(np.flatnonzero(grid.fits))
         if self.space.limits != NO_LIMITS:
             grid = grid.take(np.flatnonzero(meets(self.space, grid)))
-        return grid, scores(self.space, grid)
+        return scored(self.space, grid, COARSE_MARGIN)
 
     def _with_every_residency(self, grid: Grid) -> Grid:
         counts = grid.most_residents + 1
@@ -108,7 +108,7 @@ class GridOfKind:
         half_octaves = (2 * np.log2(grid.num_micro_batches)).round().astype(np.int64)
         octaves = np.log2(grid.chunk_tokens).round().astype(np.int64)
         found = self._best(-(-count // 2), half_octaves)
-        others = self._best(count, 2 * octaves + grid.resident_dense)
+        others = self._best(count, 4 * octaves + 2 * grid.gpu_prefill_ffn + grid.resident_dense)
         return list(dict.fromkeys([*found, *others]))[:count]
 
     def _best(self, count: int, forms: Ints | None = None) -> list[int]:

@@ -39,14 +39,17 @@ class Weights:
         """Bytes that stay on the GPU with so many resident experts in all."""
         return self._placement(dense).bytes_in_all(Place.GPU, experts)
 
-    def streamed(self, dense: Number, experts: Number) -> Number:
+    def on_host(self, dense: Number, experts: Number) -> Number:
         """Bytes that do not, over all layers."""
         return self._placement(dense).bytes_in_all(Place.STREAMED, experts)
 
-    def largest_streamed(self, dense: Number, of_every_layer: Number) -> tuple[Number, Number]:
-        """Streamed bytes of a layer with experts, so many of them resident, and of one without."""
+    def largest_streamed(self, dense: Number, of_every_layer: Number, gpu_prefill: Number) -> tuple[Number, Number]:
+        """Streamed bytes of a layer with experts, so many of them resident, and of one without.
+
+        `gpu_prefill` is 1 where prefill computes all experts on the GPU, 0 where only the resident ones.
+        """
         spec, weights = self.space.spec, self.space.formats.weights
-        experts = (spec.num_experts - of_every_layer) * self.expert_bytes
+        experts = gpu_prefill * (spec.num_experts - of_every_layer) * self.expert_bytes
         with_experts, plain = weights.bytes_of(spec.dense_parameters), weights.bytes_of(spec.plain_parameters)
         return (1 - dense) * with_experts + experts, (1 - dense) * plain
 
@@ -68,6 +71,7 @@ def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: N
         streams_kv=kind.gpu_attention * on_host,
         cpu_attention=(1 - kind.gpu_attention) * on_host,
         cpu_experts=1 - kind.gpu_ffn,
+        cpu_prefill_experts=1 - numbers["gpu_prefill_ffn"],
         resident_dense=numbers.get("resident_dense", 0),  # what the GPU needs does not depend on it
         staging_slots=space.staging * STAGING_PAGES,
         ranks=space.profile.num_gpus,
@@ -85,11 +89,11 @@ def gpu_needed(
 
 
 def host_purposes(
-    space: Space, kind: Kind, numbers: Mapping[str, Number], *, streamed_bytes: Number, page_bytes: Number
+    space: Space, kind: Kind, numbers: Mapping[str, Number], *, host_bytes: Number, page_bytes: Number
 ) -> dict[Purpose, Number]:
-    """Bytes at the host's level by purpose: of the layers' weights those that stream, in pages if staged."""
-    needs = _needs(space, kind, numbers, streamed_bytes=streamed_bytes, page_bytes=page_bytes)
-    return by_purpose(replace(needs, cpu_experts=needs.cpu_experts * (streamed_bytes > 0)).on_host())
+    """Bytes at the host's level by purpose: of the layers' weights those that lie there, in pages if staged."""
+    needs = _needs(space, kind, numbers, host_bytes=host_bytes, page_bytes=page_bytes)
+    return by_purpose(replace(needs, cpu_experts=needs.cpu_experts * (host_bytes > 0)).on_host())
 
 
 def pinned_needed(
@@ -106,24 +110,23 @@ def gpu_room(space: Space, kind: Kind, numbers: Mapping[str, Ints]) -> Ints:
     return space.profile.top.usable_bytes - needed
 
 
-def most_residents(space: Space, dense: Ints, room: Ints) -> Ints:
+def most_residents(space: Space, dense: Ints, gpu_prefill: Ints, room: Ints) -> Ints:
     """The most resident experts that fit the GPU's `gpu_room`; -1 where not even none do."""
     weights = Weights(space)
     layers, experts = space.spec.num_expert_layers, space.spec.num_experts
     expert_bytes = weights.expert_bytes
     free = room - weights.resident(dense, 0)
-    with_experts, without = weights.largest_streamed(dense, 0)
+    with_experts, without = weights.largest_streamed(dense, 0, gpu_prefill)
     # With q experts of every layer resident, q·layers lie beside slots for the largest layer: one
-    # with the other experts, which shrinks as q grows, or one without experts.
+    # with the other experts, which if they stream shrinks as q grows, or one without experts.
     shrinking = free - WEIGHT_SLOTS * with_experts
     fixed = free - WEIGHT_SLOTS * without
-    each = (layers - WEIGHT_SLOTS) * expert_bytes
-    q = np.minimum(fixed // (layers * expert_bytes), experts)
-    if each > 0:
-        q = np.minimum(q, shrinking // each)
+    each = (layers - WEIGHT_SLOTS * gpu_prefill) * expert_bytes
+    q: Ints = np.minimum(fixed // (layers * expert_bytes), experts)
+    q[each > 0] = np.minimum(q, shrinking // np.maximum(each, 1))[each > 0]
     fits = (q >= 0) & (q * each <= shrinking)
     # Some layers may have one more.
-    slots_of_q = np.maximum(with_experts - q * expert_bytes, without)
+    slots_of_q = np.maximum(with_experts - gpu_prefill * q * expert_bytes, without)
     more = (free - WEIGHT_SLOTS * slots_of_q) // expert_bytes - q * layers
     total = q * layers + np.where(q < experts, np.clip(more, 0, layers - 1), 0)
     if not space.profile.has_accelerator:
@@ -134,7 +137,8 @@ def most_residents(space: Space, dense: Ints, room: Ints) -> Ints:
 def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Ints, total: Ints) -> NDArray[np.bool_]:
     """Whether candidates with so many resident experts fit both levels; `room` is the GPU's."""
     weights, dense = Weights(space), numbers["resident_dense"]
-    largest = np.maximum(*weights.largest_streamed(dense, total // space.spec.num_expert_layers))
+    of_every_layer = total // space.spec.num_expert_layers
+    largest = np.maximum(*weights.largest_streamed(dense, of_every_layer, numbers["gpu_prefill_ffn"]))
     resident = weights.resident(dense, total)
     gpu = resident + WEIGHT_SLOTS * largest
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
@@ -142,7 +146,7 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Int
         space,
         kind,
         numbers,
-        streamed_bytes=space.spec.total_layer_bytes(space.formats.weights) - resident,
+        host_bytes=space.spec.total_layer_bytes(space.formats.weights) - resident,
         page_bytes=page_bytes(space.formats.weights, largest, pages),
     )
     cpu = sum(purposes.values())

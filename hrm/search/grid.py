@@ -31,6 +31,7 @@ class Grid:
     num_micro_batches: Ints
     gpu_kv_micro_batches: Ints
     resident_dense: Ints
+    gpu_prefill_ffn: Ints
     chunk_tokens: Ints
     prefix_buffer_tokens: Ints
     most_residents: Ints
@@ -80,9 +81,12 @@ class Grid:
             num_weight_pages=self.num_micro_batches.astype(float),
             gpu_attention=self.kind.gpu_attention,
             gpu_ffn=self.kind.gpu_ffn,
+            gpu_prefill_ffn=self.kind.gpu_ffn or self.gpu_prefill_ffn,
             gpu_kv_micro_batches=self.gpu_kv_micro_batches,
             resident_experts=resident,
             host_expert_layers=some_on_host * spec.num_expert_layers / spec.num_layers,
+            last_on_host=spec.layers[-1].has_experts * (some_on_host >= 1),
+            last_residents=spec.layers[-1].has_experts * -(-self.resident_total // spec.num_expert_layers),
             resident_dense=self.resident_dense,
             chunk_tokens=self.chunk_tokens.astype(float),
             staging=int(space.staging),
@@ -98,12 +102,14 @@ class Grid:
         all_on_gpu = total == space.everything
         may_run_on_gpu = (self.kind.gpu_attention, 1) in space.devices()
         gpu_ffn = self.kind.gpu_ffn or (all_on_gpu and may_run_on_gpu)
+        gpu_prefill_ffn = gpu_ffn or all_on_gpu or self.gpu_prefill_ffn[index]
         return Policy(
             schedule=space.schedule,
             batch_size=int(self.batch_size[index]),
             micro_batch_size=int(self.micro_batch_size[index]),
             attention=Device.GPU if self.kind.gpu_attention else Device.CPU,
             ffn=Device.GPU if gpu_ffn else Device.CPU,
+            prefill_ffn=Device.GPU if gpu_prefill_ffn else Device.CPU,
             resident_experts=spread_experts(space.spec, total),
             resident_dense=bool(self.resident_dense[index]),
             gpu_kv_micro_batches=int(self.gpu_kv_micro_batches[index]),
@@ -121,7 +127,7 @@ _ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
 
 
 def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
-    """All `places`, with projections resident and not.
+    """All `places`, with projections resident and not, and experts of prefill wherever the space allows.
 
     Places have the columns micro-batch size, number of micro-batches, how many of these have their
     KV cache on the GPU, how many parts in `ALL_THAT_FIT` of the experts that fit the GPU are
@@ -144,12 +150,20 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
         "prefix_buffer_tokens": prefix_tokens_for(space.spec, longest, chunk, cpu_attention=cpu_attention),
         "kv_tokens": kv_tokens_for(micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len),
     }
+    prefill = space.prefill_devices(kind.gpu_ffn)
+    numbers = _of_every(numbers | {"parts": parts}, "gpu_prefill_ffn", prefill)
+    numbers["room"] = gpu_room(space, kind, numbers)
     # What else a GPU holds is the same whether or not projections are resident.
-    ways = (1, 0) if space.profile.has_accelerator else (1,)
-    room, parts = gpu_room(space, kind, numbers).repeat(len(ways)), parts.repeat(len(ways))
-    dense = np.tile(ways, len(places))
-    numbers = {name: values.repeat(len(ways)) for name, values in numbers.items()} | {"resident_dense": dense}
-    most = most_residents(space, dense, room)
+    numbers = _of_every(numbers, "resident_dense", (1, 0) if space.profile.has_accelerator else (1,))
+    room, parts = numbers.pop("room"), numbers.pop("parts")
+    most = most_residents(space, numbers["resident_dense"], numbers["gpu_prefill_ffn"], room)
     total = np.maximum(most, 0) * parts // ALL_THAT_FIT
     fits = (most >= 0) & fits_memory(space, kind, numbers, room, total)
     return Grid(kind=kind, **numbers, most_residents=most, resident_total=total, fits=fits)
+
+
+def _of_every(numbers: dict[str, Ints], name: str, ways: tuple[int, ...]) -> dict[str, Ints]:
+    """The numbers of every candidate once for each of the ways, which become one more number."""
+    count = len(numbers["batch_size"])
+    repeated = {other: values.repeat(len(ways)) for other, values in numbers.items()} if len(ways) > 1 else numbers
+    return {**repeated, name: np.tile(ways, count)}

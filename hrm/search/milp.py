@@ -1,7 +1,7 @@
 """The search as mixed-integer linear programs, solved by HiGHS through `scipy.optimize.milp`.
 
-A program picks one of many boxes (micro-batch size, number of micro-batches, chunk and placement of
-the projections: a binary each) and in it the integers of residency and KV placement. Bytes at both
+A program picks one of many boxes (micro-batch size, number of micro-batches, chunk, placement of the
+projections and of prefill's experts: a binary each) and in it the integers of residency and KV placement. Bytes at both
 levels are linear in them, and so is, within a box, every term of which a batch's time is the
 longest: a lane's work, a chain of tasks. Nothing is assumed about which residency is best.
 
@@ -96,7 +96,7 @@ class ProgramsOfKind:
         rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, chunks, (0.0,)))
         if not len(rows):  # a single micro-batch has no part of its cache on the GPU
             return None
-        columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens
+        columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens, rows.gpu_prefill_ffn
         _, first = np.unique(np.stack([*columns, rows.resident_dense]), axis=1, return_index=True)
         rows = rows.take(first)
         bounder = Bounder(self.space, rows)

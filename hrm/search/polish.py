@@ -13,6 +13,7 @@ from hrm.search.lattice import chunk_ranges, levelled, limits, rounded
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import scores
 from hrm.search.space import Kind, KvPlace, Space
+from hrm.tasks import Device
 
 ROUNDS: Final = 2
 # Factors by which numbers of micro-batches (of as many requests) and chunks are changed.
@@ -50,7 +51,10 @@ def _near(space: Space, best: Estimate) -> list[Policy]:
     policy = best.policy
     kind = Kind.of_policy(policy)
     grid = make_grid(space, kind, _places(space, kind.kv, policy))
-    grid = grid.take(np.flatnonzero(grid.fits & (grid.resident_dense == policy.resident_dense)))
+    alike = (grid.resident_dense == policy.resident_dense) & (
+        grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
+    )
+    grid = grid.take(np.flatnonzero(grid.fits & alike))
     may_win = np.flatnonzero(scores(space, grid) > best.tokens_per_s * (1 + TIE))
     return [grid.policy(space, int(index)) for index in may_win]
 

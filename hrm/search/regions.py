@@ -17,12 +17,14 @@ SIZE, NUMBER, KV, RESIDENT, CHUNK = range(5)
 class Regions:
     """Regions, one a column of `low` and `high`; where attention and experts run is fixed in each.
 
-    `gpu_attention`, `gpu_ffn`, `dense` (projections resident) and `one_chunk` (all prompts of a
-    batch are prefilled at once; what `low` and `high` say of chunks is then ignored) are 0 or 1.
+    `gpu_attention`, `gpu_ffn`, `gpu_prefill` (all of its experts), `dense` (projections resident) and
+    `one_chunk` (all prompts of a batch are prefilled at once; what `low` and `high` say of chunks is
+    then ignored) are 0 or 1.
     """
 
     gpu_attention: Floats
     gpu_ffn: Floats
+    gpu_prefill: Floats
     dense: Floats
     one_chunk: Floats
     low: Floats

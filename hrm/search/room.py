@@ -51,6 +51,7 @@ class Room:
             streams_kv=regions.gpu_attention * some_on_host,
             cpu_attention=cpu_attention,
             cpu_experts=1 - regions.gpu_ffn,
+            cpu_prefill_experts=1 - regions.gpu_prefill,
             resident_dense=regions.dense,
             ranks=self.space.profile.num_gpus,
             batches=self.space.profile.num_stages,
@@ -76,7 +77,7 @@ class Room:
             cpu_room = _left(self.space.profile.host.usable_bytes, cpu)
             self._tighten_residents(regions, gpu_room, cpu_room)
         else:  # one level holds everything
-            everything = self.weights.streamed(1, 0)
+            everything = self.weights.on_host(1, 0)
             high[SIZE] = np.where(_left(gpu_room, cpu) < everything, 0.0, high[SIZE])
         regions = regions.not_empty()
         return self._shorter(regions).not_empty() if len(regions) else regions
@@ -97,20 +98,20 @@ class Room:
         """Residents between what the host cannot hold and what the GPU can; changes the ends."""
         low, high = regions.low, regions.high
         expert, layers = self.weights.expert_bytes, self.layers
-        needed = (self.weights.streamed(regions.dense, 0) - cpu_room) / (layers * expert)
+        needed = (self.weights.on_host(regions.dense, 0) - cpu_room) / (layers * expert)
         low[RESIDENT] = np.maximum(low[RESIDENT], needed - 1e-9)
         # Residents, and slots for what the largest layer streams: with experts, or without.
         with_experts, without = (
-            gpu_room - WEIGHT_SLOTS * largest for largest in self.weights.largest_streamed(regions.dense, 0)
+            gpu_room - WEIGHT_SLOTS * largest
+            for largest in self.weights.largest_streamed(regions.dense, 0, regions.gpu_prefill)
         )
         high[RESIDENT] = np.minimum(high[RESIDENT], without / (layers * expert) + 1e-9)
-        each = (layers - WEIGHT_SLOTS) * expert
-        if each > 0:
-            high[RESIDENT] = np.minimum(high[RESIDENT], with_experts / each + 1e-9)
-        elif each < 0:
-            low[RESIDENT] = np.maximum(low[RESIDENT], with_experts / each - 1e-9)
-        else:
-            high[RESIDENT] = np.where(with_experts < 0, -1.0, high[RESIDENT])
+        each = (layers - WEIGHT_SLOTS * regions.gpu_prefill) * expert
+        with np.errstate(divide="ignore", invalid="ignore"):
+            reach = with_experts / each
+        high[RESIDENT] = np.where(each > 0, np.minimum(high[RESIDENT], reach + 1e-9), high[RESIDENT])
+        low[RESIDENT] = np.where(each < 0, np.maximum(low[RESIDENT], reach - 1e-9), low[RESIDENT])
+        high[RESIDENT] = np.where((each == 0) & (with_experts < 0), -1.0, high[RESIDENT])
 
     def _shorter(self, regions: Regions) -> Regions:
         """Upper ends of size and number as far as memory may allow beside the other lower ends."""
@@ -144,7 +145,7 @@ class Room:
         gpu_far, cpu_far = self._purposes(regions, far)
         resident = regions.low[RESIDENT]
         held = self.weights.resident(regions.dense, resident * self.layers)
-        slots = WEIGHT_SLOTS * np.maximum(*self.weights.largest_streamed(regions.dense, resident))
+        slots = WEIGHT_SLOTS * np.maximum(*self.weights.largest_streamed(regions.dense, resident, regions.gpu_prefill))
         if self.layers < WEIGHT_SLOTS:
             slots = 0 * slots
         top, host = self.space.profile.top.usable_bytes, self.space.profile.host.usable_bytes
@@ -152,10 +153,10 @@ class Room:
             room = host - held
             both = total(gpu, gpu) + total(cpu, cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
             return [(*both, room)]
-        streamed = self.weights.streamed(regions.dense, regions.high[RESIDENT] * self.layers)
+        on_host = self.weights.on_host(regions.dense, regions.high[RESIDENT] * self.layers)
         return [
             (total(gpu, gpu), total(gpu_far, gpu), top - held - slots),
-            (total(cpu, cpu), total(cpu_far, cpu), host - streamed),
+            (total(cpu, cpu), total(cpu_far, cpu), host - on_host),
         ]
 
     def largest_batch(self, regions: Regions) -> Floats:

@@ -28,6 +28,24 @@ def scores(space: Space, grid: Grid) -> NDArray[np.float64]:
     return tokens_per_batch(space, grid.batch_size) / seconds
 
 
+def scored(space: Space, grid: Grid, margin: float) -> tuple[Grid, NDArray[np.float64]]:
+    """The candidates with their scores, without those whose experts take too long in prefill on the CPU alone.
+
+    So long that they are not within a factor of `margin` of the best of the others.
+    """
+    others, on_cpu = (grid.take(np.flatnonzero(grid.gpu_prefill_ffn == device)) for device in (1, 0))
+    found = scores(space, others)
+    if not len(on_cpu):
+        return others, found
+    spec = space.spec
+    in_a_layer = spec.num_experts - on_cpu.resident_total / spec.num_expert_layers
+    seconds = space.costs.cpu_experts(on_cpu.batch_size * space.workload.prompt_len, in_a_layer)
+    seconds = seconds * (spec.num_expert_layers - 1)  # the last may have less to do
+    enough = found.max(initial=0.0) / margin
+    promising = on_cpu.take(np.flatnonzero(tokens_per_batch(space, on_cpu.batch_size) > enough * seconds))
+    return others.and_also(promising), np.concatenate([found, scores(space, promising)])
+
+
 def score_of(space: Space, policy: Policy) -> float:
     """Closed-form tokens a second of one policy, as `scores` has it."""
     tokens = float(tokens_per_batch(space, np.array(policy.batch_size)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 from typing import Any, Final
 
@@ -34,6 +35,11 @@ class Setting:
     kind: Kind
     chunk: int
     dense: bool
+    gpu_prefill: int
+
+    def of(self, grid: Grid) -> NDArray[np.bool_]:
+        """Which candidates are of this setting."""
+        return (grid.resident_dense == self.dense) & (grid.gpu_prefill_ffn == self.gpu_prefill)
 
 
 class Decoder:
@@ -42,12 +48,17 @@ class Decoder:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.dense = (True, False) if space.profile.has_accelerator else (True,)
+        self.prefill = space.prefill_devices(0)
         self.chunks = sorted(c for some in chunk_ranges(space) for c in some.spaced(CHUNK_STEP))
         self._known: dict[tuple[Setting, int], int] = {}
         self.kinds = {
             name: kind
             for name, kind in ((_name(kind), kind) for kind in space.kinds())
-            if any(self._most_sizes(Setting(kind, self.chunks[0], dense)) for dense in self.dense)
+            if any(
+                self._most_sizes(Setting(kind, self.chunks[0], dense, prefill))
+                for dense in self.dense
+                for prefill in space.prefill_devices(kind.gpu_ffn)
+            )
         }
 
     def first(self, count: int) -> list[Parameters]:
@@ -67,7 +78,8 @@ class Decoder:
         for size, number, chunk in _FILLING:
             share = self._chunk_share(chunk)
             for name, kind in self.kinds.items():
-                for residents in (1.0,) if kind.gpu_ffn else (1.0, 0.0):
+                prefill = self.space.prefill_devices(kind.gpu_ffn)
+                for residents, device in product((1.0,) if kind.gpu_ffn else (1.0, 0.0), prefill):
                     yield {
                         "kind": name,
                         "size": size,
@@ -76,6 +88,7 @@ class Decoder:
                         "residents": residents,
                         "chunk": share,
                         "dense": True,
+                        "prefill": device,
                     }
         for share in _RESIDENT:
             for name, kind in self.kinds.items():
@@ -87,6 +100,7 @@ class Decoder:
                     "residents": 1.0,
                     "chunk": 0.0,
                     "dense": True,
+                    "prefill": self.prefill[0],
                 }
 
     def _chunk_share(self, prompts: int) -> float:
@@ -99,7 +113,8 @@ class Decoder:
         """The policy that the parameters mean; None if even the least of its kind does not fit."""
         kind = self.kinds[parameters["kind"]]
         longest = round(parameters["chunk"] * (len(self.chunks) - 1))
-        settings = (Setting(kind, chunk, parameters["dense"]) for chunk in reversed(self.chunks[: longest + 1]))
+        placed = parameters["dense"], 1 if kind.gpu_ffn else parameters["prefill"]
+        settings = (Setting(kind, chunk, *placed) for chunk in reversed(self.chunks[: longest + 1]))
         setting = next((setting for setting in settings if self._most_sizes(setting)), None)
         if setting is None:
             return None
@@ -120,7 +135,7 @@ class Decoder:
         parts = round(parameters["residents"] * ALL_THAT_FIT)
         place = np.array([[size, number, on_gpu, parts, setting.chunk]])
         grid = make_grid(self.space, kind, place)
-        fitting = np.flatnonzero(grid.fits & (grid.resident_dense == setting.dense))
+        fitting = np.flatnonzero(grid.fits & setting.of(grid))
         return grid.policy(self.space, int(fitting[0])) if len(fitting) else None
 
     def changed(self, parameters: Parameters, random: Random) -> Parameters:
@@ -138,19 +153,22 @@ class Decoder:
                     changed[name] = random.choice(list(self.kinds))
                 case "dense":
                     changed[name] = random.choice(self.dense)
+                case "prefill":
+                    changed[name] = random.choice(self.prefill)
                 case _:
                     changed[name] = min(max(changed[name] + moved, 0.0), 1.0)
         return changed
 
     def _share_with_residents(self, kind: Kind, share: float) -> float:
         """The size, as a share, of one micro-batch beside which that share of experts fits."""
-        setting = Setting(kind, self.chunks[0], dense=True)
+        gpu_prefill = self.space.prefill_devices(kind.gpu_ffn)[0]
+        setting = Setting(kind, self.chunks[0], dense=True, gpu_prefill=gpu_prefill)
         number = 1 + (kind.kv is KvPlace.SOME)
 
         def fit(sizes: Ints) -> NDArray[np.bool_]:
             grid = self._grid(setting, sizes, number, number * (kind.kv is KvPlace.ALL))
             enough = grid.resident_total >= share * self.space.everything
-            return (grid.fits & enough)[grid.resident_dense == setting.dense]
+            return (grid.fits & enough)[setting.of(grid)]
 
         most = self._most_sizes(setting)
         size = _largest(most, fit)
@@ -175,7 +193,7 @@ class Decoder:
 
     def _fit(self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int) -> NDArray[np.bool_]:
         grid = self._grid(setting, size, number, on_gpu)
-        return grid.fits[grid.resident_dense == setting.dense]
+        return grid.fits[setting.of(grid)]
 
     def _grid(self, setting: Setting, size: Ints | int, number: Ints | int, on_gpu: Ints | int) -> Grid:
         columns = np.broadcast_arrays(np.atleast_1d(size), number, on_gpu, ALL_THAT_FIT, setting.chunk)

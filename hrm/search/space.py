@@ -46,7 +46,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What is asked of a search; `attention` and `ffn` of None leave the device open.
+    """What is asked of a search; `attention`, `ffn` and `prefill_ffn` of None leave the device open.
 
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
@@ -62,6 +62,7 @@ class Space:
     staging: bool = False
     attention: Device | None = None
     ffn: Device | None = None
+    prefill_ffn: Device | None = None
     max_micro_batch_size: int = 2**20
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS
@@ -105,12 +106,20 @@ class Space:
                     f"is {fixed.value} under schedule {self.schedule.value}",
                     "leave it out, or evaluate the policy with hrm estimate",
                 )
-        attention = _choices(self.attention or schedule.attention)
-        return [(a, f) for a in attention for f in _choices(self.ffn or schedule.ffn)]
+        attention, ffn = _choices(self.attention or schedule.attention), _choices(self.ffn or schedule.ffn)
+        if self.prefill_ffn is Device.CPU:
+            ffn = tuple(device for device in ffn if not device)
+            if not ffn:
+                raise PolicyError("--prefill-ffn", "cpu", "goes with experts on the CPU", "leave it out")
+        return [(a, f) for a in attention for f in ffn]
+
+    def prefill_devices(self, gpu_ffn: int) -> tuple[int, ...]:
+        """Where prefill may compute the experts that are not resident: 1 for the GPU, 0 for the CPU."""
+        return (1,) if gpu_ffn else _choices(self.prefill_ffn)
 
     def _check_only_device(self) -> None:
         only = Device.GPU if self.profile.has_gpu else Device.CPU
-        for flag, asked in (("--attention", self.attention), ("--ffn", self.ffn)):
+        for flag, asked in (("--attention", self.attention), ("--ffn", self.ffn), ("--prefill-ffn", self.prefill_ffn)):
             if asked not in {None, only}:
                 raise PolicyError(
                     flag,

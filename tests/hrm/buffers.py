@@ -135,13 +135,15 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
         before, after = (buffer, number, 0), (buffer, number, 1)
         kv: Part = ("prefill_kv", number % TWO), number, 0
         on_host: Buffer = ("host_hidden", g)
+        routed, host_routed = ("routed", number % TWO), ("host_routed", number % TWO)
+        added = (on_host, i + 1, 1)  # with the CPU's experts
         # At worst a prompt goes on from every chunk to the next, and each part reads those before.
         prefix, so_far = ("prefix",), i * p.num_micro_batches + g
         match x.act.name:
             case "EMBED":
                 use = Use(writes=[before])
             case "LOAD_HIDDEN":
-                use = Use([(on_host, i, 0)], [before])
+                use = Use([(on_host, i, int(p.cpu_experts[i - 1]))], [before])
             case "PREFILL_LAYER":
                 use = Use([before], [after] if p.kv_on_gpu[g] else [after, kv])
                 use.writes.append((prefix, so_far, 0))
@@ -149,6 +151,16 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
                     use.reads.append((prefix, so_far - 1, 0))
                 if p.streamed[i]:
                     use.reads += _pages(p, slots(0, i), p.num_pages)
+                if p.cpu_experts[i]:
+                    use.writes.append((routed, number, 0))
+            case "OFFLOAD_TOKENS":
+                use = Use([(routed, number, 0)], [(host_routed, number, 0)])
+            case "CPU_EXPERTS":
+                use = Use([(host_routed, number, 0)], [added])
+                if i < p.num_layers - 1:
+                    use.reads.append((on_host, i + 1, 0))
+            case "LOAD_EXPERT_OUTPUT":
+                use = Use([added], [(routed, number, 1)])
             case "STORE_KV":
                 use = Use([kv], [(("host_kv", i, g), 1, 0)])
             case "STORE_HIDDEN":
@@ -156,6 +168,8 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
             case _:
                 assert x.act.name == "SAMPLE"
                 use = Use([after])
+                if p.cpu_experts[i]:
+                    use.reads.append((routed, number, 1))
         yield x, use
 
 

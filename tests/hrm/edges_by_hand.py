@@ -131,7 +131,8 @@ class ByHand:
         match x.act:
             case prefill.EMBED | prefill.LOAD_HIDDEN:
                 if x.act is prefill.LOAD_HIDDEN:
-                    yield TaskId(prefill.STORE_HIDDEN, i - 1, g)
+                    on_cpu = self.pipeline.cpu_experts[i - 1]
+                    yield TaskId(prefill.CPU_EXPERTS if on_cpu else prefill.STORE_HIDDEN, i - 1, g)
                 if before >= 0:
                     last = layer_before == self.pipeline.num_layers - 1
                     yield TaskId(prefill.SAMPLE if last else prefill.STORE_HIDDEN, layer_before, chunk_before)
@@ -141,7 +142,22 @@ class ByHand:
                     yield TaskId(prefill.LOAD_PAGE, i, self.pipeline.num_pages - 1)
                 if before >= 0 and not self.pipeline.kv_on_gpu[g]:
                     yield TaskId(prefill.STORE_KV, layer_before, chunk_before)
+                if before >= 0 and self.pipeline.cpu_experts[i] and self.pipeline.cpu_experts[layer_before]:
+                    last = layer_before == self.pipeline.num_layers - 1
+                    yield TaskId(prefill.SAMPLE if last else prefill.OFFLOAD_TOKENS, layer_before, chunk_before)
+            case prefill.OFFLOAD_TOKENS:
+                yield TaskId(prefill.PREFILL_LAYER, i, g)
+                if before >= 0 and self.pipeline.cpu_experts[layer_before]:
+                    yield TaskId(prefill.CPU_EXPERTS, layer_before, chunk_before)
+            case prefill.CPU_EXPERTS:
+                yield TaskId(prefill.OFFLOAD_TOKENS, i, g)
+                if i < self.pipeline.num_layers - 1:
+                    yield TaskId(prefill.STORE_HIDDEN, i, g)
+            case prefill.LOAD_EXPERT_OUTPUT:
+                yield TaskId(prefill.CPU_EXPERTS, i, g)
             case prefill.STORE_HIDDEN | prefill.STORE_KV | prefill.SAMPLE:
                 yield TaskId(prefill.PREFILL_LAYER, i, g)
+                if x.act is prefill.SAMPLE and self.pipeline.cpu_experts[i]:
+                    yield TaskId(prefill.LOAD_EXPERT_OUTPUT, i, g)
             case _:
                 yield from self._page_waits(x, TaskId(prefill.PREFILL_LAYER, 0, chunks - 1))

@@ -19,6 +19,7 @@ from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, prefix_tokens_for, spread_experts
 from hrm.tasks import Device
 from hrm.workload import Workload
+from tests.hrm.support import random_ffn
 
 GPUS = ("T4", "L4", "A10G", "A100-80G", "H100", "RTX-4090", "MI300X", "L40S", "V100-16G")
 
@@ -92,7 +93,7 @@ def _any(rng: Random, case: Case) -> Policy | None:
         number=number,
         on_gpu=round(share * number),
         attention=rng.choice(list(Device)),
-        ffn=rng.choice(list(Device)),
+        **random_ffn(rng),
         dense=rng.random() < 0.7,
         chunk=int(2 ** rng.uniform(0, 17)),
         parallelism=rng.choice(parallelisms),
@@ -106,6 +107,7 @@ def _changed(rng: Random, case: Case, near: Policy) -> Policy | None:
     def other(device: Device) -> Device:
         return rng.choice(list(Device)) if rng.random() < 0.1 else device
 
+    ffn = other(near.ffn)
     number = about(near.num_micro_batches, 0.3)
     share = near.kv_share_on_gpu + rng.choice([0, 0, rng.gauss(0, 0.1)])
     return _policy(
@@ -114,7 +116,8 @@ def _changed(rng: Random, case: Case, near: Policy) -> Policy | None:
         number=number,
         on_gpu=min(max(round(share * number), 0), number),
         attention=other(near.attention),
-        ffn=other(near.ffn),
+        ffn=ffn,
+        prefill_ffn=other(near.prefill_ffn) if ffn is Device.CPU else ffn,
         dense=near.resident_dense != (rng.random() < 0.1),
         chunk=about(near.prefill_chunk_tokens, rng.choice([0.0, 0.5])),
         parallelism=near.parallelism,
@@ -129,6 +132,7 @@ def _policy(
     on_gpu: int,
     attention: Device,
     ffn: Device,
+    prefill_ffn: Device,
     dense: bool,
     chunk: int,
     parallelism: Parallelism,
@@ -145,6 +149,7 @@ def _policy(
         micro_batch_size=size,
         attention=attention,
         ffn=ffn,
+        prefill_ffn=prefill_ffn,
         resident_experts=(0,) * part.num_layers,
         resident_dense=dense,
         gpu_kv_micro_batches=on_gpu,

@@ -144,6 +144,12 @@ def gated_delta(hidden_size: int) -> GatedDeltaNet:
     return GatedDeltaNet(hidden_size=hidden_size, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=12)
 
 
+def random_ffn(rng: Random) -> dict[str, Device]:
+    """Where experts that are not resident are computed, in decode and in prefill."""
+    ffn = rng.choice(list(Device))
+    return {"ffn": ffn, "prefill_ffn": rng.choice([ffn, Device.GPU])}
+
+
 def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:
     """Any pipeline that a policy may lead to, and many that no sensible policy would."""
     phase = phase or rng.choice([Phase.DECODE, Phase.DECODE, Phase.DECODE, Phase.PREFILL])
@@ -162,7 +168,7 @@ def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:
         attention=rng.choice(list(Device)),
         kv_on_gpu=(rng.random() < 0.4,) * n if prefill else some(n, rng.choice([0.0, 0.3, 1.0])),
         streamed=some(layers, rng.choice([0.6, 1.0])),
-        cpu_experts=(False,) * layers if prefill else some(layers, rng.choice([0.0, 0.5, 1.0])),
+        cpu_experts=some(layers, rng.choice([0.0, 0.5, 1.0])),
         num_pages=num_pages,
         dense_pages=rng.randint(0, num_pages),
         staging=rng.random() < 0.5,

@@ -174,7 +174,7 @@ MISTAKES = {
     "a machine named twice": (["whatif", *T4, "--gpus", "1xL4"], "--gpus is <1xT4 and 1xL4>: may be given once only"),
     "no size": (["search", *T4, "--gpu-memory", "big"], "--gpu-memory is 'big'"),
     "half a workload": (["search", *T4, "--prompt-len", "9"], "both are needed"),
-    "too little memory": (["search", *T4, "--gpu-memory", "1GB"], "no policy fits"),
+    "too little memory": (["search", *T4, "--gpu-memory", "300MB"], "no policy fits"),
     "a policy that does not fit": (
         ["estimate", *T4, "-u", "8", "-n", "4", "--resident-experts", "8"],
         "memory at level gpu",

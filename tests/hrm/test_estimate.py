@@ -36,7 +36,8 @@ def random_policy(rng: Random, spec: ModelSpec, schedule: ScheduleName) -> Polic
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         attention=rng.choice(list(Device)),
-        ffn=rng.choice(list(Device)),
+        ffn=(ffn := rng.choice(list(Device))),
+        prefill_ffn=ffn if n % 2 else Device.GPU,
         resident_experts=spread_experts(spec, rng.randint(0, spec.num_expert_layers * (spec.num_experts - 1))),
         resident_dense=rng.random() < 0.5,
         gpu_kv_micro_batches=rng.choice([0, 0, n // 2, n]),
@@ -268,6 +269,7 @@ def policy_of_system(policy: Policy) -> Policy:
         policy,
         attention=fixed.attention or policy.attention,
         ffn=fixed.ffn or policy.ffn,
+        prefill_ffn=fixed.ffn or policy.prefill_ffn,
         gpu_kv_micro_batches=policy.num_micro_batches if fixed.kv_on_gpu else policy.gpu_kv_micro_batches,
     )
 

@@ -14,7 +14,7 @@ from hrm.model_spec import ModelSpec
 from hrm.model_spec.workspace import workspace_bytes
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device
-from tests.hrm.support import machine, random_spec, tiny_spec
+from tests.hrm.support import machine, random_ffn, random_spec, tiny_spec
 
 SIZE = 2  # bytes of a bfloat16
 SIZES = {"float32": 4, "bfloat16": SIZE, "float16": 2}
@@ -27,7 +27,7 @@ def a_policy(rng: Random, spec: ModelSpec) -> Policy:
         batch_size=micro_batch_size * n,
         micro_batch_size=micro_batch_size,
         attention=rng.choice(list(Device)),
-        ffn=rng.choice(list(Device)),
+        **random_ffn(rng),
         resident_experts=tuple(rng.randint(0, spec.num_experts) for _ in range(spec.num_layers)),
         resident_dense=rng.random() < 0.5,
         gpu_kv_micro_batches=rng.randint(0, n),
@@ -47,13 +47,11 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     dense = hidden * heads + 2 * hidden * kv + heads * hidden + hidden * spec.num_experts + 2 * hidden
     on_gpu = on_host = largest = 0
     for resident in p.resident_experts:
-        streamed = sum(expert for number in range(spec.num_experts) if number >= resident)
-        stays = resident * expert
-        if p.resident_dense:
-            stays += dense
-        else:
-            streamed += dense
-        on_gpu, on_host, largest = on_gpu + stays, on_host + streamed, max(largest, streamed)
+        others = sum(expert for number in range(spec.num_experts) if number >= resident)
+        on_gpu += resident * expert + dense * p.resident_dense
+        on_host += others + dense * (not p.resident_dense)
+        streamed = others * (p.prefill_ffn is Device.GPU) + dense * (not p.resident_dense)
+        largest = max(largest, streamed)
     n = p.num_micro_batches
     kv_on_gpu = sum(p.kv_on_gpu(j) for j in range(n))
     cache = p.kv_tokens_per_micro_batch * 2 * kv
@@ -62,6 +60,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     request = (hidden + heads + heads) * size + 2 * kv * of_kv
     request += 3 * 8 + 4 * 4  # int64 and int32 that tell a GPU where it is
     request += (2 * hidden * size + 12 * spec.experts_per_token) * cpu_experts
+    to_experts = hidden * size + 12 * spec.experts_per_token if p.prefill_ffn is Device.CPU and on_host > 0 else 0
     pages = n if p.schedule is ScheduleName.CGOPIPE else 1
     gpu = {
         "resident_weights": (on_gpu + spec.vocab_size * hidden + hidden) * of_weights,
@@ -69,7 +68,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
         "kv_cache": kv_on_gpu * spec.num_layers * cache * of_kv,
         "kv_buffers": 2 * cache * of_kv * moves_kv,
         "exchange": p.batch_size * request,
-        "prefill_buffers": 2 * p.prefill_chunk_tokens * (hidden * size + 2 * kv * of_kv + 2 * 8),
+        "prefill_buffers": 2 * p.prefill_chunk_tokens * (hidden * size + 2 * kv * of_kv + 2 * 8 + to_experts),
         "prefix_buffer": p.prefix_buffer_tokens * 2 * kv * of_kv,
         "logits": p.micro_batch_size * spec.vocab_size * (4 + size),
     }
@@ -78,6 +77,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
         "staging": 4 * -(-largest // pages) * of_weights * p.staging,
         "kv_cache": (n - kv_on_gpu) * spec.num_layers * cache * of_kv,
         "exchange": p.batch_size * request,
+        "prefill_buffers": 2 * p.prefill_chunk_tokens * to_experts,
         "prefill_hidden": n * p.kv_tokens_per_micro_batch * (hidden * size + 2 * 8),
     }
     return gpu, cpu

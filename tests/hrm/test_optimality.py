@@ -90,7 +90,7 @@ def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt
     )
     at = np.array([[8.0], [6.0], [on_gpu / 6], [spec.num_experts], [chunk_tokens]])
     one = np.ones(1)
-    region = Regions(gpu_attention=one, gpu_ffn=one, dense=one, one_chunk=0 * one, low=at, high=at)
+    region = Regions(gpu_attention=one, gpu_ffn=one, gpu_prefill=one, dense=one, one_chunk=0 * one, low=at, high=at)
     for requests in range(48, 150, 9):
         workload = Workload(
             name="given", prompt_len=prompt_len, max_prompt_len=prompt_len, gen_len=64, num_requests=requests

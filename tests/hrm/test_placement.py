@@ -35,7 +35,7 @@ def units(spec: ModelSpec, policy: Policy, layer: int, phase: Phase) -> Counter[
         place = Place.STREAMED
         if expert < policy.resident_experts[layer]:
             place = Place.GPU
-        elif phase is Phase.DECODE and policy.ffn is Device.CPU:
+        elif (policy.ffn if phase is Phase.DECODE else policy.prefill_ffn) is Device.CPU:
             place = Place.HOST
         found[place] += BYTES * spec.expert_parameters
     return found
@@ -60,6 +60,8 @@ def test_bytes_at_a_place_are_those_of_its_units(phase):
         assert [policy.streamed_bytes(spec, layer, phase) for layer in range(spec.num_layers)] == streamed
         mean = Point.of_policy(policy, spec).streamed_bytes(spec, policy.formats.weights, phase)
         assert mean == pytest.approx(sum(streamed) / spec.num_layers), seed
+        on_host = [units_at[Place.STREAMED] + units_at[Place.HOST] for units_at in of_layers]
+        assert [policy.host_bytes(spec, layer) for layer in range(spec.num_layers)] == on_host
 
 
 def test_many_policies_are_counted_as_each_of_them():

@@ -119,7 +119,7 @@ def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
 
 
 @pytest.mark.parametrize(
-    ("changes", "flag"), [({"--gpu-memory": "1GB"}, "--gpu-memory"), ({"--cpu-memory": "20GB"}, "--cpu-memory")]
+    ("changes", "flag"), [({"--gpu-memory": "300MB"}, "--gpu-memory"), ({"--cpu-memory": "20GB"}, "--cpu-memory")]
 )
 def test_the_memory_that_is_asked_for_is_the_least(refused, changes, flag):
     args = {
@@ -131,7 +131,7 @@ def test_the_memory_that_is_asked_for_is_the_least(refused, changes, flag):
         **changes,
     }
     said = refused("search", *flat(args))
-    asked = parse_bytes(re.findall(rf"{flag} (\S+GB)", said)[0])
+    asked = parse_bytes(re.findall(rf"{flag} (\S+[GM]B)", said)[0])
     assert "no policy fits" in refused("search", *flat({**args, flag: f"{0.99 * asked:.0f}B"}))
 
 

@@ -54,6 +54,16 @@ PREFILL_CASES = {
         BASIC, phase=Phase.PREFILL, kv_on_gpu=(True,) * 3, streamed=(True, False)
     ),
     "one chunk": replace(BASIC, phase=Phase.PREFILL, num_micro_batches=1, kv_on_gpu=(False,)),
+    "experts on the CPU": replace(BASIC, phase=Phase.PREFILL, streamed=(False, False), cpu_experts=(True, True)),
+    "experts on the CPU, projections streamed, layer 1 resident, one chunk": replace(
+        BASIC,
+        phase=Phase.PREFILL,
+        num_micro_batches=1,
+        kv_on_gpu=(True,),
+        streamed=(True, False),
+        cpu_experts=(True, False),
+        dense_pages=1,
+    ),
 }
 
 

@@ -77,13 +77,18 @@ def every_policy(space: Space) -> list[tuple[Policy, list[int]]]:
             batch = min(size * n, requests)
             prompts = max(int(np.ceil(batch * w.prompt_len)), w.max_prompt_len)
             chunks = {min(chunk, prompts) for chunk in chunk_ranges(space)[0].spaced(2)}
-            for (attention, ffn), on_gpu, chunk, dense in product(space.devices(), range(n + 1), chunks, (True, False)):
+            for (attention, ffn), on_gpu, chunk, dense, prefill in product(
+                space.devices(), range(n + 1), chunks, (True, False), (1, 0)
+            ):
+                if ffn > prefill:
+                    continue
                 policy = Policy(
                     schedule=space.schedule,
                     batch_size=batch,
                     micro_batch_size=size,
                     attention=Device.GPU if attention else Device.CPU,
                     ffn=Device.GPU if ffn else Device.CPU,
+                    prefill_ffn=Device.GPU if prefill else Device.CPU,
                     resident_experts=(0,) * spec.num_layers,
                     resident_dense=dense,
                     gpu_kv_micro_batches=on_gpu,
@@ -198,7 +203,7 @@ def test_a_grid_counts_the_bytes_that_the_plan_does():
     """Byte by byte: memory of exactly what a policy needs holds it, and of one byte less not."""
     checked = 0
     for space, policy, total, verdict in residency_cases():
-        if not verdict or policy.ffn is Device.CPU:
+        if not verdict or (policy.ffn is Device.CPU and policy.prefill_ffn is Device.GPU):
             continue
         memory = plan_memory(space.spec, policy, space.profile)
         for level, plan in enumerate((memory.gpu, memory.cpu)):
@@ -208,8 +213,10 @@ def test_a_grid_counts_the_bytes_that_the_plan_does():
                 levels[level] = replace(levels[level], capacity_bytes=capacity)
                 profile = replace(space.profile, levels=tuple(levels))
                 grid = make_grid(replace(space, profile=profile), kind_of(policy), np.array([place_of(policy)]))
-                same = (grid.chunk_tokens == policy.prefill_chunk_tokens) & (
-                    grid.resident_dense == policy.resident_dense
+                same = (
+                    (grid.chunk_tokens == policy.prefill_chunk_tokens)
+                    & (grid.resident_dense == policy.resident_dense)
+                    & (grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU))
                 )
                 found = grid.take(np.flatnonzero(same)[:1]).with_residents(
                     replace(space, profile=profile), np.array([total])
@@ -313,8 +320,29 @@ def test_a_system_is_searched_within_what_it_can_do(schedule):
         assert policy.num_micro_batches == policy.gpu_kv_micro_batches == 1
 
 
+def test_layers_larger_than_the_gpu_are_planned_with_their_experts_on_the_host():
+    profile = with_memory(compose("1xRTX-4090", host="generic-server"), cpu_memory_bytes=int(1.5e12))
+    workload = replace(WORKLOADS["mtbench"], num_requests=1)
+    spec = BUILT_IN_MODELS["deepseek-v3"]
+    result = search(Space(spec, profile, workload))
+    policy = result.require().policy
+    assert (policy.ffn, policy.prefill_ffn) == (Device.CPU, Device.CPU)
+    assert result.outcome is Outcome.OPTIMAL
+    layer = max(policy.host_bytes(spec, index) for index in range(spec.num_layers))
+    assert layer > 0.9 * profile.top.usable_bytes
+    assert search(Space(spec, profile, workload, prefill_ffn=Device.GPU)).outcome is Outcome.INFEASIBLE
+
+
+def test_where_experts_may_be_in_prefill_is_asked_of_a_search():
+    spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
+    asked = search(Space(spec, profile, WORKLOAD, prefill_ffn=Device.CPU)).require().policy
+    assert asked.ffn is Device.CPU
+    with pytest.raises(PolicyError, match=r"--prefill-ffn.*goes with experts on the CPU"):
+        search(Space(spec, profile, WORKLOAD, ffn=Device.GPU, prefill_ffn=Device.CPU))
+
+
 def test_a_model_that_does_not_fit_says_what_to_change():
-    result = search(Space(BUILT_IN_MODELS["dbrx"], machine(gpu_bytes=2e9), WORKLOADS["mtbench"]))
+    result = search(Space(BUILT_IN_MODELS["dbrx"], machine(gpu_bytes=1e9, cpu_bytes=4e11), WORKLOADS["mtbench"]))
     assert result.outcome is Outcome.INFEASIBLE
     assert result.best is None
     with pytest.raises(PolicyError, match=r"no policy fits.*level gpu lacks .* try --gpu-memory"):

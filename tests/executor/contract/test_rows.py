@@ -12,6 +12,7 @@ from hrm.contract.rows import COUNT_BYTES, LOGIT_BYTES, ROUTING_BYTES
 from hrm.formats import Formats
 from hrm.memory import purposes
 from hrm.policy import Policy
+from hrm.tasks import Device
 from tests.executor.model.steps import route
 from tests.executor.tiny_models import tiny_arch
 
@@ -39,25 +40,35 @@ def assert_filled(parts: list[torch.Tensor], planned: int) -> None:
     assert all(part.eq(value).all() for value, part in enumerate(parts))
 
 
+@pytest.mark.parametrize("prefill_ffn", list(Device))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chunks_fill_what_is_planned(dtype):
-    spec, tokens = tiny_arch(hidden_size=24).spec, 6
+def test_chunks_fill_what_is_planned(dtype, prefill_ffn):
+    spec, tokens = tiny_arch(hidden_size=24, experts_per_token=3).spec, 6
     policy = Policy(
         batch_size=4,
         micro_batch_size=2,
+        ffn=Device.CPU,
+        prefill_ffn=prefill_ffn,
         resident_experts=(0,) * spec.num_layers,
         kv_tokens_per_micro_batch=32,
         prefill_chunk_tokens=tokens,
         prefix_buffer_tokens=5,
         dtype=dtype,
     )
-    sizes, _ = purposes(spec, policy)
+    sizes, on_host = purposes(spec, policy)
     gpu, prefix = (
         torch.zeros(sizes[purpose], dtype=torch.uint8) for purpose in (Purpose.PREFILL_BUFFERS, Purpose.PREFIX_BUFFER)
     )
     host = torch.zeros(0, dtype=torch.uint8)
-    made = PrefillBuffers(spec, getattr(torch, dtype), gpu=gpu, host=host, prefix=prefix, chunk_tokens=tokens)
-    assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_B], len(gpu))
+    routed = torch.zeros(on_host[Purpose.PREFILL_BUFFERS], dtype=torch.uint8)
+    made = PrefillBuffers(
+        spec, getattr(torch, dtype), gpu=gpu, host=host, host_routed=routed, prefix=prefix, chunk_tokens=tokens
+    )
+    assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_B, *vars(made.routed).values()], len(gpu))
+    assert_filled(list(vars(made.host_routed).values()), len(routed))
+    if prefill_ffn is Device.CPU:
+        in_turn = [made.routed.of(slot, tokens)[0] for slot in range(BUFFERS)]
+        assert all(rows.shape == (tokens, spec.hidden_size) for rows in in_turn)
     assert_filled([made.prefix], len(prefix))
     assert {len(made.numbers_BT), len(made.hidden_BTD), len(made.kv_B)} == {BUFFERS}
     assert made.hidden_BTD.shape[1] == tokens

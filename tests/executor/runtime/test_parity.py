@@ -1,11 +1,13 @@
 """Greedy tokens equal those of transformers, whatever the policy and the schedule."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from executor import native
+from hrm.memory import plan_memory
 from hrm.policy import ScheduleName
 from tests.executor.runtime.support import (
     CPU,
@@ -31,6 +33,20 @@ POLICIES = {
     "ffn on the cpu": {"attention": GPU, "ffn": CPU},
     "ffn on the cpu, dense streams": {"ffn": CPU, "resident_dense": False, "resident": 2},
     "both on the cpu": {"attention": CPU, "ffn": CPU, "resident": 1},
+    "prefill's experts on the cpu": {"attention": GPU, "ffn": CPU, "prefill_ffn": CPU},
+    "prefill's experts on the cpu, dense streams": {
+        "ffn": CPU,
+        "prefill_ffn": CPU,
+        "resident_dense": False,
+        "resident": 2,
+    },
+    "prefill's experts on the cpu, ragged, staged": {
+        "ffn": CPU,
+        "prefill_ffn": CPU,
+        "resident_experts": "ragged",
+        "resident_dense": False,
+        "staging": True,
+    },
     "some experts stay": {"attention": CPU, "resident": 3},
     "some experts stay, ragged": {"attention": GPU, "resident_experts": "ragged"},
     "all stay": {"attention": CPU, "resident": "all"},
@@ -52,6 +68,13 @@ POLICIES = {
     "split prompts": {"prefill_chunk_tokens": 7, "prefix_buffer_tokens": 40},
     "split prompts, gpu": {"attention": GPU, "prefill_chunk_tokens": 9, "staging": True},
     "split prompts, kv on the gpu": {"gpu_kv_micro_batches": 4, "prefill_chunk_tokens": 13},
+    "split prompts, prefill's experts on the cpu": {
+        "ffn": CPU,
+        "prefill_ffn": CPU,
+        "prefill_chunk_tokens": 12,
+        "prefix_buffer_tokens": 40,
+        "resident": 1,
+    },
     "split prompts, kv split": {
         "gpu_kv_micro_batches": 2,
         "prefill_chunk_tokens": 10,
@@ -112,8 +135,27 @@ def test_torch_alone_gives_the_same_tokens(tiny_folder, name):
 @pytest.mark.parametrize("schedule", ScheduleName)
 @pytest.mark.parametrize("attention", [CPU, GPU])
 def test_emulated_accelerator_gives_the_same_tokens(tiny_folder, attention, schedule):
-    policy = policy_of(tiny_folder, schedule, {"attention": attention, "resident": 1, "ffn": CPU})
+    """Where attention is on the GPU, prefill's experts are on the CPU."""
+    prefill_ffn = CPU if attention is GPU else GPU
+    choices = {"attention": attention, "resident": 1, "ffn": CPU, "prefill_ffn": prefill_ffn}
+    policy = policy_of(tiny_folder, schedule, choices)
     backend = emulated(machine(bandwidth=5e8))
     with generator(tiny_folder, policy, backend=backend) as made:
         done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
     assert {name: completion.tokens for name, completion in done.items()} == expected(tiny_folder)
+
+
+def test_layers_larger_than_the_gpu_run_with_their_experts_on_the_host(tiny_folder):
+    spec = architecture(tiny_folder).spec
+    choices = {"micro_batch_size": 1, "batch_size": 2, "kv_tokens_per_micro_batch": 64, "prefill_chunk_tokens": 4}
+    policy = policy_of(tiny_folder, ScheduleName.CGOPIPE, {**choices, "ffn": CPU, "prefix_buffer_tokens": 64})
+    streamed, kept = (
+        plan_memory(spec, replace(policy, prefill_ffn=device), machine()).gpu.planned_bytes for device in (GPU, CPU)
+    )
+    backend = emulated(machine(gpu_bytes=kept, bandwidth=5e8))
+    policy = replace(policy, prefill_ffn=CPU)
+    with generator(tiny_folder, policy, backend=backend) as made:
+        done = generate(made, requests(PROMPTS[:4], max_tokens=MAX_TOKENS))
+    assert {name: completion.tokens for name, completion in done.items()}.items() <= expected(tiny_folder).items()
+    experts_of_two_layers = 2 * spec.num_experts * spec.expert_parameters * 4
+    assert streamed - kept > 0.9 * experts_of_two_layers

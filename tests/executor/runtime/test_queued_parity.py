@@ -18,6 +18,8 @@ SOME = (
     "all streamed, both on the gpu",
     "ffn on the cpu, dense streams",
     "both on the cpu",
+    "prefill's experts on the cpu, ragged, staged",
+    "split prompts, prefill's experts on the cpu",
     "some experts stay, ragged",
     "kv split, cpu",
     "kv split, gpu",

@@ -1,0 +1,122 @@
+"""What the tasks of a phase take in closed form, for one policy or a grid of them: by act, and by lane."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+from hrm.acts import Counts, Load
+from hrm.costs import Costs
+from hrm.numeric import Number, is_zero, maximum
+from hrm.tasks import Act, Lane
+
+_LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
+
+
+class PhaseSeconds(NamedTuple):
+    """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
+
+    A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
+    """
+
+    acts: dict[Act, Number]
+    lanes: dict[Lane, Number]
+    host_memory_s: Number
+    chain_s: Number
+
+    @property
+    def terms(self) -> tuple[Number, ...]:
+        """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
+        return (*self.lanes.values(), self.host_memory_s, self.chain_s)
+
+    @property
+    def stretch(self) -> float:
+        """How much longer work on the host's memory takes because all of it wants more than there is.
+
+        Only as far as the memory is what limits the phase: until then, work can give way in turn.
+        """
+        if self.host_memory_s <= max(self.lanes.values()):
+            return 1.0
+        using = max(seconds for lane, seconds in self.lanes.items() if lane is not Lane.GPU)
+        return self.host_memory_s / using if using else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LaneWork:
+    """What all tasks of some acts take and move: seconds by act, bytes over the links, and the CPU's own accesses."""
+
+    seconds: dict[Act, Number]
+    moved_bytes: Number = 0
+    host_bytes: Number = 0
+
+    @staticmethod
+    def of(acts: Iterable[Act], counts: Counts, load: Load) -> "LaneWork":
+        """Every act's tasks, each as a mean over the layers."""
+        seconds: dict[Act, Number] = {}
+        moved_bytes = host_bytes = 0
+        loads_of: dict[tuple[bool, ...], list[tuple[Number, Load]]] = {}
+        for act in acts:
+            count = act.count(counts)
+            if is_zero(count):
+                continue
+            told_apart = act.attends, act.by_ffn, act.of_cpu_experts, act.of_last
+            if told_apart not in loads_of:
+                loads_of[told_apart] = _loads(load, act, counts)
+            loads = loads_of[told_apart]
+            if len(loads) == 1:
+                of_all, num_bytes, on_host = _task(act, loads[0][1])
+            else:
+                tasks = [(share, _task(act, each)) for share, each in loads]
+                of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
+            seconds[act] = count * of_all
+            if act.lane in _LINKS:
+                moved_bytes = moved_bytes + count * num_bytes
+            if act.lane is not Lane.GPU and not is_zero(on_host):
+                host_bytes = host_bytes + count * on_host
+        return LaneWork(seconds, moved_bytes, host_bytes)
+
+    def __add__(self, other: "LaneWork") -> "LaneWork":
+        """Of both, which have no act in common."""
+        return LaneWork(
+            {**self.seconds, **other.seconds}, self.moved_bytes + other.moved_bytes, self.host_bytes + other.host_bytes
+        )
+
+    def in_all(self, costs: Costs, under_way: Number) -> PhaseSeconds:
+        """The seconds, with so many micro-batches or chunks under way at once."""
+        host_memory_s = costs.host_memory(moved_bytes=self.moved_bytes, read_bytes=self.host_bytes)
+        lanes: dict[Lane, Number] = dict.fromkeys(Lane, 0.0)
+        for act, seconds in self.seconds.items():
+            lanes[act.lane] = lanes[act.lane] + seconds
+        chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
+        return PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s)
+
+
+def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:
+    """Seconds of one task, bytes that it moves, and the CPU's accesses to the host's memory."""
+    num_bytes = act.moves(load)
+    return act.seconds(load, num_bytes), num_bytes, act.host_bytes(load)
+
+
+def _loads(load: Load, act: Act, counts: Counts) -> list[tuple[Number, Load]]:
+    """The loads of the layers that the act tells apart, each with its share of the layers that it has tasks in."""
+    spec = load.spec
+    last = spec.layer_kind(spec.num_layers - 1)
+    if act.of_last:
+        return [(1.0, replace(load.last or load, kind=last, is_last=True))]
+    if act.of_cpu_experts:  # layers with experts differ in nothing else that matters here
+        kind = next(kind for kind in spec.layer_kinds() if kind.has_experts)
+        if load.last is None:
+            return [(1.0, replace(load, kind=kind))]
+        of_last = counts.last_cpu_experts / maximum(counts.layers * counts.cpu_experts, 1e-9)
+        return [(1 - of_last, replace(load, kind=kind)), (of_last, replace(load.last, kind=kind))]
+    kinds = spec.alike(by_window=act.attends, by_ffn=act.by_ffn)
+    shares = {(kind, False): count / spec.num_layers for kind, count in kinds.items()}
+    if load.last is not None and act.by_ffn:
+        shares[last, False] -= 1 / spec.num_layers
+        shares[last, True] = 1 / spec.num_layers
+    if len(shares) == 1:
+        return [(1.0, replace(load, kind=next(iter(shares))[0]))]
+    return [
+        (share, replace((load.last or load) if is_last else load, kind=kind))
+        for (kind, is_last), share in shares.items()
+        if share > 1e-12
+    ]
