@@ -11,6 +11,7 @@ from executor.families.gpt_oss import GPT_OSS
 from executor.families.minimax import MINIMAX_M2
 from executor.families.mixtral import MIXTRAL
 from executor.families.qwen import OLMOE, QWEN2, QWEN3, QWEN3_VL
+from executor.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
 from hrm.model_spec import decoder_keys
@@ -30,6 +31,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "ernie4_5_moe": ERNIE_4_5,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
+    # with the gated delta rule
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN3_5,
 }
 
 

@@ -14,4 +14,7 @@ EXECUTED_FAMILIES: Final = (
     "ernie4_5_moe",
     # with windows, chunks or sinks
     "gpt_oss",
+    # with the gated delta rule
+    "qwen3_next",
+    "qwen3_5_moe_text",
 )
