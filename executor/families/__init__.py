@@ -5,9 +5,13 @@ from typing import Any, Final
 
 from executor.families.base import Family
 from executor.families.dbrx import DBRX
+from executor.families.ernie import ERNIE_4_5
+from executor.families.glm import GLM4
 from executor.families.gpt_oss import GPT_OSS
+from executor.families.minimax import MINIMAX_M2
 from executor.families.mixtral import MIXTRAL
-from executor.families.qwen import QWEN3
+from executor.families.qwen import OLMOE, QWEN2, QWEN3, QWEN3_VL
+from executor.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
 from hrm.model_spec import decoder_keys
@@ -18,9 +22,18 @@ __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 FAMILIES: Final[dict[str, Family]] = {
     "mixtral": MIXTRAL,
     "dbrx": DBRX,
+    "qwen2_moe": QWEN2,
     "qwen3_moe": QWEN3,
+    "qwen3_vl_moe_text": QWEN3_VL,
+    "olmoe": OLMOE,
+    "glm4_moe": GLM4,
+    "minimax_m2": MINIMAX_M2,
+    "ernie4_5_moe": ERNIE_4_5,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
+    # with the gated delta rule
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN3_5,
 }
 
 

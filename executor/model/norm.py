@@ -62,7 +62,7 @@ def norm_into(
     scale_T1 = length_T1.square_().div_(x_TD.shape[-1]).add_(norm.eps).rsqrt_()
     scaled_TD = torch.mul(float_TD, scale_T1, out=out_TD if float_TD is x_TD else float_TD)
     if norm.offset:
-        scaled_TD.mul_(weight_D.float().add_(norm.offset))
+        scaled_TD.mul_(weight_D.float() + norm.offset)
     if scaled_TD is not out_TD:
         out_TD.copy_(scaled_TD)
     if not norm.offset:

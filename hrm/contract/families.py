@@ -5,7 +5,16 @@ from typing import Final
 EXECUTED_FAMILIES: Final = (
     "mixtral",
     "dbrx",
+    "qwen2_moe",
     "qwen3_moe",
+    "qwen3_vl_moe_text",
+    "olmoe",
+    "glm4_moe",
+    "minimax_m2",
+    "ernie4_5_moe",
     # with windows, chunks or sinks
     "gpt_oss",
+    # with the gated delta rule
+    "qwen3_next",
+    "qwen3_5_moe_text",
 )

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 
+Tensors = dict[str, torch.Tensor]
+WEIGHTS: Final = "model.safetensors"
 VOCAB: Final = 97
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCAB,
@@ -60,8 +63,11 @@ class Tiny:
         return tuple(tokens[len(prompt) :])
 
 
-def save(make: Callable[[], Any], folder: Path) -> Tiny:
-    """Make a model, with norms, biases and corrections away from their defaults, and save it in float32."""
+def save(make: Callable[[], Any], folder: Path, stored: Callable[[Tensors], Tensors] | None = None) -> Tiny:
+    """Make a model, with norms, biases and corrections away from their defaults, and save it in float32.
+
+    `stored` makes of what transformers saves what was published before.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -70,11 +76,12 @@ def save(make: Callable[[], Any], folder: Path) -> Tiny:
     corrections = [tensor for name, tensor in model.named_buffers() if "correction" in name]
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if tensor.squeeze().ndim == 1 and "norm" in name and name.endswith("weight"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.ndim == 1:
+            if tensor.squeeze().ndim == 1:  # norms are around one, and all other vectors around nought
                 tensor.uniform_(-0.5, 0.5)
+                tensor.add_("norm" in name and name.endswith("weight"))
         for tensor in corrections:
             tensor.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
+    if stored is not None:
+        save_file(stored(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
     return Tiny(model, folder)
