@@ -7,17 +7,16 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
+from executor.families.rope import Rope
 from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
-from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Rotary, Router
+from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
 from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors
 from hrm.errors import ModelError
 from hrm.layers import Block, GroupedQueryAttention, Layer
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
 
 SILU: Final = ("silu", "swish")
-ROPE_SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
 PLAIN_ROUTER: Final = Router()
-OTHER_MODEL: Final = "use a model of a supported architecture"
 
 
 @final
@@ -139,21 +138,22 @@ def decoder(
     spec: ModelSpec,
     *,
     norm: Norm,
-    rotary: Callable[[GroupedQueryAttention], Rotary],
+    rope: Rope,
+    interleaved: bool = False,
     router: Router = PLAIN_ROUTER,
     head_norm: Norm | None = None,
     clip: float | None = None,
-    max_position_embeddings: int,
 ) -> Architecture:
     """Grouped-query attention and the same FFN in every layer, with one norm before each and at the end."""
     ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
 
     def maths(layer: Layer) -> LayerMaths:
         block = grouped_query(layer)
-        mixer = GroupedQuery(block=block, norm=norm, rotary=rotary(block), clip=clip, head_norm=head_norm)
+        rotary = rope.rotary(block.head_dim, interleaved=interleaved)
+        mixer = GroupedQuery(block=block, norm=norm, rotary=rotary, clip=clip, head_norm=head_norm)
         return LayerMaths(mixer=mixer, ffn=ffn)
 
-    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=max_position_embeddings)
+    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
 
 
 def grouped_query(layer: Layer) -> GroupedQueryAttention:
@@ -165,39 +165,3 @@ def grouped_query(layer: Layer) -> GroupedQueryAttention:
     assert isinstance(block, GroupedQueryAttention), block
     block.require(block.head_dim % 2 == 0, "head_dim", "must be even for the rotary embedding")
     return block
-
-
-def rope_theta(keys: Keys, default: float) -> float:
-    """The base of the rotary embedding: at the top, or in the sections that have had it.
-
-    Raises ModelError if it is given twice and differs, or the embedding is scaled or partial.
-    """
-    for name in ("rope_parameters", "rope_scaling"):
-        _check_unscaled(keys, name)
-    given: dict[str, float] = {}
-    for section in (keys, *(keys.section(name) for name in ROPE_SECTIONS if keys.get(name) is not None)):
-        if section.get("partial_rotary_factor") not in (1, None):
-            raise section.refusal("partial_rotary_factor", "must be 1: whole heads are rotated", OTHER_MODEL)
-        if section.get("rope_theta") is None:
-            continue
-        theta = section.number("rope_theta")
-        first = next(iter(given.items()), None)
-        if first is not None and first[1] != theta:
-            raise section.refusal(
-                "rope_theta",
-                f"must be {first[1]} as {first[0]} is: readers of such a config differ in which they take",
-                "remove the one that the model was not trained with",
-            )
-        given[f"{section.path}: rope_theta" if section.path else "rope_theta"] = theta
-    return next(iter(given.values()), float(default))
-
-
-def _check_unscaled(keys: Keys, name: str) -> None:
-    section = keys.get(name)
-    if section is None:
-        return
-    rope: Any = section if isinstance(section, dict) else {"type": section}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" and not (kind == "linear" and rope.get("factor") == 1):
-        rule = "must be of type default: scaled positions are not supported"
-        raise keys.refusal(name, rule, "use a model without rope scaling")

@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from executor.families.base import SILU, Family, decoder, rope_theta
+from executor.families.base import SILU, Family, decoder
+from executor.families.rope import Rope
 from executor.families.stored import Stored
-from executor.model import Architecture, Norm, NormKind, Rotary, Router
+from executor.model import Architecture, Norm, NormKind, Router
 from hrm.model_spec import Keys, ModelSpec
 
 LAYER_NORM_EPS: Final = 1e-5  # torch's default, which the published code relies on
@@ -18,16 +19,14 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     else:
         ffn.word("ffn_act_fn", SILU, default="silu")
     norm = Norm(kind=NormKind.LAYER, eps=LAYER_NORM_EPS)
-    theta = rope_theta(keys, default=10_000.0)
     clip = None if attention.get(CLIP) is None else attention.number(CLIP)
     router = Router(norm=None if ffn.is_null(ROUTER_NORM) else ffn.number(ROUTER_NORM, default=1.0))
     return decoder(
         spec,
         norm=norm,
-        rotary=lambda block: Rotary.plain(block.head_dim, theta),
+        rope=Rope.read(keys, theta=10_000.0, positions=keys.integer("max_seq_len", default=2048)),
         router=router,
         clip=clip,
-        max_position_embeddings=int(keys.number("max_seq_len", default=2048)),
     )
 
 

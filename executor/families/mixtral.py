@@ -5,20 +5,19 @@ Or as transformers 5 names its own parameters, with all experts of a layer in tw
 
 from typing import Final
 
-from executor.families.base import SILU, Family, decoder, rope_theta
+from executor.families.base import SILU, Family, decoder
 from executor.families.names import ATTENTION, FUSED, LAYER, OUTSIDE, W1_W2_W3
-from executor.model import Architecture, Norm, Rotary
+from executor.families.rope import Rope
+from executor.model import Architecture, Norm
 from hrm.model_spec import Keys, ModelSpec
 
 
 def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     keys.word("hidden_act", SILU, default="silu")
-    theta = rope_theta(keys, default=1e6)
     return decoder(
         spec,
         norm=Norm(eps=keys.number("rms_norm_eps", default=1e-5)),
-        rotary=lambda block: Rotary.plain(block.head_dim, theta),
-        max_position_embeddings=int(keys.number("max_position_embeddings", default=131_072)),
+        rope=Rope.read(keys, theta=1e6, positions=131_072),
     )
 
 

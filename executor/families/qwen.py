@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from executor.families.base import SILU, Family, decoder, rope_theta
+from executor.families.base import SILU, Family, decoder
 from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, LAYER, OUTSIDE
-from executor.model import Architecture, Norm, Rotary, Router
+from executor.families.rope import Rope
+from executor.model import Architecture, Norm, Router
 from hrm.model_spec import Keys, ModelSpec
 
 RMS_EPS: Final = 1e-6  # of all Qwens, where the config does not say
@@ -13,14 +14,13 @@ RMS_EPS: Final = 1e-6  # of all Qwens, where the config does not say
 def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     """Qwen3's, whose queries and keys have a norm of each head."""
     keys.word("hidden_act", SILU, default="silu")
-    norm, theta = Norm(eps=keys.number("rms_norm_eps", default=RMS_EPS)), rope_theta(keys, default=10_000.0)
+    norm = Norm(eps=keys.number("rms_norm_eps", default=RMS_EPS))
     return decoder(
         spec,
         norm=norm,
-        rotary=lambda block: Rotary.plain(block.head_dim, theta),
+        rope=Rope.read(keys, theta=10_000.0, positions=32_768),
         head_norm=norm,
         router=Router(norm=1.0 if keys.truth("norm_topk_prob") else None),
-        max_position_embeddings=int(keys.number("max_position_embeddings", default=32_768)),
     )
 
 

@@ -108,6 +108,13 @@ class Keys:
             raise self.refusal(key, "must be a list of integers")
         return tuple(items)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """The list of positive numbers under the key; empty if it is missing."""
+        items = self._list(key)
+        if any(isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < LARGEST_SIZE for x in items):
+            raise self.refusal(key, "must be a list of positive numbers")
+        return tuple(map(float, items))
+
     def words(self, key: str, choices: tuple[str, ...]) -> tuple[str, ...]:
         """The list of words under the key, each one of the choices; empty if it is missing."""
         items = self._list(key)
