@@ -7,7 +7,7 @@ from executor.families.base import Family
 from executor.families.dbrx import DBRX
 from executor.families.gpt_oss import GPT_OSS
 from executor.families.mixtral import MIXTRAL
-from executor.families.qwen import QWEN3
+from executor.families.qwen import OLMOE, QWEN2, QWEN3, QWEN3_VL
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
 from hrm.model_spec import decoder_keys
@@ -18,7 +18,10 @@ __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 FAMILIES: Final[dict[str, Family]] = {
     "mixtral": MIXTRAL,
     "dbrx": DBRX,
+    "qwen2_moe": QWEN2,
     "qwen3_moe": QWEN3,
+    "qwen3_vl_moe_text": QWEN3_VL,
+    "olmoe": OLMOE,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
 }

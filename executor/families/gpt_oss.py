@@ -2,10 +2,11 @@
 
 from typing import Final
 
-from executor.families.base import Family, grouped_query, rope_theta
+from executor.families.base import Family, grouped_query
 from executor.families.names import ATTENTION, LAYER, OUTSIDE
+from executor.families.rope import Rope
 from executor.families.stored import Stored, interleaved
-from executor.model import Activation, Architecture, FeedForward, Glu, GroupedQuery, LayerMaths, Norm, Rotary
+from executor.model import Activation, Architecture, FeedForward, Glu, GroupedQuery, LayerMaths, Norm
 from hrm.layers import Layer
 from hrm.model_spec import Keys, ModelSpec
 
@@ -19,17 +20,13 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     norm = Norm(eps=keys.number("rms_norm_eps", default=1e-5))
     glu = Glu(Activation.CLAMPED, keys.number("swiglu_limit", default=7.0))
     ffn = FeedForward(norm=norm, experts_per_token=spec.experts_per_token, glu=glu)
-    rotary = Rotary.plain(grouped_query(spec.layers[0]).head_dim, rope_theta(keys, default=150_000.0))
+    rope = Rope.read(keys, theta=150_000.0, positions=131_072)
 
     def maths(layer: Layer) -> LayerMaths:
-        return LayerMaths(mixer=GroupedQuery(block=grouped_query(layer), norm=norm, rotary=rotary), ffn=ffn)
+        block = grouped_query(layer)
+        return LayerMaths(mixer=GroupedQuery(block=block, norm=norm, rotary=rope.rotary(block.head_dim)), ffn=ffn)
 
-    return Architecture.of(
-        spec,
-        maths,
-        final_norm=norm,
-        max_position_embeddings=int(keys.number("max_position_embeddings", default=131_072)),
-    )
+    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
 
 
 GPT_OSS: Final = Family(

@@ -36,6 +36,9 @@ GATE_UP_DOWN: Final[Names] = {
     "w2": "mlp.experts.{expert}.down_proj.weight",
     "dense_w13": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "dense_w2": "mlp.down_proj.weight",
+    "score_correction": "mlp.gate.e_score_correction_bias",
+    "shared_w13": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+    "shared_w2": "mlp.shared_experts.down_proj.weight",
 }
 # As transformers 5 names its own parameters, with all experts of a layer in two tensors.
 FUSED: Final[Names] = {"router": "mlp.gate.weight", "w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"}

@@ -66,14 +66,14 @@ class Router:
     scale: float = 1.0
 
     def restricted(self, scores_TE: Tensor) -> Tensor:
-        """Scores with nought where a group is not chosen from."""
+        """Scores, least of all where a group is not chosen from."""
         if self.chosen_groups == self.groups:
             return scores_TE
         scores_TGe = scores_TE.unflatten(1, (self.groups, -1))
         of_group_TG = scores_TGe.topk(self.best_of_group).values.sum(-1)
         chosen_Tg = of_group_TG.topk(self.chosen_groups, sorted=False).indices
         excluded_TG = torch.ones_like(of_group_TG, dtype=torch.bool).scatter_(1, chosen_Tg, value=False)
-        return scores_TGe.masked_fill(excluded_TG.unsqueeze(-1), 0).flatten(1)
+        return scores_TGe.masked_fill(excluded_TG.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)

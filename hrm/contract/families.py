@@ -5,7 +5,10 @@ from typing import Final
 EXECUTED_FAMILIES: Final = (
     "mixtral",
     "dbrx",
+    "qwen2_moe",
     "qwen3_moe",
+    "qwen3_vl_moe_text",
+    "olmoe",
     # with windows, chunks or sinks
     "gpt_oss",
 )

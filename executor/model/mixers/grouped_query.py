@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class GroupedQuery(Mixer):
     """Grouped-query attention.
 
-    `clip` bounds queries, keys and values before the rotary embedding. `head_norm` is of queries and
-    keys before it, over each head or, if its weights are that long, over all together. Scores are
-    products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention starts
-    anew after so many tokens.
+    `head_norm` is of queries and keys, over each head or, if its weights are that long, over all
+    together. After it and before the rotary embedding, `clip` bounds queries, keys and values. Scores
+    are products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention
+    starts anew after so many tokens.
     """
 
     block: GroupedQueryAttention
@@ -76,9 +76,9 @@ class GroupedQuery(Mixer):
             row_TX.add_(weights.qkv_bias)
         if weights.gate_bias is not None:
             held_TS.add_(weights.gate_bias)
+        self._norm_heads(row_TX, weights, workspace)
         if self.clip is not None:
             row_TX.clamp_(-self.clip, self.clip)
-        self._norm_heads(row_TX, weights, workspace)
         if self.rotary is not None:
             self.rotary.turn(row_TX, block.num_heads + block.num_kv_heads, block.head_dim, positions_T, workspace)
 

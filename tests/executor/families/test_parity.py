@@ -12,7 +12,7 @@ import torch
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
 from hrm.policy import ScheduleName
-from tests.executor.families.grouped import GROUPED
+from tests.executor.families.grouped import GROUPED, GROUPED_OTHERWISE
 from tests.executor.families.tiny import Tiny, save
 from tests.executor.families.windowed import WINDOWED
 from tests.executor.runtime.fake_device import FakeDevice
@@ -21,6 +21,7 @@ from tests.executor.runtime.support import CPU, GPU, architecture, generate, gen
 from tests.executor.tiny_models import random_prompts
 
 FAMILIES_UNDER_TEST = {**GROUPED, **WINDOWED}
+STORED_OTHERWISE = {**GROUPED_OTHERWISE}
 ELSEWHERE = {"mixtral", "dbrx"}  # the runtime's own parity tests run these
 
 ALL = 1000
@@ -38,7 +39,8 @@ POLICIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
 def tiny(request, tmp_path_factory) -> Tiny:
-    return save(FAMILIES_UNDER_TEST[request.param], tmp_path_factory.mktemp("families") / request.param)
+    folder = tmp_path_factory.mktemp("families") / request.param
+    return save(FAMILIES_UNDER_TEST[request.param], folder, STORED_OTHERWISE.get(request.param))
 
 
 @pytest.fixture(scope="module")

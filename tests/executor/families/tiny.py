@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 
+Tensors = dict[str, torch.Tensor]
+WEIGHTS: Final = "model.safetensors"
 VOCAB: Final = 97
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCAB,
@@ -60,8 +63,11 @@ class Tiny:
         return tuple(tokens[len(prompt) :])
 
 
-def save(make: Callable[[], Any], folder: Path) -> Tiny:
-    """Make a model, with norms, biases and corrections away from their defaults, and save it in float32."""
+def save(make: Callable[[], Any], folder: Path, stored: Callable[[Tensors], Tensors] | None = None) -> Tiny:
+    """Make a model, with norms, biases and corrections away from their defaults, and save it in float32.
+
+    `stored` makes of what transformers saves what was published before.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -77,4 +83,6 @@ def save(make: Callable[[], Any], folder: Path) -> Tiny:
         for tensor in corrections:
             tensor.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
+    if stored is not None:
+        save_file(stored(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
     return Tiny(model, folder)
