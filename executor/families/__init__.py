@@ -5,7 +5,11 @@ from typing import Any, Final
 
 from executor.families.base import Family
 from executor.families.dbrx import DBRX
-from executor.families.gpt_oss import GPT_OSS
+    "glm4_moe": GLM4,
+    "minimax_m2": MINIMAX_M2,
+    "ernie4_5_moe": ERNIE_4_5,
+    # with windows, chunks or sinks
+    "gpt_oss": GPT_OSS,
 from executor.families.mixtral import MIXTRAL
 from executor.families.qwen import OLMOE, QWEN2, QWEN3, QWEN3_VL
 from executor.model.architecture import Architecture
@@ -22,6 +26,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen3_moe": QWEN3,
     "qwen3_vl_moe_text": QWEN3_VL,
     "olmoe": OLMOE,
+    "glm4_moe": GLM4,
+    "minimax_m2": MINIMAX_M2,
+    "ernie4_5_moe": ERNIE_4_5,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
 }

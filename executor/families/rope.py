@@ -29,13 +29,14 @@ class Rope:
     """What a config says of rotary embeddings.
 
     `section` has the keys of the `kind` of scaling. `partial` is the part of a head that turns, or
-    `elements` of it do if that is not 0. `positions` are what the whole config allows for,
-    `first_positions` those before scaling.
+    `elements` of it do if that is not 0; `told` are the keys that say so. `positions` are what the whole
+    config allows for, `first_positions` those before scaling.
     """
 
     section: Keys
     kind: str
     theta: float
+    told: Keys
     partial: float
     elements: int
     positions: int
@@ -65,6 +66,7 @@ class Rope:
             section=section,
             kind=SAME_KIND.get(kind, kind),
             theta=base,
+            told=told[0] if told else keys,
             partial=told[0].number("partial_rotary_factor") if told else partial or 1.0,
             elements=elements,
             positions=positions,
@@ -82,7 +84,7 @@ class Rope:
         if elements % 2 or not 0 < elements <= head_dim:
             key = "rotary_dim" if self.elements else "partial_rotary_factor"
             rule = f"must leave an even number of each head's {head_dim} elements to be rotated, not {elements}"
-            raise self.section.refusal(key, rule, OTHER_MODEL)
+            raise self.told.refusal(key, rule, OTHER_MODEL)
         frequencies_h, magnitude = KINDS[self.kind](self, torch.tensor(plain_frequencies(elements, self.theta)))
         return Rotary(tuple(frequencies_h.tolist()), interleaved, magnitude)
 

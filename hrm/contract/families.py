@@ -9,6 +9,9 @@ EXECUTED_FAMILIES: Final = (
     "qwen3_moe",
     "qwen3_vl_moe_text",
     "olmoe",
+    "glm4_moe",
+    "minimax_m2",
+    "ernie4_5_moe",
     # with windows, chunks or sinks
     "gpt_oss",
 )

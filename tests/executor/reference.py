@@ -107,12 +107,15 @@ def queries_keys_values(
 
 
 def rotate(rotary: Rotary, x_THd: Tensor, positions_T: Tensor) -> Tensor:
-    """Elements i and i + d/2 turned together by the position's angles."""
-    half = x_THd.shape[-1] // 2
+    """The pairs of the first 2h elements, i and i + h or neighbours, turned by the position's angles."""
+    half = len(rotary.frequencies)
+    turned_THd, rest_THd = x_THd[..., : 2 * half], x_THd[..., 2 * half :]
+    pairs_THh2 = turned_THd.unflatten(-1, (half, 2)) if rotary.interleaved else torch.stack(turned_THd.chunk(2, -1), -1)
     angles = positions_T[:, None] * torch.tensor(rotary.frequencies)
-    turned = torch.polar(torch.ones_like(angles), angles)[:, None]
-    out = torch.complex(x_THd[..., :half], x_THd[..., half:]) * turned
-    return torch.cat([out.real, out.imag], dim=-1)
+    turns = torch.polar(torch.full_like(angles, rotary.magnitude), angles)[:, None]
+    out = torch.view_as_real(torch.view_as_complex(pairs_THh2.contiguous()) * turns)
+    out = out.flatten(-2) if rotary.interleaved else torch.cat([out[..., 0], out[..., 1]], dim=-1)
+    return torch.cat([out, rest_THd], dim=-1)
 
 
 def attention(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def transposed_experts(tensors: Tensors) -> Tensors:
 
 
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+GLM = {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
 GROUPED = {
     "qwen2_moe": causal("qwen2_moe", **EXPERTS, shared_expert_intermediate_size=20),
     "qwen2_moe dense": causal(
@@ -53,5 +54,26 @@ GROUPED = {
     ),
     "qwen3_vl_moe_text": qwen3_vl,
     "olmoe": causal("olmoe", num_experts=6, num_experts_per_tok=2, clip_qkv=0.8),
+    "glm4_moe": causal(
+        "glm4_moe",
+        **GLM,
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        n_shared_experts=2,
+    ),
+    "glm4_moe air": causal("glm4_moe", **GLM, norm_topk_prob=False),
+    "minimax_m2": causal("minimax_m2", num_local_experts=6, num_experts_per_tok=2, head_dim=16, rotary_dim=8),
+    "ernie4_5_moe": causal(
+        "ernie4_5_moe",
+        moe_num_experts=6,
+        moe_k=2,
+        moe_intermediate_size=24,
+        moe_num_shared_experts=1,
+        moe_layer_interval=1,
+    ),
 }
 GROUPED_OTHERWISE = {"qwen3_vl_moe_text": transposed_experts}

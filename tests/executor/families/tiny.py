@@ -76,10 +76,9 @@ def save(make: Callable[[], Any], folder: Path, stored: Callable[[Tensors], Tens
     corrections = [tensor for name, tensor in model.named_buffers() if "correction" in name]
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if tensor.squeeze().ndim == 1 and "norm" in name and name.endswith("weight"):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.ndim == 1:
+            if tensor.squeeze().ndim == 1:  # norms are around one, and all other vectors around nought
                 tensor.uniform_(-0.5, 0.5)
+                tensor.add_("norm" in name and name.endswith("weight"))
         for tensor in corrections:
             tensor.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)

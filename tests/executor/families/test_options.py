@@ -1,0 +1,40 @@
+"""What a config asks for that a family lacks is refused, naming the key."""
+
+import pytest
+
+from executor.families import family_for
+from hrm.errors import ModelError
+from tests.executor.families.tiny import SIZES
+
+GLM = {"moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+CONFIGS = {
+    "glm4_moe": {**GLM, "n_group": 1, "topk_group": 1},
+    "minimax_m2": {"num_local_experts": 8},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_intermediate_size": 24},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("glm4_moe", {"n_group": 3}, "n_group"),
+        ("glm4_moe", {"n_group": 8}, "n_group"),
+        ("glm4_moe", {"n_group": 4, "topk_group": 5}, "topk_group"),
+        ("glm4_moe", {"n_group": 4, "num_experts_per_tok": 3}, "topk_group"),
+        ("glm4_moe", {"hidden_act": "gelu"}, "hidden_act"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func"),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm"),
+        ("minimax_m2", {"shared_intermediate_size": 64}, "shared_intermediate_size"),
+        ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min"),
+    ],
+)
+def test_what_a_family_lacks_is_refused_by_its_key(family, changes, key):
+    config = {**SIZES, "model_type": family, "num_experts_per_tok": 2, **CONFIGS[family]}
+    family_for(config, "config.json").architecture(config, "config.json")
+    config |= changes
+    with pytest.raises(ModelError) as caught:
+        family_for(config, "config.json").architecture(config, "config.json")
+    assert str(caught.value).startswith(f"config.json: {key} ")
