@@ -8,6 +8,7 @@ from executor.families.dbrx import DBRX
 from executor.families.ernie import ERNIE_4_5
 from executor.families.glm import GLM4
 from executor.families.gpt_oss import GPT_OSS
+from executor.families.granite import GRANITE
 from executor.families.minimax import MINIMAX_M2
 from executor.families.mixtral import MIXTRAL
 from executor.families.qwen import OLMOE, QWEN2, QWEN3, QWEN3_VL
@@ -29,6 +30,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "glm4_moe": GLM4,
     "minimax_m2": MINIMAX_M2,
     "ernie4_5_moe": ERNIE_4_5,
+    "granitemoe": GRANITE,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
     # with the gated delta rule

@@ -142,15 +142,18 @@ def decoder(
     interleaved: bool = False,
     router: Router = PLAIN_ROUTER,
     head_norm: Norm | None = None,
-    clip: float | None = None,
+    **of_mixer: Any,
 ) -> Architecture:
-    """Grouped-query attention and the same FFN in every layer, with one norm before each and at the end."""
+    """Grouped-query attention and the same FFN in every layer, with one norm before each and at the end.
+
+    `of_mixer` are further options of GroupedQuery.
+    """
     ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
 
     def maths(layer: Layer) -> LayerMaths:
         block = grouped_query(layer)
         rotary = rope.rotary(block.head_dim, interleaved=interleaved)
-        mixer = GroupedQuery(block=block, norm=norm, rotary=rotary, clip=clip, head_norm=head_norm)
+        mixer = GroupedQuery(block=block, norm=norm, rotary=rotary, head_norm=head_norm, **of_mixer)
         return LayerMaths(mixer=mixer, ffn=ffn)
 
     return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)

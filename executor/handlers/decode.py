@@ -6,7 +6,6 @@ R requests, D hidden, N rows of a batch's buffers, K experts per token.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from executor.backends import AbstractBackend
@@ -14,7 +13,7 @@ from executor.handlers.memory import Exchange, RunMemory, narrow
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, Rows, sample
 from executor.lanes import Handler
-from executor.model import Architecture, CpuKernels, Mixer, Routing, RowNumbers, run_experts
+from executor.model import Architecture, CpuKernels, Mixer, Routing, RowNumbers, embed, run_experts
 from executor.weight_pages import LayerWeights
 from hrm.acts import decode
 from hrm.acts.pages import WEIGHTS
@@ -87,7 +86,7 @@ class DecodeHandlers:
         """Gather the last tokens' embeddings on the host and move them to the GPU."""
         host, gpu = self.memory.host, self.memory.gpu
         host_RD = host.hidden_ND[span]
-        torch.index_select(self.memory.weights.embedding, 0, rows.tokens, out=host_RD)
+        embed(self.memory.weights.embedding, rows.tokens, host_RD, scale=self.arch.embedding_scale)
         place, copies = _numbers_of(span), [(gpu.hidden_ND[span], host_RD)]
         for numbers, here, there in zip(rows.numbers.values(), host.numbers, gpu.numbers, strict=True):
             copies += self.backend.gpu_kernels.sent(numbers, here[place], there[place])

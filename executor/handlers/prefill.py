@@ -15,7 +15,7 @@ from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.kv_cache import cache_rows
 from executor.lanes import Handler
-from executor.model import Architecture, Mixer, PromptNumbers, Routing, run_experts
+from executor.model import Architecture, Mixer, PromptNumbers, Routing, embed, run_experts
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.acts.pages import WEIGHTS
@@ -82,7 +82,7 @@ class PrefillHandlers:
 
     def embed(self, x: Task) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
-        torch.index_select(self.memory.weights.embedding, 0, self.tokens[x.id.index], out=self._host(x))
+        embed(self.memory.weights.embedding, self.tokens[x.id.index], self._host(x), scale=self.arch.embedding_scale)
         return self.load_hidden(x)
 
     def load_hidden(self, x: Task) -> int:

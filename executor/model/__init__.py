@@ -11,7 +11,7 @@ from executor.model.attention import decode_attention, prefill_attention
 from executor.model.experts import run_experts
 from executor.model.feed_forward import Activation, FeedForward, Glu, Router, Routing, Scores
 from executor.model.gpu import GpuKernels
-from executor.model.head import logits
+from executor.model.head import embed, logits
 from executor.model.kernels import AbstractKernels, CpuKernels
 from executor.model.layout import (
     AttentionWeights,
@@ -70,6 +70,7 @@ __all__ = [
     "decode_attention",
     "dense_tensors",
     "dense_views",
+    "embed",
     "embedding_tensors",
     "expert_tensors",
     "expert_views",

@@ -23,11 +23,16 @@ class LayerMaths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A decoder: the maths of its layers, and of what comes after them."""
+    """A decoder: the maths of its layers, and of what comes before and after them.
+
+    Embeddings and logits are multiplied by their scales.
+    """
 
     spec: ModelSpec
     layers: tuple[LayerMaths, ...]
     final_norm: Norm = PLAIN
+    embedding_scale: float = 1.0
+    logits_scale: float = 1.0
     max_position_embeddings: int = 4096
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

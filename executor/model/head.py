@@ -1,6 +1,6 @@
-"""What comes after the layers.
+"""What comes before the layers, and what comes after them.
 
-R requests, D hidden, V vocab.
+T tokens, R requests, D hidden, V vocab.
 """
 
 import torch
@@ -12,8 +12,15 @@ from executor.model.norm import Norm, normed
 from executor.model.workspace import Workspace
 
 
-def logits(norm: Norm, hidden_RD: Tensor, head: HeadWeights, workspace: Workspace) -> Tensor:
-    """Logits of the next token, float32 and taken from the workspace."""
+def embed(embedding_VD: Tensor, tokens_T: Tensor, out_TD: Tensor, *, scale: float = 1.0) -> None:
+    """Write the embeddings of tokens, multiplied by `scale`."""
+    torch.index_select(embedding_VD, 0, tokens_T, out=out_TD)
+    if scale != 1:
+        out_TD.mul_(scale)
+
+
+def logits(norm: Norm, hidden_RD: Tensor, head: HeadWeights, workspace: Workspace, *, scale: float = 1.0) -> Tensor:
+    """Logits of the next token multiplied by `scale`, float32 and taken from the workspace."""
     shape = (len(hidden_RD), len(head.lm_head))
     logits_RV = workspace.take(shape, torch.float32)
     mark = workspace.mark()
@@ -23,5 +30,7 @@ def logits(norm: Norm, hidden_RD: Tensor, head: HeadWeights, workspace: Workspac
     else:
         narrow_RV = workspace.take(shape, x_RD.dtype)
         logits_RV.copy_(project(x_RD, head.lm_head, narrow_RV))
+    if scale != 1:
+        logits_RV.mul_(scale)
     workspace.release(mark)
     return logits_RV

@@ -12,6 +12,7 @@ EXECUTED_FAMILIES: Final = (
     "glm4_moe",
     "minimax_m2",
     "ernie4_5_moe",
+    "granitemoe",
     # with windows, chunks or sinks
     "gpt_oss",
     # with the gated delta rule

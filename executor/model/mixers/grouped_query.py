@@ -33,7 +33,7 @@ class GroupedQuery(Mixer):
     `head_norm` is of queries and keys, over each head or, if its weights are that long, over all
     together. After it and before the rotary embedding, `clip` bounds queries, keys and values. Scores
     are products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention
-    starts anew after so many tokens.
+    starts anew after so many tokens. What is added to hidden states is multiplied by `output_scale`.
     """
 
     block: GroupedQueryAttention
@@ -41,6 +41,7 @@ class GroupedQuery(Mixer):
     rotary: Rotary | None = None
     clip: float | None = None
     head_norm: Norm | None = None
+    output_scale: float = 1.0
     scale: float | None = None
     chunked: bool = False
 
@@ -140,6 +141,9 @@ class GroupedQuery(Mixer):
         """The gate scales attention's output, in place, before it is projected."""
         if self.block.output_gate:
             out_TO.mul_(held_TS.sigmoid_())
+        if self.output_scale != 1:
+            assert weights.output_bias is None, "a bias would have to be scaled as well"
+            out_TO.mul_(self.output_scale)
         add_projected(out_TO, weights.output, hidden_TD)
         if weights.output_bias is not None:
             hidden_TD.add_(weights.output_bias)

@@ -76,4 +76,14 @@ GROUPED = {
         moe_layer_interval=1,
     ),
 }
+GROUPED["granitemoe"] = causal(
+    "granitemoe",
+    num_local_experts=6,
+    num_experts_per_tok=2,
+    embedding_multiplier=3.0,
+    logits_scaling=1.5,
+    residual_multiplier=0.4,
+    attention_multiplier=0.25,
+    tie_word_embeddings=True,
+)
 GROUPED_OTHERWISE = {"qwen3_vl_moe_text": transposed_experts}
