@@ -67,12 +67,13 @@ class BatchResult:
 def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
     """Raise JobError if the request could never be run under the policy, whatever is beside it."""
     length, new = len(request.prompt), request.params.max_tokens
+    longest = policy.max_prompt_tokens(arch.spec)
     rules = (
         (length >= 1, "<empty>", "must have at least one token", "give a prompt"),
         (
-            length <= policy.max_prompt_tokens,
+            length <= longest,
             f"<{length} tokens>",
-            f"must have at most the {policy.max_prompt_tokens} tokens that the policy prefills",
+            f"must have at most the {longest} tokens that the policy prefills",
             "shorten it or solve a policy with a greater --max-prompt-len",
         ),
         (

@@ -63,3 +63,10 @@ def cache_rows(layer: Layer, policy: Policy, memory: Tensor) -> Tensor:
     dtype: torch.dtype = getattr(torch, policy.dtype) if elements else torch.uint8
     row_bytes = elements * dtype.itemsize or layer.mixer.state_bytes(policy.formats)
     return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)
+
+
+def prefix_rows(num_elements: int, policy: Policy, memory: Tensor) -> Tensor:
+    """Memory for earlier parts of a prompt as rows of so many elements, in the run's dtype."""
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    row_bytes = num_elements * dtype.itemsize
+    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, num_elements)

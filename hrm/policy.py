@@ -83,7 +83,8 @@ class Policy:
     Each micro-batch's cache holds `kv_tokens_per_micro_batch` tokens, and prompts are prefilled in
     chunks of at most `prefill_chunk_tokens`. A longer prompt is split over chunks, and its keys and
     values stay on the GPU until its last part: in its cache if that is there, else in the buffers
-    through which attention on the GPU streams the cache, else in one of `prefix_buffer_tokens`.
+    through which attention on the GPU streams the cache, else in one of `prefix_buffer_tokens`. In
+    that one it stays in any case where a layer's cache is not what attention over earlier parts needs.
     Where `ffn` is the CPU, `prefill_ffn` says whether the experts that are not resident are computed
     there in prefill too, or move to the GPU for it.
     With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
@@ -226,10 +227,9 @@ class Policy:
         """Whether attention on the GPU reads a part of the KV cache over the link."""
         return self.kv_caches_at(Place.STREAMED) > 0
 
-    @property
-    def max_prompt_tokens(self) -> int:
+    def max_prompt_tokens(self, spec: ModelSpec) -> int:
         """Tokens of the longest prompt that can be prefilled, however many chunks it takes."""
-        without_place = self.kv_caches_at(Place.HOST) > 0
+        without_place = self.kv_caches_at(Place.HOST) > 0 or not serves_as_prefix(spec)
         split = self.prefix_buffer_tokens if without_place else self.kv_tokens_per_micro_batch
         return max(self.prefill_chunk_tokens, split)
 
@@ -342,6 +342,10 @@ def prefix_tokens_for(spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number
     prompt under way has a place on the GPU. Not so where the cache is no place for what attention
     needs of earlier parts, as with latent attention.
     """
-    in_cache = all(kind.mixer.prefix_in_cache for kind in spec.layer_kinds())
-    needed = cpu_attention if in_cache else 1
+    needed = cpu_attention if serves_as_prefix(spec) else 1
     return max_prompt_len * needed * (chunk_tokens < max_prompt_len)
+
+
+def serves_as_prefix(spec: ModelSpec) -> bool:
+    """Whether the cache of every layer is also what a split prompt keeps of its earlier parts."""
+    return all(kind.mixer.prefix_in_cache for kind in spec.layer_kinds())

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from executor.families.base import Family
 from executor.families.dbrx import DBRX
+from executor.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_LITE, KIMI_K2
 from executor.families.ernie import ERNIE_4_5
 from executor.families.glm import GLM4
 from executor.families.gpt_oss import GPT_OSS
@@ -36,6 +37,11 @@ FAMILIES: Final[dict[str, Family]] = {
     # with the gated delta rule
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe_text": QWEN3_5,
+    # with latent attention
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": KIMI_K2,
+    "glm4_moe_lite": GLM4_LITE,
 }
 
 

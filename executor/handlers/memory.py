@@ -165,6 +165,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
         staging=host.memory[Purpose.STAGING].view(dtype),
     )
     kv_buffers = take(Purpose.KV_BUFFERS)
+    idle = kv_buffers[: len(kv_buffers) // BUFFERS]  # until decode, and as long as any prompt is cached
     caches = KvCaches(spec, policy, gpu=take(Purpose.KV_CACHE), host=host.memory[Purpose.KV_CACHE], buffers=kv_buffers)
 
     def exchange(memory: Tensor, *, holds: bool) -> Exchange:
@@ -182,8 +183,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
             gpu=take(Purpose.PREFILL_BUFFERS),
             host=host.memory[Purpose.PREFILL_HIDDEN],
             host_routed=host.memory[Purpose.PREFILL_BUFFERS],
-            # Decode's KV buffers are as long as any prompt, and idle until then.
-            prefix=kv_buffers[: len(kv_buffers) // BUFFERS] if len(kv_buffers) else take(Purpose.PREFIX_BUFFER),
+            prefix=take(Purpose.PREFIX_BUFFER) if planned[Purpose.PREFIX_BUFFER] > len(idle) else idle,
             chunk_tokens=policy.prefill_chunk_tokens,
         ),
         workspace=workspace,

@@ -13,7 +13,7 @@ from executor.batching import Chunk, ChunkPart
 from executor.handlers.memory import RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
-from executor.kv_cache import cache_rows
+from executor.kv_cache import cache_rows, prefix_rows
 from executor.lanes import Handler
 from executor.model import Architecture, Mixer, PromptNumbers, Routing, embed, run_experts
 from executor.weight_pages import LayerWeights
@@ -145,9 +145,9 @@ class PrefillHandlers:
         return sum(part.ends for part in chunk.parts) if self._skips(x) else chunk.num_tokens
 
     def _keep_in_turn(self, x: Task, row_TX: Tensor) -> None:
-        """Write to the GPU's caches what attention, which needs tokens in their order, did not."""
+        """Write to the GPU's caches what attention did not, which needs tokens in another form or order."""
         mixer = self._mixer(x)
-        if not mixer.reach.rows or mixer.has_state:
+        if mixer.block.prefix_in_cache:
             return
         for part in self.chunks[x.id.index].parts:
             if self.kv_on_gpu[part.micro_batch]:
@@ -263,13 +263,14 @@ class PrefillHandlers:
     def _kept(self, part: ChunkPart, layer: int) -> Tensor | None:
         """Where the GPU keeps a prompt's keys and values up to the end of the part, if it does.
 
-        A cache in which every token has its own row is such a place.
+        A cache is such a place if it has them as attention needs them.
         """
-        if self.kv_on_gpu[part.micro_batch] and not self.arch.layers[layer].mixer.reach.rows:
+        mixer = self.arch.layers[layer].mixer
+        if self.kv_on_gpu[part.micro_batch] and mixer.block.prefix_in_cache:
             return self._cache(part, layer)
         if part.start == 0 and part.ends:
             return None
-        return cache_rows(self.arch.spec.layers[layer], self.policy, self.memory.prefill.prefix)[: part.end]
+        return prefix_rows(mixer.prefix_elements, self.policy, self.memory.prefill.prefix)[: part.end]
 
     def _state(self, x: Task, index: int) -> Tensor:
         """Where a part of a prompt finds the state before it and leaves that after it, zeros before the first.

@@ -21,6 +21,7 @@ from executor.model.layout import (
     ExpertWeights,
     FfnWeights,
     HeadWeights,
+    LatentWeights,
     RouterWeights,
     dense_tensors,
     dense_views,
@@ -31,7 +32,7 @@ from executor.model.layout import (
     head_tensors,
     head_views,
 )
-from executor.model.mixers import GatedDelta, GroupedQuery, Mixer
+from executor.model.mixers import GatedDelta, GroupedQuery, Latent, Mixer
 from executor.model.norm import Norm, NormKind, normed
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
@@ -54,6 +55,8 @@ __all__ = [
     "GpuKernels",
     "GroupedQuery",
     "HeadWeights",
+    "Latent",
+    "LatentWeights",
     "LayerMaths",
     "Mixer",
     "Norm",

@@ -12,7 +12,17 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from hrm.layers import Block, DenseFfn, GatedDeltaNet, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit
+from hrm.layers import (
+    Block,
+    DenseFfn,
+    GatedDeltaNet,
+    GroupedQueryAttention,
+    LatentAttention,
+    Layer,
+    RoutedExperts,
+    TensorSpec,
+    Unit,
+)
 from hrm.model_spec import ModelSpec
 
 Tensors = tuple[TensorSpec, ...]
@@ -55,6 +65,28 @@ class GatedDeltaWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentWeights:
+    """Latent attention: queries come by `query`, or through `query_down` and `query_up`.
+
+    Q = heads*(n+p), r elements of a compressed vector and q of compressed queries; of a head n and p
+    elements without and with rotation, and v of its value.
+    """
+
+    attention_norm: Tensor  # (D)
+    kv_down: Tensor  # (r+p, D)
+    kv_norm: Tensor  # (r)
+    kv_up: Tensor  # (heads*(n+v), r)
+    output: Tensor  # (D, heads*v)
+    query: Tensor | None = None  # (Q, D)
+    query_down: Tensor | None = None  # (q, D)
+    query_norm: Tensor | None = None  # (q)
+    query_up: Tensor | None = None  # (Q, q)
+    query_down_bias: Tensor | None = None  # (q)
+    kv_down_bias: Tensor | None = None  # (r+p)
+    output_bias: Tensor | None = None  # (D)
+
+
+@dataclass(frozen=True, slots=True)
 class RouterWeights:
     """What comes before routed experts, and the shared ones, which every token goes through."""
 
@@ -82,6 +114,7 @@ class FfnWeights:
 WEIGHTS_OF: Final[dict[type[Block], type[Any]]] = {
     GroupedQueryAttention: AttentionWeights,
     GatedDeltaNet: GatedDeltaWeights,
+    LatentAttention: LatentWeights,
     RoutedExperts: RouterWeights,
     DenseFfn: FfnWeights,
 }

@@ -58,7 +58,8 @@ class Rotary:
         if x_TW.dtype is not torch.float32:
             cos_T1h = workspace.take(cos_T1h.shape, x_TW.dtype).copy_(cos_T1h)
             sin_T1h = workspace.take(sin_T1h.shape, x_TW.dtype).copy_(sin_T1h)
-        heads_THd = x_TW[:, : num_heads * head_dim].view(tokens, num_heads, head_dim)
+        # Of the last head there may be no more than what turns.
+        heads_THd = x_TW.as_strided((tokens, num_heads, 2 * half), (x_TW.stride(0), head_dim, 1))
         if self.interleaved:
             first, second = heads_THd[..., 0 : 2 * half : 2], heads_THd[..., 1 : 2 * half : 2]
         else:

@@ -13,6 +13,10 @@ EXECUTED_FAMILIES: Final = (
     "minimax_m2",
     "ernie4_5_moe",
     "granitemoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "glm4_moe_lite",
     # with windows, chunks or sinks
     "gpt_oss",
     # with the gated delta rule

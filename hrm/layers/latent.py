@@ -175,10 +175,11 @@ class LatentAttention(SoftmaxAttention):
         return self.sent_elements + self.held_elements + self.returned_elements + self.expanded_elements
 
     def temporary_bytes(self, compute: Format) -> int:
-        """What the rotary embedding needs, and a second attention output."""
+        """What the projections down or the rotary embedding need, and an attention output as wide as queries."""
+        down = compute.bytes_of(self.hidden_size + self.query_rank) + 4 * (max(self.query_rank, self.kv_rank) + 1)
         rotated = compute.bytes_of(self.query_size + self.cached_elements // 2) // 2
         rotary = rotated + 4 * self.head_dim + compute.bytes_of(self.head_dim)
-        return max(rotary, compute.bytes_of(self.returned_elements))
+        return max(down, rotary, compute.bytes_of(max(self.query_size, self.returned_elements)))
 
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Keys and values that the cache was expanded to."""

@@ -21,7 +21,7 @@ experts     8 of 256 a token, 88.1 MB each (7168 x 2048); shared: 88.1 MB (7168 
 attention   latent: 128 heads of 128 + 64 rotary, values 128; cached 512 + 64; queries through 1536
 embedding   129280 tokens x 7168 (1.85 GB), and an LM head beside it
 KV cache    70.3 kB a token in all layers, 1.15 kB in each
-runs        no: planned only
+runs        with executor run
 
 layers        count  bytes each  outside experts  routed experts   attend to
 dense FFN         3     1.17 GB          1.17 GB            none  all tokens

@@ -118,14 +118,14 @@ GOLDEN_S = {8000: 39.14, 4000: 45.58, 2000: 55.14, 1000: 71.72, 500: 103.67}
 def test_the_prefix_buffer_is_planned_where_the_gpu_has_no_other_place():
     spec, profile = tiny_spec(), machine()
     split = a_policy(spec, prefix_buffer_tokens=320)
-    assert split.max_prompt_tokens == 320
+    assert split.max_prompt_tokens(spec) == 320
     plan = plan_memory(spec, split, profile)
     assert plan.gpu.purposes[Purpose.PREFIX_BUFFER] == 320 * 2 * spec.kv_size * 2
     for elsewhere in ({"attention": Device.GPU}, {"gpu_kv_micro_batches": 3}):
         policy = a_policy(spec, **elsewhere)
-        assert policy.max_prompt_tokens == policy.kv_tokens_per_micro_batch
+        assert policy.max_prompt_tokens(spec) == policy.kv_tokens_per_micro_batch
         assert "prefix_buffer" not in plan_memory(spec, policy, profile).gpu.purposes
-    assert a_policy(spec).max_prompt_tokens == a_policy(spec).prefill_chunk_tokens
+    assert a_policy(spec).max_prompt_tokens(spec) == a_policy(spec).prefill_chunk_tokens
     with pytest.raises(PolicyError, match="prefix_buffer_tokens is -1: must be at least 0"):
         a_policy(spec, prefix_buffer_tokens=-1)
 
@@ -139,7 +139,7 @@ def test_a_policy_file_of_before_is_one_that_splits_nothing(tmp_path):
     del before["policy"]["prefix_buffer_tokens"]
     path.write_text(json.dumps(before))
     assert load_policy_file(path) == content
-    assert load_policy_file(path).policy.max_prompt_tokens == policy.prefill_chunk_tokens
+    assert load_policy_file(path).policy.max_prompt_tokens(spec) == policy.prefill_chunk_tokens
 
 
 def t4_of(gpu_memory: float):

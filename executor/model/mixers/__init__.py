@@ -3,5 +3,6 @@
 from executor.model.mixers.base import Mixer
 from executor.model.mixers.gated_delta import GatedDelta
 from executor.model.mixers.grouped_query import GroupedQuery
+from executor.model.mixers.latent import Latent
 
-__all__ = ["GatedDelta", "GroupedQuery", "Mixer"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer"]

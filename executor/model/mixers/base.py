@@ -41,6 +41,11 @@ class Mixer(ABC):
         """Which rows of a cache tokens have."""
         return Reach(self.block.kept_rows)
 
+    @property
+    def prefix_elements(self) -> int:
+        """Elements that prefill keeps of each token of a split prompt: of one that is cached, as cached."""
+        return self.block.cached_elements
+
     @abstractmethod
     def project(
         self, x_TD: Tensor, weights: Any, positions_T: Tensor, row_TX: Tensor, held_TS: Tensor, workspace: Workspace
@@ -84,10 +89,10 @@ class Mixer(ABC):
     ) -> None:
         """Causal attention within each of the prompts that lie one after the other in `row_TX`.
 
-        Where a prompt has a cache, its tokens are written to the cache's last rows. The first
-        prompt's may have more, which are its earlier tokens and are attended over as well. A cache
-        that is a state, of one row, is what the earlier tokens left of zeros, and becomes what these
-        leave of it.
+        Where a prompt has a cache, its tokens are written to the cache's last rows, of
+        `prefix_elements`. The first prompt's may have more, which are its earlier tokens and are
+        attended over as well. A cache that is a state, of one row, is what the earlier tokens left of
+        zeros, and becomes what these leave of it.
         """
 
     @abstractmethod

@@ -13,6 +13,7 @@ from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
 from hrm.policy import ScheduleName
 from tests.executor.families.grouped import GROUPED, GROUPED_OTHERWISE
+from tests.executor.families.latent import LATENT
 from tests.executor.families.linear import LINEAR
 from tests.executor.families.tiny import Tiny, save
 from tests.executor.families.windowed import WINDOWED
@@ -21,7 +22,7 @@ from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests
 from tests.executor.tiny_models import random_prompts
 
-FAMILIES_UNDER_TEST = {**GROUPED, **WINDOWED, **LINEAR}
+FAMILIES_UNDER_TEST = {**GROUPED, **LATENT, **WINDOWED, **LINEAR}
 STORED_OTHERWISE = {**GROUPED_OTHERWISE}
 ELSEWHERE = {"mixtral", "dbrx"}  # the runtime's own parity tests run these
 
@@ -35,6 +36,7 @@ POLICIES = {
     "kv split": {"attention": GPU, "gpu_kv_micro_batches": 1, "resident": 2},
     "all resident": {"attention": GPU, "resident": ALL, "gpu_kv_micro_batches": 3},
     "split prompts": {"attention": CPU, "prefill_chunk_tokens": 9, "prefix_buffer_tokens": 40},
+    "split prompts, kv streamed": {"attention": GPU, "prefill_chunk_tokens": 11, "prefix_buffer_tokens": 40},
 }
 
 
