@@ -57,13 +57,18 @@ def read_spec(keys: Keys) -> ModelSpec:
 
 
 def decoder_keys(config: dict[str, Any], where: str) -> Keys:
-    """The keys of a config, or of the text part within that of a multimodal model."""
+    """The keys of a config, or of the text part within that of a multimodal model.
+
+    Token ids of the whole model count before its text part's.
+    """
     keys = Keys(config, where)
     while (part := next((name for name in _TEXT_PARTS if keys.get(name)), None)) is not None:
         outer = keys.get("model_type")
         family = outer if isinstance(outer, str) and outer in FAMILY_READERS else f"{outer}_text"
         text = keys.section(part).within(keys, "tie_word_embeddings", *QUANTISATION_KEYS)
-        keys = text.with_defaults(model_type=_UNNAMED_TEXT.get(str(outer), family))
+        text = text.with_defaults(model_type=_UNNAMED_TEXT.get(str(outer), family))
+        ids = {key: keys.get(key) for key in ("bos_token_id", "eos_token_id") if keys.get(key) is not None}
+        keys = replace(text, values={**text.values, **ids})
     return keys
 
 
