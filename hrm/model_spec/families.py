@@ -66,8 +66,8 @@ def decoder_keys(config: dict[str, Any], where: str) -> Keys:
         outer = keys.get("model_type")
         family = outer if isinstance(outer, str) and outer in FAMILY_READERS else f"{outer}_text"
         text = keys.section(part).within(keys, "tie_word_embeddings", *QUANTISATION_KEYS)
-        ids = {key: keys.get(key) for key in ("bos_token_id", "eos_token_id") if keys.get(key) is not None}
         text = text.with_defaults(model_type=_UNNAMED_TEXT.get(str(outer), family))
+        ids = {key: keys.get(key) for key in ("bos_token_id", "eos_token_id") if keys.get(key) is not None}
         keys = replace(text, values={**text.values, **ids})
     return keys
 

@@ -167,8 +167,11 @@ def test_whatever_a_key_of_a_published_config_holds_it_is_read_or_refused(name):
 def test_a_text_part_is_found_wherever_configs_keep_it(path):
     text = PUBLISHED["Qwen3-30B-A3B-FP8"]
     quantised, config = text["quantization_config"], {key: value for key, value in text.items() if "quant" not in key}
+    config |= {"eos_token_id": 1, "bos_token_id": 2}
     for name in reversed(path):
-        config = {"model_type": "seeing", name: config}
+        config = {"model_type": "seeing", "eos_token_id": [3, 4], name: config}
+    keys = decoder_keys(config, "x")
+    assert (keys.token_ids("eos_token_id"), keys.token_ids("bos_token_id")) == ((3, 4), (2,))
     spec = read({**config, "quantization_config": quantised})
     assert spec == replace(read(text), name=spec.name)
     assert spec.published_dtype == "fp8"
