@@ -15,7 +15,7 @@ from hrm.costs import Costs
 from hrm.formats import Format
 from hrm.lane_work import LaneWork, PhaseSeconds
 from hrm.model_spec import ModelSpec
-from hrm.numeric import Number, maximum, minimum, where
+from hrm.numeric import Number, is_zero, maximum, minimum, where
 from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
@@ -190,12 +190,13 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
     """The work of the prefill of one batch."""
     chunks, chunk = point.chunks(workload)
     spec, cpu_ffn = costs.spec, 1 - point.gpu_prefill_ffn
+    any_on_cpu = not is_zero(cpu_ffn)
     counts = Counts(
         layers=spec.num_layers,
         pieces=chunks,
         pages=1,
-        cpu_experts=cpu_ffn * point.host_expert_layers,
-        last_cpu_experts=cpu_ffn * point.last_on_host,
+        cpu_experts=cpu_ffn * point.host_expert_layers if any_on_cpu else 0,
+        last_cpu_experts=cpu_ffn * point.last_on_host if any_on_cpu else 0,
         staging=point.staging,
     )
     load = Load(
@@ -205,12 +206,14 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
         context=workload.prompt_len,
         requests=point.batch_size / chunks,
         stored_share=1 - point.kv_share_at(Place.GPU),
-        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, point.resident_experts),
-        cpu_experts=point.host_experts(spec),
+        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, point.resident_experts)
+        if any_on_cpu
+        else spec.num_experts,
+        cpu_experts=point.host_experts(spec) if any_on_cpu else 0,
         page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.PREFILL),
     )
     if costs.skips_in_last_layer(workload.prompt_len):
-        load = _with_last(load, point)
+        load = _with_last(load, point) if any_on_cpu else replace(load, last=replace(load, is_last=True))
     with_cpu = (counts.cpu_experts > 0) * ((chunks > 2) + 1 * (chunks > 3))
     return LaneWork.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
 
