@@ -91,9 +91,9 @@ def test_parts_read_what_earlier_ones_wrote_and_not_more(folder, arch, monkeypat
     seen = []
     attend = kernels.prefill_attention
 
-    def record(arch, qkv, lengths, kept, out, workspace):
+    def record(arch, qkv, lengths, kept, *others):
         seen.append([(n, None if c is None else len(c)) for n, c in zip(lengths, kept, strict=True)])
-        attend(arch, qkv, lengths, kept, out, workspace)
+        attend(arch, qkv, lengths, kept, *others)
 
     monkeypatch.setattr(kernels, "prefill_attention", record)
     with generator(folder, policy) as made:
