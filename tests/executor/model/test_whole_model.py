@@ -95,7 +95,7 @@ def test_reference_greedy_equals_transformers(tiny_folders):
     assert reference.greedy(load_reference(folder), prompt, 8) == transformers_greedy(folder, prompt, 8)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "dbrx"])
 def test_random_weights_run_and_are_reproducible(family):
     arch = FAMILIES[family].published_architecture(tiny_arch(num_layers=2).spec)
     prompt = [5, 6, 7]
