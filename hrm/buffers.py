@@ -207,17 +207,12 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     residual = ranks * spec.residual_size
     computed = formats.compute.bytes_of(residual + max(mixer.returned_elements for mixer in mixers))
     routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
-    return computed + sent + ffn_on_cpu * routed + num_reaches(spec) * REQUEST_NUMBER_BYTES
+    return computed + sent + ffn_on_cpu * routed + spec.num_reaches * REQUEST_NUMBER_BYTES
 
 
 def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
     """What of a request waits on the GPU while attention is computed."""
     return formats.compute.bytes_of(max(kind.mixer.held_elements for kind in spec.layer_kinds()))
-
-
-def num_reaches(spec: ModelSpec) -> int:
-    """In how many ways the rows of caches are filled: each has numbers of its own."""
-    return len({kind.mixer.kept_rows for kind in spec.layer_kinds()})
 
 
 def routed_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> Number:

@@ -86,6 +86,7 @@ def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
         layers,
         name=f"{spec.name}, one of {num_stages} stages",
         least_inner_size=max(block.inner_size for layer in spec.layers for block in layer.ffn),
+        least_reaches=spec.num_reaches,
     )
 
 

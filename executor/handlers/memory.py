@@ -15,7 +15,7 @@ from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
 from executor.model import Architecture, Workspace
 from executor.weight_pages import WeightPages
-from hrm.buffers import Purpose, by_purpose, num_reaches
+from hrm.buffers import Purpose, by_purpose
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, ROUTING_BYTES, TOKEN_NUMBER_BYTES
 from hrm.model_spec import ModelSpec
@@ -59,7 +59,7 @@ class Exchange:
         self.held_NS = rows(holds * max(mixer.held_elements for mixer in mixers), dtype)
         self.routed_ND = rows(routed * spec.hidden_size, dtype)
         self.expert_output_ND = rows(routed * spec.hidden_size, dtype)
-        reaches = num_reaches(spec)
+        reaches = spec.num_reaches
         self.numbers = rows(reaches * NUMBERS_PER_REQUEST, torch.int64).view(reaches, -1)
         self.experts_NK = rows(routed * spec.experts_per_token, torch.int64)
         self.weights_NK = rows(routed * spec.experts_per_token, torch.float32)

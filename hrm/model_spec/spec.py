@@ -25,7 +25,8 @@ class ModelSpec:
 
     `published_dtype` says how a quantised checkpoint is stored and changes no size here: plans are
     made in the formats that they choose. Where a model is a part of another, a workspace has room
-    for FFNs that are `least_inner_size` wide, though no layer of the part has one.
+    for FFNs that are `least_inner_size` wide, though no layer of the part has one, and there is room
+    for the numbers of `least_reaches` ways to fill the rows of caches.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelSpec:
     tied_embeddings: bool = False
     other_head_parameters: int = 0
     least_inner_size: int = 0
+    least_reaches: int = 0
     published_dtype: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class ModelSpec:
             check_size("vocab_size", self.vocab_size)
             check_size("other_head_parameters", self.other_head_parameters, at_least=0, at_most=LARGEST_MODEL)
             check_size("least_inner_size", self.least_inner_size, at_least=0)
+            check_size("least_reaches", self.least_reaches, at_least=0)
         except ModelError as error:
             raise ModelError(f"{self.name}: {error.where}", error.value, error.rule, error.remedy) from error
         self._require(self.num_expert_layers > 0, "kinds", "<none with experts>", "must have routed experts in some")
@@ -150,6 +153,11 @@ class ModelSpec:
     def widest_kind(self) -> Layer:
         """The kind of layer that attends to the most tokens, and caches the most of them."""
         return max(self.layer_kinds(), key=lambda kind: (kind.mixer.cached_elements > 0, not kind.window, kind.window))
+
+    @cached_property
+    def num_reaches(self) -> int:
+        """In how many ways the rows of caches are filled: each has numbers of its own."""
+        return max(self.least_reaches, len({kind.mixer.kept_rows for kind in self.layer_kinds()}))
 
     @cached_property
     def total_parameters(self) -> int:
