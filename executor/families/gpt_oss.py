@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from executor.families.base import Family, grouped_query
+from executor.families.base import SILU, Family, grouped_query
 from executor.families.names import ATTENTION, LAYER, OUTSIDE
 from executor.families.rope import Rope
 from executor.families.stored import Stored, interleaved
@@ -14,7 +14,7 @@ ALPHA: Final = 1.702  # of the clamped gate, which kernels have built in
 
 
 def _options(keys: Keys, spec: ModelSpec) -> Architecture:
-    keys.word("hidden_act", ("silu", "swish"), default="silu")
+    keys.word("hidden_act", SILU, default="silu")
     if keys.number("swiglu_alpha", default=ALPHA) != ALPHA:
         raise keys.refusal("swiglu_alpha", f"must be {ALPHA}", "use a model of a supported architecture")
     norm = Norm(eps=keys.number("rms_norm_eps", default=1e-5))

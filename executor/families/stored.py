@@ -7,13 +7,17 @@ them in another order, or some of them twice or not at all, `Rows` says which.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from hrm.layers import Block, RoutedExperts, TensorSpec
+
+# What only compares experts with one another is the same less its mean, which would cost narrow formats
+# the digits that tell experts apart: published corrections are float32, large and nearly alike.
+CENTRED: Final = ("score_correction",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,15 @@ class Joined:
         return Joined(tensor, tuple(pieces), rows.order if rows is not None else None)
 
     def read(self, source: WeightSource, ours: Tensor) -> None:
-        """Fill ours from the source: straight to where it stays, unless it is to be sorted."""
+        """Fill ours from the source: straight to where it stays, unless it is to be sorted or centred."""
+        if self.tensor.name in CENTRED and ours.dtype is not torch.float32:
+            exact = torch.empty(ours.shape, dtype=torch.float32)
+            self._read(source, exact)
+            ours.copy_(exact - exact.mean())
+        else:
+            self._read(source, ours)
+
+    def _read(self, source: WeightSource, ours: Tensor) -> None:
         if self.order is None:
             self._read_pieces(source, ours)
             return

@@ -10,7 +10,15 @@ WINDOWED = {
         num_experts_per_tok=2,
         num_hidden_layers=4,
         sliding_window=7,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
     ),
     "mixtral with windows": causal("mixtral", sliding_window=9, num_local_experts=4),
 }

@@ -250,3 +250,18 @@ def test_several_alternatives_of_names(tmp_path):
         router = torch.randn(E, D)
         with stored_in(tmp_path, {name: router}) as source:
             assert torch.equal(read(family, source, spec, Unit.FFN)["router"], router)
+
+
+def test_corrections_keep_what_tells_experts_apart_in_few_digits(tmp_path):
+    """As published: float32, large and nearly alike."""
+    stored = 14 + 0.1 * torch.randn(E)
+    family = family_of({"score_correction": "correction"})
+    spec = spec_of(Layer(mixer=ATTENTION, ffn=(EXPERTS.with_vectors(score_correction=E),)))
+    tensors = tuple(t for t in spec.layers[0].tensors if t.name == "score_correction")
+    ours = {dtype: torch.empty(E, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    with stored_in(tmp_path, {"correction": stored}) as source:
+        for flat in ours.values():
+            family.load(source, spec, tensors, flat)
+    assert torch.equal(ours[torch.float32], stored)
+    apart = ours[torch.bfloat16].float() - (stored - stored.mean())
+    assert apart.abs().max() < 1e-3 < (stored.bfloat16().float() - stored).abs().max()
