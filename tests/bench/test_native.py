@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_experts(timer, memory):
 def test_attention_with_options(timer, memory):
     """gpt-oss's windows with sinks, and heads of 512 with a cap: each call attends to the next rows."""
     print(heading(timer, "decode attention with options, bfloat16"))
-    options = (
+    options: tuple[tuple[str, int, int, int, int, dict[str, Any]], ...] = (
         ("64/8x64 with sinks over 128", 64, 8, 64, 128, {"sinks_H": torch.randn(64)}),
         ("64/8x64 with sinks over 4096", 64, 8, 64, 4096, {"sinks_H": torch.randn(64)}),
         ("16/2x512 over 1024", 16, 2, 512, 1024, {}),
@@ -256,12 +257,13 @@ def test_gated_delta(timer, memory):
         for batch in (1, 8, 32):
             qkv, gates = torch.randn(batch, channels).bfloat16(), torch.randn(batch, value_heads).bfloat16()
             numbers, out = torch.randn(value_heads), torch.empty(batch, value_heads * dim).bfloat16()
-            before = qkv, convolution, conv_states, states, gates, gates, numbers, numbers
+            parts = (qkv, convolution, conv_states, states, gates, gates, numbers, numbers)
             calls = [list(range(first, first + batch)) for first in range(0, len(states), batch)]
 
-            def work(before=before, calls=calls, out=out):
+            def work(parts=parts, calls=calls, out=out):
+                step: Any = fastest().gated_delta_step
                 for rows in calls:
-                    fastest().gated_delta_step(*before, rows, out)
+                    step(*parts, rows, out)
 
             seconds = timer.best_s(work)
             num_bytes = 2 * (states.nbytes + conv_states.nbytes)

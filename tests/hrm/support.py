@@ -144,7 +144,7 @@ def gated_delta(hidden_size: int) -> GatedDeltaNet:
     return GatedDeltaNet(hidden_size=hidden_size, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=12)
 
 
-def random_ffn(rng: Random) -> dict[str, Device]:
+def random_ffn(rng: Random) -> dict[str, Any]:
     """Where experts that are not resident are computed, in decode and in prefill."""
     ffn = rng.choice(list(Device))
     return {"ffn": ffn, "prefill_ffn": rng.choice([ffn, Device.GPU])}

@@ -10,7 +10,7 @@ from executor.model import Reach
 @pytest.mark.parametrize("reach", [Reach(), Reach(1), Reach(5), Reach(5, chunked=True)])
 @pytest.mark.parametrize("cuts", [[0, 23], [0, 1, 4, 5, 6, 17, 23], [0, 12, 23]])
 def test_rows_hold_what_attention_reaches(reach, cuts):
-    rows: list[int | None] = [None] * reach.capacity(23)
+    rows = [-1] * reach.capacity(23)
     for start, end in itertools.pairwise(cuts):
         for token, row, count in reach.spans(start, end):
             rows[row : row + count] = range(token, token + count)
