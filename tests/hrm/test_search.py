@@ -194,7 +194,11 @@ def test_the_grids_residency_is_the_most_that_a_loop_over_all_counts_fits():
             continue
         # The most that the GPU holds may be too few for the host, whose memory is checked last.
         assert not verdict or total in possible, policy
-        assert not possible or (verdict and total == max(possible)), policy
+        # Of layers that differ outside their experts, one more expert may come to lie in another, lighter one:
+        # then counts that fit have gaps, and the grid goes up to the first.
+        alike = len({layer.dense_parameters for layer in spec.layers if layer.has_experts}) == 1
+        most = [c for c in possible if c + 1 not in possible]
+        assert not possible or (verdict and (total == max(possible) if alike else total in most)), policy
         fitting += verdict
     assert fitting > 400
 

@@ -240,17 +240,15 @@ def test_quantised_checkpoint(run, no_weights, folder, method):
 # -- windows ----------------------------------------------------------------------------------
 
 
-def test_requests_within_a_sliding_window(run, folder, policy_path):
+def test_requests_beyond_a_sliding_window(run, folder, policy_path):
     edit_json(folder / "config.json", sliding_window=30)
     content = load_policy_file(policy_path)
     model = content.model.with_layers(layer.with_window(30) for layer in content.model.layers)
     save_policy_file(policy_path, replace(content, model=model))
     prompts = [[3 + i] * 25 for i in range(3)]
-    _, done = run([*[line(str(i), prompt) for i, prompt in enumerate(prompts)], line("beyond", [3] * 25, max_tokens=6)])
+    _, done = run([line(str(i), prompt, max_tokens=12) for i, prompt in enumerate(prompts)])
     for i, prompt in enumerate(prompts):
-        assert tokens_of(done[str(i)]) == transformers_greedy(folder, prompt, 5)
-    assert "window" in done["beyond"]["error"]["message"]
-    assert "30 tokens" in done["beyond"]["error"]["message"]
+        assert tokens_of(done[str(i)]) == transformers_greedy(folder, prompt, 12)
 
 
 # -- disks and streams that fail --------------------------------------------------------------
