@@ -10,7 +10,9 @@ from torch import Tensor
 
 @final
 class RandomWeights:
-    """Random numbers in place of a checkpoint, equal for equal seeds; norms are ones.
+    """Random numbers in place of a checkpoint, equal for equal seeds; norms are ones, and biases noughts.
+
+    With biases all tokens would be alike, and go to the same few experts.
 
     A matrix has a standard deviation that about keeps the size of what it is applied to. All of
     them are cut from one pool of normal numbers, which fits a cache, so large models fill at the
@@ -27,7 +29,7 @@ class RandomWeights:
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """Fill `out`, whatever the name."""
         if out.ndim == 1:
-            out.fill_(1)
+            out.fill_(0 if name.endswith("bias") else 1)
             return
         if not out.is_contiguous():  # a family that keeps a matrix the other way round
             dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)

@@ -105,3 +105,12 @@ def test_random_weights_run_and_are_reproducible(family):
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
     assert 0.05 < one.std() < 20
+
+
+def test_random_weights_leave_tokens_to_differ():
+    """A norm scales them, and a bias, which all of them have in common, is nought."""
+    norm, bias = torch.empty(5), torch.empty(5)
+    RandomWeights().read_into("model.norm.weight", norm)
+    RandomWeights().read_into("mlp.experts.gate_up_proj_bias", bias)
+    assert norm.tolist() == [1] * 5
+    assert bias.tolist() == [0] * 5
