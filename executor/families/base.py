@@ -7,6 +7,7 @@ from typing import Any, Final, final
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
+from executor.families.names import LAYER, OUTSIDE
 from executor.families.rope import Rope
 from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
@@ -25,15 +26,15 @@ class Family:
     """The checkpoints of one family: their names for the tensors of `executor.model.layout`.
 
     `outside` names those outside the layers, and `names` those of a layer, each behind `layer`, where
-    {layer} and {expert} are numbers. Several names have the rows of a tensor one after the other;
-    what is stored in yet another way is `Stored`. In blocks of a class, what `kinds` has for it
-    counts before that. Each of `otherwise` has names that count where a checkpoint has them.
-    `options` reads from a config what the maths must know, and refuses what we lack; `published` is
-    what it finds in the config of the family's best known model.
+    {layer} and {expert} are numbers; both are those of most models if not given. Several names have the
+    rows of a tensor one after the other; what is stored in yet another way is `Stored`. In blocks of a
+    class, what `kinds` has for it counts before that. Each of `otherwise` has names that count where a
+    checkpoint has them. `options` reads from a config what the maths must know, and refuses what we
+    lack; `published` is what it finds in the config of the family's best known model.
     """
 
-    outside: Mapping[str, str]
-    layer: str
+    outside: Mapping[str, str] = field(default_factory=lambda: OUTSIDE)
+    layer: str = LAYER
     names: Names
     kinds: Mapping[type[Block], Names] = field(default_factory=dict[type[Block], Names])
     otherwise: tuple[Names, ...] = ()

@@ -6,7 +6,7 @@ Layers that predict tokens further ahead are not read.
 from typing import Final
 
 from executor.families.base import SILU, Family
-from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, LAYER, OUTSIDE
+from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN
 from executor.families.rope import Rope, yarn_magnitude
 from executor.families.stored import Names
 from executor.model import Architecture, FeedForward, Latent, LayerMaths, Norm, Router, Scores
@@ -114,8 +114,6 @@ _NAMES: Final[Names] = {**ATTENTION, **LATENT, **GATE_UP_DOWN, **MOE}
 _YARN: Final = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 
 DEEPSEEK_V2: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names=_NAMES,
     otherwise=(FUSED,),
     options=_options_v2,
@@ -129,8 +127,6 @@ DEEPSEEK_V2: Final = Family(
     },
 )
 DEEPSEEK_V3: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names=_NAMES,
     otherwise=(FUSED,),
     options=_options_v3,
@@ -147,8 +143,6 @@ DEEPSEEK_V3: Final = Family(
     },
 )
 KIMI_K2: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names=_NAMES,
     otherwise=(FUSED,),
     options=_options_v3,
@@ -165,8 +159,6 @@ KIMI_K2: Final = Family(
     },
 )
 GLM4_LITE: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names=_NAMES,
     otherwise=(FUSED,),
     options=_options_glm,

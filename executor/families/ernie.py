@@ -3,7 +3,7 @@
 from typing import Final
 
 from executor.families.base import SILU, Family, decoder
-from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, LAYER, OUTSIDE
+from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN
 from executor.families.rope import OTHER_MODEL, Rope
 from executor.model import Architecture, Norm
 from hrm.model_spec import Keys, ModelSpec
@@ -24,8 +24,6 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 ERNIE_4_5: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={**ATTENTION, **GATE_UP_DOWN, "score_correction": "mlp.moe_statics.e_score_correction_bias"},
     otherwise=({**FUSED, "score_correction": "mlp.gate.moe_statics.e_score_correction_bias"},),
     options=_options,

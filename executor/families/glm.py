@@ -3,7 +3,7 @@
 from typing import Final
 
 from executor.families.base import SILU, Family, decoder
-from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, LAYER, OUTSIDE
+from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN
 from executor.families.rope import Rope
 from executor.model import Architecture, Norm, Router, Scores
 from hrm.model_spec import Keys, ModelSpec
@@ -47,8 +47,6 @@ def corrected_router(keys: Keys, spec: ModelSpec) -> Router:
 
 
 GLM4: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={**ATTENTION, **GATE_UP_DOWN},
     otherwise=(FUSED,),
     options=_options,

@@ -3,7 +3,7 @@
 from typing import Final
 
 from executor.families.base import SILU, Family, grouped_query
-from executor.families.names import ATTENTION, LAYER, OUTSIDE
+from executor.families.names import ATTENTION
 from executor.families.rope import Rope
 from executor.families.stored import Stored, interleaved
 from executor.model import Activation, Architecture, FeedForward, Glu, GroupedQuery, LayerMaths, Norm
@@ -30,8 +30,6 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 GPT_OSS: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={
         **ATTENTION,
         "sinks": "self_attn.sinks",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Final
 
 from executor.families.base import SILU, Family, decoder
-from executor.families.names import ATTENTION, LAYER, OUTSIDE
+from executor.families.names import ATTENTION
 from executor.families.rope import OTHER_MODEL, Rope
 from executor.model import Architecture, Norm, Router
 from hrm.model_spec import Keys, ModelSpec
@@ -32,8 +32,6 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 GRANITE: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={
         **ATTENTION,
         "router": "block_sparse_moe.router.layer.weight",

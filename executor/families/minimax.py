@@ -3,7 +3,7 @@
 from typing import Final
 
 from executor.families.base import SILU, Family, decoder
-from executor.families.names import ATTENTION, FUSED, LAYER, OUTSIDE, W1_W2_W3
+from executor.families.names import ATTENTION, FUSED, W1_W2_W3
 from executor.families.rope import OTHER_MODEL, Rope
 from executor.model import Architecture, Norm, Router, Scores
 from hrm.model_spec import Keys, ModelSpec
@@ -32,8 +32,6 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 MINIMAX_M2: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={**ATTENTION, **W1_W2_W3, "score_correction": "block_sparse_moe.e_score_correction_bias"},
     otherwise=({**FUSED, "score_correction": "mlp.e_score_correction_bias"},),
     options=_options,

@@ -6,7 +6,7 @@ Or as transformers 5 names its own parameters, with all experts of a layer in tw
 from typing import Final
 
 from executor.families.base import SILU, Family, decoder
-from executor.families.names import ATTENTION, FUSED, LAYER, OUTSIDE, W1_W2_W3
+from executor.families.names import ATTENTION, FUSED, W1_W2_W3
 from executor.families.rope import Rope
 from executor.model import Architecture, Norm
 from hrm.model_spec import Keys, ModelSpec
@@ -22,8 +22,6 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 MIXTRAL: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={**ATTENTION, **W1_W2_W3},
     otherwise=(FUSED,),
     options=_options,

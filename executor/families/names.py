@@ -40,5 +40,11 @@ GATE_UP_DOWN: Final[Names] = {
     "shared_w13": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
     "shared_w2": "mlp.shared_experts.down_proj.weight",
 }
+# A shared expert that a gate of its own scales, as Qwen names them.
+GATED_SHARED: Final[Names] = {
+    "shared_gate": "mlp.shared_expert_gate.weight",
+    "shared_w13": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+    "shared_w2": "mlp.shared_expert.down_proj.weight",
+}
 # As transformers 5 names its own parameters, with all experts of a layer in two tensors.
 FUSED: Final[Names] = {"router": "mlp.gate.weight", "w13": "mlp.experts.gate_up_proj", "w2": "mlp.experts.down_proj"}

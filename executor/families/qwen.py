@@ -6,7 +6,7 @@ Of multimodal models it is the part that reads text.
 from typing import Final
 
 from executor.families.base import SILU, Family, decoder
-from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, LAYER, OUTSIDE
+from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, GATED_SHARED
 from executor.families.rope import Rope
 from executor.families.stored import Stored
 from executor.model import Architecture, Norm, Router
@@ -42,8 +42,6 @@ def _olmoe(keys: Keys, spec: ModelSpec) -> Architecture:
 
 
 QWEN3: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={**ATTENTION, **GATE_UP_DOWN},
     otherwise=(FUSED,),
     options=_qwen,
@@ -57,8 +55,6 @@ QWEN3: Final = Family(
     },
 )
 QWEN3_VL: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     # All experts of a layer in two tensors, as the first models of the kind were stored: transposed.
     names={
         **ATTENTION,
@@ -77,15 +73,7 @@ QWEN3_VL: Final = Family(
     },
 )
 QWEN2: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
-    names={
-        **ATTENTION,
-        **GATE_UP_DOWN,
-        "shared_gate": "mlp.shared_expert_gate.weight",
-        "shared_w13": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
-        "shared_w2": "mlp.shared_expert.down_proj.weight",
-    },
+    names={**ATTENTION, **GATE_UP_DOWN, **GATED_SHARED},
     otherwise=(FUSED,),
     options=_qwen,
     published={
@@ -98,8 +86,6 @@ QWEN2: Final = Family(
     },
 )
 OLMOE: Final = Family(
-    outside=OUTSIDE,
-    layer=LAYER,
     names={**ATTENTION, **GATE_UP_DOWN},
     otherwise=(FUSED,),
     options=_olmoe,

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from executor.families.base import SILU, Family, grouped_query
-from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, LAYER, OUTSIDE
+from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN, GATED_SHARED
 from executor.families.rope import Rope
 from executor.families.stored import Names, Rows, Stored, grouped, in_order
 from executor.model import Architecture, FeedForward, GatedDelta, GroupedQuery, LayerMaths, Norm, Router
@@ -70,9 +70,7 @@ _NAMES: Final[Names] = {
     ),
     "qkv_bias": Stored(_BIASES, rows=_without_gate),
     "gate_bias": Stored(_BIASES[:1], rows=_gate_alone),
-    "shared_gate": "mlp.shared_expert_gate.weight",
-    "shared_w13": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
-    "shared_w2": "mlp.shared_expert.down_proj.weight",
+    **GATED_SHARED,
 }
 _DELTA: Final[Names] = {
     "convolution": "linear_attn.conv1d.weight",
@@ -87,8 +85,6 @@ _TOGETHER: Final = ("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.w
 
 def _family(projections: tuple[str, ...] | Stored, **published: Any) -> Family:
     return Family(
-        outside=OUTSIDE,
-        layer=LAYER,
         names=_NAMES,
         kinds={GatedDeltaNet: {**_DELTA, "projections": projections}},
         otherwise=(FUSED,),
