@@ -4,19 +4,33 @@ A format knows its bytes, and nothing else does. What is asked for is told as th
 one after the other, or as a single number of elements.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from math import prod
+from typing import Final, NamedTuple
 
 from hrm.numeric import Number
+
+# What lies in memory as one begins and ends at a multiple of this: kernels read so many bytes at once.
+ALIGNMENT_BYTES: Final = 16
+
+
+def aligned(num_bytes: int) -> int:
+    """So many bytes and what fills them up to where the next thing may begin."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way to store numbers, in which every element has a size of its own."""
+    """One way to store numbers, in which every element has a size of its own.
+
+    Of elements of several formats together the size is a mean, and may be a fraction.
+    """
 
     name: str
-    element_bytes: int
+    element_bytes: float
 
     def bytes_of(self, *sizes: Number) -> Number:
         """Bytes of a tensor of these sizes; a single one is a number of elements."""
@@ -27,7 +41,7 @@ class Format:
 
     def elements_in(self, num_bytes: int) -> int:
         """How many whole elements so many bytes hold."""
-        return num_bytes // self.element_bytes
+        return int(num_bytes // self.element_bytes)
 
 
 FORMATS: Final[Mapping[str, Format]] = {
@@ -35,11 +49,129 @@ FORMATS: Final[Mapping[str, Format]] = {
 }
 
 
+class Part(NamedTuple):
+    """A part of a packed matrix, by the names that dtypes have in torch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its bytes."""
+        return prod(self.shape) * _DTYPE_BYTES[self.dtype]
+
+
+_DTYPE_BYTES: Final = {"uint8": 1, "int8": 1, "int32": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+_CODE_BITS: Final = {"fp8": 8, "int8": 8, "int4": 4, "fp4": 4}
+_SCALES: Final = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "e8m0": "uint8", "e4m3": "uint8"}
+_NAME: Final = re.compile(
+    r"(?P<code>fp8|int8|int4|fp4)(-b(?P<block>\d+))?(-g(?P<group>\d+))?(-(?P<scale>f32|bf16|f16|e8m0|e4m3))?"
+    r"(?P<zeros>-z)?(?P<row_scales>-r)?(?P<ordered>-o)?"
+)
+# The short names under which people know some of them.
+_KNOWN_AS: Final = {"mxfp4": "fp4-g32-e8m0", "nvfp4": "fp4-g16-e4m3-r"}
+_SHORT: Final = {full: short for short, full in _KNOWN_AS.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedFormat:
+    """Matrices (N, W) of narrow numbers, of which groups share a scale.
+
+    `code` is what a weight is: fp8 (e4m3), int8, or two to a byte, the even column in its low half: int4
+    (0 to 15, for -8 to 7 if there are no zeros) or fp4 (e2m1). A group is `rows` × `columns` of them,
+    where 0 columns are a whole row; the last ones of a matrix may be smaller. A weight is its code,
+    less the group's zero point if there are `zeros` (a byte each), times the group's scale, which is
+    stored as `scale` says, times the row's float32 one if there are `row_scales`. With `ordered`,
+    each column says (int32) which of the groups it belongs to.
+    """
+
+    code: str
+    rows: int = 1
+    columns: int = 0
+    scale: str = "f32"
+    zeros: bool = False
+    row_scales: bool = False
+    ordered: bool = False
+
+    @property
+    def name(self) -> str:
+        """How it is called in files and on the command line."""
+        group = f"-b{self.columns}" if self.rows > 1 else f"-g{self.columns}" if self.columns else ""
+        plain = "f32" if self.rows > 1 or not self.columns else "bf16"
+        scale = f"-{self.scale}" if self.scale != plain else ""
+        marks = "-z" * self.zeros + "-r" * self.row_scales + "-o" * self.ordered
+        full = f"{self.code}{group}{scale}{marks}"
+        return _SHORT.get(full, full)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a weight without its share of scales."""
+        return _CODE_BITS[self.code]
+
+    def groups(self, width: int) -> int:
+        """Groups beside one another in a row of so many columns."""
+        return -(-width // self.columns) if self.columns else 1
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor can be stored so: it is a matrix, and its rows are whole bytes."""
+        return len(shape) == 2 and shape[1] * self.code_bits % 8 == 0
+
+    def parts(self, num_rows: int, width: int) -> tuple[Part, ...]:
+        """The parts of a matrix in the order in which they lie in memory, each aligned."""
+        groups = self.groups(width)
+        shape = -(-num_rows // self.rows), groups
+        parts = [
+            Part("codes", "uint8", (num_rows, width * self.code_bits // 8)),
+            Part("scales", _SCALES[self.scale], shape),
+        ]
+        if self.zeros:
+            parts.append(Part("zeros", "uint8", shape))
+        if self.row_scales:
+            parts.append(Part("row_scales", "float32", (num_rows, 1)))
+        if self.ordered:
+            parts.append(Part("order", "int32", (1, width)))
+        return tuple(parts)
+
+    @cache  # noqa: B019 - there are few formats, and they stay
+    def bytes_of(self, num_rows: int, width: int) -> int:
+        """Bytes of a matrix."""
+        return sum(aligned(part.num_bytes) for part in self.parts(num_rows, width))
+
+
+def packed_format(name: str) -> PackedFormat | None:
+    """The packed format of that name; None if there is none.
+
+    `fp8` and `int8` have one scale a row, fp8-b128 one for each 128 × 128 weights, int4-g32 one for each
+    32 of a row; `mxfp4` and `nvfp4` are as the standards say. Scales are float32 for rows and blocks and
+    bfloat16 for groups, if the name does not say another (int4-g128-f16); -z, -r and -o add zero
+    points, scales of rows and an order of columns.
+    """
+    found = _NAME.fullmatch(_KNOWN_AS.get(name, name))
+    if found is None or (found["block"] and found["group"]):
+        return None
+    columns = int(found["block"] or found["group"] or 0)
+    made = PackedFormat(
+        code=found["code"],
+        rows=int(found["block"] or 1),
+        columns=columns,
+        scale=found["scale"] or ("bf16" if found["group"] else "f32"),
+        zeros=bool(found["zeros"]),
+        row_scales=bool(found["row_scales"]),
+        ordered=bool(found["ordered"]),
+    )
+    return made if made.name == name and columns <= MOST_GROUPED else None
+
+
+MOST_GROUPED: Final = 1 << 16  # columns of a group; any more are a mistake
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
     """The formats of a plan.
 
-    `weights` are parameters as they lie in memory and cross the link. `kv_cache` is keys and values
+    `weights` are parameters as they lie in memory and cross the link, where a model does not say that
+    they are packed. `kv_cache` is keys and values
     from when they leave for the cache, so also on their way over the link. `compute` is the dtype
     of hidden states, queries, activations and logits, and the one whose GEMM rate counts.
     """

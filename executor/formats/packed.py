@@ -1,0 +1,171 @@
+"""A packed matrix in memory: its codes and scales where they lie, and the weights that they mean.
+
+N rows, W columns, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from hrm.formats import PackedFormat, aligned
+
+STRIP_ELEMENTS: Final = 1 << 20  # that are dequantised at once
+
+_FP4_HALVES: Final = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the magnitudes of e2m1, by its low three bits
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Matrices of `shape` (N, W), or several of them (E, N, W), in `hrm.formats.PackedFormat`'s parts.
+
+    Every part has the axes of the shape before its own two.
+    """
+
+    format: PackedFormat
+    shape: tuple[int, ...]
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    row_scales: Tensor | None = None
+    order: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Rows of a matrix, or how many matrices there are."""
+        return self.shape[0]
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """Its parts by their names in `PackedFormat.parts`."""
+        every = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "zeros": self.zeros,
+            "row_scales": self.row_scales,
+            "order": self.order,
+        }
+        return {name: part for name, part in every.items() if part is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, without what aligns them."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def _with(self, shape: tuple[int, ...], change: Callable[[str, Tensor], Tensor]) -> "Packed":
+        return Packed(self.format, shape, **{name: change(name, part) for name, part in self.parts.items()})
+
+    def __getitem__(self, index: int | slice) -> "Packed":
+        """One of several matrices, some of them, or rows of a matrix from and to bounds of groups."""
+        if len(self.shape) > 2:
+            count = () if isinstance(index, int) else (len(range(*index.indices(len(self)))),)
+            shape = (*count, *self.shape[1:])
+            return self._with(shape, lambda _, part: part[index])
+        assert isinstance(index, slice), index
+        start, stop, step = index.indices(len(self))
+        assert step == 1, index
+        rows = self.format.rows
+        assert start % rows == 0, (index, self.format)
+        assert stop % rows == 0 or stop == len(self), (index, self.format)
+        of_groups = slice(start // rows, -(-stop // rows))
+        spans = {"codes": slice(start, stop), "row_scales": slice(start, stop), "order": slice(None)}
+        return self._with((stop - start, *self.shape[1:]), lambda name, part: part[spans.get(name, of_groups)])
+
+    def dequantised(self, out: Tensor) -> Tensor:
+        """Fill `out`, of this shape, with the weights that are meant, computed in float32 and rounded once.
+
+        Temporaries are of STRIP_ELEMENTS weights, or of one row of groups.
+        """
+        assert out.shape == self.shape, (out.shape, self.shape)
+        if len(self.shape) > 2:
+            for matrix, there in zip(self, out, strict=True):
+                matrix.dequantised(there)
+            return out
+        rows = self.format.rows
+        strip = max(STRIP_ELEMENTS // out.shape[-1] // rows, 1) * rows
+        for first in range(0, len(self), strip):
+            some = slice(first, min(first + strip, len(self)))
+            part = self[some]
+            out[some].copy_(part.weights())
+        return out
+
+    def __iter__(self) -> Iterator["Packed"]:
+        """Each of several matrices."""
+        return (self[e] for e in range(len(self)))
+
+    def weights(self) -> Tensor:
+        """The weights that are meant, in float32."""
+        width, form = self.shape[-1], self.format
+        values = _CODES[form.code](self.codes)
+        scales = _scales(form.scale, self.scales)
+        if self.order is not None:
+            columns = self.order.long().expand(*values.shape[:-2], scales.shape[-2], width)
+            spread = {"scales": scales.gather(-1, columns)}
+            if self.zeros is not None:
+                spread["zeros"] = self.zeros.float().gather(-1, columns)
+        else:
+            spread = {"scales": self._spread(scales)}
+            if self.zeros is not None:
+                spread["zeros"] = self._spread(self.zeros.float())
+        if form.code == "int4":
+            values -= spread.get("zeros", 8.0)
+        elif self.zeros is not None:
+            values -= spread["zeros"]
+        values *= spread["scales"]
+        return values if self.row_scales is None else values.mul_(self.row_scales)
+
+    def _spread(self, of_groups: Tensor) -> Tensor:
+        """A number for each weight, from one for each group."""
+        rows, columns = self.shape[-2:]
+        if self.format.columns:
+            of_groups = of_groups.repeat_interleave(self.format.columns, dim=-1)[..., :columns]
+        if self.format.rows > 1:
+            of_groups = of_groups.repeat_interleave(self.format.rows, dim=-2)[..., :rows, :]
+        return of_groups
+
+
+# What a weight matrix may be in the executor: plain numbers, or packed ones.
+Matrix = Tensor | Packed
+
+
+def packed_in(form: PackedFormat, num_rows: int, width: int, memory: Tensor) -> Packed:
+    """The matrix (N, W) that lies in `memory`, bytes, or the several (E, N, W) if it has rows of bytes."""
+    before, start = tuple(memory.shape[:-1]), 0
+    parts: dict[str, Tensor] = {}
+    for part in form.parts(num_rows, width):
+        dtype: torch.dtype = getattr(torch, part.dtype)
+        there = memory[..., start : start + part.num_bytes].view(dtype)
+        parts[part.name] = there.unflatten(-1, part.shape)
+        start += aligned(part.num_bytes)
+    assert start == memory.shape[-1], (form, num_rows, width, memory.shape)
+    return Packed(form, (*before, num_rows, width), **parts)
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """Two numbers to a byte, the first one in its low half."""
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+
+
+def _fp4(codes: Tensor) -> Tensor:
+    halves = _halves(codes)
+    magnitudes = torch.tensor(_FP4_HALVES, dtype=torch.float32, device=codes.device)[(halves & 7).long()]
+    return torch.where(halves > 7, -magnitudes, magnitudes).div_(2)
+
+
+def _scales(scale: str, stored: Tensor) -> Tensor:
+    if scale == "e8m0":  # the exponent of a float32; 0 is the power of two below the least normal one, 255 no number
+        bits = (stored.int() << 23).masked_fill_(stored == 0, 1 << 22)
+        return bits.view(torch.float32).masked_fill_(stored == 255, torch.nan)
+    if scale == "e4m3":
+        return stored.view(torch.float8_e4m3fn).float()
+    return stored.float()
+
+
+_CODES: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "fp8": lambda codes: codes.view(torch.float8_e4m3fn).float(),
+    "int8": lambda codes: codes.view(torch.int8).float(),
+    "int4": lambda codes: _halves(codes).float(),
+    "fp4": _fp4,
+}
