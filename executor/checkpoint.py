@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, final
+from typing import Any, Final, NamedTuple, Protocol, Self, final
 
 import torch
 from torch import Tensor
@@ -11,17 +11,27 @@ from torch import Tensor
 from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
 from executor.checkpoint_names import AHEAD_SUFFIX, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless, layer_number
 from executor.errors import CheckpointError
+from executor.formats import Packed
 from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, SafetensorsFile, StoredTensor
+from hrm.formats import PackedFormat
 
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
 FLOATS: Final = "float64, float32, bfloat16, float16"
 NAMES_TOLD: Final = 3  # of tensors that are missing or too many
 
 
+class Expected(NamedTuple):
+    """What a checkpoint should have under a name: a tensor of that shape, packed if it has a format for that."""
+
+    shape: tuple[int, ...]
+    packed: PackedFormat | None = None
+
+
 class WeightSource(Protocol):
     """Where a family reads its weights: a checkpoint, or random numbers in its place.
 
-    `names` are those of the tensors that are stored; random numbers have none.
+    `names` are those of the tensors that are stored, a packed one's that of the whole; random numbers
+    have none.
     """
 
     @property
@@ -35,6 +45,10 @@ class WeightSource(Protocol):
         Whatever axes it is stored with, its rows here are as long as those of `out`, one after the
         other: of a stack of matrices first all of one, of a stack of vectors single elements.
         """
+        ...
+
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+        """Fill `out` with the rows of a packed matrix, or of a stack of them, from `first_row` on, exactly."""
         ...
 
 
@@ -109,14 +123,14 @@ class Checkpoint:
         """The safetensors files that hold its tensors, sorted."""
         return sorted(set(self._file_of.values()))
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, expected: Mapping[str, Expected]) -> None:
         """Raise CheckpointError unless it holds the expected float tensors and no others that matter.
 
         Axes of one element make no difference. Reads headers only.
         """
         self._check_not_quantised()
         self._check_there(expected)
-        for name, shape in expected.items():
+        for name, (shape, _) in expected.items():
             part = self._told(name)
             where = f"{self._file_of[name]}: {self._stored_name(name)}"
             if _without_ones(part.shape) != _without_ones(shape):
@@ -132,7 +146,7 @@ class Checkpoint:
                 )
         self._check_no_others(expected)
 
-    def _check_there(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_there(self, expected: Mapping[str, Expected]) -> None:
         missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise CheckpointError(
@@ -142,7 +156,7 @@ class Checkpoint:
                 self._remedy_if_missing(),
             )
 
-    def _check_no_others(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_no_others(self, expected: Mapping[str, Expected]) -> None:
         """Raise CheckpointError naming tensors that the model should have used, for all we know."""
         ahead = self._layers_ahead(expected)
         others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, ahead))
@@ -174,6 +188,15 @@ class Checkpoint:
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """Fill `out` with rows of the tensor; see WeightSource. Several threads may read at once."""
         self._file(self._file_of[name]).read_into(self._stored_name(name), out, first_row)
+
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+        """Fill `out` with rows of a packed matrix; see WeightSource."""
+        raise CheckpointError(
+            f"{self._file_of[name]}: {self._stored_name(name)}",
+            f"<{out.format.name}, rows from {first_row}>",
+            "must not be quantised",
+            "use an unquantised checkpoint",
+        )
 
     def _told(self, name: str) -> StoredTensor:
         return self._file(self._file_of[name]).tensors[self._stored_name(name)]

@@ -1,11 +1,18 @@
 """Random weights, for runs whose tokens do not matter."""
 
 from collections.abc import Collection
-from typing import final
+from math import log2
+from typing import Final, final
 from zlib import crc32
 
 import torch
 from torch import Tensor
+
+from executor.formats import Packed
+
+_ONE_E4M3: Final = 0x38
+_INT8_DEVIATION: Final = 40.0
+_HALF_BYTES_DEVIATIONS: Final = {"int4": 4.6, "fp4": 2.9}  # where all 16 codes are as likely
 
 
 @final
@@ -25,6 +32,35 @@ class RandomWeights:
         self._seed = seed
         self._pool = torch.randn(1_048_573, generator=torch.Generator().manual_seed(seed))
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+        """Fill `out` with codes that are as likely as each other, or of normal numbers; no scale is extreme."""
+        form, width = out.format, out.shape[-1]
+        start = crc32(f"{self._seed} {name} {first_row}".encode()) % (len(self._pool) // 2)
+        codes, deviation = self._codes(form.code)
+        flat = codes.repeat(-(-(start + out.codes.numel()) // len(codes)))[start : start + out.codes.numel()]
+        out.codes.copy_(flat.view(out.codes.shape))
+        scale = width**-0.5 / deviation
+        if form.scale == "e8m0":
+            out.scales.fill_(127 + round(log2(scale)))
+        elif form.scale == "e4m3":
+            out.scales.fill_(_ONE_E4M3)
+        else:
+            out.scales.fill_(scale)
+        if out.row_scales is not None:
+            out.row_scales.fill_(scale)
+        if out.zeros is not None:
+            out.zeros.fill_(8 if form.code == "int4" else 0)
+        if out.order is not None:
+            out.order.copy_(torch.arange(width) // form.columns)
+
+    def _codes(self, code: str) -> tuple[Tensor, float]:
+        """Bytes of codes, and the standard deviation of what they mean."""
+        if code == "fp8":
+            return self._pool.to(torch.float8_e4m3fn).view(torch.uint8), 1.0
+        if code == "int8":
+            return (_INT8_DEVIATION * self._pool).clamp(-127, 127).to(torch.int8).view(torch.uint8), _INT8_DEVIATION
+        return (self._pool.view(torch.int32) >> 4).to(torch.uint8), _HALF_BYTES_DEVIATIONS[code]
 
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """Fill `out`, whatever the name."""

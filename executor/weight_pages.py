@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
@@ -31,6 +32,8 @@ from executor.model import (
 )
 from executor.model.layout import num_elements
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
+from hrm.formats import ALIGNMENT_BYTES
+from hrm.formats import aligned as aligned_bytes
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.placement import Place
@@ -69,6 +72,7 @@ class WeightPages:
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         self._slots = slots.view(WEIGHT_SLOTS, -1)
         self._staging = staging
+        self.dtype = slots.dtype
         self._on_host: list[Tensor] = []
         self._layers: list[tuple[LayerWeights, ...]] = []
         self._dense: list[Tensor] = []
@@ -78,13 +82,12 @@ class WeightPages:
         self._for_cpu_attention: list[tuple[Tensor, Tensor]] = []
         cpu_attends = policy.kv_caches_at(Place.HOST) > 0
         for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
-            num_dense = num_elements(dense_tensors(layer))
+            num_dense = num_elements(dense_tensors(layer), resident.dtype)
             streamed_dense = 0 if policy.resident_dense else num_dense
-            elements_in = policy.formats.weights.elements_in
-            on_host = host_parts.take(elements_in(policy.host_bytes(spec, index)))
-            num_streamed = elements_in(policy.streamed_bytes(spec, index, Phase.PREFILL))
+            on_host = host_parts.take(policy.host_bytes(spec, index) // host.itemsize)
+            num_streamed = policy.streamed_bytes(spec, index, Phase.PREFILL) // slots.itemsize
             resident_dense = resident_parts.take(num_dense - streamed_dense)
-            resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer)))
+            resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer), resident.dtype))
             fixed = experts_in(layer, resident_experts, 0)
             self._on_host.append(on_host)
             self._dense.append(on_host[:streamed_dense] if streamed_dense else resident_dense)
@@ -109,7 +112,7 @@ class WeightPages:
         here: dict[str, Tensor] = {}
         for tensor in layer.mixer.tensors:
             if tensor.name in layer.mixer.host_tensors:
-                here[tensor.name] = host.take(tensor.parameters).view(tensor.shape)
+                here[tensor.name] = host.take(tensor.parameters, aligned=True).view(tensor.shape)
                 self._for_cpu_attention.append((here[tensor.name], getattr(mixer, tensor.name)))
         return replace(mixer, **here)
 
@@ -132,12 +135,13 @@ class WeightPages:
         head = head_tensors(spec)[: 1 if one_head else None]
         places = [
             Target(embedding_tensors(spec), self.embedding.view(-1)),
-            Target(head, self._head[: num_elements(head)]),
+            Target(head, self._head[: num_elements(head, self._head.dtype)]),
         ]
         for index, layer in enumerate(spec.layers):
             places.append(Target(dense_tensors(layer), self._dense[index], index))
             tensors = expert_tensors(layer)
-            parts = (part.view(-1, num_elements(tensors)) for part in self._experts[index] if len(part))
+            size = num_elements(tensors, self._head.dtype)
+            parts = (part.view(-1, size) for part in self._experts[index] if len(part))
             experts = enumerate(chain.from_iterable(parts))
             places += [Target(tensors, flat, index, expert) for expert, flat in experts]
         return places
@@ -162,9 +166,11 @@ class WeightPages:
         return self._staging[start : start + page.stop - page.start]
 
 
-def page_slice(num_elements: int, num_pages: int, page: int) -> slice:
-    """Elements of a layer's streamed weights that make up one of its pages."""
-    return slice(page * num_elements // num_pages, (page + 1) * num_elements // num_pages)
+def page_slice(num_bytes: int, num_pages: int, page: int, dtype: torch.dtype) -> slice:
+    """Elements, in a vector of that dtype, that make up a page of a layer's streamed weights."""
+    assert num_bytes % ALIGNMENT_BYTES == 0, num_bytes
+    parts, size = num_bytes // ALIGNMENT_BYTES, ALIGNMENT_BYTES // dtype.itemsize
+    return slice(page * parts // num_pages * size, (page + 1) * parts // num_pages * size)
 
 
 @final
@@ -174,7 +180,9 @@ class _Cursor:
     def __init__(self, flat: Tensor) -> None:
         self._flat, self._next = flat, 0
 
-    def take(self, count: int) -> Tensor:
+    def take(self, count: int, *, aligned: bool = False) -> Tensor:
+        """So many elements, and none of what aligns the next part, if it is to be."""
         part = self._flat.narrow(0, self._next, count)
-        self._next += count
+        size = self._flat.itemsize
+        self._next += aligned_bytes(count * size) // size if aligned else count
         return part

@@ -17,7 +17,7 @@ from hrm.contract.rows import (
     ROUTING_BYTES,
     TOKEN_NUMBER_BYTES,
 )
-from hrm.formats import Format, Formats
+from hrm.formats import ALIGNMENT_BYTES, Formats
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.model_spec.workspace import workspace_bytes
@@ -128,7 +128,7 @@ class Needs:
             host_bytes=on_host,
             largest_streamed_bytes=largest,
             staging_slots=STAGING_PAGES * policy.staging,
-            page_bytes=page_bytes(weights, largest, pages_of(policy)),
+            page_bytes=page_bytes(largest, pages_of(policy)),
             ranks=ranks,
             batches=batches,
         )
@@ -172,7 +172,7 @@ class Needs:
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
         held_twice = self.cpu_attention * self.resident_dense
-        latent_up = held_twice * weights.bytes_of(sum(layer.mixer.host_parameters for layer in spec.layers))
+        latent_up = held_twice * sum(layer.mixer.host_bytes(weights) for layer in spec.layers)
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
         in_chunk = self.cpu_prefill_experts * self.chunk_tokens
@@ -190,10 +190,9 @@ class Needs:
         return tuple(Buffer(purpose, Device.CPU, turns, size) for purpose, turns, size in rows)
 
 
-def page_bytes(weights: Format, largest_streamed_bytes: Number, num_pages: Number) -> Number:
-    """Bytes of a page of the layer that streams most; a page holds whole elements."""
-    element = weights.bytes_of(1)
-    return element * -(-largest_streamed_bytes // (num_pages * element))
+def page_bytes(largest_streamed_bytes: Number, num_pages: Number) -> Number:
+    """Bytes of a page of the layer that streams most; pages begin where units of weights may."""
+    return ALIGNMENT_BYTES * -(-largest_streamed_bytes // (num_pages * ALIGNMENT_BYTES))
 
 
 def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:

@@ -62,15 +62,15 @@ class Costs:
     @property
     def expert_bytes(self) -> Number:
         """Weight bytes of one routed expert."""
-        return self.formats.weights.bytes_of(self.spec.expert_parameters)
+        return self.spec.expert_bytes(self.formats.weights)
 
     def pre_attention(self, m: Number, kind: Layer) -> Number:
         """Norm, projections and rotary embedding on the GPU."""
-        return self._on(Device.GPU, kind.mixer.project(self.formats, m))
+        return self._on(Device.GPU, kind.project(self.formats, m))
 
     def attention(self, device: Device, m: Number, context: Number, kind: Layer) -> Number:
         """Decode attention over a mean context on either device."""
-        operator = kind.mixer.attend(self.formats, m, context)
+        operator = kind.attend(self.formats, m, context)
         if device is Device.CPU and self.runtime.attention_passes > 1:
             operator = operator.with_passes(self.runtime.attention_passes)
         return self._on(device, operator)
@@ -81,7 +81,7 @@ class Costs:
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
-        return self._on(Device.CPU, self.spec.experts.run(self.formats, m, num_experts))
+        return self._on(Device.CPU, self.spec.expert_kind.run_experts(self.formats, m, num_experts))
 
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
@@ -181,7 +181,7 @@ class Costs:
 
     def _up_to_attention(self, tokens: Number, prompt_len: float, kind: Layer) -> Number:
         """A layer of prefill up to attention."""
-        operator = kind.mixer.prefill(self.formats, tokens, prompt_len)
+        operator = kind.prefill(self.formats, tokens, prompt_len)
         return self._on(Device.GPU, operator)
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:

@@ -5,7 +5,7 @@ one after the other, or as a single number of elements.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -113,9 +113,13 @@ class PackedFormat:
         """Groups beside one another in a row of so many columns."""
         return -(-width // self.columns) if self.columns else 1
 
-    def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor can be stored so: it is a matrix, and its rows are whole bytes."""
-        return len(shape) == 2 and shape[1] * self.code_bits % 8 == 0
+    def takes(self, shape: tuple[int, ...], parts: Sequence[int] = ()) -> bool:
+        """Whether a tensor can be stored so: it is a matrix of whole bytes a row.
+
+        What it joins, `parts` of its rows, has to have whole groups.
+        """
+        whole = all(part % self.rows == 0 for part in parts[:-1])
+        return len(shape) == 2 and shape[1] * self.code_bits % 8 == 0 and whole
 
     def parts(self, num_rows: int, width: int) -> tuple[Part, ...]:
         """The parts of a matrix in the order in which they lie in memory, each aligned."""

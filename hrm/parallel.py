@@ -17,8 +17,9 @@ from math import inf
 from typing import NamedTuple
 
 from hrm.errors import PolicyError
+from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
-from hrm.layers import Layer, Mixer
+from hrm.layers import Layer
 from hrm.machines import one_part
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
@@ -75,11 +76,10 @@ def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     divided among the planned layers.
     """
     stages = [spec.layers[stage.start : stage.stop] for stage in stage_layers(spec.num_layers, num_stages)]
-    ffn = max((kind for kind in spec.layer_kinds() if kind.has_experts), key=lambda kind: kind.dense_parameters).ffn
-    layers = [Layer(mixer=mixer, ffn=ffn) for mixer in _widest_mixers(stages)]
-    planned = sum(layer.dense_parameters for layer in layers)
-    heaviest = max(sum(layer.dense_parameters for layer in stage) for stage in stages)
-    missing = -(-max(0, heaviest - planned) // len(layers))
+    most = max((kind for kind in spec.layer_kinds() if kind.has_experts), key=_weight)
+    layers = [layer.with_ffn(most) for layer in _widest(stages)]
+    heaviest = max(sum(map(_weight, stage)) for stage in stages)
+    missing = -(-max(0, heaviest - sum(map(_weight, layers))) // len(layers))
     if missing:
         layers = [replace(layer, mixer=layer.mixer.with_vectors(of_dense_layers=missing)) for layer in layers]
     return spec.with_layers(
@@ -90,22 +90,28 @@ def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     )
 
 
-def _widest_mixers(stages: Sequence[tuple[Layer, ...]]) -> list[Mixer]:
+def _widest(stages: Sequence[tuple[Layer, ...]]) -> list[Layer]:
     """Of each kind of attention, for each place in the order of windows, the widest of any stage."""
     kinds = dict.fromkeys(layer.without_window.mixer for stage in stages for layer in stage)
-    widest: list[Mixer] = []
+    widest: list[Layer] = []
     for kind in kinds:
         of_stages = (
-            sorted((layer.mixer for layer in stage if layer.without_window.mixer == kind), key=_width, reverse=True)
+            sorted((layer for layer in stage if layer.without_window.mixer == kind), key=_width, reverse=True)
             for stage in stages
         )
         places = zip_longest(*of_stages)
-        widest += [max((mixer for mixer in place if mixer is not None), key=_width) for place in places]
+        widest += [max((layer for layer in place if layer is not None), key=_width) for place in places]
     return widest
 
 
-def _width(mixer: Mixer) -> float:
-    return mixer.window or inf
+def _weight(layer: Layer) -> int:
+    """What weighs as much outside routed experts, in numbers that are not packed."""
+    plain = FORMATS["bfloat16"]
+    return plain.elements_in(layer.dense_bytes(plain))
+
+
+def _width(layer: Layer) -> float:
+    return layer.window or inf
 
 
 def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int) -> str:

@@ -40,9 +40,9 @@ class Placement:
 
     def bytes_at(self, place: Place, layers: Layers, resident_experts: Number) -> Number:
         """Bytes of these layers at a place; `resident_experts` are those of all of them together."""
-        spec, dense, experts = self.spec, 0, 0
+        dense, experts = 0, 0
         for kind, count in layers:
-            dense = dense + count * kind.dense_parameters
+            dense = dense + count * kind.dense_bytes(self.weights)
             experts = experts + count * kind.num_experts
         others = experts - resident_experts
         match place:
@@ -52,7 +52,7 @@ class Placement:
                 dense, experts = (1 - self.resident_dense) * dense, (1 - self.cpu_experts) * others
             case Place.HOST:
                 dense, experts = 0, self.cpu_experts * others
-        return self.weights.bytes_of(dense) + self.weights.bytes_of(spec.expert_parameters, experts)
+        return dense + experts * self.spec.expert_bytes(self.weights)
 
     def bytes_in_all(self, place: Place, resident_experts: Number) -> Number:
         """Bytes at a place of all the model's layers, which have so many resident experts together."""

@@ -112,7 +112,7 @@ def attention_turning_points(
 
     Of layers with windows of different widths, it is the widest.
     """
-    operator = spec.widest_kind.mixer.attend(formats, 1, context)
+    operator = spec.widest_kind.attend(formats, 1, context)
     return turning_points(
         profile,
         formats.compute.name,
@@ -131,8 +131,8 @@ def ffn_turning_points(
 
     Weights cross the link once a batch, and are read from GPU memory once a micro-batch.
     """
-    micro_batch = spec.experts.run(formats, micro_batch_size, spec.num_experts)
-    weight_bytes = formats.weights.bytes_of(spec.experts_hit(batch_size), spec.expert_parameters)
+    micro_batch = spec.expert_kind.run_experts(formats, micro_batch_size, spec.num_experts)
+    weight_bytes = spec.experts_hit(batch_size) * spec.expert_bytes(formats.weights)
     num_micro_batches = batch_size / micro_batch_size
     return turning_points(
         profile,

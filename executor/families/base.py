@@ -6,12 +6,12 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
-from executor.checkpoint import WeightSource
+from executor.checkpoint import Expected, WeightSource
 from executor.families.names import LAYER, OUTSIDE
 from executor.families.rope import Rope
 from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
-from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors
+from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors, in_order
 from hrm.errors import ModelError
 from hrm.layers import Block, GroupedQueryAttention, Layer
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
@@ -62,30 +62,30 @@ class Family:
             eos_token_ids=keys.token_ids("eos_token_id"),
         )
 
-    def expected_tensors(self, arch: Architecture, stored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint has.
+    def expected_tensors(self, arch: Architecture, stored: Collection[str] = ()) -> dict[str, Expected]:
+        """Name, shape and format of every tensor that a checkpoint has.
 
         What may be stored in several ways is as in `stored`, the names that a checkpoint has. If one of these lacks an
         expert's tensors, those are the last that are told: a config may ask for any number more.
         """
         spec = arch.spec
-        shapes: dict[str, tuple[int, ...]] = {}
+        expected: dict[str, Expected] = {}
 
         def add(tensors: Tensors, layer: int = 0, expert: int | None = None) -> None:
             for joined in self._joined(tensors, spec, stored, layer, expert):
-                shapes.update((piece.name, piece.shape) for piece in joined.pieces)
+                expected.update((piece.name, Expected(piece.shape, joined.tensor.packed)) for piece in joined.pieces)
 
         add((*embedding_tensors(spec), *head_tensors(spec)))
         for index, layer in enumerate(spec.layers):
             add(dense_tensors(layer), index)
             for expert in range(layer.num_experts):
-                known = len(shapes)
+                known = len(expected)
                 add(expert_tensors(layer), index, expert)
-                if len(shapes) == known:  # all experts lie in the same tensors
+                if len(expected) == known:  # all experts lie in the same tensors
                     break
-                if stored and next(reversed(shapes)) not in stored:
-                    return shapes
-        return shapes
+                if stored and next(reversed(expected)) not in stored:
+                    return expected
+        return expected
 
     def load(
         self,
@@ -97,9 +97,9 @@ class Family:
         expert: int | None = None,
     ) -> None:
         """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside."""
-        parts = flat.split([tensor.parameters for tensor in tensors])
-        for joined, part in zip(self._joined(tensors, spec, source.names, layer, expert), parts, strict=True):
-            joined.read(source, part.view(joined.tensor.shape))
+        ours = in_order(tensors, flat)
+        for joined, matrix in zip(self._joined(tensors, spec, source.names, layer, expert), ours, strict=True):
+            joined.read(source, matrix)
 
     def has_one_head(self, spec: ModelSpec, stored: Collection[str]) -> bool:
         """Whether head and embedding are the same stored tensor."""
@@ -110,7 +110,8 @@ class Family:
         self, tensors: Tensors, spec: ModelSpec, stored: Collection[str], layer: int, expert: int | None
     ) -> Iterator[Joined]:
         """How tensors are stored that are outside the layers, or of one and in the order of its blocks."""
-        of_layer = iter([(block, tensor) for block in spec.layers[layer].blocks for tensor in block.tensors])
+        blocks = spec.layers[layer].blocks
+        of_layer = iter([(block, tensor) for block in blocks for tensor in spec.layers[layer].tensors_of(block)])
         for tensor in tensors:
             if tensor.name in self.outside:
                 name = self._outside(tensor.name, stored, tied=spec.tied_embeddings)

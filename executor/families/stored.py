@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
+from executor.formats import Matrix, Packed
 from hrm.layers import Block, RoutedExperts, TensorSpec
 
 # What only compares experts with one another is the same less its mean, which would cost narrow formats
@@ -130,9 +131,11 @@ class Joined:
         pieces = _pieces(tensor, how, sizes, block, layer, expert)
         return Joined(tensor, tuple(pieces), rows.order if rows is not None else None)
 
-    def read(self, source: WeightSource, ours: Tensor) -> None:
+    def read(self, source: WeightSource, ours: Matrix) -> None:
         """Fill ours from the source: straight to where it stays, unless it is to be sorted or centred."""
-        if self.tensor.name in CENTRED and ours.dtype is not torch.float32:
+        if isinstance(ours, Packed):
+            self._read_packed(source, ours)
+        elif self.tensor.name in CENTRED and ours.dtype is not torch.float32:
             exact = torch.empty(ours.shape, dtype=torch.float32)
             self._read(source, exact)
             ours.copy_(exact - exact.mean())
@@ -150,6 +153,13 @@ class Joined:
             torch.index_select(stored, 0, self.order, out=ours)
         else:
             ours.copy_(stored[self.order])
+
+    def _read_packed(self, source: WeightSource, ours: Packed) -> None:
+        there = ours if self.order is None else ours.with_rows(self.pieces[-1].rows.stop)
+        for piece in self.pieces:
+            source.read_packed_into(piece.name, there[piece.rows], piece.first_row)
+        if self.order is not None:
+            ours.copy_rows(there, self.order)
 
     def _read_pieces(self, source: WeightSource, out: Tensor) -> None:
         for piece in self.pieces:

@@ -10,9 +10,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from hrm.contract.temporaries import DEQUANTISED_WEIGHTS
 from hrm.formats import PackedFormat, aligned
-
-STRIP_ELEMENTS: Final = 1 << 20  # that are dequantised at once
 
 _FP4_HALVES: Final = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the magnitudes of e2m1, by its low three bits
 
@@ -73,23 +72,38 @@ class Packed:
         spans = {"codes": slice(start, stop), "row_scales": slice(start, stop), "order": slice(None)}
         return self._with((stop - start, *self.shape[1:]), lambda name, part: part[spans.get(name, of_groups)])
 
-    def dequantised(self, out: Tensor) -> Tensor:
-        """Fill `out`, of this shape, with the weights that are meant, computed in float32 and rounded once.
+    def with_rows(self, num_rows: int) -> "Packed":
+        """Room for as wide a matrix of so many rows, with the same order of columns."""
+        made = (part for part in self.format.parts(num_rows, self.shape[-1]))
+        room = {part.name: torch.empty(part.shape, dtype=getattr(torch, part.dtype)) for part in made}
+        return Packed(self.format, (num_rows, self.shape[-1]), **room)
 
-        Temporaries are of STRIP_ELEMENTS weights, or of one row of groups.
-        """
+    def copy_rows(self, source: "Packed", order: Tensor) -> None:
+        """Fill it with rows of another matrix, one for each of its own; rows of a group stay together."""
+        rows = self.format.rows
+        of_groups = order[::rows] // rows
+        assert torch.equal(of_groups.repeat_interleave(rows)[: len(order)], order // rows), "rows of a group part"
+        orders = {"codes": order, "row_scales": order, "order": torch.zeros(1, dtype=torch.int64)}
+        for name, part in self.parts.items():
+            part.copy_(source.parts[name].index_select(0, orders.get(name, of_groups)))
+
+    def dequantised(self, out: Tensor) -> Tensor:
+        """Fill `out`, of this shape, with the weights that are meant, computed in float32 and rounded once."""
         assert out.shape == self.shape, (out.shape, self.shape)
         if len(self.shape) > 2:
             for matrix, there in zip(self, out, strict=True):
                 matrix.dequantised(there)
             return out
-        rows = self.format.rows
-        strip = max(STRIP_ELEMENTS // out.shape[-1] // rows, 1) * rows
-        for first in range(0, len(self), strip):
-            some = slice(first, min(first + strip, len(self)))
-            part = self[some]
-            out[some].copy_(part.weights())
+        for rows in self.strips():
+            out[rows].copy_(self[rows].weights())
         return out
+
+    def strips(self) -> Iterator[slice]:
+        """Its rows, at most DEQUANTISED_WEIGHTS at once, or one row of groups."""
+        rows, width = self.format.rows, self.shape[-1]
+        strip = max(DEQUANTISED_WEIGHTS // width // rows, 1) * rows
+        for first in range(0, len(self), strip):
+            yield slice(first, min(first + strip, len(self)))
 
     def __iter__(self) -> Iterator["Packed"]:
         """Each of several matrices."""

@@ -45,8 +45,7 @@ class DecodeHandlers:
         """The handler of every act that occurs in decode."""
         spec = arch.spec
         handlers = DecodeHandlers(backend, arch, pipeline, memory, state)
-        elements_in = policy.formats.weights.elements_in
-        streamed = [elements_in(policy.streamed_bytes(spec, i, Phase.DECODE)) for i in range(spec.num_layers)]
+        streamed = [policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
             decode.EMBED: handlers.embed,

@@ -16,7 +16,7 @@ from hrm.tasks import Lane, Task
 class PageHandlers:
     """Moves weight pages; the same in both phases.
 
-    `streamed` says how many elements of each layer the phase streams.
+    `streamed` says how many bytes of each layer the phase streams.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PageHandlers:
         return self._backend.transfer(Lane.H2D, [(self._weights.in_slot(x.slot(WEIGHTS), page), source)])
 
     def _page(self, x: Task) -> slice:
-        return page_slice(self._streamed[x.id.layer], self._pipeline.num_pages, x.id.index)
+        return page_slice(self._streamed[x.id.layer], self._pipeline.num_pages, x.id.index, self._weights.dtype)
 
     def _pinned(self, x: Task, page: slice) -> Tensor:
         return self._weights.staged(x.slot(STAGING), page)

@@ -63,8 +63,7 @@ class PrefillHandlers:
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
         handlers = PrefillHandlers(backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, numbers)
         spec = arch.spec
-        elements_in = policy.formats.weights.elements_in
-        streamed = [elements_in(policy.streamed_bytes(spec, i, Phase.PREFILL)) for i in range(spec.num_layers)]
+        streamed = [policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
         return {
             prefill.STAGE_PAGE: pages.stage,

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from executor.formats import Packed
 from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.layout import ExpertWeights
-from executor.model.linear import max_native_tokens
+from executor.model.linear import max_native_tokens, multiply
 from executor.model.workspace import Workspace
 from executor.native import Kernels, kernels
 
@@ -34,7 +35,8 @@ def run_experts(
     native, given = kernels(), list(experts)
     if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
-    if not given or not len(x_TD):
+    packed = any(isinstance(weights.w13, Packed) or isinstance(weights.w2, Packed) for _, weights in given)
+    if packed or not given or not len(x_TD):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
     counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace, glu)
     if left_out:
@@ -61,7 +63,11 @@ def _run_natively(
         x_TD,
         routing.weights_TK,
         routing.experts_TK,
-        [(index, weights.w13, weights.w2) for index, weights in experts],
+        [
+            (index, weights.w13, weights.w2)
+            for index, weights in experts
+            if isinstance(weights.w13, Tensor) and isinstance(weights.w2, Tensor)
+        ],
         out_TD,
         workspace.take((min(planned, enough),), torch.float32),
         max_tokens=max_native_tokens(x_TD.dtype),
@@ -102,10 +108,10 @@ def _run_in_torch(
         routed = slice(starts[index], starts[index] + count)
         rows, x_nD, gate_up_n2I = tokens[routed], gathered[:count], activations[:count]
         torch.index_select(x_TD, 0, rows, out=x_nD)
-        torch.mm(x_nD, expert.w13.T, out=gate_up_n2I)
+        multiply(x_nD, expert.w13, gate_up_n2I)
         if expert.w13_bias is not None:
             gate_up_n2I += expert.w13_bias
-        torch.mm(glu.apply(gate_up_n2I), expert.w2.T, out=x_nD)
+        multiply(glu.apply(gate_up_n2I), expert.w2, x_nD)
         if expert.w2_bias is not None:
             x_nD += expert.w2_bias
         out_TD.index_add_(0, rows, x_nD.mul_(weights[routed]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from executor.formats import Matrix
 from executor.model.layout import FfnWeights, RouterWeights
 from executor.model.linear import add_projected, project
 from executor.model.norm import PLAIN, Norm, normed
@@ -141,6 +142,6 @@ class FeedForward:
             weights_TK *= router.scale
         return Routing(weights_TK, experts_TK)
 
-    def _through(self, x_TD: Tensor, w13: Tensor, w2: Tensor, out_TD: Tensor, workspace: Workspace) -> None:
+    def _through(self, x_TD: Tensor, w13: Matrix, w2: Matrix, out_TD: Tensor, workspace: Workspace) -> None:
         gate_up_T2I = workspace.take((len(x_TD), len(w13)), x_TD.dtype)
         add_projected(self.glu.apply(project(x_TD, w13, gate_up_T2I)), w2, out_TD)

@@ -21,6 +21,7 @@ from executor.model.attention import prefill_attention
 from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.kernels import AbstractKernels
 from executor.model.layout import Experts, ExpertStack
+from executor.model.linear import multiply
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.softmax import PLAIN, Softmax, attend
 from executor.model.workspace import Workspace
@@ -221,7 +222,7 @@ class GpuKernels(AbstractKernels):
     ) -> Tensor:
         """The experts' outputs of rows sorted by expert; whatever it may be in rows of others."""
         x_nD = x_TD.index_select(0, tokens_n)
-        if grouped is not None:
+        if grouped is not None and isinstance(stack.w13_E2ID, Tensor) and isinstance(stack.w2_EDI, Tensor):
             gate_up_n2I = grouped(x_nD, stack.w13_E2ID.transpose(-2, -1), offs=ends_E)
             del x_nD
             _add_bias(gate_up_n2I, stack.w13_bias_E2I, ends_E)
@@ -234,11 +235,11 @@ class GpuKernels(AbstractKernels):
         for expert, end in enumerate(ends):
             if end > start:
                 rows = slice(start, end)
-                torch.mm(x_nD[rows], stack.w13_E2ID[expert].T, out=gate_up_n2I[rows])
+                multiply(x_nD[rows], stack.w13_E2ID[expert], gate_up_n2I[rows])
                 if stack.w13_bias_E2I is not None:
                     gate_up_n2I[rows] += stack.w13_bias_E2I[expert]
                 gate_nI = glu.apply(gate_up_n2I[rows])
-                torch.mm(gate_nI, stack.w2_EDI[expert].T, out=x_nD[rows])  # done with as input
+                multiply(gate_nI, stack.w2_EDI[expert], x_nD[rows])  # done with as input
             start = end
         _add_bias(x_nD, stack.w2_bias_ED, ends_E)
         return x_nD
@@ -335,7 +336,8 @@ def _add_rows(out_TD: Tensor, y_nD: Tensor, places_TK: Tensor) -> None:
 def _takes_grouped(x_TD: Tensor, stack: ExpertStack) -> bool:
     matrices = (stack.w13_E2ID, stack.w2_EDI)
     return x_TD.dtype is torch.bfloat16 and all(
-        part.data_ptr() % ALIGNED_BYTES == 0
+        isinstance(part, Tensor)
+        and part.data_ptr() % ALIGNED_BYTES == 0
         and all(part.stride(axis) * part.itemsize % ALIGNED_BYTES == 0 for axis in (0, 1))
         for part in matrices
     )

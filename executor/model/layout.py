@@ -2,16 +2,20 @@
 
 D hidden, Q = heads*head_dim, KV = kv_heads*head_dim, E experts, I intermediate, V vocab.
 
-A table says which tensors there are, in the order in which they lie in a vector, contiguous and
-without padding. The blocks of a layer tell theirs: those of the dense part, and those of an expert.
+A table says which tensors there are, in the order in which they lie in a vector: that of the dtype of
+all that are not packed, where `hrm.layers.places` says. The blocks of a layer tell theirs: those of
+the dense part, and those of an expert.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
+from executor.formats import Matrix, packed_in
+from hrm.formats import FORMATS, Format
 from hrm.layers import (
     Block,
     DenseFfn,
@@ -22,6 +26,7 @@ from hrm.layers import (
     RoutedExperts,
     TensorSpec,
     Unit,
+    places,
 )
 from hrm.model_spec import ModelSpec
 
@@ -36,8 +41,8 @@ class AttentionWeights:
     """
 
     attention_norm: Tensor  # (D)
-    qkv: Tensor  # (Q+2KV, D)
-    output: Tensor  # (D, Q)
+    qkv: Matrix  # (Q+2KV, D)
+    output: Matrix  # (D, Q)
     attention_norm_bias: Tensor | None = None  # (D)
     qkv_bias: Tensor | None = None  # (Q+2KV)
     gate_bias: Tensor | None = None  # (Q)
@@ -56,12 +61,12 @@ class GatedDeltaWeights:
     """
 
     attention_norm: Tensor  # (D)
-    projections: Tensor  # (X+H*v+2H, D)
+    projections: Matrix  # (X+H*v+2H, D)
     convolution: Tensor  # (X, k)
     decay: Tensor  # (H)
     step_bias: Tensor  # (H)
     output_norm: Tensor  # (v)
-    output: Tensor  # (D, H*v)
+    output: Matrix  # (D, H*v)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +78,14 @@ class LatentWeights:
     """
 
     attention_norm: Tensor  # (D)
-    kv_down: Tensor  # (r+p, D)
+    kv_down: Matrix  # (r+p, D)
     kv_norm: Tensor  # (r)
     kv_up: Tensor  # (heads*(n+v), r)
-    output: Tensor  # (D, heads*v)
-    query: Tensor | None = None  # (Q, D)
-    query_down: Tensor | None = None  # (q, D)
+    output: Matrix  # (D, heads*v)
+    query: Matrix | None = None  # (Q, D)
+    query_down: Matrix | None = None  # (q, D)
     query_norm: Tensor | None = None  # (q)
-    query_up: Tensor | None = None  # (Q, q)
+    query_up: Matrix | None = None  # (Q, q)
     query_down_bias: Tensor | None = None  # (q)
     kv_down_bias: Tensor | None = None  # (r+p)
     output_bias: Tensor | None = None  # (D)
@@ -96,8 +101,8 @@ class RouterWeights:
     router_bias: Tensor | None = None  # (E)
     score_correction: Tensor | None = None  # (E)
     shared_gate: Tensor | None = None  # (D)
-    shared_w13: Tensor | None = None  # (2I, D)
-    shared_w2: Tensor | None = None  # (D, I)
+    shared_w13: Matrix | None = None  # (2I, D)
+    shared_w2: Matrix | None = None  # (D, I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,8 @@ class FfnWeights:
     """An FFN that every token goes through; its matrices are as those of an expert."""
 
     ffn_norm: Tensor  # (D)
-    dense_w13: Tensor  # (2I, D)
-    dense_w2: Tensor  # (D, I)
+    dense_w13: Matrix  # (2I, D)
+    dense_w2: Matrix  # (D, I)
     ffn_norm_bias: Tensor | None = None  # (D)
 
 
@@ -132,8 +137,8 @@ class DenseWeights:
 class ExpertWeights:
     """One expert: `w2 @ (silu(gate) * up)`, where `w13 @ x` is the gate followed by the up half."""
 
-    w13: Tensor  # (2I, D)
-    w2: Tensor  # (D, I)
+    w13: Matrix  # (2I, D)
+    w2: Matrix  # (D, I)
     w13_bias: Tensor | None = None  # (2I)
     w2_bias: Tensor | None = None  # (D)
 
@@ -143,8 +148,8 @@ class ExpertStack:
     """Experts that lie one after the other, from number `first` on, as one tensor a matrix."""
 
     first: int
-    w13_E2ID: Tensor  # noqa: N815
-    w2_EDI: Tensor  # noqa: N815
+    w13_E2ID: Matrix  # noqa: N815
+    w2_EDI: Matrix  # noqa: N815
     w13_bias_E2I: Tensor | None = None  # noqa: N815
     w2_bias_ED: Tensor | None = None  # noqa: N815
 
@@ -180,9 +185,9 @@ def head_tensors(spec: ModelSpec) -> Tensors:
     return final_norm, TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size), Unit.MODEL)
 
 
-def dense_tensors(of: Layer | Block) -> Tensors:
-    """The tensors of a layer, or of a block of it, outside routed experts."""
-    return tuple(tensor for tensor in of.tensors if tensor.unit is not Unit.EXPERT)
+def dense_tensors(layer: Layer) -> Tensors:
+    """The tensors of a layer outside routed experts."""
+    return tuple(tensor for tensor in layer.tensors if tensor.unit is not Unit.EXPERT)
 
 
 def expert_tensors(layer: Layer) -> Tensors:
@@ -190,29 +195,57 @@ def expert_tensors(layer: Layer) -> Tensors:
     return tuple(tensor for tensor in layer.tensors if tensor.unit is Unit.EXPERT)
 
 
-def num_elements(tensors: Tensors) -> int:
-    """Elements of all of them."""
-    return sum(tensor.parameters for tensor in tensors)
+def plain_format(dtype: torch.dtype) -> Format:
+    """The format of what is not packed in vectors of that dtype."""
+    return FORMATS[str(dtype).removeprefix("torch.")]
 
 
-def views(tensors: Tensors, flat: Tensor) -> dict[str, Tensor]:
-    """The tensors, by name, that lie in a vector of as many elements as they have."""
-    assert flat.ndim == 1, flat.shape
-    assert len(flat) == num_elements(tensors), (len(flat), tensors)
-    parts = zip(flat.split([tensor.parameters for tensor in tensors]), tensors, strict=True)
-    return {tensor.name: part.view(tensor.shape) for part, tensor in parts}
+def num_elements(tensors: Tensors, dtype: torch.dtype) -> int:
+    """Elements of a vector of that dtype that has all of them."""
+    return places(tensors, plain_format(dtype))[1] // dtype.itemsize
+
+
+def in_order(tensors: Tensors, flat: Tensor) -> list[Matrix]:
+    """The tensors that lie in a vector of `num_elements`; of several in rows, each with an axis more.
+
+    What aligns the vector's end need not be there.
+    """
+    plain, size = plain_format(flat.dtype), flat.itemsize
+    starts, end = places(tensors, plain)
+    made: list[Matrix] = []
+    for tensor, start in zip(tensors, starts, strict=True):
+        stop = start + tensor.bytes_in(plain)
+        part = flat[..., start // size : stop // size]
+        assert part.shape[-1] * size == stop - start, (flat.shape, tensors)
+        if tensor.packed is None:
+            made.append(part.unflatten(-1, tensor.shape))
+        else:
+            rows, width = tensor.shape
+            made.append(packed_in(tensor.packed, rows, width, part.view(torch.uint8)))
+    assert flat.shape[-1] * size <= end, (flat.shape, tensors)
+    return made
+
+
+def views(tensors: Tensors, flat: Tensor) -> dict[str, Matrix]:
+    """The same by name."""
+    return {tensor.name: view for tensor, view in zip(tensors, in_order(tensors, flat), strict=True)}
 
 
 def dense_views(layer: Layer, flat: Tensor) -> DenseWeights:
     """The dense part of a layer that lies in `flat`."""
-    tensors = [dense_tensors(block) for block in layer.blocks]
-    parts = zip(layer.blocks, tensors, flat.split([num_elements(each) for each in tensors]), strict=True)
-    return DenseWeights(*(WEIGHTS_OF[type(block)](**views(each, part)) for block, each, part in parts))
+    there = iter(in_order(dense_tensors(layer), flat))
+
+    def of(block: Block) -> Any:
+        names = (tensor.name for tensor in block.tensors if tensor.unit is not Unit.EXPERT)
+        return WEIGHTS_OF[type(block)](**{name: next(there) for name in names})
+
+    return DenseWeights(*map(of, layer.blocks))
 
 
 def expert_views(layer: Layer, flat: Tensor) -> ExpertWeights:
     """The expert of a layer that lies in `flat`."""
-    return ExpertWeights(**views(expert_tensors(layer), flat))
+    matrices: dict[str, Any] = {**views(expert_tensors(layer), flat)}
+    return ExpertWeights(**matrices)
 
 
 def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
@@ -220,12 +253,13 @@ def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
     if not len(flat):
         return Experts()
     tensors = expert_tensors(layer)
-    each_EP = flat.view(-1, num_elements(tensors))
-    parts = each_EP.split([tensor.parameters for tensor in tensors], dim=1)
-    stack = ExpertStack(first, *(part.unflatten(1, each.shape) for part, each in zip(parts, tensors, strict=True)))
+    each_EP = flat.view(-1, num_elements(tensors, flat.dtype))
+    matrices: list[Any] = [*in_order(tensors, each_EP)]
+    stack = ExpertStack(first, *matrices)
     return Experts([(first + e, expert_views(layer, part)) for e, part in enumerate(each_EP)], (stack,))
 
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:
     """The head that lies in `flat`."""
-    return HeadWeights(**views(head_tensors(spec), flat))
+    tensors: dict[str, Any] = {**views(head_tensors(spec), flat)}
+    return HeadWeights(**tensors)

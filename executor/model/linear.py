@@ -3,6 +3,7 @@
 T tokens, W width of a token, N rows of the matrix.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from executor import native
+from executor.formats import Matrix
 
 ALWAYS: Final = 1 << 30
 
@@ -34,22 +36,40 @@ def max_native_tokens(dtype: torch.dtype) -> int:
     return ALWAYS  # measured on an AMD EPYC up to 512
 
 
-def project(x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> Tensor:
+def project(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor) -> Tensor:
     """`out_TN`, made `x @ weight.T`."""
     if not _in_native(x_TW, weight_NW, out_TN, add=False):
-        torch.mm(x_TW, weight_NW.T, out=out_TN)
+        multiply(x_TW, weight_NW, out_TN)
     return out_TN
 
 
-def add_projected(x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> None:
+def add_projected(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor) -> None:
     """Add `x @ weight.T` to `out_TN`."""
     if not _in_native(x_TW, weight_NW, out_TN, add=True):
-        out_TN.addmm_(x_TW, weight_NW.T)
+        for rows, some_nW in _in_strips(weight_NW, x_TW.dtype):
+            out_TN[:, rows].addmm_(x_TW, some_nW.T)
 
 
-def _in_native(x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> bool:
+def multiply(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor) -> None:
+    """The same as `project`, by torch."""
+    for rows, some_nW in _in_strips(weight_NW, x_TW.dtype):
+        torch.mm(x_TW, some_nW.T, out=out_TN[:, rows])
+
+
+def _in_strips(matrix_NW: Matrix, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a matrix as torch can multiply them: a plain one as it is, a packed one strip by strip."""
+    if isinstance(matrix_NW, Tensor):
+        yield slice(None), matrix_NW
+        return
+    for rows in matrix_NW.strips():
+        some = matrix_NW[rows]
+        room = torch.empty(some.shape, dtype=dtype, device=some.codes.device)
+        yield rows, some.dequantised(room)
+
+
+def _in_native(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor, *, add: bool) -> bool:
     kernels = native.kernels()
-    if kernels is None or not kernels.takes_linear(x_TW, weight_NW, out_TN):
+    if kernels is None or not isinstance(weight_NW, Tensor) or not kernels.takes_linear(x_TW, weight_NW, out_TN):
         return False
     if len(x_TW) > max_native_tokens(x_TW.dtype):
         return False

@@ -56,7 +56,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
         "weight_bytes": STORED.bytes_of(spec.parameters),
         "layer_bytes": spec.layer_bytes(STORED),
         "total_layer_bytes": spec.total_layer_bytes(STORED),
-        "expert_bytes": STORED.bytes_of(spec.expert_parameters),
+        "expert_bytes": spec.expert_bytes(STORED),
         "embedding_bytes": STORED.bytes_of(spec.embedding_parameters),
         "head_bytes": STORED.bytes_of(spec.head_parameters),
         "kv_bytes_per_token": spec.kv_bytes_per_token(STORED),
@@ -66,8 +66,8 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
                 "layers": count,
                 "has_experts": kind.has_experts,
                 "window": kind.window,
-                "layer_bytes": STORED.bytes_of(kind.parameters),
-                "dense_bytes": STORED.bytes_of(kind.dense_parameters),
+                "layer_bytes": kind.bytes_in(STORED),
+                "dense_bytes": kind.dense_bytes(STORED),
                 "num_experts": kind.num_experts,
                 "kv_bytes_per_token": STORED.bytes_of(kind.mixer.cached_elements),
                 "state_bytes": kind.mixer.state_bytes(_FORMATS),
@@ -96,7 +96,7 @@ def _print_list(specs: list[ModelSpec]) -> None:
             str(spec.num_layers),
             _experts(spec),
             format_bytes(spec.layer_bytes(STORED)),
-            format_bytes(STORED.bytes_of(spec.expert_parameters)),
+            format_bytes(spec.expert_bytes(STORED)),
             format_bytes(spec.kv_bytes_per_token(STORED)),
         )
     console.print(table)
@@ -130,7 +130,7 @@ def _print_model(spec: ModelSpec) -> None:
         "active": f"{format_count(spec.active_parameters)} a token, {share:.0%}",
         "weights": f"{format_bytes(STORED.bytes_of(spec.parameters))} in {STORED.name}{_published(spec)}",
         "experts": f"{spec.experts_per_token} of {spec.num_experts} a token,"
-        f" {format_bytes(STORED.bytes_of(spec.expert_parameters))} each"
+        f" {format_bytes(spec.expert_bytes(STORED))} each"
         f" ({spec.experts.expert_hidden_size} x {spec.intermediate_size}){_shared(spec)}",
         **_attention(spec),
         "embedding": f"{spec.vocab_size} tokens x {spec.hidden_size}"
@@ -205,14 +205,14 @@ def _print_layers(spec: ModelSpec) -> None:
 
 
 def _layer_row(spec: ModelSpec, kind: Layer, count: int) -> tuple[str, ...]:
-    experts = format_bytes(STORED.bytes_of(kind.num_experts, spec.expert_parameters))
+    experts = format_bytes(kind.num_experts * spec.expert_bytes(STORED))
     state = kind.mixer.state_bytes(_FORMATS)
     reaches = f"{kind.window} tokens" if kind.window else "all tokens"
     return (
         "with experts" if kind.has_experts else "dense FFN" if kind.ffn else "no FFN",
         str(count),
-        format_bytes(STORED.bytes_of(kind.parameters)),
-        format_bytes(STORED.bytes_of(kind.dense_parameters)),
+        format_bytes(kind.bytes_in(STORED)),
+        format_bytes(kind.dense_bytes(STORED)),
         f"{kind.num_experts}: {experts}" if kind.num_experts else "none",
         f"a state, {format_bytes(state)}" if state else reaches,
     )

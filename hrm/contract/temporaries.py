@@ -7,6 +7,8 @@ WORKSPACE_ROUNDING_BYTES: Final = 16 * ALIGNMENT_BYTES  # as so many at most are
 # Tokens of a later part of a prompt that a CPU attends with at once: more would compute much of the
 # future, fewer are slow.
 MASK_BLOCK_TOKENS: Final = 128
+DEQUANTISED_WEIGHTS: Final = 1 << 22  # of a packed matrix, at most, that are dequantised at once where torch multiplies
+DEQUANTISED_BYTES: Final = 32  # of each of these: float32 weights and scales, what they are made of, and the result
 
 
 def skips_in_last_layer(prompts: float, tokens: float) -> bool:

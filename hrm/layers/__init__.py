@@ -14,6 +14,7 @@ from hrm.layers.base import (
     Unit,
     Vectors,
     check_size,
+    places,
 )
 from hrm.layers.compressed import CompressedAttention
 from hrm.layers.feed_forward import DenseFfn, RoutedExperts
@@ -55,4 +56,5 @@ __all__ = [
     "check_size",
     "gemms",
     "linear",
+    "places",
 ]

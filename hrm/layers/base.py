@@ -5,6 +5,7 @@ is asked of a model is a sum, or the largest, over the blocks of its layers.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
@@ -12,7 +13,7 @@ from math import prod
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from hrm.errors import ModelError
-from hrm.formats import Format, Formats
+from hrm.formats import Format, Formats, PackedFormat, aligned
 from hrm.layers.work import Operator
 from hrm.numeric import Number, minimum
 
@@ -35,7 +36,8 @@ class Unit(StrEnum):
 class TensorSpec(NamedTuple):
     """A tensor of a block: `split` is the axis that GPUs in tensor parallel divide, if any.
 
-    `parts` are the rows of each of the matrices that it joins, if it joins any.
+    `parts` are the rows of each of the matrices that it joins, if it joins any. A `packed` one has that
+    format, and others the one that a plan has for weights.
     """
 
     name: str
@@ -43,11 +45,31 @@ class TensorSpec(NamedTuple):
     unit: Unit
     split: int | None = None
     parts: tuple[int, ...] = ()
+    packed: PackedFormat | None = None
 
     @property
     def parameters(self) -> int:
         """Its elements."""
         return prod(self.shape)
+
+    def bytes_in(self, plain: Format) -> int:
+        """Its bytes; `plain` is the format of what is not packed."""
+        if self.packed is None:
+            return int(plain.bytes_of(self.parameters))
+        rows, width = self.shape
+        return self.packed.bytes_of(rows, width)
+
+
+def places(tensors: Sequence[TensorSpec], plain: Format) -> tuple[list[int], int]:
+    """Where each tensor begins in the memory that they have together, and how many bytes that is.
+
+    Packed ones are aligned, and so is the end, where another unit's may begin.
+    """
+    starts, end = list[int](), 0
+    for tensor in tensors:
+        starts.append(aligned(end) if tensor.packed is not None else end)
+        end = starts[-1] + tensor.bytes_in(plain)
+    return starts, aligned(end)
 
 
 class Block(ABC):
@@ -157,6 +179,11 @@ class Mixer(Block):
     def host_parameters(self) -> int:
         """Parameters that attention on the CPU needs there, though they are resident on the GPU."""
         return sum(tensor.parameters for tensor in self.tensors if tensor.name in self.host_tensors)
+
+    def host_bytes(self, plain: Format) -> int:
+        """Their bytes; they are never packed."""
+        here = (tensor for tensor in self.tensors if tensor.name in self.host_tensors)
+        return sum(aligned(int(plain.bytes_of(tensor.parameters))) for tensor in here)
 
     @property
     def kept_rows(self) -> int:

@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import Any, final
 
 from hrm.errors import ModelError
-from hrm.formats import Formats
-from hrm.layers.base import Block, FeedForward, Mixer, TensorSpec
+from hrm.formats import Format, Formats, PackedFormat, packed_format
+from hrm.layers.base import Block, FeedForward, Mixer, TensorSpec, Unit, places
 from hrm.layers.feed_forward import RoutedExperts
 from hrm.layers.work import Operator
 from hrm.numeric import Number
@@ -15,10 +15,14 @@ from hrm.numeric import Number
 @final
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What tells one layer's cost from another's: layers are of one kind if they are equal."""
+    """What tells one layer's cost from another's: layers are of one kind if they are equal.
+
+    `packed` are the names of tensors that are packed, each with its format.
+    """
 
     mixer: Mixer
     ffn: tuple[FeedForward, ...]
+    packed: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Reject blocks that do not go together (ModelError)."""
@@ -27,10 +31,16 @@ class Layer:
             raise ModelError(
                 "hidden_size", sorted(widths), "must be the same in all blocks of a layer", "check the config"
             )
+        tensors = {tensor.name: tensor for block in self.blocks for tensor in block.tensors}
+        for name, form in self.packed:
+            made, tensor = packed_format(form), tensors.get(name)
+            if tensor is None or made is None or not made.takes(tensor.shape, tensor.parts):
+                rule = "must be a format of packed weights in which a matrix's rows, and what it joins, are whole"
+                raise ModelError(f"packed: {name}", form, rule, "check the config")
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.mixer, self.ffn))
+        return hash((self.mixer, self.ffn, self.packed))
 
     def __hash__(self) -> int:
         """Worked out once: layers are keys of every table of costs."""
@@ -44,7 +54,15 @@ class Layer:
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All tensors, in the order in which they lie in memory."""
-        return tuple(tensor for block in self.blocks for tensor in block.tensors)
+        return tuple(tensor for block in self.blocks for tensor in self.tensors_of(block))
+
+    def tensors_of(self, block: Block) -> tuple[TensorSpec, ...]:
+        """The tensors of one of its blocks, each in its format."""
+        return tuple(tensor._replace(packed=self._formats.get(tensor.name)) for tensor in block.tensors)
+
+    @cached_property
+    def _formats(self) -> dict[str, PackedFormat | None]:
+        return {name: packed_format(form) for name, form in self.packed}
 
     @property
     def hidden_size(self) -> int:
@@ -76,11 +94,70 @@ class Layer:
         """All parameters."""
         return self.dense_parameters + sum(block.num_experts * block.expert_parameters for block in self.experts)
 
+    def dense_bytes(self, plain: Format) -> int:
+        """Bytes outside routed experts; `plain` is the format of what is not packed."""
+        return self._unit_bytes(plain)[0]
+
+    def expert_bytes(self, plain: Format) -> int:
+        """Bytes of one routed expert, 0 if there is none."""
+        return self._unit_bytes(plain)[1]
+
+    def bytes_in(self, plain: Format) -> int:
+        """Bytes of all weights."""
+        return self.dense_bytes(plain) + self.num_experts * self.expert_bytes(plain)
+
+    def _unit_bytes(self, plain: Format) -> tuple[int, int]:
+        if plain not in self._bytes:
+            dense, expert = (
+                [tensor for tensor in self.tensors if (tensor.unit is Unit.EXPERT) == routed]
+                for routed in (False, True)
+            )
+            self._bytes[plain] = places(dense, plain)[1], places(expert, plain)[1]
+        return self._bytes[plain]
+
+    @cached_property
+    def _bytes(self) -> dict[Format, tuple[int, int]]:
+        return {}
+
+    def formats_of(self, block: Block, formats: Formats, *, routed: bool = False) -> Formats:
+        """The same with the mean size of a weight in a block: of its routed experts, or of all else."""
+        if not self.packed:
+            return formats
+        tensors = [tensor for tensor in self.tensors_of(block) if (tensor.unit is Unit.EXPERT) == routed]
+        num_bytes = sum(tensor.bytes_in(formats.weights) for tensor in tensors)
+        mean = num_bytes / sum(tensor.parameters for tensor in tensors)
+        return replace(formats, weights=Format("packed", mean))
+
+    def project(self, formats: Formats, tokens: Number) -> Operator:
+        """Norm, projections and rotary embedding before attention."""
+        return self.mixer.project(self.formats_of(self.mixer, formats), tokens)
+
+    def attend(self, formats: Formats, requests: Number, context: Number) -> Operator:
+        """Decode attention of a new token of each request over a mean context."""
+        return self.mixer.attend(formats, requests, context)
+
+    def prefill(self, formats: Formats, tokens: Number, prompt_len: Number) -> Operator:
+        """All up to attention over a chunk of `tokens` in prompts of `prompt_len`."""
+        return self.mixer.prefill(self.formats_of(self.mixer, formats), tokens, prompt_len)
+
+    def run_experts(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
+        """So many of the routed experts over a micro-batch of tokens."""
+        assert len(self.experts) == 1, "plans know experts of one class"
+        block = self.experts[0]
+        return block.run(self.formats_of(block, formats, routed=True), tokens, num_experts)
+
     @cached_property
     def active_parameters(self) -> int:
         """Parameters that one token touches, on average if some experts compute nothing."""
         routed = sum(block.computed_per_token * block.expert_parameters for block in self.experts)
         return self.dense_parameters + round(routed)
+
+    def with_ffn(self, other: "Layer") -> "Layer":
+        """The same with another layer's feed-forward blocks."""
+        ours = {tensor.name for tensor in self.mixer.tensors}
+        packed = [pair for pair in self.packed if pair[0] in ours]
+        packed += [pair for pair in other.packed if pair[0] not in {tensor.name for tensor in other.mixer.tensors}]
+        return Layer(mixer=self.mixer, ffn=other.ffn, packed=tuple(packed))
 
     @property
     def window(self) -> int:
@@ -106,8 +183,7 @@ class Layer:
 
     def after_attention(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
         """The rest of the layer: output projection, norms, routers, dense FFNs, and so many experts."""
-        dense = sum((block.dense(formats, tokens) for block in self.ffn), self.mixer.finish(formats, tokens))
-        if not self.experts:
-            return dense
-        assert len(self.experts) == 1, "plans know experts of one class"
-        return dense + self.experts[0].run(formats, tokens, num_experts)
+        dense = self.mixer.finish(self.formats_of(self.mixer, formats), tokens)
+        for block in self.ffn:
+            dense += block.dense(self.formats_of(block, formats), tokens)
+        return dense + self.run_experts(formats, tokens, num_experts) if self.experts else dense

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from hrm.errors import ModelError
 from hrm.formats import Format
-from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, check_size
+from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, Unit, check_size
 from hrm.numeric import Number
 
 MOST_LAYERS: Final = 10**4
@@ -142,7 +142,7 @@ class ModelSpec:
 
     def _stand_in(self, layer: Layer, by_window: bool, by_ffn: bool) -> Layer:  # noqa: FBT001
         layer = layer if by_window else layer.without_window
-        return layer if by_ffn else Layer(mixer=layer.mixer, ffn=self.kinds[0].ffn)
+        return layer if by_ffn else layer.with_ffn(self.kinds[0])
 
     @cached_property
     def without_windows(self) -> "ModelSpec":
@@ -160,6 +160,12 @@ class ModelSpec:
         return max(self.least_reaches, len({kind.mixer.kept_rows for kind in self.layer_kinds()}))
 
     @cached_property
+    def largest_packed(self) -> int:
+        """Weights of the largest packed matrix; 0 if there is none."""
+        tensors = (tensor for kind in self.layer_kinds() for tensor in kind.tensors)
+        return max((tensor.parameters for tensor in tensors if tensor.packed is not None), default=0)
+
+    @cached_property
     def total_parameters(self) -> int:
         """Parameters of all layers together."""
         return sum(count * kind.parameters for kind, count in self.layer_kinds().items())
@@ -169,23 +175,25 @@ class ModelSpec:
         """Those outside routed experts."""
         return sum(count * kind.dense_parameters for kind, count in self.layer_kinds().items())
 
-    @cached_property
-    def dense_parameters(self) -> int:
-        """Parameters outside routed experts of a layer with experts; the most, if they differ."""
-        return max(kind.dense_parameters for kind in self.layer_kinds() if kind.has_experts)
+    def dense_bytes(self, weights: Format) -> int:
+        """Bytes outside routed experts of a layer with experts; the most, if they differ."""
+        return max(kind.dense_bytes(weights) for kind in self.layer_kinds() if kind.has_experts)
 
-    @cached_property
-    def plain_parameters(self) -> int:
-        """Parameters of a layer without experts; the most, if they differ, and 0 if there is none."""
-        return max((kind.dense_parameters for kind in self.layer_kinds() if not kind.has_experts), default=0)
+    def plain_bytes(self, weights: Format) -> int:
+        """Bytes of a layer without experts; the most, if they differ, and 0 if there is none."""
+        return max((kind.dense_bytes(weights) for kind in self.layer_kinds() if not kind.has_experts), default=0)
+
+    def expert_bytes(self, weights: Format) -> int:
+        """Bytes of one routed expert."""
+        return self.expert_kind.expert_bytes(weights)
 
     def layer_bytes(self, weights: Format) -> int:
         """Weight bytes of one layer with experts; the most, if they differ."""
-        return weights.bytes_of(self.dense_parameters + self.num_experts * self.expert_parameters)
+        return self.dense_bytes(weights) + self.num_experts * self.expert_bytes(weights)
 
     def total_layer_bytes(self, weights: Format) -> int:
         """Weight bytes of all layers together."""
-        return weights.bytes_of(self.total_parameters)
+        return sum(count * kind.bytes_in(weights) for kind, count in self.layer_kinds().items())
 
     def kv_bytes_per_token(self, cache: Format) -> int:
         """KV cache bytes of one token in all layers, those included whose window it may leave."""
@@ -202,8 +210,10 @@ class ModelSpec:
         """
         blocks = [block for kind in self.layer_kinds() for block in kind.experts]
         classes = {
-            (block.num_experts, block.experts_per_token, block.intermediate_size, block.expert_parameters): block
-            for block in blocks
+            (block.num_experts, block.experts_per_token, block.intermediate_size, block.expert_parameters, packed)
+            for kind in self.layer_kinds()
+            for block in kind.experts
+            for packed in (tuple(tensor for tensor in kind.tensors_of(block) if tensor.unit is Unit.EXPERT),)
         }
         several = max(len(kind.experts) for kind in self.layer_kinds())
         self._require(
@@ -213,6 +223,11 @@ class ModelSpec:
             "must have routed experts of one class, alike in all layers, for a plan to count them",
         )
         return blocks[0]
+
+    @cached_property
+    def expert_kind(self) -> Layer:
+        """The first layer that has those experts."""
+        return next(kind for kind in self.layer_kinds() if self.experts in kind.experts)
 
     @property
     def num_experts(self) -> int:

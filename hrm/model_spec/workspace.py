@@ -1,6 +1,6 @@
 """Bytes that computing a layer takes for a while, beside its weights and what it reads and writes."""
 
-from hrm.contract.temporaries import MASK_BLOCK_TOKENS, WORKSPACE_ROUNDING_BYTES
+from hrm.contract.temporaries import DEQUANTISED_BYTES, DEQUANTISED_WEIGHTS, MASK_BLOCK_TOKENS, WORKSPACE_ROUNDING_BYTES
 from hrm.formats import Format
 from hrm.model_spec.spec import ModelSpec
 from hrm.numeric import Number, maximum
@@ -17,7 +17,7 @@ def workspace_bytes(
     activation of the widest FFN. Of these, `ranks` GPUs in tensor parallel divide all but what is
     as wide as the hidden state. Beside the second attention output of a part of a split prompt lies
     a line of its mask; `longest_tokens` bounds what such a prompt has so far. Linear attention needs
-    its temporaries for one block of tokens only.
+    its temporaries for one block of tokens only. Of packed matrices some rows are dequantised.
     """
     size, hidden = compute.bytes_of(1), ranks * spec.hidden_size
     mixers = [kind.mixer for kind in spec.layer_kinds()]
@@ -33,4 +33,5 @@ def workspace_bytes(
     mask_line = size * (longest_tokens + MASK_BLOCK_TOKENS * (longest_tokens > 0))
     block = max(mixer.block_bytes for mixer in mixers)
     temporaries = maximum(num_tokens * max(stages), num_tokens * size * output + mask_line, block)
-    return num_tokens * size * kept + temporaries + WORKSPACE_ROUNDING_BYTES
+    dequantised = DEQUANTISED_BYTES * min(DEQUANTISED_WEIGHTS, spec.largest_packed)
+    return num_tokens * size * kept + temporaries + dequantised + WORKSPACE_ROUNDING_BYTES

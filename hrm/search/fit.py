@@ -33,7 +33,7 @@ class Weights:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
-        return self.space.formats.weights.bytes_of(self.space.spec.expert_parameters)
+        return self.space.spec.expert_bytes(self.space.formats.weights)
 
     def resident(self, dense: Number, experts: Number) -> Number:
         """Bytes that stay on the GPU with so many resident experts in all."""
@@ -50,7 +50,7 @@ class Weights:
         """
         spec, weights = self.space.spec, self.space.formats.weights
         experts = gpu_prefill * (spec.num_experts - of_every_layer) * self.expert_bytes
-        with_experts, plain = weights.bytes_of(spec.dense_parameters), weights.bytes_of(spec.plain_parameters)
+        with_experts, plain = spec.dense_bytes(weights), spec.plain_bytes(weights)
         return (1 - dense) * with_experts + experts, (1 - dense) * plain
 
 
@@ -147,7 +147,7 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Int
         kind,
         numbers,
         host_bytes=space.spec.total_layer_bytes(space.formats.weights) - resident,
-        page_bytes=page_bytes(space.formats.weights, largest, pages),
+        page_bytes=page_bytes(largest, pages),
     )
     cpu = sum(purposes.values())
     if not space.profile.has_accelerator:

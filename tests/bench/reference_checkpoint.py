@@ -80,7 +80,7 @@ def _write(config: dict[str, Any], folder: Path) -> None:
     arch = family.architecture(config, CONFIG_FILE)
     everything = family.expected_tensors(arch)
     files: list[dict[str, tuple[int, ...]]] = [{} for _ in range(spec.num_layers + 1)]
-    for name, shape in everything.items():
+    for name, (shape, _) in everything.items():
         in_layer = re.match(r"model\.layers\.(\d+)\.", name)
         files[int(in_layer[1]) if in_layer else -1][name] = shape
     source, weight_map = RandomWeights(seed=0), dict[str, str]()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.families import Family
+from executor.formats import Matrix
 from executor.model import Architecture, FeedForward, GroupedQuery, Norm, NormKind, Rotary, Scores
 from executor.model.layout import (
     AttentionWeights,
@@ -45,7 +46,7 @@ def load(family: Family, source: WeightSource, arch: Architecture) -> ReferenceM
     spec = arch.spec
 
     def load(tensors: Tensors, *place: int) -> Tensor:
-        flat = torch.empty(num_elements(tensors))
+        flat = torch.empty(num_elements(tensors, torch.float32))
         family.load(source, spec, tensors, flat, *place)
         return flat
 
@@ -53,7 +54,7 @@ def load(family: Family, source: WeightSource, arch: Architecture) -> ReferenceM
     for index, layer in enumerate(spec.layers):
         experts = [expert_views(layer, load(expert_tensors(layer), index, e)) for e in range(layer.num_experts)]
         layers.append((dense_views(layer, load(dense_tensors(layer), index)), experts))
-    embedding_VD = load(embedding_tensors(spec)).view(spec.vocab_size, spec.hidden_size)
+    embedding_VD = load(embedding_tensors(spec))[: spec.embedding_parameters].view(spec.vocab_size, -1)
     return ReferenceModel(arch, embedding_VD, layers, head_views(spec, load(head_tensors(spec))))
 
 
@@ -65,7 +66,7 @@ def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:
         assert isinstance(mixer, GroupedQuery)
         x_TD = norm(mixer.norm, hidden_TD, dense.mixer.attention_norm)
         q, k, v = queries_keys_values(mixer, x_TD, dense.mixer, positions_T)
-        hidden_TD = hidden_TD + attention(q, k, v) @ dense.mixer.output.T
+        hidden_TD = hidden_TD + attention(q, k, v) @ dequantised(dense.mixer.output).T
         x_TD = norm(ffn_maths.norm, hidden_TD, dense.ffn.ffn_norm)
         if isinstance(dense.ffn, FfnWeights):
             hidden_TD = hidden_TD + ffn(x_TD, dense.ffn.dense_w13, dense.ffn.dense_w2)
@@ -98,7 +99,7 @@ def queries_keys_values(
     """Rotated queries (T, H, d), rotated keys (T, G, d) and values (T, G, d)."""
     block, rotary = mixer.block, mixer.rotary
     assert rotary is not None
-    qkv = x_TD @ weights.qkv.T
+    qkv = x_TD @ dequantised(weights.qkv).T
     if mixer.clip is not None:
         qkv = qkv.clamp(-mixer.clip, mixer.clip)
     sizes = [block.num_heads, block.num_kv_heads, block.num_kv_heads]
@@ -150,7 +151,12 @@ def moe(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Iterable[
     return out_TD
 
 
-def ffn(x_TD: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+def ffn(x_TD: Tensor, w13: Matrix, w2: Matrix) -> Tensor:
     """The gated SiLU of one half of `w13 @ x` times the other half, projected back."""
-    gate, up = (x_TD @ w13.T).chunk(2, dim=-1)
-    return (gate * gate.sigmoid() * up) @ w2.T
+    gate, up = (x_TD @ dequantised(w13).T).chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * up) @ dequantised(w2).T
+
+
+def dequantised(matrix: Matrix) -> Tensor:
+    """A matrix of numbers, whatever it is stored as."""
+    return matrix if isinstance(matrix, Tensor) else matrix.dequantised(torch.empty(matrix.shape))

@@ -259,7 +259,7 @@ def a_checkpoint() -> Path:
     folder = Path(mkdtemp(prefix="hrm-fuzz-checkpoint-"))
     family = family_for(MIXTRAL, "x")
     expected = family.expected_tensors(family.architecture(MIXTRAL, "x"))
-    tensors = {name: torch.zeros(shape) for name, shape in expected.items()}
+    tensors = {name: torch.zeros(each.shape) for name, each in expected.items()}
     (folder / SHARD).write_bytes(save(tensors))
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, SHARD)}
     (folder / "model.safetensors.index.json").write_bytes(as_json(index))

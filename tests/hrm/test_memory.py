@@ -74,7 +74,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     }
     cpu = {
         "weights": (on_host + spec.vocab_size * hidden) * of_weights,
-        "staging": 4 * -(-largest // pages) * of_weights * p.staging,
+        "staging": 4 * 16 * -(-largest * of_weights // (16 * pages)) * p.staging,  # pages of 16 bytes each
         "kv_cache": (n - kv_on_gpu) * spec.num_layers * cache * of_kv,
         "exchange": p.batch_size * request,
         "prefill_buffers": 2 * p.prefill_chunk_tokens * to_experts,

@@ -108,7 +108,9 @@ def test_the_whole_is_the_sum_of_its_layers(spec):
     assert kinds == Counter(spec.layer_kind(layer) for layer in range(spec.num_layers))
     assert sum(count for kind, count in kinds.items() if kind.has_experts) == spec.num_expert_layers
     in_layers = sum(layer.dense_parameters + layer.num_experts * spec.expert_parameters for layer in spec.layers)
-    assert spec.total_layer_bytes(FORMATS["float16"]) == 2 * in_layers
+    units = sum(16 * -(-layer.dense_parameters // 8) for layer in spec.layers)  # each begins at 16 bytes
+    experts = sum(layer.num_experts * 16 * -(-spec.expert_parameters // 8) for layer in spec.layers)
+    assert spec.total_layer_bytes(FORMATS["float16"]) == units + experts
     outside = spec.parameters - in_layers
     assert outside == spec.head_parameters + (not spec.tied_embeddings) * spec.embedding_parameters
     touched = sum(
@@ -116,7 +118,9 @@ def test_the_whole_is_the_sum_of_its_layers(spec):
         for layer in spec.layers
     )
     assert spec.active_parameters == touched + outside
-    assert spec.dense_parameters == max(layer.dense_parameters for layer in spec.layers if layer.has_experts)
+    assert spec.dense_bytes(FORMATS["float32"]) == max(
+        16 * -(-layer.dense_parameters // 4) for layer in spec.layers if layer.has_experts
+    )
 
 
 def test_a_layer_counts_each_of_its_tensors_once():

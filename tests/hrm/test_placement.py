@@ -27,17 +27,17 @@ def case(seed: int) -> tuple[ModelSpec, Policy]:
 
 
 def units(spec: ModelSpec, policy: Policy, layer: int, phase: Phase) -> Counter[Place]:
-    """Bytes by place of a layer's units: what is outside its experts, and each of them."""
+    """Bytes by place of a layer's units, each of whole 16 bytes: what is outside its experts, and each of them."""
     kind = spec.layer_kind(layer)
     found: Counter[Place] = Counter()
-    found[Place.GPU if policy.resident_dense else Place.STREAMED] += BYTES * kind.dense_parameters
+    found[Place.GPU if policy.resident_dense else Place.STREAMED] += 16 * -(-BYTES * kind.dense_parameters // 16)
     for expert in range(kind.num_experts):
         place = Place.STREAMED
         if expert < policy.resident_experts[layer]:
             place = Place.GPU
         elif (policy.ffn if phase is Phase.DECODE else policy.prefill_ffn) is Device.CPU:
             place = Place.HOST
-        found[place] += BYTES * spec.expert_parameters
+        found[place] += 16 * -(-BYTES * spec.expert_parameters // 16)
     return found
 
 

@@ -185,7 +185,7 @@ def test_a_policy_file_that_cannot_be_read_or_written_is_refused(tmp_path):
 def test_the_papers_tuple_follows_from_the_policy():
     n, mu, a_g, f_g, r_w, r_c = A_POLICY.paper_tuple(SPEC)
     assert (n, mu, a_g, f_g) == (40, 10, 0, 1)
-    expert, dense = 3 * 64 * 96, SPEC.dense_parameters
+    expert, dense = 3 * 64 * 96, SPEC.layers[0].dense_parameters
     assert r_w == pytest.approx((6 * expert + 4 * dense) / (4 * (4 * expert + dense)))
     assert r_c == 1 / 4
 

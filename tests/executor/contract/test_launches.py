@@ -60,7 +60,7 @@ def without_gradients():
 
 @pytest.fixture
 def dense():
-    return dense_views(SPEC.layers[0], torch.randn(SPEC.dense_parameters).to(DTYPE))
+    return dense_views(SPEC.layers[0], torch.randn(SPEC.layers[0].dense_parameters).to(DTYPE))
 
 
 def near(constant):

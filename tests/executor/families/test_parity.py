@@ -112,4 +112,4 @@ def test_saved_names_are_those_that_are_expected(tiny):
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         expected = family.expected_tensors(arch, checkpoint.names)
         checkpoint.check(expected)
-    assert sum(torch.Size(shape).numel() for shape in expected.values()) == arch.spec.parameters
+    assert sum(torch.Size(each.shape).numel() for each in expected.values()) == arch.spec.parameters

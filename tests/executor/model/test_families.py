@@ -129,7 +129,7 @@ def test_expected_tensors_are_exactly_those_saved(tiny_folder):
     arch = architecture(config_of(tiny_folder))
     expected = FAMILIES[arch.spec.family].expected_tensors(arch)
     stored = load_file(tiny_folder / "model.safetensors")
-    assert expected == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    assert expected == {name: (tuple(tensor.shape), None) for name, tensor in stored.items()}
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in BUILT_IN_MODELS.values() if spec.family in FAMILIES])
@@ -137,8 +137,8 @@ def test_expected_tensors_add_up_to_the_parameters(name):
     spec = BUILT_IN_MODELS[name]
     family = FAMILIES[spec.family]
     arch = family.published_architecture(spec)
-    shapes = family.expected_tensors(arch).values()
-    assert sum(torch.Size(shape).numel() for shape in shapes) == spec.parameters
+    expected = family.expected_tensors(arch).values()
+    assert sum(torch.Size(each.shape).numel() for each in expected) == spec.parameters
 
 
 def test_no_more_tensors_are_expected_than_tell_that_some_are_missing(tiny_folder):
@@ -159,7 +159,7 @@ def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
         spec = arch.spec
         flats = [
             torch.full((size,), torch.nan, dtype=torch.bfloat16)
-            for size in (spec.dense_parameters, spec.expert_parameters, spec.head_parameters)
+            for size in (spec.layers[0].dense_parameters, spec.expert_parameters, spec.head_parameters)
         ]
         family.load(checkpoint, spec, dense_tensors(spec.layers[1]), flats[0], 1)
         family.load(checkpoint, spec, expert_tensors(spec.layers[1]), flats[1], 1, 2)

@@ -20,6 +20,7 @@ from executor.model.gpu import grouped_gemm
 from executor.model.numbers import RowViews
 from tests.executor.model.steps import route
 from tests.executor.model.tolerances import assert_same, name_of
+from tests.executor.reference import dequantised
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
@@ -176,7 +177,7 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
     counts = run(kernels, x, routing, stacks, got, rows_at_once=rows_at_once, num_experts=5)
     for stack in stacks:
         for e in range(len(stack.w13_E2ID)):
-            w13, w2 = stack.w13_E2ID[e].float(), stack.w2_EDI[e].float()
+            w13, w2 = dequantised(stack.w13_E2ID[e]).float(), dequantised(stack.w2_EDI[e]).float()
             gate, up = (x.float() @ w13.T).chunk(2, dim=1)
             output = (torch.nn.functional.silu(gate) * up) @ w2.T
             weight = (routing.weights_TK * (routing.experts_TK == stack.first + e)).sum(1)
@@ -236,7 +237,8 @@ def test_stack_is_its_experts(dtype):
     stack = experts_in(spec.layers[0], flat, 1).stacks[0]
     assert stack.w13_E2ID.shape == (3, 2 * spec.intermediate_size, spec.hidden_size)
     assert stack.w2_EDI.shape == (3, spec.hidden_size, spec.intermediate_size)
-    assert stack.w2_EDI[2].data_ptr() == flat[-stack.w2_EDI[2].numel() :].data_ptr()
+    last = dequantised(stack.w2_EDI[2])
+    assert last.data_ptr() == flat[-last.numel() :].data_ptr()
     out, x = torch.zeros(2, spec.hidden_size, dtype=dtype), torch.randn(2, 16).to(dtype)
     routing = Routing(torch.ones(2, 1), torch.tensor([[1], [3]]))
     from executor.model import expert_views

@@ -77,7 +77,7 @@ def small(name):
 
 def weights(spec):
     torch.manual_seed(0)
-    dense = dense_views(spec.layers[0], torch.randn(spec.dense_parameters).to(DTYPE) * 0.1)
+    dense = dense_views(spec.layers[0], torch.randn(spec.layers[0].dense_parameters).to(DTYPE) * 0.1)
     flat = torch.randn(spec.num_experts * spec.expert_parameters).to(DTYPE) * 0.1
     half = spec.num_experts // 2 * spec.expert_parameters
     layer = spec.layers[0]

@@ -68,7 +68,7 @@ def planned_workspace(arch, num_tokens, dtype):
 
 
 def random_dense(arch, dtype=torch.float32):
-    flat = torch.randn(arch.spec.dense_parameters) * arch.spec.hidden_size**-0.5
+    flat = torch.randn(arch.spec.layers[0].dense_parameters) * arch.spec.hidden_size**-0.5
     return dense_views(arch.spec.layers[0], flat.to(dtype))
 
 

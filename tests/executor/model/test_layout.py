@@ -28,7 +28,7 @@ def tensors_of(weights):
     ],
 )
 def test_views_cover_the_vector_in_order(views, of, size, shapes):
-    flat = torch.arange(size)
+    flat = torch.arange(size, dtype=torch.float32)
     parts = list(tensors_of(views(of, flat)))
     assert [tuple(part.shape) for part in parts] == shapes
     assert torch.equal(torch.cat([part.flatten() for part in parts]), flat)

@@ -23,9 +23,10 @@ from executor.families.base import Family
 from executor.families.mixtral import MIXTRAL
 from executor.families.stored import Rows, Stored, grouped, in_order, interleaved, rotary_halves
 from executor.model import Architecture
-from executor.model.layout import num_elements, views
+from executor.model.layout import views
 from hrm.layers import DenseFfn, GatedDeltaNet, GroupedQueryAttention, Layer, RoutedExperts, Unit
 from hrm.model_spec import ModelSpec
+from tests.executor.reference import dequantised
 from tests.executor.tiny_models import tiny_arch
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,10 +65,10 @@ def read(family, source, spec, unit, expert=None, layer=0) -> dict[str, torch.Te
     of_layer = spec.layers[layer]
     tensors = tuple(t for t in of_layer.tensors if t.unit is unit)
     kept = tuple(t for t in tensors if _has(family, source, spec, t, layer, expert))
-    flat = torch.full((num_elements(kept),), torch.nan)
+    flat = torch.full((sum(tensor.parameters for tensor in kept),), torch.nan)
     family.load(source, spec, kept, flat, layer, expert)
     assert not flat.isnan().any()
-    return views(kept, flat)
+    return {name: dequantised(view) for name, view in views(kept, flat).items()}
 
 
 def _has(family, source, spec, tensor, layer, expert) -> bool:
@@ -210,9 +211,9 @@ def test_layers_of_several_kinds_are_expected_by_their_own_names():
         Layer(mixer=DELTA, ffn=(ffn,)), Layer(mixer=ATTENTION, ffn=(EXPERTS,)), Layer(mixer=DELTA, ffn=(ffn, EXPERTS))
     )
     expected = family.expected_tensors(Architecture(spec=spec, layers=()))
-    assert sum(torch.Size(shape).numel() for shape in expected.values()) == spec.parameters
-    assert expected["model.layers.0.linear_attn.out_proj.weight"] == (D, 4 * 5)
-    assert expected["model.layers.1.self_attn.o_proj.weight"] == (D, H * HEAD)
+    assert sum(torch.Size(each.shape).numel() for each in expected.values()) == spec.parameters
+    assert expected["model.layers.0.linear_attn.out_proj.weight"].shape == (D, 4 * 5)
+    assert expected["model.layers.1.self_attn.o_proj.weight"].shape == (D, H * HEAD)
     assert "model.layers.0.post_attention_layernorm.weight" not in expected
     assert {"pre_mlp_norm.weight", "post_attention_layernorm.weight"} == {
         name.removeprefix("model.layers.2.") for name in expected if name.startswith("model.layers.2.p")

@@ -11,6 +11,7 @@ from executor.model import ExpertWeights, Routing, Workspace, experts, run_exper
 from executor.native import Activation
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
+from tests.executor.reference import dequantised
 
 
 def make(dtype, *, tokens, hidden, intermediate, num_experts, per_token):
@@ -56,7 +57,7 @@ def test_equals_torch(path, dtype, data):
     )
     max_tokens = data.draw(st.sampled_from([0, 4, 16, 10**9]), "max tokens")
     out, counts = run(native.Kernels(path), x, routing, weights, max_tokens=max_tokens)
-    wide = [ExpertWeights(each.w13.float(), each.w2.float()) for each in weights]
+    wide = [ExpertWeights(dequantised(each.w13).float(), dequantised(each.w2).float()) for each in weights]
     exact, exact_counts = run(None, x.float(), routing, wide)
     if len(x):
         assert_same(out, exact)
@@ -95,7 +96,7 @@ def test_activations_and_biases(path, dtype, activation, has_biases):
         x,
         routing.weights_TK,
         routing.experts_TK,
-        [(index, each.w13, each.w2) for index, each in enumerate(weights)],
+        [(index, dequantised(each.w13), dequantised(each.w2)) for index, each in enumerate(weights)],
         out,
         torch.empty(18 * 128),
         max_tokens=9,
@@ -114,7 +115,7 @@ def test_no_activation_hides_what_is_not_a_number(path, activation):
     x, routing, weights = make(torch.float32, tokens=2, hidden=16, intermediate=32, num_experts=1, per_token=1)
     x[1, 3] = torch.nan
     out = torch.zeros_like(x)
-    listed = [(0, weights[0].w13, weights[0].w2)]
+    listed = [(0, dequantised(weights[0].w13), dequantised(weights[0].w2))]
     native.Kernels(path).run_experts(
         x, routing.weights_TK, routing.experts_TK, listed, out, torch.empty(64), max_tokens=2, activation=activation
     )
@@ -152,7 +153,7 @@ def test_experts_of_many_tokens_are_left_to_torch(path):
     routing.experts_TK[:20] = 1
     routing.experts_TK[20:] = 2
     out, scratch = torch.zeros_like(x), torch.empty(24 * 32)
-    listed = [(index, each.w13, each.w2) for index, each in enumerate(weights)]
+    listed = [(index, dequantised(each.w13), dequantised(each.w2)) for index, each in enumerate(weights)]
     counts, left_out = native.Kernels(path).run_experts(
         x, routing.weights_TK, routing.experts_TK, listed, out, scratch, max_tokens=19
     )
