@@ -51,8 +51,8 @@ def norm_into(
         return
     assert bias_D is None, "a norm by the root mean square has no bias"
     native = kernels()
-    if native is not None and not norm.offset and x_TD.ndim == 2 and native.takes_norm(x_TD, weight_D, out_TD):
-        native.rms_norm(x_TD, weight_D, norm.eps, out_TD)
+    if native is not None and native.takes_norm(x_TD, weight_D, out_TD):
+        native.rms_norm(x_TD, weight_D, norm.eps, out_TD, offset=norm.offset)
         return
     mark = workspace.mark()
     float_TD = x_TD

@@ -136,18 +136,27 @@ class Kernels(MixerKernels):
 
     def takes_norm(self, x_TD: Tensor, weight_D: Tensor, out_TD: Tensor) -> bool:
         """Whether `rms_norm` can compute this; it is torch's otherwise."""
+        if x_TD.ndim > 2 and not (x_TD.ndim == 3 and x_TD.stride(1) == out_TD.stride(1) == x_TD.shape[2]):
+            return False
         return _takes_rows(x_TD, weight_D, out_TD)
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor) -> None:
-        """`x / sqrt(mean(x²) + epsilon)`, rounded, times the weight; sums are float32."""
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, epsilon: float, out_TD: Tensor, *, offset: float = 0.0) -> None:
+        """`x / sqrt(mean(x²) + epsilon)`, rounded, times the weight; sums are float32.
+
+        With an `offset`, which is added to the weights, only the product is rounded. Rows may have
+        heads, (T, H, d), which lie one after the other and are normed each by itself. `out_TD` may be
+        `x_TD`.
+        """
         module().rms_norm(
             path=self.path,
             dtype=DTYPES[x_TD.dtype],
             tokens=len(x_TD),
-            width=x_TD.shape[1],
+            heads=x_TD.shape[1] if x_TD.ndim == 3 else 1,
+            width=x_TD.shape[-1],
             x=x_TD.data_ptr(),
             x_stride=x_TD.stride(0),
             weight=weight_D.data_ptr(),
+            offset=offset,
             epsilon=epsilon,
             out=out_TD.data_ptr(),
             out_stride=out_TD.stride(0),

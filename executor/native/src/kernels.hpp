@@ -141,14 +141,16 @@ struct Linear {
     bool add;
 };
 
-// Each row of `tokens` times `weight` over the root of its mean square.
+// Each head of each row of `tokens`, `heads` of `width` elements one after the other, times `weight`
+// over the root of its mean square.
 struct RmsNorm {
-    int64_t tokens, width;
+    int64_t tokens, heads, width;
     const void* x;
-    int64_t x_stride;  // elements
+    int64_t x_stride;  // elements from row to row
     const void* weight;
+    float offset;      // added to the weights; unless it is 0, only the product is rounded
     float epsilon;     // added to the mean square
-    void* out;
+    void* out;         // may be `x`
     int64_t out_stride;
 };
 

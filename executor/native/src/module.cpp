@@ -256,18 +256,18 @@ NB_MODULE(_kernels, module) {
 
     module.def(
         "rms_norm",
-        [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t width,
-           uintptr_t x, int64_t x_stride, uintptr_t weight, float epsilon, uintptr_t out,
-           int64_t out_stride, int threads) {
+        [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t heads,
+           int64_t width, uintptr_t x, int64_t x_stride, uintptr_t weight, float offset,
+           float epsilon, uintptr_t out, int64_t out_stride, int threads) {
             const native::RmsNorm shape{
-                tokens, width, at<const void>(x), x_stride, at<const void>(weight), epsilon,
-                at<void>(out), out_stride,
+                tokens, heads, width, at<const void>(x), x_stride, at<const void>(weight), offset,
+                epsilon, at<void>(out), out_stride,
             };
             compute(native::rms_norm, path, dtype, shape, threads);
         },
-        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
-        nb::arg("x"), nb::arg("x_stride"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("out"),
-        nb::arg("out_stride"), nb::arg("threads"));
+        nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("heads"),
+        nb::arg("width"), nb::arg("x"), nb::arg("x_stride"), nb::arg("weight"), nb::arg("offset"),
+        nb::arg("epsilon"), nb::arg("out"), nb::arg("out_stride"), nb::arg("threads"));
 
     module.def(
         "rotate",

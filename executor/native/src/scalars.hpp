@@ -39,16 +39,12 @@ inline void narrow(float value, Bf16* target) {
 inline void narrow(float value, Fp16* target) {
     const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    uint32_t half;
-    if (magnitude > 0x7f800000u) {
-        half = 0x7e00u;
-    } else if (magnitude >= 0x47800000u) {  // 65536 and more
-        half = 0x7c00u;
-    } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 lines the bits up and rounds
-        half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-    } else {
-        half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    }
+    // All are computed and one is chosen, which compilers turn into vectors where a loop has branches.
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;  // adding rounds and lines up
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    const uint32_t beyond = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t half = magnitude < 0x47800000u ? finite : beyond;  // 65536 and more are beyond
     target->bits = static_cast<uint16_t>(sign | half);
 }
 

@@ -130,7 +130,8 @@ void linear(const Path& path, Dtype dtype, const Linear& shape, int threads) {
 }
 
 void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads) {
-    run_rows(shape.tokens, shape.width * element_size(dtype), threads, [&](int64_t first, int64_t last) {
+    const int64_t row_bytes = shape.heads * shape.width * element_size(dtype);
+    run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
         path.rms_norm[dtype](shape, first, last);
     });
 }

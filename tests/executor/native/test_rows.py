@@ -16,9 +16,9 @@ def within(width, *shape, dtype):
     return whole[..., 3 : 3 + width], whole
 
 
-def assert_rounded(ours, exact):
-    """Where float32 is on the other side of the middle, another neighbour is taken."""
-    torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(ours.dtype).eps, atol=1e-6)
+def assert_rounded(ours, exact, times=1):
+    """Each time that float32 is on the other side of the middle, another neighbour is taken."""
+    torch.testing.assert_close(ours.double(), exact, rtol=times * torch.finfo(ours.dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,9 +39,43 @@ def test_norm(path, dtype, tokens, width, seed, size):
     beside = whole[:, :3].clone(), whole[:, -4:].clone()
     native.Kernels(path).rms_norm(x, weight, 1e-5, out)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert_rounded(out, exact.to(dtype).double() * weight.double())
+    assert_rounded(out, exact.to(dtype).double() * weight.double(), times=2)
     assert torch.equal(whole[:, :3], beside[0])
     assert torch.equal(whole[:, -4:], beside[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    heads=st.integers(1, 5),
+    width=st.integers(1, 70),
+    offset=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_norm_of_heads_in_place(path, dtype, tokens, heads, width, offset, seed):
+    """With an offset the product alone is rounded."""
+    torch.manual_seed(seed)
+    rows, whole = within(heads * width, tokens, dtype=dtype)
+    x, before, weight = rows.unflatten(1, (heads, width)), whole.clone(), torch.randn(width).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    exact = (exact if offset else exact.to(dtype).double()) * (weight.double() + offset)
+    native.Kernels(path).rms_norm(x, weight, 1e-5, x, offset=offset)
+    assert_rounded(x, exact, times=1 if offset else 2)
+    assert torch.equal(whole[:, :3], before[:, :3])
+    assert torch.equal(whole[:, -4:], before[:, -4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("offset", [1.0, 3.1e-6, 3000.0])
+def test_every_weight_is_rounded_as_by_torch(path, dtype, offset):
+    """Subnormal, infinite and not a number: the norm of ones is what is added to a weight."""
+    weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    out = torch.ones(1, 2**16, dtype=dtype)
+    native.Kernels(path).rms_norm(out, weight, 0.0, out, offset=offset)
+    torch.testing.assert_close(out[0], (weight.float() + offset).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,6 +164,11 @@ def test_what_cannot_be_computed_is_left_to_torch(path):
     assert not kernels.takes_norm(x.double(), weight.double(), out.double())
     assert not kernels.takes_norm(x, weight.bfloat16(), out)
     assert not kernels.takes_norm(x.T.contiguous().T, weight, out)
+    heads = torch.randn(3, 4, 8)
+    assert kernels.takes_norm(heads, weight, heads)
+    assert not kernels.takes_norm(heads, weight, torch.empty(4, 3, 8).transpose(0, 1))
+    assert not kernels.takes_norm(heads[:, ::2], weight, torch.empty(3, 2, 8))
+    assert not kernels.takes_norm(heads[None], weight, heads[None])
     assert kernels.takes_rotation(x, torch.arange(3))
     assert not kernels.takes_rotation(x, torch.arange(3).int())
     assert not kernels.takes_rotation(x.T.contiguous().T, torch.arange(3))
