@@ -11,7 +11,7 @@ from executor.families.names import LAYER, OUTSIDE
 from executor.families.rope import Rope
 from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
-from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors
+from executor.model.layout import Tensors, dense_tensors, expert_tensors
 from hrm.errors import ModelError
 from hrm.layers import Block, GroupedQueryAttention, Layer
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
@@ -75,7 +75,7 @@ class Family:
             for joined in self._joined(tensors, spec, stored, layer, expert):
                 shapes.update((piece.name, piece.shape) for piece in joined.pieces)
 
-        add((*embedding_tensors(spec), *head_tensors(spec)))
+        add((*spec.embedding_tensors, *spec.head_tensors))
         for index, layer in enumerate(spec.layers):
             add(dense_tensors(layer), index)
             for expert in range(layer.num_experts):

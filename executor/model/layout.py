@@ -167,17 +167,8 @@ class HeadWeights:
 
     final_norm: Tensor  # (D)
     lm_head: Tensor  # (V, D)
-
-
-def embedding_tensors(spec: ModelSpec) -> Tensors:
-    """The token embedding."""
-    return (TensorSpec("embedding", (spec.vocab_size, spec.hidden_size), Unit.MODEL),)
-
-
-def head_tensors(spec: ModelSpec) -> Tensors:
-    """What comes after the layers."""
-    final_norm = TensorSpec("final_norm", (spec.hidden_size,), Unit.MODEL)
-    return final_norm, TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size), Unit.MODEL)
+    final_norm_bias: Tensor | None = None  # (D)
+    lm_head_bias: Tensor | None = None  # (V)
 
 
 def dense_tensors(of: Layer | Block) -> Tensors:
@@ -228,4 +219,4 @@ def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:
     """The head that lies in `flat`."""
-    return HeadWeights(**views(head_tensors(spec), flat))
+    return HeadWeights(**views(spec.head_tensors, flat))
