@@ -151,13 +151,13 @@ def decoder(
     """
     ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
 
-    def maths(layer: Layer) -> LayerMaths:
+    def maths(layer: Layer, rope: Rope) -> LayerMaths:
         block = grouped_query(layer)
         rotary = rope.rotary(block.head_dim, interleaved=interleaved)
         mixer = GroupedQuery(block=block, norm=norm, rotary=rotary, head_norm=head_norm, **of_mixer)
         return LayerMaths(mixer=mixer, ffn=ffn)
 
-    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
+    return rope.architecture(spec, maths, final_norm=norm)
 
 
 def grouped_query(layer: Layer) -> GroupedQueryAttention:
