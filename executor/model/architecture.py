@@ -54,7 +54,8 @@ class Architecture:
 
     def for_positions(self, num_positions: int) -> "Architecture":
         """The architecture that a text with so many positions goes through from its first token on."""
-        return replace(self, layers=self.long_layers) if self.is_long(num_positions) else self
+        long_layers = self.long_layers[: self.spec.num_layers]  # a bench may have cut the model
+        return replace(self, layers=long_layers) if self.is_long(num_positions) else self
 
     @property
     def reaches(self) -> tuple[Reach, ...]:

@@ -1,5 +1,7 @@
 """Models whose rotations are others for long texts give the tokens of transformers, short and long ones mixed."""
 
+from dataclasses import replace
+
 import pytest
 
 from executor.errors import JobError
@@ -7,7 +9,7 @@ from executor.families import family_for
 from executor.generate import check_request
 from tests.executor.families.grouped import EXPERTS
 from tests.executor.families.tiny import SIZES, causal, save
-from tests.executor.runtime.support import CPU, GPU, generate, generator, make_policy, requests
+from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests
 from tests.executor.tiny_models import random_prompts
 
 FIRST, MAX_TOKENS = 24, 4
@@ -51,6 +53,13 @@ def test_long_and_short_texts_give_the_tokens_of_transformers(saved, name):
         assert done[f"request-{i}"].tokens == (if_all_long if kind == "becomes long" else theirs)
         differs[kind] = differs.get(kind, False) or theirs != if_all_long
     assert differs == {"short": True, "becomes long": True, "long": False}
+
+
+def test_a_model_of_fewer_layers_has_as_many_for_long_texts(saved):
+    arch = architecture(saved[0].folder)
+    fewer = replace(arch, spec=arch.spec.with_layers(arch.spec.layers[:2]), layers=arch.layers[:2])
+    assert fewer.for_positions(FIRST).layers == arch.layers[:2]
+    assert fewer.for_positions(FIRST + 1).layers == arch.for_positions(FIRST + 1).layers[:2] != arch.layers[:2]
 
 
 def test_rotations_that_differ_for_every_length_end_texts_and_say_so():
