@@ -7,7 +7,7 @@ micro-batch with the fewest tokens; a micro-batch closes at μ requests; what wo
 waits for the next batch. No request is ever dropped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, final
@@ -33,6 +33,11 @@ class Request:
     chat: bool = False
     open_ended: bool = False
     digest: str = ""
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that it may reach: those of its tokens, but for the last, which nothing follows."""
+        return len(self.prompt) + self.params.max_tokens - 1
 
     @property
     def kv_tokens(self) -> int:
@@ -170,11 +175,14 @@ def _pack_into(requests: Sequence[Request], policy: Policy, num_micro_batches: i
 class Batcher:
     """Cuts a stream of requests into batches, holding no more than one batch's worth of them.
 
-    What had to wait goes first into the next batch, so nothing waits for ever.
+    A batch has requests of one `kind` only. What had to wait goes first into the next batch, so
+    nothing waits for ever.
     """
 
-    def __init__(self, requests: Iterator[Request], policy: Policy) -> None:
-        self._requests, self._policy = requests, policy
+    def __init__(
+        self, requests: Iterator[Request], policy: Policy, kind: Callable[[Request], object] = lambda _: None
+    ) -> None:
+        self._requests, self._policy, self._kind = requests, policy, kind
         self._waiting: list[Request] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -186,10 +194,13 @@ class Batcher:
             candidates = self._waiting + list(islice(self._requests, missing))
             if not candidates:
                 return
-            batch, waiting = pack(candidates, self._policy)
+            first = self._kind(candidates[0])
+            alike = [request for request in candidates if self._kind(request) == first]
+            batch, waiting = pack(alike, self._policy)
             if self._waiting and self._waiting[0] in waiting:  # never twice in a row
-                batch, waiting = self._oldest_first(candidates)
-            self._waiting = waiting
+                batch, waiting = self._oldest_first(alike)
+            packed = {id(request) for request in batch.requests}
+            self._waiting = [request for request in candidates if id(request) not in packed]
             yield batch
 
     def _oldest_first(self, candidates: list[Request]) -> tuple[Batch, list[Request]]:

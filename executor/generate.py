@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Self, final
 
@@ -10,7 +10,7 @@ import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.backends.null import null_handlers
-from executor.batching import Batch, Completion, Nowhere, Placed, Request, Sink, chunks
+from executor.batching import Batch, Batcher, Completion, Nowhere, Placed, Request, Sink, chunks
 from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
@@ -85,7 +85,7 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
         (
             length + new <= arch.max_position_embeddings,
             f"<{length} tokens, {new} to generate>",
-            f"must stay within the model's {arch.max_position_embeddings} positions",
+            f"must stay within the model's {arch.max_position_embeddings} positions{arch.why_no_longer}",
             "shorten the prompt or lower max_tokens",
         ),
         (
@@ -162,6 +162,11 @@ class AbstractGenerator(ABC):
         """Raise JobError if the request could never be run."""
         check_request(request, self.arch, self.policy)
 
+    @final
+    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        """The batches that run these requests: long texts apart from others, where they are rotated otherwise."""
+        return iter(Batcher(requests, self.policy, lambda request: self.arch.is_long(request.num_positions)))
+
     @property
     @abstractmethod
     def peak_bytes(self) -> dict[str, dict[Purpose, int]]:
@@ -171,7 +176,7 @@ class AbstractGenerator(ABC):
     def generate(
         self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
     ) -> BatchResult:
-        """Run both phases of a batch; TaskFailedError if a task fails.
+        """Run both phases of one of the `batches`; TaskFailedError if a task fails.
 
         `sink` is given every completion as soon as its request has ended. Another `schedule` than
         the policy's must need the same memory.
@@ -248,7 +253,7 @@ class Generator(AbstractGenerator):
     ) -> BatchResult:
         """Prefill and decode a batch; TaskFailedError if a task fails."""
         sink = sink or Nowhere()
-        arch, memory = self.arch, self.memory
+        arch, memory = self._arch_of(batch), self.memory
         parts = chunks(batch, self.policy.prefill_chunk_tokens)
         policy, prefill, decode = self._planned(batch, schedule, len(parts))
         self._state = self._prefilled = None
@@ -317,6 +322,11 @@ class Generator(AbstractGenerator):
         gpu[Purpose.WORKSPACE] += memory.host_workspace.high_water_bytes
         gpu[Purpose.KV_CACHE] = sum(self._kv_peak.values())
         return {self.plan.gpu.name: gpu}
+
+    def _arch_of(self, batch: Batch) -> Architecture:
+        lengths = [request.num_positions for request in batch.requests]
+        assert len({self.arch.is_long(length) for length in lengths}) == 1, "batches() keeps long texts apart"
+        return self.arch.for_positions(max(lengths))
 
     def _count_kv(self, batch: Batch, policy: Policy) -> None:
         token_bytes = self.arch.spec.kv_bytes_per_token(policy.formats.kv_cache)

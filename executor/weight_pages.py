@@ -24,10 +24,8 @@ from executor.model import (
     HeadWeights,
     dense_tensors,
     dense_views,
-    embedding_tensors,
     expert_tensors,
     experts_in,
-    head_tensors,
     head_views,
 )
 from executor.model.layout import num_elements
@@ -132,9 +130,9 @@ class WeightPages:
 
     def _places(self, *, one_head: bool) -> list[Target]:
         spec = self._spec
-        head = head_tensors(spec)[: 1 if one_head else None]
+        head = spec.head_tensors[: -1 if one_head else None]
         places = [
-            Target(embedding_tensors(spec), self.embedding.view(-1)),
+            Target(spec.embedding_tensors, self.embedding.view(-1)),
             Target(head, self._head[: num_elements(head, self._head.dtype)]),
         ]
         for index, layer in enumerate(spec.layers):

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, final
 
-from executor.batching import Batcher, Request
+from executor.batching import Request
 from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
 from executor.bench.row import BenchRow
 from executor.errors import JobError
@@ -213,7 +213,7 @@ class BenchRun:
         requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
-        for batch in Batcher(iter(requests), self.policy):
+        for batch in self._generator.batches(iter(requests)):
             totals.add(self._generator.generate(batch, schedule=self.policy.schedule))
         self._runs.append(totals)
         return totals

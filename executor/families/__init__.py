@@ -12,6 +12,7 @@ from executor.families.gpt_oss import GPT_OSS
 from executor.families.granite import GRANITE
 from executor.families.minimax import MINIMAX_M2
 from executor.families.mixtral import MIXTRAL
+from executor.families.phi import PHI
 from executor.families.qwen import OLMOE, QWEN2, QWEN3, QWEN3_VL
 from executor.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from executor.model.architecture import Architecture
@@ -32,6 +33,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "minimax_m2": MINIMAX_M2,
     "ernie4_5_moe": ERNIE_4_5,
     "granitemoe": GRANITE,
+    "phimoe": PHI,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
     # with the gated delta rule

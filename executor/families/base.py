@@ -11,7 +11,7 @@ from executor.families.names import LAYER, OUTSIDE
 from executor.families.rope import Rope
 from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
-from executor.model.layout import Tensors, dense_tensors, embedding_tensors, expert_tensors, head_tensors, in_order
+from executor.model.layout import Tensors, dense_tensors, expert_tensors, in_order
 from hrm.errors import ModelError
 from hrm.layers import Block, GroupedQueryAttention, Layer
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
@@ -75,7 +75,7 @@ class Family:
             for joined in self._joined(tensors, spec, stored, layer, expert):
                 expected.update((piece.name, Expected(piece.shape, joined.tensor.packed)) for piece in joined.pieces)
 
-        add((*embedding_tensors(spec), *head_tensors(spec)))
+        add((*spec.embedding_tensors, *spec.head_tensors))
         for index, layer in enumerate(spec.layers):
             add(dense_tensors(layer), index)
             for expert in range(layer.num_experts):
@@ -152,13 +152,13 @@ def decoder(
     """
     ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
 
-    def maths(layer: Layer) -> LayerMaths:
+    def maths(layer: Layer, rope: Rope) -> LayerMaths:
         block = grouped_query(layer)
         rotary = rope.rotary(block.head_dim, interleaved=interleaved)
         mixer = GroupedQuery(block=block, norm=norm, rotary=rotary, head_norm=head_norm, **of_mixer)
         return LayerMaths(mixer=mixer, ffn=ffn)
 
-    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
+    return rope.architecture(spec, maths, final_norm=norm)
 
 
 def grouped_query(layer: Layer) -> GroupedQueryAttention:

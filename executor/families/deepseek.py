@@ -40,14 +40,14 @@ def _decoder(keys: Keys, spec: ModelSpec, router: Router, *, interleaved: bool, 
     rope = Rope.read(keys, theta=10_000.0, positions=4096)
     ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
 
-    def maths(layer: Layer) -> LayerMaths:
+    def maths(layer: Layer, rope: Rope) -> LayerMaths:
         block = layer.mixer
         assert isinstance(block, LatentAttention), block
         rotary, scale = rope.rotary(block.rope_head_dim, interleaved=interleaved), _scale(block, rope)
         mixer = Latent(block=block, norm=norm, inner_norm=INNER_NORM, rotary=rotary, scale=scale)
         return LayerMaths(mixer=mixer, ffn=ffn)
 
-    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
+    return rope.architecture(spec, maths, final_norm=norm)
 
 
 def _scale(block: LatentAttention, rope: Rope) -> float:

@@ -22,11 +22,11 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     ffn = FeedForward(norm=norm, experts_per_token=spec.experts_per_token, glu=glu)
     rope = Rope.read(keys, theta=150_000.0, positions=131_072)
 
-    def maths(layer: Layer) -> LayerMaths:
+    def maths(layer: Layer, rope: Rope) -> LayerMaths:
         block = grouped_query(layer)
         return LayerMaths(mixer=GroupedQuery(block=block, norm=norm, rotary=rope.rotary(block.head_dim)), ffn=ffn)
 
-    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
+    return rope.architecture(spec, maths, final_norm=norm)
 
 
 GPT_OSS: Final = Family(

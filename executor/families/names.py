@@ -10,12 +10,15 @@ from executor.families.stored import Names
 OUTSIDE: Final = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
     "lm_head": "lm_head.weight",
+    "lm_head_bias": "lm_head.bias",
 }
 LAYER: Final = "model.layers.{layer}."
 
 ATTENTION: Final[Names] = {
     "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
     "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     "query_norm": "self_attn.q_norm.weight",
@@ -23,6 +26,7 @@ ATTENTION: Final[Names] = {
     "output": "self_attn.o_proj.weight",
     "output_bias": "self_attn.o_proj.bias",
     "ffn_norm": "post_attention_layernorm.weight",
+    "ffn_norm_bias": "post_attention_layernorm.bias",
 }
 # Experts by Mixtral's names, and by those that most others have.
 W1_W2_W3: Final[Names] = {

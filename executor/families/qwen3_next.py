@@ -26,14 +26,14 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     router = Router(norm=1.0 if keys.truth(NORMALISED, default=True) else None)
     ffn = FeedForward(norm=norm, router=router, experts_per_token=spec.experts_per_token)
 
-    def maths(layer: Layer) -> LayerMaths:
+    def maths(layer: Layer, rope: Rope) -> LayerMaths:
         if isinstance(layer.mixer, GatedDeltaNet):
             return LayerMaths(mixer=GatedDelta(block=layer.mixer, norm=norm, output_norm=Norm(eps=eps)), ffn=ffn)
         block = grouped_query(layer)
         mixer = GroupedQuery(block=block, norm=norm, rotary=rope.rotary(block.head_dim), head_norm=norm)
         return LayerMaths(mixer=mixer, ffn=ffn)
 
-    return Architecture.of(spec, maths, final_norm=norm, max_position_embeddings=rope.max_positions)
+    return rope.architecture(spec, maths, final_norm=norm)
 
 
 def _gate_by_head(block: GroupedQueryAttention, _: TensorSpec) -> Rows:

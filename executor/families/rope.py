@@ -1,27 +1,38 @@
 """Rotary embeddings as configs ask for them: the base, the part of a head that turns, and its scaling.
 
 The scalings are those of published checkpoints, with the numbers that transformers' `ROPE_INIT_FUNCTIONS`
-give. Two of them depend on how long a text is: `dynamic` and `longrope` turn otherwise once a text is
-longer than the model was first trained for. Keys that are cached would then have to be rotated anew.
-So they are computed as up to that length, which is exact, and no request may be longer.
+give. Two of them turn otherwise once a text is longer than the model was first trained for, so that keys
+which are cached by then would have to be rotated anew.
+
+`longrope` has two sets of frequencies. A request that may grow longer than that, by its prompt and what it
+may generate, has the second from its first token on, whatever else is in its batch. Transformers chooses
+by how long the longest text of a batch is so far: for a prompt that is longer by itself it is the same.
+(Only of Phi-3.5-MoE transformers 5 never takes the second set; we do, as its publisher's code does.)
+
+`dynamic` has other frequencies for every length. Transformers leaves the keys that are cached as they were,
+so what it generates depends on how a text came to its length, and on the batch: no request may be longer.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from executor.model import Rotary
+from executor.model import Architecture, LayerMaths, Rotary
 from executor.model.rotary import plain_frequencies
-from hrm.model_spec import Keys
+from hrm.model_spec import Keys, ModelSpec
+
+if TYPE_CHECKING:
+    from hrm.layers import Layer
 
 SECTIONS: Final = ("rope_parameters", "rope_scaling", "attn_config")
 OTHER_MODEL: Final = "use a model of a supported architecture"
 SAME_KIND: Final = {"mrope": "default", "su": "longrope"}  # of text all axes of mrope are equal
 BY_LENGTH: Final = ("dynamic", "longrope")
+WHY_NO_LONGER: Final = ", as dynamic scaling would turn all keys otherwise with every further token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +41,8 @@ class Rope:
 
     `section` has the keys of the `kind` of scaling. `partial` is the part of a head that turns, or
     `elements` of it do if that is not 0; `told` are the keys that say so. `positions` are what the whole
-    config allows for, `first_positions` those before scaling.
+    config allows for, `first_positions` those before scaling. `long` says that it is for texts with more
+    than these.
     """
 
     section: Keys
@@ -41,6 +53,7 @@ class Rope:
     elements: int
     positions: int
     first_positions: int
+    long: bool = False
 
     @staticmethod
     def read(keys: Keys, *, theta: float, positions: int, partial: float | None = None) -> "Rope":
@@ -75,8 +88,29 @@ class Rope:
 
     @property
     def max_positions(self) -> int:
-        """Tokens that a text may have."""
-        return self.first_positions if self.kind in BY_LENGTH else self.positions
+        """Tokens that a text may have with these rotations."""
+        return self.first_positions if self.kind in BY_LENGTH and not self.long else self.positions
+
+    @property
+    def of_long_texts(self) -> "Rope | None":
+        """The rotations of texts with more than the first positions, where they have other ones that we run."""
+        differs = self.kind == "longrope" and self.positions > self.first_positions
+        return replace(self, long=True) if differs else None
+
+    def architecture(
+        self, spec: ModelSpec, maths: "Callable[[Layer, Rope], LayerMaths]", **others: Any
+    ) -> Architecture:
+        """The architecture with the maths of each layer, which follows from the layer and these rotations."""
+        longer = self.of_long_texts
+        return Architecture.of(
+            spec,
+            lambda layer: maths(layer, self),
+            max_position_embeddings=(longer or self).max_positions,
+            why_no_longer=WHY_NO_LONGER if self.kind == "dynamic" else "",
+            first_positions=self.first_positions,
+            long_layers=Architecture.of(spec, lambda layer: maths(layer, longer)).layers if longer else (),
+            **others,
+        )
 
     def rotary(self, head_dim: int, *, interleaved: bool = False) -> Rotary:
         """The rotation of heads so wide."""
@@ -153,17 +187,18 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
 
 
 def _longrope(rope: Rope, frequencies_h: Tensor) -> Scaled:
-    """LongRoPE (arXiv 2402.13753), as up to the first positions; Phi-3.5-MoE gives the magnitude itself."""
+    """LongRoPE (arXiv 2402.13753); Phi-3.5-MoE gives the magnitudes itself."""
     section, factor = rope.section, rope.factor
-    short_h = torch.tensor(section.numbers("short_factor"))
-    rope.require(len(short_h) == len(frequencies_h), "short_factor", f"must have {len(frequencies_h)} numbers")
-    for key in ("short_mscale", "attention_factor"):
+    texts = "long" if rope.long else "short"
+    slower_h = torch.tensor(section.numbers(f"{texts}_factor"))
+    rope.require(len(slower_h) == len(frequencies_h), f"{texts}_factor", f"must have {len(frequencies_h)} numbers")
+    for key in (f"{texts}_mscale", "attention_factor"):
         if section.get(key) is not None:
-            return frequencies_h / short_h, section.number(key)
+            return frequencies_h / slower_h, section.number(key)
     if factor <= 1:
-        return frequencies_h / short_h, 1.0
+        return frequencies_h / slower_h, 1.0
     rope.require(rope.first_positions > 1, "original_max_position_embeddings", "must be greater than 1")
-    return frequencies_h / short_h, math.sqrt(1 + math.log(factor) / math.log(rope.first_positions))
+    return frequencies_h / slower_h, math.sqrt(1 + math.log(factor) / math.log(rope.first_positions))
 
 
 KINDS: Final[dict[str, Callable[[Rope, Tensor], Scaled]]] = {

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 
 import msgspec
 
-from executor.batching import Batcher, Completion, Placed, Request, asks_for_more
+from executor.batching import Completion, Placed, Request, asks_for_more
 from executor.checkpoint import Checkpoint, WeightSource
 from executor.errors import JobError, RunError
 from executor.families import Family, family_for
@@ -85,7 +85,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
         check_model(arch.spec, policy_file, options.policy)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         prepared = prepare(options.accelerator, policy_file, policy)
-        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch.max_position_embeddings)
+        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch)
         defaults = SamplingDefaults.of(options.sampling_defaults, checkpoint.folder)
         reader = LineReader(checkpoint.folder, room, options.seed, progress.tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
@@ -212,7 +212,7 @@ class _Job:
             with generator, OutputWriter(self._directory, self._line_of) as writer:
                 progress.generator = generator
                 requests = self._requests(writer, progress)
-                for index, batch in enumerate(Batcher(requests, generator.policy)):
+                for index, batch in enumerate(generator.batches(requests)):
                     progress.stage = f"batch {index + 1}"
                     progress.begin_batch(batch)
                     try:

@@ -25,11 +25,9 @@ from executor.model.layout import (
     RouterWeights,
     dense_tensors,
     dense_views,
-    embedding_tensors,
     expert_tensors,
     expert_views,
     experts_in,
-    head_tensors,
     head_views,
 )
 from executor.model.mixers import GatedDelta, GroupedQuery, Latent, Mixer
@@ -74,11 +72,9 @@ __all__ = [
     "dense_tensors",
     "dense_views",
     "embed",
-    "embedding_tensors",
     "expert_tensors",
     "expert_views",
     "experts_in",
-    "head_tensors",
     "head_views",
     "logits",
     "normed",

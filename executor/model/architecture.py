@@ -1,7 +1,7 @@
 """What the maths must know of a model besides its dimensions; made by `executor.families`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,9 @@ class LayerMaths:
 class Architecture:
     """A decoder: the maths of its layers, and of what comes before and after them.
 
-    Embeddings and logits are multiplied by their scales.
+    Embeddings and logits are multiplied by their scales. Texts of more than `first_positions` go through
+    `long_layers`, if there are any. Where a text may have no more than `max_position_embeddings` for a
+    reason that is not the model's, `why_no_longer` says so.
     """
 
     spec: ModelSpec
@@ -34,6 +36,9 @@ class Architecture:
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     max_position_embeddings: int = 4096
+    why_no_longer: str = ""
+    first_positions: int = 0
+    long_layers: tuple[LayerMaths, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -42,6 +47,15 @@ class Architecture:
         """The architecture with the maths of each layer, which follows from the layer alone."""
         of_kind = cache(maths)
         return Architecture(spec=spec, layers=tuple(of_kind(layer) for layer in spec.layers), **others)
+
+    def is_long(self, num_positions: int) -> bool:
+        """Whether a text with so many positions goes through other layers than a short one."""
+        return bool(self.long_layers) and num_positions > self.first_positions
+
+    def for_positions(self, num_positions: int) -> "Architecture":
+        """The architecture that a text with so many positions goes through from its first token on."""
+        long_layers = self.long_layers[: self.spec.num_layers]  # a bench may have cut the model
+        return replace(self, layers=long_layers) if self.is_long(num_positions) else self
 
     @property
     def reaches(self) -> tuple[Reach, ...]:

@@ -43,10 +43,14 @@ SILU: Final = Glu()
 
 
 class Scores(StrEnum):
-    """What a router makes of its logits: probabilities of one choice, or of each expert by itself."""
+    """What a router makes of its logits: probabilities of one choice, or of each expert by itself.
+
+    By SPARSE_MIXER experts are chosen one after the other; see `sparse_mixer`.
+    """
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
+    SPARSE_MIXER = "sparse_mixer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,8 @@ class Router:
     A correction, where weights have one, is added to scores for the choice only. Of `groups` of
     experts, one after the other, only `chosen_groups` are chosen from: those whose `best_of_group`
     greatest scores have the greatest sum. The weights are divided by their `norm`-norm (1 makes them
-    sum to one; None leaves them alone), and then multiplied by `scale`.
+    sum to one; None leaves them alone), and then multiplied by `scale`. A sparse mixer
+    takes none of these, only `jitter`.
     """
 
     scores: Scores = Scores.SOFTMAX
@@ -65,6 +70,7 @@ class Router:
     chosen_groups: int = 1
     best_of_group: int = 1
     scale: float = 1.0
+    jitter: float = 0.0
 
     def restricted(self, scores_TE: Tensor) -> Tensor:
         """Scores, least of all where a group is not chosen from."""
@@ -126,6 +132,8 @@ class FeedForward:
         logits_TE = project(x_TD, weights.router, x_TD.new_empty(len(x_TD), len(weights.router)))
         if weights.router_bias is not None:
             logits_TE += weights.router_bias
+        if router.scores is Scores.SPARSE_MIXER:
+            return sparse_mixer(logits_TE.float(), self.experts_per_token, router.jitter)
         if router.scores is Scores.SIGMOID:
             scores_TE = logits_TE.float().sigmoid_()
         else:
@@ -145,3 +153,22 @@ class FeedForward:
     def _through(self, x_TD: Tensor, w13: Matrix, w2: Matrix, out_TD: Tensor, workspace: Workspace) -> None:
         gate_up_T2I = workspace.take((len(x_TD), len(w13)), x_TD.dtype)
         add_projected(self.glu.apply(project(x_TD, w13, gate_up_T2I)), w2, out_TD)
+
+
+def sparse_mixer(logits_TE: Tensor, experts_per_token: int, jitter: float) -> Routing:
+    """Experts one after the other, each the best of those that are left (SparseMixer, arXiv 2409.12136).
+
+    Its weight is its probability among those left whose logits are near: below its own by at most
+    2 * `jitter` times the greater of it and their absolute value. Overwrites the logits (float32).
+    """
+    weights: list[Tensor] = []
+    experts: list[Tensor] = []
+    for _ in range(experts_per_token):
+        best_T1, expert_T1 = logits_TE.max(-1, keepdim=True)
+        reach_TE = logits_TE.abs().clamp_(min=best_T1).mul_(2 * jitter)
+        behind_TE = best_T1 - logits_TE
+        far_TE = behind_TE > reach_TE
+        weights.append(behind_TE.neg_().exp_().masked_fill_(far_TE, 0).sum(-1, keepdim=True).reciprocal_())
+        experts.append(expert_T1)
+        logits_TE.scatter_(1, expert_T1, -torch.inf)
+    return Routing(torch.cat(weights, 1), torch.cat(experts, 1))

@@ -24,12 +24,14 @@ def logits(norm: Norm, hidden_RD: Tensor, head: HeadWeights, workspace: Workspac
     shape = (len(hidden_RD), len(head.lm_head))
     logits_RV = workspace.take(shape, torch.float32)
     mark = workspace.mark()
-    x_RD = normed(norm, hidden_RD, head.final_norm, workspace)
+    x_RD = normed(norm, hidden_RD, head.final_norm, workspace, head.final_norm_bias)
     if x_RD.dtype is torch.float32:
         project(x_RD, head.lm_head, logits_RV)
     else:
         narrow_RV = workspace.take(shape, x_RD.dtype)
         logits_RV.copy_(project(x_RD, head.lm_head, narrow_RV))
+    if head.lm_head_bias is not None:
+        logits_RV.add_(head.lm_head_bias)
     if scale != 1:
         logits_RV.mul_(scale)
     workspace.release(mark)

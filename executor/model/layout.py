@@ -172,17 +172,8 @@ class HeadWeights:
 
     final_norm: Tensor  # (D)
     lm_head: Tensor  # (V, D)
-
-
-def embedding_tensors(spec: ModelSpec) -> Tensors:
-    """The token embedding."""
-    return (TensorSpec("embedding", (spec.vocab_size, spec.hidden_size), Unit.MODEL),)
-
-
-def head_tensors(spec: ModelSpec) -> Tensors:
-    """What comes after the layers."""
-    final_norm = TensorSpec("final_norm", (spec.hidden_size,), Unit.MODEL)
-    return final_norm, TensorSpec("lm_head", (spec.vocab_size, spec.hidden_size), Unit.MODEL)
+    final_norm_bias: Tensor | None = None  # (D)
+    lm_head_bias: Tensor | None = None  # (V)
 
 
 def dense_tensors(layer: Layer) -> Tensors:
@@ -261,5 +252,5 @@ def experts_in(layer: Layer, flat: Tensor, first: int) -> Experts:
 
 def head_views(spec: ModelSpec, flat: Tensor) -> HeadWeights:
     """The head that lies in `flat`."""
-    tensors: dict[str, Any] = {**views(head_tensors(spec), flat)}
+    tensors: dict[str, Any] = {**views(spec.head_tensors, flat)}
     return HeadWeights(**tensors)

@@ -13,6 +13,7 @@ EXECUTED_FAMILIES: Final = (
     "minimax_m2",
     "ernie4_5_moe",
     "granitemoe",
+    "phimoe",
     "deepseek_v2",
     "deepseek_v3",
     "kimi_k2",

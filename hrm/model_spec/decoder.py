@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from hrm.layers import LARGEST_SIZE, DenseFfn, GroupedQueryAttention, Layer, Mixer, RoutedExperts
+from hrm.layers import LARGEST_SIZE, DenseFfn, GroupedQueryAttention, Layer, Mixer, RoutedExperts, Vectors
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.spec import MOST_LAYERS, ModelSpec
 
@@ -93,7 +93,7 @@ def model(
     dense_layers: Collection[int] = (),
     dense_size: str = "intermediate_size",
     dense_biases: bool = False,
-    other_head_parameters: int = 0,
+    head_vectors: Vectors = (),
 ) -> ModelSpec:
     """A model with these mixers, of every layer or of each, and experts in all but the dense layers.
 
@@ -108,10 +108,10 @@ def model(
     layers = [
         Layer(mixer=mixer, ffn=of_dense if layer in dense_layers else (experts,)) for layer, mixer in enumerate(each)
     ]
-    return of_layers(keys, layers, other_head_parameters=other_head_parameters)
+    return of_layers(keys, layers, head_vectors=head_vectors)
 
 
-def of_layers(keys: Keys, layers: Iterable[Layer], *, other_head_parameters: int = 0) -> ModelSpec:
+def of_layers(keys: Keys, layers: Iterable[Layer], *, head_vectors: Vectors = ()) -> ModelSpec:
     """A model with these layers."""
     return ModelSpec.of_layers(
         layers,
@@ -119,7 +119,7 @@ def of_layers(keys: Keys, layers: Iterable[Layer], *, other_head_parameters: int
         family="",
         vocab_size=keys.integer("vocab_size"),
         tied_embeddings=keys.truth("tie_word_embeddings"),
-        other_head_parameters=other_head_parameters,
+        head_vectors=head_vectors,
     )
 
 

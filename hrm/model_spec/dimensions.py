@@ -93,7 +93,7 @@ class Dimensions:
             family=self.family,
             vocab_size=self.vocab_size,
             tied_embeddings=self.tied_embeddings,
-            other_head_parameters=self.other_head_parameters,
+            head_vectors=_others(self.other_head_parameters),
             published_dtype=self.published_dtype,
         )
 

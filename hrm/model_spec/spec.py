@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from hrm.errors import ModelError
 from hrm.formats import Format
-from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, Unit, check_size
+from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
+from hrm.layers.base import Vectors, check_vectors, vector_tensors
 from hrm.numeric import Number
 
 MOST_LAYERS: Final = 10**4
@@ -20,8 +21,8 @@ class ModelSpec:
 
     Layers are of several `kinds`, in the order in which they first come, and `order` says which one
     each layer is; `of_layers` makes both of the layers themselves. Plans know routed experts of one
-    class: those of all layers that have any are alike. `other_head_parameters` are small vectors
-    beside the LM head and final norm (biases).
+    class: those of all layers that have any are alike. `head_vectors` lie beside the final norm and
+    the LM head: `final_norm_bias` and `lm_head_bias`, or by another name what only plans count.
 
     `published_dtype` says how a quantised checkpoint is stored and changes no size here: plans are
     made in the formats that they choose. Where a model is a part of another, a workspace has room
@@ -35,7 +36,7 @@ class ModelSpec:
     order: tuple[int, ...]
     vocab_size: int
     tied_embeddings: bool = False
-    other_head_parameters: int = 0
+    head_vectors: Vectors = ()
     least_inner_size: int = 0
     least_reaches: int = 0
     published_dtype: str = field(default="", compare=False)
@@ -58,7 +59,7 @@ class ModelSpec:
         self._require(len(widths) == 1, "hidden_size", sorted(widths), "must be the same in all layers")
         try:
             check_size("vocab_size", self.vocab_size)
-            check_size("other_head_parameters", self.other_head_parameters, at_least=0, at_most=LARGEST_MODEL)
+            check_vectors("head_vectors", self.head_vectors)
             check_size("least_inner_size", self.least_inner_size, at_least=0)
             check_size("least_reaches", self.least_reaches, at_least=0)
         except ModelError as error:
@@ -302,9 +303,23 @@ class ModelSpec:
         return self.vocab_size * self.hidden_size
 
     @property
+    def embedding_tensors(self) -> tuple[TensorSpec, ...]:
+        """What comes before the layers."""
+        return (TensorSpec("embedding", (self.vocab_size, self.hidden_size), Unit.MODEL),)
+
+    @property
+    def head_tensors(self) -> tuple[TensorSpec, ...]:
+        """What comes after the layers; the LM head, which may be tied to the embedding, is the last."""
+        return (
+            TensorSpec("final_norm", (self.hidden_size,), Unit.MODEL),
+            *vector_tensors(self.head_vectors, Unit.MODEL),
+            TensorSpec("lm_head", (self.vocab_size, self.hidden_size), Unit.MODEL),
+        )
+
+    @cached_property
     def head_parameters(self) -> int:
-        """Parameters of the LM head with the final norm, whether or not tied to the embedding."""
-        return self.embedding_parameters + self.hidden_size + self.other_head_parameters
+        """Parameters of what comes after the layers, whether or not the LM head is tied to the embedding."""
+        return sum(tensor.parameters for tensor in self.head_tensors)
 
     @property
     def _outside_layers(self) -> int:

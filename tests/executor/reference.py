@@ -22,10 +22,8 @@ from executor.model.layout import (
     Tensors,
     dense_tensors,
     dense_views,
-    embedding_tensors,
     expert_tensors,
     expert_views,
-    head_tensors,
     head_views,
     num_elements,
 )
@@ -54,8 +52,8 @@ def load(family: Family, source: WeightSource, arch: Architecture) -> ReferenceM
     for index, layer in enumerate(spec.layers):
         experts = [expert_views(layer, load(expert_tensors(layer), index, e)) for e in range(layer.num_experts)]
         layers.append((dense_views(layer, load(dense_tensors(layer), index)), experts))
-    embedding_VD = load(embedding_tensors(spec))[: spec.embedding_parameters].view(spec.vocab_size, -1)
-    return ReferenceModel(arch, embedding_VD, layers, head_views(spec, load(head_tensors(spec))))
+    embedding_VD = load(spec.embedding_tensors)[: spec.embedding_parameters].view(spec.vocab_size, -1)
+    return ReferenceModel(arch, embedding_VD, layers, head_views(spec, load(spec.head_tensors)))
 
 
 def forward(model: ReferenceModel, tokens: list[int]) -> Tensor:

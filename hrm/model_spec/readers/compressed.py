@@ -28,8 +28,8 @@ def read_deepseek_v4(keys: Keys) -> ModelSpec:
         for layer, kind in enumerate(_kinds(keys))
     ]
     # The streams become one before the head, by a projection of all.
-    of_head = streams * (streams * experts.hidden_size + 1) + 1
-    return of_layers(keys, layers, other_head_parameters=of_head if streams > 1 else 0)
+    joined = (("streams", streams * (streams * experts.hidden_size + 1) + 1),)
+    return of_layers(keys, layers, head_vectors=joined if streams > 1 else ())
 
 
 def _kinds(keys: Keys) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Families with grouped-query attention over the whole context in every layer, and experts."""
 
-from hrm.layers import GroupedQueryAttention, RoutedExperts
+from hrm.layers import GroupedQueryAttention, RoutedExperts, Vectors
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import (
     FULL,
@@ -62,8 +62,8 @@ def read_phimoe(keys: Keys) -> ModelSpec:
     attention = attention.with_vectors(attention_norm_bias=hidden_size)
     experts = routed_experts(keys, "intermediate_size", "num_local_experts")
     experts = experts.with_vectors(ffn_norm_bias=hidden_size)
-    head_biases = keys.truth("lm_head_bias") * keys.integer("vocab_size")
-    return model(keys, windowed(keys, attention), experts, other_head_parameters=head_biases + hidden_size)
+    of_head = (("final_norm_bias", hidden_size), *_lm_head_bias(keys, "lm_head_bias"))
+    return model(keys, windowed(keys, attention), experts, head_vectors=of_head)
 
 
 def read_olmoe(keys: Keys) -> ModelSpec:
@@ -102,7 +102,7 @@ def read_ernie4_5(keys: Keys) -> ModelSpec:
         experts,
         dense_layers=_ernie_dense_layers(keys),
         dense_biases=has_biases,
-        other_head_parameters=has_biases * keys.integer("vocab_size"),
+        head_vectors=_lm_head_bias(keys, "use_bias"),
     )
 
 
@@ -142,6 +142,11 @@ def _ernie_dense_layers(keys: Keys) -> set[int]:
     every = keys.integer("moe_layer_interval", default=1)
     last = count - 1 if last == -1 else last
     return {layer for layer in range(count) if (layer + 1) % every or not first <= layer <= last}
+
+
+def _lm_head_bias(keys: Keys, key: str) -> Vectors:
+    """The bias of the LM head, if the key says that there is one."""
+    return (("lm_head_bias", keys.integer("vocab_size")),) if keys.truth(key) else ()
 
 
 def _with_whole_norms(attention: GroupedQueryAttention) -> GroupedQueryAttention:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from tests.executor.families.tiny import SIZES, Tensors, causal
 
 
@@ -86,4 +88,37 @@ GROUPED["granitemoe"] = causal(
     attention_multiplier=0.25,
     tie_word_embeddings=True,
 )
-GROUPED_OTHERWISE = {"qwen3_vl_moe_text": transposed_experts}
+# Weights of experts differ from one only where others' logits are near, which more jitter calls more of.
+PHI = {"num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "short_mscale": 1.2,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 128,
+}
+GROUPED["phimoe"] = causal("phimoe", **PHI, attention_bias=True, lm_head_bias=True, rope_parameters=LONGROPE)
+GROUPED["phimoe fused"] = causal("phimoe", **PHI, tie_word_embeddings=True)
+
+
+def fused_phi(tensors: Tensors) -> Tensors:
+    """As transformers 5 names its own parameters."""
+    fused = {
+        name.replace("block_sparse_moe.gate", "mlp.router"): tensor
+        for name, tensor in tensors.items()
+        if ".experts." not in name
+    }
+    for layer in range(SIZES["num_hidden_layers"]):
+        of_layer = f"model.layers.{layer}.block_sparse_moe.experts."
+        w1, w2, w3 = (
+            torch.stack([tensors[f"{of_layer}{expert}.{name}.weight"] for expert in range(PHI["num_local_experts"])])
+            for name in ("w1", "w2", "w3")
+        )
+        ours = f"model.layers.{layer}.mlp.experts."
+        fused |= {f"{ours}gate_up_proj": torch.cat([w1, w3], 1), f"{ours}down_proj": w2}
+    return fused
+
+
+GROUPED_OTHERWISE = {"qwen3_vl_moe_text": transposed_experts, "phimoe fused": fused_phi}

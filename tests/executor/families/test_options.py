@@ -11,6 +11,7 @@ CONFIGS = {
     "glm4_moe": {**GLM, "n_group": 1, "topk_group": 1},
     "minimax_m2": {"num_local_experts": 8},
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_intermediate_size": 24},
+    "phimoe": {"num_local_experts": 8},
 }
 
 
@@ -29,6 +30,8 @@ CONFIGS = {
         ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
         ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ("phimoe", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ],
 )
 def test_what_a_family_lacks_is_refused_by_its_key(family, changes, key):

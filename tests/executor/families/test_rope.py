@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from executor.families.rope import Rope
+from executor.model import Rotary
 from hrm.errors import ModelError
 from hrm.model_spec import Keys
 
@@ -38,7 +39,7 @@ PUBLISHED = {
     "yarn with its magnitude": {"rope_scaling": {**YARN, "attention_factor": 1.25}},
     "longrope": {
         "original_max_position_embeddings": 4096,
-        "rope_scaling": {"type": "longrope", "short_factor": FACTORS, "long_factor": [9.0] * len(FACTORS)},
+        "rope_scaling": {"type": "longrope", "short_factor": FACTORS, "long_factor": [9 * x for x in FACTORS]},
     },
 }
 
@@ -47,8 +48,7 @@ def rope(config: dict[str, Any], partial: float | None = 1.0) -> Rope:
     return Rope.read(Keys({**SIZES, **config}, "config.json"), theta=10_000.0, positions=2048, partial=partial)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_frequencies_and_magnitude_are_those_of_transformers(name):
+def assert_as_transformers(name: str, ours: Rotary, **length: int) -> None:
     from transformers import Qwen3MoeConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
@@ -56,10 +56,22 @@ def test_frequencies_and_magnitude_are_those_of_transformers(name):
     theirs: Any = Qwen3MoeConfig(**{**SIZES, "head_dim": HEAD_DIM, **PUBLISHED[name]})
     kind = theirs.rope_parameters["rope_type"]
     function = ROPE_INIT_FUNCTIONS.get(kind, Glm4MoeRotaryEmbedding.compute_default_rope_parameters)
-    frequencies, magnitude = function(theirs, torch.device("cpu"))
-    ours = rope(PUBLISHED[name]).rotary(HEAD_DIM)
+    frequencies, magnitude = function(theirs, torch.device("cpu"), **length)
     torch.testing.assert_close(torch.tensor(ours.frequencies), frequencies, rtol=1e-6, atol=0)
     assert ours.magnitude == pytest.approx(magnitude)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_frequencies_and_magnitude_are_those_of_transformers(name):
+    assert_as_transformers(name, rope(PUBLISHED[name]).rotary(HEAD_DIM))
+
+
+def test_long_texts_have_rotations_of_their_own():
+    longer = rope(PUBLISHED["longrope"]).of_long_texts
+    assert longer is not None
+    assert longer.max_positions == SIZES["max_position_embeddings"]
+    assert_as_transformers("longrope", longer.rotary(HEAD_DIM), seq_len=4097)
+    assert all(rope(config).of_long_texts is None for name, config in PUBLISHED.items() if name != "longrope")
 
 
 def test_the_part_that_turns_may_be_told_in_elements():
@@ -73,9 +85,11 @@ def test_what_depends_on_the_length_is_run_where_it_does_not(name):
     assert rope(PUBLISHED["deepseek-v3"]).max_positions == 131_072
 
 
-def test_phi_tells_the_magnitude_of_short_texts():
+def test_phi_tells_the_magnitudes():
     scaling = {**PUBLISHED["longrope"]["rope_scaling"], "short_mscale": 1.25, "long_mscale": 1.5}
-    assert rope({**PUBLISHED["longrope"], "rope_scaling": scaling}).rotary(HEAD_DIM).magnitude == 1.25
+    short = rope({**PUBLISHED["longrope"], "rope_scaling": scaling})
+    assert short.of_long_texts is not None
+    assert [each.rotary(HEAD_DIM).magnitude for each in (short, short.of_long_texts)] == [1.25, 1.5]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
 from executor.model import GroupedQuery, Norm, NormKind, Reach, Router
-from executor.model.layout import dense_tensors, embedding_tensors, expert_tensors, head_tensors
+from executor.model.layout import dense_tensors, expert_tensors
 from hrm.errors import ModelError
 from hrm.model_spec import BUILT_IN_MODELS
 from tests.executor.tiny_models import DBRX
@@ -163,9 +163,9 @@ def test_loads_fill_every_element_in_the_dtype_asked_for(tiny_folder):
         ]
         family.load(checkpoint, spec, dense_tensors(spec.layers[1]), flats[0], 1)
         family.load(checkpoint, spec, expert_tensors(spec.layers[1]), flats[1], 1, 2)
-        family.load(checkpoint, spec, head_tensors(spec), flats[2])
+        family.load(checkpoint, spec, spec.head_tensors, flats[2])
         embedding = torch.full((spec.embedding_parameters,), torch.nan)
-        family.load(checkpoint, spec, embedding_tensors(spec), embedding)
+        family.load(checkpoint, spec, spec.embedding_tensors, embedding)
     assert not any(tensor.isnan().any() for tensor in (*flats, embedding))
     tied = torch.equal(flats[2][spec.hidden_size :], embedding.to(torch.bfloat16))
     assert tied == spec.tied_embeddings

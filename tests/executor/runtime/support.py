@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.backends import AbstractBackend, EmulatedMachine, make_backend
-from executor.batching import Batcher, Request
+from executor.batching import Request
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
 from executor.generate import Completion, Generator, Planned
@@ -132,7 +132,7 @@ def requests(prompts: list[list[int]], **params: Any) -> list[Request]:
 def generate(made: Generator, wanted: list[Request]) -> dict[str, Completion]:
     """Completions by name."""
     done: dict[str, Completion] = {}
-    for index, batch in enumerate(Batcher(iter(wanted), made.policy)):
+    for index, batch in enumerate(made.batches(iter(wanted))):
         for completion in made.generate(batch, index=index).completions:
             assert completion.request.name not in done
             done[completion.request.name] = completion

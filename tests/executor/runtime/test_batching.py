@@ -36,11 +36,14 @@ request_lists = st.lists(st.tuples(st.integers(1, 200), st.integers(1, 56)), max
     ]
 )
 
+kinds = st.sampled_from([lambda _: None, lambda request: len(request.prompt) > 100])
 
-@given(request_lists, policies)
-def test_no_request_is_dropped_and_no_limit_exceeded(requests, policy):
+
+@given(request_lists, policies, kinds)
+def test_no_request_is_dropped_and_no_limit_exceeded(requests, policy, kind):
     seen: list[str] = []
-    for batch in Batcher(iter(requests), policy):
+    for batch in Batcher(iter(requests), policy, kind):
+        assert len({kind(request) for request in batch.requests}) == 1
         assert 1 <= len(batch.micro_batches) <= policy.num_micro_batches
         assert batch.num_requests <= policy.batch_size
         for micro_batch in batch.micro_batches:
@@ -82,12 +85,12 @@ def test_the_planned_cache_holds_a_whole_batch_with_no_few_requests_left_over(le
         assert not pack(requests, policy)[1], (size, count)
 
 
-@given(request_lists, policies)
-def test_nothing_waits_for_more_than_one_batch_while_later_ones_run(requests, policy):
+@given(request_lists, policies, kinds)
+def test_nothing_waits_for_more_than_one_batch_while_later_ones_run(requests, policy, kind):
     order = {request.name: index for index, request in enumerate(requests)}
     waiting: set[str] = set()
     done: set[str] = set()
-    for batch in Batcher(iter(requests), policy):
+    for batch in Batcher(iter(requests), policy, kind):
         names = {p.request.name for mb in batch.micro_batches for p in mb.placed}
         if waiting:
             assert min(waiting, key=order.__getitem__) in names

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from executor.job.room import AnswerRoom
 from executor.job.tokenizer import TextTokenizer
 from executor.sampling import SamplingParams
 from tests.executor.runtime.support import make_policy, requests
+from tests.executor.tiny_models import tiny_arch
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -226,10 +228,15 @@ def test_room_of_an_answer(prompt, expected):
     assert ROOM.max_tokens(prompt) == expected
 
 
+@pytest.mark.parametrize(("prompt", "expected"), [(10, 30), (32, 8), (33, 31), (60, 8)])
+def test_an_answer_that_may_be_short_keeps_a_text_short(prompt, expected):
+    assert replace(ROOM, short_tokens=40).max_tokens(prompt) == expected
+
+
 def test_room_fits_the_cache_whatever_the_policy():
     for micro_batch, tokens in ((1, 16), (3, 256), (16, 256), (40, 256)):
         policy = make_policy(2, batch_size=micro_batch, micro_batch_size=micro_batch, kv_tokens_per_micro_batch=tokens)
-        room = AnswerRoom.of(policy, 12, positions=200)
+        room = AnswerRoom.of(policy, 12, replace(tiny_arch(), max_position_embeddings=200))
         for length in range(1, min(tokens, 200)):
             request = Request("a", (3,) * length, SamplingParams(max_tokens=room.max_tokens(length)))
             assert length + request.params.max_tokens <= 200
