@@ -32,7 +32,7 @@ from executor.model.layout import (
     head_tensors,
     head_views,
 )
-from executor.model.mixers import GatedDelta, GroupedQuery, Latent, Mixer
+from executor.model.mixers import GatedDelta, GroupedQuery, Latent, Mixer, Temperature
 from executor.model.norm import Norm, NormKind, normed
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
@@ -69,6 +69,7 @@ __all__ = [
     "Routing",
     "RowNumbers",
     "Scores",
+    "Temperature",
     "Workspace",
     "decode_attention",
     "dense_tensors",
