@@ -10,6 +10,7 @@ from executor.families.ernie import ERNIE_4_5
 from executor.families.glm import GLM4
 from executor.families.gpt_oss import GPT_OSS
 from executor.families.granite import GRANITE
+from executor.families.llama4 import LLAMA4
 from executor.families.minimax import MINIMAX_M2
 from executor.families.mixtral import MIXTRAL
 from executor.families.phi import PHI
@@ -36,6 +37,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "phimoe": PHI,
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
+    "llama4_text": LLAMA4,
     # with the gated delta rule
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe_text": QWEN3_5,

@@ -149,9 +149,10 @@ def _linear(rope: Rope, frequencies_h: Tensor) -> Scaled:
 def _llama3(rope: Rope, frequencies_h: Tensor) -> Scaled:
     """Slow rotations are slowed down, quick ones stay, and between them it changes smoothly."""
     factor, slow, quick = (rope.section.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    rope.require(quick > slow, "high_freq_factor", f"must be greater than low_freq_factor, {slow}")
+    rope.require(quick >= slow, "high_freq_factor", f"must be at least low_freq_factor, {slow}")
     turns_h = rope.first_positions * frequencies_h / (2 * math.pi)
-    share_h = ((turns_h - slow) / (quick - slow)).clamp(0, 1)
+    # Where both are the same, as in Llama-4-Scout, the one's end is the other's beginning.
+    share_h = ((turns_h - slow) / (quick - slow)).clamp(0, 1) if quick > slow else (turns_h > slow).float()
     return (1 - share_h) * frequencies_h / factor + share_h * frequencies_h, 1.0
 
 

@@ -30,7 +30,7 @@ from executor.model.layout import (
     experts_in,
     head_views,
 )
-from executor.model.mixers import GatedDelta, GroupedQuery, Latent, Mixer
+from executor.model.mixers import GatedDelta, GroupedQuery, Latent, Mixer, Temperature
 from executor.model.norm import Norm, NormKind, normed
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
@@ -67,6 +67,7 @@ __all__ = [
     "Routing",
     "RowNumbers",
     "Scores",
+    "Temperature",
     "Workspace",
     "decode_attention",
     "dense_tensors",

@@ -25,7 +25,7 @@ def run_experts(
     *,
     glu: Glu = SILU,
 ) -> list[int]:
-    """Add to `out_TD` the weighted output of exactly the `experts` given, as (index, weights).
+    """Add to `out_TD` the output of exactly the `experts` given, as (index, weights), weighted as `glu` says.
 
     Returns how many tokens are routed to each expert, given or not, up to the last that any is.
     Experts may come lazily and in any order; those that no token goes to are skipped. `out_TD` may
@@ -73,6 +73,7 @@ def _run_natively(
         max_tokens=max_native_tokens(x_TD.dtype),
         activation=glu.activation,
         limit=glu.limit,
+        weight_on_input=glu.weight_on_input,
         biases=[(w.w13_bias, w.w2_bias) for _, w in experts if w.w13_bias is not None and w.w2_bias is not None],
     )
     workspace.release(mark)
@@ -108,12 +109,16 @@ def _run_in_torch(
         routed = slice(starts[index], starts[index] + count)
         rows, x_nD, gate_up_n2I = tokens[routed], gathered[:count], activations[:count]
         torch.index_select(x_TD, 0, rows, out=x_nD)
+        if glu.weight_on_input:
+            x_nD.mul_(weights[routed])
         multiply(x_nD, expert.w13, gate_up_n2I)
         if expert.w13_bias is not None:
             gate_up_n2I += expert.w13_bias
         multiply(glu.apply(gate_up_n2I), expert.w2, x_nD)
         if expert.w2_bias is not None:
             x_nD += expert.w2_bias
-        out_TD.index_add_(0, rows, x_nD.mul_(weights[routed]))
+        if not glu.weight_on_input:
+            x_nD.mul_(weights[routed])
+        out_TD.index_add_(0, rows, x_nD)
     workspace.release(mark)
     return counts

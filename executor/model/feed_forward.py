@@ -22,10 +22,14 @@ from executor.native import Activation
 
 @dataclass(frozen=True, slots=True)
 class Glu:
-    """What an FFN makes of its gate and up projections; `limit` is of `Activation.CLAMPED`."""
+    """What an FFN makes of its gate and up projections; `limit` is of `Activation.CLAMPED`.
+
+    With `weight_on_input` a router's weights multiply what goes into experts, not what comes out.
+    """
 
     activation: Activation = Activation.SILU
     limit: float = inf
+    weight_on_input: bool = False
 
     def apply(self, gate_up_n2I: Tensor) -> Tensor:
         """The gate through the activation times the other half, where the gate was."""

@@ -194,8 +194,8 @@ class GpuKernels(AbstractKernels):
         places_N[order_N] = torch.arange(len(order_N), device=x_TD.device)
         if ends is None and (2 * num_rows <= rows_at_once or per_token == 1):
             # Room for all at once.
-            y_ND = self._outputs(x_TD, tokens_N, stack, ends_E, None, grouped, glu)
-            _mask_others(y_ND.mul_(weights_N1), ends_E, count, num_experts)
+            y_ND = self._outputs(x_TD, tokens_N, weights_N1, stack, ends_E, None, grouped, glu)
+            _mask_others(y_ND, ends_E, count, num_experts)
             out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
             return
         for first in range(0, num_rows, rows_at_once):
@@ -203,8 +203,7 @@ class GpuKernels(AbstractKernels):
             size = piece.stop - first
             ends_here = (ends_E - first).clamp_(0, size)
             on_host = None if ends is None else [min(max(e - first, 0), size) for e in ends]
-            y_nD = self._outputs(x_TD, tokens_N[piece], stack, ends_here, on_host, grouped, glu)
-            y_nD.mul_(weights_N1[piece])
+            y_nD = self._outputs(x_TD, tokens_N[piece], weights_N1[piece], stack, ends_here, on_host, grouped, glu)
             if on_host is None:
                 _mask_others(y_nD, ends_here, count, num_experts)
             _add_rows(out_TD, y_nD, places_N.view(len(x_TD), per_token) - first)
@@ -214,21 +213,24 @@ class GpuKernels(AbstractKernels):
     def _outputs(
         x_TD: Tensor,
         tokens_n: Tensor,
+        weights_n1: Tensor,
         stack: ExpertStack,
         ends_E: Tensor,
         ends: list[int] | None,
         grouped: Callable[..., Tensor] | None,
         glu: Glu,
     ) -> Tensor:
-        """The experts' outputs of rows sorted by expert; whatever it may be in rows of others."""
+        """The experts' weighted outputs of rows sorted by expert; whatever it may be in rows of others."""
         x_nD = x_TD.index_select(0, tokens_n)
+        if glu.weight_on_input:
+            x_nD.mul_(weights_n1)
         if grouped is not None and isinstance(stack.w13_E2ID, Tensor) and isinstance(stack.w2_EDI, Tensor):
             gate_up_n2I = grouped(x_nD, stack.w13_E2ID.transpose(-2, -1), offs=ends_E)
             del x_nD
             _add_bias(gate_up_n2I, stack.w13_bias_E2I, ends_E)
             y_nD = grouped(glu.apply(gate_up_n2I), stack.w2_EDI.transpose(-2, -1), offs=ends_E)
             _add_bias(y_nD, stack.w2_bias_ED, ends_E)
-            return y_nD
+            return y_nD if glu.weight_on_input else y_nD.mul_(weights_n1)
         assert ends is not None
         gate_up_n2I = x_nD.new_empty(len(x_nD), stack.w13_E2ID.shape[1])
         start = 0
@@ -242,7 +244,7 @@ class GpuKernels(AbstractKernels):
                 multiply(gate_nI, stack.w2_EDI[expert], x_nD[rows])  # done with as input
             start = end
         _add_bias(x_nD, stack.w2_bias_ED, ends_E)
-        return x_nD
+        return x_nD if glu.weight_on_input else x_nD.mul_(weights_n1)
 
 
 def _fill(caches_C2Gd: Sequence[Tensor | None], qkv_TX: Tensor, lengths: Sequence[int], heads: int) -> None:

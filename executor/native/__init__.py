@@ -68,13 +68,15 @@ class Kernels(MixerKernels):
         max_tokens: int,
         activation: Activation = Activation.SILU,
         limit: float = inf,
+        weight_on_input: bool = False,
         biases: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> tuple[list[int], list[int]]:
         """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
 
         w13 (2I, D) are the gate's rows and then the up projection's, w2 is (D, I), and `biases`, if
         there are any, are as many pairs (2I), (D) of the same dtype; all lie without gaps. `limit`
-        is of `Activation.CLAMPED`. The sums are float32, the activations are rounded once.
+        is of `Activation.CLAMPED`. With `weight_on_input` tokens are multiplied by their weights
+        before the experts, not after. The sums are float32, the activations are rounded once.
 
         `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
         an expert; as many experts as it has room for are computed together. Those of more tokens
@@ -104,6 +106,7 @@ class Kernels(MixerKernels):
             bias2=[bias2.data_ptr() for _, bias2 in biases],
             activation=activation,
             limit=limit,
+            weight_on_input=weight_on_input,
             max_tokens=max_tokens,
             threads=torch.get_num_threads(),
         )

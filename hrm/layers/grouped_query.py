@@ -126,10 +126,10 @@ class GroupedQueryAttention(SoftmaxAttention):
         return (1 + self.output_gate) * self.query_size + self.cached_elements + self.returned_elements
 
     def temporary_bytes(self, compute: Format) -> int:
-        """What the rotary embedding or a norm of heads needs, and a second attention output."""
+        """What the rotary embedding needs, a norm of heads or a scale of queries, and a second attention output."""
         rotated = compute.bytes_of(self.query_size + self.kv_size) // 2
         rotary = rotated + 4 * self.head_dim + compute.bytes_of(self.head_dim)
-        normed = 4 * (self.query_size + self.num_heads) if any(name == "query_norm" for name, _ in self.vectors) else 0
+        normed = 4 * (self.query_size + self.num_heads)
         return max(rotary, normed, compute.bytes_of(self.returned_elements))
 
     def prefix_read_bytes(self, formats: Formats) -> int:

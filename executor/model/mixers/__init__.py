@@ -2,7 +2,7 @@
 
 from executor.model.mixers.base import Mixer
 from executor.model.mixers.gated_delta import GatedDelta
-from executor.model.mixers.grouped_query import GroupedQuery
+from executor.model.mixers.grouped_query import GroupedQuery, Temperature
 from executor.model.mixers.latent import Latent
 
-__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer"]
+__all__ = ["GatedDelta", "GroupedQuery", "Latent", "Mixer", "Temperature"]

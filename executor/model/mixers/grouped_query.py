@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+import torch
 from torch import Tensor
 
 from executor.model.layout import AttentionWeights
@@ -25,14 +26,41 @@ if TYPE_CHECKING:
     from executor.model.kernels import AbstractKernels
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Temperature:
+    """How queries grow with their position, for attention over long texts to stay sharp (arXiv 2501.19399).
+
+    The query of a text's n-th token is multiplied by 1 + `scale` * log(1 + n // `stretch`).
+    """
+
+    stretch: int
+    scale: float
+
+    def factors(self, positions_T: Tensor) -> Tensor:
+        """What queries at positions from 0 are multiplied by, float32."""
+        stretches_T = (positions_T + 1).div_(self.stretch, rounding_mode="floor")
+        return stretches_T.float().log1p_().mul_(self.scale).add_(1)
+
+    def apply(self, queries_TQ: Tensor, positions_T: Tensor, workspace: Workspace) -> None:
+        """Multiply queries in place, in float32 and rounded once."""
+        mark, exact_TQ = workspace.mark(), queries_TQ
+        if queries_TQ.dtype is not torch.float32:
+            exact_TQ = workspace.take(queries_TQ.shape, torch.float32).copy_(queries_TQ)
+        exact_TQ.mul_(self.factors(positions_T).unsqueeze(1))
+        if exact_TQ is not queries_TQ:
+            queries_TQ.copy_(exact_TQ)
+        workspace.release(mark)
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedQuery(Mixer):
     """Grouped-query attention.
 
     `head_norm` is of queries and keys, over each head or, if its weights are that long, over all
-    together. After it and before the rotary embedding, `clip` bounds queries, keys and values. Scores
-    are products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention
+    together. After it and before the rotary embedding, `clip` bounds queries, keys and values. After that,
+    `rotated_norm` is of each head of queries and keys, without weights, and a `temperature` scales queries.
+    Scores are products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention
     starts anew after so many tokens. What is added to hidden states is multiplied by `output_scale`.
     """
 
@@ -41,6 +69,8 @@ class GroupedQuery(Mixer):
     rotary: Rotary | None = None
     clip: float | None = None
     head_norm: Norm | None = None
+    rotated_norm: Norm | None = None
+    temperature: Temperature | None = None
     output_scale: float = 1.0
     scale: float | None = None
     chunked: bool = False
@@ -82,13 +112,22 @@ class GroupedQuery(Mixer):
             row_TX.clamp_(-self.clip, self.clip)
         if self.rotary is not None:
             self.rotary.turn(row_TX, block.num_heads + block.num_kv_heads, block.head_dim, positions_T, workspace)
+        if self.rotated_norm is not None:
+            for part in self._queries_and_keys(row_TX):
+                heads = part.unflatten(1, (-1, block.head_dim))
+                norm_into(self.rotated_norm, heads, heads.new_ones(block.head_dim), heads, workspace)
+        if self.temperature is not None:
+            self.temperature.apply(row_TX[:, : block.query_size], positions_T, workspace)
+
+    def _queries_and_keys(self, row_TX: Tensor) -> tuple[Tensor, ...]:
+        sizes = (self.block.query_size, self.block.kv_size)
+        return row_TX[:, : sum(sizes)].split(sizes, dim=1)
 
     def _norm_heads(self, row_TX: Tensor, weights: AttentionWeights, workspace: Workspace) -> None:
         if weights.query_norm is None or weights.key_norm is None:
             return
         assert self.head_norm is not None, "the family does not say how heads are normed"
-        queries, keys = row_TX.split((self.block.query_size, 2 * self.block.kv_size), dim=1)
-        for part, weight in ((queries, weights.query_norm), (keys[:, : self.block.kv_size], weights.key_norm)):
+        for part, weight in zip(self._queries_and_keys(row_TX), (weights.query_norm, weights.key_norm), strict=True):
             heads = part.unflatten(1, (-1, len(weight))) if len(weight) < part.shape[1] else part
             norm_into(self.head_norm, heads, weight, heads, workspace)
 

@@ -41,6 +41,11 @@ void add_bias(float* products, const T* bias, int64_t columns) {
     for (int64_t c = 0; c < columns; ++c) products[c] += widened(bias[c]);
 }
 
+// The product of an input that is `weight` times as large.
+inline void scale(float* products, float weight, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) products[c] *= weight;
+}
+
 template <typename T>
 void gate(
     const Experts& shape, const ExpertGroup& group, int64_t first, int64_t last,
@@ -64,6 +69,10 @@ void gate(
         multiply(both, last - first, hidden, inputs, tokens);
         for (int i = 0; i < tokens; ++i) {
             float *products = gated + i * COLUMNS, *ups = up + i * COLUMNS;
+            if (shape.weight_on_input) {
+                scale(products, group.weights[t + i], last - first);
+                scale(ups, group.weights[t + i], last - first);
+            }
             if (bias) {
                 add_bias(products, bias + first, last - first);
                 add_bias(ups, bias + shape.intermediate + first, last - first);
@@ -110,7 +119,7 @@ void project(
                     add_bias(products + i * COLUMNS, bias, last - first);
                 }
                 T* row = out + group.tokens[t + i] * shape.out_stride;
-                const float weight = group.weights[t + i];
+                const float weight = shape.weight_on_input ? 1.0f : group.weights[t + i];
                 for (int64_t c = 0; c < last - first; ++c) {
                     narrow(widened(row[c]) + weight * products[i * COLUMNS + c], row + c);
                 }

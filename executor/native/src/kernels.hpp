@@ -111,7 +111,7 @@ struct ExpertGroup {
     const void* w2;         // (hidden, intermediate)
     const void *bias13, *bias2;  // (2 * intermediate) and (hidden), or null
     const int32_t* tokens;
-    const float* weights;   // by which each token's output is multiplied
+    const float* weights;   // by which each token's output, or its input, is multiplied
     int64_t count, first_row;
 };
 
@@ -123,6 +123,7 @@ struct Experts {
     int64_t hidden, intermediate;
     Activation activation;
     float limit;                // of the clamped ones: of gates above, of ups on both sides
+    bool weight_on_input;       // tokens are multiplied by their weights before, not after
     const void* x;              // inputs, rows of x_stride elements
     int64_t x_stride;
     float* activations;         // as the path prepares it

@@ -211,8 +211,8 @@ NB_MODULE(_kernels, module) {
            uintptr_t experts, uintptr_t weights, uintptr_t out, int64_t out_stride,
            uintptr_t scratch, int64_t scratch_floats, std::vector<int64_t> indices,
            std::vector<uintptr_t> w13, std::vector<uintptr_t> w2, std::vector<uintptr_t> bias13,
-           std::vector<uintptr_t> bias2, int activation, float limit, int64_t max_tokens,
-           int threads) {
+           std::vector<uintptr_t> bias2, int activation, float limit, bool weight_on_input,
+           int64_t max_tokens, int threads) {
             require(indices.size() == w13.size() && w13.size() == w2.size(), "weights of each");
             require(bias13.size() == bias2.size(), "both biases or none");
             require(bias2.empty() || bias2.size() == w2.size(), "biases of each");
@@ -226,7 +226,8 @@ NB_MODULE(_kernels, module) {
                 at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
                 at<char>(out), out_stride, at<float>(scratch), scratch_floats,
                 std::move(indices), std::move(w13), std::move(w2), std::move(bias13),
-                std::move(bias2), static_cast<native::Activation>(activation), limit, max_tokens,
+                std::move(bias2), static_cast<native::Activation>(activation), limit, weight_on_input,
+                max_tokens,
             };
             const native::Path& chosen = path_named(path);
             nb::gil_scoped_release released;
@@ -237,7 +238,7 @@ NB_MODULE(_kernels, module) {
         nb::arg("x_stride"), nb::arg("experts"), nb::arg("weights"), nb::arg("out"),
         nb::arg("out_stride"), nb::arg("scratch"), nb::arg("scratch_floats"), nb::arg("indices"),
         nb::arg("w13"), nb::arg("w2"), nb::arg("bias13"), nb::arg("bias2"), nb::arg("activation"),
-        nb::arg("limit"), nb::arg("max_tokens"), nb::arg("threads"));
+        nb::arg("limit"), nb::arg("weight_on_input"), nb::arg("max_tokens"), nb::arg("threads"));
 
     module.def(
         "linear",

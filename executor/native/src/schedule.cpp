@@ -66,8 +66,8 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
 
     const int64_t stride = activation_floats(call.intermediate);
     Experts shape{
-        call.hidden, call.intermediate, call.activation, call.limit, call.x, call.x_stride / size, call.scratch, stride,
-        call.out, call.out_stride / size,
+        call.hidden, call.intermediate, call.activation, call.limit, call.weight_on_input, call.x,
+        call.x_stride / size, call.scratch, stride, call.out, call.out_stride / size,
     };
     const auto bias = [](const std::vector<uintptr_t>& biases, size_t i) {
         return biases.empty() ? nullptr : reinterpret_cast<const void*>(biases[i]);

@@ -56,6 +56,7 @@ struct ExpertsCall {
     std::vector<uintptr_t> bias13, bias2;  // and their biases; empty if they have none
     Activation activation;
     float limit;                           // of a clamped activation
+    bool weight_on_input;                  // tokens are multiplied by their weights before, not after
     int64_t max_tokens;                    // of one expert; those with more are left out
 };
 

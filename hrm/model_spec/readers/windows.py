@@ -40,16 +40,22 @@ def read_llama4(keys: Keys) -> ModelSpec:
         dense = interleaved(keys, "interleave_moe_layer_step")
     else:
         dense = set(range(count)) - set(keys.integers("moe_layers"))
-    rotary = keys.integers("no_rope_layers")
-    if not rotary:
-        interval = keys.integer("no_rope_layer_interval", default=4)
-        rotary = tuple((layer + 1) % interval for layer in range(count))
-    if len(rotary) < count:
-        raise keys.refusal("no_rope_layers", f"must have one of the {count} layers each")
+    rotated = llama4_rotated_layers(keys, count)
     experts = routed_experts(keys, "intermediate_size", "num_local_experts")
     experts = replace(experts, shared_intermediate_size=experts.intermediate_size)
-    mixers = windowed(keys, biased_attention(keys), lambda layer: CHUNKED if rotary[layer] else FULL)
+    mixers = windowed(keys, biased_attention(keys), lambda layer: CHUNKED if rotated[layer] else FULL)
     return model(keys, mixers, experts, dense_layers=dense, dense_size="intermediate_size_mlp")
+
+
+def llama4_rotated_layers(keys: Keys, count: int) -> tuple[bool, ...]:
+    """In which of so many layers of Llama-4 positions are rotated: as a list says, or in all but every so many-th."""
+    rotated = keys.integers("no_rope_layers")
+    if not rotated:
+        interval = keys.integer("no_rope_layer_interval", default=4)
+        rotated = tuple((layer + 1) % interval for layer in range(count))
+    if len(rotated) < count:
+        raise keys.refusal("no_rope_layers", f"must have one of the {count} layers each")
+    return tuple(each != 0 for each in rotated[:count])
 
 
 def read_mimo_v2(keys: Keys) -> ModelSpec:

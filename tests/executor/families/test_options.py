@@ -3,6 +3,7 @@
 import pytest
 
 from executor.families import family_for
+from executor.model import GroupedQuery, Temperature
 from hrm.errors import ModelError
 from tests.executor.families.tiny import SIZES
 
@@ -12,6 +13,7 @@ CONFIGS = {
     "minimax_m2": {"num_local_experts": 8},
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_intermediate_size": 24},
     "phimoe": {"num_local_experts": 8},
+    "llama4_text": {"num_local_experts": 8, "attention_chunk_size": 16},
 }
 
 
@@ -32,6 +34,8 @@ CONFIGS = {
         ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
         ("phimoe", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "layer_types"),
+        ("llama4_text", {"attn_temperature_tuning": "yes"}, "attn_temperature_tuning"),
     ],
 )
 def test_what_a_family_lacks_is_refused_by_its_key(family, changes, key):
@@ -41,3 +45,13 @@ def test_what_a_family_lacks_is_refused_by_its_key(family, changes, key):
     with pytest.raises(ModelError) as caught:
         family_for(config, "config.json").architecture(config, "config.json")
     assert str(caught.value).startswith(f"config.json: {key} ")
+
+
+@pytest.mark.parametrize(("told", "scaled"), [(4, True), (True, True), (0, False), (False, False), (None, True)])
+def test_the_first_configs_of_llama4_have_a_number_for_whether_queries_are_scaled(told, scaled):
+    config = {**SIZES, **CONFIGS["llama4_text"], "model_type": "llama4_text", "num_experts_per_tok": 1}
+    config |= {"no_rope_layers": [1, 1, 0], "attn_temperature_tuning": told, "floor_scale": 4, "attn_scale": 0.5}
+    layers = family_for(config, "config.json").architecture(config, "config.json").layers
+    whole = Temperature(stretch=4, scale=0.5) if scaled else None
+    found = [layer.mixer.temperature for layer in layers if isinstance(layer.mixer, GroupedQuery)]
+    assert found == [None, None, whole]

@@ -25,9 +25,18 @@ PUBLISHED = {
             "rope_type": "llama3",
             "factor": 16.0,
             "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+            "high_freq_factor": 1.0,
             "original_max_position_embeddings": 8192,
         },
+    },
+    "llama3, smoothly": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
     },
     "deepseek-v3": {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
     "deepseek-v2-lite": {"rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.3}},

@@ -1,6 +1,50 @@
 """Tiny models that attend within windows or chunks, or to sinks."""
 
-from tests.executor.families.tiny import causal
+from typing import Any
+
+from tests.executor.families.tiny import SIZES, causal
+
+LLAMA4 = {
+    "head_dim": 16,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 5,
+    "num_hidden_layers": 4,
+    "no_rope_layer_interval": 3,
+    "attention_chunk_size": 7,
+    "floor_scale": 6,
+    "attn_scale": 0.7,
+}
+# So that some of the frequencies are slowed down.
+SCOUT_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def llama4() -> Any:
+    """With pictures as published, dense layers in between, and biases."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {**SIZES, **LLAMA4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "use_qk_norm": False}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    }
+    text |= {"attention_bias": True, "no_rope_layers": [1, 0, 0, 1]}
+    config = AutoConfig.for_model("llama4", text_config=text, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config)
+
 
 WINDOWED = {
     "gpt_oss": causal(
@@ -20,5 +64,7 @@ WINDOWED = {
             "original_max_position_embeddings": 32,
         },
     ),
+    "llama4_text": causal("llama4_text", **LLAMA4, num_experts_per_tok=1, rope_parameters=SCOUT_ROPE),
+    "llama4_text maverick": llama4,
     "mixtral with windows": causal("mixtral", sliding_window=9, num_local_experts=4),
 }

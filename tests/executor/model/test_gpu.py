@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model import (
     Experts,
+    Glu,
     GpuKernels,
     PromptNumbers,
     Routing,
@@ -16,6 +17,7 @@ from executor.model import (
     prefill_attention,
     run_experts,
 )
+from executor.model.feed_forward import SILU
 from executor.model.gpu import grouped_gemm
 from executor.model.numbers import RowViews
 from tests.executor.model.steps import route
@@ -44,10 +46,10 @@ def prompts(lengths):
     return PromptNumbers.write(torch.empty(99, dtype=torch.int64), [0] * len(lengths), lengths)
 
 
-def run(kernels, x, routing, stacks, out, *, rows_at_once, num_experts):
+def run(kernels, x, routing, stacks, out, *, rows_at_once, num_experts, glu=SILU):
     experts = Experts(stacks=tuple(stacks))
     return kernels.run_experts(
-        x, routing, experts, out, workspace(), rows_at_once=rows_at_once, num_experts=num_experts
+        x, routing, experts, out, workspace(), rows_at_once=rows_at_once, num_experts=num_experts, glu=glu
     )
 
 
@@ -184,6 +186,23 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
             wanted += weight.unsqueeze(1) * output
     assert_same(got, wanted)
     assert counts.tolist() == routing.experts_TK.flatten().bincount(minlength=5).tolist()
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 1000])
+def test_weights_may_multiply_the_input_of_experts(kernels, dtype, rows_at_once):
+    spec = tiny_arch(num_experts=5, experts_per_token=3).spec
+    flat = torch.randn(5 * spec.expert_parameters).to(dtype) * 0.2
+    experts = experts_in(spec.layers[0], flat, 0)
+    x, out = torch.randn(20, spec.hidden_size).to(dtype), torch.zeros(20, spec.hidden_size, dtype=dtype)
+    routing = Routing(*torch.rand(20, 5).topk(3))
+    glu = Glu(weight_on_input=True)
+    run(kernels, x, routing, experts.stacks, out, rows_at_once=rows_at_once, num_experts=5, glu=glu)
+    wanted = torch.zeros(20, spec.hidden_size)
+    for index, expert in experts.each:
+        weight_T1 = (routing.weights_TK * (routing.experts_TK == index)).sum(1, keepdim=True)
+        gate, up = ((weight_T1 * x.float()) @ expert.w13.float().T).chunk(2, dim=1)
+        wanted += (torch.nn.functional.silu(gate) * up) @ expert.w2.float().T
+    assert_same(out, wanted)
 
 
 @pytest.mark.parametrize("rows_at_once", [7, 20, 59])

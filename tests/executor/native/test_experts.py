@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from executor import native
-from executor.model import ExpertWeights, Routing, Workspace, experts, run_experts
+from executor.model import ExpertWeights, Glu, Routing, Workspace, experts, run_experts
+from executor.model.feed_forward import SILU
 from executor.native import Activation
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
@@ -26,12 +27,12 @@ def make(dtype, *, tokens, hidden, intermediate, num_experts, per_token):
     return torch.randn(tokens, hidden).to(dtype), Routing(*scores.topk(per_token)), weights
 
 
-def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10**6):
+def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10**6, glu=SILU):
     out = torch.ones_like(x)
     workspace = Workspace(torch.empty(bytes_of_workspace, dtype=torch.uint8))
     with native.using(kernels), pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "max_native_tokens", lambda _: max_tokens)
-        counts = run_experts(x, routing, enumerate(weights), out, workspace)
+        counts = run_experts(x, routing, enumerate(weights), out, workspace, glu=glu)
     assert workspace.mark() == 0
     return out, counts
 
@@ -64,13 +65,14 @@ def test_equals_torch(path, dtype, data):
     assert counts == exact_counts
 
 
-def exact(activation, limit, x, routing, weights, biases):
+def exact(activation, limit, x, routing, weights, biases, *, weight_on_input=False):
     """Token by token in float64, every activation as its models' code has it."""
     out = torch.ones(x.shape, dtype=torch.float64)
     for t, row in enumerate(x.double()):
         for weight, index in zip(routing.weights_TK[t], routing.experts_TK[t].tolist(), strict=True):
             w13, w2, (bias13, bias2) = weights[index].w13, weights[index].w2, biases[index]
-            gate, up = (w13.double() @ row + bias13.double()).chunk(2)
+            before, after = (weight, 1.0) if weight_on_input else (1.0, weight)
+            gate, up = (w13.double() @ (before * row) + bias13.double()).chunk(2)
             if activation is Activation.CLAMPED:
                 gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
                 activated = (up + 1) * gate * torch.sigmoid(gate * 1.702)
@@ -78,7 +80,7 @@ def exact(activation, limit, x, routing, weights, biases):
                 activated = functional.gelu(gate, approximate="tanh") * up
             else:
                 activated = functional.silu(gate) * up
-            out[t] += weight * (w2.double() @ activated + bias2.double())
+            out[t] += after * (w2.double() @ activated + bias2.double())
     return out.float()
 
 
@@ -107,6 +109,17 @@ def test_activations_and_biases(path, dtype, activation, has_biases):
     assert sum(counts) == 18
     assert not left_out
     assert_same(out, exact(activation, 2.0, x, routing, weights, biases))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["torch", *PATHS])
+def test_weights_may_multiply_the_input(path, dtype):
+    x, routing, weights = make(dtype, tokens=9, hidden=70, intermediate=100, num_experts=4, per_token=2)
+    biases = [(torch.randn(200).to(dtype), torch.randn(70).to(dtype)) for _ in weights]
+    biased = [ExpertWeights(each.w13, each.w2, *of) for each, of in zip(weights, biases, strict=True)]
+    kernels = None if path == "torch" else native.Kernels(path)
+    out, _ = run(kernels, x, routing, biased, glu=Glu(weight_on_input=True))
+    assert_same(out, exact(Activation.SILU, 0, x, routing, weights, biases, weight_on_input=True))
 
 
 @pytest.mark.parametrize("path", PATHS)

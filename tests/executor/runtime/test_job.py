@@ -16,6 +16,7 @@ from executor.handlers import DecodeHandlers
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.identity import JOB_JSON
 from executor.job.outputs import LOCK, OUTPUTS, RunDirectory
+from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Phase
@@ -388,11 +389,13 @@ def test_malformed_command_line_is_told_in_one_line(arguments, capsys):
     refused(capsys.readouterr())
 
 
-def test_bench_refuses_a_built_in_model_that_it_cannot_run(policy_path, capsys):
+def test_bench_refuses_a_built_in_model_that_it_cannot_run(policy_path, monkeypatch, capsys):
+    planned_only = replace(BUILT_IN_MODELS["mixtral-8x7b"], name="planned-only", family="jamba")
+    monkeypatch.setitem(BUILT_IN_MODELS, planned_only.name, planned_only)
     with pytest.raises(SystemExit) as ended:
-        main(["bench", "--model", "llama-4-scout", "--policy", str(policy_path)])
+        main(["bench", "--model", planned_only.name, "--policy", str(policy_path)])
     assert ended.value.code == 2
-    refused(capsys.readouterr(), "--model llama-4-scout", "'llama4_text'", "mixtral, dbrx")
+    refused(capsys.readouterr(), "--model planned-only", "'jamba'", "mixtral, dbrx")
 
 
 def test_help_loads_no_torch():
