@@ -76,7 +76,7 @@ def model_of(options: BenchOptions, stack: ExitStack) -> tuple[Family, WeightSou
     if layers is not None:
         if layers > arch.spec.num_layers:
             raise JobError("--layers", layers, f"must be at most the model's {arch.spec.num_layers}", "lower it")
-        arch = replace(arch, spec=arch.spec.with_layers(arch.spec.layers[:layers]))
+        arch = replace(arch, spec=arch.spec.with_layers(arch.spec.layers[:layers]), layers=arch.layers[:layers])
     return family, source, arch
 
 

@@ -1,12 +1,13 @@
 """`executor bench`, on a checkpoint and on shapes with random weights."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
 from executor.bench import Bench, BenchOptions
-from executor.bench.plan import solved
+from executor.bench.plan import model_of, solved
 from executor.cli import main
 from executor.job.machine import AcceleratorOptions
 from hrm.errors import WorkloadError
@@ -109,6 +110,14 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
     plan = plan_memory(shape, make_policy(shape.num_layers, **fields), machine())
     for planned in (plan.gpu, plan.cpu):
         assert memory[planned.name]["planned_total_bytes"] == planned.planned_bytes
+
+
+def test_fewer_layers_are_the_first_of_the_model():
+    """Though a later one reaches further back."""
+    with ExitStack() as stack:
+        _, _, arch = model_of(BenchOptions(model="gpt-oss-20b", num_layers=1), stack)
+    assert len(arch.layers) == arch.spec.num_layers == 1
+    assert [reach.rows for reach in arch.reaches] == [128]
 
 
 def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
