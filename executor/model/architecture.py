@@ -25,7 +25,8 @@ class LayerMaths:
 class Architecture:
     """A decoder: the maths of its layers, and of what comes before and after them.
 
-    Embeddings and logits are multiplied by their scales.
+    Embeddings and logits are multiplied by their scales. Logits are then bent to stay below `softcap`,
+    if there is one.
     """
 
     spec: ModelSpec
@@ -33,6 +34,7 @@ class Architecture:
     final_norm: Norm = PLAIN
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
+    softcap: float | None = None
     max_position_embeddings: int = 4096
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

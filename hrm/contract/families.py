@@ -19,6 +19,7 @@ EXECUTED_FAMILIES: Final = (
     "glm4_moe_lite",
     # with windows, chunks or sinks
     "gpt_oss",
+    "gemma4_text",
     # with the gated delta rule
     "qwen3_next",
     "qwen3_5_moe_text",
