@@ -32,11 +32,11 @@ from executor.model.layout import num_elements
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
 from hrm.formats import ALIGNMENT_BYTES
 from hrm.formats import aligned as aligned_bytes
-from hrm.layers import Layer
+from hrm.layers import Block
 from hrm.model_spec import ModelSpec
 from hrm.placement import Place
 from hrm.policy import Policy
-from hrm.tasks import Phase
+from hrm.tasks import Device, Phase
 
 NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 
@@ -77,8 +77,11 @@ class WeightPages:
         self._experts: list[list[Tensor]] = []
         self.host_experts: list[NumberedExperts] = []
         self.host_mixers: list[Any] = []
-        self._for_cpu_attention: list[tuple[Tensor, Tensor]] = []
+        self.host_ffns: list[Any] = []
+        self._for_cpu: list[tuple[Tensor, Tensor]] = []
         cpu_attends = policy.kv_caches_at(Place.HOST) > 0
+        any_on_host = any(policy.host_bytes(spec, index) for index in range(spec.num_layers))
+        cpu_experts = policy.ffn is Device.CPU and any_on_host
         for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
             num_dense = num_elements(dense_tensors(layer), resident.dtype)
             streamed_dense = 0 if policy.resident_dense else num_dense
@@ -97,22 +100,27 @@ class WeightPages:
                 in_slot = experts_in(layer, slot[streamed_dense:num_streamed], count)
                 places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
             self._layers.append(tuple(places))
+            dense = places[0].dense
             if streamed_dense:
-                self.host_mixers.append(dense_views(layer, on_host[:streamed_dense]).mixer)
+                dense = dense_views(layer, on_host[:streamed_dense])
             elif cpu_attends:
-                self.host_mixers.append(self._copied(layer, places[0].dense.mixer, host_parts))
+                dense = replace(dense, mixer=self._copied(layer.mixer, dense.mixer, host_parts))
+            if not streamed_dense and cpu_experts:
+                dense = replace(dense, ffn=self._copied(layer.ffn[0], dense.ffn, host_parts))
+            self.host_mixers.append(dense.mixer)
+            self.host_ffns.append(dense.ffn)
         self._head = resident_parts.take(spec.head_parameters)
         self.head: HeadWeights = head_views(spec, self._head)
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
 
-    def _copied(self, layer: Layer, mixer: Any, host: "_Cursor") -> Any:
-        """Weights on the GPU, but for what attention on the CPU reads, which has a place there too."""
+    def _copied(self, block: Block, weights: Any, host: "_Cursor") -> Any:
+        """A block's weights on the GPU, but for what its part on the CPU reads, which has a place there too."""
         here: dict[str, Tensor] = {}
-        for tensor in layer.mixer.tensors:
-            if tensor.name in layer.mixer.host_tensors:
+        for tensor in block.tensors:
+            if tensor.name in block.host_tensors:
                 here[tensor.name] = host.take(tensor.parameters, aligned=True).view(tensor.shape)
-                self._for_cpu_attention.append((here[tensor.name], getattr(mixer, tensor.name)))
-        return replace(mixer, **here)
+                self._for_cpu.append((here[tensor.name], getattr(weights, tensor.name)))
+        return replace(weights, **here)
 
     def load(self, source: WeightSource, family: Family, loading: Loading | None = None) -> None:
         """Read every weight once, straight to where it stays; `loading` tells how far that is."""
@@ -125,7 +133,7 @@ class WeightPages:
         fill(self._places(one_head=one_head), read, loading or Loading())
         if one_head:
             self.head.lm_head.copy_(self.embedding)
-        for here, there in self._for_cpu_attention:
+        for here, there in self._for_cpu:
             here.copy_(there)
 
     def _places(self, *, one_head: bool) -> list[Target]:

@@ -165,21 +165,22 @@ class Needs:
     def on_host(self) -> tuple[Buffer, ...]:
         """The buffers at the host's level.
 
-        Up-projections of latent attention lie there also where their layers are resident on the GPU,
-        if the CPU attends.
+        What the CPU needs of a layer for attention or experts lies there also where the layer is
+        resident on the GPU.
         """
         spec, compute, weights = self.spec, self.formats.compute, self.formats.weights
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
-        held_twice = self.cpu_attention * self.resident_dense
-        latent_up = held_twice * sum(layer.mixer.host_bytes(weights) for layer in spec.layers)
+        for_attention = sum(layer.mixer.host_bytes(weights) for layer in spec.layers)
+        for_experts = sum(block.host_bytes(weights) for layer in spec.layers for block in layer.ffn)
+        held_twice = self.resident_dense * (self.cpu_attention * for_attention + self.cpu_experts * for_experts)
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
         in_chunk = self.cpu_prefill_experts * self.chunk_tokens
         routed = in_chunk * routed_bytes_per_token(spec, self.formats)
         at_once = maximum(self.micro_batch_size, in_chunk)
         rows = (
-            (Purpose.WEIGHTS, 1, self.host_bytes + weights.bytes_of(spec.embedding_parameters) + latent_up),
+            (Purpose.WEIGHTS, 1, self.host_bytes + weights.bytes_of(spec.embedding_parameters) + held_twice),
             (Purpose.STAGING, self.staging_slots, self.page_bytes),
             (Purpose.KV_CACHE, self.batches * off_gpu, cached),
             (Purpose.EXCHANGE, self.batch_size, request),
@@ -196,7 +197,7 @@ def page_bytes(largest_streamed_bytes: Number, num_pages: Number) -> Number:
 
 
 def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:
-    """Decode buffers of one request: hidden state, QKV, attention and experts' output, numbers.
+    """Decode buffers of one request: hidden state, QKV, attention and experts' input and output, numbers.
 
     Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
     """
@@ -205,7 +206,7 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     sent = max(mixer.sent_bytes(formats) for mixer in mixers)
     residual = ranks * spec.residual_size
     computed = formats.compute.bytes_of(residual + max(mixer.returned_elements for mixer in mixers))
-    routed = formats.compute.bytes_of(2, hidden) + ROUTING_BYTES * spec.experts_per_token
+    routed = formats.compute.bytes_of(hidden) + routed_bytes_per_token(spec, formats, ranks=ranks)
     return computed + sent + ffn_on_cpu * routed + spec.num_reaches * REQUEST_NUMBER_BYTES
 
 
@@ -215,8 +216,9 @@ def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
 
 
 def routed_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> Number:
-    """A token of a chunk on its way to the CPU's experts: its normed hidden state and its routing."""
-    return formats.compute.bytes_of(ranks, spec.hidden_size) + ROUTING_BYTES * spec.experts_per_token
+    """A token on its way to the CPU's experts: normed hidden state, what waits for their sum, and routing."""
+    elements = spec.hidden_size + spec.pending_elements
+    return formats.compute.bytes_of(ranks, elements) + ROUTING_BYTES * spec.experts_per_token
 
 
 def cache_bytes(

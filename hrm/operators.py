@@ -22,5 +22,8 @@ def hidden_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
 
 
 def routed_token_bytes(spec: ModelSpec, formats: Formats, m: Number) -> Number:
-    """Normed hidden states of m tokens with their routing."""
-    return formats.compute.bytes_of(m, spec.hidden_size) + m * spec.experts_per_token * ROUTING_BYTES
+    """Normed hidden states of m tokens, what of them waits for the experts' sum, and their routing."""
+    return (
+        formats.compute.bytes_of(m, spec.hidden_size + spec.pending_elements)
+        + m * spec.experts_per_token * ROUTING_BYTES
+    )

@@ -7,6 +7,7 @@ from executor.families.base import Family
 from executor.families.dbrx import DBRX
 from executor.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_LITE, KIMI_K2
 from executor.families.ernie import ERNIE_4_5
+from executor.families.gemma import GEMMA4
 from executor.families.glm import GLM4
 from executor.families.gpt_oss import GPT_OSS
 from executor.families.granite import GRANITE
@@ -38,6 +39,7 @@ FAMILIES: Final[dict[str, Family]] = {
     # with windows, chunks or sinks
     "gpt_oss": GPT_OSS,
     "llama4_text": LLAMA4,
+    "gemma4_text": GEMMA4,
     # with the gated delta rule
     "qwen3_next": QWEN3_NEXT,
     "qwen3_5_moe_text": QWEN3_5,

@@ -56,23 +56,25 @@ class Rope:
     long: bool = False
 
     @staticmethod
-    def read(keys: Keys, *, theta: float, positions: int, partial: float | None = None) -> "Rope":
+    def read(keys: Keys, *, theta: float, positions: int, partial: float | None = None, of: str = "") -> "Rope":
         """Read a config; `theta`, `positions` and `partial` are for what it does not say.
 
-        Without `partial` whole heads turn. Raises ModelError naming the
+        Without `partial` whole heads turn, but for kinds of scaling that are of a part. With `of` the
+        config says it for each kind of layer, of which that is one. Raises ModelError naming the
         key if the config contradicts itself or that, or has an unknown kind of scaling.
         """
         positions = keys.integer("max_position_embeddings", default=positions)
         sections = (keys.section(name) for name in ("rope_scaling", "rope_parameters") if keys.get(name))
         section = next(sections, Keys({}, keys.file, keys.path))
+        section = section.section(of) if of else section
         name = "rope_type" if section.get("rope_type") is not None or section.get("type") is None else "type"
         kind = section.word(name, (*KINDS, *SAME_KIND), default="default")
         first = next((at for at in (keys, section) if at.get("original_max_position_embeddings") is not None), None)
         told = [at for at in (section, keys) if at.get("partial_rotary_factor") is not None]
-        if partial is None and told and told[0].get("partial_rotary_factor") != 1:
+        if partial is None and kind != "proportional" and told and told[0].get("partial_rotary_factor") != 1:
             raise told[0].refusal("partial_rotary_factor", "must be 1: whole heads are rotated", OTHER_MODEL)
         elements = 0 if told or partial is None else keys.integer("rotary_dim", default=0, at_least=0)
-        base = rope_theta(keys, theta)
+        base = rope_theta(section if of else keys, theta)
         if kind == "yarn" and base <= 1:
             raise keys.refusal("rope_theta", "must be greater than 1 for YaRN")
         return Rope(
@@ -114,7 +116,8 @@ class Rope:
 
     def rotary(self, head_dim: int, *, interleaved: bool = False) -> Rotary:
         """The rotation of heads so wide."""
-        elements = self.elements or int(head_dim * self.partial)
+        whole = self.kind == "proportional"  # as elements that turn by nothing count as well
+        elements = self.elements or int(head_dim * (1 if whole else self.partial))
         if elements % 2 or not 0 < elements <= head_dim:
             key = "rotary_dim" if self.elements else "partial_rotary_factor"
             rule = f"must leave an even number of each head's {head_dim} elements to be rotated, not {elements}"
@@ -144,6 +147,13 @@ def _default(_: Rope, frequencies_h: Tensor) -> Scaled:
 
 def _linear(rope: Rope, frequencies_h: Tensor) -> Scaled:
     return frequencies_h / rope.section.number("factor"), 1.0
+
+
+def _proportional(rope: Rope, frequencies_h: Tensor) -> Scaled:
+    """Of the whole head's rotations only the quick ones turn."""
+    factor = rope.section.number("factor", default=1.0)
+    turning = int(rope.partial * 2 * len(frequencies_h) // 2)
+    return torch.where(torch.arange(len(frequencies_h)) < turning, frequencies_h / factor, 0.0), 1.0
 
 
 def _llama3(rope: Rope, frequencies_h: Tensor) -> Scaled:
@@ -209,6 +219,7 @@ KINDS: Final[dict[str, Callable[[Rope, Tensor], Scaled]]] = {
     "yarn": _yarn,
     "longrope": _longrope,
     "llama3": _llama3,
+    "proportional": _proportional,
 }
 
 

@@ -168,12 +168,16 @@ class Joined:
 
 
 def _sizes(tensor: TensorSpec, how: Stored, block: Block | None) -> tuple[int, ...]:
-    """Rows of each of the stored tensors that are joined; a bias is joined as its matrix is."""
+    """Rows of each of the stored tensors that are joined; a bias is joined as its matrix is.
+
+    Of names beyond the parts nothing is stored: values that are made from keys have no matrix.
+    """
     if len(how.names) == 1:
         return tensor.shape[:1]
-    if tensor.parts or block is None:
-        return tensor.parts
-    return next(other.parts for other in block.tensors if other.parts and other.shape[0] == tensor.shape[0])
+    parts = tensor.parts
+    if not parts and block is not None:
+        parts = next(other.parts for other in block.tensors if other.parts and other.shape[0] == tensor.shape[0])
+    return (*parts, *(0,) * (len(how.names) - len(parts)))
 
 
 def _pieces(

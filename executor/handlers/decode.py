@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Exchange, RunMemory, narrow
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, Rows, sample
 from executor.lanes import Handler
-from executor.model import Architecture, CpuKernels, Mixer, Routing, RowNumbers, embed, run_experts
+from executor.model import Architecture, CpuKernels, Mixer, RowNumbers, embed
 from executor.weight_pages import LayerWeights
 from hrm.acts import decode
 from hrm.acts.pages import WEIGHTS
@@ -32,6 +33,7 @@ class DecodeHandlers:
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
+    ffns: FeedForwards
 
     @staticmethod
     def make(
@@ -44,7 +46,8 @@ class DecodeHandlers:
     ) -> dict[Act, Handler]:
         """The handler of every act that occurs in decode."""
         spec = arch.spec
-        handlers = DecodeHandlers(backend, arch, pipeline, memory, state)
+        ffns = FeedForwards(backend, arch, memory, state)
+        handlers = DecodeHandlers(backend, arch, pipeline, memory, state, ffns)
         streamed = [policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
@@ -164,57 +167,23 @@ class DecodeHandlers:
 
     def post_attention(self, x: Task, _: Rows, span: slice) -> int:
         """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
-        gpu, workspace = self.memory.gpu, self.memory.workspace
-        weights, maths = self._weights(x), self.arch.layers[x.id.layer]
-        hidden_RD, ffn = gpu.hidden_ND[span], maths.ffn
+        gpu, workspace, mixer, weights = self.memory.gpu, self.memory.workspace, self._mixer(x), self._weights(x)
         workspace.reset()
-        held_RS = narrow(gpu.held_NS, span, maths.mixer.block.held_elements)
-        maths.mixer.finish(self._outputs(gpu, x, span), held_RS, weights.dense.mixer, hidden_RD, workspace)
-        if not weights.has_experts:
-            ffn.whole(hidden_RD, weights.dense.ffn, workspace)
-            return 0
-        x_RD, routing = ffn.before_experts(hidden_RD, weights.dense.ffn, workspace)
-        experts = weights.experts
-        if self.pipeline.cpu_experts[x.id.layer]:
-            experts = weights.on_gpu
-            gpu.routed_ND[span] = x_RD
-            gpu.weights_NK[span] = routing.weights_TK
-            gpu.experts_NK[span] = routing.experts_TK
-        if experts.each:
-            counts = self.backend.gpu_kernels.run_experts(
-                x_RD,
-                routing,
-                experts,
-                hidden_RD,
-                workspace,
-                rows_at_once=self.memory.tokens_at_once,
-                num_experts=self.arch.spec.num_experts,
-                glu=ffn.glu,
-            )
-            if not self.pipeline.cpu_experts[x.id.layer]:
-                self.state.count_routed(x.id.layer, counts)
+        hidden_RD, held_RS = gpu.hidden_ND[span], narrow(gpu.held_NS, span, mixer.block.held_elements)
+        mixer.finish(self._outputs(gpu, x, span), held_RS, weights.dense.mixer, hidden_RD, workspace)
+        to_cpu = gpu.routed(span) if self.pipeline.cpu_experts[x.id.layer] else None
+        self.ffns.on_gpu(x.id.layer, hidden_RD, weights, to_cpu)
         return 0
 
     def offload_tokens(self, _: Task, __: Rows, span: slice) -> int:
-        """Normed tokens and their routing to the host."""
+        """Normed tokens, their routing, and what waits for their experts, to the host."""
         host, gpu = self.memory.host, self.memory.gpu
-        copies = [
-            (host.routed_ND[span], gpu.routed_ND[span]),
-            (host.weights_NK[span], gpu.weights_NK[span]),
-            (host.experts_NK[span], gpu.experts_NK[span]),
-        ]
-        return self.backend.transfer(Lane.D2H, copies)
+        return self.backend.transfer(Lane.D2H, gpu.routed(span).copies_to(host.routed(span)))
 
     def cpu_experts(self, x: Task, _: Rows, span: slice) -> int:
         """The experts that stay on the host, computed there."""
-        host, workspace = self.memory.host, self.memory.host_workspace
-        output_RD = host.expert_output_ND[span].zero_()
-        routing = Routing(host.weights_NK[span], host.experts_NK[span])
-        workspace.reset()
-        experts = self.memory.weights.host_experts[x.id.layer]
-        glu = self.arch.layers[x.id.layer].ffn.glu
-        counts = run_experts(host.routed_ND[span], routing, experts, output_RD, workspace, glu=glu)
-        self.state.count_routed(x.id.layer, counts)
+        host = self.memory.host
+        self.ffns.on_cpu(x.id.layer, host.routed(span), host.expert_output_ND[span].zero_())
         return 0
 
     def load_expert_output(self, _: Task, __: Rows, span: slice) -> int:

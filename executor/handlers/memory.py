@@ -13,7 +13,7 @@ from torch import Tensor
 from executor.backends import AbstractBackend
 from executor.handlers.arenas import HostArenas
 from executor.kv_cache import KvCaches
-from executor.model import Architecture, Workspace
+from executor.model import Architecture, Routing, Workspace
 from executor.weight_pages import WeightPages
 from hrm.buffers import Purpose, by_purpose
 from hrm.contract.rings import BUFFERS
@@ -26,8 +26,8 @@ from hrm.tasks import Device
 class Exchange:
     """One level's decode buffers: a row per request, with all that moves between the levels.
 
-    `routed`, `expert_output`, `weights` and `experts` are there only if the CPU computes experts, and
-    `held` only on the GPU. What layers of different kinds have of different widths is found by
+    `routed`, `expert_output`, `pending`, `weights` and `experts` are there only if the CPU computes
+    experts, and `held` only on the GPU. What layers of different kinds have of different widths is found by
     `narrow`. `numbers` are NUMBERS_PER_REQUEST for each request, once for each reach of the model;
     see executor.model.numbers.
     """
@@ -59,10 +59,16 @@ class Exchange:
         self.held_NS = rows(holds * max(mixer.held_elements for mixer in mixers), dtype)
         self.routed_ND = rows(routed * spec.hidden_size, dtype)
         self.expert_output_ND = rows(routed * spec.hidden_size, dtype)
+        self.pending_NP = rows(routed * spec.pending_elements, dtype)
         reaches = spec.num_reaches
         self.numbers = rows(reaches * NUMBERS_PER_REQUEST, torch.int64).view(reaches, -1)
         self.experts_NK = rows(routed * spec.experts_per_token, torch.int64)
         self.weights_NK = rows(routed * spec.experts_per_token, torch.float32)
+
+    def routed(self, span: slice) -> "Routed":
+        """What goes to the CPU's experts of the rows of `span`, which is within one micro-batch's."""
+        pending_RP = narrow(self.pending_NP, span, self.pending_NP.shape[1])
+        return Routed(self.routed_ND[span], self.weights_NK[span], self.experts_NK[span], pending_RP)
 
 
 def narrow(buffer_NW: Tensor, span: slice, width: int) -> Tensor:
@@ -75,22 +81,62 @@ def narrow(buffer_NW: Tensor, span: slice, width: int) -> Tensor:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Tokens on their way to the CPU's experts: what these compute, and with which weights.
+
+    Of each there is also what waits for its experts' sum, rows of contiguous memory.
+    """
+
+    tokens_TD: Tensor  # noqa: N815
+    weights_TK: Tensor  # noqa: N815
+    experts_TK: Tensor  # noqa: N815
+    pending_TP: Tensor  # noqa: N815
+
+    @property
+    def routing(self) -> Routing:
+        """Which experts they go to."""
+        return Routing(self.weights_TK, self.experts_TK)
+
+    @property
+    def pending_2TD(self) -> Tensor:  # noqa: N802
+        """What waits as `executor.model.feed_forward` has it, if anything does."""
+        return self.pending_TP.view(2, *self.tokens_TD.shape)
+
+    def keep(self, x_TD: Tensor, routing: Routing, pending_2TD: Tensor | None) -> None:
+        """Write them all."""
+        self.tokens_TD.copy_(x_TD)
+        self.weights_TK.copy_(routing.weights_TK)
+        self.experts_TK.copy_(routing.experts_TK)
+        if pending_2TD is not None:
+            self.pending_2TD.copy_(pending_2TD)
+
+    def copies_to(self, there: "Routed") -> list[tuple[Tensor, Tensor]]:
+        """The copies, target first, that bring them to another place."""
+        parts = ("tokens_TD", "weights_TK", "experts_TK", "pending_TP")
+        return [(getattr(there, name), getattr(self, name)) for name in parts]
+
+
+@final
 class RoutedTokens:
     """One level's buffers of chunks on their way to the CPU's experts, if it computes any in prefill."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, memory: Tensor) -> None:
-        width, chosen = spec.hidden_size * dtype.itemsize, spec.experts_per_token
-        tokens = len(memory) // (BUFFERS * (width + ROUTING_BYTES * chosen))
-        of_tokens, of_weights, of_experts = memory.split(
-            [BUFFERS * tokens * each for each in (width, 4 * chosen, 8 * chosen)]
+        width, waiting = spec.hidden_size * dtype.itemsize, spec.pending_elements * dtype.itemsize
+        chosen = spec.experts_per_token
+        tokens = len(memory) // (BUFFERS * (width + waiting + ROUTING_BYTES * chosen))
+        of_tokens, of_pending, of_weights, of_experts = memory.split(
+            [BUFFERS * tokens * each for each in (width, waiting, 4 * chosen, 8 * chosen)]
         )
         self._tokens_BTD = of_tokens.view(dtype).view(BUFFERS, tokens, spec.hidden_size)
+        self._pending_BTP = of_pending.view(dtype).view(BUFFERS, tokens, spec.pending_elements)
         self._weights_BTK = of_weights.view(torch.float32).view(BUFFERS, tokens, chosen)
         self._experts_BTK = of_experts.view(torch.int64).view(BUFFERS, tokens, chosen)
 
-    def of(self, slot: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """So many tokens in one of the buffers: their normed hidden states, and their experts' weights and numbers."""
-        return self._tokens_BTD[slot, :count], self._weights_BTK[slot, :count], self._experts_BTK[slot, :count]
+    def of(self, slot: int, count: int) -> Routed:
+        """So many tokens in one of the buffers."""
+        each = self._tokens_BTD, self._weights_BTK, self._experts_BTK, self._pending_BTP
+        return Routed(*(part[slot, :count] for part in each))
 
 
 @final

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.batching import Chunk, ChunkPart
-from executor.handlers.memory import RunMemory
+from executor.handlers.feed_forward import FeedForwards
+from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, sample
 from executor.kv_cache import cache_rows, prefix_rows
 from executor.lanes import Handler
-from executor.model import Architecture, Mixer, PromptNumbers, Routing, embed, run_experts
+from executor.model import Architecture, Mixer, PromptNumbers, embed
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.acts.pages import WEIGHTS
@@ -35,6 +36,7 @@ class PrefillHandlers:
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
+    ffns: FeedForwards
     chunks: tuple[Chunk, ...]
     kv_on_gpu: tuple[bool, ...]
     tokens: list[Tensor]
@@ -61,7 +63,10 @@ class PrefillHandlers:
             for chunk in chunks
         ]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
-        handlers = PrefillHandlers(backend, arch, policy, pipeline, memory, state, chunks, kv_on_gpu, tokens, numbers)
+        ffns = FeedForwards(backend, arch, memory, state)
+        handlers = PrefillHandlers(
+            backend, arch, policy, pipeline, memory, state, ffns, chunks, kv_on_gpu, tokens, numbers
+        )
         spec = arch.spec
         streamed = [policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
@@ -166,35 +171,13 @@ class PrefillHandlers:
         self, x: Task, hidden_TD: Tensor, attention_TO: Tensor, held_TS: Tensor, weights: LayerWeights
     ) -> None:
         """The rest of a layer, for all of a chunk's tokens or some."""
-        maths, workspace = self.arch.layers[x.id.layer], self.memory.workspace
-        maths.mixer.finish(attention_TO, held_TS, weights.dense.mixer, hidden_TD, workspace)
-        if not weights.has_experts:
-            maths.ffn.whole(hidden_TD, weights.dense.ffn, workspace)
-            return
-        x_TD, routing = maths.ffn.before_experts(hidden_TD, weights.dense.ffn, workspace)
-        experts, on_cpu = weights.experts, self.pipeline.cpu_experts[x.id.layer]
-        if on_cpu:
-            experts = weights.on_gpu
-            for kept, made in zip(self._routed(x), (x_TD, routing.weights_TK, routing.experts_TK), strict=True):
-                kept.copy_(made)
-        if not experts.each:
-            return
-        counts = self.backend.gpu_kernels.run_experts(
-            x_TD,
-            routing,
-            experts,
-            hidden_TD,
-            self.memory.workspace,
-            rows_at_once=self.memory.tokens_at_once,
-            num_experts=self.arch.spec.num_experts,
-            glu=maths.ffn.glu,
-        )
-        if not on_cpu:
-            self.state.count_routed(x.id.layer, counts)
+        self._mixer(x).finish(attention_TO, held_TS, weights.dense.mixer, hidden_TD, self.memory.workspace)
+        to_cpu = self._routed(x) if self.pipeline.cpu_experts[x.id.layer] else None
+        self.ffns.on_gpu(x.id.layer, hidden_TD, weights, to_cpu)
 
     def offload_tokens(self, x: Task) -> int:
-        """Normed tokens and their routing to the host."""
-        return self.backend.transfer(Lane.D2H, list(zip(self._host_routed(x), self._routed(x), strict=True)))
+        """Normed tokens, their routing, and what waits for their experts, to the host."""
+        return self.backend.transfer(Lane.D2H, self._routed(x).copies_to(self._host_routed(x)))
 
     def cpu_experts(self, x: Task) -> int:
         """The experts that stay on the host, computed there.
@@ -202,19 +185,16 @@ class PrefillHandlers:
         Their output is added to the chunk's hidden states, which are there between layers; after the
         last one it is alone.
         """
-        tokens_TD, weights_TK, experts_TK = self._host_routed(x)
-        output_TD, workspace, layer = self._host(x)[: len(tokens_TD)], self.memory.host_workspace, x.id.layer
-        if layer == len(self.arch.layers) - 1:
+        routed = self._host_routed(x)
+        output_TD = self._host(x)[: len(routed.tokens_TD)]
+        if x.id.layer == len(self.arch.layers) - 1:
             output_TD.zero_()
-        workspace.reset()
-        experts, glu = self.memory.weights.host_experts[layer], self.arch.layers[layer].ffn.glu
-        counts = run_experts(tokens_TD, Routing(weights_TK, experts_TK), experts, output_TD, workspace, glu=glu)
-        self.state.count_routed(layer, counts)
+        self.ffns.on_cpu(x.id.layer, routed, output_TD)
         return 0
 
     def load_expert_output(self, x: Task) -> int:
         """Their output after the last layer to the GPU, where their input was."""
-        output_TD, _, _ = self._routed(x)
+        output_TD = self._routed(x).tokens_TD
         return self.backend.transfer(Lane.H2D, [(output_TD, self._host(x)[: len(output_TD)])])
 
     def store_kv(self, x: Task) -> int:
@@ -241,7 +221,7 @@ class PrefillHandlers:
             sequences = [self.state.by_placed[id(part.placed)] for part in parts[piece]]
             hidden_RD = hidden_TD[last_R[piece]]
             if self.pipeline.cpu_experts[x.id.layer]:
-                output_TD, _, _ = self._routed(x)
+                output_TD = self._routed(x).tokens_TD
                 hidden_RD += output_TD[piece] if self._skips(x) else output_TD[last_R[piece]]
             sample(self.arch, self.memory, self.state, hidden_RD, sequences)
         return 0
@@ -306,11 +286,11 @@ class PrefillHandlers:
         num_tokens = self.chunks[x.id.index].num_tokens
         return self.memory.prefill.hidden_BTD[x.slot(prefill.HIDDEN), :num_tokens]
 
-    def _routed(self, x: Task) -> tuple[Tensor, Tensor, Tensor]:
+    def _routed(self, x: Task) -> Routed:
         """What goes to the CPU's experts, or comes back, on the GPU."""
         return self.memory.prefill.routed.of(x.slot(prefill.ROUTED), self._num_going_on(x))
 
-    def _host_routed(self, x: Task) -> tuple[Tensor, Tensor, Tensor]:
+    def _host_routed(self, x: Task) -> Routed:
         return self.memory.prefill.host_routed.of(x.slot(prefill.HOST_ROUTED), self._num_going_on(x))
 
     def _kv_buffer(self, x: Task, num_rows: int) -> Tensor:

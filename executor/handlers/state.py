@@ -230,7 +230,7 @@ def sample(
     """Choose and append the next token of each sequence, from its last hidden state."""
     workspace, head = memory.sampling_workspace, memory.weights.head
     workspace.reset()
-    logits_RV = logits(arch.final_norm, hidden_RD, head, workspace, scale=arch.logits_scale)
+    logits_RV = logits(arch.final_norm, hidden_RD, head, workspace, scale=arch.logits_scale, softcap=arch.softcap)
     params = [sequence.placed.request.params for sequence in sequences]
     steps = [len(sequence.tokens) for sequence in sequences]
     spare_bytes = workspace.capacity_bytes // 2

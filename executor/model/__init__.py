@@ -1,9 +1,9 @@
 """The maths of a model: functions on tensors of any device, ignorant of any schedule.
 
 An `Architecture` has the maths of each layer: its mixer (`project`, attention by `prefill` or
-`append` and `decode`, `finish`), and its `ffn` (`whole`, or `before_experts` and `run_experts` of the
-level's kernels). `logits` ends the model. Weights come as views made by `layout`, temporaries from a
-`Workspace`.
+`append` and `decode`, `finish`), and its `ffn` (`whole`, or `before_experts`, `run_experts` of the
+level's kernels, and `finish` where the sum of all experts is complete). `logits` ends the model.
+Weights come as views made by `layout`, temporaries from a `Workspace`.
 """
 
 from executor.model.architecture import Architecture, LayerMaths

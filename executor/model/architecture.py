@@ -25,9 +25,10 @@ class LayerMaths:
 class Architecture:
     """A decoder: the maths of its layers, and of what comes before and after them.
 
-    Embeddings and logits are multiplied by their scales. Texts of more than `first_positions` go through
-    `long_layers`, if there are any. Where a text may have no more than `max_position_embeddings` for a
-    reason that is not the model's, `why_no_longer` says so.
+    Embeddings and logits are multiplied by their scales. Logits are then bent to stay below `softcap`,
+    if there is one. Texts of more than `first_positions` go through `long_layers`, if there are any.
+    Where a text may have no more than `max_position_embeddings` for a reason that is not the model's,
+    `why_no_longer` says so.
     """
 
     spec: ModelSpec
@@ -35,6 +36,7 @@ class Architecture:
     final_norm: Norm = PLAIN
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
+    softcap: float | None = None
     max_position_embeddings: int = 4096
     why_no_longer: str = ""
     first_positions: int = 0

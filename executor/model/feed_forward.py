@@ -1,6 +1,11 @@
 """What comes after attention in every token by itself: the norm, the router, and FFNs that all go through.
 
 T tokens, D hidden, E experts, K experts per token, I intermediate.
+
+What is `pending` of tokens, (2, T, D), is what shared experts add and the sum of the routed ones, of
+which each place where experts are computed adds its own. Once it is complete, norms and a scale make
+of it what is added to hidden states. In most models nothing is pending: everything is added to hidden
+states as it comes.
 """
 
 from dataclasses import dataclass
@@ -15,7 +20,7 @@ from torch.nn import functional
 from executor.formats import Matrix
 from executor.model.layout import FfnWeights, RouterWeights
 from executor.model.linear import add_projected, project
-from executor.model.norm import PLAIN, Norm, normed
+from executor.model.norm import PLAIN, Norm, norm_into, normed
 from executor.model.workspace import Workspace
 from executor.native import Activation
 
@@ -64,8 +69,9 @@ class Router:
     A correction, where weights have one, is added to scores for the choice only. Of `groups` of
     experts, one after the other, only `chosen_groups` are chosen from: those whose `best_of_group`
     greatest scores have the greatest sum. The weights are divided by their `norm`-norm (1 makes them
-    sum to one; None leaves them alone), and then multiplied by `scale`. A sparse mixer
-    takes none of these, only `jitter`.
+    sum to one; None leaves them alone), and then multiplied by `scale`, and by what weights may have for
+    each expert. Weights may also have a norm of the router's own for its input, whose logits are
+    multiplied by `input_scale`. A sparse mixer takes none of these, only `jitter`.
     """
 
     scores: Scores = Scores.SOFTMAX
@@ -75,6 +81,7 @@ class Router:
     best_of_group: int = 1
     scale: float = 1.0
     jitter: float = 0.0
+    input_scale: float = 1.0
 
     def restricted(self, scores_TE: Tensor) -> Tensor:
         """Scores, least of all where a group is not chosen from."""
@@ -112,28 +119,75 @@ class FeedForward:
         self._through(x_TD, weights.dense_w13, weights.dense_w2, hidden_TD, workspace)
         workspace.release(mark)
 
-    def before_experts(self, hidden_TD: Tensor, weights: RouterWeights, workspace: Workspace) -> tuple[Tensor, Routing]:
-        """Add the output of shared experts, and route to the others.
+    def before_experts(
+        self, hidden_TD: Tensor, weights: RouterWeights, workspace: Workspace
+    ) -> tuple[Tensor, Routing, Tensor | None]:
+        """Compute shared experts, and route to the others.
 
-        Returns the experts' input, taken from the workspace, and its routing, allocated by torch.
+        Returns the experts' input, its routing, and what is pending, if anything is. The routing is
+        allocated by torch, the others are taken from the workspace.
         """
+        pending_2TD = None
+        if weights.has_pending:
+            pending_2TD = workspace.take((2, *hidden_TD.shape), hidden_TD.dtype).zero_()
         x_TD = normed(self.norm, hidden_TD, weights.ffn_norm, workspace, weights.ffn_norm_bias)
+        mark, router_TD = workspace.mark(), x_TD
+        if weights.router_scale is not None:
+            router_TD = normed(self.norm, hidden_TD, weights.router_scale, workspace)
+        routing = self.route(router_TD, weights)
+        workspace.release(mark)
         if weights.shared_w13 is not None:
-            assert weights.shared_w2 is not None
-            mark = workspace.mark()
-            if weights.shared_gate is None:
-                self._through(x_TD, weights.shared_w13, weights.shared_w2, hidden_TD, workspace)
-            else:
-                output_TD = workspace.take(x_TD.shape, x_TD.dtype).zero_()
-                self._through(x_TD, weights.shared_w13, weights.shared_w2, output_TD, workspace)
-                hidden_TD.addcmul_(output_TD, (x_TD @ weights.shared_gate).sigmoid_().unsqueeze(1))
+            out_TD = hidden_TD if pending_2TD is None else pending_2TD[0]
+            self._add_shared(x_TD, hidden_TD, weights, out_TD, workspace)
             workspace.release(mark)
-        return x_TD, self.route(x_TD, weights)
+        if weights.layer_scale is not None:
+            hidden_TD.mul_(weights.layer_scale)
+        return x_TD, routing, pending_2TD
+
+    def _add_shared(
+        self, x_TD: Tensor, hidden_TD: Tensor, weights: RouterWeights, out_TD: Tensor, workspace: Workspace
+    ) -> None:
+        assert weights.shared_w13 is not None
+        assert weights.shared_w2 is not None
+        if weights.shared_norm is not None:
+            x_TD = normed(self.norm, hidden_TD, weights.shared_norm, workspace)
+        if weights.shared_gate is None:
+            self._through(x_TD, weights.shared_w13, weights.shared_w2, out_TD, workspace)
+        else:
+            output_TD = workspace.take(x_TD.shape, x_TD.dtype).zero_()
+            self._through(x_TD, weights.shared_w13, weights.shared_w2, output_TD, workspace)
+            out_TD.addcmul_(output_TD, (x_TD @ weights.shared_gate).sigmoid_().unsqueeze(1))
+        if weights.shared_output_norm is not None:
+            assert weights.has_pending, "a norm of what is added to hidden states already"
+            norm_into(self.norm, out_TD, weights.shared_output_norm, out_TD, workspace)
+
+    @staticmethod
+    def sum_of(pending_2TD: Tensor | None, hidden_TD: Tensor) -> Tensor:
+        """Where routed experts add their output."""
+        return hidden_TD if pending_2TD is None else pending_2TD[1]
+
+    def finish(
+        self, pending_2TD: Tensor | None, hidden_TD: Tensor, weights: RouterWeights, workspace: Workspace
+    ) -> None:
+        """Add to hidden states, which `before_experts` has scaled, what comes of the complete sum; uses it up."""
+        if pending_2TD is None:
+            return
+        output_TD, sum_TD = pending_2TD
+        if weights.routed_output_norm is not None:
+            norm_into(self.norm, sum_TD, weights.routed_output_norm, sum_TD, workspace)
+        output_TD.add_(sum_TD)
+        if weights.ffn_output_norm is not None:
+            norm_into(self.norm, output_TD, weights.ffn_output_norm, output_TD, workspace)
+        if weights.layer_scale is not None:
+            output_TD.mul_(weights.layer_scale)
+        hidden_TD.add_(output_TD)
 
     def route(self, x_TD: Tensor, weights: RouterWeights) -> Routing:
         """The experts of greatest score for each token, and their normalised scores."""
         router = self.router
         logits_TE = project(x_TD, weights.router, x_TD.new_empty(len(x_TD), len(weights.router)))
+        if router.input_scale != 1:
+            logits_TE *= router.input_scale
         if weights.router_bias is not None:
             logits_TE += weights.router_bias
         if router.scores is Scores.SPARSE_MIXER:
@@ -152,11 +206,15 @@ class FeedForward:
             weights_TK /= torch.linalg.vector_norm(weights_TK, router.norm, dim=-1, keepdim=True)
         if router.scale != 1:
             weights_TK *= router.scale
+        if weights.expert_scale is not None:
+            weights_TK *= weights.expert_scale[experts_TK]
         return Routing(weights_TK, experts_TK)
 
     def _through(self, x_TD: Tensor, w13: Matrix, w2: Matrix, out_TD: Tensor, workspace: Workspace) -> None:
+        mark = workspace.mark()
         gate_up_T2I = workspace.take((len(x_TD), len(w13)), x_TD.dtype)
         add_projected(self.glu.apply(project(x_TD, w13, gate_up_T2I)), w2, out_TD)
+        workspace.release(mark)
 
 
 def sparse_mixer(logits_TE: Tensor, experts_per_token: int, jitter: float) -> Routing:

@@ -19,8 +19,19 @@ def embed(embedding_VD: Tensor, tokens_T: Tensor, out_TD: Tensor, *, scale: floa
         out_TD.mul_(scale)
 
 
-def logits(norm: Norm, hidden_RD: Tensor, head: HeadWeights, workspace: Workspace, *, scale: float = 1.0) -> Tensor:
-    """Logits of the next token multiplied by `scale`, float32 and taken from the workspace."""
+def logits(
+    norm: Norm,
+    hidden_RD: Tensor,
+    head: HeadWeights,
+    workspace: Workspace,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Logits of the next token multiplied by `scale`, float32 and taken from the workspace.
+
+    With a `softcap` c they become c * tanh(logit / c).
+    """
     shape = (len(hidden_RD), len(head.lm_head))
     logits_RV = workspace.take(shape, torch.float32)
     mark = workspace.mark()
@@ -34,5 +45,7 @@ def logits(norm: Norm, hidden_RD: Tensor, head: HeadWeights, workspace: Workspac
         logits_RV.add_(head.lm_head_bias)
     if scale != 1:
         logits_RV.mul_(scale)
+    if softcap is not None:
+        logits_RV.div_(softcap).tanh_().mul_(softcap)
     workspace.release(mark)
     return logits_RV

@@ -50,6 +50,7 @@ class AttentionWeights:
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     sinks: Tensor | None = None  # (H)
+    attention_output_norm: Tensor | None = None  # (D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class LatentWeights:
 
 @dataclass(frozen=True, slots=True)
 class RouterWeights:
-    """What comes before routed experts, and the shared ones, which every token goes through."""
+    """What comes before routed experts and after them, and the shared ones, which every token goes through."""
 
     ffn_norm: Tensor  # (D)
     router: Tensor  # (E, D)
@@ -103,6 +104,18 @@ class RouterWeights:
     shared_gate: Tensor | None = None  # (D)
     shared_w13: Matrix | None = None  # (2I, D)
     shared_w2: Matrix | None = None  # (D, I)
+    router_scale: Tensor | None = None  # (D)
+    expert_scale: Tensor | None = None  # (E)
+    shared_norm: Tensor | None = None  # (D)
+    shared_output_norm: Tensor | None = None  # (D)
+    routed_output_norm: Tensor | None = None  # (D)
+    ffn_output_norm: Tensor | None = None  # (D)
+    layer_scale: Tensor | None = None  # (1)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether something is done to the sum of all experts, so that they are not added one by one."""
+        return not (self.routed_output_norm is self.ffn_output_norm is self.layer_scale is None)
 
 
 @dataclass(frozen=True, slots=True)

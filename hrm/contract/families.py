@@ -21,6 +21,7 @@ EXECUTED_FAMILIES: Final = (
     # with windows, chunks or sinks
     "gpt_oss",
     "llama4_text",
+    "gemma4_text",
     # with the gated delta rule
     "qwen3_next",
     "qwen3_5_moe_text",

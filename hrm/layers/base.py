@@ -102,6 +102,21 @@ class Block(ABC):
         """Parameters outside routed experts."""
         return sum(tensor.parameters for tensor in self.tensors if tensor.unit is not Unit.EXPERT)
 
+    @property
+    def host_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that the CPU needs in its memory for its part: attention, or experts."""
+        return ()
+
+    @cached_property
+    def host_parameters(self) -> int:
+        """Parameters that the CPU's part needs there, though they are resident on the GPU."""
+        return sum(tensor.parameters for tensor in self.tensors if tensor.name in self.host_tensors)
+
+    def host_bytes(self, plain: Format) -> int:
+        """Their bytes; they are never packed."""
+        here = (tensor for tensor in self.tensors if tensor.name in self.host_tensors)
+        return sum(aligned(int(plain.bytes_of(tensor.parameters))) for tensor in here)
+
     @abstractmethod
     def obstacle_to(self, ranks: int) -> str:
         """Why so many GPUs in tensor parallel cannot divide it; empty if they can."""
@@ -169,21 +184,6 @@ class Mixer(Block):
     def returned_bytes(self, formats: Formats) -> int:
         """Bytes of a token's attention output."""
         return formats.compute.bytes_of(self.returned_elements)
-
-    @property
-    def host_tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that attention itself reads: on the CPU it needs them there."""
-        return ()
-
-    @cached_property
-    def host_parameters(self) -> int:
-        """Parameters that attention on the CPU needs there, though they are resident on the GPU."""
-        return sum(tensor.parameters for tensor in self.tensors if tensor.name in self.host_tensors)
-
-    def host_bytes(self, plain: Format) -> int:
-        """Their bytes; they are never packed."""
-        here = (tensor for tensor in self.tensors if tensor.name in self.host_tensors)
-        return sum(aligned(int(plain.bytes_of(tensor.parameters))) for tensor in here)
 
     @property
     def kept_rows(self) -> int:
@@ -275,6 +275,11 @@ class FeedForward(Block):
     @abstractmethod
     def inner_size(self) -> int:
         """The most elements that an FFN has between its matrices."""
+
+    @property
+    def pending_elements(self) -> int:
+        """Elements of a token that wait until the output of all its experts is summed up."""
+        return 0
 
     @abstractmethod
     def dense(self, formats: Formats, tokens: Number) -> Operator:

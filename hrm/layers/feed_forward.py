@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, final
+from typing import Final, Literal, final
 
 from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
 from hrm.contract.rows import ROUTING_BYTES
@@ -11,6 +11,9 @@ from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vector
 from hrm.layers.hyper_connection import mix_streams, stream_tensors
 from hrm.layers.work import Kernel, Operator, gemms, linear
 from hrm.numeric import Number, maximum, minimum, power
+
+# Vectors of what is done to the sum of all experts: norms of it, and of what shared ones add, and a scale.
+AFTER_EXPERTS: Final = ("routed_output_norm", "ffn_output_norm", "layer_scale")
 
 
 def matrices(name: str, hidden: int, inner: int, unit: Unit, *, gated: bool = True) -> tuple[TensorSpec, ...]:
@@ -140,6 +143,16 @@ class RoutedExperts(FeedForward):
     def inner_size(self) -> int:
         """The width of an expert or of all shared ones."""
         return max(self.intermediate_size, self.shared_intermediate_size)
+
+    @property
+    def pending_elements(self) -> int:
+        """The experts' sum and that of what else is added, if something is done to them."""
+        return 2 * self.hidden_size * any(name in AFTER_EXPERTS for name, _ in self.vectors)
+
+    @property
+    def host_tensors(self) -> tuple[str, ...]:
+        """What is done to the sum: where the CPU computes experts, it is complete there."""
+        return AFTER_EXPERTS
 
     def routing_bytes(self, compute: Format) -> int:
         """Logits and probabilities of all experts, and the chosen ones with their sorted form."""

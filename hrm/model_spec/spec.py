@@ -109,6 +109,11 @@ class ModelSpec:
         return self.hidden_size * max(kind.mixer.streams for kind in self.kinds)
 
     @cached_property
+    def pending_elements(self) -> int:
+        """Elements of a token that wait for the sum of its experts, in any layer."""
+        return max((block.pending_elements for kind in self.kinds for block in kind.ffn), default=0)
+
+    @cached_property
     def num_expert_layers(self) -> int:
         """Layers with routed experts."""
         return sum(layer.has_experts for layer in self.layers)

@@ -11,7 +11,7 @@ from hrm.costs import Costs
 from hrm.formats import Formats
 from hrm.layers import Kernel, Operator, linear
 from hrm.machines import compose
-from hrm.model_spec import BUILT_IN_MODELS
+from hrm.model_spec import BUILT_IN_MODELS, load_model
 from hrm.roofline import (
     attainable_flops_per_s,
     attention_turning_points,
@@ -145,6 +145,9 @@ def test_transfers_move_what_their_tensors_hold():
     assert MIXTRAL.attention.cache_bytes(Formats.of("bfloat16"), 1, m) == m * 2 * 8 * 128 * size
     # Of each routed expert an 8-byte index and a 4-byte weight.
     assert operators.routed_token_bytes(MIXTRAL, Formats.of("bfloat16"), m) == m * (4096 * size + 2 * (8 + 4))
+    # Norms after the experts wait for what shared ones add and for the sum of the routed ones.
+    gemma = load_model("gemma-4-26b-a4b")
+    assert operators.routed_token_bytes(gemma, Formats.of("bfloat16"), m) == m * (3 * 2816 * size + 8 * (8 + 4))
     profile = machine(link=10e9, latency_s=1e-5)
     costs = Costs(MIXTRAL, profile, Formats.of("bfloat16"))
     assert costs.h2d(1e9, 4) == pytest.approx(0.1 + 4e-5)

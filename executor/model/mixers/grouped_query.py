@@ -58,10 +58,11 @@ class GroupedQuery(Mixer):
     """Grouped-query attention.
 
     `head_norm` is of queries and keys, over each head or, if its weights are that long, over all
-    together. After it and before the rotary embedding, `clip` bounds queries, keys and values. After that,
-    `rotated_norm` is of each head of queries and keys, without weights, and a `temperature` scales queries.
-    Scores are products times `scale`, 1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention
-    starts anew after so many tokens. What is added to hidden states is multiplied by `output_scale`.
+    together; `value_norm` is of each head's values, without weights. After them and before the rotary
+    embedding, `clip` bounds queries, keys and values. After that, `rotated_norm` is of each head of queries
+    and keys, without weights, and a `temperature` scales queries. Scores are products times `scale`,
+    1/sqrt(d) if it is None. A window is a chunk if `chunked`: attention starts anew after so many tokens.
+    What is added to hidden states is multiplied by `output_scale`.
     """
 
     block: GroupedQueryAttention
@@ -71,6 +72,7 @@ class GroupedQuery(Mixer):
     head_norm: Norm | None = None
     rotated_norm: Norm | None = None
     temperature: Temperature | None = None
+    value_norm: Norm | None = None
     output_scale: float = 1.0
     scale: float | None = None
     chunked: bool = False
@@ -94,6 +96,7 @@ class GroupedQuery(Mixer):
     ) -> None:
         """Queries, keys and values, rotated to their positions; the gate of the output waits."""
         block, mark = self.block, workspace.mark()
+        projected_TX = row_TX[:, : block.projected_size] if block.values_from_keys else row_TX
         hidden_TD = normed(self.norm, x_TD, weights.attention_norm, workspace, weights.attention_norm_bias)
         if block.output_gate:
             gate = slice(block.query_size, 2 * block.query_size)
@@ -101,10 +104,13 @@ class GroupedQuery(Mixer):
             project(hidden_TD, weights.qkv[gate], held_TS)
             project(hidden_TD, weights.qkv[gate.stop :], row_TX[:, gate.start :])
         else:
-            project(hidden_TD, weights.qkv, row_TX)
+            project(hidden_TD, weights.qkv, projected_TX)
         workspace.release(mark)
         if weights.qkv_bias is not None:
-            row_TX.add_(weights.qkv_bias)
+            projected_TX.add_(weights.qkv_bias)
+        if block.values_from_keys:
+            keys_TK, values_TK = row_TX[:, -2 * block.kv_size :].chunk(2, dim=1)
+            values_TK.copy_(keys_TK)
         if weights.gate_bias is not None:
             held_TS.add_(weights.gate_bias)
         self._norm_heads(row_TX, weights, workspace)
@@ -124,6 +130,9 @@ class GroupedQuery(Mixer):
         return row_TX[:, : sum(sizes)].split(sizes, dim=1)
 
     def _norm_heads(self, row_TX: Tensor, weights: AttentionWeights, workspace: Workspace) -> None:
+        if self.value_norm is not None:
+            values = row_TX[:, -self.block.kv_size :].unflatten(1, (-1, self.block.head_dim))
+            norm_into(self.value_norm, values, values.new_ones(self.block.head_dim), values, workspace)
         if weights.query_norm is None or weights.key_norm is None:
             return
         assert self.head_norm is not None, "the family does not say how heads are normed"
@@ -170,22 +179,26 @@ class GroupedQuery(Mixer):
         kernels.prefill_attention(self.block, row_TX, prompts, caches_C2Gd, out_TO, workspace, softmax)
 
     def finish(
-        self,
-        out_TO: Tensor,
-        held_TS: Tensor,
-        weights: AttentionWeights,
-        hidden_TD: Tensor,
-        workspace: Workspace,  # noqa: ARG002 - others need it
+        self, out_TO: Tensor, held_TS: Tensor, weights: AttentionWeights, hidden_TD: Tensor, workspace: Workspace
     ) -> None:
-        """The gate scales attention's output, in place, before it is projected."""
+        """The gate scales attention's output, in place, before it is projected; a norm may follow."""
         if self.block.output_gate:
             out_TO.mul_(held_TS.sigmoid_())
         if self.output_scale != 1:
             assert weights.output_bias is None, "a bias would have to be scaled as well"
             out_TO.mul_(self.output_scale)
-        add_projected(out_TO, weights.output, hidden_TD)
+        if weights.attention_output_norm is None:
+            add_projected(out_TO, weights.output, hidden_TD)
+            if weights.output_bias is not None:
+                hidden_TD.add_(weights.output_bias)
+            return
+        mark = workspace.mark()
+        added_TD = project(out_TO, weights.output, workspace.take(hidden_TD.shape, hidden_TD.dtype))
         if weights.output_bias is not None:
-            hidden_TD.add_(weights.output_bias)
+            added_TD.add_(weights.output_bias)
+        norm_into(self.norm, added_TD, weights.attention_output_norm, added_TD, workspace)
+        hidden_TD.add_(added_TD)
+        workspace.release(mark)
 
 
 def append_kv(cache_C: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:

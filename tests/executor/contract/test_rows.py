@@ -1,5 +1,7 @@
 """What really lies in memory for each request and token, and that it fills what is planned."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from hrm.buffers import Purpose, exchange_bytes_per_request
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import COUNT_BYTES, LOGIT_BYTES, ROUTING_BYTES
 from hrm.formats import Formats
+from hrm.layers import Layer
 from hrm.memory import purposes
+from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.tasks import Device
 from tests.executor.model.steps import route
@@ -19,11 +23,20 @@ from tests.executor.tiny_models import tiny_arch
 ALIGNED_BYTES = 16  # flash attention reads so many at a time
 
 
+def with_norm_of_sum(spec: ModelSpec) -> ModelSpec:
+    """The same where something waits for the sum of all experts."""
+
+    def after(layer: Layer) -> Layer:
+        return replace(layer, ffn=(layer.experts[0].with_vectors(routed_output_norm=spec.hidden_size),))
+
+    return spec.with_layers(map(after, spec.layers))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ffn_on_cpu", [False, True])
 @pytest.mark.parametrize("num_requests", [1, 3, 8, 17])
 def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dtype):
-    spec = tiny_arch(hidden_size=24, experts_per_token=3).spec
+    spec = with_norm_of_sum(tiny_arch(hidden_size=24, experts_per_token=3).spec)
     planned = num_requests * exchange_bytes_per_request(spec, Formats.of(dtype), ffn_on_cpu=ffn_on_cpu)
     memory = torch.zeros(planned, dtype=torch.uint8)
     made = Exchange(spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
@@ -43,7 +56,7 @@ def assert_filled(parts: list[torch.Tensor], planned: int) -> None:
 @pytest.mark.parametrize("prefill_ffn", list(Device))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_chunks_fill_what_is_planned(dtype, prefill_ffn):
-    spec, tokens = tiny_arch(hidden_size=24, experts_per_token=3).spec, 6
+    spec, tokens = with_norm_of_sum(tiny_arch(hidden_size=24, experts_per_token=3).spec), 6
     policy = Policy(
         batch_size=4,
         micro_batch_size=2,
@@ -67,7 +80,7 @@ def test_chunks_fill_what_is_planned(dtype, prefill_ffn):
     assert_filled([made.numbers_BT, made.hidden_BTD, made.kv_B, *vars(made.routed).values()], len(gpu))
     assert_filled(list(vars(made.host_routed).values()), len(routed))
     if prefill_ffn is Device.CPU:
-        in_turn = [made.routed.of(slot, tokens)[0] for slot in range(BUFFERS)]
+        in_turn = [made.routed.of(slot, tokens).tokens_TD for slot in range(BUFFERS)]
         assert all(rows.shape == (tokens, spec.hidden_size) for rows in in_turn)
     assert_filled([made.prefix], len(prefix))
     assert {len(made.numbers_BT), len(made.hidden_BTD), len(made.kv_B)} == {BUFFERS}

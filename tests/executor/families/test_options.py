@@ -6,11 +6,13 @@ from executor.families import family_for
 from executor.model import GroupedQuery, Temperature
 from hrm.errors import ModelError
 from tests.executor.families.tiny import SIZES
+from tests.executor.families.windowed import GEMMA4
 
 GLM = {"moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
 CONFIGS = {
     "glm4_moe": {**GLM, "n_group": 1, "topk_group": 1},
     "minimax_m2": {"num_local_experts": 8},
+    "gemma4_text": GEMMA4,
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_intermediate_size": 24},
     "phimoe": {"num_local_experts": 8},
     "llama4_text": {"num_local_experts": 8, "attention_chunk_size": 16},
@@ -30,6 +32,11 @@ CONFIGS = {
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm"),
         ("minimax_m2", {"shared_intermediate_size": 64}, "shared_intermediate_size"),
         ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ("gemma4_text", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma4_text", {"sliding_window": 256}, "sliding_window"),
+        ("gemma4_text", {"rope_parameters": {"full_attention": {}}}, "rope_parameters: sliding_attention"),
+        ("gemma4_text", {"final_logit_softcapping": -1}, "final_logit_softcapping"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias"),
         ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),

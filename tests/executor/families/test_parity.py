@@ -33,6 +33,7 @@ POLICIES = {
     "attention on the cpu": {"attention": CPU, "resident": 1},
     "attention on the gpu": {"attention": GPU, "schedule": ScheduleName.DEEPSPEED, "resident_dense": False},
     "experts on the cpu": {"attention": CPU, "ffn": CPU, "schedule": ScheduleName.FLEXGEN},
+    "experts on both": {"attention": CPU, "ffn": CPU, "prefill_ffn": CPU, "prefill_chunk_tokens": 40, "resident": 3},
     "kv split": {"attention": GPU, "gpu_kv_micro_batches": 1, "resident": 2},
     "all resident": {"attention": GPU, "resident": ALL, "gpu_kv_micro_batches": 3},
     "split prompts": {"attention": CPU, "prefill_chunk_tokens": 9, "prefix_buffer_tokens": 40},

@@ -45,6 +45,10 @@ PUBLISHED = {
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
     },
     "gpt-oss": {"rope_theta": 15e4, "rope_parameters": {**YARN, "factor": 32.0, "truncate": False, "rope_theta": 15e4}},
+    "gemma-4": {"rope_theta": 1e6, "rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.25}},
+    "proportional, scaled": {
+        "rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.6, "factor": 4.0}
+    },
     "yarn with its magnitude": {"rope_scaling": {**YARN, "attention_factor": 1.25}},
     "longrope": {
         "original_max_position_embeddings": 4096,
@@ -104,7 +108,7 @@ def test_phi_tells_the_magnitudes():
 @pytest.mark.parametrize(
     ("config", "part"),
     [
-        ({"rope_scaling": {"type": "proportional"}}, "rope_scaling: type"),
+        ({"rope_scaling": {"type": "axial"}}, "rope_scaling: type"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling: short_factor"),

@@ -74,6 +74,7 @@ def save(make: Callable[[], Any], folder: Path, stored: Callable[[Tensors], Tens
     torch.manual_seed(0)
     model = make().float().eval()
     corrections = [tensor for name, tensor in model.named_buffers() if "correction" in name]
+    scales = [tensor for name, tensor in model.named_buffers() if "layer_scalar" in name]
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.squeeze().ndim == 1:  # norms are around one, and all other vectors around nought
@@ -81,6 +82,8 @@ def save(make: Callable[[], Any], folder: Path, stored: Callable[[Tensors], Tens
                 tensor.add_("norm" in name and name.endswith("weight"))
         for tensor in corrections:
             tensor.uniform_(-0.5, 0.5)
+        for tensor in scales:
+            tensor.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     if stored is not None:
         save_file(stored(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})

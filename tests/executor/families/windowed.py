@@ -2,7 +2,47 @@
 
 from typing import Any
 
-from tests.executor.families.tiny import SIZES, causal
+from tests.executor.families.tiny import SIZES, VOCAB, causal
+
+ROPE_PARAMETERS = {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e3, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+}
+GEMMA4 = {
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "num_experts": 6,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+    "head_dim": 12,
+    "global_head_dim": 16,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 7,
+    "final_logit_softcapping": 4.0,
+    "vocab_size_per_layer_input": VOCAB,
+}
+
+
+def gemma4() -> Any:
+    """As published: values from keys, and the text in a model that sees as well."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {**SIZES, **GEMMA4, "tie_word_embeddings": True, "use_bidirectional_attention": "vision"}
+    text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "position_embedding_size": 8,
+    }
+    config = AutoConfig.for_model("gemma4", text_config=text, vision_config=vision, audio_config=None)
+    return AutoModelForImageTextToText.from_config(config)
+
 
 LLAMA4 = {
     "head_dim": 16,
@@ -66,5 +106,7 @@ WINDOWED = {
     ),
     "llama4_text": causal("llama4_text", **LLAMA4, num_experts_per_tok=1, rope_parameters=SCOUT_ROPE),
     "llama4_text maverick": llama4,
+    "gemma4_text": gemma4,
+    "gemma4_text biased": causal("gemma4_text", **GEMMA4, attention_bias=True, rope_parameters=ROPE_PARAMETERS),
     "mixtral with windows": causal("mixtral", sliding_window=9, num_local_experts=4),
 }

@@ -18,7 +18,7 @@ def post_attention(
     """The output projection and the router: the experts' input and which ones each token goes to."""
     maths = arch.layers[0]
     maths.mixer.finish(attended, hidden, dense.mixer, hidden, workspace)
-    return maths.ffn.before_experts(hidden, dense.ffn, workspace)
+    return maths.ffn.before_experts(hidden, dense.ffn, workspace)[:2]
 
 
 def route(arch: Architecture, x: Tensor, router: Tensor) -> Routing:

@@ -1,5 +1,6 @@
 """Each function of a layer against the reference, and its temporaries against the plan."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -396,6 +397,38 @@ def test_plan_covers_the_temporaries_of_a_layer(arch, num_tokens, dtype, same_ex
     out = workspace.take((num_tokens, spec.hidden_size), dtype).zero_()
     run_experts(x, routing, enumerate(experts), out, workspace)
     assert workspace.high_water_bytes <= workspace_bytes(spec, num_tokens, FORMATS[name_of(dtype)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hidden=st.integers(1, 400),
+    inner=st.integers(1, 60),
+    shared=st.integers(1, 60),
+    num_tokens=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    by_torch=st.booleans(),
+)
+def test_plan_covers_what_waits_for_the_sum_of_experts(hidden, inner, shared, num_tokens, dtype, by_torch):
+    arch = tiny_arch(hidden_size=hidden, intermediate_size=inner)
+    (layer,) = arch.spec.layers
+    block = replace(layer.experts[0], shared_intermediate_size=shared).with_vectors(
+        router_scale=hidden,
+        expert_scale=layer.num_experts,
+        shared_norm=hidden,
+        shared_output_norm=hidden,
+        routed_output_norm=hidden,
+        ffn_output_norm=hidden,
+        layer_scale=1,
+    )
+    arch = replace(arch, spec=arch.spec.with_layers([replace(layer, ffn=(block,))]))
+    workspace, ffn = planned_workspace(arch, num_tokens, dtype), arch.layers[0].ffn
+    workspace.take((num_tokens, layer.mixer.kept_elements), dtype)
+    weights, states = random_dense(arch, dtype).ffn, torch.randn(num_tokens, hidden).to(dtype)
+    with native.using(None if by_torch else native.kernels()):
+        x, routing, pending = ffn.before_experts(states, weights, workspace)
+        run_experts(x, routing, enumerate(random_experts(arch, dtype)), ffn.sum_of(pending, states), workspace)
+        ffn.finish(pending, states, weights, workspace)
+    assert workspace.high_water_bytes <= workspace.capacity_bytes
 
 
 def test_plan_is_no_more_than_needed():

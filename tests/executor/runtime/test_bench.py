@@ -121,6 +121,14 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
         assert memory[planned.name]["planned_total_bytes"] == planned.planned_bytes
 
 
+def test_fewer_layers_are_the_first_of_the_model():
+    """Though a later one reaches further back."""
+    with ExitStack() as stack:
+        _, _, arch = model_of(BenchOptions(model="gpt-oss-20b", num_layers=1), stack)
+    assert len(arch.layers) == arch.spec.num_layers == 1
+    assert [reach.rows for reach in arch.reaches] == [128]
+
+
 def test_this_machine_is_measured_if_none_is_given(shape, monkeypatch, capsys):
     found = []
 
