@@ -3,7 +3,8 @@
 `spec` has the layers and what follows from them, `dimensions` tells plain models in fewer words,
 `built_in` has the models known by name, and `families` reads a published config.json of any of them
 by its `model_type`, with the functions of `readers`, which share what is in `decoder`, and
-`published_dtype`. `workspace` is what computing a layer takes for a while.
+`published_dtype`. `quantisation` tells how a config says that weights are stored, and `stored_formats`
+which of our tensors are then packed. `workspace` is what computing a layer takes for a while.
 """
 
 from pathlib import Path
