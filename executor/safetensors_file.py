@@ -16,7 +16,17 @@ from hrm.decoding import Malformed, decode_json
 from hrm.files import open_regular
 from hrm.units import MIB
 
-DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Those and what quantised matrices are made of.
+DTYPES: Final = {
+    **FLOAT_DTYPES,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 DOWNLOAD_AGAIN: Final = "download the file again"
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LENGTH_BYTES: Final = 8  # of the header, before it

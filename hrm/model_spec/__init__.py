@@ -16,6 +16,7 @@ from hrm.model_spec.built_in import BUILT_IN_MODELS
 from hrm.model_spec.config_file import Keys, read_config
 from hrm.model_spec.dimensions import Dimensions
 from hrm.model_spec.families import decoder_keys, read_spec, spec_from_hf_config
+from hrm.model_spec.published_dtype import with_quantisation
 from hrm.model_spec.spec import ModelSpec
 
 __all__ = [
@@ -52,4 +53,4 @@ def load_model(model: str) -> ModelSpec:
             f"must be one of {', '.join(BUILT_IN_MODELS)}, a config.json or its folder, or org/name on the Hub",
             f"did you mean {close}?" if close else "see hrm models",
         )
-    return spec_from_hf_config(read_config(path), str(path))
+    return spec_from_hf_config(with_quantisation(read_config(path), path.parent), str(path))
