@@ -14,9 +14,11 @@ from executor.checkpoint_names import ACTIVATION_SCALES, AHEAD_SUFFIX, QUANTISED
 from executor.errors import CheckpointError
 from executor.formats import Packed, packed_in
 from executor.formats.schemes import SCHEMES, Scheme
-from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, FLOAT_DTYPES, SafetensorsFile, StoredTensor
+from executor.gguf_file import GgufFile
+from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, FLOAT_DTYPES, SafetensorsFile, StoredTensor, TensorFile
 from hrm.formats import PackedFormat
 from hrm.model_spec import decoder_keys
+from hrm.model_spec.gguf import SUFFIX, read_header
 from hrm.model_spec.published_dtype import with_quantisation
 from hrm.model_spec.quantisation import TEXT_PREFIXES, Quantisation, quantisation
 
@@ -77,17 +79,19 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path], name: str = "") -> None:
         self.folder, self.config, self._name = folder, config, name
         self._file_of = file_of
-        self._open_files: dict[Path, SafetensorsFile] = {}
+        self._open_files: dict[Path, TensorFile] = {}
         self._renamed: dict[str, str] = {}  # stored names by those that they have here
 
     @classmethod
     def open(cls, folder: str | Path, name: str = "") -> Self:
-        """Open the checkpoint in `folder`, reading headers only. Messages have its `name`, if it has one.
+        """Open the checkpoint in `folder`, or a GGUF file, reading headers only. Messages have its `name`, if any.
 
         Raises CheckpointError if it is no folder, lacks its config or safetensors, holds a file
         that is not what its name says, or has an index that leads out of the folder.
         """
         folder = Path(folder)
+        if folder.suffix == SUFFIX and folder.is_file():
+            return cls._of_gguf(folder, name)
         if not folder.is_dir():
             raise CheckpointError(
                 "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
@@ -105,6 +109,14 @@ class Checkpoint:
         except CheckpointError:
             checkpoint.close()
             raise
+        return checkpoint
+
+    @classmethod
+    def _of_gguf(cls, path: Path, name: str) -> Self:
+        """The checkpoint in a GGUF file, whose tokenizer is in the same folder."""
+        header = read_header(path)
+        checkpoint = cls(path.parent, header.config(), dict.fromkeys(header.tensors, path), name or str(path))
+        checkpoint._open_files[path] = GgufFile(path, header)
         return checkpoint
 
     def close(self) -> None:
@@ -138,6 +150,8 @@ class Checkpoint:
     @property
     def config_path(self) -> str:
         """Where the config was read, for messages; models are named after its folder."""
+        if self._name.endswith(SUFFIX):
+            return self._name
         return f"{self._name.partition('@')[0]}/{CONFIG_FILE}" if self._name else str(self.folder / CONFIG_FILE)
 
     @property
@@ -301,7 +315,7 @@ class Checkpoint:
             return "these were saved without the LM head around them: save the whole model"
         return "download all files of the checkpoint, or use the config.json of these weights"
 
-    def _file(self, path: Path) -> SafetensorsFile:
+    def _file(self, path: Path) -> TensorFile:
         if path not in self._open_files:
             self._open_files[path] = SafetensorsFile(path)
         return self._open_files[path]

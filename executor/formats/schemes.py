@@ -15,6 +15,7 @@ from torch import Tensor
 from executor.errors import CheckpointError
 from executor.formats.packed import Packed
 from hrm.formats import PackedFormat
+from hrm.model_spec.gguf import TYPES
 from hrm.model_spec.quantisation import Packing
 
 Shape = tuple[int, ...]
@@ -206,6 +207,34 @@ class InColumns(Scheme):
             raise CheckpointError(source.where(name), "<other zero points>", rule, "set sym to false")
 
 
+@final
+class InBlocks(Scheme):
+    """GGUF's: scale and codes of 32 numbers beside one another; of half bytes, the low ones come first."""
+
+    scales = (".weight",)
+
+    def parts(self, form: PackedFormat, shape: Shape, scales: str) -> Iterator[StoredPart]:
+        """One tensor of rows of bytes."""
+        rows, width = shape
+        kind = _BLOCK_TYPES[form.name]
+        yield StoredPart(scales, (kind.name,), ((rows, -(-width // kind.size) * kind.num_bytes),))
+
+    def read(self, source: RawTensors, module: str, into: Packed, expert: int) -> None:  # noqa: ARG002 - of stacks
+        """Take blocks apart."""
+        form, name = into.format, module + ".weight"
+        kind = _BLOCK_TYPES[form.name]
+        blocks = source.tensor(name).unflatten(1, (-1, kind.num_bytes))
+        of_scale = kind.num_bytes - kind.size * form.code_bits // 8
+        scales = blocks[..., :of_scale].contiguous()
+        fill_scales(source, name, scales if form.scale == "e8m0" else scales.view(torch.float16), into)
+        codes = blocks[..., of_scale:]
+        if form.code_bits == 4:
+            each = torch.cat([codes & 15, codes >> 4], dim=-1)
+            codes = each[..., ::2] | each[..., 1::2] << 4
+        into.codes.copy_(codes.flatten(1))
+
+
+_BLOCK_TYPES: Final = {kind.format: kind for kind in TYPES.values() if kind.format}
 SCHEMES: Final[Mapping[Packing, Scheme]] = {
     Packing.FP8: InRows(scales=(".weight_scale_inv", ".weight_scale")),
     Packing.MXFP4: InRows(codes="_blocks", scales=("_scales",), stacked=True),
@@ -218,6 +247,7 @@ SCHEMES: Final[Mapping[Packing, Scheme]] = {
     Packing.PACKED_NVFP4: InRows(codes=".weight_packed", factor=".weight_global_scale", reciprocal=True),
     Packing.PACKED_MXFP4: InRows(codes=".weight_packed"),
     Packing.MODELOPT: InRows(factor=".weight_scale_2"),
+    Packing.GGUF: InBlocks(),
 }
 
 _TORCH: Final = {"I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}

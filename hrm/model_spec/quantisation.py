@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, cast
 from hrm.errors import ModelError
 from hrm.formats import MOST_GROUPED, PackedFormat, packed_format
 from hrm.model_spec.config_file import Keys
+from hrm.model_spec.gguf import METHOD, TYPES
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 
 # What a multimodal model has its text part's names behind, and what those begin with on their own.
@@ -35,6 +36,7 @@ class Packing(StrEnum):
     PACKED_NVFP4 = "nvfp4-pack-quantized"
     PACKED_MXFP4 = "mxfp4-pack-quantized"
     MODELOPT = "modelopt"
+    GGUF = "gguf"
 
 
 class Quantised(NamedTuple):
@@ -359,6 +361,17 @@ def _modelopt(given: Keys, _: str) -> Quantisation:
     return Quantisation(((EVERY, how),), _as_modelopt(given, "exclude_modules", "ignore"))
 
 
+def _gguf(given: Keys, _: str) -> Quantisation:
+    """As the header of a GGUF file is told: each format has a list of names."""
+    groups: list[tuple[Modules, Quantised]] = []
+    formats = given.section("formats")
+    for name in formats.values:
+        if name not in {kind.format for kind in TYPES.values() if kind.format}:
+            raise formats.refusal(name, "must be under a format that GGUF files have")
+        groups.append((Modules(frozenset(_names(formats, name)[1])), Quantised(_known(name), Packing.GGUF)))
+    return Quantisation(tuple(groups))
+
+
 _METHODS: Final[Mapping[str, Callable[[Keys, str], Quantisation]]] = {
     "fp8": _fp8,
     "mxfp4": _mxfp4,
@@ -366,4 +379,5 @@ _METHODS: Final[Mapping[str, Callable[[Keys, str], Quantisation]]] = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
+    METHOD: _gguf,
 }

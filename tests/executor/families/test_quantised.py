@@ -25,7 +25,9 @@ from tests.executor.tiny_models import random_prompts
 MAX_TOKENS, NUM_PROMPTS = 4, 6
 METHODS: Final = ("int4 with zeros", "gptq in order", "awq", "nvfp4", "int8")  # one of each kind of parts
 WIDE: Final[dict[str, Any]] = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}
-QWEN: Final = causal("qwen3_moe", **WIDE, num_experts=4, num_experts_per_tok=2, intermediate_size=32, head_dim=16)
+QWEN: Final = causal(
+    "qwen3_moe", **WIDE, norm_topk_prob=True, num_experts=4, num_experts_per_tok=2, intermediate_size=32, head_dim=16
+)
 DEEPSEEK: Final = causal(
     "deepseek_v3",
     **{**LATENT_SIZES, **WIDE, "q_lora_rank": 32, "qk_nope_head_dim": 8, "n_group": 2, "intermediate_size": 48},
