@@ -1,6 +1,7 @@
 """Reads weights out of safetensors files, never unpickled."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Protocol, Self, final
@@ -9,11 +10,17 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
-from executor.checkpoint_names import AHEAD_SUFFIX, QUANTISED_NAMES, TEXT_PREFIXES, is_harmless, layer_number
+from executor.checkpoint_names import ACTIVATION_SCALES, AHEAD_SUFFIX, QUANTISED_NAMES, is_harmless, layer_number
 from executor.errors import CheckpointError
-from executor.formats import Packed
-from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, SafetensorsFile, StoredTensor
+from executor.formats import Packed, packed_in
+from executor.formats.schemes import SCHEMES, Scheme
+from executor.gguf_file import GgufFile
+from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, FLOAT_DTYPES, SafetensorsFile, StoredTensor, TensorFile
 from hrm.formats import PackedFormat
+from hrm.model_spec import decoder_keys
+from hrm.model_spec.gguf import SUFFIX, read_header
+from hrm.model_spec.published_dtype import with_quantisation
+from hrm.model_spec.quantisation import TEXT_PREFIXES, Quantisation, quantisation
 
 GENERATION_CONFIG_FILE: Final = "generation_config.json"
 FLOATS: Final = "float64, float32, bfloat16, float16"
@@ -48,8 +55,16 @@ class WeightSource(Protocol):
         ...
 
     def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
-        """Fill `out` with the rows of a packed matrix, or of a stack of them, from `first_row` on, exactly."""
+        """Fill `out` with a packed matrix, or with that of a stack of them that starts in `first_row`, exactly."""
         ...
+
+
+class Kept(NamedTuple):
+    """How a matrix is packed: what its tensors begin with, their scheme and its format."""
+
+    module: str
+    scheme: Scheme
+    format: PackedFormat
 
 
 @final
@@ -64,17 +79,19 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], file_of: dict[str, Path], name: str = "") -> None:
         self.folder, self.config, self._name = folder, config, name
         self._file_of = file_of
-        self._open_files: dict[Path, SafetensorsFile] = {}
+        self._open_files: dict[Path, TensorFile] = {}
         self._renamed: dict[str, str] = {}  # stored names by those that they have here
 
     @classmethod
     def open(cls, folder: str | Path, name: str = "") -> Self:
-        """Open the checkpoint in `folder`, reading headers only. Messages have its `name`, if it has one.
+        """Open the checkpoint in `folder`, or a GGUF file, reading headers only. Messages have its `name`, if any.
 
         Raises CheckpointError if it is no folder, lacks its config or safetensors, holds a file
         that is not what its name says, or has an index that leads out of the folder.
         """
         folder = Path(folder)
+        if folder.suffix == SUFFIX and folder.is_file():
+            return cls._of_gguf(folder, name)
         if not folder.is_dir():
             raise CheckpointError(
                 "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
@@ -94,6 +111,14 @@ class Checkpoint:
             raise
         return checkpoint
 
+    @classmethod
+    def _of_gguf(cls, path: Path, name: str) -> Self:
+        """The checkpoint in a GGUF file, whose tokenizer is in the same folder."""
+        header = read_header(path)
+        checkpoint = cls(path.parent, header.config(), dict.fromkeys(header.tensors, path), name or str(path))
+        checkpoint._open_files[path] = GgufFile(path, header)
+        return checkpoint
+
     def close(self) -> None:
         """Close the files."""
         for file in self._open_files.values():
@@ -110,12 +135,23 @@ class Checkpoint:
 
     @property
     def names(self) -> Collection[str]:
-        """Names of the stored tensors."""
-        return self._file_of.keys()
+        """Names of the stored tensors, and of the matrices that some of them are parts of."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> Collection[str]:
+        names = dict.fromkeys(self._file_of)
+        for packing in {how.packing for _, how in self._quantisation.groups} if self._quantisation is not None else ():
+            scheme = SCHEMES[packing]
+            modules = (name[: -len(end)] for name in self._file_of for end in scheme.scales if name.endswith(end))
+            names.update(dict.fromkeys(module + ".weight" * (not scheme.stacked) for module in modules))
+        return names.keys()
 
     @property
     def config_path(self) -> str:
         """Where the config was read, for messages; models are named after its folder."""
+        if self._name.endswith(SUFFIX):
+            return self._name
         return f"{self._name.partition('@')[0]}/{CONFIG_FILE}" if self._name else str(self.folder / CONFIG_FILE)
 
     @property
@@ -124,29 +160,46 @@ class Checkpoint:
         return sorted(set(self._file_of.values()))
 
     def check(self, expected: Mapping[str, Expected]) -> None:
-        """Raise CheckpointError unless it holds the expected float tensors and no others that matter.
+        """Raise CheckpointError unless it holds the expected tensors and no others that matter.
 
-        Axes of one element make no difference. Reads headers only.
+        Those are floats, or packed as the config says. Axes of one element make no difference. Reads headers only.
         """
-        self._check_not_quantised()
-        self._check_there(expected)
-        for name, (shape, _) in expected.items():
-            part = self._told(name)
-            where = f"{self._file_of[name]}: {self._stored_name(name)}"
-            if _without_ones(part.shape) != _without_ones(shape):
-                raise CheckpointError(
-                    where,
-                    f"<shape {part.shape}>",
-                    f"must have the shape {shape} that {CONFIG_FILE} leads to",
-                    "use the config.json that belongs to these weights",
-                )
-            if part.dtype not in DTYPES:
-                raise CheckpointError(
-                    where, f"<dtype {part.dtype}>", f"must be one of {FLOATS}", "use an unquantised checkpoint"
-                )
-        self._check_no_others(expected)
+        parts: dict[str, tuple[tuple[int, ...], ...]] = {}
+        dtypes: dict[str, Collection[str]] = {}
+        for name, (shape, form) in expected.items():
+            packed = self._packed(name, surely=form is not None and name not in self._file_of)
+            if form is not None:
+                packed = self._packed_as(form, name, packed)
+            if packed is None:
+                parts[name] = (shape,)
+                continue
+            module, scheme, _ = packed
+            matrix = shape if len(shape) > 1 else (1, *shape)
+            for part in scheme.parts(packed.format, matrix, scheme.scales_of(module, self.names)):
+                if not part.optional or module + part.suffix in self._file_of:
+                    parts[module + part.suffix] = part.shapes
+                    dtypes[module + part.suffix] = part.dtypes
+        self._check_not_quantised(parts)
+        self._check_there(parts)
+        for name, shapes in parts.items():
+            self._check_tensor(name, shapes, dtypes.get(name))
+        self._check_no_others(parts)
 
-    def _check_there(self, expected: Mapping[str, Expected]) -> None:
+    def _check_tensor(self, name: str, shapes: tuple[tuple[int, ...], ...], dtypes: Collection[str] | None) -> None:
+        """Raise CheckpointError unless it has one of the shapes and dtypes, which are floats if none are told."""
+        told = self._told(name)
+        if _without_ones(told.shape) not in [_without_ones(shape) for shape in shapes]:
+            raise CheckpointError(
+                self.where(name),
+                f"<shape {told.shape}>",
+                f"must have the shape {shapes[0]} that {CONFIG_FILE} leads to",
+                "use the config.json that belongs to these weights",
+            )
+        if told.dtype not in (dtypes or FLOAT_DTYPES):
+            rule = f"must be {' or '.join(dtypes)}" if dtypes else f"must be one of {FLOATS}"
+            raise CheckpointError(self.where(name), f"<dtype {told.dtype}>", rule, "use an unquantised checkpoint")
+
+    def _check_there(self, expected: Iterable[str]) -> None:
         missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise CheckpointError(
@@ -156,17 +209,30 @@ class Checkpoint:
                 self._remedy_if_missing(),
             )
 
-    def _check_no_others(self, expected: Mapping[str, Expected]) -> None:
+    def _check_no_others(self, expected: Collection[str]) -> None:
         """Raise CheckpointError naming tensors that the model should have used, for all we know."""
-        ahead = self._layers_ahead(expected)
-        others = sorted(name for name in self._file_of if name not in expected and not is_harmless(name, ahead))
+        others = sorted(self._others(expected))
         if others:
             raise CheckpointError(
-                f"{self._file_of[others[0]]}: {self._stored_name(others[0])}",
+                self.where(others[0]),
                 f"<not used{_and_others([self._stored_name(name) for name in others])}>",
                 f"must be tensors that a {self.config.get('model_type')} model of this {CONFIG_FILE} has",
                 "use a checkpoint of a supported architecture, with its own config.json",
             )
+
+    def _others(self, expected: Collection[str]) -> Iterator[str]:
+        """Tensors that are not expected, and may not be left out as far as we know."""
+        ahead, quantised = self._layers_ahead(expected), self._quantisation is not None
+        for name in self._file_of:
+            if name in expected or is_harmless(name, ahead):
+                continue
+            if not quantised or not (ACTIVATION_SCALES.search(name) or self._is_added_bias(name)):
+                yield name
+
+    def _is_added_bias(self, name: str) -> bool:
+        """Whether it is noughts that a tool has added to a packed matrix, as AutoGPTQ did."""
+        module = name.removesuffix(".bias")
+        return module != name and self._packed(module) is not None and not self.tensor(name).any()
 
     def _layers_ahead(self, expected: Iterable[str]) -> set[int]:
         """Layers after the last one that predict tokens further ahead, as the config says or their tensors."""
@@ -178,25 +244,63 @@ class Checkpoint:
         numbers = {number for name in self._file_of if (number := layer_number(name)) is not None}
         return {n for n in numbers if n >= num_layers and (n < num_layers + count or n in ahead)}
 
+    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """Fill `out` with rows of the tensor; see WeightSource. Several threads may read at once.
+
+        Where it is packed, `out` is a whole matrix of it.
+        """
+        packed = self._packed(name)
+        if packed is None:
+            self.raw_into(name, out, first_row)
+            return
+        ours = out.T if packed.scheme.stacked else out.view(-1, out.shape[-1])
+        rows, width = ours.shape
+        memory = torch.empty(packed.format.bytes_of(rows, width), dtype=torch.uint8)
+        matrix = packed_in(packed.format, rows, width, memory)
+        packed.scheme.read(self, packed.module, matrix, first_row // width)
+        matrix.dequantised(ours)
+
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+        """Fill a packed matrix; see WeightSource. CheckpointError if it is not stored so."""
+        packed = self._packed_as(out.format, name, self._packed(name))
+        assert not first_row % out.shape[-1], (name, first_row, out.shape)
+        packed.scheme.read(self, packed.module, out, first_row // out.shape[-1])
+
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as stored."""
         told = self._told(name)
         out = torch.empty(told.shape, dtype=DTYPES[told.dtype])
-        self.read_into(name, out.view(-1))
+        self.raw_into(name, out.view(-1))
         return out
 
-    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """Fill `out` with rows of the tensor; see WeightSource. Several threads may read at once."""
+    def raw_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+        """Fill `out` with rows of the stored tensor of that name, a part of a packed matrix or a plain one."""
         self._file(self._file_of[name]).read_into(self._stored_name(name), out, first_row)
 
-    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
-        """Fill `out` with rows of a packed matrix; see WeightSource."""
-        raise CheckpointError(
-            f"{self._file_of[name]}: {self._stored_name(name)}",
-            f"<{out.format.name}, rows from {first_row}>",
-            "must not be quantised",
-            "use an unquantised checkpoint",
-        )
+    def where(self, name: str) -> str:
+        """The file of a tensor and its name there, for messages."""
+        return f"{self._file_of[name]}: {self._stored_name(name)}"
+
+    @cached_property
+    def _quantisation(self) -> Quantisation | None:
+        """How its weights are quantised; ModelError if they are in a way that is not read."""
+        return quantisation(decoder_keys(self.config, self.config_path))
+
+    def _packed(self, name: str, *, surely: bool = False) -> Kept | None:
+        """How a matrix is packed; None if it is plain, which any may be that is not surely packed."""
+        module = name.removesuffix(".weight")
+        how = self._quantisation.of(module) if self._quantisation is not None else None
+        if how is None:
+            return None
+        scheme = SCHEMES[how.packing]
+        return Kept(module, scheme, how.format) if surely or scheme.is_packed(module, self.names) else None
+
+    def _packed_as(self, form: PackedFormat, name: str, packed: Kept | None) -> Kept:
+        """How it is packed, which must be in that format."""
+        if packed is not None and packed.format == form:
+            return packed
+        told, rule = packed.format.name if packed else "plain", f"must be stored as {form.name}, as {CONFIG_FILE} says"
+        raise CheckpointError(f"{self.folder}: {name}", f"<{told}>", rule, "use the config.json of these weights")
 
     def _told(self, name: str) -> StoredTensor:
         return self._file(self._file_of[name]).tensors[self._stored_name(name)]
@@ -211,7 +315,7 @@ class Checkpoint:
             return "these were saved without the LM head around them: save the whole model"
         return "download all files of the checkpoint, or use the config.json of these weights"
 
-    def _file(self, path: Path) -> SafetensorsFile:
+    def _file(self, path: Path) -> TensorFile:
         if path not in self._open_files:
             self._open_files[path] = SafetensorsFile(path)
         return self._open_files[path]
@@ -247,21 +351,21 @@ class Checkpoint:
                     self._file_of[new] = self._file_of.pop(name)
                     self._renamed[new] = self._renamed.pop(name, name)
 
-    def _check_not_quantised(self) -> None:
-        for name, path in self._file_of.items():
-            found = QUANTISED_NAMES.search(name)
-            if found is not None:
+    def _check_not_quantised(self, expected: Collection[str]) -> None:
+        """Raise CheckpointError naming a part of a quantised matrix of which the config does not say that it is one."""
+        for name in self._others(expected):
+            if QUANTISED_NAMES.search(name):
                 raise CheckpointError(
-                    f"{path}: {name}",
+                    self.where(name),
                     "<part of a quantised matrix>",
-                    f"must not be there: quantised weights are not read, only {FLOATS}",
-                    "use an unquantised checkpoint",
+                    f"must not be there: {CONFIG_FILE} does not say that the matrix is quantised so",
+                    "use the config.json that belongs to these weights, or an unquantised checkpoint",
                 )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of a checkpoint with the token ids of its generation_config.json; CheckpointError if there is none."""
-    config = read_object(folder / CONFIG_FILE, "download the model's config.json too")
+    config = with_quantisation(read_object(folder / CONFIG_FILE, "download the model's config.json too"), folder)
     generation_path = folder / GENERATION_CONFIG_FILE
     if generation_path.exists():
         generation = read_object(generation_path, DOWNLOAD_AGAIN)

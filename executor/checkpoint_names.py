@@ -13,8 +13,6 @@ IGNORED_SUFFIXES: Final = (
     ".rope.freqs",
     ".masked_bias",
 )
-# What a multimodal model has its text part's names behind, and what those begin with on their own.
-TEXT_PREFIXES: Final = (("model.language_model.", "model."), ("language_model.", ""), ("thinker.", ""))
 # Parts that text does not pass through: pictures and sounds, and predictors of tokens further ahead.
 OTHER_PARTS: Final = re.compile(
     r"(model\.)?((visual|vision|audio|image|multi_modal|mm|embed_vision|embed_audio|patch_merger)(_\w+)?"
@@ -24,10 +22,13 @@ AHEAD_SUFFIX: Final = ".eh_proj.weight"  # joins a token and a hidden state, in 
 LAYER_NUMBER: Final = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 # What the parts of a quantised matrix are called, by the tools that write them.
 QUANTISED_NAMES: Final = re.compile(
-    r"\.(?P<part>qweight|qzeros|g_idx|scales|biases|weight_packed|weight_scale|weight_scale_inv"
-    r"|weight_scale_2|weight_zero_point|input_scale|k_scale|v_scale|absmax|quant_map|SCB"
+    r"\.(?P<part>qweight|qzeros|g_idx|scales|biases|weight_packed|weight_scale|weight_scale_inv|weight_shape"
+    r"|weight_scale_2|weight_global_scale|weight_zero_point|weight_g_idx|absmax|quant_map|SCB"
+    r"|input_scale|input_global_scale|[kv]_scale"
     r"|\w+_blocks|\w+_scales)$|\.(?P<state>quant_state\.\w+)$"
 )
+# Scales of what is computed with quantised matrices, and of caches: neither is quantised here as they say.
+ACTIVATION_SCALES: Final = re.compile(r"\.(input_scale|input_global_scale|output_scale|[qkv]_scale|[kv]_zero_point)$")
 
 
 def layer_number(name: str) -> int | None:

@@ -11,11 +11,13 @@ from executor.families import family_for
 from hrm.errors import ModelError
 from hrm.files import is_folder
 from hrm.hub import HubModel, Progress
+from hrm.model_spec.published_dtype import MODELOPT_FILE
 
 # What is not weights: some are of tokenizers that are not read, which is told better with them there.
 SMALL_FILES: Final = (
     "config.json",
     "generation_config.json",
+    MODELOPT_FILE,
     INDEX_FILE,
     "tokenizer*",
     "tekken.json",

@@ -14,9 +14,21 @@ from torch import Tensor
 from executor.errors import CheckpointError
 from hrm.decoding import Malformed, decode_json
 from hrm.files import open_regular
+from hrm.model_spec.gguf import TYPES
 from hrm.units import MIB
 
-DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Those and what quantised matrices are made of.
+DTYPES: Final = {
+    **FLOAT_DTYPES,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    **dict.fromkeys((kind.name for kind in TYPES.values() if kind.format), torch.uint8),
+}
 DOWNLOAD_AGAIN: Final = "download the file again"
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LENGTH_BYTES: Final = 8  # of the header, before it
@@ -33,33 +45,17 @@ class StoredTensor:
     start: int
 
 
-@final
-class SafetensorsFile:
-    """A file open for reading, its header read; CheckpointError if it is not a whole safetensors file."""
+class TensorFile:
+    """A file open for reading, and where its tensors lie in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, what: str) -> None:
         self.path = path
-        _check(path)
-        self._file = open_regular(path, "a readable safetensors file", CheckpointError, remedy=DOWNLOAD_AGAIN)
-        self.tensors = self._header()
+        self._file = open_regular(path, what, CheckpointError, remedy=DOWNLOAD_AGAIN)
+        self.tensors: dict[str, StoredTensor] = {}
 
     def close(self) -> None:
         """Nothing is read any more."""
         self._file.close()
-
-    def _header(self) -> dict[str, StoredTensor]:
-        length = int.from_bytes(self._file.read(LENGTH_BYTES), "little")
-        try:
-            header: dict[str, Any] = decode_json(self._file.read(length))  # an object, as was checked
-        except Malformed as error:
-            self.close()
-            raise CheckpointError(str(self.path), f"<{error}>", "must have a whole header", DOWNLOAD_AGAIN) from error
-        header.pop("__metadata__", None)
-        first = LENGTH_BYTES + length
-        return {
-            name: StoredTensor(told["dtype"], tuple(told["shape"]), first + told["data_offsets"][0])
-            for name, told in header.items()
-        }
 
     def read_into(self, name: str, out: Tensor, first_row: int) -> None:
         """Fill `out` with rows of a tensor, converted to its dtype; rows are as long as those of `out`."""
@@ -97,6 +93,30 @@ class SafetensorsFile:
             if not count:
                 raise CheckpointError(str(self.path), "<cut short>", "must not change while it is read", DOWNLOAD_AGAIN)
             left, start = left[count:], start + count
+
+
+@final
+class SafetensorsFile(TensorFile):
+    """A safetensors file, its header read; CheckpointError if it is not a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        _check(path)
+        super().__init__(path, "a readable safetensors file")
+        self.tensors = self._header()
+
+    def _header(self) -> dict[str, StoredTensor]:
+        length = int.from_bytes(self._file.read(LENGTH_BYTES), "little")
+        try:
+            header: dict[str, Any] = decode_json(self._file.read(length))  # an object, as was checked
+        except Malformed as error:
+            self.close()
+            raise CheckpointError(str(self.path), f"<{error}>", "must have a whole header", DOWNLOAD_AGAIN) from error
+        header.pop("__metadata__", None)
+        first = LENGTH_BYTES + length
+        return {
+            name: StoredTensor(told["dtype"], tuple(told["shape"]), first + told["data_offsets"][0])
+            for name, told in header.items()
+        }
 
 
 def _check(path: Path) -> None:

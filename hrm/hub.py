@@ -19,7 +19,7 @@ from hrm.errors import ModelError
 
 CONFIG_FILE: Final = "config.json"
 _NAMED: Final = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-_NO_NAMES: Final = (".json", ".yaml", ".safetensors")  # files that are not there, rather
+_NO_NAMES: Final = (".json", ".yaml", ".safetensors", ".gguf")  # files that are not there, rather
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]  # of bytes

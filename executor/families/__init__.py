@@ -1,6 +1,5 @@
 """One file a model family, with its names and options; nothing outside knows any of them by name."""
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from executor.families.base import Family
@@ -20,7 +19,7 @@ from executor.families.qwen3_next import QWEN3_5, QWEN3_NEXT
 from executor.model.architecture import Architecture
 from hrm.errors import ModelError
 from hrm.model_spec import decoder_keys
-from hrm.model_spec.published_dtype import QUANTISATION_KEYS
+from hrm.model_spec.quantisation import quantisation
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_for"]
 
@@ -54,9 +53,10 @@ FAMILIES: Final[dict[str, Family]] = {
 def family_for(config: dict[str, Any], where: str) -> Family:
     """The family of a config by its `model_type`, or by that of its text part.
 
-    Raises ModelError naming `where` if it is unknown, or if the weights are quantised.
+    Raises ModelError naming `where` if it is unknown, or if the weights are quantised in a way that is not read.
     """
-    name = decoder_keys(config, where).get("model_type")
+    keys = decoder_keys(config, where)
+    name = keys.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
@@ -65,19 +65,5 @@ def family_for(config: dict[str, Any], where: str) -> Family:
             f"must be one of {', '.join(FAMILIES)}",
             "use a model of one of these: hrm models lists them",
         )
-    _check_not_quantised(config, where)
+    quantisation(keys)
     return family
-
-
-def _check_not_quantised(config: Mapping[str, Any], where: str) -> None:
-    for key in QUANTISATION_KEYS:
-        section = config.get(key)
-        if not section:
-            continue
-        method = section.get("quant_method") if isinstance(section, dict) else section
-        raise ModelError(
-            f"{where}: {key}",
-            f"<{method or 'present'}>",
-            "must not be there: quantised weights are not read, only float32, bfloat16, float16 and float64",
-            "use an unquantised checkpoint",
-        )

@@ -3,7 +3,7 @@
 from typing import Final
 
 from executor.families.base import SILU, Family, grouped_query
-from executor.families.names import ATTENTION
+from executor.families.names import ATTENTION, GATE_UP_DOWN
 from executor.families.rope import Rope
 from executor.families.stored import Stored, interleaved
 from executor.model import Activation, Architecture, FeedForward, Glu, GroupedQuery, LayerMaths, Norm
@@ -29,6 +29,13 @@ def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     return rope.architecture(spec, maths, final_norm=norm)
 
 
+# As in GGUF files, expert by expert.
+BY_EXPERT: Final = {
+    "w13": GATE_UP_DOWN["w13"],
+    "w13_bias": ("mlp.experts.{expert}.gate_proj.bias", "mlp.experts.{expert}.up_proj.bias"),
+    "w2": GATE_UP_DOWN["w2"],
+    "w2_bias": "mlp.experts.{expert}.down_proj.bias",
+}
 GPT_OSS: Final = Family(
     names={
         **ATTENTION,
@@ -40,6 +47,7 @@ GPT_OSS: Final = Family(
         "w2": Stored(("mlp.experts.down_proj",), transposed=True),
         "w2_bias": "mlp.experts.down_proj_bias",
     },
+    otherwise=(BY_EXPERT,),
     options=_options,
     published={
         "rms_norm_eps": 1e-5,

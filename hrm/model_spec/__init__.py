@@ -3,7 +3,9 @@
 `spec` has the layers and what follows from them, `dimensions` tells plain models in fewer words,
 `built_in` has the models known by name, and `families` reads a published config.json of any of them
 by its `model_type`, with the functions of `readers`, which share what is in `decoder`, and
-`published_dtype`. `workspace` is what computing a layer takes for a while.
+`published_dtype`. `quantisation` tells how a config says that weights are stored, and `stored_formats`
+which of our tensors are then packed; `gguf` makes a config of a GGUF file. `workspace` is what computing
+a layer takes for a while.
 """
 
 from pathlib import Path
@@ -15,6 +17,8 @@ from hrm.model_spec.built_in import BUILT_IN_MODELS
 from hrm.model_spec.config_file import Keys, read_config
 from hrm.model_spec.dimensions import Dimensions
 from hrm.model_spec.families import decoder_keys, read_spec, spec_from_hf_config
+from hrm.model_spec.gguf import SUFFIX, read_header
+from hrm.model_spec.published_dtype import with_quantisation
 from hrm.model_spec.spec import ModelSpec
 
 __all__ = [
@@ -31,7 +35,7 @@ __all__ = [
 
 
 def load_model(model: str) -> ModelSpec:
-    """Resolve a built-in name, a checkpoint folder, a `config.json` path or `org/name[@revision]` on the Hub.
+    """Resolve a built-in name, a checkpoint folder, the path of a `config.json` or GGUF file, or a name on the Hub.
 
     Of a model on the Hub its config.json alone is fetched. Raises ModelError if it is none of them or
     the config cannot be used.
@@ -48,7 +52,10 @@ def load_model(model: str) -> ModelSpec:
         raise ModelError(
             "--model",
             model,
-            f"must be one of {', '.join(BUILT_IN_MODELS)}, a config.json or its folder, or org/name on the Hub",
+            f"must be one of {', '.join(BUILT_IN_MODELS)}, a config.json or its folder, a GGUF file, or org/name"
+            " on the Hub",
             f"did you mean {close}?" if close else "see hrm models",
         )
-    return spec_from_hf_config(read_config(path), str(path))
+    if path.suffix == SUFFIX:
+        return spec_from_hf_config(read_header(path).config(), str(path))
+    return spec_from_hf_config(with_quantisation(read_config(path), path.parent), str(path))

@@ -1,12 +1,31 @@
 """How published weights are stored, by what their config says of quantisation."""
 
+from pathlib import Path
 from typing import Any, Final, cast
 
+from hrm.decoding import read_json_object
+from hrm.errors import ModelError
+from hrm.files import is_file
 from hrm.model_spec.config_file import Keys
 
 # Where configs say so: transformers', MLX's, and an older one.
 QUANTISATION_KEYS: Final = ("quantization_config", "quantization", "compression_config")
+MODELOPT_FILE: Final = "hf_quant_config.json"  # where NVIDIA ModelOpt says so, if not there
 _SHOWN: Final = 40  # characters of a method's name
+
+
+def with_quantisation(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A config with what a file beside it says of quantisation, if it says nothing itself.
+
+    Raises ModelError if the file is none of JSON.
+    """
+    within = cast("list[dict[str, Any]]", [part for part in config.values() if isinstance(part, dict)])
+    path = folder / MODELOPT_FILE
+    if any(key in section for section in (config, *within) for key in QUANTISATION_KEYS) or not is_file(path):
+        return config
+    told = read_json_object(path, "a readable JSON file", ModelError, remedy="download it again")
+    section = Keys(told, str(path)).section("quantization")
+    return {**config, QUANTISATION_KEYS[0]: {"quant_method": "modelopt", **section.values}}
 
 
 def published_dtype(keys: Keys) -> str:

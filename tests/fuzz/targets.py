@@ -46,6 +46,7 @@ NAMES_OF_HRM: Final = (
     "host",
     "diff",
     "config",
+    "quantisation",
     "policy",
     "run",
     "routing",
@@ -69,4 +70,5 @@ NAMES_OF_EXECUTOR: Final = (
     "model-config",
     "generation-config",
     "safetensors",
+    "quantised",
 )

@@ -253,24 +253,37 @@ DBRX: Final = {
 SHARD: Final = "model-00001-of-00001.safetensors"
 
 
+INT4: Final = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 4}
+QUANTISED: Final = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"all": {"targets": ["re:.*experts.*"], "weights": INT4}},
+}
+
+
 @cache
-def a_checkpoint() -> Path:
-    """A tiny Mixtral in one file with an index."""
+def a_checkpoint(*, quantised: bool = False) -> Path:
+    """A tiny Mixtral in one file with an index, whose experts are packed if it is quantised."""
     folder = Path(mkdtemp(prefix="hrm-fuzz-checkpoint-"))
     family = family_for(MIXTRAL, "x")
     expected = family.expected_tensors(family.architecture(MIXTRAL, "x"))
     tensors = {name: torch.zeros(each.shape) for name, each in expected.items()}
+    for name in [name for name in tensors if quantised and "experts" in name]:
+        rows, width = tensors.pop(name).shape
+        tensors[f"{name}_packed"] = torch.zeros(rows, 1, dtype=torch.int32)
+        tensors[f"{name}_scale"] = torch.zeros(rows, width // 4)
     (folder / SHARD).write_bytes(save(tensors))
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, SHARD)}
     (folder / "model.safetensors.index.json").write_bytes(as_json(index))
-    (folder / "config.json").write_bytes(as_json(MIXTRAL))
+    config = {**MIXTRAL, "quantization_config": QUANTISED} if quantised else MIXTRAL
+    (folder / "config.json").write_bytes(as_json(config))
     (folder / "generation_config.json").write_bytes(as_json({"eos_token_id": [2, 3]}))
     return folder
 
 
-def copy_checkpoint(folder: Path) -> None:
+def copy_checkpoint(folder: Path, *, quantised: bool = False) -> None:
     """Put the tiny checkpoint into the folder."""
-    shutil.copytree(a_checkpoint(), folder, dirs_exist_ok=True)
+    shutil.copytree(a_checkpoint(quantised=quantised), folder, dirs_exist_ok=True)
 
 
 def opened(folder: Path) -> None:
@@ -280,8 +293,8 @@ def opened(folder: Path) -> None:
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         expected = family.expected_tensors(arch, checkpoint.names)
         checkpoint.check(expected)
-        for name, shape in expected.items():
-            assert tuple(checkpoint.tensor(name).shape) == shape
+        for name, (shape, _) in expected.items():
+            checkpoint.read_into(name, torch.empty(shape))
 
 
 def use_index(content: bytes, folder: Path) -> None:
@@ -304,21 +317,32 @@ def use_generation_config(content: bytes, folder: Path) -> None:
 
 
 @cache
-def a_header() -> Any:
-    content = (a_checkpoint() / SHARD).read_bytes()
+def a_header(*, quantised: bool = False) -> Any:
+    content = (a_checkpoint(quantised=quantised) / SHARD).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length])
 
 
-def as_safetensors(header: Any) -> bytes:
+def as_safetensors(header: Any, *, quantised: bool = False) -> bytes:
     """A file with that header and a few zeros for data."""
     text = as_json(header)
-    ends = [x["data_offsets"][1] for x in a_header().values() if "data_offsets" in x]
+    ends = [x["data_offsets"][1] for x in a_header(quantised=quantised).values() if "data_offsets" in x]
     return struct.pack("<Q", len(text)) + text + bytes(max(ends))
 
 
 def use_safetensors(content: bytes, folder: Path) -> None:
     copy_checkpoint(folder)
+    written(folder, SHARD, content)
+    opened(folder)
+
+
+def as_quantised(header: Any) -> bytes:
+    """The same of the quantised checkpoint."""
+    return as_safetensors(header, quantised=True)
+
+
+def use_quantised(content: bytes, folder: Path) -> None:
+    copy_checkpoint(folder, quantised=True)
     written(folder, SHARD, content)
     opened(folder)
 
@@ -349,4 +373,5 @@ EXECUTOR_TARGETS: Final = (
         share=0.5,
     ),
     Target(name="safetensors", bases=lambda: [a_header()], use=use_safetensors, dump=as_safetensors),
+    Target(name="quantised", bases=lambda: [a_header(quantised=True)], use=use_quantised, dump=as_quantised),
 )

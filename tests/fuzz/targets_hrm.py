@@ -17,13 +17,16 @@ from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.models import _print_model, model_json
 from hrm.cli.profiles import profiles as profiles_command
 from hrm.cli.validate import print_validation
-from hrm.decoding import read_yaml
-from hrm.errors import HrmError, ProfileError
+from hrm.decoding import read_json_object, read_yaml
+from hrm.errors import HrmError, ModelError, ProfileError
 from hrm.estimate import estimate
+from hrm.formats import packed_format
 from hrm.hardware import GpuCard, HardwareProfile, Host, Rate
 from hrm.machines import assemble, compose, dump_profile, load_gpu, load_host, load_profile, one_part, save_profile
 from hrm.memory import plan_memory
-from hrm.model_spec import ModelSpec, load_model
+from hrm.model_spec import ModelSpec, decoder_keys, load_model, spec_from_hf_config
+from hrm.model_spec.quantisation import quantisation
+from hrm.model_spec.stored_formats import stored_formats
 from hrm.policy import ScheduleName
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.profiling.machine.journal import Journal
@@ -37,6 +40,7 @@ from hrm.trace import lane_chart, read_chrome_trace, write_chrome_trace
 from hrm.units import parse_bandwidth, parse_bytes, parse_flops
 from hrm.validate import validate as validated
 from hrm.workload import Workload
+from tests.executor.formats.published import PUBLISHED as QUANTISED
 from tests.fuzz.mutations import as_lines, as_yaml
 from tests.fuzz.targets import Target, written
 from tests.hrm.published_configs import PUBLISHED
@@ -133,6 +137,17 @@ def a_policy_file() -> Any:
     profile = machine(gpu_bytes=1e8, cpu_bytes=1e9)
     best = search(Space(SPEC, profile, WORKLOAD)).require()
     return policy_file_of(best, SPEC, profile, WORKLOAD)
+
+
+def use_quantisation(content: bytes, folder: Path) -> None:
+    """What a config says of a model with experts in most layers, and a dense one."""
+    path = written(folder, "quantisation.json", content)
+    section = read_json_object(path, "JSON", ModelError, remedy="")
+    config = PUBLISHED["deepseek-v3"]
+    how = quantisation(decoder_keys({**config, "quantization_config": section}, "config.json"))
+    if how is not None:
+        for number, layer in enumerate(spec_from_hf_config(config, "x").layers[2:5]):
+            assert all(packed_format(form) is not None for _, form in stored_formats(how, layer, number))
 
 
 def use_policy(content: bytes, folder: Path) -> None:
@@ -319,6 +334,7 @@ HRM_TARGETS: Final = (
     Target(name="host", bases=lambda: [plain(load_host("gcp-n1-highmem-64"))], use=use_host, dump=as_yaml),
     Target(name="diff", bases=machines, use=use_diff, dump=as_yaml, share=0.5),
     Target(name="config", bases=lambda: list(PUBLISHED.values()), use=use_config),
+    Target(name="quantisation", bases=lambda: [how.config for how in QUANTISED.values()], use=use_quantisation),
     Target(name="policy", bases=lambda: [plain(a_policy_file())], use=use_policy, share=2),
     Target(name="run", bases=lambda: [a_run()], use=use_run, share=2),
     Target(name="routing", bases=lambda: [{"routed_tokens": [[4, 3, 2, 1]] * 4}], use=use_routing),

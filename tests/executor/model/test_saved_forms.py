@@ -226,12 +226,9 @@ def test_adapter_is_named(copy):
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-        ({"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bits"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "present"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 32}}, "bits is 3"),
+        ({"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "group_size is 64"),
     ],
 )
 def test_quantised_config_is_named(copy, config, named):

@@ -230,7 +230,7 @@ def test_chat_lines_of_a_model_with_a_broken_template(run, folder):
     assert tokens_of(done["b"])
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["hqq", "bitsandbytes"])
 def test_quantised_checkpoint(run, no_weights, folder, method):
     edit_json(folder / "config.json", quantization_config={"quant_method": method})
     captured, _ = run([line("a", [3])], code=2)

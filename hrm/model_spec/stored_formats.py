@@ -1,0 +1,98 @@
+"""Which of our tensors are packed, and in which format, as the published weights of a model are."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+from hrm.errors import ModelError
+from hrm.formats import PackedFormat
+from hrm.layers import Block, GatedDeltaNet, Layer, Mixer, TensorSpec, Unit
+from hrm.model_spec.quantisation import UNQUANTISED, Quantisation
+
+# The names of a module in different families, any of which a config may speak of.
+Names = tuple[str, ...]
+
+
+def _ffn(*places: str) -> Mapping[str, tuple[Names, ...]]:
+    """Of the gate, what it scales and the way back, where FFNs have one of these names."""
+    gate, up, down = (
+        tuple(f"{place}.{name}" for place in places for name in names)
+        for names in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+    )
+    return {"w13": (gate, up), "w1": (up,), "w2": (down,)}
+
+
+_EXPERTS: Final = ("mlp.experts.0", "block_sparse_moe.experts.0", "feed_forward.experts.0", "mlp.experts")
+_SHARED: Final = ("mlp.shared_experts", "mlp.shared_expert", "feed_forward.shared_expert")
+_OF_FFN: Final[Mapping[str, tuple[Names, ...]]] = {
+    **_ffn(*_EXPERTS),
+    **{f"shared_{name}": modules for name, modules in _ffn(*_SHARED).items()},
+    **{f"dense_{name}": modules for name, modules in _ffn("mlp", "feed_forward").items()},
+}
+_OF_ATTENTION: Final[Mapping[str, tuple[Names, ...]]] = {
+    "qkv": (("self_attn.q_proj",), ("self_attn.k_proj",), ("self_attn.v_proj",)),
+    "output": (("self_attn.o_proj",),),
+    "query": (("self_attn.q_proj",),),
+    "query_down": (("self_attn.q_a_proj",),),
+    "query_up": (("self_attn.q_b_proj",),),
+    "kv_down": (("self_attn.kv_a_proj_with_mqa",),),
+}
+# Qwen3-Next's joined matrices and Qwen3.5's separate ones: what is convolved, the gate, decays and steps.
+_OF_DELTA: Final[Mapping[str, tuple[Names, ...]]] = {
+    "projections": tuple(
+        (f"linear_attn.{joined}", f"linear_attn.{alone}")
+        for joined, alone in (
+            ("in_proj_qkvz", "in_proj_qkv"),
+            ("in_proj_qkvz", "in_proj_z"),
+            ("in_proj_ba", "in_proj_a"),
+            ("in_proj_ba", "in_proj_b"),
+        )
+    ),
+    "output": (("linear_attn.out_proj",),),
+}
+
+
+def stored_formats(how: Quantisation, layer: Layer, number: int) -> tuple[tuple[str, str], ...]:
+    """Names of those tensors of a layer that are packed, with their formats' names, in the layer's order.
+
+    Plain are vectors, routers, what attention itself reads, and matrices that join what is stored in
+    several ways. Raises ModelError naming a tensor if those of an expert cannot be packed.
+    """
+    stored: list[tuple[str, str]] = []
+    for block in layer.blocks:
+        for tensor in block.tensors:
+            found = _formats(how, block, tensor, f"model.layers.{number}.")
+            packed = [form for form in found if form is not None]
+            obstacle = _obstacle(tensor, found) if packed else ""
+            if obstacle and tensor.unit is Unit.EXPERT:
+                raise ModelError(f"model.layers.{number}.{tensor.name}", "<quantised>", obstacle, UNQUANTISED)
+            if packed and not obstacle:
+                stored.append((tensor.name, packed[0].name))
+    return tuple(stored)
+
+
+def _formats(how: Quantisation, block: Block, tensor: TensorSpec, prefix: str) -> set[PackedFormat | None]:
+    """Those of the modules that have a tensor's rows; None is plain."""
+    found = [how.of(*(prefix + name for name in names)) for names in _modules(block, tensor)]
+    return {None if each is None else each.format for each in found}
+
+
+def _obstacle(tensor: TensorSpec, forms: Collection[PackedFormat | None]) -> str:
+    """Why a tensor cannot be packed whose modules have these formats; empty if it can."""
+    if len(forms) > 1:
+        told = " and ".join(sorted("plain" if form is None else form.name for form in forms))
+        return f"must not join matrices in different formats: {told}"
+    (form,) = forms
+    assert form is not None
+    parts = tensor.parts or tensor.shape[:1]
+    if not form.takes(tensor.shape) or any(rows % form.rows for rows in parts[:-1]):
+        told = f"{' + '.join(map(str, parts))} rows of {tensor.shape[-1]}"
+        return f"must have parts of whole groups in {form.name}, not {told}"
+    return ""
+
+
+def _modules(block: Block, tensor: TensorSpec) -> Sequence[Names]:
+    """The names of the modules that have the rows of a tensor, one after the other; none if it stays plain."""
+    if isinstance(block, Mixer) and tensor.name in block.host_tensors:
+        return ()
+    table = _OF_DELTA if isinstance(block, GatedDeltaNet) else _OF_ATTENTION if isinstance(block, Mixer) else _OF_FFN
+    return table.get(tensor.name, ())
