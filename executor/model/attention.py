@@ -168,11 +168,10 @@ def decode_attention(
     the native kernel does it if there is one, else torch. Of a quantised cache, (C, B), torch makes one
     request's numbers at a time.
     """
-    native = kernels()
-    if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ):
-        native.decode_attention(
-            qkv_RX, cache_C2Gd, starts, lengths, out_RQ, scale=softmax.scale, sinks_H=_float(softmax.sinks_H)
-        )
+    native, heads = kernels(), (block.num_kv_heads, block.head_dim)
+    if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ, heads=heads):
+        of_cache = qkv_RX, cache_C2Gd, starts, lengths, out_RQ
+        native.decode_attention(*of_cache, scale=softmax.scale, sinks_H=_float(softmax.sinks_H), heads=heads)
         return
     if is_quantised(cache_C2Gd):
         for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
