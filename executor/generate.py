@@ -329,7 +329,7 @@ class Generator(AbstractGenerator):
         return self.arch.for_positions(max(lengths))
 
     def _count_kv(self, batch: Batch, policy: Policy) -> None:
-        token_bytes = self.arch.spec.kv_bytes_per_token(policy.formats.kv_cache)
+        token_bytes = self.arch.spec.kv_bytes_per_token(policy.formats)
         used = {"gpu": 0, "cpu": 0}
         for j, micro_batch in enumerate(batch.micro_batches):
             level = "gpu" if policy.kv_on_gpu(j) else "cpu"

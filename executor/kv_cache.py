@@ -3,7 +3,7 @@
 A request owns consecutive rows of a layer's cache: of one in which every token has its own, whole
 blocks of KV_BLOCK_TOKENS, enough for its prompt and all that it may generate.
 
-L layers, C rows of a micro-batch's cache, W elements of a row.
+L layers, C rows of a micro-batch's cache, W elements of a row, or bytes if it has codes.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from executor.model.kv_rows import row_dtype
 from hrm.buffers import cache_bytes_in
 from hrm.contract.rings import BUFFERS
 from hrm.layers import Layer
@@ -58,10 +59,11 @@ class KvCaches:
 
 
 def cache_rows(layer: Layer, policy: Policy, memory: Tensor) -> Tensor:
-    """Memory for a layer's cache as rows: a token's in the run's dtype, or bytes of a state."""
-    elements = layer.mixer.cached_elements
-    dtype: torch.dtype = getattr(torch, policy.dtype) if elements else torch.uint8
-    row_bytes = elements * dtype.itemsize or layer.mixer.state_bytes(policy.formats)
+    """Memory for a layer's cache as rows: a token's in the run's dtype or in codes, or bytes of a state."""
+    mixer, dtype = layer.mixer, torch.uint8
+    row_bytes = mixer.cached_bytes(policy.formats) or mixer.state_bytes(policy.formats)
+    if mixer.cached_elements:
+        dtype = row_dtype(policy.formats.kv_cache, getattr(torch, policy.dtype))
     return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from hrm.numeric import Number
 
@@ -47,6 +47,43 @@ class Format:
 FORMATS: Final[Mapping[str, Format]] = {
     row.name: row for row in (Format("float32", 4), Format("bfloat16", 2), Format("float16", 2))
 }
+
+
+@dataclass(frozen=True, slots=True)
+class KvFormat:
+    """How a token lies in a KV cache: in plain numbers, or in codes of a byte that a head has a scale for.
+
+    With `scale_bytes` a token's row has the codes of all its parts, one part after the other, and then
+    a scale for each part; both are filled up to ALIGNMENT_BYTES, so that rows are read in whole vectors.
+    A part is what one head has of keys or values. Scales are bfloat16: it has the range of float32, and
+    as codes are made with the scale that is stored, its few digits cost next to nothing.
+    """
+
+    name: str
+    element_bytes: float
+    scale_bytes: int = 0
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether numbers are codes that need their scale."""
+        return self.scale_bytes > 0
+
+    def row_bytes(self, parts: Sequence[int]) -> int:
+        """Bytes of a token's row, whose parts have so many elements."""
+        elements: Any = self.element_bytes * sum(parts)
+        return aligned(elements) + aligned(self.scale_bytes * len(parts)) if self.is_scaled else elements
+
+
+SCALED_KV_FORMATS: Final[Mapping[str, KvFormat]] = {name: KvFormat(name, 1, scale_bytes=2) for name in ("fp8", "int8")}
+
+
+def kv_format(name: str) -> KvFormat | None:
+    """The format of a KV cache by that name; None if there is none.
+
+    It may be any of FORMATS, `fp8` (e4m3) or `int8`.
+    """
+    plain = FORMATS.get(name)
+    return SCALED_KV_FORMATS.get(name) if plain is None else KvFormat(name, plain.element_bytes)
 
 
 class Part(NamedTuple):
@@ -176,16 +213,22 @@ class Formats:
 
     `weights` are parameters as they lie in memory and cross the link, where a model does not say that
     they are packed. `kv_cache` is keys and values
-    from when they leave for the cache, so also on their way over the link. `compute` is the dtype
+    from when they leave for the cache, so also on their way over the link; states are none. `compute` is the dtype
     of hidden states, queries, activations and logits, and the one whose GEMM rate counts.
     """
 
     weights: Format
-    kv_cache: Format
+    kv_cache: KvFormat
     compute: Format
 
     @staticmethod
     def of(dtype: str) -> "Formats":
         """One dtype for all three."""
-        only = FORMATS[dtype]
-        return Formats(weights=only, kv_cache=only, compute=only)
+        return Formats.named(dtype)
+
+    @staticmethod
+    def named(dtype: str, *, weights: str = "", kv_cache: str = "") -> "Formats":
+        """The dtype that is computed in, and for the others the same where no name is given."""
+        cached = kv_format(kv_cache or dtype)
+        assert cached is not None, kv_cache
+        return Formats(weights=FORMATS[weights or dtype], kv_cache=cached, compute=FORMATS[dtype])

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, cast
 
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
-from hrm.formats import FORMATS, Formats
+from hrm.formats import FORMATS, SCALED_KV_FORMATS, Formats
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 from hrm.placement import Place, Placement, caches_at
@@ -153,8 +153,12 @@ class Policy:
                 "be at least 1, or null for one page for each micro-batch",
             ),
             *(
-                (name, value, value in FORMATS, f"be one of {', '.join(FORMATS)}")
-                for name in ("dtype", "weight_format", "kv_format")
+                (name, value, value in known, f"be one of {', '.join(known)}")
+                for name, known in (
+                    ("dtype", FORMATS),
+                    ("weight_format", FORMATS),
+                    ("kv_format", (*FORMATS, *SCALED_KV_FORMATS)),
+                )
                 for value in (getattr(self, name),)
             ),
             (
@@ -208,9 +212,7 @@ class Policy:
     @property
     def formats(self) -> Formats:
         """How weights and KV cache are stored, and what is computed in."""
-        return Formats(
-            weights=FORMATS[self.weight_format], kv_cache=FORMATS[self.kv_format], compute=FORMATS[self.dtype]
-        )
+        return Formats.named(self.dtype, weights=self.weight_format, kv_cache=self.kv_format)
 
     @property
     def num_micro_batches(self) -> int:
@@ -229,7 +231,7 @@ class Policy:
 
     def max_prompt_tokens(self, spec: ModelSpec) -> int:
         """Tokens of the longest prompt that can be prefilled, however many chunks it takes."""
-        without_place = self.kv_caches_at(Place.HOST) > 0 or not serves_as_prefix(spec)
+        without_place = self.kv_caches_at(Place.HOST) > 0 or not serves_as_prefix(spec, self.formats)
         split = self.prefix_buffer_tokens if without_place else self.kv_tokens_per_micro_batch
         return max(self.prefill_chunk_tokens, split)
 
@@ -335,17 +337,19 @@ def _in_blocks(tokens: Number) -> Number:
     return -(-tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
-def prefix_tokens_for(spec: ModelSpec, max_prompt_len: int, chunk_tokens: Number, *, cpu_attention: Number) -> Number:
+def prefix_tokens_for(
+    spec: ModelSpec, formats: Formats, max_prompt_len: int, chunk_tokens: Number, *, cpu_attention: Number
+) -> Number:
     """Tokens that `prefix_buffer_tokens` needs: the longest prompt's if that is split, else 0.
 
     `cpu_attention` is 1 where caches lie on the host and are attended over there: otherwise a
     prompt under way has a place on the GPU. Not so where the cache is no place for what attention
-    needs of earlier parts, as with latent attention.
+    needs of earlier parts, as with latent attention or a quantised cache.
     """
-    needed = cpu_attention if serves_as_prefix(spec) else 1
+    needed = cpu_attention if serves_as_prefix(spec, formats) else 1
     return max_prompt_len * needed * (chunk_tokens < max_prompt_len)
 
 
-def serves_as_prefix(spec: ModelSpec) -> bool:
+def serves_as_prefix(spec: ModelSpec, formats: Formats) -> bool:
     """Whether the cache of every layer is also what a split prompt keeps of its earlier parts."""
-    return all(kind.mixer.prefix_in_cache for kind in spec.layer_kinds())
+    return all(kind.mixer.keeps_prefix_in_cache(formats) for kind in spec.layer_kinds())

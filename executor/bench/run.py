@@ -266,5 +266,5 @@ class BenchRun:
         for request in self.bench.requests(self._gen_len):
             steps = request.params.max_tokens - 1
             attended += steps * len(request.prompt) + steps * (steps + 1) // 2
-        read = attended * spec.kv_bytes_per_token(policy.formats.kv_cache)
+        read = attended * spec.kv_bytes_per_token(policy.formats)
         return read * (1 - policy.kv_share_on_gpu) / (in_lane_s - experts_s)

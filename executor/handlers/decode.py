@@ -19,6 +19,7 @@ from executor.weight_pages import LayerWeights
 from hrm.acts import decode
 from hrm.acts.pages import WEIGHTS
 from hrm.contract.rows import NUMBERS_PER_REQUEST
+from hrm.formats import Formats
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Act, Lane, Phase, Task
@@ -30,6 +31,7 @@ class DecodeHandlers:
 
     backend: AbstractBackend
     arch: Architecture
+    formats: Formats
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
@@ -47,7 +49,7 @@ class DecodeHandlers:
         """The handler of every act that occurs in decode."""
         spec = arch.spec
         ffns = FeedForwards(backend, arch, memory, state)
-        handlers = DecodeHandlers(backend, arch, pipeline, memory, state, ffns)
+        handlers = DecodeHandlers(backend, arch, policy.formats, pipeline, memory, state, ffns)
         streamed = [policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
@@ -95,7 +97,7 @@ class DecodeHandlers:
         return self.backend.transfer(Lane.H2D, copies)
 
     def pre_attention(self, x: Task, rows: Rows, span: slice) -> int:
-        """Queries, keys and values of the new tokens."""
+        """Queries, keys and values of the new tokens, as they go to the cache."""
         gpu, workspace, mixer = self.memory.gpu, self.memory.workspace, self._mixer(x)
         if x.id.layer > 0:
             self._add_cpu_experts(x.id.layer - 1, span)
@@ -103,7 +105,14 @@ class DecodeHandlers:
         positions_R = self._numbers(mixer, rows, span).positions_R
         weights = self._weights(x).dense.mixer
         held_RS = narrow(gpu.held_NS, span, mixer.block.held_elements)
-        mixer.project(gpu.hidden_ND[span], weights, positions_R, self._rows(gpu, x, span), held_RS, workspace)
+        given = gpu.hidden_ND[span], weights, positions_R
+        rows_RX = self._rows(gpu, x, span)
+        if mixer.has_state or not self.formats.kv_cache.is_scaled:
+            mixer.project(*given, rows_RX, held_RS, workspace)
+        else:
+            plain_RX = workspace.take((len(rows_RX), mixer.block.sent_elements), rows_RX.dtype)
+            mixer.project(*given, plain_RX, held_RS, workspace)
+            mixer.pack(plain_RX, rows_RX, self.memory.caches.of(x.id.index, x.id.layer).dtype)
         return 0
 
     def offload_qkv(self, x: Task, _: Rows, span: slice) -> int:
@@ -134,7 +143,8 @@ class DecodeHandlers:
             )
         host_RX, gpu_RX = (self._rows(at, x, span) for at in (self.memory.host, self.memory.gpu))
         # A device copies what is contiguous, so whole rows.
-        first = -mixer.block.cached_elements if self.backend.gpu_kernels.shares_memory else 0
+        cached = mixer.block.cached_bytes(self.formats) // gpu_RX.itemsize
+        first = -cached if self.backend.gpu_kernels.shares_memory else 0
         moved = self.backend.transfer(Lane.D2H, [(host_RX[:, first:], gpu_RX[:, first:])])
         self.backend.synchronise()  # the host is who appends them
         cache = self.memory.caches.of(x.id.index, x.id.layer)
@@ -213,7 +223,8 @@ class DecodeHandlers:
 
     def _rows(self, level: Exchange, x: Task, span: slice) -> Tensor:
         """What the layer's attention is computed from."""
-        return narrow(level.rows_NX, span, self._mixer(x).block.sent_elements)
+        sent_bytes = self._mixer(x).block.sent_bytes(self.formats)
+        return narrow(level.rows_NX, span, sent_bytes // level.rows_NX.itemsize)
 
     def _outputs(self, level: Exchange, x: Task, span: slice) -> Tensor:
         return narrow(level.attention_NO, span, self._mixer(x).block.returned_elements)

@@ -1,7 +1,8 @@
 """All memory of a run, each purpose as large as hrm.memory planned it.
 
 N requests in a batch, T tokens, D hidden, K experts per token, B buffers; of a token X elements of a
-row between projections and attention, O of attention's output, S of what waits for it.
+row between projections and attention, or as many as lie in its bytes if what is cached of it is quantised, O of
+attention's output, S of what waits for it.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from executor.weight_pages import WeightPages
 from hrm.buffers import Purpose, by_purpose
 from hrm.contract.rings import BUFFERS
 from hrm.contract.rows import NUMBERS_PER_REQUEST, NUMBERS_PER_TOKEN, ROUTING_BYTES, TOKEN_NUMBER_BYTES
+from hrm.formats import Formats
 from hrm.model_spec import ModelSpec
 from hrm.tasks import Device
 
@@ -35,7 +37,7 @@ class Exchange:
     def __init__(
         self,
         spec: ModelSpec,
-        dtype: torch.dtype,
+        formats: Formats,
         memory: Tensor,
         *,
         num_requests: int,
@@ -43,6 +45,7 @@ class Exchange:
         holds: bool = False,
     ) -> None:
         mixers = [kind.mixer for kind in spec.layer_kinds()]
+        dtype: torch.dtype = getattr(torch, formats.compute.name)
         start = 0
 
         def rows(width: int, of: torch.dtype) -> Tensor:
@@ -54,7 +57,7 @@ class Exchange:
         routed = int(ffn_on_cpu)
         # First what kernels read 16 bytes at a time: its rows are multiples of that.
         self.hidden_ND = rows(spec.hidden_size, dtype)
-        self.rows_NX = rows(max(mixer.sent_elements for mixer in mixers), dtype)
+        self.rows_NX = rows(max(mixer.sent_bytes(formats) for mixer in mixers) // dtype.itemsize, dtype)
         self.attention_NO = rows(max(mixer.returned_elements for mixer in mixers), dtype)
         self.held_NS = rows(holds * max(mixer.held_elements for mixer in mixers), dtype)
         self.routed_ND = rows(routed * spec.hidden_size, dtype)
@@ -216,7 +219,9 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
 
     def exchange(memory: Tensor, *, holds: bool) -> Exchange:
         ffn_on_cpu = len(host.memory[Purpose.WORKSPACE]) > 0
-        return Exchange(spec, dtype, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu, holds=holds)
+        return Exchange(
+            spec, policy.formats, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu, holds=holds
+        )
 
     return RunMemory(
         weights=weights,

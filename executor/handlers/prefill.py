@@ -17,6 +17,7 @@ from executor.handlers.state import BatchState, sample
 from executor.kv_cache import cache_rows, prefix_rows
 from executor.lanes import Handler
 from executor.model import Architecture, Mixer, PromptNumbers, embed
+from executor.model.kv_rows import dequantise, quantise
 from executor.weight_pages import LayerWeights
 from hrm.acts import prefill
 from hrm.acts.pages import WEIGHTS
@@ -121,10 +122,9 @@ class PrefillHandlers:
             kept = [self._state(x, index) for index in range(len(chunk.parts))]
         else:
             kept = [self._kept(part, x.id.layer) for part in chunk.parts]
-            if not all(self.kv_on_gpu):
-                self._kv_buffer(x, chunk.num_tokens).copy_(mixer.cached(row_TX))
+            self._write_cached(x, mixer.cached(row_TX))
         mixer.prefill(self.backend.gpu_kernels, row_TX, weights.dense.mixer, prompts, kept, attention_TO, workspace)
-        self._keep_in_turn(x, row_TX)
+        self._keep_in_turn(x, mixer.cached(row_TX))
         if not self._skips(x):
             self._after_attention(x, hidden_TD, attention_TO, held_TS, weights)
         elif num_ending := self._num_going_on(x):
@@ -148,14 +148,28 @@ class PrefillHandlers:
         chunk = self.chunks[x.id.index]
         return sum(part.ends for part in chunk.parts) if self._skips(x) else chunk.num_tokens
 
-    def _keep_in_turn(self, x: Task, row_TX: Tensor) -> None:
+    def _write_cached(self, x: Task, cached_TW: Tensor) -> None:
+        """Write what is cached of a chunk to the buffer, by which it goes to the host or to caches of codes.
+
+        Where it is quantised, `cached_TW` becomes what the codes mean: every token sees the same of
+        another, in whichever chunk or step it does.
+        """
+        if self.policy.formats.kv_cache.is_scaled:
+            buffer, parts = self._kv_buffer(x, len(cached_TW)), self._mixer(x).block.cached_parts
+            quantise(cached_TW, parts, buffer)
+            dequantise(buffer, parts, cached_TW)
+        elif not all(self.kv_on_gpu):
+            self._kv_buffer(x, len(cached_TW)).copy_(cached_TW)
+
+    def _keep_in_turn(self, x: Task, cached_TW: Tensor) -> None:
         """Write to the GPU's caches what attention did not, which needs tokens in another form or order."""
-        mixer = self._mixer(x)
-        if mixer.block.prefix_in_cache:
+        if self._mixer(x).block.keeps_prefix_in_cache(self.policy.formats):
             return
+        if self.policy.formats.kv_cache.is_scaled:
+            cached_TW = self._kv_buffer(x, len(cached_TW))
         for part in self.chunks[x.id.index].parts:
             if self.kv_on_gpu[part.micro_batch]:
-                for target, source in self._in_turn(x, part, mixer.cached(row_TX)):
+                for target, source in self._in_turn(x, part, cached_TW):
                     target.copy_(source)
 
     def _in_turn(self, x: Task, part: ChunkPart, rows_TW: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -245,7 +259,7 @@ class PrefillHandlers:
         A cache is such a place if it has them as attention needs them.
         """
         mixer = self.arch.layers[layer].mixer
-        if self.kv_on_gpu[part.micro_batch] and mixer.block.prefix_in_cache:
+        if self.kv_on_gpu[part.micro_batch] and mixer.block.keeps_prefix_in_cache(self.policy.formats):
             return self._cache(part, layer)
         if part.start == 0 and part.ends:
             return None

@@ -12,6 +12,7 @@ from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
+from hrm.formats import SCALED_KV_FORMATS
 from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
@@ -79,13 +80,14 @@ def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
 
 
 def check_formats(policy: Policy) -> None:
-    """Raise PolicyError unless weights, KV cache and compute have one format, which is all that runs."""
-    for name, chosen in (("weight_format", policy.weight_format), ("kv_format", policy.kv_format)):
-        if chosen != policy.dtype:
+    """Raise PolicyError unless weights and KV cache have the format of compute, or the cache is quantised."""
+    runs = (("weight_format", policy.weight_format, ()), ("kv_format", policy.kv_format, (*SCALED_KV_FORMATS,)))
+    for name, chosen, others in runs:
+        if chosen not in (policy.dtype, *others):
             raise PolicyError(
                 f"policy: {name}",
                 chosen,
-                f"must be the dtype that is computed in, {policy.dtype}",
+                f"must be {' or '.join((policy.dtype, *others))}, as {policy.dtype} is computed in",
                 f"solve the policy again with hrm search --dtype {policy.dtype}",
             )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from executor.model.kv_rows import dequantised, is_quantised
 from executor.model.softmax import PLAIN, Softmax, attend, attended
 from executor.model.workspace import Workspace
 from executor.native import has_amx, kernels, paths
@@ -164,13 +165,19 @@ def decode_attention(
     Request r's tokens are the cache's rows from `starts[r]`, `lengths[r]` of them, the new token
     included. The query heads that share a KV head are the rows of one small attention, so the cache
     is read once; requests are computed one by one, so no result depends on a neighbour. On the CPU
-    the native kernel does it if there is one, else torch.
+    the native kernel does it if there is one, else torch. Of a quantised cache, (C, B), torch makes one
+    request's numbers at a time.
     """
-    native = kernels()
-    if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ):
-        native.decode_attention(
-            qkv_RX, cache_C2Gd, starts, lengths, out_RQ, scale=softmax.scale, sinks_H=_float(softmax.sinks_H)
-        )
+    native, heads = kernels(), (block.num_kv_heads, block.head_dim)
+    if native is not None and native.takes_attention(qkv_RX, cache_C2Gd, out_RQ, heads=heads):
+        of_cache = qkv_RX, cache_C2Gd, starts, lengths, out_RQ
+        native.decode_attention(*of_cache, scale=softmax.scale, sinks_H=_float(softmax.sinks_H), heads=heads)
+        return
+    if is_quantised(cache_C2Gd):
+        for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            numbers = dequantised(cache_C2Gd.narrow(0, start, length), block.cached_parts, qkv_RX.dtype)
+            of_one = qkv_RX[r : r + 1], numbers.view(-1, *block.cached_shape), [0], [length], out_RQ[r : r + 1]
+            decode_attention(block, *of_one, softmax)
         return
     if softmax.sinks_H is not None:
         queries_R1Hd = qkv_RX[:, : block.query_size].view(-1, 1, block.num_heads, block.head_dim)

@@ -20,6 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from executor.model.attention import prefill_attention
 from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.kernels import AbstractKernels
+from executor.model.kv_attention import attend_to_codes
+from executor.model.kv_rows import is_quantised
 from executor.model.layout import Experts, ExpertStack
 from executor.model.linear import multiply
 from executor.model.numbers import PromptNumbers, RowNumbers
@@ -59,12 +61,16 @@ class GpuKernels(AbstractKernels):
         """Attention of one new token per request over its own part of the cache.
 
         Without flash attention the caches of as many requests as fit `spare_bytes` are gathered at
-        a time.
+        a time. Quantised ones are gathered in any case.
         """
         numbers, longest = rows.views, max(rows.lengths)
         assert numbers is not None, "the numbers were not sent to the device"
-        keys_CGd, values_CGd = cache_C2Gd.unbind(1)
         query_RHd = qkv_RX[:, : block.query_size].view(-1, block.num_heads, block.head_dim)
+        if is_quantised(cache_C2Gd):
+            given = query_RHd, cache_C2Gd, numbers, longest, out_RQ
+            attend_to_codes(block, *given, softmax, spare_bytes=spare_bytes)
+            return
+        keys_CGd, values_CGd = cache_C2Gd.unbind(1)
         if self.flash is not None and _takes_flash(cache_C2Gd.dtype, block.head_dim):
             out_RHd, lse_HR = self.flash(
                 query_RHd,

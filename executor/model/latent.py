@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from executor.model.kv_rows import dequantised, gathered, is_quantised
 from executor.model.numbers import RowViews
 from executor.model.workspace import Workspace
 from executor.native import kernels
@@ -40,6 +41,12 @@ def decode_on_host(
     if native is not None and native.takes_latent(nope, rope, cache_CL, kv_up, out_RHv):
         native.latent_attention(nope, rope, cache_CL, kv_up, starts, lengths, scale, out_RHv)
         return
+    if is_quantised(cache_CL):
+        for r, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            rows_LL = dequantised(cache_CL.narrow(0, start, length), block.cached_parts, query_RHk.dtype)
+            one = slice(r, r + 1)
+            decode_on_host(block, query_RHk[one], kv_up, rows_LL, [0], [length], scale, out_RHv[one])
+        return
     absorbed_RHL = _absorbed(block, query_RHk, kv_up)
     context_RHr = absorbed_RHL[..., : block.kv_rank]  # whose place it takes
     for query_HL, context_Hr, start, length in zip(absorbed_RHL, context_RHr, starts, lengths, strict=True):
@@ -61,20 +68,30 @@ def decode_at_once(
     spare_bytes: int,
 ) -> None:
     """The same for many requests at once, so many that what is gathered and computed fits `spare_bytes`."""
-    heads, size = block.num_heads, cache_CL.itemsize
+    heads, size = block.num_heads, query_RHk.itemsize
     # Should torch have no kernel for heads so wide, it makes float32 copies of all, and scores.
     of_token = (size + 12) * block.cached_elements + 8 + heads * (2 * size + 8)
+    if is_quantised(cache_CL):
+        of_token += cache_CL.shape[1]
     of_head = (3 * size + 12) * block.cached_elements
     at_once = max(1, spare_bytes // (longest * of_token + heads * of_head))
     for first in range(0, len(query_RHk), at_once):
         some = slice(first, first + at_once)
         starts_r1, lengths_r1 = numbers.starts[:-1][some].unsqueeze(1), numbers.lengths_R[some].unsqueeze(1)
         tokens_1C = torch.arange(longest, device=cache_CL.device).unsqueeze(0)
-        rows_r1CL = cache_CL[starts_r1 + torch.minimum(tokens_1C, lengths_r1 - 1)].unsqueeze(1)
+        rows_rC = starts_r1 + torch.minimum(tokens_1C, lengths_r1 - 1)
+        rows_rCL = _rows(block, cache_CL, rows_rC, query_RHk.dtype)
         seen_r11C = (tokens_1C < lengths_r1)[:, None, None, :]
         query_r1HL = _absorbed(block, query_RHk[some], kv_up).unsqueeze(1)
-        context_r1Hr = _attended(query_r1HL, rows_r1CL, block.kv_rank, seen_r11C, scale)
+        context_r1Hr = _attended(query_r1HL, rows_rCL.unsqueeze(1), block.kv_rank, seen_r11C, scale)
         _write_values(block, context_r1Hr[:, 0], kv_up, out_RHv[some])
+
+
+def _rows(block: LatentAttention, cache_CL: Tensor, rows_rC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the cache as numbers."""
+    if not is_quantised(cache_CL):
+        return cache_CL[rows_rC]
+    return dequantised(gathered(cache_CL, rows_rC), block.cached_parts, dtype)
 
 
 def _attended(query_r1HL: Tensor, rows_r1CL: Tensor, rank: int, seen_r11C: Tensor | None, scale: float) -> Tensor:

@@ -7,14 +7,16 @@ Of the delta rule: H value heads, X channels of the convolution, k its kernel.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from executor.native.compiled import DTYPES, module
+from hrm.formats import aligned
 
 _HEAD_DIM_UNIT: Final = 8
+CODES: Final = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # what a quantised cache's rows may be of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,23 @@ class MixerKernels:
 
     path: str
 
-    def takes_attention(self, queries: Tensor, cache_C2Gd: Tensor, out: Tensor, sinks_H: Tensor | None = None) -> bool:
+    def takes_attention(
+        self,
+        queries: Tensor,
+        cache_C2Gd: Tensor,
+        out: Tensor,
+        sinks_H: Tensor | None = None,
+        *,
+        heads: tuple[int, int] | None = None,
+    ) -> bool:
         """Whether `decode_attention` can compute this; it is torch's otherwise."""
+        _, head_dim = heads or cache_C2Gd.shape[-2:]
         return (
             cache_C2Gd.is_cpu
-            and cache_C2Gd.dtype in DTYPES
-            and queries.dtype is out.dtype is cache_C2Gd.dtype
-            and cache_C2Gd.shape[-1] % _HEAD_DIM_UNIT == 0
+            and out.dtype in DTYPES
+            and queries.dtype is out.dtype
+            and (cache_C2Gd.dtype is out.dtype or cache_C2Gd.dtype in CODES)
+            and head_dim % _HEAD_DIM_UNIT == 0
             and cache_C2Gd.is_contiguous()
             and queries.stride(-1) == out.stride(-1) == 1
             and (sinks_H is None or _is_float_vector(sinks_H))
@@ -46,6 +58,7 @@ class MixerKernels:
         scale: float | None = None,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
+        heads: tuple[int, int] | None = None,
     ) -> None:
         """Attention of one new token per request over `lengths[r]` tokens from `starts[r]` on.
 
@@ -54,15 +67,19 @@ class MixerKernels:
         `softcap * tanh(logit / softcap)`. `sinks_H`, float32, are one more logit of each head, which
         has no value. Logits and sums are float32. Requests may attend to the same tokens, so those of
         a prompt can each be one, whose stretch begins where its window does and ends with itself.
+
+        A cache may be rows (C, B) of int8 or float8_e4m3fn, as `hrm.formats.KvFormat` lays them out; then
+        `heads` are how many KV heads there are and how wide. What its codes mean is rounded to the
+        queries' dtype, a tile of tokens at a time.
         """
-        _, _, kv_heads, head_dim = cache_C2Gd.shape
-        size = cache_C2Gd.itemsize
-        heads = out_RQ.shape[1] // head_dim
-        assert sinks_H is None or len(sinks_H) == heads, (sinks_H, heads)
+        kv_heads, head_dim = heads or cache_C2Gd.shape[2:]
+        size = out_RQ.itemsize
+        num_heads = out_RQ.shape[1] // head_dim
+        assert sinks_H is None or len(sinks_H) == num_heads, (sinks_H, num_heads)
         module().decode_attention(
             path=self.path,
-            dtype=DTYPES[cache_C2Gd.dtype],
-            heads=heads,
+            dtype=DTYPES[out_RQ.dtype],
+            heads=num_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
@@ -72,6 +89,7 @@ class MixerKernels:
             query_stride=queries_RX.stride(0) * size,
             cache=cache_C2Gd.data_ptr(),
             cache_tokens=len(cache_C2Gd),
+            **_coding(cache_C2Gd, (head_dim,) * 2 * kv_heads),
             out=out_RQ.data_ptr(),
             out_stride=out_RQ.stride(0) * size,
             starts=starts,
@@ -83,8 +101,9 @@ class MixerKernels:
         """Whether `latent_attention` can compute this; it is torch's otherwise."""
         return (
             cache_CL.is_cpu
-            and cache_CL.dtype in DTYPES
-            and q_nope.dtype is q_rope.dtype is kv_up.dtype is out_RHv.dtype is cache_CL.dtype
+            and out_RHv.dtype in DTYPES
+            and q_nope.dtype is q_rope.dtype is kv_up.dtype is out_RHv.dtype
+            and (cache_CL.dtype is out_RHv.dtype or cache_CL.dtype in CODES)
             and cache_CL.is_contiguous()
             and kv_up.is_contiguous()
             and q_nope.stride(-1) == q_rope.stride(-1) == out_RHv.stride(-1) == 1
@@ -108,16 +127,18 @@ class MixerKernels:
         of p, L = rank + p in all. `kv_up`, (H, n + v, rank) or the same rows as one matrix, projects
         the compressed vector to each head's key and then to its value. It is applied to the queries
         and to the outputs instead (arXiv 2405.04434, §2.1.2), which are rounded between the steps.
+        A cache of int8 or float8_e4m3fn is rows of codes with a scale for the vector and one for the key.
         Requests, and heads of the queries, may lie apart: `q[..., :n]` and `q[..., n:]` will do.
         """
         requests, heads, nope = q_nope_RHn.shape
         rope, value_dim = q_rope_RHp.shape[2], out_RHv.shape[2]
-        rank = cache_CL.shape[1] - rope
+        rank = kv_up.numel() // (heads * (nope + value_dim))
+        assert cache_CL.dtype in CODES or rank + rope == cache_CL.shape[1], (rank, rope, cache_CL.shape)
         assert kv_up.numel() == heads * (nope + value_dim) * rank, (kv_up.shape, q_nope_RHn.shape, out_RHv.shape)
         assert requests == len(q_rope_RHp) == len(out_RHv) == len(lengths), (requests, len(lengths))
         module().latent_attention(
             path=self.path,
-            dtype=DTYPES[cache_CL.dtype],
+            dtype=DTYPES[out_RHv.dtype],
             heads=heads,
             nope=nope,
             rope=rope,
@@ -132,6 +153,7 @@ class MixerKernels:
             rope_head_stride=q_rope_RHp.stride(1),
             cache=cache_CL.data_ptr(),
             cache_tokens=len(cache_CL),
+            **_coding(cache_CL, (rank, rope)),
             kv_up=kv_up.data_ptr(),
             out=out_RHv.data_ptr(),
             out_stride=out_RHv.stride(0),
@@ -228,6 +250,14 @@ class MixerKernels:
             out_stride=out_RV.stride(0),
             threads=torch.get_num_threads(),
         )
+
+
+def _coding(cache: Tensor, parts: Sequence[int]) -> dict[str, Any]:
+    """How a cache's rows are coded, whose parts have so many codes."""
+    if cache.dtype not in CODES:
+        return {"codes": "", "row_bytes": 0, "scales": 0}
+    assert cache.shape[1] >= aligned(sum(parts)) + 2 * len(parts), (cache.shape, parts)
+    return {"codes": CODES[cache.dtype], "row_bytes": cache.shape[1], "scales": aligned(sum(parts))}
 
 
 def _is_float_vector(vector: Tensor) -> bool:

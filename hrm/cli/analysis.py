@@ -33,7 +33,7 @@ LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload) -> str:
     given = f", {text}" if (text := given_text(profile)) else ""
-    return f"{model.spec.name}, {model.dtype_on(profile)}, on {machine_text(profile)}, {workload.name}{given}"
+    return f"{model.about(profile)}, on {machine_text(profile)}, {workload.name}{given}"
 
 
 @click.command()
@@ -57,7 +57,9 @@ def whatif(
     """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
-    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
+    space = Space(
+        model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format, schedule=schedule
+    )
     with searching(len(resources(profile))) as on_point:
         frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
     about = _about(model, profile, workload)
@@ -136,7 +138,9 @@ def map_command(
     x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
     if x.column == y.column:
         raise HrmError("--y", y_text, "must be another than --x", "sweep two of them")
-    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), schedule=schedule)
+    space = Space(
+        model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format, schedule=schedule
+    )
     with searching(len(x.points) * len(y.points)) as on_point:
         frame = policy_map(space, x=x, y=y, on_point=on_point)
     about = _about(model, profile, workload)

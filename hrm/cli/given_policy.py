@@ -7,6 +7,7 @@ import click
 
 from hrm.cli.params import enum_option, schedule_option, staging_option, together
 from hrm.errors import PolicyError
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
@@ -33,7 +34,9 @@ class GivenPolicy:
     schedule: ScheduleName
     staging: bool
 
-    def policy(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str) -> Policy:
+    def policy(
+        self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str, kv_format: str = ""
+    ) -> Policy:
         """The policy for a model; on a machine of one level everything lies and is computed there."""
         two_levels = profile.has_accelerator
         batch_size = self.micro_batch_size * self.num_micro_batches
@@ -60,20 +63,25 @@ class GivenPolicy:
                 self.micro_batch_size, workload.mean_context_len, workload.max_context_len
             ),
             prefill_chunk_tokens=chunk,
-            prefix_buffer_tokens=prefix_tokens_for(spec, longest, chunk, cpu_attention=int(cpu_attention)),
+            prefix_buffer_tokens=prefix_tokens_for(
+                spec, Formats.named(dtype, kv_cache=kv_format), longest, chunk, cpu_attention=int(cpu_attention)
+            ),
             staging=self.staging,
             dtype=dtype,
+            kv_format=kv_format,
         )
         policy.check_model(spec)
         return policy
 
-    def fitting(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str) -> Policy:
+    def fitting(
+        self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str, kv_format: str = ""
+    ) -> Policy:
         """The policy for a model; PolicyError if it does not fit the machine, with what would."""
 
         def plan(given: GivenPolicy) -> MemoryPlan:
-            return plan_memory(spec, given.policy(spec, profile, workload, dtype=dtype), profile)
+            return plan_memory(spec, given.policy(spec, profile, workload, dtype=dtype, kv_format=kv_format), profile)
 
-        policy = self.policy(spec, profile, workload, dtype=dtype)
+        policy = self.policy(spec, profile, workload, dtype=dtype, kv_format=kv_format)
         if not plan(self).fits:
             may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
             remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)

@@ -59,7 +59,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
         "expert_bytes": spec.expert_bytes(STORED),
         "embedding_bytes": STORED.bytes_of(spec.embedding_parameters),
         "head_bytes": STORED.bytes_of(spec.head_parameters),
-        "kv_bytes_per_token": spec.kv_bytes_per_token(STORED),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(_FORMATS),
         "kv_bytes_per_token_beyond_windows": _kv_bytes_beyond_windows(spec),
         "layer_kinds": [
             {
@@ -69,7 +69,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
                 "layer_bytes": kind.bytes_in(STORED),
                 "dense_bytes": kind.dense_bytes(STORED),
                 "num_experts": kind.num_experts,
-                "kv_bytes_per_token": STORED.bytes_of(kind.mixer.cached_elements),
+                "kv_bytes_per_token": kind.mixer.cached_bytes(_FORMATS),
                 "state_bytes": kind.mixer.state_bytes(_FORMATS),
                 "mixer": kind.mixer,
                 "ffn": kind.ffn,
@@ -81,7 +81,7 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
 
 def _kv_bytes_beyond_windows(spec: ModelSpec) -> int:
     """What one more token adds to the cache of a context that is longer than every window."""
-    return STORED.bytes_of(sum(layer.mixer.cached_elements for layer in spec.layers if not layer.window))
+    return sum(layer.mixer.cached_bytes(_FORMATS) for layer in spec.layers if not layer.window)
 
 
 def _print_list(specs: list[ModelSpec]) -> None:
@@ -97,7 +97,7 @@ def _print_list(specs: list[ModelSpec]) -> None:
             _experts(spec),
             format_bytes(spec.layer_bytes(STORED)),
             format_bytes(spec.expert_bytes(STORED)),
-            format_bytes(spec.kv_bytes_per_token(STORED)),
+            format_bytes(spec.kv_bytes_per_token(_FORMATS)),
         )
     console.print(table)
     console.print(
@@ -177,10 +177,10 @@ def _attention(spec: ModelSpec) -> dict[str, str]:
 
 def _cache(spec: ModelSpec) -> str:
     """What a token takes, and what a sequence takes however long it is."""
-    told = f"{format_bytes(spec.kv_bytes_per_token(STORED))} a token in all layers"
-    each = {layer.mixer.cached_elements for layer in spec.layers}
+    told = f"{format_bytes(spec.kv_bytes_per_token(_FORMATS))} a token in all layers"
+    each = {layer.mixer.cached_bytes(_FORMATS) for layer in spec.layers}
     if len(each) == 1:
-        told += f", {format_bytes(STORED.bytes_of(each.pop()))} in each"
+        told += f", {format_bytes(each.pop())} in each"
     states = sum(layer.mixer.state_bytes(_FORMATS) for layer in spec.layers)
     return f"{told}, and {format_bytes(states)} a sequence" if states else told
 

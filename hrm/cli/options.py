@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from hrm.cli.machine_choice import MachineChoice, machines_options
 from hrm.cli.params import Command, enum_option, policy_option, together
 from hrm.errors import PolicyError, WorkloadError
-from hrm.formats import FORMATS
+from hrm.formats import FORMATS, SCALED_KV_FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
@@ -112,23 +112,38 @@ limits_options = together(
 )
 
 
+AUTO: Final = "auto"
+
+
 @dataclass(frozen=True, slots=True)
 class ChosenModel:
-    """A model as it was named, and the dtype that was asked for; None is that of the machine."""
+    """A model as it was named, the dtype that was asked for, and the KV cache's format.
+
+    A dtype of None is that of the machine, and an empty format the dtype.
+    """
 
     spec: ModelSpec
     argument: str
     dtype: str | None
+    kv_format: str
+
+    def about(self, machine: HardwareProfile) -> str:
+        """Its name and formats on a machine, as the titles of tables and plots have them."""
+        cached = f", KV cache in {self.kv_format}" if self.kv_format else ""
+        return f"{self.spec.name}, {self.dtype_on(machine)}{cached}"
 
     def dtype_on(self, machine: HardwareProfile) -> str:
-        """What it is stored and computed in on a machine."""
+        """What it is computed in on a machine."""
         return machine.default_dtype if self.dtype is None else self.dtype
 
 
-def _chosen_model(*, model: str, dtype: str, routing: Path | None) -> ChosenModel:
+def _chosen_model(*, model: str, dtype: str, kv_format: str, routing: Path | None) -> ChosenModel:
     spec = load_model(model)
     return ChosenModel(
-        spec if routing is None else with_measured_routing(spec, routing), model, None if dtype == "auto" else dtype
+        spec if routing is None else with_measured_routing(spec, routing),
+        model,
+        None if dtype == AUTO else dtype,
+        "" if kv_format == AUTO else kv_format,
     )
 
 
@@ -143,10 +158,17 @@ model_options = together(
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", *FORMATS]),
-        default="auto",
+        type=click.Choice([AUTO, *FORMATS]),
+        default=AUTO,
         show_default=True,
         help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",
+    ),
+    click.option(
+        "--kv-format",
+        type=click.Choice([AUTO, *SCALED_KV_FORMATS]),
+        default=AUTO,
+        show_default=True,
+        help="Keep keys and values in a byte each, with a scale for each token's head; auto is the dtype.",
     ),
     click.option(
         "--routing",

@@ -109,6 +109,7 @@ def search(
             profile,
             workload,
             dtype=model.dtype_on(profile),
+            kv_format=model.kv_format,
             schedule=wanted.schedule,
             staging=wanted.staging,
             attention=wanted.attention,
@@ -188,7 +189,7 @@ def estimate(
     A policy that does not fit, or that misses a limit on waiting times, is refused with what would
     be enough.
     """
-    policy = given.fitting(model.spec, profile, workload, dtype=model.dtype_on(profile))
+    policy = given.fitting(model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format)
     predicted = predict(model.spec, policy, profile, workload)
     limits.check(predicted.latency)
     _show(predicted, model, profile, workload, None, as_json=as_json, out=out)

@@ -195,8 +195,8 @@ def sweep(
     style.check_path(out)
     what = _swept(vary)
     axis = Axis.between(what, what.read(low, "--from"), what.read(high, "--to"), points, logarithmic=log)
-    names, dtype = list(dict.fromkeys(schedules)), model.dtype_on(profile)
-    space = Space(model.spec, profile, workload, dtype=dtype)
+    names = list(dict.fromkeys(schedules))
+    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format)
     here = axis.now(space)
     with searching(len(axis.points) * len(names)) as on_point:
         frame = search_all(space, axis, schedules=names, on_point=on_point)
@@ -206,7 +206,7 @@ def sweep(
         out,
         x=axis.column,
         here=here if axis.points[0] <= here <= axis.points[-1] else None,
-        title=f"{model.spec.name}, {dtype}, on {machine_text(profile)}, {workload.name}",
+        title=f"{model.about(profile)}, on {machine_text(profile)}, {workload.name}",
     )
     _print_sweep(frame, what)
     tell_written(csv, out)

@@ -158,6 +158,15 @@ class Mixer(Block):
     def cached_elements(self) -> int:
         """Elements that one token adds to the cache of this layer."""
 
+    @property
+    def cached_parts(self) -> tuple[int, ...]:
+        """These part by part: each has a scale of its own where a cache is quantised."""
+        return (self.cached_elements,) if self.cached_elements else ()
+
+    def cached_bytes(self, formats: Formats) -> int:
+        """Bytes that one token adds to the cache of this layer."""
+        return formats.kv_cache.row_bytes(self.cached_parts)
+
     @abstractmethod
     def state_bytes(self, formats: Formats) -> int:
         """Bytes that this layer keeps of each sequence, however long; written anew at every step."""
@@ -236,7 +245,11 @@ class Mixer(Block):
     @property
     @abstractmethod
     def prefix_in_cache(self) -> bool:
-        """Whether the cache itself serves as what a split prompt keeps."""
+        """Whether the cache itself serves as what a split prompt keeps, if it holds plain numbers."""
+
+    def keeps_prefix_in_cache(self, formats: Formats) -> bool:
+        """Whether it does so in these formats: of codes attention in prefill needs the numbers."""
+        return self.prefix_in_cache and not (self.cached_parts and formats.kv_cache.is_scaled)
 
     def reach(self, context: Number) -> Number:
         """Tokens that attention reaches, of `context` in all.
@@ -247,7 +260,7 @@ class Mixer(Block):
 
     def cache_bytes(self, formats: Formats, requests: Number, tokens: Number) -> Number:
         """Bytes of this layer's cache for so many requests with so many tokens in all."""
-        grown = tokens * formats.kv_cache.bytes_of(self.cached_elements)
+        grown = tokens * self.cached_bytes(formats)
         state = self.state_bytes(formats)
         return grown + requests * state if state else grown
 

@@ -66,9 +66,9 @@ class CompressedAttention(SoftmaxAttention):
         return self.query_size
 
     @property
-    def attended_elements(self) -> int:
+    def attended_parts(self) -> tuple[int, ...]:
         """One key."""
-        return self.head_dim
+        return (self.head_dim,)
 
     @property
     def compressed_size(self) -> int:
@@ -87,10 +87,17 @@ class CompressedAttention(SoftmaxAttention):
             return self.head_dim
         return -(-(self.head_dim + self.index_size // 2) // self.rate)
 
+    def cached_bytes(self, formats: Formats) -> int:
+        """Bytes of a key, or a token's share of those of compressed ones."""
+        if not (self.rate and formats.kv_cache.is_scaled):
+            return super().cached_bytes(formats)
+        keys = [formats.kv_cache.row_bytes((size,)) for size in (self.head_dim, self.index_size // 2) if size]
+        return -(-sum(keys) // self.rate)
+
     def state_bytes(self, formats: Formats) -> int:
         """The newest keys, and what the next compressed ones are made of, with its gates."""
         pending = 2 * (1 + (self.indexer is not None)) * self.rate * (self.compressed_size + self.index_size)
-        return formats.kv_cache.bytes_of(self.local_window * self.head_dim + pending)
+        return self.local_window * formats.kv_cache.row_bytes((self.head_dim,)) + formats.compute.bytes_of(pending)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -183,8 +190,8 @@ class CompressedAttention(SoftmaxAttention):
 
     def attended_bytes(self, formats: Formats, requests: Number, context: Number) -> Number:
         """The keys that attention sees, and those of an indexer."""
-        seen = self.seen(context) * formats.kv_cache.bytes_of(self.head_dim)
-        index = context / self.rate * formats.kv_cache.bytes_of(self.indexer.head_dim) if self.indexer else 0
+        seen = self.seen(context) * formats.kv_cache.row_bytes((self.head_dim,))
+        index = context / self.rate * formats.kv_cache.row_bytes((self.indexer.head_dim,)) if self.indexer else 0
         return requests * (seen + index)
 
     @property
@@ -218,12 +225,16 @@ class CompressedAttention(SoftmaxAttention):
         return max(rotary, compute.bytes_of(self.returned_elements))
 
     def prefix_read_bytes(self, formats: Formats) -> int:
-        """Keys as they lie in the cache."""
-        return formats.kv_cache.bytes_of(self.head_dim)
+        """Keys as they lie in the cache, or as the numbers that its codes mean."""
+        if formats.kv_cache.is_scaled:
+            return formats.compute.bytes_of(self.head_dim)
+        return formats.kv_cache.row_bytes((self.head_dim,))
 
     def prefix_bytes(self, formats: Formats, ranks: int) -> int:
-        """What every GPU caches of a token."""
-        return ranks * formats.kv_cache.bytes_of(self.cached_elements)
+        """What every GPU caches of a token, in numbers."""
+        if formats.kv_cache.is_scaled:
+            return ranks * formats.compute.bytes_of(self.cached_elements)
+        return ranks * self.cached_bytes(formats)
 
     @property
     def prefix_in_cache(self) -> bool:

@@ -70,6 +70,11 @@ class GroupedQueryAttention(SoftmaxAttention):
         return self.kv_size + self.value_size
 
     @property
+    def cached_parts(self) -> tuple[int, ...]:
+        """Keys head by head, and then values."""
+        return (self.head_dim,) * self.num_kv_heads + (self.value_head_dim or self.head_dim,) * self.num_kv_heads
+
+    @property
     def returned_elements(self) -> int:
         """A value for every query head."""
         return self.num_heads * (self.value_head_dim or self.head_dim)
@@ -133,12 +138,14 @@ class GroupedQueryAttention(SoftmaxAttention):
         return max(rotary, normed, compute.bytes_of(self.returned_elements))
 
     def prefix_read_bytes(self, formats: Formats) -> int:
-        """Keys and values as they lie in the cache."""
-        return formats.kv_cache.bytes_of(self.cached_elements)
+        """Keys and values as they lie in the cache, or as the numbers that its codes mean."""
+        if formats.kv_cache.is_scaled:
+            return formats.compute.bytes_of(self.cached_elements)
+        return self.cached_bytes(formats)
 
     def prefix_bytes(self, formats: Formats, ranks: int) -> int:
         """Keys and values, in every GPU those of its heads."""
-        return self.cache_copies(ranks) * formats.kv_cache.bytes_of(self.cached_elements)
+        return self.cache_copies(ranks) * self.prefix_read_bytes(formats)
 
     @property
     def prefix_in_cache(self) -> bool:

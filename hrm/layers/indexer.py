@@ -55,6 +55,11 @@ class Indexer:
         """A key."""
         return 0 if self.shared else self.head_dim
 
+    @property
+    def cached_parts(self) -> tuple[int, ...]:
+        """It as a part of what a token caches."""
+        return () if self.shared else (self.head_dim,)
+
     def chosen(self, context: Number) -> Number:
         """Of so many tokens, those that attention sees."""
         return minimum(context, self.top_k)
@@ -64,4 +69,4 @@ class Indexer:
         if self.shared:
             return ()
         flops = tokens * context * 2 * (self.query_size + self.num_heads)
-        return (Kernel(flops, tokens * context * formats.kv_cache.bytes_of(self.head_dim), tokens, reads_kv=True),)
+        return (Kernel(flops, tokens * context * formats.kv_cache.row_bytes(self.cached_parts), tokens, reads_kv=True),)

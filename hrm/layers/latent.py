@@ -81,6 +81,16 @@ class LatentAttention(SoftmaxAttention):
         return self.attended_elements + (self.indexer.cached_elements if self.indexer else 0)
 
     @property
+    def attended_parts(self) -> tuple[int, ...]:
+        """The compressed vector and the rotary key."""
+        return self.kv_rank, self.rope_head_dim
+
+    @property
+    def cached_parts(self) -> tuple[int, ...]:
+        """These, and the key of an indexer."""
+        return self.attended_parts + (self.indexer.cached_parts if self.indexer else ())
+
+    @property
     def held_elements(self) -> int:
         """The gate, if there is one."""
         return self.output_gate * self.returned_elements
@@ -103,8 +113,8 @@ class LatentAttention(SoftmaxAttention):
         """The keys of an indexer, and of the tokens that it chooses the rest."""
         if not self.indexer:
             return super().attended_bytes(formats, requests, context)
-        chosen = self.seen(context) * formats.kv_cache.bytes_of(self.attended_elements)
-        return requests * (chosen + context * formats.kv_cache.bytes_of(self.indexer.cached_elements))
+        chosen = self.seen(context) * formats.kv_cache.row_bytes(self.attended_parts)
+        return requests * (chosen + context * formats.kv_cache.row_bytes(self.indexer.cached_parts))
 
     @property
     def returned_elements(self) -> int:

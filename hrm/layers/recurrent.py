@@ -65,7 +65,7 @@ class RecurrentMixer(Mixer):
 
     def state_bytes(self, formats: Formats) -> int:
         """The recurrent state, and the tokens that the convolution still needs: whole float32 numbers."""
-        convolution = formats.kv_cache.bytes_of(self.convolved_elements, self.conv_kernel - 1)
+        convolution = formats.compute.bytes_of(self.convolved_elements, self.conv_kernel - 1)
         return STATE_BYTES * (self.state_elements + -(-convolution // STATE_BYTES))
 
     @property

@@ -51,9 +51,9 @@ class SoftmaxAttention(Mixer):
         return 0
 
     @property
-    def attended_elements(self) -> int:
-        """Elements that attention reads of a cached token that it sees."""
-        return self.cached_elements
+    def attended_parts(self) -> tuple[int, ...]:
+        """The parts that attention reads of a cached token that it sees."""
+        return self.cached_parts
 
     def seen(self, context: Number) -> Number:
         """Tokens that attention sees of those that it reaches."""
@@ -83,7 +83,7 @@ class SoftmaxAttention(Mixer):
 
     def sent_bytes(self, formats: Formats) -> int:
         """Queries, and what is cached."""
-        return formats.compute.bytes_of(self.query_size) + formats.kv_cache.bytes_of(self.cached_elements)
+        return formats.compute.bytes_of(self.query_size) + self.cached_bytes(formats)
 
     def project(self, formats: Formats, tokens: Number) -> Operator:
         """Norm, projections and rotary embedding of so many tokens."""
@@ -98,7 +98,7 @@ class SoftmaxAttention(Mixer):
         seen = self.seen(context)
         kernel = Kernel(
             requests * seen * self.flops_per_context_token,
-            requests * seen * formats.kv_cache.bytes_of(self.attended_elements),
+            requests * seen * formats.kv_cache.row_bytes(self.attended_parts),
             requests,
             reads_kv=True,
         )

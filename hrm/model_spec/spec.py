@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from hrm.errors import ModelError
-from hrm.formats import Format
+from hrm.formats import Format, Formats
 from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
 from hrm.layers.base import Vectors, check_vectors, vector_tensors
 from hrm.numeric import Number
@@ -201,10 +201,9 @@ class ModelSpec:
         """Weight bytes of all layers together."""
         return sum(count * kind.bytes_in(weights) for kind, count in self.layer_kinds().items())
 
-    def kv_bytes_per_token(self, cache: Format) -> int:
+    def kv_bytes_per_token(self, formats: Formats) -> int:
         """KV cache bytes of one token in all layers, those included whose window it may leave."""
-        elements = sum(count * kind.mixer.cached_elements for kind, count in self.layer_kinds().items())
-        return cache.bytes_of(elements)
+        return sum(count * kind.mixer.cached_bytes(formats) for kind, count in self.layer_kinds().items())
 
     # -- routed experts -----------------------------------------------------------------------
 

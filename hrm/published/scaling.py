@@ -88,10 +88,10 @@ def batch_limit(run: PublishedRun) -> BatchLimit:
         _FORMATS.weights.bytes_of(spec.num_layers, attention.projection_parameters + attention.output_parameters)
         + 2 * experts
         + run.micro_batch_size * (2 * hidden + _temporaries(spec, gpus, prompt))
-        + 2 * run.micro_batch_size * prompt * _FORMATS.kv_cache.bytes_of(attention.cached_elements)
+        + 2 * run.micro_batch_size * prompt * attention.cached_bytes(_FORMATS)
     )
     on_host = (spec.num_layers + 2) * experts
-    cache = run.workload.mean_context_len * spec.kv_bytes_per_token(_FORMATS.kv_cache)
+    cache = run.workload.mean_context_len * spec.kv_bytes_per_token(_FORMATS)
     limits = {
         "GPU memory": (GPU_SHARE * gpus * CARD_BYTES - on_gpu) / hidden,
         "host memory": (HOST_SHARE * HOST_BYTES - on_host) / (cache + hidden),
@@ -205,7 +205,7 @@ def measured_step(comparison: ComparedRun) -> MeasuredStep:
     seconds = (run.seconds - comparison.predicted.prefill.seconds) / workload.decode_steps
     weights = spec.num_layers * Point.of_policy(policy, spec).streamed_bytes(spec, _FORMATS.weights, Phase.DECODE)
     context = workload.prompt_len + (1 + workload.decode_steps) / 2
-    cache = run.batch_size * context * spec.kv_bytes_per_token(_FORMATS.kv_cache)
+    cache = run.batch_size * context * spec.kv_bytes_per_token(_FORMATS)
     return MeasuredStep(
         seconds=seconds, weights_bytes_per_s=weights / gpus / seconds, cache_bytes_per_s=cache / gpus / seconds
     )

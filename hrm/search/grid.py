@@ -118,6 +118,7 @@ class Grid:
             prefix_buffer_tokens=int(self.prefix_buffer_tokens[index]),
             staging=space.staging,
             dtype=space.dtype,
+            kv_format=space.kv_format,
         )
 
 
@@ -147,7 +148,9 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
         "num_micro_batches": num_micro_batches,
         "gpu_kv_micro_batches": on_gpu,
         "chunk_tokens": chunk,
-        "prefix_buffer_tokens": prefix_tokens_for(space.spec, longest, chunk, cpu_attention=cpu_attention),
+        "prefix_buffer_tokens": prefix_tokens_for(
+            space.spec, space.formats, longest, chunk, cpu_attention=cpu_attention
+        ),
         "kv_tokens": kv_tokens_for(micro_batch_size, space.workload.mean_context_len, space.workload.max_context_len),
     }
     prefill = space.prefill_devices(kind.gpu_ffn)

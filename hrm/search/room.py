@@ -47,7 +47,9 @@ class Room:
             gpu_kv_micro_batches=kv * number,
             kv_tokens=kv_tokens_for(size, w.mean_context_len, w.max_context_len),
             chunk_tokens=self._chunk(regions, at),
-            prefix_tokens=prefix_tokens_for(spec, w.max_prompt_len, most_in_chunk, cpu_attention=cpu_attention),
+            prefix_tokens=prefix_tokens_for(
+                spec, self.space.formats, w.max_prompt_len, most_in_chunk, cpu_attention=cpu_attention
+            ),
             streams_kv=regions.gpu_attention * some_on_host,
             cpu_attention=cpu_attention,
             cpu_experts=1 - regions.gpu_ffn,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from hrm.formats import FORMATS
+from hrm.formats import FORMATS, Formats
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
@@ -157,7 +157,11 @@ def _policy(
         prefill_chunk_tokens=chunk,
         prefix_buffer_tokens=int(
             prefix_tokens_for(
-                case.spec, w.max_prompt_len, chunk, cpu_attention=int(attention is Device.CPU and on_gpu < number)
+                case.spec,
+                Formats.of(case.dtype),
+                w.max_prompt_len,
+                chunk,
+                cpu_attention=int(attention is Device.CPU and on_gpu < number),
             )
         ),
         parallelism=parallelism,

@@ -8,7 +8,7 @@ import torch
 
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
-from hrm.formats import FORMATS, Formats
+from hrm.formats import ALIGNMENT_BYTES, FORMATS, SCALED_KV_FORMATS, Formats, kv_format
 from hrm.model_spec import ModelSpec
 from hrm.phases import decode_work, prefill_work
 from hrm.policy import Policy
@@ -27,6 +27,24 @@ def test_a_format_takes_the_bytes_of_torchs_tensors(name):
         tensor = torch.empty(shape, dtype=getattr(torch, name))
         assert FORMATS[name].bytes_of(*shape) == FORMATS[name].bytes_of(tensor.numel()) == tensor.nbytes
         assert FORMATS[name].elements_in(tensor.nbytes + 1) == tensor.numel()
+
+
+@pytest.mark.parametrize("name", SCALED_KV_FORMATS)
+@pytest.mark.parametrize("parts", [(128,) * 16, (512, 64), (40,) * 6, (7,)])
+def test_a_token_of_a_quantised_cache_has_a_byte_for_a_number_and_two_for_a_scale(name, parts):
+    found = kv_format(name)
+    assert found is not None
+    needed = sum(parts) + 2 * len(parts)
+    assert found.row_bytes(parts) % ALIGNMENT_BYTES == 0
+    assert needed <= found.row_bytes(parts) < needed + 2 * ALIGNMENT_BYTES
+
+
+def test_other_formats_of_a_cache_are_plain():
+    for name in FORMATS:
+        found = kv_format(name)
+        assert found is not None
+        assert found.row_bytes((3, 4)) == torch.empty(7, dtype=getattr(torch, name)).nbytes
+    assert kv_format("int5") is None
 
 
 def test_a_policy_is_complete_in_its_formats():
@@ -94,6 +112,32 @@ def test_a_wider_kv_cache_changes_its_own_tasks_only():
                 else:
                     assert (wide_bytes, wide_s) == (num_bytes, seconds), (seed, kind)
     assert seen == OF_CACHE | READS_CACHE
+
+
+@pytest.mark.parametrize("name", SCALED_KV_FORMATS)
+def test_a_quantised_kv_cache_moves_the_bytes_of_its_rows_and_changes_nothing_else(name):
+    seen: set[str] = set()
+    for seed in range(20):
+        rng = Random(seed)
+        spec = random_spec(rng)
+        policy = a_policy(rng, spec)
+        small = replace(policy, kv_format=name)
+        row_bytes = spec.layers[0].mixer.cached_bytes(small.formats)
+        elements = 2 * spec.num_kv_heads * spec.head_dim
+        for plain_work, small_work in zip(works(spec, policy), works(spec, small), strict=True):
+            plain, shrunk = moved(plain_work, policy), moved(small_work, small)
+            for kind, (num_bytes, seconds) in plain.items():
+                if kind in {"LOAD_KV", "STORE_KV"}:
+                    assert shrunk[kind][0] == pytest.approx(num_bytes * row_bytes / (2 * elements), rel=0.02)
+                    seen.add(kind)
+                elif kind == "OFFLOAD_QKV":
+                    number = round(number_of(plain_work, policy, kind)) * spec.num_layers
+                    saved = plain_work.tokens * (2 * elements - row_bytes) * number
+                    assert num_bytes - shrunk[kind][0] == pytest.approx(saved, rel=0.02)
+                    seen.add(kind)
+                elif kind not in READS_CACHE:
+                    assert shrunk[kind] == (num_bytes, seconds), (seed, kind)
+    assert seen == OF_CACHE
 
 
 def number_of(work: TaskWork, policy: Policy, kind: str) -> float:

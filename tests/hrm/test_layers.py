@@ -187,7 +187,7 @@ class ShortConvolution(Mixer):
     kept_elements = property(lambda self: 4 * self.hidden_size)
 
     def state_bytes(self, formats):
-        return formats.kv_cache.bytes_of(self.hidden_size, self.kernel - 1)
+        return formats.compute.bytes_of(self.hidden_size, self.kernel - 1)
 
     def sent_bytes(self, formats):
         return formats.compute.bytes_of(3, self.hidden_size)

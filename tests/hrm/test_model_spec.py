@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrm.errors import ModelError, ProfileError
-from hrm.formats import FORMATS
+from hrm.formats import FORMATS, Formats
 from hrm.layers import Layer, RoutedExperts
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.model_spec.dimensions import Latent
@@ -84,7 +84,7 @@ def test_parameters_are_those_of_the_tensors():
     ] + [(256, 64), (256, 64), (64,)]
     sizes = [rows[0] * (rows[1] if len(rows) > 1 else 1) for rows in shapes]
     assert spec.parameters == sum(sizes)
-    assert spec.kv_bytes_per_token(FORMATS["float32"]) == 3 * 2 * (2 * 24) * 4
+    assert spec.kv_bytes_per_token(Formats.of("float32")) == 3 * 2 * (2 * 24) * 4
     assert spec.parameters - replace(spec, tied_embeddings=True).parameters == 256 * 64
 
 
@@ -161,7 +161,7 @@ def test_a_layer_counts_each_of_its_tensors_once():
 
 def test_the_cache_of_deepseek_v3_is_as_published():
     spec = BUILT_IN_MODELS["deepseek-v3"]
-    assert spec.kv_bytes_per_token(FORMATS["bfloat16"]) == 70_272  # arXiv 2505.09343, table 1
+    assert spec.kv_bytes_per_token(Formats.of("bfloat16")) == 70_272  # arXiv 2505.09343, table 1
     mixer: Any = spec.layers[0].mixer
     assert (mixer.query_size, mixer.returned_elements) == (128 * 192, 128 * 128)
 

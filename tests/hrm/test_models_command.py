@@ -6,7 +6,7 @@ import pytest
 
 from hrm.cli import main
 from hrm.contract.families import EXECUTED_FAMILIES
-from hrm.formats import FORMATS
+from hrm.formats import Formats
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.model_spec.families import FAMILY_READERS
 from hrm.units import format_bytes
@@ -126,7 +126,7 @@ def test_json_has_all_that_is_shown(models, name):
         assert kind["layer_bytes"] == kind["dense_bytes"] + experts
     every_token = sum(kind["layers"] * kind["kv_bytes_per_token"] for kind in kinds)
     late_token = sum(k["layers"] * k["kv_bytes_per_token"] for k in kinds if not k["window"])
-    assert found["kv_bytes_per_token"] == every_token == spec.kv_bytes_per_token(FORMATS["bfloat16"])
+    assert found["kv_bytes_per_token"] == every_token == spec.kv_bytes_per_token(Formats.of("bfloat16"))
     assert found["kv_bytes_per_token_beyond_windows"] == late_token
     assert {kind["mixer"].get("kv_rank") for kind in kinds} == {512 if "deepseek" in name else None}
 

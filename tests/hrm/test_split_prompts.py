@@ -57,8 +57,8 @@ def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
     whole, halves = (mixer.prefill(Formats.of("bfloat16"), n, 1000) for n in (1000, 500))
     more = 2 * halves.kernels[2].num_bytes - whole.kernels[2].num_bytes
     assert more == pytest.approx(500 * of_token), "the second half reads the first once more"
-    assert prefix_tokens_for(spec, 1000, 500, cpu_attention=0) == 1000
-    assert prefix_tokens_for(spec, 1000, 1000, cpu_attention=1) == 0
+    assert prefix_tokens_for(spec, Formats.of("bfloat16"), 1000, 500, cpu_attention=0) == 1000
+    assert prefix_tokens_for(spec, Formats.of("bfloat16"), 1000, 1000, cpu_attention=1) == 0
 
 
 def a_policy(spec, **changes) -> Policy:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from executor.model.kv_rows import quantise
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.workspace import Workspace
 from hrm import layers
@@ -24,7 +26,8 @@ class Mixer(ABC):
     """The maths of one kind of mixer, with the options of a family.
 
     A token goes through `project`, attention over what is cached, and `finish`. Between them it is a
-    row of `block.sent_elements`, which may be sent to the host and ends with what is cached of it;
+    row of `block.sent_elements`, which may be sent to the host and ends with what is cached of it, in
+    decode as the cache has it: if that is quantised, `pack` makes such rows for `append` and `decode`;
     `block.held_elements` besides wait where they were computed. Weights are `executor.model.layout`'s
     for the block.
     """
@@ -102,3 +105,15 @@ class Mixer(ABC):
     def cached(self, row_TX: Tensor) -> Tensor:
         """The part of the rows that a cache takes."""
         return row_TX[:, row_TX.shape[1] - self.block.cached_elements :]
+
+    def pack(self, row_TX: Tensor, packed_TY: Tensor, codes: torch.dtype) -> None:
+        """Write the rows as they go to a quantised cache: what is cached in such a row's bytes, the rest as it is."""
+        others = row_TX.shape[1] - self.block.cached_elements
+        packed_TY[:, :others].copy_(row_TX[:, :others])
+        quantise(self.cached(row_TX), self.block.cached_parts, packed_TY[:, others:].view(codes))
+
+
+def append_kv(cache_C: Tensor, row_TX: Tensor, rows_T: Tensor) -> None:
+    """Write what rows end with at the cache's `rows_T` (int64, on the cache's device), bytes as they are."""
+    cache = cache_C.flatten(1).view(row_TX.dtype)
+    cache.index_copy_(0, rows_T, row_TX[:, -cache.shape[1] :])

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from executor.model.kv_rows import is_quantised
 from executor.model.layout import AttentionWeights
 from executor.model.linear import add_projected, project
-from executor.model.mixers.base import Mixer
+from executor.model.mixers.base import Mixer, append_kv
 from executor.model.norm import PLAIN, Norm, norm_into, normed
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.rotary import Rotary
@@ -156,7 +157,7 @@ class GroupedQuery(Mixer):
         spare_bytes: int,
     ) -> None:
         """As the level's kernels do it."""
-        cache_C2Gd = cache_C.view(-1, *self.block.cached_shape)
+        cache_C2Gd = cache_C if is_quantised(cache_C) else cache_C.view(-1, *self.block.cached_shape)
         softmax = self._softmax(weights)
         kernels.decode_attention(
             self.block, row_RX, cache_C2Gd, numbers, out_RO, spare_bytes=spare_bytes, softmax=softmax
@@ -199,9 +200,3 @@ class GroupedQuery(Mixer):
         norm_into(self.norm, added_TD, weights.attention_output_norm, added_TD, workspace)
         hidden_TD.add_(added_TD)
         workspace.release(mark)
-
-
-def append_kv(cache_C: Tensor, qkv_TX: Tensor, rows_T: Tensor) -> None:
-    """Write the tokens' keys and values at the cache's `rows_T` (int64, on the cache's device)."""
-    cache = cache_C.flatten(1)
-    cache.index_copy_(0, rows_T, qkv_TX[:, -cache.shape[1] :])

@@ -13,7 +13,7 @@ from torch import Tensor
 from executor.model import latent
 from executor.model.layout import LatentWeights
 from executor.model.linear import add_projected, project
-from executor.model.mixers.base import Mixer
+from executor.model.mixers.base import Mixer, append_kv
 from executor.model.norm import PLAIN, Norm, norm_into, normed
 from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.rotary import Rotary
@@ -80,7 +80,7 @@ class Latent(Mixer):
 
     def append(self, cache_C: Tensor, row_RX: Tensor, rows_R: Tensor) -> None:
         """The compressed vector and the rotary key."""
-        cache_C.index_copy_(0, rows_R, self.cached(row_RX))
+        append_kv(cache_C, row_RX, rows_R)
 
     def decode(
         self,

@@ -6,6 +6,7 @@
 // head's rows of many tokens lie far apart, and come at half that speed.
 #pragma once
 
+#include "cached.hpp"
 #include "softmax.hpp"
 
 namespace {
@@ -106,13 +107,14 @@ void attend(
     const Heads& shape, const void* query_row, const void* first_token, int64_t tokens,
     const void* following, float* state_memory, float* scratch) {
     const T* query = static_cast<const T*>(query_row);
-    const T* cache = static_cast<const T*>(first_token);
+    const char* cache = static_cast<const char*>(first_token);
     const State state(shape, state_memory);
     const int64_t num_padded = padded_heads(shape);
     begin(shape, state);
     float* queries = scratch;
     float* factors = queries + shape.heads * shape.padded_dim;
     float* scores = factors + num_padded;
+    float* room = scores + shape.tile_tokens * num_padded;
     for (int64_t h = 0; h < shape.heads; ++h) {
         Dot<T>::prepare(query + h * shape.head_dim, shape.head_dim, queries + h * shape.padded_dim);
     }
@@ -122,11 +124,12 @@ void attend(
     const int64_t group = shape.heads / shape.kv_heads;
     const int64_t parts = group / 4 + group % 4 / 2 + group % 2;
     for (int64_t start = 0; start < tokens; start += shape.tile_tokens) {
-        const T* const keys = cache + start * shape.token_elements;
-        const T* const values = keys + shape.kv_heads * shape.head_dim;
+        const char* const here = cache + start * shape.token_bytes;
         const int64_t rest = tokens - start, most = shape.tile_tokens;
-        Fetcher fetcher(rest > most ? keys + most * shape.token_elements : following);
+        Fetcher fetcher(rest > most ? here + most * shape.token_bytes : following, narrower<T>(shape.coded));
         const TokenTile tile = {rest < most ? rest : most, scores, factors, fetcher, parts};
+        const T* const keys = rows_of<T>(shape.coded, here, tile.tokens, room);
+        const T* const values = keys + shape.kv_heads * shape.head_dim;
         for (int64_t first = 0; first < tile.tokens; first += KEY_TOKENS) {
             for_heads(shape, [&]<int NUM>(int64_t g, int64_t head) {
                 const T* from = keys + g * shape.head_dim;

@@ -17,6 +17,16 @@ constexpr int64_t SAME_LINES = 4096;      // bytes apart, two lines compete for 
 constexpr int64_t ACCUMULATOR_UNIT = 32;  // floats; a row of accumulators is padded to it
 constexpr int64_t TILE_UNIT = 8;          // tokens; for fewer it is slow to load and store all accumulators
 
+enum CacheCodes { INT8_CODES, FP8_CODES };
+
+// How a token lies in a quantised cache: `parts` of codes, a byte each, of which the first has `first` of
+// them and each other one `others`, and from byte `scales` on a bfloat16 for each part. 0 row_bytes: it is
+// of elements.
+struct CodedRows {
+    CacheCodes codes;
+    int64_t row_bytes, scales, parts, first, others;
+};
+
 // Decode attention of one request. A token of the cache is 2 * kv_heads rows of head_dim elements,
 // its keys and then its values.
 struct Heads {
@@ -27,7 +37,14 @@ struct Heads {
     float scale;             // of the logits, log2(e) included: weights are powers of two
     float capped_scale;      // of them before a tanh, 2 log2(e) included; 0: there is no tanh
     const float* sinks;      // of each head a logit that has no value, or null
+    int64_t token_bytes = 0;  // from token to token of the cache
+    const CodedRows* coded = nullptr;  // how it is quantised, if it is
 };
+
+// Floats that a tile's elements need that are made of codes.
+static inline int64_t tile_floats(const Heads& shape) {
+    return shape.coded == nullptr ? 0 : shape.tile_tokens * shape.token_elements;
+}
 
 // What is one float a head is padded to whole vectors of them.
 static inline int64_t padded_heads(const Heads& shape) { return rounded_up(shape.heads, 16); }
@@ -39,9 +56,9 @@ static inline int64_t state_floats(const Heads& shape) {
         shape.heads * shape.padded_dim + 2 * padded_heads(shape), ACCUMULATOR_UNIT);
 }
 
-// Floats of scratch: the queries, widened, and for every head a factor and a tile's scores.
+// Floats of scratch: the queries, widened, for every head a factor and a tile's scores, and its elements.
 static inline int64_t scratch_floats(const Heads& shape) {
-    return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * padded_heads(shape);
+    return shape.heads * shape.padded_dim + (1 + shape.tile_tokens) * padded_heads(shape) + tile_floats(shape);
 }
 
 // Latent attention of `requests` new tokens, before and after it goes over the cache.
@@ -65,11 +82,12 @@ static inline int64_t absorbing_floats(const Latent& shape) {
     return (1 + rounded_up(shape.nope, 2)) * padded + shape.requests * padded_rank(shape);
 }
 
-// Floats of scratch to attend: every head's factor and scores, and some rows of the cache, widened.
+// Floats of scratch to attend: every head's factor and scores, some rows of the cache, widened, and a
+// tile's elements.
 static inline int64_t latent_floats(const Heads& shape) {
     constexpr int64_t ROWS = 8;
     return padded_heads(shape) * (1 + shape.tile_tokens) +
-           ROWS * rounded_up(shape.token_elements, ACCUMULATOR_UNIT);
+           ROWS * rounded_up(shape.token_elements, ACCUMULATOR_UNIT) + tile_floats(shape);
 }
 
 // One new token of each of `requests`, whose states are rows of theirs. Queries and keys of all key

@@ -2,6 +2,7 @@
 // elements are every head's value. So each tile of the cache is a factor of two products of matrices.
 #pragma once
 
+#include "cached.hpp"
 #include "gemm.hpp"
 #include "softmax.hpp"
 
@@ -121,18 +122,20 @@ template <typename T>
 void attend_latent(
     const Heads& shape, const void* query_rows, const void* first_token, int64_t tokens,
     const void* following, float* state_memory, float* scratch) {
-    const T* cache = static_cast<const T*>(first_token);
+    const char* cache = static_cast<const char*>(first_token);
     const State state(shape, state_memory);
     begin(shape, state);
     float* const factors = scratch;
     float* const scores = factors + padded_heads(shape);
-    float* const room = scores + shape.tile_tokens * padded_heads(shape);
+    float* const elements = scores + shape.tile_tokens * padded_heads(shape);
+    float* const room = elements + native::tile_floats(shape);
     for (int64_t start = 0; start < tokens; start += shape.tile_tokens) {
-        const T* const rows = cache + start * shape.token_elements;
+        const char* const here = cache + start * shape.token_bytes;
         const int64_t rest = tokens - start, most = shape.tile_tokens;
-        Fetcher fetcher(rest > most ? rows + most * shape.token_elements : following);
+        Fetcher fetcher(rest > most ? here + most * shape.token_bytes : following, narrower<T>(shape.coded));
         const TokenTile tile = {
             rest < most ? rest : most, scores, factors, fetcher, 2 * num_blocks(shape.heads)};
+        const T* const rows = rows_of<T>(shape.coded, here, tile.tokens, elements);
         add_shared_scores(shape, tile, static_cast<const T*>(query_rows), rows, room);
         weigh<T>(shape, tile, state);
         add_shared_values(shape, tile, rows, state.values);

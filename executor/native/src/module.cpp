@@ -76,6 +76,14 @@ native::Dtype dtype_named(const std::string& name) {
     throw std::invalid_argument("no such dtype: " + name);
 }
 
+// How a cache's rows are coded: not at all if the codes have no name.
+native::CodedRows coded_rows(
+    const std::string& codes, int64_t row_bytes, int64_t scales, int64_t parts, int64_t first, int64_t others) {
+    if (codes.empty()) return {};
+    if (codes != "int8" && codes != "fp8") throw std::invalid_argument("no such codes: " + codes);
+    return {codes == "int8" ? native::INT8_CODES : native::FP8_CODES, row_bytes, scales, parts, first, others};
+}
+
 // The sizes were checked by whoever planned them; that addresses stay inside them is checked here.
 void require(bool holds, const char* rule) {
     if (!holds) throw std::out_of_range(rule);
@@ -123,30 +131,33 @@ NB_MODULE(_kernels, module) {
         "decode_attention",
         [](const std::string& path, const std::string& dtype, int64_t heads, int64_t kv_heads,
            int64_t head_dim, double scale, double softcap, uintptr_t sinks, uintptr_t queries,
-           int64_t query_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
-           std::vector<int64_t> lengths, int threads) {
+           int64_t query_stride, uintptr_t cache, int64_t cache_tokens, const std::string& codes,
+           int64_t row_bytes, int64_t scales, uintptr_t out, int64_t out_stride,
+           std::vector<int64_t> starts, std::vector<int64_t> lengths, int threads) {
             require_within(starts, lengths, cache_tokens);
             const native::AttentionCall call{
                 dtype_named(dtype), heads, kv_heads, head_dim, scale, softcap,
-                at<const float>(sinks), at<const char>(queries), query_stride, at<const char>(cache), at<char>(out), out_stride,
-                std::move(starts), std::move(lengths),
+                at<const float>(sinks), at<const char>(queries), query_stride, at<const char>(cache),
+                coded_rows(codes, row_bytes, scales, 2 * kv_heads, head_dim, head_dim), at<char>(out),
+                out_stride, std::move(starts), std::move(lengths),
             };
             const native::Path& chosen = path_named(path);
             nb::gil_scoped_release released;
             native::decode_attention(chosen, call, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("kv_heads"),
-        nb::arg("head_dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks"), nb::arg("queries"), nb::arg("query_stride"), nb::arg("cache"),
-        nb::arg("cache_tokens"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"), nb::arg("lengths"),
-        nb::arg("threads"));
+        nb::arg("head_dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks"), nb::arg("queries"),
+        nb::arg("query_stride"), nb::arg("cache"), nb::arg("cache_tokens"), nb::arg("codes"),
+        nb::arg("row_bytes"), nb::arg("scales"), nb::arg("out"), nb::arg("out_stride"),
+        nb::arg("starts"), nb::arg("lengths"), nb::arg("threads"));
 
     module.def(
         "latent_attention",
         [](const std::string& path, const std::string& dtype, int64_t heads, int64_t nope,
            int64_t rope, int64_t rank, int64_t value_dim, double scale, uintptr_t q_nope,
            int64_t nope_stride, int64_t nope_head_stride, uintptr_t q_rope, int64_t rope_stride,
-           int64_t rope_head_stride, uintptr_t cache, int64_t cache_tokens, uintptr_t kv_up,
-           uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
+           int64_t rope_head_stride, uintptr_t cache, int64_t cache_tokens, const std::string& codes,
+           int64_t row_bytes, int64_t scales, uintptr_t kv_up, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
            std::vector<int64_t> lengths, int threads) {
             require_within(starts, lengths, cache_tokens);
             const native::Latent shape{
@@ -155,7 +166,8 @@ NB_MODULE(_kernels, module) {
                 rope_stride, rope_head_stride, at<const void>(kv_up), nullptr,
             };
             const native::LatentCall call{
-                dtype_named(dtype), shape, scale, at<const char>(cache), at<char>(out), out_stride,
+                dtype_named(dtype), shape, scale, at<const char>(cache),
+                coded_rows(codes, row_bytes, scales, 2, rank, rope), at<char>(out), out_stride,
                 std::move(starts), std::move(lengths),
             };
             const native::Path& chosen = path_named(path);
@@ -166,8 +178,9 @@ NB_MODULE(_kernels, module) {
         nb::arg("rope"), nb::arg("rank"), nb::arg("value_dim"), nb::arg("scale"),
         nb::arg("q_nope"), nb::arg("nope_stride"), nb::arg("nope_head_stride"), nb::arg("q_rope"),
         nb::arg("rope_stride"), nb::arg("rope_head_stride"), nb::arg("cache"),
-        nb::arg("cache_tokens"), nb::arg("kv_up"), nb::arg("out"), nb::arg("out_stride"),
-        nb::arg("starts"), nb::arg("lengths"), nb::arg("threads"));
+        nb::arg("cache_tokens"), nb::arg("codes"), nb::arg("row_bytes"), nb::arg("scales"),
+        nb::arg("kv_up"), nb::arg("out"), nb::arg("out_stride"), nb::arg("starts"),
+        nb::arg("lengths"), nb::arg("threads"));
 
     module.def(
         "gated_delta_step",

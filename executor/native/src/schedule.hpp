@@ -18,7 +18,8 @@ struct AttentionCall {
     const float* sinks;    // of each head, or null
     const char* queries;   // a row per request, row strides in bytes
     int64_t query_stride;
-    const char* cache;     // (tokens, 2, kv_heads, head_dim)
+    const char* cache;     // (tokens, 2, kv_heads, head_dim), or rows of codes
+    CodedRows coded;
     char* out;
     int64_t out_stride;
     std::vector<int64_t> starts, lengths;
@@ -30,7 +31,8 @@ struct LatentCall {
     Dtype dtype;
     Latent shape;            // of the first request on
     double scale;
-    const char* cache;       // (tokens, rank + rope)
+    const char* cache;       // (tokens, rank + rope), or rows of codes
+    CodedRows coded;
     char* out;               // (requests, heads, value_dim)
     int64_t out_stride;      // elements
     std::vector<int64_t> starts, lengths;

@@ -113,16 +113,18 @@ void attend_in_splits(
 
 void decode_attention(const Path& path, const AttentionCall& call, int threads) {
     const int64_t token_elements = 2 * call.kv_heads * call.head_dim;
-    const int64_t token_bytes = token_elements * element_size(call.dtype);
+    const int64_t element_bytes = token_elements * element_size(call.dtype);
+    const bool is_coded = call.coded.row_bytes > 0;
+    const int64_t token_bytes = is_coded ? call.coded.row_bytes : element_bytes;
     const bool is_capped = call.softcap > 0.0;
     const Heads shape{
         call.heads, call.kv_heads, call.head_dim, rounded_up(call.head_dim, ACCUMULATOR_UNIT),
         token_elements,
         std::clamp(
-            TILE_BYTES / token_bytes / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS),
+            TILE_BYTES / element_bytes / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS),
         static_cast<float>(LOG2_E * (is_capped ? call.softcap : call.scale)),
         static_cast<float>(is_capped ? 2.0 * LOG2_E * call.scale / call.softcap : 0.0),
-        call.sinks,
+        call.sinks, token_bytes, is_coded ? &call.coded : nullptr,
     };
     const Requests requests{shape, call.cache, token_bytes, SPLIT_BYTES, call.starts, call.lengths};
     threads = threads_for(threads, requests.total_bytes());
@@ -145,12 +147,14 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
     const Latent& block = call.shape;
     const int64_t size = element_size(call.dtype), dim = block.rank + block.rope;
     const int64_t up_rows = block.nope + block.value_dim;
+    const bool is_coded = call.coded.row_bytes > 0;
+    const int64_t token_bytes = is_coded ? call.coded.row_bytes : dim * size;
     const Heads shape{
         block.heads, 1, block.rank, padded_rank(block), dim, LATENT_TILE_TOKENS,
-        static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr,
+        static_cast<float>(LOG2_E * call.scale), 0.0f, nullptr, token_bytes, is_coded ? &call.coded : nullptr,
     };
     const Requests requests{
-        shape, call.cache, dim * size, LATENT_SPLIT_BYTES, call.starts, call.lengths};
+        shape, call.cache, token_bytes, LATENT_SPLIT_BYTES, call.starts, call.lengths};
     const char* const kv_up = static_cast<const char*>(block.kv_up);
     const auto up_row = [&](int64_t head, int64_t row) {
         return kv_up + (head * up_rows + row) * block.rank * size;

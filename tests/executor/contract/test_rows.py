@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from executor.handlers.memory import Exchange, PrefillBuffers
-from executor.kv_cache import cache_rows
+from executor.kv_cache import cache_rows, prefix_rows
 from executor.model import GpuKernels, HeadWeights, Workspace, experts_in, logits
 from hrm.buffers import Purpose, exchange_bytes_per_request
 from hrm.contract.rings import BUFFERS
@@ -32,14 +32,16 @@ def with_norm_of_sum(spec: ModelSpec) -> ModelSpec:
     return spec.with_layers(map(after, spec.layers))
 
 
+@pytest.mark.parametrize("kv_format", ["", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ffn_on_cpu", [False, True])
 @pytest.mark.parametrize("num_requests", [1, 3, 8, 17])
-def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dtype):
+def test_rows_are_aligned_and_fill_what_is_planned(num_requests, ffn_on_cpu, dtype, kv_format):
+    formats = Formats.named(dtype, kv_cache=kv_format)
     spec = with_norm_of_sum(tiny_arch(hidden_size=24, experts_per_token=3).spec)
-    planned = num_requests * exchange_bytes_per_request(spec, Formats.of(dtype), ffn_on_cpu=ffn_on_cpu)
+    planned = num_requests * exchange_bytes_per_request(spec, formats, ffn_on_cpu=ffn_on_cpu)
     memory = torch.zeros(planned, dtype=torch.uint8)
-    made = Exchange(spec, getattr(torch, dtype), memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
+    made = Exchange(spec, formats, memory, num_requests=num_requests, ffn_on_cpu=ffn_on_cpu)
     for rows in (made.hidden_ND, made.rows_NX, made.attention_NO, made.routed_ND):
         assert rows.data_ptr() % ALIGNED_BYTES == 0
     assert_filled(list(vars(made).values()), planned)
@@ -55,7 +57,8 @@ def assert_filled(parts: list[torch.Tensor], planned: int) -> None:
 
 @pytest.mark.parametrize("prefill_ffn", list(Device))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chunks_fill_what_is_planned(dtype, prefill_ffn):
+@pytest.mark.parametrize("kv_format", ["", "fp8"])
+def test_chunks_fill_what_is_planned(kv_format, dtype, prefill_ffn):
     spec, tokens = with_norm_of_sum(tiny_arch(hidden_size=24, experts_per_token=3).spec), 6
     policy = Policy(
         batch_size=4,
@@ -67,6 +70,7 @@ def test_chunks_fill_what_is_planned(dtype, prefill_ffn):
         prefill_chunk_tokens=tokens,
         prefix_buffer_tokens=5,
         dtype=dtype,
+        kv_format=kv_format,
     )
     sizes, on_host = purposes(spec, policy)
     gpu, prefix = (
@@ -85,7 +89,8 @@ def test_chunks_fill_what_is_planned(dtype, prefill_ffn):
     assert_filled([made.prefix], len(prefix))
     assert {len(made.numbers_BT), len(made.hidden_BTD), len(made.kv_B)} == {BUFFERS}
     assert made.hidden_BTD.shape[1] == tokens
-    assert [len(cache_rows(spec.layers[0], policy, part)) for part in (*made.kv_B, made.prefix)] == [tokens, tokens, 5]
+    assert [len(cache_rows(spec.layers[0], policy, part)) for part in made.kv_B] == [tokens, tokens]
+    assert len(prefix_rows(spec.layers[0].mixer.cached_elements, policy, made.prefix)) == 5
 
 
 def test_numbers_are_as_wide_as_those_of_the_model_code():

@@ -200,8 +200,8 @@ def test_weights_may_multiply_the_input_of_experts(kernels, dtype, rows_at_once)
     wanted = torch.zeros(20, spec.hidden_size)
     for index, expert in experts.each:
         weight_T1 = (routing.weights_TK * (routing.experts_TK == index)).sum(1, keepdim=True)
-        gate, up = ((weight_T1 * x.float()) @ expert.w13.float().T).chunk(2, dim=1)
-        wanted += (torch.nn.functional.silu(gate) * up) @ expert.w2.float().T
+        gate, up = ((weight_T1 * x.float()) @ dequantised(expert.w13).float().T).chunk(2, dim=1)
+        wanted += (torch.nn.functional.silu(gate) * up) @ dequantised(expert.w2).float().T
     assert_same(out, wanted)
 
 

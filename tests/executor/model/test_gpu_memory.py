@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from executor.model import GpuKernels, PromptNumbers, RowNumbers, Workspace, dense_views, experts_in
+from executor import native
+from executor.model import GpuKernels, PromptNumbers, RowNumbers, Workspace, decode_attention, dense_views, experts_in
 from executor.model.gpu import grouped_gemm
-from hrm.formats import FORMATS
+from executor.model.kv_rows import CODES, dequantise, dequantised, quantise
+from executor.model.softmax import Softmax
+from hrm.formats import FORMATS, kv_format
 from hrm.model_spec import load_model
 from hrm.model_spec.workspace import workspace_bytes
 from tests.executor.model.steps import post_attention, pre_attention
@@ -129,6 +132,54 @@ def test_decode_of_a_micro_batch(name, kernels, requests):
         x, routing = post_attention(arch, hidden, attended, dense, workspace)
         kernels.run_experts(x, routing, experts, hidden, workspace, rows_at_once=TOKENS, num_experts=spec.num_experts)
     assert live.peak_bytes <= planned
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_quantising_a_whole_chunk(name, form):
+    arch = small(name)
+    spec, block = arch.spec, arch.spec.attention
+    dense, _ = weights(spec)
+    planned = workspace_bytes(spec, TOKENS, FORMATS["bfloat16"])
+    workspace = Workspace(torch.empty(0, dtype=torch.uint8), of_torch=planned)
+    hidden = torch.randn(TOKENS, spec.hidden_size).to(DTYPE)
+    rows = cache_of(block, form, TOKENS)
+    with torch.no_grad(), LiveBytes() as live:
+        qkv = workspace.take((TOKENS, spec.query_size + 2 * spec.kv_size), DTYPE)
+        pre_attention(arch, hidden, dense, torch.arange(TOKENS), qkv, workspace)
+        quantise(qkv[:, spec.query_size :], block.cached_parts, rows)
+        dequantise(rows, block.cached_parts, qkv[:, spec.query_size :])
+    assert live.peak_bytes <= planned
+
+
+def cache_of(block, form, tokens):
+    found = kv_format(form)
+    assert found is not None
+    return torch.zeros(tokens, int(found.row_bytes(block.cached_parts)), dtype=torch.uint8).view(CODES[form])
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("spare_bytes", [20_000, 60_000, 10**7])
+def test_attention_to_codes_needs_no_more_than_there_is(spare_bytes, sinks, form):
+    """Whatever is computed at once, it is attention to what the codes mean, and one softmax over all tokens."""
+    torch.manual_seed(0)
+    block = tiny_arch(num_heads=6, num_kv_heads=2, head_dim=16).spec.attention
+    lengths, starts = [70, 1, 33, 128], [0, 80, 90, 130]
+    cache = cache_of(block, form, 260)
+    quantise(torch.randn(260, block.cached_elements), block.cached_parts, cache)
+    softmax = Softmax(sinks_H=torch.randn(6) if sinks else None)
+    qkv, got, wanted = (torch.randn(4, block.query_size) for _ in range(3))
+    rows = RowNumbers(torch.zeros(4), torch.zeros(4), starts, lengths)
+    there = torch.zeros(5 * 4, dtype=torch.int64)
+    rows.write(there)
+    with torch.no_grad(), LiveBytes() as live:
+        GpuKernels().decode_attention(block, qkv, cache, rows.at(there), got, spare_bytes=spare_bytes, softmax=softmax)
+    assert live.peak_bytes <= spare_bytes
+    numbers = dequantised(cache, block.cached_parts, torch.float32).view(-1, *block.cached_shape)
+    with native.using(None):
+        decode_attention(block, qkv, numbers, starts, lengths, wanted, softmax)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_live_bytes_are_those_alive():
