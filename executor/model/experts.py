@@ -32,9 +32,11 @@ def run_experts(
     be the residual stream itself, but not `x_TD`. On the CPU the native kernels, if they are there,
     compute the experts of at most `max_native_tokens`, torch all others.
     """
-    native, given = kernels(), list(experts)
+    native = kernels()
     if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
-        return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
+        return _run_in_torch(x_TD, routing, experts, out_TD, workspace, glu)
+    chosen = set(routing.experts_TK.flatten().tolist())
+    given = [(index, weights) for index, weights in experts if index in chosen]
     packed = any(isinstance(weights.w13, Packed) or isinstance(weights.w2, Packed) for _, weights in given)
     if packed or not given or not len(x_TD):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
