@@ -171,8 +171,9 @@ class Needs:
         spec, compute, weights = self.spec, self.formats.compute, self.formats.weights
         cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
-        for_attention = sum(layer.mixer.host_bytes(weights) for layer in spec.layers)
-        for_experts = sum(block.host_bytes(weights) for layer in spec.layers for block in layer.ffn)
+        kinds = spec.layer_kinds().items()
+        for_attention = sum(count * kind.mixer.host_bytes(weights) for kind, count in kinds)
+        for_experts = sum(count * block.host_bytes(weights) for kind, count in kinds for block in kind.ffn)
         held_twice = self.resident_dense * (self.cpu_attention * for_attention + self.cpu_experts * for_experts)
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)

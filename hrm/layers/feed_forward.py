@@ -121,10 +121,10 @@ class RoutedExperts(FeedForward):
         return (
             TensorSpec("ffn_norm", (hidden,), Unit.FFN),
             TensorSpec("router", (self.num_experts + self.zero_experts, hidden), Unit.FFN),
-            *vector_tensors(self.vectors, Unit.FFN),
             *((down, up) if latent else ()),
             *(matrices("shared_", hidden, shared, Unit.FFN, gated=self.gated) if shared else ()),
             *stream_tensors("ffn", self.streams, hidden, Unit.FFN),
+            *vector_tensors(self.vectors, Unit.FFN),  # after matrices, which are read fastest where they are aligned
             *matrices("", self.expert_hidden_size, self.intermediate_size, Unit.EXPERT, gated=self.gated),
             *vector_tensors(self.expert_vectors, Unit.EXPERT),
         )

@@ -1,8 +1,11 @@
 import pytest
 import torch
 
-from executor.model.layout import FfnWeights, dense_views, expert_views, experts_in, head_views
-from hrm.layers import DenseFfn, Layer
+from executor.model.layout import FfnWeights, dense_tensors, dense_views, expert_views, experts_in, head_views
+from hrm.contract.families import EXECUTED_FAMILIES
+from hrm.formats import FORMATS
+from hrm.layers import DenseFfn, Layer, places
+from hrm.model_spec import BUILT_IN_MODELS, load_model
 from tests.executor.tiny_models import tiny_arch
 
 SPEC = tiny_arch(head_dim=6).spec
@@ -50,3 +53,12 @@ def test_parts_are_all_rows_of_a_matrix_that_joins_several():
 def test_a_vector_of_another_size_is_our_mistake():
     with pytest.raises(AssertionError):
         head_views(SPEC, torch.zeros(SPEC.head_parameters + 1))
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN_MODELS if load_model(name).family in EXECUTED_FAMILIES])
+def test_matrices_are_aligned(name):
+    """Products on a GPU are slow where they are not, and single elements may lie beside them."""
+    for layer in load_model(name).layer_kinds():
+        tensors = dense_tensors(layer)
+        starts, _ = places(tensors, FORMATS["bfloat16"])
+        assert not [each.name for each, at in zip(tensors, starts, strict=True) if len(each.shape) > 1 and at % 16]
