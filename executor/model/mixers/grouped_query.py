@@ -117,14 +117,22 @@ class GroupedQuery(Mixer):
         self._norm_heads(row_TX, weights, workspace)
         if self.clip is not None:
             row_TX.clamp_(-self.clip, self.clip)
+        self._place(row_TX, positions_T, workspace)
+
+    def _place(self, row_TX: Tensor, positions_T: Tensor, workspace: Workspace) -> None:
+        """Let queries and keys know their positions."""
+        block = self.block
         if self.rotary is not None:
             self.rotary.turn(row_TX, block.num_heads + block.num_kv_heads, block.head_dim, positions_T, workspace)
         if self.rotated_norm is not None:
             for part in self._queries_and_keys(row_TX):
-                heads = part.unflatten(1, (-1, block.head_dim))
-                norm_into(self.rotated_norm, heads, heads.new_ones(block.head_dim), heads, workspace)
+                self._norm_without_weights(self.rotated_norm, part, workspace)
         if self.temperature is not None:
             self.temperature.apply(row_TX[:, : block.query_size], positions_T, workspace)
+
+    def _norm_without_weights(self, norm: Norm, rows_TW: Tensor, workspace: Workspace) -> None:
+        heads = rows_TW.unflatten(1, (-1, self.block.head_dim))
+        norm_into(norm, heads, heads.new_ones(self.block.head_dim), heads, workspace)
 
     def _queries_and_keys(self, row_TX: Tensor) -> tuple[Tensor, ...]:
         sizes = (self.block.query_size, self.block.kv_size)
@@ -132,8 +140,7 @@ class GroupedQuery(Mixer):
 
     def _norm_heads(self, row_TX: Tensor, weights: AttentionWeights, workspace: Workspace) -> None:
         if self.value_norm is not None:
-            values = row_TX[:, -self.block.kv_size :].unflatten(1, (-1, self.block.head_dim))
-            norm_into(self.value_norm, values, values.new_ones(self.block.head_dim), values, workspace)
+            self._norm_without_weights(self.value_norm, row_TX[:, -self.block.kv_size :], workspace)
         if weights.query_norm is None or weights.key_norm is None:
             return
         assert self.head_norm is not None, "the family does not say how heads are normed"

@@ -10,7 +10,6 @@ from executor.bench import Bench, BenchOptions
 from executor.bench.plan import model_of, solved
 from executor.cli import main
 from executor.job.machine import AcceleratorOptions
-from executor.model import Reach
 from hrm.errors import WorkloadError
 from hrm.hardware import Link
 from hrm.machines import save_profile
@@ -100,14 +99,6 @@ def test_shape_is_planned_for_and_run_without_a_checkpoint(shape, profile, capsy
         if accelerator != "null":
             for memory in row["validation"]["memory"].values():
                 assert 0 < memory["peak_total_bytes"] <= memory["planned_total_bytes"]
-
-
-def test_fewer_layers_are_those_of_the_maths_too():
-    """Those of Llama-4 that are left all attend in chunks, though others do not."""
-    with ExitStack() as stack:
-        _, _, arch = model_of(BenchOptions(model="llama-4-scout", num_layers=3), stack)
-    assert len(arch.layers) == arch.spec.num_layers == 3
-    assert arch.reaches == (Reach(8192, chunked=True),)
 
 
 def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
