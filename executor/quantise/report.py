@@ -1,7 +1,7 @@
 """What packing a checkpoint cost: bytes and errors, by layer."""
 
 from dataclasses import dataclass, field
-from math import sqrt
+from math import exp, sqrt
 from typing import Any, Final, final
 
 from torch import Tensor
@@ -64,12 +64,26 @@ class Loss:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """The negative log probability of so many tokens, each given those before it in its text."""
+
+    nats: float = 0.0
+    tokens: int = 0
+
+    @property
+    def value(self) -> float:
+        """By token."""
+        return exp(self.nats / self.tokens)
+
+
 @final
 @dataclass(slots=True, kw_only=True)
 class Report:
     """What was made of a checkpoint. `losses` are by layer and by whether the matrices are of experts.
 
     `method` is how the format is published; `obstacle` says why others may not read it, and is mostly empty.
+    `perplexities` are those of the old checkpoint and the new one, if they were asked for.
     """
 
     format: str
@@ -77,6 +91,7 @@ class Report:
     obstacle: str
     bytes_before: int
     bytes_after: int
+    perplexities: tuple[Perplexity, Perplexity] | None = None
     losses: dict[tuple[int, bool], Loss] = field(default_factory=dict[tuple[int, bool], Loss])
 
     def add(self, layer: int, matrix: Tensor, packed: Packed, *, of_expert: bool) -> None:
@@ -102,4 +117,11 @@ class Report:
             "bytes_after": self.bytes_after,
             "total": self.total.to_json(),
             "layers": rows,
+            "perplexity": self._perplexity(),
         }
+
+    def _perplexity(self) -> dict[str, Any] | None:
+        if self.perplexities is None:
+            return None
+        before, after = self.perplexities
+        return {"tokens": before.tokens, "before": before.value, "after": after.value}

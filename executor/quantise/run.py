@@ -124,7 +124,7 @@ class _Work:
         family = family_for(checkpoint.config, where)
         arch = family.architecture(checkpoint.config, where)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
-        scheme = scheme_of(options.format, _dtype(checkpoint), stacked=arch.spec.family in STACKED_FAMILIES)
+        scheme = scheme_of(options.format, dtype_of(checkpoint), stacked=arch.spec.family in STACKED_FAMILIES)
         plan = plan_of(checkpoint, family, arch.spec, scheme, options.what)
         return _Work(checkpoint, arch.spec, family.outside["lm_head"], scheme, plan)
 
@@ -217,8 +217,8 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that the config says weights have, for scales to have it too."""
+def dtype_of(checkpoint: Checkpoint) -> str:
+    """The dtype that the config says weights have; empty if it does not say."""
     keys = decoder_keys(checkpoint.config, checkpoint.config_path)
     return str(next((keys.get(key) for key in ("dtype", "torch_dtype") if keys.get(key)), ""))
 
