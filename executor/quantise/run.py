@@ -125,6 +125,9 @@ class _Work:
         arch = family.architecture(checkpoint.config, where)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
         scheme = scheme_of(options.format, dtype_of(checkpoint), stacked=arch.spec.family in STACKED_FAMILIES)
+        if isinstance(scheme, Stacked) and options.what is not What.EXPERTS:
+            rule = "must be experts for this model: as it is published, packed, all else is plain"
+            raise ModelError("--what", options.what.value, rule, "leave it out")
         plan = plan_of(checkpoint, family, arch.spec, scheme, options.what)
         return _Work(checkpoint, arch.spec, family.outside["lm_head"], scheme, plan)
 

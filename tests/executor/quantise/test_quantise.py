@@ -20,6 +20,7 @@ from executor.quantise import QuantiseOptions, Report, What, quantise
 from hrm.cli.program import run_program
 from hrm.errors import HrmError, ModelError
 from hrm.formats import packed_format
+from tests.executor.families.grouped import qwen3_vl, transposed_experts
 from tests.executor.families.tiny import Tiny, causal, save
 from tests.executor.tiny_models import DBRX, edit_json, save_tiny
 
@@ -202,6 +203,19 @@ def test_the_text_part_of_a_multimodal_model_keeps_its_names(split, tmp_path) ->
     assert {"model.visual.patch_embed.proj", "model.language_model.layers.0.mlp.gate", "lm_head"} <= {*ignored}
 
 
+def test_stacks_that_are_stored_on_their_side_are_parted(tmp_path) -> None:
+    tiny = save(qwen3_vl, tmp_path / "model", transposed_experts)
+    packed(tiny.folder, tmp_path / "out", "int8")
+    after, prefix = tensors_of(tmp_path / "out"), "model.language_model.layers.0.mlp.experts"
+    stack = tensors_of(tiny.folder)[f"{prefix}.gate_up_proj"]
+    gate, up = stack[1].T.contiguous().chunk(2)
+    for name, weights in (("gate_proj", gate), ("up_proj", up)):
+        made = packed_format("int8")
+        assert made is not None
+        codes = encode(weights, made).codes ^ 0x80
+        assert after[f"{prefix}.1.{name}.weight_packed"].view(torch.uint8).equal(codes)
+
+
 # -- what is refused, and what goes wrong -----------------------------------------------------------
 
 
@@ -226,6 +240,8 @@ def test_formats_that_nobody_publishes_of_a_model_are_refused(tmp_path) -> None:
     refused(dbrx, tmp_path / "out", "int8", "dbrx", "in one tensor", error=ModelError)
     tiny = save(causal("gpt_oss", intermediate_size=32, num_local_experts=4, **SMALL), tmp_path / "gpt-oss")
     refused(tiny.folder, tmp_path / "out", "int4-g32", "int4-g32", "mxfp4", error=ModelError)
+    with pytest.raises(ModelError, match="--what"):
+        packed(tiny.folder, tmp_path / "out", "mxfp4", What.LINEAR)
 
 
 def test_what_is_quantised_already_is_refused(split, tmp_path) -> None:
