@@ -8,7 +8,6 @@ from torch import Tensor
 
 from executor.formats import Packed
 
-STRIP_WEIGHTS: Final = 1 << 20  # that are compared at once
 _BITS: Final = 8
 
 
@@ -24,16 +23,14 @@ class Loss:
 
     def add(self, matrix: Tensor, packed: Packed) -> None:
         """Count a matrix, float32, and what was made of it."""
-        (_, width), group_rows = matrix.shape, packed.format.rows
         self.matrices += 1
         self.weights += matrix.numel()
         self.num_bytes += packed.nbytes
-        strip, start = max(STRIP_WEIGHTS // width // group_rows, 1) * group_rows, 0
-        for rows in matrix.split(strip):
-            off = packed[start : start + len(rows)].weights().sub_(rows)
+        for rows in packed.strips():
+            weights = matrix[rows]
+            off = packed[rows].weights().sub_(weights)
             self.squared_error += off.square_().double().sum().item()
-            self.squared_weights += rows.square().double().sum().item()
-            start += len(rows)
+            self.squared_weights += weights.square().double().sum().item()
 
     def __add__(self, other: "Loss") -> "Loss":
         return Loss(
