@@ -17,12 +17,11 @@ from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.tokenizer import TextTokenizer, missing_tokenizer
 from executor.quantise.report import Perplexity
-from executor.quantise.run import dtype_of
 from executor.sampling import SamplingParams
 from hrm.files import read_regular
 from hrm.formats import FORMATS
 from hrm.machines import load_host, with_memory, without_gpus
-from hrm.model_spec import ModelSpec
+from hrm.model_spec import ModelSpec, decoder_keys
 from hrm.policy_file import PolicyFile, policy_file_of
 from hrm.profiling.environment import available_ram_bytes
 from hrm.search import Space, search
@@ -111,8 +110,8 @@ def _forced(index: int, text: Tokens) -> Request:
 
 def _planned(checkpoint: Checkpoint, spec: ModelSpec, texts: Sequence[Tokens]) -> PolicyFile:
     """A policy for the texts in this machine's memory; how fast a machine it is solved for makes no difference."""
-    told = str(dtype_of(checkpoint))
-    dtype = told if told in FORMATS else "bfloat16"
+    keys = decoder_keys(checkpoint.config, checkpoint.config_path)
+    dtype = next((keys.get(key) for key in ("dtype", "torch_dtype") if keys.get(key) in FORMATS), "bfloat16")
     profile = with_memory(without_gpus(load_host(HOST)), cpu_memory_bytes=MEMORY_SHARE * available_ram_bytes())
     longest = max(map(len, texts))
     workload = Workload(name="perplexity", prompt_len=1, max_prompt_len=1, gen_len=longest - 1, num_requests=len(texts))

@@ -26,7 +26,7 @@ from hrm.files import is_file, open_regular, write_whole
 from hrm.folders import check_new_folder, new_folder
 from hrm.model_spec import ModelSpec, decoder_keys
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
-from hrm.model_spec.quantisation import TEXT_PREFIXES
+from hrm.model_spec.quantisation import TEXT_PREFIXES, scale_dtype
 
 OUT: Final = "--out"
 WEIGHT: Final = ".weight"
@@ -52,6 +52,9 @@ def quantise(options: QuantiseOptions, loading: Loading | None = None) -> Report
     is supported, is quantised already or does not take the format, or if the folder cannot be written.
     """
     check_new_folder(options.out, OUT, CheckpointError)
+    if is_file(options.model):
+        rule = "must be a folder with a config.json and safetensors files"
+        raise CheckpointError("--model", str(options.model), rule, "use the checkpoint that the file was made of")
     with Checkpoint.open(options.model, options.model_name) as checkpoint:
         _check_plain(checkpoint)
         work = _Work.of(checkpoint, options)
@@ -124,7 +127,11 @@ class _Work:
         family = family_for(checkpoint.config, where)
         arch = family.architecture(checkpoint.config, where)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
-        scheme = scheme_of(options.format, dtype_of(checkpoint), stacked=arch.spec.family in STACKED_FAMILIES)
+        scheme = scheme_of(
+            options.format,
+            scale_dtype(decoder_keys(checkpoint.config, where)),
+            stacked=arch.spec.family in STACKED_FAMILIES,
+        )
         if isinstance(scheme, Stacked) and options.what is not What.EXPERTS:
             rule = "must be experts for this model: as it is published, packed, all else is plain"
             raise ModelError("--what", options.what.value, rule, "leave it out")
@@ -218,12 +225,6 @@ class _Work:
 def _in_order(name: str) -> list[tuple[int, str]]:
     """By numbers in a name as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def dtype_of(checkpoint: Checkpoint) -> str:
-    """The dtype that the config says weights have; empty if it does not say."""
-    keys = decoder_keys(checkpoint.config, checkpoint.config_path)
-    return str(next((keys.get(key) for key in ("dtype", "torch_dtype") if keys.get(key)), ""))
 
 
 def _write_index(folder: Path, entries: Mapping[Path, Mapping[str, Entry]], num_bytes: int) -> None:

@@ -17,7 +17,6 @@ from hrm.errors import ModelError
 from hrm.formats import PackedFormat, packed_format
 
 _KNOWN: Final = re.compile(r"int4-g\d+|int8|fp8|fp8-b\d+|mxfp4")
-_SCALES: Final = {"float16": "f16", "float32": "f32"}
 KNOWN: Final = "int4-gN with a group size N, int8, fp8, fp8-bN with a block size N, or mxfp4"
 
 WORD_BYTES: Final = 4
@@ -152,8 +151,8 @@ class Stacked(Scheme):
         return {"quant_method": "mxfp4", "modules_to_not_convert": [*inner, "model.embed_tokens", "lm_head"]}
 
 
-def scheme_of(name: str, dtype: str, *, stacked: bool) -> Scheme:
-    """How matrices of that format are published, of a model whose weights have a dtype.
+def scheme_of(name: str, scale: str, *, stacked: bool) -> Scheme:
+    """How matrices of that format are published, of a model whose scales of groups have a dtype (bf16, f16 or f32).
 
     `stacked` says that the family has packed experts in one tensor a layer, as gpt-oss. Raises ModelError for a
     format that nobody publishes, or not so.
@@ -167,7 +166,5 @@ def scheme_of(name: str, dtype: str, *, stacked: bool) -> Scheme:
             return Stacked(form) if stacked else CompressedTensors(form)
         if form.rows > 1:
             return Blocks(form)
-        # Scales of groups have the dtype of the weights, and there is none where they do not say.
-        scale = _SCALES.get(dtype, form.scale) if form.columns else form.scale
-        return CompressedTensors(replace(form, scale=scale))
+        return CompressedTensors(replace(form, scale=scale) if form.columns else form)
     raise ModelError("--format", name, f"must be {KNOWN}", "choose one of these")

@@ -13,8 +13,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from executor.checkpoint import Checkpoint
 from executor.cli import cli
 from executor.errors import CheckpointError
+from executor.families import family_for
 from executor.formats.encode import encode
 from executor.quantise import QuantiseOptions, Report, What, quantise
 from hrm.cli.program import run_program
@@ -22,6 +24,7 @@ from hrm.errors import HrmError, ModelError
 from hrm.formats import packed_format
 from tests.executor.families.grouped import qwen3_vl, transposed_experts
 from tests.executor.families.tiny import Tiny, causal, save
+from tests.executor.families.windowed import WINDOWED
 from tests.executor.tiny_models import DBRX, edit_json, save_tiny
 
 WEIGHTS: Final = "model.safetensors"
@@ -59,7 +62,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def rounded(weights: Tensor, form: str) -> Tensor:
     """What a matrix becomes, whose scales are float32 as it is."""
-    made = packed_format({"int4-g32": "int4-g32-f32"}.get(form, form))
+    made = packed_format(f"{form}-f32" if form.startswith("int4") else form)
     assert made is not None
     return encode(weights, made).weights()
 
@@ -125,6 +128,21 @@ def test_transformers_reads_what_was_written(stored, form, request, tmp_path) ->
     )
     expected = with_rounded_weights(AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32), form)
     torch.testing.assert_close(logits(read.float()), logits(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", What)
+@pytest.mark.parametrize("form", [*FORMATS, "int4-g48"])
+def test_the_executor_reads_what_was_written(split, fused, form, what, tmp_path) -> None:
+    """Groups that do not divide rows included, which others do not read; split experts by their own names."""
+    packed(fused.folder, tmp_path / "out", form, what)
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        family = family_for(checkpoint.config, checkpoint.config_path)
+        arch = family.architecture(checkpoint.config, checkpoint.config_path)
+        checkpoint.check(family.expected_tensors(arch, checkpoint.names))
+        for name, weights in tensors_of(split.folder).items():
+            read = torch.empty_like(weights)
+            checkpoint.read_into(name, read)
+            assert read.equal(rounded(weights, form) if is_packed(name, what) else weights), name
 
 
 def test_names_of_mixtral_are_the_published_ones_whatever_transformers_calls_them(tmp_path) -> None:
@@ -214,6 +232,21 @@ def test_stacks_that_are_stored_on_their_side_are_parted(tmp_path) -> None:
         assert made is not None
         codes = encode(weights, made).codes ^ 0x80
         assert after[f"{prefix}.1.{name}.weight_packed"].view(torch.uint8).equal(codes)
+
+
+def test_llama_4_is_packed_as_transformers_takes_it_apart(tmp_path) -> None:
+    """Which has all experts of a layer in one tensor, on its side, but packed ones on their own."""
+    from transformers import AutoModelForCausalLM
+
+    tiny = save(WINDOWED["llama4_text"], tmp_path / "model")
+    packed(tiny.folder, tmp_path / "out", "int8")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in tiny.model.named_parameters():
+            for matrix in tensor if ".experts." in name else ():
+                for part in matrix.T.chunk(2) if "gate_up" in name else (matrix.T,):
+                    part.copy_(rounded(part.contiguous(), "int8"))
+    torch.testing.assert_close(logits(read), logits(tiny.model), rtol=1e-4, atol=1e-4)
 
 
 # -- what is refused, and what goes wrong -----------------------------------------------------------
