@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor.demo import MODEL_DIR
+from executor.demo import MODEL_DIR, PROMPTS
+from executor.demo.formats import row
 from executor.errors import CheckpointError, JobError
+from executor.quantise import What
 from executor.quantise.perplexity import WINDOW_TOKENS, perplexity, texts_of
 from executor.sampling import SamplingParams, choose, log_probabilities
 from hrm.errors import HrmError
@@ -84,3 +86,14 @@ def test_a_folder_without_a_tokenizer_is_told(tiny_folders, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(JobError, match="tokenizer"):
         texts_of(tmp_path / "a.txt", tiny_folders["wide heads"])
+
+
+def test_packing_the_demo_model_changes_little(monkeypatch) -> None:
+    """By a row of the table in its README, on a few of the prompts."""
+    texts = texts_of(PROMPTS, MODEL_DIR)[:12]
+    before = perplexity(MODEL_DIR, texts).value
+    name, _, bits, error, _, after, change = row("int4-g16", What.LINEAR, texts, before)
+    assert (name, bits) == ("int4-g16", "5.00")
+    assert 5 < float(error.removesuffix("%")) < 9
+    assert after != f"{before:.2f}"
+    assert abs(float(change.removesuffix("%"))) < 3
