@@ -20,7 +20,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test predictions fuzz lint format bench notebooks clean distclean
+.PHONY: help demo formats test predictions fuzz lint format bench notebooks clean distclean
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
@@ -29,6 +29,9 @@ help:  ## show this list
 
 demo: $(READY)  ## profile this machine, search a policy, run the demo model under it, compare
 	$(BIN)/python -m executor.demo.run
+
+formats: $(READY)  ## pack the demo model's weights into each format, and lay its perplexities side by side
+	$(BIN)/python -m executor.demo.formats
 
 test: lint  ## linters, types, import rules, then the tests (PYTEST_ARGS="-k name")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)

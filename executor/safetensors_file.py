@@ -1,6 +1,7 @@
 """One safetensors file: where its tensors lie in it, and their bytes, each read straight to its place."""
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -38,11 +39,12 @@ STRIP_ROWS: Final = 64  # of a matrix that are transposed at once: as much as th
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a file, as its header tells it; `start` is where its numbers begin."""
+    """A tensor of a file, as its header tells it: where its numbers begin, and how many bytes they are if it says."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
+    num_bytes: int = 0
 
 
 class TensorFile:
@@ -114,9 +116,18 @@ class SafetensorsFile(TensorFile):
         header.pop("__metadata__", None)
         first = LENGTH_BYTES + length
         return {
-            name: StoredTensor(told["dtype"], tuple(told["shape"]), first + told["data_offsets"][0])
+            name: StoredTensor(told["dtype"], tuple(told["shape"]), first + start, end - start)
             for name, told in header.items()
+            for start, end in (told["data_offsets"],)
         }
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The bytes of a tensor as they are stored, whatever its dtype, PART_BYTES at most at once."""
+        told = self.tensors[name]
+        for start in range(0, told.num_bytes, PART_BYTES):
+            piece = torch.empty(min(PART_BYTES, told.num_bytes - start), dtype=torch.uint8)
+            self._read(told.start + start, piece)
+            yield piece
 
 
 def _check(path: Path) -> None:

@@ -27,7 +27,7 @@ class SamplingParams:
     that many times as probable as the first (the order of transformers). Equal seeds give equal
     choices. `stop` are texts, and `stop_token_ids` tokens, that end the request. With
     `logprobs` the log probabilities of the chosen tokens are told, by the model's own distribution,
-    whatever the temperature.
+    whatever the temperature. `forced` are tokens that it goes on with, whatever is probable.
     """
 
     max_tokens: int = 16
@@ -40,6 +40,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    forced: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Reject impossible values (JobError)."""
@@ -54,6 +55,7 @@ class SamplingParams:
             ("stop_token_ids", _all(self.stop_token_ids, int), "be token ids"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "be true or false"),
             ("logprobs", isinstance(self.logprobs, bool), "be true or false"),
+            ("forced", _all(self.forced, int), "be token ids"),
         )
         for field, holds, rule in rules:
             if not holds:
@@ -75,12 +77,19 @@ def choose(
     # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
     is_number_R = greatest_R.abs() < math.inf
     tokens = tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist()
-    rows = [row for row, one in enumerate(params) if one.temperature > 0 and tokens[row] != NO_TOKEN]
+    for row, (one, step) in enumerate(zip(params, steps, strict=True)):
+        if step < len(one.forced) and tokens[row] != NO_TOKEN:
+            tokens[row] = one.forced[step]
+    rows = [row for row in range(len(params)) if _is_sampled(params[row], steps[row]) and tokens[row] != NO_TOKEN]
     for some in _that_fit(rows, logits_RV, spare_bytes):
         sampled = _sample(logits_RV[some], [params[r] for r in some], [steps[r] for r in some])
         for row, token in zip(some, sampled, strict=True):
             tokens[row] = token
     return tokens
+
+
+def _is_sampled(params: SamplingParams, step: int) -> bool:
+    return params.temperature > 0 and step >= len(params.forced)
 
 
 def log_probabilities(

@@ -8,6 +8,7 @@ from hrm.contract.openmp import spin_briefly
 _COMMANDS = {
     "run": ("executor.cli.run", "Run a file of requests under a policy."),
     "bench": ("executor.cli.bench", "Compare schedules on one policy and synthetic prompts."),
+    "quantise": ("executor.cli.quantise", "Pack a checkpoint's weights into a narrower format."),
 }
 
 

@@ -72,7 +72,7 @@ class Family:
         expected: dict[str, Expected] = {}
 
         def add(tensors: Tensors, layer: int = 0, expert: int | None = None) -> None:
-            for joined in self._joined(tensors, spec, stored, layer, expert):
+            for joined in self.joined(tensors, spec, stored, layer, expert):
                 expected.update((piece.name, Expected(piece.shape, joined.tensor.packed)) for piece in joined.pieces)
 
         add((*spec.embedding_tensors, *spec.head_tensors))
@@ -98,7 +98,7 @@ class Family:
     ) -> None:
         """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside."""
         ours = in_order(tensors, flat)
-        for joined, matrix in zip(self._joined(tensors, spec, source.names, layer, expert), ours, strict=True):
+        for joined, matrix in zip(self.joined(tensors, spec, source.names, layer, expert), ours, strict=True):
             joined.read(source, matrix)
 
     def has_one_head(self, spec: ModelSpec, stored: Collection[str]) -> bool:
@@ -106,8 +106,16 @@ class Family:
         head, embedding = (self._outside(name, stored, tied=spec.tied_embeddings) for name in ("lm_head", "embedding"))
         return head == embedding
 
-    def _joined(
-        self, tensors: Tensors, spec: ModelSpec, stored: Collection[str], layer: int, expert: int | None
+    def apart(self) -> "Family | None":
+        """The family as it names tensors where each expert's are on their own; None if they never are."""
+        for names in (self.names, *self.otherwise):
+            how = stored_as(names, "w2", "")
+            if how is not None and all("{expert}" in name for name in how.names):
+                return replace(self, names={**self.names, **names}, otherwise=())
+        return None
+
+    def joined(
+        self, tensors: Tensors, spec: ModelSpec, stored: Collection[str], layer: int = 0, expert: int | None = None
     ) -> Iterator[Joined]:
         """How tensors are stored that are outside the layers, or of one and in the order of its blocks."""
         blocks = spec.layers[layer].blocks

@@ -68,6 +68,13 @@ LLAMA4: Final = Family(
         "dense_w13": ("feed_forward.gate_proj.weight", "feed_forward.up_proj.weight"),
         "dense_w2": "feed_forward.down_proj.weight",
     },
+    # Each expert's on their own, as packed ones are published.
+    otherwise=(
+        {
+            "w13": ("feed_forward.experts.{expert}.gate_proj.weight", "feed_forward.experts.{expert}.up_proj.weight"),
+            "w2": "feed_forward.experts.{expert}.down_proj.weight",
+        },
+    ),
     options=_options,
     published={
         "rms_norm_eps": 1e-5,

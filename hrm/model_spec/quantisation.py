@@ -103,7 +103,7 @@ def quantisation(keys: Keys) -> Quantisation | None:
         raise given.refusal(key, f"must be of a method that is read: {', '.join(_METHODS)}", UNQUANTISED)
     if keys.get("expert_dtype") not in (None, "fp8"):
         raise keys.refusal("expert_dtype", "must be fp8, or missing", UNQUANTISED)
-    return read(given, _scale_dtype(keys))
+    return read(given, scale_dtype(keys))
 
 
 def _with_prefixes(name: str) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _with_prefixes(name: str) -> Iterator[str]:
             yield prefix + name.removeprefix(plain)
 
 
-def _scale_dtype(keys: Keys) -> str:
+def scale_dtype(keys: Keys) -> str:
     """What scales of groups are stored in where a tool keeps the dtype of the weights that it was given."""
     told = next((keys.get(key) for key in ("dtype", "torch_dtype") if keys.get(key) is not None), None)
     return {"float16": "f16", "float32": "f32"}.get(str(told), "bf16")
