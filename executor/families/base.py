@@ -14,7 +14,7 @@ from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, 
 from executor.model.layout import Tensors, dense_tensors, expert_tensors, in_order
 from hrm.errors import ModelError
 from hrm.layers import Block, GroupedQueryAttention, Layer
-from hrm.model_spec import Keys, ModelSpec, decoder_keys, read_spec
+from hrm.model_spec import Keys, ModelSpec, decoder_keys, spec_as_stored
 
 SILU: Final = ("silu", "swish")
 PLAIN_ROUTER: Final = Router()
@@ -44,7 +44,7 @@ class Family:
     def architecture(self, config: dict[str, Any], where: str) -> Architecture:
         """Read a config; ModelError naming `where` and the key if it asks for what we lack."""
         keys = decoder_keys(config, where)
-        spec = read_spec(keys)
+        spec = spec_as_stored(keys)
         try:
             return self._architecture(keys, spec)
         except ModelError as error:  # of a block, which does not know where its sizes are from

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from executor.checkpoint import WeightSource
+from executor.errors import CheckpointError
 from executor.formats import Matrix, Packed
 from hrm.layers import Block, RoutedExperts, TensorSpec
+from hrm.model_spec.quantisation import UNQUANTISED
 
 # What only compares experts with one another is the same less its mean, which would cost narrow formats
 # the digits that tell experts apart: published corrections are float32, large and nearly alike.
@@ -157,9 +159,18 @@ class Joined:
     def _read_packed(self, source: WeightSource, ours: Packed) -> None:
         there = ours if self.order is None else ours.with_rows(self.pieces[-1].rows.stop)
         for piece in self.pieces:
-            source.read_packed_into(piece.name, there[piece.rows], piece.first_row)
-        if self.order is not None:
-            ours.copy_rows(there, self.order)
+            rows = there[piece.rows]
+            joined = rows.order.clone() if rows.order is not None and piece.rows.start else None
+            source.read_packed_into(piece.name, rows, piece.first_row)
+            if joined is not None and rows.order is not None and not joined.equal(rows.order):
+                rule = f"must have its columns in the order of those of {self.pieces[0].name}, which it is joined with"
+                raise CheckpointError(piece.name, "<another order of groups>", rule, UNQUANTISED)
+        if self.order is None:
+            return
+        if not ours.keeps_groups(self.order):
+            rule = f"must have whole groups of {ours.format.name} where rows are sorted"
+            raise CheckpointError(self.pieces[0].name, f"<groups of {ours.format.rows} rows>", rule, UNQUANTISED)
+        ours.copy_rows(there, self.order)
 
     def _read_pieces(self, source: WeightSource, out: Tensor) -> None:
         for piece in self.pieces:

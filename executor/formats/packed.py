@@ -78,11 +78,16 @@ class Packed:
         room = {part.name: torch.empty(part.shape, dtype=getattr(torch, part.dtype)) for part in made}
         return Packed(self.format, (num_rows, self.shape[-1]), **room)
 
-    def copy_rows(self, source: "Packed", order: Tensor) -> None:
-        """Fill it with rows of another matrix, one for each of its own; rows of a group stay together."""
+    def keeps_groups(self, order: Tensor) -> bool:
+        """Whether rows in that order are still in groups with the same others."""
         rows = self.format.rows
         of_groups = order[::rows] // rows
-        assert torch.equal(of_groups.repeat_interleave(rows)[: len(order)], order // rows), "rows of a group part"
+        return torch.equal(of_groups.repeat_interleave(rows)[: len(order)], order // rows)
+
+    def copy_rows(self, source: "Packed", order: Tensor) -> None:
+        """Fill it with rows of another matrix, one for each of its own; rows of a group stay together."""
+        assert self.keeps_groups(order), "rows of a group part"
+        of_groups = order[:: self.format.rows] // self.format.rows
         orders = {"codes": order, "row_scales": order, "order": torch.zeros(1, dtype=torch.int64)}
         for name, part in self.parts.items():
             part.copy_(source.parts[name].index_select(0, orders.get(name, of_groups)))

@@ -155,7 +155,8 @@ def _runs(spec: ModelSpec) -> str:
 def _published(spec: ModelSpec) -> str:
     if not spec.published_dtype:
         return ""
-    return f" (published: {spec.published_dtype}; plans use the dtype that you choose)"
+    used = "and planned so" if spec.largest_packed else "plans use the dtype that you choose"
+    return f" (published: {spec.published_dtype}; {used})"
 
 
 def _shared(spec: ModelSpec) -> str:

@@ -63,7 +63,7 @@ def run_text(model: str, out: Path | None, *, spec: ModelSpec, profile: Hardware
         return f"[dim]a prediction only: {obstacle}[/]"
     path = out if out is not None else Path("policy.json")
     hints: list[str] = [] if out is not None else ["adding --out policy.json here"]
-    if spec.published_dtype:
+    if spec.published_dtype and not spec.largest_packed:
         hints.append(f"converting the published weights ({escape(spec.published_dtype)}) to {RUN_FROM}")
     hint = f"   [dim](after {' and '.join(hints)})[/]" if hints else ""
     folder = escape(model) if is_folder else "FOLDER-WITH-WEIGHTS"
@@ -76,6 +76,6 @@ def _obstacle_to_run(spec: ModelSpec, profile: HardwareProfile, *, has_weights: 
         return f"executor run does not know the family {spec.family}; hrm models lists those that it runs"
     if profile.num_gpus > 1:
         return f"executor run drives one GPU, and this plan has {profile.num_gpus}; search with one"
-    if has_weights and spec.published_dtype:
+    if has_weights and spec.published_dtype and not spec.largest_packed:
         return f"executor run reads no {escape(spec.published_dtype)} weights; convert them to {RUN_FROM}"
     return ""

@@ -16,7 +16,7 @@ from hrm.hub import HubModel
 from hrm.model_spec.built_in import BUILT_IN_MODELS
 from hrm.model_spec.config_file import Keys, read_config
 from hrm.model_spec.dimensions import Dimensions
-from hrm.model_spec.families import decoder_keys, read_spec, spec_from_hf_config
+from hrm.model_spec.families import decoder_keys, read_spec, spec_as_stored, spec_from_hf_config
 from hrm.model_spec.gguf import SUFFIX, read_header
 from hrm.model_spec.published_dtype import with_quantisation
 from hrm.model_spec.spec import ModelSpec
@@ -30,6 +30,7 @@ __all__ = [
     "load_model",
     "read_config",
     "read_spec",
+    "spec_as_stored",
     "spec_from_hf_config",
 ]
 
@@ -46,7 +47,7 @@ def load_model(model: str) -> ModelSpec:
     path = path / "config.json" if is_folder(path) else path
     on_hub = None if is_file(path) else HubModel.named(model)
     if on_hub is not None:
-        return spec_from_hf_config(read_config(on_hub.config()), on_hub.config_name)
+        return spec_as_stored(decoder_keys(read_config(on_hub.config()), on_hub.config_name))
     if not is_file(path):
         close = closest(model, BUILT_IN_MODELS)
         raise ModelError(
@@ -57,5 +58,5 @@ def load_model(model: str) -> ModelSpec:
             f"did you mean {close}?" if close else "see hrm models",
         )
     if path.suffix == SUFFIX:
-        return spec_from_hf_config(read_header(path).config(), str(path))
-    return spec_from_hf_config(with_quantisation(read_config(path), path.parent), str(path))
+        return spec_as_stored(decoder_keys(read_header(path).config(), str(path)))
+    return spec_as_stored(decoder_keys(with_quantisation(read_config(path), path.parent), str(path)))

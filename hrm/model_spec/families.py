@@ -14,8 +14,10 @@ from hrm.errors import ModelError, closest
 from hrm.model_spec.config_file import Keys
 from hrm.model_spec.decoder import EXPERTS, EXPERTS_PER_TOKEN
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS, published_dtype
+from hrm.model_spec.quantisation import quantisation
 from hrm.model_spec.readers import compressed, grouped, hybrid, latent, qwen, windows
 from hrm.model_spec.spec import ModelSpec
+from hrm.model_spec.stored_formats import stored_formats
 
 
 class FamilyReader(NamedTuple):
@@ -54,6 +56,20 @@ def read_spec(keys: Keys) -> ModelSpec:
         where = error.where if error.where.startswith(keys.where) else f"{keys.where}: {error.where}"
         raise ModelError(where, error.value, error.rule, error.remedy) from error
     return replace(spec, name=name or str(family), family=str(family), published_dtype=published_dtype(keys))
+
+
+def spec_as_stored(keys: Keys) -> ModelSpec:
+    """The same with the formats of the matrices that are packed; plain if they are stored in a way that is not read."""
+    spec = read_spec(keys)
+    try:
+        how = quantisation(keys)
+    except ModelError:
+        return spec
+    if how is None:
+        return spec
+    return spec.with_layers(
+        replace(layer, packed=stored_formats(how, layer, number)) for number, layer in enumerate(spec.layers)
+    )
 
 
 def decoder_keys(config: dict[str, Any], where: str) -> Keys:

@@ -1,6 +1,7 @@
 """Readers of config.json: as published, as transformers understands it, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,10 @@ def test_a_published_config_reads_as_the_built_in_model(tmp_path, name):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(PUBLISHED[name]))
     spec = load_model(str(folder))
-    assert spec == load_model(str(folder / "config.json")) == BUILT_IN_MODELS[name]
+    assert spec == load_model(str(folder / "config.json"))
+    plain = spec.with_layers(replace(layer, packed=()) for layer in spec.layers)
+    assert plain == BUILT_IN_MODELS[name]
+    assert any(layer.packed for layer in spec.layers) == bool(spec.published_dtype)
     assert spec.published_dtype == BUILT_IN_MODELS[name].published_dtype
 
 

@@ -107,6 +107,8 @@ def test_tokens_are_those_of_the_weights_that_are_meant(tiny: Tiny) -> None:
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
     spec = load_model(str(tiny.folder))
     assert spec == load_model(str(tiny.folder.parent)).with_layers(spec.layers, name=spec.name)
+    assert spec == arch.spec
+    assert all(dict(layer.packed).keys() >= {"w13", "w2"} for layer in spec.layers)
     prompts = random_prompts(NUM_PROMPTS, vocab=tiny.vocab_size)
     expected = [tiny.greedy(prompt, MAX_TOKENS) for prompt in prompts]
     assert greedy_tokens(tiny, prompts, attention=CPU, resident=1) == expected
