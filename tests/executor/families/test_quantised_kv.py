@@ -1,6 +1,5 @@
 """With a quantised KV cache, tokens are those of a model whose keys and values go through its codes in float32."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,13 +12,13 @@ from tests.executor.families.linear import LINEAR
 from tests.executor.families.test_parity import POLICIES, policy_of
 from tests.executor.families.tiny import save
 from tests.executor.families.windowed import WINDOWED
+from tests.executor.kv_reference import quantise_as
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import generate, generator, requests
 from tests.executor.tiny_models import random_prompts
 
 FAMILIES = {**GROUPED, **WINDOWED, **LATENT, **LINEAR}
-FORMATS = ("fp8", "int8")
 CASES = (
     ("qwen3_moe", "fp8"),
     ("qwen3_moe", "int8"),
@@ -28,38 +27,10 @@ CASES = (
     ("deepseek_v3", "fp8"),
     ("deepseek_v3", "int8"),
     ("qwen3_next", "fp8"),  # states beside caches
+    ("llama4_text", "int8"),  # chunks
+    ("gemma4_text", "fp8"),  # heads of other widths in some layers
 )
 NUM_PROMPTS, MAX_TOKENS = 6, 4
-
-
-def meant(x: torch.Tensor, form: str) -> torch.Tensor:
-    """What is left of numbers whose last axis shares a scale, in float32."""
-    greatest = 127 if form == "int8" else 448
-    scale = (x.abs().amax(-1, keepdim=True) / greatest).bfloat16().float()
-    codes = torch.where(scale > 0, x / scale, 0.0).clamp(-greatest, greatest)
-    return scale * (codes.round() if form == "int8" else codes.to(torch.float8_e4m3fn).float())
-
-
-def quantise_as(form, model, monkeypatch) -> None:
-    """Let transformers attend to what a cache of that form would hold."""
-    model.set_attn_implementation("eager")
-    modelling = sys.modules[type(model).__module__]
-    attend = modelling.eager_attention_forward
-    latent = hasattr(model.config, "kv_lora_rank")
-
-    def attend_to_codes(module, query, key, value, *others, **options):
-        if latent:  # the compressed vector is quantised below; of a key only its rotary end is cached as it is
-            rotary = model.config.qk_rope_head_dim
-            key = torch.cat([key[..., :-rotary], meant(key[..., -rotary:], form)], dim=-1)
-        else:
-            key, value = meant(key, form), meant(value, form)
-        return attend(module, query, key, value, *others, **options)
-
-    monkeypatch.setattr(modelling, "eager_attention_forward", attend_to_codes)
-    for name, module in model.named_modules():
-        if name.endswith("kv_a_layernorm"):
-            whole = module.forward
-            monkeypatch.setattr(module, "forward", lambda x, whole=whole: meant(whole(x), form))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
