@@ -30,7 +30,7 @@ help:  ## show this list
 demo: $(READY)  ## profile this machine, search a policy, run the demo model under it, compare
 	$(BIN)/python -m executor.demo.run
 
-formats: $(READY)  ## pack the demo model's weights into each format, and lay its perplexities side by side
+formats: $(READY)  ## pack the demo model's weights, and its KV cache, into each format, and lay its perplexities side by side
 	$(BIN)/python -m executor.demo.formats
 
 test: lint  ## linters, types, import rules, then the tests (PYTEST_ARGS="-k name")

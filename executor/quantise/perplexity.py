@@ -73,17 +73,17 @@ def _windows(path: Path, model: Path) -> Iterator[Tokens]:
         yield before + plain[start : start + size]
 
 
-def perplexity(model: Path, texts: Sequence[Tokens]) -> Perplexity:
+def perplexity(model: Path, texts: Sequence[Tokens], *, kv_format: str = "") -> Perplexity:
     """That of a checkpoint on texts of two tokens or more, of which each first token is only read.
 
-    It runs in this machine's memory, in the dtype that its config names. Raises HrmError if it cannot be run or does
-    not fit.
+    It runs in this machine's memory, in the dtype that its config names, with its KV cache in `kv_format` if that is
+    not the same. Raises HrmError if it cannot be run or does not fit.
     """
     with Checkpoint.open(model) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
-        planned = _planned(checkpoint, arch.spec, texts)
+        planned = _planned(checkpoint, arch.spec, texts, kv_format)
         prepared = prepare(AcceleratorOptions(name="cpu"), planned, planned.policy)
         requests = [_forced(index, text) for index, text in enumerate(texts)]
         for request in requests:
@@ -108,12 +108,12 @@ def _forced(index: int, text: Tokens) -> Request:
     return Request(f"text {index + 1}", text[:1], params)
 
 
-def _planned(checkpoint: Checkpoint, spec: ModelSpec, texts: Sequence[Tokens]) -> PolicyFile:
+def _planned(checkpoint: Checkpoint, spec: ModelSpec, texts: Sequence[Tokens], kv_format: str) -> PolicyFile:
     """A policy for the texts in this machine's memory; how fast a machine it is solved for makes no difference."""
     keys = decoder_keys(checkpoint.config, checkpoint.config_path)
     dtype = next((keys.get(key) for key in ("dtype", "torch_dtype") if keys.get(key) in FORMATS), "bfloat16")
     profile = with_memory(without_gpus(load_host(HOST)), cpu_memory_bytes=MEMORY_SHARE * available_ram_bytes())
     longest = max(map(len, texts))
     workload = Workload(name="perplexity", prompt_len=1, max_prompt_len=1, gen_len=longest - 1, num_requests=len(texts))
-    found = search(Space(spec, profile, workload, dtype=dtype))
+    found = search(Space(spec, profile, workload, dtype=dtype, kv_format=kv_format))
     return policy_file_of(found.require(), spec, profile, workload)

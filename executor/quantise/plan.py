@@ -15,7 +15,7 @@ from executor.errors import CheckpointError
 from executor.families import Family
 from executor.families.stored import Joined
 from executor.model import dense_tensors, expert_tensors
-from executor.quantise.schemes import Scheme, Stacked
+from executor.quantise.publications import Publication, Stacked
 from hrm.errors import ModelError
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
@@ -63,7 +63,7 @@ class Plan:
         return chain.from_iterable(self.matrices.values())
 
 
-def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, scheme: Scheme, what: What) -> Plan:
+def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: Publication, what: What) -> Plan:
     """What is to be packed in a checkpoint, by the names that it knows.
 
     Raises ModelError where experts have no names of their own, and CheckpointError for a matrix that the format
@@ -71,29 +71,31 @@ def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, scheme: Sch
     """
     plan = Plan()
     for index, layer in enumerate(spec.layers):
-        for matrix in _of_layer(checkpoint, family, spec, scheme, index):
+        for matrix in _of_layer(checkpoint, family, spec, published, index):
             plan.matrices.setdefault(matrix.stored, []).append(matrix)
-        if layer.experts and not isinstance(scheme, Stacked):
+        if layer.experts and not isinstance(published, Stacked):
             plan.renamed |= _renamed(checkpoint, family, spec, index)
         if what is What.LINEAR:
             for matrix in _linear(checkpoint, family, spec, plan.renamed, index):
                 plan.matrices.setdefault(matrix.stored, [matrix])
     for matrix in plan.every:
-        if not scheme.form.takes((matrix.rows, matrix.width)):
-            rule = f"must have rows of whole bytes in {scheme.form.name}"
+        if not published.form.takes((matrix.rows, matrix.width)):
+            rule = f"must have rows of whole bytes in {published.form.name}"
             raise CheckpointError(matrix.stored, f"<rows of {matrix.width}>", rule, "choose another --format")
     if not plan.matrices:
         raise CheckpointError("--what", what.value, "must be matrices that the model has", "try --what linear")
     return plan
 
 
-def _of_layer(checkpoint: Checkpoint, family: Family, spec: ModelSpec, scheme: Scheme, index: int) -> Iterator[Matrix]:
+def _of_layer(
+    checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: Publication, index: int
+) -> Iterator[Matrix]:
     """The matrices of a layer's experts."""
     layer, names = spec.layers[index], checkpoint.names
     tensors, apart = expert_tensors(layer), family.apart()
     for expert in range(layer.num_experts):
         for joined in family.joined(tensors, spec, names, index, expert):
-            if isinstance(scheme, Stacked):
+            if isinstance(published, Stacked):
                 yield from _matrices(joined, joined, index, expert)
                 continue
             if apart is None:

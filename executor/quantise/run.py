@@ -17,14 +17,14 @@ from executor.families import family_for
 from executor.formats.encode import encode
 from executor.loading import Loading
 from executor.quantise.plan import Matrix, Plan, What, plan_of
+from executor.quantise.publications import Publication, Stacked, publication_of
 from executor.quantise.report import Report
-from executor.quantise.schemes import Scheme, Stacked, scheme_of
 from executor.quantise.shards import Entry, Shard
 from executor.safetensors_file import DOWNLOAD_AGAIN, SafetensorsFile
 from hrm.errors import ModelError
 from hrm.files import is_file, open_regular, write_whole
 from hrm.folders import check_new_folder, new_folder
-from hrm.model_spec import ModelSpec, decoder_keys
+from hrm.model_spec import decoder_keys
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 from hrm.model_spec.quantisation import TEXT_PREFIXES, scale_dtype
 
@@ -90,6 +90,10 @@ class _Tensor:
         """What a tensor made of it is called in files, by a name like those that the checkpoint knows."""
         return self.prefix + name.removeprefix(self.plain)
 
+    def module(self, name: str) -> str:
+        """What the tensors of a packed matrix begin with, which has a name like that."""
+        return self.written(name).removesuffix(WEIGHT)
+
     @property
     def num_bytes(self) -> int:
         """Its bytes as it is stored."""
@@ -115,9 +119,8 @@ class _Work:
     """A checkpoint, what becomes of its tensors, and how that is published."""
 
     checkpoint: Checkpoint
-    spec: ModelSpec
     head: str
-    scheme: Scheme
+    published: Publication
     plan: Plan
 
     @staticmethod
@@ -127,16 +130,16 @@ class _Work:
         family = family_for(checkpoint.config, where)
         arch = family.architecture(checkpoint.config, where)
         checkpoint.check(family.expected_tensors(arch, checkpoint.names))
-        scheme = scheme_of(
+        published = publication_of(
             options.format,
             scale_dtype(decoder_keys(checkpoint.config, where)),
             stacked=arch.spec.family in STACKED_FAMILIES,
         )
-        if isinstance(scheme, Stacked) and options.what is not What.EXPERTS:
+        if isinstance(published, Stacked) and options.what is not What.EXPERTS:
             rule = "must be experts for this model: as it is published, packed, all else is plain"
             raise ModelError("--what", options.what.value, rule, "leave it out")
-        plan = plan_of(checkpoint, family, arch.spec, scheme, options.what)
-        return _Work(checkpoint, arch.spec, family.outside["lm_head"], scheme, plan)
+        plan = plan_of(checkpoint, family, arch.spec, published, options.what)
+        return _Work(checkpoint, family.outside["lm_head"], published, plan)
 
     def write(self, files: Sequence[SafetensorsFile], out: Path, loading: Loading) -> Report:
         """The new folder, once all of it is there."""
@@ -145,10 +148,10 @@ class _Work:
         before = sum(tensor.num_bytes for some in tensors for tensor in some)
         after = sum(entry.num_bytes for some in entries for entry in some.values())
         check_new_folder(out, OUT, CheckpointError, num_bytes=after)
-        obstacle = next(filter(None, (self.scheme.obstacle(matrix.width) for matrix in self.plan.every)), "")
+        obstacle = next(filter(None, (self.published.obstacle(matrix.width) for matrix in self.plan.every)), "")
         report = Report(
-            format=self.scheme.form.name,
-            method=self.scheme.method,
+            format=self.published.form.name,
+            method=self.published.method,
             obstacle=obstacle,
             bytes_before=before,
             bytes_after=after,
@@ -176,11 +179,11 @@ class _Work:
                 told = tensor.file.tensors[tensor.stored]
                 entries[self._copied(tensor)] = Entry(told.dtype, told.shape, told.num_bytes)
                 continue
-            several = (len(matrices),) if isinstance(self.scheme, Stacked) else ()
+            several = (len(matrices),) if isinstance(self.published, Stacked) else ()
             for matrix in matrices:
                 for name, rows in matrix.written:
-                    for end, part in self.scheme.shapes(rows.stop - rows.start, matrix.width).items():
-                        entries[tensor.written(name) + end] = Entry.like(part, *several)
+                    for end, part in self.published.shapes(rows.stop - rows.start, matrix.width).items():
+                        entries[tensor.module(name) + end] = Entry.like(part, *several)
         return entries
 
     def _copied(self, tensor: _Tensor) -> str:
@@ -206,10 +209,10 @@ class _Work:
             where = f"{tensor.file.path}: {tensor.stored}"
             raise CheckpointError(where, "<NaN or infinite>", "must be finite numbers", DOWNLOAD_AGAIN)
         for name, rows in matrix.written:
-            packed = encode(weights[rows], self.scheme.form)
+            packed = encode(weights[rows], self.published.form)
             report.add(matrix.layer, weights[rows], packed, of_expert=matrix.of_expert)
-            for end, part in self.scheme.parts(packed).items():
-                shard.write(tensor.written(name) + end, part, matrix.place * part.nbytes)
+            for end, part in self.published.parts(packed).items():
+                shard.write(tensor.module(name) + end, part, matrix.place * part.nbytes)
 
     def _write_config(self, folder: Path, tensors: Sequence[Sequence[_Tensor]]) -> None:
         """The old config with what it says of quantisation, in the words of files."""
@@ -218,7 +221,7 @@ class _Work:
         plain = {name.removesuffix(WEIGHT) for name, shape in told if len(shape) > 1 and name.endswith(WEIGHT)}
         plain.add(self.head.removesuffix(WEIGHT))  # a module, also if it has the embedding's weights
         config = read_object(self.checkpoint.folder / CONFIG_FILE, DOWNLOAD_AGAIN)
-        config["quantization_config"] = self.scheme.config(sorted(plain, key=_in_order))
+        config["quantization_config"] = self.published.config(sorted(plain, key=_in_order))
         write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n", CheckpointError)
 
 

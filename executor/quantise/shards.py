@@ -1,9 +1,9 @@
 """Safetensors files that are written tensor by tensor, in any order: where each one lies is known before."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Final, NamedTuple, Self, final
@@ -88,7 +88,9 @@ class Shard:
 
 
 def _reserve(handle: int, num_bytes: int) -> None:
-    with suppress(OSError):
+    try:
         os.posix_fallocate(handle, 0, num_bytes)
-        return
-    os.ftruncate(handle, num_bytes)  # file systems that cannot
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:  # file systems that cannot
+            raise
+        os.ftruncate(handle, num_bytes)

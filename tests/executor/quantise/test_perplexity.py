@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from executor.demo import MODEL_DIR, PROMPTS
 from executor.demo.formats import row
@@ -15,6 +16,8 @@ from executor.quantise import What
 from executor.quantise.perplexity import WINDOW_TOKENS, perplexity, texts_of
 from executor.sampling import SamplingParams, choose, log_probabilities
 from hrm.errors import HrmError
+from hrm.formats import SCALED_KV_FORMATS
+from tests.executor.kv_reference import quantise_as
 from tests.executor.tiny_models import edit_json, random_prompts, transformers_logits
 
 
@@ -30,6 +33,22 @@ def test_it_is_that_of_transformers(tiny_folders, tmp_path) -> None:
     assert found.tokens == sum(map(len, texts)) - len(texts)
     assert found.nats == pytest.approx(nats, rel=1e-5)
     assert found.value == pytest.approx(math.exp(nats / found.tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", SCALED_KV_FORMATS)
+def test_with_a_quantised_cache_it_is_that_of_transformers_with_one(form, tiny_folders, tmp_path, monkeypatch) -> None:
+    folder = shutil.copytree(tiny_folders["wide heads"], tmp_path / "model")
+    edit_json(folder / "config.json", dtype="float32")
+    texts = [tuple(text) for text in random_prompts(4, longest=30, seed=3) if len(text) > 1]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    quantise_as(form, model, monkeypatch)
+    nats = 0.0
+    for text in texts:
+        with torch.inference_mode():
+            logprobs = model(input_ids=torch.tensor([text])).logits[0].log_softmax(-1)
+        nats -= sum(logprobs[place, token].item() for place, token in enumerate(text[1:]))
+    assert perplexity(folder, texts, kv_format=form).nats == pytest.approx(nats, rel=1e-4)
+    assert perplexity(folder, texts).nats != pytest.approx(nats, rel=1e-4)
 
 
 def test_forced_tokens_are_taken_whatever_is_probable() -> None:

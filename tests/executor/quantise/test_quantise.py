@@ -323,6 +323,14 @@ def test_a_disk_without_room_is_told_before_the_work(split, tmp_path, monkeypatc
     refused(split.folder, tmp_path / "out", "int8", "1.00 kB free", "room")
 
 
+def test_room_is_taken_before_the_work(split, tmp_path, monkeypatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fails)
+    refused(split.folder, tmp_path / "out", "int8", "--out", "No space left on device")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_nothing_half_made_is_left(split, error, tmp_path, monkeypatch, capsys) -> None:
     writes, write = [0], os.pwrite

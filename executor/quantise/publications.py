@@ -5,7 +5,7 @@ N rows, W columns.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
@@ -13,21 +13,29 @@ import torch
 from torch import Tensor
 
 from executor.formats import Packed, packed_in
+from executor.formats.schemes import SCHEMES, InRows
 from hrm.errors import ModelError
 from hrm.formats import PackedFormat, packed_format
+from hrm.model_spec.quantisation import Packing
 
 _KNOWN: Final = re.compile(r"int4-g\d+|int8|fp8|fp8-b\d+|mxfp4")
 KNOWN: Final = "int4-gN with a group size N, int8, fp8, fp8-bN with a block size N, or mxfp4"
 
 WORD_BYTES: Final = 4
+SHAPE: Final = ".weight_shape"  # of integers in words
 _TOKENS: Final = {"strategy": "token", "symmetric": True, "dynamic": True}
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme(ABC):
+class Publication(ABC):
     """A way to publish matrices of a format, which transformers and vLLM read."""
 
     form: PackedFormat
+
+    @property
+    @abstractmethod
+    def packing(self) -> Packing:
+        """How files keep them."""
 
     @property
     @abstractmethod
@@ -35,17 +43,24 @@ class Scheme(ABC):
         """How it is called."""
 
     @abstractmethod
-    def parts(self, packed: Packed) -> Mapping[str, Tensor]:
-        """The tensors of a matrix; their names are the matrix's and what stands here after it."""
-
-    def shapes(self, rows: int, width: int) -> Mapping[str, Tensor]:
-        """Tensors without numbers in place of these."""
-        memory = torch.empty(self.form.bytes_of(rows, width), dtype=torch.uint8, device="meta")
-        return self.parts(packed_in(self.form, rows, width, memory))
+    def codes(self, codes: Tensor) -> Tensor:
+        """The codes of a matrix, bytes, as they are stored."""
 
     @abstractmethod
     def config(self, plain: Sequence[str]) -> dict[str, Any]:
         """What config.json says; `plain` are modules with matrices that are not packed."""
+
+    def parts(self, packed: Packed) -> dict[str, Tensor]:
+        """The tensors of a matrix, by what their names end with after that of its module."""
+        kept = SCHEMES[self.packing]
+        assert isinstance(kept, InRows), self.packing
+        shape = {SHAPE: torch.tensor(packed.shape)} if kept.words else {}
+        return {kept.codes: self.codes(packed.codes), kept.scales[0]: packed.scales, **shape}
+
+    def shapes(self, rows: int, width: int) -> dict[str, Tensor]:
+        """Tensors without numbers in place of these."""
+        memory = torch.empty(self.form.bytes_of(rows, width), dtype=torch.uint8, device="meta")
+        return self.parts(packed_in(self.form, rows, width, memory))
 
     def obstacle(self, width: int) -> str:
         """Why transformers and vLLM do not read matrices of rows so wide, though we do; empty if they do."""
@@ -54,30 +69,29 @@ class Scheme(ABC):
 
 
 @final
-class CompressedTensors(Scheme):
+class CompressedTensors(Publication):
     """As the library of that name writes them."""
+
+    @property
+    def packing(self) -> Packing:
+        """Integers in words, in which they have no signs."""
+        return {"fp8": Packing.PLAIN_FLOAT, "fp4": Packing.PACKED_MXFP4}.get(self.form.code, Packing.PACKED_INT)
 
     @property
     def method(self) -> str:
         """Its name and its own name for the format."""
-        return f"compressed-tensors, {self._kind}"
+        return f"compressed-tensors, {self.packing}"
 
-    @property
-    def _kind(self) -> str:
-        return {"fp8": "float-quantized", "fp4": "mxfp4-pack-quantized"}.get(self.form.code, "pack-quantized")
-
-    def parts(self, packed: Packed) -> Mapping[str, Tensor]:
-        """Integers in words of 32 bits, less their least one, with the shape beside them; two fp4 to a byte."""
-        codes, scales = packed.codes, packed.scales
+    def codes(self, codes: Tensor) -> Tensor:
+        """Integers in words of 32 bits, less their least one."""
         match self.form.code:
             case "fp8":
-                return {"": codes.view(torch.float8_e4m3fn), "_scale": scales}
+                return codes.view(torch.float8_e4m3fn)
             case "fp4":
-                return {"_packed": codes, "_scale": scales}
+                return codes
             case code:
-                codes = codes ^ 0x80 if code == "int8" else codes
-                words = torch.nn.functional.pad(codes, (0, -codes.shape[1] % WORD_BYTES)).view(torch.int32)
-                return {"_packed": words, "_scale": scales, "_shape": torch.tensor(packed.shape)}
+                without_signs = codes ^ 0x80 if code == "int8" else codes
+                return torch.nn.functional.pad(without_signs, (0, -codes.shape[1] % WORD_BYTES)).view(torch.int32)
 
     def config(self, plain: Sequence[str]) -> dict[str, Any]:
         """One group for all linear modules but the plain ones.
@@ -95,11 +109,11 @@ class CompressedTensors(Scheme):
             "weights": weights,
             "input_activations": {**number, **_TOKENS} if form.code == "fp8" else None,
             "output_activations": None,
-            "format": self._kind,
+            "format": self.packing,
         }
         return {
             "quant_method": "compressed-tensors",
-            "format": self._kind,
+            "format": self.packing,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(plain),
@@ -108,17 +122,22 @@ class CompressedTensors(Scheme):
 
 
 @final
-class Blocks(Scheme):
+class Blocks(Publication):
     """fp8 in square blocks, as DeepSeek-V3 is published."""
+
+    @property
+    def packing(self) -> Packing:
+        """Scales are what codes are multiplied by, though they are called inverse."""
+        return Packing.FP8
 
     @property
     def method(self) -> str:
         """By its key in config.json."""
         return f"fp8 in blocks of {self.form.rows} × {self.form.columns}"
 
-    def parts(self, packed: Packed) -> Mapping[str, Tensor]:
-        """The codes, and the scales that they are multiplied by, whatever the name says."""
-        return {"": packed.codes.view(torch.float8_e4m3fn), "_scale_inv": packed.scales}
+    def codes(self, codes: Tensor) -> Tensor:
+        """As they are."""
+        return codes.view(torch.float8_e4m3fn)
 
     def config(self, plain: Sequence[str]) -> dict[str, Any]:
         """All linear modules but the plain ones."""
@@ -132,17 +151,22 @@ class Blocks(Scheme):
 
 
 @final
-class Stacked(Scheme):
+class Stacked(Publication):
     """MXFP4 of all experts of a layer in one tensor, as gpt-oss is published."""
+
+    @property
+    def packing(self) -> Packing:
+        """All experts together."""
+        return Packing.MXFP4
 
     @property
     def method(self) -> str:
         """By its key in config.json."""
         return "mxfp4, all experts of a layer in one tensor"
 
-    def parts(self, packed: Packed) -> Mapping[str, Tensor]:
-        """The codes by group, and exponents."""
-        return {"_blocks": packed.codes.unflatten(1, (packed.scales.shape[1], -1)), "_scales": packed.scales}
+    def codes(self, codes: Tensor) -> Tensor:
+        """By group."""
+        return codes.unflatten(1, (-1, self.form.columns * self.form.code_bits // 8))
 
     def config(self, plain: Sequence[str]) -> dict[str, Any]:
         """The experts; what is plain is told as gpt-oss tells it, for all layers at once."""
@@ -151,7 +175,7 @@ class Stacked(Scheme):
         return {"quant_method": "mxfp4", "modules_to_not_convert": [*inner, "model.embed_tokens", "lm_head"]}
 
 
-def scheme_of(name: str, scale: str, *, stacked: bool) -> Scheme:
+def publication_of(name: str, scale: str, *, stacked: bool) -> Publication:
     """How matrices of that format are published, of a model whose scales of groups have a dtype (bf16, f16 or f32).
 
     `stacked` says that the family has packed experts in one tensor a layer, as gpt-oss. Raises ModelError for a
