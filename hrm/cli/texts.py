@@ -9,6 +9,7 @@ from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
 from hrm.model_spec import ModelSpec
+from hrm.model_spec.gguf import SUFFIX
 from hrm.ranges import ASSUMED_SHARE, ThroughputRange
 from hrm.scaling import given_resources
 from hrm.units import format_seconds
@@ -58,7 +59,7 @@ def run_text(model: str, out: Path | None, *, spec: ModelSpec, profile: Hardware
 
     `model` is the model as it was given, and `out` the policy file that was written, if one was.
     """
-    is_folder = Path(model).is_dir()
+    is_folder = Path(model).is_dir() or model.endswith(SUFFIX)
     if obstacle := _obstacle_to_run(spec, profile, has_weights=is_folder):
         return f"[dim]a prediction only: {obstacle}[/]"
     path = out if out is not None else Path("policy.json")

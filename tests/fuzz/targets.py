@@ -47,6 +47,7 @@ NAMES_OF_HRM: Final = (
     "diff",
     "config",
     "quantisation",
+    "gguf",
     "policy",
     "run",
     "routing",

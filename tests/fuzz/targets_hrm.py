@@ -4,11 +4,15 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Final
 from zlib import crc32
 
 import msgspec
+import numpy as np
+from gguf import GGUFWriter
 
 from hrm.catalog import profile_folder
 from hrm.cli.analysis import _axis
@@ -137,6 +141,33 @@ def a_policy_file() -> Any:
     profile = machine(gpu_bytes=1e8, cpu_bytes=1e9)
     best = search(Space(SPEC, profile, WORKLOAD)).require()
     return policy_file_of(best, SPEC, profile, WORKLOAD)
+
+
+@cache
+def a_gguf() -> bytes:
+    """The file of a model that has an embedding and nothing else."""
+    path = Path(mkdtemp(prefix="hrm-fuzz-gguf-")) / "model.gguf"
+    writer = GGUFWriter(path, "qwen3moe")
+    for add in (writer.add_block_count, writer.add_expert_used_count, writer.add_head_count_kv):
+        add(1)
+    for add in (writer.add_head_count, writer.add_expert_count):
+        add(2)
+    for add in (writer.add_embedding_length, writer.add_key_length, writer.add_expert_feed_forward_length):
+        add(8)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_token_list(["a", "b", "c", "d"])
+    writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def use_gguf(content: bytes, folder: Path) -> None:
+    load_model(str(written(folder, "model.gguf", content)))
 
 
 def use_quantisation(content: bytes, folder: Path) -> None:
@@ -334,6 +365,7 @@ HRM_TARGETS: Final = (
     Target(name="host", bases=lambda: [plain(load_host("gcp-n1-highmem-64"))], use=use_host, dump=as_yaml),
     Target(name="diff", bases=machines, use=use_diff, dump=as_yaml, share=0.5),
     Target(name="config", bases=lambda: list(PUBLISHED.values()), use=use_config),
+    Target(name="gguf", bases=lambda: [a_gguf()], use=use_gguf, has_values=False),
     Target(name="quantisation", bases=lambda: [how.config for how in QUANTISED.values()], use=use_quantisation),
     Target(name="policy", bases=lambda: [plain(a_policy_file())], use=use_policy, share=2),
     Target(name="run", bases=lambda: [a_run()], use=use_run, share=2),
