@@ -19,6 +19,7 @@ from executor.job.tokenizer_config import ADDED_FILE, CONFIG_FILE, MAP_FILE
 from executor.safetensors_file import DOWNLOAD_AGAIN
 from hrm.decoding import read_json
 from hrm.files import open_regular, read_regular
+from hrm.policy import Policy
 
 JOB_JSON: Final = "job.json"
 SCHEMA: Final = 1
@@ -30,6 +31,7 @@ _MEANING: Final = {  # the option that decides a field, and what it is called th
     "config": ("--model", "config"),
     "text": ("--model", "tokenizer or chat template"),
     "dtype": ("--policy", "dtype"),
+    "kv_format": ("--policy", "kv_format"),
     "seed": ("--seed", "seed"),
     "sampling": ("--sampling-defaults", "what requests do not say"),
     "computed": ("--accelerator", "kind of accelerator"),
@@ -41,7 +43,8 @@ _MEANING: Final = {  # the option that decides a field, and what it is called th
 class Identity:
     """What every answer depends on besides its request, as short hashes where it is long.
 
-    `computed` is False if the accelerator only sleeps. `sampling` is what requests that do not say get.
+    `computed` is False if the accelerator only sleeps. `sampling` is what requests that do not say get, and
+    `kv_format` that of the KV cache, empty if it is the dtype.
     """
 
     schema: int = SCHEMA
@@ -52,9 +55,12 @@ class Identity:
     seed: int
     computed: bool
     sampling: str = OPENAI
+    kv_format: str = ""
 
     @staticmethod
-    def of(checkpoint: Checkpoint, *, dtype: str, seed: int, computed: bool, sampling: SamplingDefaults) -> "Identity":
+    def of(
+        checkpoint: Checkpoint, policy: Policy, *, seed: int, computed: bool, sampling: SamplingDefaults
+    ) -> "Identity":
         """Of a job to come. Weights are compared by samples, so that none are read in full."""
         config = json.dumps(checkpoint.config, sort_keys=True).encode()
         folder = checkpoint.folder
@@ -62,7 +68,8 @@ class Identity:
             weights=_digest(_samples(path) for path in checkpoint.weight_files),
             config=_digest([config]),
             text=_digest(part for path in _text_files(folder) for part in (path.name.encode(), _content(path))),
-            dtype=dtype,
+            dtype=policy.dtype,
+            kv_format=policy.kv_format if policy.kv_format != policy.dtype else "",
             seed=seed,
             computed=computed,
             sampling=str(sampling),
@@ -94,7 +101,9 @@ class Identity:
             if now == then or field.name not in _MEANING:
                 continue
             option, word = _MEANING[field.name]
-            is_plain = field.name in {"dtype", "seed", "sampling"}
+            is_plain = field.name in {"dtype", "kv_format", "seed", "sampling"}
+            if field.name == "kv_format":
+                now, then = now or self.dtype, then or begun.dtype
             raise JobError(
                 f"{option}: {word}",
                 now if is_plain else "<another>",

@@ -90,11 +90,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
         reader = LineReader(checkpoint.folder, room, options.seed, progress.tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
         identity = Identity.of(
-            checkpoint,
-            dtype=policy.dtype,
-            seed=options.seed,
-            computed=prepared.backend.name != "null",
-            sampling=defaults,
+            checkpoint, policy, seed=options.seed, computed=prepared.backend.name != "null", sampling=defaults
         )
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
             job = _Job(options, policy_file, arch, prepared, reader, directory)

@@ -111,12 +111,20 @@ def other_dtype(folder, tmp_path, policy_path):
     return []
 
 
+def other_kv_format(folder, tmp_path, policy_path):
+    del folder, tmp_path
+    content = load_policy_file(policy_path)
+    save_policy_file(policy_path, replace(content, policy=replace(content.policy, kv_format="int8")))
+    return []
+
+
 OTHERS = {
     "weights": (other_weights, ["--model: weights"]),
     "template": (other_template, ["--model: tokenizer or chat template"]),
     "further template": (further_template, ["--model: tokenizer or chat template"]),
     "end of text": (other_end_of_text, ["--model: config"]),
     "dtype": (other_dtype, ["--policy: dtype", "bfloat16", "float32"]),
+    "kv_format": (other_kv_format, ["--policy: kv_format", "int8", "float32"]),
     "seed": (lambda *_: ["--seed", "7"], ["--seed", "7", "0"]),
     "nothing computed": (lambda *_: ["--accelerator", "null"], ["--accelerator"]),
 }
