@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -100,15 +100,13 @@ class _Tensor:
         return self.file.tensors[self.stored].num_bytes
 
 
-def _tensors(file: SafetensorsFile, names: Collection[str]) -> Iterator[_Tensor]:
-    """Those tensors of a file that the checkpoint has, in the order in which they are stored."""
+def _tensors(file: SafetensorsFile, checkpoint: Checkpoint) -> Iterator[_Tensor]:
+    """Those tensors that the checkpoint has in a file, in the order in which they are stored there."""
     for stored in sorted(file.tensors, key=lambda name: file.tensors[name].start):
-        if stored in names:
-            yield _Tensor(file, stored, stored)
-            continue
-        for prefix, plain in TEXT_PREFIXES:
+        for prefix, plain in (("", ""), *TEXT_PREFIXES):
             known = plain + stored.removeprefix(prefix)
-            if stored.startswith(prefix) and known in names:
+            here = stored.startswith(prefix) and known in checkpoint.names
+            if here and checkpoint.where(known) == f"{file.path}: {stored}":
                 yield _Tensor(file, stored, known, prefix, plain)
                 break
 
@@ -143,7 +141,7 @@ class _Work:
 
     def write(self, files: Sequence[SafetensorsFile], out: Path, loading: Loading) -> Report:
         """The new folder, once all of it is there."""
-        tensors = [list(_tensors(file, self.checkpoint.names)) for file in files]
+        tensors = [list(_tensors(file, self.checkpoint)) for file in files]
         entries = [self._entries(some) for some in tensors]
         before = sum(tensor.num_bytes for some in tensors for tensor in some)
         after = sum(entry.num_bytes for some in entries for entry in some.values())
@@ -238,11 +236,10 @@ def _write_index(folder: Path, entries: Mapping[Path, Mapping[str, Entry]], num_
 
 def _copy_others(model: Path, folder: Path) -> None:
     """What belongs to a model besides its weights and config; a link's file is copied, not the link."""
-    for pattern in COPIED:
-        for path in sorted(model.glob(pattern)):
-            target = folder / path.relative_to(model)
-            if path.name in {CONFIG_FILE, INDEX_FILE} or not is_file(path):
-                continue
-            target.parent.mkdir(exist_ok=True)
-            with open_regular(path, "a readable file", CheckpointError) as source, target.open("xb") as copy:
-                shutil.copyfileobj(source, copy)
+    for path in sorted({path for pattern in COPIED for path in model.glob(pattern)}):
+        target = folder / path.relative_to(model)
+        if path.name in {CONFIG_FILE, INDEX_FILE} or not is_file(path):
+            continue
+        target.parent.mkdir(exist_ok=True)
+        with open_regular(path, "a readable file", CheckpointError) as source, target.open("xb") as copy:
+            shutil.copyfileobj(source, copy)

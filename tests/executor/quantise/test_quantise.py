@@ -249,6 +249,19 @@ def test_llama_4_is_packed_as_transformers_takes_it_apart(tmp_path) -> None:
     torch.testing.assert_close(logits(read), logits(tiny.model), rtol=1e-4, atol=1e-4)
 
 
+def test_a_tensor_that_two_files_have_is_taken_from_the_one_that_counts(fused, tmp_path) -> None:
+    model = shutil.copytree(fused.folder, tmp_path / "model")
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.mlp.experts.down_proj"
+    other = next(model / file for file in set(index.values()) if file != index[name])
+    save_file({**load_file(other), name: torch.zeros(1)}, other, metadata={"format": "pt"})
+    for folder in (fused.folder, model):
+        packed(folder, tmp_path / f"{folder.name}-out", "int8")
+    before, after = (tensors_of(tmp_path / f"{folder.name}-out") for folder in (fused.folder, model))
+    assert before.keys() == after.keys()
+    assert all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
 # -- what is refused, and what goes wrong -----------------------------------------------------------
 
 
