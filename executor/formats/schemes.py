@@ -100,10 +100,11 @@ class InRows(Scheme):
             rows, width = width, rows
             bytes_of = form.columns * form.code_bits // 8
             yield StoredPart(self.codes, ("U8",), ((shape[0], rows, form.groups(width), bytes_of),))
+            yield StoredPart(scales, ("U8",), ((shape[0], rows, form.groups(width)),))
         else:
             bits = WORD_BITS if self.words else 8
             yield StoredPart(self.codes, (self._dtype(form),), ((rows, -(-width * form.code_bits // bits)),))
-        yield StoredPart(scales, *_scales_told(form, (*shape[:-2], rows, width)))
+            yield StoredPart(scales, *_scales_told(form, rows, width))
         if form.row_scales:
             yield StoredPart(self.factor, ("F32",), ((),))
         if form.zeros:
@@ -123,7 +124,12 @@ class InRows(Scheme):
         first_row = expert * rows if self.stacked else 0
         self._read_codes(source, module + self.codes, into, first_row)
         scales = module + self.scales_of(module, source.names)
-        fill_scales(source, scales, source.tensor(scales)[expert] if self.stacked else source.tensor(scales), into)
+        if self.stacked:
+            of_expert = torch.empty(into.scales.shape, dtype=torch.uint8)
+            source.raw_into(scales, of_expert, first_row)
+            fill_scales(source, scales, of_expert, into)
+        else:
+            fill_scales(source, scales, source.tensor(scales), into)
         if into.row_scales is not None:
             factor = source.tensor(module + self.factor).float().reshape(1, 1)
             factor = _finite(source, module + self.factor, 1 / factor if self.reciprocal else factor)
@@ -253,14 +259,13 @@ SCHEMES: Final[Mapping[Packing, Scheme]] = {
 _TORCH: Final = {"I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8}
 
 
-def _scales_told(form: PackedFormat, shape: Shape) -> tuple[tuple[str, ...], tuple[Shape, ...]]:
+def _scales_told(form: PackedFormat, rows: int, width: int) -> tuple[tuple[str, ...], tuple[Shape, ...]]:
     """The dtypes and shapes that scales may have of matrices of that shape; one for a whole matrix will do for rows."""
-    *before, rows, width = shape
     if form.scale in ("e8m0", "e4m3"):
         dtypes = ("F8_E4M3",) if form.scale == "e4m3" else ("U8", "F8_E8M0")
     else:
         dtypes = (*FLOAT_SCALES, "F8_E8M0")
-    each = (*before, -(-rows // form.rows), form.groups(width))
+    each = (-(-rows // form.rows), form.groups(width))
     return dtypes, (each, ()) if not form.columns else (each,)
 
 

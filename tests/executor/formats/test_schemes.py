@@ -1,6 +1,7 @@
 """Packed matrices are read from files as the tools that write them read them, or are refused by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_matrices_are_read_as_the_tools_read_them(tmp_path: Path, name: str) -> 
     assert (ours - matrix(ROWS, WIDTH)).abs().mean() < 0.2  # what was packed, about
 
 
-def test_a_stack_of_experts_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+def test_a_stack_of_experts_is_read_as_transformers_reads_it(tmp_path: Path, monkeypatch: Any) -> None:
     experts, width = 3, 64
     parts, expected = mxfp4_stack(torch.empty(experts, width, ROWS))
     form = packed_format("mxfp4")
@@ -57,10 +58,15 @@ def test_a_stack_of_experts_is_read_as_transformers_reads_it(tmp_path: Path) -> 
     tensors = {EXPERTS + end: part for end, part in parts.items()}
     with checkpoint_of(tmp_path, tensors, {"quant_method": "mxfp4"}) as checkpoint:
         checkpoint.check({EXPERTS: Expected((experts, width, ROWS))})
+        counts: list[int] = []
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *args: counts.append(preadv(*args)) or counts[-1])
         for expert in range(experts):
             packed = packed_in(form, ROWS, width, torch.empty(form.bytes_of(ROWS, width), dtype=torch.uint8))
             checkpoint.read_packed_into(EXPERTS, packed, expert * width)
             assert packed.dequantised(torch.empty(ROWS, width)).equal(expected[expert].T)
+            assert sum(counts) == (expert + 1) * packed.nbytes, "each byte once"
+        for expert in range(experts):
             plain = torch.empty(ROWS, width)
             checkpoint.read_into(EXPERTS, plain.T, expert * width)
             assert plain.equal(expected[expert].T)
