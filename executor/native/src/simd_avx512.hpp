@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "scalars.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -12,6 +12,8 @@ constexpr int VALUE_SUMS = 16; // vectors of weighted values that are summed tog
 constexpr int LANES = 16;
 constexpr int GEMM_ROWS = 4;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 6; // by so many tokens at most
+constexpr int CODE_ROWS = 2;   // rows of packed codes that are multiplied together
+constexpr int CODE_TOKENS = 4; // by so many tokens at most
 
 using Floats = __m512;
 
@@ -73,5 +75,66 @@ inline void stream_line(char* to, const char* from) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
 }
 inline void streamed() { _mm_sfence(); }
+
+// A vector of packed codes: each lane has those of columns that follow one another.
+using Codes = __m512i;
+
+inline Codes codes_at(const uint8_t* from) { return _mm512_loadu_si512(from); }
+
+// The first `count` bytes, fewer than there are, and zeros.
+inline Codes codes_at(const uint8_t* from, int64_t count) {
+    return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - count), from);
+}
+
+// For each lane one of up to sixteen floats.
+inline Floats spread(const float* from, const int32_t* lanes) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), _mm512_loadu_ps(from));
+}
+
+// Codes as float32, one for each lane at a time: number CODE of those that it has.
+struct HalfBytes {
+    static constexpr int LANE_COLUMNS = 8;
+    Floats values;
+
+    explicit HalfBytes(const HalfByteTable& table) : values(_mm512_loadu_ps(table.values)) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * CODE), values);
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct SignedBytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit SignedBytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * CODE), 24));
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct E4m3Bytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit E4m3Bytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        const __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * CODE), 4);
+        const __m512i bits = _mm512_and_si512(first, _mm512_set1_epi32(static_cast<int>(0x87f00000u)));
+        return _mm512_mul_ps(_mm512_castsi512_ps(bits), splat(E4M3_UNIT));
+    }
+
+    // The scale, or no number if any of the codes is none.
+    static Floats checked(Codes codes, Floats scale) {
+        const __m512i most = _mm512_set1_epi8(0x7f);
+        const bool any = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, most), most);
+        return __builtin_expect(any, 0) ? splat(__builtin_nanf("")) : scale;
+    }
+};
 
 }  // namespace
