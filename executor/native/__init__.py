@@ -7,12 +7,12 @@ EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many thread
 in the calling one, and without the interpreter's lock. No request's result depends on what else is
 computed with it, nor on the number of threads.
 
-Matrices may be packed: weights are multiplied as they are stored. By at most 16 tokens their codes are
-multiplied and the sums of codes with one scale by it, so that only sums are rounded; by more, weights
-are first written out in the dtype of what they are multiplied with on this path, bfloat16 if that has
-dot products of it and the tokens are bfloat16, and float32 otherwise. So results of a request may
-differ by these roundings with how many others are computed with it. What is not finite among codes or
-scales makes what is not finite of its rows' results.
+Matrices may be packed: weights are multiplied as they are stored. With at most 8 tokens it is their codes
+that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written
+out, as bfloat16 if the tokens are and the path has dot products of them, else as float32. So a result may
+differ in its roundings with how many tokens there are. Before it is rounded itself, it is that of the
+weights that are meant in float32 to within 1e-6 of the sum of what is added, as magnitudes, or 2^-8 where
+weights are rounded to bfloat16. Codes or scales that are not finite make results of their rows that are not.
 
 T tokens, D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
 """

@@ -52,8 +52,8 @@ struct Singles : KIND {
     }
 
     // What is meant by codes, in float32, and rounded to a number.
-    static Floats meant(Floats codes, Floats zero, Floats scale) {
-        return multiply(subtract(codes, zero), scale);
+    static Floats meant(Floats codes, bool has_zero, Floats zero, Floats scale) {
+        return multiply(has_zero ? subtract(codes, zero) : codes, scale);
     }
 
     // COLUMNS elements of a token in order; returns their sums in each lane.
@@ -100,12 +100,16 @@ struct Pairs : KIND {
         return (__m512bh)KIND::template words<K>(codes);
     }
 
-    static __m512bh meant(__m512bh codes, Floats zero, Floats scale) {
+    static __m512bh meant(__m512bh codes, bool has_zero, Floats zero, Floats scale) {
         const __m512i both = (__m512i)codes;
-        const __m512i high = _mm512_and_si512(both, _mm512_set1_epi32(-65536));
-        const Floats odd = multiply(subtract(_mm512_castsi512_ps(high), zero), scale);
-        const Floats low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        const Floats even = multiply(subtract(low, zero), scale);
+        Floats odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+        Floats even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        if (has_zero) {
+            odd = subtract(odd, zero);
+            even = subtract(even, zero);
+        }
+        odd = multiply(odd, scale);
+        even = multiply(even, scale);
         const Words rounded = (Words)_mm512_cvtne2ps_pbh(odd, even);
         const Words order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

@@ -81,8 +81,8 @@ struct E8m0 {
 
 inline float widened(E4m3 value) {
     const uint32_t magnitude = value.bits & 0x7fu, sign = static_cast<uint32_t>(value.bits & 0x80u) << 24;
-    const float scaled = float_of(sign | magnitude << 20) * E4M3_UNIT;
-    return magnitude == 0x7fu ? __builtin_nanf("") : scaled;
+    const uint32_t scaled = bits_of(float_of(magnitude << 20) * E4M3_UNIT);
+    return float_of(sign | (magnitude == 0x7fu ? 0x7fc00000u : scaled));
 }
 
 // An exponent alone: 0 is the power of two below float32's least normal one, 255 no number.
