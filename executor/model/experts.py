@@ -37,8 +37,7 @@ def run_experts(
         return _run_in_torch(x_TD, routing, experts, out_TD, workspace, glu)
     chosen = set(routing.experts_TK.flatten().tolist())
     given = [(index, weights) for index, weights in experts if index in chosen]
-    packed = any(isinstance(weights.w13, Packed) or isinstance(weights.w2, Packed) for _, weights in given)
-    if packed or not given or not len(x_TD):
+    if not given or not len(x_TD) or not native.takes_weights(given[0][1].w13, given[0][1].w2):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
     counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace, glu)
     if left_out:
@@ -65,14 +64,10 @@ def _run_natively(
         x_TD,
         routing.weights_TK,
         routing.experts_TK,
-        [
-            (index, weights.w13, weights.w2)
-            for index, weights in experts
-            if isinstance(weights.w13, Tensor) and isinstance(weights.w2, Tensor)
-        ],
+        [(index, weights.w13, weights.w2) for index, weights in experts],
         out_TD,
         workspace.take((min(planned, enough),), torch.float32),
-        max_tokens=max_native_tokens(x_TD.dtype),
+        max_tokens=max_native_tokens(x_TD.dtype, packed=isinstance(experts[0][1].w13, Packed)),
         activation=glu.activation,
         limit=glu.limit,
         weight_on_input=glu.weight_on_input,

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from executor import native
-from executor.formats import Matrix
+from executor.formats import Matrix, Packed
 
 ALWAYS: Final = 1 << 30
 
 
 @cache
-def max_native_tokens(dtype: torch.dtype) -> int:
-    """How many tokens at most the native kernels multiply with a matrix of that dtype.
+def max_native_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
+    """How many tokens of that dtype at most the native kernels multiply with a matrix.
 
     Where they and torch cross depends on what torch finds: `tests/bench/test_native.py` shows it.
+    Weights of a packed matrix torch would have to write out first.
     """
+    if packed:
+        return 256 if native.has_amx() and dtype is torch.bfloat16 else ALWAYS  # the former is a guess
     vector_paths = native.paths()[:-1]
     if not vector_paths:
         return 8  # a guess: our portable path against a library written for that processor
@@ -69,9 +72,9 @@ def _in_strips(matrix_NW: Matrix, dtype: torch.dtype) -> Iterator[tuple[slice, T
 
 def _in_native(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor, *, add: bool) -> bool:
     kernels = native.kernels()
-    if kernels is None or not isinstance(weight_NW, Tensor) or not kernels.takes_linear(x_TW, weight_NW, out_TN):
+    if kernels is None or not kernels.takes_linear(x_TW, weight_NW, out_TN):
         return False
-    if len(x_TW) > max_native_tokens(x_TW.dtype):
+    if len(x_TW) > max_native_tokens(x_TW.dtype, packed=isinstance(weight_NW, Packed)):
         return False
     kernels.linear(x_TW, weight_NW, out_TN, add=add)
     return True

@@ -7,6 +7,13 @@ EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many thread
 in the calling one, and without the interpreter's lock. No request's result depends on what else is
 computed with it, nor on the number of threads.
 
+Matrices may be packed: weights are multiplied as they are stored. With at most 8 tokens it is their codes
+that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written
+out, as bfloat16 if the tokens are and the path has dot products of them, else as float32. So a result may
+differ in its roundings with how many tokens there are. Before it is rounded itself, it is that of the
+weights that are meant in float32 to within 1e-6 of the sum of what is added, as magnitudes, or 2^-8 where
+weights are rounded to bfloat16. Codes or scales that are not finite make results of their rows that are not.
+
 T tokens, D hidden, I intermediate, K experts per token; W width and N rows of any other matrix.
 """
 
@@ -23,11 +30,17 @@ import torch
 from torch import Tensor
 
 from executor.errors import RunError
+from executor.formats import Matrix, Packed
 from executor.native.compiled import DTYPES, module
 from executor.native.mixers import MixerKernels
 from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
+
+# As they are numbered in `kernels.hpp`.
+_CODES: Final = ("fp8", "int8", "int4", "fp4")
+_SCALES: Final = ("f32", "bf16", "f16", "e8m0", "e4m3")
+_LEAST_GROUP: Final = 16  # columns that are multiplied together
 
 _PAST_CACHES_BYTES: Final = 4 * MIB  # less may still be in a cache when it is read
 
@@ -56,12 +69,17 @@ class Kernels(MixerKernels):
             and x_TD.stride(-1) == out_TD.stride(-1) == 1
         )
 
+    @staticmethod
+    def takes_weights(w13: Matrix, w2: Matrix) -> bool:
+        """Whether `run_experts` can compute with experts whose matrices are like these."""
+        return all(isinstance(matrix, Tensor) or takes_packed(matrix) for matrix in (w13, w2))
+
     def run_experts(
         self,
         x_TD: Tensor,
         weights_TK: Tensor,
         experts_TK: Tensor,
-        experts: Sequence[tuple[int, Tensor, Tensor]],
+        experts: Sequence[tuple[int, Matrix, Matrix]],
         out_TD: Tensor,
         scratch: Tensor,
         *,
@@ -73,10 +91,11 @@ class Kernels(MixerKernels):
     ) -> tuple[list[int], list[int]]:
         """Add the weighted output of each of `experts`, (index, w13, w2), to `out_TD`.
 
-        w13 (2I, D) are the gate's rows and then the up projection's, w2 is (D, I), and `biases`, if
-        there are any, are as many pairs (2I), (D) of the same dtype; all lie without gaps. `limit`
-        is of `Activation.CLAMPED`. With `weight_on_input` tokens are multiplied by their weights
-        before the experts, not after. The sums are float32, the activations are rounded once.
+        w13 (2I, D) are the gate's rows and then the up projection's, w2 is (D, I), each packed in every
+        expert as it is in the first, and `biases`, if there are any, are as many pairs (2I), (D) of the
+        tokens' dtype; all lie without gaps. `limit` is of `Activation.CLAMPED`. With `weight_on_input`
+        tokens are multiplied by their weights before the experts, not after. The sums are float32,
+        the activations are rounded once.
 
         `scratch`, flat and float32, holds the activations, `activation_floats` for each token of
         an expert; as many experts as it has room for are computed together. Those of more tokens
@@ -100,8 +119,10 @@ class Kernels(MixerKernels):
             scratch=scratch.data_ptr(),
             scratch_floats=len(scratch),
             indices=[index for index, _, _ in experts],
-            w13=[w13.data_ptr() for _, w13, _ in experts],
-            w2=[w2.data_ptr() for _, _, w2 in experts],
+            w13=[_addresses(w13) for _, w13, _ in experts],
+            w2=[_addresses(w2) for _, _, w2 in experts],
+            packing13=_packing(experts[0][1]),
+            packing2=_packing(experts[0][2]),
             bias13=[bias13.data_ptr() for bias13, _ in biases],
             bias2=[bias2.data_ptr() for _, bias2 in biases],
             activation=activation,
@@ -116,11 +137,13 @@ class Kernels(MixerKernels):
         """Float32 elements that `run_experts` needs for the activations of a token of an expert."""
         return module().activation_floats(intermediate)
 
-    def takes_linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor) -> bool:
+    def takes_linear(self, x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor) -> bool:
         """Whether `linear` can compute this; it is torch's otherwise."""
-        return _takes_rows(x_TW, weight_NW, out_TN)
+        if isinstance(weight_NW, Tensor):
+            return _takes_rows(x_TW, weight_NW, out_TN)
+        return takes_packed(weight_NW) and _takes_rows(x_TW, None, out_TN)
 
-    def linear(self, x_TW: Tensor, weight_NW: Tensor, out_TN: Tensor, *, add: bool) -> None:
+    def linear(self, x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor, *, add: bool) -> None:
         """`out = x @ weight.T`, or added to what `out_TN` holds; float32 sums, rounded once."""
         module().linear(
             path=self.path,
@@ -130,7 +153,8 @@ class Kernels(MixerKernels):
             rows=len(weight_NW),
             x=x_TW.data_ptr(),
             x_stride=x_TW.stride(0),
-            w=weight_NW.data_ptr(),
+            w=_addresses(weight_NW),
+            packing=_packing(weight_NW),
             out=out_TN.data_ptr(),
             out_stride=out_TN.stride(0),
             add=add,
@@ -241,15 +265,46 @@ class Kernels(MixerKernels):
         )
 
 
-def _takes_rows(x: Tensor, weight: Tensor, out: Tensor) -> bool:
-    """Whether rows of `x` can be turned into rows of `out` by a weight."""
+def _takes_rows(x: Tensor, weight: Tensor | None, out: Tensor) -> bool:
+    """Whether rows of `x` can be turned into rows of `out` by a weight, if it is given."""
     return (
         x.is_cpu
         and x.dtype in DTYPES
-        and weight.dtype is out.dtype is x.dtype
-        and weight.is_contiguous()
+        and out.dtype is x.dtype
+        and (weight is None or (weight.dtype is x.dtype and weight.is_contiguous()))
         and x.stride(-1) == out.stride(-1) == 1
     )
+
+
+def takes_packed(matrix: Packed) -> bool:
+    """Whether the kernels multiply with a packed matrix, or several: columns have to be in their order."""
+    form = matrix.format
+    return (
+        form.columns % _LEAST_GROUP == 0
+        and not form.ordered
+        and all(part.is_cpu and part.is_contiguous() for part in matrix.parts.values())
+    )
+
+
+def _addresses(matrix: Matrix) -> tuple[int, int, int, int]:
+    """Where numbers or codes, scales, zero points and scales of rows lie; 0 is nowhere."""
+    if isinstance(matrix, Tensor):
+        return matrix.data_ptr(), 0, 0, 0
+    zeros, row_scales = matrix.zeros, matrix.row_scales
+    return (
+        matrix.codes.data_ptr(),
+        matrix.scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        0 if row_scales is None else row_scales.data_ptr(),
+    )
+
+
+def _packing(matrix: Matrix) -> tuple[int, int, int, int] | None:
+    """How it is packed, in the numbers of `kernels.hpp`."""
+    if isinstance(matrix, Tensor):
+        return None
+    form = matrix.format
+    return _CODES.index(form.code), _SCALES.index(form.scale), form.rows, form.columns
 
 
 def paths() -> list[str]:

@@ -17,9 +17,11 @@ import torch
 
 from executor import native
 from executor.backends.base import host_memory, stage
+from executor.formats import packed_in
 from executor.model import ExpertWeights, Routing, Workspace, decode_attention, experts, run_experts
 from executor.native import Activation, Kernels
 from hrm.contract.rings import STAGING_PAGES
+from hrm.formats import packed_format
 from hrm.profiling.environment import usable_cores
 from hrm.units import MIB, format_bytes
 from tests.executor.tiny_models import tiny_arch
@@ -31,6 +33,8 @@ PAGES = (MIB // 4, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MANY_ROWS = (128, 256, 512)  # in bfloat16 only: in the others torch would take minutes
 CACHED_BYTES = MIB // 2  # of keys and values that a core attends over again and again
+PACKED = ("fp8", "fp8-b128", "int8", "int8-g32-f16", "int4-g32", "int4-g128-f16-z", "mxfp4", "nvfp4")
+PACKED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CACHE_BYTES = 256 * MIB  # beyond what a core finds in a shared cache on a busy machine
 REPEATS = 3
@@ -188,8 +192,38 @@ def test_experts(timer, memory):
                 run_experts(x, routing, enumerate(weights), out, workspace)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(experts, "max_native_tokens", lambda _: 1 << 30)
+                patch.setattr(experts, "max_native_tokens", lambda *_, **__: 1 << 30)
                 compare(timer, memory, num_bytes, work, f"{str(dtype)[6:]}, {rows} rows an expert")
+
+
+def test_packed(timer, memory):
+    """Products with packed matrices: bytes as stored against the read roof, FLOPs against bfloat16's."""
+    print(heading(timer, "products with packed weights, bfloat16 tokens"))
+    size = 4096
+    plain = filled(torch.bfloat16, 2, size, size)
+    memory.fill_(0x33)  # numbers of moderate size in every format
+    for tokens in PACKED_TOKENS:
+        x, out = torch.randn(tokens, size).bfloat16(), torch.empty(tokens, size).bfloat16()
+
+        def seconds_each(matrices, x=x, out=out):
+            def work():
+                for matrix in matrices:
+                    fastest().linear(x, matrix, out, add=False)
+
+            return timer.best_s(work) / len(matrices)
+
+        plain_s = seconds_each(plain)
+        for name in PACKED:
+            form = packed_format(name)
+            assert form is not None
+            stored = form.bytes_of(size, size)
+            bytes_of_all = memory[: CACHE_BYTES // stored * stored].view(-1, stored)
+            packed_s = seconds_each([packed_in(form, size, size, each) for each in bytes_of_all])
+            rate, flops = stored / packed_s, 2 * tokens * size * size / packed_s
+            print(
+                f"  {name:<18} {tokens:>4} tokens  {rate / 1e9:6.1f} GB/s, {rate / roof(timer, memory):4.0%} of reading"
+                f"  {flops / 1e9:6.0f} GFLOP/s, {plain_s / packed_s:4.0%} of plain bfloat16's"
+            )
 
 
 def test_attention_with_options(timer, memory):

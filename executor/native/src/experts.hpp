@@ -1,7 +1,7 @@
 // The experts' FFN. Activations lie as float32, prepared for the second product.
 #pragma once
 
-#include "gemm.hpp"
+#include "packed.hpp"
 
 namespace {
 
@@ -49,84 +49,80 @@ inline void scale(float* products, float weight, int64_t columns) {
 template <typename T>
 void gate(
     const Experts& shape, const ExpertGroup& group, int64_t first, int64_t last,
-    const void* next) {
-    const int64_t hidden = shape.hidden, up_rows = shape.intermediate * hidden;
-    const T* x = static_cast<const T*>(shape.x);
-    const T* gates = static_cast<const T*>(group.w13) + first * hidden;
-    const T* bias = static_cast<const T*>(group.bias13);
+    const ExpertGroup* next, int64_t next_first, float* scratch) {
     const Curve curve = Curve::of(shape);
-    for (int64_t t = 0; t < group.count;) {
-        const int tokens = at_once(group.count - t);
-        const T* rows[BLOCK_TOKENS];
-        for (int i = 0; i < tokens; ++i) rows[i] = x + group.tokens[t + i] * shape.x_stride;
-        Gathered<T> inputs(rows, shape.x_stride, hidden);
-        float gated[BLOCK_TOKENS * COLUMNS], up[BLOCK_TOKENS * COLUMNS];
-        const T* following = t + tokens == group.count ? static_cast<const T*>(next) : nullptr;
-        const Rows<T> both[] = {
-            {gates, following, gated},
-            {gates + up_rows, following ? following + up_rows : nullptr, up},
-        };
-        multiply(both, last - first, hidden, inputs, tokens);
-        for (int i = 0; i < tokens; ++i) {
-            float *products = gated + i * COLUMNS, *ups = up + i * COLUMNS;
-            if (shape.weight_on_input) {
-                scale(products, group.weights[t + i], last - first);
-                scale(ups, group.weights[t + i], last - first);
+    const T* const x = static_cast<const T*>(shape.x);
+    const T* const bias = static_cast<const T*>(group.bias13);
+    const int64_t columns = last - first;
+    with_packing<T>(shape.packing13, [&]<typename W>(const W& weights) {
+        for (int64_t t = 0; t < group.count;) {
+            const int tokens = at_once<W>(group.count - t);
+            const T* rows[W::TOKENS];
+            for (int i = 0; i < tokens; ++i) rows[i] = x + group.tokens[t + i] * shape.x_stride;
+            const Matrix* following = next && t + tokens == group.count ? &next->w13 : nullptr;
+            float *const gated = scratch, *const up = scratch + PRODUCTS / 2;
+            const Slice both[] = {
+                {group.w13, first, following, next_first, gated},
+                {group.w13, shape.intermediate + first, following, shape.intermediate + next_first, up},
+            };
+            weights.multiply(both, columns, shape.hidden, rows, shape.x_stride, tokens, scratch + PRODUCTS);
+            for (int i = 0; i < tokens; ++i) {
+                float *products = gated + i * COLUMNS, *ups = up + i * COLUMNS;
+                if (shape.weight_on_input) {
+                    scale(products, group.weights[t + i], columns);
+                    scale(ups, group.weights[t + i], columns);
+                }
+                if (bias) {
+                    add_bias(products, bias + first, columns);
+                    add_bias(ups, bias + shape.intermediate + first, columns);
+                }
+                curve.activate(products, ups);
+                T narrowed[COLUMNS];
+                for (int64_t c = 0; c < columns; ++c) narrow(products[c], narrowed + c);
+                float* row = shape.activations + (group.first_row + t + i) * shape.activation_stride;
+                with_packing<T>(shape.packing2, [&]<typename W2>(const W2&) {
+                    W2::keep(narrowed, columns, row, first);
+                });
             }
-            if (bias) {
-                add_bias(products, bias + first, last - first);
-                add_bias(ups, bias + shape.intermediate + first, last - first);
-            }
-            curve.activate(products, ups);
-            T narrowed[COLUMNS];
-            for (int64_t c = 0; c < last - first; ++c) narrow(products[c], narrowed + c);
-            float* row = shape.activations + (group.first_row + t + i) * shape.activation_stride;
-            Dot<T>::prepare(narrowed, last - first, Dot<T>::place(row, first));
+            t += tokens;
         }
-        t += tokens;
-    }
+    });
 }
 
 // Each expert's output is added by itself, as it would be if the experts came in several calls.
 template <typename T>
 void project(
     const Experts& shape, const ExpertGroup* groups, int64_t num_groups, int64_t first,
-    int64_t last, int64_t next) {
-    const int64_t intermediate = shape.intermediate;
-    const auto rows_of = [&](int64_t e, int64_t row) {
-        return static_cast<const T*>(groups[e].w2) + row * intermediate;
-    };
-    T* out = static_cast<T*>(shape.out) + first;
-    for (int64_t e = 0; e < num_groups; ++e) {
-        const ExpertGroup& group = groups[e];
-        const T* following = e + 1 < num_groups ? rows_of(e + 1, first)
-                             : next >= 0        ? rows_of(0, next)
-                                                : nullptr;
-        for (int64_t t = 0; t < group.count;) {
-            const int tokens = at_once(group.count - t);
-            Prepared<T> inputs{
-                shape.activations + (group.first_row + t) * shape.activation_stride,
-                shape.activation_stride,
-                {},
-            };
-            float products[BLOCK_TOKENS * COLUMNS];
-            const bool is_last = t + tokens == group.count;
-            const Rows<T> all[] = {{rows_of(e, first), is_last ? following : nullptr, products}};
-            multiply(all, last - first, intermediate, inputs, tokens);
-            for (int i = 0; i < tokens; ++i) {
-                if (group.bias2) {
-                    const T* bias = static_cast<const T*>(group.bias2) + first;
-                    add_bias(products + i * COLUMNS, bias, last - first);
+    int64_t last, int64_t next, float* scratch) {
+    T* const out = static_cast<T*>(shape.out) + first;
+    with_packing<T>(shape.packing2, [&]<typename W>(const W& weights) {
+        for (int64_t e = 0; e < num_groups; ++e) {
+            const ExpertGroup& group = groups[e];
+            const bool is_last_group = e + 1 == num_groups;
+            const Matrix* following = !is_last_group ? &groups[e + 1].w2 : next >= 0 ? &groups[0].w2 : nullptr;
+            for (int64_t t = 0; t < group.count;) {
+                const int tokens = at_once<W>(group.count - t);
+                float* const kept = shape.activations + (group.first_row + t) * shape.activation_stride;
+                const Slice all[] = {{
+                    group.w2, first, t + tokens == group.count ? following : nullptr,
+                    is_last_group ? next : first, scratch,
+                }};
+                weights.multiply_kept(
+                    all, last - first, shape.intermediate, kept, shape.activation_stride, tokens,
+                    scratch + PRODUCTS);
+                for (int i = 0; i < tokens; ++i) {
+                    float* const products = scratch + i * COLUMNS;
+                    if (group.bias2) add_bias(products, static_cast<const T*>(group.bias2) + first, last - first);
+                    T* row = out + group.tokens[t + i] * shape.out_stride;
+                    const float weight = shape.weight_on_input ? 1.0f : group.weights[t + i];
+                    for (int64_t c = 0; c < last - first; ++c) {
+                        narrow(widened(row[c]) + weight * products[c], row + c);
+                    }
                 }
-                T* row = out + group.tokens[t + i] * shape.out_stride;
-                const float weight = shape.weight_on_input ? 1.0f : group.weights[t + i];
-                for (int64_t c = 0; c < last - first; ++c) {
-                    narrow(widened(row[c]) + weight * products[i * COLUMNS + c], row + c);
-                }
+                t += tokens;
             }
-            t += tokens;
         }
-    }
+    });
 }
 
 }  // namespace

@@ -189,36 +189,60 @@ void multiply(
     }
 }
 
-inline int at_once(int64_t tokens) {
-    return static_cast<int>(tokens < BLOCK_TOKENS ? tokens : BLOCK_TOKENS);
-}
+// Some rows of a matrix, and those that come next if there is one that they are of.
+struct Slice {
+    const native::Matrix& matrix;
+    int64_t first;
+    const native::Matrix* next;
+    int64_t next_first;
+    float* results;  // [token][row], tokens COLUMNS apart
+};
 
-// Columns [first, last) of `out = x @ w.T`, or added to what `out` is.
+// Matrices of T as they are multiplied with tokens of T.
 template <typename T>
-void linear(
-    const native::Linear& shape, int64_t first, int64_t last, int64_t next) {
-    const T *x = static_cast<const T*>(shape.x), *w = static_cast<const T*>(shape.w);
-    T* out = static_cast<T*>(shape.out);
-    const int64_t width = shape.width;
-    for (int64_t t = 0; t < shape.tokens;) {
-        const int tokens = at_once(shape.tokens - t);
-        const T* rows[BLOCK_TOKENS];
-        for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
-        Gathered<T> inputs(rows, shape.x_stride, width);
-        float products[BLOCK_TOKENS * COLUMNS];
-        const bool is_last = t + tokens == shape.tokens && next >= 0;
-        const Rows<T> all[] = {
-            {w + first * width, is_last ? w + next * width : nullptr, products}};
-        multiply(all, last - first, width, inputs, tokens);
-        for (int i = 0; i < tokens; ++i) {
-            T* row = out + (t + i) * shape.out_stride + first;
-            const float* sums = products + i * COLUMNS;
-            for (int64_t c = 0; c < last - first; ++c) {
-                narrow(shape.add ? widened(row[c]) + sums[c] : sums[c], row + c);
-            }
-        }
-        t += tokens;
+struct Plain {
+    static constexpr int TOKENS = BLOCK_TOKENS;  // at a time
+    static_assert(TOKENS <= native::MOST_TOKENS);
+
+    explicit Plain(const native::Packing*) {}
+
+    // Take activations of a token, from column `first` on, into its row of them.
+    static void keep(const T* activations, int64_t count, float* row, int64_t first) {
+        Dot<T>::prepare(activations, count, Dot<T>::place(row, first));
     }
-}
+
+    // Products of `rows` rows of each slice with tokens that lie somewhere, or whose rows were kept.
+    template <int NUM>
+    void multiply(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens,
+        int64_t stride, int count, float*) const {
+        Gathered<T> inputs(tokens, stride, width);
+        multiply_slices(slices, rows, width, inputs, count);
+    }
+
+    template <int NUM>
+    void multiply_kept(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, float* kept, int64_t stride,
+        int count, float*) const {
+        Prepared<T> inputs{kept, stride, {}};
+        multiply_slices(slices, rows, width, inputs, count);
+    }
+
+  private:
+    template <int NUM, typename Tokens>
+    static void multiply_slices(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, Tokens& inputs, int count) {
+        Rows<T> sets[NUM];
+        for (int i = 0; i < NUM; ++i) {
+            const Slice& slice = slices[i];
+            const auto at = [&](const native::Matrix& matrix, int64_t row) {
+                return static_cast<const T*>(matrix.numbers) + row * width;
+            };
+            const T* following = slice.next ? at(*slice.next, slice.next_first) : nullptr;
+            sets[i] = {at(slice.matrix, slice.first), following, slice.results};
+        }
+        ::multiply(sets, rows, width, inputs, count);
+    }
+};
 
 }  // namespace

@@ -122,11 +122,30 @@ static inline int64_t delta_floats(const GatedDelta& shape) {
     return (3 + shape.conv_tokens) * delta_room(shape);
 }
 
+enum Code { FP8, INT8, INT4, FP4, NUM_CODES };
+enum ScaleType { SCALE_FLOAT32, SCALE_BFLOAT16, SCALE_FLOAT16, SCALE_E8M0, SCALE_E4M3, NUM_SCALE_TYPES };
+
+// How a matrix is packed: what a weight is, and what a group of them has in common. It is the weight,
+// less the group's zero point if there are any, times the group's scale, times its row's if there are any.
+struct Packing {
+    Code code;
+    ScaleType scale;
+    int64_t rows, columns;  // of a group; 0 columns are all
+};
+
+// A matrix of numbers, or of codes: then rows of whole bytes.
+struct Matrix {
+    const void* numbers;
+    const void* scales;       // of each group, row by row of them; the rest is null if there are none
+    const uint8_t* zeros;     // likewise
+    const float* row_scales;  // of each row
+};
+
 // The tokens given to one expert: token t of the group has the input row `tokens[t]` and, after
 // the gate, the activation row `first_row + t`.
 struct ExpertGroup {
-    const void* w13;        // (2 * intermediate, hidden)
-    const void* w2;         // (hidden, intermediate)
+    Matrix w13;             // (2 * intermediate, hidden)
+    Matrix w2;              // (hidden, intermediate)
     const void *bias13, *bias2;  // (2 * intermediate) and (hidden), or null
     const int32_t* tokens;
     const float* weights;   // by which each token's output, or its input, is multiplied
@@ -148,12 +167,15 @@ struct Experts {
     int64_t activation_stride;  // at least intermediate rounded up to ACCUMULATOR_UNIT
     void* out;                  // rows of out_stride elements, added to
     int64_t out_stride;
+    const Packing *packing13, *packing2;  // of every expert's matrices, or null
 };
 
 // out = x @ w.T, or added to it: `tokens` rows of `width` elements by rows of w.
 struct Linear {
     int64_t tokens, width, rows;
-    const void *x, *w;
+    const void* x;
+    Matrix w;
+    const Packing* packing;  // of w, or null
     int64_t x_stride;  // elements
     void* out;
     int64_t out_stride;
@@ -186,6 +208,11 @@ struct Rotation {
 };
 
 constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
+constexpr int MOST_TOKENS = 192;  // whose products with them are held at a time
+constexpr int PANEL_ROW_BYTES = 2048 + 64;  // of packed weights that were unpacked for many tokens
+
+// Floats of scratch of a piece: two matrices' products and panels.
+constexpr int64_t PIECE_FLOATS = 2 * COLUMNS * (MOST_TOKENS + PANEL_ROW_BYTES / 4);
 
 struct Path {
     const char* name;
@@ -208,17 +235,20 @@ struct Path {
     void (*merge)(const Heads&, float* state, const float* later);
     // The weighted mean of the values.
     void (*finish[NUM_DTYPES])(const Heads&, const float* state, void* out);
-    // Activations of one group in columns [first, last), at most COLUMNS of them; `next` are the
-    // rows of a w13 that will probably be multiplied next, or null.
+    // Activations of one group in columns [first, last), at most COLUMNS of them; those from
+    // `next_first` on of the group `next` will probably be computed next, if it is not null. Scratch
+    // of this and the next two has room for PIECE_FLOATS.
     void (*gate[NUM_DTYPES])(
-        const Experts&, const ExpertGroup&, int64_t first, int64_t last, const void* next);
+        const Experts&, const ExpertGroup&, int64_t first, int64_t last, const ExpertGroup* next,
+        int64_t next_first, float* scratch);
     // Add all groups' weighted outputs in columns [first, last), at most COLUMNS of them; those
     // from `next` on probably come next, if it is not negative.
     void (*project[NUM_DTYPES])(
         const Experts&, const ExpertGroup* groups, int64_t num_groups, int64_t first,
-        int64_t last, int64_t next);
+        int64_t last, int64_t next, float* scratch);
     // Likewise columns [first, last) of one product.
-    void (*linear[NUM_DTYPES])(const Linear&, int64_t first, int64_t last, int64_t next);
+    void (*linear[NUM_DTYPES])(
+        const Linear&, int64_t first, int64_t last, int64_t next, float* scratch);
     // Rows [first, last) of them; `scratch` has room for 2 * pairs floats.
     void (*rms_norm[NUM_DTYPES])(const RmsNorm&, int64_t first, int64_t last);
     void (*rotate[NUM_DTYPES])(const Rotation&, int64_t first, int64_t last, float* scratch);

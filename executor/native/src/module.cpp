@@ -1,5 +1,7 @@
 // The Python module: `executor.native` hands over addresses and sizes that it has checked.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -9,7 +11,9 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -31,7 +35,7 @@ std::vector<const native::Path*> usable_paths() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     if (avx512) paths.push_back(&native::avx512_path);
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
         const auto place = __builtin_cpu_is("intel") ? paths.end() : paths.begin();
         paths.insert(place, &native::avx512_bf16_path);
     }
@@ -112,6 +116,38 @@ void compute(
 template <typename T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Code, type of scales, rows and columns of a group; none of plain numbers.
+using PackingSaid = std::optional<std::array<int64_t, 4>>;
+using Addresses = std::array<uintptr_t, 4>;
+
+class PackingOf {
+  public:
+    explicit PackingOf(const PackingSaid& said) : is_packed_(said.has_value()) {
+        if (!is_packed_) return;
+        const auto [code, scale, rows, columns] = *said;
+        require(code >= 0 && code < native::NUM_CODES, "a known code");
+        require(scale >= 0 && scale < native::NUM_SCALE_TYPES, "a known type of scales");
+        require(rows > 0 && columns >= 0 && columns % 16 == 0, "groups of whole vectors");
+        packing_ = {static_cast<native::Code>(code), static_cast<native::ScaleType>(scale), rows, columns};
+    }
+
+    const native::Packing* get() const { return is_packed_ ? &packing_ : nullptr; }
+
+  private:
+    bool is_packed_;
+    native::Packing packing_{};
+};
+
+native::Matrix matrix_at(const Addresses& of) {
+    return {at<const void>(of[0]), at<const void>(of[1]), at<const uint8_t>(of[2]), at<const float>(of[3])};
+}
+
+std::vector<native::Matrix> matrices_at(const std::vector<Addresses>& of) {
+    std::vector<native::Matrix> matrices;
+    for (const Addresses& each : of) matrices.push_back(matrix_at(each));
+    return matrices;
 }
 
 }  // namespace
@@ -223,7 +259,8 @@ NB_MODULE(_kernels, module) {
            int64_t num_tokens, int64_t experts_per_token, uintptr_t x, int64_t x_stride,
            uintptr_t experts, uintptr_t weights, uintptr_t out, int64_t out_stride,
            uintptr_t scratch, int64_t scratch_floats, std::vector<int64_t> indices,
-           std::vector<uintptr_t> w13, std::vector<uintptr_t> w2, std::vector<uintptr_t> bias13,
+           const std::vector<Addresses>& w13, const std::vector<Addresses>& w2, const PackingSaid& packing13,
+           const PackingSaid& packing2, std::vector<uintptr_t> bias13,
            std::vector<uintptr_t> bias2, int activation, float limit, bool weight_on_input,
            int64_t max_tokens, int threads) {
             require(indices.size() == w13.size() && w13.size() == w2.size(), "weights of each");
@@ -234,11 +271,12 @@ NB_MODULE(_kernels, module) {
             for (int64_t i = 0; i < num_tokens * experts_per_token; ++i) {
                 require(at<const int64_t>(experts)[i] >= 0, "experts count from 0");
             }
+            const PackingOf of13(packing13), of2(packing2);
             const native::ExpertsCall call{
                 dtype_named(dtype), hidden, intermediate, num_tokens, experts_per_token,
                 at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
                 at<char>(out), out_stride, at<float>(scratch), scratch_floats,
-                std::move(indices), std::move(w13), std::move(w2), std::move(bias13),
+                std::move(indices), matrices_at(w13), matrices_at(w2), of13.get(), of2.get(), std::move(bias13),
                 std::move(bias2), static_cast<native::Activation>(activation), limit, weight_on_input,
                 max_tokens,
             };
@@ -250,22 +288,24 @@ NB_MODULE(_kernels, module) {
         nb::arg("intermediate"), nb::arg("num_tokens"), nb::arg("experts_per_token"), nb::arg("x"),
         nb::arg("x_stride"), nb::arg("experts"), nb::arg("weights"), nb::arg("out"),
         nb::arg("out_stride"), nb::arg("scratch"), nb::arg("scratch_floats"), nb::arg("indices"),
-        nb::arg("w13"), nb::arg("w2"), nb::arg("bias13"), nb::arg("bias2"), nb::arg("activation"),
+        nb::arg("w13"), nb::arg("w2"), nb::arg("packing13").none(), nb::arg("packing2").none(),
+        nb::arg("bias13"), nb::arg("bias2"), nb::arg("activation"),
         nb::arg("limit"), nb::arg("weight_on_input"), nb::arg("max_tokens"), nb::arg("threads"));
 
     module.def(
         "linear",
         [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t width,
-           int64_t rows, uintptr_t x, int64_t x_stride, uintptr_t w, uintptr_t out,
-           int64_t out_stride, bool add, int threads) {
+           int64_t rows, uintptr_t x, int64_t x_stride, const Addresses& w, const PackingSaid& packing,
+           uintptr_t out, int64_t out_stride, bool add, int threads) {
+            const PackingOf of(packing);
             const native::Linear shape{
-                tokens, width, rows, at<const void>(x), at<const void>(w), x_stride,
+                tokens, width, rows, at<const void>(x), matrix_at(w), of.get(), x_stride,
                 at<void>(out), out_stride, add,
             };
             compute(native::linear, path, dtype, shape, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
-        nb::arg("rows"), nb::arg("x"), nb::arg("x_stride"), nb::arg("w"), nb::arg("out"),
+        nb::arg("rows"), nb::arg("x"), nb::arg("x_stride"), nb::arg("w"), nb::arg("packing").none(), nb::arg("out"),
         nb::arg("out_stride"), nb::arg("add"), nb::arg("threads"));
 
     module.def(

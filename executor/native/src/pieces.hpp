@@ -15,6 +15,12 @@ constexpr int64_t BYTES_PER_THREAD = 128 << 10;  // less work is done sooner tha
 
 inline int64_t element_size(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
+// Bytes of so many weights, but for scales that groups of them share.
+inline int64_t weight_bytes(int64_t count, Dtype dtype, const Packing* packing) {
+    if (packing == nullptr) return count * element_size(dtype);
+    return packing->code == INT4 || packing->code == FP4 ? count / 2 : count;
+}
+
 // Floats, as yet unwritten, that begin with a cache line: vectors that straddle two take twice as long to load.
 class Floats {
   public:

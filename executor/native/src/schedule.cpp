@@ -68,6 +68,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     Experts shape{
         call.hidden, call.intermediate, call.activation, call.limit, call.weight_on_input, call.x,
         call.x_stride / size, call.scratch, stride, call.out, call.out_stride / size,
+        call.packing13, call.packing2,
     };
     const auto bias = [](const std::vector<uintptr_t>& biases, size_t i) {
         return biases.empty() ? nullptr : reinterpret_cast<const void*>(biases[i]);
@@ -78,25 +79,24 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     int64_t rows = 0;
     const auto run_groups = [&] {
         const int64_t num_groups = static_cast<int64_t>(groups.size());
-        const int64_t expert_bytes = 3 * call.hidden * call.intermediate * size;
+        const int64_t weights = call.hidden * call.intermediate;
+        const int64_t expert_bytes = weight_bytes(2 * weights, call.dtype, call.packing13) +
+                                     weight_bytes(weights, call.dtype, call.packing2);
         const int of = threads_for(threads, num_groups * expert_bytes);
         const int64_t pieces = (call.intermediate + COLUMNS - 1) / COLUMNS;
         const int64_t all_pieces = num_groups * pieces;
-        const auto w13 = [&](int64_t i) -> const void* {
-            if (i >= all_pieces) return nullptr;
-            const int64_t row = i % pieces * COLUMNS;
-            return static_cast<const char*>(groups[i / pieces].w13) + row * call.hidden * size;
-        };
-        // The pieces in between are probably the other threads'.
         Helpers::mine().run(of, all_pieces, [&](int64_t i) {
             const int64_t first = i % pieces * COLUMNS;
             const int64_t last = std::min<int64_t>(first + COLUMNS, call.intermediate);
-            const bool is_whole = last - first == COLUMNS;
-            const void* next = is_whole ? w13(i + of) : nullptr;
-            path.gate[call.dtype](shape, groups[i / pieces], first, last, next);
+            // The pieces in between are probably the other threads'.
+            const bool has_next = last - first == COLUMNS && i + of < all_pieces;
+            path.gate[call.dtype](
+                shape, groups[i / pieces], first, last, has_next ? &groups[(i + of) / pieces] : nullptr,
+                (i + of) % pieces * COLUMNS, scratch(PIECE_FLOATS));
         });
         run_columns(num_groups ? call.hidden : 0, of, [&](int64_t first, int64_t last, int64_t next) {
-            path.project[call.dtype](shape, groups.data(), num_groups, first, last, next);
+            path.project[call.dtype](
+                shape, groups.data(), num_groups, first, last, next, scratch(PIECE_FLOATS));
         });
         groups.clear();
         rows = 0;
@@ -111,7 +111,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
         }
         if (rows + count > room) run_groups();
         groups.push_back({
-            reinterpret_cast<const void*>(call.w13[i]), reinterpret_cast<const void*>(call.w2[i]),
+            call.w13[i], call.w2[i],
             bias(call.bias13, i), bias(call.bias2, i),
             tokens.data() + starts[expert], weights.data() + starts[expert], count, rows,
         });
@@ -122,10 +122,12 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
 }
 
 void linear(const Path& path, Dtype dtype, const Linear& shape, int threads) {
-    const int64_t num_bytes = shape.rows * shape.width * element_size(dtype);
-    const int of = threads_for(threads, num_bytes + shape.tokens * num_bytes / MEMORY_BOUND_TOKENS);
+    const int64_t weights = shape.rows * shape.width;
+    const int64_t num_bytes = weight_bytes(weights, dtype, shape.packing);
+    const int64_t work = shape.tokens * weights * element_size(dtype) / MEMORY_BOUND_TOKENS;
+    const int of = threads_for(threads, num_bytes + work);
     run_columns(shape.tokens ? shape.rows : 0, of, [&](int64_t first, int64_t last, int64_t next) {
-        path.linear[dtype](shape, first, last, next);
+        path.linear[dtype](shape, first, last, next, scratch(PIECE_FLOATS));
     });
 }
 

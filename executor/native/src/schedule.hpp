@@ -54,7 +54,8 @@ struct ExpertsCall {
     float* scratch;              // for activations
     int64_t scratch_floats;
     std::vector<int64_t> indices;          // of the experts given
-    std::vector<uintptr_t> w13, w2;        // where their weights lie
+    std::vector<Matrix> w13, w2;           // their weights
+    const Packing *packing13, *packing2;   // of all of them, or null
     std::vector<uintptr_t> bias13, bias2;  // and their biases; empty if they have none
     Activation activation;
     float limit;                           // of a clamped activation

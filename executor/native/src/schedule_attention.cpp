@@ -184,7 +184,7 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
         const int64_t upcoming = helpers.upcoming();
         const Linear values{
             block.requests, block.rank, block.value_dim, context + head * block.rank * size,
-            up_row(head, block.nope), block.heads * block.rank,
+            {up_row(head, block.nope), nullptr, nullptr, nullptr}, nullptr, block.heads * block.rank,
             call.out + head * block.value_dim * size, call.out_stride, false,
         };
         for (int64_t first = 0; first < block.value_dim; first += COLUMNS) {
@@ -193,7 +193,7 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
             const bool is_in_head = last + COLUMNS <= block.value_dim;
             const bool is_in_next = block.value_dim >= COLUMNS && upcoming >= 0;
             const int64_t next = is_in_head ? last : is_in_next ? (upcoming - head) * up_rows : -1;
-            path.linear[call.dtype](values, first, last, next);
+            path.linear[call.dtype](values, first, last, next, scratch(PIECE_FLOATS));
         }
     });
 }

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "scalars.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -12,6 +12,8 @@ constexpr int VALUE_SUMS = 8;  // vectors of weighted values that are summed tog
 constexpr int LANES = 8;
 constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 4; // by so many tokens at most
+constexpr int CODE_ROWS = 1;   // rows of packed codes that are multiplied together
+constexpr int CODE_TOKENS = 4; // by so many tokens at most
 
 using Floats = __m256;
 
@@ -81,5 +83,86 @@ inline void stream_line(char* to, const char* from) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, second);
 }
 inline void streamed() { _mm_sfence(); }
+
+// A vector of packed codes: each lane has those of columns that follow one another.
+using Codes = __m256i;
+
+inline Codes codes_at(const uint8_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+// The first `count` bytes, fewer than there are, and zeros.
+inline Codes codes_at(const uint8_t* from, int64_t count) {
+    uint8_t bytes[32] = {};
+    std::memcpy(bytes, from, static_cast<size_t>(count));
+    return codes_at(bytes);
+}
+
+// For each lane one of up to eight floats.
+inline Floats spread(const float* from, const int32_t* lanes) {
+    const __m256i which = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), which);
+}
+
+// Codes as float32, one for each lane at a time: number CODE of those that it has.
+struct HalfBytes {
+    static constexpr int LANE_COLUMNS = 8;
+    __m256i high, low;  // bytes of the bfloat16 that each means
+
+    explicit HalfBytes(const HalfByteTable& table) : high(twice(table.high)), low(twice(table.low)) {}
+
+    static __m256i twice(const uint8_t* bytes) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+    }
+
+    // Bytes and then words are unpacked within each 128 bits, so that byte b of lane l has to be
+    // byte 4b + l of them before. The compiler does once what several codes have in common.
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        const __m256i order = _mm256_set_epi32(
+            0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400, 0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+        const __m256i ordered = _mm256_shuffle_epi8(codes, order);
+        const __m256i halves = CODE & 1 ? _mm256_srli_epi16(ordered, 4) : ordered;
+        const __m256i four_bits = _mm256_and_si256(halves, _mm256_set1_epi8(15));
+        const __m256i highs = _mm256_shuffle_epi8(high, four_bits), lows = _mm256_shuffle_epi8(low, four_bits);
+        const __m256i words = CODE & 4 ? _mm256_unpackhi_epi8(lows, highs) : _mm256_unpacklo_epi8(lows, highs);
+        const __m256i none = _mm256_setzero_si256();
+        return _mm256_castsi256_ps(
+            CODE & 2 ? _mm256_unpackhi_epi16(none, words) : _mm256_unpacklo_epi16(none, words));
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct SignedBytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit SignedBytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * CODE), 24));
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct E4m3Bytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit E4m3Bytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        const __m256i first = _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * CODE), 4);
+        const __m256i bits = _mm256_and_si256(first, _mm256_set1_epi32(static_cast<int>(0x87f00000u)));
+        return _mm256_mul_ps(_mm256_castsi256_ps(bits), splat(E4M3_UNIT));
+    }
+
+    // The scale, or no number if any of the codes is none.
+    static Floats checked(Codes codes, Floats scale) {
+        const __m256i most = _mm256_set1_epi8(0x7f);
+        const int any = _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_and_si256(codes, most), most));
+        return __builtin_expect(any, 0) ? splat(__builtin_nanf("")) : scale;
+    }
+};
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "scalars.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -12,6 +12,8 @@ constexpr int VALUE_SUMS = 16; // vectors of weighted values that are summed tog
 constexpr int LANES = 16;
 constexpr int GEMM_ROWS = 4;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 6; // by so many tokens at most
+constexpr int CODE_ROWS = 4;   // rows of packed codes that are multiplied together
+constexpr int CODE_TOKENS = 4; // by so many tokens at most
 
 using Floats = __m512;
 
@@ -50,6 +52,24 @@ inline Floats widen(const Fp16* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+inline Floats widen(const Bf16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline Floats widen(const E4m3* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m512i most = _mm512_set1_epi32(0x7f << 20);
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepi8_epi32(bytes), 20);  // the sign is the last one too
+    const __m512i magnitude = _mm512_and_si512(bits, most);
+    const __m512i scaled = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(magnitude), splat(E4M3_UNIT)));
+    const __mmask16 is_none = _mm512_cmpeq_epi32_mask(magnitude, most);
+    const __m512i value = _mm512_mask_mov_epi32(scaled, is_none, _mm512_set1_epi32(0x7fc00000));
+    constexpr int WITH_SIGN = 0xf8;  // a | (b & c)
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(value, bits, _mm512_set1_epi32(-2147483647 - 1), WITH_SIGN));
+}
+
 inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 
 inline float sum(Floats values) { return _mm512_reduce_add_ps(values); }
@@ -73,5 +93,70 @@ inline void stream_line(char* to, const char* from) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
 }
 inline void streamed() { _mm_sfence(); }
+
+// A vector of packed codes: each lane has those of columns that follow one another.
+using Codes = __m512i;
+
+inline Codes codes_at(const uint8_t* from) {
+    Codes codes = _mm512_loadu_si512(from);
+    asm("" : "+v"(codes));  // or each use of them would load them again
+    return codes;
+}
+
+// The first `count` bytes, fewer than there are, and zeros.
+inline Codes codes_at(const uint8_t* from, int64_t count) {
+    return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - count), from);
+}
+
+// For each lane one of up to sixteen floats.
+inline Floats spread(const float* from, const int32_t* lanes) {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes), _mm512_loadu_ps(from));
+}
+
+// Codes as float32, one for each lane at a time: number CODE of those that it has.
+struct HalfBytes {
+    static constexpr int LANE_COLUMNS = 8;
+    Floats values;
+
+    explicit HalfBytes(const HalfByteTable& table) : values(_mm512_loadu_ps(table.values)) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * CODE), values);
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct SignedBytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit SignedBytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * CODE), 24));
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct E4m3Bytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit E4m3Bytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        const __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * CODE), 4);
+        const __m512i bits = _mm512_and_si512(first, _mm512_set1_epi32(static_cast<int>(0x87f00000u)));
+        return _mm512_mul_ps(_mm512_castsi512_ps(bits), splat(E4M3_UNIT));
+    }
+
+    // The scale, or no number if any of the codes is none.
+    static Floats checked(Codes codes, Floats scale) {
+        const __m512i most = _mm512_set1_epi8(0x7f);
+        const bool any = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, most), most);
+        return __builtin_expect(any, 0) ? splat(__builtin_nanf("")) : scale;
+    }
+};
 
 }  // namespace

@@ -5,7 +5,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "scalars.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -14,6 +14,8 @@ constexpr int VALUE_SUMS = 8;  // vectors of weighted values that are summed tog
 constexpr int LANES = 4;
 constexpr int GEMM_ROWS = 2;   // rows of a weight matrix that are multiplied together
 constexpr int GEMM_TOKENS = 4; // by so many tokens at most
+constexpr int CODE_ROWS = 1;   // rows of packed codes that are multiplied together
+constexpr int CODE_TOKENS = 4; // by so many tokens at most
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
@@ -107,5 +109,71 @@ inline void streamed() {
     _mm_sfence();
 #endif
 }
+
+// A vector of packed codes: each lane has those of columns that follow one another.
+using Codes = Words;
+
+// The first `count` bytes, and zeros if that is not all.
+inline Codes codes_at(const uint8_t* from, int64_t count = sizeof(Codes)) {
+    Codes codes = {};
+    std::memcpy(&codes, from, static_cast<size_t>(count));
+    return codes;
+}
+
+// For each lane one of some floats.
+inline Floats spread(const float* from, const int32_t* lanes) {
+    return Floats{from[lanes[0]], from[lanes[1]], from[lanes[2]], from[lanes[3]]};
+}
+
+// Codes as float32, one for each lane at a time: number CODE of those that it has.
+struct HalfBytes {
+    static constexpr int LANE_COLUMNS = 8;
+    const float* values;
+
+    explicit HalfBytes(const HalfByteTable& table) : values(table.values) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        const Words which = codes >> (4 * CODE) & 15u;
+        return Floats{values[which[0]], values[which[1]], values[which[2]], values[which[3]]};
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+template <int BYTE>
+Integers first_byte(Codes codes) {
+    return (Integers)(codes << (24 - 8 * BYTE));
+}
+
+struct SignedBytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit SignedBytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        return __builtin_convertvector(first_byte<CODE>(codes) >> 24, Floats);
+    }
+    static Floats checked(Codes, Floats scale) { return scale; }
+};
+
+struct E4m3Bytes {
+    static constexpr int LANE_COLUMNS = 4;
+
+    explicit E4m3Bytes(const HalfByteTable&) {}
+
+    template <int CODE>
+    Floats floats(Codes codes) const {
+        const Words bits = (Words)(first_byte<CODE>(codes) >> 4) & 0x87f00000u;
+        return (Floats)bits * splat(E4M3_UNIT);
+    }
+
+    // The scale, or no number if any of the codes is none: then adding one carries into its sign.
+    static Floats checked(Codes codes, Floats scale) {
+        const Words carried = ((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+        const bool any = carried[0] | carried[1] | carried[2] | carried[3];
+        return __builtin_expect(any, 0) ? splat(__builtin_nanf("")) : scale;
+    }
+};
 
 }  // namespace

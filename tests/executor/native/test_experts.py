@@ -31,7 +31,7 @@ def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10
     out = torch.ones_like(x)
     workspace = Workspace(torch.empty(bytes_of_workspace, dtype=torch.uint8))
     with native.using(kernels), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "max_native_tokens", lambda _: max_tokens)
+        patch.setattr(experts, "max_native_tokens", lambda *_, **__: max_tokens)
         counts = run_experts(x, routing, enumerate(weights), out, workspace, glu=glu)
     assert workspace.mark() == 0
     return out, counts

@@ -15,7 +15,7 @@ from tests.executor.native.support import PATHS, on_threads
 @pytest.fixture(autouse=True)
 def native_alone(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "max_native_tokens", lambda _: 10**9)
+    monkeypatch.setattr(linear, "max_native_tokens", lambda *_, **__: 10**9)
 
 
 def make(dtype, tokens, width, rows):
@@ -98,7 +98,7 @@ def test_more_tokens_than_ours_are_faster_with_are_left_to_torch(monkeypatch):
         def takes_linear(self, *_):
             return True
 
-    monkeypatch.setattr(linear, "max_native_tokens", lambda _: 8)
+    monkeypatch.setattr(linear, "max_native_tokens", lambda *_, **__: 8)
     assert_same(product(Refusing(), x, weight), x @ weight.T)
     with pytest.raises(AttributeError, match="linear"):
         product(Refusing(), x[:8], weight)

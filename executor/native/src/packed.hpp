@@ -1,0 +1,274 @@
+// Products of packed matrices with tokens. A few tokens are multiplied with codes as they are read,
+// and the sums of each lane's codes with its scale, so that packed weights are read from memory once
+// and lie in no other form. For more tokens some rows are unpacked into a core's own cache and then
+// multiplied as plain ones are.
+#pragma once
+
+#include "coded.hpp"
+#include "gemm.hpp"
+#include "strip.hpp"
+
+namespace {
+
+constexpr int CODED_TOKENS = 8;  // at most; more are multiplied with unpacked weights
+constexpr int64_t PANEL_BYTES = native::PANEL_ROW_BYTES - 64;
+
+// Tokens of T over a stretch in the order of the codes, and their totals.
+template <typename T, typename C, int TOKENS, int64_t BYTES>
+struct Ordered {
+    using Number = typename C::Number;
+    static constexpr int64_t STRETCH = BYTES / sizeof(Number), TOTALS = STRETCH / C::COLUMNS * LANES;
+    alignas(64) Number numbers[TOKENS * STRETCH];
+    alignas(64) float sums[TOKENS * TOTALS];
+    const Number* tokens[TOKENS];
+    const float* totals[TOKENS];
+
+    void take(const T* const* rows, int count, int64_t start, int64_t columns) {
+        for (int t = 0; t < count; ++t) {
+            const T* const from = rows[t] + start;
+            Number* const to = numbers + t * STRETCH;
+            float* const total = sums + t * TOTALS;
+            for (int64_t i = 0, s = 0; i < columns; i += C::COLUMNS, s += LANES) {
+                Padded<T, C::COLUMNS> padded;
+                const bool whole = i + C::COLUMNS <= columns;
+                ::store(total + s, C::order(whole ? from + i : padded.from(from + i, columns - i), to + i));
+            }
+            tokens[t] = to;
+            totals[t] = total;
+        }
+    }
+};
+
+// Matrices packed in codes of the kind C, as they are multiplied with tokens of T.
+template <typename T, typename C>
+class PackedIn {
+    using Number = typename C::Number;
+
+  public:
+    static constexpr int TOKENS = native::MOST_TOKENS;
+
+    explicit PackedIn(const Packing* packing) : packing_(*packing) {}
+
+    static void keep(const T* activations, int64_t count, float* row, int64_t first) {
+        std::memcpy(reinterpret_cast<T*>(row) + first, activations, count * sizeof(T));
+    }
+
+    template <int NUM>
+    void multiply(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t,
+        int count, float* scratch) const {
+        for (const Slice& slice : slices) std::memset(slice.results, 0, count * COLUMNS * sizeof(float));
+        if (count <= CODED_TOKENS) {
+            by_codes(slices, rows, width, tokens, count);
+        } else {
+            by_panels(slices, rows, width, tokens, count, reinterpret_cast<Number*>(scratch));
+        }
+    }
+
+    template <int NUM>
+    void multiply_kept(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, float* kept, int64_t stride,
+        int count, float* scratch) const {
+        const T* tokens[TOKENS];
+        for (int t = 0; t < count; ++t) tokens[t] = reinterpret_cast<const T*>(kept + t * stride);
+        multiply(slices, rows, width, tokens, stride, count, scratch);
+    }
+
+  private:
+    const Packing& packing_;
+
+    // Stretches of about the same length, of whole steps but for the last.
+    static int64_t stretch_of(int64_t width, int64_t most) {
+        const int64_t stretches = (width + most - 1) / most;
+        return native::rounded_up((width + stretches - 1) / stretches, C::COLUMNS);
+    }
+
+    int64_t bytes_of(int64_t columns) const {
+        return packing_.code == native::INT4 || packing_.code == native::FP4 ? columns / 2 : columns;
+    }
+
+    C kind_of(const Matrix& matrix) const { return C(half_byte_table(packing_.code, matrix.zeros)); }
+
+    template <int NUM>
+    void by_codes(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int count) const {
+        using Inputs = Ordered<T, C, CODE_TOKENS, CODED_BYTES>;
+        const int64_t stretch = stretch_of(width, Inputs::STRETCH), row_bytes = bytes_of(width);
+        const int tiles = (count + CODE_TOKENS - 1) / CODE_TOKENS;
+        Inputs inputs;
+        Strip<C::COLUMNS> strip(packing_, width);
+        // What comes next is fetched in the order of its addresses, by each tile its share of it.
+        const uint8_t* following[NUM];
+        for (int i = 0; i < NUM; ++i) {
+            const Slice& slice = slices[i];
+            following[i] = slice.next ? codes_at_row(*slice.next, slice.next_first, row_bytes, 0) : nullptr;
+        }
+        for (int64_t start = 0; start < width; start += stretch) {
+            const int64_t columns = width - start < stretch ? width - start : stretch;
+            const bool is_last = start + columns == width;
+            for (int tile = 0, token = 0; tile < tiles; ++tile) {
+                const int end = (tile + 1) * count / tiles, most = rows_with<C>(end - token);
+                inputs.take(tokens + token, end - token, start, columns);
+                for (int i = 0; i < NUM; ++i) {
+                    const Slice& slice = slices[i];
+                    const C kind = kind_of(slice.matrix);
+                    const uint8_t* const codes = codes_at_row(slice.matrix, slice.first, row_bytes, bytes_of(start));
+                    int64_t in_strip = STRIP_ROWS;
+                    for (int64_t row = 0; row < rows;) {
+                        if (in_strip == STRIP_ROWS) {
+                            const int64_t some = rows - row < STRIP_ROWS ? rows - row : STRIP_ROWS;
+                            strip.read(slice.matrix, slice.first + row, some, start, columns);
+                            if (is_last && slice.next && tile == 0) {
+                                strip.prefetch_scales(*slice.next, slice.next_first + row, some);
+                            }
+                            in_strip = 0;
+                        }
+                        const int together = row + most <= rows ? most : 1;
+                        const bool fetches = row / most % tiles == tile && slice.next;
+                        const CodedTile<C> work = {
+                            kind, codes + row * row_bytes, row_bytes, columns,
+                            fetches ? following[i] : codes + row * row_bytes,
+                            strip.scales + in_strip * strip.apart,
+                            slice.matrix.zeros ? strip.zeros + in_strip * strip.apart : nullptr,
+                            strip.apart, strip.units, strip.lanes, inputs.tokens, inputs.totals,
+                            slice.results + token * COLUMNS + row,
+                        };
+                        multiply_coded<C>(work, together, end - token);
+                        if (fetches) following[i] += together * bytes_of(columns);
+                        row += together;
+                        in_strip += together;
+                    }
+                }
+                token = end;
+            }
+        }
+    }
+
+    static const uint8_t* codes_at_row(const Matrix& matrix, int64_t row, int64_t row_bytes, int64_t offset) {
+        return static_cast<const uint8_t*>(matrix.numbers) + row * row_bytes + offset;
+    }
+
+    template <int NUM>
+    void by_panels(
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int count,
+        Number* panels) const {
+        using Inputs = Ordered<T, C, GEMM_TOKENS, PANEL_BYTES>;
+        constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
+        const int64_t stretch = stretch_of(width, Inputs::STRETCH);
+        const int tiles = (count + GEMM_TOKENS - 1) / GEMM_TOKENS;
+        Inputs inputs;
+        // Each group of rows fetches as much of what comes next as one of them is long.
+        const uint8_t *following[NUM] = {}, *end_of[NUM] = {};
+        for (int i = 0; i < NUM; ++i) {
+            if (slices[i].next == nullptr) continue;
+            following[i] = codes_at_row(*slices[i].next, slices[i].next_first, bytes_of(width), 0);
+            end_of[i] = following[i] + rows * bytes_of(width);
+        }
+        for (int64_t start = 0; start < width; start += stretch) {
+            const int64_t columns = width - start < stretch ? width - start : stretch;
+            const int64_t length = native::rounded_up(columns, C::COLUMNS);
+            for (int i = 0; i < NUM; ++i) {
+                unpack(slices[i], rows, width, start, columns, panels + i * COLUMNS * APART);
+            }
+            for (int tile = 0, token = 0; tile < tiles; ++tile) {
+                const int end = (tile + 1) * count / tiles;
+                inputs.take(tokens + token, end - token, start, columns);
+                const float* numbers[GEMM_TOKENS];
+                for (int t = 0; t < end - token; ++t) numbers[t] = reinterpret_cast<const float*>(inputs.tokens[t]);
+                for (int i = 0; i < NUM; ++i) {
+                    const Number* const panel = panels + i * COLUMNS * APART;
+                    for (int64_t row = 0; row < rows;) {
+                        const int together = row + GEMM_ROWS <= rows ? GEMM_ROWS : 1;
+                        const bool fetches = following[i] < end_of[i];
+                        const Tile<Number> work = {
+                            panel + row * APART, APART, length, reinterpret_cast<const Number*>(following[i]),
+                            numbers, slices[i].results + token * COLUMNS + row, COLUMNS,
+                        };
+                        multiply_rows(work, together, end - token, fetches);
+                        if (fetches) following[i] += length * sizeof(Number);
+                        row += together;
+                    }
+                }
+                token = end;
+            }
+        }
+    }
+
+    void unpack(
+        const Slice& slice, int64_t rows, int64_t width, int64_t start, int64_t columns, Number* panel) const {
+        using D = Dot<Number>;
+        constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
+        const C kind = kind_of(slice.matrix);
+        const int64_t row_bytes = bytes_of(width), offset = bytes_of(start);
+        Strip<C::COLUMNS> strip(packing_, width);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t in_strip = row % STRIP_ROWS;
+            if (in_strip == 0) {
+                const int64_t some = rows - row < STRIP_ROWS ? rows - row : STRIP_ROWS;
+                strip.read(slice.matrix, slice.first + row, some, start, columns);
+            }
+            const float* const scales = strip.scales + in_strip * strip.apart;
+            const float* const points = strip.zeros + in_strip * strip.apart;
+            Number* const to = panel + row * APART;
+            const uint8_t* const codes = codes_at_row(slice.matrix, slice.first + row, row_bytes, offset);
+            for_each_step<C, 1>(codes, row_bytes, columns, [&](int64_t s, const Codes (&rows)[1]) {
+                const Floats scale = C::checked(rows[0], spread(scales + s * strip.units, strip.lanes));
+                const bool has_zeros = slice.matrix.zeros;
+                const Floats zero = has_zeros ? spread(points + s * strip.units, strip.lanes) : zeros();
+                [&]<int... K>(std::integer_sequence<int, K...>) {
+                    (::store(to + s * C::COLUMNS + K * D::STEP,
+                             C::meant(kind.template operand<K>(rows[0]), has_zeros, zero, scale)), ...);
+                }(std::make_integer_sequence<int, C::OPERANDS>{});
+            });
+        }
+    }
+};
+
+constexpr int64_t PRODUCTS = 2 * native::MOST_TOKENS * COLUMNS;  // floats of scratch before panels
+
+template <typename W>
+int at_once(int64_t tokens) {
+    return static_cast<int>(tokens < W::TOKENS ? tokens : W::TOKENS);
+}
+
+// Call work(the kind of matrices that it says).
+template <typename T, typename Work>
+void with_packing(const Packing* packing, const Work& work) {
+    if (packing == nullptr) {
+        work(Plain<T>(packing));
+    } else if (packing->code == native::FP8) {
+        work(PackedIn<T, typename Kinds<T>::Narrow>(packing));
+    } else if (packing->code == native::INT8) {
+        work(PackedIn<T, typename Kinds<T>::Whole>(packing));
+    } else {
+        work(PackedIn<T, typename Kinds<T>::Halves>(packing));
+    }
+}
+
+// Columns [first, last) of `out = x @ w.T`, or added to what `out` is.
+template <typename T>
+void linear(const native::Linear& shape, int64_t first, int64_t last, int64_t next, float* scratch) {
+    with_packing<T>(shape.packing, [&]<typename W>(const W& weights) {
+        const T* x = static_cast<const T*>(shape.x);
+        T* out = static_cast<T*>(shape.out);
+        for (int64_t t = 0; t < shape.tokens;) {
+            const int tokens = at_once<W>(shape.tokens - t);
+            const T* rows[W::TOKENS];
+            for (int i = 0; i < tokens; ++i) rows[i] = x + (t + i) * shape.x_stride;
+            const bool is_last = t + tokens == shape.tokens && next >= 0;
+            float* const products = scratch;
+            const Slice all[] = {{shape.w, first, is_last ? &shape.w : nullptr, next, products}};
+            weights.multiply(all, last - first, shape.width, rows, shape.x_stride, tokens, scratch + PRODUCTS);
+            for (int i = 0; i < tokens; ++i) {
+                T* row = out + (t + i) * shape.out_stride + first;
+                const float* sums = products + i * COLUMNS;
+                for (int64_t c = 0; c < last - first; ++c) {
+                    narrow(shape.add ? widened(row[c]) + sums[c] : sums[c], row + c);
+                }
+            }
+            t += tokens;
+        }
+    });
+}
+
+}  // namespace
