@@ -6,9 +6,7 @@ expert's are on their own: packed matrices are published so, for each is the wei
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import chain
-from typing import Final
 
 from executor.checkpoint import Checkpoint
 from executor.errors import CheckpointError
@@ -17,18 +15,7 @@ from executor.families.stored import Joined
 from executor.model import dense_tensors, expert_tensors
 from executor.quantise.publications import Publication, Stacked
 from hrm.errors import ModelError
-from hrm.layers import Layer
-from hrm.model_spec import ModelSpec
-
-# Matrices of layers that choose, or that no hidden state is multiplied by: they stay as they are.
-PLAIN: Final = ("router", "shared_gate", "convolution", "decay")
-
-
-class What(StrEnum):
-    """Which matrices are packed."""
-
-    EXPERTS = "experts"
-    LINEAR = "linear"  # all but routers, head, embedding, and what attention itself reads
+from hrm.model_spec import ModelSpec, What, packable
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +125,11 @@ def _linear(
 ) -> Iterator[Matrix]:
     """The matrices of a layer outside its experts that are packed."""
     layer = spec.layers[index]
+    packed = {tensor.name for tensor in packable(layer)}
     for joined in family.joined(dense_tensors(layer), spec, checkpoint.names, index):
-        if not _is_packed(joined.tensor.name, joined.tensor.shape, layer):
+        if joined.tensor.name not in packed:
             continue
         for piece in joined.pieces:
             rows, width = piece.shape
             name = renamed.get(piece.name, piece.name)
             yield Matrix(piece.name, 0, rows, width, False, ((name, slice(0, rows)),), index, of_expert=False)
-
-
-def _is_packed(name: str, shape: tuple[int, ...], layer: Layer) -> bool:
-    return len(shape) == 2 and name not in PLAIN and name not in layer.mixer.host_tensors

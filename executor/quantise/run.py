@@ -16,7 +16,7 @@ from executor.errors import CheckpointError
 from executor.families import family_for
 from executor.formats.encode import encode
 from executor.loading import Loading
-from executor.quantise.plan import Matrix, Plan, What, plan_of
+from executor.quantise.plan import Matrix, Plan, plan_of
 from executor.quantise.publications import Publication, Stacked, publication_of
 from executor.quantise.report import Report
 from executor.quantise.shards import Entry, Shard
@@ -24,7 +24,7 @@ from executor.safetensors_file import DOWNLOAD_AGAIN, SafetensorsFile
 from hrm.errors import ModelError
 from hrm.files import is_file, open_regular, write_whole
 from hrm.folders import check_new_folder, new_folder
-from hrm.model_spec import decoder_keys
+from hrm.model_spec import What, decoder_keys
 from hrm.model_spec.published_dtype import QUANTISATION_KEYS
 from hrm.model_spec.quantisation import TEXT_PREFIXES, scale_dtype
 

@@ -20,7 +20,6 @@ from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
 from hrm.policy import PAPER_SYMBOLS, ScheduleName
 from hrm.scaling import Resource, resource_value, resources
-from hrm.search import Space
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
@@ -57,9 +56,7 @@ def whatif(
     """
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
-    space = Space(
-        model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format, schedule=schedule
-    )
+    space = model.space(profile, workload, schedule=schedule)
     with searching(len(resources(profile))) as on_point:
         frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
     about = _about(model, profile, workload)
@@ -138,9 +135,7 @@ def map_command(
     x, y = (_axis(text, flag, log=log) for text, flag in ((x_text, "--x"), (y_text, "--y")))
     if x.column == y.column:
         raise HrmError("--y", y_text, "must be another than --x", "sweep two of them")
-    space = Space(
-        model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format, schedule=schedule
-    )
+    space = model.space(profile, workload, schedule=schedule)
     with searching(len(x.points) * len(y.points)) as on_point:
         frame = policy_map(space, x=x, y=y, on_point=on_point)
     about = _about(model, profile, workload)

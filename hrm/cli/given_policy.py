@@ -34,9 +34,7 @@ class GivenPolicy:
     schedule: ScheduleName
     staging: bool
 
-    def policy(
-        self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str, kv_format: str = ""
-    ) -> Policy:
+    def policy(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, formats: Formats) -> Policy:
         """The policy for a model; on a machine of one level everything lies and is computed there."""
         two_levels = profile.has_accelerator
         batch_size = self.micro_batch_size * self.num_micro_batches
@@ -63,25 +61,22 @@ class GivenPolicy:
                 self.micro_batch_size, workload.mean_context_len, workload.max_context_len
             ),
             prefill_chunk_tokens=chunk,
-            prefix_buffer_tokens=prefix_tokens_for(
-                spec, Formats.named(dtype, kv_cache=kv_format), longest, chunk, cpu_attention=int(cpu_attention)
-            ),
+            prefix_buffer_tokens=prefix_tokens_for(spec, formats, longest, chunk, cpu_attention=int(cpu_attention)),
             staging=self.staging,
-            dtype=dtype,
-            kv_format=kv_format,
+            dtype=formats.compute.name,
+            weight_format=formats.weights.name,
+            kv_format=formats.kv_cache.name,
         )
         policy.check_model(spec)
         return policy
 
-    def fitting(
-        self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, *, dtype: str, kv_format: str = ""
-    ) -> Policy:
+    def fitting(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, formats: Formats) -> Policy:
         """The policy for a model; PolicyError if it does not fit the machine, with what would."""
 
         def plan(given: GivenPolicy) -> MemoryPlan:
-            return plan_memory(spec, given.policy(spec, profile, workload, dtype=dtype, kv_format=kv_format), profile)
+            return plan_memory(spec, given.policy(spec, profile, workload, formats), profile)
 
-        policy = self.policy(spec, profile, workload, dtype=dtype, kv_format=kv_format)
+        policy = self.policy(spec, profile, workload, formats)
         if not plan(self).fits:
             may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
             remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)

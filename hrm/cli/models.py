@@ -37,7 +37,7 @@ def models(name: str | None, as_json: bool) -> None:
 
 
 def model_json(spec: ModelSpec) -> dict[str, Any]:
-    """A model's dimensions and all that follows from them; bytes are those of `dtype`."""
+    """A model's dimensions and all that follows from them; bytes are as it is stored, all that is plain in `dtype`."""
     return {
         "name": spec.name,
         "family": spec.family,
@@ -49,11 +49,12 @@ def model_json(spec: ModelSpec) -> dict[str, Any]:
         "experts_per_token": spec.experts_per_token,
         "tied_embeddings": spec.tied_embeddings,
         "published_dtype": spec.published_dtype,
+        "packing": spec.packing,
         "parameters": spec.parameters,
         "active_parameters": spec.active_parameters,
         "expert_layers": spec.num_expert_layers,
         "dtype": STORED.name,
-        "weight_bytes": STORED.bytes_of(spec.parameters),
+        "weight_bytes": spec.bytes_in(STORED),
         "layer_bytes": spec.layer_bytes(STORED),
         "total_layer_bytes": spec.total_layer_bytes(STORED),
         "expert_bytes": spec.expert_bytes(STORED),
@@ -101,7 +102,7 @@ def _print_list(specs: list[ModelSpec]) -> None:
         )
     console.print(table)
     console.print(
-        "[dim]Bytes in bfloat16; a layer with experts, and a token in the caches of all layers. hrm models NAME[/]"
+        "[dim]Bytes as published, or in bfloat16; a layer with experts, and a token in all caches. hrm models NAME[/]"
     )
 
 
@@ -155,16 +156,17 @@ def _runs(spec: ModelSpec) -> str:
 def _published(spec: ModelSpec) -> str:
     if not spec.published_dtype:
         return ""
-    used = "and planned so" if spec.largest_packed else "plans use the dtype that you choose"
-    return f" (published: {spec.published_dtype}; {used})"
+    if not spec.packing:
+        return f" (published: {spec.published_dtype}; plans use the dtype that you choose)"
+    return f"; as published and planned, {format_bytes(spec.bytes_in(STORED))}: {spec.packing}"
 
 
 def _shared(spec: ModelSpec) -> str:
     inner = spec.experts.shared_intermediate_size
     if not inner:
         return ""
-    tensors = (tensor for tensor in spec.experts.tensors if tensor.name.startswith("shared_w"))
-    shared = format_bytes(STORED.bytes_of(sum(tensor.parameters for tensor in tensors)))
+    tensors = (tensor for tensor in spec.expert_kind.tensors if tensor.name.startswith("shared_w"))
+    shared = format_bytes(sum(tensor.bytes_in(STORED) for tensor in tensors))
     return f"; shared: {shared} ({spec.hidden_size} x {inner})"
 
 

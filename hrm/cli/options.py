@@ -4,23 +4,27 @@ import math
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from hrm.cli.machine_choice import MachineChoice, machines_options
 from hrm.cli.params import Command, enum_option, policy_option, together
+from hrm.cli.texts import formats_text
 from hrm.errors import PolicyError, WorkloadError
-from hrm.formats import FORMATS, SCALED_KV_FORMATS
+from hrm.formats import FORMATS, SCALED_KV_FORMATS, Formats, packed_format
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
-from hrm.model_spec import ModelSpec, load_model
+from hrm.model_spec import ModelSpec, load_model, packed_as
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of
 from hrm.routing import with_measured_routing
 from hrm.units import parse_seconds
 from hrm.workload import Workload, named_workload
+
+if TYPE_CHECKING:
+    from hrm.search import Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,38 +117,75 @@ limits_options = together(
 
 
 AUTO: Final = "auto"
+PACKED_EXAMPLES: Final = ("fp8", "int8", "int4-g32", "mxfp4")
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenModel:
-    """A model as it was named, the dtype that was asked for, and the KV cache's format.
+    """A model in the formats that are asked for, and as it is stored.
 
-    A dtype of None is that of the machine, and an empty format the dtype.
+    A dtype of None is that of the machine, and an empty format the dtype. Which matrices are packed,
+    the model says.
     """
 
     spec: ModelSpec
+    stored: ModelSpec
     argument: str
     dtype: str | None
+    weight_format: str
     kv_format: str
 
     def about(self, machine: HardwareProfile) -> str:
         """Its name and formats on a machine, as the titles of tables and plots have them."""
-        cached = f", KV cache in {self.kv_format}" if self.kv_format else ""
-        return f"{self.spec.name}, {self.dtype_on(machine)}{cached}"
+        return f"{self.spec.name}, {formats_text(self.spec, self.formats_on(machine))}"
 
     def dtype_on(self, machine: HardwareProfile) -> str:
         """What it is computed in on a machine."""
         return machine.default_dtype if self.dtype is None else self.dtype
 
+    def formats_on(self, machine: HardwareProfile) -> Formats:
+        """What is computed in on a machine, and what is not packed is stored in."""
+        return Formats.named(self.dtype_on(machine), weights=self.weight_format, kv_cache=self.kv_format)
 
-def _chosen_model(*, model: str, dtype: str, kv_format: str, routing: Path | None) -> ChosenModel:
-    spec = load_model(model)
+    def space(self, machine: HardwareProfile, workload: Workload, **asked: Any) -> "Space":
+        """The policies for it on a machine."""
+        from hrm.search import Space
+
+        return Space(
+            self.spec,
+            machine,
+            workload,
+            dtype=self.dtype_on(machine),
+            weight_format=self.weight_format,
+            kv_format=self.kv_format,
+            **asked,
+        )
+
+
+def _chosen_model(*, model: str, dtype: str, weight_format: str, kv_format: str, routing: Path | None) -> ChosenModel:
+    stored = load_model(model)
+    spec, plain = _in_format(stored, weight_format)
     return ChosenModel(
         spec if routing is None else with_measured_routing(spec, routing),
+        stored,
         model,
         None if dtype == AUTO else dtype,
+        plain,
         "" if kv_format == AUTO else kv_format,
     )
+
+
+def _in_format(spec: ModelSpec, name: str) -> tuple[ModelSpec, str]:
+    """The model with its experts in a format, or plain, and the format of all else, which is empty for the dtype."""
+    if name == AUTO:
+        return spec, ""
+    if name in FORMATS:
+        return spec.without_packing, name
+    form = packed_format(name)
+    if form is None:
+        known = f"{AUTO}, {', '.join(FORMATS)}, or a packed format like {', '.join(PACKED_EXAMPLES)}"
+        raise PolicyError("--weight-format", name, f"must be {known}", "choose one of them")
+    return packed_as(spec, form), ""
 
 
 model_options = together(
@@ -161,7 +202,15 @@ model_options = together(
         type=click.Choice([AUTO, *FORMATS]),
         default=AUTO,
         show_default=True,
-        help="Of weights, KV cache and compute; auto is bfloat16, or float16 where it is missing.",
+        help="Of compute, KV cache and weights that are not packed; auto is bfloat16, or float16 where it is missing.",
+    ),
+    click.option(
+        "--weight-format",
+        metavar="NAME",
+        default=AUTO,
+        show_default=True,
+        help=f"auto is as the model is stored; {', '.join(PACKED_EXAMPLES)} pack the routed experts, all else is in "
+        "the dtype; a dtype's name packs nothing.",
     ),
     click.option(
         "--kv-format",

@@ -24,7 +24,7 @@ from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.policy import ScheduleName
 from hrm.policy_file import policy_file_of, save_policy_file
-from hrm.search import SOLVERS, SearchResult, Solver, Space, solver_named
+from hrm.search import SOLVERS, SearchResult, Solver, solver_named
 from hrm.search import search as best_policy
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -104,12 +104,9 @@ def search(
     With several machines (--gpus 1xT4,4xT4,1xL4) they are compared in one table.
     """
     spaces = [
-        Space(
-            model.spec,
+        model.space(
             profile,
             workload,
-            dtype=model.dtype_on(profile),
-            kv_format=model.kv_format,
             schedule=wanted.schedule,
             staging=wanted.staging,
             attention=wanted.attention,
@@ -189,7 +186,7 @@ def estimate(
     A policy that does not fit, or that misses a limit on waiting times, is refused with what would
     be enough.
     """
-    policy = given.fitting(model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format)
+    policy = given.fitting(model.spec, profile, workload, model.formats_on(profile))
     predicted = predict(model.spec, policy, profile, workload)
     limits.check(predicted.latency)
     _show(predicted, model, profile, workload, None, as_json=as_json, out=out)
@@ -212,4 +209,4 @@ def _show(
         print_json(plan_json(predicted, model.spec, profile, workload, result))
         return
     print_plan(predicted, model.spec, profile, workload, result)
-    console.print(f"\n{run_text(model.argument, out, spec=model.spec, profile=profile)}")
+    console.print(f"\n{run_text(model.argument, out, spec=model.spec, stored=model.stored, profile=profile)}")

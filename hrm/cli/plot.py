@@ -190,13 +190,12 @@ def sweep(
     """Throughput of the best policy against what is swept."""
     from hrm.plots import style
     from hrm.plots.sweep import plot_sweep
-    from hrm.search import Space
 
     style.check_path(out)
     what = _swept(vary)
     axis = Axis.between(what, what.read(low, "--from"), what.read(high, "--to"), points, logarithmic=log)
     names = list(dict.fromkeys(schedules))
-    space = Space(model.spec, profile, workload, dtype=model.dtype_on(profile), kv_format=model.kv_format)
+    space = model.space(profile, workload)
     here = axis.now(space)
     with searching(len(axis.points) * len(names)) as on_point:
         frame = search_all(space, axis, schedules=names, on_point=on_point)

@@ -7,7 +7,7 @@ from typing import Any
 from hrm.causes import Limit
 from hrm.cli.console import console, plain_table
 from hrm.cli.limits import launches_json, launches_text, limits_json
-from hrm.cli.texts import given_text, latency_text, range_text
+from hrm.cli.texts import formats_text, given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
@@ -130,7 +130,7 @@ def print_plan(
     """Print a plan for people."""
     policy = estimate.policy
     console.print(
-        f"[bold]{spec.name}[/] ({format_count(spec.parameters)} parameters, {policy.dtype}) on "
+        f"[bold]{spec.name}[/] ({format_count(spec.parameters)} parameters, {formats_text(spec, policy.formats)}) on "
         f"[bold]{profile.name}[/]{_kind_of_machine(profile)}"
     )
     if given := given_text(profile):

@@ -6,6 +6,7 @@ from typing import Final
 from rich.markup import escape
 
 from hrm.contract.families import EXECUTED_FAMILIES
+from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
 from hrm.model_spec import ModelSpec
@@ -20,6 +21,14 @@ RUN_FROM: Final = "bfloat16, float16 or float32"  # what checkpoints that are ru
 def machine_text(profile: HardwareProfile) -> str:
     """A machine's name, with a word where nothing of it was measured."""
     return f"{profile.name} (catalog figures)" if profile.accelerator == "catalog" else profile.name
+
+
+def formats_text(spec: ModelSpec, formats: Formats) -> str:
+    """What is computed in, and what is stored otherwise: `bfloat16, experts in mxfp4, KV cache in fp8`."""
+    dtype, weights, cached = formats.compute.name, formats.weights.name, formats.kv_cache.name
+    told = [dtype, spec.packing]
+    told += [f"{what} in {name}" for what, name in (("weights", weights), ("KV cache", cached)) if name != dtype]
+    return ", ".join(filter(None, told))
 
 
 def given_text(profile: HardwareProfile) -> str:
@@ -54,29 +63,35 @@ def latency_text(latency: Latency) -> str:
     return f"{told}; then a token every {format_seconds(latency.tpot_s)}"
 
 
-def run_text(model: str, out: Path | None, *, spec: ModelSpec, profile: HardwareProfile) -> str:
+def run_text(model: str, out: Path | None, *, spec: ModelSpec, stored: ModelSpec, profile: HardwareProfile) -> str:
     """The command that runs the policy and what is missing for it, or why nothing runs it and what does.
 
-    `model` is the model as it was given, and `out` the policy file that was written, if one was.
+    `model` is the model as it was given and `stored` with the formats that its weights are published in,
+    and `out` the policy file that was written, if one was.
     """
     is_folder = Path(model).is_dir() or model.endswith(SUFFIX)
-    if obstacle := _obstacle_to_run(spec, profile, has_weights=is_folder):
+    if obstacle := _obstacle_to_run(spec, stored, profile, has_weights=is_folder):
         return f"[dim]a prediction only: {obstacle}[/]"
     path = out if out is not None else Path("policy.json")
     hints: list[str] = [] if out is not None else ["adding --out policy.json here"]
-    if spec.published_dtype and not spec.largest_packed:
-        hints.append(f"converting the published weights ({escape(spec.published_dtype)}) to {RUN_FROM}")
+    if stored.published_dtype and (stored.packing != spec.packing or not stored.packing):
+        hints.append(f"converting the published weights ({escape(stored.published_dtype)}) to {RUN_FROM}")
+    if stored.packing != spec.packing and spec.packing:
+        hints.append(f"executor quantise: {spec.packing}")
     hint = f"   [dim](after {' and '.join(hints)})[/]" if hints else ""
     folder = escape(model) if is_folder else "FOLDER-WITH-WEIGHTS"
     return f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl --output-dir run/{hint}"
 
 
-def _obstacle_to_run(spec: ModelSpec, profile: HardwareProfile, *, has_weights: bool) -> str:
+def _obstacle_to_run(spec: ModelSpec, stored: ModelSpec, profile: HardwareProfile, *, has_weights: bool) -> str:
     """Why the executor does not run such a policy, and what to do instead; empty if it does."""
     if spec.family not in EXECUTED_FAMILIES:
         return f"executor run does not know the family {spec.family}; hrm models lists those that it runs"
     if profile.num_gpus > 1:
         return f"executor run drives one GPU, and this plan has {profile.num_gpus}; search with one"
-    if has_weights and spec.published_dtype and not spec.largest_packed:
+    if has_weights and stored.packing != spec.packing:
+        told = stored.packing or "no matrix packed"
+        return f"executor run reads weights as they are stored: {told}; plan so, or pack them with executor quantise"
+    if has_weights and spec.published_dtype and not spec.packing:
         return f"executor run reads no {escape(spec.published_dtype)} weights; convert them to {RUN_FROM}"
     return ""

@@ -20,14 +20,18 @@ from hrm.model_spec.families import decoder_keys, read_spec, spec_as_stored, spe
 from hrm.model_spec.gguf import SUFFIX, read_header
 from hrm.model_spec.published_dtype import with_quantisation
 from hrm.model_spec.spec import ModelSpec
+from hrm.model_spec.stored_formats import What, packable, packed_as
 
 __all__ = [
     "BUILT_IN_MODELS",
     "Dimensions",
     "Keys",
     "ModelSpec",
+    "What",
     "decoder_keys",
     "load_model",
+    "packable",
+    "packed_as",
     "read_config",
     "read_spec",
     "spec_as_stored",

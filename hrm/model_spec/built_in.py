@@ -1,8 +1,8 @@
-"""The models that are known by name: what the published config.json of each says of its sizes."""
+"""The models that are known by name: what the published config.json of each says of its sizes and formats."""
 
 from typing import Any, Final
 
-from hrm.model_spec.families import spec_from_hf_config
+from hrm.model_spec.families import decoder_keys, spec_as_stored
 
 _MIXTRAL: Final = {
     "model_type": "mixtral",
@@ -381,5 +381,5 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
 }
 
 BUILT_IN_MODELS: Final = {
-    name: spec_from_hf_config(config, f"{name}/config.json") for name, config in PUBLISHED.items()
+    name: spec_as_stored(decoder_keys(config, f"{name}/config.json")) for name, config in PUBLISHED.items()
 }

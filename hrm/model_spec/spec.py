@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -24,8 +24,8 @@ class ModelSpec:
     class: those of all layers that have any are alike. `head_vectors` lie beside the final norm and
     the LM head: `final_norm_bias` and `lm_head_bias`, or by another name what only plans count.
 
-    `published_dtype` says how a quantised checkpoint is stored and changes no size here: plans are
-    made in the formats that they choose. Where a model is a part of another, a workspace has room
+    `published_dtype` says how a quantised checkpoint is published, in its own words, and changes no size: how
+    matrices are packed here, their layers say. Where a model is a part of another, a workspace has room
     for FFNs that are `least_inner_size` wide, though no layer of the part has one, and there is room
     for the numbers of `least_reaches` ways to fill the rows of caches.
     """
@@ -172,6 +172,26 @@ class ModelSpec:
         return max((tensor.parameters for tensor in tensors if tensor.packed is not None), default=0)
 
     @cached_property
+    def packing(self) -> str:
+        """Which matrices are packed, and how, in words: `experts in mxfp4`; empty if none are."""
+        tensors = {tensor for kind in self.layer_kinds() for tensor in kind.tensors}
+        formats = {
+            routed: sorted({tensor.packed.name for tensor in tensors if tensor.packed and _is_routed(tensor) == routed})
+            for routed in (True, False)
+        }
+        if formats[True] == formats[False]:
+            return f"matrices in {' and '.join(formats[True])}" if formats[True] else ""
+        plain = sorted(t.name for t in tensors if _is_routed(t) and t.packed is None and len(t.shape) > 1)
+        but = f" (but {' and '.join(plain)})" if plain else ""
+        named = (f"experts{but}", formats[True]), ("other matrices", formats[False])
+        return ", ".join(f"{what} in {' and '.join(forms)}" for what, forms in named if forms)
+
+    @cached_property
+    def without_packing(self) -> "ModelSpec":
+        """The same with no matrix packed."""
+        return self.with_layers(replace(layer, packed=()) for layer in self.layers)
+
+    @cached_property
     def total_parameters(self) -> int:
         """Parameters of all layers together."""
         return sum(count * kind.parameters for kind, count in self.layer_kinds().items())
@@ -200,6 +220,10 @@ class ModelSpec:
     def total_layer_bytes(self, weights: Format) -> int:
         """Weight bytes of all layers together."""
         return sum(count * kind.bytes_in(weights) for kind, count in self.layer_kinds().items())
+
+    def bytes_in(self, weights: Format) -> int:
+        """Bytes of all weights; tied embeddings count once."""
+        return self.total_layer_bytes(weights) + int(weights.bytes_of(self._outside_layers))
 
     def kv_bytes_per_token(self, formats: Formats) -> int:
         """KV cache bytes of one token in all layers, those included whose window it may leave."""
@@ -340,3 +364,7 @@ class ModelSpec:
         """Parameters one token touches: those of its routed experts and all that is dense."""
         active = sum(count * kind.active_parameters for kind, count in self.layer_kinds().items())
         return active + self._outside_layers
+
+
+def _is_routed(tensor: TensorSpec) -> bool:
+    return tensor.unit is Unit.EXPERT

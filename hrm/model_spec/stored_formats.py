@@ -1,12 +1,15 @@
-"""Which of our tensors are packed, and in which format, as the published weights of a model are."""
+"""Which of our tensors are packed, and in which format: as the published weights of a model are, or as is asked."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from enum import StrEnum
 from typing import Final
 
 from hrm.errors import ModelError
 from hrm.formats import PackedFormat
 from hrm.layers import Block, GatedDeltaNet, Layer, Mixer, TensorSpec, Unit
 from hrm.model_spec.quantisation import UNQUANTISED, Quantisation
+from hrm.model_spec.spec import ModelSpec
 
 # The names of a module in different families, any of which a config may speak of.
 Names = tuple[str, ...]
@@ -68,6 +71,36 @@ def stored_formats(how: Quantisation, layer: Layer, number: int) -> tuple[tuple[
             if packed and not obstacle:
                 stored.append((tensor.name, packed[0].name))
     return tuple(stored)
+
+
+class What(StrEnum):
+    """Which matrices are packed."""
+
+    EXPERTS = "experts"  # the routed ones
+    LINEAR = "linear"  # all but routers, head, embedding, and what attention itself reads
+
+
+def packed_as(spec: ModelSpec, form: PackedFormat, what: What = What.EXPERTS) -> ModelSpec:
+    """The same model with these matrices in a format, and all others plain.
+
+    A matrix that cannot be packed so stays plain, too. Raises ModelError if none can.
+    """
+    kinds = {kind: replace(kind, packed=tuple(_packed_as(kind, form, what))) for kind in spec.kinds}
+    if not any(kind.packed for kind in kinds.values()):
+        rule = "must be a format in which rows of the model's matrices are whole"
+        raise ModelError(f"{spec.name}: format", form.name, rule, "choose one with smaller groups")
+    return spec.with_layers(kinds[layer] for layer in spec.layers)
+
+
+def packable(layer: Layer) -> tuple[TensorSpec, ...]:
+    """The matrices of a layer that may be packed at all."""
+    return tuple(tensor for block in layer.blocks for tensor in block.tensors if _modules(block, tensor))
+
+
+def _packed_as(layer: Layer, form: PackedFormat, what: What) -> Iterator[tuple[str, str]]:
+    for tensor in packable(layer):
+        if (what is What.LINEAR or tensor.unit is Unit.EXPERT) and not _obstacle(tensor, {form}):
+            yield tensor.name, form.name
 
 
 def _formats(how: Quantisation, block: Block, tensor: TensorSpec, prefix: str) -> set[PackedFormat | None]:

@@ -118,6 +118,7 @@ class Grid:
             prefix_buffer_tokens=int(self.prefix_buffer_tokens[index]),
             staging=space.staging,
             dtype=space.dtype,
+            weight_format=space.weight_format,
             kv_format=space.kv_format,
         )
 

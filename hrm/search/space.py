@@ -51,7 +51,7 @@ class Space:
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
     closed form must fall short of them by the factors of `slack`, for first tokens and for others.
-    An empty `kv_format` is the dtype.
+    An empty `weight_format` or `kv_format` is the dtype; what is packed, the model says.
     """
 
     spec: ModelSpec
@@ -59,6 +59,7 @@ class Space:
     workload: Workload
     _: KW_ONLY
     dtype: str = "bfloat16"
+    weight_format: str = ""
     kv_format: str = ""
     schedule: ScheduleName = ScheduleName.CGOPIPE
     staging: bool = False
@@ -73,7 +74,7 @@ class Space:
     @property
     def formats(self) -> Formats:
         """Weights, KV cache and compute of all its policies."""
-        return Formats.named(self.dtype, kv_cache=self.kv_format)
+        return Formats.named(self.dtype, weights=self.weight_format, kv_cache=self.kv_format)
 
     @property
     def costs(self) -> Costs:

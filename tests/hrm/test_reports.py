@@ -14,10 +14,11 @@ from hrm.causes import Cause
 from hrm.cli.texts import run_text
 from hrm.costs import Costs
 from hrm.estimate import estimate
+from hrm.formats import PackedFormat
 from hrm.hardware import Figure, HardwareProfile, Rate, Source
 from hrm.latency import LatencyLimits
 from hrm.machines import compose, dump_profile, save_profile
-from hrm.model_spec import BUILT_IN_MODELS
+from hrm.model_spec import BUILT_IN_MODELS, packed_as
 from hrm.phases import prefill_work, simulate_work
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
 from hrm.ranges import throughput_range
@@ -389,13 +390,22 @@ def test_only_what_the_executor_has_is_said_to_run(hrm, tmp_path):
 def test_weights_that_are_published_quantised_are_converted_before_they_are_run(tmp_path):
     stored = replace(BUILT_IN_MODELS["mixtral-8x7b"], published_dtype="fp8")
     profile = compose("1xT4")
-    by_name = run_text("mixtral-8x7b", Path("p.json"), spec=stored, profile=profile)
+    by_name = run_text("mixtral-8x7b", Path("p.json"), spec=stored, stored=stored, profile=profile)
     assert "FOLDER-WITH-WEIGHTS --policy p.json" in by_name
     assert "(after converting the published weights (fp8) to bfloat16, float16 or float32)" in by_name
-    in_folder = run_text(str(tmp_path), None, spec=stored, profile=profile)
+    in_folder = run_text(str(tmp_path), None, spec=stored, stored=stored, profile=profile)
     assert "a prediction only: executor run reads no fp8 weights; convert them to bfloat16" in in_folder
-    plain = run_text(str(tmp_path), None, spec=BUILT_IN_MODELS["mixtral-8x7b"], profile=profile)
-    assert f"executor run --model {tmp_path} --policy policy.json" in plain
+    plain, gpt_oss = BUILT_IN_MODELS["mixtral-8x7b"], BUILT_IN_MODELS["gpt-oss-20b"]
+    for as_stored in (plain, gpt_oss):
+        told = run_text(str(tmp_path), Path("p.json"), spec=as_stored, stored=as_stored, profile=profile)
+        assert f"executor run --model {tmp_path} --policy p.json" in told
+        assert "after" not in told
+    packed = packed_as(plain, PackedFormat(code="int4", columns=32, scale="bf16"))
+    assert "(after executor quantise: experts in int4-g32)" in run_text(
+        "mixtral-8x7b", Path("p.json"), spec=packed, stored=plain, profile=profile
+    )
+    otherwise = run_text(str(tmp_path), None, spec=gpt_oss.without_packing, stored=gpt_oss, profile=profile)
+    assert "reads weights as they are stored: experts in mxfp4" in otherwise
 
 
 def test_one_count_of_residents_is_that_of_every_layer_with_experts(hrm, hrm_json, refused):

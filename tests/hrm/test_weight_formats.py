@@ -1,0 +1,97 @@
+"""Models in formats other than the dtype: as published, or as is asked."""
+
+from dataclasses import replace
+
+import pytest
+
+from hrm.errors import ModelError
+from hrm.estimate import estimate
+from hrm.formats import FORMATS, packed_format
+from hrm.layers import Unit
+from hrm.model_spec import BUILT_IN_MODELS, What, packable, packed_as
+from hrm.search import Space, search
+from hrm.tasks import Device
+from hrm.units import GB
+from hrm.workload import WORKLOADS
+from tests.hrm.support import machine, tiny_spec
+
+BFLOAT16 = FORMATS["bfloat16"]
+SMALLER = ("fp8", "int8", "int4-g32", "mxfp4")  # each takes fewer bytes than those before it
+
+
+def in_format(name, spec, what=What.EXPERTS):
+    form = packed_format(name)
+    assert form is not None
+    return packed_as(spec, form, what)
+
+
+@pytest.mark.parametrize(("name", "file_bytes"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)])
+def test_a_published_model_has_the_bytes_of_its_files(name, file_bytes):
+    spec = BUILT_IN_MODELS[name]
+    assert spec.bytes_in(BFLOAT16) == file_bytes  # as the index of its files on the Hub says
+    assert spec.without_packing.bytes_in(BFLOAT16) == 2 * spec.parameters
+
+
+def test_blocks_have_a_byte_a_weight_and_four_a_block():
+    layer = BUILT_IN_MODELS["deepseek-v3"].layers[3]
+    assert layer.expert_bytes(BFLOAT16) == 3 * (7168 * 2048 + 4 * 56 * 16)
+    ranks = (1536, 7168), (128 * 192, 1536), (576, 7168), (7168, 128 * 128)
+    shared = 3 * ((2048, 7168),)
+    packed = sum(rows * width + 4 * -(-rows // 128) * (width // 128) for rows, width in (*ranks, *shared))
+    plain = 256 * 7168 + 256 + 2 * 7168 + 1536 + 512 + 128 * 256 * 512
+    assert layer.dense_bytes(BFLOAT16) == pytest.approx(packed + 2 * plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILT_IN_MODELS)
+def test_experts_are_packed_or_all_that_is_multiplied_by_hidden_states(name):
+    spec = BUILT_IN_MODELS[name]
+    experts, linear = (in_format("int8", spec, what) for what in What)
+    for before, some, every in zip(spec.layers, experts.layers, linear.layers, strict=True):
+        routed = {t.name for t in before.tensors if t.unit is Unit.EXPERT and len(t.shape) == 2}
+        assert {pair[0] for pair in some.packed} == routed
+        packed = {pair[0] for pair in every.packed}
+        assert packed == {t.name for t in packable(before)} >= routed
+        assert not packed & {"router", "shared_gate", *before.mixer.host_tensors}
+    assert experts.packing == "experts in int8"
+    assert experts.without_packing == linear.without_packing == spec.without_packing
+
+
+def test_a_matrix_that_a_format_does_not_take_stays_plain():
+    spec = BUILT_IN_MODELS["gpt-oss-20b"]
+    assert in_format("fp8-b128", spec).packing == "experts (but w13) in fp8-b128"  # parts of 2880 rows
+    odd = BUILT_IN_MODELS["olmoe-1b-7b"]
+    experts = replace(odd.experts, intermediate_size=1023, hidden_size=odd.hidden_size)
+    odd = odd.with_layers(replace(layer, ffn=(experts,)) for layer in odd.layers)
+    assert in_format("int4-g32", odd).packing == "experts (but w2) in int4-g32"
+    with pytest.raises(ModelError, match="format is 'int4': must be a format in which rows of the model's matrices"):
+        in_format("int4", tiny_spec(hidden_size=33, intermediate_size=31))
+
+
+def test_fewer_bytes_are_never_slower_where_weights_stream():
+    spec, slow = BUILT_IN_MODELS["mixtral-8x7b"], machine(gpu_bytes=12 * GB, link=2e9)
+    workload = replace(WORKLOADS["mtbench"], num_requests=64)
+    policy = search(Space(spec, slow, workload, ffn=Device.GPU, attention=Device.CPU)).require().policy
+    models = [spec, *(in_format(name, spec) for name in SMALLER)]
+    sizes = [model.bytes_in(BFLOAT16) for model in models]
+    rates = [estimate(model, policy, slow, workload).tokens_per_s for model in models]
+    assert sizes == sorted(sizes, reverse=True)
+    assert rates == sorted(rates)
+    assert rates[-1] / rates[0] > 3
+
+
+def test_gpt_oss_fits_a_card_of_24_gb_whole(hrm_json, refused):
+    args = ["estimate", "--model", "gpt-oss-20b", "--gpus", "1xRTX-4090", "-u", "8", "-n", "1", "--kv-on-gpu"]
+    args += ["--resident-experts", "32", "--prompt-len", "512", "--gen-len", "128"]
+    assert hrm_json(*args)["policy"]["paper_tuple"]["r_w"] == 1
+    assert "level gpu" in refused(*args, "--weight-format", "bfloat16")
+
+
+def test_a_format_is_asked_for_by_name(hrm, hrm_json, refused):
+    args = ["estimate", "--model", "mixtral-8x7b", "--gpus", "1xL40S", "-u", "8", "-n", "8"]
+    auto, int4 = hrm_json(*args), hrm_json(*args, "--weight-format", "int4-g32")
+    assert auto == hrm_json(*args, "--weight-format", "bfloat16")
+    held = [plan["memory"]["cpu"]["planned_bytes"]["weights"] for plan in (auto, int4)]
+    assert 3.3 < held[0] / held[1] < 3.6
+    assert int4["predicted"]["tokens_per_s"] > auto["predicted"]["tokens_per_s"]
+    assert "(46.7 B parameters, bfloat16, experts in int4-g32) on" in hrm(*args, "--weight-format", "int4-g32")[1]
+    assert "--weight-format is 'int3': must be auto, float32" in refused(*args, "--weight-format", "int3")
