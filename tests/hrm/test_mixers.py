@@ -63,7 +63,7 @@ def test_a_recurrent_layer_keeps_what_transformers_keeps(model_type, sizes):
     convolved = [next(iter(layer.conv_states.values())) for layer in layers if getattr(layer, "conv_states", None)]
     for state, mixer in zip((each for each in convolved if each is not None), recurrent, strict=True):
         assert state.numel() % mixer.convolved_elements == 0
-        of_convolution = BF16.kv_cache.bytes_of(mixer.convolved_elements, mixer.conv_kernel - 1)
+        of_convolution = BF16.compute.bytes_of(mixer.convolved_elements, mixer.conv_kernel - 1)
         assert mixer.state_bytes(BF16) == 4 * mixer.state_elements + of_convolution
         assert mixer.cached_elements == 0
 
