@@ -7,7 +7,7 @@ EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many thread
 in the calling one, and without the interpreter's lock. No request's result depends on what else is
 computed with it, nor on the number of threads.
 
-Matrices may be packed: weights are multiplied as they are stored. With at most 8 tokens it is their codes
+Matrices may be packed: weights are multiplied as they are stored. With a few tokens, at most 8, it is their codes
 that are multiplied, and the sums of codes that share a scale with it; with more, weights are first written
 out, as bfloat16 if the tokens are and the path has dot products of them, else as float32. So a result may
 differ in its roundings with how many tokens there are. Before it is rounded itself, it is that of the

@@ -10,7 +10,9 @@
 
 namespace {
 
-constexpr int CODED_TOKENS = 8;  // at most; more are multiplied with unpacked weights
+// At most; more are multiplied with unpacked weights: sooner in float32, of which registers hold fewer sums.
+template <typename Number>
+constexpr int CODED_TOKENS = sizeof(Number) == sizeof(float) ? 4 : 8;
 constexpr int64_t PANEL_BYTES = native::PANEL_ROW_BYTES - 64;
 
 // Tokens of T over a stretch in the order of the codes, and their totals.
@@ -58,7 +60,7 @@ class PackedIn {
         const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t,
         int count, float* scratch) const {
         for (const Slice& slice : slices) std::memset(slice.results, 0, count * COLUMNS * sizeof(float));
-        if (count <= CODED_TOKENS) {
+        if (count <= CODED_TOKENS<Number>) {
             by_codes(slices, rows, width, tokens, count);
         } else {
             by_panels(slices, rows, width, tokens, count, reinterpret_cast<Number*>(scratch));

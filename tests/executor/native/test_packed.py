@@ -137,7 +137,7 @@ def test_any_bytes_are_multiplied(path: str, name: str) -> None:
 def test_neither_neighbours_nor_threads_change_a_result(path: str, name: str, dtype: torch.dtype) -> None:
     packed = sane(name, 330, 2400)
     x = torch.randn(150, 2400).to(dtype)
-    for tokens, some in ((8, (slice(0, 1), slice(2, 7))), (150, (slice(20, 41), slice(50, 149)))):
+    for tokens, some in ((4, (slice(0, 1), slice(1, 4))), (150, (slice(20, 41), slice(50, 149)))):
         together = on_threads(1, lambda tokens=tokens: product(path, x[:tokens], packed))
         assert torch.equal(on_threads(3, lambda tokens=tokens: product(path, x[:tokens], packed)), together)
         for part in some:
