@@ -3,6 +3,7 @@
 from executor import native
 from executor.backends.base import stage
 from executor.model.linear import project
+from executor.random_weights import random_packed
 from hrm.contract.host_kernels import HostKernels
 
 
@@ -12,5 +13,5 @@ def host_kernels() -> HostKernels | None:
     if kernels is None:
         return None
     return HostKernels(
-        name=native.description(), multiply=project, attend=kernels.decode_attention, stage=stage, fuses_operators=True
+        name=native.description(), multiply=project, attend=kernels.decode_attention, stage=stage, pack=random_packed, fuses_operators=True
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,14 +20,16 @@ class HostKernels:
     `weight` (rows, width). `attend(queries, cache, starts, lengths, out)` is attention of one new
     token per request, whose heads are one row of `queries` and `out`, over `lengths[r]` tokens of
     the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel.
-    `stage(target, source)` copies a page of weights. If the runtime `fuses_operators`, all experts
+    `stage(target, source)` copies a page of weights. `pack(rows, width, name)` is a matrix of random numbers in that packed
+    format, which `multiply` takes as a weight, too. If the runtime `fuses_operators`, all experts
     of a layer take one kernel, not some for each, and so does a norm or rotary embedding.
     """
 
     name: str
-    multiply: "Callable[[Tensor, Tensor, Tensor], object]"
+    multiply: "Callable[[Tensor, Any, Tensor], object]"
     attend: "Callable[[Tensor, Tensor, Sequence[int], Sequence[int], Tensor], None]"
     stage: "Callable[[Tensor, Tensor], object]"
+    pack: "Callable[[int, int, str], object] | None" = None
     fuses_operators: bool = False
 
 

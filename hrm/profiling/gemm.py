@@ -1,11 +1,11 @@
 """GEMM rates: over tokens at a model's shapes, and the best square one as the ceiling."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from math import inf
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 
@@ -64,8 +64,11 @@ def gemm_rate(
     most_bytes: float = inf,
     sampler: Sampler | None = None,
     kernels: HostKernels | None = None,
+    packed: str = "",
 ) -> Rate:
     """FLOP/s of `dtype`: achieved as a curve over tokens at `shapes`, ceiling at its best.
+
+    With weights in a `packed` format, if one is told, which `kernels` must have; then there are no squares.
 
     The launch latency is taken off, as plans count it apart. Inputs are random, and weights cold
     as far as the cache is smaller than a pool of them. Squares that do not fit `most_bytes` are
@@ -73,11 +76,11 @@ def gemm_rate(
     the squares.
     """
     tokens = QUICK_TOKENS if quick else FULL_TOKENS
-    squares = QUICK_SQUARES if quick else FULL_SQUARES
+    squares = () if packed else QUICK_SQUARES if quick else FULL_SQUARES
     if device != "cpu":
         squares = tuple(8 * side for side in squares)
     squares = tuple(side for side in squares if FORMATS[dtype].bytes_of(3, side, side) <= most_bytes)
-    pools = {shape: _Pool(dtype, shape, device) for shape in shapes}
+    pools = {shape: _Pool(dtype, shape, device, kernels, packed) for shape in shapes}
     calls: dict[tuple[int, GemmShape], Call] = {
         (count, shape): pools[shape].multiply(count, kernels) for count in tokens for shape in shapes
     }
@@ -92,6 +95,7 @@ def gemm_rate(
     rates = {count: count * flops_a_token / both[count].median_s for count in tokens}
     best = max(rates, key=lambda count: rates[count])
     note = f"{shapes_note}; best at {best} tokens"
+    note += f"; weights in {packed}" if packed else ""
     note += f"; {kernels.name}" if kernels else ""
     achieved = both[best].rate(best * flops_a_token, note)
     ceiling = achieved
@@ -116,11 +120,20 @@ def _sum(timings: Sequence[Timing]) -> Timing:
 class _Pool:
     """Weight matrices of one shape that are multiplied with in turn, as experts are."""
 
-    def __init__(self, dtype: str, shape: GemmShape, device: str) -> None:
+    def __init__(
+        self, dtype: str, shape: GemmShape, device: str, kernels: HostKernels | None = None, packed: str = ""
+    ) -> None:
         self.kind: torch.dtype = getattr(torch, dtype)
         self.shape, self.device = shape, device
         size = FORMATS[dtype].bytes_of(shape.inputs, shape.outputs)
         copies = max(1, min(MAX_POOL, POOL_BYTES // size))
+        if packed:
+            assert kernels is not None, "packed weights are of kernels that take them"
+            assert kernels.pack is not None, kernels.name
+            self.weights: Iterator[Any] = cycle(
+                [kernels.pack(shape.outputs, shape.inputs, packed) for _ in range(4 * copies)]  # of fewer bytes
+            )
+            return
         first = torch.randn(shape.outputs, shape.inputs, device=device).to(self.kind)
         self.weights = cycle([first, *(first.clone() for _ in range(copies - 1))])
 

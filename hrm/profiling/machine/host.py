@@ -75,6 +75,22 @@ def add_processor(run: Run, level: str, threads: int) -> None:
                 )
 
         run.steps.add(gemm_step(level, dtype), 4, gemm, Rate)
+    for code, name in run.packed.items():
+
+        def packed_gemm(seconds: float, name: str = name) -> Rate:
+            with torch_threads(threads):
+                return gemm_rate(
+                    run.dtypes[0],
+                    shapes=shapes,
+                    shapes_note=note,
+                    quick=run.options.quick,
+                    budget_s=seconds,
+                    launch_s=run.steps.found[launch_step(level)].p20_s,
+                    kernels=run.options.kernels,
+                    packed=name,
+                )
+
+        run.steps.add(gemm_step(level, code), 2, packed_gemm, Rate)
 
     def attention(seconds: float) -> Rate:
         with torch_threads(threads):
