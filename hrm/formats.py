@@ -205,6 +205,7 @@ def packed_format(name: str) -> PackedFormat | None:
 
 
 MOST_GROUPED: Final = 1 << 16  # columns of a group; any more are a mistake
+USUAL_PACKED: Final = ("fp8", "int8", "int4-g32", "mxfp4")  # what most people use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,11 @@
 """Models in formats other than the dtype: as published, or as is asked."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from hrm.analysis import formats_of
 from hrm.errors import ModelError
 from hrm.estimate import estimate
 from hrm.formats import FORMATS, packed_format
@@ -95,3 +97,44 @@ def test_a_format_is_asked_for_by_name(hrm, hrm_json, refused):
     assert int4["predicted"]["tokens_per_s"] > auto["predicted"]["tokens_per_s"]
     assert "(46.7 B parameters, bfloat16, experts in int4-g32) on" in hrm(*args, "--weight-format", "int4-g32")[1]
     assert "--weight-format is 'int3': must be auto, float32" in refused(*args, "--weight-format", "int3")
+
+
+WHAT_IF = ["whatif", "--formats", "--model", "olmoe-1b-7b", "--gpus", "1xT4", "--gpu-memory", "4GB", "--requests", "16"]
+FORMATS_TEXT = """\
+weights              KV cache  bytes    GPU      host     change   tokens/s  (N, μ, A_g, F_g, r_w, r_c)    decode limit
+float16              float16   13.8 GB  3.80 GB  12.1 GB  +0.0%    64.8      (16, 16, 0, 0, 0.156, 0.000)  CPU launches
+experts in fp8       float16   7.41 GB  3.80 GB  4.59 GB  +56.5%   101.4     (16, 8, 1, 0, 0.475, 0.000)   CPU launches
+experts in int8      float16   7.41 GB  3.80 GB  4.59 GB  +56.5%   101.4     (16, 8, 1, 0, 0.475, 0.000)   CPU launches
+experts in int4-g32  float16   4.58 GB  3.80 GB  1.61 GB  +163.4%  170.7     (16, 16, 0, 1, 0.784, 0.000)  GPU launches
+experts in mxfp4     float16   4.38 GB  3.80 GB  1.41 GB  +176.1%  178.9     (16, 16, 1, 1, 0.825, 0.000)  GPU launches
+float16              fp8       13.8 GB  3.80 GB  11.8 GB  +1.8%    65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
+float16              int8      13.8 GB  3.80 GB  11.8 GB  +1.8%    65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
+"""
+
+
+def test_formats_are_laid_side_by_side(hrm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    code, out, _ = hrm(*WHAT_IF)
+    assert code == 0
+    assert out.splitlines()[0].startswith("olmoe-1b-7b, float16, on 1xT4")
+    assert "".join(f"{line.rstrip()}\n" for line in out.splitlines()[2:]) == FORMATS_TEXT
+
+
+def test_the_plan_as_it_is_asked_comes_first_and_no_format_twice():
+    space = Space(BUILT_IN_MODELS["gpt-oss-20b"], machine(), WORKLOADS["mtbench"], kv_format="int8")
+    found = [(one.spec.packing, one.kv_format) for one in formats_of(space)]
+    packed = ("", "experts in fp8", "experts in int8", "experts in int4-g32")
+    assert found == [
+        ("experts in mxfp4", "int8"),
+        *((packing, "int8") for packing in packed),
+        ("experts in mxfp4", "fp8"),
+    ]
+
+
+def test_what_fits_in_one_format_only_is_shown(hrm, refused):
+    memory = ["--model", "olmoe-1b-7b", "--gpus", "1xT4", "--gpu-memory", "2GB", "--cpu-memory", "7GB"]
+    rows = json.loads(hrm("whatif", "--formats", *memory, "--requests", "1", "--json")[1])["rows"]
+    assert [row["reason"] == "" for row in rows] == [False, *4 * [True], *2 * [False]]
+    assert all(row["change"] is None for row in rows)
+    assert "--percent is '5.0': does not go with --formats" in refused(*WHAT_IF, "--percent", "5")
+    assert "--plot is 'a.png': does not go with --formats" in refused(*WHAT_IF, "--plot", "a.png")
