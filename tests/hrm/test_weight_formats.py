@@ -151,3 +151,11 @@ def test_gpus_write_packed_weights_out_unless_their_kernels_are_fused():
     written_out = costs.post_attention(4096, 8, kind) - fused.post_attention(4096, 8, kind)
     assert written_out == pytest.approx(8 * 41 * weights / 300e9 + by_launches, rel=0.02)
     assert costs.cpu_experts(16, 8) - fused.cpu_experts(16, 8) < 0.01 * written_out
+
+
+def test_a_plan_that_writing_out_limits_says_so(hrm):
+    args = ["estimate", "--model", "gpt-oss-20b", "--gpus", "1xRTX-4090", "-u", "8", "-n", "1", "--kv-on-gpu"]
+    args += ["--resident-experts", "32", "--requests", "8"]
+    told = "writes packed weights out as plain numbers before it multiplies by them"
+    assert told in hrm(*args)[1]
+    assert told not in hrm(*args, "--weight-format", "bfloat16", "--gpu-memory", "60GB")[1]
