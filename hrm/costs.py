@@ -28,7 +28,8 @@ class Runtime:
     over: more than one where the cache is copied or converted first. `synchronise_s` is added to
     every task on the GPU. With `whole_last_layer` prefill computes the model's last layer for all
     tokens, though few of them are looked at. With `fused_kernels` each norm and rotary embedding
-    and all experts of a layer are one kernel on every processor; else the profile says so of each.
+    and all experts of a layer are one kernel on every processor, which multiplies by packed weights as they
+    are; else the profile says so of each, and GPUs whose kernels are not fused write packed weights out first.
     """
 
     weights_link: LinkKind = "pinned"
@@ -177,7 +178,9 @@ class Costs:
         return seconds + self.runtime.synchronise_s if synchronises else seconds
 
     def _seconds(self, operator: Operator, level: MemoryLevel) -> Number:
-        return operator_seconds(operator, level, self.formats.compute.name, fused=self.runtime.fused_kernels)
+        writes_out = self.profile.has_gpu and level is self.profile.top
+        fused = self.runtime.fused_kernels
+        return operator_seconds(operator, level, self.formats.compute.name, fused=fused, writes_out=writes_out)
 
     def _up_to_attention(self, tokens: Number, prompt_len: float, kind: Layer) -> Number:
         """A layer of prefill up to attention."""

@@ -26,11 +26,14 @@ def aligned(num_bytes: int) -> int:
 class Format:
     """One way to store numbers, in which every element has a size of its own.
 
-    Of elements of several formats together the size is a mean, and may be a fraction.
+    Of elements of several formats together the size is a mean, and may be a fraction. If some have to be
+    written out as plain numbers before they are used, so many bytes are moved and kernels launched for each.
     """
 
     name: str
     element_bytes: float
+    written_out_bytes: float = 0.0
+    written_out_launches: float = 0.0
 
     def bytes_of(self, *sizes: Number) -> Number:
         """Bytes of a tensor of these sizes; a single one is a number of elements."""
@@ -205,6 +208,7 @@ def packed_format(name: str) -> PackedFormat | None:
 
 
 MOST_GROUPED: Final = 1 << 16  # columns of a group; any more are a mistake
+USUAL_PACKED: Final = ("fp8", "int8", "int4-g32", "mxfp4")  # what most people use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

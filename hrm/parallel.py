@@ -73,7 +73,7 @@ def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     It has of each kind of attention as many layers as any stage, their windows as wide as any
     stage's, counted from the widest, all with experts, and the embedding and the LM head. Where
     layers without experts make a stage heavier outside its routed experts, the difference is
-    divided among the planned layers.
+    divided among the planned layers, in plain numbers: what GPUs take to write packed ones out is not in it.
     """
     stages = [spec.layers[stage.start : stage.stop] for stage in stage_layers(spec.num_layers, num_stages)]
     most = max((kind for kind in spec.layer_kinds() if kind.has_experts), key=_weight)

@@ -21,10 +21,13 @@ def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
     return maximum(kernel.flops / compute, kernel.num_bytes / bandwidth)
 
 
-def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str, *, fused: bool = False) -> Number:
+def operator_seconds(
+    operator: Operator, level: MemoryLevel, dtype: str, *, fused: bool = False, writes_out: bool = False
+) -> Number:
     """Latency of launches and requests, and the roofs of the kernels, one after the other.
 
-    With `fused` no operator is split into several kernels, whether or not the processor's are.
+    With `fused` no operator is split into several kernels, whether or not the processor's are. Where the
+    level `writes_out` packed weights as plain numbers before it multiplies, that takes its time, too.
     """
     work = sum(kernel_seconds(kernel, level, dtype) for kernel in operator.kernels)
     processor = level.processor
@@ -33,6 +36,10 @@ def operator_seconds(operator: Operator, level: MemoryLevel, dtype: str, *, fuse
     launches = operator.launches
     if not (fused or processor.fuses_operators):
         launches = launches + operator.unfused_launches
+        if writes_out:
+            moved = sum(kernel.written_out_bytes for kernel in operator.kernels)
+            work = work + moved / level.read_bytes_per_s.at()
+            launches = launches + sum(kernel.written_out_launches for kernel in operator.kernels)
     return launches * processor.launch_latency_s.value + work
 
 

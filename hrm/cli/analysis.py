@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from hrm.analysis.axis import SWEPT, Axis, Length, Whole
+from hrm.analysis.formats import compare_formats, formats_of
 from hrm.analysis.regions import policy_map
 from hrm.analysis.what_if import what_if
 from hrm.causes import Cause
@@ -20,10 +21,13 @@ from hrm.errors import HrmError
 from hrm.hardware import HardwareProfile
 from hrm.policy import PAPER_SYMBOLS, ScheduleName
 from hrm.scaling import Resource, resource_value, resources
+from hrm.units import format_bytes
 from hrm.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hrm.search import Space
 
 NOTHING: Final = 0.001  # a throughput that changes by less counts as unchanged
 MOST_POINTS: Final = 100
@@ -40,26 +44,53 @@ def _about(model: ChosenModel, profile: HardwareProfile, workload: Workload) -> 
 @model_options
 @workload_options
 @schedule_option
-@click.option("--percent", type=float, default=10.0, show_default=True, help="How much more of each resource.")
+@click.option("--percent", type=float, help="How much more of each resource [default: 10].")
+@click.option("--formats", "of_formats", is_flag=True, help="What other formats of experts and KV cache do instead.")
 @table_output_options
 def whatif(
     profile: HardwareProfile,
     model: ChosenModel,
     workload: Workload,
     schedule: ScheduleName,
-    percent: float,
+    percent: float | None,
+    of_formats: bool,
     output: TableOutput,
 ) -> None:
     """What some more of each resource does to the best policy: which upgrade pays.
 
-    Latencies, and the time that tasks wait for one another, become shorter instead.
+    Latencies, and the time that tasks wait for one another, become shorter instead. With --formats the
+    machine stays as it is, and the best policies with weights and KV cache in several formats are laid side by side.
     """
+    space, about = model.space(profile, workload, schedule=schedule), _about(model, profile, workload)
+    if of_formats:
+        _show_formats(space, about, percent, output)
+    else:
+        _show_resources(space, about, 10.0 if percent is None else percent, output)
+
+
+def _show_formats(space: "Space", about: str, percent: float | None, output: TableOutput) -> None:
+    for flag, given in (("--percent", percent), ("--plot", output.plot)):
+        if given is not None:
+            raise HrmError(flag, str(given), "does not go with --formats, which come as a table", "leave it out")
+    with searching(len(formats_of(space))) as on_point:
+        frame = compare_formats(space, on_point=on_point)
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        planned = (row[f"{level}_planned_bytes"] for level in ("gpu", "cpu"))
+        sizes = ("–" if math.isnan(size) else format_bytes(size) for size in planned)
+        return [row["weights"], row["kv_format"], format_bytes(row["weight_bytes"]), *sizes, show_change(row["change"])]
+
+    headings = ("weights", "KV cache", "bytes", "GPU", "host", "change")
+    plan = ("tokens/s", PAPER_SYMBOLS, "decode limit")
+    output.show(frame, about, lambda: print_frame(frame, headings, cells, plan))
+
+
+def _show_resources(space: "Space", about: str, percent: float, output: TableOutput) -> None:
+    profile = space.profile
     if not -100 < percent < math.inf or percent == 0:
         raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
-    space = model.space(profile, workload, schedule=schedule)
     with searching(len(resources(profile))) as on_point:
         frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
-    about = _about(model, profile, workload)
 
     def print_text() -> None:
         print_frame(

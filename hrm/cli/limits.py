@@ -1,11 +1,14 @@
 """How a report tells what limits a plan, and what launches cost where they limit it."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from hrm.causes import Cause, spent_of
 from hrm.estimate import Estimate
 from hrm.launches import Launches, launches_of
 from hrm.units import format_seconds
+
+_NOTICED: Final = 1.01  # times as fast
 
 
 def launches_text(estimate: Estimate) -> list[str]:
@@ -26,6 +29,21 @@ def _lines(launches: Launches) -> list[str]:
     return [
         f"this executor launches {launches.count:,.0f} {what} at {each}, {share}",
         f"other engines with this policy: {fused}{free}",
+    ]
+
+
+def written_out_text(estimate: Estimate) -> list[str]:
+    """A line about packed weights that a GPU writes out as plain numbers first, if that is what takes its time."""
+    costs = estimate.costs
+    told = estimate.limits.prefill.cause, estimate.limits.decode.cause
+    if not costs.spec.packing or Cause.GPU_MEMORY not in told or Cause.GPU_LAUNCHES in told:
+        return []
+    fused = estimate.changed(replace(costs, runtime=replace(costs.runtime, fused_kernels=True)))
+    if fused.tokens_per_s < _NOTICED * estimate.tokens_per_s:
+        return []
+    return [
+        "this executor's GPU writes packed weights out as plain numbers before it multiplies by them",
+        f"other engines with this policy: {fused.tokens_per_s:.4g} tokens/s with fused kernels",
     ]
 
 

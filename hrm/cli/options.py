@@ -12,7 +12,7 @@ from hrm.cli.machine_choice import MachineChoice, machines_options
 from hrm.cli.params import Command, enum_option, policy_option, together
 from hrm.cli.texts import formats_text
 from hrm.errors import PolicyError, WorkloadError
-from hrm.formats import FORMATS, SCALED_KV_FORMATS, Formats, packed_format
+from hrm.formats import FORMATS, SCALED_KV_FORMATS, USUAL_PACKED, Formats, packed_format
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.memory import plan_memory
@@ -117,7 +117,6 @@ limits_options = together(
 
 
 AUTO: Final = "auto"
-PACKED_EXAMPLES: Final = ("fp8", "int8", "int4-g32", "mxfp4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +182,7 @@ def _in_format(spec: ModelSpec, name: str) -> tuple[ModelSpec, str]:
         return spec.without_packing, name
     form = packed_format(name)
     if form is None:
-        known = f"{AUTO}, {', '.join(FORMATS)}, or a packed format like {', '.join(PACKED_EXAMPLES)}"
+        known = f"{AUTO}, {', '.join(FORMATS)}, or a packed format like {', '.join(USUAL_PACKED)}"
         raise PolicyError("--weight-format", name, f"must be {known}", "choose one of them")
     return packed_as(spec, form), ""
 
@@ -209,7 +208,7 @@ model_options = together(
         metavar="NAME",
         default=AUTO,
         show_default=True,
-        help=f"auto is as the model is stored; {', '.join(PACKED_EXAMPLES)} pack the routed experts, all else is in "
+        help=f"auto is as the model is stored; {', '.join(USUAL_PACKED)} pack the routed experts, all else is in "
         "the dtype; a dtype's name packs nothing.",
     ),
     click.option(

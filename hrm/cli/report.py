@@ -6,7 +6,7 @@ from typing import Any
 
 from hrm.causes import Limit
 from hrm.cli.console import console, plain_table
-from hrm.cli.limits import launches_json, launches_text, limits_json
+from hrm.cli.limits import launches_json, launches_text, limits_json, written_out_text
 from hrm.cli.texts import formats_text, given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
@@ -238,7 +238,7 @@ def _print_prediction(estimate: Estimate, workload: Workload, ends: ThroughputRa
             f"  {name:8}{format_seconds(phase.seconds):>12} a {what}, limited by "
             f"{limit.cause.phrase}{_lane_shares(phase) if has_gpu else ''}"
         )
-    for line in launches_text(estimate):
+    for line in (*launches_text(estimate), *written_out_text(estimate)):
         console.print(f"  [dim]{line}[/]")
     console.print(f"  {latency_text(estimate.latency)}")
     console.print()

@@ -9,7 +9,7 @@ from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
 from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.hyper_connection import mix_streams, stream_tensors
-from hrm.layers.work import Kernel, Operator, gemms, linear
+from hrm.layers.work import Operator, gemms, linear, weighted
 from hrm.numeric import Number, maximum, minimum, power
 
 # Vectors of what is done to the sum of all experts: norms of it, and of what shared ones add, and a scale.
@@ -198,11 +198,12 @@ class RoutedExperts(FeedForward):
         share = num_experts / self.num_experts
         hit = share * self.hit(tokens)
         routed = share * self.computed_per_token * tokens
-        kernel = Kernel(
+        kernel = weighted(
             2 * self.expert_parameters * routed,
-            formats.weights.bytes_of(self.expert_parameters, hit)
-            + formats.compute.bytes_of(2 * self.expert_hidden_size + 3 * self.intermediate_size, routed),
+            self.expert_parameters * hit,
+            formats.compute.bytes_of(2 * self.expert_hidden_size + 3 * self.intermediate_size, routed),
             maximum(routed / maximum(hit, 1e-9), 1.0),
+            formats,
         )
         # As a mean over layers, less than one expert means that some layers have none.
         any_here = minimum(num_experts, 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
+from hrm.contract.dequantising import bytes_moved, launches
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats, PackedFormat, packed_format
 from hrm.layers.base import Block, FeedForward, Mixer, TensorSpec, Unit, places
@@ -120,13 +121,18 @@ class Layer:
         return {}
 
     def formats_of(self, block: Block, formats: Formats, *, routed: bool = False) -> Formats:
-        """The same with the mean size of a weight in a block: of its routed experts, or of all else."""
+        """The same with the mean of a weight in a block: of its routed experts, or of all else."""
         if not self.packed:
             return formats
         tensors = [tensor for tensor in self.tensors_of(block) if (tensor.unit is Unit.EXPERT) == routed]
-        num_bytes = sum(tensor.bytes_in(formats.weights) for tensor in tensors)
-        mean = num_bytes / sum(tensor.parameters for tensor in tensors)
-        return replace(formats, weights=Format("packed", mean))
+        packed = [(tensor.packed, tensor.parameters) for tensor in tensors if tensor.packed is not None]
+        sums = (
+            sum(tensor.bytes_in(formats.weights) for tensor in tensors),
+            sum(bytes_moved(form) * parameters for form, parameters in packed),
+            sum(launches(form, parameters) for form, parameters in packed),
+        )
+        parameters = sum(tensor.parameters for tensor in tensors)
+        return replace(formats, weights=Format("packed", *(each / parameters for each in sums)))
 
     def project(self, formats: Formats, tokens: Number) -> Operator:
         """Norm, projections and rotary embedding before attention."""

@@ -15,12 +15,15 @@ class Kernel:
     """One piece of computing at a level: FLOPs, bytes touched there, and rows of its GEMM.
 
     `reads_kv` marks decode attention, whose roof is the rate at which its kernel reads the cache.
+    Where packed weights are written out as plain numbers first, that moves `written_out_bytes` in so many launches.
     """
 
     flops: Number
     num_bytes: Number
     rows: Number
     reads_kv: bool = False
+    written_out_bytes: Number = 0.0
+    written_out_launches: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,19 @@ class Operator:
 
 def gemms(rows: Number, parameters: int, touched: Number, formats: Formats) -> Kernel:
     """GEMMs of `rows` tokens with so many weights; `touched` elements of a token go in and out."""
-    num_bytes = formats.weights.bytes_of(parameters) + formats.compute.bytes_of(touched, rows)
-    return Kernel(2 * parameters * rows, num_bytes, rows)
+    return weighted(2 * parameters * rows, parameters, formats.compute.bytes_of(touched, rows), rows, formats)
+
+
+def weighted(flops: Number, weights: Number, other_bytes: Number, rows: Number, formats: Formats) -> Kernel:
+    """A kernel that reads so many weights, and other bytes."""
+    form = formats.weights
+    return Kernel(
+        flops,
+        form.bytes_of(weights) + other_bytes,
+        rows,
+        written_out_bytes=form.written_out_bytes * weights,
+        written_out_launches=form.written_out_launches * weights,
+    )
 
 
 def linear(rows: Number, inputs: int, outputs: int, formats: Formats) -> Kernel:

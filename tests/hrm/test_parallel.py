@@ -225,7 +225,7 @@ def test_stages_add_up_to_the_model_and_none_is_more_than_the_one_that_is_planne
             assert all(need <= there for need, there in zip(needed, most, strict=True))
             work = job_work(Costs(stage, profile, Formats.of("bfloat16")), [Turn(own, 1.0)], WORKLOAD)
             for phase, of_longest in zip(work, longest, strict=True):
-                assert phase.in_order_s <= of_longest.in_order_s * (1 + 1e-9)
+                assert phase.in_order_s <= of_longest.in_order_s * (1 + (2e-2 if spec.packing else 1e-9))
 
 
 def random_stage_policy(rng: Random, spec: ModelSpec) -> Policy:
