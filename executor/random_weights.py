@@ -8,11 +8,21 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from executor.formats import Packed
+from executor.formats import Packed, packed_in
+from hrm.formats import packed_format
 
 _ONE_E4M3: Final = 0x38
 _INT8_DEVIATION: Final = 40.0
 _HALF_BYTES_DEVIATIONS: Final = {"int4": 4.6, "fp4": 2.9}  # where all 16 codes are as likely
+
+
+def random_packed(rows: int, width: int, name: str) -> Packed:
+    """A matrix of random numbers in the packed format of that name."""
+    form = packed_format(name)
+    assert form is not None, name
+    made = packed_in(form, rows, width, torch.empty(form.bytes_of(rows, width), dtype=torch.uint8))
+    RandomWeights().read_packed_into(name, made)
+    return made
 
 
 @final

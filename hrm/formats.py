@@ -28,10 +28,12 @@ class Format:
 
     Of elements of several formats together the size is a mean, and may be a fraction. If some have to be
     written out as plain numbers before they are used, so many bytes are moved and kernels launched for each.
+    Where most are packed, `code` is that of the packed ones.
     """
 
     name: str
     element_bytes: float
+    code: str = ""
     written_out_bytes: float = 0.0
     written_out_launches: float = 0.0
 
@@ -207,6 +209,8 @@ def packed_format(name: str) -> PackedFormat | None:
     return made if made.name == name and columns <= MOST_GROUPED else None
 
 
+# The format that stands for all of a code where their products are measured.
+USUAL_FORMATS: Final[Mapping[str, str]] = {"fp8": "fp8", "int8": "int8", "int4": "int4-g32", "fp4": "mxfp4"}
 MOST_GROUPED: Final = 1 << 16  # columns of a group; any more are a mistake
 USUAL_PACKED: Final = ("fp8", "int8", "int4-g32", "mxfp4")  # what most people use
 

@@ -41,7 +41,8 @@ SCHEMA: Final = 1
 class Processor:
     """What computes at a memory level.
 
-    `compute_flops_per_s` maps a dtype to its GEMM rate, a curve over tokens (rows) of the GEMM.
+    `compute_flops_per_s` maps a dtype to its GEMM rate, a curve over tokens (rows) of the GEMM, and so
+    the codes of packed weights (`int4`) whose products were measured in the first of the dtypes.
     `attention_bytes_per_s` is the rate at which the decode attention kernel reads KV cache, and
     `launch_latency_s` what one more kernel or operator costs however small it is. Where requests
     are attended to one by one, `attention_request_s` is what each costs besides; where a batch is
@@ -57,13 +58,16 @@ class Processor:
     fuses_operators: bool = False
     launch_latency_s: Figure
 
-    def flops_per_s(self, dtype: str, num_tokens: Number = None) -> Number:
+    def flops_per_s(self, dtype: str, num_tokens: Number = None, *, code: str = "") -> Number:
         """Planned GEMM rate; a 16-bit dtype the processor lacks falls back to the other one.
+
+        With packed weights of a `code` it is theirs if that was measured, else that of plain ones.
 
         Raises ProfileError if the profile says nothing about `dtype` at all.
         """
         stand_in = {"bfloat16": "float16", "float16": "bfloat16"}.get(dtype, dtype)
-        rate = self.compute_flops_per_s.get(dtype) or self.compute_flops_per_s.get(stand_in)
+        rates = self.compute_flops_per_s
+        rate = rates.get(code) or rates.get(dtype) or rates.get(stand_in)
         if rate is None:
             raise ProfileError(
                 f"{self.name}: compute_flops_per_s",

@@ -17,7 +17,7 @@ from hrm.numeric import Number, maximum, minimum
 def kernel_seconds(kernel: Kernel, level: MemoryLevel, dtype: str) -> Number:
     """Longest of the compute roof and the memory roof (for attention: its kernel's read rate)."""
     bandwidth = level.attention_bytes_per_s if kernel.reads_kv else level.read_bytes_per_s.at()
-    compute = level.processor.flops_per_s(dtype, None if kernel.reads_kv else kernel.rows)
+    compute = level.processor.flops_per_s(dtype, None if kernel.reads_kv else kernel.rows, code=kernel.code)
     return maximum(kernel.flops / compute, kernel.num_bytes / bandwidth)
 
 

@@ -13,5 +13,10 @@ def host_kernels() -> HostKernels | None:
     if kernels is None:
         return None
     return HostKernels(
-        name=native.description(), multiply=project, attend=kernels.decode_attention, stage=stage, pack=random_packed, fuses_operators=True
+        name=native.description(),
+        multiply=project,
+        attend=kernels.decode_attention,
+        stage=stage,
+        pack=random_packed,
+        fuses_operators=True,
     )

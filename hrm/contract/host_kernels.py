@@ -20,9 +20,10 @@ class HostKernels:
     `weight` (rows, width). `attend(queries, cache, starts, lengths, out)` is attention of one new
     token per request, whose heads are one row of `queries` and `out`, over `lengths[r]` tokens of
     the cache (tokens, 2, kv heads, head_dim) from `starts[r]` on, all requests in one kernel.
-    `stage(target, source)` copies a page of weights. `pack(rows, width, name)` is a matrix of random numbers in that packed
-    format, which `multiply` takes as a weight, too. If the runtime `fuses_operators`, all experts
-    of a layer take one kernel, not some for each, and so does a norm or rotary embedding.
+    `stage(target, source)` copies a page of weights. `pack(rows, width, name)` is a matrix of random
+    numbers in that packed format, which `multiply` takes as a weight, too. If the runtime
+    `fuses_operators`, all experts of a layer take one kernel, not some for each, and so does a norm or
+    rotary embedding.
     """
 
     name: str

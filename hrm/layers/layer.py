@@ -1,5 +1,6 @@
 """A layer: a mixer and the feed-forward blocks after it."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
@@ -131,8 +132,12 @@ class Layer:
             sum(bytes_moved(form) * parameters for form, parameters in packed),
             sum(launches(form, parameters) for form, parameters in packed),
         )
-        parameters = sum(tensor.parameters for tensor in tensors)
-        return replace(formats, weights=Format("packed", *(each / parameters for each in sums)))
+        total = sum(tensor.parameters for tensor in tensors)
+        of_codes: Counter[str] = Counter()
+        for form, parameters in packed:
+            of_codes[form.code] += parameters
+        code = next((code for code, count in of_codes.items() if 2 * count > total), "")
+        return replace(formats, weights=Format("packed", sums[0] / total, code, sums[1] / total, sums[2] / total))
 
     def project(self, formats: Formats, tokens: Number) -> Operator:
         """Norm, projections and rotary embedding before attention."""

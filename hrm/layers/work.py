@@ -16,6 +16,7 @@ class Kernel:
 
     `reads_kv` marks decode attention, whose roof is the rate at which its kernel reads the cache.
     Where packed weights are written out as plain numbers first, that moves `written_out_bytes` in so many launches.
+    Where most weights are packed, `code` is theirs.
     """
 
     flops: Number
@@ -24,6 +25,7 @@ class Kernel:
     reads_kv: bool = False
     written_out_bytes: Number = 0.0
     written_out_launches: Number = 0.0
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ def weighted(flops: Number, weights: Number, other_bytes: Number, rows: Number, 
         rows,
         written_out_bytes=form.written_out_bytes * weights,
         written_out_launches=form.written_out_launches * weights,
+        code=form.code,
     )
 
 

@@ -12,6 +12,7 @@ from hrm.estimate import estimate
 from hrm.formats import FORMATS, Formats, packed_format
 from hrm.layers import Unit
 from hrm.model_spec import BUILT_IN_MODELS, What, packable, packed_as
+from hrm.roofline import operator_seconds
 from hrm.search import Space, search
 from hrm.tasks import Device
 from hrm.units import GB
@@ -159,3 +160,20 @@ def test_a_plan_that_writing_out_limits_says_so(hrm):
     told = "writes packed weights out as plain numbers before it multiplies by them"
     assert told in hrm(*args)[1]
     assert told not in hrm(*args, "--weight-format", "bfloat16", "--gpu-memory", "60GB")[1]
+
+
+def test_packed_weights_multiply_at_their_own_rate_where_it_was_measured():
+    """And at that of plain ones where it was not; what is not packed is as before."""
+    spec, formats = in_format("int4-g32", tiny_spec()), Formats.of("bfloat16")
+    level = machine().host
+    plain = level.processor.compute_flops_per_s["bfloat16"]
+    slow = plain.each(lambda figure: figure.times(1e-3))
+    rates = {**level.processor.compute_flops_per_s, "int4": slow}
+    known = replace(level, processor=replace(level.processor, compute_flops_per_s=rates))
+    experts = spec.expert_kind.run_experts(formats, 64, spec.num_experts)
+    assert [kernel.code for kernel in experts.kernels] == ["int4"]
+    before, after = (operator_seconds(experts, each, "bfloat16") for each in (level, known))
+    assert after > 10 * before
+    assert operator_seconds(experts, known, "bfloat16") >= experts.flops / slow.at(64 * 2 / spec.num_experts)
+    of_attention = spec.expert_kind.project(formats, 64)
+    assert len({operator_seconds(of_attention, each, "bfloat16") for each in (level, known)}) == 1

@@ -26,7 +26,9 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
         name=name,
         cores=cores,
         compute_flops_per_s={
-            name: rate for name in (*run.dtypes, *run.packed) if (rate := results.get(gemm_step(level, name))) is not None
+            name: rate
+            for name in (*run.dtypes, *run.packed)
+            if (rate := results.get(gemm_step(level, name))) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
         attention_request_s=None if run.options.kernels else request_latency(launch),

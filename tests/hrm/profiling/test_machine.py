@@ -3,9 +3,10 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain, islice
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ import torch
 from hrm.contract.host_kernels import HostKernels
 from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.errors import ProfileError
+from hrm.formats import USUAL_FORMATS, packed_format
 from hrm.hardware import HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
-from hrm.model_spec import BUILT_IN_MODELS
+from hrm.model_spec import BUILT_IN_MODELS, packed_as
 from hrm.profiling import ProfileOptions, ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
 from hrm.profiling.environment import host_facts
 from hrm.profiling.gemm import GemmShape, gemm_rate, model_shapes
 from hrm.profiling.machine.host import attention_worker, staging_worker
+from hrm.profiling.machine.run import Run
 from hrm.units import KIB, MIB
 from tests.hrm.profiling.fakes import TINY, figures_of, small_sizes
 
@@ -391,6 +394,39 @@ def test_kernels_handed_in_are_what_is_measured():
     assert multiplied == {(n, s.outputs, s.inputs) for n in (1, 4, 16, 64, 256) for s in shapes}
     assert attended == {(1, 16), (2, 16, 16), (1, 32), (2, 32, 32)}
     assert all("; mine" in rate.planned.note for rate in rates)
+
+
+def test_products_with_packed_weights_are_those_of_the_kernels():
+    """By what they pack themselves, in the model's formats, or one of every code in a full measurement."""
+    shapes, packed = (GemmShape(32, 64), GemmShape(64, 32)), set()
+
+    def pack(rows, width, name):
+        packed.add((rows, width, name))
+        return torch.zeros(rows, width)
+
+    kernels = HostKernels(
+        name="mine",
+        multiply=lambda x, weight, out: torch.mm(x, weight.T, out=out),
+        attend=lambda *_: None,
+        stage=torch.Tensor.copy_,
+        pack=pack,
+    )
+    options = {"shapes": shapes, "shapes_note": "x", "quick": True, "budget_s": 0.01, "launch_s": 0.0}
+    rate = gemm_rate("float32", **options, kernels=kernels, packed="int4-g32")
+    assert packed == {(s.outputs, s.inputs, "int4-g32") for s in shapes}
+    assert rate.planned.note.endswith("weights in int4-g32; mine")
+    assert [count for count, _ in rate.planned.curve] == [1, 4, 16, 64, 256]
+
+    def measured(**changes):
+        given = ProfileOptions("cpu", **{"model": TINY, "kernels": kernels, **changes})
+        return dict(Run(host=cast("Any", None), threads=1, options=given, steps=cast("Any", None)).packed)
+
+    form = packed_format("int4-g16")
+    assert form is not None
+    assert measured(quick=True) == {}
+    assert measured(quick=True, model=packed_as(TINY, form)) == {"int4": "int4-g16"}
+    assert measured(model=packed_as(TINY, form)) == {**USUAL_FORMATS, "int4": "int4-g16"}
+    assert measured(kernels=None) == measured(kernels=replace(kernels, pack=None)) == {}
 
 
 def test_staging_is_measured_by_the_kernels_that_are_given():
