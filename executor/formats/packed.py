@@ -5,12 +5,13 @@ N rows, W columns, E experts.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from hrm.contract.temporaries import DEQUANTISED_WEIGHTS
+from hrm.contract.temporaries import DEQUANTISED_IN_ORDER, DEQUANTISED_WEIGHTS
 from hrm.formats import PackedFormat, aligned
 
 _FP4_HALVES: Final = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the magnitudes of e2m1, by its low three bits
@@ -100,13 +101,41 @@ class Packed:
                 matrix.dequantised(there)
             return out
         for rows in self.strips():
-            out[rows].copy_(self[rows].weights())
+            some = self[rows]
+            if some.is_whole:
+                some.write_to(out[rows])
+            else:
+                out[rows].copy_(some.weights())
         return out
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all groups are as large, and their columns beside one another."""
+        form, (rows, width) = self.format, self.shape
+        return not form.ordered and rows % form.rows == 0 and width % (form.columns or width) == 0
+
+    def write_to(self, out: Tensor) -> None:
+        """`dequantised` where groups are whole: every dtype has codes exactly, and scales are put on them there."""
+        form, (rows, width) = self.format, self.shape
+        if form.code_bits == 8:
+            out.copy_(self.codes.view(torch.float8_e4m3fn if form.code == "fp8" else torch.int8))
+        else:
+            pairs = _pairs("int4 from 0" if form.zeros else form.code, out.dtype, out.device)
+            torch.index_select(pairs, 0, self.codes.flatten().int(), out=out.view(-1, 2))
+        groups = rows // form.rows, 1, form.groups(width), 1
+        grouped = out.view(groups[0], form.rows, groups[2], -1)
+        if self.zeros is not None:
+            grouped.sub_(self.zeros.view(groups))
+        scales = _scales(form.scale, self.scales)
+        if self.row_scales is not None:
+            scales = scales * self.row_scales
+        grouped.mul_(scales.view(groups))
 
     def strips(self) -> Iterator[slice]:
         """Its rows, at most DEQUANTISED_WEIGHTS at once, or one row of groups."""
         rows, width = self.format.rows, self.shape[-1]
-        strip = max(DEQUANTISED_WEIGHTS // width // rows, 1) * rows
+        at_once = DEQUANTISED_WEIGHTS // (DEQUANTISED_IN_ORDER if self.format.ordered else 1)
+        strip = max(at_once // width // rows, 1) * rows
         for first in range(0, len(self), strip):
             yield slice(first, min(first + strip, len(self)))
 
@@ -160,6 +189,17 @@ def packed_in(form: PackedFormat, num_rows: int, width: int, memory: Tensor) -> 
         start += aligned(part.num_bytes)
     assert start == memory.shape[-1], (form, num_rows, width, memory.shape)
     return Packed(form, (*before, num_rows, width), **parts)
+
+
+@cache
+def _pairs(code: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two numbers that each byte means in half-byte codes."""
+    if code == "fp4":
+        magnitudes = [half / 2 for half in _FP4_HALVES]
+        numbers = [*magnitudes, *(-each for each in magnitudes)]
+    else:
+        numbers = [half - 8.0 * (code == "int4") for half in range(16)]
+    return torch.tensor([[numbers[byte & 15], numbers[byte >> 4]] for byte in range(256)], dtype=dtype, device=device)
 
 
 def _halves(codes: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What it costs to write packed weights out as plain numbers, where torch has to before it multiplies.
 
 So GPUs do, strip by strip; the CPU's own kernels multiply by packed weights as they are stored. The numbers are
-counted from what `executor.formats.Packed.weights` does to each weight, one operator of torch after the other, as if
-nothing of it stayed in the GPU's cache from one to the next.
+counted from what `executor.formats.Packed.dequantised` does to each weight, one operator of torch after the other, as
+if nothing of it stayed in the GPU's cache from one to the next.
 """
 
 from math import ceil
@@ -17,21 +17,20 @@ _HALF: Final = 2  # bytes of the dtypes that GPUs compute in
 class _Steps(NamedTuple):
     """Bytes of a weight that are read and written, and launches of a strip."""
 
-    num_bytes: int
+    num_bytes: float
     launches: int
 
 
-# From codes to float32: bytes are converted; halves are taken apart and joined, and moved to around zero; and
-# of fp4 looked up and given their sign.
-_OF_CODES: Final = {"fp8": _Steps(5, 1), "int8": _Steps(5, 1), "int4": _Steps(17, 5), "fp4": _Steps(57, 10)}
+# From codes to numbers: bytes are converted; of half bytes two are looked up at once, by an int32.
+_OF_BYTES: Final = _Steps(1 + _HALF, 1)
+_OF_HALVES: Final = _Steps(4.5 + _HALF, 2)
 _OF_SCALES: Final = {"f32": 0, "bf16": 1, "f16": 1, "e4m3": 1, "e8m0": 6}  # launches: there are few of them
-_SCALED: Final = _Steps(8, 1)
-_ROUNDED: Final = _Steps(4 + _HALF, 1)  # and read once more by the product
-_SPREAD: Final = _Steps(8, 1)  # scales or zero points of groups, one for each weight
-_ORDERED: Final = _Steps(16, 2)
+_IN_PLACE: Final = _Steps(2 * _HALF, 1)  # scales of groups on their weights, or zero points
+# By an order of columns, all of it in float32, and each weight's own scale and zero point found first.
+_ORDERED: Final = _Steps(64, 9)
 
 
-def bytes_moved(form: PackedFormat) -> int:
+def bytes_moved(form: PackedFormat) -> float:
     """Bytes that are read and written for each weight, beside what is stored."""
     return sum(step.num_bytes for step in _steps(form)) + _HALF
 
@@ -43,9 +42,6 @@ def launches(form: PackedFormat, num_weights: int) -> int:
 
 
 def _steps(form: PackedFormat) -> list[_Steps]:
-    steps = [_OF_CODES[form.code], _Steps(0, _OF_SCALES[form.scale]), _SCALED, _ROUNDED]
-    steps += (form.columns > 0) * (1 + form.zeros) * [_SPREAD]
-    steps.append(
-        _Steps(0, (form.rows > 1) + form.zeros)
-    )  # rows of blocks are spread on their own, zero points converted
-    return steps + form.ordered * [_ORDERED] + form.row_scales * [_SCALED]
+    codes = _OF_BYTES if form.code_bits == 8 else _OF_HALVES
+    few = _Steps(0, _OF_SCALES[form.scale] + form.row_scales)
+    return [codes, few, *(1 + form.zeros) * [_IN_PLACE], *form.ordered * [_ORDERED]]

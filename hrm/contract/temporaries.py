@@ -8,7 +8,8 @@ WORKSPACE_ROUNDING_BYTES: Final = 16 * ALIGNMENT_BYTES  # as so many at most are
 # future, fewer are slow.
 MASK_BLOCK_TOKENS: Final = 128
 DEQUANTISED_WEIGHTS: Final = 1 << 22  # of a packed matrix, at most, that are dequantised at once where torch multiplies
-DEQUANTISED_BYTES: Final = 32  # of each of these: float32 weights and scales, what they are made of, and the result
+DEQUANTISED_BYTES: Final = 8  # of each of these: what codes are looked up by, and the result
+DEQUANTISED_IN_ORDER: Final = 4  # times as many bytes, of as many weights less, where columns have an order
 
 
 def skips_in_last_layer(prompts: float, tokens: float) -> bool:

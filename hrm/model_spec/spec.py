@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
 
+from hrm.contract.temporaries import DEQUANTISED_IN_ORDER
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats
 from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
@@ -167,9 +168,10 @@ class ModelSpec:
 
     @cached_property
     def largest_packed(self) -> int:
-        """Weights of the largest packed matrix; 0 if there is none."""
-        tensors = (tensor for kind in self.layer_kinds() for tensor in kind.tensors)
-        return max((tensor.parameters for tensor in tensors if tensor.packed is not None), default=0)
+        """Weights of the largest packed matrix, more if its columns have an order; 0 if there is none."""
+        packed = ((each.packed, each.parameters) for kind in self.layer_kinds() for each in kind.tensors)
+        sizes = (size * (DEQUANTISED_IN_ORDER if form.ordered else 1) for form, size in packed if form is not None)
+        return max(sizes, default=0)
 
     @cached_property
     def packing(self) -> str:

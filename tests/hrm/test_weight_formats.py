@@ -105,10 +105,10 @@ WHAT_IF = ["whatif", "--formats", "--model", "olmoe-1b-7b", "--gpus", "1xT4", "-
 FORMATS_TEXT = """\
 weights              KV cache  bytes    GPU      host     change  tokens/s  (N, μ, A_g, F_g, r_w, r_c)    decode limit
 float16              float16   13.8 GB  3.80 GB  12.1 GB  +0.0%   64.8      (16, 16, 0, 0, 0.156, 0.000)  CPU launches
-experts in fp8       float16   7.41 GB  2.28 GB  6.80 GB  +13.8%  73.75     (16, 16, 1, 0, 0.080, 1.000)  CPU launches
-experts in int8      float16   7.41 GB  2.28 GB  6.80 GB  +13.8%  73.75     (16, 16, 1, 0, 0.080, 1.000)  CPU launches
-experts in int4-g32  float16   4.58 GB  1.94 GB  3.95 GB  +8.2%   70.14     (16, 16, 1, 0, 0.138, 1.000)  CPU launches
-experts in mxfp4     float16   4.38 GB  1.92 GB  3.74 GB  -0.7%   64.34     (16, 16, 1, 0, 0.147, 1.000)  CPU launches
+experts in fp8       float16   7.41 GB  3.80 GB  4.90 GB  +34.3%  87.01     (16, 8, 1, 0, 0.337, 1.000)   CPU launches
+experts in int8      float16   7.41 GB  3.80 GB  4.90 GB  +34.3%  87.01     (16, 8, 1, 0, 0.337, 1.000)   CPU launches
+experts in int4-g32  float16   4.58 GB  2.33 GB  3.33 GB  +28.5%  83.24     (16, 8, 1, 0, 0.262, 1.000)   CPU launches
+experts in mxfp4     float16   4.38 GB  2.66 GB  2.73 GB  +25.1%  81.07     (16, 8, 1, 0, 0.376, 1.000)   CPU launches
 float16              fp8       13.8 GB  3.80 GB  11.8 GB  +1.8%   65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
 float16              int8      13.8 GB  3.80 GB  11.8 GB  +1.8%   65.93     (16, 16, 1, 0, 0.136, 1.000)  CPU launches
 """

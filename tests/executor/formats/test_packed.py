@@ -73,6 +73,18 @@ def test_weights_are_what_the_format_says(name: str) -> None:
     assert ours.isnan().equal(exact.isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_rounded_once(name: str, dtype: torch.dtype) -> None:
+    """Scaled where they lie they are what float32 gives; scales of rows are multiplied in another order."""
+    packed = random_packed(name, 48, 64, seed=2)
+    ours, exact = packed.dequantised(torch.empty(48, 64, dtype=dtype)), packed.weights()
+    if packed.row_scales is None:
+        assert ours.nan_to_num().equal(exact.to(dtype).nan_to_num())
+    else:
+        torch.testing.assert_close(ours.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-30, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_of_a_stack_are_those_of_the_whole(name: str) -> None:
     packed = random_packed(name, 32, 64, several=(3,), seed=1)
