@@ -151,7 +151,7 @@ def test_gpus_write_packed_weights_out_unless_their_kernels_are_fused():
     by_launches = 1e-5 * (8 * (strips * 5 - 2 + 11 + 1) + 17) - 1e-5
     written_out = costs.post_attention(4096, 8, kind) - fused.post_attention(4096, 8, kind)
     assert written_out == pytest.approx(8 * 12.5 * weights / 300e9 + by_launches, rel=0.02)
-    assert costs.cpu_experts(16, 8) - fused.cpu_experts(16, 8) < 0.01 * written_out
+    assert costs.cpu_experts(16, 8) - fused.cpu_experts(16, 8) < 0.02 * written_out  # launches that fused kernels spare
 
 
 def test_a_plan_that_writing_out_limits_says_so(hrm):
