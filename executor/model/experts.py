@@ -4,6 +4,7 @@ T tokens, D hidden, K experts per token, I intermediate, n tokens that go to one
 """
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def run_experts(
     native = kernels()
     if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
         return _run_in_torch(x_TD, routing, experts, out_TD, workspace, glu)
-    chosen = set(routing.experts_TK.flatten().tolist())
+    chosen = set(chain.from_iterable(routing.experts_TK.tolist()))
     given = [(index, weights) for index, weights in experts if index in chosen]
     if not given or not len(x_TD) or not native.takes_weights(given[0][1].w13, given[0][1].w2):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)

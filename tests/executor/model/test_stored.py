@@ -72,7 +72,7 @@ def read(family, source, spec, unit, expert=None, layer=0) -> dict[str, torch.Te
 
 
 def _has(family, source, spec, tensor, layer, expert) -> bool:
-    (joined,) = family._joined((tensor,), spec, source.names, layer, expert)
+    (joined,) = family.joined((tensor,), spec, source.names, layer, expert)
     return joined.pieces[0].name in source.names
 
 
