@@ -58,6 +58,12 @@ def plan_of(checkpoint: Checkpoint, family: Family, spec: ModelSpec, published: 
     """
     plan = Plan()
     for index, layer in enumerate(spec.layers):
+        for tensor in expert_tensors(layer):
+            if len(tensor.shape) > 1 and not published.form.takes(tensor.shape, tensor.parts):
+                told = f"<{' + '.join(map(str, tensor.parts or tensor.shape[:1]))} rows of {tensor.shape[1]}>"
+                rule = f"must have whole groups and bytes in {published.form.name}, to be run"
+                where = f"{checkpoint.folder}: experts of layer {index}"
+                raise CheckpointError(where, told, rule, "choose a --format of smaller groups")
         for matrix in _of_layer(checkpoint, family, spec, published, index):
             plan.matrices.setdefault(matrix.stored, []).append(matrix)
         if layer.experts and not isinstance(published, Stacked):

@@ -117,7 +117,7 @@ def _obstacle(tensor: TensorSpec, forms: Collection[PackedFormat | None]) -> str
     (form,) = forms
     assert form is not None
     parts = tensor.parts or tensor.shape[:1]
-    if not form.takes(tensor.shape) or any(rows % form.rows for rows in parts[:-1]):
+    if not form.takes(tensor.shape, parts):
         told = f"{' + '.join(map(str, parts))} rows of {tensor.shape[-1]}"
         return f"must have parts of whole groups in {form.name}, not {told}"
     return ""

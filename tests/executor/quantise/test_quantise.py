@@ -290,6 +290,11 @@ def test_formats_that_nobody_publishes_of_a_model_are_refused(tmp_path) -> None:
         packed(tiny.folder, tmp_path / "out", "mxfp4", What.LINEAR)
 
 
+def test_groups_that_would_cross_what_is_joined_to_be_run_are_refused(split, tmp_path) -> None:
+    """Gate and up projection have 32 rows each, and lie in one matrix."""
+    refused(split.folder, tmp_path / "out", "fp8-b64", "experts of layer 0", "32 + 32 rows of 64", "smaller groups")
+
+
 def test_what_is_quantised_already_is_refused(split, tmp_path) -> None:
     model = shutil.copytree(split.folder, tmp_path / "model")
     edit_json(model / "config.json", quantization_config={"quant_method": "fp8"})
