@@ -1,6 +1,7 @@
 """Random weights, for runs whose tokens do not matter."""
 
 from collections.abc import Collection
+from functools import cache
 from math import log2
 from typing import Final, final
 from zlib import crc32
@@ -21,7 +22,7 @@ def random_packed(rows: int, width: int, name: str) -> Packed:
     form = packed_format(name)
     assert form is not None, name
     made = packed_in(form, rows, width, torch.empty(form.bytes_of(rows, width), dtype=torch.uint8))
-    RandomWeights().read_packed_into(name, made)
+    _one_pool().read_packed_into(name, made)
     return made
 
 
@@ -42,14 +43,16 @@ class RandomWeights:
         self._seed = seed
         self._pool = torch.randn(1_048_573, generator=torch.Generator().manual_seed(seed))
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._codes: dict[str, tuple[Tensor, float]] = {}
 
     def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
         """Fill `out` with codes that are as likely as each other, or of normal numbers; no scale is extreme."""
         form, width = out.format, out.shape[-1]
         start = crc32(f"{self._seed} {name} {first_row}".encode()) % (len(self._pool) // 2)
-        codes, deviation = self._codes(form.code)
-        flat = codes.repeat(-(-(start + out.codes.numel()) // len(codes)))[start : start + out.codes.numel()]
-        out.codes.copy_(flat.view(out.codes.shape))
+        if form.code not in self._codes:
+            self._codes[form.code] = _codes_of(self._pool, form.code)
+        codes, deviation = self._codes[form.code]
+        _fill(out.codes, codes, start)
         scale = width**-0.5 / deviation
         if form.scale == "e8m0":
             out.scales.fill_(127 + round(log2(scale)))
@@ -63,14 +66,6 @@ class RandomWeights:
             out.zeros.fill_(8 if form.code == "int4" else 0)
         if out.order is not None:
             out.order.copy_(torch.arange(width) // form.columns)
-
-    def _codes(self, code: str) -> tuple[Tensor, float]:
-        """Bytes of codes, and the standard deviation of what they mean."""
-        if code == "fp8":
-            return self._pool.to(torch.float8_e4m3fn).view(torch.uint8), 1.0
-        if code == "int8":
-            return (_INT8_DEVIATION * self._pool).clamp(-127, 127).to(torch.int8).view(torch.uint8), _INT8_DEVIATION
-        return (self._pool.view(torch.int32) >> 4).to(torch.uint8), _HALF_BYTES_DEVIATIONS[code]
 
     def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
         """Fill `out`, whatever the name."""
@@ -86,10 +81,25 @@ class RandomWeights:
         if shape not in self._scaled:
             self._scaled[shape] = (self._pool * out.shape[1] ** -0.5).to(out.dtype)
         pool = self._scaled[shape]
-        start = crc32(f"{self._seed} {name} {first_row}".encode()) % len(pool)
-        flat = out.view(-1)
-        done = 0
-        while done < len(flat):
-            piece = pool[start : start + len(flat) - done]
-            flat[done : done + len(piece)].copy_(piece)
-            done, start = done + len(piece), 0
+        _fill(out, pool, crc32(f"{self._seed} {name} {first_row}".encode()) % len(pool))
+
+
+_one_pool = cache(RandomWeights)
+
+
+def _codes_of(pool: Tensor, code: str) -> tuple[Tensor, float]:
+    """Bytes of codes, and the standard deviation of what they mean."""
+    if code == "fp8":
+        return pool.to(torch.float8_e4m3fn).view(torch.uint8), 1.0
+    if code == "int8":
+        return (_INT8_DEVIATION * pool).clamp(-127, 127).to(torch.int8).view(torch.uint8), _INT8_DEVIATION
+    return (pool.view(torch.int32) >> 4).to(torch.uint8), _HALF_BYTES_DEVIATIONS[code]
+
+
+def _fill(out: Tensor, pool: Tensor, start: int) -> None:
+    """Fill a contiguous tensor with what the pool has from `start` on, again and again."""
+    flat, done = out.view(-1), 0
+    while done < len(flat):
+        piece = pool[start : start + len(flat) - done]
+        flat[done : done + len(piece)].copy_(piece)
+        done, start = done + len(piece), 0

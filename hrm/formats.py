@@ -209,10 +209,10 @@ def packed_format(name: str) -> PackedFormat | None:
     return made if made.name == name and columns <= MOST_GROUPED else None
 
 
-# The format that stands for all of a code where their products are measured.
+# What most people use of each code; it stands for all of the code where their products are measured.
 USUAL_FORMATS: Final[Mapping[str, str]] = {"fp8": "fp8", "int8": "int8", "int4": "int4-g32", "fp4": "mxfp4"}
+USUAL_PACKED: Final = tuple(USUAL_FORMATS.values())
 MOST_GROUPED: Final = 1 << 16  # columns of a group; any more are a mistake
-USUAL_PACKED: Final = ("fp8", "int8", "int4-g32", "mxfp4")  # what most people use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from hrm.contract.temporaries import DEQUANTISED_IN_ORDER, DEQUANTISED_WEIGHTS
+from hrm.contract.dequantising import weights_at_once
 from hrm.formats import PackedFormat, aligned
 
 _FP4_HALVES: Final = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the magnitudes of e2m1, by its low three bits
@@ -132,10 +132,9 @@ class Packed:
         grouped.mul_(scales.view(groups))
 
     def strips(self) -> Iterator[slice]:
-        """Its rows, at most DEQUANTISED_WEIGHTS at once, or one row of groups."""
+        """Its rows, at most `weights_at_once`, or one row of groups."""
         rows, width = self.format.rows, self.shape[-1]
-        at_once = DEQUANTISED_WEIGHTS // (DEQUANTISED_IN_ORDER if self.format.ordered else 1)
-        strip = max(at_once // width // rows, 1) * rows
+        strip = max(weights_at_once(self.format) // width // rows, 1) * rows
         for first in range(0, len(self), strip):
             yield slice(first, min(first + strip, len(self)))
 

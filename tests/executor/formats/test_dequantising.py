@@ -14,7 +14,10 @@ from hrm.contract.dequantising import bytes_moved, launches
 from hrm.formats import packed_format
 
 ROWS, WIDTH = 256, 1024
-NAMES = ("fp8", "fp8-b128", "int8", "int4-g32", "int4-g128-f16-z", "mxfp4", "nvfp4")
+NAMES = (
+    *("fp8", "fp8-b128", "int8", "int4-g32", "int4-g128-f16-z", "mxfp4", "nvfp4"),
+    *("int4-g128-f16-o", "int4-g128-f16-z-o", "int8-g128-f16-o"),
+)
 
 
 class Counting(TorchDispatchMode):
