@@ -60,9 +60,11 @@ def add_processor(run: Run, level: str, threads: int) -> None:
 
     run.steps.add(launch_step(level), 1, launch, Timing)
     shapes, note = model_shapes(run.options.model, quick=run.options.quick)
-    for dtype in run.dtypes:
+    plain = [(dtype, dtype, "", 4) for dtype in run.dtypes]
+    packed = [(code, run.dtypes[0], form, 2) for code, form in run.packed.items()]
+    for name, dtype, form, share in (*plain, *packed):
 
-        def gemm(seconds: float, dtype: str = dtype) -> Rate:
+        def gemm(seconds: float, dtype: str = dtype, form: str = form) -> Rate:
             with torch_threads(threads):
                 return gemm_rate(
                     dtype,
@@ -72,25 +74,10 @@ def add_processor(run: Run, level: str, threads: int) -> None:
                     budget_s=seconds,
                     launch_s=run.steps.found[launch_step(level)].p20_s,  # noise only adds to it
                     kernels=run.options.kernels,
+                    packed=form,
                 )
 
-        run.steps.add(gemm_step(level, dtype), 4, gemm, Rate)
-    for code, name in run.packed.items():
-
-        def packed_gemm(seconds: float, name: str = name) -> Rate:
-            with torch_threads(threads):
-                return gemm_rate(
-                    run.dtypes[0],
-                    shapes=shapes,
-                    shapes_note=note,
-                    quick=run.options.quick,
-                    budget_s=seconds,
-                    launch_s=run.steps.found[launch_step(level)].p20_s,
-                    kernels=run.options.kernels,
-                    packed=name,
-                )
-
-        run.steps.add(gemm_step(level, code), 2, packed_gemm, Rate)
+        run.steps.add(gemm_step(level, name), share, gemm, Rate)
 
     def attention(seconds: float) -> Rate:
         with torch_threads(threads):
