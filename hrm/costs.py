@@ -71,7 +71,7 @@ class Costs:
 
     def attention(self, device: Device, m: Number, context: Number, kind: Layer) -> Number:
         """Decode attention over a mean context on either device."""
-        operator = kind.attend(self.formats, m, context)
+        operator = kind.mixer.attend(self.formats, m, context)
         if device is Device.CPU and self.runtime.attention_passes > 1:
             operator = operator.with_passes(self.runtime.attention_passes)
         return self._on(device, operator)

@@ -220,9 +220,9 @@ class Formats:
     """The formats of a plan.
 
     `weights` are parameters as they lie in memory and cross the link, where a model does not say that
-    they are packed. `kv_cache` is keys and values
-    from when they leave for the cache, so also on their way over the link; states are none. `compute` is the dtype
-    of hidden states, queries, activations and logits, and the one whose GEMM rate counts.
+    they are packed. `kv_cache` is keys and values from when they leave for the cache, so also on their
+    way over the link; states are none. `compute` is the dtype of hidden states, queries, activations and
+    logits, and the one whose GEMM rate counts.
     """
 
     weights: Format

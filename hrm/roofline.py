@@ -119,7 +119,7 @@ def attention_turning_points(
 
     Of layers with windows of different widths, it is the widest.
     """
-    operator = spec.widest_kind.attend(formats, 1, context)
+    operator = spec.widest_kind.mixer.attend(formats, 1, context)
     return turning_points(
         profile,
         formats.compute.name,

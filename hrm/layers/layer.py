@@ -143,10 +143,6 @@ class Layer:
         """Norm, projections and rotary embedding before attention."""
         return self.mixer.project(self.formats_of(self.mixer, formats), tokens)
 
-    def attend(self, formats: Formats, requests: Number, context: Number) -> Operator:
-        """Decode attention of a new token of each request over a mean context."""
-        return self.mixer.attend(formats, requests, context)
-
     def prefill(self, formats: Formats, tokens: Number, prompt_len: Number) -> Operator:
         """All up to attention over a chunk of `tokens` in prompts of `prompt_len`."""
         return self.mixer.prefill(self.formats_of(self.mixer, formats), tokens, prompt_len)
