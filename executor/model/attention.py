@@ -11,7 +11,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.kv_rows import dequantised, is_quantised
@@ -106,6 +105,8 @@ def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, scale: flo
     Query heads that share a KV head are a batch of their own, for which it is broadcast: told that
     heads are grouped, torch on older GPUs makes the mask and all scores.
     """
+    from torch.nn.attention.bias import causal_lower_right  # it brings torch's compiler, a second of imports
+
     tokens, heads, head_dim = q_THd.shape
     length, _, kv_heads, _ = cache_C2Gd.shape
     split = (tokens, kv_heads, heads // kv_heads, head_dim)

@@ -14,7 +14,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from executor.model.kv_rows import dequantised, gathered, is_quantised
@@ -177,6 +176,8 @@ def _attend_causally(
     if tokens == length:
         context = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
+        from torch.nn.attention.bias import causal_lower_right  # it brings torch's compiler, a second of imports
+
         context = scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(tokens, length), scale=scale)
     out_THv.copy_(context[0].transpose(0, 1)[..., : block.value_head_dim])
 
