@@ -10,6 +10,7 @@ from random import Random
 
 from hrm.estimate import estimate
 from hrm.search import Outcome, Space, search
+from hrm.search.result import OPTIMAL_GAP
 from tests.bench.machine import circumstances
 from tests.hrm.random_plans import random_case, random_policies
 
@@ -30,6 +31,7 @@ def test_random_searches():
         result = search(Space(case.spec, case.profile, case.workload, dtype=case.dtype))
         seconds.append((time.process_time() - started_s, f"seed {seed}: {case}"))
         best = result.best
+        assert (result.outcome is Outcome.OPTIMAL) == (best is not None and result.gap <= OPTIMAL_GAP)
         for policy in random_policies(rng, case, best and best.policy, count=POLICIES):
             assert best is not None, f"seed {seed}: {case}: {policy} fits"
             rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s

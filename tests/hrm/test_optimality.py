@@ -25,7 +25,7 @@ from hrm.workload import WORKLOADS, Workload
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import machine, rate
 
-GROUPS, A_GROUP = 30, 10
+GROUPS, A_GROUP = 16, 5  # `make bench` has many more
 
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
@@ -33,7 +33,6 @@ def searched(case: Case, profile: HardwareProfile | None = None, **options: Any)
     return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("quick_bounds")
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal(group):
@@ -49,7 +48,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
             rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
             assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
             found += 1
-    assert found > A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
+    assert found >= A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
 
 
 @pytest.mark.usefixtures("quick_bounds")
@@ -103,15 +102,15 @@ def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt
         assert predicted.bound_tokens_per_s >= 0.5 * ceilings[0], "a ceiling that is near"
 
 
-@pytest.mark.slow
 def test_a_host_smaller_than_the_model_is_searched_whole():
     """All of it fits the GPUs: this once gave 213.6 tokens/s, called optimal."""
     profile = with_memory(compose("2xA100-80G"), cpu_memory_bytes=64 * GB)
     spec = BUILT_IN_MODELS["mixtral-8x7b"]
+    workload = replace(WORKLOADS["mtbench"], num_requests=2000)
     for solver in ("exhaustive", "milp"):
-        result = search(Space(spec, profile, WORKLOADS["mtbench"]), solver_named(solver))
-        assert result.require().tokens_per_s > 8400
-        assert result.bound_tokens_per_s < 8800
+        result = search(Space(spec, profile, workload), solver_named(solver))
+        assert result.require().tokens_per_s > 8000
+        assert result.bound_tokens_per_s < 8100
 
 
 def test_two_solvers_never_certify_different_optima():

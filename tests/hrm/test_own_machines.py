@@ -30,6 +30,8 @@ from hrm.workload import Workload
 from tests.hrm.support import figure, machine, random_dimensions, random_spec, tiny_spec
 from tests.hrm.test_search import brute_force, small_machine
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 FILES = list_files()
 UNIFIED = ("GB10", "Strix-Halo", "M4-Max")
 SHORT = Workload(name="short", prompt_len=8, max_prompt_len=8, gen_len=4, num_requests=1)

@@ -100,6 +100,7 @@ def flat(args: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_bounds")
 def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
     rng, tried = Random(18), Counter[str]()
     for _ in range(14):

@@ -5,7 +5,9 @@ import sys
 if "profile" in sys.orig_argv:
     from tests.hrm.profiling.fakes import small_sizes
 
-    small_sizes().__enter__().setattr("hrm.profiling.machine.PASSES", 1)
+    patch = small_sizes().__enter__()
+    patch.setattr("hrm.profiling.machine.PASSES", 1)
+    patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.03)
 elif any("ipykernel" in word for word in sys.orig_argv):
     from hrm.search import bound
 
