@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from math import ceil, inf
+from operator import itemgetter
 from typing import Final
 
 from hrm.acts import decode, prefill
@@ -13,7 +14,6 @@ from hrm.costs import Costs, LayerMix, TaskWork
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
-from hrm.tasks import Act, TaskId
 from hrm.trace import Trace
 from hrm.workload import Workload
 
@@ -24,6 +24,9 @@ MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for s
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 _PAGES: Final = frozenset({decode.LOAD_PAGE, decode.STAGE_PAGE, prefill.LOAD_PAGE, prefill.STAGE_PAGE})
 STEADY_STEPS: Final = 3
+_ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
+# By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
+_Known = dict[tuple[int, float], dict[int, float]]
 
 
 def decode_work(
@@ -109,9 +112,10 @@ def steps_seconds(
     Of very many micro-batches, each that is simulated stands for several.
     """
     shape, in_one, pages_in_one = _simulated_shape(policy)
+    known: _Known = {}
 
     def seconds(work: TaskWork) -> float:
-        order, end_s = _walked(work, in_one, pages_in_one)
+        order, end_s = _walked(work, in_one, pages_in_one, known)
         ends = [0.0] * STEADY_STEPS
         for position, step in order.samples:
             ends[step] = max(ends[step], end_s[position])
@@ -156,18 +160,29 @@ def _simulated_shape(policy: Policy) -> tuple[Policy, float, float]:
     return shape, number / few, pages / few_pages
 
 
-def _walked(work: TaskWork, in_one: float, pages_in_one: float) -> tuple[Order, list[float]]:
+def _walked(
+    work: TaskWork, in_one: float, pages_in_one: float, known: _Known | None = None
+) -> tuple[Order, list[float]]:
     """The order of a phase's tasks and when each ends; quicker than `simulate_work`.
 
     A micro-batch or chunk of the work stands for `in_one` of them, and so takes that much longer; a
-    page of weights for `pages_in_one` smaller ones, if there are several.
+    page of weights for `pages_in_one` smaller ones, if there are several. What is `known` is of works
+    that differ from this one in their layers, stretch and context only; what is worked out joins it.
     """
     pipeline = work.pipeline
     pages_in_one = pages_in_one if pipeline.num_pages > 1 else 1.0
     order = _order(pipeline, work.policy.schedule)
     pages = round(pipeline.num_pages * pages_in_one)
     seconds_of = replace(work, pipeline=replace(pipeline, num_pages=pages)).seconds_of()
-    seconds = [seconds_of(task_id) * (pages_in_one if task_id.act in _PAGES else in_one) for task_id in order.distinct]
+    others = {} if known is None else known.setdefault((pipeline.num_layers, work.stretch), {})
+    seconds: list[float] = []
+    for number, task_id in enumerate(order.distinct):
+        of_task = others.get(number)
+        if of_task is None:
+            of_task = seconds_of(task_id) * (pages_in_one if task_id.act in _PAGES else in_one)
+            if not task_id.act.attends:
+                others[number] = of_task
+        seconds.append(of_task)
     return order, end_times(order, seconds)
 
 
@@ -179,10 +194,7 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
 
 
 def _new_order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
-    def alike(task: TaskId) -> tuple[Act, int]:
-        return task.act, task.layer
-
-    return in_order(iter_positions(pipeline, schedule), alike)
+    return in_order(iter_positions(pipeline, schedule), _ACT_AND_LAYER)
 
 
 # A hundred megabytes at most, and two of each phase of one policy.

@@ -80,8 +80,8 @@ def _issued(pipeline: Pipeline, order: Iterable[TaskId]) -> Iterator[tuple[_Issu
                 slot = slots[buffer, at] = _Slot(version)
             elif slot.version != version:
                 slot.turn_to(version)
-            elif piece in slot.writers:
-                before.append(slot.writers[piece])
+            elif (writer := slot.writers.get(piece)) is not None:
+                before.append(writer)
             slot.users[lane] = issued
         for buffer, at, version, piece in touch[1]:
             slot = slots.get((buffer, at))
