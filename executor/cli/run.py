@@ -134,7 +134,7 @@ def run(
         else:
             from executor.ray.fleet import FleetOptions, run_fleet
 
-            fleet = FleetOptions(address=ray_address, workers=workers, revision=revision, model=located.name)
+            fleet = FleetOptions(address=ray_address, workers=workers, model=located.name)
             told = run_fleet(options, fleet, progress).text(output_dir)
     if told is not None and not quiet:
         click.echo(told)

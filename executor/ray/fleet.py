@@ -30,8 +30,7 @@ class FleetOptions:
 
     address: str = LOCAL
     workers: int | None = None
-    revision: str | None = None
-    model: str = ""  # as the user named it: each node looks for it itself
+    model: str = ""  # its name on the Hub, revision included: each node fetches it; else the folder is
 
     @property
     def is_local(self) -> bool:
@@ -109,7 +108,6 @@ class _Fleet:
         )(Worker)
         self._engine: dict[str, Any] = {
             "model": fleet.model or str(options.model.absolute()),
-            "revision": fleet.revision,
             "policy": str(options.policy.absolute()),
             "accelerator": options.accelerator,
             "schedule": options.schedule,
