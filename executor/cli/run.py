@@ -47,6 +47,19 @@ _file = click.Path(path_type=Path, dir_okay=False)
     help="Stop after so many requests; those of earlier runs do not count.",
 )
 @click.option("--resume", is_flag=True, help="Go on with a directory that holds outputs.")
+@click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Share the requests out over the workers of a Ray cluster [without an address: over workers here].",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1, max=10_000),
+    help="Of --ray [default: 2 here, or one on every node of a cluster].",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
     *,
@@ -61,6 +74,8 @@ def run(
     sampling_defaults: "SamplingSource",
     max_requests: int | None,
     resume: bool,
+    ray_address: str | None,
+    workers: int | None,
     quiet: bool,
 ) -> None:
     """Run a file of requests under a policy.
@@ -78,6 +93,10 @@ def run(
     --resume goes on where a run was cut short, with what is not answered yet, errors included: they
     are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 
+    With --ray every worker holds an engine of its own, on a machine like the policy's, and must see
+    model and policy under the same names; answers come here as they end, each once, and workers that
+    die are replaced. A request with which two engines died, the second time alone, is left out.
+
     Of a model on the Hub only what is needed is fetched, once, into the Hub's own cache, as HF_HOME,
     HF_TOKEN and HF_HUB_OFFLINE say.
 
@@ -87,7 +106,11 @@ def run(
     """
     from executor.cli.progress import live_progress, say
     from executor.download import locate
+    from executor.errors import RunError
     from executor.job import JobOptions, JobProgress, run_job
+
+    if workers is not None and ray_address is None:
+        raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
 
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
@@ -105,9 +128,16 @@ def run(
             max_requests=max_requests,
             resume=resume,
         )
-        record = run_job(options, progress)
-    if record is not None and not quiet:
-        click.echo(summary(record, output_dir))
+        if ray_address is None:
+            record = run_job(options, progress)
+            told = None if record is None else summary(record, output_dir)
+        else:
+            from executor.ray.fleet import FleetOptions, run_fleet
+
+            fleet = FleetOptions(address=ray_address, workers=workers, model=located.name)
+            told = run_fleet(options, fleet, progress).text(output_dir)
+    if told is not None and not quiet:
+        click.echo(told)
 
 
 def summary(record: "RunRecord", output_dir: Path) -> str:

@@ -1,7 +1,7 @@
 """Runs a job: requests from a file through a policy into a run directory."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -10,36 +10,23 @@ from typing import Any, Final, final
 
 import msgspec
 
-from executor.batching import Completion, Placed, Request, asks_for_more
-from executor.checkpoint import Checkpoint, WeightSource
+from executor.batching import Completion, Request, asks_for_more
 from executor.errors import JobError, RunError
-from executor.families import Family, family_for
-from executor.generate import AbstractGenerator, BatchResult, Generator, NullGenerator, check_request
-from executor.guard import in_a_line, is_of_one_request
+from executor.generate import AbstractGenerator, BatchResult, check_request
 from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.input_file import check_input
-from executor.job.machine import AcceleratorOptions, Prepared, as_run, check_model, predicted_seconds, prepare
-from executor.job.outputs import (
-    OUTPUTS,
-    RunDirectory,
-    completion_line,
-    failed_line,
-    logprobs_json,
-    rejected_line,
-    text_of,
-)
+from executor.job.machine import AcceleratorOptions, Prepared, as_run, prepare
+from executor.job.model import OpenModel, opened
+from executor.job.outputs import OUTPUTS, RunDirectory, rejected_line
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, run_record
-from executor.job.requests import LineReader, Rejected
-from executor.job.room import AnswerRoom
-from executor.job.sampling_defaults import SamplingDefaults, SamplingSource
+from executor.job.requests import Rejected
+from executor.job.sampling_defaults import SamplingSource
 from executor.job.survey import SHOWN_REASONS, Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
-from executor.loading import Loading
-from executor.model import Architecture
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.run_record import RunRecord
@@ -47,6 +34,9 @@ from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
 TRACE_JSON: Final = "trace.json"
+
+
+Answer = Callable[[Iterator[Request], OutputWriter, JobProgress], object]  # runs requests, and puts what ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,58 +56,56 @@ class JobOptions:
     resume: bool = False
 
 
-def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunRecord | None:
+def run_job(options: JobOptions, progress: JobProgress | None = None, answer: Answer | None = None) -> RunRecord | None:
     """Run a job to its end; returns what run.json then holds, None if nothing was left to be run.
 
     Raises an HrmError for anything wrong with the input before a weight is read, TaskFailedError
     if a task fails and KeyboardInterrupt on Ctrl-C, both after writing what is finished. What costs
-    one request alone becomes its line in the outputs.
+    one request alone becomes its line in the outputs. With an `answer` the requests are run by it,
+    elsewhere: nothing is loaded here, there is no run.json, and None is returned.
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
-    policy = policy_file.policy
-    if options.schedule is not None:
-        policy = replace(policy, schedule=options.schedule)
     check_input(options.input)
-    with Checkpoint.open(options.model, options.model_name) as checkpoint:
-        family = family_for(checkpoint.config, checkpoint.config_path)
-        arch = family.architecture(checkpoint.config, checkpoint.config_path)
-        check_model(arch.spec, policy_file, options.policy)
-        checkpoint.check(family.expected_tensors(arch, checkpoint.names))
-        prepared = prepare(options.accelerator, policy_file, policy)
-        room = AnswerRoom.of(policy, policy_file.workload.gen_len, arch)
-        defaults = SamplingDefaults.of(options.sampling_defaults, checkpoint.folder)
-        reader = LineReader(checkpoint.folder, room, options.seed, progress.tell, defaults)
-        arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
+    with opened(
+        options.model,
+        policy_file,
+        name=options.model_name,
+        policy_path=options.policy,
+        schedule=options.schedule,
+        seed=options.seed,
+        sampling=options.sampling_defaults,
+        tell=progress.tell,
+    ) as model:
+        prepared = prepare(options.accelerator, policy_file, model.policy) if answer is None else None
         identity = Identity.of(
-            checkpoint, policy, seed=options.seed, computed=prepared.backend.name != "null", sampling=defaults
+            model.checkpoint,
+            model.policy,
+            seed=options.seed,
+            computed=(prepared.backend.name if prepared else options.accelerator.name) != "null",
+            sampling=model.defaults,
         )
         with RunDirectory(options.output_dir, resume=options.resume) as directory:
-            job = _Job(options, policy_file, arch, prepared, reader, directory)
+            job = _Job(options, policy_file, model, directory)
             if not job.prepare(progress, identity):
                 return None
-            return job.run(progress, family, checkpoint)
+            if prepared is None:
+                assert answer is not None
+                job.have_answered(progress, answer)
+                return None
+            return job.run(progress, prepared)
 
 
 @final
 class _Job:
     """One job under way."""
 
-    def __init__(
-        self,
-        options: JobOptions,
-        policy_file: PolicyFile,
-        arch: Architecture,
-        prepared: Prepared,
-        reader: LineReader,
-        directory: RunDirectory,
-    ) -> None:
+    def __init__(self, options: JobOptions, policy_file: PolicyFile, model: OpenModel, directory: RunDirectory) -> None:
         self._options, self._policy_file = options, policy_file
-        self._arch, self._prepared = arch, prepared
-        self._reader, self._directory = reader, directory
-        self._eos = frozenset(arch.eos_token_ids)
+        self._model, self._reader, self._directory = model, model.reader, directory
         self._totals = Totals()
         self._survey = Survey()
+        self._succeeded = self._failed = 0
         self._reasons: list[str] = []  # why the first requests that failed did so
         self._untold: dict[str, str] = {}  # why a completion has no text, by its request's name
         self._started = datetime.now(UTC)
@@ -128,7 +116,7 @@ class _Job:
         JobError if they are not; until then nothing in the directory has changed. Returns whether
         anything is left to be run; if not, what there is to be written is written.
         """
-        options, directory, arch = self._options, self._directory, self._arch
+        options, directory, arch = self._options, self._directory, self._model.arch
         begun_path = directory.path / JOB_JSON
         begun = Identity.read(begun_path) if options.resume else None
         if begun is not None:
@@ -144,7 +132,7 @@ class _Job:
             directory.answered,
             directory.path,
             is_more=lambda request: asks_for_more(request, self._policy_file.workload, self._policy_file.policy),
-            check=lambda request: check_request(request, arch, self._prepared.planned.policy),
+            check=lambda request: check_request(request, arch, self._model.policy),
             fits_model=lambda request: len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings,
             solved_for=self._policy_file.workload.gen_len,
             most=options.max_requests,
@@ -155,7 +143,7 @@ class _Job:
         progress.earlier_requests = len(directory.answered)
         wanted = progress.wanted = self._survey.to_run
         progress.total_requests = progress.earlier_requests + wanted.requests + self._survey.rejected
-        progress.forecast = Forecast.of(wanted, self._prepared.planned.policy, self._policy_file)
+        progress.forecast = Forecast.of(wanted, self._model.policy, self._policy_file)
         told = advice(
             self._survey,
             self._policy_file,
@@ -196,10 +184,20 @@ class _Job:
             f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
         )
 
-    def run(self, progress: JobProgress, family: Family, source: WeightSource) -> RunRecord:
+    def have_answered(self, progress: JobProgress, answer: Answer) -> None:
+        """Have the requests run elsewhere, and write what comes of them; RunError if nothing does."""
+        with OutputWriter(self._directory, self._line_of) as writer:
+            try:
+                answer(self._requests(writer, progress), writer, progress)
+            finally:
+                writer.flush()
+        if self._failed and not self._succeeded and not self._directory.answered:
+            raise self._no_answer(self._failed)
+
+    def run(self, progress: JobProgress, prepared: Prepared) -> RunRecord:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
-        generator = self._generator(family, source, progress.loading)
+        generator = self._model.generator(prepared, progress.loading)
         self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
         if generator.notice:
             progress.tell(generator.notice)
@@ -242,27 +240,14 @@ class _Job:
         totals = self._totals
         if totals.requests or not totals.failed or self._directory.answered:
             return None
+        return self._no_answer(totals.failed)
+
+    def _no_answer(self, failed: int) -> RunError:
         return RunError(
             f"{self._directory.path / OUTPUTS}",
-            f"<{counted(totals.failed, 'error')}, no answer>",
+            f"<{counted(failed, 'error')}, no answer>",
             f"must have an answer at least; the first reasons: {' | '.join(self._reasons)}",
             "put right what they say and use --resume",
-        )
-
-    def _generator(self, family: Family, source: WeightSource, loading: Loading) -> AbstractGenerator:
-        backend, planned = self._prepared.backend, self._prepared.planned
-        if backend.name == "null":
-            seconds_of = predicted_seconds(self._policy_file, planned.policy)
-            return NullGenerator(backend, self._arch, planned, seconds_of)
-        return Generator(
-            backend,
-            self._arch,
-            planned,
-            family=family,
-            source=source,
-            staged=self._prepared.staged,
-            stops=self._stops,
-            loading=loading,
         )
 
     def _judged(self) -> Iterator[Request | Rejected]:
@@ -273,7 +258,7 @@ class _Job:
                 yield item
                 continue
             try:
-                check_request(item, self._arch, self._prepared.planned.policy)
+                check_request(item, self._model.arch, self._model.policy)
             except JobError as error:
                 yield Rejected(item.name, str(error))
             else:
@@ -309,30 +294,16 @@ class _Job:
 
     def _line_of(self, item: Completion | Rejected) -> dict[str, Any]:
         """The output line of a request that has ended or was rejected."""
-        if isinstance(item, Rejected):
-            return rejected_line(item)
-        if item.error is not None:
-            return self._failed_line(item.request.name, item.error)
-        try:
-            text = text_of(item, self._reader.tokenizer, self._eos)
-            logprobs = logprobs_json(item, self._reader.tokenizer, chat=item.request.chat)
-        except BaseException as error:
-            if not is_of_one_request(error):
-                raise
-            told = f"the generated tokens cannot be made a text: {in_a_line(error)}"
-            self._untold[item.request.name] = told
-            return self._failed_line(item.request.name, told)
-        return completion_line(item, self._arch.spec.name, text, chat=item.request.chat, logprobs=logprobs)
-
-    def _failed_line(self, name: str, reason: str) -> dict[str, Any]:
-        if len(self._reasons) < SHOWN_REASONS:
-            self._reasons.append(f"{_brief(name)}: {_brief(reason)}")
-        return failed_line(name, reason)
-
-    def _stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
-        tokenizer, request = self._reader.tokenizer, placed.request
-        assert tokenizer is not None, "checked when the request was read"
-        return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
+        line = self._model.line_of(item)
+        self._succeeded += line["error"] is None
+        if isinstance(item, Completion) and line["error"] is not None:
+            reason: str = line["error"]["message"]
+            self._failed += 1
+            if item.error is None:
+                self._untold[item.request.name] = reason
+            if len(self._reasons) < SHOWN_REASONS:
+                self._reasons.append(f"{_brief(item.request.name)}: {_brief(reason)}")
+        return line
 
     def _report(self, outcome: str, message: str | None, generator: AbstractGenerator) -> RunRecord:
         self._trace.end(self._directory.path / TRACE_JSON)  # first: what it holds is told

@@ -10,6 +10,7 @@ import click
 
 from hrm.cli.compare import Compared, Front, show_front, show_machines
 from hrm.cli.console import console, print_json
+from hrm.cli.fleet import FleetChoice, fleet_options, show_fleet
 from hrm.cli.given_policy import GivenPolicy, given_policy_options
 from hrm.cli.machine_choice import MachineChoice, machine_options, machines_options
 from hrm.cli.options import ChosenModel, limits_options, model_options, workload_options
@@ -52,6 +53,7 @@ def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int |
 
 @click.command()
 @machines_options
+@fleet_options
 @model_options
 @workload_options
 @limits_options
@@ -90,6 +92,7 @@ def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int |
 def search(
     model: ChosenModel,
     choice: MachineChoice,
+    fleet: FleetChoice | None,
     workload: Workload,
     limits: LatencyLimits,
     wanted: Wanted,
@@ -101,7 +104,8 @@ def search(
     """Find the policy with the highest job throughput that fits every memory level.
 
     Of policies that are as fast to a thousandth, it is the one with the smallest batch.
-    With several machines (--gpus 1xT4,4xT4,1xL4) they are compared in one table.
+    With several machines (--gpus 1xT4,4xT4,1xL4) they are compared in one table, and with --fleet
+    they share the job, each kind in proportion to its throughput, so that all end together.
     """
     spaces = [
         model.space(
@@ -114,21 +118,24 @@ def search(
             prefill_ffn=wanted.prefill_ffn,
             limits=limits,
         )
-        for profile in choice.machines()
+        for profile in (choice.machines() if fleet is None else fleet.machines(choice, pareto))
     ]
-    if pareto is not None or len(spaces) > 1:
+    if pareto is not None or fleet is not None or len(spaces) > 1:
+        several = "--fleet" if fleet is not None else "--pareto" if pareto is not None else "several machines"
         if solver.name != DEFAULT_SOLVER or out is not None:
             raise PolicyError(
                 "--solver and --out",
-                f"<{'--pareto' if pareto else 'several machines'}>",
+                f"<{several}>",
                 "are for one search",
                 "leave them out, or name one machine without --pareto",
             )
         compared = Compared(choice, spaces)
-        if pareto is None:
-            show_machines(compared, output)
-        else:
+        if pareto is not None:
             show_front(pareto, compared, output)
+        elif fleet is not None:
+            show_fleet(fleet, compared, output)
+        else:
+            show_machines(compared, output)
         return
     if output.csv is not None or output.plot is not None:
         raise PolicyError(

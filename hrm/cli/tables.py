@@ -60,10 +60,11 @@ table_output_options = together(
 
 @contextmanager
 def searching(total: int | None) -> Generator[Callable[[], object]]:
-    """A progress bar on standard error; what is yielded is called after each search."""
+    """A progress bar on standard error, if that is a terminal; what is yielded is called after each search."""
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         shown = bar.add_task("searching", total=total)
         yield lambda: bar.advance(shown)
 

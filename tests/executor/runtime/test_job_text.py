@@ -44,7 +44,7 @@ def no_weights(monkeypatch):
     def load(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("executor.job.run.Generator", load)
+    monkeypatch.setattr("executor.job.model.Generator", load)
 
 
 def words(tokens) -> str:

@@ -1,0 +1,158 @@
+"""Whole jobs on workers of an embedded Ray, held against the same job in one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from executor.demo import MODEL_DIR, PROMPTS
+from executor.job.machine import AcceleratorOptions
+from executor.ray import Engine
+from executor.ray import worker as worker_module
+from hrm.machines import compose
+from hrm.model_spec import load_model
+from hrm.policy_file import policy_file_of, save_policy_file
+from hrm.search import Space, search
+from hrm.workload import Workload
+from tests.executor.runtime.jobs import exit_code, outputs, refused, run_words, tokens_of
+
+pytest.importorskip("ray")
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The demo's first prompts, a policy of small batches, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("job")
+    lines = folder / "prompts.jsonl"
+    lines.write_text("".join(PROMPTS.read_text(encoding="utf-8").splitlines(keepends=True)[:COUNT]), encoding="utf-8")
+    workload = Workload(name="demo", prompt_len=40, max_prompt_len=160, gen_len=32, num_requests=6)
+    spec, machine = load_model(str(MODEL_DIR)), compose("1xT4")
+    space = Space(spec, machine, workload)
+    save_policy_file(folder / "policy.json", policy_file_of(search(space).require(), spec, machine, workload))
+    assert exit_code(words(folder, "alone")) == 0
+    return folder
+
+
+def words(folder, name, *more):
+    return run_words(
+        MODEL_DIR,
+        folder / "policy.json",
+        folder / "prompts.jsonl",
+        folder / name,
+        "--accelerator",
+        "cpu",
+        "--quiet",
+        *more,
+    )
+
+
+def tokens(directory):
+    return {name: tokens_of(item) for name, item in outputs(directory).items()}
+
+
+def begun(arguments):
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "executor.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def engines_below(process):
+    """Processes of workers that hold an engine."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in below if one.name().startswith("ray::Worker")]
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_cost_no_answer_and_no_token(job):
+    process = begun(words(job, "killed", "--ray", "--workers", "2"))
+    output = job / "killed" / "outputs.jsonl"
+    wait_for(lambda: output.is_file() and output.stat().st_size, process)
+    os.kill(engines_below(process)[0].pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert tokens(job / "killed") == tokens(job / "alone")  # `outputs` refuses a name that comes twice
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_no_process_and_goes_on(job):
+    process = begun(words(job, "cut", "--ray"))
+    output = job / "cut" / "outputs.jsonl"
+    wait_for(lambda: output.is_file() and output.stat().st_size, process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive
+    early = tokens(job / "cut")
+    assert exit_code(words(job, "cut", "--resume")) == 0  # either way of running goes on with the other's
+    assert tokens(job / "cut") == tokens(job / "alone")
+    assert early.items() <= tokens(job / "cut").items()
+
+
+def test_an_engine_answers_batches_of_a_data_set(job):
+    engine = Engine(MODEL_DIR, job / "policy.json", accelerator=AcceleratorOptions(name="cpu"))
+    lines = [json.loads(line) for line in (job / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
+    columns = ("prompt", "max_tokens", "temperature")
+    given = {key: np.array([line["body"][key] for line in lines], dtype=object) for key in columns}
+    given["prompt"][3] = None
+    made = engine(given)
+    engine.close()
+    alone = tokens(job / "alone")
+    for index, line in enumerate(lines):
+        if index != 3:
+            assert made["token_ids"][index] == alone[line["custom_id"]]
+            assert made["error"][index] == ""
+    assert "prompt" in made["error"][3]
+    assert list(made["prompt"]) == list(given["prompt"])
+
+
+def test_mistakes_are_told_in_one_line(job, capsys, monkeypatch):
+    assert exit_code(words(job, "mistake", "--ray", "127.0.0.1:1")) == 2
+    refused(capsys.readouterr(), "--ray is '127.0.0.1:1'", "address of a Ray cluster")
+    assert exit_code(words(job, "alone", "--ray")) == 2
+    refused(capsys.readouterr(), "--output-dir", "already holds outputs.jsonl")
+    assert exit_code(words(job, "mistake", "--workers", "3")) == 2
+    refused(capsys.readouterr(), "--workers is 3: goes with --ray only")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert exit_code(words(job, "mistake", "--ray")) == 2
+    refused(capsys.readouterr(), "--ray is <not installed>", "moe-hrm[ray]")
+
+
+def test_ray_is_imported_by_nobody_who_does_not_ask_for_it():
+    code = (
+        "import sys, executor.cli.run, executor.ray, executor.ray.fleet, executor.job; assert 'ray' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_a_worker_tells_what_ends_and_what_breaks_it(monkeypatch):
+    worker = worker_module.Worker()
+    done = threading.Event()
+
+    class Broken:
+        def run(self, requests, sink):
+            done.set()
+            raise ValueError("out of luck")
+
+    monkeypatch.setattr(worker, "_engine", Broken(), raising=False)
+    worker.begin([])
+    assert done.wait(20)
+    ended = worker.look(20.0)
+    assert ended.is_last
+    assert ended.error == "ValueError: out of luck"
