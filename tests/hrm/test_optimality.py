@@ -25,7 +25,7 @@ from hrm.workload import WORKLOADS, Workload
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import machine, rate
 
-GROUPS, A_GROUP = 16, 5  # `make bench` has many more
+GROUPS, A_GROUP = 30, 10
 
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
@@ -33,6 +33,7 @@ def searched(case: Case, profile: HardwareProfile | None = None, **options: Any)
     return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_bounds")
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal(group):
@@ -48,7 +49,7 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
             rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
             assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
             found += 1
-    assert found >= A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
+    assert found > A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
 
 
 @pytest.mark.usefixtures("quick_bounds")
