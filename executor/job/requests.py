@@ -50,7 +50,7 @@ def lines_of(path: Path) -> Iterator[Line]:
             if not raw.strip():
                 continue
             try:
-                content = _object(_parse(raw), "line")
+                content = _object(parsed(raw, "line"), "line")
                 name = _name(content, seen)
             except JobError as error:
                 yield Line(number, "", {}, error)
@@ -232,14 +232,15 @@ def _template_variables(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parse(raw: bytes) -> Any:
+def parsed(raw: bytes, where: str) -> Any:
+    """What a line or a body says in JSON; JobError naming `where` if it is too long or none."""
     if len(raw) > MAX_LINE_BYTES:
         most = format_bytes(MAX_LINE_BYTES)
-        raise JobError("line", f"<over {most}>", f"must have at most {most}", "shorten it")
+        raise JobError(where, f"<over {most}>", f"must have at most {most}", "shorten it")
     try:
         return decode_json(raw)
     except Malformed as error:
-        raise JobError("line", f"<{error}>", "must be a JSON object in UTF-8", "correct it") from error
+        raise JobError(where, f"<{error}>", "must be a JSON object in UTF-8", "correct it") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One engine in one process: a model with its weights loaded, which answers batch after batch."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from executor.download import locate
 from executor.job.identity import digest_of_line
 from executor.job.machine import AcceleratorOptions, prepare
 from executor.job.model import opened
-from executor.job.requests import Line, LineReader, Rejected
+from executor.job.requests import Line, LineReader, Rejected, parsed
 from executor.job.sampling_defaults import SamplingSource
 from hrm.errors import HrmError
 from hrm.policy import ScheduleName
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _OF_A_LINE: Final = ("custom_id", "method", "url", "body")
+_ADDED: Final = ("text", "token_ids", "finish_reason", "error")
 
 
 @final
@@ -99,16 +99,16 @@ class Engine:
         self.run((item for item in items if isinstance(item, Request)), ended)
         lines = [self._model.line_of(ended.by_name.get(item.name, item)) for item in items]  # type: ignore[arg-type]
         made = [_columns_of(line) for line in lines]
-        return {**batch, **{name: np.array([one[name] for one in made], dtype=object) for name in made[0]}}
+        return {**batch, **{name: np.array([one[name] for one in made], dtype=object) for name in _ADDED}}
 
     def _read(self, index: int, row: dict[str, Any]) -> Request | Rejected:
         name = str(index)  # names of rows may occur twice: batches are put together by Ray
         row = {key: value for key, value in row.items() if value is not None}
         line = row if "body" in row else {"url": row.pop("url", None), "body": row}
         given = str(line.pop("custom_id", None) or row.pop("custom_id", None) or digest_of_line(line))
-        if isinstance(line["body"], str):
-            line["body"] = json.loads(line["body"])
         try:
+            if isinstance(line["body"], str):
+                line["body"] = parsed(line["body"].encode(errors="surrogatepass"), "body")
             request = self.reader.request(Line(index + 1, given, {k: v for k, v in line.items() if k in _OF_A_LINE}))
             self._generator.check(request)
         except HrmError as error:

@@ -122,6 +122,19 @@ def test_an_engine_answers_batches_of_a_data_set(job):
     assert list(made["prompt"]) == list(given["prompt"])
 
 
+def test_rows_that_cannot_be_run_say_why_and_no_rows_are_answered_by_none(job):
+    engine = Engine(MODEL_DIR, job / "policy.json", accelerator=AcceleratorOptions(name="cpu"))
+    bodies = ['{"prompt": "In the beginning", "max_tokens": 2}', '{"prompt": ', '{"max_tokens": 2, "max_tokens": 3}']
+    made = engine({"body": np.array(bodies, dtype=object)})
+    nothing = engine({"body": np.array([], dtype=object)})
+    engine.close()
+    assert [len(tokens) for tokens in made["token_ids"]] == [2, 0, 0]
+    assert made["error"][0] == ""
+    assert all(error.startswith("body is <") and "JSON object" in error for error in made["error"][1:])
+    assert list(nothing) == list(made)
+    assert not nothing["text"].size
+
+
 def test_mistakes_are_told_in_one_line(job, capsys, monkeypatch):
     assert exit_code(words(job, "mistake", "--ray", "127.0.0.1:1")) == 2
     refused(capsys.readouterr(), "--ray is '127.0.0.1:1'", "address of a Ray cluster")
