@@ -105,7 +105,7 @@ class _Job:
         self._model, self._reader, self._directory = model, model.reader, directory
         self._totals = Totals()
         self._survey = Survey()
-        self._succeeded = self._failed = 0
+        self._succeeded = self._failed = 0  # lines of requests that were run, here or elsewhere
         self._reasons: list[str] = []  # why the first requests that failed did so
         self._untold: dict[str, str] = {}  # why a completion has no text, by its request's name
         self._started = datetime.now(UTC)
@@ -191,8 +191,9 @@ class _Job:
                 answer(self._requests(writer, progress), writer, progress)
             finally:
                 writer.flush()
-        if self._failed and not self._succeeded and not self._directory.answered:
-            raise self._no_answer(self._failed)
+        failure = self._failure_of_all()
+        if failure is not None:
+            raise failure
 
     def run(self, progress: JobProgress, prepared: Prepared) -> RunRecord:
         """Run every request; see `run_job`."""
@@ -237,15 +238,11 @@ class _Job:
 
     def _failure_of_all(self) -> RunError | None:
         """What to raise if requests were run and none got an answer, now or earlier."""
-        totals = self._totals
-        if totals.requests or not totals.failed or self._directory.answered:
+        if self._succeeded or not self._failed or self._directory.answered:
             return None
-        return self._no_answer(totals.failed)
-
-    def _no_answer(self, failed: int) -> RunError:
         return RunError(
             f"{self._directory.path / OUTPUTS}",
-            f"<{counted(failed, 'error')}, no answer>",
+            f"<{counted(self._failed, 'error')}, no answer>",
             f"must have an answer at least; the first reasons: {' | '.join(self._reasons)}",
             "put right what they say and use --resume",
         )

@@ -18,6 +18,7 @@ from executor.ray.cluster import LOCAL, ray_at
 from executor.ray.worker import Ended, Ready, Refused, Worker
 from hrm.units import counted
 
+LOCAL_WORKERS: Final = 2  # that are started on this machine, if it is not said how many
 _LOOK_S: Final = 1.0
 _WAIT_S: Final = 0.5  # for any worker to have something, so that Ctrl-C is noticed
 MOST_LOST: Final = 3  # workers one after the other that died before they were ready
@@ -70,7 +71,7 @@ def run_fleet(options: JobOptions, fleet: FleetOptions, progress: JobProgress | 
 
     def answer(requests: Iterator[Request], writer: OutputWriter, progress: JobProgress) -> None:
         progress.stage = "starting Ray"
-        with ray_at(fleet.address, fleet.workers or 2) as ray:
+        with ray_at(fleet.address, fleet.workers or LOCAL_WORKERS) as ray:
             _Fleet(ray, options, fleet, summary, progress).answer(Assignment(requests), writer)
 
     run_job(options, progress, answer)
@@ -96,7 +97,7 @@ class _Fleet:
     ) -> None:
         self._ray, self._summary, self._progress = ray, summary, progress
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        self._count = fleet.workers or (2 if fleet.is_local else len(nodes))
+        self._count = fleet.workers or (LOCAL_WORKERS if fleet.is_local else len(nodes))
         cpus = ray.cluster_resources().get("CPU", 1.0)
         emulated = options.accelerator.name in {"cpu", "emulated", "null"}
         self._actor_class = ray.remote(

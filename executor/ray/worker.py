@@ -14,10 +14,9 @@ from hrm.errors import HrmError
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """An engine that is loaded: requests of a whole batch, and its process and node."""
+    """An engine that is loaded: requests of a whole batch, and its node."""
 
     batch_size: int
-    pid: int
     node: str
 
 
@@ -53,7 +52,7 @@ class _Outlet:
 
 @final
 class Worker:
-    """One engine in an actor's process. Later it may hold a group of ranks: what is seen of it stays the same."""
+    """One engine in an actor's process."""
 
     def __init__(self, **engine: Any) -> None:
         self._given = engine
@@ -67,7 +66,7 @@ class Worker:
             self._engine = Engine(**self._given)
         except HrmError as error:
             return Refused(str(error))
-        return Ready(self._engine.batch_size, os.getpid(), os.uname().nodename)
+        return Ready(self._engine.batch_size, os.uname().nodename)
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Begin to answer requests."""

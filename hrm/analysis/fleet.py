@@ -54,6 +54,13 @@ class Fleet:
     price_per_hour: float | None
     tokens_per_price: float | None
 
+    @property
+    def price(self) -> float | None:
+        """What the whole job costs; None if that is not known, or it has no end."""
+        if self.seconds is None or self.price_per_hour is None:
+            return None
+        return self.price_per_hour * self.seconds / _S_PER_HOUR
+
 
 @dataclass(frozen=True, slots=True)
 class _Turn:

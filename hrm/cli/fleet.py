@@ -159,6 +159,6 @@ def _print_fleet(fleet: "Fleet") -> None:
         total.append(f"all answered in {format_seconds(fleet.seconds)}")
     if fleet.price_per_hour is not None and fleet.tokens_per_price is not None:
         total.append(f"{fleet.price_per_hour:g} an hour, {fleet.tokens_per_price:,.0f} tokens for 1 of it")
-    if fleet.price_per_hour is not None and fleet.seconds is not None:
-        total.append(f"{fleet.price_per_hour * fleet.seconds / 3600:.4g} for the job")
+    if fleet.price is not None:
+        total.append(f"{fleet.price:.4g} for the job")
     console.print(f"\nthe fleet: {'; '.join(total)}")
