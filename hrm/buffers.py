@@ -17,7 +17,7 @@ from hrm.contract.rows import (
     ROUTING_BYTES,
     TOKEN_NUMBER_BYTES,
 )
-from hrm.formats import ALIGNMENT_BYTES, Formats
+from hrm.formats import ALIGNMENT_BYTES, Format, Formats
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.model_spec.workspace import workspace_bytes
@@ -75,9 +75,7 @@ class Needs:
     weights, `resident_bytes` stay on the GPU and `host_bytes` do not, at most
     `largest_streamed_bytes` of one layer stream, and move through `staging_slots` of `page_bytes`.
 
-    The GPU's level is all GPUs together: `ranks` of them in tensor parallel hold the hidden states
-    each, and the cache more than once if it has fewer heads than there are GPUs. A stage of a
-    pipeline keeps the caches of all `batches` under way.
+    A stage of a pipeline keeps the caches of all `batches` under way.
     """
 
     spec: ModelSpec
@@ -99,11 +97,10 @@ class Needs:
     largest_streamed_bytes: Number = 0
     staging_slots: Number = 0
     page_bytes: Number = 0
-    ranks: int = 1
     batches: int = 1
 
     @staticmethod
-    def of_policy(spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1) -> "Needs":
+    def of_policy(spec: ModelSpec, policy: Policy, *, batches: int = 1) -> "Needs":
         """What the buffers of one policy depend on."""
         layers, weights = range(spec.num_layers), policy.formats.weights
         on_host = sum(policy.host_bytes(spec, layer) for layer in layers)
@@ -129,26 +126,23 @@ class Needs:
             largest_streamed_bytes=largest,
             staging_slots=STAGING_PAGES * policy.staging,
             page_bytes=page_bytes(largest, pages_of(policy)),
-            ranks=ranks,
             batches=batches,
         )
 
     def on_gpu(self) -> tuple[Buffer, ...]:
         """The buffers at the GPU's level."""
-        spec, ranks = self.spec, self.ranks
+        spec = self.spec
         compute, weights = self.formats.compute, self.formats.weights
-        cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
-        of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens, ranks=ranks)
+        cached = cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
+        of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         ending = minimum(self.batch_size, self.chunk_tokens)  # prompts that may end in a chunk, however short
-        token = compute.bytes_of(ranks, spec.residual_size) + TOKEN_NUMBER_BYTES
-        routed = self.cpu_prefill_experts * routed_bytes_per_token(spec, self.formats, ranks=ranks)
-        chunk = self.chunk_tokens * (token + routed) + layer_cache_bytes(
-            spec, self.formats, ending, self.chunk_tokens, ranks=ranks
-        )
-        request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts, ranks=ranks)
+        token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
+        routed = self.cpu_prefill_experts * routed_bytes_per_token(spec, self.formats)
+        chunk = self.chunk_tokens * (token + routed) + layer_cache_bytes(spec, self.formats, ending, self.chunk_tokens)
+        request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
         request = request + held_bytes_per_request(spec, self.formats)
         at_once = maximum(self.micro_batch_size, self.chunk_tokens)
-        workspace = workspace_bytes(spec, at_once, compute, ranks=ranks, longest_tokens=self.kv_tokens)
+        workspace = workspace_bytes(spec, at_once, compute, longest_tokens=self.kv_tokens)
         rows = (
             (Purpose.RESIDENT_WEIGHTS, 1, self.resident_bytes + weights.bytes_of(spec.head_parameters)),
             (Purpose.WEIGHT_SLOTS, WEIGHT_SLOTS, self.largest_streamed_bytes),
@@ -156,9 +150,9 @@ class Needs:
             (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, of_layer),
             (Purpose.EXCHANGE, self.batch_size, request),
             (Purpose.PREFILL_BUFFERS, BUFFERS, chunk),
-            (Purpose.PREFIX_BUFFER, 1, prefix_bytes(spec, self.formats, self.prefix_tokens, ranks=ranks)),
+            (Purpose.PREFIX_BUFFER, 1, prefix_bytes(spec, self.formats, self.prefix_tokens)),
             (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.num_experts),
-            (Purpose.LOGITS, self.micro_batch_size, spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size)),
+            (Purpose.LOGITS, 1, logits_bytes(spec, compute, self.micro_batch_size)),
         )
         return tuple(Buffer(purpose, Device.GPU, turns, size) for purpose, turns, size in rows)
 
@@ -197,18 +191,25 @@ def page_bytes(largest_streamed_bytes: Number, num_pages: Number) -> Number:
     return ALIGNMENT_BYTES * -(-largest_streamed_bytes // (num_pages * ALIGNMENT_BYTES))
 
 
-def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number, ranks: int = 1) -> Number:
-    """Decode buffers of one request: hidden state, QKV, attention and experts' input and output, numbers.
-
-    Every one of `ranks` GPUs in tensor parallel has the whole hidden state and experts' output.
-    """
-    hidden = ranks * spec.hidden_size
+def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu: Number) -> Number:
+    """Decode buffers of one request: hidden state, QKV, attention and experts' input and output, numbers."""
     mixers = [kind.mixer for kind in spec.layer_kinds()]
     sent = max(mixer.sent_bytes(formats) for mixer in mixers)
-    residual = ranks * spec.residual_size
-    computed = formats.compute.bytes_of(residual + max(mixer.returned_elements for mixer in mixers))
-    routed = formats.compute.bytes_of(hidden) + routed_bytes_per_token(spec, formats, ranks=ranks)
+    computed = formats.compute.bytes_of(spec.residual_size + max(mixer.returned_elements for mixer in mixers))
+    routed = formats.compute.bytes_of(spec.hidden_size) + routed_bytes_per_token(spec, formats)
     return computed + sent + ffn_on_cpu * routed + spec.num_reaches * REQUEST_NUMBER_BYTES
+
+
+def logits_bytes(spec: ModelSpec, compute: Format, requests: Number) -> Number:
+    """Logits of so many requests, as they are multiplied and as they are chosen from.
+
+    Of several ranks each computes a part of the vocabulary, and has all of its share of the requests
+    twice: as it comes from the others, and in order.
+    """
+    computed = requests * (spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size))
+    if spec.ranks == 1:
+        return computed
+    return computed + 2 * -(-requests // spec.ranks) * spec.ranks * spec.vocab_size * LOGIT_BYTES
 
 
 def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
@@ -216,24 +217,21 @@ def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
     return formats.compute.bytes_of(max(kind.mixer.held_elements for kind in spec.layer_kinds()))
 
 
-def routed_bytes_per_token(spec: ModelSpec, formats: Formats, *, ranks: int = 1) -> Number:
+def routed_bytes_per_token(spec: ModelSpec, formats: Formats) -> Number:
     """A token on its way to the CPU's experts: normed hidden state, what waits for their sum, and routing."""
     elements = spec.hidden_size + spec.pending_elements
-    return formats.compute.bytes_of(ranks, elements) + ROUTING_BYTES * spec.experts_per_token
+    return formats.compute.bytes_of(elements) + ROUTING_BYTES * spec.experts_per_token
 
 
-def cache_bytes(
-    spec: ModelSpec, formats: Formats, micro_batch_size: Number, kv_tokens: Number, *, ranks: int = 1
-) -> Number:
-    """Bytes of a micro-batch's cache in all layers together, as often as `ranks` GPUs hold them.
+def cache_bytes(spec: ModelSpec, formats: Formats, micro_batch_size: Number, kv_tokens: Number) -> Number:
+    """Bytes of a micro-batch's cache in all layers together.
 
     `kv_tokens` is what it holds in a layer without a window; with one, no request needs more than
     the window and the block that it ends in.
     """
     total = 0 * kv_tokens
     for kind, layers in spec.layer_kinds().items():
-        copies = layers * kind.mixer.cache_copies(ranks)
-        total = total + copies * cache_bytes_in(kind, formats, micro_batch_size, kv_tokens)
+        total = total + layers * cache_bytes_in(kind, formats, micro_batch_size, kv_tokens)
     return total
 
 
@@ -245,18 +243,15 @@ def cache_bytes_in(kind: Layer, formats: Formats, micro_batch_size: Number, kv_t
     return kind.mixer.cache_bytes(formats, micro_batch_size, held)
 
 
-def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, tokens: Number, *, ranks: int = 1) -> Number:
+def layer_cache_bytes(spec: ModelSpec, formats: Formats, requests: Number, tokens: Number) -> Number:
     """The most that any one layer's cache takes for so many requests and tokens."""
-    each = (
-        kind.mixer.cache_copies(ranks) * kind.mixer.cache_bytes(formats, requests, tokens)
-        for kind in spec.layer_kinds()
-    )
+    each = (kind.mixer.cache_bytes(formats, requests, tokens) for kind in spec.layer_kinds())
     return maximum(*each)
 
 
-def prefix_bytes(spec: ModelSpec, formats: Formats, tokens: Number, *, ranks: int = 1) -> Number:
+def prefix_bytes(spec: ModelSpec, formats: Formats, tokens: Number) -> Number:
     """Bytes that a split prompt of so many tokens keeps on the GPU of earlier parts, in any layer; 0 of none."""
     mixers = [kind.mixer for kind in spec.layer_kinds()]
-    state = max(mixer.cache_copies(ranks) * mixer.state_bytes(formats) for mixer in mixers)
-    of_token = max(mixer.prefix_bytes(formats, ranks) for mixer in mixers)
+    state = max(mixer.state_bytes(formats) for mixer in mixers)
+    of_token = max(mixer.prefix_bytes(formats) for mixer in mixers)
     return maximum(tokens * of_token, minimum(tokens, 1) * state) if state else tokens * of_token

@@ -135,6 +135,7 @@ class DecodeStep:
             streams_kv=point.kv_share_at(Place.STREAMED),
             cpu_experts=(1 - point.gpu_ffn) * point.host_expert_layers,
             staging=point.staging,
+            ranks=spec.ranks,
         )
         load = Load(
             costs=costs,
@@ -147,11 +148,6 @@ class DecodeStep:
         )
         fixed = LaneWork.of((act for act in decode.ALL if not act.attends), counts, load)
         return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
-
-    @property
-    def all_reduce_s(self) -> Number:
-        """Seconds of the step in which several GPUs exchange sums; part of the GPU's lane."""
-        return self.counts.layers * self.counts.pieces * 2 * self.costs.all_reduce(self.load.tokens)
 
     def seconds(self, context: Number) -> PhaseSeconds:
         """Seconds of the step over a mean context."""
@@ -198,6 +194,7 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
         cpu_experts=cpu_ffn * point.host_expert_layers if any_on_cpu else 0,
         last_cpu_experts=cpu_ffn * point.last_on_host if any_on_cpu else 0,
         staging=point.staging,
+        ranks=spec.ranks,
     )
     load = Load(
         costs=costs,
@@ -239,17 +236,6 @@ def _with_last(load: Load, point: Point) -> Load:
         gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, each),
         cpu_experts=(others * spec.num_experts - resident) / maximum(some_on_host, 1e-9),
     )
-
-
-def prefill_all_reduce_s(costs: Costs, point: Point, workload: Workload) -> Number:
-    """Seconds of prefill in which several GPUs exchange sums; part of the GPU's lane."""
-    chunks, chunk = point.chunks(workload)
-    whole_layers = costs.spec.num_layers - costs.skips_in_last_layer(workload.prompt_len)
-    seconds = whole_layers * costs.all_reduce(chunk)
-    if whole_layers < costs.spec.num_layers:
-        ending = chunk / workload.prompt_len
-        seconds += minimum(ending, 1) * costs.all_reduce(maximum(ending, 1))
-    return chunks * 2 * seconds
 
 
 def batch_terms(

@@ -6,6 +6,7 @@ from typing import Final
 
 from hrm import operators
 from hrm.acts import Load
+from hrm.contract.rows import LOGIT_BYTES
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
@@ -47,8 +48,8 @@ EXECUTOR: Final = Runtime()
 class Costs:
     """What tasks cost on `profile`; m is the requests in a micro-batch.
 
-    The GPUs of a machine with several work in tensor parallel: two all-reduces a layer join the
-    compute of post-attention, and what every GPU needs whole crosses every link.
+    They are those of one part of both: of several GPUs in tensor parallel one rank's, which sums up with
+    the others over their links.
     """
 
     spec: ModelSpec
@@ -77,8 +78,12 @@ class Costs:
         return self._on(device, operator)
 
     def post_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
-        """Output projection, router and `gpu_experts` of the experts on the GPU."""
+        """Output projection, router and `gpu_experts` of the experts on the GPU; of a rank without the projection."""
         return self._after_attention(m, gpu_experts, kind) + self.runtime.synchronise_s
+
+    def output_projection(self, m: Number, kind: Layer) -> Number:
+        """What attention returns, projected by one of several ranks."""
+        return self._on(Device.GPU, kind.finish(self.formats, m))
 
     def cpu_experts(self, m: Number, num_experts: Number) -> Number:
         """`num_experts` of the experts on the CPU."""
@@ -86,34 +91,44 @@ class Costs:
 
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
-        return self._on(Device.GPU, operators.sample(self.spec, self.formats, m))
+        return self._on(Device.GPU, operators.sample(self.spec, self.formats, m)) + self.exchange_logits(m)
 
-    def first_tokens(self, requests: Number) -> Number:
-        """The same after a chunk in which so many prompts end, as a mean over chunks.
+    @staticmethod
+    def of_ends(requests: Number, work: Callable[[Number], Number]) -> Number:
+        """`work` over the ends of so many prompts in a chunk, as a mean over chunks.
 
-        With fewer than one, that share of the chunks has one and the others nothing to choose.
+        With fewer than one, that share of the chunks has one and the others nothing to do.
         """
-        return minimum(requests, 1) * self.sample(maximum(requests, 1))
+        return minimum(requests, 1) * work(maximum(requests, 1))
 
     def prefill_layer(self, x: Load) -> Number:
-        """One layer of prefill over a chunk on the GPU, with `gpu_experts` of the experts."""
-        before = x.once((x.kind, "before"), lambda: self._up_to_attention(x.tokens, x.context, x.kind))
+        """One layer of prefill over a chunk on the GPU, with `gpu_experts` of the experts.
+
+        Of a rank it is what comes after the output projection.
+        """
         alike = x.kind.without_window
 
         def rest(tokens: Number) -> Number:
             return self._after_attention(tokens, x.gpu_experts, alike)
 
-        return before + (self.going_on(x, rest) if x.is_last else x.once(alike, lambda: rest(x.tokens)))
+        after = self.going_on(x, rest) if x.is_last else x.once(alike, lambda: rest(x.tokens))
+        return after if self.spec.ranks > 1 else self._before(x) + after
+
+    def prefill_attention(self, x: Load) -> Number:
+        """What a rank does of a layer of prefill up to the output projection."""
+        return self._before(x) + self.going_on(x, lambda tokens: self.output_projection(tokens, x.kind))
+
+    def _before(self, x: Load) -> Number:
+        return x.once((x.kind, "before"), lambda: self._up_to_attention(x.tokens, x.context, x.kind))
 
     def going_on(self, x: Load, work: Callable[[Number], Number]) -> Number:
         """`work` over the tokens of a chunk that a layer goes on with after attention, as a mean over chunks.
 
-        In the last layer they may be the ends of prompts only, as in `first_tokens`.
+        In the last layer they may be the ends of prompts only.
         """
         if not (x.is_last and self.skips_in_last_layer(x.context)):
             return work(x.tokens)
-        ends = x.tokens / x.context
-        return minimum(ends, 1) * work(maximum(ends, 1))
+        return self.of_ends(x.tokens / x.context, work)
 
     def skips_in_last_layer(self, prompt_len: float) -> bool:
         """Whether prefill's last layer goes on after attention with the ends of prompts only.
@@ -128,20 +143,26 @@ class Costs:
 
         2·(g - 1) steps, each moving a g-th of the bytes over every GPU's link at once.
         """
-        gpus = self.profile.num_gpus
-        if gpus == 1:
+        ranks = self.spec.ranks
+        if ranks == 1:
             return 0.0
-        link = self.profile.peer
-        part = self.formats.compute.bytes_of(tokens, self.spec.hidden_size) / gpus
-        return 2 * (gpus - 1) * link.seconds(part)
+        part = self.formats.compute.bytes_of(tokens, self.spec.hidden_size) / ranks
+        return 2 * (ranks - 1) * self.profile.peer.seconds(part)
+
+    def exchange_logits(self, m: Number) -> Number:
+        """Every rank gets whole logits of its share of m requests, and tells the others what it chose.
+
+        Each of ranks - 1 steps moves what one rank has for another; nothing for one GPU.
+        """
+        ranks = self.spec.ranks
+        if ranks == 1:
+            return 0.0
+        part = m / ranks * self.spec.vocab_size * LOGIT_BYTES
+        return (ranks - 1) * (self.profile.peer.seconds(part) + self.profile.peer.seconds(0 * m))
 
     def h2d(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
         """Host to device; nothing on a machine without an accelerator."""
         return self._over("h2d", num_bytes, num_transfers)
-
-    def h2d_to_all(self, num_bytes: Number) -> Number:
-        """The same bytes to every GPU."""
-        return self._over("h2d", num_bytes * self.profile.num_gpus, 1)
 
     def load_weights(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
         """Weights from the host to the GPU."""
@@ -188,8 +209,8 @@ class Costs:
         return self._on(Device.GPU, operator)
 
     def _after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
-        operator = kind.after_attention(self.formats, m, gpu_experts)
-        return self._seconds(operator, self.profile.top) + 2 * self.all_reduce(m)
+        work = kind.after_attention if self.spec.ranks == 1 else kind.feed_forward
+        return self._seconds(work(self.formats, m, gpu_experts), self.profile.top)
 
     def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
         if not self.profile.has_accelerator:

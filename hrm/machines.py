@@ -130,8 +130,11 @@ def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
     )
 
 
-def one_part(profile: HardwareProfile) -> HardwareProfile:
-    """One of the GPUs with an equal share of everything that the machine has, host included."""
+def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
+    """One of the GPUs with an equal share of everything that the machine has, host included.
+
+    It is a stage of a pipeline, or a rank in tensor parallel, which keeps its link to the others.
+    """
     count = profile.num_gpus
     note = f"one of {count} parts"
 
@@ -150,9 +153,13 @@ def one_part(profile: HardwareProfile) -> HardwareProfile:
         profile,
         name=f"one of {count} parts of {profile.name}",
         num_gpus=1,
-        num_stages=count,
+        num_stages=count if is_stage else 1,
         levels=tuple(_change_level(level, share) for level in profile.levels),
-        links=tuple(share_of_link(link) for link in profile.links if link.kind != "peer"),
+        links=tuple(
+            link if link.kind == "peer" else share_of_link(link)
+            for link in profile.links
+            if not (is_stage and link.kind == "peer")
+        ),
     )
 
 

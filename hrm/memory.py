@@ -123,12 +123,12 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     """Bytes that the policy needs at each level of the machine.
 
     On a machine of one level everything is planned there: `gpu` and `cpu` are then that level. In
-    pipeline parallel it is one stage that is planned, with its share of the machine. Raises
+    parallel on several GPUs it is one rank or stage that is planned, with its share of the machine. Raises
     PolicyError if the policy is not for this model and machine.
     """
     spec, profile = part_for(policy, spec, profile)
-    gpu, cpu = purposes(spec, policy, ranks=profile.num_gpus, batches=profile.num_stages)
-    parts = profile.num_stages
+    gpu, cpu = purposes(spec, policy, batches=profile.num_stages)
+    parts = profile.num_stages * spec.ranks
     if profile.has_accelerator:
         plan = MemoryPlan(_level(profile.top, gpu, parts), _level(profile.host, cpu, parts))
         if profile.host.pinnable_bytes is None:
@@ -142,11 +142,9 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     return MemoryPlan(level, level)
 
 
-def purposes(
-    spec: ModelSpec, policy: Policy, *, ranks: int = 1, batches: int = 1
-) -> tuple[dict[Purpose, int], dict[Purpose, int]]:
+def purposes(spec: ModelSpec, policy: Policy, *, batches: int = 1) -> tuple[dict[Purpose, int], dict[Purpose, int]]:
     """Bytes by purpose at the GPU's and at the host's level, whether or not they are one."""
-    needs = Needs.of_policy(spec, policy, ranks=ranks, batches=batches)
+    needs = Needs.of_policy(spec, policy, batches=batches)
     return by_purpose(needs.on_gpu()), by_purpose(needs.on_host())
 
 

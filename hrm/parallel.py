@@ -1,17 +1,18 @@
 """Several GPUs of one machine: tensor parallelism inside every layer, or a pipeline of stages.
 
-In tensor parallelism the GPUs act as one large GPU whose memory, bandwidth, compute and links add
-up, at the price of two all-reduces a layer. In a pipeline, stage s holds every layer of its own
-range, and as many batches are under way as there are stages, each in another stage. The machine is
-then like so many equal parts, one GPU and a share of the host each, through which the batches go
-in turn: in the time that a part takes for its layers, one batch moves on by one stage, so the
-throughput of the whole is that of one part with its layers. Every part keeps its layers' KV caches
-of all those batches. A pipeline needs no all-reduces, but every link moves whole layers for a batch
-that is that many times smaller.
+Either way the machine is like so many equal parts, one GPU and a share of the host each. In tensor
+parallelism each part is a rank that has of every layer its heads and its part of every expert's
+width, works on the same batch as the others, and sums up with them twice a layer. In a pipeline,
+stage s holds every layer of its own range, and as many batches are under way as there are stages,
+each in another stage: in the time that a part takes for its layers, one batch moves on by one stage,
+so the throughput of the whole is that of one part with its layers. Every part keeps its layers' KV
+caches of all those batches. A pipeline needs no all-reduces, but every link moves whole layers for a
+batch that is that many times smaller.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise, zip_longest
 from math import inf
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from hrm.policy import Parallelism, Policy
 
 
 class Part(NamedTuple):
-    """What a policy is for: a model and a machine, whole, or one pipeline stage with its share.
+    """What a policy is for: a model and a machine, whole, or what one rank or one pipeline stage has of both.
 
     Whatever is told of a policy (shares, bytes, seconds) is told of its part.
     """
@@ -36,10 +37,18 @@ class Part(NamedTuple):
 
 
 def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism) -> Part:
-    """What is planned: model and machine whole, or one pipeline stage with its part of both."""
-    if parallelism is Parallelism.TENSOR or profile.num_gpus == 1:
+    """What is planned: model and machine whole, or one rank or pipeline stage with its part of both."""
+    if profile.num_gpus == 1:
         return Part(spec, profile)
-    return Part(longest_stage(spec, profile.num_gpus), one_part(profile))
+    if parallelism is Parallelism.TENSOR:
+        return Part(_rank_of(spec, profile.num_gpus), one_part(profile, is_stage=False))
+    return Part(longest_stage(spec, profile.num_gpus), one_part(profile, is_stage=True))
+
+
+@lru_cache(maxsize=64)
+def _rank_of(spec: ModelSpec, ranks: int) -> ModelSpec:
+    """Kept, for costs are kept by what they are of."""
+    return spec.of_rank(ranks)
 
 
 def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:

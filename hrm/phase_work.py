@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from hrm.closed_form import DecodeStep, Point, prefill_all_reduce_s, sampled_contexts, whole_prefill
+from hrm.closed_form import DecodeStep, Point, sampled_contexts, whole_prefill
 from hrm.costs import Costs
 from hrm.lane_work import PhaseSeconds
 from hrm.policy import Policy
@@ -39,7 +39,7 @@ class PhaseWork:
     stretch: float = 1.0
 
     @staticmethod
-    def of(seconds: PhaseSeconds, *, in_order_s: float, all_reduce_s: float) -> "PhaseWork":
+    def of(seconds: PhaseSeconds, *, in_order_s: float) -> "PhaseWork":
         """The work in its seconds in closed form."""
         lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
         return PhaseWork(
@@ -47,7 +47,7 @@ class PhaseWork:
             in_order_s=in_order_s,
             lane_s=lanes,
             host_memory_s=host_memory_s,
-            all_reduce_s=all_reduce_s,
+            all_reduce_s=sum(of_act for act, of_act in seconds.acts.items() if act.reduces),
             stretch=seconds.stretch,
         )
 
@@ -80,8 +80,7 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     """The work of the prefill of one batch."""
     point = Point.of_policy(policy, costs.spec)
     seconds = whole_prefill(costs, point, workload)
-    all_reduce_s = prefill_all_reduce_s(costs, point, workload)
-    return PhaseWork.of(seconds, in_order_s=max(seconds.terms), all_reduce_s=all_reduce_s)
+    return PhaseWork.of(seconds, in_order_s=max(seconds.terms))
 
 
 class StepWork(NamedTuple):
@@ -101,7 +100,7 @@ def decode_steps(costs: Costs, policy: Policy, workload: Workload) -> list[StepW
     found: list[StepWork] = []
     for context, steps in sampled_contexts(costs.spec, workload).items():
         seconds = step.seconds(context)
-        work = PhaseWork.of(seconds, in_order_s=max(step.in_order(seconds)), all_reduce_s=step.all_reduce_s)
+        work = PhaseWork.of(seconds, in_order_s=max(step.in_order(seconds)))
         found.append(StepWork(context, steps, work))
     return found
 

@@ -77,6 +77,7 @@ class Act:
     and writes in the host's memory meanwhile. What `attends` depends on the context and on the layer's window, what is
     `by_ffn` on whether the layer has experts. Only layers with experts on the CPU have tasks `of_cpu_experts`, and only
     the model's last one those `of_last`.
+    In tasks that it `reduces` in, one of several ranks sums up with the others.
     `chained` tasks are those that every micro-batch or chunk goes through in turn. `ends_step` marks the act that
     chooses tokens.
     """
@@ -95,6 +96,7 @@ class Act:
     by_ffn: bool = False
     of_cpu_experts: bool = False
     of_last: bool = False
+    reduces: bool = False
     chained: bool = False
     ends_step: bool = False
 

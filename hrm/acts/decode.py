@@ -3,7 +3,17 @@
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import Counts, Load, each, hidden_bytes, if_experts_on_cpu, in_each_layer, reached_expert_bytes
+from hrm.acts.load import (
+    Counts,
+    Load,
+    after_layers_of_a_rank,
+    each,
+    hidden_bytes,
+    if_experts_on_cpu,
+    in_each_layer,
+    of_a_rank,
+    reached_expert_bytes,
+)
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -25,6 +35,9 @@ ROUTED: Final = Buffer("routed tokens")
 HOST_ROUTED: Final = Buffer("routed tokens on the host")
 EXPERT_OUTPUT: Final = Buffer("experts' output")
 HOST_EXPERT_OUTPUT: Final = Buffer("experts' output on the host")
+# Pieces of what lies in HIDDEN before a layer: what each of several ranks has of it and their sum, and the same again
+# with attention's output.
+PART, SUM, ATTENDED_PART, ATTENDED_SUM = 0, 1, 2, 3
 LOADED, STEPPED = 0, 1  # pieces of what lies in KV_BUFFERS: the cache, and the states in it after the new token
 
 
@@ -33,9 +46,9 @@ def _at(p: "Pipeline", x: TaskId) -> int:
     return x.step * p.num_layers + x.layer
 
 
-def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0) -> Part:
+def _hidden(p: "Pipeline", x: TaskId, *, after: int = 0, piece: int = PART) -> Part:
     """Hidden states before a layer, or after it."""
-    return (HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + after, 0)
+    return (HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + after, piece)
 
 
 def _kv_buffer(p: "Pipeline", x: TaskId, piece: int = LOADED) -> Part:
@@ -48,10 +61,21 @@ def _handed_on(source: Buffer, target: Buffer, p: "Pipeline", x: TaskId) -> Touc
 
 
 def _pre_attention(p: "Pipeline", x: TaskId) -> Touch:
-    reads = (_hidden(p, x), *pages_up_to(p, x, p.dense_pages))
+    weights = pages_up_to(p, x, p.dense_pages)
+    reads = (_hidden(p, x, piece=SUM),) if p.ranks > 1 else _before_layer(p, x)
+    return ((*reads, *weights), ((QKV, x.index, _at(p, x), 0),))
+
+
+def _before_layer(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
+    """Hidden states, and what the CPU's experts add to them."""
     if x.layer > 0 and p.cpu_experts[x.layer - 1]:
-        reads = (*reads, (EXPERT_OUTPUT, x.index, _at(p, x) - 1, 0))
-    return (reads, ((QKV, x.index, _at(p, x), 0),))
+        return (_hidden(p, x), (EXPERT_OUTPUT, x.index, _at(p, x) - 1, 0))
+    return (_hidden(p, x),)
+
+
+def _output_projection(p: "Pipeline", x: TaskId) -> Touch:
+    reads = ((OUTPUT, x.index, _at(p, x), 0), _hidden(p, x, piece=SUM), *pages_up_to(p, x, p.dense_pages))
+    return (reads, (_hidden(p, x, piece=ATTENDED_PART),))
 
 
 def _attention_on_gpu(p: "Pipeline", x: TaskId) -> Touch:
@@ -71,17 +95,23 @@ def _store_kv(p: "Pipeline", x: TaskId) -> Touch:
 
 
 def _post_attention(p: "Pipeline", x: TaskId) -> Touch:
-    reads = ((OUTPUT, x.index, _at(p, x), 0), _hidden(p, x), *pages_up_to(p, x, p.num_pages))
+    before = ((OUTPUT, x.index, _at(p, x), 0), _hidden(p, x))
+    if p.ranks > 1:
+        before = (_hidden(p, x, piece=ATTENDED_SUM),)
+    reads = (*before, *pages_up_to(p, x, p.num_pages))
     writes = (_hidden(p, x, after=1),)
     if p.cpu_experts[x.layer]:
         writes = (*writes, (ROUTED, x.index, _at(p, x), 0))
     return (reads, writes)
 
 
-def _sample(p: "Pipeline", x: TaskId) -> Touch:
+def _after_layers(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
     reads = (_hidden(p, x, after=1),)
-    if p.cpu_experts[x.layer]:
-        reads = (*reads, (EXPERT_OUTPUT, x.index, _at(p, x), 0))
+    return (*reads, (EXPERT_OUTPUT, x.index, _at(p, x), 0)) if p.cpu_experts[x.layer] else reads
+
+
+def _sample(p: "Pipeline", x: TaskId) -> Touch:
+    reads = (_hidden(p, x, after=1, piece=SUM),) if p.ranks > 1 else _after_layers(p, x)
     return (reads, ((TOKEN, x.index, x.step + 1, 0),))
 
 
@@ -112,7 +142,19 @@ EMBED: Final = Act(
     touches=lambda p, x: (((TOKEN, x.index, x.step, 0),), (_hidden(p, x),)),
     count=each,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
+)
+REDUCE_HIDDEN: Final = Act(
+    letter="R",
+    name="REDUCE_HIDDEN",
+    words="hidden states before a layer, summed up over ranks",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=lambda p, x: (_before_layer(p, x), (_hidden(p, x, piece=SUM),)),
+    count=of_a_rank,
+    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
+    reduces=True,
+    chained=True,
 )
 PRE_ATTENTION: Final = Act(
     letter="A",
@@ -198,6 +240,29 @@ LOAD_HIDDEN: Final = Act(
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
+OUTPUT_PROJECTION: Final = Act(
+    letter="T",
+    name="OUTPUT_PROJECTION",
+    words="output projection of a rank's heads",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=_output_projection,
+    count=of_a_rank,
+    seconds=lambda x, _: x.costs.output_projection(x.tokens, x.kind),
+    chained=True,
+)
+REDUCE_ATTENTION: Final = Act(
+    letter="Z",
+    name="REDUCE_ATTENTION",
+    words="hidden states with attention's output, summed up over ranks",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=lambda p, x: ((_hidden(p, x, piece=ATTENDED_PART),), (_hidden(p, x, piece=ATTENDED_SUM),)),
+    count=of_a_rank,
+    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
+    reduces=True,
+    chained=True,
+)
 POST_ATTENTION: Final = Act(
     letter="C",
     name="POST_ATTENTION",
@@ -243,7 +308,19 @@ LOAD_EXPERT_OUTPUT: Final = Act(
     touches=lambda p, x: _handed_on(HOST_EXPERT_OUTPUT, EXPERT_OUTPUT, p, x),
     count=if_experts_on_cpu,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
+    chained=True,
+)
+REDUCE_LAST: Final = Act(
+    letter="U",
+    name="REDUCE_LAST",
+    words="hidden states after the last layer, summed up over ranks",
+    phase=Phase.DECODE,
+    lane=Lane.GPU,
+    touches=lambda p, x: (_after_layers(p, x), (_hidden(p, x, after=1, piece=SUM),)),
+    count=after_layers_of_a_rank,
+    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
+    reduces=True,
     chained=True,
 )
 SAMPLE: Final = Act(
@@ -259,6 +336,7 @@ SAMPLE: Final = Act(
 )
 ALL: Final = (
     EMBED,
+    REDUCE_HIDDEN,
     PRE_ATTENTION,
     OFFLOAD_QKV,
     LOAD_KV,
@@ -266,11 +344,14 @@ ALL: Final = (
     ATTENTION,
     CPU_ATTENTION,
     LOAD_HIDDEN,
+    OUTPUT_PROJECTION,
+    REDUCE_ATTENTION,
     POST_ATTENTION,
     OFFLOAD_TOKENS,
     CPU_EXPERTS,
     LOAD_EXPERT_OUTPUT,
     LOAD_PAGE,
     STAGE_PAGE,
+    REDUCE_LAST,
     SAMPLE,
 )

@@ -20,7 +20,8 @@ class Counts:
 
     `pieces` is the number of micro-batches, or of chunks in prefill, and `pages` those of a layer. The rest are shares:
     of the micro-batches attended on the CPU and those whose cache streams to the GPU, of the layers with experts on the
-    CPU, of those one that the last layer is among them, and 1 if weights are staged.
+    CPU, of those one that the last layer is among them, and 1 if weights are staged. With several `ranks` it is one of
+    them that has the tasks.
     """
 
     layers: int
@@ -31,6 +32,7 @@ class Counts:
     cpu_experts: Number = 0
     last_cpu_experts: Number = 0
     staging: Number = 0
+    ranks: int = 1
     in_layers: Number = field(init=False)  # pieces in all layers
 
     def __post_init__(self) -> None:
@@ -88,6 +90,16 @@ def each(c: Counts) -> Number:
 def in_each_layer(c: Counts) -> Number:
     """One task for every micro-batch or chunk in every layer."""
     return c.in_layers
+
+
+def of_a_rank(c: Counts) -> Number:
+    """One task for every micro-batch or chunk in every layer of one of several ranks."""
+    return in_each_layer(c) * (c.ranks > 1)
+
+
+def after_layers_of_a_rank(c: Counts) -> Number:
+    """One task for every micro-batch or chunk, after the last layer of one of several ranks."""
+    return c.pieces * (c.ranks > 1)
 
 
 def if_experts_on_cpu(c: Counts) -> Number:

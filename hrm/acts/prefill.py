@@ -7,7 +7,16 @@ layer, when they do not go there, its output comes to the GPU instead.
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import Counts, each, hidden_bytes, if_experts_on_cpu, in_each_layer, reached_expert_bytes
+from hrm.acts.load import (
+    Counts,
+    after_layers_of_a_rank,
+    each,
+    hidden_bytes,
+    if_experts_on_cpu,
+    in_each_layer,
+    of_a_rank,
+    reached_expert_bytes,
+)
 from hrm.acts.pages import page_acts, pages_up_to
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -24,6 +33,8 @@ HOST_KV: Final = Buffer("KV cache on the host", grows=True)
 ROUTED: Final = Buffer("routed tokens of a chunk", BUFFERS)
 HOST_ROUTED: Final = Buffer("routed tokens of a chunk on the host", BUFFERS)
 BEFORE, AFTER = 0, 1  # a layer, or the CPU's experts: pieces of what lies in HIDDEN and HOST_HIDDEN
+# And of what lies in HIDDEN where several ranks have parts of it: sums of these, and parts with attention's output.
+SUM, ATTENDED_PART, ATTENDED_SUM, LAST_SUM = 2, 3, 4, 5
 TOKENS, OUTPUT = 0, 1  # pieces of what lies in ROUTED
 
 
@@ -48,17 +59,28 @@ def _host_hidden(p: "Pipeline", x: TaskId) -> Part:
     return (HOST_HIDDEN, x.index, x.layer, AFTER if p.cpu_experts[x.layer - 1] else BEFORE)
 
 
-def _layer(p: "Pipeline", x: TaskId) -> Touch:
+def _attended(p: "Pipeline", x: TaskId) -> Touch:
+    """What attention touches besides hidden states and weights."""
     turn = _turn(p, x)
     # At worst a prompt goes on from every chunk to the next, and each part of it reads those before.
     prefix = ((PREFIX, 0, turn - 1, 0),) if x.index else ()
-    reads = (_hidden(p, x, BEFORE), *pages_up_to(p, x, p.num_pages), *prefix)
-    writes = (_hidden(p, x, AFTER), (PREFIX, 0, turn, 0))
-    if not p.kv_on_gpu[x.index]:
-        writes = (*writes, _kv(p, x))
+    kept = (PREFIX, 0, turn, 0)
+    return (prefix, (kept,) if p.kv_on_gpu[x.index] else (kept, _kv(p, x)))
+
+
+def _attention(p: "Pipeline", x: TaskId) -> Touch:
+    reads, writes = _attended(p, x)
+    weights = pages_up_to(p, x, p.dense_pages)
+    return ((_hidden(p, x, SUM), *weights, *reads), (_hidden(p, x, ATTENDED_PART), *writes))
+
+
+def _layer(p: "Pipeline", x: TaskId) -> Touch:
+    reads, writes = ((), ()) if p.ranks > 1 else _attended(p, x)
+    before = _hidden(p, x, ATTENDED_SUM if p.ranks > 1 else BEFORE)
+    writes = (_hidden(p, x, AFTER), *writes)
     if p.cpu_experts[x.layer]:
         writes = (*writes, _routed(p, x, TOKENS))
-    return (reads, writes)
+    return ((before, *pages_up_to(p, x, p.num_pages), *reads), writes)
 
 
 def _cpu_experts(p: "Pipeline", x: TaskId) -> Touch:
@@ -69,11 +91,13 @@ def _cpu_experts(p: "Pipeline", x: TaskId) -> Touch:
     return (reads, ((*added, AFTER),))
 
 
-def _sample(p: "Pipeline", x: TaskId) -> Touch:
+def _after_layers(p: "Pipeline", x: TaskId) -> tuple[Part, ...]:
     reads = (_hidden(p, x, AFTER),)
-    if p.cpu_experts[x.layer]:
-        reads = (*reads, _routed(p, x, OUTPUT))
-    return (reads, ())
+    return (*reads, _routed(p, x, OUTPUT)) if p.cpu_experts[x.layer] else reads
+
+
+def _sample(p: "Pipeline", x: TaskId) -> Touch:
+    return ((_hidden(p, x, LAST_SUM),) if p.ranks > 1 else _after_layers(p, x), ())
 
 
 def _between_layers(c: Counts) -> Number:
@@ -94,7 +118,7 @@ EMBED: Final = Act(
     touches=lambda p, x: ((), (_hidden(p, x, BEFORE),)),
     count=each,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
 LOAD_HIDDEN: Final = Act(
@@ -106,7 +130,45 @@ LOAD_HIDDEN: Final = Act(
     touches=lambda p, x: ((_host_hidden(p, x),), (_hidden(p, x, BEFORE),)),
     count=_between_layers,
     moves=hidden_bytes,
-    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
+    chained=True,
+)
+REDUCE_HIDDEN: Final = Act(
+    letter="R",
+    name="REDUCE_HIDDEN",
+    words="hidden states before a layer, summed up over ranks",
+    phase=Phase.PREFILL,
+    lane=Lane.GPU,
+    touches=lambda p, x: ((_hidden(p, x, BEFORE),), (_hidden(p, x, SUM),)),
+    count=of_a_rank,
+    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
+    reduces=True,
+    chained=True,
+)
+PREFILL_ATTENTION: Final = Act(
+    letter="J",
+    name="PREFILL_ATTENTION",
+    words="one layer over a chunk of prompts up to the output projection of a rank's heads",
+    phase=Phase.PREFILL,
+    lane=Lane.GPU,
+    touches=_attention,
+    count=of_a_rank,
+    seconds=lambda x, _: x.costs.prefill_attention(x),
+    attends=True,
+    by_ffn=True,
+    chained=True,
+)
+REDUCE_ATTENTION: Final = Act(
+    letter="Z",
+    name="REDUCE_ATTENTION",
+    words="hidden states with attention's output, summed up over ranks",
+    phase=Phase.PREFILL,
+    lane=Lane.GPU,
+    touches=lambda p, x: ((_hidden(p, x, ATTENDED_PART),), (_hidden(p, x, ATTENDED_SUM),)),
+    count=of_a_rank,
+    seconds=lambda x, _: x.costs.going_on(x, x.costs.all_reduce),
+    by_ffn=True,
+    reduces=True,
     chained=True,
 )
 PREFILL_LAYER: Final = Act(
@@ -180,8 +242,20 @@ LOAD_EXPERT_OUTPUT: Final = Act(
     touches=lambda p, x: (((HOST_HIDDEN, x.index, x.layer + 1, AFTER),), (_routed(p, x, OUTPUT),)),
     count=_if_last_on_cpu,
     moves=lambda x: x.costs.going_on(x, lambda tokens: operators.hidden_bytes(x.spec, x.formats, tokens)),
-    seconds=lambda x, num_bytes: x.costs.h2d_to_all(num_bytes),
+    seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     of_last=True,
+    chained=True,
+)
+REDUCE_LAST: Final = Act(
+    letter="U",
+    name="REDUCE_LAST",
+    words="hidden states after the last layer, summed up over ranks",
+    phase=Phase.PREFILL,
+    lane=Lane.GPU,
+    touches=lambda p, x: (_after_layers(p, x), (_hidden(p, x, LAST_SUM),)),
+    count=after_layers_of_a_rank,
+    seconds=lambda x, _: x.costs.of_ends(x.requests, x.costs.all_reduce),
+    reduces=True,
     chained=True,
 )
 SAMPLE: Final = Act(
@@ -192,13 +266,16 @@ SAMPLE: Final = Act(
     lane=Lane.GPU,
     touches=_sample,
     count=each,
-    seconds=lambda x, _: x.costs.first_tokens(x.requests),
+    seconds=lambda x, _: x.costs.of_ends(x.requests, x.costs.sample),
     chained=True,
     ends_step=True,
 )
 ALL: Final = (
     EMBED,
     LOAD_HIDDEN,
+    REDUCE_HIDDEN,
+    PREFILL_ATTENTION,
+    REDUCE_ATTENTION,
     PREFILL_LAYER,
     STORE_KV,
     OFFLOAD_TOKENS,
@@ -207,5 +284,6 @@ ALL: Final = (
     LOAD_EXPERT_OUTPUT,
     LOAD_PAGE,
     STAGE_PAGE,
+    REDUCE_LAST,
     SAMPLE,
 )

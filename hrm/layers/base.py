@@ -5,7 +5,7 @@ is asked of a model is a sum, or the largest, over the blocks of its layers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
@@ -121,6 +121,26 @@ class Block(ABC):
     def obstacle_to(self, ranks: int) -> str:
         """Why so many GPUs in tensor parallel cannot divide it; empty if they can."""
 
+    @abstractmethod
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:
+        """The sizes that one of so many GPUs in tensor parallel has of it, by field.
+
+        An inner size is rounded up to so many `whole` units, where packed formats need that.
+        """
+
+    @property
+    def divided_vectors(self) -> Mapping[str, int]:
+        """Vectors that GPUs in tensor parallel divide as they do what these go with, each with its whole size."""
+        return {}
+
+    def of_rank(self, ranks: int, whole: int = 1) -> Self:
+        """What one of so many GPUs in tensor parallel has of it; vectors that go with nothing divided are whole."""
+        block: Any = self
+        narrow = replace(block, **self.shares(ranks, whole))
+        ours, its = self.divided_vectors, narrow.divided_vectors
+        vectors = tuple((name, its[name] if ours.get(name) == size else size) for name, size in self.vectors)
+        return replace(narrow, vectors=vectors)
+
     def with_vectors(self, **sizes: int) -> Self:
         """The same with further small vectors, each a name and a size; 0 for none."""
         block: Any = self
@@ -199,11 +219,6 @@ class Mixer(Block):
         """Rows of a layer's cache that a sequence fills at most, in turn; 0 if every token has its own."""
         return self.window
 
-    @property
-    @abstractmethod
-    def cache_heads(self) -> int:
-        """Parts of the cache that GPUs in tensor parallel can divide among them."""
-
     @abstractmethod
     def project(self, formats: Formats, tokens: Number) -> Operator:
         """Norm, projections and rotary embedding of so many tokens."""
@@ -239,8 +254,8 @@ class Mixer(Block):
         return 0
 
     @abstractmethod
-    def prefix_bytes(self, formats: Formats, ranks: int) -> int:
-        """Bytes that a split prompt keeps on the GPUs for each token of earlier parts."""
+    def prefix_bytes(self, formats: Formats) -> int:
+        """Bytes that a split prompt keeps on the GPU for each token of earlier parts."""
 
     @property
     @abstractmethod
@@ -272,14 +287,6 @@ class Mixer(Block):
         """Bytes that attention reads and writes of this layer's cache: of a state, both."""
         return self.reached_bytes(formats, requests, context) + requests * self.state_bytes(formats)
 
-    def cache_copies(self, ranks: int) -> int:
-        """How many of `ranks` GPUs in tensor parallel hold the same element of the cache.
-
-        Heads are divided; where they are fewer than GPUs, or compressed into one, they are
-        repeated.
-        """
-        return max(1, ranks // self.cache_heads)
-
 
 class FeedForward(Block):
     """A block of a layer in which every token is on its own."""
@@ -297,6 +304,11 @@ class FeedForward(Block):
     @abstractmethod
     def dense(self, formats: Formats, tokens: Number) -> Operator:
         """All that every one of so many tokens goes through."""
+
+
+def share(size: int, ranks: int, whole: int = 1) -> int:
+    """What the largest of so many equal shares of a size is, in so many whole units."""
+    return whole * -(-size // (ranks * whole))
 
 
 def check_size(name: str, value: Any, *, at_least: int = 1, at_most: int = LARGEST_SIZE) -> None:

@@ -161,11 +161,6 @@ class CompressedAttention(SoftmaxAttention):
         """What weights and norms the tokens that are compressed, and sinks."""
         return "sinks", "compressed_position", "compressed_norm", "index_position", "index_norm"
 
-    @property
-    def cache_heads(self) -> int:
-        """One: every GPU needs all keys."""
-        return 1
-
     def _compressed(self, context: Number) -> Number:
         """Compressed keys that attention sees of so many tokens."""
         keys = context / self.rate
@@ -230,11 +225,11 @@ class CompressedAttention(SoftmaxAttention):
             return formats.compute.bytes_of(self.head_dim)
         return formats.kv_cache.row_bytes((self.head_dim,))
 
-    def prefix_bytes(self, formats: Formats, ranks: int) -> int:
-        """What every GPU caches of a token, in numbers."""
+    def prefix_bytes(self, formats: Formats) -> int:
+        """What is cached of a token, in numbers."""
         if formats.kv_cache.is_scaled:
-            return ranks * formats.compute.bytes_of(self.cached_elements)
-        return ranks * self.cached_bytes(formats)
+            return formats.compute.bytes_of(self.cached_elements)
+        return self.cached_bytes(formats)
 
     @property
     def prefix_in_cache(self) -> bool:
@@ -245,3 +240,7 @@ class CompressedAttention(SoftmaxAttention):
         """Groups of heads are divided."""
         groups = self.output_groups
         return f"its {groups} groups of heads cannot be divided by {ranks}" if groups % ranks else ""
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Groups of heads; every GPU needs all keys."""
+        return {"num_heads": self.num_heads // ranks, "output_groups": self.output_groups // ranks}

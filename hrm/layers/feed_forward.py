@@ -1,13 +1,14 @@
 """Feed-forward blocks: one dense FFN, or routed experts with shared ones."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final, Literal, final
+from typing import Final, Literal, Self, final
 
 from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
 from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
-from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, share, vector_tensors
 from hrm.layers.hyper_connection import mix_streams, stream_tensors
 from hrm.layers.work import Operator, gemms, linear, weighted
 from hrm.numeric import Number, maximum, minimum, power
@@ -68,6 +69,15 @@ class DenseFfn(FeedForward):
     def obstacle_to(self, ranks: int) -> str:  # noqa: ARG002 - others need it
         """None: what is left over of its width goes to some of the GPUs."""
         return ""
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:
+        """A part of its width."""
+        return {"intermediate_size": share(self.intermediate_size, ranks, whole)}
+
+    @property
+    def divided_vectors(self) -> Mapping[str, int]:
+        """Biases of what is between its matrices."""
+        return {"dense_w1_bias": self.intermediate_size, "dense_w13_bias": 2 * self.intermediate_size}
 
 
 @final
@@ -214,3 +224,25 @@ class RoutedExperts(FeedForward):
         """The width of an expert is divided."""
         inner = self.intermediate_size
         return f"an expert's {inner} inner units cannot be divided by {ranks}" if inner % ranks else ""
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:
+        """A part of the width of every expert, and of the shared ones."""
+        inner, shared = self.intermediate_size, self.shared_intermediate_size
+        return {
+            "intermediate_size": share(inner, ranks, whole),
+            "shared_intermediate_size": share(shared, ranks, whole),
+        }
+
+    @property
+    def divided_vectors(self) -> Mapping[str, int]:
+        """Biases of what is between the matrices of shared and of routed experts."""
+        inner, shared = self.intermediate_size, self.shared_intermediate_size
+        of_shared = {"shared_w1_bias": shared, "shared_w13_bias": 2 * shared}
+        return {**of_shared, "w1_bias": inner, "w13_bias": 2 * inner}
+
+    def of_rank(self, ranks: int, whole: int = 1) -> Self:
+        """The same of an expert's own vectors."""
+        narrow = super().of_rank(ranks, whole)
+        ours, its = self.divided_vectors, narrow.divided_vectors
+        vectors = tuple((name, its[name] if ours.get(name) == size else size) for name, size in self.expert_vectors)
+        return replace(narrow, expert_vectors=vectors)

@@ -113,9 +113,13 @@ class GatedDeltaNet(RecurrentMixer):
         return "convolution", "decay", "step_bias"
 
     @property
-    def cache_heads(self) -> int:
+    def state_heads(self) -> int:
         """Key heads, each with its value heads."""
         return self.num_key_heads
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Heads."""
+        return {"num_key_heads": self.num_key_heads // ranks, "num_value_heads": self.num_value_heads // ranks}
 
     @property
     def float32_elements(self) -> int:

@@ -1,5 +1,6 @@
 """Grouped-query attention, over all tokens or within a window."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -121,11 +122,6 @@ class GroupedQueryAttention(SoftmaxAttention):
         return ("sinks",)
 
     @property
-    def cache_heads(self) -> int:
-        """Key and value heads."""
-        return self.num_kv_heads
-
-    @property
     def kept_elements(self) -> int:
         """Queries, gate, keys, values and attention output."""
         return (1 + self.output_gate) * self.query_size + self.cached_elements + self.returned_elements
@@ -143,9 +139,9 @@ class GroupedQueryAttention(SoftmaxAttention):
             return formats.compute.bytes_of(self.cached_elements)
         return self.cached_bytes(formats)
 
-    def prefix_bytes(self, formats: Formats, ranks: int) -> int:
-        """Keys and values, in every GPU those of its heads."""
-        return self.cache_copies(ranks) * self.prefix_read_bytes(formats)
+    def prefix_bytes(self, formats: Formats) -> int:
+        """Keys and values."""
+        return self.prefix_read_bytes(formats)
 
     @property
     def prefix_in_cache(self) -> bool:
@@ -153,5 +149,25 @@ class GroupedQueryAttention(SoftmaxAttention):
         return not self.window
 
     def obstacle_to(self, ranks: int) -> str:
-        """Heads are divided."""
-        return f"its {self.num_heads} heads cannot be divided by {ranks}" if self.num_heads % ranks else ""
+        """Heads are divided, and those of keys and values repeated where they are fewer than GPUs."""
+        few, many = sorted((self.num_kv_heads, ranks))
+        if self.num_heads % ranks:
+            return f"its {self.num_heads} heads cannot be divided by {ranks}"
+        return f"its {self.num_kv_heads} key and value heads cannot be divided by {ranks}" if many % few else ""
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Heads, at least one of keys and values."""
+        return {"num_heads": self.num_heads // ranks, "num_kv_heads": max(1, self.num_kv_heads // ranks)}
+
+    @property
+    def divided_vectors(self) -> Mapping[str, int]:
+        """What goes with heads; norms of queries and keys only where they are of all heads together."""
+        gated = self.output_gate * self.query_size  # has a bias of its own
+        return {
+            "qkv_bias": self.projected_size - gated,
+            "gate_bias": self.query_size,
+            "query_norm": self.query_size,
+            "key_norm": self.kv_size,
+            "sinks": self.num_heads,
+            "head_gate": self.num_heads * self.hidden_size,
+        }

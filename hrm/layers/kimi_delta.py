@@ -109,9 +109,13 @@ class KimiDelta(RecurrentMixer):
         return "convolution", "decay_bias", "decay_scale"
 
     @property
-    def cache_heads(self) -> int:
+    def state_heads(self) -> int:
         """Heads, each with its state."""
         return self.num_heads
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Heads."""
+        return {"num_heads": self.num_heads // ranks}
 
     @property
     def float32_elements(self) -> int:

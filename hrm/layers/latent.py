@@ -1,5 +1,6 @@
 """Multi-head latent attention: what a token leaves in the cache, and the projections around it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -170,11 +171,6 @@ class LatentAttention(SoftmaxAttention):
         return 2 * self.num_heads * (self.attended_elements + self.kv_rank)
 
     @property
-    def cache_heads(self) -> int:
-        """One: every GPU needs the whole compressed vector."""
-        return 1
-
-    @property
     def expanded_elements(self) -> int:
         """Elements of one token's keys and values of all heads, as prefill expands the cache."""
         return self.query_size + self.returned_elements
@@ -195,8 +191,8 @@ class LatentAttention(SoftmaxAttention):
         """Keys and values that the cache was expanded to."""
         return formats.compute.bytes_of(self.expanded_elements)
 
-    def prefix_bytes(self, formats: Formats, ranks: int) -> int:  # noqa: ARG002 - others need it
-        """What the cache was expanded to, of which every GPU has its own heads."""
+    def prefix_bytes(self, formats: Formats) -> int:
+        """What the cache was expanded to."""
         return self.prefix_read_bytes(formats)
 
     @property
@@ -207,3 +203,12 @@ class LatentAttention(SoftmaxAttention):
     def obstacle_to(self, ranks: int) -> str:
         """Heads are divided."""
         return f"its {self.num_heads} heads cannot be divided by {ranks}" if self.num_heads % ranks else ""
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Heads; every GPU needs the whole compressed vector."""
+        return {"num_heads": self.num_heads // ranks}
+
+    @property
+    def divided_vectors(self) -> Mapping[str, int]:
+        """A gate of every head."""
+        return {"head_gate": self.num_heads * self.hidden_size}

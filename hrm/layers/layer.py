@@ -166,6 +166,18 @@ class Layer:
         packed += [pair for pair in other.packed if pair[0] not in {tensor.name for tensor in other.mixer.tensors}]
         return Layer(mixer=self.mixer, ffn=other.ffn, packed=tuple(packed))
 
+    def of_rank(self, ranks: int) -> "Layer":
+        """What one of so many GPUs in tensor parallel has of it.
+
+        Of a matrix whose parts are then no whole groups of its packed format, it has plain numbers.
+        """
+        forms = [(name, form) for name, form in self._formats.items() if form is not None]
+        rows = max((form.rows for _, form in forms), default=1)
+        mixer, *ffn = (block.of_rank(ranks, rows) for block in self.blocks)
+        tensors = {tensor.name: tensor for block in (mixer, *ffn) for tensor in block.tensors}
+        packed = ((name, form.name) for name, form in forms if form.takes(tensors[name].shape, tensors[name].parts))
+        return replace(self, mixer=mixer, ffn=tuple(ffn), packed=tuple(packed))
+
     @property
     def window(self) -> int:
         """How many tokens attention reaches back at most, 0 for all."""
@@ -188,9 +200,19 @@ class Layer:
         )
         return replace(self, ffn=tuple(measured))
 
+    def finish(self, formats: Formats, tokens: Number) -> Operator:
+        """The output projection."""
+        return self.mixer.finish(self.formats_of(self.mixer, formats), tokens)
+
+    def feed_forward(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
+        """What comes after it: norms, routers, dense FFNs, and so many experts."""
+        return self._then_feed_forward(Operator(), formats, tokens, num_experts)
+
     def after_attention(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
-        """The rest of the layer: output projection, norms, routers, dense FFNs, and so many experts."""
-        dense = self.mixer.finish(self.formats_of(self.mixer, formats), tokens)
+        """The rest of the layer: both of these."""
+        return self._then_feed_forward(self.finish(formats, tokens), formats, tokens, num_experts)
+
+    def _then_feed_forward(self, before: Operator, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
         for block in self.ffn:
-            dense += block.dense(self.formats_of(block, formats), tokens)
-        return dense + self.run_experts(formats, tokens, num_experts) if self.experts else dense
+            before += block.dense(self.formats_of(block, formats), tokens)
+        return before + self.run_experts(formats, tokens, num_experts) if self.experts else before

@@ -99,9 +99,13 @@ class Mamba(RecurrentMixer):
         return *names, "convolution_bias", "step_norm", "input_norm", "read_norm"
 
     @property
-    def cache_heads(self) -> int:
+    def state_heads(self) -> int:
         """Units are on their own."""
         return self.inner_size
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Units."""
+        return {"inner_size": self.inner_size // ranks}
 
     @property
     def float32_elements(self) -> int:
@@ -202,9 +206,13 @@ class Mamba2(RecurrentMixer):
         return "convolution", "convolution_bias", "decay", "step_bias", "skip"
 
     @property
-    def cache_heads(self) -> int:
+    def state_heads(self) -> int:
         """Groups, each with its heads."""
         return self.num_groups
+
+    def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
+        """Groups with their heads."""
+        return {"num_heads": self.num_heads // ranks, "num_groups": self.num_groups // ranks}
 
     @property
     def float32_elements(self) -> int:

@@ -1,6 +1,7 @@
 """What mixers have in common that keep a state of each sequence, however long it is."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
 from hrm.contract.launches import ATTENTION_LAUNCHES_PER_TASK
@@ -132,7 +133,7 @@ class RecurrentMixer(Mixer):
         """What prefill has in float32, or a second output."""
         return max(STATE_BYTES * self.float32_elements, compute.bytes_of(self.returned_elements))
 
-    def prefix_bytes(self, formats: Formats, ranks: int) -> int:  # noqa: ARG002 - others need it
+    def prefix_bytes(self, formats: Formats) -> int:  # noqa: ARG002 - others need it
         """None: what earlier parts leave is the state."""
         return 0
 
@@ -143,5 +144,15 @@ class RecurrentMixer(Mixer):
 
     def obstacle_to(self, ranks: int) -> str:
         """Heads are divided, each with its part of the state."""
-        heads = self.cache_heads
+        heads = self.state_heads
         return f"its {heads} heads of linear attention cannot be divided by {ranks}" if heads % ranks else ""
+
+    @property
+    @abstractmethod
+    def state_heads(self) -> int:
+        """Parts of the state that GPUs in tensor parallel can divide among them."""
+
+    @property
+    def divided_vectors(self) -> Mapping[str, int]:
+        """Biases of what is projected and of what is convolved."""
+        return {"projections_bias": self.projected_size, "convolution_bias": self.convolved_elements}

@@ -10,10 +10,11 @@ from hrm.contract.temporaries import DEQUANTISED_IN_ORDER
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats
 from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
-from hrm.layers.base import Vectors, check_vectors, vector_tensors
+from hrm.layers.base import Vectors, check_vectors, share, vector_tensors
 from hrm.numeric import Number
 
 MOST_LAYERS: Final = 10**4
+HEAD_BIAS: Final = "lm_head_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class ModelSpec:
     `published_dtype` says how a quantised checkpoint is published, in its own words, and changes no size: how
     matrices are packed here, their layers say. Where a model is a part of another, a workspace has room
     for FFNs that are `least_inner_size` wide, though no layer of the part has one, and there is room
-    for the numbers of `least_reaches` ways to fill the rows of caches.
+    for the numbers of `least_reaches` ways to fill the rows of caches. It is what one of so many
+    `ranks` has in tensor parallel; their vocabularies, one after the other, are the model's.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ModelSpec:
     head_vectors: Vectors = ()
     least_inner_size: int = 0
     least_reaches: int = 0
+    ranks: int = 1
     published_dtype: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ class ModelSpec:
             check_vectors("head_vectors", self.head_vectors)
             check_size("least_inner_size", self.least_inner_size, at_least=0)
             check_size("least_reaches", self.least_reaches, at_least=0)
+            check_size("ranks", self.ranks)
         except ModelError as error:
             raise ModelError(f"{self.name}: {error.where}", error.value, error.rule, error.remedy) from error
         self._require(self.num_expert_layers > 0, "kinds", "<none with experts>", "must have routed experts in some")
@@ -150,6 +154,17 @@ class ModelSpec:
     def _stand_in(self, layer: Layer, by_window: bool, by_ffn: bool) -> Layer:  # noqa: FBT001
         layer = layer if by_window else layer.without_window
         return layer if by_ffn else layer.with_ffn(self.kinds[0])
+
+    def of_rank(self, ranks: int) -> "ModelSpec":
+        """What one of so many GPUs in tensor parallel has of the model: the largest share, where they differ."""
+        vocab_size = share(self.vocab_size, ranks)
+        return self.with_layers(
+            (layer.of_rank(ranks) for layer in self.layers),
+            name=f"{self.name}, one of {ranks} ranks",
+            vocab_size=vocab_size,
+            head_vectors=tuple((name, vocab_size if name == HEAD_BIAS else size) for name, size in self.head_vectors),
+            ranks=ranks,
+        )
 
     @cached_property
     def without_windows(self) -> "ModelSpec":

@@ -6,29 +6,26 @@ from hrm.model_spec.spec import ModelSpec
 from hrm.numeric import Number, maximum
 
 
-def workspace_bytes(
-    spec: ModelSpec, num_tokens: Number, compute: Format, *, ranks: int = 1, longest_tokens: Number = 0
-) -> Number:
+def workspace_bytes(spec: ModelSpec, num_tokens: Number, compute: Format, *, longest_tokens: Number = 0) -> Number:
     """Temporaries of any layer over `num_tokens` tokens, whichever expert they all go to.
 
     What attention is computed from and its output stay throughout. Beside them are, one after the
     other: the normed input with a float32 copy; what attention needs; and last the FFN's input and
     output, the routing with its sorted form, and the gathered input and both halves of the gated
     activation of the widest FFN. Where something waits for the sum of all experts, the FFN's input is
-    normed in two ways besides. Of these, `ranks` GPUs in tensor parallel divide all but what is as
-    wide as the hidden state. Beside the second attention output of a part of a split prompt lies a
+    normed in two ways besides. Beside the second attention output of a part of a split prompt lies a
     line of its mask; `longest_tokens` bounds what such a prompt has so far. Linear attention needs its
     temporaries for one block of tokens only. Of packed matrices some rows are dequantised.
     """
-    size, hidden = compute.bytes_of(1), ranks * spec.hidden_size
+    size, hidden = compute.bytes_of(1), spec.hidden_size
     mixers = [kind.mixer for kind in spec.layer_kinds()]
     inner = max(block.inner_size for kind in spec.layer_kinds() for block in kind.ffn)
     routing = max((block.routing_bytes(compute) for kind in spec.layer_kinds() for block in kind.experts), default=0)
-    normed, waiting = size * hidden + 4 * ranks * (spec.residual_size + 1), ranks * spec.pending_elements
+    normed, waiting = size * hidden + 4 * (spec.residual_size + 1), spec.pending_elements
     stages = (
         normed + size * (hidden + waiting) * (waiting > 0),
         max(mixer.temporary_bytes(compute) for mixer in mixers),
-        size * (3 * hidden + waiting + 2 * max(inner, spec.least_inner_size)) + ranks * routing,
+        size * (3 * hidden + waiting + 2 * max(inner, spec.least_inner_size)) + routing,
     )
     kept = max(mixer.kept_elements for mixer in mixers)
     output = max(mixer.returned_elements for mixer in mixers)

@@ -26,7 +26,7 @@ def prefill(p: Pipeline) -> Iterator[TaskId]:
         for g in range(n):
             yield TaskId(acts.EMBED if i == 0 else acts.LOAD_HIDDEN, i, g)
             yield from p.load_pages(p.next_layer(0, i), *pages[g])
-            yield TaskId(acts.PREFILL_LAYER, i, g)
+            yield from p.prefill_layer(i, g)
             if not p.kv_on_gpu[g]:
                 yield TaskId(acts.STORE_KV, i, g)
             if p.cpu_experts[i]:

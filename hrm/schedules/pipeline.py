@@ -25,8 +25,8 @@ class Pipeline:
     `states[i]`, if any layer's, whether its cache is a state that each token makes anew. Of
     `attention_weights[i]` likewise, whether attention itself reads some of the layer's weights. A
     layer's weights move in `num_pages` pages, the first `dense_pages` of which hold projections
-    (0 if those are resident). In prefill `num_micro_batches` counts chunks of prompts. Parts of a
-    split prompt lie in successive chunks, and each leaves its keys and values on the GPU to the
+    (0 if those are resident). Of several `ranks` it is what each of them does. In prefill
+    `num_micro_batches` counts chunks of prompts. Parts of a split prompt lie in successive chunks, and each leaves its keys and values on the GPU to the
     next: their layers run in turn in one lane, so no edge has to say so.
     """
 
@@ -43,6 +43,7 @@ class Pipeline:
     num_pages: int = 1
     dense_pages: int = 0
     staging: bool = False
+    ranks: int = 1
 
     @staticmethod
     def of_policy(spec: ModelSpec, policy: Policy, *, num_steps: int = 1) -> "Pipeline":
@@ -59,6 +60,7 @@ class Pipeline:
             attention_weights=tuple(layer.mixer.host_parameters > 0 for layer in spec.layers),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,
+            ranks=spec.ranks,
         )
 
     @staticmethod
@@ -73,6 +75,7 @@ class Pipeline:
             cpu_experts=_experts_on_cpu(spec, policy, Phase.PREFILL),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,
+            ranks=spec.ranks,
         )
 
     def with_pages(self, num_pages: int, dense_share: float = 1.0) -> "Pipeline":
@@ -162,6 +165,8 @@ class Pipeline:
 
     def before_attention(self, t: int, i: int, j: int) -> Iterator[TaskId]:
         """Everything up to queries, keys and values."""
+        if self.ranks > 1:
+            yield TaskId(decode.REDUCE_HIDDEN, i, j, t)
         yield TaskId(decode.PRE_ATTENTION, i, j, t)
 
     def attend(self, t: int, i: int, j: int) -> Iterator[TaskId]:
@@ -183,6 +188,9 @@ class Pipeline:
 
     def after_attention(self, t: int, i: int, j: int) -> Iterator[TaskId]:
         """The rest of the layer, as far as the CPU's experts."""
+        if self.ranks > 1:
+            yield TaskId(decode.OUTPUT_PROJECTION, i, j, t)
+            yield TaskId(decode.REDUCE_ATTENTION, i, j, t)
         yield TaskId(decode.POST_ATTENTION, i, j, t)
         if self.cpu_experts[i]:
             yield TaskId(decode.OFFLOAD_TOKENS, i, j, t)
@@ -193,13 +201,25 @@ class Pipeline:
         if self.cpu_experts[i]:
             yield TaskId(decode.LOAD_EXPERT_OUTPUT, i, j, t)
         if i == self.num_layers - 1:
+            if self.ranks > 1:
+                yield TaskId(decode.REDUCE_LAST, i, j, t)
             yield TaskId(decode.SAMPLE, i, j, t)
+
+    def prefill_layer(self, i: int, g: int) -> Iterator[TaskId]:
+        """A layer over a chunk on the GPU; one of several ranks sums up with the others in between."""
+        if self.ranks > 1:
+            yield TaskId(prefill.REDUCE_HIDDEN, i, g)
+            yield TaskId(prefill.PREFILL_ATTENTION, i, g)
+            yield TaskId(prefill.REDUCE_ATTENTION, i, g)
+        yield TaskId(prefill.PREFILL_LAYER, i, g)
 
     def end_prefill(self, g: int) -> Iterator[TaskId]:
         """After the last layer of a chunk: bring back the CPU experts' output, choose the first tokens."""
         last = self.num_layers - 1
         if self.cpu_experts[last]:
             yield TaskId(prefill.LOAD_EXPERT_OUTPUT, last, g)
+        if self.ranks > 1:
+            yield TaskId(prefill.REDUCE_LAST, last, g)
         yield TaskId(prefill.SAMPLE, last, g)
 
 

@@ -74,7 +74,6 @@ def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: N
         cpu_prefill_experts=1 - numbers["gpu_prefill_ffn"],
         resident_dense=numbers.get("resident_dense", 0),  # what the GPU needs does not depend on it
         staging_slots=space.staging * STAGING_PAGES,
-        ranks=space.profile.num_gpus,
         batches=space.profile.num_stages,
         **weights,
     )

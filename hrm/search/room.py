@@ -55,7 +55,6 @@ class Room:
             cpu_experts=1 - regions.gpu_ffn,
             cpu_prefill_experts=1 - regions.gpu_prefill,
             resident_dense=regions.dense,
-            ranks=self.space.profile.num_gpus,
             batches=self.space.profile.num_stages,
         )
 

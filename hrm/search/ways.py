@@ -149,7 +149,7 @@ def _with_advice(result: SearchResult, space: Space) -> SearchResult:
 
 
 def space_of_part(space: Space, parallelism: Parallelism) -> Space | None:
-    """What one part of the machine has to do: its layers, for its share of the requests.
+    """What one part of the machine has to do: a rank's, or a stage's layers for its share of the requests.
 
     None if the model cannot be divided like that; all of it on a machine with one GPU.
     """
@@ -157,7 +157,7 @@ def space_of_part(space: Space, parallelism: Parallelism) -> Space | None:
         return None
     spec, profile = part_of(space.spec, space.profile, parallelism)
     workload = space.workload
-    if profile.num_gpus < space.profile.num_gpus and workload.num_requests is not None:
-        share = ceil(workload.num_requests / space.profile.num_gpus)
+    if profile.num_stages > 1 and workload.num_requests is not None:
+        share = ceil(workload.num_requests / profile.num_stages)
         workload = replace(workload, num_requests=share)
     return replace(space, spec=spec, profile=profile, workload=workload)
