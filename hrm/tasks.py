@@ -76,10 +76,8 @@ class Act:
     task `moves` bytes over its lane's link and takes `seconds`, given those bytes; `host_bytes` are what the CPU reads
     and writes in the host's memory meanwhile. What `attends` depends on the context and on the layer's window, what is
     `by_ffn` on whether the layer has experts. Only layers with experts on the CPU have tasks `of_cpu_experts`, and only
-    the model's last one those `of_last`.
-    In tasks that it `reduces` in, one of several ranks sums up with the others.
-    `chained` tasks are those that every micro-batch or chunk goes through in turn. `ends_step` marks the act that
-    chooses tokens.
+    the model's last one those `of_last`. In what `reduces`, one of several ranks sums up with the others. `chained`
+    tasks are those that every micro-batch or chunk goes through in turn. `ends_step` marks the act that chooses tokens.
     """
 
     letter: str

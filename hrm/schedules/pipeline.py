@@ -26,8 +26,9 @@ class Pipeline:
     `attention_weights[i]` likewise, whether attention itself reads some of the layer's weights. A
     layer's weights move in `num_pages` pages, the first `dense_pages` of which hold projections
     (0 if those are resident). Of several `ranks` it is what each of them does. In prefill
-    `num_micro_batches` counts chunks of prompts. Parts of a split prompt lie in successive chunks, and each leaves its keys and values on the GPU to the
-    next: their layers run in turn in one lane, so no edge has to say so.
+    `num_micro_batches` counts chunks of prompts. Parts of a split prompt lie in successive chunks, and
+    each leaves its keys and values on the GPU to the next: their layers run in turn in one lane, so no
+    edge has to say so.
     """
 
     phase: Phase = Phase.DECODE

@@ -91,7 +91,7 @@ def use_profile(content: bytes, folder: Path) -> None:
     for resource in resources(profile):
         scale(profile, resource, 1.5)
     if profile.num_gpus > 1:
-        one_part(profile)
+        one_part(profile, is_stage=True)
     planned(SPEC, profile, content)
 
 

@@ -168,7 +168,6 @@ class ShortConvolution(Mixer):
 
     words: ClassVar[str] = "short convolution"
     cached_elements: ClassVar[int] = 0
-    cache_heads: ClassVar[int] = 1
     prefix_in_cache: ClassVar[bool] = True
 
     @property
@@ -207,11 +206,14 @@ class ShortConvolution(Mixer):
     def temporary_bytes(self, compute):
         return compute.bytes_of(self.hidden_size)
 
-    def prefix_bytes(self, formats, ranks):
+    def prefix_bytes(self, formats):
         return 0
 
     def obstacle_to(self, ranks):
-        return ""
+        return "a short convolution is not divided"
+
+    def shares(self, ranks, whole):
+        return {}
 
 
 def read_lfm(keys):

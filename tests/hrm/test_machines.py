@@ -214,7 +214,7 @@ def host_ports(host):
 
 def test_a_part_of_a_machine_is_one_gpu_and_a_share_of_the_host():
     one, four = compose("T4"), compose("4xT4")
-    part = one_part(four)
+    part = one_part(four, is_stage=True)
     assert (part.num_gpus, len(part.links)) == (1, 3)
     assert part.top.usable_bytes == one.top.usable_bytes
     assert part.h2d.bandwidth_bytes_per_s.at(1e6) == pytest.approx(one.h2d.bandwidth_bytes_per_s.at(1e6))
@@ -226,6 +226,9 @@ def test_a_part_of_a_machine_is_one_gpu_and_a_share_of_the_host():
         lambda p: p.link("cpu", "cpu", "staging").bandwidth_bytes_per_s.at(),
     ):
         assert 4 * share(part) == pytest.approx(share(four), rel=1e-6)
+    rank = one_part(four, is_stage=False)
+    assert rank.peer == four.peer, "ranks go on summing up with one another"
+    assert (rank.num_stages, part.num_stages) == (1, 4)
     assert part.top.processor.launch_latency_s.value == one.top.processor.launch_latency_s.value
 
 

@@ -486,7 +486,7 @@ def test_the_part_that_can_be_pinned_follows_the_memory():
     for changed in (
         with_memory(profile, cpu_memory_bytes=16 * GB),
         scale(profile, Resource.CPU_MEMORY, 3),
-        one_part(compose("2x4090", "wsl-workstation")),
+        one_part(compose("2x4090", "wsl-workstation"), is_stage=True),
     ):
         host = changed.host
         assert host.pinnable_bytes is not None

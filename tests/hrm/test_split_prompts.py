@@ -53,7 +53,7 @@ def test_of_latent_attention_the_expanded_prefix_is_kept_and_read_again():
     spec = BUILT_IN_MODELS["deepseek-v2"]
     mixer: Any = spec.layers[0].mixer
     of_token = (mixer.query_size + mixer.returned_elements) * 2
-    assert prefix_bytes(spec, Formats.of("bfloat16"), 1, ranks=8) == of_token
+    assert prefix_bytes(spec, Formats.of("bfloat16"), 1) == of_token
     whole, halves = (mixer.prefill(Formats.of("bfloat16"), n, 1000) for n in (1000, 500))
     more = 2 * halves.kernels[2].num_bytes - whole.kernels[2].num_bytes
     assert more == pytest.approx(500 * of_token), "the second half reads the first once more"
