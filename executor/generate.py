@@ -15,6 +15,7 @@ from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
 from executor.families import Family
+from executor.group import Alone, Group
 from executor.handlers import (
     LENGTH,
     BatchState,
@@ -89,9 +90,9 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
             "shorten the prompt or lower max_tokens",
         ),
         (
-            length == 0 or 0 <= min(request.prompt) <= max(request.prompt) < arch.spec.vocab_size,
+            length == 0 or 0 <= min(request.prompt) <= max(request.prompt) < arch.vocab_size,
             f"<token ids up to {max(request.prompt, default=0)}>",
-            f"must hold token ids from 0 to {arch.spec.vocab_size - 1}",
+            f"must hold token ids from 0 to {arch.vocab_size - 1}",
             "tokenise it with this model's tokenizer",
         ),
     )
@@ -209,7 +210,7 @@ class Generator(AbstractGenerator):
 
     Memory is allocated once, as planned, and weights are loaded into it once. If the system does
     not pin as much as a policy needs that stages no weights, `staged` is run, which does. Meanwhile
-    `loading` tells how far that is.
+    `loading` tells how far that is. One of several ranks has its part of the model, and its `group` to sum up with.
     """
 
     def __init__(
@@ -223,6 +224,7 @@ class Generator(AbstractGenerator):
         staged: Planned | None = None,
         stops: EndOfText | None = None,
         loading: Loading | None = None,
+        group: Group | None = None,
         max_spans: int = MAX_SPANS,
     ) -> None:
         start_s = time.perf_counter()
@@ -231,6 +233,7 @@ class Generator(AbstractGenerator):
         self._prefilled: PhaseResult | None = None
         self._num_chunks = 0
         self._stops = stops or never_stops
+        self._group = group or Alone()
         self._kv_peak = {"gpu": 0, "cpu": 0}
         threads = torch.get_num_threads()
 
@@ -265,7 +268,7 @@ class Generator(AbstractGenerator):
         self.live.enter(Phase.PREFILL)
         prefilled = self._prefilled = self.engine.run(
             iter_tasks(prefill, policy.schedule),
-            PrefillHandlers.make(self.backend, arch, policy, prefill, memory, state, parts),
+            PrefillHandlers.make(self.backend, arch, policy, prefill, memory, state, self._group, parts),
             batch=index,
             kept_steps=self._budget.prefill_steps,
             finished=sink.stops,
@@ -276,7 +279,7 @@ class Generator(AbstractGenerator):
             self.live.enter(Phase.DECODE, prefilled)
             decoded = self.engine.run(
                 iter_tasks(decode, policy.schedule),
-                DecodeHandlers.make(self.backend, arch, policy, decode, memory, state),
+                DecodeHandlers.make(self.backend, arch, policy, decode, memory, state, self._group),
                 batch=index,
                 kept_steps=self._budget.steps(decode, policy.schedule, len(prefilled.spans)),
                 finished=lambda: sink.stops() or state.num_active == 0,

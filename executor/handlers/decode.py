@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from executor.backends import AbstractBackend
+from executor.group import Group
 from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Exchange, RunMemory, narrow
 from executor.handlers.pages import PageHandlers
@@ -35,6 +36,7 @@ class DecodeHandlers:
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
+    group: Group
     ffns: FeedForwards
 
     @staticmethod
@@ -45,15 +47,17 @@ class DecodeHandlers:
         pipeline: Pipeline,
         memory: RunMemory,
         state: BatchState,
+        group: Group,
     ) -> dict[Act, Handler]:
         """The handler of every act that occurs in decode."""
         spec = arch.spec
         ffns = FeedForwards(backend, arch, memory, state)
-        handlers = DecodeHandlers(backend, arch, policy.formats, pipeline, memory, state, ffns)
+        handlers = DecodeHandlers(backend, arch, policy.formats, pipeline, memory, state, group, ffns)
         streamed = [policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
         pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
             decode.EMBED: handlers.embed,
+            decode.REDUCE_HIDDEN: handlers.reduce_hidden,
             decode.PRE_ATTENTION: handlers.pre_attention,
             decode.OFFLOAD_QKV: handlers.offload_qkv,
             decode.LOAD_KV: handlers.load_kv,
@@ -61,10 +65,13 @@ class DecodeHandlers:
             decode.ATTENTION: handlers.attention,
             decode.CPU_ATTENTION: handlers.attention,
             decode.LOAD_HIDDEN: handlers.load_hidden,
+            decode.OUTPUT_PROJECTION: handlers.output_projection,
+            decode.REDUCE_ATTENTION: handlers.reduce_attention,
             decode.POST_ATTENTION: handlers.post_attention,
             decode.OFFLOAD_TOKENS: handlers.offload_tokens,
             decode.CPU_EXPERTS: handlers.cpu_experts,
             decode.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
+            decode.REDUCE_LAST: handlers.reduce_last,
         }
         return {
             decode.STAGE_PAGE: pages.stage,
@@ -89,17 +96,24 @@ class DecodeHandlers:
     def embed(self, _: Task, rows: Rows, span: slice) -> int:
         """Gather the last tokens' embeddings on the host and move them to the GPU."""
         host, gpu = self.memory.host, self.memory.gpu
-        host_RD = host.hidden_ND[span]
-        embed(self.memory.weights.embedding, rows.tokens, host_RD, scale=self.arch.embedding_scale)
+        host_RD, arch = host.hidden_ND[span], self.arch
+        scale, first_token = arch.embedding_scale, arch.first_token
+        embed(self.memory.weights.embedding, rows.tokens, host_RD, scale=scale, first_token=first_token)
         place, copies = _numbers_of(span), [(gpu.hidden_ND[span], host_RD)]
         for numbers, here, there in zip(rows.numbers.values(), host.numbers, gpu.numbers, strict=True):
             copies += self.backend.gpu_kernels.sent(numbers, here[place], there[place])
         return self.backend.transfer(Lane.H2D, copies)
 
+    def reduce_hidden(self, x: Task, _: Rows, span: slice) -> int:
+        """What ranks have of embeddings, or of the layer before, summed up."""
+        if x.id.layer > 0:
+            self._add_cpu_experts(x.id.layer - 1, span)
+        return self._reduce(span)
+
     def pre_attention(self, x: Task, rows: Rows, span: slice) -> int:
         """Queries, keys and values of the new tokens, as they go to the cache."""
         gpu, workspace, mixer = self.memory.gpu, self.memory.workspace, self._mixer(x)
-        if x.id.layer > 0:
+        if x.id.layer > 0 and self.group.size == 1:
             self._add_cpu_experts(x.id.layer - 1, span)
         workspace.reset()
         positions_R = self._numbers(mixer, rows, span).positions_R
@@ -175,14 +189,28 @@ class DecodeHandlers:
         copies = [(self._outputs(self.memory.gpu, x, span), self._outputs(self.memory.host, x, span))]
         return self.backend.transfer(Lane.H2D, copies)
 
-    def post_attention(self, x: Task, _: Rows, span: slice) -> int:
-        """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
-        gpu, workspace, mixer, weights = self.memory.gpu, self.memory.workspace, self._mixer(x), self._weights(x)
+    def output_projection(self, x: Task, _: Rows, span: slice) -> int:
+        """What attention returns, projected and added to the hidden states, which go on in rank 0."""
+        gpu, workspace, mixer = self.memory.gpu, self.memory.workspace, self._mixer(x)
         workspace.reset()
         hidden_RD, held_RS = gpu.hidden_ND[span], narrow(gpu.held_NS, span, mixer.block.held_elements)
-        mixer.finish(self._outputs(gpu, x, span), held_RS, weights.dense.mixer, hidden_RD, workspace)
+        if self.group.rank > 0:
+            hidden_RD.zero_()
+        mixer.finish(self._outputs(gpu, x, span), held_RS, self._weights(x).dense.mixer, hidden_RD, workspace)
+        return 0
+
+    def reduce_attention(self, _: Task, __: Rows, span: slice) -> int:
+        """What ranks have of hidden states after attention, summed up."""
+        return self._reduce(span)
+
+    def post_attention(self, x: Task, rows: Rows, span: slice) -> int:
+        """Output projection, and the FFN: of one with experts, the router and what is on the GPU."""
+        if self.group.size == 1:
+            self.output_projection(x, rows, span)
+        gpu = self.memory.gpu
+        self.memory.workspace.reset()
         to_cpu = gpu.routed(span) if self.pipeline.cpu_experts[x.id.layer] else None
-        self.ffns.on_gpu(x.id.layer, hidden_RD, weights, to_cpu)
+        self.ffns.on_gpu(x.id.layer, gpu.hidden_ND[span], self._weights(x), to_cpu)
         return 0
 
     def offload_tokens(self, _: Task, __: Rows, span: slice) -> int:
@@ -202,6 +230,11 @@ class DecodeHandlers:
         copies = [(gpu.expert_output_ND[span], host.expert_output_ND[span])]
         return self.backend.transfer(Lane.H2D, copies)
 
+    def reduce_last(self, x: Task, _: Rows, span: slice) -> int:
+        """What ranks have of hidden states after the last layer, summed up."""
+        self._add_cpu_experts(x.id.layer, span)
+        return self._reduce(span)
+
     def sample(self, x: Task) -> int:
         """Choose the next tokens and set up the next step's rows, even if there are none."""
         self.on_rows(self._sample)(x)
@@ -209,9 +242,14 @@ class DecodeHandlers:
         return 0
 
     def _sample(self, x: Task, rows: Rows, span: slice) -> int:
-        self._add_cpu_experts(x.id.layer, span)
+        if self.group.size == 1:
+            self._add_cpu_experts(x.id.layer, span)
         hidden_RD = self.memory.gpu.hidden_ND[span]
-        sample(self.arch, self.memory, self.state, hidden_RD, rows.sequences)
+        sample(self.arch, self.memory, self.state, self.group, hidden_RD, rows.sequences)
+        return 0
+
+    def _reduce(self, span: slice) -> int:
+        self.group.all_reduce(self.memory.gpu.hidden_ND[span])
         return 0
 
     def _add_cpu_experts(self, layer: int, span: slice) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.batching import Chunk, ChunkPart
+from executor.group import Group
 from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.pages import PageHandlers
@@ -37,6 +38,7 @@ class PrefillHandlers:
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
+    group: Group
     ffns: FeedForwards
     chunks: tuple[Chunk, ...]
     kv_on_gpu: tuple[bool, ...]
@@ -51,6 +53,7 @@ class PrefillHandlers:
         pipeline: Pipeline,
         memory: RunMemory,
         state: BatchState,
+        group: Group,
         chunks: tuple[Chunk, ...],
     ) -> dict[Act, Handler]:
         """The handler of every act that occurs in prefill."""
@@ -66,7 +69,7 @@ class PrefillHandlers:
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
         ffns = FeedForwards(backend, arch, memory, state)
         handlers = PrefillHandlers(
-            backend, arch, policy, pipeline, memory, state, ffns, chunks, kv_on_gpu, tokens, numbers
+            backend, arch, policy, pipeline, memory, state, group, ffns, chunks, kv_on_gpu, tokens, numbers
         )
         spec = arch.spec
         streamed = [policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
@@ -76,18 +79,23 @@ class PrefillHandlers:
             prefill.LOAD_PAGE: pages.load,
             prefill.EMBED: handlers.embed,
             prefill.LOAD_HIDDEN: handlers.load_hidden,
+            prefill.REDUCE_HIDDEN: handlers.reduce,
+            prefill.PREFILL_ATTENTION: handlers.attention,
+            prefill.REDUCE_ATTENTION: handlers.reduce,
             prefill.PREFILL_LAYER: handlers.layer,
             prefill.STORE_KV: handlers.store_kv,
             prefill.OFFLOAD_TOKENS: handlers.offload_tokens,
             prefill.STORE_HIDDEN: handlers.store_hidden,
             prefill.CPU_EXPERTS: handlers.cpu_experts,
             prefill.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
+            prefill.REDUCE_LAST: handlers.reduce_last,
             prefill.SAMPLE: handlers.sample,
         }
 
     def embed(self, x: Task) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
-        embed(self.memory.weights.embedding, self.tokens[x.id.index], self._host(x), scale=self.arch.embedding_scale)
+        embedding, scale, first_token = self.memory.weights.embedding, self.arch.embedding_scale, self.arch.first_token
+        embed(embedding, self.tokens[x.id.index], self._host(x), scale=scale, first_token=first_token)
         return self.load_hidden(x)
 
     def load_hidden(self, x: Task) -> int:
@@ -101,11 +109,28 @@ class PrefillHandlers:
         """Move a chunk's hidden states to the host."""
         return self.backend.transfer(Lane.D2H, [(self._host(x), self._hidden(x))])
 
+    def reduce(self, x: Task) -> int:
+        """What ranks have of a chunk's hidden states, summed up: before a layer, or after its attention."""
+        is_before = x.id.act is prefill.REDUCE_HIDDEN
+        hidden_TD = self._hidden(x)
+        self.group.all_reduce(hidden_TD if is_before else hidden_TD[: self._num_going_on(x)])
+        return 0
+
     def layer(self, x: Task) -> int:
-        """Compute one layer over a chunk; keys and values go to their cache or the buffer.
+        """Compute one layer over a chunk, attention first."""
+        if self.group.size == 1:
+            self.attention(x)
+        if num_going_on := self._num_going_on(x):
+            self.memory.workspace.reset()
+            to_cpu = self._routed(x) if self.pipeline.cpu_experts[x.id.layer] else None
+            self.ffns.on_gpu(x.id.layer, self._hidden(x)[:num_going_on], self._weights(x), to_cpu)
+        return 0
+
+    def attention(self, x: Task) -> int:
+        """Compute one layer over a chunk up to the output projection; keys and values go to their cache or the buffer.
 
         After attention the last layer goes on with the last tokens of prompts only, which are all
-        that is sampled from.
+        that is sampled from: their hidden states are then the chunk's first ones.
         """
         workspace, mixer = self.memory.workspace, self._mixer(x)
         chunk, hidden_TD, weights = self.chunks[x.id.index], self._hidden(x), self._weights(x)
@@ -125,16 +150,17 @@ class PrefillHandlers:
             self._write_cached(x, mixer.cached(row_TX))
         mixer.prefill(self.backend.gpu_kernels, row_TX, weights.dense.mixer, prompts, kept, attention_TO, workspace)
         self._keep_in_turn(x, mixer.cached(row_TX))
-        if not self._skips(x):
-            self._after_attention(x, hidden_TD, attention_TO, held_TS, weights)
-        elif num_ending := self._num_going_on(x):
-            last_R = self._last_tokens(x).long()
-            hidden_RD, attention_RO, held_RS = (
+        if self._skips(x):
+            last_R, num_ending = self._last_tokens(x).long(), self._num_going_on(x)
+            hidden_RD, attention_TO, held_TS = (
                 torch.index_select(part, 0, last_R, out=take(part.shape[1], num_ending))
                 for part in (hidden_TD, attention_TO, held_TS)
             )
-            self._after_attention(x, hidden_RD, attention_RO, held_RS, weights)
-            hidden_TD.index_copy_(0, last_R, hidden_RD)
+            hidden_TD = hidden_TD[:num_ending].copy_(hidden_RD)
+        if self.group.rank > 0:
+            hidden_TD.zero_()
+        if len(hidden_TD):
+            mixer.finish(attention_TO, held_TS, weights.dense.mixer, hidden_TD, workspace)
         return 0
 
     def _skips(self, x: Task) -> bool:
@@ -181,14 +207,6 @@ class PrefillHandlers:
             for token, row, count in reach.spans(part.start, part.end)
         ]
 
-    def _after_attention(
-        self, x: Task, hidden_TD: Tensor, attention_TO: Tensor, held_TS: Tensor, weights: LayerWeights
-    ) -> None:
-        """The rest of a layer, for all of a chunk's tokens or some."""
-        self._mixer(x).finish(attention_TO, held_TS, weights.dense.mixer, hidden_TD, self.memory.workspace)
-        to_cpu = self._routed(x) if self.pipeline.cpu_experts[x.id.layer] else None
-        self.ffns.on_gpu(x.id.layer, hidden_TD, weights, to_cpu)
-
     def offload_tokens(self, x: Task) -> int:
         """Normed tokens, their routing, and what waits for their experts, to the host."""
         return self.backend.transfer(Lane.D2H, self._routed(x).copies_to(self._host_routed(x)))
@@ -225,20 +243,31 @@ class PrefillHandlers:
                 copies.append((self._cache_of_state(x, part), buffer.narrow(0, index, 1)))
         return self.backend.transfer(Lane.D2H, copies)
 
+    def reduce_last(self, x: Task) -> int:
+        """What ranks have of prompts' ends after the last layer, summed up where a chunk's hidden states begin."""
+        hidden_TD = self._hidden(x)
+        num_ending = sum(part.ends for part in self.chunks[x.id.index].parts)
+        ends_RD = self._ends(x, slice(0, num_ending))
+        self.group.all_reduce(hidden_TD[:num_ending].copy_(ends_RD))
+        return 0
+
     def sample(self, x: Task) -> int:
         """Choose the first token of each prompt that ends in a chunk, at most μ at once."""
         parts = [part for part in self.chunks[x.id.index].parts if part.ends]
-        hidden_TD, most = self._hidden(x), self.policy.micro_batch_size
-        last_R = self._last_tokens(x)
-        for first in range(0, len(parts), most):
-            piece = slice(first, first + most)
+        for first in range(0, len(parts), self.policy.micro_batch_size):
+            piece = slice(first, min(first + self.policy.micro_batch_size, len(parts)))
             sequences = [self.state.by_placed[id(part.placed)] for part in parts[piece]]
-            hidden_RD = hidden_TD[last_R[piece]]
-            if self.pipeline.cpu_experts[x.id.layer]:
-                output_TD = self._routed(x).tokens_TD
-                hidden_RD += output_TD[piece] if self._skips(x) else output_TD[last_R[piece]]
-            sample(self.arch, self.memory, self.state, hidden_RD, sequences)
+            hidden_RD = self._ends(x, piece) if self.group.size == 1 else self._hidden(x)[piece]
+            sample(self.arch, self.memory, self.state, self.group, hidden_RD, sequences)
         return 0
+
+    def _ends(self, x: Task, piece: slice) -> Tensor:
+        """A copy of the hidden states of some prompts' ends after the last layer, with the CPU's experts."""
+        where = piece if self._skips(x) else self._last_tokens(x)[piece]
+        hidden_RD = self._hidden(x)[where]
+        if self.pipeline.cpu_experts[x.id.layer]:
+            hidden_RD += self._routed(x).tokens_TD[where]
+        return hidden_RD
 
     def _last_tokens(self, x: Task) -> Tensor:
         """Where each prompt that ends in a chunk has its last token, on the GPU's level.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from executor.batching import Batch, Placed
 from executor.errors import RunError
+from executor.group import Group, share_of
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
 from executor.model import Architecture, Reach, RowNumbers, logits
@@ -225,19 +226,34 @@ def _starts(batch: Batch, reach: Reach) -> dict[int, int]:
 
 
 def sample(
-    arch: Architecture, memory: RunMemory, state: BatchState, hidden_RD: Tensor, sequences: Sequence[Generated]
+    arch: Architecture,
+    memory: RunMemory,
+    state: BatchState,
+    group: Group,
+    hidden_RD: Tensor,
+    sequences: Sequence[Generated],
 ) -> None:
-    """Choose and append the next token of each sequence, from its last hidden state."""
+    """Choose and append the next token of each sequence, from its last hidden state.
+
+    Every rank computes its part of the vocabulary for all sequences, and chooses for its share of them.
+    """
     workspace, head = memory.sampling_workspace, memory.weights.head
     workspace.reset()
     logits_RV = logits(arch.final_norm, hidden_RD, head, workspace, scale=arch.logits_scale, softcap=arch.softcap)
-    params = [sequence.placed.request.params for sequence in sequences]
-    steps = [len(sequence.tokens) for sequence in sequences]
+    logits_RV = group.exchange_rows(logits_RV)[:, : arch.vocab_size]
+    ours = share_of(group.rank, group.size, len(sequences))
+    params = [sequences[r].placed.request.params for r in ours]
+    steps = [len(sequences[r].tokens) for r in ours]
     spare_bytes = workspace.capacity_bytes // 2
-    tokens = choose(logits_RV, params, steps, spare_bytes=spare_bytes)
-    told = [r for r, one in enumerate(params) if one.logprobs and tokens[r] != NO_TOKEN]
-    found = log_probabilities(logits_RV, tokens, told, spare_bytes=spare_bytes)
-    for row, logprob in zip(told, found, strict=True):
-        sequences[row].logprobs.append(logprob)
+    chosen = choose(logits_RV, params, steps, spare_bytes=spare_bytes)
+    told = [r for r, one in enumerate(params) if one.logprobs and chosen[r] != NO_TOKEN]
+    found = dict(zip(told, log_probabilities(logits_RV, chosen, told, spare_bytes=spare_bytes), strict=True))
+    tokens = group.gather(torch.tensor(chosen, dtype=torch.int64), len(sequences)).tolist()
+    if any(sequence.placed.request.params.logprobs for sequence in sequences):
+        own = torch.tensor([found.get(r, 0.0) for r in range(len(ours))], dtype=torch.float64)
+        logprobs = group.gather(own, len(sequences)).tolist()
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            if sequence.placed.request.params.logprobs and token != NO_TOKEN:
+                sequence.logprobs.append(logprob)
     for sequence, token in zip(sequences, tokens, strict=True):
         state.append(sequence, token)

@@ -3,14 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from executor.model.feed_forward import FeedForward
 from executor.model.mixers import Mixer
 from executor.model.norm import PLAIN, Norm
 from executor.model.numbers import Reach
+from hrm.errors import ModelError
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
+
+# Norms and scales of what blocks add to hidden states, and norms that may be of all heads together.
+_OF_SUMS: Final = frozenset(
+    {"attention_output_norm", "shared_output_norm", "routed_output_norm", "ffn_output_norm", "layer_scale"}
+)
+_OF_HEADS: Final = frozenset({"query_norm", "key_norm"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +35,8 @@ class Architecture:
     Embeddings and logits are multiplied by their scales. Logits are then bent to stay below `softcap`,
     if there is one. Texts of more than `first_positions` go through `long_layers`, if there are any.
     Where a text may have no more than `max_position_embeddings` for a reason that is not the model's,
-    `why_no_longer` says so.
+    `why_no_longer` says so. What one of several ranks has of a model has that rank's number, and the
+    `whole` that they divide.
     """
 
     spec: ModelSpec
@@ -43,12 +51,52 @@ class Architecture:
     long_layers: tuple[LayerMaths, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    rank: int = 0
+    whole: ModelSpec | None = None
 
     @staticmethod
     def of(spec: ModelSpec, maths: Callable[[Layer], LayerMaths], **others: Any) -> "Architecture":
         """The architecture with the maths of each layer, which follows from the layer alone."""
         of_kind = cache(maths)
         return Architecture(spec=spec, layers=tuple(of_kind(layer) for layer in spec.layers), **others)
+
+    def of_rank(self, rank: int, spec: ModelSpec) -> "Architecture":
+        """What one of several ranks has of it, whose part of the model is `spec`, see `ModelSpec.of_rank`.
+
+        Hidden states go on in rank 0, and the others add to them. Raises ModelError if what ranks have cannot
+        simply be added up, as of norms over what they divide.
+        """
+        undivided = _undivided(self.spec, spec)
+        if undivided:
+            raise ModelError(
+                f"{self.spec.name}: {undivided}",
+                f"<of {spec.ranks} ranks>",
+                "needs the whole of what each rank has a part of",
+                "solve a policy for one GPU",
+            )
+
+        def narrowed(layers: tuple[LayerMaths, ...]) -> tuple[LayerMaths, ...]:
+            return tuple(
+                replace(
+                    maths,
+                    mixer=replace(maths.mixer, block=layer.mixer),
+                    ffn=replace(maths.ffn, carries_hidden=rank == 0),
+                )
+                for maths, layer in zip(layers, spec.layers, strict=False)
+            )
+
+        layers, long_layers = narrowed(self.layers), narrowed(self.long_layers)
+        return replace(self, spec=spec, layers=layers, long_layers=long_layers, rank=rank, whole=self.spec)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, whatever part of it a rank has."""
+        return (self.whole or self.spec).vocab_size
+
+    @property
+    def first_token(self) -> int:
+        """The first one in the rank's part of the vocabulary."""
+        return self.rank * self.spec.vocab_size
 
     def is_long(self, num_positions: int) -> bool:
         """Whether a text with so many positions goes through other layers than a short one."""
@@ -63,3 +111,14 @@ class Architecture:
     def reaches(self) -> tuple[Reach, ...]:
         """Those of all layers, each once."""
         return tuple(dict.fromkeys(layer.mixer.reach for layer in self.layers))
+
+
+def _undivided(whole: ModelSpec, narrow: ModelSpec) -> str:
+    """A vector of the model that takes the whole of what ranks have parts of; empty if there is none."""
+    for layer, of_rank in zip(whole.layers, narrow.layers, strict=True):
+        for block, part in zip(layer.blocks, of_rank.blocks, strict=True):
+            sizes = dict(part.vectors)
+            for name, size in block.vectors:
+                if name in _OF_SUMS or (name in _OF_HEADS and sizes[name] < size):
+                    return name
+    return ""

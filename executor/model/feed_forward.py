@@ -105,19 +105,28 @@ class Routing:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
-    """The maths of a layer after attention, with the options of a family."""
+    """The maths of a layer after attention, with the options of a family.
+
+    If it is another rank that `carries_hidden` states on, those here are only what this one adds to them.
+    """
 
     experts_per_token: int = 1
     norm: Norm = PLAIN
     router: Router = Router()
     glu: Glu = SILU
+    carries_hidden: bool = True
 
     def whole(self, hidden_TD: Tensor, weights: FfnWeights, workspace: Workspace) -> None:
         """Add the output of an FFN that every token goes through, in a layer without experts."""
         mark = workspace.mark()
         x_TD = normed(self.norm, hidden_TD, weights.ffn_norm, workspace, weights.ffn_norm_bias)
+        self._start_sum(hidden_TD)
         self._through(x_TD, weights.dense_w13, weights.dense_w2, hidden_TD, workspace)
         workspace.release(mark)
+
+    def _start_sum(self, hidden_TD: Tensor) -> None:
+        if not self.carries_hidden:
+            hidden_TD.zero_()
 
     def before_experts(
         self, hidden_TD: Tensor, weights: RouterWeights, workspace: Workspace
@@ -136,6 +145,7 @@ class FeedForward:
             router_TD = normed(self.norm, hidden_TD, weights.router_scale, workspace)
         routing = self.route(router_TD, weights)
         workspace.release(mark)
+        self._start_sum(hidden_TD)
         if weights.shared_w13 is not None:
             out_TD = hidden_TD if pending_2TD is None else pending_2TD[0]
             self._add_shared(x_TD, hidden_TD, weights, out_TD, workspace)

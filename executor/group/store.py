@@ -1,0 +1,29 @@
+"""Where ranks find one another: a store of torch's, which listens on this machine's own loop alone."""
+
+import socket
+from datetime import timedelta
+from typing import Any, Final
+
+import torch.distributed
+from torch.distributed.distributed_c10d import Store
+
+LOOP: Final = "127.0.0.1"
+_MEETING: Final = timedelta(minutes=5)  # for others to have come this far: each imports torch first
+
+_TCP_STORE: Any = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+def open_store() -> tuple[Store, int]:
+    """A new store and its port, one that is free; it is closed with the object."""
+    # Torch by itself would listen on every network.
+    server = socket.create_server((LOOP, 0))
+    port = server.getsockname()[1]
+    store = _TCP_STORE(
+        LOOP, port, is_master=True, timeout=_MEETING, wait_for_workers=False, master_listen_fd=server.detach()
+    )
+    return store, port
+
+
+def join_store(host: str, port: int) -> Store:
+    """The store that another process has opened."""
+    return _TCP_STORE(host, port, timeout=_MEETING)

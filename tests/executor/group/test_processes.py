@@ -1,0 +1,64 @@
+"""Real processes against plain sums, rows and lists."""
+
+import pytest
+import torch
+
+from executor.group import share_of
+from tests.executor.group.ranks import in_ranks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1,), (3, 5), (64, 257), (70_001,))
+ROWS = (0, 1, 3, 4, 9)
+
+
+def summand(rank, dtype, shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1 + rank)).mul(8).to(dtype)
+
+
+def all_logits(rows, columns):
+    return torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
+
+
+def do_all(group):
+    sums = {}
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            tensor = summand(group.rank, dtype, shape)
+            group.all_reduce(tensor)
+            sums[dtype, shape] = tensor
+    shares, gathered = {}, {}
+    for rows in ROWS:
+        columns = slice(7 * group.rank, 7 * (group.rank + 1))
+        shares[rows] = group.exchange_rows(all_logits(rows, 7 * group.size)[:, columns])
+        own = share_of(group.rank, group.size, rows)
+        gathered[rows] = [group.gather(torch.arange(rows).to(kind)[own], rows) for kind in (torch.int64, torch.float64)]
+    agreed = [group.agree(step if group.rank == 0 else 99) for step in (0, 1, 2)]
+    told = [group.broadcast(text if group.rank == 0 else None) for text in (b"", b"batch", bytes(range(256)) * 999)]
+    return sums, shares, gathered, agreed, told, group.collect(b"x" * group.rank)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_ranks_do_together(size):
+    found = in_ranks(size, do_all)
+    for rank, (sums, shares, gathered, agreed, told, collected) in enumerate(found):
+        for (dtype, shape), total in sums.items():
+            terms = [summand(other, dtype, shape).double() for other in range(size)]
+            slack = size * torch.finfo(dtype).eps * sum(term.abs() for term in terms)
+            assert ((total.double() - sum(terms)).abs() <= slack).all()
+            assert torch.equal(total.view(torch.uint8), found[0][0][dtype, shape].view(torch.uint8))
+        for rows in ROWS:
+            own = share_of(rank, size, rows)
+            assert torch.equal(shares[rows], all_logits(rows, 7 * size)[own.start : own.stop])
+            for numbers in gathered[rows]:
+                assert numbers.tolist() == list(range(rows))
+        assert agreed == [0, 1, 2]
+        assert told == [b"", b"batch", bytes(range(256)) * 999]
+        assert collected == [b"x" * other for other in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_are_all_there_is_and_even(size):
+    for count in range(12):
+        shares = [share_of(rank, size, count) for rank in range(size)]
+        assert [index for share in shares for index in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
