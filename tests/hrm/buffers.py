@@ -51,6 +51,11 @@ def _pages(p: Pipeline, slot: tuple[Buffer, int], pages: int) -> list[Part]:
     return [(*slot, page) for page in range(pages)]
 
 
+def _piece(part: Part, piece: int) -> Part:
+    """What several ranks make of it: sums, and parts with attention's output."""
+    return (*part[:2], piece)
+
+
 def _page_use(x: TaskId, slots: _Turns, ring: _Turns, *, staging: bool) -> Use:
     staged = (*ring(x.step, x.layer, x.index), 0) if staging else None
     if x.act.name == "STAGE_PAGE":
@@ -79,6 +84,14 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
         match x.act.name:
             case "EMBED":
                 use = Use([each("token", t)], [hidden])
+            case "REDUCE_HIDDEN":
+                use = Use([hidden], [_piece(hidden, 1)])
+                if i > 0 and p.cpu_experts[i - 1]:
+                    use.reads.append(each("expert_output", at - 1))
+            case "PRE_ATTENTION" if p.ranks > 1:
+                use = Use([_piece(hidden, 1)], [each("qkv")])
+                if p.streamed[i]:
+                    use.reads += _pages(p, slots(t, i), p.dense_pages)
             case "PRE_ATTENTION":
                 use = Use([hidden], [each("qkv")])
                 if i > 0 and p.cpu_experts[i - 1]:
@@ -102,8 +115,14 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
                         use.writes.append((*kv(t, i, j), 1))
             case "LOAD_HIDDEN":
                 use = Use([each("host_output")], [each("output")])
+            case "OUTPUT_PROJECTION":
+                use = Use([each("output"), _piece(hidden, 1)], [_piece(hidden, 2)])
+                if p.streamed[i]:
+                    use.reads += _pages(p, slots(t, i), p.dense_pages)
+            case "REDUCE_ATTENTION":
+                use = Use([_piece(hidden, 2)], [_piece(hidden, 3)])
             case "POST_ATTENTION":
-                use = Use([each("output"), hidden], [hidden_after])
+                use = Use([_piece(hidden, 3)] if p.ranks > 1 else [each("output"), hidden], [hidden_after])
                 if p.cpu_experts[i]:
                     use.writes.append(each("tokens"))
                 if p.streamed[i]:
@@ -114,6 +133,12 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
                 use = Use([each("host_tokens")], [each("host_expert_output")])
             case "LOAD_EXPERT_OUTPUT":
                 use = Use([each("host_expert_output")], [each("expert_output")])
+            case "REDUCE_LAST":
+                use = Use([hidden_after], [_piece(hidden_after, 1)])
+                if p.cpu_experts[i]:
+                    use.reads.append(each("expert_output"))
+            case "SAMPLE" if p.ranks > 1:
+                use = Use([_piece(hidden_after, 1)], [each("token", t + 1)])
             case "SAMPLE":
                 use = Use([hidden_after], [each("token", t + 1)])
                 if p.cpu_experts[i]:
@@ -144,6 +169,24 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
                 use = Use(writes=[before])
             case "LOAD_HIDDEN":
                 use = Use([(on_host, i, int(p.cpu_experts[i - 1]))], [before])
+            case "REDUCE_HIDDEN":
+                use = Use([before], [_piece(before, 2)])
+            case "PREFILL_ATTENTION":
+                attended = _piece(before, 3)
+                use = Use([_piece(before, 2)], [attended] if p.kv_on_gpu[g] else [attended, kv])
+                use.writes.append((prefix, so_far, 0))
+                if g > 0:
+                    use.reads.append((prefix, so_far - 1, 0))
+                if p.streamed[i]:
+                    use.reads += _pages(p, slots(0, i), p.dense_pages)
+            case "REDUCE_ATTENTION":
+                use = Use([_piece(before, 3)], [_piece(before, 4)])
+            case "PREFILL_LAYER" if p.ranks > 1:
+                use = Use([_piece(before, 4)], [after])
+                if p.streamed[i]:
+                    use.reads += _pages(p, slots(0, i), p.num_pages)
+                if p.cpu_experts[i]:
+                    use.writes.append((routed, number, 0))
             case "PREFILL_LAYER":
                 use = Use([before], [after] if p.kv_on_gpu[g] else [after, kv])
                 use.writes.append((prefix, so_far, 0))
@@ -165,6 +208,12 @@ def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, 
                 use = Use([kv], [(("host_kv", i, g), 1, 0)])
             case "STORE_HIDDEN":
                 use = Use([after], [(on_host, i + 1, 0)])
+            case "REDUCE_LAST":
+                use = Use([after], [_piece(after, 5)])
+                if p.cpu_experts[i]:
+                    use.reads.append((routed, number, 1))
+            case "SAMPLE" if p.ranks > 1:
+                use = Use([_piece(after, 5)])
             case _:
                 assert x.act.name == "SAMPLE"
                 use = Use([after])

@@ -150,7 +150,7 @@ def random_ffn(rng: Random) -> dict[str, Any]:
     return {"ffn": ffn, "prefill_ffn": rng.choice([ffn, Device.GPU])}
 
 
-def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:
+def random_pipeline(rng: Random, phase: Phase | None = None, *, most_ranks: int = 1) -> Pipeline:
     """Any pipeline that a policy may lead to, and many that no sensible policy would."""
     phase = phase or rng.choice([Phase.DECODE, Phase.DECODE, Phase.DECODE, Phase.PREFILL])
     prefill = phase is Phase.PREFILL
@@ -173,4 +173,5 @@ def random_pipeline(rng: Random, phase: Phase | None = None) -> Pipeline:
         dense_pages=rng.randint(0, num_pages),
         staging=rng.random() < 0.5,
         states=() if prefill else some(layers, rng.choice([0.0, 0.5, 1.0])),
+        ranks=rng.choice([1, most_ranks]),
     )

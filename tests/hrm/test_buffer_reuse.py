@@ -24,7 +24,7 @@ def with_random_durations(tasks: tuple[Task, ...], rng: Random) -> Trace:
 
 def random_schedule(seed: int, phase: Phase | None = None) -> tuple[Pipeline, tuple[Task, ...]]:
     rng = Random(seed)
-    pipeline = random_pipeline(rng, phase)
+    pipeline = random_pipeline(rng, phase, most_ranks=2)
     return pipeline, graph(pipeline, rng.choice(list(ScheduleName))).tasks
 
 

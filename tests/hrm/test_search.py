@@ -16,12 +16,13 @@ from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import tensor_parallel_obstacle
-from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
+from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.search import Outcome, Space, lattice, search
 from hrm.search.choose import TIE
 from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.lattice import chunk_ranges, places_of
 from hrm.search.space import Kind, KvPlace
+from hrm.search.ways import space_of_part
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import MAX_REQUESTS, WORKLOADS, Workload
@@ -161,7 +162,7 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
         profile = small_machine(rng, spec, num_gpus=rng.choice(gpus))
         if profile.num_gpus == 1:
             profile = replace(profile, num_stages=rng.choice([1, 2, 3]))
-        space = Space(
+        whole = Space(
             spec=spec,
             profile=profile,
             workload=WORKLOAD,
@@ -169,6 +170,8 @@ def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
             schedule=rng.choice(list(ScheduleName)),
             staging=rng.random() < 0.5,
         )
+        space = whole if profile.num_gpus == 1 else space_of_part(whole, Parallelism.TENSOR)
+        assert space is not None
         pairs = np.array([(1, 1), (2, 3), (3, 4), (5, 2), (12, 1)])
         kind = rng.choice(space.kinds())
         grid = make_grid(space, kind, places_of(kind, pairs, CHUNKS))
