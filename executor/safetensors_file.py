@@ -35,7 +35,7 @@ DOWNLOAD_AGAIN: Final = "download the file again"
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LENGTH_BYTES: Final = 8  # of the header, before it
 PART_BYTES: Final = 16 * MIB  # that are read at once of what cannot be read in place
-LEAST_READ_BYTES: Final = 4096  # of a row that are read on their own where what lies between them is not wanted
+LEAST_GAP_BYTES: Final = 8192  # between rows that are read one by one: to read as many takes as long as another call
 STRIP_ROWS: Final = 64  # of a matrix that are transposed at once: as much as the caches hold
 
 
@@ -66,6 +66,8 @@ class TensorFile:
 
         Rows are as long as those of `out`, or as those of the matrix from `first_row` on that it is cut of.
         """
+        if not out.numel():
+            return
         told, here = self.tensors[name], cut or Cut(tuple(out.shape))
         dtype, width = DTYPES[told.dtype], prod(here.shape[1:])
         first = (first_row + here.row) * width + here.column
@@ -93,24 +95,27 @@ class TensorFile:
     def _read_rows(self, start: int, out: Tensor, pitch: int) -> None:
         """Fill contiguous rows with those that begin so many bytes apart in the file.
 
-        Short ones are cut of whole ones: that is faster, and what lies between them is in the same pages anyway.
+        Where little lies between them that is read too: this is faster, and it is in the same pages of the file.
         """
         row = out.nbytes // len(out)
-        if row == pitch:
-            self._read(start, out)
-        elif row < LEAST_READ_BYTES:
+        if row < pitch < row + LEAST_GAP_BYTES:
             whole = torch.empty((len(out) - 1) * pitch + row, dtype=torch.uint8)
             self._read(start, whole)
             out.view(len(out), -1).view(torch.uint8).copy_(whole.as_strided((len(out), row), (pitch, 1)))
         else:
-            for index, each in enumerate(out):
-                self._read(start + index * pitch, each)
+            self._read(start, out, row, pitch)
 
-    def _read(self, start: int, out: Tensor) -> None:
-        """Fill a contiguous tensor with the file's bytes from `start` on."""
-        if not out.numel():
+    def _read(self, start: int, out: Tensor, row: int = 0, pitch: int = 0) -> None:
+        """Fill a contiguous tensor with the file's bytes from `start` on, or rows of it with those so far apart."""
+        memory = out.view(-1).view(torch.uint8).numpy().data
+        if row == pitch:
+            self._fill(memory, start)
             return
-        left = out.view(-1).view(torch.uint8).numpy().data
+        for first in range(0, len(memory), row):
+            self._fill(memory[first : first + row], start)
+            start += pitch
+
+    def _fill(self, left: memoryview, start: int) -> None:
         while left:
             try:
                 count = os.preadv(self._file.fileno(), [left], start)
