@@ -12,7 +12,7 @@ from torch import Tensor
 from executor.checkpoint_files import CONFIG_FILE, INDEX_FILE, index_file, indexed_files, read_object, unindexed_files
 from executor.checkpoint_names import ACTIVATION_SCALES, AHEAD_SUFFIX, QUANTISED_NAMES, is_harmless, layer_number
 from executor.errors import CheckpointError
-from executor.formats import Packed, packed_in
+from executor.formats import Cut, Packed, read_numbers
 from executor.formats.schemes import SCHEMES, Scheme
 from executor.gguf_file import GgufFile
 from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, FLOAT_DTYPES, SafetensorsFile, StoredTensor, TensorFile
@@ -46,16 +46,20 @@ class WeightSource(Protocol):
         """Names of the stored tensors."""
         ...
 
-    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+    def read_into(self, name: str, out: Tensor, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill `out` with the tensor's rows from `first_row`, converted to the dtype of `out`.
 
         Whatever axes it is stored with, its rows here are as long as those of `out`, one after the
-        other: of a stack of matrices first all of one, of a stack of vectors single elements.
+        other: of a stack of matrices first all of one, of a stack of vectors single elements. With a
+        `cut` what begins there is a matrix of its shape, and `out` the part of it that is told.
         """
         ...
 
-    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
-        """Fill `out` with a packed matrix, or with that of a stack of them that starts in `first_row`, exactly."""
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0, cut: Cut | None = None) -> None:
+        """Fill `out` with a packed matrix, or with that of a stack of them that starts in `first_row`, exactly.
+
+        With a `cut` it is a part of that matrix, of whole groups.
+        """
         ...
 
 
@@ -244,27 +248,30 @@ class Checkpoint:
         numbers = {number for name in self._file_of if (number := layer_number(name)) is not None}
         return {n for n in numbers if n >= num_layers and (n < num_layers + count or n in ahead)}
 
-    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+    def read_into(self, name: str, out: Tensor, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill `out` with rows of the tensor; see WeightSource. Several threads may read at once.
 
-        Where it is packed, `out` is a whole matrix of it.
+        Where it is packed, `out` is a matrix of it, or a part of one.
         """
         packed = self._packed(name)
         if packed is None:
-            self.raw_into(name, out, first_row)
+            self.raw_into(name, out, first_row, cut)
             return
-        ours = out.T if packed.scheme.stacked else out.view(-1, out.shape[-1])
-        rows, width = ours.shape
-        memory = torch.empty(packed.format.bytes_of(rows, width), dtype=torch.uint8)
-        matrix = packed_in(packed.format, rows, width, memory)
-        packed.scheme.read(self, packed.module, matrix, first_row // width)
-        matrix.dequantised(ours)
+        module, scheme, form = packed
+        cut = cut or Cut(tuple(out.shape))
+        if out.ndim == 1:  # a matrix of one row
+            out, cut = out[None], Cut((1, *cut.shape), 0, cut.row)
+        elif scheme.stacked:
+            out, cut = out.T, Cut(cut.shape[::-1], cut.column, cut.row)
+        expert = first_row // cut.width
+        read_numbers(form, cut, out, lambda matrix, of: scheme.read(self, module, matrix, expert, of))
 
-    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill a packed matrix; see WeightSource. CheckpointError if it is not stored so."""
         packed = self._packed_as(out.format, name, self._packed(name))
-        assert not first_row % out.shape[-1], (name, first_row, out.shape)
-        packed.scheme.read(self, packed.module, out, first_row // out.shape[-1])
+        cut = cut or Cut(out.shape)
+        assert not first_row % cut.width, (name, first_row, cut)
+        packed.scheme.read(self, packed.module, out, first_row // cut.width, cut)
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor as stored."""
@@ -273,9 +280,9 @@ class Checkpoint:
         self.raw_into(name, out.view(-1))
         return out
 
-    def raw_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+    def raw_into(self, name: str, out: Tensor, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill `out` with rows of the stored tensor of that name, a part of a packed matrix or a plain one."""
-        self._file(self._file_of[name]).read_into(self._stored_name(name), out, first_row)
+        self._file(self._file_of[name]).read_into(self._stored_name(name), out, first_row, cut)
 
     def where(self, name: str) -> str:
         """The file of a tensor and its name there, for messages."""

@@ -241,7 +241,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family, loading)
+            memory.weights.load(source, family, loading, whole=arch.whole, rank=arch.rank)
             backend.ready()
             return host, memory
 

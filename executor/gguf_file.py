@@ -4,6 +4,7 @@ What has no packed format of ours is read as numbers; the `gguf` package knows h
 """
 
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any, final
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from executor.errors import CheckpointError
+from executor.formats import Cut
 from executor.safetensors_file import FLOAT_DTYPES, StoredTensor, TensorFile
 from hrm.model_spec.gguf import GgufHeader, GgufTensor
 
@@ -36,18 +38,20 @@ class GgufFile(TensorFile):
         row = tensor.shape[-1] if kind.size == 1 else tensor.shape[-1] // kind.size * kind.num_bytes
         return StoredTensor(kind.name, (*tensor.shape[:-1], row), tensor.start)
 
-    def read_into(self, name: str, out: Tensor, first_row: int) -> None:
-        """Fill `out` with rows of a tensor, converted to its dtype; rows are as long as those of `out`."""
+    def read_into(self, name: str, out: Tensor, first_row: int, cut: Cut | None = None) -> None:
+        """Fill `out` with rows of a tensor, converted to its dtype, or with a part of a matrix; see TensorFile."""
         tensor = self._others.get(name)
         if tensor is None:
-            super().read_into(name, out, first_row)
+            super().read_into(name, out, first_row, cut)
             return
+        here = cut or Cut(tuple(out.shape))
         row = tensor.shape[-1] // tensor.type.size * tensor.type.num_bytes
         stored = torch.empty(len(out), row, dtype=torch.uint8)
-        self._read(tensor.start + first_row * row, stored)
+        self._read(tensor.start + (first_row + here.row) * row, stored)
         quants = self._quants()
         kind = quants.GGMLQuantizationType[tensor.type.name]
-        out.copy_(torch.from_numpy(quants.dequantize(stored.numpy(), kind)).view(out.shape))
+        meant = torch.from_numpy(quants.dequantize(stored.numpy(), kind)).view(len(out), -1)
+        out.copy_(meant[:, here.column : here.column + prod(out.shape[1:])].view(out.shape))
 
     def _quants(self) -> Any:
         try:

@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from executor.formats import Packed, packed_in
+from executor.formats import Cut, Packed, packed_in
 from hrm.formats import packed_format
 
 _ONE_E4M3: Final = 0x38
@@ -45,14 +45,16 @@ class RandomWeights:
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
         self._codes: dict[str, tuple[Tensor, float]] = {}
 
-    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill `out` with codes that are as likely as each other, or of normal numbers; no scale is extreme."""
-        form, width = out.format, out.shape[-1]
+        form, cut = out.format, cut or Cut(out.shape)
+        width, of_row = cut.width, cut.width * form.code_bits // 8
         start = crc32(f"{self._seed} {name} {first_row}".encode()) % (len(self._pool) // 2)
         if form.code not in self._codes:
             self._codes[form.code] = _codes_of(self._pool, form.code)
         codes, deviation = self._codes[form.code]
-        _fill(out.codes, codes, start)
+        here = Cut((cut.shape[0], of_row), cut.row, cut.column * form.code_bits // 8)
+        _fill(out.codes, codes, start, here)
         scale = width**-0.5 / deviation
         if form.scale == "e8m0":
             out.scales.fill_(127 + round(log2(scale)))
@@ -67,21 +69,22 @@ class RandomWeights:
         if out.order is not None:
             out.order.copy_(torch.arange(width) // form.columns)
 
-    def read_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
+    def read_into(self, name: str, out: Tensor, first_row: int = 0, cut: Cut | None = None) -> None:
         """Fill `out`, whatever the name."""
         if out.ndim == 1:
             out.fill_(0 if name.endswith("bias") else 1)
             return
         if not out.is_contiguous():  # a family that keeps a matrix the other way round
             dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-            self.read_into(name, dense, first_row)
+            self.read_into(name, dense, first_row, cut)
             out.copy_(dense)
             return
-        shape = out.shape[1], out.dtype
+        cut = cut or Cut(tuple(out.shape))
+        shape = cut.width, out.dtype
         if shape not in self._scaled:
-            self._scaled[shape] = (self._pool * out.shape[1] ** -0.5).to(out.dtype)
+            self._scaled[shape] = (self._pool * cut.width**-0.5).to(out.dtype)
         pool = self._scaled[shape]
-        _fill(out, pool, crc32(f"{self._seed} {name} {first_row}".encode()) % len(pool))
+        _fill(out, pool, crc32(f"{self._seed} {name} {first_row}".encode()) % len(pool), cut)
 
 
 _one_pool = cache(RandomWeights)
@@ -96,10 +99,26 @@ def _codes_of(pool: Tensor, code: str) -> tuple[Tensor, float]:
     return (pool.view(torch.int32) >> 4).to(torch.uint8), _HALF_BYTES_DEVIATIONS[code]
 
 
-def _fill(out: Tensor, pool: Tensor, start: int) -> None:
-    """Fill a contiguous tensor with what the pool has from `start` on, again and again."""
-    flat, done = out.view(-1), 0
-    while done < len(flat):
-        piece = pool[start : start + len(flat) - done]
-        flat[done : done + len(piece)].copy_(piece)
+def _fill(out: Tensor, pool: Tensor, start: int, cut: Cut) -> None:
+    """Fill a contiguous tensor with its part of a matrix that is what the pool has from `start` on, again and again."""
+    width, breadth, first = cut.width, out.shape[1], start + cut.row * cut.width + cut.column
+    if breadth == width:
+        _fill_row(out.view(-1), pool, first)
+        return
+    while len(out):
+        first %= len(pool)
+        if first + breadth > len(pool):
+            count = 1
+            _fill_row(out[0], pool, first)
+        else:
+            count = min((len(pool) - first - breadth) // width + 1, len(out))
+            out[:count].copy_(pool.as_strided((count, breadth), (width, 1), first))
+        out, first = out[count:], first + count * width
+
+
+def _fill_row(row: Tensor, pool: Tensor, start: int) -> None:
+    done, start = 0, start % len(pool)
+    while done < len(row):
+        piece = pool[start : start + len(row) - done]
+        row[done : done + len(piece)].copy_(piece)
         done, start = done + len(piece), 0

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from executor.errors import CheckpointError
+from executor.formats import Cut
 from hrm.decoding import Malformed, decode_json
 from hrm.files import open_regular
 from hrm.model_spec.gguf import TYPES
@@ -34,6 +35,7 @@ DOWNLOAD_AGAIN: Final = "download the file again"
 PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 LENGTH_BYTES: Final = 8  # of the header, before it
 PART_BYTES: Final = 16 * MIB  # that are read at once of what cannot be read in place
+LEAST_GAP_BYTES: Final = 8192  # between rows that are read one by one: to read as many takes as long as another call
 STRIP_ROWS: Final = 64  # of a matrix that are transposed at once: as much as the caches hold
 
 
@@ -59,21 +61,30 @@ class TensorFile:
         """Nothing is read any more."""
         self._file.close()
 
-    def read_into(self, name: str, out: Tensor, first_row: int) -> None:
-        """Fill `out` with rows of a tensor, converted to its dtype; rows are as long as those of `out`."""
-        told = self.tensors[name]
-        dtype, row = DTYPES[told.dtype], prod(out.shape[1:])
-        assert (first_row + len(out)) * row <= prod(told.shape), (name, told, out.shape, first_row)
-        start = told.start + first_row * row * dtype.itemsize
-        if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
+    def read_into(self, name: str, out: Tensor, first_row: int, cut: Cut | None = None) -> None:
+        """Fill `out` with rows of a tensor, converted to its dtype.
+
+        Rows are as long as those of `out`, or as those of the matrix from `first_row` on that it is cut of.
+        """
+        if not out.numel():
+            return
+        told, here = self.tensors[name], cut or Cut(tuple(out.shape))
+        dtype, width = DTYPES[told.dtype], prod(here.shape[1:])
+        first = (first_row + here.row) * width + here.column
+        assert first + (len(out) - 1) * width + prod(out.shape[1:]) <= prod(told.shape), (name, told, out.shape, here)
+        start, pitch = told.start + first * dtype.itemsize, width * dtype.itemsize
+        direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
+        if direct and width == prod(out.shape[1:]):
             self._read(start, out)
             return
-        some = max(PART_BYTES // (row * dtype.itemsize), 1)
-        room = torch.empty((min(some, len(out)), *out.shape[1:]), dtype=dtype)
+        some = max(PART_BYTES // pitch, 1)
+        room = out if direct else torch.empty((min(some, len(out)), *out.shape[1:]), dtype=dtype)
         for rows in out.split(some):
-            part = room[: len(rows)]
-            self._read(start, part)
-            start += part.nbytes
+            part = rows if direct else room[: len(rows)]
+            self._read_rows(start, part, pitch)
+            start += len(part) * pitch
+            if direct:
+                continue
             if rows.is_contiguous():
                 rows.copy_(part)
                 continue
@@ -81,11 +92,30 @@ class TensorFile:
             for strip, stored in zip(rows.split(strips), part.split(strips), strict=True):
                 strip.T.copy_(stored.T.contiguous())  # what torch transposes fast is of this form
 
-    def _read(self, start: int, out: Tensor) -> None:
-        """Fill a contiguous tensor with the file's bytes from `start` on."""
-        if not out.numel():
+    def _read_rows(self, start: int, out: Tensor, pitch: int) -> None:
+        """Fill contiguous rows with those that begin so many bytes apart in the file.
+
+        Where little lies between them that is read too: this is faster, and it is in the same pages of the file.
+        """
+        row = out.nbytes // len(out)
+        if row < pitch < row + LEAST_GAP_BYTES:
+            whole = torch.empty((len(out) - 1) * pitch + row, dtype=torch.uint8)
+            self._read(start, whole)
+            out.view(len(out), -1).view(torch.uint8).copy_(whole.as_strided((len(out), row), (pitch, 1)))
+        else:
+            self._read(start, out, row, pitch)
+
+    def _read(self, start: int, out: Tensor, row: int = 0, pitch: int = 0) -> None:
+        """Fill a contiguous tensor with the file's bytes from `start` on, or rows of it with those so far apart."""
+        memory = out.view(-1).view(torch.uint8).numpy().data
+        if row == pitch:
+            self._fill(memory, start)
             return
-        left = out.view(-1).view(torch.uint8).numpy().data
+        for first in range(0, len(memory), row):
+            self._fill(memory[first : first + row], start)
+            start += pitch
+
+    def _fill(self, left: memoryview, start: int) -> None:
         while left:
             try:
                 count = os.preadv(self._file.fileno(), [left], start)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.families import Family
+from executor.families.base import RankPart
 from executor.loading import Loading, Target, fill
 from executor.model import (
     DenseWeights,
@@ -122,12 +123,23 @@ class WeightPages:
                 self._for_cpu.append((here[tensor.name], getattr(weights, tensor.name)))
         return replace(weights, **here)
 
-    def load(self, source: WeightSource, family: Family, loading: Loading | None = None) -> None:
-        """Read every weight once, straight to where it stays; `loading` tells how far that is."""
-        spec = self._spec
+    def load(
+        self,
+        source: WeightSource,
+        family: Family,
+        loading: Loading | None = None,
+        *,
+        whole: ModelSpec | None = None,
+        rank: int = 0,
+    ) -> None:
+        """Read every weight once, straight to where it stays; `loading` tells how far that is.
+
+        Of several ranks one reads what it has of the `whole` model's.
+        """
+        spec, part = (self._spec, None) if whole is None else (whole, RankPart(self._spec, rank))
 
         def read(place: Target) -> None:
-            family.load(source, spec, place.tensors, place.flat, place.layer, place.expert)
+            family.load(source, spec, place.tensors, place.flat, place.layer, place.expert, part=part)
 
         one_head = family.has_one_head(spec, source.names)
         fill(self._places(one_head=one_head), read, loading or Loading())

@@ -13,8 +13,29 @@ from executor.families.stored import Joined, Names, Stored, is_stored, stored_as
 from executor.model import Architecture, FeedForward, GroupedQuery, LayerMaths, Norm, Router
 from executor.model.layout import Tensors, dense_tensors, expert_tensors, in_order
 from hrm.errors import ModelError
-from hrm.layers import Block, GroupedQueryAttention, Layer
+from hrm.layers import Block, GroupedQueryAttention, Layer, Share, layer_shares, tensor_share
 from hrm.model_spec import Keys, ModelSpec, decoder_keys, spec_as_stored
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """What one of several ranks has of a model: the narrower `spec`, and with which `rank` its shares begin."""
+
+    spec: ModelSpec
+    rank: int
+
+    def of(self, whole: ModelSpec, tensors: Tensors, layer: int) -> tuple[Tensors, Mapping[str, Share]]:
+        """The model's tensors of which these are ours, and our share of each."""
+        ranks = self.spec.ranks
+        theirs = {tensor.name: tensor for tensor in (*whole.embedding_tensors, *whole.head_tensors)}
+        if tensors[0].name in theirs:
+            shares = {its.name: tensor_share(theirs[its.name], its, self.rank, ranks) for its in tensors}
+        else:
+            theirs = {tensor.name: tensor for tensor in whole.layers[layer].tensors}
+            shares = layer_shares(whole.layers[layer], self.spec.layers[layer], self.rank, ranks)
+        return tuple(theirs[its.name] for its in tensors), shares
+
 
 SILU: Final = ("silu", "swish")
 PLAIN_ROUTER: Final = Router()
@@ -95,11 +116,17 @@ class Family:
         flat: Tensor,
         layer: int = 0,
         expert: int | None = None,
+        *,
+        part: RankPart | None = None,
     ) -> None:
-        """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside."""
+        """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside.
+
+        Of several ranks one fills it with what it has of each of the model's, which `spec` tells.
+        """
+        stored, shares = (tensors, dict[str, Share]()) if part is None else part.of(spec, tensors, layer)
         ours = in_order(tensors, flat)
-        for joined, matrix in zip(self.joined(tensors, spec, source.names, layer, expert), ours, strict=True):
-            joined.read(source, matrix)
+        for joined, matrix in zip(self.joined(stored, spec, source.names, layer, expert), ours, strict=True):
+            joined.read(source, matrix, shares.get(joined.tensor.name))
 
     def has_one_head(self, spec: ModelSpec, stored: Collection[str]) -> bool:
         """Whether head and embedding are the same stored tensor."""

@@ -6,7 +6,7 @@ them in another order, or some of them twice or not at all, `Rows` says which.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from executor.checkpoint import WeightSource
 from executor.errors import CheckpointError
-from executor.formats import Matrix, Packed
-from hrm.layers import Block, RoutedExperts, TensorSpec
+from executor.formats import Cut, Matrix, Packed, read_numbers
+from hrm.layers import Block, RoutedExperts, Share, Span, TensorSpec
 from hrm.model_spec.quantisation import UNQUANTISED
 
 # What only compares experts with one another is the same less its mean, which would cost narrow formats
@@ -133,49 +133,118 @@ class Joined:
         pieces = _pieces(tensor, how, sizes, block, layer, expert)
         return Joined(tensor, tuple(pieces), rows.order if rows is not None else None)
 
-    def read(self, source: WeightSource, ours: Matrix) -> None:
-        """Fill ours from the source: straight to where it stays, unless it is to be sorted or centred."""
+    def read(self, source: WeightSource, ours: Matrix, share: Share | None = None) -> None:
+        """Fill ours with the tensor, or with a share of it: straight to where it stays, unless sorted or centred."""
+        share = share or Share.whole(self.tensor)
+        if share.has_noughts:
+            _clear(ours)
+        if share.is_empty:
+            return
         if isinstance(ours, Packed):
-            self._read_packed(source, ours)
+            self._read_packed(source, ours, share)
         elif self.tensor.name in CENTRED and ours.dtype is not torch.float32:
             exact = torch.empty(ours.shape, dtype=torch.float32)
-            self._read(source, exact)
+            self._read(source, exact, share)
             ours.copy_(exact - exact.mean())
         else:
-            self._read(source, ours)
+            self._read(source, ours[:, : share.columns.size] if ours.ndim > 1 else ours, share)
 
-    def _read(self, source: WeightSource, ours: Tensor) -> None:
-        if self.order is None:
-            self._read_pieces(source, ours)
+    def _read_packed(self, source: WeightSource, ours: Packed, share: Share) -> None:
+        columns = share.columns
+        if columns.size == columns.room:
+            self._read(source, ours, share)
             return
-        assert self.order.shape == ours.shape[:1], (self.tensor, self.order.shape)
-        stored = torch.empty(self.pieces[-1].rows.stop, *ours.shape[1:], dtype=ours.dtype)
-        self._read_pieces(source, stored)
-        if ours.device.type == "cpu":
-            torch.index_select(stored, 0, self.order, out=ours)
-        else:
-            ours.copy_(stored[self.order])
+        there = ours.with_shape(len(ours), columns.size)
+        self._read(source, there, share)
+        ours.copy_columns(there)
 
-    def _read_packed(self, source: WeightSource, ours: Packed) -> None:
-        there = ours if self.order is None else ours.with_rows(self.pieces[-1].rows.stop)
+    def _read(self, source: WeightSource, ours: Matrix, share: Share) -> None:
+        starts = accumulate((span.room for span in share.rows), initial=0)
+        places = [slice(start, start + span.size) for start, span in zip(starts, share.rows, strict=False)]
+        if self.order is None:
+            for span, place in zip(share.rows, places, strict=True):
+                self._read_rows(source, span.start, ours[place], share.columns)
+            return
+        wanted = torch.cat([self.order[span.start : span.start + span.size] for span in share.rows])
+        group = ours.format.rows if isinstance(ours, Packed) else 1
+        if isinstance(ours, Packed) and not ours.keeps_groups(wanted):
+            rule = f"must have whole groups of {ours.format.name} where rows are sorted"
+            raise CheckpointError(self.pieces[0].name, f"<groups of {group} rows>", rule, UNQUANTISED)
+        spans, sources = _stored_spans(wanted, group, self.pieces[-1].rows.stop)
+        stored, end = _as_wide_as(ours, sum(stop - first for first, stop in spans)), 0
+        for first, stop in spans:
+            end += stop - first
+            self._read_rows(source, first, stored[end - (stop - first) : end], share.columns)
+        for place, of_place in zip(places, sources.split([span.size for span in share.rows]), strict=True):
+            _copy_rows(stored, of_place, ours[place])
+
+    def _read_rows(self, source: WeightSource, first: int, out: Matrix, columns: Span) -> None:
+        """Fill `out` with what is joined, from a row on."""
         for piece in self.pieces:
-            rows = there[piece.rows]
-            joined = rows.order.clone() if rows.order is not None and piece.rows.start else None
-            source.read_packed_into(piece.name, rows, piece.first_row)
-            if joined is not None and rows.order is not None and not joined.equal(rows.order):
+            start, stop = max(first, piece.rows.start), min(first + len(out), piece.rows.stop)
+            if start < stop:
+                cut = Cut(self._shape_of(piece), start - piece.rows.start, columns.start)
+                self._read_piece(source, piece, out[start - first : stop - first], cut)
+
+    def _shape_of(self, piece: Piece) -> tuple[int, ...]:
+        return (piece.rows.stop - piece.rows.start, *self.tensor.shape[1:])
+
+    def _read_piece(self, source: WeightSource, piece: Piece, out: Matrix, cut: Cut) -> None:
+        if isinstance(out, Packed):
+            joined = out.order.clone() if out.order is not None and piece.rows.start else None
+            source.read_packed_into(piece.name, out, piece.first_row, cut)
+            if joined is not None and out.order is not None and not joined.equal(out.order):
                 rule = f"must have its columns in the order of those of {self.pieces[0].name}, which it is joined with"
                 raise CheckpointError(piece.name, "<another order of groups>", rule, UNQUANTISED)
-        if self.order is None:
-            return
-        if not ours.keeps_groups(self.order):
-            rule = f"must have whole groups of {ours.format.name} where rows are sorted"
-            raise CheckpointError(self.pieces[0].name, f"<groups of {ours.format.rows} rows>", rule, UNQUANTISED)
-        ours.copy_rows(there, self.order)
+        elif self.tensor.packed is not None:  # and what we have of it is not, for its groups are not whole
+            read_numbers(
+                self.tensor.packed,
+                cut,
+                out,
+                lambda packed, of: source.read_packed_into(piece.name, packed, piece.first_row, of),
+            )
+        elif piece.transposed:
+            rows, width = cut.shape
+            source.read_into(piece.name, out.T, piece.first_row, Cut((width, rows), cut.column, cut.row))
+        else:
+            source.read_into(piece.name, out, piece.first_row, cut)
 
-    def _read_pieces(self, source: WeightSource, out: Tensor) -> None:
-        for piece in self.pieces:
-            rows = out[piece.rows]
-            source.read_into(piece.name, rows.T if piece.transposed else rows, piece.first_row)
+
+def _clear(ours: Matrix) -> None:
+    if isinstance(ours, Packed):
+        ours.clear()
+    else:
+        ours.zero_()
+
+
+def _as_wide_as(ours: Matrix, num_rows: int) -> Matrix:
+    """Room for so many rows."""
+    if isinstance(ours, Packed):
+        return ours.with_shape(num_rows, ours.shape[-1])
+    return torch.empty(num_rows, *ours.shape[1:], dtype=ours.dtype)
+
+
+def _stored_spans(rows: Tensor, group: int, num_rows: int) -> tuple[list[tuple[int, int]], Tensor]:
+    """From where to where `num_rows` are to be read for some of them, in whole groups; and where each then is."""
+    groups, places = (rows // group).unique(return_inverse=True)
+    ends = ((groups.diff() != 1).nonzero().flatten() + 1).tolist()
+    bounds = pairwise([0, *ends, len(groups)])
+    spans = [(int(groups[a]) * group, min((int(groups[b - 1]) + 1) * group, num_rows)) for a, b in bounds]
+    return spans, places * group + rows % group
+
+
+def _copy_rows(stored: Matrix, order: Tensor, ours: Matrix) -> None:
+    """Fill ours with stored rows in that order."""
+    if isinstance(ours, Packed):
+        assert isinstance(stored, Packed)
+        ours.copy_rows(stored, order)
+        return
+    assert isinstance(stored, Tensor)
+    assert order.shape == ours.shape[:1], (order.shape, ours.shape)
+    if ours.device.type == "cpu" and ours.is_contiguous():
+        torch.index_select(stored, 0, order, out=ours)
+    else:
+        ours.copy_(stored[order])
 
 
 def _sizes(tensor: TensorSpec, how: Stored, block: Block | None) -> tuple[int, ...]:

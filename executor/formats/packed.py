@@ -6,14 +6,17 @@ N rows, W columns, E experts.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import lcm
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
+from executor.formats.cut import Cut
 from hrm.contract.dequantising import weights_at_once
 from hrm.formats import PackedFormat, aligned
 
+_INT4_NOUGHTS: Final = 0x88  # two codes of 8, which are 0 where there are no zero points
 _FP4_HALVES: Final = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the magnitudes of e2m1, by its low three bits
 
 
@@ -73,11 +76,21 @@ class Packed:
         spans = {"codes": slice(start, stop), "row_scales": slice(start, stop), "order": slice(None)}
         return self._with((stop - start, *self.shape[1:]), lambda name, part: part[spans.get(name, of_groups)])
 
-    def with_rows(self, num_rows: int) -> "Packed":
-        """Room for as wide a matrix of so many rows, with the same order of columns."""
-        made = (part for part in self.format.parts(num_rows, self.shape[-1]))
-        room = {part.name: torch.empty(part.shape, dtype=getattr(torch, part.dtype)) for part in made}
-        return Packed(self.format, (num_rows, self.shape[-1]), **room)
+    def with_shape(self, num_rows: int, width: int) -> "Packed":
+        """Room for a matrix of another shape in the same format."""
+        return packed_in(
+            self.format, num_rows, width, torch.empty(self.format.bytes_of(num_rows, width), dtype=torch.uint8)
+        )
+
+    def clear(self) -> None:
+        """Have all weights be noughts."""
+        for name, part in self.parts.items():
+            part.fill_(_INT4_NOUGHTS if name == "codes" and self.format.code == "int4" and self.zeros is None else 0)
+
+    def copy_columns(self, source: "Packed") -> None:
+        """Fill the first columns with a narrower matrix of as many rows."""
+        for name, part in source.parts.items():
+            self.parts[name][:, : part.shape[1]].copy_(part)
 
     def keeps_groups(self, order: Tensor) -> bool:
         """Whether rows in that order are still in groups with the same others."""
@@ -188,6 +201,23 @@ def packed_in(form: PackedFormat, num_rows: int, width: int, memory: Tensor) -> 
         start += aligned(part.num_bytes)
     assert start == memory.shape[-1], (form, num_rows, width, memory.shape)
     return Packed(form, (*before, num_rows, width), **parts)
+
+
+def read_numbers(form: PackedFormat, cut: Cut, out: Tensor, read: Callable[[Packed, Cut], None]) -> None:
+    """Fill `out` with the numbers that a part of a packed matrix means: `read` fills the groups that they are in."""
+    (rows, width), (height, breadth) = cut.shape, out.shape
+    step = lcm(form.columns or 1, 8 // form.code_bits)
+    top, left = cut.row // form.rows * form.rows, 0 if form.ordered else cut.column // step * step
+    bottom = min(-(-(cut.row + height) // form.rows) * form.rows, rows)
+    right = width if form.ordered else min(-(-(cut.column + breadth) // step) * step, width)
+    memory = torch.empty(form.bytes_of(bottom - top, right - left), dtype=torch.uint8)
+    packed = packed_in(form, bottom - top, right - left, memory)
+    read(packed, Cut(cut.shape, top, left))
+    if packed.shape == out.shape:
+        packed.dequantised(out)
+        return
+    meant = packed.dequantised(torch.empty(packed.shape, dtype=out.dtype))
+    out.copy_(meant[cut.row - top :, cut.column - left :][:height, :breadth])
 
 
 @cache

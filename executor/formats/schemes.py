@@ -7,12 +7,14 @@ or in bytes, the first one in the lowest bits, so that most packings are the byt
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Final, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
 from executor.errors import CheckpointError
+from executor.formats.cut import Cut
 from executor.formats.packed import Packed
 from hrm.formats import PackedFormat
 from hrm.model_spec.gguf import TYPES
@@ -46,8 +48,8 @@ class RawTensors(Protocol):
         """A whole tensor."""
         ...
 
-    def raw_into(self, name: str, out: Tensor, first_row: int = 0) -> None:
-        """Fill `out`, of the stored dtype, with rows as long as its own."""
+    def raw_into(self, name: str, out: Tensor, first_row: int = 0, cut: Cut | None = None) -> None:
+        """Fill `out`, of the stored dtype, with rows as long as its own, or as those of a matrix that it is cut of."""
         ...
 
     def where(self, name: str) -> str:
@@ -74,8 +76,11 @@ class Scheme(ABC):
         """The tensors of a matrix of that shape, or of stacked ones, whose scales are called so."""
 
     @abstractmethod
-    def read(self, source: RawTensors, module: str, into: Packed, expert: int) -> None:
-        """Fill a matrix, or that of an expert of stacked ones; CheckpointError if what is stored makes no sense."""
+    def read(self, source: RawTensors, module: str, into: Packed, expert: int, cut: Cut) -> None:
+        """Fill a part of a matrix, or of that of an expert of stacked ones, that has whole groups.
+
+        CheckpointError if what is stored makes no sense.
+        """
 
 
 @final
@@ -118,38 +123,41 @@ class InRows(Scheme):
     def _dtype(self, form: PackedFormat) -> str:
         return "I32" if self.words else {"fp8": "F8_E4M3", "int8": "I8"}.get(form.code, "U8")
 
-    def read(self, source: RawTensors, module: str, into: Packed, expert: int) -> None:
+    def read(self, source: RawTensors, module: str, into: Packed, expert: int, cut: Cut) -> None:
         """Codes straight to where they stay."""
         rows, form = into.shape[0], into.format
-        first_row = expert * rows if self.stacked else 0
-        self._read_codes(source, module + self.codes, into, first_row)
-        scales = module + self.scales_of(module, source.names)
+        first_row = expert * cut.shape[0] if self.stacked else 0
+        self._read_codes(source, module + self.codes, into, first_row, cut)
+        scales, groups = module + self.scales_of(module, source.names), _Groups.of(into, cut)
         if self.stacked:
             of_expert = torch.empty(into.scales.shape, dtype=torch.uint8)
-            source.raw_into(scales, of_expert, first_row)
+            source.raw_into(scales, of_expert, first_row, Cut(groups.shape, groups.rows.start, groups.columns.start))
             fill_scales(source, scales, of_expert, into)
         else:
-            fill_scales(source, scales, source.tensor(scales), into)
+            fill_scales(source, scales, groups.within(source.tensor(scales)), into)
         if into.row_scales is not None:
             factor = source.tensor(module + self.factor).float().reshape(1, 1)
             factor = _finite(source, module + self.factor, 1 / factor if self.reciprocal else factor)
             into.row_scales.copy_(factor.expand(rows, 1))
         if into.zeros is not None:
             along_rows = source.tensor(module + ".weight_zero_point").T.contiguous()
-            into.zeros.copy_(_nibbles(along_rows)[:, :rows].T)
+            of_rows = _nibbles(along_rows)[:, cut.row : cut.row + rows]
+            into.zeros.copy_(of_rows[groups.columns].T)
         if form.ordered:
             fill_order(source, module + ".weight_g_idx", into)
         shape = module + ".weight_shape"
-        if self.words and shape in source.names and source.tensor(shape).tolist() != list(into.shape):
+        if self.words and shape in source.names and source.tensor(shape).tolist() != list(cut.shape):
             told = f"<{source.tensor(shape).tolist()}>"
-            raise CheckpointError(source.where(shape), told, f"must be {list(into.shape)}", DAMAGED)
+            raise CheckpointError(source.where(shape), told, f"must be {list(cut.shape)}", DAMAGED)
 
-    def _read_codes(self, source: RawTensors, name: str, into: Packed, first_row: int) -> None:
-        codes, dtype = into.codes, _TORCH[self._dtype(into.format)]
-        if codes.shape[1] % dtype.itemsize:  # the last word of a row has bytes that are not ours
-            codes.copy_(source.tensor(name).view(torch.uint8)[:, : codes.shape[1]])
+    def _read_codes(self, source: RawTensors, name: str, into: Packed, first_row: int, cut: Cut) -> None:
+        (height, breadth), dtype = into.codes.shape, _TORCH[self._dtype(into.format)]
+        codes, size, bits = into.codes, dtype.itemsize, into.format.code_bits
+        first, words = cut.column * bits // 8, -(-cut.width * bits // (8 * size))
+        if first % size or breadth % size:  # words have bytes that are not ours
+            codes.copy_(source.tensor(name).view(torch.uint8)[cut.row :, first:][:height, :breadth])
         else:
-            source.raw_into(name, codes.view(dtype), first_row)
+            source.raw_into(name, codes.view(dtype), first_row, Cut((cut.shape[0], words), cut.row, first // size))
         if self.words and into.format.code == "int8":
             codes.bitwise_xor_(0x80)
 
@@ -177,18 +185,15 @@ class InColumns(Scheme):
         if not self.interleaved:
             yield StoredPart(".g_idx", ("I32", "I64"), ((width,),), optional=not form.ordered)
 
-    def read(self, source: RawTensors, module: str, into: Packed, expert: int) -> None:  # noqa: ARG002 - of stacks
+    def read(self, source: RawTensors, module: str, into: Packed, expert: int, cut: Cut) -> None:  # noqa: ARG002 - of stacks
         """Turn codes and groups over."""
-        width, form = into.shape[1], into.format
-        stored = source.tensor(module + ".qweight")
-        if self.interleaved:
-            _fill_from_columns(stored, into.codes)
-        else:
-            into.codes.copy_(stored.T.contiguous().view(torch.uint8)[:, : into.codes.shape[1]])
+        width, form, groups = cut.width, into.format, _Groups.of(into, cut)
+        self._read_codes(source, module + ".qweight", into, cut)
         if form.code == "int8":
             into.codes.bitwise_xor_(0x80)
-        self._read_zeros(source, module + ".qzeros", into)
-        fill_scales(source, module + ".scales", source.tensor(module + ".scales").T, into)
+        self._read_zeros(source, module + ".qzeros", into, groups)
+        scales = module + ".scales"
+        fill_scales(source, scales, groups.within(source.tensor(scales).T), into)
         order = module + ".g_idx"
         if form.ordered:
             fill_order(source, order, into)
@@ -198,14 +203,33 @@ class InColumns(Scheme):
                 rule = "must have columns in the order of their groups, as config.json says by desc_act"
                 raise CheckpointError(source.where(order), "<another order>", rule, "set desc_act to true")
 
-    def _read_zeros(self, source: RawTensors, name: str, into: Packed) -> None:
-        stored, rows, bits = source.tensor(name), into.shape[0], into.format.code_bits
+    def _read_codes(self, source: RawTensors, name: str, into: Packed, cut: Cut) -> None:
+        """Those words that have any of ours, along columns or along rows."""
+        (rows, width), bits = into.shape, into.format.code_bits
+        in_word = WORD_BITS // bits
+        if self.interleaved:
+            words, ahead = -(-cut.shape[0] // in_word), cut.row % in_word
+            stored = torch.empty(width, -(-(ahead + rows) // in_word), dtype=torch.int32)
+            source.raw_into(name, stored, 0, Cut((cut.width, words), cut.column, cut.row // in_word))
+            codes = into.codes if not ahead else torch.empty(ahead + rows, into.codes.shape[1], dtype=torch.uint8)
+            _fill_from_columns(stored, codes)
+            if ahead:
+                into.codes.copy_(codes[ahead:])
+        else:
+            words, ahead = -(-cut.width // in_word), cut.column % in_word
+            stored = torch.empty(-(-(ahead + width) // in_word), rows, dtype=torch.int32)
+            source.raw_into(name, stored, 0, Cut((words, cut.shape[0]), cut.column // in_word, cut.row))
+            of_rows = stored.T.contiguous().view(torch.uint8)
+            into.codes.copy_(of_rows[:, ahead * bits // 8 :][:, : into.codes.shape[1]])
+
+    def _read_zeros(self, source: RawTensors, name: str, into: Packed, groups: "_Groups") -> None:
+        stored, bits = source.tensor(name), into.format.code_bits
         if self.interleaved:
             zeros = _columns(stored)
         else:
             packed = stored.contiguous()
             zeros = _nibbles(packed) if bits == 4 else packed.view(torch.uint8)
-        zeros = (zeros[:, :rows] + self.zeros_less & (1 << bits) - 1).T
+        zeros = (zeros[groups.columns, groups.rows] + self.zeros_less & (1 << bits) - 1).T
         if into.zeros is not None:
             into.zeros.copy_(zeros)
         elif (zeros != 1 << bits - 1).any():
@@ -225,11 +249,14 @@ class InBlocks(Scheme):
         kind = _BLOCK_TYPES[form.name]
         yield StoredPart(scales, (kind.name,), ((rows, -(-width // kind.size) * kind.num_bytes),))
 
-    def read(self, source: RawTensors, module: str, into: Packed, expert: int) -> None:  # noqa: ARG002 - of stacks
+    def read(self, source: RawTensors, module: str, into: Packed, expert: int, cut: Cut) -> None:  # noqa: ARG002 - of stacks
         """Take blocks apart."""
-        form, name = into.format, module + ".weight"
+        form, name, (rows, width) = into.format, module + ".weight", into.shape
         kind = _BLOCK_TYPES[form.name]
-        blocks = source.tensor(name).unflatten(1, (-1, kind.num_bytes))
+        stored = torch.empty(rows, form.groups(width) * kind.num_bytes, dtype=torch.uint8)
+        whole = cut.shape[0], form.groups(cut.width) * kind.num_bytes
+        source.raw_into(name, stored, 0, Cut(whole, cut.row, cut.column // kind.size * kind.num_bytes))
+        blocks = stored.unflatten(1, (-1, kind.num_bytes))
         of_scale = kind.num_bytes - kind.size * form.code_bits // 8
         scales = blocks[..., :of_scale].contiguous()
         fill_scales(source, name, scales if form.scale == "e8m0" else scales.view(torch.float16), into)
@@ -238,6 +265,25 @@ class InBlocks(Scheme):
             each = torch.cat([codes & 15, codes >> 4], dim=-1)
             codes = each[..., ::2] | each[..., 1::2] << 4
         into.codes.copy_(codes.flatten(1))
+
+
+class _Groups(NamedTuple):
+    """Which of a matrix's groups, of that shape, are those of a part of it."""
+
+    shape: tuple[int, int]
+    rows: slice
+    columns: slice
+
+    @staticmethod
+    def of(into: Packed, cut: Cut) -> "_Groups":
+        form, (height, breadth) = into.format, into.scales.shape
+        row, column = cut.row // form.rows, cut.column // form.columns if form.columns else 0
+        shape = -(-cut.shape[0] // form.rows), form.groups(cut.width)
+        return _Groups(shape, slice(row, row + height), slice(column, column + breadth))
+
+    def within(self, stored: Tensor) -> Tensor:
+        """Of what is stored for all groups that of these; what stands for all of them as it is."""
+        return stored.reshape(self.shape)[self.rows, self.columns] if stored.numel() == prod(self.shape) else stored
 
 
 _BLOCK_TYPES: Final = {kind.format: kind for kind in TYPES.values() if kind.format}

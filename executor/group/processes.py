@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from executor.errors import RunError
 from executor.group.base import Group, LostRankError, share_of
+from executor.group.store import LOOP, meet
 from executor.guard import in_a_line
 
 TIMEOUT: Final = "EXECUTOR_RANK_TIMEOUT"
@@ -41,13 +42,24 @@ def timeout_s() -> float:
 class ProcessGroup(Group):
     """One rank of a group whose processes meet at a store; all are on this machine.
 
-    Tensors of a CUDA device go over NCCL, and through the host's memory where ranks share a device.
+    Tensors of a CUDA device go over NCCL, and through the host's memory where ranks share a device. Rank 0 calls
+    `look`, which may raise, while it waits for the others to come. After `timeout` seconds a rank that has not come
+    to where another waits for it is lost.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        look: Callable[[], object] = lambda: None,
+        timeout: float | None = None,
+    ) -> None:
         self.rank, self.size, self._store = rank, size, store
-        self._timeout_s = timeout_s()
+        self._timeout_s = timeout or timeout_s()
         self._lost = ""
+        meet(store, rank, size, look)
         with self._telling():
             self._numbers: Any = _gloo(store, "numbers", rank, size, timedelta(seconds=self._timeout_s))
             self._messages: Any = _gloo(store, "messages", rank, size, _NEVER)
@@ -133,7 +145,10 @@ class ProcessGroup(Group):
         return [part[:length].numpy().tobytes() for part, length in zip(parts, lengths.tolist(), strict=True)]
 
     def give_up(self, reason: str) -> None:
-        """Fail what is under way and all that is to come; from any thread."""
+        """Fail what is under way on devices and all that is to come; from any thread.
+
+        Gloo's own operations go on until another process has ended, or their time is over.
+        """
         self._lost = self._lost or reason
         if self._devices is not None:
             self._devices.abort()
@@ -189,7 +204,7 @@ class ProcessGroup(Group):
                 raise
             late = "timed out" in str(error).lower()
             self._lost = self._lost or (
-                f"another did not come within {self._timeout_s:g} s" if late else in_a_line(error)
+                f"another did not come within {self._timeout_s:g} s" if late else in_a_line(error).split(". ")[0]
             )
             self._check()
         self._check()
@@ -199,7 +214,7 @@ def _gloo(store: Store, name: str, rank: int, size: int, timeout: timedelta) -> 
     """A group of its own over the loop of this machine's network."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()  # noqa: SLF001 - torch.distributed makes its own groups so
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]  # noqa: SLF001
+    options._devices = [gloo.create_device(hostname=LOOP)]  # noqa: SLF001
     options._timeout, options._threads = timeout, 1  # noqa: SLF001
     return gloo(PrefixStore(name, store), rank, size, options)
 

@@ -1,6 +1,8 @@
 """Where ranks find one another: a store of torch's, which listens on this machine's own loop alone."""
 
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
@@ -9,6 +11,7 @@ from torch.distributed.distributed_c10d import Store
 
 LOOP: Final = "127.0.0.1"
 _MEETING: Final = timedelta(minutes=5)  # for others to have come this far: each imports torch first
+_LOOK_S: Final = 0.01
 
 _TCP_STORE: Any = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -27,3 +30,17 @@ def open_store() -> tuple[Store, int]:
 def join_store(host: str, port: int) -> Store:
     """The store that another process has opened."""
     return _TCP_STORE(host, port, timeout=_MEETING)
+
+
+def meet(store: Store, rank: int, size: int, look: Callable[[], object]) -> None:
+    """Return on rank 0 when all other ranks have called this too, and there at once.
+
+    Until then rank 0 calls `look`, which may raise: what waits within the store itself cannot be interrupted.
+    """
+    others = [f"rank {other} is here" for other in range(1, size)]
+    if rank:
+        store.set(others[rank - 1], "")
+        return
+    while not store.check(others):
+        look()
+        time.sleep(_LOOK_S)

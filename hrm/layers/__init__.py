@@ -17,6 +17,7 @@ from hrm.layers.base import (
     places,
 )
 from hrm.layers.compressed import CompressedAttention
+from hrm.layers.division import Share, Span, layer_shares, tensor_share
 from hrm.layers.feed_forward import DenseFfn, RoutedExperts
 from hrm.layers.gated_delta import GatedDeltaNet
 from hrm.layers.grouped_query import GroupedQueryAttention
@@ -49,12 +50,16 @@ __all__ = [
     "Operator",
     "RecurrentMixer",
     "RoutedExperts",
+    "Share",
     "SoftmaxAttention",
+    "Span",
     "TensorSpec",
     "Unit",
     "Vectors",
     "check_size",
     "gemms",
+    "layer_shares",
     "linear",
     "places",
+    "tensor_share",
 ]

@@ -5,7 +5,7 @@ is asked of a model is a sum, or the largest, over the blocks of its layers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property
@@ -52,12 +52,35 @@ class TensorSpec(NamedTuple):
         """Its elements."""
         return prod(self.shape)
 
+    @property
+    def sections(self) -> "Sections":
+        """Its rows as GPUs in tensor parallel divide them: each of the matrices that it joins, if any."""
+        return tuple(Section(size) for size in self.parts or self.shape[:1]) if self.split == 0 else ()
+
     def bytes_in(self, plain: Format) -> int:
         """Its bytes; `plain` is the format of what is not packed."""
         if self.packed is None:
             return int(plain.bytes_of(self.parameters))
         rows, width = self.shape
         return self.packed.bytes_of(rows, width)
+
+
+class Section(NamedTuple):
+    """Rows of a tensor that GPUs in tensor parallel divide on their own: a `number` of heads or units of `size` rows.
+
+    Where there are fewer heads than GPUs, several GPUs have the same one.
+    """
+
+    number: int
+    size: int = 1
+
+
+Sections = tuple[Section, ...]
+
+
+def rows_in(sections: Sections) -> int:
+    """Rows of all sections together."""
+    return sum(section.number * section.size for section in sections)
 
 
 def places(tensors: Sequence[TensorSpec], plain: Format) -> tuple[list[int], int]:
@@ -129,17 +152,34 @@ class Block(ABC):
         """
 
     @property
-    def divided_vectors(self) -> Mapping[str, int]:
-        """Vectors that GPUs in tensor parallel divide as they do what these go with, each with its whole size."""
+    def sections(self) -> Mapping[str, Sections]:
+        """How GPUs in tensor parallel divide rows of which the tensor itself does not say it: of vectors, and of heads.
+
+        A vector of another size is whole on every GPU.
+        """
         return {}
+
+    def sections_of(self, tensor: TensorSpec) -> Sections:
+        """How the rows of one of its tensors are divided; none if every GPU has all of them."""
+        told = self.sections.get(tensor.name, ())
+        return told if rows_in(told) == tensor.shape[0] else tensor.sections
+
+    @property
+    def summed_vectors(self) -> Collection[str]:
+        """Biases of matrices whose columns are divided: of the sum over all GPUs, so the first one alone has them."""
+        return {f"{tensor.name}_bias" for tensor in self.tensors if tensor.split == 1}
 
     def of_rank(self, ranks: int, whole: int = 1) -> Self:
         """What one of so many GPUs in tensor parallel has of it; vectors that go with nothing divided are whole."""
         block: Any = self
         narrow = replace(block, **self.shares(ranks, whole))
-        ours, its = self.divided_vectors, narrow.divided_vectors
-        vectors = tuple((name, its[name] if ours.get(name) == size else size) for name, size in self.vectors)
-        return replace(narrow, vectors=vectors)
+        return replace(narrow, vectors=self.vectors_of_rank(self.vectors, narrow))
+
+    def vectors_of_rank(self, vectors: Vectors, narrow: "Block") -> Vectors:
+        """What a GPU has of vectors whose matrices it has as `narrow` does."""
+        ours, its = self.sections, narrow.sections
+        divided = {name for name, size in vectors if rows_in(ours.get(name, ())) == size}
+        return tuple((name, rows_in(its[name]) if name in divided else size) for name, size in vectors)
 
     def with_vectors(self, **sizes: int) -> Self:
         """The same with further small vectors, each a name and a size; 0 for none."""

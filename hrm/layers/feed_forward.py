@@ -8,7 +8,17 @@ from typing import Final, Literal, Self, final
 from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
 from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
-from hrm.layers.base import FeedForward, TensorSpec, Unit, Vectors, check_vectors, share, vector_tensors
+from hrm.layers.base import (
+    FeedForward,
+    Section,
+    Sections,
+    TensorSpec,
+    Unit,
+    Vectors,
+    check_vectors,
+    share,
+    vector_tensors,
+)
 from hrm.layers.hyper_connection import mix_streams, stream_tensors
 from hrm.layers.work import Operator, gemms, linear, weighted
 from hrm.numeric import Number, maximum, minimum, power
@@ -66,18 +76,20 @@ class DenseFfn(FeedForward):
         """The whole."""
         return through(tokens, self.hidden_size, self.intermediate_size, formats, gated=self.gated)
 
-    def obstacle_to(self, ranks: int) -> str:  # noqa: ARG002 - others need it
-        """None: what is left over of its width goes to some of the GPUs."""
-        return ""
+    def obstacle_to(self, ranks: int) -> str:
+        """A width of less than a unit for each GPU; what is left over of it goes to some of them."""
+        inner = self.intermediate_size
+        return f"an FFN's {inner} inner units cannot be divided by {ranks}" if inner < ranks else ""
 
     def shares(self, ranks: int, whole: int) -> dict[str, int]:
         """A part of its width."""
         return {"intermediate_size": share(self.intermediate_size, ranks, whole)}
 
     @property
-    def divided_vectors(self) -> Mapping[str, int]:
+    def sections(self) -> Mapping[str, Sections]:
         """Biases of what is between its matrices."""
-        return {"dense_w1_bias": self.intermediate_size, "dense_w13_bias": 2 * self.intermediate_size}
+        inner = Section(self.intermediate_size)
+        return {"dense_w1_bias": (inner,), "dense_w13_bias": (inner, inner)}
 
 
 @final
@@ -221,8 +233,10 @@ class RoutedExperts(FeedForward):
         return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here)
 
     def obstacle_to(self, ranks: int) -> str:
-        """The width of an expert is divided."""
-        inner = self.intermediate_size
+        """The width of an expert is divided, and what shared ones have together."""
+        inner, shared = self.intermediate_size, self.shared_intermediate_size
+        if 0 < shared < ranks:
+            return f"the shared experts' {shared} inner units cannot be divided by {ranks}"
         return f"an expert's {inner} inner units cannot be divided by {ranks}" if inner % ranks else ""
 
     def shares(self, ranks: int, whole: int) -> dict[str, int]:
@@ -234,15 +248,13 @@ class RoutedExperts(FeedForward):
         }
 
     @property
-    def divided_vectors(self) -> Mapping[str, int]:
+    def sections(self) -> Mapping[str, Sections]:
         """Biases of what is between the matrices of shared and of routed experts."""
-        inner, shared = self.intermediate_size, self.shared_intermediate_size
-        of_shared = {"shared_w1_bias": shared, "shared_w13_bias": 2 * shared}
-        return {**of_shared, "w1_bias": inner, "w13_bias": 2 * inner}
+        inner, shared = Section(self.intermediate_size), Section(self.shared_intermediate_size)
+        of_shared = {"shared_w1_bias": (shared,), "shared_w13_bias": (shared, shared)}
+        return {**of_shared, "w1_bias": (inner,), "w13_bias": (inner, inner)}
 
     def of_rank(self, ranks: int, whole: int = 1) -> Self:
         """The same of an expert's own vectors."""
         narrow = super().of_rank(ranks, whole)
-        ours, its = self.divided_vectors, narrow.divided_vectors
-        vectors = tuple((name, its[name] if ours.get(name) == size else size) for name, size in self.expert_vectors)
-        return replace(narrow, expert_vectors=vectors)
+        return replace(narrow, expert_vectors=self.vectors_of_rank(self.expert_vectors, narrow))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.base import Section, Sections, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.recurrent import STATE_BYTES, RecurrentMixer
 from hrm.numeric import Number
 
@@ -120,6 +120,18 @@ class GatedDeltaNet(RecurrentMixer):
     def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
         """Heads."""
         return {"num_key_heads": self.num_key_heads // ranks, "num_value_heads": self.num_value_heads // ranks}
+
+    @property
+    def convolved(self) -> Sections:
+        """Queries and keys of all key heads, and values of all value heads."""
+        keys = Section(self.num_key_heads, self.key_head_dim)
+        return keys, keys, Section(self.num_value_heads, self.value_head_dim)
+
+    @property
+    def projected(self) -> Sections:
+        """These, the gate, and decay and step of every value head."""
+        heads = Section(self.num_value_heads)
+        return (*self.convolved, Section(self.num_value_heads, self.value_head_dim), heads, heads)
 
     @property
     def float32_elements(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from hrm.formats import Format, Formats
-from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.base import Section, Sections, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.softmax import SoftmaxAttention
 
 
@@ -160,14 +160,16 @@ class GroupedQueryAttention(SoftmaxAttention):
         return {"num_heads": self.num_heads // ranks, "num_kv_heads": max(1, self.num_kv_heads // ranks)}
 
     @property
-    def divided_vectors(self) -> Mapping[str, int]:
+    def sections(self) -> Mapping[str, Sections]:
         """What goes with heads; norms of queries and keys only where they are of all heads together."""
-        gated = self.output_gate * self.query_size  # has a bias of its own
+        queries, keys = Section(self.num_heads, self.head_dim), Section(self.num_kv_heads, self.head_dim)
+        values = () if self.values_from_keys else (Section(self.num_kv_heads, self.value_head_dim or self.head_dim),)
         return {
-            "qkv_bias": self.projected_size - gated,
-            "gate_bias": self.query_size,
-            "query_norm": self.query_size,
-            "key_norm": self.kv_size,
-            "sinks": self.num_heads,
-            "head_gate": self.num_heads * self.hidden_size,
+            "qkv": (*(1 + self.output_gate) * (queries,), keys, *values),
+            "qkv_bias": (queries, keys, *values),  # the gate's is another
+            "gate_bias": (queries,),
+            "query_norm": (queries,),
+            "key_norm": (keys,),
+            "sinks": (Section(self.num_heads),),
+            "head_gate": (Section(self.num_heads, self.hidden_size),),
         }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.base import Section, Sections, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.recurrent import RecurrentMixer
 from hrm.numeric import Number
 
@@ -116,6 +116,16 @@ class KimiDelta(RecurrentMixer):
     def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
         """Heads."""
         return {"num_heads": self.num_heads // ranks}
+
+    @property
+    def convolved(self) -> Sections:
+        """Queries, keys and values."""
+        return 3 * (Section(self.num_heads, self.head_dim),)
+
+    @property
+    def projected(self) -> Sections:
+        """Nothing: several matrices project."""
+        return ()
 
     @property
     def float32_elements(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from hrm.formats import Format, Formats
-from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.base import Section, Sections, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.indexer import Indexer
 from hrm.layers.softmax import SoftmaxAttention
 from hrm.layers.work import Kernel
@@ -209,6 +209,6 @@ class LatentAttention(SoftmaxAttention):
         return {"num_heads": self.num_heads // ranks}
 
     @property
-    def divided_vectors(self) -> Mapping[str, int]:
+    def sections(self) -> Mapping[str, Sections]:
         """A gate of every head."""
-        return {"head_gate": self.num_heads * self.hidden_size}
+        return {"head_gate": (Section(self.num_heads, self.hidden_size),)}

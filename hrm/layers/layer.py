@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import lcm
 from typing import Any, final
 
 from hrm.contract.dequantising import bytes_moved, launches
@@ -171,12 +172,13 @@ class Layer:
 
         Of a matrix whose parts are then no whole groups of its packed format, it has plain numbers.
         """
-        forms = [(name, form) for name, form in self._formats.items() if form is not None]
-        rows = max((form.rows for _, form in forms), default=1)
-        mixer, *ffn = (block.of_rank(ranks, rows) for block in self.blocks)
-        tensors = {tensor.name: tensor for block in (mixer, *ffn) for tensor in block.tensors}
-        packed = ((name, form.name) for name, form in forms if form.takes(tensors[name].shape, tensors[name].parts))
-        return replace(self, mixer=mixer, ffn=tuple(ffn), packed=tuple(packed))
+        forms = [form for form in self._formats.values() if form is not None]
+        whole = lcm(*(form.rows for form in forms), *(form.columns or 1 for form in forms))
+        mixer, *ffn = (block.of_rank(ranks, whole) for block in self.blocks)
+        pairs = [(block, tensor) for block in (mixer, *ffn) for tensor in block.tensors]
+        kept = {tensor.name for block, tensor in pairs if _is_whole(self._formats.get(tensor.name), block, tensor)}
+        packed = tuple(pair for pair in self.packed if pair[0] in kept)
+        return replace(self, mixer=mixer, ffn=tuple(ffn), packed=packed)
 
     @property
     def window(self) -> int:
@@ -216,3 +218,13 @@ class Layer:
         for block in self.ffn:
             before += block.dense(self.formats_of(block, formats), tokens)
         return before + self.run_experts(formats, tokens, num_experts) if self.experts else before
+
+
+def _is_whole(form: PackedFormat | None, block: Block, tensor: TensorSpec) -> bool:
+    """Whether what a GPU has of a matrix begins and ends with groups of its format."""
+    if form is None:
+        return False
+    if tensor.split == 1 and (form.ordered or tensor.shape[1] % (form.columns or 1)):
+        return False
+    whole = all(section.number * section.size % form.rows == 0 for section in block.sections_of(tensor))
+    return whole and form.takes(tensor.shape, tensor.parts)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-from hrm.layers.base import TensorSpec, Unit, Vectors, check_vectors, vector_tensors
+from hrm.layers.base import Section, Sections, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
 from hrm.layers.recurrent import RecurrentMixer
 from hrm.numeric import Number
 
@@ -106,6 +106,16 @@ class Mamba(RecurrentMixer):
     def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
         """Units."""
         return {"inner_size": self.inner_size // ranks}
+
+    @property
+    def convolved(self) -> Sections:
+        """The units."""
+        return (Section(self.inner_size),)
+
+    @property
+    def projected(self) -> Sections:
+        """Units and their gate."""
+        return 2 * self.convolved
 
     @property
     def float32_elements(self) -> int:
@@ -213,6 +223,17 @@ class Mamba2(RecurrentMixer):
     def shares(self, ranks: int, whole: int) -> dict[str, int]:  # noqa: ARG002 - others need it
         """Groups with their heads."""
         return {"num_heads": self.num_heads // ranks, "num_groups": self.num_groups // ranks}
+
+    @property
+    def convolved(self) -> Sections:
+        """Values of all heads, and of every group what enters the state and what reads it."""
+        groups = Section(self.num_groups, self.state_size)
+        return Section(self.num_heads, self.head_dim), groups, groups
+
+    @property
+    def projected(self) -> Sections:
+        """A gate, all that is convolved, and a step of every head."""
+        return Section(self.num_heads, self.head_dim), *self.convolved, Section(self.num_heads)
 
     @property
     def float32_elements(self) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 from hrm.contract.launches import ATTENTION_LAUNCHES_PER_TASK
 from hrm.formats import Format, Formats
-from hrm.layers.base import Mixer
+from hrm.layers.base import Mixer, Sections
 from hrm.layers.softmax import FINISHING, PROJECTING
 from hrm.layers.work import Kernel, Operator, gemms, linear
 from hrm.numeric import Number, minimum
@@ -153,6 +153,22 @@ class RecurrentMixer(Mixer):
         """Parts of the state that GPUs in tensor parallel can divide among them."""
 
     @property
-    def divided_vectors(self) -> Mapping[str, int]:
-        """Biases of what is projected and of what is convolved."""
-        return {"projections_bias": self.projected_size, "convolution_bias": self.convolved_elements}
+    @abstractmethod
+    def convolved(self) -> Sections:
+        """What is convolved, one after the other."""
+
+    @property
+    @abstractmethod
+    def projected(self) -> Sections:
+        """What one matrix projects to, one after the other."""
+
+    @property
+    def sections(self) -> Mapping[str, Sections]:
+        """Of what is projected and of what is convolved, with their biases."""
+        projected, convolved = self.projected, self.convolved
+        return {
+            "projections": projected,
+            "projections_bias": projected,
+            "convolution": convolved,
+            "convolution_bias": convolved,
+        }

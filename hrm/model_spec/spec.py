@@ -10,7 +10,7 @@ from hrm.contract.temporaries import DEQUANTISED_IN_ORDER
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats
 from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
-from hrm.layers.base import Vectors, check_vectors, share, vector_tensors
+from hrm.layers.base import Vectors, check_vectors, share
 from hrm.numeric import Number
 
 MOST_LAYERS: Final = 10**4
@@ -350,15 +350,15 @@ class ModelSpec:
     @property
     def embedding_tensors(self) -> tuple[TensorSpec, ...]:
         """What comes before the layers."""
-        return (TensorSpec("embedding", (self.vocab_size, self.hidden_size), Unit.MODEL),)
+        return (TensorSpec("embedding", (self.vocab_size, self.hidden_size), Unit.MODEL, 0),)
 
     @property
     def head_tensors(self) -> tuple[TensorSpec, ...]:
         """What comes after the layers; the LM head, which may be tied to the embedding, is the last."""
         return (
             TensorSpec("final_norm", (self.hidden_size,), Unit.MODEL),
-            *vector_tensors(self.head_vectors, Unit.MODEL),
-            TensorSpec("lm_head", (self.vocab_size, self.hidden_size), Unit.MODEL),
+            *(TensorSpec(name, (size,), Unit.MODEL, _split(name)) for name, size in self.head_vectors),
+            TensorSpec("lm_head", (self.vocab_size, self.hidden_size), Unit.MODEL, 0),
         )
 
     @cached_property
@@ -381,6 +381,11 @@ class ModelSpec:
         """Parameters one token touches: those of its routed experts and all that is dense."""
         active = sum(count * kind.active_parameters for kind, count in self.layer_kinds().items())
         return active + self._outside_layers
+
+
+def _split(name: str) -> int | None:
+    """Of the vectors beside the LM head, its bias is divided as its rows are."""
+    return 0 if name == HEAD_BIAS else None
 
 
 def _is_routed(tensor: TensorSpec) -> bool:

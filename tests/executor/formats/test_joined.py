@@ -5,7 +5,7 @@ import torch
 
 from executor.errors import CheckpointError
 from executor.families.stored import Joined, Rows, Stored
-from executor.formats import Packed, packed_in
+from executor.formats import Cut, Packed, packed_in
 from hrm.formats import PackedFormat, packed_format
 from hrm.layers import TensorSpec, Unit
 
@@ -20,14 +20,14 @@ class Numbered:
     def __init__(self, orders: dict[str, list[int]]) -> None:
         self._orders = orders
 
-    def read_packed_into(self, name: str, out: Packed, first_row: int = 0) -> None:
+    def read_packed_into(self, name: str, out: Packed, first_row: int = 0, cut: Cut | None = None) -> None:
         assert not first_row
         out.codes.copy_(torch.arange(1, len(out) + 1, dtype=torch.uint8)[:, None].expand(out.codes.shape))
         out.scales.fill_(1)
         if out.order is not None:
             out.order.copy_(torch.tensor(self._orders[name])[None])
 
-    def read_into(self, name: str, out: torch.Tensor, first_row: int = 0) -> None:
+    def read_into(self, name: str, out: torch.Tensor, first_row: int = 0, cut: Cut | None = None) -> None:
         raise AssertionError((name, out.shape, first_row))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from executor.checkpoint import Checkpoint, Expected
 from executor.errors import CheckpointError
-from executor.formats import packed_in
+from executor.formats import Cut, packed_in
 from hrm.errors import ModelError
 from hrm.formats import packed_format
 from tests.executor.formats.published import PUBLISHED, Parts, mxfp4_stack
@@ -50,6 +50,28 @@ def test_matrices_are_read_as_the_tools_read_them(tmp_path: Path, name: str) -> 
     assert (ours - matrix(ROWS, WIDTH)).abs().mean() < 0.2  # what was packed, about
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_part_of_a_matrix_is_read_on_its_own(tmp_path: Path, name: str) -> None:
+    """Packed, if it has whole groups, though it may begin within the words of a file; and as numbers in any case."""
+    how = PUBLISHED[name]
+    parts, _ = how.pack(matrix(ROWS, WIDTH))
+    form = packed_format(how.format)
+    assert form is not None
+    rows = slice(20, 43) if form.rows == 1 else slice(form.rows, ROWS)
+    columns = slice(0, WIDTH) if form.ordered else slice(32, 64) if form.columns else slice(6, 52)
+    with checkpoint_of(tmp_path, {MODULE + end: part for end, part in parts.items()}, how.config) as checkpoint:
+        whole = torch.empty(ROWS, WIDTH)
+        checkpoint.read_into(f"{MODULE}.weight", whole)
+        expected = whole[rows, columns]
+        room = torch.full((form.bytes_of(*expected.shape),), 0xA5, dtype=torch.uint8)
+        packed = packed_in(form, *expected.shape, room)
+        checkpoint.read_packed_into(f"{MODULE}.weight", packed, 0, Cut((ROWS, WIDTH), rows.start, columns.start))
+        assert packed.dequantised(torch.empty(expected.shape)).equal(expected)
+        plain = torch.empty(30, 41)
+        checkpoint.read_into(f"{MODULE}.weight", plain, 0, Cut((ROWS, WIDTH), 11, 37))
+        assert plain.equal(whole[11:41, 37:78])
+
+
 def test_a_stack_of_experts_is_read_as_transformers_reads_it(tmp_path: Path, monkeypatch: Any) -> None:
     experts, width = 3, 64
     parts, expected = mxfp4_stack(torch.empty(experts, width, ROWS))
@@ -66,6 +88,9 @@ def test_a_stack_of_experts_is_read_as_transformers_reads_it(tmp_path: Path, mon
             checkpoint.read_packed_into(EXPERTS, packed, expert * width)
             assert packed.dequantised(torch.empty(ROWS, width)).equal(expected[expert].T)
             assert sum(counts) == (expert + 1) * packed.nbytes, "each byte once"
+        some = packed_in(form, 7, 32, torch.empty(form.bytes_of(7, 32), dtype=torch.uint8))
+        checkpoint.read_packed_into(EXPERTS, some, 2 * width, Cut((ROWS, width), 5, 32))
+        assert some.dequantised(torch.empty(7, 32)).equal(expected[2].T[5:12, 32:])
         for expert in range(experts):
             plain = torch.empty(ROWS, width)
             checkpoint.read_into(EXPERTS, plain.T, expert * width)

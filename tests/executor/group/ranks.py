@@ -1,6 +1,7 @@
 """Real processes as ranks: a function is called in each, and what all return comes back."""
 
 import multiprocessing
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import torch
@@ -12,25 +13,30 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["executor.group.processes"])
 
 
-def in_ranks(size, function, *arguments):
-    """What `function(group, *arguments)` returns in each of so many processes."""
+def in_ranks(size, function, *arguments, timeout=60.0):
+    """What `function(group, *arguments)` returns in each of so many processes; None of one that ended before."""
     _store, port = open_store()
     ends = [_CONTEXT.Pipe() for _ in range(size)]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(port, rank, size, ends[rank][1], function, arguments), daemon=True)
+        _CONTEXT.Process(target=_rank, args=(port, rank, size, timeout, ends[rank][1], function, arguments))
         for rank in range(size)
     ]
-    for process in processes:
+    for process, (_, other) in zip(processes, ends, strict=True):
         process.start()
-    try:
-        return [own.recv() for own, _ in ends]
-    finally:
-        for process in processes:
-            process.join()
+        other.close()
+    found = []
+    for own, _ in ends:
+        found.append(None)
+        with suppress(EOFError):
+            found[-1] = own.recv()
+    for process in processes:  # not before all is here: tensors come out of their memory
+        process.kill()
+        process.join()
+    return found
 
 
-def _rank(port: int, rank: int, size: int, answers: Connection, function, arguments) -> None:
+def _rank(port: int, rank: int, size: int, timeout: float, answers: Connection, function, arguments) -> None:
     torch.set_num_threads(1)
-    group = ProcessGroup(join_store(LOOP, port), rank, size)
+    group = ProcessGroup(join_store(LOOP, port), rank, size, timeout=timeout)
     answers.send(function(group, *arguments))
-    group.close()
+    answers.poll(None)

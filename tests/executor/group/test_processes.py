@@ -1,9 +1,13 @@
 """Real processes against plain sums, rows and lists."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
-from executor.group import share_of
+from executor.group import Alone, LostRankError, share_of
 from tests.executor.group.ranks import in_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +58,40 @@ def test_what_ranks_do_together(size):
         assert agreed == [0, 1, 2]
         assert told == [b"", b"batch", bytes(range(256)) * 999]
         assert collected == [b"x" * other for other in range(size)]
+
+
+def test_one_rank_alone_has_everything_already():
+    alone, rows = Alone(), torch.randn(3, 5)
+    alone.all_reduce(rows)
+    assert alone.exchange_rows(rows) is rows
+    assert alone.gather(rows[0], 5) is not None
+    assert (alone.agree(7), alone.broadcast(b"x"), alone.collect(b"y")) == (7, b"x", [b"y"])
+
+
+def lose(group, how):
+    """Sum up until another rank is lost, and tell what comes out."""
+    group.all_reduce(torch.ones(3))
+    if group.rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3)
+        return None
+    told = []
+    for call in (lambda: group.all_reduce(torch.ones(3)), lambda: group.agree(1), lambda: group.broadcast(b"")):
+        try:
+            call()
+        except LostRankError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize(("how", "said"), [("killed", "Connection"), ("late", "did not come within 1 s")])
+def test_a_rank_that_is_gone_or_late_fails_what_waits_for_it_and_all_that_follows(how, said):
+    told, _ = in_ranks(2, lose, how, timeout=1.0 if how == "late" else 60.0)
+    assert len(told) == 3
+    assert all(told[0] == one for one in told), told
+    assert "rank 0" in told[0], told[0]
+    assert said in told[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
