@@ -11,12 +11,16 @@ import torch
 
 from executor.checkpoint import Checkpoint
 from executor.families import FAMILIES, family_for
+from executor.generate import Generator
+from executor.group import Group
+from hrm.errors import ModelError
 from hrm.policy import ScheduleName
 from tests.executor.families.grouped import GROUPED, GROUPED_OTHERWISE
 from tests.executor.families.latent import LATENT
 from tests.executor.families.linear import LINEAR
 from tests.executor.families.tiny import Tiny, save
 from tests.executor.families.windowed import WINDOWED
+from tests.executor.group.threads import with_ranks
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
 from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests
@@ -25,6 +29,9 @@ from tests.executor.tiny_models import random_prompts
 FAMILIES_UNDER_TEST = {**GROUPED, **LATENT, **WINDOWED, **LINEAR}
 STORED_OTHERWISE = {**GROUPED_OTHERWISE}
 ELSEWHERE = {"mixtral", "dbrx"}  # the runtime's own parity tests run these
+
+# Their norms are of all heads together, or of what a block adds to hidden states.
+UNDIVIDED = {"olmoe", "minimax_m2", "gemma4_text"}
 
 ALL = 1000
 MAX_TOKENS = 5
@@ -89,6 +96,21 @@ def test_greedy_tokens_on_a_device(tiny, prompts, expected):
         assert ours == dict(list(expected.items())[:few])
     finally:
         device.close()
+
+
+def test_greedy_tokens_of_two_ranks(tiny, prompts, expected):
+    """Of models that ranks can divide; others say what they cannot."""
+    policy, spec = policy_of(tiny, "experts on both"), architecture(tiny.folder).spec
+
+    def tokens(made: Generator, _: Group) -> dict[str, tuple[int, ...]]:
+        done = generate(made, requests(prompts, max_tokens=MAX_TOKENS, ignore_eos=True))
+        return {name: completion.tokens for name, completion in done.items()}
+
+    if tiny.folder.name.split()[0] in UNDIVIDED:
+        with pytest.raises(ModelError, match="needs the whole of what each rank has a part of"):
+            architecture(tiny.folder).of_rank(1, spec.of_rank(2))
+        return
+    assert with_ranks(tiny.folder, policy, 2, tokens) == [expected] * 2
 
 
 @pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-4), ("bfloat16", 0.25)])
