@@ -156,18 +156,19 @@ def gptq(*, ordered: bool = False, less: int = 1) -> Callable[[Tensor], tuple[Pa
     return pack
 
 
-def gptq_symmetric(bits: int) -> Callable[[Tensor], tuple[Parts, Tensor]]:
-    """Whose zero points are all alike."""
+def gptq_symmetric(bits: int, group: int = GROUP) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+    """Whose zero points are all alike; a group of 0 columns is a whole row."""
 
     def pack(weight: Tensor) -> tuple[Parts, Tensor]:
         rows, width = weight.shape
-        zero, order = 1 << bits - 1, torch.arange(width) // GROUP
-        scales = (weight.view(rows, -1, GROUP).abs().amax(-1) / (zero - 1)).half()
+        zero, columns = 1 << bits - 1, group or width
+        order = torch.arange(width) // columns
+        scales = (weight.view(rows, -1, columns).abs().amax(-1) / (zero - 1)).half()
         codes = (weight / scales.float()[:, order]).round().int() + zero
         places = tuple(range(32 // bits))
         parts = {
             ".qweight": _in_words(codes, places).T.contiguous(),
-            ".qzeros": _in_words(torch.full((width // GROUP, rows), zero - 1), places),
+            ".qzeros": _in_words(torch.full((width // columns, rows), zero - 1), places),
             ".scales": scales.T.contiguous(),
             ".g_idx": order.int(),
         }
@@ -232,6 +233,7 @@ PUBLISHED: Final[Mapping[str, Published]] = {
     "int4": _compressed("pack-quantized", "int4-g32", **_INT),
     "int4 with zeros": _compressed("pack-quantized", "int4-g32-z", **_INT, symmetric=False),
     "int8 in words": _compressed("pack-quantized", "int8-g32", **{**_INT, "num_bits": 8}),
+    "int4 in rows": _compressed("pack-quantized", "int4", type="int", **{**_ROWS, "num_bits": 4}),
     "int8": _compressed("int-quantized", "int8", type="int", **_ROWS),
     "float8": _compressed("float-quantized", "fp8", type="float", **_ROWS),
     "float8, one scale": _compressed("float-quantized", "fp8", type="float", **{**_ROWS, "strategy": "tensor"}),
@@ -243,6 +245,7 @@ PUBLISHED: Final[Mapping[str, Published]] = {
     "gptq in order": Published(gptq(ordered=True), {**_GPTQ, "sym": False, "desc_act": True}, "int4-g32-f16-z-o"),
     "gptq, symmetric": Published(gptq_symmetric(4), _GPTQ, "int4-g32-f16"),
     "gptq, 8 bits": Published(gptq_symmetric(8), {**_GPTQ, "bits": 8}, "int8-g32-f16"),
+    "gptq in rows": Published(gptq_symmetric(4, group=0), {**_GPTQ, "group_size": -1}, "int4"),
     "awq": Published(awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, "int4-g32-f16-z"),
     "modelopt fp8": Published(fp8_whole, {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8"),
     "modelopt nvfp4": Published(modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
