@@ -75,7 +75,7 @@ def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
             f"{path}: policy.parallelism",
             policy_file.policy.parallelism.value,
             f"is that of one of {stages} stages, and what is run is the whole model",
-            "run hrm search for a machine with one GPU",
+            "run hrm search with --parallelism tensor, or for a machine with one GPU",
         )
 
 

@@ -23,7 +23,7 @@ from hrm.estimate import Estimate
 from hrm.estimate import estimate as predict
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
-from hrm.policy import ScheduleName
+from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search import SOLVERS, SearchResult, Solver, solver_named
 from hrm.search import search as best_policy
@@ -43,6 +43,7 @@ class Wanted:
     attention: Device | None
     ffn: Device | None
     prefill_ffn: Device | None
+    parallelism: Parallelism | None
 
 
 def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int | None) -> Solver:
@@ -65,6 +66,11 @@ def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int |
     enum_option("--attention", kind=Device, help="Only policies with attention there."),
     enum_option("--ffn", kind=Device, help="Only policies with the experts there."),
     enum_option("--prefill-ffn", kind=Device, help="Only policies with the experts there in prefill."),
+    enum_option(
+        "--parallelism",
+        kind=Parallelism,
+        help="Only policies that share several GPUs like that; executor run needs tensor.",
+    ),
 )
 @together(
     "solver",
@@ -116,6 +122,7 @@ def search(
             attention=wanted.attention,
             ffn=wanted.ffn,
             prefill_ffn=wanted.prefill_ffn,
+            parallelism=wanted.parallelism,
             limits=limits,
         )
         for profile in (choice.machines() if fleet is None else fleet.machines(choice, pareto))

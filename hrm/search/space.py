@@ -10,7 +10,7 @@ from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy, ScheduleName
+from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.tasks import Device
 from hrm.workload import Workload
@@ -48,6 +48,8 @@ class Kind:
 class Space:
     """What is asked of a search; `attention`, `ffn` and `prefill_ffn` of None leave the device open.
 
+    So does a `parallelism` of None the way in which several GPUs share the model.
+
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
     closed form must fall short of them by the factors of `slack`, for first tokens and for others.
@@ -66,6 +68,7 @@ class Space:
     attention: Device | None = None
     ffn: Device | None = None
     prefill_ffn: Device | None = None
+    parallelism: Parallelism | None = None
     max_micro_batch_size: int = 2**20
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS

@@ -30,12 +30,13 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     """The policy with the highest job throughput that fits and meets the limits on waiting times.
 
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
-    several GPUs, tensor parallelism and a pipeline are searched one after the other, and the result
-    names both. If nothing is possible or fits, the result says so.
+    several GPUs, tensor parallelism and a pipeline are searched one after the other unless one of
+    them is asked for, and the result names both. If nothing is possible or fits, the result says so.
     """
     started_s = time.perf_counter()
     several = space.profile.num_gpus > 1
-    ways = [_searched(space, way, solver) for way in (Parallelism if several else (Parallelism.TENSOR,))]
+    asked = tuple(Parallelism) if space.parallelism is None else (space.parallelism,)
+    ways = [_searched(space, way, solver) for way in (asked if several else (Parallelism.TENSOR,))]
     fastest = max(ways, key=lambda way: way.tokens_per_s)
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen

@@ -371,3 +371,12 @@ def test_a_policy_that_cannot_be_divided_is_refused(gpus):
     policy = search(Space(spec, compose("1xL40S"), WORKLOADS["mtbench"])).require().policy
     with pytest.raises(PolicyError, match=r"parallelism is .*tensor.*28 heads cannot be divided"):
         estimate(spec, policy, profile, WORKLOADS["mtbench"])
+
+
+@pytest.mark.parametrize("way", Parallelism)
+def test_one_way_alone_can_be_asked_for(way):
+    spec = tiny_spec(num_layers=16, hidden_size=256, intermediate_size=256)
+    space = Space(spec, search_machine(2, peer=1e9), WORKLOAD)
+    both, one = search(space), search(replace(space, parallelism=way))
+    assert [found.parallelism for found in one.ways] == [way]
+    assert one.best == {found.parallelism: found.best for found in both.ways}[way]
