@@ -99,7 +99,7 @@ def test_ranks_have_everything_once(name: str, ranks: int) -> None:
     narrow = layer.of_rank(ranks)
     shares = [layer_shares(layer, narrow, rank, ranks) for rank in range(ranks)]
     for tensor, part in zip(layer.tensors, narrow.tensors, strict=True):
-        ours = [each[tensor.name] for each in shares]
+        ours, rows = [each[tensor.name] for each in shares], tensor.shape[0]
         assert all(sum(span.room for span in share.rows) == part.shape[0] for share in ours)
         counts = Counter(row for share in ours for row in rows_of(share))
         columns = Counter(share.columns.start + i for share in ours for i in range(share.columns.size))
@@ -107,11 +107,11 @@ def test_ranks_have_everything_once(name: str, ranks: int) -> None:
             assert counts == dict.fromkeys(range(D), 1), "else the sum would have it several times"
             assert [*rows_of(ours[0])] == [*range(D)]
         elif tensor.shape == part.shape:
-            assert counts == dict.fromkeys(range(tensor.shape[0]), ranks)
-        elif len(tensor.shape) > 1 and tensor.shape[1] != part.shape[1]:
-            assert columns == dict.fromkeys(range(tensor.shape[1]), 1)
+            assert counts == dict.fromkeys(range(rows), ranks)
+        elif tensor.shape[1:] != part.shape[1:]:
+            assert columns == dict.fromkeys(range(tensor.parameters // rows), 1)
         else:
-            assert counts == dict.fromkeys(range(tensor.shape[0]), 1)
+            assert counts == dict.fromkeys(range(rows), 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -63,8 +63,9 @@ def test_a_part_of_a_matrix_is_read_on_its_own(tmp_path: Path, name: str) -> Non
         whole = torch.empty(ROWS, WIDTH)
         checkpoint.read_into(f"{MODULE}.weight", whole)
         expected = whole[rows, columns]
-        room = torch.full((form.bytes_of(*expected.shape),), 0xA5, dtype=torch.uint8)
-        packed = packed_in(form, *expected.shape, room)
+        height, breadth = expected.shape
+        room = torch.full((form.bytes_of(height, breadth),), 0xA5, dtype=torch.uint8)
+        packed = packed_in(form, height, breadth, room)
         checkpoint.read_packed_into(f"{MODULE}.weight", packed, 0, Cut((ROWS, WIDTH), rows.start, columns.start))
         assert packed.dequantised(torch.empty(expected.shape)).equal(expected)
         plain = torch.empty(30, 41)
