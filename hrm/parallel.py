@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise, zip_longest
 from math import inf
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS
@@ -24,6 +24,12 @@ from hrm.layers import Layer
 from hrm.machines import one_part
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
+
+# Norms and scales of what blocks add to hidden states, and norms that may be of all heads together.
+_OF_SUMS: Final = frozenset(
+    {"attention_output_norm", "shared_output_norm", "routed_output_norm", "ffn_output_norm", "layer_scale"}
+)
+_OF_HEADS: Final = frozenset({"query_norm", "key_norm"})
 
 
 class Part(NamedTuple):
@@ -49,6 +55,20 @@ def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism)
 def _rank_of(spec: ModelSpec, ranks: int) -> ModelSpec:
     """Kept, for costs are kept by what they are of."""
     return spec.of_rank(ranks)
+
+
+def undivided_vector(spec: ModelSpec, of_rank: ModelSpec) -> str:
+    """A vector of the model that takes the whole of what ranks add up one by one; empty if there is none.
+
+    `of_rank` is what one of them has, see `ModelSpec.of_rank`.
+    """
+    for layer, part in zip(spec.layers, of_rank.layers, strict=True):
+        for block, narrow in zip(layer.blocks, part.blocks, strict=True):
+            sizes = dict(narrow.vectors)
+            for name, size in block.vectors:
+                if name in _OF_SUMS or (name in _OF_HEADS and sizes[name] < size):
+                    return name
+    return ""
 
 
 def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:

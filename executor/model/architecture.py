@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
 from executor.model.feed_forward import FeedForward
 from executor.model.mixers import Mixer
@@ -12,12 +12,7 @@ from executor.model.numbers import Reach
 from hrm.errors import ModelError
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
-
-# Norms and scales of what blocks add to hidden states, and norms that may be of all heads together.
-_OF_SUMS: Final = frozenset(
-    {"attention_output_norm", "shared_output_norm", "routed_output_norm", "ffn_output_norm", "layer_scale"}
-)
-_OF_HEADS: Final = frozenset({"query_norm", "key_norm"})
+from hrm.parallel import undivided_vector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +61,7 @@ class Architecture:
         Hidden states go on in rank 0, and the others add to them. Raises ModelError if what ranks have cannot
         simply be added up, as of norms over what they divide.
         """
-        undivided = _undivided(self.spec, spec)
+        undivided = undivided_vector(self.spec, spec)
         if undivided:
             raise ModelError(
                 f"{self.spec.name}: {undivided}",
@@ -111,14 +106,3 @@ class Architecture:
     def reaches(self) -> tuple[Reach, ...]:
         """Those of all layers, each once."""
         return tuple(dict.fromkeys(layer.mixer.reach for layer in self.layers))
-
-
-def _undivided(whole: ModelSpec, narrow: ModelSpec) -> str:
-    """A vector of the model that takes the whole of what ranks have parts of; empty if there is none."""
-    for layer, of_rank in zip(whole.layers, narrow.layers, strict=True):
-        for block, part in zip(layer.blocks, of_rank.blocks, strict=True):
-            sizes = dict(part.vectors)
-            for name, size in block.vectors:
-                if name in _OF_SUMS or (name in _OF_HEADS and sizes[name] < size):
-                    return name
-    return ""

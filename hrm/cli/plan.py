@@ -223,4 +223,6 @@ def _show(
         print_json(plan_json(predicted, model.spec, profile, workload, result))
         return
     print_plan(predicted, model.spec, profile, workload, result)
-    console.print(f"\n{run_text(model.argument, out, spec=model.spec, stored=model.stored, profile=profile)}")
+    way = predicted.policy.parallelism
+    told = run_text(model.argument, out, spec=model.spec, stored=model.stored, profile=profile, parallelism=way)
+    console.print(f"\n{told}")

@@ -170,6 +170,10 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
     if policy.parallelism is Parallelism.PIPELINE:
         stage = f"{len(policy.resident_experts)} of {spec.num_layers} layers"
         console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
+    elif profile.num_gpus > 1:
+        console.print(
+            f"  in each of {profile.num_gpus} ranks, which have a part of every layer and sum up twice in each"
+        )
     if not profile.has_accelerator:
         console.print(
             "  everything is held once, in unified memory, and computed on the GPU"
@@ -254,7 +258,7 @@ def _lane_shares(phase: PhaseEstimate) -> str:
 
 def _print_memory(estimate: Estimate) -> None:
     of_stage = estimate.policy.parallelism is Parallelism.PIPELINE
-    name = "memory of a stage" if of_stage else "memory"
+    name = "memory of a stage" if of_stage else "memory of a rank" if estimate.part.spec.ranks > 1 else "memory"
     table = plain_table(name, "planned", "capacity", "share", "for")
     for plan in estimate.memory.levels:
         largest = sorted(plan.purposes.items(), key=lambda item: -item[1])

@@ -11,6 +11,8 @@ from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
 from hrm.model_spec import ModelSpec
 from hrm.model_spec.gguf import SUFFIX
+from hrm.parallel import undivided_vector
+from hrm.policy import Parallelism
 from hrm.ranges import ASSUMED_SHARE, ThroughputRange
 from hrm.scaling import given_resources
 from hrm.units import format_seconds
@@ -63,14 +65,22 @@ def latency_text(latency: Latency) -> str:
     return f"{told}; then a token every {format_seconds(latency.tpot_s)}"
 
 
-def run_text(model: str, out: Path | None, *, spec: ModelSpec, stored: ModelSpec, profile: HardwareProfile) -> str:
+def run_text(
+    model: str,
+    out: Path | None,
+    *,
+    spec: ModelSpec,
+    stored: ModelSpec,
+    profile: HardwareProfile,
+    parallelism: Parallelism = Parallelism.TENSOR,
+) -> str:
     """The command that runs the policy and what is missing for it, or why nothing runs it and what does.
 
     `model` is the model as it was given and `stored` with the formats that its weights are published in,
     and `out` the policy file that was written, if one was.
     """
     is_folder = Path(model).is_dir() or model.endswith(SUFFIX)
-    if obstacle := _obstacle_to_run(spec, stored, profile, has_weights=is_folder):
+    if obstacle := _obstacle_to_run(spec, stored, profile, parallelism, has_weights=is_folder):
         return f"[dim]a prediction only: {obstacle}[/]"
     path = out if out is not None else Path("policy.json")
     hints: list[str] = [] if out is not None else ["adding --out policy.json here"]
@@ -83,12 +93,16 @@ def run_text(model: str, out: Path | None, *, spec: ModelSpec, stored: ModelSpec
     return f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl --output-dir run/{hint}"
 
 
-def _obstacle_to_run(spec: ModelSpec, stored: ModelSpec, profile: HardwareProfile, *, has_weights: bool) -> str:
+def _obstacle_to_run(
+    spec: ModelSpec, stored: ModelSpec, profile: HardwareProfile, parallelism: Parallelism, *, has_weights: bool
+) -> str:
     """Why the executor does not run such a policy, and what to do instead; empty if it does."""
     if spec.family not in EXECUTED_FAMILIES:
         return f"executor run does not know the family {spec.family}; hrm models lists those that it runs"
-    if profile.num_gpus > 1:
-        return f"executor run drives one GPU, and this plan has {profile.num_gpus}; search with one"
+    if profile.num_gpus > 1 and (whole := undivided_vector(spec, spec.of_rank(profile.num_gpus))):
+        return f"executor run cannot divide {spec.name}, whose {whole} needs all that ranks have; search with one GPU"
+    if profile.num_gpus > 1 and parallelism is Parallelism.PIPELINE:
+        return "executor run has no stages of a pipeline; search with --parallelism tensor"
     if has_weights and stored.packing != spec.packing:
         told = stored.packing or "no matrix packed"
         return f"executor run reads weights as they are stored: {told}; plan so, or pack them with executor quantise"

@@ -274,7 +274,7 @@ def _explain_gap(scalings: Sequence[Scaling]) -> None:
     setup = scalings[0].two.run.setup
     link = machine_of(setup).h2d.bandwidth_bytes_per_s.at() / NUM_GPUS[setup]
     rates = [step.weights_bytes_per_s / 1e9 for step in two]
-    if all(scaling.shared_ratio > scaling.predicted_ratio * 1.01 for scaling in scalings):
+    if all(scaling.shared_two.tokens_per_s < 0.9 * scaling.two.predicted.tokens_per_s for scaling in scalings):
         on_two = [s.shared_two.tokens_per_s / s.two.run.tokens_per_s for s in scalings]
         on_four = [s.shared_four.tokens_per_s / s.four.run.tokens_per_s for s in scalings]
         measured = published_steps_s([scaling.two.run for scaling in scalings])

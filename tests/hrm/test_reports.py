@@ -378,7 +378,8 @@ def test_only_what_the_executor_has_is_said_to_run(hrm, tmp_path):
     for model, gpus, reason in (
         ("mixtral-8x7b", "1xT4", ""),
         (str(planned_only), "1xT4", "does not know the family jamba; hrm models lists"),
-        ("dbrx", "4xT4", "drives one GPU, and this plan has 4; search with one"),
+        ("dbrx", "4xT4", ""),
+        ("olmoe-1b-7b", "2xT4", "cannot divide olmoe-1b-7b, whose query_norm needs all that ranks have"),
     ):
         sizes = ["-u", "1", "-n", "1", "--attention", "gpu"]
         code, out, _ = hrm("estimate", "--model", model, "--gpus", gpus, *lengths, *sizes)

@@ -35,7 +35,13 @@ CPU_DECODE = Pipeline(
 )
 GPU_DECODE = replace(CPU_DECODE, attention=Device.GPU, kv_on_gpu=(True, False, False))
 PREFILL = replace(CPU_DECODE, phase=Phase.PREFILL, kv_on_gpu=(False,) * 3, cpu_experts=(False,) * 3, num_steps=1)
-PIPELINES = {"cpu": CPU_DECODE, "gpu": GPU_DECODE, "prefill": PREFILL}
+PIPELINES = {
+    "cpu": CPU_DECODE,
+    "gpu": GPU_DECODE,
+    "prefill": PREFILL,
+    "a rank's": replace(CPU_DECODE, ranks=2),
+    "a rank's prefill": replace(PREFILL, ranks=2),
+}
 
 
 def no_setup(lane: Lane) -> None:

@@ -132,7 +132,10 @@ def test_no_weight_slot_is_overwritten_while_it_is_read(folder, arch, choices, s
         assert max(span.end_s for span in spans) <= min(span.start_s for span in posts)
 
 
-@pytest.mark.parametrize("name", NAMES)
+OF_RANKS = {"REDUCE_HIDDEN", "PREFILL_ATTENTION", "OUTPUT_PROJECTION", "REDUCE_ATTENTION", "REDUCE_LAST"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_RANKS])
 def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, name, monkeypatch):
     on_gpu = name == "LOAD_KV"
     policy = make_policy(arch.spec.num_layers, **(GPU_POLICY if on_gpu else CPU_POLICY))
