@@ -238,7 +238,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family, loading)
+            memory.weights.load(source, family, backend, loading)
             backend.ready()
             return host, memory
 

@@ -60,13 +60,15 @@ class AbstractBackend(ABC):
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor at that level; RunError if it would exceed the level's cap."""
 
-    def pin(self, memory: torch.Tensor) -> int:
+    def check_room(self, num_bytes: int) -> None:  # noqa: B027 - the others have no more than they were given
+        """Raise RunError if so much memory of the GPU's is not left; nothing is allocated."""
+
+    def pin(self, memory: torch.Tensor) -> bool:  # noqa: ARG002
         """Let a device read and write memory of the host's by itself; just allocated, as a whole.
 
-        Returns how many of its bytes the system pins: all, or about how many it would, and then it
-        stays as it was.
+        Returns whether the system pins all of it; if not, it stays as it was.
         """
-        return memory.nbytes
+        return True
 
     def unpin(self, memory: torch.Tensor) -> None:  # noqa: B027 - there is no device
         """Undo `pin`; nothing may be using the memory."""
