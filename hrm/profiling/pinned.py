@@ -91,24 +91,23 @@ class PinnableMemory:
         self._mappings: WeakValueDictionary[int, _Mapping] = WeakValueDictionary()
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """A flat uint8 tensor of zeros."""
+        """A flat uint8 tensor of zeros, all pages of which are there: the driver would touch them one by one."""
         if not num_bytes:
             return torch.zeros(0, dtype=torch.uint8)
         memory = _Mapping(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError, AttributeError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        tensor = touched(torch.frombuffer(memory, dtype=torch.uint8))
         self._mappings[tensor.data_ptr()] = memory
         return tensor
 
     def pin(self, memory: Tensor) -> bool:
-        """Pin what was allocated here, all of it as fresh as it came, until it is gone.
+        """Pin what was allocated here, all of it, until it is gone.
 
         Returns whether the system does; if not, none of it is pinned.
         """
         if not len(memory):
             return True
-        memory.zero_()  # by all threads: the driver would touch page after page by itself
         address = memory.data_ptr()
         return self._mappings[address].register(self._registrar, address, self._piece_bytes)
 
@@ -132,3 +131,13 @@ def _parts(target: Tensor, source: Tensor, cuts: Sequence[int]) -> list[tuple[Te
         return [(target, source)]
     spans = list(zip([0, *ends], [*ends, on_host.numel()], strict=True))
     return [(target.view(-1)[first:end], source.view(-1)[first:end]) for first, end in spans]
+
+
+def touched(zeros: Tensor) -> Tensor:
+    """The same memory, every page of which the system has now handed out, by all threads.
+
+    It does so when a page is first written to, and slowly: no task of a run is to wait for that.
+    """
+    zeros[:: mmap.PAGESIZE].zero_()
+    zeros[-1:].zero_()
+    return zeros
