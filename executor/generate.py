@@ -3,8 +3,9 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Final, Self, final
+from typing import Self, final
 
 import torch
 
@@ -31,14 +32,14 @@ from executor.live import LiveBatch
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.native import kernels
+from executor.trace_budget import MAX_SPANS, TraceBudget
+from executor.warm_up import first_layers, small_batch
 from hrm.buffers import Purpose
 from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import SCHEDULES, Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
 from hrm.tasks import Phase, TaskId
-
-MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,35 +102,12 @@ def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
             raise JobError(f"{request.name}: prompt", value, rule, remedy)
 
 
-class TraceBudget:
-    """How many steps of each batch's decode are kept in the trace, so that it stays small."""
-
-    def __init__(self, max_spans: int = MAX_SPANS) -> None:
-        self._left = max_spans
-
-    def steps(self, pipeline: Pipeline, schedule: ScheduleName, num_prefill_spans: int) -> int:
-        """Steps to keep of a decode phase after so many spans of prefill."""
-        self._left = max(self._left - num_prefill_spans, 0)
-        # No layer has more tasks than one with all that any layer has, and a step's first and last tasks.
-        streamed, cpu_experts = (any(pipeline.streamed),), (any(pipeline.cpu_experts),)
-        layer = replace(pipeline, num_layers=1, num_steps=1, streamed=streamed, cpu_experts=cpu_experts)
-        per_step = pipeline.num_layers * sum(1 for _ in SCHEDULES[schedule].order(layer))
-        steps = min(self._left // per_step, pipeline.num_steps, 64)
-        self._left -= steps * per_step
-        return steps
-
-    @property
-    def prefill_steps(self) -> int:
-        """1 while there is room for one more prefill, else 0."""
-        return int(self._left > 0)
-
-
 class AbstractGenerator(ABC):
     """Runs batches; a context manager that owns the lanes.
 
     `policy` is what is run and `plan` what it needs; where that differs from what was asked for,
     `notice` says why, in a line. What crosses the link from memory that is not pinned though it
-    should be is `pageable`. `load_s` says how long the weights took, `live` says how
+    should be is `pageable`. `load_s` says how long the weights and warming up took, `live` says how
     far the batch under way is, and `peak_bytes` how much of each level's purposes was ever in use.
     """
 
@@ -167,6 +145,9 @@ class AbstractGenerator(ABC):
     def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
         """The batches that run these requests: long texts apart from others, where they are rotated otherwise."""
         return iter(Batcher(requests, self.policy, lambda request: self.arch.is_long(request.num_positions)))
+
+    def warm_up(self) -> None:  # noqa: B027 - where nothing is computed, nothing gets any faster
+        """Have kernels ready for the sizes that the policy gives them, once; before any batch, within the lanes."""
 
     @property
     @abstractmethod
@@ -241,7 +222,7 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family, loading, whole=arch.whole, rank=arch.rank)
+            memory.weights.load(source, family, backend, loading, whole=arch.whole, rank=arch.rank)
             backend.ready()
             return host, memory
 
@@ -250,6 +231,20 @@ class Generator(AbstractGenerator):
         if staged is not None and host.policy == staged.policy:
             self.policy, self.plan = staged.policy, staged.memory
         self.load_s = time.perf_counter() - start_s
+        self._is_warm = False
+
+    def warm_up(self) -> None:
+        """Run a few layers on a small batch, in the run's own memory."""
+        if self._is_warm:
+            return
+        start_s, small = time.perf_counter(), copy(self)  # which has the same memory and lanes
+        small.arch, policy = first_layers(self.arch, self.policy)
+        batch, small.policy = small_batch(small.arch, policy)
+        small.live = LiveBatch(self.engine)
+        small._budget, small._kv_peak = TraceBudget(0), {"gpu": 0, "cpu": 0}  # noqa: SLF001 - the copy's own
+        small.generate(batch)
+        self.load_s += time.perf_counter() - start_s
+        self._is_warm = True
 
     def generate(
         self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None

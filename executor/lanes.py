@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, final
 from executor.backends.streams import AbstractMark, AbstractStream
 from hrm.contract.pacing import Waits
 from hrm.run_record import KindTotal
-from hrm.tasks import Act, Lane, Task
+from hrm.tasks import Act, Lane, Phase, Task
 from hrm.trace import Span
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 Handler = Callable[[Task], int]  # runs a task; returns the bytes that it moved
 
 RECENT_SPANS: Final = 48  # a lane's last spans, kept for the chart of a failure
-QUEUED_TASKS: Final = 8  # that a stream may be behind its lane: a driver holds about 1000 kernels
+# How many tasks a stream may be behind its lane. A driver holds about 1000 kernels and then has the lane wait within
+# a task, which a chunk's layer of some hundred kernels reaches far sooner than a micro-batch's.
+QUEUED_TASKS: Final = 8
+QUEUED_LAYERS: Final = 2
 
 
 def new_latch() -> "LockType":
@@ -290,4 +293,6 @@ class LaneWorker:
         self._since_s = None
         ticket.mark = end
         self.queued.append(Queued(task, queued_s, start, end, num_bytes))
-        self.settle(run, self._queued_tasks)
+        of_chunk = self._lane is Lane.GPU and task.id.phase is Phase.PREFILL
+        ahead = QUEUED_LAYERS if of_chunk else QUEUED_TASKS
+        self.settle(run, min(ahead, self._queued_tasks))

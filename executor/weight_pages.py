@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from executor.backends import AbstractBackend
 from executor.checkpoint import WeightSource
 from executor.families import Family
 from executor.families.base import RankPart
@@ -37,7 +38,7 @@ from hrm.layers import Block
 from hrm.model_spec import ModelSpec
 from hrm.placement import Place
 from hrm.policy import Policy
-from hrm.tasks import Device, Phase
+from hrm.tasks import Device, Lane, Phase
 
 NumberedExperts = Sequence[tuple[int, ExpertWeights]]
 
@@ -127,7 +128,8 @@ class WeightPages:
         self,
         source: WeightSource,
         family: Family,
-        loading: Loading | None = None,
+        backend: AbstractBackend,
+        loading: Loading | None,
         *,
         whole: ModelSpec | None = None,
         rank: int = 0,
@@ -143,10 +145,9 @@ class WeightPages:
 
         one_head = family.has_one_head(spec, source.names)
         fill(self._places(one_head=one_head), read, loading or Loading())
-        if one_head:
-            self.head.lm_head.copy_(self.embedding)
-        for here, there in self._for_cpu:
-            here.copy_(there)
+        twice = [*self._for_cpu, *([(self.head.lm_head, self.embedding)] if one_head else [])]
+        backend.transfer(Lane.STAGE, twice)
+        backend.synchronise()
 
     def _places(self, *, one_head: bool) -> list[Target]:
         spec = self._spec

@@ -19,6 +19,7 @@ from executor.native import kernels
 from hrm.contract.pacing import Waits
 from hrm.hardware import Link
 from hrm.profiling import environment
+from hrm.profiling.pinned import touched
 from hrm.tasks import Device, Lane
 from hrm.units import MIB
 
@@ -60,13 +61,15 @@ class AbstractBackend(ABC):
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor at that level; RunError if it would exceed the level's cap."""
 
-    def pin(self, memory: torch.Tensor) -> int:
+    def check_room(self, num_bytes: int) -> None:  # noqa: B027 - the others have no more than they were given
+        """Raise RunError if so much memory of the GPU's is not left; nothing is allocated."""
+
+    def pin(self, memory: torch.Tensor) -> bool:  # noqa: ARG002
         """Let a device read and write memory of the host's by itself; just allocated, as a whole.
 
-        Returns how many of its bytes the system pins: all, or about how many it would, and then it
-        stays as it was.
+        Returns whether the system pins all of it; if not, it stays as it was.
         """
-        return memory.nbytes
+        return True
 
     def unpin(self, memory: torch.Tensor) -> None:  # noqa: B027 - there is no device
         """Undo `pin`; nothing may be using the memory."""
@@ -154,16 +157,16 @@ def in_thread_of_its_own(work: Callable[[], T]) -> T:
 
 
 def host_memory(num_bytes: int) -> torch.Tensor:
-    """A flat uint8 tensor of zeros, in the largest pages that the system has.
+    """A flat uint8 tensor of zeros, in the largest pages that the system has, all of which are there.
 
     A core reads through memory a tenth faster if it need not look up a page every 4 KiB.
     """
     if num_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        return touched(torch.zeros(num_bytes, dtype=torch.uint8))
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return touched(torch.frombuffer(memory, dtype=torch.uint8))
 
 
 def usable_cores() -> int:

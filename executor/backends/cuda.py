@@ -14,13 +14,13 @@ from typing import Any, Final, final
 import torch
 
 from executor.backends.base import AbstractBackend, Copy, copy_all, in_thread_of_its_own, stage, usable_cores
-from executor.backends.pinned import PinnableMemory
 from executor.backends.streams import AbstractMark, AbstractStream
 from executor.errors import RunError
 from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
 from hrm.contract.cublas import cap_workspaces
 from hrm.contract.lane_threads import lane_threads
+from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
@@ -106,7 +106,7 @@ class CudaBackend(AbstractBackend):
         self.streams: Mapping[Lane, AbstractStream] = self._streams
         self.gpu_kernels = kernels_of(self.capability)
         self._cores = usable_cores()
-        self._host = PinnableMemory()
+        self._host = PinnableMemory(CudaRegistrar(self._device))
         self._workspace_bytes = 0
         # In a thread that ends: the next that computes, the lane's, takes over its handle.
         self.library_bytes = in_thread_of_its_own(self._warm_up)
@@ -133,20 +133,20 @@ class CudaBackend(AbstractBackend):
         self._take(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-    def pin(self, memory: torch.Tensor) -> int:
+    def pin(self, memory: torch.Tensor) -> bool:
         """Register the memory with the driver."""
-        num_bytes = self._host.pin(memory)
-        if num_bytes < memory.nbytes:
+        pinned = self._host.pin(memory)
+        if not pinned:
             with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
                 torch.zeros(1, device=self._device)
-        return num_bytes
+        return pinned
 
     def unpin(self, memory: torch.Tensor) -> None:
         """Undo that."""
         self._host.unpin(memory)
 
-    def _take(self, num_bytes: int) -> None:
-        """Count memory of the device as allocated; RunError if so much is not left."""
+    def check_room(self, num_bytes: int) -> None:
+        """RunError if so much is not left of what was free at the start and may be used."""
         if num_bytes > self._free_bytes:
             raise RunError(
                 f"memory of {self.gpu_name}",
@@ -154,6 +154,10 @@ class CudaBackend(AbstractBackend):
                 f"only {format_bytes(self._free_bytes)} are left",
                 "close what else uses it, or lower --gpu-memory and solve the policy again",
             )
+
+    def _take(self, num_bytes: int) -> None:
+        """Count memory of the device as allocated."""
+        self.check_room(num_bytes)
         self._free_bytes -= num_bytes
 
     def workspace(self, *num_bytes: int) -> tuple[Workspace, ...]:
@@ -170,7 +174,8 @@ class CudaBackend(AbstractBackend):
         """
         self.synchronise()
         torch.cuda.empty_cache()
-        with torch.cuda.stream(self._streams[Lane.GPU].stream):
+        # Leaving a stream sets the device that was current before: it must not be another one.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._streams[Lane.GPU].stream):
             reserved = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
         del reserved
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -183,7 +188,7 @@ class CudaBackend(AbstractBackend):
             # Pieces with gaps go through memory of torch's, which may not be given up too early.
             return copy_all(copies)
         if copies:  # one by one, but without the interpreter's lock: there may be one a request
-            targets, sources = zip(*copies, strict=True)
+            targets, sources = zip(*self._host.split(copies), strict=True)
             copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
             copy_each(targets, sources, non_blocking=True)
         return sum(source.nbytes for _, source in copies)

@@ -26,7 +26,7 @@ class HostArenas:
     """The host's memory by purpose, the policy that runs in it, and the needs of all its buffers.
 
     The policy stages weights if that was asked for or if they could not be pinned. What should be
-    pinned but is not is `pageable`. Of both `notice` tells in a line, with the numbers.
+    pinned but is not is `pageable`. Of both `notice` tells in a line, with sizes.
     """
 
     policy: Policy
@@ -49,19 +49,19 @@ class HostArenas:
         if policy.staging:
             return _staging(backend, policy, needs, memory)
         crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, Purpose.WEIGHTS)]
-        pinned_bytes, wanted_bytes = _pin_all(backend, crossing), _size(crossing)
-        if pinned_bytes == wanted_bytes:
+        if all(backend.pin(arena) for arena in crossing):
             return HostArenas(policy, needs, memory)
+        wanted = format_bytes(_size(crossing))
         if staged is None:
-            raise _too_little(wanted_bytes, pinned_bytes, "with hrm search --staging")
+            raise _too_much(wanted, "with hrm search --staging")
         for arena in crossing:
             backend.unpin(arena)
         needs = Needs.of_policy(spec, staged)
-        memory[Purpose.STAGING] = backend.allocate(Device.CPU, by_purpose(needs.on_host())[Purpose.STAGING])
+        ring = memory[Purpose.STAGING] = backend.allocate(Device.CPU, by_purpose(needs.on_host())[Purpose.STAGING])
         notice = (
-            f"the system pins {format_bytes(pinned_bytes)} of the {format_bytes(wanted_bytes)} of "
-            f"host memory that cross the link: weights ({format_bytes(memory[Purpose.WEIGHTS].nbytes)}) "
-            f"are staged through {format_bytes(memory[Purpose.STAGING].nbytes)} of pinned memory"
+            f"the system does not pin all {wanted} of host memory that cross the link: weights "
+            f"({format_bytes(memory[Purpose.WEIGHTS].nbytes)}) are staged through {format_bytes(ring.nbytes)} "
+            "of pinned memory"
         )
         return _staging(backend, staged, needs, memory, notice)
 
@@ -71,10 +71,9 @@ def _staging(
 ) -> HostArenas:
     """Pin as much of everything but the weights as can be, and add to the notice what cannot."""
     always = [memory[name] for name in ALWAYS_PINNED]
-    pinned_bytes = _pin_all(backend, always)
-    if pinned_bytes < _size(always):
-        raise _too_little(_size(always), pinned_bytes, "for fewer requests at once")
-    pageable = tuple(name for name in PINNED_IF_THERE_IS_ROOM if backend.pin(memory[name]) < memory[name].nbytes)
+    if not all(backend.pin(arena) for arena in always):
+        raise _too_much(format_bytes(_size(always)), "for fewer requests at once")
+    pageable = tuple(name for name in PINNED_IF_THERE_IS_ROOM if not backend.pin(memory[name]))
     if pageable:
         told = (f"{name.replace('_', ' ')} ({format_bytes(memory[name].nbytes)})" for name in pageable)
         no_room = f"no room to pin {' and '.join(told)}, whose transfers are slower for it"
@@ -82,25 +81,14 @@ def _staging(
     return HostArenas(policy, needs, memory, pageable, notice)
 
 
-def _pin_all(backend: AbstractBackend, arenas: Iterable[Tensor]) -> int:
-    """Pin one after the other until one cannot be; returns about how many bytes could."""
-    total_bytes = 0
-    for arena in arenas:
-        pinned_bytes = backend.pin(arena)
-        total_bytes += pinned_bytes
-        if pinned_bytes < arena.nbytes:
-            break
-    return total_bytes
-
-
 def _size(arenas: Iterable[Tensor]) -> int:
     return sum(arena.nbytes for arena in arenas)
 
 
-def _too_little(wanted_bytes: int, pinned_bytes: int, remedy: str) -> RunError:
+def _too_much(wanted: str, remedy: str) -> RunError:
     return RunError(
         "pinned memory",
-        f"<{format_bytes(wanted_bytes)} asked for>",
-        f"the system pins {format_bytes(pinned_bytes)} of it and no more",
+        f"<{wanted} asked for>",
+        "the system does not pin so much",
         f"solve the policy again {remedy}, or with a lower --cpu-memory",
     )

@@ -3,8 +3,9 @@
 R requests, D hidden, N rows of a batch's buffers, K experts per token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from hrm.formats import Formats
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Act, Lane, Phase, Task
+from hrm.units import KIB
+
+SMALLEST_GAP_BYTES: Final = 64 * KIB  # that a device passes over: it moves these as soon as it begins another copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +142,15 @@ class DecodeHandlers:
         """The part in use of a layer's cache to a buffer on the GPU."""
         source, target = self.memory.caches.of(x.id.index, x.id.layer), self._kv_buffer(x)
         reach = self._mixer(x).reach
-        copies: list[tuple[Tensor, Tensor]] = []
-        for sequence, start in zip(rows.sequences, rows.numbers[reach].starts, strict=True):
+        spans = [
             # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
             # many tokens the cache holds.
-            used = reach.capacity(len(sequence.placed.request.prompt) + x.id.step)
-            copies.append((target.narrow(0, start, used), source.narrow(0, start, used)))
-        return self.backend.transfer(Lane.H2D, copies)
+            (start, start + reach.capacity(len(sequence.placed.request.prompt) + x.id.step))
+            for sequence, start in zip(rows.sequences, rows.numbers[reach].starts, strict=True)
+        ]
+        if not self.backend.gpu_kernels.shares_memory:
+            spans = joined(spans, max(SMALLEST_GAP_BYTES // source[:1].nbytes, 1))
+        return self.backend.transfer(Lane.H2D, [(target[start:end], source[start:end]) for start, end in spans])
 
     def store_kv(self, x: Task, rows: Rows, span: slice) -> int:
         """New keys and values to the cache on the host, or what attention made of states."""
@@ -281,3 +287,13 @@ class DecodeHandlers:
 
 def _numbers_of(span: slice) -> slice:
     return slice(NUMBERS_PER_REQUEST * span.start, NUMBERS_PER_REQUEST * span.stop)
+
+
+def joined(spans: Sequence[tuple[int, int]], smallest_gap: int) -> list[tuple[int, int]]:
+    """The same rows in fewer spans: those that follow one another closely are one, with what lies between."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if found and start - found[-1][1] < smallest_gap:
+            start, _ = found.pop()  # noqa: PLW2901
+        found.append((start, end))
+    return found

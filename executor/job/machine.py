@@ -107,6 +107,7 @@ def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
     if backend.name == "cuda":
         _check_for_cuda(name, profile, options)
         backend.check_dtype(policy.dtype)
+    backend.check_room(plan.gpu.planned_bytes)
     needed_bytes = _host_bytes(plan, backend)
     available = available_ram_bytes()
     if needed_bytes > available:

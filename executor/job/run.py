@@ -206,6 +206,8 @@ class _Job:
         try:
             with generator, OutputWriter(self._directory, self._line_of) as writer:
                 progress.generator = generator
+                progress.stage = "warming up"
+                generator.warm_up()
                 requests = self._requests(writer, progress)
                 for index, batch in enumerate(generator.batches(requests)):
                     progress.stage = f"batch {index + 1}"

@@ -84,6 +84,7 @@ class Engine:
     def run(self, requests: Iterable[Request], sink: Sink) -> None:
         """Answer requests in batches; each completion is put as soon as it is there."""
         with self._generator:
+            self._generator.warm_up()
             for batch in self._generator.batches(iter(requests)):
                 self._generator.generate(batch, index=self._batches, sink=sink)
                 self._batches += 1

@@ -13,8 +13,10 @@ from typing import Any, final
 import torch
 
 from hrm.contract.cublas import cap_workspaces
+from hrm.errors import ProfileError
 from hrm.profiling import nvml
 from hrm.profiling.nvml import GpuFacts
+from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
 from hrm.profiling.timing import Call, Sampler, clock_sampler
 
 
@@ -90,6 +92,7 @@ class CudaGpu(AbstractGpu):
         self.name = str(properties.name)
         self.shares_memory = bool(properties.is_integrated)
         self._uuid = str(properties.uuid)
+        self._host = PinnableMemory(CudaRegistrar(self.device))
 
     def memory_bytes(self) -> tuple[int, int]:
         """As the driver counts it, so that other processes' memory is not free."""
@@ -97,8 +100,13 @@ class CudaGpu(AbstractGpu):
         return torch.cuda.mem_get_info(self.device)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """Page-locked memory."""
-        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        """Memory as runs have it; ProfileError if the system does not pin so much."""
+        memory = self._host.allocate(num_bytes)
+        if not self._host.pin(memory):
+            raise ProfileError(
+                "pinned memory", f"<{num_bytes} bytes asked for>", "the system does not pin so much", "see ulimit -l"
+            )
+        return memory
 
     def sampler(self) -> Sampler:
         """By two events around the calls."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from executor.backends.base import host_memory
+from executor.backends.cpu import CpuBackend
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
 from executor.loading import READERS
@@ -46,7 +47,7 @@ def test_loading() -> None:
             row(f"read plainly, {threads} threads", lambda threads=threads: read(files, threads))
         for dtype in ("bfloat16", "float32"):
             pages = pages_of(arch.spec, dtype)
-            row(f"load as {dtype}", lambda pages=pages: pages.load(checkpoint, family))
+            row(f"load as {dtype}", lambda pages=pages: pages.load(checkpoint, family, CpuBackend(), None))
 
 
 def pages_of(spec: ModelSpec, dtype: str) -> WeightPages:

@@ -1,5 +1,7 @@
 """What every backend keeps to; inherit `BackendContract` and give it a `backend` fixture."""
 
+import ctypes
+import mmap
 import threading
 
 import pytest
@@ -7,6 +9,17 @@ import torch
 
 from executor.backends import AbstractBackend
 from hrm.tasks import Device, Lane
+
+
+def pages_of(memory: torch.Tensor) -> list[bool]:
+    """Whether each of the pages of a tensor has memory, as the kernel says."""
+    address, size = memory.data_ptr(), mmap.PAGESIZE
+    first = address // size * size
+    num_bytes = address + memory.nbytes - first
+    there = (ctypes.c_ubyte * -(-num_bytes // size))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), there) == 0, ctypes.get_errno()
+    return [bool(page & 1) for page in there]
 
 
 class BackendContract:
@@ -36,6 +49,12 @@ class BackendContract:
             assert not memory.any()
             memory.fill_(7)
             assert memory.sum().item() == 7 * 5_000_001
+
+    @pytest.mark.parametrize("num_bytes", [1, 1_000_001, 9_000_001])
+    def test_host_memory_is_there_before_it_is_used(self, backend, num_bytes):
+        memory = backend.allocate(Device.CPU, num_bytes)
+        if self.moves_data:
+            assert all(pages_of(memory))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
     def test_memory_is_aligned_for_every_dtype(self, backend, dtype):

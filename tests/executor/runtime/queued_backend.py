@@ -58,11 +58,11 @@ class LateBackend(AbstractBackend):
         nothing = self.allocate(Device.GPU, 0)
         return tuple(Workspace(nothing, of_torch=size) for size in num_bytes)
 
-    def pin(self, memory: Tensor) -> int:
-        left_bytes = self.pinned_bytes - sum(self.pinned.values())
-        if memory.nbytes <= left_bytes:
+    def pin(self, memory: Tensor) -> bool:
+        fits = memory.nbytes <= self.pinned_bytes - sum(self.pinned.values())
+        if fits:
             self.pinned[memory.data_ptr()] = memory.nbytes
-        return min(memory.nbytes, left_bytes)
+        return fits
 
     def unpin(self, memory: Tensor) -> None:
         self.pinned.pop(memory.data_ptr(), None)

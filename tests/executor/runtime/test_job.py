@@ -240,14 +240,14 @@ def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing)
     refused(capsys.readouterr(), "nowhere")
 
 
-def broken_after(steps: int, error: type[BaseException], monkeypatch) -> None:
+def broken_after(num_batches: int, error: type[BaseException], monkeypatch) -> None:
     make = DecodeHandlers.make
-    batches = []
+    batches = []  # and what warms up before them
 
     def made(*arguments, **keywords):
         handlers = make(*arguments, **keywords)
         batches.append(1)
-        if len(batches) > steps:
+        if len(batches) > 1 + num_batches:
 
             def fail(task) -> int:
                 raise error(f"injected into {task}")
@@ -280,12 +280,12 @@ def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatc
     import _thread
 
     make = DecodeHandlers.make
-    batches = []
+    batches = []  # and what warms up before them
 
     def made(*arguments, **keywords):
         handlers = make(*arguments, **keywords)
         batches.append(1)
-        if len(batches) == 2:
+        if len(batches) == 3:
             embed = handlers[act("EMBED")]
 
             def interrupt(task) -> int:

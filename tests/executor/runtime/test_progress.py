@@ -146,7 +146,8 @@ def test_job_moves_through_both_phases(folder, policy_path, tmp_path, accelerato
     progress, seen = JobProgress(), []
 
     def look(task: TaskId) -> None:
-        seen.append((progress.phase, progress.share_done, progress.left_s, progress.done_requests, task))
+        if progress.stage != "warming up":
+            seen.append((progress.phase, progress.share_done, progress.left_s, progress.done_requests, task))
 
     watch(monkeypatch, look)
     lines = [line(f"r{i}", prompt, max_tokens=2 + i % 3, ignore_eos=True) for i, prompt in enumerate(PROMPTS)]

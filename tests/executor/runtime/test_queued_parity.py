@@ -1,10 +1,15 @@
 """Tokens through streams, marks and the GPU's kernels, and where the host waits for them."""
 
+import threading
 from dataclasses import replace
+from itertools import pairwise
+from random import Random
 
 import pytest
 import torch
 
+from executor.handlers import DecodeHandlers
+from executor.handlers.decode import joined
 from executor.model.gpu import FLASH_DTYPES
 from hrm.policy import ScheduleName
 from tests.executor.runtime.device_tensor import waits
@@ -153,3 +158,55 @@ def test_with_grouped_gemms_only_choosing_tokens_waits(folder, device, name):
     with generator(folder, low) as made:
         theirs = generate(made, requests(PROMPTS, max_tokens=1))
     assert sum(ours[name] == theirs[name].tokens for name in ours) >= len(PROMPTS) - 2
+
+
+def test_caches_that_lie_closely_come_in_one_copy(folder, device, monkeypatch):
+    """Those of a tiny model's micro-batch all do."""
+    policy = policy_of(folder, ScheduleName.CGOPIPE, POLICIES["all streamed, both on the gpu"])
+    backend, counts, lane = LateBackend(device, kernels_named("plain")), [], threading.local()
+    load, transfer = DecodeHandlers.load_kv, backend.transfer
+
+    def loading(*given):
+        lane.loads = True
+        return load(*given)
+
+    def counted(of, copies):
+        if getattr(lane, "loads", False):
+            counts.append(len(copies))
+            lane.loads = False
+        return transfer(of, copies)
+
+    monkeypatch.setattr(DecodeHandlers, "load_kv", loading)
+    monkeypatch.setattr(backend, "transfer", counted)
+    with generator(folder, policy, backend=backend) as made:
+        done = generate(made, requests(PROMPTS, max_tokens=FEW_TOKENS))
+    assert {name: completion.tokens for name, completion in done.items()} == first_tokens(folder)
+    assert set(counts) == {1}
+
+
+@pytest.mark.parametrize("smallest_gap", [1, 3, 10])
+def test_joined_spans_have_all_rows_and_no_long_gap(smallest_gap):
+    rng = Random(smallest_gap)
+    for _ in range(100):
+        ends = sorted(rng.sample(range(200), 2 * rng.randint(1, 10)))
+        spans = list(zip(ends[::2], ends[1::2], strict=True))
+        rng.shuffle(spans)
+        found = joined(spans, smallest_gap)
+        rows = {row for start, end in spans for row in range(start, end)}
+        moved = [row for start, end in found for row in range(start, end)]
+        assert rows <= set(moved)
+        assert len(moved) == len(set(moved))
+        assert all(after - before >= smallest_gap for (_, before), (after, _) in pairwise(found))
+        gaps = sorted(set(moved) - rows)
+        assert all(len(run) < smallest_gap for run in runs(gaps))
+
+
+def runs(rows):
+    """Of sorted rows those that follow one another."""
+    found = []
+    for row in rows:
+        if found and row == found[-1][-1] + 1:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from executor.engine import MOST_PENDING, SYNCHRONISE, Engine, TaskFailedError
-from executor.lanes import QUEUED_TASKS
+from executor.lanes import QUEUED_LAYERS, QUEUED_TASKS
 from hrm.policy import ScheduleName
 from hrm.schedules import iter_tasks
 from hrm.tasks import Lane, Task, TaskId
@@ -93,7 +93,9 @@ def test_waits_are_those_of_the_edges_between_streams(engine, device):
     assert not d2h.waited
 
 
-def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
+@pytest.mark.parametrize(("name", "most"), [("SAMPLE", QUEUED_TASKS), ("PREFILL_LAYER", QUEUED_LAYERS)])
+def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device, name, most):
+    """Of layers of prefill, which are hundreds of kernels each, not as far."""
     full, beyond = threading.Event(), threading.Event()
     queued = 0
 
@@ -102,9 +104,9 @@ def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
         queued += 1
         if queued == 1:
             device.queue(hold)
-        if queued == QUEUED_TASKS + 1:
+        if queued == most + 1:
             full.set()
-        elif queued > QUEUED_TASKS + 1:
+        elif queued > most + 1:
             beyond.set()
         return 0
 
@@ -113,7 +115,8 @@ def test_a_lane_runs_ahead_of_its_stream_only_so_far(engine, device):
         found.append((full.wait(30), beyond.wait(0.2)))
 
     found: list[tuple[bool, bool]] = []
-    engine.run([a_task("SAMPLE", 0, 0, step, lane=Lane.GPU) for step in range(100)], {act("SAMPLE"): handle})
+    of_lane = act(name, Lane.GPU)
+    engine.run([Task(TaskId(of_lane, 0, 0, step)) for step in range(100)], {of_lane: handle})
     assert found == [(True, False)]
     assert queued == 100
 

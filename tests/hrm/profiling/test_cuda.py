@@ -385,14 +385,14 @@ def test_without_clocks_the_rate_tells():
 
 
 def test_no_cuda_call_outside_the_seam():
-    """Everything else runs in these tests; `gpu.py` alone needs a card."""
+    """Everything else runs in these tests; these few alone need a card."""
     root = Path(__file__).parents[3] / "hrm" / "profiling"
     with_cuda = {
         path.relative_to(root).as_posix()
         for path in root.rglob("*.py")
         if "torch.cuda." in path.read_text(encoding="utf-8")
     }
-    assert with_cuda == {"gpu.py", "machine/__init__.py"}
+    assert with_cuda == {"gpu.py", "pinned.py", "machine/__init__.py"}
 
 
 def test_the_host_clock_times_what_is_queued():
