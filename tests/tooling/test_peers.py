@@ -221,7 +221,6 @@ def test_turns_are_kept_and_gone_on_with(tiny_engines, tmp_path, monkeypatch):
     assert 0 <= row["prefill_s"] < 60
     assert 0 <= row["processor_s"] < 60
     assert done[0].found["versions"]["pytest"] == pytest.__version__
-    assert done[0].found["peak_bytes"] > 2**20
 
     journal = asked.out / turns.JOURNAL
     with journal.open("a", encoding="utf-8") as file:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -68,12 +67,7 @@ def take_turn(start: type[Engine]) -> None:
     engine: Any = start(job)  # pyright: ignore[reportCallIssue] - every engine takes the job
     load_s = time.perf_counter() - begun_s
     rows = {f"{requests}x{new}": timed_row(engine, job.prompts[:requests], new) for requests, new in job.rows}
-    found = {
-        "load_s": load_s,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "versions": {name: version(name) for name in engine.packages},
-        "rows": rows,
-    }
+    found = {"load_s": load_s, "versions": {name: version(name) for name in engine.packages}, "rows": rows}
     Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
 
 
