@@ -20,11 +20,11 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo formats test predictions fuzz lint format bench notebooks clean distclean
+.PHONY: help demo formats test predictions fuzz lint format bench bench-peers notebooks clean distclean
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
-	@sed -n 's/^\([a-z]*\):.*##/  \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##/  \1\t/p' $(MAKEFILE_LIST)
 	@echo "CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
 demo: $(READY)  ## profile this machine, search a policy, run the demo model under it, compare
@@ -54,6 +54,9 @@ format: $(TEST_READY)  ## apply the formatter and ruff's safe fixes
 
 bench: $(TEST_READY)  ## everything in tests/bench that needs no GPU (BENCH_ARGS="-k name")
 	$(BIN)/python -m pytest tests/bench -p no:xdist -m "not cuda" -o faulthandler_timeout=0 -s $(BENCH_ARGS)
+
+bench-peers: $(TEST_READY)  ## ours and other engines on this CPU in turns (PEERS_ARGS="--peers vllm --repeats 1"; GBs of downloads)
+	$(BIN)/python -m tests.bench.peers $(PEERS_ARGS)
 
 notebooks: $(TEST_READY)  ## run the notebooks and write their outputs in place
 	$(BIN)/python -m tests.tooling.notebooks

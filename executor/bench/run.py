@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, final
 
-from executor.batching import Request
+from executor.batching import Request, Sink
 from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
 from executor.bench.row import BenchRow
 from executor.errors import JobError
@@ -207,15 +207,26 @@ class BenchRun:
             )
         return BenchRun(self.bench, self._generator, policy, gen_len=gen_len)
 
-    def repeat(self, *, gen_len: int | None = None, num_requests: int | None = None) -> Totals:
-        """Run all requests once more, or with other new tokens, or only the first few."""
+    def repeat(
+        self,
+        *,
+        gen_len: int | None = None,
+        num_requests: int | None = None,
+        requests: Sequence[Request] | None = None,
+        sink: Sink | None = None,
+    ) -> Totals:
+        """Run all requests once more, or with other new tokens, or only the first few, or others no longer than these.
+
+        `sink` is given their completions.
+        """
         self._generator.warm_up()
         totals = Totals()
-        requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
+        if requests is None:
+            requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
         for batch in self._generator.batches(iter(requests)):
-            totals.add(self._generator.generate(batch, schedule=self.policy.schedule))
+            totals.add(self._generator.generate(batch, sink=sink, schedule=self.policy.schedule))
         self._runs.append(totals)
         return totals
 

@@ -182,7 +182,7 @@ def _cpu_seconds() -> tuple[float, float, float, float]:
         for index, name in enumerate(words[:-1])
         if name in {"throttled_usec", "throttled_time"}
     ]
-    others = busy - time.process_time()
+    others = busy - sum(os.times()[:4])  # of this process and of those it has waited for
     return time.monotonic(), others, times.get("steal", 0.0), sum(stopped)
 
 
