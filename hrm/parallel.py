@@ -12,6 +12,7 @@ that is that many times smaller.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise, zip_longest
 from math import inf
 from typing import NamedTuple
@@ -67,6 +68,7 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
     return tuple(range(low, high) for low, high in pairwise(ends))
 
 
+@lru_cache(maxsize=64)
 def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     """The stage that is planned for all: no real one needs more memory or more time.
 
