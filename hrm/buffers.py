@@ -102,10 +102,10 @@ class Needs:
     @staticmethod
     def of_policy(spec: ModelSpec, policy: Policy, *, batches: int = 1) -> "Needs":
         """What the buffers of one policy depend on."""
-        layers, weights = range(spec.num_layers), policy.formats.weights
-        on_host = sum(policy.host_bytes(spec, layer) for layer in layers)
+        weights, layers = policy.formats.weights, policy.layers_by_form(spec)
+        on_host = sum(len(alike) * policy.host_bytes(spec, alike[0]) for alike in layers)
         # Prefill streams all that decode does.
-        largest = max(policy.streamed_bytes(spec, layer, Phase.PREFILL) for layer in layers)
+        largest = max(policy.streamed_bytes(spec, alike[0], Phase.PREFILL) for alike in layers)
         return Needs(
             spec=spec,
             formats=policy.formats,

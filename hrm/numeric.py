@@ -37,7 +37,10 @@ class Spread:
 
 def maximum(*values: Number) -> Number:
     """Elementwise maximum; stays a plain number, without NumPy, if all arguments are."""
-    if all(isinstance(value, (int, float)) for value in values):
+    for value in values:  # `all` takes twice as long
+        if not isinstance(value, (int, float)):
+            break
+    else:
         return max(values)
     import numpy as np
 
@@ -46,7 +49,10 @@ def maximum(*values: Number) -> Number:
 
 def minimum(*values: Number) -> Number:
     """Elementwise minimum; stays a plain number, without NumPy, if all arguments are."""
-    if all(isinstance(value, (int, float)) for value in values):
+    for value in values:  # `all` takes twice as long
+        if not isinstance(value, (int, float)):
+            break
+    else:
         return min(values)
     import numpy as np
 

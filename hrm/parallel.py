@@ -96,6 +96,7 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
     return tuple(range(low, high) for low, high in pairwise(ends))
 
 
+@lru_cache(maxsize=64)
 def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     """The stage that is planned for all: no real one needs more memory or more time.
 

@@ -264,10 +264,19 @@ class Policy:
 
     def streamed(self, spec: ModelSpec, phase: Phase) -> tuple[bool, ...]:
         """Of each layer, whether weights are loaded before it runs."""
-        forms = list(zip(spec.layers, self.resident_experts, strict=True))
-        layers = {form: layer for layer, form in enumerate(forms)}
-        streams = {form: self.streamed_bytes(spec, layer, phase) > 0 for form, layer in layers.items()}
-        return tuple(streams[form] for form in forms)
+        streams = [False] * spec.num_layers
+        for alike in self.layers_by_form(spec):
+            if self.streamed_bytes(spec, alike[0], phase) > 0:
+                for layer in alike:
+                    streams[layer] = True
+        return tuple(streams)
+
+    def layers_by_form(self, spec: ModelSpec) -> list[list[int]]:
+        """The layers, those together that are of one kind and have as many resident experts."""
+        forms: dict[tuple[int, int], list[int]] = {}
+        for layer, form in enumerate(zip(spec.order, self.resident_experts, strict=True)):
+            forms.setdefault(form, []).append(layer)
+        return list(forms.values())
 
     def streamed_bytes(self, spec: ModelSpec, layer: int, phase: Phase) -> int:
         """Weight bytes of a layer that are loaded before it runs."""

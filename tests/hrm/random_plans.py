@@ -195,10 +195,13 @@ def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
     if rng.random() < 0.3:
         total = rng.randint(0, everything)
         return having(total) if fits(total) else None
-    some = [total for k in range(17) if fits(total := everything * k // 16)]
-    if not some:
+    least_on_gpu, least_on_host = (plan_memory(case.spec, having(total), case.profile) for total in (0, everything))
+    if least_on_gpu.gpu.lacking_bytes or least_on_host.cpu.lacking_bytes:
         return None
-    total, step = max(some), everything // 16 + 1
+    total = next((total for k in range(16, -1, -1) if fits(total := everything * k // 16)), None)
+    if total is None:
+        return None
+    step = everything // 16 + 1
     while step:
         if total + step <= everything and fits(total + step):
             total += step

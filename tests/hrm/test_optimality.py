@@ -30,7 +30,7 @@ GROUPS, A_GROUP = 30, 10
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
     machine = profile or case.profile
-    return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options))
+    return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options), runner_ups=0)
 
 
 @pytest.mark.slow
