@@ -29,13 +29,14 @@ from executor.handlers import (
 from executor.live import LiveBatch
 from executor.loading import Loading
 from executor.model import Architecture
+from executor.model.choices import settle_choices
 from executor.native import kernels
 from hrm.buffers import Purpose
 from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
-from hrm.tasks import Phase, TaskId
+from hrm.tasks import Lane, Phase, TaskId
 
 MAX_SPANS: Final = 200_000  # kept in a trace; totals are exact whatever is left out
 
@@ -236,6 +237,8 @@ class Generator(AbstractGenerator):
 
         def load() -> tuple[HostArenas, RunMemory]:
             torch.set_num_threads(threads)
+            computing = [lane for lane in (Lane.GPU, Lane.CPU) if lane not in backend.streams]
+            settle_choices(arch.spec, getattr(torch, self.policy.dtype), map(backend.lane_threads, computing))
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
             memory.weights.load(source, family, loading)
