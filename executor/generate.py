@@ -31,6 +31,7 @@ from executor.handlers import (
 from executor.live import LiveBatch
 from executor.loading import Loading
 from executor.model import Architecture
+from executor.model.choices import settle_choices
 from executor.native import kernels
 from executor.trace_budget import MAX_SPANS, TraceBudget
 from executor.warm_up import first_layers, small_batch
@@ -39,7 +40,7 @@ from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
-from hrm.tasks import Phase, TaskId
+from hrm.tasks import Lane, Phase, TaskId
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,8 @@ class Generator(AbstractGenerator):
 
         def load() -> tuple[HostArenas, RunMemory]:
             torch.set_num_threads(threads)
+            computing = [lane for lane in (Lane.GPU, Lane.CPU) if lane not in backend.streams]
+            settle_choices(arch.spec, getattr(torch, self.policy.dtype), map(backend.lane_threads, computing))
             host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
             memory = allocate(backend, arch, host)
             memory.weights.load(source, family, backend, loading, whole=arch.whole, rank=arch.rank)

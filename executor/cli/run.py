@@ -101,8 +101,10 @@ def run(
     HF_TOKEN and HF_HUB_OFFLINE say.
 
     EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
-    avx2 (say) takes the native kernels for those instructions. EXECUTOR_SYNCHRONISE=1 waits for
-    every task on a GPU, so that an error names the task that it is of.
+    avx2 (say) takes the native kernels for those instructions. Up to which sizes they are faster than
+    torch is measured once, for a second, and kept in the user's cache folder; EXECUTOR_NATIVE_UP_TO=N
+    sets it. EXECUTOR_SYNCHRONISE=1 waits for every task on a GPU, so that an error names the task
+    that it is of.
     """
     from executor.cli.progress import live_progress, say
     from executor.download import locate

@@ -8,6 +8,7 @@ from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, m
 from executor.batching import Batch
 from executor.errors import RunError
 from executor.generate import Planned
+from executor.model.crossings import adopt
 from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
@@ -99,6 +100,7 @@ def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
     """
     check_formats(policy)
     profile = policy_file.profile
+    adopt(profile)
     name = accelerator_for(options.name, profile)
     machine = emulated_machine(options, policy_file)
     backend = make_backend(name, machine, gpu_memory_bytes=options.gpu_memory_bytes)

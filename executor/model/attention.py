@@ -5,22 +5,43 @@ C tokens of a cache. Queries, keys and values of a token lie in one row of X ele
 a cache holds its keys and then its values, (2, G, d).
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from executor.model.crossings import Trial, Work, native_up_to, random_numbers
 from executor.model.kv_rows import dequantised, is_quantised
 from executor.model.softmax import PLAIN, Softmax, attend, attended
 from executor.model.workspace import Workspace
-from executor.native import has_amx, kernels, paths
+from executor.native import kernels
 from hrm.contract.temporaries import MASK_BLOCK_TOKENS
 from hrm.layers import GroupedQueryAttention
 
-NATIVE_CONTEXT: Final = 2048  # up to here faster than torch's blocks; measured on Zen 4
+CONTEXTS_TRIED: Final = (128, 256, 512, 1024)
+
+
+def max_native_context(dtype: torch.dtype) -> int:
+    """How long the cache may be that the native kernel attends over in prefill, one token after the other."""
+    return native_up_to(PREFILL_ATTENTION, dtype)
+
+
+def _trial(dtype: torch.dtype) -> Trial:
+    block = GroupedQueryAttention(hidden_size=1024, num_heads=8, num_kv_heads=2, head_dim=128)
+    width = block.query_size + 2 * block.kv_size
+
+    def work_of(tokens: int) -> Callable[[], object]:
+        qkv_TX, out_TQ = random_numbers((tokens, width), dtype), torch.empty(tokens, block.query_size, dtype=dtype)
+        cache_C2Gd = torch.empty(tokens, *block.cached_shape, dtype=dtype)
+        nothing = Workspace(torch.empty(0, dtype=torch.uint8))
+        return lambda: prefill_attention(block, qkv_TX, [tokens], [cache_C2Gd], out_TQ, nothing)
+
+    return work_of
+
+
+PREFILL_ATTENTION: Final = Work("attention in prefill", CONTEXTS_TRIED, _trial)
 
 
 def prefill_attention(
@@ -36,7 +57,7 @@ def prefill_attention(
 
     Where a prompt has a cache, its tokens' keys and values are written to the cache's last rows.
     If it has more rows, these are the prompt's earlier tokens, which are attended over as well.
-    On the CPU the native kernel attends over caches up to `NATIVE_CONTEXT`, as to one more request
+    On the CPU the native kernel attends over caches up to `max_native_context`, as to one more request
     with each token; torch does all else, and allocates one prompt's output besides.
     """
     heads, kv_heads = block.num_heads, block.num_kv_heads
@@ -75,7 +96,7 @@ def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor, softm
     native, context = kernels(), len(cache_C2Gd)
     if native is None or not native.takes_attention(qkv_TX, cache_C2Gd, out_TQ):
         return False
-    if context > _max_native_context(cache_C2Gd.dtype):
+    if context > max_native_context(cache_C2Gd.dtype):
         return False
     ends = range(context - len(qkv_TX) + 1, context + 1)
     starts = [softmax.first_seen(end - 1) for end in ends]
@@ -88,15 +109,6 @@ def _attended_natively(qkv_TX: Tensor, cache_C2Gd: Tensor, out_TQ: Tensor, softm
 
 def _float(sinks_H: Tensor | None) -> Tensor | None:
     return None if sinks_H is None else sinks_H.float()
-
-
-@cache
-def _max_native_context(dtype: torch.dtype) -> int:
-    if not paths()[:-1]:  # the portable path is slower for all but the shortest
-        return 0
-    if dtype is torch.bfloat16 and has_amx():
-        return 0  # a guess: torch multiplies in AMX's tiles, we do not
-    return NATIVE_CONTEXT
 
 
 def _after_prefix(q_THd: Tensor, cache_C2Gd: Tensor, out_THd: Tensor, scale: float | None) -> None:

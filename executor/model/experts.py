@@ -3,18 +3,49 @@
 T tokens, D hidden, K experts per token, I intermediate, n tokens that go to one expert.
 """
 
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable
+from itertools import chain, cycle
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from executor.formats import Packed
+from executor.model.crossings import TOKENS_TRIED, Trial, Work, native_up_to, past_caches, random_numbers
 from executor.model.feed_forward import SILU, Glu, Routing
 from executor.model.layout import ExpertWeights
-from executor.model.linear import max_native_tokens, multiply
+from executor.model.linear import PACKED_PRODUCTS, multiply
 from executor.model.workspace import Workspace
 from executor.native import Kernels, kernels
+from hrm.contract.temporaries import ALIGNMENT_BYTES
+
+_HIDDEN: Final = 2048  # of the experts that are tried
+_INTERMEDIATE: Final = 512
+
+
+def max_native_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
+    """How many tokens of an expert at most the native kernels compute."""
+    return native_up_to(PACKED_PRODUCTS if packed else EXPERTS, dtype)
+
+
+def _trial(dtype: torch.dtype) -> Trial:
+    """Tokens that all go to one expert, the next time to the next."""
+    per_expert = 3 * _HIDDEN * _INTERMEDIATE
+    rows_ERD = random_numbers((past_caches(per_expert, dtype), 3 * _INTERMEDIATE, _HIDDEN), dtype)
+    matrices = [(rows[: 2 * _INTERMEDIATE], rows[2 * _INTERMEDIATE :].view(_HIDDEN, -1)) for rows in rows_ERD]
+    next_of = cycle([ExpertWeights(w13, w2) for w13, w2 in matrices])
+
+    def work_of(tokens: int) -> Callable[[], object]:
+        x_TD, out_TD = torch.randn(tokens, _HIDDEN).to(dtype), torch.zeros(tokens, _HIDDEN, dtype=dtype)
+        routing = Routing(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int64))
+        room = tokens * (_HIDDEN + 2 * _INTERMEDIATE + 2 * ALIGNMENT_BYTES) * dtype.itemsize
+        workspace = Workspace(torch.empty(room, dtype=torch.uint8))
+        return lambda: run_experts(x_TD, routing, [(0, next(next_of))], out_TD, workspace)
+
+    return work_of
+
+
+EXPERTS: Final = Work("experts", TOKENS_TRIED, _trial)
 
 
 def run_experts(

@@ -2,6 +2,7 @@
 
 from executor import native
 from executor.backends.base import stage
+from executor.model.choices import choices_of
 from executor.model.linear import project
 from executor.random_weights import random_packed
 from hrm.contract.host_kernels import HostKernels
@@ -19,4 +20,5 @@ def host_kernels() -> HostKernels | None:
         stage=stage,
         pack=random_packed,
         fuses_operators=True,
+        native_up_to=choices_of,
     )

@@ -3,8 +3,8 @@
 T tokens, W width of a token, N rows of the matrix.
 """
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from typing import Final
 
 import torch
@@ -12,31 +12,40 @@ from torch import Tensor
 
 from executor import native
 from executor.formats import Matrix, Packed
+from executor.model.crossings import TOKENS_TRIED, Trial, Work, native_up_to, past_caches, random_numbers
+from executor.random_weights import random_packed
 
-ALWAYS: Final = 1 << 30
+_WIDTH: Final = 2048  # of the square matrices that are tried
+_PACKED_AS: Final = "int8"  # torch writes every format out before it multiplies
 
 
-@cache
 def max_native_tokens(dtype: torch.dtype, *, packed: bool = False) -> int:
-    """How many tokens of that dtype at most the native kernels multiply with a matrix.
+    """How many tokens of that dtype at most the native kernels multiply with a matrix."""
+    return native_up_to(PACKED_PRODUCTS if packed else PRODUCTS, dtype)
 
-    Where they and torch cross depends on what torch finds: `tests/bench/test_native.py` shows it.
-    Weights of a packed matrix torch would have to write out first.
-    """
-    if packed:
-        return 256 if native.has_amx() and dtype is torch.bfloat16 else ALWAYS  # the former is a guess
-    vector_paths = native.paths()[:-1]
-    if not vector_paths:
-        return 8  # a guess: our portable path against a library written for that processor
-    if dtype is torch.bfloat16:
-        if native.has_amx():
-            return 16  # a guess: torch multiplies in AMX's tiles, we do not
-        if "avx512-bf16" in vector_paths:
-            return 1024  # both use its dot products; within 10 % on an AMD EPYC (Zen 4)
-        return ALWAYS  # torch widens as we do; measured on an Intel Xeon
-    if native.is_intel():  # MKL's fast kernels are for Intel's; measured on a Xeon without AMX
-        return {torch.float16: 32, torch.float32: 48}[dtype]
-    return ALWAYS  # measured on an AMD EPYC up to 512
+
+def _trial(matrices: Sequence[Matrix], dtype: torch.dtype) -> Trial:
+    """Products of tokens with the next of the matrices."""
+    next_of = cycle(matrices)
+
+    def work_of(tokens: int) -> Callable[[], object]:
+        x_TW, out_TN = torch.randn(tokens, _WIDTH).to(dtype), torch.empty(tokens, _WIDTH, dtype=dtype)
+        return lambda: project(x_TW, next(next_of), out_TN)
+
+    return work_of
+
+
+def _plain_trial(dtype: torch.dtype) -> Trial:
+    weights_MNW = random_numbers((past_caches(_WIDTH * _WIDTH, dtype), _WIDTH, _WIDTH), dtype)
+    return _trial(weights_MNW.unbind(), dtype)
+
+
+def _packed_trial(dtype: torch.dtype) -> Trial:
+    return _trial([random_packed(_WIDTH, _WIDTH, _PACKED_AS)] * 4, dtype)
+
+
+PRODUCTS: Final = Work("products", TOKENS_TRIED, _plain_trial)
+PACKED_PRODUCTS: Final = Work("products with packed weights", (1, 16, 64, 256), _packed_trial)
 
 
 def project(x_TW: Tensor, weight_NW: Matrix, out_TN: Tensor) -> Tensor:

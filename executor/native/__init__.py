@@ -314,18 +314,6 @@ def paths() -> list[str]:
 
 
 @cache
-def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 in tiles, as torch then does and we do not."""
-    return bool(module() and module().has_amx())
-
-
-@cache
-def is_intel() -> bool:
-    """Whether Intel made the processor: its MKL, which torch calls, chooses its kernels by that."""
-    return bool(module() and module().is_intel())
-
-
-@cache
 def _chosen() -> Kernels | None:
     wanted, possible = os.environ.get(VARIABLE, "1"), paths()
     if wanted == "0" or (wanted == "1" and not possible):

@@ -2,14 +2,22 @@
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
 RUNTIMES: Final = "hrm.host_kernels"  # entry points: functions that return HostKernels or None
+
+
+class Choices(Protocol):
+    """Up to which size a runtime's own kernels do each kind of work, and torch what is larger."""
+
+    def __call__(self, dtypes: "Sequence[str]", threads: int, *, packed: bool) -> "Mapping[str, int]":
+        """What was measured in each of the dtypes on so many threads, of packed weights as well if asked."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +31,7 @@ class HostKernels:
     `stage(target, source)` copies a page of weights. `pack(rows, width, name)` is a matrix of random
     numbers in that packed format, which `multiply` takes as a weight, too. If the runtime
     `fuses_operators`, all experts of a layer take one kernel, not some for each, and so does a norm or
-    rotary embedding.
+    rotary embedding. `native_up_to` tells which work is left to torch.
     """
 
     name: str
@@ -32,6 +40,7 @@ class HostKernels:
     stage: "Callable[[Tensor, Tensor], object]"
     pack: "Callable[[int, int, str], object] | None" = None
     fuses_operators: bool = False
+    native_up_to: Choices | None = None
 
 
 def installed_kernels() -> HostKernels | None:

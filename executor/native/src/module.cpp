@@ -6,10 +6,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#ifdef WITH_X86_PATHS
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -43,25 +39,6 @@ std::vector<const native::Path*> usable_paths() {
 #endif
     paths.push_back(&native::portable_path);
     return paths;
-}
-
-bool has_amx() {
-#ifdef WITH_X86_PATHS
-    constexpr unsigned AMX_BF16 = 1u << 22;
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16);
-#else
-    return false;
-#endif
-}
-
-bool is_intel() {
-#ifdef WITH_X86_PATHS
-    __builtin_cpu_init();
-    return __builtin_cpu_is("intel");
-#else
-    return false;
-#endif
 }
 
 const std::vector<const native::Path*> PATHS = usable_paths();
@@ -158,10 +135,6 @@ NB_MODULE(_kernels, module) {
         for (const native::Path* path : PATHS) names.emplace_back(path->name);
         return names;
     });
-
-    module.def("has_amx", has_amx);
-
-    module.def("is_intel", is_intel);
 
     module.def(
         "decode_attention",

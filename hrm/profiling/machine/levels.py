@@ -22,6 +22,7 @@ RESERVE_SHARE: Final = 0.10
 def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores: int) -> Processor:
     """What was measured of the processor at a level."""
     launch: Timing = results[launch_step(level)]
+    kernels = run.options.kernels
     return Processor(
         name=name,
         cores=cores,
@@ -31,10 +32,19 @@ def processor_of(results: dict[str, Any], level: str, run: Run, name: str, cores
             if (rate := results.get(gemm_step(level, name))) is not None
         },
         attention_bytes_per_s=results[attention_step(level)],
-        attention_request_s=None if run.options.kernels else request_latency(launch),
-        fuses_operators=run.options.kernels is not None and run.options.kernels.fuses_operators,
+        attention_request_s=None if kernels else request_latency(launch),
+        fuses_operators=kernels is not None and kernels.fuses_operators,
+        native_up_to=native_up_to(run, cores),
         launch_latency_s=launch.duration("a layer's small operators, on average"),
     )
+
+
+def native_up_to(run: Run, threads: int) -> dict[str, int]:
+    """What the kernels are chosen by on so many threads of the host; 0 are a GPU."""
+    kernels = run.options.kernels
+    if kernels is None or kernels.native_up_to is None or not threads:
+        return {}
+    return dict(kernels.native_up_to(run.dtypes, threads, packed=bool(run.packed)))
 
 
 def request_latency(launch: "Timing") -> Figure:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from executor import native
-from executor.model import ExpertWeights, Glu, Routing, Workspace, experts, run_experts
+from executor.model import ExpertWeights, Glu, Routing, Workspace, run_experts
+from executor.model.crossings import assumed
 from executor.model.feed_forward import SILU
 from executor.native import Activation
 from tests.executor.model.tolerances import DTYPES, assert_same
@@ -30,8 +31,7 @@ def make(dtype, *, tokens, hidden, intermediate, num_experts, per_token):
 def run(kernels, x, routing, weights, *, max_tokens=10**9, bytes_of_workspace=10**6, glu=SILU):
     out = torch.ones_like(x)
     workspace = Workspace(torch.empty(bytes_of_workspace, dtype=torch.uint8))
-    with native.using(kernels), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "max_native_tokens", lambda *_, **__: max_tokens)
+    with native.using(kernels), assumed(max_tokens):
         counts = run_experts(x, routing, enumerate(weights), out, workspace, glu=glu)
     assert workspace.mark() == 0
     return out, counts

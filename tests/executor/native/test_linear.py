@@ -6,16 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor import native
-from executor.model import linear
+from executor.model.crossings import ALWAYS, assumed
 from executor.model.linear import add_projected, project
 from tests.executor.model.tolerances import DTYPES, assert_same
 from tests.executor.native.support import PATHS, on_threads
 
 
 @pytest.fixture(autouse=True)
-def native_alone(monkeypatch):
+def native_alone():
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "max_native_tokens", lambda *_, **__: 10**9)
+    with assumed(ALWAYS):
+        yield
 
 
 def make(dtype, tokens, width, rows):
@@ -91,33 +92,14 @@ def test_what_cannot_be_computed_is_left_to_torch(path):
     assert_same(product(kernels, x.double(), weight.double()).float(), x @ weight.T)
 
 
-def test_more_tokens_than_ours_are_faster_with_are_left_to_torch(monkeypatch):
+def test_more_tokens_than_ours_are_faster_with_are_left_to_torch():
     x, weight = make(torch.float32, 9, 8, 5)
 
     class Refusing:
         def takes_linear(self, *_):
             return True
 
-    monkeypatch.setattr(linear, "max_native_tokens", lambda *_, **__: 8)
-    assert_same(product(Refusing(), x, weight), x @ weight.T)
-    with pytest.raises(AttributeError, match="linear"):
-        product(Refusing(), x[:8], weight)
-
-
-@pytest.mark.parametrize(
-    ("paths", "amx", "intel", "expected"),
-    [
-        (["avx512-bf16", "avx512", "avx2", "portable"], False, False, (1024, 1 << 30, 1 << 30)),
-        (["avx512", "avx2", "avx512-bf16", "portable"], True, True, (16, 32, 48)),
-        (["avx512", "avx2", "portable"], False, True, (1 << 30, 32, 48)),
-        (["portable"], False, False, (8, 8, 8)),
-        ([], False, False, (8, 8, 8)),
-    ],
-)
-def test_who_multiplies_depends_on_the_processor(monkeypatch, paths, amx, intel, expected):
-    monkeypatch.undo()
-    monkeypatch.setattr(native, "paths", lambda: paths)
-    monkeypatch.setattr(native, "has_amx", lambda: amx)
-    monkeypatch.setattr(native, "is_intel", lambda: intel)
-    decided = linear.max_native_tokens.__wrapped__
-    assert (decided(torch.bfloat16), decided(torch.float16), decided(torch.float32)) == expected
+    with assumed(8):
+        assert_same(product(Refusing(), x, weight), x @ weight.T)
+        with pytest.raises(AttributeError, match="linear"):
+            product(Refusing(), x[:8], weight)
