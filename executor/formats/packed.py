@@ -213,7 +213,7 @@ def read_numbers(form: PackedFormat, cut: Cut, out: Tensor, read: Callable[[Pack
     memory = torch.empty(form.bytes_of(bottom - top, right - left), dtype=torch.uint8)
     packed = packed_in(form, bottom - top, right - left, memory)
     read(packed, Cut(cut.shape, top, left))
-    if packed.shape == out.shape:
+    if packed.shape == out.shape and out.device.type == "cpu":
         packed.dequantised(out)
         return
     meant = packed.dequantised(torch.empty(packed.shape, dtype=out.dtype))

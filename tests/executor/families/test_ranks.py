@@ -38,6 +38,7 @@ from tests.executor.families.test_parity import FAMILIES_UNDER_TEST, STORED_OTHE
 from tests.executor.families.test_quantised import CASES, METHODS, packed
 from tests.executor.families.tiny import SIZES, WEIGHTS, causal, save
 from tests.executor.reference import dequantised
+from tests.executor.runtime.device_tensor import DeviceTensor
 from tests.executor.tiny_models import DBRX, save_tiny
 
 TOKENS: Final = 9
@@ -197,6 +198,21 @@ def test_packed_experts_stay_packed_and_sum_up(tmp_path: Path, name: str) -> Non
         assert_the_same_model(family, checkpoint, arch, 2)
         for layer in arch.spec.of_rank(2).layers:
             assert not layer.num_experts or kept <= dict(layer.packed).keys()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_rank_on_a_device_has_the_same_weights(tmp_path: Path, name: str) -> None:
+    """The device's tensors are as strict as CUDA's, which are not computed with beside those of the host."""
+    family, checkpoint, arch = opened(packed(PACKED[name], tmp_path / "model").folder)
+    spec = arch.spec.of_rank(2)
+    layer = spec.layers[-1]
+    with checkpoint:
+        for tensors, *place in ((dense_tensors(layer), len(spec.layers) - 1), (expert_tensors(layer), 1, 2)):
+            here = torch.zeros(num_elements(tensors, torch.bfloat16), dtype=torch.bfloat16)
+            there = DeviceTensor(here.clone())
+            for flat in (here, there):
+                family.load(checkpoint, arch.spec, tensors, flat, *place, part=RankPart(spec, 1))
+            assert there.inner.view(torch.int16).equal(here.view(torch.int16))
 
 
 @pytest.mark.parametrize("name", GGUF)
