@@ -137,6 +137,12 @@ class Engine:
         }
 
     @property
+    def under_way(self) -> tuple[Task, ...]:
+        """The tasks that lanes are at, for whoever looks from another thread."""
+        tasks = (worker.under_way for worker in tuple(self._workers.values()))
+        return tuple(task for task in tasks if task is not None)
+
+    @property
     def seconds(self) -> float:
         """Since the current run began."""
         return perf_counter() - self.origin_s - self._start_s

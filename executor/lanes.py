@@ -167,6 +167,7 @@ class LaneWorker:
         self.queued: deque[Queued] = deque()
         self._reached: tuple[AbstractMark, float] | None = None
         self._since_s: float | None = None
+        self._last: Task | None = None
         self._origin_s = 0.0
         self._thread = threading.Thread(target=self._work, name=f"lane-{lane}", daemon=True)
         self._ready = new_latch()
@@ -205,6 +206,13 @@ class LaneWorker:
                 queued_s = max(queued_s, self._reached[1] + self._origin_s)
             since_s = queued_s if since_s is None else min(since_s, queued_s)
         return 0.0 if since_s is None else max(perf_counter() - since_s, 0.0)
+
+    @property
+    def under_way(self) -> Task | None:
+        """The task under way, of what is queued on a device the first; None if there is none. From any thread."""
+        with suppress(IndexError):  # the lane may take the last one off meanwhile
+            return self.queued[0].task
+        return None if self._since_s is None else self._last
 
     def settle(self, run: GraphRun, left: int = 0) -> None:
         """Wait until no more than `left` of the tasks that were queued can still be going on.
@@ -261,6 +269,7 @@ class LaneWorker:
                     run.fail(other.task, error, perf_counter())
         # After a failure nothing is run any more, but every latch still opens in order.
         if not run.stopped:
+            self._last = task
             start_s = self._since_s = perf_counter()
             try:
                 num_bytes = run.handlers[task.id.act](task)
@@ -278,6 +287,7 @@ class LaneWorker:
             wait_for(other.done)
         if run.stopped:
             return
+        self._last = task
         queued_s = self._since_s = perf_counter()
         try:
             for other in ticket.waits:

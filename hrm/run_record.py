@@ -149,6 +149,16 @@ class LevelRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankRecord:
+    """What one of the other ranks did in a run on several GPUs, beside rank 0."""
+
+    rank: int
+    load_s: float = 0.0
+    phases: dict[str, PhaseRecord]
+    memory: dict[str, LevelRecord]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRecord:
     """How many spans are in the trace beside run.json, and how many there was no room for."""
 
@@ -162,7 +172,8 @@ class RunRecord:
 
     `policy_file` is what was run but for its order, which is `schedule`. If that is not quite what
     was given, `notice` says why. `sampling_defaults` are what requests got that did not say, those of
-    OpenAI's API left out. `routed_tokens[i][e]` counts what layer i sent to expert e.
+    OpenAI's API left out. `routed_tokens[i][e]` counts what layer i sent to expert e. On several GPUs
+    `ranks` are the others than rank 0, whose phases and memory stand for all.
     """
 
     schema: int = RUN_SCHEMA
@@ -179,6 +190,7 @@ class RunRecord:
     workload: WorkloadRecord
     phases: dict[str, PhaseRecord]
     memory: dict[str, LevelRecord]
+    ranks: list[RankRecord] = field(default_factory=list[RankRecord])
     batches: list[BatchRecord]
     routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
     trace: TraceRecord | None = None
@@ -218,15 +230,17 @@ def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
     names = {"phases": [x.value for x in Phase], "schedule": [x.value for x in ScheduleName]}
     if record.schedule not in names["schedule"]:
         yield "schedule", record.schedule, f"must be one of {', '.join(names['schedule'])}"
-    for phase, of_phase in record.phases.items():
-        for where, given, known in (
-            ("phases", [phase], names["phases"]),
-            (f"phases.{phase}.kinds", of_phase.kinds, NAMES),
-            (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
-        ):
-            for name in given:
-                if name not in known:
-                    yield where, name, f"must be of {', '.join(known)}"
+    others = ((f"ranks[{index}].", rank.phases) for index, rank in enumerate(record.ranks))
+    for prefix, phases in (("", record.phases), *others):
+        for phase, of_phase in phases.items():
+            for where, given, known in (
+                ("phases", [phase], names["phases"]),
+                (f"phases.{phase}.kinds", of_phase.kinds, NAMES),
+                (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
+            ):
+                for name in given:
+                    if name not in known:
+                        yield f"{prefix}{where}", name, f"must be of {', '.join(known)}"
     for index, batch in enumerate(record.batches):
         if batch.requests < 1:
             yield f"batches[{index}].requests", batch.requests, "must be at least 1"

@@ -5,13 +5,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from hrm.acts import ACTS
 from hrm.buffers import Purpose
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.hardware import HardwareProfile
 from hrm.parallel import part_for
 from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName
-from hrm.run_record import RunRecord, WorkloadRecord
+from hrm.run_record import KindTotal, RunRecord, WorkloadRecord
 from hrm.scaling import paced
 from hrm.tasks import Lane, Phase
 from hrm.trace import Trace
@@ -56,13 +57,26 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """A run against its prediction: every kind of task and every lane that was predicted or run."""
+    """A run against its prediction: every kind of task and every lane that was predicted or run.
+
+    On several GPUs these are rank 0's, and `rank_s` has what every rank did beside waiting for others and summing up
+    with them.
+    """
 
     run: RunRecord
     tokens_per_s: Comparison
     phase_tokens_per_s: dict[Phase, Comparison]
     kind_s: dict[tuple[Phase, str], Comparison]
     lane_s: dict[tuple[Phase, Lane], Comparison]
+    rank_s: dict[tuple[Phase, int], Comparison]
+
+    @property
+    def slowest_rank(self) -> int | None:
+        """The rank that the others wait for most; None if there is one only."""
+        own_s: dict[int, float] = {}
+        for (_, rank), comparison in self.rank_s.items():
+            own_s[rank] = own_s.get(rank, 0.0) + comparison.measured
+        return max(own_s, key=lambda rank: own_s[rank], default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Everything compared; errors are shares of the measured figure."""
@@ -74,6 +88,8 @@ class Validation:
             "phase_tokens_per_s": {phase.value: both.to_json() for phase, both in self.phase_tokens_per_s.items()},
             "lane_s": _by_phase({(p, lane.value): c for (p, lane), c in self.lane_s.items()}),
             "kind_s": _by_phase(self.kind_s),
+            "rank_s": _by_phase({(phase, str(rank)): c for (phase, rank), c in self.rank_s.items()}),
+            "slowest_rank": self.slowest_rank,
             "memory": self.run.memory,
         }
 
@@ -106,7 +122,29 @@ def validate(run: RunRecord) -> Validation:
             {(phase, Lane(name)): lane.busy_s for phase in Phase for name, lane in run.phase(phase).lanes.items()},
             predicted.lane_s,
         ),
+        rank_s={
+            (phase, rank): Comparison(
+                measured=_own_seconds(phase, {name: kind.seconds for name, kind in kinds.items()}),
+                predicted=_own_seconds(phase, {name: s for (p, name), s in predicted.kind_s.items() if p is phase}),
+            )
+            for phase in Phase
+            for rank, kinds in _kinds_of_ranks(run, phase).items()
+        },
     )
+
+
+def _kinds_of_ranks(run: RunRecord, phase: Phase) -> dict[int, dict[str, KindTotal]]:
+    """The tasks of each rank in a phase; none if there is one rank only."""
+    if not run.ranks:
+        return {}
+    others = {rank.rank: rank.phases[phase.value].kinds for rank in run.ranks if phase.value in rank.phases}
+    return {0: run.phase(phase).kinds, **others}
+
+
+def _own_seconds(phase: Phase, kind_s: Mapping[str, float]) -> float:
+    """Seconds of the tasks in which a rank does not wait for others: all but sums and the choice of tokens."""
+    together = {act.name for act in ACTS[phase] if act.reduces or act.ends_step}
+    return sum(seconds for name, seconds in kind_s.items() if name not in together)
 
 
 def _beside(measured_s: Mapping[_Row, float], predicted_s: Mapping[_Row, float]) -> dict[_Row, Comparison]:

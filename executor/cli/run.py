@@ -32,6 +32,11 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
 @click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
 @accelerator_options
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="GPUs of this machine, a process each [default: as many as the policy was solved for].",
+)
 @enum_option("--schedule", kind=ScheduleName, help="Run the policy in this order [default: the policy's].")
 @click.option("--seed", default=0, show_default=True, help="For requests without one.")
 @click.option(
@@ -69,6 +74,7 @@ def run(
     input_: Path,
     output_dir: Path,
     accelerator: "AcceleratorOptions",
+    gpus: int | None,
     schedule: ScheduleName | None,
     seed: int,
     sampling_defaults: "SamplingSource",
@@ -93,6 +99,11 @@ def run(
     --resume goes on where a run was cut short, with what is not answered yet, errors included: they
     are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 
+    A policy for several GPUs in tensor parallel is run by a process for each, on its share of the cores,
+    which are started here, or by torchrun --no-python --nproc-per-node N executor run .... When one of
+    them fails, or does not come to where the others wait for it within EXECUTOR_RANK_TIMEOUT seconds,
+    30 by default, all end, and what was finished is kept.
+
     With --ray every worker holds an engine of its own, on a machine like the policy's, and must see
     model and policy under the same names; answers come here as they end, each once, and workers that
     die are replaced. A request with which two engines died, the second time alone, is left out.
@@ -110,7 +121,15 @@ def run(
     from executor.download import locate
     from executor.errors import RunError
     from executor.job import JobOptions, JobProgress, run_job
+    from executor.ranks.cores import is_another_rank
 
+    if is_another_rank():
+        from executor.job.rank import JobRank
+        from executor.ranks.worker import serve
+
+        serve(JobRank)
+    if gpus is not None and ray_address is not None:
+        raise RunError("--gpus", gpus, "are those of one machine, without --ray", "leave out one of them")
     if workers is not None and ray_address is None:
         raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
 
@@ -124,6 +143,7 @@ def run(
             input=input_,
             output_dir=output_dir,
             accelerator=accelerator,
+            gpus=gpus,
             schedule=schedule,
             seed=seed,
             sampling_defaults=sampling_defaults,

@@ -21,7 +21,7 @@ from executor.group.store import LOOP, meet
 from executor.guard import in_a_line
 
 TIMEOUT: Final = "EXECUTOR_RANK_TIMEOUT"
-_DEFAULT_TIMEOUT_S: Final = 300.0
+_DEFAULT_TIMEOUT_S: Final = 30.0
 _NEVER: Final = timedelta(days=365)
 _LOOK_S: Final = 1e-3  # between two looks for a message, so that Ctrl-C gets through
 

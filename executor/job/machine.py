@@ -18,7 +18,7 @@ from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
-from hrm.policy_file import PolicyFile, policy_file_of
+from hrm.policy_file import PolicyFile, policy_file_of, profile_hash
 from hrm.profiling.environment import available_ram_bytes
 from hrm.schedules import Pipeline
 from hrm.tasks import Phase, TaskId
@@ -80,6 +80,20 @@ def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
         )
 
 
+def part_of_file(policy_file: PolicyFile) -> PolicyFile:
+    """What one process runs: the policy file, or that of one of several ranks, with its part of model and machine.
+
+    Raises PolicyError if the policy was made for another part.
+    """
+    spec, profile = policy_file.part
+    if profile is policy_file.profile:
+        return policy_file
+    budgets = {name: size // policy_file.profile.num_gpus for name, size in policy_file.memory_budget_bytes.items()}
+    return replace(
+        policy_file, model=spec, profile=profile, profile_hash=profile_hash(profile), memory_budget_bytes=budgets
+    )
+
+
 def check_formats(policy: Policy) -> None:
     """Raise PolicyError unless weights and KV cache have the format of compute, or the cache is quantised."""
     runs = (("weight_format", policy.weight_format, ()), ("kv_format", policy.kv_format, (*SCALED_KV_FORMATS,)))
@@ -93,13 +107,21 @@ def check_formats(policy: Policy) -> None:
             )
 
 
-def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy) -> Prepared:
+def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy, *, ranks: int = 1) -> Prepared:
     """The memory plan against the budgets, and the backend; before anything large is touched.
 
-    Raises PolicyError if the policy does not fit and RunError if the accelerator cannot be had.
+    The policy file is that of one process, of which there will be so many `ranks`. Raises PolicyError if the policy
+    does not fit, and RunError if the accelerator cannot be had or there are several.
     """
     check_formats(policy)
     profile = policy_file.profile
+    if profile.num_gpus > 1:
+        raise RunError(
+            "policy: profile.num_gpus",
+            profile.num_gpus,
+            "are run by executor run only, a process each",
+            "use that, or solve the policy for one GPU",
+        )
     adopt(profile)
     name = accelerator_for(options.name, profile)
     machine = emulated_machine(options, policy_file)
@@ -110,7 +132,7 @@ def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
         _check_for_cuda(name, profile, options)
         backend.check_dtype(policy.dtype)
     backend.check_room(plan.gpu.planned_bytes)
-    needed_bytes = _host_bytes(plan, backend)
+    needed_bytes = ranks * _host_bytes(plan, backend)
     available = available_ram_bytes()
     if needed_bytes > available:
         raise PolicyError(
@@ -156,7 +178,7 @@ def as_run(policy_file: PolicyFile, policy: Policy, pageable: Sequence[str]) -> 
 
 def accelerator_for(name: str, profile: HardwareProfile) -> str:
     """The accelerator that is meant: `auto` is the GPU that the policy was solved for, if there."""
-    if name == "auto" and profile.accelerator == "cuda" and profile.num_gpus == 1:
+    if name == "auto" and profile.accelerator == "cuda":
         index = cuda_index_of(profile.top.processor.name)
         if index is not None:
             return f"cuda:{index}"
@@ -170,13 +192,6 @@ def _check_for_cuda(name: str, profile: HardwareProfile, options: AcceleratorOpt
             name,
             "needs a policy for two levels of memory, and this one has one",
             "solve it for a profile with a GPU, say of hrm profile --accelerator cuda:0",
-        )
-    if profile.num_gpus > 1:
-        raise RunError(
-            "--accelerator",
-            name,
-            f"is one GPU, and the policy was solved for {profile.num_gpus}",
-            "solve it for one of them",
         )
     if options.link_bytes_per_s is not None:
         raise RunError(

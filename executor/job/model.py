@@ -10,8 +10,10 @@ from executor.batching import Completion, Placed
 from executor.checkpoint import Checkpoint
 from executor.families import Family, family_for
 from executor.generate import AbstractGenerator, Generator, NullGenerator
+from executor.group import Group
 from executor.guard import in_a_line, is_of_one_request
-from executor.job.machine import Prepared, check_model, predicted_seconds
+from executor.handlers import EndOfText
+from executor.job.machine import Prepared, check_model, part_of_file, predicted_seconds
 from executor.job.outputs import completion_line, failed_line, logprobs_json, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
@@ -25,7 +27,10 @@ from hrm.policy_file import PolicyFile
 @final
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A checkpoint, its policy, and what makes requests of lines and texts of tokens."""
+    """A checkpoint, its policy, and what makes requests of lines and texts of tokens.
+
+    `part` is the policy file of this process, and `own` its architecture: those of rank 0, if there are several.
+    """
 
     checkpoint: Checkpoint
     family: Family
@@ -33,29 +38,40 @@ class OpenModel:
     policy_file: PolicyFile
     policy: Policy
     reader: LineReader
+    part: PolicyFile
+    own: Architecture
 
     @property
     def defaults(self) -> SamplingDefaults:
         """What requests that do not say are sampled with."""
         return self.reader.defaults
 
-    def generator(self, prepared: Prepared, loading: Loading | None = None) -> AbstractGenerator:
-        """What runs batches, with its weights loaded."""
+    def generator(
+        self,
+        prepared: Prepared,
+        loading: Loading | None = None,
+        *,
+        stops: EndOfText | None = None,
+        group: Group | None = None,
+    ) -> AbstractGenerator:
+        """What runs batches in this process, with its weights loaded; in a `group` it is that of rank 0."""
         backend, planned = prepared.backend, prepared.planned
         if backend.name == "null":
-            return NullGenerator(backend, self.arch, planned, predicted_seconds(self.policy_file, planned.policy))
+            return NullGenerator(backend, self.own, planned, predicted_seconds(self.part, planned.policy))
         return Generator(
             backend,
-            self.arch,
+            self.own,
             planned,
             family=self.family,
             source=self.checkpoint,
             staged=prepared.staged,
-            stops=self._stops,
+            stops=stops or self.stops,
             loading=loading,
+            group=group,
         )
 
-    def _stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
+    def stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
+        """Whether the tokens of a request hold one of its stop texts."""
         tokenizer, request = self.reader.tokenizer, placed.request
         assert tokenizer is not None, "checked when the request was read"
         return tokenizer.has_stopped(request.prompt, tokens, request.params.stop)
@@ -100,4 +116,6 @@ def opened(
         defaults = SamplingDefaults.of(sampling, checkpoint.folder)
         reader = LineReader(checkpoint.folder, room, seed, tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
-        yield OpenModel(checkpoint, family, arch, policy_file, policy, reader)
+        part = part_of_file(policy_file)
+        own = arch if part is policy_file else arch.of_rank(0, part.model)
+        yield OpenModel(checkpoint, family, arch, policy_file, policy, reader, part, own)

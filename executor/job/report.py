@@ -24,6 +24,7 @@ from hrm.run_record import (
     LevelRecord,
     ModelRecord,
     PhaseRecord,
+    RankRecord,
     RunRecord,
     TotalsRecord,
     TraceRecord,
@@ -231,6 +232,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def rank_record(rank: int, generator: AbstractGenerator, totals: Totals) -> RankRecord:
+    """What one of the other ranks did."""
+    return RankRecord(
+        rank=rank,
+        load_s=generator.load_s,
+        phases={phase.value: totals.phases[phase].record for phase in Phase},
+        memory=memory_record(generator.plan, generator.peak_bytes),
+    )
+
+
 def run_record(
     generator: AbstractGenerator,
     policy_file: PolicyFile,
@@ -243,6 +254,7 @@ def run_record(
     schedule: ScheduleName | None = None,
     num_spans: int = 0,
     sampling_defaults: Mapping[str, float] | None = None,
+    ranks: Sequence[RankRecord] = (),
 ) -> RunRecord:
     """All that is known of a generator's run under its own schedule or another.
 
@@ -266,6 +278,7 @@ def run_record(
         workload=totals.workload,
         phases={phase.value: totals.phases[phase].record for phase in Phase},
         memory=memory_record(generator.plan, generator.peak_bytes),
+        ranks=list(ranks),
         batches=totals.batches + totals.further,
         routed_tokens=totals.routed_tokens,
         trace=TraceRecord(spans=num_spans, spans_left_out=totals.spans_left_out),

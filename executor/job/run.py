@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,8 @@ from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.input_file import check_input
-from executor.job.machine import AcceleratorOptions, Prepared, as_run, prepare
+from executor.job.launch import Finish, Launch, launching
+from executor.job.machine import AcceleratorOptions, as_run
 from executor.job.model import OpenModel, opened
 from executor.job.outputs import OUTPUTS, RunDirectory, rejected_line
 from executor.job.progress import Forecast, JobProgress
@@ -29,7 +30,7 @@ from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-from hrm.run_record import RunRecord
+from hrm.run_record import RankRecord, RunRecord
 from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
@@ -41,7 +42,10 @@ Answer = Callable[[Iterator[Request], OutputWriter, JobProgress], object]  # run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What `executor run` is told; `model_name` is how the model is called, if not by its folder."""
+    """What `executor run` is told; `model_name` is how the model is called, if not by its folder.
+
+    `gpus` must be as many as the policy was solved for, and need not be said.
+    """
 
     model: Path
     model_name: str = ""
@@ -49,6 +53,7 @@ class JobOptions:
     input: Path
     output_dir: Path
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
+    gpus: int | None = None
     schedule: ScheduleName | None = None
     seed: int = 0
     sampling_defaults: SamplingSource = "model"
@@ -67,33 +72,36 @@ def run_job(options: JobOptions, progress: JobProgress | None = None, answer: An
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
     check_input(options.input)
-    with opened(
-        options.model,
-        policy_file,
-        name=options.model_name,
-        policy_path=options.policy,
-        schedule=options.schedule,
-        seed=options.seed,
-        sampling=options.sampling_defaults,
-        tell=progress.tell,
-    ) as model:
-        prepared = prepare(options.accelerator, policy_file, model.policy) if answer is None else None
+    with ExitStack() as stack:
+        model = stack.enter_context(
+            opened(
+                options.model,
+                policy_file,
+                name=options.model_name,
+                policy_path=options.policy,
+                schedule=options.schedule,
+                seed=options.seed,
+                sampling=options.sampling_defaults,
+                tell=progress.tell,
+            )
+        )
+        launch = stack.enter_context(launching(options.accelerator, model, options.gpus)) if answer is None else None
         identity = Identity.of(
             model.checkpoint,
             model.policy,
             seed=options.seed,
-            computed=(prepared.backend.name if prepared else options.accelerator.name) != "null",
+            computed=(launch.prepared.backend.name if launch else options.accelerator.name) != "null",
             sampling=model.defaults,
         )
-        with RunDirectory(options.output_dir, resume=options.resume) as directory:
-            job = _Job(options, policy_file, model, directory)
-            if not job.prepare(progress, identity):
-                return None
-            if prepared is None:
-                assert answer is not None
-                job.have_answered(progress, answer)
-                return None
-            return job.run(progress, prepared)
+        directory = stack.enter_context(RunDirectory(options.output_dir, resume=options.resume))
+        job = _Job(options, policy_file, model, directory)
+        if not job.prepare(progress, identity):
+            return None
+        if launch is not None:
+            return job.run(progress, launch)
+        assert answer is not None
+        job.have_answered(progress, answer)
+        return None
 
 
 @final
@@ -104,6 +112,7 @@ class _Job:
         self._options, self._policy_file = options, policy_file
         self._model, self._reader, self._directory = model, model.reader, directory
         self._totals = Totals()
+        self._ranks: list[RankRecord] = []  # others than this process
         self._survey = Survey()
         self._succeeded = self._failed = 0  # lines of requests that were run, here or elsewhere
         self._reasons: list[str] = []  # why the first requests that failed did so
@@ -195,10 +204,13 @@ class _Job:
         if failure is not None:
             raise failure
 
-    def run(self, progress: JobProgress, prepared: Prepared) -> RunRecord:
+    def run(self, progress: JobProgress, launch: Launch) -> RunRecord:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
-        generator = self._model.generator(prepared, progress.loading)
+        with launch.loaded(progress.loading) as (generator, finish):
+            return self._run(progress, generator, finish)
+
+    def _run(self, progress: JobProgress, generator: AbstractGenerator, finish: Finish) -> RunRecord:
         self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
         if generator.notice:
             progress.tell(generator.notice)
@@ -225,6 +237,9 @@ class _Job:
                     self._add(result)
                     progress.end_batch(result)
                 writer.flush()
+                for report in finish():
+                    self._ranks.append(report.record)
+                    self._trace.add(report.spans_since(generator.engine.origin_s), rank=report.record.rank)
         except BaseException as error:
             outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(JobError):  # a full disk: what went wrong first is what is told
@@ -316,6 +331,7 @@ class _Job:
             message=message,
             num_spans=self._trace.num_spans,
             sampling_defaults=self._reader.defaults.values,
+            ranks=self._ranks,
         )
         self._directory.write(RUN_JSON, json.dumps(msgspec.to_builtins(record), indent=2) + "\n")
         return record

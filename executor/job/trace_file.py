@@ -34,16 +34,17 @@ class TraceFile:
         names = ",\n".join(json.dumps(event) for event in chrome_events(()))
         self._append(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{names}')
 
-    def add(self, spans: Sequence[Span]) -> None:
-        """Append spans."""
+    def add(self, spans: Sequence[Span], *, rank: int = 0) -> None:
+        """Append spans, those of another rank than 0 as another process."""
         if self.is_given_up:
             return
         self.num_spans += len(spans)
         with self._giving_up(self._path):
             for first in range(0, len(spans), SPANS_AT_ONCE):
-                events = chrome_events(spans[first : first + SPANS_AT_ONCE])
-                # The names of the lanes come again each time and are there already.
-                self._append("".join(f",\n{json.dumps(e)}" for e in events if e["ph"] == "X"))
+                events = chrome_events(spans[first : first + SPANS_AT_ONCE], process=f"rank {rank}", pid=rank)
+                # The names of the lanes come again each time, and need only once be there.
+                with_names = rank > 0 and first == 0
+                self._append("".join(f",\n{json.dumps(e)}" for e in events if e["ph"] == "X" or with_names))
 
     def end(self, to: Path) -> None:
         """Write what makes it whole, and give it its name."""

@@ -141,7 +141,7 @@ def _end(code: int, text: str, chart: str | None = None) -> NoReturn:
     """Exit after a line on standard error, if that still has a reader."""
     with suppress(OSError):
         click.echo(" ".join(text.split()), err=True)
-        if chart is not None:
+        if chart:
             click.echo(chart, err=True)
     sys.exit(code)
 

@@ -51,10 +51,17 @@ def print_validation(validation: Validation) -> None:
             if p is phase:
                 name = kind.lower().replace("_", " ")
                 _add(table, f"    {NAMES[kind]} {name}", comparison, format_seconds)
+        for (p, rank), comparison in validation.rank_s.items():
+            if p is phase:
+                slowest = ", the slowest" if rank == validation.slowest_rank else ""
+                _add(table, f"  rank {rank}, all but sums{slowest}", comparison, format_seconds)
     console.print(table)
     console.print()
     memory = plain_table("memory", "peak", "planned", "capacity")
-    for name, level in run.memory.items():
+    levels = {**run.memory}
+    for other in run.ranks:
+        levels |= {f"{name}, rank {other.rank}": level for name, level in other.memory.items()}
+    for name, level in levels.items():
         memory.add_row(
             name,
             format_bytes(level.peak_total_bytes),

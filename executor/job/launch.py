@@ -1,0 +1,90 @@
+"""How a job's generator comes about: in this process alone, or as that of rank 0, with the others beside it."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+from executor.errors import RunError
+from executor.generate import AbstractGenerator
+from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, prepare
+from executor.job.model import OpenModel
+from executor.job.rank import RankJob, RankReport
+from executor.loading import Loading
+from executor.ranks.cores import own_cores, started_by_torchrun
+from executor.ranks.generator import RankedGenerator, Ranks
+from executor.ranks.messages import telling
+from hrm.policy_file import PolicyFile
+
+WORKER: Final = "executor.job.rank"
+
+Finish = Callable[[], list[RankReport]]  # tells the other ranks that there is no more, and what each has done
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a generator is made from, and of how many ranks it is the first, which share out these cores."""
+
+    model: OpenModel
+    prepared: Prepared
+    ranks: int
+    accelerator: AcceleratorOptions
+    cpus: set[int]
+
+    @contextmanager
+    def loaded(self, loading: Loading) -> Iterator[tuple[AbstractGenerator, Finish]]:
+        """The generator with its weights loaded; other ranks live within the context."""
+        if self.ranks == 1:
+            yield self.model.generator(self.prepared, loading), list
+            return
+        model = self.model
+        job = RankJob(
+            model=model.checkpoint.folder,
+            model_name=model.arch.spec.name,
+            policy_file=replace(model.policy_file, policy=model.policy),
+            accelerator=self.accelerator,
+            eos_token_ids=model.arch.eos_token_ids,
+        )
+        with Ranks(self.ranks, job.encode(), module=WORKER, cpus=self.cpus) as ranks:
+            group = ranks.group
+            with ranks.named():
+                own = model.generator(self.prepared, loading, stops=telling(group, model.stops), group=group)
+            ranks.ready(own)
+            yield RankedGenerator(ranks, own, model.arch), lambda: [RankReport.decode(one) for one in ranks.finish()]
+
+
+@contextmanager
+def launching(options: AcceleratorOptions, model: OpenModel, gpus: int | None) -> Iterator[Launch]:
+    """All that can be known before anything large is touched, on rank 0's share of the cores.
+
+    Raises PolicyError if the policy does not fit, and RunError if the accelerator cannot be had or if there are not as
+    many `gpus`, or ranks of torchrun, as the policy was solved for.
+    """
+    size = _ranks_of(model.policy_file, gpus)
+    if size == 1 or options.name == "null":
+        prepared = prepare(options, model.part, model.policy)
+        yield Launch(model, prepared, 1, options, set())
+        return
+    options = replace(options, name=accelerator_for(options.name, model.part.profile))
+    with own_cores(0, size) as cpus:
+        yield Launch(model, prepare(options, model.part, model.policy, ranks=size), size, options, cpus)
+
+
+def _ranks_of(policy_file: PolicyFile, gpus: int | None) -> int:
+    """How many ranks the policy is for; RunError if there are to be others."""
+    count = policy_file.profile.num_gpus
+    given = {"--gpus": gpus, "torchrun: --nproc-per-node": _processes_of_torchrun()}
+    for where, number in given.items():
+        if number not in (None, count):
+            raise RunError(
+                where,
+                number,
+                f"must be {count}, which the policy was solved for",
+                "correct it, or solve the policy again with hrm search --gpus",
+            )
+    return count
+
+
+def _processes_of_torchrun() -> int | None:
+    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else None

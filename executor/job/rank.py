@@ -1,0 +1,152 @@
+"""What ranks of a job tell one another of it, and `python -m executor.job.rank`: one of them other than 0."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import msgspec
+
+from executor.checkpoint import Checkpoint
+from executor.families import family_for
+from executor.generate import AbstractGenerator, BatchResult, Generator
+from executor.group import Group
+from executor.job.machine import AcceleratorOptions, part_of_file, prepare
+from executor.job.report import Totals, rank_record
+from executor.ranks.messages import told
+from executor.ranks.worker import end_with_parent, serve
+from hrm.acts import act_named
+from hrm.policy_file import PolicyFile
+from hrm.run_record import RankRecord
+from hrm.strict import decode_strictly
+from hrm.tasks import Lane, Phase, TaskId
+from hrm.trace import Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankJob:
+    """All that another rank needs to know of a job; `eos_token_ids` are those that the tokenizer names too."""
+
+    model: Path
+    model_name: str
+    policy_file: PolicyFile
+    accelerator: AcceleratorOptions
+    eos_token_ids: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        """As a message."""
+        return msgspec.json.encode(replace(self, model=self.model.absolute()), enc_hook=str)
+
+    @staticmethod
+    def decode(message: bytes) -> "RankJob":
+        """Of a message."""
+        plain: dict[str, Any] = msgspec.json.decode(message)
+        policy_file = decode_strictly(plain.pop("policy_file"), PolicyFile, "the policy of rank 0")
+        return RankJob(
+            model=Path(plain["model"]),
+            model_name=plain["model_name"],
+            policy_file=policy_file,
+            accelerator=AcceleratorOptions(**plain["accelerator"]),
+            eos_token_ids=tuple(plain["eos_token_ids"]),
+        )
+
+
+class PlainSpan(msgspec.Struct, frozen=True, array_like=True):
+    """A span whose act goes by its names; its place is layer, index and step."""
+
+    phase: Phase
+    name: str
+    lane: Lane
+    place: tuple[int, int, int]
+    start_s: float
+    end_s: float
+    batch: int
+    num_bytes: int
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank did until its end: the record, and the spans of its trace, in seconds since `origin_s`."""
+
+    record: RankRecord
+    origin_s: float
+    spans: list[PlainSpan]
+
+    @staticmethod
+    def of(record: RankRecord, generator: AbstractGenerator, spans: Sequence[Span]) -> "RankReport":
+        """The report of a generator's rank."""
+        plain = [
+            PlainSpan(s.phase, s.id.act.name, s.lane, s.id[1:], s.start_s, s.end_s, s.batch, s.num_bytes) for s in spans
+        ]
+        return RankReport(record=record, origin_s=generator.engine.origin_s, spans=plain)
+
+    def encode(self) -> bytes:
+        """As a message."""
+        return msgspec.json.encode(self)
+
+    @staticmethod
+    def decode(message: bytes) -> "RankReport":
+        """Of a message."""
+        return msgspec.json.decode(message, type=RankReport)
+
+    def spans_since(self, origin_s: float) -> list[Span]:
+        """The spans, in seconds since another moment of the machine's clock."""
+        later_s = self.origin_s - origin_s
+        return [
+            Span(
+                TaskId(act_named(s.phase, s.name, s.lane), *s.place),
+                s.start_s + later_s,
+                s.end_s + later_s,
+                s.batch,
+                s.num_bytes,
+            )
+            for s in self.spans
+        ]
+
+
+def for_rank(options: AcceleratorOptions, rank: int) -> AcceleratorOptions:
+    """The accelerator of that rank, given that of rank 0: CUDA devices go by their numbers."""
+    kind, _, first = options.name.partition(":")
+    return replace(options, name=f"cuda:{int(first or 0) + rank}") if kind == "cuda" else options
+
+
+@final
+class JobRank:
+    """A rank other than 0: its part of the model, with the weights loaded, on its part of the machine."""
+
+    def __init__(self, message: bytes, group: Group) -> None:
+        self._rank = group.rank
+        self.generator = _generator(RankJob.decode(message), group)
+        self._totals, self._spans = Totals(), list[Span]()
+
+    def add(self, result: BatchResult) -> None:
+        """Count a batch."""
+        self._totals.add(result)
+        self._spans += [span for part in (result.prefill, result.decode) if part is not None for span in part.spans]
+
+    def report(self) -> bytes:
+        """What it has done, a RankReport."""
+        record = rank_record(self._rank, self.generator, self._totals)
+        return RankReport.of(record, self.generator, self._spans).encode()
+
+
+def _generator(job: RankJob, group: Group) -> AbstractGenerator:
+    part = part_of_file(job.policy_file)
+    with Checkpoint.open(job.model, job.model_name) as checkpoint:
+        family = family_for(checkpoint.config, checkpoint.config_path)
+        arch = family.architecture(checkpoint.config, checkpoint.config_path)
+        prepared = prepare(for_rank(job.accelerator, group.rank), part, part.policy)
+        return Generator(
+            prepared.backend,
+            replace(arch, eos_token_ids=job.eos_token_ids).of_rank(group.rank, part.model),
+            prepared.planned,
+            family=family,
+            source=checkpoint,
+            staged=prepared.staged,
+            stops=told(group),
+            group=group,
+        )
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    serve(JobRank)
