@@ -1,4 +1,7 @@
-"""Python runs this first where it is on the path: profiling a machine is then done in a second, searches are rough."""
+"""Python runs this first where it is on the path.
+
+Profiling a machine is then done in a second, searches are rough, and axes have few points.
+"""
 
 import sys
 
@@ -14,3 +17,13 @@ elif any("ipykernel" in word for word in sys.orig_argv):
     for name in ("BUDGET", "LARGEST_BUDGET"):
         setattr(bound, name, 2000)
     choose.MAX_SIMULATED, polish.ROUNDS = 4, 0
+
+    from hrm.analysis import Axis
+
+    between = Axis.between
+
+    def ends(what, low, high, count, *, logarithmic=False):
+        """The axis with a point between its ends at most."""
+        return between(what, low, high, min(count, 3), logarithmic=logarithmic)
+
+    Axis.between = staticmethod(ends)
