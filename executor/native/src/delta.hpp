@@ -45,6 +45,15 @@ struct Step {
     float match;  // of key and query
 };
 
+// Weights of `count` channels, KERNEL or `kernel` one after the other, as float32, channel by channel.
+template <int KERNEL, typename T>
+void widen_taps(const T* from, int64_t count, int64_t kernel, int64_t apart, float* weights) {
+    const int64_t taps = KERNEL > 0 ? KERNEL : kernel;
+    for (int64_t k = 0; k < taps; ++k) {
+        for (int64_t c = 0; c < count; ++c) weights[k * apart + c] = widened(from[c * taps + k]);
+    }
+}
+
 // Sums over the new token and those before it, of which the earliest is then forgotten.
 template <typename T>
 void convolve(
@@ -176,10 +185,10 @@ void delta_step(
     std::memset(scratch, 0, room * sizeof(float));
     channels.each([&](int64_t channel, int64_t place, int64_t count) {
         const T* const from = static_cast<const T*>(shape.convolution) + channel * kernel;
-        for (int64_t c = 0; c < count; ++c) {
-            for (int64_t k = 0; k < kernel; ++k) {
-                weights[k * room + place + c] = widened(from[c * kernel + k]);
-            }
+        if (kernel == 4) {  // known, it becomes vectors
+            widen_taps<4>(from, count, kernel, room, weights + place);
+        } else {
+            widen_taps<0>(from, count, kernel, room, weights + place);
         }
     });
     const auto state_of = [&](int64_t request) {

@@ -231,10 +231,10 @@ struct Path {
     void (*delta_step[NUM_DTYPES])(
         const GatedDelta&, int64_t head, int64_t first, int64_t last, const void* next,
         float* scratch);
-    // Take the later tokens' softmax into an earlier one's.
-    void (*merge)(const Heads&, float* state, const float* later);
-    // The weighted mean of the values.
-    void (*finish[NUM_DTYPES])(const Heads&, const float* state, void* out);
+    // Take the later tokens' softmax of heads [first, last) into an earlier one's.
+    void (*merge)(const Heads&, int64_t first, int64_t last, float* state, const float* later);
+    // The weighted mean of their values.
+    void (*finish[NUM_DTYPES])(const Heads&, int64_t first, int64_t last, const float* state, void* out);
     // Activations of one group in columns [first, last), at most COLUMNS of them; those from
     // `next_first` on of the group `next` will probably be computed next, if it is not null. Scratch
     // of this and the next two has room for PIECE_FLOATS.

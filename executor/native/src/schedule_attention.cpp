@@ -9,12 +9,16 @@ namespace native {
 namespace {
 
 constexpr int64_t TILE_BYTES = 16 << 10;     // of the cache: more come slower from the memory
+constexpr int64_t MANY_SHARE = 8;            // queries on a key: then products take the time, and
+constexpr int64_t SHARED_TILE_TOKENS = 32;   // it is dear to load and store all sums for each tile
+constexpr int64_t SHARED_TILE_BYTES = 128 << 10;
 constexpr int64_t MAX_TILE_TOKENS = 128;
-constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, at least
+constexpr int64_t HEADS_TOGETHER = 8;        // whose splits are merged by one thread
+constexpr int64_t SPLIT_BYTES = 512 << 10;   // of the cache for one thread, about
 constexpr int64_t MAX_SPLITS = 32;           // of one request: bounds what partial results need
 
 constexpr int64_t LATENT_TILE_TOKENS = 120;       // long enough that few sums are loaded and stored
-constexpr int64_t LATENT_SPLIT_BYTES = 1 << 20;   // each split has its queries turned anew
+constexpr int64_t LATENT_SPLIT_BYTES = 1 << 20;   // each split has its sums of every head, which are merged
 constexpr int64_t LATENT_REQUESTS = 64;           // at once: bounds what is held between the steps
 
 constexpr int64_t DELTA_REQUESTS = 8;  // that a head steps together: its convolution is widened once
@@ -33,9 +37,10 @@ struct Requests {
     }
 
     int64_t split_tokens(int64_t request) const {
-        const int64_t bytes = (split_bytes + token_bytes - 1) / token_bytes;
-        const int64_t share = (lengths[request] + MAX_SPLITS - 1) / MAX_SPLITS;
-        return rounded_up(std::max(bytes, share), shape.tile_tokens);
+        const int64_t length = lengths[request];
+        int64_t splits = std::clamp<int64_t>((length * token_bytes + split_bytes / 2) / split_bytes, 1, MAX_SPLITS);
+        if (splits > 2) splits = (splits + 2) / 4 * 4;  // as many for each of two or four threads
+        return rounded_up((length + splits - 1) / splits, shape.tile_tokens);
     }
 
     int64_t total_bytes() const {
@@ -46,8 +51,9 @@ struct Requests {
 };
 
 // Call attend(request, cache, tokens, next, state, temporary) for the splits of all requests, merge
-// those of one request in their order, and call finish(request, state). `temporary` has room for
-// `room` floats; what begins at `next`, if it is not null, is probably attended to next.
+// those of one request in their order, and call finish(request, first, last, state) for all its heads.
+// `temporary` has room for `room` floats; what begins at `next`, if it is not null, is probably attended
+// to next.
 template <typename Attend, typename Finish>
 void attend_in_splits(
     const Path& path, const Requests& requests, int64_t room, int threads, const Attend& attend,
@@ -73,9 +79,9 @@ void attend_in_splits(
                     : upcoming < 0        ? nullptr
                                           : requests.cache_at(upcoming, 0);
                 attend_split(request, first, next, first == 0 ? state : later, temporary);
-                if (first > 0) path.merge(shape, state, later);
+                if (first > 0) path.merge(shape, 0, shape.heads, state, later);
             }
-            finish(request, state);
+            finish(request, 0, shape.heads, state);
         });
         return;
     }
@@ -100,13 +106,24 @@ void attend_in_splits(
         attend_split(request, first, next, all_states + i * state_size, scratch(room));
     });
     const int64_t state_bytes = count * state_size * static_cast<int64_t>(sizeof(float));
-    helpers.run(threads_for(threads, state_bytes), requests.count(), [&](int64_t request) {
+    const int64_t parts = (shape.heads + HEADS_TOGETHER - 1) / HEADS_TOGETHER;
+    helpers.run(threads_for(threads, state_bytes), requests.count() * parts, [&](int64_t part) {
+        const int64_t request = part / parts, head = part % parts * HEADS_TOGETHER;
+        const int64_t end = std::min(head + HEADS_TOGETHER, shape.heads);
         float* state = all_states + firsts[request] * state_size;
         for (int64_t i = firsts[request] + 1; i < firsts[request + 1]; ++i) {
-            path.merge(shape, state, all_states + i * state_size);
+            path.merge(shape, head, end, state, all_states + i * state_size);
         }
-        finish(request, state);
+        finish(request, head, end, state);
     });
+}
+
+// Tokens of so many bytes each that are computed together, where `group` queries share a key.
+int64_t tile_tokens(int64_t element_bytes, int64_t group) {
+    const int64_t shared =
+        group >= MANY_SHARE ? std::min(SHARED_TILE_TOKENS, SHARED_TILE_BYTES / element_bytes) : 0;
+    const int64_t tokens = std::max(TILE_BYTES / element_bytes, shared);
+    return std::clamp(tokens / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS);
 }
 
 }  // namespace
@@ -120,8 +137,7 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
     const Heads shape{
         call.heads, call.kv_heads, call.head_dim, rounded_up(call.head_dim, ACCUMULATOR_UNIT),
         token_elements,
-        std::clamp(
-            TILE_BYTES / element_bytes / TILE_UNIT * TILE_UNIT, TILE_UNIT, MAX_TILE_TOKENS),
+        tile_tokens(element_bytes, call.heads / call.kv_heads),
         static_cast<float>(LOG2_E * (is_capped ? call.softcap : call.scale)),
         static_cast<float>(is_capped ? 2.0 * LOG2_E * call.scale / call.softcap : 0.0),
         call.sinks, token_bytes, is_coded ? &call.coded : nullptr,
@@ -135,8 +151,8 @@ void decode_attention(const Path& path, const AttentionCall& call, int threads) 
             const char* query = call.queries + request * call.query_stride;
             path.attend[call.dtype](shape, query, cache, tokens, next, state, temporary);
         },
-        [&](int64_t request, const float* state) {
-            path.finish[call.dtype](shape, state, call.out + request * call.out_stride);
+        [&](int64_t request, int64_t first, int64_t last, const float* state) {
+            path.finish[call.dtype](shape, first, last, state, call.out + request * call.out_stride);
         });
 }
 
@@ -177,8 +193,8 @@ void attend_to_latents(const Path& path, const LatentCall& call, int threads) {
             const char* query = static_cast<const char*>(block.absorbed) + request * query_bytes;
             path.attend_latent[call.dtype](shape, query, cache, tokens, next, state, temporary);
         },
-        [&](int64_t request, const float* state) {
-            path.finish[call.dtype](shape, state, context + request * context_bytes);
+        [&](int64_t request, int64_t first, int64_t last, const float* state) {
+            path.finish[call.dtype](shape, first, last, state, context + request * context_bytes);
         });
     helpers.run(all, block.heads, [&](int64_t head) {
         const int64_t upcoming = helpers.upcoming();

@@ -210,10 +210,12 @@ void add_columns(
     }
 }
 
-inline void merge_states(const Heads& shape, float* earlier, const float* later) {
+// Of heads [first, last); likewise below.
+inline void merge_states(
+    const Heads& shape, int64_t first, int64_t last, float* earlier, const float* later) {
     const State into(shape, earlier), from(shape, const_cast<float*>(later));
     const int64_t padded = shape.padded_dim;
-    for (int64_t h = 0; h < shape.heads; ++h) {
+    for (int64_t h = first; h < last; ++h) {
         const float a = into.greatest[h], b = from.greatest[h], most = a > b ? a : b;
         float factors[2 * LANES];
         const Floats keep = power_of_two(splat(a - most)), take = power_of_two(splat(b - most));
@@ -255,10 +257,11 @@ void put_means(const float* values, Floats total, int64_t count, T* out) {
 }
 
 template <typename T>
-void finish(const Heads& shape, const float* state_memory, void* out_row) {
+void finish(
+    const Heads& shape, int64_t first, int64_t last, const float* state_memory, void* out_row) {
     const State state(shape, const_cast<float*>(state_memory));
-    T* out = static_cast<T*>(out_row);
-    for (int64_t h = 0; h < shape.heads; ++h, out += shape.head_dim) {
+    T* out = static_cast<T*>(out_row) + first * shape.head_dim;
+    for (int64_t h = first; h < last; ++h, out += shape.head_dim) {
         const float* values = state.values + h * shape.padded_dim;
         put_means(values, total_weight(shape, state, h), shape.head_dim, out);
     }

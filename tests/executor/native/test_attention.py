@@ -76,16 +76,17 @@ def test_equals_torch(path, dtype, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_long_contexts_are_split_and_merged(path, dtype):
-    case = make_case(dtype, kv_heads=4, head_dim=128, lengths=[1, 1500, 255, 256, 257])
+    case = make_case(dtype, kv_heads=4, head_dim=128, lengths=[1, 1500, 383, 384, 385])
     assert_same(case.run(native.Kernels(path)), case.exact())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_neither_neighbours_nor_threads_change_a_result(path, dtype):
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 4), (20, 2)])  # the latter are merged by several threads
+def test_neither_neighbours_nor_threads_change_a_result(path, dtype, heads, kv_heads):
     kernels = native.Kernels(path)
     lengths = [700, 1, 33, 1400, 128, *[9] * 16]
-    case = make_case(dtype, kv_heads=4, head_dim=128, lengths=lengths)
+    case = make_case(dtype, heads=heads, kv_heads=kv_heads, head_dim=128, lengths=lengths)
     together = on_threads(1, lambda: case.run(kernels))
     for threads in (2, 3, 5):
         assert torch.equal(on_threads(threads, lambda: case.run(kernels)), together)
