@@ -17,7 +17,8 @@ class BenchRow:
     a second while it was at work. `attention_bytes_per_s` is what the CPU read of the cache while
     it attended, if it did. `ratio` is to the first schedule's tokens/s. `bound_tokens_per_s` is the
     prediction with all lanes overlapping perfectly; `validation` lays the whole repeat beside its
-    prediction.
+    prediction. `tokens_crc32` are checksums of the tokens of all repeats, each once: schedules of one
+    policy that are right have the same one.
     """
 
     schedule: str
@@ -35,6 +36,7 @@ class BenchRow:
     predicted_tokens_per_s: float
     bound_tokens_per_s: float
     load_s: float
+    tokens_crc32: tuple[int, ...]
     validation: Validation
 
     def to_json(self) -> dict[str, Any]:

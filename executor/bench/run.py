@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Self, final
+from zlib import crc32
 
 from executor.batching import Request, Sink
 from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
@@ -171,6 +172,7 @@ class BenchRun:
         self.bench, self.policy = bench, policy
         self._generator, self._gen_len = generator, gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
+        self._checksums = set[int]()
 
     @property
     def load_s(self) -> float:
@@ -225,14 +227,19 @@ class BenchRun:
             requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
+        tokens: dict[str, tuple[int, ...]] = {}
         for batch in self._generator.batches(iter(requests)):
-            totals.add(self._generator.generate(batch, sink=sink, schedule=self.policy.schedule))
+            result = self._generator.generate(batch, sink=sink, schedule=self.policy.schedule)
+            totals.add(result)
+            tokens |= {one.request.name: one.tokens for one in result.completions}
         self._runs.append(totals)
+        self._checksums.add(crc32(repr(sorted(tokens.items())).encode()))
         return totals
 
     def forget(self) -> None:
         """Leave out all repeats until now: they warmed the machine up."""
         self._runs.clear()
+        self._checksums.clear()
 
     def row(self) -> BenchRow:
         """What was measured in the repeats until now, of which there must be one."""
@@ -265,6 +272,7 @@ class BenchRun:
             predicted_tokens_per_s=validation.tokens_per_s.predicted,
             bound_tokens_per_s=bound.bound_tokens_per_s,
             load_s=generator.load_s,
+            tokens_crc32=tuple(sorted(self._checksums)),
             validation=validation,
         )
 

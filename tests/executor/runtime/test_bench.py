@@ -197,6 +197,10 @@ def test_runs_in_two_orders_share_a_generator_and_each_keeps_its_own(folder, pol
             assert loads == pages * 4 * bench.spec.num_layers, "a step's pages, in 4 steps after the first token"
         assert (paged.policy.schedule, paged.row().schedule) == (ScheduleName.CGOPIPE, "cgopipe")
         assert (whole.policy.schedule, whole.row().schedule) == (ScheduleName.FLEXGEN, "flexgen")
+        assert paged.row().tokens_crc32 == whole.row().tokens_crc32
+        assert len(paged.row().tokens_crc32) == 1
+        paged.repeat(gen_len=3)
+        assert len(paged.row().tokens_crc32) == 2, "other tokens have another sum"
 
 
 @pytest.mark.parametrize("field", ["num_requests", "prompt_len", "gen_len"])

@@ -44,12 +44,15 @@ class TestOnACard:
         policy = replace(
             policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name]), dtype="bfloat16", weight_format="", kv_format=""
         )
-        firsts = []
+        answers = []
         for accelerator in ("cuda:0", "cpu"):
             with generator(folder, policy, backend=make_backend(accelerator, None)) as made:
-                done = generate(made, requests(PROMPTS, max_tokens=1))
-            firsts.append([done[f"request-{i}"].tokens for i in range(len(PROMPTS))])
-        assert sum(a == b for a, b in zip(*firsts, strict=True)) >= len(PROMPTS) - 2
+                done = generate(made, requests(PROMPTS, max_tokens=5, ignore_eos=True))
+            answers.append([done[f"request-{i}"].tokens for i in range(len(PROMPTS))])
+        pairs = list(zip(*answers, strict=True))
+        assert sum(a[0] == b[0] for a, b in pairs) >= len(PROMPTS) - 2
+        # What differs once goes on otherwise: near ties of a tiny model.
+        assert sum(a == b for a, b in pairs) >= len(PROMPTS) // 2
 
     @pytest.mark.parametrize("name", ["kv on the gpu", "both on the cpu", "kv split, gpu"])
     @pytest.mark.parametrize("temperature", [0, 1])
