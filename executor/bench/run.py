@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 from zlib import crc32
 
 from executor.batching import Request, Sink
@@ -27,6 +27,9 @@ from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.run_record import PhaseRecord
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import runtime_with, validate
+
+if TYPE_CHECKING:
+    from hrm.trace import Span
 
 
 @final
@@ -84,17 +87,18 @@ class Bench:
         self._first = row.tokens_per_s if self._first is None else self._first
         return replace(row, ratio=row.tokens_per_s / self._first)
 
-    def start(self, schedule: ScheduleName, *, gen_len: int | None = None) -> "BenchRun":
+    def start(self, schedule: ScheduleName, *, gen_len: int | None = None, max_spans: int = 0) -> "BenchRun":
         """Load the weights and get ready to run repeats one by one, say in turn with another's.
 
-        With a `gen_len`, so many new tokens a request, no more than were planned for.
+        With a `gen_len`, so many new tokens a request, no more than were planned for. At most so many
+        spans are kept, of the first steps.
         """
         policy = replace(self.policy_file.policy, schedule=schedule)
         prepared = prepare(self._options.accelerator, self.policy_file, policy)
         backend, planned = prepared.backend, prepared.planned
         if backend.name == "null":
             seconds_of = predicted_seconds(self.policy_file, policy)
-            generator = NullGenerator(backend, self._arch, planned, seconds_of, max_spans=0)
+            generator = NullGenerator(backend, self._arch, planned, seconds_of, max_spans=max_spans)
         else:
             generator = Generator(
                 backend,
@@ -103,7 +107,7 @@ class Bench:
                 family=self._family,
                 source=self._source,
                 staged=prepared.staged,
-                max_spans=0,
+                max_spans=max_spans,
             )
         if generator.policy.staging != policy.staging:
             self.policy_file = as_run(self.policy_file, generator.policy, generator.pageable)
@@ -162,8 +166,8 @@ class Bench:
 class BenchRun:
     """One schedule being run; a context manager that owns the lanes.
 
-    `policy` is what is run, on weights and in memory that other orders may share. It may be entered
-    again, so that another may compute with all cores in between.
+    `policy` is what is run, on weights and in memory that other orders may share, and `spans` what is
+    kept of the last repeat. It may be entered again, so that another may compute with all cores in between.
     """
 
     def __init__(
@@ -173,6 +177,7 @@ class BenchRun:
         self._generator, self._gen_len = generator, gen_len
         self._started, self._runs = datetime.now(UTC), list[Totals]()
         self._checksums = set[int]()
+        self.spans: tuple[Span, ...] = ()
 
     @property
     def load_s(self) -> float:
@@ -227,10 +232,11 @@ class BenchRun:
             requests = list(islice(self.bench.requests(self._gen_len if gen_len is None else gen_len), num_requests))
         for request in requests:
             self._generator.check(request)
-        tokens: dict[str, tuple[int, ...]] = {}
+        tokens, self.spans = dict[str, tuple[int, ...]](), ()
         for batch in self._generator.batches(iter(requests)):
             result = self._generator.generate(batch, sink=sink, schedule=self.policy.schedule)
             totals.add(result)
+            self.spans += result.prefill.spans + (result.decode.spans if result.decode else ())
             tokens |= {one.request.name: one.tokens for one in result.completions}
         self._runs.append(totals)
         self._checksums.add(crc32(repr(sorted(tokens.items())).encode()))

@@ -1,0 +1,1 @@
+"""The stages of `tests.bench.first_gpu_run`, and what they share."""

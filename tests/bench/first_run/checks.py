@@ -1,0 +1,120 @@
+"""A few tests that tell most of the accelerator, one line as each ends, and the machine's profile."""
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Final, final
+
+import pytest
+
+from executor.model.host_kernels import host_kernels
+from hrm.hardware import Figure
+from hrm.machines import save_profile
+from hrm.profile_diff import figures_of
+from hrm.profiling import ProfileOptions, profile_machine
+from tests.bench.first_run.figures import Figures
+from tests.bench.first_run.setting import RunSetting
+
+ROOT: Final = Path(__file__).parents[3]
+MOST_TESTS: Final = 40
+PROFILE_S: Final = {"full": 40.0, "small": 1.5}
+# Each policy here with another schedule and model, so that every kernel, edge and place of a cache is met.
+PARITY: Final = (
+    "*cgopipe-all streamed, both on the gpu-*",
+    "*flexgen-attention on the cpu-*",
+    "*fastdecode-both on the cpu-*",
+    "*deepspeed-some experts stay, ragged-*",
+    "*cgopipe-kv split, gpu-*",
+    "*flexgen-c-kv split, cpu-*",
+    "*cgopipe-prefill's experts on the cpu, ragged, staged-*",
+    "*cgopipe-split prompts, gpu-*",
+    "*flexgen-staged, gpu, uneven-*",
+    "*cgopipe-kv on the gpu-*",
+)
+ON_A_CARD: Final = {
+    "tests/executor/runtime/test_cuda.py": (
+        *(f"*TestOnACard::test_greedy{pattern}" for pattern in PARITY),
+        "*TestOnACard::test_bfloat16*",
+        "*TestOnACard::test_peak*",
+        "*TestOnACard::test_a_second_batch*",
+    ),
+    "tests/executor/model/test_gpu_sizes.py": ("*test_gpu_sizes*cuda:0*",),
+    "tests/contracts/test_backends.py": (
+        "*TestCudaBackend::*round_trip*",
+        "*TestCudaBackend::*strided*",
+        "*TestCudaBackend::*streams*",
+    ),
+}
+ELSEWHERE: Final = {
+    "tests/executor/model/test_gpu_sizes.py": ("*test_gpu_sizes*cpu*",),
+    "tests/contracts/test_backends.py": ("*TestEmulated*round_trip*", "*TestEmulated*there_before*"),
+}
+
+
+def tests(setting: RunSetting, figures: Figures) -> None:
+    """At most 40 tests; the gate is open if some passed and none failed."""
+    chosen = ELSEWHERE if setting.suite.emulated else ON_A_CARD
+    reporter = Reporter(figures, {pattern for patterns in chosen.values() for pattern in patterns})
+    os.chdir(ROOT)
+    # Other versions of packages than the pinned ones may warn: here that is no failure.
+    options = ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly", "--maxfail=5"]
+    code = pytest.main([*options, *chosen], plugins=[reporter])
+    counts = reporter.counts
+    figures.put("tests", {**counts, "exit_code": int(code)})
+    good = counts["passed"] > 0 and not counts["failed"] and int(code) == 0
+    figures.gate("tests", is_open=good, told=", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+
+
+@final
+class Reporter:
+    """A plugin of pytest's that keeps the chosen tests and tells of each as it ends."""
+
+    def __init__(self, figures: Figures, patterns: set[str]) -> None:
+        self._figures, self._patterns = figures, patterns
+        self.kept = list[pytest.Item]()
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Of several models of a policy's the first; no more than 40 in all."""
+        kept = self.kept
+        for pattern in sorted(self._patterns):
+            found = [item for item in items if fnmatch(item.nodeid, pattern) and item not in kept]
+            kept += found[:1] if "TestOnACard::test_greedy" in pattern else found
+            if not found:
+                self._figures.put(f"no test is {pattern}", value=True)
+        del kept[MOST_TESTS:]
+        items[:] = kept
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A line for each outcome, with the end of what a failure says."""
+        if report.when != "call" and report.passed:
+            return
+        self.counts[report.outcome] += 1
+        told: dict[str, Any] = {"outcome": report.outcome, "s": round(report.duration, 2)}
+        if report.failed:
+            told["why"] = str(report.longrepr)[-1500:]
+        self._figures.put(f"test {report.nodeid}", told)
+
+
+def profile(setting: RunSetting, figures: Figures) -> None:
+    """The machine's profile in one dtype, in as many passes as the time is enough for."""
+    suite = setting.suite
+    caps = suite.scale.gpu_memory_bytes
+    measured = profile_machine(
+        ProfileOptions(
+            suite.accelerator,
+            gpu_memory_bytes=max(caps.values()) if suite.emulated else None,
+            model=suite.scale.spec,
+            dtypes=("bfloat16",),
+            quick=True,
+            command=suite.command,
+            budget_s=min(PROFILE_S[suite.scale.name], suite.left_s()),
+            kernels=host_kernels(),
+        )
+    )
+    save_profile(suite.profile_path, measured)
+    figures.put("profile", {name: _plain(figure) for name, figure in figures_of(measured).items()})
+
+
+def _plain(figure: Figure) -> dict[str, float | str | None]:
+    return {"n": figure.samples, "median": figure.value, "p20": figure.p20, "p80": figure.p80}

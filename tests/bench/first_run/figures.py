@@ -1,0 +1,61 @@
+"""Figures of a run: a line of JSON each, written and printed as soon as it is known."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+FIGURES: Final = "figures.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The figures of one folder; `stage` is who adds to them."""
+
+    folder: Path
+    stage: str
+
+    def put(self, name: str, value: Any) -> None:
+        """Add a figure to the file and print it."""
+        plain = msgspec.to_builtins(value, str_keys=True)
+        line = json.dumps({"stage": self.stage, "figure": name, "value": plain, "at": round(time.time(), 1)})
+        with (self.folder / FIGURES).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Say why there is no such figure."""
+        self.put(name, {"left_out": reason})
+
+    def gate(self, name: str, *, is_open: bool, told: str) -> None:
+        """Put down whether the run may go on; with a closed gate it ends before the next stage."""
+        self.put(f"gate: {name}", {"open": is_open, "told": told})
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """All lines; none if nothing was measured. What a process that was killed left of its last is passed over."""
+    path = folder / FIGURES
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def latest(folder: Path) -> dict[str, Any]:
+    """The last value of every figure by its name."""
+    return {line["figure"]: line["value"] for line in read(folder)}
+
+
+def closed_gates(folder: Path) -> list[str]:
+    """What keeps the run from going on: every gate that was ever closed."""
+    gates = {line["figure"].removeprefix("gate: "): line["value"] for line in read(folder) if _is_closed(line)}
+    return [f"{name}: {value['told']}" for name, value in gates.items()]
+
+
+def _is_closed(line: dict[str, Any]) -> bool:
+    return line["figure"].startswith("gate: ") and not line["value"]["open"]
