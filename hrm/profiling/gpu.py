@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
@@ -18,6 +18,8 @@ from hrm.profiling import nvml
 from hrm.profiling.nvml import GpuFacts
 from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
 from hrm.profiling.timing import Call, Sampler, clock_sampler
+
+FIRST_WITH_BFLOAT16: Final = 8  # major compute capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,15 @@ class Queued:
 class AbstractGpu(ABC):
     """One GPU: `device` is where torch puts its tensors, `index` how CUDA counts it.
 
-    `shares_memory` says that it has no memory of its own but works in the host's.
+    `shares_memory` says that it has no memory of its own but works in the host's, and `has_bfloat16`
+    that it computes in that and does not only emulate it.
     """
 
     index: int
     device: str
     name: str
     shares_memory: bool
+    has_bfloat16: bool
 
     @abstractmethod
     def memory_bytes(self) -> tuple[int, int]:
@@ -91,6 +95,7 @@ class CudaGpu(AbstractGpu):
         self.index, self.device = index, f"cuda:{index}"
         self.name = str(properties.name)
         self.shares_memory = bool(properties.is_integrated)
+        self.has_bfloat16 = properties.major >= FIRST_WITH_BFLOAT16
         self._uuid = str(properties.uuid)
         self._host = PinnableMemory(CudaRegistrar(self.device))
 

@@ -51,6 +51,8 @@ def profile_cuda(run: Run, gpus: Sequence["AbstractGpu"]) -> HardwareProfile:
     from hrm.profiling.contention import shared_roof
 
     busy = [warning for gpu in gpus for warning in gpu.busy_before()]
+    if not all(gpu.has_bfloat16 for gpu in gpus):
+        run = replace(run, options=run.options.without_bfloat16())
     memory = memory_of(gpus, run.options.gpu_memory_bytes)
     _add_gpu(run, gpus[0], memory)
     if len(gpus) > 1:

@@ -1,7 +1,7 @@
 """What of a machine is measured, and with what."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Final
@@ -43,6 +43,10 @@ class ProfileOptions:
     partial: Path | None = None
     resume: bool = False
     command: str = ""
+
+    def without_bfloat16(self) -> "ProfileOptions":
+        """For a GPU that has none: plans and runs are in float16 then, which is measured in its place."""
+        return replace(self, dtypes=tuple("float16" if dtype == "bfloat16" else dtype for dtype in self.dtypes))
 
     @property
     def mode(self) -> str:

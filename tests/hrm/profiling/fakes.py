@@ -74,9 +74,10 @@ class FakeGpu(AbstractGpu):
         slowed: tuple[str, ...] = (),
         busy: tuple[str, ...] = (),
         shares_memory: bool = False,
+        has_bfloat16: bool = True,
     ) -> None:
         self.index, self.device, self.name = index, "cpu", name
-        self.shares_memory = shares_memory
+        self.shares_memory, self.has_bfloat16 = shares_memory, has_bfloat16
         self.sizes = (free_bytes, total_bytes)
         self.told = facts or GpuFacts({"gpu": name, "driver": "1.2"})
         self.clocks, self.slowed, self.busy = list(clocks), slowed, busy

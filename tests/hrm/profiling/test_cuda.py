@@ -225,6 +225,13 @@ def test_full_mode_measures_every_pair(tmp_path):
     assert pairs == {("gpu", "gpu"), ("gpu0", "gpu1"), ("gpu1", "gpu0")}
 
 
+def test_a_gpu_without_bfloat16_is_measured_and_planned_in_float16():
+    with small_sizes() as patch:
+        profile = measure([FakeGpu(has_bfloat16=False)], patch=patch, dtypes=("bfloat16",))
+    assert "float16" in profile.top.processor.compute_flops_per_s
+    assert profile.default_dtype == "float16"
+
+
 def test_memory_may_be_capped_but_not_raised():
     with small_sizes() as patch:
         profile = measure([FakeGpu(0), FakeGpu(1)], patch=patch, gpu_memory_bytes=64 * MIB)
@@ -412,7 +419,10 @@ def test_workspaces_are_capped_unless_the_user_says_how():
 
 def test_a_gpu_is_measured_with_the_workspaces_that_runs_have(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    told = SimpleNamespace(name="a GPU", uuid="1234", is_integrated=0)
+    told = SimpleNamespace(name="a GPU", uuid="1234", is_integrated=0, major=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
     assert CudaGpu(0).device == "cuda:0"
+    assert CudaGpu(0).has_bfloat16
+    told.major = 7
+    assert not CudaGpu(0).has_bfloat16, "a T4 only emulates it"
     assert os.environ == WORKSPACES
