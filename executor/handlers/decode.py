@@ -275,8 +275,11 @@ class DecodeHandlers:
 
     def _numbers(self, mixer: Mixer, rows: Rows, span: slice) -> RowNumbers:
         """The numbers of the requests that go on, on the GPU since the step's EMBED."""
+        kernels, numbers = self.backend.gpu_kernels, rows.numbers[mixer.reach]
+        if kernels.shares_memory:  # before the slices below, which cost more than all else here
+            return numbers
         sent = self.memory.gpu.numbers[list(rows.numbers).index(mixer.reach)]
-        return self.backend.gpu_kernels.numbers(rows.numbers[mixer.reach], sent[_numbers_of(span)])
+        return kernels.numbers(numbers, sent[_numbers_of(span)])
 
     def _kv_buffer(self, x: Task) -> Tensor:
         return self.memory.caches.buffer(x.slot(decode.KV_BUFFERS), x.id.layer)

@@ -88,6 +88,8 @@ def test_a_step_is_what_tokens_after_the_first_took():
     both = Timings(seconds={0: 2.5, 1: 4.5}, prefill_s={0: 0.5, 1: 0.5}, processor_s={}, others={}, tokens=[])
     assert both.step_s(Row(2, 3)) == pytest.approx(1.5)
     assert both.step_s(Row(2, 1)) is None
+    disturbed = replace(both, prefill_s={0: 3.0, 1: 5.0})
+    assert disturbed.step_s(Row(2, 3)) is None
 
 
 @pytest.mark.parametrize("name", SMALL.configs)
@@ -348,11 +350,11 @@ def test_ours_and_transformers_give_the_same_certain_tokens(tmp_path, monkeypatc
     monkeypatch.setenv("BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(turns, "python_of", lambda _: Path(sys.executable))
     monkeypatch.setattr(turns, "order", lambda _: (Turn("qwen", 0, engine) for engine in (OURS, TRANSFORMERS)))
-    asked = setting(tmp_path / "out", peers=(TRANSFORMERS,), models=("qwen",), rows=(Row(3, 4),), repeats=1)
+    asked = setting(tmp_path / "out", peers=(TRANSFORMERS,), models=("qwen",), rows=(Row(16, 4),), repeats=1)
     done = run_turns(asked)
     assert [one.failed for one in done] == ["", ""]
     found = {one.turn.engine: one.found for one in done}
-    ours, theirs = (found[engine]["rows"]["3x4"] for engine in (OURS, TRANSFORMERS))
-    assert sum(theirs["facts"]["safe"]) >= 6  # of 12
+    ours, theirs = (found[engine]["rows"]["16x4"] for engine in (OURS, TRANSFORMERS))
+    assert sum(theirs["facts"]["safe"]) >= 4
     assert equal_share(ours["tokens"], theirs["tokens"], theirs["facts"]["safe"]) == 1
     assert "times the best peer, transformers" in "\n".join(tables(asked, done))

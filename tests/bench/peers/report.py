@@ -34,10 +34,14 @@ class Timings:
     tokens: list[list[int]]
 
     def step_s(self, row: Row) -> float | None:
-        """A decode step's median, which is what the tokens after the first took; None if there is one token."""
+        """A decode step's median, which is what tokens after the first took.
+
+        None if there is one token, or if prefill alone, timed by itself, took longer than all.
+        """
         if row.new_tokens == 1:
             return None
-        return median((self.seconds[at] - self.prefill_s[at]) / (row.new_tokens - 1) for at in self.seconds)
+        seconds = median((self.seconds[at] - self.prefill_s[at]) / (row.new_tokens - 1) for at in self.seconds)
+        return seconds if seconds > 0 else None
 
 
 def timings(outcomes: Sequence[Outcome], row: Row) -> dict[str, Timings]:

@@ -8,7 +8,9 @@ from tests.bench.peers.drivers.turn import Engine, Job, Tokens, take_turn
 
 # Its third form, batched_mm, copies both matrices of every token's experts: 90 GB in one of these prefills.
 EXPERT_FORMS = ("eager", "grouped_mm")
-SAFE_MARGIN = 0.1  # standard deviations of a step's logits by which the best token leads; bfloat16 is off by less
+# By how many standard deviations of a step's logits the best token leads where every engine must find it: bfloat16
+# summed up in other orders, and routers that choose otherwise for it, have turned leads of up to a third.
+SAFE_MARGIN = 0.4
 
 
 class Transformers(Engine):
