@@ -163,10 +163,17 @@ class RankedGenerator(AbstractGenerator):
         """Those of rank 0."""
         return self._own.peak_bytes
 
+    def warm_up(self) -> None:
+        """Warm up with all ranks, each of which does so before its first batch."""
+        with self._ranks.at_work():
+            self._own.warm_up()
+        self.load_s = self._own.load_s
+
     def generate(
         self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
     ) -> BatchResult:
         """Have all ranks run the batch; RankFailedError, which names the rank, if another fails."""
+        self.warm_up()
         with self._ranks.at_work():
             self._ranks.group.broadcast(RankBatch(batch=batch, index=index, schedule=schedule).encode())
             return self._own.generate(batch, index=index, sink=sink, schedule=schedule)

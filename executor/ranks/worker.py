@@ -65,6 +65,7 @@ def _serve(open_rank: Open, rank: int, size: int, host: str, port: int) -> None:
     under_way.append(generator)
     group.collect(str(generator.policy.staging).encode())
     with generator:
+        generator.warm_up()
         while message := group.broadcast():
             one = RankBatch.decode(message)
             served.add(generator.generate(one.batch, index=one.index, schedule=one.schedule))
