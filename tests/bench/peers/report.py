@@ -54,7 +54,7 @@ def timings(outcomes: Sequence[Outcome], row: Row) -> dict[str, Timings]:
         figures = outcome.found["rows"][str(row)]
         of = found.setdefault(turn.engine, Timings({}, {}, {}, {}, figures["tokens"]))
         of.seconds[turn.repeat], of.prefill_s[turn.repeat] = figures["seconds"], figures["prefill_s"]
-        of.processor_s[turn.repeat], of.others[turn.repeat] = figures["processor_s"], outcome.others
+        of.processor_s[turn.repeat], of.others[turn.repeat] = figures["processor_s"], figures["others"]
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from hrm.contract.openmp import SPINS
 from hrm.errors import HrmError
-from hrm.profiling.environment import Others
 from tests.bench.machine import cpu
 from tests.bench.peers.drivers.turn import Job
 from tests.bench.peers.environments import PeerFailedError, python_of, run_logged
@@ -33,13 +32,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a turn: what it found, or why it failed; `others` is the share of the machine others had."""
+    """What came of a turn: what it found, or why it failed."""
 
     turn: Turn
     found: dict[str, Any] = field(default_factory=dict[str, Any])
     failed: str = ""
     ended: str = ""
-    others: float = 0.0
 
 
 def order(setting: Setting) -> Iterator[Turn]:
@@ -118,7 +116,6 @@ def run_turns(setting: Setting) -> list[Outcome]:
 
 def take(turn: Turn, setting: Setting) -> Outcome:
     """Run a turn in a process of its own."""
-    others = Others()
     name = f"{turn.model}-{turn.repeat}-{turn.engine}"
     asked, found = setting.out / f"{name}.job.json", setting.out / f"{name}.found.json"
     found.unlink(missing_ok=True)
@@ -135,7 +132,7 @@ def take(turn: Turn, setting: Setting) -> Outcome:
     finally:
         asked.unlink(missing_ok=True)
         found.unlink(missing_ok=True)
-    return Outcome(turn, result, failed, datetime.now(UTC).isoformat(timespec="seconds"), others.share())
+    return Outcome(turn, result, failed, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def job(turn: Turn, setting: Setting) -> Job:

@@ -85,6 +85,7 @@ def timed_row(engine: Engine, prompts: Tokens, new_tokens: int) -> dict[str, Any
         "prefill_s": prefill.seconds,
         "seconds": whole.seconds,
         "processor_s": whole.processor_s,
+        "others": whole.others,
         "tokens": whole.tokens,
         "facts": facts,
     }
@@ -92,18 +93,26 @@ def timed_row(engine: Engine, prompts: Tokens, new_tokens: int) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Timed:
-    """Answers, the seconds they took on the wall, and those of all processor cores together."""
+    """Answers, the seconds they took on the wall, those of all cores together, and the share of cores others had."""
 
     tokens: Tokens
     seconds: float
     processor_s: float
+    others: float
 
 
 def timed(engine: Engine, prompts: Tokens, new_tokens: int) -> Timed:
     """Have the engine answer the prompts."""
-    before_s, start_s = processor_s(), time.perf_counter()
+    own_s, busy_s, start_s = processor_s(), machine_s(), time.perf_counter()
     tokens = engine.generate(prompts, new_tokens)
-    return Timed(tokens, time.perf_counter() - start_s, processor_s() - before_s)
+    seconds, own_s, busy_s = time.perf_counter() - start_s, processor_s() - own_s, machine_s() - busy_s
+    return Timed(tokens, seconds, own_s, max(0.0, busy_s - own_s) / (seconds * (os.cpu_count() or 1)))
+
+
+def machine_s() -> float:
+    """Seconds that all cores have been busy until now, or were taken by the hypervisor."""
+    user, nice, system, _idle, _waiting, *rest = Path("/proc/stat").read_text(encoding="utf-8").split()[1:9]
+    return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
 
 
 def processor_s() -> float:
