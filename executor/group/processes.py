@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from executor.errors import RunError
 from executor.group.base import Group, LostRankError, share_of
+from executor.group.shared import SharedMemory
 from executor.group.store import LOOP, meet
 from executor.guard import in_a_line
 
@@ -42,7 +43,8 @@ def timeout_s() -> float:
 class ProcessGroup(Group):
     """One rank of a group whose processes meet at a store; all are on this machine.
 
-    Tensors of a CUDA device go over NCCL, and through the host's memory where ranks share a device. Rank 0 calls
+    Tensors of the host go through memory that ranks share, or over gloo; those of a CUDA device over NCCL, and through
+    the host's memory where ranks share a device. Rank 0 calls
     `look`, which may raise, while it waits for the others to come. After `timeout` seconds a rank that has not come
     to where another waits for it is lost.
     """
@@ -61,7 +63,8 @@ class ProcessGroup(Group):
         self._lost = ""
         meet(store, rank, size, look)
         with self._telling():
-            self._numbers: Any = _gloo(store, "numbers", rank, size, timedelta(seconds=self._timeout_s))
+            shared = SharedMemory.of(PrefixStore("shared", store), rank, size, self._timeout_s, self._check)
+            self._numbers: Any = shared or _gloo(store, "numbers", rank, size, timedelta(seconds=self._timeout_s))
             self._messages: Any = _gloo(store, "messages", rank, size, _NEVER)
         self._devices: Any = None
         self._shares_devices: bool | None = None

@@ -85,7 +85,7 @@ def lose(group, how):
     return told
 
 
-@pytest.mark.parametrize(("how", "said"), [("killed", "Connection"), ("late", "did not come within 1 s")])
+@pytest.mark.parametrize(("how", "said"), [("killed", "has ended"), ("late", "did not come within 1 s")])
 def test_a_rank_that_is_gone_or_late_fails_what_waits_for_it_and_all_that_follows(how, said):
     told, _ = in_ranks(2, lose, how, timeout=1.0 if how == "late" else 60.0)
     assert len(told) == 3

@@ -1,0 +1,156 @@
+"""What ranks of one machine tell one another through memory that they all have: no copy goes through the system.
+
+Tensors between processors are small and many, a few for each micro-batch in each layer, and most of what gloo takes
+for one is waking the other process.
+"""
+
+import mmap
+import os
+import platform
+import select
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+
+from hrm.units import MIB
+
+PIECE_BYTES: Final = 4 * MIB  # that a rank tells at once; all have two such pieces, in turn
+_LINE: Final = 64  # bytes of memory that processors hand over at once: each rank's counter has its own
+_SPINS: Final = 500  # looks before a waiting rank sleeps between them
+_SLEEP_S: Final = 20e-6
+_MACHINES: Final = frozenset({"x86_64", "AMD64"})  # on which nobody sees a counter before what was written before it
+
+
+@final
+class SharedMemory:
+    """Sums and exchanges of tensors in memory that ranks share, by the names that torch's groups have for them.
+
+    Of every rank there is a descriptor of its process. In every turn each rank writes a piece, and counts; when all
+    have counted, all are read. A rank writes to a place again two turns later, and so after all others have counted
+    once more, having read it.
+    """
+
+    def __init__(
+        self, rank: int, memory: mmap.mmap, processes: Sequence[int], timeout_s: float, check: Callable[[], object]
+    ) -> None:
+        self._rank, self._size, self._timeout_s, self._check = rank, len(processes), timeout_s, check
+        self._memory, self._turn = memory, 0
+        self._counts = memoryview(memory).cast("q")
+        pieces = torch.frombuffer(memory, dtype=torch.uint8, offset=_LINE * self._size)
+        self._pieces = pieces.view(2, self._size, PIECE_BYTES)
+        self._ended = [select.poll() for _ in processes]
+        for ended, process in zip(self._ended, processes, strict=True):
+            ended.register(process, select.POLLIN)
+
+    @staticmethod
+    def of(store: Store, rank: int, size: int, timeout_s: float, check: Callable[[], object]) -> "SharedMemory | None":
+        """One that all ranks have; None if any of them cannot have it. Nothing of it outlives them."""
+        store.set(f"process of rank {rank}", str(os.getpid()))
+        processes: list[int] = []
+        memory = _opened(store, rank, _LINE * size + 2 * size * PIECE_BYTES)
+        with suppress(OSError):
+            processes = [os.pidfd_open(int(store.get(f"process of rank {other}"))) for other in range(size)]
+        has_all = memory is not None and len(processes) == size
+        store.set(f"memory of rank {rank}", "shared" if has_all else "none")
+        all_have = all(store.get(f"memory of rank {other}") == b"shared" for other in range(size))
+        return SharedMemory(rank, memory, processes, timeout_s, check) if memory is not None and all_have else None
+
+    def allreduce(self, tensors: Sequence[Tensor]) -> "SharedMemory":
+        """Add up in place, in the order of ranks."""
+        for tensor in tensors:
+            flat = tensor.view(-1)
+            for part in flat.split(PIECE_BYTES // flat.itemsize):
+                first, *others = self._all(part)
+                part.copy_(first)
+                for other in others:
+                    part.add_(other)
+        return self
+
+    def alltoall_base(
+        self, received: Tensor, rows: Tensor, received_counts: Sequence[int], counts: Sequence[int]
+    ) -> "SharedMemory":
+        """Of rows that are shared out by `counts`, those of this rank as each rank has them, one after the other."""
+        row_bytes = rows[0].nbytes
+        assert row_bytes <= PIECE_BYTES, rows.shape
+        ours = received.split(list(received_counts))
+        start, end = sum(counts[: self._rank]), sum(counts[: self._rank + 1])
+        at_once = max(PIECE_BYTES // row_bytes, 1)
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            low, high = max(start, first), min(end, first + len(part))
+            for of_rank, there in zip(ours, self._all(part), strict=True):
+                if low < high:
+                    of_rank[low - start : high - start].copy_(there[low - first : high - first])
+        return self
+
+    def _allgather_base(self, found: Tensor, own: Tensor) -> "SharedMemory":
+        """Every rank's numbers, one rank after the other."""
+        for of_rank, there in zip(found.view(self._size, -1), self._all(own.view(-1)), strict=True):
+            of_rank.copy_(there)
+        return self
+
+    def broadcast(self, tensors: Sequence[Tensor], options: Any) -> "SharedMemory":
+        """What one rank has."""
+        for tensor in tensors:
+            tensor.view(-1).copy_(self._all(tensor.view(-1))[options.rootRank])
+        return self
+
+    def wait(self) -> None:
+        """Nothing: all is done when a function returns."""
+
+    def _all(self, own: Tensor) -> list[Tensor]:
+        """What every rank tells in this turn, until the turn after the next."""
+        assert own.nbytes <= PIECE_BYTES, own.shape
+        self._turn += 1
+        pieces = [piece[: own.nbytes].view(own.dtype).view(own.shape) for piece in self._pieces[self._turn % 2]]
+        pieces[self._rank].copy_(own)
+        self._counts[self._rank * _LINE // 8] = self._turn
+        for other in range(self._size):
+            self._wait_for(other)
+        return pieces
+
+    def _wait_for(self, other: int) -> None:
+        counts, place, turn, looks = self._counts, other * _LINE // 8, self._turn, 0
+        late_s = 0.0
+        while counts[place] < turn:
+            looks += 1
+            if looks < _SPINS:
+                time.sleep(0)  # lets the other lanes of this process go on
+                continue
+            late_s = late_s or time.monotonic() + self._timeout_s
+            time.sleep(_SLEEP_S)
+            self._check()
+            if self._ended[other].poll(0) and counts[place] < turn:
+                raise RuntimeError(f"the process of rank {other} has ended")
+            if time.monotonic() > late_s:
+                raise RuntimeError(f"timed out waiting for rank {other}")
+
+
+def _opened(store: Store, rank: int, num_bytes: int) -> mmap.mmap | None:
+    """Memory of rank 0's that has no name, zeros at first; None where it cannot be had."""
+    key = "shared memory"
+    able = platform.machine() in _MACHINES and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+    try:
+        if rank == 0:
+            handle = os.memfd_create("ranks", os.MFD_CLOEXEC) if able else -1
+            store.set(key, f"/proc/{os.getpid()}/fd/{handle}" if able else "")
+        else:
+            path = store.get(key).decode()
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC) if able and path else -1
+        if handle < 0:
+            return None
+        if rank == 0:
+            os.ftruncate(handle, num_bytes)
+            store.set(f"{key} is large enough", "")
+        store.wait([f"{key} is large enough"])
+        memory = mmap.mmap(handle, num_bytes)
+    except OSError:
+        return None
+    if rank:
+        os.close(handle)  # rank 0 keeps its own, by which the others find the memory
+    return memory
