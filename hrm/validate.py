@@ -158,7 +158,8 @@ def _beside(measured_s: Mapping[_Row, float], predicted_s: Mapping[_Row, float])
 def predict_run(run: RunRecord) -> Prediction:
     """Simulate every batch of the run with its real size and lengths."""
     plan = run.policy_file
-    profile = paced(plan.profile, run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s)
+    paces = (run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s)  # of each GPU's own link
+    profile = paced(plan.profile, *(pace and plan.profile.num_gpus * pace for pace in paces))
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
     runtime = runtime_with(run.accelerator.pageable, profile)
     costs = Costs(*part_for(policy, plan.model, profile), policy.formats, runtime)
