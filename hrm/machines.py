@@ -163,6 +163,27 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     )
 
 
+def of_parts(part: HardwareProfile, count: int, peer: Link) -> HardwareProfile:
+    """The machine of which that is one rank's part, see `one_part`: so many GPUs with such a link between them."""
+
+    def all_of(figure: Figure) -> Figure:
+        return figure.times(count)
+
+    def all_of_links(link: Link) -> Link:
+        size_factor = 1.0 if link.kind == "staging" else count
+        rate = link.bandwidth_bytes_per_s
+        return replace(
+            link, bandwidth_bytes_per_s=rate.each(lambda figure: figure.times(count, size_factor=size_factor))
+        )
+
+    return replace(
+        part,
+        num_gpus=count,
+        levels=tuple(_change_level(level, all_of) for level in part.levels),
+        links=(*map(all_of_links, part.links), peer),
+    )
+
+
 def with_memory(
     profile: HardwareProfile, gpu_memory_bytes: float | None = None, cpu_memory_bytes: float | None = None
 ) -> HardwareProfile:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     "--accelerator",
     default="auto",
     show_default=True,
-    metavar="auto|cuda:0|cuda:0,1|cuda:all|emulated|cpu",
+    metavar="auto|cuda:0|cuda:0,1|cuda:all|emulated|emulated:2|cpu",
     help="What computes at the top level: one CUDA device, several that plans use as one level, an "
-    "accelerator emulated on half of the CPU's cores, or none; auto is the first CUDA device, or "
-    "else the CPU alone.",
+    "accelerator emulated on half of the CPU's cores, several on a share of them each, or none; auto "
+    "is the first CUDA device, or else the CPU alone.",
 )
 @click.option(
     "--gpu-memory", metavar="16GB", help="Memory of the emulated accelerator, or a cap on what all GPUs together hold."

@@ -31,7 +31,8 @@ class HostKernels:
     `stage(target, source)` copies a page of weights. `pack(rows, width, name)` is a matrix of random
     numbers in that packed format, which `multiply` takes as a weight, too. If the runtime
     `fuses_operators`, all experts of a layer take one kernel, not some for each, and so does a norm or
-    rotary embedding. `native_up_to` tells which work is left to torch.
+    rotary embedding. `native_up_to` tells which work is left to torch. `sums_between(ranks, sizes)` are seconds of
+    sums of so many bytes each between ranks that are processes of this machine.
     """
 
     name: str
@@ -41,6 +42,7 @@ class HostKernels:
     pack: "Callable[[int, int, str], object] | None" = None
     fuses_operators: bool = False
     native_up_to: Choices | None = None
+    sums_between: "Callable[[int, Sequence[int]], Mapping[int, Sequence[float]]] | None" = None
 
 
 def installed_kernels() -> HostKernels | None:

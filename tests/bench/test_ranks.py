@@ -6,63 +6,22 @@ Prints tokens/s, measured and predicted, of micro-batches of several sizes; asse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from executor.demo import MODEL_DIR, PROMPTS
 from executor.demo.run import GPU_MEMORY, LINK_BANDWIDTH, measured_lengths
-from executor.group import Group
-from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
-from hrm.machines import load_profile, save_profile
 from tests.bench.machine import circumstances
-from tests.executor.group.ranks import in_ranks
 
 REQUESTS, NEW_TOKENS, REPEATS = 128, 32, 3
 CHUNK_TOKENS = 158
-FEW, MANY = 64, 250_000  # numbers of a sum
 
 
 def call(module: str, *arguments: str) -> str:
     done = subprocess.run([sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True)
     return done.stdout
-
-
-def sum_s(group: Group, count: int) -> float:
-    """What a sum of so many numbers takes, the median of many."""
-    numbers, taken = torch.ones(count), list[float]()
-    for _ in range(200):
-        start_s = time.perf_counter()
-        group.all_reduce(numbers.fill_(1))
-        taken.append(time.perf_counter() - start_s)
-    return sorted(taken)[len(taken) // 2]
-
-
-def between_ranks() -> Link:
-    """The link that two ranks' sums go over, of which each takes two turns with half of the numbers."""
-    few_s, many_s = (in_ranks(2, sum_s, count)[0] for count in (FEW, MANY))
-    bandwidth = 4 * (MANY - FEW) / (many_s - few_s)
-    measured = (Figure(value=value, source=Source.MEASURED) for value in (few_s / 2, bandwidth))
-    latency, rate = measured
-    return Link(source="gpu", target="gpu", kind="peer", latency_s=latency, bandwidth_bytes_per_s=Rate(achieved=rate))
-
-
-def of_two(one: HardwareProfile) -> HardwareProfile:
-    """A machine with the same memory on two accelerators, each with such a link."""
-
-    def of_both(link: Link) -> Link:
-        if link.kind == "staging":
-            return link
-        return replace(
-            link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s.each(lambda figure: figure.times(2, size_factor=2))
-        )
-
-    return replace(one, name="two emulated", num_gpus=2, links=(*map(of_both, one.links), between_ranks()))
 
 
 def runs(folder: Path, profile: Path, micro_batch_size: int, lengths: list[str]) -> Iterator[dict[str, Any]]:
@@ -80,9 +39,9 @@ def runs(folder: Path, profile: Path, micro_batch_size: int, lengths: list[str])
 
 def test_two_ranks_beside_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
-    machine = ["--accelerator", "emulated", "--gpu-memory", GPU_MEMORY, "--link-bandwidth", LINK_BANDWIDTH]
-    call("hrm.cli", "profile", *machine, "--model", str(MODEL_DIR), "--dtype", "bfloat16", "--quick", "--out", str(one))
-    save_profile(two, of_two(load_profile(one)))
+    machine = ["--gpu-memory", GPU_MEMORY, "--link-bandwidth", LINK_BANDWIDTH, "--model", str(MODEL_DIR), "--quick"]
+    for path, accelerator in ((one, "emulated"), (two, "emulated:2")):
+        call("hrm.cli", "profile", "--accelerator", accelerator, *machine, "--dtype", "bfloat16", "--out", str(path))
     with PROMPTS.open(encoding="utf-8") as lines:
         (tmp_path / "in.jsonl").write_text("".join(islice(lines, REQUESTS)), encoding="utf-8")
     mean, longest = measured_lengths(PROMPTS, MODEL_DIR, REQUESTS)

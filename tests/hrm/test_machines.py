@@ -10,8 +10,19 @@ from hypothesis import strategies as st
 from hrm.catalog import list_files, profile_folder
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Processor, Rate, Source
-from hrm.machines import compose, dump_profile, load_gpu, load_host, load_profile, one_part, save_profile, with_memory
+from hrm.machines import (
+    compose,
+    dump_profile,
+    load_gpu,
+    load_host,
+    load_profile,
+    of_parts,
+    one_part,
+    save_profile,
+    with_memory,
+)
 from hrm.units import GB, GIB
+from tests.hrm.profiling.fakes import figures_of
 
 FILES = list_files()
 
@@ -230,6 +241,20 @@ def test_a_part_of_a_machine_is_one_gpu_and_a_share_of_the_host():
     assert rank.peer == four.peer, "ranks go on summing up with one another"
     assert (rank.num_stages, part.num_stages) == (1, 4)
     assert part.top.processor.launch_latency_s.value == one.top.processor.launch_latency_s.value
+
+
+def test_a_machine_made_of_parts_has_those_parts():
+    four = compose("4xT4")
+    part = one_part(four, is_stage=False)
+    without_peer = replace(part, links=tuple(link for link in part.links if link.kind != "peer"))
+    again = of_parts(without_peer, 4, four.peer)
+    assert again.num_gpus == 4
+    in_order = replace(four, links=(*(link for link in four.links if link.kind != "peer"), four.peer))
+    ours, theirs = (figures_of(profile) for profile in (again, in_order))
+    assert ours.keys() == theirs.keys()
+    for name, figure in ours.items():
+        assert figure.value == pytest.approx(theirs[name].value), name
+        assert figure.curve == tuple(pytest.approx(point) for point in theirs[name].curve), name
 
 
 @pytest.mark.parametrize(

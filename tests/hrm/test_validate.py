@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from hrm.acts import decode
+from hrm.machines import of_parts
 from hrm.run_record import KindTotal, LaneRecord, read_run
-from hrm.tasks import Lane, Phase
+from hrm.tasks import Device, Lane, Phase
 from hrm.validate import predict_run, validate
 from tests.fuzz.targets_hrm import a_run
 
@@ -70,6 +71,21 @@ def test_what_a_record_lacks_was_not_done(folder):
     assert record.phase(Phase.DECODE).lane(Lane.CPU) == LaneRecord(busy_s=0)
     predicted = {row for row, both in validate(bare).kind_s.items() if both.predicted}
     assert predicted == {row for row, seconds in predict_run(bare).kind_s.items() if seconds}
+
+
+def test_every_ranks_link_has_the_pace_that_its_run_tells(folder):
+    record = read_run(folder)
+    plan = record.policy_file
+    one = plan.profile
+    peer = replace(one.h2d, source=one.top.name, target=one.top.name, kind="peer")
+    ranks = replace(plan, profile=of_parts(one, 2, peer), policy=replace(plan.policy, attention=Device.GPU))
+    pace = one.h2d.bandwidth_bytes_per_s.at()
+    told = replace(record.accelerator, h2d_bytes_per_s=pace, d2h_bytes_per_s=one.d2h.bandwidth_bytes_per_s.at())
+    planned, paced = (
+        predict_run(replace(record, policy_file=ranks, accelerator=accelerator))
+        for accelerator in (replace(told, h2d_bytes_per_s=None, d2h_bytes_per_s=None), told)
+    )
+    assert paced.kind_s == pytest.approx(planned.kind_s)
 
 
 def test_batches_that_are_counted_together_are_predicted_each(folder):

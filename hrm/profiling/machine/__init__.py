@@ -68,7 +68,7 @@ def profile_machine(
     gpus = _gpus(indices)
     journal = None
     if options.partial is not None:
-        accelerator = kind if kind != "cuda" else f"cuda:{','.join(map(str, indices))}"
+        accelerator = f"cuda:{','.join(map(str, indices))}" if kind == "cuda" else options.accelerator
         measures = options.that_must_agree(accelerator) | _identity(host, gpus)
         journal = Journal(options.partial, measures, date=date, resume=options.resume)
     with closing(journal) if journal else nullcontext():
@@ -134,18 +134,23 @@ def _passes(disturbances: Sequence[float], used: Sequence[int]) -> str:
 
 def _resolve(accelerator: str) -> tuple[Kind, tuple[int, ...]]:
     """The kind of machine, and the CUDA devices if it has any."""
-    if accelerator == "cpu" or accelerator == "emulated":  # noqa: PLR1714 - narrows the type
-        return accelerator, ()
+    name, _, which = accelerator.partition(":")
+    if accelerator == "cpu":
+        return "cpu", ()
+    if name == "emulated":
+        return "emulated", ()
     import torch
 
-    name, _, which = accelerator.partition(":")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
         return ("cuda", (0,)) if count else ("cpu", ())
     words = (which or "0").split(",")
     if name != "cuda" or not (which == "all" or all(word.isdecimal() for word in words)):
         raise ProfileError(
-            "--accelerator", accelerator, "must be auto, cuda:K, cuda:K,K, cuda:all, emulated or cpu", "choose one"
+            "--accelerator",
+            accelerator,
+            "must be auto, cuda:K, cuda:K,K, cuda:all, emulated, emulated:N or cpu",
+            "choose one",
         )
     indices = range(count) if which == "all" else [int(word) for word in words]
     if len(set(indices)) < len(indices):

@@ -1,11 +1,16 @@
 """A machine whose accelerator is emulated on its CPU."""
 
+import os
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
 from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy
-from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Source
+from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
+from hrm.machines import of_parts
 from hrm.profiling.machine.host import (
     CACHES,
     STAGING,
@@ -31,19 +36,78 @@ SMALLEST_ARENA: Final = 4 * KIB
 LONGEST_TRANSFER_S: Final = 0.25  # slow links are swept over smaller transfers
 STAGED_BYTES: Final = MIB
 CONTENTION_TRANSFER_S: Final = 0.005
+SUMS: Final = "sums between ranks"
+FEW_SUMMED_BYTES: Final = 4 * KIB
+MANY_SUMMED_BYTES: Final = MIB
 BOTH_BUSY: Final = "launch latency with both lanes busy"
 ALL_AT_ONCE: Final = "host memory, all at once"
 
 
 def profile_emulated(run: Run) -> HardwareProfile:
-    """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth."""
-    from hrm.profiling.contention import shared_roof
+    """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth.
 
+    Of several emulated accelerators one is measured on its share of the cores, with nothing beside it, and then
+    sums between processes that have such shares.
+    """
+    count = run.options.emulated_count
     gpu_bytes = run.options.gpu_memory_bytes
     if gpu_bytes is None:
         gpu_bytes = min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
+    if count == 1:
+        return _profile_one(run, gpu_bytes)
+    cores = os.sched_getaffinity(0)
+
+    def sums(_: float) -> Link:
+        with _on(cores):
+            return _between_ranks(run, count)
+
+    with _on(sorted(cores)[: max(1, len(cores) // count)]):
+        run.steps.add(SUMS, 0.1, sums, Link, once=True)
+        part = _profile_one(replace(run, threads=max(1, run.threads // count)), gpu_bytes // count, count)
+    whole = of_parts(part, count, run.steps.found[SUMS])
+    return replace(whole, name=f"{count} emulated accelerators on {run.host.cpu_name}, {run.threads} cores")
+
+
+def _between_ranks(run: Run, count: int) -> Link:
+    """What sums of few and of many bytes tell of the ring that `hrm.costs` has them go around."""
+    kernels = run.options.kernels
+    assert kernels is not None, "checked with the options"
+    assert kernels.sums_between is not None, "checked with the options"
+    taken = kernels.sums_between(count, (FEW_SUMMED_BYTES, MANY_SUMMED_BYTES))
+    few, many = (sorted(taken[size]) for size in (FEW_SUMMED_BYTES, MANY_SUMMED_BYTES))
+    turns = 2 * (count - 1)
+    latencies = [seconds / turns for seconds in few]
+    moved = turns / count * (MANY_SUMMED_BYTES - FEW_SUMMED_BYTES)
+    note = f"sums between {count} processes"
+    found = Figure(
+        value=median(latencies),
+        source=Source.MEASURED,
+        note=note,
+        samples=len(few),
+        p20=latencies[len(few) // 5],
+        p80=latencies[4 * len(few) // 5],
+    )
+    rate = moved / max(median(many) - median(few), 1e-9)
+    bandwidth = Figure(value=rate, source=Source.MEASURED, note=note, samples=len(many))
+    return Link(source=GPU, target=GPU, kind="peer", latency_s=found, bandwidth_bytes_per_s=Rate(achieved=bandwidth))
+
+
+@contextmanager
+def _on(cores: Iterable[int]) -> Generator[None]:
+    """Within it, this thread and those that it starts keep to these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
+    from hrm.profiling.contention import shared_roof
+
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
-    capacity, reserve = ram_of(run.host, gpu_bytes)
+    capacity, reserve = (figure.times(1 / count) for figure in ram_of(run.host, count * gpu_bytes))
     results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")

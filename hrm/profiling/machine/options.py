@@ -16,6 +16,7 @@ QUICK_PART_S: Final = 0.75  # a part of a step in all passes; machines have 30 t
 FULL_PART_S: Final = 7.0
 MOST_QUICK_S: Final = 53.0  # after which no pass may end; one in place of a disturbed one may fit
 MOST_FULL_S: Final = 570.0
+MOST_EMULATED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,12 @@ class ProfileOptions:
 
     `accelerator` is `cuda:0`, `cuda:0,1` or `cuda:all`, `emulated`, `cpu`, or `auto` for the first
     GPU if there is one and the CPU if not. Emulated, the GPU level holds `gpu_memory_bytes` and its
-    links are paced to `link_bandwidth_bytes_per_s`. It takes under a minute if `quick`, else about
-    eight; or `budget_s`. GEMMs have the shapes of `model`. The first of `dtypes` is that of the KV
-    cache. `disk` is the folder whose disk is measured. `kernels` compute on the CPU instead of
-    torch. Finished steps are kept in the file `partial`, which is locked against other processes,
-    and `resume` goes on with those that it holds. `command` is told in the profile.
+    links are paced to `link_bandwidth_bytes_per_s`; with `emulated:2` two accelerators share the memory,
+    each with such links. It takes under a minute if `quick`, else about eight; or `budget_s`. GEMMs have
+    the shapes of `model`. The first of `dtypes` is that of the KV cache. `disk` is the folder whose disk
+    is measured. `kernels` compute on the CPU instead of torch. Finished steps are kept in the file
+    `partial`, which is locked against other processes, and `resume` goes on with those that it holds.
+    `command` is told in the profile.
     """
 
     accelerator: str = "auto"
@@ -49,6 +51,15 @@ class ProfileOptions:
         return replace(self, dtypes=tuple("float16" if dtype == "bfloat16" else dtype for dtype in self.dtypes))
 
     @property
+    def emulated_count(self) -> int:
+        """How many emulated accelerators there are to be; ProfileError if that is no number from 1 on."""
+        _, _, count = self.accelerator.partition(":")
+        if count and not (count.isdecimal() and 1 <= int(count) <= MOST_EMULATED):
+            rule = f"must be emulated, or emulated:N for up to {MOST_EMULATED} accelerators"
+            raise ProfileError("--accelerator", self.accelerator, rule, "correct it")
+        return int(count or 1)
+
+    @property
     def mode(self) -> str:
         """Whether it is quick, in a word."""
         return "quick" if self.quick else "full"
@@ -67,6 +78,17 @@ class ProfileOptions:
 
     def check(self, kind: str) -> None:
         """Raise ProfileError if a machine of that kind cannot be measured so."""
+        if (
+            kind == "emulated"
+            and self.emulated_count > 1
+            and (self.kernels is None or self.kernels.sums_between is None)
+        ):
+            raise ProfileError(
+                "--accelerator",
+                self.accelerator,
+                "needs the executor, whose ranks are measured, with its native kernels",
+                "install it with a C++ compiler, or use --accelerator emulated",
+            )
         for dtype in self.dtypes:
             if dtype not in FORMATS:
                 raise ProfileError("--dtype", dtype, f"must be one of {', '.join(FORMATS)}", "correct it")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from executor.group import Alone, LostRankError, share_of
+from executor.group.measure import sums_between
 from tests.executor.group.ranks import in_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,3 +101,9 @@ def test_shares_are_all_there_is_and_even(size):
         shares = [share_of(rank, size, count) for rank in range(size)]
         assert [index for share in shares for index in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_sums_are_timed_between_processes_of_their_own():
+    found = sums_between(2, (64, 4096))
+    assert set(found) == {64, 4096}
+    assert all(0 < seconds < 10 for taken in found.values() for seconds in taken)

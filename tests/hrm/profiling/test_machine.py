@@ -1,8 +1,10 @@
 """Profiles of this machine: what they hold and where it came from. No timing is asserted."""
 
 import inspect
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from types import SimpleNamespace
@@ -11,12 +13,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hrm.contract.host_kernels import HostKernels
+from hrm.contract.host_kernels import HostKernels, installed_kernels
 from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.errors import ProfileError
 from hrm.formats import USUAL_FORMATS, packed_format
 from hrm.hardware import HardwareProfile, Source
-from hrm.machines import load_profile, save_profile
+from hrm.machines import load_profile, one_part, save_profile
 from hrm.model_spec import BUILT_IN_MODELS, packed_as
 from hrm.profiling import ProfileOptions, ProfilingInterrupted, profile_machine
 from hrm.profiling.attention import Heads, KvCache, attention_call, attention_rate, batch_call
@@ -505,3 +507,49 @@ def test_import_is_light(module):
     code = f"import sys, {module}; print({{'torch', 'numpy', 'yaml'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_two_emulated_accelerators_are_shares_of_the_machine_with_sums_between(tmp_path):
+    """A sum takes 1 ms and 1 ms a MiB here: in the ring of two, half of the first in each of two turns."""
+    asked: list[int] = []
+
+    def sums_between(ranks: int, sizes: Sequence[int]) -> dict[int, list[float]]:
+        asked.append(ranks)
+        return {size: [1e-3 + size / MIB * 1e-3] * 10 for size in sizes}
+
+    installed = installed_kernels()
+    assert installed is not None
+    kernels = replace(installed, sums_between=sums_between)
+    options = ProfileOptions(
+        "emulated:2",
+        gpu_memory_bytes=4 * MIB,
+        link_bandwidth_bytes_per_s=1e9,
+        quick=True,
+        model=TINY,
+        dtypes=("bfloat16",),
+        disk=tmp_path,
+        kernels=kernels,
+        budget_s=2.0,
+    )
+    cores = os.sched_getaffinity(0)
+    found = profile_machine(options)
+    assert os.sched_getaffinity(0) == cores
+    assert asked == [2]
+    assert (found.accelerator, found.num_gpus, found.top.usable_bytes) == ("emulated", 2, 4 * MIB)
+    assert found.peer.latency_s.value == pytest.approx(0.5e-3, rel=0.01)
+    assert found.peer.bandwidth_bytes_per_s.at() == pytest.approx(MIB / 1e-3, rel=0.01)
+    part = one_part(found, is_stage=False)
+    assert part.top.usable_bytes == 2 * MIB
+    assert part.h2d.bandwidth_bytes_per_s.at() <= 1e9 < found.h2d.bandwidth_bytes_per_s.at()
+    assert found.host.usable_bytes < host_facts().usable_ram_bytes
+
+
+@pytest.mark.parametrize("accelerator", ["emulated:0", "emulated:x", "emulated:2,3", "emulated:9"])
+def test_a_number_of_emulated_accelerators_that_there_cannot_be_is_refused(accelerator):
+    with pytest.raises(ProfileError, match=r"emulated:N for up to 8"):
+        profile_machine(ProfileOptions(accelerator, quick=True))
+
+
+def test_several_need_something_that_sums(tmp_path):
+    with pytest.raises(ProfileError, match=r"emulated:2.*needs the executor"):
+        profile_machine(ProfileOptions("emulated:2", quick=True, disk=tmp_path))
