@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Self, final
@@ -11,7 +11,7 @@ import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
 from executor.backends.null import null_handlers
-from executor.batching import Batch, Batcher, Completion, Nowhere, Placed, Request, Sink, chunks
+from executor.batching import Batch, Batcher, Completion, Nowhere, Request, Sink, chunks
 from executor.checkpoint import WeightSource
 from executor.engine import Engine, PhaseResult
 from executor.errors import JobError
@@ -27,6 +27,7 @@ from executor.handlers import (
     PrefillHandlers,
     RunMemory,
     allocate,
+    never_stops,
 )
 from executor.live import LiveBatch
 from executor.loading import Loading
@@ -396,9 +397,3 @@ def _completion(ended: Generated) -> Completion:
     return Completion(
         ended.placed.request, tuple(ended.tokens), ended.finish_reason or LENGTH, ended.error, tuple(ended.logprobs)
     )
-
-
-def never_stops(placed: Placed, tokens: Sequence[int]) -> bool:
-    """For requests without stop texts."""
-    del placed, tokens
-    return False

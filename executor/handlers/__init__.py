@@ -9,7 +9,7 @@ from executor.handlers.arenas import HostArenas
 from executor.handlers.decode import DecodeHandlers
 from executor.handlers.memory import RunMemory, allocate
 from executor.handlers.prefill import PrefillHandlers
-from executor.handlers.state import ERROR, LENGTH, STOP, BatchState, EndOfText, Generated
+from executor.handlers.state import ERROR, LENGTH, STOP, BatchState, EndOfText, Generated, never_stops
 
 __all__ = [
     "ERROR",
@@ -23,4 +23,5 @@ __all__ = [
     "PrefillHandlers",
     "RunMemory",
     "allocate",
+    "never_stops",
 ]

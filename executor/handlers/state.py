@@ -75,6 +75,12 @@ class EndOfText(Protocol):
         ...
 
 
+def never_stops(placed: Placed, tokens: Sequence[int]) -> bool:
+    """For requests without stop texts."""
+    del placed, tokens
+    return False
+
+
 @final
 class BatchState:
     """The requests of a batch, what they have generated, and which rows the next step has.

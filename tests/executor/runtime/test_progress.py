@@ -14,8 +14,7 @@ from executor.batching import Request, pack
 from executor.cli import progress as progress_module
 from executor.cli.progress import Meter, format_countdown
 from executor.engine import Engine
-from executor.generate import never_stops
-from executor.handlers import BatchState
+from executor.handlers import BatchState, never_stops
 from executor.job import JobOptions, JobProgress, run_job
 from executor.job.machine import AcceleratorOptions
 from executor.job.progress import Forecast, PhaseProgress
