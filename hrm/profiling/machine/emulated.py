@@ -1,8 +1,5 @@
 """A machine whose accelerator is emulated on its CPU."""
 
-import os
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
@@ -46,8 +43,8 @@ ALL_AT_ONCE: Final = "host memory, all at once"
 def profile_emulated(run: Run) -> HardwareProfile:
     """Half of the cores as the GPU, the rest as the CPU, and links of the asked-for bandwidth.
 
-    Of several emulated accelerators one is measured on its share of the cores, with nothing beside it, and then
-    sums between processes that have such shares.
+    Of several emulated accelerators one is measured with as many threads as its share of the cores has, and
+    nothing beside it; and sums between processes that have such shares.
     """
     count = run.options.emulated_count
     gpu_bytes = run.options.gpu_memory_bytes
@@ -55,15 +52,8 @@ def profile_emulated(run: Run) -> HardwareProfile:
         gpu_bytes = min(EMULATED_GPU_BYTES, run.host.usable_ram_bytes // 8)
     if count == 1:
         return _profile_one(run, gpu_bytes)
-    cores = os.sched_getaffinity(0)
-
-    def sums(_: float) -> Link:
-        with _on(cores):
-            return _between_ranks(run, count)
-
-    with _on(sorted(cores)[: max(1, len(cores) // count)]):
-        run.steps.add(SUMS, 0.1, sums, Link, once=True)
-        part = _profile_one(replace(run, threads=max(1, run.threads // count)), gpu_bytes // count, count)
+    run.steps.add(SUMS, 0.1, lambda _: _between_ranks(run, count), Link, once=True)
+    part = _profile_one(replace(run, threads=max(1, run.threads // count)), gpu_bytes // count, count)
     whole = of_parts(part, count, run.steps.found[SUMS])
     return replace(whole, name=f"{count} emulated accelerators on {run.host.cpu_name}, {run.threads} cores")
 
@@ -90,17 +80,6 @@ def _between_ranks(run: Run, count: int) -> Link:
     rate = moved / max(median(many) - median(few), 1e-9)
     bandwidth = Figure(value=rate, source=Source.MEASURED, note=note, samples=len(many))
     return Link(source=GPU, target=GPU, kind="peer", latency_s=found, bandwidth_bytes_per_s=Rate(achieved=bandwidth))
-
-
-@contextmanager
-def _on(cores: Iterable[int]) -> Generator[None]:
-    """Within it, this thread and those that it starts keep to these cores."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:

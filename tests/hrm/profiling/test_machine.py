@@ -1,7 +1,6 @@
 """Profiles of this machine: what they hold and where it came from. No timing is asserted."""
 
 import inspect
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -531,9 +530,7 @@ def test_two_emulated_accelerators_are_shares_of_the_machine_with_sums_between(t
         kernels=kernels,
         budget_s=2.0,
     )
-    cores = os.sched_getaffinity(0)
     found = profile_machine(options)
-    assert os.sched_getaffinity(0) == cores
     assert asked == [2]
     assert (found.accelerator, found.num_gpus, found.top.usable_bytes) == ("emulated", 2, 4 * MIB)
     assert found.peer.latency_s.value == pytest.approx(0.5e-3, rel=0.01)
