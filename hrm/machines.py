@@ -136,51 +136,39 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     It is a stage of a pipeline, or a rank in tensor parallel, which keeps its link to the others.
     """
     count = profile.num_gpus
-    note = f"one of {count} parts"
-
-    def share(figure: Figure) -> Figure:
-        return figure.times(1 / count, note=note)
-
-    def share_of_link(link: Link) -> Link:
-        size_factor = 1.0 if link.kind == "staging" else 1 / count
-
-        def share_of_bandwidth(figure: Figure) -> Figure:
-            return figure.times(1 / count, note=note, size_factor=size_factor)
-
-        return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s.each(share_of_bandwidth))
-
+    part = _times(profile, 1 / count, note=f"one of {count} parts")
     return replace(
-        profile,
+        part,
         name=f"one of {count} parts of {profile.name}",
         num_gpus=1,
         num_stages=count if is_stage else 1,
-        levels=tuple(_change_level(level, share) for level in profile.levels),
-        links=tuple(
-            link if link.kind == "peer" else share_of_link(link)
-            for link in profile.links
-            if not (is_stage and link.kind == "peer")
-        ),
+        links=tuple(link for link in part.links if not (is_stage and link.kind == "peer")),
     )
 
 
 def of_parts(part: HardwareProfile, count: int, peer: Link) -> HardwareProfile:
     """The machine of which that is one rank's part, see `one_part`: so many GPUs with such a link between them."""
+    whole = _times(part, count)
+    return replace(whole, num_gpus=count, links=(*whole.links, peer))
 
-    def all_of(figure: Figure) -> Figure:
-        return figure.times(count)
 
-    def all_of_links(link: Link) -> Link:
-        size_factor = 1.0 if link.kind == "staging" else count
-        rate = link.bandwidth_bytes_per_s
-        return replace(
-            link, bandwidth_bytes_per_s=rate.each(lambda figure: figure.times(count, size_factor=size_factor))
-        )
+def _times(profile: HardwareProfile, factor: float, note: str = "") -> HardwareProfile:
+    """The machine with so many times everything but the links between its GPUs."""
+
+    def times(figure: Figure) -> Figure:
+        return figure.times(factor, note=note)
+
+    def link_times(link: Link) -> Link:
+        if link.kind == "peer":
+            return link
+        size_factor = 1.0 if link.kind == "staging" else factor
+        rate = link.bandwidth_bytes_per_s.each(lambda f: f.times(factor, note=note, size_factor=size_factor))
+        return replace(link, bandwidth_bytes_per_s=rate)
 
     return replace(
-        part,
-        num_gpus=count,
-        levels=tuple(_change_level(level, all_of) for level in part.levels),
-        links=(*map(all_of_links, part.links), peer),
+        profile,
+        levels=tuple(_change_level(level, times) for level in profile.levels),
+        links=tuple(map(link_times, profile.links)),
     )
 
 

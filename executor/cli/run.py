@@ -120,8 +120,8 @@ def run(
     from executor.cli.progress import live_progress, say
     from executor.download import locate
     from executor.errors import RunError
+    from executor.group.cores import is_another_rank
     from executor.job import JobOptions, JobProgress, run_job
-    from executor.ranks.cores import is_another_rank
 
     if is_another_rank():
         from executor.job.rank import JobRank

@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 import torch
 
 from executor.errors import RunError
-from executor.group.base import share_of
+from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import LOOP, join_store, open_store
 
@@ -27,11 +27,11 @@ def sums_between(ranks: int, sizes: Sequence[int]) -> Mapping[int, Sequence[floa
     """
     _store, port = open_store()  # is closed when nobody has it
     command = [sys.executable, "-m", __name__, str(port), str(ranks), *map(str, sizes)]
-    processes = [
-        subprocess.Popen([*command[:4], str(rank), *command[4:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in range(ranks)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(ranks):
+            rank_command = [*command[:4], str(rank), *command[4:]]
+            processes.append(subprocess.Popen(rank_command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         told, failed = processes[0].communicate(timeout=_AT_MOST_S)
         if processes[0].returncode:
             raise RunError("sums between ranks", f"<{failed.decode(errors='replace')[-200:]}>", "failed", "try again")
@@ -45,19 +45,16 @@ def sums_between(ranks: int, sizes: Sequence[int]) -> Mapping[int, Sequence[floa
 
 
 def _rank(port: int, rank: int, size: int, sizes: Sequence[int]) -> NoReturn:
-    cpus = sorted(os.sched_getaffinity(0))
-    share = share_of(rank, size, len(cpus))
-    os.sched_setaffinity(0, [cpus[index] for index in share] or [cpus[rank % len(cpus)]])
-    torch.set_num_threads(1)
-    group = ProcessGroup(join_store(LOOP, port), rank, size)
     taken: dict[int, list[float]] = {}
-    for num_bytes in sizes:
-        numbers, seconds = torch.zeros(num_bytes // 4), list[float]()
-        for _ in range(_WARM + _SAMPLES):
-            start_s = time.perf_counter()
-            group.all_reduce(numbers)
-            seconds.append(time.perf_counter() - start_s)
-        taken[num_bytes] = seconds[_WARM:]
+    with own_cores(rank, size):
+        group = ProcessGroup(join_store(LOOP, port), rank, size)
+        for num_bytes in sizes:
+            numbers, seconds = torch.zeros(num_bytes // 4), list[float]()
+            for _ in range(_WARM + _SAMPLES):
+                start_s = time.perf_counter()
+                group.all_reduce(numbers)
+                seconds.append(time.perf_counter() - start_s)
+            taken[num_bytes] = seconds[_WARM:]
     if rank == 0:
         sys.stdout.write(json.dumps(taken))
         sys.stdout.flush()

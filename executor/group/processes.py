@@ -1,4 +1,4 @@
-"""A group of processes: gloo between processors, NCCL between CUDA devices, rendezvous by a store of torch's.
+"""A group of processes: shared memory or gloo between processors, NCCL between CUDA devices, and a store to meet at.
 
 R rows (requests), V vocab; C of this rank's.
 """
@@ -44,9 +44,8 @@ class ProcessGroup(Group):
     """One rank of a group whose processes meet at a store; all are on this machine.
 
     Tensors of the host go through memory that ranks share, or over gloo; those of a CUDA device over NCCL, and through
-    the host's memory where ranks share a device. Rank 0 calls
-    `look`, which may raise, while it waits for the others to come. After `timeout` seconds a rank that has not come
-    to where another waits for it is lost.
+    the host's memory where ranks share a device. Rank 0 calls `look`, which may raise, while it waits for the others to
+    come. After `timeout` seconds a rank that has not come to where another waits for it is lost.
     """
 
     def __init__(
@@ -159,6 +158,8 @@ class ProcessGroup(Group):
     def close(self) -> None:
         """Leave the group."""
         self._lost = self._lost or "the group was closed"
+        if isinstance(self._numbers, SharedMemory):
+            self._numbers.close()
         self._numbers = self._messages = self._devices = None
 
     def _where_it_lies(self, tensor: Tensor, work: Callable[[Any, Tensor], Tensor]) -> Tensor:

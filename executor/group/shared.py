@@ -11,6 +11,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.distributed_c10d import Store
 from hrm.units import MIB
 
 PIECE_BYTES: Final = 4 * MIB  # that a rank tells at once; all have two such pieces, in turn
+_CALLED: Final = "ranks"
 _LINE: Final = 64  # bytes of memory that processors hand over at once: each rank's counter has its own
 _SPINS: Final = 500  # looks before a waiting rank sleeps between them
 _SLEEP_S: Final = 20e-6
@@ -43,6 +45,7 @@ class SharedMemory:
         self._counts = memoryview(memory).cast("q")
         pieces = torch.frombuffer(memory, dtype=torch.uint8, offset=_LINE * self._size)
         self._pieces = pieces.view(2, self._size, PIECE_BYTES)
+        self._processes: Sequence[int] = processes
         self._ended = [select.poll() for _ in processes]
         for ended, process in zip(self._ended, processes, strict=True):
             ended.register(process, select.POLLIN)
@@ -50,15 +53,28 @@ class SharedMemory:
     @staticmethod
     def of(store: Store, rank: int, size: int, timeout_s: float, check: Callable[[], object]) -> "SharedMemory | None":
         """One that all ranks have; None if any of them cannot have it. Nothing of it outlives them."""
+        memory, processes, handle = None, list[int](), -1
         store.set(f"process of rank {rank}", str(os.getpid()))
-        processes: list[int] = []
-        memory = _opened(store, rank, _LINE * size + 2 * size * PIECE_BYTES)
-        with suppress(OSError):
-            processes = [os.pidfd_open(int(store.get(f"process of rank {other}"))) for other in range(size)]
-        has_all = memory is not None and len(processes) == size
-        store.set(f"memory of rank {rank}", "shared" if has_all else "none")
+        with suppress(OSError, ValueError):
+            handle = _handle(store, rank, _LINE * size + 2 * size * PIECE_BYTES)
+            memory = mmap.mmap(handle, 0)
+            for other in range(size):
+                processes.append(os.pidfd_open(int(store.get(f"process of rank {other}"))))
+        store.set(f"memory of rank {rank}", "shared" if len(processes) == size else "none")
         all_have = all(store.get(f"memory of rank {other}") == b"shared" for other in range(size))
-        return SharedMemory(rank, memory, processes, timeout_s, check) if memory is not None and all_have else None
+        if handle >= 0:
+            os.close(handle)  # nobody opens rank 0's any more
+        if memory is not None and all_have:
+            return SharedMemory(rank, memory, processes, timeout_s, check)
+        for process in processes:
+            os.close(process)
+        return None
+
+    def close(self) -> None:
+        """Let go of the other processes; nothing is summed up any more."""
+        for process in self._processes:
+            os.close(process)
+        self._processes = ()
 
     def allreduce(self, tensors: Sequence[Tensor]) -> "SharedMemory":
         """Add up in place, in the order of ranks."""
@@ -131,26 +147,22 @@ class SharedMemory:
                 raise RuntimeError(f"timed out waiting for rank {other}")
 
 
-def _opened(store: Store, rank: int, num_bytes: int) -> mmap.mmap | None:
-    """Memory of rank 0's that has no name, zeros at first; None where it cannot be had."""
-    key = "shared memory"
+def _handle(store: Store, rank: int, num_bytes: int) -> int:
+    """Of memory that rank 0 makes, zeros at first, which has no name; OSError where it cannot be had."""
     able = platform.machine() in _MACHINES and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
-    try:
-        if rank == 0:
-            handle = os.memfd_create("ranks", os.MFD_CLOEXEC) if able else -1
-            store.set(key, f"/proc/{os.getpid()}/fd/{handle}" if able else "")
-        else:
-            path = store.get(key).decode()
-            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC) if able and path else -1
-        if handle < 0:
-            return None
-        if rank == 0:
-            os.ftruncate(handle, num_bytes)
-            store.set(f"{key} is large enough", "")
-        store.wait([f"{key} is large enough"])
-        memory = mmap.mmap(handle, num_bytes)
-    except OSError:
-        return None
-    if rank:
-        os.close(handle)  # rank 0 keeps its own, by which the others find the memory
-    return memory
+    handle = -1
+    if rank == 0:
+        try:
+            if able:
+                handle = os.memfd_create(_CALLED, os.MFD_CLOEXEC)
+                os.ftruncate(handle, num_bytes)
+        finally:
+            store.set("memory", f"{os.getpid()} {handle}")
+    else:
+        process, number = map(int, store.get("memory").split())
+        path = Path(f"/proc/{process}/fd/{number}")
+        if able and str(path.readlink()).startswith(f"/memfd:{_CALLED}"):
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    if handle < 0:
+        raise OSError("no memory to share")
+    return handle

@@ -8,11 +8,11 @@ from typing import Final
 
 from executor.errors import RunError
 from executor.generate import AbstractGenerator
+from executor.group.cores import own_cores, started_by_torchrun
 from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, prepare
 from executor.job.model import OpenModel
 from executor.job.rank import RankJob, RankReport
 from executor.loading import Loading
-from executor.ranks.cores import own_cores, started_by_torchrun
 from executor.ranks.generator import RankedGenerator, Ranks
 from executor.ranks.messages import telling
 from hrm.policy_file import PolicyFile

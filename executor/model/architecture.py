@@ -89,9 +89,9 @@ class Architecture:
         return (self.whole or self.spec).vocab_size
 
     @property
-    def first_token(self) -> int:
-        """The first one in the rank's part of the vocabulary."""
-        return self.rank * self.spec.vocab_size
+    def first_token(self) -> int | None:
+        """The first one in a rank's part of the vocabulary; None of one that has all of it."""
+        return None if self.whole is None else self.rank * self.spec.vocab_size
 
     def is_long(self, num_positions: int) -> bool:
         """Whether a text with so many positions goes through other layers than a short one."""

@@ -12,14 +12,19 @@ from executor.model.norm import Norm, normed
 from executor.model.workspace import Workspace
 
 
-def embed(embedding_VD: Tensor, tokens_T: Tensor, out_TD: Tensor, *, scale: float = 1.0, first_token: int = 0) -> None:
+def embed(
+    embedding_VD: Tensor, tokens_T: Tensor, out_TD: Tensor, *, scale: float = 1.0, first_token: int | None = None
+) -> None:
     """Write the embeddings of tokens, multiplied by `scale`.
 
-    Of tokens that are not among those that the embedding has from `first_token` on, zeros.
+    Where there are those of a part of the vocabulary from `first_token` on, other tokens have zeros.
     """
-    rows_T = tokens_T - first_token
-    torch.index_select(embedding_VD, 0, rows_T.clamp(0, len(embedding_VD) - 1), out=out_TD)
-    out_TD[(rows_T < 0) | (rows_T >= len(embedding_VD))] = 0
+    if first_token is None:
+        torch.index_select(embedding_VD, 0, tokens_T, out=out_TD)
+    else:
+        rows_T = tokens_T - first_token
+        torch.index_select(embedding_VD, 0, rows_T.clamp(0, len(embedding_VD) - 1), out=out_TD)
+        out_TD[(rows_T < 0) | (rows_T >= len(embedding_VD))] = 0
     if scale != 1:
         out_TD.mul_(scale)
 

@@ -12,10 +12,10 @@ from executor.engine import TaskFailedError
 from executor.errors import RunError
 from executor.generate import AbstractGenerator, BatchResult, Planned
 from executor.group import Group, LostRankError
+from executor.group.cores import started_by_torchrun
 from executor.group.processes import ProcessGroup
 from executor.group.store import LOOP, join_store, open_store
 from executor.model import Architecture
-from executor.ranks.cores import started_by_torchrun
 from executor.ranks.messages import RankBatch
 from executor.ranks.signs import RankFailedError
 from executor.ranks.workers import SILENCE_S, Workers, command_of

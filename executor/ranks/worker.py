@@ -11,9 +11,9 @@ from typing import Final, NoReturn, Protocol
 
 from executor.generate import AbstractGenerator, BatchResult
 from executor.group import Group
+from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import join_store
-from executor.ranks.cores import own_cores
 from executor.ranks.messages import RankBatch
 from executor.ranks.signs import keep_telling, say_farewell
 

@@ -6,7 +6,6 @@ from hrm import operators
 from hrm.acts.load import (
     Counts,
     Load,
-    after_layers_of_a_rank,
     each,
     hidden_bytes,
     if_experts_on_cpu,
@@ -15,6 +14,7 @@ from hrm.acts.load import (
     reached_expert_bytes,
 )
 from hrm.acts.pages import page_acts, pages_up_to
+from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
 from hrm.tasks import Act, Buffer, Device, Lane, Part, Phase, TaskId, Touch
@@ -133,6 +133,12 @@ def _attended_bytes(x: Load) -> Number:
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.DECODE)
+REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
+    Phase.DECODE,
+    before=lambda p, x: (_before_layer(p, x), (_hidden(p, x, piece=SUM),)),
+    attended=lambda p, x: ((_hidden(p, x, piece=ATTENDED_PART),), (_hidden(p, x, piece=ATTENDED_SUM),)),
+    last=lambda p, x: (_after_layers(p, x), (_hidden(p, x, after=1, piece=SUM),)),
+)
 EMBED: Final = Act(
     letter="E",
     name="EMBED",
@@ -143,18 +149,6 @@ EMBED: Final = Act(
     count=each,
     moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
-)
-REDUCE_HIDDEN: Final = Act(
-    letter="R",
-    name="REDUCE_HIDDEN",
-    words="hidden states before a layer, summed up over ranks",
-    phase=Phase.DECODE,
-    lane=Lane.GPU,
-    touches=lambda p, x: (_before_layer(p, x), (_hidden(p, x, piece=SUM),)),
-    count=of_a_rank,
-    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
-    reduces=True,
-    chained=True,
 )
 PRE_ATTENTION: Final = Act(
     letter="A",
@@ -251,18 +245,6 @@ OUTPUT_PROJECTION: Final = Act(
     seconds=lambda x, _: x.costs.output_projection(x.tokens, x.kind),
     chained=True,
 )
-REDUCE_ATTENTION: Final = Act(
-    letter="Z",
-    name="REDUCE_ATTENTION",
-    words="hidden states with attention's output, summed up over ranks",
-    phase=Phase.DECODE,
-    lane=Lane.GPU,
-    touches=lambda p, x: ((_hidden(p, x, piece=ATTENDED_PART),), (_hidden(p, x, piece=ATTENDED_SUM),)),
-    count=of_a_rank,
-    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
-    reduces=True,
-    chained=True,
-)
 POST_ATTENTION: Final = Act(
     letter="C",
     name="POST_ATTENTION",
@@ -309,18 +291,6 @@ LOAD_EXPERT_OUTPUT: Final = Act(
     count=if_experts_on_cpu,
     moves=hidden_bytes,
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
-    chained=True,
-)
-REDUCE_LAST: Final = Act(
-    letter="U",
-    name="REDUCE_LAST",
-    words="hidden states after the last layer, summed up over ranks",
-    phase=Phase.DECODE,
-    lane=Lane.GPU,
-    touches=lambda p, x: (_after_layers(p, x), (_hidden(p, x, after=1, piece=SUM),)),
-    count=after_layers_of_a_rank,
-    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
-    reduces=True,
     chained=True,
 )
 SAMPLE: Final = Act(

@@ -97,11 +97,6 @@ def of_a_rank(c: Counts) -> Number:
     return in_each_layer(c) * (c.ranks > 1)
 
 
-def after_layers_of_a_rank(c: Counts) -> Number:
-    """One task for every micro-batch or chunk, after the last layer of one of several ranks."""
-    return c.pieces * (c.ranks > 1)
-
-
 def if_experts_on_cpu(c: Counts) -> Number:
     """One task for every micro-batch or chunk in every layer with experts on the CPU."""
     return in_each_layer(c) * c.cpu_experts

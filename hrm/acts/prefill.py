@@ -7,17 +7,9 @@ layer, when they do not go there, its output comes to the GPU instead.
 from typing import TYPE_CHECKING, Final
 
 from hrm import operators
-from hrm.acts.load import (
-    Counts,
-    after_layers_of_a_rank,
-    each,
-    hidden_bytes,
-    if_experts_on_cpu,
-    in_each_layer,
-    of_a_rank,
-    reached_expert_bytes,
-)
+from hrm.acts.load import Counts, each, hidden_bytes, if_experts_on_cpu, in_each_layer, of_a_rank, reached_expert_bytes
 from hrm.acts.pages import page_acts, pages_up_to
+from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
 from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
@@ -109,6 +101,15 @@ def _if_last_on_cpu(c: Counts) -> Number:
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.PREFILL)
+REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
+    Phase.PREFILL,
+    before=lambda p, x: ((_hidden(p, x, BEFORE),), (_hidden(p, x, SUM),)),
+    attended=lambda p, x: ((_hidden(p, x, ATTENDED_PART),), (_hidden(p, x, ATTENDED_SUM),)),
+    attended_s=lambda x, _: x.costs.going_on(x, x.costs.all_reduce),
+    attended_by_ffn=True,
+    last=lambda p, x: (_after_layers(p, x), (_hidden(p, x, LAST_SUM),)),
+    last_s=lambda x, _: x.costs.of_ends(x.requests, x.costs.all_reduce),
+)
 EMBED: Final = Act(
     letter="E",
     name="EMBED",
@@ -133,18 +134,6 @@ LOAD_HIDDEN: Final = Act(
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     chained=True,
 )
-REDUCE_HIDDEN: Final = Act(
-    letter="R",
-    name="REDUCE_HIDDEN",
-    words="hidden states before a layer, summed up over ranks",
-    phase=Phase.PREFILL,
-    lane=Lane.GPU,
-    touches=lambda p, x: ((_hidden(p, x, BEFORE),), (_hidden(p, x, SUM),)),
-    count=of_a_rank,
-    seconds=lambda x, _: x.costs.all_reduce(x.tokens),
-    reduces=True,
-    chained=True,
-)
 PREFILL_ATTENTION: Final = Act(
     letter="J",
     name="PREFILL_ATTENTION",
@@ -156,19 +145,6 @@ PREFILL_ATTENTION: Final = Act(
     seconds=lambda x, _: x.costs.prefill_attention(x),
     attends=True,
     by_ffn=True,
-    chained=True,
-)
-REDUCE_ATTENTION: Final = Act(
-    letter="Z",
-    name="REDUCE_ATTENTION",
-    words="hidden states with attention's output, summed up over ranks",
-    phase=Phase.PREFILL,
-    lane=Lane.GPU,
-    touches=lambda p, x: ((_hidden(p, x, ATTENDED_PART),), (_hidden(p, x, ATTENDED_SUM),)),
-    count=of_a_rank,
-    seconds=lambda x, _: x.costs.going_on(x, x.costs.all_reduce),
-    by_ffn=True,
-    reduces=True,
     chained=True,
 )
 PREFILL_LAYER: Final = Act(
@@ -244,18 +220,6 @@ LOAD_EXPERT_OUTPUT: Final = Act(
     moves=lambda x: x.costs.going_on(x, lambda tokens: operators.hidden_bytes(x.spec, x.formats, tokens)),
     seconds=lambda x, num_bytes: x.costs.h2d(num_bytes),
     of_last=True,
-    chained=True,
-)
-REDUCE_LAST: Final = Act(
-    letter="U",
-    name="REDUCE_LAST",
-    words="hidden states after the last layer, summed up over ranks",
-    phase=Phase.PREFILL,
-    lane=Lane.GPU,
-    touches=lambda p, x: (_after_layers(p, x), (_hidden(p, x, LAST_SUM),)),
-    count=after_layers_of_a_rank,
-    seconds=lambda x, _: x.costs.of_ends(x.requests, x.costs.all_reduce),
-    reduces=True,
     chained=True,
 )
 SAMPLE: Final = Act(

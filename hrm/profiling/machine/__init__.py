@@ -68,7 +68,8 @@ def profile_machine(
     gpus = _gpus(indices)
     journal = None
     if options.partial is not None:
-        accelerator = f"cuda:{','.join(map(str, indices))}" if kind == "cuda" else options.accelerator
+        told = {"cuda": f"cuda:{','.join(map(str, indices))}", "emulated": options.accelerator}
+        accelerator = told.get(kind, kind)
         measures = options.that_must_agree(accelerator) | _identity(host, gpus)
         journal = Journal(options.partial, measures, date=date, resume=options.resume)
     with closing(journal) if journal else nullcontext():

@@ -14,7 +14,7 @@ from executor.checkpoint import Checkpoint, Expected
 from executor.errors import CheckpointError
 from executor.formats import Cut, packed_in
 from hrm.errors import ModelError
-from hrm.formats import packed_format
+from hrm.formats import PackedFormat, packed_format
 from tests.executor.formats.published import PUBLISHED, Parts, mxfp4_stack
 
 ROWS, WIDTH = 48, 96
@@ -32,13 +32,19 @@ def checkpoint_of(folder: Path, tensors: Parts, config: Any) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_matrices_are_read_as_the_tools_read_them(tmp_path: Path, name: str) -> None:
+def published(folder: Path, name: str) -> tuple[Checkpoint, PackedFormat, Tensor]:
+    """A checkpoint of a matrix that is published so, its format, and the numbers that tools read of it."""
     how = PUBLISHED[name]
     parts, expected = how.pack(matrix(ROWS, WIDTH))
     form = packed_format(how.format)
     assert form is not None
-    with checkpoint_of(tmp_path, {MODULE + end: part for end, part in parts.items()}, how.config) as checkpoint:
+    return checkpoint_of(folder, {MODULE + end: part for end, part in parts.items()}, how.config), form, expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_matrices_are_read_as_the_tools_read_them(tmp_path: Path, name: str) -> None:
+    checkpoint, form, expected = published(tmp_path, name)
+    with checkpoint:
         checkpoint.check({f"{MODULE}.weight": Expected((ROWS, WIDTH))})
         packed = packed_in(form, ROWS, WIDTH, torch.full((form.bytes_of(ROWS, WIDTH),), 0xA5, dtype=torch.uint8))
         checkpoint.read_packed_into(f"{MODULE}.weight", packed)
@@ -53,13 +59,10 @@ def test_matrices_are_read_as_the_tools_read_them(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_part_of_a_matrix_is_read_on_its_own(tmp_path: Path, name: str) -> None:
     """Packed, if it has whole groups, though it may begin within the words of a file; and as numbers in any case."""
-    how = PUBLISHED[name]
-    parts, _ = how.pack(matrix(ROWS, WIDTH))
-    form = packed_format(how.format)
-    assert form is not None
+    checkpoint, form, _ = published(tmp_path, name)
     rows = slice(20, 43) if form.rows == 1 else slice(form.rows, ROWS)
     columns = slice(0, WIDTH) if form.ordered else slice(32, 64) if form.columns else slice(6, 52)
-    with checkpoint_of(tmp_path, {MODULE + end: part for end, part in parts.items()}, how.config) as checkpoint:
+    with checkpoint:
         whole = torch.empty(ROWS, WIDTH)
         checkpoint.read_into(f"{MODULE}.weight", whole)
         expected = whole[rows, columns]

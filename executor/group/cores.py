@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from executor.group import share_of
+from executor.group.base import share_of
 from hrm.profiling import environment
 
 _STARTED_BY_TORCHRUN: Final = "TORCHELASTIC_RUN_ID"
