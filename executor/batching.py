@@ -108,9 +108,30 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Micro-batches that are prefilled and decoded together, none of them empty."""
+    """Micro-batches that are prefilled and decoded together, none of them empty.
+
+    In a pipeline it is several batches, whose steps take turns; `sizes` are then their numbers of micro-batches.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
+    sizes: tuple[int, ...] = ()
+
+    @staticmethod
+    def together(batches: Sequence["Batch"]) -> "Batch":
+        """Batches that are under way together."""
+        if len(batches) == 1:
+            return batches[0]
+        micro_batches = tuple(each for batch in batches for each in batch.micro_batches)
+        return Batch(micro_batches, tuple(len(batch.micro_batches) for batch in batches))
+
+    @property
+    def under_way(self) -> tuple["Batch", ...]:
+        """The batches apart, of equally many micro-batches: the last of one may be empty."""
+        if not self.sizes:
+            return (self,)
+        left, most = iter(self.micro_batches), max(self.sizes)
+        of_each = [tuple(islice(left, size)) for size in self.sizes]
+        return tuple(Batch((*of, *(MicroBatch([]) for _ in range(most - len(of))))) for of in of_each)
 
     @property
     def num_requests(self) -> int:
@@ -134,7 +155,7 @@ class Batch:
 
     def policy(self, whole: Policy) -> Policy:
         """What is run of a whole batch's policy: that of a batch with these micro-batches full."""
-        return whole.for_batch(len(self.micro_batches) * whole.micro_batch_size)
+        return whole.for_batch(max(self.sizes or (len(self.micro_batches),)) * whole.micro_batch_size)
 
 
 def pack(requests: Sequence[Request], policy: Policy) -> tuple[Batch, list[Request]]:

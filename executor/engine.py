@@ -7,8 +7,8 @@ and all that it waits for has ended. The order is topological, so this cannot de
 import gc
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from time import perf_counter, sleep
 from typing import Final, Self, final
@@ -286,6 +286,36 @@ def add_totals(into: dict[str, KindTotal], more: Mapping[str, KindTotal]) -> Non
     """Add totals per kind to others."""
     for kind, total in more.items():
         into.setdefault(kind, KindTotal()).add(total)
+
+
+def in_turns_of(result: PhaseResult, turns: int) -> PhaseResult:
+    """A run whose steps were taken in turns, as one of steps that each take all turns."""
+    if turns == 1:
+        return result
+    step_s = result.step_s
+    return replace(result, step_s=tuple(sum(step_s[first : first + turns]) for first in range(0, len(step_s), turns)))
+
+
+def joined(results: Sequence[PhaseResult]) -> PhaseResult:
+    """Runs that followed one another, as one of one step."""
+    if len(results) == 1:
+        return results[0]
+    by_kind: dict[str, KindTotal] = {}
+    for result in results:
+        add_totals(by_kind, result.by_kind)
+    lanes = dict.fromkeys(lane for result in results for lane in result.busy_s)
+    moving = dict.fromkeys(lane for result in results for lane in result.moved_bytes)
+    start_s, end_s = results[0].start_s, results[-1].end_s
+    return PhaseResult(
+        tuple(span for result in results for span in result.spans),
+        sum(result.spans_left_out for result in results),
+        start_s,
+        end_s,
+        by_kind,
+        {lane: sum(result.busy_s.get(lane, 0.0) for result in results) for lane in lanes},
+        {lane: sum(result.moved_bytes.get(lane, 0) for result in results) for lane in moving},
+        (end_s - start_s,),
+    )
 
 
 def failure_chart(recent: Iterable[Span], failed: Span, *, width: int = 72) -> str:

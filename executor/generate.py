@@ -2,46 +2,36 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Self, final
 
 import torch
 
 from executor.backends import AbstractBackend, in_thread_of_its_own
-from executor.backends.null import null_handlers
 from executor.batching import Batch, Batcher, Completion, Nowhere, Request, Sink, chunks
 from executor.checkpoint import WeightSource
-from executor.engine import Engine, PhaseResult
-from executor.errors import JobError
+from executor.checks import check_request
+from executor.engine import Engine, PhaseResult, in_turns_of, joined
 from executor.families import Family
 from executor.group import Alone, Group
-from executor.handlers import (
-    LENGTH,
-    BatchState,
-    DecodeHandlers,
-    EndOfText,
-    Generated,
-    HostArenas,
-    PrefillHandlers,
-    RunMemory,
-    allocate,
-    never_stops,
-)
+from executor.group.stages import OneStage, Stages
+from executor.handlers import LENGTH, BatchState, EndOfText, Generated, HostArenas, RunMemory, allocate, never_stops
 from executor.live import LiveBatch
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.model.choices import settle_choices
 from executor.native import kernels
 from executor.trace_budget import MAX_SPANS, TraceBudget
+from executor.under_way import UnderWay, decode_handlers
 from executor.warm_up import first_layers, small_batch
 from hrm.buffers import Purpose
-from hrm.contract.pacing import Waits
 from hrm.memory import MemoryPlan
 from hrm.policy import Policy, ScheduleName
-from hrm.schedules import Pipeline, decode_pipeline, iter_tasks, prefill_pipeline
-from hrm.tasks import Lane, Phase, TaskId
+from hrm.schedules import decode_pipeline, iter_tasks, prefill_pipeline
+from hrm.tasks import Lane, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,52 +46,17 @@ class Planned:
 class BatchResult:
     """A batch's completions and what its phases took; `decode` is None if prefill ended it all.
 
-    `micro_batch_sizes` counts requests, and `routed_tokens[i][e]` the tokens that layer i sent to
-    expert e; it is empty where nothing was computed.
+    `micro_batch_sizes[b]` counts requests of each micro-batch of the b-th batch under way, one but in a pipeline, and
+    `num_chunks` those of all. `routed_tokens[i][e]` counts the tokens that layer i sent to expert e; it is empty where
+    nothing was computed.
     """
 
     completions: tuple[Completion, ...]
     prefill: PhaseResult
     decode: PhaseResult | None
-    micro_batch_sizes: tuple[int, ...]
+    micro_batch_sizes: tuple[tuple[int, ...], ...]
     num_chunks: int
     routed_tokens: tuple[tuple[int, ...], ...] = ()
-
-
-def check_request(request: Request, arch: Architecture, policy: Policy) -> None:
-    """Raise JobError if the request could never be run under the policy, whatever is beside it."""
-    length, new = len(request.prompt), request.params.max_tokens
-    longest = policy.max_prompt_tokens(arch.spec)
-    rules = (
-        (length >= 1, "<empty>", "must have at least one token", "give a prompt"),
-        (
-            length <= longest,
-            f"<{length} tokens>",
-            f"must have at most the {longest} tokens that the policy prefills",
-            "shorten it or solve a policy with a greater --max-prompt-len",
-        ),
-        (
-            request.kv_tokens <= policy.kv_tokens_per_micro_batch,
-            f"<{length} tokens, {new} to generate>",
-            f"must fit the policy's micro-batch cache of {policy.kv_tokens_per_micro_batch} tokens",
-            "lower max_tokens, or solve a policy with greater --max-prompt-len or --gen-len",
-        ),
-        (
-            length + new <= arch.max_position_embeddings,
-            f"<{length} tokens, {new} to generate>",
-            f"must stay within the model's {arch.max_position_embeddings} positions{arch.why_no_longer}",
-            "shorten the prompt or lower max_tokens",
-        ),
-        (
-            length == 0 or 0 <= min(request.prompt) <= max(request.prompt) < arch.vocab_size,
-            f"<token ids up to {max(request.prompt, default=0)}>",
-            f"must hold token ids from 0 to {arch.vocab_size - 1}",
-            "tokenise it with this model's tokenizer",
-        ),
-    )
-    for holds, value, rule, remedy in rules:
-        if not holds:
-            raise JobError(f"{request.name}: prompt", value, rule, remedy)
 
 
 class AbstractGenerator(ABC):
@@ -110,10 +65,12 @@ class AbstractGenerator(ABC):
     `policy` is what is run and `plan` what it needs; where that differs from what was asked for,
     `notice` says why, in a line. What crosses the link from memory that is not pinned though it
     should be is `pageable`. `load_s` says how long the weights and warming up took, `live` says how
-    far the batch under way is, and `peak_bytes` how much of each level's purposes was ever in use.
+    far the batch under way is, and `peak_bytes` how much of each level's purposes was ever in use. Of a
+    pipeline's stages there are so many.
     """
 
     load_s: float
+    num_stages: int = 1
 
     def __init__(self, backend: AbstractBackend, arch: Architecture, planned: Planned, max_spans: int) -> None:
         kernels()  # a mistake in EXECUTOR_NATIVE comes out before anything runs
@@ -145,8 +102,13 @@ class AbstractGenerator(ABC):
 
     @final
     def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        """The batches that run these requests: long texts apart from others, where they are rotated otherwise."""
-        return iter(Batcher(requests, self.policy, lambda request: self.arch.is_long(request.num_positions)))
+        """The batches that run these requests: long texts apart from others, where they are rotated otherwise.
+
+        In a pipeline, as many at once as there are stages.
+        """
+        apart = iter(Batcher(requests, self.policy, lambda request: self.arch.is_long(request.num_positions)))
+        while several := list(islice(apart, self.num_stages)):
+            yield Batch.together(several)
 
     def warm_up(self) -> None:  # noqa: B027 - where nothing is computed, nothing gets any faster
         """Have kernels ready for the sizes that the policy gives them, once; before any batch, within the lanes."""
@@ -174,17 +136,10 @@ class AbstractGenerator(ABC):
         """
 
     @final
-    def _planned(
-        self, batch: Batch, schedule: ScheduleName | None, num_chunks: int
-    ) -> tuple[Policy, Pipeline, Pipeline]:
-        """What is run of a batch: its policy, and the pipelines of both phases."""
-        spec, policy = self.arch.spec, batch.policy(self.policy)
-        policy = policy if schedule is None else replace(policy, schedule=schedule)
-        return (
-            policy,
-            prefill_pipeline(spec, policy, num_chunks=num_chunks),
-            decode_pipeline(spec, policy, num_steps=max(batch.num_steps, 1)),
-        )
+    def _policy_of(self, batch: Batch, schedule: ScheduleName | None) -> Policy:
+        """What is run of the policy for a batch."""
+        policy = batch.policy(self.policy)
+        return policy if schedule is None else replace(policy, schedule=schedule)
 
 
 @final
@@ -193,7 +148,8 @@ class Generator(AbstractGenerator):
 
     Memory is allocated once, as planned, and weights are loaded into it once. If the system does
     not pin as much as a policy needs that stages no weights, `staged` is run, which does. Meanwhile
-    `loading` tells how far that is. One of several ranks has its part of the model, and its `group` to sum up with.
+    `loading` tells how far that is. One of several ranks has its part of the model, and its `group` to sum up with;
+    or it is one of several `stages`.
     """
 
     def __init__(
@@ -208,15 +164,15 @@ class Generator(AbstractGenerator):
         stops: EndOfText | None = None,
         loading: Loading | None = None,
         group: Group | None = None,
+        stages: Stages | None = None,
         max_spans: int = MAX_SPANS,
     ) -> None:
         start_s = time.perf_counter()
         super().__init__(backend, arch, planned, max_spans)
-        self._state: BatchState | None = None
-        self._prefilled: PhaseResult | None = None
-        self._num_chunks = 0
+        self._under_way: list[UnderWay] = []
         self._stops = stops or never_stops
-        self._group = group or Alone()
+        self._group, self._stages = group or Alone(), stages or OneStage()
+        self.num_stages = self._stages.size
         self._kv_peak = {"gpu": 0, "cpu": 0}
         threads = torch.get_num_threads()
 
@@ -224,9 +180,12 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             computing = [lane for lane in (Lane.GPU, Lane.CPU) if lane not in backend.streams]
             settle_choices(arch.spec, getattr(torch, self.policy.dtype), map(backend.lane_threads, computing))
-            host = HostArenas.allocate(backend, arch.spec, planned.policy, staged.policy if staged else None)
+            alternative = staged.policy if staged else None
+            host = HostArenas.allocate(backend, arch.spec, planned.policy, alternative, batches=self.num_stages)
             memory = allocate(backend, arch, host)
-            memory.weights.load(source, family, backend, loading, whole=arch.whole, rank=arch.rank)
+            memory.weights.load(
+                source, family, backend, loading, whole=arch.whole, rank=arch.rank, first_layer=arch.first_layer
+            )
             backend.ready()
             return host, memory
 
@@ -254,51 +213,74 @@ class Generator(AbstractGenerator):
         self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
     ) -> BatchResult:
         """Prefill and decode a batch; TaskFailedError if a task fails."""
-        sink = sink or Nowhere()
-        arch, memory = self._arch_of(batch), self.memory
-        parts = chunks(batch, self.policy.prefill_chunk_tokens)
-        policy, prefill, decode = self._planned(batch, schedule, len(parts))
-        self._state = self._prefilled = None
-        memory.caches.assign([policy.kv_on_gpu(j) for j in range(len(batch.micro_batches))])
-        self._count_kv(batch, policy)
-        state = self._state = BatchState(batch, arch, self._stops, lambda ended: sink.put(_completion(ended)))
-        self._num_chunks = len(parts)
-        self.live.begin(prefill, decode, state)
-        self.live.enter(Phase.PREFILL)
-        prefilled = self._prefilled = self.engine.run(
-            iter_tasks(prefill, policy.schedule),
-            PrefillHandlers.make(self.backend, arch, policy, prefill, memory, state, self._group, parts),
-            batch=index,
-            kept_steps=self._budget.prefill_steps,
-            finished=sink.stops,
-        )
+        sink, spec, policy = sink or Nowhere(), self.arch.spec, self._policy_of(batch, schedule)
+        self._under_way = []
+        parts = batch.under_way
+        on_gpu = [policy.kv_on_gpu(j) for j in range(policy.num_micro_batches)]
+        places = self.policy.micro_batch_size if self.num_stages > 1 else None
+        self._count_kv(parts, on_gpu)
+        for part, caches in zip(parts, self.memory.caches.assigned(on_gpu, len(parts)), strict=True):
+            arch = self._arch_of(part)
+            state = BatchState(part, arch, self._stops, lambda ended: sink.put(_completion(ended)), places=places)
+            memory = replace(self.memory, caches=caches)
+            pieces = chunks(part, policy.prefill_chunk_tokens)
+            pipeline = prefill_pipeline(spec, policy, num_chunks=len(pieces))
+            self._under_way.append(
+                UnderWay(self.backend, arch, policy, memory, state, self._group, self._stages, pieces, pipeline)
+            )
+        decode = decode_pipeline(spec, policy, num_steps=self.num_stages * max(batch.num_steps, 1))
+        states = [each.state for each in self._under_way]
+        self.live.begin([each.prefill for each in self._under_way], decode, states)
+        for each in self._under_way:
+            self.live.enter(Phase.PREFILL)
+            each.prefilled = self.engine.run(
+                iter_tasks(each.prefill, policy.schedule),
+                each.prefill_handlers(),
+                batch=index,
+                kept_steps=self._budget.prefill_steps,
+                finished=sink.stops,
+            )
+            each.end_prefill()
         decoded = None
-        if state.num_active:
-            state.start_decode()
+        if batch.num_steps and any(state.num_active for state in states):
+            prefilled = joined([each.prefilled for each in self._under_way if each.prefilled is not None])
             self.live.enter(Phase.DECODE, prefilled)
             decoded = self.engine.run(
                 iter_tasks(decode, policy.schedule),
-                DecodeHandlers.make(self.backend, arch, policy, decode, memory, state, self._group),
+                decode_handlers(self._under_way, decode, self.num_stages),
                 batch=index,
                 kept_steps=self._budget.steps(decode, policy.schedule, len(prefilled.spans)),
-                finished=lambda: sink.stops() or state.num_active == 0,
+                finished=lambda: sink.stops() or not any(state.num_active for state in states),
             )
-        completions = tuple(_completion(s) for members in state.sequences for s in members)
-        return BatchResult(completions, prefilled, decoded, batch.micro_batch_sizes, len(parts), state.routed)
+        for each in self._under_way:
+            each.end(batch.num_steps)
+        return self._result(None if decoded is None else in_turns_of(decoded, self.num_stages))
 
     def rescue(self) -> BatchResult | None:
         """What `generate` did until it raised."""
-        state, prefilled = self._state, self._prefilled
-        if state is None:
+        if not self._under_way:
             return None
-        completions = tuple(
-            _completion(s) for members in state.sequences for s in members if s.finish_reason is not None
-        )
-        sizes = tuple(len(members) for members in state.sequences)
         last = self.engine.result()
-        if prefilled is None:
-            return BatchResult(completions, last, None, sizes, self._num_chunks, state.routed)
-        return BatchResult(completions, prefilled, last, sizes, self._num_chunks, state.routed)
+        in_decode = all(each.prefilled is not None for each in self._under_way)
+        return self._result(last if in_decode else None, cut_short=last)
+
+    def _result(self, decoded: PhaseResult | None, cut_short: PhaseResult | None = None) -> BatchResult:
+        """What came of the batch; if it was cut short, of the requests that had ended."""
+        under_way = self._under_way
+        sequences = [s for each in under_way for members in each.state.sequences for s in members]
+        prefilled = [each.prefilled for each in under_way if each.prefilled is not None]
+        if cut_short is not None:
+            sequences = [s for s in sequences if s.finish_reason is not None]
+            prefilled += [cut_short] * (decoded is None)
+        routed = torch.tensor([each.state.routed for each in under_way]).sum(0)
+        return BatchResult(
+            tuple(_completion(s) for s in sequences),
+            joined(prefilled),
+            decoded,
+            tuple(tuple(map(len, each.state.sequences)) for each in under_way),
+            sum(len(each.chunks) for each in under_way),
+            tuple(map(tuple, routed.tolist())),
+        )
 
     @property
     def peak_bytes(self) -> dict[str, dict[Purpose, int]]:
@@ -330,67 +312,13 @@ class Generator(AbstractGenerator):
         assert len({self.arch.is_long(length) for length in lengths}) == 1, "batches() keeps long texts apart"
         return self.arch.for_positions(max(lengths))
 
-    def _count_kv(self, batch: Batch, policy: Policy) -> None:
-        token_bytes = self.arch.spec.kv_bytes_per_token(policy.formats)
+    def _count_kv(self, parts: Sequence[Batch], on_gpu: Sequence[bool]) -> None:
+        token_bytes = self.arch.spec.kv_bytes_per_token(self.policy.formats)
         used = {"gpu": 0, "cpu": 0}
-        for j, micro_batch in enumerate(batch.micro_batches):
-            level = "gpu" if policy.kv_on_gpu(j) else "cpu"
-            used[level] += micro_batch.kv_tokens * token_bytes
+        for part in parts:
+            for micro_batch, here in zip(part.micro_batches, on_gpu, strict=True):
+                used["gpu" if here else "cpu"] += micro_batch.kv_tokens * token_bytes
         self._kv_peak = {level: max(self._kv_peak[level], used[level]) for level in used}
-
-
-@final
-class NullGenerator(AbstractGenerator):
-    """Runs the same graphs with tasks that sleep for `seconds_of(pipeline)`; generates zeros."""
-
-    def __init__(
-        self,
-        backend: AbstractBackend,
-        arch: Architecture,
-        planned: Planned,
-        seconds_of: Callable[[Pipeline, Batch], Callable[[TaskId], float]],
-        max_spans: int = MAX_SPANS,
-    ) -> None:
-        super().__init__(backend, arch, planned, max_spans)
-        self.load_s = 0.0
-        self._waits = backend.waits or Waits()
-        self._seconds_of = seconds_of
-
-    @property
-    def peak_bytes(self) -> dict[str, dict[Purpose, int]]:
-        """Nothing: no memory is used."""
-        return {}
-
-    def rescue(self) -> None:
-        """Nothing: what a batch that was cut short has generated are no tokens of a model."""
-
-    def generate(
-        self, batch: Batch, *, index: int = 0, sink: Sink | None = None, schedule: ScheduleName | None = None
-    ) -> BatchResult:
-        """Sleep through both phases of a batch."""
-        sink = sink or Nowhere()
-        num_chunks = len(chunks(batch, self.policy.prefill_chunk_tokens))
-        policy, prefill, decode = self._planned(batch, schedule, num_chunks)
-
-        def run(pipeline: Pipeline, kept_steps: int) -> PhaseResult:
-            return self.engine.run(
-                iter_tasks(pipeline, policy.schedule),
-                null_handlers(self._seconds_of(pipeline, batch), self._waits.sleep),
-                batch=index,
-                kept_steps=kept_steps,
-            )
-
-        self.live.begin(prefill, decode)
-        self.live.enter(Phase.PREFILL)
-        prefilled = run(prefill, self._budget.prefill_steps)
-        decoded = None
-        if batch.num_steps:
-            self.live.enter(Phase.DECODE, prefilled)
-            decoded = run(decode, self._budget.steps(decode, policy.schedule, len(prefilled.spans)))
-        completions = tuple(Completion(request, (0,) * request.params.max_tokens, LENGTH) for request in batch.requests)
-        for completion in completions:
-            sink.put(completion)
-        return BatchResult(completions, prefilled, decoded, batch.micro_batch_sizes, num_chunks)
 
 
 def _completion(ended: Generated) -> Completion:

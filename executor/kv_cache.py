@@ -7,6 +7,7 @@ L layers, C rows of a micro-batch's cache, W elements of a row, or bytes if it h
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import final
 
 import torch
@@ -22,15 +23,17 @@ from hrm.policy import Policy
 
 @final
 class KvCaches:
-    """The caches of a batch; `gpu`, `host` and `buffers` are flat tensors of bytes."""
+    """The caches of a batch, of all those that are under way; `gpu`, `host` and `buffers` are flat tensors of bytes."""
 
-    def __init__(self, spec: ModelSpec, policy: Policy, *, gpu: Tensor, host: Tensor, buffers: Tensor) -> None:
+    def __init__(
+        self, spec: ModelSpec, policy: Policy, *, gpu: Tensor, host: Tensor, buffers: Tensor, batches: int = 1
+    ) -> None:
         on_gpu = policy.gpu_kv_micro_batches
         self._spec, self._policy = spec, policy
         size, tokens = policy.micro_batch_size, policy.kv_tokens_per_micro_batch
         self._sizes = [cache_bytes_in(layer, policy.formats, size, tokens) for layer in spec.layers]
-        self._gpu = self._layers_of(gpu, on_gpu)
-        self._host = self._layers_of(host, policy.num_micro_batches - on_gpu)
+        self._gpu = self._layers_of(gpu, batches * on_gpu)
+        self._host = self._layers_of(host, batches * (policy.num_micro_batches - on_gpu))
         self._buffers = buffers.view(BUFFERS, -1)
         self._of_micro_batch: list[list[Tensor]] = []
 
@@ -44,10 +47,13 @@ class KvCaches:
             for cache in flat.view(count, sum(self._sizes))
         ]
 
-    def assign(self, on_gpu: Sequence[bool]) -> None:
-        """Give each micro-batch of a batch its cache on the level that it asks for."""
+    def assigned(self, on_gpu: Sequence[bool], batches: int) -> "tuple[KvCaches, ...]":
+        """The caches of so many batches, each micro-batch's on the level that it asks for in any of them."""
         gpu, host = iter(self._gpu), iter(self._host)
-        self._of_micro_batch = [next(gpu if here else host) for here in on_gpu]
+        found = tuple(copy(self) for _ in range(batches))
+        for caches in found:
+            caches._of_micro_batch = [next(gpu if here else host) for here in on_gpu]  # noqa: SLF001 - its own
+        return found
 
     def of(self, micro_batch: int, layer: int) -> Tensor:
         """One layer of a micro-batch's cache where it lives, (C, W)."""

@@ -1,5 +1,6 @@
 """How far the batch under way is; for live displays, which look from a thread of their own."""
 
+from collections.abc import Sequence
 from typing import final
 
 from executor.engine import Engine, PhaseResult
@@ -23,21 +24,24 @@ class LiveBatch:
     def clear(self) -> None:
         """Have no batch under way any more."""
         self.phase: Phase | None = None
-        self._state: BatchState | None = None
+        self._states: Sequence[BatchState] = ()
         self._prefilled: PhaseResult | None = None
         self._num_tasks = dict.fromkeys(Phase, 0)
+        self._tasks_before = 0  # of prefills that are over, where several follow one another
 
-    def begin(self, prefill: Pipeline, decode: Pipeline, state: BatchState | None = None) -> None:
-        """Have a batch under way; without `state`, it is known by the tasks that have ended."""
+    def begin(self, prefills: Sequence[Pipeline], decode: Pipeline, states: Sequence[BatchState] = ()) -> None:
+        """Have a batch under way, or in a pipeline several; without `states`, it is known by the tasks that ended."""
         self.clear()
         self._num_tasks = {
-            Phase.PREFILL: prefill.num_layers * prefill.num_micro_batches,
+            Phase.PREFILL: sum(each.num_layers * each.num_micro_batches for each in prefills),
             Phase.DECODE: decode.num_steps * decode.num_micro_batches,
         }
-        self._state = state
+        self._states = states
 
     def enter(self, phase: Phase, prefilled: PhaseResult | None = None) -> None:
-        """Have it in a phase; `prefilled` is what the one before did."""
+        """Have it in a phase, or in another prefill; `prefilled` is what the one before did."""
+        if self.phase is phase:
+            self._tasks_before += self._engine.count(prefill.PREFILL_LAYER)
         self._prefilled = prefilled
         self.phase = phase
 
@@ -45,13 +49,15 @@ class LiveBatch:
         """From 0 to 1: how much of a phase is done; see BatchState.decoded_share."""
         if phase is Phase.PREFILL and self._prefilled is not None:
             return 1.0
-        state = self._state
-        if phase is Phase.DECODE and state is not None:
-            return state.decoded_share(fixed_share)
+        if phase is Phase.DECODE and self._states:
+            return sum(state.decoded_share(fixed_share) for state in self._states) / len(self._states)
         if phase is not self.phase or not self._num_tasks[phase]:
             return 0.0
-        act = prefill.PREFILL_LAYER if phase is Phase.PREFILL else decode.SAMPLE
-        return min(self._engine.count(act) / self._num_tasks[phase], 1.0)
+        if phase is Phase.PREFILL:
+            done = self._tasks_before + self._engine.count(prefill.PREFILL_LAYER)
+        else:
+            done = self._engine.count(decode.SAMPLE)
+        return min(done / self._num_tasks[phase], 1.0)
 
     def seconds_in(self, phase: Phase) -> float:
         """Seconds that were spent in a phase until now."""
@@ -63,10 +69,9 @@ class LiveBatch:
     @property
     def num_ended(self) -> int:
         """Requests that have ended."""
-        state = self._state
-        return 0 if state is None else sum(map(len, state.sequences)) - state.num_active
+        return sum(sum(map(len, state.sequences)) - state.num_active for state in self._states)
 
     @property
     def num_generated(self) -> int:
         """Tokens generated."""
-        return 0 if self._state is None else self._state.num_generated
+        return sum(state.num_generated for state in self._states)

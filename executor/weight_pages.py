@@ -112,8 +112,8 @@ class WeightPages:
             self.host_mixers.append(dense.mixer)
             self.host_ffns.append(dense.ffn)
         self._head = resident_parts.take(spec.head_parameters)
-        self.head: HeadWeights = head_views(spec, self._head)
-        self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(spec.vocab_size, spec.hidden_size)
+        self.head: HeadWeights | None = head_views(spec, self._head) if spec.has_head else None
+        self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(-1, spec.hidden_size)
 
     def _copied(self, block: Block, weights: Any, host: "_Cursor") -> Any:
         """A block's weights on the GPU, but for what its part on the CPU reads, which has a place there too."""
@@ -133,29 +133,30 @@ class WeightPages:
         *,
         whole: ModelSpec | None = None,
         rank: int = 0,
+        first_layer: int = 0,
     ) -> None:
         """Read every weight once, straight to where it stays; `loading` tells how far that is.
 
-        Of several ranks one reads what it has of the `whole` model's.
+        Of several ranks one reads what it has of the `whole` model's, and of several stages its layers from
+        `first_layer` on.
         """
-        spec, part = (self._spec, None) if whole is None else (whole, RankPart(self._spec, rank))
+        spec = whole or self._spec
+        part = RankPart(self._spec, rank) if self._spec.ranks > 1 else None
 
         def read(place: Target) -> None:
-            family.load(source, spec, place.tensors, place.flat, place.layer, place.expert, part=part)
+            family.load(source, spec, place.tensors, place.flat, first_layer + place.layer, place.expert, part=part)
 
-        one_head = family.has_one_head(spec, source.names)
-        fill(self._places(one_head=one_head), read, loading or Loading())
-        twice = [*self._for_cpu, *([(self.head.lm_head, self.embedding)] if one_head else [])]
+        head = self.head if self._spec.has_embedding and family.has_one_head(spec, source.names) else None
+        fill(self._places(one_head=head is not None), read, loading or Loading())
+        twice = [*self._for_cpu, *([(head.lm_head, self.embedding)] if head is not None else [])]
         backend.transfer(Lane.STAGE, twice)
         backend.synchronise()
 
     def _places(self, *, one_head: bool) -> list[Target]:
         spec = self._spec
         head = spec.head_tensors[: -1 if one_head else None]
-        places = [
-            Target(spec.embedding_tensors, self.embedding.view(-1)),
-            Target(head, self._head[: num_elements(head, self._head.dtype)]),
-        ]
+        outside = (spec.embedding_tensors, self.embedding.view(-1)), (head, self._head)
+        places = [Target(each, flat[: num_elements(each, flat.dtype)]) for each, flat in outside if each]
         for index, layer in enumerate(spec.layers):
             places.append(Target(dense_tensors(layer), self._dense[index], index))
             tensors = expert_tensors(layer)

@@ -75,7 +75,8 @@ class Needs:
     weights, `resident_bytes` stay on the GPU and `host_bytes` do not, at most
     `largest_streamed_bytes` of one layer stream, and move through `staging_slots` of `page_bytes`.
 
-    A stage of a pipeline keeps the caches of all `batches` under way.
+    A stage of a pipeline keeps the caches of all `batches` under way, and hidden states until the next
+    stage has them.
     """
 
     spec: ModelSpec
@@ -129,6 +130,11 @@ class Needs:
             batches=batches,
         )
 
+    @property
+    def places(self) -> Number:
+        """Requests that decode buffers have places for: whole micro-batches, where several batches share them."""
+        return self.batch_size if self.batches == 1 else self.num_micro_batches * self.micro_batch_size
+
     def on_gpu(self) -> tuple[Buffer, ...]:
         """The buffers at the GPU's level."""
         spec = self.spec
@@ -148,7 +154,7 @@ class Needs:
             (Purpose.WEIGHT_SLOTS, WEIGHT_SLOTS, self.largest_streamed_bytes),
             (Purpose.KV_CACHE, self.batches * self.gpu_kv_micro_batches, cached),
             (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, of_layer),
-            (Purpose.EXCHANGE, self.batch_size, request),
+            (Purpose.EXCHANGE, self.places, request),
             (Purpose.PREFILL_BUFFERS, BUFFERS, chunk),
             (Purpose.PREFIX_BUFFER, 1, prefix_bytes(spec, self.formats, self.prefix_tokens)),
             (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.num_experts),
@@ -171,6 +177,7 @@ class Needs:
         held_twice = self.resident_dense * (self.cpu_attention * for_attention + self.cpu_experts * for_experts)
         off_gpu = self.num_micro_batches - self.gpu_kv_micro_batches
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
+        sent = (self.batches > 1) * compute.bytes_of(spec.residual_size)
         in_chunk = self.cpu_prefill_experts * self.chunk_tokens
         routed = in_chunk * routed_bytes_per_token(spec, self.formats)
         at_once = maximum(self.micro_batch_size, in_chunk)
@@ -178,7 +185,7 @@ class Needs:
             (Purpose.WEIGHTS, 1, self.host_bytes + weights.bytes_of(spec.embedding_parameters) + held_twice),
             (Purpose.STAGING, self.staging_slots, self.page_bytes),
             (Purpose.KV_CACHE, self.batches * off_gpu, cached),
-            (Purpose.EXCHANGE, self.batch_size, request),
+            (Purpose.EXCHANGE, self.places, request + sent),
             (Purpose.PREFILL_BUFFERS, BUFFERS, routed),
             (Purpose.PREFILL_HIDDEN, self.num_micro_batches, self.kv_tokens * token),
             (Purpose.WORKSPACE, self.cpu_experts, workspace_bytes(spec, at_once, compute)),
@@ -206,7 +213,7 @@ def logits_bytes(spec: ModelSpec, compute: Format, requests: Number) -> Number:
     Of several ranks each computes a part of the vocabulary, and has all of its share of the requests
     twice: as it comes from the others, and in order.
     """
-    computed = requests * (spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size))
+    computed = spec.has_head * requests * (spec.vocab_size * LOGIT_BYTES + compute.bytes_of(spec.vocab_size))
     if spec.ranks == 1:
         return computed
     return computed + 2 * -(-requests // spec.ranks) * spec.ranks * spec.vocab_size * LOGIT_BYTES

@@ -97,6 +97,29 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
 
 
 @lru_cache(maxsize=64)
+def stages_of(spec: ModelSpec, num_stages: int) -> tuple[ModelSpec, ...]:
+    """What each stage has of the model: the layers of its range, the first the embedding and the last the LM head."""
+    return tuple(
+        spec.with_layers(
+            spec.layers[layers.start : layers.stop],
+            name=f"{spec.name}, stage {stage} of {num_stages}",
+            has_embedding=stage == 0,
+            has_head=stage == num_stages - 1,
+        )
+        for stage, layers in enumerate(stage_layers(spec.num_layers, num_stages))
+    )
+
+
+def stage_policy(policy: Policy, stage: ModelSpec) -> Policy:
+    """What a stage runs of the policy that was made for the longest one, which has more layers with experts than any.
+
+    Each of its own has as many experts resident as one of those.
+    """
+    counts = iter(policy.resident_experts)
+    return replace(policy, resident_experts=tuple(next(counts) if each.has_experts else 0 for each in stage.layers))
+
+
+@lru_cache(maxsize=64)
 def longest_stage(spec: ModelSpec, num_stages: int) -> ModelSpec:
     """The stage that is planned for all: no real one needs more memory or more time.
 
@@ -154,6 +177,9 @@ def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
     """Why the model cannot be divided into so many stages; empty if it can."""
     if spec.num_layers < num_gpus:
         return f"its {spec.num_layers} layers are fewer than {num_gpus} stages"
+    for stage in stage_layers(spec.num_layers, num_gpus):
+        if not any(layer.has_experts for layer in spec.layers[stage.start : stage.stop]):
+            return f"its layers {stage.start} to {stage.stop - 1}, one of {num_gpus} stages, have no experts"
     return ""
 
 

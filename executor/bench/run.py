@@ -14,9 +14,10 @@ from executor.batching import Request, Sink
 from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
 from executor.bench.row import BenchRow
 from executor.errors import JobError
-from executor.generate import AbstractGenerator, Generator, NullGenerator
+from executor.generate import AbstractGenerator, Generator
 from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
 from executor.job.report import Totals, run_record
+from executor.null_generator import NullGenerator
 from executor.sampling import SamplingParams
 from hrm.acts.decode import CPU_EXPERTS
 from hrm.errors import PolicyError

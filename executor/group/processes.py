@@ -61,7 +61,7 @@ class ProcessGroup(Group):
         self._timeout_s = timeout or timeout_s()
         self._lost = ""
         meet(store, rank, size, look)
-        with self._telling():
+        with self.telling():
             shared = SharedMemory.of(PrefixStore("shared", store), rank, size, self._timeout_s, self._check)
             self._numbers: Any = shared or _gloo(store, "numbers", rank, size, timedelta(seconds=self._timeout_s))
             self._messages: Any = _gloo(store, "messages", rank, size, _NEVER)
@@ -121,7 +121,7 @@ class ProcessGroup(Group):
     def agree(self, value: int) -> int:
         """The value of rank 0."""
         told = torch.tensor([value])
-        with self._telling():
+        with self.telling():
             _broadcast(self._numbers, told).wait()
         return int(told.item())
 
@@ -162,9 +162,14 @@ class ProcessGroup(Group):
             self._numbers.close()
         self._numbers = self._messages = self._devices = None
 
+    def over_gloo(self, name: str) -> Any:
+        """Another group of torch's of the same ranks, which all of them ask for, and in which none is ever late."""
+        with self.telling():
+            return _gloo(self._store, name, self.rank, self.size, _NEVER)
+
     def _where_it_lies(self, tensor: Tensor, work: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """What `work` makes of the tensor with the group for where it lies, or of its copy on the host."""
-        with self._telling():
+        with self.telling():
             if not tensor.is_cuda:
                 return work(self._numbers, tensor)
             if self._shares_devices is None:
@@ -187,7 +192,7 @@ class ProcessGroup(Group):
         self._shares_devices = len(found) < self.size
 
     def _finish(self, start: Callable[[], Any]) -> None:
-        with self._telling():
+        with self.telling():
             work = start()
             while not work.is_completed():
                 time.sleep(_LOOK_S)
@@ -198,7 +203,7 @@ class ProcessGroup(Group):
             raise LostRankError(f"rank {self.rank}", f"<{self._lost}>", "needs all ranks", "see why the other ended")
 
     @contextmanager
-    def _telling(self) -> Generator[None]:
+    def telling(self) -> Generator[None]:
         """Within it, what torch raises comes out as LostRankError."""
         self._check()
         try:

@@ -1,4 +1,4 @@
-"""What each kind of task does on real weights: `prefill` and `decode`, with `pages` for both.
+"""What each kind of task does on real weights: `prefill` and `decode`, with `pages` for both, and `stages` of a model.
 
 Handlers lock nothing: that no buffer of `memory` is overwritten while it is read follows from the
 edges of the task graph (hrm.schedules.pipeline). A request that has ended costs nothing: every
@@ -9,7 +9,8 @@ from executor.handlers.arenas import HostArenas
 from executor.handlers.decode import DecodeHandlers
 from executor.handlers.memory import RunMemory, allocate
 from executor.handlers.prefill import PrefillHandlers
-from executor.handlers.state import ERROR, LENGTH, STOP, BatchState, EndOfText, Generated, never_stops
+from executor.handlers.stages import Handover, StageDecode, StagePrefill, in_turns
+from executor.handlers.state import ERROR, LENGTH, STOP, BatchState, EndOfText, Generated, choices, never_stops
 
 __all__ = [
     "ERROR",
@@ -19,9 +20,14 @@ __all__ = [
     "DecodeHandlers",
     "EndOfText",
     "Generated",
+    "Handover",
     "HostArenas",
     "PrefillHandlers",
     "RunMemory",
+    "StageDecode",
+    "StagePrefill",
     "allocate",
+    "choices",
+    "in_turns",
     "never_stops",
 ]

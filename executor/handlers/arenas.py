@@ -37,14 +37,14 @@ class HostArenas:
 
     @staticmethod
     def allocate(
-        backend: AbstractBackend, spec: ModelSpec, policy: Policy, staged: Policy | None = None
+        backend: AbstractBackend, spec: ModelSpec, policy: Policy, staged: Policy | None = None, *, batches: int = 1
     ) -> "HostArenas":
-        """Allocate all of it, each purpose as large as planned.
+        """Allocate all of it, each purpose as large as planned for so many batches under way.
 
         `staged` is the policy to run if not all can be pinned and `policy` does not stage. Raises
         RunError if there is none, or if not even what is always pinned can be.
         """
-        needs = Needs.of_policy(spec, policy)
+        needs = Needs.of_policy(spec, policy, batches=batches)
         memory = {buffer.purpose: backend.allocate(buffer.level, buffer.num_bytes) for buffer in needs.on_host()}
         if policy.staging:
             return _staging(backend, policy, needs, memory)
@@ -56,7 +56,7 @@ class HostArenas:
             raise _too_much(wanted, "with hrm search --staging")
         for arena in crossing:
             backend.unpin(arena)
-        needs = Needs.of_policy(spec, staged)
+        needs = Needs.of_policy(spec, staged, batches=batches)
         ring = memory[Purpose.STAGING] = backend.allocate(Device.CPU, by_purpose(needs.on_host())[Purpose.STAGING])
         notice = (
             f"the system does not pin all {wanted} of host memory that cross the link: weights "

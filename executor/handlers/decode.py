@@ -21,7 +21,6 @@ from executor.weight_pages import LayerWeights
 from hrm.acts import decode
 from hrm.acts.pages import WEIGHTS
 from hrm.contract.rows import NUMBERS_PER_REQUEST
-from hrm.formats import Formats
 from hrm.policy import Policy
 from hrm.schedules import Pipeline
 from hrm.tasks import Act, Lane, Phase, Task
@@ -36,15 +35,16 @@ class DecodeHandlers:
 
     backend: AbstractBackend
     arch: Architecture
-    formats: Formats
+    policy: Policy
     pipeline: Pipeline
     memory: RunMemory
     state: BatchState
     group: Group
     ffns: FeedForwards
+    batches: int
 
     @staticmethod
-    def make(
+    def of(
         backend: AbstractBackend,
         arch: Architecture,
         policy: Policy,
@@ -52,44 +52,53 @@ class DecodeHandlers:
         memory: RunMemory,
         state: BatchState,
         group: Group,
-    ) -> dict[Act, Handler]:
-        """The handler of every act that occurs in decode."""
-        spec = arch.spec
+        *,
+        batches: int = 1,
+    ) -> "DecodeHandlers":
+        """Those of a batch, of so many whose steps take turns."""
         ffns = FeedForwards(backend, arch, memory, state)
-        handlers = DecodeHandlers(backend, arch, policy.formats, pipeline, memory, state, group, ffns)
-        streamed = [policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
-        pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: state.num_active == 0)
+        return DecodeHandlers(backend, arch, policy, pipeline, memory, state, group, ffns, batches)
+
+    def by_act(self) -> dict[Act, Handler]:
+        """The handler of every act that occurs in decode."""
+        spec, state = self.arch.spec, self.state
+        streamed = [self.policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
+        pages = PageHandlers(self.backend, self.memory.weights, self.pipeline, streamed, lambda: state.num_active == 0)
         of_rows = {
-            decode.EMBED: handlers.embed,
-            decode.REDUCE_HIDDEN: handlers.reduce_hidden,
-            decode.PRE_ATTENTION: handlers.pre_attention,
-            decode.OFFLOAD_QKV: handlers.offload_qkv,
-            decode.LOAD_KV: handlers.load_kv,
-            decode.STORE_KV: handlers.store_kv,
-            decode.ATTENTION: handlers.attention,
-            decode.CPU_ATTENTION: handlers.attention,
-            decode.LOAD_HIDDEN: handlers.load_hidden,
-            decode.OUTPUT_PROJECTION: handlers.output_projection,
-            decode.REDUCE_ATTENTION: handlers.reduce_attention,
-            decode.POST_ATTENTION: handlers.post_attention,
-            decode.OFFLOAD_TOKENS: handlers.offload_tokens,
-            decode.CPU_EXPERTS: handlers.cpu_experts,
-            decode.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
-            decode.REDUCE_LAST: handlers.reduce_last,
+            decode.EMBED: self.embed,
+            decode.REDUCE_HIDDEN: self.reduce_hidden,
+            decode.PRE_ATTENTION: self.pre_attention,
+            decode.OFFLOAD_QKV: self.offload_qkv,
+            decode.LOAD_KV: self.load_kv,
+            decode.STORE_KV: self.store_kv,
+            decode.ATTENTION: self.attention,
+            decode.CPU_ATTENTION: self.attention,
+            decode.LOAD_HIDDEN: self.load_hidden,
+            decode.OUTPUT_PROJECTION: self.output_projection,
+            decode.REDUCE_ATTENTION: self.reduce_attention,
+            decode.POST_ATTENTION: self.post_attention,
+            decode.OFFLOAD_TOKENS: self.offload_tokens,
+            decode.CPU_EXPERTS: self.cpu_experts,
+            decode.LOAD_EXPERT_OUTPUT: self.load_expert_output,
+            decode.REDUCE_LAST: self.reduce_last,
         }
         return {
             decode.STAGE_PAGE: pages.stage,
             decode.LOAD_PAGE: pages.load,
-            decode.SAMPLE: handlers.sample,
-            **{act: handlers.on_rows(work) for act, work in of_rows.items()},
+            decode.SAMPLE: self.sample,
+            **{act: self.on_rows(work) for act, work in of_rows.items()},
         }
+
+    def step(self, x: Task) -> int:
+        """Which of the batch's own steps the task is in."""
+        return x.id.step // self.batches
 
     def on_rows(self, work: Callable[[Task, Rows, slice], int]) -> Handler:
         """A handler that calls `work` with the requests that go on, and their rows, if any do."""
-        state = self.state
+        state, batches = self.state, self.batches
 
         def handle(x: Task) -> int:
-            rows = state.rows(x.id.index, x.id.step)
+            rows = state.rows(x.id.index, x.id.step // batches)
             if not rows.sequences:
                 return 0
             first = state.first_rows[x.id.index]
@@ -99,11 +108,15 @@ class DecodeHandlers:
 
     def embed(self, _: Task, rows: Rows, span: slice) -> int:
         """Gather the last tokens' embeddings on the host and move them to the GPU."""
-        host, gpu = self.memory.host, self.memory.gpu
-        host_RD, arch = host.hidden_ND[span], self.arch
+        host_RD, arch = self.memory.host.hidden_ND[span], self.arch
         scale, first_token = arch.embedding_scale, arch.first_token
         embed(self.memory.weights.embedding, rows.tokens, host_RD, scale=scale, first_token=first_token)
-        place, copies = _numbers_of(span), [(gpu.hidden_ND[span], host_RD)]
+        return self.enter(rows, span)
+
+    def enter(self, rows: Rows, span: slice) -> int:
+        """Move hidden states from the host to the GPU, and the step's numbers with them."""
+        host, gpu = self.memory.host, self.memory.gpu
+        place, copies = _numbers_of(span), [(gpu.hidden_ND[span], host.hidden_ND[span])]
         for numbers, here, there in zip(rows.numbers.values(), host.numbers, gpu.numbers, strict=True):
             copies += self.backend.gpu_kernels.sent(numbers, here[place], there[place])
         return self.backend.transfer(Lane.H2D, copies)
@@ -125,7 +138,7 @@ class DecodeHandlers:
         held_RS = narrow(gpu.held_NS, span, mixer.block.held_elements)
         given = gpu.hidden_ND[span], weights, positions_R
         rows_RX = self._rows(gpu, x, span)
-        if mixer.has_state or not self.formats.kv_cache.is_scaled:
+        if mixer.has_state or not self.policy.formats.kv_cache.is_scaled:
             mixer.project(*given, rows_RX, held_RS, workspace)
         else:
             plain_RX = workspace.take((len(rows_RX), mixer.block.sent_elements), rows_RX.dtype)
@@ -145,7 +158,7 @@ class DecodeHandlers:
         spans = [
             # `rows` may be an earlier step's if this load runs ahead; the step itself tells how
             # many tokens the cache holds.
-            (start, start + reach.capacity(len(sequence.placed.request.prompt) + x.id.step))
+            (start, start + reach.capacity(len(sequence.placed.request.prompt) + self.step(x)))
             for sequence, start in zip(rows.sequences, rows.numbers[reach].starts, strict=True)
         ]
         if not self.backend.gpu_kernels.shares_memory:
@@ -163,7 +176,7 @@ class DecodeHandlers:
             )
         host_RX, gpu_RX = (self._rows(at, x, span) for at in (self.memory.host, self.memory.gpu))
         # A device copies what is contiguous, so whole rows.
-        cached = mixer.block.cached_bytes(self.formats) // gpu_RX.itemsize
+        cached = mixer.block.cached_bytes(self.policy.formats) // gpu_RX.itemsize
         first = -cached if self.backend.gpu_kernels.shares_memory else 0
         moved = self.backend.transfer(Lane.D2H, [(host_RX[:, first:], gpu_RX[:, first:])])
         self.backend.synchronise()  # the host is who appends them
@@ -244,15 +257,19 @@ class DecodeHandlers:
     def sample(self, x: Task) -> int:
         """Choose the next tokens and set up the next step's rows, even if there are none."""
         self.on_rows(self._sample)(x)
-        self.state.set_rows(x.id.index, x.id.step + 1)
+        self.state.set_rows(x.id.index, self.step(x) + 1)
         return 0
 
     def _sample(self, x: Task, rows: Rows, span: slice) -> int:
-        if self.group.size == 1:
-            self._add_cpu_experts(x.id.layer, span)
-        hidden_RD = self.memory.gpu.hidden_ND[span]
+        hidden_RD = self.after_layers(x, span)
         sample(self.arch, self.memory, self.state, self.group, hidden_RD, rows.sequences)
         return 0
+
+    def after_layers(self, x: Task, span: slice) -> Tensor:
+        """Hidden states after the last layer."""
+        if self.group.size == 1:
+            self._add_cpu_experts(x.id.layer, span)
+        return self.memory.gpu.hidden_ND[span]
 
     def _reduce(self, span: slice) -> int:
         self.group.all_reduce(self.memory.gpu.hidden_ND[span])
@@ -267,7 +284,7 @@ class DecodeHandlers:
 
     def _rows(self, level: Exchange, x: Task, span: slice) -> Tensor:
         """What the layer's attention is computed from."""
-        sent_bytes = self._mixer(x).block.sent_bytes(self.formats)
+        sent_bytes = self._mixer(x).block.sent_bytes(self.policy.formats)
         return narrow(level.rows_NX, span, sent_bytes // level.rows_NX.itemsize)
 
     def _outputs(self, level: Exchange, x: Task, span: slice) -> Tensor:

@@ -29,7 +29,8 @@ class Exchange:
     """One level's decode buffers: a row per request, with all that moves between the levels.
 
     `routed`, `expert_output`, `pending`, `weights` and `experts` are there only if the CPU computes
-    experts, and `held` only on the GPU. What layers of different kinds have of different widths is found by
+    experts, `held` only on the GPU, and `sent`, hidden states on their way to the next stage of a pipeline, only
+    on the host of one. What layers of different kinds have of different widths is found by
     `narrow`. `numbers` are NUMBERS_PER_REQUEST for each request, once for each reach of the model;
     see executor.model.numbers.
     """
@@ -43,6 +44,7 @@ class Exchange:
         num_requests: int,
         ffn_on_cpu: bool,
         holds: bool = False,
+        sends: bool = False,
     ) -> None:
         mixers = [kind.mixer for kind in spec.layer_kinds()]
         dtype: torch.dtype = getattr(torch, formats.compute.name)
@@ -57,6 +59,7 @@ class Exchange:
         routed = int(ffn_on_cpu)
         # First what kernels read 16 bytes at a time: its rows are multiples of that.
         self.hidden_ND = rows(spec.hidden_size, dtype)
+        self.sent_ND = rows(sends * spec.hidden_size, dtype)
         self.rows_NX = rows(max(mixer.sent_bytes(formats) for mixer in mixers) // dtype.itemsize, dtype)
         self.attention_NO = rows(max(mixer.returned_elements for mixer in mixers), dtype)
         self.held_NS = rows(holds * max(mixer.held_elements for mixer in mixers), dtype)
@@ -215,19 +218,33 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
     )
     kv_buffers = take(Purpose.KV_BUFFERS)
     idle = kv_buffers[: len(kv_buffers) // BUFFERS]  # until decode, and as long as any prompt is cached
-    caches = KvCaches(spec, policy, gpu=take(Purpose.KV_CACHE), host=host.memory[Purpose.KV_CACHE], buffers=kv_buffers)
+    batches = host.needs.batches
+    caches = KvCaches(
+        spec,
+        policy,
+        gpu=take(Purpose.KV_CACHE),
+        host=host.memory[Purpose.KV_CACHE],
+        buffers=kv_buffers,
+        batches=batches,
+    )
 
-    def exchange(memory: Tensor, *, holds: bool) -> Exchange:
+    def exchange(memory: Tensor, *, on_host: bool) -> Exchange:
         ffn_on_cpu = len(host.memory[Purpose.WORKSPACE]) > 0
         return Exchange(
-            spec, policy.formats, memory, num_requests=policy.batch_size, ffn_on_cpu=ffn_on_cpu, holds=holds
+            spec,
+            policy.formats,
+            memory,
+            num_requests=host.needs.places,
+            ffn_on_cpu=ffn_on_cpu,
+            holds=not on_host,
+            sends=on_host and batches > 1,
         )
 
     return RunMemory(
         weights=weights,
         caches=caches,
-        gpu=exchange(take(Purpose.EXCHANGE), holds=True),
-        host=exchange(host.memory[Purpose.EXCHANGE], holds=False),
+        gpu=exchange(take(Purpose.EXCHANGE), on_host=False),
+        host=exchange(host.memory[Purpose.EXCHANGE], on_host=True),
         prefill=PrefillBuffers(
             spec,
             dtype,

@@ -3,7 +3,9 @@
 T tokens, D hidden; X elements of a row between projections and attention, O of attention's output.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from executor.group import Group
 from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.pages import PageHandlers
-from executor.handlers.state import BatchState, sample
+from executor.handlers.state import BatchState, Generated, sample
 from executor.kv_cache import cache_rows, prefix_rows
 from executor.lanes import Handler
 from executor.model import Architecture, Mixer, PromptNumbers, embed
@@ -44,9 +46,10 @@ class PrefillHandlers:
     kv_on_gpu: tuple[bool, ...]
     tokens: list[Tensor]
     numbers: list[PromptNumbers]
+    choose: Callable[[Tensor, Sequence[Generated]], object]
 
     @staticmethod
-    def make(
+    def of(
         backend: AbstractBackend,
         arch: Architecture,
         policy: Policy,
@@ -55,8 +58,9 @@ class PrefillHandlers:
         state: BatchState,
         group: Group,
         chunks: tuple[Chunk, ...],
-    ) -> dict[Act, Handler]:
-        """The handler of every act that occurs in prefill."""
+        choose: Callable[[Tensor, Sequence[Generated]], object] | None = None,
+    ) -> "PrefillHandlers":
+        """Those of a batch in these chunks; first tokens are appended to it, unless something else is to `choose`."""
         tokens = [torch.tensor([token for part in chunk.parts for token in part.tokens]) for chunk in chunks]
         numbers = [
             PromptNumbers.write(
@@ -68,46 +72,50 @@ class PrefillHandlers:
         ]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
         ffns = FeedForwards(backend, arch, memory, state)
-        handlers = PrefillHandlers(
-            backend, arch, policy, pipeline, memory, state, group, ffns, chunks, kv_on_gpu, tokens, numbers
+        choose = choose or partial(sample, arch, memory, state, group)
+        return PrefillHandlers(
+            backend, arch, policy, pipeline, memory, state, group, ffns, chunks, kv_on_gpu, tokens, numbers, choose
         )
-        spec = arch.spec
-        streamed = [policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
-        pages = PageHandlers(backend, memory.weights, pipeline, streamed, lambda: False)
+
+    def by_act(self) -> dict[Act, Handler]:
+        """The handler of every act that occurs in prefill."""
+        spec = self.arch.spec
+        streamed = [self.policy.streamed_bytes(spec, i, Phase.PREFILL) for i in range(spec.num_layers)]
+        pages = PageHandlers(self.backend, self.memory.weights, self.pipeline, streamed, lambda: False)
         return {
             prefill.STAGE_PAGE: pages.stage,
             prefill.LOAD_PAGE: pages.load,
-            prefill.EMBED: handlers.embed,
-            prefill.LOAD_HIDDEN: handlers.load_hidden,
-            prefill.REDUCE_HIDDEN: handlers.reduce,
-            prefill.PREFILL_ATTENTION: handlers.attention,
-            prefill.REDUCE_ATTENTION: handlers.reduce,
-            prefill.PREFILL_LAYER: handlers.layer,
-            prefill.STORE_KV: handlers.store_kv,
-            prefill.OFFLOAD_TOKENS: handlers.offload_tokens,
-            prefill.STORE_HIDDEN: handlers.store_hidden,
-            prefill.CPU_EXPERTS: handlers.cpu_experts,
-            prefill.LOAD_EXPERT_OUTPUT: handlers.load_expert_output,
-            prefill.REDUCE_LAST: handlers.reduce_last,
-            prefill.SAMPLE: handlers.sample,
+            prefill.EMBED: self.embed,
+            prefill.LOAD_HIDDEN: self.load_hidden,
+            prefill.REDUCE_HIDDEN: self.reduce,
+            prefill.PREFILL_ATTENTION: self.attention,
+            prefill.REDUCE_ATTENTION: self.reduce,
+            prefill.PREFILL_LAYER: self.layer,
+            prefill.STORE_KV: self.store_kv,
+            prefill.OFFLOAD_TOKENS: self.offload_tokens,
+            prefill.STORE_HIDDEN: self.store_hidden,
+            prefill.CPU_EXPERTS: self.cpu_experts,
+            prefill.LOAD_EXPERT_OUTPUT: self.load_expert_output,
+            prefill.REDUCE_LAST: self.reduce_last,
+            prefill.SAMPLE: self.sample,
         }
 
     def embed(self, x: Task) -> int:
         """Gather the prompts' embeddings on the host and move them to the GPU."""
         embedding, scale, first_token = self.memory.weights.embedding, self.arch.embedding_scale, self.arch.first_token
-        embed(embedding, self.tokens[x.id.index], self._host(x), scale=scale, first_token=first_token)
+        embed(embedding, self.tokens[x.id.index], self.host(x), scale=scale, first_token=first_token)
         return self.load_hidden(x)
 
     def load_hidden(self, x: Task) -> int:
         """Move a chunk's hidden states to the GPU, and its numbers with them."""
         numbers = self.numbers[x.id.index].flat
         sent = self.memory.prefill.numbers_BT[x.slot(prefill.HIDDEN), : len(numbers)]
-        copies = [(self._hidden(x), self._host(x)), *self.backend.gpu_kernels.copies(numbers, sent)]
+        copies = [(self._hidden(x), self.host(x)), *self.backend.gpu_kernels.copies(numbers, sent)]
         return self.backend.transfer(Lane.H2D, copies)
 
     def store_hidden(self, x: Task) -> int:
         """Move a chunk's hidden states to the host."""
-        return self.backend.transfer(Lane.D2H, [(self._host(x), self._hidden(x))])
+        return self.backend.transfer(Lane.D2H, [(self.host(x), self._hidden(x))])
 
     def reduce(self, x: Task) -> int:
         """What ranks have of a chunk's hidden states, summed up: before a layer, or after its attention."""
@@ -166,7 +174,7 @@ class PrefillHandlers:
     def _skips(self, x: Task) -> bool:
         """Whether the layer goes on after attention with the chunk's last tokens of prompts only."""
         chunk = self.chunks[x.id.index]
-        is_last = x.id.layer == len(self.arch.layers) - 1
+        is_last = x.id.layer == len(self.arch.layers) - 1 and self.arch.spec.has_head
         return is_last and skips_in_last_layer(sum(part.ends for part in chunk.parts), chunk.num_tokens)
 
     def _num_going_on(self, x: Task) -> int:
@@ -218,7 +226,7 @@ class PrefillHandlers:
         last one it is alone.
         """
         routed = self._host_routed(x)
-        output_TD = self._host(x)[: len(routed.tokens_TD)]
+        output_TD = self.host(x)[: len(routed.tokens_TD)]
         if x.id.layer == len(self.arch.layers) - 1:
             output_TD.zero_()
         self.ffns.on_cpu(x.id.layer, routed, output_TD)
@@ -227,7 +235,7 @@ class PrefillHandlers:
     def load_expert_output(self, x: Task) -> int:
         """Their output after the last layer to the GPU, where their input was."""
         output_TD = self._routed(x).tokens_TD
-        return self.backend.transfer(Lane.H2D, [(output_TD, self._host(x)[: len(output_TD)])])
+        return self.backend.transfer(Lane.H2D, [(output_TD, self.host(x)[: len(output_TD)])])
 
     def store_kv(self, x: Task) -> int:
         """Move new keys and values, or states of prompts that end, to those caches that live on the host."""
@@ -258,8 +266,15 @@ class PrefillHandlers:
             piece = slice(first, min(first + self.policy.micro_batch_size, len(parts)))
             sequences = [self.state.by_placed[id(part.placed)] for part in parts[piece]]
             hidden_RD = self._ends(x, piece) if self.group.size == 1 else self._hidden(x)[piece]
-            sample(self.arch, self.memory, self.state, self.group, hidden_RD, sequences)
+            self.choose(hidden_RD, sequences)
         return 0
+
+    def after_layers(self, x: Task) -> Tensor:
+        """Hidden states of a whole chunk after the last layer, with the CPU's experts."""
+        hidden_TD = self._hidden(x)
+        if self.pipeline.cpu_experts[x.id.layer]:
+            hidden_TD += self._routed(x).tokens_TD
+        return hidden_TD
 
     def _ends(self, x: Task, piece: slice) -> Tensor:
         """A copy of the hidden states of some prompts' ends after the last layer, with the CPU's experts."""
@@ -340,7 +355,8 @@ class PrefillHandlers:
         buffer = self.memory.prefill.kv_B[x.slot(prefill.KV)]
         return cache_rows(self.arch.spec.layers[x.id.layer], self.policy, buffer)[:num_rows]
 
-    def _host(self, x: Task) -> Tensor:
+    def host(self, x: Task) -> Tensor:
+        """A chunk's hidden states on the host."""
         chunk = self.chunks[x.id.index]
         return self.memory.prefill.host_TD[chunk.offset : chunk.offset + chunk.num_tokens]
 

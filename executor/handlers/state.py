@@ -63,7 +63,8 @@ class Rows:
             )
             for reach, of in starts.items()
         }
-        last_tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], dtype=torch.int64)
+        # Of a stage that has yet to be told there is none before the first step.
+        last_tokens = torch.tensor([[NO_TOKEN, *sequence.tokens][-1] for sequence in sequences], dtype=torch.int64)
         return Rows(tuple(sequences), last_tokens, numbers)
 
 
@@ -86,13 +87,20 @@ class BatchState:
     """The requests of a batch, what they have generated, and which rows the next step has.
 
     `num_active` counts requests that go on, and `num_generated` tokens so far. `ended` is called
-    with each request as it ends, in the lane that chose its last token. `routed_tokens[i][e]`
+    with each request as it ends, in the lane that chose its last token. Where several batches share
+    buffers, each micro-batch has so many `places` in them, in every batch the same. `routed_tokens[i][e]`
     counts the tokens, prompts' and generated, that layer i sent to expert e; of prompts the last
     layer sends the ends only.
     """
 
     def __init__(
-        self, batch: Batch, arch: Architecture, stops: EndOfText, ended: Callable[[Generated], object] = lambda _: None
+        self,
+        batch: Batch,
+        arch: Architecture,
+        stops: EndOfText,
+        ended: Callable[[Generated], object] = lambda _: None,
+        *,
+        places: int | None = None,
     ) -> None:
         self._eos = frozenset(arch.eos_token_ids)
         self._stops, self._ended = stops, ended
@@ -112,7 +120,7 @@ class BatchState:
         first = 0
         for members in self.sequences:
             self.first_rows.append(first)
-            first += len(members)
+            first += places or len(members)
         self.by_placed = {id(s.placed): s for members in self.sequences for s in members}
         self._cache_starts = {reach: _starts(batch, reach) for reach in arch.reaches}
         # Two versions: STORE_KV of a step may still run when SAMPLE makes the next step's rows.
@@ -151,8 +159,8 @@ class BatchState:
         """The requests of a micro-batch that go on in that step."""
         return self._rows[micro_batch][step % 2]
 
-    def append(self, sequence: Generated, token: int) -> None:
-        """Add a token; end the request if it is one that ends it or the last allowed.
+    def append(self, sequence: Generated, token: int, *, ends: bool = False) -> None:
+        """Add a token; end the request if it is one that ends it or the last allowed, or if it is known that it `ends`.
 
         NO_TOKEN ends it with an error, and so does a failing search for its stop texts.
         """
@@ -172,7 +180,7 @@ class BatchState:
             self._num_left -= 1
             self._num_decoded += 1
             self._num_steps = max(self._num_steps, len(sequence.tokens) - 1)
-        ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        ends = ends or token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         try:
             ends = ends or (bool(params.stop) and self._stops(sequence.placed, sequence.tokens))
         except BaseException as error:
@@ -239,11 +247,27 @@ def sample(
     hidden_RD: Tensor,
     sequences: Sequence[Generated],
 ) -> None:
-    """Choose and append the next token of each sequence, from its last hidden state.
+    """Choose and append the next token of each sequence, from its last hidden state."""
+    append(state, sequences, *choices(arch, memory, group, hidden_RD, sequences))
+
+
+def append(state: BatchState, sequences: Sequence[Generated], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    """Append the tokens that were chosen, and their log probabilities where these were asked for."""
+    for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+        if sequence.placed.request.params.logprobs and token != NO_TOKEN:
+            sequence.logprobs.append(logprob)
+        state.append(sequence, token)
+
+
+def choices(
+    arch: Architecture, memory: RunMemory, group: Group, hidden_RD: Tensor, sequences: Sequence[Generated]
+) -> tuple[list[int], list[float]]:
+    """The next token of each sequence, from its last hidden state, and its log probability if anyone asked for such.
 
     Every rank computes its part of the vocabulary for all sequences, and chooses for its share of them.
     """
     workspace, head = memory.sampling_workspace, memory.weights.head
+    assert head is not None, "tokens are chosen where the LM head is"
     workspace.reset()
     logits_RV = logits(arch.final_norm, hidden_RD, head, workspace, scale=arch.logits_scale, softcap=arch.softcap)
     logits_RV = group.exchange_rows(logits_RV)[:, : arch.vocab_size]
@@ -254,12 +278,8 @@ def sample(
     chosen = choose(logits_RV, params, steps, spare_bytes=spare_bytes)
     told = [r for r, one in enumerate(params) if one.logprobs and chosen[r] != NO_TOKEN]
     found = dict(zip(told, log_probabilities(logits_RV, chosen, told, spare_bytes=spare_bytes), strict=True))
-    tokens = group.gather(torch.tensor(chosen, dtype=torch.int64), len(sequences)).tolist()
-    if any(sequence.placed.request.params.logprobs for sequence in sequences):
-        own = torch.tensor([found.get(r, 0.0) for r in range(len(ours))], dtype=torch.float64)
-        logprobs = group.gather(own, len(sequences)).tolist()
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            if sequence.placed.request.params.logprobs and token != NO_TOKEN:
-                sequence.logprobs.append(logprob)
-    for sequence, token in zip(sequences, tokens, strict=True):
-        state.append(sequence, token)
+    tokens: list[int] = group.gather(torch.tensor(chosen, dtype=torch.int64), len(sequences)).tolist()
+    if not any(sequence.placed.request.params.logprobs for sequence in sequences):
+        return tokens, [0.0] * len(tokens)
+    own = torch.tensor([found.get(r, 0.0) for r in range(len(ours))], dtype=torch.float64)
+    return tokens, group.gather(own, len(sequences)).tolist()

@@ -9,7 +9,7 @@ from typing import Any, final
 from executor.batching import Completion, Placed
 from executor.checkpoint import Checkpoint
 from executor.families import Family, family_for
-from executor.generate import AbstractGenerator, Generator, NullGenerator
+from executor.generate import AbstractGenerator, Generator
 from executor.group import Group
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import EndOfText
@@ -20,6 +20,7 @@ from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults, SamplingSource
 from executor.loading import Loading
 from executor.model import Architecture
+from executor.null_generator import NullGenerator
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
 

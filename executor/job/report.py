@@ -100,6 +100,7 @@ class Totals:
         self.failed += len(result.completions) - len(answered)
         if not answered:  # nothing to show for its time but the trace
             return
+        under_way = len(result.micro_batch_sizes)
         generated = [len(completion.tokens) for completion in answered]
         prompts = [len(completion.request.prompt) for completion in answered]
         self.requests += len(answered)
@@ -108,19 +109,21 @@ class Totals:
         self.generated_tokens += sum(generated)
         self.max_generated_tokens = max(self.max_generated_tokens, *generated)
         self.asked_tokens += sum(c.request.params.max_tokens for c in answered)
-        self.num_batches += 1
+        self.num_batches += under_way
         self._add_routed(result.routed_tokens)
         decode_steps = max(generated) - 1
-        self._add_batch(
-            BatchRecord(
-                requests=len(answered),
-                micro_batch_sizes=result.micro_batch_sizes,
-                chunks=result.num_chunks,
-                decode_steps=decode_steps,
-                prefill_s=result.prefill.seconds,
-                decode_s=result.decode.seconds if result.decode else 0.0,
+        # Those under way together take as long as if each were like the others.
+        for sizes in result.micro_batch_sizes:
+            self._add_batch(
+                BatchRecord(
+                    requests=len(answered) if under_way == 1 else sum(sizes),
+                    micro_batch_sizes=sizes,
+                    chunks=result.num_chunks // under_way,
+                    decode_steps=decode_steps,
+                    prefill_s=result.prefill.seconds / under_way,
+                    decode_s=(result.decode.seconds if result.decode else 0.0) / under_way,
+                )
             )
-        )
         self.phases[Phase.PREFILL].add(result.prefill, 1)
         if result.decode is not None:
             self.phases[Phase.DECODE].add(result.decode, decode_steps)

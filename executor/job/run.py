@@ -11,8 +11,9 @@ from typing import Any, Final, final
 import msgspec
 
 from executor.batching import Completion, Request, asks_for_more
+from executor.checks import check_request
 from executor.errors import JobError, RunError
-from executor.generate import AbstractGenerator, BatchResult, check_request
+from executor.generate import AbstractGenerator, BatchResult
 from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity

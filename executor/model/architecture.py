@@ -30,8 +30,8 @@ class Architecture:
     Embeddings and logits are multiplied by their scales. Logits are then bent to stay below `softcap`,
     if there is one. Texts of more than `first_positions` go through `long_layers`, if there are any.
     Where a text may have no more than `max_position_embeddings` for a reason that is not the model's,
-    `why_no_longer` says so. What one of several ranks has of a model has that rank's number, and the
-    `whole` that they divide.
+    `why_no_longer` says so. What one of several ranks has of a model has that rank's number, what a stage of a
+    pipeline has begins at `first_layer`, and both know the `whole` that is divided.
     """
 
     spec: ModelSpec
@@ -47,6 +47,7 @@ class Architecture:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     rank: int = 0
+    first_layer: int = 0
     whole: ModelSpec | None = None
 
     @staticmethod
@@ -83,6 +84,17 @@ class Architecture:
         layers, long_layers = narrowed(self.layers), narrowed(self.long_layers)
         return replace(self, spec=spec, layers=layers, long_layers=long_layers, rank=rank, whole=self.spec)
 
+    def of_stage(self, spec: ModelSpec, first_layer: int) -> "Architecture":
+        """What one of several stages has of it, which begins there, see `hrm.parallel.stages_of`."""
+
+        def cut(layers: tuple[LayerMaths, ...]) -> tuple[LayerMaths, ...]:
+            return layers[first_layer : first_layer + spec.num_layers]
+
+        layers, long_layers = cut(self.layers), cut(self.long_layers)
+        return replace(
+            self, spec=spec, layers=layers, long_layers=long_layers, first_layer=first_layer, whole=self.spec
+        )
+
     @property
     def vocab_size(self) -> int:
         """Tokens of the vocabulary, whatever part of it a rank has."""
@@ -91,7 +103,7 @@ class Architecture:
     @property
     def first_token(self) -> int | None:
         """The first one in a rank's part of the vocabulary; None of one that has all of it."""
-        return None if self.whole is None else self.rank * self.spec.vocab_size
+        return None if self.spec.ranks == 1 else self.rank * self.spec.vocab_size
 
     def is_long(self, num_positions: int) -> bool:
         """Whether a text with so many positions goes through other layers than a short one."""

@@ -7,9 +7,10 @@ from typing import Final
 
 from executor.batching import Batcher, Request
 from executor.checkpoint import Checkpoint
+from executor.checks import check_request
 from executor.errors import JobError, RunError
 from executor.families import family_for
-from executor.generate import Generator, check_request
+from executor.generate import Generator
 from executor.guard import told_as
 from executor.job.input_file import check_input
 from executor.job.machine import AcceleratorOptions, prepare

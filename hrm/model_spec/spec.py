@@ -30,7 +30,8 @@ class ModelSpec:
     matrices are packed here, their layers say. Where a model is a part of another, a workspace has room
     for FFNs that are `least_inner_size` wide, though no layer of the part has one, and there is room
     for the numbers of `least_reaches` ways to fill the rows of caches. It is what one of so many
-    `ranks` has in tensor parallel; their vocabularies, one after the other, are the model's.
+    `ranks` has in tensor parallel; their vocabularies, one after the other, are the model's. Of a
+    pipeline's stages only the first has the embedding, and only the last what comes after the layers.
     """
 
     name: str
@@ -43,6 +44,8 @@ class ModelSpec:
     least_inner_size: int = 0
     least_reaches: int = 0
     ranks: int = 1
+    has_embedding: bool = True
+    has_head: bool = True
     published_dtype: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -345,16 +348,20 @@ class ModelSpec:
     @property
     def embedding_parameters(self) -> int:
         """Parameters of the token embedding."""
-        return self.vocab_size * self.hidden_size
+        return sum(tensor.parameters for tensor in self.embedding_tensors)
 
     @property
     def embedding_tensors(self) -> tuple[TensorSpec, ...]:
         """What comes before the layers."""
+        if not self.has_embedding:
+            return ()
         return (TensorSpec("embedding", (self.vocab_size, self.hidden_size), Unit.MODEL, 0),)
 
     @property
     def head_tensors(self) -> tuple[TensorSpec, ...]:
         """What comes after the layers; the LM head, which may be tied to the embedding, is the last."""
+        if not self.has_head:
+            return ()
         return (
             TensorSpec("final_norm", (self.hidden_size,), Unit.MODEL),
             *(TensorSpec(name, (size,), Unit.MODEL, _split(name)) for name, size in self.head_vectors),
@@ -368,8 +375,8 @@ class ModelSpec:
 
     @property
     def _outside_layers(self) -> int:
-        embedding = 0 if self.tied_embeddings else self.embedding_parameters
-        return embedding + self.head_parameters
+        is_head_too = self.tied_embeddings and self.has_head
+        return self.head_parameters + (0 if is_head_too else self.embedding_parameters)
 
     @property
     def parameters(self) -> int:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from executor.checkpoint import Checkpoint
+from executor.checks import check_request
 from executor.errors import JobError
 from executor.families import family_for
-from executor.generate import check_request
 from hrm.errors import ModelError
 from tests.executor.families.latent import LATENT
 from tests.executor.families.tiny import save

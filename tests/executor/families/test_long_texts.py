@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from executor.checks import check_request
 from executor.errors import JobError
 from executor.families import family_for
-from executor.generate import check_request
 from tests.executor.families.grouped import EXPERTS
 from tests.executor.families.tiny import SIZES, causal, save
 from tests.executor.runtime.support import CPU, GPU, architecture, generate, generator, make_policy, requests

@@ -15,18 +15,25 @@ from executor.families import family_for
 from executor.generate import Generator, Planned
 from executor.group import Group
 from executor.group.processes import ProcessGroup
+from executor.group.stages import ProcessStages
+from hrm.hardware import HardwareProfile
+from hrm.machines import one_part
 from hrm.memory import plan_memory
-from hrm.parallel import part_for
+from hrm.parallel import part_for, stage_layers, stages_of
 from hrm.policy import Policy
 from tests.executor.runtime.support import architecture, emulated, link, machine
 
 Made = Callable[[Generator, Group], Any]
 
 
+def _of_gpus(count: int) -> HardwareProfile:
+    one = machine()
+    return replace(one, num_gpus=count, links=(*one.links, link("gpu", "gpu", 1e10, kind="peer")))
+
+
 def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, is_emulated: bool = False) -> list[Any]:
     """What `use` returns of each rank's generator."""
-    store, one = HashStore(), machine()
-    profile = replace(one, num_gpus=size, links=(*one.links, link("gpu", "gpu", 1e10, kind="peer")))
+    store, profile = HashStore(), _of_gpus(size)
     plan = plan_memory(architecture(folder).spec, policy, profile)
 
     def run(rank: int) -> Any:
@@ -41,6 +48,38 @@ def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, is_emulate
             made = Generator(backend, arch, planned, family=family, source=checkpoint, group=group)
         with made:
             found = use(made, group)
+        group.close()
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def with_stages(folder: Path, policy: Policy, size: int, use: Callable[[Generator], Any], **options: Any) -> list[Any]:
+    """What `use` returns of each stage's generator; the policy's layers are those of the whole model."""
+    store, profile = HashStore(), one_part(_of_gpus(size), is_stage=True)
+
+    def run(stage: int) -> Any:
+        torch.set_num_threads(1)
+        group = ProcessGroup(store, stage, size)
+        with Checkpoint.open(folder) as checkpoint:
+            family = family_for(checkpoint.config, checkpoint.config_path)
+            arch = family.architecture(checkpoint.config, checkpoint.config_path)
+            layers = stage_layers(arch.spec.num_layers, size)[stage]
+            spec = stages_of(arch.spec, size)[stage]
+            own = replace(policy, resident_experts=policy.resident_experts[layers.start : layers.stop])
+            backend = emulated(profile) if options.get("is_emulated") else make_backend("cpu", None)
+            made = Generator(
+                backend,
+                arch.of_stage(spec, layers.start),
+                Planned(own, plan_memory(spec, own, profile)),
+                family=family,
+                source=checkpoint,
+                stops=options.get("stops") if stage == 0 else None,
+                stages=ProcessStages(group),
+            )
+        with made:
+            found = use(made)
         group.close()
         return found
 

@@ -48,7 +48,7 @@ class Summing(AbstractGenerator):
         )
         tokens = tuple(self._sums)
         completions = tuple(Completion(request, tokens, LENGTH) for request in batch.requests)
-        return BatchResult(completions, prefilled, decoded, batch.micro_batch_sizes, 1)
+        return BatchResult(completions, prefilled, decoded, (batch.micro_batch_sizes,), 1)
 
     def rescue(self):
         return None

@@ -7,8 +7,9 @@ import pytest
 
 from executor.backends import make_backend
 from executor.batching import pack
-from executor.generate import AbstractGenerator, BatchResult, NullGenerator, Planned
+from executor.generate import AbstractGenerator, BatchResult, Planned
 from executor.job.machine import predicted_seconds
+from executor.null_generator import NullGenerator
 from hrm.costs import Costs
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec

@@ -3,8 +3,8 @@
 import pytest
 
 from executor.batching import Batcher, chunks, pack
+from executor.checks import check_request
 from executor.errors import JobError
-from executor.generate import check_request
 from executor.model import FeedForward, kernels
 from hrm.memory import purposes
 from tests.executor.runtime.support import (

@@ -1,0 +1,111 @@
+"""What stages of a pipeline hand on: each to the next, and the last one to the first."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol, final
+
+from torch import Tensor
+
+from executor.group.processes import ProcessGroup
+
+
+class Moving(Protocol):
+    """A tensor on its way."""
+
+    def wait(self) -> object:
+        """Return when it is there, or has left."""
+        ...
+
+
+class Stages(ABC):
+    """The stages of a pipeline as one of them sees them.
+
+    What is sent under one tag comes in the order in which it was sent. Lanes may send and receive at once, each under
+    tags of its own. LostRankError if the other stage is gone.
+    """
+
+    stage: int
+    size: int
+
+    def __init__(self) -> None:
+        self._leaving: dict[int, Moving] = {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins with tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends with tokens."""
+        return self.stage == self.size - 1
+
+    @final
+    def send(self, tensor: Tensor, tag: int) -> None:
+        """Begin to send a contiguous tensor of the host to the next stage, which must not change until it has left."""
+        self.has_left(tag)
+        self._leaving[tag] = self._begin_to_send(tensor, tag)
+
+    @property
+    def leaving(self) -> list[int]:
+        """The tags under which something may not have left."""
+        return list(self._leaving)
+
+    @final
+    def has_left(self, tag: int) -> None:
+        """Return when what was sent last under the tag has left."""
+        leaving = self._leaving.pop(tag, None)
+        if leaving is not None:
+            leaving.wait()
+
+    @abstractmethod
+    def receive(self, tensor: Tensor, tag: int) -> Moving:
+        """Begin to fill a contiguous tensor of the host with what the stage before sends."""
+
+    @abstractmethod
+    def _begin_to_send(self, tensor: Tensor, tag: int) -> Moving: ...
+
+
+@final
+class OneStage(Stages):
+    """A pipeline of one stage, which hands on nothing."""
+
+    stage, size = 0, 1
+
+    def receive(self, tensor: Tensor, tag: int) -> Moving:
+        """Never called."""
+        raise AssertionError(tensor, tag)
+
+    def _begin_to_send(self, tensor: Tensor, tag: int) -> Moving:
+        raise AssertionError(tensor, tag)
+
+
+@final
+class ProcessStages(Stages):
+    """Stages that are the ranks of a group of processes, in its order."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__()
+        self.stage, self.size, self._group = group.rank, group.size, group
+        self._works = group.over_gloo("stages")
+
+    def receive(self, tensor: Tensor, tag: int) -> Moving:
+        """Begin to receive from the stage before."""
+        return self._moving(self._works.recv, tensor, (self.stage - 1) % self.size, tag)
+
+    def _begin_to_send(self, tensor: Tensor, tag: int) -> Moving:
+        return self._moving(self._works.send, tensor, (self.stage + 1) % self.size, tag)
+
+    def _moving(self, start: Any, tensor: Tensor, other: int, tag: int) -> Moving:
+        assert tensor.is_contiguous()
+        with self._group.telling():
+            return _Moving(start([tensor], other, tag), tensor, self._group)
+
+
+@final
+class _Moving:
+    def __init__(self, work: Any, tensor: Tensor, group: ProcessGroup) -> None:
+        self._work, self._tensor, self._group = work, tensor, group
+
+    def wait(self) -> None:
+        with self._group.telling():
+            self._work.wait()
