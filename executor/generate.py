@@ -288,11 +288,12 @@ class Generator(AbstractGenerator):
         memory = self.memory
         gpu = dict(self.plan.gpu.purposes)
         gpu[Purpose.WORKSPACE] = memory.workspace.high_water_bytes
-        gpu[Purpose.LOGITS] = min(gpu[Purpose.LOGITS], memory.sampling_workspace.high_water_bytes)
+        logits = gpu.get(Purpose.LOGITS, 0)  # none in a stage without the LM head
+        gpu[Purpose.LOGITS] = min(logits, memory.sampling_workspace.high_water_bytes)
         allocated = self.backend.peak_gpu_bytes()
         if allocated is not None:  # arenas are as planned, the rest are torch's temporaries
             planned = self.plan.gpu.purposes
-            rest = allocated - sum(planned.values()) + planned[Purpose.WORKSPACE] + planned[Purpose.LOGITS]
+            rest = allocated - sum(planned.values()) + planned[Purpose.WORKSPACE] + logits
             gpu[Purpose.WORKSPACE] = max(0, min(rest, planned[Purpose.WORKSPACE]))
             gpu[Purpose.LOGITS] = max(0, rest - gpu[Purpose.WORKSPACE])
         cpu = dict(self.plan.cpu.purposes)

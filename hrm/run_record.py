@@ -150,12 +150,16 @@ class LevelRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRecord:
-    """What one of the other ranks did in a run on several GPUs, beside rank 0."""
+    """What one of the other ranks did in a run on several GPUs, beside rank 0.
+
+    `routed_tokens` are those of a pipeline's stage, whose layers rank 0 has not.
+    """
 
     rank: int
     load_s: float = 0.0
     phases: dict[str, PhaseRecord]
     memory: dict[str, LevelRecord]
+    routed_tokens: list[list[int]] = field(default_factory=list[list[int]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

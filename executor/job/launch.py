@@ -15,6 +15,7 @@ from executor.job.rank import RankJob, RankReport
 from executor.loading import Loading
 from executor.ranks.generator import RankedGenerator, Ranks
 from executor.ranks.messages import telling
+from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile
 
 WORKER: Final = "executor.job.rank"
@@ -47,9 +48,12 @@ class Launch:
             eos_token_ids=model.arch.eos_token_ids,
         )
         with Ranks(self.ranks, job.encode(), module=WORKER, cpus=self.cpus) as ranks:
-            group = ranks.group
             with ranks.named():
-                own = model.generator(self.prepared, loading, stops=telling(group, model.stops), group=group)
+                if model.policy.parallelism is Parallelism.PIPELINE:
+                    own = model.generator(self.prepared, loading, stages=ranks.stages())
+                else:
+                    group = ranks.group
+                    own = model.generator(self.prepared, loading, stops=telling(group, model.stops), group=group)
             ranks.ready(own)
             yield RankedGenerator(ranks, own, model.arch), lambda: [RankReport.decode(one) for one in ranks.finish()]
 
@@ -63,12 +67,12 @@ def launching(options: AcceleratorOptions, model: OpenModel, gpus: int | None) -
     """
     size = _ranks_of(model.policy_file, gpus)
     if size == 1 or options.name == "null":
-        prepared = prepare(options, model.part, model.policy)
+        prepared = prepare(options, model.part, model.part.policy)
         yield Launch(model, prepared, 1, options, set())
         return
     options = replace(options, name=accelerator_for(options.name, model.part.profile))
     with own_cores(0, size) as cpus:
-        yield Launch(model, prepare(options, model.part, model.policy, ranks=size), size, options, cpus)
+        yield Launch(model, prepare(options, model.part, model.part.policy, ranks=size), size, options, cpus)
 
 
 def _ranks_of(policy_file: PolicyFile, gpus: int | None) -> int:

@@ -8,6 +8,7 @@ from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, m
 from executor.batching import Batch
 from executor.errors import RunError
 from executor.generate import Planned
+from executor.model import Architecture
 from executor.model.crossings import adopt
 from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
@@ -17,6 +18,7 @@ from hrm.formats import SCALED_KV_FORMATS
 from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
+from hrm.parallel import stage_layers, stage_policy, stages_of
 from hrm.policy import Parallelism, Policy
 from hrm.policy_file import PolicyFile, policy_file_of, profile_hash
 from hrm.profiling.environment import available_ram_bytes
@@ -44,8 +46,7 @@ class Prepared:
 
 
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for a model of other dimensions, or for a stage of it."""
-    check_whole(policy_file, path)
+    """Raise PolicyError if the policy is for a model of other dimensions."""
     solved_for = replace(policy_file.model, name=spec.name)
     if solved_for != spec:
         where, planned, there_is = _difference(solved_for, spec, "model")
@@ -69,29 +70,47 @@ def _difference(planned: object, there_is: object, where: str) -> tuple[str, obj
 
 
 def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for one stage of a pipeline, which nothing here runs."""
+    """Raise PolicyError if the policy is for one stage of a pipeline, which a bench does not run."""
     stages = policy_file.profile.num_gpus
     if policy_file.policy.parallelism is Parallelism.PIPELINE and stages > 1:
         raise PolicyError(
             f"{path}: policy.parallelism",
             policy_file.policy.parallelism.value,
-            f"is that of one of {stages} stages, and what is run is the whole model",
+            f"is that of one of {stages} stages, and what is run here is the whole model",
             "run hrm search with --parallelism tensor, or for a machine with one GPU",
         )
 
 
-def part_of_file(policy_file: PolicyFile) -> PolicyFile:
+def part_of_file(policy_file: PolicyFile, rank: int = 0) -> PolicyFile:
     """What one process runs: the policy file, or that of one of several ranks, with its part of model and machine.
 
-    Raises PolicyError if the policy was made for another part.
+    Ranks are the stages of a pipeline, in order. Raises PolicyError if the policy was made for another part.
     """
+    policy, ranks = policy_file.policy, policy_file.profile.num_gpus
     spec, profile = policy_file.part
     if profile is policy_file.profile:
         return policy_file
-    budgets = {name: size // policy_file.profile.num_gpus for name, size in policy_file.memory_budget_bytes.items()}
+    if policy.parallelism is Parallelism.PIPELINE:
+        spec = stages_of(policy_file.model, ranks)[rank]
+        policy = stage_policy(policy, spec)
     return replace(
-        policy_file, model=spec, profile=profile, profile_hash=profile_hash(profile), memory_budget_bytes=budgets
+        policy_file,
+        policy=policy,
+        model=spec,
+        profile=profile,
+        profile_hash=profile_hash(profile),
+        memory_budget_bytes={name: size // ranks for name, size in policy_file.memory_budget_bytes.items()},
     )
+
+
+def part_of_model(arch: Architecture, policy_file: PolicyFile, rank: int = 0) -> Architecture:
+    """What one process has of the model that a policy file is for, see `part_of_file`."""
+    ranks, part = policy_file.profile.num_gpus, part_of_file(policy_file, rank)
+    if part is policy_file:
+        return arch
+    if policy_file.policy.parallelism is Parallelism.PIPELINE:
+        return arch.of_stage(part.model, stage_layers(policy_file.model.num_layers, ranks)[rank].start)
+    return arch.of_rank(rank, part.model)
 
 
 def check_formats(policy: Policy) -> None:

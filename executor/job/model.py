@@ -11,9 +11,10 @@ from executor.checkpoint import Checkpoint
 from executor.families import Family, family_for
 from executor.generate import AbstractGenerator, Generator
 from executor.group import Group
+from executor.group.stages import Stages
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import EndOfText
-from executor.job.machine import Prepared, check_model, part_of_file, predicted_seconds
+from executor.job.machine import Prepared, check_model, part_of_file, part_of_model, predicted_seconds
 from executor.job.outputs import completion_line, failed_line, logprobs_json, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
@@ -54,8 +55,12 @@ class OpenModel:
         *,
         stops: EndOfText | None = None,
         group: Group | None = None,
+        stages: Stages | None = None,
     ) -> AbstractGenerator:
-        """What runs batches in this process, with its weights loaded; in a `group` it is that of rank 0."""
+        """What runs batches in this process, with its weights loaded.
+
+        In a `group`, or among `stages`, it is that of rank 0.
+        """
         backend, planned = prepared.backend, prepared.planned
         if backend.name == "null":
             return NullGenerator(backend, self.own, planned, predicted_seconds(self.part, planned.policy))
@@ -69,6 +74,7 @@ class OpenModel:
             stops=stops or self.stops,
             loading=loading,
             group=group,
+            stages=stages,
         )
 
     def stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
@@ -117,6 +123,6 @@ def opened(
         defaults = SamplingDefaults.of(sampling, checkpoint.folder)
         reader = LineReader(checkpoint.folder, room, seed, tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
-        part = part_of_file(policy_file)
-        own = arch if part is policy_file else arch.of_rank(0, part.model)
+        as_run = replace(policy_file, policy=policy)
+        part, own = part_of_file(as_run), part_of_model(arch, as_run)
         yield OpenModel(checkpoint, family, arch, policy_file, policy, reader, part, own)

@@ -10,8 +10,9 @@ import msgspec
 from executor.checkpoint import Checkpoint
 from executor.families import family_for
 from executor.generate import AbstractGenerator, BatchResult, Generator
-from executor.group import Group
-from executor.job.machine import AcceleratorOptions, part_of_file, prepare
+from executor.group.processes import ProcessGroup
+from executor.group.stages import ProcessStages
+from executor.job.machine import AcceleratorOptions, part_of_file, part_of_model, prepare
 from executor.job.report import Totals, rank_record
 from executor.ranks.messages import told
 from executor.ranks.worker import end_with_parent, serve
@@ -74,10 +75,16 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     @staticmethod
     def of(record: RankRecord, generator: AbstractGenerator, spans: Sequence[Span]) -> "RankReport":
         """The report of a generator's rank."""
-        plain = [
-            PlainSpan(s.phase, s.id.act.name, s.lane, s.id[1:], s.start_s, s.end_s, s.batch, s.num_bytes) for s in spans
-        ]
-        return RankReport(record=record, origin_s=generator.engine.origin_s, spans=plain)
+        first_layer = generator.arch.first_layer
+
+        def plain(span: Span) -> PlainSpan:
+            act, layer, index, step = span.id
+            place = first_layer + layer, index, step
+            return PlainSpan(
+                span.phase, act.name, span.lane, place, span.start_s, span.end_s, span.batch, span.num_bytes
+            )
+
+        return RankReport(record=record, origin_s=generator.engine.origin_s, spans=[*map(plain, spans)])
 
     def encode(self) -> bytes:
         """As a message."""
@@ -113,7 +120,7 @@ def for_rank(options: AcceleratorOptions, rank: int) -> AcceleratorOptions:
 class JobRank:
     """A rank other than 0: its part of the model, with the weights loaded, on its part of the machine."""
 
-    def __init__(self, message: bytes, group: Group) -> None:
+    def __init__(self, message: bytes, group: ProcessGroup) -> None:
         self._rank = group.rank
         self.generator = _generator(RankJob.decode(message), group)
         self._totals, self._spans = Totals(), list[Span]()
@@ -129,21 +136,23 @@ class JobRank:
         return RankReport.of(record, self.generator, self._spans).encode()
 
 
-def _generator(job: RankJob, group: Group) -> AbstractGenerator:
-    part = part_of_file(job.policy_file)
+def _generator(job: RankJob, group: ProcessGroup) -> AbstractGenerator:
+    part = part_of_file(job.policy_file, group.rank)
     with Checkpoint.open(job.model, job.model_name) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
         prepared = prepare(for_rank(job.accelerator, group.rank), part, part.policy)
+        is_stage = part.profile.num_stages > 1  # the first of which looks for stop texts
         return Generator(
             prepared.backend,
-            replace(arch, eos_token_ids=job.eos_token_ids).of_rank(group.rank, part.model),
+            part_of_model(replace(arch, eos_token_ids=job.eos_token_ids), job.policy_file, group.rank),
             prepared.planned,
             family=family,
             source=checkpoint,
             staged=prepared.staged,
-            stops=told(group),
-            group=group,
+            stops=None if is_stage else told(group),
+            group=None if is_stage else group,
+            stages=ProcessStages(group) if is_stage else None,
         )
 
 

@@ -242,6 +242,7 @@ def rank_record(rank: int, generator: AbstractGenerator, totals: Totals) -> Rank
         load_s=generator.load_s,
         phases={phase.value: totals.phases[phase].record for phase in Phase},
         memory=memory_record(generator.plan, generator.peak_bytes),
+        routed_tokens=totals.routed_tokens if generator.num_stages > 1 else [],
     )
 
 
@@ -283,7 +284,7 @@ def run_record(
         memory=memory_record(generator.plan, generator.peak_bytes),
         ranks=list(ranks),
         batches=totals.batches + totals.further,
-        routed_tokens=totals.routed_tokens,
+        routed_tokens=totals.routed_tokens + [layer for rank in ranks for layer in rank.routed_tokens],
         trace=TraceRecord(spans=num_spans, spans_left_out=totals.spans_left_out),
         versions=versions(),
         policy_file=policy_file,

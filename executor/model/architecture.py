@@ -68,7 +68,7 @@ class Architecture:
                 f"{self.spec.name}: {undivided}",
                 f"<of {spec.ranks} ranks>",
                 "needs the whole of what each rank has a part of",
-                "solve a policy for one GPU",
+                "solve a policy with hrm search --parallelism pipeline, or for one GPU",
             )
 
         def narrowed(layers: tuple[LayerMaths, ...]) -> tuple[LayerMaths, ...]:

@@ -14,6 +14,7 @@ from executor.generate import AbstractGenerator, BatchResult, Planned
 from executor.group import Group, LostRankError
 from executor.group.cores import started_by_torchrun
 from executor.group.processes import ProcessGroup
+from executor.group.stages import ProcessStages, Stages
 from executor.group.store import LOOP, join_store, open_store
 from executor.model import Architecture
 from executor.ranks.messages import RankBatch
@@ -57,6 +58,11 @@ class Ranks:
         """The group, within the context."""
         assert self._group is not None
         return self._group
+
+    def stages(self) -> Stages:
+        """The ranks as stages of a pipeline, which each of them asks for."""
+        assert self._group is not None
+        return ProcessStages(self._group)
 
     def __enter__(self) -> Self:
         """Start the others, meet them, and tell them of the job."""
@@ -156,7 +162,7 @@ class RankedGenerator(AbstractGenerator):
         super().__init__(own.backend, whole, Planned(own.policy, own.plan), 0)
         self._ranks, self._own = ranks, own
         self.engine, self.live, self.load_s = own.engine, own.live, own.load_s  # those that run
-        self.notice, self.pageable = own.notice, own.pageable
+        self.notice, self.pageable, self.num_stages = own.notice, own.pageable, own.num_stages
 
     @property
     def peak_bytes(self) -> dict[str, dict[Purpose, int]]:

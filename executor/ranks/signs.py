@@ -14,10 +14,12 @@ from executor.engine import TaskFailedError
 from executor.errors import RunError
 from executor.group import LostRankError
 from executor.guard import in_a_line
+from hrm.acts import decode, prefill
 from hrm.errors import HrmError
 from hrm.tasks import Task
 
 PULSE_S: Final = 0.5
+_RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,9 @@ def keep_telling(store: Store, rank: int, tasks: Callable[[], Sequence[Task]]) -
             while True:
                 under_way = tasks()
                 texts = tuple(f"task {task.id} ({task.id.act.name}) in lane {task.lane}" for task in under_way)
-                waits = any(task.id.act.reduces or task.id.act.ends_step for task in under_way)
+                waits = any(
+                    task.id.act.reduces or task.id.act.ends_step or task.id.act in _RECEIVE for task in under_way
+                )
                 store.set(_pulse_key(rank), msgspec.json.encode(Pulse(number, texts, waits)).decode())
                 number += 1
                 time.sleep(PULSE_S)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Final, NoReturn, Protocol
 
 from executor.generate import AbstractGenerator, BatchResult
-from executor.group import Group
 from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import join_store
@@ -32,7 +31,7 @@ class Rank(Protocol):
         ...
 
 
-Open = Callable[[bytes, Group], Rank]  # given what rank 0 tells of the job
+Open = Callable[[bytes, ProcessGroup], Rank]  # given what rank 0 tells of the job
 
 _PR_SET_PDEATHSIG: Final = 1
 

@@ -99,10 +99,12 @@ def _obstacle_to_run(
     """Why the executor does not run such a policy, and what to do instead; empty if it does."""
     if spec.family not in EXECUTED_FAMILIES:
         return f"executor run does not know the family {spec.family}; hrm models lists those that it runs"
-    if profile.num_gpus > 1 and (whole := undivided_vector(spec, spec.of_rank(profile.num_gpus))):
-        return f"executor run cannot divide {spec.name}, whose {whole} needs all that ranks have; search with one GPU"
-    if profile.num_gpus > 1 and parallelism is Parallelism.PIPELINE:
-        return "executor run has no stages of a pipeline; search with --parallelism tensor"
+    divided = profile.num_gpus > 1 and parallelism is Parallelism.TENSOR
+    if divided and (whole := undivided_vector(spec, spec.of_rank(profile.num_gpus))):
+        return (
+            f"executor run cannot divide {spec.name}, whose {whole} needs all that ranks have; "
+            "search with --parallelism pipeline"
+        )
     if has_weights and stored.packing != spec.packing:
         told = stored.packing or "no matrix packed"
         return f"executor run reads weights as they are stored: {told}; plan so, or pack them with executor quantise"

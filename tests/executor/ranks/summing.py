@@ -18,7 +18,7 @@ from executor.handlers import LENGTH
 from executor.ranks.worker import end_with_parent, serve
 from hrm.acts import ACTS
 from hrm.memory import plan_memory
-from hrm.schedules import iter_tasks
+from hrm.schedules import decode_pipeline, iter_tasks, prefill_pipeline
 from tests.executor.runtime.support import machine, make_policy
 from tests.executor.tiny_models import tiny_arch
 
@@ -41,7 +41,9 @@ class Summing(AbstractGenerator):
 
     def generate(self, batch, *, index=0, sink=None, schedule=None):
         self._sums.clear()
-        _, prefill, decode = self._planned(batch, schedule, 1)
+        spec, policy = self.arch.spec, self._policy_of(batch, schedule)
+        prefill = prefill_pipeline(spec, policy, num_chunks=1)
+        decode = decode_pipeline(spec, policy, num_steps=max(batch.num_steps, 1))
         handlers = {act: self._do for acts in ACTS.values() for act in acts}
         prefilled, decoded = (
             self.engine.run(iter_tasks(one, self.policy.schedule), handlers) for one in (prefill, decode)

@@ -1,0 +1,80 @@
+"""`executor run` with a policy for a pipeline of two stages: a process for each, on this machine's CPU."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hrm.policy import Parallelism
+from hrm.policy_file import save_policy_file
+from hrm.run_record import read_run
+from hrm.tasks import Phase
+from hrm.validate import validate
+from tests.executor.ranks.test_job import two_gpus
+from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, run_words, tokens_of, write_lines
+from tests.executor.runtime.support import architecture, make_policy, policy_file
+from tests.executor.tiny_models import save_tiny, transformers_greedy
+
+LONGEST = 2  # of three layers in two stages
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny("tied", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def policy(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy") / "policy.json"
+    stage = replace(make_policy(LONGEST, batch_size=3, micro_batch_size=2), parallelism=Parallelism.PIPELINE)
+    content = policy_file(
+        architecture(model).spec,
+        profile=two_gpus(),
+        policy=stage,
+        memory_budget_bytes={"gpu": 2 * 10**6, "cpu": 2 * 10**8},
+    )
+    save_policy_file(path, content)
+    return path
+
+
+def test_two_stages_answer_as_transformers_does_and_each_tells_what_it_did(model, policy, tmp_path, capsys):
+    """Ten requests in batches of three: two and two under way."""
+    lines = [line(f"r{number}", prompt) for number, prompt in enumerate(PROMPTS)]
+    words = run_words(model, policy, write_lines(tmp_path, lines), tmp_path / "run", "--gpus", "2")
+    assert exit_code(words) == 0, capsys.readouterr().err
+    answers = {name: tokens_of(item) for name, item in outputs(tmp_path / "run").items()}
+    assert answers == {f"r{n}": transformers_greedy(model, prompt, 5) for n, prompt in enumerate(PROMPTS)}
+
+    record = read_run(tmp_path / "run")
+    (other,) = record.ranks
+    assert sum(batch.count for batch in record.batches) == 4
+    spec = architecture(model).spec
+    assert len(record.routed_tokens) == spec.num_layers
+    sent = {sum(layer) for layer in record.routed_tokens[:-1]}
+    assert sent == {spec.experts_per_token * (sum(map(len, PROMPTS)) + 4 * len(PROMPTS))}, "no token left a stage out"
+    for phase, act in ((Phase.PREFILL, "PREFILL_LAYER"), (Phase.DECODE, "POST_ATTENTION")):
+        counts = [rank.phases[phase.value].kinds[act].count for rank in (record, other)]
+        assert counts[1] == 2 * counts[0] > 0, "one layer of three in the first stage, two in the second"
+    for levels in (record.memory, other.memory):
+        for level in levels.values():
+            assert level.peak_total_bytes <= level.planned_total_bytes
+    validation = validate(record)
+    assert {rank for _, rank in validation.rank_s} == {0, 1}
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events if event["ph"] == "X"} == {0, 1}
+
+
+def test_texts_end_in_the_first_stage_for_all(model, policy, tmp_path, capsys):
+    """A token that ends one request early, and log probabilities, which come from the last stage."""
+    whole = transformers_greedy(model, PROMPTS[0], 5)
+    bodies = [{"stop_token_ids": [whole[1]]}, {"logprobs": 0}, {"max_tokens": 1}, {"temperature": 1.0, "seed": 7}]
+    lines = [line(f"r{number}", PROMPTS[number], **body) for number, body in enumerate(bodies)]
+    words = run_words(model, policy, write_lines(tmp_path, lines), tmp_path / "run")
+    assert exit_code(words) == 0, capsys.readouterr().err
+    done = outputs(tmp_path / "run")
+    assert tokens_of(done["r0"]) == whole[: whole.index(whole[1]) + 1]
+    assert done["r0"]["response"]["body"]["choices"][0]["finish_reason"] == "stop"
+    logprobs = done["r1"]["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(logprobs) == 5
+    assert max(logprobs) < 0
+    assert [len(tokens_of(done[name])) for name in ("r2", "r3")] == [1, 5]
