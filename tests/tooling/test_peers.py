@@ -228,7 +228,7 @@ def test_turns_are_kept_and_gone_on_with(tiny_engines, tmp_path, monkeypatch):
     assert row["tokens"] == [[first, first + 1, first + 2] for first in sums]
     assert 0 <= row["prefill_s"] < 60
     assert 0 <= row["processor_s"] < 60
-    assert 0 <= row["others"] <= 1.5  # ticks are coarse
+    assert 0 <= row["others"] <= 1
     assert done[0].found["versions"]["pytest"] == pytest.__version__
 
     journal = asked.out / turns.JOURNAL

@@ -106,7 +106,8 @@ def timed(engine: Engine, prompts: Tokens, new_tokens: int) -> Timed:
     own_s, busy_s, start_s = processor_s(), machine_s(), time.perf_counter()
     tokens = engine.generate(prompts, new_tokens)
     seconds, own_s, busy_s = time.perf_counter() - start_s, processor_s() - own_s, machine_s() - busy_s
-    return Timed(tokens, seconds, own_s, max(0.0, busy_s - own_s) / (seconds * (os.cpu_count() or 1)))
+    others = max(0.0, busy_s - own_s) / (seconds * (os.cpu_count() or 1))
+    return Timed(tokens, seconds, own_s, min(others, 1.0))  # the system counts in ticks, which are coarse
 
 
 def machine_s() -> float:
