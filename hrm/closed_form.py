@@ -248,7 +248,7 @@ def batch_terms(
     """
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
     return [
-        (1.0, prefill_terms(costs, point, workload)),
+        (costs.prefills_in_turn, prefill_terms(costs, point, workload)),
         *((weight, step.terms(context)) for context, weight in sampled_contexts(costs.spec, workload).items()),
     ]
 
@@ -275,19 +275,19 @@ def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
 
 
 def batch_seconds(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
-    """Prefill and decode seconds of one batch."""
-    (_, prefill), *steps = batch_terms(costs, point, schedule, workload)
-    return maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)
+    """Prefill and decode seconds of one batch; in a pipeline, with its share of what that waits to be filled."""
+    (turns, prefill), *steps = batch_terms(costs, point, schedule, workload)
+    return turns * maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)
 
 
 def seconds_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> Number:
     """Seconds of one batch of every policy of a grid, as `batch_seconds` has them."""
     prefill_s, decode_s = phases_of_batches(costs, point, schedule, workload)
-    return prefill_s + decode_s
+    return costs.prefills_in_turn * prefill_s + decode_s
 
 
 def phases_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
-    """Prefill and decode seconds of one batch of every policy of a grid.
+    """Prefill and decode seconds of one batch of every policy of a grid; without what a pipeline waits to be filled.
 
     All contexts are worked out at once: a grid is seldom so large that its numbers take longer
     than the calls.

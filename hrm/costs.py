@@ -138,6 +138,17 @@ class Costs:
         whole = self.runtime.whole_last_layer or self.profile.num_stages > 1
         return not whole and skips_in_last_layer(1, prompt_len)
 
+    @property
+    def prefills_in_turn(self) -> float:
+        """How many times as long as its own prefill a batch takes before tokens come; more than 1 in a pipeline.
+
+        Of the batches under way together the first comes to the last of S stages when S - 1 others have prefilled it,
+        each but for its last layer, of which chunks go on one by one. The last stage waits so long once for all of
+        them, and the first one later, for tokens.
+        """
+        stages = self.profile.num_stages
+        return 1 + (stages - 1) / stages * (1 - 1 / self.spec.num_layers)
+
     def all_reduce(self, tokens: Number) -> Number:
         """Sum of the GPUs' outputs of a block for so many tokens, in a ring; nothing for one GPU.
 

@@ -158,7 +158,7 @@ def _latency(
     """What requests of a batch with these phases wait for."""
     tokens = policy.batch_size * workload.prompt_len
     return Latency.of_batch(
-        prefill_s=prefill.seconds,
+        prefill_s=prefill.seconds / costs.prefills_in_turn,
         gpu_s_a_layer=prefill.lane_s[Lane.GPU] / costs.spec.num_layers,
         chunks=ceil(tokens / policy.prefill_chunk_tokens),
         decode_s=decode.seconds,
@@ -190,7 +190,7 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
     prefill = prefill_phase(costs, policy, workload)
     prefill_s = prefill_seconds(costs, policy, workload, stretch=prefill.stretch)
     return (
-        PhaseEstimate(seconds=prefill_s, work=prefill),
+        PhaseEstimate(seconds=costs.prefills_in_turn * prefill_s, work=prefill),
         PhaseEstimate(seconds=decode_s, work=PhaseWork.total((step.steps, step.work) for step in steps)),
     )
 

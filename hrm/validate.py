@@ -190,6 +190,8 @@ def _add_batch(
     )
     prefill = simulate_work(prefill_work(costs, smaller, workload))
     prediction.add(Phase.PREFILL, prefill.makespan_s, prefill, count)
+    # A pipeline's first stage does so when its own prompts are through, and waits for tokens of the last.
+    prediction.phase_s[Phase.DECODE] += count * (costs.prefills_in_turn - 1) * prefill.makespan_s
     if not decode_steps:
         return
     # Requests that end early leave the others more room: the mean number active decides.

@@ -47,8 +47,9 @@ def may_meet(space: Space, policy: Policy) -> bool:
     if allowed_s(space) == (inf, inf):
         return True
     point = Point.of_policy(policy, space.spec)
-    seconds = batch_seconds(space.costs, point, space.schedule, space.workload)
-    return all(each <= most for each, most in zip(seconds, allowed_s(space), strict=True))
+    prefill_s, decode_s = batch_seconds(space.costs, point, space.schedule, space.workload)
+    most_prefill_s, most_decode_s = allowed_s(space)
+    return prefill_s <= space.costs.prefills_in_turn * most_prefill_s and decode_s <= most_decode_s
 
 
 def within_limits(space: Space, find: Callable[[Space], Found]) -> Found:

@@ -8,10 +8,11 @@ import pytest
 
 from hrm.analysis import plan_row
 from hrm.buffers import Purpose
-from hrm.costs import Costs
+from hrm.costs import EXECUTOR, Costs
 from hrm.errors import PolicyError
-from hrm.estimate import estimate
+from hrm.estimate import Estimate, estimate
 from hrm.formats import Formats
+from hrm.hardware import HardwareProfile
 from hrm.machines import compose, one_part
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -141,6 +142,12 @@ def pipeline_events_s(stages: int, batches: int, passes: int, pass_s: float) -> 
     return max(ends_s)
 
 
+def estimate_alone(part: ModelSpec, policy: Policy, its_machine: HardwareProfile, workload: Workload) -> Estimate:
+    """A stage by itself, with nobody before or after it."""
+    alone, runtime = replace(policy, parallelism=Parallelism.TENSOR), replace(EXECUTOR, whole_last_layer=True)
+    return estimate(part, alone, replace(its_machine, num_stages=1), workload, runtime=runtime)
+
+
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("batches", [1, 2, 3, 4, 8])
 def test_a_pipeline_takes_as_long_as_its_events(stages, batches):
@@ -151,20 +158,20 @@ def test_a_pipeline_takes_as_long_as_its_events(stages, batches):
     policy = a_policy(Random(2), part, Parallelism.PIPELINE)
     workload = replace(WORKLOAD, gen_len=200, num_requests=batches * policy.batch_size)
     predicted = estimate(spec, policy, profile, workload)
-    alone = estimate(
-        part,
-        replace(policy, parallelism=Parallelism.TENSOR),
-        its_machine,
-        replace(workload, num_requests=policy.batch_size),
-    )
+    alone = estimate_alone(part, policy, its_machine, replace(workload, num_requests=policy.batch_size))
     passes = workload.gen_len
     expected_s = pipeline_events_s(stages, batches, passes, alone.seconds / passes)
-    # The first batch fills the pipeline while the last stages wait, in each round.
     assert predicted.seconds == pytest.approx(expected_s, rel=1.5 * stages / passes)
+    # While the first batch fills the pipeline the last stages wait, in each round, but for a layer of each. A job of
+    # fewer batches takes as long as if there were one for every stage.
+    rounds = -(-batches // stages)
+    full_s = rounds * stages * alone.seconds
+    expected_s = pipeline_events_s(stages, rounds * stages, passes, alone.seconds / passes)
+    assert predicted.seconds == pytest.approx(full_s + (expected_s - full_s) * (1 - 1 / part.num_layers), rel=1e-3)
     assert predicted.generated_tokens == batches * policy.batch_size * workload.gen_len
 
 
-def test_an_endless_pipeline_is_as_fast_as_one_part_with_its_layers():
+def test_an_endless_pipeline_is_as_fast_as_one_part_with_its_layers_that_prefills_longer():
     spec, profile = BUILT_IN_MODELS["mixtral-8x7b"], compose("4xT4")
     part, one = part_of(spec, profile, Parallelism.PIPELINE)
     assert (part.num_layers, one.num_gpus) == (8, 1)
@@ -172,9 +179,10 @@ def test_an_endless_pipeline_is_as_fast_as_one_part_with_its_layers():
     policy = a_policy(Random(3), part, Parallelism.PIPELINE)
     policy = replace(policy, dtype="float16", weight_format="", kv_format="")
     whole = estimate(spec, policy, profile, WORKLOAD)
-    alone = estimate(part, replace(policy, parallelism=Parallelism.TENSOR), one, WORKLOAD)
-    assert whole.tokens_per_s == alone.tokens_per_s
-    assert whole.memory == alone.memory
+    alone = estimate_alone(part, policy, one, WORKLOAD)
+    # Of four batches the last stage sees the first when three others have prefilled it, but for one of eight layers.
+    assert whole.prefill.seconds == pytest.approx((4 + 3 * 7 / 8) / 4 * alone.prefill.seconds)
+    assert whole.decode.seconds == alone.decode.seconds
 
 
 def test_the_longest_stage_has_the_most_layers_and_all_experts():

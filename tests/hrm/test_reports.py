@@ -205,7 +205,9 @@ def test_a_pipelines_batch_passes_all_stages():
     ways = search(Space(spec, profile, WORKLOADS["mtbench"], dtype="float16")).ways
     (best,) = (way.best for way in ways if way.parallelism is Parallelism.PIPELINE)
     assert best is not None
-    assert best.latency.last_ttft_s == pytest.approx(4 * best.prefill.seconds)
+    # Prefill of a batch counts its share of what the last stage waits for the first batch: three parts of four, but for
+    # one of eight layers.
+    assert best.latency.last_ttft_s == pytest.approx(4 * best.prefill.seconds / (1 + 3 / 4 * 7 / 8))
     assert best.latency.tpot_s == pytest.approx(4 * best.decode.seconds / 127)
 
 
