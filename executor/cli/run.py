@@ -29,7 +29,13 @@ _file = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--revision", metavar="REV", help="The branch, tag or commit on the Hub [default: main].")
 @click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
-@click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
+@click.option(
+    "--input",
+    "input_",
+    required=True,
+    metavar="FILE-or-URL",
+    help="Requests: OpenAI batch lines (JSONL), or rows with the same fields (parquet).",
+)
 @click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
 @accelerator_options
 @click.option(
@@ -71,7 +77,7 @@ def run(
     model: str,
     revision: str | None,
     policy: Path,
-    input_: Path,
+    input_: str,
     output_dir: Path,
     accelerator: "AcceleratorOptions",
     gpus: int | None,
@@ -89,6 +95,10 @@ def run(
     Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
     wrong, gets a line with its error and the others run. run.json says what was done and how fast;
     trace.json opens in Perfetto.
+
+    Parquet (extra parquet) has a row for each request, with the columns of a batch line (custom_id, url and body, a
+    struct or a text in JSON) or those of a body (prompt or messages, max_tokens, ...) beside a custom_id. An input may
+    be a URL of s3, gs, abfs or hdfs, read piece by piece by pyarrow.fs with the credentials of your environment.
 
     Temperature, top_p, top_k and min_p that a request does not give are those of the model's
     generation_config.json, if it has any.
@@ -122,6 +132,7 @@ def run(
     from executor.errors import RunError
     from executor.group.cores import is_another_rank
     from executor.job import JobOptions, JobProgress, run_job
+    from executor.job.input_file import input_named
 
     if is_another_rank():
         from executor.job.rank import JobRank
@@ -140,7 +151,7 @@ def run(
             model=located.folder,
             model_name=located.name,
             policy=policy,
-            input=input_,
+            input=input_named(input_),
             output_dir=output_dir,
             accelerator=accelerator,
             gpus=gpus,

@@ -17,7 +17,7 @@ from executor.generate import AbstractGenerator, BatchResult
 from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
-from executor.job.input_file import check_input
+from executor.job.input_file import Input, check_input
 from executor.job.launch import Finish, Launch, launching
 from executor.job.machine import AcceleratorOptions, as_run
 from executor.job.model import OpenModel, opened
@@ -51,7 +51,7 @@ class JobOptions:
     model: Path
     model_name: str = ""
     policy: Path
-    input: Path
+    input: Input
     output_dir: Path
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
     gpus: int | None = None
