@@ -1,5 +1,6 @@
 """`executor run`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,15 @@ _file = click.Path(path_type=Path, dir_okay=False)
     help="A checkpoint folder (safetensors), or org/name[@revision] on the Hugging Face Hub.",
 )
 @click.option("--revision", metavar="REV", help="The branch, tag or commit on the Hub [default: main].")
-@click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
+@click.option(
+    "--policy",
+    "policies",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A policy file (hrm search --out). With --ray it may be repeated, or be a folder of them.",
+)
 @click.option(
     "--input",
     "input_",
@@ -76,7 +85,7 @@ def run(
     *,
     model: str,
     revision: str | None,
-    policy: Path,
+    policies: Sequence[Path],
     input_: str,
     output_dir: Path,
     accelerator: "AcceleratorOptions",
@@ -114,9 +123,11 @@ def run(
     them fails, or does not come to where the others wait for it within EXECUTOR_RANK_TIMEOUT seconds,
     30 by default, all end, and what was finished is kept.
 
-    With --ray every worker holds an engine of its own, on a machine like the policy's, and must see
-    model and policy under the same names; answers come here as they end, each once, and workers that
-    die are replaced. A request with which two engines died, the second time alone, is left out.
+    With --ray every worker holds an engine of its own, or as many processes as its policy is for GPUs, and must see
+    the model under the same name. Of several policies it runs the one that is best on its node: that for the node's
+    GPUs, or else for a host like it, with the highest prediction; a node that can run none is left out. Answers come
+    here as they end, each once, and workers that die are replaced. A request with which two engines died, the second
+    time alone, is left out. run.json holds what every worker did, which hrm validate compares.
 
     Of a model on the Hub only what is needed is fetched, once, into the Hub's own cache, as HF_HOME,
     HF_TOKEN and HF_HUB_OFFLINE say.
@@ -140,9 +151,13 @@ def run(
 
         serve(JobRank)
     if gpus is not None and ray_address is not None:
-        raise RunError("--gpus", gpus, "are those of one machine, without --ray", "leave out one of them")
+        raise RunError(
+            "--gpus", gpus, "are those of one machine: workers have what their policy is for", "leave it out"
+        )
     if workers is not None and ray_address is None:
         raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
+    if len(policies) > 1 and ray_address is None:
+        raise RunError("--policy", str(policies[1]), "is a second one, which goes with --ray only", "give one alone")
 
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
@@ -150,7 +165,7 @@ def run(
         options = JobOptions(
             model=located.folder,
             model_name=located.name,
-            policy=policy,
+            policy=policies[0],
             input=input_named(input_),
             output_dir=output_dir,
             accelerator=accelerator,
@@ -165,10 +180,13 @@ def run(
             record = run_job(options, progress)
             told = None if record is None else summary(record, output_dir)
         else:
-            from executor.ray.fleet import FleetOptions, run_fleet
+            from executor.ray.fleet import run_fleet
+            from executor.ray.fleet import summary as summary_of_fleet
+            from executor.ray.options import FleetOptions
 
-            fleet = FleetOptions(address=ray_address, workers=workers, model=located.name)
-            told = run_fleet(options, fleet, progress).text(output_dir)
+            fleet = FleetOptions(address=ray_address, workers=workers, model=located.name, policies=policies)
+            made = run_fleet(options, fleet, progress)
+            told = None if made is None else summary_of_fleet(made, output_dir)
     if told is not None and not quiet:
         click.echo(told)
 
