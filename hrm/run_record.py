@@ -252,13 +252,15 @@ def read_run(folder: Path, worker: int | None = None) -> RunRecord:
         if worker is not None:
             raise TraceError("--worker", worker, f"is of a fleet's run, which {path} does not tell of", "leave it out")
         return record
-    runs = {one.worker: one.run for one in record.workers}
-    run = runs.get(worker) if worker is not None else None
+    found = [str(one.worker) for one in record.workers if one.run is not None]
+    if worker is None:
+        raise TraceError(
+            f"{path}: workers", f"<{len(found)}>", "are many, and one run is wanted", "use hrm validate, with --worker"
+        )
+    run = next((one.run for one in record.workers if one.worker == worker), None)
     if run is None:
-        found = ", ".join(str(number) for number, one in runs.items() if one is not None)
-        value = "<not given>" if worker is None else worker
-        rule = f"must be one of the workers that {path} tells of: {found}"
-        raise TraceError("--worker", value, rule, "choose one of them")
+        rule = f"must be a worker of which {path} has a run: {', '.join(found)}"
+        raise TraceError("--worker", worker, rule, "choose one of them")
     return run
 
 

@@ -80,6 +80,11 @@ _file = click.Path(path_type=Path, dir_okay=False)
     type=click.IntRange(min=1, max=10_000),
     help="Of --ray [default: 2 here, or one on every node of a cluster].",
 )
+@click.option(
+    "--own-plans",
+    is_flag=True,
+    help="With --ray, have every node measure itself, in a minute, once, and solve the policy's workload for itself.",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
     *,
@@ -97,6 +102,7 @@ def run(
     resume: bool,
     ray_address: str | None,
     workers: int | None,
+    own_plans: bool,
     quiet: bool,
 ) -> None:
     """Run a file of requests under a policy.
@@ -156,6 +162,8 @@ def run(
         )
     if workers is not None and ray_address is None:
         raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
+    if own_plans and ray_address is None:
+        raise RunError("--own-plans", True, "goes with --ray only", "leave it out, or use hrm profile and hrm search")
     if len(policies) > 1 and ray_address is None:
         raise RunError("--policy", str(policies[1]), "is a second one, which goes with --ray only", "give one alone")
 
@@ -184,7 +192,9 @@ def run(
             from executor.ray.fleet import summary as summary_of_fleet
             from executor.ray.options import FleetOptions
 
-            fleet = FleetOptions(address=ray_address, workers=workers, model=located.name, policies=policies)
+            fleet = FleetOptions(
+                address=ray_address, workers=workers, model=located.name, policies=policies, own_plans=own_plans
+            )
             made = run_fleet(options, fleet, progress)
             told = None if made is None else summary_of_fleet(made, output_dir)
     if told is not None and not quiet:

@@ -41,8 +41,9 @@ class Engine:
 
     `model` is a checkpoint's folder, or its name on the Hugging Face Hub, and must be there on the machine that the
     engine is made on. `policy` is a policy file; or several or a folder of them, of which the one is taken that is
-    best on this machine. One that was solved for several GPUs is run by a process for each. Made once a worker, the
-    engine holds the weights until `close`, and is used in the thread that made it:
+    best on this machine. With `own_plan` the machine measures itself, once, and solves for itself what the first was
+    solved for, with the memory that so many `engines` leave to each. A policy for several GPUs is run by a process for
+    each. Made once a worker, the engine holds the weights until `close`, and is used in the thread that made it:
 
         dataset.map_batches(
             executor.ray.Engine, fn_constructor_kwargs={"model": …, "policy": …}, batch_size=256, concurrency=4
@@ -67,12 +68,18 @@ class Engine:
         schedule: ScheduleName | None = None,
         seed: int = 0,
         sampling_defaults: SamplingSource = "model",
+        own_plan: bool = False,
+        engines: int = 1,
     ) -> None:
         """Load the weights; an HrmError if model, policy and machine do not go together."""
         accelerator = accelerator or AcceleratorOptions()
         given = [policy] if isinstance(policy, str | Path) else policy
         plans = [plan for plan in given if isinstance(plan, Plan)]
         plans += read_plans([Path(path) for path in given if not isinstance(path, Plan)])
+        if own_plan:
+            from executor.ray.own_plan import own_plan as plan_for_here  # searches and measures
+
+            plans = [plan_for_here(plans[0], accelerator, engines)]
         located = locate(str(model), revision, lambda _done, _total: None)
 
         def enter(plan: Plan, stack: ExitStack) -> tuple[Plan, OpenModel, Launch]:

@@ -84,6 +84,6 @@ class Members:
             max_concurrency=2,
             scheduling_strategy=self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=True),
         )(Worker)
-        member = Member(len(self.all) + 1, actor_class.remote(**self.engine), node_id)
+        member = Member(len(self.all) + 1, actor_class.remote(**self.engine, engines=on_each), node_id)
         self.all.append(member)
         return member

@@ -105,6 +105,7 @@ class FleetWork:
             "schedule": options.schedule,
             "seed": options.seed,
             "sampling_defaults": options.sampling_defaults,
+            "own_plan": self._fleet.own_plans,
         }
         return Members(ray, count, self._plans, options.accelerator.name, engine, self._members)
 

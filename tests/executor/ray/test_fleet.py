@@ -1,6 +1,7 @@
 """Whole jobs on workers of an embedded Ray, held against the same job in one process."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -9,9 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 
 from executor.demo import MODEL_DIR, PROMPTS
@@ -94,10 +98,41 @@ def address():
     """A Ray cluster of one node, which the tests of this module share."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     yield cluster.address
     cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_ray_data_in_the_readme_gives_the_answers_of_a_job(job, address, tmp_path):
+    import ray
+    from pyarrow import parquet
+
+    (code,) = re.findall(r"```python\n(import ray\n.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [json.loads(line) for line in (job / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
+    rows = [{"custom_id": line["custom_id"], **line["body"]} for line in lines]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    for name, path in {
+        "requests.parquet": tmp_path / "requests.parquet",
+        "path/to/checkpoint": MODEL_DIR,
+        "policy.json": job / "policy.json",
+        "answers/": tmp_path / "answers",
+    }.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(path)))
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exec(code.replace("concurrency=2", "concurrency=1"), {})
+    finally:
+        ray.shutdown()
+    made = parquet.read_table(tmp_path / "answers").to_pylist()
+    alone = tokens(job / "alone")
+    assert {row["custom_id"]: row["token_ids"] for row in made} == {
+        row["custom_id"]: alone[row["custom_id"]] for row in rows
+    }
+    assert all(row["text"] and not row["error"] for row in made)
 
 
 def kill_at_random(output, rng):

@@ -8,7 +8,7 @@ import pytest
 from executor.batching import Request
 from executor.errors import RunError
 from executor.job.machine import AcceleratorOptions
-from executor.ray import Engine
+from executor.ray import Engine, own_plan
 from executor.ray.plans import Plan, by_preference, read_plans
 from executor.ray.worker import Ready, Refused, Worker
 from executor.sampling import SamplingParams
@@ -21,6 +21,7 @@ from tests.executor.ranks.test_job import two_gpus
 from tests.executor.runtime.jobs import PROMPTS
 from tests.executor.runtime.support import architecture, make_policy, policy_file
 from tests.executor.tiny_models import save_tiny, transformers_greedy
+from tests.hrm.profiling.fakes import small_sizes
 
 LAYERS = 3
 ROOM = {"gpu": 2 * 10**6, "cpu": 2 * 10**8}
@@ -91,6 +92,31 @@ def test_an_engine_takes_the_best_plan_that_can_be_run(model, tmp_path):
         Engine(model, too_large, accelerator=CPU)
     with pytest.raises(RunError, match=r"--policy is <2 policy files>: must hold one for this machine; .* \| "):
         Engine(model, [too_large, too_large], accelerator=CPU)
+
+
+def test_an_engine_measures_its_machine_once_and_solves_for_it(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = saved(model, tmp_path / "given.json")
+    (plan,) = read_plans([given])
+    with small_sizes() as patch:
+        patch.setattr("hrm.profiling.machine.PASSES", 1)
+        patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.03)
+        engine = Engine(model, given, accelerator=CPU, own_plan=True)
+        patch.setattr(own_plan, "profile_machine", lambda *_, **__: pytest.fail("measured again"))
+        half = own_plan.own_plan(plan, CPU, engines=2).file.profile
+    file = engine.plan.file
+    assert file.profile.environment["cpu"] == host_facts().describe()["cpu"]
+    assert (file.model, file.workload) == (plan.file.model, plan.file.workload)
+    assert half.host.usable_bytes < 0.6 * file.profile.host.usable_bytes
+    assert "own plan (for " in engine.plan.text(engine.generator.policy)
+    made = engine(
+        {"prompt": np.array(PROMPTS[:1], dtype=object), "max_tokens": np.array([5]), "temperature": np.zeros(1)}
+    )
+    assert made["token_ids"][0] == transformers_greedy(model, PROMPTS[0], 5)
+    engine.close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(given))
+    with pytest.raises(RunError, match=r"--own-plans is \S+: must be writable"):
+        own_plan.own_plan(plan, CPU)
 
 
 def test_a_worker_runs_as_many_ranks_as_its_policy_is_for_and_tells_of_each(model, tmp_path):
