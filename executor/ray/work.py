@@ -45,6 +45,7 @@ class FleetWork:
         self._idle: list[Member] = []
         self._members: list[Member] = []
         self._given_up: list[str] = []
+        self._refusals: list[str] = []
         self._answered = self._failed = self._tokens = 0
         self._lost_in_a_row = self._in_vain = 0
 
@@ -134,6 +135,7 @@ class FleetWork:
                 self._refused(member, told)
             case Ready():
                 member.ready, self._lost_in_a_row = told, 0
+                self._tell_refusals()
                 self._progress.tell(f"{member.name} runs {told.plan}")
                 self._idle.append(member)
             case Ended():
@@ -145,7 +147,17 @@ class FleetWork:
         if not self._asked and not self._idle:
             raise RunError("--ray", f"<a worker on {told.node}>", f"cannot run this job: {told.message}", "correct it")
         self._ray.kill(member.actor)
-        self._progress.tell(f"worker {member.number} on {told.node} is left out, as it cannot run this: {told.message}")
+        self._refusals.append(
+            f"worker {member.number} on {told.node} is left out, as it cannot run this: {told.message}"
+        )
+        if any(other.alive and other.ready for other in self._members):
+            self._tell_refusals()
+
+    def _tell_refusals(self) -> None:
+        """Tell of workers that are left out, once there is one that is not: if none is, that is one error."""
+        for refusal in self._refusals:
+            self._progress.tell(refusal)
+        self._refusals.clear()
 
     def _ended(self, member: Member, told: Ended) -> None:
         for completion in told.completions:
@@ -165,7 +177,7 @@ class FleetWork:
         if member.share is None or not member.share.done(completion.request.name):
             return
         self._writer.put(completion)
-        self._progress.ended_requests += 1
+        self._progress.end_elsewhere(completion)
         self._in_vain, self._last_s = 0, time.time()
         if completion.error is not None:
             self._failed += 1
@@ -190,7 +202,7 @@ class FleetWork:
         if share is None:
             return False
         self._progress.stage = f"running on {counted(sum(one.alive for one in self._members), 'worker')}"
-        self._first_s = self._first_s or time.time()
+        self._first_s, self._progress.elsewhere = self._first_s or time.time(), True
         member.share = share
         member.actor.begin.remote(list(share.left.values()))
         self._look(member)
@@ -220,8 +232,9 @@ class FleetWork:
     def _give_up(self, request: Request, why: str) -> None:
         self._given_up.append(request.name)
         self._failed += 1
-        self._writer.put(Completion(request, (), ERROR, f"left out: {why}"))
-        self._progress.ended_requests += 1
+        completion = Completion(request, (), ERROR, f"left out: {why}")
+        self._writer.put(completion)
+        self._progress.end_elsewhere(completion)
 
     def _finish(self) -> None:
         """Have workers end, and tell all that they did; what one does not tell in time is left as it is known."""

@@ -105,6 +105,7 @@ def address():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Ray Data interrupts its threads
 def test_the_pipeline_of_ray_data_in_the_readme_gives_the_answers_of_a_job(job, address, tmp_path):
     import ray
     from pyarrow import parquet
