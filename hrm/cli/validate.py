@@ -47,7 +47,12 @@ def print_fleet(validation: FleetValidation) -> None:
     )
     table = plain_table("worker", "node", "policy", "requests", "measured tokens/s", "predicted", "error")
     for one in fleet.workers:
-        named = (str(one.worker), one.node, one.policy, f"{one.requests}{', died' if one.outcome == 'died' else ''}")
+        named = (
+            str(one.worker),
+            one.node,
+            Path(one.policy).name,
+            f"{one.requests}{', died' if one.outcome == 'died' else ''}",
+        )
         compared = validation.workers.get(one.worker)
         table.add_row(*named, *(_cells(compared.tokens_per_s, _rate) if compared else ("–", "–", "–")))
     table.add_row("[bold]all[/]", "", "", str(fleet.requests), *_cells(validation.tokens_per_s, _rate))
