@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 from executor.batching import Completion, Request, Sink
+from executor.checks import check_request
 from executor.download import locate
 from executor.errors import RunError
 from executor.generate import AbstractGenerator, BatchResult
@@ -141,7 +142,7 @@ class Engine:
         try:
             content = {key: value for key, value in with_body(line).items() if key in _OF_A_LINE}
             request = self.reader.request(Line(index + 1, given, content))
-            self.generator.check(request)
+            check_request(request, self.model.arch, self.model.policy)
         except HrmError as error:
             return Rejected(name, str(error))
         return Request(name, request.prompt, request.params, request.chat, request.open_ended, request.digest)

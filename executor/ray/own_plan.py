@@ -20,7 +20,6 @@ from hrm.contract.host_kernels import installed_kernels
 from hrm.hardware import HardwareProfile
 from hrm.locks import open_locked
 from hrm.machines import load_profile, save_profile, with_memory
-from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile, policy_file_of
 from hrm.profiling import ProfileOptions, profile_machine
 from hrm.profiling.environment import available_ram_bytes, host_facts
@@ -50,7 +49,6 @@ def own_plan(given: Plan, accelerator: AcceleratorOptions, engines: int = 1) -> 
         dtype=policy.dtype,
         kv_format="" if policy.kv_format == policy.dtype else policy.kv_format,
         schedule=policy.schedule,
-        parallelism=Parallelism.TENSOR if profile.num_gpus > 1 else None,
     )
     return Plan(OWN, policy_file_of(search(space).require(), file.model, profile, file.workload))
 

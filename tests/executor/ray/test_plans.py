@@ -13,6 +13,7 @@ from executor.ray.plans import Plan, by_preference, read_plans
 from executor.ray.worker import Ready, Refused, Worker
 from executor.sampling import SamplingParams
 from hrm.errors import PolicyError
+from hrm.policy import Parallelism
 from hrm.policy_file import save_policy_file
 from hrm.profiling.environment import host_facts
 from hrm.run_record import FleetRecord, WorkerRecord
@@ -120,10 +121,14 @@ def test_an_engine_measures_its_machine_once_and_solves_for_it(model, tmp_path, 
         own_plan.own_plan(plan, CPU)
 
 
-def test_a_worker_runs_as_many_ranks_as_its_policy_is_for_and_tells_of_each(model, tmp_path):
-    worker = Worker(model=model, policy=saved(model, tmp_path / "two.json", profile=two_gpus()), accelerator=CPU)
+@pytest.mark.parametrize(("parallelism", "layers"), [(Parallelism.TENSOR, LAYERS), (Parallelism.PIPELINE, 2)])
+def test_a_worker_runs_as_many_ranks_as_its_policy_is_for_and_tells_of_each(model, tmp_path, parallelism, layers):
+    policy = replace(make_policy(layers, batch_size=3, micro_batch_size=2), parallelism=parallelism)
+    path = saved(model, tmp_path / "two.json", profile=two_gpus(), policy=policy)
+    worker = Worker(model=model, policy=path, accelerator=CPU)
     ready = worker.load()
     assert isinstance(ready, Ready)
+    assert ready.batch_size == (6 if parallelism is Parallelism.PIPELINE else 3)
     assert "2 ranks" in ready.plan
     params = SamplingParams(max_tokens=5, temperature=0)
     requests = [Request(str(index), tuple(prompt), params) for index, prompt in enumerate(PROMPTS)]
