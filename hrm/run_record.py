@@ -206,20 +206,82 @@ class RunRecord:
         return self.phases.get(phase.value, PhaseRecord(seconds=0.0, kinds={}, lanes={}))
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run directory's run.json; TraceError if there is none or it cannot be used."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecord:
+    """What one worker of a fleet did: `run` is what a run.json of its own would hold.
+
+    That is None if it ended before its first batch did. The counts are of what arrived.
+    """
+
+    worker: int
+    node: str
+    policy: str
+    outcome: str
+    requests: int = 0
+    generated_tokens: int = 0
+    run: RunRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetRecord:
+    """All of the run.json of a job that many workers ran; `seconds` are from the first request sent to the last answer.
+
+    Workers that took another's place have numbers of their own. `given_up` are requests that no worker could answer.
+    """
+
+    schema: int = RUN_SCHEMA
+    outcome: str
+    message: str | None = None
+    started: str = ""
+    ended: str = ""
+    seconds: float
+    requests: int
+    failed_requests: int = 0
+    generated_tokens: int
+    tokens_per_s: float
+    given_up: list[str] = field(default_factory=list[str])
+    workers: list[WorkerRecord]
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def read_run(folder: Path, worker: int | None = None) -> RunRecord:
+    """Read a run directory's run.json, of a fleet's what one worker did; TraceError if it cannot be used."""
+    record = read_record(folder)
+    path = folder / "run.json"
+    if isinstance(record, RunRecord):
+        if worker is not None:
+            raise TraceError("--worker", worker, f"is of a fleet's run, which {path} does not tell of", "leave it out")
+        return record
+    found = [str(one.worker) for one in record.workers if one.run is not None]
+    if worker is None:
+        raise TraceError(
+            f"{path}: workers", f"<{len(found)}>", "are many, and one run is wanted", "use hrm validate, with --worker"
+        )
+    run = next((one.run for one in record.workers if one.worker == worker), None)
+    if run is None:
+        rule = f"must be a worker of which {path} has a run: {', '.join(found)}"
+        raise TraceError("--worker", worker, rule, "choose one of them")
+    return run
+
+
+def read_record(folder: Path) -> RunRecord | FleetRecord:
+    """Read the run.json of a run, or of a fleet's; TraceError if there is none or it cannot be used."""
     path = folder / "run.json"
     plain = read_json(path, "a run.json that executor run wrote", TraceError, remedy="give the --output-dir of a run")
+    kind = FleetRecord if isinstance(plain, dict) and "workers" in plain else RunRecord
     try:
-        record = decode_strictly(plain, RunRecord, str(path), other_keys=True)
-        check_policy_file(record.policy_file, f"{path}: policy_file")
+        record = decode_strictly(plain, kind, str(path), other_keys=True)
+        runs = {"": record} if isinstance(record, RunRecord) else _runs_of(record)
+        for where, run in runs.items():
+            check_policy_file(run.policy_file, f"{path}: {where}policy_file")
     except (ProfileError, PolicyError) as error:
         raise TraceError(error.where, error.value, error.rule, "run the job again") from error
     if record.schema != RUN_SCHEMA:
         raise TraceError(f"{path}: schema", record.schema, f"must be {RUN_SCHEMA}", "run the job again")
-    for where, value, rule in _impossible(record):
-        raise TraceError(f"{path}: {where}", value, rule, "run the job again")
-    if not record.totals.generated_tokens:
+    for prefix, run in runs.items():
+        for where, value, rule in _impossible(run):
+            raise TraceError(f"{path}: {prefix}{where}", value, rule, "run the job again")
+    if not any(run.totals.generated_tokens for run in runs.values()):
         raise TraceError(
             f"{path}: totals.generated_tokens",
             0,
@@ -227,6 +289,11 @@ def read_run(folder: Path) -> RunRecord:
             "look into outputs.jsonl for the reason",
         )
     return record
+
+
+def _runs_of(fleet: FleetRecord) -> dict[str, RunRecord]:
+    """The records of a fleet's workers, by where they stand."""
+    return {f"workers[{index}].run.": one.run for index, one in enumerate(fleet.workers) if one.run is not None}
 
 
 def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:

@@ -12,7 +12,7 @@ from hrm.hardware import HardwareProfile
 from hrm.parallel import part_for
 from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName
-from hrm.run_record import KindTotal, RunRecord, WorkloadRecord
+from hrm.run_record import FleetRecord, KindTotal, RunRecord, WorkloadRecord
 from hrm.scaling import paced
 from hrm.tasks import Lane, Phase
 from hrm.trace import Trace
@@ -92,6 +92,36 @@ class Validation:
             "slowest_rank": self.slowest_rank,
             "memory": self.run.memory,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetValidation:
+    """The workers of a fleet that had a batch, by their numbers, each against its own prediction."""
+
+    fleet: FleetRecord
+    workers: dict[int, Validation]
+
+    @property
+    def tokens_per_s(self) -> Comparison:
+        """Of all workers while they were at work, and as predicted, summed up."""
+        rates = [one.tokens_per_s for one in self.workers.values()]
+        return Comparison(
+            measured=sum(rate.measured for rate in rates), predicted=sum(rate.predicted for rate in rates)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything compared, worker by worker."""
+        return {
+            "outcome": self.fleet.outcome,
+            "tokens_per_s": self.tokens_per_s.to_json(),
+            "workers": {str(number): one.to_json() for number, one in self.workers.items()},
+        }
+
+
+def validate_fleet(fleet: FleetRecord) -> FleetValidation:
+    """Compare what each worker of a fleet did with what is predicted for its batches."""
+    runs = {one.worker: one.run for one in fleet.workers if one.run is not None and one.run.totals.generated_tokens}
+    return FleetValidation(fleet=fleet, workers={number: validate(run) for number, run in runs.items()})
 
 
 def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str, Any]]:

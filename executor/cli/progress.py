@@ -42,14 +42,14 @@ class Meter:
         parts = [stage]
         if progress.total_requests:
             parts.append(f"{progress.done_requests}/{progress.total_requests} requests")
-        if progress.generator is None:
+        if progress.generator is None and not progress.elsewhere:
             return " · ".join([*parts, *self._loaded(now_s)])
         if self._started_s is None:
             self._started_s = self._looked_s = now_s
         elapsed_s = max(now_s - self._started_s, 1e-9)
         if progress.generated_tokens:
             parts.append(f"{progress.generated_tokens / max(elapsed_s, 1.0):.0f} tokens/s")
-        left_s = progress.left_s
+        left_s = progress.left_s_elsewhere(elapsed_s) if progress.elsewhere else progress.left_s
         if left_s is not None:
             parts.append(f"{format_countdown(left_s)} left")
         self._look(now_s)

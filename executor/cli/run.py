@@ -1,5 +1,6 @@
 """`executor run`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,22 @@ _file = click.Path(path_type=Path, dir_okay=False)
     help="A checkpoint folder (safetensors), or org/name[@revision] on the Hugging Face Hub.",
 )
 @click.option("--revision", metavar="REV", help="The branch, tag or commit on the Hub [default: main].")
-@click.option("--policy", required=True, type=_file, help="A policy file (hrm search --out).")
-@click.option("--input", "input_", required=True, type=_file, help="Requests, OpenAI batch lines (JSONL).")
+@click.option(
+    "--policy",
+    "policies",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A policy file (hrm search --out). With --ray it may be repeated, or be a folder of them.",
+)
+@click.option(
+    "--input",
+    "input_",
+    required=True,
+    metavar="FILE-or-URL",
+    help="Requests: OpenAI batch lines (JSONL), or rows with the same fields (parquet).",
+)
 @click.option("--output-dir", required=True, type=_folder, help="Where outputs.jsonl, run.json and trace.json go.")
 @accelerator_options
 @click.option(
@@ -65,13 +80,18 @@ _file = click.Path(path_type=Path, dir_okay=False)
     type=click.IntRange(min=1, max=10_000),
     help="Of --ray [default: 2 here, or one on every node of a cluster].",
 )
+@click.option(
+    "--own-plans",
+    is_flag=True,
+    help="With --ray, have every node measure itself, in a minute, once, and solve the policy's workload for itself.",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def run(
     *,
     model: str,
     revision: str | None,
-    policy: Path,
-    input_: Path,
+    policies: Sequence[Path],
+    input_: str,
     output_dir: Path,
     accelerator: "AcceleratorOptions",
     gpus: int | None,
@@ -82,6 +102,7 @@ def run(
     resume: bool,
     ray_address: str | None,
     workers: int | None,
+    own_plans: bool,
     quiet: bool,
 ) -> None:
     """Run a file of requests under a policy.
@@ -89,6 +110,10 @@ def run(
     Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
     wrong, gets a line with its error and the others run. run.json says what was done and how fast;
     trace.json opens in Perfetto.
+
+    Parquet (extra parquet) has a row for each request, with the columns of a batch line (custom_id, url and body, a
+    struct or a text in JSON) or those of a body (prompt or messages, max_tokens, ...) beside a custom_id. An input may
+    be a URL of s3, gs, abfs or hdfs, read piece by piece by pyarrow.fs with the credentials of your environment.
 
     Temperature, top_p, top_k and min_p that a request does not give are those of the model's
     generation_config.json, if it has any.
@@ -104,9 +129,11 @@ def run(
     them fails, or does not come to where the others wait for it within EXECUTOR_RANK_TIMEOUT seconds,
     30 by default, all end, and what was finished is kept.
 
-    With --ray every worker holds an engine of its own, on a machine like the policy's, and must see
-    model and policy under the same names; answers come here as they end, each once, and workers that
-    die are replaced. A request with which two engines died, the second time alone, is left out.
+    With --ray every worker holds an engine of its own, or as many processes as its policy is for GPUs, and must see
+    the model under the same name. Of several policies it runs the one that is best on its node: that for the node's
+    GPUs, or else for a host like it, with the highest prediction; a node that can run none is left out. Answers come
+    here as they end, each once, and workers that die are replaced. A request with which two engines died, the second
+    time alone, is left out. run.json holds what every worker did, which hrm validate compares.
 
     Of a model on the Hub only what is needed is fetched, once, into the Hub's own cache, as HF_HOME,
     HF_TOKEN and HF_HUB_OFFLINE say.
@@ -122,6 +149,7 @@ def run(
     from executor.errors import RunError
     from executor.group.cores import is_another_rank
     from executor.job import JobOptions, JobProgress, run_job
+    from executor.job.input_file import input_named
 
     if is_another_rank():
         from executor.job.rank import JobRank
@@ -129,9 +157,15 @@ def run(
 
         serve(JobRank)
     if gpus is not None and ray_address is not None:
-        raise RunError("--gpus", gpus, "are those of one machine, without --ray", "leave out one of them")
+        raise RunError(
+            "--gpus", gpus, "are those of one machine: workers have what their policy is for", "leave it out"
+        )
     if workers is not None and ray_address is None:
         raise RunError("--workers", workers, "goes with --ray only", "leave it out, or add --ray")
+    if own_plans and ray_address is None:
+        raise RunError("--own-plans", True, "goes with --ray only", "leave it out, or use hrm profile and hrm search")
+    if len(policies) > 1 and ray_address is None:
+        raise RunError("--policy", str(policies[1]), "is a second one, which goes with --ray only", "give one alone")
 
     progress = JobProgress(tell=say)
     with live_progress(progress, quiet=quiet):
@@ -139,8 +173,8 @@ def run(
         options = JobOptions(
             model=located.folder,
             model_name=located.name,
-            policy=policy,
-            input=input_,
+            policy=policies[0],
+            input=input_named(input_),
             output_dir=output_dir,
             accelerator=accelerator,
             gpus=gpus,
@@ -154,10 +188,15 @@ def run(
             record = run_job(options, progress)
             told = None if record is None else summary(record, output_dir)
         else:
-            from executor.ray.fleet import FleetOptions, run_fleet
+            from executor.ray.fleet import run_fleet
+            from executor.ray.fleet import summary as summary_of_fleet
+            from executor.ray.options import FleetOptions
 
-            fleet = FleetOptions(address=ray_address, workers=workers, model=located.name)
-            told = run_fleet(options, fleet, progress).text(output_dir)
+            fleet = FleetOptions(
+                address=ray_address, workers=workers, model=located.name, policies=policies, own_plans=own_plans
+            )
+            made = run_fleet(options, fleet, progress)
+            told = None if made is None else summary_of_fleet(made, output_dir)
     if told is not None and not quiet:
         click.echo(told)
 

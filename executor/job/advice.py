@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from executor.job.input_file import Input, path_of
 from executor.job.survey import Lengths, Survey
 from hrm.machines import save_profile
 from hrm.policy import Policy
@@ -19,7 +20,7 @@ def advice(
     *,
     model: str,
     policy: Path,
-    input_: Path,
+    input_: Input,
     directory: Path,
     gpu_memory_bytes: int | None,
 ) -> str | None:
@@ -55,7 +56,7 @@ def advice(
         "--requests",
         str(asked.requests),
         "--out",
-        str(policy.with_name(f"{policy.stem}-for-{input_.stem}.json")),
+        str(policy.with_name(f"{policy.stem}-for-{path_of(input_).stem}.json")),
     ]
     return (
         f"the input asks for more than the policy was solved for ({_told(wanted)}, against "

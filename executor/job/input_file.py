@@ -1,10 +1,15 @@
-"""A file of requests before any of it is read: whether it is one."""
+"""A file of requests before any of it is read: whether it is one, and where it lies."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final
+from urllib.parse import urlsplit
 
 from executor.errors import JobError
+from executor.guard import in_a_line
+from executor.job.parquet import MAGIC, check_parquet
+from executor.job.remote import open_url
 from hrm.files import open_regular
 from hrm.units import MIB
 
@@ -17,7 +22,6 @@ _PACKED: Final = {
     b"\x28\xb5\x2f\xfd": ("zstandard", "unzstd"),
 }
 _OTHER: Final = {
-    b"PAR1": "parquet",
     b"ARROW1": "arrow",
     b"Obj\x01": "avro",
     b"SQLite format 3": "sqlite",
@@ -35,9 +39,31 @@ _MARK: Final = b"\xef\xbb\xbf"  # of UTF-8, which some editors put in front
 _START: Final = 4096  # bytes that are looked at
 
 
-def open_input(path: Path) -> BinaryIO:
+Input = Path | str  # a file, or the URL of one
+
+
+def input_named(text: str) -> Input:
+    """The file that a text on the command line names."""
+    return text if "://" in text else Path(text)
+
+
+def path_of(path: Input) -> PurePosixPath:
+    """The path of a file, of a URL without what comes before and after it."""
+    return PurePosixPath(urlsplit(path).path if isinstance(path, str) else path)
+
+
+def open_input(path: Input) -> BinaryIO:
     """The file opened for reading; JobError if it cannot be, or is no file, as a pipe."""
+    if isinstance(path, str):
+        return open_url(path)
     return open_regular(path, "a readable file of requests", JobError, where=f"--input: {path}")
+
+
+def is_parquet(file: BinaryIO) -> bool:
+    """Whether the file, which is at its start and stays there, holds rows in place of lines."""
+    start = file.read(len(MAGIC))
+    file.seek(0)
+    return start == MAGIC
 
 
 def lines_in(file: BinaryIO) -> Iterator[bytes]:
@@ -51,24 +77,34 @@ def lines_in(file: BinaryIO) -> Iterator[bytes]:
             line = file.readline(MAX_LINE_BYTES + 1)
 
 
-def check_input(path: Path) -> None:
-    """Refuse what cannot be read twice or is no file of JSON lines in UTF-8 as a whole.
+def check_input(path: Input) -> None:
+    """Refuse what cannot be read twice or is neither parquet nor a file of JSON lines in UTF-8 as a whole.
 
     That is, what is packed, empty, of another format or encoding, or one JSON value over many
     lines; JobError says which.
     """
-    with open_input(path) as file:
-        try:
-            _check_form(path, file.read(_START))
-            file.seek(0)
-            is_empty = all(not line.strip() for line in lines_in(file))
-        except OSError as error:
-            raise JobError(f"--input: {path}", f"<{error.strerror}>", "must be readable", "check the disk") from error
+    with open_input(path) as file, told_of_reading(path):
+        if is_parquet(file):
+            check_parquet(file, f"--input: {path}")
+            return
+        _check_form(path, file.read(_START))
+        file.seek(0)
+        is_empty = all(not line.strip() for line in lines_in(file))
     if is_empty:
         raise JobError(f"--input: {path}", "<no lines>", "must hold a request at least", "check what wrote it")
 
 
-def _check_form(path: Path, start: bytes) -> None:
+@contextmanager
+def told_of_reading(path: Input) -> Generator[None]:
+    """Within it, a disk or a network that fails is told as JobError."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or in_a_line(error)
+        raise JobError(f"--input: {path}", f"<{found}>", "must be readable", "check the disk or the network") from error
+
+
+def _check_form(path: Input, start: bytes) -> None:
     """Refuse what is no JSON lines from its first bytes on."""
     found, remedy = _other_form(start)
     if found:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, final
 
-from executor.batching import Batch
+from executor.batching import Batch, Completion
 from executor.generate import AbstractGenerator, BatchResult
 from executor.job.survey import Lengths
 from executor.loading import Loading
@@ -82,7 +82,8 @@ class JobProgress:
 
     `ended_requests` are those of finished batches and rejected ones, `earlier_requests` those that
     earlier runs answered. `wanted` and `forecast` are of what is left of the job when it starts.
-    `loading` is of its weights, fetched and then loaded, before there is a generator.
+    `loading` is of its weights, fetched and then loaded, before there is a generator. Where requests are run
+    `elsewhere` there is none.
     """
 
     stage: str = "reading"
@@ -92,6 +93,7 @@ class JobProgress:
     wanted: Lengths = field(default_factory=Lengths)
     forecast: Forecast | None = None
     generator: AbstractGenerator | None = field(default=None, repr=False)
+    elsewhere: bool = False
     loading: Loading = field(default_factory=Loading)
     tell: Callable[[str], object] = field(default=lambda _: None, repr=False)
     _past: Lengths = field(default_factory=Lengths, repr=False)
@@ -124,6 +126,12 @@ class JobProgress:
         self._past.new_tokens += batch.new_tokens
         self._past_s[Phase.PREFILL] += result.prefill.seconds
         self._past_s[Phase.DECODE] += result.decode.seconds if result.decode else 0.0
+
+    def end_elsewhere(self, completion: Completion) -> None:
+        """Count a request that has ended elsewhere."""
+        self.ended_requests += 1
+        self._past_generated += len(completion.tokens)
+        self._past.add(completion.request)
 
     @property
     def done_requests(self) -> int:
@@ -183,6 +191,11 @@ class JobProgress:
         prefill, decode = self.of_phase(Phase.PREFILL), self.of_phase(Phase.DECODE)
         # A machine that is slower than predicted in the one will be so in the other, until known.
         return prefill.left_s + replace(decode, expected=prefill.slower).left_s
+
+    def left_s_elsewhere(self, elapsed_s: float) -> float | None:
+        """Seconds until all is done elsewhere, where that has taken so long by now; None before the first answer."""
+        done = self.of_phase(Phase.DECODE).share
+        return elapsed_s * (1 - done) / done if done else None
 
     @property
     def busy_s(self) -> dict[Lane, float]:

@@ -64,6 +64,18 @@ class PlainSpan(msgspec.Struct, frozen=True, array_like=True):
     batch: int
     num_bytes: int
 
+    @staticmethod
+    def of(span: Span, first_layer: int = 0) -> "PlainSpan":
+        """Of a span, whose layers count from the first that its rank has."""
+        act, layer, index, step = span.id
+        place = first_layer + layer, index, step
+        return PlainSpan(span.phase, act.name, span.lane, place, span.start_s, span.end_s, span.batch, span.num_bytes)
+
+    def later(self, seconds: float) -> Span:
+        """The span, so many seconds later."""
+        task = TaskId(act_named(self.phase, self.name, self.lane), *self.place)
+        return Span(task, self.start_s + seconds, self.end_s + seconds, self.batch, self.num_bytes)
+
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank did until its end: the record, and the spans of its trace, in seconds since `origin_s`."""
@@ -75,16 +87,8 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     @staticmethod
     def of(record: RankRecord, generator: AbstractGenerator, spans: Sequence[Span]) -> "RankReport":
         """The report of a generator's rank."""
-        first_layer = generator.arch.first_layer
-
-        def plain(span: Span) -> PlainSpan:
-            act, layer, index, step = span.id
-            place = first_layer + layer, index, step
-            return PlainSpan(
-                span.phase, act.name, span.lane, place, span.start_s, span.end_s, span.batch, span.num_bytes
-            )
-
-        return RankReport(record=record, origin_s=generator.engine.origin_s, spans=[*map(plain, spans)])
+        first, origin_s = generator.arch.first_layer, generator.engine.origin_s
+        return RankReport(record=record, origin_s=origin_s, spans=[PlainSpan.of(span, first) for span in spans])
 
     def encode(self) -> bytes:
         """As a message."""
@@ -97,17 +101,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def spans_since(self, origin_s: float) -> list[Span]:
         """The spans, in seconds since another moment of the machine's clock."""
-        later_s = self.origin_s - origin_s
-        return [
-            Span(
-                TaskId(act_named(s.phase, s.name, s.lane), *s.place),
-                s.start_s + later_s,
-                s.end_s + later_s,
-                s.batch,
-                s.num_bytes,
-            )
-            for s in self.spans
-        ]
+        return [span.later(self.origin_s - origin_s) for span in self.spans]
 
 
 def for_rank(options: AcceleratorOptions, rank: int) -> AcceleratorOptions:

@@ -13,7 +13,8 @@ from executor.guard import told_as
 from executor.job.chat import OWN_VARIABLES, ChatTemplate
 from executor.job.fields import CHAT, COMPLETIONS, URLS, checked_fields, needed, sampling_params, truth
 from executor.job.identity import digest_of_line
-from executor.job.input_file import MAX_LINE_BYTES, lines_in, open_input
+from executor.job.input_file import MAX_LINE_BYTES, Input, is_parquet, lines_in, open_input, path_of, told_of_reading
+from executor.job.parquet import lines_of_parquet
 from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults
 from executor.job.tokenizer import TextTokenizer, missing_tokenizer
@@ -42,15 +43,16 @@ class Line:
     error: JobError | None = None
 
 
-def lines_of(path: Path) -> Iterator[Line]:
-    """Every line of the file that is not blank; of those that are broken `name` is empty."""
+def lines_of(path: Input) -> Iterator[Line]:
+    """Every line of the file that is not blank, or every row; of those that are broken `name` is empty."""
     seen: set[str] = set()
-    with open_input(path) as file:
-        for number, raw in enumerate(lines_in(file), start=1):
-            if not raw.strip():
+    with open_input(path) as file, told_of_reading(path):
+        rows = lines_of_parquet(file, f"--input: {path}") if is_parquet(file) else None
+        for number, raw in enumerate(lines_in(file) if rows is None else rows, start=1):
+            if isinstance(raw, bytes) and not raw.strip():
                 continue
             try:
-                content = _object(parsed(raw, "line"), "line")
+                content = _object(parsed(raw, "line"), "line") if isinstance(raw, bytes) else with_body(raw)
                 name = _name(content, seen)
             except JobError as error:
                 yield Line(number, "", {}, error)
@@ -89,7 +91,7 @@ class LineReader:
         return () if number is None else (number,)
 
     def read(
-        self, path: Path, answered: Container[str] = (), names: Mapping[int, str] | None = None
+        self, path: Input, answered: Container[str] = (), names: Mapping[int, str] | None = None
     ) -> Iterator[Request | Rejected]:
         """Every line of the file that is not blank and whose custom_id is not yet answered.
 
@@ -102,7 +104,7 @@ class LineReader:
             try:
                 yield self.request(line)
             except HrmError as error:  # of the line, or of a file that it alone needs
-                yield Rejected(name, f"{path.name}: line {line.number}: {error}")
+                yield Rejected(name, f"{path_of(path).name}: line {line.number}: {error}")
 
     def request(self, line: Line) -> Request:
         """The request of a line; HrmError if it cannot be run."""
@@ -241,6 +243,12 @@ def parsed(raw: bytes, where: str) -> Any:
         return decode_json(raw)
     except Malformed as error:
         raise JobError(where, f"<{error}>", "must be a JSON object in UTF-8", "correct it") from error
+
+
+def with_body(line: dict[str, Any]) -> dict[str, Any]:
+    """The line of a row, whose body may be a text in JSON; JobError if it is none."""
+    body = line["body"]
+    return {**line, "body": parsed(body.encode(errors="surrogatepass"), "body")} if isinstance(body, str) else line
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

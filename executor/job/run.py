@@ -1,12 +1,11 @@
 """Runs a job: requests from a file through a policy into a run directory."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 import msgspec
 
@@ -19,98 +18,97 @@ from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.input_file import check_input
 from executor.job.launch import Finish, Launch, launching
-from executor.job.machine import AcceleratorOptions, as_run
+from executor.job.machine import as_run
 from executor.job.model import OpenModel, opened
+from executor.job.options import Elsewhere, JobOptions
 from executor.job.outputs import OUTPUTS, RunDirectory, rejected_line
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, run_record
 from executor.job.requests import Rejected
-from executor.job.sampling_defaults import SamplingSource
 from executor.job.survey import SHOWN_REASONS, Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
-from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
-from hrm.run_record import RankRecord, RunRecord
+from hrm.run_record import FleetRecord, RankRecord, RunRecord
 from hrm.units import counted
 
 RUN_JSON: Final = "run.json"
 TRACE_JSON: Final = "trace.json"
 
-
-Answer = Callable[[Iterator[Request], OutputWriter, JobProgress], object]  # runs requests, and puts what ends
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobOptions:
-    """What `executor run` is told; `model_name` is how the model is called, if not by its folder.
-
-    `gpus` must be as many as the policy was solved for, and need not be said.
-    """
-
-    model: Path
-    model_name: str = ""
-    policy: Path
-    input: Path
-    output_dir: Path
-    accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
-    gpus: int | None = None
-    schedule: ScheduleName | None = None
-    seed: int = 0
-    sampling_defaults: SamplingSource = "model"
-    max_requests: int | None = None
-    resume: bool = False
+_Record = TypeVar("_Record", RunRecord, FleetRecord)
 
 
-def run_job(options: JobOptions, progress: JobProgress | None = None, answer: Answer | None = None) -> RunRecord | None:
+def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunRecord | None:
     """Run a job to its end; returns what run.json then holds, None if nothing was left to be run.
 
     Raises an HrmError for anything wrong with the input before a weight is read, TaskFailedError
     if a task fails and KeyboardInterrupt on Ctrl-C, both after writing what is finished. What costs
-    one request alone becomes its line in the outputs. With an `answer` the requests are run by it,
-    elsewhere: nothing is loaded here, there is no run.json, and None is returned.
+    one request alone becomes its line in the outputs.
     """
     progress = progress or JobProgress()
     policy_file = load_policy_file(options.policy)
+    with (
+        _opened(options, policy_file, progress) as model,
+        launching(options.accelerator, model, options.gpus) as launch,
+        _begun(options, [policy_file], model, computed=launch.prepared.backend.name != "null") as (job, identity),
+    ):
+        return job.run(progress, launch) if job.prepare(progress, identity) else None
+
+
+def run_job_on(
+    elsewhere: Elsewhere,
+    options: JobOptions,
+    progress: JobProgress | None = None,
+    policy_files: Sequence[PolicyFile] = (),
+) -> FleetRecord | None:
+    """Have a job's requests run elsewhere, under one of these policies each; see `run_job`. Nothing is loaded here."""
+    progress = progress or JobProgress()
+    policy_files = policy_files or [load_policy_file(options.policy)]
+    with (
+        _opened(options, policy_files[0], progress) as model,
+        _begun(options, policy_files, model, computed=options.accelerator.name != "null") as (job, identity),
+    ):
+        return job.have_answered(progress, elsewhere) if job.prepare(progress, identity) else None
+
+
+@contextmanager
+def _opened(options: JobOptions, policy_file: PolicyFile, progress: JobProgress) -> Iterator[OpenModel]:
+    """The model of a job whose input can be read."""
     check_input(options.input)
-    with ExitStack() as stack:
-        model = stack.enter_context(
-            opened(
-                options.model,
-                policy_file,
-                name=options.model_name,
-                policy_path=options.policy,
-                schedule=options.schedule,
-                seed=options.seed,
-                sampling=options.sampling_defaults,
-                tell=progress.tell,
-            )
-        )
-        launch = stack.enter_context(launching(options.accelerator, model, options.gpus)) if answer is None else None
-        identity = Identity.of(
-            model.checkpoint,
-            model.policy,
-            seed=options.seed,
-            computed=(launch.prepared.backend.name if launch else options.accelerator.name) != "null",
-            sampling=model.defaults,
-        )
-        directory = stack.enter_context(RunDirectory(options.output_dir, resume=options.resume))
-        job = _Job(options, policy_file, model, directory)
-        if not job.prepare(progress, identity):
-            return None
-        if launch is not None:
-            return job.run(progress, launch)
-        assert answer is not None
-        job.have_answered(progress, answer)
-        return None
+    with opened(
+        options.model,
+        policy_file,
+        name=options.model_name,
+        policy_path=options.policy,
+        schedule=options.schedule,
+        seed=options.seed,
+        sampling=options.sampling_defaults,
+        tell=progress.tell,
+    ) as model:
+        yield model
+
+
+@contextmanager
+def _begun(
+    options: JobOptions, policy_files: Sequence[PolicyFile], model: OpenModel, *, computed: bool
+) -> Iterator[tuple["_Job", Identity]]:
+    """The job in its run directory, and what its answers depend on."""
+    identity = Identity.of(
+        model.checkpoint, model.policy, seed=options.seed, computed=computed, sampling=model.defaults
+    )
+    with RunDirectory(options.output_dir, resume=options.resume) as directory:
+        yield _Job(options, policy_files, model, directory), identity
 
 
 @final
 class _Job:
     """One job under way."""
 
-    def __init__(self, options: JobOptions, policy_file: PolicyFile, model: OpenModel, directory: RunDirectory) -> None:
-        self._options, self._policy_file = options, policy_file
+    def __init__(
+        self, options: JobOptions, policy_files: Sequence[PolicyFile], model: OpenModel, directory: RunDirectory
+    ) -> None:
+        self._options, self._policy_file = options, policy_files[0]
+        self._policies = [model.policy, *(other.policy for other in policy_files[1:])]
         self._model, self._reader, self._directory = model, model.reader, directory
         self._totals = Totals()
         self._ranks: list[RankRecord] = []  # others than this process
@@ -142,7 +140,7 @@ class _Job:
             directory.answered,
             directory.path,
             is_more=lambda request: asks_for_more(request, self._policy_file.workload, self._policy_file.policy),
-            check=lambda request: check_request(request, arch, self._model.policy),
+            check=self._check,
             fits_model=lambda request: len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings,
             solved_for=self._policy_file.workload.gen_len,
             most=options.max_requests,
@@ -194,16 +192,21 @@ class _Job:
             f"correct the lines, all of whose reasons are in {OUTPUTS}, and use --resume",
         )
 
-    def have_answered(self, progress: JobProgress, answer: Answer) -> None:
+    def have_answered(self, progress: JobProgress, elsewhere: Elsewhere) -> FleetRecord:
         """Have the requests run elsewhere, and write what comes of them; RunError if nothing does."""
-        with OutputWriter(self._directory, self._line_of) as writer:
-            try:
-                answer(self._requests(writer, progress), writer, progress)
-            finally:
-                writer.flush()
-        failure = self._failure_of_all()
-        if failure is not None:
-            raise failure
+        try:
+            with OutputWriter(self._directory, self._line_of) as writer:
+                try:
+                    elsewhere.answer(self._requests(writer, progress), writer, progress)
+                finally:
+                    writer.flush()
+            self._raise_failure_of_all()
+        except BaseException as error:
+            outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(JobError):  # a full disk: what went wrong first is what is told
+                self._write(elsewhere.record(outcome, str(error) or None))
+            raise
+        return self._write(elsewhere.record("completed", None))
 
     def run(self, progress: JobProgress, launch: Launch) -> RunRecord:
         """Run every request; see `run_job`."""
@@ -254,6 +257,11 @@ class _Job:
             raise failure
         return record
 
+    def _raise_failure_of_all(self) -> None:
+        failure = self._failure_of_all()
+        if failure is not None:
+            raise failure
+
     def _failure_of_all(self) -> RunError | None:
         """What to raise if requests were run and none got an answer, now or earlier."""
         if self._succeeded or not self._failed or self._directory.answered:
@@ -265,6 +273,16 @@ class _Job:
             "put right what they say and use --resume",
         )
 
+    def _check(self, request: Request) -> None:
+        """Raise why the job's policy cannot run the request, if no other can either."""
+        reasons: list[JobError] = []
+        for policy in self._policies:
+            try:
+                return check_request(request, self._model.arch, policy)
+            except JobError as error:
+                reasons.append(error)
+        raise reasons[0]
+
     def _judged(self) -> Iterator[Request | Rejected]:
         """What is still to be answered: requests that can be run, and the others as rejected."""
         answered, names = self._directory.answered, self._survey.names
@@ -273,7 +291,7 @@ class _Job:
                 yield item
                 continue
             try:
-                check_request(item, self._model.arch, self._model.policy)
+                self._check(item)
             except JobError as error:
                 yield Rejected(item.name, str(error))
             else:
@@ -334,6 +352,9 @@ class _Job:
             sampling_defaults=self._reader.defaults.values,
             ranks=self._ranks,
         )
+        return self._write(record)
+
+    def _write(self, record: _Record) -> _Record:
         self._directory.write(RUN_JSON, json.dumps(msgspec.to_builtins(record), indent=2) + "\n")
         return record
 

@@ -8,6 +8,7 @@ from typing import Final, final
 from executor.batching import Request
 from executor.errors import JobError
 from executor.job.identity import digest_of_line
+from executor.job.input_file import Input
 from executor.job.outputs import OUTPUTS
 from executor.job.requests import Line, LineReader, lines_of
 from hrm.errors import HrmError
@@ -68,7 +69,7 @@ class Survey:
 
 
 def survey(
-    path: Path,
+    path: Input,
     reader: LineReader,
     answered: Mapping[str, str | None],
     directory: Path,
@@ -114,7 +115,7 @@ def survey(
     return made
 
 
-def _check_unchanged(line: Line, digest: str | None, path: Path, directory: Path) -> None:
+def _check_unchanged(line: Line, digest: str | None, path: Input, directory: Path) -> None:
     if digest not in {None, digest_of_line(line.content)}:
         raise JobError(
             f"--input {path}: line {line.number}: request {line.name!r}",

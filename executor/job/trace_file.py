@@ -34,14 +34,16 @@ class TraceFile:
         names = ",\n".join(json.dumps(event) for event in chrome_events(()))
         self._append(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{names}')
 
-    def add(self, spans: Sequence[Span], *, rank: int = 0) -> None:
-        """Append spans, those of another rank than 0 as another process."""
+    def add(self, spans: Sequence[Span], *, rank: int = 0, process: str = "") -> None:
+        """Append spans, those of another rank than 0 as another process, which has a name of its own or its rank's."""
         if self.is_given_up:
             return
         self.num_spans += len(spans)
         with self._giving_up(self._path):
             for first in range(0, len(spans), SPANS_AT_ONCE):
-                events = chrome_events(spans[first : first + SPANS_AT_ONCE], process=f"rank {rank}", pid=rank)
+                events = chrome_events(
+                    spans[first : first + SPANS_AT_ONCE], process=process or f"rank {rank}", pid=rank
+                )
                 # The names of the lanes come again each time, and need only once be there.
                 with_names = rank > 0 and first == 0
                 self._append("".join(f",\n{json.dumps(e)}" for e in events if e["ph"] == "X" or with_names))

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from executor.errors import RunError
 from executor.guard import in_a_line
+from executor.ray.options import LOCAL
 
-LOCAL: Final = "local"
 OBJECT_STORE_BYTES: Final = 80 * 1024 * 1024  # Ray's least; requests and tokens need little
 _CONNECT_S: Final = 5.0
 
@@ -23,6 +23,7 @@ def ray_at(address: str, workers: int) -> Iterator[ModuleType]:
     """The module ray, with Ray started here for so many workers, or joined at an address."""
     try:
         import ray
+        import ray.util.scheduling_strategies
     except ImportError as error:
         raise RunError("--ray", "<not installed>", "needs the package ray", "pip install 'moe-hrm[ray]'") from error
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}

@@ -9,23 +9,54 @@ from rich.table import Table
 from hrm.acts import NAMES
 from hrm.cli.console import console, plain_table, print_json
 from hrm.cli.params import json_option
-from hrm.run_record import read_run
+from hrm.run_record import FleetRecord, read_record, read_run
 from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
-from hrm.validate import Comparison, Validation
+from hrm.validate import Comparison, FleetValidation, Validation, validate_fleet
 from hrm.validate import validate as compare
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--worker", type=click.IntRange(min=1), help="Of the run of a fleet, this worker in full.")
 @json_option
-def validate(run: Path, as_json: bool) -> None:
-    """Lay what RUN (an output directory of executor run) measured beside the prediction."""
-    validation = compare(read_run(run))
+def validate(run: Path, worker: int | None, as_json: bool) -> None:
+    """Lay what RUN (an output directory of executor run) measured beside the prediction.
+
+    Of a run with --ray these are all workers in a line each, or one of them in full.
+    """
+    record = read_record(run)
+    if isinstance(record, FleetRecord) and worker is None:
+        validation = validate_fleet(record)
+    else:
+        validation = compare(read_run(run, worker))
     if as_json:
         print_json(validation.to_json())
+    elif isinstance(validation, FleetValidation):
+        print_fleet(validation)
     else:
         print_validation(validation)
+
+
+def print_fleet(validation: FleetValidation) -> None:
+    """Print the comparison of a fleet's workers for people."""
+    fleet = validation.fleet
+    console.print(
+        f"[bold]{counted(len(fleet.workers), 'worker')}[/], {fleet.requests} requests, "
+        f"{fleet.tokens_per_s:.4g} tokens/s from the first request to the last answer ({fleet.outcome})\n"
+    )
+    table = plain_table("worker", "node", "policy", "requests", "measured tokens/s", "predicted", "error")
+    for one in fleet.workers:
+        named = (
+            str(one.worker),
+            one.node,
+            Path(one.policy).name,
+            f"{one.requests}{', died' if one.outcome == 'died' else ''}",
+        )
+        compared = validation.workers.get(one.worker)
+        table.add_row(*named, *(_cells(compared.tokens_per_s, _rate) if compared else ("–", "–", "–")))
+    table.add_row("[bold]all[/]", "", "", str(fleet.requests), *_cells(validation.tokens_per_s, _rate))
+    console.print(table)
 
 
 def print_validation(validation: Validation) -> None:
@@ -76,6 +107,9 @@ def _rate(value: float) -> str:
 
 
 def _add(table: Table, name: str, comparison: Comparison, show: Callable[[float], str]) -> None:
-    error = comparison.error
-    sides = [show(value) if value else "–" for value in (comparison.measured, comparison.predicted)]
-    table.add_row(name, *sides, "–" if error is None else f"{error:+.1%}")
+    table.add_row(name, *_cells(comparison, show))
+
+
+def _cells(comparison: Comparison, show: Callable[[float], str]) -> tuple[str, str, str]:
+    measured, predicted = (show(value) if value else "–" for value in (comparison.measured, comparison.predicted))
+    return measured, predicted, "–" if comparison.error is None else f"{comparison.error:+.1%}"

@@ -58,6 +58,7 @@ NAMES_OF_HRM: Final = (
 )
 NAMES_OF_EXECUTOR: Final = (
     "requests",
+    "parquet",
     "resume",
     "job",
     "tokenizer",

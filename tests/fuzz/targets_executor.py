@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Final
 
+import pyarrow as pa
 import torch
+from pyarrow import parquet
 from safetensors.torch import save
 
 from executor.batching import Completion, Request
@@ -182,6 +185,22 @@ def use_requests(content: bytes, folder: Path) -> None:
     list(read_all(folder, written(folder, "prompts.jsonl", content)))
 
 
+def some_rows() -> list[bytes]:
+    """Requests in parquet: columns of a body, and bodies."""
+    bodies = [{"prompt": "hi user", "max_tokens": 4}, {"prompt": None, "max_tokens": 2}]
+    tables = (
+        {"custom_id": ["a", "b"], "messages": [MESSAGES, MESSAGES[:1]], "max_tokens": [4, None]},
+        {"custom_id": ["a", "b"], "body": bodies},
+        {"custom_id": ["a", "b"], "body": [json.dumps(body) for body in bodies]},
+    )
+    made: list[bytes] = []
+    for columns in tables:
+        file = BytesIO()
+        parquet.write_table(pa.table(columns), file)
+        made.append(file.getvalue())
+    return made
+
+
 def some_outputs() -> list[Any]:
     done = {
         "id": "batch_req_a",
@@ -349,6 +368,7 @@ def use_quantised(content: bytes, folder: Path) -> None:
 
 EXECUTOR_TARGETS: Final = (
     Target(name="requests", bases=some_requests, use=use_requests, dump=as_lines, share=2),
+    Target(name="parquet", bases=some_rows, use=use_requests, has_values=False),
     Target(name="resume", bases=some_outputs, use=use_resume, dump=as_lines),
     Target(name="tokenizer", bases=some_tokenizers, use=use_tokenizer),
     Target(name="sentencepiece", bases=lambda: [a_sentencepiece()], use=use_sentencepiece, has_values=False, share=0.5),

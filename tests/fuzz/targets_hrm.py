@@ -20,7 +20,7 @@ from hrm.cli.machine_choice import MachineChoice
 from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.models import _print_model, model_json
 from hrm.cli.profiles import profiles as profiles_command
-from hrm.cli.validate import print_validation
+from hrm.cli.validate import print_fleet, print_validation
 from hrm.decoding import read_json_object, read_yaml
 from hrm.errors import HrmError, ModelError, ProfileError
 from hrm.estimate import estimate
@@ -36,13 +36,14 @@ from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.profiling.machine.journal import Journal
 from hrm.profiling.timing import Timing
 from hrm.routing import with_measured_routing
-from hrm.run_record import read_run
+from hrm.run_record import FleetRecord, read_record, read_run
 from hrm.scaling import resources, scale
 from hrm.search import Space, search, solver_named
 from hrm.strict import decode_strictly
 from hrm.trace import lane_chart, read_chrome_trace, write_chrome_trace
 from hrm.units import parse_bandwidth, parse_bytes, parse_flops
 from hrm.validate import validate as validated
+from hrm.validate import validate_fleet
 from hrm.workload import Workload
 from tests.executor.formats.published import PUBLISHED as QUANTISED
 from tests.fuzz.mutations import as_lines, as_yaml
@@ -227,8 +228,22 @@ def a_run() -> Any:
     }
 
 
+def a_fleet() -> Any:
+    worker = {"worker": 1, "node": "a", "policy": "a.json", "outcome": "completed", "requests": 4, "run": a_run()}
+    lost = {"worker": 2, "node": "b", "policy": "a.json", "outcome": "died"}
+    totals = {"seconds": 3.0, "requests": 4, "generated_tokens": 20, "tokens_per_s": 7.0}
+    return {"schema": 1, "outcome": "completed", **totals, "given_up": ["x"], "workers": [worker, lost]}
+
+
 def use_run(content: bytes, folder: Path) -> None:
     written(folder, "run.json", content)
+    record = read_record(folder)
+    if isinstance(record, FleetRecord):
+        fleet = validate_fleet(record)
+        msgspec.json.encode(fleet.to_json())
+        with shown():
+            print_fleet(fleet)
+        return
     validation = validated(read_run(folder))
     msgspec.json.encode(validation.to_json())
     with shown():
@@ -368,7 +383,7 @@ HRM_TARGETS: Final = (
     Target(name="gguf", bases=lambda: [a_gguf()], use=use_gguf, has_values=False),
     Target(name="quantisation", bases=lambda: [how.config for how in QUANTISED.values()], use=use_quantisation),
     Target(name="policy", bases=lambda: [plain(a_policy_file())], use=use_policy, share=2),
-    Target(name="run", bases=lambda: [a_run()], use=use_run, share=2),
+    Target(name="run", bases=lambda: [a_run(), a_fleet()], use=use_run, share=2),
     Target(name="routing", bases=lambda: [{"routed_tokens": [[4, 3, 2, 1]] * 4}], use=use_routing),
     Target(name="trace", bases=some_traces, use=use_trace),
     Target(name="journal", bases=some_journals, use=use_journal, dump=as_lines),

@@ -10,7 +10,7 @@ from hrm.machines import of_parts
 from hrm.run_record import KindTotal, LaneRecord, read_run
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import predict_run, validate
-from tests.fuzz.targets_hrm import a_run
+from tests.fuzz.targets_hrm import a_fleet, a_run
 
 
 @pytest.fixture
@@ -61,6 +61,33 @@ def test_rows_of_one_side_are_printed_and_written(folder, hrm):
         found = [row for row in rows if row[: len(begin)] == begin]
         assert len(found) == 2, begin
         assert {row[-1] for row in found} == ({"–"} if begin[-1] == "–" else {"-100.0%"})
+
+
+def test_the_workers_of_a_fleet_have_a_line_each_and_one_is_shown_in_full(folder, tmp_path, hrm):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "run.json").write_text(json.dumps(a_run()))
+    (tmp_path / "run.json").write_text(json.dumps(a_fleet()))
+    _, out, _ = hrm("validate", str(tmp_path), "--json")
+    content = json.loads(out)
+    _, whole, _ = hrm("validate", str(alone), "--json")
+    assert content["workers"] == {"1": json.loads(whole)}
+    assert content["tokens_per_s"] == content["workers"]["1"]["tokens_per_s"]
+    _, out, _ = hrm("validate", str(tmp_path))
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[:4] for row in rows if row[2:3] == ["a.json"]] == [
+        ["1", "a", "a.json", "4"],
+        ["2", "b", "a.json", "0,"],
+    ]
+    assert hrm("validate", str(tmp_path), "--worker", "1") == hrm("validate", str(alone))
+    for words, told in (
+        (("validate", str(tmp_path), "--worker", "2"), "--worker is 2: must be a worker of which"),
+        (("validate", str(alone), "--worker", "1"), "--worker is 1: is of a fleet's run"),
+        (("plot", "timeline", "--run", str(tmp_path), "--out", str(tmp_path / "a.png")), "run.json: workers is <1>"),
+    ):
+        code, _, err = hrm(*words)
+        assert code == 2
+        assert told in err
 
 
 def test_what_a_record_lacks_was_not_done(folder):

@@ -68,3 +68,22 @@ def test_an_answer_that_comes_twice_or_from_another_share_does_not_count():
     again = assignment.next(2)
     assert again is not None
     assert list(again.left) == ["r1"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_workers_without_room_get_other_requests_and_those_that_fit_nowhere_are_left(seed):
+    rng = random.Random(seed)
+    sizes = {request.name: rng.choice([1, 2, 4, 9]) for request in requests(60)}
+    assignment, answered = Assignment(iter(requests(60))), []
+    rooms = {"small": 1, "middle": 4}
+    while shares := {w: s for w, most in rooms.items() if (s := assignment.next(5, lambda r: sizes[r.name] <= most))}:  # noqa: B023
+        for worker, share in shares.items():
+            assert all(sizes[name] <= rooms[worker] for name in share.left)
+            if rng.random() < 0.2 and len(share.left) > 1:
+                assignment.lost(share)
+                continue
+            answered += [name for name in list(share.left) if share.done(name)]
+    left = [request.name for request in assignment.rest()]
+    assert sorted(left) == sorted(name for name, size in sizes.items() if size == 9)
+    assert sorted(answered + left) == sorted(sizes)
+    assert assignment.is_empty

@@ -1,25 +1,34 @@
 """Whole jobs on workers of an embedded Ray, held against the same job in one process."""
 
 import json
+import logging
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 
 from executor.demo import MODEL_DIR, PROMPTS
 from executor.job.machine import AcceleratorOptions
-from executor.ray import Engine
+from executor.ray import Engine, members
 from executor.ray import worker as worker_module
+from executor.ray.cluster import OBJECT_STORE_BYTES
 from hrm.machines import compose
 from hrm.model_spec import load_model
 from hrm.policy_file import policy_file_of, save_policy_file
+from hrm.run_record import FleetRecord, read_record, read_run
 from hrm.search import Space, search
+from hrm.validate import validate_fleet
 from hrm.workload import Workload
 from tests.executor.runtime.jobs import exit_code, outputs, refused, run_words, tokens_of
 
@@ -33,7 +42,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     lines = folder / "prompts.jsonl"
     lines.write_text("".join(PROMPTS.read_text(encoding="utf-8").splitlines(keepends=True)[:COUNT]), encoding="utf-8")
-    workload = Workload(name="demo", prompt_len=40, max_prompt_len=160, gen_len=32, num_requests=6)
+    workload = Workload(name="demo", prompt_len=40, max_prompt_len=160, gen_len=32, num_requests=2)
     spec, machine = load_model(str(MODEL_DIR)), compose("1xT4")
     space = Space(spec, machine, workload)
     save_policy_file(folder / "policy.json", policy_file_of(search(space).require(), spec, machine, workload))
@@ -41,7 +50,7 @@ def job(tmp_path_factory):
     return folder
 
 
-def words(folder, name, *more):
+def words(folder, name, *more, quiet=True):
     return run_words(
         MODEL_DIR,
         folder / "policy.json",
@@ -49,7 +58,7 @@ def words(folder, name, *more):
         folder / name,
         "--accelerator",
         "cpu",
-        "--quiet",
+        *(["--quiet"] if quiet else []),
         *more,
     )
 
@@ -71,21 +80,117 @@ def engines_below(process):
     return [one for one in below if one.name().startswith("ray::Worker")]
 
 
+def until(condition, *, at_most_s=120.0):
+    end_s = time.monotonic() + at_most_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
 def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def address():
+    """A Ray cluster of one node, which the tests of this module share."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    yield cluster.address
+    cluster.shutdown()
+
+
 @pytest.mark.slow
-def test_workers_that_are_killed_cost_no_answer_and_no_token(job):
-    process = begun(words(job, "killed", "--ray", "--workers", "2"))
-    output = job / "killed" / "outputs.jsonl"
-    wait_for(lambda: output.is_file() and output.stat().st_size, process)
-    os.kill(engines_below(process)[0].pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert tokens(job / "killed") == tokens(job / "alone")  # `outputs` refuses a name that comes twice
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Ray Data interrupts its threads
+def test_the_pipeline_of_ray_data_in_the_readme_gives_the_answers_of_a_job(job, address, tmp_path):
+    import ray
+    from pyarrow import parquet
+
+    (code,) = re.findall(r"```python\n(import ray\n.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [json.loads(line) for line in (job / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
+    rows = [{"custom_id": line["custom_id"], **line["body"]} for line in lines]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
+    for name, path in {
+        "requests.parquet": tmp_path / "requests.parquet",
+        "path/to/checkpoint": MODEL_DIR,
+        "policy.json": job / "policy.json",
+        "answers/": tmp_path / "answers",
+    }.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(path)))
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exec(code.replace("concurrency=2", "concurrency=1"), {})
+    finally:
+        ray.shutdown()
+    made = parquet.read_table(tmp_path / "answers").to_pylist()
+    alone = tokens(job / "alone")
+    assert {row["custom_id"]: row["token_ids"] for row in made} == {
+        row["custom_id"]: alone[row["custom_id"]] for row in rows
+    }
+    assert all(row["text"] and not row["error"] for row in made)
+
+
+def kill_at_random(output, rng):
+    """Once there is an answer, kill one of the workers below this process."""
+    until(lambda: output.is_file() and output.stat().st_size)
+    rng.choice(engines_below(psutil.Process())).kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3])
+def test_workers_that_are_killed_at_random_and_by_a_request_cost_no_other_answer(
+    job, address, capsys, monkeypatch, seed
+):
+    rng = random.Random(seed)
+    alone = tokens(job / "alone")
+    deadly = rng.choice(list(alone))
+
+    def run_or_die(worker, requests):
+        if any(request.name == deadly for request in requests):
+            os.kill(os.getpid(), signal.SIGKILL)
+        worker_module.Worker._run(worker, requests)
+
+    monkeypatch.setattr(members, "Worker", type("Worker", (worker_module.Worker,), {"_run": run_or_die}))
+    killer = threading.Thread(target=kill_at_random, args=(job / "killed" / "outputs.jsonl", rng))
+    killer.start()
+    code = exit_code(words(job, "killed", "--ray", address, "--workers", "2", quiet=False))
+    killer.join()
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    made = outputs(job / "killed")  # which refuses a name that comes twice
+    error = made.pop(deadly)["error"]["message"]
+    assert error.startswith("left out: 2 engines died with it, the last one of it alone")
+    assert {name: tokens_of(item) for name, item in made.items()} == {k: v for k, v in alone.items() if k != deadly}
+    assert f"{COUNT - 1} answered, 1 failed, left out: {deadly}" in captured.out
+    ready = re.findall(r"worker (\d) on \S+ runs policy.json \(for ", captured.err)
+    check_records(job / "killed", deadly, set(map(int, ready)))
+
+
+def check_records(folder, deadly, ready):
+    """What the run.json and the trace of the fleet tell, and what `hrm validate` makes of them."""
+    record = read_record(folder)
+    assert isinstance(record, FleetRecord)
+    assert record.given_up == [deadly]
+    assert (record.requests, record.failed_requests) == (COUNT - 1, 1)
+    assert {one.worker for one in record.workers} == ready
+    assert sum(one.outcome == "died" for one in record.workers) in (2, 3)  # one may be killed while it loads
+    assert sum(one.requests for one in record.workers) == record.requests
+    assert sum(one.generated_tokens for one in record.workers) == record.generated_tokens
+    told = {one.worker: one.run for one in record.workers if one.run is not None}
+    validation = validate_fleet(record)
+    assert validation.workers.keys() == told.keys()
+    for number, run in told.items():
+        assert run == read_run(folder, number)
+        assert run.totals.requests <= next(one.requests for one in record.workers if one.worker == number)
+        assert validation.workers[number].tokens_per_s.predicted > 0
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] // 1000 for event in events if event["ph"] == "X"} == told.keys()
 
 
 @pytest.mark.slow
@@ -159,7 +264,7 @@ def test_a_worker_tells_what_ends_and_what_breaks_it(monkeypatch):
     done = threading.Event()
 
     class Broken:
-        def run(self, requests, sink):
+        def run(self, requests, sink, ended):
             done.set()
             raise ValueError("out of luck")
 

@@ -34,7 +34,7 @@ OTHERS = {
     "zip": (zipped(), "zip", "unzip"),
     "bzip2": (bz2.compress(LINES.encode()), "bzip2", "bunzip2"),
     "xz": (lzma.compress(LINES.encode()), "xz", "unxz"),
-    "parquet": (parquet(), "parquet", "JSON lines"),
+    "parquet": (parquet(), "must be parquet that can be read", "write it again"),
     "utf-16": (LINES.encode("utf-16"), "UTF-16", "iconv -f UTF-16"),
     "utf-16 without a mark": (LINES.encode("utf-16-le"), "UTF-16", "iconv"),
     "utf-16 the other way": (LINES.encode("utf-16-be"), "UTF-16", "iconv"),

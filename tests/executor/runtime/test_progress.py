@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.batching import Request, pack
+from executor.batching import Completion, Request, pack
 from executor.cli import progress as progress_module
 from executor.cli.progress import Meter, format_countdown
 from executor.engine import Engine
@@ -39,6 +39,7 @@ def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
     job: Any = SimpleNamespace(
         stage="loading weights",
         generator=None,
+        elsewhere=False,
         phase=None,
         total_requests=20,
         done_requests=4,
@@ -83,6 +84,20 @@ def test_text_of_a_model_that_is_fetched_and_then_read(clock):
     ):
         progress.fetched(done, 4 * 10**9)
         assert meter.text() == said
+
+
+def test_text_of_a_job_that_is_run_elsewhere(clock):
+    requests = [Request(f"r{index}", (1, 2), SamplingParams(max_tokens=8)) for index in range(4)]
+    progress = JobProgress(stage="running on 2 workers", total_requests=4)
+    for request in requests:
+        progress.wanted.add(request)
+    meter = Meter(progress)
+    assert meter.text() == "running on 2 workers · 0/4 requests"
+    clock.s, progress.elsewhere = 60.0, True  # loading does not count
+    assert meter.text() == "running on 2 workers · 0/4 requests"
+    clock.s = 70.0
+    progress.end_elsewhere(Completion(requests[0], (1,) * 8, "length"))
+    assert meter.text() == "running on 2 workers · 1/4 requests · 1 tokens/s · 0:30 left"
 
 
 @given(predicted_s=st.floats(1, 1e6), slower=st.floats(0.05, 20), shares=st.tuples(*[st.floats(0, 1)] * 2))
