@@ -20,12 +20,12 @@ from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
 from hrm.contract.cublas import cap_workspaces
 from hrm.contract.lane_threads import lane_threads
+from hrm.contract.launches import GROUPED_CAPABILITIES
 from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
 FLASH_CAPABILITY: Final = (8, 0)
-GROUPED_CAPABILITIES: Final = (9, 10)  # elsewhere torch's grouped GEMM reads its offsets back
 
 
 @final
