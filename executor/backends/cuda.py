@@ -129,13 +129,13 @@ class CudaBackend(AbstractBackend):
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor on the device or in the host's memory."""
         if level is Device.CPU:
-            return self._host.allocate(num_bytes)
+            return self._host.allocate(num_bytes, self.told)
         self._take(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Register the memory with the driver."""
-        pinned = self._host.pin(memory)
+        pinned = self._host.pin(memory, self.told)
         if not pinned:
             with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
                 torch.zeros(1, device=self._device)
