@@ -30,15 +30,20 @@ FLASH_CAPABILITY: Final = (8, 0)
 
 @final
 class CudaMark(AbstractMark):
-    """An event that tells the time; who waits for it sleeps."""
+    """An event that tells the time; who waits for it sleeps.
+
+    Threads that wait have no device of their own: without one, the runtime makes a context on the first.
+    """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._device = stream.device
         self.event = torch.cuda.Event(enable_timing=True, blocking=True)
         self.event.record(stream)
 
     def synchronise(self) -> None:
         """The interpreter's lock is free meanwhile."""
-        self.event.synchronize()
+        with torch.cuda.device(self._device):
+            self.event.synchronize()
 
     def seconds_since(self, earlier: "CudaMark") -> float:
         """By the device's clock."""
@@ -173,9 +178,9 @@ class CudaBackend(AbstractBackend):
         It is allocated for the stream that computes, so that stream alone gets it from then on.
         """
         self.synchronise()
-        torch.cuda.empty_cache()
         # Leaving a stream sets the device that was current before: it must not be another one.
         with torch.cuda.device(self._device), torch.cuda.stream(self._streams[Lane.GPU].stream):
+            torch.cuda.empty_cache()
             reserved = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
         del reserved
         torch.cuda.reset_peak_memory_stats(self._device)

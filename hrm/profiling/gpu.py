@@ -104,7 +104,8 @@ class CudaGpu(AbstractGpu):
 
     def memory_bytes(self) -> tuple[int, int]:
         """As the driver counts it, so that other processes' memory is not free."""
-        torch.cuda.empty_cache()
+        with torch.cuda.device(self.device):  # else it makes a context on the first card, too
+            torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:

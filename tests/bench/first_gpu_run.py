@@ -31,6 +31,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from subprocess import TimeoutExpired, run
 from typing import Final
@@ -55,6 +56,7 @@ STAGES: Final = {
     "whole": 190.0,
     "transformers": 70.0,
     "s4": 60.0,
+    "ranks": 55.0,
     "operators": 25.0,
     "report": 15.0,
 }
@@ -73,8 +75,9 @@ def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
         "whole": runs.whole,
         "transformers": runs.transformers,
         "s4": runs.s4,
+        "ranks": checks.ranks,
         "operators": operators.operators,
-        "report": lambda setting, _: print(report.write(setting.folder)),
+        "report": lambda setting, figures: print(report.write(setting.folder), file=figures.out),
     }[stage]
 
 
@@ -108,7 +111,8 @@ def one(options: argparse.Namespace) -> int:
     host = parse_bytes(options.host_memory, "--host-memory") if options.host_memory else None
     figures = Figures(options.out, options.stage)
     try:
-        work_of(options.stage)(RunSetting(suite=suite, host_memory_bytes=host), figures)
+        with redirect_stdout(sys.stderr):  # what others print goes to the log
+            work_of(options.stage)(RunSetting(suite=suite, host_memory_bytes=host), figures)
     except Exception as error:  # noqa: BLE001 - told among the figures, and in full in the log
         traceback.print_exc()
         print(getattr(error, "chart", ""), file=sys.stderr)

@@ -74,7 +74,7 @@ def test_without_time_the_rest_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(first_gpu_run, "run", stage)
     assert first_gpu_run.main([*EMULATED, "--out", str(tmp_path), "--budget-seconds", "30"]) == 1
     assert begun == ["facts", "operators", "report"], "what is short and needs no other"
-    assert sum(first_gpu_run.STAGES.values()) < 1.5 * first_gpu_run.BUDGET_S
+    assert sum(first_gpu_run.STAGES.values()) < 1.6 * first_gpu_run.BUDGET_S
 
 
 def test_a_stage_that_fails_says_so_among_the_figures(tmp_path, capsys):
@@ -88,12 +88,13 @@ def test_a_stage_that_fails_says_so_among_the_figures(tmp_path, capsys):
 
 def test_of_the_tests_at_most_forty_are_chosen_and_each_pattern_is_of_some(tmp_path):
     """As pytest collects them, on any machine."""
-    for chosen in (checks.ON_A_CARD, checks.ELSEWHERE):
+    ranks = (checks.RANKS_ON_A_CARD, checks.RANKS_ELSEWHERE)
+    for chosen in (checks.ON_A_CARD, checks.ELSEWHERE, *ranks):
         figures = Figures(tmp_path, "tests")
         reporter = checks.Reporter(figures, {pattern for patterns in chosen.values() for pattern in patterns})
         code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *chosen], plugins=[reporter])
         assert code == 0
-        assert len(reporter.kept) in range(9, 41)
+        assert len(reporter.kept) in range(4 if chosen in ranks else 9, 41)
     assert not [name for name in latest(tmp_path) if name.startswith("no test is")]
 
 

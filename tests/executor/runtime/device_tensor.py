@@ -49,6 +49,7 @@ class DeviceTensor(Tensor):
 
     inner: Tensor
     device: torch.device = DEVICE
+    is_cuda: bool = True
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     def __new__(cls, inner: Tensor) -> Self:

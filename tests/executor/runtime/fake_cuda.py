@@ -5,7 +5,7 @@ at once; what it copies without waiting is copied late, by its stream.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -42,8 +42,19 @@ class FakeCuda:
 
     def __init__(self, fake: FakeDevice, capability: tuple[int, int]) -> None:
         major, minor = capability
-        properties = SimpleNamespace(name="none", major=major, minor=minor, total_memory=TOTAL_BYTES)
-        default = SimpleNamespace(queue=fake.stream())
+        properties = SimpleNamespace(
+            name="none", major=major, minor=minor, total_memory=TOTAL_BYTES, uuid="GPU-none", is_integrated=0
+        )
+        default = SimpleNamespace(queue=fake.stream(), device=DEVICE)
+
+        def on_this_card() -> None:
+            assert getattr(fake.current, "card", None) == DEVICE, "a context would be made on another card"
+
+        @contextmanager
+        def on(card: torch.device) -> Iterator[None]:
+            before, fake.current.card = getattr(fake.current, "card", None), card
+            yield
+            fake.current.card = before
 
         class Event:
             def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
@@ -54,6 +65,7 @@ class FakeCuda:
                 self.mark = stream.queue.mark()
 
             def synchronize(self) -> None:
+                on_this_card()
                 self.mark.synchronise()
 
             def elapsed_time(self, end_event: Any) -> float:
@@ -62,10 +74,10 @@ class FakeCuda:
         class Stream:
             def __init__(self, *, device: torch.device) -> None:
                 assert device == DEVICE
-                self.queue = fake.stream()
+                self.queue, self.device = fake.stream(), device
 
             def wait_event(self, event: Event) -> None:
-                event.synchronize()  # what a lane computes next is computed at once
+                event.mark.synchronise()  # what a lane computes next is computed at once
 
             def synchronize(self) -> None:
                 self.queue.mark().synchronise()
@@ -86,9 +98,15 @@ class FakeCuda:
         self.get_device_properties = lambda _: properties
         self.mem_get_info = lambda _: (TOTAL_BYTES, TOTAL_BYTES)
         self.memory_stats = lambda _: {}
-        self.set_device = self.reset_peak_memory_stats = lambda _: None
-        self.empty_cache, self.device = lambda: None, lambda _: nullcontext()
-        registrar = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+        self.set_device = lambda card: setattr(fake.current, "card", card)
+        self.reset_peak_memory_stats = lambda _: None
+        self.empty_cache, self.device = on_this_card, on
+
+        def register(*_: int) -> int:
+            on_this_card()
+            return 0
+
+        registrar = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=register)
         self.cudart = lambda: registrar
 
 
