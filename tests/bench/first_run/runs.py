@@ -30,10 +30,16 @@ BATCHES: Final = (512, 1024)  # of transformers
 
 
 def plan(setting: RunSetting) -> tuple[Machine, RunSetting]:
-    """What is planned for, with the memory that was found to be there."""
+    """What is planned for, with the memory that was found to be there; torch is held to the cap on the card's."""
     known = latest(setting.folder)
     free = known.get("gpu", {}).get("free_bytes")
     suite = setting.planned_with(int(known["host touched"]["bytes"]), free)
+    if not suite.emulated:  # as the other side is, which has no other cap
+        import torch
+
+        total = torch.cuda.get_device_properties(suite.accelerator).total_memory
+        share = suite.scale.gpu_memory_bytes[CAP] / total
+        torch.cuda.set_per_process_memory_fraction(share, suite.accelerator)
     return machine_of(suite, CAP), replace(setting, suite=suite)
 
 
