@@ -8,6 +8,11 @@ from hrm.policy import ScheduleName
 from tests.bench import first_gpu_run
 from tests.bench.first_run import checks
 from tests.bench.first_run.figures import Figures, closed_gates, latest
+from tests.bench.first_run.setting import RunSetting
+from tests.bench.suite.setting import SCALES, Setting
+from tests.executor.runtime.device_tensor import WithDevice
+from tests.executor.runtime.fake_cuda import ACCELERATOR, TOTAL_BYTES, installed
+from tests.executor.runtime.queued_backend import kernels_named
 from tests.hrm.profiling.fakes import small_sizes
 
 EMULATED = ("--scale", "small", "--accelerator", "emulated")
@@ -38,6 +43,26 @@ def test_stages_answer_their_questions_in_few_files(folder):
     files = list(folder.iterdir())
     assert len(files) <= 8 - 1, "and the log"
     assert all(file.stat().st_size < 2**20 for file in files)
+
+
+def test_a_card_is_asked_rightly(tmp_path, monkeypatch):
+    """What only runs with one, on one that is none, at the small scale."""
+    from tests.bench.first_run import machine, operators
+
+    setting = RunSetting(suite=Setting(accelerator=ACCELERATOR, scale=SCALES["small"], results=tmp_path))
+    figures = Figures(tmp_path, "host")
+    monkeypatch.setattr(operators, "REPEATS", 1)
+    with installed((9, 0)), WithDevice():
+        monkeypatch.setattr(operators, "kernels_of", lambda _: kernels_named("fast"))
+        for stage in (machine.facts, machine.host, operators.operators):
+            stage(setting, figures)
+    known = latest(tmp_path)
+    assert closed_gates(tmp_path) == []
+    assert known["gpu"]["free_bytes"] == known["gpu"]["total_bytes"] == TOTAL_BYTES
+    for name in ("link, registered", "link, cudaHostAlloc"):
+        assert known[name].keys() == {"h2d", "d2h"}
+    asked = {"gate: pinning", "pinning", "link, both ways at once", "wake-up", "flash prefill, 128 tokens each"}
+    assert {*asked, "flash decode, 84 requests", "grouped product, 21 rows"} <= known.keys()
 
 
 def test_report_says_that_nothing_is_of_a_gpu_and_tells_every_run(folder):
