@@ -180,8 +180,10 @@ class Generator(AbstractGenerator):
             torch.set_num_threads(threads)
             computing = [lane for lane in (Lane.GPU, Lane.CPU) if lane not in backend.streams]
             settle_choices(arch.spec, getattr(torch, self.policy.dtype), map(backend.lane_threads, computing))
-            alternative = staged.policy if staged else None
-            host = HostArenas.allocate(backend, arch.spec, planned.policy, alternative, batches=self.num_stages)
+            alternative, batches = staged.policy if staged else None, self.num_stages
+            host = HostArenas.allocate(
+                backend, arch.spec, planned.policy, alternative, batches=batches, loading=loading
+            )
             memory = allocate(backend, arch, host)
             memory.weights.load(
                 source, family, backend, loading, whole=arch.whole, rank=arch.rank, first_layer=arch.first_layer

@@ -14,10 +14,26 @@ READERS: Final = 4  # so many reads under way keep an NVMe disk busy
 
 @dataclass(slots=True)
 class Loading:
-    """Bytes of weights that are here or in their places, of all; read by live displays in another thread."""
+    """What of a model or of its memory is done, in bytes of all; read by live displays in another thread.
+
+    `stage` says in words what is being done, where that is more than the job's own stage.
+    """
 
     total_bytes: int = 0
     done_bytes: int = 0
+    stage: str = ""
+
+    def begin(self, stage: str, total_bytes: int) -> None:
+        """Have another stage begin."""
+        self.stage, self.done_bytes, self.total_bytes = stage, 0, total_bytes
+
+    def end(self) -> None:
+        """Have nothing be under way any more."""
+        self.begin("", 0)
+
+    def add(self, num_bytes: int) -> None:
+        """Have so much more be done."""
+        self.done_bytes += num_bytes
 
     def set(self, done_bytes: int, total_bytes: int) -> None:
         """Have it be so far."""
@@ -36,7 +52,7 @@ class Target:
 
 def fill(places: Sequence[Target], read: Callable[[Target], None], loading: Loading) -> None:
     """Have each of the places read by one of READERS threads; raises what the first to fail does."""
-    loading.set(0, sum(place.flat.nbytes for place in places))
+    loading.begin("loading weights", sum(place.flat.nbytes for place in places))
     left, lock = iter(places), Lock()
     failures: list[BaseException] = []
 
@@ -52,7 +68,7 @@ def fill(places: Sequence[Target], read: Callable[[Target], None], loading: Load
                 failures.append(error)
                 return
             with lock:
-                loading.done_bytes += place.flat.nbytes
+                loading.add(place.flat.nbytes)
 
     # Daemons: Ctrl-C must not wait until all is read.
     threads = [Thread(target=work, name=f"reader {index}", daemon=True) for index in range(READERS)]

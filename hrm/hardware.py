@@ -47,7 +47,8 @@ class Processor:
     `launch_latency_s` what one more kernel or operator costs however small it is. Where requests
     are attended to one by one, `attention_request_s` is what each costs besides; where a batch is
     one kernel there is none. `fuses_operators` says that all experts of a layer are one kernel,
-    and so is each norm and rotary embedding. `native_up_to` keeps up to which size a runtime's own
+    and so is each norm and rotary embedding, and `groups_experts` that all experts are a few, as on
+    GPUs with a grouped GEMM. `native_up_to` keeps up to which size a runtime's own
     kernels did each kind of work, and torch what is larger, so that runs choose alike.
     """
 
@@ -57,6 +58,7 @@ class Processor:
     attention_bytes_per_s: Rate | None = None
     attention_request_s: Figure | None = None
     fuses_operators: bool = False
+    groups_experts: bool = False
     native_up_to: dict[str, int] = field(default_factory=dict[str, int])
     launch_latency_s: Figure
 

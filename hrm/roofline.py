@@ -35,7 +35,7 @@ def operator_seconds(
         work = work + operator.requests * processor.attention_request_s.value
     launches = operator.launches
     if not (fused or processor.fuses_operators):
-        launches = launches + operator.unfused_launches
+        launches = launches + operator.unfused_launches - processor.groups_experts * operator.saved_by_grouping
         if writes_out:
             moved = sum(kernel.written_out_bytes for kernel in operator.kernels)
             work = work + moved / level.read_bytes_per_s.at()

@@ -3,9 +3,9 @@
 import mmap
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeVar, final
@@ -19,7 +19,7 @@ from executor.native import kernels
 from hrm.contract.pacing import Waits
 from hrm.hardware import Link
 from hrm.profiling import environment
-from hrm.profiling.pinned import touched
+from hrm.profiling.pinned import Told, nobody, touched
 from hrm.tasks import Device, Lane
 from hrm.units import MIB
 
@@ -44,8 +44,8 @@ class AbstractBackend(ABC):
     `description` says in words what the run runs on, and `library_bytes` what libraries hold of the
     GPU's memory beside all that is planned; the paces are those that an emulated link is held to.
     `streams` are of the lanes whose tasks are queued on a device, and `gpu_kernels` compute on the
-    GPU's level. `waits` are what lanes sleep in where time is
-    emulated.
+    GPU's level. `waits` are what lanes sleep in where time is emulated. `told` is called with the bytes of every piece
+    of the host's memory that `allocate` has touched or `pin` has pinned, see `telling`.
     """
 
     name: str
@@ -56,6 +56,7 @@ class AbstractBackend(ABC):
     streams: Mapping[Lane, AbstractStream] = MappingProxyType({})
     gpu_kernels: AbstractKernels = CpuKernels()
     waits: Waits | None = None
+    told: Told = staticmethod(nobody)
 
     @abstractmethod
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
@@ -109,6 +110,16 @@ class AbstractBackend(ABC):
         return None
 
     @final
+    @contextmanager
+    def telling(self, told: Told) -> Generator[None]:
+        """Within it, `told` is called while large memory is made ready."""
+        self.told = told
+        try:
+            yield
+        finally:
+            self.told = nobody
+
+    @final
     def enter_lane(self, lane: Lane) -> None:
         """Called once in the lane's own thread before its first task."""
         torch.set_num_threads(self.lane_threads(lane))
@@ -156,17 +167,17 @@ def in_thread_of_its_own(work: Callable[[], T]) -> T:
     return done.result()
 
 
-def host_memory(num_bytes: int) -> torch.Tensor:
+def host_memory(num_bytes: int, told: Told = nobody) -> torch.Tensor:
     """A flat uint8 tensor of zeros, in the largest pages that the system has, all of which are there.
 
     A core reads through memory a tenth faster if it need not look up a page every 4 KiB.
     """
     if num_bytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return touched(torch.zeros(num_bytes, dtype=torch.uint8))
+        return touched(torch.zeros(num_bytes, dtype=torch.uint8), told)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return touched(torch.frombuffer(memory, dtype=torch.uint8))
+    return touched(torch.frombuffer(memory, dtype=torch.uint8), told)
 
 
 def usable_cores() -> int:

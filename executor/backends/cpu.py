@@ -29,7 +29,7 @@ class CpuBackend(AbstractBackend):
 
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:  # noqa: ARG002
         """A flat uint8 tensor; there is no cap besides the machine's."""
-        return host_memory(num_bytes)
+        return host_memory(num_bytes, self.told)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:  # noqa: ARG002
         """Copy within the host's memory."""
@@ -85,7 +85,7 @@ class EmulatedBackend(AbstractBackend):
                     "lower the policy's needs or raise --gpu-memory",
                 )
             self._free_bytes -= num_bytes
-        return host_memory(num_bytes)
+        return host_memory(num_bytes, self.told)
 
     def transfer(self, lane: Lane, copies: Sequence[Copy]) -> int:
         """Copy, and take as long as the lane's link would, or the copy if that is longer."""

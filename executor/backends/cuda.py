@@ -20,25 +20,30 @@ from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
 from hrm.contract.cublas import cap_workspaces
 from hrm.contract.lane_threads import lane_threads
+from hrm.contract.launches import GROUPED_CAPABILITIES
 from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
 FLASH_CAPABILITY: Final = (8, 0)
-GROUPED_CAPABILITIES: Final = (9, 10)  # elsewhere torch's grouped GEMM reads its offsets back
 
 
 @final
 class CudaMark(AbstractMark):
-    """An event that tells the time; who waits for it sleeps."""
+    """An event that tells the time; who waits for it sleeps.
+
+    Threads that wait have no device of their own: without one, the runtime makes a context on the first.
+    """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._device = stream.device
         self.event = torch.cuda.Event(enable_timing=True, blocking=True)
         self.event.record(stream)
 
     def synchronise(self) -> None:
         """The interpreter's lock is free meanwhile."""
-        self.event.synchronize()
+        with torch.cuda.device(self._device):
+            self.event.synchronize()
 
     def seconds_since(self, earlier: "CudaMark") -> float:
         """By the device's clock."""
@@ -129,13 +134,13 @@ class CudaBackend(AbstractBackend):
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor on the device or in the host's memory."""
         if level is Device.CPU:
-            return self._host.allocate(num_bytes)
+            return self._host.allocate(num_bytes, self.told)
         self._take(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Register the memory with the driver."""
-        pinned = self._host.pin(memory)
+        pinned = self._host.pin(memory, self.told)
         if not pinned:
             with suppress(RuntimeError):  # the next kernel reports CUDA's last error, once
                 torch.zeros(1, device=self._device)
@@ -173,9 +178,9 @@ class CudaBackend(AbstractBackend):
         It is allocated for the stream that computes, so that stream alone gets it from then on.
         """
         self.synchronise()
-        torch.cuda.empty_cache()
         # Leaving a stream sets the device that was current before: it must not be another one.
         with torch.cuda.device(self._device), torch.cuda.stream(self._streams[Lane.GPU].stream):
+            torch.cuda.empty_cache()
             reserved = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=self._device)
         del reserved
         torch.cuda.reset_peak_memory_stats(self._device)

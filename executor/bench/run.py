@@ -1,8 +1,9 @@
 """A policy under several schedules, on prompts of random tokens."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -17,6 +18,7 @@ from executor.errors import JobError
 from executor.generate import AbstractGenerator, Generator
 from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
 from executor.job.report import Totals, run_record
+from executor.loading import Loading
 from executor.null_generator import NullGenerator
 from executor.sampling import SamplingParams
 from hrm.acts.decode import CPU_EXPERTS
@@ -39,12 +41,14 @@ class Bench:
 
     `policy_file` is what is run, cut to the layers asked for; `predicted` is it at the lengths of
     the requests. If the machine does not pin as much as planned, both are of what is then run, and
-    `tell` is called with a line about it. Raises HrmError if model and policy do not go together,
-    or if no policy fits.
+    `tell` is called with a line about it. `loading` tells how far memory and weights are that runs start with. Raises
+    HrmError if model and policy do not go together, or if no policy fits.
     """
 
-    def __init__(self, options: BenchOptions, tell: Callable[[str], object] = lambda _: None) -> None:
-        self._options, self._tell = options, tell
+    def __init__(
+        self, options: BenchOptions, tell: Callable[[str], object] = lambda _: None, loading: Loading | None = None
+    ) -> None:
+        self._options, self._tell, self._loading = options, tell, loading or Loading()
         self._told: set[str] = set()
         self.model = options.model if isinstance(options.model, str) else options.model.name
         with ExitStack() as stack:
@@ -57,12 +61,14 @@ class Bench:
         self.policy_file = replace(self.policy_file, workload=workload_of(options, usual))
         self.predicted = self.estimate(self.policy_file.policy)
         self._first: float | None = None
+        self._before: BenchRun | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the checkpoint."""
+        """Close the checkpoint, and let go of what was loaded."""
+        self._before = None
         self._stack.close()
 
     @property
@@ -80,13 +86,23 @@ class Bench:
         return (self.policy_file.policy.schedule,)
 
     def row(self, schedule: ScheduleName) -> BenchRow:
-        """Run all repeats under a schedule."""
-        with self.start(schedule) as run:
+        """Run all repeats under a schedule, on the weights of the row before if they are where it needs them."""
+        with self._ready(schedule) as run:
             for _repeat in range(self._options.repeats):
                 run.repeat()
             row = run.row()
         self._first = row.tokens_per_s if self._first is None else self._first
         return replace(row, ratio=row.tokens_per_s / self._first)
+
+    def _ready(self, schedule: ScheduleName) -> "BenchRun":
+        if self._before is not None:
+            with suppress(PolicyError):
+                return self._before.under(schedule)
+            self._before = None
+            gc.collect()  # the host may not have room for both
+        run = self.start(schedule)
+        self._before = run if run.computes else None
+        return run
 
     def start(self, schedule: ScheduleName, *, gen_len: int | None = None, max_spans: int = 0) -> "BenchRun":
         """Load the weights and get ready to run repeats one by one, say in turn with another's.
@@ -108,8 +124,10 @@ class Bench:
                 family=self._family,
                 source=self._source,
                 staged=prepared.staged,
+                loading=self._loading,
                 max_spans=max_spans,
             )
+            self._loading.end()
         if generator.policy.staging != policy.staging:
             self.policy_file = as_run(self.policy_file, generator.policy, generator.pageable)
             self.predicted = self.estimate(self.policy_file.policy, pageable=generator.pageable)
@@ -179,6 +197,11 @@ class BenchRun:
         self._started, self._runs = datetime.now(UTC), list[Totals]()
         self._checksums = set[int]()
         self.spans: tuple[Span, ...] = ()
+
+    @property
+    def computes(self) -> bool:
+        """Whether there are weights, and tokens come of them."""
+        return not isinstance(self._generator, NullGenerator)
 
     @property
     def load_s(self) -> float:

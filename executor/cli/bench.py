@@ -83,6 +83,8 @@ def bench(
     The first schedule's run is laid beside its prediction.
     """
     from executor.bench import Bench, BenchOptions
+    from executor.cli.progress import live_progress, say
+    from executor.job import JobProgress
 
     options = BenchOptions(
         model=model,
@@ -98,17 +100,24 @@ def bench(
         seed=seed,
         accelerator=accelerator,
     )
-    with Bench(options, tell=lambda line: click.echo(line, err=True)) as ready:
+    progress = JobProgress()
+    with Bench(options, say, progress.loading) as ready:
+
+        def row(schedule: ScheduleName) -> "BenchRow":
+            progress.stage = f"running {schedule.value}"
+            with live_progress(progress, quiet=False):
+                return ready.row(schedule)
+
         if as_json:
             from hrm.cli.console import print_json
 
-            rows = [ready.row(schedule).to_json() for schedule in ready.schedules]
+            rows = [row(schedule).to_json() for schedule in ready.schedules]
             print_json({**plan_json(ready), "repeats": repeats, "rows": rows})
             return
         click.echo(headline(ready, repeats))
         shown: list[BenchRow] = []
         for schedule in ready.schedules:
-            shown.append(ready.row(schedule))
+            shown.append(row(schedule))
             click.echo(line_of(shown[-1]))
     from hrm.cli.validate import print_validation
 

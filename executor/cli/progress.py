@@ -36,7 +36,7 @@ class Meter:
         """Phase, requests done, tokens a second, time left and busy lanes, in one line."""
         progress, now_s = self._progress, time.monotonic()
         phase = progress.phase
-        stage = progress.stage
+        stage = self._stage
         if phase is not None:
             stage += f", {phase.value} {progress.share_of_batch:.0%}"
         parts = [stage]
@@ -57,6 +57,12 @@ class Meter:
         return " · ".join([*parts, f"busy: {busy}"] if busy else parts)
 
     @property
+    def _stage(self) -> str:
+        """What is being done: what loading says, until there is a generator."""
+        of_loading = self._progress.loading.stage if self._progress.generator is None else ""
+        return of_loading or self._progress.stage
+
+    @property
     def share(self) -> float:
         """From 0 to 1: how much of the weights is loaded, and then how much of the job is done."""
         loading = self._progress.loading
@@ -69,8 +75,8 @@ class Meter:
         loading = self._progress.loading
         if not loading.total_bytes:
             return []
-        if self._loading != self._progress.stage:
-            self._loading, self._loading_s, self._loaded_bytes = self._progress.stage, now_s, loading.done_bytes
+        if self._loading != self._stage:
+            self._loading, self._loading_s, self._loaded_bytes = self._stage, now_s, loading.done_bytes
         rate = (loading.done_bytes - self._loaded_bytes) / max(now_s - self._loading_s, 1.0)
         parts = [f"{format_bytes(loading.done_bytes)} of {format_bytes(loading.total_bytes)}"]
         if rate:

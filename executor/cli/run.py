@@ -125,7 +125,8 @@ def run(
     are tried again. Model, dtype, --seed and the requests answered must be the same as then.
 
     A policy for several GPUs in tensor parallel is run by a process for each, on its share of the cores,
-    which are started here, or by torchrun --no-python --nproc-per-node N executor run .... When one of
+    which are started here, or by torchrun --no-python --nproc-per-node N executor run .... --accelerator cuda:0,2
+    names the devices of the ranks; those that share one, as with cuda:0,0, sum up through the host. When one of
     them fails, or does not come to where the others wait for it within EXECUTOR_RANK_TIMEOUT seconds,
     30 by default, all end, and what was finished is kept.
 

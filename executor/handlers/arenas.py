@@ -12,6 +12,7 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.errors import RunError
+from executor.loading import Loading
 from hrm.buffers import Needs, Purpose, by_purpose
 from hrm.memory import ALWAYS_PINNED, PINNED_IF_THERE_IS_ROOM
 from hrm.model_spec import ModelSpec
@@ -37,33 +38,44 @@ class HostArenas:
 
     @staticmethod
     def allocate(
-        backend: AbstractBackend, spec: ModelSpec, policy: Policy, staged: Policy | None = None, *, batches: int = 1
+        backend: AbstractBackend,
+        spec: ModelSpec,
+        policy: Policy,
+        staged: Policy | None = None,
+        *,
+        batches: int = 1,
+        loading: Loading | None = None,
     ) -> "HostArenas":
-        """Allocate all of it, each purpose as large as planned for so many batches under way.
+        """Allocate all of it, each purpose as large as planned for so many batches under way; `loading` tells how far.
 
         `staged` is the policy to run if not all can be pinned and `policy` does not stage. Raises
         RunError if there is none, or if not even what is always pinned can be.
         """
-        needs = Needs.of_policy(spec, policy, batches=batches)
-        memory = {buffer.purpose: backend.allocate(buffer.level, buffer.num_bytes) for buffer in needs.on_host()}
-        if policy.staging:
-            return _staging(backend, policy, needs, memory)
-        crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, Purpose.WEIGHTS)]
-        if all(backend.pin(arena) for arena in crossing):
-            return HostArenas(policy, needs, memory)
-        wanted = format_bytes(_size(crossing))
-        if staged is None:
-            raise _too_much(wanted, "with hrm search --staging")
-        for arena in crossing:
-            backend.unpin(arena)
-        needs = Needs.of_policy(spec, staged, batches=batches)
-        ring = memory[Purpose.STAGING] = backend.allocate(Device.CPU, by_purpose(needs.on_host())[Purpose.STAGING])
-        notice = (
-            f"the system does not pin all {wanted} of host memory that cross the link: weights "
-            f"({format_bytes(memory[Purpose.WEIGHTS].nbytes)}) are staged through {format_bytes(ring.nbytes)} "
-            "of pinned memory"
-        )
-        return _staging(backend, staged, needs, memory, notice)
+        loading, needs = loading or Loading(), Needs.of_policy(spec, policy, batches=batches)
+        with backend.telling(loading.add):
+            loading.begin("taking memory", sum(buffer.num_bytes for buffer in needs.on_host()))
+            memory = {buffer.purpose: backend.allocate(buffer.level, buffer.num_bytes) for buffer in needs.on_host()}
+            weights = () if policy.staging else (Purpose.WEIGHTS,)
+            crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, *weights)]
+            loading.begin("pinning memory", _size(crossing))
+            if policy.staging:
+                return _staging(backend, policy, needs, memory)
+            if all(backend.pin(arena) for arena in crossing):
+                return HostArenas(policy, needs, memory)
+            wanted = format_bytes(_size(crossing))
+            if staged is None:
+                raise _too_much(wanted, "with hrm search --staging")
+            for arena in crossing:
+                backend.unpin(arena)
+            needs = Needs.of_policy(spec, staged, batches=batches)
+            room = by_purpose(needs.on_host())[Purpose.STAGING]
+            ring = memory[Purpose.STAGING] = backend.allocate(Device.CPU, room)
+            notice = (
+                f"the system does not pin all {wanted} of host memory that cross the link: weights "
+                f"({format_bytes(memory[Purpose.WEIGHTS].nbytes)}) are staged through {format_bytes(ring.nbytes)} "
+                "of pinned memory"
+            )
+            return _staging(backend, staged, needs, memory, notice)
 
 
 def _staging(

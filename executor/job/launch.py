@@ -11,7 +11,7 @@ from executor.generate import AbstractGenerator
 from executor.group.cores import own_cores, started_by_torchrun
 from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, prepare
 from executor.job.model import OpenModel
-from executor.job.rank import RankJob, RankReport
+from executor.job.rank import RankJob, RankReport, for_rank
 from executor.loading import Loading
 from executor.ranks.generator import RankedGenerator, Ranks
 from executor.ranks.messages import telling
@@ -72,7 +72,8 @@ def launching(options: AcceleratorOptions, model: OpenModel, gpus: int | None) -
         return
     options = replace(options, name=accelerator_for(options.name, model.part.profile))
     with own_cores(0, size) as cpus:
-        yield Launch(model, prepare(options, model.part, model.part.policy, ranks=size), size, options, cpus)
+        prepared = prepare(for_rank(options, 0, size), model.part, model.part.policy, ranks=size)
+        yield Launch(model, prepared, size, options, cpus)
 
 
 def _ranks_of(policy_file: PolicyFile, gpus: int | None) -> int:

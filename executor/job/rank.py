@@ -8,6 +8,7 @@ from typing import Any, final
 import msgspec
 
 from executor.checkpoint import Checkpoint
+from executor.errors import RunError
 from executor.families import family_for
 from executor.generate import AbstractGenerator, BatchResult, Generator
 from executor.group.processes import ProcessGroup
@@ -104,10 +105,20 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
         return [span.later(self.origin_s - origin_s) for span in self.spans]
 
 
-def for_rank(options: AcceleratorOptions, rank: int) -> AcceleratorOptions:
-    """The accelerator of that rank, given that of rank 0: CUDA devices go by their numbers."""
-    kind, _, first = options.name.partition(":")
-    return replace(options, name=f"cuda:{int(first or 0) + rank}") if kind == "cuda" else options
+def for_rank(options: AcceleratorOptions, rank: int, size: int) -> AcceleratorOptions:
+    """The accelerator of that rank: the CUDA device that is named for it, or the first and those that follow.
+
+    Raises RunError if there are other than `size` devices named, or what is named is no number.
+    """
+    kind, _, named = options.name.partition(":")
+    if kind != "cuda":
+        return options
+    devices = (named or "0").split(",")
+    if len(devices) not in (1, size) or not all(device.isdecimal() for device in devices):
+        rule = f"must name the first device, as in cuda:0, or one for each of {size} ranks, as in cuda:0,1"
+        raise RunError("--accelerator", options.name, rule, "correct it")
+    own = devices[rank] if len(devices) == size else int(devices[0]) + rank
+    return replace(options, name=f"cuda:{own}")
 
 
 @final
@@ -135,7 +146,7 @@ def _generator(job: RankJob, group: ProcessGroup) -> AbstractGenerator:
     with Checkpoint.open(job.model, job.model_name) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
-        prepared = prepare(for_rank(job.accelerator, group.rank), part, part.policy)
+        prepared = prepare(for_rank(job.accelerator, group.rank, group.size), part, part.policy)
         is_stage = part.profile.num_stages > 1  # the first of which looks for stop texts
         return Generator(
             prepared.backend,

@@ -1,7 +1,7 @@
 """What a GPU computes otherwise than the host: attention of many requests at once, grouped experts.
 
-Nothing here makes the host wait for the device (but for `run_experts` where there is no grouped
-GEMM), so tasks can be queued ahead. It all runs on CPU tensors too, where the tests compare it with
+Nothing here makes the host wait for the device, but for `run_experts` where there is no grouped GEMM or many rows
+go to several stacks, so tasks can be queued ahead. It all runs on CPU tensors too, where the tests compare it with
 the functions that the host uses.
 
 T tokens, D hidden, H heads, G kv heads, d head_dim, Q = H*d, X = Q+2KV, R requests, C tokens of a
@@ -10,6 +10,7 @@ cache, E experts, K experts per token, I intermediate, N = T*K routed rows, n of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Final, final
 
 import torch
@@ -28,10 +29,13 @@ from executor.model.numbers import PromptNumbers, RowNumbers
 from executor.model.softmax import PLAIN, Softmax, attend
 from executor.model.workspace import Workspace
 from hrm.layers import GroupedQueryAttention
+from hrm.units import MIB
 
 FLASH_DTYPES: Final = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM: Final = 256  # at most, in steps of 8
 ALIGNED_BYTES: Final = 16  # of the rows and the places of a grouped GEMM's matrices
+# Of routed rows: with fewer, waiting for how many go where takes longer than computing some for nothing.
+WORTH_COUNTING_BYTES: Final = 64 * MIB
 
 
 @final
@@ -165,13 +169,24 @@ class GpuKernels(AbstractKernels):
         num_experts: int,
         glu: Glu = SILU,
     ) -> Tensor:
-        """Stack by stack; the counts are on the device."""
-        if len(x_TD):
-            for stack in experts.stacks:
-                self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts, glu)
+        """Stack by stack; the counts are on the device.
+
+        Where each stack's rows end is read back once, if a stack has no grouped GEMM, or if several stacks would each
+        compute all of many rows.
+        """
         experts_N = routing.experts_TK.flatten()
-        counts = experts_N.new_zeros(num_experts)
-        return counts.scatter_add_(0, experts_N, experts_N.new_ones(1).expand_as(experts_N))
+        counts_E = experts_N.new_zeros(num_experts)
+        counts_E.scatter_add_(0, experts_N, experts_N.new_ones(1).expand_as(experts_N))
+        if not len(x_TD):
+            return counts_E
+        grouped = [self.grouped if _takes_grouped(x_TD, stack) else None for stack in experts.stacks]
+        row_bytes = x_TD.shape[1] * x_TD.itemsize
+        is_worth_it = len(experts.stacks) > 1 and len(experts_N) * row_bytes >= WORTH_COUNTING_BYTES
+        counts = counts_E.tolist() if is_worth_it or None in grouped else None
+        for stack, gemm in zip(experts.stacks, grouped, strict=True):
+            ends = None if counts is None else _ends(counts, stack)
+            self._run_stack(x_TD, routing, stack, out_TD, rows_at_once, num_experts, glu, gemm, ends)
+        return counts_E
 
     def _run_stack(
         self,
@@ -182,6 +197,8 @@ class GpuKernels(AbstractKernels):
         rows_at_once: int,
         num_experts: int,
         glu: Glu,
+        grouped: Callable[..., Tensor] | None,
+        ends: list[int] | None,
     ) -> None:
         per_token = routing.experts_TK.shape[1]
         # The stack's own experts come first, whichever they are.
@@ -193,15 +210,20 @@ class GpuKernels(AbstractKernels):
         del keys_N, sorted_N
         tokens_N = order_N // per_token
         weights_N1 = routing.weights_TK.flatten()[order_N].to(x_TD.dtype).unsqueeze(1)
-        grouped = self.grouped if _takes_grouped(x_TD, stack) else None
-        ends = None if grouped is not None else ends_E.tolist()
         num_rows = len(order_N) if ends is None else ends[-1]
+        if not num_rows:
+            return
         places_N = torch.empty_like(order_N)
         places_N[order_N] = torch.arange(len(order_N), device=x_TD.device)
-        if ends is None and (2 * num_rows <= rows_at_once or per_token == 1):
-            # Room for all at once.
-            y_ND = self._outputs(x_TD, tokens_N, weights_N1, stack, ends_E, None, grouped, glu)
-            _mask_others(y_ND, ends_E, count, num_experts)
+        if grouped is not None and (2 * num_rows <= rows_at_once or per_token == 1):
+            # Room for all at once. A row past them stands for all that are another stack's.
+            here = slice(0, len(order_N) if ends is None else min(num_rows + 1, len(order_N)))
+            y_ND = self._outputs(x_TD, tokens_N[here], weights_N1[here], stack, ends_E, None, grouped, glu)
+            if ends is None:
+                _mask_others(y_ND, ends_E, count, num_experts)
+            else:
+                y_ND[num_rows:].zero_()
+                places_N.clamp_(max=len(y_ND) - 1)
             out_TD += y_ND[places_N].view(len(x_TD), per_token, -1).sum(1)
             return
         for first in range(0, num_rows, rows_at_once):
@@ -320,6 +342,12 @@ def _add_bias(rows_nW: Tensor, bias_EW: Tensor | None, ends_E: Tensor) -> None:
 def grouped_gemm() -> Callable[..., Tensor]:
     """torch's, under its name of before 2.10 or of since."""
     return getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm")  # noqa: B009
+
+
+def _ends(counts: Sequence[int], stack: ExpertStack) -> list[int]:
+    """Where the rows of each of a stack's experts end, sorted by expert, given how many every expert has."""
+    own = range(stack.first, stack.first + len(stack.w13_E2ID))
+    return list(accumulate(counts[expert % len(counts)] for expert in own))
 
 
 def _mask_others(y_nD: Tensor, ends_E: Tensor, count: int, num_experts: int) -> None:

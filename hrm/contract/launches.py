@@ -14,4 +14,7 @@ POST_ATTENTION_LAUNCHES: Final = 20
 FUSED_POST_ATTENTION_LAUNCHES: Final = 10
 ROUTING_LAUNCHES: Final = 8
 LAUNCHES_PER_EXPERT: Final = 14
+GROUPED_EXPERTS_LAUNCHES: Final = 37  # of all experts of a layer in one grouped GEMM a matrix
+GROUPED_CAPABILITIES: Final = (9, 10)  # of CUDA devices, major; elsewhere torch's grouped GEMM reads its offsets back
+GROUPED_DTYPE: Final = "bfloat16"  # that it takes, weights too
 SAMPLE_LAUNCHES: Final = 17

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final, Literal, Self, final
 
-from hrm.contract.launches import LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
+from hrm.contract.launches import GROUPED_DTYPE, GROUPED_EXPERTS_LAUNCHES, LAUNCHES_PER_EXPERT, ROUTING_LAUNCHES
 from hrm.contract.rows import ROUTING_BYTES
 from hrm.formats import Format, Formats
 from hrm.layers.base import (
@@ -230,7 +230,9 @@ class RoutedExperts(FeedForward):
         # As a mean over layers, less than one expert means that some layers have none.
         any_here = minimum(num_experts, 1)
         one_by_one = any_here * ROUTING_LAUNCHES + hit * LAUNCHES_PER_EXPERT
-        return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here)
+        grouped = any_here * GROUPED_EXPERTS_LAUNCHES
+        saved = one_by_one - grouped if formats.weights.name == formats.compute.name == GROUPED_DTYPE else 0
+        return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here, saved_by_grouping=saved)
 
     def obstacle_to(self, ranks: int) -> str:
         """The width of an expert is divided, and what shared ones have together."""

@@ -33,13 +33,15 @@ class Operator:
     """What one task computes; `requests` are those whose attention may cost something each.
 
     `launches` are always issued, `unfused_launches` only where a layer has no fused kernels: where
-    experts are computed one by one, and norm and rotary embedding by several operators.
+    experts are computed one by one, and norm and rotary embedding by several operators. There
+    `saved_by_grouping` are not issued by a processor that groups experts.
     """
 
     kernels: tuple[Kernel, ...] = ()
     launches: Number = 0
     requests: Number = 0
     unfused_launches: Number = 0
+    saved_by_grouping: Number = 0
 
     def __add__(self, other: "Operator") -> "Operator":
         """Both, one after the other."""
@@ -48,6 +50,7 @@ class Operator:
             self.launches + other.launches,
             self.requests + other.requests,
             self.unfused_launches + other.unfused_launches,
+            self.saved_by_grouping + other.saved_by_grouping,
         )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, Final, final
 import torch
 
 from hrm.contract.cublas import cap_workspaces
+from hrm.contract.launches import GROUPED_CAPABILITIES
 from hrm.errors import ProfileError
 from hrm.profiling import nvml
 from hrm.profiling.nvml import GpuFacts
@@ -34,7 +35,7 @@ class AbstractGpu(ABC):
     """One GPU: `device` is where torch puts its tensors, `index` how CUDA counts it.
 
     `shares_memory` says that it has no memory of its own but works in the host's, and `has_bfloat16`
-    that it computes in that and does not only emulate it.
+    that it computes in that and does not only emulate it. `groups_experts` says that torch has a grouped GEMM for it.
     """
 
     index: int
@@ -42,6 +43,7 @@ class AbstractGpu(ABC):
     name: str
     shares_memory: bool
     has_bfloat16: bool
+    groups_experts: bool
 
     @abstractmethod
     def memory_bytes(self) -> tuple[int, int]:
@@ -96,12 +98,14 @@ class CudaGpu(AbstractGpu):
         self.name = str(properties.name)
         self.shares_memory = bool(properties.is_integrated)
         self.has_bfloat16 = properties.major >= FIRST_WITH_BFLOAT16
+        self.groups_experts = properties.major in GROUPED_CAPABILITIES
         self._uuid = str(properties.uuid)
         self._host = PinnableMemory(CudaRegistrar(self.device))
 
     def memory_bytes(self) -> tuple[int, int]:
         """As the driver counts it, so that other processes' memory is not free."""
-        torch.cuda.empty_cache()
+        with torch.cuda.device(self.device):  # else it makes a context on the first card, too
+            torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from subprocess import TimeoutExpired, run
 from typing import Final
@@ -38,7 +39,7 @@ from typing import Final
 from hrm.contract.openmp import spin_briefly
 from hrm.errors import HrmError
 from hrm.units import parse_bytes
-from tests.bench.first_run.figures import FIGURES, Figures, closed_gates
+from tests.bench.first_run.figures import FIGURES, Figures, closed_gates, latest
 from tests.bench.first_run.setting import RunSetting
 from tests.bench.suite.setting import SCALES, Setting
 
@@ -47,7 +48,7 @@ BUDGET_S: Final = 480.0
 GRACE_S: Final = 5.0  # beyond a stage's time until it is ended by force
 # In the order of their worth, with the most seconds that each may take.
 STAGES: Final = {
-    "facts": 25.0,
+    "facts": 75.0,  # a machine that has just started reads all of torch's libraries
     "host": 60.0,
     "tests": 90.0,
     "profile": 65.0,
@@ -55,9 +56,12 @@ STAGES: Final = {
     "whole": 190.0,
     "transformers": 70.0,
     "s4": 60.0,
+    "ranks": 55.0,
     "operators": 25.0,
     "report": 15.0,
 }
+# What a stage has to find out for the run to go on.
+GATES: Final = {"facts": "native kernels", "host": "host memory", "tests": "tests", "orders": "orders agree"}
 
 
 def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
@@ -73,8 +77,9 @@ def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
         "whole": runs.whole,
         "transformers": runs.transformers,
         "s4": runs.s4,
+        "ranks": checks.ranks,
         "operators": operators.operators,
-        "report": lambda setting, _: print(report.write(setting.folder)),
+        "report": lambda setting, figures: print(report.write(setting.folder), file=figures.out),
     }[stage]
 
 
@@ -108,7 +113,8 @@ def one(options: argparse.Namespace) -> int:
     host = parse_bytes(options.host_memory, "--host-memory") if options.host_memory else None
     figures = Figures(options.out, options.stage)
     try:
-        work_of(options.stage)(RunSetting(suite=suite, host_memory_bytes=host), figures)
+        with redirect_stdout(sys.stderr):  # what others print goes to the log
+            work_of(options.stage)(RunSetting(suite=suite, host_memory_bytes=host), figures)
     except Exception as error:  # noqa: BLE001 - told among the figures, and in full in the log
         traceback.print_exc()
         print(getattr(error, "chart", ""), file=sys.stderr)
@@ -145,6 +151,10 @@ def every(options: argparse.Namespace, given: Sequence[str]) -> int:
                 Figures(options.out, stage).put(f"{stage} failed", "ended by force")
             if code:
                 failed.append(stage)
+            if stage in GATES and f"gate: {GATES[stage]}" not in latest(options.out):
+                Figures(options.out, stage).gate(
+                    GATES[stage], is_open=False, told="the stage ended before it was known"
+                )
             Figures(options.out, stage).put(f"{stage} took", round(time.monotonic() - start_s, 1))
     for line in closed_gates(options.out):
         print(f"closed: {line}", file=sys.stderr)

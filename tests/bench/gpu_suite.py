@@ -95,9 +95,10 @@ def results_folder(accelerator: str, scale: str) -> Path:
     """One folder a card; what is emulated or small goes where nothing is committed from."""
     if not accelerator.startswith("cuda") or scale != "full":
         return RESULTS / "untracked" / f"{accelerator.replace(':', '')}-{scale}"
-    import torch
-
-    name = torch.cuda.get_device_name(accelerator) if torch.cuda.is_available() else accelerator
+    # In a process of its own: what this one made on the card would stay while the steps run.
+    asked = f"import torch; print(torch.cuda.get_device_name({accelerator!r}) if torch.cuda.is_available() else '')"
+    told = subprocess.run([sys.executable, "-c", asked], check=False, stdout=subprocess.PIPE, text=True).stdout.strip()
+    name = told or accelerator
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

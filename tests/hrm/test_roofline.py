@@ -105,6 +105,16 @@ def test_fused_experts_cost_one_launch():
     assert loop_s - one_s == pytest.approx((one_by_one - 1) * 1e-3)
 
 
+@pytest.mark.parametrize(("formats", "groups"), [(Formats.of("bfloat16"), True), (Formats.of("float16"), False)])
+def test_a_gpu_that_groups_experts_issues_as_much_for_many_as_for_few(formats, groups):
+    level = machine(launch_s=1e-3).top
+    grouping = replace(level, processor=replace(level.processor, groups_experts=True))
+    kernels = replace(MIXTRAL.experts.run(formats, 1, MIXTRAL.num_experts), kernels=())
+    wanted = launches.GROUPED_EXPERTS_LAUNCHES * 1e-3 if groups else operator_seconds(kernels, level, "bfloat16")
+    assert operator_seconds(kernels, grouping, "bfloat16") == pytest.approx(wanted)
+    assert operator_seconds(kernels, grouping, "bfloat16", fused=True) == pytest.approx(1e-3)
+
+
 def test_decode_attention_is_qk_and_pv_over_the_cache_read_once():
     attention = MIXTRAL.attention.attend(Formats.of("bfloat16"), 3, 1000)
     qk = pv = 2 * 3 * 1000 * 32 * 128

@@ -109,6 +109,8 @@ def gpu_level(
             },
             attention_bytes_per_s=None if attention is None else all_of(attention, None),
             attention_request_s=None,  # a batch is one kernel there
+            fuses_operators=False,  # those that were measured are the host's
+            groups_experts=all(gpu.groups_experts for gpu in gpus),
         ),
     )
 

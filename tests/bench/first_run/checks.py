@@ -1,6 +1,7 @@
 """A few tests that tell most of the accelerator, one line as each ends, and the machine's profile."""
 
 import os
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final, final
@@ -51,18 +52,43 @@ ELSEWHERE: Final = {
 }
 
 
+RANKS_ON_A_CARD: Final = {
+    "tests/executor/ranks/test_job.py": ("*test_two_ranks_on_cards*",),
+    "tests/executor/runtime/test_ranks.py": (
+        "*test_greedy_tokens_of_two_ranks_on_one_card*-all streamed, both on the gpu*",
+        "*test_greedy_tokens_of_two_ranks_on_one_card*-both on the cpu*",
+        "*test_greedy_tokens_of_two_ranks_on_one_card*-some experts stay, ragged*",
+        "*test_greedy_tokens_of_two_ranks_on_one_card*-kv split, cpu*",
+    ),
+}
+RANKS_ELSEWHERE: Final = {
+    "tests/executor/ranks/test_job.py": ("*test_two_ranks_on_cards*", "*test_two_ranks_answer*"),
+    "tests/executor/runtime/test_ranks.py": ("*test_ranks_on_one_card*all streamed*",),
+}
+
+
 def tests(setting: RunSetting, figures: Figures) -> None:
     """At most 40 tests; the gate is open if some passed and none failed."""
-    chosen = ELSEWHERE if setting.suite.emulated else ON_A_CARD
+    counts, is_good = _run(ELSEWHERE if setting.suite.emulated else ON_A_CARD, figures)
+    figures.put("tests", counts)
+    figures.gate("tests", is_open=is_good, told=", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+
+
+def ranks(setting: RunSetting, figures: Figures) -> None:
+    """Two ranks on one card, which sum up through the host, and one on each of two where there are two."""
+    counts, is_good = _run(RANKS_ELSEWHERE if setting.suite.emulated else RANKS_ON_A_CARD, figures)
+    figures.put("tests of ranks", {**counts, "good": is_good})
+
+
+def _run(chosen: Mapping[str, Sequence[str]], figures: Figures) -> tuple[dict[str, int], bool]:
+    """Run the tests of these files that have these names; how many had which outcome, and whether that is good."""
     reporter = Reporter(figures, {pattern for patterns in chosen.values() for pattern in patterns})
     os.chdir(ROOT)
     # Other versions of packages than the pinned ones may warn: here that is no failure.
     options = ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly", "--maxfail=5"]
     code = pytest.main([*options, *chosen], plugins=[reporter])
     counts = reporter.counts
-    figures.put("tests", {**counts, "exit_code": int(code)})
-    good = counts["passed"] > 0 and not counts["failed"] and int(code) == 0
-    figures.gate("tests", is_open=good, told=", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return counts, counts["passed"] > 0 and not counts["failed"] and int(code) == 0
 
 
 @final

@@ -1,11 +1,12 @@
 """Figures of a run: a line of JSON each, written and printed as soon as it is known."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import msgspec
 
@@ -14,10 +15,11 @@ FIGURES: Final = "figures.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one folder; `stage` is who adds to them."""
+    """The figures of one folder; `stage` is who adds to them, and `out` where they are printed."""
 
     folder: Path
     stage: str
+    out: TextIO = field(default_factory=lambda: sys.stdout)
 
     def put(self, name: str, value: Any) -> None:
         """Add a figure to the file and print it."""
@@ -25,7 +27,7 @@ class Figures:
         line = json.dumps({"stage": self.stage, "figure": name, "value": plain, "at": round(time.time(), 1)})
         with (self.folder / FIGURES).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        print(line, flush=True)
+        print(line, file=self.out, flush=True)
 
     def leave_out(self, name: str, reason: str) -> None:
         """Say why there is no such figure."""

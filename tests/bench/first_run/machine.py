@@ -20,7 +20,7 @@ from tests.bench.first_run.setting import RunSetting
 from tests.bench.suite.record import all_versions, machine_facts
 
 PIECE_BYTES: Final = {"full": 4 * GIB, "small": MIB}
-LINK_BYTES: Final = {"full": 512 * MIB, "small": MIB}
+LINK_BYTES: Final = {"full": 512 * MIB, "small": MIB // 4}
 REPEATS: Final = 5
 SLOWEST_BYTES_PER_S: Final = 0.3e9  # of touching memory: slower is a machine that swaps
 LEFT_BYTES: Final = 6 * GIB  # of the host's, for libraries and the page table of what is pinned
@@ -36,25 +36,29 @@ def facts(setting: RunSetting, figures: Figures) -> None:
         return
     gpu = CudaGpu(setting.device_index)
     free, total = gpu.memory_bytes()
-    lines, warnings, _ = gpu.facts().lines, gpu.facts().warnings, None
-    figures.put("gpu", {**lines, "free_bytes": free, "total_bytes": total, "warnings": warnings})
+    told = gpu.facts()
+    figures.put("gpu", {**told.lines, "free_bytes": free, "total_bytes": total, "warnings": told.warnings})
     figures.put("gpu kernels", {"flash": torch.backends.cuda.is_flash_attention_available()})
 
 
 def host(setting: RunSetting, figures: Figures) -> None:
-    """Touch as much memory as the whole model would take, a piece after the other, and give it back.
+    """Touch as much memory as there is, a piece after the other, and give it back.
 
-    A virtual machine may have its memory only once it is used. What was there is what later stages plan with.
+    A virtual machine may have its memory only once it is used, or have more once what it has is used: so it is asked
+    before each piece. What was there is what later stages plan with.
     """
     scale = setting.suite.scale
     piece, available = PIECE_BYTES[scale.name], available_ram_bytes()
     figures.put("host available before", available)
-    wanted = setting.host_memory_bytes or available - min(LEFT_BYTES, available // 4)
-    if scale.host_memory_bytes is not None:
-        wanted = min(wanted, scale.host_memory_bytes)
+    left = min(LEFT_BYTES, available // 4)
+    caps = [cap for cap in (setting.host_memory_bytes, scale.host_memory_bytes) if cap is not None]
     pieces = list[torch.Tensor]()
     start_s = time.monotonic()
-    while (len(pieces) + 1) * piece <= wanted and setting.suite.left_s() > 15:
+    while (
+        all((len(pieces) + 1) * piece <= cap for cap in caps)
+        and available_ram_bytes() - piece >= left
+        and setting.suite.left_s() > 15
+    ):
         piece_s = time.monotonic()
         pieces.append(touched(_mapped(piece)))
         if piece / (time.monotonic() - piece_s) < SLOWEST_BYTES_PER_S and scale.name == "full":
@@ -82,6 +86,7 @@ def _mapped(num_bytes: int) -> torch.Tensor:
 def _pinning(setting: RunSetting, figures: Figures) -> None:
     """What registering costs, and the link with memory as runs have it and with the driver's own."""
     device = setting.suite.accelerator
+    torch.cuda.set_device(device)  # whose events are recorded
     memory, piece = PinnableMemory(CudaRegistrar(device)), PIECE_BYTES[setting.suite.scale.name]
     registered = memory.allocate(piece)
     with timed() as took:

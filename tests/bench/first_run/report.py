@@ -69,6 +69,9 @@ def _sentences(known: dict[str, Any]) -> list[str]:
     if "tests" in known:
         tests = known["tests"]
         found.append(f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
+    if "tests of ranks" in known:
+        tests = known["tests of ranks"]
+        found.append(f"of two ranks: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
     ours = known.get("few layers: cgopipe")
     if ours is not None and "tokens_per_s" in ours:
         others = {"S4": known.get("few layers: S4")}

@@ -22,6 +22,7 @@ from tests.bench.suite.schedules import Machine, machine_of
 
 TRACE_SPANS: Final = 30_000
 TRACE_STEPS: Final = 2
+KERNELS: Final = 30  # of a profile
 # FlexGen's order stands for S3 and S4 under one policy; DeepSpeed's stages whole layers and may need other memory.
 ORDERS: Final = (ScheduleName.FLEXGEN, ScheduleName.FASTDECODE, ScheduleName.DEEPSPEED)
 SLOWER: Final = 1.3  # than predicted, before a run is held to be too long to begin
@@ -29,10 +30,16 @@ BATCHES: Final = (512, 1024)  # of transformers
 
 
 def plan(setting: RunSetting) -> tuple[Machine, RunSetting]:
-    """What is planned for, with the memory that was found to be there."""
+    """What is planned for, with the memory that was found to be there; torch is held to the cap on the card's."""
     known = latest(setting.folder)
     free = known.get("gpu", {}).get("free_bytes")
     suite = setting.planned_with(int(known["host touched"]["bytes"]), free)
+    if not suite.emulated:  # as the other side is, which has no other cap
+        import torch
+
+        total = torch.cuda.get_device_properties(suite.accelerator).total_memory
+        share = suite.scale.gpu_memory_bytes[CAP] / total
+        torch.cuda.set_per_process_memory_fraction(share, suite.accelerator)
     return machine_of(suite, CAP), replace(setting, suite=suite)
 
 
@@ -71,8 +78,29 @@ def orders(setting: RunSetting, figures: Figures) -> None:
                 continue
             other.repeat()
             checksums[order.value] = measured(setting, figures, name, other)["tokens_crc32"]
-    sums = {tuple(each) for each in checksums.values()}
-    figures.gate("orders agree", is_open=len(sums) == 1 and len(next(iter(sums))) == 1, told=f"checksums {checksums}")
+        sums = {tuple(each) for each in checksums.values()}
+        agree = len(sums) == 1 and len(next(iter(sums))) == 1
+        figures.gate("orders agree", is_open=agree, told=f"checksums {checksums}")
+        _profile_kernels(setting, figures, run)  # last: whatever it does, all else is written
+
+
+def _profile_kernels(setting: RunSetting, figures: Figures, run: BenchRun) -> None:
+    """The kernels of a prefill and a decode step that take the GPU the longest, by torch's own profiler."""
+    name = "kernels of few layers, 2 tokens"
+    if setting.suite.emulated:
+        figures.leave_out(name, "emulated")
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    short = run.under(ScheduleName.CGOPIPE, gen_len=2)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        short.repeat()
+    longest = sorted(seen.key_averages(), key=lambda one: -one.device_time_total)[:KERNELS]
+    told = [{"name": one.key[:120], "count": one.count, "s": one.device_time_total / 1e6} for one in longest]
+    if told:
+        figures.put(name, told)
+    else:
+        figures.leave_out(name, "the profiler saw none")
 
 
 def whole(setting: RunSetting, figures: Figures) -> None:

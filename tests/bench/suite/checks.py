@@ -1,10 +1,10 @@
 """The machine's profile, and whether the backend keeps its contract and computes the same."""
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
 from executor.model.host_kernels import host_kernels
 from hrm.errors import HrmError
@@ -12,6 +12,7 @@ from hrm.hardware import Figure
 from hrm.machines import save_profile
 from hrm.profile_diff import figures_of
 from hrm.profiling import ProfileOptions, profile_machine
+from tests.bench.suite import tally
 from tests.bench.suite.record import Record
 from tests.bench.suite.setting import Setting
 
@@ -67,40 +68,30 @@ def tests(setting: Setting) -> None:
         return
     chosen = ["-m", "not cuda", *OTHER_TESTS] if setting.emulated else ["-m", "cuda", *CUDA_TESTS]
     with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "tests.xml"
+        lines = Path(folder) / "tests.txt"
         # Other versions of packages than the pinned ones may warn: here that is no failure.
         # A card that has failed once may fail every test after it, and each tells why at length.
-        options = [
-            "-q",
-            "--tb=short",
-            f"--maxfail={MOST_FAILURES}",
-            "-W",
-            "default",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={junit}",
-            "--continue-on-collection-errors",
-        ]
+        options = ["-q", "--tb=short", f"--maxfail={MOST_FAILURES}", "-W", "default", "-p", "no:cacheprovider"]
+        options += ["-p", tally.__name__, "--continue-on-collection-errors"]
         seconds = min(TESTS_S, setting.left_s())
         try:
             code = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *chosen], cwd=ROOT, check=False, timeout=seconds
+                [sys.executable, "-m", "pytest", *options, *chosen],
+                cwd=ROOT,
+                check=False,
+                timeout=seconds,
+                env={**os.environ, tally.FILE: str(lines)},
             ).returncode
             ended = f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
             ended = f"did not end within {seconds:.0f} s"
-        if not junit.is_file():
-            record.leave_out("counts", f"pytest {ended}")
-            raise HrmError("step tests", f"<{ended}>", "must have run pytest 9 or newer", "see its output above")
-        cases = list(ElementTree.parse(junit).iter("testcase"))
-    outcomes = {"failure": "failed", "error": "errors", "skipped": "skipped"}
-    counts = dict.fromkeys(("passed", *outcomes.values()), 0)
-    bad: list[str] = []
-    for case in cases:
-        outcome = next((outcomes[part.tag] for part in case if part.tag in outcomes), "passed")
-        counts[outcome] += 1
-        if outcome in {"failed", "errors"}:
-            bad.append(f"{case.get('classname')}::{case.get('name')}")
+            record.leave_out("rest of the tests", f"pytest {ended}")
+        found = list(tally.read(lines))
+    if not found:
+        record.leave_out("counts", f"pytest {ended}")
+        raise HrmError("step tests", f"<{ended}>", "must have run pytest 9 or newer", "see its output above")
+    counts = {name: sum(outcome == name for outcome, _ in found) for name in ("passed", "failed", "errors", "skipped")}
+    bad = [test for outcome, test in found if outcome in {"failed", "errors"}]
     record.put("counts", counts)
     record.put("failed", bad)
     record.put("selection", " ".join(chosen))

@@ -183,7 +183,8 @@ def _reset_allocator_peak(setting: Setting) -> None:
     if not setting.emulated:
         import torch
 
-        torch.cuda.empty_cache()
+        with torch.cuda.device(setting.accelerator):
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(setting.accelerator)
 
 

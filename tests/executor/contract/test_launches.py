@@ -10,7 +10,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor import native
-from executor.model import HeadWeights, Workspace, decode_attention, dense_views, expert_views, logits, run_experts
+from executor.model import (
+    Experts,
+    GpuKernels,
+    HeadWeights,
+    Workspace,
+    decode_attention,
+    dense_views,
+    expert_views,
+    experts_in,
+    logits,
+    run_experts,
+)
+from executor.model.gpu import grouped_gemm
 from executor.model.mixers.grouped_query import append_kv
 from executor.sampling import SamplingParams, choose
 from hrm.contract import launches as planned
@@ -147,6 +159,21 @@ def test_native_kernels_issue_no_operators_of_their_own(dense):
     with native.using(native.Kernels(native.paths()[0])):
         assert launches(attend)[0] == 0
         assert launches(feed_forward)[0] == 1
+
+
+def test_grouped_experts(dense):
+    """As on GPUs that group them, however many experts there are."""
+    experts = Experts(
+        stacks=tuple(experts_in(SPEC.layers[0], torch.randn(4 * SPEC.expert_parameters).to(DTYPE), 0).stacks)
+    )
+    x, hidden = rows(SPEC.hidden_size), rows(SPEC.hidden_size)
+    routing = route(ARCH, x, dense.ffn.router)
+
+    def work():
+        kernels = GpuKernels(None, grouped_gemm())
+        kernels.run_experts(x, routing, experts, hidden, workspace(), rows_at_once=10**6, num_experts=SPEC.num_experts)
+
+    assert launches(work)[0] == near(planned.GROUPED_EXPERTS_LAUNCHES)
 
 
 def test_sample():

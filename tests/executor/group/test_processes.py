@@ -2,14 +2,20 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from executor.group import Alone, LostRankError, share_of
 from executor.group.measure import sums_between
+from executor.group.processes import ProcessGroup
 from tests.executor.group.ranks import in_ranks
+from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1,), (3, 5), (64, 257), (70_001,))
@@ -67,6 +73,40 @@ def test_one_rank_alone_has_everything_already():
     assert alone.exchange_rows(rows) is rows
     assert alone.gather(rows[0], 5) is not None
     assert (alone.agree(7), alone.broadcast(b"x"), alone.collect(b"y")) == (7, b"x", [b"y"])
+
+
+@pytest.mark.parametrize("cards", [("a", "a"), ("a", "b")])
+def test_ranks_meet_on_their_cards_unless_they_share_one(cards, monkeypatch):
+    """On cards that are none, with a stand-in for NCCL, which refuses two ranks on a card."""
+    made, here = [], threading.local()
+
+    class Nccl:
+        def __init__(self, store, rank, size, timeout):
+            made.append((rank, size, timeout.total_seconds()))
+
+        def allreduce(self, tensors):
+            tensors[0].fill_(-1.0)
+            return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr("torch.distributed.ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=here.card))
+    store = HashStore()
+
+    def rank(number):
+        here.card = cards[number]
+        group = ProcessGroup(store, number, 2, timeout=60.0)
+        with WithDevice():
+            tensor = DeviceTensor(torch.full((3,), 1.0 + number))
+            group.all_reduce(tensor)
+        group.close()
+        return tensor.tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(rank, range(2)))
+    if cards[0] == cards[1]:
+        assert (made, found) == ([], 2 * [[3.0] * 3])
+    else:
+        assert (sorted(made), found) == ([(0, 2, 60.0), (1, 2, 60.0)], 2 * [[-1.0] * 3])
 
 
 def lose(group, how):

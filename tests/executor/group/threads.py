@@ -31,8 +31,8 @@ def _of_gpus(count: int) -> HardwareProfile:
     return replace(one, num_gpus=count, links=(*one.links, link("gpu", "gpu", 1e10, kind="peer")))
 
 
-def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, is_emulated: bool = False) -> list[Any]:
-    """What `use` returns of each rank's generator."""
+def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, accelerator: str = "cpu") -> list[Any]:
+    """What `use` returns of each rank's generator; all have the same accelerator."""
     store, profile = HashStore(), _of_gpus(size)
     plan = plan_memory(architecture(folder).spec, policy, profile)
 
@@ -43,7 +43,7 @@ def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, is_emulate
             family = family_for(checkpoint.config, checkpoint.config_path)
             arch = family.architecture(checkpoint.config, checkpoint.config_path)
             part = part_for(policy, arch.spec, profile)
-            backend = emulated(part.profile) if is_emulated else make_backend("cpu", None)
+            backend = emulated(part.profile) if accelerator == "emulated" else make_backend(accelerator, None)
             arch, planned = arch.of_rank(rank, part.spec), Planned(policy, plan)
             made = Generator(backend, arch, planned, family=family, source=checkpoint, group=group)
         with made:

@@ -1,5 +1,7 @@
 """The GPU's kernels on CPU tensors, against the functions that the host computes with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,7 +25,7 @@ from executor.model.numbers import RowViews
 from tests.executor.model.steps import route
 from tests.executor.model.tolerances import assert_same, name_of
 from tests.executor.reference import dequantised
-from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
+from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice, waits
 from tests.executor.runtime.queued_backend import flash
 from tests.executor.tiny_models import tiny_arch
 
@@ -186,6 +188,49 @@ def test_experts(kernels, dtype, rows_at_once, resident, chosen):
             wanted += weight.unsqueeze(1) * output
     assert_same(got, wanted)
     assert counts.tolist() == routing.experts_TK.flatten().bincount(minlength=5).tolist()
+
+
+def on_a_device(stack):
+    assert isinstance(stack.w13_E2ID, torch.Tensor)
+    assert isinstance(stack.w2_EDI, torch.Tensor)
+    return replace(stack, w13_E2ID=DeviceTensor(stack.w13_E2ID), w2_EDI=DeviceTensor(stack.w2_EDI))
+
+
+@pytest.mark.parametrize("rows_at_once", [30, 1000])
+@pytest.mark.parametrize("resident", [1, 4])
+def test_of_many_rows_each_stack_computes_its_own_alone(rows_at_once, resident, monkeypatch):
+    """Where they end is read back once; of few rows it is not, and the tokens are the same."""
+    spec = tiny_arch(num_experts=5, experts_per_token=3).spec
+    flat = torch.randn(5 * spec.expert_parameters).bfloat16() * 0.2
+    at = resident * spec.expert_parameters
+    parts = [(flat[at:], resident), (flat[:at], 0)]
+    stacks = [stack for part, first in parts for stack in experts_in(spec.layers[0], part, first).stacks]
+    scores = torch.rand(20, 5)
+    scores[:, 4] = 0  # nobody goes there
+    x, routing = torch.randn(20, spec.hidden_size).bfloat16(), Routing(*scores.topk(3))
+    rows, grouped = [], grouped_gemm()
+
+    def computed(*given, **named):
+        rows.append(len(given[0]))
+        return grouped(*given, **named)
+
+    def on_device(least_bytes):
+        monkeypatch.setattr("executor.model.gpu.WORTH_COUNTING_BYTES", least_bytes)
+        there = [on_a_device(stack) for stack in stacks]
+        given = DeviceTensor(x.clone()), Routing(*map(DeviceTensor, (routing.weights_TK, routing.experts_TK)))
+        out = DeviceTensor(torch.zeros_like(x))
+        waits.clear()
+        rows.clear()
+        with WithDevice():
+            run(GpuKernels(None, computed), *given, there, out, rows_at_once=rows_at_once, num_experts=5)
+        return out.cpu(), [wait.function for wait in waits[:-1]], sum(rows[::2])
+
+    without, none, all_rows = on_device(2**40)
+    counted, once, own_rows = on_device(1)
+    assert (none, once) == ([], ["run_experts"])
+    assert all_rows == 2 * 60
+    assert 60 <= own_rows <= 60 + len(stacks)
+    assert torch.equal(counted, without)
 
 
 @pytest.mark.parametrize("rows_at_once", [7, 1000])

@@ -9,11 +9,15 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import torch
 
+from executor.job.machine import AcceleratorOptions
+from executor.job.rank import for_rank
 from hrm.cli import main as hrm_main
 from hrm.policy_file import save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Phase
+from hrm.units import MIB
 from hrm.validate import validate
 from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refused, run_words, tokens_of, write_lines
 from tests.executor.runtime.support import architecture, machine, make_policy, policy_file
@@ -86,6 +90,37 @@ def test_two_ranks_answer_as_transformers_does_and_each_tells_what_it_did(model,
     assert ", the slowest" in capsys.readouterr().out
     spans = [[event for event in events if event["ph"] == "X" and event["pid"] == rank] for rank in (0, 1)]
     assert len(spans[0]) == len(spans[1]) > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("devices", ["cuda:0,0", "cuda:0,1"])
+def test_two_ranks_on_cards_answer_as_transformers_does(model, policy, tmp_path, capsys, devices):
+    """Both on one card, or each on its own."""
+    if devices == "cuda:0,1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    words = run_words(model, policy, write_lines(tmp_path, LINES), tmp_path / "run", "--accelerator", devices)
+    assert exit_code(words) == 0, capsys.readouterr().err
+    answers = {name: tokens_of(item) for name, item in outputs(tmp_path / "run").items()}
+    assert answers == {f"r{n}": transformers_greedy(model, prompt, 5) for n, prompt in enumerate(PROMPTS)}
+    for name, level in read_run(tmp_path / "run").memory.items():
+        assert level.peak_total_bytes <= level.planned_total_bytes + MIB, name
+
+
+@pytest.mark.parametrize(
+    ("named", "own"), [("cuda", ["0", "1", "2"]), ("cuda:3", ["3", "4", "5"]), ("cuda:0,2,0", ["0", "2", "0"])]
+)
+def test_devices_of_ranks_are_named_or_follow_the_first(named, own):
+    options = AcceleratorOptions(name=named)
+    assert [for_rank(options, rank, 3).name for rank in range(3)] == [f"cuda:{device}" for device in own]
+    assert for_rank(AcceleratorOptions(name="emulated"), 1, 3).name == "emulated"
+
+
+@pytest.mark.parametrize("named", ["cuda:0,1,2", "cuda:x", "cuda:0,"])
+def test_devices_that_are_not_as_many_as_ranks_are_refused(model, policy, tmp_path, capsys, named):
+    words = run_words(model, policy, write_lines(tmp_path, LINES), tmp_path / "run", "--accelerator", named)
+    assert exit_code(words) == 2
+    refused(capsys.readouterr(), f"--accelerator is {named!r}", "or one for each of 2 ranks, as in cuda:0,1")
 
 
 def start(model, policy, lines, folder, pace):

@@ -49,6 +49,7 @@ class DeviceTensor(Tensor):
 
     inner: Tensor
     device: torch.device = DEVICE
+    is_cuda: bool = True
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     def __new__(cls, inner: Tensor) -> Self:
@@ -141,7 +142,7 @@ class WithDevice(TorchFunctionMode):
         if func is Tensor.to and any(isinstance(x, torch.device) and x == DEVICE for x in args):
             _put_down("aten::_to_copy")
             return DeviceTensor(args[0].clone())
-        if named.get("device") != DEVICE:
+        if not named.get("device") or torch.device(named["device"]) != DEVICE:
             return func(*args, **named)
         if func is torch.tensor:
             _put_down("tensor")

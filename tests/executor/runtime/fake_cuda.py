@@ -5,7 +5,7 @@ at once; what it copies without waiting is copied late, by its stream.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -42,30 +42,45 @@ class FakeCuda:
 
     def __init__(self, fake: FakeDevice, capability: tuple[int, int]) -> None:
         major, minor = capability
-        properties = SimpleNamespace(name="none", major=major, minor=minor, total_memory=TOTAL_BYTES)
-        default = SimpleNamespace(queue=fake.stream())
+        properties = SimpleNamespace(
+            name="none", major=major, minor=minor, total_memory=TOTAL_BYTES, uuid="GPU-none", is_integrated=0
+        )
+        default = SimpleNamespace(queue=fake.stream(), device=DEVICE)
+
+        self_of_card = self
+
+        def on_this_card() -> None:
+            assert getattr(fake.current, "card", None) == DEVICE, "a context would be made on another card"
+
+        @contextmanager
+        def on(card: str | torch.device) -> Iterator[None]:
+            before, fake.current.card = getattr(fake.current, "card", None), torch.device(card)
+            yield
+            fake.current.card = before
 
         class Event:
-            def __init__(self, *, enable_timing: bool, blocking: bool) -> None:
-                assert enable_timing
-                assert blocking
+            def __init__(self, *, enable_timing: bool = False, blocking: bool = False) -> None:
+                self.tells_time, self.sleeps = enable_timing, blocking
 
-            def record(self, stream: Any) -> None:
-                self.mark = stream.queue.mark()
+            def record(self, stream: Any = None) -> None:
+                self.mark = (stream or self_of_card.current_stream(DEVICE)).queue.mark()
 
             def synchronize(self) -> None:
+                on_this_card()
                 self.mark.synchronise()
 
             def elapsed_time(self, end_event: Any) -> float:
+                assert self.tells_time
+                assert end_event.tells_time
                 return end_event.mark.seconds_since(self.mark) * 1e3
 
         class Stream:
-            def __init__(self, *, device: torch.device) -> None:
-                assert device == DEVICE
-                self.queue = fake.stream()
+            def __init__(self, device: str | torch.device) -> None:
+                assert torch.device(device) == DEVICE
+                self.queue, self.device = fake.stream(), DEVICE
 
             def wait_event(self, event: Event) -> None:
-                event.synchronize()  # what a lane computes next is computed at once
+                event.mark.synchronise()  # what a lane computes next is computed at once
 
             def synchronize(self) -> None:
                 self.queue.mark().synchronise()
@@ -86,20 +101,32 @@ class FakeCuda:
         self.get_device_properties = lambda _: properties
         self.mem_get_info = lambda _: (TOTAL_BYTES, TOTAL_BYTES)
         self.memory_stats = lambda _: {}
-        self.set_device = self.reset_peak_memory_stats = lambda _: None
-        self.empty_cache, self.device = lambda: None, lambda _: nullcontext()
-        registrar = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+        self.set_device = lambda card: setattr(fake.current, "card", torch.device(card))
+        self.synchronize = lambda _: [stream.mark().synchronise() for stream in fake.streams]
+        self.get_device_capability = lambda _: capability
+        self.reset_peak_memory_stats = lambda _: None
+        self.empty_cache, self.device = on_this_card, on
+
+        def register(*_: int) -> int:
+            on_this_card()
+            return 0
+
+        registrar = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=register)
         self.cudart = lambda: registrar
 
 
 @contextmanager
 def installed(capability: tuple[int, int]) -> Iterator[FakeDevice]:
     """Within it torch has a card of that compute capability, with kernels that are none."""
-    device, make = FakeDevice(late_s=3e-4), torch.empty
+    device, make, zeros = FakeDevice(late_s=3e-4), torch.empty, torch.zeros
 
     def empty(*args: Any, **named: Any) -> Tensor:
         with WithDevice():  # arenas are made in threads that enter no stream
             return make(*args, **named)
+
+    def unpinned(*sizes: Any, pin_memory: bool = False, **named: Any) -> Tensor:
+        del pin_memory
+        return zeros(*sizes, **named)
 
     def kernels_of(of: tuple[int, int]) -> GpuKernels:
         return GpuKernels(on_device(flash), grouped_gemm()) if of >= (8, 0) else GpuKernels()
@@ -108,6 +135,7 @@ def installed(capability: tuple[int, int]) -> Iterator[FakeDevice]:
         for name, instead in vars(FakeCuda(device, capability)).items():
             patch.setattr(torch.cuda, name, instead)
         patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "zeros", unpinned)
         patch.setattr("executor.backends.cuda.kernels_of", kernels_of)
         yield device
     device.close()

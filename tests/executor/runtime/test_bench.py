@@ -1,6 +1,7 @@
 """`executor bench`, on a checkpoint and on shapes with random weights."""
 
 import json
+import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 from executor.bench import Bench, BenchOptions
 from executor.bench.plan import model_of, solved
 from executor.cli import main
+from executor.generate import Generator
 from executor.job.machine import AcceleratorOptions
 from hrm.errors import WorkloadError
 from hrm.hardware import Link
@@ -99,6 +101,26 @@ def test_shape_is_planned_for_and_run_without_a_checkpoint(shape, profile, capsy
         if accelerator != "null":
             for memory in row["validation"]["memory"].values():
                 assert 0 < memory["peak_total_bytes"] <= memory["planned_total_bytes"]
+
+
+def test_orders_that_need_the_same_memory_run_on_the_same_weights(shape, monkeypatch):
+    """One that needs more has its own, after the others have given theirs back."""
+    made = list[weakref.ref[Generator]]()
+
+    def counted(*given, **named) -> Generator:
+        assert all(one() is None for one in made)
+        generator = Generator(*given, **named)
+        made.append(weakref.ref(generator))
+        return generator
+
+    monkeypatch.setattr("executor.bench.run.Generator", counted)
+    policy = make_policy(shape.num_layers, batch_size=4, micro_batch_size=2, staging=True)
+    with Bench(BenchOptions(model=shape.name, policy=policy_file(shape, policy=policy), repeats=1)) as bench:
+        rows = {order: bench.row(order) for order in ScheduleName}
+        assert [rows[order].schedule for order in bench.schedules] == [order.value for order in ScheduleName]
+    assert len(made) == 2
+    assert made[1]() is None
+    assert {row.tokens_crc32 for row in rows.values()} == {rows[ScheduleName.CGOPIPE].tokens_crc32}
 
 
 def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):

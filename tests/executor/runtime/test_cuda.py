@@ -1,6 +1,8 @@
 """Generation on a card: the same tokens, within the planned memory. And its parts without one."""
 
 import gc
+import signal
+import threading
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -9,19 +11,30 @@ from typing import Any
 import pytest
 import torch
 
-from executor.backends import make_backend
+from executor.backends import in_thread_of_its_own, make_backend
 from executor.backends.cuda import kernels_of
 from executor.errors import RunError
+from executor.handlers import HostArenas
 from executor.job.machine import AcceleratorOptions, accelerator_for, prepare
+from executor.loading import Loading
 from executor.model.gpu import FLASH_DTYPES
-from hrm.memory import purposes
+from hrm.buffers import Purpose
+from hrm.memory import ALWAYS_PINNED, PINNED_IF_THERE_IS_ROOM, purposes
 from hrm.policy import ScheduleName
 from hrm.profiling.pinned import PinnableMemory
 from hrm.tasks import Device, Lane
 from hrm.units import MIB
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
 from tests.executor.runtime.fake_cuda import ACCELERATOR, TOTAL_BYTES, installed
-from tests.executor.runtime.support import architecture, generate, generator, machine, policy_file, requests
+from tests.executor.runtime.support import (
+    architecture,
+    generate,
+    generator,
+    machine,
+    make_policy,
+    policy_file,
+    requests,
+)
 from tests.executor.runtime.test_parity import MAX_TOKENS, PAIRS, POLICIES, PROMPTS, expected, policy_of
 
 on_a_card = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -215,6 +228,57 @@ def test_a_backend_s_transfers_keep_to_registrations(monkeypatch):
         backend.synchronise()
         assert torch.equal(device.cpu(), host)
     assert [len(source) // PAGE for source in copied] == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_memory_is_taken_and_pinned_in_pieces_each_of_which_is_told(folder, monkeypatch, accelerator):
+    piece, told = 4 * PAGE, dict[str, list[int]]()
+    monkeypatch.setattr("hrm.profiling.pinned.PIECE_BYTES", piece)
+    monkeypatch.setattr("executor.backends.cuda.PinnableMemory", partial(PinnableMemory, piece_bytes=piece))
+
+    class Told(Loading):
+        def begin(self, stage: str, total_bytes: int) -> None:
+            super().begin(stage, total_bytes)
+            told[stage] = [total_bytes]
+
+        def add(self, num_bytes: int) -> None:
+            super().add(num_bytes)
+            told[self.stage].append(num_bytes)
+
+    spec, policy = architecture(folder).spec, make_policy(architecture(folder).spec.num_layers)
+    with installed((9, 0)), WithDevice():
+        backend = make_backend(ACCELERATOR if accelerator == "cuda" else "cpu", None)
+        arenas = HostArenas.allocate(backend, spec, policy, loading=Told())
+    taken, pinned = told.values()
+    assert list(told) == ["taking memory", "pinning memory"]
+    assert taken[0] == sum(taken[1:]) == sum(arena.nbytes for arena in arenas.memory.values())
+    if accelerator == "cuda":
+        assert (
+            pinned[0]
+            == sum(pinned[1:])
+            == arenas.memory[Purpose.WEIGHTS].nbytes
+            + sum(arenas.memory[name].nbytes for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM))
+        )
+    assert max(taken[1:] + pinned[1:]) == piece
+
+
+def test_ctrl_c_is_heard_while_memory_is_taken(monkeypatch):
+    """It is taken in another thread, and after a piece Ctrl-C would end the process."""
+    monkeypatch.setattr("hrm.profiling.pinned.PIECE_BYTES", PAGE)
+    pieces, go_on, main = list[int](), threading.Event(), threading.main_thread().ident
+    assert main is not None
+
+    def told(num_bytes: int) -> None:
+        pieces.append(num_bytes)
+        if len(pieces) == 2:
+            signal.pthread_kill(main, signal.SIGINT)
+            go_on.wait(30)
+
+    backend = make_backend("cpu", None)
+    with backend.telling(told), pytest.raises(KeyboardInterrupt):
+        in_thread_of_its_own(lambda: backend.allocate(Device.CPU, 5_000_000))
+    assert len(pieces) == 2
+    go_on.set()
 
 
 def test_what_does_not_fit_the_card_is_refused_before_the_host_s_memory_is_touched(folder, monkeypatch):

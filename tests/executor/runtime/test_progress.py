@@ -57,6 +57,11 @@ def test_text_says_phase_rate_time_left_and_busy_share_per_lane(clock):
     clock.s, job.loading.done_bytes = 50.0, 25 * 10**9
     assert meter.text() == "loading weights · 4/20 requests · 25.0 GB of 100 GB · 500 MB/s · 2:30 left"
     assert meter.share == 0.25
+    job.loading.begin("pinning memory", 8 * 10**9)
+    assert meter.text() == "pinning memory · 4/20 requests · 0 B of 8.00 GB"
+    clock.s = 60.0
+    job.loading.add(2 * 10**9)
+    assert meter.text() == "pinning memory · 4/20 requests · 2.00 GB of 8.00 GB · 200 MB/s · 0:30 left"
     clock.s = 100.0  # loading does not count
     job.stage, job.generator, job.phase = "batch 1", object(), Phase.PREFILL
     job.left_s, job.share_of_batch = 52.0, 0.25

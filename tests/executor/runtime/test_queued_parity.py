@@ -46,7 +46,7 @@ ALLOWED = {
     ("executor.handlers.state", "routed"),
     ("executor.model.rotary", "on_device"),
 }
-WITHOUT_GROUPED_GEMM = {("executor.model.gpu", "_run_stack")}
+WITHOUT_GROUPED_GEMM = {("executor.model.gpu", "run_experts")}
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ import pytest
 from executor.generate import Completion, Generator
 from executor.group import Group
 from tests.executor.group.threads import with_ranks
+from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
 from tests.executor.runtime.support import GPU, generate, requests
+from tests.executor.runtime.test_cuda import on_a_card
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, SCHEDULES, expected, policy_of
 from tests.executor.tiny_models import MODELS
 
@@ -19,8 +21,29 @@ def test_greedy_tokens_of_ranks_equal_those_of_transformers(tiny_folders, index,
     """Policies, schedules, models and numbers of ranks take turns."""
     folder, size = tiny_folders[MODELS[index % len(MODELS)]], (2, 4)[index % 3 == 2]
     policy = policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name])
-    for found in with_ranks(folder, policy, size, tokens, is_emulated=index % 4 == 3):
+    for found in with_ranks(folder, policy, size, tokens, accelerator=("cpu", "emulated")[index % 4 == 3]):
         assert found == expected(folder)
+
+
+@pytest.mark.parametrize("name", ["all streamed, both on the gpu", "kv split, cpu"])
+def test_ranks_on_one_card_sum_up_through_the_hosts_memory(tiny_folders, monkeypatch, name):
+    """Which NCCL would refuse; on a card that is none, whose tensors are as strict as CUDA's."""
+    monkeypatch.setattr("torch.distributed.ProcessGroupNCCL", lambda *_: pytest.fail("on one card"), raising=False)
+    folder = tiny_folders[MODELS[0]]
+    policy = policy_of(folder, SCHEDULES[0], POLICIES[name])
+    with installed((9, 0)):
+        found = with_ranks(folder, policy, 2, tokens, accelerator=ACCELERATOR)
+    assert found == [expected(folder)] * 2
+
+
+class TestOnACard:
+    pytestmark = on_a_card
+
+    @pytest.mark.parametrize(("index", "name"), list(enumerate(POLICIES)))
+    def test_greedy_tokens_of_two_ranks_on_one_card(self, tiny_folders, index, name):
+        folder = tiny_folders[MODELS[index % len(MODELS)]]
+        policy = policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name])
+        assert with_ranks(folder, policy, 2, tokens, accelerator="cuda:0") == [expected(folder)] * 2
 
 
 def test_a_random_choice_and_its_logprobs_are_those_of_one_rank(tiny_folder):

@@ -75,9 +75,11 @@ class FakeGpu(AbstractGpu):
         busy: tuple[str, ...] = (),
         shares_memory: bool = False,
         has_bfloat16: bool = True,
+        groups_experts: bool = False,
     ) -> None:
         self.index, self.device, self.name = index, "cpu", name
         self.shares_memory, self.has_bfloat16 = shares_memory, has_bfloat16
+        self.groups_experts = groups_experts
         self.sizes = (free_bytes, total_bytes)
         self.told = facts or GpuFacts({"gpu": name, "driver": "1.2"})
         self.clocks, self.slowed, self.busy = list(clocks), slowed, busy

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hrm.catalog import list_files
 from hrm.contract.cublas import WORKSPACES, cap_workspaces
+from hrm.contract.host_kernels import HostKernels
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
@@ -232,6 +233,22 @@ def test_a_gpu_without_bfloat16_is_measured_and_planned_in_float16():
     assert profile.default_dtype == "float16"
 
 
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_gpu_issues_its_own_operators_whatever_the_hosts_kernels_fuse(groups):
+    def multiply(x, weight, out):
+        torch.mm(x, weight.T, out=out)
+
+    def leave(*_):
+        pass
+
+    kernels = HostKernels(name="some", multiply=multiply, attend=leave, stage=leave, fuses_operators=True)
+    with small_sizes() as patch:
+        profile = measure([FakeGpu(groups_experts=groups)], patch=patch, kernels=kernels)
+    assert profile.host.processor.fuses_operators
+    assert not profile.top.processor.fuses_operators
+    assert profile.top.processor.groups_experts is groups
+
+
 def test_memory_may_be_capped_but_not_raised():
     with small_sizes() as patch:
         profile = measure([FakeGpu(0), FakeGpu(1)], patch=patch, gpu_memory_bytes=64 * MIB)
@@ -423,6 +440,9 @@ def test_a_gpu_is_measured_with_the_workspaces_that_runs_have(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
     assert CudaGpu(0).device == "cuda:0"
     assert CudaGpu(0).has_bfloat16
+    assert not CudaGpu(0).groups_experts
+    told.major = 9
+    assert CudaGpu(0).groups_experts
     told.major = 7
     assert not CudaGpu(0).has_bfloat16, "a T4 only emulates it"
     assert os.environ == WORKSPACES
