@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import click
 
-from hrm.cli.params import enum_option, schedule_option, staging_option, together
+from hrm.cli.params import enum_option, experts_per_part_option, schedule_option, staging_option, together
 from hrm.errors import PolicyError
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
@@ -118,13 +118,7 @@ given_policy_options = together(
         show_default=True,
         help="Whether projections, norms and routers stay on the GPU.",
     ),
-    click.option(
-        "--experts-per-part",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default="all of a layer",
-        help="Experts that stream to the GPU at a time, twice as many of which have room there.",
-    ),
+    experts_per_part_option,
     click.option(
         "--kv-on-gpu",
         is_flag=False,
