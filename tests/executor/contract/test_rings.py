@@ -39,10 +39,10 @@ def targets(tiny_folders):
         patch.setattr(backend, "transfer", recording)
         for handlers in (PrefillHandlers, DecodeHandlers):
 
-            def make(*parts, make=handlers.make):
-                return {act: told(handler) for act, handler in make(*parts).items()}
+            def by_act(own, by_act=handlers.by_act):
+                return {act: told(handler) for act, handler in by_act(own).items()}
 
-            patch.setattr(handlers, "make", make)
+            patch.setattr(handlers, "by_act", by_act)
         wanted = requests(random_prompts(policy.batch_size, seed=3), max_tokens=GEN_LEN, ignore_eos=True)
         with generator(tiny_folders["wide heads"], policy, backend=backend) as made:
             (batch,) = Batcher(iter(wanted), policy)
