@@ -21,7 +21,8 @@ class TraceBudget:
         self._left = max(self._left - num_prefill_spans, 0)
         # No layer has more tasks than one with all that any layer has, and a step's first and last tasks.
         streamed, cpu_experts = (any(pipeline.streamed),), (any(pipeline.cpu_experts),)
-        layer = replace(pipeline, num_layers=1, num_steps=1, streamed=streamed, cpu_experts=cpu_experts)
+        parts = (max(pipeline.parts, default=0),)
+        layer = replace(pipeline, num_layers=1, num_steps=1, streamed=streamed, cpu_experts=cpu_experts, parts=parts)
         per_step = pipeline.num_layers * sum(1 for _ in SCHEDULES[schedule].order(layer))
         steps = min(self._left // per_step, pipeline.num_steps, 64)
         self._left -= steps * per_step

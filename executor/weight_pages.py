@@ -2,8 +2,9 @@
 
 A layer's other weights lie contiguously in host memory, its dense part first if that streams, then
 the experts that do not stay; a page is a slice of them. On the GPU they land in one of two slots,
-without the experts if the CPU computes these in both phases. The page table is made of views, one
-set for each place where a layer can lie.
+without the experts if the CPU computes these in both phases, or if they stream in parts: each part
+then lands in one of two slots for parts. The page table is made of views, one set for each place
+where a layer, or a part of its experts, can lie.
 """
 
 from collections.abc import Sequence
@@ -31,10 +32,10 @@ from executor.model import (
     head_views,
 )
 from executor.model.layout import num_elements
-from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
+from hrm.contract.rings import EXPERT_SLOTS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.formats import ALIGNMENT_BYTES
 from hrm.formats import aligned as aligned_bytes
-from hrm.layers import Block
+from hrm.layers import Block, Layer
 from hrm.model_spec import ModelSpec
 from hrm.placement import Place
 from hrm.policy import Policy
@@ -57,24 +58,43 @@ class LayerWeights:
     has_experts: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PartOfExperts:
+    """Some experts of a layer where they lie on the host, where they go in each slot, and as they are used there."""
+
+    on_host: Tensor
+    slots: Sequence[Tensor]
+    experts: Sequence[Experts]
+
+
 @final
 class WeightPages:
     """The page table and the memory behind it, which is handed in as flat tensors of the dtype.
 
-    `resident` holds what stays on the GPU and the head, `slots` two layers' streamed weights,
-    `host` all that does not stay on the GPU and the token embedding, and `staging` the pinned pages.
+    `resident` holds what stays on the GPU and the head, `slots` what two layers stream whole, `parts`
+    two parts of experts if they stream so, `host` all that does not stay on the GPU and the token
+    embedding, and `staging` the pinned pages.
     """
 
     def __init__(
-        self, spec: ModelSpec, policy: Policy, *, resident: Tensor, slots: Tensor, host: Tensor, staging: Tensor
+        self,
+        spec: ModelSpec,
+        policy: Policy,
+        *,
+        resident: Tensor,
+        slots: Tensor,
+        parts: Tensor,
+        host: Tensor,
+        staging: Tensor,
     ) -> None:
         self._spec = spec
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
-        self._slots = slots.view(WEIGHT_SLOTS, -1)
+        self._slots, self._part_slots = slots.view(WEIGHT_SLOTS, -1), parts.view(EXPERT_SLOTS, -1)
         self._staging = staging
         self.dtype = slots.dtype
         self._on_host: list[Tensor] = []
         self._layers: list[tuple[LayerWeights, ...]] = []
+        self._parts: list[list[PartOfExperts]] = []
         self._dense: list[Tensor] = []
         self._experts: list[list[Tensor]] = []
         self.host_experts: list[NumberedExperts] = []
@@ -96,6 +116,8 @@ class WeightPages:
             self._dense.append(on_host[:streamed_dense] if streamed_dense else resident_dense)
             self._experts.append([resident_experts, on_host[streamed_dense:]])
             self.host_experts.append(experts_in(layer, on_host[streamed_dense:], count).each)
+            streamed_experts = on_host[streamed_dense:] if len(parts) else on_host[:0]
+            self._parts.append(self._parts_of(layer, streamed_experts, count, policy.experts_per_part))
             places: list[LayerWeights] = []
             for slot in self._slots:
                 dense = dense_views(layer, slot[:streamed_dense] if streamed_dense else resident_dense)
@@ -114,6 +136,15 @@ class WeightPages:
         self._head = resident_parts.take(spec.head_parameters)
         self.head: HeadWeights | None = head_views(spec, self._head) if spec.has_head else None
         self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(-1, spec.hidden_size)
+
+    def _parts_of(self, layer: Layer, experts: Tensor, first: int, per_part: int) -> "list[PartOfExperts]":
+        """The parts that experts, numbered from the first, stream in, each with its views in every slot."""
+        found: list[PartOfExperts] = []
+        for number, on_host in enumerate(experts.split(self._part_slots.shape[1]) if len(experts) else ()):
+            slots = [slot[: len(on_host)] for slot in self._part_slots]
+            views = [experts_in(layer, slot, first + number * per_part) for slot in slots]
+            found.append(PartOfExperts(on_host, slots, views))
+        return found
 
     def _copied(self, block: Block, weights: Any, host: "_Cursor") -> Any:
         """A block's weights on the GPU, but for what its part on the CPU reads, which has a place there too."""
@@ -169,6 +200,10 @@ class WeightPages:
     def layer(self, layer: int, slot: int) -> LayerWeights:
         """The layer's weights, its streamed ones in that slot."""
         return self._layers[layer][slot]
+
+    def part(self, layer: int, number: int) -> "PartOfExperts":
+        """One of the parts that the layer's experts stream in."""
+        return self._parts[layer][number]
 
     def on_host(self, layer: int, page: slice) -> Tensor:
         """One page where it lies in host memory."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from hrm.contract.rings import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
+from hrm.contract.rings import BUFFERS, EXPERT_SLOTS, STAGING_PAGES, WEIGHT_SLOTS
 from hrm.contract.rows import (
     COUNT_BYTES,
     KV_BLOCK_TOKENS,
@@ -33,6 +33,7 @@ class Purpose(StrEnum):
 
     RESIDENT_WEIGHTS = "resident_weights"
     WEIGHT_SLOTS = "weight_slots"
+    EXPERT_SLOTS = "expert_slots"
     KV_CACHE = "kv_cache"
     KV_BUFFERS = "kv_buffers"
     EXCHANGE = "exchange"
@@ -73,7 +74,8 @@ class Needs:
     `cpu_attention` say whether any cache is streamed, or attended over on the host, `cpu_experts` and
     `cpu_prefill_experts` whether the CPU computes experts in decode, or in prefill. Of the layers'
     weights, `resident_bytes` stay on the GPU and `host_bytes` do not, at most
-    `largest_streamed_bytes` of one layer stream, and move through `staging_slots` of `page_bytes`.
+    `largest_streamed_bytes` of one layer stream whole, and move through `staging_slots` of `page_bytes`;
+    experts that stream in parts do so in parts of at most `part_bytes`.
 
     A stage of a pipeline keeps the caches of all `batches` under way, and hidden states until the next
     stage has them.
@@ -98,6 +100,7 @@ class Needs:
     largest_streamed_bytes: Number = 0
     staging_slots: Number = 0
     page_bytes: Number = 0
+    part_bytes: Number = 0
     batches: int = 1
 
     @staticmethod
@@ -127,6 +130,7 @@ class Needs:
             largest_streamed_bytes=largest,
             staging_slots=STAGING_PAGES * policy.staging,
             page_bytes=page_bytes(largest, pages_of(policy)),
+            part_bytes=policy.part_bytes(spec),
             batches=batches,
         )
 
@@ -152,6 +156,7 @@ class Needs:
         rows = (
             (Purpose.RESIDENT_WEIGHTS, 1, self.resident_bytes + weights.bytes_of(spec.head_parameters)),
             (Purpose.WEIGHT_SLOTS, WEIGHT_SLOTS, self.largest_streamed_bytes),
+            (Purpose.EXPERT_SLOTS, EXPERT_SLOTS, self.part_bytes),
             (Purpose.KV_CACHE, self.batches * self.gpu_kv_micro_batches, cached),
             (Purpose.KV_BUFFERS, self.streams_kv * BUFFERS, of_layer),
             (Purpose.EXCHANGE, self.places, request),

@@ -52,6 +52,7 @@ class Point:
     resident_dense: Number
     chunk_tokens: Number
     staging: int = 0
+    experts_per_part: int = 0
     fewer_residents: Number = 0
     parts_of_chunks: bool = False
 
@@ -86,15 +87,17 @@ class Point:
             resident_dense=int(policy.resident_dense),
             chunk_tokens=policy.prefill_chunk_tokens,
             staging=int(policy.staging),
+            experts_per_part=policy.experts_per_part,
         )
 
     def streamed_bytes(self, spec: ModelSpec, weights: Format, phase: Phase) -> Number:
-        """Weight bytes of a layer that are loaded in the phase, as a mean over layers."""
+        """Weight bytes of a layer that are loaded whole in the phase, as a mean over layers."""
         placement = Placement(
             spec=spec,
             weights=weights,
             resident_dense=self.resident_dense,
             cpu_experts=1 - (self.gpu_ffn if phase is Phase.DECODE else self.gpu_prefill_ffn),
+            in_parts=int(self.experts_per_part > 0),
         )
         resident = spec.num_expert_layers * self.resident_experts
         return placement.bytes_in_all(Place.STREAMED, resident) / spec.num_layers
@@ -103,6 +106,22 @@ class Point:
         """Experts on the host, as a mean over the layers that have some."""
         in_all = (spec.num_expert_layers / spec.num_layers) * (spec.num_experts - self.resident_experts)
         return in_all / maximum(self.host_expert_layers, 1e-9)
+
+    def gpu_experts(self, spec: ModelSpec, on_gpu: Number, resident: Number) -> Number:
+        """Experts that are computed with the rest of a layer: all if they run `on_gpu` and do not come in parts."""
+        return resident if self.experts_per_part else where(on_gpu, spec.num_experts, resident)
+
+    def parts(self, spec: ModelSpec) -> Number:
+        """In how many parts experts stream where they do, as a mean over all layers; the last may be a part of one."""
+        if not self.experts_per_part:
+            return 0
+        return self.host_expert_layers * self.host_experts(spec) / self.experts_per_part
+
+    def last_parts(self, spec: ModelSpec) -> Number:
+        """The same of the last layer."""
+        if not (self.experts_per_part and spec.layers[-1].has_experts):
+            return 0
+        return (spec.num_experts - self.last_residents) / self.experts_per_part
 
     def kv_share_at(self, place: Place) -> Number:
         """Which share of the micro-batches has its KV cache at a place."""
@@ -134,6 +153,7 @@ class DecodeStep:
             cpu_attention=point.kv_share_at(Place.HOST),
             streams_kv=point.kv_share_at(Place.STREAMED),
             cpu_experts=(1 - point.gpu_ffn) * point.host_expert_layers,
+            parts=point.gpu_ffn * point.parts(spec),
             staging=point.staging,
             ranks=spec.ranks,
         )
@@ -142,8 +162,9 @@ class DecodeStep:
             kind=spec.layers[0],
             tokens=active_share * point.batch_size / n,
             context=0,
-            gpu_experts=where(point.gpu_ffn, spec.num_experts, point.resident_experts),
-            cpu_experts=point.host_experts(spec),
+            gpu_experts=point.gpu_experts(spec, point.gpu_ffn, point.resident_experts),
+            host_experts=point.host_experts(spec),
+            part_experts=point.experts_per_part,
             page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.DECODE) / pages,
         )
         fixed = LaneWork.of((act for act in decode.ALL if not act.attends), counts, load)
@@ -169,7 +190,10 @@ class DecodeStep:
             cpu=self.counts.cpu_attention,
             streams=self.counts.streams_kv,
         )
-        return (*seconds.terms, *SCHEDULES[self.schedule].terms(step))
+        of_schedule = SCHEDULES[self.schedule].terms(step)
+        if not is_zero(self.counts.parts):  # which no schedule's own terms know of
+            of_schedule = tuple((self.counts.parts == 0) * term for term in of_schedule)
+        return (*seconds.terms, *of_schedule)
 
 
 def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Number, ...]:
@@ -187,12 +211,15 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
     chunks, chunk = point.chunks(workload)
     spec, cpu_ffn = costs.spec, 1 - point.gpu_prefill_ffn
     any_on_cpu = not is_zero(cpu_ffn)
+    told_apart = any_on_cpu or point.experts_per_part > 0
     counts = Counts(
         layers=spec.num_layers,
         pieces=chunks,
         pages=1,
         cpu_experts=cpu_ffn * point.host_expert_layers if any_on_cpu else 0,
         last_cpu_experts=cpu_ffn * point.last_on_host if any_on_cpu else 0,
+        parts=point.gpu_prefill_ffn * point.parts(spec),
+        last_parts=point.gpu_prefill_ffn * point.last_parts(spec),
         staging=point.staging,
         ranks=spec.ranks,
     )
@@ -203,14 +230,15 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
         context=workload.prompt_len,
         requests=point.batch_size / chunks,
         stored_share=1 - point.kv_share_at(Place.GPU),
-        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, point.resident_experts)
-        if any_on_cpu
+        gpu_experts=point.gpu_experts(spec, point.gpu_prefill_ffn, point.resident_experts)
+        if told_apart
         else spec.num_experts,
-        cpu_experts=point.host_experts(spec) if any_on_cpu else 0,
+        host_experts=point.host_experts(spec) if told_apart else 0,
+        part_experts=point.experts_per_part,
         page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.PREFILL),
     )
     if costs.skips_in_last_layer(workload.prompt_len):
-        load = _with_last(load, point) if any_on_cpu else replace(load, last=replace(load, is_last=True))
+        load = _with_last(load, point) if told_apart else replace(load, last=replace(load, is_last=True))
     with_cpu = (counts.cpu_experts > 0) * ((chunks > 2) + 1 * (chunks > 3))
     return LaneWork.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
 
@@ -227,14 +255,14 @@ def _with_last(load: Load, point: Point) -> Load:
     last = replace(
         load,
         is_last=True,
-        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, point.last_residents),
-        cpu_experts=on_host / maximum(point.last_on_host, 1e-9),
+        gpu_experts=point.gpu_experts(spec, point.gpu_prefill_ffn, point.last_residents),
+        host_experts=on_host / maximum(point.last_on_host, 1e-9),
     )
     return replace(
         load,
         last=last,
-        gpu_experts=where(point.gpu_prefill_ffn, spec.num_experts, each),
-        cpu_experts=(others * spec.num_experts - resident) / maximum(some_on_host, 1e-9),
+        gpu_experts=point.gpu_experts(spec, point.gpu_prefill_ffn, each),
+        host_experts=(others * spec.num_experts - resident) / maximum(some_on_host, 1e-9),
     )
 
 

@@ -89,6 +89,10 @@ class Costs:
         """`num_experts` of the experts on the CPU."""
         return self._on(Device.CPU, self.spec.expert_kind.run_experts(self.formats, m, num_experts))
 
+    def part_experts(self, m: Number, num_experts: Number) -> Number:
+        """`num_experts` of the experts on the GPU, by themselves."""
+        return self._on(Device.GPU, self.spec.expert_kind.run_experts(self.formats, m, num_experts))
+
     def sample(self, m: Number) -> Number:
         """LM head and choice of the next token on the GPU."""
         return self._on(Device.GPU, operators.sample(self.spec, self.formats, m)) + self.exchange_logits(m)
@@ -280,7 +284,8 @@ class TaskWork:
         """What tasks of a layer have to do in each kind of layer that it stands for, with its share."""
         spec, resident = self.costs.spec, self.resident_experts[layer]
         page_bytes = self._streamed_bytes(layer) / self.pipeline.num_pages
-        on_cpu = self.policy.ffn_in(self.pipeline.phase) is Device.CPU
+        parts = self.pipeline.parts_of(layer)
+        elsewhere = parts or self.policy.ffn_in(self.pipeline.phase) is Device.CPU
         return [
             (
                 share,
@@ -291,8 +296,9 @@ class TaskWork:
                     context=self.context,
                     is_last=layer == self.pipeline.num_layers - 1,
                     requests=self.requests_per_chunk,
-                    gpu_experts=resident if on_cpu else spec.num_experts,
-                    cpu_experts=max(0.0, kind.num_experts - resident),
+                    gpu_experts=resident if elsewhere else spec.num_experts,
+                    host_experts=max(0.0, kind.num_experts - resident),
+                    part_experts=max(0.0, kind.num_experts - resident) / max(parts, 1),
                     page_bytes=page_bytes,
                 ),
             )
@@ -300,7 +306,7 @@ class TaskWork:
         ]
 
     def _streamed_bytes(self, layer: int) -> float:
-        """Weight bytes of a layer that are loaded in this phase."""
+        """Weight bytes of a layer that are loaded whole in this phase."""
         placement = self.policy.placement(self.costs.spec, self.pipeline.phase)
         return placement.bytes_at(Place.STREAMED, self.layer_mix(layer), self.resident_experts[layer])
 

@@ -58,7 +58,7 @@ class LaneWork:
             count = act.count(counts)
             if is_zero(count):
                 continue
-            told_apart = act.attends, act.by_ffn, act.of_cpu_experts, act.of_last
+            told_apart = act.attends, act.by_ffn, act.of_cpu_experts, act.of_parts, act.of_last
             if told_apart not in loads_of:
                 loads_of[told_apart] = _loads(load, act, counts)
             loads = loads_of[told_apart]
@@ -102,11 +102,14 @@ def _loads(load: Load, act: Act, counts: Counts) -> list[tuple[Number, Load]]:
     last = spec.layer_kind(spec.num_layers - 1)
     if act.of_last:
         return [(1.0, replace(load.last or load, kind=last, is_last=True))]
-    if act.of_cpu_experts:  # layers with experts differ in nothing else that matters here
+    if act.of_cpu_experts or act.of_parts:  # layers with experts differ in nothing else that matters here
         kind = next(kind for kind in spec.layer_kinds() if kind.has_experts)
         if load.last is None:
             return [(1.0, replace(load, kind=kind))]
-        of_last = counts.last_cpu_experts / maximum(counts.layers * counts.cpu_experts, 1e-9)
+        of_mean, of_last = counts.cpu_experts, counts.last_cpu_experts
+        if act.of_parts:
+            of_mean, of_last = counts.parts, counts.last_parts
+        of_last = of_last / maximum(counts.layers * of_mean, 1e-9)
         return [(1 - of_last, replace(load, kind=kind)), (of_last, replace(load.last, kind=kind))]
     kinds = spec.alike(by_window=act.attends, by_ffn=act.by_ffn)
     shares = {(kind, False): count / spec.num_layers for kind, count in kinds.items()}

@@ -125,6 +125,7 @@ def steps_seconds(
     first = next(iter(stretches), 0.0)
     work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=1.0)
     tasks_a_layer = 8 * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
+    tasks_a_layer += STEADY_STEPS * _tasks_of_parts(work.pipeline)
     return [
         _over_layers(replace(work, context=context, stretch=stretch), tasks_a_layer, seconds)
         for context, stretch in stretches.items()
@@ -138,8 +139,13 @@ def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
     in_one = chunks / work.pipeline.num_micro_batches
-    tasks_a_layer = _TASKS_A_CHUNK * work.pipeline.num_micro_batches
+    tasks_a_layer = _TASKS_A_CHUNK * work.pipeline.num_micro_batches + _tasks_of_parts(work.pipeline)
     return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
+
+
+def _tasks_of_parts(pipeline: Pipeline) -> int:
+    """How many tasks load and compute the experts of a layer that stream in parts."""
+    return 2 * pipeline.num_micro_batches * max(pipeline.parts, default=0)
 
 
 def _simulated_shape(policy: Policy) -> tuple[Policy, float, float]:
@@ -246,5 +252,6 @@ def _cut(work: TaskWork, layers: int) -> TaskWork:
             num_layers=layers,
             streamed=tuple(share > 1e-9 for share in shares(pipeline.streamed)),
             cpu_experts=tuple(share > 1e-9 for share in shares(pipeline.cpu_experts)),
+            parts=tuple(ceil(share - 1e-9) for share in shares(pipeline.parts)) if pipeline.parts else (),
         ),
     )

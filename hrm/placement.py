@@ -21,6 +21,7 @@ class Place(Enum):
 
     GPU = "stays on the GPU"
     STREAMED = "lies on the host and moves to the GPU to be used"
+    IN_PARTS = "lies on the host and moves to the GPU in parts, each of which makes room for another"
     HOST = "lies on the host and is used there"
 
 
@@ -28,15 +29,16 @@ class Place(Enum):
 class Placement:
     """What of the layers' weights is at which place.
 
-    Some routed experts of a layer stay on the GPU. The others are streamed, or with `cpu_experts`
-    computed on the host. All else of a layer stays on the GPU if `resident_dense`, and else is
-    streamed. Both are 0 or 1.
+    Some routed experts of a layer stay on the GPU. The others are streamed, with `in_parts` some of
+    them at a time, or with `cpu_experts` computed on the host. All else of a layer stays on the GPU if
+    `resident_dense`, and else is streamed. All three are 0 or 1.
     """
 
     spec: ModelSpec
     weights: Format
     resident_dense: Number
     cpu_experts: Number = 0
+    in_parts: Number = 0
 
     def bytes_at(self, place: Place, layers: Layers, resident_experts: Number) -> Number:
         """Bytes of these layers at a place; `resident_experts` are those of all of them together."""
@@ -49,7 +51,10 @@ class Placement:
             case Place.GPU:
                 dense, experts = self.resident_dense * dense, resident_experts
             case Place.STREAMED:
-                dense, experts = (1 - self.resident_dense) * dense, (1 - self.cpu_experts) * others
+                whole = (1 - self.cpu_experts) * (1 - self.in_parts)
+                dense, experts = (1 - self.resident_dense) * dense, whole * others
+            case Place.IN_PARTS:
+                dense, experts = 0, (1 - self.cpu_experts) * self.in_parts * others
             case Place.HOST:
                 dense, experts = 0, self.cpu_experts * others
         return dense + experts * self.spec.expert_bytes(self.weights)
@@ -71,3 +76,5 @@ def caches_at(place: Place, *, number: Number, on_gpu: Number, gpu_attention: Nu
             return (number - on_gpu) * gpu_attention
         case Place.HOST:
             return (number - on_gpu) * (1 - gpu_attention)
+        case Place.IN_PARTS:
+            return 0 * number

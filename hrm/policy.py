@@ -87,7 +87,9 @@ class Policy:
     that one it stays in any case where a layer's cache is not what attention over earlier parts needs.
     Where `ffn` is the CPU, `prefill_ffn` says whether the experts that are not resident are computed
     there in prefill too, or move to the GPU for it.
-    With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
+    Experts that stream move with the rest of their layer, or with `experts_per_part` so many at a time:
+    of a layer there are then only two such parts on the GPU, and every micro-batch or chunk loads all
+    of them again. With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
     make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
     and `kv_format` are it too where a policy is made without them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
@@ -106,6 +108,7 @@ class Policy:
     kv_tokens_per_micro_batch: int
     prefill_chunk_tokens: int
     prefix_buffer_tokens: int = 0
+    experts_per_part: int = 0
     staging: bool = False
     weight_pages: int | None = None
     parallelism: Parallelism = Parallelism.TENSOR
@@ -130,6 +133,13 @@ class Policy:
                 self.prefill_ffn.value,
                 self.ffn is Device.CPU or self.prefill_ffn is Device.GPU,
                 "be gpu where ffn is gpu",
+            ),
+            (
+                "experts_per_part",
+                self.experts_per_part,
+                self.experts_per_part == 0
+                or (self.experts_per_part > 0 and self.prefill_ffn is Device.GPU and not self.staging),
+                "be at least 0, and 0 with staging or where the CPU computes experts in prefill too",
             ),
             (
                 "gpu_kv_micro_batches",
@@ -190,6 +200,13 @@ class Policy:
                     f"must be at most the {there_are} experts of {spec.name}",
                     "run hrm search for this model",
                 )
+        if self.experts_per_part > spec.num_experts:
+            raise PolicyError(
+                "policy: experts_per_part",
+                self.experts_per_part,
+                f"must be at most the {spec.num_experts} experts of {spec.name}",
+                "run hrm search for this model",
+            )
 
     def for_batch(self, batch_size: int) -> "Policy":
         """The policy of a batch of so many requests, in the memory that is allotted for a whole one.
@@ -223,6 +240,20 @@ class Policy:
     def num_weight_pages(self) -> int:
         """Pages that a layer's weights move in, in an order that makes pages of them."""
         return self.num_micro_batches if self.weight_pages is None else self.weight_pages
+
+    def parts(self, spec: ModelSpec, phase: Phase) -> tuple[int, ...]:
+        """In how many parts the experts of each layer stream in a phase; 0 where none do so."""
+        if not self.experts_per_part or self.ffn_in(phase) is Device.CPU:
+            return (0,) * spec.num_layers
+        return tuple(
+            -(-(layer.num_experts - count) // self.experts_per_part)
+            for layer, count in zip(spec.layers, self.resident_experts, strict=True)
+        )
+
+    def part_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of the largest part that experts stream in; 0 if they do not."""
+        any_parts = any(self.parts(spec, Phase.PREFILL))  # prefill streams all that decode does
+        return any_parts * self.experts_per_part * spec.expert_bytes(self.formats.weights)
 
     @property
     def streams_kv(self) -> bool:
@@ -260,10 +291,11 @@ class Policy:
             weights=self.formats.weights,
             resident_dense=int(self.resident_dense),
             cpu_experts=int(self.ffn_in(phase) is Device.CPU),
+            in_parts=int(self.experts_per_part > 0),
         )
 
     def streamed(self, spec: ModelSpec, phase: Phase) -> tuple[bool, ...]:
-        """Of each layer, whether weights are loaded before it runs."""
+        """Of each layer, whether weights are loaded whole before it runs."""
         streams = [False] * spec.num_layers
         for alike in self.layers_by_form(spec):
             if self.streamed_bytes(spec, alike[0], phase) > 0:
@@ -279,14 +311,14 @@ class Policy:
         return list(forms.values())
 
     def streamed_bytes(self, spec: ModelSpec, layer: int, phase: Phase) -> int:
-        """Weight bytes of a layer that are loaded before it runs."""
+        """Weight bytes of a layer that are loaded whole before it runs."""
         one = ((spec.layer_kind(layer), 1),)
         return self.placement(spec, phase).bytes_at(Place.STREAMED, one, self.resident_experts[layer])
 
     def host_bytes(self, spec: ModelSpec, layer: int) -> int:
         """Weight bytes of a layer that lie on the host: all that do not stay on the GPU."""
         one, placement = ((spec.layer_kind(layer), 1),), self.placement(spec, Phase.DECODE)
-        places = (Place.STREAMED, Place.HOST)
+        places = (Place.STREAMED, Place.IN_PARTS, Place.HOST)
         return sum(placement.bytes_at(place, one, self.resident_experts[layer]) for place in places)
 
     def weight_share_on_gpu(self, spec: ModelSpec) -> float:

@@ -75,9 +75,10 @@ class Act:
     of buffers, from which edges follow, and there are `count` of them in a decode step or in the whole of prefill. A
     task `moves` bytes over its lane's link and takes `seconds`, given those bytes; `host_bytes` are what the CPU reads
     and writes in the host's memory meanwhile. What `attends` depends on the context and on the layer's window, what is
-    `by_ffn` on whether the layer has experts. Only layers with experts on the CPU have tasks `of_cpu_experts`, and only
-    the model's last one those `of_last`. In what `reduces`, one of several ranks sums up with the others. `chained`
-    tasks are those that every micro-batch or chunk goes through in turn. `ends_step` marks the act that chooses tokens.
+    `by_ffn` on whether the layer has experts. Only layers with experts on the CPU have tasks `of_cpu_experts`,
+    only those whose experts stream in parts tasks `of_parts`, one for each, and only the model's last one those
+    `of_last`. In what `reduces`, one of several ranks sums up with the others. `chained` tasks are those that every
+    micro-batch or chunk goes through in turn. `ends_step` marks the act that chooses tokens.
     """
 
     letter: str
@@ -93,6 +94,7 @@ class Act:
     attends: bool = False
     by_ffn: bool = False
     of_cpu_experts: bool = False
+    of_parts: bool = False
     of_last: bool = False
     reduces: bool = False
     chained: bool = False
@@ -103,7 +105,8 @@ class TaskId(NamedTuple):
     """Names one task; prints as `B0.2`, or `B0.2@1` in the step after the first.
 
     `index` is that of the micro-batch in decode, of the chunk of prompts in prefill, and of the page for acts that move
-    pages of weights. A tuple, as simulations make and look up several for every task.
+    pages of weights; parts of experts are counted through all micro-batches or chunks of a layer. A tuple, as
+    simulations make and look up several for every task.
     """
 
     act: Act

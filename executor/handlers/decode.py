@@ -56,7 +56,7 @@ class DecodeHandlers:
         batches: int = 1,
     ) -> "DecodeHandlers":
         """Those of a batch, of so many whose steps take turns."""
-        ffns = FeedForwards(backend, arch, memory, state)
+        ffns = FeedForwards(backend, arch, pipeline, memory, state)
         return DecodeHandlers(backend, arch, policy, pipeline, memory, state, group, ffns, batches)
 
     def by_act(self) -> dict[Act, Handler]:
@@ -85,6 +85,8 @@ class DecodeHandlers:
         return {
             decode.STAGE_PAGE: pages.stage,
             decode.LOAD_PAGE: pages.load,
+            decode.LOAD_PART: pages.load_part,
+            decode.PART_EXPERTS: self.ffns.part_experts,
             decode.SAMPLE: self.sample,
             **{act: self.on_rows(work) for act, work in of_rows.items()},
         }

@@ -3,54 +3,101 @@
 T tokens, D hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.state import BatchState
-from executor.model import Architecture, run_experts
+from executor.model import Architecture, Experts, Routing, run_experts
 from executor.weight_pages import LayerWeights
+from hrm.acts.parts import PARTS
+from hrm.schedules import Pipeline
+from hrm.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """Tokens some of whose experts are still to come, in the workspace of the GPU's level until then."""
+
+    weights: LayerWeights
+    hidden_TD: Tensor  # noqa: N815
+    x_TD: Tensor  # noqa: N815
+    routing: Routing
+    pending_2TD: Tensor | None  # noqa: N815
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForwards:
-    """The FFNs of all layers, which count where tokens are routed to."""
+    """The FFNs of all layers, which count where tokens are routed to.
+
+    Where a layer's experts stream in parts, the tokens under way wait for the last one.
+    """
 
     backend: AbstractBackend
     arch: Architecture
+    pipeline: Pipeline
     memory: RunMemory
     state: BatchState
+    under_way: list[UnderWay] = field(default_factory=list[UnderWay])
 
     def on_gpu(self, layer: int, hidden_TD: Tensor, weights: LayerWeights, to_cpu: Routed | None) -> None:
         """The whole, or where the CPU computes experts all before these and the ones that the GPU has.
 
-        What it takes to go on goes `to_cpu` then.
+        What it takes to go on goes `to_cpu` then, or waits here where experts come in parts.
         """
+        assert not self.under_way, "parts of experts come right after what is before them"
         ffn, of_ffn, workspace = self.arch.layers[layer].ffn, weights.dense.ffn, self.memory.workspace
         if not weights.has_experts:
             ffn.whole(hidden_TD, of_ffn, workspace)
             return
         x_TD, routing, pending_2TD = ffn.before_experts(hidden_TD, of_ffn, workspace)
-        experts = weights.experts if to_cpu is None else weights.on_gpu
-        if experts.each:
-            counts = self.backend.gpu_kernels.run_experts(
-                x_TD,
-                routing,
-                experts,
-                ffn.sum_of(pending_2TD, hidden_TD),
-                workspace,
-                rows_at_once=self.memory.tokens_at_once,
-                num_experts=self.arch.spec.num_experts,
-                glu=ffn.glu,
-            )
-            if to_cpu is None:
-                self.state.count_routed(layer, counts)
-        if to_cpu is None:
-            ffn.finish(pending_2TD, hidden_TD, of_ffn, workspace)
-        else:
+        tokens, in_parts = UnderWay(weights, hidden_TD, x_TD, routing, pending_2TD), self.pipeline.parts_of(layer) > 0
+        whole = to_cpu is None and not in_parts
+        self._run(layer, tokens, weights.experts if whole else weights.on_gpu, counts=whole)
+        if to_cpu is not None:
             to_cpu.keep(x_TD, routing, pending_2TD)
+        elif in_parts:
+            self.under_way.append(tokens)
+        else:
+            self._finish(layer, tokens)
+
+    def part_experts(self, x: Task) -> int:
+        """PART_EXPERTS: a part of the experts for the tokens under way, if any are, and what comes after the last."""
+        layer, count = x.id.layer, self.pipeline.parts_of(x.id.layer)
+        number = x.id.index % count
+        for tokens in self.under_way:
+            part = self.memory.weights.part(layer, number)
+            self._run(layer, tokens, part.experts[x.slot(PARTS)], counts=number == 0)
+            if number == count - 1:
+                self._finish(layer, tokens)
+        if number == count - 1:
+            self.under_way.clear()
+        return 0
+
+    def _finish(self, layer: int, tokens: UnderWay) -> None:
+        """What comes after the last of the experts."""
+        ffn, weights = self.arch.layers[layer].ffn, tokens.weights.dense.ffn
+        ffn.finish(tokens.pending_2TD, tokens.hidden_TD, weights, self.memory.workspace)
+
+    def _run(self, layer: int, tokens: UnderWay, experts: Experts, *, counts: bool) -> None:
+        """Add the output of experts on the GPU; whoever `counts` counts for all of the layer's experts."""
+        if not experts.each:
+            return
+        ffn = self.arch.layers[layer].ffn
+        counted = self.backend.gpu_kernels.run_experts(
+            tokens.x_TD,
+            tokens.routing,
+            experts,
+            ffn.sum_of(tokens.pending_2TD, tokens.hidden_TD),
+            self.memory.workspace,
+            rows_at_once=self.memory.tokens_at_once,
+            num_experts=self.arch.spec.num_experts,
+            glu=ffn.glu,
+        )
+        if counts:
+            self.state.count_routed(layer, counted)
 
     def on_cpu(self, layer: int, routed: Routed, out_TD: Tensor) -> None:
         """Add to `out_TD` what comes of the experts that stay on the host, and of all that is pending."""

@@ -213,6 +213,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
         policy,
         resident=take(Purpose.RESIDENT_WEIGHTS).view(dtype),
         slots=take(Purpose.WEIGHT_SLOTS).view(dtype),
+        parts=take(Purpose.EXPERT_SLOTS).view(dtype),
         host=host.memory[Purpose.WEIGHTS].view(dtype),
         staging=host.memory[Purpose.STAGING].view(dtype),
     )

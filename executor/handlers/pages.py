@@ -1,4 +1,4 @@
-"""Weight pages on their way to the GPU."""
+"""Weight pages, and parts of experts, on their way to the GPU."""
 
 from collections.abc import Callable, Sequence
 from typing import final
@@ -8,15 +8,16 @@ from torch import Tensor
 from executor.backends import AbstractBackend
 from executor.weight_pages import WeightPages, page_slice
 from hrm.acts.pages import STAGING, WEIGHTS
+from hrm.acts.parts import PARTS
 from hrm.schedules import Pipeline
 from hrm.tasks import Lane, Task
 
 
 @final
 class PageHandlers:
-    """Moves weight pages; the same in both phases.
+    """Moves weight pages and parts of experts; the same in both phases.
 
-    `streamed` says how many bytes of each layer the phase streams.
+    `streamed` says how many bytes of each layer the phase streams whole.
     """
 
     def __init__(
@@ -48,6 +49,13 @@ class PageHandlers:
         else:
             source = self._weights.on_host(x.id.layer, page)
         return self._backend.transfer(Lane.H2D, [(self._weights.in_slot(x.slot(WEIGHTS), page), source)])
+
+    def load_part(self, x: Task) -> int:
+        """LOAD_PART: move a part of a layer's experts into its slot on the GPU."""
+        if self._idle():
+            return 0
+        part = self._weights.part(x.id.layer, x.id.index % self._pipeline.parts_of(x.id.layer))
+        return self._backend.transfer(Lane.H2D, [(part.slots[x.slot(PARTS)], part.on_host)])
 
     def _page(self, x: Task) -> slice:
         return page_slice(self._streamed[x.id.layer], self._pipeline.num_pages, x.id.index, self._weights.dtype)

@@ -71,7 +71,7 @@ class PrefillHandlers:
             for chunk in chunks
         ]
         kv_on_gpu = tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches))
-        ffns = FeedForwards(backend, arch, memory, state)
+        ffns = FeedForwards(backend, arch, pipeline, memory, state)
         choose = choose or partial(sample, arch, memory, state, group)
         return PrefillHandlers(
             backend, arch, policy, pipeline, memory, state, group, ffns, chunks, kv_on_gpu, tokens, numbers, choose
@@ -85,6 +85,8 @@ class PrefillHandlers:
         return {
             prefill.STAGE_PAGE: pages.stage,
             prefill.LOAD_PAGE: pages.load,
+            prefill.LOAD_PART: pages.load_part,
+            prefill.PART_EXPERTS: self.ffns.part_experts,
             prefill.EMBED: self.embed,
             prefill.LOAD_HIDDEN: self.load_hidden,
             prefill.REDUCE_HIDDEN: self.reduce,

@@ -178,7 +178,7 @@ def _staged(
     profile = policy_file.profile
     if policy.staging or not profile.has_link(profile.host.name, profile.host.name, "staging"):
         return None
-    staged = replace(policy, staging=True)
+    staged = replace(policy, staging=True, experts_per_part=0)
     plan = budgeted_plan(policy_file, staged, options.gpu_memory_bytes)
     fits = plan.fits and _host_bytes(plan, backend) <= available_ram_bytes()
     return Planned(staged, plan) if fits else None

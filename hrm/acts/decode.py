@@ -14,6 +14,7 @@ from hrm.acts.load import (
     reached_expert_bytes,
 )
 from hrm.acts.pages import page_acts, pages_up_to
+from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -133,6 +134,11 @@ def _attended_bytes(x: Load) -> Number:
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.DECODE)
+LOAD_PART, PART_EXPERTS = part_acts(
+    Phase.DECODE,
+    hidden=lambda p, x: _hidden(p, x, after=1),
+    seconds=lambda x, _: x.costs.part_experts(x.tokens, x.part_experts),
+)
 REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
     Phase.DECODE,
     before=lambda p, x: (_before_layer(p, x), (_hidden(p, x, piece=SUM),)),
@@ -248,7 +254,7 @@ OUTPUT_PROJECTION: Final = Act(
 POST_ATTENTION: Final = Act(
     letter="C",
     name="POST_ATTENTION",
-    words="output projection, norm, router, and the experts on the GPU",
+    words="output projection, norm, router, and the experts on the GPU but for those that come in parts",
     phase=Phase.DECODE,
     lane=Lane.GPU,
     touches=_post_attention,
@@ -277,7 +283,7 @@ CPU_EXPERTS: Final = Act(
     lane=Lane.CPU,
     touches=lambda p, x: _handed_on(HOST_ROUTED, HOST_EXPERT_OUTPUT, p, x),
     count=if_experts_on_cpu,
-    seconds=lambda x, _: x.costs.cpu_experts(x.tokens, x.cpu_experts),
+    seconds=lambda x, _: x.costs.cpu_experts(x.tokens, x.host_experts),
     host_bytes=lambda x: reached_expert_bytes(x, x.tokens),
     chained=True,
 )
@@ -317,11 +323,13 @@ ALL: Final = (
     OUTPUT_PROJECTION,
     REDUCE_ATTENTION,
     POST_ATTENTION,
+    PART_EXPERTS,
     OFFLOAD_TOKENS,
     CPU_EXPERTS,
     LOAD_EXPERT_OUTPUT,
     LOAD_PAGE,
     STAGE_PAGE,
+    LOAD_PART,
     REDUCE_LAST,
     SAMPLE,
 )

@@ -20,8 +20,8 @@ class Counts:
 
     `pieces` is the number of micro-batches, or of chunks in prefill, and `pages` those of a layer. The rest are shares:
     of the micro-batches attended on the CPU and those whose cache streams to the GPU, of the layers with experts on the
-    CPU, of those one that the last layer is among them, and 1 if weights are staged. With several `ranks` it is one of
-    them that has the tasks.
+    CPU, of those one that the last layer is among them, and 1 if weights are staged. A layer's experts stream in
+    `parts` as a mean, the last layer's in `last_parts`. With several `ranks` it is one of them that has the tasks.
     """
 
     layers: int
@@ -31,6 +31,8 @@ class Counts:
     streams_kv: Number = 0
     cpu_experts: Number = 0
     last_cpu_experts: Number = 0
+    parts: Number = 0
+    last_parts: Number = 0
     staging: Number = 0
     ranks: int = 1
     in_layers: Number = field(init=False)  # pieces in all layers
@@ -48,8 +50,8 @@ class Load:
     prefill, `tokens` is prompt tokens in a chunk, `context` the mean prompt length, `requests` the prompts that end in
     a chunk and `stored_share` the part of the keys and values that goes to the host. `kind` is the layer's and
     `is_last` says that it is the model's last; `last` is what that one has to do, if it is told apart. Of its experts
-    `gpu_experts` are computed on the GPU and `cpu_experts` on the CPU; `page_bytes` is what one page of its weights
-    holds.
+    `gpu_experts` are there and computed on the GPU, `host_experts` are not: the CPU computes them, or they stream in
+    parts of `part_experts`. `page_bytes` is what one page of its weights holds.
     """
 
     costs: "Costs"
@@ -61,7 +63,8 @@ class Load:
     requests: Number = 0
     stored_share: Number = 1
     gpu_experts: Number = 0
-    cpu_experts: Number = 0
+    host_experts: Number = 0
+    part_experts: Number = 0
     page_bytes: Number = 0
     known: dict[Hashable, Number] = field(default_factory=dict[Hashable, Number])
 
@@ -102,9 +105,14 @@ def if_experts_on_cpu(c: Counts) -> Number:
     return in_each_layer(c) * c.cpu_experts
 
 
+def of_each_part(c: Counts) -> Number:
+    """One task for every micro-batch or chunk and every part in which experts stream."""
+    return in_each_layer(c) * c.parts
+
+
 def reached_expert_bytes(x: Load, tokens: Number) -> Number:
     """Weights of the CPU's experts that so many tokens are expected to reach."""
-    reached = x.spec.experts_hit(tokens) / x.spec.num_experts * x.cpu_experts
+    reached = x.spec.experts_hit(tokens) / x.spec.num_experts * x.host_experts
     return reached * x.costs.expert_bytes
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from hrm import operators
 from hrm.acts.load import Counts, each, hidden_bytes, if_experts_on_cpu, in_each_layer, of_a_rank, reached_expert_bytes
 from hrm.acts.pages import page_acts, pages_up_to
+from hrm.acts.parts import part_acts
 from hrm.acts.sums import sum_acts
 from hrm.contract.rings import BUFFERS
 from hrm.numeric import Number
@@ -101,6 +102,11 @@ def _if_last_on_cpu(c: Counts) -> Number:
 
 
 STAGE_PAGE, LOAD_PAGE = page_acts(Phase.PREFILL)
+LOAD_PART, PART_EXPERTS = part_acts(
+    Phase.PREFILL,
+    hidden=lambda p, x: _hidden(p, x, AFTER),
+    seconds=lambda x, _: x.costs.going_on(x, lambda tokens: x.costs.part_experts(tokens, x.part_experts)),
+)
 REDUCE_HIDDEN, REDUCE_ATTENTION, REDUCE_LAST = sum_acts(
     Phase.PREFILL,
     before=lambda p, x: ((_hidden(p, x, BEFORE),), (_hidden(p, x, SUM),)),
@@ -150,7 +156,7 @@ PREFILL_ATTENTION: Final = Act(
 PREFILL_LAYER: Final = Act(
     letter="P",
     name="PREFILL_LAYER",
-    words="one layer over a chunk of prompts, but for experts on the CPU",
+    words="one layer over a chunk of prompts, but for experts on the CPU or in parts",
     phase=Phase.PREFILL,
     lane=Lane.GPU,
     touches=_layer,
@@ -204,7 +210,7 @@ CPU_EXPERTS: Final = Act(
     lane=Lane.CPU,
     touches=_cpu_experts,
     count=if_experts_on_cpu,
-    seconds=lambda x, _: x.costs.going_on(x, lambda tokens: x.costs.cpu_experts(tokens, x.cpu_experts)),
+    seconds=lambda x, _: x.costs.going_on(x, lambda tokens: x.costs.cpu_experts(tokens, x.host_experts)),
     host_bytes=lambda x: x.costs.going_on(x, lambda tokens: reached_expert_bytes(x, tokens)),
     of_cpu_experts=True,
     chained=True,
@@ -241,6 +247,7 @@ ALL: Final = (
     PREFILL_ATTENTION,
     REDUCE_ATTENTION,
     PREFILL_LAYER,
+    PART_EXPERTS,
     STORE_KV,
     OFFLOAD_TOKENS,
     STORE_HIDDEN,
@@ -248,6 +255,7 @@ ALL: Final = (
     LOAD_EXPERT_OUTPUT,
     LOAD_PAGE,
     STAGE_PAGE,
+    LOAD_PART,
     REDUCE_LAST,
     SAMPLE,
 )

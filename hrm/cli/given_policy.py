@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import click
 
-from hrm.cli.params import enum_option, schedule_option, staging_option, together
+from hrm.cli.params import enum_option, experts_per_part_option, schedule_option, staging_option, together
 from hrm.errors import PolicyError
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
@@ -29,6 +29,7 @@ class GivenPolicy:
     prefill_ffn: Device
     resident_experts: str
     resident_dense: bool
+    experts_per_part: int
     kv_on_gpu: str
     prefill_chunk: int | None
     schedule: ScheduleName
@@ -56,6 +57,7 @@ class GivenPolicy:
             prefill_ffn=self.prefill_ffn if two_levels else Device.GPU,
             resident_experts=_resident_experts(self.resident_experts, spec) if two_levels else experts_of_layers(spec),
             resident_dense=self.resident_dense or not two_levels,
+            experts_per_part=self.experts_per_part if two_levels else 0,
             gpu_kv_micro_batches=on_gpu,
             kv_tokens_per_micro_batch=kv_tokens_for(
                 self.micro_batch_size, workload.mean_context_len, workload.max_context_len
@@ -80,6 +82,9 @@ class GivenPolicy:
         if not plan(self).fits:
             may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
             remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)
+            if not remedy and policy.prefill_ffn is Device.GPU and not policy.staging:
+                count = _largest(spec.num_experts, lambda n: plan(replace(self, experts_per_part=n)).fits)
+                remedy = f"--experts-per-part {count}" if count and profile.has_accelerator else ""
             plan(self).check_fits(remedy=remedy)
         return policy
 
@@ -113,6 +118,7 @@ given_policy_options = together(
         show_default=True,
         help="Whether projections, norms and routers stay on the GPU.",
     ),
+    experts_per_part_option,
     click.option(
         "--kv-on-gpu",
         is_flag=False,

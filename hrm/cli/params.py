@@ -96,6 +96,12 @@ phase_option = enum_option("--phase", kind=Phase, default=Phase.DECODE.value, sh
 staging_option = click.option(
     "--staging", is_flag=True, help="Host weights are in pageable memory, staged through pinned."
 )
+experts_per_part_option = click.option(
+    "--experts-per-part",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Experts that stream to the GPU at a time, twice as many of which have room there  [default: a layer's].",
+)
 policy_option = click.option(
     "--policy",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -14,7 +14,15 @@ from hrm.cli.fleet import FleetChoice, fleet_options, show_fleet
 from hrm.cli.given_policy import GivenPolicy, given_policy_options
 from hrm.cli.machine_choice import MachineChoice, machine_options, machines_options
 from hrm.cli.options import ChosenModel, limits_options, model_options, workload_options
-from hrm.cli.params import OUT_FILE, enum_option, json_option, schedule_option, staging_option, together
+from hrm.cli.params import (
+    OUT_FILE,
+    enum_option,
+    experts_per_part_option,
+    json_option,
+    schedule_option,
+    staging_option,
+    together,
+)
 from hrm.cli.report import plan_json, print_plan
 from hrm.cli.tables import TableOutput, table_output_options
 from hrm.cli.texts import run_text
@@ -43,6 +51,7 @@ class Wanted:
     attention: Device | None
     ffn: Device | None
     prefill_ffn: Device | None
+    experts_per_part: int
     parallelism: Parallelism | None
 
 
@@ -66,6 +75,7 @@ def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int |
     enum_option("--attention", kind=Device, help="Only policies with attention there."),
     enum_option("--ffn", kind=Device, help="Only policies with the experts there."),
     enum_option("--prefill-ffn", kind=Device, help="Only policies with the experts there in prefill."),
+    experts_per_part_option,
     enum_option(
         "--parallelism",
         kind=Parallelism,
@@ -122,6 +132,7 @@ def search(
             attention=wanted.attention,
             ffn=wanted.ffn,
             prefill_ffn=wanted.prefill_ffn,
+            experts_per_part=wanted.experts_per_part,
             parallelism=wanted.parallelism,
             limits=limits,
         )

@@ -185,8 +185,10 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
     console.print(f"  attention on the {_word(policy.attention)}; {_kv_cache(policy)}")
     dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
     too = ", in prefill too" if policy.prefill_ffn is Device.CPU else ""
+    in_prefill = " in prefill" if policy.ffn is Device.CPU else ""
+    parts = f", streamed{in_prefill} {policy.experts_per_part} at a time" if policy.experts_per_part else ""
     console.print(
-        f"  experts on the {_word(policy.ffn)}{too}; {_residents(estimate, spec)} stay on the GPU, "
+        f"  experts on the {_word(policy.ffn)}{too}{parts}; {_residents(estimate, spec)} stay on the GPU, "
         f"{dense}{', staged through pinned memory' if policy.staging else ''}"
     )
     _print_chunks(policy, workload)

@@ -92,12 +92,15 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
     requests = plan.workload.requests_or(plan.policy.batch_size)
     policy = plan.policy.for_batch(requests)
     costs = Costs(*plan.part, policy.formats)
+    parts = max(policy.parts(costs.spec, phase))
     if phase is Phase.PREFILL:
-        tokens = policy.batch_size * plan.workload.prompt_len
-        _check_length(ceil(tokens / policy.prefill_chunk_tokens), "chunk", costs.spec.num_layers)
+        chunks = ceil(policy.batch_size * plan.workload.prompt_len / policy.prefill_chunk_tokens)
+        _check_length(chunks, "chunk", costs.spec.num_layers)
+        _check_length(chunks * parts, "part of experts", costs.spec.num_layers)
         return simulate_work(prefill_work(costs, policy, plan.workload))
     _check_length(policy.num_micro_batches, "micro-batch", costs.spec.num_layers * num_steps)
     _check_length(policy.num_weight_pages, "weight page", costs.spec.num_layers * num_steps)
+    _check_length(policy.num_micro_batches * parts, "part of experts", costs.spec.num_layers * num_steps)
     context = plan.workload.prompt_len + plan.workload.gen_len / 2
     return simulate_work(decode_work(costs, policy, context, num_steps=num_steps))
 

@@ -37,6 +37,7 @@ class TaskLook:
 LOOKS: Final = {
     "LOAD_PAGE": TaskLook("weight page in", style.SKY),
     "STAGE_PAGE": TaskLook("weight page to pinned memory", style.SKY, "////"),
+    "LOAD_PART": TaskLook("part of experts in", style.SKY, "xxxx"),
     "LOAD_HIDDEN": TaskLook("hidden states in", style.BLACK, line=style.BLACK),
     "LOAD_KV": TaskLook("KV cache in", style.YELLOW, "....", style.GREY),
     "LOAD_EXPERT_OUTPUT": TaskLook("experts' output in", style.RED, "||||"),
@@ -46,6 +47,7 @@ LOOKS: Final = {
     "OUTPUT_PROJECTION": TaskLook("output projection of a rank", style.GREEN, "oooo"),
     "PREFILL_ATTENTION": TaskLook("prefill of a rank up to the output projection", style.GREEN, "++++"),
     "POST_ATTENTION": TaskLook("rest of the layer, with experts", style.BLUE),
+    "PART_EXPERTS": TaskLook("part of experts", style.BLUE, "xxxx"),
     "PREFILL_LAYER": TaskLook("prefill of a layer", style.BLUE),
     "CPU_EXPERTS": TaskLook("experts on the CPU", style.RED, "xxxx"),
     "REDUCE_HIDDEN": TaskLook("summed up over ranks, before a layer", style.PURPLE, "||||"),
@@ -57,8 +59,15 @@ LOOKS: Final = {
     "STORE_KV": TaskLook("new keys, values out", style.YELLOW, "....", style.GREY),
     "STORE_HIDDEN": TaskLook("hidden states out", style.GREY),
 }
-# What ends a layer in either phase: with experts on the CPU, their output comes last.
-_ENDS: Final = {decode.POST_ATTENTION, decode.LOAD_EXPERT_OUTPUT, prefill.PREFILL_LAYER, prefill.CPU_EXPERTS}
+# What ends a layer in either phase: with experts on the CPU their output comes last, in parts the last of them.
+_ENDS: Final = {
+    decode.POST_ATTENTION,
+    decode.PART_EXPERTS,
+    decode.LOAD_EXPERT_OUTPUT,
+    prefill.PREFILL_LAYER,
+    prefill.PART_EXPERTS,
+    prefill.CPU_EXPERTS,
+}
 
 
 def look_of(name: str) -> TaskLook:

@@ -5,12 +5,14 @@ follows from that (`hazards`).
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
 from hrm.acts import decode, prefill
+from hrm.contract.rings import EXPERT_SLOTS
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy
 from hrm.tasks import Device, Phase, TaskId
@@ -21,7 +23,8 @@ class Pipeline:
     """The shape of one phase: all that decides which tasks there are.
 
     `kv_on_gpu[j]` says whether micro-batch j's KV cache lives on the GPU, `streamed[i]` whether
-    layer i has weights to load, `cpu_experts[i]` whether some of its experts run on the CPU, and
+    layer i has weights to load whole, `cpu_experts[i]` whether some of its experts run on the CPU,
+    `parts[i]`, if any layer's, in how many parts they stream (0 if they do not), and
     `states[i]`, if any layer's, whether its cache is a state that each token makes anew. Of
     `attention_weights[i]` likewise, whether attention itself reads some of the layer's weights. A
     layer's weights move in `num_pages` pages, the first `dense_pages` of which hold projections
@@ -39,6 +42,7 @@ class Pipeline:
     kv_on_gpu: tuple[bool, ...] = ()
     streamed: tuple[bool, ...] = ()
     cpu_experts: tuple[bool, ...] = ()
+    parts: tuple[int, ...] = ()
     states: tuple[bool, ...] = ()
     attention_weights: tuple[bool, ...] = ()
     num_pages: int = 1
@@ -57,6 +61,7 @@ class Pipeline:
             kv_on_gpu=tuple(policy.kv_on_gpu(j) for j in range(policy.num_micro_batches)),
             streamed=policy.streamed(spec, Phase.DECODE),
             cpu_experts=_experts_on_cpu(spec, policy, Phase.DECODE),
+            parts=policy.parts(spec, Phase.DECODE),
             states=tuple(layer.mixer.state_bytes(policy.formats) > 0 for layer in spec.layers),
             attention_weights=tuple(layer.mixer.host_parameters > 0 for layer in spec.layers),
             dense_pages=0 if policy.resident_dense else 1,
@@ -74,6 +79,7 @@ class Pipeline:
             kv_on_gpu=(policy.gpu_kv_micro_batches == policy.num_micro_batches,) * num_chunks,
             streamed=policy.streamed(spec, Phase.PREFILL),
             cpu_experts=_experts_on_cpu(spec, policy, Phase.PREFILL),
+            parts=policy.parts(spec, Phase.PREFILL),
             dense_pages=0 if policy.resident_dense else 1,
             staging=policy.staging,
             ranks=spec.ranks,
@@ -102,6 +108,10 @@ class Pipeline:
         """Whether attention of layer i reads weights: those are in the slot since its projections."""
         return bool(self.attention_weights) and self.attention_weights[i]
 
+    def parts_of(self, i: int) -> int:
+        """In how many parts the experts of layer i stream; 0 if they do not."""
+        return self.parts[i] if self.parts else 0
+
     def next_layer(self, t: int, i: int) -> tuple[int, int] | None:
         """(step, layer) after layer i of step t; None after the last."""
         if i + 1 < self.num_layers:
@@ -113,6 +123,17 @@ class Pipeline:
         before = self._loads_before
         return t * before[-1] + before[i]
 
+    def part_number(self, t: int, i: int, index: int) -> int:
+        """How many parts of experts were loaded before the one of that index in layer i of step t."""
+        return t * self._parts_before[-1] + self._parts_before[i] + index
+
+    def _part_at(self, number: int) -> tuple[int, int, int] | None:
+        """(step, layer, index) of the part that is loaded after so many; None after the last."""
+        before = self._parts_before
+        t, rest = divmod(number, before[-1])
+        i = bisect_right(before, rest) - 1
+        return (t, i, rest - before[i]) if t < self.num_steps else None
+
     def kv_load_index(self, t: int, i: int, j: int) -> int:
         """How many caches were loaded before that of layer i and micro-batch j in step t."""
         before = self._kv_loads_before
@@ -123,21 +144,45 @@ class Pipeline:
         return tuple(accumulate(self.streamed, initial=0))
 
     @cached_property
+    def _parts_before(self) -> tuple[int, ...]:
+        return tuple(accumulate((self.num_micro_batches * count for count in self.parts), initial=0))
+
+    @cached_property
     def _kv_loads_before(self) -> tuple[int, ...]:
         return tuple(accumulate(map(self.streams_kv, range(self.num_micro_batches)), initial=0))
 
     # -- orders are put together from these -----------------------------------------------------
 
     def load_pages(self, where: tuple[int, int] | None, first: int = 0, last: int | None = None) -> Iterator[TaskId]:
-        """Load pages [first, last) of the layer at (step, layer), staging each first if need be."""
-        if where is None or not self.streamed[where[1]]:
+        """Load pages [first, last) of the layer at (step, layer), staging each first if need be.
+
+        With those of the very first layer come the parts of experts that fill their slots.
+        """
+        if where is None:
             return
         t, i = where
         acts = prefill if self.phase is Phase.PREFILL else decode
-        for page in range(first, self.num_pages if last is None else last):
+        for page in range(first, self.num_pages if last is None else last) if self.streamed[i] else ():
             if self.staging:
                 yield TaskId(acts.STAGE_PAGE, i, page, t)
             yield TaskId(acts.LOAD_PAGE, i, page, t)
+        if where == (0, 0) and any(self.parts):
+            for number in range(EXPERT_SLOTS):
+                yield from self._load_part(number)
+
+    def _load_part(self, number: int) -> Iterator[TaskId]:
+        """Load the part that comes after so many others, if there are more."""
+        acts = prefill if self.phase is Phase.PREFILL else decode
+        if (there := self._part_at(number)) is not None:
+            t, i, index = there
+            yield TaskId(acts.LOAD_PART, i, index, t)
+
+    def _part_experts(self, t: int, i: int, j: int) -> Iterator[TaskId]:
+        """A micro-batch's or chunk's experts part by part; each makes room for the part to be loaded next."""
+        acts, parts = prefill if self.phase is Phase.PREFILL else decode, self.parts_of(i)
+        for index in range(j * parts, (j + 1) * parts):
+            yield TaskId(acts.PART_EXPERTS, i, index, t)
+            yield from self._load_part(self.part_number(t, i, index) + EXPERT_SLOTS)
 
     def page_slice(self, j: int, *, lookahead: int = 0) -> tuple[int, int]:
         """Pages [first, last) of the next layer that are loaded beside micro-batch j.
@@ -193,6 +238,7 @@ class Pipeline:
             yield TaskId(decode.OUTPUT_PROJECTION, i, j, t)
             yield TaskId(decode.REDUCE_ATTENTION, i, j, t)
         yield TaskId(decode.POST_ATTENTION, i, j, t)
+        yield from self._part_experts(t, i, j)
         if self.cpu_experts[i]:
             yield TaskId(decode.OFFLOAD_TOKENS, i, j, t)
             yield TaskId(decode.CPU_EXPERTS, i, j, t)
@@ -213,6 +259,7 @@ class Pipeline:
             yield TaskId(prefill.PREFILL_ATTENTION, i, g)
             yield TaskId(prefill.REDUCE_ATTENTION, i, g)
         yield TaskId(prefill.PREFILL_LAYER, i, g)
+        yield from self._part_experts(0, i, g)
 
     def end_prefill(self, g: int) -> Iterator[TaskId]:
         """After the last layer of a chunk: bring back the CPU experts' output, choose the first tokens."""

@@ -232,6 +232,7 @@ class Bounder:
             resident_dense=every(regions.dense),
             chunk_tokens=every(self._longest_chunk(regions, size * number, least_chunks)),
             staging=int(self.space.staging),
+            experts_per_part=self.space.experts_per_part,
             parts_of_chunks=True,
         )
         all_terms = self.space.schedule in _ALL_TERMS

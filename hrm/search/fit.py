@@ -43,13 +43,17 @@ class Weights:
         """Bytes that do not, over all layers."""
         return self._placement(dense).bytes_in_all(Place.STREAMED, experts)
 
+    def whole(self, gpu_prefill: Number) -> Number:
+        """1 where experts stream with their layer: where prefill computes all of them on the GPU, but not in parts."""
+        return gpu_prefill * (not self.space.experts_per_part)
+
     def largest_streamed(self, dense: Number, of_every_layer: Number, gpu_prefill: Number) -> tuple[Number, Number]:
-        """Streamed bytes of a layer with experts, so many of them resident, and of one without.
+        """Bytes that a layer with experts, so many of them resident, streams whole, and one without.
 
         `gpu_prefill` is 1 where prefill computes all experts on the GPU, 0 where only the resident ones.
         """
         spec, weights = self.space.spec, self.space.formats.weights
-        experts = gpu_prefill * (spec.num_experts - of_every_layer) * self.expert_bytes
+        experts = self.whole(gpu_prefill) * (spec.num_experts - of_every_layer) * self.expert_bytes
         with_experts, plain = spec.dense_bytes(weights), spec.plain_bytes(weights)
         return (1 - dense) * with_experts + experts, (1 - dense) * plain
 
@@ -74,6 +78,7 @@ def _needs(space: Space, kind: Kind, numbers: Mapping[str, Number], **weights: N
         cpu_prefill_experts=1 - numbers["gpu_prefill_ffn"],
         resident_dense=numbers.get("resident_dense", 0),  # what the GPU needs does not depend on it
         staging_slots=space.staging * STAGING_PAGES,
+        part_bytes=space.experts_per_part * Weights(space).expert_bytes * numbers["gpu_prefill_ffn"],
         batches=space.profile.num_stages,
         **weights,
     )
@@ -120,12 +125,13 @@ def most_residents(space: Space, dense: Ints, gpu_prefill: Ints, room: Ints) -> 
     # with the other experts, which if they stream shrinks as q grows, or one without experts.
     shrinking = free - WEIGHT_SLOTS * with_experts
     fixed = free - WEIGHT_SLOTS * without
-    each = (layers - WEIGHT_SLOTS * gpu_prefill) * expert_bytes
+    whole = weights.whole(gpu_prefill)
+    each = (layers - WEIGHT_SLOTS * whole) * expert_bytes
     q: Ints = np.minimum(fixed // (layers * expert_bytes), experts)
     q[each > 0] = np.minimum(q, shrinking // np.maximum(each, 1))[each > 0]
     fits = (q >= 0) & (q * each <= shrinking)
     # Some layers may have one more.
-    slots_of_q = np.maximum(with_experts - gpu_prefill * q * expert_bytes, without)
+    slots_of_q = np.maximum(with_experts - whole * q * expert_bytes, without)
     more = (free - WEIGHT_SLOTS * slots_of_q) // expert_bytes - q * layers
     total = q * layers + np.where(q < experts, np.clip(more, 0, layers - 1), 0)
     if not space.profile.has_accelerator:

@@ -90,6 +90,7 @@ class Grid:
             resident_dense=self.resident_dense,
             chunk_tokens=self.chunk_tokens.astype(float),
             staging=int(space.staging),
+            experts_per_part=space.experts_per_part,
         )
 
     def policy(self, space: Space, index: int) -> Policy:
@@ -116,6 +117,7 @@ class Grid:
             kv_tokens_per_micro_batch=int(self.kv_tokens[index]),
             prefill_chunk_tokens=int(self.chunk_tokens[index]),
             prefix_buffer_tokens=int(self.prefix_buffer_tokens[index]),
+            experts_per_part=space.experts_per_part if gpu_prefill_ffn and not all_on_gpu else 0,
             staging=space.staging,
             dtype=space.dtype,
             weight_format=space.weight_format,

@@ -48,7 +48,7 @@ def _least(space: Space) -> Iterator[tuple[Space, Grid]]:
     """Policies of one request of every kind, for every way of sharing the GPUs."""
     for parallelism in Parallelism:
         whole = space_of_part(space, parallelism)
-        for part in () if whole is None else whole.of_pinning():
+        for part in () if whole is None else [*whole.of_pinning(), *whole.in_parts(None)]:
             yield from ((part, grid) for grid in _least_of_kinds(part))
         if space.profile.num_gpus == 1:
             return

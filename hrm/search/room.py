@@ -55,6 +55,7 @@ class Room:
             cpu_experts=1 - regions.gpu_ffn,
             cpu_prefill_experts=1 - regions.gpu_prefill,
             resident_dense=regions.dense,
+            part_bytes=self.space.experts_per_part * self.weights.expert_bytes * regions.gpu_prefill,
             batches=self.space.profile.num_stages,
         )
 
@@ -107,7 +108,7 @@ class Room:
             for largest in self.weights.largest_streamed(regions.dense, 0, regions.gpu_prefill)
         )
         high[RESIDENT] = np.minimum(high[RESIDENT], without / (layers * expert) + 1e-9)
-        each = (layers - WEIGHT_SLOTS * regions.gpu_prefill) * expert
+        each = (layers - WEIGHT_SLOTS * self.weights.whole(regions.gpu_prefill)) * expert
         with np.errstate(divide="ignore", invalid="ignore"):
             reach = with_experts / each
         high[RESIDENT] = np.where(each > 0, np.minimum(high[RESIDENT], reach + 1e-9), high[RESIDENT])

@@ -2,7 +2,9 @@
 
 from dataclasses import KW_ONLY, dataclass, replace
 from enum import IntEnum
+from typing import Final
 
+from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
@@ -14,6 +16,8 @@ from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.tasks import Device
 from hrm.workload import Workload
+
+_PARTS_IN_ROOM: Final = 32  # parts of experts that would fill the GPU: two of them leave nearly all of it
 
 
 class KvPlace(IntEnum):
@@ -53,7 +57,8 @@ class Space:
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
     closed form must fall short of them by the factors of `slack`, for first tokens and for others.
-    An empty `weight_format` or `kv_format` is the dtype; what is packed, the model says.
+    An empty `weight_format` or `kv_format` is the dtype; what is packed, the model says. With
+    `experts_per_part` all experts that stream do so in such parts.
     """
 
     spec: ModelSpec
@@ -65,6 +70,7 @@ class Space:
     kv_format: str = ""
     schedule: ScheduleName = ScheduleName.CGOPIPE
     staging: bool = False
+    experts_per_part: int = 0
     attention: Device | None = None
     ffn: Device | None = None
     prefill_ffn: Device | None = None
@@ -87,6 +93,29 @@ class Space:
     def predicted(self, policy: Policy) -> Estimate:
         """What a policy of the space does, simulated."""
         return estimate(self.spec, policy, self.profile, self.workload)
+
+    def holding(self, policy: Policy) -> "Space":
+        """The variant that a policy is of."""
+        return replace(self, staging=policy.staging, experts_per_part=policy.experts_per_part)
+
+    def in_parts(self, besides: Policy | None) -> "list[Space]":
+        """The space with experts that stream in small parts, where that may be better than the best policy without.
+
+        That is where whole layers leave little room: two of them do not fit beside all projections, and
+        the best policy streams none in prefill, or they take more than three quarters of the memory.
+        """
+        spec, weights, room = self.spec, self.formats.weights, self.profile.top.usable_bytes
+        expert, may = spec.expert_bytes(weights), self.profile.has_accelerator and SCHEDULES[self.schedule].ffn is None
+        if not may or self.prefill_ffn is Device.CPU or self.staging or self.experts_per_part:
+            return []
+        slots = WEIGHT_SLOTS * spec.num_experts * expert
+        others = spec.total_layer_bytes(weights) - self.everything * expert + weights.bytes_of(spec.head_parameters)
+        streams = besides is not None and besides.prefill_ffn is Device.GPU
+        if slots + others <= room or (streams and slots <= 0.75 * room):
+            return []
+        per_part = max(1, room // (_PARTS_IN_ROOM * expert))
+        small = per_part < spec.num_experts
+        return [replace(self, experts_per_part=per_part, prefill_ffn=Device.GPU)] if small else []
 
     def of_pinning(self) -> "list[Space]":
         """This space, and where its host pins a part of its memory the one with weights staged."""
@@ -134,6 +163,22 @@ class Space:
                     "leave it out",
                 )
 
+    def _check_parts(self) -> None:
+        count, most = self.experts_per_part, self.spec.num_experts
+        if not count:
+            return
+        for holds, rule in (
+            (count <= most, f"must be at most the {most} experts of a layer of {self.spec.name}"),
+            (
+                self.profile.has_accelerator,
+                f"is of experts that move to a GPU's memory, of which {self.profile.name} has none of its own",
+            ),
+            (self.prefill_ffn is not Device.CPU, "does not go with --prefill-ffn cpu, where no experts move"),
+            (not self.staging, "does not go with --staging, whose pinned buffers hold pages of whole layers"),
+        ):
+            if not holds:
+                raise PolicyError("--experts-per-part", count, rule, "leave it out")
+
     @property
     def everything(self) -> int:
         """How many routed experts the model has in all its layers."""
@@ -145,6 +190,7 @@ class Space:
         Where the whole cache lives on the GPU, attention runs there whatever is said of it: that
         kind is listed once for each device of the FFN.
         """
+        self._check_parts()
         devices = self.devices()
         all_on_gpu = not self.profile.has_accelerator or SCHEDULES[self.schedule].kv_on_gpu
         places = [KvPlace.ALL] if all_on_gpu else [KvPlace.NONE, KvPlace.SOME, KvPlace.ALL]

@@ -41,7 +41,7 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
-    bound = _bound(space, [way.part for way in ways if way.part is not None], found.greatest_tokens_per_s)
+    bound = _bound(space, [one for way in ways for one in way.spaces], found.greatest_tokens_per_s)
     result = SearchResult(
         solver=solver.name,
         evaluates=solver.evaluates,
@@ -67,13 +67,15 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
 class _Searched:
     """One way to share the GPUs of `whole`, and what was found for a part of them.
 
-    `part` is None if the model cannot be divided like that; `obstacle` then says why.
+    `part` is None if the model cannot be divided like that; `obstacle` then says why. `spaces` are
+    what was searched of it.
     """
 
     parallelism: Parallelism
     obstacle: str
     whole: Space
     part: Space | None
+    spaces: Sequence[Space]
     found: Found
 
     @cached_property
@@ -104,20 +106,27 @@ class _Searched:
         others = (predicted for predicted in self.found.more() if predicted.policy not in known)
         again = ranked([*ranking, *islice(others, max(0, count + 1 - len(ranking)))])
         if again[0] is not ranking[0]:
-            again = smallest_first(replace(self.part, staging=again[0].policy.staging), again)
+            again = smallest_first(self.part.holding(again[0].policy), again)
         simulated = self.found.simulated + len(again) - len(ranking)
         return replace(self, found=replace(self.found, ranked=again, simulated=simulated))
 
 
 def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Searched:
     part = space_of_part(space, parallelism)
-    parts = [] if part is None else part.of_pinning()
+    spaces = [] if part is None else part.of_pinning()
+
+    def find_in(one: Space) -> Found:
+        return within_limits(one, lambda tighter: find(tighter, solver))
+
+    found = Found.best_of(map(find_in, spaces))
+    in_parts = [] if part is None else part.in_parts(found.ranked[0].policy if found.ranked else None)
     return _Searched(
         parallelism=parallelism,
         obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus),
         whole=space,
         part=part,
-        found=Found.best_of(within_limits(one, lambda tighter: find(tighter, solver)) for one in parts),
+        spaces=[*spaces, *in_parts],
+        found=Found.best_of([found, *map(find_in, in_parts)]) if in_parts else found,
     )
 
 
@@ -128,11 +137,11 @@ def find(space: Space, solver: Solver) -> Found:
     return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
 
 
-def _bound(space: Space, parts: Sequence[Space], known_tokens_per_s: float) -> Bound:
-    """A bound on every policy of the parts; with limits on waiting times there is none."""
+def _bound(space: Space, searched: Sequence[Space], known_tokens_per_s: float) -> Bound:
+    """A bound on every policy of what was searched; with limits on waiting times there is none."""
     if space.limits != NO_LIMITS:
         return Bound(inf, 0)
-    bounds = [upper_bound(one, known_tokens_per_s) for part in parts for one in part.of_pinning()]
+    bounds = [upper_bound(one, known_tokens_per_s) for one in searched]
     return Bound(max((bound.tokens_per_s for bound in bounds), default=0.0), sum(bound.regions for bound in bounds))
 
 

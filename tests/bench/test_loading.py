@@ -71,6 +71,7 @@ def pages_of(spec: ModelSpec, dtype: str) -> WeightPages:
         policy,
         resident=memory(on_gpu[Purpose.RESIDENT_WEIGHTS]),
         slots=memory(on_gpu[Purpose.WEIGHT_SLOTS]),
+        parts=memory(on_gpu[Purpose.EXPERT_SLOTS]),
         host=memory(on_host[Purpose.WEIGHTS]),
         staging=memory(on_host[Purpose.STAGING]),
     )

@@ -1,13 +1,13 @@
 """What every task reads and writes, told from first principles and not from hrm's edges.
 
-A buffer holds one version of its content at a time. Weight slots, KV buffers, staging pages and
-prefill buffers are used in turn, in the order in which the loads into them are issued. A reader
-needs every part that it reads to be written before, and nobody may write the next version before
-all that is done with this one has ended.
+A buffer holds one version of its content at a time. Weight slots, slots for parts of experts, KV
+buffers, staging pages and prefill buffers are used in turn, in the order in which the loads into them
+are issued. A reader needs every part that it reads to be written before, and nobody may write the
+next version before all that is done with this one has ended.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from hrm.trace import Trace
 Buffer = tuple[str, *tuple[int, ...]]
 Part = tuple[Buffer, int, int]  # a buffer, the version of its content, and a part of that
 
-TWO = 2  # weight slots, KV buffers and prefill buffers
+TWO = 2  # weight slots, slots for parts, KV buffers and prefill buffers
 RING = 4  # staging pages
 FROM_PREFILL = ("host_kv", "token")  # filled before the first decode step
 
@@ -64,7 +64,17 @@ def _page_use(x: TaskId, slots: _Turns, ring: _Turns, *, staging: bool) -> Use:
     return Use(reads=[staged] if staged else [], writes=[(*slots(x.step, x.layer), x.index)])
 
 
+def _part_use(p: Pipeline, x: TaskId, parts: _Turns, slots: _Turns, hidden: Callable[[int], Part]) -> Use:
+    """What loads and computes a part of experts: beside it the layer's other weights, as norms may follow."""
+    part = (*parts(x.step, x.layer, x.index), 0)
+    if x.act.name == "LOAD_PART":
+        return Use(writes=[part])
+    others = _pages(p, slots(x.step, x.layer), p.num_pages) if p.streamed[x.layer] else []
+    return Use([part, *others], [hidden(x.index // p.parts[x.layer])])
+
+
 def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, Use]]:
+    parts = _Turns("part_slot", TWO)
     slots, ring, kv = _Turns("slot", TWO), _Turns("ring", RING), _Turns("kv_buffer", TWO)
     layers = p.num_layers
 
@@ -127,6 +137,9 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
                     use.writes.append(each("tokens"))
                 if p.streamed[i]:
                     use.reads += _pages(p, slots(t, i), p.num_pages)
+            case "LOAD_PART" | "PART_EXPERTS":
+                version = t * (layers + 1) + i + 1
+                use = _part_use(p, x, parts, slots, lambda j, version=version: (("hidden", j), version, 0))
             case "OFFLOAD_TOKENS":
                 use = Use([each("tokens")], [each("host_tokens")])
             case "CPU_EXPERTS":
@@ -149,12 +162,16 @@ def _decode_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, U
 
 
 def _prefill_uses(p: Pipeline, tasks: Iterable[Task]) -> Iterator[tuple[TaskId, Use]]:
+    parts = _Turns("part_slot", TWO)
     slots, ring, chunk = _Turns("slot", TWO), _Turns("ring", RING), _Turns("prefill_hidden", TWO)
     for task in tasks:
         x = task.id
         i, g = x.layer, x.index
         if x.act.name in {"LOAD_PAGE", "STAGE_PAGE"}:
             yield x, _page_use(x, slots, ring, staging=p.staging)
+            continue
+        if x.act.name in {"LOAD_PART", "PART_EXPERTS"}:
+            yield x, _part_use(p, x, parts, slots, lambda g, i=i: (*chunk(i, g), 1))
             continue
         buffer, number = chunk(i, g)
         before, after = (buffer, number, 0), (buffer, number, 1)

@@ -150,7 +150,13 @@ def random_ffn(rng: Random) -> dict[str, Any]:
     return {"ffn": ffn, "prefill_ffn": rng.choice([ffn, Device.GPU])}
 
 
-def random_pipeline(rng: Random, phase: Phase | None = None, *, most_ranks: int = 1) -> Pipeline:
+def random_experts_per_part(rng: Random, spec: ModelSpec, prefill_ffn: Device, *, staging: bool) -> int:
+    """How many experts stream at a time, now and then, where a policy may have them stream in parts."""
+    may = prefill_ffn is Device.GPU and not staging
+    return min(rng.choice([0, 1, 2, 3]), spec.num_experts) if may else 0
+
+
+def random_pipeline(rng: Random, phase: Phase | None = None, *, most_ranks: int = 1, most_parts: int = 0) -> Pipeline:
     """Any pipeline that a policy may lead to, and many that no sensible policy would."""
     phase = phase or rng.choice([Phase.DECODE, Phase.DECODE, Phase.DECODE, Phase.PREFILL])
     prefill = phase is Phase.PREFILL
@@ -160,7 +166,7 @@ def random_pipeline(rng: Random, phase: Phase | None = None, *, most_ranks: int 
     def some(count: int, p: float) -> tuple[bool, ...]:
         return tuple(rng.random() < p for _ in range(count))
 
-    return Pipeline(
+    made = Pipeline(
         phase=phase,
         num_layers=layers,
         num_micro_batches=n,
@@ -175,3 +181,6 @@ def random_pipeline(rng: Random, phase: Phase | None = None, *, most_ranks: int 
         states=() if prefill else some(layers, rng.choice([0.0, 0.5, 1.0])),
         ranks=rng.choice([1, most_ranks]),
     )
+    if not most_parts:
+        return made
+    return replace(made, parts=tuple(0 if on_cpu else rng.randint(0, most_parts) for on_cpu in made.cpu_experts))

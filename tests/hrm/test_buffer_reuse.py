@@ -13,7 +13,7 @@ from tests.hrm.buffers import Use, reason, unordered, uses, violations
 from tests.hrm.support import random_pipeline
 
 NUM_SCHEDULES = 1000
-REUSED = ("slot", "ring", "kv_buffer", "qkv", "prefill_hidden", "prefill_kv")
+REUSED = ("slot", "part_slot", "ring", "kv_buffer", "qkv", "prefill_hidden", "prefill_kv")
 
 
 def with_random_durations(tasks: tuple[Task, ...], rng: Random) -> Trace:
@@ -24,7 +24,7 @@ def with_random_durations(tasks: tuple[Task, ...], rng: Random) -> Trace:
 
 def random_schedule(seed: int, phase: Phase | None = None) -> tuple[Pipeline, tuple[Task, ...]]:
     rng = Random(seed)
-    pipeline = random_pipeline(rng, phase, most_ranks=2)
+    pipeline = random_pipeline(rng, phase, most_ranks=2, most_parts=rng.choice([0, 3]))
     return pipeline, graph(pipeline, rng.choice(list(ScheduleName))).tasks
 
 

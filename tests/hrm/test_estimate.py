@@ -21,7 +21,14 @@ from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.schedules import SCHEDULES, pages_of
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
-from tests.hrm.support import machine, random_dimensions, random_spec, random_varied_spec, tiny_spec
+from tests.hrm.support import (
+    machine,
+    random_dimensions,
+    random_experts_per_part,
+    random_spec,
+    random_varied_spec,
+    tiny_spec,
+)
 
 ROUNDING = 1e-4  # simulated tasks move whole bytes
 FLEXGEN_OVERLAPS = 0.05  # embeddings and sampling, which its closed form has in turn
@@ -31,7 +38,7 @@ WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 def random_policy(rng: Random, spec: ModelSpec, schedule: ScheduleName) -> Policy:
     micro_batch_size, n = rng.randint(1, 40), rng.randint(1, 7)
     batch_size = max(micro_batch_size * n - rng.randint(0, micro_batch_size - 1), micro_batch_size)
-    return Policy(
+    made = Policy(
         schedule=schedule,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -45,6 +52,8 @@ def random_policy(rng: Random, spec: ModelSpec, schedule: ScheduleName) -> Polic
         prefill_chunk_tokens=rng.choice([100, 250, 4000]),
         staging=rng.random() < 0.3,
     )
+    parts = random_experts_per_part(Random(batch_size), spec, made.prefill_ffn, staging=made.staging)
+    return replace(made, experts_per_part=parts)
 
 
 def random_machine(rng: Random, latency_s: float | None = None) -> HardwareProfile:
@@ -82,6 +91,7 @@ def test_lane_work_of_the_closed_form_is_that_of_the_simulated_tasks(schedule):
         rng = Random(100 + seed)
         spec = random_varied_spec(rng)
         policy, profile = random_policy(rng, spec, schedule), random_machine(rng, latency_s=0.0)
+        policy = replace(policy, experts_per_part=min(policy.experts_per_part, 1))  # else the last part may be smaller
         costs = Costs(spec, profile, Formats.of("bfloat16"))
         work = replace(decode_work(costs, policy, 45.0, num_steps=1), stretch=1.0)
         trace = simulate_work(work)
@@ -282,15 +292,17 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
     rng = Random(7)
     spec = tiny_spec(num_experts=7, experts_per_token=3)
     profiles = [compose("1xT4"), machine(latency_s=1e-5, launch_s=1e-6)]
-    for profile, staging in ((profiles[0], 0), (profiles[1], 1)):
+    for profile, staging, parts in ((profiles[0], 0, 0), (profiles[1], 1, 0), (profiles[1], 0, 2)):
         costs = Costs(spec, profile, Formats.of("bfloat16"))
         points = [
-            replace(Point.of_policy(random_policy(rng, spec, schedule), spec), staging=staging) for _ in range(60)
+            replace(Point.of_policy(random_policy(rng, spec, schedule), spec), staging=staging, experts_per_part=parts)
+            for _ in range(60)
         ]
-        names = Point.__dataclass_fields__.keys() - {"staging", "parts_of_chunks"}
+        names = Point.__dataclass_fields__.keys() - {"staging", "experts_per_part", "parts_of_chunks"}
         grid = Point(
             **{name: np.array([getattr(p, name) for p in points]) for name in names},  # pyright: ignore[reportArgumentType]
             staging=staging,
+            experts_per_part=parts,
         )
         together = batch_seconds(costs, grid, schedule, WORKLOAD)
         alone = [batch_seconds(costs, point, schedule, WORKLOAD) for point in points]

@@ -14,7 +14,7 @@ from hrm.model_spec import ModelSpec
 from hrm.model_spec.workspace import workspace_bytes
 from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.tasks import Device
-from tests.hrm.support import machine, random_ffn, random_spec, tiny_spec
+from tests.hrm.support import machine, random_experts_per_part, random_ffn, random_spec, tiny_spec
 
 SIZE = 2  # bytes of a bfloat16
 SIZES = {"float32": 4, "bfloat16": SIZE, "float16": 2}
@@ -22,19 +22,21 @@ SIZES = {"float32": 4, "bfloat16": SIZE, "float16": 2}
 
 def a_policy(rng: Random, spec: ModelSpec) -> Policy:
     micro_batch_size, n = rng.randint(1, 9), rng.randint(1, 6)
+    ffn, staging = random_ffn(rng), rng.random() < 0.5
     return Policy(
         schedule=rng.choice(list(ScheduleName)),
         batch_size=micro_batch_size * n,
         micro_batch_size=micro_batch_size,
         attention=rng.choice(list(Device)),
-        **random_ffn(rng),
+        **ffn,
         resident_experts=tuple(rng.randint(0, spec.num_experts) for _ in range(spec.num_layers)),
         resident_dense=rng.random() < 0.5,
         gpu_kv_micro_batches=rng.randint(0, n),
         kv_tokens_per_micro_batch=16 * rng.randint(1, 20),
         prefill_chunk_tokens=rng.randint(1, 300),
         prefix_buffer_tokens=rng.choice([0, rng.randint(1, 900)]),
-        staging=rng.random() < 0.5,
+        experts_per_part=random_experts_per_part(rng, spec, ffn["prefill_ffn"], staging=staging),
+        staging=staging,
     )
 
 
@@ -45,13 +47,15 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     hidden = spec.hidden_size
     expert = 3 * hidden * spec.intermediate_size
     dense = hidden * heads + 2 * hidden * kv + heads * hidden + hidden * spec.num_experts + 2 * hidden
-    on_gpu = on_host = largest = 0
+    on_gpu = on_host = largest = part = 0
     for resident in p.resident_experts:
         others = sum(expert for number in range(spec.num_experts) if number >= resident)
         on_gpu += resident * expert + dense * p.resident_dense
         on_host += others + dense * (not p.resident_dense)
-        streamed = others * (p.prefill_ffn is Device.GPU) + dense * (not p.resident_dense)
+        in_parts = p.experts_per_part > 0
+        streamed = others * (p.prefill_ffn is Device.GPU and not in_parts) + dense * (not p.resident_dense)
         largest = max(largest, streamed)
+        part = max(part, in_parts * min(others, 1) * p.experts_per_part * expert)
     n = p.num_micro_batches
     kv_on_gpu = sum(p.kv_on_gpu(j) for j in range(n))
     cache = p.kv_tokens_per_micro_batch * 2 * kv
@@ -65,6 +69,7 @@ def counted(spec: ModelSpec, p: Policy) -> tuple[dict[str, int], dict[str, int]]
     gpu = {
         "resident_weights": (on_gpu + spec.vocab_size * hidden + hidden) * of_weights,
         "weight_slots": 2 * largest * of_weights,
+        "expert_slots": 2 * part * of_weights,
         "kv_cache": kv_on_gpu * spec.num_layers * cache * of_kv,
         "kv_buffers": 2 * cache * of_kv * moves_kv,
         "exchange": p.batch_size * request,

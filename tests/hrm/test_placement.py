@@ -32,7 +32,7 @@ def units(spec: ModelSpec, policy: Policy, layer: int, phase: Phase) -> Counter[
     found: Counter[Place] = Counter()
     found[Place.GPU if policy.resident_dense else Place.STREAMED] += 16 * -(-BYTES * kind.dense_parameters // 16)
     for expert in range(kind.num_experts):
-        place = Place.STREAMED
+        place = Place.IN_PARTS if policy.experts_per_part else Place.STREAMED
         if expert < policy.resident_experts[layer]:
             place = Place.GPU
         elif (policy.ffn if phase is Phase.DECODE else policy.prefill_ffn) is Device.CPU:
@@ -60,7 +60,7 @@ def test_bytes_at_a_place_are_those_of_its_units(phase):
         assert [policy.streamed_bytes(spec, layer, phase) for layer in range(spec.num_layers)] == streamed
         mean = Point.of_policy(policy, spec).streamed_bytes(spec, policy.formats.weights, phase)
         assert mean == pytest.approx(sum(streamed) / spec.num_layers), seed
-        on_host = [units_at[Place.STREAMED] + units_at[Place.HOST] for units_at in of_layers]
+        on_host = [sum(units_at[place] for place in Place if place is not Place.GPU) for units_at in of_layers]
         assert [policy.host_bytes(spec, layer) for layer in range(spec.num_layers)] == on_host
 
 
@@ -84,7 +84,8 @@ def test_every_micro_batch_has_its_cache_at_one_place():
         for j in range(policy.num_micro_batches):
             on_host = Place.STREAMED if policy.attention is Device.GPU else Place.HOST
             places[Place.GPU if policy.kv_on_gpu(j) else on_host] += 1
-        assert {place: policy.kv_caches_at(place) for place in Place} == {place: places[place] for place in Place}
+        held = {place: policy.kv_caches_at(place) for place in Place}
+        assert held == {place: places[place] for place in Place}
         assert policy.streams_kv == (places[Place.STREAMED] > 0)
     split = caches_at(Place.HOST, number=np.array([4, 4]), on_gpu=np.array([0, 3]), gpu_attention=np.array([1, 0]))
     assert split.tolist() == [0, 1]

@@ -152,7 +152,7 @@ def test_kinds_that_share_a_lane_can_be_told_apart_without_colour():
     together: dict[tuple[Lane, Phase], set[str]] = defaultdict(set)
     for seed in range(150):
         rng = Random(seed)
-        pipeline = random_pipeline(rng, most_ranks=2)
+        pipeline = random_pipeline(rng, most_ranks=2, most_parts=2)
         trace = simulate(iter_tasks(pipeline, rng.choice(list(ScheduleName))), lambda _: 1.0)
         for span in trace.spans:
             together[span.lane, pipeline.phase].add(span.id.act.name)

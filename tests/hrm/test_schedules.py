@@ -44,6 +44,9 @@ DECODE_CASES = {
     "everything resident, KV cache on the GPU": replace(
         BASIC, streamed=(False, False), attention=Device.GPU, kv_on_gpu=(True,) * 3
     ),
+    "experts in three parts and one, projections streamed, two steps of two micro-batches": replace(
+        TWO, num_steps=2, dense_pages=1, parts=(3, 1)
+    ),
 }
 PREFILL_CASES = {
     "KV cache to the host": replace(BASIC, phase=Phase.PREFILL),
@@ -63,6 +66,9 @@ PREFILL_CASES = {
         streamed=(True, False),
         cpu_experts=(True, False),
         dense_pages=1,
+    ),
+    "experts in two parts, projections resident": replace(
+        BASIC, phase=Phase.PREFILL, streamed=(False, False), parts=(2, 2)
     ),
 }
 
@@ -164,6 +170,7 @@ def wide_grid() -> Iterator[Pipeline]:
                         cpu_experts=tuple(not x or i == 2 for i, x in enumerate(of_layers)),
                         num_pages=num_pages,
                         dense_pages=dense_pages,
+                        parts=tuple(2 * (x and not staging and i != 2) for i, x in enumerate(of_layers)),
                         staging=staging,
                     )
 
@@ -182,6 +189,9 @@ def tasks_due(p: Pipeline) -> set[TaskId]:
         due |= {
             TaskId(act(NAME_OF[letter], Lane.CPU if letter == "B" and on_cpu else None), i, j, t) for letter in letters
         }
+    for t, i, j in product(range(p.num_steps), range(p.num_layers), range(p.num_micro_batches)):
+        numbers = range(j * p.parts[i], (j + 1) * p.parts[i])
+        due |= {TaskId(act(name), i, number, t) for number in numbers for name in ("LOAD_PART", "PART_EXPERTS")}
     for t, i, page in product(range(p.num_steps), range(p.num_layers), range(p.num_pages)):
         if p.streamed[i]:
             due |= {TaskId(act(NAME_OF[letter]), i, page, t) for letter in "W" + "S" * p.staging}

@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from hrm.buffers import Purpose
 from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
 from hrm.errors import PolicyError
@@ -337,7 +338,33 @@ def test_layers_larger_than_the_gpu_are_planned_with_their_experts_on_the_host()
     assert result.outcome is Outcome.OPTIMAL
     layer = max(policy.host_bytes(spec, index) for index in range(spec.num_layers))
     assert layer > 0.9 * profile.top.usable_bytes
-    assert search(Space(spec, profile, workload, prefill_ffn=Device.GPU)).outcome is Outcome.INFEASIBLE
+    whole = Space(spec, profile, workload, prefill_ffn=Device.GPU, experts_per_part=spec.num_experts)
+    assert search(whole).outcome is Outcome.INFEASIBLE
+
+
+@pytest.mark.parametrize(("requests", "times"), [(64, 1.2), (None, 3.0)])
+def test_layers_larger_than_the_gpu_stream_in_parts_where_that_is_faster(requests, times):
+    profile = with_memory(compose("1xRTX-4090", host="generic-server"), cpu_memory_bytes=int(1.5e12))
+    workload, spec = replace(WORKLOADS["mtbench"], num_requests=requests), BUILT_IN_MODELS["deepseek-v3"]
+    free, without = (search(Space(spec, profile, workload, prefill_ffn=device)) for device in (None, Device.CPU))
+    policy = free.require().policy
+    assert policy.experts_per_part > 0
+    assert policy.ffn is (Device.CPU if requests else Device.GPU), "decode of few requests reads less where experts lie"
+    assert free.require().tokens_per_s > times * without.require().tokens_per_s
+    slots = free.require().memory.gpu.purposes[Purpose.EXPERT_SLOTS]
+    assert slots == 2 * policy.experts_per_part * spec.expert_bytes(policy.formats.weights)
+    assert without.require().tokens_per_s <= free.bound_tokens_per_s * (1 + 1e-9)
+
+
+def test_parts_of_experts_that_cannot_be_are_refused():
+    spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
+    for told, changes in (
+        ("at most the 4 experts", {"experts_per_part": 5}),
+        ("prefill-ffn cpu", {"prefill_ffn": Device.CPU}),
+        ("staging", {"staging": True}),
+    ):
+        with pytest.raises(PolicyError, match=f"--experts-per-part.*{told}"):
+            search(replace(Space(spec, profile, WORKLOAD, experts_per_part=2), **changes))
 
 
 def test_where_experts_may_be_in_prefill_is_asked_of_a_search():

@@ -7,7 +7,7 @@ import pytest
 from executor.backends import make_backend
 from executor.batching import Batcher
 from executor.handlers import DecodeHandlers, PrefillHandlers
-from hrm.contract.rings import BUFFERS, STAGING_PAGES, WEIGHT_SLOTS
+from hrm.contract.rings import BUFFERS, EXPERT_SLOTS, STAGING_PAGES, WEIGHT_SLOTS
 from tests.executor.runtime.support import GPU, architecture, generator, make_policy, requests
 from tests.executor.tiny_models import random_prompts
 
@@ -33,21 +33,27 @@ def targets(tiny_folders):
 
         return handle
 
-    arch = architecture(tiny_folders["wide heads"])
-    policy = make_policy(arch.spec.num_layers, attention=GPU, resident=1, resident_dense=False, staging=True)
+    num_layers = architecture(tiny_folders["wide heads"]).spec.num_layers
+    policy = make_policy(num_layers, attention=GPU, resident=1, resident_dense=False, staging=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "transfer", recording)
         for handlers in (PrefillHandlers, DecodeHandlers):
 
-            def make(*parts, make=handlers.make):
-                return {act: told(handler) for act, handler in make(*parts).items()}
+            def by_act(own, by_act=handlers.by_act):
+                return {act: told(handler) for act, handler in by_act(own).items()}
 
-            patch.setattr(handlers, "make", make)
-        prompts = random_prompts(policy.batch_size, seed=3)
+            patch.setattr(handlers, "by_act", by_act)
+        wanted = requests(random_prompts(policy.batch_size, seed=3), max_tokens=GEN_LEN, ignore_eos=True)
         with generator(tiny_folders["wide heads"], policy, backend=backend) as made:
-            (batch,) = Batcher(iter(requests(prompts, max_tokens=GEN_LEN, ignore_eos=True)), policy)
+            (batch,) = Batcher(iter(wanted), policy)
             made.generate(batch)
-    return found
+        (whole, found) = found, {}
+        in_parts = make_policy(num_layers, experts_per_part=1)
+        with generator(tiny_folders["wide heads"], in_parts, backend=backend) as made:
+            (batch,) = Batcher(iter(wanted), in_parts)
+            made.generate(batch)
+    parts = {key: moved for key, moved in found.items() if key[1] == "LOAD_PART"}
+    return whole | parts
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,8 @@ def targets(tiny_folders):
     [
         ("prefill", "LOAD_PAGE", WEIGHT_SLOTS),
         ("decode", "LOAD_PAGE", WEIGHT_SLOTS),
+        ("prefill", "LOAD_PART", EXPERT_SLOTS),
+        ("decode", "LOAD_PART", EXPERT_SLOTS),
         ("prefill", "STAGE_PAGE", STAGING_PAGES),
         ("decode", "STAGE_PAGE", STAGING_PAGES),
         ("prefill", "LOAD_HIDDEN", BUFFERS),

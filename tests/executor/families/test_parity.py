@@ -45,6 +45,7 @@ POLICIES = {
     "all resident": {"attention": GPU, "resident": ALL, "gpu_kv_micro_batches": 3},
     "split prompts": {"attention": CPU, "prefill_chunk_tokens": 9, "prefix_buffer_tokens": 40},
     "split prompts, kv streamed": {"attention": GPU, "prefill_chunk_tokens": 11, "prefix_buffer_tokens": 40},
+    "experts in parts": {"attention": CPU, "resident": 1, "experts_per_part": 2, "resident_dense": False},
 }
 
 

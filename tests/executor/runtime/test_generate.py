@@ -42,6 +42,7 @@ def arch(folder):
 # With everything on: all kinds of task occur under one of these.
 CPU_POLICY = {"attention": CPU, "ffn": CPU, "resident": 1, "staging": True}
 GPU_POLICY = {"attention": GPU, "resident": 1, "resident_dense": False, "staging": True}
+PARTS_POLICY = {"attention": GPU, "resident": 1, "resident_dense": False, "experts_per_part": 1}
 
 
 @pytest.mark.parametrize("schedule", ScheduleName)
@@ -137,22 +138,20 @@ OF_RANKS = {"REDUCE_HIDDEN", "PREFILL_ATTENTION", "OUTPUT_PROJECTION", "REDUCE_A
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_RANKS])
 def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, name, monkeypatch):
-    on_gpu = name == "LOAD_KV"
-    policy = make_policy(arch.spec.num_layers, **(GPU_POLICY if on_gpu else CPU_POLICY))
+    choices = {"LOAD_KV": GPU_POLICY, "LOAD_PART": PARTS_POLICY, "PART_EXPERTS": PARTS_POLICY}
+    policy = make_policy(arch.spec.num_layers, **choices.get(name, CPU_POLICY))
 
-    def broken(make):
-        def made(*arguments, **keywords):
-            handlers = make(*arguments, **keywords)
-
+    def broken(by_act):
+        def made(own):
             def fail(task: Task) -> int:
                 raise RuntimeError(f"injected into {task.id}")
 
-            return {act: fail if act.name == name else handler for act, handler in handlers.items()}
+            return {act: fail if act.name == name else handler for act, handler in by_act(own).items()}
 
         return made
 
-    monkeypatch.setattr(PrefillHandlers, "make", staticmethod(broken(PrefillHandlers.make)))
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(broken(DecodeHandlers.make)))
+    monkeypatch.setattr(PrefillHandlers, "by_act", broken(PrefillHandlers.by_act))
+    monkeypatch.setattr(DecodeHandlers, "by_act", broken(DecodeHandlers.by_act))
     with generator(folder, policy) as made:
         (batch,) = Batcher(iter(requests(PROMPTS, max_tokens=4)), policy)
         with pytest.raises(TaskFailedError, match="injected") as failure:
@@ -161,7 +160,7 @@ def test_failure_in_any_kind_of_task_stops_the_run(folder, arch, name, monkeypat
     assert "!" in failure.value.chart
 
 
-@pytest.mark.parametrize("choices", [CPU_POLICY, GPU_POLICY], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("choices", [CPU_POLICY, GPU_POLICY, PARTS_POLICY], ids=["cpu", "gpu", "parts"])
 def test_peak_memory_stays_within_the_plan(folder, arch, choices):
     policy = make_policy(arch.spec.num_layers, gpu_kv_micro_batches=1, **choices)
     with generator(folder, policy, backend=emulated(machine())) as made:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from executor import native
+from hrm.buffers import Purpose
 from hrm.memory import plan_memory
 from hrm.policy import ScheduleName
 from tests.executor.runtime.support import (
@@ -80,6 +81,20 @@ POLICIES = {
         "prefill_chunk_tokens": 10,
         "prefix_buffer_tokens": 40,
         "ffn": CPU,
+    },
+    "experts in parts": {"experts_per_part": 2, "attention": GPU},
+    "experts in parts, ragged, dense streams": {
+        "experts_per_part": 3,
+        "resident_experts": "ragged",
+        "resident_dense": False,
+        "gpu_kv_micro_batches": 1,
+    },
+    "experts in parts, prefill alone, split prompts": {
+        "experts_per_part": 1,
+        "ffn": CPU,
+        "resident": 1,
+        "prefill_chunk_tokens": 10,
+        "prefix_buffer_tokens": 40,
     },
 }
 
@@ -159,3 +174,23 @@ def test_layers_larger_than_the_gpu_run_with_their_experts_on_the_host(tiny_fold
     assert {name: completion.tokens for name, completion in done.items()}.items() <= expected(tiny_folder).items()
     experts_of_two_layers = 2 * spec.num_experts * spec.expert_parameters * 4
     assert streamed - kept > 0.9 * experts_of_two_layers
+
+
+@pytest.mark.parametrize("schedule", ScheduleName)
+def test_layers_larger_than_the_gpu_stream_in_parts(tiny_folder, schedule):
+    """In less memory than the experts of one layer take, and in as much as is planned."""
+    spec = architecture(tiny_folder).spec
+    choices = {"micro_batch_size": 1, "batch_size": 2, "kv_tokens_per_micro_batch": 64, "prefill_chunk_tokens": 4}
+    choices |= {"prefix_buffer_tokens": 64, "resident_dense": False, "experts_per_part": 1}
+    policy = policy_of(tiny_folder, schedule, choices)
+    planned = plan_memory(spec, policy, machine()).gpu
+    backend = emulated(machine(gpu_bytes=planned.planned_bytes, bandwidth=5e8))
+    with generator(tiny_folder, policy, backend=backend) as made:
+        done = generate(made, requests(PROMPTS[:4], max_tokens=MAX_TOKENS))
+        peak = made.peak_bytes["gpu"]
+    assert {name: completion.tokens for name, completion in done.items()}.items() <= expected(tiny_folder).items()
+    expert = spec.expert_parameters * 4
+    assert (
+        peak[Purpose.EXPERT_SLOTS] == planned.purposes[Purpose.EXPERT_SLOTS] == 2 * expert < spec.num_experts * expert
+    )
+    assert Purpose.EXPERT_SLOTS not in plan_memory(spec, replace(policy, experts_per_part=0), machine()).gpu.purposes

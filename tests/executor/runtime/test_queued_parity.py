@@ -34,6 +34,7 @@ SOME = (
     "small cache",
     "split prompts, gpu",
     "split prompts, kv split",
+    "experts in parts, ragged, dense streams",
 )
 FEW_TOKENS = 4
 # Where the host may wait for the device: loading, what is needed to go on, and a table made once.
