@@ -41,6 +41,7 @@ ALLOWED = {
     ("executor.safetensors_file", "read_into"),
     ("executor.families.stored", "read"),
     ("executor.weight_pages", "load"),
+    ("executor.sampling", "choose"),
     ("executor.sampling", "_most_probable"),
     ("executor.sampling", "_sample"),
     ("executor.handlers.state", "routed"),
