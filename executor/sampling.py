@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from executor.errors import JobError
+from executor.native import kernels
 
 NO_TOKEN: Final = -1  # chosen where the logits are not finite numbers
 SAMPLED_BYTES: Final = 72  # of a logit, while its request is sampled: float64, and sorted
@@ -73,10 +74,7 @@ def choose(
     fit.
     """
     assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
-    greatest_R, tokens_R = logits_RV.max(dim=-1)
-    # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
-    is_number_R = greatest_R.abs() < math.inf
-    tokens = tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist()
+    tokens = _most_probable(logits_RV)
     for row, (one, step) in enumerate(zip(params, steps, strict=True)):
         if step < len(one.forced) and tokens[row] != NO_TOKEN:
             tokens[row] = one.forced[step]
@@ -86,6 +84,16 @@ def choose(
         for row, token in zip(some, sampled, strict=True):
             tokens[row] = token
     return tokens
+
+
+def _most_probable(logits_RV: Tensor) -> list[int]:
+    native = kernels()
+    if native is not None and native.takes_greatest(logits_RV):
+        return native.greatest(logits_RV)
+    greatest_R, tokens_R = logits_RV.max(dim=-1)
+    # A NaN anywhere in a row is its greatest. Marked on the device: the host waits once.
+    is_number_R = greatest_R.abs() < math.inf
+    return tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist()
 
 
 def _is_sampled(params: SamplingParams, step: int) -> bool:

@@ -3,7 +3,7 @@
 R requests, D hidden, N rows of a batch's buffers, K experts per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Exchange, RunMemory, narrow
 from executor.handlers.pages import PageHandlers
 from executor.handlers.state import BatchState, Rows, sample
+from executor.handlers.tapes import Tapes, Work
 from executor.lanes import Handler
 from executor.model import Architecture, CpuKernels, Mixer, RowNumbers, embed
 from executor.weight_pages import LayerWeights
@@ -64,21 +65,23 @@ class DecodeHandlers:
         spec, state = self.arch.spec, self.state
         streamed = [self.policy.streamed_bytes(spec, i, Phase.DECODE) for i in range(spec.num_layers)]
         pages = PageHandlers(self.backend, self.memory.weights, self.pipeline, streamed, lambda: state.num_active == 0)
-        of_rows = {
+        tapes = Tapes(self.arch, self.pipeline, state, weights_move=any(streamed))
+        taped = tapes.taped if self.backend.gpu_kernels.shares_memory else lambda work: work
+        of_rows: dict[Act, Work] = {
             decode.EMBED: self.embed,
             decode.REDUCE_HIDDEN: self.reduce_hidden,
-            decode.PRE_ATTENTION: self.pre_attention,
+            decode.PRE_ATTENTION: taped(self.pre_attention),
             decode.OFFLOAD_QKV: self.offload_qkv,
             decode.LOAD_KV: self.load_kv,
             decode.STORE_KV: self.store_kv,
-            decode.ATTENTION: self.attention,
-            decode.CPU_ATTENTION: self.attention,
+            decode.ATTENTION: taped(self.attention),
+            decode.CPU_ATTENTION: tapes.taped(self.attention),
             decode.LOAD_HIDDEN: self.load_hidden,
-            decode.OUTPUT_PROJECTION: self.output_projection,
+            decode.OUTPUT_PROJECTION: taped(self.output_projection),
             decode.REDUCE_ATTENTION: self.reduce_attention,
-            decode.POST_ATTENTION: self.post_attention,
+            decode.POST_ATTENTION: taped(self.post_attention),
             decode.OFFLOAD_TOKENS: self.offload_tokens,
-            decode.CPU_EXPERTS: self.cpu_experts,
+            decode.CPU_EXPERTS: tapes.taped(self.cpu_experts),
             decode.LOAD_EXPERT_OUTPUT: self.load_expert_output,
             decode.REDUCE_LAST: self.reduce_last,
         }
@@ -95,7 +98,7 @@ class DecodeHandlers:
         """Which of the batch's own steps the task is in."""
         return x.id.step // self.batches
 
-    def on_rows(self, work: Callable[[Task, Rows, slice], int]) -> Handler:
+    def on_rows(self, work: Work) -> Handler:
         """A handler that calls `work` with the requests that go on, and their rows, if any do."""
         state, batches = self.state, self.batches
 

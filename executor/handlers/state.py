@@ -269,7 +269,15 @@ def choices(
     workspace, head = memory.sampling_workspace, memory.weights.head
     assert head is not None, "tokens are chosen where the LM head is"
     workspace.reset()
-    logits_RV = logits(arch.final_norm, hidden_RD, head, workspace, scale=arch.logits_scale, softcap=arch.softcap)
+    logits_RV = logits(
+        arch.final_norm,
+        hidden_RD,
+        head,
+        workspace,
+        scale=arch.logits_scale,
+        softcap=arch.softcap,
+        may_be_narrow=hidden_RD.is_cpu and group.size == 1,
+    )
     logits_RV = group.exchange_rows(logits_RV)[:, : arch.vocab_size]
     ours = share_of(group.rank, group.size, len(sequences))
     params = [sequences[r].placed.request.params for r in ours]

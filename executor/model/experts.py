@@ -17,6 +17,7 @@ from executor.model.layout import ExpertWeights
 from executor.model.linear import PACKED_PRODUCTS, multiply
 from executor.model.workspace import Workspace
 from executor.native import Kernels, kernels
+from executor.native.tape import is_recording
 from hrm.contract.temporaries import ALIGNMENT_BYTES
 
 _HIDDEN: Final = 2048  # of the experts that are tried
@@ -67,8 +68,10 @@ def run_experts(
     native = kernels()
     if native is None or not native.takes_experts(x_TD, routing.weights_TK, routing.experts_TK, out_TD):
         return _run_in_torch(x_TD, routing, experts, out_TD, workspace, glu)
-    chosen = set(chain.from_iterable(routing.experts_TK.tolist()))
-    given = [(index, weights) for index, weights in experts if index in chosen]
+    given = list(experts)
+    if not is_recording():  # others will be chosen when it is played
+        chosen = set(chain.from_iterable(routing.experts_TK.tolist()))
+        given = [(index, weights) for index, weights in given if index in chosen]
     if not given or not len(x_TD) or not native.takes_weights(given[0][1].w13, given[0][1].w2):
         return _run_in_torch(x_TD, routing, given, out_TD, workspace, glu)
     counts, left_out = _run_natively(native, x_TD, routing, given, out_TD, workspace, glu)

@@ -22,7 +22,7 @@ from executor.model.layout import FfnWeights, RouterWeights
 from executor.model.linear import add_projected, project
 from executor.model.norm import PLAIN, Norm, norm_into, normed
 from executor.model.workspace import Workspace
-from executor.native import Activation
+from executor.native import Activation, Kernels, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +202,9 @@ class FeedForward:
             logits_TE += weights.router_bias
         if router.scores is Scores.SPARSE_MIXER:
             return sparse_mixer(logits_TE.float(), self.experts_per_token, router.jitter)
+        native, is_sum = kernels(), router.norm in {None, 1.0}
+        if native is not None and is_sum and native.takes_choice(logits_TE, weights.score_correction, router.groups):
+            return self._expert_scaled(self._chosen_natively(native, logits_TE, weights), weights)
         if router.scores is Scores.SIGMOID:
             scores_TE = logits_TE.float().sigmoid_()
         else:
@@ -216,9 +219,32 @@ class FeedForward:
             weights_TK /= torch.linalg.vector_norm(weights_TK, router.norm, dim=-1, keepdim=True)
         if router.scale != 1:
             weights_TK *= router.scale
+        return self._expert_scaled(Routing(weights_TK, experts_TK), weights)
+
+    def _chosen_natively(self, native: Kernels, logits_TE: Tensor, weights: RouterWeights) -> Routing:
+        router, shape = self.router, (len(logits_TE), self.experts_per_token)
+        routing = Routing(
+            logits_TE.new_empty(shape, dtype=torch.float32), logits_TE.new_empty(shape, dtype=torch.int64)
+        )
+        native.choose_experts(
+            logits_TE,
+            routing.weights_TK,
+            routing.experts_TK,
+            sigmoid=router.scores is Scores.SIGMOID,
+            groups=router.groups,
+            chosen_groups=router.chosen_groups,
+            best_of_group=router.best_of_group,
+            normalised=router.norm is not None,
+            scale=router.scale,
+            correction_E=weights.score_correction,
+        )
+        return routing
+
+    @staticmethod
+    def _expert_scaled(routing: Routing, weights: RouterWeights) -> Routing:
         if weights.expert_scale is not None:
-            weights_TK *= weights.expert_scale[experts_TK]
-        return Routing(weights_TK, experts_TK)
+            routing.weights_TK.mul_(weights.expert_scale[routing.experts_TK])
+        return routing
 
     def _through(self, x_TD: Tensor, w13: Matrix, w2: Matrix, out_TD: Tensor, workspace: Workspace) -> None:
         mark = workspace.mark()

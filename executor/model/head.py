@@ -37,12 +37,21 @@ def logits(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    may_be_narrow: bool = False,
 ) -> Tensor:
     """Logits of the next token multiplied by `scale`, float32 and taken from the workspace.
 
-    With a `softcap` c they become c * tanh(logit / c).
+    With a `softcap` c they become c * tanh(logit / c). If nothing is done to them and they `may_be_narrow`, they are
+    left as they are projected, in the dtype of hidden states, whose numbers are the same.
     """
     shape = (len(hidden_RD), len(head.lm_head))
+    if may_be_narrow and head.lm_head_bias is None and scale == 1 and softcap is None:
+        narrow_RV = workspace.take(shape, hidden_RD.dtype)
+        mark = workspace.mark()
+        x_RD = normed(norm, hidden_RD, head.final_norm, workspace, head.final_norm_bias)
+        project(x_RD, head.lm_head, narrow_RV)
+        workspace.release(mark)
+        return narrow_RV
     logits_RV = workspace.take(shape, torch.float32)
     mark = workspace.mark()
     x_RD = normed(norm, hidden_RD, head.final_norm, workspace, head.final_norm_bias)

@@ -4,7 +4,7 @@ T tokens, H heads, d head_dim, h rotated pairs of a head.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def plain_frequencies(num_elements: int, theta: float) -> tuple[float, ...]:
     return tuple((1.0 / theta**exponents).tolist())
 
 
-@lru_cache(maxsize=32)
+@cache  # for good: tapes of native calls read them where they lie
 def on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
     """The frequencies where they are computed with, float32."""
     return torch.tensor(frequencies, dtype=torch.float32).to(device)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from executor.errors import RunError
 from executor.formats import Matrix, Packed
+from executor.native.choices import ChoiceKernels
 from executor.native.compiled import DTYPES, module
-from executor.native.mixers import MixerKernels
 from hrm.units import MIB
 
 VARIABLE: Final = "EXECUTOR_NATIVE"
@@ -54,8 +54,8 @@ class Activation(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels(MixerKernels):
-    """All kernels by one path: those that mix tokens, and those below, which do not."""
+class Kernels(ChoiceKernels):
+    """All kernels by one path: those that mix tokens, those that choose, and those below."""
 
     def takes_experts(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, out_TD: Tensor) -> bool:
         """Whether `run_experts` can compute this; it is torch's otherwise."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from executor.native.compiled import DTYPES, module
+from executor.native.tape import checked
 from hrm.formats import aligned
 
 _HEAD_DIM_UNIT: Final = 8
@@ -76,6 +77,7 @@ class MixerKernels:
         size = out_RQ.itemsize
         num_heads = out_RQ.shape[1] // head_dim
         assert sinks_H is None or len(sinks_H) == num_heads, (sinks_H, num_heads)
+        checked(starts, lengths)
         module().decode_attention(
             path=self.path,
             dtype=DTYPES[out_RQ.dtype],
@@ -136,6 +138,7 @@ class MixerKernels:
         assert cache_CL.dtype in CODES or rank + rope == cache_CL.shape[1], (rank, rope, cache_CL.shape)
         assert kv_up.numel() == heads * (nope + value_dim) * rank, (kv_up.shape, q_nope_RHn.shape, out_RHv.shape)
         assert requests == len(q_rope_RHp) == len(out_RHv) == len(lengths), (requests, len(lengths))
+        checked(starts, lengths)
         module().latent_attention(
             path=self.path,
             dtype=DTYPES[out_RHv.dtype],
@@ -222,6 +225,7 @@ class MixerKernels:
         assert conv_states.shape == (num_states, kernel - 1, channels), conv_states.shape
         assert qkv_RX.shape == (len(rows), channels), (qkv_RX.shape, len(rows))
         assert out_RV.shape == (len(rows), value_heads * value_dim), (out_RV.shape, len(rows))
+        checked(rows)
         module().gated_delta_step(
             path=self.path,
             dtype=DTYPES[qkv_RX.dtype],

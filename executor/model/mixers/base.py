@@ -15,6 +15,7 @@ from torch import Tensor
 from executor.model.kv_rows import quantise
 from executor.model.numbers import PromptNumbers, Reach, RowNumbers
 from executor.model.workspace import Workspace
+from executor.native import kernels
 from hrm import layers
 
 if TYPE_CHECKING:
@@ -116,4 +117,8 @@ class Mixer(ABC):
 def append_kv(cache_C: Tensor, row_TX: Tensor, rows_T: Tensor) -> None:
     """Write what rows end with at the cache's `rows_T` (int64, on the cache's device), bytes as they are."""
     cache = cache_C.flatten(1).view(row_TX.dtype)
-    cache.index_copy_(0, rows_T, row_TX[:, -cache.shape[1] :])
+    cached_TX, native = row_TX[:, -cache.shape[1] :], kernels()
+    if native is not None and native.takes_append(cache, cached_TX, rows_T):
+        native.append(cache, cached_TX, rows_T)
+    else:
+        cache.index_copy_(0, rows_T, cached_TX)

@@ -207,6 +207,38 @@ struct Rotation {
     const float* frequencies;  // of each pair
 };
 
+// The experts of each of `tokens` tokens with the greatest scores, which become its weights: softmax of its logits
+// over all experts, or sigmoid of each. With a `correction` that is added to scores to choose by. Of `groups` of
+// experts, `chosen_groups` are chosen from: those whose `best_of_group` greatest have the greatest sum. Weights
+// are divided by their sum if `normalised`, and multiplied by the scale. Of equals the first comes first.
+struct Choice {
+    int64_t tokens, experts, chosen;
+    const void* logits;
+    int64_t stride;  // elements
+    bool sigmoid;
+    int64_t groups, chosen_groups, best_of_group;
+    bool normalised;
+    float scale;
+    const void* correction;  // of each expert, or null
+    float* out_weights;      // (tokens, chosen), the greatest score first
+    int64_t* out_experts;
+};
+
+constexpr int64_t MOST_GROUPS = 64;
+
+// Floats of scratch for a token's scores, what experts are chosen by, and the same of the chosen ones.
+static inline int64_t choice_floats(const Choice& shape) {
+    return 2 * rounded_up(shape.experts, 16) + shape.chosen;
+}
+
+// Where each row has its greatest element, the first of equals; -1 if that is no finite number.
+struct Greatest {
+    int64_t rows, width;
+    const void* x;
+    int64_t stride;  // elements
+    int64_t* out;
+};
+
 constexpr int COLUMNS = 64;  // of the activations or the output that are one piece of work
 constexpr int MOST_TOKENS = 192;  // whose products with them are held at a time
 constexpr int PANEL_ROW_BYTES = 2048 + 64;  // of packed weights that were unpacked for many tokens
@@ -252,6 +284,9 @@ struct Path {
     // Rows [first, last) of them; `scratch` has room for 2 * pairs floats.
     void (*rms_norm[NUM_DTYPES])(const RmsNorm&, int64_t first, int64_t last);
     void (*rotate[NUM_DTYPES])(const Rotation&, int64_t first, int64_t last, float* scratch);
+    // Likewise, with scratch of `choice_floats`.
+    void (*choose_experts[NUM_DTYPES])(const Choice&, int64_t first, int64_t last, float* scratch);
+    void (*greatest[NUM_DTYPES])(const Greatest&, int64_t first, int64_t last);
     // Read whole cache lines and return something of all of them.
     uint64_t (*read)(const char* from, int64_t num_bytes);
     // Copy bytes that nothing will read soon.

@@ -9,15 +9,20 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 
-#include "schedule.hpp"
-
-namespace nb = nanobind;
+#include "calls.hpp"
 
 namespace {
+
+using native::at;
+using native::compute;
+using native::dtype_named;
+using native::path_named;
+using native::perform;
+using native::require;
 
 // Paths that this processor can run, the fastest first. Intel's dot products of bfloat16 take two
 // cycles each and so are slower than widening and AVX-512's multiply-adds; AMD's take one.
@@ -43,31 +48,12 @@ std::vector<const native::Path*> usable_paths() {
 
 const std::vector<const native::Path*> PATHS = usable_paths();
 
-const native::Path& path_named(const std::string& name) {
-    for (const native::Path* path : PATHS) {
-        if (name == path->name) return *path;
-    }
-    throw std::invalid_argument("no such path on this processor: " + name);
-}
-
-native::Dtype dtype_named(const std::string& name) {
-    if (name == "bfloat16") return native::BFLOAT16;
-    if (name == "float16") return native::FLOAT16;
-    if (name == "float32") return native::FLOAT32;
-    throw std::invalid_argument("no such dtype: " + name);
-}
-
 // How a cache's rows are coded: not at all if the codes have no name.
 native::CodedRows coded_rows(
     const std::string& codes, int64_t row_bytes, int64_t scales, int64_t parts, int64_t first, int64_t others) {
     if (codes.empty()) return {};
     if (codes != "int8" && codes != "fp8") throw std::invalid_argument("no such codes: " + codes);
     return {codes == "int8" ? native::INT8_CODES : native::FP8_CODES, row_bytes, scales, parts, first, others};
-}
-
-// The sizes were checked by whoever planned them; that addresses stay inside them is checked here.
-void require(bool holds, const char* rule) {
-    if (!holds) throw std::out_of_range(rule);
 }
 
 void require_within(
@@ -79,20 +65,33 @@ void require_within(
     }
 }
 
-// Compute what a shape says, without the interpreter's lock.
-template <typename Shape>
-void compute(
-    void (*kernel)(const native::Path&, native::Dtype, const Shape&, int), const std::string& path,
-    const std::string& dtype, const Shape& shape, int threads) {
-    const native::Path& chosen = path_named(path);
-    const native::Dtype type = dtype_named(dtype);
-    nb::gil_scoped_release released;
-    kernel(chosen, type, shape, threads);
+void require_own(std::vector<int64_t> rows, int64_t num_states) {
+    std::sort(rows.begin(), rows.end());
+    const bool are_own = std::adjacent_find(rows.begin(), rows.end()) == rows.end();
+    require(are_own, "each request has a state of its own");
+    require(rows.empty() || (rows.front() >= 0 && rows.back() < num_states),
+            "requests' states are among those given");
 }
 
-template <typename T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+// Requests' parts of a cache, which are the numbers' of a tape.
+template <typename Call>
+void attend(
+    void (*kernel)(const native::Path&, const Call&, int), const std::string& path, const Call& call,
+    int64_t cache_tokens, int threads) {
+    const native::Path& chosen = path_named(path);
+    const auto is_of_numbers = [&](const native::Numbers& of) {
+        return of.starts == call.starts && of.lengths == call.lengths;
+    };
+    const auto work = [=, &chosen](const native::Numbers* now) {
+        Call moved = call;
+        if (now != nullptr) {
+            moved.starts = now->starts;
+            moved.lengths = now->lengths;
+        }
+        require_within(moved.starts, moved.lengths, cache_tokens);
+        kernel(chosen, moved, threads);
+    };
+    perform(work, native::repeats(is_of_numbers));
 }
 
 // Code, type of scales, rows and columns of a group; none of plain numbers.
@@ -127,7 +126,60 @@ std::vector<native::Matrix> matrices_at(const std::vector<Addresses>& of) {
     return matrices;
 }
 
+// Experts as they are called, and called again.
+struct HeldExperts {
+    PackingOf packing13, packing2;
+    native::ExpertsCall call;
+};
+
+using Counts = std::vector<int64_t>;
+
+std::pair<Counts, Counts> run_experts(
+    const native::Path& path, const std::shared_ptr<HeldExperts>& held, int threads) {
+    native::ExpertsCall& call = held->call;
+    call.packing13 = held->packing13.get();
+    call.packing2 = held->packing2.get();
+    const auto run = [&path, held, threads] {
+        const native::ExpertsCall& call = held->call;
+        for (int64_t i = 0; i < call.num_tokens * call.experts_per_token; ++i) {
+            require(call.experts[i] >= 0, "experts count from 0");
+        }
+        return native::run_experts(path, call, threads);
+    };
+    native::Tape* const tape = native::Tape::recording();
+    std::pair<Counts, Counts> done;
+    {
+        nb::gil_scoped_release released;
+        done = run();
+    }
+    if (tape != nullptr && native::takes_all(call)) {
+        tape->add([run, counts = tape->counts()](const native::Numbers*) { *counts = run().first; });
+        *tape->counts() = done.first;
+    } else if (tape != nullptr) {
+        tape->spoil();
+    }
+    return done;
+}
+
 }  // namespace
+
+namespace native {
+
+const Path& path_named(const std::string& name) {
+    for (const Path* path : PATHS) {
+        if (name == path->name) return *path;
+    }
+    throw std::invalid_argument("no such path on this processor: " + name);
+}
+
+Dtype dtype_named(const std::string& name) {
+    if (name == "bfloat16") return BFLOAT16;
+    if (name == "float16") return FLOAT16;
+    if (name == "float32") return FLOAT32;
+    throw std::invalid_argument("no such dtype: " + name);
+}
+
+}  // namespace native
 
 NB_MODULE(_kernels, module) {
     module.def("paths", [] {
@@ -143,16 +195,13 @@ NB_MODULE(_kernels, module) {
            int64_t query_stride, uintptr_t cache, int64_t cache_tokens, const std::string& codes,
            int64_t row_bytes, int64_t scales, uintptr_t out, int64_t out_stride,
            std::vector<int64_t> starts, std::vector<int64_t> lengths, int threads) {
-            require_within(starts, lengths, cache_tokens);
             const native::AttentionCall call{
                 dtype_named(dtype), heads, kv_heads, head_dim, scale, softcap,
                 at<const float>(sinks), at<const char>(queries), query_stride, at<const char>(cache),
                 coded_rows(codes, row_bytes, scales, 2 * kv_heads, head_dim, head_dim), at<char>(out),
                 out_stride, std::move(starts), std::move(lengths),
             };
-            const native::Path& chosen = path_named(path);
-            nb::gil_scoped_release released;
-            native::decode_attention(chosen, call, threads);
+            attend(native::decode_attention, path, call, cache_tokens, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("kv_heads"),
         nb::arg("head_dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks"), nb::arg("queries"),
@@ -168,7 +217,6 @@ NB_MODULE(_kernels, module) {
            int64_t rope_head_stride, uintptr_t cache, int64_t cache_tokens, const std::string& codes,
            int64_t row_bytes, int64_t scales, uintptr_t kv_up, uintptr_t out, int64_t out_stride, std::vector<int64_t> starts,
            std::vector<int64_t> lengths, int threads) {
-            require_within(starts, lengths, cache_tokens);
             const native::Latent shape{
                 static_cast<int64_t>(lengths.size()), heads, nope, rope, rank, value_dim,
                 at<const void>(q_nope), nope_stride, nope_head_stride, at<const void>(q_rope),
@@ -179,9 +227,7 @@ NB_MODULE(_kernels, module) {
                 coded_rows(codes, row_bytes, scales, 2, rank, rope), at<char>(out), out_stride,
                 std::move(starts), std::move(lengths),
             };
-            const native::Path& chosen = path_named(path);
-            nb::gil_scoped_release released;
-            native::latent_attention(chosen, call, threads);
+            attend(native::latent_attention, path, call, cache_tokens, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("heads"), nb::arg("nope"),
         nb::arg("rope"), nb::arg("rank"), nb::arg("value_dim"), nb::arg("scale"),
@@ -200,21 +246,24 @@ NB_MODULE(_kernels, module) {
            int64_t state_stride, int64_t num_states, uintptr_t a, int64_t a_stride, uintptr_t b,
            int64_t b_stride, uintptr_t log_rate, uintptr_t step_bias,
            const std::vector<int64_t>& rows, uintptr_t out, int64_t out_stride, int threads) {
-            std::vector<int64_t> sorted = rows;
-            std::sort(sorted.begin(), sorted.end());
-            const bool are_own = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
-            require(are_own, "each request has a state of its own");
-            require(rows.empty() || (sorted.front() >= 0 && sorted.back() < num_states),
-                    "requests' states are among those given");
-            const native::GatedDelta shape{
+            const native::GatedDelta given{
                 static_cast<int64_t>(rows.size()), key_heads, value_heads, key_dim, value_dim,
                 channels, conv_tokens, at<const void>(qkv), qkv_stride, at<const void>(convolution),
                 at<void>(conv_states), conv_state_stride, at<float>(states), state_stride,
                 at<const void>(a), at<const void>(b), a_stride, b_stride,
-                at<const float>(log_rate), at<const float>(step_bias), rows.data(), at<void>(out),
+                at<const float>(log_rate), at<const float>(step_bias), nullptr, at<void>(out),
                 out_stride,
             };
-            compute(native::gated_delta_step, path, dtype, shape, threads);
+            const native::Path& chosen = path_named(path);
+            const native::Dtype type = dtype_named(dtype);
+            const auto work = [=, &chosen](const native::Numbers* now) {
+                const std::vector<int64_t>& present = now == nullptr ? rows : now->starts;
+                require_own(present, num_states);
+                native::GatedDelta shape = given;
+                shape.rows = present.data();
+                native::gated_delta_step(chosen, type, shape, threads);
+            };
+            perform(work, native::repeats([&](const native::Numbers& of) { return of.starts == rows; }));
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("key_heads"),
         nb::arg("value_heads"), nb::arg("key_dim"), nb::arg("value_dim"), nb::arg("channels"),
@@ -223,6 +272,8 @@ NB_MODULE(_kernels, module) {
         nb::arg("state_stride"), nb::arg("num_states"), nb::arg("a"), nb::arg("a_stride"),
         nb::arg("b"), nb::arg("b_stride"), nb::arg("log_rate"), nb::arg("step_bias"),
         nb::arg("rows"), nb::arg("out"), nb::arg("out_stride"), nb::arg("threads"));
+
+    native::bind_choices(module);
 
     module.def("activation_floats", native::activation_floats, nb::arg("intermediate"));
 
@@ -241,21 +292,18 @@ NB_MODULE(_kernels, module) {
             require(bias2.empty() || bias2.size() == w2.size(), "biases of each");
             require(activation >= 0 && activation < native::NUM_ACTIVATIONS, "a known activation");
             for (int64_t index : indices) require(index >= 0, "experts count from 0");
-            for (int64_t i = 0; i < num_tokens * experts_per_token; ++i) {
-                require(at<const int64_t>(experts)[i] >= 0, "experts count from 0");
-            }
-            const PackingOf of13(packing13), of2(packing2);
-            const native::ExpertsCall call{
-                dtype_named(dtype), hidden, intermediate, num_tokens, experts_per_token,
-                at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
-                at<char>(out), out_stride, at<float>(scratch), scratch_floats,
-                std::move(indices), matrices_at(w13), matrices_at(w2), of13.get(), of2.get(), std::move(bias13),
-                std::move(bias2), static_cast<native::Activation>(activation), limit, weight_on_input,
-                max_tokens,
-            };
-            const native::Path& chosen = path_named(path);
-            nb::gil_scoped_release released;
-            return native::run_experts(chosen, call, threads);
+            const auto held = std::make_shared<HeldExperts>(HeldExperts{
+                PackingOf(packing13), PackingOf(packing2),
+                {
+                    dtype_named(dtype), hidden, intermediate, num_tokens, experts_per_token,
+                    at<const char>(x), x_stride, at<const int64_t>(experts), at<const float>(weights),
+                    at<char>(out), out_stride, at<float>(scratch), scratch_floats,
+                    std::move(indices), matrices_at(w13), matrices_at(w2), nullptr, nullptr, std::move(bias13),
+                    std::move(bias2), static_cast<native::Activation>(activation), limit, weight_on_input,
+                    max_tokens,
+                },
+            });
+            return run_experts(path_named(path), held, threads);
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("hidden"),
         nb::arg("intermediate"), nb::arg("num_tokens"), nb::arg("experts_per_token"), nb::arg("x"),
@@ -270,12 +318,17 @@ NB_MODULE(_kernels, module) {
         [](const std::string& path, const std::string& dtype, int64_t tokens, int64_t width,
            int64_t rows, uintptr_t x, int64_t x_stride, const Addresses& w, const PackingSaid& packing,
            uintptr_t out, int64_t out_stride, bool add, int threads) {
-            const PackingOf of(packing);
-            const native::Linear shape{
-                tokens, width, rows, at<const void>(x), matrix_at(w), of.get(), x_stride,
+            const native::Linear given{
+                tokens, width, rows, at<const void>(x), matrix_at(w), nullptr, x_stride,
                 at<void>(out), out_stride, add,
             };
-            compute(native::linear, path, dtype, shape, threads);
+            const native::Path& chosen = path_named(path);
+            const native::Dtype type = dtype_named(dtype);
+            perform([=, &chosen, of = PackingOf(packing)](const native::Numbers*) {
+                native::Linear shape = given;
+                shape.packing = of.get();
+                native::linear(chosen, type, shape, threads);
+            });
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("width"),
         nb::arg("rows"), nb::arg("x"), nb::arg("x_stride"), nb::arg("w"), nb::arg("packing").none(), nb::arg("out"),
@@ -302,11 +355,18 @@ NB_MODULE(_kernels, module) {
            int64_t head_dim, int64_t pairs, bool interleaved, float magnitude, uintptr_t rows,
            int64_t stride, uintptr_t positions, uintptr_t frequencies, int threads) {
             require(2 * pairs <= head_dim, "pairs lie within a head");
-            const native::Rotation shape{
+            const native::Rotation given{
                 tokens, heads, head_dim, pairs, interleaved, magnitude, at<void>(rows), stride,
                 at<const int64_t>(positions), at<const float>(frequencies),
             };
-            compute(native::rotate, path, dtype, shape, threads);
+            const native::Path& chosen = path_named(path);
+            const native::Dtype type = dtype_named(dtype);
+            const auto work = [=, &chosen](const native::Numbers* now) {
+                native::Rotation shape = given;
+                if (now != nullptr) shape.positions = now->positions;
+                native::rotate(chosen, type, shape, threads);
+            };
+            perform(work, native::repeats([&](const native::Numbers& of) { return of.positions == given.positions; }));
         },
         nb::kw_only(), nb::arg("path"), nb::arg("dtype"), nb::arg("tokens"), nb::arg("heads"),
         nb::arg("head_dim"), nb::arg("pairs"), nb::arg("interleaved"), nb::arg("magnitude"),
@@ -317,8 +377,9 @@ NB_MODULE(_kernels, module) {
         "copy",
         [](const std::string& path, uintptr_t to, uintptr_t from, int64_t num_bytes, int threads) {
             const native::Path& chosen = path_named(path);
-            nb::gil_scoped_release released;
-            native::copy(chosen, at<char>(to), at<const char>(from), num_bytes, threads);
+            perform([=, &chosen](const native::Numbers*) {
+                native::copy(chosen, at<char>(to), at<const char>(from), num_bytes, threads);
+            });
         },
         nb::kw_only(), nb::arg("path"), nb::arg("to_address"), nb::arg("from_address"),
         nb::arg("num_bytes"), nb::arg("threads"));

@@ -3,6 +3,7 @@
 #include "delta.hpp"
 #include "experts.hpp"
 #include "latent.hpp"
+#include "choices.hpp"
 #include "rows.hpp"
 
 namespace {
@@ -80,6 +81,8 @@ const Path PATH = {
     {linear<Bf16>, linear<Fp16>, linear<float>},
     {rms_norm<Bf16>, rms_norm<Fp16>, rms_norm<float>},
     {rotate<Bf16>, rotate<Fp16>, rotate<float>},
+    {choose_experts<Bf16>, choose_experts<Fp16>, choose_experts<float>},
+    {greatest<Bf16>, greatest<Fp16>, greatest<float>},
     read_lines,
     copy_past_caches,
 };

@@ -121,6 +121,10 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     return {std::move(counts), std::move(left_out)};
 }
 
+bool takes_all(const ExpertsCall& call) {
+    return call.num_tokens <= std::min(call.max_tokens, call.scratch_floats / activation_floats(call.intermediate));
+}
+
 void linear(const Path& path, Dtype dtype, const Linear& shape, int threads) {
     const int64_t weights = shape.rows * shape.width;
     const int64_t num_bytes = weight_bytes(weights, dtype, shape.packing);
@@ -142,6 +146,19 @@ void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads) {
     const int64_t row_bytes = shape.heads * 2 * shape.pairs * element_size(dtype);
     run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
         path.rotate[dtype](shape, first, last, scratch(2 * shape.pairs));
+    });
+}
+
+void choose_experts(const Path& path, Dtype dtype, const Choice& shape, int threads) {
+    const int64_t row_bytes = 2 * shape.experts * sizeof(float);
+    run_rows(shape.tokens, row_bytes, threads, [&](int64_t first, int64_t last) {
+        path.choose_experts[dtype](shape, first, last, scratch(choice_floats(shape)));
+    });
+}
+
+void greatest(const Path& path, Dtype dtype, const Greatest& shape, int threads) {
+    run_rows(shape.rows, shape.width * element_size(dtype), threads, [&](int64_t first, int64_t last) {
+        path.greatest[dtype](shape, first, last);
     });
 }
 

@@ -71,11 +71,18 @@ int64_t activation_floats(int64_t intermediate);
 std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     const Path& path, const ExpertsCall& call, int threads);
 
+// Whether no expert is left out, wherever tokens are routed.
+bool takes_all(const ExpertsCall& call);
+
 void linear(const Path& path, Dtype dtype, const Linear& shape, int threads);
 
 void rms_norm(const Path& path, Dtype dtype, const RmsNorm& shape, int threads);
 
 void rotate(const Path& path, Dtype dtype, const Rotation& shape, int threads);
+
+void choose_experts(const Path& path, Dtype dtype, const Choice& shape, int threads);
+
+void greatest(const Path& path, Dtype dtype, const Greatest& shape, int threads);
 
 // Read `num_bytes` bytes and do nothing with them.
 uint64_t read(const Path& path, const char* from, int64_t num_bytes, int threads);

@@ -365,6 +365,11 @@ def test_logits(arch, dtype):
     assert out.dtype is torch.float32
     assert_same(out.to(dtype), reference.norm(arch.final_norm, hidden.float(), norm.float()) @ head.float().T)
     assert torch.equal(hidden, before)
+    narrow = logits(arch.final_norm, hidden, HeadWeights(norm, head), big_workspace(), may_be_narrow=True)
+    assert narrow.dtype is dtype
+    assert torch.equal(narrow.float(), out)
+    scaled = logits(arch.final_norm, hidden, HeadWeights(norm, head), big_workspace(), scale=2.0, may_be_narrow=True)
+    assert torch.equal(scaled, 2 * out)
 
 
 @settings(max_examples=60, deadline=None)

@@ -43,6 +43,7 @@ ALLOWED = {
     ("executor.families.stored", "read"),
     ("executor.weight_pages", "load"),
     ("executor.sampling", "choose"),
+    ("executor.sampling", "_most_probable"),
     ("executor.sampling", "_sample"),
     ("executor.handlers.state", "routed"),
     ("executor.model.rotary", "on_device"),
