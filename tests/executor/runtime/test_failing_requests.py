@@ -170,17 +170,17 @@ def test_extreme_sampling_is_greedy_and_troubles_nobody(run, folder):
 
 
 def test_failure_of_the_device_still_ends_the_run(run, monkeypatch):
-    make = PrefillHandlers.make
+    by_act = PrefillHandlers.by_act
 
-    def made(*arguments, **keywords):
-        handlers = make(*arguments, **keywords)
+    def made(own):
+        handlers = by_act(own)
 
         def fail(_) -> int:
             raise torch.OutOfMemoryError
 
         return {**handlers, act("SAMPLE", phase=Phase.PREFILL): fail}
 
-    monkeypatch.setattr(PrefillHandlers, "make", staticmethod(made))
+    monkeypatch.setattr(PrefillHandlers, "by_act", made)
     captured, done = run(LINES, "--quiet", code=1)
     assert "OutOfMemoryError" in captured.err
     assert not done

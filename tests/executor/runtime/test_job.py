@@ -241,11 +241,11 @@ def test_missing_file_is_refused(folder, policy_path, tmp_path, capsys, missing)
 
 
 def broken_after(num_batches: int, error: type[BaseException], monkeypatch) -> None:
-    make = DecodeHandlers.make
+    by_act = DecodeHandlers.by_act
     batches = []  # and what warms up before them
 
-    def made(*arguments, **keywords):
-        handlers = make(*arguments, **keywords)
+    def made(own):
+        handlers = by_act(own)
         batches.append(1)
         if len(batches) > 1 + num_batches:
 
@@ -255,7 +255,7 @@ def broken_after(num_batches: int, error: type[BaseException], monkeypatch) -> N
             handlers |= {known: fail for known in handlers if known.name == "ATTENTION"}
         return handlers
 
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    monkeypatch.setattr(DecodeHandlers, "by_act", made)
 
 
 def test_failed_task_keeps_what_was_finished_and_prints_the_lanes(run, tmp_path, monkeypatch):
@@ -279,11 +279,11 @@ def test_failed_task_keeps_what_was_finished_and_prints_the_lanes(run, tmp_path,
 def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatch):
     import _thread
 
-    make = DecodeHandlers.make
+    by_act = DecodeHandlers.by_act
     batches = []  # and what warms up before them
 
-    def made(*arguments, **keywords):
-        handlers = make(*arguments, **keywords)
+    def made(own):
+        handlers = by_act(own)
         batches.append(1)
         if len(batches) == 3:
             embed = handlers[act("EMBED")]
@@ -295,7 +295,7 @@ def test_ctrl_c_keeps_what_was_finished(run, no_collection, tmp_path, monkeypatc
             handlers[act("EMBED")] = interrupt
         return handlers
 
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    monkeypatch.setattr(DecodeHandlers, "by_act", made)
     captured, done = run([line(f"r{i}", p) for i, p in enumerate(PROMPTS)], "--quiet", code=130)
     assert 4 <= len(done) < 10
     assert "interrupted" in captured.err

@@ -285,11 +285,11 @@ def test_answers_do_not_depend_on_where_a_job_was_cut(run, tmp_path):
 
 
 def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
-    make = DecodeHandlers.make
+    by_act = DecodeHandlers.by_act
     seen = {}
 
-    def made(*arguments, **keywords):
-        handlers = make(*arguments, **keywords)
+    def made(own):
+        handlers = by_act(own)
         sample = handlers[act("SAMPLE")]
 
         def watched(task) -> int:
@@ -304,7 +304,7 @@ def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
 
         return {**handlers, act("SAMPLE"): watched}
 
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    monkeypatch.setattr(DecodeHandlers, "by_act", made)
     lines = [line(f"r{i}", PROMPTS[i], max_tokens=2 + i, ignore_eos=True) for i in range(4)]
     run(lines)
     assert seen == {0: 1, 1: 2, 2: 3, 3: 4}
@@ -313,13 +313,13 @@ def test_answers_are_written_as_requests_end(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_a_run_in_order(run, no_collection, tmp_path, monkeypatch, number, code):
     before = signal.getsignal(number)
-    make = DecodeHandlers.make
+    by_act = DecodeHandlers.by_act
 
-    def made(*arguments, **keywords):
+    def made(own):
         os.kill(os.getpid(), number)
-        return make(*arguments, **keywords)
+        return by_act(own)
 
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    monkeypatch.setattr(DecodeHandlers, "by_act", made)
     captured, _ = run(LINES, "--quiet", code=code)
     assert "interrupted" in captured.err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "interrupted"
@@ -328,13 +328,13 @@ def test_signals_end_a_run_in_order(run, no_collection, tmp_path, monkeypatch, n
 
 def test_hangup_is_ignored_under_nohup(run, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    make = DecodeHandlers.make
+    by_act = DecodeHandlers.by_act
 
-    def made(*arguments, **keywords):
+    def made(own):
         os.kill(os.getpid(), signal.SIGHUP)
-        return make(*arguments, **keywords)
+        return by_act(own)
 
-    monkeypatch.setattr(DecodeHandlers, "make", staticmethod(made))
+    monkeypatch.setattr(DecodeHandlers, "by_act", made)
     try:
         _, done = run(LINES[:2], "--quiet")
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
