@@ -52,8 +52,8 @@ struct Singles : KIND {
     }
 
     // What is meant by codes, in float32, and rounded to a number.
-    static Floats meant(Floats codes, bool has_zero, Floats zero, Floats scale) {
-        return multiply(has_zero ? subtract(codes, zero) : codes, scale);
+    static Floats meant(Floats codes, bool has_zero, Floats less, Floats scale) {
+        return multiply(has_zero ? add(codes, less) : codes, scale);
     }
 
     // COLUMNS elements of a token in order; returns their sums in each lane.
@@ -100,13 +100,13 @@ struct Pairs : KIND {
         return (__m512bh)KIND::template words<K>(codes);
     }
 
-    static __m512bh meant(__m512bh codes, bool has_zero, Floats zero, Floats scale) {
+    static __m512bh meant(__m512bh codes, bool has_zero, Floats less, Floats scale) {
         const __m512i both = (__m512i)codes;
         Floats odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
         Floats even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
         if (has_zero) {
-            odd = subtract(odd, zero);
-            even = subtract(even, zero);
+            odd = add(odd, less);
+            even = add(even, less);
         }
         odd = multiply(odd, scale);
         even = multiply(even, scale);

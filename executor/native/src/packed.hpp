@@ -101,13 +101,15 @@ class PackedIn {
         Strip<C::COLUMNS> strip(packing_, width);
         // What comes next is fetched in the order of its addresses, by each tile its share of it.
         const uint8_t* following[NUM];
+        Fetcher scales[NUM], points[NUM];
         for (int i = 0; i < NUM; ++i) {
-            const Slice& slice = slices[i];
-            following[i] = slice.next ? codes_at_row(*slice.next, slice.next_first, row_bytes, 0) : nullptr;
+            const Matrix* const next = slices[i].next;
+            following[i] = next ? codes_at_row(*next, slices[i].next_first, row_bytes, 0) : nullptr;
+            if (next) scales[i] = strip.scales_from(*next, slices[i].next_first);
+            if (next) points[i] = strip.zeros_from(*next, slices[i].next_first);
         }
         for (int64_t start = 0; start < width; start += stretch) {
             const int64_t columns = width - start < stretch ? width - start : stretch;
-            const bool is_last = start + columns == width;
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
                 const int end = (tile + 1) * count / tiles, most = rows_with<C>(end - token);
                 inputs.take(tokens + token, end - token, start, columns);
@@ -120,18 +122,19 @@ class PackedIn {
                         if (in_strip == STRIP_ROWS) {
                             const int64_t some = rows - row < STRIP_ROWS ? rows - row : STRIP_ROWS;
                             strip.read(slice.matrix, slice.first + row, some, start, columns);
-                            if (is_last && slice.next && tile == 0) {
-                                strip.prefetch_scales(*slice.next, slice.next_first + row, some);
-                            }
                             in_strip = 0;
                         }
                         const int together = row + most <= rows ? most : 1;
                         const bool fetches = row / most % tiles == tile && slice.next;
+                        if (fetches) {
+                            scales[i].fetch(together * strip.scale_bytes() * columns / width);
+                            points[i].fetch(together * strip.zero_bytes() * columns / width);
+                        }
                         const CodedTile<C> work = {
                             kind, codes + row * row_bytes, row_bytes, columns,
                             fetches ? following[i] : codes + row * row_bytes,
                             strip.scales + in_strip * strip.apart,
-                            slice.matrix.zeros ? strip.zeros + in_strip * strip.apart : nullptr,
+                            slice.matrix.zeros ? strip.less + in_strip * strip.apart : nullptr,
                             strip.apart, strip.units, strip.lanes, inputs.tokens, inputs.totals,
                             slice.results + token * COLUMNS + row,
                         };
@@ -210,16 +213,16 @@ class PackedIn {
                 strip.read(slice.matrix, slice.first + row, some, start, columns);
             }
             const float* const scales = strip.scales + in_strip * strip.apart;
-            const float* const points = strip.zeros + in_strip * strip.apart;
+            const float* const points = strip.less + in_strip * strip.apart;
             Number* const to = panel + row * APART;
             const uint8_t* const codes = codes_at_row(slice.matrix, slice.first + row, row_bytes, offset);
             for_each_step<C, 1>(codes, row_bytes, columns, [&](int64_t s, const Codes (&rows)[1]) {
                 const Floats scale = C::checked(rows[0], spread(scales + s * strip.units, strip.lanes));
                 const bool has_zeros = slice.matrix.zeros;
-                const Floats zero = has_zeros ? spread(points + s * strip.units, strip.lanes) : zeros();
+                const Floats less = has_zeros ? spread(points + s * strip.units, strip.lanes) : zeros();
                 [&]<int... K>(std::integer_sequence<int, K...>) {
                     (::store(to + s * C::COLUMNS + K * D::STEP,
-                             C::meant(kind.template operand<K>(rows[0]), has_zeros, zero, scale)), ...);
+                             C::meant(kind.template operand<K>(rows[0]), has_zeros, less, scale)), ...);
                 }(std::make_integer_sequence<int, C::OPERANDS>{});
             });
         }
