@@ -6,7 +6,7 @@
 
 #include "coded.hpp"
 #include "gemm.hpp"
-#include "strip.hpp"
+#include "unpacker.hpp"
 
 namespace {
 
@@ -201,11 +201,11 @@ class PackedIn {
 
     void unpack(
         const Slice& slice, int64_t rows, int64_t width, int64_t start, int64_t columns, Number* panel) const {
-        using D = Dot<Number>;
         constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
         const C kind = kind_of(slice.matrix);
         const int64_t row_bytes = bytes_of(width), offset = bytes_of(start);
         Strip<C::COLUMNS> strip(packing_, width);
+        Unpacker<C> unpacker{kind, strip};
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t in_strip = row % STRIP_ROWS;
             if (in_strip == 0) {
@@ -213,17 +213,12 @@ class PackedIn {
                 strip.read(slice.matrix, slice.first + row, some, start, columns);
             }
             const float* const scales = strip.scales + in_strip * strip.apart;
-            const float* const points = strip.less + in_strip * strip.apart;
+            const float* const less = slice.matrix.zeros ? strip.less + in_strip * strip.apart : nullptr;
             Number* const to = panel + row * APART;
             const uint8_t* const codes = codes_at_row(slice.matrix, slice.first + row, row_bytes, offset);
             for_each_step<C, 1>(codes, row_bytes, columns, [&](int64_t s, const Codes (&rows)[1]) {
-                const Floats scale = C::checked(rows[0], spread(scales + s * strip.units, strip.lanes));
-                const bool has_zeros = slice.matrix.zeros;
-                const Floats less = has_zeros ? spread(points + s * strip.units, strip.lanes) : zeros();
-                [&]<int... K>(std::integer_sequence<int, K...>) {
-                    (::store(to + s * C::COLUMNS + K * D::STEP,
-                             C::meant(kind.template operand<K>(rows[0]), has_zeros, less, scale)), ...);
-                }(std::make_integer_sequence<int, C::OPERANDS>{});
+                const int64_t place = s * strip.units;
+                unpacker.write(rows[0], scales + place, less ? less + place : nullptr, to + s * C::COLUMNS);
             });
         }
     }
