@@ -41,6 +41,23 @@ struct Ordered {
     }
 };
 
+// The same for panels, as `Gathered` has them.
+template <typename T, typename C, int64_t LONGEST>
+struct Reordered {
+    using Number = typename C::Number;
+    const T* const* rows;
+    const float* stretches[GEMM_TOKENS];
+    Ordered<T, C, GEMM_TOKENS, LONGEST * sizeof(Number)> ordered;
+
+    Reordered(const T* const* of, int64_t, int64_t) : rows(of) {}
+
+    const float* const* tokens(int first, int count, int64_t start, int64_t columns) {
+        ordered.take(rows + first, count, start, columns);
+        for (int t = 0; t < count; ++t) stretches[t] = reinterpret_cast<const float*>(ordered.tokens[t]);
+        return stretches;
+    }
+};
+
 // Matrices packed in codes of the kind C, as they are multiplied with tokens of T.
 template <typename T, typename C>
 class PackedIn {
@@ -57,13 +74,13 @@ class PackedIn {
 
     template <int NUM>
     void multiply(
-        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t,
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t stride,
         int count, float* scratch) const {
         for (const Slice& slice : slices) std::memset(slice.results, 0, count * COLUMNS * sizeof(float));
         if (count <= CODED_TOKENS<Number>) {
             by_codes(slices, rows, width, tokens, count);
         } else {
-            by_panels(slices, rows, width, tokens, count, reinterpret_cast<Number*>(scratch));
+            by_panels(slices, rows, width, tokens, stride, count, reinterpret_cast<Number*>(scratch));
         }
     }
 
@@ -73,7 +90,8 @@ class PackedIn {
         int count, float* scratch) const {
         const T* tokens[TOKENS];
         for (int t = 0; t < count; ++t) tokens[t] = reinterpret_cast<const T*>(kept + t * stride);
-        multiply(slices, rows, width, tokens, stride, count, scratch);
+        constexpr int64_t ELEMENTS = sizeof(float) / sizeof(T);
+        multiply(slices, rows, width, tokens, stride * ELEMENTS, count, scratch);
     }
 
   private:
@@ -155,13 +173,15 @@ class PackedIn {
 
     template <int NUM>
     void by_panels(
-        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int count,
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t stride, int count,
         Number* panels) const {
-        using Inputs = Ordered<T, C, GEMM_TOKENS, PANEL_BYTES>;
+        constexpr bool IN_ORDER = Unpacker<C>::IN_ORDER;
+        constexpr int64_t LONGEST = PANEL_BYTES / sizeof(Number);
+        using Inputs = std::conditional_t<IN_ORDER, Gathered<T>, Reordered<T, C, LONGEST>>;
         constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
-        const int64_t stretch = stretch_of(width, Inputs::STRETCH);
+        const int64_t stretch = stretch_of(width, LONGEST);
         const int tiles = (count + GEMM_TOKENS - 1) / GEMM_TOKENS;
-        Inputs inputs;
+        Inputs inputs(tokens, stride, width);
         // Each group of rows fetches as much of what comes next as one of them is long.
         const uint8_t *following[NUM] = {}, *end_of[NUM] = {};
         for (int i = 0; i < NUM; ++i) {
@@ -171,15 +191,13 @@ class PackedIn {
         }
         for (int64_t start = 0; start < width; start += stretch) {
             const int64_t columns = width - start < stretch ? width - start : stretch;
-            const int64_t length = native::rounded_up(columns, C::COLUMNS);
+            const int64_t length = IN_ORDER ? columns : native::rounded_up(columns, C::COLUMNS);
             for (int i = 0; i < NUM; ++i) {
                 unpack(slices[i], rows, width, start, columns, panels + i * COLUMNS * APART);
             }
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
                 const int end = (tile + 1) * count / tiles;
-                inputs.take(tokens + token, end - token, start, columns);
-                const float* numbers[GEMM_TOKENS];
-                for (int t = 0; t < end - token; ++t) numbers[t] = reinterpret_cast<const float*>(inputs.tokens[t]);
+                const float* const* const numbers = inputs.tokens(token, end - token, start, columns);
                 for (int i = 0; i < NUM; ++i) {
                     const Number* const panel = panels + i * COLUMNS * APART;
                     for (int64_t row = 0; row < rows;) {
