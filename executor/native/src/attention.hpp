@@ -72,6 +72,7 @@ void add_scores(
 template <typename T>
 constexpr bool HAS_FOURS = false;
 constexpr int PART = 8;  // elements of a head in such a vector
+constexpr int64_t LONGEST_FOUR = 128;  // longer heads have fewer sums for what they multiply
 
 #ifdef PATH_AVX512_BF16
 template <>
@@ -196,7 +197,7 @@ void attend(
     float* factors = queries + shape.heads * shape.padded_dim;
     float* scores = factors + num_padded;
     float* room = scores + shape.tile_tokens * num_padded;
-    const bool has_fours = HAS_FOURS<T> && shape.head_dim % PART == 0;
+    const bool has_fours = HAS_FOURS<T> && shape.head_dim % PART == 0 && shape.head_dim <= LONGEST_FOUR;
     for_heads(shape, [&]<int NUM>(int64_t, int64_t head) {
         const T* const from = query + head * shape.head_dim;
         float* const to = queries + head * shape.padded_dim;
