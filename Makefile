@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install
 TORCH := $(VENV)/.torch
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-for-tests
+SAY_KERNELS = @$(BIN)/python -c "from executor import native; print('CPU kernels:', native.description())"
 SOURCES := executor/native/CMakeLists.txt $(wildcard executor/native/src/*)
 
 # pyright comes with its bundle and node from PyPI; without this it would ask for newer releases.
@@ -80,9 +81,11 @@ $(TORCH): constraints.txt
 
 $(READY): pyproject.toml $(SOURCES) $(TORCH)
 	$(PIP) --editable .
+	$(SAY_KERNELS)
 	@touch $@
 
 # Builds the kernels once if `make test` comes first: both are then ready.
 $(TEST_READY): pyproject.toml $(SOURCES) $(TORCH)
 	$(PIP) --editable '.[test]'
+	$(SAY_KERNELS)
 	@touch $(READY) $@

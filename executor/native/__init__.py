@@ -1,6 +1,6 @@
 """C++ kernels for what the CPU does: attention, products, norms, rotations, experts, copies.
 
-They are there if a C++ compiler was when the package was installed; otherwise, and with
+They are there if a C++ compiler built them when the package was installed; otherwise, and with
 EXECUTOR_NATIVE=0 in the environment, the same is computed by torch. Of several paths through them,
 one for each set of a processor's instructions, the fastest that it has is taken;
 EXECUTOR_NATIVE=avx2 (say) takes that one. They work in place, on as many threads as torch may use
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from math import inf
+from shutil import which
 from typing import Final
 
 import torch
@@ -353,5 +354,8 @@ def description() -> str:
     if made := kernels():
         return f"native ({made.path})"
     if not paths():
-        return "torch (the native kernels were not built: no C++ compiler at installation)"
+        compilers = os.environ.get("CXX", ""), "c++", "g++", "clang++"
+        has_compiler = any(which(name) for name in compilers if name)
+        why = "`pip install --verbose` shows the compiler's error" if has_compiler else "there is no C++ compiler"
+        return f"torch, several times slower (the native kernels were not built: {why})"
     return f"torch ({VARIABLE}=0)"

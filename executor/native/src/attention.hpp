@@ -67,6 +67,85 @@ void add_scores(
     }
 }
 
+// Whether four heads that share keys are multiplied with them together, each in 128 bits of a vector, so
+// that little has to be summed across vectors.
+template <typename T>
+constexpr bool HAS_FOURS = false;
+constexpr int PART = 8;  // elements of a head in such a vector
+constexpr int64_t LONGEST_FOUR = 128;  // longer heads have fewer sums for what they multiply
+
+#ifdef PATH_AVX512_BF16
+template <>
+constexpr bool HAS_FOURS<Bf16> = true;
+
+// Queries of four heads: a part of each, and then the next parts.
+inline void prepare_fours(const Bf16* queries, int64_t dim, float* prepared) {
+    Bf16* to = reinterpret_cast<Bf16*>(prepared);
+    for (int64_t i = 0; i < dim; i += PART) {
+        for (int64_t h = 0; h < 4; ++h, to += PART) std::memcpy(to, queries + h * dim + i, PART * sizeof(Bf16));
+    }
+}
+
+// As `add_scores`, of FOURS times four heads and TOKENS tokens.
+template <int FOURS, int TOKENS>
+void add_scores_of_fours(
+    const Heads& shape, const TokenTile& tile, const Bf16* keys, const float* queries, int64_t head,
+    int64_t first) {
+    const int64_t rest = tile.tokens - first, tokens = rest < TOKENS ? rest : TOKENS, padded = padded_heads(shape);
+    const Bf16 *rows[TOKENS], *heads[FOURS];
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) {
+        rows[t] = keys + (first + (t < tokens ? t : tokens - 1)) * shape.token_elements;
+    }
+    UNROLL
+    for (int f = 0; f < FOURS; ++f) {
+        heads[f] = reinterpret_cast<const Bf16*>(queries + (head + 4 * f) * shape.padded_dim);
+    }
+    Floats sums[FOURS][TOKENS];
+    UNROLL
+    for (int i = 0; i < FOURS * TOKENS; ++i) sums[i / TOKENS][i % TOKENS] = zeros();
+    for (int64_t i = 0; i < shape.head_dim; i += PART) {
+        __m512bh q[FOURS];
+        UNROLL
+        for (int f = 0; f < FOURS; ++f) q[f] = Dot<Bf16>::load<0>(heads[f] + 4 * i);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[t] + i));
+            const __m512bh k = (__m512bh)_mm512_broadcast_i32x4(part);
+            UNROLL
+            for (int f = 0; f < FOURS; ++f) sums[f][t] = Dot<Bf16>::step(sums[f][t], q[f], k);
+        }
+    }
+    tile.fetcher.fetch(FOURS * tokens * shape.head_dim * static_cast<int64_t>(sizeof(Bf16)) / tile.parts);
+    const __m512i by_token = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    UNROLL
+    for (int t = 0; t < TOKENS; t += 4) {
+        UNROLL
+        for (int f = 0; f < FOURS; ++f) {
+            const Floats* const four = sums[f] + t;
+            const Floats by_head = four_sums(four[0], four[1], four[2], four[3]);
+            const Floats all = _mm512_permutexvar_ps(by_token, by_head);
+            float* const scores = tile.scores + (first + t) * padded + head + 4 * f;
+            _mm_storeu_ps(scores, _mm512_extractf32x4_ps(all, 0));
+            _mm_storeu_ps(scores + padded, _mm512_extractf32x4_ps(all, 1));
+            _mm_storeu_ps(scores + 2 * padded, _mm512_extractf32x4_ps(all, 2));
+            _mm_storeu_ps(scores + 3 * padded, _mm512_extractf32x4_ps(all, 3));
+        }
+    }
+}
+
+// Of a tile's tokens [first, end).
+template <int FOURS>
+void add_scores_of_fours(
+    const Heads& shape, const TokenTile& tile, const Bf16* keys, const float* queries, int64_t head,
+    int64_t first, int64_t end) {
+    constexpr int TOKENS = 8 / FOURS;
+    for (; first < end; first += TOKENS) {
+        add_scores_of_fours<FOURS, TOKENS>(shape, tile, keys, queries, head, first);
+    }
+}
+#endif
+
 // Add the weighted values of NUM heads from `head` on, whose values begin at `values`.
 template <typename T, int NUM>
 void add_values(
@@ -89,13 +168,16 @@ void add_values(
     }
 }
 
-// Call work<NUM>(kv_head, head) for all heads, NUM of them at a time that share keys and values.
-template <typename Work>
+// Call work<NUM>(kv_head, head) for all heads, NUM of them at a time, MOST or fewer, that share keys and values.
+template <int MOST = 4, typename Work>
 void for_heads(const Heads& shape, const Work& work) {
     const int64_t group = shape.heads / shape.kv_heads;
     int64_t head = 0;
     for (int64_t g = 0; g < shape.kv_heads; ++g) {
         const int64_t end = head + group;
+        if constexpr (MOST == 8) {
+            for (; head + 8 <= end; head += 8) work.template operator()<8>(g, head);
+        }
         for (; head + 4 <= end; head += 4) work.template operator()<4>(g, head);
         for (; head + 2 <= end; head += 2) work.template operator()<2>(g, head);
         for (; head < end; ++head) work.template operator()<1>(g, head);
@@ -115,9 +197,17 @@ void attend(
     float* factors = queries + shape.heads * shape.padded_dim;
     float* scores = factors + num_padded;
     float* room = scores + shape.tile_tokens * num_padded;
-    for (int64_t h = 0; h < shape.heads; ++h) {
-        Dot<T>::prepare(query + h * shape.head_dim, shape.head_dim, queries + h * shape.padded_dim);
-    }
+    const bool has_fours = HAS_FOURS<T> && shape.head_dim % PART == 0 && shape.head_dim <= LONGEST_FOUR;
+    for_heads(shape, [&]<int NUM>(int64_t, int64_t head) {
+        const T* const from = query + head * shape.head_dim;
+        float* const to = queries + head * shape.padded_dim;
+        if constexpr (HAS_FOURS<T> && NUM == 4) {
+            if (has_fours) return prepare_fours(from, shape.head_dim, to);
+        }
+        for (int h = 0; h < NUM; ++h) {
+            Dot<T>::prepare(from + h * shape.head_dim, shape.head_dim, to + h * shape.padded_dim);
+        }
+    });
     if (shape.heads < num_padded) {  // what is no head's is weighed as well
         std::memset(scores, 0, shape.tile_tokens * num_padded * sizeof(float));
     }
@@ -130,10 +220,19 @@ void attend(
         const TokenTile tile = {rest < most ? rest : most, scores, factors, fetcher, parts};
         const T* const keys = rows_of<T>(shape.coded, here, tile.tokens, room);
         const T* const values = keys + shape.kv_heads * shape.head_dim;
-        for (int64_t first = 0; first < tile.tokens; first += KEY_TOKENS) {
-            for_heads(shape, [&]<int NUM>(int64_t g, int64_t head) {
+        for (int64_t first = 0; first < tile.tokens; first += native::TILE_UNIT) {
+            const int64_t last = first + native::TILE_UNIT, end = last < tile.tokens ? last : tile.tokens;
+            for_heads<HAS_FOURS<T> ? 8 : 4>(shape, [&]<int NUM>(int64_t g, int64_t head) {
                 const T* from = keys + g * shape.head_dim;
-                add_scores<T, NUM>(shape, tile, from, queries, head, first);
+                if constexpr (HAS_FOURS<T> && NUM >= 4) {
+                    if (has_fours) return add_scores_of_fours<NUM / 4>(shape, tile, from, queries, head, first, end);
+                }
+                constexpr int MOST = NUM < 4 ? NUM : 4;
+                for (int64_t t = first; t < end; t += KEY_TOKENS) {
+                    for (int h = 0; h < NUM; h += MOST) {
+                        add_scores<T, MOST>(shape, tile, from, queries, head + h, t);
+                    }
+                }
             });
         }
         weigh<T>(shape, tile, state);

@@ -21,7 +21,7 @@ struct CodedTile {
     const uint8_t* codes;
     int64_t row_bytes, columns;
     const uint8_t* ahead;        // codes that come next, to be fetched now
-    const float *scales, *zeros;  // of the first row; zeros may be null
+    const float *scales, *less;  // of the first row: negative zero points, or null
     int64_t apart, units;        // from row to row, and of a step
     const int32_t* lanes;
     const typename C::Number* const* tokens;  // in order
@@ -33,20 +33,18 @@ struct CodedTile {
 template <typename C, int ROWS, typename Each>
 inline void for_each_step(const uint8_t* codes, int64_t row_bytes, int64_t columns, const Each& each) {
     constexpr int64_t BYTES = sizeof(Codes);
-    Codes rows[ROWS];
-    const int64_t whole = columns / C::COLUMNS;
-    for (int64_t s = 0; s < whole; ++s) {
-        UNROLL
-        for (int r = 0; r < ROWS; ++r) rows[r] = codes_at(codes + r * row_bytes + s * BYTES);
-        each(s, rows);
+    const int64_t whole = columns / C::COLUMNS, left = columns - whole * C::COLUMNS;
+    uint8_t last[ROWS][BYTES];  // what is left, padded with zeros
+    if (left > 0) {
+        std::memset(last, 0, sizeof last);
+        const int64_t num_bytes = (left * BYTES + C::COLUMNS - 1) / C::COLUMNS;
+        for (int r = 0; r < ROWS; ++r) std::memcpy(last[r], codes + r * row_bytes + whole * BYTES, num_bytes);
     }
-    if (const int64_t left = columns - whole * C::COLUMNS) {
+    for (int64_t s = 0; s < whole + (left > 0); ++s) {
+        Codes rows[ROWS];
         UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-            const uint8_t* const from = codes + r * row_bytes + whole * BYTES;
-            rows[r] = codes_at(from, (left * BYTES + C::COLUMNS - 1) / C::COLUMNS);
-        }
-        each(whole, rows);
+        for (int r = 0; r < ROWS; ++r) rows[r] = codes_at(s < whole ? codes + r * row_bytes + s * BYTES : last[r]);
+        each(s, rows);
     }
 }
 
@@ -75,6 +73,14 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
             UNROLL
             for (int r = 0; r < ROWS; ++r) parts[t][r] = zeros();
         }
+        if (tile.less) {
+            UNROLL
+            for (int r = 0; r < ROWS; ++r) {
+                const Floats less = spread(tile.less + r * tile.apart + s * tile.units, tile.lanes);
+                UNROLL
+                for (int t = 0; t < TOKENS; ++t) parts[t][r] = multiply(less, widen(tile.totals[t] + s * LANES));
+            }
+        }
         const auto multiply_operand = [&]<int K>() {
             typename D::Operand w[ROWS];
             UNROLL
@@ -91,15 +97,8 @@ __attribute__((noinline)) void multiply_codes(const CodedTile<C>& tile) {
         }(std::make_integer_sequence<int, C::OPERANDS>{});
         UNROLL
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t place = r * tile.apart + s * tile.units;
-            const Floats scale = C::checked(rows[r], spread(tile.scales + place, tile.lanes));
-            if (tile.zeros) {
-                const Floats less = multiply(spread(tile.zeros + place, tile.lanes), splat(-1.0f));
-                UNROLL
-                for (int t = 0; t < TOKENS; ++t) {
-                    parts[t][r] = multiply_add(less, widen(tile.totals[t] + s * LANES), parts[t][r]);
-                }
-            }
+            const Floats scales = spread(tile.scales + r * tile.apart + s * tile.units, tile.lanes);
+            const Floats scale = C::checked(rows[r], scales);
             UNROLL
             for (int t = 0; t < TOKENS; ++t) sums[t][r] = multiply_add(parts[t][r], scale, sums[t][r]);
         }

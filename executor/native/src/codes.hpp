@@ -52,8 +52,8 @@ struct Singles : KIND {
     }
 
     // What is meant by codes, in float32, and rounded to a number.
-    static Floats meant(Floats codes, bool has_zero, Floats zero, Floats scale) {
-        return multiply(has_zero ? subtract(codes, zero) : codes, scale);
+    static Floats meant(Floats codes, bool has_zero, Floats less, Floats scale) {
+        return multiply(has_zero ? add(codes, less) : codes, scale);
     }
 
     // COLUMNS elements of a token in order; returns their sums in each lane.
@@ -100,13 +100,13 @@ struct Pairs : KIND {
         return (__m512bh)KIND::template words<K>(codes);
     }
 
-    static __m512bh meant(__m512bh codes, bool has_zero, Floats zero, Floats scale) {
+    static __m512bh meant(__m512bh codes, bool has_zero, Floats less, Floats scale) {
         const __m512i both = (__m512i)codes;
         Floats odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
         Floats even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
         if (has_zero) {
-            odd = subtract(odd, zero);
-            even = subtract(even, zero);
+            odd = add(odd, less);
+            even = add(even, less);
         }
         odd = multiply(odd, scale);
         even = multiply(even, scale);
@@ -135,8 +135,10 @@ struct Pairs : KIND {
 struct HalfByteWords {
     static constexpr int LANE_COLUMNS = 8;
     __m512i values;
+    const HalfByteTable& table;
 
-    explicit HalfByteWords(const HalfByteTable& table) : values(_mm512_loadu_si512(table.twice)) {}
+    explicit HalfByteWords(const HalfByteTable& table) : values(_mm512_loadu_si512(table.twice)), table(table) {}
+
 
     template <int K>
     __m512i words(Codes codes) const {
@@ -155,15 +157,34 @@ struct ByteWords {
         : high{_mm512_loadu_si512(table.high), _mm512_loadu_si512(table.high + 64)},
           low{_mm512_loadu_si512(table.low), _mm512_loadu_si512(table.low + 64)} {}
 
+    // Magnitudes times a scale, rounded.
+    ByteWords(const MagnitudeTable& table, float scale) {
+        __m512i words[4];
+        UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const Bf16* const from = reinterpret_cast<const Bf16*>(table.bits) + i * 2 * LANES;
+            const Floats first = multiply(widen(from), splat(scale));
+            const Floats second = multiply(widen(from + LANES), splat(scale));
+            words[i] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+        }
+        alignas(64) uint8_t bytes[64];
+        for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(2 * i);
+        const __m512i even = _mm512_load_si512(bytes), odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
+        UNROLL
+        for (int i = 0; i < 2; ++i) {
+            low[i] = _mm512_permutex2var_epi8(words[2 * i], even, words[2 * i + 1]);
+            high[i] = _mm512_permutex2var_epi8(words[2 * i], odd, words[2 * i + 1]);
+        }
+    }
+
     __m512i high_of(__m512i magnitude) const { return _mm512_permutex2var_epi8(high[0], magnitude, high[1]); }
+    __m512i low_of(__m512i magnitude) const { return _mm512_permutex2var_epi8(low[0], magnitude, low[1]); }
 
     template <int K>
-    __m512i words_of(__m512i magnitude, __m512i highs, __m512i codes) const {
-        constexpr int WITH_SIGN = 0xf8;  // a | (b & c)
-        const __m512i sign = _mm512_set1_epi8(-128);
-        const __m512i above = _mm512_ternarylogic_epi32(highs, codes, sign, WITH_SIGN);
-        const __m512i below = _mm512_permutex2var_epi8(low[0], magnitude, low[1]);
-        return K == 0 ? _mm512_unpacklo_epi8(below, above) : _mm512_unpackhi_epi8(below, above);
+    static __m512i words_of(__m512i lows, __m512i highs, __m512i codes) {
+        constexpr int WITH_SIGN = 0x78;  // a ^ (b & c)
+        const __m512i above = _mm512_ternarylogic_epi32(highs, codes, _mm512_set1_epi8(-128), WITH_SIGN);
+        return K == 0 ? _mm512_unpacklo_epi8(lows, above) : _mm512_unpackhi_epi8(lows, above);
     }
     static Floats checked(Codes, Floats scale) { return scale; }
     static void order(Words (&vectors)[2]) {
@@ -176,26 +197,40 @@ struct ByteWords {
 constexpr MagnitudeTable E4M3_MAGNITUDES(e4m3_bits), WHOLE_MAGNITUDES(whole_bits);
 
 struct E4m3Words : ByteWords {
+    using Scaled = E4m3Words;
+
     explicit E4m3Words(const HalfByteTable&) : ByteWords(E4M3_MAGNITUDES) {}
+    explicit E4m3Words(float scale) : ByteWords(E4M3_MAGNITUDES, scale) {}
 
     template <int K>
     __m512i words(Codes codes) const {
-        return words_of<K>(codes, high_of(codes), codes);
+        return words_of<K>(low_of(codes), high_of(codes), codes);
     }
 };
 
-struct SignedWords : ByteWords {
-    explicit SignedWords(const HalfByteTable&) : ByteWords(WHOLE_MAGNITUDES) {}
+template <bool IS_SCALED>
+struct SignedWordsOf : ByteWords {
+    using Scaled = SignedWordsOf<true>;
+    Bf16 least;  // 128 is the one magnitude of eight bits
+
+    explicit SignedWordsOf(const HalfByteTable&) : ByteWords(WHOLE_MAGNITUDES) { narrow(128.0f, &least); }
+    explicit SignedWordsOf(float scale) : ByteWords(WHOLE_MAGNITUDES, scale) { narrow(128.0f * scale, &least); }
 
     template <int K>
     __m512i words(Codes codes) const {
-        const __m512i magnitude = _mm512_abs_epi8(codes), least = _mm512_set1_epi8(-128);
-        // 128 is the one magnitude of eight bits.
-        const __mmask64 is_least = _mm512_cmpeq_epi8_mask(codes, least);
-        const __m512i highs = _mm512_mask_mov_epi8(high_of(magnitude), is_least, _mm512_set1_epi8(0x43));
-        return words_of<K>(magnitude, highs, codes);
+        const __m512i magnitude = _mm512_abs_epi8(codes);
+        const __mmask64 is_least = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(-128));
+        const auto or_least = [&](__m512i bytes, int byte) {
+            return _mm512_mask_mov_epi8(bytes, is_least, _mm512_set1_epi8(static_cast<char>(byte)));
+        };
+        // Of what is not scaled the lower byte is 0, as that of 0 is.
+        const __m512i lows = IS_SCALED ? or_least(low_of(magnitude), least.bits & 255) : low_of(magnitude);
+        const __m512i highs = or_least(high_of(magnitude), IS_SCALED ? least.bits >> 8 : 0x43);
+        return words_of<K>(lows, highs, codes);
     }
 };
+
+using SignedWords = SignedWordsOf<false>;
 #endif
 
 // The kinds of codes as they are multiplied with numbers of T.

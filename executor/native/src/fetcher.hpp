@@ -11,7 +11,7 @@ struct Fetcher {
     const char *next, *until;
     int narrower;
 
-    explicit Fetcher(const void* from, int narrower = 0)
+    explicit Fetcher(const void* from = nullptr, int narrower = 0)
         : next(static_cast<const char*>(from)), until(next), narrower(narrower) {}
 
     void fetch(int64_t num_bytes) {

@@ -6,7 +6,7 @@
 
 #include "coded.hpp"
 #include "gemm.hpp"
-#include "strip.hpp"
+#include "unpacker.hpp"
 
 namespace {
 
@@ -41,6 +41,23 @@ struct Ordered {
     }
 };
 
+// The same for panels, as `Gathered` has them.
+template <typename T, typename C, int64_t LONGEST>
+struct Reordered {
+    using Number = typename C::Number;
+    const T* const* rows;
+    const float* stretches[GEMM_TOKENS];
+    Ordered<T, C, GEMM_TOKENS, LONGEST * sizeof(Number)> ordered;
+
+    Reordered(const T* const* of, int64_t, int64_t) : rows(of) {}
+
+    const float* const* tokens(int first, int count, int64_t start, int64_t columns) {
+        ordered.take(rows + first, count, start, columns);
+        for (int t = 0; t < count; ++t) stretches[t] = reinterpret_cast<const float*>(ordered.tokens[t]);
+        return stretches;
+    }
+};
+
 // Matrices packed in codes of the kind C, as they are multiplied with tokens of T.
 template <typename T, typename C>
 class PackedIn {
@@ -57,13 +74,13 @@ class PackedIn {
 
     template <int NUM>
     void multiply(
-        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t,
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t stride,
         int count, float* scratch) const {
         for (const Slice& slice : slices) std::memset(slice.results, 0, count * COLUMNS * sizeof(float));
         if (count <= CODED_TOKENS<Number>) {
             by_codes(slices, rows, width, tokens, count);
         } else {
-            by_panels(slices, rows, width, tokens, count, reinterpret_cast<Number*>(scratch));
+            by_panels(slices, rows, width, tokens, stride, count, reinterpret_cast<Number*>(scratch));
         }
     }
 
@@ -73,7 +90,8 @@ class PackedIn {
         int count, float* scratch) const {
         const T* tokens[TOKENS];
         for (int t = 0; t < count; ++t) tokens[t] = reinterpret_cast<const T*>(kept + t * stride);
-        multiply(slices, rows, width, tokens, stride, count, scratch);
+        constexpr int64_t ELEMENTS = sizeof(float) / sizeof(T);
+        multiply(slices, rows, width, tokens, stride * ELEMENTS, count, scratch);
     }
 
   private:
@@ -101,13 +119,15 @@ class PackedIn {
         Strip<C::COLUMNS> strip(packing_, width);
         // What comes next is fetched in the order of its addresses, by each tile its share of it.
         const uint8_t* following[NUM];
+        Fetcher scales[NUM], points[NUM];
         for (int i = 0; i < NUM; ++i) {
-            const Slice& slice = slices[i];
-            following[i] = slice.next ? codes_at_row(*slice.next, slice.next_first, row_bytes, 0) : nullptr;
+            const Matrix* const next = slices[i].next;
+            following[i] = next ? codes_at_row(*next, slices[i].next_first, row_bytes, 0) : nullptr;
+            if (next) scales[i] = strip.scales_from(*next, slices[i].next_first);
+            if (next) points[i] = strip.zeros_from(*next, slices[i].next_first);
         }
         for (int64_t start = 0; start < width; start += stretch) {
             const int64_t columns = width - start < stretch ? width - start : stretch;
-            const bool is_last = start + columns == width;
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
                 const int end = (tile + 1) * count / tiles, most = rows_with<C>(end - token);
                 inputs.take(tokens + token, end - token, start, columns);
@@ -120,18 +140,19 @@ class PackedIn {
                         if (in_strip == STRIP_ROWS) {
                             const int64_t some = rows - row < STRIP_ROWS ? rows - row : STRIP_ROWS;
                             strip.read(slice.matrix, slice.first + row, some, start, columns);
-                            if (is_last && slice.next && tile == 0) {
-                                strip.prefetch_scales(*slice.next, slice.next_first + row, some);
-                            }
                             in_strip = 0;
                         }
                         const int together = row + most <= rows ? most : 1;
                         const bool fetches = row / most % tiles == tile && slice.next;
+                        if (fetches) {
+                            scales[i].fetch(together * strip.scale_bytes() * columns / width);
+                            points[i].fetch(together * strip.zero_bytes() * columns / width);
+                        }
                         const CodedTile<C> work = {
                             kind, codes + row * row_bytes, row_bytes, columns,
                             fetches ? following[i] : codes + row * row_bytes,
                             strip.scales + in_strip * strip.apart,
-                            slice.matrix.zeros ? strip.zeros + in_strip * strip.apart : nullptr,
+                            slice.matrix.zeros ? strip.less + in_strip * strip.apart : nullptr,
                             strip.apart, strip.units, strip.lanes, inputs.tokens, inputs.totals,
                             slice.results + token * COLUMNS + row,
                         };
@@ -152,13 +173,15 @@ class PackedIn {
 
     template <int NUM>
     void by_panels(
-        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int count,
+        const Slice (&slices)[NUM], int64_t rows, int64_t width, const T* const* tokens, int64_t stride, int count,
         Number* panels) const {
-        using Inputs = Ordered<T, C, GEMM_TOKENS, PANEL_BYTES>;
+        constexpr bool IN_ORDER = Unpacker<C>::IN_ORDER;
+        constexpr int64_t LONGEST = PANEL_BYTES / sizeof(Number);
+        using Inputs = std::conditional_t<IN_ORDER, Gathered<T>, Reordered<T, C, LONGEST>>;
         constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
-        const int64_t stretch = stretch_of(width, Inputs::STRETCH);
+        const int64_t stretch = stretch_of(width, LONGEST);
         const int tiles = (count + GEMM_TOKENS - 1) / GEMM_TOKENS;
-        Inputs inputs;
+        Inputs inputs(tokens, stride, width);
         // Each group of rows fetches as much of what comes next as one of them is long.
         const uint8_t *following[NUM] = {}, *end_of[NUM] = {};
         for (int i = 0; i < NUM; ++i) {
@@ -168,15 +191,13 @@ class PackedIn {
         }
         for (int64_t start = 0; start < width; start += stretch) {
             const int64_t columns = width - start < stretch ? width - start : stretch;
-            const int64_t length = native::rounded_up(columns, C::COLUMNS);
+            const int64_t length = IN_ORDER ? columns : native::rounded_up(columns, C::COLUMNS);
             for (int i = 0; i < NUM; ++i) {
                 unpack(slices[i], rows, width, start, columns, panels + i * COLUMNS * APART);
             }
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
                 const int end = (tile + 1) * count / tiles;
-                inputs.take(tokens + token, end - token, start, columns);
-                const float* numbers[GEMM_TOKENS];
-                for (int t = 0; t < end - token; ++t) numbers[t] = reinterpret_cast<const float*>(inputs.tokens[t]);
+                const float* const* const numbers = inputs.tokens(token, end - token, start, columns);
                 for (int i = 0; i < NUM; ++i) {
                     const Number* const panel = panels + i * COLUMNS * APART;
                     for (int64_t row = 0; row < rows;) {
@@ -198,11 +219,11 @@ class PackedIn {
 
     void unpack(
         const Slice& slice, int64_t rows, int64_t width, int64_t start, int64_t columns, Number* panel) const {
-        using D = Dot<Number>;
         constexpr int64_t APART = native::PANEL_ROW_BYTES / sizeof(Number);
         const C kind = kind_of(slice.matrix);
         const int64_t row_bytes = bytes_of(width), offset = bytes_of(start);
         Strip<C::COLUMNS> strip(packing_, width);
+        Unpacker<C> unpacker{kind, strip};
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t in_strip = row % STRIP_ROWS;
             if (in_strip == 0) {
@@ -210,17 +231,12 @@ class PackedIn {
                 strip.read(slice.matrix, slice.first + row, some, start, columns);
             }
             const float* const scales = strip.scales + in_strip * strip.apart;
-            const float* const points = strip.zeros + in_strip * strip.apart;
+            const float* const less = slice.matrix.zeros ? strip.less + in_strip * strip.apart : nullptr;
             Number* const to = panel + row * APART;
             const uint8_t* const codes = codes_at_row(slice.matrix, slice.first + row, row_bytes, offset);
             for_each_step<C, 1>(codes, row_bytes, columns, [&](int64_t s, const Codes (&rows)[1]) {
-                const Floats scale = C::checked(rows[0], spread(scales + s * strip.units, strip.lanes));
-                const bool has_zeros = slice.matrix.zeros;
-                const Floats zero = has_zeros ? spread(points + s * strip.units, strip.lanes) : zeros();
-                [&]<int... K>(std::integer_sequence<int, K...>) {
-                    (::store(to + s * C::COLUMNS + K * D::STEP,
-                             C::meant(kind.template operand<K>(rows[0]), has_zeros, zero, scale)), ...);
-                }(std::make_integer_sequence<int, C::OPERANDS>{});
+                const int64_t place = s * strip.units;
+                unpacker.write(rows[0], scales + place, less ? less + place : nullptr, to + s * C::COLUMNS);
             });
         }
     }

@@ -125,6 +125,18 @@ struct Dot<Bf16> {
 };
 #endif
 
+#if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
+// In each 128 bits the sums of those of four vectors.
+inline Floats four_sums(Floats a, Floats b, Floats c, Floats d) {
+    const auto folded = [](Floats x, Floats y) {  // in each 128 bits: (x, y, x, y)
+        return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)));
+    };
+    const __m512d ab = folded(a, b), cd = folded(c, d);
+    return _mm512_add_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+#endif
+
 // targets[i] = the sum over the lanes of partial[i].
 inline void finish_sums(const Floats* partial, float* targets) {
 #if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
@@ -157,13 +169,7 @@ template <int NUM>
 inline void add_sums(const Floats (&partial)[NUM], float* targets) {
 #if defined(PATH_AVX512) || defined(PATH_AVX512_BF16)
     if constexpr (NUM == 4) {
-        const auto folded = [](Floats a, Floats b) {  // in each 128 bits: (a, b, a, b)
-            return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        };
-        const __m512d ab = _mm512_castps_pd(folded(partial[0], partial[1]));
-        const __m512d cd = _mm512_castps_pd(folded(partial[2], partial[3]));
-        const __m512 all = _mm512_add_ps(
-            _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        const __m512 all = four_sums(partial[0], partial[1], partial[2], partial[3]);
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
         _mm_storeu_ps(targets, _mm_add_ps(_mm_loadu_ps(targets), four));

@@ -70,6 +70,14 @@ inline Floats widen(const E4m3* from) {
         _mm512_ternarylogic_epi32(value, bits, _mm512_set1_epi32(-2147483647 - 1), WITH_SIGN));
 }
 
+inline Floats widen(const E8m0* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m512i exponents = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23), none = _mm512_set1_epi32(255 << 23);
+    const __m512i powers = _mm512_max_epi32(exponents, _mm512_set1_epi32(1 << 22));
+    const __mmask16 is_none = _mm512_cmpeq_epi32_mask(exponents, none);
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(powers, is_none, _mm512_set1_epi32(0x7fc00000)));
+}
+
 inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 
 inline float sum(Floats values) { return _mm512_reduce_add_ps(values); }
@@ -86,7 +94,8 @@ inline Floats clamped(Floats x) {
     return _mm512_min_ps(_mm512_max_ps(x, splat(-126.0f)), splat(127.0f));
 }
 
-inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T1); }
+// Inlined before GCC asks which functions do nothing: it thinks that of this one, and leaves calls out.
+__attribute__((always_inline)) inline void prefetch(const char* address) { _mm_prefetch(address, _MM_HINT_T1); }
 
 // Copy 64 bytes to where a cache line begins, past the caches; `streamed` comes after the last.
 inline void stream_line(char* to, const char* from) {
@@ -101,11 +110,6 @@ inline Codes codes_at(const uint8_t* from) {
     Codes codes = _mm512_loadu_si512(from);
     asm("" : "+v"(codes));  // or each use of them would load them again
     return codes;
-}
-
-// The first `count` bytes, fewer than there are, and zeros.
-inline Codes codes_at(const uint8_t* from, int64_t count) {
-    return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - count), from);
 }
 
 // For each lane one of up to sixteen floats.

@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "fetcher.hpp"
 #include "simd.hpp"
 
 namespace {
@@ -45,7 +46,7 @@ struct Strip {
     int64_t apart;           // from row to row: none where all have the same
     int32_t lanes[LANES];    // which of a step's scales each lane has
     alignas(64) float scales[STRIP_ROWS * APART];
-    alignas(64) float zeros[STRIP_ROWS * APART];
+    alignas(64) float less[STRIP_ROWS * APART];  // negative zero points
 
     Strip(const Packing& of, int64_t width)
         : packing(of),
@@ -74,21 +75,28 @@ struct Strip {
             }
             repeat(to, count, start, columns);
             if (matrix.zeros) {
-                float* const points = zeros + r * APART;
-                for (int64_t i = 0; i < count; ++i) points[i] = matrix.zeros[offset + i];
+                float* const points = less + r * APART;
+                for (int64_t i = 0; i < count; ++i) points[i] = -static_cast<float>(matrix.zeros[offset + i]);
                 repeat(points, count, start, columns);
             }
         }
     }
 
-    void prefetch_scales(const Matrix& matrix, int64_t row, int64_t rows) const {
-        const int64_t size = packing.scale == native::SCALE_FLOAT32 ? 4 : packing.scale >= native::SCALE_E8M0 ? 1 : 2;
-        const char* const from = static_cast<const char*>(matrix.scales);
-        const int64_t last = ((row + rows - 1) / packing.rows + 1) * groups * size;
-        for (int64_t i = row / packing.rows * groups * size; i < last; i += 64) prefetch(from + i);
+    // Fetchers of scales and zero points from a row on, and how many bytes of both each row has of its own.
+    Fetcher scales_from(const Matrix& matrix, int64_t row) const {
+        return Fetcher(static_cast<const char*>(matrix.scales) + row / packing.rows * groups * scale_size());
     }
+    Fetcher zeros_from(const Matrix& matrix, int64_t row) const {
+        return Fetcher(matrix.zeros ? matrix.zeros + row / packing.rows * groups : nullptr);
+    }
+    int64_t scale_bytes() const { return groups * scale_size() / packing.rows; }
+    int64_t zero_bytes() const { return groups / packing.rows; }
 
   private:
+    int64_t scale_size() const {
+        return packing.scale == native::SCALE_FLOAT32 ? 4 : packing.scale >= native::SCALE_E8M0 ? 1 : 2;
+    }
+
     // Make one for each unit of one for each group, where these are larger; zeros follow.
     void repeat(float* values, int64_t count, int64_t start, int64_t columns) const {
         if (units == 0) return;

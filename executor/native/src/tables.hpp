@@ -58,12 +58,14 @@ constexpr uint16_t whole_bits(int magnitude) {  // 0 to 127 as bfloat16
     return static_cast<uint16_t>(((power + 127) << 7) | ((magnitude << (7 - power)) & 127));
 }
 
-// Bytes of the bfloat16s of 128 magnitudes.
+// The bfloat16s of 128 magnitudes, and their bytes.
 struct alignas(64) MagnitudeTable {
+    uint16_t bits[128];
     uint8_t high[128], low[128];
 
-    constexpr explicit MagnitudeTable(uint16_t (*bits)(int)) : high(), low() {
+    constexpr explicit MagnitudeTable(uint16_t (*bits)(int)) : bits(), high(), low() {
         for (int i = 0; i < 128; ++i) {
+            this->bits[i] = bits(i);
             high[i] = static_cast<uint8_t>(bits(i) >> 8);
             low[i] = static_cast<uint8_t>(bits(i) & 255);
         }

@@ -39,9 +39,12 @@ def test_native_kernels_can_be_turned_off(choose):
     assert native.description() == "torch (EXECUTOR_NATIVE=0)"
 
 
-def test_without_a_compiler_torch_does_the_work_and_says_so(choose):
+@pytest.mark.parametrize(("compiler", "why"), [(None, "no C++ compiler"), ("/usr/bin/g++", "pip install --verbose")])
+def test_without_kernels_torch_does_the_work_and_says_why(choose, monkeypatch, compiler, why):
+    monkeypatch.setattr(native, "which", lambda name: compiler)
     assert choose(None, paths=()) is None
-    assert "not built: no C++ compiler" in native.description()
+    assert native.description().startswith("torch")
+    assert why in native.description()
 
 
 def test_a_path_that_is_not_there_is_the_users_mistake(choose):
