@@ -18,6 +18,13 @@ def quick_bounds(monkeypatch):
 
 
 @pytest.fixture
+def rough_bounds(monkeypatch):
+    """Bounds of the fewest regions, for tests of what searches find, which is the same whatever the bound."""
+    monkeypatch.setattr(bound, "BUDGET", 0)
+    monkeypatch.setattr(bound, "LARGEST_BUDGET", 0)
+
+
+@pytest.fixture
 def hrm(capsys):
     """Run a command line in this process; returns (exit code, stdout, stderr)."""
 

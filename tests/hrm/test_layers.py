@@ -23,6 +23,8 @@ from hrm.workload import Workload
 from tests.hrm.small_configs import SMALL_NEXT
 from tests.hrm.support import gated_delta, machine, random_varied_spec, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 BF16, FLOAT32 = Formats.of("bfloat16"), Formats.of("float32")
 
 

@@ -4,6 +4,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 MODEL = ("--model", "mixtral-8x7b", "--gpus", "1xT4")
 VAST = ("--cpu-memory", "1000000TB", "--gpu-memory", "200GB")
 BLANKS = "1" + 120_000 * " " + "!"

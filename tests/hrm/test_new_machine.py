@@ -6,6 +6,8 @@ import pytest
 
 from hrm import catalog
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

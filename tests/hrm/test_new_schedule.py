@@ -24,6 +24,8 @@ from hrm.workload import Workload
 from tests.hrm.support import machine, tiny_spec
 from tests.hrm.test_memory import a_policy
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=60, gen_len=9)
 SPEC = tiny_spec()
 

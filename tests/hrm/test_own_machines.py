@@ -30,7 +30,7 @@ from hrm.workload import Workload
 from tests.hrm.support import figure, machine, random_dimensions, random_spec, tiny_spec
 from tests.hrm.test_search import brute_force, small_machine
 
-pytestmark = pytest.mark.usefixtures("quick_bounds")
+pytestmark = pytest.mark.usefixtures("rough_bounds")
 
 FILES = list_files()
 UNIFIED = ("GB10", "Strix-Halo", "M4-Max")

@@ -25,6 +25,8 @@ from hrm.tasks import Device, Phase
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_dimensions, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 WORKLOAD = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9)
 
 

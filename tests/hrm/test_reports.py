@@ -32,6 +32,8 @@ from hrm.workload import WORKLOADS
 from tests.hrm.small_configs import SMALL_JAMBA
 from tests.hrm.support import machine, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 T4 = ["--model", "mixtral-8x7b", "--gpus", "1xT4"]
 LENGTHS = ["--prompt-len", "64", "--gen-len", "16", "--requests", "64"]
 ESTIMATE = ["estimate", *T4, *LENGTHS, "-u", "8", "-n", "4"]
@@ -100,7 +102,6 @@ def flat(args: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_bounds")
 def test_every_remedy_of_an_infeasible_search_makes_it_feasible(hrm):
     rng, tried = Random(18), Counter[str]()
     for _ in range(14):

@@ -18,6 +18,8 @@ from hrm.units import GB
 from hrm.workload import WORKLOADS
 from tests.hrm.support import figure, machine, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 
 def spread(value: float) -> Figure:
     return replace(figure(value, ((1.0, value / 2), (64.0, value))), p20=value / 2, p80=value * 1.1)

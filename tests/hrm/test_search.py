@@ -130,6 +130,7 @@ def test_search_finds_what_brute_force_over_all_integers_finds(seed):
     assert result.greatest_tokens_per_s <= result.bound_tokens_per_s * (1 + 1e-9)
 
 
+@pytest.mark.usefixtures("rough_bounds")
 @pytest.mark.parametrize("seed", range(12))
 def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, monkeypatch):
     rng = Random(50 + seed)
@@ -250,6 +251,7 @@ def place_of(policy: Policy) -> tuple[int, int, int, int, int]:
     )
 
 
+@pytest.mark.usefixtures("rough_bounds")
 @pytest.mark.parametrize("schedule", ScheduleName)
 def test_search_never_returns_a_policy_that_does_not_fit(schedule):
     found = 0
@@ -268,7 +270,8 @@ def test_search_never_returns_a_policy_that_does_not_fit(schedule):
     assert found > 4
 
 
-def test_more_of_a_resource_never_lowers_the_bound():
+@pytest.mark.usefixtures("rough_bounds")
+def test_more_of_a_resource_never_lowers_the_closed_form():
     spec = BUILT_IN_MODELS["mixtral-8x7b"]
     workload = replace(WORKLOADS["mtbench"], num_requests=2000)
     memory = [with_memory(compose("1xL4"), gpu_memory_bytes=x * GB) for x in (12, 24, 48)]
@@ -293,6 +296,7 @@ def test_no_runner_up_beats_the_choice_and_nothing_beats_its_bound(gpus, workloa
         assert found.tokens_per_s <= found.bound_tokens_per_s * 1.002
 
 
+@pytest.mark.usefixtures("rough_bounds")
 def test_requests_beyond_counting_are_planned_for_like_prompts_without_end():
     spec, profile = BUILT_IN_MODELS["dbrx"], compose("1xT4")
     endless = search(Space(spec, profile, WORKLOADS["mtbench"], dtype="float16")).require()
@@ -301,6 +305,7 @@ def test_requests_beyond_counting_are_planned_for_like_prompts_without_end():
     assert many.tokens_per_s == pytest.approx(endless.tokens_per_s, rel=1e-3)
 
 
+@pytest.mark.usefixtures("rough_bounds")
 def test_of_equal_policies_the_one_with_fewer_micro_batches_is_chosen():
     workload = replace(WORKLOADS["mtbench"], gen_len=1)  # no decoding: only the batch counts
     result = search(Space(BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4"), workload, dtype="float16"))
@@ -316,6 +321,7 @@ ALLOWED = {
 }
 
 
+@pytest.mark.usefixtures("rough_bounds")
 @pytest.mark.parametrize("schedule", ScheduleName)
 def test_a_system_is_searched_within_what_it_can_do(schedule):
     spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
@@ -367,6 +373,7 @@ def test_parts_of_experts_that_cannot_be_are_refused():
             search(replace(Space(spec, profile, WORKLOAD, experts_per_part=2), **changes))
 
 
+@pytest.mark.usefixtures("rough_bounds")
 def test_where_experts_may_be_in_prefill_is_asked_of_a_search():
     spec, profile = tiny_spec(), machine(gpu_bytes=2e6, cpu_bytes=1e9)
     asked = search(Space(spec, profile, WORKLOAD, prefill_ffn=Device.CPU)).require().policy

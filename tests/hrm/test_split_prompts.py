@@ -25,6 +25,8 @@ from hrm.units import GB
 from hrm.workload import Workload
 from tests.hrm.support import machine, random_spec, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 LONG = Workload(name="long", prompt_len=4000, max_prompt_len=8000, gen_len=128)
 
 

@@ -19,6 +19,8 @@ from hrm.units import GB
 from hrm.workload import WORKLOADS
 from tests.hrm.support import machine, tiny_spec
 
+pytestmark = pytest.mark.usefixtures("rough_bounds")
+
 BFLOAT16 = FORMATS["bfloat16"]
 SMALLER = ("fp8", "int8", "int4-g32", "mxfp4")  # each takes fewer bytes than those before it
 
