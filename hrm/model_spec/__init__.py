@@ -1,11 +1,11 @@
 """What is run: a model by its layers, from a name, a folder, a `config.json` or the Hub.
 
 `spec` has the layers and what follows from them, `dimensions` tells plain models in fewer words,
-`built_in` has the models known by name, and `families` reads a published config.json of any of them
-by its `model_type`, with the functions of `readers`, which share what is in `decoder`, and
-`published_dtype`. `quantisation` tells how a config says that weights are stored, and `stored_formats`
-which of our tensors are then packed; `gguf` makes a config of a GGUF file. `workspace` is what computing
-a layer takes for a while.
+`by_name` has the models known by name, whose configs are in `built_in`, and `families` reads a published
+config.json of any of them by its `model_type`, with the functions of `readers`, which share what is in
+`decoder`, and `published_dtype`. `quantisation` tells how a config says that weights are stored, and
+`stored_formats` which of our tensors are then packed; `gguf` makes a config of a GGUF file. `workspace` is
+what computing a layer takes for a while.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from hrm.errors import ModelError, closest
 from hrm.files import is_file, is_folder
 from hrm.hub import HubModel
-from hrm.model_spec.built_in import BUILT_IN_MODELS
+from hrm.model_spec.by_name import BUILT_IN_MODELS
 from hrm.model_spec.config_file import Keys, read_config
 from hrm.model_spec.dimensions import Dimensions
 from hrm.model_spec.families import decoder_keys, read_spec, spec_as_stored, spec_from_hf_config

@@ -1,8 +1,6 @@
-"""The models that are known by name: what the published config.json of each says of its sizes and formats."""
+"""What the published config.json of each model that is known by name says of its sizes and formats."""
 
 from typing import Any, Final
-
-from hrm.model_spec.families import decoder_keys, spec_as_stored
 
 _MIXTRAL: Final = {
     "model_type": "mixtral",
@@ -378,8 +376,4 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
         "tie_word_embeddings": False,
         "vocab_size": 50304,
     },
-}
-
-BUILT_IN_MODELS: Final = {
-    name: spec_as_stored(decoder_keys(config, f"{name}/config.json")) for name, config in PUBLISHED.items()
 }

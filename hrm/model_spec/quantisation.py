@@ -62,7 +62,9 @@ class Modules:
         """Whether the module of that name is one of them."""
         if name in self.whole or name.endswith(self.ends) or self.pattern.match(name):
             return True
-        return self.within and any(name[: dot.start()] in self.whole for dot in re.finditer(r"\.", name))
+        if not (self.within and self.whole):
+            return False
+        return any(name[: dot.start()] in self.whole for dot in re.finditer(r"\.", name))
 
 
 EVERY: Final = Modules(ends=("",))
