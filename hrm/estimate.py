@@ -9,9 +9,9 @@ from hrm.causes import Limits, limits_of
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.hardware import HardwareProfile
 from hrm.latency import Latency
-from hrm.memory import MemoryPlan, plan_memory
+from hrm.memory import MemoryPlan, fullest, plan_shares
 from hrm.model_spec import ModelSpec
-from hrm.parallel import Part, part_for
+from hrm.parallel import Part, Share, shares_for
 from hrm.phase_work import PhaseWork, Turn, decode_steps, prefill_phase
 from hrm.phases import prefill_seconds, steps_seconds
 from hrm.policy import PaperTuple, Parallelism, Policy
@@ -48,16 +48,59 @@ class PhaseEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageEstimate:
+    """What the stage of a pipeline on the GPU of that number does in the whole job, and what it needs."""
+
+    gpu: int
+    policy: Policy
+    part: Part
+    turns: tuple[Turn, ...]
+    batches: tuple[tuple[PhaseEstimate, PhaseEstimate], ...]
+    memory: MemoryPlan
+
+    @cached_property
+    def phases(self) -> tuple[PhaseEstimate, PhaseEstimate]:
+        """Prefill and decode of the job."""
+        return _total(self.turns, self.batches)
+
+    @property
+    def prefill_s(self) -> float:
+        """Prefill of its first batch, without what the pipeline waits to be filled."""
+        costs = Costs(*self.part, self.policy.formats)
+        return self.batches[0][0].seconds / costs.prefills_in_turn
+
+    @property
+    def seconds(self) -> float:
+        """Time of the job, if the stage need not wait for another."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def limits(self, workload: Workload, runtime: Runtime) -> Limits:
+        """What limits it, whatever the other stages do."""
+
+        def seconds_of(costs: Costs) -> tuple[float, float]:
+            batches = [_batch(costs, turn.policy, workload) for turn in self.turns]
+            prefill, decode = _total(self.turns, batches)
+            return prefill.seconds, decode.seconds
+
+        costs = Costs(*self.part, self.policy.formats, runtime)
+        return limits_of(costs, self.turns, workload, seconds_of=seconds_of)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A policy's predicted job: all batches of the workload, or one batch if it has no end.
 
-    `part` is what the policy is for, the whole or one pipeline stage: shares of a policy are told
-    here, of its own part. `turns` are the batches that the job's time consists of.
+    `part` is what the policy is for, the whole or one pipeline stage, and `part_policy` is its policy:
+    shares of a policy are told here, of its own part. `turns` are the batches that the job's time
+    consists of. Where stages are planned one by one, they are in `stages`; each phase then takes as
+    long as its slowest stage, and `part` is the one that is slowest in all.
     `latency` is of a full batch's requests, in the policy's part of the machine.
     """
 
     policy: Policy
     part: Part
+    part_policy: Policy
+    stages: tuple[StageEstimate, ...] = ()
     runtime: Runtime
     workload: Workload
     turns: tuple[Turn, ...]
@@ -87,12 +130,12 @@ class Estimate:
     @property
     def paper_tuple(self) -> PaperTuple:
         """The policy in the paper's six numbers."""
-        return self.policy.paper_tuple(self.part.spec)
+        return self.part_policy.paper_tuple(self.part.spec)
 
     @property
     def weight_share_on_gpu(self) -> float:
         """The paper's r_w: share of the layers' weight bytes that lives on the GPU."""
-        return self.policy.weight_share_on_gpu(self.part.spec)
+        return self.part_policy.weight_share_on_gpu(self.part.spec)
 
     @property
     def costs(self) -> Costs:
@@ -102,6 +145,8 @@ class Estimate:
     @cached_property
     def limits(self) -> Limits:
         """What limits each phase, and the job; worked out when it is first asked for."""
+        if self.stages:
+            return self._limits_of_stages()
 
         def seconds_of(costs: Costs) -> tuple[float, float]:
             predicted = self if costs == self.costs else self.changed(costs)
@@ -109,13 +154,19 @@ class Estimate:
 
         return limits_of(self.costs, self.turns, self.workload, seconds_of=seconds_of)
 
+    def _limits_of_stages(self) -> Limits:
+        """What limits the stage that is slowest in prefill, that in decode, and that in all."""
+        slowest = _slowest_in_phases(self.stages)
+        limits = {stage.gpu: stage.limits(self.workload, self.runtime) for stage in (*slowest, _slowest(self.stages))}
+        prefill, decode = (limits[stage.gpu][phase] for phase, stage in enumerate(slowest))
+        return Limits(prefill, decode, limits[_slowest(self.stages).gpu].job)
+
     def changed(self, costs: Costs) -> "Estimate":
-        """The same job under the same policy where tasks cost something else."""
+        """The same job under the same policy where tasks of its part cost something else; other stages are left out."""
         batches = [_batch(costs, turn.policy, self.workload) for turn in self.turns]
         prefill, decode = _total(self.turns, batches)
-        return replace(
-            self, part=Part(costs.spec, costs.profile), runtime=costs.runtime, prefill=prefill, decode=decode
-        )
+        part = Part(costs.spec, costs.profile)
+        return replace(self, part=part, stages=(), runtime=costs.runtime, prefill=prefill, decode=decode)
 
 
 def estimate(
@@ -127,43 +178,81 @@ def estimate(
     long as if it had as many. Raises PolicyError if the policy is not for this model; whether it
     fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
-    part = part_for(policy, spec, profile)
-    costs = Costs(part.spec, part.profile, policy.formats, runtime)
+    shares = shares_for(policy, spec, profile)
     requests = workload.requests_or(policy.batch_size)
     turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
     if workload.num_requests is not None:
         pipeline = policy.parallelism is Parallelism.PIPELINE
-        turns = _turns(policy, requests, profile.num_gpus if pipeline else 1)
-    batches = [_batch(costs, turn.policy, workload) for turn in turns]
-    prefill, decode = _total(turns, batches)
+        turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
+    stages = [
+        _stage(index, share, _of_share(turns, index if policy.stage_lengths else None), workload, memory, runtime)
+        for index, (share, memory) in enumerate(zip(shares, plan_shares(shares, profile), strict=True))
+    ]
+    slowest = _slowest(stages)
+    prefill, decode = (stage.phases[phase] for phase, stage in enumerate(_slowest_in_phases(stages)))
     return Estimate(
         policy=policy,
-        part=part,
+        part=slowest.part,
+        part_policy=slowest.policy,
+        stages=tuple(stages) if policy.stage_lengths else (),
         runtime=runtime,
         workload=workload,
-        turns=turns,
+        turns=slowest.turns,
         num_requests=requests,
         num_batches=ceil(requests / policy.batch_size),
         generated_tokens=requests * workload.generated_tokens,
         prefill=prefill,
         decode=decode,
-        memory=plan_memory(spec, policy, profile),
-        latency=_latency(costs, turns[0].policy, workload, *batches[0]),
+        memory=fullest(stage.memory for stage in stages),
+        latency=_latency(stages, workload),
     )
 
 
-def _latency(
-    costs: Costs, policy: Policy, workload: Workload, prefill: PhaseEstimate, decode: PhaseEstimate
-) -> Latency:
-    """What requests of a batch with these phases wait for."""
-    tokens = policy.batch_size * workload.prompt_len
+def _slowest(stages: Sequence[StageEstimate]) -> StageEstimate:
+    return max(stages, key=lambda stage: stage.seconds)
+
+
+def _slowest_in_phases(stages: Sequence[StageEstimate]) -> tuple[StageEstimate, StageEstimate]:
+    """The stage that takes longest to prefill, and that which takes longest to decode."""
+    by_phase = [max(stages, key=lambda stage, of=phase: stage.phases[of].seconds) for phase in range(2)]
+    return by_phase[0], by_phase[1]
+
+
+def slowest_share(policy: Policy, spec: ModelSpec, profile: HardwareProfile, workload: Workload) -> Share:
+    """The policy with its part of model and machine; of stages that are planned one by one, the slowest."""
+    shares = shares_for(policy, spec, profile)
+    if len(shares) == 1:
+        return shares[0]
+    predicted = estimate(spec, policy, profile, workload)
+    return Share(predicted.part_policy, predicted.part)
+
+
+def _of_share(turns: Sequence[Turn], stage: int | None) -> tuple[Turn, ...]:
+    if stage is None:
+        return tuple(turns)
+    return tuple(Turn(turn.policy.of_stage(stage), turn.times) for turn in turns)
+
+
+def _stage(
+    gpu: int, share: Share, turns: tuple[Turn, ...], workload: Workload, memory: MemoryPlan, runtime: Runtime
+) -> StageEstimate:
+    costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
+    batches = tuple(_batch(costs, turn.policy, workload) for turn in turns)
+    return StageEstimate(gpu=gpu, policy=share.policy, part=share.part, turns=turns, batches=batches, memory=memory)
+
+
+def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:
+    """What requests of the first batch wait for; a stage that stands for all is passed as often as there are."""
+    first, last = stages[0], stages[-1]
+    policy = first.turns[0].policy
+    prefill, _ = last.batches[0]
     return Latency.of_batch(
-        prefill_s=prefill.seconds / costs.prefills_in_turn,
-        gpu_s_a_layer=prefill.lane_s[Lane.GPU] / costs.spec.num_layers,
-        chunks=ceil(tokens / policy.prefill_chunk_tokens),
-        decode_s=decode.seconds,
+        prefill_s=[stage.prefill_s for stage in stages],
+        num_stages=first.part.profile.num_stages,
+        gpu_s_a_layer=prefill.lane_s[Lane.GPU] / last.part.spec.num_layers,
+        chunks=ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens),
+        decode_s=max(stage.batches[0][1].seconds for stage in stages),
         decode_steps=workload.decode_steps,
-        num_stages=costs.profile.num_stages,
     )
 
 

@@ -5,11 +5,13 @@ its own processor, as in the hierarchical roofline model (MoE-Lightning, arXiv 2
 Every figure says where it came from; a rate may be a curve over size where it bends.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 
 from hrm.errors import ProfileError
-from hrm.figures import NOISY_SPREAD, Figure, Rate, Source, check_figure, check_rate
+from hrm.figures import NOISY_SPREAD, Figure, Rate, Source
+from hrm.levels import Cache, MemoryLevel, Processor, check_figures
 from hrm.numeric import Number, maximum
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "MemoryLevel",
     "Processor",
     "Rate",
+    "SharedLink",
     "Source",
     "check_figures",
 ]
@@ -35,104 +38,6 @@ __all__ = [
 GPU: Final = "gpu"
 CPU: Final = "cpu"
 SCHEMA: Final = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Processor:
-    """What computes at a memory level.
-
-    `compute_flops_per_s` maps a dtype to its GEMM rate, a curve over tokens (rows) of the GEMM, and so
-    the codes of packed weights (`int4`) whose products were measured in the first of the dtypes.
-    `attention_bytes_per_s` is the rate at which the decode attention kernel reads KV cache, and
-    `launch_latency_s` what one more kernel or operator costs however small it is. Where requests
-    are attended to one by one, `attention_request_s` is what each costs besides; where a batch is
-    one kernel there is none. `fuses_operators` says that all experts of a layer are one kernel,
-    and so is each norm and rotary embedding, and `groups_experts` that all experts are a few, as on
-    GPUs with a grouped GEMM. `native_up_to` keeps up to which size a runtime's own
-    kernels did each kind of work, and torch what is larger, so that runs choose alike.
-    """
-
-    name: str
-    cores: int = 0
-    compute_flops_per_s: dict[str, Rate]
-    attention_bytes_per_s: Rate | None = None
-    attention_request_s: Figure | None = None
-    fuses_operators: bool = False
-    groups_experts: bool = False
-    native_up_to: dict[str, int] = field(default_factory=dict[str, int])
-    launch_latency_s: Figure
-
-    def flops_per_s(self, dtype: str, num_tokens: Number = None, *, code: str = "") -> Number:
-        """Planned GEMM rate; a 16-bit dtype the processor lacks falls back to the other one.
-
-        With packed weights of a `code` it is theirs if that was measured, else that of plain ones.
-
-        Raises ProfileError if the profile says nothing about `dtype` at all.
-        """
-        stand_in = {"bfloat16": "float16", "float16": "bfloat16"}.get(dtype, dtype)
-        rates = self.compute_flops_per_s
-        rate = rates.get(code) or rates.get(dtype) or rates.get(stand_in)
-        if rate is None:
-            raise ProfileError(
-                f"{self.name}: compute_flops_per_s",
-                sorted(self.compute_flops_per_s),
-                f"has no rate for dtype {dtype}",
-                "choose another --dtype or measure this one",
-            )
-        return rate.at(num_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cache:
-    """One cache between a processor and its memory; all cores' private ones together."""
-
-    name: str
-    capacity_bytes: Figure
-    read_bytes_per_s: Rate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryLevel:
-    """One level of memory with its processor; `reserve_bytes` are never planned with.
-
-    A copy counts each byte once, though it is read and written. `shared_bytes_per_s` is what all
-    that use this memory at once get together (the processor, staging copies, links), each byte read
-    or written counted; without it, they share what can be read. Caches go from fast to slow.
-    `pinnable_bytes` are all that a host pins, for CUDA devices to read and write by themselves;
-    without it, all of the memory can be pinned.
-    """
-
-    name: str
-    capacity_bytes: Figure
-    reserve_bytes: Figure
-    pinnable_bytes: Figure | None = None
-    read_bytes_per_s: Rate
-    copy_bytes_per_s: Rate | None = None
-    shared_bytes_per_s: Rate | None = None
-    caches: tuple[Cache, ...] = ()
-    processor: Processor
-
-    @property
-    def usable_bytes(self) -> int:
-        """Capacity less the reserve."""
-        return int(self.capacity_bytes.value - self.reserve_bytes.value)
-
-    @property
-    def usable_pinned_bytes(self) -> int:
-        """What can be both used and pinned."""
-        if self.pinnable_bytes is None:
-            return self.usable_bytes
-        return min(int(self.pinnable_bytes.value), self.usable_bytes)
-
-    @property
-    def together_bytes_per_s(self) -> float:
-        """Bytes read and written a second by all that use this memory at once."""
-        return (self.shared_bytes_per_s or self.read_bytes_per_s).at()
-
-    @property
-    def attention_bytes_per_s(self) -> float:
-        """KV bytes a second in decode attention: measured on the kernel, else the memory roof."""
-        return (self.processor.attention_bytes_per_s or self.read_bytes_per_s).at()
 
 
 LinkKind = Literal["pinned", "pageable", "staging", "peer"]
@@ -172,6 +77,27 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCard:
+    """One GPU as its file describes it: its memory level, its links and the host it usually has.
+
+    `peer` is the link to another GPU of its kind in the same machine.
+    """
+
+    schema: int = SCHEMA
+    name: str
+    level: MemoryLevel
+    h2d: Link
+    d2h: Link
+    peer: Link
+    default_host: str
+
+    def __post_init__(self) -> None:
+        """Reject impossible hardware (ProfileError naming the figure)."""
+        _check_schema(self.name, self.schema)
+        check_figures(self.name, self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
@@ -179,6 +105,9 @@ class HardwareProfile:
     paced link on the CPU), `cpu` (one level, no accelerator) or `catalog` (never measured). With
     `num_stages` above 1 it is one of so many equal parts of a machine, a stage of a pipeline that
     keeps the KV caches of as many batches.
+
+    Where its GPUs are not all alike, `gpus` has each of them, in their order, with the links that are
+    its own; level 0 and the links are then what all have together, in the dtypes that all know.
 
     With `unified_memory` a GPU and a CPU work in one memory. It is the only level, and its
     processor is the GPU: the CPU would read the same bytes no sooner and computes less. Nothing is
@@ -195,6 +124,7 @@ class HardwareProfile:
     unified_memory: bool = False
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
+    gpus: tuple[GpuCard, ...] = ()
     disk: Disk | None = None
     environment: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -208,8 +138,9 @@ class HardwareProfile:
                 "must be one or more with distinct names",
                 "list each memory level once",
             )
-        if self.num_gpus < 1:
-            raise ProfileError(f"{self.name}: num_gpus", self.num_gpus, "must be at least 1", "correct it")
+        for name, count in (("num_gpus", self.num_gpus), ("num_stages", self.num_stages)):
+            if count < 1:
+                raise ProfileError(f"{self.name}: {name}", count, "must be at least 1", "correct it")
         if self.unified_memory and (len(self.levels) > 1 or self.num_gpus > 1):
             raise ProfileError(
                 f"{self.name}: unified_memory",
@@ -224,6 +155,8 @@ class HardwareProfile:
             self.link(fast, slow)
             if self.num_gpus > 1:
                 self.link(fast, fast, "peer")
+        if self.gpus:
+            _check_gpus(self)
 
     @property
     def has_accelerator(self) -> bool:
@@ -292,31 +225,23 @@ class HardwareProfile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuCard:
-    """One GPU as its file describes it: its memory level, its links and the host it usually has.
+class SharedLink:
+    """A root port, or the upper side of a PCIe switch, behind which there are several GPUs.
 
-    `peer` is the link to another GPU of its kind in the same machine.
+    `gpus` are their numbers from 0, in the order of --gpus; together they move at most that much in
+    one direction.
     """
 
-    schema: int = SCHEMA
-    name: str
-    level: MemoryLevel
-    h2d: Link
-    d2h: Link
-    peer: Link
-    default_host: str
-
-    def __post_init__(self) -> None:
-        """Reject impossible hardware (ProfileError naming the figure)."""
-        _check_schema(self.name, self.schema)
-        check_figures(self.name, self)
+    gpus: tuple[int, ...]
+    bandwidth_bytes_per_s: Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """One host as its file describes it: memory, CPU and how it stages to pinned memory.
 
-    `root_port_bytes_per_s` is the most that all its GPUs' links move in one direction at once.
+    `root_port_bytes_per_s` is the most that all its GPUs' links move in one direction at once, and
+    `shared_links` are those that some of the GPUs have to share besides.
     """
 
     schema: int = SCHEMA
@@ -324,12 +249,43 @@ class Host:
     level: MemoryLevel
     staging: Link
     root_port_bytes_per_s: Rate
+    shared_links: tuple[SharedLink, ...] = ()
     max_gpus: int = 1
 
     def __post_init__(self) -> None:
         """Reject impossible hardware (ProfileError naming the figure)."""
         _check_schema(self.name, self.schema)
         check_figures(self.name, self)
+        behind = [gpu for shared in self.shared_links for gpu in shared.gpus]
+        if (
+            len(set(behind)) < len(behind)
+            or min(behind, default=0) < 0
+            or any(len(x.gpus) < 2 for x in self.shared_links)
+        ):
+            raise ProfileError(
+                f"{self.name}: shared_links",
+                [list(shared.gpus) for shared in self.shared_links],
+                "must each be of two GPUs or more, by their numbers from 0, and no GPU be behind two of them",
+                "write it like gpus: [0, 1]",
+            )
+
+
+def _check_gpus(profile: HardwareProfile) -> None:
+    """Reject GPUs that cannot be those of the machine (ProfileError)."""
+    where, count = f"{profile.name}: gpus", len(profile.gpus)
+    if count < 2 or count != profile.num_gpus or not profile.has_accelerator:
+        rule = "must be as many as num_gpus says, two or more, in a machine of two levels"
+        raise ProfileError(where, f"<{count} of them>", rule, "list every GPU, or leave them out if all are alike")
+    ways = {(link.source, link.target, link.kind) for link in (profile.h2d, profile.d2h, profile.peer)}
+    for index, card in enumerate(profile.gpus):
+        own = {(link.source, link.target, link.kind) for link in (card.h2d, card.d2h, card.peer)}
+        if card.level.name != profile.top.name or own != ways:
+            rule = f"must have level {profile.top.name} and the links to and from it that the machine has"
+            raise ProfileError(f"{where}[{index}]", card.name, rule, "name levels and links alike")
+    together = sum(card.level.capacity_bytes.value for card in profile.gpus)
+    if not math.isclose(together, profile.top.capacity_bytes.value, rel_tol=1e-6):
+        rule = f"must have the {profile.top.capacity_bytes.value:.6g} bytes of level {profile.top.name} together"
+        raise ProfileError(f"{where}.level.capacity_bytes", together, rule, "correct the level, or a GPU")
 
 
 def _check_schema(name: str, schema: int) -> None:
@@ -340,31 +296,3 @@ def _check_schema(name: str, schema: int) -> None:
             f"this version reads schema {SCHEMA}",
             "measure the machine again with hrm profile or upgrade hrm",
         )
-
-
-def check_figures(where: str, node: object) -> None:
-    """Walk a profile and reject figures that no hardware can have (ProfileError)."""
-    match node:
-        case Figure():
-            check_figure(where, node)
-        case Rate():
-            check_rate(where, node)
-        case dict():
-            for key, value in node.items():  # pyright: ignore[reportUnknownVariableType]
-                check_figures(f"{where}.{key}", value)  # pyright: ignore[reportUnknownArgumentType]
-        case tuple():
-            for index, value in enumerate(node):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-                name = getattr(value, "name", index)  # pyright: ignore[reportUnknownArgumentType]
-                check_figures(f"{where}[{name}]", value)  # pyright: ignore[reportUnknownArgumentType]
-        case _ if is_dataclass(node) and not isinstance(node, type):
-            for item in fields(node):
-                check_figures(f"{where}.{item.name}", getattr(node, item.name))
-            if isinstance(node, MemoryLevel) and node.usable_bytes <= 0:
-                raise ProfileError(
-                    f"{where}.reserve_bytes",
-                    node.reserve_bytes.value,
-                    f"must leave something of the {node.capacity_bytes.value:.4g} bytes",
-                    "correct the capacity or the reserve",
-                )
-        case _:
-            pass

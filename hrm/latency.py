@@ -1,5 +1,6 @@
 """What one request waits for: its first token and each of the others; and limits on both."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm.errors import PolicyError
@@ -24,15 +25,24 @@ class Latency:
 
     @staticmethod
     def of_batch(
-        *, prefill_s: float, gpu_s_a_layer: float, chunks: int, decode_s: float, decode_steps: int, num_stages: int
+        *,
+        prefill_s: Sequence[float],
+        num_stages: int,
+        gpu_s_a_layer: float,
+        chunks: int,
+        decode_s: float,
+        decode_steps: int,
     ) -> "Latency":
-        """Those of a batch with such a prefill and decode, each on one of `num_stages` stages.
+        """Those of a batch that goes through stages with such prefills, the slowest of which decodes for so long.
 
-        First tokens come chunk by chunk in the last layer, whose prefill takes the GPU
+        Where the prefills are of one stage, it stands for all `num_stages`. As many batches begin one after
+        the other, and the last of them waits longest: wherever a stage is slower than the first, they
+        queue. First tokens come chunk by chunk in the last layer, whose prefill takes the GPU
         `gpu_s_a_layer`.
         """
-        last_ttft_s = num_stages * prefill_s
-        spread_s = min(gpu_s_a_layer * (1 - 1 / chunks), prefill_s)
+        alike = num_stages / len(prefill_s)
+        last_ttft_s = alike * sum(prefill_s) + (num_stages - 1) * (max(prefill_s) - prefill_s[0])
+        spread_s = min(gpu_s_a_layer * (1 - 1 / chunks), prefill_s[-1])
         return Latency(
             mean_ttft_s=last_ttft_s - spread_s / 2,
             last_ttft_s=last_ttft_s,

@@ -1,29 +1,34 @@
 """Machines from files: one YAML file per GPU, host or whole machine, and how they compose.
 
-`4xT4` is a GPU file, a count and a host. What GPUs bring adds up: memory, bandwidth, compute and
-links, the links up to what the host's memory can be read at. A host alone is a machine without
-GPUs, and a chip with unified memory is a whole machine by itself.
+`4xT4` is a GPU file, a count and a host, and `2xT4+1xL4` a machine with GPUs of two kinds. What GPUs
+bring adds up: memory, bandwidth, compute and links, the links up to what the host's memory can be
+read at. A host alone is a machine without GPUs, and a chip with unified memory is a whole machine by
+itself.
 """
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from hrm.catalog import Part, find_file, is_path, kind_of, kind_words
-from hrm.decoding import read_yaml, reads_as_text
+from hrm.decoding import read_yaml
 from hrm.errors import ProfileError
 from hrm.files import is_file, write_whole
-from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate, Source
+from hrm.gpus import alike, at_once, behind_shared_links, change_level, limited, names_text, side_by_side, smallest_of
+from hrm.hardware import Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Source
+from hrm.profile_text import dump_profile
 from hrm.strict import decode_strictly
-from hrm.units import format_bandwidth
 
 MAX_RESERVE_SHARE: Final = 0.05  # of a capacity given by the user, who knows what is free
 
+MOST_TOLD_APART: Final = 256  # GPUs of a machine in which not all are alike
+
 _T = TypeVar("_T")
 _GPUS: Final = re.compile(r"\s*(?:(\d{1,9})\s*[x×]\s*)?(\S(?:.*\S)?)\s*", re.IGNORECASE)
+_BETWEEN: Final = re.compile(r"\+(?!-)")  # kinds of GPU; `AI-Max+-395` is one name
 
 
 def load_profile(name_or_path: str | Path) -> HardwareProfile:
@@ -60,38 +65,50 @@ def load_any(name: str, flag: str = "hrm profiles") -> Part:
     return decode_strictly(plain, kind_of(plain) or HardwareProfile, str(path))
 
 
-def parse_gpus(gpus: str) -> tuple[int, str]:
-    """The count and the name of `4xT4`; ProfileError if there is none, or the count is 0."""
-    match = _GPUS.fullmatch(gpus)
-    if match is None or int(match[1] or 1) < 1:
-        raise ProfileError(
-            "--gpus",
-            gpus,
-            "must be a GPU or a count of at least 1 and a GPU",
-            "write it like 4xT4; --host alone is a machine without GPUs",
-        )
-    return int(match[1] or 1), match[2]
+def parse_gpus(gpus: str) -> list[tuple[int, str]]:
+    """The kinds of GPU of a machine: counts and names of `4xT4`, or of `2xT4+1xL4`.
+
+    Raises ProfileError if one has no name, or a count of 0.
+    """
+    whole = _GPUS.fullmatch(gpus)
+    names_file = whole is not None and is_path(whole[2]) and is_file(Path(whole[2]))
+    kinds: list[tuple[int, str]] = []
+    for kind in [gpus] if names_file else _BETWEEN.split(gpus):
+        match = _GPUS.fullmatch(kind)
+        if match is None or int(match[1] or 1) < 1:
+            raise ProfileError(
+                "--gpus",
+                gpus,
+                "must be a GPU or a count of at least 1 and a GPU",
+                "write it like 4xT4, or 2xT4+1xL4; --host alone is a machine without GPUs",
+            )
+        kinds.append((int(match[1] or 1), match[2]))
+    return kinds
 
 
 def compose(gpus: str, host: str | None = None) -> HardwareProfile:
-    """A machine of `4xT4` (or `T4`) in `host`, or else in the host that the GPU's file names.
+    """A machine of `4xT4` (or `T4`, or `2xT4+1xL4`) in `host`, or else in the host that the first GPU's file names.
 
     A GPU of one's own is a YAML file, `2x./mine.yaml`, and so is a host. Whole machines, such as
     those with unified memory, are named alike. Raises ProfileError if there is no such GPU or host,
     or the host does not take that many.
     """
-    count, name = parse_gpus(gpus)
-    path = Path(name) if is_path(name) else find_file("--gpus", name, ("gpus", "machines"))
-    found = _read("--gpus", path, GpuCard, HardwareProfile)
-    if isinstance(found, GpuCard):
-        return assemble(found, count, _usual_host(found, path) if host is None else load_host(host))
-    if count > 1:
-        raise ProfileError(
-            "--gpus", gpus, f"{found.name} is a whole machine, and plans are for one", "leave out the count"
-        )
-    if host is not None:
-        raise ProfileError("--host", host, f"goes with GPUs, and {found.name} is a whole machine", "leave it out")
-    return found
+    kinds = parse_gpus(gpus)
+    paths = [Path(name) if is_path(name) else find_file("--gpus", name, ("gpus", "machines")) for _, name in kinds]
+    cards: list[tuple[int, GpuCard]] = []
+    for (count, _), path in zip(kinds, paths, strict=True):
+        found = _read("--gpus", path, GpuCard, HardwareProfile)
+        if isinstance(found, GpuCard):
+            cards.append((count, found))
+        elif count > 1 or len(kinds) > 1:
+            remedy = "leave out the count" if len(kinds) == 1 else "name it alone"
+            raise ProfileError("--gpus", gpus, f"{found.name} is a whole machine, and plans are for one", remedy)
+        elif host is not None:
+            raise ProfileError("--host", host, f"goes with GPUs, and {found.name} is a whole machine", "leave it out")
+        else:
+            return found
+    machine = _usual_host(cards[0][1], paths[0]) if host is None else load_host(host)
+    return assemble_all(cards, machine)
 
 
 def _usual_host(card: GpuCard, path: Path) -> Host:
@@ -105,38 +122,56 @@ def without_gpus(host: Host) -> HardwareProfile:
 
 
 def assemble(card: GpuCard, count: int, machine: Host) -> HardwareProfile:
-    """A machine of `count` equal GPUs in a host.
+    """A machine of `count` GPUs of one kind in a host, see `assemble_all`."""
+    return assemble_all([(count, card)], machine)
+
+
+def assemble_all(kinds: Sequence[tuple[int, GpuCard]], machine: Host) -> HardwareProfile:
+    """A machine of so many GPUs of each kind in a host, in this order.
 
     Memory, bandwidth, compute and links of the GPUs add up; the links together are no faster than
-    the host's memory is read and than its root ports. Raises ProfileError if the host does not take
-    that many GPUs.
+    the host's memory is read and than its root ports, and some may share one before. Raises
+    ProfileError if the host does not take that many GPUs.
     """
-    if count > machine.max_gpus:
+    count = sum(number for number, _ in kinds)
+    told_apart = len(kinds) > 1 or bool(machine.shared_links)
+    most = min(machine.max_gpus, MOST_TOLD_APART) if told_apart else machine.max_gpus
+    if count > most:
         raise ProfileError(
             "--gpus",
-            f"{count}x{card.name}",
-            f"{machine.name} takes at most {machine.max_gpus} GPUs",
+            "+".join(f"{number}x{card.name}" for number, card in kinds),
+            f"{machine.name} takes at most {most} GPUs",
             "ask for fewer or name another --host; hrm profiles lists them",
         )
-    links = [_sum_link(link, count, machine) for link in (card.h2d, card.d2h)]
-    if count > 1:
-        links.append(card.peer)
+    each = [card for number, card in kinds for _ in range(number)] if told_apart else [kinds[0][1]]
+    cards = behind_shared_links(each, machine)
+    limits = (
+        (machine.level.read_bytes_per_s.planned, "the host's memory, read"),
+        (machine.root_port_bytes_per_s.planned, "the host's root ports, which move"),
+    )
+    level, links, peer = side_by_side(cards, count)
+    for limit, what in limits:
+        links = [limited(link, limit, what) for link in links]
     return HardwareProfile(
-        name=f"{count}x{card.name} on {machine.name}",
+        name=f"{names_text(each) if told_apart else f'{count}x{cards[0].name}'} on {machine.name}",
         accelerator="catalog",
         num_gpus=count,
-        levels=(_sum_level(card.level, count), machine.level),
-        links=(*links, machine.staging),
+        levels=(level, machine.level),
+        links=(*links, *([peer] if count > 1 else []), machine.staging),
+        gpus=() if alike(cards) else cards,
     )
 
 
 def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     """One of the GPUs with an equal share of everything that the machine has, host included.
 
-    It is a stage of a pipeline, or a rank in tensor parallel, which keeps its link to the others.
+    It is a stage of a pipeline, or a rank in tensor parallel, which keeps its link to the others. Where
+    GPUs are not all alike, it has of everything as little as any of them has while all are in use.
     """
     count = profile.num_gpus
     part = _times(profile, 1 / count, note=f"one of {count} parts")
+    if profile.gpus:
+        part = _with_gpu(part, smallest_of(at_once(profile)))
     return replace(
         part,
         name=f"one of {count} parts of {profile.name}",
@@ -146,6 +181,30 @@ def one_part(profile: HardwareProfile, *, is_stage: bool) -> HardwareProfile:
     )
 
 
+def stage_part(profile: HardwareProfile, index: int, share: float) -> HardwareProfile:
+    """The stage of a pipeline on the GPU of that number, with such a share of the host."""
+    count = profile.num_gpus
+    part = _times(profile, 1 / count, note=f"one of {count} parts")
+    if profile.gpus:
+        part = _with_gpu(part, at_once(profile)[index])
+    host = _times(profile, share, note=f"{share:.3g} of it")
+    of_host = {(link.source, link.kind): link for link in host.links if link.kind == "staging"}
+    return replace(
+        part,
+        name=f"GPU {index} of {profile.name}",
+        num_gpus=1,
+        num_stages=count,
+        levels=(part.top, host.host),
+        links=tuple(of_host.get((link.source, link.kind), link) for link in part.links if link.kind != "peer"),
+    )
+
+
+def _with_gpu(part: HardwareProfile, card: GpuCard) -> HardwareProfile:
+    """The part with that GPU and its links for its own."""
+    others = tuple(link for link in part.links if link.kind == "peer" or link.source == link.target)
+    return replace(part, gpus=(), levels=(card.level, *part.levels[1:]), links=(card.h2d, card.d2h, *others))
+
+
 def of_parts(part: HardwareProfile, count: int, peer: Link) -> HardwareProfile:
     """The machine of which that is one rank's part, see `one_part`: so many GPUs with such a link between them."""
     whole = _times(part, count)
@@ -153,7 +212,7 @@ def of_parts(part: HardwareProfile, count: int, peer: Link) -> HardwareProfile:
 
 
 def _times(profile: HardwareProfile, factor: float, note: str = "") -> HardwareProfile:
-    """The machine with so many times everything but the links between its GPUs."""
+    """The machine with so many times everything but the links between its GPUs, none of which is told by itself."""
 
     def times(figure: Figure) -> Figure:
         return figure.times(factor, note=note)
@@ -167,7 +226,8 @@ def _times(profile: HardwareProfile, factor: float, note: str = "") -> HardwareP
 
     return replace(
         profile,
-        levels=tuple(_change_level(level, times) for level in profile.levels),
+        gpus=(),
+        levels=tuple(change_level(level, times) for level in profile.levels),
         links=tuple(map(link_times, profile.links)),
     )
 
@@ -178,10 +238,11 @@ def with_memory(
     """The same machine with other memory capacities, as the user gives them.
 
     The reserve shrinks to at most 5 % of the new capacity, and the part that can be pinned changes
-    with it. Unified memory is the GPU's. Raises ProfileError if there is no such level to give
+    with it. GPUs that are not all alike get parts in proportion to what they have. Unified memory is the
+    GPU's. Raises ProfileError if there is no such level to give
     memory to.
     """
-    levels = list(profile.levels)
+    levels, gpus = list(profile.levels), profile.gpus
     if cpu_memory_bytes is not None and profile.unified_memory:
         raise ProfileError(
             "--cpu-memory",
@@ -197,11 +258,17 @@ def with_memory(
                 f"{profile.name} has no GPU level",
                 "leave it out or choose another machine",
             )
+        share = gpu_memory_bytes / levels[0].capacity_bytes.value
+        gpus = tuple(
+            replace(card, level=_resize(card.level, share * card.level.capacity_bytes.value, "--gpu-memory"))
+            for card in profile.gpus
+        )
+        profile = replace(profile, gpus=())
         levels[0] = _resize(levels[0], gpu_memory_bytes, "--gpu-memory")
     if cpu_memory_bytes is not None:
         index = levels.index(profile.host)
         levels[index] = _resize(levels[index], cpu_memory_bytes, "--cpu-memory")
-    return replace(profile, levels=tuple(levels))
+    return replace(profile, levels=tuple(levels), gpus=gpus)
 
 
 def reserve_if_resized(level: MemoryLevel) -> float:
@@ -219,122 +286,6 @@ def save_profile(path: str | Path, profile: Part) -> None:
     Raises ProfileError if the file cannot be written, see `write_whole`.
     """
     write_whole(path, dump_profile(profile), ProfileError)
-
-
-def dump_profile(profile: Part) -> str:
-    """The YAML text of a profile, defaults left out and plain figures on a line each."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Floats with an exponent where they are long, as data sheets have them."""
-
-    def represent_float(dumper: Any, value: float) -> Any:
-        return dumper.represent_scalar("tag:yaml.org,2002:float", _float_text(value))
-
-    def represent_text(dumper: Any, value: str) -> Any:
-        quote = None if reads_as_text(value) else "'"
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=quote)
-
-    Dumper.add_representer(float, represent_float)
-    Dumper.add_representer(str, represent_text)
-    return yaml.dump(_to_plain(profile), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=100)
-
-
-def _float_text(value: float) -> str:
-    """The shortest text that YAML reads back as the same float."""
-    if 1e-3 <= abs(value) < 1e5 or value == 0:
-        return repr(value)
-    texts = (f"{value:.{digits}e}" for digits in range(1, 18))
-    mantissa, _, exponent = next(t for t in texts if float(t) == value).partition("e")
-    return f"{mantissa}e{int(exponent):+d}"
-
-
-def _to_plain(node: Any) -> Any:
-    if isinstance(node, Source):
-        return node.value
-    if is_dataclass(node) and not isinstance(node, type):
-        plain: dict[str, Any] = {}
-        for item in fields(node):
-            value = getattr(node, item.name)
-            default = item.default_factory() if callable(item.default_factory) else item.default
-            if item.name == "schema" or value != default:
-                plain[item.name] = _to_plain(value)
-        return plain
-    if isinstance(node, dict):
-        pairs = cast("dict[Any, Any]", node)
-        return {key: _to_plain(value) for key, value in pairs.items()}
-    if isinstance(node, tuple):
-        return [_to_plain(item) for item in cast("tuple[Any, ...]", node)]
-    return node
-
-
-# ------------------------------------------------------------------------------------ composing
-
-
-def _change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> MemoryLevel:
-    """The level with its sizes and rates changed; latencies and the number of cores stay."""
-
-    def changed(rate: Rate | None) -> Rate | None:
-        return None if rate is None else rate.each(change)
-
-    processor = level.processor
-    return replace(
-        level,
-        capacity_bytes=change(level.capacity_bytes),
-        reserve_bytes=change(level.reserve_bytes),
-        pinnable_bytes=None if level.pinnable_bytes is None else change(level.pinnable_bytes),
-        read_bytes_per_s=level.read_bytes_per_s.each(change),
-        copy_bytes_per_s=changed(level.copy_bytes_per_s),
-        shared_bytes_per_s=changed(level.shared_bytes_per_s),
-        caches=tuple(
-            replace(
-                cache, capacity_bytes=change(cache.capacity_bytes), read_bytes_per_s=cache.read_bytes_per_s.each(change)
-            )
-            for cache in level.caches
-        ),
-        processor=replace(
-            processor,
-            compute_flops_per_s={dtype: rate.each(change) for dtype, rate in processor.compute_flops_per_s.items()},
-            attention_bytes_per_s=changed(processor.attention_bytes_per_s),
-        ),
-    )
-
-
-def _sum_level(level: MemoryLevel, count: int) -> MemoryLevel:
-    if count == 1:
-        return level
-    summed = _change_level(level, lambda figure: figure.times(count, note=f"times {count}"))
-    processor = summed.processor
-    named = replace(processor, name=f"{count} x {processor.name}", cores=count * processor.cores)
-    return replace(summed, processor=named)
-
-
-def _sum_link(link: Link, count: int, machine: Host) -> Link:
-    """All links side by side; a transfer is split over them, so curves stretch over size.
-
-    Together they are no faster than the host's root ports and than its memory is read.
-    """
-
-    def total(figure: Figure) -> Figure:
-        return figure.times(count, note=f"times {count}", size_factor=count)
-
-    rate = link.bandwidth_bytes_per_s if count == 1 else link.bandwidth_bytes_per_s.each(total)
-    limits = (
-        ("memory, read", machine.level.read_bytes_per_s.planned),
-        ("root ports, which move", machine.root_port_bytes_per_s.planned),
-    )
-    for what, limit in limits:
-        planned = rate.planned
-        if planned.value > limit.value:
-            shown = format_bandwidth(limit.value)
-            capped = Figure(
-                value=limit.value,
-                source=Source.DERIVED,
-                note=f"limited by the host's {what} at {shown} ({limit.source})",
-                curve=tuple((size, min(value, limit.value)) for size, value in planned.curve),
-            )
-            rate = replace(rate, achieved=capped)
-    return replace(link, bandwidth_bytes_per_s=rate)
 
 
 def _resize(level: MemoryLevel, num_bytes: float, flag: str) -> MemoryLevel:

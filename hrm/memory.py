@@ -1,6 +1,6 @@
 """Bytes that a policy needs at each memory level, by purpose, beside what there is."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -10,7 +10,7 @@ from hrm.hardware import CPU, HardwareProfile, MemoryLevel
 from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
-from hrm.parallel import part_for
+from hrm.parallel import Share, shares_for
 from hrm.policy import Policy
 from hrm.units import at_least_bytes, format_bytes
 
@@ -24,15 +24,15 @@ PINNED: Final = "pinned"  # the part of the host's memory that devices read and 
 class LevelPlan:
     """What is planned at one level, of whose bytes `capacity_bytes` are usable beside its reserve.
 
-    `reserve_bytes` are those of another capacity, if the level is given one. It is one of so many
-    equal `parts` of what the machine has.
+    `reserve_bytes` are those of another capacity, if the level is given one. The machine has so many
+    times as much: `parts`.
     """
 
     name: str
     capacity_bytes: int
     purposes: dict[Purpose, int]
     reserve_bytes: float = 0.0
-    parts: int = 1
+    parts: float = 1
 
     @property
     def planned_bytes(self) -> int:
@@ -123,10 +123,44 @@ def plan_memory(spec: ModelSpec, policy: Policy, profile: HardwareProfile) -> Me
     """Bytes that the policy needs at each level of the machine.
 
     On a machine of one level everything is planned there: `gpu` and `cpu` are then that level. In
-    parallel on several GPUs it is one rank or stage that is planned, with its share of the machine. Raises
+    parallel on several GPUs it is one rank or stage that is planned, with its share of the machine; of
+    stages that are planned one by one, it is that whose GPU lacks most, or has least to spare. Raises
     PolicyError if the policy is not for this model and machine.
     """
-    spec, profile = part_for(policy, spec, profile)
+    return fullest(plan_shares(shares_for(policy, spec, profile), profile))
+
+
+def fullest(plans: Iterable[MemoryPlan]) -> MemoryPlan:
+    """The plan whose GPU lacks most, or has least to spare."""
+    return max(plans, key=lambda plan: plan.gpu.planned_bytes / plan.gpu.capacity_bytes)
+
+
+def plan_shares(shares: Sequence[Share], profile: HardwareProfile) -> tuple[MemoryPlan, ...]:
+    """What each share of a policy needs; of several, each has its own GPU, and the host is that of all together."""
+    plans = tuple(map(_plan, shares))
+    if len(plans) == 1:
+        return plans
+    host = profile.host
+    together = _together([plan.cpu for plan in plans], host.usable_bytes)
+    can_pin = [plan.pinned for plan in plans if plan.pinned is not None]
+    pinned = _together(can_pin, host.usable_pinned_bytes) if can_pin else None
+
+    def of_gpu(level: LevelPlan, share: Share) -> LevelPlan:
+        return replace(level, parts=profile.top.capacity_bytes.value / share.part.profile.top.capacity_bytes.value)
+
+    return tuple(
+        MemoryPlan(of_gpu(plan.gpu, share), together, pinned) for plan, share in zip(plans, shares, strict=True)
+    )
+
+
+def _together(levels: Sequence[LevelPlan], usable_bytes: int) -> LevelPlan:
+    """What all stages need of a level that they share."""
+    purposes = {key: sum(level.purposes.get(key, 0) for level in levels) for level in levels for key in level.purposes}
+    return replace(levels[0], capacity_bytes=usable_bytes, purposes=purposes, parts=1)
+
+
+def _plan(share: Share) -> MemoryPlan:
+    policy, (spec, profile) = share
     gpu, cpu = purposes(spec, policy, batches=profile.num_stages)
     parts = profile.num_stages * spec.ranks
     if profile.has_accelerator:

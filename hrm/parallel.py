@@ -8,6 +8,9 @@ each in another stage: in the time that a part takes for its layers, one batch m
 so the throughput of the whole is that of one part with its layers. Every part keeps its layers' KV
 caches of all those batches. A pipeline needs no all-reduces, but every link moves whole layers for a
 batch that is that many times smaller.
+
+Stages whose lengths a policy gives are told one by one: each has its own layers, its own GPU, and of
+the host's rates as large a share as of the model's layers. The slowest sets the pace.
 """
 
 from collections.abc import Sequence
@@ -19,9 +22,10 @@ from typing import Final, NamedTuple
 
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS
+from hrm.gpus import only_gpus
 from hrm.hardware import HardwareProfile
 from hrm.layers import Layer
-from hrm.machines import one_part
+from hrm.machines import one_part, stage_part
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
 
@@ -40,6 +44,13 @@ class Part(NamedTuple):
 
     spec: ModelSpec
     profile: HardwareProfile
+
+
+class Share(NamedTuple):
+    """A policy and the part of model and machine that it is told of."""
+
+    policy: Policy
+    part: Part
 
 
 def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism) -> Part:
@@ -75,8 +86,78 @@ def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
     """The part of model and machine that the policy is for.
 
     Raises PolicyError if the model cannot be divided like that over the machine's GPUs, or if the
-    policy was made for other layers than those of the part.
+    policy was made for other layers than those of the part, or for stages that are told one by one.
     """
+    profile = used_of(profile, policy)
+    _check_obstacle(policy, spec, profile)
+    part = part_of(spec, profile, policy.parallelism)
+    policy.check_model(part.spec)
+    return part
+
+
+def shares_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> tuple[Share, ...]:
+    """What of a policy is planned: what stands for all parts alike, or every stage if their lengths are given.
+
+    Raises PolicyError as `part_for` does, or if there are not as many stages as GPUs.
+    """
+    if not policy.stage_lengths:
+        return (Share(policy, part_for(policy, spec, profile)),)
+    profile = used_of(profile, policy)
+    _check_obstacle(policy, spec, profile)
+    if len(policy.stage_lengths) != profile.num_gpus:
+        raise PolicyError(
+            "policy: stage_lengths",
+            policy.stage_lengths,
+            f"must have one length for each of the {profile.num_gpus} GPUs of {profile.name}",
+            "run hrm search for this machine",
+        )
+    policy.check_model(spec)
+    for layers in policy.stages:
+        if not has_experts(spec, layers):
+            raise PolicyError(
+                "policy: stage_lengths",
+                policy.stage_lengths,
+                f"must leave each stage a layer with experts of {spec.name}",
+                "run hrm search for this model",
+            )
+    return tuple(
+        Share(policy.of_stage(index), stage_of(spec, profile, index, layers))
+        for index, layers in enumerate(policy.stages)
+    )
+
+
+def used_of(profile: HardwareProfile, policy: Policy) -> HardwareProfile:
+    """The machine with the GPUs alone that the policy uses; PolicyError if it has no such GPUs."""
+    if not policy.gpus:
+        return profile
+    if list(policy.gpus) != sorted(set(policy.gpus)) or not set(policy.gpus) <= set(range(len(profile.gpus))):
+        raise PolicyError(
+            "policy: gpus",
+            policy.gpus,
+            f"must be numbers of unequal GPUs, ascending, and {profile.name} has {len(profile.gpus)}",
+            "leave it out, or run hrm search for this machine",
+        )
+    return only_gpus(profile, policy.gpus)
+
+
+def has_experts(spec: ModelSpec, layers: range) -> bool:
+    """Whether any of these layers has experts, without which a stage is no model."""
+    return any(spec.layer_kind(layer).has_experts for layer in layers)
+
+
+def stage_of(spec: ModelSpec, profile: HardwareProfile, index: int, layers: range) -> Part:
+    """The stage that has these layers, on the GPU of that number."""
+    machine = stage_part(profile, index, len(layers) / spec.num_layers)
+    return Part(_stage_spec(spec, layers.start, layers.stop), machine)
+
+
+@lru_cache(maxsize=512)
+def _stage_spec(spec: ModelSpec, start: int, stop: int) -> ModelSpec:
+    """Those layers, with the embedding and the LM head: kept, for costs are kept by what they are of."""
+    return spec.with_layers(spec.layers[start:stop], name=f"{spec.name}, layers {start} to {stop - 1}")
+
+
+def _check_obstacle(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> None:
     obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus)
     if obstacle:
         raise PolicyError(
@@ -85,9 +166,6 @@ def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
             f"cannot be, as {spec.name} is: {obstacle}",
             "run hrm search, which tries both ways, or ask for another number of GPUs",
         )
-    part = part_of(spec, profile, policy.parallelism)
-    policy.check_model(part.spec)
-    return part
 
 
 def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
@@ -178,7 +256,7 @@ def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
     if spec.num_layers < num_gpus:
         return f"its {spec.num_layers} layers are fewer than {num_gpus} stages"
     for stage in stage_layers(spec.num_layers, num_gpus):
-        if not any(layer.has_experts for layer in spec.layers[stage.start : stage.stop]):
+        if not has_experts(spec, stage):
             return f"its layers {stage.start} to {stage.stop - 1}, one of {num_gpus} stages, have no experts"
     return ""
 

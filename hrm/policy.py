@@ -7,6 +7,7 @@ executed as they stand; the paper's six numbers are derived from them.
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Final, NamedTuple, cast
 
@@ -93,7 +94,9 @@ class Policy:
     make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
     and `kv_format` are it too where a policy is made without them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
-    are under way.
+    are under way. With `stage_lengths` it is that of all stages, which have so many layers each, and
+    `resident_experts` are those of the whole model. `gpus` are the numbers of those that are used, in a
+    machine of unequal ones, some of which would only hold up the others; without it, all are.
     """
 
     schedule: ScheduleName = ScheduleName.CGOPIPE
@@ -112,6 +115,8 @@ class Policy:
     staging: bool = False
     weight_pages: int | None = None
     parallelism: Parallelism = Parallelism.TENSOR
+    stage_lengths: tuple[int, ...] = ()
+    gpus: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     weight_format: str = ""
     kv_format: str = ""
@@ -177,10 +182,34 @@ class Policy:
                 bool(self.resident_experts) and min(self.resident_experts) >= 0,
                 "hold a count of at least 0 for every layer",
             ),
+            (
+                "stage_lengths",
+                self.stage_lengths,
+                not self.stage_lengths
+                or (
+                    self.parallelism is Parallelism.PIPELINE
+                    and min(self.stage_lengths) >= 1
+                    and sum(self.stage_lengths) == len(self.resident_experts)
+                ),
+                "be those of a pipeline, at least 1 each, and as many layers together as resident_experts has",
+            ),
         )
         for field, value, holds, rule in rules:
             if not holds:
                 raise PolicyError(f"policy: {field}", value, f"must {rule}", "correct it or run hrm search")
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """The layers of each stage; none where the policy is that of one part of the model."""
+        ends = list(accumulate(self.stage_lengths, initial=0))
+        return tuple(range(low, high) for low, high in pairwise(ends))
+
+    def of_stage(self, index: int) -> "Policy":
+        """The policy of one of the stages, for its own layers."""
+        layers = self.stages[index]
+        return replace(
+            self, stage_lengths=(), gpus=(), resident_experts=self.resident_experts[layers.start : layers.stop]
+        )
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raise PolicyError if the policy was made for a model of other dimensions."""

@@ -11,11 +11,11 @@ import msgspec
 
 from hrm.decoding import read_json
 from hrm.errors import HrmError, PolicyError, ProfileError
-from hrm.estimate import Estimate
+from hrm.estimate import Estimate, slowest_share
 from hrm.files import write_whole
 from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
-from hrm.parallel import Part, part_for
+from hrm.parallel import Part, Share, part_for, shares_for
 from hrm.policy import Policy
 from hrm.strict import decode_strictly
 from hrm.workload import Workload
@@ -46,6 +46,14 @@ class PolicyFile:
         Raises PolicyError if the policy was made for another part.
         """
         return part_for(self.policy, self.model, self.profile)
+
+    @property
+    def share(self) -> Share:
+        """What is shown of the policy: all of it with its part, or of stages that are planned one by one the slowest.
+
+        Raises PolicyError if the policy was made for another part.
+        """
+        return slowest_share(self.policy, self.model, self.profile, self.workload)
 
 
 def profile_hash(profile: HardwareProfile) -> str:
@@ -109,6 +117,6 @@ def check_policy_file(content: PolicyFile, where: str) -> None:
                 "write it again with hrm search --out",
             )
     try:
-        part_for(content.policy, content.model, content.profile)
+        shares_for(content.policy, content.model, content.profile)
     except HrmError as error:
         raise PolicyError(f"{where}: {error.where}", error.value, error.rule, error.remedy) from error

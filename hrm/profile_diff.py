@@ -161,7 +161,8 @@ def _parts(node: object) -> list[tuple[str, object]]:
     if is_dataclass(node) and not isinstance(node, type):
         if isinstance(node, HardwareProfile):  # short paths: `cpu.read_bytes_per_s`
             disk = [("disk", node.disk)] if node.disk is not None else []
-            return [*_parts(node.levels), *_parts(node.links), *disk]
+            gpus = [(f"gpu{index}", card) for index, card in enumerate(node.gpus)]
+            return [*_parts(node.levels), *_parts(node.links), *gpus, *disk]
         return [(item.name, getattr(node, item.name)) for item in fields(node)]
     return []
 

@@ -16,7 +16,7 @@ from hrm.costs import Costs
 from hrm.estimate import estimate
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Processor, Rate, Source
 from hrm.model_spec import ModelSpec
-from hrm.parallel import part_of
+from hrm.parallel import Share, shares_for
 from hrm.policy import Policy
 from hrm.workload import Workload
 
@@ -70,10 +70,12 @@ def throughput_range(
 
 def _batch_s(spec: ModelSpec, policy: Policy, profile: HardwareProfile, workload: Workload) -> float:
     """Closed-form seconds of a batch."""
-    part, machine = part_of(spec, profile, policy.parallelism)
-    point = Point.of_policy(policy, part)
-    costs = Costs(part, machine, policy.formats)
-    return float(sum(batch_seconds(costs, point, policy.schedule, workload)))
+
+    def seconds(share: Share) -> tuple[float, float]:
+        costs = Costs(*share.part, policy.formats)
+        return batch_seconds(costs, Point.of_policy(share.policy, costs.spec), policy.schedule, workload)
+
+    return float(sum(map(max, zip(*map(seconds, shares_for(policy, spec, profile)), strict=True))))
 
 
 _NAMES: Final = {
@@ -129,6 +131,16 @@ def _each(profile: HardwareProfile, change: Change) -> HardwareProfile:
         profile,
         levels=tuple(_changed(level, level.name, change) for level in profile.levels),
         links=tuple(_changed(link, _link_name(link), change) for link in profile.links),
+        gpus=tuple(
+            replace(
+                card,
+                level=_changed(card.level, card.level.name, change),
+                h2d=_changed(card.h2d, _link_name(card.h2d), change),
+                d2h=_changed(card.d2h, _link_name(card.d2h), change),
+                peer=_changed(card.peer, _link_name(card.peer), change),
+            )
+            for card in profile.gpus
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from hrm.errors import ProfileError
+from hrm.gpus import each_gpu
 from hrm.hardware import Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import with_memory
 from hrm.units import (
@@ -162,7 +163,8 @@ def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given:
         else link
         for link in profile.links
     )
-    return replace(profile, levels=levels, links=links)
+    gpus = each_gpu(profile, lambda gpu: scale(gpu, resource, factor, given=given))
+    return replace(profile, levels=levels, links=links, gpus=gpus)
 
 
 def at_cost(profile: HardwareProfile, resource: Resource, factor: float) -> HardwareProfile:
@@ -255,7 +257,8 @@ def _with_latency(profile: HardwareProfile, resource: Resource, change: Callable
         else link
         for link in profile.links
     )
-    return replace(profile, levels=levels, links=links)
+    gpus = each_gpu(profile, lambda gpu: _with_latency(gpu, resource, change))
+    return replace(profile, levels=levels, links=links, gpus=gpus)
 
 
 def _missing(profile: HardwareProfile, resource: Resource) -> str:

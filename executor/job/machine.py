@@ -46,7 +46,8 @@ class Prepared:
 
 
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for a model of other dimensions."""
+    """Raise PolicyError if the policy is for a model of other dimensions, or for GPUs that are not alike."""
+    check_alike(policy_file, path)
     solved_for = replace(policy_file.model, name=spec.name)
     if solved_for != spec:
         where, planned, there_is = _difference(solved_for, spec, "model")
@@ -69,8 +70,27 @@ def _difference(planned: object, there_is: object, where: str) -> tuple[str, obj
     return next(_difference(a, b, part) for part, a, b in parts if a != b)
 
 
+def check_alike(policy_file: PolicyFile, path: Path | str) -> None:
+    """Raise PolicyError if the policy is for GPUs that are not alike, or for stages that are planned one by one."""
+    if policy_file.profile.gpus:
+        raise PolicyError(
+            f"{path}: profile.gpus",
+            policy_file.profile.name,
+            "has GPUs that are not alike, and what is run shares a model out over those that are",
+            "run hrm search for the GPUs of one kind",
+        )
+    if policy_file.policy.stage_lengths:
+        raise PolicyError(
+            f"{path}: policy.stage_lengths",
+            policy_file.policy.stage_lengths,
+            "are of stages that are planned one by one, and what is run has stages as even as can be",
+            "run hrm search for this machine",
+        )
+
+
 def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for one stage of a pipeline, which a bench does not run."""
+    """Raise PolicyError if the policy is for one stage of a pipeline, or for unequal GPUs: no bench runs those."""
+    check_alike(policy_file, path)
     stages = policy_file.profile.num_gpus
     if policy_file.policy.parallelism is Parallelism.PIPELINE and stages > 1:
         raise PolicyError(

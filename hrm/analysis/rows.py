@@ -79,7 +79,7 @@ def plan_row(result: SearchResult) -> dict[str, Any]:
 def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]:
     """A search as a row: `PLAN_COLUMNS`, the policy's six numbers and how GPUs share the work."""
     best = result.best
-    several = best is not None and profile.num_gpus > 1
+    several = best is not None and (len(best.policy.gpus) or profile.num_gpus) > 1
     return {
         "parallelism": best.policy.parallelism.value if best is not None and several else None,
         "policy": None if best is None else str(best.paper_tuple),

@@ -85,8 +85,10 @@ class MachineChoice:
             raise ProfileError(
                 "--pareto", "gpus", f"needs GPUs to count, and {machine.name} is a whole machine", "name GPUs by --gpus"
             )
+        if len(kinds := parse_gpus(self.gpus)) > 1:
+            raise ProfileError("--gpus", self.gpus, "must be GPUs of one kind with --pareto gpus", "name one kind")
         try:
-            return compose(f"{count}x{parse_gpus(self.gpus)[1]}", self.host)
+            return compose(f"{count}x{kinds[0][1]}", self.host)
         except ProfileError:
             return None
 
@@ -144,12 +146,13 @@ machines_options = together(
     once_option(
         "--gpus",
         metavar="4xT4",
-        help="GPUs by count and name (hrm profiles), or by count and a YAML file: 2x./mine.yaml.",
+        help="GPUs by count and name (hrm profiles), or by count and a YAML file: 2x./mine.yaml; "
+        "1xRTX-4090+1xRTX-3090 is one machine with both.",
     ),
     once_option(
         "--host",
         metavar="NAME-or-FILE",
-        help="The host of --gpus [default: the GPU's usual one]; alone, a machine without GPUs.",
+        help="The host of --gpus [default: the first GPU's usual one]; alone, a machine without GPUs.",
     ),
     once_option("--gpu-memory", metavar="16GB", help="Plan with this much GPU memory in all."),
     once_option("--cpu-memory", metavar="192GB", help="Plan with this much host memory."),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from hrm.cli.console import console, plain_table
-from hrm.hardware import NOISY_SPREAD, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate
+from hrm.hardware import NOISY_SPREAD, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate, Source
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -20,6 +20,11 @@ def print_profile(profile: HardwareProfile) -> None:
     _print_levels(profile.levels, profile.disk)
     if profile.links:
         _print_links(profile.links)
+    for index, card in enumerate(profile.gpus):
+        console.print(f"[bold]GPU {index}[/]  {card.name}")
+        _print_levels([card.level])
+        _print_links([card.h2d, card.d2h, card.peer])
+    _print_limits(profile)
     if any(figure.p20 is not None for figure in figures_of(profile).values()):
         console.print(f"[dim]spread: from the 20th to the 80th percentile; ! marks more than {NOISY_SPREAD:.0%}[/]")
     for key, value in profile.environment.items():
@@ -28,6 +33,15 @@ def print_profile(profile: HardwareProfile) -> None:
     warnings = profile.environment.get("warnings")
     if warnings:
         console.print(f"[yellow]warnings: {warnings}[/]")
+
+
+def _print_limits(profile: HardwareProfile) -> None:
+    """Say which links something else than themselves limits."""
+    own = [(f"GPU {index}, ", link) for index, card in enumerate(profile.gpus) for link in (card.h2d, card.d2h)]
+    for whose, link in [*(("", link) for link in profile.links), *own]:
+        planned = link.bandwidth_bytes_per_s.planned
+        if planned.source is Source.DERIVED and planned.note:
+            console.print(f"[dim]{whose}{link.source} → {link.target}: {planned.note}[/]")
 
 
 def print_card(card: GpuCard) -> None:
@@ -42,6 +56,9 @@ def print_host(host: Host) -> None:
     console.print(f"[bold]{host.name}[/] (takes up to {counted(host.max_gpus, 'GPU')})")
     _print_levels([host.level], root_ports=host.root_port_bytes_per_s)
     _print_links([host.staging])
+    for shared in host.shared_links:
+        gpus, most = ", ".join(map(str, shared.gpus)), shared.bandwidth_bytes_per_s.planned
+        console.print(f"GPUs {gpus} share a link of {format_bandwidth(most.value)} ({most.source})")
 
 
 def _print_levels(levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None) -> None:

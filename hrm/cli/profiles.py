@@ -14,7 +14,7 @@ from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.params import json_option
 from hrm.errors import ProfileError
 from hrm.hardware import NOISY_SPREAD, GpuCard, HardwareProfile, Host
-from hrm.machines import compose, dump_profile, load_any, without_gpus
+from hrm.machines import compose, dump_profile, load_any, parse_gpus, without_gpus
 from hrm.profile_diff import FigureDiff, ProfileDiff, Verdict, diff_profiles
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
 
@@ -90,7 +90,8 @@ def _show(name: str, *, as_json: bool, as_yaml: bool) -> None:
 
 def _machine(name: str) -> Part:
     """The GPU, host or machine of that name, or the machine that `4xT4` is composed to."""
-    return compose(name) if re.match(r"\s*\d+\s*[x×]", name, re.IGNORECASE) else load_any(name)
+    is_composed = re.match(r"\s*\d+\s*[x×]", name, re.IGNORECASE) or ("+" in name and len(parse_gpus(name)) > 1)
+    return compose(name) if is_composed else load_any(name)
 
 
 def _whole(name: str) -> HardwareProfile:

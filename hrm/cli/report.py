@@ -16,7 +16,7 @@ from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy, experts_of_layers
 from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import given_resources
-from hrm.search.result import SearchResult
+from hrm.search.result import SearchResult, Way
 from hrm.tasks import Device
 from hrm.units import counted, format_bytes, format_count, format_seconds
 from hrm.workload import Workload
@@ -97,6 +97,7 @@ def plan_json(
         content["parallelism"] = [
             {
                 "parallelism": way.parallelism.value,
+                "gpus": way.gpus,
                 "tokens_per_s": None if way.best is None else way.best.tokens_per_s,
                 "obstacle": way.obstacle,
             }
@@ -145,6 +146,8 @@ def print_plan(
     _print_policy(estimate, spec, workload, profile)
     ends = throughput_range(spec, estimate.policy, profile, workload)
     _print_prediction(estimate, workload, ends, has_gpu=profile.has_gpu)
+    if estimate.stages:
+        _print_stages(estimate)
     _print_memory(estimate)
     _print_turning_points(_turning_points(estimate, workload), estimate)
     if search is not None:
@@ -167,13 +170,17 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
     console.print(f"[bold]policy[/]  {PAPER_SYMBOLS} = {estimate.paper_tuple}, schedule {policy.schedule.value}")
     batches = f"{counted(policy.num_micro_batches, 'micro-batch')} of {policy.micro_batch_size}"
     console.print(f"  {counted(policy.batch_size, 'request')} a batch in {batches}")
-    if policy.parallelism is Parallelism.PIPELINE:
+    num_gpus = len(policy.gpus) or profile.num_gpus
+    if policy.gpus:
+        console.print(f"  on {_gpus_text(policy.gpus)} of {profile.num_gpus} GPUs: the others would hold up the work")
+    if estimate.stages:
+        lengths = " + ".join(map(str, policy.stage_lengths))
+        console.print(f"  in a pipeline of stages of {lengths} layers, as many batches at once as stages; the slowest:")
+    elif policy.parallelism is Parallelism.PIPELINE:
         stage = f"{len(policy.resident_experts)} of {spec.num_layers} layers"
         console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
-    elif profile.num_gpus > 1:
-        console.print(
-            f"  in each of {profile.num_gpus} ranks, which have a part of every layer and sum up twice in each"
-        )
+    elif num_gpus > 1:
+        console.print(f"  in each of {num_gpus} ranks, which have a part of every layer and sum up twice in each")
     if not profile.has_accelerator:
         console.print(
             "  everything is held once, in unified memory, and computed on the GPU"
@@ -213,7 +220,7 @@ def _kv_cache(policy: Policy) -> str:
 
 def _residents(estimate: Estimate, spec: ModelSpec) -> str:
     """How many experts of a layer are resident: `2 or 3 of 16 a layer`."""
-    pairs = zip(estimate.policy.resident_experts, experts_of_layers(estimate.part.spec), strict=True)
+    pairs = zip(estimate.part_policy.resident_experts, experts_of_layers(estimate.part.spec), strict=True)
     counts = sorted({count for count, there_are in pairs if there_are})
     if counts == [spec.num_experts]:
         return f"all {spec.num_experts} a layer"
@@ -258,6 +265,22 @@ def _lane_shares(phase: PhaseEstimate) -> str:
     return f"  [dim](busy: {', '.join(shares)})[/]"
 
 
+def _print_stages(estimate: Estimate) -> None:
+    """The stages of a pipeline that are planned one by one."""
+    table = plain_table("stage", "layers", "busy", "weights on the GPU", "GPU memory")
+    for stage in estimate.stages:
+        gpu = stage.memory.gpu
+        table.add_row(
+            stage.part.profile.top.processor.name,
+            str(stage.part.spec.num_layers),
+            f"{stage.seconds / estimate.seconds:.0%}",
+            f"{stage.policy.weight_share_on_gpu(stage.part.spec):.0%}",
+            f"{format_bytes(gpu.planned_bytes)} of {format_bytes(gpu.capacity_bytes)}",
+        )
+    console.print(table)
+    console.print()
+
+
 def _print_memory(estimate: Estimate) -> None:
     of_stage = estimate.policy.parallelism is Parallelism.PIPELINE
     name = "memory of a stage" if of_stage else "memory of a rank" if estimate.part.spec.ranks > 1 else "memory"
@@ -283,7 +306,7 @@ def _print_turning_points(points: dict[str, TurningPoints], estimate: Estimate) 
     policy = estimate.policy
     shares = {
         "attention": policy.kv_share_on_gpu,
-        "ffn": float(policy.resident_experts == experts_of_layers(estimate.part.spec)),
+        "ffn": float(estimate.part_policy.resident_experts == experts_of_layers(estimate.part.spec)),
     }
     table = plain_table("turning points", "intensity", "P1", "P2", "balance", "")
     for name, point in points.items():
@@ -313,17 +336,33 @@ def _print_ways(search: SearchResult) -> None:
     """How several GPUs share the work, how they could, and why not so."""
     if not search.ways or search.best is None:
         return
-    chosen = search.best.policy.parallelism
+    chosen = search.best.policy
     table = plain_table("several GPUs", "tokens/s", "why")
-    for way in sorted(search.ways, key=lambda way: way.parallelism is not chosen):
-        name = f"{way.parallelism.value} parallel{' (chosen)' if way.parallelism is chosen else ''}"
+
+    def is_chosen(way: Way) -> bool:
+        return (way.parallelism, way.gpus) == (chosen.parallelism, chosen.gpus)
+
+    for way in sorted(search.ways, key=lambda way: not is_chosen(way)):
+        name = f"{_way_text(way)}{' (chosen)' if is_chosen(way) else ''}"
         if way.best is None:
             table.add_row(name, "–", way.obstacle or "no policy fits so")
         else:
             rate = f"{way.best.tokens_per_s:.4g}"
-            table.add_row(name, rate, _about_way(way.parallelism, way.best))
+            table.add_row(name, rate, _about_way(way, way.best))
     console.print(table)
     console.print()
+
+
+def _way_text(way: Way) -> str:
+    """How the work is shared, and by which GPUs if not by all."""
+    shared = f"{way.parallelism.value} parallel"
+    if not way.gpus:
+        return shared
+    return f"{_gpus_text(way.gpus)} alone{f', {shared}' if len(way.gpus) > 1 else ''}"
+
+
+def _gpus_text(gpus: tuple[int, ...]) -> str:
+    return f"GPU{'s' if len(gpus) > 1 else ''} {', '.join(map(str, gpus))}"
 
 
 def _last_limit(best: Estimate) -> tuple[str, Limit]:
@@ -333,11 +372,13 @@ def _last_limit(best: Estimate) -> tuple[str, Limit]:
     return "prefill", best.limits.prefill
 
 
-def _about_way(parallelism: Parallelism, best: Estimate) -> str:
+def _about_way(way: Way, best: Estimate) -> str:
     name, limits = _last_limit(best)
     limit = f"{name} limited by {limits.cause.phrase}"
     held = f"{best.weight_share_on_gpu:.0%} of the weights stay on the GPUs"
-    if parallelism is Parallelism.PIPELINE:
+    if len(way.gpus) == 1:
+        return f"{held}; {limit}"
+    if way.parallelism is Parallelism.PIPELINE:
         return f"{held}, each link moves whole layers; {limit}"
     reduced = (best.prefill.all_reduce_s + best.decode.all_reduce_s) / best.seconds
     return f"{held}, all-reduces take {reduced:.0%} of the time; {limit}"

@@ -90,8 +90,9 @@ def simulate_plan(plan: PolicyFile, phase: Phase, *, num_steps: int) -> Trace:
     Raises PolicyError if that has more tasks than can be drawn.
     """
     requests = plan.workload.requests_or(plan.policy.batch_size)
-    policy = plan.policy.for_batch(requests)
-    costs = Costs(*plan.part, policy.formats)
+    of_part, part = plan.share
+    policy = of_part.for_batch(requests)
+    costs = Costs(*part, policy.formats)
     parts = max(policy.parts(costs.spec, phase))
     if phase is Phase.PREFILL:
         chunks = ceil(policy.batch_size * plan.workload.prompt_len / policy.prefill_chunk_tokens)

@@ -59,6 +59,8 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
         plans = (plan_memory(plan.model, in_order(policy, name), plan.profile) for name in schedules)
         return all(level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu))
 
+    if plan.policy.stage_lengths:
+        return plan.policy  # which schedule fits is told when they are drawn
     spec = plan.part.spec
     for total in range(sum(plan.policy.resident_experts), 0, -1):
         fewer = replace(plan.policy, resident_experts=spread_experts(spec, total))

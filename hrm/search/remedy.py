@@ -164,7 +164,7 @@ def _more_gpus(space: Space) -> str:
     gpus, _, host = profile.name.partition(" on ")
     _, _, card = gpus.partition("x")
     given = given_resources(profile)
-    if profile.accelerator != "catalog" or not card or Resource.GPU_MEMORY in given:
+    if profile.accelerator != "catalog" or not card or profile.gpus or Resource.GPU_MEMORY in given:
         return ""
     for count in COUNTS:
         if count <= profile.num_gpus:

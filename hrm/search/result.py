@@ -26,12 +26,14 @@ class Outcome(Enum):
 class Way:
     """How several GPUs could divide the work, and the best policy so; None if there is none.
 
-    `obstacle` says why the model cannot be divided like that; it is empty if it can.
+    `obstacle` says why the model cannot be divided like that; it is empty if it can. `gpus` are the
+    numbers of the only ones that would be used; all are if it is empty.
     """
 
     parallelism: Parallelism
     best: Estimate | None
     obstacle: str = ""
+    gpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

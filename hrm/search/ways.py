@@ -1,7 +1,7 @@
 """The entrance of the search; of several GPUs it compares tensor parallelism and a pipeline."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -9,21 +9,24 @@ from math import ceil, inf
 from typing import Final
 
 from hrm.estimate import Estimate
+from hrm.gpus import only_gpus, sets_of_kinds
 from hrm.latency import NO_LIMITS
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism
 from hrm.search.bound import Bound, upper_bound
-from hrm.search.choose import ranked
+from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import Exhaustive
 from hrm.search.polish import polished
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Space
+from hrm.search.stages import search_stages
 from hrm.search.ties import smallest_first
 
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
+_WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
 def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
@@ -31,8 +34,42 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
 
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
     several GPUs, tensor parallelism and a pipeline are searched one after the other unless one of
-    them is asked for, and the result names both. If nothing is possible or fits, the result says so.
+    them is asked for, and the result names both. GPUs that are not all alike are searched without
+    those of some kinds as well. If nothing is possible or fits, the result says so.
     """
+    found = _search(space, solver, runner_ups)
+    for gpus in sets_of_kinds(space.profile):
+        if len(gpus) == 1 and space.parallelism is not None:
+            continue  # which is asked of several
+        fewer = _search(replace(space, profile=only_gpus(space.profile, gpus)), solver, runner_ups)
+        found = _either(found, fewer, gpus)
+    return found
+
+
+def _either(all_used: SearchResult, fewer: SearchResult, gpus: tuple[int, ...]) -> SearchResult:
+    """The better of what was found with all GPUs (or others) and with these alone, and how both were found."""
+
+    def with_gpus(predicted: Estimate) -> Estimate:
+        return replace(predicted, policy=replace(predicted.policy, gpus=gpus))
+
+    ways = [replace(way, best=way.best and with_gpus(way.best), gpus=gpus) for way in fewer.ways]
+    best = fewer.best and with_gpus(fewer.best)
+    ways = ways or [Way(Parallelism.TENSOR, best, gpus=gpus)]
+    chosen = all_used
+    if fewer.tokens_per_s > all_used.tokens_per_s * (1 + TIE):
+        chosen = replace(fewer, best=best, runner_ups=tuple(map(with_gpus, fewer.runner_ups)))
+    return replace(
+        chosen,
+        greatest_tokens_per_s=max(all_used.greatest_tokens_per_s, fewer.greatest_tokens_per_s),
+        bound_tokens_per_s=max(all_used.bound_tokens_per_s, fewer.bound_tokens_per_s),
+        outcome=Outcome.BEST_FOUND if chosen.outcome is Outcome.OPTIMAL else chosen.outcome,
+        **{name: getattr(all_used, name) + getattr(fewer, name) for name in _WORK},
+        ways=(*all_used.ways, *ways),
+    )
+
+
+def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
+    """The same with all GPUs of the space."""
     started_s = time.perf_counter()
     several = space.profile.num_gpus > 1
     asked = tuple(Parallelism) if space.parallelism is None else (space.parallelism,)
@@ -67,8 +104,8 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
 class _Searched:
     """One way to share the GPUs of `whole`, and what was found for a part of them.
 
-    `part` is None if the model cannot be divided like that; `obstacle` then says why. `spaces` are
-    what was searched of it.
+    `part` is None if the model cannot be divided like that, which `obstacle` then says, and where what
+    was found is of all stages together. `spaces` are what was searched of it.
     """
 
     parallelism: Parallelism
@@ -90,7 +127,7 @@ class _Searched:
 
     def of_whole(self, of_part: Estimate) -> Estimate:
         """What a part's policy does where the whole machine is so divided."""
-        if self.parallelism is Parallelism.TENSOR:
+        if self.parallelism is Parallelism.TENSOR or of_part.stages:
             return of_part
         policy = replace(of_part.policy, parallelism=self.parallelism)
         if self.whole.workload.num_requests is None:  # one batch, which takes the whole as long
@@ -113,21 +150,32 @@ class _Searched:
 
 def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Searched:
     part = space_of_part(space, parallelism)
-    spaces = [] if part is None else part.of_pinning()
-
-    def find_in(one: Space) -> Found:
-        return within_limits(one, lambda tighter: find(tighter, solver))
-
-    found = Found.best_of(map(find_in, spaces))
-    in_parts = [] if part is None else part.in_parts(found.ranked[0].policy if found.ranked else None)
+    one_by_one = parallelism is Parallelism.PIPELINE and bool(space.profile.gpus)
+    spaces = list[Space]()
+    if part is None:
+        found = Found()
+    elif one_by_one:
+        found = search_stages(space, part, lambda stage: _found(stage.of_pinning(), solver))
+    else:
+        spaces = part.of_pinning()
+        found = _found(spaces, solver)
+        in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
+        if in_parts:
+            found = Found.best_of([found, _found(in_parts, solver)])
+            spaces = [*spaces, *in_parts]
     return _Searched(
         parallelism=parallelism,
         obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus),
         whole=space,
-        part=part,
-        spaces=[*spaces, *in_parts],
-        found=Found.best_of([found, *map(find_in, in_parts)]) if in_parts else found,
+        part=None if one_by_one else part,
+        spaces=spaces,
+        found=found,
     )
+
+
+def _found(spaces: Iterable[Space], solver: Solver) -> Found:
+    """The best of what a solver finds in several spaces."""
+    return Found.best_of(within_limits(one, lambda tighter: find(tighter, solver)) for one in spaces)
 
 
 def find(space: Space, solver: Solver) -> Found:
@@ -138,8 +186,8 @@ def find(space: Space, solver: Solver) -> Found:
 
 
 def _bound(space: Space, searched: Sequence[Space], known_tokens_per_s: float) -> Bound:
-    """A bound on every policy of what was searched; with limits on waiting times there is none."""
-    if space.limits != NO_LIMITS:
+    """A bound on every policy of what was searched; with limits on waiting times, or unequal stages, there is none."""
+    if space.limits != NO_LIMITS or (space.profile.gpus and space.parallelism is not Parallelism.TENSOR):
         return Bound(inf, 0)
     bounds = [upper_bound(one, known_tokens_per_s) for one in searched]
     return Bound(max((bound.tokens_per_s for bound in bounds), default=0.0), sum(bound.regions for bound in bounds))

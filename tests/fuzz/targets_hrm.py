@@ -97,7 +97,7 @@ def use_profile(content: bytes, folder: Path) -> None:
 
 
 def machines() -> list[Any]:
-    names = ("1xT4", "4xA10G", "1xRTX-4090")
+    names = ("1xT4", "4xA10G", "1xRTX-4090", "1xL4+1xA10G")
     measured = sorted((profile_folder() / "machines").glob("*.yaml"))
     made = [machine(), *(compose(name) for name in names), *map(load_profile, measured)]
     return [plain(profile) for profile in made]

@@ -15,7 +15,7 @@ from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
-from hrm.policy import Policy, ScheduleName
+from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.search import Space, search, solver_named
 from hrm.strict import decode_strictly
 from hrm.tasks import Device
@@ -66,18 +66,21 @@ def predict(entry: Entry) -> Figures:
         return _figures(estimate(spec, policy, profile, workload))
     asked = dict(entry["search"])
     solver = solver_named(asked.pop("solver", "exhaustive"))
-    for option, kind in (("attention", Device), ("ffn", Device), ("schedule", ScheduleName)):
+    kinds = {"attention": Device, "ffn": Device, "schedule": ScheduleName, "parallelism": Parallelism}
+    for option, kind in kinds.items():
         if option in asked:
             asked[option] = kind(asked[option])
     found = search(Space(spec, profile, workload, **asked), solver)
     if found.best is None:
         return {"outcome": found.outcome.value, "advice": " | ".join(found.advice())}
-    policy = found.best.policy
+    policy, bound = found.best.policy, found.bound_tokens_per_s
+    stages = f", stages of {policy.stage_lengths}" if policy.stage_lengths else ""
+    alone = f", on {policy.gpus} alone" if policy.gpus else ""
     return {
         "outcome": found.outcome.value,
         "policy": f"{found.best.paper_tuple} {policy.parallelism.value} {sum(policy.resident_experts)} experts stay, "
-        f"chunks of {policy.prefill_chunk_tokens}, staging {policy.staging}",
-        "searched bound tokens/s": found.bound_tokens_per_s,
+        f"chunks of {policy.prefill_chunk_tokens}, staging {policy.staging}{stages}{alone}",
+        "searched bound tokens/s": bound if math.isfinite(bound) else None,
         **_figures(found.best),
     }
 
