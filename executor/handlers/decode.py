@@ -67,6 +67,8 @@ class DecodeHandlers:
         pages = PageHandlers(self.backend, self.memory.weights, self.pipeline, streamed, lambda: state.num_active == 0)
         tapes = Tapes(self.arch, self.pipeline, state, weights_move=any(streamed))
         taped = tapes.taped if self.backend.gpu_kernels.shares_memory else lambda work: work
+        # What waits for parts of experts is made anew for each of them.
+        in_parts = any(map(self.pipeline.parts_of, range(spec.num_layers)))
         of_rows: dict[Act, Work] = {
             decode.EMBED: self.embed,
             decode.REDUCE_HIDDEN: self.reduce_hidden,
@@ -79,7 +81,7 @@ class DecodeHandlers:
             decode.LOAD_HIDDEN: self.load_hidden,
             decode.OUTPUT_PROJECTION: taped(self.output_projection),
             decode.REDUCE_ATTENTION: self.reduce_attention,
-            decode.POST_ATTENTION: taped(self.post_attention),
+            decode.POST_ATTENTION: self.post_attention if in_parts else taped(self.post_attention),
             decode.OFFLOAD_TOKENS: self.offload_tokens,
             decode.CPU_EXPERTS: tapes.taped(self.cpu_experts),
             decode.LOAD_EXPERT_OUTPUT: self.load_expert_output,
