@@ -114,6 +114,7 @@ def _loads(load: Load, act: Act, counts: Counts) -> list[tuple[Number, Load]]:
     kinds = spec.alike(by_window=act.attends, by_ffn=act.by_ffn)
     shares = {(kind, False): count / spec.num_layers for kind, count in kinds.items()}
     if load.last is not None and act.by_ffn:
+        last = last if act.attends else last.without_window  # as the kinds are
         shares[last, False] -= 1 / spec.num_layers
         shares[last, True] = 1 / spec.num_layers
     if len(shares) == 1:

@@ -392,3 +392,11 @@ def test_one_way_alone_can_be_asked_for(way):
     both, one = search(space), search(replace(space, parallelism=way))
     assert [found.parallelism for found in one.ways] == [way]
     assert one.best == {found.parallelism: found.best for found in both.ways}[way]
+
+
+def test_a_last_layer_with_a_window_is_planned_on_several_gpus():
+    """Where what is summed up differs in the last layer and windows make no difference."""
+    spec, profile = tiny_spec(attention_windows=(0, 16, 0, 16)), machine(gpu_bytes=6e5, num_gpus=2)
+    workload = Workload(name="few", prompt_len=30, max_prompt_len=40, gen_len=8, num_requests=64)
+    best = search(Space(spec, profile, workload, parallelism=Parallelism.TENSOR)).require()
+    assert 0 < best.tokens_per_s <= best.bound_tokens_per_s * (1 + 1e-9)

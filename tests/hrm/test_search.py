@@ -142,8 +142,8 @@ def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, mo
         dtype="bfloat16",
         workload=replace(WORKLOAD, num_requests=requests),
         schedule=ScheduleName.CGOPIPE,
-        max_micro_batch_size=48,
-        max_micro_batches=24,
+        max_micro_batch_size=32,
+        max_micro_batches=16,
     )
     monkeypatch.setattr(lattice, "WHOLE_PLACES", 10**6)
     whole = search(space)
