@@ -223,6 +223,7 @@ def _combined_level(levels: Sequence[MemoryLevel], choose: _Choice) -> MemoryLev
             attention_bytes_per_s=_combined_rate(attention, choose) if knows_attention else None,
             attention_request_s=_slowest(requests) if requests else None,
             fuses_operators=all(processor.fuses_operators for processor in processors),
+            groups_experts=all(processor.groups_experts for processor in processors),
             native_up_to={},
             launch_latency_s=_slowest([processor.launch_latency_s for processor in processors]),
         ),

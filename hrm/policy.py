@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate, pairwise
 from math import ceil
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
@@ -17,6 +17,7 @@ from hrm.formats import FORMATS, SCALED_KV_FORMATS, Formats
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 from hrm.placement import Place, Placement, caches_at
+from hrm.schedule_name import ScheduleName
 from hrm.tasks import Device, Phase
 
 PAPER_SYMBOLS: Final = "(N, μ, A_g, F_g, r_w, r_c)"
@@ -35,36 +36,6 @@ class PaperTuple(NamedTuple):
     def __str__(self) -> str:
         """The six numbers as they are printed, in the order of `PAPER_SYMBOLS`."""
         return f"({self.N}, {self.mu}, {self.A_g}, {self.F_g}, {self.r_w:.3f}, {self.r_c:.3f})"
-
-
-_ADDED: Final[set[str]] = set()
-
-
-class ScheduleName(StrEnum):
-    """The schedules; MoE-Lightning's Fig. 6 calls the first three baselines S2, S3 and S4.
-
-    Names that were added to these are found too, but are not among those that are listed.
-    """
-
-    CGOPIPE = "cgopipe"
-    FLEXGEN = "flexgen"
-    FLEXGEN_C = "flexgen-c"
-    FASTDECODE = "fastdecode"
-    DEEPSPEED = "deepspeed"
-
-    @classmethod
-    def add(cls, name: str) -> "ScheduleName":
-        """A name beside these, for a schedule of one's own; the same one if it was added before."""
-        _ADDED.add(name)
-        return cls(name)
-
-    @classmethod
-    def _missing_(cls, value: object) -> "ScheduleName | None":
-        if not isinstance(value, str) or value not in _ADDED:
-            return None
-        made = str.__new__(cls, value)
-        made._name_ = made._value_ = value
-        return cast("ScheduleName", cls._value2member_map_.setdefault(value, made))
 
 
 class Parallelism(StrEnum):

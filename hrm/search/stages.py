@@ -223,20 +223,22 @@ class _Tried:
 def _worked_out(space: Space, rows: Sequence[_Row]) -> list[_OnStage]:
     """What each policy does in the space of one stage, in closed form."""
     found: dict[int, _OnStage] = {}
-    kinds: dict[tuple[Kind, bool], list[int]] = {}
+    kinds: dict[tuple[Kind, bool, int], list[int]] = {}
     for number, row in enumerate(rows):
-        kinds.setdefault((Kind.of_policy(row.policy), row.policy.staging), []).append(number)
-    for (kind, staging), numbers in kinds.items():
-        staged, policies = replace(space, staging=staging), [rows[number].policy for number in numbers]
+        form = Kind.of_policy(row.policy), row.policy.staging, row.policy.experts_per_part
+        kinds.setdefault(form, []).append(number)
+    for (kind, *_), numbers in kinds.items():
+        policies = [rows[number].policy for number in numbers]
+        variant = space.holding(policies[0])
         places = np.array([_place(rows[number]) for number in numbers])
-        grid = make_grid(staged, kind, places)
+        grid = make_grid(variant, kind, places)
         ways = len(grid) // len(numbers)  # of keeping projections, and of computing experts in prefill
         wanted = np.repeat([(p.resident_dense, p.prefill_ffn is Device.GPU) for p in policies], ways, axis=0)
         alike = (grid.resident_dense == wanted[:, 0]) & (grid.gpu_prefill_ffn == wanted[:, 1])
         grid = grid.take(np.flatnonzero(alike))
         assert len(grid) == len(numbers), "each policy is one of the ways that its kind has"
-        own_s, decode_s = phases_of_batches(space.costs, grid.point(staged), space.schedule, space.workload)
-        seconds = space.costs.prefills_in_turn * own_s, decode_s
+        seconds = phases_of_batches(space.costs, grid.point(variant), space.schedule, space.workload)
+        seconds = space.costs.prefills_in_turn * seconds[0], seconds[1]
         prefill_s, decode_s = (np.where(grid.fits, np.broadcast_to(of, len(grid)), inf) for of in seconds)
         for index, number in enumerate(numbers):
             found[number] = _OnStage(

@@ -1,7 +1,7 @@
 """The entrance of the search; of several GPUs it compares tensor parallelism and a pipeline."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -151,18 +151,12 @@ class _Searched:
 def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Searched:
     part = space_of_part(space, parallelism)
     one_by_one = parallelism is Parallelism.PIPELINE and bool(space.profile.gpus)
-    spaces = list[Space]()
     if part is None:
-        found = Found()
+        found, spaces = Found(), list[Space]()
     elif one_by_one:
-        found = search_stages(space, part, lambda stage: _found(stage.of_pinning(), solver))
+        found, spaces = search_stages(space, part, lambda stage: _found(stage, solver)[0]), []
     else:
-        spaces = part.of_pinning()
-        found = _found(spaces, solver)
-        in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
-        if in_parts:
-            found = Found.best_of([found, _found(in_parts, solver)])
-            spaces = [*spaces, *in_parts]
+        found, spaces = _found(part, solver)
     return _Searched(
         parallelism=parallelism,
         obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus),
@@ -173,9 +167,18 @@ def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Search
     )
 
 
-def _found(spaces: Iterable[Space], solver: Solver) -> Found:
-    """The best of what a solver finds in several spaces."""
-    return Found.best_of(within_limits(one, lambda tighter: find(tighter, solver)) for one in spaces)
+def _found(part: Space, solver: Solver) -> tuple[Found, list[Space]]:
+    """What a solver finds for one part of the machine, and where: with weights staged or in parts if that is better."""
+
+    def find_in(one: Space) -> Found:
+        return within_limits(one, lambda tighter: find(tighter, solver))
+
+    spaces = part.of_pinning()
+    found = Found.best_of(map(find_in, spaces))
+    in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
+    if in_parts:
+        found = Found.best_of([found, *map(find_in, in_parts)])
+    return found, [*spaces, *in_parts]
 
 
 def find(space: Space, solver: Solver) -> Found:
@@ -186,7 +189,7 @@ def find(space: Space, solver: Solver) -> Found:
 
 
 def _bound(space: Space, searched: Sequence[Space], known_tokens_per_s: float) -> Bound:
-    """A bound on every policy of what was searched; with limits on waiting times, or unequal stages, there is none."""
+    """A bound on what was searched; with limits on waiting times, or stages of unequal GPUs, there is none."""
     if space.limits != NO_LIMITS or (space.profile.gpus and space.parallelism is not Parallelism.TENSOR):
         return Bound(inf, 0)
     bounds = [upper_bound(one, known_tokens_per_s) for one in searched]
