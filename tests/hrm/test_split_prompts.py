@@ -155,6 +155,13 @@ def found(profile, workload=LONG):
     return search(space).best
 
 
+@pytest.fixture
+def whole_layers(monkeypatch):
+    """No experts that stream in parts, which leave room for any prompt."""
+    monkeypatch.setattr(Space, "in_parts", lambda *_: [])
+
+
+@pytest.mark.usefixtures("whole_layers")
 def test_where_the_longest_prompt_fits_no_chunk_there_is_a_policy_now(monkeypatch):
     profile = t4_of(6.5)
     best = found(profile)
@@ -191,6 +198,7 @@ def test_shorter_chunks_leave_room_for_a_higher_throughput(monkeypatch):
     assert split.tokens_per_s > 1.05 * whole.tokens_per_s
 
 
+@pytest.mark.usefixtures("whole_layers")
 def test_programs_split_prompts_as_the_grid_does():
     space = Space(
         spec=BUILT_IN_MODELS["mixtral-8x7b"],

@@ -41,6 +41,7 @@ PIPELINES = {
     "prefill": PREFILL,
     "a rank's": replace(CPU_DECODE, ranks=2),
     "a rank's prefill": replace(PREFILL, ranks=2),
+    "in parts": replace(GPU_DECODE, cpu_experts=(False,) * 3, parts=(2,) * 3),
 }
 
 
