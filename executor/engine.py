@@ -89,7 +89,7 @@ class Engine:
         waits: Waits | None = None,
     ) -> None:
         self._enter_lane, self._streams, self._is_of_device = (enter_lane, streams or {}, is_of_device)
-        self._waits = waits or Waits()
+        self.waits = waits or Waits()
         self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
         self._recorders: dict[Lane, Recorder] = {}
@@ -169,8 +169,8 @@ class Engine:
         for lane, busy_s in self.busy_s.items():
             self._past_busy_s[lane] += busy_s
         self._recorders = {lane: Recorder(lane) for lane in Lane}
-        self._waits.resume()
-        run = GraphRun(handlers, self.origin_s, batch, kept_steps, self._recorders, self._waits)
+        self.waits.resume()
+        run = GraphRun(handlers, self.origin_s, batch, kept_steps, self._recorders, self.waits)
         for worker in self._workers.values():
             worker.start_clock(self.origin_s)
         self._start_s = perf_counter() - self.origin_s

@@ -172,7 +172,7 @@ class Generator(AbstractGenerator):
         self._under_way: list[UnderWay] = []
         self._stops = stops or never_stops
         self._group, self._stages = group or Alone(), stages or OneStage()
-        self.num_stages = self._stages.size
+        self.num_stages, self._stages.waits = self._stages.size, self.engine.waits
         self._kv_peak = {"gpu": 0, "cpu": 0}
         threads = torch.get_num_threads()
 

@@ -1,11 +1,16 @@
 """What stages of a pipeline hand on: each to the next, and the last one to the first."""
 
+import threading
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, final
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Protocol, final
 
 from torch import Tensor
 
 from executor.group.processes import ProcessGroup
+from hrm.contract.pacing import Waits
+
+_LOOK_S: Final = 0.05  # between two looks whether waiting was called off
 
 
 class Moving(Protocol):
@@ -20,7 +25,8 @@ class Stages(ABC):
     """The stages of a pipeline as one of them sees them.
 
     What is sent under one tag comes in the order in which it was sent. Lanes may send and receive at once, each under
-    tags of its own. LostRankError if the other stage is gone.
+    tags of its own. LostRankError if the other stage is gone. What waits is called off with other `waits` of a run,
+    for what it waits for may never come when this stage or another has failed.
     """
 
     stage: int
@@ -28,6 +34,7 @@ class Stages(ABC):
 
     def __init__(self) -> None:
         self._leaving: dict[int, Moving] = {}
+        self.waits = Waits()
 
     @property
     def is_first(self) -> bool:
@@ -98,14 +105,52 @@ class ProcessStages(Stages):
     def _moving(self, start: Any, tensor: Tensor, other: int, tag: int) -> Moving:
         assert tensor.is_contiguous()
         with self._group.telling():
-            return _Moving(start([tensor], other, tag), tensor, self._group)
+            return _Moving(start([tensor], other, tag), tensor, self)
+
+    def wait_for(self, work: Any) -> None:
+        """Return when a work of gloo's has ended."""
+        with self._group.telling():
+            _PATIENCE.wait(work, self.waits)
 
 
 @final
 class _Moving:
-    def __init__(self, work: Any, tensor: Tensor, group: ProcessGroup) -> None:
-        self._work, self._tensor, self._group = work, tensor, group
+    def __init__(self, work: Any, tensor: Tensor, stages: ProcessStages) -> None:
+        self._work, self._tensor, self._stages = work, tensor, stages
 
     def wait(self) -> None:
-        with self._group.telling():
-            self._work.wait()
+        self._stages.wait_for(self._work)
+
+
+@final
+class _Patience(threading.local):
+    """For each thread one more, in which gloo waits without end: it cannot be called off, nor asked how far it is."""
+
+    def __init__(self) -> None:
+        self._works, self._ends = SimpleQueue[Any](), SimpleQueue[BaseException | None]()
+        threading.Thread(target=_serve, args=(self._works, self._ends), name="stages", daemon=True).start()
+
+    def wait(self, work: Any, waits: Waits) -> None:
+        self._works.put(work)
+        while True:
+            try:
+                error = self._ends.get(timeout=_LOOK_S)
+            except Empty:
+                waits.look()
+                continue
+            if error is not None:
+                raise error
+            return
+
+
+def _serve(works: "SimpleQueue[Any]", ends: "SimpleQueue[BaseException | None]") -> None:
+    while True:
+        try:
+            works.get().wait()
+        except RuntimeError as error:
+            ends.put(error)
+        else:
+            ends.put(None)
+
+
+_PATIENCE: Final = _Patience()

@@ -233,4 +233,5 @@ def environment_of(rank: int, size: int, port: int) -> dict[str, str]:
 
 def command_of(module: str) -> tuple[str, ...]:
     """The command of a rank: a module of Python's."""
-    return (sys.executable, "-m", module)
+    # That the module is imported before it is run, by the package that it is in, is nothing to be warned of.
+    return (sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", module)

@@ -34,13 +34,17 @@ class Waits:
         """Sleep; CalledOffError if that is called off meanwhile, or was and not resumed."""
         end_s = time.perf_counter() + seconds
         while True:
-            if self._called_off.is_set():
-                raise CalledOffError
+            self.look()
             if seconds <= LONGEST_SLEEP_S:
                 time.sleep(max(seconds, 0.0))
                 return
             time.sleep(LONGEST_SLEEP_S)
             seconds = end_s - time.perf_counter()
+
+    def look(self) -> None:
+        """Raise CalledOffError if what threads wait for is called off, for those that wait for other things."""
+        if self._called_off.is_set():
+            raise CalledOffError
 
     def call_off(self) -> None:
         """End all sleeps under way, and those to come until `resume`."""
