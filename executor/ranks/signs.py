@@ -81,9 +81,8 @@ def keep_telling(store: Store, rank: int, tasks: Callable[[], Sequence[Task]]) -
             while True:
                 under_way = tasks()
                 texts = tuple(f"task {task.id} ({task.id.act.name}) in lane {task.lane}" for task in under_way)
-                waits = any(
-                    task.id.act.reduces or task.id.act.ends_step or task.id.act in _RECEIVE for task in under_way
-                )
+                acts = [task.id.act for task in under_way]
+                waits = any(act.reduces or act.ends_step or act in _RECEIVE for act in acts)
                 store.set(_pulse_key(rank), msgspec.json.encode(Pulse(number, texts, waits)).decode())
                 number += 1
                 time.sleep(PULSE_S)

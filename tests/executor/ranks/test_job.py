@@ -47,17 +47,18 @@ def model(tmp_path_factory):
     return save_tiny("wide heads", tmp_path_factory.mktemp("model"))
 
 
+def saved_for_two_gpus(path, model, policy):
+    """The file of a policy for two GPUs."""
+    budgets = {"gpu": 2 * 10**6, "cpu": 2 * 10**8}
+    spec = architecture(model).spec
+    save_policy_file(path, policy_file(spec, profile=two_gpus(), policy=policy, memory_budget_bytes=budgets))
+    return path
+
+
 @pytest.fixture(scope="module")
 def policy(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("policy") / "policy.json"
-    content = policy_file(
-        architecture(model).spec,
-        profile=two_gpus(),
-        policy=make_policy(LAYERS, batch_size=4, micro_batch_size=2),
-        memory_budget_bytes={"gpu": 2 * 10**6, "cpu": 2 * 10**8},
-    )
-    save_policy_file(path, content)
-    return path
+    return saved_for_two_gpus(path, model, make_policy(LAYERS, batch_size=4, micro_batch_size=2))
 
 
 def test_two_ranks_answer_as_transformers_does_and_each_tells_what_it_did(model, policy, tmp_path, capsys):

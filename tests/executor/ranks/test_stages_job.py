@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 
 from hrm.policy import Parallelism
-from hrm.policy_file import save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Phase
 from hrm.validate import validate
-from tests.executor.ranks.test_job import two_gpus
+from tests.executor.ranks.test_job import saved_for_two_gpus
 from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, run_words, tokens_of, write_lines
-from tests.executor.runtime.support import architecture, make_policy, policy_file
+from tests.executor.runtime.support import architecture, make_policy
 from tests.executor.tiny_models import save_tiny, transformers_greedy
 
 LONGEST = 2  # of three layers in two stages
@@ -27,14 +26,7 @@ def model(tmp_path_factory):
 def policy(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     stage = replace(make_policy(LONGEST, batch_size=3, micro_batch_size=2), parallelism=Parallelism.PIPELINE)
-    content = policy_file(
-        architecture(model).spec,
-        profile=two_gpus(),
-        policy=stage,
-        memory_budget_bytes={"gpu": 2 * 10**6, "cpu": 2 * 10**8},
-    )
-    save_policy_file(path, content)
-    return path
+    return saved_for_two_gpus(path, model, stage)
 
 
 def test_two_stages_answer_as_transformers_does_and_each_tells_what_it_did(model, policy, tmp_path, capsys):
