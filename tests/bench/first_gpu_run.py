@@ -36,6 +36,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from typing import IO, Final
@@ -71,23 +72,25 @@ STAGES: Final = {
 GATES: Final = {"facts": "native kernels", "host": "host memory", "tests": "tests", "orders": "orders agree"}
 
 
-def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
-    """What a stage does; imported only in its own process."""
-    from tests.bench.first_run import checks, machine, operators, report, runs
+# The module of `first_run` that has a stage's function, which has the stage's name; each is imported by its stage alone.
+MODULES: Final = {
+    "facts": "machine",
+    "host": "machine",
+    "tests": "checks",
+    "profile": "checks",
+    "orders": "runs",
+    "whole": "runs",
+    "transformers": "runs",
+    "s4": "runs",
+    "ranks": "checks",
+    "operators": "operators",
+    "report": "report",
+}
 
-    return {
-        "facts": machine.facts,
-        "host": machine.host,
-        "tests": checks.tests,
-        "profile": checks.profile,
-        "orders": runs.orders,
-        "whole": runs.whole,
-        "transformers": runs.transformers,
-        "s4": runs.s4,
-        "ranks": checks.ranks,
-        "operators": operators.operators,
-        "report": lambda setting, figures: print(report.write(setting.folder), file=figures.out),
-    }[stage]
+
+def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
+    """What a stage does."""
+    return getattr(import_module(f"tests.bench.first_run.{MODULES[stage]}"), stage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench.first_run.figures import closed_gates, latest
+from tests.bench.first_run.figures import Figures, closed_gates, latest
+from tests.bench.first_run.setting import RunSetting
 
 FILE: Final = "report.md"
 HEAD: Final = (
@@ -19,6 +20,11 @@ HEAD: Final = (
     "GPU busy",
     "GPU peak of planned",
 )
+
+
+def report(setting: RunSetting, figures: Figures) -> None:
+    """Write the report, and print it."""
+    print(write(setting.folder), file=figures.out)
 
 
 def write(folder: Path) -> str:
