@@ -21,7 +21,7 @@ from executor.model.workspace import Workspace
 from hrm.contract.lane_threads import lane_threads
 from hrm.contract.launches import GROUPED_CAPABILITIES
 from hrm.contract.libraries import settle_libraries
-from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
+from hrm.profiling.pinned import CudaRegistrar, PinnableMemory, kept_bytes
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
@@ -139,6 +139,14 @@ class CudaBackend(AbstractBackend):
             return self._host.allocate(num_bytes, self.told)
         self._take(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def allocate_host(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """The same memory, already pinned, for runs one after the other that it is kept for."""
+        return self._host.allocate_together(sizes, self.told)
+
+    def kept_host_bytes(self) -> int:
+        """What no run has any more."""
+        return kept_bytes()
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Register the memory with the driver."""

@@ -72,7 +72,7 @@ STAGES: Final = {
 GATES: Final = {"facts": "native kernels", "host": "host memory", "tests": "tests", "orders": "orders agree"}
 
 
-# The module of `first_run` that has a stage's function, which has the stage's name; each is imported by its stage alone.
+# The module of `first_run` that has a stage's function, of the stage's name; each is imported by its stage alone.
 MODULES: Final = {
     "facts": "machine",
     "host": "machine",
