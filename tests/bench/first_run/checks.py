@@ -1,6 +1,8 @@
 """A few tests that tell most of the accelerator, one line as each ends, and the machine's profile."""
 
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.bench.first_run.setting import RunSetting
 
 ROOT: Final = Path(__file__).parents[3]
 MOST_TESTS: Final = 40
+SPARE_S: Final = 10.0  # of a stage's time, in which no other test is begun
 PROFILE_S: Final = {"full": 40.0, "small": 1.5}
 # Each policy here with another schedule and model, so that every kernel, edge and place of a cache is met.
 PARITY: Final = (
@@ -69,23 +72,25 @@ RANKS_ELSEWHERE: Final = {
 
 def tests(setting: RunSetting, figures: Figures) -> None:
     """At most 40 tests; the gate is open if some passed and none failed."""
-    counts, is_good = _run(ELSEWHERE if setting.suite.emulated else ON_A_CARD, figures)
+    counts, is_good = _run(setting, ELSEWHERE if setting.suite.emulated else ON_A_CARD, figures)
     figures.put("tests", counts)
     figures.gate("tests", is_open=is_good, told=", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
 
 
 def ranks(setting: RunSetting, figures: Figures) -> None:
     """Two ranks on one card, which sum up through the host, and one on each of two where there are two."""
-    counts, is_good = _run(RANKS_ELSEWHERE if setting.suite.emulated else RANKS_ON_A_CARD, figures)
+    counts, is_good = _run(setting, RANKS_ELSEWHERE if setting.suite.emulated else RANKS_ON_A_CARD, figures)
     figures.put("tests of ranks", {**counts, "good": is_good})
 
 
-def _run(chosen: Mapping[str, Sequence[str]], figures: Figures) -> tuple[dict[str, int], bool]:
+def _run(setting: RunSetting, chosen: Mapping[str, Sequence[str]], figures: Figures) -> tuple[dict[str, int], bool]:
     """Run the tests of these files that have these names; how many had which outcome, and whether that is good."""
-    reporter = Reporter(figures, {pattern for patterns in chosen.values() for pattern in patterns})
+    patterns = {pattern for patterns in chosen.values() for pattern in patterns}
+    reporter = Reporter(figures, patterns, setting.suite.until_s - SPARE_S)
     os.chdir(ROOT)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none of those that a machine happens to have
     # Other versions of packages than the pinned ones may warn: here that is no failure.
-    options = ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly", "--maxfail=5"]
+    options = ["-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "--maxfail=5"]
     code = pytest.main([*options, *chosen], plugins=[reporter])
     counts = reporter.counts
     return counts, counts["passed"] > 0 and not counts["failed"] and int(code) == 0
@@ -93,10 +98,10 @@ def _run(chosen: Mapping[str, Sequence[str]], figures: Figures) -> tuple[dict[st
 
 @final
 class Reporter:
-    """A plugin of pytest's that keeps the chosen tests and tells of each as it ends."""
+    """A plugin of pytest's that keeps the chosen tests, begins none after `until_s`, and tells of each as it ends."""
 
-    def __init__(self, figures: Figures, patterns: set[str]) -> None:
-        self._figures, self._patterns = figures, patterns
+    def __init__(self, figures: Figures, patterns: set[str], until_s: float = math.inf) -> None:
+        self._figures, self._patterns, self._until_s = figures, patterns, until_s
         self.kept = list[pytest.Item]()
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
 
@@ -110,6 +115,12 @@ class Reporter:
                 self._figures.put(f"no test is {pattern}", value=True)
         del kept[MOST_TESTS:]
         items[:] = kept
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """Of a stage that is ended by force it would not be known whether its tests were good until then."""
+        if time.monotonic() > self._until_s:
+            pytest.skip("no time is left")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A line for each outcome, with the end of what a failure says."""
