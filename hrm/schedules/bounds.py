@@ -1,19 +1,20 @@
 """What a step of decode takes at least in an order in which lanes work in turn, whatever their own work is."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from hrm.numeric import Number, maximum, where
+from hrm.numeric import Number, is_zero, maximum, minimum, where
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Lane
 
 Terms = tuple[Number, ...]
+_HALF: Final = 0.5
 
 
 class StepWork(NamedTuple):
     """The seconds of work of a decode step, and what the order's bounds depend on; numbers or arrays.
 
-    `weights_s` is the part of the H2D lane that moves weights. `cpu_attention` and `streams_kv` are shares of the
-    micro-batches.
+    `weights_s` is the part of the H2D lane that moves weights, and `attention_s` that of the GPU which is attention.
+    Micro-batches that attend on the CPU are away from the GPU for `away_s`, all of them together. `cpu_attention` and
+    `streams_kv` are shares of the micro-batches.
     """
 
     gpu_s: Number
@@ -21,20 +22,27 @@ class StepWork(NamedTuple):
     h2d_s: Number
     d2h_s: Number
     weights_s: Number
+    attention_s: Number
+    away_s: Number
     num_micro_batches: Number
     cpu_attention: Number
     streams_kv: Number
 
-    @staticmethod
-    def of(lanes: dict[Lane, Number], *, weights_s: Number, n: Number, cpu: Number, streams: Number) -> "StepWork":
-        """Of the seconds of each lane."""
-        gpu_s, cpu_s, h2d_s, d2h_s = (lanes[lane] for lane in (Lane.GPU, Lane.CPU, Lane.H2D, Lane.D2H))
-        return StepWork(gpu_s, cpu_s, h2d_s, d2h_s, weights_s, n, cpu, streams)
 
+def cgopipe(step: StepWork) -> Terms:
+    """CGOPipe overlaps all lanes, as far as micro-batches in flight allow.
 
-def cgopipe(_: StepWork) -> Terms:
-    """CGOPipe overlaps all lanes, as far as micro-batches in flight allow."""
-    return ()
+    While one of them is away to the CPU's attention, the GPU ends the layer of the one before and begins that of the
+    one after, with attention if that is on the GPU. If no two in a row go to the CPU, as is so where it has half of them
+    at most, these whiles come in turn, and the rest of the GPU's work between them.
+    """
+    share = step.cpu_attention
+    apart = (share > 0) & (share <= _HALF)
+    if is_zero(apart):
+        return (0.0,)
+    others = minimum(share, _HALF)
+    rest_s = (1 - others) * (step.gpu_s - step.attention_s) + (1 - 2 * others) / (1 - others) * step.attention_s
+    return (apart * (step.away_s + rest_s),)
 
 
 def fastdecode(step: StepWork) -> Terms:
