@@ -2,18 +2,19 @@
 
 from typing import Final, NamedTuple
 
-from hrm.numeric import Number, is_zero, maximum, minimum, where
+from hrm.numeric import Number, maximum, minimum, where
 from hrm.schedules.orders import LOOKAHEAD
 
 Terms = tuple[Number, ...]
 _HALF: Final = 0.5
+_NEXT_TO_NOTHING: Final = 1e-9
 
 
 class StepWork(NamedTuple):
     """The seconds of work of a decode step, and what the order's bounds depend on; numbers or arrays.
 
-    `weights_s` is the part of the H2D lane that moves weights, and `attention_s` that of the GPU which is attention.
-    Micro-batches that attend on the CPU are away from the GPU for `away_s`, all of them together. `cpu_attention` and
+    `weights_s` is the part of the H2D lane that moves weights, `attention_s` and `cpu_attention_s` those of the GPU and
+    the CPU which are attention, and `exchange_s` is what moves to and from that on the CPU. `cpu_attention` and
     `streams_kv` are shares of the micro-batches.
     """
 
@@ -23,7 +24,8 @@ class StepWork(NamedTuple):
     d2h_s: Number
     weights_s: Number
     attention_s: Number
-    away_s: Number
+    cpu_attention_s: Number
+    exchange_s: Number
     num_micro_batches: Number
     cpu_attention: Number
     streams_kv: Number
@@ -32,17 +34,18 @@ class StepWork(NamedTuple):
 def cgopipe(step: StepWork) -> Terms:
     """CGOPipe overlaps all lanes, as far as micro-batches in flight allow.
 
-    While one of them is away to the CPU's attention, the GPU ends the layer of the one before and begins that of the
-    one after, with attention if that is on the GPU. If no two in a row go to the CPU, as is so where it has half of them
-    at most, these whiles come in turn, and the rest of the GPU's work between them.
+    The GPU begins a layer of a micro-batch when it has ended that of the one two before. So where one cache of three in
+    a row is on the GPU, that of the middle one, the CPU waits for the GPU to end what the first and to begin what the
+    last has to do. Where the GPU has half of the caches or more, no two in a row go to the CPU, and while one is away
+    the GPU has nothing else to do than to end the layer of the one before and to begin that of the one after, with
+    attention if that is on the GPU.
     """
     share = step.cpu_attention
-    apart = (share > 0) & (share <= _HALF)
-    if is_zero(apart):
-        return (0.0,)
+    between_s = (1 - share) * (step.gpu_s - step.attention_s)
+    moved_s = minimum((1 - share) / maximum(share, _NEXT_TO_NOTHING), 1) * step.exchange_s
+    in_turn_s = step.cpu_attention_s + moved_s + between_s
     others = minimum(share, _HALF)
-    rest_s = (1 - others) * (step.gpu_s - step.attention_s) + (1 - 2 * others) / (1 - others) * step.attention_s
-    return (apart * (step.away_s + rest_s),)
+    return (in_turn_s, (share <= _HALF) * (in_turn_s + (1 - 2 * others) / (1 - others) * step.attention_s))
 
 
 def fastdecode(step: StepWork) -> Terms:
