@@ -11,7 +11,8 @@ from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, prefix_tokens_for
+from hrm.placement import experts_of_layers
+from hrm.policy import Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.tasks import Device
 from hrm.workload import Workload
 

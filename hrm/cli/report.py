@@ -12,7 +12,8 @@ from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
-from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy, experts_of_layers
+from hrm.placement import experts_of_layers
+from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy
 from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import given_resources

@@ -1,15 +1,20 @@
 """Tokens of several ranks equal those of transformers, whatever the policy and the schedule."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from executor.generate import Completion, Generator
 from executor.group import Group
+from hrm.layers import ExpertDivision
+from hrm.policy import Policy
 from tests.executor.group.threads import with_ranks
 from tests.executor.runtime.fake_cuda import ACCELERATOR, installed
-from tests.executor.runtime.support import GPU, generate, requests
+from tests.executor.runtime.support import GPU, architecture, generate, requests
 from tests.executor.runtime.test_cuda import on_a_card
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, SCHEDULES, expected, policy_of
-from tests.executor.tiny_models import MODELS
+from tests.executor.tiny_models import DBRX, MODELS
 
 
 def tokens(made: Generator, _: Group) -> dict[str, tuple[int, ...]]:
@@ -21,6 +26,27 @@ def test_greedy_tokens_of_ranks_equal_those_of_transformers(tiny_folders, index,
     """Policies, schedules, models and numbers of ranks take turns."""
     folder, size = tiny_folders[MODELS[index % len(MODELS)]], (2, 4)[index % 3 == 2]
     policy = policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name])
+    for found in with_ranks(folder, policy, size, tokens, accelerator=("cpu", "emulated")[index % 4 == 3]):
+        assert found == expected(folder)
+
+
+def with_whole_experts(folder: Path, policy: Policy, ranks: int) -> Policy:
+    """The same where each rank has whole experts, of which there are then fewer."""
+    count = architecture(folder).spec.num_experts // ranks
+    return replace(
+        policy,
+        expert_division=ExpertDivision.WHOLE,
+        resident_experts=tuple(min(resident, count) for resident in policy.resident_experts),
+        experts_per_part=min(policy.experts_per_part, count),
+    )
+
+
+@pytest.mark.parametrize(("index", "name"), list(enumerate(POLICIES)))
+def test_greedy_tokens_of_ranks_with_whole_experts_equal_those_of_transformers(tiny_folders, index, name):
+    """Of few tokens some choose none of a rank's; of other ranks' only the router is there."""
+    model = [model for model in MODELS if model != "tied"][index % (len(MODELS) - 1)]  # whose 5 experts none divides
+    folder, size = tiny_folders[model], 2 if model == DBRX else (4, 2)[index % 3 == 2]
+    policy = with_whole_experts(folder, policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name]), size)
     for found in with_ranks(folder, policy, size, tokens, accelerator=("cpu", "emulated")[index % 4 == 3]):
         assert found == expected(folder)
 
