@@ -65,8 +65,8 @@ class Policy:
     of them again. With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
     make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
     and `kv_format` are it too where a policy is made without them.
-    In tensor parallelism `expert_division` says what each GPU has of the routed experts: a part of the inner
-    size of every one, or whole ones, as many as any other GPU; experts are counted as that GPU has them.
+    In tensor parallelism each GPU has a part of every expert, or whole ones, as many as any other: `expert_division`
+    says which. Experts are counted as one GPU has them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
     are under way. With `stage_lengths` it is that of all stages, which have so many layers each, and
     `resident_experts` are those of the whole model. `gpus` are the numbers of those that are used, in a

@@ -70,7 +70,7 @@ def _share_in(block: Block, narrow: Block, tensor: TensorSpec, part: TensorSpec,
 
 def _share(tensor: TensorSpec, part: TensorSpec, whole: Sections, its: Sections, rank: int, ranks: int) -> Share:
     share = Share.whole(tensor)
-    if its:
+    if whole and its:
         return share._replace(rows=_spans(whole, its, rank, ranks))
     if part.split == 1:
         (columns,) = _spans((Section(tensor.shape[1]),), (Section(part.shape[1]),), rank, ranks)
