@@ -20,15 +20,32 @@ class CalledOffError(Exception):
     """What was waited for is not wanted any more."""
 
 
+class _OfThread(threading.local):
+    """What each thread is told apart."""
+
+    ready_s: float | None = None
+
+
 @final
 class Waits:
-    """Sleeps of other threads, to be called off by the one that hears Ctrl-C.
+    """Sleeps of other threads, to be called off by the one that hears Ctrl-C, and when what they do could have begun.
 
-    A transfer over an emulated link of a few bytes a second may last for days.
+    A transfer over an emulated link of a few bytes a second may last for days. A device begins one as soon as all that
+    it waits for is done, whenever a thread of the host's wakes up.
     """
 
     def __init__(self) -> None:
         self._called_off = threading.Event()
+        self._thread = _OfThread()
+
+    @property
+    def ready_s(self) -> float | None:
+        """When what the calling thread is at could have begun, on perf_counter; None if nobody has told."""
+        return self._thread.ready_s
+
+    def begin(self, ready_s: float) -> None:
+        """Tell when what the calling thread begins now could have begun, had it been awake."""
+        self._thread.ready_s = ready_s
 
     def sleep(self, seconds: float) -> None:
         """Sleep; CalledOffError if that is called off meanwhile, or was and not resumed."""
