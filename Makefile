@@ -53,7 +53,7 @@ fuzz: $(TEST_READY)  ## changed files to every reader (FUZZ_EXAMPLES=200000, FUZ
 lint: rules  ## ruff, import-linter and pyright
 	$(CHECK_TYPES)
 
-rules: $(TEST_READY)
+rules: $(TEST_READY)  ## ruff and import-linter
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/lint-imports --no-logo
