@@ -38,7 +38,7 @@ def pytest_collection():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Keep them from collections again, and what was imported since: an engine that ends lets these look at everything."""
+    """Keep them from collections again, and what came since: an engine that ends lets these look at everything."""
     gc.collect(1)
     gc.freeze()
 
