@@ -6,7 +6,8 @@ VENV ?= .venv
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install
+# Compiling all modules takes pip three quarters of its time; Python compiles those that are imported, when they are.
+PIP := $(BIN)/python -m pip install --no-compile
 TORCH := $(VENV)/.torch
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-for-tests
