@@ -20,7 +20,7 @@ from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Device, Phase
+from hrm.tasks import Device, Lane, Phase
 from hrm.workload import Workload
 
 # Places in a stretch of contexts, and the share of its steps that each stands for.
@@ -183,12 +183,19 @@ class DecodeStep:
 
     def in_order(self, seconds: PhaseSeconds) -> tuple[Number, ...]:
         """What the step takes at least, for several reasons, those of the schedule last; the longest is its time."""
-        step = StepWork.of(
-            seconds.lanes,
-            weights_s=seconds.acts.get(decode.LOAD_PAGE, 0.0),
-            n=self.counts.pieces,
-            cpu=self.counts.cpu_attention,
-            streams=self.counts.streams_kv,
+        lanes, acts = seconds.lanes, seconds.acts
+        step = StepWork(
+            gpu_s=lanes[Lane.GPU],
+            cpu_s=lanes[Lane.CPU],
+            h2d_s=lanes[Lane.H2D],
+            d2h_s=lanes[Lane.D2H],
+            weights_s=acts.get(decode.LOAD_PAGE, 0.0),
+            attention_s=acts.get(decode.ATTENTION, 0.0),
+            cpu_attention_s=acts.get(decode.CPU_ATTENTION, 0.0),
+            exchange_s=acts.get(decode.OFFLOAD_QKV, 0.0) + acts.get(decode.LOAD_HIDDEN, 0.0),
+            num_micro_batches=self.counts.pieces,
+            cpu_attention=self.counts.cpu_attention,
+            streams_kv=self.counts.streams_kv,
         )
         of_schedule = SCHEDULES[self.schedule].terms(step)
         if not is_zero(self.counts.parts):  # which no schedule's own terms know of

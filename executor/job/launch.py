@@ -9,14 +9,13 @@ from typing import Final
 from executor.errors import RunError
 from executor.generate import AbstractGenerator
 from executor.group.cores import own_cores, started_by_torchrun
-from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, prepare
+from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, files_of_ranks, prepare
 from executor.job.model import OpenModel
 from executor.job.rank import RankJob, RankReport, for_rank
 from executor.loading import Loading
 from executor.ranks.generator import RankedGenerator, Ranks
 from executor.ranks.messages import telling
 from hrm.policy import Parallelism
-from hrm.policy_file import PolicyFile
 
 WORKER: Final = "executor.job.rank"
 
@@ -65,20 +64,21 @@ def launching(options: AcceleratorOptions, model: OpenModel, gpus: int | None) -
     Raises PolicyError if the policy does not fit, and RunError if the accelerator cannot be had or if there are not as
     many `gpus`, or ranks of torchrun, as the policy was solved for.
     """
-    size = _ranks_of(model.policy_file, gpus)
+    files = files_of_ranks(replace(model.policy_file, policy=model.policy))
+    size, numbers = len(files), model.policy.gpus
+    _check_number(size, gpus)
+    own = model.own.policy_file
     if size == 1 or options.name == "null":
-        prepared = prepare(options, model.part, model.part.policy)
-        yield Launch(model, prepared, 1, options, set())
+        yield Launch(model, prepare(for_rank(options, 0, size, numbers), own, own.policy), 1, options, set())
         return
-    options = replace(options, name=accelerator_for(options.name, model.part.profile))
+    options = replace(options, name=accelerator_for(options.name, own.profile))
     with own_cores(0, size) as cpus:
-        prepared = prepare(for_rank(options, 0, size), model.part, model.part.policy, ranks=size)
+        prepared = prepare(for_rank(options, 0, size, numbers), own, own.policy, others=files[1:])
         yield Launch(model, prepared, size, options, cpus)
 
 
-def _ranks_of(policy_file: PolicyFile, gpus: int | None) -> int:
-    """How many ranks the policy is for; RunError if there are to be others."""
-    count = policy_file.profile.num_gpus
+def _check_number(count: int, gpus: int | None) -> None:
+    """Raise RunError if there are to be other than `count` ranks."""
     given = {"--gpus": gpus, "torchrun: --nproc-per-node": _processes_of_torchrun()}
     for where, number in given.items():
         if number not in (None, count):
@@ -88,7 +88,6 @@ def _ranks_of(policy_file: PolicyFile, gpus: int | None) -> int:
                 f"must be {count}, which the policy was solved for",
                 "correct it, or solve the policy again with hrm search --gpus",
             )
-    return count
 
 
 def _processes_of_torchrun() -> int | None:

@@ -12,6 +12,7 @@ from hrm.search.constraints import meets
 from hrm.search.fit import Ints
 from hrm.search.grid import Grid, make_grid
 from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, coarse, counted_up, whole
+from hrm.search.longest import with_longest_chunks
 from hrm.search.scores import scored
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Kind, Space
@@ -91,6 +92,8 @@ class GridOfKind:
         grid = make_grid(self.space, self.kind, places)
         if self.whole and not self.kind.gpu_ffn:
             grid = self._with_every_residency(grid)
+        else:
+            grid = grid.and_also(with_longest_chunks(self.space, self.kind, self.chunks, places))
         self.evaluations += len(grid)
         grid = grid.take(np.flatnonzero(grid.fits))
         if self.space.limits != NO_LIMITS:

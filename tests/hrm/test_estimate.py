@@ -270,6 +270,35 @@ def test_the_closed_form_takes_no_longer_than_the_simulation(schedule):
         assert decode_s <= predicted.decode.seconds * (1 + within), (seed, policy)
 
 
+@pytest.mark.parametrize("least_on_gpu", [0.0, 0.5])
+def test_the_cpus_attention_and_the_gpu_wait_for_one_another_where_each_has_some_caches(least_on_gpu):
+    exact = longest = 0
+    for seed in range(200):
+        rng = Random(seed)
+        spec = random_varied_spec(rng)
+        number, size = rng.randint(2, 9), rng.randint(1, 40)
+        policy = replace(
+            policy_of_system(random_policy(rng, spec, ScheduleName.CGOPIPE)),
+            batch_size=size * number,
+            micro_batch_size=size,
+            attention=Device.CPU,
+            ffn=Device.GPU if seed % 4 else Device.CPU,
+            prefill_ffn=Device.GPU,
+            gpu_kv_micro_batches=rng.randint(max(1, int(least_on_gpu * number)), number - 1),
+            experts_per_part=0,
+        )
+        costs = Costs(spec, random_machine(rng), policy.formats)
+        step = DecodeStep.of_point(costs, Point.of_policy(policy, spec), policy.schedule)
+        *others, in_turn_s, with_attention_s = step.in_order(step.seconds(90.0))
+        in_turn_s, simulated_s = max(in_turn_s, with_attention_s), step_seconds(costs, policy, 90.0)
+        assert in_turn_s <= simulated_s * (1 + ROUNDING), (seed, policy)
+        is_longest = in_turn_s > 1.01 * max(others)
+        longest += is_longest
+        exact += is_longest and simulated_s < in_turn_s * (1 + ROUNDING)
+    assert longest > 15
+    assert exact > 5, exact
+
+
 def policy_of_system(policy: Policy) -> Policy:
     """The policy within what the search leaves to the system that the schedule is from."""
     fixed = SCHEDULES[policy.schedule]
