@@ -143,29 +143,31 @@ def every(options: argparse.Namespace, given: Sequence[str]) -> int:
     """
     # Behind the last stage: until it is gone, and the report with the same.
     until_s = time.monotonic() + options.budget_seconds - STAGES["report"] - 4 * GRACE_S
-    failed = list[str]()
+    failed, closed = list[str](), list[str]()
     with _log(options.out) as log:
         for stage, most_s in STAGES.items():
             seconds = most_s if stage == "report" else min(most_s, until_s - time.monotonic())
-            if stage != "report" and (closed_gates(options.out) or seconds < min(most_s / 3, 20)):
+            if stage != "report" and (closed or seconds < min(most_s / 3, 20)):
                 failed.append(stage)
                 continue
             start_s, figures = time.monotonic(), Figures(options.out, stage)
             with suppress(OSError):
-                log.write(f"\n== {stage}\n")
-                log.flush()
+                os.write(log.fileno(), f"\n== {stage}\n".encode())
             words = [*given, "--stage", stage, "--seconds", f"{seconds:.1f}"]
             if told := ended([sys.executable, "-m", "tests.bench.first_gpu_run", *words], log, seconds + GRACE_S):
                 failed.append(stage)
                 figures.put(f"{stage} ended", told)
+            closed = closed_gates(options.out)
             if stage in GATES and f"gate: {GATES[stage]}" not in latest(options.out):
-                figures.gate(GATES[stage], is_open=False, told="the stage ended before it was known")
+                told = "the stage ended before it was known"
+                figures.gate(GATES[stage], is_open=False, told=told)
+                closed.append(f"{GATES[stage]}: {told}")  # wherever it could not be written
             figures.put(f"{stage} took", round(time.monotonic() - start_s, 1))
-    for line in closed_gates(options.out):
-        print(f"closed: {line}", file=sys.stderr)
+            if closed and stage != "report":
+                print(f"closed: {', '.join(closed)}", file=sys.stderr)
     if failed:
         print(f"not done: {', '.join(failed)}; see {options.out / LOG}", file=sys.stderr)
-    return int(bool(failed or closed_gates(options.out)))
+    return int(bool(failed or closed))
 
 
 def ended(command: Sequence[str], log: IO[str], seconds: float) -> str:

@@ -77,12 +77,10 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
 def _sentences(known: dict[str, Any]) -> list[str]:
     """The questions that the run was for."""
     found: list[str] = []
-    if "tests" in known:
-        tests = known["tests"]
-        found.append(f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
-    if "tests of ranks" in known:
-        tests = known["tests of ranks"]
-        found.append(f"of two ranks: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
+    for name in ("tests", "tests of ranks", "tests of ranks in processes"):
+        if name in known:
+            tests = known[name]
+            found.append(f"{name}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
     ours = known.get("few layers: cgopipe")
     if ours is not None and "tokens_per_s" in ours:
         others = {"S4": known.get("few layers: S4")}
