@@ -162,7 +162,7 @@ def prepare(
         backend.check_dtype(policy.dtype)
     backend.check_room(plan.gpu.planned_bytes)
     needed_bytes = sum(_host_bytes(each, backend) for each in plans)
-    available = available_ram_bytes()
+    available = available_ram_bytes() + backend.kept_host_bytes()
     if needed_bytes > available:
         raise PolicyError(
             "policy: memory of this machine",
@@ -190,7 +190,7 @@ def _staged(
         return None
     staged = replace(policy, staging=True, experts_per_part=0)
     plan = budgeted_plan(policy_file, staged, options.gpu_memory_bytes)
-    fits = plan.fits and _host_bytes(plan, backend) <= available_ram_bytes()
+    fits = plan.fits and _host_bytes(plan, backend) <= available_ram_bytes() + backend.kept_host_bytes()
     return Planned(staged, plan) if fits else None
 
 
