@@ -10,7 +10,8 @@ Every part keeps its layers' KV caches of all those batches. A pipeline needs no
 link moves whole layers for a batch that is that many times smaller.
 
 Stages whose lengths a policy gives are told one by one: each has its own layers, its own GPU, and of
-the host's rates as large a share as of the model's layers. The slowest sets the pace.
+the host's rates as large a share as of the model's layers; the first has the embedding and the last the
+LM head. The slowest sets the pace. A pipeline that is run is always told so.
 """
 
 from collections.abc import Sequence
@@ -128,6 +129,34 @@ def shares_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> tup
     )
 
 
+def ranks_of(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> tuple[Share, ...]:
+    """What each process of a run has of a policy, by its rank: one, parts that are alike, or the stages in order.
+
+    Raises PolicyError as `shares_for` does.
+    """
+    shares = shares_for(policy, spec, profile)
+    ranks = used_of(profile, policy).num_gpus
+    if policy.parallelism is Parallelism.TENSOR or ranks == 1:
+        return shares * ranks
+    return shares_for(_with_lengths(policy, spec, ranks), spec, profile)
+
+
+def _with_lengths(policy: Policy, spec: ModelSpec, num_stages: int) -> Policy:
+    """The policy of a pipeline with the lengths of its stages, and the resident experts of all of them.
+
+    One that was made for the longest stage has as many experts resident in each of a stage's layers with experts as
+    there, which are more than those of any stage.
+    """
+    if policy.stage_lengths:
+        return policy
+    stages = stage_layers(spec.num_layers, num_stages)
+    counts: list[int] = []
+    for layers in stages:
+        of_longest = iter(policy.resident_experts)
+        counts += [next(of_longest) if spec.layer_kind(layer).has_experts else 0 for layer in layers]
+    return replace(policy, stage_lengths=tuple(map(len, stages)), resident_experts=tuple(counts))
+
+
 def used_of(profile: HardwareProfile, policy: Policy) -> HardwareProfile:
     """The machine with the GPUs alone that the policy uses; PolicyError if it has no such GPUs."""
     if not policy.gpus:
@@ -155,8 +184,13 @@ def stage_of(spec: ModelSpec, profile: HardwareProfile, index: int, layers: rang
 
 @lru_cache(maxsize=512)
 def _stage_spec(spec: ModelSpec, start: int, stop: int) -> ModelSpec:
-    """Those layers, with the embedding and the LM head: kept, for costs are kept by what they are of."""
-    return spec.with_layers(spec.layers[start:stop], name=f"{spec.name}, layers {start} to {stop - 1}")
+    """Those layers, with the embedding before the first and the LM head after the last: kept, as costs are of it."""
+    return spec.with_layers(
+        spec.layers[start:stop],
+        name=f"{spec.name}, layers {start} to {stop - 1}",
+        has_embedding=start == 0,
+        has_head=stop == spec.num_layers,
+    )
 
 
 def _check_obstacle(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> None:
@@ -175,29 +209,6 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
     """The layers of every stage, as even as can be; the first has no more than any other."""
     ends = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     return tuple(range(low, high) for low, high in pairwise(ends))
-
-
-@lru_cache(maxsize=64)
-def stages_of(spec: ModelSpec, num_stages: int) -> tuple[ModelSpec, ...]:
-    """What each stage has of the model: the layers of its range, the first the embedding and the last the LM head."""
-    return tuple(
-        spec.with_layers(
-            spec.layers[layers.start : layers.stop],
-            name=f"{spec.name}, stage {stage} of {num_stages}",
-            has_embedding=stage == 0,
-            has_head=stage == num_stages - 1,
-        )
-        for stage, layers in enumerate(stage_layers(spec.num_layers, num_stages))
-    )
-
-
-def stage_policy(policy: Policy, stage: ModelSpec) -> Policy:
-    """What a stage runs of the policy that was made for the longest one, which has more layers with experts than any.
-
-    Each of its own has as many experts resident as one of those.
-    """
-    counts = iter(policy.resident_experts)
-    return replace(policy, resident_experts=tuple(next(counts) if each.has_experts else 0 for each in stage.layers))
 
 
 @lru_cache(maxsize=64)

@@ -96,12 +96,24 @@ def checked(starts: Sequence[int], lengths: Sequence[int] | None = None) -> None
         _under_way.calls.spoil()
 
 
+def prepare() -> None:
+    """Have torch load now what it loads when a tensor is first viewed while something watches, which takes a second."""
+    viewed = torch.empty(1)
+    with _Watch(None):
+        viewed.as_strided((1,), (1,))
+
+
 class _Watch(TorchDispatchMode):
     """Gives a tape up as soon as torch computes; keeps what it allocates, which calls write to."""
 
     def __init__(self, calls: Any) -> None:
         super().__init__()
         self.calls, self.kept = calls, list[Tensor]()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else the first tape imports torch's compiler, for a second in the middle of a run."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -33,6 +33,7 @@ from hrm.estimate import estimate as predict
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
 from hrm.layers import ExpertDivision
+from hrm.parallel import used_of
 from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import policy_file_of, save_policy_file
 from hrm.search import SOLVERS, SearchResult, Solver, solver_named
@@ -239,5 +240,6 @@ def _show(
         return
     print_plan(predicted, model.spec, profile, workload, result)
     way = predicted.policy.parallelism
-    told = run_text(model.argument, out, spec=model.spec, stored=model.stored, profile=profile, parallelism=way)
+    used = used_of(profile, predicted.policy)
+    told = run_text(model.argument, out, spec=model.spec, stored=model.stored, profile=used, parallelism=way)
     console.print(f"\n{told}")

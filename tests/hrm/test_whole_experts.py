@@ -185,7 +185,7 @@ def a_policy(spec: ModelSpec, **changes: object) -> Policy:
         "kv_tokens_per_micro_batch": kv_tokens_for(20, 49, 109),
         "prefill_chunk_tokens": 250,
     }
-    return Policy(**{**values, **changes})  # pyright: ignore[reportArgumentType]
+    return Policy(**{**values, **changes})
 
 
 def test_a_policy_says_which_and_is_counted_so() -> None:
