@@ -28,6 +28,7 @@ from hrm.search.ties import smallest_first
 
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
+_EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -37,8 +38,9 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
     several GPUs, tensor parallelism, with experts divided or whole, and a pipeline are searched one after
     the other unless one of them is asked for, and the result names all. Whole experts must be faster than
-    divided ones by more than a thousandth. GPUs that are not all alike are searched without
-    those of some kinds as well. If nothing is possible or fits, the result says so.
+    divided ones by more than a hundredth, as tokens may go to them less evenly than plans are told. GPUs
+    that are not all alike are searched without those of some kinds as well. If nothing is possible or fits,
+    the result says so.
     """
     found = _search(space, solver, runner_ups)
     for gpus in sets_of_kinds(space.profile):
@@ -78,7 +80,7 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     ways: list[_Searched] = []
     for way, division in ways_of(space):
         ways.append(_searched(space, way, division, solver, max((one.tokens_per_s for one in ways), default=0.0)))
-    fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + TIE * (way.division is ExpertDivision.WHOLE)))
+    fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + _EVENLY * (way.division is ExpertDivision.WHOLE)))
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
