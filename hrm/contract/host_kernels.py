@@ -32,7 +32,7 @@ class HostKernels:
     numbers in that packed format, which `multiply` takes as a weight, too. If the runtime
     `fuses_operators`, all experts of a layer take one kernel, not some for each, and so does a norm or
     rotary embedding. `native_up_to` tells which work is left to torch. `sums_between(ranks, sizes)` are seconds of
-    sums of so many bytes each between ranks that are processes of this machine.
+    sums of so many bytes each between ranks that are processes of this machine, as runs take them.
     """
 
     name: str
