@@ -6,10 +6,13 @@ VENV ?= .venv
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install
+# Compiling all modules takes pip three quarters of its time; Python compiles those that are imported, when they are.
+PIP := $(BIN)/python -m pip install --no-compile
 TORCH := $(VENV)/.torch
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-for-tests
+CHECK_TYPES := $(BIN)/python -m pyright --pythonpath $(BIN)/python
+TYPES_SAID := $(VENV)/.types
 SAY_KERNELS = @$(BIN)/python -c "from executor import native; print('CPU kernels:', native.description())"
 SOURCES := executor/native/CMakeLists.txt $(wildcard executor/native/src/*)
 
@@ -23,7 +26,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo formats test predictions fuzz lint format bench bench-peers notebooks clean distclean
+.PHONY: help demo formats test predictions fuzz lint rules format bench bench-peers notebooks clean distclean
 
 help:  ## show this list
 	@echo "make TARGET [PYTHON=python3.12] [JOBS=2]"
@@ -36,8 +39,11 @@ demo: $(READY)  ## profile this machine, search a policy, run the demo model und
 formats: $(READY)  ## pack the demo model's weights, and its KV cache, into each format, and lay its perplexities side by side
 	$(BIN)/python -m executor.demo.formats
 
-test: lint  ## linters, types, import rules, then the tests (PYTEST_ARGS="-k name")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS)
+# Types are checked beside the tests, on what these leave idle of the processor; what is said of them comes last.
+test: rules  ## linters, import rules, then types and the tests (PYTEST_ARGS="-k name")
+	@$(CHECK_TYPES) > $(TYPES_SAID) 2>&1 & types=$$!; trap 'kill $$types; exit 130' INT TERM; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_ARGS); tests=$$?; \
+	  wait $$types; types=$$?; echo "$(CHECK_TYPES)"; cat $(TYPES_SAID); exit $$((tests | types))
 
 predictions: $(TEST_READY)  ## which of the fixed predictions moved, and by how much (RECORD=1 agrees to them)
 	$(BIN)/python -m tests.predictions
@@ -45,10 +51,12 @@ predictions: $(TEST_READY)  ## which of the fixed predictions moved, and by how 
 fuzz: $(TEST_READY)  ## changed files to every reader (FUZZ_EXAMPLES=200000, FUZZ_TARGETS=run,policy)
 	JOBS=$(JOBS) $(BIN)/python -m tests.fuzz.run
 
-lint: $(TEST_READY)  ## ruff, pyright and import-linter
+lint: rules  ## ruff, import-linter and pyright
+	$(CHECK_TYPES)
+
+rules: $(TEST_READY)  ## ruff and import-linter
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
-	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
 format: $(TEST_READY)  ## apply the formatter and ruff's safe fixes

@@ -23,7 +23,7 @@ from executor.live import LiveBatch
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.model.choices import settle_choices
-from executor.native import kernels
+from executor.native import kernels, tape
 from executor.trace_budget import MAX_SPANS, TraceBudget
 from executor.under_way import UnderWay, decode_handlers
 from executor.warm_up import first_layers, small_batch
@@ -185,9 +185,7 @@ class Generator(AbstractGenerator):
                 backend, arch.spec, planned.policy, alternative, batches=batches, loading=loading
             )
             memory = allocate(backend, arch, host)
-            memory.weights.load(
-                source, family, backend, loading, whole=arch.whole, rank=arch.rank, first_layer=arch.first_layer
-            )
+            memory.weights.load(source, family, backend, loading, whole=arch.whole, first_layer=arch.first_layer)
             backend.ready()
             return host, memory
 
@@ -208,6 +206,8 @@ class Generator(AbstractGenerator):
         small.live = LiveBatch(self.engine)
         small._budget, small._kv_peak = TraceBudget(0), {"gpu": 0, "cpu": 0}  # noqa: SLF001 - the copy's own
         small.generate(batch)
+        if kernels() is not None:
+            tape.prepare()
         self.load_s += time.perf_counter() - start_s
         self._is_warm = True
 

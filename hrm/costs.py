@@ -94,8 +94,18 @@ class Costs:
         return self._on(Device.GPU, self.spec.expert_kind.run_experts(self.formats, m, num_experts))
 
     def sample(self, m: Number) -> Number:
-        """LM head and choice of the next token on the GPU."""
+        """LM head and choice of the next token on the GPU, or what a stage without the head does instead."""
+        if not self.spec.has_head:
+            return self.hand_on(m)
         return self._on(Device.GPU, operators.sample(self.spec, self.formats, m)) + self.exchange_logits(m)
+
+    def sample_first(self, tokens: Number, requests: Number) -> Number:
+        """The same of a chunk in prefill, in which so many prompts end; a stage without the head hands on all of it."""
+        return self.of_ends(requests, self.sample) if self.spec.has_head else self.hand_on(tokens)
+
+    def hand_on(self, tokens: Number) -> Number:
+        """Hidden states to the host, from where they go to the next stage."""
+        return self.d2h(operators.hidden_bytes(self.spec, self.formats, tokens))
 
     @staticmethod
     def of_ends(requests: Number, work: Callable[[Number], Number]) -> Number:

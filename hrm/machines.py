@@ -205,6 +205,18 @@ def _with_gpu(part: HardwareProfile, card: GpuCard) -> HardwareProfile:
     return replace(part, gpus=(), levels=(card.level, *part.levels[1:]), links=(card.h2d, card.d2h, *others))
 
 
+def with_host_memory(part: HardwareProfile, usable_bytes: int, pinned_bytes: int) -> HardwareProfile:
+    """The part of a machine with so much of the host's memory, and of that to be pinned if not all of it can be."""
+    host = part.host
+    changed = replace(
+        host,
+        capacity_bytes=replace(host.capacity_bytes, value=usable_bytes),
+        reserve_bytes=replace(host.reserve_bytes, value=0),
+        pinnable_bytes=host.pinnable_bytes and replace(host.pinnable_bytes, value=pinned_bytes),
+    )
+    return replace(part, levels=tuple(changed if level is host else level for level in part.levels))
+
+
 def of_parts(part: HardwareProfile, count: int, peer: Link) -> HardwareProfile:
     """The machine of which that is one rank's part, see `one_part`: so many GPUs with such a link between them."""
     whole = _times(part, count)

@@ -7,10 +7,10 @@ from typing import Final
 from hrm.buffers import Needs, Purpose, by_purpose
 from hrm.errors import PolicyError
 from hrm.hardware import CPU, HardwareProfile, MemoryLevel
-from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized
+from hrm.machines import MAX_RESERVE_SHARE, reserve_if_resized, with_host_memory
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
-from hrm.parallel import Share, shares_for
+from hrm.parallel import Part, Share, shares_for
 from hrm.policy import Policy
 from hrm.units import at_least_bytes, format_bytes
 
@@ -150,6 +150,25 @@ def plan_shares(shares: Sequence[Share], profile: HardwareProfile) -> tuple[Memo
 
     return tuple(
         MemoryPlan(of_gpu(plan.gpu, share), together, pinned) for plan, share in zip(plans, shares, strict=True)
+    )
+
+
+def parts_of_host(shares: Sequence[Share], profile: HardwareProfile) -> tuple[Part, ...]:
+    """The part of each share, with as much of the host's memory as it plans of what all of them plan.
+
+    So each of them fits in its own if all together fit in the host's.
+    """
+    plans, host = tuple(map(_plan, shares)), profile.host
+
+    def divided(usable_bytes: int, planned: Sequence[LevelPlan]) -> list[int]:
+        together = sum(level.planned_bytes for level in planned)
+        return [usable_bytes * level.planned_bytes // max(together, 1) for level in planned]
+
+    usable = divided(host.usable_bytes, [plan.cpu for plan in plans])
+    pinned = divided(host.usable_pinned_bytes, [plan.pinned or plan.cpu for plan in plans])
+    return tuple(
+        Part(share.part.spec, with_host_memory(share.part.profile, *sizes))
+        for share, *sizes in zip(shares, usable, pinned, strict=True)
     )
 
 

@@ -2,15 +2,16 @@
 
 Either way the machine is like so many equal parts, one GPU and a share of the host each. In tensor
 parallelism each part is a rank that has of every layer its heads and its part of every expert's
-width, works on the same batch as the others, and sums up with them twice a layer. In a pipeline,
-stage s holds every layer of its own range, and as many batches are under way as there are stages,
-each in another stage: in the time that a part takes for its layers, one batch moves on by one stage,
-so the throughput of the whole is that of one part with its layers. Every part keeps its layers' KV
-caches of all those batches. A pipeline needs no all-reduces, but every link moves whole layers for a
-batch that is that many times smaller.
+width, or as many whole experts as any other rank, works on the same batch as the others, and sums up
+with them twice a layer. In a pipeline, stage s holds every layer of its own range, and as many batches
+are under way as there are stages, each in another stage: in the time that a part takes for its layers,
+one batch moves on by one stage, so the throughput of the whole is that of one part with its layers.
+Every part keeps its layers' KV caches of all those batches. A pipeline needs no all-reduces, but every
+link moves whole layers for a batch that is that many times smaller.
 
 Stages whose lengths a policy gives are told one by one: each has its own layers, its own GPU, and of
-the host's rates as large a share as of the model's layers. The slowest sets the pace.
+the host's rates as large a share as of the model's layers; the first has the embedding and the last the
+LM head. The slowest sets the pace. A pipeline that is run is always told so.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from hrm.errors import PolicyError
 from hrm.formats import FORMATS
 from hrm.gpus import only_gpus
 from hrm.hardware import HardwareProfile
-from hrm.layers import Layer
+from hrm.layers import ExpertDivision, Layer
 from hrm.machines import one_part, stage_part
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
@@ -53,19 +54,21 @@ class Share(NamedTuple):
     part: Part
 
 
-def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism) -> Part:
+def part_of(
+    spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism, division: ExpertDivision = ExpertDivision.INNER
+) -> Part:
     """What is planned: model and machine whole, or one rank or pipeline stage with its part of both."""
     if profile.num_gpus == 1:
         return Part(spec, profile)
     if parallelism is Parallelism.TENSOR:
-        return Part(_rank_of(spec, profile.num_gpus), one_part(profile, is_stage=False))
+        return Part(_rank_of(spec, profile.num_gpus, division), one_part(profile, is_stage=False))
     return Part(longest_stage(spec, profile.num_gpus), one_part(profile, is_stage=True))
 
 
 @lru_cache(maxsize=64)
-def _rank_of(spec: ModelSpec, ranks: int) -> ModelSpec:
+def _rank_of(spec: ModelSpec, ranks: int, division: ExpertDivision) -> ModelSpec:
     """Kept, for costs are kept by what they are of."""
-    return spec.of_rank(ranks)
+    return spec.of_rank(ranks, division)
 
 
 def undivided_vector(spec: ModelSpec, of_rank: ModelSpec) -> str:
@@ -90,7 +93,7 @@ def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
     """
     profile = used_of(profile, policy)
     _check_obstacle(policy, spec, profile)
-    part = part_of(spec, profile, policy.parallelism)
+    part = part_of(spec, profile, policy.parallelism, policy.expert_division)
     policy.check_model(part.spec)
     return part
 
@@ -126,6 +129,34 @@ def shares_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> tup
     )
 
 
+def ranks_of(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> tuple[Share, ...]:
+    """What each process of a run has of a policy, by its rank: one, parts that are alike, or the stages in order.
+
+    Raises PolicyError as `shares_for` does.
+    """
+    shares = shares_for(policy, spec, profile)
+    ranks = used_of(profile, policy).num_gpus
+    if policy.parallelism is Parallelism.TENSOR or ranks == 1:
+        return shares * ranks
+    return shares_for(_with_lengths(policy, spec, ranks), spec, profile)
+
+
+def _with_lengths(policy: Policy, spec: ModelSpec, num_stages: int) -> Policy:
+    """The policy of a pipeline with the lengths of its stages, and the resident experts of all of them.
+
+    One that was made for the longest stage has as many experts resident in each of a stage's layers with experts as
+    there, which are more than those of any stage.
+    """
+    if policy.stage_lengths:
+        return policy
+    stages = stage_layers(spec.num_layers, num_stages)
+    counts: list[int] = []
+    for layers in stages:
+        of_longest = iter(policy.resident_experts)
+        counts += [next(of_longest) if spec.layer_kind(layer).has_experts else 0 for layer in layers]
+    return replace(policy, stage_lengths=tuple(map(len, stages)), resident_experts=tuple(counts))
+
+
 def used_of(profile: HardwareProfile, policy: Policy) -> HardwareProfile:
     """The machine with the GPUs alone that the policy uses; PolicyError if it has no such GPUs."""
     if not policy.gpus:
@@ -153,18 +184,24 @@ def stage_of(spec: ModelSpec, profile: HardwareProfile, index: int, layers: rang
 
 @lru_cache(maxsize=512)
 def _stage_spec(spec: ModelSpec, start: int, stop: int) -> ModelSpec:
-    """Those layers, with the embedding and the LM head: kept, for costs are kept by what they are of."""
-    return spec.with_layers(spec.layers[start:stop], name=f"{spec.name}, layers {start} to {stop - 1}")
+    """Those layers, with the embedding before the first and the LM head after the last: kept, as costs are of it."""
+    return spec.with_layers(
+        spec.layers[start:stop],
+        name=f"{spec.name}, layers {start} to {stop - 1}",
+        has_embedding=start == 0,
+        has_head=stop == spec.num_layers,
+    )
 
 
 def _check_obstacle(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> None:
-    obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus)
+    obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus, policy.expert_division)
+    whole = policy.expert_division is ExpertDivision.WHOLE
     if obstacle:
         raise PolicyError(
-            "policy: parallelism",
-            policy.parallelism.value,
+            f"policy: {'expert_division' if whole else 'parallelism'}",
+            policy.expert_division.value if whole else policy.parallelism.value,
             f"cannot be, as {spec.name} is: {obstacle}",
-            "run hrm search, which tries both ways, or ask for another number of GPUs",
+            "run hrm search, which tries all ways, or ask for another number of GPUs",
         )
 
 
@@ -172,29 +209,6 @@ def stage_layers(num_layers: int, num_stages: int) -> tuple[range, ...]:
     """The layers of every stage, as even as can be; the first has no more than any other."""
     ends = [stage * num_layers // num_stages for stage in range(num_stages + 1)]
     return tuple(range(low, high) for low, high in pairwise(ends))
-
-
-@lru_cache(maxsize=64)
-def stages_of(spec: ModelSpec, num_stages: int) -> tuple[ModelSpec, ...]:
-    """What each stage has of the model: the layers of its range, the first the embedding and the last the LM head."""
-    return tuple(
-        spec.with_layers(
-            spec.layers[layers.start : layers.stop],
-            name=f"{spec.name}, stage {stage} of {num_stages}",
-            has_embedding=stage == 0,
-            has_head=stage == num_stages - 1,
-        )
-        for stage, layers in enumerate(stage_layers(spec.num_layers, num_stages))
-    )
-
-
-def stage_policy(policy: Policy, stage: ModelSpec) -> Policy:
-    """What a stage runs of the policy that was made for the longest one, which has more layers with experts than any.
-
-    Each of its own has as many experts resident as one of those.
-    """
-    counts = iter(policy.resident_experts)
-    return replace(policy, resident_experts=tuple(next(counts) if each.has_experts else 0 for each in stage.layers))
 
 
 @lru_cache(maxsize=64)
@@ -245,10 +259,9 @@ def _width(layer: Layer) -> float:
     return layer.window or inf
 
 
-def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int) -> str:
+def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int, division: ExpertDivision = ExpertDivision.INNER) -> str:
     """Why the model cannot be divided over so many GPUs within its layers; empty if it can."""
-    obstacles = (block.obstacle_to(num_gpus) for kind in spec.layer_kinds() for block in kind.blocks)
-    return next(filter(None, obstacles), "")
+    return next(filter(None, (kind.obstacle_to(num_gpus, division) for kind in spec.layer_kinds())), "")
 
 
 def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
@@ -261,10 +274,12 @@ def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
     return ""
 
 
-def obstacle_to(parallelism: Parallelism, spec: ModelSpec, num_gpus: int) -> str:
+def obstacle_to(
+    parallelism: Parallelism, spec: ModelSpec, num_gpus: int, division: ExpertDivision = ExpertDivision.INNER
+) -> str:
     """Why the model cannot be divided like that over so many GPUs; empty if it can."""
     if num_gpus == 1:
         return ""
     if parallelism is Parallelism.TENSOR:
-        return tensor_parallel_obstacle(spec, num_gpus)
+        return tensor_parallel_obstacle(spec, num_gpus, division)
     return pipeline_obstacle(spec, num_gpus)

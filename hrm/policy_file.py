@@ -15,7 +15,7 @@ from hrm.estimate import Estimate, slowest_share
 from hrm.files import write_whole
 from hrm.hardware import CPU, GPU, HardwareProfile
 from hrm.model_spec import ModelSpec
-from hrm.parallel import Part, Share, part_for, shares_for
+from hrm.parallel import Part, Share, part_for, shares_for, used_of
 from hrm.policy import Policy
 from hrm.strict import decode_strictly
 from hrm.workload import Workload
@@ -38,6 +38,11 @@ class PolicyFile:
     profile: HardwareProfile
     profile_hash: str
     predicted: dict[str, float]
+
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs of the machine the policy uses."""
+        return used_of(self.profile, self.policy).num_gpus
 
     @property
     def part(self) -> Part:

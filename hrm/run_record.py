@@ -152,11 +152,14 @@ class LevelRecord:
 class RankRecord:
     """What one of the other ranks did in a run on several GPUs, beside rank 0.
 
-    `routed_tokens` are those of a pipeline's stage, whose layers rank 0 has not.
+    `routed_tokens` are those of a pipeline's stage, whose layers rank 0 has not, and `h2d_bytes_per_s` the pace of its
+    own emulated link.
     """
 
     rank: int
     load_s: float = 0.0
+    h2d_bytes_per_s: float | None = None
+    d2h_bytes_per_s: float | None = None
     phases: dict[str, PhaseRecord]
     memory: dict[str, LevelRecord]
     routed_tokens: list[list[int]] = field(default_factory=list[list[int]])

@@ -3,22 +3,24 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from hrm.acts import ACTS
+from hrm.acts import ACTS, decode, prefill
 from hrm.buffers import Purpose
 from hrm.costs import EXECUTOR, Costs, Runtime
 from hrm.hardware import HardwareProfile
-from hrm.parallel import part_for
+from hrm.model_spec import ModelSpec
+from hrm.parallel import ranks_of
 from hrm.phases import decode_work, prefill_work, simulate_work, step_seconds
-from hrm.policy import Policy, ScheduleName
+from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.run_record import FleetRecord, KindTotal, RunRecord, WorkloadRecord
 from hrm.scaling import paced
-from hrm.tasks import Lane, Phase
+from hrm.tasks import Act, Lane, Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
 _Row = TypeVar("_Row")
+_RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +61,8 @@ class Prediction:
 class Validation:
     """A run against its prediction: every kind of task and every lane that was predicted or run.
 
-    On several GPUs these are rank 0's, and `rank_s` has what every rank did beside waiting for others and summing up
-    with them.
+    On several GPUs these are rank 0's, but a phase is predicted to take as long as its slowest rank, and `rank_s` has
+    what every rank did beside waiting for others and summing up with them.
     """
 
     run: RunRecord
@@ -130,7 +132,9 @@ def _by_phase(named: dict[tuple[Phase, str], Comparison]) -> dict[str, dict[str,
 
 def validate(run: RunRecord) -> Validation:
     """Predict the batches that the run had, at their real lengths, and compare."""
-    predicted = predict_run(run)
+    of_ranks = predict_ranks(run)
+    predicted = of_ranks[0]
+    phase_s = {phase: max(one.phase_s[phase] for one in of_ranks) for phase in Phase}
     totals, decode_tokens = run.totals, run.totals.generated_tokens - run.totals.requests
     tokens = {Phase.PREFILL: totals.prompt_tokens, Phase.DECODE: decode_tokens}
     measured_s = {Phase.PREFILL: totals.prefill_s, Phase.DECODE: totals.decode_s}
@@ -142,8 +146,8 @@ def validate(run: RunRecord) -> Validation:
 
     return Validation(
         run=run,
-        tokens_per_s=rate(totals.generated_tokens, sum(measured_s.values()), sum(predicted.phase_s.values())),
-        phase_tokens_per_s={phase: rate(tokens[phase], measured_s[phase], predicted.phase_s[phase]) for phase in Phase},
+        tokens_per_s=rate(totals.generated_tokens, sum(measured_s.values()), sum(phase_s.values())),
+        phase_tokens_per_s={phase: rate(tokens[phase], measured_s[phase], phase_s[phase]) for phase in Phase},
         kind_s=_beside(
             {(phase, name): kind.seconds for phase in Phase for name, kind in run.phase(phase).kinds.items()},
             predicted.kind_s,
@@ -154,8 +158,10 @@ def validate(run: RunRecord) -> Validation:
         ),
         rank_s={
             (phase, rank): Comparison(
-                measured=_own_seconds(phase, {name: kind.seconds for name, kind in kinds.items()}),
-                predicted=_own_seconds(phase, {name: s for (p, name), s in predicted.kind_s.items() if p is phase}),
+                measured=_own_seconds(run, phase, {name: kind.seconds for name, kind in kinds.items()}),
+                predicted=_own_seconds(
+                    run, phase, {name: s for (p, name), s in of_ranks[rank].kind_s.items() if p is phase}
+                ),
             )
             for phase in Phase
             for rank, kinds in _kinds_of_ranks(run, phase).items()
@@ -171,9 +177,10 @@ def _kinds_of_ranks(run: RunRecord, phase: Phase) -> dict[int, dict[str, KindTot
     return {0: run.phase(phase).kinds, **others}
 
 
-def _own_seconds(phase: Phase, kind_s: Mapping[str, float]) -> float:
-    """Seconds of the tasks in which a rank does not wait for others: all but sums and the choice of tokens."""
-    together = {act.name for act in ACTS[phase] if act.reduces or act.ends_step}
+def _own_seconds(run: RunRecord, phase: Phase, kind_s: Mapping[str, float]) -> float:
+    """Seconds of the tasks in which a rank waits for no other: not sums, the choice of tokens, and what it receives."""
+    receives = _RECEIVE if run.policy_file.policy.parallelism is Parallelism.PIPELINE else frozenset[Act]()
+    together = {act.name for act in ACTS[phase] if act.reduces or act.ends_step or act in receives}
     return sum(seconds for name, seconds in kind_s.items() if name not in together)
 
 
@@ -185,14 +192,26 @@ def _beside(measured_s: Mapping[_Row, float], predicted_s: Mapping[_Row, float])
     }
 
 
-def predict_run(run: RunRecord) -> Prediction:
-    """Simulate every batch of the run with its real size and lengths."""
-    plan = run.policy_file
-    paces = (run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s)  # of each GPU's own link
-    profile = paced(plan.profile, *(pace and plan.profile.num_gpus * pace for pace in paces))
+def predict_ranks(run: RunRecord) -> list[Prediction]:
+    """Simulate every batch of the run with its real size and lengths, on each rank with its own link's pace."""
+    plan, paces = run.policy_file, {0: (run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s)}
+    paces |= {rank.rank: (rank.h2d_bytes_per_s, rank.d2h_bytes_per_s) for rank in run.ranks if rank.h2d_bytes_per_s}
     policy = replace(plan.policy, schedule=ScheduleName(run.schedule))
+    shares = ranks_of(policy, plan.model, plan.profile)
+    known: dict[tuple[int, tuple[float | None, float | None]], Prediction] = {}
+    found: list[Prediction] = []
+    for rank, share in enumerate(shares):
+        alike = shares.index(share), paces.get(rank, paces[0])
+        if alike not in known:
+            known[alike] = _predicted(run, share.policy, share.part.spec, paced(share.part.profile, *alike[1]))
+        found.append(known[alike])
+    return found
+
+
+def _predicted(run: RunRecord, policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Prediction:
+    """What a rank with this part of model and machine does in the run."""
     runtime = runtime_with(run.accelerator.pageable, profile)
-    costs = Costs(*part_for(policy, plan.model, profile), policy.formats, runtime)
+    costs = Costs(spec, profile, policy.formats, runtime)
     prediction = Prediction()
     alike = Counter[tuple[int, int]]()
     for batch in run.batches:

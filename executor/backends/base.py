@@ -62,6 +62,14 @@ class AbstractBackend(ABC):
     def allocate(self, level: Device, num_bytes: int) -> torch.Tensor:
         """A flat uint8 tensor at that level; RunError if it would exceed the level's cap."""
 
+    def allocate_host(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Memory of the host's for a run, of these sizes; zeros only where it was never used."""
+        return [self.allocate(Device.CPU, size) for size in sizes]
+
+    def kept_host_bytes(self) -> int:
+        """How much of the host's memory is kept from a run before, for `allocate_host`."""
+        return 0
+
     def check_room(self, num_bytes: int) -> None:  # noqa: B027 - the others have no more than they were given
         """Raise RunError if so much memory of the GPU's is not left; nothing is allocated."""
 

@@ -18,10 +18,10 @@ from executor.backends.streams import AbstractMark, AbstractStream
 from executor.errors import RunError
 from executor.model.gpu import GpuKernels, grouped_gemm
 from executor.model.workspace import Workspace
-from hrm.contract.cublas import cap_workspaces
 from hrm.contract.lane_threads import lane_threads
 from hrm.contract.launches import GROUPED_CAPABILITIES
-from hrm.profiling.pinned import CudaRegistrar, PinnableMemory
+from hrm.contract.libraries import settle_libraries
+from hrm.profiling.pinned import CudaRegistrar, PinnableMemory, kept_bytes
 from hrm.tasks import Device, Lane
 from hrm.units import format_bytes
 
@@ -80,7 +80,7 @@ class CudaBackend(AbstractBackend):
     """
 
     def __init__(self, index: int, gpu_memory_bytes: int | None = None) -> None:
-        cap_workspaces(os.environ)
+        settle_libraries(os.environ)
         cuda: Any = torch.cuda
         count = cuda.device_count() if cuda.is_available() else 0
         if index >= count:
@@ -116,6 +116,8 @@ class CudaBackend(AbstractBackend):
         # In a thread that ends: the next that computes, the lane's, takes over its handle.
         self.library_bytes = in_thread_of_its_own(self._warm_up)
         self._before_bytes = self._allocated("current")
+        with cuda.device(self._device):
+            cuda.empty_cache()  # what a run before this one in the process has given back is torch's until then
         self._free_bytes = cuda.mem_get_info(self._device)[0]
         if gpu_memory_bytes is not None:
             self._free_bytes = min(self._free_bytes, gpu_memory_bytes)
@@ -137,6 +139,14 @@ class CudaBackend(AbstractBackend):
             return self._host.allocate(num_bytes, self.told)
         self._take(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def allocate_host(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """The same memory, already pinned, for runs one after the other that it is kept for."""
+        return self._host.allocate_together(sizes, self.told)
+
+    def kept_host_bytes(self) -> int:
+        """What no run has any more."""
+        return kept_bytes()
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Register the memory with the driver."""

@@ -27,6 +27,7 @@ from hrm.estimate import Estimate, estimate
 from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
+from hrm.profiling.pinned import keeping
 from hrm.run_record import PhaseRecord
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import runtime_with, validate
@@ -64,6 +65,8 @@ class Bench:
         self._before: BenchRun | None = None
 
     def __enter__(self) -> Self:
+        """Keep pinned memory from one run to the next."""
+        self._stack.enter_context(keeping())
         return self
 
     def __exit__(self, *exception: object) -> None:

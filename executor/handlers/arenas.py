@@ -53,8 +53,9 @@ class HostArenas:
         """
         loading, needs = loading or Loading(), Needs.of_policy(spec, policy, batches=batches)
         with backend.telling(loading.add):
-            loading.begin("taking memory", sum(buffer.num_bytes for buffer in needs.on_host()))
-            memory = {buffer.purpose: backend.allocate(buffer.level, buffer.num_bytes) for buffer in needs.on_host()}
+            sizes = by_purpose(needs.on_host())
+            loading.begin("taking memory", sum(sizes.values()))
+            memory = dict(zip(sizes, backend.allocate_host(list(sizes.values())), strict=True))
             weights = () if policy.staging else (Purpose.WEIGHTS,)
             crossing = [memory[name] for name in (*ALWAYS_PINNED, *PINNED_IF_THERE_IS_ROOM, *weights)]
             loading.begin("pinning memory", _size(crossing))

@@ -8,20 +8,22 @@ from executor.backends import AbstractBackend, EmulatedMachine, cuda_index_of, m
 from executor.batching import Batch
 from executor.errors import RunError
 from executor.generate import Planned
-from executor.model import Architecture
 from executor.model.crossings import adopt
 from hrm.contract.pacing import EMULATED_LATENCY_S
 from hrm.costs import Costs, TaskWork
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.formats import SCALED_KV_FORMATS
-from hrm.hardware import Figure, HardwareProfile, Link, Rate, Source
-from hrm.memory import MemoryPlan, plan_memory
+from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, Rate, Source
+from hrm.machines import with_host_memory
+from hrm.memory import MemoryPlan, parts_of_host, plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.parallel import stage_layers, stage_policy, stages_of
+from hrm.parallel import Part, Share, ranks_of
+from hrm.phases import decode_work, prefill_work, simulate_work
 from hrm.policy import Parallelism, Policy
 from hrm.policy_file import PolicyFile, policy_file_of, profile_hash
 from hrm.profiling.environment import available_ram_bytes
+from hrm.scaling import paced
 from hrm.schedules import Pipeline
 from hrm.tasks import Phase, TaskId
 from hrm.validate import runtime_with
@@ -46,8 +48,7 @@ class Prepared:
 
 
 def check_model(spec: ModelSpec, policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for a model of other dimensions, or for GPUs that are not alike."""
-    check_alike(policy_file, path)
+    """Raise PolicyError if the policy is for a model of other dimensions."""
     solved_for = replace(policy_file.model, name=spec.name)
     if solved_for != spec:
         where, planned, there_is = _difference(solved_for, spec, "model")
@@ -70,67 +71,52 @@ def _difference(planned: object, there_is: object, where: str) -> tuple[str, obj
     return next(_difference(a, b, part) for part, a, b in parts if a != b)
 
 
-def check_alike(policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for GPUs that are not alike, or for stages that are planned one by one."""
+def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
+    """Raise PolicyError if the policy is for several stages of a pipeline, or for some GPUs: no bench runs those."""
+    policy, stages = policy_file.policy, policy_file.profile.num_gpus
     if policy_file.profile.gpus:
         raise PolicyError(
             f"{path}: profile.gpus",
             policy_file.profile.name,
-            "has GPUs that are not alike, and what is run shares a model out over those that are",
-            "run hrm search for the GPUs of one kind",
+            "has GPUs that are not alike, of which each runs its own part, and what is run here is the whole model",
+            "use executor run, or solve the policy for one GPU",
         )
-    if policy_file.policy.stage_lengths:
-        raise PolicyError(
-            f"{path}: policy.stage_lengths",
-            policy_file.policy.stage_lengths,
-            "are of stages that are planned one by one, and what is run has stages as even as can be",
-            "run hrm search for this machine",
-        )
-
-
-def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for one stage of a pipeline, or for unequal GPUs: no bench runs those."""
-    check_alike(policy_file, path)
-    stages = policy_file.profile.num_gpus
-    if policy_file.policy.parallelism is Parallelism.PIPELINE and stages > 1:
+    if policy.parallelism is Parallelism.PIPELINE and stages > 1:
         raise PolicyError(
             f"{path}: policy.parallelism",
-            policy_file.policy.parallelism.value,
-            f"is that of one of {stages} stages, and what is run here is the whole model",
+            policy.parallelism.value,
+            f"is that of {stages} stages, and what is run here is the whole model",
             "run hrm search with --parallelism tensor, or for a machine with one GPU",
         )
 
 
-def part_of_file(policy_file: PolicyFile, rank: int = 0) -> PolicyFile:
-    """What one process runs: the policy file, or that of one of several ranks, with its part of model and machine.
+def files_of_ranks(policy_file: PolicyFile) -> tuple[PolicyFile, ...]:
+    """What each process of a run runs, by its rank: the policy file, or its part of policy, model and machine.
 
-    Ranks are the stages of a pipeline, in order. Raises PolicyError if the policy was made for another part.
+    Ranks are the stages of a pipeline, in order. Each has as much of the host's memory as it plans of what all plan.
+    Raises PolicyError if the policy was made for another part.
     """
-    policy, ranks = policy_file.policy, policy_file.profile.num_gpus
-    spec, profile = policy_file.part
-    if profile is policy_file.profile:
-        return policy_file
-    if policy.parallelism is Parallelism.PIPELINE:
-        spec = stages_of(policy_file.model, ranks)[rank]
-        policy = stage_policy(policy, spec)
-    return replace(
-        policy_file,
-        policy=policy,
-        model=spec,
-        profile=profile,
-        profile_hash=profile_hash(profile),
-        memory_budget_bytes={name: size // ranks for name, size in policy_file.memory_budget_bytes.items()},
-    )
+    shares = ranks_of(policy_file.policy, policy_file.model, policy_file.profile)
+    if shares[0].part.profile is policy_file.profile:
+        return (policy_file,)
+    budgets, gpu = policy_file.memory_budget_bytes, policy_file.profile.top
+    whole = with_host_memory(policy_file.profile, budgets[CPU], policy_file.profile.host.usable_pinned_bytes)
 
+    def of_rank(share: Share, part: Part) -> PolicyFile:
+        spec, profile = part
+        return replace(
+            policy_file,
+            policy=replace(share.policy, gpus=()),
+            model=spec,
+            profile=profile,
+            profile_hash=profile_hash(profile),
+            memory_budget_bytes={
+                GPU: budgets[GPU] * profile.top.usable_bytes // gpu.usable_bytes,
+                CPU: profile.host.usable_bytes,
+            },
+        )
 
-def part_of_model(arch: Architecture, policy_file: PolicyFile, rank: int = 0) -> Architecture:
-    """What one process has of the model that a policy file is for, see `part_of_file`."""
-    ranks, part = policy_file.profile.num_gpus, part_of_file(policy_file, rank)
-    if part is policy_file:
-        return arch
-    if policy_file.policy.parallelism is Parallelism.PIPELINE:
-        return arch.of_stage(part.model, stage_layers(policy_file.model.num_layers, ranks)[rank].start)
-    return arch.of_rank(rank, part.model)
+    return tuple(map(of_rank, shares, parts_of_host(shares, whole)))
 
 
 def check_formats(policy: Policy) -> None:
@@ -146,11 +132,13 @@ def check_formats(policy: Policy) -> None:
             )
 
 
-def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy, *, ranks: int = 1) -> Prepared:
+def prepare(
+    options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy, *, others: Sequence[PolicyFile] = ()
+) -> Prepared:
     """The memory plan against the budgets, and the backend; before anything large is touched.
 
-    The policy file is that of one process, of which there will be so many `ranks`. Raises PolicyError if the policy
-    does not fit, and RunError if the accelerator cannot be had or there are several.
+    The policy file is that of one process, and `others` are those of further ranks on this machine. Raises PolicyError
+    if a policy does not fit, and RunError if the accelerator cannot be had or there are several.
     """
     check_formats(policy)
     profile = policy_file.profile
@@ -166,13 +154,15 @@ def prepare(options: AcceleratorOptions, policy_file: PolicyFile, policy: Policy
     machine = emulated_machine(options, policy_file)
     backend = make_backend(name, machine, gpu_memory_bytes=options.gpu_memory_bytes)
     plan = budgeted_plan(policy_file, policy, options.gpu_memory_bytes)
-    plan.check_fits()
+    plans = [plan, *(budgeted_plan(other, other.policy, options.gpu_memory_bytes) for other in others)]
+    for each in plans:
+        each.check_fits()
     if backend.name == "cuda":
         _check_for_cuda(name, profile, options)
         backend.check_dtype(policy.dtype)
     backend.check_room(plan.gpu.planned_bytes)
-    needed_bytes = ranks * _host_bytes(plan, backend)
-    available = available_ram_bytes()
+    needed_bytes = sum(_host_bytes(each, backend) for each in plans)
+    available = available_ram_bytes() + backend.kept_host_bytes()
     if needed_bytes > available:
         raise PolicyError(
             "policy: memory of this machine",
@@ -200,7 +190,7 @@ def _staged(
         return None
     staged = replace(policy, staging=True, experts_per_part=0)
     plan = budgeted_plan(policy_file, staged, options.gpu_memory_bytes)
-    fits = plan.fits and _host_bytes(plan, backend) <= available_ram_bytes()
+    fits = plan.fits and _host_bytes(plan, backend) <= available_ram_bytes() + backend.kept_host_bytes()
     return Planned(staged, plan) if fits else None
 
 
@@ -265,6 +255,16 @@ def predicted_seconds(
         return work.seconds_of()
 
     return seconds_of
+
+
+def longest_task_s(options: AcceleratorOptions, policy_file: PolicyFile) -> float:
+    """What the longest task of a full batch should take, by the policy file's machine and the pace of its link."""
+    policy, workload = policy_file.policy, policy_file.workload
+    profile = paced(policy_file.profile, options.link_bytes_per_s, options.link_bytes_per_s)
+    costs = Costs(policy_file.model, profile, policy.formats)
+    decode = decode_work(costs, policy, workload.max_context_len, num_steps=1, tokens=policy.micro_batch_size)
+    traces = map(simulate_work, (prefill_work(costs, policy, workload), decode))
+    return max(span.end_s - span.start_s for trace in traces for span in trace.spans)
 
 
 def budgeted_plan(policy_file: PolicyFile, policy: Policy, gpu_memory_bytes: int | None = None) -> MemoryPlan:

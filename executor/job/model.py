@@ -9,19 +9,19 @@ from typing import Any, final
 from executor.batching import Completion, Placed
 from executor.checkpoint import Checkpoint
 from executor.families import Family, family_for
-from executor.generate import AbstractGenerator, Generator
+from executor.generate import AbstractGenerator
 from executor.group import Group
 from executor.group.stages import Stages
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers import EndOfText
-from executor.job.machine import Prepared, check_model, part_of_file, part_of_model, predicted_seconds
+from executor.job.machine import Prepared, check_model
+from executor.job.model_part import ModelPart
 from executor.job.outputs import completion_line, failed_line, logprobs_json, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults, SamplingSource
 from executor.loading import Loading
 from executor.model import Architecture
-from executor.null_generator import NullGenerator
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
 
@@ -31,7 +31,7 @@ from hrm.policy_file import PolicyFile
 class OpenModel:
     """A checkpoint, its policy, and what makes requests of lines and texts of tokens.
 
-    `part` is the policy file of this process, and `own` its architecture: those of rank 0, if there are several.
+    `own` is what this process has of it: all, or if there are several what rank 0 has.
     """
 
     checkpoint: Checkpoint
@@ -40,8 +40,7 @@ class OpenModel:
     policy_file: PolicyFile
     policy: Policy
     reader: LineReader
-    part: PolicyFile
-    own: Architecture
+    own: ModelPart
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -61,21 +60,7 @@ class OpenModel:
 
         In a `group`, or among `stages`, it is that of rank 0.
         """
-        backend, planned = prepared.backend, prepared.planned
-        if backend.name == "null":
-            return NullGenerator(backend, self.own, planned, predicted_seconds(self.part, planned.policy))
-        return Generator(
-            backend,
-            self.own,
-            planned,
-            family=self.family,
-            source=self.checkpoint,
-            staged=prepared.staged,
-            stops=stops or self.stops,
-            loading=loading,
-            group=group,
-            stages=stages,
-        )
+        return self.own.generator(prepared, loading, stops=stops or self.stops, group=group, stages=stages)
 
     def stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
         """Whether the tokens of a request hold one of its stop texts."""
@@ -124,5 +109,5 @@ def opened(
         reader = LineReader(checkpoint.folder, room, seed, tell, defaults)
         arch = replace(arch, eos_token_ids=tuple(dict.fromkeys(arch.eos_token_ids + reader.eos_token_ids)))
         as_run = replace(policy_file, policy=policy)
-        part, own = part_of_file(as_run), part_of_model(arch, as_run)
-        yield OpenModel(checkpoint, family, arch, policy_file, policy, reader, part, own)
+        own = ModelPart.of(checkpoint, family, arch, as_run)
+        yield OpenModel(checkpoint, family, arch, policy_file, policy, reader, own)

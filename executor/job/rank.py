@@ -10,14 +10,16 @@ import msgspec
 from executor.checkpoint import Checkpoint
 from executor.errors import RunError
 from executor.families import family_for
-from executor.generate import AbstractGenerator, BatchResult, Generator
+from executor.generate import AbstractGenerator, BatchResult
 from executor.group.processes import ProcessGroup
 from executor.group.stages import ProcessStages
-from executor.job.machine import AcceleratorOptions, part_of_file, part_of_model, prepare
+from executor.job.machine import AcceleratorOptions, prepare
+from executor.job.model_part import ModelPart
 from executor.job.report import Totals, rank_record
 from executor.ranks.messages import told
 from executor.ranks.worker import end_with_parent, serve
 from hrm.acts import act_named
+from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile
 from hrm.run_record import RankRecord
 from hrm.strict import decode_strictly
@@ -105,19 +107,21 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
         return [span.later(self.origin_s - origin_s) for span in self.spans]
 
 
-def for_rank(options: AcceleratorOptions, rank: int, size: int) -> AcceleratorOptions:
+def for_rank(options: AcceleratorOptions, rank: int, size: int, gpus: Sequence[int] = ()) -> AcceleratorOptions:
     """The accelerator of that rank: the CUDA device that is named for it, or the first and those that follow.
 
-    Raises RunError if there are other than `size` devices named, or what is named is no number.
+    A policy that uses some `gpus` of a machine has their numbers, by which the devices follow. Raises RunError if there
+    are other than `size` devices named, or what is named is no number.
     """
     kind, _, named = options.name.partition(":")
     if kind != "cuda":
         return options
-    devices = (named or "0").split(",")
+    numbers = gpus or range(size)
+    devices = (named or str(numbers[0])).split(",")
     if len(devices) not in (1, size) or not all(device.isdecimal() for device in devices):
         rule = f"must name the first device, as in cuda:0, or one for each of {size} ranks, as in cuda:0,1"
         raise RunError("--accelerator", options.name, rule, "correct it")
-    own = devices[rank] if len(devices) == size else int(devices[0]) + rank
+    own = devices[rank] if len(devices) == size else int(devices[0]) + numbers[rank] - numbers[0]
     return replace(options, name=f"cuda:{own}")
 
 
@@ -142,23 +146,16 @@ class JobRank:
 
 
 def _generator(job: RankJob, group: ProcessGroup) -> AbstractGenerator:
-    part = part_of_file(job.policy_file, group.rank)
     with Checkpoint.open(job.model, job.model_name) as checkpoint:
         family = family_for(checkpoint.config, checkpoint.config_path)
         arch = family.architecture(checkpoint.config, checkpoint.config_path)
-        prepared = prepare(for_rank(job.accelerator, group.rank, group.size), part, part.policy)
-        is_stage = part.profile.num_stages > 1  # the first of which looks for stop texts
-        return Generator(
-            prepared.backend,
-            part_of_model(replace(arch, eos_token_ids=job.eos_token_ids), job.policy_file, group.rank),
-            prepared.planned,
-            family=family,
-            source=checkpoint,
-            staged=prepared.staged,
-            stops=None if is_stage else told(group),
-            group=None if is_stage else group,
-            stages=ProcessStages(group) if is_stage else None,
-        )
+        whole = replace(arch, eos_token_ids=job.eos_token_ids)
+        part = ModelPart.of(checkpoint, family, whole, job.policy_file, group.rank)
+        accelerator = for_rank(job.accelerator, group.rank, group.size, job.policy_file.policy.gpus)
+        prepared = prepare(accelerator, part.policy_file, part.policy_file.policy)
+        if job.policy_file.policy.parallelism is Parallelism.PIPELINE:  # whose first stage looks for stop texts
+            return part.generator(prepared, stages=ProcessStages(group))
+        return part.generator(prepared, stops=told(group), group=group)
 
 
 if __name__ == "__main__":

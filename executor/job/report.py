@@ -240,6 +240,8 @@ def rank_record(rank: int, generator: AbstractGenerator, totals: Totals) -> Rank
     return RankRecord(
         rank=rank,
         load_s=generator.load_s,
+        h2d_bytes_per_s=generator.backend.h2d_bytes_per_s,
+        d2h_bytes_per_s=generator.backend.d2h_bytes_per_s,
         phases={phase.value: totals.phases[phase].record for phase in Phase},
         memory=memory_record(generator.plan, generator.peak_bytes),
         routed_tokens=totals.routed_tokens if generator.num_stages > 1 else [],

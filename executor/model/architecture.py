@@ -85,7 +85,7 @@ class Architecture:
         return replace(self, spec=spec, layers=layers, long_layers=long_layers, rank=rank, whole=self.spec)
 
     def of_stage(self, spec: ModelSpec, first_layer: int) -> "Architecture":
-        """What one of several stages has of it, which begins there, see `hrm.parallel.stages_of`."""
+        """What one of several stages has of it, which begins there, see `hrm.parallel.ranks_of`."""
 
         def cut(layers: tuple[LayerMaths, ...]) -> tuple[LayerMaths, ...]:
             return layers[first_layer : first_layer + spec.num_layers]

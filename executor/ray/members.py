@@ -75,7 +75,7 @@ class Members:
         node_id = min(nodes, key=lambda one: taken[one])
         on_each = -(-self.count // len(nodes))
         cpus, gpus = (int(nodes[node_id].get(kind, 0)) // on_each for kind in ("CPU", "GPU"))
-        most_gpus = max(plan.file.profile.num_gpus for plan in self.plans)
+        most_gpus = max(plan.file.num_gpus for plan in self.plans)
         has_gpu = bool(nodes[node_id].get("GPU")) and self.accelerator not in _WITHOUT_GPU
         actor_class = self.ray.remote(
             num_cpus=max(cpus, 1),  # Ray gives the actor's threads so many

@@ -31,7 +31,7 @@ class Plan:
 
     def text(self, policy: Policy) -> str:
         """The plan in a line, where this policy of it is run."""
-        ranks = self.file.profile.num_gpus
+        ranks = self.file.num_gpus
         group = f", {counted(ranks, 'rank')}" if ranks > 1 else ""
         rate = f", predicted {self.tokens_per_s:.4g} tokens/s" if self.tokens_per_s else ""
         return (

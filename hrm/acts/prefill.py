@@ -236,7 +236,7 @@ SAMPLE: Final = Act(
     lane=Lane.GPU,
     touches=_sample,
     count=each,
-    seconds=lambda x, _: x.costs.of_ends(x.requests, x.costs.sample),
+    seconds=lambda x, _: x.costs.sample_first(x.tokens, x.requests),
     chained=True,
     ends_step=True,
 )

@@ -99,8 +99,6 @@ def _obstacle_to_run(
     """Why the executor does not run such a policy, and what to do instead; empty if it does."""
     if spec.family not in EXECUTED_FAMILIES:
         return f"executor run does not know the family {spec.family}; hrm models lists those that it runs"
-    if profile.gpus:
-        return "executor run shares a model out over GPUs that are alike; search for those of one kind"
     divided = profile.num_gpus > 1 and parallelism is Parallelism.TENSOR
     if divided and (whole := undivided_vector(spec, spec.of_rank(profile.num_gpus))):
         return (

@@ -8,6 +8,7 @@ from hrm.cli.texts import machine_text
 from hrm.costs import Costs
 from hrm.errors import TraceError
 from hrm.memory import plan_memory
+from hrm.parallel import ranks_of
 from hrm.phases import decode_work, simulate_work
 from hrm.policy import Policy, ScheduleName, spread_experts
 from hrm.policy_file import PolicyFile
@@ -72,10 +73,13 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
 def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace]]:
     """What a run's first batch did, and what is predicted for a batch of its size and lengths."""
     run = read_run(folder)
+    given = run.policy_file
+    of_rank, (spec, profile) = ranks_of(given.policy, given.model, given.profile)[0]  # whose spans those of a run are
     plan = replace(
-        run.policy_file,
-        profile=paced(run.policy_file.profile, run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s),
-        policy=replace(run.policy_file.policy.for_batch(run.batches[0].requests), schedule=ScheduleName(run.schedule)),
+        given,
+        model=spec,
+        profile=paced(profile, run.accelerator.h2d_bytes_per_s, run.accelerator.d2h_bytes_per_s),
+        policy=replace(of_rank.for_batch(run.batches[0].requests), gpus=(), schedule=ScheduleName(run.schedule)),
         workload=replace(run.policy_file.workload, prompt_len=run.workload.prompt_len),
     )
     measured = read_chrome_trace(folder / "trace.json").of_phase(phase).of_batch(0)
@@ -92,7 +96,7 @@ def of_run(folder: Path, phase: Phase, steps: int) -> tuple[str, dict[str, Trace
         predicted = simulate_plan(plan, phase, num_steps=steps)
     if not measured.spans:
         raise _nothing(folder, phase)
-    title = f"{plan.model.name}, {run.schedule}, {run.accelerator.description}"
+    title = f"{given.model.name}, {run.schedule}, {run.accelerator.description}"
     return title, {f"measured, {_ran_on(run)}": measured, "predicted": predicted}
 
 

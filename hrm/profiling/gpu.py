@@ -12,8 +12,8 @@ from typing import Any, Final, final
 
 import torch
 
-from hrm.contract.cublas import cap_workspaces
 from hrm.contract.launches import GROUPED_CAPABILITIES
+from hrm.contract.libraries import settle_libraries
 from hrm.errors import ProfileError
 from hrm.profiling import nvml
 from hrm.profiling.nvml import GpuFacts
@@ -91,7 +91,7 @@ class CudaGpu(AbstractGpu):
     """A CUDA device of torch's."""
 
     def __init__(self, index: int) -> None:
-        cap_workspaces(os.environ)  # before anything is computed there
+        settle_libraries(os.environ)  # before anything is computed there
         cuda: Any = torch.cuda
         properties = cuda.get_device_properties(index)
         self.index, self.device = index, f"cuda:{index}"

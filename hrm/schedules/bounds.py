@@ -1,19 +1,21 @@
 """What a step of decode takes at least in an order in which lanes work in turn, whatever their own work is."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from hrm.numeric import Number, maximum, where
+from hrm.numeric import Number, maximum, minimum, where
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Lane
 
 Terms = tuple[Number, ...]
+_HALF: Final = 0.5
+_NEXT_TO_NOTHING: Final = 1e-9
 
 
 class StepWork(NamedTuple):
     """The seconds of work of a decode step, and what the order's bounds depend on; numbers or arrays.
 
-    `weights_s` is the part of the H2D lane that moves weights. `cpu_attention` and `streams_kv` are shares of the
-    micro-batches.
+    `weights_s` is the part of the H2D lane that moves weights, `attention_s` and `cpu_attention_s` those of the GPU and
+    the CPU which are attention, and `exchange_s` is what moves to and from that on the CPU. `cpu_attention` and
+    `streams_kv` are shares of the micro-batches.
     """
 
     gpu_s: Number
@@ -21,20 +23,29 @@ class StepWork(NamedTuple):
     h2d_s: Number
     d2h_s: Number
     weights_s: Number
+    attention_s: Number
+    cpu_attention_s: Number
+    exchange_s: Number
     num_micro_batches: Number
     cpu_attention: Number
     streams_kv: Number
 
-    @staticmethod
-    def of(lanes: dict[Lane, Number], *, weights_s: Number, n: Number, cpu: Number, streams: Number) -> "StepWork":
-        """Of the seconds of each lane."""
-        gpu_s, cpu_s, h2d_s, d2h_s = (lanes[lane] for lane in (Lane.GPU, Lane.CPU, Lane.H2D, Lane.D2H))
-        return StepWork(gpu_s, cpu_s, h2d_s, d2h_s, weights_s, n, cpu, streams)
 
+def cgopipe(step: StepWork) -> Terms:
+    """CGOPipe overlaps all lanes, as far as micro-batches in flight allow.
 
-def cgopipe(_: StepWork) -> Terms:
-    """CGOPipe overlaps all lanes, as far as micro-batches in flight allow."""
-    return ()
+    The GPU begins a layer of a micro-batch when it has ended that of the one two before. So where one cache of three in
+    a row is on the GPU, that of the middle one, the CPU waits for the GPU to end what the first and to begin what the
+    last has to do. Where the GPU has half of the caches or more, no two in a row go to the CPU, and while one is away
+    the GPU has nothing else to do than to end the layer of the one before and to begin that of the one after, with
+    attention if that is on the GPU.
+    """
+    share = step.cpu_attention
+    between_s = (1 - share) * (step.gpu_s - step.attention_s)
+    moved_s = minimum((1 - share) / maximum(share, _NEXT_TO_NOTHING), 1) * step.exchange_s
+    in_turn_s = step.cpu_attention_s + moved_s + between_s
+    others = minimum(share, _HALF)
+    return (in_turn_s, (share <= _HALF) * (in_turn_s + (1 - 2 * others) / (1 - others) * step.attention_s))
 
 
 def fastdecode(step: StepWork) -> Terms:

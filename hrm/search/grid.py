@@ -5,6 +5,7 @@ not enumerated. Where the host computes those that it holds, residents are a sha
 well, and fewer may be better.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import Point
+from hrm.layers import ExpertDivision
 from hrm.policy import Policy, kv_tokens_for, prefix_tokens_for, spread_experts
 from hrm.search.fit import Ints, fits_memory, gpu_room, most_residents
 from hrm.search.space import Kind, Space
@@ -70,6 +72,12 @@ class Grid:
         fits = fits_memory(space, self.kind, numbers, gpu_room(space, self.kind, numbers), total)
         return replace(self, resident_total=total, fits=fits)
 
+    def with_chunks(self, space: Space, chunk_tokens: Ints) -> "Grid":
+        """The same candidates with chunks of so many tokens, and all the residents that fit beside them."""
+        numbers = {name: getattr(self, name) for name in _ARRAYS if name not in _FITTED}
+        numbers["chunk_tokens"] = chunk_tokens
+        return _fitted(space, self.kind, numbers, gpu_room(space, self.kind, numbers), ALL_THAT_FIT)
+
     def point(self, space: Space) -> Point:
         """The closed form's view of all candidates."""
         spec = space.spec
@@ -106,6 +114,7 @@ class Grid:
         gpu_prefill_ffn = gpu_ffn or all_on_gpu or self.gpu_prefill_ffn[index]
         return Policy(
             schedule=space.schedule,
+            expert_division=space.expert_division or ExpertDivision.INNER,
             batch_size=int(self.batch_size[index]),
             micro_batch_size=int(self.micro_batch_size[index]),
             attention=Device.GPU if self.kind.gpu_attention else Device.CPU,
@@ -128,6 +137,7 @@ class Grid:
 ALL_THAT_FIT: Final = 1000
 PART, CHUNK = 3, 4  # columns of places
 _ARRAYS = tuple(name for name in Grid.__dataclass_fields__ if name != "kind")
+_FITTED = ("most_residents", "resident_total", "fits")
 
 
 def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
@@ -161,7 +171,11 @@ def make_grid(space: Space, kind: Kind, places: Ints) -> Grid:
     numbers["room"] = gpu_room(space, kind, numbers)
     # What else a GPU holds is the same whether or not projections are resident.
     numbers = _of_every(numbers, "resident_dense", (1, 0) if space.profile.has_accelerator else (1,))
-    room, parts = numbers.pop("room"), numbers.pop("parts")
+    return _fitted(space, kind, numbers, numbers.pop("room"), numbers.pop("parts"))
+
+
+def _fitted(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Ints, parts: Ints | int) -> Grid:
+    """Candidates with so many parts in `ALL_THAT_FIT` of the residents that fit the GPU's room."""
     most = most_residents(space, numbers["resident_dense"], numbers["gpu_prefill_ffn"], room)
     total = np.maximum(most, 0) * parts // ALL_THAT_FIT
     fits = (most >= 0) & fits_memory(space, kind, numbers, room, total)

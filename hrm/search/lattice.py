@@ -105,6 +105,13 @@ def places_of(kind: Kind, pairs: Ints, chunks: list[int], shares: tuple[float, .
     return _with_each(_distinct(rows), CHUNK, chunks)
 
 
+def with_most_residents(places: Ints, chunk: int) -> Ints:
+    """The distinct places with all residents that fit and such chunks."""
+    places = places.copy()
+    places[:, PART], places[:, CHUNK] = ALL_THAT_FIT, chunk
+    return _distinct(places)
+
+
 def pairs_of(places: Ints) -> Ints:
     """The distinct pairs of (micro-batch size, number) of some places."""
     return _distinct(places[:, :2])

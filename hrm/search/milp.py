@@ -27,6 +27,7 @@ from hrm.search.constraints import allowed_s, meets
 from hrm.search.fit import Ints, Weights
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import REACHES, ChunkRange, around, chunk_ranges, chunks_of, coarse, pairs_of, places_of, whole
+from hrm.search.longest import with_longest_chunks
 from hrm.search.scores import scores
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Kind, KvPlace, Space
@@ -93,7 +94,9 @@ class ProgramsOfKind:
     def _boxes_of(self, pairs: Ints, chunks: list[int]) -> tuple[Bounder, Boxes] | None:
         if not len(pairs):
             return None
-        rows = make_grid(self.space, self.kind, places_of(self.kind, pairs, chunks, (0.0,)))
+        places = places_of(self.kind, pairs, chunks, (0.0,))
+        rows = make_grid(self.space, self.kind, places)
+        rows = rows.and_also(with_longest_chunks(self.space, self.kind, self.chunks, places))
         if not len(rows):  # a single micro-batch has no part of its cache on the GPU
             return None
         columns = rows.micro_batch_size, rows.num_micro_batches, rows.chunk_tokens, rows.gpu_prefill_ffn

@@ -77,13 +77,14 @@ def _different_stages(space: Space, lengths: Lengths) -> list[Space]:
     return [space_of_stage(space, *stage) for stage in stages.values()]
 
 
-_Form = tuple[int, tuple[int, ...]]
+_Form = tuple[int, tuple[int, ...], bool, bool]
 
 
 def _form(space: Space, index: int, layers: range) -> _Form:
-    """What a stage is like: the first GPU like its own, and the kinds of its layers."""
-    gpus = space.profile.gpus
-    return gpus.index(gpus[index]), space.spec.order[layers.start : layers.stop]
+    """What a stage is like: the first GPU like its own, the kinds of its layers, and whether it is first or last."""
+    gpus, spec = space.profile.gpus, space.spec
+    kinds = spec.order[layers.start : layers.stop]
+    return gpus.index(gpus[index]), kinds, layers.start == 0, layers.stop == spec.num_layers
 
 
 def _ranges(lengths: Lengths) -> list[range]:

@@ -6,8 +6,9 @@
 It answers: are tokens right; how busy are link and GPU in decode; how far are predictions and planned memory off;
 how much faster is CGOPipe than S4 and than transformers' offload at its best on as many layers. Stages run in the
 order of their worth, each in a process of its own. Figures are lines of JSON in DIR/figures.jsonl, written and printed
-as they come, so that an end by force loses nothing. Without native kernels, with too little memory, after a failed
-test or where orders disagree it ends early, so that there is time for a second try. DIR holds eight files at most.
+as they come, so that an end by force loses nothing, nor does a disk that is full. Without native kernels, with too
+little memory, after a failed test or where orders disagree it ends early, so that there is time for a second try. DIR
+holds eight files at most.
 
 A machine without a network needs what it lacks carried along, say in a folder that git ignores; for one with torch,
 transformers, accelerate, pytest and hypothesis and Python 3.12, once, here, with a Python 3.12 and a compiler:
@@ -26,26 +27,33 @@ and there, at the top of the source tree:
 
 import argparse
 import faulthandler
+import os
+import shutil
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
-from subprocess import TimeoutExpired, run
-from typing import Final
+from subprocess import Popen, TimeoutExpired
+from typing import IO, Final
 
 from hrm.contract.openmp import spin_briefly
 from hrm.errors import HrmError
-from hrm.units import parse_bytes
+from hrm.units import MIB, format_bytes, parse_bytes
 from tests.bench.first_run.figures import FIGURES, Figures, closed_gates, latest
 from tests.bench.first_run.setting import RunSetting
 from tests.bench.suite.setting import SCALES, Setting
 
 LOG: Final = "log.txt"
 BUDGET_S: Final = 480.0
-GRACE_S: Final = 5.0  # beyond a stage's time until it is ended by force
+GRACE_S: Final = 5.0  # beyond a stage's time until it is ended by force, and then until it is given up
+ROOM_BYTES: Final = 64 * MIB  # for all files; they take a tenth of it
+FIRST_TO_GO: Final = "500"  # of what the system ends when memory runs out: a stage, not who tells of it
+OFFLINE: Final = {"HF_HUB_OFFLINE": "1"}  # or without a network transformers waits for an answer
 # In the order of their worth, with the most seconds that each may take.
 STAGES: Final = {
     "facts": 75.0,  # a machine that has just started reads all of torch's libraries
@@ -64,23 +72,25 @@ STAGES: Final = {
 GATES: Final = {"facts": "native kernels", "host": "host memory", "tests": "tests", "orders": "orders agree"}
 
 
-def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
-    """What a stage does; imported only in its own process."""
-    from tests.bench.first_run import checks, machine, operators, report, runs
+# The module of `first_run` that has a stage's function, of the stage's name; each is imported by its stage alone.
+MODULES: Final = {
+    "facts": "machine",
+    "host": "machine",
+    "tests": "checks",
+    "profile": "checks",
+    "orders": "runs",
+    "whole": "runs",
+    "transformers": "runs",
+    "s4": "runs",
+    "ranks": "checks",
+    "operators": "operators",
+    "report": "report",
+}
 
-    return {
-        "facts": machine.facts,
-        "host": machine.host,
-        "tests": checks.tests,
-        "profile": checks.profile,
-        "orders": runs.orders,
-        "whole": runs.whole,
-        "transformers": runs.transformers,
-        "s4": runs.s4,
-        "ranks": checks.ranks,
-        "operators": operators.operators,
-        "report": lambda setting, figures: print(report.write(setting.folder), file=figures.out),
-    }[stage]
+
+def work_of(stage: str) -> Callable[[RunSetting, Figures], object]:
+    """What a stage does."""
+    return getattr(import_module(f"tests.bench.first_run.{MODULES[stage]}"), stage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,9 +126,10 @@ def one(options: argparse.Namespace) -> int:
         with redirect_stdout(sys.stderr):  # what others print goes to the log
             work_of(options.stage)(RunSetting(suite=suite, host_memory_bytes=host), figures)
     except Exception as error:  # noqa: BLE001 - told among the figures, and in full in the log
-        traceback.print_exc()
-        print(getattr(error, "chart", ""), file=sys.stderr)
         figures.put(f"{options.stage} failed", f"{type(error).__name__}: {error}"[:1500])
+        with suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+            print(getattr(error, "chart", ""), file=sys.stderr)
         return 1
     finally:
         late.cancel()
@@ -126,41 +137,69 @@ def one(options: argparse.Namespace) -> int:
 
 
 def every(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """All stages, a process each, until the time is spent or a gate is closed; the report in any case."""
-    until_s, failed = time.monotonic() + options.budget_seconds, list[str]()
-    if (options.out / FIGURES).exists():
-        raise HrmError("--out", str(options.out), f"must hold no {FIGURES} of an earlier run", "name another folder")
-    with (options.out / LOG).open("w", encoding="utf-8") as log:
+    """All stages, a process each, until the time is spent or a gate is closed; the report in any case.
+
+    It takes no longer than the budget, whatever the stages do, unless that is too short for a report.
+    """
+    # Behind the last stage: until it is gone, and the report with the same.
+    until_s = time.monotonic() + options.budget_seconds - STAGES["report"] - 4 * GRACE_S
+    failed, closed = list[str](), list[str]()
+    with _log(options.out) as log:
         for stage, most_s in STAGES.items():
-            seconds = min(most_s, until_s - time.monotonic() - STAGES["report"])
-            closed = closed_gates(options.out)
+            seconds = most_s if stage == "report" else min(most_s, until_s - time.monotonic())
             if stage != "report" and (closed or seconds < min(most_s / 3, 20)):
                 failed.append(stage)
                 continue
-            start_s = time.monotonic()
-            log.write(f"\n== {stage}\n")
-            log.flush()
-            words = [*given, "--stage", stage, "--seconds", f"{max(seconds, STAGES['report']):.1f}"]
-            command = [sys.executable, "-m", "tests.bench.first_gpu_run", *words]
-            try:
-                code = run(
-                    command, check=False, stderr=log, timeout=max(seconds, STAGES["report"]) + GRACE_S
-                ).returncode
-            except TimeoutExpired:
-                code = -1
-                Figures(options.out, stage).put(f"{stage} failed", "ended by force")
-            if code:
+            start_s, figures = time.monotonic(), Figures(options.out, stage)
+            with suppress(OSError):
+                os.write(log.fileno(), f"\n== {stage}\n".encode())
+            words = [*given, "--stage", stage, "--seconds", f"{seconds:.1f}"]
+            if told := ended([sys.executable, "-m", "tests.bench.first_gpu_run", *words], log, seconds + GRACE_S):
                 failed.append(stage)
+                figures.put(f"{stage} ended", told)
+            closed = closed_gates(options.out)
             if stage in GATES and f"gate: {GATES[stage]}" not in latest(options.out):
-                Figures(options.out, stage).gate(
-                    GATES[stage], is_open=False, told="the stage ended before it was known"
-                )
-            Figures(options.out, stage).put(f"{stage} took", round(time.monotonic() - start_s, 1))
-    for line in closed_gates(options.out):
-        print(f"closed: {line}", file=sys.stderr)
+                told = "the stage ended before it was known"
+                figures.gate(GATES[stage], is_open=False, told=told)
+                closed.append(f"{GATES[stage]}: {told}")  # wherever it could not be written
+            figures.put(f"{stage} took", round(time.monotonic() - start_s, 1))
+            if closed and stage != "report":
+                print(f"closed: {', '.join(closed)}", file=sys.stderr)
     if failed:
         print(f"not done: {', '.join(failed)}; see {options.out / LOG}", file=sys.stderr)
-    return int(bool(failed or closed_gates(options.out)))
+    return int(bool(failed or closed))
+
+
+def ended(command: Sequence[str], log: IO[str], seconds: float) -> str:
+    """Run a command for no longer than that, with all that it starts; how it ended if not well."""
+    process = Popen(command, stderr=log, process_group=0, env={**os.environ, **OFFLINE})
+    with suppress(OSError):
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text(FIRST_TO_GO, encoding="ascii")
+    try:
+        code = process.wait(seconds)
+        told = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}" if code else ""
+    except TimeoutExpired:
+        told = f"by force after {seconds:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(GRACE_S)
+    except TimeoutExpired:  # a driver that hangs keeps it
+        told += ", but it is still there"
+    return told
+
+
+def _log(folder: Path) -> IO[str]:
+    """The log, new; HrmError if the folder has figures of an earlier run or there is no room in it."""
+    if (folder / FIGURES).exists():
+        raise HrmError("--out", str(folder), f"must hold no {FIGURES} of an earlier run", "name another folder")
+    free = shutil.disk_usage(folder).free
+    if free < ROOM_BYTES:
+        raise HrmError(
+            "--out", str(folder), f"must have {format_bytes(ROOM_BYTES)} free and has {format_bytes(free)}", "make room"
+        )
+    return (folder / LOG).open("w", encoding="utf-8")
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

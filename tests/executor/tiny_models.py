@@ -22,7 +22,7 @@ DBRX = "dbrx"
 MODELS: Final = (*MIXTRALS, DBRX)
 
 
-def save_tiny(name: str, folder: Path, *, seed: int = 0, **how: Any) -> Path:
+def save_tiny(name: str, folder: Path, *, seed: int = 0, num_layers: int = 3, **how: Any) -> Path:
     """Write the checkpoint of one of MODELS, float32, into `folder` and return it.
 
     `how` goes to `save_pretrained`.
@@ -45,7 +45,7 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, **how: Any) -> Path:
             DbrxConfig(
                 d_model=32,
                 n_heads=4,
-                n_layers=3,
+                n_layers=num_layers,
                 max_seq_len=256,
                 **common,
                 attn_config={"clip_qkv": 0.7, "kv_n_heads": 2, "rope_theta": 10_000.0},
@@ -61,7 +61,7 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, **how: Any) -> Path:
         sizes = {
             "hidden_size": 32,
             "intermediate_size": 40,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": num_layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "num_local_experts": 8,

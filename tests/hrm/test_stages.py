@@ -98,6 +98,7 @@ def test_stages_have_their_own_layers_gpus_and_shares_of_the_host():
     fast, slow = shares_for(a_policy(SPEC, (4, 2), resident_experts=counts), SPEC, profile)
     assert (fast.policy.resident_experts, slow.policy.resident_experts) == (counts[:4], counts[4:])
     assert fast.part.spec.layers + slow.part.spec.layers == SPEC.layers
+    assert [(one.part.spec.has_embedding, one.part.spec.has_head) for one in (fast, slow)] == [(1, 0), (0, 1)]
     for share, its, part in ((fast, FAST, 4 / 6), (slow, SLOW, 2 / 6)):
         assert share.part.profile.top == its.level
         assert (share.part.profile.num_gpus, share.part.profile.num_stages) == (1, 2)
@@ -264,9 +265,10 @@ def test_no_other_lengths_are_better(seed):
     assert best.tokens_per_s >= 0.99 * max(rates.values()), max(rates, key=lambda policy: rates[policy])
 
 
-def test_the_order_of_the_gpus_does_not_matter():
+def test_the_order_of_the_gpus_matters_for_the_ends_alone():
+    """Which of the two hands hidden states on over its link, and which has the LM head."""
     one, other = (pipeline_of(SPEC, machine(*cards)) for cards in ((FAST, SLOW), (SLOW, FAST)))
-    assert one.tokens_per_s == pytest.approx(other.tokens_per_s, rel=1e-9)
+    assert one.tokens_per_s == pytest.approx(other.tokens_per_s, rel=0.1)
     assert one.policy.stage_lengths == other.policy.stage_lengths[::-1]
     assert one.policy.stage_lengths[0] > one.policy.stage_lengths[1]
 
@@ -285,7 +287,8 @@ def test_gpus_that_hardly_differ_are_like_equal_ones():
     assert (len(unequal.gpus), equal.gpus) == (2, ())
     for way in Parallelism:
         rates = [search(space(one, way)).tokens_per_s for one in (unequal, equal)]
-        assert rates[0] == pytest.approx(rates[1], rel=5e-3)
+        # A stage that stands for all has the LM head, which takes less here than handing hidden states on.
+        assert rates[0] == pytest.approx(rates[1], rel=5e-2)
 
 
 def test_a_faster_gpu_is_worth_adding():
@@ -323,10 +326,12 @@ def test_no_gpu_makes_a_machine_slower():
     both = search(space(machine(one, other)))
     alone = [search(space(machine(each))).tokens_per_s for each in (one, other)]
     assert both.tokens_per_s >= 0.998 * max(alone)
-    rates = {(way.parallelism, way.gpus): way.best.tokens_per_s for way in both.ways if way.best is not None}
     best = both.require()
-    assert best.tokens_per_s == rates[best.policy.parallelism, best.policy.gpus] >= 0.998 * max(rates.values())
-    assert [way.gpus for way in both.ways] == [(), (), (0,), (1,)]
+    (chosen,) = (way.best for way in both.ways if way.is_of(best.policy))
+    rates = [way.best.tokens_per_s for way in both.ways if way.best is not None]
+    assert chosen is not None
+    assert best.tokens_per_s == chosen.tokens_per_s >= 0.998 * max(rates)
+    assert [way.gpus for way in both.ways] == [(), (), (), (0,), (1,)]
 
 
 def test_a_gpu_that_only_holds_up_the_others_is_left_out():

@@ -9,7 +9,7 @@ from hrm.acts import decode
 from hrm.machines import of_parts
 from hrm.run_record import KindTotal, LaneRecord, read_run
 from hrm.tasks import Device, Lane, Phase
-from hrm.validate import predict_run, validate
+from hrm.validate import predict_ranks, validate
 from tests.fuzz.targets_hrm import a_fleet, a_run
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 def test_every_kind_and_lane_that_was_predicted_or_run_has_a_row(folder):
     record = read_run(folder)
-    prediction, validation = predict_run(record), validate(record)
+    prediction, validation = predict_ranks(record)[0], validate(record)
     for phase in Phase:
         of_phase = record.phase(phase)
         kinds = {kind for p, kind in prediction.kind_s if p is phase} | set(of_phase.kinds)
@@ -97,7 +97,7 @@ def test_what_a_record_lacks_was_not_done(folder):
     assert record.phase(Phase.DECODE).kind(decode.EMBED) == KindTotal()
     assert record.phase(Phase.DECODE).lane(Lane.CPU) == LaneRecord(busy_s=0)
     predicted = {row for row, both in validate(bare).kind_s.items() if both.predicted}
-    assert predicted == {row for row, seconds in predict_run(bare).kind_s.items() if seconds}
+    assert predicted == {row for row, seconds in predict_ranks(bare)[0].kind_s.items() if seconds}
 
 
 def test_every_ranks_link_has_the_pace_that_its_run_tells(folder):
@@ -109,7 +109,7 @@ def test_every_ranks_link_has_the_pace_that_its_run_tells(folder):
     pace = one.h2d.bandwidth_bytes_per_s.at()
     told = replace(record.accelerator, h2d_bytes_per_s=pace, d2h_bytes_per_s=one.d2h.bandwidth_bytes_per_s.at())
     planned, paced = (
-        predict_run(replace(record, policy_file=ranks, accelerator=accelerator))
+        predict_ranks(replace(record, policy_file=ranks, accelerator=accelerator))[0]
         for accelerator in (replace(told, h2d_bytes_per_s=None, d2h_bytes_per_s=None), told)
     )
     assert paced.kind_s == pytest.approx(planned.kind_s)
@@ -119,10 +119,10 @@ def test_batches_that_are_counted_together_are_predicted_each(folder):
     record = read_run(folder)
     (batch,) = record.batches[:1]
     other = replace(batch, decode_steps=batch.decode_steps + 1)
-    one_by_one = predict_run(replace(record, batches=[batch, other, batch, batch]))
-    together = predict_run(replace(record, batches=[replace(batch, count=3), other]))
+    one_by_one = predict_ranks(replace(record, batches=[batch, other, batch, batch]))[0]
+    together = predict_ranks(replace(record, batches=[replace(batch, count=3), other]))[0]
     assert together.phase_s == pytest.approx(one_by_one.phase_s)
     assert together.kind_s == pytest.approx(one_by_one.kind_s)
     assert together.phase_s[Phase.PREFILL] == pytest.approx(
-        4 * predict_run(replace(record, batches=[batch])).phase_s[Phase.PREFILL]
+        4 * predict_ranks(replace(record, batches=[batch]))[0].phase_s[Phase.PREFILL]
     )

@@ -12,7 +12,7 @@ from hrm.errors import HrmError
 from hrm.policy import ScheduleName
 from tests.bench import gpu_suite
 from tests.bench.suite import checks
-from tests.bench.suite.schedules import OWN, SAME
+from tests.bench.suite.schedules import FEW, OWN, SAME
 from tests.hrm.profiling.fakes import small_sizes
 
 EMULATED = ("--scale", "small", "--accelerator", "emulated")
@@ -81,7 +81,7 @@ def test_every_schedule_is_measured_and_what_is_missing_can_be_resumed(results):
     content = read(results, "mixtral-16GB")
     assert content["outcome"] == "complete", content["left_out"]
     figures = content["figures"]
-    own = {f"{OWN}: {name.value}" for name in ScheduleName}
+    own = {f"{OWN}: cgopipe", *(f"{FEW}: {name.value}" for name in ScheduleName)}
     same = {f"{SAME}: {name.value}" for name in ScheduleName if name != "flexgen-c"}
     assert own | same <= figures.keys()
     for name in own | same:
@@ -97,17 +97,18 @@ def test_every_schedule_is_measured_and_what_is_missing_can_be_resumed(results):
         on_cpu = policy["attention"] == "cpu"
         assert (row["attention_bytes_per_s"] is not None) == on_cpu
         assert figures[name]["prompt_lengths"]["mean"] == pytest.approx(6, rel=0.1)
+    assert figures["model"]["few_layers"] == len(figures[f"{FEW}: cgopipe"]["policy"]["resident_experts"]) == 2
     one = {**figures[f"{OWN}: cgopipe"]["policy"], "schedule": ""}
     assert all({**figures[name]["policy"], "schedule": ""} == one for name in same)
 
-    kept = figures.pop(f"{OWN}: flexgen")
+    kept = figures.pop(f"{FEW}: flexgen")
     path = results / "mixtral-16GB.json"
     path.write_text(json.dumps(replace_outcome(content, "partial")), encoding="utf-8")
     assert suite(results, "mixtral-16GB", "--resume") == 0
     again = read(results, "mixtral-16GB")
     assert again["outcome"] == "complete"
-    assert again["figures"][f"{OWN}: flexgen"]["policy"] == kept["policy"]
-    assert {**again["figures"], f"{OWN}: flexgen": 0, "load_s": 0} == {**figures, f"{OWN}: flexgen": 0, "load_s": 0}
+    assert again["figures"][f"{FEW}: flexgen"]["policy"] == kept["policy"]
+    assert {**again["figures"], f"{FEW}: flexgen": 0, "load_s": 0} == {**figures, f"{FEW}: flexgen": 0, "load_s": 0}
 
 
 def replace_outcome(content: dict, outcome: str) -> dict:
@@ -119,7 +120,7 @@ def test_without_time_everything_is_left_out_with_the_reason(results, tmp_path):
     assert suite(tmp_path, "mixtral-24GB", "--budget-minutes", "0.00001") == 0
     content = read(tmp_path, "mixtral-24GB")
     assert content["outcome"] == "partial"
-    assert content["left_out"].keys() == {f"{OWN}: {name.value}" for name in ScheduleName}
+    assert content["left_out"].keys() == {f"{OWN}: cgopipe", *(f"{FEW}: {name.value}" for name in ScheduleName)}
     assert all("are left" in reason for reason in content["left_out"].values())
 
 

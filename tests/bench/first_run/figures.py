@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -22,12 +23,17 @@ class Figures:
     out: TextIO = field(default_factory=lambda: sys.stdout)
 
     def put(self, name: str, value: Any) -> None:
-        """Add a figure to the file and print it."""
+        """Print a figure and add it to the file; either is tried if the other fails."""
         plain = msgspec.to_builtins(value, str_keys=True)
         line = json.dumps({"stage": self.stage, "figure": name, "value": plain, "at": round(time.time(), 1)})
-        with (self.folder / FIGURES).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        print(line, file=self.out, flush=True)
+        with suppress(OSError):  # whoever read it is gone
+            print(line, file=self.out, flush=True)
+        try:
+            with (self.folder / FIGURES).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                print(f"not in {FIGURES}: {error}", file=sys.stderr)
 
     def leave_out(self, name: str, reason: str) -> None:
         """Say why there is no such figure."""

@@ -24,6 +24,10 @@ LINK_BYTES: Final = {"full": 512 * MIB, "small": MIB // 4}
 REPEATS: Final = 5
 SLOWEST_BYTES_PER_S: Final = 0.3e9  # of touching memory: slower is a machine that swaps
 LEFT_BYTES: Final = 6 * GIB  # of the host's, for libraries and the page table of what is pinned
+SMALLEST_BYTES: Final = GIB // 4  # for which another piece is worth it
+MORE_S: Final = 3.0  # to wait for a virtual machine to be given more
+LOOK_S: Final = 0.25
+SPARE_S: Final = 15.0  # of the stage's time, for what follows the ramp
 
 
 def facts(setting: RunSetting, figures: Figures) -> None:
@@ -44,28 +48,16 @@ def facts(setting: RunSetting, figures: Figures) -> None:
 def host(setting: RunSetting, figures: Figures) -> None:
     """Touch as much memory as there is, a piece after the other, and give it back.
 
-    A virtual machine may have its memory only once it is used, or have more once what it has is used: so it is asked
-    before each piece. What was there is what later stages plan with.
+    A virtual machine may have its memory only once it is used, or have more once what it has is used. What was there
+    is what later stages plan with.
     """
     scale = setting.suite.scale
-    piece, available = PIECE_BYTES[scale.name], available_ram_bytes()
+    available = available_ram_bytes()
     figures.put("host available before", available)
-    left = min(LEFT_BYTES, available // 4)
     caps = [cap for cap in (setting.host_memory_bytes, scale.host_memory_bytes) if cap is not None]
-    pieces = list[torch.Tensor]()
     start_s = time.monotonic()
-    while (
-        all((len(pieces) + 1) * piece <= cap for cap in caps)
-        and available_ram_bytes() - piece >= left
-        and setting.suite.left_s() > 15
-    ):
-        piece_s = time.monotonic()
-        pieces.append(touched(_mapped(piece)))
-        if piece / (time.monotonic() - piece_s) < SLOWEST_BYTES_PER_S and scale.name == "full":
-            figures.put("host slow at", len(pieces) * piece)
-            break
-    seconds, there = time.monotonic() - start_s, len(pieces) * piece
-    pieces.clear()
+    there = ramp(min(caps, default=2**62), PIECE_BYTES[scale.name], lambda: setting.suite.left_s() - SPARE_S)
+    seconds = time.monotonic() - start_s
     figures.put("host touched", {"bytes": there, "bytes_per_s": there / max(seconds, 1e-9)})
     figures.put("host available after", available_ram_bytes())
     few = setting.few_layers
@@ -75,6 +67,29 @@ def host(setting: RunSetting, figures: Figures) -> None:
         figures.leave_out("pinning", "emulated")
         return
     _pinning(setting, figures)
+
+
+def ramp(most: int, piece: int, left_s: Callable[[], float]) -> int:
+    """Touch up to so much memory piece by piece, and give it all back; how much it was.
+
+    It leaves some to the system, and ends with the time, or where memory is had as slowly as by a machine that swaps.
+    """
+    leave = min(LEFT_BYTES, available_ram_bytes() // 4)
+    pieces, there, waited_s = list[torch.Tensor](), 0, 0.0
+    while there < most and left_s() > 0:
+        size = min(piece, most - there, (available_ram_bytes() - leave) // 2)
+        if size < min(SMALLEST_BYTES, piece, most - there):
+            if waited_s >= MORE_S:
+                break
+            time.sleep(LOOK_S)
+            waited_s += LOOK_S
+            continue
+        piece_s, waited_s = time.monotonic(), 0.0
+        pieces.append(touched(_mapped(size)))
+        there += size
+        if size / (time.monotonic() - piece_s) < SLOWEST_BYTES_PER_S and size >= SMALLEST_BYTES:
+            break
+    return there
 
 
 def _mapped(num_bytes: int) -> torch.Tensor:

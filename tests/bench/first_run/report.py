@@ -1,9 +1,11 @@
 """What a run found, as a table and in sentences."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench.first_run.figures import closed_gates, latest
+from tests.bench.first_run.figures import Figures, closed_gates, latest
+from tests.bench.first_run.setting import RunSetting
 
 FILE: Final = "report.md"
 HEAD: Final = (
@@ -20,22 +22,31 @@ HEAD: Final = (
 )
 
 
+def report(setting: RunSetting, figures: Figures) -> None:
+    """Write the report, and print it."""
+    print(write(setting.folder), file=figures.out)
+
+
 def write(folder: Path) -> str:
-    """Write the report beside the figures; returns it."""
+    """Write the report beside the figures, if there is room; returns it."""
     known = latest(folder)
-    lines = [f"# {known.get('gpu', {}).get('gpu', 'No GPU: emulated on the CPU')}", ""]
-    if "gpu" not in known:
+    accelerator = known.get("machine", {}).get("accelerator", "emulated")
+    emulated = accelerator == "emulated"
+    lines = [f"# {'No GPU: emulated on the CPU' if emulated else known.get('gpu', {}).get('gpu', accelerator)}", ""]
+    if emulated:
         lines += ["**No figure here is of a GPU.**", ""]
     lines += _table(known)
     lines += ["", *(f"- {line}" for line in _sentences(known))]
     lines += [f"- **ended early: {line}**" for line in closed_gates(folder)]
+    lines += [f"- **{name}**: {value}" for name, value in known.items() if name.endswith((" failed", " ended"))]
     lines += [
         f"- {name} left out: {value['left_out']}"
         for name, value in known.items()
         if isinstance(value, dict) and "left_out" in value
     ]
     text = "\n".join(lines) + "\n"
-    (folder / FILE).write_text(text, encoding="utf-8")
+    with suppress(OSError):
+        (folder / FILE).write_text(text, encoding="utf-8")
     return text
 
 
@@ -66,12 +77,10 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
 def _sentences(known: dict[str, Any]) -> list[str]:
     """The questions that the run was for."""
     found: list[str] = []
-    if "tests" in known:
-        tests = known["tests"]
-        found.append(f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
-    if "tests of ranks" in known:
-        tests = known["tests of ranks"]
-        found.append(f"of two ranks: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
+    for name in ("tests", "tests of ranks", "tests of ranks in processes"):
+        if name in known:
+            tests = known[name]
+            found.append(f"{name}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
     ours = known.get("few layers: cgopipe")
     if ours is not None and "tokens_per_s" in ours:
         others = {"S4": known.get("few layers: S4")}

@@ -14,9 +14,11 @@ from executor.job.machine import AcceleratorOptions
 from hrm.errors import HrmError
 from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file, policy_file_of, save_policy_file
+from hrm.profiling.environment import available_ram_bytes
 from hrm.search import Space, search
 from hrm.trace import Trace, write_chrome_trace
 from tests.bench.first_run.figures import Figures, latest
+from tests.bench.first_run.machine import PIECE_BYTES, ramp
 from tests.bench.first_run.setting import CAP, POLICY, TRACE, RunSetting
 from tests.bench.suite.schedules import Machine, machine_of
 
@@ -32,8 +34,10 @@ BATCHES: Final = (512, 1024)  # of transformers
 def plan(setting: RunSetting) -> tuple[Machine, RunSetting]:
     """What is planned for, with the memory that was found to be there; torch is held to the cap on the card's."""
     known = latest(setting.folder)
-    free = known.get("gpu", {}).get("free_bytes")
-    suite = setting.planned_with(int(known["host touched"]["bytes"]), free)
+    free, there = known.get("gpu", {}).get("free_bytes"), int(known["host touched"]["bytes"])
+    if available_ram_bytes() < there:  # which a virtual machine has to be asked for again
+        ramp(there, PIECE_BYTES[setting.suite.scale.name], lambda: setting.suite.left_s() / 2)
+    suite = setting.planned_with(there, free)
     if not suite.emulated:  # as the other side is, which has no other cap
         import torch
 
@@ -106,14 +110,17 @@ def _profile_kernels(setting: RunSetting, figures: Figures, run: BenchRun) -> No
 def whole(setting: RunSetting, figures: Figures) -> None:
     """All layers that the host holds under CGOPipe, then FlexGen's order in the same memory."""
     machine, setting = plan(setting)
+    policy_file = load_policy_file(setting.folder / POLICY)
+    layers = min(machine.spec.num_layers, policy_file.model.num_layers)  # with less memory than it was solved for
     options = BenchOptions(
-        model=machine.spec,
-        policy=load_policy_file(setting.folder / POLICY),
+        model=policy_file.model,
+        policy=policy_file,
+        num_layers=layers,
         accelerator=_accelerator(setting),
         max_prompt_len=setting.suite.scale.workload.max_prompt_len,
     )
     with Bench(options, tell=_tell(figures)) as bench, bench.start(ScheduleName.CGOPIPE) as run:
-        figures.put("load of all layers", {"s": run.load_s})
+        figures.put("load of all layers", {"s": run.load_s, "layers": layers})
         predicted_s = bench.predicted.seconds
         if setting.suite.left_s() < SLOWER * predicted_s:
             figures.leave_out("all layers: cgopipe", f"needs about {predicted_s:.0f} s")

@@ -8,7 +8,6 @@ from hrm.model_spec import ModelSpec
 from hrm.units import GB
 from tests.bench.suite.setting import Scale, Setting
 
-FEW_LAYERS: Final = {"full": 8, "small": 2}
 CAP: Final = "24GB"
 LEAVE_GPU_BYTES: Final = 1.5 * GB  # of a card that has no more than the cap: its context, and other processes
 POLICY: Final = "policy.json"
@@ -36,7 +35,7 @@ class RunSetting:
     def few_layers(self) -> ModelSpec:
         """The model of few layers that orders and other engines are compared on."""
         spec = self.suite.scale.spec
-        return spec.with_layers(spec.layers[: FEW_LAYERS[self.suite.scale.name]])
+        return spec.with_layers(spec.layers[: self.suite.scale.few_layers])
 
     def planned_with(self, host_bytes: int, free_gpu_bytes: int | None) -> Setting:
         """The suite's setting with no more memory than was found to be there."""

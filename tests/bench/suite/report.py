@@ -9,7 +9,7 @@ from hrm.errors import HrmError
 from hrm.tasks import Lane
 from hrm.units import format_bytes
 from tests.bench.suite.record import read
-from tests.bench.suite.schedules import OWN, SAME
+from tests.bench.suite.schedules import FEW, OWN, SAME
 from tests.bench.suite.setting import CAPS
 
 FILE: Final = "report.md"
@@ -180,11 +180,11 @@ def _figures(content: dict[str, Any] | None, kind: str) -> dict[str, Measured]:
 
 
 def _tables(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> Iterator[str]:
-    own, same = _figures(ours, OWN), _figures(ours, SAME)
+    own, few_layers, same = (_figures(ours, kind) for kind in (OWN, FEW, SAME))
     best = theirs["figures"].get("best") if theirs else None
     if ours is not None:
         model = ours["figures"]["model"]
-        yield f"{model['name']}, {model['num_layers']} layers. Each under its own best policy:"
+        yield f"{model['name']}, {model['num_layers']} layers:"
         yield ""
     rows = [
         measured.cells(name, own["cgopipe"].tokens_per_s / measured.tokens_per_s)
@@ -195,6 +195,15 @@ def _tables(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> Itera
         ratio = f"{own['cgopipe'].tokens_per_s / best['tokens_per_s']:.2f}×" if own else "–"
         rows.append(_other_side(best, ratio))
     yield from _table(rows)
+    if few_layers and ours is not None:
+        yield ""
+        yield f"Each under its own best policy, on {ours['figures']['model']['few_layers']} of the layers:"
+        yield ""
+        first = few_layers.get("cgopipe")
+        yield from _table(
+            measured.cells(name, first.tokens_per_s / measured.tokens_per_s if first else 0.0)
+            for name, measured in few_layers.items()
+        )
     if same:
         yield ""
         few = next(iter(same.values())).row["decode_step_s"]["n"]
@@ -244,8 +253,8 @@ def _goals_of_tests(tests: dict[str, Any] | None) -> Iterator[Goal]:
 
 
 def _goals(cap: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> Iterator[Goal]:
-    own = _figures(ours, OWN)
-    everything = [*own.values(), *_figures(ours, SAME).values()]
+    own, few_layers = _figures(ours, OWN), _figures(ours, FEW)
+    everything = [*own.values(), *few_layers.values(), *_figures(ours, SAME).values()]
     cgopipe = own.get("cgopipe")
     text = f"{cap}: link ≥ {LINK_BUSY:.0%} busy in decode at ≥ {LINK_SHARE:.0%} of its bandwidth"
     if cgopipe is None:
@@ -262,11 +271,12 @@ def _goals(cap: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None)
     )
     for name, other in (("flexgen", "S4"), ("flexgen-c", "S3")):
         text = f"{cap}: CGOPipe ≥ {OVER_FLEXGEN}× our {other}"
-        if name not in own:
+        if not {name, "cgopipe"} <= few_layers.keys():
             yield Goal(text, "", None)
             continue
-        ratio = cgopipe.tokens_per_s / own[name].tokens_per_s
-        told = f"{ratio:.2f}×, {cgopipe.predicted / own[name].predicted:.2f}× predicted"
+        here, there = few_layers["cgopipe"], few_layers[name]
+        ratio = here.tokens_per_s / there.tokens_per_s
+        told = f"{ratio:.2f}×, {here.predicted / there.predicted:.2f}× predicted"
         yield Goal(text, told, ratio >= OVER_FLEXGEN)
     best = theirs["figures"].get("best") if theirs else None
     text = f"{cap}: CGOPipe ≥ {OVER_ACCELERATE:g}× transformers + accelerate"

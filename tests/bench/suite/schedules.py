@@ -3,14 +3,16 @@
 The paper does both: its main results let each system choose its batch sizes, and its ablation runs
 FlexGen under MoE-Lightning's policy (arXiv 2411.11217, §5). A policy of its own is the fair
 comparison of what a user gets, and generous here: it comes from our search, not from their own
-planners. The same policy tells what the order of tasks alone is worth. There, S3 and S4 are one
-order, as the policy says where attention runs; so FlexGen's order stands for both.
+planners. It is made on a few of the model's layers, as loading all of them takes a minute for each
+schedule; CGOPipe is run on all of them, too. The same policy tells what the order of tasks alone is
+worth. There, S3 and S4 are one order, as the policy says where attention runs; so FlexGen's order
+stands for both.
 """
 
 import gc
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
@@ -25,11 +27,13 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import ScheduleName
 from hrm.policy_file import policy_file_of
 from hrm.profiling.environment import available_ram_bytes
+from hrm.profiling.pinned import keeping
 from hrm.search import Space, search
 from tests.bench.suite.record import Record
 from tests.bench.suite.setting import CAPS, Setting
 
 OWN: Final = "own policy"
+FEW: Final = "own policy, few layers"
 SAME: Final = "CGOPipe's policy"
 # By what they tell: the baselines of the paper's claims first.
 BASELINES: Final = (ScheduleName.FLEXGEN, ScheduleName.FLEXGEN_C, ScheduleName.FASTDECODE, ScheduleName.DEEPSPEED)
@@ -76,56 +80,61 @@ def compare(setting: Setting, cap: str) -> None:
     if record.complete:
         return
     machine = machine_of(setting, cap)
-    record.put("model", {"name": machine.spec.name, "num_layers": machine.spec.num_layers})
+    whole, few = machine.spec.num_layers, min(setting.scale.few_layers, machine.spec.num_layers)
+    record.put("model", {"name": machine.spec.name, "num_layers": whole, "few_layers": few})
     record.put("gpu_memory_bytes", machine.options.gpu_memory_bytes)
-    for schedule in (ScheduleName.CGOPIPE, *BASELINES):
-        name = f"{OWN}: {schedule.value}"
-        with_orders = schedule is ScheduleName.CGOPIPE and cap == CAPS[0]
-        orders = ORDERS if with_orders else {}
-        if name in record.figures and orders.keys() <= record.figures.keys():
-            continue
-        try:
-            _under_its_own(setting, record, machine, name, schedule, orders)
-        except Exception as error:  # noqa: BLE001 - the others can still be measured
-            traceback.print_exc()
-            print(getattr(error, "chart", ""))
-            record.leave_out(name, f"{type(error).__name__}: {error}")
-        gc.collect()  # the next one needs the memory
+    orders = ORDERS if cap == CAPS[0] else {}
+    jobs = [Job(f"{OWN}: {ScheduleName.CGOPIPE.value}", ScheduleName.CGOPIPE, whole, orders)]
+    jobs += [Job(f"{FEW}: {schedule.value}", schedule, few) for schedule in (ScheduleName.CGOPIPE, *BASELINES)]
+    with keeping():
+        for job in jobs:
+            if {job.name, *job.orders} <= record.figures.keys():
+                continue
+            try:
+                _under_its_own(setting, record, machine, job)
+            except Exception as error:  # noqa: BLE001 - the others can still be measured
+                traceback.print_exc()
+                print(getattr(error, "chart", ""))
+                record.leave_out(job.name, f"{type(error).__name__}: {error}")
+            gc.collect()  # the next one needs the memory
     record.finish()
 
 
-def _under_its_own(
-    setting: Setting,
-    record: Record,
-    machine: Machine,
-    name: str,
-    schedule: ScheduleName,
-    orders: Mapping[str, ScheduleName],
-) -> None:
-    """A schedule under its best policy, and other orders under the same one, decode alone.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A schedule under its best policy for the whole model, on so many layers, and other orders under the same one."""
 
-    Those are run over a few tokens: prefill is the same in all.
-    """
-    spec, profile, workload = machine.spec, machine.profile, setting.scale.workload
+    name: str
+    schedule: ScheduleName
+    num_layers: int
+    orders: Mapping[str, ScheduleName] = field(default_factory=dict[str, ScheduleName])
+
+
+def _under_its_own(setting: Setting, record: Record, machine: Machine, job: Job) -> None:
+    """Measure a job; the other orders over a few tokens: prefill is the same in all."""
+    spec, profile, workload, name = machine.spec, machine.profile, setting.scale.workload, job.name
     dtype, few = profile.default_dtype, setting.scale.few_tokens
-    best = search(Space(spec, profile, workload, dtype=dtype, schedule=schedule)).require()
+    best = search(Space(spec, profile, workload, dtype=dtype, schedule=job.schedule)).require()
+    share = job.num_layers / spec.num_layers
     loads_s: dict[str, float] = record.figures.get("load_s", {})
-    load_s = max(loads_s.values(), default=spec.parameters * 2 / LOAD_BYTES_PER_S)
-    if not _time_for(setting, record, name, load_s + SLOWER * best.seconds):
+    load_s = share * max(loads_s.values(), default=spec.parameters * 2 / LOAD_BYTES_PER_S)
+    seconds = share * best.seconds
+    if not _time_for(setting, record, name, load_s + SLOWER * seconds):
         return
     print(
         f"  {name}: about {load_s:.0f} s to load, then a batch of {best.policy.batch_size}, "
-        f"{best.seconds:.0f} s as predicted",
+        f"{seconds:.0f} s as predicted",
         flush=True,
     )
     _reset_allocator_peak(setting)
     options = BenchOptions(
         model=spec,
         policy=policy_file_of(best, spec, profile, workload),
+        num_layers=job.num_layers,
         accelerator=machine.options,
         max_prompt_len=workload.max_prompt_len,
     )
-    with Bench(options, tell=print) as bench, bench.start(schedule) as run:
+    with Bench(options, tell=print) as bench, bench.start(job.schedule) as run:
         record.put("load_s", {**loads_s, name: run.load_s})
         print(f"  {name}: loaded in {run.load_s:.0f} s", flush=True)
         # Kernels are chosen, clocks rise.
@@ -133,7 +142,7 @@ def _under_its_own(
         run.forget()
         if name not in record.figures:
             _measure(setting, record, run, name, bench.predicted)
-        for other, order in orders.items():
+        for other, order in job.orders.items():
             if other in record.figures:
                 continue
             predicted = bench.estimate(replace(run.policy, schedule=order), gen_len=few)

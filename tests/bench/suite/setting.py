@@ -15,9 +15,9 @@ class Scale:
     """How large everything is.
 
     `gpu_memory_bytes` are the caps on GPU memory by the name that the steps carry, and
-    `host_memory_bytes` a cap on the host's. Orders under CGOPipe's policy are compared over
-    `few_tokens` new tokens a request. transformers is tried with batches from `first_batch` to
-    `last_batch`, and measured over `offload_steps` decode steps.
+    `host_memory_bytes` a cap on the host's. Schedules are compared on `few_layers` of the model, and orders
+    under CGOPipe's policy over `few_tokens` new tokens a request. transformers is tried with batches
+    from `first_batch` to `last_batch`, and measured over `offload_steps` decode steps.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Scale:
     workload: Workload
     gpu_memory_bytes: dict[str, int]
     host_memory_bytes: int | None = None
+    few_layers: int
     few_tokens: int
     profile_s: float
     first_batch: int
@@ -38,6 +39,7 @@ FULL: Final = Scale(
     # The lengths of MTBench, and the fewest new tokens that MoE-Lightning reports (§5.1).
     workload=Workload(name="mtbench", prompt_len=77, max_prompt_len=418, gen_len=32),
     gpu_memory_bytes={"16GB": 16 * GB, "24GB": 24 * GB},
+    few_layers=8,
     few_tokens=8,
     profile_s=75.0,
     first_batch=128,
@@ -62,6 +64,7 @@ SMALL: Final = Scale(
     workload=Workload(name="mtbench-small", prompt_len=6, max_prompt_len=12, gen_len=4),
     gpu_memory_bytes={"16GB": MB, "24GB": 3 * MB // 2},
     host_memory_bytes=8 * MB,
+    few_layers=2,
     few_tokens=3,
     profile_s=1.5,
     first_batch=2,

@@ -17,10 +17,9 @@ from executor.group import Group
 from executor.group.processes import ProcessGroup
 from executor.group.stages import ProcessStages
 from hrm.hardware import HardwareProfile
-from hrm.machines import one_part
 from hrm.memory import plan_memory
-from hrm.parallel import part_for, stage_layers, stages_of
-from hrm.policy import Policy
+from hrm.parallel import part_for, ranks_of
+from hrm.policy import Parallelism, Policy
 from tests.executor.runtime.support import architecture, emulated, link, machine
 
 Made = Callable[[Generator, Group], Any]
@@ -55,9 +54,12 @@ def with_ranks(folder: Path, policy: Policy, size: int, use: Made, *, accelerato
         return list(pool.map(run, range(size)))
 
 
-def with_stages(folder: Path, policy: Policy, size: int, use: Callable[[Generator], Any], **options: Any) -> list[Any]:
+def with_stages(
+    folder: Path, policy: Policy, lengths: tuple[int, ...], use: Callable[[Generator], Any], **options: Any
+) -> list[Any]:
     """What `use` returns of each stage's generator; the policy's layers are those of the whole model."""
-    store, profile = HashStore(), one_part(_of_gpus(size), is_stage=True)
+    size = len(lengths)
+    store, profile = HashStore(), _of_gpus(size)
 
     def run(stage: int) -> Any:
         torch.set_num_threads(1)
@@ -65,14 +67,14 @@ def with_stages(folder: Path, policy: Policy, size: int, use: Callable[[Generato
         with Checkpoint.open(folder) as checkpoint:
             family = family_for(checkpoint.config, checkpoint.config_path)
             arch = family.architecture(checkpoint.config, checkpoint.config_path)
-            layers = stage_layers(arch.spec.num_layers, size)[stage]
-            spec = stages_of(arch.spec, size)[stage]
-            own = replace(policy, resident_experts=policy.resident_experts[layers.start : layers.stop])
-            backend = emulated(profile) if options.get("is_emulated") else make_backend("cpu", None)
+            whole = replace(policy, parallelism=Parallelism.PIPELINE, stage_lengths=lengths)
+            share = ranks_of(whole, arch.spec, profile)[stage]
+            spec, own = share.part.spec, share.policy
+            backend = emulated(share.part.profile) if options.get("is_emulated") else make_backend("cpu", None)
             made = Generator(
                 backend,
-                arch.of_stage(spec, layers.start),
-                Planned(own, plan_memory(spec, own, profile)),
+                arch.of_stage(spec, sum(lengths[:stage])),
+                Planned(own, plan_memory(spec, own, share.part.profile)),
                 family=family,
                 source=checkpoint,
                 stops=options.get("stops") if stage == 0 else None,

@@ -1,13 +1,15 @@
 """torch.cuda for the CUDA backend where there is no card: late copies between strict tensors.
 
 It stands in for the parts of torch.cuda that the backend calls. What a lane computes is computed
-at once; what it copies without waiting is copied late, by its stream.
+at once; what it copies without waiting is copied late, by its stream. Memory that was given back
+stays with the allocator until its cache is emptied.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Final
+from weakref import finalize
 
 import pytest
 import torch
@@ -15,12 +17,12 @@ from torch import Tensor
 
 from executor.model import GpuKernels
 from executor.model.gpu import grouped_gemm
-from tests.executor.runtime.device_tensor import DEVICE, WithDevice, on_device
+from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevice, on_device
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.queued_backend import flash
 
 ACCELERATOR: Final = str(DEVICE)
-TOTAL_BYTES: Final = 10**9
+TOTAL_BYTES: Final = 10**8
 
 
 class LateCopies(WithDevice):
@@ -37,10 +39,34 @@ class LateCopies(WithDevice):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+class FakeMemory:
+    """The card's memory under torch's allocator, which keeps what it once had."""
+
+    def __init__(self) -> None:
+        self.used_bytes = self.held_bytes = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A flat tensor of the card's, of no numbers; its bytes are used until the last view of it is gone."""
+        owner = memoryview(bytearray(b"\xff") * num_bytes)
+        self.used_bytes += num_bytes
+        self.held_bytes = max(self.held_bytes, self.used_bytes)
+        if self.held_bytes > TOTAL_BYTES:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finalize(owner, self._give_back, num_bytes)
+        return DeviceTensor(torch.frombuffer(owner, dtype=torch.uint8))
+
+    def _give_back(self, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
+
+    def empty_cache(self) -> None:
+        """Give what is not used to the driver."""
+        self.held_bytes = self.used_bytes
+
+
 class FakeCuda:
     """What replaces the functions and classes of torch.cuda that have these names."""
 
-    def __init__(self, fake: FakeDevice, capability: tuple[int, int]) -> None:
+    def __init__(self, fake: FakeDevice, memory: FakeMemory, capability: tuple[int, int]) -> None:
         major, minor = capability
         properties = SimpleNamespace(
             name="none", major=major, minor=minor, total_memory=TOTAL_BYTES, uuid="GPU-none", is_integrated=0
@@ -99,13 +125,19 @@ class FakeCuda:
         self.current_stream = lambda _: getattr(fake.current, "of_torch", default)
         self.is_available, self.device_count = lambda: True, lambda: DEVICE.index + 1
         self.get_device_properties = lambda _: properties
-        self.mem_get_info = lambda _: (TOTAL_BYTES, TOTAL_BYTES)
+        self.mem_get_info = lambda _: (TOTAL_BYTES - memory.held_bytes, TOTAL_BYTES)
         self.memory_stats = lambda _: {}
         self.set_device = lambda card: setattr(fake.current, "card", torch.device(card))
         self.synchronize = lambda _: [stream.mark().synchronise() for stream in fake.streams]
         self.get_device_capability = lambda _: capability
         self.reset_peak_memory_stats = lambda _: None
-        self.empty_cache, self.device = on_this_card, on
+        self.device = on
+
+        def empty_cache() -> None:
+            on_this_card()
+            memory.empty_cache()
+
+        self.empty_cache = empty_cache
 
         def register(*_: int) -> int:
             on_this_card()
@@ -118,9 +150,11 @@ class FakeCuda:
 @contextmanager
 def installed(capability: tuple[int, int]) -> Iterator[FakeDevice]:
     """Within it torch has a card of that compute capability, with kernels that are none."""
-    device, make, zeros = FakeDevice(late_s=3e-4), torch.empty, torch.zeros
+    device, memory, make, zeros = FakeDevice(late_s=3e-4), FakeMemory(), torch.empty, torch.zeros
 
     def empty(*args: Any, **named: Any) -> Tensor:
+        if args[0] and isinstance(args[0], int) and torch.device(named.get("device") or "cpu") == DEVICE:
+            return memory.take(args[0])  # an arena
         with WithDevice():  # arenas are made in threads that enter no stream
             return make(*args, **named)
 
@@ -132,7 +166,7 @@ def installed(capability: tuple[int, int]) -> Iterator[FakeDevice]:
         return GpuKernels(on_device(flash), grouped_gemm()) if of >= (8, 0) else GpuKernels()
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, instead in vars(FakeCuda(device, capability)).items():
+        for name, instead in vars(FakeCuda(device, memory, capability)).items():
             patch.setattr(torch.cuda, name, instead)
         patch.setattr(torch, "empty", empty)
         patch.setattr(torch, "zeros", unpinned)

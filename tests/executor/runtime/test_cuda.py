@@ -1,6 +1,7 @@
 """Generation on a card: the same tokens, within the planned memory. And its parts without one."""
 
 import gc
+import os
 import signal
 import threading
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from executor.backends import in_thread_of_its_own, make_backend
-from executor.backends.cuda import kernels_of
+from executor.backends.cuda import FLASH_CAPABILITY, kernels_of
 from executor.errors import RunError
 from executor.handlers import HostArenas
 from executor.job.machine import AcceleratorOptions, accelerator_for, prepare
@@ -53,6 +54,8 @@ class TestOnACard:
 
     @pytest.mark.parametrize("name", ["kv on the gpu", "both on the cpu", "kv split, gpu"])
     def test_bfloat16_is_about_as_on_the_cpu(self, tiny_folders, name):
+        if torch.cuda.get_device_capability(0) < FLASH_CAPABILITY:
+            pytest.skip("it only emulates bfloat16")
         folder = tiny_folders["wide heads"]
         policy = replace(
             policy_of(folder, ScheduleName.CGOPIPE, POLICIES[name]), dtype="bfloat16", weight_format="", kv_format=""
@@ -292,6 +295,26 @@ def test_what_does_not_fit_the_card_is_refused_before_the_host_s_memory_is_touch
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - 1, TOTAL_BYTES))
         with pytest.raises(RunError, match=r"asked for>: only .* are left"):
             prepare(AcceleratorOptions(name=ACCELERATOR), free, free.policy)
+
+
+def test_what_a_run_before_gave_back_can_be_had_by_the_next():
+    """torch's allocator keeps it, and to the driver it is not free."""
+    with installed((9, 0)):
+        for _ in range(3):
+            backend = make_backend(ACCELERATOR, None)
+            arenas = [backend.allocate(Device.GPU, TOTAL_BYTES // 100 * 30) for _ in range(3)]
+            backend.check_room(TOTAL_BYTES // 100 * 10)
+            with pytest.raises(RunError, match="left"):
+                backend.check_room(TOTAL_BYTES // 100 * 11)
+            del arenas
+            gc.collect()
+
+
+def test_attention_is_not_that_which_plans_anew_for_every_length(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    with installed((9, 0)):
+        make_backend(ACCELERATOR, None)
+    assert os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == "1"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from hrm.policy_file import load_policy_file, save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Phase
 from hrm.trace import read_chrome_trace
-from hrm.validate import predict_run
+from hrm.validate import predict_ranks
 from tests.contracts.tasks import act
 from tests.executor.runtime.jobs import PROFILE, PROMPTS, exit_code, line, refused, run_words, tokens_of
 from tests.executor.runtime.support import GPU, make_policy
@@ -73,7 +73,7 @@ def test_every_batch_is_counted_when_there_are_too_many_to_list(run, monkeypatch
     assert [(batch.requests, batch.count) for batch in listed.batches] == [(4, 1)] * 5 + [(3, 1)]
     assert [(batch.requests, batch.count) for batch in counted.batches] == [(4, 1), (4, 1), (4, 3), (3, 1)]
     assert sum(batch.prefill_s for batch in counted.batches) == pytest.approx(counted.totals.prefill_s)
-    assert predict_run(counted).phase_s == pytest.approx(predict_run(listed).phase_s)
+    assert predict_ranks(counted)[0].phase_s == pytest.approx(predict_ranks(listed)[0].phase_s)
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "emulated", "null"])

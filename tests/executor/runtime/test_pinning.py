@@ -20,7 +20,7 @@ from hrm.policy import ScheduleName
 from hrm.policy_file import PolicyFile, save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Lane
-from hrm.validate import predict_run, runtime_with
+from hrm.validate import predict_ranks, runtime_with
 from tests.executor.runtime.fake_device import FakeDevice
 from tests.executor.runtime.jobs import run_words
 from tests.executor.runtime.queued_backend import LateBackend, kernels_named
@@ -185,7 +185,7 @@ def test_run_reports_what_was_run(folder, solved, short, tmp_path, capsys):
     spec, profile = solved.model, solved.profile
     predicted = estimate(spec, run.policy, profile, solved.workload)
     assert run.predicted["tokens_per_s"] == predicted.tokens_per_s
-    prediction = predict_run(record)
+    prediction = predict_ranks(record)[0]
     for (phase, kind), seconds in prediction.kind_s.items():
         assert (seconds > 0) == (kind in content["phases"][phase.value]["kinds"]), kind
 

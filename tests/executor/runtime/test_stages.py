@@ -1,12 +1,12 @@
-"""Tokens of several pipeline stages equal those of transformers, whatever the policy and the schedule."""
+"""Tokens of several pipeline stages equal those of transformers, whatever the policy, the schedule and the lengths."""
 
 import pytest
 
 from executor.generate import Generator
 from tests.executor.group.threads import with_stages
-from tests.executor.runtime.support import generate, requests
+from tests.executor.runtime.support import generate, make_policy, requests
 from tests.executor.runtime.test_parity import MAX_TOKENS, POLICIES, PROMPTS, SCHEDULES, expected, policy_of
-from tests.executor.tiny_models import MODELS
+from tests.executor.tiny_models import MODELS, save_tiny
 
 
 def tokens(made: Generator) -> dict[str, tuple[int, ...]]:
@@ -15,8 +15,17 @@ def tokens(made: Generator) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("index", "name"), list(enumerate(POLICIES)))
 def test_greedy_tokens_of_stages_equal_those_of_transformers(tiny_folders, index, name):
-    """Policies, schedules, models and numbers of stages take turns."""
-    folder, size = tiny_folders[MODELS[index % len(MODELS)]], (2, 3)[index % 3 == 2]
+    """Policies, schedules, models, and numbers of stages and their lengths take turns; models have three layers."""
+    folder, lengths = tiny_folders[MODELS[index % len(MODELS)]], ((1, 2), (2, 1), (1, 1, 1))[index % 3]
     policy = policy_of(folder, SCHEDULES[index % len(SCHEDULES)], POLICIES[name])
-    for found in with_stages(folder, policy, size, tokens, is_emulated=index % 4 == 3):
+    for found in with_stages(folder, policy, lengths, tokens, is_emulated=index % 4 == 3):
+        assert found == expected(folder)
+
+
+@pytest.mark.parametrize("lengths", [(1, 3, 1), (2, 1, 2)])
+def test_three_stages_of_unequal_lengths(tmp_path, lengths):
+    """Each with its own resident experts."""
+    folder = save_tiny("tied", tmp_path / "model", num_layers=5)
+    policy = make_policy(5, batch_size=6, micro_batch_size=2, resident_experts=(0, 5, 3, 0, 4))
+    for found in with_stages(folder, policy, lengths, tokens):
         assert found == expected(folder)

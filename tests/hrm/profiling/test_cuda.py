@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrm.catalog import list_files
-from hrm.contract.cublas import WORKSPACES, cap_workspaces
 from hrm.contract.host_kernels import HostKernels
+from hrm.contract.libraries import ATTENTION, WORKSPACES, settle_libraries
 from hrm.errors import ProfileError
 from hrm.hardware import Figure, HardwareProfile, Source
 from hrm.machines import load_profile, save_profile
@@ -423,18 +423,18 @@ def test_the_host_clock_times_what_is_queued():
     assert clock_sampler(iter([1.0, 3.0]).__next__)(lambda: None, 2) == 2.0
 
 
-def test_workspaces_are_capped_unless_the_user_says_how():
+def test_libraries_are_told_what_to_take_and_do_unless_the_user_says_how():
     untouched, given = {"OTHER": "x"}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
-    cap_workspaces(untouched)
-    cap_workspaces(given)
-    assert untouched == {"OTHER": "x", **WORKSPACES}
-    assert given == {**WORKSPACES, "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    settle_libraries(untouched)
+    settle_libraries(given)
+    assert untouched == {"OTHER": "x", **WORKSPACES, **ATTENTION}
+    assert given == {**WORKSPACES, **ATTENTION, "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
     pairs = WORKSPACES["CUBLAS_WORKSPACE_CONFIG"].strip(":").split(":")
     total_kib = sum(int(a) * int(b) for a, b in zip(pairs[::2], pairs[1::2], strict=True))
     assert total_kib == int(WORKSPACES["CUBLASLT_WORKSPACE_SIZE"])
 
 
-def test_a_gpu_is_measured_with_the_workspaces_that_runs_have(monkeypatch):
+def test_a_gpu_is_measured_with_the_workspaces_and_the_attention_that_runs_have(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     told = SimpleNamespace(name="a GPU", uuid="1234", is_integrated=0, major=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
@@ -445,4 +445,4 @@ def test_a_gpu_is_measured_with_the_workspaces_that_runs_have(monkeypatch):
     assert CudaGpu(0).groups_experts
     told.major = 7
     assert not CudaGpu(0).has_bfloat16, "a T4 only emulates it"
-    assert os.environ == WORKSPACES
+    assert os.environ == WORKSPACES | ATTENTION

@@ -1,6 +1,7 @@
 """Python runs this first where it is on the path.
 
-Profiling a machine is then done in a second, searches are rough, and axes have few points.
+Profiling a machine is then done in a second, searches are rough, axes have two points, and what more of a resource
+would bring is asked of two.
 """
 
 import sys
@@ -11,19 +12,21 @@ if "profile" in sys.orig_argv:
     patch = small_sizes().__enter__()
     patch.setattr("hrm.profiling.machine.PASSES", 1)
     patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.03)
-elif any("ipykernel" in word for word in sys.orig_argv):
+elif "search" in sys.orig_argv or any("ipykernel" in word for word in sys.orig_argv):
     from hrm.search import bound, choose, polish
 
     for name in ("BUDGET", "LARGEST_BUDGET"):
-        setattr(bound, name, 2000)
-    choose.MAX_SIMULATED, polish.ROUNDS = 4, 0
+        setattr(bound, name, 0)
+    choose.MAX_SIMULATED, polish.ROUNDS = 2, 0
 
-    from hrm.analysis import Axis
+    from hrm.analysis import Axis, what_if
 
-    between = Axis.between
+    between, what_ifs = Axis.between, sys.modules[what_if.__module__]
+    resources = what_ifs.resources
 
     def ends(what, low, high, count, *, logarithmic=False):
-        """The axis with a point between its ends at most."""
-        return between(what, low, high, min(count, 3), logarithmic=logarithmic)
+        """The axis from end to end."""
+        return between(what, low, high, min(count, 2), logarithmic=logarithmic)
 
     Axis.between = staticmethod(ends)
+    vars(what_ifs)["resources"] = lambda profile: resources(profile)[:2]

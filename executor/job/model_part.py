@@ -1,0 +1,72 @@
+"""What one process has of a model, and what runs it there."""
+
+from dataclasses import dataclass
+from typing import final
+
+from executor.checkpoint import Checkpoint
+from executor.families import Family
+from executor.generate import AbstractGenerator, Generator
+from executor.group import Group
+from executor.group.stages import Stages
+from executor.handlers import EndOfText
+from executor.job.machine import Prepared, files_of_ranks, predicted_seconds
+from executor.loading import Loading
+from executor.model import Architecture
+from executor.null_generator import NullGenerator
+from hrm.policy import Parallelism
+from hrm.policy_file import PolicyFile
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPart:
+    """A model whole, or what one of several ranks has of it: its architecture, and its own policy file.
+
+    All weights are in the `checkpoint`, and of the `family`.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    arch: Architecture
+    policy_file: PolicyFile
+
+    @staticmethod
+    def of(
+        checkpoint: Checkpoint, family: Family, whole: Architecture, policy_file: PolicyFile, rank: int = 0
+    ) -> "ModelPart":
+        """What that rank has of a whole model under a policy, see `files_of_ranks`."""
+        files, arch = files_of_ranks(policy_file), whole
+        if files[0] is not policy_file and policy_file.policy.parallelism is Parallelism.PIPELINE:
+            arch = whole.of_stage(files[rank].model, sum(before.model.num_layers for before in files[:rank]))
+        elif len(files) > 1:
+            arch = whole.of_rank(rank, files[rank].model)
+        return ModelPart(checkpoint=checkpoint, family=family, arch=arch, policy_file=files[rank])
+
+    def generator(
+        self,
+        prepared: Prepared,
+        loading: Loading | None = None,
+        *,
+        stops: EndOfText | None = None,
+        group: Group | None = None,
+        stages: Stages | None = None,
+    ) -> AbstractGenerator:
+        """What runs batches in this process, with its weights loaded; in a `group`, or among `stages`, as one of them.
+
+        Where nothing is computed, it sleeps as long as is predicted of this part.
+        """
+        backend, planned = prepared.backend, prepared.planned
+        if backend.name == "null":
+            return NullGenerator(backend, self.arch, planned, predicted_seconds(self.policy_file, planned.policy))
+        return Generator(
+            backend,
+            self.arch,
+            planned,
+            family=self.family,
+            source=self.checkpoint,
+            staged=prepared.staged,
+            stops=stops,
+            loading=loading,
+            group=group,
+            stages=stages,
+        )

@@ -1,0 +1,55 @@
+"""Chunks that are as long as what else the memories must hold allows.
+
+Where the host is full, a larger batch demands more resident experts, for which the GPU has room only beside
+shorter chunks. So the longest chunk follows from the batch, as residents follow from both.
+"""
+
+import numpy as np
+
+from hrm.search.fit import Ints, Weights, gpu_needed, host_purposes
+from hrm.search.grid import Grid, make_grid
+from hrm.search.lattice import ChunkRange, with_most_residents
+from hrm.search.space import Kind, Space
+
+
+def with_longest_chunks(space: Space, kind: Kind, chunks: ChunkRange, places: Ints) -> Grid:
+    """The places, each once, with the longest of the chunks that fit and with all residents that fit beside them."""
+    places = with_most_residents(places, chunks.most)
+    grid = make_grid(space, kind, places)
+    return grid.take(np.flatnonzero(grid.fits)).and_also(_shortened(space, grid, chunks.least))
+
+
+def _shortened(space: Space, grid: Grid, least: int) -> Grid:
+    """Those that do not fit with chunks with which they do, if there are any of at least so many tokens."""
+    too_long = ~grid.fits & (grid.chunk_tokens > least) & space.profile.has_accelerator
+    grid = grid.take(np.flatnonzero(too_long))
+    if not len(grid):
+        return grid
+    # Bytes bend where a chunk is as long as a micro-batch is large, and upwards.
+    ends = np.stack([np.full(len(grid), least), grid.chunk_tokens])
+    tokens = np.stack([ends[0], np.clip(grid.micro_batch_size, *ends), ends[1]])
+    left = _left(space, grid.take(np.tile(np.arange(len(grid)), 3)), tokens.ravel()).reshape(tokens.shape)
+    shortest_fits = np.flatnonzero(left[0] >= 0)
+    grid, tokens, left = grid.take(shortest_fits), tokens[:, shortest_fits], left[:, shortest_fits]
+    columns, before = np.arange(len(grid)), (left[1] < 0).astype(np.int64)  # the bend, room ends
+    near, far = (1 - before, columns), (2 - before, columns)
+    share = np.clip(left[near] / np.maximum(left[near] - left[far], 1), 0, 1)
+    return grid.with_chunks(space, tokens[near] + (share * (tokens[far] - tokens[near])).astype(np.int64))
+
+
+def _left(space: Space, grid: Grid, chunk_tokens: Ints) -> Ints:
+    """Bytes that the GPU has left beside the fewest residents with which the host holds the rest.
+
+    They are negative where it lacks some, or where not even all of the experts as residents would do.
+    """
+    weights, kind, dense = Weights(space), grid.kind, grid.resident_dense
+    numbers = grid.numbers() | {"chunk_tokens": chunk_tokens}
+    purposes = host_purposes(space, kind, numbers, host_bytes=weights.on_host(dense, 0), page_bytes=0)
+    lacking = sum(purposes.values()) - space.profile.host.usable_bytes
+    # Where the host holds a part of a chunk, what it lacks is no line in the chunk: one more at most.
+    residents = np.maximum(-(-lacking // weights.expert_bytes) + (1 - grid.gpu_prefill_ffn), 0)
+    of_every_layer = residents // space.spec.num_expert_layers
+    largest = np.maximum(*weights.largest_streamed(dense, of_every_layer, grid.gpu_prefill_ffn))
+    held = weights.resident(dense, residents)
+    needed = gpu_needed(space, kind, numbers, resident_bytes=held, max_streamed_bytes=largest)
+    return np.where(residents > space.everything, -1, space.profile.top.usable_bytes - needed)
