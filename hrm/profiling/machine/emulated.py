@@ -11,10 +11,12 @@ from hrm.machines import of_parts
 from hrm.profiling.machine.host import (
     CACHES,
     STAGING,
+    TASKS,
     add_disk,
     add_host_memory,
     add_processor,
     add_staging,
+    add_tasks,
     attention_worker,
     host_facts_of,
     staging_worker,
@@ -83,6 +85,7 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
 
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = (figure.times(1 / count) for figure in ram_of(run.host, count * gpu_bytes))
+    add_tasks(run, count)
     results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
@@ -101,6 +104,7 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
             ),
         ),
         links=(results[f"link {CPU} to {GPU}"], results[f"link {GPU} to {CPU}"], results[STAGING]),
+        lane_threads=results.get(TASKS),
         disk=disk,
         environment={
             "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, cpu {counted(cpu_threads, 'thread')}",
