@@ -24,7 +24,7 @@ from tests.executor.runtime.support import (
 from tests.executor.tiny_models import MODELS, random_prompts, transformers_greedy
 
 SCHEDULES = tuple(ScheduleName)
-MAX_TOKENS = 7
+MAX_TOKENS = 5
 PROMPTS = random_prompts(16)
 
 # Every value of every choice, and the pairs that share buffers or edges.
