@@ -59,7 +59,7 @@ STAGES: Final = {
     "facts": 75.0,  # a machine that has just started reads all of torch's libraries
     "host": 60.0,
     "tests": 90.0,
-    "profile": 65.0,
+    "profile": 80.0,
     "orders": 110.0,
     "whole": 190.0,
     "transformers": 70.0,
