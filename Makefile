@@ -6,7 +6,8 @@ VENV ?= .venv
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install
+# Compiling all modules takes pip three quarters of its time; Python compiles those that are imported, when they are.
+PIP := $(BIN)/python -m pip install --no-compile
 TORCH := $(VENV)/.torch
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-for-tests
@@ -53,7 +54,7 @@ fuzz: $(TEST_READY)  ## changed files to every reader (FUZZ_EXAMPLES=200000, FUZ
 lint: rules  ## ruff, import-linter and pyright
 	$(CHECK_TYPES)
 
-rules: $(TEST_READY)
+rules: $(TEST_READY)  ## ruff and import-linter
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/lint-imports --no-logo

@@ -185,9 +185,7 @@ class Generator(AbstractGenerator):
                 backend, arch.spec, planned.policy, alternative, batches=batches, loading=loading
             )
             memory = allocate(backend, arch, host)
-            memory.weights.load(
-                source, family, backend, loading, whole=arch.whole, rank=arch.rank, first_layer=arch.first_layer
-            )
+            memory.weights.load(source, family, backend, loading, whole=arch.whole, first_layer=arch.first_layer)
             backend.ready()
             return host, memory
 

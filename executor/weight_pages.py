@@ -73,7 +73,8 @@ class WeightPages:
 
     `resident` holds what stays on the GPU and the head, `slots` what two layers stream whole, `parts`
     two parts of experts if they stream so, `host` all that does not stay on the GPU and the token
-    embedding, and `staging` the pinned pages.
+    embedding, and `staging` the pinned pages. Experts have the numbers that the model's router gives
+    them: of several ranks `rank` has those of its own.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class WeightPages:
         parts: Tensor,
         host: Tensor,
         staging: Tensor,
+        rank: int = 0,
     ) -> None:
-        self._spec = spec
+        self._spec, self._rank = spec, rank
         resident_parts, host_parts = _Cursor(resident), _Cursor(host)
         self._slots, self._part_slots = slots.view(WEIGHT_SLOTS, -1), parts.view(EXPERT_SLOTS, -1)
         self._staging = staging
@@ -111,17 +113,19 @@ class WeightPages:
             num_streamed = policy.streamed_bytes(spec, index, Phase.PREFILL) // slots.itemsize
             resident_dense = resident_parts.take(num_dense - streamed_dense)
             resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer), resident.dtype))
-            fixed = experts_in(layer, resident_experts, 0)
+            first = layer.experts_of(rank).start
+            fixed = experts_in(layer, resident_experts, first)
+            first_on_host = first + count
             self._on_host.append(on_host)
             self._dense.append(on_host[:streamed_dense] if streamed_dense else resident_dense)
             self._experts.append([resident_experts, on_host[streamed_dense:]])
-            self.host_experts.append(experts_in(layer, on_host[streamed_dense:], count).each)
+            self.host_experts.append(experts_in(layer, on_host[streamed_dense:], first_on_host).each)
             streamed_experts = on_host[streamed_dense:] if len(parts) else on_host[:0]
-            self._parts.append(self._parts_of(layer, streamed_experts, count, policy.experts_per_part))
+            self._parts.append(self._parts_of(layer, streamed_experts, first_on_host, policy.experts_per_part))
             places: list[LayerWeights] = []
             for slot in self._slots:
                 dense = dense_views(layer, slot[:streamed_dense] if streamed_dense else resident_dense)
-                in_slot = experts_in(layer, slot[streamed_dense:num_streamed], count)
+                in_slot = experts_in(layer, slot[streamed_dense:num_streamed], first_on_host)
                 places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
             self._layers.append(tuple(places))
             dense = places[0].dense
@@ -163,7 +167,6 @@ class WeightPages:
         loading: Loading | None,
         *,
         whole: ModelSpec | None = None,
-        rank: int = 0,
         first_layer: int = 0,
     ) -> None:
         """Read every weight once, straight to where it stays; `loading` tells how far that is.
@@ -172,7 +175,7 @@ class WeightPages:
         `first_layer` on.
         """
         spec = whole or self._spec
-        part = RankPart(self._spec, rank) if self._spec.ranks > 1 else None
+        part = RankPart(self._spec, self._rank) if self._spec.ranks > 1 else None
 
         def read(place: Target) -> None:
             family.load(source, spec, place.tensors, place.flat, first_layer + place.layer, place.expert, part=part)

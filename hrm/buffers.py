@@ -162,7 +162,7 @@ class Needs:
             (Purpose.EXCHANGE, self.places, request),
             (Purpose.PREFILL_BUFFERS, BUFFERS, chunk),
             (Purpose.PREFIX_BUFFER, 1, prefix_bytes(spec, self.formats, self.prefix_tokens)),
-            (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.num_experts),
+            (Purpose.WORKSPACE, 1, workspace + COUNT_BYTES * spec.num_layers * spec.experts.all_experts),
             (Purpose.LOGITS, 1, logits_bytes(spec, compute, self.micro_batch_size)),
         )
         return tuple(Buffer(purpose, Device.GPU, turns, size) for purpose, turns, size in rows)

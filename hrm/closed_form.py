@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Final
 
 from hrm.acts import Counts, Load, decode, prefill
+from hrm.contract.rings import EXPERT_SLOTS
 from hrm.costs import Costs
 from hrm.formats import Format
 from hrm.lane_work import LaneWork, PhaseSeconds
@@ -20,7 +21,7 @@ from hrm.placement import Place, Placement, caches_at
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
-from hrm.tasks import Device, Lane, Phase
+from hrm.tasks import Act, Device, Lane, Phase
 from hrm.workload import Workload
 
 # Places in a stretch of contexts, and the share of its steps that each stands for.
@@ -200,7 +201,36 @@ class DecodeStep:
         of_schedule = SCHEDULES[self.schedule].terms(step)
         if not is_zero(self.counts.parts):  # which no schedule's own terms know of
             of_schedule = tuple((self.counts.parts == 0) * term for term in of_schedule)
-        return (*seconds.terms, *of_schedule)
+        return (*seconds.terms, *self._in_parts(seconds), *of_schedule)
+
+    def _in_parts(self, seconds: PhaseSeconds) -> tuple[Number, ...]:
+        if not self.load.part_experts:
+            return ()
+        in_turn_s, _ = parts_in_turn(seconds, self.counts, self.load, (decode.LOAD_PART, decode.PART_EXPERTS))
+        # While a lone micro-batch is away to the CPU's attention, the GPU has nothing else to do.
+        away_s = maximum(seconds.chain_s - seconds.lanes[Lane.GPU], 0)
+        return in_turn_s, (self.counts.pieces == 1) * (in_turn_s > 0) * (in_turn_s + away_s)
+
+
+def parts_in_turn(
+    seconds: PhaseSeconds, counts: Counts, load: Load, acts: tuple[Act, Act], behind_s: Number = 0
+) -> tuple[Number, Number]:
+    """What a phase takes at least where experts stream in parts, which are loaded and computed by these acts.
+
+    In every layer of a micro-batch or chunk the GPU does all else, and computes the first part before the one may be
+    loaded that takes its place; when the last is there, it still computes that. So all but as many parts as there are
+    slots are loaded between these. The model's last layer may have less to compute. Nothing is said where layers have
+    fewer parts. In all of them together the GPU waits `behind_s` for what is behind parts in the link's order.
+    """
+    spec, (loads, computes) = load.spec, acts
+    with_parts = counts.pieces * spec.num_expert_layers
+    in_all = counts.in_layers * counts.parts
+    part_s = load.costs.load_weights(load.part_experts * load.costs.expert_bytes)
+    gpu_s, experts_s = seconds.lanes[Lane.GPU], seconds.acts.get(computes, 0.0)
+    overlapping_s = EXPERT_SLOTS * part_s - 2 * minimum(experts_s / maximum(in_all, 1e-9), part_s)
+    ahead_s = with_parts * overlapping_s + EXPERT_SLOTS * counts.pieces * part_s * (load.last is not None)
+    in_turn_s = gpu_s - experts_s + seconds.acts.get(loads, 0.0) - ahead_s + behind_s
+    return (in_all >= EXPERT_SLOTS * with_parts) * in_turn_s, (in_all > 0) * (gpu_s + behind_s)
 
 
 def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Number, ...]:
@@ -210,11 +240,28 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
     and go, in buffers for two chunks, and two more may be with the CPU's experts. A chunk that is the
     only one overlaps with nothing.
     """
-    return whole_prefill(costs, point, workload).terms
+    counts, load, seconds = _prefill(costs, point, workload)
+    if not load.part_experts:
+        return seconds.terms
+    # The part that takes the place of a chunk's last is loaded ahead of the next chunk's hidden states, as long as
+    # there are such parts, and the GPU has nothing but tokens to choose until these come.
+    layers = counts.layers * point.host_expert_layers
+    expert_s = costs.load_weights(costs.expert_bytes)
+    hidden_s = seconds.acts.get(prefill.LOAD_HIDDEN, 0.0) / max(counts.layers - 1, 1)
+    behind_s = (1 - EXPERT_SLOTS / counts.pieces) * hidden_s * (layers - 1)
+    behind_s = behind_s + (counts.pieces * layers - EXPERT_SLOTS) * expert_s
+    behind_s = behind_s - sum(seconds.acts.get(act, 0.0) for act in (prefill.SAMPLE, prefill.REDUCE_LAST))
+    acts = prefill.LOAD_PART, prefill.PART_EXPERTS
+    return (*seconds.terms, *parts_in_turn(seconds, counts, load, acts, behind_s))
 
 
 def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSeconds:
     """The work of the prefill of one batch."""
+    return _prefill(costs, point, workload)[2]
+
+
+def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[Counts, Load, PhaseSeconds]:
+    """How many tasks it has, what they have to do, and their seconds."""
     chunks, chunk = point.chunks(workload)
     spec, cpu_ffn = costs.spec, 1 - point.gpu_prefill_ffn
     any_on_cpu = not is_zero(cpu_ffn)
@@ -247,7 +294,8 @@ def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSecond
     if costs.skips_in_last_layer(workload.prompt_len):
         load = _with_last(load, point) if told_apart else replace(load, last=replace(load, is_last=True))
     with_cpu = (counts.cpu_experts > 0) * ((chunks > 2) + 1 * (chunks > 3))
-    return LaneWork.of(prefill.ALL, counts, load).in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
+    work = LaneWork.of(prefill.ALL, counts, load)
+    return counts, load, work.in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
 
 
 def _with_last(load: Load, point: Point) -> Load:

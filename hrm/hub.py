@@ -8,7 +8,7 @@ What was cut short goes on where it ended.
 import errno
 import re
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from hrm.errors import ModelError
 CONFIG_FILE: Final = "config.json"
 _NAMED: Final = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _NO_NAMES: Final = (".json", ".yaml", ".safetensors", ".gguf")  # files that are not there, rather
+_HEARS_S: Final = 0.2  # after which Ctrl-C is heard at the latest
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]  # of bytes
@@ -138,6 +139,8 @@ def _interruptible(work: Callable[[], T], stop: Event) -> T:
 
     Thread(target=run, name="fetching", daemon=True).start()
     try:
+        while not done.done():  # a signal may reach another thread, or this one just before it waits
+            wait([done], timeout=_HEARS_S)
         return done.result()
     except KeyboardInterrupt:
         stop.set()

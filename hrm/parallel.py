@@ -2,12 +2,12 @@
 
 Either way the machine is like so many equal parts, one GPU and a share of the host each. In tensor
 parallelism each part is a rank that has of every layer its heads and its part of every expert's
-width, works on the same batch as the others, and sums up with them twice a layer. In a pipeline,
-stage s holds every layer of its own range, and as many batches are under way as there are stages,
-each in another stage: in the time that a part takes for its layers, one batch moves on by one stage,
-so the throughput of the whole is that of one part with its layers. Every part keeps its layers' KV
-caches of all those batches. A pipeline needs no all-reduces, but every link moves whole layers for a
-batch that is that many times smaller.
+width, or as many whole experts as any other rank, works on the same batch as the others, and sums up
+with them twice a layer. In a pipeline, stage s holds every layer of its own range, and as many batches
+are under way as there are stages, each in another stage: in the time that a part takes for its layers,
+one batch moves on by one stage, so the throughput of the whole is that of one part with its layers.
+Every part keeps its layers' KV caches of all those batches. A pipeline needs no all-reduces, but every
+link moves whole layers for a batch that is that many times smaller.
 
 Stages whose lengths a policy gives are told one by one: each has its own layers, its own GPU, and of
 the host's rates as large a share as of the model's layers; the first has the embedding and the last the
@@ -25,7 +25,7 @@ from hrm.errors import PolicyError
 from hrm.formats import FORMATS
 from hrm.gpus import only_gpus
 from hrm.hardware import HardwareProfile
-from hrm.layers import Layer
+from hrm.layers import ExpertDivision, Layer
 from hrm.machines import one_part, stage_part
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy
@@ -54,19 +54,21 @@ class Share(NamedTuple):
     part: Part
 
 
-def part_of(spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism) -> Part:
+def part_of(
+    spec: ModelSpec, profile: HardwareProfile, parallelism: Parallelism, division: ExpertDivision = ExpertDivision.INNER
+) -> Part:
     """What is planned: model and machine whole, or one rank or pipeline stage with its part of both."""
     if profile.num_gpus == 1:
         return Part(spec, profile)
     if parallelism is Parallelism.TENSOR:
-        return Part(_rank_of(spec, profile.num_gpus), one_part(profile, is_stage=False))
+        return Part(_rank_of(spec, profile.num_gpus, division), one_part(profile, is_stage=False))
     return Part(longest_stage(spec, profile.num_gpus), one_part(profile, is_stage=True))
 
 
 @lru_cache(maxsize=64)
-def _rank_of(spec: ModelSpec, ranks: int) -> ModelSpec:
+def _rank_of(spec: ModelSpec, ranks: int, division: ExpertDivision) -> ModelSpec:
     """Kept, for costs are kept by what they are of."""
-    return spec.of_rank(ranks)
+    return spec.of_rank(ranks, division)
 
 
 def undivided_vector(spec: ModelSpec, of_rank: ModelSpec) -> str:
@@ -91,7 +93,7 @@ def part_for(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> Part:
     """
     profile = used_of(profile, policy)
     _check_obstacle(policy, spec, profile)
-    part = part_of(spec, profile, policy.parallelism)
+    part = part_of(spec, profile, policy.parallelism, policy.expert_division)
     policy.check_model(part.spec)
     return part
 
@@ -192,13 +194,14 @@ def _stage_spec(spec: ModelSpec, start: int, stop: int) -> ModelSpec:
 
 
 def _check_obstacle(policy: Policy, spec: ModelSpec, profile: HardwareProfile) -> None:
-    obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus)
+    obstacle = obstacle_to(policy.parallelism, spec, profile.num_gpus, policy.expert_division)
+    whole = policy.expert_division is ExpertDivision.WHOLE
     if obstacle:
         raise PolicyError(
-            "policy: parallelism",
-            policy.parallelism.value,
+            f"policy: {'expert_division' if whole else 'parallelism'}",
+            policy.expert_division.value if whole else policy.parallelism.value,
             f"cannot be, as {spec.name} is: {obstacle}",
-            "run hrm search, which tries both ways, or ask for another number of GPUs",
+            "run hrm search, which tries all ways, or ask for another number of GPUs",
         )
 
 
@@ -256,10 +259,9 @@ def _width(layer: Layer) -> float:
     return layer.window or inf
 
 
-def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int) -> str:
+def tensor_parallel_obstacle(spec: ModelSpec, num_gpus: int, division: ExpertDivision = ExpertDivision.INNER) -> str:
     """Why the model cannot be divided over so many GPUs within its layers; empty if it can."""
-    obstacles = (block.obstacle_to(num_gpus) for kind in spec.layer_kinds() for block in kind.blocks)
-    return next(filter(None, obstacles), "")
+    return next(filter(None, (kind.obstacle_to(num_gpus, division) for kind in spec.layer_kinds())), "")
 
 
 def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
@@ -272,10 +274,12 @@ def pipeline_obstacle(spec: ModelSpec, num_gpus: int) -> str:
     return ""
 
 
-def obstacle_to(parallelism: Parallelism, spec: ModelSpec, num_gpus: int) -> str:
+def obstacle_to(
+    parallelism: Parallelism, spec: ModelSpec, num_gpus: int, division: ExpertDivision = ExpertDivision.INNER
+) -> str:
     """Why the model cannot be divided like that over so many GPUs; empty if it can."""
     if num_gpus == 1:
         return ""
     if parallelism is Parallelism.TENSOR:
-        return tensor_parallel_obstacle(spec, num_gpus)
+        return tensor_parallel_obstacle(spec, num_gpus, division)
     return pipeline_obstacle(spec, num_gpus)

@@ -64,6 +64,11 @@ class Placement:
         return self.bytes_at(place, self.spec.layer_kinds().items(), resident_experts)
 
 
+def experts_of_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """How many experts each layer has: what is resident if all are."""
+    return tuple(layer.num_experts for layer in spec.layers)
+
+
 def caches_at(place: Place, *, number: Number, on_gpu: Number, gpu_attention: Number) -> Number:
     """How many of a batch's micro-batches have their KV cache at a place, of `number` in all.
 

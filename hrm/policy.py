@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from hrm.contract.rows import KV_BLOCK_TOKENS
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS, SCALED_KV_FORMATS, Formats
+from hrm.layers import ExpertDivision
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 from hrm.placement import Place, Placement, caches_at
@@ -64,6 +65,8 @@ class Policy:
     of them again. With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
     make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
     and `kv_format` are it too where a policy is made without them.
+    In tensor parallelism each GPU has a part of every expert, or whole ones, as many as any other: `expert_division`
+    says which. Experts are counted as one GPU has them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
     are under way. With `stage_lengths` it is that of all stages, which have so many layers each, and
     `resident_experts` are those of the whole model. `gpus` are the numbers of those that are used, in a
@@ -86,6 +89,7 @@ class Policy:
     staging: bool = False
     weight_pages: int | None = None
     parallelism: Parallelism = Parallelism.TENSOR
+    expert_division: ExpertDivision = ExpertDivision.INNER
     stage_lengths: tuple[int, ...] = ()
     gpus: tuple[int, ...] = ()
     dtype: str = "bfloat16"
@@ -152,6 +156,12 @@ class Policy:
                 self.resident_experts,
                 bool(self.resident_experts) and min(self.resident_experts) >= 0,
                 "hold a count of at least 0 for every layer",
+            ),
+            (
+                "expert_division",
+                self.expert_division.value,
+                self.expert_division is ExpertDivision.INNER or self.parallelism is Parallelism.TENSOR,
+                "be inner in a pipeline, where every stage has all experts",
             ),
             (
                 "stage_lengths",
@@ -346,11 +356,6 @@ class Policy:
             self.weight_share_on_gpu(spec),
             self.kv_share_on_gpu,
         )
-
-
-def experts_of_layers(spec: ModelSpec) -> tuple[int, ...]:
-    """How many experts each layer has: what is resident if all are."""
-    return tuple(layer.num_experts for layer in spec.layers)
 
 
 def spread_experts(spec: ModelSpec, total: int) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class EmulatedBackend(AbstractBackend):
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.name = "emulated"
-        self.waits = Waits()
+        self.waits = self._waits = Waits()
         self.description = (
             f"emulated on the CPU: {format_bytes(machine.gpu_memory_bytes)}, host to device "
             f"{format_bandwidth(machine.h2d.bandwidth_bytes_per_s.at())}"
@@ -94,7 +94,7 @@ class EmulatedBackend(AbstractBackend):
         if link is None:
             copy_all(copies, stage)
         elif num_bytes:
-            link.run(lambda: copy_all(copies), num_bytes)
+            link.run(lambda: copy_all(copies), num_bytes, ready_s=self._waits.ready_s)
         return num_bytes
 
     def lane_threads(self, lane: Lane) -> int:

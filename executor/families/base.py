@@ -25,6 +25,10 @@ class RankPart:
     spec: ModelSpec
     rank: int
 
+    def expert_of(self, layer: int, expert: int) -> int:
+        """Which of the model's experts one of ours is, or is a part of."""
+        return self.spec.layers[layer].experts_of(self.rank)[expert]
+
     def of(self, whole: ModelSpec, tensors: Tensors, layer: int) -> tuple[Tensors, Mapping[str, Share]]:
         """The model's tensors of which these are ours, and our share of each."""
         ranks = self.spec.ranks
@@ -121,9 +125,12 @@ class Family:
     ) -> None:
         """Fill a vector with the tensors that lie in it: an expert's, a layer's others, or those outside.
 
-        Of several ranks one fills it with what it has of each of the model's, which `spec` tells.
+        Of several ranks one fills it with what it has of each of the model's, which `spec` tells; of experts
+        it counts those that it has.
         """
         stored, shares = (tensors, dict[str, Share]()) if part is None else part.of(spec, tensors, layer)
+        if part is not None and expert is not None:
+            expert = part.expert_of(layer, expert)
         ours = in_order(tensors, flat)
         for joined, matrix in zip(self.joined(stored, spec, source.names, layer, expert), ours, strict=True):
             joined.read(source, matrix, shares.get(joined.tensor.name))

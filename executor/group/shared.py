@@ -4,6 +4,7 @@ Tensors between processors are small and many, a few for each micro-batch in eac
 for one is waking the other process.
 """
 
+import ctypes
 import mmap
 import os
 import platform
@@ -23,9 +24,22 @@ from hrm.units import MIB
 PIECE_BYTES: Final = 4 * MIB  # that a rank tells at once; all have two such pieces, in turn
 _CALLED: Final = "ranks"
 _LINE: Final = 64  # bytes of memory that processors hand over at once: each rank's counter has its own
-_SPINS: Final = 500  # looks before a waiting rank sleeps between them
-_SLEEP_S: Final = 20e-6
-_MACHINES: Final = frozenset({"x86_64", "AMD64"})  # on which nobody sees a counter before what was written before it
+_LOOK_S: Final = 0.02  # after which a waiting rank looks whether the other is still there
+# On these nobody sees a counter before what was written before it, and its lower half lies first.
+_MACHINES: Final = frozenset({"x86_64", "AMD64"})
+_FUTEX, _WAIT, _WAKE, _ALL = 202, 0, 1, 2**31 - 1  # a system call of theirs, on a half of a counter
+_HALF: Final = 2**32
+_MOST_VIEWS: Final = 1024  # kept of pieces as tensors
+
+
+class _TimeSpec(ctypes.Structure):
+    """A span of time as the system has it."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_futex = ctypes.CDLL(None).syscall
+_futex.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p]
 
 
 @final
@@ -46,6 +60,10 @@ class SharedMemory:
         pieces = torch.frombuffer(memory, dtype=torch.uint8, offset=_LINE * self._size)
         self._pieces = pieces.view(2, self._size, PIECE_BYTES)
         self._processes: Sequence[int] = processes
+        self._known: dict[tuple[int, torch.dtype, torch.Size], list[Tensor]] = {}
+        self._look = _TimeSpec(0, int(_LOOK_S * 1e9))
+        place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._places = [place + _LINE * rank for rank in range(self._size)]
         self._ended = [select.poll() for _ in processes]
         for ended, process in zip(self._ended, processes, strict=True):
             ended.register(process, select.POLLIN)
@@ -81,8 +99,8 @@ class SharedMemory:
         for tensor in tensors:
             flat = tensor.view(-1)
             for part in flat.split(PIECE_BYTES // flat.itemsize):
-                first, *others = self._all(part)
-                part.copy_(first)
+                first, second, *others = self._all(part)
+                torch.add(first, second, out=part)
                 for other in others:
                     part.add_(other)
         return self
@@ -123,23 +141,32 @@ class SharedMemory:
         """What every rank tells in this turn, until the turn after the next."""
         assert own.nbytes <= PIECE_BYTES, own.shape
         self._turn += 1
-        pieces = [piece[: own.nbytes].view(own.dtype).view(own.shape) for piece in self._pieces[self._turn % 2]]
+        pieces = self._views(self._turn % 2, own.dtype, own.shape)
         pieces[self._rank].copy_(own)
         self._counts[self._rank * _LINE // 8] = self._turn
+        _futex(_FUTEX, self._places[self._rank], _WAKE, _ALL, None)
         for other in range(self._size):
             self._wait_for(other)
         return pieces
 
+    def _views(self, turn: int, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
+        """Every rank's piece as tensors like these: making them takes longer than a sum of few numbers."""
+        known = self._known.get((turn, dtype, shape))
+        if known is None:
+            num_bytes = shape.numel() * dtype.itemsize
+            known = [piece[:num_bytes].view(dtype).view(shape) for piece in self._pieces[turn]]
+            if len(self._known) < _MOST_VIEWS:
+                self._known[turn, dtype, shape] = known
+        return known
+
     def _wait_for(self, other: int) -> None:
-        counts, place, turn, looks = self._counts, other * _LINE // 8, self._turn, 0
-        late_s = 0.0
-        while counts[place] < turn:
-            looks += 1
-            if looks < _SPINS:
-                time.sleep(0)  # lets the other lanes of this process go on
-                continue
+        """Sleep until the other has counted: of a rank's few cores the other lanes have need meanwhile."""
+        counts, place, turn, late_s = self._counts, other * _LINE // 8, self._turn, 0.0
+        while (count := counts[place]) < turn:
+            _futex(_FUTEX, self._places[other], _WAIT, count % _HALF, ctypes.addressof(self._look))
+            if counts[place] >= turn:
+                return
             late_s = late_s or time.monotonic() + self._timeout_s
-            time.sleep(_SLEEP_S)
             self._check()
             if self._ended[other].poll(0) and counts[place] < turn:
                 raise RuntimeError(f"the process of rank {other} has ended")

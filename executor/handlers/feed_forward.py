@@ -93,7 +93,7 @@ class FeedForwards:
             ffn.sum_of(tokens.pending_2TD, tokens.hidden_TD),
             self.memory.workspace,
             rows_at_once=self.memory.tokens_at_once,
-            num_experts=self.arch.spec.num_experts,
+            num_experts=self.arch.spec.experts.all_experts,
             glu=ffn.glu,
         )
         if counts:

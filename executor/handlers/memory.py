@@ -216,6 +216,7 @@ def allocate(backend: AbstractBackend, arch: Architecture, host: HostArenas) -> 
         parts=take(Purpose.EXPERT_SLOTS).view(dtype),
         host=host.memory[Purpose.WEIGHTS].view(dtype),
         staging=host.memory[Purpose.STAGING].view(dtype),
+        rank=arch.rank,
     )
     kv_buffers = take(Purpose.KV_BUFFERS)
     idle = kv_buffers[: len(kv_buffers) // BUFFERS]  # until decode, and as long as any prompt is cached

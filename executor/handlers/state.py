@@ -105,7 +105,7 @@ class BatchState:
         self._eos = frozenset(arch.eos_token_ids)
         self._stops, self._ended = stops, ended
         self.sequences = [[Generated(placed) for placed in micro_batch.placed] for micro_batch in batch.micro_batches]
-        self.routed_tokens = [[0] * arch.spec.num_experts for _ in range(arch.spec.num_layers)]
+        self.routed_tokens = [[0] * arch.spec.experts.all_experts for _ in range(arch.spec.num_layers)]
         self._routed_on_device: Tensor | None = None
         self.num_active = batch.num_requests
         self.num_generated = 0

@@ -1,7 +1,7 @@
 """How a job's generator comes about: in this process alone, or as that of rank 0, with the others beside it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -9,28 +9,36 @@ from typing import Final
 from executor.errors import RunError
 from executor.generate import AbstractGenerator
 from executor.group.cores import own_cores, started_by_torchrun
-from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, files_of_ranks, prepare
+from executor.group.processes import timeout_s
+from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, files_of_ranks, longest_task_s, prepare
 from executor.job.model import OpenModel
 from executor.job.rank import RankJob, RankReport, for_rank
 from executor.loading import Loading
 from executor.ranks.generator import RankedGenerator, Ranks
 from executor.ranks.messages import telling
 from hrm.policy import Parallelism
+from hrm.policy_file import PolicyFile
 
 WORKER: Final = "executor.job.rank"
+_SLOWER: Final = 10  # than predicted: a task that takes so long still comes to its end
 
 Finish = Callable[[], list[RankReport]]  # tells the other ranks that there is no more, and what each has done
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a generator is made from, and of how many ranks it is the first, which share out these cores."""
+    """What a generator is made from, and of how many ranks it is the first, which share out these cores.
+
+    Stages of a pipeline wait for one another as long as it takes, but not when none of them has begun or ended a task
+    for `patience_s`.
+    """
 
     model: OpenModel
     prepared: Prepared
     ranks: int
     accelerator: AcceleratorOptions
     cpus: set[int]
+    patience_s: float | None = None
 
     @contextmanager
     def loaded(self, loading: Loading) -> Iterator[tuple[AbstractGenerator, Finish]]:
@@ -53,7 +61,7 @@ class Launch:
                 else:
                     group = ranks.group
                     own = model.generator(self.prepared, loading, stops=telling(group, model.stops), group=group)
-            ranks.ready(own)
+            ranks.ready(own, self.patience_s)
             yield RankedGenerator(ranks, own, model.arch), lambda: [RankReport.decode(one) for one in ranks.finish()]
 
 
@@ -74,7 +82,13 @@ def launching(options: AcceleratorOptions, model: OpenModel, gpus: int | None) -
     options = replace(options, name=accelerator_for(options.name, own.profile))
     with own_cores(0, size) as cpus:
         prepared = prepare(for_rank(options, 0, size, numbers), own, own.policy, others=files[1:])
-        yield Launch(model, prepared, size, options, cpus)
+        patience_s = _patience_s(options, files) if model.policy.parallelism is Parallelism.PIPELINE else None
+        yield Launch(model, prepared, size, options, cpus, patience_s)
+
+
+def _patience_s(options: AcceleratorOptions, files: Sequence[PolicyFile]) -> float:
+    """As long as a rank waits in a collective, and many times as long as any task of a stage should take."""
+    return timeout_s() + _SLOWER * max(longest_task_s(options, one) for one in files)
 
 
 def _check_number(count: int, gpus: int | None) -> None:

@@ -19,9 +19,11 @@ from hrm.machines import with_host_memory
 from hrm.memory import MemoryPlan, parts_of_host, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, Share, ranks_of
+from hrm.phases import decode_work, prefill_work, simulate_work
 from hrm.policy import Parallelism, Policy
 from hrm.policy_file import PolicyFile, policy_file_of, profile_hash
 from hrm.profiling.environment import available_ram_bytes
+from hrm.scaling import paced
 from hrm.schedules import Pipeline
 from hrm.tasks import Phase, TaskId
 from hrm.validate import runtime_with
@@ -253,6 +255,16 @@ def predicted_seconds(
         return work.seconds_of()
 
     return seconds_of
+
+
+def longest_task_s(options: AcceleratorOptions, policy_file: PolicyFile) -> float:
+    """What the longest task of a full batch should take, by the policy file's machine and the pace of its link."""
+    policy, workload = policy_file.policy, policy_file.workload
+    profile = paced(policy_file.profile, options.link_bytes_per_s, options.link_bytes_per_s)
+    costs = Costs(policy_file.model, profile, policy.formats)
+    decode = decode_work(costs, policy, workload.max_context_len, num_steps=1, tokens=policy.micro_batch_size)
+    traces = map(simulate_work, (prefill_work(costs, policy, workload), decode))
+    return max(span.end_s - span.start_s for trace in traces for span in trace.spans)
 
 
 def budgeted_plan(policy_file: PolicyFile, policy: Policy, gpu_memory_bytes: int | None = None) -> MemoryPlan:

@@ -110,6 +110,11 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.calls, self.kept = calls, list[Tensor]()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else the first tape imports torch's compiler, for a second in the middle of a run."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -18,7 +18,7 @@ from executor.group.stages import ProcessStages, Stages
 from executor.group.store import LOOP, join_store, open_store
 from executor.model import Architecture
 from executor.ranks.messages import RankBatch
-from executor.ranks.signs import RankFailedError
+from executor.ranks.signs import Pulse, RankFailedError
 from executor.ranks.workers import SILENCE_S, Workers, command_of
 from hrm.buffers import Purpose
 from hrm.policy import ScheduleName
@@ -95,8 +95,13 @@ class Ranks:
             self.group.broadcast(b"")
             return self.group.collect(b"")[1:]
 
-    def ready(self, generator: AbstractGenerator) -> None:
-        """Return when all have loaded their weights; RunError if not all stage them alike."""
+    def ready(self, generator: AbstractGenerator, patience_s: float | None = None) -> None:
+        """Return when all have loaded their weights; RunError if not all stage them alike.
+
+        If there is a `patience_s`, ranks that stand still for so long have failed, as `Stillness` tells them.
+        """
+        if patience_s is not None:
+            self.workers.watch_tasks(lambda: Pulse.of(0, generator), patience_s)
         with self.named():
             own = str(generator.policy.staging).encode()
             if set(self.group.collect(own)) != {own}:

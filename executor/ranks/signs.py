@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -12,11 +12,11 @@ from torch.distributed.distributed_c10d import Store
 
 from executor.engine import TaskFailedError
 from executor.errors import RunError
+from executor.generate import AbstractGenerator
 from executor.group import LostRankError
 from executor.guard import in_a_line
 from hrm.acts import decode, prefill
 from hrm.errors import HrmError
-from hrm.tasks import Task
 
 PULSE_S: Final = 0.5
 _RECEIVE: Final = frozenset({prefill.EMBED, decode.EMBED})  # from another stage, in a pipeline
@@ -64,26 +64,47 @@ class RankFailedError(RunError):
         super().__init__(f"rank {rank}: {farewell.where}", farewell.value, farewell.rule, farewell.remedy)
 
 
-class Pulse(msgspec.Struct):
-    """A sign of life: its number, the tasks that the rank is at, and whether it waits for others in one of them."""
+class Pulse(msgspec.Struct, kw_only=True):
+    """A sign of life: its number, the tasks that the rank is at, and whether it waits for others in one of them.
 
-    number: int
+    In tasks that `works` tells it waits for nobody. Until then it has used the CPU for `cpu_s`, which is 0 if a GPU
+    computes.
+    """
+
+    number: int = 0
     tasks: tuple[str, ...] = ()
     waits: bool = False
+    works: tuple[str, ...] = ()
+    cpu_s: float = 0.0
+
+    @staticmethod
+    def of(number: int, generator: AbstractGenerator | None) -> "Pulse":
+        """The sign of a rank that has such a generator, or none yet."""
+        if generator is None:
+            return Pulse(number=number)
+        texts, works = list[str](), list[str]()
+        for task in generator.engine.under_way:
+            act = task.id.act
+            texts.append(f"task {task.id} ({act.name}) in lane {task.lane}")
+            if not (act.reduces or act.ends_step or act in _RECEIVE):
+                works.append(texts[-1])
+        return Pulse(
+            number=number,
+            tasks=tuple(texts),
+            waits=len(works) < len(texts),
+            works=tuple(works),
+            cpu_s=0.0 if generator.backend.name == "cuda" else time.process_time(),
+        )
 
 
-def keep_telling(store: Store, rank: int, tasks: Callable[[], Sequence[Task]]) -> None:
+def keep_telling(store: Store, rank: int, generator: Callable[[], AbstractGenerator | None]) -> None:
     """Give signs of life from now on, in a thread that ends with the process; the store is nobody else's."""
 
     def tell() -> None:
         number = 0
         with suppress(RuntimeError):  # rank 0 is gone, and the rest of this rank will see it
             while True:
-                under_way = tasks()
-                texts = tuple(f"task {task.id} ({task.id.act.name}) in lane {task.lane}" for task in under_way)
-                acts = [task.id.act for task in under_way]
-                waits = any(act.reduces or act.ends_step or act in _RECEIVE for act in acts)
-                store.set(_pulse_key(rank), msgspec.json.encode(Pulse(number, texts, waits)).decode())
+                store.set(_pulse_key(rank), msgspec.json.encode(Pulse.of(number, generator())).decode())
                 number += 1
                 time.sleep(PULSE_S)
 

@@ -57,7 +57,7 @@ def serve(open_rank: Open) -> NoReturn:
 
 def _serve(open_rank: Open, rank: int, size: int, host: str, port: int) -> None:
     under_way: list[AbstractGenerator] = []
-    keep_telling(join_store(host, port), rank, lambda: under_way[0].engine.under_way if under_way else ())
+    keep_telling(join_store(host, port), rank, lambda: under_way[0] if under_way else None)
     group = ProcessGroup(join_store(host, port), rank, size)
     served = open_rank(group.broadcast(), group)
     generator = served.generator

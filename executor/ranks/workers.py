@@ -104,6 +104,7 @@ class Workers:
         self._settled = threading.Event()
         self._failure: RankFailedError | None = None
         self._pulses: dict[int, tuple[Pulse, float]] = {}
+        self._stillness: Stillness | None = None
         self.processes: dict[int, Process] = {}
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
@@ -137,6 +138,10 @@ class Workers:
         """Why one ended before its time, once that is known; None if none has within so long."""
         self._settled.wait(wait_s)
         return self._failure
+
+    def watch_tasks(self, own: Callable[[], Pulse], patience_s: float) -> None:
+        """From now on, have all end too if no rank begins or ends a task for so long; `own` is the sign of rank 0."""
+        self._stillness = Stillness(own, patience_s)
 
     def look(self) -> None:
         """Raise why one ended before its time, if one has."""
@@ -175,7 +180,7 @@ class Workers:
     def _first_ended(self, store: Store) -> dict[int, Farewell]:
         """The ranks that have ended or hang, once there is one; none if all are to end."""
         while not self._ending.wait(_LOOK_S):
-            ended = self._ended(store) or self._silent(store)
+            ended = self._ended(store) or self._silent(store) or self._standing_still()
             if ended:
                 return ended
         return {}
@@ -206,6 +211,37 @@ class Workers:
             for rank, (pulse, seen_s) in self._pulses.items()
             if now_s - seen_s > self._silence_s
         }
+
+    def _standing_still(self) -> dict[int, Farewell]:
+        """The rank that all others wait for, if they have done so for too long."""
+        if self._stillness is None:
+            return {}
+        return self._stillness.hung({rank: pulse for rank, (pulse, _) in self._pulses.items()})
+
+
+@final
+class Stillness:
+    """Whether ranks stand still: none of them has begun or ended a task for so long, and one is at work.
+
+    That is not one whose CPU computes at least half of the time, however long its task takes.
+    """
+
+    def __init__(self, own: Callable[[], Pulse], patience_s: float) -> None:
+        self._own, self._patience_s = own, patience_s
+        self._since_s, self._first = monotonic(), dict[int, Pulse]()
+
+    def hung(self, others: dict[int, Pulse]) -> dict[int, Farewell]:
+        """The first rank at work once all have stood still for too long, with what it is at."""
+        now_s, pulses = monotonic(), {0: self._own(), **others}
+        if {rank: one.tasks for rank, one in pulses.items()} != {rank: one.tasks for rank, one in self._first.items()}:
+            self._since_s, self._first = now_s, pulses
+        still_s = now_s - self._since_s
+        if still_s <= self._patience_s:
+            return {}
+        for rank, pulse in sorted(pulses.items()):
+            if pulse.works and pulse.cpu_s - self._first[rank].cpu_s < still_s / 2:
+                return {rank: _came_late(pulse.works, f"<not at its end after {still_s:.0f} s>")}
+        return {}
 
 
 def _came_late(tasks: Sequence[str], value: str) -> Farewell:

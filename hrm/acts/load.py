@@ -112,8 +112,7 @@ def of_each_part(c: Counts) -> Number:
 
 def reached_expert_bytes(x: Load, tokens: Number) -> Number:
     """Weights of the CPU's experts that so many tokens are expected to reach."""
-    reached = x.spec.experts_hit(tokens) / x.spec.num_experts * x.host_experts
-    return reached * x.costs.expert_bytes
+    return x.spec.experts.hit(tokens, x.host_experts) * x.costs.expert_bytes
 
 
 def hidden_bytes(x: Load) -> Number:

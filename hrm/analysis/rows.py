@@ -30,7 +30,7 @@ PLAN_COLUMNS = (
     "cpu_planned_bytes",
     "reason",
 )
-COLUMNS = ("parallelism", "policy", *PLAN_COLUMNS)
+COLUMNS = ("parallelism", "expert_division", "policy", *PLAN_COLUMNS)
 
 
 def searched(spaces: Iterable[Space], on_point: OnPoint) -> Iterator[tuple[Space, SearchResult]]:
@@ -82,6 +82,7 @@ def search_row(result: SearchResult, profile: HardwareProfile) -> dict[str, Any]
     several = best is not None and (len(best.policy.gpus) or profile.num_gpus) > 1
     return {
         "parallelism": best.policy.parallelism.value if best is not None and several else None,
+        "expert_division": best.policy.expert_division.value if best is not None and several else None,
         "policy": None if best is None else str(best.paper_tuple),
         **plan_row(result),
     }

@@ -5,13 +5,23 @@ from dataclasses import dataclass, replace
 
 import click
 
-from hrm.cli.params import enum_option, experts_per_part_option, schedule_option, staging_option, together
+from hrm.cli.params import (
+    enum_option,
+    expert_division_option,
+    experts_per_part_option,
+    schedule_option,
+    staging_option,
+    together,
+)
 from hrm.errors import PolicyError
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
+from hrm.layers import ExpertDivision
 from hrm.memory import MemoryPlan, plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.policy import Policy, ScheduleName, experts_of_layers, kv_tokens_for, prefix_tokens_for
+from hrm.parallel import part_of, tensor_parallel_obstacle
+from hrm.placement import experts_of_layers
+from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, prefix_tokens_for
 from hrm.tasks import Device
 from hrm.workload import Workload
 
@@ -34,10 +44,13 @@ class GivenPolicy:
     prefill_chunk: int | None
     schedule: ScheduleName
     staging: bool
+    expert_division: ExpertDivision
 
     def policy(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, formats: Formats) -> Policy:
         """The policy for a model; on a machine of one level everything lies and is computed there."""
         two_levels = profile.has_accelerator
+        division = self.expert_division if profile.num_gpus > 1 else ExpertDivision.INNER
+        spec = self._part(spec, profile, division)
         batch_size = self.micro_batch_size * self.num_micro_batches
         if workload.num_requests is not None:
             batch_size = max(min(batch_size, workload.num_requests), self.micro_batch_size)
@@ -50,6 +63,7 @@ class GivenPolicy:
         cpu_attention = attention is Device.CPU and on_gpu < num_micro_batches
         policy = Policy(
             schedule=self.schedule,
+            expert_division=division,
             batch_size=batch_size,
             micro_batch_size=self.micro_batch_size,
             attention=attention,
@@ -72,6 +86,17 @@ class GivenPolicy:
         policy.check_model(spec)
         return policy
 
+    @staticmethod
+    def _part(spec: ModelSpec, profile: HardwareProfile, division: ExpertDivision) -> ModelSpec:
+        """The model whose experts are counted: one rank's, if each has whole ones."""
+        if division is ExpertDivision.INNER:
+            return spec
+        obstacle = tensor_parallel_obstacle(spec, profile.num_gpus, division)
+        if obstacle:
+            rule = f"cannot be, as {spec.name} is: {obstacle}"
+            raise PolicyError("--expert-division", division.value, rule, "leave it out, or ask for other GPUs")
+        return part_of(spec, profile, Parallelism.TENSOR, division).spec
+
     def fitting(self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, formats: Formats) -> Policy:
         """The policy for a model; PolicyError if it does not fit the machine, with what would."""
 
@@ -83,7 +108,8 @@ class GivenPolicy:
             may_give_up_experts = profile.has_accelerator and any(policy.resident_experts)
             remedy = _smaller(self, lambda given: plan(given).fits, without_experts=may_give_up_experts)
             if not remedy and policy.prefill_ffn is Device.GPU and not policy.staging:
-                count = _largest(spec.num_experts, lambda n: plan(replace(self, experts_per_part=n)).fits)
+                most = self._part(spec, profile, policy.expert_division).num_experts
+                count = _largest(most, lambda n: plan(replace(self, experts_per_part=n)).fits)
                 remedy = f"--experts-per-part {count}" if count and profile.has_accelerator else ""
             plan(self).check_fits(remedy=remedy)
         return policy
@@ -131,6 +157,12 @@ given_policy_options = together(
     click.option("--prefill-chunk", type=int, help="Prompt tokens prefilled at a time; longer prompts are split."),
     schedule_option,
     staging_option,
+    expert_division_option(
+        default="inner",
+        show_default=True,
+        help="Whether each of several GPUs has a part of every expert's inner size, or whole experts; those that "
+        "stay or stream are then counted among its own.",
+    ),
 )
 
 

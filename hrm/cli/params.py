@@ -12,6 +12,7 @@ import click
 
 from hrm.errors import ProfileError
 from hrm.files import check_writable
+from hrm.layers import ExpertDivision
 from hrm.policy import ScheduleName
 from hrm.tasks import Phase
 
@@ -102,6 +103,7 @@ experts_per_part_option = click.option(
     default=0,
     help="Experts that stream to the GPU at a time, twice as many of which have room there  [default: a layer's].",
 )
+expert_division_option = partial(enum_option, "--expert-division", kind=ExpertDivision)
 policy_option = click.option(
     "--policy",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -17,6 +17,7 @@ from hrm.cli.options import ChosenModel, limits_options, model_options, workload
 from hrm.cli.params import (
     OUT_FILE,
     enum_option,
+    expert_division_option,
     experts_per_part_option,
     json_option,
     schedule_option,
@@ -31,6 +32,7 @@ from hrm.estimate import Estimate
 from hrm.estimate import estimate as predict
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
+from hrm.layers import ExpertDivision
 from hrm.parallel import used_of
 from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import policy_file_of, save_policy_file
@@ -54,6 +56,7 @@ class Wanted:
     prefill_ffn: Device | None
     experts_per_part: int
     parallelism: Parallelism | None
+    expert_division: ExpertDivision | None
 
 
 def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int | None) -> Solver:
@@ -77,10 +80,10 @@ def _solver(*, solver: str, trials: int | None, storage: str | None, seed: int |
     enum_option("--ffn", kind=Device, help="Only policies with the experts there."),
     enum_option("--prefill-ffn", kind=Device, help="Only policies with the experts there in prefill."),
     experts_per_part_option,
-    enum_option(
-        "--parallelism",
-        kind=Parallelism,
-        help="Only policies that share several GPUs like that; executor run needs tensor.",
+    enum_option("--parallelism", kind=Parallelism, help="Only policies that share several GPUs like that."),
+    expert_division_option(
+        help="Only policies of tensor parallelism that divide each expert by its inner size, or give each GPU whole "
+        "ones  [default: whichever is faster]."
     ),
 )
 @together(
@@ -135,6 +138,7 @@ def search(
             prefill_ffn=wanted.prefill_ffn,
             experts_per_part=wanted.experts_per_part,
             parallelism=wanted.parallelism,
+            expert_division=wanted.expert_division,
             limits=limits,
         )
         for profile in (choice.machines() if fleet is None else fleet.machines(choice, pareto))

@@ -10,9 +10,11 @@ from hrm.cli.limits import launches_json, launches_text, limits_json, written_ou
 from hrm.cli.texts import formats_text, given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
 from hrm.hardware import HardwareProfile
+from hrm.layers import ExpertDivision
 from hrm.memory import LevelPlan
 from hrm.model_spec import ModelSpec
-from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy, experts_of_layers
+from hrm.placement import experts_of_layers
+from hrm.policy import PAPER_SYMBOLS, Parallelism, Policy
 from hrm.ranges import ThroughputRange, throughput_range
 from hrm.roofline import TurningPoints, attention_turning_points, ffn_turning_points
 from hrm.scaling import given_resources
@@ -97,6 +99,7 @@ def plan_json(
         content["parallelism"] = [
             {
                 "parallelism": way.parallelism.value,
+                "expert_division": way.expert_division.value,
                 "gpus": way.gpus,
                 "tokens_per_s": None if way.best is None else way.best.tokens_per_s,
                 "obstacle": way.obstacle,
@@ -181,6 +184,9 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
         console.print(f"  in each stage of a pipeline ({stage}), as many batches at once as stages")
     elif num_gpus > 1:
         console.print(f"  in each of {num_gpus} ranks, which have a part of every layer and sum up twice in each")
+        whole = policy.expert_division is ExpertDivision.WHOLE
+        here = f": {estimate.part.spec.num_experts} of {spec.num_experts}" if whole else ""
+        console.print(f"  {policy.expert_division.words}{here}")
     if not profile.has_accelerator:
         console.print(
             "  everything is held once, in unified memory, and computed on the GPU"
@@ -221,13 +227,13 @@ def _kv_cache(policy: Policy) -> str:
 def _residents(estimate: Estimate, spec: ModelSpec) -> str:
     """How many experts of a layer are resident: `2 or 3 of 16 a layer`."""
     pairs = zip(estimate.part_policy.resident_experts, experts_of_layers(estimate.part.spec), strict=True)
-    counts = sorted({count for count, there_are in pairs if there_are})
-    if counts == [spec.num_experts]:
-        return f"all {spec.num_experts} a layer"
+    counts, most = sorted({count for count, there_are in pairs if there_are}), estimate.part.spec.num_experts
+    if counts == [most]:
+        return f"all {most} a layer"
     few = len(counts) <= 2
     shown = " or ".join(map(str, counts)) if few else f"{counts[0]} to {counts[-1]}"
     which = "a layer" if spec.num_expert_layers == spec.num_layers else "a layer with experts"
-    return f"{shown} of {spec.num_experts} {which}"
+    return f"{shown} of {most} {which}"
 
 
 def _word(device: Device) -> str:
@@ -339,11 +345,8 @@ def _print_ways(search: SearchResult) -> None:
     chosen = search.best.policy
     table = plain_table("several GPUs", "tokens/s", "why")
 
-    def is_chosen(way: Way) -> bool:
-        return (way.parallelism, way.gpus) == (chosen.parallelism, chosen.gpus)
-
-    for way in sorted(search.ways, key=lambda way: not is_chosen(way)):
-        name = f"{_way_text(way)}{' (chosen)' if is_chosen(way) else ''}"
+    for way in sorted(search.ways, key=lambda way: not way.is_of(chosen)):
+        name = f"{_way_text(way)}{' (chosen)' if way.is_of(chosen) else ''}"
         if way.best is None:
             table.add_row(name, "–", way.obstacle or "no policy fits so")
         else:
@@ -355,10 +358,9 @@ def _print_ways(search: SearchResult) -> None:
 
 def _way_text(way: Way) -> str:
     """How the work is shared, and by which GPUs if not by all."""
-    shared = f"{way.parallelism.value} parallel"
     if not way.gpus:
-        return shared
-    return f"{_gpus_text(way.gpus)} alone{f', {shared}' if len(way.gpus) > 1 else ''}"
+        return way.words
+    return f"{_gpus_text(way.gpus)} alone{f', {way.words}' if len(way.gpus) > 1 else ''}"
 
 
 def _gpus_text(gpus: tuple[int, ...]) -> str:

@@ -96,11 +96,16 @@ def show_change(change: float) -> str:
     return "–" if math.isnan(change) else f"{change:+.1%}"
 
 
+def _parallel(row: dict[str, Any]) -> str:
+    """How GPUs share the work: `tensor, whole experts`."""
+    return f"{row['parallelism']}, whole experts" if row["expert_division"] == "whole" else row["parallelism"]
+
+
 # Columns that tell of a plan: the heading, and what makes the cell of a row.
 PLAN_CELLS: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:.4g}",
     "of bound": lambda row: f"{row['tokens_per_s'] / row['bound_tokens_per_s']:.0%}",
-    "parallel": lambda row: row["parallelism"] if isinstance(row["parallelism"], str) else "–",
+    "parallel": lambda row: _parallel(row) if isinstance(row["parallelism"], str) else "–",
     PAPER_SYMBOLS: lambda row: row["policy"],
     "decode limit": lambda row: row["decode_bottleneck"],
 }

@@ -4,31 +4,55 @@ It stands in for PCIe on machines without an accelerator. The executor's emulate
 transfers through it and `hrm.profiling.link` measures it, so both see the same link.
 """
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, final
 
-SPIN_S: Final = 80e-6  # the end of a wait is spun: sleeping overshoots by about this much
 BACK_TO_BACK_S: Final = 200e-6  # a gap this short is the issuing thread's, not the link's
 CATCH_UP_S: Final = 5e-3  # how far behind its schedule the link may be and still catch up
 EMULATED_LATENCY_S: Final = 20e-6  # of a transfer, where no machine says otherwise
 LONGEST_SLEEP_S: Final = 0.1  # after which who waits looks whether there is a reason to go on
+_PR_SET_TIMERSLACK: Final = 29  # of Linux
 
 
 class CalledOffError(Exception):
     """What was waited for is not wanted any more."""
 
 
+class _OfThread(threading.local):
+    """What each thread is told apart."""
+
+    ready_s: float | None = None
+
+    def __init__(self) -> None:
+        # Linux ends a thread's sleeps up to 50 us late unless told otherwise: nobody has to spin until they would end.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
 @final
 class Waits:
-    """Sleeps of other threads, to be called off by the one that hears Ctrl-C.
+    """Sleeps of other threads, to be called off by the one that hears Ctrl-C, and when what they do could have begun.
 
-    A transfer over an emulated link of a few bytes a second may last for days.
+    A transfer over an emulated link of a few bytes a second may last for days. A device begins one as soon as all that
+    it waits for is done, whenever a thread of the host's wakes up.
     """
 
     def __init__(self) -> None:
         self._called_off = threading.Event()
+        self._thread = _OfThread()
+
+    @property
+    def ready_s(self) -> float | None:
+        """When what the calling thread is at could have begun, on perf_counter; None if nobody has told."""
+        return self._thread.ready_s
+
+    def begin(self, ready_s: float) -> None:
+        """Tell when what the calling thread begins now could have begun, had it been awake."""
+        self._thread.ready_s = ready_s
 
     def sleep(self, seconds: float) -> None:
         """Sleep; CalledOffError if that is called off meanwhile, or was and not resumed."""
@@ -103,5 +127,5 @@ class PacedCopy:
 
     def _wait_until(self, end_s: float) -> float:
         while (now_s := self._clock()) < end_s:
-            self._sleep(max(0.0, end_s - now_s - SPIN_S))  # 0 still lets other threads run
+            self._sleep(end_s - now_s)
         return now_s

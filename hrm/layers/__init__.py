@@ -16,9 +16,10 @@ from hrm.layers.base import (
     check_size,
     places,
 )
+from hrm.layers.choices import Choices
 from hrm.layers.compressed import CompressedAttention
 from hrm.layers.division import Share, Span, layer_shares, tensor_share
-from hrm.layers.feed_forward import DenseFfn, RoutedExperts
+from hrm.layers.feed_forward import DenseFfn, ExpertDivision, RoutedExperts
 from hrm.layers.gated_delta import GatedDeltaNet
 from hrm.layers.grouped_query import GroupedQueryAttention
 from hrm.layers.indexer import Indexer
@@ -34,8 +35,10 @@ __all__ = [
     "LARGEST_MODEL",
     "LARGEST_SIZE",
     "Block",
+    "Choices",
     "CompressedAttention",
     "DenseFfn",
+    "ExpertDivision",
     "FeedForward",
     "GatedDeltaNet",
     "GroupedQueryAttention",

@@ -1,8 +1,9 @@
 """Which part of every tensor each of several GPUs in tensor parallel has.
 
-It follows from the tensor of the whole layer and that of one GPU's (`Layer.of_rank`): rank r has the
-r-th part of what is divided. The last parts may be smaller than the others, or nothing at all: what a
-GPU then has more room for are noughts, which add nothing to any sum.
+It follows from the tensor of the whole layer and that of one GPU's (`Layer.of_rank`), which says whether it
+is divided: rank r has the r-th part. The last parts may be smaller than the others, or nothing at all: what a
+GPU then has more room for are noughts, which add nothing to any sum. Of experts that are whole on one GPU each
+tensor is whole; `RoutedExperts.experts_of` says whose they are.
 """
 
 from collections.abc import Mapping
@@ -62,16 +63,16 @@ def layer_shares(whole: Layer, its: Layer, rank: int, ranks: int) -> Mapping[str
 
 
 def _share_in(block: Block, narrow: Block, tensor: TensorSpec, part: TensorSpec, rank: int, ranks: int) -> Share:
-    if rank and tensor.name in block.summed_vectors:
+    if rank and part.name in narrow.summed_vectors:
         return Share((Span(0, 0, part.shape[0]),), Span(0, 1, 1))
     return _share(tensor, part, block.sections_of(tensor), narrow.sections_of(part), rank, ranks)
 
 
 def _share(tensor: TensorSpec, part: TensorSpec, whole: Sections, its: Sections, rank: int, ranks: int) -> Share:
     share = Share.whole(tensor)
-    if whole:
+    if whole and its:
         return share._replace(rows=_spans(whole, its, rank, ranks))
-    if tensor.split == 1:
+    if part.split == 1:
         (columns,) = _spans((Section(tensor.shape[1]),), (Section(part.shape[1]),), rank, ranks)
         return share._replace(columns=columns)
     return share

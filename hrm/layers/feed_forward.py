@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property
 from typing import Final, Literal, Self, final
 
@@ -19,20 +20,38 @@ from hrm.layers.base import (
     share,
     vector_tensors,
 )
+from hrm.layers.choices import Choices
 from hrm.layers.hyper_connection import mix_streams, stream_tensors
 from hrm.layers.work import Operator, gemms, linear, weighted
-from hrm.numeric import Number, maximum, minimum, power
+from hrm.numeric import Number, maximum, minimum
 
 # Vectors of what is done to the sum of all experts: norms of it, and of what shared ones add, and a scale.
 AFTER_EXPERTS: Final = ("routed_output_norm", "ffn_output_norm", "layer_scale")
 
 
-def matrices(name: str, hidden: int, inner: int, unit: Unit, *, gated: bool = True) -> tuple[TensorSpec, ...]:
-    """The two matrices of an FFN; the first one has the gate above what it scales."""
+class ExpertDivision(StrEnum):
+    """How GPUs in tensor parallel divide routed experts: each by its inner size, or into as many whole ones each."""
+
+    INNER = "inner"
+    WHOLE = "whole"
+
+    @property
+    def words(self) -> str:
+        """The same, for people."""
+        return "experts divided by their inner size" if self is ExpertDivision.INNER else "whole experts in each rank"
+
+
+def matrices(
+    name: str, hidden: int, inner: int, unit: Unit, *, gated: bool = True, divided: bool = True
+) -> tuple[TensorSpec, ...]:
+    """The two matrices of an FFN; the first one has the gate above what it scales.
+
+    GPUs in tensor parallel have a part of its inner size each, if it is `divided`.
+    """
     parts = (inner,) * (1 + gated)
     return (
-        TensorSpec(f"{name}w13" if gated else f"{name}w1", (sum(parts), hidden), unit, 0, parts),
-        TensorSpec(f"{name}w2", (hidden, inner), unit, 1),
+        TensorSpec(f"{name}w13" if gated else f"{name}w1", (sum(parts), hidden), unit, 0 if divided else None, parts),
+        TensorSpec(f"{name}w2", (hidden, inner), unit, 1 if divided else None),
     )
 
 
@@ -102,6 +121,9 @@ class RoutedExperts(FeedForward):
     tokens that go to the experts, from the most favoured to the least, as measured; empty for
     uniform routing. A layer may have several such blocks: experts of several classes.
 
+    With `expert_ranks` it is what one of so many GPUs has whose experts are not divided: `num_experts` of
+    them, one after the other, and the router of all that these GPUs have together.
+
     With a `latent_size` routed experts work on so many elements, to which one matrix projects a token
     down and from which another projects what they return up. Of what tokens choose, `zero_experts`
     more return the token itself and cost nothing. The hidden state has `streams`.
@@ -116,6 +138,7 @@ class RoutedExperts(FeedForward):
     latent_size: int = 0
     zero_experts: int = 0
     streams: int = 1
+    expert_ranks: int = 1
     vectors: Vectors = ()
     expert_vectors: Vectors = ()
     frequencies: tuple[float, ...] = field(default=(), compare=False)
@@ -124,8 +147,9 @@ class RoutedExperts(FeedForward):
     def __post_init__(self) -> None:
         """Reject impossible dimensions (ModelError)."""
         self.check_sizes("hidden_size", "num_experts", "experts_per_token", "intermediate_size", "streams")
+        self.check_sizes("expert_ranks")
         self.check_sizes("shared_intermediate_size", "latent_size", "zero_experts", at_least=0)
-        count, frequencies = self.num_experts, self.frequencies
+        count, frequencies = self.all_experts, self.frequencies
         self.require(self.experts_per_token <= count, "experts_per_token", f"must be at most num_experts {count}")
         shares = not frequencies or (len(frequencies) == count and 0 <= min(frequencies) <= max(frequencies) <= 1)
         self.require(shares, "frequencies", f"must be shares between 0 and 1 of the {count} experts, or none")
@@ -142,14 +166,36 @@ class RoutedExperts(FeedForward):
         )
         return (
             TensorSpec("ffn_norm", (hidden,), Unit.FFN),
-            TensorSpec("router", (self.num_experts + self.zero_experts, hidden), Unit.FFN),
+            TensorSpec("router", (self.router_size, hidden), Unit.FFN),
             *((down, up) if latent else ()),
             *(matrices("shared_", hidden, shared, Unit.FFN, gated=self.gated) if shared else ()),
             *stream_tensors("ffn", self.streams, hidden, Unit.FFN),
             *vector_tensors(self.vectors, Unit.FFN),  # after matrices, which are read fastest where they are aligned
-            *matrices("", self.expert_hidden_size, self.intermediate_size, Unit.EXPERT, gated=self.gated),
+            *matrices(
+                "",
+                self.expert_hidden_size,
+                self.intermediate_size,
+                Unit.EXPERT,
+                gated=self.gated,
+                divided=self.expert_ranks == 1,
+            ),
             *vector_tensors(self.expert_vectors, Unit.EXPERT),
         )
+
+    @property
+    def all_experts(self) -> int:
+        """The experts of all GPUs together: those that tokens choose from, but for zero experts."""
+        return self.num_experts * self.expert_ranks
+
+    @property
+    def router_size(self) -> int:
+        """How many a token chooses from."""
+        return self.all_experts + self.zero_experts
+
+    def experts_of(self, rank: int) -> range:
+        """Which of all experts one of several GPUs has, which of each may be a part."""
+        first = rank * self.num_experts if self.expert_ranks > 1 else 0
+        return range(first, first + self.num_experts)
 
     @property
     def expert_hidden_size(self) -> int:
@@ -178,29 +224,30 @@ class RoutedExperts(FeedForward):
 
     def routing_bytes(self, compute: Format) -> int:
         """Logits and probabilities of all experts, and the chosen ones with their sorted form."""
-        choices = self.num_experts + self.zero_experts
-        scores = compute.bytes_of(choices) + 8 * choices
+        scores = compute.bytes_of(self.router_size) + 8 * self.router_size
         return scores + (ROUTING_BYTES + 36) * self.experts_per_token
 
-    def hit(self, num_tokens: Number) -> Number:
-        """Expected number of distinct experts that `num_tokens` reach.
+    @cached_property
+    def choices(self) -> Choices:
+        """How tokens choose among all experts."""
+        return Choices(
+            experts=self.all_experts,
+            per_token=self.experts_per_token,
+            idle=self.zero_experts,
+            ranks=self.expert_ranks,
+            frequencies=self.frequencies,
+        )
 
-        Tokens are routed independently, uniformly or with the measured frequencies.
+    def hit(self, num_tokens: Number, num_experts: Number | None = None) -> Number:
+        """Expected number of distinct ones of so many experts, else of all here, that `num_tokens` reach.
+
+        Of several GPUs that have whole experts it is that of the one where it is greatest.
         """
-        if not self.frequencies:
-            miss = power(1 - self.computed_per_token / self.num_experts, num_tokens)
-            return self.num_experts * (1 - miss)
-        if isinstance(num_tokens, (int, float)):
-            return sum(1 - (1 - share) ** num_tokens for share in self.frequencies)
-        import numpy as np
-
-        distinct, of_each = np.unique(num_tokens, return_inverse=True)
-        misses = np.power.outer(1 - np.array(self.frequencies), distinct)
-        return (self.num_experts - misses.sum(0))[of_each].reshape(np.shape(num_tokens))
+        return self.choices.reached(num_tokens, self.num_experts if num_experts is None else num_experts)
 
     def dense(self, formats: Formats, tokens: Number) -> Operator:
         """The router, the shared experts, and the projections down and up around the routed ones."""
-        router = Operator((linear(tokens, self.hidden_size, self.num_experts + self.zero_experts, formats),))
+        router = Operator((linear(tokens, self.hidden_size, self.router_size, formats),))
         router += mix_streams(self.streams, self.hidden_size, formats, tokens)
         if self.latent_size:
             router += Operator(2 * (linear(tokens, self.hidden_size, self.latent_size, formats),), 2)
@@ -210,16 +257,14 @@ class RoutedExperts(FeedForward):
 
     @property
     def computed_per_token(self) -> float:
-        """Of the experts that a token goes to, those that compute anything, on average."""
-        if not self.zero_experts:
-            return self.experts_per_token
-        return self.experts_per_token * self.num_experts / (self.num_experts + self.zero_experts)
+        """Of the experts that a token goes to, those here that compute anything, on average."""
+        here = self.choices.computed_per_token
+        return here if self.expert_ranks == 1 else here / self.expert_ranks
 
     def run(self, formats: Formats, tokens: Number, num_experts: Number) -> Operator:
-        """What falls on `num_experts` of the experts."""
-        share = num_experts / self.num_experts
-        hit = share * self.hit(tokens)
-        routed = share * self.computed_per_token * tokens
+        """What falls on `num_experts` of the experts; of several GPUs that have whole ones, where it is most."""
+        hit = self.hit(tokens, num_experts)
+        routed = self.choices.fallen_on(tokens, num_experts)
         kernel = weighted(
             2 * self.expert_parameters * routed,
             self.expert_parameters * hit,
@@ -235,26 +280,34 @@ class RoutedExperts(FeedForward):
         return Operator((kernel,), any_here, unfused_launches=one_by_one - any_here, saved_by_grouping=saved)
 
     def obstacle_to(self, ranks: int) -> str:
-        """The width of an expert is divided, and what shared ones have together."""
+        """The width of an expert is divided, unless GPUs have whole ones, and what shared ones have together."""
         inner, shared = self.intermediate_size, self.shared_intermediate_size
         if 0 < shared < ranks:
             return f"the shared experts' {shared} inner units cannot be divided by {ranks}"
-        return f"an expert's {inner} inner units cannot be divided by {ranks}" if inner % ranks else ""
+        if self.expert_ranks == 1 and inner % ranks:
+            return f"an expert's {inner} inner units cannot be divided by {ranks}"
+        return ""
 
     def shares(self, ranks: int, whole: int) -> dict[str, int]:
-        """A part of the width of every expert, and of the shared ones."""
+        """A part of the width of every expert, unless GPUs have whole ones, and of the shared ones."""
         inner, shared = self.intermediate_size, self.shared_intermediate_size
         return {
-            "intermediate_size": share(inner, ranks, whole),
+            "intermediate_size": share(inner, ranks, whole) if self.expert_ranks == 1 else inner,
             "shared_intermediate_size": share(shared, ranks, whole),
         }
 
     @property
     def sections(self) -> Mapping[str, Sections]:
-        """Biases of what is between the matrices of shared and of routed experts."""
+        """Biases of what is between the matrices of shared experts, and of routed ones that are divided."""
         inner, shared = Section(self.intermediate_size), Section(self.shared_intermediate_size)
         of_shared = {"shared_w1_bias": (shared,), "shared_w13_bias": (shared, shared)}
+        if self.expert_ranks > 1:
+            return of_shared
         return {**of_shared, "w1_bias": (inner,), "w13_bias": (inner, inner)}
+
+    def with_experts_shared_out(self, ranks: int) -> Self:
+        """What one of so many GPUs has of it that each have as many whole experts, before all else is divided."""
+        return replace(self, num_experts=self.num_experts // ranks, expert_ranks=ranks)
 
     def of_rank(self, ranks: int, whole: int = 1) -> Self:
         """The same of an expert's own vectors."""

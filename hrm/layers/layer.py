@@ -10,7 +10,7 @@ from hrm.contract.dequantising import bytes_moved, launches
 from hrm.errors import ModelError
 from hrm.formats import Format, Formats, PackedFormat, packed_format
 from hrm.layers.base import Block, FeedForward, Mixer, TensorSpec, Unit, places
-from hrm.layers.feed_forward import RoutedExperts
+from hrm.layers.feed_forward import ExpertDivision, RoutedExperts
 from hrm.layers.work import Operator
 from hrm.numeric import Number
 
@@ -86,6 +86,10 @@ class Layer:
     def num_experts(self) -> int:
         """Routed experts of all classes."""
         return sum(block.num_experts for block in self.experts)
+
+    def experts_of(self, rank: int) -> range:
+        """Which of all routed experts one of several GPUs has, of a layer that is what it has; see `RoutedExperts`."""
+        return self.experts[0].experts_of(rank) if self.experts else range(0)
 
     @cached_property
     def dense_parameters(self) -> int:
@@ -167,14 +171,34 @@ class Layer:
         packed += [pair for pair in other.packed if pair[0] not in {tensor.name for tensor in other.mixer.tensors}]
         return Layer(mixer=self.mixer, ffn=other.ffn, packed=tuple(packed))
 
-    def of_rank(self, ranks: int) -> "Layer":
+    def obstacle_to(self, ranks: int, division: ExpertDivision) -> str:
+        """Why so many GPUs in tensor parallel cannot divide it like that; empty if they can."""
+        if division is ExpertDivision.WHOLE:
+            for block in self.experts:
+                if block.num_experts % ranks:
+                    return f"its {block.num_experts} experts cannot be divided by {ranks}"
+        blocks = self._shared_out(ranks, division).blocks
+        return next(filter(None, (block.obstacle_to(ranks) for block in blocks)), "")
+
+    def _shared_out(self, ranks: int, division: ExpertDivision) -> "Layer":
+        """The same with the experts that one rank has, if these are not divided."""
+        if division is ExpertDivision.INNER:
+            return self
+        ffn = (
+            block.with_experts_shared_out(ranks) if isinstance(block, RoutedExperts) else block for block in self.ffn
+        )
+        return replace(self, ffn=tuple(ffn))
+
+    def of_rank(self, ranks: int, division: ExpertDivision = ExpertDivision.INNER) -> "Layer":
         """What one of so many GPUs in tensor parallel has of it.
 
         Of a matrix whose parts are then no whole groups of its packed format, it has plain numbers.
         """
-        forms = [form for form in self._formats.values() if form is not None]
+        layer = self._shared_out(ranks, division)
+        divided = (tensor for tensor in layer.tensors if tensor.split is not None or tensor.unit is not Unit.EXPERT)
+        forms = [tensor.packed for tensor in divided if tensor.packed is not None]
         whole = lcm(*(form.rows for form in forms), *(form.columns or 1 for form in forms))
-        mixer, *ffn = (block.of_rank(ranks, whole) for block in self.blocks)
+        mixer, *ffn = (block.of_rank(ranks, whole) for block in layer.blocks)
         pairs = [(block, tensor) for block in (mixer, *ffn) for tensor in block.tensors]
         kept = {tensor.name for block, tensor in pairs if _is_whole(self._formats.get(tensor.name), block, tensor)}
         packed = tuple(pair for pair in self.packed if pair[0] in kept)

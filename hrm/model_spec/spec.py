@@ -11,6 +11,7 @@ from hrm.errors import ModelError
 from hrm.formats import Format, Formats
 from hrm.layers import LARGEST_MODEL, GroupedQueryAttention, Layer, RoutedExperts, TensorSpec, Unit, check_size
 from hrm.layers.base import Vectors, check_vectors, share
+from hrm.layers.feed_forward import ExpertDivision
 from hrm.numeric import Number
 
 MOST_LAYERS: Final = 10**4
@@ -158,21 +159,16 @@ class ModelSpec:
         layer = layer if by_window else layer.without_window
         return layer if by_ffn else layer.with_ffn(self.kinds[0])
 
-    def of_rank(self, ranks: int) -> "ModelSpec":
+    def of_rank(self, ranks: int, division: ExpertDivision = ExpertDivision.INNER) -> "ModelSpec":
         """What one of so many GPUs in tensor parallel has of the model: the largest share, where they differ."""
         vocab_size = share(self.vocab_size, ranks)
         return self.with_layers(
-            (layer.of_rank(ranks) for layer in self.layers),
+            (layer.of_rank(ranks, division) for layer in self.layers),
             name=f"{self.name}, one of {ranks} ranks",
             vocab_size=vocab_size,
             head_vectors=tuple((name, vocab_size if name == HEAD_BIAS else size) for name, size in self.head_vectors),
             ranks=ranks,
         )
-
-    @cached_property
-    def without_windows(self) -> "ModelSpec":
-        """The same with attention over all tokens in every layer."""
-        return self.with_layers(layer.without_window for layer in self.layers)
 
     @cached_property
     def widest_kind(self) -> Layer:
@@ -299,7 +295,7 @@ class ModelSpec:
         return self.experts.expert_parameters
 
     def experts_hit(self, num_tokens: Number) -> Number:
-        """Expected number of distinct experts of a layer that `num_tokens` reach."""
+        """Expected number of distinct experts of a layer that `num_tokens` reach; see `RoutedExperts.hit`."""
         return self.experts.hit(num_tokens)
 
     def with_frequencies(self, frequencies: Sequence[float]) -> "ModelSpec":

@@ -39,6 +39,7 @@ ROUND: Final = 1024  # regions that are halved at once
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
 _CHAIN: Final = 6  # the place of their chain, or that of chunks, among the terms of a phase
+_ALONE: Final = 8  # that of a lone micro-batch where experts stream in parts
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
 _ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}
 PhaseTerms = list[tuple[float, list[Floats]]]
@@ -243,6 +244,8 @@ class Bounder:
         ]
         # Of many chunks so many are under way with the CPU's experts that their chain says no more than the lanes do.
         found[0][1][_CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
+        for _, terms in found[1:] if self.space.experts_per_part else ():
+            terms[_ALONE] *= regions.high[NUMBER] <= 1
         return found
 
     def _longest_chunk(self, regions: Regions, batch: Floats, least_chunks: int) -> Floats:

@@ -19,6 +19,7 @@ from hrm.search.space import Kind, Space
 
 CANDIDATES: Final = 10  # of a kind, that may be simulated
 BEAM: Final = 8
+KEPT: Final = 2.0  # candidates that are worse than the best of the kind by this factor are not kept
 # How much higher than on the coarse grid the best of a kind may be.
 COARSE_MARGIN: Final = 1.25
 
@@ -47,23 +48,32 @@ def greatest(space: Space) -> float:
 
 def grids(space: Space) -> list["GridOfKind"]:
     """Every kind, with chunks that hold the longest prompt and with those that split it."""
-    ranges = chunk_ranges(space)
-    return [GridOfKind(space, kind, chunks) for kind in space.kinds() for chunks in ranges]
+    found: list[GridOfKind] = []
+    for kind in sorted(space.kinds(), key=lambda kind: -kind.gpu_ffn):  # the CPU's experts seldom win
+        for chunks in chunk_ranges(space):
+            best = max((one.best for one in found), default=0.0)
+            found.append(GridOfKind(space, kind, chunks, best / KEPT))
+    return found
 
 
 class GridOfKind:
-    """The candidates of one kind that have been tried and fit, with their scores."""
+    """The candidates of one kind that have been tried and fit, with their scores, if they may be above `least`."""
 
-    def __init__(self, space: Space, kind: Kind, chunks: ChunkRange) -> None:
-        self.space, self.kind, self.chunks = space, kind, chunks
+    def __init__(self, space: Space, kind: Kind, chunks: ChunkRange, least: float = 0.0) -> None:
+        self.space, self.kind, self.chunks, self.least = space, kind, chunks, least
         self.evaluations = 0
         places = whole(space, kind, chunks)
         self.whole = places is not None
         self.grid, self.scores = self._try(coarse(space, kind, chunks) if places is None else places)
 
+    @property
+    def best(self) -> float:
+        """The best score."""
+        return float(self.scores.max(initial=0.0))
+
     def ceiling(self) -> float:
         """The best score and somewhat more, for what lies between those that were tried."""
-        return float(self.scores.max(initial=0.0)) * COARSE_MARGIN
+        return self.best * COARSE_MARGIN
 
     def solve(self, above: float = 0.0) -> list[Candidate]:
         """The best candidates, each of another form, the integers around tried if they may be above.
@@ -98,7 +108,7 @@ class GridOfKind:
         grid = grid.take(np.flatnonzero(grid.fits))
         if self.space.limits != NO_LIMITS:
             grid = grid.take(np.flatnonzero(meets(self.space, grid)))
-        return scored(self.space, grid, COARSE_MARGIN)
+        return scored(self.space, grid, KEPT, self.least)
 
     def _with_every_residency(self, grid: Grid) -> Grid:
         counts = grid.most_residents + 1

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hrm.closed_form import Point
+from hrm.layers import ExpertDivision
 from hrm.policy import Policy, kv_tokens_for, prefix_tokens_for, spread_experts
 from hrm.search.fit import Ints, fits_memory, gpu_room, most_residents
 from hrm.search.space import Kind, Space
@@ -113,6 +114,7 @@ class Grid:
         gpu_prefill_ffn = gpu_ffn or all_on_gpu or self.gpu_prefill_ffn[index]
         return Policy(
             schedule=space.schedule,
+            expert_division=space.expert_division or ExpertDivision.INNER,
             batch_size=int(self.batch_size[index]),
             micro_batch_size=int(self.micro_batch_size[index]),
             attention=Device.GPU if self.kind.gpu_attention else Device.CPU,

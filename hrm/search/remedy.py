@@ -16,12 +16,11 @@ from hrm.formats import FORMATS
 from hrm.latency import NO_LIMITS
 from hrm.machines import compose, with_memory
 from hrm.memory import MemoryPlan, plan_memory
-from hrm.policy import Parallelism
 from hrm.scaling import Resource, given_resources
 from hrm.search.grid import ALL_THAT_FIT, Grid, make_grid
 from hrm.search.lattice import chunk_ranges
 from hrm.search.space import KvPlace, Space
-from hrm.search.ways import space_of_part
+from hrm.search.ways import space_of_part, ways_of
 from hrm.units import at_least_bytes, at_least_seconds, format_bytes, format_seconds, parse_bytes, parse_seconds
 
 MOST_BYTES: Final = 2**50  # of a memory, that are tried
@@ -46,12 +45,10 @@ def fits_somehow(space: Space) -> bool:
 
 def _least(space: Space) -> Iterator[tuple[Space, Grid]]:
     """Policies of one request of every kind, for every way of sharing the GPUs."""
-    for parallelism in Parallelism:
-        whole = space_of_part(space, parallelism)
+    for way in ways_of(space):
+        whole = space_of_part(space, *way)
         for part in () if whole is None else [*whole.of_pinning(), *whole.in_parts(None)]:
             yield from ((part, grid) for grid in _least_of_kinds(part))
-        if space.profile.num_gpus == 1:
-            return
 
 
 def _least_of_kinds(space: Space) -> Iterator[Grid]:

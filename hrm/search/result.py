@@ -7,7 +7,8 @@ from typing import Final
 
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate
-from hrm.policy import Parallelism
+from hrm.layers import ExpertDivision
+from hrm.policy import Parallelism, Policy
 
 OPTIMAL_GAP: Final = 0.01  # a policy is called optimal if no other can be better by more
 
@@ -27,13 +28,29 @@ class Way:
     """How several GPUs could divide the work, and the best policy so; None if there is none.
 
     `obstacle` says why the model cannot be divided like that; it is empty if it can. `gpus` are the
-    numbers of the only ones that would be used; all are if it is empty.
+    numbers of the only ones that would be used; all are if it is empty. `expert_division` is that of
+    tensor parallelism.
     """
 
     parallelism: Parallelism
     best: Estimate | None
     obstacle: str = ""
     gpus: tuple[int, ...] = ()
+    expert_division: ExpertDivision = ExpertDivision.INNER
+
+    def is_of(self, policy: Policy) -> bool:
+        """Whether a policy shares the work like that."""
+        return (self.parallelism, self.expert_division, self.gpus) == (
+            policy.parallelism,
+            policy.expert_division,
+            policy.gpus,
+        )
+
+    @property
+    def words(self) -> str:
+        """How the work is shared, for people."""
+        whole = f", {self.expert_division.words}" if self.expert_division is ExpertDivision.WHOLE else ""
+        return f"{self.parallelism.value} parallel{whole}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,18 @@
 """Closed-form job throughput of every candidate of a grid."""
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.closed_form import Point, batch_seconds, seconds_of_batches
+from hrm.closed_form import DecodeStep, Point, batch_seconds, seconds_of_batches
+from hrm.numeric import maximum
 from hrm.policy import Policy, ScheduleName
 from hrm.search.grid import Grid
 from hrm.search.space import Space
+
+FEW: Final = 1000  # candidates, all of which are scored
+FIRST: Final = 64  # of more, those of which the best says what is worth it
 
 
 def tokens_per_batch(space: Space, batch_size: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -28,22 +34,33 @@ def scores(space: Space, grid: Grid) -> NDArray[np.float64]:
     return tokens_per_batch(space, grid.batch_size) / seconds
 
 
-def scored(space: Space, grid: Grid, margin: float) -> tuple[Grid, NDArray[np.float64]]:
-    """The candidates with their scores, without those whose experts take too long in prefill on the CPU alone.
+def scored(space: Space, grid: Grid, margin: float, least: float = 0.0) -> tuple[Grid, NDArray[np.float64]]:
+    """The candidates with their scores, without those that are not within a factor of `margin` of the best.
 
-    So long that they are not within a factor of `margin` of the best of the others.
+    Nor are those left that have no more than `least`. In grids of few, all are.
     """
-    others, on_cpu = (grid.take(np.flatnonzero(grid.gpu_prefill_ffn == device)) for device in (1, 0))
-    found = scores(space, others)
-    if not len(on_cpu):
-        return others, found
-    spec = space.spec
-    in_a_layer = spec.num_experts - on_cpu.resident_total / spec.num_expert_layers
-    seconds = space.costs.cpu_experts(on_cpu.batch_size * space.workload.prompt_len, in_a_layer)
-    seconds = seconds * (spec.num_expert_layers - 1)  # the last may have less to do
-    enough = found.max(initial=0.0) / margin
-    promising = on_cpu.take(np.flatnonzero(tokens_per_batch(space, on_cpu.batch_size) > enough * seconds))
-    return others.and_also(promising), np.concatenate([found, scores(space, promising)])
+    if len(grid) <= FEW:
+        return grid, scores(space, grid)
+    most = tokens_per_batch(space, grid.batch_size) / _least_seconds(space, grid)
+    first = grid.take(np.argpartition(most, -FIRST)[-FIRST:])
+    least = max(least, scores(space, first).max() / margin)
+    grid = grid.take(np.flatnonzero(most > least))
+    return grid, scores(space, grid)
+
+
+def _least_seconds(space: Space, grid: Grid) -> NDArray[np.float64]:
+    """Seconds that a batch takes at least: of decode all over the first context, and of prefill the CPU's experts."""
+    spec, workload, costs = space.spec, space.workload, space.costs
+    seconds = np.full(len(grid), 1e-12)
+    if workload.decode_steps:
+        step = DecodeStep.of_point(costs, grid.point(space), space.schedule, workload.active_share)
+        seconds += workload.decode_steps * maximum(*step.terms(workload.prompt_len + 1))
+    on_cpu = np.flatnonzero((grid.gpu_prefill_ffn == 0) & (grid.kind.gpu_ffn == 0))
+    if len(on_cpu):
+        in_a_layer = spec.num_experts - grid.resident_total[on_cpu] / spec.num_expert_layers
+        of_layer = costs.cpu_experts(grid.batch_size[on_cpu] * workload.prompt_len, in_a_layer)
+        seconds[on_cpu] += of_layer * (spec.num_expert_layers - 1)  # the last may have less to do
+    return seconds
 
 
 def score_of(space: Space, policy: Policy) -> float:

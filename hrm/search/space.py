@@ -11,6 +11,7 @@ from hrm.estimate import Estimate, estimate
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
+from hrm.layers import ExpertDivision
 from hrm.model_spec import ModelSpec
 from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.schedules import SCHEDULES
@@ -52,7 +53,8 @@ class Kind:
 class Space:
     """What is asked of a search; `attention`, `ffn` and `prefill_ffn` of None leave the device open.
 
-    So does a `parallelism` of None the way in which several GPUs share the model.
+    So does a `parallelism` of None the way in which several GPUs share the model, and an `expert_division` of
+    None what each has of the experts; a given one is of tensor parallelism, the only one that is searched then.
 
     Micro-batch sizes and their number are searched up to `max_micro_batch_size` and
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
@@ -75,6 +77,7 @@ class Space:
     ffn: Device | None = None
     prefill_ffn: Device | None = None
     parallelism: Parallelism | None = None
+    expert_division: ExpertDivision | None = None
     max_micro_batch_size: int = 2**20
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS

@@ -1,4 +1,4 @@
-"""The entrance of the search; of several GPUs it compares tensor parallelism and a pipeline."""
+"""The entrance of the search; of several GPUs it compares tensor parallelism, in two ways, and a pipeline."""
 
 import time
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from itertools import islice
 from math import ceil, inf
 from typing import Final
 
+from hrm.errors import PolicyError
 from hrm.estimate import Estimate
 from hrm.gpus import only_gpus, sets_of_kinds
 from hrm.latency import NO_LIMITS
+from hrm.layers import ExpertDivision
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism
 from hrm.search.bound import Bound, upper_bound
@@ -33,13 +35,14 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     """The policy with the highest job throughput that fits and meets the limits on waiting times.
 
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
-    several GPUs, tensor parallelism and a pipeline are searched one after the other unless one of
-    them is asked for, and the result names both. GPUs that are not all alike are searched without
+    several GPUs, tensor parallelism, with experts divided or whole, and a pipeline are searched one after
+    the other unless one of them is asked for, and the result names all. Whole experts must be faster than
+    divided ones by more than a thousandth. GPUs that are not all alike are searched without
     those of some kinds as well. If nothing is possible or fits, the result says so.
     """
     found = _search(space, solver, runner_ups)
     for gpus in sets_of_kinds(space.profile):
-        if len(gpus) == 1 and space.parallelism is not None:
+        if len(gpus) == 1 and (space.parallelism, space.expert_division) != (None, None):
             continue  # which is asked of several
         fewer = _search(replace(space, profile=only_gpus(space.profile, gpus)), solver, runner_ups)
         found = _either(found, fewer, gpus)
@@ -72,9 +75,8 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     """The same with all GPUs of the space."""
     started_s = time.perf_counter()
     several = space.profile.num_gpus > 1
-    asked = tuple(Parallelism) if space.parallelism is None else (space.parallelism,)
-    ways = [_searched(space, way, solver) for way in (asked if several else (Parallelism.TENSOR,))]
-    fastest = max(ways, key=lambda way: way.tokens_per_s)
+    ways = [_searched(space, way, division, solver) for way, division in ways_of(space)]
+    fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + TIE * (way.division is ExpertDivision.WHOLE)))
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
@@ -91,7 +93,7 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
         regions=bound.regions,
         seconds=time.perf_counter() - started_s,
         simulated=found.simulated,
-        ways=tuple(Way(way.parallelism, way.best, way.obstacle) for way in ways) if several else (),
+        ways=tuple(map(_Searched.told, ways)) if several else (),
     )
     if result.best is None:
         return _with_advice(result, space)
@@ -109,6 +111,7 @@ class _Searched:
     """
 
     parallelism: Parallelism
+    division: ExpertDivision
     obstacle: str
     whole: Space
     part: Space | None
@@ -124,6 +127,10 @@ class _Searched:
     def tokens_per_s(self) -> float:
         """Its throughput; 0 if there is none."""
         return 0.0 if self.best is None else self.best.tokens_per_s
+
+    def told(self) -> Way:
+        """The way with the best policy so."""
+        return Way(self.parallelism, self.best, self.obstacle, expert_division=self.division)
 
     def of_whole(self, of_part: Estimate) -> Estimate:
         """What a part's policy does where the whole machine is so divided."""
@@ -148,8 +155,22 @@ class _Searched:
         return replace(self, found=replace(self.found, ranked=again, simulated=simulated))
 
 
-def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Searched:
-    part = space_of_part(space, parallelism)
+def ways_of(space: Space) -> tuple[tuple[Parallelism, ExpertDivision], ...]:
+    """The ways to share the GPUs that are asked for, one for a single GPU."""
+    inner, whole = ExpertDivision
+    asked = space.expert_division
+    ways = ((Parallelism.TENSOR, inner), (Parallelism.TENSOR, whole), (Parallelism.PIPELINE, inner))
+    if space.profile.num_gpus == 1:
+        return ways[:1]
+    if asked is not None and space.parallelism is Parallelism.PIPELINE:
+        rule = "is how tensor parallelism divides experts, of which stages of a pipeline have all"
+        raise PolicyError("--expert-division", asked.value, rule, "leave it out, or --parallelism")
+    divides = Parallelism.TENSOR if asked is not None else space.parallelism
+    return tuple(way for way in ways if divides in {None, way[0]} and (asked is None or way[1] is asked))
+
+
+def _searched(space: Space, parallelism: Parallelism, division: ExpertDivision, solver: Solver) -> _Searched:
+    part = space_of_part(space, parallelism, division)
     one_by_one = parallelism is Parallelism.PIPELINE and bool(space.profile.gpus)
     if part is None:
         found, spaces = Found(), list[Space]()
@@ -159,7 +180,8 @@ def _searched(space: Space, parallelism: Parallelism, solver: Solver) -> _Search
         found, spaces = _found(part, solver)
     return _Searched(
         parallelism=parallelism,
-        obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus),
+        division=division,
+        obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus, division),
         whole=space,
         part=None if one_by_one else part,
         spaces=spaces,
@@ -199,7 +221,7 @@ def _bound(space: Space, searched: Sequence[Space], known_tokens_per_s: float) -
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:
     """The result where nothing was found, with what to change, which is worked out if it is asked for."""
     if result.ways and all(way.obstacle for way in result.ways):
-        obstacles = "; ".join(f"{way.parallelism.value} parallel: {way.obstacle}" for way in result.ways)
+        obstacles = "; ".join(f"{way.words}: {way.obstacle}" for way in result.ways)
         told = f"must be shared by {space.profile.num_gpus} GPUs, and {obstacles}"
         return replace(result, advice=lambda: (told, "ask for another number of GPUs"))
     from hrm.search.remedy import advice, fits_somehow
@@ -209,16 +231,18 @@ def _with_advice(result: SearchResult, space: Space) -> SearchResult:
     return replace(result, outcome=outcome, advice=lambda: advice(space))
 
 
-def space_of_part(space: Space, parallelism: Parallelism) -> Space | None:
+def space_of_part(
+    space: Space, parallelism: Parallelism, division: ExpertDivision = ExpertDivision.INNER
+) -> Space | None:
     """What one part of the machine has to do: a rank's, or a stage's layers for its share of the requests.
 
     None if the model cannot be divided like that; all of it on a machine with one GPU.
     """
-    if obstacle_to(parallelism, space.spec, space.profile.num_gpus):
+    if obstacle_to(parallelism, space.spec, space.profile.num_gpus, division):
         return None
-    spec, profile = part_of(space.spec, space.profile, parallelism)
+    spec, profile = part_of(space.spec, space.profile, parallelism, division)
     workload = space.workload
     if profile.num_stages > 1 and workload.num_requests is not None:
         share = ceil(workload.num_requests / profile.num_stages)
         workload = replace(workload, num_requests=share)
-    return replace(space, spec=spec, profile=profile, workload=workload)
+    return replace(space, spec=spec, profile=profile, workload=workload, expert_division=division)

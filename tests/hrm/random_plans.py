@@ -12,11 +12,14 @@ from random import Random
 
 from hrm.formats import FORMATS, Formats
 from hrm.hardware import HardwareProfile
+from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, prefix_tokens_for, spread_experts
+from hrm.search import Space
+from hrm.search.ways import ways_of
 from hrm.tasks import Device
 from hrm.workload import Workload
 from tests.hrm.support import random_ffn
@@ -84,8 +87,12 @@ def _any(rng: Random, case: Case) -> Policy | None:
     number = int(2 ** rng.uniform(0, 8))
     share = rng.choice([0.0, 1.0, rng.random()])
     gpus = case.profile.num_gpus
-    parallelisms = [way for way in Parallelism if not obstacle_to(way, case.spec, gpus)]
-    if not parallelisms:
+    ways = [
+        (way, division)
+        for way, division in ways_of(Space(case.spec, case.profile, case.workload))
+        if not obstacle_to(way, case.spec, gpus, division)
+    ]
+    if not ways:
         return None
     return _policy(
         case,
@@ -96,7 +103,7 @@ def _any(rng: Random, case: Case) -> Policy | None:
         **random_ffn(rng),
         dense=rng.random() < 0.7,
         chunk=int(2 ** rng.uniform(0, 17)),
-        parallelism=rng.choice(parallelisms),
+        way=rng.choice(ways),
     )
 
 
@@ -120,7 +127,7 @@ def _changed(rng: Random, case: Case, near: Policy) -> Policy | None:
         prefill_ffn=other(near.prefill_ffn) if ffn is Device.CPU else ffn,
         dense=near.resident_dense != (rng.random() < 0.1),
         chunk=about(near.prefill_chunk_tokens, rng.choice([0.0, 0.5])),
-        parallelism=near.parallelism,
+        way=(near.parallelism, near.expert_division),
     )
 
 
@@ -135,7 +142,7 @@ def _policy(
     prefill_ffn: Device,
     dense: bool,
     chunk: int,
-    parallelism: Parallelism,
+    way: tuple[Parallelism, ExpertDivision],
 ) -> Policy | None:
     w = case.workload
     if w.num_requests is not None and size > w.num_requests:
@@ -143,7 +150,8 @@ def _policy(
     batch = size * number if w.num_requests is None else max(min(size * number, w.num_requests), 1)
     number = -(-batch // size)
     on_gpu = min(on_gpu, number)
-    part, _ = part_of(case.spec, case.profile, parallelism)
+    parallelism, division = way
+    part, _ = part_of(case.spec, case.profile, parallelism, division)
     return Policy(
         batch_size=batch,
         micro_batch_size=size,
@@ -165,6 +173,7 @@ def _policy(
             )
         ),
         parallelism=parallelism,
+        expert_division=division,
         dtype=case.dtype,
     )
 
@@ -174,7 +183,7 @@ def _with_residents(rng: Random, case: Case, policy: Policy) -> Policy | None:
 
     They are spread evenly, or now and then over a few of the layers only.
     """
-    part, _ = part_of(case.spec, case.profile, policy.parallelism)
+    part, _ = part_of(case.spec, case.profile, policy.parallelism, policy.expert_division)
     everything = part.num_expert_layers * part.num_experts
     layers = rng.sample(range(part.num_expert_layers), part.num_expert_layers)
     evenly = rng.random() < 0.8

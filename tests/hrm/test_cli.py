@@ -84,7 +84,9 @@ def test_estimate_prints_one_object_with_the_promised_keys(hrm_json):
 def test_layers_without_experts_are_not_counted_as_keeping_none(hrm):
     """Of its 27 layers the first has no experts; a stage has none such."""
     for gpus, kept in (("1xRTX-3090", r"\d+ or \d+ of 64"), ("2xRTX-3090", "all 64")):
-        code, out, _ = hrm("search", "--model", "deepseek-v2-lite", "--gpus", gpus, "--requests", "64")
+        code, out, _ = hrm(
+            "search", "--model", "deepseek-v2-lite", "--gpus", gpus, "--requests", "64", "--parallelism", "pipeline"
+        )
         assert code == 0
         said = re.search(r"experts on the \w+; (.*) a layer.* stay", out)
         assert said is not None

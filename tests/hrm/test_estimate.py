@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from hrm.closed_form import DecodeStep, Point, batch_seconds, whole_prefill
+from hrm.closed_form import DecodeStep, Point, batch_seconds, prefill_terms, whole_prefill
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
@@ -297,6 +297,36 @@ def test_the_cpus_attention_and_the_gpu_wait_for_one_another_where_each_has_some
         exact += is_longest and simulated_s < in_turn_s * (1 + ROUNDING)
     assert longest > 15
     assert exact > 5, exact
+
+
+def test_parts_of_experts_and_what_is_computed_between_them_take_turns():
+    """Loads wait for the GPU to make room, and hidden states for such loads."""
+    longest = near = 0
+    for seed in range(150):
+        rng = Random(seed)
+        spec = random_varied_spec(rng)
+        policy = replace(
+            random_policy(rng, spec, ScheduleName.CGOPIPE),
+            staging=False,
+            prefill_ffn=Device.GPU,
+            experts_per_part=rng.randint(1, max(1, spec.num_experts // 2)),
+            resident_experts=spread_experts(
+                spec, rng.randint(0, spec.num_expert_layers * max(0, spec.num_experts - 2))
+            ),
+        )
+        costs = Costs(spec, random_machine(rng), policy.formats)
+        point = Point.of_policy(policy, spec)
+        step = DecodeStep.of_point(costs, point, policy.schedule)
+        others = len(step.seconds(90.0).terms)
+        of_prefill, of_step = prefill_terms(costs, point, WORKLOAD), step.terms(90.0)
+        prefill_s, step_s = prefill_seconds(costs, policy, WORKLOAD), step_seconds(costs, policy, 90.0)
+        step_s = max(step_s, *of_step[:others])  # few layers are not yet in their steady state
+        assert max(of_prefill) <= prefill_s * (1 + ROUNDING), (seed, policy)
+        assert max(of_step) <= step_s * (1 + ROUNDING), (seed, policy)
+        longest += max(of_prefill[others:]) > 1.01 * max(of_prefill[:others])
+        near += max(of_prefill[others:]) > max(0.98 * prefill_s, 1.01 * max(of_prefill[:others]))
+    assert longest > 20
+    assert near > 5, near
 
 
 def policy_of_system(policy: Policy) -> Policy:

@@ -12,7 +12,8 @@ from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
-from hrm.policy import Policy, ScheduleName, experts_of_layers
+from hrm.placement import experts_of_layers
+from hrm.policy import Policy, ScheduleName
 from hrm.scaling import Resource, resources, scale, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
 from hrm.search.bound import Bounder

@@ -13,6 +13,7 @@ from hrm.errors import PolicyError
 from hrm.estimate import Estimate, estimate
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
+from hrm.layers import ExpertDivision
 from hrm.machines import compose, one_part
 from hrm.memory import plan_memory, purposes
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -362,9 +363,9 @@ def test_a_search_takes_the_better_way_and_names_both():
 def test_what_cannot_be_divided_is_not_searched():
     spec = tiny_spec(num_layers=16, num_heads=3, num_kv_heads=3)
     result = search(Space(spec, search_machine(2), WORKLOAD))
-    tensor, pipeline = result.ways
-    assert (tensor.best, pipeline.obstacle) == (None, "")
-    assert "3 heads cannot be divided by 2" in tensor.obstacle
+    *tensor, pipeline = result.ways
+    assert pipeline.obstacle == ""
+    assert [(way.best, "3 heads cannot be divided by 2" in way.obstacle) for way in tensor] == 2 * [(None, True)]
     assert result.require().policy.parallelism is Parallelism.PIPELINE
     neither = search(Space(tiny_spec(num_layers=1, num_heads=3, num_kv_heads=3), search_machine(2), WORKLOAD))
     assert neither.best is None
@@ -385,13 +386,24 @@ def test_a_policy_that_cannot_be_divided_is_refused(gpus):
         estimate(spec, policy, profile, WORKLOADS["mtbench"])
 
 
-@pytest.mark.parametrize("way", Parallelism)
-def test_one_way_alone_can_be_asked_for(way):
+def test_one_way_alone_can_be_asked_for():
     spec = tiny_spec(num_layers=16, hidden_size=256, intermediate_size=256)
     space = Space(spec, search_machine(2, peer=1e9), WORKLOAD)
-    both, one = search(space), search(replace(space, parallelism=way))
-    assert [found.parallelism for found in one.ways] == [way]
-    assert one.best == {found.parallelism: found.best for found in both.ways}[way]
+    ways = {(way.parallelism, way.expert_division): way.best for way in search(space).ways}
+    assert len(ways) == 3
+    inner, whole = ExpertDivision
+    for asked, expected in (
+        ({"parallelism": Parallelism.TENSOR}, [(Parallelism.TENSOR, inner), (Parallelism.TENSOR, whole)]),
+        ({"parallelism": Parallelism.PIPELINE}, [(Parallelism.PIPELINE, inner)]),
+        ({"expert_division": inner}, [(Parallelism.TENSOR, inner)]),
+        ({"expert_division": whole}, [(Parallelism.TENSOR, whole)]),
+    ):
+        found = search(replace(space, **asked))
+        assert {(way.parallelism, way.expert_division): way.best for way in found.ways} == {
+            way: ways[way] for way in expected
+        }
+    with pytest.raises(PolicyError, match="--expert-division is 'whole'"):
+        search(replace(space, parallelism=Parallelism.PIPELINE, expert_division=whole))
 
 
 def test_a_last_layer_with_a_window_is_planned_on_several_gpus():

@@ -9,8 +9,8 @@ import pytest
 
 from hrm.closed_form import Point
 from hrm.model_spec import ModelSpec
-from hrm.placement import Place, Placement, caches_at
-from hrm.policy import Policy, experts_of_layers
+from hrm.placement import Place, Placement, caches_at, experts_of_layers
+from hrm.policy import Policy
 from hrm.tasks import Device, Phase
 from tests.hrm.support import random_varied_spec
 from tests.hrm.test_memory import a_policy

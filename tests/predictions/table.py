@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from hrm.estimate import Estimate, estimate
 from hrm.hardware import HardwareProfile
+from hrm.layers import ExpertDivision
 from hrm.machines import compose, load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy import Parallelism, Policy, ScheduleName
@@ -75,10 +76,12 @@ def predict(entry: Entry) -> Figures:
         return {"outcome": found.outcome.value, "advice": " | ".join(found.advice())}
     policy, bound = found.best.policy, found.bound_tokens_per_s
     stages = f", stages of {policy.stage_lengths}" if policy.stage_lengths else ""
+    whole = " of whole experts" if policy.expert_division is ExpertDivision.WHOLE else ""
     alone = f", on {policy.gpus} alone" if policy.gpus else ""
     return {
         "outcome": found.outcome.value,
-        "policy": f"{found.best.paper_tuple} {policy.parallelism.value} {sum(policy.resident_experts)} experts stay, "
+        "policy": f"{found.best.paper_tuple} {policy.parallelism.value}{whole} "
+        f"{sum(policy.resident_experts)} experts stay, "
         f"chunks of {policy.prefill_chunk_tokens}, staging {policy.staging}{stages}{alone}",
         "searched bound tokens/s": bound if math.isfinite(bound) else None,
         **_figures(found.best),

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from executor.native import kernels
+
 HEAVY = {"torch", "matplotlib", "optuna", "scipy", "pandas", "huggingface_hub"}
 
 
@@ -31,3 +33,15 @@ def test_help_of_executor_loads_no_torch(module: str):
 
 def test_what_runs_a_batch_loads_no_compiler_of_torch():
     assert "torch._dynamo" not in modules_loaded_by("import executor.generate")
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
+def test_the_first_tape_loads_no_compiler_of_torch():
+    """It is recorded in the middle of a run, which a second of imports would hold up."""
+    record = """
+import torch
+from executor.native.tape import Numbers, Tape
+row = torch.zeros(1, dtype=torch.int64)
+assert Tape.record(lambda: row.view(1, 1), Numbers(row, row, [0], [1])) is not None
+"""
+    assert "torch._dynamo" not in modules_loaded_by(record)

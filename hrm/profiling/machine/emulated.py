@@ -5,7 +5,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
-from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy
+from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy, Waits
 from hrm.hardware import CPU, GPU, Figure, HardwareProfile, Link, MemoryLevel, Rate, Source
 from hrm.machines import of_parts
 from hrm.profiling.machine.host import (
@@ -183,7 +183,7 @@ def _with_launch_latency(level: MemoryLevel, beside: "Timing") -> MemoryLevel:
 
 
 def _pace(bandwidth: float) -> PacedCopy:
-    return PacedCopy(latency_s=EMULATED_LATENCY_S, bandwidth_bytes_per_s=bandwidth)
+    return PacedCopy(latency_s=EMULATED_LATENCY_S, bandwidth_bytes_per_s=bandwidth, sleep=Waits().sleep)
 
 
 def _at_most(link: Link, bandwidth: float) -> Link:

@@ -110,7 +110,7 @@ def test_tokens_are_those_of_the_weights_that_are_meant(tiny: Tiny) -> None:
     assert spec == arch.spec
     assert all(dict(layer.packed).keys() >= {"w13", "w2"} for layer in spec.layers)
     prompts = random_prompts(NUM_PROMPTS, vocab=tiny.vocab_size)
-    expected = [tiny.greedy(prompt, MAX_TOKENS) for prompt in prompts]
+    expected = tiny.greedy(prompts, MAX_TOKENS)
     assert greedy_tokens(tiny, prompts, attention=CPU, resident=1) == expected
 
 

@@ -45,7 +45,7 @@ def kimi(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(kimi):
-    return {f"request-{i}": kimi.greedy(prompt, 3) for i, prompt in enumerate(PROMPTS)}
+    return {f"request-{i}": tokens for i, tokens in enumerate(kimi.greedy(PROMPTS, 3))}
 
 
 def tokens_of(folder):

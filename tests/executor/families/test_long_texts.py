@@ -47,7 +47,7 @@ def test_long_and_short_texts_give_the_tokens_of_transformers(saved, name):
         done = generate(made, requests(prompts, max_tokens=MAX_TOKENS, ignore_eos=True))
     differs: dict[str, bool] = {}
     for i, prompt in enumerate(prompts):
-        theirs, if_all_long = (model.greedy(prompt, MAX_TOKENS) for model in (as_it_is, all_long))
+        theirs, if_all_long = (model.greedy([prompt], MAX_TOKENS)[0] for model in (as_it_is, all_long))
         short = len(prompt) + MAX_TOKENS - 1 <= FIRST
         kind = "short" if short else "long" if len(prompt) > FIRST else "becomes long"
         assert done[f"request-{i}"].tokens == (if_all_long if kind == "becomes long" else theirs)

@@ -39,11 +39,11 @@ def case(request, tmp_path_factory):
     family, form = request.param
     tiny = save(FAMILIES[family], tmp_path_factory.mktemp("quantised") / family)
     prompts = random_prompts(NUM_PROMPTS, vocab=tiny.vocab_size)
-    plain = tiny.log_probabilities(prompts[-1])
+    plain = tiny.log_probabilities(prompts[-1:])
     with pytest.MonkeyPatch.context() as patched:
         quantise_as(form, tiny.model, patched)
-        assert not torch.equal(tiny.log_probabilities(prompts[-1]), plain), "the reference quantises nothing"
-        expected = {f"request-{i}": tiny.greedy(prompt, MAX_TOKENS) for i, prompt in enumerate(prompts)}
+        assert not torch.equal(tiny.log_probabilities(prompts[-1:]), plain), "the reference quantises nothing"
+        expected = {f"request-{i}": tokens for i, tokens in enumerate(tiny.greedy(prompts, MAX_TOKENS))}
     return tiny, form, prompts, expected
 
 

@@ -25,7 +25,7 @@ from executor.random_weights import RandomWeights
 from executor.safetensors_file import TensorFile
 from hrm.errors import ModelError
 from hrm.formats import packed_format
-from hrm.layers import Layer, Unit
+from hrm.layers import ExpertDivision, Layer, Unit
 from hrm.model_spec import spec_from_hf_config
 from hrm.model_spec.stored_formats import What, packed_as
 from hrm.parallel import tensor_parallel_obstacle
@@ -41,6 +41,7 @@ from tests.executor.reference import dequantised
 from tests.executor.runtime.device_tensor import DeviceTensor
 from tests.executor.tiny_models import DBRX, save_tiny
 
+INNER: Final = ExpertDivision.INNER
 TOKENS: Final = 9
 ROOM: Final = 10**7
 
@@ -112,8 +113,10 @@ def mixed(mixer: Mixer, layer: Layer, flat: Tensor, x_TD: Tensor) -> Tensor:
     return added
 
 
-def of_ranks(family: Family, source: WeightSource, arch: Architecture, ranks: int) -> list[Weights]:
-    spec = arch.spec.of_rank(ranks)
+def of_ranks(
+    family: Family, source: WeightSource, arch: Architecture, ranks: int, division: ExpertDivision = INNER
+) -> list[Weights]:
+    spec = arch.spec.of_rank(ranks, division)
     return [load(family, source, arch, RankPart(spec, rank)) for rank in range(ranks)]
 
 
@@ -139,6 +142,25 @@ def assert_the_same_model(family: Family, source: WeightSource, arch: Architectu
             assert rows[: arch.spec.vocab_size].equal(whole.outside[name])
             assert not rows[arch.spec.vocab_size :].any()
     assert all(part.outside["final_norm"].equal(whole.outside["final_norm"]) for part in parts)
+
+
+def assert_whole_experts_are_the_models(family: Family, source: WeightSource, arch: Architecture, ranks: int) -> None:
+    """One rank's after the other's, bit by bit with all that is of an expert; all else is as where they are divided."""
+    if tensor_parallel_obstacle(arch.spec, ranks, ExpertDivision.WHOLE):
+        return
+    torch.manual_seed(0)
+    whole = load(family, source, arch)
+    parts, divided = (of_ranks(family, source, arch, ranks, division) for division in (ExpertDivision.WHOLE, INNER))
+    for index, (_, experts) in enumerate(whole.layers):
+        theirs = [expert for part in parts for expert in part.layers[index][1]]
+        assert len(theirs) == len(experts)
+        for ours, each in zip(experts, theirs, strict=True):
+            assert ours.keys() == each.keys()
+            assert all(each[name].equal(tensor) for name, tensor in ours.items())
+        for part, other in zip(parts, divided, strict=True):
+            dense, same = part.layers[index][0], other.layers[index][0]
+            assert dense.keys() == same.keys()
+            assert all(dense[name].equal(tensor) for name, tensor in same.items())
 
 
 def assert_undivided_alike(whole: Weights, parts: list[Weights], layer: int) -> None:
@@ -180,6 +202,7 @@ def test_outputs_of_ranks_sum_up_to_the_models(tmp_path: Path, name: str) -> Non
             return
         for ranks in divides:
             assert_the_same_model(family, checkpoint, arch, ranks)
+            assert_whole_experts_are_the_models(family, checkpoint, arch, ranks)
 
 
 # Experts of three groups, so that the first of two ranks has two of them, and the second a third and noughts.
@@ -196,6 +219,7 @@ def test_packed_experts_stay_packed_and_sum_up(tmp_path: Path, name: str) -> Non
     kept = {"w13"} if name == "qwen in gptq in order" else {"w13", "w2"}  # columns in an order of their own are not
     with checkpoint:
         assert_the_same_model(family, checkpoint, arch, 2)
+        assert_whole_experts_are_the_models(family, checkpoint, arch, 2)
         for layer in arch.spec.of_rank(2).layers:
             assert not layer.num_experts or kept <= dict(layer.packed).keys()
 
@@ -223,6 +247,7 @@ def test_gguf_files_are_divided(tmp_path: Path, name: str) -> None:
     family, checkpoint, arch = opened(tmp_path / "model.gguf")
     with checkpoint:
         assert_the_same_model(family, checkpoint, arch, 2)
+        assert_whole_experts_are_the_models(family, checkpoint, arch, 2)
 
 
 WIDE: Final = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "num_hidden_layers": 2}
@@ -282,3 +307,28 @@ def test_ranks_read_each_byte_of_what_they_divide_once(
         assert count == of_whole + twice
     else:
         assert of_whole + twice < count <= of_whole + twice + others
+
+
+@pytest.mark.parametrize("name", [DBRX, "wide heads"])
+def test_a_rank_reads_its_own_whole_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whether they are stored one by one or together."""
+    family, checkpoint, arch = opened(save_tiny(name, tmp_path))
+    counts, fill = [0], TensorFile._fill
+
+    def counted(self: TensorFile, left: memoryview, start: int) -> None:
+        counts[-1] += len(left)
+        fill(self, left, start)
+
+    monkeypatch.setattr(TensorFile, "_fill", counted)
+    spec = arch.spec.of_rank(2, ExpertDivision.WHOLE)
+    with checkpoint:
+        for rank in range(2):
+            for index, layer in enumerate(spec.layers):
+                flat = torch.empty(num_elements(expert_tensors(layer), torch.float32))
+                for expert in range(layer.num_experts):
+                    family.load(
+                        checkpoint, arch.spec, expert_tensors(layer), flat, index, expert, part=RankPart(spec, rank)
+                    )
+            counts.append(0)
+    of_experts = 4 * arch.spec.num_experts * arch.spec.expert_parameters * arch.spec.num_expert_layers
+    assert counts == [of_experts // 2, of_experts // 2, 0]

@@ -32,7 +32,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(tiny):
-    return {f"request-{i}": tiny.greedy(prompt, MAX_TOKENS) for i, prompt in enumerate(PROMPTS)}
+    return {f"request-{i}": tokens for i, tokens in enumerate(tiny.greedy(PROMPTS, MAX_TOKENS))}
 
 
 def policy_of(tiny, place, chunk):

@@ -1,6 +1,6 @@
 """Tiny random models of a family, written by transformers, and what transformers makes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 Tensors = dict[str, torch.Tensor]
 WEIGHTS: Final = "model.safetensors"
 VOCAB: Final = 97
+FILLER: Final = 3  # behind texts shorter than others; no token of padding, of which transformers warns
 SIZES: Final[dict[str, Any]] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -51,16 +52,23 @@ class Tiny:
         return self.model.get_input_embeddings().weight.shape[0]
 
     @torch.inference_mode()
-    def log_probabilities(self, tokens: list[int]) -> torch.Tensor:
-        """Of each token (V) after those, in float32."""
-        return self.model(input_ids=torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+    def log_probabilities(self, texts: Sequence[list[int]]) -> torch.Tensor:
+        """Of each token after each of the texts (T, V), in float32.
 
-    def greedy(self, prompt: list[int], count: int) -> tuple[int, ...]:
-        """The most probable continuation; the whole text is computed anew for each token."""
-        tokens = list(prompt)
+        All are computed at once: what follows a text's end changes nothing before it.
+        """
+        longest = max(map(len, texts))
+        rows = torch.tensor([text + [FILLER] * (longest - len(text)) for text in texts])
+        logits = self.model(input_ids=rows).logits
+        return torch.stack([row[len(text) - 1] for row, text in zip(logits, texts, strict=True)]).log_softmax(-1)
+
+    def greedy(self, prompts: Sequence[list[int]], count: int) -> list[tuple[int, ...]]:
+        """The most probable continuations; whole texts are computed anew for each token."""
+        texts = list(prompts)
         for _ in range(count):
-            tokens.append(int(self.log_probabilities(tokens).argmax()))
-        return tuple(tokens[len(prompt) :])
+            chosen = self.log_probabilities(texts).argmax(-1).tolist()
+            texts = [[*text, token] for text, token in zip(texts, chosen, strict=True)]
+        return [tuple(text[len(prompt) :]) for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def save(make: Callable[[], Any], folder: Path, stored: Callable[[Tensors], Tensors] | None = None) -> Tiny:

@@ -14,6 +14,7 @@ import torch
 from executor.job.machine import AcceleratorOptions
 from executor.job.rank import for_rank
 from hrm.cli import main as hrm_main
+from hrm.layers import ExpertDivision
 from hrm.policy_file import save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Phase
@@ -91,6 +92,19 @@ def test_two_ranks_answer_as_transformers_does_and_each_tells_what_it_did(model,
     assert ", the slowest" in capsys.readouterr().out
     spans = [[event for event in events if event["ph"] == "X" and event["pid"] == rank] for rank in (0, 1)]
     assert len(spans[0]) == len(spans[1]) > 0
+
+
+def test_two_ranks_with_whole_experts_answer_the_same_and_count_all_experts(model, tmp_path, capsys):
+    policy = replace(make_policy(LAYERS, batch_size=4, micro_batch_size=2), expert_division=ExpertDivision.WHOLE)
+    path = saved_for_two_gpus(tmp_path / "policy.json", model, policy)
+    words = run_words(model, path, write_lines(tmp_path, LINES), tmp_path / "run")
+    assert exit_code(words) == 0, capsys.readouterr().err
+    answers = {name: tokens_of(item) for name, item in outputs(tmp_path / "run").items()}
+    assert answers == {f"r{n}": transformers_greedy(model, prompt, 5) for n, prompt in enumerate(PROMPTS)}
+    record = read_run(tmp_path / "run")
+    assert {len(layer) for layer in record.routed_tokens} == {8}
+    assert all(min(sum(layer[:4]), sum(layer[4:])) > 0 for layer in record.routed_tokens)
+    assert record.ranks[0].memory["gpu"].planned_bytes == record.memory["gpu"].planned_bytes
 
 
 @pytest.mark.cuda

@@ -8,8 +8,8 @@ it is put down in `waits`.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Final, Self
+from functools import cache, wraps
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -74,50 +74,66 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        named = dict(kwargs or {})
-        if func._schema.name == "aten::_foreach_copy_":  # between devices one by one, as CUDA does
+        named, facts = kwargs or {}, _facts(func)
+        if facts.name == "aten::_foreach_copy_":  # between devices one by one, as CUDA does
             for target, source in zip(*args[:2], strict=True):
                 target.copy_(source, *args[2:], **named)
             return None
         given = list[Tensor]()
-        inner_args, inner_named = _inner(args, given), _inner(named, given)
-        to_host = torch.device(named.get("device") or DEVICE).type == "cpu"
+        inner_args = [_inner(x, given) for x in args]
+        inner_named = {name: _inner(x, given) for name, x in named.items()}
+        device = named.get("device")
+        to_host = device is not None and torch.device(device).type == "cpu"
         crosses = to_host or any(x.is_cpu for x in given)
-        if crosses and not _may_cross(func, args, given):
+        if crosses and not _may_cross(facts, args, given):
             raise RuntimeError(f"{func}: expected all tensors on {DEVICE}, but some are on the cpu")
-        if _stalls(func, args, named, crosses=crosses):
+        if _stalls(facts, args, named, crosses=crosses):
             _put_down(str(func))
-        if named.get("device") is not None:
+        if device is not None:
             inner_named["device"] = "cpu"
         result = func(*inner_args, **inner_named)
         if to_host:
             return result
-        if func._schema.name in UNWRITTEN:
+        if facts.name in UNWRITTEN:
             result.untyped_storage().fill_(0xFF)
         known = {id(_data(x)): x for x in given}  # what was written is what comes back
         assert all(x.shape == _data(x).shape for x in given), f"{func} resized a tensor"
+        if type(result) is Tensor:
+            return known[id(result)] if id(result) in known else DeviceTensor(result)
         return _mapped(lambda x: known[id(x)] if id(x) in known else DeviceTensor(x), result)
 
 
-def _may_cross(func: Any, args: Sequence[Any], given: Sequence[Tensor]) -> bool:
+class Facts(NamedTuple):
+    """What an operator's schema and tags say of it."""
+
+    name: str
+    pointwise: bool
+    writes: bool
+    tells: bool
+
+
+@cache
+def _facts(func: Any) -> Facts:
+    pointwise, tells = torch.Tag.pointwise in func.tags, not TELLING.isdisjoint(func.tags)
+    return Facts(func._schema.name, pointwise, func._schema.is_mutable, tells)
+
+
+def _may_cross(of: Facts, args: Sequence[Any], given: Sequence[Tensor]) -> bool:
     """Whether CUDA has the operator with some of its tensors on the host."""
-    name = func._schema.name
-    if name in INDEXING:  # it moves indices by itself
+    if of.name in INDEXING:  # it moves indices by itself
         return not args[0].is_cpu
-    if torch.Tag.pointwise in func.tags:  # scalars go with the launch
-        writes = func._schema.is_mutable and given[0].is_cpu
-        return not writes and all(x.ndim == 0 for x in given if x.is_cpu)
-    return name in COPIES
+    if of.pointwise:  # scalars go with the launch
+        return not (of.writes and given[0].is_cpu) and all(x.ndim == 0 for x in given if x.is_cpu)
+    return of.name in COPIES
 
 
-def _stalls(func: Any, args: Sequence[Any], named: Mapping[str, Any], *, crosses: bool) -> bool:
-    name = func._schema.name
-    if name in COPIES:
+def _stalls(of: Facts, args: Sequence[Any], named: Mapping[str, Any], *, crosses: bool) -> bool:
+    if of.name in COPIES:
         third = args[2] if len(args) > 2 else False
         return crosses and not named.get("non_blocking", third)
-    if name in INDEXING:
+    if of.name in INDEXING:
         return any(x.is_cpu or x.dtype in MASKS for x in args[1] if x is not None)
-    return not TELLING.isdisjoint(func.tags)
+    return of.tells
 
 
 def _put_down(operator: str) -> None:
@@ -157,7 +173,8 @@ def on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(kernel)
     def compute(*args: Any, **named: Any) -> Any:
-        return _mapped(DeviceTensor, kernel(*_inner(args, []), **_inner(named, [])))
+        inner_named = {name: _inner(x, []) for name, x in named.items()}
+        return _mapped(DeviceTensor, kernel(*_inner(args, []), **inner_named))
 
     return compute
 
@@ -168,13 +185,16 @@ def _data(x: Tensor) -> Tensor:
 
 def _inner(tree: Any, given: list[Tensor]) -> Any:
     """Data in place of DeviceTensors; adds all tensors to `given`."""
-
-    def data(x: Tensor) -> Tensor:
-        assert isinstance(x, DeviceTensor) or x.is_cpu, "made by C++, which knows no such device"
-        given.append(x)
-        return _data(x)
-
-    return _mapped(data, tree)
+    if isinstance(tree, DeviceTensor):
+        given.append(tree)
+        return tree.inner
+    if isinstance(tree, Tensor):
+        assert tree.is_cpu, "made by C++, which knows no such device"
+        given.append(tree)
+        return tree
+    if isinstance(tree, tuple | list):
+        return [_inner(x, given) for x in tree]
+    return tree
 
 
 def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -182,6 +202,4 @@ def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return change(tree)
     if isinstance(tree, tuple | list):
         return [_mapped(change, x) for x in tree]
-    if isinstance(tree, dict):
-        return {name: _mapped(change, x) for name, x in tree.items()}
     return tree

@@ -78,19 +78,20 @@ def test_what_was_cut_short_goes_on_where_it_ended(hub, monkeypatch):
 def test_an_interrupt_does_not_wait_for_the_files_under_way(hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     ended = threading.Event()
-    held: list[int] = []
+    held, let_go = list[int](), list[bool]()
 
     def progress(done_bytes, _):
         if not ended.is_set():
             held.append(done_bytes)
             if len(held) == 1:
                 os.kill(os.getpid(), signal.SIGINT)
-            assert ended.wait(60)
+            let_go.append(ended.wait(60))
 
     with pytest.raises(KeyboardInterrupt):
         locate(NAME, progress=progress)
-    ended.set()
     assert held
+    assert not let_go, "it came when files had waited for a minute"
+    ended.set()
     opened(locate(NAME))  # what is left is fetched now
 
 

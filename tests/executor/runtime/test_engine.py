@@ -311,3 +311,34 @@ def test_one_run_may_mix_tasks_of_both_phases(engine):
         assert spans[task.id].phase is task.id.phase
         assert all(spans[other].end_s <= spans[task.id].start_s for other in task.after)
     assert [span.id for span in simulate(mixed, lambda _: 1.0).spans] == [task.id for task in mixed]
+
+
+def test_a_task_is_told_when_it_could_have_begun_had_its_lane_been_free():
+    """An emulated link goes by that: a device's would not idle until a thread of the host's is awake."""
+    waits, at, told, submitted = Waits(), dict[str, float](), list[float | None](), threading.Event()
+
+    def graph():
+        work = a_task("SAMPLE", lane=Lane.GPU)
+        yield from (a_task("LOAD_PAGE", lane=Lane.H2D), work, a_task("LOAD_HIDDEN", lane=Lane.H2D, after=(work.id,)))
+        submitted.set()
+
+    def long_page(_: Task) -> int:
+        submitted.wait()
+        while not engine.count(act("SAMPLE")):
+            time.sleep(1e-4)
+        at["the lane is free"] = time.perf_counter()
+        return 0
+
+    def sample(_: Task) -> int:
+        at["the other begins"] = time.perf_counter()
+        return 0
+
+    def load_hidden(_: Task) -> int:
+        told.append(waits.ready_s)
+        return 0
+
+    with Engine(no_setup, waits=waits) as engine:
+        engine.run(graph(), {act("LOAD_PAGE"): long_page, act("SAMPLE"): sample, act("LOAD_HIDDEN"): load_hidden})
+    assert waits.ready_s is None  # of this thread, which is no lane
+    assert told[0] is not None
+    assert at["the other begins"] <= told[0] <= at["the lane is free"]

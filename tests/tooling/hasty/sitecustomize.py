@@ -29,4 +29,4 @@ elif "search" in sys.orig_argv or any("ipykernel" in word for word in sys.orig_a
         return between(what, low, high, min(count, 2), logarithmic=logarithmic)
 
     Axis.between = staticmethod(ends)
-    what_ifs.resources = lambda profile: resources(profile)[:2]
+    vars(what_ifs)["resources"] = lambda profile: resources(profile)[:2]
