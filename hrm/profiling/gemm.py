@@ -16,7 +16,7 @@ from hrm.model_spec import ModelSpec
 from hrm.profiling.timing import Call, Sampler, Timing, significant, summarise, time_each
 from hrm.units import MIB
 
-QUICK_TOKENS: Final = (1, 4, 16, 64, 256)
+QUICK_TOKENS: Final = (1, 4, 16, 64, 256)  # on a CPU; a GPU is soon through those of a full measurement
 FULL_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 QUICK_SQUARES: Final = (512,)  # sides of the matrices; a GPU's are eight times as long
 FULL_SQUARES: Final = (512, 1024, 2048)
@@ -75,7 +75,7 @@ def gemm_rate(
     left out. `kernels` multiply tokens with the shapes; torch does if there are none, and always
     the squares.
     """
-    tokens = QUICK_TOKENS if quick else FULL_TOKENS
+    tokens = QUICK_TOKENS if quick and device == "cpu" else FULL_TOKENS
     squares = () if packed else QUICK_SQUARES if quick else FULL_SQUARES
     if device != "cpu":
         squares = tuple(8 * side for side in squares)

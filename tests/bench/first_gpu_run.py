@@ -57,9 +57,9 @@ OFFLINE: Final = {"HF_HUB_OFFLINE": "1"}  # or without a network transformers wa
 # In the order of their worth, with the most seconds that each may take.
 STAGES: Final = {
     "facts": 75.0,  # a machine that has just started reads all of torch's libraries
-    "host": 60.0,
+    "host": 75.0,
     "tests": 90.0,
-    "profile": 65.0,
+    "profile": 80.0,
     "orders": 110.0,
     "whole": 190.0,
     "transformers": 70.0,

@@ -107,7 +107,7 @@ def test_without_time_the_rest_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(first_gpu_run, "ended", stage)
     assert first_gpu_run.main([*EMULATED, "--out", str(tmp_path), "--budget-seconds", "45"]) == 1
     assert begun == ["operators", "report"], "what is short and needs no other"
-    assert sum(first_gpu_run.STAGES.values()) < 1.75 * first_gpu_run.BUDGET_S
+    assert sum(first_gpu_run.STAGES.values()) < 1.8 * first_gpu_run.BUDGET_S
 
 
 def test_no_run_outlasts_its_budget_whatever_its_stages_do(tmp_path, monkeypatch):

@@ -26,10 +26,10 @@ from tests.executor.model.steps import route
 from tests.executor.model.tolerances import assert_same, name_of
 from tests.executor.reference import dequantised
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice, waits
-from tests.executor.runtime.queued_backend import flash
+from tests.executor.runtime.queued_backend import flash, grouped
 from tests.executor.tiny_models import tiny_arch
 
-KERNELS = {"plain": GpuKernels(), "fast": GpuKernels(flash, grouped_gemm())}
+KERNELS = {"plain": GpuKernels(), "fast": GpuKernels(flash, grouped)}
 DTYPES = [torch.float32, torch.bfloat16]
 
 

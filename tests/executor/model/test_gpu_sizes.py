@@ -15,10 +15,9 @@ from executor.model import (
     experts_in,
     prefill_attention,
 )
-from executor.model.gpu import grouped_gemm
 from tests.executor.model.tolerances import assert_same
 from tests.executor.reference import dequantised
-from tests.executor.runtime.queued_backend import flash
+from tests.executor.runtime.queued_backend import flash, grouped
 from tests.executor.tiny_models import tiny_arch
 
 CARD = pytest.param(
@@ -35,9 +34,9 @@ def device(request):
 
 
 def kernels(device) -> GpuKernels:
-    """A card's own; on the host torch's grouped GEMM and a slow flash attention."""
+    """A card's own; on the host slow ones that are as strict."""
     if device == HOST:
-        return GpuKernels(flash, grouped_gemm())
+        return GpuKernels(flash, grouped)
     return kernels_of(torch.cuda.get_device_capability(device))
 
 

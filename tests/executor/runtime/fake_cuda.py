@@ -5,6 +5,7 @@ at once; what it copies without waiting is copied late, by its stream. Memory th
 stays with the allocator until its cache is emptied.
 """
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,24 +17,54 @@ import torch
 from torch import Tensor
 
 from executor.model import GpuKernels
-from executor.model.gpu import grouped_gemm
 from tests.executor.runtime.device_tensor import DEVICE, DeviceTensor, WithDevice, on_device
 from tests.executor.runtime.fake_device import FakeDevice
-from tests.executor.runtime.queued_backend import flash
+from tests.executor.runtime.queued_backend import flash, grouped
 
 ACCELERATOR: Final = str(DEVICE)
 TOTAL_BYTES: Final = 10**8
+ALREADY_REGISTERED: Final = 712
+NOT_REGISTERED: Final = 713
+
+
+class Registrations:
+    """The part of the driver that pins: no page twice, and nothing is undone that was not done."""
+
+    def __init__(self) -> None:
+        self.pinned = dict[int, int]()
+
+    def register(self, address: int, size: int) -> int:
+        """CUDA's error code."""
+        pages = range(address // mmap.PAGESIZE, -(-(address + size) // mmap.PAGESIZE))
+        for at, other in self.pinned.items():
+            if at // mmap.PAGESIZE < pages.stop and pages.start < -(-(at + other) // mmap.PAGESIZE):
+                return ALREADY_REGISTERED
+        self.pinned[address] = size
+        return 0
+
+    def unregister(self, address: int) -> int:
+        """CUDA's error code."""
+        return 0 if self.pinned.pop(address, None) else NOT_REGISTERED
+
+    def check(self, host: Tensor) -> None:
+        """A copy that leaves a registration fails, wherever it goes on."""
+        start, end = host.data_ptr(), host.data_ptr() + host.nbytes
+        met = [(at, at + size) for at, size in self.pinned.items() if at < end and start < at + size]
+        if met and not (met[0][0] <= start and end <= met[0][1]):
+            raise RuntimeError("CUDA error: invalid argument")
 
 
 class LateCopies(WithDevice):
     """The mode of a thread whose current stream is a fake one."""
 
-    def __init__(self, device: FakeDevice) -> None:
+    def __init__(self, device: FakeDevice, registrations: Registrations) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._registrations = device, registrations
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ == "_foreach_copy_" and (kwargs or {}).get("non_blocking"):
+            for host in (x for side in args[:2] for x in side if x.is_cpu and x.nbytes):
+                self._registrations.check(host)
             self._device.queue(lambda: func(*args, **kwargs))
             return args[0]
         return super().__torch_function__(func, types, args, kwargs)
@@ -72,6 +103,7 @@ class FakeCuda:
             name="none", major=major, minor=minor, total_memory=TOTAL_BYTES, uuid="GPU-none", is_integrated=0
         )
         default = SimpleNamespace(queue=fake.stream(), device=DEVICE)
+        registrations = Registrations()
 
         self_of_card = self
 
@@ -114,7 +146,7 @@ class FakeCuda:
         def set_stream(stream: Any) -> None:
             fake.current.of_torch = stream
             stream.queue.enter()
-            LateCopies(fake).__enter__()  # until the lane's thread ends
+            LateCopies(fake, registrations).__enter__()  # until the lane's thread ends
 
         @contextmanager
         def within(stream: Any) -> Iterator[None]:
@@ -139,11 +171,15 @@ class FakeCuda:
 
         self.empty_cache = empty_cache
 
-        def register(*_: int) -> int:
+        def register(address: int, size: int, _: int) -> int:
             on_this_card()
-            return 0
+            return registrations.register(address, size)
 
-        registrar = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=register)
+        def unregister(address: int) -> int:
+            on_this_card()
+            return registrations.unregister(address)
+
+        registrar = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
         self.cudart = lambda: registrar
 
 
@@ -163,7 +199,7 @@ def installed(capability: tuple[int, int]) -> Iterator[FakeDevice]:
         return zeros(*sizes, **named)
 
     def kernels_of(of: tuple[int, int]) -> GpuKernels:
-        return GpuKernels(on_device(flash), grouped_gemm()) if of >= (8, 0) else GpuKernels()
+        return GpuKernels(on_device(flash), on_device(grouped)) if of >= (8, 0) else GpuKernels()
 
     with pytest.MonkeyPatch.context() as patch:
         for name, instead in vars(FakeCuda(device, memory, capability)).items():

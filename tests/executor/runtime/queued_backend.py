@@ -1,6 +1,6 @@
 """A device that is none: tensors, streams, kernels and copies as strict and as late as CUDA's."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -12,7 +12,6 @@ from executor.backends import AbstractBackend
 from executor.backends.base import Copy, copy_all
 from executor.backends.streams import AbstractMark, AbstractStream
 from executor.model import GpuKernels
-from executor.model.gpu import grouped_gemm
 from executor.model.workspace import Workspace
 from hrm.tasks import Device, Lane
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice, on_device
@@ -183,7 +182,28 @@ def flash(
     return out, of_logits
 
 
+def grouped(x_ND: Tensor, weights_EDW: Tensor, *, offs: Tensor) -> Tensor:
+    """What torch's grouped GEMM computes on a Hopper, slowly; the checks are those of its kernel.
+
+    Rows past the last group's are no numbers: the kernel does not write them.
+    """
+    assert x_ND.dtype == weights_EDW.dtype == torch.bfloat16
+    assert offs.dtype == torch.int32
+    assert offs.shape == weights_EDW.shape[:1]
+    assert x_ND.shape[1] == weights_EDW.shape[1]
+    assert x_ND.stride(1) == weights_EDW.stride(1) == 1, "as it is called here: rows, and matrices turned over"
+    for x in (x_ND, weights_EDW):
+        assert x.data_ptr() % 16 == 0
+        assert all(n * x.itemsize % 16 == 0 for n in x.stride() if n != 1), "it reads 16 bytes at a time"
+    out_NW = torch.full((len(x_ND), weights_EDW.shape[2]), torch.nan, dtype=x_ND.dtype)
+    start = 0
+    for weights_DW, end in zip(weights_EDW, offs.tolist(), strict=True):
+        assert start <= end <= len(x_ND)
+        out_NW[start:end] = x_ND[start:end] @ weights_DW
+        start = end
+    return out_NW
+
+
 def kernels_named(name: str) -> GpuKernels:
     """`plain` as on a card without either, `fast` as on one with both."""
-    grouped: Callable[..., Tensor] = grouped_gemm()
-    return {"plain": GpuKernels(), "fast": GpuKernels(on_device(flash), grouped)}[name]
+    return {"plain": GpuKernels(), "fast": GpuKernels(on_device(flash), on_device(grouped))}[name]

@@ -150,6 +150,9 @@ def test_what_is_timed_on_a_gpu_lies_there_and_waits_for_copies_alone():
         profile = measure([gpu], patch=patch, dtypes=("bfloat16", "float32"))
     assert set(profile.top.processor.compute_flops_per_s) == {"bfloat16", "float32"}
     assert {wait.operator for wait in waits} == {"aten.copy_.default", "aten._to_copy.default"}
+    rates = {level.name: level.processor.compute_flops_per_s["bfloat16"].achieved for level in profile.levels}
+    most = {name: rate.curve[-1][0] for name, rate in rates.items() if rate is not None and rate.curve}
+    assert most == {"gpu": 2048, "cpu": 256}, "what a chunk gives an expert is beyond a GPU's ridge"
 
 
 def test_one_gpu_tells_who_else_uses_it(one):
