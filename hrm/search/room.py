@@ -115,6 +115,9 @@ class Room:
         high[RESIDENT] = np.where(each > 0, np.minimum(high[RESIDENT], reach + 1e-9), high[RESIDENT])
         low[RESIDENT] = np.where(each < 0, np.maximum(low[RESIDENT], reach - 1e-9), low[RESIDENT])
         high[RESIDENT] = np.where((each == 0) & (with_experts < 0), -1.0, high[RESIDENT])
+        # Together they are whole experts.
+        low[RESIDENT] = np.ceil(low[RESIDENT] * layers - 1e-6) / layers
+        high[RESIDENT] = np.floor(high[RESIDENT] * layers + 1e-6) / layers
 
     def _shorter(self, regions: Regions) -> Regions:
         """Upper ends, but of residents, as far as memory may allow beside the other lower ends."""
