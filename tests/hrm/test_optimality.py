@@ -12,13 +12,14 @@ from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
-from hrm.policy import Policy, ScheduleName, experts_of_layers
+from hrm.policy import Parallelism, Policy, ScheduleName, experts_of_layers
 from hrm.scaling import Resource, resources, scale, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
-from hrm.search.bound import Bounder
+from hrm.search.bound import Bounder, upper_bound
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.smooth import smoothed
+from hrm.search.ways import space_of_part
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
@@ -168,3 +169,31 @@ def test_a_smooth_machine_is_nowhere_slower_and_work_takes_longer_the_more_it_is
     assert (after >= before).all()
     assert (np.diff(after) >= 0).all()
     assert (np.diff(sizes / after) >= -1e-3 * (sizes / after)[1:]).all()
+
+
+@pytest.mark.usefixtures("quick_bounds")
+def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
+    found = 0
+    for seed in range(40):
+        rng = Random(seed)
+        case = random_case(rng)
+        per_part = rng.choice([1, 1, 2, max(1, case.spec.num_experts // 3)])
+        space = Space(
+            case.spec, case.profile, case.workload, dtype=case.dtype, prefill_ffn=Device.GPU, experts_per_part=per_part
+        )
+        part = space_of_part(space, Parallelism.TENSOR)
+        if part is None or not case.profile.has_accelerator:
+            continue
+        fitting: dict[Policy, float] = {}
+        for _ in range(3):  # ever closer to the best
+            near = max(fitting, key=lambda policy: fitting[policy], default=None)
+            for policy in random_policies(rng, case, near, count=4):
+                if policy.prefill_ffn is Device.GPU and policy.parallelism is Parallelism.TENSOR:
+                    in_parts = replace(policy, experts_per_part=per_part)
+                    predicted = estimate(case.spec, in_parts, case.profile, case.workload)
+                    if predicted.memory.fits:
+                        fitting[in_parts] = predicted.tokens_per_s
+        best = max(fitting.values(), default=0.0)
+        assert best <= upper_bound(part, best).tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}"
+        found += len(fitting)
+    assert found > 100
