@@ -104,6 +104,37 @@ def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt
         assert predicted.bound_tokens_per_s >= 0.5 * ceilings[0], "a ceiling that is near"
 
 
+def test_residents_may_be_anywhere_but_in_the_last_layer():
+    """There an expert has the least to do in prefill: a bound that took them to be spread evenly was too low."""
+    case = random_case(Random(100_044))
+    spec, layers = case.spec, case.spec.num_layers
+    for of_last in (0, spec.num_experts):
+        residents = [*([spec.num_experts] * 10), *([0] * (layers - 11)), of_last]
+        policy = Policy(
+            batch_size=1,
+            micro_batch_size=1,
+            attention=Device.GPU,
+            ffn=Device.CPU,
+            prefill_ffn=Device.CPU,
+            resident_experts=tuple(residents),
+            gpu_kv_micro_batches=1,
+            kv_tokens_per_micro_batch=320,
+            prefill_chunk_tokens=300,
+            dtype=case.dtype,
+        )
+        predicted = estimate(spec, policy, case.profile, case.workload)
+        space = Space(spec, case.profile, case.workload, dtype=case.dtype, attention=Device.GPU, ffn=Device.CPU)
+        space = replace(space, prefill_ffn=Device.CPU)
+        at = np.array([[1.0], [1.0], [1.0], [sum(residents) / layers], [300.0]])
+        one = np.ones(1)
+        region = Regions(
+            gpu_attention=one, gpu_ffn=0 * one, gpu_prefill=0 * one, dense=one, one_chunk=one, low=at, high=at
+        )
+        left, ceilings = Bounder(space).bounded(region)
+        assert len(left) == 1, "it fits"
+        assert predicted.tokens_per_s <= ceilings[0] * (1 + 1e-9)
+
+
 def test_a_host_smaller_than_the_model_is_searched_whole():
     """All of it fits the GPUs: this once gave 213.6 tokens/s, called optimal."""
     profile = with_memory(compose("2xA100-80G"), cpu_memory_bytes=64 * GB)
