@@ -28,9 +28,13 @@ class PhaseSeconds(NamedTuple):
 
     @property
     def terms(self) -> tuple[Number, ...]:
-        """What all of it takes at least, in any order: each lane, memory, cores that they share, and the chain."""
-        shared = () if is_zero(self.cores_s) else (self.cores_s,)
-        return (*self.lanes.values(), self.host_memory_s, *shared, self.chain_s)
+        """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
+        return (*self.lanes.values(), self.host_memory_s, self.chain_s)
+
+    @property
+    def of_cores(self) -> tuple[Number, ...]:
+        """One term more where lanes share cores; it comes last of all, for bounds know others by their places."""
+        return () if is_zero(self.cores_s) else (self.cores_s,)
 
     @property
     def stretch(self) -> float:

@@ -84,7 +84,7 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     """The work of the prefill of one batch."""
     point = Point.of_policy(policy, costs.spec)
     seconds = whole_prefill(costs, point, workload)
-    return PhaseWork.of(seconds, in_order_s=max(seconds.terms))
+    return PhaseWork.of(seconds, in_order_s=max(*seconds.terms, *seconds.of_cores))
 
 
 class StepWork(NamedTuple):

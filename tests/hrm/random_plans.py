@@ -1,7 +1,7 @@
 """Random models, machines and workloads, and random policies that fit them.
 
-Hosts smaller than the model, GPUs that hold all of it, one GPU to eight, jobs of one request or
-without end; policies over the whole of what `hrm estimate` can be told, some of them close to a
+Hosts smaller than the model, GPUs that hold all of it, one GPU to eight, lanes that share cores, jobs of one
+request or without end; policies over the whole of what `hrm estimate` can be told, some of them close to a
 given one.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from hrm.formats import FORMATS, Formats
-from hrm.hardware import HardwareProfile
+from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
@@ -64,6 +64,10 @@ def random_case(rng: Random) -> Case:
         gen_len=int(2 ** rng.uniform(0, 9)),
         num_requests=rng.choice([None, None, int(2 ** rng.uniform(0, 17))]),
     )
+    if rng.random() < 0.2:
+        cores = profile.top.processor.cores + profile.host.processor.cores
+        a_task = Figure(value=10 ** rng.uniform(-5, -3), source=Source.ASSUMED)
+        profile = replace(profile, lane_threads=LaneThreads(cores=cores, task_s=a_task))
     return Case(spec, profile, workload)
 
 
