@@ -201,7 +201,7 @@ class DecodeStep:
         of_schedule = SCHEDULES[self.schedule].terms(step)
         if not is_zero(self.counts.parts):  # which no schedule's own terms know of
             of_schedule = tuple((self.counts.parts == 0) * term for term in of_schedule)
-        return (*seconds.terms, *self._in_parts(seconds), *of_schedule, *seconds.of_cores)
+        return (*seconds.terms, *self._in_parts(seconds), *of_schedule, *seconds.shared_cores)
 
     def _in_parts(self, seconds: PhaseSeconds) -> tuple[Number, ...]:
         if not self.load.part_experts:
@@ -236,13 +236,13 @@ def parts_in_turn(
 def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Number, ...]:
     """What prefill takes at least, for several reasons; the longest is its time.
 
-    One is the chain of every chunk's tasks in a layer: its hidden states come, are computed on
+    The last is the chain of every chunk's tasks in a layer: its hidden states come, are computed on
     and go, in buffers for two chunks, and two more may be with the CPU's experts. A chunk that is the
     only one overlaps with nothing.
     """
     counts, load, seconds = _prefill(costs, point, workload)
     if not load.part_experts:
-        return (*seconds.terms, *seconds.of_cores)
+        return (*seconds.terms, *seconds.shared_cores)
     # The part that takes the place of a chunk's last is loaded ahead of the next chunk's hidden states, as long as
     # there are such parts, and the GPU has nothing but tokens to choose until these come.
     layers = counts.layers * point.host_expert_layers
@@ -252,8 +252,7 @@ def prefill_terms(costs: Costs, point: Point, workload: Workload) -> tuple[Numbe
     behind_s = behind_s + (counts.pieces * layers - EXPERT_SLOTS) * expert_s
     behind_s = behind_s - sum(seconds.acts.get(act, 0.0) for act in (prefill.SAMPLE, prefill.REDUCE_LAST))
     acts = prefill.LOAD_PART, prefill.PART_EXPERTS
-    in_turn_s = parts_in_turn(seconds, counts, load, acts, behind_s)
-    return (*seconds.terms, *in_turn_s, *seconds.of_cores)
+    return (*seconds.terms, *parts_in_turn(seconds, counts, load, acts, behind_s), *seconds.shared_cores)
 
 
 def whole_prefill(costs: Costs, point: Point, workload: Workload) -> PhaseSeconds:

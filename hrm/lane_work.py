@@ -17,14 +17,14 @@ class PhaseSeconds(NamedTuple):
     """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
 
     A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
-    `cores_s` is what lanes take that share cores.
+    `cores_s` is what lanes take that share cores, if it is known.
     """
 
     acts: dict[Act, Number]
     lanes: dict[Lane, Number]
     host_memory_s: Number
     chain_s: Number
-    cores_s: Number = 0.0
+    cores_s: Number | None = None
 
     @property
     def terms(self) -> tuple[Number, ...]:
@@ -32,9 +32,9 @@ class PhaseSeconds(NamedTuple):
         return (*self.lanes.values(), self.host_memory_s, self.chain_s)
 
     @property
-    def of_cores(self) -> tuple[Number, ...]:
-        """One term more where lanes share cores; it comes last of all, for bounds know others by their places."""
-        return () if is_zero(self.cores_s) else (self.cores_s,)
+    def shared_cores(self) -> tuple[Number, ...]:
+        """What it takes at least where lanes share cores: one more term, behind all others."""
+        return () if self.cores_s is None else (self.cores_s,)
 
     @property
     def stretch(self) -> float:

@@ -45,11 +45,11 @@ class PhaseWork:
         """The work in its seconds in closed form."""
         lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
         return PhaseWork(
-            bound_s=max(*lanes.values(), host_memory_s, seconds.cores_s),
+            bound_s=max(*lanes.values(), host_memory_s, *seconds.shared_cores),
             in_order_s=in_order_s,
             lane_s=lanes,
             host_memory_s=host_memory_s,
-            cores_s=seconds.cores_s,
+            cores_s=sum(seconds.shared_cores),
             all_reduce_s=sum(of_act for act, of_act in seconds.acts.items() if act.reduces),
             stretch=seconds.stretch,
         )
@@ -84,7 +84,7 @@ def prefill_phase(costs: Costs, policy: Policy, workload: Workload) -> PhaseWork
     """The work of the prefill of one batch."""
     point = Point.of_policy(policy, costs.spec)
     seconds = whole_prefill(costs, point, workload)
-    return PhaseWork.of(seconds, in_order_s=max(*seconds.terms, *seconds.of_cores))
+    return PhaseWork.of(seconds, in_order_s=max(*seconds.terms, *seconds.shared_cores))
 
 
 class StepWork(NamedTuple):

@@ -12,13 +12,13 @@ from hrm.closed_form import Point, batch_seconds
 from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.formats import FORMATS
-from hrm.hardware import HardwareProfile
+from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.machines import compose, with_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import tensor_parallel_obstacle
 from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for, spread_experts
-from hrm.search import Outcome, Space, lattice, search
+from hrm.search import Outcome, Space, lattice, search, solver_named
 from hrm.search.choose import TIE
 from hrm.search.grid import ALL_THAT_FIT, make_grid
 from hrm.search.lattice import chunk_ranges, places_of
@@ -429,3 +429,15 @@ def test_a_model_that_does_not_fit_says_what_to_change():
     assert result.best is None
     with pytest.raises(PolicyError, match=r"no policy fits.*level gpu lacks .* try --gpu-memory"):
         result.require()
+
+
+@pytest.mark.parametrize("solver", ["exhaustive", "milp"])
+@pytest.mark.parametrize("task_s", [1e-6, 1e-4, 1e-2])
+def test_no_policy_exceeds_the_bound_where_lanes_share_cores(solver, task_s):
+    a_task = Figure(value=task_s, source=Source.MEASURED)
+    profile = replace(machine(), lane_threads=LaneThreads(cores=2, task_s=a_task))
+    levels = tuple(replace(level, processor=replace(level.processor, cores=1)) for level in profile.levels)
+    workload = Workload(name="test", prompt_len=40, max_prompt_len=100, gen_len=9, num_requests=60)
+    found = search(Space(tiny_spec(), replace(profile, levels=levels), workload), solver_named(solver))
+    assert found.best is not None
+    assert found.best.tokens_per_s <= found.bound_tokens_per_s * (1 + 1e-9)
