@@ -138,6 +138,7 @@ def use_config(content: bytes, folder: Path) -> None:
     planned(spec, compose("1xA100-80G"), content)
 
 
+@cache
 def a_policy_file() -> Any:
     profile = machine(gpu_bytes=1e8, cpu_bytes=1e9)
     best = search(Space(SPEC, profile, WORKLOAD)).require()
