@@ -109,8 +109,8 @@ def test_residents_may_be_anywhere_but_in_the_last_layer():
     """There an expert has the least to do in prefill: a bound that took them to be spread evenly was too low."""
     case = random_case(Random(100_044))
     spec, layers = case.spec, case.spec.num_layers
-    for of_last in (0, spec.num_experts):
-        residents = [*([spec.num_experts] * 10), *([0] * (layers - 11)), of_last]
+    for whole, of_last in ((9, 0), (8, spec.num_experts)):
+        residents = [38, *([spec.num_experts] * whole), *([0] * (layers - whole - 2)), of_last]
         policy = Policy(
             batch_size=1,
             micro_batch_size=1,
@@ -203,10 +203,11 @@ def test_a_smooth_machine_is_nowhere_slower_and_work_takes_longer_the_more_it_is
     assert (np.diff(sizes / after) >= -1e-3 * (sizes / after)[1:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_bounds")
 def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
     found = 0
-    for seed in range(40):
+    for seed in range(14):
         rng = Random(seed)
         case = random_case(rng)
         per_part = rng.choice([1, 1, 2, max(1, case.spec.num_experts // 3)])
@@ -217,9 +218,9 @@ def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
         if part is None or not case.profile.has_accelerator:
             continue
         fitting: dict[Policy, float] = {}
-        for _ in range(3):  # ever closer to the best
+        for _ in range(2):  # the second ones close to the best
             near = max(fitting, key=lambda policy: fitting[policy], default=None)
-            for policy in random_policies(rng, case, near, count=4):
+            for policy in random_policies(rng, case, near, count=3):
                 if policy.prefill_ffn is Device.GPU and policy.parallelism is Parallelism.TENSOR:
                     in_parts = replace(policy, experts_per_part=per_part)
                     predicted = estimate(case.spec, in_parts, case.profile, case.workload)
@@ -228,4 +229,4 @@ def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
         best = max(fitting.values(), default=0.0)
         assert best <= upper_bound(part, best).tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}"
         found += len(fitting)
-    assert found > 100
+    assert found > 25
