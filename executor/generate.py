@@ -23,7 +23,7 @@ from executor.live import LiveBatch
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.model.choices import settle_choices
-from executor.native import kernels, tape
+from executor.native import kernels
 from executor.trace_budget import MAX_SPANS, TraceBudget
 from executor.under_way import UnderWay, decode_handlers
 from executor.warm_up import first_layers, small_batch
@@ -206,8 +206,6 @@ class Generator(AbstractGenerator):
         small.live = LiveBatch(self.engine)
         small._budget, small._kv_peak = TraceBudget(0), {"gpu": 0, "cpu": 0}  # noqa: SLF001 - the copy's own
         small.generate(batch)
-        if kernels() is not None:
-            tape.prepare()
         self.load_s += time.perf_counter() - start_s
         self._is_warm = True
 

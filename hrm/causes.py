@@ -40,6 +40,7 @@ class Cause(StrEnum):
     STAGING = "staging"
     HOST_MEMORY = "host memory"
     SYNCHRONISING = "syncs"
+    RUNNING_TASKS = "tasks"
     WAITING = "waiting"
     NOTHING = "nothing"
 
@@ -64,6 +65,7 @@ _PHRASES: Final = {
     Cause.STAGING: "the staging copies to pinned memory",
     Cause.HOST_MEMORY: "the host's memory, which CPU and links share",
     Cause.SYNCHRONISING: "waits for the GPU after every task",
+    Cause.RUNNING_TASKS: "running so many tasks, whatever they do",
     Cause.WAITING: "tasks that wait for one another",
     Cause.NOTHING: "nothing",
 }
@@ -180,6 +182,9 @@ def _at_costs(costs: Costs, factor: float) -> dict[Cause, Costs]:
     if costs.runtime.synchronise_s:
         waits = replace(costs.runtime, synchronise_s=factor * costs.runtime.synchronise_s)
         found[Cause.SYNCHRONISING] = replace(costs, runtime=waits)
+    if (shared := costs.profile.lane_threads) is not None:
+        cheaper = replace(costs.profile, lane_threads=replace(shared, task_s=shared.task_s.times(factor)))
+        found[Cause.RUNNING_TASKS] = replace(costs, profile=cheaper)
     return found
 
 

@@ -218,6 +218,19 @@ class Costs:
         accesses = self.profile.host_accesses_a_transferred_byte * moved_bytes + read_bytes
         return accesses / self.profile.host.together_bytes_per_s
 
+    def sharing_cores(self, num_tasks: Number, *, gpu_s: Number, cpu_s: Number) -> Number:
+        """Seconds that lanes which are threads of one process take at least together, as they share its cores.
+
+        They run so many tasks, of which those of the GPU's and the CPU's lane compute for so long. Nothing where it was
+        not measured.
+        """
+        shared = self.profile.lane_threads
+        if shared is None:
+            return 0.0
+        running_s = num_tasks * shared.task_s.value
+        computing_s = gpu_s * self.profile.top.processor.cores + cpu_s * self.profile.host.processor.cores
+        return (running_s + computing_s) / shared.cores
+
     def _on(self, device: Device, operator: Operator) -> Number:
         seconds = self._seconds(operator, self.level(device))
         synchronises = device is Device.GPU and self.runtime.synchronise_s > 0

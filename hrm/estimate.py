@@ -277,7 +277,7 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
     # A model of one layer is not yet in its steady state when the steps are taken.
     decode_s = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
     prefill = prefill_phase(costs, policy, workload)
-    prefill_s = prefill_seconds(costs, policy, workload, stretch=prefill.stretch)
+    prefill_s = max(prefill_seconds(costs, policy, workload, stretch=prefill.stretch), prefill.cores_s)
     return (
         PhaseEstimate(seconds=costs.prefills_in_turn * prefill_s, work=prefill),
         PhaseEstimate(seconds=decode_s, work=PhaseWork.total((step.steps, step.work) for step in steps)),

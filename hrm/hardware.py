@@ -98,6 +98,17 @@ class GpuCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaneThreads:
+    """What lanes share that are threads of one process: so many cores.
+
+    `task_s` is how long running a task keeps one of them busy at least, whichever lane it is in and whatever it does.
+    """
+
+    cores: int
+    task_s: Figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """A whole machine: levels from fast to slow and the links between them.
 
@@ -112,6 +123,8 @@ class HardwareProfile:
     With `unified_memory` a GPU and a CPU work in one memory. It is the only level, and its
     processor is the GPU: the CPU would read the same bytes no sooner and computes less. Nothing is
     held twice and nothing crosses a link.
+
+    `lane_threads` are measured where lanes compute on the host.
     """
 
     RETIRED: ClassVar = frozenset({"contention"})  # what files of before may hold, and no plan asks for
@@ -125,6 +138,7 @@ class HardwareProfile:
     levels: tuple[MemoryLevel, ...]
     links: tuple[Link, ...] = ()
     gpus: tuple[GpuCard, ...] = ()
+    lane_threads: LaneThreads | None = None
     disk: Disk | None = None
     environment: dict[str, str] = field(default_factory=dict[str, str])
 

@@ -10,23 +10,27 @@ from hrm.numeric import Number, is_zero, maximum
 from hrm.tasks import Act, Lane
 
 _LINKS: Final = frozenset({Lane.H2D, Lane.D2H})
+_MOVING: Final = _LINKS | {Lane.STAGE}
 
 
 class PhaseSeconds(NamedTuple):
     """Seconds of a decode step or of prefill: of the tasks of each act, of each lane, of the host's memory, as a chain.
 
     A micro-batch or chunk goes through a chain of tasks in every layer, and only so many are under way at once.
+    `cores_s` is what lanes take that share cores.
     """
 
     acts: dict[Act, Number]
     lanes: dict[Lane, Number]
     host_memory_s: Number
     chain_s: Number
+    cores_s: Number = 0.0
 
     @property
     def terms(self) -> tuple[Number, ...]:
-        """What all of it takes at least, whatever the order: each lane, the host's memory, and the chain."""
-        return (*self.lanes.values(), self.host_memory_s, self.chain_s)
+        """What all of it takes at least, in any order: each lane, memory, cores that they share, and the chain."""
+        shared = () if is_zero(self.cores_s) else (self.cores_s,)
+        return (*self.lanes.values(), self.host_memory_s, *shared, self.chain_s)
 
     @property
     def stretch(self) -> float:
@@ -42,17 +46,21 @@ class PhaseSeconds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LaneWork:
-    """What all tasks of some acts take and move: seconds by act, bytes over the links, and the CPU's own accesses."""
+    """What all tasks of some acts take and move: seconds by act, bytes over the links, and the CPU's own accesses.
+
+    There are `num_tasks` of them.
+    """
 
     seconds: dict[Act, Number]
     moved_bytes: Number = 0
     host_bytes: Number = 0
+    num_tasks: Number = 0
 
     @staticmethod
     def of(acts: Iterable[Act], counts: Counts, load: Load) -> "LaneWork":
         """Every act's tasks, each as a mean over the layers."""
         seconds: dict[Act, Number] = {}
-        moved_bytes = host_bytes = 0
+        moved_bytes = host_bytes = num_tasks = 0
         loads_of: dict[tuple[bool, ...], list[tuple[Number, Load]]] = {}
         for act in acts:
             count = act.count(counts)
@@ -68,16 +76,21 @@ class LaneWork:
                 tasks = [(share, _task(act, each)) for share, each in loads]
                 of_all, num_bytes, on_host = (sum(share * task[i] for share, task in tasks) for i in range(3))
             seconds[act] = count * of_all
+            # Of what moves nothing there are no tasks: pages of weights that all stay, for one.
+            num_tasks = num_tasks + count * (num_bytes > 0 if act.lane in _MOVING else 1)
             if act.lane in _LINKS:
                 moved_bytes = moved_bytes + count * num_bytes
             if act.lane is not Lane.GPU and not is_zero(on_host):
                 host_bytes = host_bytes + count * on_host
-        return LaneWork(seconds, moved_bytes, host_bytes)
+        return LaneWork(seconds, moved_bytes, host_bytes, num_tasks)
 
     def __add__(self, other: "LaneWork") -> "LaneWork":
         """Of both, which have no act in common."""
         return LaneWork(
-            {**self.seconds, **other.seconds}, self.moved_bytes + other.moved_bytes, self.host_bytes + other.host_bytes
+            {**self.seconds, **other.seconds},
+            self.moved_bytes + other.moved_bytes,
+            self.host_bytes + other.host_bytes,
+            self.num_tasks + other.num_tasks,
         )
 
     def in_all(self, costs: Costs, under_way: Number) -> PhaseSeconds:
@@ -87,7 +100,9 @@ class LaneWork:
         for act, seconds in self.seconds.items():
             lanes[act.lane] = lanes[act.lane] + seconds
         chain_s = sum(seconds for act, seconds in self.seconds.items() if act.chained) / under_way
-        return PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s)
+        waiting_s = sum(seconds for act, seconds in self.seconds.items() if act.reduces)
+        cores_s = costs.sharing_cores(self.num_tasks, gpu_s=lanes[Lane.GPU] - waiting_s, cpu_s=lanes[Lane.CPU])
+        return PhaseSeconds(self.seconds, lanes, host_memory_s, chain_s, cores_s)
 
 
 def _task(act: Act, load: Load) -> tuple[Number, Number, Number]:

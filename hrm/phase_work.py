@@ -12,6 +12,7 @@ from hrm.tasks import Lane
 from hrm.workload import Workload
 
 HOST_MEMORY: Final = "host memory"
+CORES: Final = "cores"
 
 
 class Turn(NamedTuple):
@@ -25,9 +26,9 @@ class Turn(NamedTuple):
 class PhaseWork:
     """Seconds of work in each lane, and what follows for the phase.
 
-    `host_memory_s` is what the host's memory needs to serve all of them, and `all_reduce_s` the
-    part of the GPUs' time in which they exchange sums. `bound_s` is the longest of them all, and
-    `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
+    `host_memory_s` is what the host's memory needs to serve all of them, `cores_s` what those take that share
+    cores, and `all_reduce_s` the part of the GPUs' time in which they exchange sums. `bound_s` is the longest
+    of them all, and `in_order_s` what the schedule's order leaves at least: more where lanes work in turn.
     Where the host's memory is the longest, tasks that use it take `stretch` times their seconds.
     """
 
@@ -35,6 +36,7 @@ class PhaseWork:
     in_order_s: float = 0.0
     lane_s: dict[Lane, float]
     host_memory_s: float = 0.0
+    cores_s: float = 0.0
     all_reduce_s: float = 0.0
     stretch: float = 1.0
 
@@ -43,19 +45,20 @@ class PhaseWork:
         """The work in its seconds in closed form."""
         lanes, host_memory_s = seconds.lanes, seconds.host_memory_s
         return PhaseWork(
-            bound_s=max(*lanes.values(), host_memory_s),
+            bound_s=max(*lanes.values(), host_memory_s, seconds.cores_s),
             in_order_s=in_order_s,
             lane_s=lanes,
             host_memory_s=host_memory_s,
+            cores_s=seconds.cores_s,
             all_reduce_s=sum(of_act for act, of_act in seconds.acts.items() if act.reduces),
             stretch=seconds.stretch,
         )
 
     @property
     def busy_s(self) -> dict[str, float]:
-        """Seconds of all that may be the longest: every lane, and the memory that they share."""
+        """Seconds of all that may be the longest: every lane, and the memory and cores that they share."""
         lanes = {lane.value: seconds for lane, seconds in self.lane_s.items()}
-        return {**lanes, HOST_MEMORY: self.host_memory_s}
+        return {**lanes, HOST_MEMORY: self.host_memory_s, CORES: self.cores_s}
 
     @property
     def longest(self) -> str:
@@ -72,6 +75,7 @@ class PhaseWork:
             in_order_s=sum(count * work.in_order_s for count, work in known),
             lane_s={lane: sum(count * work.lane_s[lane] for count, work in known) for lane in Lane},
             host_memory_s=sum(count * work.host_memory_s for count, work in known),
+            cores_s=sum(count * work.cores_s for count, work in known),
             all_reduce_s=sum(count * work.all_reduce_s for count, work in known),
         )
 

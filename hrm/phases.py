@@ -100,8 +100,11 @@ def step_seconds(costs: Costs, policy: Policy, context: float, *, tokens: float 
 
     `tokens` is the mean number of active requests in a micro-batch; by default they all are.
     """
-    stretch = decode_work(costs, policy, context, num_steps=1, tokens=tokens).stretch
-    return steps_seconds(costs, policy, {context: stretch}, tokens=tokens)[0]
+    whole = policy.batch_size / policy.num_micro_batches
+    active_share = 1.0 if tokens is None else tokens / whole
+    point = Point.of_policy(policy, costs.spec)
+    step = DecodeStep.of_point(costs, point, policy.schedule, active_share).seconds(context)
+    return max(steps_seconds(costs, policy, {context: step.stretch}, tokens=tokens)[0], step.cores_s)
 
 
 def steps_seconds(

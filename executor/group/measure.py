@@ -1,66 +1,50 @@
-"""What sums between ranks of this machine take, for profiles of it; `python -m executor.group.measure` is a rank."""
+"""What tasks of ranks of this machine take, and sums between them, for profiles of it."""
 
 import json
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from typing import Final, NoReturn
-
-import torch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from executor.errors import RunError
-from executor.group.cores import own_cores
-from executor.group.processes import ProcessGroup
-from executor.group.store import LOOP, join_store, open_store
+from executor.group.store import open_store
 
-_WARM: Final = 20
-_SAMPLES: Final = 200
+_RANK: Final = "executor.ranks.measured"  # which knows lanes, too
 _AT_MOST_S: Final = 60.0
 
 
 def sums_between(ranks: int, sizes: Sequence[int]) -> Mapping[int, Sequence[float]]:
     """Seconds of sums of so many bytes between so many ranks, a process each, which share out the cores.
 
-    Raises RunError if one of them fails.
+    They are taken as runs take them: among the tasks of a rank's lanes. Raises RunError if one of them fails.
     """
     _store, port = open_store()  # is closed when nobody has it
-    command = [sys.executable, "-m", __name__, str(port), str(ranks), *map(str, sizes)]
+    told = _told("sums between ranks", [[port, rank, ranks, *sizes] for rank in range(ranks)])
+    return {int(size): seconds for size, seconds in told.items()}
+
+
+def seconds_a_task(ranks: int) -> Sequence[float]:
+    """Seconds of the processor that running a task takes at least, in some runs of one of so many ranks.
+
+    Raises RunError if it fails.
+    """
+    return _told("tasks of a rank", [[0, 0, ranks]])
+
+
+def _told(what: str, commands: Iterable[Sequence[int]]) -> Any:
+    """What the first of some processes tells."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(ranks):
-            rank_command = [*command[:4], str(rank), *command[4:]]
-            processes.append(subprocess.Popen(rank_command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        for numbers in commands:
+            command = [sys.executable, "-m", _RANK, *map(str, numbers)]
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         told, failed = processes[0].communicate(timeout=_AT_MOST_S)
         if processes[0].returncode:
-            raise RunError("sums between ranks", f"<{failed.decode(errors='replace')[-200:]}>", "failed", "try again")
-        return {int(size): seconds for size, seconds in json.loads(told).items()}
+            raise RunError(what, f"<{failed.decode(errors='replace')[-200:]}>", "failed", "try again")
+        return json.loads(told)
     except subprocess.TimeoutExpired as error:
-        raise RunError("sums between ranks", f"<none in {_AT_MOST_S:g} s>", "must end", "try again") from error
+        raise RunError(what, f"<none in {_AT_MOST_S:g} s>", "must end", "try again") from error
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-
-
-def _rank(port: int, rank: int, size: int, sizes: Sequence[int]) -> NoReturn:
-    taken: dict[int, list[float]] = {}
-    with own_cores(rank, size):
-        group = ProcessGroup(join_store(LOOP, port), rank, size)
-        for num_bytes in sizes:
-            numbers, seconds = torch.zeros(num_bytes // 4), list[float]()
-            for _ in range(_WARM + _SAMPLES):
-                start_s = time.perf_counter()
-                group.all_reduce(numbers)
-                seconds.append(time.perf_counter() - start_s)
-            taken[num_bytes] = seconds[_WARM:]
-    if rank == 0:
-        sys.stdout.write(json.dumps(taken))
-        sys.stdout.flush()
-    os._exit(0)  # a group that is alive when its process ends may abort it
-
-
-if __name__ == "__main__":
-    _port, _own, _size, *_sizes = map(int, sys.argv[1:])
-    _rank(_port, _own, _size, _sizes)

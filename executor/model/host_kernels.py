@@ -2,7 +2,7 @@
 
 from executor import native
 from executor.backends.base import stage
-from executor.group.measure import sums_between
+from executor.group.measure import seconds_a_task, sums_between
 from executor.model.choices import choices_of
 from executor.model.linear import project
 from executor.random_weights import random_packed
@@ -23,4 +23,5 @@ def host_kernels() -> HostKernels | None:
         fuses_operators=True,
         native_up_to=choices_of,
         sums_between=sums_between,
+        seconds_a_task=seconds_a_task,
     )

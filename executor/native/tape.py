@@ -96,13 +96,6 @@ def checked(starts: Sequence[int], lengths: Sequence[int] | None = None) -> None
         _under_way.calls.spoil()
 
 
-def prepare() -> None:
-    """Have torch load now what it loads when a tensor is first viewed while something watches, which takes a second."""
-    viewed = torch.empty(1)
-    with _Watch(None):
-        viewed.as_strided((1,), (1,))
-
-
 class _Watch(TorchDispatchMode):
     """Gives a tape up as soon as torch computes; keeps what it allocates, which calls write to."""
 

@@ -32,7 +32,8 @@ class HostKernels:
     numbers in that packed format, which `multiply` takes as a weight, too. If the runtime
     `fuses_operators`, all experts of a layer take one kernel, not some for each, and so does a norm or
     rotary embedding. `native_up_to` tells which work is left to torch. `sums_between(ranks, sizes)` are seconds of
-    sums of so many bytes each between ranks that are processes of this machine.
+    sums of so many bytes each between ranks that are processes of this machine, as runs take them, and
+    `seconds_a_task(ranks)` those of the processor that running a task takes, by one of ranks that share out the cores.
     """
 
     name: str
@@ -43,6 +44,7 @@ class HostKernels:
     fuses_operators: bool = False
     native_up_to: Choices | None = None
     sums_between: "Callable[[int, Sequence[int]], Mapping[int, Sequence[float]]] | None" = None
+    seconds_a_task: "Callable[[int], Sequence[float]] | None" = None
 
 
 def installed_kernels() -> HostKernels | None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_LIMITED_BY: Final = dict(zip(map(str, Cause), "o8.sph^vd<>DPH*X", strict=True))
+_LIMITED_BY: Final = dict(zip(map(str, Cause), "o8.sph^vd<>DPH+*X", strict=True))
 _LOGARITHMIC_FROM: Final = 20.0  # of the greatest to the least value of an axis
 
 

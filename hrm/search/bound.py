@@ -38,6 +38,7 @@ LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called o
 ROUND: Final = 1024  # regions that are halved at once
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
+_NEARLY: Final = 1 - 1e-9  # all of the last layer: it may be that none of it is
 _CHAIN: Final = 6  # the place of their chain, or that of chunks, among the terms of a phase
 _ALONE: Final = 8  # that of a lone micro-batch where experts stream in parts
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
@@ -217,6 +218,10 @@ class Bounder:
         # The fewest layers that can hold what is not resident.
         on_host = (spec.num_experts - resident) / spec.num_experts * spec.num_expert_layers / spec.num_layers
         ffn, last = every(regions.gpu_ffn), int(spec.layers[-1].has_experts)
+        # An expert of the last layer has the least to do in prefill. So it takes the host the least if that layer has
+        # no residents, and the GPU if it has as many as may be.
+        others = max(spec.num_expert_layers - last, 1)
+        of_last = last * np.clip(resident * spec.num_expert_layers - others * spec.num_experts, 0.0, spec.num_experts)
         point = Point(
             batch_size=every(size * number),
             num_micro_batches=every(number),
@@ -227,9 +232,9 @@ class Bounder:
             gpu_kv_micro_batches=kv * every(number),
             resident_experts=resident,
             host_expert_layers=on_host,
-            last_on_host=last * (spec.num_experts - resident) / spec.num_experts,
-            last_residents=last * resident,
-            fewer_residents=last / max(spec.num_expert_layers - 1, 1),  # it may have one more than the mean
+            last_on_host=np.minimum(last * (spec.num_experts - of_last) / spec.num_experts, _NEARLY),
+            last_residents=of_last,
+            fewer_residents=last * (spec.num_experts - of_last) / others,
             resident_dense=every(regions.dense),
             chunk_tokens=every(self._longest_chunk(regions, size * number, least_chunks)),
             staging=int(self.space.staging),

@@ -90,7 +90,7 @@ class GridOfKind:
     def _refine(self) -> None:
         """Try the integers around the best few, nearer and nearer."""
         for reach in REACHES:
-            best = np.array(self._best(BEAM), np.int64)
+            best = np.array(list(dict.fromkeys([*self._best(BEAM), *self._best(BEAM // 2, self._forms())])), np.int64)
             if not len(best):
                 return
             near = self.grid.take(best).places()
@@ -117,12 +117,14 @@ class GridOfKind:
 
     def _unlike(self, count: int) -> list[int]:
         """Positions of the best, half of them of unlike numbers, half of unlike chunks."""
-        grid = self.grid
-        half_octaves = (2 * np.log2(grid.num_micro_batches)).round().astype(np.int64)
-        octaves = np.log2(grid.chunk_tokens).round().astype(np.int64)
+        half_octaves = (2 * np.log2(self.grid.num_micro_batches)).round().astype(np.int64)
         found = self._best(-(-count // 2), half_octaves)
-        others = self._best(count, 4 * octaves + 2 * grid.gpu_prefill_ffn + grid.resident_dense)
-        return list(dict.fromkeys([*found, *others]))[:count]
+        return list(dict.fromkeys([*found, *self._best(count, self._forms())]))[:count]
+
+    def _forms(self) -> Ints:
+        """What tells candidates apart besides their numbers of micro-batches."""
+        octaves = np.log2(self.grid.chunk_tokens).round().astype(np.int64)
+        return 4 * octaves + 2 * self.grid.gpu_prefill_ffn + self.grid.resident_dense
 
     def _best(self, count: int, forms: Ints | None = None) -> list[int]:
         """Positions of the best, each of another form: by default, number of micro-batches."""

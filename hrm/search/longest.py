@@ -13,22 +13,29 @@ from hrm.search.space import Kind, Space
 
 
 def with_longest_chunks(space: Space, kind: Kind, chunks: ChunkRange, places: Ints) -> Grid:
-    """The places, each once, with the longest of the chunks that fit and with all residents that fit beside them."""
+    """The places, each once, with the longest of the chunks that fit beside as few residents as may be, or beside all.
+
+    As many stay as then fit.
+    """
     places = with_most_residents(places, chunks.most)
     grid = make_grid(space, kind, places)
-    return grid.take(np.flatnonzero(grid.fits)).and_also(_shortened(space, grid, chunks.least))
+    found = grid.take(np.flatnonzero(grid.fits))
+    for residents in (0, space.everything) if space.profile.has_accelerator else ():
+        found = found.and_also(_shortened(space, grid, chunks.least, residents))
+    return found
 
 
-def _shortened(space: Space, grid: Grid, least: int) -> Grid:
-    """Those that do not fit with chunks with which they do, if there are any of at least so many tokens."""
-    too_long = ~grid.fits & (grid.chunk_tokens > least) & space.profile.has_accelerator
+def _shortened(space: Space, grid: Grid, least: int, residents: int) -> Grid:
+    """The candidates with the longest chunks beside at least so many residents, if there are any of `least` tokens."""
+    too_long = (~grid.fits | (grid.resident_total < residents)) & (grid.chunk_tokens > least)
     grid = grid.take(np.flatnonzero(too_long))
     if not len(grid):
         return grid
     # Bytes bend where a chunk is as long as a micro-batch is large, and upwards.
     ends = np.stack([np.full(len(grid), least), grid.chunk_tokens])
     tokens = np.stack([ends[0], np.clip(grid.micro_batch_size, *ends), ends[1]])
-    left = _left(space, grid.take(np.tile(np.arange(len(grid)), 3)), tokens.ravel()).reshape(tokens.shape)
+    thrice = grid.take(np.tile(np.arange(len(grid)), 3))
+    left = _left(space, thrice, tokens.ravel(), residents).reshape(tokens.shape)
     shortest_fits = np.flatnonzero(left[0] >= 0)
     grid, tokens, left = grid.take(shortest_fits), tokens[:, shortest_fits], left[:, shortest_fits]
     columns, before = np.arange(len(grid)), (left[1] < 0).astype(np.int64)  # the bend, room ends
@@ -37,8 +44,8 @@ def _shortened(space: Space, grid: Grid, least: int) -> Grid:
     return grid.with_chunks(space, tokens[near] + (share * (tokens[far] - tokens[near])).astype(np.int64))
 
 
-def _left(space: Space, grid: Grid, chunk_tokens: Ints) -> Ints:
-    """Bytes that the GPU has left beside the fewest residents with which the host holds the rest.
+def _left(space: Space, grid: Grid, chunk_tokens: Ints, least: int) -> Ints:
+    """Bytes that the GPU has left beside the fewest residents from `least` on with which the host holds the rest.
 
     They are negative where it lacks some, or where not even all of the experts as residents would do.
     """
@@ -47,7 +54,7 @@ def _left(space: Space, grid: Grid, chunk_tokens: Ints) -> Ints:
     purposes = host_purposes(space, kind, numbers, host_bytes=weights.on_host(dense, 0), page_bytes=0)
     lacking = sum(purposes.values()) - space.profile.host.usable_bytes
     # Where the host holds a part of a chunk, what it lacks is no line in the chunk: one more at most.
-    residents = np.maximum(-(-lacking // weights.expert_bytes) + (1 - grid.gpu_prefill_ffn), 0)
+    residents = np.maximum(-(-lacking // weights.expert_bytes) + (1 - grid.gpu_prefill_ffn), least)
     of_every_layer = residents // space.spec.num_expert_layers
     largest = np.maximum(*weights.largest_streamed(dense, of_every_layer, grid.gpu_prefill_ffn))
     held = weights.resident(dense, residents)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hrm.buffers import Needs, Purpose, by_purpose
 from hrm.contract.rings import WEIGHT_SLOTS
@@ -114,34 +115,46 @@ class Room:
         high[RESIDENT] = np.where(each > 0, np.minimum(high[RESIDENT], reach + 1e-9), high[RESIDENT])
         low[RESIDENT] = np.where(each < 0, np.maximum(low[RESIDENT], reach - 1e-9), low[RESIDENT])
         high[RESIDENT] = np.where((each == 0) & (with_experts < 0), -1.0, high[RESIDENT])
+        # Together they are whole experts.
+        low[RESIDENT] = np.ceil(low[RESIDENT] * layers - 1e-6) / layers
+        high[RESIDENT] = np.floor(high[RESIDENT] * layers + 1e-6) / layers
 
     def _shorter(self, regions: Regions) -> Regions:
-        """Upper ends of size and number as far as memory may allow beside the other lower ends."""
+        """Upper ends, but of residents, as far as memory may allow beside the other lower ends."""
         low, high = regions.low, regions.high.copy()
-        axes = [SIZE, NUMBER]
-        far = np.stack([low, low], axis=1)  # for every axis a corner at its upper end
+        axes = [SIZE, NUMBER, KV, CHUNK]
+        far = np.stack([low] * len(axes), axis=1)  # for every axis a corner at its upper end
         ends = high[axes]
         far[axes, range(len(axes))] = ends
-        slack = np.array([[1.0], [1e-6]])  # caches are in whole blocks
-        for at_low, at_far, room in self._needs(regions, low, far):
+        # Once chunks are longer than micro-batches are large, the workspace is a line in their length.
+        line = np.zeros(ends.shape, dtype=bool)
+        line[axes.index(CHUNK)] = low[CHUNK] >= low[SIZE]
+        slack = np.array([[1.0], [1e-6], [1e-9], [1e-6]])  # caches are in whole blocks
+        whole = np.array([[True], [True], [False], [False]])
+        for at_low, at_far, room in self._needs(regions, low, far, line=line):
             span = at_far - at_low
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = np.where(span > 0, (room - at_low) / span, 1.0)
             reach = low[axes] + np.clip(share, 0, 1) * (ends - low[axes])
-            high[axes] = np.minimum(high[axes], np.floor(reach * (1 + 1e-9) + slack))
+            reach = reach * (1 + 1e-9) + slack
+            high[axes] = np.minimum(high[axes], np.where(whole, np.floor(reach), reach))
         return replace(regions, high=high)
 
-    def _needs(self, regions: Regions, low: Floats, far: Floats) -> list[tuple[Floats, Floats, Floats]]:
+    def _needs(
+        self, regions: Regions, low: Floats, far: Floats, *, line: NDArray[np.bool_] | None = None
+    ) -> list[tuple[Floats, Floats, Floats]]:
         """Bytes at a corner and at others beyond it, and what there is, at each level.
 
         A workspace is of the larger of two numbers of tokens, so that its bytes bend upwards: it is
-        taken as at the lower corner.
+        taken as at the lower corner, but where it is a `line`.
         """
 
         def total(purposes: dict[Purpose, Floats], fixed: dict[Purpose, Floats]) -> Floats:
-            return sum((fixed if name is Purpose.WORKSPACE else purposes)[name] for name in purposes) + np.zeros(
-                len(regions)
-            )
+            workspace = fixed[Purpose.WORKSPACE]
+            if line is not None:
+                workspace = np.where(line, purposes[Purpose.WORKSPACE], workspace)
+            others = [size for name, size in purposes.items() if name is not Purpose.WORKSPACE]
+            return sum(others, workspace) + np.zeros(len(regions))
 
         gpu, cpu = self._purposes(regions, low)
         gpu_far, cpu_far = self._purposes(regions, far)
@@ -153,13 +166,10 @@ class Room:
         top, host = self.space.profile.top.usable_bytes, self.space.profile.host.usable_bytes
         if not self.space.profile.has_accelerator:
             room = host - held
-            both = total(gpu, gpu) + total(cpu, cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
+            both = _sum(gpu) + _sum(cpu), total(gpu_far, gpu) + total(cpu_far, cpu)
             return [(*both, room)]
         on_host = self.weights.on_host(regions.dense, regions.high[RESIDENT] * self.layers)
-        return [
-            (total(gpu, gpu), total(gpu_far, gpu), top - held - slots),
-            (total(cpu, cpu), total(cpu_far, cpu), host - on_host),
-        ]
+        return [(_sum(gpu), total(gpu_far, gpu), top - held - slots), (_sum(cpu), total(cpu_far, cpu), host - on_host)]
 
     def largest_batch(self, regions: Regions) -> Floats:
         """Requests in a batch, at most: need beside weights grows at least as at the far corner."""
@@ -177,6 +187,11 @@ class Room:
         if self.requests is not None:
             most = np.minimum(most, self.requests)
         return np.maximum(most, 1.0)
+
+
+def _sum(purposes: dict[Purpose, Floats]) -> Floats:
+    """Bytes of all purposes."""
+    return sum(purposes.values(), np.zeros(1))
 
 
 def _left(room: Floats | int, purposes: dict[Purpose, Floats]) -> Floats:

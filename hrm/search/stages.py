@@ -1,8 +1,9 @@
-"""Pipelines of unequal GPUs: how many layers each stage gets, beside the policy that all of them share.
+"""Pipelines whose stages are planned one by one: how many layers each gets, beside the policy that all of them share.
 
-Solvers search one stage: first one that stands for all, on the smallest GPU, then those of the lengths
-that were found. Each policy is then tried on all stages, every one with as many resident experts as its
-own GPU has room for, and layers move from the slowest stage to others as long as that pays.
+Solvers search one stage: first one that stands for all, which has what the smallest GPU has, then those of
+the lengths that were found. Each policy is then tried on all stages, every one with as many resident experts as
+its own GPU has room for, and layers move from the slowest stage to others as long as that pays. GPUs that are
+alike get stages of unequal lengths too where a model cannot be divided into stages that are alike.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +16,10 @@ import numpy as np
 
 from hrm.closed_form import phases_of_batches
 from hrm.estimate import Estimate
+from hrm.machines import stage_part, with_host_memory
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec
-from hrm.parallel import has_experts, stage_of
+from hrm.parallel import has_experts, stage_layers, stage_of
 from hrm.policy import Parallelism, Policy, spread_experts
 from hrm.search.choose import TIE, ranked
 from hrm.search.grid import ALL_THAT_FIT, make_grid
@@ -32,15 +34,12 @@ _PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where th
 Lengths = tuple[int, ...]
 
 
-def search_stages(space: Space, first: Space, find: Callable[[Space], Found]) -> Found:
-    """The best pipelines of a machine's GPUs, simulated, best first.
+def search_stages(space: Space, lengths: Lengths, first: Found, find: Callable[[Space], Found]) -> Found:
+    """The best pipelines of a machine's GPUs, simulated, best first, from these lengths on.
 
-    `first` is the stage that stands for all, and `find` searches the space of one.
+    `first` is what was found for a stage that stands for all, and `find` searches the space of one.
     """
-    if space.spec.num_expert_layers < space.profile.num_gpus:
-        return Found()
-    lengths = _in_proportion([card.level.usable_bytes for card in space.profile.gpus], space.spec)
-    latest = [find(first)]
+    latest = [first]
     found, simulated, greatest = [*latest], list[Estimate](), 0.0
     for _ in range(ROUNDS):
         before = _rate(simulated)
@@ -53,6 +52,8 @@ def search_stages(space: Space, first: Space, find: Callable[[Space], Found]) ->
         lengths = _best(simulated).policy.stage_lengths if simulated else lengths
         latest = [find(stage) for stage in _different_stages(space, lengths)]
         found += latest
+        if not any(one.ranked for one in latest):
+            break
     simulated += _polished(space, simulated)
     return replace(
         Found.best_of(found),
@@ -61,6 +62,44 @@ def search_stages(space: Space, first: Space, find: Callable[[Space], Found]) ->
         greatest_tokens_per_s=greatest,
         simulated=sum(one.simulated for one in found) + len(simulated),
     )
+
+
+def first_lengths(space: Space) -> Lengths:
+    """Lengths to begin with, in proportion to what each GPU holds; none if lengths are not searched.
+
+    That is where the stages of GPUs that are alike are so too, as even lengths make them. There must be as many layers
+    with experts as GPUs.
+    """
+    spec, profile = space.spec, space.profile
+    if profile.gpus:
+        return _in_proportion([card.level.usable_bytes for card in profile.gpus], spec)
+    stages = stage_layers(spec.num_layers, profile.num_gpus)
+    forms = {(len(layers), sum(spec.layer_kind(layer).has_experts for layer in layers)) for layers in stages}
+    return tuple(map(len, stages)) if len(forms) > 1 else ()
+
+
+def least_stage(space: Space, part: Space) -> Space | None:
+    """A stage that takes no longer than the slowest of any lengths, for GPUs and layers with experts that are alike.
+
+    Of E layers with experts, one of g stages has k = E/g at least, rounded up. Beside them it may have all layers that
+    have none, and so large a share of the host's rates. All stages together have caches and buffers on the host, of
+    which this one's are no more than k/E, and the weights that no GPU has room for. Handing hidden states on is taken
+    to be no longer than what the last stage does instead. None if layers with experts differ by more than their
+    windows; `part` is the space of the stage that stands for all.
+    """
+    spec, profile, weights = space.spec, space.profile, space.formats.weights
+    with_experts = [layer for layer in spec.layers if layer.has_experts]
+    if profile.gpus or len({layer.without_window for layer in with_experts}) > 1:
+        return None
+    count = ceil(len(with_experts) / profile.num_gpus)
+    narrowest = min(with_experts, key=lambda layer: layer.window or inf)
+    least = spec.with_layers([narrowest] * count, has_embedding=False, has_head=False)
+    others = spec.num_layers - len(with_experts)
+    host, share = profile.host, count / len(with_experts)
+    left_bytes = host.usable_bytes - max(0, spec.total_layer_bytes(weights) - profile.top.usable_bytes)
+    host_bytes = max(0, int(share * left_bytes)) + least.total_layer_bytes(weights)
+    machine = stage_part(profile, 0, (count + others) / spec.num_layers)
+    return replace(part, spec=least, profile=with_host_memory(machine, host_bytes, host.usable_pinned_bytes))
 
 
 def space_of_stage(space: Space, index: int, layers: range) -> Space:
@@ -72,8 +111,8 @@ def space_of_stage(space: Space, index: int, layers: range) -> Space:
 
 
 def _different_stages(space: Space, lengths: Lengths) -> list[Space]:
-    """The space of every stage that is not like an earlier one."""
-    stages = {_form(space, index, layers): (index, layers) for index, layers in enumerate(_ranges(lengths))}
+    """The space of every stage that has other layers than an earlier one, or another GPU."""
+    stages = {_form(space, index, layers)[:2]: (index, layers) for index, layers in enumerate(_ranges(lengths))}
     return [space_of_stage(space, *stage) for stage in stages.values()]
 
 
@@ -84,7 +123,7 @@ def _form(space: Space, index: int, layers: range) -> _Form:
     """What a stage is like: the first GPU like its own, the kinds of its layers, and whether it is first or last."""
     gpus, spec = space.profile.gpus, space.spec
     kinds = spec.order[layers.start : layers.stop]
-    return gpus.index(gpus[index]), kinds, layers.start == 0, layers.stop == spec.num_layers
+    return gpus.index(gpus[index]) if gpus else 0, kinds, layers.start == 0, layers.stop == spec.num_layers
 
 
 def _ranges(lengths: Lengths) -> list[range]:

@@ -1,7 +1,7 @@
 """The entrance of the search; of several GPUs it compares tensor parallelism, in two ways, and a pipeline."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -23,11 +23,12 @@ from hrm.search.polish import polished
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Space
-from hrm.search.stages import search_stages
+from hrm.search.stages import Lengths, first_lengths, least_stage, search_stages
 from hrm.search.ties import smallest_first
 
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
+_EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -37,8 +38,9 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
     several GPUs, tensor parallelism, with experts divided or whole, and a pipeline are searched one after
     the other unless one of them is asked for, and the result names all. Whole experts must be faster than
-    divided ones by more than a thousandth. GPUs that are not all alike are searched without
-    those of some kinds as well. If nothing is possible or fits, the result says so.
+    divided ones by more than a hundredth, as tokens may go to them less evenly than plans are told. GPUs
+    that are not all alike are searched without those of some kinds as well. If nothing is possible or fits,
+    the result says so.
     """
     found = _search(space, solver, runner_ups)
     for gpus in sets_of_kinds(space.profile):
@@ -75,12 +77,14 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     """The same with all GPUs of the space."""
     started_s = time.perf_counter()
     several = space.profile.num_gpus > 1
-    ways = [_searched(space, way, division, solver) for way, division in ways_of(space)]
-    fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + TIE * (way.division is ExpertDivision.WHOLE)))
+    ways: list[_Searched] = []
+    for way, division in ways_of(space):
+        ways.append(_searched(space, way, division, solver, max((one.tokens_per_s for one in ways), default=0.0)))
+    fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + _EVENLY * (way.division is ExpertDivision.WHOLE)))
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
-    bound = _bound(space, [one for way in ways for one in way.spaces], found.greatest_tokens_per_s)
+    bound = _greatest(way.bound or _bound(way.spaces, found.greatest_tokens_per_s) for way in ways)
     result = SearchResult(
         solver=solver.name,
         evaluates=solver.evaluates,
@@ -117,6 +121,7 @@ class _Searched:
     part: Space | None
     spaces: Sequence[Space]
     found: Found
+    bound: Bound | None = None
 
     @cached_property
     def best(self) -> Estimate | None:
@@ -169,24 +174,48 @@ def ways_of(space: Space) -> tuple[tuple[Parallelism, ExpertDivision], ...]:
     return tuple(way for way in ways if divides in {None, way[0]} and (asked is None or way[1] is asked))
 
 
-def _searched(space: Space, parallelism: Parallelism, division: ExpertDivision, solver: Solver) -> _Searched:
+def _searched(
+    space: Space, parallelism: Parallelism, division: ExpertDivision, solver: Solver, known_tokens_per_s: float
+) -> _Searched:
+    """What is found in one way; stages' lengths are not searched if none can be better than what another way gives."""
     part = space_of_part(space, parallelism, division)
-    one_by_one = parallelism is Parallelism.PIPELINE and bool(space.profile.gpus)
-    if part is None:
-        found, spaces = Found(), list[Space]()
-    elif one_by_one:
-        found, spaces = search_stages(space, part, lambda stage: _found(stage, solver)[0]), []
-    else:
-        found, spaces = _found(part, solver)
-    return _Searched(
+    found, spaces = (Found(), list[Space]()) if part is None else _found(part, solver)
+    alike = _Searched(
         parallelism=parallelism,
         division=division,
         obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus, division),
         whole=space,
-        part=None if one_by_one else part,
+        part=part,
         spaces=spaces,
         found=found,
     )
+    if part is None or parallelism is Parallelism.TENSOR or space.profile.num_gpus == 1:
+        return alike
+    lengths = first_lengths(space)
+    return _with_lengths(alike, part, lengths, solver, known_tokens_per_s) if lengths else alike
+
+
+def _with_lengths(
+    alike: _Searched, part: Space, lengths: Lengths, solver: Solver, known_tokens_per_s: float
+) -> _Searched:
+    """A pipeline whose stages have lengths of their own, or that which is planned by one stage if it is as good.
+
+    GPUs that are not alike can only have the first.
+    """
+    space, least = alike.whole, least_stage(alike.whole, part)
+    if least is None or space.limits != NO_LIMITS:
+        alike = replace(alike, bound=Bound(inf, 0))
+    else:
+        best = alike.found.ranked[0].policy if alike.found.ranked else None
+        known = max(known_tokens_per_s, alike.tokens_per_s)
+        bound = _bound([*least.of_pinning(), *least.in_parts(best)], known)
+        alike = replace(alike, bound=bound)
+        if bound.tokens_per_s <= known * (1 + TIE):
+            return alike
+    own = search_stages(space, lengths, alike.found, lambda stage: _found(stage, solver)[0])
+    if space.profile.gpus or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
+        return replace(alike, part=None, found=own)
+    return replace(alike, found=Found.best_of([alike.found, replace(own, ranked=())]))
 
 
 def _found(part: Space, solver: Solver) -> tuple[Found, list[Space]]:
@@ -210,12 +239,18 @@ def find(space: Space, solver: Solver) -> Found:
     return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
 
 
-def _bound(space: Space, searched: Sequence[Space], known_tokens_per_s: float) -> Bound:
-    """A bound on what was searched; with limits on waiting times, or stages of unequal GPUs, there is none."""
-    if space.limits != NO_LIMITS or (space.profile.gpus and space.parallelism is not Parallelism.TENSOR):
+def _bound(searched: Sequence[Space], known_tokens_per_s: float) -> Bound:
+    """A bound on what was searched; with limits on waiting times there is none."""
+    if any(one.limits != NO_LIMITS for one in searched):
         return Bound(inf, 0)
-    bounds = [upper_bound(one, known_tokens_per_s) for one in searched]
-    return Bound(max((bound.tokens_per_s for bound in bounds), default=0.0), sum(bound.regions for bound in bounds))
+    return _greatest(upper_bound(one, known_tokens_per_s) for one in searched)
+
+
+def _greatest(bounds: Iterable[Bound]) -> Bound:
+    """One on all of what these are on."""
+    bounds = list(bounds)
+    tokens_per_s = max((bound.tokens_per_s for bound in bounds), default=0.0)
+    return Bound(tokens_per_s, sum(bound.regions for bound in bounds))
 
 
 def _with_advice(result: SearchResult, space: Space) -> SearchResult:

@@ -14,7 +14,7 @@ from hrm.contract import launches
 from hrm.costs import Runtime
 from hrm.estimate import Estimate, estimate
 from hrm.formats import Formats
-from hrm.hardware import HardwareProfile
+from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.launches import launches_of
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
@@ -141,6 +141,14 @@ def test_waits_of_a_runtime_are_a_cause_of_their_own():
     runtime = Runtime(synchronise_s=1.0)
     limits = estimate(tiny_spec(), policy, machine(), WORKLOAD, runtime=runtime).limits
     assert limits.job.cause is Cause.SYNCHRONISING
+
+
+def test_running_tasks_is_a_cause_of_its_own():
+    policy = random_policy(Random(1), tiny_spec(), ScheduleName.CGOPIPE)
+    a_task = Figure(value=1.0, source=Source.MEASURED)
+    profile = replace(machine(), lane_threads=LaneThreads(cores=4, task_s=a_task))
+    limits = estimate(tiny_spec(), policy, profile, WORKLOAD).limits
+    assert limits.job.cause is Cause.RUNNING_TASKS
 
 
 def test_tasks_in_turn_are_named_as_waiting():

@@ -13,12 +13,12 @@ from hrm.costs import Costs
 from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.formats import Formats
-from hrm.hardware import HardwareProfile
+from hrm.hardware import Figure, HardwareProfile, LaneThreads, Source
 from hrm.machines import compose
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.phases import decode_work, prefill_seconds, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
-from hrm.schedules import SCHEDULES, pages_of
+from hrm.schedules import SCHEDULES, decode_pipeline, iter_tasks, pages_of
 from hrm.tasks import Device, Lane
 from hrm.workload import Workload
 from tests.hrm.support import (
@@ -366,3 +366,30 @@ def test_a_grid_of_policies_is_computed_as_each_of_them_alone(schedule):
         together = batch_seconds(costs, grid, schedule, WORKLOAD)
         alone = [batch_seconds(costs, point, schedule, WORKLOAD) for point in points]
         np.testing.assert_allclose(np.transpose(together), alone, rtol=1e-12)
+
+
+def test_lanes_that_share_cores_take_as_long_as_these_are_busy_with_running_tasks_and_computing():
+    rng = Random(4)
+    for _ in range(10):
+        spec = tiny_spec()
+        none_stay = (0,) * spec.num_layers
+        policy = replace(random_policy(rng, spec, ScheduleName.CGOPIPE), resident_experts=none_stay, experts_per_part=0)
+        counts = [
+            sum(1 for _ in iter_tasks(decode_pipeline(spec, policy, num_steps=steps), ScheduleName.CGOPIPE))
+            for steps in (2, 3)
+        ]
+        running_s = float(counts[1] - counts[0])  # of a step, at a second each
+        alone = random_machine(rng)
+        a_task = Figure(value=1.0, source=Source.MEASURED)
+        levels = tuple(replace(level, processor=replace(level.processor, cores=1)) for level in alone.levels)
+
+        def costs_on(cores: int) -> Costs:
+            profile = replace(alone, levels=levels, lane_threads=LaneThreads(cores=cores, task_s=a_task))  # noqa: B023
+            return Costs(spec, profile, policy.formats)  # noqa: B023
+
+        point = Point.of_policy(policy, spec)
+        lanes = DecodeStep.of_point(costs_on(1), point, policy.schedule).seconds(40).lanes
+        computing_s = lanes[Lane.GPU] + lanes[Lane.CPU]
+        for cores in (1, 2):
+            expected_s = (running_s + computing_s) / cores
+            assert step_seconds(costs_on(cores), policy, 40) == pytest.approx(expected_s, rel=1e-6)

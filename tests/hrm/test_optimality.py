@@ -13,13 +13,14 @@ from hrm.hardware import HardwareProfile
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.placement import experts_of_layers
-from hrm.policy import Policy, ScheduleName
+from hrm.policy import Parallelism, Policy, ScheduleName
 from hrm.scaling import Resource, resources, scale, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
-from hrm.search.bound import Bounder
+from hrm.search.bound import Bounder, upper_bound
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.smooth import smoothed
+from hrm.search.ways import space_of_part
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
@@ -104,6 +105,37 @@ def test_the_ceiling_of_a_policy_holds_whatever_its_last_batch_is(on_gpu, prompt
         assert predicted.bound_tokens_per_s >= 0.5 * ceilings[0], "a ceiling that is near"
 
 
+def test_residents_may_be_anywhere_but_in_the_last_layer():
+    """There an expert has the least to do in prefill: a bound that took them to be spread evenly was too low."""
+    case = random_case(Random(100_044))
+    spec, layers = case.spec, case.spec.num_layers
+    for of_last in (0, spec.num_experts):
+        residents = [*([spec.num_experts] * 10), *([0] * (layers - 11)), of_last]
+        policy = Policy(
+            batch_size=1,
+            micro_batch_size=1,
+            attention=Device.GPU,
+            ffn=Device.CPU,
+            prefill_ffn=Device.CPU,
+            resident_experts=tuple(residents),
+            gpu_kv_micro_batches=1,
+            kv_tokens_per_micro_batch=320,
+            prefill_chunk_tokens=300,
+            dtype=case.dtype,
+        )
+        predicted = estimate(spec, policy, case.profile, case.workload)
+        space = Space(spec, case.profile, case.workload, dtype=case.dtype, attention=Device.GPU, ffn=Device.CPU)
+        space = replace(space, prefill_ffn=Device.CPU)
+        at = np.array([[1.0], [1.0], [1.0], [sum(residents) / layers], [300.0]])
+        one = np.ones(1)
+        region = Regions(
+            gpu_attention=one, gpu_ffn=0 * one, gpu_prefill=0 * one, dense=one, one_chunk=one, low=at, high=at
+        )
+        left, ceilings = Bounder(space).bounded(region)
+        assert len(left) == 1, "it fits"
+        assert predicted.tokens_per_s <= ceilings[0] * (1 + 1e-9)
+
+
 def test_a_host_smaller_than_the_model_is_searched_whole():
     """All of it fits the GPUs: this once gave 213.6 tokens/s, called optimal."""
     profile = with_memory(compose("2xA100-80G"), cpu_memory_bytes=64 * GB)
@@ -169,3 +201,31 @@ def test_a_smooth_machine_is_nowhere_slower_and_work_takes_longer_the_more_it_is
     assert (after >= before).all()
     assert (np.diff(after) >= 0).all()
     assert (np.diff(sizes / after) >= -1e-3 * (sizes / after)[1:]).all()
+
+
+@pytest.mark.usefixtures("quick_bounds")
+def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
+    found = 0
+    for seed in range(40):
+        rng = Random(seed)
+        case = random_case(rng)
+        per_part = rng.choice([1, 1, 2, max(1, case.spec.num_experts // 3)])
+        space = Space(
+            case.spec, case.profile, case.workload, dtype=case.dtype, prefill_ffn=Device.GPU, experts_per_part=per_part
+        )
+        part = space_of_part(space, Parallelism.TENSOR)
+        if part is None or not case.profile.has_accelerator:
+            continue
+        fitting: dict[Policy, float] = {}
+        for _ in range(3):  # ever closer to the best
+            near = max(fitting, key=lambda policy: fitting[policy], default=None)
+            for policy in random_policies(rng, case, near, count=4):
+                if policy.prefill_ffn is Device.GPU and policy.parallelism is Parallelism.TENSOR:
+                    in_parts = replace(policy, experts_per_part=per_part)
+                    predicted = estimate(case.spec, in_parts, case.profile, case.workload)
+                    if predicted.memory.fits:
+                        fitting[in_parts] = predicted.tokens_per_s
+        best = max(fitting.values(), default=0.0)
+        assert best <= upper_bound(part, best).tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}"
+        found += len(fitting)
+    assert found > 100

@@ -16,7 +16,7 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.parallel import shares_for, stage_of
 from hrm.policy import Parallelism, Policy, kv_tokens_for, spread_experts
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
-from hrm.search import Space, search
+from hrm.search import Space, search, ways
 from hrm.tasks import Device
 from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import figure, level, rate, tiny_spec
@@ -229,7 +229,7 @@ def most_residents(spec: ModelSpec, profile: HardwareProfile, policy: Policy) ->
     for index, layers in enumerate(policy.stages):
         part = stage_of(spec, profile, index, layers)
         kept = None
-        for total in range(0, 4 * len(layers) + 1, 2):
+        for total in range(0, 4 * part.spec.num_expert_layers + 1, 2):
             alone = replace(policy.of_stage(index), resident_experts=spread_experts(part.spec, total))
             plan = plan_memory(part.spec, replace(alone, parallelism=Parallelism.TENSOR), part.profile)
             if plan.gpu.planned_bytes <= plan.gpu.capacity_bytes:
@@ -339,3 +339,58 @@ def test_a_gpu_that_only_holds_up_the_others_is_left_out():
     best = search(space(profile)).require()
     assert best.policy.gpus == (0,)
     assert estimate(SPEC, best.policy, profile, WORKLOAD).tokens_per_s == best.tokens_per_s
+
+
+# --------------------------------------------------------------------------- GPUs that are alike
+
+
+def equal(count: int, cpu_bytes: float = 200e6, **of_card: float) -> HardwareProfile:
+    return assemble_all([(count, card("one", **of_card))], host(cpu_bytes))
+
+
+def test_stages_that_come_out_alike_are_planned_by_one():
+    best = search(space(equal(2), Parallelism.PIPELINE))
+    assert best.require().policy.stage_lengths == ()
+    assert len(best.require().policy.resident_experts) == 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_equal_gpus_no_lengths_are_better_and_none_is_beyond_the_bound(seed):
+    """Every way of sharing out layers that cannot be shared out evenly, under policies of all kinds."""
+    rng = Random(f"equal {seed}")
+    dense, count = (0, 1, 2)[seed], (2, 3, 2)[seed]
+    spec = tiny_spec(
+        num_layers=7, hidden_size=256, intermediate_size=512, num_dense_layers=dense, dense_intermediate_size=300
+    )
+    sizes = {"gpu_bytes": rng.uniform(8e6, 30e6), "flops": rng.uniform(0.2e12, 4e12), "moves": rng.uniform(1e9, 12e9)}
+    profile = equal(count, cpu_bytes=rng.uniform(30e6, 80e6), **sizes)
+    found = search(space(profile, Parallelism.PIPELINE, spec))
+    rates, bounds = {}, []
+    lengths = [ends for ends in product(range(1, 7), repeat=count) if sum(ends) == 7 and ends[0] > dense]
+    for own, size, number, attention, share in product(lengths, (8, 48), (1, 3), Device, (0, 1)):
+        asked = a_policy(
+            spec,
+            own,
+            batch_size=size * number,
+            micro_batch_size=size,
+            attention=attention,
+            gpu_kv_micro_batches=share * number,
+            resident_experts=spread_experts(spec, 0),
+            kv_tokens_per_micro_batch=kv_tokens_for(size, WORKLOAD.mean_context_len, WORKLOAD.max_context_len),
+            prefill_chunk_tokens=max(60, size * number * 40 // 2),
+        )
+        if (policy := most_residents(spec, profile, asked)) is not None:
+            predicted = estimate(spec, policy, profile, WORKLOAD)
+            rates[policy] = predicted.tokens_per_s
+            bounds.append(predicted.bound_tokens_per_s)
+    assert len(rates) > 20
+    assert found.tokens_per_s >= 0.99 * max(rates.values()), max(rates, key=lambda policy: rates[policy])
+    assert found.bound_tokens_per_s >= max(bounds)
+    assert len(found.require().policy.stage_lengths) in {0, count}
+
+
+def test_lengths_are_not_searched_where_tensor_parallel_is_better_than_any(monkeypatch):
+    spec, profile = BUILT_IN_MODELS["glm-4.5-air"], compose("4xRTX-3090", "generic-server")
+    monkeypatch.setattr(ways, "search_stages", None)
+    found = search(Space(spec, profile, WORKLOADS["mtbench"]))
+    assert found.require().policy.parallelism is Parallelism.TENSOR

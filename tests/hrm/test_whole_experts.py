@@ -265,3 +265,37 @@ def test_models_whose_groups_do_not_divide_lose_nothing(model: str, ranks: int) 
         for narrow in (spec.of_rank(ranks, division),)
     }
     assert experts[WHOLE] == spec.num_experts * spec.expert_bytes(plain) < experts[INNER]
+
+
+ESTIMATE = (
+    "--model",
+    "mixtral-8x7b",
+    "--gpus",
+    "2xA100-80G",
+    "--prompt-len",
+    "77",
+    "--gen-len",
+    "64",
+    "-u",
+    "64",
+    "-n",
+    "2",
+)
+
+
+def test_a_command_asks_for_either_and_says_which(hrm, hrm_json) -> None:
+    code, out, _ = hrm("estimate", *ESTIMATE, "--expert-division", "whole", "--resident-experts", "2")
+    assert code == 0
+    assert "whole experts in each rank: 4 of 8" in out
+    assert "2 of 4 a layer stay" in out
+    assert "experts divided by their inner size" in hrm("estimate", *ESTIMATE)[1]
+    assert hrm_json("estimate", *ESTIMATE, "--expert-division", "whole")["policy"]["expert_division"] == "whole"
+    code, _, err = hrm("estimate", *ESTIMATE, "--expert-division", "whole", "--resident-experts", "5")
+    assert (code, "at most the 4 experts" in err) == (2, True)
+
+
+def test_a_command_refuses_what_cannot_be_divided_or_is_a_pipeline(hrm) -> None:
+    code, _, err = hrm("estimate", *ESTIMATE[:3], "3xA100-80G", *ESTIMATE[4:], "--expert-division", "whole")
+    assert (code, "its 8 experts cannot be divided by 3" in err) == (2, True)
+    code, _, err = hrm("search", *ESTIMATE[:8], "--parallelism", "pipeline", "--expert-division", "inner")
+    assert (code, "--expert-division is 'inner'" in err) == (2, True)

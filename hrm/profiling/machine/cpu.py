@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hrm.hardware import CPU, HardwareProfile
-from hrm.profiling.machine.host import CACHES, add_disk, add_host_memory, add_processor, host_facts_of
+from hrm.profiling.machine.host import CACHES, TASKS, add_disk, add_host_memory, add_processor, add_tasks, host_facts_of
 from hrm.profiling.machine.levels import host_level, ram_of
 from hrm.profiling.machine.run import Run
 
@@ -13,6 +13,7 @@ def profile_cpu(run: Run) -> HardwareProfile:
     threads = run.threads
     add_processor(run, CPU, threads)
     add_host_memory(run, [threads])
+    add_tasks(run)
     add_disk(run)
     results = run.steps.run()
     disk, facts = host_facts_of(results)
@@ -21,6 +22,7 @@ def profile_cpu(run: Run) -> HardwareProfile:
         name=f"{run.host.cpu_name}, {threads} cores",
         accelerator="cpu",
         levels=(replace(level, caches=results[CACHES]),),
+        lane_threads=results.get(TASKS),
         disk=disk,
         environment=facts,
     )

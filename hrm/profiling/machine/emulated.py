@@ -1,7 +1,7 @@
 """A machine whose accelerator is emulated on its CPU."""
 
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Final
 
 from hrm.contract.lane_threads import lane_threads
@@ -11,10 +11,12 @@ from hrm.machines import of_parts
 from hrm.profiling.machine.host import (
     CACHES,
     STAGING,
+    TASKS,
     add_disk,
     add_host_memory,
     add_processor,
     add_staging,
+    add_tasks,
     attention_worker,
     host_facts_of,
     staging_worker,
@@ -60,6 +62,8 @@ def profile_emulated(run: Run) -> HardwareProfile:
 
 def _between_ranks(run: Run, count: int) -> Link:
     """What sums of few and of many bytes tell of the ring that `hrm.costs` has them go around."""
+    from hrm.profiling.timing import measured
+
     kernels = run.options.kernels
     assert kernels is not None, "checked with the options"
     assert kernels.sums_between is not None, "checked with the options"
@@ -68,15 +72,9 @@ def _between_ranks(run: Run, count: int) -> Link:
     turns = 2 * (count - 1)
     latencies = [seconds / turns for seconds in few]
     moved = turns / count * (MANY_SUMMED_BYTES - FEW_SUMMED_BYTES)
-    note = f"sums between {count} processes"
-    found = Figure(
-        value=median(latencies),
-        source=Source.MEASURED,
-        note=note,
-        samples=len(few),
-        p20=latencies[len(few) // 5],
-        p80=latencies[4 * len(few) // 5],
-    )
+    note = f"sums between {count} processes, among the tasks of their other lanes"
+    # What many of them take together counts: now and then all wait for one that is late.
+    found = measured(fmean(latencies), latencies, note)
     rate = moved / max(median(many) - median(few), 1e-9)
     bandwidth = Figure(value=rate, source=Source.MEASURED, note=note, samples=len(many))
     return Link(source=GPU, target=GPU, kind="peer", latency_s=found, bandwidth_bytes_per_s=Rate(achieved=bandwidth))
@@ -87,6 +85,7 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
 
     gpu_threads, cpu_threads = _threads(run, Lane.GPU), _threads(run, Lane.CPU)
     capacity, reserve = (figure.times(1 / count) for figure in ram_of(run.host, count * gpu_bytes))
+    add_tasks(run, count)
     results = _measured(run, gpu_bytes, gpu_threads, cpu_threads)
     gpu_capacity = Figure(value=float(gpu_bytes), source=Source.ASSUMED, note="emulated")
     none = Figure(value=0.0, source=Source.ASSUMED, note="the whole arena is used")
@@ -105,6 +104,7 @@ def _profile_one(run: Run, gpu_bytes: int, count: int = 1) -> HardwareProfile:
             ),
         ),
         links=(results[f"link {CPU} to {GPU}"], results[f"link {GPU} to {CPU}"], results[STAGING]),
+        lane_threads=results.get(TASKS),
         disk=disk,
         environment={
             "emulated_lanes": f"gpu {counted(gpu_threads, 'thread')}, cpu {counted(cpu_threads, 'thread')}",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hrm.hardware import CPU, Cache, Disk, Link, Rate
+from hrm.hardware import CPU, Cache, Disk, LaneThreads, Link, Rate
 from hrm.profiling import topology
 from hrm.profiling.machine.run import Run, torch_threads
 from hrm.units import MIB, counted
@@ -20,6 +20,7 @@ CACHES: Final = "caches"
 NUMA: Final = "NUMA nodes"
 STAGING: Final = "staging"
 DISK: Final = "disk"
+TASKS: Final = "running tasks"
 QUICK_SOURCE_BYTES: Final = 512 * MIB
 MOST_SHARE: Final = 8  # a buffer takes this part of the memory at most
 
@@ -191,6 +192,22 @@ def add_disk(run: Run) -> None:
             return DiskFound(why_not=str(error))
 
     run.steps.add(DISK, 3, disk, DiskFound)
+
+
+def add_tasks(run: Run, ranks: int = 1) -> None:
+    """What running a task takes whatever it does, of one of so many ranks, if a runtime tells."""
+    kernels = run.options.kernels
+    if kernels is None or (seconds_a_task := kernels.seconds_a_task) is None:
+        return
+    from hrm.profiling.timing import summarise
+
+    def lanes(_: float) -> LaneThreads:
+        a_task = summarise(seconds_a_task(ranks)).duration(
+            "of the processor, for tasks of decode that do next to nothing"
+        )
+        return LaneThreads(cores=run.threads, task_s=a_task)
+
+    run.steps.add(TASKS, 0.1, lanes, LaneThreads, once=True)
 
 
 def host_facts_of(results: dict[str, Any]) -> tuple[Disk | None, dict[str, str]]:

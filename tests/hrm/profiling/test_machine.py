@@ -518,7 +518,7 @@ def test_two_emulated_accelerators_are_shares_of_the_machine_with_sums_between(t
 
     installed = installed_kernels()
     assert installed is not None
-    kernels = replace(installed, sums_between=sums_between)
+    kernels = replace(installed, sums_between=sums_between, seconds_a_task=lambda ranks: [ranks * 1e-5] * 3)
     options = ProfileOptions(
         "emulated:2",
         gpu_memory_bytes=4 * MIB,
@@ -536,6 +536,10 @@ def test_two_emulated_accelerators_are_shares_of_the_machine_with_sums_between(t
     assert found.peer.latency_s.value == pytest.approx(0.5e-3, rel=0.01)
     assert found.peer.bandwidth_bytes_per_s.at() == pytest.approx(MIB / 1e-3, rel=0.01)
     part = one_part(found, is_stage=False)
+    assert part.lane_threads == found.lane_threads
+    assert part.lane_threads is not None
+    assert part.lane_threads.task_s.value == pytest.approx(2e-5)
+    assert part.lane_threads.cores == max(1, host_facts().compute_threads // 2)
     assert part.top.usable_bytes == 2 * MIB
     assert part.h2d.bandwidth_bytes_per_s.at() <= 1e9 < found.h2d.bandwidth_bytes_per_s.at()
     assert found.host.usable_bytes < host_facts().usable_ram_bytes
