@@ -276,7 +276,7 @@ def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
     result = search(Space(spec, profile, workload))
     for way in result.ways:
         assert way.best is not None
-        policy, part = way.best.policy, way.best.part.spec
+        policy, part = way.best.part_policy, way.best.part.spec
         assert part.num_layers == len(policy.resident_experts)
         streamed = sum(policy.streamed_bytes(part, layer, Phase.PREFILL) for layer in range(part.num_layers))
         share = 1 - streamed / part.total_layer_bytes(policy.formats.weights)
