@@ -15,7 +15,7 @@ from hrm.latency import NO_LIMITS
 from hrm.layers import ExpertDivision
 from hrm.parallel import obstacle_to, part_of
 from hrm.policy import Parallelism
-from hrm.search.bound import Bound, upper_bound
+from hrm.search.bound import CLOSE, Bound, upper_bound
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import Exhaustive
@@ -210,7 +210,7 @@ def _with_lengths(
         known = max(known_tokens_per_s, alike.tokens_per_s)
         bound = _bound([*least.of_pinning(), *least.in_parts(best)], known)
         alike = replace(alike, bound=bound)
-        if bound.tokens_per_s <= known * (1 + TIE):
+        if bound.tokens_per_s <= known * (1 + CLOSE):
             return alike
     own = search_stages(space, lengths, alike.found, lambda stage: _found(stage, solver)[0])
     if space.profile.gpus or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
