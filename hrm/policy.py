@@ -60,11 +60,10 @@ class Policy:
     that one it stays in any case where a layer's cache is not what attention over earlier parts needs.
     Where `ffn` is the CPU, `prefill_ffn` says whether the experts that are not resident are computed
     there in prefill too, or move to the GPU for it.
-    Experts that stream move with the rest of their layer, or with `experts_per_part` so many at a time:
-    of a layer there are then only two such parts on the GPU, and every micro-batch or chunk loads all
-    of them again. With `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages
-    make one for each micro-batch, or `weight_pages` of them. `dtype` is computed in; `weight_format`
-    and `kv_format` are it too where a policy is made without them.
+    Experts that stream move with the rest of their layer, or with `experts_per_part` so many at a time: of a layer
+    there are then only two such parts on the GPU, and every micro-batch or chunk loads all of them again. With
+    `staging`, weights go through pinned buffers. Orders that move a layer's weights in pages make one for each
+    micro-batch, or `weight_pages`. `dtype` is computed in; `weight_format` and `kv_format` are it too by default.
     In tensor parallelism each GPU has a part of every expert, or whole ones, as many as any other: `expert_division`
     says which. Experts are counted as one GPU has them.
     In pipeline parallelism the policy is that of one stage: its layers, and one of the batches that
