@@ -102,6 +102,7 @@ def plan_json(
                 "expert_division": way.expert_division.value,
                 "gpus": way.gpus,
                 "tokens_per_s": None if way.best is None else way.best.tokens_per_s,
+                "at_most_tokens_per_s": way.at_most_tokens_per_s or None,
                 "obstacle": way.obstacle,
             }
             for way in search.ways
@@ -347,7 +348,11 @@ def _print_ways(search: SearchResult) -> None:
 
     for way in sorted(search.ways, key=lambda way: not way.is_of(chosen)):
         name = f"{_way_text(way)}{' (chosen)' if way.is_of(chosen) else ''}"
-        if way.best is None:
+        if way.at_most_tokens_per_s:
+            table.add_row(
+                name, f"≤ {way.at_most_tokens_per_s:.4g}", "too little to gain, by a bound on all policies so"
+            )
+        elif way.best is None:
             table.add_row(name, "–", way.obstacle or "no policy fits so")
         else:
             rate = f"{way.best.tokens_per_s:.4g}"

@@ -29,7 +29,8 @@ class Way:
 
     `obstacle` says why the model cannot be divided like that; it is empty if it can. `gpus` are the
     numbers of the only ones that would be used; all are if it is empty. `expert_division` is that of
-    tensor parallelism.
+    tensor parallelism. A way that cannot be chosen is not searched: no policy so exceeds
+    `at_most_tokens_per_s`, which is 0 for all others.
     """
 
     parallelism: Parallelism
@@ -37,6 +38,7 @@ class Way:
     obstacle: str = ""
     gpus: tuple[int, ...] = ()
     expert_division: ExpertDivision = ExpertDivision.INNER
+    at_most_tokens_per_s: float = 0.0
 
     def is_of(self, policy: Policy) -> bool:
         """Whether a policy shares the work like that."""

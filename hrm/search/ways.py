@@ -79,7 +79,8 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     several = space.profile.num_gpus > 1
     ways: list[_Searched] = []
     for way, division in ways_of(space):
-        ways.append(_searched(space, way, division, solver, max((one.tokens_per_s for one in ways), default=0.0)))
+        best = max((one for one in ways if one.best), key=lambda one: one.tokens_per_s, default=None)
+        ways.append(_searched(space, way, division, solver, best))
     fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + _EVENLY * (way.division is ExpertDivision.WHOLE)))
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
@@ -111,7 +112,8 @@ class _Searched:
     """One way to share the GPUs of `whole`, and what was found for a part of them.
 
     `part` is None if the model cannot be divided like that, which `obstacle` then says, and where what
-    was found is of all stages together. `spaces` are what was searched of it.
+    was found is of all stages together. `spaces` are what was searched of it, or what only the `bound` is of
+    if it `is_hopeless`.
     """
 
     parallelism: Parallelism
@@ -122,6 +124,7 @@ class _Searched:
     spaces: Sequence[Space]
     found: Found
     bound: Bound | None = None
+    is_hopeless: bool = False
 
     @cached_property
     def best(self) -> Estimate | None:
@@ -135,7 +138,9 @@ class _Searched:
 
     def told(self) -> Way:
         """The way with the best policy so."""
-        return Way(self.parallelism, self.best, self.obstacle, expert_division=self.division)
+        at_most = self.bound.tokens_per_s if self.bound is not None and self.is_hopeless else 0.0
+        way = Way(self.parallelism, self.best, self.obstacle, expert_division=self.division)
+        return replace(way, at_most_tokens_per_s=at_most)
 
     def of_whole(self, of_part: Estimate) -> Estimate:
         """What a part's policy does where the whole machine is so divided."""
@@ -175,24 +180,34 @@ def ways_of(space: Space) -> tuple[tuple[Parallelism, ExpertDivision], ...]:
 
 
 def _searched(
-    space: Space, parallelism: Parallelism, division: ExpertDivision, solver: Solver, known_tokens_per_s: float
+    space: Space, parallelism: Parallelism, division: ExpertDivision, solver: Solver, best: _Searched | None
 ) -> _Searched:
-    """What is found in one way; stages' lengths are not searched if none can be better than what another way gives."""
+    """What is found in one way, where `best` is the best of others.
+
+    Whole experts and stages' lengths are not searched if a bound shows that they cannot be better than that.
+    """
     part = space_of_part(space, parallelism, division)
-    found, spaces = (Found(), list[Space]()) if part is None else _found(part, solver)
     alike = _Searched(
         parallelism=parallelism,
         division=division,
         obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus, division),
         whole=space,
         part=part,
-        spaces=spaces,
-        found=found,
+        spaces=(),
+        found=Found(),
     )
-    if part is None or parallelism is Parallelism.TENSOR or space.profile.num_gpus == 1:
+    if part is None:
         return alike
-    lengths = first_lengths(space)
-    return _with_lengths(alike, part, lengths, solver, known_tokens_per_s) if lengths else alike
+    known = 0.0 if best is None else best.tokens_per_s
+    if division is ExpertDivision.WHOLE and best is not None:
+        spaces = _tried(part, best.found)
+        bound = _bound(spaces, known)
+        if bound.tokens_per_s <= known * (1 + _EVENLY):
+            return replace(alike, spaces=spaces, bound=bound, is_hopeless=True)
+    found, spaces = _found(part, solver)
+    alike = replace(alike, spaces=spaces, found=found)
+    lengths = first_lengths(space) if parallelism is Parallelism.PIPELINE and space.profile.num_gpus > 1 else None
+    return _with_lengths(alike, part, lengths, solver, known) if lengths else alike
 
 
 def _with_lengths(
@@ -218,18 +233,23 @@ def _with_lengths(
     return replace(alike, found=Found.best_of([alike.found, replace(own, ranked=())]))
 
 
+def _tried(part: Space, found: Found) -> list[Space]:
+    """What is searched for one part of the machine: with weights staged and, going by what was found, in parts, too."""
+    return [*part.of_pinning(), *part.in_parts(found.ranked[0].policy if found.ranked else None)]
+
+
 def _found(part: Space, solver: Solver) -> tuple[Found, list[Space]]:
     """What a solver finds for one part of the machine, and where: with weights staged or in parts if that is better."""
 
     def find_in(one: Space) -> Found:
         return within_limits(one, lambda tighter: find(tighter, solver))
 
-    spaces = part.of_pinning()
-    found = Found.best_of(map(find_in, spaces))
-    in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
+    found = Found.best_of(map(find_in, part.of_pinning()))
+    spaces = _tried(part, found)
+    in_parts = [space for space in spaces if space.experts_per_part != part.experts_per_part]
     if in_parts:
         found = Found.best_of([found, *map(find_in, in_parts)])
-    return found, [*spaces, *in_parts]
+    return found, spaces
 
 
 def find(space: Space, solver: Solver) -> Found:

@@ -389,19 +389,26 @@ def test_a_policy_that_cannot_be_divided_is_refused(gpus):
 def test_one_way_alone_can_be_asked_for():
     spec = tiny_spec(num_layers=16, hidden_size=256, intermediate_size=256)
     space = Space(spec, search_machine(2, peer=1e9), WORKLOAD)
-    ways = {(way.parallelism, way.expert_division): way.best for way in search(space).ways}
+    ways = {(way.parallelism, way.expert_division): way for way in search(space).ways}
     assert len(ways) == 3
     inner, whole = ExpertDivision
+    divided, hopeless = ways[Parallelism.TENSOR, inner].best, ways[Parallelism.TENSOR, whole]
+    assert divided is not None
+    assert hopeless.best is None
+    assert hopeless.at_most_tokens_per_s <= 1.01 * divided.tokens_per_s
     for asked, expected in (
         ({"parallelism": Parallelism.TENSOR}, [(Parallelism.TENSOR, inner), (Parallelism.TENSOR, whole)]),
         ({"parallelism": Parallelism.PIPELINE}, [(Parallelism.PIPELINE, inner)]),
         ({"expert_division": inner}, [(Parallelism.TENSOR, inner)]),
-        ({"expert_division": whole}, [(Parallelism.TENSOR, whole)]),
     ):
         found = search(replace(space, **asked))
-        assert {(way.parallelism, way.expert_division): way.best for way in found.ways} == {
+        assert {(way.parallelism, way.expert_division): way for way in found.ways} == {
             way: ways[way] for way in expected
         }
+    (alone,) = search(replace(space, expert_division=whole)).ways
+    assert alone.best is not None
+    assert alone.at_most_tokens_per_s == 0
+    assert alone.best.tokens_per_s <= hopeless.at_most_tokens_per_s
     with pytest.raises(PolicyError, match="--expert-division is 'whole'"):
         search(replace(space, parallelism=Parallelism.PIPELINE, expert_division=whole))
 
