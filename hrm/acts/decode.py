@@ -201,7 +201,6 @@ STORE_KV: Final = Act(
     count=_if_streamed,
     moves=lambda x: x.kind.mixer.cache_bytes(x.formats, x.tokens, x.tokens),
     seconds=lambda x, num_bytes: x.costs.d2h(num_bytes),
-    chained=True,
 )
 ATTENTION: Final = Act(
     letter="B",

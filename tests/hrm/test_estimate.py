@@ -20,7 +20,7 @@ from hrm.phases import decode_work, prefill_seconds, prefill_work, simulate_work
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.schedules import SCHEDULES, decode_pipeline, iter_tasks, pages_of
 from hrm.tasks import Device, Lane
-from hrm.workload import Workload
+from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import (
     machine,
     random_dimensions,
@@ -393,3 +393,20 @@ def test_lanes_that_share_cores_take_as_long_as_these_are_busy_with_running_task
         for cores in (1, 2):
             expected_s = (running_s + computing_s) / cores
             assert step_seconds(costs_on(cores), policy, 40) == pytest.approx(expected_s, rel=1e-6)
+
+
+def test_what_is_stored_holds_up_nothing_that_follows_in_its_layer():
+    """States that go back to the host move beside the layer's experts: a bound that had them in a row was too low."""
+    spec, profile = BUILT_IN_MODELS["qwen3-next"], compose("4xL4")
+    policy = Policy(
+        batch_size=1081,
+        micro_batch_size=1081,
+        attention=Device.GPU,
+        resident_experts=spread_experts(spec, 11216),
+        resident_dense=True,
+        kv_tokens_per_micro_batch=230608,
+        prefill_chunk_tokens=21544,
+    )
+    decode = estimate(spec, policy, profile, WORKLOADS["mtbench"]).decode
+    assert decode.work.lane_s[Lane.D2H] > 0.4 * decode.seconds
+    assert decode.work.in_order_s <= decode.seconds
