@@ -347,10 +347,13 @@ def test_requests_beyond_counting_are_planned_for_like_prompts_without_end():
 
 
 @pytest.mark.usefixtures("rough_bounds")
-def test_of_equal_policies_the_one_with_fewer_micro_batches_is_chosen():
-    workload = replace(WORKLOADS["mtbench"], gen_len=1)  # no decoding: only the batch counts
+def test_of_policies_as_fast_the_one_with_the_smallest_batch_is_chosen():
+    workload = replace(WORKLOADS["mtbench"], gen_len=1)  # no decoding: only what prefill takes counts
     result = search(Space(BUILT_IN_MODELS["mixtral-8x7b"], compose("1xT4"), workload, dtype="float16"))
-    assert result.require().policy.num_micro_batches < 64
+    best = result.require()
+    as_fast = [other for other in result.runner_ups if other.tokens_per_s >= best.tokens_per_s * (1 - TIE)]
+    assert as_fast
+    assert all(other.policy.batch_size > best.policy.batch_size for other in as_fast)
 
 
 ALLOWED = {
