@@ -56,7 +56,7 @@ def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(hrm, tmp_path, s
     assert (code, out) == (130, "")
     last = err.rstrip().splitlines()[-1]
     assert last == (
-        "interrupted; 3 of 18 measurements kept in machine.yaml.partial, no profile written;"
+        "interrupted; 3 of 19 measurements kept in machine.yaml.partial, no profile written;"
         f" go on with: hrm {' '.join(QUICK)} --resume"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml.partial"]
@@ -64,7 +64,7 @@ def test_interrupted_it_keeps_what_it_has_and_says_how_to_go_on(hrm, tmp_path, s
     code, out, err = hrm(*QUICK, "--resume")
     assert code == 0
     assert err.startswith("going on with machine.yaml.partial\n")
-    assert "resumed: 3 of 18 measurements are of " in out
+    assert "resumed: 3 of 19 measurements are of " in out
     assert [path.name for path in tmp_path.iterdir()] == ["machine.yaml"]
 
 

@@ -10,11 +10,12 @@ import pytest
 from hrm.analysis.fronts import front_of_cpu_memory
 from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile
+from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.placement import experts_of_layers
 from hrm.policy import Parallelism, Policy, ScheduleName
-from hrm.scaling import Resource, resources, scale, with_resource
+from hrm.scaling import Resource, at_cost, resources, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
 from hrm.search.bound import Bounder, upper_bound
 from hrm.search.regions import Regions
@@ -63,7 +64,7 @@ def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(se
     if result.best is None:
         return
     best = result.best.tokens_per_s
-    more = searched(case, scale(case.profile, rng.choice(resources(case.profile)), 1.3))
+    more = searched(case, at_cost(case.profile, rng.choice(resources(case.profile)), 1 / 1.3))
     device = rng.choice(list(Device))
     narrower = searched(case, attention=device) if seed % 2 else searched(case, ffn=device)
     assert more.bound_tokens_per_s >= best * (1 - 1e-9)
@@ -221,7 +222,8 @@ def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
         for _ in range(2):  # the second ones close to the best
             near = max(fitting, key=lambda policy: fitting[policy], default=None)
             for policy in random_policies(rng, case, near, count=3):
-                if policy.prefill_ffn is Device.GPU and policy.parallelism is Parallelism.TENSOR:
+                divided = (policy.parallelism, policy.expert_division) == (Parallelism.TENSOR, ExpertDivision.INNER)
+                if policy.prefill_ffn is Device.GPU and divided:
                     in_parts = replace(policy, experts_per_part=per_part)
                     predicted = estimate(case.spec, in_parts, case.profile, case.workload)
                     if predicted.memory.fits:

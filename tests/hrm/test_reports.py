@@ -20,11 +20,10 @@ from hrm.latency import LatencyLimits
 from hrm.machines import compose, dump_profile, save_profile
 from hrm.model_spec import BUILT_IN_MODELS, packed_as
 from hrm.phases import prefill_work, simulate_work
-from hrm.policy import Parallelism, Policy, ScheduleName, kv_tokens_for
+from hrm.policy import Parallelism, Policy, kv_tokens_for
 from hrm.ranges import throughput_range
 from hrm.search import Outcome, Space, search
 from hrm.search.choose import TIE
-from hrm.search.exhaustive import grids
 from hrm.strict import decode_strictly
 from hrm.tasks import Device
 from hrm.units import GB, parse_bytes
@@ -443,12 +442,9 @@ def test_of_plans_that_are_nearly_as_fast_the_smaller_is_chosen():
     profile, workload = compose("1xH100"), WORKLOADS["mtbench"]
     result = search(Space(spec, profile, workload))
     best = result.require()
-    space = Space(spec=spec, profile=profile, workload=workload, dtype="bfloat16", schedule=ScheduleName.CGOPIPE)
-    fastest = max((c for kind in grids(space) for c in kind.solve()), key=lambda candidate: candidate.tokens_per_s)
+    fastest = max(result.runner_ups, key=lambda one: one.tokens_per_s)
     assert best.policy.batch_size < 0.8 * fastest.policy.batch_size
-    fast = estimate(spec, fastest.policy, profile, workload).tokens_per_s
-    assert best.tokens_per_s >= (1 - TIE) * fast
-    assert all(one.tokens_per_s <= (1 + TIE) * best.tokens_per_s for one in result.runner_ups)
+    assert (1 - TIE) * fastest.tokens_per_s <= best.tokens_per_s < fastest.tokens_per_s
 
 
 # ------------------------------------------------------------------------------- names

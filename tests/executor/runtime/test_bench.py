@@ -14,6 +14,7 @@ from executor.generate import Generator
 from executor.job.machine import AcceleratorOptions
 from hrm.errors import WorkloadError
 from hrm.hardware import Link
+from hrm.layers import ExpertDivision
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, Dimensions, ModelSpec
@@ -128,6 +129,7 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
     memory = report["rows"][0]["validation"]["memory"]
     fields = dict(report["policy"], resident_experts=tuple(report["policy"]["resident_experts"]))
     fields |= {name: Device(fields[name]) for name in ("attention", "ffn", "prefill_ffn")}
+    fields["expert_division"] = ExpertDivision(fields["expert_division"])
     del fields["num_micro_batches"], fields["paper_tuple"]
     plan = plan_memory(shape, make_policy(shape.num_layers, **fields), machine())
     for planned in (plan.gpu, plan.cpu):
@@ -244,7 +246,7 @@ def test_a_policy_of_one_stage_of_a_pipeline_is_refused(folder, tmp_path, capsys
     with pytest.raises(SystemExit) as ended:
         main([*arguments, *(["--layers", str(layers)] if layers else [])])
     assert ended.value.code == 2
-    assert "one of 2 stages" in capsys.readouterr().err
+    assert "that of 2 stages" in capsys.readouterr().err
 
 
 def peer() -> Link:

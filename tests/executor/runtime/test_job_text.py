@@ -44,7 +44,7 @@ def no_weights(monkeypatch):
     def load(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("executor.job.model.Generator", load)
+    monkeypatch.setattr("executor.job.model_part.Generator", load)
 
 
 def words(tokens) -> str:

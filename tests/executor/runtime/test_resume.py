@@ -243,7 +243,7 @@ def test_nothing_left_to_be_run_loads_no_weights_and_keeps_what_was_measured(run
     _, first = run(lines)
     before = files_in(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("executor.job.model.Generator", None)
+        patch.setattr("executor.job.model_part.Generator", None)
         captured, done = run(lines, "--resume")
     assert "nothing is left to be run: 2 requests" in captured.err
     assert "1 were rejected" in captured.err
