@@ -29,6 +29,7 @@ from hrm.search.ties import smallest_first
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
 _EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
+_LENGTHS_GAIN: Final = 1.5  # more than stages' lengths of their own have brought anywhere beside even ones
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -215,7 +216,8 @@ def _with_lengths(
 ) -> _Searched:
     """A pipeline whose stages have lengths of their own, or that which is planned by one stage if it is as good.
 
-    GPUs that are not alike can only have the first.
+    GPUs that are not alike can only have the first. Where even stages are far behind another way, lengths are not
+    searched.
     """
     space, least = alike.whole, least_stage(alike.whole, part)
     if least is None or space.limits != NO_LIMITS:
@@ -227,6 +229,8 @@ def _with_lengths(
         alike = replace(alike, bound=bound)
         if bound.tokens_per_s <= known * (1 + CLOSE):
             return alike
+    if not space.profile.gpus and 0 < _LENGTHS_GAIN * alike.tokens_per_s < known_tokens_per_s:
+        return alike
     own = search_stages(space, lengths, alike.found, lambda stage: _found(stage, solver)[0])
     if space.profile.gpus or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
         return replace(alike, part=None, found=own)

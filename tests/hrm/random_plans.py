@@ -50,7 +50,7 @@ class Case:
 
 def random_case(rng: Random) -> Case:
     spec = BUILT_IN_MODELS[rng.choice(sorted(BUILT_IN_MODELS))]
-    gpus = rng.choice([1, 1, 1, 2, 4, 8])
+    gpus = rng.choice([1, 1, 1, 1, 1, 2, 4, 8])
     profile = compose(f"{gpus}x{rng.choice(GPUS)}", host="generic-server")
     weights = spec.total_layer_bytes(FORMATS[profile.default_dtype])
     gpu = rng.choice([1.0, 1.0, 2 ** rng.uniform(-2, 2)]) * profile.top.capacity_bytes.value / gpus

@@ -149,6 +149,7 @@ def test_a_host_smaller_than_the_model_is_searched_whole():
         assert result.bound_tokens_per_s < 8900
 
 
+@pytest.mark.slow
 def test_two_solvers_never_certify_different_optima():
     workload = Workload(name="given", prompt_len=512, max_prompt_len=512, gen_len=512)
     profile = with_memory(compose("4xL40S"), cpu_memory_bytes=1000 * GB)

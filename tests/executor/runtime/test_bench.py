@@ -129,7 +129,7 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
     memory = report["rows"][0]["validation"]["memory"]
     fields = dict(report["policy"], resident_experts=tuple(report["policy"]["resident_experts"]))
     fields |= {name: Device(fields[name]) for name in ("attention", "ffn", "prefill_ffn")}
-    fields["expert_division"] = ExpertDivision(fields["expert_division"])
+    fields |= {"expert_division": ExpertDivision(fields["expert_division"])}
     del fields["num_micro_batches"], fields["paper_tuple"]
     plan = plan_memory(shape, make_policy(shape.num_layers, **fields), machine())
     for planned in (plan.gpu, plan.cpu):
