@@ -44,7 +44,7 @@ class Launch:
     def loaded(self, loading: Loading) -> Iterator[tuple[AbstractGenerator, Finish]]:
         """The generator with its weights loaded; other ranks live within the context."""
         if self.ranks == 1:
-            yield self.model.generator(self.prepared, loading), list
+            yield self.model.own.generator(self.prepared, loading, stops=self.model.stops), list
             return
         model = self.model
         job = RankJob(
@@ -57,10 +57,11 @@ class Launch:
         with Ranks(self.ranks, job.encode(), module=WORKER, cpus=self.cpus) as ranks:
             with ranks.named():
                 if model.policy.parallelism is Parallelism.PIPELINE:
-                    own = model.generator(self.prepared, loading, stages=ranks.stages())
+                    own = model.own.generator(self.prepared, loading, stops=model.stops, stages=ranks.stages())
                 else:
                     group = ranks.group
-                    own = model.generator(self.prepared, loading, stops=telling(group, model.stops), group=group)
+                    stops = telling(group, model.stops)
+                    own = model.own.generator(self.prepared, loading, stops=stops, group=group)
             ranks.ready(own, self.patience_s)
             yield RankedGenerator(ranks, own, model.arch), lambda: [RankReport.decode(one) for one in ranks.finish()]
 

@@ -9,18 +9,13 @@ from typing import Any, final
 from executor.batching import Completion, Placed
 from executor.checkpoint import Checkpoint
 from executor.families import Family, family_for
-from executor.generate import AbstractGenerator
-from executor.group import Group
-from executor.group.stages import Stages
 from executor.guard import in_a_line, is_of_one_request
-from executor.handlers import EndOfText
-from executor.job.machine import Prepared, check_model
+from executor.job.machine import check_model
 from executor.job.model_part import ModelPart
 from executor.job.outputs import completion_line, failed_line, logprobs_json, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults, SamplingSource
-from executor.loading import Loading
 from executor.model import Architecture
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile
@@ -46,21 +41,6 @@ class OpenModel:
     def defaults(self) -> SamplingDefaults:
         """What requests that do not say are sampled with."""
         return self.reader.defaults
-
-    def generator(
-        self,
-        prepared: Prepared,
-        loading: Loading | None = None,
-        *,
-        stops: EndOfText | None = None,
-        group: Group | None = None,
-        stages: Stages | None = None,
-    ) -> AbstractGenerator:
-        """What runs batches in this process, with its weights loaded.
-
-        In a `group`, or among `stages`, it is that of rank 0.
-        """
-        return self.own.generator(prepared, loading, stops=stops or self.stops, group=group, stages=stages)
 
     def stops(self, placed: Placed, tokens: Sequence[int]) -> bool:
         """Whether the tokens of a request hold one of its stop texts."""

@@ -345,7 +345,6 @@ def _print_ways(search: SearchResult) -> None:
         return
     chosen = search.best.policy
     table = plain_table("several GPUs", "tokens/s", "why")
-
     for way in sorted(search.ways, key=lambda way: not way.is_of(chosen)):
         name = f"{_way_text(way)}{' (chosen)' if way.is_of(chosen) else ''}"
         if way.at_most_tokens_per_s:
