@@ -106,11 +106,13 @@ def address():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Ray Data interrupts its threads
-def test_the_pipeline_of_ray_data_in_the_readme_gives_the_answers_of_a_job(job, address, tmp_path):
+def test_the_pipeline_of_ray_data_in_the_docs_gives_the_answers_of_a_job(job, address, tmp_path):
     import ray
     from pyarrow import parquet
 
-    (code,) = re.findall(r"```python\n(import ray\n.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(import ray\n.*?)```", Path("docs/jobs.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     lines = [json.loads(line) for line in (job / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
     rows = [{"custom_id": line["custom_id"], **line["body"]} for line in lines]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
