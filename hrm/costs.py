@@ -9,7 +9,7 @@ from hrm.acts import Load
 from hrm.contract.rows import LOGIT_BYTES
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.formats import Formats
-from hrm.hardware import HardwareProfile, Link, LinkKind, MemoryLevel
+from hrm.hardware import HardwareProfile, LinkKind, MemoryLevel
 from hrm.layers import Layer, Operator
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
@@ -185,28 +185,25 @@ class Costs:
         part = m / ranks * self.spec.vocab_size * LOGIT_BYTES
         return (ranks - 1) * (self.profile.peer.seconds(part) + self.profile.peer.seconds(0 * m))
 
-    def h2d(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
-        """Host to device; nothing on a machine without an accelerator."""
-        return self._over("h2d", num_bytes, num_transfers)
+    def h2d(self, num_bytes: Number) -> Number:
+        """Host to device; like all transfers, nothing on a machine without an accelerator."""
+        return self._over(self.profile.host, self.profile.top, "pinned", num_bytes)
 
-    def load_weights(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
+    def load_weights(self, num_bytes: Number) -> Number:
         """Weights from the host to the GPU."""
-        return self._to_gpu(self.runtime.weights_link, num_bytes, num_transfers)
+        return self._over(self.profile.host, self.profile.top, self.runtime.weights_link, num_bytes)
 
     def load_kv(self, num_bytes: Number) -> Number:
         """KV cache from the host to the GPU."""
-        return self._to_gpu(self.runtime.kv_link, num_bytes, 1)
+        return self._over(self.profile.host, self.profile.top, self.runtime.kv_link, num_bytes)
 
-    def d2h(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
+    def d2h(self, num_bytes: Number) -> Number:
         """Device to host."""
-        return self._over("d2h", num_bytes, num_transfers)
+        return self._over(self.profile.top, self.profile.host, "pinned", num_bytes)
 
-    def stage(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
+    def stage(self, num_bytes: Number) -> Number:
         """Pageable to pinned memory, within the host."""
-        host = self.profile.host.name
-        if not self.profile.has_accelerator:
-            return 0 * num_bytes
-        return self.profile.link(host, host, "staging").seconds(num_bytes, num_transfers)
+        return self._over(self.profile.host, self.profile.host, "staging", num_bytes)
 
     def host_memory(self, *, moved_bytes: Number, read_bytes: Number) -> Number:
         """Seconds that the host's memory needs for all its users together.
@@ -250,17 +247,10 @@ class Costs:
         work = kind.after_attention if self.spec.ranks == 1 else kind.feed_forward
         return self._seconds(work(self.formats, m, gpu_experts), self.profile.top)
 
-    def _to_gpu(self, kind: LinkKind, num_bytes: Number, num_transfers: Number) -> Number:
+    def _over(self, source: MemoryLevel, target: MemoryLevel, kind: LinkKind, num_bytes: Number) -> Number:
         if not self.profile.has_accelerator:
             return 0 * num_bytes
-        host, top = self.profile.host.name, self.profile.top.name
-        return self.profile.link(host, top, kind).seconds(num_bytes, num_transfers)
-
-    def _over(self, direction: str, num_bytes: Number, num_transfers: Number) -> Number:
-        if not self.profile.has_accelerator:
-            return 0 * num_bytes
-        link: Link = self.profile.h2d if direction == "h2d" else self.profile.d2h
-        return link.seconds(num_bytes, num_transfers)
+        return self.profile.link(source.name, target.name, kind).seconds(num_bytes)
 
 
 LayerMix = tuple[tuple[Layer, float], ...]

@@ -59,12 +59,12 @@ class Link:
     latency_s: Figure
     bandwidth_bytes_per_s: Rate
 
-    def seconds(self, num_bytes: Number, num_transfers: Number = 1) -> Number:
-        """Time to move `num_bytes` in `num_transfers` pieces; nothing to move takes no time."""
+    def seconds(self, num_bytes: Number) -> Number:
+        """Time to move `num_bytes` at once; nothing to move takes no time."""
         bandwidth = self.bandwidth_bytes_per_s.planned.value
         if self.bandwidth_bytes_per_s.planned.curve:
-            bandwidth = self.bandwidth_bytes_per_s.at(maximum(num_bytes / maximum(num_transfers, 1), 1))
-        return (num_bytes > 0) * (num_transfers * self.latency_s.value) + num_bytes / bandwidth
+            bandwidth = self.bandwidth_bytes_per_s.at(maximum(num_bytes, 1))
+        return (num_bytes > 0) * self.latency_s.value + num_bytes / bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,11 +4,10 @@ MoE-Lightning, arXiv 2411.11217, §3. A task takes its launches' latency and the
 the longest of the roofs that it touches: compute and memory of its level.
 """
 
-import math
 from dataclasses import dataclass
 
 from hrm.formats import Formats
-from hrm.hardware import HardwareProfile, Link, MemoryLevel
+from hrm.hardware import HardwareProfile, MemoryLevel
 from hrm.layers import Kernel, Operator
 from hrm.model_spec import ModelSpec
 from hrm.numeric import Number, maximum, minimum
@@ -43,19 +42,9 @@ def operator_seconds(
     return launches * processor.launch_latency_s.value + work
 
 
-def attainable_flops_per_s(
-    *,
-    compute: Number,
-    bandwidth: Number,
-    intensity: Number,
-    link: Link | None = None,
-    link_intensity: Number = math.inf,
-) -> Number:
-    """Eq. 7 of §3: min(P_i, B_i·I^i), and B_ji·I^j too if the data is fetched over a link."""
-    roofs = [compute, bandwidth * intensity]
-    if link is not None:
-        roofs.append(link.bandwidth_bytes_per_s.at() * link_intensity)
-    return minimum(*roofs)
+def attainable_flops_per_s(*, compute: Number, bandwidth: Number, intensity: Number) -> Number:
+    """Eq. 7 of §3 of data that lies at the level: min(P_i, B_i·I^i)."""
+    return minimum(compute, bandwidth * intensity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,7 @@ from hrm.tasks import Lane, Task, TaskId
 from hrm.trace import Span, Trace
 
 
-def simulate(
-    tasks: Iterable[Task], seconds_of: Callable[[TaskId], float], *, bytes_of: Callable[[TaskId], int] = lambda _: 0
-) -> Trace:
+def simulate(tasks: Iterable[Task], seconds_of: Callable[[TaskId], float]) -> Trace:
     """Run every task as soon as its lane is free and all it waits for has ended.
 
     Returns the trace in order of issue, starting at 0 s.
@@ -23,7 +21,7 @@ def simulate(
             start_s = max(start_s, end_s[other])
         end = start_s + seconds_of(task.id)
         end_s[task.id] = free_s[task.lane] = end
-        spans.append(Span(task.id, start_s, end, 0, bytes_of(task.id)))
+        spans.append(Span(task.id, start_s, end))
     return Trace(tuple(spans))
 
 

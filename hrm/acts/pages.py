@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hrm.acts.load import Counts, Load
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
-from hrm.numeric import Number
 from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
@@ -30,18 +28,6 @@ def _load_touches(p: "Pipeline", x: TaskId) -> Touch:
     return ((_staged(p, x),) if p.staging else (), (slot,))
 
 
-def _page_bytes(x: Load) -> Number:
-    return x.page_bytes
-
-
-def _num_pages(c: Counts) -> Number:
-    return c.layers * c.pages
-
-
-def _num_staged(c: Counts) -> Number:
-    return c.layers * c.pages * c.staging
-
-
 def page_acts(phase: Phase) -> tuple[Act, Act]:
     """STAGE_PAGE and LOAD_PAGE of a phase."""
     stage = Act(
@@ -51,8 +37,8 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         phase=phase,
         lane=Lane.STAGE,
         touches=lambda p, x: ((), (_staged(p, x),)),
-        count=_num_staged,
-        moves=_page_bytes,
+        count=lambda c: c.layers * c.pages * c.staging,
+        moves=lambda x: x.page_bytes,
         seconds=lambda x, num_bytes: x.costs.stage(num_bytes),
         host_bytes=lambda x: 2 * x.page_bytes,  # read and written
     )
@@ -63,8 +49,8 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         phase=phase,
         lane=Lane.H2D,
         touches=_load_touches,
-        count=_num_pages,
-        moves=_page_bytes,
+        count=lambda c: c.layers * c.pages,
+        moves=lambda x: x.page_bytes,
         seconds=lambda x, num_bytes: x.costs.load_weights(num_bytes),
     )
     return stage, load
