@@ -99,84 +99,64 @@ class Policy:
         """Complete the formats; reject numbers that contradict one another (PolicyError)."""
         for name in ("weight_format", "kv_format"):
             object.__setattr__(self, name, getattr(self, name) or self.dtype)
-        rules = (
-            ("micro_batch_size", self.micro_batch_size, self.micro_batch_size >= 1, "be at least 1"),
-            (
-                "batch_size",
-                self.batch_size,
-                self.batch_size >= self.micro_batch_size,
-                f"be at least micro_batch_size {self.micro_batch_size}",
-            ),
-            (
-                "prefill_ffn",
-                self.prefill_ffn.value,
-                self.ffn is Device.CPU or self.prefill_ffn is Device.GPU,
-                "be gpu where ffn is gpu",
-            ),
+        for field, holds, rule in self._rules():
+            if not holds:
+                value = getattr(self, field)
+                shown = str(value) if isinstance(value, StrEnum) else value
+                raise PolicyError(f"policy: {field}", shown, f"must {rule}", "correct it or run hrm search")
+
+    def _rules(self) -> tuple[tuple[str, bool, str], ...]:
+        """What must hold of each field, and in words."""
+        kv_tokens, parts, lengths = self.kv_tokens_per_micro_batch, self.experts_per_part, self.stage_lengths
+        kv_formats = (*FORMATS, *SCALED_KV_FORMATS)
+        streams_all = self.prefill_ffn is Device.GPU and not self.staging
+        are_stages = self.parallelism is Parallelism.PIPELINE and min(lengths, default=0) >= 1
+        least = self.micro_batch_size
+        return (
+            ("micro_batch_size", self.micro_batch_size >= 1, "be at least 1"),
+            ("batch_size", self.batch_size >= least, f"be at least micro_batch_size {least}"),
+            ("prefill_ffn", self.ffn is Device.CPU or self.prefill_ffn is Device.GPU, "be gpu where ffn is gpu"),
             (
                 "experts_per_part",
-                self.experts_per_part,
-                self.experts_per_part == 0
-                or (self.experts_per_part > 0 and self.prefill_ffn is Device.GPU and not self.staging),
+                parts == 0 or (parts > 0 and streams_all),
                 "be at least 0, and 0 with staging or where the CPU computes experts in prefill too",
             ),
             (
                 "gpu_kv_micro_batches",
-                self.gpu_kv_micro_batches,
                 0 <= self.gpu_kv_micro_batches <= self.num_micro_batches,
                 f"lie between 0 and num_micro_batches {self.num_micro_batches}",
             ),
             (
                 "kv_tokens_per_micro_batch",
-                self.kv_tokens_per_micro_batch,
-                self.kv_tokens_per_micro_batch >= KV_BLOCK_TOKENS
-                and self.kv_tokens_per_micro_batch % KV_BLOCK_TOKENS == 0,
+                kv_tokens >= KV_BLOCK_TOKENS and kv_tokens % KV_BLOCK_TOKENS == 0,
                 f"be a positive multiple of the KV block of {KV_BLOCK_TOKENS} tokens",
             ),
-            ("prefill_chunk_tokens", self.prefill_chunk_tokens, self.prefill_chunk_tokens >= 1, "be at least 1"),
-            ("prefix_buffer_tokens", self.prefix_buffer_tokens, self.prefix_buffer_tokens >= 0, "be at least 0"),
+            ("prefill_chunk_tokens", self.prefill_chunk_tokens >= 1, "be at least 1"),
+            ("prefix_buffer_tokens", self.prefix_buffer_tokens >= 0, "be at least 0"),
             (
                 "weight_pages",
-                self.weight_pages,
                 self.weight_pages is None or self.weight_pages >= 1,
                 "be at least 1, or null for one page for each micro-batch",
             ),
-            *(
-                (name, value, value in known, f"be one of {', '.join(known)}")
-                for name, known in (
-                    ("dtype", FORMATS),
-                    ("weight_format", FORMATS),
-                    ("kv_format", (*FORMATS, *SCALED_KV_FORMATS)),
-                )
-                for value in (getattr(self, name),)
-            ),
+            ("dtype", self.dtype in FORMATS, f"be one of {', '.join(FORMATS)}"),
+            ("weight_format", self.weight_format in FORMATS, f"be one of {', '.join(FORMATS)}"),
+            ("kv_format", self.kv_format in kv_formats, f"be one of {', '.join(kv_formats)}"),
             (
                 "resident_experts",
-                self.resident_experts,
-                bool(self.resident_experts) and min(self.resident_experts) >= 0,
+                min(self.resident_experts, default=-1) >= 0,
                 "hold a count of at least 0 for every layer",
             ),
             (
                 "expert_division",
-                self.expert_division.value,
                 self.expert_division is ExpertDivision.INNER or self.parallelism is Parallelism.TENSOR,
                 "be inner in a pipeline, where every stage has all experts",
             ),
             (
                 "stage_lengths",
-                self.stage_lengths,
-                not self.stage_lengths
-                or (
-                    self.parallelism is Parallelism.PIPELINE
-                    and min(self.stage_lengths) >= 1
-                    and sum(self.stage_lengths) == len(self.resident_experts)
-                ),
+                not lengths or (are_stages and sum(lengths) == len(self.resident_experts)),
                 "be those of a pipeline, at least 1 each, and as many layers together as resident_experts has",
             ),
         )
-        for field, value, holds, rule in rules:
-            if not holds:
-                raise PolicyError(f"policy: {field}", value, f"must {rule}", "correct it or run hrm search")
 
     @property
     def stages(self) -> tuple[range, ...]:

@@ -30,40 +30,32 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Reject impossible lengths (WorkloadError)."""
+        mean, requests, at_most = self.mean_gen_len, self.num_requests, f"must be at most {MAX_LEN:,}"
         rules = (
-            ("prompt_len", self.prompt_len, self.prompt_len >= 1, "must be at least 1"),
-            ("gen_len", self.gen_len, self.gen_len >= 1, "must be at least 1"),
+            ("prompt_len", self.prompt_len >= 1, "must be at least 1"),
+            ("gen_len", self.gen_len >= 1, "must be at least 1"),
             (
                 "max_prompt_len",
-                self.max_prompt_len,
                 self.max_prompt_len >= self.prompt_len,
                 f"must be at least the mean prompt_len {self.prompt_len:g}",
             ),
             (
                 "mean_gen_len",
-                self.mean_gen_len,
-                self.mean_gen_len is None or 1 <= self.mean_gen_len <= self.gen_len,
+                mean is None or 1 <= mean <= self.gen_len,
                 f"must lie between 1 and gen_len {self.gen_len}",
             ),
-            *(
-                (field, value, value <= MAX_LEN, f"must be at most {MAX_LEN:,}")
-                for field, value in (("max_prompt_len", self.max_prompt_len), ("gen_len", self.gen_len))
-            ),
+            ("max_prompt_len", self.max_prompt_len <= MAX_LEN, at_most),
+            ("gen_len", self.gen_len <= MAX_LEN, at_most),
             (
                 "num_requests",
-                self.num_requests,
-                self.num_requests is None or 1 <= self.num_requests <= MAX_REQUESTS,
+                requests is None or 1 <= requests <= MAX_REQUESTS,
                 f"must lie between 1 and {MAX_REQUESTS:,}",
             ),
         )
-        for field, value, holds, rule in rules:
+        for field, holds, rule in rules:
             if not holds:
-                raise WorkloadError(
-                    f"workload {self.name}: {field}",
-                    value,
-                    rule,
-                    "check the options that give the workload's lengths and its --requests",
-                )
+                remedy = "check the options that give the workload's lengths and its --requests"
+                raise WorkloadError(f"workload {self.name}: {field}", getattr(self, field), rule, remedy)
 
     @property
     def max_context_len(self) -> int:
