@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from hrm.contract.rings import BUFFERS, EXPERT_SLOTS, STAGING_PAGES, WEIGHT_SLOTS
-from hrm.contract.rows import (
-    COUNT_BYTES,
-    KV_BLOCK_TOKENS,
-    LOGIT_BYTES,
-    REQUEST_NUMBER_BYTES,
-    ROUTING_BYTES,
-    TOKEN_NUMBER_BYTES,
-)
+from hrm.contract.rows import COUNT_BYTES, KV_BLOCK_TOKENS, LOGIT_BYTES, REQUEST_NUMBER_BYTES, TOKEN_NUMBER_BYTES
 from hrm.formats import ALIGNMENT_BYTES, Format, Formats
 from hrm.layers import Layer
 from hrm.model_spec import ModelSpec
 from hrm.model_spec.workspace import workspace_bytes
 from hrm.numeric import Number, maximum, minimum
+from hrm.operators import routed_token_bytes
 from hrm.placement import Place
 from hrm.policy import Policy
 from hrm.schedules import pages_of
@@ -147,7 +141,7 @@ class Needs:
         of_layer = layer_cache_bytes(spec, self.formats, self.micro_batch_size, self.kv_tokens)
         ending = minimum(self.batch_size, self.chunk_tokens)  # prompts that may end in a chunk, however short
         token = compute.bytes_of(spec.residual_size) + TOKEN_NUMBER_BYTES
-        routed = self.cpu_prefill_experts * routed_bytes_per_token(spec, self.formats)
+        routed = self.cpu_prefill_experts * routed_token_bytes(spec, self.formats, 1)
         chunk = self.chunk_tokens * (token + routed) + layer_cache_bytes(spec, self.formats, ending, self.chunk_tokens)
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
         request = request + held_bytes_per_request(spec, self.formats)
@@ -184,7 +178,7 @@ class Needs:
         request = exchange_bytes_per_request(spec, self.formats, ffn_on_cpu=self.cpu_experts)
         sent = (self.batches > 1) * compute.bytes_of(spec.residual_size)
         in_chunk = self.cpu_prefill_experts * self.chunk_tokens
-        routed = in_chunk * routed_bytes_per_token(spec, self.formats)
+        routed = in_chunk * routed_token_bytes(spec, self.formats, 1)
         at_once = maximum(self.micro_batch_size, in_chunk)
         rows = (
             (Purpose.WEIGHTS, 1, self.host_bytes + weights.bytes_of(spec.embedding_parameters) + held_twice),
@@ -208,7 +202,7 @@ def exchange_bytes_per_request(spec: ModelSpec, formats: Formats, *, ffn_on_cpu:
     mixers = [kind.mixer for kind in spec.layer_kinds()]
     sent = max(mixer.sent_bytes(formats) for mixer in mixers)
     computed = formats.compute.bytes_of(spec.residual_size + max(mixer.returned_elements for mixer in mixers))
-    routed = formats.compute.bytes_of(spec.hidden_size) + routed_bytes_per_token(spec, formats)
+    routed = formats.compute.bytes_of(spec.hidden_size) + routed_token_bytes(spec, formats, 1)
     return computed + sent + ffn_on_cpu * routed + spec.num_reaches * REQUEST_NUMBER_BYTES
 
 
@@ -227,12 +221,6 @@ def logits_bytes(spec: ModelSpec, compute: Format, requests: Number) -> Number:
 def held_bytes_per_request(spec: ModelSpec, formats: Formats) -> int:
     """What of a request waits on the GPU while attention is computed."""
     return formats.compute.bytes_of(max(kind.mixer.held_elements for kind in spec.layer_kinds()))
-
-
-def routed_bytes_per_token(spec: ModelSpec, formats: Formats) -> Number:
-    """A token on its way to the CPU's experts: normed hidden state, what waits for their sum, and routing."""
-    elements = spec.hidden_size + spec.pending_elements
-    return formats.compute.bytes_of(elements) + ROUTING_BYTES * spec.experts_per_token
 
 
 def cache_bytes(spec: ModelSpec, formats: Formats, micro_batch_size: Number, kv_tokens: Number) -> Number:
