@@ -241,9 +241,9 @@ class Mixer(Block):
         """Elements of a token that wait on the GPU for attention's output: a gate of it."""
         return 0
 
-    @abstractmethod
     def sent_bytes(self, formats: Formats) -> int:
-        """Bytes of a new token that attention on the CPU needs."""
+        """Bytes of a new token that attention on the CPU needs: by default all that is sent, as it is computed."""
+        return formats.compute.bytes_of(self.sent_elements)
 
     @property
     @abstractmethod

@@ -196,7 +196,7 @@ class CompressedAttention(SoftmaxAttention):
         return self.query_size + self.head_dim + 2 * (self.compressed_size + self.index_size) + index
 
     def sent_bytes(self, formats: Formats) -> int:
-        """All that is projected."""
+        """All that is projected, as it is computed."""
         return formats.compute.bytes_of(self.sent_elements)
 
     def project(self, formats: Formats, tokens: Number) -> Operator:

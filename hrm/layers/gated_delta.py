@@ -48,29 +48,15 @@ class GatedDeltaNet(RecurrentMixer):
         return f"gated delta: values in {values} on keys in {keys}, convolution over {self.conv_kernel}"
 
     @property
-    def convolved_elements(self) -> int:
-        """Queries, keys and values of a token."""
-        return 2 * self.num_key_heads * self.key_head_dim + self.returned_elements
-
-    @property
     def returned_elements(self) -> int:
         """A value of every value head."""
         return self.num_value_heads * self.value_head_dim
 
     @property
-    def projected_size(self) -> int:
-        """Queries, keys, values, the output's gate, and decay and step of every value head."""
-        return sum(self.projected_parts)
-
-    @property
-    def projected_parts(self) -> tuple[int, int, int, int]:
-        """Elements of what is convolved, the gate, decays and steps."""
-        return self.convolved_elements, self.returned_elements, self.num_value_heads, self.num_value_heads
-
-    @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Norms, one matrix to all that is projected, the convolution, decays and the output."""
-        heads, hidden, parts = self.num_value_heads, self.hidden_size, self.projected_parts
+        heads, hidden = self.num_value_heads, self.hidden_size
+        parts = (self.convolved_elements, self.returned_elements, heads, heads)
         return (
             TensorSpec("attention_norm", (hidden,), Unit.MIXER),
             TensorSpec("projections", (sum(parts), hidden), Unit.MIXER, 0, parts),
@@ -81,11 +67,6 @@ class GatedDeltaNet(RecurrentMixer):
             TensorSpec("output", (hidden, self.returned_elements), Unit.MIXER, 1),
             *vector_tensors(self.vectors, Unit.MIXER),
         )
-
-    @property
-    def held_elements(self) -> int:
-        """The output's gate, as wide as the values."""
-        return self.returned_elements
 
     @property
     def state_elements(self) -> int:

@@ -139,10 +139,6 @@ class GroupedQueryAttention(SoftmaxAttention):
             return formats.compute.bytes_of(self.cached_elements)
         return self.cached_bytes(formats)
 
-    def prefix_bytes(self, formats: Formats) -> int:
-        """Keys and values."""
-        return self.prefix_read_bytes(formats)
-
     @property
     def prefix_in_cache(self) -> bool:
         """Keys and values are needed as they are cached, but in a window in their order."""

@@ -1,6 +1,7 @@
 """Kimi delta attention: a gated delta rule whose decay every element of a key has for itself."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, final
 
 from hrm.layers.base import Section, Sections, TensorSpec, Unit, Vectors, check_vectors, vector_tensors
@@ -74,20 +75,10 @@ class KimiDelta(RecurrentMixer):
         matrices = (tensor for tensor in self.tensors if len(tensor.shape) == 2)
         return sum(tensor.parameters for tensor in matrices if tensor.name not in {"convolution", "output"})
 
-    @property
+    @cached_property
     def projected_size(self) -> int:
         """Queries, keys, values, decays, the output's gate, and a step of every head."""
         return 5 * self.returned_elements + self.num_heads
-
-    @property
-    def convolved_elements(self) -> int:
-        """Queries, keys and values."""
-        return 3 * self.returned_elements
-
-    @property
-    def held_elements(self) -> int:
-        """As many as values."""
-        return self.returned_elements
 
     @property
     def state_elements(self) -> int:

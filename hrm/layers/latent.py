@@ -191,10 +191,6 @@ class LatentAttention(SoftmaxAttention):
         """Keys and values that the cache was expanded to."""
         return formats.compute.bytes_of(self.expanded_elements)
 
-    def prefix_bytes(self, formats: Formats) -> int:
-        """What the cache was expanded to."""
-        return self.prefix_read_bytes(formats)
-
     @property
     def prefix_in_cache(self) -> bool:
         """The cache is no place for the keys and values that it is expanded to."""

@@ -54,21 +54,6 @@ class Mamba(RecurrentMixer):
         )
 
     @property
-    def projected_size(self) -> int:
-        """Units and their gate."""
-        return 2 * self.inner_size
-
-    @property
-    def convolved_elements(self) -> int:
-        """The units."""
-        return self.inner_size
-
-    @property
-    def held_elements(self) -> int:
-        """As many as units."""
-        return self.inner_size
-
-    @property
     def returned_elements(self) -> int:
         """The units."""
         return self.inner_size
@@ -170,21 +155,6 @@ class Mamba2(RecurrentMixer):
             TensorSpec("output", (hidden, self.returned_elements), Unit.MIXER, 1),
             *vector_tensors(self.vectors, Unit.MIXER),
         )
-
-    @property
-    def projected_size(self) -> int:
-        """A gate, all that is convolved, and a step of every head."""
-        return self.returned_elements + self.convolved_elements + self.num_heads
-
-    @property
-    def convolved_elements(self) -> int:
-        """Values, and of every group what enters the state and what reads it."""
-        return self.returned_elements + 2 * self.num_groups * self.state_size
-
-    @property
-    def held_elements(self) -> int:
-        """As many as values."""
-        return self.returned_elements
 
     @property
     def returned_elements(self) -> int:

@@ -2,11 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar, Final
 
 from hrm.contract.launches import ATTENTION_LAUNCHES_PER_TASK
 from hrm.formats import Format, Formats
-from hrm.layers.base import Mixer, Sections
+from hrm.layers.base import Mixer, Sections, rows_in
 from hrm.layers.softmax import FINISHING, PROJECTING
 from hrm.layers.work import Kernel, Operator, gemms, linear
 from hrm.numeric import Number, minimum
@@ -25,15 +26,20 @@ class RecurrentMixer(Mixer):
     conv_kernel: int
     chunk_tokens: ClassVar[int]
 
-    @property
-    @abstractmethod
+    @cached_property
     def projected_size(self) -> int:
         """Elements that a token is projected to."""
+        return rows_in(self.projected)
 
-    @property
-    @abstractmethod
+    @cached_property
     def convolved_elements(self) -> int:
         """Those of them that go through the convolution."""
+        return rows_in(self.convolved)
+
+    @property
+    def held_elements(self) -> int:
+        """The output's gate, which is as wide as what it scales."""
+        return self.returned_elements
 
     @property
     @abstractmethod
@@ -73,10 +79,6 @@ class RecurrentMixer(Mixer):
     def sent_elements(self) -> int:
         """All that is projected but the output's gate."""
         return self.projected_size - self.held_elements
-
-    def sent_bytes(self, formats: Formats) -> int:
-        """All that is projected but the output's gate."""
-        return formats.compute.bytes_of(self.sent_elements)
 
     @property
     def kept_rows(self) -> int:

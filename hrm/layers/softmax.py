@@ -72,6 +72,10 @@ class SoftmaxAttention(Mixer):
     def prefix_read_bytes(self, formats: Formats) -> int:
         """Bytes that a later part of a split prompt reads of each earlier token."""
 
+    def prefix_bytes(self, formats: Formats) -> int:
+        """What later parts read."""
+        return self.prefix_read_bytes(formats)
+
     def state_bytes(self, formats: Formats) -> int:  # noqa: ARG002 - others need it
         """None: all that is cached is of tokens."""
         return 0
