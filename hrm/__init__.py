@@ -11,7 +11,7 @@ How the parts follow from one another, in the order of a plan:
 - `closed_form`, `estimate`: throughput of a policy as a bound and as a simulation; `search`: the
   policy whose throughput is highest; `policy_file`: where it is kept; `parallel`: several GPUs;
   `phase_work`, `causes`, `launches`: what the seconds are spent on, and which would save most.
-- `scaling`, `sweep`, `analysis`: other machines and workloads, and what would be best there;
+- `scaling`, `analysis`: other machines and workloads, and what would be best there;
   `published`: what others measured, and what is predicted for it.
 - `trace`, `validate`: what a run did, and how far the prediction was from it; `profiling`: where
   a machine's figures come from; `plots` and `cli`: what people see.

@@ -36,16 +36,6 @@ class PhaseEstimate:
         """Seconds of work in each lane."""
         return self.work.lane_s
 
-    @property
-    def host_memory_s(self) -> float:
-        """Seconds that the host's memory needs to serve all lanes."""
-        return self.work.host_memory_s
-
-    @property
-    def all_reduce_s(self) -> float:
-        """Seconds of the GPUs' time in which they exchange sums."""
-        return self.work.all_reduce_s
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:

@@ -22,6 +22,7 @@ MAX_TASKS: Final = 3000
 MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
+_TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
 _PAGES: Final = frozenset({decode.LOAD_PAGE, decode.STAGE_PAGE, prefill.LOAD_PAGE, prefill.STAGE_PAGE})
 STEADY_STEPS: Final = 3
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
@@ -127,7 +128,7 @@ def steps_seconds(
 
     first = next(iter(stretches), 0.0)
     work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=1.0)
-    tasks_a_layer = 8 * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
+    tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
     tasks_a_layer += STEADY_STEPS * _tasks_of_parts(work.pipeline)
     return [
         _over_layers(replace(work, context=context, stretch=stretch), tasks_a_layer, seconds)
@@ -197,7 +198,7 @@ def _walked(
 
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
-    tasks_a_layer = 8 * pipeline.num_steps * max(pipeline.num_micro_batches, pipeline.num_pages)
+    tasks_a_layer = _TASKS_A_MICRO_BATCH * pipeline.num_steps * max(pipeline.num_micro_batches, pipeline.num_pages)
     is_short = pipeline.num_layers * tasks_a_layer <= 2 * MAX_TASKS
     return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
 

@@ -35,6 +35,11 @@ class Device(StrEnum):
     GPU = "gpu"
     CPU = "cpu"
 
+    @property
+    def words(self) -> str:
+        """How reports write it: `GPU`, `CPU`."""
+        return self.value.upper()
+
 
 class Phase(StrEnum):
     """The two phases of generating from a batch of prompts."""

@@ -49,8 +49,8 @@ def predicted_json(estimate: Estimate) -> dict[str, Any]:
             phase: {lane.value: seconds for lane, seconds in of_phase.lane_s.items()}
             for phase, of_phase in (("prefill", estimate.prefill), ("decode", estimate.decode))
         },
-        "host_memory_s": {"prefill": estimate.prefill.host_memory_s, "decode": estimate.decode.host_memory_s},
-        "all_reduce_s": {"prefill": estimate.prefill.all_reduce_s, "decode": estimate.decode.all_reduce_s},
+        "host_memory_s": {"prefill": estimate.prefill.work.host_memory_s, "decode": estimate.decode.work.host_memory_s},
+        "all_reduce_s": {"prefill": estimate.prefill.work.all_reduce_s, "decode": estimate.decode.work.all_reduce_s},
         "ttft_s": {"mean": estimate.latency.mean_ttft_s, "last": estimate.latency.last_ttft_s},
         "time_per_output_token_s": estimate.latency.tpot_s,
         "requests": estimate.num_requests,
@@ -196,13 +196,13 @@ def _print_policy(estimate: Estimate, spec: ModelSpec, workload: Workload, profi
         )
         _print_chunks(policy, workload)
         return
-    console.print(f"  attention on the {_word(policy.attention)}; {_kv_cache(policy)}")
+    console.print(f"  attention on the {policy.attention.words}; {_kv_cache(policy)}")
     dense = "projections on the GPU" if policy.resident_dense else "projections streamed"
     too = ", in prefill too" if policy.prefill_ffn is Device.CPU else ""
     in_prefill = " in prefill" if policy.ffn is Device.CPU else ""
     parts = f", streamed{in_prefill} {policy.experts_per_part} at a time" if policy.experts_per_part else ""
     console.print(
-        f"  experts on the {_word(policy.ffn)}{too}{parts}; {_residents(estimate, spec)} stay on the GPU, "
+        f"  experts on the {policy.ffn.words}{too}{parts}; {_residents(estimate, spec)} stay on the GPU, "
         f"{dense}{', staged through pinned memory' if policy.staging else ''}"
     )
     _print_chunks(policy, workload)
@@ -237,10 +237,6 @@ def _residents(estimate: Estimate, spec: ModelSpec) -> str:
     return f"{shown} of {most} {which}"
 
 
-def _word(device: Device) -> str:
-    return "GPU" if device is Device.GPU else "CPU"
-
-
 def _print_prediction(estimate: Estimate, workload: Workload, ends: ThroughputRange | None, *, has_gpu: bool) -> None:
     share = estimate.tokens_per_s / estimate.bound_tokens_per_s
     what = "batch" if workload.num_requests is None else "job"
@@ -267,8 +263,8 @@ def _print_prediction(estimate: Estimate, workload: Workload, ends: ThroughputRa
 def _lane_shares(phase: PhaseEstimate) -> str:
     seconds = max(phase.seconds, 1e-12)
     shares = [f"{lane.value} {s / seconds:.0%}" for lane, s in phase.lane_s.items() if s > 0]
-    if phase.host_memory_s > 0.05 * seconds:
-        shares.append(f"host memory {phase.host_memory_s / seconds:.0%}")
+    if phase.work.host_memory_s > 0.05 * seconds:
+        shares.append(f"host memory {phase.work.host_memory_s / seconds:.0%}")
     return f"  [dim](busy: {', '.join(shares)})[/]"
 
 
@@ -386,7 +382,7 @@ def _about_way(way: Way, best: Estimate) -> str:
         return f"{held}; {limit}"
     if way.parallelism is Parallelism.PIPELINE:
         return f"{held}, each link moves whole layers; {limit}"
-    reduced = (best.prefill.all_reduce_s + best.decode.all_reduce_s) / best.seconds
+    reduced = (best.prefill.work.all_reduce_s + best.decode.work.all_reduce_s) / best.seconds
     return f"{held}, all-reduces take {reduced:.0%} of the time; {limit}"
 
 

@@ -34,7 +34,7 @@ def of_schedules(
     parts = counted(policy.num_micro_batches, "micro-batch")
     title = f"{plan.model.name} on {machine_text(plan.profile)}: {parts} of {policy.micro_batch_size}"
     traces = {
-        f"{name}, attention on the {other.policy.attention.value.upper()}, predicted": simulate_plan(
+        f"{name}, attention on the {other.policy.attention.words}, predicted": simulate_plan(
             other, phase, num_steps=steps
         )
         for name, other in plans.items()
@@ -57,8 +57,7 @@ def fitting_all(plan: PolicyFile, schedules: list[ScheduleName]) -> Policy:
     """
 
     def fits(policy: Policy) -> bool:
-        plans = (plan_memory(plan.model, in_order(policy, name), plan.profile) for name in schedules)
-        return all(level.planned_bytes <= level.capacity_bytes for p in plans for level in (p.gpu, p.cpu))
+        return all(plan_memory(plan.model, in_order(policy, name), plan.profile).fits for name in schedules)
 
     if plan.policy.stage_lengths:
         return plan.policy  # which schedule fits is told when they are drawn

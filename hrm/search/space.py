@@ -162,7 +162,7 @@ class Space:
                 raise PolicyError(
                     flag,
                     asked and asked.value,
-                    f"is not where {self.profile.name} computes: its {only.value.upper()} does all",
+                    f"is not where {self.profile.name} computes: its {only.words} does all",
                     "leave it out",
                 )
 

@@ -325,7 +325,7 @@ def test_unified_memory_holds_every_weight_once_and_uses_no_link(seed):
     assert not {"weight_slots", "kv_buffers", "staging"} & set(plan.purposes)
     for phase in (best.prefill, best.decode):
         assert all(phase.lane_s.get(lane, 0.0) == 0 for lane in Lane if lane is not Lane.GPU)
-        assert phase.host_memory_s == 0
+        assert phase.work.host_memory_s == 0
 
 
 def test_unified_memory_is_as_fast_as_it_is_read():
