@@ -7,7 +7,7 @@ from typing import Final
 
 from executor.families.base import SILU, Family
 from executor.families.names import ATTENTION, FUSED, GATE_UP_DOWN
-from executor.families.rope import Rope, yarn_magnitude
+from executor.families.rope import OTHER_MODEL, Rope, yarn_magnitude
 from executor.families.stored import Names
 from executor.model import Architecture, FeedForward, Latent, LayerMaths, Norm, Router, Scores
 from hrm.layers import LatentAttention, Layer
@@ -26,11 +26,6 @@ LATENT: Final[Names] = {
     "kv_down_bias": "self_attn.kv_a_proj_with_mqa.bias",
     "kv_norm": "self_attn.kv_a_layernorm.weight",
     "kv_up": "self_attn.kv_b_proj.weight",
-}
-MOE: Final[Names] = {
-    "score_correction": "mlp.gate.e_score_correction_bias",
-    "shared_w13": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-    "shared_w2": "mlp.shared_experts.down_proj.weight",
 }
 
 
@@ -77,7 +72,7 @@ def _options_v2(keys: Keys, spec: ModelSpec) -> Architecture:
     keys.word("scoring_func", ("softmax",), default="softmax")
     if keys.truth("norm_topk_prob"):
         rule = "must be false: readers of such a config differ in whether weights are then scaled"
-        raise keys.refusal("norm_topk_prob", rule, "use a model of a supported architecture")
+        raise keys.refusal("norm_topk_prob", rule, OTHER_MODEL)
     grouped = keys.word("topk_method", ("greedy", "group_limited_greedy"), default="greedy") != "greedy"
     groups, chosen = _groups(keys, spec, groups=1, chosen=1, best_of_group=1) if grouped else (1, 1)
     scale = keys.number("routed_scaling_factor", default=1.0)
@@ -85,8 +80,12 @@ def _options_v2(keys: Keys, spec: ModelSpec) -> Architecture:
     return _decoder(keys, spec, router, interleaved=True)
 
 
-def _router_v3(keys: Keys, spec: ModelSpec, *, groups: int, chosen: int, scale: float) -> Router:
-    """DeepSeek-V3's, where the best two of a group count; with what holds where keys are missing."""
+def corrected_router(keys: Keys, spec: ModelSpec, *, groups: int, chosen: int, scale: float) -> Router:
+    """DeepSeek-V3's (arXiv 2412.19437): sigmoid scores, corrected for the choice, and groups whose best two count.
+
+    `groups`, `chosen` and `scale` are for what the config does not say. Raises ModelError naming the key if experts
+    cannot be grouped as it says.
+    """
     keys.word("scoring_func", ("sigmoid",), default="sigmoid")
     keys.word("topk_method", ("noaux_tc",), default="noaux_tc")
     groups, chosen = _groups(keys, spec, groups=groups, chosen=chosen, best_of_group=BEST_OF_GROUP)
@@ -101,16 +100,16 @@ def _router_v3(keys: Keys, spec: ModelSpec, *, groups: int, chosen: int, scale: 
 
 
 def _options_v3(keys: Keys, spec: ModelSpec) -> Architecture:
-    router = _router_v3(keys, spec, groups=8, chosen=4, scale=2.5)
+    router = corrected_router(keys, spec, groups=8, chosen=4, scale=2.5)
     return _decoder(keys, spec, router, interleaved=keys.truth("rope_interleave", default=True))
 
 
 def _options_glm(keys: Keys, spec: ModelSpec) -> Architecture:
-    router = _router_v3(keys, spec, groups=1, chosen=1, scale=1.8)
+    router = corrected_router(keys, spec, groups=1, chosen=1, scale=1.8)
     return _decoder(keys, spec, router, interleaved=keys.truth("rope_interleave", default=True), eps=1e-5)
 
 
-_NAMES: Final[Names] = {**ATTENTION, **LATENT, **GATE_UP_DOWN, **MOE}
+_NAMES: Final[Names] = {**ATTENTION, **LATENT, **GATE_UP_DOWN}
 _YARN: Final = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
 
 DEEPSEEK_V2: Final = Family(

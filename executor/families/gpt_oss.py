@@ -4,7 +4,7 @@ from typing import Final
 
 from executor.families.base import SILU, Family, grouped_query
 from executor.families.names import ATTENTION, GATE_UP_DOWN
-from executor.families.rope import Rope
+from executor.families.rope import OTHER_MODEL, Rope
 from executor.families.stored import Stored, interleaved
 from executor.model import Activation, Architecture, FeedForward, Glu, GroupedQuery, LayerMaths, Norm
 from hrm.layers import Layer
@@ -16,7 +16,7 @@ ALPHA: Final = 1.702  # of the clamped gate, which kernels have built in
 def _options(keys: Keys, spec: ModelSpec) -> Architecture:
     keys.word("hidden_act", SILU, default="silu")
     if keys.number("swiglu_alpha", default=ALPHA) != ALPHA:
-        raise keys.refusal("swiglu_alpha", f"must be {ALPHA}", "use a model of a supported architecture")
+        raise keys.refusal("swiglu_alpha", f"must be {ALPHA}", OTHER_MODEL)
     norm = Norm(eps=keys.number("rms_norm_eps", default=1e-5))
     glu = Glu(Activation.CLAMPED, keys.number("swiglu_limit", default=7.0))
     ffn = FeedForward(norm=norm, experts_per_token=spec.experts_per_token, glu=glu)

@@ -60,17 +60,6 @@ def grouped(groups: int, *sizes: int) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def rotary_halves(heads: int, *, rotated: int, before: int = 0) -> Tensor:
-    """The order that parts the pairs of a rotary embedding into halves, in each of the heads.
-
-    A head has `before` rows that stay where they are, and then `rotated` ones. Pairs are stored
-    beside one another, and we rotate elements that lie half of `rotated` apart.
-    """
-    rows = torch.arange(heads * (before + rotated)).view(heads, -1)
-    pairs = rows[:, before:].unflatten(1, (-1, 2)).transpose(1, 2)
-    return torch.cat([rows[:, :before], pairs.flatten(1)], dim=1).flatten()
-
-
 def interleaved(_: Block, tensor: TensorSpec) -> Rows:
     """A gate and what it scales, stored in turn: first all rows of the gate."""
     return Rows.of(grouped(tensor.shape[0] // 2, 1, 1))

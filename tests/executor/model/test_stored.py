@@ -5,23 +5,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TypeVar
 
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GptOssConfig, Qwen3NextConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    Qwen3NextGatedDeltaNet,
-    Qwen3NextSparseMoeBlock,
-    apply_rotary_pos_emb,
-)
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet, Qwen3NextSparseMoeBlock
 
 from executor.checkpoint import Checkpoint
 from executor.families.base import Family
 from executor.families.mixtral import MIXTRAL
-from executor.families.stored import Rows, Stored, grouped, in_order, interleaved, rotary_halves
+from executor.families.stored import Rows, Stored, grouped, in_order, interleaved
 from executor.model import Architecture
 from executor.model.layout import views
 from hrm.layers import DenseFfn, GatedDeltaNet, GroupedQueryAttention, Layer, RoutedExperts, Unit
@@ -172,25 +166,6 @@ def test_keys_that_are_values_too_are_stored_once(tmp_path):
         assert torch.equal(read(family, source, spec, Unit.MIXER)["qkv"], torch.cat([q, k, k]))
     expected = family.expected_tensors(Architecture(spec=spec, layers=()))
     assert {name: f"model.layers.0.{name}" in expected for name in names} == dict(zip(names, [1, 1, 0], strict=True))
-
-
-@pytest.mark.parametrize("before", [0, 2])
-def test_rotary_pairs_become_halves(before):
-    """Scores of transformers' rotation of pairs are those of its rotation of halves."""
-    heads, rotated, length = 3, 8, 5
-    rows = rotary_halves(heads, rotated=rotated, before=before)
-    q, k = torch.randn(2, 1, length, heads * (before + rotated)).unbind()
-    angles = torch.outer(torch.arange(length), 0.1 ** torch.arange(rotated // 2))
-    cos, sin = (torch.cat([part, part], dim=-1)[None] for part in (angles.cos(), angles.sin()))
-
-    def scores(rotate, q, k):
-        q, k = (x.view(1, length, heads, -1).transpose(1, 2) for x in (q, k))
-        turned = rotate(q[..., before:].contiguous(), k[..., before:].contiguous(), cos, sin)
-        q, k = (torch.cat([x[..., :before], t], dim=-1) for x, t in zip((q, k), turned, strict=True))
-        return q @ k.transpose(-1, -2)
-
-    theirs = scores(apply_rotary_pos_emb_interleave, q, k)
-    torch.testing.assert_close(scores(apply_rotary_pos_emb, q[..., rows], k[..., rows]), theirs)
 
 
 def test_biases_are_joined_as_their_matrix_is(tmp_path):
