@@ -35,6 +35,11 @@ class JobOptions:
     max_requests: int | None = None
     resume: bool = False
 
+    @property
+    def told_model(self) -> str:
+        """The model as its user names it."""
+        return self.model_name or str(self.model)
+
 
 class Elsewhere(Protocol):
     """What runs a job's requests in other processes."""

@@ -9,8 +9,7 @@ from typing import Any, Final, TypeVar, final
 
 import msgspec
 
-from executor.batching import Completion, Request, asks_for_more
-from executor.checks import check_request
+from executor.batching import Completion, Request
 from executor.errors import JobError, RunError
 from executor.generate import AbstractGenerator, BatchResult
 from executor.handlers import ERROR
@@ -25,7 +24,7 @@ from executor.job.outputs import OUTPUTS, RunDirectory, rejected_line
 from executor.job.progress import Forecast, JobProgress
 from executor.job.report import Totals, run_record
 from executor.job.requests import Rejected
-from executor.job.survey import SHOWN_REASONS, Survey, survey
+from executor.job.survey import SHOWN_REASONS, Judge, Survey, survey
 from executor.job.trace_file import TraceFile
 from executor.job.writer import OutputWriter
 from hrm.policy_file import PolicyFile, load_policy_file
@@ -108,7 +107,8 @@ class _Job:
         self, options: JobOptions, policy_files: Sequence[PolicyFile], model: OpenModel, directory: RunDirectory
     ) -> None:
         self._options, self._policy_file = options, policy_files[0]
-        self._policies = [model.policy, *(other.policy for other in policy_files[1:])]
+        policies = [model.policy, *(other.policy for other in policy_files[1:])]
+        self._judge = Judge(model.arch, policies, policy_files[0].workload)
         self._model, self._reader, self._directory = model, model.reader, directory
         self._totals = Totals()
         self._ranks: list[RankRecord] = []  # others than this process
@@ -124,7 +124,7 @@ class _Job:
         JobError if they are not; until then nothing in the directory has changed. Returns whether
         anything is left to be run; if not, what there is to be written is written.
         """
-        options, directory, arch = self._options, self._directory, self._model.arch
+        options, directory = self._options, self._directory
         begun_path = directory.path / JOB_JSON
         begun = Identity.read(begun_path) if options.resume else None
         if begun is not None:
@@ -135,15 +135,7 @@ class _Job:
                 " on: model, dtype, seed and requests must be the same as then, unchecked"
             )
         self._survey = survey(
-            options.input,
-            self._reader,
-            directory.answered,
-            directory.path,
-            is_more=lambda request: asks_for_more(request, self._policy_file.workload, self._policy_file.policy),
-            check=self._check,
-            fits_model=lambda request: len(request.prompt) + request.params.max_tokens <= arch.max_position_embeddings,
-            solved_for=self._policy_file.workload.gen_len,
-            most=options.max_requests,
+            options.input, self._reader, self._judge, directory.answered, directory.path, options.max_requests
         )
         if begun is None:
             directory.write(JOB_JSON, identity.json())
@@ -152,15 +144,7 @@ class _Job:
         wanted = progress.wanted = self._survey.to_run
         progress.total_requests = progress.earlier_requests + wanted.requests + self._survey.rejected
         progress.forecast = Forecast.of(wanted, self._model.policy, self._policy_file)
-        told = advice(
-            self._survey,
-            self._policy_file,
-            model=options.model_name or str(options.model),
-            policy=options.policy,
-            input_=options.input,
-            directory=directory.path,
-            gpu_memory_bytes=options.accelerator.gpu_memory_bytes,
-        )
+        told = advice(self._survey, self._policy_file, options)
         if told is not None:
             progress.tell(told)
         if not wanted.requests:
@@ -273,16 +257,6 @@ class _Job:
             "put right what they say and use --resume",
         )
 
-    def _check(self, request: Request) -> None:
-        """Raise why the job's policy cannot run the request, if no other can either."""
-        reasons: list[JobError] = []
-        for policy in self._policies:
-            try:
-                return check_request(request, self._model.arch, policy)
-            except JobError as error:
-                reasons.append(error)
-        raise reasons[0]
-
     def _judged(self) -> Iterator[Request | Rejected]:
         """What is still to be answered: requests that can be run, and the others as rejected."""
         answered, names = self._directory.answered, self._survey.names
@@ -291,7 +265,7 @@ class _Job:
                 yield item
                 continue
             try:
-                self._check(item)
+                self._judge.check(item)
             except JobError as error:
                 yield Rejected(item.name, str(error))
             else:
@@ -344,7 +318,7 @@ class _Job:
             generator,
             self._policy_file,
             self._totals,
-            weights=self._options.model_name or str(self._options.model),
+            weights=self._options.told_model,
             started=self._started,
             outcome=outcome,
             message=message,

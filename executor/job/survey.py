@@ -1,17 +1,20 @@
 """A look at the whole input before anything is run: what it asks for, and whether it goes on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, final
 
-from executor.batching import Request
+from executor.batching import Request, asks_for_more
+from executor.checks import check_request
 from executor.errors import JobError
 from executor.job.identity import digest_of_line
 from executor.job.input_file import Input
 from executor.job.outputs import OUTPUTS
 from executor.job.requests import Line, LineReader, lines_of
+from executor.model import Architecture
 from hrm.errors import HrmError
+from hrm.policy import Policy
 from hrm.workload import Workload
 
 SHOWN_REASONS: Final = 3  # why lines cannot be run, or requests got no answer
@@ -68,21 +71,47 @@ class Survey:
     more: int = 0  # of those asked, requests that ask for more than the policy was solved for
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What a model and some policies make of requests; `solved` is what the first policy was solved for."""
+
+    arch: Architecture
+    policies: Sequence[Policy]
+    solved: Workload
+
+    def check(self, request: Request) -> None:
+        """Raise why the first policy cannot run the request, if no other can either (JobError)."""
+        reasons: list[JobError] = []
+        for policy in self.policies:
+            try:
+                return check_request(request, self.arch, policy)
+            except JobError as error:
+                reasons.append(error)
+        raise reasons[0]
+
+    def fits_model(self, request: Request) -> bool:
+        """Whether some policy could run it."""
+        length = len(request.prompt)
+        return 0 < length <= self.arch.max_position_embeddings - request.params.max_tokens
+
+    def is_more(self, request: Request) -> bool:
+        """Whether it asks for more than the first policy was solved for."""
+        return asks_for_more(request, self.solved, self.policies[0])
+
+    def as_asked(self, request: Request) -> Request:
+        """The request; if it asks for as much as there is room, for no more than was solved for."""
+        if not request.open_ended:
+            return request
+        most = min(request.params.max_tokens, self.solved.gen_len)
+        return replace(request, params=replace(request.params, max_tokens=most))
+
+
 def survey(
-    path: Input,
-    reader: LineReader,
-    answered: Mapping[str, str | None],
-    directory: Path,
-    *,
-    check: Callable[[Request], None],
-    fits_model: Callable[[Request], bool],
-    is_more: Callable[[Request], bool],
-    solved_for: int,
-    most: int | None,
+    path: Input, reader: LineReader, judge: Judge, answered: Mapping[str, str | None], directory: Path, most: int | None
 ) -> Survey:
     """Read the input once, up to `most` requests that can be run and to its end for names.
 
-    Answers that may be as long as there is room are asked for the `solved_for` tokens at most.
     Raises JobError if what is answered in the run directory is not in the input, or was changed
     there since.
     """
@@ -99,7 +128,7 @@ def survey(
             del missing[line.name]
             _check_unchanged(line, answered[line.name], path, directory)
         elif most is None or made.to_run.requests < most:
-            _count(made, line, reader, check, fits_model, is_more, solved_for)
+            _count(made, line, reader, judge)
     if missing:
         raise JobError(
             f"--input {path}: request {next(iter(missing))!r}",
@@ -125,33 +154,17 @@ def _check_unchanged(line: Line, digest: str | None, path: Input, directory: Pat
         )
 
 
-def _count(
-    made: Survey,
-    line: Line,
-    reader: LineReader,
-    check: Callable[[Request], None],
-    fits_model: Callable[[Request], bool],
-    is_more: Callable[[Request], bool],
-    solved_for: int,
-) -> None:
+def _count(made: Survey, line: Line, reader: LineReader, judge: Judge) -> None:
     try:
         request = reader.request(line)
-        if request.prompt and fits_model(request):
-            asked = _as_asked(request, solved_for)
+        if judge.fits_model(request):
+            asked = judge.as_asked(request)
             made.asked.add(asked)
-            made.more += is_more(asked)
-        check(request)
+            made.more += judge.is_more(asked)
+        judge.check(request)
     except HrmError as error:
         made.rejected += 1
         if len(made.reasons) < SHOWN_REASONS:
             made.reasons.append(f"line {line.number}: {error}")
     else:
         made.to_run.add(request)
-
-
-def _as_asked(request: Request, solved_for: int) -> Request:
-    """The request; if it asks for as much as there is room, for no more than was solved for."""
-    if not request.open_ended:
-        return request
-    most = min(request.params.max_tokens, solved_for)
-    return replace(request, params=replace(request.params, max_tokens=most))
