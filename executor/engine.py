@@ -88,7 +88,7 @@ class Engine:
         is_of_device: Callable[[BaseException], bool] = lambda _: False,
         waits: Waits | None = None,
     ) -> None:
-        self._enter_lane, self._streams, self._is_of_device = (enter_lane, streams or {}, is_of_device)
+        self._enter_lane, self._streams, self._is_of_device = enter_lane, streams or {}, is_of_device
         self.waits = waits or Waits()
         self._queued_tasks = 0 if os.environ.get(SYNCHRONISE, "0") != "0" else QUEUED_TASKS
         self._workers: dict[Lane, LaneWorker] = {}
@@ -318,10 +318,11 @@ def joined(results: Sequence[PhaseResult]) -> PhaseResult:
     )
 
 
-def failure_chart(recent: Iterable[Span], failed: Span, *, width: int = 72) -> str:
+def failure_chart(recent: Iterable[Span], failed: Span) -> str:
     """The lanes just before a failure as text, the failed task marked by `!` and named below."""
     spans = [*sorted(recent, key=lambda span: span.start_s), failed]
     last_s = max(span.end_s for span in spans)
+    width = 72
     chart = lane_chart(Trace(tuple(spans)), width=width)
     lines: list[str] = []
     for line in chart.splitlines():

@@ -70,11 +70,15 @@ def cache_rows(layer: Layer, policy: Policy, memory: Tensor) -> Tensor:
     row_bytes = mixer.cached_bytes(policy.formats) or mixer.state_bytes(policy.formats)
     if mixer.cached_elements:
         dtype = row_dtype(policy.formats.kv_cache, getattr(torch, policy.dtype))
-    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)
+    return _rows(memory, row_bytes, dtype)
 
 
 def prefix_rows(num_elements: int, policy: Policy, memory: Tensor) -> Tensor:
     """Memory for earlier parts of a prompt as rows of so many elements, in the run's dtype."""
     dtype: torch.dtype = getattr(torch, policy.dtype)
-    row_bytes = num_elements * dtype.itemsize
-    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, num_elements)
+    return _rows(memory, num_elements * dtype.itemsize, dtype)
+
+
+def _rows(memory: Tensor, row_bytes: int, dtype: torch.dtype) -> Tensor:
+    """Whole rows of memory; what is left over is none."""
+    return memory[: len(memory) // row_bytes * row_bytes].view(dtype).view(-1, row_bytes // dtype.itemsize)

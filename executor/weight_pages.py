@@ -67,6 +67,25 @@ class PartOfExperts:
     experts: Sequence[Experts]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPages:
+    """A layer's weights: what is read to where, and as they are found in each place.
+
+    `on_host` is all that does not stay on the GPU. `dense` and `experts` are the vectors that are read, the experts
+    that stay on the GPU apart from the others. `in_slots` is the layer while it lies in either slot, `parts` are those
+    that its experts stream in, and the rest is what the CPU computes with.
+    """
+
+    on_host: Tensor
+    dense: Tensor
+    experts: tuple[Tensor, Tensor]
+    in_slots: tuple[LayerWeights, ...]
+    parts: Sequence[PartOfExperts]
+    host_experts: NumberedExperts
+    host_mixer: Any
+    host_ffn: Any
+
+
 @final
 class WeightPages:
     """The page table and the memory behind it, which is handed in as flat tensors of the dtype.
@@ -89,73 +108,68 @@ class WeightPages:
         staging: Tensor,
         rank: int = 0,
     ) -> None:
-        self._spec, self._rank = spec, rank
-        resident_parts, host_parts = _Cursor(resident), _Cursor(host)
+        self._spec, self._rank, self._staging, self.dtype = spec, rank, staging, slots.dtype
+        self._resident, self._host = _Cursor(resident), _Cursor(host)
         self._slots, self._part_slots = slots.view(WEIGHT_SLOTS, -1), parts.view(EXPERT_SLOTS, -1)
-        self._staging = staging
-        self.dtype = slots.dtype
-        self._on_host: list[Tensor] = []
-        self._layers: list[tuple[LayerWeights, ...]] = []
-        self._parts: list[list[PartOfExperts]] = []
-        self._dense: list[Tensor] = []
-        self._experts: list[list[Tensor]] = []
-        self.host_experts: list[NumberedExperts] = []
-        self.host_mixers: list[Any] = []
-        self.host_ffns: list[Any] = []
         self._for_cpu: list[tuple[Tensor, Tensor]] = []
-        cpu_attends = policy.kv_caches_at(Place.HOST) > 0
         any_on_host = any(policy.host_bytes(spec, index) for index in range(spec.num_layers))
         cpu_experts = policy.ffn is Device.CPU and any_on_host
-        for index, (layer, count) in enumerate(zip(spec.layers, policy.resident_experts, strict=True)):
-            num_dense = num_elements(dense_tensors(layer), resident.dtype)
-            streamed_dense = 0 if policy.resident_dense else num_dense
-            on_host = host_parts.take(policy.host_bytes(spec, index) // host.itemsize)
-            num_streamed = policy.streamed_bytes(spec, index, Phase.PREFILL) // slots.itemsize
-            resident_dense = resident_parts.take(num_dense - streamed_dense)
-            resident_experts = resident_parts.take(count * num_elements(expert_tensors(layer), resident.dtype))
-            first = layer.experts_of(rank).start
-            fixed = experts_in(layer, resident_experts, first)
-            first_on_host = first + count
-            self._on_host.append(on_host)
-            self._dense.append(on_host[:streamed_dense] if streamed_dense else resident_dense)
-            self._experts.append([resident_experts, on_host[streamed_dense:]])
-            self.host_experts.append(experts_in(layer, on_host[streamed_dense:], first_on_host).each)
-            streamed_experts = on_host[streamed_dense:] if len(parts) else on_host[:0]
-            self._parts.append(self._parts_of(layer, streamed_experts, first_on_host, policy.experts_per_part))
-            places: list[LayerWeights] = []
-            for slot in self._slots:
-                dense = dense_views(layer, slot[:streamed_dense] if streamed_dense else resident_dense)
-                in_slot = experts_in(layer, slot[streamed_dense:num_streamed], first_on_host)
-                places.append(LayerWeights(dense, fixed, fixed + in_slot, layer.has_experts))
-            self._layers.append(tuple(places))
-            dense = places[0].dense
-            if streamed_dense:
-                dense = dense_views(layer, on_host[:streamed_dense])
-            elif cpu_attends:
-                dense = replace(dense, mixer=self._copied(layer.mixer, dense.mixer, host_parts))
-            if not streamed_dense and cpu_experts:
-                dense = replace(dense, ffn=self._copied(layer.ffn[0], dense.ffn, host_parts))
-            self.host_mixers.append(dense.mixer)
-            self.host_ffns.append(dense.ffn)
-        self._head = resident_parts.take(spec.head_parameters)
+        self._layers = [self._pages_of(policy, index, cpu_experts=cpu_experts) for index in range(spec.num_layers)]
+        self._head = self._resident.take(spec.head_parameters)
         self.head: HeadWeights | None = head_views(spec, self._head) if spec.has_head else None
-        self.embedding: Tensor = host_parts.take(spec.embedding_parameters).view(-1, spec.hidden_size)
+        self.embedding: Tensor = self._host.take(spec.embedding_parameters).view(-1, spec.hidden_size)
 
-    def _parts_of(self, layer: Layer, experts: Tensor, first: int, per_part: int) -> "list[PartOfExperts]":
-        """The parts that experts, numbered from the first, stream in, each with its views in every slot."""
+    def _pages_of(self, policy: Policy, index: int, *, cpu_experts: bool) -> LayerPages:
+        spec, layer, count = self._spec, self._spec.layers[index], policy.resident_experts[index]
+        num_dense = num_elements(dense_tensors(layer), self.dtype)
+        streamed_dense = 0 if policy.resident_dense else num_dense
+        num_streamed = policy.streamed_bytes(spec, index, Phase.PREFILL) // self.dtype.itemsize
+        on_host = self._host.take(policy.host_bytes(spec, index) // self.dtype.itemsize)
+        dense = self._resident.take(num_dense - streamed_dense)
+        resident = self._resident.take(count * num_elements(expert_tensors(layer), self.dtype))
+        others, first = on_host[streamed_dense:], layer.experts_of(self._rank).start
+        fixed, first_on_host = experts_in(layer, resident, first), first + count
+        in_slots: list[LayerWeights] = []
+        for slot in self._slots:
+            in_slot = experts_in(layer, slot[streamed_dense:num_streamed], first_on_host)
+            views = dense_views(layer, slot[:streamed_dense] if streamed_dense else dense)
+            in_slots.append(LayerWeights(views, fixed, fixed + in_slot, layer.has_experts))
+        mixer, ffn = in_slots[0].dense.mixer, in_slots[0].dense.ffn
+        if streamed_dense:
+            dense = on_host[:streamed_dense]
+            views = dense_views(layer, dense)
+            mixer, ffn = views.mixer, views.ffn
+        if not streamed_dense and policy.kv_caches_at(Place.HOST) > 0:
+            mixer = self._copied(layer.mixer, mixer)
+        if not streamed_dense and cpu_experts:
+            ffn = self._copied(layer.ffn[0], ffn)
+        return LayerPages(
+            on_host=on_host,
+            dense=dense,
+            experts=(resident, others),
+            in_slots=tuple(in_slots),
+            parts=self._parts_of(layer, others, first_on_host, policy.experts_per_part),
+            host_experts=experts_in(layer, others, first_on_host).each,
+            host_mixer=mixer,
+            host_ffn=ffn,
+        )
+
+    def _parts_of(self, layer: Layer, experts: Tensor, first: int, per_part: int) -> list[PartOfExperts]:
+        """The parts that experts, numbered from the first, stream in if they do, each with its views in every slot."""
         found: list[PartOfExperts] = []
-        for number, on_host in enumerate(experts.split(self._part_slots.shape[1]) if len(experts) else ()):
+        size = self._part_slots.shape[1]
+        for number, on_host in enumerate(experts.split(size) if size and len(experts) else ()):
             slots = [slot[: len(on_host)] for slot in self._part_slots]
             views = [experts_in(layer, slot, first + number * per_part) for slot in slots]
             found.append(PartOfExperts(on_host, slots, views))
         return found
 
-    def _copied(self, block: Block, weights: Any, host: "_Cursor") -> Any:
+    def _copied(self, block: Block, weights: Any) -> Any:
         """A block's weights on the GPU, but for what its part on the CPU reads, which has a place there too."""
         here: dict[str, Tensor] = {}
         for tensor in block.tensors:
             if tensor.name in block.host_tensors:
-                here[tensor.name] = host.take(tensor.parameters, aligned=True).view(tensor.shape)
+                here[tensor.name] = self._host.take(tensor.parameters, aligned=True).view(tensor.shape)
                 self._for_cpu.append((here[tensor.name], getattr(weights, tensor.name)))
         return replace(weights, **here)
 
@@ -191,26 +205,30 @@ class WeightPages:
         head = spec.head_tensors[: -1 if one_head else None]
         outside = (spec.embedding_tensors, self.embedding.view(-1)), (head, self._head)
         places = [Target(each, flat[: num_elements(each, flat.dtype)]) for each, flat in outside if each]
-        for index, layer in enumerate(spec.layers):
-            places.append(Target(dense_tensors(layer), self._dense[index], index))
+        for index, (layer, pages) in enumerate(zip(spec.layers, self._layers, strict=True)):
+            places.append(Target(dense_tensors(layer), pages.dense, index))
             tensors = expert_tensors(layer)
             size = num_elements(tensors, self._head.dtype)
-            parts = (part.view(-1, size) for part in self._experts[index] if len(part))
+            parts = (part.view(-1, size) for part in pages.experts if len(part))
             experts = enumerate(chain.from_iterable(parts))
             places += [Target(tensors, flat, index, expert) for expert, flat in experts]
         return places
 
     def layer(self, layer: int, slot: int) -> LayerWeights:
         """The layer's weights, its streamed ones in that slot."""
-        return self._layers[layer][slot]
+        return self._layers[layer].in_slots[slot]
 
-    def part(self, layer: int, number: int) -> "PartOfExperts":
+    def part(self, layer: int, number: int) -> PartOfExperts:
         """One of the parts that the layer's experts stream in."""
-        return self._parts[layer][number]
+        return self._layers[layer].parts[number]
 
     def on_host(self, layer: int, page: slice) -> Tensor:
         """One page where it lies in host memory."""
-        return self._on_host[layer][page]
+        return self._layers[layer].on_host[page]
+
+    def of_layer(self, layer: int) -> LayerPages:
+        """All of a layer's weights, those that the CPU computes with among them."""
+        return self._layers[layer]
 
     def in_slot(self, slot: int, page: slice) -> Tensor:
         """Where that page goes on the GPU."""

@@ -196,7 +196,7 @@ class DecodeHandlers:
         mixer = self._mixer(x)
         if x.id.act is decode.CPU_ATTENTION:
             level, kernels, numbers = self.memory.host, CpuKernels(), rows.numbers[mixer.reach]
-            weights = self.memory.weights.host_mixers[x.id.layer]
+            weights = self.memory.weights.of_layer(x.id.layer).host_mixer
         else:
             level, kernels, numbers = self.memory.gpu, self.backend.gpu_kernels, self._numbers(mixer, rows, span)
             weights = self._weights(x).dense.mixer

@@ -102,10 +102,10 @@ class FeedForwards:
     def on_cpu(self, layer: int, routed: Routed, out_TD: Tensor) -> None:
         """Add to `out_TD` what comes of the experts that stay on the host, and of all that is pending."""
         memory, ffn, workspace = self.memory, self.arch.layers[layer].ffn, self.memory.host_workspace
-        experts, weights = memory.weights.host_experts[layer], memory.weights.host_ffns[layer]
-        pending_2TD = routed.pending_2TD if weights.has_pending else None
+        pages = memory.weights.of_layer(layer)
+        pending_2TD = routed.pending_2TD if pages.host_ffn.has_pending else None
         workspace.reset()
         sum_TD = ffn.sum_of(pending_2TD, out_TD)
-        counts = run_experts(routed.tokens_TD, routed.routing, experts, sum_TD, workspace, glu=ffn.glu)
-        ffn.finish(pending_2TD, out_TD, weights, workspace)
+        counts = run_experts(routed.tokens_TD, routed.routing, pages.host_experts, sum_TD, workspace, glu=ffn.glu)
+        ffn.finish(pending_2TD, out_TD, pages.host_ffn, workspace)
         self.state.count_routed(layer, counts)
