@@ -94,9 +94,9 @@ class Labels:
             self.lines.append(np.array([a, b, b, a]))
             self.line_names.append(of)
 
-    def avoid_point(self, x: float, y: float, *, points: float = 4.0) -> None:
-        """Keep off a marker of that size."""
-        half = self.pixels(points) / 2
+    def avoid_point(self, x: float, y: float) -> None:
+        """Keep off a marker."""
+        half = self.pixels(4) / 2
         px, py = self.axes.transData.transform((x, y))
         signs = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
         self.markers.append(np.array([px, py]) + half * signs)
@@ -105,10 +105,10 @@ class Labels:
         """Points of 1/72 inch as pixels of the figure."""
         return points * self.axes.figure.dpi / 72
 
-    def near(self, x: float, y: float, *, points: float = 4.0) -> list[Spot]:
+    def near(self, x: float, y: float) -> list[Spot]:
         """Spots around a point in data coordinates, right of it first."""
         px, py = self.axes.transData.transform((x, y))
-        step = self.pixels(points)
+        step = self.pixels(4)
         around = [
             (1, -0.6, "left", "top"),
             (1, 0.6, "left", "bottom"),
@@ -123,20 +123,14 @@ class Labels:
             for dx, dy, ha, va in around
         ]
 
-    def beside(self, x: float, y: float, *, points: float = 5.0) -> list[Spot]:
+    def beside(self, x: float, y: float) -> list[Spot]:
         """Spots right of a point in data coordinates, at its height and a little over or under."""
         px, py = self.axes.transData.transform((x, y))
         steps = sorted(range(-6, 7), key=abs)
-        return [Spot(px + self.pixels(points), py + self.pixels(5 * step), ha="left", va="center") for step in steps]
+        return [Spot(px + self.pixels(5), py + self.pixels(5 * step), ha="left", va="center") for step in steps]
 
     def along(
-        self,
-        start: tuple[float, float],
-        end: tuple[float, float],
-        shares: Iterable[float],
-        *,
-        points: float = 4.0,
-        ha: str = "left",
+        self, start: tuple[float, float], end: tuple[float, float], shares: Iterable[float], *, ha: str = "left"
     ) -> list[Spot]:
         """Spots over and under a straight line in data coordinates, at shares of its length."""
         first, last = self.axes.transData.transform([start, end])
@@ -145,7 +139,7 @@ class Labels:
         spots: list[Spot] = []
         for share in shares:
             for side, va in ((1, "bottom"), (-1, "top")):
-                x, y = first + share * (last - first) + side * self.pixels(points) * normal
+                x, y = first + share * (last - first) + side * self.pixels(4) * normal
                 spots.append(Spot(float(x), float(y), angle, ha, va))
         return spots
 

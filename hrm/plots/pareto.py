@@ -35,34 +35,25 @@ def on_front(costs: Any, gains: Any) -> Any:
 
 
 def plot_pareto(
-    frame: "pd.DataFrame",
-    path: Path | None = None,
-    *,
-    x: str,
-    y: str = "tokens_per_s",
-    group: str | None = None,
-    label: str | None = None,
-    title: str = "",
+    frame: "pd.DataFrame", path: Path | None = None, *, x: str, group: str | None = None, title: str = ""
 ) -> "Figure":
-    """Draw points of a cost `x` and a gain `y`, and their front: what is best for each cost.
+    """Draw points of a cost `x` and the throughput, and their front: what is best for each cost.
 
-    Columns, all but `x` and `y` optional: `x` what is paid (bytes of CPU memory, seconds of
-    latency, GPUs), `y` what is had for it, `group` whose front is drawn on its own, `label` words
-    for points on a front. Dominated points are grey and hollow; a step of the line says what can be
-    had up to the next cost (MoE-Lightning, arXiv 2411.11217, Fig. 1). Returns the figure, also
-    written to `path` if there is one (HrmError if it cannot be).
+    Columns are `x`, what is paid (bytes of CPU memory, seconds of latency, GPUs), `tokens_per_s`, what
+    is had for it, and `group`, if there is one, whose front is drawn on its own. Dominated points are
+    grey and hollow; a step of the line says what can be had up to the next cost (MoE-Lightning, arXiv
+    2411.11217, Fig. 1). Returns the figure, also written to `path` if there is one (HrmError if it cannot be).
     """
-    require_columns(frame, [x, y, group, label], "plot_pareto")
+    y = "tokens_per_s"
+    require_columns(frame, [x, y, group], "plot_pareto")
     style.check_path(path)
     table: Any = frame
     names: list[Any] = list(table[group].unique()) if group else [None]
     over = axis_of(x, frame[x])
     up = axis_of(y, frame[y])
     with style.look():
-        figure = style.new_figure(3.8)
+        figure = style.new_figure(3.8, title)
         axes: Any = figure.subplots()
-        if title:
-            figure.suptitle(title, x=0.01, ha="left")
         fronts: dict[Any, Any] = {}
         most = float(table[x].max())
         for index, name in enumerate(names):
@@ -78,9 +69,8 @@ def plot_pareto(
         high, low = axes.get_xlim()[1], axes.get_xlim()[0]
         axes.set_xlim(right=high + 0.14 * (high - low))
         _legend(figure)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-        _label(axes, fronts, (x, over.unit_size), (y, up.unit_size), label, most)
+        style.hold_still(figure)
+        _label(axes, fronts, (x, over.unit_size), (y, up.unit_size), most)
         return style.finish(figure, path)
 
 
@@ -117,9 +107,7 @@ def _draw(
     )
 
 
-def _label(
-    axes: Any, fronts: dict[Any, Any], x: tuple[str, float], y: tuple[str, float], label: str | None, most: float
-) -> None:
+def _label(axes: Any, fronts: dict[Any, Any], x: tuple[str, float], y: tuple[str, float], most: float) -> None:
     labels = Labels(axes)
     for line in axes.get_lines():
         name = str(line.get_gid())
@@ -135,10 +123,6 @@ def _label(
             ends.append((most / x[1], float(end[y[0]]) / y[1], str(name), colour))
     for px, py, name, colour in sorted(ends, key=lambda end: -end[1]):
         labels.place([name], labels.beside(px, py), colour=colour, inside=False)
-    for front in fronts.values() if label is not None else ():
-        for _, row in front.iterrows():
-            spots = labels.near(float(row[x[0]]) / x[1], float(row[y[0]]) / y[1])
-            labels.place([str(row[label])], spots, colour=style.GREY, required=False)
 
 
 def _legend(figure: Any) -> None:

@@ -40,17 +40,7 @@ def plot_map(
     require_columns(frame, [x, y, region, value], "plot_map")
     style.check_path(path)
     over, up = axis_of(x, frame[x]), axis_of(y, frame[y])
-    xs = np.unique(frame[x].to_numpy(dtype=float))
-    ys = np.unique(frame[y].to_numpy(dtype=float))
-    whole = len(frame) == len(xs) * len(ys) and not frame.duplicated([x, y]).any()
-    if not whole or min(len(xs), len(ys)) < 2:
-        raise HrmError(
-            "plot_map",
-            f"<{len(frame)} cells>",
-            f"must be a grid of {len(xs)} x {len(ys)} cells, two or more each way",
-            "give one row for every pair",
-        )
-    cells = frame.sort_values([y, x])
+    cells, xs, ys = _cells(frame, x, y)
     words = cells[region].astype(object).where(cells[region].notna(), NOTHING).astype(str)
     names = [name for name in dict.fromkeys(words) if name != NOTHING]
     names += [NOTHING] if NOTHING in set(words) else []
@@ -58,10 +48,8 @@ def plot_map(
     grid = np.array([index[word] for word in words]).reshape(len(ys), len(xs))
     x_edges, y_edges = _edges(xs / over.unit_size), _edges(ys / up.unit_size)
     with style.look():
-        figure = style.new_figure(4.6)
+        figure = style.new_figure(4.6, title)
         axes: Any = figure.subplots()
-        if title:
-            figure.suptitle(title, x=0.01, ha="left")
         axes.set(xlim=(x_edges[0], x_edges[-1]), ylim=(y_edges[0], y_edges[-1]))
         for which, values in (("x", xs), ("y", ys)):
             if _is_logarithmic(values):
@@ -72,26 +60,33 @@ def plot_map(
         contours = None
         if value is not None:
             heights = cells[value].to_numpy(dtype=float).reshape(len(ys), len(xs))
-            contours = axes.contour(
-                xs / over.unit_size,
-                ys / up.unit_size,
-                heights,
-                colors=style.BLACK,
-                linewidths=0.7,
-                linestyles="--",
-                levels=6,
-            )
+            look: dict[str, Any] = {"colors": style.BLACK, "linewidths": 0.7, "linestyles": "--"}
+            contours = axes.contour(xs / over.unit_size, ys / up.unit_size, heights, levels=6, **look)
         axes.set_xlabel(over.label)
         axes.set_ylabel(up.label)
         _legend(figure, names, value)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        style.hold_still(figure)
         labels = Labels(axes)
         for number, name in enumerate(names):
             _name_region(labels, grid == number, x_edges, y_edges, name)
         if contours is not None:
             _name_contours(labels, contours)
         return style.finish(figure, path)
+
+
+def _cells(frame: Any, x: str, y: str) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
+    """The rows of a grid in its order, and the values along both of its sides; HrmError if it is none."""
+    xs = np.unique(frame[x].to_numpy(dtype=float))
+    ys = np.unique(frame[y].to_numpy(dtype=float))
+    whole = len(frame) == len(xs) * len(ys) and not frame.duplicated([x, y]).any()
+    if not whole or min(len(xs), len(ys)) < 2:
+        raise HrmError(
+            "plot_map",
+            f"<{len(frame)} cells>",
+            f"must be a grid of {len(xs)} x {len(ys)} cells, two or more each way",
+            "give one row for every pair",
+        )
+    return frame.sort_values([y, x]), xs, ys
 
 
 def _is_logarithmic(values: NDArray[np.float64]) -> bool:

@@ -63,16 +63,14 @@ def plot_roofline(
         profile, spec, tuple(dict.fromkeys(dtypes)), tuple(contexts), tuple(batch_sizes), micro_batch_size
     )
     with style.look():
-        figure = style.new_figure(1.0 + 3.7 * len(panels))
-        all_axes: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         title = f"{profile.name} ({_MACHINES[profile.accelerator]})"
-        figure.suptitle(title, x=0.01, ha="left")
+        figure = style.new_figure(1.0 + 3.7 * len(panels), title)
+        all_axes: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, panel in zip(all_axes, panels, strict=True):
             _draw(axes, panel)
         all_axes[-1].set_xlabel("operational intensity: FLOPs a byte of what lies on the host")
         _legend(figure, panels)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # labels are placed in pixels: nothing may move now
+        style.hold_still(figure)
         for axes, panel in zip(all_axes, panels, strict=True):
             _label(axes, panel)
         return style.finish(figure, path)

@@ -73,14 +73,22 @@ def look() -> AbstractContextManager[None]:
     return typed.rc_context(_LOOK)
 
 
-def new_figure(height_inches: float, *, width_inches: float = PAGE_INCHES) -> Any:
-    """An empty figure that needs no display and that pyplot does not keep alive."""
+def new_figure(height_inches: float, title: str = "") -> Any:
+    """A figure with nothing but its title, if there is one; it needs no display and pyplot does not keep it alive."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    figure: Any = Figure(figsize=(PAGE_INCHES, height_inches), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def hold_still(figure: Any) -> None:
+    """Lay the figure out for good: labels are placed in pixels, so nothing may move from now on."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def finish(figure: Any, path: Path | None) -> "Figure":

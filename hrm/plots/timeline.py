@@ -136,18 +136,15 @@ def plot_timeline(traces: Mapping[str, Trace], path: Path | None = None, *, titl
     longest_s = max(trace.makespan_s for trace in traces.values())
     unit, factor = ("s", 1.0) if longest_s >= 2 else ("ms", 1e3)
     with style.look():
-        figure = style.new_figure(0.95 + len(traces) * (0.55 + 0.3 * len(lanes)))
+        figure = style.new_figure(0.95 + len(traces) * (0.55 + 0.3 * len(lanes)), title)
         all_axes: Any = figure.subplots(len(traces), 1, squeeze=False, sharex=True)[:, 0]
-        if title:
-            figure.suptitle(title, x=0.01, ha="left")
         for axes, (name, trace) in zip(all_axes, traces.items(), strict=True):
             _draw(axes, trace, lanes, factor, thin_s=longest_s / THIN)
             axes.set_title(f"{name}: {format_seconds(trace.makespan_s)}", pad=13)
         all_axes[-1].set_xlim(0, longest_s * factor)
         all_axes[-1].set_xlabel(unit)
         _legend(figure, {span.id.act.name: span.id.act.letter for trace in traces.values() for span in trace.spans})
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        style.hold_still(figure)
         for axes, trace in zip(all_axes, traces.values(), strict=True):
             labels = Labels(axes)
             _label_boundaries(labels, trace, factor)

@@ -30,36 +30,14 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
     first = float(frame["factor"].mode().iloc[0])
     one_factor = all(isclose(max(f, 1 / f), max(first, 1 / first)) for f in ordered["factor"])
     with style.look():
-        figure = style.new_figure(1.1 + (0.42 if both else 0.3) * len(ordered))
+        figure = style.new_figure(1.1 + (0.42 if both else 0.3) * len(ordered), title)
         axes: Any = figure.subplots()
-        if title:
-            figure.suptitle(title, x=0.01, ha="left")
-        thick, shift = (0.36, 0.19) if both else (0.6, 0.0)
-        rows = range(len(ordered))
-        series = [("change", -shift, style.BLUE, "", "best policy for each machine")]
-        if both:
-            series.append(("same_policy_change", shift, style.ORANGE, "////", "policy as it is"))
-        values: list[tuple[float, float]] = []
-        for name, offset, colour, hatch, words in series:
-            shares = ordered[name].to_numpy(dtype=float) * 100
-            axes.barh(
-                [row + offset for row in rows],
-                [0 if isnan(v) else v for v in shares],
-                height=thick,
-                color=colour,
-                hatch=hatch,
-                edgecolor="white",
-                label=words,
-                gid=name,
-            )
-            values += [(row + offset, value) for row, value in zip(rows, shares, strict=True)]
-        axes.set_yticks(
-            rows,
-            [
-                _name(row, first) if one_factor else f"{row['resource']} × {row['factor']:g}"
-                for _, row in ordered.iterrows()
-            ],
+        values = _draw(axes, ordered, both=both)
+        named = (
+            _name(row, first) if one_factor else f"{row['resource']} × {row['factor']:g}"
+            for _, row in ordered.iterrows()
         )
+        axes.set_yticks(range(len(ordered)), list(named))
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.axvline(0, color=style.BLACK, linewidth=0.6)
@@ -68,18 +46,45 @@ def plot_what_if(frame: "pd.DataFrame", path: Path | None = None, *, title: str 
         axes.margins(x=0.14)
         if both:
             style.put_legend(figure, list(axes.containers))
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-        labels = Labels(axes)
-        for row, value in values:
-            missing = isnan(value)
-            x, y = axes.transData.transform((0 if missing else value, row))
-            left = not missing and value < -0.005
-            step = labels.pixels(3) * (-1 if left else 1)
-            spot = Spot(float(x + step), float(y), ha="right" if left else "left", va="center")
-            words = "no policy fits" if missing else f"{value:+.1f}"
-            labels.place([words], [spot], colour=style.BLACK, inside=False)
+        style.hold_still(figure)
+        _label(axes, values)
         return style.finish(figure, path)
+
+
+def _draw(axes: Any, ordered: Any, *, both: bool) -> list[tuple[float, float]]:
+    """Draw the bars; returns where each is and what it says."""
+    thick, shift = (0.36, 0.19) if both else (0.6, 0.0)
+    series = [("change", -shift, style.BLUE, "", "best policy for each machine")]
+    if both:
+        series.append(("same_policy_change", shift, style.ORANGE, "////", "policy as it is"))
+    values: list[tuple[float, float]] = []
+    for name, offset, colour, hatch, words in series:
+        shares = ordered[name].to_numpy(dtype=float) * 100
+        axes.barh(
+            [row + offset for row in range(len(ordered))],
+            [0 if isnan(v) else v for v in shares],
+            height=thick,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=words,
+            gid=name,
+        )
+        values += [(row + offset, value) for row, value in enumerate(shares)]
+    return values
+
+
+def _label(axes: Any, values: list[tuple[float, float]]) -> None:
+    """Write what each bar says beside its end."""
+    labels = Labels(axes)
+    for row, value in values:
+        missing = isnan(value)
+        x, y = axes.transData.transform((0 if missing else value, row))
+        left = not missing and value < -0.005
+        step = labels.pixels(3) * (-1 if left else 1)
+        spot = Spot(float(x + step), float(y), ha="right" if left else "left", va="center")
+        words = "no policy fits" if missing else f"{value:+.1f}"
+        labels.place([words], [spot], colour=style.BLACK, inside=False)
 
 
 def _name(row: Any, factor: float) -> str:

@@ -94,10 +94,9 @@ def test_fronts_are_marked_and_dominated_points_greyed():
             "cpu_memory_bytes": [1e11, 2e11, 3e11, 1e11, 2e11, 3e11],
             "tokens_per_s": [5, 9, 8, 4, 6, 7],
             "system": ["ours"] * 3 + ["theirs"] * 3,
-            "words": list("abcdef"),
         }
     )
-    picture = plot_pareto(frame, x="cpu_memory_bytes", group="system", label="words")
+    picture = plot_pareto(frame, x="cpu_memory_bytes", group="system")
     (axes,) = picture.axes
     (dominated,) = named(axes, "dominated 0")
     assert dominated.get_xydata().tolist() == [[300, 8]]
@@ -109,7 +108,7 @@ def test_fronts_are_marked_and_dominated_points_greyed():
     assert dominated.get_markerfacecolor() == "white"
     assert lightness(dominated.get_markeredgecolor()) > lightness(chosen.get_color())
     shown = set(words(picture))
-    assert {"ours", "theirs", "a", "b", "d"} <= shown
+    assert {"ours", "theirs"} <= shown
     assert "c" not in shown, "only points on a front are named"
     assert_texts_apart(picture)
 
