@@ -1,6 +1,7 @@
 """One level of a machine's memory: what it holds, how fast it is read, and what computes there."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from typing import cast
 
 from hrm.errors import ProfileError
 from hrm.figures import Figure, Rate, check_figure, check_rate
@@ -113,12 +114,11 @@ def check_figures(where: str, node: object) -> None:
         case Rate():
             check_rate(where, node)
         case dict():
-            for key, value in node.items():  # pyright: ignore[reportUnknownVariableType]
-                check_figures(f"{where}.{key}", value)  # pyright: ignore[reportUnknownArgumentType]
+            for key, value in cast("dict[str, object]", node).items():
+                check_figures(f"{where}.{key}", value)
         case tuple():
-            for index, value in enumerate(node):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-                name = getattr(value, "name", index)  # pyright: ignore[reportUnknownArgumentType]
-                check_figures(f"{where}[{name}]", value)  # pyright: ignore[reportUnknownArgumentType]
+            for index, value in enumerate(cast("tuple[object, ...]", node)):
+                check_figures(f"{where}[{getattr(value, 'name', index)}]", value)
         case _ if is_dataclass(node) and not isinstance(node, type):
             for item in fields(node):
                 check_figures(f"{where}.{item.name}", getattr(node, item.name))

@@ -128,8 +128,8 @@ class Engine:
         items = [self._read(index, row) for index, row in enumerate(rows)]
         ended = _Kept()
         self.run((item for item in items if isinstance(item, Request)), ended)
-        lines = [self.model.line_of(ended.by_name.get(item.name, item)) for item in items]  # type: ignore[arg-type]
-        made = [_columns_of(line) for line in lines]
+        outcomes = [item if isinstance(item, Rejected) else ended.by_name[item.name] for item in items]
+        made = [_columns_of(self.model.line_of(outcome)) for outcome in outcomes]
         added = {name: np.empty(len(made), dtype=object) for name in _ADDED}  # lists of one length are no matrix
         for name, column in added.items():
             column[:] = [one[name] for one in made]

@@ -8,7 +8,7 @@ type of their caller.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hrm.decoding.json_text import decode_json
 from hrm.decoding.limits import MAX_DEPTH, MAX_YAML_BYTES, Malformed, decode_text
@@ -36,7 +36,7 @@ def read_json(
     error_type: type[HrmError],
     *,
     where: str = "",
-    remedy: str = "correct it at that place",
+    remedy: str,
     max_bytes: int = MAX_TEXT_BYTES,
 ) -> Any:
     """The value of the JSON document in the file; `error_type` if there is none.
@@ -48,19 +48,13 @@ def read_json(
 
 
 def read_json_object(
-    path: str | Path,
-    what: str,
-    error_type: type[HrmError],
-    *,
-    where: str = "",
-    remedy: str = "correct it at that place",
-    max_bytes: int = MAX_TEXT_BYTES,
+    path: str | Path, what: str, error_type: type[HrmError], *, remedy: str, max_bytes: int = MAX_TEXT_BYTES
 ) -> dict[str, Any]:
     """As `read_json`, of a document that is one object; `error_type` if it is something else."""
-    value = read_json(path, what, error_type, where=where, remedy=remedy, max_bytes=max_bytes)
+    value = read_json(path, what, error_type, remedy=remedy, max_bytes=max_bytes)
     if not isinstance(value, dict):
-        raise error_type(where or str(path), f"<{type(value).__name__}>", f"must be {what}: one JSON object", remedy)
-    return value  # pyright: ignore[reportUnknownVariableType] - keys of JSON objects are texts
+        raise error_type(str(path), f"<{type(value).__name__}>", f"must be {what}: one JSON object", remedy)
+    return cast("dict[str, Any]", value)
 
 
 def read_yaml(path: str | Path, what: str, error_type: type[HrmError]) -> Any:
