@@ -106,25 +106,9 @@ def resource_value(profile: HardwareProfile, resource: Resource, *, dtype: str =
     Raises ProfileError if the machine does not have the resource, or no rate for `dtype`.
     """
     _require(profile, resource)
-    match resource:
-        case Resource.GPU_MEMORY | Resource.CPU_MEMORY:
-            return _level(profile, resource).capacity_bytes.value
-        case Resource.GPU_BANDWIDTH | Resource.CPU_BANDWIDTH:
-            return _level(profile, resource).read_bytes_per_s.planned.value
-        case Resource.GPU_FLOPS | Resource.CPU_FLOPS:
-            return _level(profile, resource).processor.flops_per_s(dtype)
-        case Resource.H2D_BANDWIDTH:
-            return profile.h2d.bandwidth_bytes_per_s.planned.value
-        case Resource.D2H_BANDWIDTH:
-            return profile.d2h.bandwidth_bytes_per_s.planned.value
-        case Resource.PEER_BANDWIDTH:
-            return profile.peer.bandwidth_bytes_per_s.planned.value
-        case Resource.GPU_LAUNCH_LATENCY | Resource.CPU_LAUNCH_LATENCY:
-            return _level(profile, resource).processor.launch_latency_s.value
-        case Resource.LINK_LATENCY:
-            return profile.h2d.latency_s.value
-        case Resource.PEER_LATENCY:
-            return profile.peer.latency_s.value
+    if resource in {Resource.GPU_FLOPS, Resource.CPU_FLOPS}:
+        return _level(profile, resource).processor.flops_per_s(dtype)
+    return _figures(profile, resource)[0].value
 
 
 def scale(profile: HardwareProfile, resource: Resource, factor: float, *, given: str = "") -> HardwareProfile:
@@ -213,7 +197,7 @@ def given_resources(profile: HardwareProfile) -> dict[Resource, float]:
 
 
 def _figures(profile: HardwareProfile, resource: Resource) -> list[Figure]:
-    """The figures, one of which `resource_value` has."""
+    """The figures that say how much of it there is, that of plans first; of compute, those of every dtype."""
     match resource:
         case Resource.GPU_MEMORY | Resource.CPU_MEMORY:
             return [_level(profile, resource).capacity_bytes]
@@ -222,15 +206,20 @@ def _figures(profile: HardwareProfile, resource: Resource) -> list[Figure]:
         case Resource.GPU_FLOPS | Resource.CPU_FLOPS:
             rates = _level(profile, resource).processor.compute_flops_per_s.values()
             return [rate.planned for rate in rates]
-        case Resource.H2D_BANDWIDTH | Resource.D2H_BANDWIDTH | Resource.PEER_BANDWIDTH:
-            links = [link for link in profile.links if _sets(profile, resource, link)]
-            return [link.bandwidth_bytes_per_s.planned for link in links]
+        case Resource.H2D_BANDWIDTH:
+            first = profile.h2d
+        case Resource.D2H_BANDWIDTH:
+            first = profile.d2h
+        case Resource.PEER_BANDWIDTH:
+            first = profile.peer
         case Resource.GPU_LAUNCH_LATENCY | Resource.CPU_LAUNCH_LATENCY:
             return [_level(profile, resource).processor.launch_latency_s]
         case Resource.LINK_LATENCY:
             return [profile.h2d.latency_s]
         case Resource.PEER_LATENCY:
             return [profile.peer.latency_s]
+    links = [first, *(link for link in profile.links if _sets(profile, resource, link))]
+    return [link.bandwidth_bytes_per_s.planned for link in links]
 
 
 def _with_latency(profile: HardwareProfile, resource: Resource, change: Callable[[Figure], Figure]) -> HardwareProfile:

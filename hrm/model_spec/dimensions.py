@@ -1,6 +1,6 @@
 """A plain decoder by its dimensions: one kind of attention, experts alike wherever there are any."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from hrm.errors import ModelError
 from hrm.layers import DenseFfn, FeedForward, GroupedQueryAttention, LatentAttention, Layer, RoutedExperts
@@ -125,11 +125,7 @@ class Dimensions:
             num_heads=self.num_heads,
             window=window,
             vectors=vectors,
-            kv_rank=self.latent_attention.kv_rank,
-            rope_head_dim=self.latent_attention.rope_head_dim,
-            nope_head_dim=self.latent_attention.nope_head_dim,
-            value_head_dim=self.latent_attention.value_head_dim,
-            query_rank=self.latent_attention.query_rank,
+            **asdict(self.latent_attention),
         )
         latent.require(latent.head_dim == self.head_dim, "head_dim", f"must be head_dim {self.head_dim}")
         return latent
