@@ -12,7 +12,7 @@ _COMMANDS = {
 }
 
 
-@click.group(cls=LazyGroup, lazily=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazily=_COMMANDS)
 @click.version_option(package_name="moe-hrm", prog_name="executor")
 def cli() -> None:
     """Run mixture-of-experts models whose weights do not fit the GPU, under a policy of hrm's.

@@ -1,6 +1,5 @@
 """`executor bench`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +12,6 @@ from hrm.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from executor.bench import Bench, BenchRow
-    from executor.job.machine import AcceleratorOptions
 
 
 def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> tuple[ScheduleName, ...] | None:
@@ -36,7 +34,7 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     metavar="NAME-or-PATH",
     help="A checkpoint folder, org/name on the Hub, or a built-in name, which gets random weights.",
 )
-@click.option("--layers", type=click.IntRange(min=1), help="Only so many layers of the model.")
+@click.option("--layers", "num_layers", type=click.IntRange(min=1), help="Only so many layers of the model.")
 @policy_option
 @click.option(
     "--profile",
@@ -50,34 +48,26 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     help="Schedules to compare with the first [default: "
     f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
 )
-@click.option("--prompt-len", type=click.IntRange(min=1), help="[default: the policy's, or 64]")
+@click.option("--prompt-len", type=click.IntRange(min=1), help="Tokens of a prompt [default: the policy's, or 64].")
 @click.option(
     "--max-prompt-len",
     type=click.IntRange(min=1),
     help="The longest prompt; lengths then vary with the mean --prompt-len [default: all alike].",
 )
-@click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's, or 32]")
-@click.option("--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--gen-len", type=click.IntRange(min=1), help="Tokens generated a request [default: the policy's, or 32]."
+)
+@click.option(
+    "--requests",
+    "num_requests",
+    type=click.IntRange(min=1),
+    help="Number of requests [default: one batch of the policy's, or 32].",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each.")
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")
 @accelerator_options
 @json_option
-def bench(
-    *,
-    model: str,
-    layers: int | None,
-    policy: Path | None,
-    profile: str | None,
-    schedules: tuple[ScheduleName, ...] | None,
-    prompt_len: int | None,
-    max_prompt_len: int | None,
-    gen_len: int | None,
-    requests: int | None,
-    repeats: int,
-    seed: int,
-    accelerator: "AcceleratorOptions",
-    as_json: bool,
-) -> None:
+def bench(*, as_json: bool, **asked: Any) -> None:
     """Run a policy on prompts of random tokens, under several schedules, and compare them.
 
     The first schedule's run is laid beside its prediction.
@@ -86,20 +76,7 @@ def bench(
     from executor.cli.progress import live_progress, say
     from executor.job import JobProgress
 
-    options = BenchOptions(
-        model=model,
-        policy=policy,
-        profile=profile,
-        num_layers=layers,
-        schedules=schedules,
-        prompt_len=prompt_len,
-        max_prompt_len=max_prompt_len,
-        gen_len=gen_len,
-        num_requests=requests,
-        repeats=repeats,
-        seed=seed,
-        accelerator=accelerator,
-    )
+    options = BenchOptions(**asked)
     progress = JobProgress()
     with Bench(options, say, progress.loading) as ready:
 
@@ -112,9 +89,9 @@ def bench(
             from hrm.cli.console import print_json
 
             rows = [row(schedule).to_json() for schedule in ready.schedules]
-            print_json({**plan_json(ready), "repeats": repeats, "rows": rows})
+            print_json({**plan_json(ready), "repeats": options.repeats, "rows": rows})
             return
-        click.echo(headline(ready, repeats))
+        click.echo(headline(ready, options.repeats))
         shown: list[BenchRow] = []
         for schedule in ready.schedules:
             shown.append(row(schedule))

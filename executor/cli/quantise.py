@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hrm.cli.params import json_option
+from hrm.cli.params import enum_option, json_option
 from hrm.cli.program import Interrupted
+from hrm.model_spec import What
 from hrm.units import format_bytes
 
 if TYPE_CHECKING:
     from executor.quantise import Report
-
-_WHAT = ("experts", "linear")
 
 
 @click.command()
@@ -33,10 +32,10 @@ _WHAT = ("experts", "linear")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The new checkpoint's folder: new, or empty."
 )
-@click.option(
+@enum_option(
     "--what",
-    type=click.Choice(_WHAT),
-    default="experts",
+    kind=What,
+    default=What.EXPERTS.value,
     show_default=True,
     help="The routed experts, or all linear layers but routers, head, embedding and what attention itself reads.",
 )
@@ -47,7 +46,7 @@ _WHAT = ("experts", "linear")
 )
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
-def quantise(*, model: str, form: str, out: Path, what: str, prompts: Path | None, as_json: bool, quiet: bool) -> None:
+def quantise(*, model: str, form: str, out: Path, what: What, prompts: Path | None, as_json: bool, quiet: bool) -> None:
     """Pack the weights of a checkpoint into a narrower format, in a checkpoint of its own.
 
     Of each group of weights the scale is taken that loses the least by itself, whatever the model is asked later.
@@ -63,7 +62,7 @@ def quantise(*, model: str, form: str, out: Path, what: str, prompts: Path | Non
     from executor.cli.progress import live_progress, say
     from executor.download import locate
     from executor.job import JobProgress
-    from executor.quantise import QuantiseOptions, What, perplexity, texts_of
+    from executor.quantise import QuantiseOptions, perplexity, texts_of
     from executor.quantise import quantise as write
 
     progress, done = JobProgress(tell=say), f"nothing was written to {out}"
@@ -71,9 +70,7 @@ def quantise(*, model: str, form: str, out: Path, what: str, prompts: Path | Non
         with live_progress(progress, quiet=quiet):
             located = locate(model, None, progress.fetched)
             texts = texts_of(prompts, located.folder) if prompts is not None else []
-            options = QuantiseOptions(
-                model=located.folder, model_name=located.name, out=out, format=form, what=What(what)
-            )
+            options = QuantiseOptions(model=located.folder, model_name=located.name, out=out, format=form, what=what)
             progress.stage = "quantising"
             report = write(options, progress.loading)
             done = f"{out} is whole"

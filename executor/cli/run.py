@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +13,6 @@ from hrm.tasks import Phase
 from hrm.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from executor.job.machine import AcceleratorOptions
-    from executor.job.sampling_defaults import SamplingSource
     from hrm.run_record import RunRecord
 
 _folder = click.Path(path_type=Path, file_okay=False)
@@ -93,57 +91,36 @@ def run(
     policies: Sequence[Path],
     input_: str,
     output_dir: Path,
-    accelerator: "AcceleratorOptions",
     gpus: int | None,
-    schedule: ScheduleName | None,
-    seed: int,
-    sampling_defaults: "SamplingSource",
-    max_requests: int | None,
-    resume: bool,
     ray_address: str | None,
     workers: int | None,
     own_plans: bool,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """Run a file of requests under a policy.
 
     Each request is appended to OUTPUT_DIR/outputs.jsonl as it ends; one that cannot be run, or goes
     wrong, gets a line with its error and the others run. run.json says what was done and how fast;
-    trace.json opens in Perfetto.
+    trace.json opens in Perfetto. --resume goes on where a run was cut short, with what is not answered yet or has an
+    error: model, dtype, --seed and the requests answered must be the same as then.
 
-    Parquet (extra parquet) has a row for each request, with the columns of a batch line (custom_id, url and body, a
-    struct or a text in JSON) or those of a body (prompt or messages, max_tokens, ...) beside a custom_id. An input may
-    be a URL of s3, gs, abfs or hdfs, read piece by piece by pyarrow.fs with the credentials of your environment.
+    Parquet (extra parquet) has a row for each request, with the columns of a batch line or those of its body beside a
+    custom_id. An input may be a URL of s3, gs, abfs or hdfs, read with the credentials of your environment.
 
-    Temperature, top_p, top_k and min_p that a request does not give are those of the model's
-    generation_config.json, if it has any.
+    What of temperature, top_p, top_k and min_p a request does not give is as in the model's
+    generation_config.json, if it has any. A chat without max_tokens gets as many tokens as its share of the
+    policy's cache leaves beside the prompt, but no fewer than the --gen-len of the policy; a completion gets 16.
 
-    A chat without max_tokens gets as many tokens as its share of the policy's cache leaves beside
-    the prompt, but no fewer than the --gen-len of the policy; a completion gets 16.
+    A policy for several GPUs is run by a process for each, on its share of the cores, which are started here, or by
+    torchrun --no-python --nproc-per-node N executor run .... --accelerator cuda:0,2 names their devices. If one of
+    them fails, all end, and what was finished is kept.
 
-    --resume goes on where a run was cut short, with what is not answered yet, errors included: they
-    are tried again. Model, dtype, --seed and the requests answered must be the same as then.
+    With --ray every worker holds an engine of its own and must see the model under the same name. Of several policies
+    it runs the one that is best on its node. Workers that die are replaced.
 
-    A policy for several GPUs in tensor parallel is run by a process for each, on its share of the cores,
-    which are started here, or by torchrun --no-python --nproc-per-node N executor run .... --accelerator cuda:0,2
-    names the devices of the ranks; those that share one, as with cuda:0,0, sum up through the host. When one of
-    them fails, or does not come to where the others wait for it within EXECUTOR_RANK_TIMEOUT seconds,
-    30 by default, all end, and what was finished is kept.
-
-    With --ray every worker holds an engine of its own, or as many processes as its policy is for GPUs, and must see
-    the model under the same name. Of several policies it runs the one that is best on its node: that for the node's
-    GPUs, or else for a host like it, with the highest prediction; a node that can run none is left out. Answers come
-    here as they end, each once, and workers that die are replaced. A request with which two engines died, the second
-    time alone, is left out. run.json holds what every worker did, which hrm validate compares.
-
-    Of a model on the Hub only what is needed is fetched, once, into the Hub's own cache, as HF_HOME,
-    HF_TOKEN and HF_HUB_OFFLINE say.
-
-    EXECUTOR_NATIVE=0 in the environment leaves attention and the experts on the CPU to torch;
-    avx2 (say) takes the native kernels for those instructions. Up to which sizes they are faster than
-    torch is measured once, for a second, and kept in the user's cache folder; EXECUTOR_NATIVE_UP_TO=N
-    sets it. EXECUTOR_SYNCHRONISE=1 waits for every task on a GPU, so that an error names the task
-    that it is of.
+    In the environment, EXECUTOR_NATIVE=0 leaves attention and the experts on the CPU to torch, and
+    EXECUTOR_SYNCHRONISE=1 waits for every task on a GPU, so that an error names the task that it is of.
     """
     from executor.cli.progress import live_progress, say
     from executor.download import locate
@@ -177,13 +154,8 @@ def run(
             policy=policies[0],
             input=input_named(input_),
             output_dir=output_dir,
-            accelerator=accelerator,
             gpus=gpus,
-            schedule=schedule,
-            seed=seed,
-            sampling_defaults=sampling_defaults,
-            max_requests=max_requests,
-            resume=resume,
+            **asked,
         )
         if ray_address is None:
             record = run_job(options, progress)

@@ -19,7 +19,7 @@ _COMMANDS = {
 }
 
 
-@click.group(cls=LazyGroup, lazily=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazily=_COMMANDS)
 @click.version_option(package_name="moe-hrm", prog_name="hrm")
 def cli() -> None:
     """Plan mixture-of-experts inference on a machine whose GPU memory is smaller than the model.

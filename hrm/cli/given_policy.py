@@ -121,8 +121,12 @@ given_policy_options = together(
     GivenPolicy,
     click.option("--micro-batch-size", "-u", type=_positive, required=True, help="Requests a micro-batch."),
     click.option("--num-micro-batches", "-n", type=_positive, required=True, help="Micro-batches a batch."),
-    enum_option("--attention", kind=Device, default="cpu", show_default=True),
-    enum_option("--ffn", kind=Device, default="gpu", show_default=True),
+    enum_option(
+        "--attention", kind=Device, default="cpu", show_default=True, help="Where caches on the host are attended over."
+    ),
+    enum_option(
+        "--ffn", kind=Device, default="gpu", show_default=True, help="Where experts that are not resident are computed."
+    ),
     enum_option(
         "--prefill-ffn",
         kind=Device,
@@ -154,7 +158,12 @@ given_policy_options = together(
         metavar="[SHARE]",
         help="Share of the KV cache that lives on the GPU; all without a number.",
     ),
-    click.option("--prefill-chunk", type=int, help="Prompt tokens prefilled at a time; longer prompts are split."),
+    click.option(
+        "--prefill-chunk",
+        type=int,
+        help="Prompt tokens prefilled at a time; longer prompts are split  [default: the batch's, "
+        f"of at most {PREFILL_CHUNK_TOKENS} or one prompt].",
+    ),
     schedule_option,
     staging_option,
     expert_division_option(

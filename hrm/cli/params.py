@@ -93,7 +93,7 @@ schedule_option = enum_option(
     show_default=True,
     help="The order in which tasks are issued.",
 )
-phase_option = enum_option("--phase", kind=Phase, default=Phase.DECODE.value, show_default=True)
+phase_option = enum_option("--phase", kind=Phase, default=Phase.DECODE.value, show_default=True, help="What is drawn.")
 staging_option = click.option(
     "--staging", is_flag=True, help="Host weights are in pageable memory, staged through pinned."
 )

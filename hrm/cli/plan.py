@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -128,19 +128,7 @@ def search(
     they share the job, each kind in proportion to its throughput, so that all end together.
     """
     spaces = [
-        model.space(
-            profile,
-            workload,
-            schedule=wanted.schedule,
-            staging=wanted.staging,
-            attention=wanted.attention,
-            ffn=wanted.ffn,
-            prefill_ffn=wanted.prefill_ffn,
-            experts_per_part=wanted.experts_per_part,
-            parallelism=wanted.parallelism,
-            expert_division=wanted.expert_division,
-            limits=limits,
-        )
+        model.space(profile, workload, limits=limits, **asdict(wanted))
         for profile in (choice.machines() if fleet is None else fleet.machines(choice, pareto))
     ]
     if pareto is not None or fleet is not None or len(spaces) > 1:

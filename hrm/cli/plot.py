@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hrm.analysis.axis import SWEPT, Axis, Swept
+from hrm.analysis.axis import SWEPT, Axis, Length, Swept, Whole
 from hrm.analysis.sweep import sweep as search_all
 from hrm.cli.console import console, plain_table
 from hrm.cli.machine_choice import machine_options
@@ -19,6 +19,7 @@ from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
 from hrm.policy import ScheduleName
+from hrm.scaling import Resource
 from hrm.tasks import Phase
 from hrm.workload import Workload
 
@@ -74,7 +75,10 @@ def roofline(
     micro_batch_size: int,
     out: Path,
 ) -> None:
-    """Roofs of every level and of the links; with a model, its attention and FFN under them."""
+    """Roofs of every level and link.
+
+    With a model, its attention and FFN are marked under them.
+    """
     from hrm.plots.roofline import plot_roofline
 
     plot_roofline(
@@ -124,7 +128,10 @@ def timeline(
     layers: int | None,
     out: Path,
 ) -> None:
-    """Lanes over time as predicted, for one schedule or several, and as a run measured them."""
+    """Lanes over time, predicted or measured.
+
+    As predicted for one schedule or several, or as a run measured them above what was predicted for it.
+    """
     from hrm.cli.timelines import of_run, of_schedules
     from hrm.plots import style
     from hrm.plots.timeline import plot_timeline, window
@@ -156,12 +163,13 @@ def timeline(
 @click.option(
     "--vary",
     required=True,
-    metavar="|".join(SWEPT),
-    help="What is swept: a resource of the machine, all of a piece of it by factors, or a length of the workload.",
+    metavar="WHAT",
+    help=f"What is swept: a resource ({', '.join(Resource)}), {' or '.join(Whole)} times factors, "
+    f"{' or '.join(Length)}.",
 )
 @click.option("--from", "low", required=True, metavar="64GB", help="Where the sweep begins.")
 @click.option("--to", "high", required=True, metavar="512GB", help="Where it ends.")
-@click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True)
+@click.option("--points", type=click.IntRange(2, 1000), default=12, show_default=True, help="How many, both included.")
 @click.option("--log", is_flag=True, help="Space the points evenly in the logarithm.")
 @enum_option(
     "--schedule",
@@ -187,7 +195,10 @@ def sweep(
     csv: Path | None,
     out: Path,
 ) -> None:
-    """Throughput of the best policy against what is swept."""
+    """Throughput of the best policy in a sweep.
+
+    What is swept is a resource of the machine or a length of the workload.
+    """
     from hrm.plots import style
     from hrm.plots.sweep import plot_sweep
 

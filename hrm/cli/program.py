@@ -58,7 +58,8 @@ class LazyGroup(CommandGroup):
     """
 
     def __init__(self, *args: Any, lazily: Mapping[str, tuple[str, str]], **options: Any) -> None:
-        super().__init__(*args, **options)
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+        super().__init__(*args, context_settings=settings, **options)
         self._lazily = lazily
 
     def list_commands(self, ctx: click.Context) -> list[str]:

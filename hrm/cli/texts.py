@@ -51,8 +51,8 @@ def range_text(ends: ThroughputRange) -> str:
     return f"between {ends.low_tokens_per_s:.4g} and {ends.high_tokens_per_s:.4g} tokens/s, if {' and '.join(causes)}"
 
 
-def _some(names: tuple[str, ...], most: int = 3) -> str:
-    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join([*names[:3], *(["…"] if len(names) > 3 else [])])
 
 
 def latency_text(latency: Latency) -> str:
