@@ -2,8 +2,11 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Final
 
 from hrm.errors import HrmError
+
+MAX_SAID: Final = 300  # characters of what a library says
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def is_of_one_request(error: BaseException) -> bool:
     return not isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError))
 
 
-def in_a_line(error: BaseException, *, max_chars: int = 300) -> str:
+def in_a_line(error: BaseException) -> str:
     """The kind of an exception and what it says, without line ends and not too long."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= max_chars else f"{text[:max_chars]}…"
+    return text if len(text) <= MAX_SAID else f"{text[:MAX_SAID]}…"

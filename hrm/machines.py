@@ -55,12 +55,9 @@ def load_host(name: str) -> Host:
     return _load("--host", "hosts", name, Host)
 
 
-def load_any(name: str, flag: str = "hrm profiles") -> Part:
-    """A GPU, host or machine of the catalog by its name, or what a YAML file holds.
-
-    Raises ProfileError naming `flag` if there is none.
-    """
-    path = Path(name) if is_path(name) else find_file(flag, name)
+def load_any(name: str) -> Part:
+    """A GPU, host or machine of the catalog by its name, or what a YAML file holds; ProfileError if there is none."""
+    path = Path(name) if is_path(name) else find_file("hrm profiles", name)
     plain = _parse(path)
     return decode_strictly(plain, kind_of(plain) or HardwareProfile, str(path))
 

@@ -20,6 +20,7 @@ MAX_TRACE_BYTES: Final = 2 * GIB  # millions of spans
 _LANES: Final = tuple(Lane)
 
 _SPANS_AT_ONCE: Final = 1000
+_CHARTED_SPANS: Final = 4000  # of a trace, at most: each costs a look
 
 
 class Span(NamedTuple):
@@ -97,13 +98,13 @@ class Trace:
         return dict(totals)
 
 
-def lane_chart(trace: Trace, *, width: int = 100, max_spans: int = 4000) -> str:
+def lane_chart(trace: Trace, *, width: int = 100) -> str:
     """Draw a trace as text, one row a lane; each cell holds the letter that was busiest in it.
 
     The letter is small if the lane was busy for less than half of the cell, and a dot if it was
     idle. An empty trace gives an empty text.
     """
-    spans = trace.spans[:max_spans]
+    spans = trace.spans[:_CHARTED_SPANS]
     if not spans:
         return ""
     start_s, end_s = min(s.start_s for s in spans), max(s.end_s for s in spans)

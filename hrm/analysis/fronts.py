@@ -19,20 +19,16 @@ POINTS: Final = 12
 LEAST_SHARE: Final = 0.25  # of what is planned at the host's level, where its front begins
 
 
-def front_of_cpu_memory(
-    space: Space, *, values: Iterable[float] | None = None, on_point: OnPoint = None
-) -> "pd.DataFrame":
+def front_of_cpu_memory(space: Space, *, on_point: OnPoint = None) -> "pd.DataFrame":
     """The best policy for less and more host memory; `cpu_memory_bytes` and `search_row`'s columns.
 
-    Without `values`, twelve from the least in which the weights could lie up to what there is.
+    Twelve sizes from the least in which the weights could lie up to what there is.
     """
     profile = space.profile
-    if values is None:
-        most = resource_value(profile, Resource.CPU_MEMORY)
-        weights = space.spec.total_layer_bytes(space.formats.weights) - profile.top.usable_bytes
-        least = min(max(weights, LEAST_SHARE * most), 0.9 * most)
-        values = [least + (most - least) * i / (POINTS - 1) for i in range(POINTS)]
-    sizes = [round(value) for value in values]
+    most = resource_value(profile, Resource.CPU_MEMORY)
+    weights = space.spec.total_layer_bytes(space.formats.weights) - profile.top.usable_bytes
+    least = min(max(weights, LEAST_SHARE * most), 0.9 * most)
+    sizes = [round(least + (most - least) * i / (POINTS - 1)) for i in range(POINTS)]
     spaces = [replace(space, profile=with_resource(profile, Resource.CPU_MEMORY, size)) for size in sizes]
     rows = [
         {"cpu_memory_bytes": size, **search_row(result, one.profile)}

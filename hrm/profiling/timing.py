@@ -56,9 +56,9 @@ class Timing:
         )
 
 
-def significant(value: float, digits: int = 5) -> float:
-    """Rounded to what a measurement can tell."""
-    return float(f"{value:.{digits}g}")
+def significant(value: float) -> float:
+    """Rounded to what a measurement can tell: five digits."""
+    return float(f"{value:.5g}")
 
 
 def clock_sampler(clock: Callable[[], float] = time.perf_counter) -> Sampler:
