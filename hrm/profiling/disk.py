@@ -21,6 +21,7 @@ from typing import Final
 
 import numpy as np
 
+from hrm.files import write_all
 from hrm.hardware import Disk, Figure, Rate, Source
 from hrm.profiling.timing import Call, Timing, summarise, time_each
 from hrm.units import GIB, MIB, counted, format_bytes
@@ -143,7 +144,7 @@ def _nameless_file(folder: Path, num_bytes: int, *, seconds: float) -> Generator
             if block and time.monotonic() > end_s:
                 break
             try:
-                _write_all(handle, random.bytes(BLOCK_BYTES))
+                write_all(handle, random.bytes(BLOCK_BYTES))
             except OSError as error:
                 if error.errno != errno.ENOSPC or block == 0:
                     raise
@@ -152,12 +153,6 @@ def _nameless_file(folder: Path, num_bytes: int, *, seconds: float) -> Generator
         yield handle
     finally:
         os.close(handle)
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
 
 
 @contextmanager

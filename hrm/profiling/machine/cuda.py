@@ -117,6 +117,7 @@ def _warnings(results: dict[str, Any], gpus: Sequence["AbstractGpu"], slowest: f
 
 
 def _add_gpu(run: Run, gpu: "AbstractGpu", memory: GpuMemory) -> None:
+    """Add the steps that measure one GPU: it settles, then launches, products, attention and memory."""
     import torch
 
     from hrm.profiling.attention import Heads, attention_rate

@@ -120,7 +120,7 @@ def test_no_more_than_a_share_of_what_is_free_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_a_disk_that_fills_up(tmp_path, monkeypatch, blocks):
     """With some blocks written, those are read; with none it says why. Nothing stays."""
-    written, write = [], disk._write_all
+    written, write = [], disk.write_all
 
     def full(handle, data):
         if len(written) == blocks:
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, blocks):
         written.append(data)
         write(handle, data)
 
-    monkeypatch.setattr(disk, "_write_all", full)
+    monkeypatch.setattr(disk, "write_all", full)
     if blocks:
         assert "8.39 MB in blocks" in measure(tmp_path).read_bytes_per_s.planned.note
     else:
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, blocks):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stage", ["_write_all", "time_each"])
+@pytest.mark.parametrize("stage", ["write_all", "time_each"])
 def test_interrupted_it_leaves_nothing(tmp_path, monkeypatch, stage):
     handles = open_files()
 
