@@ -21,8 +21,8 @@ from hrm.workload import Workload
 MAX_TASKS: Final = 3000
 MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
-_TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
+_TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
 _PAGES: Final = frozenset({decode.LOAD_PAGE, decode.STAGE_PAGE, prefill.LOAD_PAGE, prefill.STAGE_PAGE})
 STEADY_STEPS: Final = 3
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long

@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from hrm.acts.load import Load
 from hrm.contract.rings import STAGING_PAGES, WEIGHT_SLOTS
+from hrm.numeric import Number
 from hrm.tasks import Act, Buffer, Lane, Part, Phase, TaskId, Touch
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ def _load_touches(p: "Pipeline", x: TaskId) -> Touch:
     return ((_staged(p, x),) if p.staging else (), (slot,))
 
 
+def _page_bytes(x: Load) -> Number:
+    return x.page_bytes
+
+
 def page_acts(phase: Phase) -> tuple[Act, Act]:
     """STAGE_PAGE and LOAD_PAGE of a phase."""
     stage = Act(
@@ -38,7 +44,7 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         lane=Lane.STAGE,
         touches=lambda p, x: ((), (_staged(p, x),)),
         count=lambda c: c.layers * c.pages * c.staging,
-        moves=lambda x: x.page_bytes,
+        moves=_page_bytes,
         seconds=lambda x, num_bytes: x.costs.stage(num_bytes),
         host_bytes=lambda x: 2 * x.page_bytes,  # read and written
     )
@@ -50,7 +56,7 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         lane=Lane.H2D,
         touches=_load_touches,
         count=lambda c: c.layers * c.pages,
-        moves=lambda x: x.page_bytes,
+        moves=_page_bytes,
         seconds=lambda x, num_bytes: x.costs.load_weights(num_bytes),
     )
     return stage, load
