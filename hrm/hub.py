@@ -7,10 +7,12 @@ What was cut short goes on where it ended.
 
 import errno
 import re
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final, Self, TypeVar
@@ -21,6 +23,7 @@ CONFIG_FILE: Final = "config.json"
 _NAMED: Final = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _NO_NAMES: Final = (".json", ".yaml", ".safetensors", ".gguf")  # files that are not there, rather
 _HEARS_S: Final = 0.2  # after which Ctrl-C is heard at the latest
+_ANSWERS_S: Final = 6.0  # after which a Hub that has sent no config does not answer; its library asks on for minutes
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]  # of bytes
@@ -51,11 +54,20 @@ class HubModel:
         return f"{self.repository}/{CONFIG_FILE}"
 
     def config(self) -> Path:
-        """Its config.json, fetched unless it is in the cache; ModelError if it cannot be had."""
+        """Its config.json, fetched unless it is in the cache; ModelError if it cannot be had.
+
+        A Hub that does not answer within seconds is not waited for: then the cache counts.
+        """
         from huggingface_hub import hf_hub_download
 
+        def work(*, cached: bool = False) -> str:
+            return hf_hub_download(self.repository, CONFIG_FILE, revision=self.revision, local_files_only=cached)
+
         with self._told_in_a_line(), _without_bars():
-            return Path(hf_hub_download(self.repository, CONFIG_FILE, revision=self.revision))
+            try:
+                return Path(_interruptible(work, Event(), within_s=_ANSWERS_S))
+            except TimeoutError:
+                return Path(work(cached=True))
 
     def fetch(
         self,
@@ -124,11 +136,12 @@ def _without_bars() -> Generator[None]:
             enable_progress_bars()
 
 
-def _interruptible(work: Callable[[], T], stop: Event) -> T:
-    """What `work` returns or raises; Ctrl-C ends the wait for it, and sets `stop`.
+def _interruptible(work: Callable[[], T], stop: Event, *, within_s: float = inf) -> T:
+    """What `work` returns or raises, or TimeoutError after so long; Ctrl-C ends the wait for it, and sets `stop`.
 
     By itself the Hub's library would end all files under way first.
     """
+    ends_s = time.monotonic() + within_s
     done: Future[T] = Future()
 
     def run() -> None:
@@ -141,6 +154,8 @@ def _interruptible(work: Callable[[], T], stop: Event) -> T:
     try:
         while not done.done():  # a signal may reach another thread, or this one just before it waits
             wait([done], timeout=_HEARS_S)
+            if time.monotonic() > ends_s and not done.done():
+                raise TimeoutError
         return done.result()
     except KeyboardInterrupt:
         stop.set()

@@ -80,7 +80,7 @@ class Resource(StrEnum):
         if self.is_memory:
             return float(parse_bytes(text, where))
         if self.is_latency:
-            return parse_seconds(text, where, zero=True)
+            return parse_seconds(text, where, is_latency=True)
         return parse_bandwidth(text, where) if self.is_bandwidth else parse_flops(text, where)
 
     def show(self, amount: float) -> str:

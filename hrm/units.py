@@ -104,22 +104,24 @@ def parse_flops(text: str, where: str = "compute") -> float:
     return flops_per_s
 
 
-def parse_seconds(text: str, where: str = "duration", *, zero: bool = False) -> float:
-    """Read `5us`, `200ms`, `30s`, `1.5min` or `2h`; returns seconds, with `zero` also none.
+def parse_seconds(text: str, where: str = "duration", *, is_latency: bool = False) -> float:
+    """Read `5us`, `200ms`, `30s`, `1.5min` or `2h`; returns seconds. A latency of a machine may be none.
 
     Raises UnitError naming `where` if the text is no positive duration or has no unit.
     """
     number, unit = _number_and_unit(text)
     if _is_bare(number, unit):
-        raise _unit_missing(where, text, f"{number}s")
+        raise _unit_missing(where, text, _likely_latency(number) if is_latency else f"{number}s")
     known = unit.lower() in _SECONDS_PER_UNIT
     seconds = float(number) * _SECONDS_PER_UNIT[unit.lower()] if number and known else -1.0
-    if not (0 < seconds < math.inf or (zero and seconds == 0)):
-        raise UnitError(where, text, "must be a positive duration in us, ms, s, min or h", "write it like 30s")
+    if not (0 < seconds < math.inf or (is_latency and seconds == 0)):
+        example = "5us" if is_latency else "30s"
+        raise UnitError(where, text, "must be a positive duration in us, ms, s, min or h", f"write it like {example}")
     return seconds
 
 
 _FEW: Final = 10_000  # a bare number below this is hardly one of bytes
+_SHORT_S: Final = 0.01  # nor a latency above this one of seconds
 
 
 def _number_and_unit(text: str) -> tuple[str, str]:
@@ -135,6 +137,10 @@ def _is_bare(number: str, unit: str) -> bool:
 
 def _likely_size(number: str) -> str:
     return f"{number}GB" if float(number) < _FEW else f"{number}B"
+
+
+def _likely_latency(number: str) -> str:
+    return f"{number}us" if float(number) > _SHORT_S else f"{number}s"
 
 
 def _unit_missing(where: str, text: str, guess: str) -> UnitError:

@@ -140,7 +140,7 @@ class InRows(Scheme):
             factor = _finite(source, module + self.factor, 1 / factor if self.reciprocal else factor)
             into.row_scales.copy_(factor.expand(rows, 1))
         if into.zeros is not None:
-            along_rows = source.tensor(module + ".weight_zero_point").T.contiguous()
+            along_rows = _matrix(source, module + ".weight_zero_point", -1, groups.shape[1]).T.contiguous()
             of_rows = _nibbles(along_rows)[:, cut.row : cut.row + rows]
             into.zeros.copy_(of_rows[groups.columns].T)
         if form.ordered:
@@ -155,7 +155,8 @@ class InRows(Scheme):
         codes, size, bits = into.codes, dtype.itemsize, into.format.code_bits
         first, words = cut.column * bits // 8, -(-cut.width * bits // (8 * size))
         if first % size or breadth % size:  # words have bytes that are not ours
-            codes.copy_(source.tensor(name).view(torch.uint8)[cut.row :, first:][:height, :breadth])
+            whole = _matrix(source, name, cut.shape[0])
+            codes.copy_(whole.view(torch.uint8)[cut.row :, first:][:height, :breadth])
         else:
             source.raw_into(name, codes.view(dtype), first_row, Cut((cut.shape[0], words), cut.row, first // size))
         if self.words and into.format.code == "int8":
@@ -193,7 +194,7 @@ class InColumns(Scheme):
             into.codes.bitwise_xor_(0x80)
         self._read_zeros(source, module + ".qzeros", into, groups)
         scales = module + ".scales"
-        fill_scales(source, scales, groups.within(source.tensor(scales).T), into)
+        fill_scales(source, scales, groups.within(_matrix(source, scales, *groups.shape[::-1]).T), into)
         order = module + ".g_idx"
         if form.ordered:
             fill_order(source, order, into)
@@ -223,7 +224,7 @@ class InColumns(Scheme):
             into.codes.copy_(of_rows[:, ahead * bits // 8 :][:, : into.codes.shape[1]])
 
     def _read_zeros(self, source: RawTensors, name: str, into: Packed, groups: "_Groups") -> None:
-        stored, bits = source.tensor(name), into.format.code_bits
+        stored, bits = _matrix(source, name, groups.shape[1]), into.format.code_bits
         if self.interleaved:
             zeros = _columns(stored)
         else:
@@ -313,6 +314,11 @@ def _scales_told(form: PackedFormat, rows: int, width: int) -> tuple[tuple[str, 
         dtypes = (*FLOAT_SCALES, "F8_E8M0")
     each = (-(-rows // form.rows), form.groups(width))
     return dtypes, (each, ()) if not form.columns else (each,)
+
+
+def _matrix(source: RawTensors, name: str, rows: int, width: int = -1) -> Tensor:
+    """A stored matrix of so many rows, or of that width; files may leave out an axis of one element."""
+    return source.tensor(name).reshape(rows, width)
 
 
 def fill_scales(source: RawTensors, name: str, stored: Tensor, into: Packed) -> None:

@@ -145,7 +145,8 @@ def checked_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
         if neutral is None:
             _refuse_unknown(key, value, url)
         elif not any(_same(value, one) for one in neutral) and not _changes_nothing(key, value):
-            allowed = " or ".join(map(json.dumps, (*neutral, None)))
+            asked = (CHOSEN_ALONE[url],) if key == "logprobs" else ()
+            allowed = " or ".join(map(json.dumps, (*asked, *neutral, None)))
             raise JobError(f"body: {key}", _brief(value), f"must be {allowed}; more is not supported", "remove it")
     return {key: _as_integers(value) if key in _INTEGERS else value for key, value in given.items() if key in honoured}
 

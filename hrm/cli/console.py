@@ -10,14 +10,16 @@ from rich.table import Column, Table
 from rich.text import Text
 
 _STYLES: Final = {"bold", "dim", "italic", "red", "green", "yellow", "cyan", "default"}
-_TAG: Final = re.compile(r"(\\*)\[([a-z#/@][^\[]*?)\]")  # what rich takes for one, and escapes
+_BRACKET: Final = "\ue000"  # what no style begins with, and Unicode leaves to programs
+_TAG: Final = re.compile(r"\[([a-z#/@][^\[]*?)\]")  # what rich takes for one
 
 
 class PlainConsole(Console):
     """A console with the few styles of our reports, `[bold]…[/]`, and no other markup.
 
     rich would take `[x]` in a model's name for a style, leave it out, and end with an error at
-    `[/x]`. Control characters are shown, not sent to the terminal.
+    `[/x]`. Control characters are shown, not sent to the terminal. Texts of users that go beside
+    styles go through `as_is`.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -27,10 +29,9 @@ class PlainConsole(Console):
         styles: list[str] = []
         end = 0
         for tag in _TAG.finditer(text):
-            slashes, name = tag.groups()
-            is_escaped = len(slashes) % 2 == 1
-            is_style = not is_escaped and (set(name.split()) <= _STYLES or (name == "/" and bool(styles)))
-            rendered.append(_shown(text[end : tag.start()] + slashes[: len(slashes) // 2]), _of(styles))
+            name = tag[1]
+            is_style = set(name.split()) <= _STYLES or (name == "/" and bool(styles))
+            rendered.append(_shown(text[end : tag.start()]), _of(styles))
             end = tag.end()
             if not is_style:
                 rendered.append(_shown(f"[{name}]"), _of(styles))
@@ -42,11 +43,20 @@ class PlainConsole(Console):
         return rendered
 
 
+def as_is(text: str) -> str:
+    """A text whose brackets are no styles, to be printed on a PlainConsole; `[bold]` and `[/]` may be in a name too."""
+    return _escaped(text).replace("[", _BRACKET)
+
+
 def _of(styles: list[str]) -> str:
     return " ".join(styles)
 
 
 def _shown(text: str) -> str:
+    return "[".join(map(_escaped, text.split(_BRACKET)))
+
+
+def _escaped(text: str) -> str:
     """The text with its control characters as Python writes them."""
     if text.isprintable():
         return text

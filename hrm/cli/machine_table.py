@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from hrm.cli.console import console, plain_table
+from hrm.cli.console import as_is, console, plain_table
 from hrm.hardware import NOISY_SPREAD, Disk, Figure, GpuCard, HardwareProfile, Host, Link, MemoryLevel, Rate, Source
 from hrm.profile_diff import figures_of
 from hrm.units import counted, format_bandwidth, format_bytes, format_flops, format_seconds
@@ -16,12 +16,12 @@ def print_profile(profile: HardwareProfile) -> None:
     """Print a machine with every figure and its source."""
     gpus = f", {profile.num_gpus} GPUs as one level" if profile.num_gpus > 1 else ""
     unified = ", unified memory of GPU and CPU" if profile.unified_memory else ""
-    console.print(f"[bold]{profile.name}[/] ({profile.accelerator}{gpus}{unified})")
+    console.print(f"[bold]{as_is(profile.name)}[/] ({profile.accelerator}{gpus}{unified})")
     _print_levels(profile.levels, profile.disk)
     if profile.links:
         _print_links(profile.links)
     for index, card in enumerate(profile.gpus):
-        console.print(f"[bold]GPU {index}[/]  {card.name}")
+        console.print(f"[bold]GPU {index}[/]  {as_is(card.name)}")
         _print_levels([card.level])
         _print_links([card.h2d, card.d2h, card.peer])
     _print_limits(profile)
@@ -29,10 +29,10 @@ def print_profile(profile: HardwareProfile) -> None:
         console.print(f"[dim]spread: from the 20th to the 80th percentile; ! marks more than {NOISY_SPREAD:.0%}[/]")
     for key, value in profile.environment.items():
         if key != "warnings":
-            console.print(f"[dim]{key}: {value}[/]")
+            console.print(f"[dim]{as_is(key)}: {as_is(value)}[/]")
     warnings = profile.environment.get("warnings")
     if warnings:
-        console.print(f"[yellow]warnings: {warnings}[/]")
+        console.print(f"[yellow]warnings: {as_is(warnings)}[/]")
 
 
 def _print_limits(profile: HardwareProfile) -> None:
@@ -41,19 +41,19 @@ def _print_limits(profile: HardwareProfile) -> None:
     for whose, link in [*(("", link) for link in profile.links), *own]:
         planned = link.bandwidth_bytes_per_s.planned
         if planned.source is Source.DERIVED and planned.note:
-            console.print(f"[dim]{whose}{link.source} → {link.target}: {planned.note}[/]")
+            console.print(f"[dim]{whose}{link.source} → {link.target}: {as_is(planned.note)}[/]")
 
 
 def print_card(card: GpuCard) -> None:
     """Print one GPU of the catalog and its links."""
-    console.print(f"[bold]{card.name}[/] (usually in {card.default_host})")
+    console.print(f"[bold]{as_is(card.name)}[/] (usually in {as_is(card.default_host)})")
     _print_levels([card.level])
     _print_links([card.h2d, card.d2h, card.peer])
 
 
 def print_host(host: Host) -> None:
     """Print one host of the catalog."""
-    console.print(f"[bold]{host.name}[/] (takes up to {counted(host.max_gpus, 'GPU')})")
+    console.print(f"[bold]{as_is(host.name)}[/] (takes up to {counted(host.max_gpus, 'GPU')})")
     _print_levels([host.level], root_ports=host.root_port_bytes_per_s)
     _print_links([host.staging])
     for shared in host.shared_links:
@@ -64,7 +64,7 @@ def print_host(host: Host) -> None:
 def _print_levels(levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None) -> None:
     table = _table("level", "planned with")
     for level in levels:
-        table.add_row(f"[bold]{level.name}[/]  {level.processor.name}")
+        table.add_row(f"[bold]{level.name}[/]  {as_is(level.processor.name)}")
         _add_figure(table, "capacity", level.capacity_bytes, format_bytes)
         _add_figure(table, "reserve", level.reserve_bytes, format_bytes)
         if level.pinnable_bytes is not None:
@@ -74,7 +74,7 @@ def _print_levels(levels: Sequence[MemoryLevel], disk: Disk | None = None, root_
             "copy": level.copy_bytes_per_s,
             "shared by all at once": level.shared_bytes_per_s,
             **{
-                f"{cache.name} read, {format_bytes(cache.capacity_bytes.value)} in all": (cache.read_bytes_per_s)
+                f"{as_is(cache.name)} read, {format_bytes(cache.capacity_bytes.value)} in all": (cache.read_bytes_per_s)
                 for cache in level.caches
             },
             "decode attention": level.processor.attention_bytes_per_s,
@@ -84,12 +84,12 @@ def _print_levels(levels: Sequence[MemoryLevel], disk: Disk | None = None, root_
                 unit = "tokens" if what == "decode attention" else ""
                 _add_rate(table, (f"  {what}",), rate, format_bandwidth, unit)
         for dtype, rate in level.processor.compute_flops_per_s.items():
-            _add_rate(table, (f"  {dtype}",), rate, format_flops, "tokens")
+            _add_rate(table, (f"  {as_is(dtype)}",), rate, format_flops, "tokens")
         _add_figure(table, "launch latency", level.processor.launch_latency_s, format_seconds)
     if root_ports is not None:
         _add_rate(table, ("  root ports of all GPUs",), root_ports, format_bandwidth)
     if disk is not None:
-        table.add_row(f"[bold]disk[/]  {disk.path}")
+        table.add_row(f"[bold]disk[/]  {as_is(disk.path)}")
         _add_figure(table, "capacity", disk.capacity_bytes, format_bytes)
         _add_rate(table, ("  read",), disk.read_bytes_per_s, format_bandwidth)
     console.print(table)

@@ -4,10 +4,9 @@ from collections import Counter
 from typing import Any, Final
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
-from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import json_option
 from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.formats import FORMATS, Formats
@@ -123,7 +122,7 @@ def _experts(spec: ModelSpec) -> str:
 
 
 def _print_model(spec: ModelSpec) -> None:
-    console.print(f"[bold]{escape(spec.name)}[/] ({spec.family})")
+    console.print(f"[bold]{as_is(spec.name)}[/] ({spec.family})")
     table = Table(box=None, pad_edge=False, show_header=False)
     share = spec.active_parameters / spec.parameters
     rows = {
@@ -143,7 +142,7 @@ def _print_model(spec: ModelSpec) -> None:
     }
     for name, text in rows.items():
         if text:
-            table.add_row(name, escape(text))
+            table.add_row(name, as_is(text))
     console.print(table)
     console.print()
     _print_layers(spec)

@@ -9,7 +9,7 @@ import click
 from rich.table import Column
 
 from hrm.catalog import Part, list_files
-from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.params import json_option
 from hrm.errors import ProfileError
@@ -115,15 +115,15 @@ def _diff(
         return
     for letter, name, machine in zip("AB", names, (first, second), strict=True):
         date = machine.environment.get("date", "not measured")
-        console.print(f"[bold]{letter}[/]  {name}: {machine.name} ({date})")
+        console.print(f"[bold]{letter}[/]  {as_is(name)}: {as_is(machine.name)} ({as_is(date)})")
         if warnings := machine.environment.get("warnings"):
-            console.print(f"   [yellow]warnings: {warnings}[/]")
+            console.print(f"   [yellow]warnings: {as_is(warnings)}[/]")
     _print_figures(diff, show_all=show_all)
     for letter, only in zip("AB", (diff.only_first, diff.only_second), strict=True):
         if only:
             console.print(f"only in {letter}: {', '.join(only)}")
     for key, (one, other) in diff.environment.items():
-        console.print(f"[dim]{key}: {one} → {other}[/]")
+        console.print(f"[dim]{as_is(key)}: {as_is(one)} → {as_is(other)}[/]")
     equal = len(diff.figures) - len(diff.different)
     counts = [f"{diff.count(verdict)} differ {_words(verdict)}" for verdict in Verdict]
     total = counted(len(diff.figures), "figure")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hrm.causes import Limit
-from hrm.cli.console import console, plain_table
+from hrm.cli.console import as_is, console, plain_table
 from hrm.cli.limits import launches_json, launches_text, limits_json, written_out_text
 from hrm.cli.texts import formats_text, given_text, latency_text, range_text
 from hrm.estimate import Estimate, PhaseEstimate
@@ -135,16 +135,16 @@ def print_plan(
     """Print a plan for people."""
     policy = estimate.policy
     console.print(
-        f"[bold]{spec.name}[/] ({format_count(spec.parameters)} parameters, {formats_text(spec, policy.formats)}) on "
-        f"[bold]{profile.name}[/]{_kind_of_machine(profile)}"
+        f"[bold]{as_is(spec.name)}[/] ({format_count(spec.parameters)} parameters, "
+        f"{formats_text(spec, policy.formats)}) on [bold]{as_is(profile.name)}[/]{_kind_of_machine(profile)}"
     )
     if given := given_text(profile):
         console.print(given)
     if warnings := profile.environment.get("warnings"):
-        console.print(f"[yellow]the profile warns:[/] {warnings}")
+        console.print(f"[yellow]the profile warns:[/] {as_is(warnings)}")
     requests = "without end" if workload.num_requests is None else str(workload.num_requests)
     console.print(
-        f"workload {workload.name}: prompts of {workload.prompt_len:g} tokens on average and "
+        f"workload {as_is(workload.name)}: prompts of {workload.prompt_len:g} tokens on average and "
         f"{workload.max_prompt_len} at most, {workload.gen_len} generated, requests {requests}\n"
     )
     _print_policy(estimate, spec, workload, profile)

@@ -7,7 +7,7 @@ from typing import Final
 import click
 
 from hrm.acts import NAMES
-from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.options import plan_options
 from hrm.cli.params import OUT_FILE, json_option, phase_option
 from hrm.cli.texts import given_text
@@ -55,7 +55,7 @@ def simulate(
         return
     what = counted(steps, "decode step") if phase is Phase.DECODE else "prefill of one batch"
     console.print(
-        f"[bold]{plan.model.name}[/] on [bold]{plan.profile.name}[/], "
+        f"[bold]{as_is(plan.model.name)}[/] on [bold]{as_is(plan.profile.name)}[/], "
         f"{plan.policy.schedule.value}, {what}: {format_seconds(simulated.makespan_s)} simulated"
     )
     console.print(f"{given}\n" if (given := given_text(plan.profile)) else "")

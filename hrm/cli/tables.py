@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import click
 from rich.console import Console
 
-from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import OUT_FILE, json_option, together
 from hrm.files import write_whole
 from hrm.policy import PAPER_SYMBOLS
@@ -43,7 +43,7 @@ class TableOutput:
         if self.as_json:
             print_rows(frame, about=about, **facts)
             return
-        console.print(f"[bold]{about}[/]\n")
+        console.print(f"[bold]{as_is(about)}[/]\n")
         print_text()
         tell_written(self.csv, self.plot)
 
@@ -131,9 +131,9 @@ def print_frame(
             reason = [""] * (len(told) - 1)
             policy = told.index(PAPER_SYMBOLS)
             reason.insert(policy, row["reason"])
-            table.add_row(*cells(row), *reason)
+            table.add_row(*map(as_is, cells(row)), *reason)
         else:
-            table.add_row(*cells(row), *(PLAN_CELLS[heading](row) for heading in told))
+            table.add_row(*map(as_is, cells(row)), *(PLAN_CELLS[heading](row) for heading in told))
     console.print(table)
 
 

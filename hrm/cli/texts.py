@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from rich.markup import escape
-
+from hrm.cli.console import as_is
 from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
@@ -85,11 +84,11 @@ def run_text(
     path = out if out is not None else Path("policy.json")
     hints: list[str] = [] if out is not None else ["adding --out policy.json here"]
     if stored.published_dtype and (stored.packing != spec.packing or not stored.packing):
-        hints.append(f"converting the published weights ({escape(stored.published_dtype)}) to {RUN_FROM}")
+        hints.append(f"converting the published weights ({as_is(stored.published_dtype)}) to {RUN_FROM}")
     if stored.packing != spec.packing and spec.packing:
         hints.append(f"executor quantise: {spec.packing}")
     hint = f"   [dim](after {' and '.join(hints)})[/]" if hints else ""
-    folder = escape(model) if is_folder else "FOLDER-WITH-WEIGHTS"
+    folder = as_is(model) if is_folder else "FOLDER-WITH-WEIGHTS"
     return f"run it:  executor run --model {folder} --policy {path} --input prompts.jsonl --output-dir run/{hint}"
 
 
@@ -109,5 +108,5 @@ def _obstacle_to_run(
         told = stored.packing or "no matrix packed"
         return f"executor run reads weights as they are stored: {told}; plan so, or pack them with executor quantise"
     if has_weights and spec.published_dtype and not spec.packing:
-        return f"executor run reads no {escape(spec.published_dtype)} weights; convert them to {RUN_FROM}"
+        return f"executor run reads no {as_is(spec.published_dtype)} weights; convert them to {RUN_FROM}"
     return ""

@@ -7,7 +7,7 @@ import click
 from rich.table import Table
 
 from hrm.acts import NAMES
-from hrm.cli.console import console, plain_table, print_json
+from hrm.cli.console import as_is, console, plain_table, print_json
 from hrm.cli.params import json_option
 from hrm.run_record import FleetRecord, read_record, read_run
 from hrm.tasks import Phase
@@ -49,8 +49,8 @@ def print_fleet(validation: FleetValidation) -> None:
     for one in fleet.workers:
         named = (
             str(one.worker),
-            one.node,
-            Path(one.policy).name,
+            as_is(one.node),
+            as_is(Path(one.policy).name),
             f"{one.requests}{', died' if one.outcome == 'died' else ''}",
         )
         compared = validation.workers.get(one.worker)
@@ -64,7 +64,7 @@ def print_validation(validation: Validation) -> None:
     run = validation.run
     batches = counted(sum(batch.count for batch in run.batches), "batch")
     console.print(
-        f"[bold]{run.policy_file.model.name}[/] on {run.accelerator.description}, "
+        f"[bold]{as_is(run.policy_file.model.name)}[/] on {as_is(run.accelerator.description)}, "
         f"{run.schedule}, {run.totals.requests} requests in {batches} ({run.outcome})\n"
     )
     table = plain_table("", "measured", "predicted", "error")

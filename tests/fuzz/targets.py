@@ -47,6 +47,7 @@ NAMES_OF_HRM: Final = (
     "diff",
     "config",
     "quantisation",
+    "modelopt",
     "gguf",
     "policy",
     "run",
@@ -72,5 +73,7 @@ NAMES_OF_EXECUTOR: Final = (
     "model-config",
     "generation-config",
     "safetensors",
+    "gguf-weights",
+    "crossings",
     "quantised",
 )

@@ -12,8 +12,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
+import pytest
 import torch
+from gguf import GGUFWriter
+from gguf.constants import GGMLQuantizationType as Type
+from gguf.quants import quantize
 from pyarrow import parquet
 from safetensors.torch import save
 
@@ -29,6 +34,7 @@ from executor.job.outputs import RunDirectory, rejected_line, text_of
 from executor.job.requests import LineReader, Rejected
 from executor.job.room import AnswerRoom
 from executor.job.sampling_defaults import SamplingDefaults
+from executor.model import crossings
 from tests.fuzz.mutations import as_json, as_lines
 from tests.fuzz.targets import Target, written
 from tests.fuzz.targets_hrm import check_message
@@ -272,6 +278,24 @@ DBRX: Final = {
 SHARD: Final = "model-00001-of-00001.safetensors"
 
 
+# Of one layer with two experts, by llama.cpp's names: type and sizes.
+GGUF_TENSORS: Final = {
+    "token_embd.weight": (Type.F32, 8, 32),
+    "output_norm.weight": (Type.F32, 32),
+    "output.weight": (Type.F16, 8, 32),
+    "blk.0.attn_norm.weight": (Type.F32, 32),
+    "blk.0.ffn_norm.weight": (Type.F32, 32),
+    "blk.0.attn_q.weight": (Type.Q8_0, 64, 32),
+    "blk.0.attn_k.weight": (Type.Q5_0, 32, 32),
+    "blk.0.attn_v.weight": (Type.F32, 32, 32),
+    "blk.0.attn_output.weight": (Type.F32, 32, 64),
+    "blk.0.attn_q_norm.weight": (Type.F32, 32),
+    "blk.0.attn_k_norm.weight": (Type.F32, 32),
+    "blk.0.ffn_gate_inp.weight": (Type.F32, 2, 32),
+    "blk.0.ffn_gate_exps.weight": (Type.Q4_0, 2, 32, 32),
+    "blk.0.ffn_up_exps.weight": (Type.Q4_0, 2, 32, 32),
+    "blk.0.ffn_down_exps.weight": (Type.Q4_0, 2, 32, 32),
+}
 INT4: Final = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 4}
 QUANTISED: Final = {
     "quant_method": "compressed-tensors",
@@ -355,6 +379,35 @@ def use_safetensors(content: bytes, folder: Path) -> None:
     opened(folder)
 
 
+@cache
+def a_gguf_of_weights() -> bytes:
+    """A file of a whole tiny model, with tensors that are packed, plain and read as numbers."""
+    path = Path(mkdtemp(prefix="hrm-fuzz-gguf-")) / "model.gguf"
+    writer = GGUFWriter(path, "qwen3moe")
+    for add in (writer.add_block_count, writer.add_expert_used_count, writer.add_head_count_kv):
+        add(1)
+    for add in (writer.add_head_count, writer.add_expert_count):
+        add(2)
+    for add in (writer.add_embedding_length, writer.add_key_length, writer.add_expert_feed_forward_length):
+        add(32)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    for name, (kind, *shape) in GGUF_TENSORS.items():
+        numbers = np.zeros(shape, dtype=np.float32)
+        blocks = numbers if kind is Type.F32 else quantize(numbers, kind)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def use_gguf_of_weights(content: bytes, folder: Path) -> None:
+    opened(written(folder, "model.gguf", content))
+
+
 def as_quantised(header: Any) -> bytes:
     """The same of the quantised checkpoint."""
     return as_safetensors(header, quantised=True)
@@ -364,6 +417,18 @@ def use_quantised(content: bytes, folder: Path) -> None:
     copy_checkpoint(folder, quantised=True)
     written(folder, SHARD, content)
     opened(folder)
+
+
+def use_crossings(content: bytes, folder: Path) -> None:
+    """Up to which sizes native kernels are faster, as the cache folder of a user keeps it: read, or measured again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        path = written(folder, "moe-hrm/native.json", content)
+        with crossings._opened() as file:
+            known = crossings._read(file)
+            crossings._write(file, known)
+        assert all(type(size) is int for sizes in known.values() for size in sizes.values())
+        assert json.loads(path.read_bytes()) == known
 
 
 EXECUTOR_TARGETS: Final = (
@@ -393,5 +458,7 @@ EXECUTOR_TARGETS: Final = (
         share=0.5,
     ),
     Target(name="safetensors", bases=lambda: [a_header()], use=use_safetensors, dump=as_safetensors),
+    Target(name="gguf-weights", bases=lambda: [a_gguf_of_weights()], use=use_gguf_of_weights, has_values=False),
+    Target(name="crossings", bases=lambda: [{"a CPU": {"linear": 64}}], use=use_crossings, share=0.5),
     Target(name="quantised", bases=lambda: [a_header(quantised=True)], use=use_quantised, dump=as_quantised),
 )

@@ -16,6 +16,7 @@ from gguf import GGUFWriter
 
 from hrm.catalog import profile_folder
 from hrm.cli.analysis import _axis
+from hrm.cli.fleet import _fleet_of
 from hrm.cli.machine_choice import MachineChoice
 from hrm.cli.machine_table import print_card, print_host, print_profile
 from hrm.cli.models import _print_model, model_json
@@ -29,9 +30,10 @@ from hrm.hardware import GpuCard, HardwareProfile, Host, Rate
 from hrm.machines import assemble, compose, dump_profile, load_gpu, load_host, load_profile, one_part, save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import ModelSpec, decoder_keys, load_model, spec_from_hf_config
+from hrm.model_spec.published_dtype import MODELOPT_FILE
 from hrm.model_spec.quantisation import quantisation
 from hrm.model_spec.stored_formats import stored_formats
-from hrm.policy import ScheduleName
+from hrm.policy import Policy, ScheduleName, kv_tokens_for
 from hrm.policy_file import load_policy_file, policy_file_of, save_policy_file
 from hrm.profiling.machine.journal import Journal
 from hrm.profiling.timing import Timing
@@ -41,12 +43,12 @@ from hrm.scaling import resources, scale
 from hrm.search import Space, search, solver_named
 from hrm.strict import decode_strictly
 from hrm.trace import lane_chart, read_chrome_trace, write_chrome_trace
-from hrm.units import parse_bandwidth, parse_bytes, parse_flops
+from hrm.units import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 from hrm.validate import validate as validated
 from hrm.validate import validate_fleet
 from hrm.workload import Workload
 from tests.executor.formats.published import PUBLISHED as QUANTISED
-from tests.fuzz.mutations import as_lines, as_yaml
+from tests.fuzz.mutations import as_json, as_lines, as_yaml
 from tests.fuzz.targets import Target, written
 from tests.hrm.published_configs import PUBLISHED
 from tests.hrm.support import machine, tiny_spec
@@ -70,13 +72,27 @@ def plain(value: Any) -> Any:
 
 
 def planned(spec: ModelSpec, profile: HardwareProfile, content: bytes) -> None:
-    """For one input in six, which takes its time, a search of the model on the machine."""
-    if crc32(content) % 6:
-        return
-    dtype = profile.default_dtype
-    best = search(Space(spec, profile, WORKLOAD, dtype=dtype)).best
-    if best is not None:
-        estimate(spec, best.policy, profile, WORKLOAD)
+    """For one input in 24 a search of the model on the machine, which takes its time; for three an estimate."""
+    chosen = crc32(content) % 24
+    if chosen == 0:
+        best = search(Space(spec, profile, WORKLOAD, dtype=profile.default_dtype)).best
+        if best is not None:
+            estimate(spec, best.policy, profile, WORKLOAD)
+    elif chosen % 6 == 0:
+        estimate(spec, a_small_policy(spec, profile), profile, WORKLOAD)
+
+
+def a_small_policy(spec: ModelSpec, profile: HardwareProfile) -> Policy:
+    """Four requests in two micro-batches, with nothing on the GPU that need not be there."""
+    return Policy(
+        batch_size=4,
+        micro_batch_size=2,
+        resident_experts=(0,) * spec.num_layers,
+        resident_dense=False,
+        kv_tokens_per_micro_batch=int(kv_tokens_for(2, WORKLOAD.mean_context_len, WORKLOAD.max_context_len)),
+        prefill_chunk_tokens=64,
+        dtype=profile.default_dtype,
+    )
 
 
 # -- machines ---------------------------------------------------------------------------------
@@ -138,6 +154,17 @@ def use_config(content: bytes, folder: Path) -> None:
     planned(spec, compose("1xA100-80G"), content)
 
 
+MODELOPT: Final = {
+    "producer": {"name": "modelopt", "version": "0.33.0"},
+    "quantization": {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": "FP8",
+        "group_size": 16,
+        "exclude_modules": ["lm_head"],
+    },
+}
+
+
 @cache
 def a_policy_file() -> Any:
     profile = machine(gpu_bytes=1e8, cpu_bytes=1e9)
@@ -181,6 +208,13 @@ def use_quantisation(content: bytes, folder: Path) -> None:
     if how is not None:
         for number, layer in enumerate(spec_from_hf_config(config, "x").layers[2:5]):
             assert all(packed_format(form) is not None for _, form in stored_formats(how, layer, number))
+
+
+def use_modelopt(content: bytes, folder: Path) -> None:
+    """What a file beside a config says of quantisation."""
+    written(folder, "config.json", as_json(PUBLISHED["qwen3-30b-a3b"]))
+    written(folder, MODELOPT_FILE, content)
+    load_model(str(folder))
 
 
 def use_policy(content: bytes, folder: Path) -> None:
@@ -344,6 +378,8 @@ TEXTS: Final = [
     b"paper-s1",
     b"50ms",
     b"1.5",
+    b"3x(4xT4),2x(1xL4)",
+    b"4xT4=2.40,1xL4=0.70",
 ]
 READERS_OF_TEXTS: Final[list[Callable[[str], object]]] = [
     parse_bytes,
@@ -355,6 +391,9 @@ READERS_OF_TEXTS: Final[list[Callable[[str], object]]] = [
     lambda text: MachineChoice(gpus="T4", host=text).machines(),
     lambda text: MachineChoice(gpus="4xT4", changes=(text,)).machines(),
     lambda text: MachineChoice(gpus="T4", gpu_memory=text, cpu_memory=text).machines(),
+    lambda text: _fleet_of(fleet=text, prices=None),
+    lambda text: _fleet_of(fleet="3x(4xT4),2x(1xL4)", prices=text),
+    parse_seconds,
     lambda text: _axis(text, "--x", log=False).points,
     lambda text: _axis(text, "--y", log=True).points,
 ]
@@ -383,6 +422,7 @@ HRM_TARGETS: Final = (
     Target(name="config", bases=lambda: list(PUBLISHED.values()), use=use_config),
     Target(name="gguf", bases=lambda: [a_gguf()], use=use_gguf, has_values=False),
     Target(name="quantisation", bases=lambda: [how.config for how in QUANTISED.values()], use=use_quantisation),
+    Target(name="modelopt", bases=lambda: [MODELOPT], use=use_modelopt, share=0.5),
     Target(name="policy", bases=lambda: [plain(a_policy_file())], use=use_policy, share=2),
     Target(name="run", bases=lambda: [a_run(), a_fleet()], use=use_run, share=2),
     Target(name="routing", bases=lambda: [{"routed_tokens": [[4, 3, 2, 1]] * 4}], use=use_routing),

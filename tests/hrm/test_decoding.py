@@ -275,22 +275,20 @@ def test_integers_that_64_bits_do_not_hold_are_refused_by_path():
 def test_names_are_printed_as_they_are(capsys):
     from rich.table import Table
 
-    from hrm.cli.console import console
+    from hrm.cli.console import as_is, console
 
     random = Random(4)
-    parts = ["[x]", "[/x]", "[/]", "a", " ", "[#fff]", ":smile:", "[", "]", "[[", "[0]", "[a b=c]"]
+    parts = ["[x]", "[/x]", "[/]", "[bold]", "\\", "a", " ", "[#fff]", ":smile:", "[", "]", "[[", "[0]", "[a b=c]"]
     for _ in range(200):
         name = "".join(random.choices(parts, k=random.randint(1, 5))).strip() or "a"
-        if "[/]" in name:
-            name = name.replace("[/]", "")
-        console.print(f"[bold]{name}[/]|")
+        console.print(f"[bold]{as_is(name)}[/]|")
         assert capsys.readouterr().out == f"{name}|\n"
         table = Table("x", box=None)
-        table.add_row(name)
+        table.add_row(as_is(name))
         console.print(table)
         assert name in " ".join(capsys.readouterr().out.split()) or " " in name
-    console.print("[/]\x1b[31m[dim]x[/]")
-    assert capsys.readouterr().out == "[/]\\x1b[31mx\n"
+    console.print("[/]\x1b[31m[dim]x[/]" + as_is("\x1b\ue000"))
+    assert capsys.readouterr().out == "[/]\\x1b[31mx\\x1b\\ue000\n"
 
 
 # -- what fuzzing found -----------------------------------------------------------------------

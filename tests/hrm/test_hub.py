@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -110,6 +111,15 @@ def test_models_that_cannot_be_had(hub, monkeypatch):
     refused("some-lab/name--with..", "must be a name that the Hub allows")
     ask_at("http://127.0.0.1:9", monkeypatch)  # where nobody listens
     refused("some-lab/other", "does not answer", "network")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
+    monkeypatch.setattr("hrm.hub._ANSWERS_S", 0.1)
+    load_model(NAME)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ask_at(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
+        assert load_model(NAME).num_experts == 4, "the cache has it"
+        refused("some-lab/other", "must be in", "the Hub does not answer", "check the network")
 
 
 def test_offline_only_the_cache_counts(hub, monkeypatch):

@@ -17,7 +17,7 @@ from hrm.estimate import estimate
 from hrm.formats import PackedFormat
 from hrm.hardware import Figure, HardwareProfile, Rate, Source
 from hrm.latency import LatencyLimits
-from hrm.machines import compose, dump_profile, save_profile
+from hrm.machines import compose, dump_profile, load_gpu, save_profile
 from hrm.model_spec import BUILT_IN_MODELS, packed_as
 from hrm.phases import prefill_work, simulate_work
 from hrm.policy import Parallelism, Policy, kv_tokens_for
@@ -28,6 +28,7 @@ from hrm.strict import decode_strictly
 from hrm.tasks import Device
 from hrm.units import GB, parse_bytes
 from hrm.workload import WORKLOADS
+from tests.hrm.published_configs import PUBLISHED
 from tests.hrm.small_configs import SMALL_JAMBA
 from tests.hrm.support import machine, tiny_spec
 
@@ -474,3 +475,24 @@ def test_a_name_of_none_or_of_several_is_refused_with_what_there_is(refused, nam
 def test_the_same_spellings_name_the_gpus_of_a_machine_and_its_host():
     assert compose("2x4090").name == compose("2xRTX-4090").name
     assert compose("1x tesla t4", "GCP n1 highmem 64").name == compose("1xT4").name
+
+
+def test_names_with_what_styles_are_written_with_are_printed_as_they_are(hrm, tmp_path):
+    model, gpu, policy = tmp_path / "[x] [bold]m", tmp_path / "gpu.yaml", tmp_path / "policy.json"
+    name = "[bold]a[/] [/x]"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**PUBLISHED["mixtral-8x7b"], "num_hidden_layers": 2}))
+    gpu.write_text(dump_profile(replace(load_gpu("T4"), name=name)))
+    both, plan = [model.name, name], ["--model", model, *LENGTHS, "--gpus"]
+    for command, told in (
+        (["search", *plan, gpu], both),
+        (["search", *plan, f"T4,{gpu}"], both),
+        (["estimate", *plan, gpu, "-u", "8", "-n", "4", "--out", policy], both),
+        (["simulate", "--policy", policy, "--steps", "1"], both),
+        (["models", model], [model.name]),
+        (["profiles", gpu, "--table"], [name]),
+        (["profiles", "diff", "1xT4", gpu], [name]),
+    ):
+        code, out, err = hrm(*command)
+        assert (code, err) == (0, ""), command
+        assert [each for each in told if each not in out] == [], command

@@ -1,5 +1,7 @@
 """Sizes and rates as people write them; workloads."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,7 +61,7 @@ def test_what_is_no_compute_rate_is_refused(text):
     ("text", "seconds"), [("5us", 5e-6), ("5 µs", 5e-6), ("0.2ms", 2e-4), ("1s", 1.0), ("0ns", 0.0), ("3e2 ns", 3e-7)]
 )
 def test_durations_read_with_their_unit(text, seconds):
-    assert parse_seconds(text, zero=True) == pytest.approx(seconds, rel=1e-12)
+    assert parse_seconds(text, is_latency=True) == pytest.approx(seconds, rel=1e-12)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "16 gigs", "16Gb/s", "nan", "inf", "1e40GB"])
@@ -78,6 +80,8 @@ BARE = [
     (parse_flops, "65", "65TFLOP/s", 65e12),
     (parse_flops, "6.5e13", "6.5e13FLOP/s", 65e12),
     (parse_seconds, "30", "30s", 30.0),
+    (partial(parse_seconds, is_latency=True), "5", "5us", 5e-6),
+    (partial(parse_seconds, is_latency=True), "0.00002", "0.00002s", 2e-5),
 ]
 
 

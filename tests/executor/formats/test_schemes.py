@@ -76,6 +76,33 @@ def test_a_part_of_a_matrix_is_read_on_its_own(tmp_path: Path, name: str) -> Non
         assert plain.equal(whole[11:41, 37:78])
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_axes_of_one_element_make_no_difference(tmp_path: Path, name: str) -> None:
+    """Of a matrix with one group in a row, of which a file has left them out."""
+    how, (rows, width) = PUBLISHED[name], (ROWS, 32)
+    parts, expected = how.pack(matrix(rows, width))
+    tensors = {MODULE + end: part.squeeze() for end, part in parts.items()}
+    with checkpoint_of(tmp_path, tensors, how.config) as checkpoint:
+        checkpoint.check({f"{MODULE}.weight": Expected((rows, width))})
+        plain = torch.empty(rows, width)
+        checkpoint.read_into(f"{MODULE}.weight", plain)
+    torch.testing.assert_close(plain, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_column_of_words_may_be_stored_as_one_vector(tmp_path: Path) -> None:
+    """Each row fills a part of its word, so that words are not read to where codes stay."""
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 4}
+    groups = {"all": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    words = torch.arange(8, dtype=torch.int32) * 0x1111
+    tensors = {f"{MODULE}.weight_packed": words, f"{MODULE}.weight_scale": torch.ones(8)}
+    with checkpoint_of(tmp_path, tensors, config) as checkpoint:
+        checkpoint.check({f"{MODULE}.weight": Expected((8, 4))})
+        plain = torch.empty(8, 4)
+        checkpoint.read_into(f"{MODULE}.weight", plain)
+    assert plain.equal(torch.arange(8.0)[:, None].expand(8, 4) - 8)
+
+
 def test_a_stack_of_experts_is_read_as_transformers_reads_it(tmp_path: Path, monkeypatch: Any) -> None:
     experts, width = 3, 64
     parts, expected = mxfp4_stack(torch.empty(experts, width, ROWS))
