@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hrm.cli import main
-from hrm.search import bound
+from hrm.search import SearchResult, Solver, Space, bound, ways
 
 REGIONS = 6000
 
@@ -22,6 +22,26 @@ def rough_bounds(monkeypatch):
     """Bounds of the fewest regions, for tests of what searches find, which is the same whatever the bound."""
     monkeypatch.setattr(bound, "BUDGET", 0)
     monkeypatch.setattr(bound, "LARGEST_BUDGET", 0)
+
+
+@pytest.fixture(scope="module")
+def searches_kept():
+    """A module's searches, each done once, for tests that lay answers of many searches beside searches one by one.
+
+    A search of another space, by another solver or of other bounds is another one.
+    """
+    found: dict[tuple[object, ...], SearchResult] = {}
+    search = ways._search
+
+    def kept(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
+        asked = repr(space), repr(solver), runner_ups, bound.BUDGET, bound.LARGEST_BUDGET
+        if asked not in found:
+            found[asked] = search(space, solver, runner_ups)
+        return found[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ways, "_search", kept)
+        yield
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from executor.group.measure import seconds_a_task
 from hrm.locks import open_locked
 from hrm.machines import load_profile
 from tests.hrm.profiling.fakes import small_sizes
@@ -35,7 +36,8 @@ def interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
-def test_it_writes_a_profile_prints_it_and_leaves_nothing_else(hrm, tmp_path):
+def test_it_writes_a_profile_prints_it_and_leaves_nothing_else(hrm, tmp_path, small):
+    small.setattr("executor.model.host_kernels.seconds_a_task", seconds_a_task)  # with its process, as users have it
     code, out, err = hrm(*QUICK)
     assert code == 0, err
     profile = load_profile(tmp_path / "machine.yaml")

@@ -10,25 +10,28 @@ import pytest
 from hrm.analysis.fronts import front_of_cpu_memory
 from hrm.estimate import estimate
 from hrm.hardware import HardwareProfile
-from hrm.layers import ExpertDivision
 from hrm.machines import compose, with_memory
+from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS
 from hrm.placement import experts_of_layers
-from hrm.policy import Parallelism, Policy, ScheduleName
+from hrm.policy import Policy, ScheduleName
 from hrm.scaling import Resource, at_cost, resources, with_resource
 from hrm.search import Outcome, SearchResult, Space, search, solver_named
-from hrm.search.bound import Bounder, upper_bound
+from hrm.search.bound import Bounder
 from hrm.search.regions import Regions
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.smooth import smoothed
-from hrm.search.ways import space_of_part
 from hrm.tasks import Device
 from hrm.units import GB
 from hrm.workload import WORKLOADS, Workload
+from tests.hrm.ceilings import by_parts, closed_form_rate, lowest_ceilings
 from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import machine, rate
 
-GROUPS, A_GROUP = 30, 10
+GROUPS, A_GROUP = 10, 30  # of random problems
+SEARCHED = 10  # one of so many
+# Of random problems after the 9000th some that policies fit, of one GPU to eight, with gaps of less than a tenth.
+FITTING = (4, 7, 9, 11, 15, 17, 21, 23, 25, 28)
 
 
 def searched(case: Case, profile: HardwareProfile | None = None, **options: Any) -> SearchResult:
@@ -36,12 +39,29 @@ def searched(case: Case, profile: HardwareProfile | None = None, **options: Any)
     return search(Space(case.spec, machine, case.workload, dtype=case.dtype, **options), runner_ups=0)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_bounds")
 @pytest.mark.parametrize("group", range(GROUPS))
-def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal(group):
+def test_no_policy_that_fits_is_cut_off_or_beats_a_ceiling_on_the_way_to_it(group):
+    """The bounds of 300 random problems, at every region that a policy of theirs is in."""
     found = 0
     for seed in range(group * A_GROUP, (group + 1) * A_GROUP):
+        rng = Random(seed)
+        case = random_case(rng)
+        space = Space(case.spec, case.profile, case.workload, dtype=case.dtype)
+        for part, policies in by_parts(space, random_policies(rng, case, None, count=4)):
+            for policy, ceiling in zip(policies, lowest_ceilings(part, policies), strict=True):
+                rate = closed_form_rate(part, policy)
+                assert rate <= ceiling * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
+                found += 1
+    assert found > A_GROUP  # not all of the machines drawn hold two layers of the models drawn
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_bounds")
+@pytest.mark.parametrize("group", range(GROUPS // 2))
+def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal(group):
+    """Of what is searched whole; `tests/bench/test_search_optimality.py` does it 1,500 times."""
+    found = 0
+    for seed in range(2 * group * A_GROUP, 2 * (group + 1) * A_GROUP, SEARCHED):
         rng = Random(seed)
         case = random_case(rng)
         result = searched(case)
@@ -52,18 +72,16 @@ def test_no_policy_that_fits_beats_the_bound_nor_a_search_that_is_called_optimal
             rate = estimate(case.spec, policy, case.profile, case.workload).tokens_per_s
             assert rate <= result.bound_tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
             found += 1
-    assert found > A_GROUP // 2  # not all of the machines drawn hold two layers of the models drawn
+    assert found > 2
 
 
 @pytest.mark.usefixtures("quick_bounds")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", FITTING)
 def test_more_of_a_resource_never_gives_less_and_a_narrower_search_never_more(seed):
     rng = Random(9000 + seed)
     case = random_case(rng)
     result = searched(case)
-    if result.best is None:
-        return
-    best = result.best.tokens_per_s
+    best = result.require().tokens_per_s
     more = searched(case, at_cost(case.profile, rng.choice(resources(case.profile)), 1 / 1.3))
     device = rng.choice(list(Device))
     narrower = searched(case, attention=device) if seed % 2 else searched(case, ffn=device)
@@ -149,18 +167,6 @@ def test_a_host_smaller_than_the_model_is_searched_whole():
         assert result.bound_tokens_per_s < 8900
 
 
-@pytest.mark.slow
-def test_two_solvers_never_certify_different_optima():
-    workload = Workload(name="given", prompt_len=512, max_prompt_len=512, gen_len=512)
-    profile = with_memory(compose("4xL40S"), cpu_memory_bytes=1000 * GB)
-    spec = BUILT_IN_MODELS["deepseek-v2"]
-    by_grid, by_programs = (
-        search(Space(spec, profile, workload), solver_named(solver)) for solver in ("exhaustive", "milp")
-    )
-    for result, other in ((by_grid, by_programs), (by_programs, by_grid)):
-        assert result.require().tokens_per_s <= other.bound_tokens_per_s * (1 + 1e-9)
-
-
 @pytest.mark.usefixtures("quick_bounds")
 def test_experts_fixed_to_the_gpu_lose_nothing_where_they_are_best_there():
     spec, profile = BUILT_IN_MODELS["gpt-oss-20b"], compose("8xH100")
@@ -205,31 +211,23 @@ def test_a_smooth_machine_is_nowhere_slower_and_work_takes_longer_the_more_it_is
     assert (np.diff(sizes / after) >= -1e-3 * (sizes / after)[1:]).all()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_bounds")
-def test_no_policy_with_experts_in_parts_beats_the_bound_of_such_policies():
+def test_no_policy_with_experts_in_parts_beats_a_ceiling_on_the_way_to_it():
     found = 0
     for seed in range(14):
         rng = Random(seed)
         case = random_case(rng)
         per_part = rng.choice([1, 1, 2, max(1, case.spec.num_experts // 3)])
-        space = Space(
-            case.spec, case.profile, case.workload, dtype=case.dtype, prefill_ffn=Device.GPU, experts_per_part=per_part
-        )
-        part = space_of_part(space, Parallelism.TENSOR)
-        if part is None or not case.profile.has_accelerator:
+        space = Space(case.spec, case.profile, case.workload, dtype=case.dtype, prefill_ffn=Device.GPU)
+        if not case.profile.has_accelerator:
             continue
-        fitting: dict[Policy, float] = {}
-        for _ in range(2):  # the second ones close to the best
-            near = max(fitting, key=lambda policy: fitting[policy], default=None)
-            for policy in random_policies(rng, case, near, count=3):
-                divided = (policy.parallelism, policy.expert_division) == (Parallelism.TENSOR, ExpertDivision.INNER)
-                if policy.prefill_ffn is Device.GPU and divided:
-                    in_parts = replace(policy, experts_per_part=per_part)
-                    predicted = estimate(case.spec, in_parts, case.profile, case.workload)
-                    if predicted.memory.fits:
-                        fitting[in_parts] = predicted.tokens_per_s
-        best = max(fitting.values(), default=0.0)
-        assert best <= upper_bound(part, best).tokens_per_s * (1 + 1e-9), f"seed {seed}: {case}"
+        in_parts = [
+            replace(policy, experts_per_part=per_part)
+            for policy in random_policies(rng, case, None, count=8)
+            if policy.prefill_ffn is Device.GPU
+        ]
+        fitting = [policy for policy in in_parts if plan_memory(case.spec, policy, case.profile).fits]
+        for part, policies in by_parts(space, fitting):
+            for policy, ceiling in zip(policies, lowest_ceilings(part, policies), strict=True):
+                assert closed_form_rate(part, policy) <= ceiling * (1 + 1e-9), f"seed {seed}: {case}: {policy}"
         found += len(fitting)
     assert found > 25

@@ -1,6 +1,7 @@
 """The search against brute force over every integer of small spaces, and what must hold of it."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from random import Random
 
@@ -155,6 +156,7 @@ def test_a_coarse_grid_and_what_is_around_its_best_miss_next_to_nothing(seed, mo
     assert 0.995 * whole.greatest_tokens_per_s <= coarse.greatest_tokens_per_s
 
 
+@cache
 def residency_cases() -> list[tuple[Space, Policy, int, bool]]:
     """Candidates of random grids: with the residency and the verdict that the grid gives them."""
     cases: list[tuple[Space, Policy, int, bool]] = []
@@ -434,6 +436,7 @@ def test_a_model_that_does_not_fit_says_what_to_change():
         result.require()
 
 
+@pytest.mark.usefixtures("quick_bounds")
 @pytest.mark.parametrize("solver", ["exhaustive", "milp"])
 @pytest.mark.parametrize("task_s", [1e-6, 1e-4, 1e-2])
 def test_no_policy_exceeds_the_bound_where_lanes_share_cores(solver, task_s):

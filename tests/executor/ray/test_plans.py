@@ -18,6 +18,7 @@ from hrm.policy_file import save_policy_file
 from hrm.profiling.environment import host_facts
 from hrm.run_record import FleetRecord, WorkerRecord
 from hrm.validate import validate_fleet
+from hrm.workload import Workload
 from tests.executor.ranks.test_job import two_gpus
 from tests.executor.runtime.jobs import PROMPTS
 from tests.executor.runtime.support import architecture, make_policy, policy_file
@@ -98,11 +99,13 @@ def test_an_engine_takes_the_best_plan_that_can_be_run(model, tmp_path):
 @pytest.mark.slow
 def test_an_engine_measures_its_machine_once_and_solves_for_it(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    given = saved(model, tmp_path / "given.json")
+    few = Workload(
+        name="few", prompt_len=20, max_prompt_len=40, gen_len=5, num_requests=8
+    )  # or a batch fills the memory
+    given = saved(model, tmp_path / "given.json", workload=few)
     (plan,) = read_plans([given])
     with small_sizes() as patch:
         patch.setattr("hrm.profiling.machine.PASSES", 1)
-        patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.03)
         engine = Engine(model, given, accelerator=CPU, own_plan=True)
         patch.setattr(own_plan, "profile_machine", lambda *_, **__: pytest.fail("measured again"))
         half = own_plan.own_plan(plan, CPU, engines=2).file.profile

@@ -11,7 +11,6 @@ if "profile" in sys.orig_argv:
 
     patch = small_sizes().__enter__()
     patch.setattr("hrm.profiling.machine.PASSES", 1)
-    patch.setattr("hrm.profiling.machine.options.MOST_QUICK_S", 0.03)
 elif "search" in sys.orig_argv or any("ipykernel" in word for word in sys.orig_argv):
     from hrm.search import bound, choose, polish
 
