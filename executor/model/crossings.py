@@ -2,8 +2,8 @@
 
 Which of both is faster depends on the processor, on what torch finds there, and on how many threads there are.
 So both are tried the first time that it matters, for a fraction of a second. What came out is kept for later
-runs in `native.json` of the user's cache folder, and in profiles. EXECUTOR_NATIVE_UP_TO=N in the environment
-stands for all of it: then nothing is measured.
+runs in `native.json` of the user's cache folder, unless others kept the machine busy meanwhile, and in profiles.
+EXECUTOR_NATIVE_UP_TO=N in the environment stands for all of it: then nothing is measured.
 """
 
 import json
@@ -28,12 +28,12 @@ from executor.random_weights import RandomWeights
 from hrm.decoding import Malformed, decode_json
 from hrm.hardware import HardwareProfile
 from hrm.locks import open_locked
-from hrm.profiling.environment import host_facts
+from hrm.profiling.environment import BUSY, Others, host_facts
 from hrm.units import MIB, counted
 
 VARIABLE: Final = "EXECUTOR_NATIVE_UP_TO"
 ALWAYS: Final = 1 << 30
-BUDGET_S: Final = 0.3  # of each thread; after it no larger size is tried
+BUDGET_S: Final = 0.3  # if nobody disturbs; after it no larger size is tried
 
 _TURNS: Final = 3
 _PAST_CACHES_BYTES: Final = 64 * MIB
@@ -130,15 +130,16 @@ def measured(trial: Trial, sizes: tuple[int, ...]) -> int:
     None counts for more than a factor of two, so that one disturbed size decides little. If the last
     that was tried is one of them, all greater are.
     """
-    until_s = time.process_time() + BUDGET_S * torch.get_num_threads()
-    lost = least = 0.0
+    lost = least = taken_s = 0.0
     up_to = size = 0
     for size in sizes:
         native_s, torch_s = _seconds(trial(size))
         lost += log(min(2.0, max(0.5, native_s / torch_s)))
         if lost < least:
             least, up_to = lost, size
-        if time.process_time() > until_s:
+        # The least that each turn takes, not what it took: of waiting for others a few sizes would use up all.
+        taken_s += (1 + _TURNS) * (native_s + torch_s)
+        if taken_s > BUDGET_S:
             break
     return ALWAYS if up_to == size else up_to
 
@@ -191,8 +192,10 @@ def _settled(key: Key) -> int:
                 machines = _read(file)
                 kept = machines.setdefault(_machine(), {})
                 if text not in kept:
+                    others = Others()
                     kept[text] = measured(key[0].trial_of(key[1]), key[0].sizes)
-                    _write(file, machines)
+                    if others.share() <= BUSY:
+                        _write(file, machines)
                 _known[key] = kept[text]
         return _known[key]
 

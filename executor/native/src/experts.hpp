@@ -1,6 +1,7 @@
 // The experts' FFN. Activations lie as float32, prepared for the second product.
 #pragma once
 
+#include "fetcher.hpp"
 #include "packed.hpp"
 
 namespace {
@@ -103,6 +104,10 @@ void project(
             for (int64_t t = 0; t < group.count;) {
                 const int tokens = at_once<W>(group.count - t);
                 float* const kept = shape.activations + (group.first_row + t) * shape.activation_stride;
+                const int32_t* const places = group.tokens + t;
+                for (int i = 0; i < tokens; ++i) {  // what is added to, wherever it lies
+                    Fetcher(out + places[i] * shape.out_stride).fetch((last - first) * sizeof(T));
+                }
                 const Slice all[] = {{
                     group.w2, first, t + tokens == group.count ? following : nullptr,
                     is_last_group ? next : first, scratch,
@@ -113,7 +118,7 @@ void project(
                 for (int i = 0; i < tokens; ++i) {
                     float* const products = scratch + i * COLUMNS;
                     if (group.bias2) add_bias(products, static_cast<const T*>(group.bias2) + first, last - first);
-                    T* row = out + group.tokens[t + i] * shape.out_stride;
+                    T* row = out + places[i] * shape.out_stride;
                     const float weight = shape.weight_on_input ? 1.0f : group.weights[t + i];
                     for (int64_t c = 0; c < last - first; ++c) {
                         narrow(widened(row[c]) + weight * products[c], row + c);

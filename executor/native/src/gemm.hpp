@@ -125,6 +125,8 @@ struct Gathered {
         : rows(of),
           in_place(Dot<T>::IN_PLACE && width % Dot<T>::STEP == 0 && stride * sizeof(T) % SAME_LINES) {}
 
+    const char* at(int token, int64_t start) const { return reinterpret_cast<const char*>(rows[token] + start); }
+
     const float* const* tokens(int first, int count, int64_t start, int64_t length) {
         for (int t = 0; t < count; ++t) {
             const T* const row = rows[first + t] + start;
@@ -146,11 +148,41 @@ struct Prepared {
     int64_t width;
     const float* stretches[GEMM_TOKENS];
 
+    const char* at(int token, int64_t start) const {
+        return reinterpret_cast<const char*>(Dot<T>::place(first + token * width, start));
+    }
+
     const float* const* tokens(int token, int count, int64_t start, int64_t) {
         for (int t = 0; t < count; ++t) {
             stretches[t] = Dot<T>::place(first + (token + t) * width, start);
         }
         return stretches;
+    }
+};
+
+// A stretch of tokens [token, end), fetched a part at a time: many tokens outgrow a core's own caches.
+template <typename Tokens>
+struct TokensAhead {
+    const Tokens& inputs;
+    int64_t start, num_bytes;  // of a token's stretch
+    int token, end;
+    int64_t offset = 0;
+
+    // As much as it takes to fetch all in so many parts.
+    int64_t lines_of(int64_t parts) const {
+        const int64_t lines = (end - token) * ((num_bytes + 63) / 64);
+        return (lines + parts - 1) / parts;
+    }
+
+    void fetch(int64_t lines) {
+        for (; lines > 0 && token < end; --lines) {
+            prefetch(inputs.at(token, start) + offset);
+            offset += 64;
+            if (offset >= num_bytes) {
+                offset = 0;
+                ++token;
+            }
+        }
     }
 };
 
@@ -168,6 +200,9 @@ void multiply(
         for (int tile = 0, token = 0; tile < tiles; ++tile) {
             const int end = (tile + 1) * tokens / tiles, count = end - token;
             const float* const* stretches = inputs.tokens(token, count, start, length);
+            const int next_end = tile + 1 < tiles ? (tile + 2) * tokens / tiles : end;
+            TokensAhead<Tokens> ahead{inputs, start, length * int64_t{sizeof(T)}, end, next_end};
+            const int64_t lines = ahead.lines_of(NUM * ((rows + GEMM_ROWS - 1) / GEMM_ROWS));
             // Of each GEMM_ROWS rows that come next, this tile's part is fetched.
             const int fetched = tile * GEMM_ROWS / tiles;
             const int fetch = (tile + 1) * GEMM_ROWS / tiles - fetched;
@@ -180,6 +215,7 @@ void multiply(
                         next + (row + (together == 1 ? 0 : fetched)) * width,
                         stretches, set.results + token * COLUMNS + row, COLUMNS,
                     };
+                    ahead.fetch(lines);
                     multiply_rows(work, together, count, next ? fetch : 0);
                     row += together;
                 }

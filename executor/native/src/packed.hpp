@@ -51,6 +51,8 @@ struct Reordered {
 
     Reordered(const T* const* of, int64_t, int64_t) : rows(of) {}
 
+    const char* at(int token, int64_t start) const { return reinterpret_cast<const char*>(rows[token] + start); }
+
     const float* const* tokens(int first, int count, int64_t start, int64_t columns) {
         ordered.take(rows + first, count, start, columns);
         for (int t = 0; t < count; ++t) stretches[t] = reinterpret_cast<const float*>(ordered.tokens[t]);
@@ -198,6 +200,9 @@ class PackedIn {
             for (int tile = 0, token = 0; tile < tiles; ++tile) {
                 const int end = (tile + 1) * count / tiles;
                 const float* const* const numbers = inputs.tokens(token, end - token, start, columns);
+                const int next_end = tile + 1 < tiles ? (tile + 2) * count / tiles : end;
+                TokensAhead<Inputs> ahead{inputs, start, columns * int64_t{sizeof(T)}, end, next_end};
+                const int64_t lines = ahead.lines_of(NUM * ((rows + GEMM_ROWS - 1) / GEMM_ROWS));
                 for (int i = 0; i < NUM; ++i) {
                     const Number* const panel = panels + i * COLUMNS * APART;
                     for (int64_t row = 0; row < rows;) {
@@ -207,6 +212,7 @@ class PackedIn {
                             panel + row * APART, APART, length, reinterpret_cast<const Number*>(following[i]),
                             numbers, slices[i].results + token * COLUMNS + row, COLUMNS,
                         };
+                        ahead.fetch(lines);
                         multiply_rows(work, together, end - token, fetches);
                         if (fetches) following[i] += length * sizeof(Number);
                         row += together;

@@ -12,6 +12,7 @@ constexpr int64_t MEMORY_BOUND_TOKENS = 8;  // weights take as long to multiply 
 constexpr int64_t ROWS = 8;                // that are normed or rotated by a thread at a time
 constexpr int64_t READ_BYTES = 2 << 20;
 constexpr int64_t COPY_BYTES = 1 << 20;
+constexpr int64_t KEPT_BYTES = 2 << 20;    // of activations: every piece of outputs reads all of them, so in a cache
 
 // Call work(first, last, next) for every COLUMNS columns of all; `next` are those that the same
 // thread probably takes next, or negative.
@@ -73,7 +74,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
     const auto bias = [](const std::vector<uintptr_t>& biases, size_t i) {
         return biases.empty() ? nullptr : reinterpret_cast<const void*>(biases[i]);
     };
-    const int64_t room = call.scratch_floats / stride;
+    const int64_t room = call.scratch_floats / stride, together = KEPT_BYTES / size / stride;
     std::vector<int64_t> left_out;
     std::vector<ExpertGroup> groups;
     int64_t rows = 0;
@@ -109,7 +110,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> run_experts(
             left_out.push_back(static_cast<int64_t>(i));
             continue;
         }
-        if (rows + count > room) run_groups();
+        if (rows > 0 && rows + count > std::min(room, together)) run_groups();
         groups.push_back({
             call.w13[i], call.w2[i],
             bias(call.bias13, i), bias(call.bias2, i),

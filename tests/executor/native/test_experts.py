@@ -161,6 +161,22 @@ def test_experts_take_turns_where_room_is_short(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_experts_whose_activations_outgrow_a_cache_take_turns(path):
+    """In whatever turns, each adds its output by itself, after those before it."""
+    tokens, intermediate = 20_000, 32
+    x, routing, weights = make(
+        torch.float32, tokens=tokens, hidden=16, intermediate=intermediate, num_experts=8, per_token=2
+    )
+    kernels, enough = native.Kernels(path), tokens * 2 * intermediate * 4
+    out, _ = run(kernels, x, routing, weights, bytes_of_workspace=enough)
+    one_by_one, workspace = torch.ones_like(x), Workspace(torch.empty(enough, dtype=torch.uint8))
+    with native.using(kernels), assumed(tokens):
+        for index, expert in enumerate(weights):
+            run_experts(x, routing, [(index, expert)], one_by_one, workspace)
+    assert torch.equal(out, one_by_one)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_experts_of_many_tokens_are_left_to_torch(path):
     x, routing, weights = make(torch.float32, tokens=24, hidden=16, intermediate=32, num_experts=3, per_token=1)
     routing.experts_TK[:20] = 1
