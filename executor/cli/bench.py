@@ -57,7 +57,16 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     help="The longest prompt; lengths then vary with the mean --prompt-len [default: all alike].",
 )
 @click.option("--gen-len", type=click.IntRange(min=1), help="[default: the policy's, or 32]")
-@click.option("--requests", type=click.IntRange(min=1), help="[default: one batch of the policy's, or 32]")
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    help="[default: a batch of the policy's, or one for every stage; without one 32]",
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="So many of the accelerator, a process each [default: as the policy or the profile says, or 1].",
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")
 @accelerator_options
@@ -73,6 +82,7 @@ def bench(
     max_prompt_len: int | None,
     gen_len: int | None,
     requests: int | None,
+    gpus: int | None,
     repeats: int,
     seed: int,
     accelerator: "AcceleratorOptions",
@@ -96,6 +106,7 @@ def bench(
         max_prompt_len=max_prompt_len,
         gen_len=gen_len,
         num_requests=requests,
+        gpus=gpus,
         repeats=repeats,
         seed=seed,
         accelerator=accelerator,

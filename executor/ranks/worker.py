@@ -13,7 +13,7 @@ from executor.generate import AbstractGenerator, BatchResult
 from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import join_store
-from executor.ranks.messages import RankBatch
+from executor.ranks.messages import REPORT, RankBatch
 from executor.ranks.signs import keep_telling, say_farewell
 
 
@@ -27,7 +27,7 @@ class Rank(Protocol):
         ...
 
     def report(self) -> bytes:
-        """What rank 0 is told in the end."""
+        """What rank 0 is told of all since it was last told."""
         ...
 
 
@@ -66,9 +66,11 @@ def _serve(open_rank: Open, rank: int, size: int, host: str, port: int) -> None:
     with generator:
         generator.warm_up()
         while message := group.broadcast():
+            if message == REPORT:
+                group.collect(served.report())
+                continue
             one = RankBatch.decode(message)
             served.add(generator.generate(one.batch, index=one.index, schedule=one.schedule))
-    group.collect(served.report())
 
 
 def end_with_parent() -> None:
