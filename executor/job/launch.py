@@ -15,7 +15,7 @@ from executor.handlers import EndOfText, never_stops
 from executor.job.machine import AcceleratorOptions, Prepared, accelerator_for, files_of_ranks, longest_task_s, prepare
 from executor.job.model import OpenModel
 from executor.job.model_part import ModelPart
-from executor.job.rank import RankJob, RankReport, for_rank, is_pipeline
+from executor.job.rank import RankJob, RankReport, for_rank, is_pipeline, shares_of_cores
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.ranks.generator import RankedGenerator, Ranks
@@ -80,7 +80,7 @@ def launching(
         return
     options = replace(options, name=accelerator_for(options.name, file.profile))
     job = replace(job, accelerator=options)
-    with own_cores(0, size) as cpus:
+    with own_cores(0, shares_of_cores(files)) as cpus:
         prepared = prepare(for_rank(options, 0, size, numbers), file, file.policy, others=files[1:])
         patience_s = _patience_s(options, files) if is_pipeline(job) else None
         yield Launch(job, whole, own, stops, prepared, size, cpus, patience_s)

@@ -11,9 +11,10 @@ import msgspec
 from executor.checkpoint import Checkpoint
 from executor.errors import RunError
 from executor.generate import AbstractGenerator, BatchResult
+from executor.group.cores import keep_to_own
 from executor.group.processes import ProcessGroup
 from executor.group.stages import ProcessStages
-from executor.job.machine import AcceleratorOptions, prepare
+from executor.job.machine import AcceleratorOptions, files_of_ranks, prepare
 from executor.job.model_part import ModelPart
 from executor.job.report import Totals, rank_record
 from executor.job.weights import ModelWeights
@@ -72,6 +73,11 @@ class RankJob:
             return
         with Checkpoint.open(self.model, self.model_name) as checkpoint:
             yield ModelWeights.of_checkpoint(checkpoint).cut(self.policy_file.model.num_layers)
+
+
+def shares_of_cores(files: Sequence[PolicyFile]) -> list[int]:
+    """What each rank gets of the cores: stages of a pipeline in proportion to their layers, as they are planned."""
+    return [one.model.num_layers for one in files]
 
 
 def is_pipeline(job: RankJob) -> bool:
@@ -154,8 +160,9 @@ class JobRank:
     """A rank other than 0: its part of the model, with the weights loaded, on its part of the machine."""
 
     def __init__(self, message: bytes, group: ProcessGroup) -> None:
-        self._rank = group.rank
-        self.generator = _generator(RankJob.decode(message), group)
+        self._rank, job = group.rank, RankJob.decode(message)
+        keep_to_own(group.rank, shares_of_cores(files_of_ranks(job.policy_file)))
+        self.generator = _generator(job, group)
         self._totals, self._spans = Totals(), list[Span]()
 
     def add(self, result: BatchResult) -> None:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Final, NoReturn, Protocol
 
 from executor.generate import AbstractGenerator, BatchResult
-from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import join_store
 from executor.ranks.messages import REPORT, RankBatch
@@ -31,7 +30,7 @@ class Rank(Protocol):
         ...
 
 
-Open = Callable[[bytes, ProcessGroup], Rank]  # given what rank 0 tells of the job
+Open = Callable[[bytes, ProcessGroup], Rank]  # given what rank 0 tells of the job, on the cores that all may use
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -45,8 +44,7 @@ def serve(open_rank: Open) -> NoReturn:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     code = 0
     try:
-        with own_cores(rank, size):
-            _serve(open_rank, rank, size, host, port)
+        _serve(open_rank, rank, size, host, port)
     except BaseException as error:  # noqa: BLE001 - told by rank 0
         say_farewell(join_store(host, port), rank, error)
         code = 1
