@@ -74,15 +74,39 @@ def choose(
     fit.
     """
     assert len(logits_RV) == len(params) == len(steps), (logits_RV.shape, params, steps)
-    tokens = _most_probable(logits_RV)
-    for row, (one, step) in enumerate(zip(params, steps, strict=True)):
-        if step < len(one.forced) and tokens[row] != NO_TOKEN:
-            tokens[row] = one.forced[step]
+    tokens = _forced(_most_probable(logits_RV), params, steps)
     rows = [row for row in range(len(params)) if _is_sampled(params[row], steps[row]) and tokens[row] != NO_TOKEN]
     for some in _that_fit(rows, logits_RV, spare_bytes):
         sampled = _sample(logits_RV[some], [params[r] for r in some], [steps[r] for r in some])
         for row, token in zip(some, sampled, strict=True):
             tokens[row] = token
+    return tokens
+
+
+def needs_all_logits(one: SamplingParams, step: int) -> bool:
+    """Whether what is told of a choice takes more than the greatest of the logits."""
+    return one.logprobs or _is_sampled(one, step)
+
+
+def greatest_of_part(logits_RC: Tensor, first_token: int) -> Tensor:
+    """Of each request the greatest of C logits, those of the tokens from the first on, and its token: [2, R], exact."""
+    greatest_R, tokens_R = logits_RC.max(dim=-1)
+    return torch.stack([greatest_R.double(), tokens_R.double() + first_token])
+
+
+def choose_of_parts(greatest_P2R: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
+    """What `choose` takes where no request `needs_all_logits`, of the greatest in each of P parts of the vocabulary."""
+    greatest_R, part_R = greatest_P2R[:, 0].max(dim=0)
+    tokens_R = greatest_P2R[:, 1].gather(0, part_R[None])[0].long()
+    is_number_R = greatest_R.abs() < math.inf
+    return _forced(tokens_R.masked_fill_(is_number_R.logical_not_(), NO_TOKEN).tolist(), params, steps)
+
+
+def _forced(tokens: list[int], params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
+    """The tokens, or those that requests go on with anyway."""
+    for row, (one, step) in enumerate(zip(params, steps, strict=True)):
+        if step < len(one.forced) and tokens[row] != NO_TOKEN:
+            tokens[row] = one.forced[step]
     return tokens
 
 

@@ -26,9 +26,7 @@ def first_layers(arch: Architecture, policy: Policy) -> tuple[Architecture, Poli
     for i, (layer, resident) in enumerate(zip(arch.spec.layers, policy.resident_experts, strict=True)):
         kinds.setdefault((layer, resident > 0, resident == layer.num_experts), i)
     count = min(max(kinds.values()) + 2, arch.spec.num_layers)
-    spec = arch.spec.with_layers(arch.spec.layers[:count])
-    few = replace(arch, spec=spec, layers=arch.layers[:count], long_layers=arch.long_layers[:count])
-    return few, replace(policy, resident_experts=policy.resident_experts[:count])
+    return arch.first_layers(count), replace(policy, resident_experts=policy.resident_experts[:count])
 
 
 def small_batch(arch: Architecture, policy: Policy) -> tuple[Batch, Policy]:

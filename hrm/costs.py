@@ -6,7 +6,7 @@ from typing import Final
 
 from hrm import operators
 from hrm.acts import Load
-from hrm.contract.rows import LOGIT_BYTES
+from hrm.contract.rows import INTEGER_BYTES, LOGIT_BYTES
 from hrm.contract.temporaries import skips_in_last_layer
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile, LinkKind, MemoryLevel
@@ -177,13 +177,13 @@ class Costs:
     def exchange_logits(self, m: Number) -> Number:
         """Every rank gets whole logits of its share of m requests, and tells the others what it chose.
 
-        Each of ranks - 1 steps moves what one rank has for another; nothing for one GPU.
+        Each of ranks - 1 steps moves what one rank has for another, and so much as the tokens; nothing for one GPU.
         """
         ranks = self.spec.ranks
         if ranks == 1:
             return 0.0
         part = m / ranks * self.spec.vocab_size * LOGIT_BYTES
-        return (ranks - 1) * (self.profile.peer.seconds(part) + self.profile.peer.seconds(0 * m))
+        return (ranks - 1) * (self.profile.peer.seconds(part) + self.profile.peer.seconds(m / ranks * INTEGER_BYTES))
 
     def h2d(self, num_bytes: Number) -> Number:
         """Host to device; like all transfers, nothing on a machine without an accelerator."""

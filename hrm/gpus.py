@@ -298,12 +298,8 @@ def change_level(level: MemoryLevel, change: Callable[[Figure], Figure]) -> Memo
 
 
 def _sum_level(level: MemoryLevel, count: int) -> MemoryLevel:
-    if count == 1:
-        return level
-    summed = change_level(level, lambda figure: figure.times(count, note=f"times {count}"))
-    processor = summed.processor
-    named = replace(processor, name=f"{count} x {processor.name}", cores=count * processor.cores)
-    return replace(summed, processor=named)
+    """So many equal levels at once; the processor keeps the name of one, by which a part's card is found."""
+    return change_level(level, lambda figure: figure.times(count, note=f"times {count}")) if count > 1 else level
 
 
 def _sum_link(link: Link, count: int) -> Link:

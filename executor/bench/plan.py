@@ -9,18 +9,17 @@ from typing import Final
 import torch
 
 from executor.backends import in_thread_of_its_own
-from executor.checkpoint import Checkpoint, WeightSource
-from executor.download import locate
+from executor.checkpoint import Checkpoint
+from executor.download import Located, locate
 from executor.errors import JobError
-from executor.families import Family, family_for
 from executor.job.machine import AcceleratorOptions
-from executor.model import Architecture
+from executor.job.weights import ModelWeights
 from executor.model.host_kernels import host_kernels
-from executor.random_weights import RandomWeights
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
-from hrm.policy import ScheduleName
+from hrm.parallel import used_of
+from hrm.policy import Parallelism, ScheduleName
 from hrm.policy_file import PolicyFile, policy_file_of
 from hrm.scaling import paced
 from hrm.workload import Workload
@@ -36,7 +35,7 @@ class BenchOptions:
 
     The `model` is a checkpoint's folder, one on the Hub, or a built-in name or any shape, which get random weights.
     Without a `policy` one is searched for, on the machine of `profile` (a file or a catalog name)
-    or, if that is None, on this one, measured quickly. Prompts have `prompt_len` tokens each, or on
+    or, if that is None, on this one with so many `gpus`, measured quickly. Prompts have `prompt_len` tokens each, or on
     average if `max_prompt_len` is greater. Lengths of None are the policy's workload's, or this
     module's constants if there is no policy; schedules of None are all, or the policy's alone on a
     machine of one level.
@@ -53,35 +52,39 @@ class BenchOptions:
     num_requests: int | None = None
     repeats: int = 3
     seed: int = 0
+    gpus: int | None = None
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
-def model_of(options: BenchOptions, stack: ExitStack) -> tuple[Family, WeightSource, Architecture]:
-    """The model that is asked for and its weights; `stack` is to hold a checkpoint open."""
-    layers, model = options.num_layers, options.model
+def model_of(options: BenchOptions, stack: ExitStack) -> tuple[ModelWeights, Located | None]:
+    """The model that is asked for with its weights, and where these are, if they are not random.
+
+    `stack` is to hold a checkpoint open.
+    """
+    layers, model, located = options.num_layers, options.model, None
     if isinstance(model, str) and model in BUILT_IN_MODELS:
         model = load_model(model)
     if isinstance(model, ModelSpec):
-        spec = model
-        family = family_for({"model_type": spec.family}, f"--model {spec.name}")
-        arch = family.published_architecture(spec)
-        source: WeightSource = RandomWeights(options.seed)
+        found = ModelWeights.random(model, options.seed)
     else:
         located = locate(model)
         checkpoint = stack.enter_context(Checkpoint.open(located.folder, located.name))
-        family = family_for(checkpoint.config, checkpoint.config_path)
-        arch = family.architecture(checkpoint.config, checkpoint.config_path)
-        checkpoint.check(family.expected_tensors(arch, checkpoint.names))
-        source = checkpoint
+        found = ModelWeights.of_checkpoint(checkpoint)
+        checkpoint.check(found.family.expected_tensors(found.arch, checkpoint.names))
     if layers is not None:
-        if layers > arch.spec.num_layers:
-            raise JobError("--layers", layers, f"must be at most the model's {arch.spec.num_layers}", "lower it")
-        arch = replace(arch, spec=arch.spec.with_layers(arch.spec.layers[:layers]), layers=arch.layers[:layers])
-    return family, source, arch
+        most = found.arch.spec.num_layers
+        if layers > most:
+            raise JobError("--layers", layers, f"must be at most the model's {most}", "lower it")
+        found = found.cut(layers)
+    return found, located
 
 
 def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
-    """The policy file for a model of fewer layers; those left are picked evenly."""
+    """The policy file for a model of fewer layers; those left are picked evenly. JobError if stages divide them."""
+    policy, stages = policy_file.policy, policy_file.profile.num_gpus
+    if policy.parallelism is Parallelism.PIPELINE and stages > 1:
+        rule = f"goes with no policy of {stages} stages, which has a length for each"
+        raise JobError("--layers", num_layers, rule, "leave it out, or solve the policy with --parallelism tensor")
     counts, total = policy_file.policy.resident_experts, policy_file.model.num_layers
     picked = tuple(counts[i * total // num_layers] for i in range(num_layers))
     return replace(
@@ -89,6 +92,12 @@ def cut(policy_file: PolicyFile, num_layers: int) -> PolicyFile:
         policy=replace(policy_file.policy, resident_experts=picked),
         model=policy_file.model.with_layers(policy_file.model.layers[:num_layers]),
     )
+
+
+def at_once(policy_file: PolicyFile) -> int:
+    """How many requests are under way together under a policy: a batch, or one for every stage of a pipeline."""
+    policy, gpus = policy_file.policy, used_of(policy_file.profile, policy_file.policy).num_gpus
+    return policy.batch_size * (gpus if policy.parallelism is Parallelism.PIPELINE else 1)
 
 
 def workload_of(options: BenchOptions, usual: Workload) -> Workload:
@@ -133,7 +142,7 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
     emulate = bandwidth is not None or (memory is not None and not torch.cuda.is_available())
     name = "emulated" if asked.name == "auto" and emulate else asked.name
     wanted = ProfileOptions(
-        name,
+        _all_of(name, options.gpus or 1),
         gpu_memory_bytes=memory,
         link_bandwidth_bytes_per_s=bandwidth,
         quick=True,
@@ -143,3 +152,18 @@ def _machine(options: BenchOptions, spec: ModelSpec) -> HardwareProfile:
         kernels=host_kernels(),
     )
     return in_thread_of_its_own(lambda: profile_machine(wanted))
+
+
+def _all_of(accelerator: str, gpus: int) -> str:
+    """What is measured of so many accelerators; JobError if there is no such kind of more than one."""
+    kind, _, first = accelerator.partition(":")
+    if gpus == 1 or "," in first:
+        return accelerator
+    if kind == "auto" and torch.cuda.is_available():
+        kind = "cuda"
+    if kind == "emulated":
+        return f"emulated:{gpus}"
+    if kind == "cuda" and (first or "0").isdecimal():
+        return f"cuda:{','.join(str(int(first or 0) + gpu) for gpu in range(gpus))}"
+    rule = f"must be cuda or emulated for {gpus} of them"
+    raise JobError("--accelerator", accelerator, rule, "say which, with --gpu-memory and --link-bandwidth if emulated")

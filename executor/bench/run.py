@@ -8,15 +8,19 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, final
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self, final
 from zlib import crc32
 
 from executor.batching import Request, Sink
-from executor.bench.plan import BenchOptions, cut, model_of, solved, workload_of
+from executor.bench.plan import BenchOptions, at_once, cut, model_of, solved, workload_of
 from executor.bench.row import BenchRow
 from executor.errors import JobError
-from executor.generate import AbstractGenerator, Generator
-from executor.job.machine import as_run, budgeted_plan, check_model, check_whole, predicted_seconds, prepare
+from executor.generate import AbstractGenerator
+from executor.job.launch import Reports, launching
+from executor.job.machine import as_run, budgeted_plan, check_model
+from executor.job.model_part import ModelPart
+from executor.job.rank import RankJob
 from executor.job.report import Totals, run_record
 from executor.loading import Loading
 from executor.null_generator import NullGenerator
@@ -28,7 +32,7 @@ from hrm.model_spec import ModelSpec
 from hrm.policy import Policy, ScheduleName
 from hrm.policy_file import PolicyFile, load_policy_file
 from hrm.profiling.pinned import keeping
-from hrm.run_record import PhaseRecord
+from hrm.run_record import PhaseRecord, RankRecord
 from hrm.tasks import Device, Lane, Phase
 from hrm.validate import runtime_with, validate
 
@@ -53,26 +57,30 @@ class Bench:
         self._told: set[str] = set()
         self.model = options.model if isinstance(options.model, str) else options.model.name
         with ExitStack() as stack:
-            self._family, self._source, self._arch = model_of(options, stack)
+            (self._family, self._source, self._arch), self._located = model_of(options, stack)
             self.policy_file = self._planned()
             self._stack = stack.pop_all()
         usual = self.policy_file.workload
         if options.policy is not None:
-            usual = replace(usual, num_requests=self.policy_file.policy.batch_size)
+            usual = replace(usual, num_requests=at_once(self.policy_file))
         self.policy_file = replace(self.policy_file, workload=workload_of(options, usual))
         self.predicted = self.estimate(self.policy_file.policy)
         self._first: float | None = None
         self._before: BenchRun | None = None
+        self._launched = ExitStack()  # other ranks
 
     def __enter__(self) -> Self:
         """Keep pinned memory from one run to the next."""
         self._stack.enter_context(keeping())
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Close the checkpoint, and let go of what was loaded."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the checkpoint, and let go of what was loaded, and of other ranks."""
         self._before = None
-        self._stack.close()
+        with self._stack:
+            self._launched.__exit__(kind, error, traceback)
 
     @property
     def spec(self) -> ModelSpec:
@@ -102,6 +110,7 @@ class Bench:
             with suppress(PolicyError):
                 return self._before.under(schedule)
             self._before = None
+            self._launched.close()
             gc.collect()  # the host may not have room for both
         run = self.start(schedule)
         self._before = run if run.computes else None
@@ -113,31 +122,28 @@ class Bench:
         With a `gen_len`, so many new tokens a request, no more than were planned for. At most so many
         spans are kept, of the first steps.
         """
-        policy = replace(self.policy_file.policy, schedule=schedule)
-        prepared = prepare(self._options.accelerator, self.policy_file, policy)
-        backend, planned = prepared.backend, prepared.planned
-        if backend.name == "null":
-            seconds_of = predicted_seconds(self.policy_file, policy)
-            generator = NullGenerator(backend, self._arch, planned, seconds_of, max_spans=max_spans)
-        else:
-            generator = Generator(
-                backend,
-                self._arch,
-                planned,
-                family=self._family,
-                source=self._source,
-                staged=prepared.staged,
-                loading=self._loading,
-                max_spans=max_spans,
-            )
-            self._loading.end()
-        if generator.policy.staging != policy.staging:
-            self.policy_file = as_run(self.policy_file, generator.policy, generator.pageable)
-            self.predicted = self.estimate(self.policy_file.policy, pageable=generator.pageable)
+        policy_file = replace(self.policy_file, policy=replace(self.policy_file.policy, schedule=schedule))
+        own = ModelPart.of(self._source, self._family, self._arch, policy_file)
+        job = RankJob(
+            model=self._located and self._located.folder,
+            model_name=self._located.name if self._located else "",
+            seed=self._options.seed,
+            policy_file=policy_file,
+            accelerator=self._options.accelerator,
+            eos_token_ids=self._arch.eos_token_ids,
+            max_spans=max_spans,
+        )
+        launch = self._launched.enter_context(launching(job, self._arch, own, gpus=self._options.gpus))
+        generator, reports = self._launched.enter_context(launch.loaded(self._loading))
+        self._loading.end()
+        as_planned = as_run(policy_file, generator.policy, generator.pageable)
+        if as_planned is not policy_file:
+            self.policy_file = as_planned
+            self.predicted = self.estimate(as_planned.policy, pageable=generator.pageable)
         if generator.notice and generator.notice not in self._told:
             self._told.add(generator.notice)
             self._tell(generator.notice)
-        return BenchRun(self, generator, generator.policy, gen_len=gen_len)
+        return BenchRun(self, Loaded(generator, reports, own), as_planned.policy, gen_len=gen_len)
 
     def requests(self, gen_len: int | None = None) -> Iterator[Request]:
         """The requests of every repeat; nothing but their length ends them."""
@@ -156,9 +162,7 @@ class Bench:
         """The policy given, or the one searched for, for as many layers as are run."""
         given, spec = self._options.policy, self.spec
         if given is None:
-            policy_file = solved(self._options, spec)
-            check_whole(policy_file, "policy")
-            return policy_file
+            return solved(self._options, spec)
         if self._options.profile is not None:
             raise JobError(
                 "--profile",
@@ -167,7 +171,6 @@ class Bench:
                 "leave one of them out",
             )
         policy_file = given if isinstance(given, PolicyFile) else load_policy_file(given)
-        check_whole(policy_file, given if isinstance(given, Path) else "policy")
         if self._options.num_layers is not None:
             policy_file = cut(policy_file, self._options.num_layers)
         check_model(spec, policy_file, given if isinstance(given, Path) else "policy")
@@ -184,6 +187,21 @@ class Bench:
         return estimate(self.spec, policy, plan.profile, workload, runtime=runtime)
 
 
+class Repeat(NamedTuple):
+    """All requests, run once: what that gave, and what every other rank did."""
+
+    totals: Totals
+    ranks: list[RankRecord]
+
+
+class Loaded(NamedTuple):
+    """What runs, what other ranks tell of it, and the part of the model and of the policy that this process has."""
+
+    generator: AbstractGenerator
+    reports: Reports
+    own: ModelPart
+
+
 @final
 class BenchRun:
     """One schedule being run; a context manager that owns the lanes.
@@ -192,12 +210,10 @@ class BenchRun:
     kept of the last repeat. It may be entered again, so that another may compute with all cores in between.
     """
 
-    def __init__(
-        self, bench: Bench, generator: AbstractGenerator, policy: Policy, *, gen_len: int | None = None
-    ) -> None:
+    def __init__(self, bench: Bench, loaded: Loaded, policy: Policy, *, gen_len: int | None = None) -> None:
         self.bench, self.policy = bench, policy
-        self._generator, self._gen_len = generator, gen_len
-        self._started, self._runs = datetime.now(UTC), list[Totals]()
+        self._loaded, self._generator, self._gen_len = loaded, loaded.generator, gen_len
+        self._started, self._runs = datetime.now(UTC), list[Repeat]()
         self._checksums = set[int]()
         self.spans: tuple[Span, ...] = ()
 
@@ -230,8 +246,9 @@ class BenchRun:
 
         PolicyError if the order needs other memory, as staging whole layers does.
         """
-        policy = replace(self.policy, schedule=schedule)
-        plan, loaded = budgeted_plan(self.bench.policy_file, policy), self._generator.plan
+        policy, own = replace(self.policy, schedule=schedule), self._loaded.own.policy_file
+        plan = budgeted_plan(own, replace(self._generator.policy, schedule=schedule))
+        loaded = self._generator.plan
         if (plan.gpu.purposes, plan.cpu.purposes) != (loaded.gpu.purposes, loaded.cpu.purposes):
             raise PolicyError(
                 "policy: schedule",
@@ -239,7 +256,7 @@ class BenchRun:
                 f"needs memory of other sizes than {self.policy.schedule.value}",
                 "load it by itself",
             )
-        return BenchRun(self.bench, self._generator, policy, gen_len=gen_len)
+        return BenchRun(self.bench, self._loaded, policy, gen_len=gen_len)
 
     def repeat(
         self,
@@ -265,7 +282,7 @@ class BenchRun:
             totals.add(result)
             self.spans += result.prefill.spans + (result.decode.spans if result.decode else ())
             tokens |= {one.request.name: one.tokens for one in result.completions}
-        self._runs.append(totals)
+        self._runs.append(Repeat(totals, [report.record for report in self._loaded.reports()]))
         self._checksums.add(crc32(repr(sorted(tokens.items())).encode()))
         return totals
 
@@ -278,22 +295,24 @@ class BenchRun:
         """What was measured in the repeats until now, of which there must be one."""
         bench, generator, policy = self.bench, self._generator, self.policy
         bound = bench.estimate(policy, gen_len=self._gen_len, pageable=generator.pageable)
-        runs = sorted(self._runs, key=Totals.tokens_per_s)
+        runs = sorted(self._runs, key=lambda run: run.totals.tokens_per_s())
+        median = runs[(len(runs) - 1) // 2]
         record = run_record(
             generator,
             bench.policy_file,
-            runs[(len(runs) - 1) // 2],
+            median.totals,
             weights=bench.model,
             started=self._started,
             schedule=policy.schedule,
+            ranks=median.ranks,
         )
         totals, validation = record.totals, validate(record)
         prefill, decode = (record.phase(phase) for phase in Phase)
         return BenchRow(
             schedule=policy.schedule.value,
             tokens_per_s=totals.tokens_per_s,
-            least_tokens_per_s=runs[0].tokens_per_s(),
-            most_tokens_per_s=runs[-1].tokens_per_s(),
+            least_tokens_per_s=runs[0].totals.tokens_per_s(),
+            most_tokens_per_s=runs[-1].totals.tokens_per_s(),
             prefill_tokens_per_s=totals.prefill_tokens_per_s,
             decode_tokens_per_s=totals.decode_tokens_per_s,
             decode_step_s=decode.step_s,
@@ -311,7 +330,7 @@ class BenchRun:
 
     def _attention_bytes_per_s(self, decode: PhaseRecord) -> float | None:
         """Keys and values a second of the micro-batches that attend on the CPU; None without."""
-        policy, spec = self.policy, self.bench.spec
+        policy, spec = self._generator.policy, self._loaded.own.arch.spec
         in_lane_s, experts_s = decode.lane(Lane.CPU).busy_s, decode.kind(CPU_EXPERTS).seconds
         if policy.attention is not Device.CPU or policy.kv_share_on_gpu == 1 or not in_lane_s:
             return None

@@ -61,7 +61,12 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     "--requests",
     "num_requests",
     type=click.IntRange(min=1),
-    help="Number of requests [default: one batch of the policy's, or 32].",
+    help="Number of requests [default: a batch of the policy's, or one for every stage; without one 32].",
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="So many of the accelerator, a process each [default: as the policy or the profile says, or 1].",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each.")
 @click.option("--seed", default=0, show_default=True, help="Of prompts and random weights.")

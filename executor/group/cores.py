@@ -1,13 +1,13 @@
-"""Cores shared out among ranks."""
+"""Cores shared out among ranks: evenly, or in proportion to what each has of a pipeline's layers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 import torch
 
-from executor.group.base import share_of
+from hrm.contract.cores import cores_in_proportion
 from hrm.profiling import environment
 
 _STARTED_BY_TORCHRUN: Final = "TORCHELASTIC_RUN_ID"
@@ -24,16 +24,22 @@ def is_another_rank() -> bool:
 
 
 @contextmanager
-def own_cores(rank: int, size: int) -> Iterator[set[int]]:
-    """Within it, this thread and those that it starts keep to the rank's share; gives those of all ranks."""
+def own_cores(rank: int, shares: Sequence[float]) -> Iterator[set[int]]:
+    """Within it, this thread and those that it starts keep to the share of a rank; gives those of all ranks."""
     cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    # What torchrun sets where the user says nothing is one thread.
-    most = environment.usable_cores() if started_by_torchrun() else min(environment.usable_cores(), threads)
-    ordered, share = sorted(cpus), share_of(rank, size, len(cpus))
     try:
-        os.sched_setaffinity(0, [ordered[index] for index in share] or [ordered[rank % len(ordered)]])
-        torch.set_num_threads(max(1, most // size))
+        keep_to_own(rank, shares)
         yield cpus
     finally:
         os.sched_setaffinity(0, cpus)
         torch.set_num_threads(threads)
+
+
+def keep_to_own(rank: int, shares: Sequence[float]) -> None:
+    """From now on, this thread and those that it starts keep to the rank's share of the cores that it may use."""
+    ordered, threads = sorted(os.sched_getaffinity(0)), torch.get_num_threads()
+    # What torchrun sets where the user says nothing is one thread.
+    most = environment.usable_cores() if started_by_torchrun() else min(environment.usable_cores(), threads)
+    own = cores_in_proportion(shares, len(ordered))[rank]
+    os.sched_setaffinity(0, [ordered[index] for index in own])
+    torch.set_num_threads(max(1, most * len(own) // len(ordered)))

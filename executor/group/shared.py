@@ -24,6 +24,7 @@ from hrm.units import MIB
 PIECE_BYTES: Final = 4 * MIB  # that a rank tells at once; all have two such pieces, in turn
 _CALLED: Final = "ranks"
 _LINE: Final = 64  # bytes of memory that processors hand over at once: each rank's counter has its own
+_AWAKE_S: Final = 30e-6  # that a rank waits before it sleeps, from which a virtual machine's core wakes late
 _LOOK_S: Final = 0.02  # after which a waiting rank looks whether the other is still there
 # On these nobody sees a counter before what was written before it, and its lower half lies first.
 _MACHINES: Final = frozenset({"x86_64", "AMD64"})
@@ -38,6 +39,7 @@ class _TimeSpec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+_let_others_go_first = ctypes.CDLL(None).sched_yield
 _futex = ctypes.CDLL(None).syscall
 _futex.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p]
 
@@ -160,8 +162,15 @@ class SharedMemory:
         return known
 
     def _wait_for(self, other: int) -> None:
-        """Sleep until the other has counted: of a rank's few cores the other lanes have need meanwhile."""
+        """Wait until the other has counted: awake for about as long as waking up takes, and asleep from then on.
+
+        Of a rank's few cores the other lanes have need meanwhile, and go first.
+        """
         counts, place, turn, late_s = self._counts, other * _LINE // 8, self._turn, 0.0
+        if counts[place] < turn:
+            asleep_s = time.perf_counter() + _AWAKE_S
+            while counts[place] < turn and time.perf_counter() < asleep_s:
+                _let_others_go_first()
         while (count := counts[place]) < turn:
             _futex(_FUTEX, self._places[other], _WAIT, count % _HALF, ctypes.addressof(self._look))
             if counts[place] >= turn:

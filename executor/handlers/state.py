@@ -17,7 +17,7 @@ from executor.group import Group, share_of
 from executor.guard import in_a_line, is_of_one_request
 from executor.handlers.memory import RunMemory
 from executor.model import Architecture, Reach, RowNumbers, logits
-from executor.sampling import NO_TOKEN, choose, log_probabilities
+from executor.sampling import NO_TOKEN, choose, choose_of_parts, greatest_of_part, log_probabilities, needs_all_logits
 
 STOP: Final = "stop"
 LENGTH: Final = "length"
@@ -259,12 +259,26 @@ def append(state: BatchState, sequences: Sequence[Generated], tokens: Sequence[i
         state.append(sequence, token)
 
 
+def _of_greatest(
+    arch: Architecture, group: Group, logits_RC: Tensor, sequences: Sequence[Generated]
+) -> list[int] | None:
+    """The next tokens, of each rank's part of the logits; None if that is not enough."""
+    params, steps = [each.placed.request.params for each in sequences], [len(each.tokens) for each in sequences]
+    of_rank, first = logits_RC.shape[1], arch.first_token or 0
+    if any(map(needs_all_logits, params, steps)) or (group.size - 1) * of_rank >= arch.vocab_size:
+        return None
+    own_2R = greatest_of_part(logits_RC[:, : arch.vocab_size - first], first)
+    found = group.gather(own_2R.view(-1), group.size * own_2R.numel())
+    return choose_of_parts(found.view(group.size, 2, -1), params, steps)
+
+
 def choices(
     arch: Architecture, memory: RunMemory, group: Group, hidden_RD: Tensor, sequences: Sequence[Generated]
 ) -> tuple[list[int], list[float]]:
     """The next token of each sequence, from its last hidden state, and its log probability if anyone asked for such.
 
-    Every rank computes its part of the vocabulary for all sequences, and chooses for its share of them.
+    Every rank computes its part of the vocabulary for all sequences, and chooses for its share of them; or all choose
+    for all, where the greatest logit of each part is enough.
     """
     workspace, head = memory.sampling_workspace, memory.weights.head
     assert head is not None, "tokens are chosen where the LM head is"
@@ -278,6 +292,9 @@ def choices(
         softcap=arch.softcap,
         may_be_narrow=hidden_RD.is_cpu and group.size == 1,
     )
+    greatest = _of_greatest(arch, group, logits_RV, sequences) if group.size > 1 else None
+    if greatest is not None:
+        return greatest, [0.0] * len(greatest)
     logits_RV = group.exchange_rows(logits_RV)[:, : arch.vocab_size]
     ours = share_of(group.rank, group.size, len(sequences))
     params = [sequences[r].placed.request.params for r in ours]

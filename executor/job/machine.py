@@ -20,7 +20,7 @@ from hrm.memory import MemoryPlan, parts_of_host, plan_memory
 from hrm.model_spec import ModelSpec
 from hrm.parallel import Part, Share, ranks_of
 from hrm.phases import decode_work, prefill_work, simulate_work
-from hrm.policy import Parallelism, Policy
+from hrm.policy import Policy
 from hrm.policy_file import PolicyFile, policy_file_of, profile_hash
 from hrm.profiling.environment import available_ram_bytes
 from hrm.scaling import paced
@@ -69,25 +69,6 @@ def _difference(planned: object, there_is: object, where: str) -> tuple[str, obj
     else:
         return where, planned, there_is
     return next(_difference(a, b, part) for part, a, b in parts if a != b)
-
-
-def check_whole(policy_file: PolicyFile, path: Path | str) -> None:
-    """Raise PolicyError if the policy is for several stages of a pipeline, or for some GPUs: no bench runs those."""
-    policy, stages = policy_file.policy, policy_file.profile.num_gpus
-    if policy_file.profile.gpus:
-        raise PolicyError(
-            f"{path}: profile.gpus",
-            policy_file.profile.name,
-            "has GPUs that are not alike, of which each runs its own part, and what is run here is the whole model",
-            "use executor run, or solve the policy for one GPU",
-        )
-    if policy.parallelism is Parallelism.PIPELINE and stages > 1:
-        raise PolicyError(
-            f"{path}: policy.parallelism",
-            policy.parallelism.value,
-            f"is that of {stages} stages, and what is run here is the whole model",
-            "run hrm search with --parallelism tensor, or for a machine with one GPU",
-        )
 
 
 def files_of_ranks(policy_file: PolicyFile) -> tuple[PolicyFile, ...]:
@@ -146,8 +127,8 @@ def prepare(
         raise RunError(
             "policy: profile.num_gpus",
             profile.num_gpus,
-            "are run by executor run only, a process each",
-            "use that, or solve the policy for one GPU",
+            "are run by a process each, which has its own part of the policy",
+            "solve the policy for one GPU",
         )
     adopt(profile)
     name = accelerator_for(options.name, profile)
@@ -198,7 +179,7 @@ def as_run(policy_file: PolicyFile, policy: Policy, pageable: Sequence[str]) -> 
     """The policy file of what is run, if not all was pinned: with that policy's prediction."""
     if policy.staging == policy_file.policy.staging:
         return policy_file
-    run = replace(policy_file.policy, staging=policy.staging)
+    run = replace(policy_file.policy, staging=policy.staging, experts_per_part=policy.experts_per_part)
     spec, profile, workload = policy_file.model, policy_file.profile, policy_file.workload
     predicted = estimate(spec, run, profile, workload, runtime=runtime_with(pageable, profile))
     made = policy_file_of(predicted, spec, profile, workload)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from executor.checkpoint import Checkpoint
+from executor.checkpoint import WeightSource
 from executor.families import Family
 from executor.generate import AbstractGenerator, Generator
 from executor.group import Group
@@ -13,6 +13,7 @@ from executor.job.machine import Prepared, files_of_ranks, predicted_seconds
 from executor.loading import Loading
 from executor.model import Architecture
 from executor.null_generator import NullGenerator
+from executor.trace_budget import MAX_SPANS
 from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile
 
@@ -22,17 +23,17 @@ from hrm.policy_file import PolicyFile
 class ModelPart:
     """A model whole, or what one of several ranks has of it: its architecture, and its own policy file.
 
-    All weights are in the `checkpoint`, and of the `family`.
+    All weights are in the `source`, and of the `family`.
     """
 
-    checkpoint: Checkpoint
+    source: WeightSource
     family: Family
     arch: Architecture
     policy_file: PolicyFile
 
     @staticmethod
     def of(
-        checkpoint: Checkpoint, family: Family, whole: Architecture, policy_file: PolicyFile, rank: int = 0
+        source: WeightSource, family: Family, whole: Architecture, policy_file: PolicyFile, rank: int = 0
     ) -> "ModelPart":
         """What that rank has of a whole model under a policy, see `files_of_ranks`."""
         files, arch = files_of_ranks(policy_file), whole
@@ -40,7 +41,7 @@ class ModelPart:
             arch = whole.of_stage(files[rank].model, sum(before.model.num_layers for before in files[:rank]))
         elif len(files) > 1:
             arch = whole.of_rank(rank, files[rank].model)
-        return ModelPart(checkpoint=checkpoint, family=family, arch=arch, policy_file=files[rank])
+        return ModelPart(source=source, family=family, arch=arch, policy_file=files[rank])
 
     def generator(
         self,
@@ -50,23 +51,26 @@ class ModelPart:
         stops: EndOfText | None = None,
         group: Group | None = None,
         stages: Stages | None = None,
+        max_spans: int = MAX_SPANS,
     ) -> AbstractGenerator:
         """What runs batches in this process, with its weights loaded; in a `group`, or among `stages`, as one of them.
 
-        Where nothing is computed, it sleeps as long as is predicted of this part.
+        Where nothing is computed, it sleeps as long as is predicted of this part. At most so many spans are kept.
         """
         backend, planned = prepared.backend, prepared.planned
         if backend.name == "null":
-            return NullGenerator(backend, self.arch, planned, predicted_seconds(self.policy_file, planned.policy))
+            seconds_of = predicted_seconds(self.policy_file, planned.policy)
+            return NullGenerator(backend, self.arch, planned, seconds_of, max_spans)
         return Generator(
             backend,
             self.arch,
             planned,
             family=self.family,
-            source=self.checkpoint,
+            source=self.source,
             staged=prepared.staged,
             stops=stops,
             loading=loading,
             group=group,
             stages=stages,
+            max_spans=max_spans,
         )

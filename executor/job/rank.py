@@ -1,6 +1,7 @@
 """What ranks of a job tell one another of it, and `python -m executor.job.rank`: one of them other than 0."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -9,15 +10,17 @@ import msgspec
 
 from executor.checkpoint import Checkpoint
 from executor.errors import RunError
-from executor.families import family_for
 from executor.generate import AbstractGenerator, BatchResult
+from executor.group.cores import keep_to_own
 from executor.group.processes import ProcessGroup
 from executor.group.stages import ProcessStages
-from executor.job.machine import AcceleratorOptions, prepare
+from executor.job.machine import AcceleratorOptions, files_of_ranks, prepare
 from executor.job.model_part import ModelPart
 from executor.job.report import Totals, rank_record
+from executor.job.weights import ModelWeights
 from executor.ranks.messages import told
 from executor.ranks.worker import end_with_parent, serve
+from executor.trace_budget import MAX_SPANS
 from hrm.acts import act_named
 from hrm.policy import Parallelism
 from hrm.policy_file import PolicyFile
@@ -29,17 +32,23 @@ from hrm.trace import Span
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankJob:
-    """All that another rank needs to know of a job; `eos_token_ids` are those that the tokenizer names too."""
+    """All that another rank needs to know of a job; `eos_token_ids` are those that the tokenizer names too.
 
-    model: Path
-    model_name: str
+    Without a `model`, weights are random numbers in the shape that the policy is for, of that `seed`. Of a model with
+    more layers than that shape, the first are run. At most so many spans are kept.
+    """
+
+    model: Path | None
+    model_name: str = ""
+    seed: int = 0
     policy_file: PolicyFile
     accelerator: AcceleratorOptions
     eos_token_ids: tuple[int, ...]
+    max_spans: int = MAX_SPANS
 
     def encode(self) -> bytes:
         """As a message."""
-        return msgspec.json.encode(replace(self, model=self.model.absolute()), enc_hook=str)
+        return msgspec.json.encode(replace(self, model=self.model and self.model.absolute()), enc_hook=str)
 
     @staticmethod
     def decode(message: bytes) -> "RankJob":
@@ -47,12 +56,33 @@ class RankJob:
         plain: dict[str, Any] = msgspec.json.decode(message)
         policy_file = decode_strictly(plain.pop("policy_file"), PolicyFile, "the policy of rank 0")
         return RankJob(
-            model=Path(plain["model"]),
+            model=plain["model"] and Path(plain["model"]),
             model_name=plain["model_name"],
+            seed=plain["seed"],
             policy_file=policy_file,
             accelerator=AcceleratorOptions(**plain["accelerator"]),
             eos_token_ids=tuple(plain["eos_token_ids"]),
+            max_spans=plain["max_spans"],
         )
+
+    @contextmanager
+    def opened(self) -> Iterator[ModelWeights]:
+        """The model, whose files are open within the context."""
+        if self.model is None:
+            yield ModelWeights.random(self.policy_file.model, self.seed)
+            return
+        with Checkpoint.open(self.model, self.model_name) as checkpoint:
+            yield ModelWeights.of_checkpoint(checkpoint).cut(self.policy_file.model.num_layers)
+
+
+def shares_of_cores(files: Sequence[PolicyFile]) -> list[int]:
+    """What each rank gets of the cores: stages of a pipeline in proportion to their layers, as they are planned."""
+    return [one.model.num_layers for one in files]
+
+
+def is_pipeline(job: RankJob) -> bool:
+    """Whether its ranks are stages."""
+    return job.policy_file.policy.parallelism is Parallelism.PIPELINE
 
 
 class PlainSpan(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +111,7 @@ class PlainSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank did until its end: the record, and the spans of its trace, in seconds since `origin_s`."""
+    """What a rank did since it last told: the record, and the spans of its trace, in seconds since `origin_s`."""
 
     record: RankRecord
     origin_s: float
@@ -130,8 +160,9 @@ class JobRank:
     """A rank other than 0: its part of the model, with the weights loaded, on its part of the machine."""
 
     def __init__(self, message: bytes, group: ProcessGroup) -> None:
-        self._rank = group.rank
-        self.generator = _generator(RankJob.decode(message), group)
+        self._rank, job = group.rank, RankJob.decode(message)
+        keep_to_own(group.rank, shares_of_cores(files_of_ranks(job.policy_file)))
+        self.generator = _generator(job, group)
         self._totals, self._spans = Totals(), list[Span]()
 
     def add(self, result: BatchResult) -> None:
@@ -140,22 +171,22 @@ class JobRank:
         self._spans += [span for part in (result.prefill, result.decode) if part is not None for span in part.spans]
 
     def report(self) -> bytes:
-        """What it has done, a RankReport."""
+        """What it has done since it last told, a RankReport."""
         record = rank_record(self._rank, self.generator, self._totals)
-        return RankReport.of(record, self.generator, self._spans).encode()
+        report = RankReport.of(record, self.generator, self._spans)
+        self._totals, self._spans = Totals(), []
+        return report.encode()
 
 
 def _generator(job: RankJob, group: ProcessGroup) -> AbstractGenerator:
-    with Checkpoint.open(job.model, job.model_name) as checkpoint:
-        family = family_for(checkpoint.config, checkpoint.config_path)
-        arch = family.architecture(checkpoint.config, checkpoint.config_path)
+    with job.opened() as (family, source, arch):
         whole = replace(arch, eos_token_ids=job.eos_token_ids)
-        part = ModelPart.of(checkpoint, family, whole, job.policy_file, group.rank)
+        part = ModelPart.of(source, family, whole, job.policy_file, group.rank)
         accelerator = for_rank(job.accelerator, group.rank, group.size, job.policy_file.policy.gpus)
         prepared = prepare(accelerator, part.policy_file, part.policy_file.policy)
-        if job.policy_file.policy.parallelism is Parallelism.PIPELINE:  # whose first stage looks for stop texts
-            return part.generator(prepared, stages=ProcessStages(group))
-        return part.generator(prepared, stops=told(group), group=group)
+        if is_pipeline(job):  # whose first stage looks for stop texts
+            return part.generator(prepared, stages=ProcessStages(group), max_spans=job.max_spans)
+        return part.generator(prepared, stops=told(group), group=group, max_spans=job.max_spans)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from executor.handlers import ERROR
 from executor.job.advice import advice
 from executor.job.identity import JOB_JSON, Identity
 from executor.job.input_file import check_input
-from executor.job.launch import Finish, Launch, launching
+from executor.job.launch import Launch, Reports, launching_model
 from executor.job.machine import as_run
 from executor.job.model import OpenModel, opened
 from executor.job.options import Elsewhere, JobOptions
@@ -48,7 +48,7 @@ def run_job(options: JobOptions, progress: JobProgress | None = None) -> RunReco
     policy_file = load_policy_file(options.policy)
     with (
         _opened(options, policy_file, progress) as model,
-        launching(options.accelerator, model, options.gpus) as launch,
+        launching_model(options.accelerator, model, options.gpus) as launch,
         _begun(options, [policy_file], model, computed=launch.prepared.backend.name != "null") as (job, identity),
     ):
         return job.run(progress, launch) if job.prepare(progress, identity) else None
@@ -195,10 +195,10 @@ class _Job:
     def run(self, progress: JobProgress, launch: Launch) -> RunRecord:
         """Run every request; see `run_job`."""
         progress.stage = "loading weights"
-        with launch.loaded(progress.loading) as (generator, finish):
-            return self._run(progress, generator, finish)
+        with launch.loaded(progress.loading) as (generator, reports):
+            return self._run(progress, generator, reports)
 
-    def _run(self, progress: JobProgress, generator: AbstractGenerator, finish: Finish) -> RunRecord:
+    def _run(self, progress: JobProgress, generator: AbstractGenerator, reports: Reports) -> RunRecord:
         self._policy_file = as_run(self._policy_file, generator.policy, generator.pageable)
         if generator.notice:
             progress.tell(generator.notice)
@@ -225,7 +225,7 @@ class _Job:
                     self._add(result)
                     progress.end_batch(result)
                 writer.flush()
-                for report in finish():
+                for report in reports():
                     self._ranks.append(report.record)
                     self._trace.add(report.spans_since(generator.engine.origin_s), rank=report.record.rank)
         except BaseException as error:

@@ -84,6 +84,11 @@ class Architecture:
         layers, long_layers = narrowed(self.layers), narrowed(self.long_layers)
         return replace(self, spec=spec, layers=layers, long_layers=long_layers, rank=rank, whole=self.spec)
 
+    def first_layers(self, count: int) -> "Architecture":
+        """Its first layers alone, as a model of its own."""
+        spec = self.spec.with_layers(self.spec.layers[:count])
+        return replace(self, spec=spec, layers=self.layers[:count], long_layers=self.long_layers[:count])
+
     def of_stage(self, spec: ModelSpec, first_layer: int) -> "Architecture":
         """What one of several stages has of it, which begins there, see `hrm.parallel.ranks_of`."""
 

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, Self, final
 
 from executor.batching import Batch, Sink
@@ -17,7 +17,7 @@ from executor.group.processes import ProcessGroup
 from executor.group.stages import ProcessStages, Stages
 from executor.group.store import LOOP, join_store, open_store
 from executor.model import Architecture
-from executor.ranks.messages import RankBatch
+from executor.ranks.messages import REPORT, RankBatch
 from executor.ranks.signs import Pulse, RankFailedError
 from executor.ranks.workers import SILENCE_S, Workers, command_of
 from hrm.buffers import Purpose
@@ -85,14 +85,17 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        """Let the others end if they are at their end, or kill them; none is left in any case."""
+        """Tell the others that there is no more to run, or kill them after an error; none is left in any case."""
+        if kind is None:
+            with suppress(RunError):  # all that they have done was told
+                self.group.broadcast(b"")
         self._stack.__exit__(kind, error, None)
         del traceback
 
-    def finish(self) -> list[bytes]:
-        """Tell the others that there is no more to run; returns what each reports, in their order."""
+    def reports(self) -> list[bytes]:
+        """What each of the others reports of all since it was last asked, in their order; none is at a batch then."""
         with self.named():
-            self.group.broadcast(b"")
+            self.group.broadcast(REPORT)
             return self.group.collect(b"")[1:]
 
     def ready(self, generator: AbstractGenerator, patience_s: float | None = None) -> None:

@@ -101,7 +101,7 @@ def _handler(lane: Lane, waits: Waits, width: int) -> Handler:
 
 def _rank(port: int, rank: int, size: int, sizes: list[int]) -> NoReturn:
     """Write JSON: seconds of sums of each of the sizes, or of tasks if there are none, which a rank is asked alone."""
-    with own_cores(rank, size):
+    with own_cores(rank, [1] * size):
         if sizes:
             group = ProcessGroup(join_store(LOOP, port), rank, size)
             told: object = {num_bytes: sums_beside_lanes(group, num_bytes) for num_bytes in sizes}

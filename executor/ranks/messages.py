@@ -13,6 +13,8 @@ from executor.guard import is_of_one_request
 from executor.handlers import EndOfText
 from hrm.policy import ScheduleName
 
+REPORT: Final = b"report"  # in place of a batch; an empty message is the end
+
 GOES_ON: Final = 0
 ENDS: Final = 1
 FAILS: Final = 2

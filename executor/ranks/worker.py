@@ -10,10 +10,9 @@ from contextlib import suppress
 from typing import Final, NoReturn, Protocol
 
 from executor.generate import AbstractGenerator, BatchResult
-from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import join_store
-from executor.ranks.messages import RankBatch
+from executor.ranks.messages import REPORT, RankBatch
 from executor.ranks.signs import keep_telling, say_farewell
 
 
@@ -27,11 +26,11 @@ class Rank(Protocol):
         ...
 
     def report(self) -> bytes:
-        """What rank 0 is told in the end."""
+        """What rank 0 is told of all since it was last told."""
         ...
 
 
-Open = Callable[[bytes, ProcessGroup], Rank]  # given what rank 0 tells of the job
+Open = Callable[[bytes, ProcessGroup], Rank]  # given what rank 0 tells of the job, on the cores that all may use
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -45,8 +44,7 @@ def serve(open_rank: Open) -> NoReturn:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     code = 0
     try:
-        with own_cores(rank, size):
-            _serve(open_rank, rank, size, host, port)
+        _serve(open_rank, rank, size, host, port)
     except BaseException as error:  # noqa: BLE001 - told by rank 0
         say_farewell(join_store(host, port), rank, error)
         code = 1
@@ -66,9 +64,11 @@ def _serve(open_rank: Open, rank: int, size: int, host: str, port: int) -> None:
     with generator:
         generator.warm_up()
         while message := group.broadcast():
+            if message == REPORT:
+                group.collect(served.report())
+                continue
             one = RankBatch.decode(message)
             served.add(generator.generate(one.batch, index=one.index, schedule=one.schedule))
-    group.collect(served.report())
 
 
 def end_with_parent() -> None:

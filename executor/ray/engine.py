@@ -12,7 +12,7 @@ from executor.download import locate
 from executor.errors import RunError
 from executor.generate import AbstractGenerator, BatchResult
 from executor.job.identity import digest_of_line
-from executor.job.launch import Launch, launching
+from executor.job.launch import Launch, launching_model
 from executor.job.machine import AcceleratorOptions, as_run
 from executor.job.model import OpenModel, opened
 from executor.job.rank import RankReport
@@ -94,11 +94,11 @@ class Engine:
                 sampling=sampling_defaults,
             )
             opened_model = stack.enter_context(opening)
-            return plan, opened_model, stack.enter_context(launching(accelerator, opened_model, None))
+            return plan, opened_model, stack.enter_context(launching_model(accelerator, opened_model))
 
         with ExitStack() as stack:
             self.plan, self.model, launch = _first_that_enters(by_preference(plans, accelerator), enter, stack)
-            self.generator, self._finish = stack.enter_context(launch.loaded(Loading()))
+            self.generator, self._reports = stack.enter_context(launch.loaded(Loading()))
             self._stack = stack.pop_all()
         self._weights = located.name or str(located.folder)
         self._ranks, self._has_finished = list[RankReport](), False
@@ -148,9 +148,9 @@ class Engine:
         return Request(name, request.prompt, request.params, request.chat, request.open_ended, request.digest)
 
     def finish(self) -> list[RankReport]:
-        """Let the processes of other ranks end; returns what each has done. Nothing can be run any more."""
+        """What each of the other ranks has done. Nothing can be run any more."""
         if not self._has_finished:
-            self._ranks, self._has_finished = self._finish(), True
+            self._ranks, self._has_finished = self._reports(), True
         return self._ranks
 
     def record(self, totals: Totals, started: datetime) -> RunRecord:

@@ -17,7 +17,7 @@ def print_profile(profile: HardwareProfile) -> None:
     gpus = f", {profile.num_gpus} GPUs as one level" if profile.num_gpus > 1 else ""
     unified = ", unified memory of GPU and CPU" if profile.unified_memory else ""
     console.print(f"[bold]{as_is(profile.name)}[/] ({profile.accelerator}{gpus}{unified})")
-    _print_levels(profile.levels, profile.disk)
+    _print_levels(profile.levels, profile.disk, alike=1 if profile.gpus else profile.num_gpus)
     if profile.links:
         _print_links(profile.links)
     for index, card in enumerate(profile.gpus):
@@ -61,10 +61,14 @@ def print_host(host: Host) -> None:
         console.print(f"GPUs {gpus} share a link of {format_bandwidth(most.value)} ({most.source})")
 
 
-def _print_levels(levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None) -> None:
+def _print_levels(
+    levels: Sequence[MemoryLevel], disk: Disk | None = None, root_ports: Rate | None = None, *, alike: int = 1
+) -> None:
+    """All levels; so many processors like the one that it names are behind the first."""
     table = _table("level", "planned with")
     for level in levels:
-        table.add_row(f"[bold]{level.name}[/]  {as_is(level.processor.name)}")
+        several = f"{alike} x " if alike > 1 and level is levels[0] else ""
+        table.add_row(f"[bold]{level.name}[/]  {several}{as_is(level.processor.name)}")
         _add_figure(table, "capacity", level.capacity_bytes, format_bytes)
         _add_figure(table, "reserve", level.reserve_bytes, format_bytes)
         if level.pinnable_bytes is not None:

@@ -19,6 +19,7 @@ from hrm.machines import (
     of_parts,
     one_part,
     save_profile,
+    stage_part,
     with_memory,
 )
 from hrm.units import GB, GIB
@@ -227,6 +228,8 @@ def test_a_part_of_a_machine_is_one_gpu_and_a_share_of_the_host():
     one, four = compose("T4"), compose("4xT4")
     part = one_part(four, is_stage=True)
     assert (part.num_gpus, len(part.links)) == (1, 3)
+    for of_card in (part.top.processor, stage_part(four, 2, 0.25).top.processor):
+        assert (of_card.name, of_card.cores) == (one.top.processor.name, one.top.processor.cores)
     assert part.top.usable_bytes == one.top.usable_bytes
     assert part.h2d.bandwidth_bytes_per_s.at(1e6) == pytest.approx(one.h2d.bandwidth_bytes_per_s.at(1e6))
     for share in (

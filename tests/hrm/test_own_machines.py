@@ -228,6 +228,7 @@ def test_hrm_profiles_finds_gpus_hosts_and_machines_by_name(hrm):
         ("dgx spark", "unified memory of GPU and CPU"),
         ("GCP-N1-highmem-32", "takes up to"),
         ("4 x t4", "4 GPUs as one level"),
+        ("4 x t4", "4 x NVIDIA T4"),
         ("wsl-workstation", "can be pinned"),
     ):
         code, out, err = hrm("profiles", name, "--table")

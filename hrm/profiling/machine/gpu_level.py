@@ -103,7 +103,6 @@ def gpu_level(
         copy_bytes_per_s=all_of(Rate(achieved=rates.copy.rate(rates.num_bytes, "copy")), None),
         processor=replace(
             processor,
-            name=f"{count} x {name}" if count > 1 else name,
             compute_flops_per_s={
                 dtype: all_of(rate, of_dtype.get(dtype)) for dtype, rate in processor.compute_flops_per_s.items()
             },

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -7,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.errors import JobError
-from executor.sampling import NO_TOKEN, SamplingParams, choose, uniform
+from executor.sampling import (
+    NO_TOKEN,
+    SamplingParams,
+    choose,
+    choose_of_parts,
+    greatest_of_part,
+    needs_all_logits,
+    uniform,
+)
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice, waits
 
 GREEDY = SamplingParams(temperature=0)
@@ -103,6 +112,27 @@ def test_choices_do_not_depend_on_neighbours(rows):
     batch = choose(logits[[seed for seed, _ in rows]], params, steps)
     alone = [choose(logits[seed : seed + 1], [p], [step])[0] for (seed, p), step in zip(rows, steps, strict=True)]
     assert batch == alone
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-math.inf, -1.5, 0.0, 2.0, 7.25, math.nan, math.inf]), min_size=9, max_size=9),
+        min_size=1,
+        max_size=5,
+    ),
+    cuts=st.sets(st.integers(1, 8), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_greatest_of_each_part_are_enough_for_greedy_choices(rows, cuts, dtype):
+    logits, ends = torch.tensor(rows, dtype=dtype), [0, *sorted(cuts), 9]
+    params = [replace(GREEDY, forced=(4,) * (index % 2)) for index in range(len(rows))]
+    parts = [greatest_of_part(logits[:, first:end], first) for first, end in pairwise(ends)]
+    steps = [0] * len(rows)
+    assert choose_of_parts(torch.stack(parts), params, steps) == choose(logits, params, steps)
+    assert not any(map(needs_all_logits, params, steps))
+    assert needs_all_logits(replace(GREEDY, logprobs=True), 0)
+    assert needs_all_logits(SamplingParams(), 0)
 
 
 def test_logits_are_left_alone():

@@ -90,7 +90,7 @@ def of_rank(message, group):
 
 
 class Served:
-    """A rank other than 0, which reports how many batches it has run."""
+    """A rank other than 0, which reports how many batches it has run since it last did."""
 
     def __init__(self, message, group):
         self.generator: AbstractGenerator = of_rank(message, group)
@@ -100,7 +100,8 @@ class Served:
         self._batches += 1
 
     def report(self):
-        return str(self._batches).encode()
+        batches, self._batches = self._batches, 0
+        return str(batches).encode()
 
 
 if __name__ == "__main__":

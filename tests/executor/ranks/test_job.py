@@ -11,10 +11,14 @@ import psutil
 import pytest
 import torch
 
-from executor.job.machine import AcceleratorOptions
+from executor.job.machine import AcceleratorOptions, accelerator_for
 from executor.job.rank import for_rank
 from hrm.cli import main as hrm_main
 from hrm.layers import ExpertDivision
+from hrm.machines import compose
+from hrm.model_spec import load_model
+from hrm.parallel import part_of
+from hrm.policy import Parallelism
 from hrm.policy_file import save_policy_file
 from hrm.run_record import read_run
 from hrm.tasks import Phase
@@ -129,6 +133,19 @@ def test_devices_of_ranks_are_named_or_follow_the_first(named, own):
     options = AcceleratorOptions(name=named)
     assert [for_rank(options, rank, 3).name for rank in range(3)] == [f"cuda:{device}" for device in own]
     assert for_rank(AcceleratorOptions(name="emulated"), 1, 3).name == "emulated"
+
+
+@pytest.mark.parametrize("parallelism", Parallelism)
+def test_what_was_measured_of_several_cards_is_run_on_one_after_the_other(monkeypatch, parallelism):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("another", "NVIDIA T4", "NVIDIA T4")[index])
+    measured, spec = replace(compose("2xT4"), accelerator="cuda"), load_model("mixtral-8x7b")
+    for rank in range(2):
+        own = part_of(spec, measured, parallelism).profile
+        assert own.top.processor.name == "NVIDIA T4"
+        options = AcceleratorOptions(name=accelerator_for("auto", own))
+        assert for_rank(options, rank, 2).name == f"cuda:{1 + rank}"
 
 
 @pytest.mark.parametrize("named", ["cuda:0,1,2", "cuda:x", "cuda:0,"])

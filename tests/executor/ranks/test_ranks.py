@@ -41,7 +41,8 @@ def run(size=2, batches=1, **told):
             ranks.ready(own)
             with RankedGenerator(ranks, own, tiny_arch(num_layers=3)) as generator:
                 results = [generator.generate(batch(), index=index) for index in range(batches)]
-            assert ranks.finish() == [str(batches).encode()] * (size - 1)
+            assert ranks.reports() == [str(batches).encode()] * (size - 1)
+            assert ranks.reports() == [b"0"] * (size - 1)
             return results
     finally:
         assert len(pids) in (0, size - 1)

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from executor.job.machine import AcceleratorOptions, budgeted_plan, check_whole, emulated_machine, files_of_ranks
+from executor.job.machine import AcceleratorOptions, budgeted_plan, emulated_machine, files_of_ranks
 from executor.job.rank import for_rank
-from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.gpus import only_gpus
 from hrm.hardware import GpuCard, Host
@@ -174,10 +173,3 @@ def test_a_stage_that_does_not_fit_its_gpu_is_refused_before_anything_is_read(mo
     words = run_words(model, tmp_path / "policy.json", lines, tmp_path / "run")
     assert exit_code(words) == 2
     refused(capsys.readouterr(), "memory at level gpu", "must fit the usable")
-
-
-@pytest.mark.parametrize("changes", [{}, {"parallelism": Parallelism.TENSOR, "stage_lengths": (), "gpus": (0,)}])
-def test_a_bench_of_unequal_gpus_is_refused(spec, changes):
-    content = policy_for(spec, **changes)
-    with pytest.raises(PolicyError, match=r"policy.json: profile.gpus is .*not alike.*use executor run"):
-        check_whole(content, "policy.json")

@@ -5,21 +5,22 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from executor.bench import Bench, BenchOptions
 from executor.bench.plan import model_of, solved
 from executor.cli import main
+from executor.errors import JobError
 from executor.generate import Generator
 from executor.job.machine import AcceleratorOptions
 from hrm.errors import WorkloadError
-from hrm.hardware import Link
 from hrm.layers import ExpertDivision
 from hrm.machines import save_profile
 from hrm.memory import plan_memory
 from hrm.model_spec import BUILT_IN_MODELS, Dimensions, ModelSpec
 from hrm.policy import Parallelism, ScheduleName
-from hrm.policy_file import save_policy_file
+from hrm.policy_file import PolicyFile, save_policy_file
 from hrm.tasks import Device, Phase
 from tests.executor.runtime.support import architecture, level, machine, make_policy, policy_file
 
@@ -114,7 +115,7 @@ def test_orders_that_need_the_same_memory_run_on_the_same_weights(shape, monkeyp
         made.append(weakref.ref(generator))
         return generator
 
-    monkeypatch.setattr("executor.bench.run.Generator", counted)
+    monkeypatch.setattr("executor.job.model_part.Generator", counted)
     policy = make_policy(shape.num_layers, batch_size=4, micro_batch_size=2, staging=True)
     with Bench(BenchOptions(model=shape.name, policy=policy_file(shape, policy=policy), repeats=1)) as bench:
         rows = {order: bench.row(order) for order in ScheduleName}
@@ -139,7 +140,7 @@ def test_planned_memory_is_that_of_the_shape(shape, profile, capsys):
 def test_fewer_layers_are_the_first_of_the_model():
     """Though a later one reaches further back."""
     with ExitStack() as stack:
-        _, _, arch = model_of(BenchOptions(model="gpt-oss-20b", num_layers=1), stack)
+        (_, _, arch), _ = model_of(BenchOptions(model="gpt-oss-20b", num_layers=1), stack)
     assert len(arch.layers) == arch.spec.num_layers == 1
     assert [reach.rows for reach in arch.reaches] == [128]
 
@@ -234,20 +235,70 @@ def test_zero_is_refused_and_not_taken_for_the_usual_number(field):
         solved(replace(BenchOptions(model=spec), **{field: 0}), spec)
 
 
-@pytest.mark.parametrize("layers", [None, 1])
-def test_a_policy_of_one_stage_of_a_pipeline_is_refused(folder, tmp_path, capsys, layers):
+def for_two(spec: ModelSpec, **changes) -> PolicyFile:
+    """A policy for two GPUs."""
+    one = machine()
+    peer = replace(one.h2d, source="gpu", target="gpu", kind="peer")
+    layers = len(changes.get("resident_experts", range(spec.num_layers)))
+    policy = make_policy(layers, batch_size=4, micro_batch_size=2, **changes)
+    budgets = {"gpu": 2 * 10**6, "cpu": 2 * 10**8}
+    profile = replace(one, num_gpus=2, links=(*one.links, peer))
+    return policy_file(spec, policy=policy, profile=profile, memory_budget_bytes=budgets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("random", [False, True])
+def test_ranks_are_measured_and_compared_one_by_one(folder, shape, tmp_path, capsys, random):
+    spec = shape if random else architecture(folder).spec
+    save_policy_file(tmp_path / "policy.json", for_two(spec))
+    words = ["--model", spec.name if random else str(folder), "--policy", str(tmp_path / "policy.json"), *LENGTHS]
+    if random:
+        words += ["--layers", "2"]
+    report = bench_json(capsys, *words, "--gpus", "2", "--schedules", "cgopipe,flexgen")
+    for row in report["rows"]:
+        of_ranks = row["validation"]["rank_s"]["decode"]
+        assert set(of_ranks) == {"0", "1"}
+        assert all(seconds > 0 for one in of_ranks.values() for seconds in (one["measured"], one["predicted"]))
+        assert row["tokens_crc32"] == report["rows"][0]["tokens_crc32"]
+    save_policy_file(tmp_path / "one.json", policy_file(spec, policy=for_two(spec).policy))
+    words[3] = str(tmp_path / "one.json")
+    alone = bench_json(capsys, *words, "--schedules", "cgopipe")
+    assert alone["rows"][0]["tokens_crc32"] == report["rows"][0]["tokens_crc32"], "the same weights and requests"
+
+
+@pytest.mark.slow
+def test_stages_are_measured_and_none_is_left(folder, tmp_path, capsys):
     spec = architecture(folder).spec
-    two = replace(machine(), num_gpus=2, links=(*machine().links, peer()))
-    stage = make_policy(-(-spec.num_layers // 2), batch_size=4, micro_batch_size=2)
-    path = tmp_path / "policy.json"
-    policy = replace(stage, parallelism=Parallelism.PIPELINE)
-    save_policy_file(path, policy_file(spec, policy=policy, profile=two))
-    arguments = ["bench", "--model", str(folder), "--policy", str(path)]
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, *(["--layers", str(layers)] if layers else [])])
-    assert ended.value.code == 2
-    assert "that of 2 stages" in capsys.readouterr().err
+    content = for_two(spec, parallelism=Parallelism.PIPELINE, stage_lengths=(1, 2))
+    with Bench(BenchOptions(model=str(folder), policy=content, repeats=2)) as bench:
+        row = bench.row(ScheduleName.CGOPIPE)
+        assert {rank for _, rank in row.validation.rank_s} == {0, 1}
+        assert [one.decode_steps for one in row.validation.run.batches] == [4, 4], "two batches were under way"
+        (other,) = psutil.Process().children()
+        assert "executor.job.rank" in other.cmdline()
+    assert not other.is_running()
+    save_policy_file(tmp_path / "policy.json", content)
+    words = ["--model", str(folder), "--policy", str(tmp_path / "policy.json")]
+    assert "goes with no policy of 2 stages" in refused(capsys, *words, "--layers", "2")
+    assert "--gpus is 3: must be 2" in refused(capsys, *words, "--gpus", "3")
 
 
-def peer() -> Link:
-    return replace(machine().h2d, source="gpu", target="gpu", kind="peer")
+@pytest.mark.parametrize("shape", ["mixtral"], indirect=True)
+@pytest.mark.parametrize(
+    ("accelerator", "measured"), [("emulated", "emulated:2"), ("cuda", "cuda:0,1"), ("cuda:2", "cuda:2,3")]
+)
+def test_as_many_gpus_of_this_machine_are_measured_as_are_asked_for(shape, monkeypatch, accelerator, measured):
+    found = []
+
+    def measure(options):
+        found.append(options.accelerator)
+        raise WorkloadError("the machine", "<this>", "was measured", "go on")
+
+    monkeypatch.setattr("hrm.profiling.machine.profile_machine", measure)
+    options = BenchOptions(model=shape, gpus=2, accelerator=AcceleratorOptions(name=accelerator, link_bytes_per_s=1e9))
+    with pytest.raises(WorkloadError, match="was measured"):
+        solved(options, shape)
+    assert found == [measured]
+    with pytest.raises(JobError, match="--accelerator is 'cpu': must be cuda or emulated for 2 of them"):
+        solved(replace(options, accelerator=AcceleratorOptions(name="cpu")), shape)
