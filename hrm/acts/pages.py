@@ -53,6 +53,7 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         touches=lambda p, x: ((), (_staged(p, x),)),
         count=_num_staged,
         moves=_page_bytes,
+        of_pages=True,
         seconds=lambda x, num_bytes: x.costs.stage(num_bytes),
         host_bytes=lambda x: 2 * x.page_bytes,  # read and written
     )
@@ -65,6 +66,7 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         touches=_load_touches,
         count=_num_pages,
         moves=_page_bytes,
+        of_pages=True,
         seconds=lambda x, num_bytes: x.costs.load_weights(num_bytes),
     )
     return stage, load

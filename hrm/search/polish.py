@@ -50,7 +50,7 @@ def _near(space: Space, best: Estimate) -> list[Policy]:
     """Policies near by that fit and that might be better by their closed form."""
     policy = best.policy
     kind = Kind.of_policy(policy)
-    grid = make_grid(space, kind, _places(space, kind.kv, policy))
+    grid = make_grid(space, kind, places_near(space, policy))
     alike = (grid.resident_dense == policy.resident_dense) & (
         grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
     )
@@ -59,8 +59,9 @@ def _near(space: Space, best: Estimate) -> list[Policy]:
     return [grid.policy(space, int(index)) for index in may_win]
 
 
-def _places(space: Space, kv: KvPlace, policy: Policy) -> Ints:
-    number, share = policy.num_micro_batches, policy.kv_share_on_gpu
+def places_near(space: Space, policy: Policy) -> Ints:
+    """The places of the policy with other numbers of micro-batches, and with other chunks, that the space allows."""
+    kv, number, share = Kind.of_policy(policy).kv, policy.num_micro_batches, policy.kv_share_on_gpu
     others = rounded(number * np.array(_NUMBERS))
     most_sizes, most_numbers = limits(space)
     others = others[(others >= 1) & (others <= most_numbers)]
