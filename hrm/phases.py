@@ -8,7 +8,6 @@ from math import ceil, inf
 from operator import itemgetter
 from typing import Final
 
-from hrm.acts import decode, prefill
 from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs, LayerMix, TaskWork
 from hrm.policy import Policy, ScheduleName

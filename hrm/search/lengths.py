@@ -57,10 +57,7 @@ def search_lengths(space: Space, lengths: Lengths, policies: Iterable[Policy]) -
     greatest = max((plan.tokens_per_s for plan in plans), default=0.0)
     simulated += _polished(space, simulated, greatest)
     return Found(
-        ranked=ranked(simulated),
-        greatest_tokens_per_s=greatest,
-        evaluations=evaluations,
-        simulated=len(simulated),
+        ranked=ranked(simulated), greatest_tokens_per_s=greatest, evaluations=evaluations, simulated=len(simulated)
     )
 
 
