@@ -325,21 +325,30 @@ class TaskWork:
 
     def seconds_of(self) -> Callable[[TaskId], float]:
         """A function from task to seconds; tasks alike are worked out once."""
-        alike: dict[tuple[float, LayerMix, bool], tuple[list[tuple[float, Load]], dict[Act, float]]] = {}
+        forms: dict[tuple[float, LayerMix, bool], tuple[list[tuple[float, Load]], dict[Act, float]]] = {}
         last = self.pipeline.num_layers - 1
         known: list[tuple[list[tuple[float, Load]], dict[Act, float]]] = []
         for layer, resident in enumerate(self.resident_experts):
             form = resident, self.layer_mix(layer), layer == last
-            if form not in alike:
-                alike[form] = self._loads(layer), {}
-            known.append(alike[form])
+            if form not in forms:
+                forms[form] = self._loads(layer), {}
+            known.append(forms[form])
+        alike: dict[tuple[Act, Layer, bool, float, int], float] = {}
+
+        def of_kind(act: Act, load: Load, num_bytes: int) -> float:
+            if act.by_residents:
+                return act.seconds(load, num_bytes)
+            same = act, load.kind, load.is_last, load.gpu_experts, num_bytes
+            if same not in alike:
+                alike[same] = act.seconds(load, num_bytes)
+            return alike[same]
 
         def seconds(task: TaskId) -> float:
             loads, of_layer = known[task.layer]
             act = task.act
             if act not in of_layer:
                 num_bytes = _moved_bytes(act, loads)
-                whole = sum(share * act.seconds(load, num_bytes) for share, load in loads)
+                whole = sum(share * of_kind(act, load, num_bytes) for share, load in loads)
                 of_layer[act] = whole if act.lane is Lane.GPU else whole * self.stretch
             return of_layer[act]
 

@@ -8,7 +8,6 @@ from math import ceil, inf
 from operator import itemgetter
 from typing import Final
 
-from hrm.acts import decode, prefill
 from hrm.closed_form import DecodeStep, Point, whole_prefill
 from hrm.costs import Costs, LayerMix, TaskWork
 from hrm.policy import Policy, ScheduleName
@@ -23,7 +22,6 @@ MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there ar
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
-_PAGES: Final = frozenset({decode.LOAD_PAGE, decode.STAGE_PAGE, prefill.LOAD_PAGE, prefill.STAGE_PAGE})
 STEADY_STEPS: Final = 3
 _ACT_AND_LAYER: Final = itemgetter(0, 1)  # of a task: those that share both take equally long
 # By layers and stretch of a work: seconds of its distinct tasks, by their number, which hold in any context.
@@ -189,7 +187,7 @@ def _walked(
     for number, task_id in enumerate(order.distinct):
         of_task = others.get(number)
         if of_task is None:
-            of_task = seconds_of(task_id) * (pages_in_one if task_id.act in _PAGES else in_one)
+            of_task = seconds_of(task_id) * (pages_in_one if task_id.act.of_pages else in_one)
             if not task_id.act.attends:
                 others[number] = of_task
         seconds.append(of_task)

@@ -101,9 +101,15 @@ class Act:
     of_cpu_experts: bool = False
     of_parts: bool = False
     of_last: bool = False
+    of_pages: bool = False
     reduces: bool = False
     chained: bool = False
     ends_step: bool = False
+
+    @property
+    def by_residents(self) -> bool:
+        """Whether its tasks depend on how many of a layer's experts are not on the GPU."""
+        return self.of_pages or self.of_cpu_experts or self.of_parts
 
 
 class TaskId(NamedTuple):

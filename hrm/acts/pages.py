@@ -45,6 +45,7 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         touches=lambda p, x: ((), (_staged(p, x),)),
         count=lambda c: c.layers * c.pages * c.staging,
         moves=_page_bytes,
+        of_pages=True,
         seconds=lambda x, num_bytes: x.costs.stage(num_bytes),
         host_bytes=lambda x: 2 * x.page_bytes,  # read and written
     )
@@ -57,6 +58,7 @@ def page_acts(phase: Phase) -> tuple[Act, Act]:
         touches=_load_touches,
         count=lambda c: c.layers * c.pages,
         moves=_page_bytes,
+        of_pages=True,
         seconds=lambda x, num_bytes: x.costs.load_weights(num_bytes),
     )
     return stage, load

@@ -57,8 +57,11 @@ class Bound:
     regions: int
 
 
-def upper_bound(space: Space, known_tokens_per_s: float = 0.0) -> Bound:
-    """The bound of a space; what is within `CLOSE` of the known throughput is not looked into."""
+def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int = LARGEST_BUDGET) -> Bound:
+    """The bound of a space; what is within `CLOSE` of the known throughput is not looked into.
+
+    No more than about so many regions are looked at.
+    """
     bounder = Bounder(space)
     regions = bounder.everything()
     enough = known_tokens_per_s * (1 + CLOSE)
@@ -68,7 +71,7 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0) -> Bound:
         small = (ceilings <= enough) | bounder.cannot_halve(regions)
         settled = max(settled, float(ceilings[small].max(initial=0.0)))
         regions, ceilings = regions.take(~small), ceilings[~small]
-        if not len(ceilings) or looked_at >= LARGEST_BUDGET:
+        if not len(ceilings) or looked_at >= most_regions:
             break
         if looked_at >= BUDGET and ceilings.max() * (1 - OPTIMAL_GAP) <= known_tokens_per_s:
             break

@@ -71,7 +71,8 @@ class _Choosing:
     def best_of_all(self) -> None:
         """Simulate what may be best."""
         while len(self.simulated) < MAX_SIMULATED:
-            best = max((predicted.tokens_per_s for predicted in self.simulated.values()), default=0.0)
+            rates = [predicted.tokens_per_s for predicted in self.simulated.values()]
+            best = max([self.space.known_tokens_per_s, *rates]) if rates else 0.0
             enough = best * (1 + TIE)
             kind = max(self.unsolved, key=lambda kind: kind.ceiling(), default=None)
             promising = [other for other in self.waiting if other[1].tokens_per_s > enough]

@@ -141,11 +141,31 @@ def most_residents(space: Space, dense: Ints, gpu_prefill: Ints, room: Ints) -> 
 
 def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Ints, total: Ints) -> NDArray[np.bool_]:
     """Whether candidates with so many resident experts fit both levels; `room` is the GPU's."""
+    resident, slots, purposes = _with_residents(space, kind, numbers, total)
+    gpu, cpu = resident + slots, sum(purposes.values())
+    if not space.profile.has_accelerator:
+        return gpu + cpu <= room
+    host = space.profile.host
+    fits = (gpu <= room) & (cpu <= host.usable_bytes)
+    if host.pinnable_bytes is None:
+        return fits
+    return fits & (pinned_needed(space, kind, numbers, purposes) <= host.usable_pinned_bytes)
+
+
+def host_needed(space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints) -> tuple[Number, Number]:
+    """Bytes at the host's level with so many resident experts, and those of them that must be pinned."""
+    _, _, purposes = _with_residents(space, kind, numbers, total)
+    return sum(purposes.values()), pinned_needed(space, kind, numbers, purposes)
+
+
+def _with_residents(
+    space: Space, kind: Kind, numbers: Mapping[str, Ints], total: Ints
+) -> tuple[Number, Number, dict[Purpose, Number]]:
+    """With so many resident experts: bytes of weights that stay on the GPU, of its slots, and the host's by purpose."""
     weights, dense = Weights(space), numbers["resident_dense"]
     of_every_layer = total // space.spec.num_expert_layers
     largest = np.maximum(*weights.largest_streamed(dense, of_every_layer, numbers["gpu_prefill_ffn"]))
     resident = weights.resident(dense, total)
-    gpu = resident + WEIGHT_SLOTS * largest
     pages = numbers["num_micro_batches"] if SCHEDULES[space.schedule].paged else 1
     purposes = host_purposes(
         space,
@@ -154,11 +174,4 @@ def fits_memory(space: Space, kind: Kind, numbers: Mapping[str, Ints], room: Int
         host_bytes=space.spec.total_layer_bytes(space.formats.weights) - resident,
         page_bytes=page_bytes(largest, pages),
     )
-    cpu = sum(purposes.values())
-    if not space.profile.has_accelerator:
-        return gpu + cpu <= room
-    host = space.profile.host
-    fits = (gpu <= room) & (cpu <= host.usable_bytes)
-    if host.pinnable_bytes is None:
-        return fits
-    return fits & (pinned_needed(space, kind, numbers, purposes) <= host.usable_pinned_bytes)
+    return resident, WEIGHT_SLOTS * largest, purposes

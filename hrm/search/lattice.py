@@ -102,19 +102,19 @@ def places_of(kind: Kind, pairs: Ints, chunks: list[int], shares: tuple[float, .
         on_gpu = pairs[:, 1] if kind.kv is KvPlace.ALL else np.zeros(len(pairs), np.int64)
     chunk = np.full(len(pairs), chunks[0])
     rows = np.column_stack([pairs, on_gpu, np.full(len(pairs), ALL_THAT_FIT), chunk])
-    return _with_each(_distinct(rows), CHUNK, chunks)
+    return _with_each(distinct(rows), CHUNK, chunks)
 
 
 def with_most_residents(places: Ints, chunk: int) -> Ints:
     """The distinct places with all residents that fit and such chunks."""
     places = places.copy()
     places[:, PART], places[:, CHUNK] = ALL_THAT_FIT, chunk
-    return _distinct(places)
+    return distinct(places)
 
 
 def pairs_of(places: Ints) -> Ints:
     """The distinct pairs of (micro-batch size, number) of some places."""
-    return _distinct(places[:, :2])
+    return distinct(places[:, :2])
 
 
 def chunks_of(places: Ints) -> list[int]:
@@ -172,7 +172,7 @@ def around(space: Space, kind: Kind, chunks: ChunkRange, places: Ints, reach: fl
     if not kind.gpu_ffn:
         steps = np.array([-2, -1, 1, 2]) * max(round(reach * ALL_THAT_FIT / 2), 1)
         moved.append(_with(places, PART, np.clip(places[:, PART, None] + steps, 0, ALL_THAT_FIT)))
-    return _distinct(np.concatenate(moved))
+    return distinct(np.concatenate(moved))
 
 
 def _with_each(places: Ints, column: int, values: Sequence[int]) -> Ints:
@@ -264,7 +264,7 @@ def levelled(pairs: Ints, requests: int | None) -> Ints:
 
     They leave least empty in the last batch, and take less memory. Of equal pairs one is left.
     """
-    return _distinct(_level(pairs, requests))
+    return distinct(_level(pairs, requests))
 
 
 def _level(pairs: Ints, requests: int | None) -> Ints:
@@ -277,7 +277,7 @@ def _level(pairs: Ints, requests: int | None) -> Ints:
     return np.column_stack([size, np.minimum(number, -(-requests // size))])
 
 
-def _distinct(rows: NDArray[np.int64]) -> Ints:
+def distinct(rows: NDArray[np.int64]) -> Ints:
     """Rows in order, each once; quicker than np.unique over an axis."""
     if not len(rows):
         return rows

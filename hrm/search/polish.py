@@ -32,7 +32,7 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
         found = ranked(list(known.values()))
         if not found or found[0].tokens_per_s >= greatest_tokens_per_s * (1 - OPTIMAL_GAP):
             return found
-        for policy in _near(space, found[0]):
+        for policy in _near(space, found[0], max(found[0].tokens_per_s, space.known_tokens_per_s)):
             if policy not in known:
                 predicted = space.predicted(policy)
                 if space.limits.are_met(predicted.latency):
@@ -46,21 +46,22 @@ def _rate(predicted: Estimate) -> float:
     return predicted.tokens_per_s
 
 
-def _near(space: Space, best: Estimate) -> list[Policy]:
-    """Policies near by that fit and that might be better by their closed form."""
+def _near(space: Space, best: Estimate, tokens_per_s: float) -> list[Policy]:
+    """Policies near by that fit and that might be better than that by their closed form."""
     policy = best.policy
     kind = Kind.of_policy(policy)
-    grid = make_grid(space, kind, _places(space, kind.kv, policy))
+    grid = make_grid(space, kind, places_near(space, policy))
     alike = (grid.resident_dense == policy.resident_dense) & (
         grid.gpu_prefill_ffn == (policy.prefill_ffn is Device.GPU)
     )
     grid = grid.take(np.flatnonzero(grid.fits & alike))
-    may_win = np.flatnonzero(scores(space, grid) > best.tokens_per_s * (1 + TIE))
+    may_win = np.flatnonzero(scores(space, grid) > tokens_per_s * (1 + TIE))
     return [grid.policy(space, int(index)) for index in may_win]
 
 
-def _places(space: Space, kv: KvPlace, policy: Policy) -> Ints:
-    number, share = policy.num_micro_batches, policy.kv_share_on_gpu
+def places_near(space: Space, policy: Policy) -> Ints:
+    """The places of the policy with other numbers of micro-batches, and with other chunks, that the space allows."""
+    kv, number, share = Kind.of_policy(policy).kv, policy.num_micro_batches, policy.kv_share_on_gpu
     others = rounded(number * np.array(_NUMBERS))
     most_sizes, most_numbers = limits(space)
     others = others[(others >= 1) & (others <= most_numbers)]

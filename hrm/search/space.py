@@ -60,7 +60,8 @@ class Space:
     `max_micro_batches`. Policies whose requests wait longer than `limits` are no part of it; the
     closed form must fall short of them by the factors of `slack`, for first tokens and for others.
     An empty `weight_format` or `kv_format` is the dtype; what is packed, the model says. With
-    `experts_per_part` all experts that stream do so in such parts.
+    `experts_per_part` all experts that stream do so in such parts. Where another space is known to hold a policy with
+    `known_tokens_per_s`, slower ones are of no interest here, but for one to tell how fast this space is.
     """
 
     spec: ModelSpec
@@ -82,6 +83,7 @@ class Space:
     max_micro_batches: int = 2**12
     limits: LatencyLimits = NO_LIMITS
     slack: tuple[float, float] = (1.0, 1.0)
+    known_tokens_per_s: float = 0.0
 
     @property
     def formats(self) -> Formats:

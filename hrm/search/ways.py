@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from math import ceil, inf
@@ -14,24 +14,26 @@ from hrm.gpus import only_gpus, sets_of_kinds
 from hrm.latency import NO_LIMITS
 from hrm.layers import ExpertDivision
 from hrm.parallel import obstacle_to, part_of
-from hrm.policy import Parallelism
-from hrm.search.bound import CLOSE, Bound, upper_bound
+from hrm.policy import Parallelism, Policy
+from hrm.search.bound import CLOSE, LARGEST_BUDGET, Bound, upper_bound
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
 from hrm.search.exhaustive import Exhaustive
+from hrm.search.lengths import search_lengths
 from hrm.search.polish import polished
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
 from hrm.search.solver import Found, Solver
 from hrm.search.space import Space
-from hrm.search.stages import Lengths, first_lengths, least_stage, search_stages
+from hrm.search.stages import Lengths, different_stages, first_lengths, least_stage
 from hrm.search.ties import smallest_first
 
 RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
 _EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
-_LENGTHS_GAIN: Final = (
-    1.5  # more than lengths of their own have brought beside even ones: 1.26 at most of what was tried
-)
+# More than lengths of their own have brought beside even ones: 1.26 at most of what was tried.
+_LENGTHS_GAIN: Final = 1.5
+FEW_REGIONS: Final = 2048  # within which a bound should show that a way is not worth a search, if it is to
+ORDERING_REGIONS: Final = 256  # by which is decided what is searched first
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -40,7 +42,8 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
 
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
     several GPUs, tensor parallelism, with experts divided or whole, and a pipeline are searched one after
-    the other unless one of them is asked for, and the result names all. Whole experts must be faster than
+    the other unless one of them is asked for, and the result names all: the most promising first, and none that a bound
+    shows to be no better than another. Whole experts must be faster than
     divided ones by more than a hundredth, as tokens may go to them less evenly than plans are told. GPUs
     that are not all alike are searched without those of some kinds as well. If nothing is possible or fits,
     the result says so.
@@ -79,16 +82,20 @@ def _either(all_used: SearchResult, fewer: SearchResult, gpus: tuple[int, ...]) 
 def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     """The same with all GPUs of the space."""
     started_s = time.perf_counter()
-    several = space.profile.num_gpus > 1
-    ways: list[_Searched] = []
-    for way, division in ways_of(space):
-        best = max((one for one in ways if one.best), key=lambda one: one.tokens_per_s, default=None)
-        ways.append(_searched(space, way, division, solver, best))
-    fastest = max(ways, key=lambda way: way.tokens_per_s / (1 + _EVENLY * (way.division is ExpertDivision.WHOLE)))
+    asked = [_Searched.nothing_of(space, *way) for way in ways_of(space)]
+    searched: dict[int, _Searched] = {}
+    order = sorted(range(len(asked)), key=lambda index: -asked[index].first_ceiling()) if len(asked) > 1 else [0]
+    for index in order:
+        searched[index] = _searched(asked[index], solver, max(searched.values(), key=_Searched.worth, default=None))
+    ways = [searched[index] for index in range(len(asked))]
+    best = max(ways, key=_Searched.worth)
+    ways = [_with_lengths(way, solver, best) if way.lengths and way.hopeless is None else way for way in ways]
+    fastest = max(ways, key=_Searched.worth)
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
-    bound = _greatest(way.bound or _bound(way.spaces, found.greatest_tokens_per_s) for way in ways)
+    most_regions = LARGEST_BUDGET if chosen.found.ranked else FEW_REGIONS
+    bound = _greatest(way.bound(found.greatest_tokens_per_s, most_regions) for way in ways)
     result = SearchResult(
         solver=solver.name,
         evaluates=solver.evaluates,
@@ -101,7 +108,7 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
         regions=bound.regions,
         seconds=time.perf_counter() - started_s,
         simulated=found.simulated,
-        ways=tuple(map(_Searched.told, ways)) if several else (),
+        ways=tuple(map(_Searched.told, ways)) if space.profile.num_gpus > 1 else (),
     )
     if result.best is None:
         return _with_advice(result, space)
@@ -115,8 +122,9 @@ class _Searched:
     """One way to share the GPUs of `whole`, and what was found for a part of them.
 
     `part` is None if the model cannot be divided like that, which `obstacle` then says, and where what
-    was found is of all stages together. `spaces` are what was searched of it, or what only the `bound` is of
-    if it `is_hopeless`.
+    was found is of all stages together. `spaces` are what a bound on it is of, None if there is none to be had.
+    A pipeline whose stages may have `lengths` of their own is told which to begin with. If the bound `hopeless` has
+    shown that others are better, nothing was searched.
     """
 
     parallelism: Parallelism
@@ -124,10 +132,54 @@ class _Searched:
     obstacle: str
     whole: Space
     part: Space | None
-    spaces: Sequence[Space]
-    found: Found
-    bound: Bound | None = None
-    is_hopeless: bool = False
+    lengths: Lengths
+    spaces: Sequence[Space] | None = ()
+    found: Found = field(default_factory=Found)
+    hopeless: Bound | None = None
+
+    @staticmethod
+    def nothing_of(space: Space, parallelism: Parallelism, division: ExpertDivision) -> "_Searched":
+        """The way before anything of it was searched."""
+        several = space.profile.num_gpus
+        part = space_of_part(space, parallelism, division)
+        in_stages = part is not None and parallelism is Parallelism.PIPELINE and several > 1
+        way = _Searched(
+            parallelism=parallelism,
+            division=division,
+            obstacle=obstacle_to(parallelism, space.spec, several, division),
+            whole=space,
+            part=part,
+            lengths=first_lengths(space) if in_stages else (),
+        )
+        return way.with_spaces(None)
+
+    def with_spaces(self, best: Policy | None) -> "_Searched":
+        """The same with what a bound on it is of, going by the best policy that was found, if any was."""
+        bounded = least_stage(self.whole, self.part) if self.lengths and self.part is not None else self.part
+        if bounded is None:
+            return replace(self, spaces=() if self.part is None else None)
+        return replace(self, spaces=[*bounded.of_pinning(), *bounded.in_parts(best)])
+
+    def bound(self, known_tokens_per_s: float, most_regions: int = LARGEST_BUDGET) -> Bound:
+        """A bound on all of it; with limits on waiting times there is none."""
+        if self.hopeless is not None:
+            return self.hopeless
+        if self.spaces is None or self.whole.limits != NO_LIMITS:
+            return Bound(inf, 0)
+        return _greatest(upper_bound(one, known_tokens_per_s, most_regions) for one in self.spaces)
+
+    def first_ceiling(self) -> float:
+        """A loose bound, by which it is decided what is searched first."""
+        return self.bound(0.0, ORDERING_REGIONS).tokens_per_s / self.handicap
+
+    @property
+    def handicap(self) -> float:
+        """By what factor it must be faster than others."""
+        return 1 + _EVENLY * (self.division is ExpertDivision.WHOLE)
+
+    def worth(self) -> float:
+        """The throughput by which it is compared with others."""
+        return self.tokens_per_s / self.handicap
 
     @cached_property
     def best(self) -> Estimate | None:
@@ -141,7 +193,7 @@ class _Searched:
 
     def told(self) -> Way:
         """The way with the best policy so."""
-        at_most = self.bound.tokens_per_s if self.bound is not None and self.is_hopeless else 0.0
+        at_most = 0.0 if self.hopeless is None else self.hopeless.tokens_per_s
         way = Way(self.parallelism, self.best, self.obstacle, expert_division=self.division)
         return replace(way, at_most_tokens_per_s=at_most)
 
@@ -182,94 +234,69 @@ def ways_of(space: Space) -> tuple[tuple[Parallelism, ExpertDivision], ...]:
     return tuple(way for way in ways if divides in {None, way[0]} and (asked is None or way[1] is asked))
 
 
-def _searched(
-    space: Space, parallelism: Parallelism, division: ExpertDivision, solver: Solver, best: _Searched | None
-) -> _Searched:
-    """What is found in one way, where `best` is the best of others.
-
-    Whole experts and stages' lengths are not searched if a bound shows that they cannot be better than that.
-    """
-    part = space_of_part(space, parallelism, division)
-    alike = _Searched(
-        parallelism=parallelism,
-        division=division,
-        obstacle=obstacle_to(parallelism, space.spec, space.profile.num_gpus, division),
-        whole=space,
-        part=part,
-        spaces=(),
-        found=Found(),
-    )
+def _searched(way: _Searched, solver: Solver, best: _Searched | None) -> _Searched:
+    """What is found in one way, where `best` is the best of others: nothing if a bound shows that it is not better."""
+    part = way.part
     if part is None:
-        return alike
-    known = 0.0 if best is None else best.tokens_per_s
-    if division is ExpertDivision.WHOLE and best is not None:
-        spaces = _tried(part, best.found)
-        bound = _bound(spaces, known)
-        if bound.tokens_per_s <= known * (1 + _EVENLY):
-            return replace(alike, spaces=spaces, bound=bound, is_hopeless=True)
-    found, spaces = _found(part, solver)
-    alike = replace(alike, spaces=spaces, found=found)
-    lengths = first_lengths(space) if parallelism is Parallelism.PIPELINE and space.profile.num_gpus > 1 else None
-    return _with_lengths(alike, part, lengths, solver, known) if lengths else alike
+        return way
+    if best is not None and best.found.ranked:
+        way = way.with_spaces(best.found.ranked[0].policy)
+        bound = way.bound(best.worth(), FEW_REGIONS)
+        if bound.tokens_per_s <= best.worth() * way.handicap * (1 + CLOSE):
+            return replace(way, hopeless=bound)
+    found = _found(replace(part, known_tokens_per_s=_known(way, best)), solver)
+    return replace(way, found=found).with_spaces(found.ranked[0].policy if found.ranked else None)
 
 
-def _with_lengths(
-    alike: _Searched, part: Space, lengths: Lengths, solver: Solver, known_tokens_per_s: float
-) -> _Searched:
+def _known(way: _Searched, best: _Searched | None) -> float:
+    """What a part must exceed; nothing where the rate of a stage is not yet that of the whole."""
+    in_stages = way.parallelism is Parallelism.PIPELINE
+    if best is None or (in_stages and (way.lengths or way.whole.workload.num_requests is not None)):
+        return 0.0
+    return best.worth() * way.handicap
+
+
+def _with_lengths(alike: _Searched, solver: Solver, best: _Searched) -> _Searched:
     """A pipeline whose stages have lengths of their own, or that which is planned by one stage if it is as good.
 
-    GPUs that are not alike can only have the first. Where even stages are far behind another way, lengths are not
-    searched.
+    GPUs that are not alike can only have the first. Of others no lengths are searched if they cannot be better than the
+    best way, or if even stages are far behind it.
     """
-    space, least = alike.whole, least_stage(alike.whole, part)
-    if least is None or space.limits != NO_LIMITS:
-        alike = replace(alike, bound=Bound(inf, 0))
-    else:
-        best = alike.found.ranked[0].policy if alike.found.ranked else None
-        known = max(known_tokens_per_s, alike.tokens_per_s)
-        bound = _bound([*least.of_pinning(), *least.in_parts(best)], known)
-        alike = replace(alike, bound=bound)
-        if bound.tokens_per_s <= known * (1 + CLOSE):
-            return alike
-    if not space.profile.gpus and 0 < _LENGTHS_GAIN * alike.tokens_per_s < known_tokens_per_s:
+    space, unequal = alike.whole, bool(alike.whole.profile.gpus)
+    known = best.tokens_per_s
+    if not unequal and (
+        0 < _LENGTHS_GAIN * alike.tokens_per_s < known
+        or alike.bound(known, FEW_REGIONS).tokens_per_s <= known * (1 + CLOSE)
+    ):
         return alike
-    own = search_stages(space, lengths, alike.found, lambda stage: _found(stage, solver)[0])
-    if space.profile.gpus or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
-        return replace(alike, part=None, found=own)
+    firsts = [alike.found]
+    if unequal:  # one stage stands for none of them
+        firsts += [_found(stage, solver) for stage in different_stages(space, alike.lengths)]
+    own = search_lengths(space, alike.lengths, [predicted.policy for first in firsts for predicted in first.ranked])
+    if unequal or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
+        work = [replace(first, ranked=(), greatest_tokens_per_s=0.0) for first in firsts]
+        return replace(alike, part=None, found=Found.best_of([own, *work]))
     return replace(alike, found=Found.best_of([alike.found, replace(own, ranked=())]))
 
 
-def _tried(part: Space, found: Found) -> list[Space]:
-    """What is searched for one part of the machine: with weights staged and, going by what was found, in parts, too."""
-    return [*part.of_pinning(), *part.in_parts(found.ranked[0].policy if found.ranked else None)]
-
-
-def _found(part: Space, solver: Solver) -> tuple[Found, list[Space]]:
-    """What a solver finds for one part of the machine, and where: with weights staged or in parts if that is better."""
+def _found(part: Space, solver: Solver) -> Found:
+    """What a solver finds for one part of the machine, with weights staged or in parts if that is better."""
 
     def find_in(one: Space) -> Found:
         return within_limits(one, lambda tighter: find(tighter, solver))
 
     found = Found.best_of(map(find_in, part.of_pinning()))
-    spaces = _tried(part, found)
-    in_parts = [space for space in spaces if space.experts_per_part != part.experts_per_part]
-    if in_parts:
-        found = Found.best_of([found, *map(find_in, in_parts)])
-    return found, spaces
+    in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
+    return Found.best_of([found, *map(find_in, in_parts)]) if in_parts else found
 
 
 def find(space: Space, solver: Solver) -> Found:
     """What a solver finds in one space, polished, and of near ties the smallest first."""
     found = solver.find(space)
-    ranking = smallest_first(space, polished(space, found.ranked, found.greatest_tokens_per_s))
+    ranking = polished(space, found.ranked, found.greatest_tokens_per_s)
+    if ranking and ranking[0].tokens_per_s > space.known_tokens_per_s:
+        ranking = smallest_first(space, ranking)
     return replace(found, ranked=ranking, simulated=found.simulated + len(ranking) - len(found.ranked))
-
-
-def _bound(searched: Sequence[Space], known_tokens_per_s: float) -> Bound:
-    """A bound on what was searched; with limits on waiting times there is none."""
-    if any(one.limits != NO_LIMITS for one in searched):
-        return Bound(inf, 0)
-    return _greatest(upper_bound(one, known_tokens_per_s) for one in searched)
 
 
 def _greatest(bounds: Iterable[Bound]) -> Bound:

@@ -391,6 +391,6 @@ def test_of_equal_gpus_no_lengths_are_better_and_none_is_beyond_the_bound(seed):
 
 def test_lengths_are_not_searched_where_tensor_parallel_is_better_than_any(monkeypatch):
     spec, profile = BUILT_IN_MODELS["glm-4.5-air"], compose("4xRTX-3090", "generic-server")
-    monkeypatch.setattr(ways, "search_stages", None)
+    monkeypatch.setattr(ways, "search_lengths", None)
     found = search(Space(spec, profile, WORKLOADS["mtbench"]))
     assert found.require().policy.parallelism is Parallelism.TENSOR
