@@ -264,10 +264,10 @@ def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstim
     active = workload.active_share * policy.batch_size / policy.num_micro_batches
     steps = decode_steps(costs, policy, workload)
     simulated_s = steps_seconds(costs, policy, {step.context: step.work.stretch for step in steps}, tokens=active)
-    # A model of one layer is not yet in its steady state when the steps are taken.
+    # A model of one layer is not yet in its steady state when the steps are taken, and long ones are shortened.
     decode_s = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
     prefill = prefill_phase(costs, policy, workload)
-    prefill_s = max(prefill_seconds(costs, policy, workload, stretch=prefill.stretch), prefill.cores_s)
+    prefill_s = max(prefill_seconds(costs, policy, workload, stretch=prefill.stretch), prefill.bound_s)
     return (
         PhaseEstimate(seconds=costs.prefills_in_turn * prefill_s, work=prefill),
         PhaseEstimate(seconds=decode_s, work=PhaseWork.total((step.steps, step.work) for step in steps)),

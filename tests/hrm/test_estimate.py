@@ -21,6 +21,7 @@ from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.schedules import SCHEDULES, decode_pipeline, iter_tasks, pages_of
 from hrm.tasks import Device, Lane
 from hrm.workload import WORKLOADS, Workload
+from tests.hrm.random_plans import Case, random_policies
 from tests.hrm.support import (
     machine,
     random_dimensions,
@@ -410,3 +411,19 @@ def test_what_is_stored_holds_up_nothing_that_follows_in_its_layer():
     decode = estimate(spec, policy, profile, WORKLOADS["mtbench"]).decode
     assert decode.work.lane_s[Lane.D2H] > 0.4 * decode.seconds
     assert decode.work.in_order_s <= decode.seconds
+
+
+def test_no_phase_is_quicker_than_its_lanes_though_long_ones_are_shortened():
+    """Residents that lie unevenly in a model with a dense first layer, which is simulated in shortened forms."""
+    spec, profile = BUILT_IN_MODELS["glm-4.7-flash"], compose("1xL40S")
+    rng, checked = Random(11), 0
+    for _ in range(12):
+        prompt_len = rng.randint(50, 900)
+        workload = Workload(name="short", prompt_len=prompt_len, max_prompt_len=prompt_len, gen_len=4)
+        case = Case(spec, profile, workload)
+        for policy in random_policies(rng, case, None, count=3):
+            predicted = estimate(spec, policy, profile, case.workload)
+            for phase in (predicted.prefill, predicted.decode):
+                assert phase.seconds >= phase.bound_s * (1 - 1e-12)
+                checked += 1
+    assert checked > 40
