@@ -163,7 +163,6 @@ def test_commands_print_rows_as_json(hrm, tmp_path):
         assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_a_search_by_each_solver_finds_as_much(hrm, tmp_path):
     found = {}
     for solver in ("exhaustive", "milp", "optuna"):

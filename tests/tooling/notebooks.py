@@ -16,6 +16,7 @@ FEWER = {  # what is asked for in haste: fewer tokens of fewer requests, and few
     '"--gen-len", 32, "--requests", 64': '"--gen-len", 6, "--requests", 16',
     '"--max-requests", 64': '"--max-requests", 16',
     "(0.25, 0.5, 1, 2, 4)": "(0.5, 2)",
+    "2xA100-80G": "1xA100-80G",
 }
 
 

@@ -96,7 +96,6 @@ def test_an_engine_takes_the_best_plan_that_can_be_run(model, tmp_path):
         Engine(model, [too_large, too_large], accelerator=CPU)
 
 
-@pytest.mark.slow
 def test_an_engine_measures_its_machine_once_and_solves_for_it(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     few = Workload(
