@@ -428,6 +428,6 @@ HRM_TARGETS: Final = (
     Target(name="routing", bases=lambda: [{"routed_tokens": [[4, 3, 2, 1]] * 4}], use=use_routing),
     Target(name="trace", bases=some_traces, use=use_trace),
     Target(name="journal", bases=some_journals, use=use_journal, dump=as_lines),
-    Target(name="study", bases=some_studies, use=use_study, dump=as_lines, share=0.05),
+    Target(name="study", bases=some_studies, use=use_study, dump=as_lines, share=0.06),
     Target(name="texts", bases=lambda: list(TEXTS), use=use_text, has_values=False),
 )

@@ -1,6 +1,11 @@
 """A little fuzzing, the same inputs each time; `make fuzz` runs as many as wanted."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +75,20 @@ def test_a_crash_of_the_process_is_told_with_its_input(tmp_path, monkeypatch, cr
     assert report.target == "own"
     assert "the process ended with" in report.findings[0]
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"[[["]
+
+
+def test_time_in_which_a_worker_is_paused_does_not_count(tmp_path, monkeypatch):
+    """It goes on long after it would have been taken for one that hangs."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); os._exit(0)"
+    monkeypatch.setattr(run, "NAP_S", 0.01)
+    monkeypatch.setattr(run, "STUCK_S", 0.3)
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not run._is_paused(process):
+        time.sleep(0.01)
+    resumed = threading.Timer(0.9, process.send_signal, [signal.SIGCONT])
+    resumed.start()
+    assert run._wait(process, tmp_path) == ""
+    resumed.join()
 
 
 def test_changes_are_of_values_keys_and_bytes():
