@@ -43,7 +43,7 @@ def with_whole_experts(folder: Path, policy: Policy, ranks: int) -> Policy:
     )
 
 
-@pytest.mark.parametrize(("index", "name"), list(enumerate(POLICIES)))
+@pytest.mark.parametrize(("index", "name"), list(enumerate(list(POLICIES)[::2])))
 def test_greedy_tokens_of_ranks_with_whole_experts_equal_those_of_transformers(tiny_folders, index, name):
     """Of few tokens some choose none of a rank's; of other ranks' only the router is there."""
     model = [model for model in MODELS if model != "tied"][index % (len(MODELS) - 1)]  # whose 5 experts none divides
