@@ -22,13 +22,14 @@ struct Tile {
     const T* rows;
     int64_t width;        // from row to row
     int64_t length;       // of the stretch
-    const T* ahead;       // rows of a stretch that comes next, to be fetched now
+    const T* ahead;       // rows of a stretch that comes next, to be fetched now,
+    int64_t ahead_width;  // from one to the next
     const float* const* tokens;  // the stretch of each, prepared
     float* results;       // of each token with each row
     int64_t apart;        // from one token's results to the next one's
 };
 
-// results[token][row] += row . token over the stretch, fetching FETCH rows ahead. Each is summed in
+// results[token][row] += row . token over the stretch, fetching FETCH lines a step ahead. Each is summed in
 // the same order whatever its neighbours; what is left over at the end is padded with zeros.
 template <typename T, int ROWS, int TOKENS, int FETCH>
 __attribute__((noinline)) void multiply_tile(const Tile<T>& tile) {
@@ -63,10 +64,11 @@ __attribute__((noinline)) void multiply_tile(const Tile<T>& tile) {
     int64_t i = 0;
     for (; i + D::STEP <= tile.length; i += D::STEP) {
         if (D::STEP >= LINE || i % LINE == 0) {
+            // A line of each row in turn, however few at a time: memory delivers several rows at once faster.
+            const int64_t line = i / (D::STEP < LINE ? LINE : D::STEP) * FETCH;
+            const T* const ahead = tile.ahead + line % ROWS * tile.ahead_width + line / ROWS * LINE;
             UNROLL
-            for (int r = 0; r < FETCH; ++r) {
-                prefetch(reinterpret_cast<const char*>(tile.ahead + r * width + i));
-            }
+            for (int r = 0; r < FETCH; ++r) prefetch(reinterpret_cast<const char*>(ahead + r * tile.ahead_width));
         }
         step(i, [&](int r) { return weights + r * width + i; });
     }
@@ -212,7 +214,7 @@ void multiply(
                     const int together = row + GEMM_ROWS <= rows ? GEMM_ROWS : 1;
                     const Tile<T> work = {
                         set.first + row * width + start, width, length,
-                        next + (row + (together == 1 ? 0 : fetched)) * width,
+                        next + row * width + (together == 1 ? 0 : fetched * (length / GEMM_ROWS)), width,
                         stretches, set.results + token * COLUMNS + row, COLUMNS,
                     };
                     ahead.fetch(lines);

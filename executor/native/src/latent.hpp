@@ -107,7 +107,7 @@ void add_shared_scores(
         for (int64_t head = 0; head < shape.heads;) {
             const int together = head + GEMM_ROWS <= shape.heads ? GEMM_ROWS : 1;
             const Tile<T> work = {
-                queries + head * dim, dim, dim, nullptr, tokens,
+                queries + head * dim, dim, dim, nullptr, 0, tokens,
                 tile.scores + first * padded + head, padded,
             };
             multiply_rows(work, together, count, 0);

@@ -210,7 +210,7 @@ class PackedIn {
                         const bool fetches = following[i] < end_of[i];
                         const Tile<Number> work = {
                             panel + row * APART, APART, length, reinterpret_cast<const Number*>(following[i]),
-                            numbers, slices[i].results + token * COLUMNS + row, COLUMNS,
+                            length / GEMM_ROWS, numbers, slices[i].results + token * COLUMNS + row, COLUMNS,
                         };
                         ahead.fetch(lines);
                         multiply_rows(work, together, end - token, fetches);
