@@ -116,7 +116,7 @@ def test_a_snapshot_without_its_weights_offline(hub, monkeypatch):
 
 def test_a_benchmark_of_a_model_on_the_hub(hub):
     with ExitStack() as stack:
-        _, source, arch = model_of(BenchOptions(model=NAME, num_layers=2), stack)
+        (_, source, arch), _ = model_of(BenchOptions(model=NAME, num_layers=2), stack)
         assert (arch.spec.name, arch.spec.num_layers) == ("tiny-mixtral", 2)
         assert "model.embed_tokens.weight" in source.names
 
