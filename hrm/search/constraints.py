@@ -58,7 +58,7 @@ def within_limits(space: Space, find: Callable[[Space], Found]) -> Found:
     It meets the limits when simulated, whatever the limits under which it was found.
     """
     tried = [find(space)]
-    while len(tried) < ATTEMPTS and tried[-1].overshoot != (1.0, 1.0):
+    while len(tried) < ATTEMPTS and tried[-1].overshoot != (1.0, 1.0) and not tried[-1].interrupted:
         closer = _CLOSER if any(found.ranked for found in tried) else _MUCH_CLOSER ** len(tried)
         ttft, tpot = (factor * closer if factor > 1 else 1.0 for factor in tried[-1].overshoot)
         space = replace(space, slack=(space.slack[0] * ttft, space.slack[1] * tpot))

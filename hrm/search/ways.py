@@ -1,7 +1,7 @@
 """The entrance of the search; of several GPUs it compares tensor parallelism, in two ways, and a pipeline."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -50,6 +50,8 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     """
     found = _search(space, solver, runner_ups)
     for gpus in sets_of_kinds(space.profile):
+        if found.outcome is Outcome.INTERRUPTED:
+            break
         if len(gpus) == 1 and (space.parallelism, space.expert_division) != (None, None):
             continue  # which is asked of several
         fewer = _search(replace(space, profile=only_gpus(space.profile, gpus)), solver, runner_ups)
@@ -86,10 +88,14 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     searched: dict[int, _Searched] = {}
     order = sorted(range(len(asked)), key=lambda index: -asked[index].first_ceiling()) if len(asked) > 1 else [0]
     for index in order:
-        searched[index] = _searched(asked[index], solver, max(searched.values(), key=_Searched.worth, default=None))
-    ways = [searched[index] for index in range(len(asked))]
+        best = max(searched.values(), key=_Searched.worth, default=None)
+        searched[index] = _searched(asked[index], solver, best)
+        if searched[index].found.interrupted:
+            break
+    ways = [searched.get(index, way) for index, way in enumerate(asked)]
     best = max(ways, key=_Searched.worth)
-    ways = [_with_lengths(way, solver, best) if way.lengths and way.hopeless is None else way for way in ways]
+    if not any(way.found.interrupted for way in ways):
+        ways = [_with_lengths(way, solver, best) if way.lengths and way.hopeless is None else way for way in ways]
     fastest = max(ways, key=_Searched.worth)
     chosen = fastest.with_runner_ups(runner_ups)
     ways[ways.index(fastest)] = chosen
@@ -285,9 +291,19 @@ def _found(part: Space, solver: Solver) -> Found:
     def find_in(one: Space) -> Found:
         return within_limits(one, lambda tighter: find(tighter, solver))
 
-    found = Found.best_of(map(find_in, part.of_pinning()))
+    found = _first_to_last(find_in, part.of_pinning())
     in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
-    return Found.best_of([found, *map(find_in, in_parts)]) if in_parts else found
+    return found if found.interrupted else Found.best_of([found, _first_to_last(find_in, in_parts)])
+
+
+def _first_to_last(find_in: Callable[[Space], Found], spaces: Sequence[Space]) -> Found:
+    """The best of what is found in spaces, up to one in which the search is interrupted."""
+    found: list[Found] = []
+    for space in spaces:
+        found.append(find_in(space))
+        if found[-1].interrupted:
+            break
+    return Found.best_of(found)
 
 
 def find(space: Space, solver: Solver) -> Found:

@@ -16,7 +16,9 @@ from hrm.errors import PolicyError
 from hrm.estimate import estimate
 from hrm.formats import FORMATS
 from hrm.latency import LatencyLimits
+from hrm.machines import compose
 from hrm.memory import plan_memory
+from hrm.model_spec import BUILT_IN_MODELS
 from hrm.policy import ScheduleName
 from hrm.search import SOLVERS, Outcome, Solver, Space, search, solver_named
 from hrm.search.bayesian import Optuna, study_name
@@ -30,7 +32,7 @@ from hrm.search.solver import Found
 from hrm.search.space import KvPlace
 from hrm.search.ways import find
 from hrm.units import MB
-from hrm.workload import Workload
+from hrm.workload import WORKLOADS, Workload
 from tests.hrm.support import machine, random_spec, random_varied_spec, tiny_spec
 
 # Of random triples some whose best differ in where things are, and one of which no policy fits.
@@ -224,3 +226,20 @@ def test_limits_that_nothing_meets_are_told_by_every_solver():
     space = replace(a_space(1), limits=LatencyLimits(max_ttft_s=1e-9))
     for solver in (Exhaustive(), Milp(), Optuna(trials=5)):
         assert search(space, solver).outcome is Outcome.TOO_SLOW
+
+
+def test_what_interrupts_one_space_ends_the_search():
+    """Of several GPUs, that are unlike and on a host that pins a part of its memory, no other way is begun."""
+    spaces: list[Space] = []
+
+    class Interrupted(Solver):
+        name, evaluates = "interrupted", "policies in closed form"
+
+        def find(self, space: Space) -> Found:
+            spaces.append(space)
+            return replace(Exhaustive().find(space), interrupted=True, overshoot=(2.0, 2.0))
+
+    profile = compose("1xL4+1xT4", "generic-server")
+    result = search(Space(BUILT_IN_MODELS["mixtral-8x7b"], profile, WORKLOADS["mtbench"]), Interrupted())
+    assert result.outcome is Outcome.INTERRUPTED
+    assert len(spaces) == 1
