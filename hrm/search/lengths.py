@@ -215,6 +215,7 @@ class _Tried:
                 yield other
 
     def are_models(self, lengths: Lengths) -> bool:
+        """Whether each stage has a layer with experts."""
         return all(has_experts(self.space.spec, layers) for layers in ranges_of(lengths))
 
     def _order(self, row: int, lengths: Lengths) -> tuple[int, float]:
@@ -253,8 +254,10 @@ def _best_plans(tried: _Tried, lengths: Lengths) -> tuple[list[_Plan], int]:
         evaluations += len(tried.grid)
         others = [other for index in range(len(lengths)) for other in _moved(lengths, index, 1)]
         lengths = max([lengths, *filter(tried.are_models, others)], key=lambda own: tried.rates(own).max())
-    tried = tried.only(tried.best(lengths, SIMULATED, tried.forms(lengths)))
-    plans: list[_Plan] = []
+    rows = tried.best(lengths, SIMULATED, tried.forms(lengths))
+    if not rows:
+        return [], evaluations
+    tried, plans = tried.only(rows), list[_Plan]()
     for row in tried.best(lengths, SIMULATED, tried.forms(lengths)):
         own = tried.best_lengths(row, lengths)
         policy = tried.policy(row, own)
