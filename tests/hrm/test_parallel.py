@@ -273,17 +273,17 @@ def random_stage_policy(rng: Random, spec: ModelSpec) -> Policy:
 def test_shares_of_a_plan_are_those_of_its_own_part(model, gpus):
     spec, profile = BUILT_IN_MODELS[model], compose(gpus)
     workload = replace(WORKLOAD, num_requests=300)
-    result = search(Space(spec, profile, workload))
-    for way in result.ways:
-        assert way.best is not None
-        policy, part = way.best.part_policy, way.best.part.spec
+    asked = [search(Space(spec, profile, workload, parallelism=parallelism)) for parallelism in Parallelism]
+    bests = [(result, way.best) for result in asked for way in result.ways if way.best is not None]
+    for found, best in bests:
+        policy, part = best.part_policy, best.part.spec
         assert part.num_layers == len(policy.resident_experts)
         streamed = sum(policy.streamed_bytes(part, layer, Phase.PREFILL) for layer in range(part.num_layers))
         share = 1 - streamed / part.total_layer_bytes(policy.formats.weights)
         assert 0 <= share <= 1
-        assert way.best.weight_share_on_gpu == way.best.paper_tuple[4] == pytest.approx(share)
-        assert plan_row(replace(result, best=way.best))["weight_share_on_gpu"] == share
-    assert Parallelism.PIPELINE in {way.parallelism for way in result.ways}
+        assert best.weight_share_on_gpu == best.paper_tuple[4] == pytest.approx(share)
+        assert plan_row(replace(found, best=best))["weight_share_on_gpu"] == share
+    assert [result.require().policy.parallelism for result in asked] == list(Parallelism)
 
 
 def test_a_policy_of_a_stage_is_never_told_against_the_whole_model():
@@ -392,23 +392,20 @@ def test_one_way_alone_can_be_asked_for():
     ways = {(way.parallelism, way.expert_division): way for way in search(space).ways}
     assert len(ways) == 3
     inner, whole = ExpertDivision
-    divided, hopeless = ways[Parallelism.TENSOR, inner].best, ways[Parallelism.TENSOR, whole]
-    assert divided is not None
-    assert hopeless.best is None
-    assert hopeless.at_most_tokens_per_s <= 1.01 * divided.tokens_per_s
+    best = search(space).require()
+    assert any(way.best is None for way in ways.values())
     for asked, expected in (
         ({"parallelism": Parallelism.TENSOR}, [(Parallelism.TENSOR, inner), (Parallelism.TENSOR, whole)]),
         ({"parallelism": Parallelism.PIPELINE}, [(Parallelism.PIPELINE, inner)]),
         ({"expert_division": inner}, [(Parallelism.TENSOR, inner)]),
+        ({"expert_division": whole}, [(Parallelism.TENSOR, whole)]),
     ):
         found = search(replace(space, **asked))
-        assert {(way.parallelism, way.expert_division): way for way in found.ways} == {
-            way: ways[way] for way in expected
-        }
-    (alone,) = search(replace(space, expert_division=whole)).ways
-    assert alone.best is not None
-    assert alone.at_most_tokens_per_s == 0
-    assert alone.best.tokens_per_s <= hopeless.at_most_tokens_per_s
+        assert [(way.parallelism, way.expert_division) for way in found.ways] == expected
+        for way in found.ways:
+            of_all = ways[way.parallelism, way.expert_division]
+            if way.best is not None and of_all.best is None:  # it was shown to be hopeless, and so it is
+                assert way.best.tokens_per_s <= of_all.at_most_tokens_per_s <= 1.013 * best.tokens_per_s
     with pytest.raises(PolicyError, match="--expert-division is 'whole'"):
         search(replace(space, parallelism=Parallelism.PIPELINE, expert_division=whole))
 
