@@ -201,6 +201,9 @@ def test_other_side_computes_the_same_wherever_its_layers_lie(results):
 
 
 def test_report_tells_every_goal_and_that_nothing_is_of_a_gpu(results, capsys):
+    for step in ("mixtral-16GB", "accelerate-16GB"):  # which another worker may have tested
+        if not (results / f"{step}.json").is_file():
+            assert suite(results, step) == 0
     assert suite(results, "report") == 0
     text = (results / "report.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
