@@ -37,7 +37,7 @@ from executor.job.sampling_defaults import SamplingDefaults
 from executor.model import crossings
 from tests.fuzz.mutations import as_json, as_lines
 from tests.fuzz.targets import Target, written
-from tests.fuzz.targets_hrm import check_message
+from tests.fuzz.targets_hrm import check_message, gguf_of
 
 TEMPLATE: Final = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}\n{% endfor %}"
@@ -382,26 +382,14 @@ def use_safetensors(content: bytes, folder: Path) -> None:
 @cache
 def a_gguf_of_weights() -> bytes:
     """A file of a whole tiny model, with tensors that are packed, plain and read as numbers."""
-    path = Path(mkdtemp(prefix="hrm-fuzz-gguf-")) / "model.gguf"
-    writer = GGUFWriter(path, "qwen3moe")
-    for add in (writer.add_block_count, writer.add_expert_used_count, writer.add_head_count_kv):
-        add(1)
-    for add in (writer.add_head_count, writer.add_expert_count):
-        add(2)
-    for add in (writer.add_embedding_length, writer.add_key_length, writer.add_expert_feed_forward_length):
-        add(32)
-    writer.add_context_length(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    for name, (kind, *shape) in GGUF_TENSORS.items():
-        numbers = np.zeros(shape, dtype=np.float32)
-        blocks = numbers if kind is Type.F32 else quantize(numbers, kind)
-        writer.add_tensor(name, blocks, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
+
+    def add_tensors(writer: GGUFWriter) -> None:
+        for name, (kind, *shape) in GGUF_TENSORS.items():
+            numbers = np.zeros(shape, dtype=np.float32)
+            blocks = numbers if kind is Type.F32 else quantize(numbers, kind)
+            writer.add_tensor(name, blocks, raw_dtype=kind)
+
+    return gguf_of(32, add_tensors)
 
 
 def use_gguf_of_weights(content: bytes, folder: Path) -> None:

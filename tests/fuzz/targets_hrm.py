@@ -175,6 +175,16 @@ def a_policy_file() -> Any:
 @cache
 def a_gguf() -> bytes:
     """The file of a model that has an embedding and nothing else."""
+
+    def add_embedding(writer: GGUFWriter) -> None:
+        writer.add_token_list(["a", "b", "c", "d"])
+        writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
+
+    return gguf_of(8, add_embedding)
+
+
+def gguf_of(width: int, add_rest: Callable[[GGUFWriter], None]) -> bytes:
+    """The file of a tiny model of that width, with the tensors and texts that are added to it."""
     path = Path(mkdtemp(prefix="hrm-fuzz-gguf-")) / "model.gguf"
     writer = GGUFWriter(path, "qwen3moe")
     for add in (writer.add_block_count, writer.add_expert_used_count, writer.add_head_count_kv):
@@ -182,12 +192,11 @@ def a_gguf() -> bytes:
     for add in (writer.add_head_count, writer.add_expert_count):
         add(2)
     for add in (writer.add_embedding_length, writer.add_key_length, writer.add_expert_feed_forward_length):
-        add(8)
+        add(width)
     writer.add_context_length(64)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(1e4)
-    writer.add_token_list(["a", "b", "c", "d"])
-    writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
+    add_rest(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
