@@ -117,8 +117,7 @@ class GridOfKind:
 
     def _unlike(self, count: int) -> list[int]:
         """Positions of the best, half of them of unlike numbers, half of unlike chunks."""
-        half_octaves = (2 * np.log2(self.grid.num_micro_batches)).round().astype(np.int64)
-        found = self._best(-(-count // 2), half_octaves)
+        found = self._best(-(-count // 2), self.grid.half_octaves)
         return list(dict.fromkeys([*found, *self._best(count, self._forms())]))[:count]
 
     def _forms(self) -> Ints:

@@ -54,6 +54,11 @@ class Grid:
         both = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
         return Grid(kind=self.kind, **both)
 
+    @property
+    def half_octaves(self) -> Ints:
+        """Numbers of micro-batches in steps of about a factor of the root of two."""
+        return (2 * np.log2(self.num_micro_batches)).round().astype(np.int64)
+
     def numbers(self) -> dict[str, Ints]:
         """The arrays that say how much memory is needed beside the weights."""
         return {name: getattr(self, name) for name in _ARRAYS}

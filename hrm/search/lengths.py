@@ -11,7 +11,6 @@ from math import inf
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hrm.closed_form import phases_of_batches
 from hrm.estimate import Estimate
@@ -26,6 +25,7 @@ from hrm.search.grid import ALL_THAT_FIT, CHUNK, PART, make_grid
 from hrm.search.lattice import REACHES, around, chunk_ranges, distinct
 from hrm.search.longest import with_longest_chunks
 from hrm.search.polish import places_near
+from hrm.search.regions import Floats
 from hrm.search.result import OPTIMAL_GAP
 from hrm.search.scores import tokens_per_batch
 from hrm.search.solver import Found
@@ -36,8 +36,6 @@ from hrm.tasks import Device
 BEAM: Final = 6  # candidates of a kind around which others are tried
 SIMULATED: Final = 8  # policies of all kinds at most, the best by their closed form
 _PARTS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the experts that fit, where the CPU computes the others
-
-Floats = NDArray[np.float64]
 
 
 def search_lengths(space: Space, lengths: Lengths, policies: Iterable[Policy]) -> Found:
@@ -136,8 +134,7 @@ class _Tried:
         Those are numbers of micro-batches, and whether there are weights to be loaded at all.
         """
         all_resident = sum(stage.residents for stage in self._on_stages(lengths)) == self.space.everything
-        half_octaves = (2 * np.log2(self.grid.num_micro_batches)).round().astype(np.int64)
-        return 2 * half_octaves + all_resident
+        return 2 * self.grid.half_octaves + all_resident
 
     @property
     def place_of(self) -> Ints:

@@ -40,13 +40,12 @@ _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that search
 def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
     """The policy with the highest job throughput that fits and meets the limits on waiting times.
 
-    Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With
-    several GPUs, tensor parallelism, with experts divided or whole, and a pipeline are searched one after
-    the other unless one of them is asked for, and the result names all: the most promising first, and none that a bound
-    shows to be no better than another. Whole experts must be faster than
-    divided ones by more than a hundredth, as tokens may go to them less evenly than plans are told. GPUs
-    that are not all alike are searched without those of some kinds as well. If nothing is possible or fits,
-    the result says so.
+    Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With several GPUs, tensor
+    parallelism, with experts divided or whole, and a pipeline are searched one after the other unless one of them is
+    asked for, and the result names all: the most promising first, and none that a bound shows to be no better than
+    another. Whole experts must be faster than divided ones by more than a hundredth, as tokens may go to them less
+    evenly than plans are told. GPUs that are not all alike are searched without those of some kinds as well. If nothing
+    is possible or fits, the result says so.
     """
     found = _search(space, solver, runner_ups)
     for gpus in sets_of_kinds(space.profile):
