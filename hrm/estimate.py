@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil
+from math import ceil, inf
 
 from hrm.causes import Limits, limits_of
 from hrm.costs import EXECUTOR, Costs, Runtime
@@ -168,16 +168,36 @@ def estimate(
     long as if it had as many. Raises PolicyError if the policy is not for this model; whether it
     fits is for the caller to check (`estimate(...).memory.check_fits()`).
     """
+    predicted = estimate_above(0.0, spec, policy, profile, workload, runtime=runtime)
+    assert predicted is not None, "no job is slower than nothing"
+    return predicted
+
+
+def estimate_above(
+    tokens_per_s: float,
+    spec: ModelSpec,
+    policy: Policy,
+    profile: HardwareProfile,
+    workload: Workload,
+    *,
+    runtime: Runtime = EXECUTOR,
+) -> Estimate | None:
+    """The same, or None as soon as it is known that no so high throughput is reached."""
     shares = shares_for(policy, spec, profile)
     requests = workload.requests_or(policy.batch_size)
     turns: tuple[Turn, ...] = (Turn(policy, 1.0),)
     if workload.num_requests is not None:
         pipeline = policy.parallelism is Parallelism.PIPELINE
         turns = _turns(policy, requests, (len(policy.gpus) or profile.num_gpus) if pipeline else 1)
-    stages = [
-        _stage(index, share, _of_share(turns, index if policy.stage_lengths else None), workload, memory, runtime)
-        for index, (share, memory) in enumerate(zip(shares, plan_shares(shares, profile), strict=True))
-    ]
+    generated_tokens = requests * workload.generated_tokens
+    most_s = generated_tokens / tokens_per_s if tokens_per_s else inf
+    stages: list[StageEstimate] = []
+    for index, (share, memory) in enumerate(zip(shares, plan_shares(shares, profile), strict=True)):
+        own_turns = _of_share(turns, index if policy.stage_lengths else None)
+        stage = _stage(index, share, own_turns, workload, memory, runtime, most_s)
+        if stage is None:
+            return None
+        stages.append(stage)
     slowest = _slowest(stages)
     prefill, decode = (stage.phases[phase] for phase, stage in enumerate(_slowest_in_phases(stages)))
     return Estimate(
@@ -190,7 +210,7 @@ def estimate(
         turns=slowest.turns,
         num_requests=requests,
         num_batches=ceil(requests / policy.batch_size),
-        generated_tokens=requests * workload.generated_tokens,
+        generated_tokens=generated_tokens,
         prefill=prefill,
         decode=decode,
         memory=fullest(stage.memory for stage in stages),
@@ -224,11 +244,31 @@ def _of_share(turns: Sequence[Turn], stage: int | None) -> tuple[Turn, ...]:
 
 
 def _stage(
-    gpu: int, share: Share, turns: tuple[Turn, ...], workload: Workload, memory: MemoryPlan, runtime: Runtime
-) -> StageEstimate:
+    gpu: int,
+    share: Share,
+    turns: tuple[Turn, ...],
+    workload: Workload,
+    memory: MemoryPlan,
+    runtime: Runtime,
+    most_s: float,
+) -> StageEstimate | None:
+    """What a stage does; None if decode is so slow that the job takes longer than `most_s`, however good prefill is."""
     costs = Costs(share.part.spec, share.part.profile, share.policy.formats, runtime)
-    batches = tuple(_batch(costs, turn.policy, workload) for turn in turns)
-    return StageEstimate(gpu=gpu, policy=share.policy, part=share.part, turns=turns, batches=batches, memory=memory)
+    prefills = [prefill_phase(costs, turn.policy, workload) for turn in turns]
+    decodes = [_decode(costs, turn.policy, workload) for turn in turns]
+    least_s = sum(
+        turn.times * (costs.prefills_in_turn * prefill.bound_s + decode.seconds)
+        for turn, prefill, decode in zip(turns, prefills, decodes, strict=True)
+    )
+    if least_s > most_s:
+        return None
+    batches = [
+        (_prefill(costs, turn.policy, workload, prefill), decode)
+        for turn, prefill, decode in zip(turns, prefills, decodes, strict=True)
+    ]
+    return StageEstimate(
+        gpu=gpu, policy=share.policy, part=share.part, turns=turns, batches=tuple(batches), memory=memory
+    )
 
 
 def _latency(stages: Sequence[StageEstimate], workload: Workload) -> Latency:
@@ -261,17 +301,24 @@ def _turns(policy: Policy, requests: int, num_stages: int) -> tuple[Turn, ...]:
 
 def _batch(costs: Costs, policy: Policy, workload: Workload) -> tuple[PhaseEstimate, PhaseEstimate]:
     """Both phases of one batch."""
+    prefill = _prefill(costs, policy, workload, prefill_phase(costs, policy, workload))
+    return prefill, _decode(costs, policy, workload)
+
+
+def _prefill(costs: Costs, policy: Policy, workload: Workload, work: PhaseWork) -> PhaseEstimate:
+    """Prefill of one batch, of which that is the work."""
+    simulated_s = prefill_seconds(costs, policy, workload, stretch=work.stretch)
+    return PhaseEstimate(seconds=costs.prefills_in_turn * max(simulated_s, work.bound_s), work=work)
+
+
+def _decode(costs: Costs, policy: Policy, workload: Workload) -> PhaseEstimate:
+    """Decode of one batch."""
     active = workload.active_share * policy.batch_size / policy.num_micro_batches
     steps = decode_steps(costs, policy, workload)
     simulated_s = steps_seconds(costs, policy, {step.context: step.work.stretch for step in steps}, tokens=active)
     # A model of one layer is not yet in its steady state when the steps are taken, and long ones are shortened.
-    decode_s = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
-    prefill = prefill_phase(costs, policy, workload)
-    prefill_s = max(prefill_seconds(costs, policy, workload, stretch=prefill.stretch), prefill.bound_s)
-    return (
-        PhaseEstimate(seconds=costs.prefills_in_turn * prefill_s, work=prefill),
-        PhaseEstimate(seconds=decode_s, work=PhaseWork.total((step.steps, step.work) for step in steps)),
-    )
+    seconds = sum(step.steps * max(step.work.bound_s, s) for step, s in zip(steps, simulated_s, strict=True))
+    return PhaseEstimate(seconds=seconds, work=PhaseWork.total((step.steps, step.work) for step in steps))
 
 
 def _total(

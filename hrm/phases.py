@@ -13,6 +13,7 @@ from hrm.costs import Costs, LayerMix, TaskWork
 from hrm.policy import Policy, ScheduleName
 from hrm.schedules import Pipeline, decode_pipeline, iter_positions, iter_tasks, prefill_pipeline
 from hrm.simulate import Order, end_times, in_order, simulate
+from hrm.tasks import Phase
 from hrm.trace import Trace
 from hrm.workload import Workload
 
@@ -202,7 +203,10 @@ def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
 
 
 def _new_order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
-    return in_order(iter_positions(pipeline, schedule), _ACT_AND_LAYER)
+    tasks = iter_positions(pipeline, schedule)
+    if pipeline.phase is Phase.PREFILL:
+        return in_order(tasks, _ACT_AND_LAYER)
+    return in_order(tasks, _ACT_AND_LAYER, steps=STEADY_STEPS - 1, micro_batches=pipeline.num_micro_batches)
 
 
 # A hundred megabytes at most, and two of each phase of one policy.

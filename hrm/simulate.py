@@ -40,8 +40,17 @@ class Order:
     samples: Sequence[tuple[int, int]]
 
 
-def in_order(tasks: Iterable[tuple[TaskId, Sequence[int]]], alike: Callable[[TaskId], Hashable]) -> Order:
-    """The order of tasks, each with the positions of what it waits for; those with equal `alike` take equally long."""
+def in_order(
+    tasks: Iterable[tuple[TaskId, Sequence[int]]],
+    alike: Callable[[TaskId], Hashable],
+    *,
+    steps: int = 0,
+    micro_batches: int = 0,
+) -> Order:
+    """The order of tasks, each with the positions of what it waits for; those with equal `alike` take equally long.
+
+    If it is asked for `steps` of so many `micro_batches` only, it ends with them: what comes later cannot delay them.
+    """
     number_of_lane = {lane: number for number, lane in enumerate(Lane)}
     lanes: list[int] = []
     waits: list[Sequence[int]] = []
@@ -49,6 +58,7 @@ def in_order(tasks: Iterable[tuple[TaskId, Sequence[int]]], alike: Callable[[Tas
     first_of: dict[Hashable, int] = {}
     distinct: list[TaskId] = []
     samples: list[tuple[int, int]] = []
+    left = steps * micro_batches or -1
     for position, (task_id, waits_for) in enumerate(tasks):
         act = task_id.act
         waits.append(waits_for)
@@ -59,6 +69,9 @@ def in_order(tasks: Iterable[tuple[TaskId, Sequence[int]]], alike: Callable[[Tas
         classes.append(number)
         if act.ends_step:
             samples.append((position, task_id.step))
+            left -= task_id.step < steps
+            if not left:
+                break
     return Order(lanes, waits, classes, distinct, samples)
 
 

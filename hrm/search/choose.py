@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from hrm.estimate import Estimate
+from hrm.latency import NO_LIMITS
 from hrm.policy import Policy
 from hrm.search.solver import Found
 from hrm.search.space import Space
@@ -52,7 +53,8 @@ def choose(space: Space, kinds: Sequence[KindSolver]) -> Found:
         more=choosing.others,
         greatest_tokens_per_s=choosing.greatest,
         evaluations=sum(kind.evaluations for kind in kinds),
-        simulated=len(choosing.simulated),
+        simulated=len(choosing.simulated) + len(choosing.slower),
+        slower=tuple(candidate.policy for _, candidate in choosing.slower),
         overshoot=(max(ttft for ttft, _ in missed), max(tpot for _, tpot in missed)),
     )
 
@@ -65,14 +67,16 @@ class _Choosing:
         self.unsolved = list(kinds)
         self.waiting: list[tuple[int, Candidate]] = []  # with their rank in their kind
         self.simulated: dict[Policy, Estimate] = {}
+        self.slower: list[tuple[int, Candidate]] = []  # than the best was, by their decode alone
         self.missed: list[tuple[float, float]] = []  # limits on waiting times, by these factors
         self.greatest = 0.0
 
     def best_of_all(self) -> None:
         """Simulate what may be best."""
-        while len(self.simulated) < MAX_SIMULATED:
+        while len(self.simulated) + len(self.slower) < MAX_SIMULATED:
             rates = [predicted.tokens_per_s for predicted in self.simulated.values()]
-            best = max([self.space.known_tokens_per_s, *rates]) if rates else 0.0
+            fastest = max(rates, default=0.0)
+            best = max(self.space.known_tokens_per_s, fastest) if rates else 0.0
             enough = best * (1 + TIE)
             kind = max(self.unsolved, key=lambda kind: kind.ceiling(), default=None)
             promising = [other for other in self.waiting if other[1].tokens_per_s > enough]
@@ -84,12 +88,13 @@ class _Choosing:
             ):
                 self._solve(kind, best)
             elif first is not None:
-                self._simulate(first)
+                self._simulate(first, fastest * (1 - TIE))
             else:
                 break
 
     def others(self) -> Iterator[Estimate]:
         """Simulate the rest, the highest closed form first."""
+        self.waiting += self.slower
         while self.waiting or self.unsolved:
             if not self.waiting:
                 self._solve(max(self.unsolved, key=lambda kind: kind.ceiling()), 0.0)
@@ -104,13 +109,17 @@ class _Choosing:
         self.waiting.extend(enumerate(found))
         self.greatest = max([self.greatest, *(candidate.tokens_per_s for candidate in found)])
 
-    def _simulate(self, chosen: tuple[int, Candidate]) -> Estimate | None:
-        """What a waiting candidate does; None if that is known, or if it misses the limits."""
+    def _simulate(self, chosen: tuple[int, Candidate], above: float = 0.0) -> Estimate | None:
+        """What a waiting candidate does; None if that is known or not above, or if it misses the limits."""
         self.waiting.remove(chosen)
         policy = chosen[1].policy
         if policy in self.simulated:
             return None
-        predicted = self.space.predicted(policy)
+        # Where there are limits, it is to be known by how much they are missed.
+        predicted = self.space.predicted_above(above if self.space.limits == NO_LIMITS else 0.0, policy)
+        if predicted is None:
+            self.slower.append(chosen)
+            return None
         if not self.space.limits.are_met(predicted.latency):
             self.missed.append(self.space.limits.overshoot(predicted.latency))
             return None

@@ -19,6 +19,7 @@ from hrm.search.space import Kind, Space
 
 CANDIDATES: Final = 10  # of a kind, that may be simulated
 BEAM: Final = 8
+ROUGH_NUMBERS: Final = 4  # of micro-batches, tried to see which spaces are worth a search
 KEPT: Final = 2.0  # candidates that are worse than the best of the kind by this factor are not kept
 # How much higher than on the coarse grid the best of a kind may be.
 COARSE_MARGIN: Final = 1.25
@@ -43,6 +44,17 @@ def greatest(space: Space) -> float:
     for kind in sorted(grids(space), key=lambda kind: -kind.ceiling()):
         if kind.ceiling() > best:
             best = max([best, *(candidate.tokens_per_s for candidate in kind.solve(best))])
+    return best
+
+
+def rough(space: Space) -> float:
+    """About the greatest closed-form throughput of a space, by few policies."""
+    best = 0.0
+    for kind in space.kinds():
+        for chunks in chunk_ranges(space):
+            grid = make_grid(space, kind, coarse(space, kind, chunks, ROUGH_NUMBERS))
+            _, found = scored(space, grid.take(np.flatnonzero(grid.fits)), KEPT, best)
+            best = max(best, float(found.max(initial=0.0)))
     return best
 
 

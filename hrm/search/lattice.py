@@ -122,8 +122,8 @@ def chunks_of(places: Ints) -> list[int]:
     return np.unique(places[:, CHUNK]).tolist()
 
 
-def coarse(space: Space, kind: Kind, chunks: ChunkRange) -> Ints:
-    """Places over the whole range that fits with the shortest of the chunks, a few per cent apart.
+def coarse(space: Space, kind: Kind, chunks: ChunkRange, most_numbers_tried: int = _NUMBERS) -> Ints:
+    """Places over the whole range that fits with the shortest of the chunks, by default a few per cent apart.
 
     Where the number of requests is given, all that make one, two or more equal batches are among
     them.
@@ -132,7 +132,7 @@ def coarse(space: Space, kind: Kind, chunks: ChunkRange) -> Ints:
     if most_numbers == 1:
         sizes, numbers = _spaced(most_sizes, _SIZES_OF_ONE), np.array([1])
     else:
-        sizes, numbers = _spaced(most_sizes, _SIZES), _spaced(most_numbers, _NUMBERS)
+        sizes, numbers = _spaced(most_sizes, _SIZES), _spaced(most_numbers, most_numbers_tried)
     pairs = _product(sizes, numbers)
     requests = space.workload.num_requests
     if requests is not None:

@@ -51,7 +51,7 @@ def search_lengths(space: Space, lengths: Lengths, policies: Iterable[Policy]) -
     simulated: list[Estimate] = []
     for plan in plans[:SIMULATED]:
         if plan.tokens_per_s > _rate(simulated) * (1 + TIE):
-            simulated += _simulated(space, [plan.policy])
+            simulated += _simulated(space, [plan.policy], _rate(simulated))
     greatest = max((plan.tokens_per_s for plan in plans), default=0.0)
     simulated += _polished(space, simulated, greatest)
     return Found(
@@ -287,10 +287,13 @@ def _moved(lengths: Lengths, index: int, step: int) -> Iterator[Lengths]:
 # ----------------------------------------------------------------------------------- simulated
 
 
-def _simulated(space: Space, policies: Iterable[Policy]) -> list[Estimate]:
-    """What policies do, those left out that miss the limits on waiting times."""
-    predicted = [space.predicted(policy) for policy in policies]
-    return [each for each in predicted if space.limits.are_met(each.latency)]
+def _simulated(space: Space, policies: Iterable[Policy], best: float) -> list[Estimate]:
+    """What policies do, those left out that are shown to be slower than the best, or that miss the limits."""
+    found: list[Estimate] = []
+    for policy in policies:
+        if predicted := space.allowed_above(max(best, _rate(found)) * (1 - TIE), policy):
+            found.append(predicted)
+    return found
 
 
 def _polished(space: Space, simulated: Sequence[Estimate], greatest_tokens_per_s: float) -> list[Estimate]:
@@ -310,7 +313,7 @@ def _polished(space: Space, simulated: Sequence[Estimate], greatest_tokens_per_s
             places = places_near(different_stages(same.space, lengths)[0], best.policy)
             policies += _Tried(same.space, same.kind, places).above(lengths, enough)
         known = {predicted.policy for predicted in (*simulated, *found)}
-        better = _simulated(space, [policy for policy in policies if policy not in known])
+        better = _simulated(space, [policy for policy in policies if policy not in known], best.tokens_per_s)
         found += better
         if _rate(better) <= enough:
             break

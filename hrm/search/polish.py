@@ -32,18 +32,14 @@ def polished(space: Space, simulated: tuple[Estimate, ...], greatest_tokens_per_
         found = ranked(list(known.values()))
         if not found or found[0].tokens_per_s >= greatest_tokens_per_s * (1 - OPTIMAL_GAP):
             return found
-        for policy in _near(space, found[0], max(found[0].tokens_per_s, space.known_tokens_per_s)):
-            if policy not in known:
-                predicted = space.predicted(policy)
-                if space.limits.are_met(predicted.latency):
-                    known[policy] = predicted
-        if max(map(_rate, known.values())) <= found[0].tokens_per_s * (1 + TIE):
+        best = found[0].tokens_per_s
+        for policy in _near(space, found[0], max(best, space.known_tokens_per_s)):
+            if policy not in known and (predicted := space.allowed_above(best * (1 - TIE), policy)):
+                known[policy] = predicted
+                best = max(best, predicted.tokens_per_s)
+        if best <= found[0].tokens_per_s * (1 + TIE):
             break
     return ranked(list(known.values()))
-
-
-def _rate(predicted: Estimate) -> float:
-    return predicted.tokens_per_s
 
 
 def _near(space: Space, best: Estimate, tokens_per_s: float) -> list[Policy]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Final
 
 from hrm.errors import PolicyError
 from hrm.estimate import Estimate
+from hrm.policy import Policy
 from hrm.search.space import Space
 
 
@@ -22,7 +23,7 @@ class Found:
     `ranked` are policies that were simulated and meet the limits, the chosen one first; `more`
     simulates others, one at a time, for whoever wants to see them. `greatest_tokens_per_s` is the
     greatest closed-form throughput that is known. `evaluations` policies were looked at, and
-    `simulated` of them simulated.
+    `simulated` of them simulated, if only in part: those that this showed to be `slower` are not among the ranked.
     `overshoot` are factors by which policies that were simulated and left out missed the limits on
     waiting times.
     """
@@ -32,6 +33,7 @@ class Found:
     greatest_tokens_per_s: float = 0.0
     evaluations: int = 0
     simulated: int = 0
+    slower: tuple[Policy, ...] = ()
     overshoot: tuple[float, float] = (1.0, 1.0)
     interrupted: bool = False
 

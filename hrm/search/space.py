@@ -7,7 +7,7 @@ from typing import Final
 from hrm.contract.rings import WEIGHT_SLOTS
 from hrm.costs import Costs
 from hrm.errors import PolicyError
-from hrm.estimate import Estimate, estimate
+from hrm.estimate import Estimate, estimate, estimate_above
 from hrm.formats import Formats
 from hrm.hardware import HardwareProfile
 from hrm.latency import NO_LIMITS, LatencyLimits
@@ -98,6 +98,15 @@ class Space:
     def predicted(self, policy: Policy) -> Estimate:
         """What a policy of the space does, simulated."""
         return estimate(self.spec, policy, self.profile, self.workload)
+
+    def predicted_above(self, tokens_per_s: float, policy: Policy) -> Estimate | None:
+        """The same; None if decode alone shows that the policy is slower than that."""
+        return estimate_above(tokens_per_s, self.spec, policy, self.profile, self.workload)
+
+    def allowed_above(self, tokens_per_s: float, policy: Policy) -> Estimate | None:
+        """The same; None also if the limits on waiting times are missed."""
+        predicted = self.predicted_above(tokens_per_s, policy)
+        return predicted if predicted is not None and self.limits.are_met(predicted.latency) else None
 
     def holding(self, policy: Policy) -> "Space":
         """The variant that a policy is of."""

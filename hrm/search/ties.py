@@ -28,8 +28,8 @@ def smallest_first(space: Space, ranked: tuple[Estimate, ...]) -> tuple[Estimate
     first = ranked[0]
     enough = (1 - TIE) * max(predicted.tokens_per_s for predicted in ranked)
     for policy in _smaller(space, first.policy, enough)[:_SIMULATED]:
-        predicted = space.predicted(policy)
-        if predicted.tokens_per_s >= enough and space.limits.are_met(predicted.latency):
+        predicted = space.allowed_above(enough, policy)
+        if predicted is not None and predicted.tokens_per_s >= enough:
             first = predicted
             break
     return (first, *(other for other in ranked if other is not first))

@@ -18,7 +18,7 @@ from hrm.policy import Parallelism, Policy
 from hrm.search.bound import CLOSE, LARGEST_BUDGET, Bound, upper_bound
 from hrm.search.choose import TIE, ranked
 from hrm.search.constraints import within_limits
-from hrm.search.exhaustive import Exhaustive
+from hrm.search.exhaustive import Exhaustive, rough
 from hrm.search.lengths import search_lengths
 from hrm.search.polish import polished
 from hrm.search.result import OPTIMAL_GAP, Outcome, SearchResult, Way
@@ -31,9 +31,8 @@ RUNNER_UPS: Final = 2
 _EXHAUSTIVE: Final = Exhaustive()
 _EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
 # More than lengths of their own have brought beside even ones: 1.26 at most of what was tried.
-_LENGTHS_GAIN: Final = 1.5
+_LENGTHS_GAIN: Final = 1.3
 FEW_REGIONS: Final = 2048  # within which a bound should show that a way is not worth a search, if it is to
-ORDERING_REGIONS: Final = 256  # by which is decided what is searched first
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -85,7 +84,7 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     started_s = time.perf_counter()
     asked = [_Searched.nothing_of(space, *way) for way in ways_of(space)]
     searched: dict[int, _Searched] = {}
-    order = sorted(range(len(asked)), key=lambda index: -asked[index].first_ceiling()) if len(asked) > 1 else [0]
+    order = sorted(range(len(asked)), key=lambda index: -asked[index].promise()) if len(asked) > 1 else [0]
     for index in order:
         best = max(searched.values(), key=_Searched.worth, default=None)
         searched[index] = _searched(asked[index], solver, best)
@@ -173,9 +172,9 @@ class _Searched:
             return Bound(inf, 0)
         return _greatest(upper_bound(one, known_tokens_per_s, most_regions) for one in self.spaces)
 
-    def first_ceiling(self) -> float:
-        """A loose bound, by which it is decided what is searched first."""
-        return self.bound(0.0, ORDERING_REGIONS).tokens_per_s / self.handicap
+    def promise(self) -> float:
+        """About the throughput that a search will find, by which it is decided what is searched first."""
+        return 0.0 if self.part is None else rough(self.part) / self.handicap
 
     @property
     def handicap(self) -> float:
@@ -277,7 +276,10 @@ def _with_lengths(alike: _Searched, solver: Solver, best: _Searched) -> _Searche
     firsts = [alike.found]
     if unequal:  # one stage stands for none of them
         firsts += [_found(stage, solver) for stage in different_stages(space, alike.lengths)]
-    own = search_lengths(space, alike.lengths, [predicted.policy for first in firsts for predicted in first.ranked])
+    policies = [
+        policy for first in firsts for policy in (*(predicted.policy for predicted in first.ranked), *first.slower)
+    ]
+    own = search_lengths(space, alike.lengths, policies)
     if unequal or own.tokens_per_s > alike.tokens_per_s * (1 + TIE):
         work = [replace(first, ranked=(), greatest_tokens_per_s=0.0) for first in firsts]
         return replace(alike, part=None, found=Found.best_of([own, *work]))

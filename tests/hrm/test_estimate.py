@@ -19,9 +19,10 @@ from hrm.model_spec import BUILT_IN_MODELS, ModelSpec
 from hrm.phases import decode_work, prefill_seconds, prefill_work, simulate_work, step_seconds
 from hrm.policy import Policy, ScheduleName, kv_tokens_for, spread_experts
 from hrm.schedules import SCHEDULES, decode_pipeline, iter_tasks, pages_of
+from hrm.search import Space
 from hrm.tasks import Device, Lane
 from hrm.workload import WORKLOADS, Workload
-from tests.hrm.random_plans import Case, random_policies
+from tests.hrm.random_plans import Case, random_case, random_policies
 from tests.hrm.support import (
     machine,
     random_dimensions,
@@ -427,3 +428,20 @@ def test_no_phase_is_quicker_than_its_lanes_though_long_ones_are_shortened():
                 assert phase.seconds >= phase.bound_s * (1 - 1e-12)
                 checked += 1
     assert checked > 40
+
+
+def test_a_policy_is_given_up_only_if_it_is_slower_than_asked():
+    rng, given_up, slower = Random(17), 0, 0
+    for _ in range(30):
+        case = random_case(rng)
+        space = Space(case.spec, case.profile, case.workload, dtype=case.dtype)
+        if case.profile.num_gpus > 1:
+            continue
+        for policy in random_policies(rng, case, None, count=2):
+            whole = space.predicted(policy)
+            enough = whole.tokens_per_s * rng.choice([0.5, 0.999, 1.001, 1.1, 2.0])
+            predicted = space.predicted_above(enough, policy)
+            assert predicted is None or (predicted.prefill, predicted.decode) == (whole.prefill, whole.decode)
+            assert predicted is not None or whole.tokens_per_s < enough
+            given_up, slower = given_up + (predicted is None), slower + (whole.tokens_per_s < enough)
+    assert 0.5 * slower < given_up
