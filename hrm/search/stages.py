@@ -1,10 +1,14 @@
 """The stages of a pipeline: what lengths they may have, and the space of what each of them has to do."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import accumulate, pairwise
 from math import ceil, inf
+from operator import and_
 
+from hrm.layers import Layer
 from hrm.machines import stage_part, with_host_memory
 from hrm.model_spec import ModelSpec
 from hrm.parallel import stage_layers, stage_of
@@ -28,27 +32,39 @@ def first_lengths(space: Space) -> Lengths:
 
 
 def least_stage(space: Space, part: Space) -> Space | None:
-    """A stage that takes no longer than the slowest of any lengths, for GPUs and layers with experts that are alike.
+    """A stage that takes no longer than the slowest of any lengths, for GPUs that are alike.
 
-    Of E layers with experts, one of g stages has k = E/g at least, rounded up. Beside them it may have all layers that
-    have none, and so large a share of the host's rates. All stages together have caches and buffers on the host, of
-    which this one's are no more than k/E, and the weights that no GPU has room for. Handing hidden states on is taken
-    to be no longer than what the last stage does instead. None if layers with experts differ by more than their
-    windows; `part` is the space of the stage that stands for all.
+    Of E layers with experts, one of g stages has k = E/g at least, rounded up, and of each kind as many as there are in
+    any k that follow one another. Beside them it may have all layers that have none, and so large a share of the host's
+    rates. All stages together have caches and buffers on the host, of which this one's are no more than k/E, and the
+    weights that no GPU has room for. Handing hidden states on is taken to be no longer than what the last stage does
+    instead. None for GPUs that differ; `part` is the space of the stage that stands for all.
     """
     spec, profile, weights = space.spec, space.profile, space.formats.weights
     with_experts = [layer for layer in spec.layers if layer.has_experts]
-    if profile.gpus or len({layer.without_window for layer in with_experts}) > 1:
-        return None
     count = ceil(len(with_experts) / profile.num_gpus)
-    narrowest = min(with_experts, key=lambda layer: layer.window or inf)
-    least = spec.with_layers([narrowest] * count, has_embedding=False, has_head=False)
+    layers = _least_layers(with_experts, count)
+    if profile.gpus or not layers:
+        return None
+    least = spec.with_layers(layers, has_embedding=False, has_head=False)
     others = spec.num_layers - len(with_experts)
     host, share = profile.host, count / len(with_experts)
     left_bytes = host.usable_bytes - max(0, spec.total_layer_bytes(weights) - profile.top.usable_bytes)
     host_bytes = max(0, int(share * left_bytes)) + least.total_layer_bytes(weights)
     machine = stage_part(profile, 0, (count + others) / spec.num_layers)
     return replace(part, spec=least, profile=with_host_memory(machine, host_bytes, host.usable_pinned_bytes))
+
+
+def _least_layers(layers: Sequence[Layer], count: int) -> list[Layer]:
+    """What any `count` layers that follow one another have in common, and as much as the rest of them has at least.
+
+    The rest are taken for the narrowest of all, or left out if layers differ by more than their windows.
+    """
+    runs = [Counter(layers[first : first + count]) for first in range(len(layers) - count + 1)]
+    common = list(reduce(and_, runs).elements())
+    if len({layer.without_window for layer in layers}) > 1:
+        return common
+    return common + [min(layers, key=lambda layer: layer.window or inf)] * (count - len(common))
 
 
 def space_of_stage(space: Space, index: int, layers: range) -> Space:
