@@ -15,7 +15,10 @@ the cache or on resident experts lies, between two values of these, above the lo
 ends. Rates of a profile that fall with size are raised until this holds (`smoothed`).
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -36,6 +39,7 @@ LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 1024  # regions that are halved at once
+PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it pays to look at twice as many regions
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
 _NEARLY: Final = 1 - 1e-9  # all of the last layer: it may be that none of it is
@@ -67,13 +71,15 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
     enough = known_tokens_per_s * (1 + CLOSE)
     regions, ceilings = bounder.bounded(regions)
     looked_at, settled = len(ceilings), 0.0
+    highest: list[tuple[int, float]] = []  # ceiling when so many had been looked at
     while len(ceilings):
         small = (ceilings <= enough) | bounder.cannot_halve(regions)
         settled = max(settled, float(ceilings[small].max(initial=0.0)))
         regions, ceilings = regions.take(~small), ceilings[~small]
         if not len(ceilings) or looked_at >= most_regions:
             break
-        if looked_at >= BUDGET and ceilings.max() * (1 - OPTIMAL_GAP) <= known_tokens_per_s:
+        highest.append((looked_at, float(ceilings.max())))
+        if looked_at >= BUDGET and _is_enough(highest, known_tokens_per_s):
             break
         order = np.argsort(-ceilings, kind="stable")
         first, rest = order[:ROUND], order[ROUND:]
@@ -82,6 +88,14 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
         regions = regions.take(rest).and_also(halves)
         ceilings = np.concatenate([ceilings[rest], of_halves])
     return Bound(max(settled, float(ceilings.max(initial=0.0))), looked_at)
+
+
+def _is_enough(highest: Sequence[tuple[int, float]], known_tokens_per_s: float) -> bool:
+    """Whether more regions would tell no more: the best known is nearly as good, or half of them told hardly any."""
+    looked_at, now = highest[-1]
+    before = highest[bisect_right(highest, (looked_at / 2, inf)) - 1][1]
+    excess = now - known_tokens_per_s
+    return now * (1 - OPTIMAL_GAP) <= known_tokens_per_s or excess > PROGRESS * (before - known_tokens_per_s)
 
 
 class Bounder:
