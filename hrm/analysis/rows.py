@@ -1,10 +1,17 @@
 """What the questions share: one search as one row, and many rows as a table."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import signal
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any, Final
 
 from hrm.hardware import HardwareProfile
 from hrm.search import SearchResult, Space, search
+from hrm.search.result import no_advice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,12 +40,49 @@ PLAN_COLUMNS = (
 COLUMNS = ("parallelism", "expert_division", "policy", *PLAN_COLUMNS)
 
 
+_PROCESSES: ContextVar[int] = ContextVar("processes", default=1)
+_WORTH_S: Final = 3.0  # of searching before others are started, which take half a second
+
+
+@contextmanager
+def in_processes(count: int) -> Generator[None]:
+    """Long series of searches are divided among so many processes meanwhile.
+
+    They import the main module anew, so a script must guard what it does with `if __name__ == "__main__":`.
+    """
+    before = _PROCESSES.set(count)
+    try:
+        yield
+    finally:
+        _PROCESSES.reset(before)
+
+
 def searched(spaces: Iterable[Space], on_point: OnPoint) -> Iterator[tuple[Space, SearchResult]]:
-    """Every space with what was found in it; `on_point` is called when its row has been made."""
-    for space in spaces:
-        yield space, search(space)
-        if on_point is not None:
-            on_point()
+    """Every space with the best that was found in it, unbounded; `on_point` is called when its row has been made."""
+    left = list(spaces)
+    with ExitStack() as stack:
+        results: Iterator[SearchResult] = map(_best, left)
+        for index, space in enumerate(left):
+            started_s = time.perf_counter()
+            result, rest = next(results), left[index + 1 :]
+            # The first row tells how long the others will take.
+            if index == 0 and _PROCESSES.get() > 1 and (time.perf_counter() - started_s) * len(rest) > _WORTH_S:
+                results = _divided(rest, stack)
+            yield space, result
+            if on_point is not None:
+                on_point()
+
+
+def _best(space: Space) -> SearchResult:
+    return replace(search(space, bounded=False), advice=no_advice)
+
+
+def _divided(spaces: Sequence[Space], stack: ExitStack) -> Iterator[SearchResult]:
+    """The same, in order, by several processes, which are ended with the stack."""
+    count = min(_PROCESSES.get(), len(spaces))
+    # An interrupt is the parent's, which ends the others.
+    pool = stack.enter_context(get_context("spawn").Pool(count, signal.signal, (signal.SIGINT, signal.SIG_IGN)))
+    return pool.imap(_best, spaces)
 
 
 def plan_row(result: SearchResult) -> dict[str, Any]:

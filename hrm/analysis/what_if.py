@@ -9,6 +9,7 @@ from hrm.causes import Cause
 from hrm.errors import HrmError
 from hrm.estimate import Estimate
 from hrm.hardware import HardwareProfile
+from hrm.policy import Policy
 from hrm.scaling import at_cost, resources
 from hrm.search import SearchResult, Space, search
 
@@ -24,8 +25,8 @@ def what_if(space: Space, *, factor: float = 1.1, on_point: OnPoint = None) -> "
     much there is then of what there was), `change` (share by which tokens/s grow with the policy
     that is then best), `same_policy_change` (with today's policy), `elasticity` (relative change of
     throughput per relative change of the resource), `same_policy`, and those of `search_row` for
-    the new policy. Raises PolicyError if nothing fits the machine as it is, and HrmError for an
-    impossible factor.
+    the new policy. Nothing is looked for that is better than today's policy by less than two thousandths. Raises
+    PolicyError if nothing fits the machine as it is, and HrmError for an impossible factor.
     """
     if not 0 < factor < math.inf or factor == 1:
         raise HrmError("factor", factor, "must be positive and other than 1", "give 1.1 for 10 % more")
@@ -33,21 +34,26 @@ def what_if(space: Space, *, factor: float = 1.1, on_point: OnPoint = None) -> "
     today = found.require()
     rows = [_waiting_row(found, today, space.profile, factor)]
     varied = resources(space.profile)
-    machines = (replace(space, profile=at_cost(space.profile, resource, 1 / factor)) for resource in varied)
-    for resource, (changed, result) in zip(varied, searched(machines, on_point), strict=True):
-        best, kept = result.best, changed.predicted(today.policy)
-        if kept.memory.fits and (best is None or kept.tokens_per_s > best.tokens_per_s):
-            best = kept  # a search is no oracle: what was best before may still be
+    machines = [replace(space, profile=at_cost(space.profile, resource, 1 / factor)) for resource in varied]
+    keeping = [_allowed(machine, today.policy) for machine in machines]
+    spaces = [
+        replace(machine, known_tokens_per_s=0.0 if kept is None else kept.tokens_per_s)
+        for machine, kept in zip(machines, keeping, strict=True)
+    ]
+    for resource, kept, (changed, result) in zip(varied, keeping, searched(spaces, on_point), strict=True):
+        # Nothing is found where today's policy is still as good as any.
+        known = [one for one in (kept, result.best) if one is not None]
+        best = max(known, key=lambda one: one.tokens_per_s, default=None)
         assert best is not None or factor < 1, "more of a resource never takes what fitted away"
         change = math.nan if best is None else best.tokens_per_s / today.tokens_per_s - 1
-        kept_change = kept.tokens_per_s / today.tokens_per_s - 1
+        kept_change = math.nan if kept is None else kept.tokens_per_s / today.tokens_per_s - 1
         times = 1 / factor if resource.is_latency else factor
         rows.append(
             {
                 "resource": resource.value,
                 "factor": times,
                 "change": change,
-                "same_policy_change": kept_change if kept.memory.fits else math.nan,
+                "same_policy_change": kept_change,
                 "elasticity": change / (times - 1),
                 "same_policy": best is not None and best.policy == today.policy,
                 **search_row(replace(result, best=best), changed.profile),
@@ -56,6 +62,12 @@ def what_if(space: Space, *, factor: float = 1.1, on_point: OnPoint = None) -> "
     rows.sort(key=lambda row: -row["change"] if row["change"] == row["change"] else math.inf)
     columns = ("resource", "factor", "change", "same_policy_change", "elasticity", "same_policy")
     return table(rows, columns)
+
+
+def _allowed(space: Space, policy: Policy) -> Estimate | None:
+    """What a policy does, if it fits and meets the limits on waiting times."""
+    predicted = space.predicted(policy)
+    return predicted if predicted.memory.fits and space.limits.are_met(predicted.latency) else None
 
 
 def _waiting_row(found: SearchResult, today: Estimate, profile: HardwareProfile, factor: float) -> dict[str, Any]:

@@ -60,11 +60,17 @@ table_output_options = together(
 
 @contextmanager
 def searching(total: int | None) -> Generator[Callable[[], object]]:
-    """A progress bar on standard error, if that is a terminal; what is yielded is called after each search."""
+    """A progress bar on standard error, if that is a terminal; what is yielded is called after each search.
+
+    Meanwhile long series of searches are divided among all cores.
+    """
     from rich.progress import Progress
 
+    from hrm.analysis.rows import in_processes
+    from hrm.profiling.environment import usable_cores
+
     stderr = Console(stderr=True)
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar, in_processes(usable_cores()):
         shown = bar.add_task("searching", total=total)
         yield lambda: bar.advance(shown)
 

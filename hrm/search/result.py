@@ -55,14 +55,20 @@ class Way:
         return f"{self.parallelism.value} parallel{whole}"
 
 
+def no_advice() -> tuple[str, str]:
+    """Where there is nothing to change."""
+    return "", ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """The best policy (`best`) and what is next to it; `best` is None if nothing fits.
 
     `solver` is the name of what searched, and `evaluates` says in words what `evaluations` count.
     `greatest_tokens_per_s` is the greatest closed-form throughput that was found. No policy of the
-    whole space can have more than `bound_tokens_per_s`, neither in closed form nor simulated;
-    `hrm.search.bound` looked at so many `regions` to show it. `simulated` policies were simulated.
+    whole space can have more than `bound_tokens_per_s`, neither in closed form nor simulated, which is infinite if
+    no bound was asked for; `hrm.search.bound` looked at so many `regions` to show it. `simulated` policies were
+    simulated.
     `ways` are those of dividing the work between several GPUs, the chosen one among them; for a
     single GPU there are none. Where nothing fits, `advice` works out what is lacking and what to
     change.
@@ -79,7 +85,7 @@ class SearchResult:
     regions: int
     seconds: float
     simulated: int
-    advice: Callable[[], tuple[str, str]] = field(default=lambda: ("", ""), compare=False)
+    advice: Callable[[], tuple[str, str]] = field(default=no_advice, compare=False)
     ways: tuple[Way, ...] = ()
 
     @property

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import reduce
 from itertools import accumulate, pairwise
 from math import ceil, inf
-from operator import and_
 
 from hrm.layers import Layer
 from hrm.machines import stage_part, with_host_memory
@@ -61,7 +60,7 @@ def _least_layers(layers: Sequence[Layer], count: int) -> list[Layer]:
     The rest are taken for the narrowest of all, or left out if layers differ by more than their windows.
     """
     runs = [Counter(layers[first : first + count]) for first in range(len(layers) - count + 1)]
-    common = list(reduce(and_, runs).elements())
+    common = list(reduce(lambda one, other: one & other, runs).elements())
     if len({layer.without_window for layer in layers}) > 1:
         return common
     return common + [min(layers, key=lambda layer: layer.window or inf)] * (count - len(common))

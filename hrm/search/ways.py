@@ -36,7 +36,9 @@ FEW_REGIONS: Final = 2048  # within which a bound should show that a way is not 
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
-def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNNER_UPS) -> SearchResult:
+def search(
+    space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNNER_UPS, bounded: bool = True
+) -> SearchResult:
     """The policy with the highest job throughput that fits and meets the limits on waiting times.
 
     Of those that are as fast to a thousandth, the one with the smallest batch is chosen. With several GPUs, tensor
@@ -44,15 +46,17 @@ def search(space: Space, solver: Solver = _EXHAUSTIVE, *, runner_ups: int = RUNN
     asked for, and the result names all: the most promising first, and none that a bound shows to be no better than
     another. Whole experts must be faster than divided ones by more than a hundredth, as tokens may go to them less
     evenly than plans are told. GPUs that are not all alike are searched without those of some kinds as well. If nothing
-    is possible or fits, the result says so.
+    is possible or fits, the result says so, or if the space is known to hold as good a policy as any; what is only the
+    best that is found, if it need not be `bounded`, takes less time.
     """
-    found = _search(space, solver, runner_ups)
+    found = _search(space, solver, runner_ups, bounded=bounded)
     for gpus in sets_of_kinds(space.profile):
         if found.outcome is Outcome.INTERRUPTED:
             break
         if len(gpus) == 1 and (space.parallelism, space.expert_division) != (None, None):
             continue  # which is asked of several
-        fewer = _search(replace(space, profile=only_gpus(space.profile, gpus)), solver, runner_ups)
+        alone = replace(space, profile=only_gpus(space.profile, gpus))
+        fewer = _search(alone, solver, runner_ups, bounded=bounded)
         found = _either(found, fewer, gpus)
     return found
 
@@ -79,7 +83,7 @@ def _either(all_used: SearchResult, fewer: SearchResult, gpus: tuple[int, ...]) 
     )
 
 
-def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
+def _search(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> SearchResult:
     """The same with all GPUs of the space."""
     started_s = time.perf_counter()
     asked = [_Searched.nothing_of(space, *way) for way in ways_of(space)]
@@ -99,7 +103,9 @@ def _search(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
     ways[ways.index(fastest)] = chosen
     found = Found.best_of(way.found for way in ways)
     most_regions = LARGEST_BUDGET if chosen.found.ranked else FEW_REGIONS
-    bound = _greatest(way.bound(found.greatest_tokens_per_s, most_regions) for way in ways)
+    bound = Bound(inf, 0)
+    if bounded:
+        bound = _greatest(way.bound(found.greatest_tokens_per_s, most_regions) for way in ways)
     result = SearchResult(
         solver=solver.name,
         evaluates=solver.evaluates,
@@ -243,21 +249,22 @@ def _searched(way: _Searched, solver: Solver, best: _Searched | None) -> _Search
     part = way.part
     if part is None:
         return way
-    if best is not None and best.found.ranked:
-        way = way.with_spaces(best.found.ranked[0].policy)
-        bound = way.bound(best.worth(), FEW_REGIONS)
-        if bound.tokens_per_s <= best.worth() * way.handicap * (1 + CLOSE):
+    worth = max(way.whole.known_tokens_per_s, 0.0 if best is None else best.worth())
+    if worth > 0:
+        way = way.with_spaces(best.found.ranked[0].policy if best is not None and best.found.ranked else None)
+        bound = way.bound(worth, FEW_REGIONS)
+        if bound.tokens_per_s <= worth * way.handicap * (1 + CLOSE):
             return replace(way, hopeless=bound)
-    found = _found(replace(part, known_tokens_per_s=_known(way, best)), solver)
+    found = _found(replace(part, known_tokens_per_s=_known(way, worth)), solver)
     return replace(way, found=found).with_spaces(found.ranked[0].policy if found.ranked else None)
 
 
-def _known(way: _Searched, best: _Searched | None) -> float:
+def _known(way: _Searched, worth: float) -> float:
     """What a part must exceed; nothing where the rate of a stage is not yet that of the whole."""
     in_stages = way.parallelism is Parallelism.PIPELINE
-    if best is None or (in_stages and (way.lengths or way.whole.workload.num_requests is not None)):
+    if in_stages and (way.lengths or way.whole.workload.num_requests is not None):
         return 0.0
-    return best.worth() * way.handicap
+    return worth * way.handicap
 
 
 def _with_lengths(alike: _Searched, solver: Solver, best: _Searched) -> _Searched:

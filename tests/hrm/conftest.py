@@ -28,15 +28,15 @@ def rough_bounds(monkeypatch):
 def searches_kept():
     """A module's searches, each done once, for tests that lay answers of many searches beside searches one by one.
 
-    A search of another space, by another solver or of other bounds is another one.
+    A search of another space, by another solver or of other bounds is another one; one without is as good with them.
     """
     found: dict[tuple[object, ...], SearchResult] = {}
     search = ways._search
 
-    def kept(space: Space, solver: Solver, runner_ups: int) -> SearchResult:
+    def kept(space: Space, solver: Solver, runner_ups: int, *, bounded: bool) -> SearchResult:
         asked = repr(space), repr(solver), runner_ups, bound.BUDGET, bound.LARGEST_BUDGET
         if asked not in found:
-            found[asked] = search(space, solver, runner_ups)
+            found[asked] = search(space, solver, runner_ups, bounded=True)
         return found[asked]
 
     with pytest.MonkeyPatch.context() as patch:
