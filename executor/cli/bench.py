@@ -19,12 +19,17 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names or [text]:
-        if name not in set(ScheduleName):
-            near = closest(name, ScheduleName)
-            remedy = f"did you mean {near}?" if near else "correct it"
-            raise PolicyError(option.opts[0], name, f"must be one of {', '.join(ScheduleName)}", remedy)
-    return tuple(map(ScheduleName, names))
+    return tuple(_schedule(name, option) for name in names or [text])
+
+
+def _schedule(name: str, option: click.Parameter) -> ScheduleName:
+    try:
+        return ScheduleName(name)
+    except ValueError:
+        near = closest(name, ScheduleName)
+        remedy = f"did you mean {near}?" if near else "correct it"
+        rule = f"must be one of {', '.join(ScheduleName)}"
+        raise PolicyError(option.opts[0], name, rule, remedy) from None
 
 
 @click.command()

@@ -238,6 +238,10 @@ def _bad_value(error: click.BadParameter, command: str, remedy: str) -> HrmError
             rule = "must be a whole number"
         case click.types.FloatParamType():
             rule = "must be a number"
+        case click.Path(file_okay=False) if rule == "is a file":
+            rule, remedy = "must be a folder, not a file", "name a folder"
+        case click.Path(dir_okay=False) if rule == "is a directory":
+            rule, remedy = "must be a file, not a folder", "name a file"
         case _:
             pass
     return HrmError(parameter_name(error.param) or command, value, rule, remedy)

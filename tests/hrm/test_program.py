@@ -139,6 +139,10 @@ def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, s
                 yield [flag, "1.5"], flag, "'1.5'", "must be a whole number"
             case click.types.FloatParamType():
                 yield [flag, "zzz"], flag, "'zzz'", "must be a number"
+            case click.Path(dir_okay=False):
+                yield [flag, "/"], flag, "'/'", "must be a file, not a folder"
+            case click.Path(file_okay=False):
+                yield [flag, __file__], flag, f"'{__file__}'", "must be a folder, not a file"
 
 
 @pytest.mark.parametrize("path", COMMANDS)
@@ -153,7 +157,8 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         assert said is not None, err
         assert (said["where"], said["value"]) == (where, value), err
         assert rule in said["rule"], err
-        assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith("did you mean "), err
+        remedies = ("did you mean ", "name a file", "name a folder")
+        assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith(remedies), err
 
 
 @pytest.mark.parametrize(
