@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from hrm.errors import HrmError, ProfileError, brief_value, closest
+from hrm.errors import HrmError, ProfileError, brief_value, meant
 
 _T = TypeVar("_T")
 _S = TypeVar("_S")
@@ -110,8 +110,8 @@ class _Reader:
     def _choice(self, plain: Any, choices: dict[Any, Any], path: str) -> Any:
         if isinstance(plain, str | int) and plain in choices:
             return choices[plain]
-        near = closest(plain, map(str, choices)) if isinstance(plain, str) else None
-        remedy = f"did you mean {near}?" if near else "correct the value"
+        otherwise = "correct the value"
+        remedy = meant(plain, map(str, choices), otherwise) if isinstance(plain, str) else otherwise
         raise self._refusal(path, plain, f"must be one of {', '.join(map(str, choices))}", remedy)
 
     def _member(self, plain: Any, kind: type[Enum], path: str) -> Enum:
@@ -186,12 +186,11 @@ class _Reader:
         all_known = f"{kind.__name__} ({', '.join(known)})"
         for key, value in plain.items():
             if key not in known and key not in retired and not self.other_keys:
-                close = closest(str(key), known)
                 raise self._refusal(
                     _under(path, key),
                     value,
                     f"is no field of {all_known}",
-                    f"did you mean {close}?" if close else "remove or correct it",
+                    meant(str(key), known, "remove or correct it"),
                 )
         for name, item in known.items():
             required = item.default is MISSING and item.default_factory is MISSING

@@ -6,7 +6,7 @@ import click
 
 from executor.cli.options import accelerator_options
 from hrm.cli.params import json_option, policy_option
-from hrm.errors import PolicyError, closest
+from hrm.errors import PolicyError, meant
 from hrm.policy import ScheduleName
 from hrm.units import counted, format_seconds
 
@@ -26,10 +26,8 @@ def _schedule(name: str, option: click.Parameter) -> ScheduleName:
     try:
         return ScheduleName(name)
     except ValueError:
-        near = closest(name, ScheduleName)
-        remedy = f"did you mean {near}?" if near else "correct it"
         rule = f"must be one of {', '.join(ScheduleName)}"
-        raise PolicyError(option.opts[0], name, rule, remedy) from None
+        raise PolicyError(option.opts[0], name, rule, meant(name, ScheduleName, "correct it")) from None
 
 
 @click.command()

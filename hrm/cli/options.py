@@ -11,7 +11,7 @@ import click
 from hrm.cli.machine_choice import MachineChoice, machines_options
 from hrm.cli.params import Command, enum_option, policy_option, together
 from hrm.cli.texts import formats_text
-from hrm.errors import PolicyError, WorkloadError
+from hrm.errors import PolicyError, WorkloadError, meant
 from hrm.formats import FORMATS, SCALED_KV_FORMATS, USUAL_PACKED, Formats, packed_format
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
@@ -183,7 +183,9 @@ def _in_format(spec: ModelSpec, name: str) -> tuple[ModelSpec, str]:
     form = packed_format(name)
     if form is None:
         known = f"{AUTO}, {', '.join(FORMATS)}, or a packed format like {', '.join(USUAL_PACKED)}"
-        raise PolicyError("--weight-format", name, f"must be {known}", "choose one of them")
+        raise PolicyError(
+            "--weight-format", name, f"must be {known}", meant(name, (*FORMATS, *USUAL_PACKED), "choose one of them")
+        )
     return packed_as(spec, form), ""
 
 

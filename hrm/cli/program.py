@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from hrm.errors import HrmError, closest, one_line
+from hrm.errors import HrmError, meant, one_line
 
 
 class Interrupted(click.Abort):
@@ -36,8 +36,7 @@ class CommandGroup(click.Group):
         """The command that is called; HrmError if there is none of that name."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            near = closest(name, self.list_commands(ctx))
-            remedy = f"did you mean {near}?" if near else f"see {ctx.command_path} --help"
+            remedy = meant(name, self.list_commands(ctx), f"see {ctx.command_path} --help")
             raise HrmError(name, "<unknown>", f"is no command of {ctx.command_path}", remedy)
         return super().resolve_command(ctx, args)
 
@@ -229,8 +228,7 @@ def _bad_value(error: click.BadParameter, command: str, remedy: str) -> HrmError
     match error.param.type if error.param is not None else None:
         case click.Choice() as kind:
             choices = [str(choice) for choice in kind.choices]
-            rule, near = f"must be one of {', '.join(choices)}", closest(value, choices)
-            remedy = f"did you mean {near}?" if near else remedy
+            rule, remedy = f"must be one of {', '.join(choices)}", meant(value, choices, remedy)
         case click.IntRange(min=least, max=most):
             ends = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
             rule = f"must be a whole number of {' and '.join(ends)}"

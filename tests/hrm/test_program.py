@@ -172,6 +172,11 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         ("hrm estimate --schedule fastdecod", "fastdecode"),
         ("executor run --schedule fastdecod", "fastdecode"),
         ("executor bench --model dbrx --schedules cgopipe,fastdecod", "fastdecode"),
+        ("hrm search --gpus 1xL4 --model dbrx --workload mtbnch", "mtbench"),
+        ("hrm search --gpus 1xL4 --model dbrx --set h2d-bandwith=24GB/s", "h2d-bandwidth"),
+        ("hrm search --gpus 1xL4 --model dbrx --weight-format int4-32", "int4-g32"),
+        ("hrm map --gpus 1xL4 --model dbrx --x cpu-memry=1GB:2GB:2 --y gpu=1:2:2", "cpu-memory"),
+        ("hrm plot sweep --gpus 1xL4 --model dbrx --vary cpu-memry --from 1GB --to 2GB --out x.png", "cpu-memory"),
     ],
 )
 def test_what_is_nearest_to_a_wrong_word_is_named(capsys, words, near):
