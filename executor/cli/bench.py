@@ -49,7 +49,7 @@ def _schedule(name: str, option: click.Parameter) -> ScheduleName:
     metavar="A,B,…",
     callback=_schedules,
     help="Schedules to compare with the first [default: "
-    f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
+    f"{', '.join(ScheduleName)}; the policy's alone on a machine of one level].",
 )
 @click.option("--prompt-len", type=click.IntRange(min=1), help="Tokens of a prompt [default: the policy's, or 64].")
 @click.option(

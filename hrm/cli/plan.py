@@ -133,13 +133,10 @@ def search(
     ]
     if pareto is not None or fleet is not None or len(spaces) > 1:
         several = "--fleet" if fleet is not None else "--pareto" if pareto is not None else "several machines"
-        if solver.name != DEFAULT_SOLVER or out is not None:
-            raise PolicyError(
-                "--solver and --out",
-                f"<{several}>",
-                "are for one search",
-                "leave them out, or name one machine without --pareto",
-            )
+        for flag, given in (("--solver", solver.name if solver.name != DEFAULT_SOLVER else None), ("--out", out)):
+            if given is not None:
+                rule = f"is for one search, and does not go with {several}"
+                raise PolicyError(flag, str(given), rule, "leave it out, or ask for one search")
         compared = Compared(choice, spaces)
         if pareto is not None:
             show_front(pareto, compared, output)

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
@@ -17,6 +17,8 @@ from typing import Any, Final, NoReturn
 import click
 
 from hrm.errors import HrmError, meant, one_line
+
+_HYPHEN: Final = "\N{NON-BREAKING HYPHEN}"  # at which no line is broken
 
 
 class Interrupted(click.Abort):
@@ -27,8 +29,31 @@ class _ReaderGone(Exception):  # noqa: N818 - no error: somebody has seen enough
     """A pipe that is written to was closed at its other end; click would exit with 1."""
 
 
+class _Help(click.HelpFormatter):
+    """Help whose lines never end within a word, such as `--gen-len`."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(_unbroken(text))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl([(term, _unbroken(said)) for term, said in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        return super().getvalue().replace(_HYPHEN, "-")
+
+
+def _unbroken(text: str) -> str:
+    return text.replace("-", _HYPHEN)
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
 class CommandGroup(click.Group):
     """Commands that tell a mistake with the command it was made in and the word that was perhaps meant."""
+
+    context_class = _Context
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -38,7 +63,10 @@ class CommandGroup(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             remedy = meant(name, self.list_commands(ctx), f"see {ctx.command_path} --help")
             raise HrmError(name, "<unknown>", f"is no command of {ctx.command_path}", remedy)
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        if found[1] is not None:
+            found[1].context_class = _Context
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the command returns."""

@@ -161,6 +161,15 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith(remedies), err
 
 
+@pytest.mark.parametrize("path", COMMANDS)
+def test_lines_of_help_fit_a_narrow_terminal_and_end_between_words(capsys, monkeypatch, path):
+    monkeypatch.setenv("COLUMNS", "80")
+    program, *words = path.split()
+    import_module(f"{program}.cli").main([*words, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if len(line) > 80 or line.endswith("-") or "\N{NON-BREAKING HYPHEN}" in line]
+
+
 @pytest.mark.parametrize(
     ("words", "near"),
     [
