@@ -204,6 +204,7 @@ class _Reader:
         where, name = error.where, plain.get("name")
         if isinstance(name, str) and name and where.startswith(name):
             where = where.removeprefix(name).lstrip(".: ")
+        where = where.removeprefix(f"{path.rpartition('.')[2]}: ")  # which a policy says of itself
         return ProfileError(
             f"{self.file}: {_under(path, where)}" if where or path else self.file, error.value, error.rule, error.remedy
         )
