@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from hrm.errors import HrmError, meant, one_line
+from hrm.errors import HrmError, closest, meant, one_line
 
 _HYPHEN: Final = "\N{NON-BREAKING HYPHEN}"  # at which no line is broken
 
@@ -50,6 +50,17 @@ class _Context(click.Context):
     formatter_class = _Help
 
 
+def _check_once(command: click.Command, args: list[str]) -> None:
+    """Raise HrmError for an option with two values, of which click would take the last."""
+    with suppress(click.UsageError):  # which is told when the command is called
+        parser = command.make_parser(click.Context(command, resilient_parsing=True))
+        _, _, given = parser.parse_args(list(args))
+        for option in given:
+            alone = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+            if alone and given.count(option) > 1:
+                raise HrmError(parameter_name(option), "<given twice>", "may be given once only", "leave one out")
+
+
 class CommandGroup(click.Group):
     """Commands that tell a mistake with the command it was made in and the word that was perhaps meant."""
 
@@ -63,10 +74,11 @@ class CommandGroup(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             remedy = meant(name, self.list_commands(ctx), f"see {ctx.command_path} --help")
             raise HrmError(name, "<unknown>", f"is no command of {ctx.command_path}", remedy)
-        found = super().resolve_command(ctx, args)
-        if found[1] is not None:
-            found[1].context_class = _Context
-        return found
+        found, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            command.context_class = _Context
+            _check_once(command, rest)
+        return found, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the command returns."""
@@ -231,8 +243,10 @@ def usage_mistake(error: click.UsageError, program: str) -> HrmError:
     remedy = f"see {command} --help"
     match error:
         case click.NoSuchOption():
-            close = error.possibilities or ()
-            guess = f"did you mean {close[0]}?" if close else remedy
+            # Without their dashes, by which all options are alike.
+            words = {option.strip("-"): option for option in error.possibilities or ()}
+            close = closest(error.option_name.strip("-"), words)
+            guess = f"did you mean {words[close]}?" if close else remedy
             return HrmError(error.option_name, "<unknown>", f"is no option of {command}", guess)
         case click.MissingParameter():
             name = parameter_name(error.param)

@@ -195,14 +195,14 @@ MISTAKES = {
     "an unknown option": (["search", "--modle", "dbrx"], "--modle is <unknown>"),
     "an option without its value": (["search", "--model"], "--model is <incomplete>"),
     "an option left out": (["search", "--gpus", "T4"], "--model is <missing>: must be given"),
-    "a length that is no number": ([*ESTIMATE, "--gen-len", "x"], "--gen-len is 'x'"),
+    "a length that is no number": ([*ESTIMATE, "--mean-gen-len", "x"], "--mean-gen-len is 'x'"),
     "an unknown schedule": ([*ESTIMATE, "--schedule", "s9"], "--schedule is 's9': must be one of cgopipe, "),
     "a word too many": (["search", *T4, "fast"], "unexpected extra argument"),
     "steps out of range": (
         ["simulate", "--steps", "0"],
         "--steps is '0': must be a whole number of at least 1 and at most 64",
     ),
-    "a folder for a file": (["simulate", "--policy", "/"], "--policy is '/': is a directory"),
+    "a folder for a file": (["simulate", "--policy", "/"], "--policy is '/': must be a file, not a folder"),
     "no run given": (["validate"], "RUN is <missing>"),
     "an endless prompt": (["search", *T4, "--prompt-len", "inf", "--gen-len", "1"], "--prompt-len is inf"),
     "no prompt": (
@@ -212,7 +212,7 @@ MISTAKES = {
     "a chunk of no tokens": ([*ESTIMATE, "--prefill-chunk", "0"], "prefill_chunk_tokens is 0: must be at least 1"),
     "memory of no GPU": (
         ["profile", "--accelerator", "cpu", "--gpu-memory", "1GB", "--out", "/tmp/unwritten.yaml"],
-        "--gpu-memory is 1000000000: needs a GPU level",
+        "--gpu-memory is <1.00 GB>: needs a GPU level",
     ),
 }
 

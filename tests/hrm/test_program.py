@@ -90,7 +90,7 @@ def test_both_programs_tell_a_mistake_in_the_arguments_alike(program):
     command = "search" if program == "hrm" else "run"
     code, err = ended(started(program, command, "--foo", stdout=subprocess.DEVNULL))
     assert code == 2
-    assert err.startswith(f"error: --foo is <unknown>: is no option of {program} {command}; ")
+    assert err == f"error: --foo is <unknown>: is no option of {program} {command}; see {program} {command} --help\n"
     assert err.count("\n") == 1
 
 
@@ -130,6 +130,8 @@ def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, s
             continue
         if option.type.name != "text" or option.required:  # --kv-on-gpu may stand alone
             yield [flag], flag, "<incomplete>", "needs a value"
+        if not option.multiple:
+            yield [flag, "1", f"{flag}=2"], flag, "<given twice>", "may be given once only"
         match option.type:
             case click.Choice():
                 yield [flag, "zzz"], flag, "'zzz'", "must be one of "
@@ -157,7 +159,7 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         assert said is not None, err
         assert (said["where"], said["value"]) == (where, value), err
         assert rule in said["rule"], err
-        remedies = ("did you mean ", "name a file", "name a folder")
+        remedies = ("did you mean ", "name a file", "name a folder", "leave one out")
         assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith(remedies), err
 
 

@@ -49,9 +49,9 @@ class Journal:
     def __init__(self, path: Path, measures: dict[str, str], *, date: str, resume: bool = False) -> None:
         """Start the file anew with the first step, or go on with it if `resume` and there is one.
 
-        Until then it stays what it was, for another time. It is locked until it is closed or removed. `measures` says what is measured: options
-        and machine. Raises ProfileError if another process writes to the file, if that to go on
-        with was measured otherwise, or if it cannot be read or written.
+        Until then it stays what it was, for another time. It is locked until it is closed or removed. `measures` says
+        what is measured: options and machine. Raises ProfileError if another process writes to the file, if that to go
+        on with was measured otherwise, or if it cannot be read or written.
         """
         self.path, self.date = path, date
         self._kept: dict[str, _Kept] = {}
