@@ -11,11 +11,11 @@ import torch
 from executor.backends import in_thread_of_its_own
 from executor.checkpoint import Checkpoint
 from executor.download import Located, locate
-from executor.errors import JobError
+from executor.errors import CheckpointError, JobError
 from executor.job.machine import AcceleratorOptions
 from executor.job.weights import ModelWeights
 from executor.model.host_kernels import host_kernels
-from hrm.errors import WorkloadError
+from hrm.errors import WorkloadError, closest
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
@@ -57,14 +57,24 @@ class BenchOptions:
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
+def _built_in(name: str) -> str | ModelSpec:
+    """The built-in model of that name, or else the name; CheckpointError if one was perhaps meant."""
+    if name in BUILT_IN_MODELS:
+        return load_model(name)
+    if "/" not in name and not Path(name).exists() and (near := closest(name, BUILT_IN_MODELS)):
+        rule = "must be a checkpoint's folder, org/name on the Hub, or a built-in name"
+        raise CheckpointError("--model", name, rule, f"did you mean {near}?")
+    return name
+
+
 def model_of(options: BenchOptions, stack: ExitStack) -> tuple[ModelWeights, Located | None]:
     """The model that is asked for with its weights, and where these are, if they are not random.
 
     `stack` is to hold a checkpoint open.
     """
     layers, model, located = options.num_layers, options.model, None
-    if isinstance(model, str) and model in BUILT_IN_MODELS:
-        model = load_model(model)
+    if isinstance(model, str):
+        model = _built_in(model)
     if isinstance(model, ModelSpec):
         found = ModelWeights.random(model, options.seed)
     else:

@@ -183,6 +183,7 @@ def test_lines_of_help_fit_a_narrow_terminal_and_end_between_words(capsys, monke
         ("hrm estimate --schedule fastdecod", "fastdecode"),
         ("executor run --schedule fastdecod", "fastdecode"),
         ("executor bench --model dbrx --schedules cgopipe,fastdecod", "fastdecode"),
+        ("executor bench --model mixtral-8x7", "mixtral-8x7b"),
         ("hrm search --gpus 1xL4 --model dbrx --workload mtbnch", "mtbench"),
         ("hrm search --gpus 1xL4 --model dbrx --set h2d-bandwith=24GB/s", "h2d-bandwidth"),
         ("hrm search --gpus 1xL4 --model dbrx --weight-format int4-32", "int4-g32"),
