@@ -160,7 +160,7 @@ def search(
 
 @contextmanager
 def _trials_bar(solver: Solver) -> Generator[Solver]:
-    """The solver with a progress bar on standard error, if it tries one policy after the other."""
+    """The solver with a progress bar on standard error, from the first on, if it tries one policy after the other."""
     if solver.name != "optuna":
         yield solver
         return
@@ -170,13 +170,18 @@ def _trials_bar(solver: Solver) -> Generator[Solver]:
     from hrm.search.bayesian import Optuna
 
     assert isinstance(solver, Optuna)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task("trials", total=solver.trials)
+    bar = Progress(console=Console(stderr=True), transient=True)
+    shown = bar.add_task("trials", total=solver.trials)
 
-        def advance(number: int, best: float) -> None:
-            bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
+    def advance(number: int, best: float) -> None:
+        bar.start()
+        bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
 
+    try:
         yield replace(solver, progress=advance)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @click.command()

@@ -196,6 +196,14 @@ MISTAKES = {
     "an option without its value": (["search", "--model"], "--model is <incomplete>"),
     "an option left out": (["search", "--gpus", "T4"], "--model is <missing>: must be given"),
     "a length that is no number": ([*ESTIMATE, "--mean-gen-len", "x"], "--mean-gen-len is 'x'"),
+    "a file of another kind for trials": (
+        ["search", *T4, "--solver", "optuna", "--trials", "1", "--storage", __file__],
+        "this one holds something else; give another --storage",
+    ),
+    "a dtype that the GPU has not": (
+        ["search", "--model", "dbrx", "--gpus", "4xT4", "--dtype", "bfloat16"],
+        "--dtype is 'bfloat16': must be one that NVIDIA T4 computes in; leave it out, or give --dtype float16",
+    ),
     "an unknown schedule": ([*ESTIMATE, "--schedule", "s9"], "--schedule is 's9': must be one of cgopipe, "),
     "a word too many": (["search", *T4, "fast"], "unexpected extra argument"),
     "steps out of range": (
