@@ -17,7 +17,7 @@ from executor.formats.schemes import SCHEMES, Scheme
 from executor.gguf_file import GgufFile
 from executor.safetensors_file import DOWNLOAD_AGAIN, DTYPES, FLOAT_DTYPES, SafetensorsFile, StoredTensor, TensorFile
 from hrm.formats import PackedFormat
-from hrm.model_spec import decoder_keys
+from hrm.model_spec import BUILT_IN_MODELS, decoder_keys
 from hrm.model_spec.gguf import SUFFIX, read_header
 from hrm.model_spec.published_dtype import with_quantisation
 from hrm.model_spec.quantisation import TEXT_PREFIXES, Quantisation, quantisation
@@ -97,9 +97,11 @@ class Checkpoint:
         if folder.suffix == SUFFIX and folder.is_file():
             return cls._of_gguf(folder, name)
         if not folder.is_dir():
-            raise CheckpointError(
-                "--model", str(folder), "must be a folder with a config.json and safetensors files", "check the path"
-            )
+            remedy = "check the path"
+            if str(folder) in BUILT_IN_MODELS:
+                remedy = "built-in names have no weights: give a folder, or org/name on the Hub"
+            rule = "must be a folder with a config.json and safetensors files"
+            raise CheckpointError("--model", str(folder), rule, remedy)
         config = read_config(folder)
         index_path = index_file(folder)
         indexed = indexed_files(index_path) if index_path is not None else {}

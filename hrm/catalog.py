@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Final, cast
 
 from hrm.errors import ProfileError
+from hrm.files import is_file
 from hrm.hardware import GpuCard, HardwareProfile, Host
 
 Part = HardwareProfile | GpuCard | Host
 
 KINDS: Final = ("gpus", "hosts", "machines")  # folders of the catalog, in the order of a search
+
+_ALL_NAMES: Final = "hrm profiles alone lists all names"
 
 # Words that people leave out of a name, or add to it.
 _BRANDS: Final = frozenset({"nvidia", "geforce", "rtx", "tesla", "quadro", "amd", "instinct", "ryzen", "apple"})
@@ -82,9 +85,8 @@ def find_file(flag: str, name: str, kinds: Sequence[str] = KINDS) -> Path:
         raise ProfileError(
             flag, name, "is nothing that comes with hrm, and no YAML file", f"did you mean {' or '.join(near)}?"
         )
-    raise ProfileError(
-        flag, name, f"must be one of {', '.join(known)}, or a YAML file", "hrm profiles alone lists all names"
-    )
+    remedy = f"for the file, write {os.curdir}{os.sep}{name}" if is_file(Path(name)) else _ALL_NAMES
+    raise ProfileError(flag, name, f"must be one of {', '.join(known)}, or a YAML file", remedy)
 
 
 def spelled(name: str) -> str:

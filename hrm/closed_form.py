@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
-from hrm.acts import Counts, Load, decode, prefill
+from hrm.acts import ACTS, Counts, Load, decode, prefill
 from hrm.contract.rings import EXPERT_SLOTS
 from hrm.costs import Costs
 from hrm.formats import Format
@@ -168,12 +168,12 @@ class DecodeStep:
             part_experts=point.experts_per_part,
             page_bytes=point.streamed_bytes(spec, costs.formats.weights, Phase.DECODE) / pages,
         )
-        fixed = LaneWork.of((act for act in decode.ALL if not act.attends), counts, load)
+        fixed = LaneWork.of((act for act in ACTS[Phase.DECODE] if not act.attends), counts, load)
         return DecodeStep(costs=costs, schedule=schedule, counts=counts, load=load, fixed=fixed)
 
     def seconds(self, context: Number) -> PhaseSeconds:
         """Seconds of the step over a mean context."""
-        attending = (act for act in decode.ALL if act.attends)
+        attending = (act for act in ACTS[Phase.DECODE] if act.attends)
         work = self.fixed + LaneWork.of(attending, self.counts, replace(self.load, context=context))
         in_flight = minimum(self.counts.pieces, LOOKAHEAD + (work.seconds.get(decode.CPU_EXPERTS, 0.0) > 0))
         return work.in_all(self.costs, in_flight)
@@ -294,7 +294,7 @@ def _prefill(costs: Costs, point: Point, workload: Workload) -> tuple[Counts, Lo
     if costs.skips_in_last_layer(workload.prompt_len):
         load = _with_last(load, point) if told_apart else replace(load, last=replace(load, is_last=True))
     with_cpu = (counts.cpu_experts > 0) * ((chunks > 2) + 1 * (chunks > 3))
-    work = LaneWork.of(prefill.ALL, counts, load)
+    work = LaneWork.of(ACTS[Phase.PREFILL], counts, load)
     return counts, load, work.in_all(costs, under_way=1 + (chunks > 1) + with_cpu)
 
 

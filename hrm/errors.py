@@ -36,6 +36,12 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+def meant(word: str, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for a word that is not known: the one that was perhaps meant, or `otherwise`."""
+    near = closest(word, known)
+    return f"did you mean {near}?" if near else otherwise
+
+
 def brief_value(value: object) -> str:
     """The value as messages show it, cut short; texts in `<>` are descriptions of ours."""
     if isinstance(value, str) and value.startswith("<"):

@@ -11,9 +11,9 @@ from typing import Any, Final, TypeVar, cast
 
 from hrm.errors import ProfileError
 from hrm.numeric import Number
+from hrm.units import LARGEST
 
 NOISY_SPREAD: Final = 0.08
-LARGEST_FIGURE: Final = 1e18  # bytes, rates, seconds; 64 bits hold such an integer
 
 _T = TypeVar("_T")
 
@@ -157,10 +157,10 @@ def check_figure(where: str, figure: Figure) -> None:
     may_be_zero = where.endswith(("_s", "reserve_bytes")) and not where.endswith("per_s")
     spread = [value for value in (figure.p20, figure.p80) if value is not None]
     values = [figure.value, *spread, *(value for _, value in figure.curve)]
-    impossible = [value for value in values if not 0 <= value <= LARGEST_FIGURE or (value == 0 and not may_be_zero)]
+    impossible = [value for value in values if not 0 <= value <= LARGEST or (value == 0 and not may_be_zero)]
     if impossible:
         raise ProfileError(
-            where, impossible[0], f"must be positive and at most {LARGEST_FIGURE:.0e}", "measure it again or correct it"
+            where, impossible[0], f"must be positive and at most {LARGEST:.0e}", "measure it again or correct it"
         )
     if len(spread) == 2 and spread[0] > spread[1]:
         raise ProfileError(

@@ -12,7 +12,7 @@ from hrm.model_spec import ModelSpec
 from hrm.numeric import Number
 from hrm.parallel import Part, Share, shares_for
 from hrm.policy import Policy
-from hrm.units import at_least_bytes, format_bytes
+from hrm.units import LARGEST, at_least_bytes, format_bytes
 
 # Purposes of the host's memory that cross the link, in the order in which they are pinned.
 ALWAYS_PINNED: Final = (Purpose.STAGING, Purpose.EXCHANGE, Purpose.PREFILL_BUFFERS)  # small, and in every layer's way
@@ -48,9 +48,13 @@ class LevelPlan:
     def option(self) -> str:
         """The option with the least memory of the whole machine that is enough for the plan."""
         flag = "--cpu-memory" if self.name == CPU else "--gpu-memory"
+        return f"{flag} {at_least_bytes(self.enough_bytes)}"
+
+    @property
+    def enough_bytes(self) -> float:
+        """The least memory of the whole machine that is enough for the plan."""
         planned = self.planned_bytes + 2  # of rounding to whole bytes
-        least = self.parts * min(planned + self.reserve_bytes, planned / (1 - MAX_RESERVE_SHARE))
-        return f"{flag} {at_least_bytes(least)}"
+        return self.parts * min(planned + self.reserve_bytes, planned / (1 - MAX_RESERVE_SHARE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +101,16 @@ class MemoryPlan:
             for other in levels.values()
             if other is not first
         ]
-        enough = " with ".join(level.option for level in levels.values())
+        possible = all(level.enough_bytes <= LARGEST for level in levels.values())
+        enough = f"{' with '.join(level.option for level in levels.values())} is enough" if possible else ""
+        smaller = remedy if possible or not remedy else f"{remedy} is enough"
         raise PolicyError(
             f"policy: memory at level {first.name}",
             f"<{format_bytes(first.planned_bytes)} planned>",
             f"must fit the usable {format_bytes(first.capacity_bytes)}"
             f" (the largest part is {purpose.replace('_', ' ')}, {format_bytes(size)})"
             f"{''.join(others)}",
-            f"{enough} is enough" + (f", or {remedy}" if remedy else ""),
+            ", or ".join(filter(None, (enough, smaller))) or "choose a smaller batch",
         )
 
     def _check_pinned(self) -> None:

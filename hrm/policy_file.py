@@ -102,7 +102,7 @@ def load_policy_file(path: Path) -> PolicyFile:
         content = decode_strictly(plain, PolicyFile, str(path))
     except ProfileError as error:
         again = "correct it, or write the file again with hrm search --out"
-        remedy = error.remedy if error.remedy.startswith("did you mean") else again
+        remedy = error.remedy if error.remedy.startswith(("did you mean", "name another")) else again
         raise PolicyError(error.where, error.value, error.rule, remedy) from error
     check_policy_file(content, str(path))
     return content

@@ -301,14 +301,15 @@ def _runs_of(fleet: FleetRecord) -> dict[str, RunRecord]:
 
 def _impossible(record: RunRecord) -> Iterator[tuple[str, object, str]]:
     """What no run can have measured: where it stands, its value, and what must hold."""
-    names = {"phases": [x.value for x in Phase], "schedule": [x.value for x in ScheduleName]}
-    if record.schedule not in names["schedule"]:
-        yield "schedule", record.schedule, f"must be one of {', '.join(names['schedule'])}"
+    try:
+        ScheduleName(record.schedule)
+    except ValueError:
+        yield "schedule", record.schedule, f"must be one of {', '.join(ScheduleName)}"
     others = ((f"ranks[{index}].", rank.phases) for index, rank in enumerate(record.ranks))
     for prefix, phases in (("", record.phases), *others):
         for phase, of_phase in phases.items():
             for where, given, known in (
-                ("phases", [phase], names["phases"]),
+                ("phases", [phase], [x.value for x in Phase]),
                 (f"phases.{phase}.kinds", of_phase.kinds, NAMES),
                 (f"phases.{phase}.lanes", of_phase.lanes, [lane.value for lane in Lane]),
             ):

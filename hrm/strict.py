@@ -4,20 +4,27 @@ Values are what `hrm.decoding` returns: plain, finite and of bounded depth. They
 dataclasses from the inside out, so that an error of any of them is told where it stands.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from hrm.errors import HrmError, ProfileError, brief_value, closest
+from hrm.errors import HrmError, ProfileError, brief_value, meant
 
 _T = TypeVar("_T")
 _S = TypeVar("_S")
 _OLDER: Final[dict[type, tuple[str, type, Callable[[Any], Any]]]] = {}
 _SMALLEST: Final = -(2**63)
 _LARGEST: Final = 2**63 - 1
+# Kinds of files that users have at hand, by keys that no other kind has.
+_OURS: Final = {
+    "a policy file, which goes with --policy": {"policy", "memory_budget_bytes"},
+    "a machine, which goes with --profile": {"levels", "accelerator"},
+    "a run.json, whose folder hrm validate takes": {"outcome", "versions"},
+    "a model's config.json, which goes with --model": {"architectures", "model_type"},
+}
 _WORDS: Final = {
     str: "a text",
     bool: "true or false",
@@ -33,9 +40,19 @@ def decode_strictly(plain: Any, kind: type[_T], file: str, *, other_keys: bool =
 
     Raises ProfileError naming the file and field if a key is unknown or missing, a value has
     another type, or the dataclass refuses it. With `other_keys`, keys that are no fields are passed
-    over, for files of which only a part is read.
+    over, for files of which only a part is read. Another kind of file of ours is told as what it is.
     """
+    if not other_keys and (words := file_kind(plain, {item.name for item in fields(cast("Any", kind))})):
+        rule = f"must be a file with {', '.join(item.name for item in fields(cast('Any', kind)))}"
+        raise ProfileError(file, f"<{words}>", rule, "name another file")
     return _Reader(file, other_keys).read(plain, kind, "")
+
+
+def file_kind(plain: object, but_with: Collection[str] = ()) -> str | None:
+    """What kind of file of ours this was read from, in words; None if it is none that has not these keys."""
+    if not isinstance(plain, dict):
+        return None
+    return next((words for words, keys in _OURS.items() if keys <= plain.keys() and not keys <= {*but_with}), None)
 
 
 def also_read(kind: type[_T], older: type[_S], key: str, convert: Callable[[_S], _T]) -> None:
@@ -63,8 +80,10 @@ class _Reader:
         if origin is UnionType:
             (inner,) = (choice for choice in arguments if choice is not NoneType)
             return None if plain is None else self.read(plain, inner, path)
-        if choices := _choices(kind):
-            return self._choice(plain, choices, path)
+        if _is_enum(kind):
+            return self._member(plain, kind, path)
+        if origin is Literal:
+            return self._choice(plain, {value: value for value in arguments}, path)
         if origin in {int, float}:
             return self._number(plain, kind, path)
         if is_dataclass(origin):
@@ -91,7 +110,16 @@ class _Reader:
     def _choice(self, plain: Any, choices: dict[Any, Any], path: str) -> Any:
         if isinstance(plain, str | int) and plain in choices:
             return choices[plain]
-        raise self._refusal(path, plain, f"must be one of {', '.join(map(str, choices))}", "correct the value")
+        otherwise = "correct the value"
+        remedy = meant(plain, map(str, choices), otherwise) if isinstance(plain, str) else otherwise
+        raise self._refusal(path, plain, f"must be one of {', '.join(map(str, choices))}", remedy)
+
+    def _member(self, plain: Any, kind: type[Enum], path: str) -> Enum:
+        """The member of that value, which may be one that was added to those that are listed."""
+        try:
+            return kind(plain)
+        except ValueError:
+            return self._choice(plain, {member.value: member for member in kind}, path)
 
     def _number(self, plain: Any, kind: type[int] | type[float], path: str) -> int | float:
         is_integer = isinstance(plain, int) and not isinstance(plain, bool)
@@ -158,12 +186,11 @@ class _Reader:
         all_known = f"{kind.__name__} ({', '.join(known)})"
         for key, value in plain.items():
             if key not in known and key not in retired and not self.other_keys:
-                close = closest(str(key), known)
                 raise self._refusal(
                     _under(path, key),
                     value,
                     f"is no field of {all_known}",
-                    f"did you mean {close}?" if close else "remove or correct it",
+                    meant(str(key), known, "remove or correct it"),
                 )
         for name, item in known.items():
             required = item.default is MISSING and item.default_factory is MISSING
@@ -177,16 +204,14 @@ class _Reader:
         where, name = error.where, plain.get("name")
         if isinstance(name, str) and name and where.startswith(name):
             where = where.removeprefix(name).lstrip(".: ")
+        where = where.removeprefix(f"{path.rpartition('.')[2]}: ")  # which a policy says of itself
         return ProfileError(
             f"{self.file}: {_under(path, where)}" if where or path else self.file, error.value, error.rule, error.remedy
         )
 
 
-def _choices(kind: Any) -> dict[Any, Any]:
-    """What an enumeration's or a Literal's values stand for; nothing for other types."""
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return {member.value: member for member in kind}
-    return {value: value for value in get_args(kind)} if get_origin(kind) is Literal else {}
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _label(item: Any, index: int) -> Any:

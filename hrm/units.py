@@ -13,6 +13,7 @@ KB: Final = 10**3
 MB: Final = 10**6
 GB: Final = 10**9
 TB: Final = 10**12
+LARGEST: Final = 1e18  # of bytes, rates and seconds of a machine; 64 bits hold such an integer
 KIB: Final = 2**10
 MIB: Final = 2**20
 GIB: Final = 2**30
@@ -54,11 +55,11 @@ def parse_bytes(text: str, where: str = "size") -> int:
     if _is_bare(number, unit):
         raise _unit_missing(where, text, _likely_size(number))
     size_bytes = float(number) * _BYTES_PER_UNIT.get(unit.upper(), 0) if number else 0.0
-    if not 1 <= size_bytes < 2**63:
+    if not 1 <= size_bytes <= LARGEST:
         raise UnitError(
             where,
             text,
-            "must be a positive size in B, KB, MB, GB, TB, KiB, MiB, GiB or TiB",
+            f"must be a positive size in B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, at most {LARGEST / TB:,.0f} TB",
             "write it like 16GB or 15.5GiB",
         )
     return round(size_bytes)
@@ -79,9 +80,8 @@ def parse_bandwidth(text: str, where: str = "bandwidth") -> float:
     try:
         return float(parse_bytes(f"{number}{unit}", where))
     except UnitError as error:
-        raise UnitError(
-            where, text, "must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s", "write it like 12GB/s"
-        ) from error
+        rule = f"must be a positive rate in B/s, KB/s, MB/s, GB/s, MiB/s or GiB/s, at most {LARGEST / GB:,.0f} GB/s"
+        raise UnitError(where, text, rule, "write it like 12GB/s") from error
 
 
 def parse_flops(text: str, where: str = "compute") -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from hrm.errors import WorkloadError
+from hrm.errors import WorkloadError, meant
 
 # Beyond these, bytes of a whole batch would overflow 64-bit integers.
 MAX_LEN: Final = 10**7
@@ -130,6 +130,6 @@ def named_workload(name: str) -> Workload:
             "--workload",
             name,
             f"must be one of {', '.join(WORKLOADS)}",
-            "or give --prompt-len, --max-prompt-len and --gen-len",
+            meant(name, WORKLOADS, "or give --prompt-len, --max-prompt-len and --gen-len"),
         )
     return WORKLOADS[name]

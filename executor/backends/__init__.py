@@ -5,6 +5,7 @@ from typing import Final
 
 from executor.backends.base import AbstractBackend, EmulatedMachine, in_thread_of_its_own
 from executor.errors import RunError
+from hrm.errors import meant
 
 __all__ = ["BACKENDS", "AbstractBackend", "EmulatedMachine", "cuda_index_of", "in_thread_of_its_own", "make_backend"]
 
@@ -70,5 +71,7 @@ def make_backend(
     name = {"auto": automatic, "cuda": "cuda:K"}.get(accelerator, accelerator)
     make = BACKENDS.get("cuda:K" if name.startswith("cuda:") else name)
     if make is None:
-        raise RunError("--accelerator", accelerator, f"must be one of {', '.join(('auto', *BACKENDS))}", "correct it")
+        known = ("auto", *BACKENDS)
+        rule = f"must be one of {', '.join(known)}"
+        raise RunError("--accelerator", accelerator, rule, meant(accelerator, known, "correct it"))
     return make(accelerator, machine, gpu_memory_bytes)

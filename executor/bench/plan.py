@@ -11,10 +11,11 @@ import torch
 from executor.backends import in_thread_of_its_own
 from executor.checkpoint import Checkpoint
 from executor.download import Located, locate
-from executor.errors import JobError
+from executor.errors import CheckpointError, JobError
 from executor.job.machine import AcceleratorOptions
 from executor.job.weights import ModelWeights
 from executor.model.host_kernels import host_kernels
+from hrm.errors import WorkloadError, closest
 from hrm.hardware import HardwareProfile
 from hrm.machines import load_profile, with_memory
 from hrm.model_spec import BUILT_IN_MODELS, ModelSpec, load_model
@@ -56,14 +57,24 @@ class BenchOptions:
     accelerator: AcceleratorOptions = field(default_factory=AcceleratorOptions)
 
 
+def _built_in(name: str) -> str | ModelSpec:
+    """The built-in model of that name, or else the name; CheckpointError if one was perhaps meant."""
+    if name in BUILT_IN_MODELS:
+        return load_model(name)
+    if "/" not in name and not Path(name).exists() and (near := closest(name, BUILT_IN_MODELS)):
+        rule = "must be a checkpoint's folder, org/name on the Hub, or a built-in name"
+        raise CheckpointError("--model", name, rule, f"did you mean {near}?")
+    return name
+
+
 def model_of(options: BenchOptions, stack: ExitStack) -> tuple[ModelWeights, Located | None]:
     """The model that is asked for with its weights, and where these are, if they are not random.
 
     `stack` is to hold a checkpoint open.
     """
     layers, model, located = options.num_layers, options.model, None
-    if isinstance(model, str) and model in BUILT_IN_MODELS:
-        model = load_model(model)
+    if isinstance(model, str):
+        model = _built_in(model)
     if isinstance(model, ModelSpec):
         found = ModelWeights.random(model, options.seed)
     else:
@@ -103,10 +114,15 @@ def at_once(policy_file: PolicyFile) -> int:
 def workload_of(options: BenchOptions, usual: Workload) -> Workload:
     """The requests that are asked for; what the options leave open is as usual."""
     prompt_len = round(usual.prompt_len) if options.prompt_len is None else options.prompt_len
+    longest = prompt_len if options.max_prompt_len is None else options.max_prompt_len
+    if longest < prompt_len:
+        raise WorkloadError(
+            "--max-prompt-len", longest, f"must be at least the mean, {prompt_len}", "raise it, or lower --prompt-len"
+        )
     return replace(
         usual,
         prompt_len=prompt_len,
-        max_prompt_len=prompt_len if options.max_prompt_len is None else max(options.max_prompt_len, prompt_len),
+        max_prompt_len=longest,
         gen_len=usual.gen_len if options.gen_len is None else options.gen_len,
         num_requests=usual.num_requests if options.num_requests is None else options.num_requests,
     )

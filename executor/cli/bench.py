@@ -6,7 +6,7 @@ import click
 
 from executor.cli.options import accelerator_options
 from hrm.cli.params import json_option, policy_option
-from hrm.errors import PolicyError, closest
+from hrm.errors import PolicyError, meant
 from hrm.policy import ScheduleName
 from hrm.units import counted, format_seconds
 
@@ -19,12 +19,15 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names or [text]:
-        if name not in set(ScheduleName):
-            near = closest(name, ScheduleName)
-            remedy = f"did you mean {near}?" if near else "correct it"
-            raise PolicyError(option.opts[0], name, f"must be one of {', '.join(ScheduleName)}", remedy)
-    return tuple(map(ScheduleName, names))
+    return tuple(_schedule(name, option) for name in names or [text])
+
+
+def _schedule(name: str, option: click.Parameter) -> ScheduleName:
+    try:
+        return ScheduleName(name)
+    except ValueError:
+        rule = f"must be one of {', '.join(ScheduleName)}"
+        raise PolicyError(option.opts[0], name, rule, meant(name, ScheduleName, "correct it")) from None
 
 
 @click.command()
@@ -46,7 +49,7 @@ def _schedules(_: click.Context, option: click.Parameter, text: str | None) -> t
     metavar="A,B,…",
     callback=_schedules,
     help="Schedules to compare with the first [default: "
-    f"{','.join(ScheduleName)}; the policy's alone on a machine of one level].",
+    f"{', '.join(ScheduleName)}; the policy's alone on a machine of one level].",
 )
 @click.option("--prompt-len", type=click.IntRange(min=1), help="Tokens of a prompt [default: the policy's, or 64].")
 @click.option(

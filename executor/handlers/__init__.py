@@ -5,6 +5,7 @@ edges of the task graph (hrm.schedules.pipeline). A request that has ended costs
 decode task works on the rows of the requests that still go on, which `state` keeps.
 """
 
+from executor.handlers.added import add_handler
 from executor.handlers.arenas import HostArenas
 from executor.handlers.decode import DecodeHandlers
 from executor.handlers.memory import RunMemory, allocate
@@ -26,6 +27,7 @@ __all__ = [
     "RunMemory",
     "StageDecode",
     "StagePrefill",
+    "add_handler",
     "allocate",
     "choices",
     "in_turns",

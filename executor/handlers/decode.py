@@ -11,6 +11,7 @@ from torch import Tensor
 
 from executor.backends import AbstractBackend
 from executor.group import Group
+from executor.handlers.added import added
 from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Exchange, RunMemory, narrow
 from executor.handlers.pages import PageHandlers
@@ -94,6 +95,7 @@ class DecodeHandlers:
             decode.PART_EXPERTS: self.ffns.part_experts,
             decode.SAMPLE: self.sample,
             **{act: self.on_rows(work) for act, work in of_rows.items()},
+            **added(self, Phase.DECODE),
         }
 
     def step(self, x: Task) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from executor.backends import AbstractBackend
 from executor.batching import Chunk, ChunkPart
 from executor.group import Group
+from executor.handlers.added import added
 from executor.handlers.feed_forward import FeedForwards
 from executor.handlers.memory import Routed, RunMemory
 from executor.handlers.pages import PageHandlers
@@ -100,6 +101,7 @@ class PrefillHandlers:
             prefill.LOAD_EXPERT_OUTPUT: self.load_expert_output,
             prefill.REDUCE_LAST: self.reduce_last,
             prefill.SAMPLE: self.sample,
+            **added(self, Phase.PREFILL),
         }
 
     def embed(self, x: Task) -> int:

@@ -26,6 +26,7 @@ from hrm.profiling.environment import available_ram_bytes
 from hrm.scaling import paced
 from hrm.schedules import Pipeline
 from hrm.tasks import Phase, TaskId
+from hrm.units import format_bandwidth
 from hrm.validate import runtime_with
 
 
@@ -138,8 +139,9 @@ def prepare(
     plans = [plan, *(budgeted_plan(other, other.policy, options.gpu_memory_bytes) for other in others)]
     for each in plans:
         each.check_fits()
+    _check_link(backend, options)
     if backend.name == "cuda":
-        _check_for_cuda(name, profile, options)
+        _check_for_cuda(name, profile)
         backend.check_dtype(policy.dtype)
     backend.check_room(plan.gpu.planned_bytes)
     needed_bytes = sum(_host_bytes(each, backend) for each in plans)
@@ -195,7 +197,7 @@ def accelerator_for(name: str, profile: HardwareProfile) -> str:
     return name
 
 
-def _check_for_cuda(name: str, profile: HardwareProfile, options: AcceleratorOptions) -> None:
+def _check_for_cuda(name: str, profile: HardwareProfile) -> None:
     if not profile.has_accelerator:
         raise RunError(
             "--accelerator",
@@ -203,10 +205,13 @@ def _check_for_cuda(name: str, profile: HardwareProfile, options: AcceleratorOpt
             "needs a policy for two levels of memory, and this one has one",
             "solve it for a profile with a GPU, say of hrm profile --accelerator cuda:0",
         )
-    if options.link_bytes_per_s is not None:
+
+
+def _check_link(backend: AbstractBackend, options: AcceleratorOptions) -> None:
+    if options.link_bytes_per_s is not None and backend.name in {"cpu", "cuda"}:
         raise RunError(
             "--link-bandwidth",
-            options.link_bytes_per_s,
+            f"<{format_bandwidth(options.link_bytes_per_s)}>",
             "is what an emulated link is paced to",
             "leave it out or use --accelerator emulated",
         )

@@ -19,12 +19,12 @@ from executor.group.cores import own_cores
 from executor.group.processes import ProcessGroup
 from executor.group.store import LOOP, join_store
 from executor.lanes import Handler
-from hrm.acts import decode
+from hrm.acts import ACTS
 from hrm.contract.lane_threads import lane_threads
 from hrm.contract.pacing import EMULATED_LATENCY_S, PacedCopy, Waits
 from hrm.policy import ScheduleName
 from hrm.schedules import Pipeline, iter_tasks
-from hrm.tasks import Act, Lane, Task
+from hrm.tasks import Act, Lane, Phase, Task
 from hrm.units import GB
 
 _LAYERS, _MICRO_BATCHES, _STEPS = 4, 8, 5
@@ -42,7 +42,7 @@ def sums_beside_lanes(group: Group, num_bytes: int) -> list[float]:
         group.all_reduce(numbers)
         return 0
 
-    handlers = {act: reduce if act.reduces else _handler(act.lane, waits, _WIDTH) for act in decode.ALL}
+    handlers = {act: reduce if act.reduces else _handler(act.lane, waits, _WIDTH) for act in ACTS[Phase.DECODE]}
     spans = _runner(group.size, handlers, waits)().spans
     return [span.seconds for span in spans if span.id.act.reduces and span.id.step >= _WARM_STEPS]
 
@@ -50,7 +50,7 @@ def sums_beside_lanes(group: Group, num_bytes: int) -> list[float]:
 def seconds_a_task() -> list[float]:
     """Seconds of the processor that all threads take for a task that computes or moves next to nothing, run by run."""
     waits, taken = Waits(), list[float]()
-    run = _runner(1, {act: _handler(act.lane, waits, _LEAST) for act in decode.ALL}, waits)
+    run = _runner(1, {act: _handler(act.lane, waits, _LEAST) for act in ACTS[Phase.DECODE]}, waits)
     for _ in range(_RUNS + 1):
         start_s = time.process_time()
         result = run()

@@ -10,11 +10,17 @@ from hrm.acts import decode, prefill
 from hrm.acts.load import Counts, Load
 from hrm.tasks import Act, Lane, Phase
 
-__all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "decode", "prefill"]
+__all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "add_act", "decode", "prefill"]
 
 ACTS: Final = {Phase.PREFILL: prefill.ALL, Phase.DECODE: decode.ALL}
 # What each kind of task is called in files and legends: acts that differ by phase or lane only share one letter.
 NAMES: Final = {act.name: act.letter for act in (*decode.ALL, *prefill.ALL)}
+
+
+def add_act(act: Act) -> None:
+    """Make a kind of task of one's own known, which orders may then issue; to run it, it needs a handler."""
+    ACTS[act.phase] = (*ACTS[act.phase], act)
+    NAMES[act.name] = act.letter
 
 
 def act_named(phase: Phase, name: str, lane: Lane) -> Act:

@@ -90,9 +90,9 @@ class Axis:
         if not 0 < low < high < math.inf or count < 2:
             raise HrmError(
                 what.value,
-                f"<{low:g} to {high:g} in {count}>",
+                f"<{what.show(low)} to {what.show(high)} in {count}>",
                 "must be two or more points from a positive value to a greater one",
-                "correct them",
+                "give the smaller one first",
             )
         shares = [index / (count - 1) for index in range(count)]
         if logarithmic:

@@ -17,7 +17,7 @@ from hrm.cli.options import ChosenModel, model_options, workload_options
 from hrm.cli.params import schedule_option
 from hrm.cli.tables import TableOutput, print_frame, records, searching, show_change, table_output_options
 from hrm.cli.texts import given_text, machine_text
-from hrm.errors import HrmError
+from hrm.errors import HrmError, meant
 from hrm.hardware import HardwareProfile
 from hrm.policy import PAPER_SYMBOLS, ScheduleName
 from hrm.scaling import Resource, resource_value, resources
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NOTHING: Final = 0.001  # a throughput that changes by less counts as unchanged
 MOST_POINTS: Final = 100
+MOST_PERCENT: Final = 100_000
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -87,8 +88,9 @@ def _show_formats(space: "Space", about: str, percent: float | None, output: Tab
 
 def _show_resources(space: "Space", about: str, percent: float, output: TableOutput) -> None:
     profile = space.profile
-    if not -100 < percent < math.inf or percent == 0:
-        raise HrmError("--percent", percent, "must be above -100 and other than 0", "give 10 for 10 % more")
+    if not -100 < percent <= MOST_PERCENT or percent == 0:
+        rule = f"must be above -100, at most {MOST_PERCENT:,} and other than 0"
+        raise HrmError("--percent", percent, rule, "give 10 for 10 % more")
     with searching(len(resources(profile))) as on_point:
         frame = what_if(space, factor=1 + percent / 100, on_point=on_point)
 
@@ -185,12 +187,13 @@ def _axis(text: str, flag: str, *, log: bool) -> Axis:
     name, _, span = text.partition("=")
     parts = span.split(":")
     what = SWEPT.get(name)
+    usual = "write it like h2d-bandwidth=100GB/s:500GB/s:9 or cpu=1:10:8"
     if what is None or len(parts) != 3 or not parts[2].isdecimal():
         raise HrmError(
             flag,
             text,
             f"must be WHAT=FROM:TO:POINTS, WHAT one of {', '.join(SWEPT)}",
-            "write it like h2d-bandwidth=100GB/s:500GB/s:9 or cpu=1:10:8",
+            meant(name, SWEPT, usual) if what is None else usual,
         )
     first, last = (what.read(part, f"{flag} {what}") for part in parts[:2])
     # Checked as text first: Python reads no number of thousands of digits.

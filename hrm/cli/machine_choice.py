@@ -7,7 +7,7 @@ from typing import Any, Final
 import click
 
 from hrm.cli.params import Command, once_option, together
-from hrm.errors import ProfileError
+from hrm.errors import ProfileError, meant
 from hrm.hardware import HardwareProfile
 from hrm.machines import compose, load_host, load_profile, parse_gpus, without_gpus
 from hrm.scaling import Resource, with_resource
@@ -129,12 +129,13 @@ class MachineChoice:
 def _parse_change(change: str) -> tuple[Resource, str]:
     """The resource and value of `h2d-bandwidth=24GB/s`; ProfileError for another form."""
     name, equals, text = change.partition("=")
+    usual = "write it like h2d-bandwidth=24GB/s"
     if not equals or name not in Resource.__members__.values():
         raise ProfileError(
             "--set",
             change,
             f"must be RESOURCE=VALUE with one of {', '.join(Resource)}",
-            "write it like h2d-bandwidth=24GB/s",
+            meant(name, Resource, usual) if equals else usual,
         )
     return Resource(name), text
 

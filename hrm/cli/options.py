@@ -11,7 +11,7 @@ import click
 from hrm.cli.machine_choice import MachineChoice, machines_options
 from hrm.cli.params import Command, enum_option, policy_option, together
 from hrm.cli.texts import formats_text
-from hrm.errors import PolicyError, WorkloadError
+from hrm.errors import PolicyError, ProfileError, WorkloadError, meant
 from hrm.formats import FORMATS, SCALED_KV_FORMATS, USUAL_PACKED, Formats, packed_format
 from hrm.hardware import HardwareProfile
 from hrm.latency import LatencyLimits
@@ -139,7 +139,10 @@ class ChosenModel:
         return f"{self.spec.name}, {formats_text(self.spec, self.formats_on(machine))}"
 
     def dtype_on(self, machine: HardwareProfile) -> str:
-        """What it is computed in on a machine."""
+        """What it is computed in on a machine; ProfileError for bfloat16 on a GPU that has float16 in its place."""
+        if self.dtype == "bfloat16" and machine.has_accelerator and machine.default_dtype != self.dtype:
+            rule = f"must be one that {machine.top.processor.name} computes in"
+            raise ProfileError("--dtype", self.dtype, rule, f"leave it out, or give --dtype {machine.default_dtype}")
         return machine.default_dtype if self.dtype is None else self.dtype
 
     def formats_on(self, machine: HardwareProfile) -> Formats:
@@ -183,7 +186,9 @@ def _in_format(spec: ModelSpec, name: str) -> tuple[ModelSpec, str]:
     form = packed_format(name)
     if form is None:
         known = f"{AUTO}, {', '.join(FORMATS)}, or a packed format like {', '.join(USUAL_PACKED)}"
-        raise PolicyError("--weight-format", name, f"must be {known}", "choose one of them")
+        raise PolicyError(
+            "--weight-format", name, f"must be {known}", meant(name, (*FORMATS, *USUAL_PACKED), "choose one of them")
+        )
     return packed_as(spec, form), ""
 
 

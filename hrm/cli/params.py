@@ -32,15 +32,23 @@ class _OutFile(click.Path):
 OUT_FILE: Final = _OutFile(path_type=Path, dir_okay=False)
 
 
+class _Member(click.Choice[str]):
+    """A member of an enum by its value, which may be one that was added to those that are listed."""
+
+    def __init__(self, kind: type[StrEnum]) -> None:
+        super().__init__([each.value for each in kind])
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> StrEnum:
+        try:
+            return self.kind(value)
+        except ValueError:
+            return self.kind(super().convert(value, param, ctx))  # which says what there is
+
+
 def enum_option(*names: str, kind: type[StrEnum], **options: Any) -> Decorator:
     """An option that takes the values of an enum and gives its members."""
-
-    def members(_: click.Context, __: click.Parameter, given: str | tuple[str, ...] | None) -> Any:
-        if isinstance(given, tuple):
-            return tuple(map(kind, given))
-        return None if given is None else kind(given)
-
-    return click.option(*names, type=click.Choice([each.value for each in kind]), callback=members, **options)
+    return click.option(*names, type=_Member(kind), **options)
 
 
 def _once(_: click.Context, option: click.Parameter, given: tuple[str, ...]) -> str | None:

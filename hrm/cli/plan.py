@@ -133,13 +133,10 @@ def search(
     ]
     if pareto is not None or fleet is not None or len(spaces) > 1:
         several = "--fleet" if fleet is not None else "--pareto" if pareto is not None else "several machines"
-        if solver.name != DEFAULT_SOLVER or out is not None:
-            raise PolicyError(
-                "--solver and --out",
-                f"<{several}>",
-                "are for one search",
-                "leave them out, or name one machine without --pareto",
-            )
+        for flag, given in (("--solver", solver.name if solver.name != DEFAULT_SOLVER else None), ("--out", out)):
+            if given is not None:
+                rule = f"is for one search, and does not go with {several}"
+                raise PolicyError(flag, str(given), rule, "leave it out, or ask for one search")
         compared = Compared(choice, spaces)
         if pareto is not None:
             show_front(pareto, compared, output)
@@ -163,7 +160,7 @@ def search(
 
 @contextmanager
 def _trials_bar(solver: Solver) -> Generator[Solver]:
-    """The solver with a progress bar on standard error, if it tries one policy after the other."""
+    """The solver with a progress bar on standard error, from the first on, if it tries one policy after the other."""
     if solver.name != "optuna":
         yield solver
         return
@@ -173,13 +170,18 @@ def _trials_bar(solver: Solver) -> Generator[Solver]:
     from hrm.search.bayesian import Optuna
 
     assert isinstance(solver, Optuna)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        shown = bar.add_task("trials", total=solver.trials)
+    bar = Progress(console=Console(stderr=True), transient=True)
+    shown = bar.add_task("trials", total=solver.trials)
 
-        def advance(number: int, best: float) -> None:
-            bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
+    def advance(number: int, best: float) -> None:
+        bar.start()
+        bar.update(shown, completed=number, description=f"best {best:.4g} tokens/s")
 
+    try:
         yield replace(solver, progress=advance)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @click.command()

@@ -14,7 +14,7 @@ from hrm.cli.params import OUT_FILE, enum_option, phase_option
 from hrm.cli.program import CommandGroup
 from hrm.cli.tables import csv_option, searching, tell_written, write_csv
 from hrm.cli.texts import machine_text
-from hrm.errors import HrmError, PolicyError
+from hrm.errors import HrmError, PolicyError, meant
 from hrm.formats import FORMATS
 from hrm.hardware import HardwareProfile
 from hrm.model_spec import load_model
@@ -225,7 +225,7 @@ def sweep(
 def _swept(name: str) -> Swept:
     """What is swept by that name; HrmError listing the names if there is none."""
     if name not in SWEPT:
-        raise HrmError("--vary", name, f"must be one of {', '.join(SWEPT)}", "choose one of them")
+        raise HrmError("--vary", name, f"must be one of {', '.join(SWEPT)}", meant(name, SWEPT, "choose one of them"))
     return SWEPT[name]
 
 

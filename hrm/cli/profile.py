@@ -87,8 +87,7 @@ def profile(
     if disk is not None and not disk.is_dir():
         raise ProfileError("--disk", str(disk), "must be an existing folder", "correct it")
     partial = None if is_stream(out) else partial_path(out)  # nothing lies beside a pipe
-    if partial is not None:
-        _tell_of(partial, resume=resume)
+    left = None if partial is None else _left(partial, resume=resume)
     options = ProfileOptions(
         accelerator,
         gpu_memory_bytes=parse_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None,
@@ -103,7 +102,7 @@ def profile(
         command=shlex.join(["hrm", *sys.argv[1:]]),
     )
     try:
-        with _progress() as progress:
+        with _progress(left) as progress:
             measured = profile_machine(options, save=lambda whole: save_profile(out, whole), progress=progress)
     except ProfilingInterrupted as interrupted:
         raise Interrupted(_interrupted(interrupted, partial, resume=resume)) from interrupted
@@ -114,8 +113,8 @@ def profile(
 
 
 @contextmanager
-def _progress() -> Generator[Callable[[float, float, str], None]]:
-    """A bar of the seconds done and those in all, drawn when it is told of them.
+def _progress(left_before: str | None) -> Generator[Callable[[float, float, str], None]]:
+    """A bar of the seconds done and those in all, drawn when it is told of them, below what was left by others.
 
     That is between measurements only: one that moves by itself would disturb them. It is there from the first
     measurement on, so that a mistake in the options shows none.
@@ -134,7 +133,10 @@ def _progress() -> Generator[Callable[[float, float, str], None]]:
     shown = bar.add_task("measuring", total=1.0, left="")
 
     def draw(done_s: float, total_s: float, text: str) -> None:
-        bar.start()
+        if not bar.live.is_started:
+            if left_before is not None:
+                click.echo(left_before, err=True)
+            bar.start()
         left = f"about {max(total_s - done_s, 0.0):.0f} s left"
         total_s = max(total_s, 1e-9)
         bar.update(shown, completed=done_s, total=total_s, description=text, left=left, refresh=True)
@@ -146,13 +148,11 @@ def _progress() -> Generator[Callable[[float, float, str], None]]:
             bar.stop()
 
 
-def _tell_of(partial: Path, *, resume: bool) -> None:
-    """Say whether what an interrupted measurement has left is used."""
-    if partial.exists() and not resume:
-        click.echo(f"measuring afresh; --resume would have gone on with {partial}", err=True)
-    elif resume:
-        what = f"going on with {partial}" if partial.exists() else f"there is no {partial}"
-        click.echo(f"{what}{'' if partial.exists() else ': measuring from the start'}", err=True)
+def _left(partial: Path, *, resume: bool) -> str | None:
+    """Whether what an interrupted measurement has left is used, if there is anything to say of it."""
+    if not partial.exists():
+        return f"there is no {partial}: measuring from the start" if resume else None
+    return f"going on with {partial}" if resume else f"measuring afresh; --resume would have gone on with {partial}"
 
 
 def _folder_of_interest(model: str | None, out: Path) -> Path:

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
@@ -16,7 +16,9 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from hrm.errors import HrmError, closest, one_line
+from hrm.errors import HrmError, closest, meant, one_line
+
+_HYPHEN: Final = "\N{NON-BREAKING HYPHEN}"  # at which no line is broken
 
 
 class Interrupted(click.Abort):
@@ -27,8 +29,42 @@ class _ReaderGone(Exception):  # noqa: N818 - no error: somebody has seen enough
     """A pipe that is written to was closed at its other end; click would exit with 1."""
 
 
+class _Help(click.HelpFormatter):
+    """Help whose lines never end within a word, such as `--gen-len`."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(_unbroken(text))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl([(term, _unbroken(said)) for term, said in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        return super().getvalue().replace(_HYPHEN, "-")
+
+
+def _unbroken(text: str) -> str:
+    return text.replace("-", _HYPHEN)
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
+def _check_once(command: click.Command, args: list[str]) -> None:
+    """Raise HrmError for an option with two values, of which click would take the last."""
+    with suppress(click.UsageError):  # which is told when the command is called
+        parser = command.make_parser(click.Context(command, resilient_parsing=True))
+        _, _, given = parser.parse_args(list(args))
+        for option in given:
+            alone = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+            if alone and given.count(option) > 1:
+                raise HrmError(parameter_name(option), "<given twice>", "may be given once only", "leave one out")
+
+
 class CommandGroup(click.Group):
     """Commands that tell a mistake with the command it was made in and the word that was perhaps meant."""
+
+    context_class = _Context
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -36,10 +72,13 @@ class CommandGroup(click.Group):
         """The command that is called; HrmError if there is none of that name."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            near = closest(name, self.list_commands(ctx))
-            remedy = f"did you mean {near}?" if near else f"see {ctx.command_path} --help"
+            remedy = meant(name, self.list_commands(ctx), f"see {ctx.command_path} --help")
             raise HrmError(name, "<unknown>", f"is no command of {ctx.command_path}", remedy)
-        return super().resolve_command(ctx, args)
+        found, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            command.context_class = _Context
+            _check_once(command, rest)
+        return found, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the command returns."""
@@ -204,8 +243,10 @@ def usage_mistake(error: click.UsageError, program: str) -> HrmError:
     remedy = f"see {command} --help"
     match error:
         case click.NoSuchOption():
-            close = error.possibilities or ()
-            guess = f"did you mean {close[0]}?" if close else remedy
+            # Without their dashes, by which all options are alike.
+            words = {option.strip("-"): option for option in error.possibilities or ()}
+            close = closest(error.option_name.strip("-"), words)
+            guess = f"did you mean {words[close]}?" if close else remedy
             return HrmError(error.option_name, "<unknown>", f"is no option of {command}", guess)
         case click.MissingParameter():
             name = parameter_name(error.param)
@@ -229,8 +270,7 @@ def _bad_value(error: click.BadParameter, command: str, remedy: str) -> HrmError
     match error.param.type if error.param is not None else None:
         case click.Choice() as kind:
             choices = [str(choice) for choice in kind.choices]
-            rule, near = f"must be one of {', '.join(choices)}", closest(value, choices)
-            remedy = f"did you mean {near}?" if near else remedy
+            rule, remedy = f"must be one of {', '.join(choices)}", meant(value, choices, remedy)
         case click.IntRange(min=least, max=most):
             ends = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
             rule = f"must be a whole number of {' and '.join(ends)}"
@@ -238,6 +278,10 @@ def _bad_value(error: click.BadParameter, command: str, remedy: str) -> HrmError
             rule = "must be a whole number"
         case click.types.FloatParamType():
             rule = "must be a number"
+        case click.Path(file_okay=False) if rule == "is a file":
+            rule, remedy = "must be a folder, not a file", "name a folder"
+        case click.Path(dir_okay=False) if rule == "is a directory":
+            rule, remedy = "must be a file, not a folder", "name a file"
         case _:
             pass
     return HrmError(parameter_name(error.param) or command, value, rule, remedy)

@@ -1,8 +1,8 @@
-"""Which families the executor runs, by the `model_type` of their config's text part."""
+"""Which families the executor runs, by the `model_type` of their config's text part; others may be added."""
 
 from typing import Final
 
-EXECUTED_FAMILIES: Final = (
+EXECUTED_FAMILIES: Final = [
     "mixtral",
     "dbrx",
     "qwen2_moe",
@@ -25,4 +25,4 @@ EXECUTED_FAMILIES: Final = (
     # with the gated delta rule
     "qwen3_next",
     "qwen3_5_moe_text",
-)
+]

@@ -10,7 +10,7 @@ what computing a layer takes for a while.
 
 from pathlib import Path
 
-from hrm.errors import ModelError, closest
+from hrm.errors import ModelError, meant
 from hrm.files import is_file, is_folder
 from hrm.hub import HubModel
 from hrm.model_spec.by_name import BUILT_IN_MODELS
@@ -53,13 +53,12 @@ def load_model(model: str) -> ModelSpec:
     if on_hub is not None:
         return spec_as_stored(decoder_keys(read_config(on_hub.config()), on_hub.config_name))
     if not is_file(path):
-        close = closest(model, BUILT_IN_MODELS)
         raise ModelError(
             "--model",
             model,
             f"must be one of {', '.join(BUILT_IN_MODELS)}, a config.json or its folder, a GGUF file, or org/name"
             " on the Hub",
-            f"did you mean {close}?" if close else "see hrm models",
+            meant(model, BUILT_IN_MODELS, "see hrm models"),
         )
     if path.suffix == SUFFIX:
         return spec_as_stored(decoder_keys(read_header(path).config(), str(path)))

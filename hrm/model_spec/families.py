@@ -18,6 +18,7 @@ from hrm.model_spec.quantisation import quantisation
 from hrm.model_spec.readers import compressed, grouped, hybrid, latent, qwen, windows
 from hrm.model_spec.spec import ModelSpec
 from hrm.model_spec.stored_formats import stored_formats
+from hrm.strict import file_kind
 
 
 class FamilyReader(NamedTuple):
@@ -90,6 +91,8 @@ def decoder_keys(config: dict[str, Any], where: str) -> Keys:
 
 def _unknown_architecture(keys: Keys) -> ModelError:
     """Says whether the model has experts, and which of the sizes that a reader needs its config has."""
+    if words := file_kind(keys.values, {"architectures", "model_type"}):
+        return ModelError(keys.where, f"<{words}>", "must be a model's config.json", "name another file")
     family = keys.get("model_type")
     close = closest(family, FAMILY_READERS) if isinstance(family, str) else None
     meant = f"did you mean {close}? otherwise " if close else ""

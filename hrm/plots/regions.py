@@ -98,12 +98,14 @@ def _is_logarithmic(values: NDArray[np.float64]) -> bool:
 
 
 def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Borders between cells whose middles are `values`."""
+    """Borders between cells whose middles are `values`, none of which has a part below 0 if they are above."""
     logarithmic = _is_logarithmic(values)
     at = np.log(values) if logarithmic else values
     middles = (at[1:] + at[:-1]) / 2
     edges = np.concatenate([[2 * at[0] - middles[0]], middles, [2 * at[-1] - middles[-1]]])
-    return np.exp(edges) if logarithmic else edges
+    if logarithmic:
+        return np.exp(edges)
+    return np.maximum(edges, 0) if values[0] > 0 else edges
 
 
 def _look(number: int, name: str) -> dict[str, Any]:

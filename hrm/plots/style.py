@@ -135,7 +135,8 @@ def check_path(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in FORMATS:
-        raise HrmError("--out", str(path), f"must end in {', '.join(FORMATS)}", "choose one of these formats")
+        shown = f"<{path.suffix[:20] or 'no ending'}>"
+        raise HrmError(str(path), shown, f"must end in {', '.join(FORMATS)}", "choose one of these formats")
     check_writable(path)
 
 

@@ -205,6 +205,8 @@ def test_a_search_by_each_solver_finds_as_much(hrm, tmp_path):
         (["search", *QUICK, "--gpus", "1xT4", "--set", "cpu-memory=x"], ("--set cpu-memory", "GB")),
         (["estimate", *QUICK, "--gpus", "1xT4,1xL4", "-u", "1", "-n", "1"], ("one machine",)),
         (["whatif", *QUICK, "--gpus", "1xT4", "--percent", "0"], ("--percent", "other than 0")),
+        (["whatif", *QUICK, "--gpus", "1xT4", "--percent", "1e30"], ("--percent", "at most 100,000")),
+        (["whatif", *QUICK, "--gpus", "1xT4", "--plot", "x.gif"], ("x.gif is <.gif>", "must end in .png")),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1", "--y", "gpu=1:2:2"], ("FROM:TO",)),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=1:2:2", "--y", "cpu=1:2:2"], ("another",)),
         (["map", *QUICK, "--gpus", "1xT4", "--x", "cpu=a:2:2", "--y", "gpu=1:2:2"], ("factor",)),

@@ -195,14 +195,22 @@ MISTAKES = {
     "an unknown option": (["search", "--modle", "dbrx"], "--modle is <unknown>"),
     "an option without its value": (["search", "--model"], "--model is <incomplete>"),
     "an option left out": (["search", "--gpus", "T4"], "--model is <missing>: must be given"),
-    "a length that is no number": ([*ESTIMATE, "--gen-len", "x"], "--gen-len is 'x'"),
+    "a length that is no number": ([*ESTIMATE, "--mean-gen-len", "x"], "--mean-gen-len is 'x'"),
+    "a file of another kind for trials": (
+        ["search", *T4, "--solver", "optuna", "--trials", "1", "--storage", __file__],
+        "this one holds something else; give another --storage",
+    ),
+    "a dtype that the GPU has not": (
+        ["search", "--model", "dbrx", "--gpus", "4xT4", "--dtype", "bfloat16"],
+        "--dtype is 'bfloat16': must be one that NVIDIA T4 computes in; leave it out, or give --dtype float16",
+    ),
     "an unknown schedule": ([*ESTIMATE, "--schedule", "s9"], "--schedule is 's9': must be one of cgopipe, "),
     "a word too many": (["search", *T4, "fast"], "unexpected extra argument"),
     "steps out of range": (
         ["simulate", "--steps", "0"],
         "--steps is '0': must be a whole number of at least 1 and at most 64",
     ),
-    "a folder for a file": (["simulate", "--policy", "/"], "--policy is '/': is a directory"),
+    "a folder for a file": (["simulate", "--policy", "/"], "--policy is '/': must be a file, not a folder"),
     "no run given": (["validate"], "RUN is <missing>"),
     "an endless prompt": (["search", *T4, "--prompt-len", "inf", "--gen-len", "1"], "--prompt-len is inf"),
     "no prompt": (
@@ -212,7 +220,7 @@ MISTAKES = {
     "a chunk of no tokens": ([*ESTIMATE, "--prefill-chunk", "0"], "prefill_chunk_tokens is 0: must be at least 1"),
     "memory of no GPU": (
         ["profile", "--accelerator", "cpu", "--gpu-memory", "1GB", "--out", "/tmp/unwritten.yaml"],
-        "--gpu-memory is 1000000000: needs a GPU level",
+        "--gpu-memory is <1.00 GB>: needs a GPU level",
     ),
 }
 

@@ -74,10 +74,27 @@ def test_without_resume_it_starts_afresh_and_says_so(hrm, tmp_path):
     with small_sizes() as stop:
         stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
         hrm(*QUICK)
+    left = (tmp_path / "machine.yaml.partial").read_bytes()
+    code, _, err = hrm(*QUICK, "--accelerator", "emulatd")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith("; did you mean emulated?\n")
+    assert (tmp_path / "machine.yaml.partial").read_bytes() == left
     code, out, err = hrm(*QUICK)
     assert code == 0
     assert "measuring afresh; --resume would have gone on with machine.yaml.partial" in err
     assert "resumed" not in out
+
+
+def test_what_is_left_stays_until_something_is_measured(hrm, tmp_path):
+    with small_sizes() as stop:
+        stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
+        hrm(*QUICK)
+        left = (tmp_path / "machine.yaml.partial").read_bytes()
+        stop.setattr("hrm.profiling.launch.launch_latency", interrupt)
+        code, _, err = hrm(*QUICK)
+    assert code == 130
+    assert "interrupted; nothing was measured or written" in err
+    assert (tmp_path / "machine.yaml.partial").read_bytes() == left
 
 
 def test_interrupted_at_once_there_is_nothing_to_keep(hrm, tmp_path):

@@ -97,7 +97,10 @@ MISTAKES = {
     "an unknown GPU": (["--fleet", "2x(4xT5)"], "--fleet is 'T5'"),
     "another machine": (["--fleet", "2x(4xT4)", "--gpus", "1xL4"], "--gpus is '1xL4': does not go with --fleet"),
     "a front": (["--fleet", "2x(4xT4)", "--pareto", "gpus"], "--pareto is 'gpus': does not go with --fleet"),
-    "a policy file": (["--fleet", "2x(4xT4)", "--out", "p.json"], "--solver and --out is <--fleet>"),
+    "a policy file": (
+        ["--fleet", "2x(4xT4)", "--out", "p.json"],
+        "--out is 'p.json': is for one search, and does not go with --fleet",
+    ),
     "fewer requests than machines": (["--fleet", "3x(4xT4)", "--requests", "2"], "at least one for each of"),
     "prices alone": (["--gpus", "T4", "--prices", "T4=1"], "--prices is 'T4=1': goes with --fleet only"),
     "a price missing": (["--fleet", "2x(4xT4),1xL4", "--prices", "4xT4=2"], "must have every kind, 1xL4 too"),

@@ -8,13 +8,14 @@ from random import Random
 import msgspec
 import pytest
 
-from hrm.acts import ACTS, act_named, decode
+from hrm.acts import ACTS, NAMES, act_named, add_act, decode
 from hrm.closed_form import DecodeStep, Point
 from hrm.costs import Costs
 from hrm.estimate import estimate
 from hrm.phases import decode_work, simulate_work
 from hrm.plots.timeline import plot_timeline
 from hrm.policy import Policy, ScheduleName
+from hrm.policy_file import load_policy_file
 from hrm.schedules import SCHEDULES, Pipeline, Schedule, StepWork, add_schedule, decode_pipeline, graph, iter_tasks
 from hrm.schedules.bounds import Terms
 from hrm.search import Space, search
@@ -85,6 +86,19 @@ def test_its_name_is_kept_in_files_and_a_name_that_nobody_added_is_none(mine):
         ScheduleName("nobody's")
 
 
+def test_its_name_goes_with_every_command(mine, hrm, tmp_path):
+    path = tmp_path / "policy.json"
+    words = ("--model", "qwen3-30b-a3b", "--gpus", "1xL4", "-u", "4", "-n", "2", "--requests", "8", "--out", path)
+    assert hrm("estimate", *words, "--schedule", mine.value)[0] == 0
+    assert load_policy_file(path).policy.schedule is mine
+    code, out, err = hrm("simulate", "--policy", path, "--steps", "1", "--layers", "1")
+    assert (code, err) == (0, "")
+    assert mine.value in out
+    code, _, err = hrm("estimate", *words, "--schedule", "one-by-two")
+    assert code == 2
+    assert "--schedule is 'one-by-two': must be one of cgopipe, " in err
+
+
 # -- an act -----------------------------------------------------------------------------------
 
 CHECK_S = 3e-4
@@ -110,8 +124,9 @@ def checked(p: Pipeline) -> Iterator[TaskId]:
 
 @pytest.fixture
 def with_check(monkeypatch):
-    monkeypatch.setattr(decode, "ALL", (*decode.ALL, CHECK))
     monkeypatch.setitem(ACTS, Phase.DECODE, decode.ALL)
+    monkeypatch.setitem(NAMES, CHECK.name, CHECK.letter)
+    add_act(CHECK)
     name = add_schedule("checked", Schedule(checked, attention_in_turn))
     yield name
     del SCHEDULES[name]
@@ -136,8 +151,9 @@ def test_an_act_of_ones_own_is_waited_for_and_counted_everywhere(with_check, sma
 
     added = SPEC.num_layers * policy.num_micro_batches * CHECK_S
     counted = d2h_s()
-    monkeypatch.setattr(decode, "ALL", tuple(act for act in decode.ALL if act is not CHECK))
-    assert counted - d2h_s() == pytest.approx(added)
+    with monkeypatch.context() as without:
+        without.setitem(ACTS, Phase.DECODE, decode.ALL)
+        assert counted - d2h_s() == pytest.approx(added)
     trace = simulate_work(decode_work(costs, policy, 45.0, num_steps=1))
     assert trace.seconds_by_kind()["CHECK_HIDDEN"] == pytest.approx(added)
     assert act_named(Phase.DECODE, "CHECK_HIDDEN", Lane.D2H) is CHECK

@@ -154,6 +154,15 @@ def test_every_cell_of_a_map_is_covered_by_its_region_and_no_other():
         assert region_at(axes, row.h2d_bandwidth_bytes_per_s / 1e9, row.times_cpu) == [expected]
 
 
+def test_a_coarse_map_has_no_part_below_nothing():
+    frame = pd.DataFrame(
+        [{"times_cpu": x, "times_gpu": y, "kind": "one"} for x in (1.0, 5.5, 10.0) for y in (1.0, 2.0)]
+    )
+    axes = plot_map(frame, x="times_cpu", y="times_gpu", region="kind").axes[0]
+    assert axes.get_xlim() == (0, 12.25)
+    assert axes.get_ylim() == (0.5, 2.5)
+
+
 def test_outlines_run_between_cells_of_different_regions_only():
     frame = grid()
     axes = plot_map(frame, x="h2d_bandwidth_bytes_per_s", y="times_cpu", region="kind").axes[0]

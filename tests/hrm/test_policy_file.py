@@ -98,7 +98,7 @@ MALFORMED = [
     (("policy", "resident_experts"), [1, 2, 1, 5], "at most the 4 experts of tiny"),
     (("policy", "resident_experts"), [1, 2, 1, -1], "count of at least 0"),
     (("policy", "attention"), "tpu", r"policy\.attention is 'tpu'"),
-    (("policy", "dtype"), "int4", "dtype is 'int4': must be one of float32"),
+    (("policy", "dtype"), "int4", r"json: policy\.dtype is 'int4': must be one of float32"),
     (("policy", "schedule"), "s5", r"policy\.schedule is 's5'"),
     (("model", "order"), [], "model.order is <0 layers>: must be at least one"),
     (("workload", "gen_len"), 0, "gen_len is 0"),

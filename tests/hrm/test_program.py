@@ -90,7 +90,7 @@ def test_both_programs_tell_a_mistake_in_the_arguments_alike(program):
     command = "search" if program == "hrm" else "run"
     code, err = ended(started(program, command, "--foo", stdout=subprocess.DEVNULL))
     assert code == 2
-    assert err.startswith(f"error: --foo is <unknown>: is no option of {program} {command}; ")
+    assert err == f"error: --foo is <unknown>: is no option of {program} {command}; see {program} {command} --help\n"
     assert err.count("\n") == 1
 
 
@@ -130,6 +130,8 @@ def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, s
             continue
         if option.type.name != "text" or option.required:  # --kv-on-gpu may stand alone
             yield [flag], flag, "<incomplete>", "needs a value"
+        if not option.multiple:
+            yield [flag, "1", f"{flag}=2"], flag, "<given twice>", "may be given once only"
         match option.type:
             case click.Choice():
                 yield [flag, "zzz"], flag, "'zzz'", "must be one of "
@@ -139,6 +141,10 @@ def mistakes_in(command: click.Command) -> Iterator[tuple[list[str], str, str, s
                 yield [flag, "1.5"], flag, "'1.5'", "must be a whole number"
             case click.types.FloatParamType():
                 yield [flag, "zzz"], flag, "'zzz'", "must be a number"
+            case click.Path(dir_okay=False):
+                yield [flag, "/"], flag, "'/'", "must be a file, not a folder"
+            case click.Path(file_okay=False):
+                yield [flag, __file__], flag, f"'{__file__}'", "must be a folder, not a file"
 
 
 @pytest.mark.parametrize("path", COMMANDS)
@@ -153,7 +159,17 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         assert said is not None, err
         assert (said["where"], said["value"]) == (where, value), err
         assert rule in said["rule"], err
-        assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith("did you mean "), err
+        remedies = ("did you mean ", "name a file", "name a folder", "leave one out")
+        assert said["remedy"] == f"see {path} --help" or said["remedy"].startswith(remedies), err
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_lines_of_help_fit_a_narrow_terminal_and_end_between_words(capsys, monkeypatch, path):
+    monkeypatch.setenv("COLUMNS", "80")
+    program, *words = path.split()
+    import_module(f"{program}.cli").main([*words, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if len(line) > 80 or line.endswith("-") or "\N{NON-BREAKING HYPHEN}" in line]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +183,12 @@ def test_every_command_of_both_programs_tells_each_mistake_in_one_line(capsys, p
         ("hrm estimate --schedule fastdecod", "fastdecode"),
         ("executor run --schedule fastdecod", "fastdecode"),
         ("executor bench --model dbrx --schedules cgopipe,fastdecod", "fastdecode"),
+        ("executor bench --model mixtral-8x7", "mixtral-8x7b"),
+        ("hrm search --gpus 1xL4 --model dbrx --workload mtbnch", "mtbench"),
+        ("hrm search --gpus 1xL4 --model dbrx --set h2d-bandwith=24GB/s", "h2d-bandwidth"),
+        ("hrm search --gpus 1xL4 --model dbrx --weight-format int4-32", "int4-g32"),
+        ("hrm map --gpus 1xL4 --model dbrx --x cpu-memry=1GB:2GB:2 --y gpu=1:2:2", "cpu-memory"),
+        ("hrm plot sweep --gpus 1xL4 --model dbrx --vary cpu-memry --from 1GB --to 2GB --out x.png", "cpu-memory"),
     ],
 )
 def test_what_is_nearest_to_a_wrong_word_is_named(capsys, words, near):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Literal
 
-from hrm.errors import ProfileError
+from hrm.errors import ProfileError, meant
 from hrm.hardware import SCHEMA, HardwareProfile
 from hrm.profile_diff import figures_of
 from hrm.profiling.environment import BUSY, HostFacts, Others, host_facts, software
@@ -151,7 +151,7 @@ def _resolve(accelerator: str) -> tuple[Kind, tuple[int, ...]]:
             "--accelerator",
             accelerator,
             "must be auto, cuda:K, cuda:K,K, cuda:all, emulated, emulated:N or cpu",
-            "choose one",
+            meant(accelerator, ("auto", "cuda:all", "emulated", "cpu"), "choose one"),
         )
     indices = range(count) if which == "all" else [int(word) for word in words]
     if len(set(indices)) < len(indices):

@@ -47,11 +47,11 @@ class Journal:
     """Steps of one profile, kept at `path`; `seconds` is what those from before took."""
 
     def __init__(self, path: Path, measures: dict[str, str], *, date: str, resume: bool = False) -> None:
-        """Start the file anew, or go on with it if `resume` and there is one.
+        """Start the file anew with the first step, or go on with it if `resume` and there is one.
 
-        The file is locked until it is closed or removed. `measures` says what is measured: options
-        and machine. Raises ProfileError if another process writes to the file, if that to go on
-        with was measured otherwise, or if it cannot be read or written.
+        Until then it stays what it was, for another time. It is locked until it is closed or removed. `measures` says
+        what is measured: options and machine. Raises ProfileError if another process writes to the file, if that to go
+        on with was measured otherwise, or if it cannot be read or written.
         """
         self.path, self.date = path, date
         self._kept: dict[str, _Kept] = {}
@@ -70,10 +70,10 @@ class Journal:
         try:
             good = self._load(measures) if resume else 0
             self._steps = len(self._kept)
-            self._file.truncate(good)
-            self._file.seek(good)
-            if not good:
-                self._write(_Head(date, measures))
+            self._head = None if good else _Head(date, measures)
+            self._is_empty = not self._file.seek(0, os.SEEK_END)
+            if good:
+                self._cut(good)
         except OSError as error:
             self.close()
             raise _not_written(path, error) from error
@@ -102,8 +102,12 @@ class Journal:
 
         Raises ProfileError if it cannot be written; the steps before it are kept.
         """
-        self._steps += 1
         try:
+            if self._head is not None:
+                self._cut(0)
+                self._write(self._head)
+                self._head = None
+            self._steps += 1
             self._write(_Line(name, seconds, found))
         except OSError as error:
             raise _not_written(self.path, error) from error
@@ -112,7 +116,7 @@ class Journal:
         """End writing; the file stays for another time, unless there is nothing in it."""
         if self._file.closed:
             return
-        if self._steps:
+        if self._steps or not self._is_empty:
             self._file.close()
         else:
             self.remove()
@@ -121,6 +125,10 @@ class Journal:
         """Remove the file, before another process can have its lock."""
         self.path.unlink(missing_ok=True)
         self._file.close()
+
+    def _cut(self, length: int) -> None:
+        self._file.truncate(length)
+        self._file.seek(length)
 
     def _write(self, line: msgspec.Struct) -> None:
         write_all(self._file.fileno(), msgspec.json.encode(line) + b"\n")

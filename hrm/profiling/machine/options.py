@@ -10,6 +10,7 @@ from hrm.contract.host_kernels import HostKernels
 from hrm.errors import ProfileError
 from hrm.formats import FORMATS
 from hrm.model_spec import ModelSpec
+from hrm.units import format_bandwidth, format_bytes
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
 QUICK_PART_S: Final = 0.75  # a part of a step in all passes; machines have 30 to 100 of them
@@ -95,14 +96,14 @@ class ProfileOptions:
         if self.link_bandwidth_bytes_per_s is not None and kind != "emulated":
             raise ProfileError(
                 "--link-bandwidth",
-                self.link_bandwidth_bytes_per_s,
+                f"<{format_bandwidth(self.link_bandwidth_bytes_per_s)}>",
                 "is what an emulated link is paced to",
                 "leave it out or use --accelerator emulated",
             )
         if self.gpu_memory_bytes is not None and kind == "cpu":
             raise ProfileError(
                 "--gpu-memory",
-                self.gpu_memory_bytes,
+                f"<{format_bytes(self.gpu_memory_bytes)}>",
                 "needs a GPU level, which accelerator cpu has not",
                 "leave it out or use --accelerator emulated",
             )

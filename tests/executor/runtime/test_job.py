@@ -203,6 +203,8 @@ def test_directory_in_use_is_refused(run, tmp_path):
         (["--gpu-memory", "100kB"], ["level gpu", "100 kB", "--gpu-memory"]),
         (["--gpu-memory", "much"], ["--gpu-memory", "much", "16GB"]),
         (["--link-bandwidth", "fast"], ["--link-bandwidth", "fast"]),
+        (["--link-bandwidth", "1GB/s", "--accelerator", "cpu"], ["--link-bandwidth", "leave it out"]),
+        (["--accelerator", "emulatd"], ["--accelerator is 'emulatd'", "did you mean emulated?"]),
         (["--link-bandwidth", "2"], ["--link-bandwidth", "needs a unit; did you mean 2GB/s?"]),
         (["--gpu-memory", "5"], ["--gpu-memory", "needs a unit; did you mean 5GB?"]),
     ],

@@ -16,6 +16,8 @@ from executor.families.stored import Stored
 from executor.generate import Generator, Planned
 from executor.model import Architecture
 from executor.random_weights import RandomWeights
+from hrm.cli import main as run_hrm
+from hrm.contract.families import EXECUTED_FAMILIES
 from hrm.layers import DenseFfn
 from hrm.memory import plan_memory
 from hrm.model_spec.families import FAMILY_READERS
@@ -50,6 +52,7 @@ def renamed(tiny_folders, tmp_path, monkeypatch):
     """A Mixtral whose tensors are called, and stored, as nobody else does; its own rows are added."""
     monkeypatch.setitem(FAMILIES, "other", OTHER)
     monkeypatch.setitem(FAMILY_READERS, "other", FAMILY_READERS["mixtral"])
+    EXECUTED_FAMILIES.append("other")
     folder = tiny_folders["wide heads"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "other"}), encoding="utf-8")
@@ -73,7 +76,13 @@ def renamed(tiny_folders, tmp_path, monkeypatch):
             f"{new}.experts.out": torch.cat([w2 for _, w2, _ in experts]),
         }
     save_file({name: tensor.contiguous() for name, tensor in ours.items()}, tmp_path / "model.safetensors")
-    return tmp_path
+    yield tmp_path
+    EXECUTED_FAMILIES.remove("other")
+
+
+def test_the_planner_says_that_it_is_run(renamed, capsys):
+    run_hrm(["models", str(renamed)])
+    assert "with executor run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("choices", [{}, {"attention": GPU, "resident": 3, "resident_dense": True}])
