@@ -89,7 +89,8 @@ def solver_named(name: str, **options: Any) -> Solver:
         takers = [other for other in SOLVERS if option in _options_of(_solver_class(other))]
         if name not in takers:
             flag = f"--{option.replace('_', '-')}"
-            raise PolicyError(flag, value, f"goes with --solver {' or '.join(takers)} only", "leave it out or add that")
+            rule = f"goes with --solver {' or '.join(takers)} only" if takers else "is no option of any solver"
+            raise PolicyError(flag, value, rule, "leave it out or add that" if takers else "leave it out")
     return solver(**options)
 
 
