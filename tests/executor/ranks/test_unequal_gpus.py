@@ -20,6 +20,7 @@ from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refus
 from tests.executor.runtime.support import architecture, level, link, make_policy, rate
 from tests.executor.tiny_models import save_tiny, transformers_greedy
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 LAYERS = 5
 
 
