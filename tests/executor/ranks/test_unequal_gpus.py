@@ -76,7 +76,6 @@ def spec(model):
     return architecture(model).spec
 
 
-@pytest.mark.slow
 def test_stages_of_unequal_gpus_answer_as_transformers_does_each_with_its_own_memory_and_link(
     model, spec, tmp_path, capsys
 ):
