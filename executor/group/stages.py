@@ -128,9 +128,12 @@ class _Patience(threading.local):
 
     def __init__(self) -> None:
         self._works, self._ends = SimpleQueue[Any](), SimpleQueue[BaseException | None]()
-        threading.Thread(target=_serve, args=(self._works, self._ends), name="stages", daemon=True).start()
+        self._is_there = False
 
     def wait(self, work: Any, waits: Waits) -> None:
+        if not self._is_there:  # not with its queues: importing this module starts no thread
+            threading.Thread(target=_serve, args=(self._works, self._ends), name="stages", daemon=True).start()
+            self._is_there = True
         self._works.put(work)
         while True:
             try:

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from executor.ranks import workers
+from tests.executor.ranks import forked
 from tests.executor.tiny_models import MODELS, save_tiny
 
 
@@ -26,3 +28,12 @@ def tiny_folders(tmp_path_factory) -> dict[str, Path]:
 def tiny_folder(request, tiny_folders) -> Path:
     """A random checkpoint, of each tiny model in turn."""
     return tiny_folders[request.param]
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch) -> list[forked.Popen]:
+    """Ranks that are started come of a process with all imports done; returns those that have been started."""
+    started: list[forked.Popen] = []
+    monkeypatch.setattr(forked.Popen, "started", started)
+    monkeypatch.setattr(workers, "subprocess", forked)
+    return started

@@ -114,8 +114,8 @@ def test_models_that_cannot_be_had(hub, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
-    monkeypatch.setattr("hrm.hub._ANSWERS_S", 0.1)
     load_model(NAME)
+    monkeypatch.setattr("hrm.hub._ANSWERS_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         ask_at(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         assert load_model(NAME).num_experts == 4, "the cache has it"

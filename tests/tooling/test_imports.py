@@ -31,17 +31,17 @@ def test_help_of_executor_loads_no_torch(module: str):
     assert "torch" not in modules_loaded_by(f"import {module}")
 
 
-def test_what_runs_a_batch_loads_no_compiler_of_torch():
-    assert "torch._dynamo" not in modules_loaded_by("import executor.generate")
-
-
-@pytest.mark.skipif(kernels() is None, reason="needs the native kernels")
-def test_the_first_tape_loads_no_compiler_of_torch():
-    """It is recorded in the middle of a run, which a second of imports would hold up."""
-    record = """
+# It is recorded in the middle of a run, which a second of imports would hold up.
+FIRST_TAPE = """
 import torch
 from executor.native.tape import Numbers, Tape
 row = torch.zeros(1, dtype=torch.int64)
 assert Tape.record(lambda: row.view(1, 1), Numbers(row, row, [0], [1])) is not None
 """
-    assert "torch._dynamo" not in modules_loaded_by(record)
+
+
+def test_what_runs_jobs_loads_neither_the_compiler_of_torch_nor_ray():
+    """Not what may run them on Ray, nor a first tape."""
+    imports = "import executor.generate, executor.cli.run, executor.job, executor.ray, executor.ray.fleet"
+    loaded = modules_loaded_by(f"{imports}\n{FIRST_TAPE if kernels() else ''}")
+    assert loaded & {"torch._dynamo", "ray"} == set()

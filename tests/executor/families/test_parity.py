@@ -34,7 +34,7 @@ ELSEWHERE = {"mixtral", "dbrx"}  # the runtime's own parity tests run these
 UNDIVIDED = {"olmoe", "minimax_m2", "gemma4_text"}
 
 ALL = 1000
-MAX_TOKENS = 5
+MAX_TOKENS = 4
 NUM_PROMPTS = 12
 POLICIES = {
     "attention on the cpu": {"attention": CPU, "resident": 1},

@@ -9,16 +9,16 @@ import torch
 from executor.group.processes import ProcessGroup
 from executor.group.store import LOOP, join_store, open_store
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["executor.group.processes"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["executor.job.rank"])
 
 
 def in_ranks(size, function, *arguments, timeout=60.0):
     """What `function(group, *arguments)` returns in each of so many processes; None of one that ended before."""
     _store, port = open_store()
-    ends = [_CONTEXT.Pipe() for _ in range(size)]
+    ends = [CONTEXT.Pipe() for _ in range(size)]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(port, rank, size, timeout, ends[rank][1], function, arguments))
+        CONTEXT.Process(target=_rank, args=(port, rank, size, timeout, ends[rank][1], function, arguments))
         for rank in range(size)
     ]
     for process, (_, other) in zip(processes, ends, strict=True):

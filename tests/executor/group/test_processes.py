@@ -1,9 +1,6 @@
 """Real processes against plain sums, rows and lists."""
 
-import os
-import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,41 +8,12 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from executor.group import Alone, LostRankError, share_of
+from executor.group import Alone, share_of
 from executor.group.measure import seconds_a_task, sums_between
 from executor.group.processes import ProcessGroup
 from tests.executor.group.ranks import in_ranks
+from tests.executor.group.together import ROWS, all_logits, do_all, lose, summand
 from tests.executor.runtime.device_tensor import DeviceTensor, WithDevice
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1,), (3, 5), (64, 257), (70_001,))
-ROWS = (0, 1, 3, 4, 9)
-
-
-def summand(rank, dtype, shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1 + rank)).mul(8).to(dtype)
-
-
-def all_logits(rows, columns):
-    return torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
-
-
-def do_all(group):
-    sums = {}
-    for dtype in DTYPES:
-        for shape in SHAPES:
-            tensor = summand(group.rank, dtype, shape)
-            group.all_reduce(tensor)
-            sums[dtype, shape] = tensor
-    shares, gathered = {}, {}
-    for rows in ROWS:
-        columns = slice(7 * group.rank, 7 * (group.rank + 1))
-        shares[rows] = group.exchange_rows(all_logits(rows, 7 * group.size)[:, columns])
-        own = share_of(group.rank, group.size, rows)
-        gathered[rows] = [group.gather(torch.arange(rows).to(kind)[own], rows) for kind in (torch.int64, torch.float64)]
-    agreed = [group.agree(step if group.rank == 0 else 99) for step in (0, 1, 2)]
-    told = [group.broadcast(text if group.rank == 0 else None) for text in (b"", b"batch", bytes(range(256)) * 999)]
-    return sums, shares, gathered, agreed, told, group.collect(b"x" * group.rank)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -107,23 +75,6 @@ def test_ranks_meet_on_their_cards_unless_they_share_one(cards, monkeypatch):
         assert (made, found) == ([], 2 * [[3.0] * 3])
     else:
         assert (sorted(made), found) == ([(0, 2, 60.0), (1, 2, 60.0)], 2 * [[-1.0] * 3])
-
-
-def lose(group, how):
-    """Sum up until another rank is lost, and tell what comes out."""
-    group.all_reduce(torch.ones(3))
-    if group.rank == 1:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(3)
-        return None
-    told = []
-    for call in (lambda: group.all_reduce(torch.ones(3)), lambda: group.agree(1), lambda: group.broadcast(b"")):
-        try:
-            call()
-        except LostRankError as error:
-            told.append(str(error))
-    return told
 
 
 @pytest.mark.parametrize(("how", "said"), [("killed", "has ended"), ("late", "did not come within 1 s")])

@@ -28,6 +28,8 @@ from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refus
 from tests.executor.runtime.support import architecture, machine, make_policy, policy_file
 from tests.executor.tiny_models import save_tiny, transformers_greedy
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")  # but for commands in processes of their own
+
 
 def exit_code_of_hrm(words):
     try:

@@ -12,6 +12,7 @@ from executor.sampling import SamplingParams
 from tests.executor.ranks.summing import of_rank
 from tests.executor.tiny_models import tiny_arch
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 MODULE = "tests.executor.ranks.summing"
 
 

@@ -26,6 +26,7 @@ from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, run_w
 from tests.executor.runtime.support import architecture, make_policy
 from tests.executor.tiny_models import save_tiny, transformers_greedy
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 LONGEST = 2  # of three layers in two stages
 
 
@@ -93,7 +94,7 @@ def test_texts_end_in_the_first_stage_for_all(model, policy, tmp_path, capsys):
     ],
 )
 def test_a_stage_that_never_ends_its_task_ends_all_and_is_named_with_it(
-    model, policy, tmp_path, capsys, monkeypatch, fault, told
+    model, policy, tmp_path, capsys, monkeypatch, forked_ranks, fault, told
 ):
     monkeypatch.setattr(launch, "WORKER", stuck_stage.__name__)
     monkeypatch.setattr(launch, "Ranks", partial(Ranks, silence_s=5.0))
@@ -104,7 +105,8 @@ def test_a_stage_that_never_ends_its_task_ends_all_and_is_named_with_it(
     assert exit_code(words) == 1
     error = capsys.readouterr().err
     assert re.search(rf"error: rank 1: task A1\.\d\S* \(PRE_ATTENTION\) in lane GPU is {told}", error), error
-    assert not psutil.Process().children()
+    (rank,) = forked_ranks
+    assert not psutil.pid_exists(rank.pid)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"] == "failed"
 
 

@@ -20,6 +20,7 @@ from tests.executor.runtime.jobs import PROMPTS, exit_code, line, outputs, refus
 from tests.executor.runtime.support import architecture, level, link, make_policy, rate
 from tests.executor.tiny_models import save_tiny, transformers_greedy
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 LAYERS = 5
 
 
@@ -75,7 +76,6 @@ def spec(model):
     return architecture(model).spec
 
 
-@pytest.mark.slow
 def test_stages_of_unequal_gpus_answer_as_transformers_does_each_with_its_own_memory_and_link(
     model, spec, tmp_path, capsys
 ):

@@ -123,6 +123,7 @@ def test_an_engine_measures_its_machine_once_and_solves_for_it(model, tmp_path, 
         own_plan.own_plan(plan, CPU)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("parallelism", "layers"), [(Parallelism.TENSOR, LAYERS), (Parallelism.PIPELINE, 2)])
 def test_a_worker_runs_as_many_ranks_as_its_policy_is_for_and_tells_of_each(model, tmp_path, parallelism, layers):
     policy = replace(make_policy(layers, batch_size=3, micro_batch_size=2), parallelism=parallelism)

@@ -246,7 +246,7 @@ def for_two(spec: ModelSpec, **changes) -> PolicyFile:
     return policy_file(spec, policy=policy, profile=profile, memory_budget_bytes=budgets)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("shape", ["mixtral"], indirect=True)
 @pytest.mark.parametrize("random", [False, True])
 def test_ranks_are_measured_and_compared_one_by_one(folder, shape, tmp_path, capsys, random):
@@ -267,16 +267,14 @@ def test_ranks_are_measured_and_compared_one_by_one(folder, shape, tmp_path, cap
     assert alone["rows"][0]["tokens_crc32"] == report["rows"][0]["tokens_crc32"], "the same weights and requests"
 
 
-@pytest.mark.slow
-def test_stages_are_measured_and_none_is_left(folder, tmp_path, capsys):
+def test_stages_are_measured_and_none_is_left(forked_ranks, folder, tmp_path, capsys):
     spec = architecture(folder).spec
     content = for_two(spec, parallelism=Parallelism.PIPELINE, stage_lengths=(1, 2))
     with Bench(BenchOptions(model=str(folder), policy=content, repeats=2)) as bench:
         row = bench.row(ScheduleName.CGOPIPE)
         assert {rank for _, rank in row.validation.rank_s} == {0, 1}
         assert [one.decode_steps for one in row.validation.run.batches] == [4, 4], "two batches were under way"
-        (other,) = psutil.Process().children()
-        assert "executor.job.rank" in other.cmdline()
+        (other,) = (psutil.Process(rank.pid) for rank in forked_ranks)
     assert not other.is_running()
     save_policy_file(tmp_path / "policy.json", content)
     words = ["--model", str(folder), "--policy", str(tmp_path / "policy.json")]

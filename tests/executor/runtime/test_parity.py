@@ -24,7 +24,7 @@ from tests.executor.runtime.support import (
 from tests.executor.tiny_models import MODELS, random_prompts, transformers_greedy
 
 SCHEDULES = tuple(ScheduleName)
-MAX_TOKENS = 5
+MAX_TOKENS = 4  # three steps of decode: a first one, one amid others and a last one
 PROMPTS = random_prompts(16)
 
 # Every value of every choice, and the pairs that share buffers or edges.
@@ -136,6 +136,17 @@ def test_greedy_tokens_equal_those_of_transformers(tiny_folders, model, choices,
     with generator(folder, policy_of(folder, schedule, choices)) as made:
         done = generate(made, requests(PROMPTS, max_tokens=MAX_TOKENS))
     assert {name: completion.tokens for name, completion in done.items()} == expected(folder)
+
+
+def test_longer_continuations_equal_those_of_transformers(tiny_folder):
+    """Of more steps of decode than above, with caches that are streamed and one that stays."""
+    prompts, longer = PROMPTS[:8], 3 * MAX_TOKENS
+    policy = policy_of(tiny_folder, ScheduleName.CGOPIPE, {**POLICIES["kv split, gpu"], "gpu_kv_micro_batches": 1})
+    with generator(tiny_folder, policy) as made:
+        done = generate(made, requests(prompts, max_tokens=longer))
+    assert {name: list(completion.tokens) for name, completion in done.items()} == {
+        f"request-{index}": transformers_greedy(tiny_folder, prompt, longer) for index, prompt in enumerate(prompts)
+    }
 
 
 @pytest.mark.parametrize("name", ["both on the cpu", "one micro-batch, gpu"])
