@@ -214,5 +214,7 @@ def _rounded_up(value: float) -> str:
 
 
 def _three_digits(value: float) -> str:
+    if math.isinf(value):
+        return str(value)
     whole_digits = len(str(int(abs(value))))
     return f"{value:.{max(0, 3 - whole_digits)}f}"

@@ -12,7 +12,7 @@ from hrm.tasks import Act, Lane, Phase
 
 __all__ = ["ACTS", "NAMES", "Counts", "Load", "act_named", "add_act", "decode", "prefill"]
 
-ACTS: Final = {Phase.PREFILL: prefill.ALL, Phase.DECODE: decode.ALL}
+ACTS: Final[dict[Phase, tuple[Act, ...]]] = {Phase.PREFILL: prefill.ALL, Phase.DECODE: decode.ALL}
 # What each kind of task is called in files and legends: acts that differ by phase or lane only share one letter.
 NAMES: Final = {act.name: act.letter for act in (*decode.ALL, *prefill.ALL)}
 

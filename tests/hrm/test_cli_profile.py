@@ -75,7 +75,7 @@ def test_without_resume_it_starts_afresh_and_says_so(hrm, tmp_path):
         stop.setattr("hrm.profiling.memory.measure_memory", interrupt)
         hrm(*QUICK)
     left = (tmp_path / "machine.yaml.partial").read_bytes()
-    code, _, err = hrm(*QUICK, "--accelerator", "emulatd")
+    code, _, err = hrm(*("emulatd" if argument == "cpu" else argument for argument in QUICK))
     assert (code, err.count("\n")) == (2, 1)
     assert err.endswith("; did you mean emulated?\n")
     assert (tmp_path / "machine.yaml.partial").read_bytes() == left

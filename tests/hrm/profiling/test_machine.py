@@ -262,7 +262,7 @@ def test_a_mistake_in_the_options_leaves_no_file(tmp_path):
         ({"accelerator": "cpu", "dtypes": ["int3"]}, r"--dtype is 'int3': must be one of float32"),
         (
             {"accelerator": "cpu", "link_bandwidth_bytes_per_s": 1e9},
-            r"--link-bandwidth is 1000000000.0: is what an emulated link is paced to",
+            r"--link-bandwidth is <1.00 GB/s>: is what an emulated link is paced to",
         ),
         ({"accelerator": "emulated", "gpu_memory_bytes": 2**60}, r"--gpu-memory is \d+: must be less than the RAM"),
     ],
