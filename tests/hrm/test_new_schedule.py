@@ -8,7 +8,7 @@ from random import Random
 import msgspec
 import pytest
 
-from hrm.acts import ACTS, NAMES, act_named, add_act, decode
+from hrm.acts import ACTS, act_named, decode
 from hrm.closed_form import DecodeStep, Point
 from hrm.costs import Costs
 from hrm.estimate import estimate
@@ -20,8 +20,9 @@ from hrm.schedules import SCHEDULES, Pipeline, Schedule, StepWork, add_schedule,
 from hrm.schedules.bounds import Terms
 from hrm.search import Space, search
 from hrm.simulate import simulate
-from hrm.tasks import Act, Lane, Phase, TaskId
+from hrm.tasks import Lane, Phase, TaskId
 from hrm.workload import Workload
+from tests.contracts.added_act import CHECK, CHECK_S, checked
 from tests.hrm.support import machine, tiny_spec
 from tests.hrm.test_memory import a_policy
 
@@ -101,35 +102,11 @@ def test_its_name_goes_with_every_command(mine, hrm, tmp_path):
 
 # -- an act -----------------------------------------------------------------------------------
 
-CHECK_S = 3e-4
-CHECK = Act(
-    letter="G",
-    name="CHECK_HIDDEN",
-    words="a sum over hidden states, to the host",
-    phase=Phase.DECODE,
-    lane=Lane.D2H,
-    touches=lambda p, x: (((decode.HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + 1, 0),), ()),
-    count=lambda c: c.layers * c.pieces,
-    moves=lambda x: 8 * x.tokens,
-    seconds=lambda _, __: CHECK_S,
-)
-
-
-def checked(p: Pipeline) -> Iterator[TaskId]:
-    for task in one_by_one(p):
-        yield task
-        if task.act is decode.POST_ATTENTION:
-            yield task._replace(act=CHECK)
-
 
 @pytest.fixture
 def with_check(monkeypatch):
-    monkeypatch.setitem(ACTS, Phase.DECODE, decode.ALL)
-    monkeypatch.setitem(NAMES, CHECK.name, CHECK.letter)
-    add_act(CHECK)
-    name = add_schedule("checked", Schedule(checked, attention_in_turn))
-    yield name
-    del SCHEDULES[name]
+    with checked(monkeypatch, one_by_one, attention_in_turn) as name:
+        yield name
 
 
 def test_an_act_of_ones_own_is_waited_for_and_counted_everywhere(with_check, small_machine, tmp_path, monkeypatch):

@@ -6,11 +6,10 @@ from executor.batching import Batcher
 from executor.cli import main as run_executor
 from executor.handlers import DecodeHandlers, add_handler
 from executor.handlers.added import HANDLERS
-from hrm.acts import ACTS, NAMES, add_act, decode
 from hrm.cli import main as run_hrm
 from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES, Schedule, add_schedule, bounds, orders
-from hrm.tasks import Act, Lane, Phase
+from tests.contracts.added_act import CHECK, CHECK_BYTES, checked
 from tests.executor.runtime.jobs import PROMPTS, line, tokens_of
 from tests.executor.runtime.support import CPU, GPU, architecture, generator, make_policy, requests
 from tests.executor.tiny_models import random_prompts
@@ -46,57 +45,34 @@ def test_a_schedule_of_ones_own_gives_the_same_tokens(tiny_folders, device):
     assert tokens[0] == tokens[1]
 
 
-CHECK = Act(
-    letter="G",
-    name="CHECK_HIDDEN",
-    words="a look at hidden states",
-    phase=Phase.DECODE,
-    lane=Lane.D2H,
-    touches=lambda p, x: (((decode.HIDDEN, x.index, x.step * (p.num_layers + 1) + x.layer + 1, 0),), ()),
-    count=lambda c: c.layers * c.pieces,
-    moves=lambda x: 4 * x.tokens,
-    seconds=lambda _, __: 1e-5,
-)
-
-
 @pytest.fixture
-def checked(monkeypatch):
-    """A schedule that has hidden states looked at, as acts, handlers and schedules are added from outside."""
-    looked: list[bool] = []
+def looked(monkeypatch):
+    """What is seen of hidden states under a schedule that has them looked at, by a handler added from outside."""
+    seen: list[bool] = []
 
     def handler(handlers: DecodeHandlers):
         def look(_, rows, span):
             hidden = handlers.memory.gpu.hidden_ND[span]
-            looked.append(bool(hidden.isfinite().all()))
-            return 4 * len(rows.sequences)
+            seen.append(bool(hidden.isfinite().all()))
+            return CHECK_BYTES * len(rows.sequences)
 
         return handlers.on_rows(look)
 
-    def order(p):
-        for task in orders.cgopipe(p):
-            yield task
-            if task.act is decode.POST_ATTENTION:
-                yield task._replace(act=CHECK)
-
-    monkeypatch.setitem(ACTS, Phase.DECODE, ACTS[Phase.DECODE])
-    monkeypatch.setitem(NAMES, CHECK.name, CHECK.letter)
-    add_act(CHECK)
     monkeypatch.setitem(HANDLERS, CHECK, handler)
     add_handler(CHECK, handler)
-    name = add_schedule("checked", Schedule(order, bounds.cgopipe))
-    yield looked
-    del SCHEDULES[name]
+    with checked(monkeypatch, orders.cgopipe, bounds.cgopipe):
+        yield seen
 
 
-def test_an_act_of_ones_own_runs_in_a_job_and_is_validated(run, tmp_path, checked, capsys):
+def test_an_act_of_ones_own_runs_in_a_job_and_is_validated(run, tmp_path, looked, capsys):
     lines = [line(f"r{index}", prompt) for index, prompt in enumerate(PROMPTS[:5])]
     _, plain = run(lines, output="plain")
     _, there = run(lines, "--schedule", "checked", output="checked")
     assert {name: tokens_of(item) for name, item in there.items()} == {
         name: tokens_of(item) for name, item in plain.items()
     }
-    assert checked
-    assert all(checked)
+    assert looked
+    assert all(looked)
     run_hrm(["validate", str(tmp_path / "checked")])
     assert "G check hidden" in capsys.readouterr().out
     with pytest.raises(SystemExit):
