@@ -79,7 +79,12 @@ class Costs:
 
     def post_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
         """Output projection, router and `gpu_experts` of the experts on the GPU; of a rank without the projection."""
-        return self._after_attention(m, gpu_experts, kind) + self.runtime.synchronise_s
+        return self.after_attention(m, gpu_experts, kind) + self.runtime.synchronise_s
+
+    def after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
+        """What follows attention on the GPU, without the time to synchronise."""
+        work = kind.after_attention if self.spec.ranks == 1 else kind.feed_forward
+        return self._seconds(work(self.formats, m, gpu_experts), self.profile.top)
 
     def output_projection(self, m: Number, kind: Layer) -> Number:
         """What attention returns, projected by one of several ranks."""
@@ -123,7 +128,7 @@ class Costs:
         alike = x.kind.without_window
 
         def rest(tokens: Number) -> Number:
-            return self._after_attention(tokens, x.gpu_experts, alike)
+            return self.after_attention(tokens, x.gpu_experts, alike)
 
         after = self.going_on(x, rest) if x.is_last else x.once(alike, lambda: rest(x.tokens))
         return after if self.spec.ranks > 1 else self._before(x) + after
@@ -242,10 +247,6 @@ class Costs:
         """A layer of prefill up to attention."""
         operator = kind.prefill(self.formats, tokens, prompt_len)
         return self._on(Device.GPU, operator)
-
-    def _after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
-        work = kind.after_attention if self.spec.ranks == 1 else kind.feed_forward
-        return self._seconds(work(self.formats, m, gpu_experts), self.profile.top)
 
     def _over(self, source: MemoryLevel, target: MemoryLevel, kind: LinkKind, num_bytes: Number) -> Number:
         if not self.profile.has_accelerator:

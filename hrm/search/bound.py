@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from hrm.closed_form import Point, batch_terms
 from hrm.costs import Costs
+from hrm.layers import Layer
+from hrm.numeric import Number
 from hrm.policy import ScheduleName
 from hrm.schedules import SCHEDULES
 from hrm.schedules.orders import LOOKAHEAD
@@ -98,13 +100,25 @@ def _is_enough(highest: Sequence[tuple[int, float]], known_tokens_per_s: float) 
     return now * (1 - OPTIMAL_GAP) <= known_tokens_per_s or excess > PROGRESS * (before - known_tokens_per_s)
 
 
+class _LeastCosts(Costs):
+    """Costs of layers of which only the mean number of resident experts is known."""
+
+    def after_attention(self, m: Number, gpu_experts: Number, kind: Layer) -> Number:
+        """No less than where as few layers as possible have all of these experts, and the others none.
+
+        The first of a layer's experts cost more than the others: their launches, and the busiest of ranks.
+        """
+        least, most = (super(_LeastCosts, self).after_attention(m, count, kind) for count in (0, kind.num_experts))
+        return least + gpu_experts / max(kind.num_experts, 1) * (most - least)
+
+
 class Bounder:
     """Ceilings of the regions of one space."""
 
     def __init__(self, space: Space) -> None:
         self.space, self.spec = space, space.spec
         self.room = Room(space)
-        self.costs = Costs(space.spec, smoothed(space.profile), space.formats)
+        self.costs = _LeastCosts(space.spec, smoothed(space.profile), space.formats)
         self.requests = space.workload.num_requests
 
     def everything(self) -> Regions:
