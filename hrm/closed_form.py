@@ -5,10 +5,10 @@ projection counted. Fields of a point may be numbers or NumPy arrays: the search
 grid of policies with the same lines that estimate one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from hrm.acts import ACTS, Counts, Load, decode, prefill
 from hrm.contract.rings import EXPERT_SLOTS
@@ -23,6 +23,10 @@ from hrm.schedules import SCHEDULES, StepWork
 from hrm.schedules.orders import LOOKAHEAD
 from hrm.tasks import Act, Device, Lane, Phase
 from hrm.workload import Workload
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Places in a stretch of contexts, and the share of its steps that each stands for.
 _SIMPSON: Final[Mapping[float, float]] = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
@@ -323,17 +327,26 @@ def _with_last(load: Load, point: Point) -> Load:
 
 def batch_terms(
     costs: Costs, point: Point, schedule: ScheduleName, workload: Workload
-) -> list[tuple[float, tuple[Number, ...]]]:
-    """What prefill and decode of one batch are made of: weights, each with terms.
+) -> "list[tuple[NDArray[np.float64], tuple[Number, ...]]]":
+    """What prefill and decode of one batch are made of: weights, each in a row of its own, with terms.
 
-    A batch's time is the sum of every weight times the longest of its terms. The first is prefill;
-    the others are decode steps (`sampled_contexts`).
+    A batch's time is the sum over the rows of both of a weight times the longest of its terms. Prefill has one row,
+    decode one for each of `sampled_contexts`; terms that are alike in all rows may have one only. All contexts are
+    worked out at once: a grid is seldom so large that its numbers take longer than the calls.
     """
+    import numpy as np
+
     step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    return [
-        (costs.prefills_in_turn, prefill_terms(costs, point, workload)),
-        *((weight, step.terms(context)) for context, weight in sampled_contexts(costs.spec, workload).items()),
-    ]
+    contexts, steps = np.array(list(sampled_contexts(costs.spec, workload).items())).T[:, :, None]
+    turns = np.array([[costs.prefills_in_turn]])
+    return [(turns, prefill_terms(costs, point, workload)), (steps, step.terms(contexts))]
+
+
+def stacked(terms: Iterable[Number], shape: tuple[int, int]) -> "NDArray[np.float64]":
+    """Terms of `batch_terms` as one array, in each of so many rows and for so many policies."""
+    import numpy as np
+
+    return np.stack([np.broadcast_to(np.asarray(term, dtype=float), shape) for term in terms])
 
 
 def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
@@ -359,8 +372,10 @@ def sampled_contexts(spec: ModelSpec, workload: Workload) -> dict[float, float]:
 
 def batch_seconds(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
     """Prefill and decode seconds of one batch; in a pipeline, with its share of what that waits to be filled."""
-    (turns, prefill), *steps = batch_terms(costs, point, schedule, workload)
-    return turns * maximum(*prefill), sum(weight * maximum(*terms) for weight, terms in steps)
+    step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
+    prefill_s = costs.prefills_in_turn * maximum(*prefill_terms(costs, point, workload))
+    steps_at = sampled_contexts(costs.spec, workload)
+    return prefill_s, sum(steps * maximum(*step.terms(context)) for context, steps in steps_at.items())
 
 
 def seconds_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> Number:
@@ -370,16 +385,6 @@ def seconds_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workl
 
 
 def phases_of_batches(costs: Costs, point: Point, schedule: ScheduleName, workload: Workload) -> tuple[Number, Number]:
-    """Prefill and decode seconds of one batch of every policy of a grid; without what a pipeline waits to be filled.
-
-    All contexts are worked out at once: a grid is seldom so large that its numbers take longer
-    than the calls.
-    """
-    import numpy as np
-
-    prefill_s = maximum(*prefill_terms(costs, point, workload))
-    step = DecodeStep.of_point(costs, point, schedule, workload.active_share)
-    steps_at = sampled_contexts(costs.spec, workload)
-    contexts, steps = np.array(list(steps_at.items())).T[:, :, None]
-    decode_s = (steps * maximum(*step.terms(contexts))).sum(axis=0)
-    return prefill_s, decode_s
+    """Prefill and decode seconds of one batch of every policy of a grid; without what a pipeline waits to be filled."""
+    (_, of_prefill), (steps, of_decode) = batch_terms(costs, point, schedule, workload)
+    return maximum(*of_prefill), (steps * maximum(*of_decode)).sum(axis=0)

@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.closed_form import Point, batch_terms
+from hrm.closed_form import Point, batch_terms, stacked
 from hrm.costs import Costs
 from hrm.layers import Layer
 from hrm.numeric import Number
@@ -41,6 +41,7 @@ LARGEST: Final = 2.0**24  # micro-batch size, number of micro-batches
 BUDGET: Final = 16_000  # regions; so many more, up to the second, only as long as they may tell
 LARGEST_BUDGET: Final = 64_000  # whether the best that is known may be called optimal
 ROUND: Final = 1024  # regions that are halved at once
+AT_ONCE: Final = 512
 PROGRESS: Final = 0.9  # of the excess over what is known is left at most, if it pays to look at twice as many regions
 CLOSE: Final = 2e-3  # a region that is better by no more is not halved
 _IN_FLIGHT: Final = LOOKAHEAD + 1  # micro-batches, at most
@@ -49,7 +50,7 @@ _CHAIN: Final = 6  # the place of their chain, or that of chunks, among the term
 _ALONE: Final = 8  # that of a lone micro-batch where experts stream in parts
 # The schedules whose every term is cheapest at the best corner; of others only the lanes are taken.
 _ALL_TERMS: Final = {ScheduleName.CGOPIPE, ScheduleName.DEEPSPEED}
-PhaseTerms = list[tuple[float, list[Floats]]]
+PhaseTerms = list[tuple[Floats, Floats]]  # weights of (contexts, 1), terms of (terms, contexts, regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,9 @@ def upper_bound(space: Space, known_tokens_per_s: float = 0.0, most_regions: int
             break
         order = np.argsort(-ceilings, kind="stable")
         first, rest = order[:ROUND], order[ROUND:]
-        halves, of_halves = bounder.bounded(bounder.halved(regions.take(first)))
-        looked_at += 2 * len(first)
+        halves = bounder.divided(regions.take(first))
+        looked_at += len(halves)
+        halves, of_halves = bounder.bounded(halves)
         regions = regions.take(rest).and_also(halves)
         ceilings = np.concatenate([ceilings[rest], of_halves])
     return Bound(max(settled, float(ceilings.max(initial=0.0))), looked_at)
@@ -169,8 +171,8 @@ class Bounder:
             batches = np.ceil(self.requests / batch - 1e-9)
             phases = self._at_least_of_batches(regions, phases, batches, self.requests)
         seconds = np.zeros(len(regions))
-        for weight, terms in phases:
-            seconds += weight * np.maximum.reduce(terms)
+        for weights, terms in phases:
+            seconds += (weights * np.maximum.reduce(terms)).sum(axis=0)
         return regions, self.space.workload.generated_tokens / seconds
 
     def _seconds_a_request(self, regions: Regions, batch: Floats) -> PhaseTerms:
@@ -187,8 +189,7 @@ class Bounder:
             return found
         of_lasts = self._least_seconds(_with_last_batches(regions.take(chosen)), batch[chosen], least_chunks=1)
         for (_, terms), (_, last_terms) in zip(found, of_lasts, strict=True):
-            for term, last_term in zip(terms, last_terms, strict=True):
-                term[chosen] += of_last[chosen] * np.minimum(last_term - term[chosen], 0.0)
+            terms[..., chosen] += of_last[chosen] * np.minimum(last_terms - terms[..., chosen], 0.0)
         return found
 
     def _share_of_last_batch(self, regions: Regions, batch: Floats) -> Floats:
@@ -205,12 +206,11 @@ class Bounder:
         """The terms' shares of a request in a batch of at most so many, each where it is least."""
         size = np.minimum(regions.high[SIZE], batch / regions.low[NUMBER])
         number = batch / size
-        prefill, *steps = self._phase_terms(regions, size, number, least_chunks=least_chunks)
+        prefill, decode = self._phase_terms(regions, size, number, least_chunks=least_chunks)
         # Of a chain of tasks, as many are under way as there are micro-batches, up to a few.
         under_way = np.minimum(number, _IN_FLIGHT) / np.minimum(regions.high[NUMBER], _IN_FLIGHT)
-        for _, terms in steps:
-            terms[_CHAIN] = terms[_CHAIN] * np.minimum(under_way, 1.0)
-        return [(weight, [term / batch for term in terms]) for weight, terms in (prefill, *steps)]
+        decode[1][_CHAIN] *= np.minimum(under_way, 1.0)
+        return [(weights, terms / batch) for weights, terms in (prefill, decode)]
 
     def _at_least_of_batches(self, regions: Regions, phases: PhaseTerms, batches: Floats, requests: int) -> PhaseTerms:
         """The terms' shares of a request, but no less than so many batches take.
@@ -221,11 +221,9 @@ class Bounder:
         full = self._phase_terms(regions, regions.low[SIZE], regions.low[NUMBER])
         last = self._phase_terms(_with_last_batches(regions), one, one, least_chunks=1)
         found: PhaseTerms = []
-        for (weight, terms), (_, of_full), (_, of_last) in zip(phases, full, last, strict=True):
-            of_batches = [
-                ((batches - 1) * a_full + a_last) / requests for a_full, a_last in zip(of_full, of_last, strict=True)
-            ]
-            found.append((weight, list(map(np.maximum, terms, of_batches))))
+        for (weights, terms), (_, of_full), (_, of_last) in zip(phases, full, last, strict=True):
+            of_batches = ((batches - 1) * of_full + of_last) / requests
+            found.append((weights, np.maximum(terms, of_batches)))
         return found
 
     def _phase_terms(self, regions: Regions, size: Floats, number: Floats, *, least_chunks: int = 2) -> PhaseTerms:
@@ -233,18 +231,20 @@ class Bounder:
 
         Where prompts are not all prefilled at once, there are at least so many chunks.
         """
-        corners = [(regions.high[KV], regions.high[RESIDENT])]
-        if (regions.low[KV] < regions.high[KV]).any():
-            corners.append((regions.low[KV], regions.high[RESIDENT]))
-        if ((regions.gpu_ffn == 0) & (regions.low[RESIDENT] < regions.high[RESIDENT])).any():
-            corners += [(kv, regions.low[RESIDENT]) for kv, _ in corners]
-        count, spec = len(corners), self.spec
+        spec = self.spec
+        splits_kv = regions.low[KV] < regions.high[KV]
+        splits_residents = (regions.gpu_ffn == 0) & (regions.low[RESIDENT] < regions.high[RESIDENT])
+        corners = (1 + splits_kv) * (1 + splits_residents)
+        of = np.repeat(np.arange(len(regions)), corners)
+        first = np.cumsum(corners) - corners
+        corner = np.arange(len(of)) - first[of]
 
         def every(values: Floats) -> Floats:
-            return np.tile(values, count)
+            return values[of]
 
-        kv = np.concatenate([kv for kv, _ in corners])
-        resident = np.concatenate([resident for _, resident in corners])
+        kv = np.where(splits_kv[of] & (corner % 2 == 1), every(regions.low[KV]), every(regions.high[KV]))
+        at_low = splits_residents[of] & (corner > splits_kv[of])
+        resident = np.where(at_low, every(regions.low[RESIDENT]), every(regions.high[RESIDENT]))
         resident = np.clip(resident, 0.0, spec.num_experts)
         # The fewest layers that can hold what is not resident.
         on_host = (spec.num_experts - resident) / spec.num_experts * spec.num_expert_layers / spec.num_layers
@@ -275,13 +275,13 @@ class Bounder:
         all_terms = self.space.schedule in _ALL_TERMS
         schedule = self.space.schedule if all_terms else ScheduleName.CGOPIPE
         found = [
-            (weight, [np.broadcast_to(term, count * len(regions)).reshape(count, -1).min(axis=0) for term in terms])
-            for weight, terms in batch_terms(self.costs, point, schedule, self.space.workload)
+            (weights, np.minimum.reduceat(stacked(terms, (len(weights), len(of))), first, axis=-1))
+            for weights, terms in batch_terms(self.costs, point, schedule, self.space.workload)
         ]
         # Of many chunks so many are under way with the CPU's experts that their chain says no more than the lanes do.
         found[0][1][_CHAIN] *= np.maximum(regions.gpu_prefill, regions.one_chunk)
-        for _, terms in found[1:] if self.space.experts_per_part else ():
-            terms[_ALONE] *= regions.high[NUMBER] <= 1
+        if self.space.experts_per_part:
+            found[1][1][_ALONE] *= regions.high[NUMBER] <= 1
         return found
 
     def _longest_chunk(self, regions: Regions, batch: Floats, least_chunks: int) -> Floats:
@@ -303,6 +303,13 @@ class Bounder:
         shares = (regions.high[RESIDENT] - regions.low[RESIDENT]) / self.spec.num_experts
         widths[RESIDENT] = np.where(regions.gpu_ffn == 0, shares, 0.0)
         return widths
+
+    def divided(self, regions: Regions) -> Regions:
+        """The regions halved, and again as long as they are few: `AT_ONCE` take hardly longer to look at than one."""
+        halves = self.halved(regions)
+        while len(halves) < AT_ONCE and (wide := ~self.cannot_halve(halves)).any():
+            halves = halves.take(~wide).and_also(self.halved(halves.take(wide)))
+        return halves
 
     def halved(self, regions: Regions) -> Regions:
         """Two regions for each, cut along the side that is widest."""

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hrm.closed_form import batch_terms
+from hrm.closed_form import batch_terms, stacked
 from hrm.schedules import SCHEDULES
 from hrm.search.fit import Ints, Weights, gpu_needed, host_purposes, pinned_needed
 from hrm.search.grid import Grid
@@ -90,8 +90,9 @@ class Bounder:
         self.evaluations = 0
         one = rows.take(np.zeros(1, np.int64)).point(space)
         phases = batch_terms(space.costs, one, space.schedule, space.workload)
-        self.weights = np.array([weight for weight, _ in phases])
-        self.phase_of_term = np.repeat(np.arange(len(phases)), [len(terms) for _, terms in phases])
+        self.weights = np.concatenate([weights for weights, _ in phases]).ravel()
+        of_rows = [len(terms) for weights, terms in phases for _ in weights]
+        self.phase_of_term = np.repeat(np.arange(len(of_rows)), of_rows)
 
     def whole(self, kv_low: Ints, kv_high: Ints) -> Boxes:
         """Boxes of all residencies of every candidate: less than everything, and everything."""
@@ -208,8 +209,11 @@ class Bounder:
         self.evaluations += len(grid)
         space = self.space
         phases = batch_terms(space.costs, grid.point(space), space.schedule, space.workload)
-        values = [np.broadcast_to(term, len(grid)) for _, terms in phases for term in terms]
-        return np.stack(values).astype(float).reshape(len(values), *experts.shape)
+        values = [
+            stacked(terms, (len(weights), len(grid))).swapaxes(0, 1).reshape(len(weights) * len(terms), len(grid))
+            for weights, terms in phases
+        ]
+        return np.concatenate(values).reshape(len(self.phase_of_term), *experts.shape)
 
     def _bytes(self, rows: Ints, low: Ints, kv_low: Ints) -> tuple[Floats, Floats]:
         """Planes of the bytes at both levels, of shape (2, 4, boxes) or (4, 4, boxes).
