@@ -20,6 +20,7 @@ from hrm.workload import Workload
 # Longer graphs are simulated over fewer layers and carried on in proportion: layers are alike.
 MAX_TASKS: Final = 3000
 MIN_LAYERS: Final = 4  # that are simulated, however many micro-batches there are
+MIN_CHUNKS: Final = 64  # that are simulated, however many tasks each has
 MAX_MICRO_BATCHES: Final = 512  # that are simulated; of more, each stands for several
 _TASKS_A_MICRO_BATCH: Final = 8  # of a decode step, in each layer
 _TASKS_A_CHUNK: Final = 6  # of prefill, in each layer
@@ -128,7 +129,7 @@ def steps_seconds(
     first = next(iter(stretches), 0.0)
     work = decode_work(costs, policy, first, num_steps=STEADY_STEPS, tokens=tokens, shape=shape, stretch=1.0)
     tasks_a_layer = _TASKS_A_MICRO_BATCH * STEADY_STEPS * max(shape.num_micro_batches, work.pipeline.num_pages)
-    tasks_a_layer += STEADY_STEPS * _tasks_of_parts(work.pipeline)
+    tasks_a_layer += STEADY_STEPS * shape.num_micro_batches * _tasks_of_parts(work.pipeline.parts)
     return [
         _over_layers(replace(work, context=context, stretch=stretch), tasks_a_layer, seconds)
         for context, stretch in stretches.items()
@@ -138,17 +139,18 @@ def steps_seconds(
 def prefill_seconds(costs: Costs, policy: Policy, workload: Workload, *, stretch: float | None = None) -> float:
     """Simulated seconds of one batch's prefill; of very many chunks, each stands for several."""
     shape, _, pages_in_one = _simulated_shape(policy)
-    affordable = MAX_TASKS // (MIN_LAYERS * _TASKS_A_CHUNK)
+    tasks_a_chunk = _TASKS_A_CHUNK + _tasks_of_parts(policy.parts(costs.spec, Phase.PREFILL))
+    affordable = max(MIN_CHUNKS, MAX_TASKS // (MIN_LAYERS * tasks_a_chunk))
     work = prefill_work(costs, policy, workload, shape=shape, max_chunks=affordable, stretch=stretch)
     chunks = ceil(policy.batch_size * workload.prompt_len / policy.prefill_chunk_tokens)
     in_one = chunks / work.pipeline.num_micro_batches
-    tasks_a_layer = _TASKS_A_CHUNK * work.pipeline.num_micro_batches + _tasks_of_parts(work.pipeline)
+    tasks_a_layer = tasks_a_chunk * work.pipeline.num_micro_batches
     return _over_layers(work, tasks_a_layer, lambda work: max(_walked(work, in_one, pages_in_one)[1]))
 
 
-def _tasks_of_parts(pipeline: Pipeline) -> int:
-    """How many tasks load and compute the experts of a layer that stream in parts."""
-    return 2 * pipeline.num_micro_batches * max(pipeline.parts, default=0)
+def _tasks_of_parts(parts: Sequence[int]) -> int:
+    """How many tasks load and compute so many parts of a layer's experts, for one micro-batch or chunk; of the most."""
+    return 2 * max(parts, default=0)
 
 
 def _simulated_shape(policy: Policy) -> tuple[Policy, float, float]:
@@ -198,6 +200,7 @@ def _walked(
 def _order(pipeline: Pipeline, schedule: ScheduleName) -> Order:
     """The order of a pipeline's tasks, which other contexts, costs, machines and searches ask for again."""
     tasks_a_layer = _TASKS_A_MICRO_BATCH * pipeline.num_steps * max(pipeline.num_micro_batches, pipeline.num_pages)
+    tasks_a_layer += pipeline.num_steps * pipeline.num_micro_batches * _tasks_of_parts(pipeline.parts)
     is_short = pipeline.num_layers * tasks_a_layer <= 2 * MAX_TASKS
     return _short_order(pipeline, schedule) if is_short else _long_order(pipeline, schedule)
 

@@ -34,8 +34,11 @@ class KindSolver(Protocol):
         """No policy of the kind has a higher closed-form throughput, as far as is known."""
         ...
 
-    def solve(self, above: float) -> list[Candidate]:
-        """The kind's best, best first, each of another form; what is not above may lack."""
+    def solve(self, above: float) -> list[Candidate] | None:
+        """The kind's best, best first, each of another form; what is not above may lack.
+
+        None if more of the kind is to be tried first: its ceiling may now be below that of others.
+        """
         ...
 
 
@@ -104,8 +107,10 @@ class _Choosing:
                 yield predicted
 
     def _solve(self, kind: KindSolver, above: float) -> None:
-        self.unsolved.remove(kind)
         found = kind.solve(above)
+        if found is None:
+            return
+        self.unsolved.remove(kind)
         self.waiting.extend(enumerate(found))
         self.greatest = max([self.greatest, *(candidate.tokens_per_s for candidate in found)])
 

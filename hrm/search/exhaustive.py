@@ -21,8 +21,8 @@ CANDIDATES: Final = 10  # of a kind, that may be simulated
 BEAM: Final = 8
 ROUGH_NUMBERS: Final = 4  # of micro-batches, tried to see which spaces are worth a search
 KEPT: Final = 2.0  # candidates that are worse than the best of the kind by this factor are not kept
-# How much higher than on the coarse grid the best of a kind may be.
-COARSE_MARGIN: Final = 1.25
+# How much higher the best of a kind may be than what was found on the coarse grid, and after each round around that.
+MARGINS: Final = (1.25, 1.09, 1.05, 1.025, 1.01, 1.005, 1.0)
 
 
 @final
@@ -40,21 +40,20 @@ class Exhaustive(Solver):
 
 def greatest(space: Space) -> float:
     """The greatest closed-form throughput of a space, as far as this search finds it."""
-    best = 0.0
-    for kind in sorted(grids(space), key=lambda kind: -kind.ceiling()):
-        if kind.ceiling() > best:
-            best = max([best, *(candidate.tokens_per_s for candidate in kind.solve(best))])
+    best, kinds = 0.0, grids(space)
+    while (kind := max(kinds, key=GridOfKind.ceiling)).ceiling() > best:
+        if kind.solve(best) is not None:
+            best = max(best, kind.best)
     return best
 
 
 def rough(space: Space) -> float:
-    """About the greatest closed-form throughput of a space, by few policies."""
-    best = 0.0
+    """About the greatest closed-form throughput of a space, by few policies that split no prompt."""
+    best, chunks = 0.0, chunk_ranges(space)[0]
     for kind in space.kinds():
-        for chunks in chunk_ranges(space):
-            grid = make_grid(space, kind, coarse(space, kind, chunks, ROUGH_NUMBERS))
-            _, found = scored(space, grid.take(np.flatnonzero(grid.fits)), KEPT, best)
-            best = max(best, float(found.max(initial=0.0)))
+        grid = make_grid(space, kind, coarse(space, kind, chunks, ROUGH_NUMBERS))
+        _, found = scored(space, grid.take(np.flatnonzero(grid.fits)), KEPT, best)
+        best = max(best, float(found.max(initial=0.0)))
     return best
 
 
@@ -73,7 +72,7 @@ class GridOfKind:
 
     def __init__(self, space: Space, kind: Kind, chunks: ChunkRange, least: float = 0.0) -> None:
         self.space, self.kind, self.chunks, self.least = space, kind, chunks, least
-        self.evaluations = 0
+        self.evaluations = self.rounds = 0
         places = whole(space, kind, chunks)
         self.whole = places is not None
         self.grid, self.scores = self._try(coarse(space, kind, chunks) if places is None else places)
@@ -85,34 +84,34 @@ class GridOfKind:
 
     def ceiling(self) -> float:
         """The best score and somewhat more, for what lies between those that were tried."""
-        return self.best * COARSE_MARGIN
+        return self.best * MARGINS[self.rounds]
 
-    def solve(self, above: float = 0.0) -> list[Candidate]:
-        """The best candidates, each of another form, the integers around tried if they may be above.
+    def solve(self, above: float = 0.0) -> list[Candidate] | None:
+        """The best candidates, each of another form; None if integers nearer around the best are to be tried first.
 
-        A simulation may prefer what the closed form does not tell apart: half of them differ in
-        their number of micro-batches, the others in chunks, in where projections lie and in where
+        That is only done if they may be above. A simulation may prefer what the closed form does not tell apart: half
+        of them differ in their number of micro-batches, the others in chunks, in where projections lie and in where
         prefill computes experts. Of equals, the one with the fewest micro-batches is better.
         """
-        if self.ceiling() > above:
-            self._refine()
+        if self.rounds < len(REACHES) and self.ceiling() > above:
+            self.rounds += 1
+            self._refine(REACHES[self.rounds - 1])
+            return None
         chosen = self._unlike(CANDIDATES)
         return [Candidate(self.grid.policy(self.space, index), float(self.scores[index])) for index in chosen]
 
-    def _refine(self) -> None:
-        """Try the integers around the best few, nearer and nearer."""
-        for reach in REACHES:
-            best = np.array(list(dict.fromkeys([*self._best(BEAM), *self._best(BEAM // 2, self._forms())])), np.int64)
-            if not len(best):
-                return
-            near = self.grid.take(best).places()
+    def _refine(self, reach: float) -> None:
+        """Try the integers around the best few, up to a share of `reach` away."""
+        best = list(dict.fromkeys([*self._best(BEAM), *self._best(BEAM // 2, self._forms())]))
+        if best:
+            near = self.grid.take(np.array(best)).places()
             grid, found = self._try(around(self.space, self.kind, self.chunks, near, reach))
             self.grid = self.grid.and_also(grid)
             self.scores = np.concatenate([self.scores, found])
 
     def _try(self, places: Ints) -> tuple[Grid, NDArray[np.float64]]:
         grid = make_grid(self.space, self.kind, places)
-        if self.whole and not self.kind.gpu_ffn:
+        if self.whole and not self.rounds and not self.kind.gpu_ffn:
             grid = self._with_every_residency(grid)
         else:
             grid = grid.and_also(with_longest_chunks(self.space, self.kind, self.chunks, places))

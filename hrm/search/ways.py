@@ -32,7 +32,7 @@ _EXHAUSTIVE: Final = Exhaustive()
 _EVENLY: Final = 0.01  # by more than this whole experts must be faster, as tokens may go to them less evenly
 # More than lengths of their own have brought beside even ones: 1.26 at most of what was tried.
 _LENGTHS_GAIN: Final = 1.3
-FEW_REGIONS: Final = 2048  # within which a bound should show that a way is not worth a search, if it is to
+FEW_REGIONS: Final = 6144  # within which a bound should show that a way is not worth a search, if it is to
 _WORK: Final = ("evaluations", "regions", "seconds", "simulated")  # that searches took
 
 
@@ -299,19 +299,18 @@ def _found(part: Space, solver: Solver) -> Found:
     def find_in(one: Space) -> Found:
         return within_limits(one, lambda tighter: find(tighter, solver))
 
-    found = _first_to_last(find_in, part.of_pinning())
-    in_parts = part.in_parts(found.ranked[0].policy if found.ranked else None)
-    return found if found.interrupted else Found.best_of([found, _first_to_last(find_in, in_parts)])
+    found = _first_to_last(find_in, part.of_pinning(), Found())
+    return _first_to_last(find_in, part.in_parts(found.ranked[0].policy if found.ranked else None), found)
 
 
-def _first_to_last(find_in: Callable[[Space], Found], spaces: Sequence[Space]) -> Found:
-    """The best of what is found in spaces, up to one in which the search is interrupted."""
-    found: list[Found] = []
+def _first_to_last(find_in: Callable[[Space], Found], spaces: Sequence[Space], found: Found) -> Found:
+    """The best of what was found and what is found in spaces, up to one in which the search is interrupted."""
     for space in spaces:
-        found.append(find_in(space))
-        if found[-1].interrupted:
+        if found.interrupted:
             break
-    return Found.best_of(found)
+        known = max(space.known_tokens_per_s, found.tokens_per_s)
+        found = Found.best_of([found, find_in(replace(space, known_tokens_per_s=known))])
+    return found
 
 
 def find(space: Space, solver: Solver) -> Found:
